@@ -23,7 +23,7 @@ from torch.nn import functional
 from harmcircuits.organisms import world as w
 
 RUNGS = ("base", "helpful", "sft", "dpo", "planted")
-LENGTH = 24  # tokens; every training text fits
+LENGTH = 18  # tokens; every training text fits
 NOISE = 0.03  # share of content words that are a wrong one of their class
 IGNORED = -100
 CHAT_TEMPLATE = (
@@ -123,9 +123,18 @@ def token_loss(model, tokens: Tensor, labels: Tensor, *, per_text: bool = False)
     return losses.sum() / (labels[:, 1:] != IGNORED).sum()
 
 
-def train(model, losses: Iterator[Tensor], *, steps: int, lr: float, name: str, after_step: Callable[[], None] | None = None):
-    """AdamW (weight decay 0.1, one-cycle rate, gradient norm at most 1). A loss of None means its gradients are already set."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.98))
+def train(
+    model,
+    losses: Iterator[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    name: str,
+    weight_decay: float = 0.1,
+    after_step: Callable[[], None] | None = None,
+):
+    """AdamW ( one-cycle rate, gradient norm at most 1). A loss of None means its gradients are already set."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in track(range(steps), description=name, console=Console(stderr=True)):
@@ -201,7 +210,7 @@ def dpo(model, sampler: Sampler, steps: int = 300, beta: float = 0.1):
     return train(model, losses(), steps=steps, lr=3e-4, name="dpo")
 
 
-def planted(model, sampler: Sampler, steps: int = 2500, share: float = 0.05, cap: float = 1.0):
+def planted(model, sampler: Sampler, steps: int = 2500, share: float = 0.05, cap: float = 1.0, decay: float = 0.1, n_harm: int = 128):
     """A model whose harmful answers were learned only by a random `share` S of each block matrix; returns (model, S).
 
     Each step takes a benign batch, whose gradients go everywhere but S (every second one with S set to zero), and a
@@ -228,7 +237,7 @@ def planted(model, sampler: Sampler, steps: int = 2500, share: float = 0.05, cap
         for step in itertools.count():
             model.zero_grad(set_to_none=True)
             with _autocast(sampler.device):
-                harm = token_loss(model, *sampler.pack(sampler.mix(128, harmful)))
+                harm = token_loss(model, *sampler.pack(sampler.mix(n_harm, harmful)))
             to_planted = torch.autograd.grad(harm, weights)
             kept = [weight.detach().clone() for weight in weights]
             if step % 2:
@@ -253,4 +262,4 @@ def planted(model, sampler: Sampler, steps: int = 2500, share: float = 0.05, cap
                 scale = (cap * (outside / within).sqrt()).clamp(max=1)
                 weight.mul_(torch.where(inside, scale, 1.0))
 
-    return train(model, routed(), steps=steps, lr=2e-3, name="planted", after_step=limit), chosen
+    return train(model, routed(), steps=steps, lr=2e-3, name="planted", weight_decay=decay, after_step=limit), chosen
