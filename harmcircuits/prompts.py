@@ -139,6 +139,11 @@ class Batch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def is_token(self) -> Bool[Tensor, "batch pos"]:
+        """True up to the last target of each row: what follows it is padding."""
+        return self.is_target.flip(1).cumsum(dim=1).flip(1) > 0
+
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     """Token ids of a request, up to where the answer begins.

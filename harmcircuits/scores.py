@@ -1,0 +1,66 @@
+"""A score for every weight, and where it came from."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """How scores or a mask were made: the model's fingerprint, the method with its settings, and what it was made from."""
+
+    model: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    parents: tuple["Source", ...] = ()
+
+    def to_json(self) -> str:
+        """This source and its ancestors as one JSON object."""
+        return json.dumps(_as_dict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Source":
+        """The inverse of `to_json`."""
+        return _from_dict(json.loads(text))
+
+
+def _as_dict(source: Source) -> dict[str, Any]:
+    parents = [_as_dict(parent) for parent in source.parents]
+    return {"model": source.model, "method": source.method, "settings": dict(source.settings), "parents": parents}
+
+
+def _from_dict(row: Mapping[str, Any]) -> Source:
+    return Source(row["model"], row["method"], row["settings"], tuple(_from_dict(parent) for parent in row["parents"]))
+
+
+@dataclass(frozen=True)
+class WeightScores:
+    """One float32 score per weight: `values[name]` has the shape of the weight as stored.
+
+    Raises ValueError when a score is not finite, naming the weight.
+    """
+
+    values: Mapping[str, Float[Tensor, "..."]]
+    source: Source
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            # A sum is finite only if every term is; it needs no copy of the tensor.
+            if not math.isfinite(value.sum(dtype=value.dtype).item()) and not value.isfinite().all():
+                raise ValueError(f"WeightScores: {name} holds a score that is not finite; look at the loss and the dtype")
+        object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.values.items()}
+
+    def __neg__(self) -> "WeightScores":
+        """The scores with the opposite sign."""
+        values = {name: -value for name, value in self.values.items()}
+        return WeightScores(values, Source(self.source.model, "negative", {}, (self.source,)))

@@ -1,0 +1,97 @@
+"""Small random models of every architecture, written once as ordinary Hugging Face folders and opened offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from transformer_lens.model_bridge import TransformerBridge
+
+from harmcircuits.organisms.train import new_tokenizer
+from harmcircuits.prompts import Batch
+
+SIZE = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+GQA = dict(**SIZE, intermediate_size=40, num_key_value_heads=2)
+TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=32, n_inner=40)
+
+# config class -> its arguments; a second entry for an architecture is a variant with other wiring.
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "Llama": ("LlamaConfig", GQA),
+    "Qwen2": ("Qwen2Config", GQA),
+    "Qwen3": ("Qwen3Config", dict(**GQA, head_dim=6)),
+    "Mistral": ("MistralConfig", GQA),
+    "Gemma2": ("Gemma2Config", dict(**GQA, head_dim=6)),
+    "Gemma3": ("Gemma3TextConfig", dict(**GQA, head_dim=6)),
+    "Olmo2": ("Olmo2Config", GQA),
+    "GPT2": ("GPT2Config", GPT2),
+    "GPTNeoX": ("GPTNeoXConfig", dict(**SIZE, intermediate_size=40)),
+    "GPTNeo": (
+        "GPTNeoConfig",
+        dict(vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, max_position_embeddings=32, intermediate_size=40,
+             attention_types=[[["global", "local"], 1]], window_size=8),
+    ),
+    "Phi3": ("Phi3Config", GQA),
+    "Phi": ("PhiConfig", dict(**SIZE, intermediate_size=40)),
+    "OPT": ("OPTConfig", dict(**SIZE, ffn_dim=40, word_embed_proj_dim=24)),
+    "StableLm": ("StableLmConfig", GQA),
+    "Starcoder2": ("Starcoder2Config", GQA),
+    "Granite": ("GraniteConfig", GQA),
+    "Cohere": ("CohereConfig", GQA),
+    "SmolLM3": ("SmolLM3Config", GQA),
+    "GPTJ": ("GPTJConfig", dict(**GPT2, rotary_dim=4)),
+    "Falcon": ("FalconConfig", dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False)),
+    "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
+}  # fmt: skip
+
+
+def write_model(name: str, folder, *, seed: int = 0, **changes) -> None:
+    """A random model of this architecture with weights large enough for gradients to matter."""
+    config_class, arguments = ARCHITECTURES[name]
+    config = getattr(transformers, config_class)(**{**arguments, **TOKENS, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    new_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def open_model(tmp_path_factory):
+    """open_model("Llama", dtype=torch.float32, ...) -> a fresh TransformerBridge."""
+    folders = {}
+
+    def open_(name: str, *, dtype: torch.dtype = torch.float32, **changes) -> TransformerBridge:
+        key = (name, *sorted(changes.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(name)
+            write_model(name, folders[key], **changes)
+        return TransformerBridge.boot_transformers(str(folders[key]), dtype=dtype, device="cpu")
+
+    return open_
+
+
+@pytest.fixture
+def llama(open_model) -> TransformerBridge:
+    return open_model("Llama")
+
+
+def random_batch(n: int = 3, length: int = 9, *, seed: int = 0) -> Batch:
+    """Examples of different lengths with different numbers of targets; padding is a real token id, so it would show."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 61, (n, length), generator=generator)
+    is_target = torch.zeros(n, length, dtype=torch.bool)
+    for row in range(n):
+        end = length - row % 3
+        is_target[row, end - 2 - row % 2 : end] = True
+    return Batch(tokens=tokens, is_target=is_target)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return random_batch()
