@@ -192,7 +192,7 @@ def _without(flat: Tensor, exclude: WeightMask | None, name: str) -> Tensor:
 def _top_of_all(flat: Mapping[str, Float[Tensor, " n"]], k: int) -> dict[str, Int[Tensor, " n"]]:
     """The k largest over all tensors. Each tensor offers its own k largest, so no copy of all scores is ever made."""
     if k == 0:
-        return {}
+        return {name: torch.empty(0, dtype=torch.int64) for name in flat}
     best = torch.cat([value.topk(min(k, value.numel()), sorted=False).values for value in flat.values()])
     threshold = best.topk(k).values[-1]
     if threshold == -torch.inf:

@@ -1,0 +1,142 @@
+"""Masks change the forward pass and leave no trace.
+
+Would catch: arithmetic undo, a wrong orientation of flat indices, split weights that are copies, restore that misses an
+exit, optimiser state that revives a held weight.
+"""
+
+import pytest
+import torch
+from conftest import random_batch
+
+from harmcircuits.attribution import random_scores
+from harmcircuits.hooks.masking import held, masked
+from harmcircuits.hooks.weights import model_fingerprint, named_weights
+from harmcircuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.objectives import completion_loss
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def snapshot(bridge) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in bridge.state_dict(keep_vars=True).items()}
+
+
+def assert_bits_equal(bridge, before: dict[str, torch.Tensor]) -> None:
+    for name, value in bridge.state_dict(keep_vars=True).items():
+        bits = torch.int16 if value.dtype == torch.bfloat16 else torch.int32
+        assert torch.equal(value.detach().contiguous().view(bits), before[name].contiguous().view(bits)), name
+
+
+def a_mask(bridge, seed: int = 0, fraction: float = 0.2) -> WeightMask:
+    return top_fraction(random_scores(bridge, seed=seed), fraction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX"])
+def test_masked_removes_and_restores_bit_for_bit(open_model, name, dtype):
+    bridge, batch = open_model(name, dtype=dtype), random_batch()
+    before, logits = snapshot(bridge), bridge(batch.tokens)
+    first, second = a_mask(bridge, 0), a_mask(bridge, 1)
+
+    for error in (None, RuntimeError, KeyboardInterrupt):
+        try:
+            with masked(bridge, first), masked(bridge, second):  # nested, overlapping
+                for weight, parameter in named_weights(bridge).items():
+                    gone = (first | second).dense(weight)
+                    assert (parameter[gone] == 0).all()
+                    assert torch.equal(parameter[~gone], before[weight][~gone])
+                assert not torch.equal(bridge(batch.tokens), logits)
+                if error:
+                    raise error
+        except (RuntimeError, KeyboardInterrupt):
+            pass
+        assert_bits_equal(bridge, before)
+    assert torch.equal(bridge(batch.tokens), logits)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3"])
+def test_every_matrix_reaches_the_logits(open_model, name):
+    """Removing one whole matrix at a time changes the output: no name stands for a dead copy."""
+    bridge, batch = open_model(name), random_batch()
+    logits = bridge(batch.tokens)
+    full = top_fraction(random_scores(bridge), 1.0)
+    for weight, index in full.removed.items():
+        with masked(bridge, WeightMask({weight: index}, full.shapes, full.source)):
+            assert not torch.allclose(bridge(batch.tokens), logits), weight
+
+
+def test_scale_multiplies(llama):
+    mask = a_mask(llama)
+    before = snapshot(llama)
+    with masked(llama, mask, scale=-0.5):
+        for weight, parameter in named_weights(llama).items():
+            gone = mask.dense(weight)
+            assert torch.equal(parameter[gone], before[weight][gone] * -0.5)
+    assert_bits_equal(llama, before)
+
+
+def test_masks_of_another_model_are_refused_and_change_nothing(open_model, llama):
+    before = snapshot(llama)
+    deeper, wider = open_model("Llama", num_hidden_layers=3), open_model("Llama", intermediate_size=32)
+    with pytest.raises(ValueError, match="this model lacks; nothing was changed"), masked(llama, a_mask(deeper)):
+        pass
+    with pytest.raises(ValueError, match=r"is \(40, 24\), the mask's \(32, 24\)"), masked(llama, a_mask(wider)):
+        pass
+    sibling = a_mask(open_model("Llama", seed=5))
+    with pytest.raises(ValueError, match="same_model=False"), masked(llama, sibling):
+        pass
+    assert_bits_equal(llama, before)
+    with masked(llama, sibling, same_model=False):
+        assert snapshot(llama).keys() == before.keys()
+        assert any(not torch.equal(value, before[name]) for name, value in snapshot(llama).items())
+    assert_bits_equal(llama, before)
+
+
+def test_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_model, llama):
+    fingerprint = model_fingerprint(llama)
+    with masked(llama, a_mask(llama)):
+        assert model_fingerprint(llama) == fingerprint
+    assert model_fingerprint(open_model("Llama", dtype=torch.bfloat16)) == fingerprint
+    assert model_fingerprint(open_model("Llama", seed=5)) != fingerprint
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
+def test_held_weights_stay_zero_while_others_learn(llama, optimiser):
+    batch, mask = random_batch(), a_mask(llama)
+    before = snapshot(llama)
+    stepper = optimiser(llama.original_model.parameters(), lr=1e-2)
+
+    def step() -> None:
+        stepper.zero_grad()
+        completion_loss(llama, batch).mean().backward()
+        stepper.step()
+
+    step()  # momentum from before the mask must not revive the weights
+    trained = snapshot(llama)
+    with held(llama, mask, same_model=False):  # one step of training has moved the embedding
+        for _ in range(3):
+            step()
+            assert all((p[mask.dense(name)] == 0).all() for name, p in named_weights(llama).items())
+    for name, parameter in named_weights(llama).items():
+        gone = mask.dense(name)
+        assert torch.equal(parameter[gone], trained[name][gone]), "the saved values come back"
+        assert not torch.equal(parameter[~gone], trained[name][~gone]), "the rest has learned"
+    assert not torch.equal(trained["embed.weight"], before["embed.weight"])
+    step()
+    assert not any((p[mask.dense(name)] == 0).all() for name, p in named_weights(llama).items()), "no hook outlives held"
+
+
+def test_masked_weights_are_free_to_learn(llama):
+    batch, mask = random_batch(), a_mask(llama)
+    stepper = torch.optim.SGD(llama.original_model.parameters(), lr=1e-1)
+    with masked(llama, mask):
+        completion_loss(llama, batch).mean().backward()
+        stepper.step()
+        assert any((p[mask.dense(name)] != 0).any() for name, p in named_weights(llama).items())
+
+
+def test_random_like_is_applicable(llama):
+    mask = a_mask(llama, fraction=0.01)
+    with masked(llama, random_like(mask, weights=named_weights(llama))):
+        pass
+    assert mask.n_removed == sum(mask.counts.values())
