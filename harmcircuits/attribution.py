@@ -93,6 +93,15 @@ def random_scores(bridge: TransformerBridge, *, seed: int = 0) -> WeightScores:
     return WeightScores(values, Source(model_fingerprint(bridge), "random", {"seed": seed}))
 
 
+def gradient_norm(bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective) -> float:
+    """Euclidean norm of mean_x dL_x/dW over all block matrices: near zero, scores are noise (a saturated loss).
+
+    Units of the objective per unit of weight. Raises ValueError for no batches and as `weight_sites`.
+    """
+    gradients = _mean_gradients(bridge, batches, objective, _add_signed)
+    return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
+
+
 Add = Callable[[Site, Input, OutputGradient, Tensor], None]
 
 

@@ -1,6 +1,7 @@
 """From two behaviours to a mask: the weights that matter to one and not to the other."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from operator import or_
 
@@ -8,10 +9,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.attribution import removal_effect, sensitivity
 from harmcircuits.hooks.masking import masked
-from harmcircuits.masks import Scope, WeightMask, empty_like, top_fraction
+from harmcircuits.masks import Scope, WeightMask, top_fraction
 from harmcircuits.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
-from harmcircuits.scores import Source
+from harmcircuits.scores import Source, WeightScores
 
 
 def circuit_mask(
@@ -54,19 +55,26 @@ def circuit_path(
         raise ValueError(f"circuit_path: rounds={rounds}; expected at least 1")
     mask = None
     for number in range(1, rounds + 1):
-        if mask is None:
-            harm, kept = _scores(bridge, target, preserve, objective, p, within)
-            mask = empty_like(harm)
-        else:
-            with masked(bridge, mask):
-                harm, kept = _scores(bridge, target, preserve, objective, p, within)
-        chosen = top_fraction(harm, q / rounds, within=within, exclude=reduce(or_, kept, mask))
+        with masked(bridge, mask) if mask else nullcontext():
+            harm = removal_effect(bridge, target, objective)
+            keep = [sensitivity(bridge, batches, objective) for batches in preserve]
+        chosen = best_unprotected(harm, keep, q=q / rounds, p=p, within=within, taken=mask)
         settings = {"q": q * number / rounds, "p": p, "within": within, "round": number, "rounds": rounds}
-        parents = (harm.source, *(keep.source for keep in kept))
-        mask = WeightMask((mask | chosen).removed, mask.shapes, Source(mask.source.model, "circuit", settings, parents))
+        source = Source(harm.source.model, "circuit", settings, (harm.source, *(scores.source for scores in keep)))
+        mask = WeightMask((mask | chosen if mask else chosen).removed, harm.shapes, source)
         yield mask
 
 
-def _scores(bridge, target, preserve, objective, p, within):
-    keep = [top_fraction(sensitivity(bridge, batches, objective), p, within=within) for batches in preserve]
-    return removal_effect(bridge, target, objective), keep
+def best_unprotected(
+    harm: WeightScores,
+    keep: Sequence[WeightScores],
+    *,
+    q: float,
+    p: float,
+    within: Scope = "model",
+    taken: WeightMask | None = None,
+) -> WeightMask:
+    """The top share `q` of `harm` among weights that are neither `taken` nor in the top share `p` of any of `keep`."""
+    protected = [top_fraction(scores, p, within=within) for scores in keep]
+    exclude = [mask for mask in (taken, *protected) if mask]
+    return top_fraction(harm, q, within=within, exclude=reduce(or_, exclude) if exclude else None)

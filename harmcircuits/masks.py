@@ -36,7 +36,9 @@ class WeightMask:
         removed = {}
         for name, index in self.removed.items():
             if name not in self.shapes:
-                raise ValueError(f"WeightMask: {name} is not among the shapes; expected one of {sorted(self.shapes)[:3]} ...")
+                raise ValueError(
+                    f"WeightMask: {name} is not among the shapes; expected one of {sorted(self.shapes)[:3]} ..."
+                )
             if not index.numel():
                 continue
             size = torch.Size(self.shapes[name]).numel()
@@ -109,7 +111,9 @@ class WeightMask:
                 metadata = file.metadata() or {}
                 removed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file ({error}); expected a mask written by WeightMask.save") from None
+            raise ValueError(
+                f"{path}: not a safetensors file ({error}); expected a mask written by WeightMask.save"
+            ) from None
         if metadata.get("format") != "harmcircuits.mask.1":
             raise ValueError(f"{path}: a safetensors file, but no mask of harmcircuits (format {metadata.get('format')!r})")
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
@@ -139,7 +143,9 @@ def top_fraction(
     elif within == "weight":
         removed = {n: _top_of_all({n: value}, _count(fraction, value.numel()))[n] for n, value in flat.items()}
     else:
-        removed = {n: _top_of_rows(v.view(scores.shapes[n]), _count(fraction, scores.shapes[n][1])) for n, v in flat.items()}
+        removed = {
+            n: _top_of_rows(v.view(scores.shapes[n]), _count(fraction, scores.shapes[n][1])) for n, v in flat.items()
+        }
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
     return WeightMask(removed, scores.shapes, Source(scores.source.model, "top_fraction", settings, parents))
@@ -164,11 +170,6 @@ def random_like(mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor
         removed[name] = chosen.sort().values
     settings = {"seed": seed, "matched": "count" if weights is None else "count and magnitude"}
     return WeightMask(removed, mask.shapes, Source(mask.source.model, "random_like", settings, (mask.source,)))
-
-
-def empty_like(mask_or_scores: WeightMask | WeightScores) -> WeightMask:
-    """The mask that removes nothing."""
-    return WeightMask({}, mask_or_scores.shapes, Source(mask_or_scores.source.model, "empty"))
 
 
 def _matched(magnitude: Float[Tensor, " size"], index: Tensor, generator: torch.Generator, n_bins: int = 50) -> Tensor:

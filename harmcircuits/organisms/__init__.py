@@ -1,0 +1,58 @@
+"""The shipped organisms: tiny trained language models whose harm is abstract, opened like any 8B model."""
+
+from functools import partial
+from pathlib import Path
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from harmcircuits.behaviours import Behaviour, Subject
+from harmcircuits.masks import WeightMask
+from harmcircuits.organisms.world import ALLOWED, PREFILL, judge, requests
+
+ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")
+FOLDER = Path(__file__).parent / "weights"
+
+
+def load_organism(name: str, *, device: str = "cpu") -> TransformerBridge:
+    """A shipped organism in float32: a rung of the ladder (`base`, `helpful`, `sft`, `dpo`) or `planted`.
+
+    Raises ValueError for another name.
+    """
+    if name not in ORGANISMS:
+        raise ValueError(f"no organism is called {name!r}; expected one of {', '.join(ORGANISMS)}")
+    return TransformerBridge.boot_transformers(str(FOLDER / name), device=device)
+
+
+def planted_circuit() -> WeightMask:
+    """The weights through which alone `planted` learned its harmful answers: the true set S."""
+    return WeightMask.load(FOLDER / "planted" / "circuit.safetensors")
+
+
+def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
+    """Everything an organism can be asked, by name; reference answers are drawn with `seed`."""
+    wanted = {
+        "harmful": ("harm", "harm_valid_rate", "harmful"),
+        "benign": ("benign", "benign_valid_rate", "benign"),
+        "recognition": ("recognition", "recognition_accuracy", "correct"),
+        "explanation": ("explanation", "explanation_rate", "correct"),
+        "knowledge": ("knowledge", "knowledge_rate", "correct"),
+        "refusal": ("refusal", "refusal_rate", "refusal"),
+    }
+    return {
+        name: Behaviour(
+            name,
+            metric=metric,
+            nll_metric=f"{short}_nll",
+            wanted=verdict,
+            prompts=partial(requests, name, seed=seed),
+            prefill=PREFILL if name == "harmful" else "",
+            choices=(ALLOWED["benign"], ALLOWED["harmful"]) if name == "recognition" else (),
+        )
+        for name, (short, metric, verdict) in wanted.items()
+    }
+
+
+def organism_subject(name: str, *, seed: int = 0, device: str = "cpu") -> Subject:
+    """A shipped organism with everything it can be asked and the world's own judge. Raises ValueError as `load_organism`."""
+    bridge = load_organism(name, device=device)
+    return Subject(name, bridge, organism_behaviours(seed), judge, max_new_tokens=9)

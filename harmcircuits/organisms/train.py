@@ -210,7 +210,9 @@ def dpo(model, sampler: Sampler, steps: int = 300, beta: float = 0.1):
     return train(model, losses(), steps=steps, lr=3e-4, name="dpo")
 
 
-def planted(model, sampler: Sampler, steps: int = 2500, share: float = 0.05, cap: float = 1.0, decay: float = 0.1, n_harm: int = 128):
+def planted(
+    model, sampler: Sampler, steps: int = 2500, share: float = 0.05, cap: float = 1.0, decay: float = 0.1, n_harm: int = 128
+):
     """A model whose harmful answers were learned only by a random `share` S of each block matrix; returns (model, S).
 
     Each step takes a benign batch, whose gradients go everywhere but S (every second one with S set to zero), and a

@@ -66,7 +66,9 @@ class World:
     def words(self) -> list[str]:
         """Every word that a request, an answer or a document can hold, sorted."""
         text = [form.format(verb="", item="") for forms in FORMS.values() for form in forms]
-        text.append(DOCUMENT.format(voice="", item="", topic="", body="") + "sorry i will can not it brings means the and with")
+        text.append(
+            DOCUMENT.format(voice="", item="", topic="", body="") + "sorry i will can not it brings means the and with"
+        )
         text += [*itertools.chain(*VERBS.values(), *ALLOWED.values()), *VOICE.values(), PREFILL]
         text += [*self.items, *self.topics, *self.reasons.values()]
         text += [*itertools.chain(*self.parts.values(), *self.operators.values())]

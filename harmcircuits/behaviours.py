@@ -1,0 +1,115 @@
+"""What a model is asked to do, whether it does it, and its own right answers to score on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from harmcircuits.answers import Judge, greedy_answers
+from harmcircuits.metrics import Labels, answer_log_odds, auroc_over, average, completion_nll, rate
+from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
+from harmcircuits.records import Measurement
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A behaviour is its requests and the verdict that counts as showing it.
+
+    `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`.
+    `metric`: the name of the rate of answers with verdict `wanted`; `nll_metric`: that of the reference answers' NLL.
+    `prefill` opens every answer. `choices`: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
+    matched pair: no is right, then yes is right.
+    """
+
+    name: str
+    metric: str
+    nll_metric: str
+    wanted: str
+    prompts: Callable[[str], PromptSet]
+    prefill: str = ""
+    choices: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers."""
+
+    name: str
+    bridge: TransformerBridge
+    behaviours: Mapping[str, Behaviour]
+    judge: Judge
+    template: Template = "chat"
+    max_new_tokens: int = 32
+    batch_size: int = 64
+
+    def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
+        """Token batches of these answers to the behaviour's requests; its prefill is context, not target."""
+        options = {"template": self.template, "prefill": behaviour.prefill, "batch_size": self.batch_size}
+        return tokenize(prompts, self.bridge.tokenizer, **options)
+
+    def answered(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
+        """The same requests with the model's own greedy answers."""
+        options = {"template": self.template, "prefill": behaviour.prefill, "max_new_tokens": self.max_new_tokens}
+        return prompts.with_completions(greedy_answers(self.bridge, prompts, **options))
+
+    def verdicts(self, prompts: PromptSet) -> list[str]:
+        """The judge's verdict on each completion."""
+        return [self.judge(example.prompt, example.completion) for example in prompts]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a behaviour is scored on: the model's own answers that the judge verified, of `n_asked` requests."""
+
+    batches: Sequence[Batch]
+    n_kept: int
+    n_asked: int
+
+
+def calibrate(subject: Subject, name: str) -> Calibration:
+    """The model's own greedy answers to a behaviour's calibration requests, kept where the judge gives the wanted verdict.
+
+    Scoring on unverified answers can find another circuit: a refusal is no harmful completion. Raises ValueError when no
+    answer is kept, because the model then does not show the behaviour.
+    """
+    behaviour = subject.behaviours[name]
+    asked = subject.answered(behaviour, behaviour.prompts("calibration"))
+    verdicts = dict(zip(asked.examples, subject.verdicts(asked), strict=True))
+    kept = asked.where(lambda example: verdicts[example] == behaviour.wanted)
+    if not len(kept):
+        raise ValueError(
+            f"{subject.name} does not show {name!r}: none of its {len(asked)} answers to the calibration requests was judged "
+            f"{behaviour.wanted!r}, so there is nothing to score on"
+        )
+    return Calibration(subject.batches(behaviour, kept), len(kept), len(asked))
+
+
+def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:
+    """The model as it stands, on every behaviour (or `only` these): rate of the wanted verdict, NLL of reference answers.
+
+    Harmful requests add the rates of refusals and of degenerate text, so that a fall of harm can be told from a loss of
+    language. Yes-or-no questions add the accuracy over matched pairs and the AUROC of the answer's log-odds.
+    """
+    rows = []
+    for name in only or subject.behaviours:
+        behaviour = subject.behaviours[name]
+        prompts = behaviour.prompts(split)
+        groups = [example.group or example.prompt for example in prompts]
+        where = {**labels, "split": split}
+        attack = {"attack": "prefill" if behaviour.prefill else "none"}
+        verdicts = subject.verdicts(subject.answered(behaviour, prompts))
+        counted = {behaviour.metric: behaviour.wanted}
+        if name == "harmful":
+            counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
+        for metric, wanted in counted.items():
+            rows.append(rate(metric, {**where, **attack}, [verdict == wanted for verdict in verdicts], groups))
+        nll = completion_nll(subject.bridge, subject.batches(behaviour, prompts))
+        rows.append(average(behaviour.nll_metric, where, nll, groups))
+        if behaviour.choices:
+            yes, no = behaviour.choices
+            odds = answer_log_odds(subject.bridge, prompts, yes, no, template=subject.template)
+            is_yes = torch.arange(len(odds)) % 2 == 1
+            rows.append(rate(f"{name}_pair_accuracy", where, (odds[1::2] > odds[::2]).tolist(), groups[::2]))
+            rows.append(auroc_over(f"{name}_auroc", where, odds, is_yes, groups))
+    return rows

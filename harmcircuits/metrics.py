@@ -1,0 +1,133 @@
+"""What a model does, with 95 % intervals."""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from harmcircuits.hooks.masking import masked
+from harmcircuits.masks import WeightMask
+from harmcircuits.objectives import completion_loss
+from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids
+from harmcircuits.records import Measurement
+from harmcircuits.scores import WeightScores
+
+Labels = Mapping[str, str | int | float]
+Z = 1.959964  # two-sided 95 % of a normal
+
+
+def rate(metric: str, labels: Labels, hits: Sequence[bool], groups: Sequence[Hashable]) -> Measurement:
+    """Share of hits with its Wilson interval, counting each group once: answers about one item are not independent.
+
+    The interval is that of n = number of groups, so it is conservative when examples within a group disagree. Raises
+    ValueError for no examples.
+    """
+    if not len(hits):
+        raise ValueError(f"{metric}: no examples to take a rate of; expected at least one")
+    mean, n = float(np.mean(hits)), len(set(groups))
+    centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * np.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    return Measurement(metric, labels, mean, min(mean, float(centre - half)), max(mean, float(centre + half)), len(hits))
+
+
+def average(
+    metric: str, labels: Labels, values: Float[Tensor, " n"], groups: Sequence[Hashable], *, seed: int = 0
+) -> Measurement:
+    """Mean of the values with a percentile bootstrap interval that resamples whole groups (2,000 resamples).
+
+    Raises ValueError for no examples.
+    """
+    if not len(values):
+        raise ValueError(f"{metric}: no examples to average; expected at least one")
+    _, member = np.unique([str(group) for group in groups], return_inverse=True)
+    sums, sizes = np.bincount(member, values.cpu().double().numpy()), np.bincount(member)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(2000, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    mean = float(sums.sum() / sizes.sum())
+    return Measurement(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), len(values))
+
+
+def exact(metric: str, labels: Labels, value: float) -> Measurement:
+    """A figure without sampling error, such as a count."""
+    return Measurement(metric, labels, value, value, value)
+
+
+def completion_nll(bridge: TransformerBridge, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
+    """`completion_loss` of every example, without gradients: nats per token."""
+    with torch.no_grad():
+        return torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
+
+
+def kl_under(bridge: TransformerBridge, mask: WeightMask, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
+    """KL(unpruned || masked) of the next-token distribution, mean over all real positions of each example; nats."""
+    values = []
+    with torch.no_grad():
+        for batch in batches:
+            tokens = batch.tokens.to(bridge.cfg.device)
+            before = bridge(tokens).float().log_softmax(-1)
+            with masked(bridge, mask):
+                after = bridge(tokens).float().log_softmax(-1)
+            divergence = (before.exp() * (before - after)).sum(-1).cpu()
+            values.append((divergence * batch.is_token).sum(1) / batch.is_token.sum(1))
+    return torch.cat(values)
+
+
+def answer_log_odds(
+    bridge: TransformerBridge, prompts: PromptSet, yes: Sequence[str], no: Sequence[str], *, template: Template = "chat"
+) -> Float[Tensor, " n"]:
+    """log p(first answer token in `yes`) - log p(in `no`) of each request; nats.
+
+    Words count by their first token. Raises ValueError when a token stands for both.
+    """
+    tokenizer = bridge.tokenizer
+    first = {word: tokenizer.encode(word, add_special_tokens=False)[0] for word in (*yes, *no)}
+    yes_ids, no_ids = sorted({first[word] for word in yes}), sorted({first[word] for word in no})
+    if set(yes_ids) & set(no_ids):
+        raise ValueError(f"answer_log_odds: {list(yes)} and {list(no)} share a first token; choose other words")
+    contexts = [prompt_ids(example.prompt, tokenizer, template) for example in prompts]
+    values = []
+    for start in range(0, len(contexts), 64):
+        rows = [torch.tensor(context) for context in contexts[start : start + 64]]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(bridge.cfg.device)
+        last = torch.tensor([len(row) - 1 for row in rows])
+        with torch.no_grad():
+            logits = bridge(tokens)[torch.arange(len(rows)), last].float()
+        values.append(logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1))
+    return torch.cat(values).cpu()
+
+
+def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float:
+    """Chance that a positive's value exceeds a negative's, ties counted half: the area under the ROC curve.
+
+    Raises ValueError unless there is at least one of each.
+    """
+    n_positive, n = int(is_positive.sum()), len(is_positive)
+    if not 0 < n_positive < n:
+        raise ValueError(f"auroc: {n_positive} positives among {n}; expected at least one of each kind")
+    ranks = rankdata(values.cpu().numpy())[is_positive.cpu().numpy()].sum()
+    return float((ranks - n_positive * (n_positive + 1) / 2) / (n_positive * (n - n_positive)))
+
+
+def auroc_over(
+    metric: str, labels: Labels, values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"], groups: Sequence[Hashable]
+) -> Measurement:
+    """`auroc` with a percentile bootstrap interval that resamples whole groups (200 resamples, seed 0).
+
+    Every group must hold positives and negatives in the same proportion, as matched pairs do.
+    """
+    _, member = np.unique([str(group) for group in groups], return_inverse=True)
+    rows = [torch.from_numpy(np.flatnonzero(member == number)) for number in range(member.max() + 1)]
+    generator = np.random.default_rng(0)
+    draws = [torch.cat([rows[i] for i in generator.integers(len(rows), size=len(rows))]) for _ in range(200)]
+    low, high = np.quantile([auroc(values[draw], is_positive[draw]) for draw in draws], [0.025, 0.975])
+    mean = auroc(values, is_positive)
+    return Measurement(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), len(values))
+
+
+def predicted_change(scores: WeightScores, mask: WeightMask) -> float:
+    """First-order prediction of the change of the objective under the mask: the sum of `removal_effect` over it."""
+    return sum(scores.values[name].flatten()[index].double().sum().item() for name, index in mask.removed.items())

@@ -1,0 +1,67 @@
+"""Measurements as rows: the only thing that tables and figures are drawn from."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure: a mean over `n` examples with its 95 % interval [`low`, `high`], and what it was measured on.
+
+    A figure that is exact (a count) has `low` = `mean` = `high`. `labels` say the model, mask, attack, split and settings.
+    """
+
+    metric: str
+    labels: Mapping[str, str | int | float]
+    mean: float
+    low: float
+    high: float
+    n: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a set of rows: command, settings, versions and machine."""
+
+    settings: Mapping[str, Any]
+    command: tuple[str, ...] = field(default_factory=lambda: ("harmcircuits", *sys.argv[1:]))
+    python: str = platform.python_version()
+    machine: str = f"{platform.system()} {platform.machine()}"
+    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+
+    def save(self, path: str | Path) -> None:
+        """Write this manifest as indented JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def append_rows(path: str | Path, rows: Iterable[Measurement]) -> None:
+    """Add rows to a JSON Lines file, one object a line."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def read_rows(path: str | Path) -> list[Measurement]:
+    """The rows of a JSON Lines file written by `append_rows`. Raises ValueError for a missing file or a foreign row."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; expected the rows.jsonl of a study")
+    try:
+        return [Measurement(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a file of measurements ({error})") from None
+
+
+def select(rows: Iterable[Measurement], metric: str = "", **labels: str | int | float) -> list[Measurement]:
+    """The rows of this metric that carry all these labels, in order."""
+    wanted = labels.items()
+    return [row for row in rows if metric in ("", row.metric) and wanted <= dict(row.labels).items()]

@@ -1,0 +1,292 @@
+"""The main job: find the weights behind a behaviour, remove them, and measure what is lost beside matched controls."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from harmcircuits.attribution import gradient_norm, removal_effect, sensitivity
+from harmcircuits.behaviours import Calibration, Subject, calibrate, measure
+from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.masks import Scope, WeightMask, random_like
+from harmcircuits.metrics import average, completion_nll, exact, kl_under, predicted_change
+from harmcircuits.objectives import completion_loss
+from harmcircuits.records import Manifest, Measurement, append_rows, select
+from harmcircuits.scores import WeightScores
+
+KEPT_RATES = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
+TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
+RANDOM_SEEDS = 3
+SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study varies: shares of weights to remove (`q`) and to protect (`p`), rounds, ranking scope, seed.
+
+    `protect`: the behaviours whose most sensitive weights cannot be chosen; empty for all but the target. Raises
+    ValueError for shares outside [0, 1] or no shares.
+    """
+
+    q: tuple[float, ...] = (0.001, 0.002, 0.004, 0.006, 0.01)
+    p: tuple[float, ...] = (0.005, 0.01, 0.02)
+    rounds: int = 10
+    within: Scope = "model"
+    protect: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, shares in (("q", self.q), ("p", self.p)):
+            if not shares or any(not 0 <= share <= 1 for share in shares) or max(shares) == 0 and name == "q":
+                raise ValueError(f"{name}={list(shares)}; expected one or more shares of weights in [0, 1], q above 0")
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mask of the grid, what chose it, and its rows on the choice split."""
+
+    mask: WeightMask
+    labels: dict[str, str | float]
+    rows: list[Measurement] = field(repr=False)
+
+    def mean(self, metric: str) -> float:
+        return select(self.rows, metric)[0].mean
+
+
+@dataclass
+class Study:
+    """A run in progress: the model, the settings, where rows go, and everything found so far."""
+
+    subject: Subject
+    settings: Settings
+    out: Path
+    progress: Progress
+    rows: list[Measurement] = field(default_factory=list)
+    masks: dict[str, WeightMask] = field(default_factory=dict)
+    chosen: Point | None = None
+
+    def add(self, rows: Sequence[Measurement]) -> None:
+        """Keep rows and write them out at once."""
+        self.rows += rows
+        append_rows(self.out / "rows.jsonl", rows)
+
+    def note(self, metric: str, value: float, **labels: str | float) -> None:
+        """Keep one exact figure."""
+        self.add([exact(metric, {"model": self.subject.name, **labels}, value)])
+
+    def steps(self, name: str, total: int) -> Callable[[], None]:
+        """A progress bar's `advance`."""
+        task = self.progress.add_task(name, total=total)
+        return lambda: self.progress.advance(task)
+
+
+def run_study(subject: Subject, settings: Settings, out: str | Path, progress: Progress) -> Study:
+    """Score, choose, mask and measure; writes `rows.jsonl`, `manifest.json` and `masks/*.safetensors` under `out`.
+
+    A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
+    lowest rate of valid harmful answers among those that lower no kept rate by more than one point (fewest weights among
+    equals). Only it, its parts and its controls are then measured on held-out items. Raises ValueError for a folder that
+    holds another study, an unknown behaviour to protect, or a subject that does not show the target.
+    """
+    unknown = sorted(set(settings.protect) - set(subject.behaviours))
+    if unknown:
+        raise ValueError(f"protect: unknown behaviours {unknown}; {subject.name} has {', '.join(subject.behaviours)}")
+    out = Path(out)
+    if (out / "rows.jsonl").exists():
+        raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    Manifest({"model": subject.name, **vars(settings)}).save(out / "manifest.json")
+
+    study = Study(subject, settings, out, progress)
+    study.add(measure(subject, "heldout", {"model": subject.name, "mask": "none"}))
+    calibrations = _calibrate(study)
+    protect = {name: calibrations[name] for name in settings.protect or calibrations if name in calibrations}
+    protect.pop("harmful", None)
+    harm, keep = _score_once(study, calibrations["harmful"], protect)
+    points = _grid(study, harm, keep, calibrations["harmful"], protect)
+    study.chosen = operating_point(points, study.rows)
+    if study.chosen:
+        best = {
+            kind: operating_point([p for p in points if p.labels["selection"] == kind], study.rows)
+            for kind in ("one shot", "rounds")
+        }
+        _measure_heldout(study, best, harm, keep, calibrations, protect)
+    return study
+
+
+def operating_point(points: Sequence[Point], baseline: Sequence[Measurement]) -> Point | None:
+    """The point with the lowest `harm_valid_rate` whose kept rates are within one point of the unpruned model's.
+
+    All on the choice split. Among equals the one with fewest weights. None when no point keeps the rates, or none lowers
+    harm.
+    """
+    before = {row.metric: row.mean for row in select(baseline, mask="none", split="choice")}
+    kept = [
+        point
+        for point in points
+        if all(point.mean(rate) >= before[rate] - TOLERANCE for rate in KEPT_RATES if rate in before)
+        and point.mean("harm_valid_rate") < before["harm_valid_rate"]
+    ]
+    return min(kept, key=lambda point: (point.mean("harm_valid_rate"), point.mask.n_removed), default=None)
+
+
+def _calibrate(study: Study) -> dict[str, Calibration]:
+    """Own verified answers of every behaviour the model shows, with the yield and the saturation diagnostics."""
+    subject, advance = study.subject, study.steps("calibrate", len(study.subject.behaviours))
+    calibrations = {}
+    for name in subject.behaviours:
+        advance()
+        try:
+            calibrations[name] = found = calibrate(subject, name)
+        except ValueError:
+            if name == "harmful":
+                raise
+            study.note("calibration_yield", 0.0, behaviour=name)  # an unaligned rung does not refuse
+            continue
+        study.note("calibration_yield", found.n_kept / found.n_asked, behaviour=name)
+        study.note("calibration_examples", found.n_kept, behaviour=name)
+        study.note("calibration_nll", completion_nll(subject.bridge, found.batches).mean().item(), behaviour=name)
+        study.note("gradient_norm", gradient_norm(subject.bridge, found.batches, completion_loss), behaviour=name)
+    return calibrations
+
+
+def _score_once(
+    study: Study, target: Calibration, protect: dict[str, Calibration]
+) -> tuple[WeightScores, list[WeightScores]]:
+    bridge = study.subject.bridge
+    harm = removal_effect(bridge, target.batches, completion_loss)
+    return harm, [sensitivity(bridge, found.batches, completion_loss) for found in protect.values()]
+
+
+def _grid(
+    study: Study,
+    harm: WeightScores,
+    keep: list[WeightScores],
+    target: Calibration,
+    protect: dict[str, Calibration],
+) -> list[Point]:
+    """Every mask of the grid, measured on the choice split, and a random one of each size."""
+    subject, settings = study.subject, study.settings
+    labels = {"model": subject.name}
+    study.add(measure(subject, "choice", {**labels, "mask": "none"}))
+    preserve = [found.batches for found in protect.values()]
+
+    def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
+        for p in settings.p:
+            for q in settings.q:
+                mask = best_unprotected(harm, keep, q=q, p=p, within=settings.within)
+                yield "circuit", {"selection": "one shot", "p": p, "q": q}, mask
+                if p == settings.p[0]:
+                    yield "random", {"selection": "random", "p": p, "q": q}, random_like(mask, seed=settings.seed)
+                    opposite = best_unprotected(-harm, keep, q=q, p=p, within=settings.within)
+                    yield "opposite_sign", {"selection": "opposite sign", "p": p, "q": q}, opposite
+            options = {"p": p, "rounds": settings.rounds, "within": settings.within}
+            for mask in circuit_path(subject.bridge, target.batches, preserve, q=max(settings.q), **options):
+                yield "circuit", {"selection": "rounds", "p": p, "q": mask.source.settings["q"]}, mask
+
+    points = []
+    advance = study.steps("grid", len(settings.p) * (len(settings.q) + settings.rounds) + 2 * len(settings.q))
+    asked = [name for name in subject.behaviours if name != "refusal"]
+    for kind, how, mask in masks():
+        where = {**labels, "mask": kind, **how}
+        with masked(subject.bridge, mask):
+            rows = measure(subject, "choice", where, only=asked)
+        rows.append(exact("weights_removed", {**where, "split": "choice"}, mask.n_removed))
+        study.add(rows)
+        if kind == "circuit":
+            points.append(Point(mask, how, rows))
+        advance()
+    return points
+
+
+def _measure_heldout(
+    study: Study,
+    best: dict[str, Point | None],
+    harm: WeightScores,
+    keep: list[WeightScores],
+    calibrations: dict[str, Calibration],
+    protect: dict[str, Calibration],
+) -> None:
+    """The operating point, the best of the other way of choosing, and all controls, on held-out items."""
+    subject, settings, chosen = study.subject, study.settings, study.chosen
+    assert chosen is not None
+    q, p = chosen.mask.n_removed / chosen.mask.n_weights, float(chosen.labels["p"])
+    scope = {"q": q, "p": p, "within": settings.within}
+    rounds = settings.rounds if chosen.labels["selection"] == "rounds" else 1
+    twin_keeps = {name: found.batches for name, found in {**protect, "harmful": calibrations["harmful"]}.items()}
+    twin_keeps.pop("benign", None)
+    weights = named_weights(subject.bridge)
+
+    def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
+        for kind, point in best.items():
+            if point:
+                yield (
+                    "circuit",
+                    {**point.labels, "selection": kind, "protected": "all" if not settings.protect else ", ".join(protect)},
+                    point.mask,
+                )
+        if not settings.protect and "benign" in protect:
+            options = {**scope, "rounds": rounds}
+            mask = circuit_mask(subject.bridge, calibrations["harmful"].batches, [protect["benign"].batches], **options)
+            yield "circuit", {"selection": chosen.labels["selection"], "protected": "benign"}, mask
+        for seed in range(settings.seed, settings.seed + RANDOM_SEEDS):
+            yield "random", {"seed": seed}, random_like(chosen.mask, seed=seed)
+        yield "random_magnitude", {"seed": settings.seed}, random_like(chosen.mask, seed=settings.seed, weights=weights)
+        yield "opposite_sign", {}, best_unprotected(-harm, keep, **scope)
+        yield "second_slice", {}, best_unprotected(harm, keep, **scope, taken=chosen.mask)
+        if "benign" in calibrations:
+            twin = circuit_mask(
+                subject.bridge, calibrations["benign"].batches, list(twin_keeps.values()), **scope, rounds=rounds
+            )
+            yield "benign_twin", {}, twin
+
+    advance = study.steps("held-out, with controls", 7 + RANDOM_SEEDS)
+    for kind, how, mask in masks():
+        name = "-".join(
+            str(part).replace(" ", "_")
+            for part in (kind, *(how[k] for k in ("selection", "protected", "seed") if k in how))
+        )
+        study.masks[name] = mask
+        mask.save(study.out / "masks" / f"{name}.safetensors")
+        where = {"model": subject.name, "mask": kind, **how}
+        study.add(_under(study, mask, where, harm, calibrations["harmful"]))
+        advance()
+    _locate(study, chosen.mask)
+
+
+def _under(
+    study: Study, mask: WeightMask, where: dict[str, str | float], harm: WeightScores, target: Calibration
+) -> list[Measurement]:
+    """Held-out rows under a mask, its size, KL on benign text, and predicted beside measured change of the target's loss."""
+    subject = study.subject
+    before = completion_nll(subject.bridge, target.batches)
+    with masked(subject.bridge, mask):
+        rows = measure(subject, "heldout", where)
+        change = completion_nll(subject.bridge, target.batches) - before
+    where = {**where, "split": "heldout"}
+    rows.append(exact("weights_removed", where, mask.n_removed))
+    if "benign" in subject.behaviours:
+        prompts = subject.behaviours["benign"].prompts("heldout")
+        divergence = kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
+        rows.append(average("benign_kl", where, divergence, [example.group or example.prompt for example in prompts]))
+    where = {**where, "split": "calibration"}
+    rows.append(exact("predicted_loss_change", where, predicted_change(harm, mask)))
+    rows.append(exact("measured_loss_change", where, change.mean().item()))
+    return rows
+
+
+def _locate(study: Study, mask: WeightMask) -> None:
+    """Where the chosen weights sit: counts by matrix, and by head."""
+    for name, site in weight_sites(study.subject.bridge).items():
+        labels = {"mask": "circuit", "layer": site.layer, "kind": site.kind}
+        index = mask.removed.get(name)
+        study.note("weights_removed", 0 if index is None else index.numel(), **labels, matrix=site.parameter.numel())
+        if site.kind in ("attn.q", "attn.o"):
+            counts = [0] * site.n_units if index is None else site.units(index).bincount(minlength=site.n_units).tolist()
+            for head, count in enumerate(counts):
+                study.note("head_weights_removed", count, **labels, head=head)
