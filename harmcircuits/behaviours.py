@@ -7,6 +7,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.answers import Judge, greedy_answers
+from harmcircuits.masks import WeightMask
 from harmcircuits.metrics import Labels, answer_log_odds, auroc_over, average, completion_nll, rate
 from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
 from harmcircuits.records import Measurement
@@ -33,7 +34,11 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers."""
+    """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers.
+
+    `truth`: the true circuit of its harmful answers, where it is known. `is_invented`: its texts are invented words, so
+    reports may show them.
+    """
 
     name: str
     bridge: TransformerBridge
@@ -42,6 +47,8 @@ class Subject:
     template: Template = "chat"
     max_new_tokens: int = 32
     batch_size: int = 64
+    truth: WeightMask | None = None
+    is_invented: bool = False
 
     def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
         """Token batches of these answers to the behaviour's requests; its prefill is context, not target."""

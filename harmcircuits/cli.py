@@ -46,7 +46,7 @@ def _study(console: Console, out: Path, organism: str, device: str, *, q, p, rou
     from transformers.utils import logging
 
     from harmcircuits.organisms import organism_subject
-    from harmcircuits.report import result_table, verdict, write_report
+    from harmcircuits.report import result_tables, verdict, write_report
     from harmcircuits.study import Settings, run_study
 
     logging.disable_progress_bar()
@@ -55,7 +55,7 @@ def _study(console: Console, out: Path, organism: str, device: str, *, q, p, rou
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         result = run_study(subject, settings, out, progress)
-    console.print(result_table(result.rows))
+    console.print(*result_tables(result.rows), sep="\n")
     console.print(verdict(result.rows), highlight=False, soft_wrap=True)
     write_report(result, out / "report.html")
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -49,12 +49,17 @@ class WeightMask:
         object.__setattr__(self, "removed", MappingProxyType(removed))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
+    def __repr__(self) -> str:
+        return f"WeightMask({self.source.method}, {self.n_removed:,} of {self.n_weights:,} weights)"
+
     @property
     def n_removed(self) -> int:
+        """How many weights are removed."""
         return sum(index.numel() for index in self.removed.values())
 
     @property
     def n_weights(self) -> int:
+        """How many weights the choice was made among."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     @property

@@ -56,8 +56,12 @@ class WeightScores:
                 raise ValueError(f"WeightScores: {name} holds a score that is not finite; look at the loss and the dtype")
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
 
+    def __repr__(self) -> str:
+        return f"WeightScores({self.source.method}, {sum(v.numel() for v in self.values.values()):,} weights)"
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every scored weight as stored."""
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
     def __neg__(self) -> "WeightScores":

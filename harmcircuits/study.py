@@ -1,20 +1,30 @@
 """The main job: find the weights behind a behaviour, remove them, and measure what is lost beside matched controls."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 from rich.progress import Progress
 
-from harmcircuits.attribution import gradient_norm, removal_effect, sensitivity
+from harmcircuits.attribution import (
+    activation_norm,
+    gradient_norm,
+    magnitude_scores,
+    random_scores,
+    removal_effect,
+    sensitivity,
+)
 from harmcircuits.behaviours import Calibration, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.masks import Scope, WeightMask, random_like
+from harmcircuits.masks import Scope, WeightMask, random_like, top_fraction
 from harmcircuits.metrics import average, completion_nll, exact, kl_under, predicted_change
 from harmcircuits.objectives import completion_loss
 from harmcircuits.records import Manifest, Measurement, append_rows, select
+from harmcircuits.recovery import recovery
 from harmcircuits.scores import WeightScores
 
 KEPT_RATES = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
@@ -40,7 +50,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, shares in (("q", self.q), ("p", self.p)):
-            if not shares or any(not 0 <= share <= 1 for share in shares) or max(shares) == 0 and name == "q":
+            if not shares or any(not 0 <= share <= 1 for share in shares) or (name == "q" and max(shares) == 0):
                 raise ValueError(f"{name}={list(shares)}; expected one or more shares of weights in [0, 1], q above 0")
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}; expected at least 1")
@@ -55,6 +65,7 @@ class Point:
     rows: list[Measurement] = field(repr=False)
 
     def mean(self, metric: str) -> float:
+        """The point's figure for this metric."""
         return select(self.rows, metric)[0].mean
 
 
@@ -110,12 +121,11 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     harm, keep = _score_once(study, calibrations["harmful"], protect)
     points = _grid(study, harm, keep, calibrations["harmful"], protect)
     study.chosen = operating_point(points, study.rows)
+    if subject.truth:
+        _recover(study, subject.truth, harm, keep, calibrations)
     if study.chosen:
-        best = {
-            kind: operating_point([p for p in points if p.labels["selection"] == kind], study.rows)
-            for kind in ("one shot", "rounds")
-        }
-        _measure_heldout(study, best, harm, keep, calibrations, protect)
+        _measure_heldout(study, points, harm, keep, calibrations, protect)
+        _locate(study, study.chosen.mask)
     return study
 
 
@@ -206,63 +216,59 @@ def _grid(
 
 def _measure_heldout(
     study: Study,
-    best: dict[str, Point | None],
+    points: Sequence[Point],
     harm: WeightScores,
     keep: list[WeightScores],
     calibrations: dict[str, Calibration],
     protect: dict[str, Calibration],
 ) -> None:
-    """The operating point, the best of the other way of choosing, and all controls, on held-out items."""
-    subject, settings, chosen = study.subject, study.settings, study.chosen
+    """The operating point, the other way of choosing at the same size, and all controls, on held-out items."""
+    bridge, seed, chosen = study.subject.bridge, study.settings.seed, study.chosen
     assert chosen is not None
-    q, p = chosen.mask.n_removed / chosen.mask.n_weights, float(chosen.labels["p"])
-    scope = {"q": q, "p": p, "within": settings.within}
-    rounds = settings.rounds if chosen.labels["selection"] == "rounds" else 1
-    twin_keeps = {name: found.batches for name, found in {**protect, "harmful": calibrations["harmful"]}.items()}
-    twin_keeps.pop("benign", None)
-    weights = named_weights(subject.bridge)
+    in_rounds = chosen.labels["selection"] == "rounds"
+    q, p, within = chosen.mask.n_removed / chosen.mask.n_weights, float(chosen.labels["p"]), study.settings.within
+    same = {"q": q, "p": p, "within": within}
+    target, again = calibrations["harmful"].batches, {**same, "rounds": study.settings.rounds if in_rounds else 1}
+    kept = {name: found.batches for name, found in protect.items()}
 
     def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
-        for kind, point in best.items():
-            if point:
-                yield (
-                    "circuit",
-                    {**point.labels, "selection": kind, "protected": "all" if not settings.protect else ", ".join(protect)},
-                    point.mask,
-                )
-        if not settings.protect and "benign" in protect:
-            options = {**scope, "rounds": rounds}
-            mask = circuit_mask(subject.bridge, calibrations["harmful"].batches, [protect["benign"].batches], **options)
-            yield "circuit", {"selection": chosen.labels["selection"], "protected": "benign"}, mask
-        for seed in range(settings.seed, settings.seed + RANDOM_SEEDS):
-            yield "random", {"seed": seed}, random_like(chosen.mask, seed=seed)
-        yield "random_magnitude", {"seed": settings.seed}, random_like(chosen.mask, seed=settings.seed, weights=weights)
-        yield "opposite_sign", {}, best_unprotected(-harm, keep, **scope)
-        yield "second_slice", {}, best_unprotected(harm, keep, **scope, taken=chosen.mask)
+        how = {"p": p, "q": q, "protected": ", ".join(kept)}
+        one_shot = best_unprotected(harm, keep, **same)
+        yield "circuit", {"selection": "rounds", **how}, chosen.mask if in_rounds else _in_rounds(points, chosen)
+        yield "circuit", {"selection": "one shot", **how}, one_shot
+        if "benign" in kept and len(kept) > 1:
+            mask = circuit_mask(bridge, target, [kept["benign"]], **again)
+            yield "circuit", {**how, "selection": chosen.labels["selection"], "protected": "benign"}, mask
+        for number in range(seed, seed + RANDOM_SEEDS):
+            yield "random", {"seed": number}, random_like(chosen.mask, seed=number)
+        for number in range(seed, seed + RANDOM_SEEDS):
+            yield "random_magnitude", {"seed": number}, random_like(chosen.mask, seed=number, weights=named_weights(bridge))
+        yield "opposite_sign", {}, best_unprotected(-harm, keep, **same)
+        yield "second_slice", {}, best_unprotected(harm, keep, **same, taken=chosen.mask)
         if "benign" in calibrations:
-            twin = circuit_mask(
-                subject.bridge, calibrations["benign"].batches, list(twin_keeps.values()), **scope, rounds=rounds
-            )
-            yield "benign_twin", {}, twin
+            others = [batches for name, batches in kept.items() if name != "benign"]
+            yield "benign_twin", {}, circuit_mask(bridge, calibrations["benign"].batches, [*others, target], **again)
 
-    advance = study.steps("held-out, with controls", 7 + RANDOM_SEEDS)
+    advance = study.steps("held-out, with controls", 6 + 2 * RANDOM_SEEDS)
     for kind, how, mask in masks():
-        name = "-".join(
-            str(part).replace(" ", "_")
-            for part in (kind, *(how[k] for k in ("selection", "protected", "seed") if k in how))
-        )
+        parts = (kind, how.get("selection"), how.get("seed"), "benign_only" if how.get("protected") == "benign" else None)
+        name = "-".join(str(part).replace(" ", "_") for part in parts if part is not None)
         study.masks[name] = mask
         mask.save(study.out / "masks" / f"{name}.safetensors")
-        where = {"model": subject.name, "mask": kind, **how}
-        study.add(_under(study, mask, where, harm, calibrations["harmful"]))
+        study.add(_under(study, mask, {"model": study.subject.name, "mask": kind, **how}, harm, calibrations["harmful"]))
         advance()
-    _locate(study, chosen.mask)
+
+
+def _in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
+    """The mask chosen in rounds under the same protection whose size is nearest."""
+    same = [point for point in points if point.labels["selection"] == "rounds" and point.labels["p"] == chosen.labels["p"]]
+    return min(same, key=lambda point: abs(point.mask.n_removed - chosen.mask.n_removed)).mask
 
 
 def _under(
     study: Study, mask: WeightMask, where: dict[str, str | float], harm: WeightScores, target: Calibration
 ) -> list[Measurement]:
-    """Held-out rows under a mask, its size, KL on benign text, and predicted beside measured change of the target's loss."""
+    """Held-out rows under a mask, its size, KL on benign text, predicted beside measured change of the target's loss."""
     subject = study.subject
     before = completion_nll(subject.bridge, target.batches)
     with masked(subject.bridge, mask):
@@ -278,6 +284,29 @@ def _under(
     rows.append(exact("predicted_loss_change", where, predicted_change(harm, mask)))
     rows.append(exact("measured_loss_change", where, change.mean().item()))
     return rows
+
+
+def _recover(
+    study: Study,
+    truth: WeightMask,
+    harm: WeightScores,
+    keep: list[WeightScores],
+    calibrations: dict[str, Calibration],
+) -> None:
+    """Every score against the true circuit; the study's own choice ranks the unprotected by `removal_effect`."""
+    bridge, batches = study.subject.bridge, calibrations["harmful"].batches
+    protected = reduce(or_, (top_fraction(scores, study.settings.p[0], within=study.settings.within) for scores in keep))
+    unprotected = {name: value.masked_fill(protected.dense(name), value.min()) for name, value in harm.values.items()}
+    scores = {
+        "removal effect": harm,
+        "removal effect, unprotected": WeightScores(unprotected, harm.source),
+        "sensitivity, after abs": sensitivity(bridge, batches, completion_loss),
+        "sensitivity, before abs": sensitivity(bridge, batches, completion_loss, average="before_abs"),
+        "activation norm": activation_norm(bridge, batches),
+        "magnitude": magnitude_scores(bridge),
+        "random": random_scores(bridge, seed=study.settings.seed),
+    }
+    study.add(recovery(scores, truth, named_weights(bridge), {"model": study.subject.name, "n_true": truth.n_removed}))
 
 
 def _locate(study: Study, mask: WeightMask) -> None:

@@ -13,19 +13,22 @@ ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")
 FOLDER = Path(__file__).parent / "weights"
 
 
-def load_organism(name: str, *, device: str = "cpu") -> TransformerBridge:
-    """A shipped organism in float32: a rung of the ladder (`base`, `helpful`, `sft`, `dpo`) or `planted`.
+def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> TransformerBridge:
+    """An organism in float32: a rung of the ladder (`base`, `helpful`, `sft`, `dpo`) or `planted`.
 
-    Raises ValueError for another name.
+    `folder`: where organisms trained with another seed lie; the shipped ones otherwise. Raises ValueError for another name
+    or a folder without it.
     """
     if name not in ORGANISMS:
         raise ValueError(f"no organism is called {name!r}; expected one of {', '.join(ORGANISMS)}")
-    return TransformerBridge.boot_transformers(str(FOLDER / name), device=device)
+    if not (folder / name / "config.json").is_file():
+        raise ValueError(f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms.train")
+    return TransformerBridge.boot_transformers(str(folder / name), device=device)
 
 
-def planted_circuit() -> WeightMask:
+def planted_circuit(folder: Path = FOLDER) -> WeightMask:
     """The weights through which alone `planted` learned its harmful answers: the true set S."""
-    return WeightMask.load(FOLDER / "planted" / "circuit.safetensors")
+    return WeightMask.load(folder / "planted" / "circuit.safetensors")
 
 
 def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
@@ -52,7 +55,8 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
     }
 
 
-def organism_subject(name: str, *, seed: int = 0, device: str = "cpu") -> Subject:
-    """A shipped organism with everything it can be asked and the world's own judge. Raises ValueError as `load_organism`."""
-    bridge = load_organism(name, device=device)
-    return Subject(name, bridge, organism_behaviours(seed), judge, max_new_tokens=9)
+def organism_subject(name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER) -> Subject:
+    """An organism with everything it can be asked and the world's own judge. Raises ValueError as `load_organism`."""
+    bridge = load_organism(name, device=device, folder=folder)
+    truth = planted_circuit(folder) if name == "planted" else None
+    return Subject(name, bridge, organism_behaviours(seed), judge, max_new_tokens=9, truth=truth, is_invented=True)

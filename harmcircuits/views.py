@@ -1,0 +1,206 @@
+"""Pictures: circuitsvis views of an edited model, and plotly figures drawn from rows.
+
+Importing circuitsvis is enough for its JavaScript; its own renderer is not used, because it probes the network at each
+display, inlines 1.3 MB a figure, and escapes neither `</script>` nor NaN.
+"""
+
+import json
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+from circuitsvis.utils.convert_props import convert_prop_type
+from plotly.subplots import make_subplots
+from transformer_lens.model_bridge import TransformerBridge
+
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import KINDS
+from harmcircuits.masks import WeightMask
+from harmcircuits.objectives import token_losses
+from harmcircuits.prompts import Batch
+from harmcircuits.records import Measurement, select
+
+RED, BLUE, GREY, AMBER, GREEN = "#b3261e", "#1f5fa8", "#8a8f98", "#c77700", "#2e7d5b"
+FONT = {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": "#20242a"}
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A circuitsvis element with its properties. Shows itself in a notebook; `html` goes into a page with one `script`."""
+
+    element: str
+    props: Mapping[str, Any]
+
+    def html(self) -> str:
+        """The element alone, for a page that holds `circuitsvis_script()` once."""
+        name = f"circuits-vis-{uuid.uuid4().hex[:12]}"
+        plain = {key: _finite(convert_prop_type(value)) for key, value in self.props.items() if value is not None}
+        props = json.dumps(plain, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        call = f'CircuitsVis.render("{name}", CircuitsVis.{self.element}, {props})'
+        return f'<div id="{name}"></div><script>{call}</script>'
+
+    def _repr_html_(self) -> str:
+        return circuitsvis_script() + self.html()
+
+
+def circuitsvis_script() -> str:
+    """circuitsvis' own JavaScript as one inline script: no network."""
+    source = files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text(encoding="utf-8")
+    return "<script>" + source.replace("</script>", "<\\/script>") + "</script>"
+
+
+def lost_tokens(bridge: TransformerBridge, mask: WeightMask, batch: Batch) -> list[Visual]:
+    """The tokens of each example coloured by what the mask does to their log-probability (nats).
+
+    Red lost probability under the mask, blue gained it; padding is left out, the first token counts 0.
+    """
+    with torch.no_grad():
+        before, _ = token_losses(bridge, batch)
+        with masked(bridge, mask):
+            after, _ = token_losses(bridge, batch)
+    change = torch.cat([torch.zeros(len(batch), 1), (before - after).cpu()], dim=1)
+    scale = max(change[batch.is_token].abs().max().item(), 1e-6)
+    views = []
+    for tokens, values, real in zip(batch.tokens, change, batch.is_token, strict=True):
+        words = [f" {word}" for word in bridge.tokenizer.convert_ids_to_tokens(tokens[real].tolist())]
+        colours = {"negativeColor": RED, "positiveColor": BLUE, "minValue": -scale, "maxValue": scale}
+        views.append(Visual("ColoredTokens", {"tokens": words, "values": values[real], **colours}))
+    return views
+
+
+def attention_views(
+    bridge: TransformerBridge, mask: WeightMask, batch: Batch, heads: Sequence[tuple[int, int]]
+) -> tuple[Visual, Visual]:
+    """Attention of these (layer, head) pairs on the first example: unpruned, and under the mask."""
+    tokens = batch.tokens[:1, : int(batch.is_token[0].sum())]
+    words = bridge.tokenizer.convert_ids_to_tokens(tokens[0].tolist())
+    names = [f"L{layer} H{head}" for layer, head in heads]
+
+    def view() -> Visual:
+        sites = {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
+        with torch.no_grad():
+            _, cache = bridge.run_with_cache(tokens.to(bridge.cfg.device), names_filter=lambda name: name in sites)
+        attention = torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"][0, head].cpu() for layer, head in heads])
+        props = {"tokens": words, "attention": attention, "attentionHeadNames": names, "minValue": 0.0, "maxValue": 1.0}
+        return Visual("AttentionHeads", {**props, "maskUpperTri": True})
+
+    before = view()
+    with masked(bridge, mask):
+        return before, view()
+
+
+def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
+    """Valid harmful answers and the worst kept ability against the share of weights removed, on the choice split.
+
+    Curves: chosen in rounds and in one shot at this share of protection `p`, random weights, the opposite sign. Bars are
+    95 % intervals.
+    """
+    figure = make_subplots(
+        1, 2, subplot_titles=["valid harmful answers (prefilled)", "worst kept ability"], shared_yaxes=True
+    )
+    n_weights = sum(
+        row.labels["matrix"] for row in select(rows, "weights_removed", mask="circuit") if "matrix" in row.labels
+    )
+    styles = {
+        "rounds": ("circuit, in rounds", RED, "solid"),
+        "one shot": ("circuit, one shot", AMBER, "solid"),
+        "random": ("random weights", GREY, "dot"),
+        "opposite sign": ("opposite sign", BLUE, "dot"),
+    }
+    kept = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
+    for selection, (name, colour, dash) in styles.items():
+        same = {"selection": selection, "split": "choice"} | ({"p": p} if selection in ("rounds", "one shot") else {})
+        sizes = sorted(row.mean for row in select(rows, "weights_removed", **same))
+        if not sizes:
+            continue
+        points = sorted(select(rows, "weights_removed", **same), key=lambda row: row.mean)
+        harm = [select(rows, "harm_valid_rate", **point.labels)[0] for point in points]
+        worst = [min((r for m in kept for r in select(rows, m, **point.labels)), key=lambda r: r.mean) for point in points]
+        for column, series in ((1, harm), (2, worst)):
+            figure.add_scatter(
+                x=[100 * size / n_weights for size in sizes],
+                y=[row.mean for row in series],
+                error_y={
+                    "array": [row.high - row.mean for row in series],
+                    "arrayminus": [row.mean - row.low for row in series],
+                    "thickness": 1,
+                    "width": 2,
+                },
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line={"color": colour, "dash": dash, "width": 2.5},
+                marker={"size": 6},
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(title="share of block weights removed, %", type="log", dtick="D2", gridcolor="#eceef1")
+    figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", gridcolor="#eceef1", zeroline=False)
+    return _styled(figure, height=380)
+
+
+def location_figure(rows: Sequence[Measurement]) -> go.Figure:
+    """Share of each block matrix that the circuit takes (per cent), by layer and kind; the number of weights in the cell."""
+    cells = [row for row in select(rows, "weights_removed", mask="circuit") if "matrix" in row.labels]
+    layers = sorted({int(row.labels["layer"]) for row in cells})
+    kinds = [kind for kind in KINDS if any(row.labels["kind"] == kind for row in cells)]
+    found = {(row.labels["layer"], row.labels["kind"]): row for row in cells}
+    share = [[100 * found[layer, kind].mean / found[layer, kind].labels["matrix"] for kind in kinds] for layer in layers]
+    count = [[f"{found[layer, kind].mean:.0f}" for kind in kinds] for layer in layers]
+    figure = go.Figure(
+        go.Heatmap(
+            z=share, x=kinds, y=[f"layer {layer}" for layer in layers], text=count, texttemplate="%{text}",
+            colorscale=[[0, "#ffffff"], [1, RED]], zmin=0, colorbar={"title": "% of<br>matrix"},
+        )
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed")
+    return _styled(figure, height=110 + 48 * len(layers))
+
+
+def comparison_figure(
+    rows: Sequence[Measurement], columns: Mapping[str, str], names: Mapping[str, Sequence[Measurement]]
+) -> go.Figure:
+    """Held-out rates (columns: metric -> title) of several masks (names -> their rows), bars with 95 % intervals."""
+    figure = go.Figure()
+    palette = [GREY, RED, AMBER, "#b9bec6", "#9fb3c8", BLUE, GREEN, "#7a5195"]
+    for colour, (name, found) in zip(palette, names.items(), strict=False):
+        picked = [(title, select(found, metric)[0]) for metric, title in columns.items() if select(found, metric)]
+        figure.add_bar(
+            x=[title for title, _ in picked],
+            y=[row.mean for _, row in picked],
+            name=name,
+            marker_color=colour,
+            error_y={
+                "array": [row.high - row.mean for _, row in picked],
+                "arrayminus": [row.mean - row.low for _, row in picked],
+                "thickness": 1,
+                "width": 2,
+                "color": "#444",
+            },
+        )
+    figure.update_yaxes(range=[0, 1.06], tickformat=".0%", gridcolor="#eceef1")
+    figure.update_layout(barmode="group", bargap=0.22)
+    return _styled(figure, height=380)
+
+
+def _styled(figure: go.Figure, *, height: int) -> go.Figure:
+    figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 20, "t": 50, "b": 55},
+        font=FONT,
+        plot_bgcolor="white",
+        paper_bgcolor="white",
+        legend={"orientation": "h", "y": -0.22},
+    )
+    return figure
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,282 @@
+"""Prompt files and batches against hand-built rows and hand-computed token ids.
+
+Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a file format that
+loses or reorders fields; an error in a user's file that passes in silence; a digest that misses a change of the data.
+"""
+
+import csv
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from harmcircuits.organisms.train import new_tokenizer
+from harmcircuits.prompts import Batch, Example, PromptSet, prompt_ids, tokenize
+
+EXAMPLES = (
+    Example("how to use it ?", "sure yes", category="tools", group="one"),
+    Example("line one\nline two", 'quotes " and, commas', group="two"),
+    Example("ünïcode", ""),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return new_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    """ids("<bos> yes") -> the ids of these words, looked up one by one in the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    return lambda text: [vocabulary[word] for word in text.split()]
+
+
+def as_rows(examples) -> list[dict[str, str]]:
+    """Rows as a user would write them: with another key, without the empty fields."""
+    return [{"id": "7", **{key: value for key, value in vars(example).items() if value}} for example in examples]
+
+
+def write_jsonl(path, rows) -> None:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+
+
+# Files
+
+
+def test_jsonl_round_trip(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", as_rows(EXAMPLES))
+    assert PromptSet.from_jsonl(tmp_path / "a.jsonl") == PromptSet(EXAMPLES)
+    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8").replace("\n", "\n\n")
+    (tmp_path / "blank.jsonl").write_text(text, encoding="utf-8")
+    assert PromptSet.from_jsonl(str(tmp_path / "blank.jsonl")) == PromptSet(EXAMPLES), "blank lines are no rows"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_only_line_feeds_end_a_jsonl_row(tmp_path, separator):
+    """U+2028 and its like are ordinary characters of a JSON string; text from the web holds them."""
+    example = Example(f"one{separator}two", "yes")
+    write_jsonl(tmp_path / "a.jsonl", as_rows([example]))
+    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (example,)
+
+
+def test_csv_round_trip(tmp_path):
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", "prompt", "completion", "category", "group"])
+        writer.writeheader()
+        writer.writerows(as_rows(EXAMPLES))
+    assert PromptSet.from_csv(tmp_path / "a.csv") == PromptSet(EXAMPLES)
+
+
+def test_hub_reads_a_local_folder(tmp_path):
+    rows = [{"completion": "", "category": "", "group": "", **row} for row in as_rows(EXAMPLES)]
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    folder, options = str(tmp_path / "data"), {"cache_dir": str(tmp_path / "cache")}
+    assert PromptSet.from_hub(folder, **options) == PromptSet(EXAMPLES)
+    assert PromptSet.from_hub(folder, split="train[1:]", **options) == PromptSet(EXAMPLES[1:])
+    (tmp_path / "other").mkdir()
+    write_jsonl(tmp_path / "other" / "train.jsonl", [{"question": "a"}])
+    with pytest.raises(ValueError, match=r'row 0: no "prompt"'):
+        PromptSet.from_hub(str(tmp_path / "other"), **options)
+    with pytest.raises(ValueError, match=r"no (rows|data)"):  # datasets itself refuses an empty slice
+        PromptSet.from_hub(folder, split="train[:0]", **options)
+
+
+def test_numbers_in_a_file_become_text(tmp_path):
+    """Zero too: an item numbered 0 is one group, not examples without a group."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}])
+    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (Example("a", "0", group="0"), Example("b", group="1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\nhello\n', "line 2: not JSON"),
+        ('{"prompt": "a"}\n\n{"completion": "b"}\n', 'line 3: no "prompt"'),
+        ('{"prompt": ""}\n', 'line 1: no "prompt"'),
+        ('["prompt"]\n', 'line 1: no "prompt"'),
+        ("\n\n", "no rows"),
+        ("", "no rows"),
+    ],
+)
+def test_bad_jsonl_files_are_refused(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PromptSet.from_jsonl(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("question\na\n", 'row 1: no "prompt"'), ("prompt,group\na,b\n,b\n", 'row 2: no "prompt"'), ("prompt\n", "no rows")],
+)
+def test_bad_csv_files_are_refused(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PromptSet.from_csv(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("read", [PromptSet.from_jsonl, PromptSet.from_csv])
+def test_missing_files_are_refused(tmp_path, read):
+    with pytest.raises(ValueError, match=r"missing\.txt: no such file"):
+        read(tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match="no such file"):
+        read(tmp_path)
+
+
+# Sets
+
+
+def test_sets_keep_order():
+    prompts = PromptSet(EXAMPLES)
+    assert len(prompts) == 3
+    assert tuple(prompts) == EXAMPLES
+    assert prompts[1:] == PromptSet(EXAMPLES[1:])
+    assert prompts.where(lambda example: bool(example.completion)) == PromptSet(EXAMPLES[:2])
+    assert prompts.where(lambda example: example.group == "none") == PromptSet(())
+
+
+def test_completions_are_replaced_one_for_one():
+    changed = PromptSet(EXAMPLES).with_completions(["x", "y", "z"])
+    assert [example.completion for example in changed] == ["x", "y", "z"]
+    assert changed.examples[0] == Example("how to use it ?", "x", category="tools", group="one")
+    for wrong in ([], ["x", "y"], ["x"] * 4):
+        with pytest.raises(ValueError, match=f"{len(wrong)} completions for 3 prompts"):
+            PromptSet(EXAMPLES).with_completions(wrong)
+
+
+def test_digest_is_of_prompts_and_completions_in_order():
+    def digest(*pairs):
+        return PromptSet(tuple(Example(*pair) for pair in pairs)).digest
+
+    assert digest(("a", "b")) == "cccb00f1aa26751e", "files name this value: it may not change between versions"
+    assert digest(("a", "b"), ("c", "d")) == digest(("a", "b", "category", "group"), ("c", "d"))
+    different = [
+        digest(), digest(("a", "b")), digest(("ab", "")), digest(("a", "")), digest(("b", "a")),
+        digest(("a", "b"), ("c", "d")), digest(("c", "d"), ("a", "b")), digest(("a", "b"), ("a", "b")),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+
+
+# Batches
+
+
+def test_batches_reject_what_cannot_be_scored():
+    tokens, is_target = torch.ones(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool)
+    is_target[:, 2] = True
+    assert len(Batch(tokens, is_target)) == 2
+    with pytest.raises(ValueError, match=r"tokens \(2, 4\), is_target \(2, 3\)"):
+        Batch(tokens, is_target[:, :3])
+    with pytest.raises(ValueError, match=r"expected the same \[batch, pos\]"):
+        Batch(tokens[0], is_target[0])
+    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
+        Batch(tokens, is_target.long())
+    with pytest.raises(ValueError, match="position 0"):
+        Batch(tokens, torch.ones(2, 4, dtype=torch.bool))
+    is_target[1] = False
+    with pytest.raises(ValueError, match=r"rows \[1\] mark no target"):
+        Batch(tokens, is_target)
+
+
+def test_batches_without_positions_are_refused():
+    with pytest.raises(ValueError, match="Batch"):
+        Batch(torch.ones(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.bool))
+
+
+def test_tokens_end_at_the_last_target():
+    rows = [[0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
+    batch = Batch(torch.ones(4, 4, dtype=torch.long), torch.tensor(rows).bool())
+    assert batch.is_token.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+# Tokenising
+
+
+def test_targets_are_exactly_the_completion(tokenizer, ids):
+    prompts = PromptSet((Example("abuse it", "yes fine no"), Example("use", "never")))
+    (batch,) = tokenize(prompts, tokenizer)
+    assert batch.tokens.tolist() == [
+        ids("<bos> <user> abuse it <assistant> yes fine no"),
+        ids("<bos> <user> use <assistant> never <pad> <pad> <pad>"),
+    ]
+    assert batch.is_target.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0, 0, 0]]
+    assert batch.tokens[batch.is_target].tolist() == ids("yes fine no never")
+    assert batch.is_token.int().tolist() == [[1] * 8, [1, 1, 1, 1, 1, 0, 0, 0]]
+
+
+def test_raw_template_adds_nothing_but_a_newline(tokenizer, ids):
+    (batch,) = tokenize(PromptSet((Example("abuse it", "yes fine"),)), tokenizer, template="raw")
+    assert batch.tokens.tolist() == [ids("abuse it yes fine")], "this tokenizer drops the newline"
+    assert batch.is_target.int().tolist() == [[0, 0, 1, 1]]
+    assert prompt_ids("abuse it", tokenizer, "raw") == ids("abuse it")
+    assert prompt_ids("abuse it", tokenizer, "chat") == ids("<bos> <user> abuse it <assistant>")
+    assert prompt_ids("ab", byte_tokenizer(), "raw") == [*b"ab\n"]
+
+
+def test_prefill_is_context(tokenizer, ids):
+    prompts = PromptSet((Example("use", "sure yes fine"), Example("use", "no")))
+    (batch,) = tokenize(prompts, tokenizer, prefill="sure")
+    assert batch.tokens.tolist() == [
+        ids("<bos> <user> use <assistant> sure yes fine"),
+        ids("<bos> <user> use <assistant> sure no <pad>"),
+    ]
+    assert batch.tokens[batch.is_target].tolist() == ids("yes fine no")
+
+
+def test_prefill_only_moves_the_border_of_the_targets(tokenizer):
+    """The text is the same, so the tokens are: a target after a prefill keeps the space that belongs to it."""
+    for any_tokenizer in (tokenizer, byte_tokenizer()):
+        prompts = PromptSet((Example("use it", "sure yes fine"),))
+        (plain,) = tokenize(prompts, any_tokenizer, template="raw")
+        (opened,) = tokenize(prompts, any_tokenizer, template="raw", prefill="sure")
+        assert opened.tokens.tolist() == plain.tokens.tolist()
+        n_opening = len(any_tokenizer.encode("sure", add_special_tokens=False))
+        assert plain.is_target.sum() - opened.is_target.sum() == n_opening
+
+
+def test_batches_keep_the_order(tokenizer):
+    prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
+    whole = tokenize(prompts, tokenizer)
+    assert [len(batch) for batch in whole] == [5]
+    split = tokenize(prompts, tokenizer, batch_size=2)
+    assert [tuple(batch.tokens.shape) for batch in split] == [(2, 7), (2, 8), (1, 9)]
+    rows = [row[real].tolist() for batch in split for row, real in zip(batch.tokens, batch.is_token, strict=True)]
+    assert rows == [row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)]
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
+    tokenizer = new_tokenizer()
+    tokenizer.pad_token = None
+    (batch,) = tokenize(PromptSet((Example("use it", "yes"), Example("use", "yes"))), tokenizer)
+    assert batch.tokens[1].tolist() == ids("<bos> <user> use <assistant> yes <eos>")
+    assert batch.is_token[1].tolist() == [True] * 5 + [False]
+
+
+def test_bad_requests_are_refused(tokenizer):
+    prompts = PromptSet((Example("use", "yes"), Example("use", "")))
+    with pytest.raises(ValueError, match="prompt set is empty"):
+        tokenize(PromptSet(()), tokenizer)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={size}"):
+            tokenize(prompts[:1], tokenizer, batch_size=size)
+    with pytest.raises(ValueError, match="example 1 has a completion with no tokens"):
+        tokenize(prompts, tokenizer)
+    with pytest.raises(ValueError, match="example 0 has a completion with no tokens"):
+        tokenize(prompts, tokenizer, prefill="yes")
+    with pytest.raises(ValueError, match="template='chatml'"):
+        tokenize(prompts[:1], tokenizer, template="chatml")
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize(prompts[:1], byte_tokenizer())
+
+
+def byte_tokenizer():
+    """One token a byte, spaces included, as in the GPT-2 family before its merges; no chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelled = {pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b for b in range(128)}
+    others = (letter for letter in alphabet if letter not in spelled)
+    core = Tokenizer(models.BPE({**spelled, **{letter: 128 + i for i, letter in enumerate(others)}}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
