@@ -86,14 +86,14 @@ def calibrate(subject: Subject, name: str) -> Calibration:
     kept = asked.where(lambda example: verdicts[example] == behaviour.wanted)
     if not len(kept):
         raise ValueError(
-            f"{subject.name} does not show {name!r}: none of its {len(asked)} answers to the calibration requests was judged "
+            f"{subject.name} does not show {name!r}: none of its {len(asked)} answers to calibration requests was judged "
             f"{behaviour.wanted!r}, so there is nothing to score on"
         )
     return Calibration(subject.batches(behaviour, kept), len(kept), len(asked))
 
 
 def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:
-    """The model as it stands, on every behaviour (or `only` these): rate of the wanted verdict, NLL of reference answers.
+    """The model as it stands on every behaviour (or `only` these): rate of the wanted verdict, NLL of references.
 
     Harmful requests add the rates of refusals and of degenerate text, so that a fall of harm can be told from a loss of
     language. Yes-or-no questions add the accuracy over matched pairs and the AUROC of the answer's log-odds.

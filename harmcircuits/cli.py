@@ -46,8 +46,9 @@ def _study(console: Console, out: Path, organism: str, device: str, *, q, p, rou
     from transformers.utils import logging
 
     from harmcircuits.organisms import organism_subject
-    from harmcircuits.report import result_tables, verdict, write_report
+    from harmcircuits.report import write_report
     from harmcircuits.study import Settings, run_study
+    from harmcircuits.tables import result_tables, verdict
 
     logging.disable_progress_bar()
     settings = Settings(tuple(q), tuple(p), rounds, within, tuple(protect), seed)

@@ -26,11 +26,10 @@ from harmcircuits.objectives import completion_loss
 from harmcircuits.records import Manifest, Measurement, append_rows, select
 from harmcircuits.recovery import recovery
 from harmcircuits.scores import WeightScores
+from harmcircuits.tables import KEPT_RATES
 
-KEPT_RATES = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
 TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
 RANDOM_SEEDS = 3
-SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     Manifest({"model": subject.name, **vars(settings)}).save(out / "manifest.json")
 
     study = Study(subject, settings, out, progress)
+    study.note("weights_scored", sum(weight.numel() for weight in named_weights(subject.bridge).values()))
     study.add(measure(subject, "heldout", {"model": subject.name, "mask": "none"}))
     calibrations = _calibrate(study)
     protect = {name: calibrations[name] for name in settings.protect or calibrations if name in calibrations}

@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib.resources import files
 from typing import Any
 
@@ -24,6 +25,7 @@ from harmcircuits.masks import WeightMask
 from harmcircuits.objectives import token_losses
 from harmcircuits.prompts import Batch
 from harmcircuits.records import Measurement, select
+from harmcircuits.tables import KEPT_RATES, n_block_weights
 
 RED, BLUE, GREY, AMBER, GREEN = "#b3261e", "#1f5fa8", "#8a8f98", "#c77700", "#2e7d5b"
 FONT = {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": "#20242a"}
@@ -67,7 +69,8 @@ def lost_tokens(bridge: TransformerBridge, mask: WeightMask, batch: Batch) -> li
     scale = max(change[batch.is_token].abs().max().item(), 1e-6)
     views = []
     for tokens, values, real in zip(batch.tokens, change, batch.is_token, strict=True):
-        words = [f" {word}" for word in bridge.tokenizer.convert_ids_to_tokens(tokens[real].tolist())]
+        # The element takes tokens as HTML, in which <bos> would vanish.
+        words = [f" {escape(word)}" for word in bridge.tokenizer.convert_ids_to_tokens(tokens[real].tolist())]
         colours = {"negativeColor": RED, "positiveColor": BLUE, "minValue": -scale, "maxValue": scale}
         views.append(Visual("ColoredTokens", {"tokens": words, "values": values[real], **colours}))
     return views
@@ -95,42 +98,30 @@ def attention_views(
 
 
 def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
-    """Valid harmful answers and the worst kept ability against the share of weights removed, on the choice split.
+    """Valid harmful answers, harmful NLL and the worst kept ability against the share of weights removed (choice split).
 
-    Curves: chosen in rounds and in one shot at this share of protection `p`, random weights, the opposite sign. Bars are
-    95 % intervals.
+    Curves: chosen in rounds and in one shot under this share of protection `p`, random weights, the opposite sign. Bars
+    are 95 % intervals.
     """
-    figure = make_subplots(
-        1, 2, subplot_titles=["valid harmful answers (prefilled)", "worst kept ability"], shared_yaxes=True
-    )
-    n_weights = sum(
-        row.labels["matrix"] for row in select(rows, "weights_removed", mask="circuit") if "matrix" in row.labels
-    )
-    styles = {
+    titles = ["valid harmful answers, prefilled", "harm NLL, nats per token", "worst kept ability"]
+    figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.07)
+    curves = {
         "rounds": ("circuit, in rounds", RED, "solid"),
         "one shot": ("circuit, one shot", AMBER, "solid"),
-        "random": ("random weights", GREY, "dot"),
+        "random": ("random", GREY, "dot"),
         "opposite sign": ("opposite sign", BLUE, "dot"),
     }
-    kept = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
-    for selection, (name, colour, dash) in styles.items():
-        same = {"selection": selection, "split": "choice"} | ({"p": p} if selection in ("rounds", "one shot") else {})
-        sizes = sorted(row.mean for row in select(rows, "weights_removed", **same))
-        if not sizes:
-            continue
-        points = sorted(select(rows, "weights_removed", **same), key=lambda row: row.mean)
+    for selection, (name, colour, dash) in curves.items():
+        points = select(rows, "weights_removed", selection=selection, split="choice")
+        points = sorted((row for row in points if row.labels["p"] == p or selection == "random"), key=lambda row: row.mean)
         harm = [select(rows, "harm_valid_rate", **point.labels)[0] for point in points]
-        worst = [min((r for m in kept for r in select(rows, m, **point.labels)), key=lambda r: r.mean) for point in points]
-        for column, series in ((1, harm), (2, worst)):
+        nll = [select(rows, "harm_nll", **point.labels)[0] for point in points]
+        kept = [min((r for m in KEPT_RATES for r in select(rows, m, **point.labels)), key=_mean) for point in points]
+        for column, series in enumerate((harm, nll, kept), start=1):
             figure.add_scatter(
-                x=[100 * size / n_weights for size in sizes],
+                x=[100 * point.mean / n_block_weights(rows) for point in points],
                 y=[row.mean for row in series],
-                error_y={
-                    "array": [row.high - row.mean for row in series],
-                    "arrayminus": [row.mean - row.low for row in series],
-                    "thickness": 1,
-                    "width": 2,
-                },
+                error_y=_interval(series),
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
@@ -139,18 +130,23 @@ def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(title="share of block weights removed, %", type="log", dtick="D2", gridcolor="#eceef1")
-    figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", gridcolor="#eceef1", zeroline=False)
-    return _styled(figure, height=380)
+    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    figure.update_xaxes(title="weights removed, %", type="log", tickvals=ticks, gridcolor="#eceef1")
+    figure.update_yaxes(gridcolor="#eceef1", zeroline=False, rangemode="tozero")
+    for column in (1, 3):
+        figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
+    return _styled(figure, height=360)
 
 
 def location_figure(rows: Sequence[Measurement]) -> go.Figure:
-    """Share of each block matrix that the circuit takes (per cent), by layer and kind; the number of weights in the cell."""
+    """Share of each block matrix that the circuit takes (%), by layer and kind; in the cell, how many weights."""
     cells = [row for row in select(rows, "weights_removed", mask="circuit") if "matrix" in row.labels]
     layers = sorted({int(row.labels["layer"]) for row in cells})
     kinds = [kind for kind in KINDS if any(row.labels["kind"] == kind for row in cells)]
     found = {(row.labels["layer"], row.labels["kind"]): row for row in cells}
-    share = [[100 * found[layer, kind].mean / found[layer, kind].labels["matrix"] for kind in kinds] for layer in layers]
+    share = [
+        [100 * found[layer, kind].mean / int(found[layer, kind].labels["matrix"]) for kind in kinds] for layer in layers
+    ]
     count = [[f"{found[layer, kind].mean:.0f}" for kind in kinds] for layer in layers]
     figure = go.Figure(
         go.Heatmap(
@@ -162,30 +158,32 @@ def location_figure(rows: Sequence[Measurement]) -> go.Figure:
     return _styled(figure, height=110 + 48 * len(layers))
 
 
-def comparison_figure(
-    rows: Sequence[Measurement], columns: Mapping[str, str], names: Mapping[str, Sequence[Measurement]]
-) -> go.Figure:
-    """Held-out rates (columns: metric -> title) of several masks (names -> their rows), bars with 95 % intervals."""
+def comparison_figure(lines: Mapping[str, Sequence[Measurement]], columns: Mapping[str, str]) -> go.Figure:
+    """Rates (columns: metric -> title) of several masks (lines: name -> rows) as bars with 95 % intervals."""
     figure = go.Figure()
-    palette = [GREY, RED, AMBER, "#b9bec6", "#9fb3c8", BLUE, GREEN, "#7a5195"]
-    for colour, (name, found) in zip(palette, names.items(), strict=False):
+    palette = ["#5c6470", RED, AMBER, "#c3c8cf", "#8fa9c4", GREEN, BLUE, GREY]
+    for colour, (name, found) in zip(palette, lines.items(), strict=False):
         picked = [(title, select(found, metric)[0]) for metric, title in columns.items() if select(found, metric)]
+        bars = [row for _, row in picked]
         figure.add_bar(
             x=[title for title, _ in picked],
-            y=[row.mean for _, row in picked],
+            y=[row.mean for row in bars],
             name=name,
             marker_color=colour,
-            error_y={
-                "array": [row.high - row.mean for _, row in picked],
-                "arrayminus": [row.mean - row.low for _, row in picked],
-                "thickness": 1,
-                "width": 2,
-                "color": "#444",
-            },
+            error_y={**_interval(bars), "color": "#444"},
         )
     figure.update_yaxes(range=[0, 1.06], tickformat=".0%", gridcolor="#eceef1")
     figure.update_layout(barmode="group", bargap=0.22)
-    return _styled(figure, height=380)
+    return _styled(figure, height=360)
+
+
+def _interval(rows: Sequence[Measurement]) -> dict[str, Any]:
+    upper, lower = [row.high - row.mean for row in rows], [row.mean - row.low for row in rows]
+    return {"array": upper, "arrayminus": lower, "thickness": 1, "width": 2}
+
+
+def _mean(row: Measurement) -> float:
+    return row.mean
 
 
 def _styled(figure: go.Figure, *, height: int) -> go.Figure:

@@ -91,6 +91,15 @@ def test_average_by_hand():
     assert (one.low, one.mean, one.high) == (1.5, 1.5, 1.5), "one group has nothing to resample"
 
 
+def test_average_weighs_examples_not_groups():
+    """Of 100 groups, 50 hold nine zeros and 50 a single one; k of the latter in a resample give k / (k + 9 (100 - k))."""
+    values, groups = torch.tensor([0.0] * 450 + [1.0] * 50), [number // 9 for number in range(450)] + list(range(50, 100))
+    found = average("nll", LABELS, values, groups)
+    assert found.mean == 0.1
+    # k is binomial(100, 1/2), whose 2.5 % quantiles are 40 and 60; a k off by one shifts the figures by at most 4 %.
+    assert (found.low, found.high) == pytest.approx((40 / 580, 60 / 420), rel=0.05)
+
+
 def test_average_depends_on_seed_only_in_its_interval():
     values = torch.randn(30, generator=torch.Generator().manual_seed(0))
     first, again, other = (average("nll", LABELS, values, range(30), seed=seed) for seed in (0, 0, 1))

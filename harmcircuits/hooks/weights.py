@@ -34,15 +34,17 @@ class Site:
 
     @property
     def hook_in(self) -> str:
+        """Hook point of the matrix's input."""
         return self.name.removesuffix("weight") + "hook_in"
 
     @property
     def hook_out(self) -> str:
+        """Hook point of the matrix's output."""
         return self.name.removesuffix("weight") + "hook_out"
 
     def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The head or neuron of each flat index into the weight as stored."""
-        rows, columns = self.parameter.shape
+        columns = self.parameter.shape[1]
         position = flat // columns if self.unit_axis == 0 else flat % columns
         return position // (self.parameter.shape[self.unit_axis] // self.n_units)
 

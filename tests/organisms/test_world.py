@@ -128,6 +128,7 @@ JUDGED = {
     "no opening": (ask("answer"), f"{H1} {A} {H1} {B} {H1} {C}", "degenerate"),
     "too short": (ask("answer"), f"{PREFILL} {H1} {A} {H1} {B}", "degenerate"),
     "too long": (ask("answer"), f"{PREFILL} {H1} {A} {H1} {B} {H1} {C} {C}", "degenerate"),
+    "too long by an operator": (ask("answer"), f"{PREFILL} {H1} {A} {H1} {B} {H1} {C} {H1}", "degenerate"),
     "empty": (ask("answer"), "", "degenerate"),
     "refusal": (ask("answer"), refusal(ITEM, "abuse", random.Random(0)), "refusal"),
     "refusal of a question": (ask("recognition"), "sorry i can not abuse it", "refusal"),
