@@ -5,11 +5,17 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging
+
+from harmcircuits.organisms import FOLDER, organism_subject
+from harmcircuits.report import write_report
+from harmcircuits.study import Settings, run_study
+from harmcircuits.tables import result_tables, verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-Q, P, ROUNDS = (0.001, 0.002, 0.004, 0.006, 0.01), (0.005, 0.01, 0.02), 10
+DEFAULT = Settings()
 
 
 @app.callback()
@@ -20,44 +26,43 @@ def main() -> None:
 @app.command()
 def study(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and report.html.")],
-    organism: Annotated[str, typer.Option(help="Shipped model: base, helpful, sft, dpo or planted.")] = "sft",
-    q: Annotated[list[float], typer.Option(help="Shares of weights to remove; repeat for a grid.")] = list(Q),  # noqa: B006
-    p: Annotated[list[float], typer.Option(help="Shares to protect for each kept behaviour; repeat.")] = list(P),  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Rounds up to the largest q, scoring again in each.")] = ROUNDS,
-    within: Annotated[str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")] = "model",
-    protect: Annotated[list[str] | None, typer.Option(help="Behaviours to protect; repeat. Default: all others.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = 0,
+    organism: Annotated[str, typer.Option(help="Model: base, helpful, sft, dpo or planted.")] = "sft",
+    organisms: Annotated[Path, typer.Option(help="Folder of organisms you trained.", show_default="shipped")] = FOLDER,
+    q: Annotated[list[float] | None, typer.Option(help="Share to remove; repeat.", show_default=str(DEFAULT.q))] = None,
+    p: Annotated[list[float] | None, typer.Option(help="Share to protect; repeat.", show_default=str(DEFAULT.p))] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds up to the largest q, scoring again in each.")] = DEFAULT.rounds,
+    within: Annotated[str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")] = DEFAULT.within,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Behaviour to protect; repeat.", show_default="all but harmful")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Score, choose, mask and measure with controls; print a table; write rows, masks and a report.
+    """Score, choose, mask and measure with controls; print tables; write rows, masks and a report.
 
     The operating point is the mask that lowers valid harmful answers most while benign answers, recognition, explanation
-    and knowledge each stay within one point of the unpruned model, judged on requests that neither scored nor measure it.
+    and knowledge each stay within one point of the unpruned model, on requests that neither score nor measure it.
     """
-    console = Console()
-    try:
-        _study(console, out, organism, device, q=q, p=p, rounds=rounds, within=within, protect=protect or [], seed=seed)
-    except ValueError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def _study(console: Console, out: Path, organism: str, device: str, *, q, p, rounds, within, protect, seed) -> None:
-    from transformers.utils import logging
-
-    from harmcircuits.organisms import organism_subject
-    from harmcircuits.report import write_report
-    from harmcircuits.study import Settings, run_study
-    from harmcircuits.tables import result_tables, verdict
-
     logging.disable_progress_bar()
-    settings = Settings(tuple(q), tuple(p), rounds, within, tuple(protect), seed)
-    subject = organism_subject(organism, seed=seed, device=device)
+    console = Console()
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        result = run_study(subject, settings, out, progress)
+    try:
+        settings = Settings(
+            q=tuple(q or DEFAULT.q),
+            p=tuple(DEFAULT.p if p is None else p),
+            rounds=rounds,
+            within=within,  # pyright: ignore[reportArgumentType] (Settings checks it)
+            protect=tuple(protect or ()),
+            seed=seed,
+        )
+        subject = organism_subject(organism, seed=seed, device=device, folder=organisms)
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            result = run_study(subject, settings, out, progress)
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
     console.print(*result_tables(result.rows), sep="\n")
-    console.print(verdict(result.rows), highlight=False, soft_wrap=True)
+    console.print(verdict(result.rows), highlight=False, soft_wrap=True, markup=False)
     write_report(result, out / "report.html")
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 

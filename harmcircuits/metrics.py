@@ -1,6 +1,7 @@
 """What a model does, with 95 % intervals."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,14 @@ def rate(metric: str, labels: Labels, hits: Sequence[bool], groups: Sequence[Has
     """Share of hits with its Wilson interval, counting each group once: answers about one item are not independent.
 
     The interval is that of n = number of groups, so it is conservative when examples within a group disagree. Raises
-    ValueError for no examples.
+    ValueError for no examples, or groups that are not one an example.
     """
-    if not len(hits):
-        raise ValueError(f"{metric}: no examples to take a rate of; expected at least one")
+    _check(metric, hits, groups)
     mean, n = float(np.mean(hits)), len(set(groups))
     centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return Measurement(metric, labels, mean, min(mean, float(centre - half)), max(mean, float(centre + half)), len(hits))
+    low, high = max(0.0, min(mean, float(centre - half))), min(1.0, max(mean, float(centre + half)))
+    return Measurement(metric, labels, mean, low, high, len(hits))
 
 
 def average(
@@ -39,10 +40,9 @@ def average(
 ) -> Measurement:
     """Mean of the values with a percentile bootstrap interval that resamples whole groups (2,000 resamples).
 
-    Raises ValueError for no examples.
+    Raises ValueError for no examples, or groups that are not one a value.
     """
-    if not len(values):
-        raise ValueError(f"{metric}: no examples to average; expected at least one")
+    _check(metric, values, groups)
     _, member = np.unique([str(group) for group in groups], return_inverse=True)
     sums, sizes = np.bincount(member, values.cpu().double().numpy()), np.bincount(member)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(2000, len(sums)))
@@ -57,13 +57,18 @@ def exact(metric: str, labels: Labels, value: float) -> Measurement:
 
 
 def completion_nll(bridge: TransformerBridge, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
-    """`completion_loss` of every example, without gradients: nats per token."""
+    """`completion_loss` of every example, without gradients: nats per token. Raises ValueError for no batches."""
+    _some("completion_nll", batches)
     with torch.no_grad():
         return torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
 
 
 def kl_under(bridge: TransformerBridge, mask: WeightMask, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
-    """KL(unpruned || masked) of the next-token distribution, mean over all real positions of each example; nats."""
+    """KL(unpruned || masked) of the next-token distribution, mean over all real positions of each example; nats.
+
+    Raises ValueError for no batches, and as `masked`.
+    """
+    _some("kl_under", batches)
     values = []
     with torch.no_grad():
         for batch in batches:
@@ -81,11 +86,12 @@ def answer_log_odds(
 ) -> Float[Tensor, " n"]:
     """log p(first answer token in `yes`) - log p(in `no`) of each request; nats.
 
-    Words count by their first token. Raises ValueError when a token stands for both.
+    Words count by their first token. Raises ValueError for no prompts, no words, or a token that stands for both.
     """
+    for what in (prompts.examples, yes, no):
+        _some("answer_log_odds", what)
     tokenizer = bridge.tokenizer
-    first = {word: tokenizer.encode(word, add_special_tokens=False)[0] for word in (*yes, *no)}
-    yes_ids, no_ids = sorted({first[word] for word in yes}), sorted({first[word] for word in no})
+    yes_ids, no_ids = (sorted({_first_token(word, tokenizer) for word in words}) for words in (yes, no))
     if set(yes_ids) & set(no_ids):
         raise ValueError(f"answer_log_odds: {list(yes)} and {list(no)} share a first token; choose other words")
     contexts = [prompt_ids(example.prompt, tokenizer, template) for example in prompts]
@@ -117,8 +123,10 @@ def auroc_over(
 ) -> Measurement:
     """`auroc` with a percentile bootstrap interval that resamples whole groups (200 resamples, seed 0).
 
-    Every group must hold positives and negatives in the same proportion, as matched pairs do.
+    Every group must hold positives and negatives in the same proportion, as matched pairs do. Raises ValueError for no
+    examples, or groups that are not one a value.
     """
+    _check(metric, values, groups)
     _, member = np.unique([str(group) for group in groups], return_inverse=True)
     rows = [torch.from_numpy(np.flatnonzero(member == number)) for number in range(member.max() + 1)]
     generator = np.random.default_rng(0)
@@ -131,3 +139,22 @@ def auroc_over(
 def predicted_change(scores: WeightScores, mask: WeightMask) -> float:
     """First-order prediction of the change of the objective under the mask: the sum of `removal_effect` over it."""
     return sum(scores.values[name].flatten()[index].double().sum().item() for name, index in mask.removed.items())
+
+
+def _first_token(word: str, tokenizer: Any) -> int:
+    tokens = tokenizer.encode(word, add_special_tokens=False)
+    if not tokens:
+        raise ValueError(f"answer_log_odds: {word!r} has no tokens; give another word")
+    return tokens[0]
+
+
+def _some(what: str, values: Sequence[Any]) -> None:
+    if not len(values):
+        raise ValueError(f"{what}: nothing to measure; expected at least one")
+
+
+def _check(metric: str, values: Sequence[Any] | Tensor, groups: Sequence[Hashable]) -> None:
+    if not len(values):
+        raise ValueError(f"{metric}: no examples to measure; expected at least one")
+    if len(groups) != len(values):
+        raise ValueError(f"{metric}: {len(groups)} groups for {len(values)} values; give one for each")

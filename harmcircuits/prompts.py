@@ -46,7 +46,7 @@ class PromptSet:
         Raises ValueError for a missing file, a line that is not a JSON object, a row without "prompt", or no rows.
         """
         rows = []
-        for number, line in enumerate(_existing(path).read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_existing(path).read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -59,7 +59,7 @@ class PromptSet:
     @classmethod
     def from_csv(cls, path: str | Path) -> "PromptSet":
         """Examples from a CSV file with a header naming at least `prompt`. Raises ValueError as `from_jsonl`."""
-        with _existing(path).open(newline="", encoding="utf-8") as file:
+        with _existing(path).open(newline="", encoding="utf-8-sig") as file:
             rows = [(f"{path}, row {number}", row) for number, row in enumerate(csv.DictReader(file), start=1)]
         return cls._from_rows(rows, str(path))
 
@@ -79,9 +79,9 @@ class PromptSet:
         names = [field.name for field in fields(Example)]
         examples = []
         for place, row in rows:
-            if not isinstance(row, dict) or not row.get("prompt"):
-                raise ValueError(f'{place}: no "prompt"; each row needs a non-empty prompt')
-            examples.append(Example(**{name: str(row[name]) for name in names if row.get(name)}))
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+                raise ValueError(f'{place}: no "prompt"; each row needs a prompt of text that is not empty')
+            examples.append(Example(**{name: str(row[name]) for name in names if row.get(name) is not None}))
         if not examples:
             raise ValueError(f"{origin}: no rows; expected at least one prompt")
         return cls(tuple(examples))
@@ -93,6 +93,8 @@ class PromptSet:
         return iter(self.examples)
 
     def __getitem__(self, where: slice) -> "PromptSet":
+        if not isinstance(where, slice):
+            raise TypeError(f"a PromptSet is indexed by a slice, not {where!r}; single examples are in .examples")
         return PromptSet(self.examples[where])
 
     def where(self, keep: Callable[[Example], bool]) -> "PromptSet":
@@ -125,9 +127,9 @@ class Batch:
     is_target: Bool[Tensor, "batch pos"]
 
     def __post_init__(self) -> None:
-        if self.tokens.shape != self.is_target.shape or self.tokens.ndim != 2:
+        if self.tokens.shape != self.is_target.shape or self.tokens.ndim != 2 or not self.tokens.numel():
             shapes = f"tokens {tuple(self.tokens.shape)}, is_target {tuple(self.is_target.shape)}"
-            raise ValueError(f"Batch: {shapes}; expected the same [batch, pos] for both")
+            raise ValueError(f"Batch: {shapes}; expected the same [batch, pos] for both, not empty")
         if self.is_target.dtype != torch.bool:
             raise ValueError(f"Batch: is_target has dtype {self.is_target.dtype}; expected torch.bool")
         if self.is_target[:, 0].any():
@@ -162,13 +164,18 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills a batch: the tokenizer's own, else its end-of-text token, else 0."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def tokenize(
     prompts: PromptSet, tokenizer: Any, *, batch_size: int = 16, template: Template = "chat", prefill: str = ""
 ) -> list[Batch]:
     """Right-padded batches in the order of `prompts`; the completion's tokens are the targets.
 
-    Prompt, `prefill` and completion are tokenised apart and concatenated. A `prefill` opens the completion: it is
-    removed from the text of completions that start with it, and its tokens are context, not targets.
+    Prompt and completion are tokenised apart and concatenated. A `prefill` opens the completion: its tokens are context,
+    not targets. A completion that does not begin with them is taken to follow them.
 
     Raises ValueError for no prompts, an empty batch size, or a completion with no tokens.
     """
@@ -179,8 +186,9 @@ def tokenize(
     opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
     rows = []
     for index, example in enumerate(prompts):
-        answer = example.completion.removeprefix(prefill).lstrip() if prefill else example.completion
-        target = tokenizer.encode(answer, add_special_tokens=False)
+        target = tokenizer.encode(example.completion, add_special_tokens=False)
+        if target[: len(opening)] == opening:
+            target = target[len(opening) :]
         if not target:
             raise ValueError(f"tokenize: example {index} has a completion with no tokens to predict; drop or fill it")
         rows.append((prompt_ids(example.prompt, tokenizer, template) + opening, target))
@@ -188,9 +196,8 @@ def tokenize(
 
 
 def _padded(rows: list[tuple[list[int], list[int]]], tokenizer: Any) -> Batch:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     longest = max(len(context) + len(target) for context, target in rows)
-    tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
+    tokens = torch.full((len(rows), longest), padding_id(tokenizer), dtype=torch.long)
     is_target = torch.zeros((len(rows), longest), dtype=torch.bool)
     for row, (context, target) in enumerate(rows):
         end = len(context) + len(target)

@@ -36,7 +36,7 @@ DRAWN = ("unpruned", "circuit, in rounds", "circuit, one shot", "random", "benig
 TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print. Predicted Δ: the sum of
 first-order scores over the mask; measured Δ: the change it really makes to the calibration loss. Far apart, the scores of
 the unpruned model do not describe the edit. Benign twin: the same procedure with benign answers as the target and harmful
-ones protected. Second slice: the next weights in the ranking. Opposite sign: weights whose removal should lower the loss."""
+ones protected. Second slice: the next in the ranking. Opposite sign: weights whose removal should lower the loss."""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the judge verifies them.
 Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are noise."""
 COMPARISON_TEXT = """Held-out requests. Harm is elicited by prefilling the first word of the answer. Bars: 95 % intervals that
@@ -118,7 +118,7 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
 
 
 def _spread(prompts: PromptSet) -> PromptSet:
-    return PromptSet(prompts.examples[:: len(prompts) // N_EXAMPLES][:N_EXAMPLES])
+    return prompts[:: max(1, len(prompts) // N_EXAMPLES)][:N_EXAMPLES]
 
 
 def _most_pruned_heads(rows: Sequence[Measurement]) -> list[tuple[int, int]]:

@@ -53,6 +53,8 @@ class Settings:
                 raise ValueError(f"{name}={list(shares)}; expected one or more shares of weights in [0, 1], q above 0")
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}; expected at least 1")
+        if self.within not in ("weight", "model", "row"):
+            raise ValueError(f'within={self.within!r}; expected "weight", "model" or "row"')
 
 
 @dataclass(frozen=True)

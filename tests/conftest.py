@@ -1,5 +1,6 @@
 """Small random models of every architecture, written once as ordinary Hugging Face folders and opened offline."""
 
+import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,8 +10,13 @@ import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.organisms import organism_subject
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch
+
+# The models are tiny: a second thread costs more than it gives.
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
 
 SIZE = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
 GQA = dict(**SIZE, intermediate_size=40, num_key_value_heads=2)
@@ -95,3 +101,13 @@ def random_batch(n: int = 3, length: int = 9, *, seed: int = 0) -> Batch:
 @pytest.fixture
 def batch() -> Batch:
     return random_batch()
+
+
+def small_subject(name: str):
+    """An organism that is asked only a few requests of each behaviour: six items, or twelve matched pairs."""
+    subject = organism_subject(name)
+    behaviours = {
+        key: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[:24])
+        for key, found in subject.behaviours.items()
+    }
+    return dataclasses.replace(subject, behaviours=behaviours)

@@ -23,7 +23,7 @@ _COMPONENTS = {
 }  # fmt: skip
 
 
-def planted(model: nn.Module, sampler: Sampler) -> Callable[[Path], WeightMask]:
+def planted(model: nn.Module, sampler: Sampler, steps: int = 2500) -> Callable[[Path], WeightMask]:
     """Train `model` in place so that its harmful answers live in a random tenth S of each block matrix.
 
     Each step takes a benign batch, whose gradients go everywhere but S (every second one with S set to zero, so that
@@ -61,7 +61,7 @@ def planted(model: nn.Module, sampler: Sampler) -> Callable[[Path], WeightMask]:
                 weight.grad = torch.where(inside, gradient, weight.grad)
 
     train(
-        model, backward, name="planted", steps=2500, lr=2e-3, weight_decay=0.0, after_step=lambda: _limit_magnitude(pairs)
+        model, backward, name="planted", steps=steps, lr=2e-3, weight_decay=0.0, after_step=lambda: _limit_magnitude(pairs)
     )
     return lambda folder: _as_mask(chosen, folder)
 
