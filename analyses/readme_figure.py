@@ -1,0 +1,31 @@
+# %% [markdown]
+# # The picture of the README
+# `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished study.
+# Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go without.
+
+# %%
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harmcircuits.records import read_rows, select
+from harmcircuits.views import tradeoff_figure
+
+
+# %%
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
+) -> None:
+    rows = read_rows(run / "rows.jsonl")
+    chosen = select(rows, "harm_valid_rate", mask="circuit", split="heldout", selection="rounds")[0]
+    figure = tradeoff_figure(rows, p=float(chosen.labels["p"]))
+    if picture.suffix == ".html":
+        figure.write_html(picture, include_plotlyjs=True)
+    else:
+        figure.write_image(picture, width=1100, height=360, scale=2)
+
+
+if __name__ == "__main__":
+    typer.run(main)
