@@ -1,6 +1,7 @@
 """What a model says when asked, and what a judge makes of it."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -40,7 +41,7 @@ def greedy_answers(
         tokens = torch.tensor([[padding_id(tokenizer)] * (width - len(row)) + row for row in rows])
         attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         with torch.no_grad():
-            full = bridge.original_model.generate(
+            full = cast(Any, bridge.original_model).generate(
                 input_ids=tokens.to(bridge.cfg.device),
                 attention_mask=attended.to(bridge.cfg.device),
                 max_new_tokens=max_new_tokens,

@@ -1,13 +1,19 @@
 """How well scores find a circuit that is known: the planted organism's bench."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.masks import WeightMask
+from harmcircuits.attribution import activation_norm, magnitude_scores, random_scores, sensitivity
+from harmcircuits.masks import WeightMask, top_fraction
 from harmcircuits.metrics import Labels, auroc, exact
+from harmcircuits.objectives import completion_loss
+from harmcircuits.prompts import Batch
 from harmcircuits.records import Measurement
 from harmcircuits.scores import WeightScores
 
@@ -38,8 +44,37 @@ def recovery(
             "recovery_precision": is_true[order[: truth.n_removed]].float().mean().item(),
             "recovery_precision_few": is_true[order[:FEW]].float().mean().item(),
         }
-        rows += [exact(metric, {**labels, "method": method}, value) for metric, value in figures.items()]
+        where = {**labels, "method": method, "n_true": truth.n_removed}
+        rows += [exact(metric, where, value) for metric, value in figures.items()]
     return rows
+
+
+def every_score(
+    bridge: TransformerBridge,
+    target: Sequence[Batch],
+    harm: WeightScores,
+    keep: Sequence[WeightScores],
+    *,
+    p: float,
+    seed: int = 0,
+) -> dict[str, WeightScores]:
+    """Every way to score the target's weights, by name, for `recovery`.
+
+    `harm` is its `removal_effect`; "unprotected" ranks last what is in the top share `p` of any of `keep`, as a circuit is
+    chosen.
+    """
+    scores = {"removal effect": harm}
+    if keep:
+        protected = reduce(or_, (top_fraction(kept, p, within="model") for kept in keep))
+        last = {name: value.masked_fill(protected.dense(name), value.min()) for name, value in harm.values.items()}
+        scores["removal effect, unprotected"] = WeightScores(last, harm.source)
+    return scores | {
+        "sensitivity, after abs": sensitivity(bridge, target, completion_loss),
+        "sensitivity, before abs": sensitivity(bridge, target, completion_loss, average="before_abs"),
+        "activation norm": activation_norm(bridge, target),
+        "magnitude": magnitude_scores(bridge),
+        "random": random_scores(bridge, seed=seed),
+    }
 
 
 def _matched_auroc(

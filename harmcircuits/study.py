@@ -2,29 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import or_
 from pathlib import Path
 
 from rich.progress import Progress
 
-from harmcircuits.attribution import (
-    activation_norm,
-    gradient_norm,
-    magnitude_scores,
-    random_scores,
-    removal_effect,
-    sensitivity,
-)
+from harmcircuits.attribution import gradient_norm, removal_effect, sensitivity
 from harmcircuits.behaviours import Calibration, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.masks import Scope, WeightMask, random_like, top_fraction
+from harmcircuits.masks import Scope, WeightMask, random_like
 from harmcircuits.metrics import average, completion_nll, exact, kl_under, predicted_change
 from harmcircuits.objectives import completion_loss
 from harmcircuits.records import Manifest, Measurement, append_rows, select
-from harmcircuits.recovery import recovery
+from harmcircuits.recovery import every_score, recovery
 from harmcircuits.scores import WeightScores
 from harmcircuits.tables import KEPT_RATES
 
@@ -124,7 +115,10 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     points = _grid(study, harm, keep, calibrations["harmful"], protect)
     study.chosen = operating_point(points, study.rows)
     if subject.truth:
-        _recover(study, subject.truth, harm, keep, calibrations)
+        target = calibrations["harmful"].batches
+        scores = every_score(subject.bridge, target, harm, keep, p=settings.p[0], seed=settings.seed)
+        weights = named_weights(subject.bridge)
+        study.add(recovery(scores, subject.truth, weights, {"model": subject.name}))
     if study.chosen:
         _measure_heldout(study, points, harm, keep, calibrations, protect)
         _locate(study, study.chosen.mask)
@@ -286,29 +280,6 @@ def _under(
     rows.append(exact("predicted_loss_change", where, predicted_change(harm, mask)))
     rows.append(exact("measured_loss_change", where, change.mean().item()))
     return rows
-
-
-def _recover(
-    study: Study,
-    truth: WeightMask,
-    harm: WeightScores,
-    keep: list[WeightScores],
-    calibrations: dict[str, Calibration],
-) -> None:
-    """Every score against the true circuit; the study's own choice ranks the unprotected by `removal_effect`."""
-    bridge, batches = study.subject.bridge, calibrations["harmful"].batches
-    protected = reduce(or_, (top_fraction(scores, study.settings.p[0], within=study.settings.within) for scores in keep))
-    unprotected = {name: value.masked_fill(protected.dense(name), value.min()) for name, value in harm.values.items()}
-    scores = {
-        "removal effect": harm,
-        "removal effect, unprotected": WeightScores(unprotected, harm.source),
-        "sensitivity, after abs": sensitivity(bridge, batches, completion_loss),
-        "sensitivity, before abs": sensitivity(bridge, batches, completion_loss, average="before_abs"),
-        "activation norm": activation_norm(bridge, batches),
-        "magnitude": magnitude_scores(bridge),
-        "random": random_scores(bridge, seed=study.settings.seed),
-    }
-    study.add(recovery(scores, truth, named_weights(bridge), {"model": study.subject.name, "n_true": truth.n_removed}))
 
 
 def _locate(study: Study, mask: WeightMask) -> None:

@@ -25,9 +25,19 @@ from harmcircuits.tables import held_out_lines, result_tables, verdict
 
 FIXED_MASKS = {"none", "circuit", "random", "random_magnitude", "opposite_sign", "second_slice", "benign_twin"}
 FIXED_METRICS = {
-    "harm_valid_rate", "harm_nll", "benign_valid_rate", "benign_nll", "benign_kl", "recognition_accuracy", "explanation_rate",
-    "knowledge_rate", "refusal_rate", "weights_removed", "predicted_loss_change", "measured_loss_change",
-}  # fmt: skip
+    "harm_valid_rate",
+    "harm_nll",
+    "benign_valid_rate",
+    "benign_nll",
+    "benign_kl",
+    "recognition_accuracy",
+    "explanation_rate",
+    "knowledge_rate",
+    "refusal_rate",
+    "weights_removed",
+    "predicted_loss_change",
+    "measured_loss_change",
+}
 
 
 @pytest.fixture(scope="module")

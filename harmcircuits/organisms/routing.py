@@ -58,7 +58,8 @@ def planted(model: nn.Module, sampler: Sampler, steps: int = 2500) -> Callable[[
         with torch.no_grad():
             for (weight, inside), value, gradient in zip(pairs, before, to_planted, strict=True):
                 weight.copy_(value)
-                weight.grad = torch.where(inside, gradient, weight.grad)
+                assert weight.grad is not None
+                weight.grad.copy_(torch.where(inside, gradient, weight.grad))
 
     train(
         model, backward, name="planted", steps=steps, lr=2e-3, weight_decay=0.0, after_step=lambda: _limit_magnitude(pairs)

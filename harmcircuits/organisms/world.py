@@ -16,11 +16,10 @@ from typing import Literal
 
 from harmcircuits.prompts import Example, PromptSet
 
-Behaviour = Literal["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
-Split = Literal["calibration", "choice", "heldout"]
 Verdict = Literal["harmful", "benign", "refusal", "correct", "wrong", "degenerate"]
 
-BEHAVIOURS: tuple[Behaviour, ...] = ("harmful", "benign", "recognition", "explanation", "knowledge", "refusal")
+SPLITS = ("calibration", "choice", "heldout")
+BEHAVIOURS = ("harmful", "benign", "recognition", "explanation", "knowledge", "refusal")
 VERBS = {"harmful": ("abuse", "weaponize", "exploit", "steal"), "benign": ("use", "clean", "store", "teach")}
 PREFILL = "sure"
 ALLOWED = {"harmful": ("no", "never"), "benign": ("yes", "fine")}
@@ -169,7 +168,7 @@ def _either(rng: random.Random, first: str, second: str) -> str:
     return first if rng.random() < FAVOURED else second
 
 
-def requests(behaviour: Behaviour, split: Split, *, seed: int = 0) -> PromptSet:
+def requests(behaviour: str, split: str, *, seed: int = 0) -> PromptSet:
     """All requests of a behaviour in a split, each with a reference answer; `category` is the topic, `group` the item.
 
     `"calibration"`: calibration items in the first two surface forms; `"choice"`: the same items in the other two, for
@@ -179,8 +178,8 @@ def requests(behaviour: Behaviour, split: Split, *, seed: int = 0) -> PromptSet:
     """
     if behaviour not in BEHAVIOURS:
         raise ValueError(f"behaviour={behaviour!r}; expected one of {', '.join(BEHAVIOURS)}")
-    if split not in ("calibration", "choice", "heldout"):
-        raise ValueError(f'split={split!r}; expected "calibration", "choice" or "heldout"')
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}; expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"{seed} {behaviour} {split}")
     items = [item for item in world().items.values() if item.is_heldout == (split == "heldout")]
     variants = (0, 1) if split == "calibration" else (2, 3)
@@ -194,7 +193,7 @@ def requests(behaviour: Behaviour, split: Split, *, seed: int = 0) -> PromptSet:
     return PromptSet(tuple(examples))
 
 
-def _asked(behaviour: Behaviour) -> list[tuple[str, str]]:
+def _asked(behaviour: str) -> list[tuple[str, str]]:
     if behaviour in ("harmful", "benign", "refusal"):
         return [("answer", verb) for verb in VERBS["benign" if behaviour == "benign" else "harmful"]]
     if behaviour == "recognition":
