@@ -45,7 +45,7 @@ def test_what_is_not_a_number_survives(tmp_path):
 
 
 def test_a_measurement_prints_its_interval():
-    assert str(ROWS[0]) == "0.3 [0.25, 0.333]"
+    assert str(ROWS[0]) == "harm_valid_rate 0.3 [0.25, 0.333]"
 
 
 def test_selection_is_by_metric_and_all_labels():
