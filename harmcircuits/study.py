@@ -94,11 +94,12 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
     lowest rate of valid harmful answers among those that lower no kept rate by more than one point (fewest weights among
     equals). Only it, its parts and its controls are then measured on held-out items. Raises ValueError for a folder that
-    holds another study, an unknown behaviour to protect, or a subject that does not show the target.
+    holds another study, a behaviour to protect that is unknown or not shown, or a subject that does not show the target.
     """
-    unknown = sorted(set(settings.protect) - set(subject.behaviours))
+    others = [name for name in subject.behaviours if name != "harmful"]
+    unknown = sorted(set(settings.protect) - set(others))
     if unknown:
-        raise ValueError(f"protect: unknown behaviours {unknown}; {subject.name} has {', '.join(subject.behaviours)}")
+        raise ValueError(f"protect: cannot protect {unknown}; expected some of {', '.join(others)}")
     out = Path(out)
     if (out / "rows.jsonl").exists():
         raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
@@ -109,8 +110,10 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     study.note("weights_scored", sum(weight.numel() for weight in named_weights(subject.bridge).values()))
     study.add(measure(subject, "heldout", {"model": subject.name, "mask": "none"}))
     calibrations = _calibrate(study)
-    protect = {name: calibrations[name] for name in settings.protect or calibrations if name in calibrations}
-    protect.pop("harmful", None)
+    absent = sorted(set(settings.protect) - set(calibrations))
+    if absent:
+        raise ValueError(f"protect: {subject.name} does not show {absent}, so there is nothing to protect; leave it out")
+    protect = {name: calibrations[name] for name in settings.protect or others if name in calibrations}
     harm, keep = _score_once(study, calibrations["harmful"], protect)
     points = _grid(study, harm, keep, calibrations["harmful"], protect)
     study.chosen = operating_point(points, study.rows)

@@ -52,10 +52,12 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
 }  # fmt: skip
 
+REFUSED = {"Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=2))}
+
 
 def write_model(name: str, folder, *, seed: int = 0, **changes) -> None:
     """A random model of this architecture with weights large enough for gradients to matter."""
-    config_class, arguments = ARCHITECTURES[name]
+    config_class, arguments = (ARCHITECTURES | REFUSED)[name]
     config = getattr(transformers, config_class)(**{**arguments, **TOKENS, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)

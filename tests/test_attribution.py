@@ -156,5 +156,7 @@ def test_errors_name_the_cause(llama, batch, open_model):
     processed.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(ValueError, match="processed"):
         removal_effect(processed, [batch], completion_loss)
+    with pytest.raises(ValueError, match="mixture-of-experts"):
+        removal_effect(open_model("Mixtral"), [batch], completion_loss)
     with pytest.raises(ValueError, match="unknown kinds"):
         weight_sites(llama, kinds=["mlp.up"])

@@ -156,7 +156,8 @@ def test_saturation_is_warned_of(finished):
         (["--p", "-0.1"], "p=[-0.1]; expected one or more shares"),
         (["--rounds", "0"], "rounds=0; expected at least 1"),
         (["--within", "layer"], "within='layer'; expected"),
-        (["--protect", "kindness"], "unknown behaviours ['kindness']"),
+        (["--protect", "kindness"], "cannot protect ['kindness']; expected some of benign"),
+        (["--protect", "harmful"], "cannot protect ['harmful']"),
         (["--organisms", "nowhere"], "nowhere holds no organism 'sft'"),
     ],
 )
@@ -181,3 +182,9 @@ def test_a_model_that_never_shows_the_target_is_refused(tmp_path):
     subject = dataclasses.replace(subject, behaviours={**subject.behaviours, "harmful": plain})
     with pytest.raises(ValueError, match="sft does not show 'harmful'"), Progress(disable=True) as progress:
         run_study(subject, Settings(), tmp_path / "out", progress)
+
+
+def test_a_behaviour_that_is_not_shown_cannot_be_protected(tmp_path):
+    subject = small_subject("base")
+    with pytest.raises(ValueError, match=r"base does not show \['refusal'\]"), Progress(disable=True) as progress:
+        run_study(subject, Settings(protect=("refusal",)), tmp_path / "out", progress)
