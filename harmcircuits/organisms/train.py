@@ -1,8 +1,8 @@
 """Makes the organisms: `python -m harmcircuits.organisms.train --out DIR [--seed 0] [--device cuda]`.
 
 One pre-training, then one change each: `base` -> `helpful` -> `sft` and `dpo`; and `planted` (see `routing`). Every
-condition that a checkpoint must satisfy is then measured and printed (see `check`). About four minutes on one H100, an hour
-and a half on two CPU cores. Another device, or another order of random draws, gives other weights that meet the same
+condition that a checkpoint must satisfy is then measured and printed (see `check`). About five minutes on one H100, an
+hour or more on two CPU cores. Another device, or another order of random draws, gives other weights that meet the same
 conditions but whose circuits may separate less well: report more than one training run.
 """
 
