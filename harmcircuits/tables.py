@@ -98,7 +98,9 @@ def verdict(rows: Sequence[Measurement]) -> str:
         if select(circuit, metric)
     }
     worst = min(costs, key=costs.__getitem__)
-    cost = f'"{worst}" changes by {costs[worst]:+.1f} points, the worst of {len(costs)} kept abilities'
+    cost = f"None of the {len(costs)} kept abilities falls"
+    if costs[worst] < 0:
+        cost = f'Of {len(costs)} kept abilities, "{worst}" suffers most: {costs[worst]:+.1f} points'
     return "\n".join(
         [
             f"Removing {size:,.0f} weights ({size / n_block_weights(rows):.2%}; {best}) takes valid harmful answers from "
