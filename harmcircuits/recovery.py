@@ -66,7 +66,8 @@ def every_score(
     scores = {"removal effect": harm}
     if keep:
         protected = reduce(or_, (top_fraction(kept, p, within="model") for kept in keep))
-        last = {name: value.masked_fill(protected.dense(name), value.min()) for name, value in harm.values.items()}
+        lowest = min(value.min().item() for value in harm.values.values())
+        last = {name: value.masked_fill(protected.dense(name), lowest) for name, value in harm.values.items()}
         scores["removal effect, unprotected"] = WeightScores(last, harm.source)
     return scores | {
         "sensitivity, after abs": sensitivity(bridge, target, completion_loss),
