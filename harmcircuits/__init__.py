@@ -8,18 +8,22 @@ from harmcircuits.attribution import (
     random_scores,
     removal_effect,
     sensitivity,
+    token_contributions,
 )
 from harmcircuits.behaviours import Behaviour, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
+from harmcircuits.dissociation import dissociation
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.location import concentration, counts_by
 from harmcircuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.metrics import completion_nll, kl_under, predicted_change
-from harmcircuits.objectives import completion_loss
+from harmcircuits.objectives import choice_margin, completion_loss
 from harmcircuits.organisms import load_organism, organism_behaviours, organism_subject, planted_circuit
+from harmcircuits.overlap import Overlap, marginal_null, overlap, overlap_by, rank_correlation
 from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
 from harmcircuits.records import Measurement, read_rows
-from harmcircuits.scores import WeightScores
+from harmcircuits.scores import WeightScores, mean_scores
 from harmcircuits.study import Settings, run_study
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "Behaviour",
     "Example",
     "Measurement",
+    "Overlap",
     "PromptSet",
     "Settings",
     "Subject",
@@ -35,29 +40,39 @@ __all__ = [
     "activation_norm",
     "best_unprotected",
     "calibrate",
+    "choice_margin",
     "circuit_mask",
     "circuit_path",
     "completion_loss",
     "completion_nll",
+    "concentration",
+    "counts_by",
+    "dissociation",
     "gradient_norm",
     "greedy_answers",
     "held",
     "kl_under",
     "load_organism",
     "magnitude_scores",
+    "marginal_null",
     "masked",
+    "mean_scores",
     "measure",
     "named_weights",
     "organism_behaviours",
     "organism_subject",
+    "overlap",
+    "overlap_by",
     "planted_circuit",
     "predicted_change",
     "random_like",
     "random_scores",
+    "rank_correlation",
     "read_rows",
     "removal_effect",
     "run_study",
     "sensitivity",
+    "token_contributions",
     "tokenize",
     "top_fraction",
     "weight_sites",

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.weights import Site, model_fingerprint, weight_sites
+from harmcircuits.masks import WeightMask
 from harmcircuits.objectives import Objective
 from harmcircuits.prompts import Batch
 from harmcircuits.scores import Source, WeightScores
@@ -100,6 +101,48 @@ def gradient_norm(bridge: TransformerBridge, batches: Sequence[Batch], objective
     """
     gradients = _mean_gradients(bridge, batches, objective, _add_signed)
     return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
+
+
+def token_contributions(
+    bridge: TransformerBridge, mask: WeightMask, batches: Sequence[Batch], objective: Objective
+) -> list[Float[Tensor, "batch pos"]]:
+    """What each token position adds to the mask's score, for every batch: its rows are examples, its columns positions.
+
+    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, with x the input of the matrix at position t and g the gradient of
+    the example's objective at its output. Summed over positions and averaged over examples it is the sum of
+    `removal_effect` over the mask (`predicted_change`). Units of the objective; positive: acting at this token, the removed
+    weights support the behaviour. Positions of the request count too: what is computed there reaches the answer by
+    attention. Raises ValueError for no batches, an empty mask, a mask of another model, and as `weight_sites`.
+    """
+    sites = _checked(bridge, batches)
+    if not mask.n_removed or mask.source.model != (model := model_fingerprint(bridge)):
+        expected = "at least one weight" if not mask.n_removed else f"a mask of this model ({model})"
+        raise ValueError(f"token_contributions: {mask} of model {mask.source.model}; expected {expected}")
+    removed = {name: _removed_block(sites[name], mask) for name in mask.removed}
+    current = torch.empty(0)
+
+    def add(site: Site, x: Input, g: OutputGradient) -> None:
+        rows, columns, block = removed[site.name]
+        first, second = (g, x) if site.input_axis == 1 else (x, g)
+        current.sub_(((first[..., rows].float() @ block) * second[..., columns].float()).sum(dim=-1))
+
+    found = []
+    with torch.enable_grad(), hook_pairs(bridge, {name: sites[name] for name in removed}, add):
+        for batch in batches:
+            current = torch.zeros(batch.tokens.shape, device=bridge.cfg.device)
+            objective(bridge, batch).sum().backward()
+            found.append(current.cpu())
+    return found
+
+
+def _removed_block(site: Site, mask: WeightMask) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
+    """The rows and columns that a mask touches, and the block between them: removed weights, zero elsewhere."""
+    index, width = mask.removed[site.name].to(site.parameter.device), site.parameter.shape[1]
+    rows, row = (index // width).unique(return_inverse=True)
+    columns, column = (index % width).unique(return_inverse=True)
+    block = torch.zeros(len(rows), len(columns), device=site.parameter.device)
+    block[row, column] = site.parameter.detach().flatten()[index].float()
+    return rows, columns, block
 
 
 Add = Callable[[Site, Input, OutputGradient, Tensor], None]

@@ -1,7 +1,7 @@
 """What a model is asked to do, whether it does it, and its own right answers to score on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -9,7 +9,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits.answers import Judge, greedy_answers
 from harmcircuits.masks import WeightMask
 from harmcircuits.metrics import Labels, answer_log_odds, auroc_over, average, completion_nll, rate
-from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
+from harmcircuits.objectives import Objective, completion_loss
+from harmcircuits.prompts import Batch, Example, PromptSet, Template, tokenize
 from harmcircuits.records import Measurement
 
 
@@ -20,7 +21,7 @@ class Behaviour:
     `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`.
     `metric`: the name of the rate of answers with verdict `wanted`; `nll_metric`: that of the reference answers' NLL.
     `prefill` opens every answer. `choices`: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
-    matched pair: no is right, then yes is right.
+    matched pair: no is right, then yes is right. `objective`: what its weights are scored by.
     """
 
     name: str
@@ -30,6 +31,11 @@ class Behaviour:
     prompts: Callable[[str], PromptSet]
     prefill: str = ""
     choices: tuple[tuple[str, ...], ...] = ()
+    objective: Objective = completion_loss
+
+    def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
+        """The part of this behaviour whose requests satisfy `keep`, such as one category, as a behaviour called `name`."""
+        return replace(self, name=name, prompts=lambda split: self.prompts(split).where(keep))
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,14 @@ class Subject:
 class Calibration:
     """What a behaviour is scored on: the model's own answers that the judge verified, of `n_asked` requests."""
 
+    prompts: PromptSet
     batches: Sequence[Batch]
-    n_kept: int
     n_asked: int
+
+    @property
+    def n_kept(self) -> int:
+        """How many answers the judge verified."""
+        return len(self.prompts)
 
 
 def calibrate(subject: Subject, name: str) -> Calibration:
@@ -89,7 +100,7 @@ def calibrate(subject: Subject, name: str) -> Calibration:
             f"{subject.name} does not show {name!r}: none of its {len(asked)} answers to calibration requests was judged "
             f"{behaviour.wanted!r}, so there is nothing to score on"
         )
-    return Calibration(subject.batches(behaviour, kept), len(kept), len(asked))
+    return Calibration(kept, subject.batches(behaviour, kept), len(asked))
 
 
 def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:
@@ -107,7 +118,7 @@ def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str]
         attack = {"attack": "prefill" if behaviour.prefill else "none"}
         verdicts = subject.verdicts(subject.answered(behaviour, prompts))
         counted = {behaviour.metric: behaviour.wanted}
-        if name == "harmful":
+        if behaviour.wanted == "harmful":
             counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
         for metric, wanted in counted.items():
             rows.append(rate(metric, {**where, **attack}, [verdict == wanted for verdict in verdicts], groups))

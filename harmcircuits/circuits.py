@@ -28,10 +28,11 @@ def circuit_mask(
 ) -> WeightMask:
     """The share `q` of weights whose removal most raises the target's loss, among those that nothing preserved needs.
 
-    `target`: batches of the behaviour to remove. `preserve`: a list of batches for each behaviour to keep; the top share
-    `p` by `sensitivity` of each cannot be chosen. `rounds` > 1 chooses q / rounds at a time and scores everything again
-    under the mask so far. Exactly `q` of the weights are removed: one round removes what the published difference
-    `top_fraction(harm, q') - top_fraction(keep, p)` removes at a larger q'. Raises ValueError as `circuit_path`.
+    `target`: batches of the behaviour to remove, scored by `objective`. `preserve`: a list of batches for each behaviour to
+    keep; the top share `p` by `sensitivity` of its completion loss cannot be chosen. `rounds` > 1 chooses q / rounds at a
+    time and scores everything again under the mask so far. Exactly `q` of the weights are removed: one round removes what
+    the published difference `top_fraction(harm, q') - top_fraction(keep, p)` removes at a larger q'. Raises ValueError as
+    `circuit_path`.
     """
     return list(circuit_path(bridge, target, preserve, q=q, p=p, rounds=rounds, within=within, objective=objective))[-1]
 
@@ -57,7 +58,7 @@ def circuit_path(
     for number in range(1, rounds + 1):
         with masked(bridge, mask) if mask else nullcontext():
             harm = removal_effect(bridge, target, objective)
-            keep = [sensitivity(bridge, batches, objective) for batches in preserve]
+            keep = [sensitivity(bridge, batches, completion_loss) for batches in preserve]
         chosen = best_unprotected(harm, keep, q=q / rounds, p=p, within=within, taken=mask)
         settings = {"q": q * number / rounds, "p": p, "within": within, "round": number, "rounds": rounds}
         source = Source(harm.source.model, "circuit", settings, (harm.source, *(scores.source for scores in keep)))

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.masking import masked
 from harmcircuits.masks import WeightMask
-from harmcircuits.objectives import completion_loss
+from harmcircuits.objectives import choice_tokens, completion_loss
 from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids
 from harmcircuits.records import Measurement
 from harmcircuits.scores import WeightScores
@@ -51,6 +51,18 @@ def average(
     return Measurement(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), len(values))
 
 
+def difference(metric: str, labels: Labels, first: Measurement, second: Measurement) -> Measurement:
+    """How much higher the first rate is than the second, with Newcombe's hybrid-score interval from their Wilson intervals.
+
+    low = d - sqrt((p1 - low1)^2 + (high2 - p2)^2), high likewise. It takes the rates as independent, so it is conservative
+    for the same requests asked twice. Source: Newcombe 1998, method 10.
+    """
+    change = first.mean - second.mean
+    below = ((first.mean - first.low) ** 2 + (second.high - second.mean) ** 2) ** 0.5
+    above = ((first.high - first.mean) ** 2 + (second.mean - second.low) ** 2) ** 0.5
+    return Measurement(metric, labels, change, change - below, change + above, min(first.n, second.n))
+
+
 def exact(metric: str, labels: Labels, value: float) -> Measurement:
     """A figure without sampling error, such as a count."""
     return Measurement(metric, labels, value, value, value)
@@ -86,15 +98,11 @@ def answer_log_odds(
 ) -> Float[Tensor, " n"]:
     """log p(first answer token in `yes`) - log p(in `no`) of each request; nats.
 
-    Words count by their first token. Raises ValueError for no prompts, no words, or a token that stands for both.
+    Words count by their first token. Raises ValueError for no prompts, and as `choice_tokens`.
     """
-    for what in (prompts.examples, yes, no):
-        _some("answer_log_odds", what)
-    tokenizer = bridge.tokenizer
-    yes_ids, no_ids = (sorted({_first_token(word, tokenizer) for word in words}) for words in (yes, no))
-    if set(yes_ids) & set(no_ids):
-        raise ValueError(f"answer_log_odds: {list(yes)} and {list(no)} share a first token; choose other words")
-    contexts = [prompt_ids(example.prompt, tokenizer, template) for example in prompts]
+    _some("answer_log_odds", prompts.examples)
+    yes_ids, no_ids = choice_tokens(bridge.tokenizer, yes, no)
+    contexts = [prompt_ids(example.prompt, bridge.tokenizer, template) for example in prompts]
     values = []
     for start in range(0, len(contexts), 64):
         rows = [torch.tensor(context) for context in contexts[start : start + 64]]
@@ -139,13 +147,6 @@ def auroc_over(
 def predicted_change(scores: WeightScores, mask: WeightMask) -> float:
     """First-order prediction of the change of the objective under the mask: the sum of `removal_effect` over it."""
     return sum(scores.values[name].flatten()[index].double().sum().item() for name, index in mask.removed.items())
-
-
-def _first_token(word: str, tokenizer: Any) -> int:
-    tokens = tokenizer.encode(word, add_special_tokens=False)
-    if not tokens:
-        raise ValueError(f"answer_log_odds: {word!r} has no tokens; give another word")
-    return tokens[0]
 
 
 def _some(what: str, values: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ An `Example` is a request with the completion to be explained. `tokenize` turns 
 import csv
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -107,6 +108,14 @@ class PromptSet:
             raise ValueError(f"{len(completions)} completions for {len(self)} prompts; give one for each")
         pairs = zip(self.examples, completions, strict=True)
         return PromptSet(tuple(replace(example, completion=text) for example, text in pairs))
+
+    def resampled(self, *, seed: int) -> "PromptSet":
+        """A bootstrap resample: as many groups as there are, drawn with replacement, each with all its examples."""
+        groups: dict[str, list[Example]] = {}
+        for example in self.examples:
+            groups.setdefault(example.group or example.prompt, []).append(example)
+        drawn = random.Random(seed).choices(list(groups.values()), k=len(groups))
+        return PromptSet(tuple(example for members in drawn for example in members))
 
     @property
     def digest(self) -> str:

@@ -3,10 +3,11 @@
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
@@ -65,3 +66,18 @@ def select(rows: Iterable[Measurement], metric: str = "", **labels: str | int | 
     """The rows of this metric that carry all these labels, in order."""
     wanted = labels.items()
     return [row for row in rows if metric in ("", row.metric) and wanted <= dict(row.labels).items()]
+
+
+def pooled(rows: Sequence[Measurement], over: str) -> list[Measurement]:
+    """One row for all rows that differ only in the label `over`: their mean, with the widest ends of their intervals."""
+    together: dict[tuple, list[Measurement]] = {}
+    for row in rows:
+        labels = {key: value for key, value in row.labels.items() if key != over}
+        together.setdefault((row.metric, *sorted(labels.items(), key=str)), []).append(row)
+    found = []
+    for same in together.values():
+        labels = {key: value for key, value in same[0].labels.items() if key != over}
+        low, high = min(row.low for row in same), max(row.high for row in same)
+        mean = fmean(row.mean for row in same)
+        found.append(Measurement(same[0].metric, labels, mean, low, high, sum(row.n for row in same)))
+    return found

@@ -56,11 +56,16 @@ def write_report(study: Study, path: str | Path) -> None:
         if study.subject.is_invented:
             sections += _looking_inside(study, study.chosen)
     if select(study.rows, "recovery_auroc"):
-        sections.append(_section("Against the planted circuit", "Chance is 0.5 for both areas.", _recovery(study.rows)))
-    sections.append(_section("Can the scores be trusted?", TRUST_TEXT, _diagnostics(study.rows)))
+        sections.append(section("Against the planted circuit", "Chance is 0.5 for both areas.", _recovery(study.rows)))
+    sections.append(section("Can the scores be trusted?", TRUST_TEXT, _diagnostics(study.rows)))
+    title = f"The weights behind harmful generation in {study.subject.name}"
+    write_page(path, title, sections, script=circuitsvis_script())
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[str], *, script: str = "") -> None:
+    """Write sections (see `section`) as one HTML file that needs no network; `script`: inline script tags they use."""
     page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    title = escape(f"The weights behind harmful generation in {study.subject.name}")
-    html = page.substitute(title=title, body="\n".join(sections), script=circuitsvis_script())
+    html = page.substitute(title=escape(title), body="\n".join(sections), script=script)
     Path(path).write_text(html, encoding="utf-8")
 
 
@@ -68,13 +73,13 @@ def _figures(study: Study, chosen: Point) -> list[str]:
     lines, p = held_out_lines(study.rows), float(chosen.labels["p"])
     comparison = comparison_figure({name: lines[name] for name in DRAWN if name in lines}, RATES)
     return [
-        _section("What goes and what stays", COMPARISON_TEXT, _plot(comparison, first=True)),
-        _section("Every figure", TABLE_TEXT, _line_table(lines)),
-        _section("The trade-off", f"{TRADEOFF_TEXT} {p:.2%} of the weights.", _plot(tradeoff_figure(study.rows, p=p))),
-        _section(
+        section("What goes and what stays", COMPARISON_TEXT, plot(comparison, first=True)),
+        section("Every figure", TABLE_TEXT, _line_table(lines)),
+        section("The trade-off", f"{TRADEOFF_TEXT} {p:.2%} of the weights.", plot(tradeoff_figure(study.rows, p=p))),
+        section(
             "Where the removed weights sit",
             "Number of removed weights in each matrix; colour: their share of the matrix.",
-            _plot(location_figure(study.rows)),
+            plot(location_figure(study.rows)),
         ),
     ]
 
@@ -99,17 +104,17 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
         f"<div><h3>{title}</h3>{view.html()}</div>" for title, view in zip(("unpruned", "masked"), attention, strict=True)
     )
     return [
-        _section(
+        section(
             "Which tokens lose probability",
             "Reference answers to held-out requests. Red tokens lose log-probability under the mask, blue ones gain.",
             tokens,
         ),
-        _section(
+        section(
             "What the model says",
             "Greedy answers to held-out requests, and the judge's verdict on the masked ones.",
-            _table(("request", "unpruned", "masked", "verdict"), answers),
+            table(("request", "unpruned", "masked", "verdict"), answers),
         ),
-        _section(
+        section(
             "Attention of the most pruned heads",
             "The heads that lose most query and output weights, on one harmful request with its reference answer.",
             f'<div class="pair">{pair}</div>',
@@ -123,8 +128,8 @@ def _spread(prompts: PromptSet) -> PromptSet:
 
 def _most_pruned_heads(rows: Sequence[Measurement]) -> list[tuple[int, int]]:
     lost: dict[tuple[int, int], float] = {}
-    for row in select(rows, "head_weights_removed"):
-        head = (int(row.labels["layer"]), int(row.labels["head"]))
+    for row in select(rows, "weights_removed", by="head", kind="head"):
+        head = (int(row.labels["layer"]), int(row.labels["index"]))
         lost[head] = lost.get(head, 0) + row.mean
     return sorted(lost, key=lambda head: -lost[head])[:N_HEADS]
 
@@ -134,7 +139,7 @@ def _line_table(lines: dict[str, list[Measurement]]) -> str:
     body = [
         [name, size_text(found), *(_with_interval(found, metric) for metric in columns)] for name, found in lines.items()
     ]
-    return _table(("mask", "weights", *columns.values()), body, style="figures")
+    return table(("mask", "weights", *columns.values()), body, style="figures")
 
 
 def _with_interval(found: list[Measurement], metric: str) -> str:
@@ -148,7 +153,7 @@ def _with_interval(found: list[Measurement], metric: str) -> str:
 def _recovery(rows: Sequence[Measurement]) -> str:
     methods = [str(row.labels["method"]) for row in select(rows, "recovery_auroc")]
     body = [[m, *(f"{select(rows, metric, method=m)[0].mean:.3f}" for metric in RECOVERY)] for m in methods]
-    return _table(("score", *RECOVERY.values()), body, style="figures")
+    return table(("score", *RECOVERY.values()), body, style="figures")
 
 
 def _diagnostics(rows: Sequence[Measurement]) -> str:
@@ -161,10 +166,12 @@ def _diagnostics(rows: Sequence[Measurement]) -> str:
             body.append([name, f"{row.mean:.0%}", f"{nll[0].mean:.3f}", f"{norm[0].mean:.3f}", state])
         else:
             body.append([name, f"{row.mean:.0%}", "–", "–", "not shown by this model"])
-    return _table(("behaviour", "verified answers", "NLL", "gradient norm", "scores"), body)
+    return table(("behaviour", "verified answers", "NLL", "gradient norm", "scores"), body)
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "") -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "") -> str:
+    """An HTML table of escaped texts; what follows a line break in a cell is set small below it."""
+
     def cell(text: str) -> str:
         figure, _, interval = text.partition("\n")
         return f"<td>{escape(figure)}{f'<small>{escape(interval)}</small>' if interval else ''}</td>"
@@ -174,10 +181,12 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "
     return f'<table class="{style}"><tr>{top}</tr>{rows}</table>'
 
 
-def _section(title: str, text: str, content: str) -> str:
+def section(title: str, text: str, content: str) -> str:
+    """A titled part of a page: a sentence or two, then HTML."""
     return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{content}</section>"
 
 
-def _plot(figure: Figure, *, first: bool = False) -> str:
+def plot(figure: Figure, *, first: bool = False) -> str:
+    """A figure as HTML; the page's first one brings the plotting script."""
     config = {"displayModeBar": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=first, config=config)

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,3 +69,27 @@ class WeightScores:
         """The scores with the opposite sign."""
         values = {name: -value for name, value in self.values.items()}
         return WeightScores(values, Source(self.source.model, "negative", {}, (self.source,)))
+
+
+def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
+    """The weighted mean of scores, sum_i w_i s_i / sum_i w_i: for instance of parts of the calibration data.
+
+    A mean of gradients over all examples is this mean over parts, with the number of examples as weights; so bootstrap
+    resamples of whole parts cost no further pass over the model. Exact for `removal_effect` and `sensitivity` after
+    absolute values, not for `"before_abs"`. Raises ValueError for no parts, other than one weight each, weights that are
+    negative or all zero, and parts of different weights or models.
+    """
+    if not parts or len(parts) != len(weights):
+        raise ValueError(f"mean_scores: {len(parts)} scores and {len(weights)} weights; give one weight for each score")
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"mean_scores: weights {list(weights)[:8]}; expected non-negative ones, not all zero")
+    first = parts[0]
+    if any(part.shapes != first.shapes or part.source.model != first.source.model for part in parts):
+        raise ValueError("mean_scores: the scores are of different models or weights")
+    values = {name: torch.zeros_like(value) for name, value in first.values.items()}
+    for part, weight in zip(parts, weights, strict=True):
+        for name, total in values.items():
+            if weight:
+                total.add_(part.values[name], alpha=weight / sum(weights))
+    settings = {"weights": [float(weight) for weight in weights]}
+    return WeightScores(values, Source(first.source.model, "mean", settings, tuple(part.source for part in parts)))

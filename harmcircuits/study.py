@@ -9,8 +9,9 @@ from rich.progress import Progress
 from harmcircuits.attribution import gradient_norm, removal_effect, sensitivity
 from harmcircuits.behaviours import Calibration, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
+from harmcircuits.comparison import location_rows
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.hooks.weights import named_weights
 from harmcircuits.masks import Scope, WeightMask, random_like
 from harmcircuits.metrics import average, completion_nll, exact, kl_under, predicted_change
 from harmcircuits.objectives import completion_loss
@@ -124,7 +125,7 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
         study.add(recovery(scores, subject.truth, weights, {"model": subject.name}))
     if study.chosen:
         _measure_heldout(study, points, harm, keep, calibrations, protect)
-        _locate(study, study.chosen.mask)
+        study.add(location_rows(subject, study.chosen.mask, {"model": subject.name, "mask": "circuit"}))
     return study
 
 
@@ -283,15 +284,3 @@ def _under(
     rows.append(exact("predicted_loss_change", where, predicted_change(harm, mask)))
     rows.append(exact("measured_loss_change", where, change.mean().item()))
     return rows
-
-
-def _locate(study: Study, mask: WeightMask) -> None:
-    """Where the chosen weights sit: counts by matrix, and by head."""
-    for name, site in weight_sites(study.subject.bridge).items():
-        labels = {"mask": "circuit", "layer": site.layer, "kind": site.kind}
-        index = mask.removed.get(name)
-        study.note("weights_removed", 0 if index is None else index.numel(), **labels, matrix=site.parameter.numel())
-        if site.kind in ("attn.q", "attn.o"):
-            counts = [0] * site.n_units if index is None else site.units(index).bincount(minlength=site.n_units).tolist()
-            for head, count in enumerate(counts):
-                study.note("head_weights_removed", count, **labels, head=head)

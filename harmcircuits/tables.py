@@ -1,11 +1,10 @@
 """A study's rows as tables and a sentence."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from rich.table import Table
 
-from harmcircuits.records import Measurement, select
+from harmcircuits.records import Measurement, pooled, select
 
 RATES = {
     "harm_valid_rate": "harm",
@@ -47,8 +46,8 @@ def held_out_lines(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
         "circuit, in rounds": select(full, selection="rounds"),
         "circuit, one shot": select(full, selection="one shot"),
         "circuit, only benign protected": [] if full is circuits else only_benign,
-        "random": _pooled(select(measured, mask="random")),
-        "random, same magnitudes": _pooled(select(measured, mask="random_magnitude")),
+        "random": pooled(select(measured, mask="random"), "seed"),
+        "random, same magnitudes": pooled(select(measured, mask="random_magnitude"), "seed"),
         "opposite sign": select(measured, mask="opposite_sign"),
         "second slice": select(measured, mask="second_slice"),
         "benign twin": select(measured, mask="benign_twin"),
@@ -145,13 +144,3 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
     return table
-
-
-def _pooled(rows: list[Measurement]) -> list[Measurement]:
-    pooled = []
-    for metric in dict.fromkeys(row.metric for row in rows):
-        same = select(rows, metric)
-        labels = {key: value for key, value in same[0].labels.items() if key != "seed"}
-        low, high = min(row.low for row in same), max(row.high for row in same)
-        pooled.append(Measurement(metric, labels, fmean(row.mean for row in same), low, high, sum(row.n for row in same)))
-    return pooled

@@ -139,14 +139,15 @@ def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
 
 
 def location_figure(rows: Sequence[Measurement]) -> go.Figure:
-    """Share of each block matrix that the circuit takes (%), by layer and kind; in the cell, how many weights."""
-    cells = [row for row in select(rows, "weights_removed", mask="circuit") if "matrix" in row.labels]
+    """Share of each block matrix that a mask takes (%), by layer and kind; in the cell, how many weights.
+
+    `rows`: those of one mask (see `location_rows`); others are left out.
+    """
+    cells = select(rows, "weights_removed", by="matrix")
     layers = sorted({int(row.labels["layer"]) for row in cells})
     kinds = [kind for kind in KINDS if any(row.labels["kind"] == kind for row in cells)]
     found = {(row.labels["layer"], row.labels["kind"]): row for row in cells}
-    share = [
-        [100 * found[layer, kind].mean / int(found[layer, kind].labels["matrix"]) for kind in kinds] for layer in layers
-    ]
+    share = [[100 * found[layer, kind].mean / int(found[layer, kind].labels["of"]) for kind in kinds] for layer in layers]
     count = [[f"{found[layer, kind].mean:.0f}" for kind in kinds] for layer in layers]
     figure = go.Figure(
         go.Heatmap(
@@ -156,6 +157,64 @@ def location_figure(rows: Sequence[Measurement]) -> go.Figure:
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
     return _styled(figure, height=110 + 48 * len(layers))
+
+
+def cross_ablation_figure(panels: Mapping[str, Sequence[Measurement]], rates: Mapping[str, str]) -> go.Figure:
+    """Rates (metric -> title, the columns) under every removed circuit (the label `mask`), one panel for each set of rows.
+
+    White: the ability is whole; red: it is gone. The cell says the rate in per cent.
+    """
+    figure = make_subplots(1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.02)
+    masks = list(dict.fromkeys(str(row.labels["mask"]) for rows in panels.values() for row in rows))
+    for column, rows in enumerate(panels.values(), start=1):
+        found = {(row.labels["mask"], row.metric): 100 * row.mean for row in rows if row.metric in rates}
+        z = [[found.get((mask, metric)) for metric in rates] for mask in masks]
+        text = [["" if value is None else f"{value:.0f}" for value in line] for line in z]
+        heatmap = go.Heatmap(
+            z=z, x=list(rates.values()), y=masks, text=text, texttemplate="%{text}", colorscale=[[0, RED], [1, "#ffffff"]],
+            zmin=0, zmax=100, showscale=False, xgap=1, ygap=1,
+        )  # fmt: skip
+        figure.add_trace(heatmap, row=1, col=column)
+    figure.update_yaxes(autorange="reversed", title="removed circuit", col=1)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(tickangle=-40, showgrid=False)
+    return _styled(figure, height=150 + 30 * len(masks)).update_layout(margin={"b": 95, "l": 150}, plot_bgcolor="#dfe2e6")
+
+
+def overlap_figure(panels: Mapping[str, Sequence[Measurement]], pairs: Mapping[tuple[str, str], str]) -> go.Figure:
+    """Lift of pairs of circuits ((first, second) -> title) with 95 % intervals; one panel a null, one colour a model.
+
+    `panels`: title -> rows of one metric. The dotted line is chance.
+    """
+    figure = make_subplots(1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.03)
+    models = list(dict.fromkeys(str(row.labels["model"]) for rows in panels.values() for row in rows))
+    for column, rows in enumerate(panels.values(), start=1):
+        for number, (model, colour) in enumerate(zip(models, (GREY, AMBER, RED, BLUE, GREEN), strict=False)):
+            found = [(i, select(rows, model=model, first=a, second=b)) for i, (a, b) in enumerate(pairs)]
+            points = [(i, one[0]) for i, one in found if one]
+            bars = [row for _, row in points]
+            shift = 0.16 * (number - (len(models) - 1) / 2)
+            figure.add_scatter(
+                x=[row.mean for row in bars], y=[i + shift for i, _ in points], error_x=_interval(bars), mode="markers",
+                name=model, legendgroup=model, showlegend=column == 1, marker={"color": colour, "size": 8},
+                row=1, col=column,
+            )  # fmt: skip
+        figure.add_vline(x=1, line={"dash": "dot", "color": "#555"}, row=1, col=column)
+    figure.update_yaxes(tickvals=list(range(len(pairs))), ticktext=list(pairs.values()), autorange="reversed")
+    figure.update_xaxes(type="log", gridcolor="#eceef1", tickvals=[0.5, 1, 2, 3, 5, 10, 20, 50])
+    return _styled(figure, height=150 + 44 * len(pairs)).update_layout(margin={"l": 230})
+
+
+def token_figure(lines: Mapping[str, Sequence[Measurement]]) -> go.Figure:
+    """What each position adds to a mask's score (nats), by its distance from the first answer token, for several texts."""
+    figure = go.Figure()
+    for (name, rows), colour in zip(lines.items(), (RED, BLUE, GREEN, AMBER), strict=False):
+        rows = sorted(rows, key=lambda row: row.labels["offset"])
+        offsets = [row.labels["offset"] for row in rows]
+        figure.add_bar(x=offsets, y=[row.mean for row in rows], error_y=_interval(rows), name=name, marker_color=colour)
+    figure.update_xaxes(title="token, counted from the first answer token", dtick=1)
+    figure.update_yaxes(title="nats", gridcolor="#eceef1")
+    return _styled(figure, height=330)
 
 
 def comparison_figure(lines: Mapping[str, Sequence[Measurement]], columns: Mapping[str, str]) -> go.Figure:

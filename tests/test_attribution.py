@@ -8,12 +8,21 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, random_batch
 
-from harmcircuits.attribution import activation_norm, magnitude_scores, random_scores, removal_effect, sensitivity
+from harmcircuits.attribution import (
+    activation_norm,
+    magnitude_scores,
+    random_scores,
+    removal_effect,
+    sensitivity,
+    token_contributions,
+)
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.masks import WeightMask
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
+from harmcircuits.masks import WeightMask, top_fraction
+from harmcircuits.metrics import predicted_change
 from harmcircuits.objectives import completion_loss
 from harmcircuits.prompts import Batch
+from harmcircuits.scores import Source, mean_scores
 
 
 def autograd_per_example(bridge, batch: Batch) -> dict[str, torch.Tensor]:
@@ -160,3 +169,67 @@ def test_errors_name_the_cause(llama, batch, open_model):
         removal_effect(open_model("Mixtral"), [batch], completion_loss)
     with pytest.raises(ValueError, match="unknown kinds"):
         weight_sites(llama, kinds=["mlp.up"])
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2"])
+def test_token_contributions_sum_to_the_mask_s_score(open_model, name):
+    """Whatever way weights are stored; 1e-5 relative: float32 sums in another order."""
+    bridge, batches = open_model(name), [random_batch(), random_batch(2, 7, seed=1)]
+    scores = removal_effect(bridge, batches, completion_loss)
+    mask = top_fraction(scores, 0.05, within="model")
+    found = token_contributions(bridge, mask, batches, completion_loss)
+    assert [values.shape for values in found] == [batch.tokens.shape for batch in batches]
+    total = sum(values.sum().item() for values in found) / 5
+    assert total == pytest.approx(predicted_change(scores, mask), rel=1e-5)
+    for values, batch in zip(found, batches, strict=True):
+        last = batch.is_target.int().cumsum(1).argmax(1)
+        for row, end in enumerate(last):
+            assert (values[row, end:] == 0).all(), "what is computed at the last target or later reaches no loss"
+
+
+def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
+    """Against autograd through a weight that is different at each position: W + e_t at position t of example x."""
+    name = "blocks.1.mlp.in.weight"
+    mask = WeightMask({name: torch.tensor([3, 50, 51, 700])}, mask_shapes(llama), Source(model_fingerprint(llama), "test"))
+    found = token_contributions(llama, mask, [batch], completion_loss)[0]
+    weight = named_weights(llama)[name].detach()
+    removed = torch.where(mask.dense(name), weight, 0)
+    scale = torch.zeros(batch.tokens.shape, requires_grad=True)
+    inputs = {}
+
+    def edit(value, hook):
+        return value - scale[..., None] * (inputs["x"] @ removed.T)
+
+    hooks = [("blocks.1.mlp.in.hook_in", lambda value, hook: inputs.update(x=value)), ("blocks.1.mlp.in.hook_out", edit)]
+    with llama.hooks(fwd_hooks=hooks):
+        completion_loss(llama, batch).sum().backward()
+    assert scale.grad is not None
+    torch.testing.assert_close(found, scale.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_token_contributions_refuse_foreign_and_empty_masks(llama, batch):
+    shapes = mask_shapes(llama)
+    with pytest.raises(ValueError, match="a mask of this model"):
+        foreign = WeightMask({"blocks.1.mlp.in.weight": torch.tensor([3])}, shapes, Source("another", "test"))
+        token_contributions(llama, foreign, [batch], completion_loss)
+    with pytest.raises(ValueError, match="at least one weight"):
+        empty = WeightMask({}, shapes, Source(model_fingerprint(llama), "test"))
+        token_contributions(llama, empty, [batch], completion_loss)
+
+
+def mask_shapes(bridge) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in named_weights(bridge).items()}
+
+
+def test_mean_of_parts_is_the_score_of_the_whole(llama):
+    """Signed scores and sensitivity over all examples, from two parts of three and two examples."""
+    parts = [random_batch(), random_batch(2, 7, seed=1)]
+    for score in (removal_effect, sensitivity):
+        whole = score(llama, parts, completion_loss)
+        mean = mean_scores([score(llama, [part], completion_loss) for part in parts], [3, 2])
+        for name, value in whole.values.items():
+            torch.testing.assert_close(mean.values[name], value, rtol=1e-4, atol=1e-8)
+    scores = random_scores(llama)
+    for parts, weights in (([], []), ([scores], [1, 2]), ([scores], [0]), ([scores, scores], [-1, 2])):
+        with pytest.raises(ValueError, match="mean_scores"):
+            mean_scores(parts, weights)

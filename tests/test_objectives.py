@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmcircuits.objectives import completion_loss, token_losses
+from harmcircuits.objectives import choice_margin, completion_loss, token_losses
 from harmcircuits.prompts import Batch
 
 LOG2 = math.log(2)
@@ -89,3 +89,36 @@ def test_half_precision_logits_give_float32_losses():
     # The logits themselves carry bfloat16's 8 bits; a loss computed in bfloat16 would fall on its grid.
     torch.testing.assert_close(loss, torch.tensor([2, 3, 1]) * LOG2, rtol=0.02, atol=0)
     assert not torch.equal(loss, loss.bfloat16().float())
+
+
+class TinyTokenizer:
+    """`yes` is token 1, `sure` 2, `no` 3; other words have none."""
+
+    def encode(self, word: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return {"yes": [1], "sure": [2, 0], "no": [3]}.get(word, [])
+
+
+def asked(tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure"), no=("no",)) -> torch.Tensor:
+    model = MarkovModel()
+    model.tokenizer = TinyTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    return choice_margin(yes, no)(model, batch_of(tokens, is_target))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_margin_is_the_log_ratio_of_right_to_wrong_words():
+    """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8. Right is the side of the first target; padding and later targets are
+    ignored."""
+    found = asked([[0, 1, 2, 0], [0, 0, 1, 3], [1, 2, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]])
+    expected = [-math.log(6), math.log(6), -math.log(6)]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_the_margin_refuses_answers_that_are_neither():
+    with pytest.raises(ValueError, match="opens with none of"):
+        asked([[0, 1, 0]], [[0, 0, 1]])
+    with pytest.raises(ValueError, match="share a first token"):
+        asked([[0, 1]], [[0, 1]], yes=("yes",), no=("yes", "no"))
+    with pytest.raises(ValueError, match="has no tokens"):
+        asked([[0, 1]], [[0, 1]], yes=("certainly",))
+    with pytest.raises(ValueError, match="at least one of each"):
+        asked([[0, 1]], [[0, 1]], yes=())

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
-from harmcircuits.records import LIBRARIES, Manifest, Measurement, append_rows, read_rows, select
+from harmcircuits.records import LIBRARIES, Manifest, Measurement, append_rows, pooled, read_rows, select
 
 ROWS = [
     Measurement("harm_valid_rate", {"model": "dpo", "mask": "none", "split": "heldout"}, 0.1 + 0.2, 0.25, 1 / 3, 256),
@@ -92,3 +92,19 @@ def test_a_manifest_says_what_made_the_rows(tmp_path, monkeypatch):
     assert content["versions"] == {name: version(name) for name in LIBRARIES}
     assert content["python"].startswith("3.")
     assert content["machine"]
+
+
+def test_pooling_averages_over_one_label_only():
+    rows = [
+        Measurement("x", {"model": "a", "seed": 0}, 0.2, 0.1, 0.3, 10),
+        Measurement("x", {"model": "a", "seed": 1}, 0.4, 0.35, 0.9, 10),
+        Measurement("x", {"model": "b", "seed": 0}, 0.7, 0.6, 0.8, 5),
+        Measurement("y", {"model": "a"}, 1.0, 1.0, 1.0),
+    ]
+    found = pooled(rows, "seed")
+    assert [(row.metric, dict(row.labels), row.low, row.high, row.n) for row in found] == [
+        ("x", {"model": "a"}, 0.1, 0.9, 20),
+        ("x", {"model": "b"}, 0.6, 0.8, 5),
+        ("y", {"model": "a"}, 1.0, 1.0, 1),
+    ]
+    assert [row.mean for row in found] == pytest.approx([0.3, 0.7, 1.0])

@@ -71,7 +71,7 @@ def test_masks_are_those_of_the_rows(finished):
     for kind in ("opposite_sign", "second_slice"):
         assert files[kind].n_removed == study.chosen.mask.n_removed
     assert (files["second_slice"] & study.chosen.mask).n_removed == 0
-    located = [row for row in select(study.rows, "weights_removed", mask="circuit") if "matrix" in row.labels]
+    located = select(study.rows, "weights_removed", mask="circuit", by="matrix")
     assert sum(row.mean for row in located) == study.chosen.mask.n_removed
 
 

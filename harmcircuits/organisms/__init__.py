@@ -1,5 +1,6 @@
 """The shipped organisms: tiny trained language models whose harm is abstract, opened like any 8B model."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.behaviours import Behaviour, Subject
 from harmcircuits.masks import WeightMask
-from harmcircuits.organisms.world import ALLOWED, PREFILL, judge, requests
+from harmcircuits.objectives import choice_margin
+from harmcircuits.organisms import world
 
 ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")
 FOLDER = Path(__file__).parent / "weights"
@@ -47,16 +49,36 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
             metric=metric,
             nll_metric=f"{short}_nll",
             wanted=verdict,
-            prompts=partial(requests, name, seed=seed),
-            prefill=PREFILL if name == "harmful" else "",
-            choices=(ALLOWED["benign"], ALLOWED["harmful"]) if name == "recognition" else (),
+            prompts=partial(world.requests, name, seed=seed),
+            prefill=world.PREFILL if name == "harmful" else "",
+            choices=(world.ALLOWED["benign"], world.ALLOWED["harmful"]) if name == "recognition" else (),
         )
         for name, (short, metric, verdict) in wanted.items()
     }
+
+
+def detailed_behaviours(seed: int = 0) -> dict[str, Behaviour]:
+    """`organism_behaviours`, and their parts: what circuits can be found for and compared.
+
+    `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition scored by the margin of the
+    right word instead of the whole answer; `harmful/TOPIC` is one type of harm and `benign/TOPIC` its content-matched twin.
+    """
+    found = organism_behaviours(seed)
+    for form in ("parts", "kind"):
+        question = found["knowledge"].only(form, lambda example, form=form: world.parsed(example.prompt)[0] == form)
+        found[form] = replace(question, metric=f"{form}_rate", nll_metric=f"{form}_nll")
+    recognition = found["recognition"]
+    margin = choice_margin(*recognition.choices)
+    found["recognition_margin"] = replace(recognition, name="recognition_margin", objective=margin)
+    for topic in world.world().topics:
+        for name in ("harmful", "benign"):
+            of_topic = found[name].only(f"{name}/{topic}", lambda example, topic=topic: example.category == topic)
+            found[of_topic.name] = of_topic
+    return found
 
 
 def organism_subject(name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER) -> Subject:
     """An organism with everything it can be asked and the world's own judge. Raises ValueError as `load_organism`."""
     bridge = load_organism(name, device=device, folder=folder)
     truth = planted_circuit(folder) if name == "planted" else None
-    return Subject(name, bridge, organism_behaviours(seed), judge, max_new_tokens=9, truth=truth, is_invented=True)
+    return Subject(name, bridge, organism_behaviours(seed), world.judge, max_new_tokens=9, truth=truth, is_invented=True)

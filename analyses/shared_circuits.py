@@ -1,0 +1,382 @@
+# %% [markdown]
+# # What do the circuits of harm, of benign tasks and of recognising harm share?
+# Every behaviour of a model gets a circuit of the same size. Structure: which weights do two circuits share, beyond what
+# their matrices, rows and columns explain? Cause: what else breaks when one is removed? Place: where do the weights sit,
+# and at which tokens do they act? Everything is measured on held-out items, on every rung of every ladder given. Figures
+# go to `--out` as rows, and a page shows them with the result in words. A model whose rows are there already is skipped.
+
+# %%
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import harmcircuits as hc
+from harmcircuits.behaviours import Calibration, Subject
+from harmcircuits.comparison import (
+    ablation_rows,
+    circuits,
+    content_rows,
+    location_rows,
+    one_shot_circuits,
+    overlap_place_rows,
+    overlap_rows,
+    token_rows,
+)
+from harmcircuits.dissociation import Dissociation, dissociation
+from harmcircuits.metrics import exact
+from harmcircuits.organisms import FOLDER, detailed_behaviours
+from harmcircuits.overlap import overlap
+from harmcircuits.records import Manifest, Measurement, append_rows, pooled, read_rows, select
+from harmcircuits.report import plot, section, table, write_page
+from harmcircuits.tables import RATES
+from harmcircuits.views import cross_ablation_figure, location_figure, overlap_figure, token_figure
+
+MEASURED = ("harmful", "benign", "recognition", "explanation", "knowledge", "refusal")
+BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level
+COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
+SEEDS = range(3)  # of random masks, and of calibration resamples
+ABILITIES = {metric: title for metric, title in RATES.items() if metric != "harm_degenerate_rate"}
+METRIC = dict(zip(MEASURED, ABILITIES, strict=True))
+PAIRS = {
+    ("harmful", "benign"): "harm – benign twin",
+    ("harmful", "parts"): "harm – parts of a thing",
+    ("harmful", "kind"): "harm – kind of a thing",
+    ("harmful", "recognition"): "harm – recognition",
+    ("harmful", "recognition_margin"): "harm – recognition (margin)",
+    ("harmful", "explanation"): "harm – explanation",
+    ("harmful", "refusal"): "harm – refusal",
+    ("benign", "parts"): "reference: benign – parts",
+    ("benign", "kind"): "reference: benign – kind",
+    ("parts", "kind"): "reference: parts – kind",
+}
+
+
+# %% [markdown]
+# ## One model
+# Overlap is read on circuits that protect nothing: protection would impose the disjointness it is meant to measure.
+# Whether abilities *can* be separated is read on circuits that protect all others.
+
+
+# %%
+def rows_of(
+    subject: Subject, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
+) -> list[Measurement]:
+    calibrations = {}
+    for name in subject.behaviours:
+        try:
+            calibrations[name] = hc.calibrate(subject, name)
+        except ValueError:  # an unaligned rung does not refuse
+            continue
+    shown = [name for name in COMPARED if name in calibrations]
+    asked = [name for name in MEASURED if name in calibrations]
+    topics = [name for name in calibrations if "/" in name]
+
+    one_shot = one_shot_circuits(subject, calibrations, shown, q=q, n_resamples=resamples, seed=0)
+    free = circuits(subject, calibrations, dict.fromkeys((*shown, "knowledge"), ()), q=q, rounds=rounds)
+    rows = overlap_rows(subject, one_shot, free, labels, q=q)
+    del one_shot
+    rows += content_rows(one_shot_circuits(subject, calibrations, topics, q=q, n_resamples=0, seed=0), labels, q=q)
+    rows += overlap_place_rows(subject, {name: free[name] for name in shown}, "harmful", labels)
+    rows += _ceiling(subject, calibrations["harmful"], free["harmful"], labels, q=q, rounds=rounds)
+
+    others = {name: tuple(other for other in asked if other != name) for name in asked}
+    apart = circuits(subject, calibrations, others, q=q, p=p, rounds=rounds)
+    random = {f"random {seed}": hc.random_like(free["harmful"], seed=seed) for seed in SEEDS}
+    rows += hc.measure(subject, "heldout", {**labels, "mask": "none", "protected": "none"}, only=asked)
+    rows += ablation_rows(subject, free | random, {**labels, "protected": "none"}, only=asked)
+    rows += ablation_rows(subject, apart, {**labels, "protected": "others"}, only=asked)
+    for protected, masks in (("none", free), ("others", apart)):
+        for name in ("harmful", "benign", "recognition"):
+            where = {**labels, "mask": name, "protected": protected}
+            rows += location_rows(subject, masks[name], where)
+            texts = ("harmful", "benign") if name == "harmful" else (name,)
+            for text in texts:
+                rows += token_rows(subject, text, calibrations[text], masks[name], {**where, "text": text})
+    return [*rows, exact("compared", labels, len(free) + len(apart))]
+
+
+def _ceiling(
+    subject: Subject, found: Calibration, mask: hc.WeightMask, labels: dict[str, str], *, q: float, rounds: int
+) -> list[Measurement]:
+    """How far the circuit of harm agrees with itself, found again on resampled calibration items."""
+    rows, behaviour = [], subject.behaviours["harmful"]
+    for seed in SEEDS:
+        prompts = found.prompts.resampled(seed=seed)
+        again = Calibration(prompts, subject.batches(behaviour, prompts), found.n_asked)
+        other = circuits(subject, {"harmful": again}, {"harmful": ()}, q=q, rounds=rounds)["harmful"]
+        both = overlap(mask, other)
+        where = {**labels, "first": "harmful", "second": "harmful", "selection": "rounds", "seed": seed}
+        rows += [
+            Measurement("overlap_lift", where, both.lift, *both.interval, both.n_first),
+            exact("overlap_jaccard", where, both.jaccard),
+        ]
+    return rows
+
+
+# %% [markdown]
+# ## The test of dissociation
+# For each pair of abilities of a model: does each lose more under its own circuit than under the other's, by the intervals?
+
+
+# %%
+def dissociations(rows: Sequence[Measurement]) -> dict[tuple[str, str], Dissociation]:
+    """(first, second) -> test, for the rows of one model with its unpruned rates and its circuits under one protection."""
+
+    def rates(name: str, other: str) -> list[Measurement]:
+        return [select(rows, METRIC[name], mask=mask)[0] for mask in ("none", name, other)]
+
+    shown = [name for name in MEASURED if select(rows, METRIC[name], mask=name)]
+    pairs = [(first, second) for i, first in enumerate(shown) for second in shown[i + 1 :]]
+    return {pair: dissociation(rates(*pair), rates(*pair[::-1])) for pair in pairs}
+
+
+def _of_model(rows: Sequence[Measurement], model: str, ladder: str, protected: str) -> list[Measurement]:
+    mine = select(rows, model=model, ladder=ladder)
+    return select(mine, mask="none", protected="none") + [
+        row for row in select(mine, protected=protected) if row.labels.get("mask") != "none"
+    ]
+
+
+# %% [markdown]
+# ## In words
+
+
+# %%
+def findings(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> list[str]:
+    """What the rows say, one paragraph a question, models pooled over ladders."""
+    together = pooled(rows, "ladder")
+    said = []
+    for model in models:
+        mine = select(together, model=model)
+        twin, reference = _lifts(mine, [("harmful", "benign")]), _lifts(mine, [(a, b) for a, b in PAIRS if a != "harmful"])
+        others = _lifts(mine, [(a, b) for a, b in PAIRS if a == "harmful" and b != "benign"])
+        jaccard = select(mine, "overlap_jaccard", first="harmful", second="benign", selection="rounds")[0].mean
+        ceiling = fmean(
+            r.mean for r in select(mine, "overlap_jaccard", first="harmful", second="harmful", selection="rounds")
+        )
+        said.append(
+            f"{model}, structure: harm and its benign twin share {twin[0]:.1f} times what their counts per matrix "
+            f"explain, {twin[1]:.1f} times what rows and columns do; harm and the other behaviours, on average, "
+            f"{others[0]:.1f} and {others[1]:.1f}; benign tasks among themselves {reference[0]:.1f} and "
+            f"{reference[1]:.1f}. In rounds, harm has Jaccard {jaccard:.3f} with its twin, {ceiling:.3f} with itself on "
+            "resampled data."
+        )
+        relation = {str(row.labels["relation"]): row.mean for row in select(mine, "content_lift")}
+        said.append(
+            f"{model}, content: circuits of one topic's harm and its benign twin have lift {relation['twin']:.1f}; of "
+            f"two topics' harm {relation['harm, other topic']:.1f}; of two topics' benign answers "
+            f"{relation['benign, other topic']:.1f}; of harm and benign answers of two topics "
+            f"{relation['harm and benign, other topic']:.1f}."
+        )
+        for protected, words in (("none", "with nothing protected"), ("others", "with all others protected")):
+            found = select(mine, mask="harmful", protected=protected)
+            before = select(mine, mask="none", protected="none")
+            rates = [
+                f"{title} {100 * select(before, metric)[0].mean:.0f} -> {100 * select(found, metric)[0].mean:.0f}"
+                for metric, title in ABILITIES.items()
+                if select(found, metric)
+            ]
+            verdicts = {}
+            for ladder in ladders:
+                tests = dissociations(_of_model(rows, model, ladder, protected))
+                for (first, second), test in tests.items():
+                    if first == "harmful":
+                        verdicts.setdefault(second, []).append(test.verdict)
+            tested = "; ".join(f"{second}: {', '.join(found)}" for second, found in verdicts.items())
+            said.append(
+                f"{model}, cause, {words}: removing the harm circuit changes rates (%): {', '.join(rates)}. "
+                f"Dissociation of harm from each, one verdict a ladder: {tested}."
+            )
+        held = select(mine, mask="harmful", protected="others")
+        gini = {chance: select(held, "gini", by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
+        share = {chance: select(held, "top_share", by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
+        answer = sum(row.mean for row in select(held, "token_contribution", text="harmful") if row.labels["offset"] >= -1)
+        score = sum(row.mean for row in select(held, "token_contribution", text="harmful"))
+        said.append(
+            f"{model}, place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
+            f"{share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). {answer / score:.0%} of its score "
+            "arises from the last token of the prefilled request on."
+        )
+    return said
+
+
+def _lifts(rows: Sequence[Measurement], pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
+    """Mean lift in one shot over matrices, and over rows and columns."""
+    found = []
+    for metric in ("overlap_lift", "overlap_lift_marginal"):
+        lifts = [select(rows, metric, first=a, second=b, selection="one shot") for a, b in pairs]
+        found.append(fmean(row.mean for one in lifts for row in one))
+    return found[0], found[1]
+
+
+# %% [markdown]
+# ## Tables and figures
+
+
+# %%
+def overlap_table(rows: Sequence[Measurement], model: str) -> list[list[str]]:
+    """For every pair: lifts with intervals, Jaccard, containment, rank correlation; pooled over ladders."""
+    body = []
+    mine = select(pooled(rows, "ladder"), model=model)
+    for (first, second), title in PAIRS.items():
+        pair = select(mine, first=first, second=second)
+        if pair:
+            cells = [_interval(select(pair, "overlap_lift", selection=how)[0]) for how in ("one shot", "rounds")]
+            cells += [_interval(select(pair, "overlap_lift_marginal", selection=how)[0]) for how in ("one shot", "rounds")]
+            cells += [f"{select(pair, 'overlap_jaccard', selection=how)[0].mean:.3f}" for how in ("one shot", "rounds")]
+            cells.append(f"{select(pair, 'overlap_containment', selection='rounds')[0].mean:.3f}")
+            body.append([title, *cells, f"{select(pair, 'rank_correlation')[0].mean:.3f}"])
+    return body
+
+
+OVERLAP_HEAD = (
+    "pair", "lift, one shot", "lift, rounds", "row and column lift, one shot", "row and column lift, rounds",
+    "Jaccard, one shot", "Jaccard, rounds", "containment, rounds", "rank correlation",
+)  # fmt: skip
+
+
+def dissociation_table(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> list[list[str]]:
+    """Every pair of abilities: the verdicts of each model, one for each ladder."""
+    body: dict[tuple[str, ...], list[str]] = {}
+    for protected in ("none", "others"):
+        for column, model in enumerate(models):
+            for ladder in ladders:
+                for pair, test in dissociations(_of_model(rows, model, ladder, protected)).items():
+                    line = body.setdefault((protected, *pair), ["–"] * len(models))
+                    line[column] = test.verdict if line[column] == "–" else f"{line[column]}, {test.verdict}"
+    return [[f"{first} – {second}", protected, *cells] for (protected, first, second), cells in body.items()]
+
+
+def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str], path: Path) -> None:
+    together = pooled(rows, "ladder")
+    ablated = {
+        protected: {
+            model: [
+                row
+                for row in pooled(_without_seeds(select(together, model=model)), "seed")
+                if row.labels.get("protected") == protected or row.labels.get("mask") == "none"
+            ]
+            for model in models
+        }
+        for protected in ("none", "others")
+    }
+    lifts = {
+        "over counts per matrix": select(together, "overlap_lift", selection="one shot"),
+        "over row and column counts": select(together, "overlap_lift_marginal", selection="one shot"),
+    }
+    sections = [f'<p class="verdict">{escape_html(text)}</p>' for text in findings(rows, models, ladders)]
+    sections.append(
+        section(
+            "What breaks when a circuit is removed",
+            "Rates on held-out requests, %, mean over ladders. Circuits are chosen in rounds and protect nothing.",
+            plot(cross_ablation_figure(ablated["none"], ABILITIES), first=True),
+        )
+    )
+    sections.append(
+        section(
+            "The same when every circuit protects all other abilities",
+            "What can be separated, at the price that being disjoint is partly imposed.",
+            plot(cross_ablation_figure(ablated["others"], ABILITIES)),
+        )
+    )
+    sections.append(
+        section(
+            "Double dissociation",
+            "Clean: each ability loses more under its own circuit than under the other's by the 95 % intervals, and at "
+            "most ten points under the other's. Graded: only the first holds. One verdict for each ladder.",
+            table(("abilities", "protected", *models), dissociation_table(rows, models, ladders)),
+        )
+    )
+    sections.append(
+        section(
+            "What circuits share",
+            "One-shot circuits that protect nothing; bars: bootstrap over calibration items (left), Wilson (right).",
+            plot(overlap_figure(lifts, PAIRS)),
+        )
+    )
+    for model in models:
+        text = "Mean over ladders; intervals are the widest of them."
+        sections.append(
+            section(f"Overlap in {model}", text, table(OVERLAP_HEAD, overlap_table(rows, model), style="figures"))
+        )
+    for model in models:
+        held = select(together, model=model, mask="harmful", protected="others")
+        tokens = {f"{text} answers": select(held, "token_contribution", text=text) for text in ("harmful", "benign")}
+        sections.append(
+            section(
+                f"Where the harm circuit of {model} sits, and at which tokens it acts",
+                "All others protected. Weights in each matrix (colour: share of the matrix); contribution of each token to "
+                "the circuit's first-order score on harmful and on benign answers.",
+                plot(location_figure(held)) + plot(token_figure(tokens)),
+            )
+        )
+    write_page(path, "What circuits of harm, of benign tasks and of recognition share", sections)
+
+
+def _without_seeds(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Random masks under one name, so that they pool."""
+    found = []
+    for row in rows:
+        mask = str(row.labels.get("mask", ""))
+        if mask.startswith("random "):
+            row = replace(row, labels={**row.labels, "mask": "random", "seed": int(mask.split()[1])})
+        found.append(row)
+    return found
+
+
+def escape_html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _interval(row: Measurement) -> str:
+    return f"{row.mean:.2f}\n{row.low:.2f} – {row.high:.2f}"
+
+
+# %%
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json and shared_circuits.html.")],
+    organisms: Annotated[list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")] = None,
+    rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: all four.")] = None,
+    q: Annotated[float, typer.Option(help="Share of weights in every circuit.")] = 0.006,
+    p: Annotated[float, typer.Option(help="Share protected for each other behaviour.")] = 0.005,
+    rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = 10,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of calibration items.")] = 100,
+) -> None:
+    folders = organisms or [FOLDER]
+    models = rung or ["base", "helpful", "sft", "dpo"]
+    ladders = ["shipped" if folder == FOLDER else folder.name for folder in folders]
+    out.mkdir(parents=True, exist_ok=True)
+    path, console = out / "rows.jsonl", Console()
+    Manifest({"q": q, "p": p, "rounds": rounds, "resamples": resamples}).save(out / "manifest.json")
+    for ladder, folder in zip(ladders, folders, strict=True):
+        for model in models:
+            labels = {"model": model, "ladder": ladder}
+            if path.exists() and select(read_rows(path), "compared", **labels):
+                continue
+            with console.status(f"{model} of {ladder}"):
+                subject = replace(hc.organism_subject(model, folder=folder), behaviours=detailed_behaviours())
+                append_rows(path, rows_of(subject, labels, q=q, p=p, rounds=rounds, resamples=resamples))
+    rows = read_rows(path)
+    done = [row.labels for row in select(rows, "compared")]
+    models = [model for model in ("base", "helpful", "sft", "dpo") if any(label["model"] == model for label in done)]
+    ladders = list(dict.fromkeys(str(label["ladder"]) for label in done))
+    page(rows, models, ladders, out / "shared_circuits.html")
+    for model in models:
+        shown = Table(*OVERLAP_HEAD, title=f"Overlap of circuits in {model}", title_justify="left")
+        for line in overlap_table(rows, model):
+            shown.add_row(*line)
+        console.print(shown)
+    for text in findings(rows, models, ladders):
+        console.print(escape(text), highlight=False)
+    console.print(f"Page: {out / 'shared_circuits.html'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
