@@ -11,6 +11,7 @@ from harmcircuits.attribution import (
 )
 from harmcircuits.behaviours import Behaviour, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
+from harmcircuits.export import export
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.masks import WeightMask, random_like, top_fraction
@@ -39,6 +40,7 @@ __all__ = [
     "circuit_path",
     "completion_loss",
     "completion_nll",
+    "export",
     "gradient_norm",
     "greedy_answers",
     "held",
