@@ -143,6 +143,10 @@ def _stored(
     bridge: TransformerBridge, model: Any, site: Site, index: Int[Tensor, " n"]
 ) -> tuple[nn.Parameter, Int[Tensor, " n"]]:
     """The Hugging Face model's own parameter that holds these weights of a site, and their flat indices in it."""
+    if site.parameter.ndim == 3:  # stacked experts are no component of the bridge
+        path = f"blocks.{site.layer}.mlp"
+        experts: Any = bridge.adapter.get_component(model, path)
+        return experts.get_parameter(site.name.removeprefix(f"{path}.")), index
     path, part = site.name.removesuffix(".weight").rsplit(".", 1)
     owner = bridge.blocks[site.layer].get_submodule(site.kind.split(".")[0])
     for fused, split in ((["q", "k", "v"], "split_qkv_matrix"), (["gate", "in"], "split_gate_up_matrix")):

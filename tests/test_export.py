@@ -24,7 +24,7 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.masks import WeightMask, top_fraction
 from harmcircuits.organisms import FOLDER, load_organism
 
-MODELS = ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon"]
+MODELS = ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon", "Mixtral", "Qwen3Moe"]
 MASK = str(FOLDER / "planted" / "circuit.safetensors")
 
 
@@ -62,7 +62,7 @@ def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtyp
     torch.testing.assert_close(ours(tokens).logits, expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Mixtral"])
 def test_exactly_the_masked_weights_change(open_model, tmp_path, name):
     bridge = open_model(name)
     mask = a_mask(bridge)
