@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from harmcircuits.attribution import random_scores
 from harmcircuits.cli import app
-from harmcircuits.export import export
+from harmcircuits.export import _card, export
 from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.masks import WeightMask, top_fraction
 from harmcircuits.organisms import FOLDER, load_organism
 
@@ -124,6 +125,12 @@ def test_the_card_counts_records_and_runs(open_model, tmp_path, monkeypatch):
         code[1].replace(folder_of(bridge).name, str(folder_of(bridge))).replace("...", "x = bridge.W_in[0].clone()"), space
     )
     assert space["x"].mT.flatten()[[1, 5, 7]].eq(0).all()
+
+
+def test_the_card_of_a_hub_model_names_it_as_base(llama):
+    card = _card(a_mask(llama), weight_sites(llama), "someone/model", 0.0)
+    assert "\nbase_model: someone/model\n" in card.split("---")[1]
+    assert 'boot_transformers("someone/model")' in card
 
 
 def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):

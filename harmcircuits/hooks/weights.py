@@ -17,7 +17,7 @@ KINDS = (
     "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out",
     "mlp.router", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
 )  # fmt: skip
-_NAME = re.compile(r"blocks\.(\d+)\.(?:(attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight|(mlp\.experts\.(?:gate_up|down)_proj))")
+_NAME = re.compile(r"blocks\.\d+\.(?:(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight|mlp\.experts\.(?:gate_up|down)_proj)")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int8, torch.uint8, torch.int32)  # as quantised weights are stored; masks are bool, positions int64
 
