@@ -13,6 +13,7 @@ from harmcircuits.attribution import (
 from harmcircuits.behaviours import Behaviour, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.dissociation import dissociation
+from harmcircuits.export import export
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.location import concentration, counts_by
@@ -48,6 +49,7 @@ __all__ = [
     "concentration",
     "counts_by",
     "dissociation",
+    "export",
     "gradient_norm",
     "greedy_answers",
     "held",

@@ -4,7 +4,7 @@ All are float32 whatever the model's dtype, because a bfloat16 accumulator chang
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
+from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of, parameter_gradients
 from harmcircuits.hooks.weights import Site, model_fingerprint, weight_sites
 from harmcircuits.masks import WeightMask
 from harmcircuits.objectives import Objective
@@ -58,7 +58,8 @@ def sensitivity(
 def activation_norm(bridge: TransformerBridge, batches: Sequence[Batch]) -> WeightScores:
     """|W| times the root mean square of its input over all real tokens: |W_oi| * sqrt(mean_t x_ti^2). Forward only.
 
-    Source: Wanda (arXiv 2306.11695). Raises ValueError for no batches and as `weight_sites`.
+    Source: Wanda (arXiv 2306.11695). Raises ValueError for no batches, for experts and routers (their inputs pass no hook
+    points), and as `weight_sites`.
     """
     sites = _checked(bridge, batches)
     squares: dict[str, Tensor] = {}
@@ -156,8 +157,19 @@ def _mean_gradients(
         name: torch.zeros(site.parameter.shape, dtype=torch.float32, device=site.parameter.device)
         for name, site in sites.items()
     }
-    with torch.enable_grad(), hook_pairs(bridge, sites, lambda site, x, g: add(site, x, g, total[site.name])):
-        for batch in batches:
+    hooked = {name: site for name, site in sites.items() if site.is_hooked}
+    others = {name: site for name, site in sites.items() if not site.is_hooked}
+
+    def receive(site: Site, x: Input, g: OutputGradient) -> None:
+        add(site, x, g, total[site.name])
+
+    def receive_gradient(site: Site, gradient: Tensor) -> None:
+        total[site.name].add_(gradient.float().abs_() if add is _add_absolute else gradient.float())
+
+    # A parameter's gradient is summed over the batch, so absolute values per example need an example at a time.
+    at_once = _singles(batches) if others and add is _add_absolute else batches
+    with torch.enable_grad(), hook_pairs(bridge, hooked, receive), parameter_gradients(others, receive_gradient):
+        for batch in at_once:
             values = objective(bridge, batch)
             if values.shape != (len(batch),):
                 raise ValueError(f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},)")
@@ -166,6 +178,12 @@ def _mean_gradients(
     for value in total.values():
         value.div_(n_examples)
     return total
+
+
+def _singles(batches: Sequence[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for tokens, is_target in zip(batch.tokens.split(1), batch.is_target.split(1), strict=True):
+            yield Batch(tokens, is_target)
 
 
 def _add_signed(site: Site, x: Input, g: OutputGradient, total: Tensor) -> None:

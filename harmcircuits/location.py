@@ -22,7 +22,7 @@ class Place(NamedTuple):
     """A part of the model.
 
     `part`: empty for a whole layer; the kind of a matrix; `"head"` (query heads: q and o), `"kv_head"` (key-value heads:
-    k and v) or `"neuron"` (gate, in and out of one hidden unit), numbered by `index`.
+    k and v), `"neuron"` (gate, in and out of one hidden unit) or `"expert"` (router and expert), numbered by `index`.
     """
 
     layer: int
@@ -38,7 +38,7 @@ class Count(NamedTuple):
 
 
 def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place, Count]:
-    """Removed weights of every layer, matrix, head or neuron, zeros included.
+    """Removed weights of every layer, matrix, head or neuron (expert, in a mixture), zeros included.
 
     `sites`: `weight_sites` of the mask's model. Heads hold attention weights only, neurons MLP weights only. Raises
     ValueError for another `by`, and for sites that lack a matrix of the mask.
@@ -66,7 +66,9 @@ def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tupl
         if by in ("layer", "matrix"):
             yield Place(site.layer, site.kind if by == "matrix" else ""), index.numel(), size
         elif (by == "head") == site.kind.startswith("attn"):
-            part = "neuron" if by == "neuron" else "head" if site.kind in ("attn.q", "attn.o") else "kv_head"
+            part = "head" if site.kind in ("attn.q", "attn.o") else "kv_head"
+            if by == "neuron":
+                part = "neuron" if site.kind in ("mlp.gate", "mlp.in", "mlp.out") else "expert"
             for unit, n_removed in enumerate(site.units(index).bincount(minlength=site.n_units).tolist()):
                 yield Place(site.layer, part, unit), n_removed, size // site.n_units
 

@@ -130,11 +130,11 @@ def top_fraction(
 ) -> WeightMask:
     """The weights with the highest scores: exactly `round(fraction * n)` of each scope's n weights, halves rounded up.
 
-    Scopes: each matrix (`"weight"`, the published code), all matrices ranked together (`"model"`), or each row of the
-    stored matrix (`"row"`, as Wanda). A positive fraction takes at least one weight of every scope, so that none drops
-    out silently. Ties go to the earlier matrix and the lower flat index. Weights in `exclude` cannot be chosen; the count
-    stays that of the whole scope. Raises ValueError for a fraction outside [0, 1], an unknown scope, an `exclude` of other
-    weights, or fewer weights left in a scope than are to be chosen.
+    Scopes: each matrix (`"weight"`, the published code), all matrices ranked together (`"model"`), or each row (last axis)
+    of the stored weight (`"row"`, as Wanda). A positive fraction takes at least one weight of every scope, so that none
+    drops out silently. Ties go to the earlier matrix and the lower flat index. Weights in `exclude` cannot be chosen; the
+    count stays that of the whole scope. Raises ValueError for a fraction outside [0, 1], an unknown scope, an `exclude` of
+    other weights, or fewer weights left in a scope than are to be chosen.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"top_fraction: fraction={fraction}; expected a share in [0, 1]")
@@ -148,9 +148,8 @@ def top_fraction(
     elif within == "weight":
         removed = {n: _top_of_all({n: value}, _count(fraction, value.numel()))[n] for n, value in flat.items()}
     else:
-        removed = {
-            n: _top_of_rows(v.view(scores.shapes[n]), _count(fraction, scores.shapes[n][1])) for n, v in flat.items()
-        }
+        rows = {name: value.view(-1, scores.shapes[name][-1]) for name, value in flat.items()}
+        removed = {name: _top_of_rows(value, _count(fraction, value.shape[1])) for name, value in rows.items()}
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
     return WeightMask(removed, scores.shapes, Source(scores.source.model, "top_fraction", settings, parents))

@@ -190,15 +190,15 @@ class _Chain:
     def __init__(self, mask: WeightMask, rng: np.random.Generator) -> None:
         self.rng = rng
         rows, columns, owner, first_row = [], [], [], 0
-        self.width = max(int(np.prod(shape[1:])) for shape in mask.shapes.values())
-        for number, (name, shape) in enumerate(mask.shapes.items()):
-            n_columns = int(np.prod(shape[1:]))
+        self.width = max(shape[-1] for shape in mask.shapes.values())
+        for name, shape in mask.shapes.items():
             if name in mask.removed:
-                index = mask.removed[name].numpy()
-                rows.append(first_row + index // n_columns)
-                columns.append(index % n_columns)
-                owner.append(np.full(len(index), number))
-            first_row += shape[0]
+                row, column = np.divmod(mask.removed[name].numpy(), shape[-1])
+                rows.append(first_row + row)
+                columns.append(column)
+                # Stacked experts are matrices of their own.
+                owner.append(first_row + row // shape[-2] * shape[-2])
+            first_row += int(np.prod(shape[:-1]))
         self.row, self.column = np.concatenate(rows), np.concatenate(columns)
         # Only rows that hold entries can trade.
         self.used, first = np.unique(self.row, return_index=True)

@@ -50,20 +50,20 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "GPTJ": ("GPTJConfig", dict(**GPT2, rotary_dim=4)),
     "Falcon": ("FalconConfig", dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False)),
     "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
+    "Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=3)),
+    "Qwen3Moe": ("Qwen3MoeConfig", dict(**GQA, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
 }  # fmt: skip
-
-REFUSED = {"Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=2))}
 
 
 def write_model(name: str, folder, *, seed: int = 0, **changes) -> None:
     """A random model of this architecture with weights large enough for gradients to matter."""
-    config_class, arguments = (ARCHITECTURES | REFUSED)[name]
+    config_class, arguments = ARCHITECTURES[name]
     config = getattr(transformers, config_class)(**{**arguments, **TOKENS, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.15)
     model.save_pretrained(folder)
     new_tokenizer().save_pretrained(folder)

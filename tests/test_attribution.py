@@ -72,8 +72,9 @@ def test_no_block_matrix_is_missed(open_model, batch, name):
 
 
 @pytest.mark.parametrize("method", [removal_effect, sensitivity])
-def test_batch_size_and_padding_do_not_matter(llama, method):
-    whole = random_batch(6)
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_batch_size_and_padding_do_not_matter(open_model, name, method):
+    llama, whole = open_model(name), random_batch(6)
     singles = [Batch(whole.tokens[i : i + 1], whole.is_target[i : i + 1]) for i in range(6)]
     wide = Batch(
         torch.cat([whole.tokens, torch.full((6, 4), 7)], 1), torch.cat([whole.is_target, torch.zeros(6, 4).bool()], 1)
@@ -132,24 +133,33 @@ def test_controls(llama):
     assert not any(torch.equal(first.values[name], other.values[name]) for name in weights)
 
 
-def test_nothing_is_left_behind(llama, batch):
-    def state():
-        hooks = {name: (len(point.fwd_hooks), len(point.bwd_hooks)) for name, point in llama.hook_dict.items()}
-        return hooks, [p.requires_grad for p in llama.parameters()], [m.training for m in llama.modules()]
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_nothing_is_left_behind(open_model, batch, name):
+    bridge = open_model(name)
 
-    llama.original_model.train()
+    def state():
+        hooks = {name: (len(point.fwd_hooks), len(point.bwd_hooks)) for name, point in bridge.hook_dict.items()}
+        return hooks, [p.requires_grad for p in bridge.parameters()], [m.training for m in bridge.modules()]
+
+    bridge.original_model.train()
     before = state()
-    removal_effect(llama, [batch], completion_loss)
-    activation_norm(llama, [batch])
+    removal_effect(bridge, [batch], completion_loss)
+    if name == "Llama":
+        activation_norm(bridge, [batch])
 
     def broken(bridge, batch):
-        bridge(batch.tokens)
+        completion_loss(bridge, batch).sum().backward()
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        sensitivity(llama, [batch], broken)
+        sensitivity(bridge, [batch], broken)
     assert state() == before
-    assert all(p.grad is None for p in llama.parameters())
+    assert all(p.grad is None for p in bridge.parameters())
+
+    completion_loss(bridge, batch).mean().backward()  # a training step in progress
+    training = {name: weight.grad.clone() for name, weight in named_weights(bridge).items()}
+    sensitivity(bridge, [batch], completion_loss)
+    assert all(torch.equal(weight.grad, training[name]) for name, weight in named_weights(bridge).items())
 
 
 def test_errors_name_the_cause(llama, batch, open_model):
@@ -165,8 +175,13 @@ def test_errors_name_the_cause(llama, batch, open_model):
     processed.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(ValueError, match="processed"):
         removal_effect(processed, [batch], completion_loss)
-    with pytest.raises(ValueError, match="mixture-of-experts"):
-        removal_effect(open_model("Mixtral"), [batch], completion_loss)
+    mixtral = open_model("Mixtral")
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.mlp\.gate\.weight.*pass no hook points; score this model by removal_eff"
+    ):
+        activation_norm(mixtral, [batch])
+    with pytest.raises(ValueError, match=r"no gradient reached .*blocks\.1\.mlp\.experts"):
+        removal_effect(mixtral, [batch], lambda bridge, b: bridge(b.tokens, stop_at_layer=1).sum((1, 2)))
     with pytest.raises(ValueError, match="unknown kinds"):
         weight_sites(llama, kinds=["mlp.up"])
 

@@ -51,6 +51,23 @@ def test_selection_equals_brute_force(values, fraction, within):
     }
 
 
+def test_stacked_experts_are_ranked_by_rows_of_their_last_axis(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    flat = scores_of(torch.randint(5, (6, 5), generator=generator).tolist())  # ties included
+    stacked = WeightScores({"w0": flat.values["w0"].view(2, 3, 5)}, SOURCE)
+    for within in ("weight", "model", "row"):
+        mask = top_fraction(stacked, 0.4, within=within, exclude=top_fraction(stacked, 0.2, within=within))
+        expected = top_fraction(flat, 0.4, within=within, exclude=top_fraction(flat, 0.2, within=within))
+        assert torch.equal(mask.removed["w0"], expected.removed["w0"])
+    assert mask.dense("w0").sum(dim=2).tolist() == [[2, 2, 2], [2, 2, 2]]
+    for weights in (None, stacked.values):
+        assert random_like(mask, weights=weights).n_removed == mask.n_removed
+    mask.save(tmp_path / "mask")
+    loaded = WeightMask.load(tmp_path / "mask")
+    assert loaded.shapes == {"w0": (2, 3, 5)}
+    assert (mask & loaded).n_removed == (mask | loaded).n_removed == mask.n_removed
+
+
 def test_excluded_weights_are_never_chosen_and_the_count_stays():
     scores = scores_of([[5.0, 4, 3, 2, 1, 0, 0, 0, 0, 0]])
     first = top_fraction(scores, 0.2)

@@ -3,6 +3,8 @@
 A linear map Y = X W^T with output gradient G has dL/dW = sum over examples and positions of G^T X. A forward hook on
 `hook_in` keeps X, a backward hook on `hook_out` brings G, and their product goes to the caller. All parameters are
 frozen meanwhile, so nothing but the caller's accumulators is added to the memory of the activations.
+
+Experts and routers have no such pair. Their gradient comes from the parameter itself, one matrix at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +29,10 @@ def hook_pairs(
     """While open, each backward pass calls `receive(site, X, G)` once for every use of each matrix.
 
     On exit all hooks are gone and every parameter's `requires_grad` is as before. Raises ValueError at the end of a clean
-    exit when a site was never reached by a backward pass: its score would silently be zero.
+    exit when a site was never reached by a backward pass: its score would silently be zero; and for sites that are not
+    hooked.
     """
+    _refuse_unhooked(sites)
     inputs: dict[str, list[Tensor]] = {name: [] for name in sites}
     reached = set()
 
@@ -45,16 +49,47 @@ def hook_pairs(
     start = ("embed.hook_out", lambda value, hook: value.detach().requires_grad_())
     with frozen(bridge), bridge.hooks(fwd_hooks=[start, *forward], bwd_hooks=backward):
         yield
-    missing = sorted(set(sites) - reached)
-    if missing:
-        raise ValueError(f"hook_pairs: no gradient reached {missing}; does the objective run the whole model?")
+    _refuse_unreached(sites, reached)
+
+
+@contextmanager
+def parameter_gradients(sites: Mapping[str, Site], receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """While open, each backward pass calls `receive(site, dL/dW)` once for every site; no gradient stays in memory.
+
+    For sites without hook points; open it inside `frozen` or `hook_pairs`, whose exit restores `requires_grad`. A gradient
+    has its parameter's dtype. On exit the hooks are gone and every `.grad` is as before. Raises ValueError as `hook_pairs`
+    for a site that was never reached.
+    """
+    reached = set()
+
+    def give(parameter: Tensor, site: Site) -> None:
+        reached.add(site.name)
+        assert parameter.grad is not None
+        receive(site, parameter.grad)
+        parameter.grad = None
+
+    before = [(site.parameter, site.parameter.grad) for site in sites.values()]
+    hooks = []
+    try:
+        for site in sites.values():
+            site.parameter.grad = None
+            site.parameter.requires_grad_(True)
+            hooks.append(site.parameter.register_post_accumulate_grad_hook(partial(give, site=site)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in before:
+            parameter.grad = gradient
+    _refuse_unreached(sites, reached)
 
 
 @contextmanager
 def inputs_of(
     bridge: TransformerBridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]
 ) -> Iterator[None]:
-    """While open, each forward pass calls `receive(site, X)` with the input of every matrix."""
+    """While open, each forward pass calls `receive(site, X)` with the input of every matrix. ValueError if not hooked."""
+    _refuse_unhooked(sites)
     hooks = [(s.hook_in, lambda value, hook, site=s: receive(site, value.detach().flatten(2))) for s in sites.values()]
     with frozen(bridge), bridge.hooks(fwd_hooks=hooks):
         yield
@@ -76,3 +111,18 @@ def frozen(bridge: TransformerBridge) -> Iterator[None]:
             parameter.requires_grad_(required)
         for module in training:
             module.training = True
+
+
+def _refuse_unhooked(sites: Mapping[str, Site]) -> None:
+    unhooked = [name for name, site in sites.items() if not site.is_hooked]
+    if unhooked:
+        raise ValueError(
+            f"the inputs and outputs of {', '.join(unhooked[:3])} ({len(unhooked)} matrices: experts and routers) pass no "
+            "hook points; score this model by removal_effect, sensitivity or magnitude_scores"
+        )
+
+
+def _refuse_unreached(sites: Mapping[str, Site], reached: set[str]) -> None:
+    missing = sorted(set(sites) - reached)
+    if missing:
+        raise ValueError(f"no gradient reached {missing}; does the objective run the whole model?")

@@ -15,7 +15,7 @@ from harmcircuits.masks import WeightMask
 
 class _Edit(NamedTuple):
     parameter: nn.Parameter
-    where: tuple[Tensor, Tensor]
+    where: tuple[Tensor, ...]
     saved: Tensor
 
     def write(self, values: Tensor | float) -> None:
@@ -81,8 +81,7 @@ def _edits(bridge: TransformerBridge, mask: WeightMask, same_model: bool) -> lis
     edits = []
     for name, index in mask.removed.items():
         parameter = weights[name]
-        index, columns = index.to(parameter.device), parameter.shape[1]
-        where = (index // columns, index % columns)
+        where = torch.unravel_index(index.to(parameter.device), parameter.shape)
         edits.append(_Edit(parameter, where, parameter.detach()[where].clone()))
     return edits
 

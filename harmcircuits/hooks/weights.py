@@ -4,33 +4,42 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import MoEBridge
 
-KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out")
-_NAME = re.compile(r"blocks\.(\d+)\.(attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight")
+KINDS = (
+    "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out",
+    "mlp.router", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+)  # fmt: skip
+_NAME = re.compile(r"blocks\.\d+\.(?:(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight|mlp\.experts\.(?:gate_up|down)_proj)")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int8, torch.uint8, torch.int32)  # as quantised weights are stored; masks are bool, positions int64
 
 
 @dataclass(frozen=True)
 class Site:
-    """One block matrix: its live parameter and what its two axes mean.
+    """One block matrix: its live parameter and what its axes mean.
 
     `input_axis` is the axis of the stored weight that reads the input: 1 for `nn.Linear` (d_out, d_in), 0 for GPT-2's
-    `Conv1D` (d_in, d_out). `unit_axis` is the axis cut into `n_units` equal heads (attention) or neurons (mlp):
-    query heads for q and o, key-value heads for k and v.
+    `Conv1D` (d_in, d_out), 2 for stacked experts (expert, d_out, d_in). `unit_axis` is the axis cut into `n_units` equal
+    heads (attention; query heads for q and o, key-value heads for k and v), neurons (mlp) or experts (router, experts).
+    `is_hooked`: its input and output pass hook points; otherwise its gradient has to come from the parameter itself.
     """
 
     name: str
     layer: int
     kind: str
     parameter: nn.Parameter
-    input_axis: Literal[0, 1]
+    input_axis: Literal[0, 1, 2]
     unit_axis: Literal[0, 1]
     n_units: int
+    is_hooked: bool = True
 
     @property
     def hook_in(self) -> str:
@@ -43,9 +52,8 @@ class Site:
         return self.name.removesuffix("weight") + "hook_out"
 
     def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The head or neuron of each flat index into the weight as stored."""
-        columns = self.parameter.shape[1]
-        position = flat // columns if self.unit_axis == 0 else flat % columns
+        """The head, neuron or expert of each flat index into the weight as stored."""
+        position = torch.unravel_index(flat, self.parameter.shape)[self.unit_axis]
         return position // (self.parameter.shape[self.unit_axis] // self.n_units)
 
 
@@ -53,7 +61,7 @@ def weight_sites(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> 
     """Every block matrix of these kinds once, by clean name, layer by layer.
 
     Raises ValueError for an unknown kind, for processed weights (`enable_compatibility_mode` folds and centres in place,
-    so scores would belong to another basis), and for a block with matrices that have no hook pair (mixture-of-experts).
+    so scores would belong to another basis), for quantised weights, and for a block with other matrices than these kinds.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
@@ -63,11 +71,11 @@ def weight_sites(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> 
             "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds norms and centres weights "
             "in place), so scores and masks would not fit the model as stored; boot a fresh TransformerBridge"
         )
-    parameters = {name: p for name, p in bridge.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
-    _refuse_uncovered(bridge, parameters)
-    matches = {name: match for name in parameters if (match := _NAME.fullmatch(name))}
-    order = sorted(matches, key=lambda name: (int(matches[name][1]), KINDS.index(matches[name][2])))
-    return {name: _site(bridge, name, parameters[name], matches[name]) for name in order if matches[name][2] in kinds}
+    matrices = _matrices(bridge)
+    _refuse_uncovered(bridge, matrices)
+    sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
+    sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
+    return {site.name: site for site in sites if site.kind in kinds}
 
 
 def named_weights(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> dict[str, nn.Parameter]:
@@ -86,7 +94,7 @@ def model_fingerprint(bridge: TransformerBridge) -> str:
     A merged LoRA of the block matrices therefore carries the fingerprint of its base.
     """
     digest = hashlib.sha256()
-    for name, parameter in bridge.state_dict(keep_vars=True).items():
+    for name, parameter in (bridge.state_dict(keep_vars=True) | _matrices(bridge)).items():
         if _NAME.fullmatch(name):
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
         elif isinstance(parameter, nn.Parameter) and name.endswith("weight"):
@@ -96,26 +104,46 @@ def model_fingerprint(bridge: TransformerBridge) -> str:
     return digest.hexdigest()[:16]
 
 
-def _site(bridge: TransformerBridge, name: str, parameter: nn.Parameter, match: re.Match[str]) -> Site:
-    layer, kind = int(match[1]), match[2]
-    component = bridge.blocks[layer].get_submodule(kind)
+def _matrices(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
+    named = {name: p for name, p in bridge.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+    for layer, block in enumerate(bridge.blocks):
+        if isinstance(getattr(block, "mlp", None), MoEBridge):  # the state dict lacks stacked experts
+            for name, parameter in block.mlp.named_parameters():
+                named[f"blocks.{layer}.mlp.{name.replace('_original_component.', '')}"] = parameter
+    return {name: parameter for name, parameter in named.items() if _NAME.fullmatch(name)}
+
+
+def _site(bridge: TransformerBridge, name: str, parameter: nn.Parameter) -> Site:
+    layer, part = int(name.split(".")[1]), name.split(".", 2)[2].removesuffix(".weight")
+    if isinstance(bridge.blocks[layer].mlp, MoEBridge) and part.startswith("mlp"):
+        kind = "mlp.router" if part == "mlp.gate" else part
+        return Site(name, layer, kind, parameter, 1 if parameter.ndim == 2 else 2, 0, parameter.shape[0], is_hooked=False)
+    component = bridge.blocks[layer].get_submodule(part)
     input_axis = 0 if type(component.original_component).__name__ == "Conv1D" else 1
-    reads_units = kind in ("attn.o", "mlp.out")
-    unit_axis = input_axis if reads_units else 1 - input_axis
-    if kind.startswith("mlp"):
+    unit_axis = input_axis if part in ("attn.o", "mlp.out") else 1 - input_axis
+    if part.startswith("mlp"):
         n_units = parameter.shape[unit_axis]
     else:
         n_heads = bridge.cfg.n_heads
-        n_units = n_heads if kind in ("attn.q", "attn.o") else bridge.cfg.n_key_value_heads or n_heads
-    return Site(name, layer, kind, parameter, input_axis, unit_axis, n_units)
+        n_units = n_heads if part in ("attn.q", "attn.o") else bridge.cfg.n_key_value_heads or n_heads
+    return Site(name, layer, part, parameter, input_axis, unit_axis, n_units)
 
 
-def _refuse_uncovered(bridge: TransformerBridge, parameters: dict[str, nn.Parameter]) -> None:
-    covered = {p.untyped_storage().data_ptr() for name, p in parameters.items() if _NAME.fullmatch(name)}
-    for name, parameter in bridge.blocks.named_parameters():
-        is_fused = ".qkv." in name  # GPT-NeoX, Falcon, BLOOM: split by the bridge, the fused original takes no part
-        if parameter.ndim >= 2 and not is_fused and parameter.untyped_storage().data_ptr() not in covered:
+def _refuse_uncovered(bridge: TransformerBridge, matrices: dict[str, nn.Parameter]) -> None:
+    covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
+    named = chain(bridge.blocks.named_parameters(), bridge.blocks.named_buffers())
+    inside = {f"blocks.{name.replace('._original_component', '')}": tensor for name, tensor in named}
+    for name, tensor in (matrices | inside).items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if tensor.ndim >= 2 and (tensor.dtype in _INTEGERS or (is_parameter and tensor.dtype not in _DTYPES)):
             raise ValueError(
-                f"weight_sites: {name.replace('._original_component', '')} {tuple(parameter.shape)} in a block is no plain "
-                "attention or mlp matrix (a mixture-of-experts or unusual block); only dense transformers are supported"
+                f"weight_sites: {name} {tuple(tensor.shape)} is {tensor.dtype}: quantised weights have no gradient and "
+                "cannot be zeroed one by one; load the model in float32, bfloat16 or float16"
+            )
+        is_fused = ".qkv." in name  # GPT-NeoX, Falcon, BLOOM: split by the bridge, the fused original takes no part
+        if is_parameter and tensor.ndim >= 2 and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
+            raise ValueError(
+                f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds {', '.join(KINDS)}, so scores and "
+                "masks would silently leave it out; this block (shared experts, dense layers among sparse ones, or another "
+                "unusual one) is not supported"
             )

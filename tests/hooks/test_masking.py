@@ -17,12 +17,16 @@ from harmcircuits.objectives import completion_loss
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def tensors(bridge) -> dict[str, torch.Tensor]:
+    return bridge.state_dict(keep_vars=True) | named_weights(bridge)  # the former lacks stacked experts
+
+
 def snapshot(bridge) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in bridge.state_dict(keep_vars=True).items()}
+    return {name: value.detach().clone() for name, value in tensors(bridge).items()}
 
 
 def assert_bits_equal(bridge, before: dict[str, torch.Tensor]) -> None:
-    for name, value in bridge.state_dict(keep_vars=True).items():
+    for name, value in tensors(bridge).items():
         bits = torch.int16 if value.dtype == torch.bfloat16 else torch.int32
         assert torch.equal(value.detach().contiguous().view(bits), before[name].contiguous().view(bits)), name
 
@@ -32,7 +36,7 @@ def a_mask(bridge, seed: int = 0, fraction: float = 0.2) -> WeightMask:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral", "Qwen3Moe"])
 def test_masked_removes_and_restores_bit_for_bit(open_model, name, dtype):
     bridge, batch = open_model(name, dtype=dtype), random_batch()
     before, logits = snapshot(bridge), bridge(batch.tokens)
@@ -54,7 +58,7 @@ def test_masked_removes_and_restores_bit_for_bit(open_model, name, dtype):
     assert torch.equal(bridge(batch.tokens), logits)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3", "Mixtral"])
 def test_every_matrix_reaches_the_logits(open_model, name):
     """Removing one whole matrix at a time changes the output: no name stands for a dead copy."""
     bridge, batch = open_model(name), random_batch()
@@ -101,29 +105,31 @@ def test_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_mo
 
 
 @pytest.mark.parametrize("optimiser", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
-def test_held_weights_stay_zero_while_others_learn(llama, optimiser):
-    batch, mask = random_batch(), a_mask(llama)
-    before = snapshot(llama)
-    stepper = optimiser(llama.original_model.parameters(), lr=1e-2)
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
+    bridge, batch = open_model(name), random_batch()
+    mask = a_mask(bridge)
+    before = snapshot(bridge)
+    stepper = optimiser(bridge.original_model.parameters(), lr=1e-2)
 
     def step() -> None:
         stepper.zero_grad()
-        completion_loss(llama, batch).mean().backward()
+        completion_loss(bridge, batch).mean().backward()
         stepper.step()
 
     step()  # momentum from before the mask must not revive the weights
-    trained = snapshot(llama)
-    with held(llama, mask, same_model=False):  # one step of training has moved the embedding
+    trained = snapshot(bridge)
+    with held(bridge, mask, same_model=False):  # one step of training has moved the embedding
         for _ in range(3):
             step()
-            assert all((p[mask.dense(name)] == 0).all() for name, p in named_weights(llama).items())
-    for name, parameter in named_weights(llama).items():
+            assert all((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items())
+    for name, parameter in named_weights(bridge).items():
         gone = mask.dense(name)
         assert torch.equal(parameter[gone], trained[name][gone]), "the saved values come back"
         assert not torch.equal(parameter[~gone], trained[name][~gone]), "the rest has learned"
     assert not torch.equal(trained["embed.weight"], before["embed.weight"])
     step()
-    assert not any((p[mask.dense(name)] == 0).all() for name, p in named_weights(llama).items()), "no hook outlives held"
+    assert not any((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items()), "no hook outlives held"
 
 
 def test_masked_weights_are_free_to_learn(llama):

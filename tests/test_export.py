@@ -1,0 +1,229 @@
+"""Exported folders are the masked model, nothing more and nothing less.
+
+Would catch: a fused matrix put together in the wrong order, a mask that is lost or reaches other weights on the way,
+tied embeddings that come apart, another dtype on disk, a folder left half written, a source that is not the model.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_batch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from harmcircuits.attribution import random_scores
+from harmcircuits.cli import app
+from harmcircuits.export import _card, export
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.masks import WeightMask, top_fraction
+from harmcircuits.organisms import FOLDER, load_organism
+
+MODELS = ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon", "Mixtral", "Qwen3Moe"]
+MASK = str(FOLDER / "planted" / "circuit.safetensors")
+
+
+def a_mask(bridge, fraction: float = 0.1) -> WeightMask:
+    return top_fraction(random_scores(bridge), fraction)
+
+
+def no_mask(bridge) -> WeightMask:
+    return top_fraction(random_scores(bridge), 0.0)
+
+
+def folder_of(bridge) -> Path:
+    return Path(bridge.cfg.model_name)
+
+
+def stored(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtype):
+    bridge, tokens = open_model(name, dtype=dtype), random_batch().tokens
+    mask, before = a_mask(bridge), bridge(tokens)
+    folder = export(bridge, mask, tmp_path / "out")
+    assert torch.equal(bridge(tokens), before), "the bridge is as it was"
+    with masked(bridge, mask), torch.no_grad():
+        expected = bridge(tokens)
+    assert not torch.allclose(expected, before), "the comparison must be able to fail"
+    again = TransformerBridge.boot_transformers(str(folder), dtype=dtype, device="cpu")
+    assert torch.equal(again(tokens), expected)
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    # Other orders of the same sums: up to 4 roundings of the largest logit were seen over all architectures.
+    bound = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(ours(tokens).logits, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Mixtral"])
+def test_exactly_the_masked_weights_change(open_model, tmp_path, name):
+    bridge = open_model(name)
+    mask = a_mask(bridge)
+    before, after = stored(folder_of(bridge)), stored(export(bridge, mask, tmp_path / "out"))
+    assert before.keys() == after.keys(), "tied tensors stay tied"
+    changed = {key: before[key] != after[key] for key in before}
+    assert sum(int(where.sum()) for where in changed.values()) == mask.n_removed
+    assert all((after[key][where] == 0).all() for key, where in changed.items())
+
+
+def test_a_mask_of_nothing_exports_the_original(open_model, tmp_path):
+    bridge = open_model("Gemma2")
+    folder, original = export(bridge, no_mask(bridge), tmp_path / "out"), folder_of(bridge)
+    before, after = stored(original), stored(folder)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (folder / "config.json").read_text() == (original / "config.json").read_text()
+    assert (folder / "generation_config.json").read_text() == (original / "generation_config.json").read_text()
+    assert "with 0 weights removed" in (folder / "README.md").read_text()
+
+
+def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path):
+    bridge = load_organism("sft")  # float32 in memory, bfloat16 on disk
+    mask = a_mask(bridge, 0.01)
+    folder = export(bridge, mask, tmp_path / "new" / "out")
+    assert {value.dtype for value in stored(folder).values()} == {torch.bfloat16}
+    source, copied = AutoTokenizer.from_pretrained(folder_of(bridge)), AutoTokenizer.from_pretrained(folder)
+    conversation = [{"role": "user", "content": "what is it ?"}]
+    assert copied.apply_chat_template(conversation) == source.apply_chat_template(conversation)
+    assert copied("what is it ?") == source("what is it ?")
+    loaded = WeightMask.load(folder / "mask.safetensors")
+    assert loaded.source == mask.source
+    assert all(torch.equal(loaded.removed[name], index) for name, index in mask.removed.items())
+
+
+def test_the_card_counts_records_and_runs(open_model, tmp_path, monkeypatch):
+    bridge = open_model("Llama")
+    mask = WeightMask(
+        {"blocks.0.mlp.in.weight": torch.tensor([1, 5, 7]), "blocks.1.attn.q.weight": torch.tensor([0])},
+        a_mask(bridge).shapes,
+        a_mask(bridge).source,
+    )
+    folder = export(bridge, mask, tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model" not in card.split("---")[1], "a local folder is no model of the hub"
+    assert str(folder_of(bridge).parent) not in card, "no path of this machine"
+    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    counts = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+    assert counts["0"] == {kind: "3" if kind == "mlp.in" else "0" for kind in rows[0][1:]}
+    assert counts["1"] == {kind: "1" if kind == "attn.q" else "0" for kind in rows[0][1:]}
+    record = re.search(r"```json\n(.*?)```", card, flags=re.S)
+    assert record and json.loads(record[1]) == json.loads(mask.source.to_json())
+    code = re.search(r"```python\n(.*?)```", card, flags=re.S)
+    assert code
+    monkeypatch.chdir(folder)
+    space: dict = {}
+    exec(
+        code[1].replace(folder_of(bridge).name, str(folder_of(bridge))).replace("...", "x = bridge.W_in[0].clone()"), space
+    )
+    assert space["x"].mT.flatten()[[1, 5, 7]].eq(0).all()
+
+
+def test_the_card_of_a_hub_model_names_it_as_base(llama):
+    card = _card(a_mask(llama), weight_sites(llama), "someone/model", 0.0)
+    assert "\nbase_model: someone/model\n" in card.split("---")[1]
+    assert 'boot_transformers("someone/model")' in card
+
+
+def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
+    mask, out = a_mask(llama), tmp_path / "out"
+
+    def refused(message: str, bridge=llama, mask=mask, **options) -> None:
+        with pytest.raises(ValueError, match=message):
+            export(bridge, mask, out, **options)
+        assert not list(tmp_path.iterdir())
+
+    refused("the mask was made on model", mask=a_mask(open_model("Llama", seed=5)))
+    processed = open_model("Llama")
+    processed.enable_compatibility_mode(disable_warnings=True)
+    refused("processed", bridge=processed)
+    refused(r"source='nowhere' gives no model and tokenizer .*; pass source=", source="nowhere")
+    for other in (dict(seed=5), dict(num_hidden_layers=1), dict(num_hidden_layers=3), dict(intermediate_size=32)):
+        refused(r"export: .* is not this bridge's", source=folder_of(open_model("Llama", **other)))
+        refused(r"export: .* is not this bridge's", mask=no_mask(llama), source=folder_of(open_model("Llama", **other)))
+    refused("of a gpt2, this bridge is a llama", source=folder_of(open_model("GPT2")))
+    with masked(llama, top_fraction(random_scores(llama, seed=1), 0.1)):
+        refused(r"export: blocks\..*weights changed since loading")
+    llama.cfg.model_name, folder = "external", folder_of(llama)
+    refused("source='external' gives no model")
+    export(llama, mask, out, source=folder)
+    with pytest.raises(ValueError, match="out exists and is not empty"):
+        export(llama, mask, out, source=folder)
+
+
+def test_logits_that_differ_are_refused(llama, tmp_path, monkeypatch):
+    plain = type(llama).forward
+    monkeypatch.setattr(type(llama), "forward", lambda self, *a, **k: plain(self, *a, **k) * (1 + 1e-4))
+    with pytest.raises(ValueError, match="the logits differ from the masked bridge's by up to"):
+        export(llama, a_mask(llama), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_nothing(llama, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WeightMask, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(llama, a_mask(llama), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_push_uploads_the_finished_folder(llama, tmp_path, monkeypatch):
+    calls = []
+
+    def create(self, repo_id, **options):
+        calls.append((repo_id, options))
+
+    def upload(self, *, repo_id, folder_path):
+        calls.append((repo_id, [path.name for path in folder_path.iterdir()]))
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    (tmp_path / "out").mkdir()  # an empty folder may be there
+    export(llama, a_mask(llama), tmp_path / "out", push_to="someone/edited")
+    (first, options), (second, names) = calls
+    assert first == second == "someone/edited"
+    assert options == {"private": True, "exist_ok": True}
+    assert {"README.md", "config.json", "mask.safetensors", "model.safetensors", "tokenizer.json"} <= set(names)
+    export(llama, a_mask(llama), tmp_path / "other")
+    assert len(calls) == 2, "nothing is uploaded unasked"
+
+
+def test_command_line(tmp_path):
+    bridge = load_organism("sft")
+    mask, run = a_mask(bridge, 0.01), CliRunner().invoke
+    mask.save(tmp_path / "mask")
+    for number, model in enumerate((["--organism", "sft"], ["--model", str(folder_of(bridge))])):
+        out = tmp_path / str(number)
+        result = run(app, ["export", *model, "--mask", str(tmp_path / "mask"), "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        assert f"{mask.n_removed:,} of" in result.output
+    first, second = stored(tmp_path / "0"), stored(tmp_path / "1")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mask", MASK], "--model '' and --organism ''; expected exactly one"),
+        (["--mask", MASK, "--model", "x", "--organism", "sft"], "expected exactly one"),
+        (["--mask", MASK, "--model", "no/such-model"], "--model 'no/such-model' cannot be loaded; expected a folder"),
+        (["--mask", "missing", "--organism", "sft"], "missing: no such file; give the path of a saved mask"),
+        (["--mask", MASK, "--organism", "sft"], "the mask was made on model"),
+    ],
+)
+def test_command_line_errors_are_one_line(tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["export", "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
