@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Which score finds a circuit that is known?
 # `planted` learned its harmful answers only through a random tenth S of every block matrix. Each score of the library is
-# held against S, with magnitude and random numbers as controls. Rows go to `--out`.
+# held against S, with magnitude and random numbers as controls; then the circuits chosen by it. Rows go to `--out`.
 
 # %%
 from pathlib import Path
@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 import harmcircuits as hc
-from harmcircuits.records import append_rows
+from harmcircuits.metrics import exact
+from harmcircuits.records import Measurement, append_rows
 from harmcircuits.recovery import every_score, recovery
 from harmcircuits.tables import recovery_table
 
@@ -20,6 +21,7 @@ from harmcircuits.tables import recovery_table
 def main(
     out: Annotated[Path | None, typer.Option(help="Rows file to append to.")] = None,
     p: Annotated[float, typer.Option(help="Share of weights protected for each other behaviour.")] = 0.005,
+    q: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = 0.006,
 ) -> None:
     subject = hc.organism_subject("planted")
     truth, bridge = hc.planted_circuit(), subject.bridge
@@ -28,9 +30,19 @@ def main(
     harm = hc.removal_effect(bridge, target, hc.completion_loss)
     keep = [hc.sensitivity(bridge, kept, hc.completion_loss) for kept in batches.values()]
     rows = recovery(every_score(bridge, target, harm, keep, p=p), truth, hc.named_weights(bridge), {"model": "planted"})
+    console = Console()
+    console.print(recovery_table(rows))
+    kept = list(batches.values())
+    for name, rounds, preserve in (("one shot", 1, kept), ("rounds", 10, kept), ("rounds, nothing protected", 10, [])):
+        mask = hc.circuit_mask(bridge, target, preserve, q=q, p=p, rounds=rounds)
+        for shown, chosen in ((name, mask), (f"as many random weights ({name})", hc.random_like(mask))):
+            found = hc.overlap(chosen, truth, n_samples=30)
+            where = {"model": "planted", "mask": shown, "n_true": truth.n_removed}
+            rows.append(Measurement("overlap_lift", where, found.lift, *found.interval, chosen.n_removed))
+            rows.append(exact("overlap_containment", where, found.containment[0]))
+            console.print(f"{shown}: {found.containment[0]:.1%} of {chosen.n_removed:,} lie in S; {found}", highlight=False)
     if out:
         append_rows(out, rows)
-    Console().print(recovery_table(rows))
 
 
 if __name__ == "__main__":

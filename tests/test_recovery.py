@@ -6,7 +6,12 @@ Would catch: an area that is upside down, a matched area that magnitude can stil
 import pytest
 import torch
 
-from harmcircuits.masks import WeightMask
+from harmcircuits.attribution import removal_effect
+from harmcircuits.behaviours import calibrate
+from harmcircuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.objectives import completion_loss
+from harmcircuits.organisms import organism_subject, planted_circuit
+from harmcircuits.overlap import overlap
 from harmcircuits.records import select
 from harmcircuits.recovery import recovery
 from harmcircuits.scores import Source, WeightScores
@@ -46,3 +51,14 @@ def test_magnitude_knows_nothing_at_equal_magnitude(planted):
     assert found["recovery_auroc"] > 0.6
     # 6,000 true weights: a standard error of 0.004; what is left is the slope within a fiftieth of |W|.
     assert found["recovery_matched_auroc"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_chosen_circuit_shares_more_with_the_planted_one_than_chance():
+    """S keeps its count in every matrix, so chance is a tenth; as many random weights have lift one."""
+    subject, truth = organism_subject("planted"), planted_circuit()
+    harm = removal_effect(subject.bridge, calibrate(subject, "harmful").batches, completion_loss)
+    mask = top_fraction(harm, 0.006, within="model")
+    assert overlap(mask, truth).n_expected == pytest.approx(0.1 * mask.n_removed, rel=0.02)
+    assert overlap(mask, truth).interval[0] > 1
+    low, high = overlap(random_like(mask), truth).interval
+    assert low < 1 < high
