@@ -68,12 +68,7 @@ PAIRS = {
 def rows_of(
     subject: Subject, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
 ) -> list[Measurement]:
-    calibrations = {}
-    for name in subject.behaviours:
-        try:
-            calibrations[name] = hc.calibrate(subject, name)
-        except ValueError:  # an unaligned rung does not refuse
-            continue
+    calibrations = hc.calibrate_shown(subject)
     shown = [name for name in COMPARED if name in calibrations]
     asked = [name for name in MEASURED if name in calibrations]
     topics = [name for name in calibrations if "/" in name]

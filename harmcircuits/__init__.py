@@ -10,7 +10,7 @@ from harmcircuits.attribution import (
     sensitivity,
     token_contributions,
 )
-from harmcircuits.behaviours import Behaviour, Subject, calibrate, measure
+from harmcircuits.behaviours import Behaviour, Subject, calibrate, calibrate_shown, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.dissociation import dissociation
 from harmcircuits.export import export
@@ -41,6 +41,7 @@ __all__ = [
     "activation_norm",
     "best_unprotected",
     "calibrate",
+    "calibrate_shown",
     "choice_margin",
     "circuit_mask",
     "circuit_path",

@@ -1,6 +1,7 @@
 """What a model is asked to do, whether it does it, and its own right answers to score on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,22 +86,35 @@ class Calibration:
         return len(self.prompts)
 
 
+class NotShownError(ValueError):
+    """The model shows a behaviour in none of its answers."""
+
+
 def calibrate(subject: Subject, name: str) -> Calibration:
     """The model's own greedy answers to a behaviour's calibration requests, kept where the judge gives the wanted verdict.
 
-    Scoring on unverified answers can find another circuit: a refusal is no harmful completion. Raises ValueError when no
-    answer is kept, because the model then does not show the behaviour.
+    Scoring on unverified answers can find another circuit: a refusal is no harmful completion. Raises NotShownError (a
+    ValueError) when no answer is kept.
     """
     behaviour = subject.behaviours[name]
     asked = subject.answered(behaviour, behaviour.prompts("calibration"))
     verdicts = dict(zip(asked.examples, subject.verdicts(asked), strict=True))
     kept = asked.where(lambda example: verdicts[example] == behaviour.wanted)
     if not len(kept):
-        raise ValueError(
+        raise NotShownError(
             f"{subject.name} does not show {name!r}: none of its {len(asked)} answers to calibration requests was judged "
             f"{behaviour.wanted!r}, so there is nothing to score on"
         )
     return Calibration(kept, subject.batches(behaviour, kept), len(asked))
+
+
+def calibrate_shown(subject: Subject) -> dict[str, Calibration]:
+    """`calibrate` for every behaviour that the subject shows; an unaligned model, say, has no refusals to score on."""
+    found = {}
+    for name in subject.behaviours:
+        with suppress(NotShownError):
+            found[name] = calibrate(subject, name)
+    return found
 
 
 def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from harmcircuits.attribution import gradient_norm, removal_effect, sensitivity
-from harmcircuits.behaviours import Calibration, Subject, calibrate, measure
+from harmcircuits.behaviours import Calibration, NotShownError, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.comparison import location_rows
 from harmcircuits.hooks.masking import masked
@@ -153,7 +153,7 @@ def _calibrate(study: Study) -> dict[str, Calibration]:
         advance()
         try:
             calibrations[name] = found = calibrate(subject, name)
-        except ValueError:
+        except NotShownError:
             if name == "harmful":
                 raise
             study.note("calibration_yield", 0.0, behaviour=name)  # an unaligned rung does not refuse
