@@ -12,8 +12,17 @@ import torch
 
 from harmcircuits.attribution import random_scores
 from harmcircuits.masks import top_fraction
+from harmcircuits.metrics import exact
 from harmcircuits.prompts import Batch
-from harmcircuits.views import Visual, attention_views, lost_tokens
+from harmcircuits.records import Measurement
+from harmcircuits.views import (
+    Visual,
+    attention_views,
+    cross_ablation_figure,
+    lost_tokens,
+    overlap_figure,
+    token_figure,
+)
 
 
 def props_of(html: str) -> dict:
@@ -62,3 +71,40 @@ def test_attention_is_shown_before_and_under_the_mask(llama, batch):
         # Rows of a causal attention pattern sum to one; float32.
         torch.testing.assert_close(view.props["attention"].sum(-1), torch.ones(2, int(first.is_token.sum())))
     assert not torch.allclose(before.props["attention"], after.props["attention"])
+
+
+def test_cross_ablation_cells_are_the_rates_of_the_rows():
+    metrics = {"harm_valid_rate": "harm", "benign_valid_rate": "benign"}
+    panels = {
+        model: [exact(metric, {"mask": mask}, value) for (mask, metric), value in cells.items()]
+        for model, cells in {
+            "a": {("none", "harm_valid_rate"): 1.0, ("x", "harm_valid_rate"): 0.25, ("x", "benign_valid_rate"): 0.5},
+            "b": {("x", "harm_valid_rate"): 0.75},
+        }.items()
+    }
+    figure = cross_ablation_figure(panels, metrics)
+    first, second = figure.data
+    assert (first.x, first.y) == (("harm", "benign"), ("none", "x"))
+    assert first.z == ([100.0, None], [25.0, 50.0])
+    assert second.z == ([None, None], [75.0, None])
+    assert first.text[1] == ["25", "50"]
+
+
+def test_overlap_points_stand_on_the_line_of_their_pair():
+    rows = [
+        Measurement("overlap_lift", {"model": model, "first": "harm", "second": other}, lift, lift - 1, lift + 2)
+        for model, other, lift in (("a", "x", 3.0), ("a", "y", 5.0), ("b", "y", 7.0))
+    ]
+    figure = overlap_figure({"lift": rows}, {("harm", "x"): "harm – x", ("harm", "y"): "harm – y"})
+    one, two = figure.data
+    assert (one.x, two.x) == ((3.0, 5.0), (7.0,))
+    assert [round(place) for place in one.y] == [0, 1]
+    assert round(two.y[0]) == 1
+    assert (one.error_x.array, one.error_x.arrayminus) == ((2.0, 2.0), (1.0, 1.0))
+    assert figure.layout.yaxis.ticktext == ("harm – x", "harm – y")
+
+
+def test_token_bars_stand_in_order():
+    rows = [Measurement("token_contribution", {"offset": offset}, offset / 10, -1.0, 1.0) for offset in (1, -2, 0)]
+    (bars,) = token_figure({"harmful answers": rows}).data
+    assert (bars.x, bars.y) == ((-2, 0, 1), (-0.2, 0.0, 0.1))
