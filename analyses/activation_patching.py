@@ -164,9 +164,10 @@ def patched_rows(
             cells = zip(result.index_df.to_dict("records"), result.effect().flatten(0, -2), strict=True)
             for cell, change in cells:
                 where = {**labels, "direction": direction, "component": component, **_place(cell, point, names)}
-                rows.append(average("patch_change", where, change, groups))
+                rows.append(row := average("patch_change", where, change, groups))
                 if abs(gap) >= LEAST_GAP:
-                    rows.append(average("patch_share", where, change / signed_gap, groups))
+                    low, high = sorted((row.low / signed_gap, row.high / signed_gap))
+                    rows.append(Measurement("patch_share", where, row.mean / signed_gap, low, high, row.n))
     return rows
 
 
