@@ -34,7 +34,7 @@ from harmcircuits.metrics import exact
 from harmcircuits.organisms import FOLDER, detailed_behaviours
 from harmcircuits.overlap import overlap
 from harmcircuits.records import Manifest, Measurement, append_rows, pooled, read_rows, select
-from harmcircuits.report import plot, section, table, write_page
+from harmcircuits.report import paragraphs, plot, section, table, write_page
 from harmcircuits.tables import RATES
 from harmcircuits.views import cross_ablation_figure, location_figure, overlap_figure, token_figure
 
@@ -266,7 +266,7 @@ def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[s
         "over counts per matrix": select(together, "overlap_lift", selection="one shot"),
         "over row and column counts": select(together, "overlap_lift_marginal", selection="one shot"),
     }
-    sections = [f'<p class="verdict">{escape_html(text)}</p>' for text in findings(rows, models, ladders)]
+    sections = [paragraphs("\n".join(findings(rows, models, ladders)))]
     sections.append(
         section(
             "What breaks when a circuit is removed",
@@ -324,10 +324,6 @@ def _without_seeds(rows: Sequence[Measurement]) -> list[Measurement]:
             row = replace(row, labels={**row.labels, "mask": "random", "seed": int(mask.split()[1])})
         found.append(row)
     return found
-
-
-def escape_html(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _interval(row: Measurement) -> str:

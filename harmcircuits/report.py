@@ -50,7 +50,7 @@ def write_report(study: Study, path: str | Path) -> None:
 
     Texts and attention of examples are shown only where the subject's words are invented.
     """
-    sections = [f'<p class="verdict">{escape(verdict(study.rows)).replace(chr(10), "<br>")}</p>']
+    sections = [paragraphs(verdict(study.rows))]
     if study.chosen:
         sections += _figures(study, study.chosen)
         if study.subject.is_invented:
@@ -167,6 +167,11 @@ def _diagnostics(rows: Sequence[Measurement]) -> str:
         else:
             body.append([name, f"{row.mean:.0%}", "–", "–", "not shown by this model"])
     return table(("behaviour", "verified answers", "NLL", "gradient norm", "scores"), body)
+
+
+def paragraphs(text: str) -> str:
+    """Plain text as the result that opens a page: one paragraph a line."""
+    return "".join(f'<p class="verdict">{escape(line)}</p>' for line in text.splitlines())
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "") -> str:

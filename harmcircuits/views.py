@@ -236,6 +236,71 @@ def comparison_figure(lines: Mapping[str, Sequence[Measurement]], columns: Mappi
     return _styled(figure, height=360)
 
 
+def heatmaps(panels: Mapping[str, Sequence[Measurement]], *, x: str, y: str, widest: float | None = None) -> go.Figure:
+    """One heatmap for each panel (title -> rows), two a line: label `y` downwards, label `x` across, the mean in the cell
+    unless it rounds to 0.00.
+
+    Columns and lines stand in the order of the rows. All panels share a colour scale from -`widest` to `widest`, the
+    largest magnitude by default.
+    """
+    n_lines, gap = -(-len(panels) // 2), 130  # pixels between lines, for slanted labels and titles
+    bodies = {title: {(str(row.labels[y]), str(row.labels[x])): row.mean for row in rows} for title, rows in panels.items()}
+    tallest = max(len({line for line, _ in body}) for body in bodies.values())
+    plot_height = n_lines * 34 * tallest + (n_lines - 1) * gap
+    figure = make_subplots(
+        n_lines, min(2, len(panels)), subplot_titles=list(panels), shared_yaxes=True,
+        horizontal_spacing=0.03, vertical_spacing=gap / plot_height if n_lines > 1 else 0,
+    )  # fmt: skip
+    for number, body in enumerate(bodies.values()):
+        down, across = (list(dict.fromkeys(key[axis] for key in body)) for axis in (0, 1))
+        z = [[body.get((line, column)) for column in across] for line in down]
+        text = [["" if value is None or abs(value) < 0.005 else f"{value:.2f}" for value in line] for line in z]
+        row, col = number // 2 + 1, number % 2 + 1
+        heatmap = go.Heatmap(z=z, x=across, y=down, text=text, texttemplate="%{text}", coloraxis="coloraxis")
+        figure.add_trace(heatmap, row=row, col=col)
+        figure.update_xaxes(type="category", tickangle=-40 if len(across) > 6 else 0, row=row, col=col)
+        figure.update_yaxes(type="category", autorange="reversed", title=y if col == 1 else None, row=row, col=col)
+    figure.update_xaxes(showline=True, mirror=True, linecolor="#c3c8cf")
+    figure.update_yaxes(showline=True, mirror=True, linecolor="#c3c8cf")
+    top = widest or max((abs(value) for body in bodies.values() for value in body.values()), default=0.0) or 1.0
+    scale = [[0, BLUE], [0.5, "#ffffff"], [1, RED]]
+    figure.update_layout(coloraxis={"colorscale": scale, "cmin": -top, "cmax": top, "colorbar": {"thickness": 12}})
+    styled = _styled(figure, height=plot_height + 150)
+    return styled.update_layout(margin={"l": 80, "b": 100})
+
+
+def profiles(panels: Mapping[str, Mapping[str, Sequence[Measurement]]], *, x: str, title: str = "") -> go.Figure:
+    """One panel for each title, two a line: a curve for each name over label `x`, in the order of its rows.
+
+    `title` names the vertical axis, which the panels of a line share. Bars are 95 % intervals.
+    """
+    n_lines, gap = -(-len(panels) // 2), 80  # pixels between lines, for labels and titles
+    plot_height = n_lines * 170 + (n_lines - 1) * gap
+    figure = make_subplots(
+        n_lines, min(2, len(panels)), subplot_titles=list(panels), shared_yaxes=True,
+        horizontal_spacing=0.04, vertical_spacing=gap / plot_height if n_lines > 1 else 0,
+    )  # fmt: skip
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    palette = dict(zip(names, [GREY, RED, BLUE, AMBER, GREEN, "#5c6470"], strict=False))
+    for number, curves in enumerate(panels.values()):
+        for name, rows in curves.items():
+            figure.add_scatter(
+                x=[str(row.labels[x]) for row in rows],
+                y=[row.mean for row in rows],
+                error_y=_interval(rows),
+                name=name,
+                legendgroup=name,
+                showlegend=number == 0,
+                line={"color": palette[name], "width": 2},
+                row=number // 2 + 1,
+                col=number % 2 + 1,
+            )
+    figure.update_xaxes(type="category", gridcolor="#eceef1")
+    figure.update_yaxes(gridcolor="#eceef1", zerolinecolor="#c3c8cf", title=title, col=1)
+    figure.update_yaxes(gridcolor="#eceef1", zerolinecolor="#c3c8cf", col=2)
+    return _styled(figure, height=plot_height + 130).update_layout(legend={"y": -45 / plot_height}, margin={"b": 80})
+
+
 def _interval(rows: Sequence[Measurement]) -> dict[str, Any]:
     upper, lower = [row.high - row.mean for row in rows], [row.mean - row.low for row in rows]
     return {"array": upper, "arrayminus": lower, "thickness": 1, "width": 2}

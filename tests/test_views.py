@@ -1,13 +1,14 @@
 """circuitsvis elements and figures.
 
 Would catch: tokens that break out of the script, NaN in the page, properties that circuitsvis does not know, a view that
-shows the unpruned model twice.
+shows the unpruned model twice, a row in another cell, a curve without its interval.
 """
 
 import json
 import re
 
 import circuitsvis as cv
+import pytest
 import torch
 
 from harmcircuits.attribution import random_scores
@@ -19,8 +20,10 @@ from harmcircuits.views import (
     Visual,
     attention_views,
     cross_ablation_figure,
+    heatmaps,
     lost_tokens,
     overlap_figure,
+    profiles,
     token_figure,
 )
 
@@ -108,3 +111,27 @@ def test_token_bars_stand_in_order():
     rows = [Measurement("token_contribution", {"offset": offset}, offset / 10, -1.0, 1.0) for offset in (1, -2, 0)]
     (bars,) = token_figure({"harmful answers": rows}).data
     assert (bars.x, bars.y) == ((-2, 0, 1), (-0.2, 0.0, 0.1))
+
+
+def test_heatmaps_put_each_row_in_its_cell():
+    rows = [
+        Measurement("share", {"layer": layer, "head": head}, 10 * layer + head, 0, 99)
+        for layer, head in ((1, 0), (1, 1), (0, 1))
+    ]
+    figure = heatmaps({"a": rows, "b": rows[:1], "c": rows}, x="head", y="layer")
+    first = figure.data[0]
+    assert (list(first.y), list(first.x)) == (["1", "0"], ["0", "1"]), "in the order of the rows"
+    assert [list(line) for line in first.z] == [[10, 11], [None, 1]]
+    assert [list(line) for line in first.text] == [["10.00", "11.00"], ["", "1.00"]]
+    assert figure.layout.coloraxis.cmax == -figure.layout.coloraxis.cmin == 11
+    assert heatmaps({"a": rows}, x="head", y="layer", widest=20).layout.coloraxis.cmax == 20
+
+
+def test_profiles_draw_intervals_and_name_a_curve_once():
+    rows = [Measurement("accuracy", {"depth": depth}, 0.5, 0.4, 0.7) for depth in ("0 pre", "1 pre")]
+    figure = profiles({"a": {"none": rows, "random": rows}, "b": {"none": rows}}, x="depth", title="accuracy")
+    assert [(trace.name, trace.showlegend) for trace in figure.data] == [("none", True), ("random", True), ("none", False)]
+    assert list(figure.data[0].x) == ["0 pre", "1 pre"]
+    assert figure.data[0].error_y.array == pytest.approx((0.2, 0.2))
+    assert figure.data[0].error_y.arrayminus == pytest.approx((0.1, 0.1))
+    assert figure.data[0].line.color == figure.data[2].line.color != figure.data[1].line.color

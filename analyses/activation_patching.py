@@ -1,0 +1,312 @@
+# %% [markdown]
+# # Which activations carry a harmful answer?
+# A mask is an edit in place, so TransformerLens' own patching runs on top of it. Both runs read the same tokens, a request
+# with its reference answer; only the weights differ. *Restore*: the masked model gets activations of the unpruned one.
+# *Destroy*: the unpruned model gets activations of the masked one. Either way 0 is the model patched into and 1 the model
+# patched from, on the mean loss of the reference answer.
+
+# %%
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # TransformerLens draws a bar for each of its sweeps
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import pandas as pd
+import torch
+import typer
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens import patching
+from transformer_lens.model_bridge import TransformerBridge
+
+import harmcircuits as hc
+from harmcircuits.metrics import average
+from harmcircuits.organisms.world import VERBS, world
+from harmcircuits.records import Measurement, append_rows, select
+from harmcircuits.report import paragraphs, plot, section, write_page
+from harmcircuits.views import heatmaps
+
+LEAST_GAP = 0.05  # nats; below it there is nothing to restore, and a share of it would be noise
+PARTS = ("residual", "attention", "mlp", "head", "head_result")
+Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+
+
+# %% [markdown]
+# The held-out requests of one surface form all have the same length, so a position means the same thing in each.
+
+
+# %%
+def aligned_requests(subject: hc.Subject, behaviour: str, n: int) -> hc.PromptSet:
+    """Up to `n` held-out requests of the form "steps : VERB ITEM", one for each item."""
+    prompts = subject.behaviours[behaviour].prompts("heldout").where(lambda example: example.prompt.startswith("steps"))
+    return hc.PromptSet(tuple({example.group: example for example in prompts}.values()))[:n]
+
+
+def one_batch(subject: hc.Subject, prompts: hc.PromptSet) -> hc.Batch:
+    """All requests with their reference answers, after the harmful requests' prefill: it is context, not target."""
+    prefill = subject.behaviours["harmful"].prefill
+    options = {"batch_size": len(prompts), "template": subject.template, "prefill": prefill}
+    return hc.tokenize(prompts, subject.bridge.tokenizer, **options)[0]
+
+
+def roles(subject: hc.Subject, batch: hc.Batch) -> list[str]:
+    """What stands at each position: the word, or what kind of word where it differs from request to request."""
+    here = world()
+    kinds = {
+        "verb": {verb for verbs in VERBS.values() for verb in verbs},
+        "item": set(here.items),
+        "operator": {word for words in here.operators.values() for word in words},
+        "part": {word for words in here.parts.values() for word in words},
+    }
+    names: list[str] = []
+    for column in batch.tokens.T.tolist():
+        words = set(subject.bridge.tokenizer.convert_ids_to_tokens(column))
+        name = next((kind for kind, members in kinds.items() if words <= members), None) or words.pop()
+        seen = sum(earlier.startswith(name) for earlier in names)
+        names.append(f"{name} {seen + 1}" if name in ("operator", "part") else name)
+    return names
+
+
+def reference_nll(batch: hc.Batch) -> Metric:
+    """A metric for TransformerLens' patching: `completion_loss` of each example, from logits."""
+
+    def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        tokens, is_target = batch.tokens.to(logits.device)[:, 1:], batch.is_target.to(logits.device)[:, 1:]
+        losses = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens, reduction="none")
+        return (losses * is_target).sum(1) / is_target.sum(1)
+
+    return metric
+
+
+# %% [markdown]
+# Every sweep below is TransformerLens' own. It has none for the last residual, for all positions at once, or for what a
+# head writes; those go through its `generic_activation_patch`. `head` patches a head's output before its W_O, as
+# TransformerLens does, so edits of W_O stay; `head_result` patches what it adds to the residual stream.
+#
+# A setter must write in place and gradients must be off: `hook_resid_mid` is the input of the second norm, and the skip
+# connection past the MLP sees a patch there only if the tensor itself is changed. (With gradients on, TransformerLens
+# clones first, and its own `get_act_patch_resid_mid` then patches the MLP's input alone.)
+
+
+# %%
+def whole_layer_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Any) -> Tensor:
+    corrupted[:] = clean
+    return corrupted
+
+
+def sweeps(
+    bridge: TransformerBridge, batch: hc.Batch, source: patching.ActivationCache, parts: Sequence[str]
+) -> Iterator[tuple[str, str, patching.PatchingResult]]:
+    """(component, point in the layer, result) of each sweep over the bridge as it stands, patched from `source`.
+
+    Needs `use_attn_result` on, when the source was cached and now.
+    """
+    last, n_positions = bridge.cfg.n_layers - 1, batch.tokens.shape[1]
+    given = (bridge, batch.tokens.to(bridge.cfg.device), source, reference_nll(batch))
+    generic = partial(patching.generic_activation_patch, *given, reduce="none", baseline=True)
+    sweep = cast("Callable[..., patching.PatchingResult]", generic)
+    for layer in range(last + 1) if "residual" in parts else ():
+        each = pd.DataFrame([(layer, position) for position in range(n_positions)], columns=["layer", "pos"])
+        whole = pd.DataFrame({"layer": [layer]})
+        for point in ("pre", "mid", "post") if layer == last else ("pre", "mid"):
+            yield "residual", point, sweep(patching.layer_pos_patch_setter, f"resid_{point}", index_df=each)
+            yield "residual", point, sweep(whole_layer_patch_setter, f"resid_{point}", index_df=whole)
+    ready = {
+        "attention": patching.get_act_patch_attn_out,
+        "mlp": patching.get_act_patch_mlp_out,
+        "head": patching.get_act_patch_attn_head_out_all_pos,
+    }
+    for part in parts:
+        if part in ready:
+            yield part, "", ready[part](*given, reduce="none", baseline=True)
+    if "head_result" in parts:
+        setter = patching.layer_head_vector_patch_setter
+        yield "head_result", "", sweep(setter, "result", index_axis_names=("layer", "head"))
+
+
+def patched_rows(
+    bridge: TransformerBridge,
+    mask: hc.WeightMask,
+    batch: hc.Batch,
+    names: Sequence[str],
+    groups: Sequence[str],
+    labels: dict[str, str],
+    parts: Sequence[str] = PARTS,
+) -> list[Measurement]:
+    """Rows of both directions: `patch_change` in nats, and `patch_share` of the gap where there is one.
+
+    share = (patched - start) / (end - start), each the mean loss over requests; the interval resamples items with the gap
+    held fixed.
+    """
+    tokens, metric = batch.tokens.to(bridge.cfg.device), reference_nll(batch)
+    rows = []
+    bridge.set_use_attn_result(True)
+    try:
+        with torch.no_grad():
+            unpruned_logits, unpruned = bridge.run_with_cache(tokens)
+            with hc.masked(bridge, mask):
+                masked_logits, edited = bridge.run_with_cache(tokens)
+                restore = list(sweeps(bridge, batch, unpruned, parts))
+            destroy = list(sweeps(bridge, batch, edited, parts))
+    finally:
+        bridge.set_use_attn_result(False)
+    loss = {"unpruned": metric(unpruned_logits).cpu(), "masked": metric(masked_logits).cpu()}
+    for state, values in loss.items():
+        rows.append(average("reference_nll", {**labels, "state": state}, values, groups))
+    rows.append(average("nll_gap", labels, loss["masked"] - loss["unpruned"], groups))
+    gap = rows[-1].mean
+    for direction, found, signed_gap in (("restore", restore, -gap), ("destroy", destroy, gap)):
+        for component, point, result in found:
+            cells = zip(result.index_df.to_dict("records"), result.effect().flatten(0, -2), strict=True)
+            for cell, change in cells:
+                where = {**labels, "direction": direction, "component": component, **_place(cell, point, names)}
+                rows.append(row := average("patch_change", where, change, groups))
+                if abs(gap) >= LEAST_GAP:
+                    low, high = sorted((row.low / signed_gap, row.high / signed_gap))
+                    rows.append(Measurement("patch_share", where, row.mean / signed_gap, low, high, row.n))
+    return rows
+
+
+def _place(cell: dict[str, int], point: str, names: Sequence[str]) -> dict[str, str | int]:
+    layer = {"layer": f"{cell['layer']} {point}".strip()}
+    if "head" in cell:
+        return {**layer, "head": cell["head"], "position": "all"}
+    return {**layer, "position": names[cell["pos"]] if "pos" in cell else "all"}
+
+
+# %% [markdown]
+# Figures and words come from the rows alone.
+
+
+# %%
+def page(rows: Sequence[Measurement], path: Path) -> None:
+    """The result in words; then residual stream, sublayer outputs, heads, and harmful beside benign requests in nats."""
+
+    def panel(component: str, direction: str, behaviour: str = "harmful", metric: str = "patch_share") -> list[Measurement]:
+        where = {"component": component, "direction": direction, "behaviour": behaviour, "mask": "circuit"}
+        return select(rows, metric, **where)
+
+    ways = {"restore": "unpruned into masked: share restored", "destroy": "masked into unpruned: share destroyed"}
+    residual = {text: panel("residual", way) for way, text in ways.items()}
+    sublayers = {f"{part}, {way}": panel(part, way) for part in ("attention", "mlp") for way in ways}
+    heads = {f"{part}, {way}": panel(part, way) for part in ("head", "head_result") for way in ways}
+    twins = {
+        f"{behaviour} requests, {way}, nats": panel("residual", way, behaviour, "patch_change")
+        for behaviour in ("harmful", "benign")
+        for way in ways
+    }
+    at = {"x": "position", "y": "layer"}
+    sections = [
+        section(
+            "Residual stream",
+            "Before a layer (pre), between attention and MLP (mid), after the last (post); each position alone, then all.",
+            plot(heatmaps(residual, **at), first=True),
+        ),
+        section("Attention and MLP", "Their outputs at each position.", plot(heatmaps(sublayers, **at, widest=0.4))),
+        section(
+            "Heads",
+            "Before W_O (head), and what each adds to the residual stream (head_result); all positions at once.",
+            plot(heatmaps(heads, x="head", y="layer", widest=0.4)),
+        ),
+        section("Harmful requests and their benign twins", "Change of the loss.", plot(heatmaps(twins, **at))),
+    ]
+    write_page(path, "Which activations carry a harmful answer", [paragraphs(reading(rows)), *sections])
+
+
+def reading(rows: Sequence[Measurement]) -> str:
+    """What the rows say, in plain words."""
+    harm = {"mask": "circuit", "behaviour": "harmful"}
+    state = {row.labels["state"]: row.mean for row in select(rows, "reference_nll", **harm)}
+    gap = select(rows, "nll_gap", **harm)[0]
+    text = [
+        f"{gap.n} held-out harmful requests of one form: the mask raises the loss of the reference answer from "
+        f"{state['unpruned']:.2f} to {state['masked']:.2f} nats per token."
+    ]
+    if not select(rows, "patch_share", **harm):
+        return f"{text[0]} That is less than {LEAST_GAP} nats: there is nothing to restore, so no share is given."
+    for direction, verb in (("restore", "restores"), ("destroy", "destroys")):
+        found = select(rows, "patch_share", **harm, direction=direction)
+        residual = [row for row in found if row.labels["component"] == "residual"]
+        steps = [row for row in residual if row.labels["position"] == "all"]
+        first = next(row for row in steps if row.mean >= 0.9)
+        each = ", ".join(f"{row.labels['layer']} {row.mean:.0%}" for row in steps)
+        single = {row.labels["position"]: 0.0 for row in residual if row not in steps}
+        for row in residual:
+            if row.labels["position"] in single:
+                single[row.labels["position"]] = max(single[row.labels["position"]], row.mean)
+        matter = [str(position) for position, share in single.items() if share >= 0.05]
+        rest = max((share for share in single.values() if share < 0.05), default=0.0)
+        parts = sorted((row for row in found if row.labels["component"] in ("attention", "mlp")), key=_mean, reverse=True)[
+            :3
+        ]
+        head = max((row for row in found if row.labels["component"] == "head_result"), key=_mean)
+        top = ", ".join(
+            f"{row.labels['component']} {row.labels['layer']} at {row.labels['position']} ({row.mean:.0%})" for row in parts
+        )
+        text += [
+            f"Patching every position of the residual stream {verb}, by depth: {each}.",
+            f"It reaches 90 % first at {first.labels['layer']} ({first}). At the last depth it is 100 % by construction: "
+            "only the final norm and the unembedding follow, and no mask touches them.",
+            f"Of single positions only {', '.join(matter)} matter; every other stays at or below {rest:.1%} at any depth.",
+            f"The strongest sublayer outputs are {top}; the strongest head alone writes {head.mean:.1%} (layer "
+            f"{head.labels['layer']}, head {head.labels['head']}).",
+        ]
+    for name, where in {
+        "the same requests under a random mask of equal size": {"mask": "random", "behaviour": "harmful"},
+        "the benign twins' requests under the circuit": {"mask": "circuit", "behaviour": "benign"},
+    }.items():
+        gap = select(rows, "nll_gap", **where)[0]
+        patched = select(rows, "patch_change", **where)
+        widest = f", and no patch moves it by more than {max(abs(row.mean) for row in patched):.3f}" if patched else ""
+        empty = "; there is nothing to restore, so no share is given" if not select(rows, "patch_share", **where) else ""
+        text.append(
+            f"Control, {name}: the loss changes by {gap.mean:.3f} nats [{gap.low:.3f}, {gap.high:.3f}]{widest}{empty}."
+        )
+    return "\n".join(text)
+
+
+def _mean(row: Measurement) -> float:
+    return row.mean
+
+
+# %%
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and activation_patching.html.")],
+    organism: Annotated[str, typer.Option(help="Which organism.")] = "sft",
+    mask: Annotated[Path | None, typer.Option(help="A saved mask; otherwise the circuit chosen in rounds.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the circuit is chosen.")] = 10,
+    n: Annotated[int, typer.Option(help="Requests to patch on, one for each item.")] = 64,
+) -> None:
+    subject = hc.organism_subject(organism)
+    circuit = hc.WeightMask.load(mask) if mask else find_circuit(subject, rounds)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    random = hc.random_like(circuit)
+    for name, edit, behaviour, parts in (
+        ("circuit", circuit, "harmful", PARTS),
+        ("circuit", circuit, "benign", ("residual",)),
+        ("random", random, "harmful", ()),
+    ):
+        prompts = aligned_requests(subject, behaviour, n)
+        batch, groups = one_batch(subject, prompts), [example.group for example in prompts]
+        labels = {"model": organism, "mask": name, "behaviour": behaviour}
+        rows += patched_rows(subject.bridge, edit, batch, roles(subject, batch), groups, labels, parts)
+    append_rows(out / "rows.jsonl", rows)
+    page(rows, out / "activation_patching.html")
+    print(reading(rows))
+
+
+def find_circuit(subject: hc.Subject, rounds: int) -> hc.WeightMask:
+    """The circuit of harmful answers at the README's operating point, every other behaviour shown protected."""
+    batches = {name: found.batches for name, found in hc.calibrate_shown(subject).items()}
+    target = batches.pop("harmful")
+    return hc.circuit_mask(subject.bridge, target, list(batches.values()), q=0.006, p=0.005, rounds=rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)
