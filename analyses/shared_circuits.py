@@ -145,61 +145,96 @@ def _of_model(rows: Sequence[Measurement], model: str, ladder: str, protected: s
 
 # %%
 def findings(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> list[str]:
-    """What the rows say, one paragraph a question, models pooled over ladders."""
-    together = pooled(rows, "ladder")
-    said = []
+    """What the rows say, one paragraph a question and model; models pooled over ladders."""
+    together, said = pooled(rows, "ladder"), []
     for model in models:
         mine = select(together, model=model)
-        twin, reference = _lifts(mine, [("harmful", "benign")]), _lifts(mine, [(a, b) for a, b in PAIRS if a != "harmful"])
-        others = _lifts(mine, [(a, b) for a, b in PAIRS if a == "harmful" and b != "benign"])
-        jaccard = select(mine, "overlap_jaccard", first="harmful", second="benign", selection="rounds")[0].mean
-        ceiling = fmean(
-            r.mean for r in select(mine, "overlap_jaccard", first="harmful", second="harmful", selection="rounds")
-        )
-        said.append(
-            f"{model}, structure: harm and its benign twin share {twin[0]:.1f} times what their counts per matrix "
-            f"explain, {twin[1]:.1f} times what rows and columns do; harm and the other behaviours, on average, "
-            f"{others[0]:.1f} and {others[1]:.1f}; benign tasks among themselves {reference[0]:.1f} and "
-            f"{reference[1]:.1f}. In rounds, harm has Jaccard {jaccard:.3f} with its twin, {ceiling:.3f} with itself on "
-            "resampled data."
-        )
-        relation = {str(row.labels["relation"]): row.mean for row in select(mine, "content_lift")}
-        said.append(
-            f"{model}, content: circuits of one topic's harm and its benign twin have lift {relation['twin']:.1f}; of "
-            f"two topics' harm {relation['harm, other topic']:.1f}; of two topics' benign answers "
-            f"{relation['benign, other topic']:.1f}; of harm and benign answers of two topics "
-            f"{relation['harm and benign, other topic']:.1f}."
-        )
-        for protected, words in (("none", "with nothing protected"), ("others", "with all others protected")):
-            found = select(mine, mask="harmful", protected=protected)
-            before = select(mine, mask="none", protected="none")
-            rates = [
-                f"{title} {100 * select(before, metric)[0].mean:.0f} -> {100 * select(found, metric)[0].mean:.0f}"
-                for metric, title in ABILITIES.items()
-                if select(found, metric)
-            ]
-            verdicts = {}
-            for ladder in ladders:
-                tests = dissociations(_of_model(rows, model, ladder, protected))
-                for (first, second), test in tests.items():
-                    if first == "harmful":
-                        verdicts.setdefault(second, []).append(test.verdict)
-            tested = "; ".join(f"{second}: {', '.join(found)}" for second, found in verdicts.items())
-            said.append(
-                f"{model}, cause, {words}: removing the harm circuit changes rates (%): {', '.join(rates)}. "
-                f"Dissociation of harm from each, one verdict a ladder: {tested}."
-            )
-        held = select(mine, mask="harmful", protected="others")
-        gini = {chance: select(held, "gini", by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
-        share = {chance: select(held, "top_share", by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
-        answer = sum(row.mean for row in select(held, "token_contribution", text="harmful") if row.labels["offset"] >= -1)
-        score = sum(row.mean for row in select(held, "token_contribution", text="harmful"))
-        said.append(
-            f"{model}, place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
-            f"{share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). {answer / score:.0%} of its score "
-            "arises from the last token of the prefilled request on."
-        )
+        causes = [_cause(rows, mine, model, ladders, protected) for protected in ("none", "others")]
+        said += [f"{model}, {text}" for text in (_structure(mine), _content(mine), *causes, _place(mine))]
     return said
+
+
+def _structure(rows: Sequence[Measurement]) -> str:
+    twin = _lifts(rows, [("harmful", "benign")])
+    others = _lifts(rows, [(a, b) for a, b in PAIRS if a == "harmful" and b != "benign"])
+    reference = _lifts(rows, [(a, b) for a, b in PAIRS if a != "harmful"])
+    found = select(rows, "overlap_jaccard", first="harmful", selection="rounds")
+    jaccard = {name: fmean(row.mean for row in select(found, second=name)) for name in ("benign", "harmful")}
+    return (
+        f"structure: harm shares {_against_reference(rows)}. Harm and its benign twin share {twin[0]:.1f} times what their "
+        f"counts per matrix explain, {twin[1]:.1f} times what rows and columns do; harm and the other behaviours, on "
+        f"average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together {reference[0]:.1f} and {reference[1]:.1f}. In "
+        f"rounds, harm has Jaccard {jaccard['benign']:.3f} with its twin, {jaccard['harmful']:.3f} with itself on resampled "
+        "calibration data."
+    )
+
+
+def _content(rows: Sequence[Measurement]) -> str:
+    found = {str(row.labels["relation"]): row for row in select(rows, "content_lift")}
+    counts = _compared(found["twin"], [found["harm, other topic"]])
+    return (
+        f"content: to be about the same things counts {counts} to be harmful. Lift of the circuits of one topic's harm and "
+        f"its benign twin {found['twin'].mean:.1f}; of two topics' harm {found['harm, other topic'].mean:.1f}; of two "
+        f"topics' benign answers {found['benign, other topic'].mean:.1f}; of harm and benign answers of two topics "
+        f"{found['harm and benign, other topic'].mean:.1f}."
+    )
+
+
+def _cause(
+    rows: Sequence[Measurement], mine: Sequence[Measurement], model: str, ladders: Sequence[str], protected: str
+) -> str:
+    words = "with nothing protected" if protected == "none" else "with all others protected"
+    before, after = select(mine, mask="none", protected="none"), select(mine, mask="harmful", protected=protected)
+    rates = [
+        f"{title} {100 * select(before, metric)[0].mean:.0f} -> {100 * select(after, metric)[0].mean:.0f}"
+        for metric, title in ABILITIES.items()
+        if select(after, metric)
+    ]
+    verdicts: dict[str, list[str]] = {}
+    for ladder in ladders:
+        for (first, second), test in dissociations(_of_model(rows, model, ladder, protected)).items():
+            if first == "harmful":
+                verdicts.setdefault(second, []).append(test.verdict)
+    tested = "; ".join(f"{second}: {', '.join(found)}" for second, found in verdicts.items())
+    return (
+        f"cause, {words}: removing the harm circuit changes rates (%): {', '.join(rates)}. Dissociation of harm from each, "
+        f"one verdict a ladder: {tested}."
+    )
+
+
+def _place(rows: Sequence[Measurement]) -> str:
+    held = select(rows, mask="harmful", protected="others")
+    gini, share = (
+        {chance: select(held, metric, by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
+        for metric in ("gini", "top_share")
+    )
+    tokens = select(held, "token_contribution", text="harmful")
+    answer = sum(row.mean for row in tokens if row.labels["offset"] >= -1) / sum(row.mean for row in tokens)
+    return (
+        f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
+        f"{share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). {answer:.0%} of its score arises from the "
+        "last token of the prefilled request on."
+    )
+
+
+def _against_reference(rows: Sequence[Measurement]) -> str:
+    def lift(first: str, second: str) -> Measurement:
+        return select(rows, "overlap_lift", first=first, second=second, selection="one shot")[0]
+
+    reference = [lift(a, b) for a, b in PAIRS if a != "harmful"]
+    others = [second for first, second in PAIRS if first == "harmful" and select(rows, first=first, second=second)]
+    words = {"more than": "more", "as much as": "about as much", "less than": "less"}
+    found: dict[str, list[str]] = {}
+    for second in others:
+        found.setdefault(words[_compared(lift("harmful", second), reference)], []).append(second)
+    return "; ".join(f"{word} with {', '.join(names)}" for word, names in found.items()) + " than benign tasks do together"
+
+
+def _compared(row: Measurement, others: Sequence[Measurement]) -> str:
+    """By intervals: above all of the others, below all, or neither."""
+    if row.low > max(other.high for other in others):
+        return "more than"
+    return "less than" if row.high < min(other.low for other in others) else "as much as"
 
 
 def _lifts(rows: Sequence[Measurement], pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
@@ -360,9 +395,11 @@ def main(
     ladders = list(dict.fromkeys(str(label["ladder"]) for label in done))
     page(rows, models, ladders, out / "shared_circuits.html")
     for model in models:
-        shown = Table(*OVERLAP_HEAD, title=f"Overlap of circuits in {model}", title_justify="left")
+        shown = Table(
+            "pair", "lift", "row and column lift", "Jaccard", title=f"{model}, one-shot circuits", title_justify="left"
+        )
         for line in overlap_table(rows, model):
-            shown.add_row(*line)
+            shown.add_row(*(line[column].replace("\n", "  ") for column in (0, 1, 3, 5)))
         console.print(shown)
     for text in findings(rows, models, ladders):
         console.print(escape(text), highlight=False)

@@ -40,9 +40,10 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
              attention_types=[[["global", "local"], 1]], window_size=8),
     ),
     "Phi3": ("Phi3Config", GQA),
-    "Phi": ("PhiConfig", dict(**SIZE, intermediate_size=40)),
+    # Rotary embeddings over half (a quarter) of a head need an even number of dimensions.
+    "Phi": ("PhiConfig", dict(**SIZE | dict(hidden_size=32), intermediate_size=40)),
     "OPT": ("OPTConfig", dict(**SIZE, ffn_dim=40, word_embed_proj_dim=24)),
-    "StableLm": ("StableLmConfig", GQA),
+    "StableLm": ("StableLmConfig", GQA | dict(hidden_size=32)),
     "Starcoder2": ("Starcoder2Config", GQA),
     "Granite": ("GraniteConfig", GQA),
     "Cohere": ("CohereConfig", GQA),
