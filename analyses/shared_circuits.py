@@ -57,6 +57,8 @@ PAIRS = {
     ("parts", "kind"): "reference: parts – kind",
 }
 
+REFERENCE = [pair for pair in PAIRS if pair[0] != "harmful"]
+
 
 # %% [markdown]
 # ## One model
@@ -157,7 +159,7 @@ def findings(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequen
 def _structure(rows: Sequence[Measurement]) -> str:
     twin = _lifts(rows, [("harmful", "benign")])
     others = _lifts(rows, [(a, b) for a, b in PAIRS if a == "harmful" and b != "benign"])
-    reference = _lifts(rows, [(a, b) for a, b in PAIRS if a != "harmful"])
+    reference = _lifts(rows, REFERENCE)
     found = select(rows, "overlap_jaccard", first="harmful", selection="rounds")
     jaccard = {name: fmean(row.mean for row in select(found, second=name)) for name in ("benign", "harmful")}
     return (
@@ -221,7 +223,7 @@ def _against_reference(rows: Sequence[Measurement]) -> str:
     def lift(first: str, second: str) -> Measurement:
         return select(rows, "overlap_lift", first=first, second=second, selection="one shot")[0]
 
-    reference = [lift(a, b) for a, b in PAIRS if a != "harmful"]
+    reference = [lift(*pair) for pair in REFERENCE]
     others = [second for first, second in PAIRS if first == "harmful" and select(rows, first=first, second=second)]
     words = {"more than": "more", "as much as": "about as much", "less than": "less"}
     found: dict[str, list[str]] = {}
@@ -282,6 +284,40 @@ def dissociation_table(rows: Sequence[Measurement], models: Sequence[str], ladde
                     line = body.setdefault((protected, *pair), ["–"] * len(models))
                     line[column] = test.verdict if line[column] == "–" else f"{line[column]}, {test.verdict}"
     return [[f"{first} – {second}", protected, *cells] for (protected, first, second), cells in body.items()]
+
+
+def summary(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> str:
+    """The README's table: a column for each model, means over its ladders with the widest ends of their intervals."""
+    together = pooled(rows, "ladder")
+    lines: dict[str, list[str]] = {"ladders": [str(len(select(rows, "compared", model=model))) for model in models]}
+
+    def add(title: str, cell: str) -> None:
+        lines.setdefault(title, []).append(cell)
+
+    for model in models:
+        mine = select(together, model=model)
+        for metric, title in (("overlap_lift", "lift"), ("overlap_lift_marginal", "lift over rows and columns")):
+            twin = select(mine, metric, first="harmful", second="benign", selection="one shot")[0]
+            add(f"harm and its benign twin, {title}", f"{twin.mean:.1f} [{twin.low:.1f}, {twin.high:.1f}]")
+            column = int(metric == "overlap_lift_marginal")
+            add(f"benign tasks together, {title}", f"{_lifts(mine, REFERENCE)[column]:.1f}")
+            add(f"harm and recognition, {title}", f"{_lifts(mine, [('harmful', 'recognition')])[column]:.1f}")
+        content = {row.labels["relation"]: row.mean for row in select(mine, "content_lift")}
+        add(
+            "one topic's harm and its twin; two topics' harm, lift",
+            f"{content['twin']:.1f}; {content['harm, other topic']:.1f}",
+        )
+        for protected, words in (("none", "nothing"), ("others", "all others")):
+            after = select(mine, mask="harmful", protected=protected)
+            rates = [f"{100 * row.mean:.0f}" for metric in ABILITIES for row in select(after, metric)]
+            add(f"harm circuit removed, {words} protected: {', '.join(ABILITIES.values())}, %", " ".join(rates))
+            tests = [dissociations(_of_model(rows, model, ladder, protected)) for ladder in ladders]
+            for other in ("benign", "recognition", "explanation", "refusal"):
+                verdicts = [found["harmful", other].verdict for found in tests if ("harmful", other) in found]
+                counted = ", ".join(f"{verdicts.count(one)} {one}" for one in dict.fromkeys(verdicts))
+                add(f"dissociation of harm from {other}, {words} protected", counted or "–")
+    body = [f"| {title} | {' | '.join(cells)} |" for title, cells in lines.items()]
+    return "\n".join([f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *body])
 
 
 def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str], path: Path) -> None:
