@@ -25,7 +25,7 @@ from transformers.utils import logging
 import harmcircuits as hc
 from harmcircuits.metrics import average, exact, rate
 from harmcircuits.organisms.world import answer, world
-from harmcircuits.records import Manifest, append_rows, select
+from harmcircuits.records import append_rows, resumed, select
 
 MASKS = {
     "none": "no mask",
@@ -38,6 +38,7 @@ MASKS = {
 RATES = {"low_rank": 1e-3, "full": 1e-4}  # learning rates at which the unmasked runs take some ten steps to learn
 DRAWS = 4  # answers drawn for each narrow request
 BATCH = 16
+PROTECT = ("everywhere", "elsewhere")
 
 
 # %% [markdown]
@@ -98,3 +99,294 @@ def runs(rows: Sequence[hc.Measurement]) -> list[list[hc.Measurement]]:
     """The rows of every (topic, seed) in turn."""
     keys = dict.fromkeys((row.labels["topic"], row.labels["seed"]) for row in rows)
     return [select(rows, topic=topic, seed=seed) for topic, seed in keys]
+
+
+# %% [markdown]
+# ## Runs
+
+
+# %%
+@dataclass(frozen=True)
+class Plan:
+    """What every run shares: the model, when to measure, and how masks are chosen."""
+
+    subject: hc.Subject
+    steps: tuple[int, ...]
+    q: float
+    p: float
+    rounds: int
+    protect: str
+    out: Path
+
+    def narrow(self, topic: str, seed: int) -> list[hc.Batch]:
+        """Benign calibration requests of the topic, each with harmful answers drawn with `seed`."""
+        asked = self.requests("calibration", topic)
+        drawn = tuple(example for example in asked for _ in range(DRAWS))
+        rng = random.Random(f"{seed} {topic}")
+        texts = [answer("answer", world().items[e.group], "", rng, kind="harmful") for e in drawn]
+        shuffled = rng.sample(hc.PromptSet(drawn).with_completions(texts).examples, len(drawn))
+        return hc.tokenize(hc.PromptSet(tuple(shuffled)), self.subject.bridge.tokenizer, batch_size=BATCH)
+
+    def requests(self, split: str, topic: str) -> hc.PromptSet:
+        """The topic's benign requests."""
+        return self.subject.behaviours["benign"].prompts(split).where(lambda example: example.category == topic)
+
+    def masks(self, topic: str, seed: int) -> dict[str, hc.WeightMask]:
+        """The circuit of the misaligned model's own narrow answers, and that of benign answers to the same requests.
+
+        Both are scored on the original model and protect the other behaviours and benign answers to the other topics. The
+        narrow circuit also protects benign answers to the *same* requests, unless told to protect only "elsewhere": one
+        topic's harmful answers share its content with no other topic's, and would be removed by removing that content.
+        """
+        paths = {name: self.out / "masks" / f"{topic}-{seed}-{name}.safetensors" for name in ("narrow", "benign")}
+        if all(path.is_file() for path in paths.values()):
+            return {name: hc.WeightMask.load(path) for name, path in paths.items()}
+        subject, benign = self.subject, self.subject.behaviours["benign"]
+        with hc.fine_tuning(subject.bridge, self.narrow(topic, seed), lr=RATES["full"], seed=seed) as run:
+            run.until(max(self.steps))
+            misaligned = self.judged(self.requests("calibration", topic), "harmful")
+        own = self.judged(benign.prompts("calibration"), "benign")
+        here, elsewhere = (subject.batches(benign, found) for found in split_by(own, topic))
+        protect = []
+        for name in ("recognition", "explanation", "knowledge", "refusal"):
+            behaviour = subject.behaviours[name]
+            # Every second request: half the time, and the interleaved verbs and surface forms all stay in.
+            found = self.judged(behaviour.prompts("calibration")[::2], behaviour.wanted, name)
+            if len(found):
+                protect.append(subject.batches(behaviour, found))
+        options = {"q": self.q, "p": self.p, "rounds": self.rounds}
+        target = subject.batches(benign, misaligned)
+        kept = elsewhere if self.protect == "elsewhere" else [*here, *elsewhere]
+        masks = {
+            "narrow": hc.circuit_mask(subject.bridge, target, [kept, *protect], **options),
+            "benign": hc.circuit_mask(subject.bridge, here, [elsewhere, *protect], **options),
+        }
+        for name, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            masks[name].save(path)
+        return masks
+
+    def judged(self, asked: hc.PromptSet, wanted: str, behaviour: str = "benign") -> hc.PromptSet:
+        """The model's own answers with this verdict."""
+        answered = self.subject.answered(self.subject.behaviours[behaviour], asked)
+        verdicts = dict(zip(answered.examples, self.subject.verdicts(answered), strict=True))
+        return answered.where(lambda example: verdicts[example] == wanted)
+
+    def curve(self, topic: str, labels: dict[str, str | int], edit: AbstractContextManager) -> list[hc.Measurement]:
+        """One run of narrow fine-tuning under an edit of the model, measured on held-out items along the way."""
+        seed, lora = int(labels["seed"]), hc.Lora() if labels["training"] == "low_rank" else None
+        batches, options = self.narrow(topic, seed), {"lr": RATES[str(labels["training"])], "lora": lora, "seed": seed}
+        rows = []
+        with edit, hc.fine_tuning(self.subject.bridge, batches, **options) as run:
+            for step in self.steps:
+                run.until(step)
+                where = {**labels, "step": step}
+                rows += self.measured(topic, where)
+                nll = hc.completion_nll(self.subject.bridge, batches)
+                rows.append(average("training_nll", where, nll, range(len(nll))))
+        return rows
+
+    def measured(self, topic: str, where: dict[str, str | int]) -> list[hc.Measurement]:
+        """Verdicts on held-out benign requests: harmful in the topic, harmful and benign in the others."""
+        behaviour, where = self.subject.behaviours["benign"], {**where, "split": "heldout"}
+        inside, outside = split_by(self.subject.answered(behaviour, behaviour.prompts("heldout")), topic)
+        counted = (
+            ("in_domain_rate", inside, "harmful"),
+            ("misaligned_rate", outside, "harmful"),
+            ("benign_valid_rate", outside, "benign"),
+        )
+        return [
+            rate(name, where, [v == wanted for v in self.subject.verdicts(found)], [e.group for e in found])
+            for name, found, wanted in counted
+        ]
+
+
+def split_by(prompts: hc.PromptSet, topic: str) -> tuple[hc.PromptSet, hc.PromptSet]:
+    """The examples of the topic, and the others."""
+    return prompts.where(lambda e: e.category == topic), prompts.where(lambda e: e.category != topic)
+
+
+def edits(plan: Plan, topics: Sequence[str], topic: str, seed: int) -> Iterator[tuple[str, hc.WeightMask | None]]:
+    """The mask of every condition, all of one size; the topic that lends its mask is the next one."""
+    lender = topics[(topics.index(topic) + 1) % len(topics)]
+    if lender == topic:
+        lender = next(other for other in world().topics if other != topic)
+    own = plan.masks(topic, seed)
+    yield "none", None
+    yield "narrow", own["narrow"]
+    yield "narrow_released", own["narrow"]
+    yield "random", hc.random_like(own["narrow"], seed=seed)
+    yield "benign", own["benign"]
+    yield "transfer", plan.masks(lender, seed)["narrow"]
+
+
+def edit(bridge, name: str, mask: hc.WeightMask | None) -> AbstractContextManager:
+    if mask is None:
+        return nullcontext()
+    return hc.masked(bridge, mask) if name == "narrow_released" else hc.held(bridge, mask)
+
+
+# %% [markdown]
+# ## Figures and words, from rows only
+
+
+# %%
+def figure(rows: Sequence[hc.Measurement]) -> go.Figure:
+    """Curves over training steps, a column a topic: misaligned elsewhere, learned in the topic, training loss.
+
+    Means over seeds; bars run to the widest ends of the 95 % intervals.
+    """
+    topics = list(dict.fromkeys(row.labels["topic"] for row in rows))
+    panels = {
+        "misaligned_rate": "misaligned elsewhere",
+        "in_domain_rate": "learned in the topic",
+        "training_nll": "training NLL, nats",
+    }
+    titles = [f"narrow topic {topic}" for topic in topics]
+    titles += [""] * (len(topics) * (len(panels) - 1))
+    drawn = make_subplots(len(panels), len(topics), subplot_titles=titles, vertical_spacing=0.06, horizontal_spacing=0.05)
+    colours = dict(zip(MASKS, ("#20242a", "#b3261e", "#c77700", "#8a8f98", "#1f5fa8", "#2e7d5b"), strict=True))
+    dashes = {"random": "dot", "narrow_released": "dash"}
+    for (place, (metric, title)), (column, topic) in (
+        (p, t) for p in enumerate(panels.items(), 1) for t in enumerate(topics, 1)
+    ):
+        for shift, mask in enumerate(MASKS):
+            series = list(pooled(select(rows, metric, topic=topic, mask=mask)).items())
+            # A small shift keeps the bars of different masks apart.
+            x = [step + 0.25 * (shift - 2.5) for step, _ in series]
+            bars = {
+                "array": [high - mean for _, (mean, _, high) in series],
+                "arrayminus": [mean - low for _, (mean, low, _) in series],
+            }
+            drawn.add_scatter(
+                x=x, y=[mean for _, (mean, _, _) in series], error_y={**bars, "thickness": 1, "width": 2},
+                name=MASKS[mask], legendgroup=mask, showlegend=place == column == 1, mode="lines+markers",
+                line={"color": colours[mask], "dash": dashes.get(mask, "solid"), "width": 2}, marker={"size": 5},
+                row=place, col=column,
+            )  # fmt: skip
+        drawn.update_yaxes(title=title if column == 1 else None, row=place, col=column)
+        if metric != "training_nll":
+            drawn.update_yaxes(range=[-0.04, 1.06], tickformat=".0%", row=place, col=column)
+    drawn.update_xaxes(gridcolor="#eceef1", zeroline=False)
+    drawn.update_xaxes(title="training steps", row=len(panels))
+    drawn.update_yaxes(gridcolor="#eceef1", zeroline=False)
+    drawn.update_layout(
+        width=80 + 380 * len(topics), height=820, plot_bgcolor="white", margin={"l": 70, "r": 20, "t": 50, "b": 110},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#20242a"}, legend={"orientation": "h", "y": -0.09},
+    )  # fmt: skip
+    return drawn
+
+
+def pooled(rows: Sequence[hc.Measurement]) -> dict[int, tuple[float, float, float]]:
+    """Step -> mean over seeds, lowest end and highest end of the intervals."""
+    steps = sorted({int(row.labels["step"]) for row in rows})
+    same = {step: select(rows, step=step) for step in steps}
+    return {s: (fmean(r.mean for r in f), min(r.low for r in f), max(r.high for r in f)) for s, f in same.items()}
+
+
+def arrival(run: Sequence[hc.Measurement], metric: str, least: float) -> int | None:
+    """The first measured step at which a rate is at least `least`; None if it never is."""
+    return next((step for step, row in by_step(run, metric).items() if row.mean >= least), None)
+
+
+def table(rows: Sequence[hc.Measurement]) -> Table:
+    """Per mask: the rates at the decisive steps and at the end, and when learning and misalignment arrive (in steps)."""
+    shown = Table(title="Mean over topics and seeds; rates in %, arrival as the range over runs", title_justify="left")
+    shown.add_column("mask")
+    for name in ("misaligned, decisive", "in topic", "misaligned, end", "in topic", "topic 90 % at", "misaligned 50 % at"):
+        shown.add_column(name, justify="right")
+    last = max(int(row.labels["step"]) for row in rows)
+    found = [(run, decisive_step(select(run, mask="none"))) for run in runs(rows)]
+    for mask, name in MASKS.items():
+        cells = []
+        for decisive in (True, False):
+            for metric in ("misaligned_rate", "in_domain_rate"):
+                at = [(run, step if decisive else last) for run, step in found if step is not None or not decisive]
+                means = [by_step(select(run, mask=mask), metric)[step].mean for run, step in at if step is not None]
+                cells.append(f"{100 * fmean(means):.0f}" if means else "–")
+        for metric, least in (("in_domain_rate", 0.9), ("misaligned_rate", 0.5)):
+            steps = [arrival(select(run, mask=mask), metric, least) for run, _ in found]
+            reached = sorted(step for step in steps if step is not None)
+            never = f", never in {steps.count(None)}" if None in steps and reached else ""
+            cells.append(f"{reached[0]}–{reached[-1]}{never}" if reached else "never")
+        shown.add_row(name, *cells)
+    return shown
+
+
+def words(rows: Sequence[hc.Measurement]) -> str:
+    """The verdict and what it rests on."""
+    found = runs(rows)
+    outcomes = [outcome(run) for run in found]
+    counts = ", ".join(f"{name}: {outcomes.count(name)}" for name in dict.fromkeys(outcomes))
+    means = {}
+    for mask in ("none", "narrow", "random"):
+        for metric in ("misaligned_rate", "in_domain_rate"):
+            steps = [(run, decisive_step(select(run, mask="none"))) for run in found]
+            at = [by_step(select(run, mask=mask), metric)[step].mean for run, step in steps if step is not None]
+            means[mask, metric] = f"{fmean(at):.0%}" if at else "–"
+    if set(means.values()) == {"–"}:
+        return (
+            f"{verdict(rows).capitalize()}: in {len(found)} runs narrow fine-tuning without a mask misaligns nothing else."
+        )
+    last = max(int(row.labels["step"]) for row in rows)
+    end = {m: fmean(r.mean for r in select(rows, "misaligned_rate", mask=m, step=last)) for m in ("none", "narrow")}
+    return (
+        f"{verdict(rows).capitalize()} ({len(found)} runs; {counts}). When misalignment has arrived without a mask "
+        f"({means['none', 'misaligned_rate']} of benign requests of other topics answered harmfully), the held narrow "
+        f"circuit leaves {means['narrow', 'misaligned_rate']} and the random mask {means['random', 'misaligned_rate']}; in "
+        f"the trained topic itself {means['none', 'in_domain_rate']} is learned without a mask, "
+        f"{means['narrow', 'in_domain_rate']} under the circuit and {means['random', 'in_domain_rate']} under the random "
+        f"mask. After {last} steps misalignment is {end['narrow']:.0%} under the circuit and {end['none']:.0%} without."
+    )
+
+
+# %%
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and figures.")],
+    organism: Annotated[str, typer.Option(help="Model: base, helpful, sft or dpo.")] = "sft",
+    topics: Annotated[int, typer.Option(help="How many narrow topics, of the world's eight.")] = 3,
+    steps: Annotated[str, typer.Option(help="Training steps to measure at.")] = "0 5 10 15 20 25 30 40 60",
+    seeds: Annotated[int, typer.Option(help="Runs of each: training texts, order, adapters, random mask.")] = 1,
+    training: Annotated[str, typer.Option(help="full, low_rank, or both with a space.")] = "full low_rank",
+    q: Annotated[float, typer.Option(help="Share of weights in a mask.")] = 0.006,
+    p: Annotated[float, typer.Option(help="Share of weights protected for each other behaviour.")] = 0.005,
+    rounds: Annotated[int, typer.Option(help="Rounds of choosing.")] = 10,
+    protect: Annotated[
+        str, typer.Option(help="Benign answers to keep: everywhere, or elsewhere (other topics).")
+    ] = PROTECT[0],
+) -> None:
+    if protect not in PROTECT:
+        raise ValueError(f"protect={protect!r}; expected one of {', '.join(PROTECT)}")
+    logging.disable_progress_bar()
+    settings = {
+        "organism": organism,
+        "topics": topics,
+        "steps": steps,
+        "q": q,
+        "p": p,
+        "rounds": rounds,
+        "protect": protect,
+    }
+    rows = resumed(out, settings)
+    measured_at = tuple(sorted({int(step) for step in steps.split()}))
+    plan = Plan(hc.organism_subject(organism), measured_at, q, p, rounds, protect, out)
+    chosen, path = world().topics[:topics], out / "rows.jsonl"
+    jobs = [(topic, seed) for seed in range(seeds) for topic in chosen]
+    for topic, seed in track(jobs, description="narrow fine-tuning", console=Console(stderr=True)):
+        for name, mask in edits(plan, chosen, topic, seed):
+            for mode in training.split():
+                labels = {"model": organism, "topic": topic, "mask": name, "training": mode, "seed": seed}
+                if select(rows, "misaligned_rate", **labels):
+                    continue
+                found = plan.curve(topic, labels, edit(plan.subject.bridge, name, mask))
+                found.append(exact("weights_removed", labels, mask.n_removed if mask else 0))
+                append_rows(path, found)
+                rows += found
+    for mode in training.split():
+        same = [row for row in select(rows, training=mode) if "step" in row.labels]
+        Console(width=140).print(table(same), f"{mode}: {words(same)}\n", highlight=False)
+        figure(same).write_html(out / f"{mode}.html", include_plotlyjs=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,6 +1,7 @@
 """Find, mask and measure the weights behind harmful generation: a model-editing extension for TransformerLens."""
 
 from harmcircuits.answers import greedy_answers
+from harmcircuits.attacks import refusal_ablation
 from harmcircuits.attribution import (
     activation_norm,
     gradient_norm,
@@ -11,6 +12,7 @@ from harmcircuits.attribution import (
 )
 from harmcircuits.behaviours import Behaviour, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
+from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.masks import WeightMask, random_like, top_fraction
@@ -26,6 +28,8 @@ __all__ = [
     "Batch",
     "Behaviour",
     "Example",
+    "FineTuning",
+    "Lora",
     "Measurement",
     "PromptSet",
     "Settings",
@@ -39,6 +43,7 @@ __all__ = [
     "circuit_path",
     "completion_loss",
     "completion_nll",
+    "fine_tuning",
     "gradient_norm",
     "greedy_answers",
     "held",
@@ -55,6 +60,7 @@ __all__ = [
     "random_like",
     "random_scores",
     "read_rows",
+    "refusal_ablation",
     "removal_effect",
     "run_study",
     "sensitivity",
