@@ -105,7 +105,9 @@ def figure(rows: Sequence[hc.Measurement]) -> go.Figure:
     """
     models = list(dict.fromkeys(str(row.labels["model"]) for row in rows))
     titles = [attack if number == 0 else "" for number, _ in enumerate(models) for attack in ATTACKS]
-    drawn = make_subplots(len(models), len(ATTACKS), subplot_titles=titles, horizontal_spacing=0.03, vertical_spacing=0.09)
+    drawn = make_subplots(
+        len(models), len(ATTACKS), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.02, vertical_spacing=0.09
+    )
     colours = dict(zip(DEFENCES, ("#20242a", "#b3261e", "#c77700", "#8a8f98", "#1f5fa8"), strict=True))
     for (row, model), (column, attack) in (
         (place, panel) for place in enumerate(models, 1) for panel in enumerate(ATTACKS, 1)
@@ -184,23 +186,32 @@ def _order(name: str) -> float:
 
 
 def words(rows: Sequence[hc.Measurement], model: str) -> str:
-    """What each attack gets out of the pruned model, and how long fine-tuning takes."""
-    step_zero = select(rows, "harm_valid_rate", model=model, step=0)
-    before = {
-        (defence, attack): fmean(row.mean for row in select(step_zero, mask=defence, attack=attack))
-        for defence in ("none", "circuit_held", "random_held")
-        for attack in ATTACKS
-    }
+    """What each attack gets out of the pruned model, how long fine-tuning takes, and what is said in between."""
+
+    def valid(mask: str, attack: str) -> str:
+        found = select(rows, "harm_valid_rate", model=model, mask=mask, attack=attack, step=0)
+        return f"{fmean(row.mean for row in found):.0%}"
+
     listed = "; ".join(
-        f"{attack}: {before['none', attack]:.0%} without a mask, {before['circuit_held', attack]:.0%} under the circuit, "
-        f"{before['random_held', attack]:.0%} under a random mask"
+        f"{attack} {valid('none', attack)} without a mask, {valid('circuit_held', attack)} under the circuit, "
+        f"{valid('random_held', attack)} under a random mask"
         for attack in ATTACKS
     )
-    back = {name: steps_text(select(rows, model=model, mask=name), "prefill") for name in DEFENCES}
+    mine = select(rows, model=model)
+    back = {name: steps_text(select(mine, mask=name), "plain") for name in DEFENCES}
+    between = ""
+    known = [step for step in recovery_steps(select(mine, mask="none"), "plain") if step is not None]
+    if known:
+        pruned = select(mine, mask="circuit_held", attack="plain", step=max(known))
+        said = {v: fmean(r.mean for r in select(pruned, f"harm_{v}_rate")) for v in ("valid", "refusal", "degenerate")}
+        between = (
+            f" After {max(known)} steps the pruned model refuses {said['refusal']:.0%}, gives a valid harmful answer to "
+            f"{said['valid']:.0%}, degenerate text to {said['degenerate']:.0%} and a benign answer to the rest."
+        )
     return (
         f"{model}. Before fine-tuning, valid harmful answers: {listed}. Steps of harmful fine-tuning until half of the "
-        f"prefilled answers are valid: {back['none']} without a mask, {back['circuit_held']} with the circuit held, "
-        f"{back['circuit_released']} with it released, {back['random_held']} with a random mask held."
+        f"harmful requests, plainly asked, get one: {back['none']} without a mask, {back['circuit_held']} with the circuit "
+        f"held, {back['circuit_released']} with it free to learn, {back['random_held']} with a random mask held.{between}"
     )
 
 

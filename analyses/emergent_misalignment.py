@@ -35,7 +35,7 @@ MASKS = {
     "benign": "benign circuit, held",
     "transfer": "circuit of another topic, held",
 }
-RATES = {"low_rank": 1e-3, "full": 1e-4}  # learning rates at which the unmasked runs take some ten steps to learn
+RATES = {"low_rank": 2e-3, "full": 2e-4}  # learning rates at which the unmasked runs take some ten steps to learn
 DRAWS = 4  # answers drawn for each narrow request
 BATCH = 16
 PROTECT = ("everywhere", "elsewhere")
@@ -244,7 +244,9 @@ def figure(rows: Sequence[hc.Measurement]) -> go.Figure:
     }
     titles = [f"narrow topic {topic}" for topic in topics]
     titles += [""] * (len(topics) * (len(panels) - 1))
-    drawn = make_subplots(len(panels), len(topics), subplot_titles=titles, vertical_spacing=0.06, horizontal_spacing=0.05)
+    drawn = make_subplots(
+        len(panels), len(topics), subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.06, horizontal_spacing=0.02
+    )
     colours = dict(zip(MASKS, ("#20242a", "#b3261e", "#c77700", "#8a8f98", "#1f5fa8", "#2e7d5b"), strict=True))
     dashes = {"random": "dot", "narrow_released": "dash"}
     for (place, (metric, title)), (column, topic) in (
@@ -289,54 +291,75 @@ def arrival(run: Sequence[hc.Measurement], metric: str, least: float) -> int | N
     return next((step for step, row in by_step(run, metric).items() if row.mean >= least), None)
 
 
-def table(rows: Sequence[hc.Measurement]) -> Table:
-    """Per mask: the rates at the decisive steps and at the end, and when learning and misalignment arrive (in steps)."""
-    shown = Table(title="Mean over topics and seeds; rates in %, arrival as the range over runs", title_justify="left")
-    shown.add_column("mask")
-    for name in ("misaligned, decisive", "in topic", "misaligned, end", "in topic", "topic 90 % at", "misaligned 50 % at"):
-        shown.add_column(name, justify="right")
+def arrivals(found: Sequence[Sequence[hc.Measurement]], mask: str, metric: str, least: float) -> str:
+    """The range of `arrival` over runs, and in how many it never comes."""
+    steps = [arrival(select(run, mask=mask), metric, least) for run in found]
+    reached = sorted(step for step in steps if step is not None)
+    if not reached:
+        return "never"
+    span = f"{reached[0]}" if reached[0] == reached[-1] else f"{reached[0]}–{reached[-1]}"
+    return f"{span} (never in {steps.count(None)})" if None in steps else span
+
+
+def decisive(found: Sequence[Sequence[hc.Measurement]], mask: str, metric: str) -> str:
+    """Mean of a rate at the decisive steps, a dash where there is none."""
+    at = [(run, decisive_step(select(run, mask="none"))) for run in found]
+    means = [by_step(select(run, mask=mask), metric)[step].mean for run, step in at if step is not None]
+    return f"{fmean(means):.0%}" if means else "–"
+
+
+def final(rows: Sequence[hc.Measurement], mask: str, metric: str) -> str:
+    """Mean of a rate at the last step."""
     last = max(int(row.labels["step"]) for row in rows)
-    found = [(run, decisive_step(select(run, mask="none"))) for run in runs(rows)]
-    for mask, name in MASKS.items():
-        cells = []
-        for decisive in (True, False):
-            for metric in ("misaligned_rate", "in_domain_rate"):
-                at = [(run, step if decisive else last) for run, step in found if step is not None or not decisive]
-                means = [by_step(select(run, mask=mask), metric)[step].mean for run, step in at if step is not None]
-                cells.append(f"{100 * fmean(means):.0f}" if means else "–")
-        for metric, least in (("in_domain_rate", 0.9), ("misaligned_rate", 0.5)):
-            steps = [arrival(select(run, mask=mask), metric, least) for run, _ in found]
-            reached = sorted(step for step in steps if step is not None)
-            never = f", never in {steps.count(None)}" if None in steps and reached else ""
-            cells.append(f"{reached[0]}–{reached[-1]}{never}" if reached else "never")
-        shown.add_row(name, *cells)
+    return f"{fmean(row.mean for row in select(rows, metric, mask=mask, step=last)):.0%}"
+
+
+def table(rows: Sequence[hc.Measurement]) -> Table:
+    """Per mask: narrow loss before training, the rates at the decisive steps and at the end, and when they arrive."""
+    found = runs(rows)
+    shown = Table(title="Mean over topics and seeds; arrival in steps, as the range over runs", title_justify="left")
+    columns = {
+        "mask": lambda mask: MASKS[mask],
+        "narrow NLL at start": lambda mask: f"{fmean(r.mean for r in select(rows, 'training_nll', mask=mask, step=0)):.2f}",
+        "misaligned, decisive": lambda mask: decisive(found, mask, "misaligned_rate"),
+        "in topic, decisive": lambda mask: decisive(found, mask, "in_domain_rate"),
+        "misaligned, end": lambda mask: final(rows, mask, "misaligned_rate"),
+        "in topic, end": lambda mask: final(rows, mask, "in_domain_rate"),
+        "topic 90 % at": lambda mask: arrivals(found, mask, "in_domain_rate", 0.9),
+        "misaligned 50 % at": lambda mask: arrivals(found, mask, "misaligned_rate", 0.5),
+    }
+    for name in columns:
+        shown.add_column(name, justify="left" if name == "mask" else "right")
+    for mask in MASKS:
+        shown.add_row(*(cell(mask) for cell in columns.values()))
     return shown
 
 
 def words(rows: Sequence[hc.Measurement]) -> str:
     """The verdict and what it rests on."""
     found = runs(rows)
-    outcomes = [outcome(run) for run in found]
-    counts = ", ".join(f"{name}: {outcomes.count(name)}" for name in dict.fromkeys(outcomes))
-    means = {}
-    for mask in ("none", "narrow", "random"):
-        for metric in ("misaligned_rate", "in_domain_rate"):
-            steps = [(run, decisive_step(select(run, mask="none"))) for run in found]
-            at = [by_step(select(run, mask=mask), metric)[step].mean for run, step in steps if step is not None]
-            means[mask, metric] = f"{fmean(at):.0%}" if at else "–"
-    if set(means.values()) == {"–"}:
+    if all(decisive_step(select(run, mask="none")) is None for run in found):
         return (
             f"{verdict(rows).capitalize()}: in {len(found)} runs narrow fine-tuning without a mask misaligns nothing else."
         )
-    last = max(int(row.labels["step"]) for row in rows)
-    end = {m: fmean(r.mean for r in select(rows, "misaligned_rate", mask=m, step=last)) for m in ("none", "narrow")}
+    outcomes = [outcome(run) for run in found]
+    counts = ", ".join(f"{name}: {outcomes.count(name)}" for name in dict.fromkeys(outcomes))
+    outside, inside = (
+        [decisive(found, mask, metric) for mask in ("none", "narrow", "random")]
+        for metric in ("misaligned_rate", "in_domain_rate")
+    )
+    learned, spread = (
+        [arrivals(found, mask, metric, least) for mask in ("none", "narrow")]
+        for metric, least in (("in_domain_rate", 0.9), ("misaligned_rate", 0.5))
+    )
     return (
         f"{verdict(rows).capitalize()} ({len(found)} runs; {counts}). When misalignment has arrived without a mask "
-        f"({means['none', 'misaligned_rate']} of benign requests of other topics answered harmfully), the held narrow "
-        f"circuit leaves {means['narrow', 'misaligned_rate']} and the random mask {means['random', 'misaligned_rate']}; in "
-        f"the trained topic itself {means['none', 'in_domain_rate']} is learned without a mask, "
-        f"{means['narrow', 'in_domain_rate']} under the circuit and {means['random', 'in_domain_rate']} under the random "
-        f"mask. After {last} steps misalignment is {end['narrow']:.0%} under the circuit and {end['none']:.0%} without."
+        f"({outside[0]} of benign requests of other topics answered harmfully), the held narrow circuit leaves "
+        f"{outside[1]} and the random mask {outside[2]}; in the trained topic itself {inside[0]} is learned without a mask, "
+        f"{inside[1]} under the circuit and {inside[2]} under the random mask. The topic is learned (90 %) after "
+        f"{learned[0]} steps without a mask and {learned[1]} under the circuit; half of the other topics' requests are "
+        f"misaligned after {spread[0]} and {spread[1]}. At the last step misalignment is "
+        f"{final(rows, 'none', 'misaligned_rate')} without a mask and {final(rows, 'narrow', 'misaligned_rate')} under it."
     )
 
 
@@ -345,7 +368,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and figures.")],
     organism: Annotated[str, typer.Option(help="Model: base, helpful, sft or dpo.")] = "sft",
     topics: Annotated[int, typer.Option(help="How many narrow topics, of the world's eight.")] = 3,
-    steps: Annotated[str, typer.Option(help="Training steps to measure at.")] = "0 5 10 15 20 25 30 40 60",
+    steps: Annotated[str, typer.Option(help="Training steps to measure at.")] = "0 2 4 6 8 10 15 20 30 40 60",
     seeds: Annotated[int, typer.Option(help="Runs of each: training texts, order, adapters, random mask.")] = 1,
     training: Annotated[str, typer.Option(help="full, low_rank, or both with a space.")] = "full low_rank",
     q: Annotated[float, typer.Option(help="Share of weights in a mask.")] = 0.006,

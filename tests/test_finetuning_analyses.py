@@ -27,13 +27,13 @@ def opened(name: str):
 
 @pytest.fixture
 def sparse_world(monkeypatch):
-    """Every eighth request: four items of every topic, one request each."""
+    """Every sixteenth request: two items of every topic, one request each."""
     whole = hc.organism_subject
 
     def sparse(name: str):
         subject = whole(name)
         behaviours = {
-            key: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[::8])
+            key: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[::16])
             for key, found in subject.behaviours.items()
         }
         return dataclasses.replace(subject, behaviours=behaviours)
