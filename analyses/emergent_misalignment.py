@@ -355,7 +355,7 @@ def words(rows: Sequence[hc.Measurement]) -> str:
     return (
         f"{verdict(rows).capitalize()} ({len(found)} runs; {counts}). When misalignment has arrived without a mask "
         f"({outside[0]} of benign requests of other topics answered harmfully), the held narrow circuit leaves "
-        f"{outside[1]} and the random mask {outside[2]}; in the trained topic itself {inside[0]} is learned without a mask, "
+        f"{outside[1]} and the random mask {outside[2]}; in the trained topic itself {inside[0]} is learned without mask, "
         f"{inside[1]} under the circuit and {inside[2]} under the random mask. The topic is learned (90 %) after "
         f"{learned[0]} steps without a mask and {learned[1]} under the circuit; half of the other topics' requests are "
         f"misaligned after {spread[0]} and {spread[1]}. At the last step misalignment is "
