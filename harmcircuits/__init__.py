@@ -1,6 +1,7 @@
 """Find, mask and measure the weights behind harmful generation: a model-editing extension for TransformerLens."""
 
 from harmcircuits.answers import greedy_answers
+from harmcircuits.attacks import refusal_ablation
 from harmcircuits.attribution import (
     activation_norm,
     gradient_norm,
@@ -14,6 +15,7 @@ from harmcircuits.behaviours import Behaviour, Subject, calibrate, calibrate_sho
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.dissociation import dissociation
 from harmcircuits.export import export
+from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.location import concentration, counts_by
@@ -31,6 +33,8 @@ __all__ = [
     "Batch",
     "Behaviour",
     "Example",
+    "FineTuning",
+    "Lora",
     "Measurement",
     "Overlap",
     "PromptSet",
@@ -51,6 +55,7 @@ __all__ = [
     "counts_by",
     "dissociation",
     "export",
+    "fine_tuning",
     "gradient_norm",
     "greedy_answers",
     "held",
@@ -72,6 +77,7 @@ __all__ = [
     "random_scores",
     "rank_correlation",
     "read_rows",
+    "refusal_ablation",
     "removal_effect",
     "run_study",
     "sensitivity",

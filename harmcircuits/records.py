@@ -81,3 +81,17 @@ def pooled(rows: Sequence[Measurement], over: str) -> list[Measurement]:
         mean = fmean(row.mean for row in same)
         found.append(Measurement(same[0].metric, labels, mean, low, high, sum(row.n for row in same)))
     return found
+
+
+def resumed(folder: str | Path, settings: Mapping[str, str | int | float]) -> list[Measurement]:
+    """The rows of an unfinished run in this folder, none in a new one; makes the folder and its manifest.
+
+    Raises ValueError for a folder that holds rows measured under other settings.
+    """
+    folder = Path(folder)
+    manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
+    if manifest.is_file() and (found := json.loads(manifest.read_text(encoding="utf-8"))["settings"]) != dict(settings):
+        raise ValueError(f"{folder} holds a run with {found}, not {dict(settings)}; give another folder or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    Manifest(settings).save(manifest)
+    return read_rows(rows) if rows.is_file() else []

@@ -22,6 +22,9 @@ class _Edit(NamedTuple):
         with torch.no_grad():
             self.parameter[self.where] = values
 
+    def without(self, gradient: Tensor) -> Tensor:
+        return gradient.index_put(self.where, gradient.new_zeros(()))
+
 
 @contextmanager
 def masked(
@@ -47,8 +50,9 @@ def masked(
 def held(bridge: TransformerBridge, mask: WeightMask, *, same_model: bool = True) -> Iterator[TransformerBridge]:
     """As `masked`, and the weights are zero again after every `step()` of any torch optimiser while this is open.
 
-    Works with momentum and weight decay, because it writes the zeros after the step rather than filtering gradients. The
-    saved values come back on exit; all other weights keep what training gave them. Raises ValueError as `masked`.
+    Works with momentum and weight decay, because it writes the zeros after the step. Weights that require a gradient get
+    none at these entries, so that neither a norm nor a factorised weight (see `fine_tuning`) learns from them. The saved
+    values come back on exit; all other weights keep what training gave them. Raises ValueError as `masked`.
     """
     edits = _edits(bridge, mask, same_model)
 
@@ -56,12 +60,14 @@ def held(bridge: TransformerBridge, mask: WeightMask, *, same_model: bool = True
         for edit in edits:
             edit.write(0.0)
 
-    hook = register_optimizer_step_post_hook(zero)
+    hooks = [register_optimizer_step_post_hook(zero)]
+    hooks += [edit.parameter.register_hook(edit.without) for edit in edits if edit.parameter.requires_grad]
     try:
         zero()
         yield bridge
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         _restore(edits)
 
 
