@@ -92,7 +92,8 @@ def fine_tuning(
 
     Composes with masks: inside `held` the removed weights are zero at every step (with `lora`, those entries of the merged
     weight, and the factors get no gradient from them); inside `masked` they start at zero and are free to learn. Raises
-    ValueError for no batches, an `lr` that is not positive and, with `lora`, as `weight_sites`; then nothing is changed.
+    ValueError for no batches, an `lr` that is not positive and, with `lora`, stacked experts and as `weight_sites`; then
+    nothing is changed.
     """
     if not batches:
         raise ValueError("fine_tuning: no batches to train on; expected at least one (see tokenize)")
@@ -100,6 +101,11 @@ def fine_tuning(
         raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
     generator = torch.Generator().manual_seed(seed)
     sites = weight_sites(bridge) if lora else {}
+    stacked = [name for name, site in sites.items() if site.parameter.ndim != 2]
+    if stacked:
+        raise ValueError(
+            f"fine_tuning: {stacked[0]} stacks the matrices of several experts, which lora cannot; leave it out"
+        )
     factors = [_Factors(site, lora, generator) for site in sites.values()] if lora else []
     saved = [_Saved(p, p.detach().clone(), p.requires_grad, p.grad) for p in bridge.original_model.parameters()]
     with ExitStack() as hooks:

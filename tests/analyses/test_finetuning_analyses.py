@@ -115,7 +115,7 @@ def test_attacks_run(sparse_world, tmp_path, capsys):
     refused = {row.labels["attack"]: row.mean for row in select(rows, "harm_refusal_rate", mask="none", step=0)}
     assert refused["plain"] >= 0.95 and refused["prefill"] == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "prefill: 100% without a mask" in words
+    assert "prefill 100% without a mask" in words
     assert module.recovery_step(select(rows, mask="none"), "prefill", 0) == 0
     assert module.recovery_step(select(rows, mask="none"), "plain", 0) is None
     size = (tmp_path / "rows.jsonl").stat().st_size

@@ -191,9 +191,9 @@ def test_bad_settings_are_refused_and_change_nothing(llama):
     assert_bits_equal(llama, before)
 
 
-def test_low_rank_refuses_what_masks_refuse(open_model):
+def test_low_rank_refuses_stacked_experts(open_model):
     with (
-        pytest.raises(ValueError, match="mixture-of-experts"),
+        pytest.raises(ValueError, match="stacks the matrices of several experts"),
         fine_tuning(open_model("Mixtral"), BATCHES, lr=1e-3, lora=Lora()),
     ):
         pass
