@@ -33,11 +33,12 @@ from harmcircuits.dissociation import Dissociation, dissociation
 from harmcircuits.metrics import exact
 from harmcircuits.organisms import FOLDER, detailed_behaviours
 from harmcircuits.overlap import overlap
-from harmcircuits.records import Manifest, Measurement, append_rows, pooled, read_rows, select
+from harmcircuits.records import Measurement, append_rows, pooled, read_rows, resumed, select
 from harmcircuits.report import paragraphs, plot, section, table, write_page
 from harmcircuits.tables import RATES
 from harmcircuits.views import cross_ablation_figure, location_figure, overlap_figure, token_figure
 
+LADDER = ("base", "helpful", "sft", "dpo")
 MEASURED = ("harmful", "benign", "recognition", "explanation", "knowledge", "refusal")
 BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
@@ -320,6 +321,26 @@ def summary(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequenc
     return "\n".join([f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *body])
 
 
+def covered(rows: Sequence[Measurement]) -> tuple[list[str], list[str]]:
+    """The models and the ladders of finished rows."""
+    done = [row.labels for row in select(rows, "compared")]
+    models = [model for model in LADDER if any(labels["model"] == model for labels in done)]
+    return models, list(dict.fromkeys(str(labels["ladder"]) for labels in done))
+
+
+def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The few rows from which `summary` is made."""
+    rates = [row for row in rows if row.metric in ABILITIES and row.labels["mask"] in ("none", *MEASURED)]
+    pairs = [("harmful", "benign"), ("harmful", "recognition"), *REFERENCE]
+    lifts = [
+        row
+        for metric in ("overlap_lift", "overlap_lift_marginal")
+        for row in select(rows, metric, selection="one shot")
+        if (row.labels["first"], row.labels["second"]) in pairs
+    ]
+    return [*select(rows, "compared"), *lifts, *select(rows, "content_lift"), *rates]
+
+
 def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str], path: Path) -> None:
     together = pooled(rows, "ladder")
     ablated = {
@@ -403,7 +424,7 @@ def _interval(row: Measurement) -> str:
 
 # %%
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json and shared_circuits.html.")],
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, shared_circuits.html and summary.md.")],
     organisms: Annotated[list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: all four.")] = None,
     q: Annotated[float, typer.Option(help="Share of weights in every circuit.")] = 0.006,
@@ -412,11 +433,10 @@ def main(
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples of calibration items.")] = 100,
 ) -> None:
     folders = organisms or [FOLDER]
-    models = rung or ["base", "helpful", "sft", "dpo"]
+    models = rung or list(LADDER)
     ladders = ["shipped" if folder == FOLDER else folder.name for folder in folders]
-    out.mkdir(parents=True, exist_ok=True)
     path, console = out / "rows.jsonl", Console()
-    Manifest({"q": q, "p": p, "rounds": rounds, "resamples": resamples}).save(out / "manifest.json")
+    resumed(out, {"q": q, "p": p, "rounds": rounds, "resamples": resamples})
     for ladder, folder in zip(ladders, folders, strict=True):
         for model in models:
             labels = {"model": model, "ladder": ladder}
@@ -426,10 +446,11 @@ def main(
                 subject = replace(hc.organism_subject(model, folder=folder), behaviours=detailed_behaviours())
                 append_rows(path, rows_of(subject, labels, q=q, p=p, rounds=rounds, resamples=resamples))
     rows = read_rows(path)
-    done = [row.labels for row in select(rows, "compared")]
-    models = [model for model in ("base", "helpful", "sft", "dpo") if any(label["model"] == model for label in done)]
-    ladders = list(dict.fromkeys(str(label["ladder"]) for label in done))
+    models, ladders = covered(rows)
     page(rows, models, ladders, out / "shared_circuits.html")
+    (out / "summary.jsonl").unlink(missing_ok=True)
+    append_rows(out / "summary.jsonl", needed(rows))
+    (out / "summary.md").write_text(summary(rows, models, ladders) + "\n", encoding="utf-8")
     for model in models:
         shown = Table(
             "pair", "lift", "row and column lift", "Jaccard", title=f"{model}, one-shot circuits", title_justify="left"
