@@ -200,20 +200,20 @@ def page(rows: Sequence[Measurement], path: Path) -> None:
         for behaviour in ("harmful", "benign")
         for way in ways
     }
-    at = {"x": "position", "y": "layer"}
+    across = partial(heatmaps, x="position", y="layer")
     sections = [
         section(
             "Residual stream",
             "Before a layer (pre), between attention and MLP (mid), after the last (post); each position alone, then all.",
-            plot(heatmaps(residual, **at), first=True),
+            plot(across(residual), first=True),
         ),
-        section("Attention and MLP", "Their outputs at each position.", plot(heatmaps(sublayers, **at, widest=0.4))),
+        section("Attention and MLP", "Their outputs at each position.", plot(across(sublayers, widest=0.4))),
         section(
             "Heads",
             "Before W_O (head), and what each adds to the residual stream (head_result); all positions at once.",
             plot(heatmaps(heads, x="head", y="layer", widest=0.4)),
         ),
-        section("Harmful requests and their benign twins", "Change of the loss.", plot(heatmaps(twins, **at))),
+        section("Harmful requests and their benign twins", "Change of the loss.", plot(across(twins))),
     ]
     write_page(path, "Which activations carry a harmful answer", [paragraphs(reading(rows)), *sections])
 

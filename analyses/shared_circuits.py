@@ -44,7 +44,7 @@ BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among 
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
 SEEDS = range(3)  # of random masks, and of calibration resamples
 ABILITIES = {metric: title for metric, title in RATES.items() if metric != "harm_degenerate_rate"}
-METRIC = dict(zip(MEASURED, ABILITIES, strict=True))
+METRIC: dict[str, str] = dict(zip(MEASURED, ABILITIES, strict=True))
 PAIRS = {
     ("harmful", "benign"): "harm – benign twin",
     ("harmful", "parts"): "harm – parts of a thing",
@@ -212,7 +212,7 @@ def _place(rows: Sequence[Measurement]) -> str:
         for metric in ("gini", "top_share")
     )
     tokens = select(held, "token_contribution", text="harmful")
-    answer = sum(row.mean for row in tokens if row.labels["offset"] >= -1) / sum(row.mean for row in tokens)
+    answer = sum(row.mean for row in tokens if int(row.labels["offset"]) >= -1) / sum(row.mean for row in tokens)
     return (
         f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
         f"{share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). {answer:.0%} of its score arises from the "

@@ -116,9 +116,10 @@ def token_contributions(
     attention. Raises ValueError for no batches, an empty mask, a mask of another model, and as `weight_sites`.
     """
     sites = _checked(bridge, batches)
-    if not mask.n_removed or mask.source.model != (model := model_fingerprint(bridge)):
-        expected = "at least one weight" if not mask.n_removed else f"a mask of this model ({model})"
-        raise ValueError(f"token_contributions: {mask} of model {mask.source.model}; expected {expected}")
+    if not mask.n_removed:
+        raise ValueError(f"token_contributions: {mask} removes nothing; choose at least one weight")
+    if mask.source.model != (model := model_fingerprint(bridge)):
+        raise ValueError(f"token_contributions: {mask} is of model {mask.source.model}, this one is {model}")
     removed = {name: _removed_block(sites[name], mask) for name in mask.removed}
     current = torch.empty(0)
 

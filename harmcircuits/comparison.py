@@ -5,7 +5,7 @@ from itertools import combinations, product
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from harmcircuits.attribution import removal_effect, token_contributions
 from harmcircuits.behaviours import Behaviour, Calibration, Subject, measure
@@ -213,7 +213,7 @@ def location_rows(subject: Subject, mask: WeightMask, labels: Labels) -> list[Me
     sites, rows = weight_sites(subject.bridge), []
     for by in ("matrix", "head"):
         for place, count in counts_by(mask, sites, by).items():
-            where = {**labels, "by": by, "layer": place.layer, "kind": place.part, "index": place.index}
+            where = {**labels, "by": by, "layer": place.layer, "kind": place.part, "index": place.number}
             rows.append(exact("weights_removed", {**where, "of": count.n_weights}, count.n_removed))
     random = [random_like(mask, seed=seed) for seed in range(N_NULL)]
     for by in ("head", "neuron"):
@@ -260,4 +260,4 @@ def _spread(metric: str, labels: Labels, values: Sequence[float]) -> Measurement
 
 
 def _spearman(first: Sequence[int], second: Sequence[int]) -> float:
-    return float(spearmanr(first, second).statistic)
+    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])

@@ -22,12 +22,12 @@ class Place(NamedTuple):
     """A part of the model.
 
     `part`: empty for a whole layer; the kind of a matrix; `"head"` (query heads: q and o), `"kv_head"` (key-value heads:
-    k and v), `"neuron"` (gate, in and out of one hidden unit) or `"expert"` (router and expert), numbered by `index`.
+    k and v), `"neuron"` (gate, in and out of one hidden unit) or `"expert"` (router and expert), counted by `number`.
     """
 
     layer: int
     part: str = ""
-    index: int = 0
+    number: int = 0
 
 
 class Count(NamedTuple):

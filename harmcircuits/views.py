@@ -199,7 +199,7 @@ def overlap_figure(panels: Mapping[str, Sequence[Measurement]], pairs: Mapping[t
                 name=model, legendgroup=model, showlegend=column == 1, marker={"color": colour, "size": 8},
                 row=1, col=column,
             )  # fmt: skip
-        figure.add_vline(x=1, line={"dash": "dot", "color": "#555"}, row=1, col=column)
+    figure.add_vline(x=1, line={"dash": "dot", "color": "#555"})
     figure.update_yaxes(tickvals=list(range(len(pairs))), ticktext=list(pairs.values()), autorange="reversed")
     figure.update_xaxes(type="log", gridcolor="#eceef1", tickvals=[0.5, 1, 2, 3, 5, 10, 20, 50])
     return _styled(figure, height=150 + 44 * len(pairs)).update_layout(margin={"l": 230})
