@@ -78,7 +78,7 @@ def rows_of(
 
     one_shot = one_shot_circuits(subject, calibrations, shown, q=q, n_resamples=resamples, seed=0)
     free = circuits(subject, calibrations, dict.fromkeys((*shown, "knowledge"), ()), q=q, rounds=rounds)
-    rows = overlap_rows(subject, one_shot, free, labels, q=q)
+    rows = overlap_rows(one_shot, free, labels, q=q)
     del one_shot
     rows += content_rows(one_shot_circuits(subject, calibrations, topics, q=q, n_resamples=0, seed=0), labels, q=q)
     rows += overlap_place_rows(subject, {name: free[name] for name in shown}, "harmful", labels)

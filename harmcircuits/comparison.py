@@ -51,7 +51,7 @@ def part_scores(
 ) -> tuple[list[WeightScores], list[int], list[int]]:
     """`removal_effect` of each block of calibration items: the scores, the numbers of examples, the blocks' numbers.
 
-    An item's block depends on the item alone, so behaviours that ask about the same items can be resampled together.
+    Behaviours that ask about the same items share their blocks, so that they can be resampled together.
     """
     every = sorted({example.group for example in behaviour.prompts("calibration")})
     block = {group: number % N_BLOCKS for number, group in enumerate(every)}
@@ -77,7 +77,8 @@ def one_shot_circuits(
 ) -> dict[str, tuple[WeightScores, list[WeightMask]]]:
     """For every behaviour its `removal_effect` and the masks of share `q` from bootstrap resamples of calibration items.
 
-    Resamples draw blocks of items with replacement, the same blocks for every behaviour.
+    Resamples draw blocks of items with replacement, the same blocks for every behaviour. Raises ValueError for a behaviour
+    with so few verified items that a resample holds none.
     """
     drawn = np.random.default_rng(seed).integers(N_BLOCKS, size=(n_resamples, N_BLOCKS))
     times = [np.bincount(draw, minlength=N_BLOCKS) for draw in drawn]
@@ -87,14 +88,14 @@ def one_shot_circuits(
         masks = []
         for count in times:
             weights = [size * int(count[number]) for size, number in zip(sizes, numbers, strict=True)]
-            if sum(weights):
-                masks.append(top_fraction(mean_scores(parts, weights), q, within="model"))
+            if not sum(weights):
+                raise ValueError(f"{name}: a resample holds none of its {sum(sizes)} examples; give more calibration items")
+            masks.append(top_fraction(mean_scores(parts, weights), q, within="model"))
         found[name] = (mean_scores(parts, sizes), masks)
     return found
 
 
 def overlap_rows(
-    subject: Subject,
     one_shot: Mapping[str, tuple[WeightScores, list[WeightMask]]],
     in_rounds: Mapping[str, WeightMask],
     labels: Labels,
@@ -110,7 +111,7 @@ def overlap_rows(
     rows = []
     masks = {name: top_fraction(scores, q, within="model") for name, (scores, _) in one_shot.items()}
     for first, second in combinations(masks, 2):
-        resamples = list(zip(one_shot[first][1], one_shot[second][1], strict=False))
+        resamples = list(zip(one_shot[first][1], one_shot[second][1], strict=True))
         for selection, chosen, pairs in (("one shot", masks, resamples), ("rounds", in_rounds, [])):
             found = overlap(chosen[first], chosen[second], resamples=pairs, n_samples=n_samples)
             where = {**labels, "first": first, "second": second, "selection": selection}

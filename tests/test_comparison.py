@@ -89,7 +89,7 @@ def whole_size(scores) -> int:
 
 def test_overlap_rows_agree_with_the_masks(subject, calibrations, found):
     one_shot = one_shot_circuits(subject, calibrations, NAMES, q=Q, n_resamples=4, seed=0)
-    rows = overlap_rows(subject, one_shot, found, {"model": "x"}, q=Q, n_samples=5)
+    rows = overlap_rows(one_shot, found, {"model": "x"}, q=Q, n_samples=5)
     expected = overlap(found["harmful"], found["benign"])
     row = select(rows, "overlap_lift", first="harmful", second="benign", selection="rounds")[0]
     assert row.mean == pytest.approx(expected.lift)
