@@ -189,7 +189,7 @@ def _cause(
     words = "with nothing protected" if protected == "none" else "with all others protected"
     before, after = select(mine, mask="none", protected="none"), select(mine, mask="harmful", protected=protected)
     rates = [
-        f"{title} {100 * select(before, metric)[0].mean:.0f} -> {100 * select(after, metric)[0].mean:.0f}"
+        f"{title} {100 * select(before, metric)[0].mean:.0f}→{100 * select(after, metric)[0].mean:.0f}"
         for metric, title in ABILITIES.items()
         if select(after, metric)
     ]
