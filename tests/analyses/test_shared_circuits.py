@@ -12,7 +12,7 @@ from harmcircuits.metrics import rate
 from harmcircuits.records import Measurement, read_rows, select
 
 ROOT = Path(__file__).parents[2]
-ROWS = read_rows(ROOT / "analyses" / "results" / "shared_circuits.jsonl")
+ROWS = read_rows(ROOT / "analyses" / "rows" / "shared_circuits.jsonl")
 
 
 def test_the_readme_holds_the_table_that_the_rows_give():
