@@ -46,24 +46,23 @@ def circuits(
     return found
 
 
-def part_scores(
-    subject: Subject, behaviour: Behaviour, found: Calibration
-) -> tuple[list[WeightScores], list[int], list[int]]:
-    """`removal_effect` of each block of calibration items: the scores, the numbers of examples, the blocks' numbers.
+def part_scores(subject: Subject, behaviour: Behaviour, found: Calibration) -> list[tuple[WeightScores | None, int]]:
+    """`removal_effect` of each block of calibration items, with its number of examples; None for a block without any.
 
-    Behaviours that ask about the same items share their blocks, so that they can be resampled together.
+    Items are dealt to 16 blocks, or one each if they are fewer. Behaviours that ask about the same items share their
+    blocks, so that they can be resampled together.
     """
     every = sorted({example.group for example in behaviour.prompts("calibration")})
-    block = {group: number % N_BLOCKS for number, group in enumerate(every)}
-    scores, sizes, numbers = [], [], []
-    for number in range(N_BLOCKS):
-        part = found.prompts.where(lambda example, number=number: block[example.group] == number)
-        if len(part):
-            batches = subject.batches(behaviour, part)
-            scores.append(removal_effect(subject.bridge, batches, behaviour.objective))
-            sizes.append(len(part))
-            numbers.append(number)
-    return scores, sizes, numbers
+    n_blocks = min(N_BLOCKS, len(every))
+    block = {group: number % n_blocks for number, group in enumerate(every)}
+    parts = []
+    for number in range(n_blocks):
+        examples = found.prompts.where(lambda example, number=number: block[example.group] == number)
+        scores = None
+        if len(examples):
+            scores = removal_effect(subject.bridge, subject.batches(behaviour, examples), behaviour.objective)
+        parts.append((scores, len(examples)))
+    return parts
 
 
 def one_shot_circuits(
@@ -80,18 +79,18 @@ def one_shot_circuits(
     Resamples draw blocks of items with replacement, the same blocks for every behaviour. Raises ValueError for a behaviour
     with so few verified items that a resample holds none.
     """
-    drawn = np.random.default_rng(seed).integers(N_BLOCKS, size=(n_resamples, N_BLOCKS))
-    times = [np.bincount(draw, minlength=N_BLOCKS) for draw in drawn]
     found = {}
     for name in names:
-        parts, sizes, numbers = part_scores(subject, subject.behaviours[name], calibrations[name])
+        parts = part_scores(subject, subject.behaviours[name], calibrations[name])
+        scores, sizes = zip(*((part, size) for part, size in parts if part is not None), strict=True)
         masks = []
-        for count in times:
-            weights = [size * int(count[number]) for size, number in zip(sizes, numbers, strict=True)]
+        for draw in np.random.default_rng(seed).integers(len(parts), size=(n_resamples, len(parts))):
+            times = np.bincount(draw, minlength=len(parts))
+            weights = [size * int(n) for (part, size), n in zip(parts, times, strict=True) if part is not None]
             if not sum(weights):
                 raise ValueError(f"{name}: a resample holds none of its {sum(sizes)} examples; give more calibration items")
-            masks.append(top_fraction(mean_scores(parts, weights), q, within="model"))
-        found[name] = (mean_scores(parts, sizes), masks)
+            masks.append(top_fraction(mean_scores(scores, weights), q, within="model"))
+        found[name] = (mean_scores(scores, sizes), masks)
     return found
 
 
