@@ -164,7 +164,7 @@ def _structure(rows: Sequence[Measurement]) -> str:
     found = select(rows, "overlap_jaccard", first="harmful", selection="rounds")
     jaccard = {name: fmean(row.mean for row in select(found, second=name)) for name in ("benign", "harmful")}
     return (
-        f"structure: harm shares {_against_reference(rows)}. Harm and its benign twin share {twin[0]:.1f} times what "
+        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm and its benign twin share {twin[0]:.1f} times what "
         f"their counts per matrix explain, {twin[1]:.1f} times what rows and columns do; harm and the other behaviours, "
         f"on average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together {reference[0]:.1f} and "
         f"{reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its twin and "
@@ -230,7 +230,7 @@ def _against_reference(rows: Sequence[Measurement]) -> str:
     found: dict[str, list[str]] = {}
     for second in others:
         found.setdefault(words[_compared(lift("harmful", second), reference)], []).append(second)
-    return "; ".join(f"{word} with {', '.join(names)}" for word, names in found.items()) + " than benign tasks do together"
+    return "; ".join(f"{word} with {', '.join(names)}" for word, names in found.items())
 
 
 def _compared(row: Measurement, others: Sequence[Measurement]) -> str:
