@@ -12,7 +12,7 @@ from rich.console import Console
 
 import harmcircuits as hc
 from harmcircuits.metrics import exact
-from harmcircuits.records import Measurement, append_rows
+from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.recovery import every_score, recovery
 from harmcircuits.tables import recovery_table
 
@@ -40,7 +40,12 @@ def main(
             where = {"model": "planted", "mask": shown, "n_true": truth.n_removed}
             rows.append(Measurement("overlap_lift", where, found.lift, *found.interval, chosen.n_removed))
             rows.append(exact("overlap_containment", where, found.containment[0]))
-            console.print(f"{shown}: {found.containment[0]:.1%} of {chosen.n_removed:,} lie in S; {found}", highlight=False)
+            with hc.masked(bridge, chosen):
+                after = hc.measure(subject, "heldout", where, only=["harmful", "benign"])
+            rows += after
+            harmful, kept_benign = (select(after, metric)[0] for metric in ("harm_valid_rate", "benign_valid_rate"))
+            leaves = f"{shown}: leaves {harmful.mean:.0%} harm, {kept_benign.mean:.0%} benign"
+            console.print(f"{leaves}; {found.containment[0]:.1%} of its weights lie in S; {found}", highlight=False)
     if out:
         append_rows(out, rows)
 

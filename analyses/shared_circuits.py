@@ -164,10 +164,10 @@ def _structure(rows: Sequence[Measurement]) -> str:
     found = select(rows, "overlap_jaccard", first="harmful", selection="rounds")
     jaccard = {name: fmean(row.mean for row in select(found, second=name)) for name in ("benign", "harmful")}
     return (
-        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm and its benign twin share {twin[0]:.1f} times what "
-        f"their counts per matrix explain, {twin[1]:.1f} times what rows and columns do; harm and the other behaviours, "
-        f"on average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together {reference[0]:.1f} and "
-        f"{reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its twin and "
+        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm and its benign twin "
+        f"share {twin[0]:.1f} times what their counts per matrix explain, {twin[1]:.1f} times what rows and columns do; "
+        f"harm and the other behaviours, on average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together "
+        f"{reference[0]:.1f} and {reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its twin and "
         f"{jaccard['harmful']:.3f} with itself on resampled calibration data."
     )
 
