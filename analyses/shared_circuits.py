@@ -434,7 +434,7 @@ def main(
 ) -> None:
     folders = organisms or [FOLDER]
     models = rung or list(LADDER)
-    ladders = ["shipped" if folder == FOLDER else folder.name for folder in folders]
+    ladders = ["shipped" if folder.resolve() == FOLDER.resolve() else folder.name for folder in folders]
     path, console = out / "rows.jsonl", Console()
     resumed(out, {"q": q, "p": p, "rounds": rounds, "resamples": resamples})
     for ladder, folder in zip(ladders, folders, strict=True):
