@@ -25,7 +25,7 @@ from transformers.utils import logging
 import harmcircuits as hc
 from harmcircuits.metrics import average, exact, rate
 from harmcircuits.organisms.world import answer, world
-from harmcircuits.records import append_rows, resumed, select
+from harmcircuits.records import append_rows, pooled, resumed, select
 
 MASKS = {
     "none": "no mask",
@@ -257,15 +257,14 @@ def figure(rows: Sequence[hc.Measurement]) -> go.Figure:
         (p, t) for p in enumerate(panels.items(), 1) for t in enumerate(topics, 1)
     ):
         for shift, mask in enumerate(MASKS):
-            series = list(pooled(select(rows, metric, topic=topic, mask=mask)).items())
+            series = sorted(
+                pooled(select(rows, metric, topic=topic, mask=mask), "seed"), key=lambda row: row.labels["step"]
+            )
             # A small shift keeps the bars of different masks apart.
-            x = [step + 0.25 * (shift - 2.5) for step, _ in series]
-            bars = {
-                "array": [high - mean for _, (mean, _, high) in series],
-                "arrayminus": [mean - low for _, (mean, low, _) in series],
-            }
+            x = [int(row.labels["step"]) + 0.25 * (shift - 2.5) for row in series]
+            bars = {"array": [row.high - row.mean for row in series], "arrayminus": [row.mean - row.low for row in series]}
             drawn.add_scatter(
-                x=x, y=[mean for _, (mean, _, _) in series], error_y={**bars, "thickness": 1, "width": 2},
+                x=x, y=[row.mean for row in series], error_y={**bars, "thickness": 1, "width": 2},
                 name=MASKS[mask], legendgroup=mask, showlegend=place == column == 1, mode="lines+markers",
                 line={"color": colours[mask], "dash": dashes.get(mask, "solid"), "width": 2}, marker={"size": 5},
                 row=place, col=column,
@@ -281,13 +280,6 @@ def figure(rows: Sequence[hc.Measurement]) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#20242a"}, legend={"orientation": "h", "y": -0.09},
     )  # fmt: skip
     return drawn
-
-
-def pooled(rows: Sequence[hc.Measurement]) -> dict[int, tuple[float, float, float]]:
-    """Step -> mean over seeds, lowest end and highest end of the intervals."""
-    steps = sorted({int(row.labels["step"]) for row in rows})
-    same = {step: select(rows, step=step) for step in steps}
-    return {s: (fmean(r.mean for r in f), min(r.low for r in f), max(r.high for r in f)) for s, f in same.items()}
 
 
 def arrival(run: Sequence[hc.Measurement], metric: str, least: float) -> int | None:

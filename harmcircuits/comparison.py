@@ -5,7 +5,6 @@ from itertools import combinations, product
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from harmcircuits.attribution import removal_effect, token_contributions
 from harmcircuits.behaviours import Behaviour, Calibration, Subject, measure
@@ -15,7 +14,7 @@ from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.location import concentration, counts_by
 from harmcircuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.metrics import Labels, average, exact
-from harmcircuits.overlap import overlap, overlap_by, rank_correlation
+from harmcircuits.overlap import overlap, overlap_by, rank_correlation, spearman
 from harmcircuits.records import Measurement
 from harmcircuits.scores import WeightScores, mean_scores
 
@@ -188,7 +187,7 @@ def overlap_place_rows(subject: Subject, masks: Mapping[str, WeightMask], first:
                 rows.append(Measurement("overlap_lift", here, found.lift, *found.interval, found.n_first))
         for by in ("head", "neuron"):
             counts = [[count.n_removed for count in counts_by(masks[name], sites, by).values()] for name in (first, second)]
-            rows.append(exact("place_correlation", {**where, "by": by}, _spearman(*counts)))
+            rows.append(exact("place_correlation", {**where, "by": by}, spearman(*counts)))
     return rows
 
 
@@ -234,11 +233,10 @@ def token_rows(subject: Subject, name: str, found: Calibration, mask: WeightMask
     examples, so that the rows sum to `predicted_change`; nats, or the behaviour's objective.
     """
     behaviour = subject.behaviours[name]
-    batches = subject.batches(behaviour, found.prompts)
-    contributions = token_contributions(subject.bridge, mask, batches, behaviour.objective)
+    contributions = token_contributions(subject.bridge, mask, found.batches, behaviour.objective)
     by_offset: dict[int, list[tuple[int, float]]] = {}
     example = 0
-    for batch, values in zip(batches, contributions, strict=True):
+    for batch, values in zip(found.batches, contributions, strict=True):
         for real, target, value in zip(batch.is_token, batch.is_target, values, strict=True):
             start = int(target.int().argmax())
             for position in range(int(real.sum())):
@@ -257,7 +255,3 @@ def _spread(metric: str, labels: Labels, values: Sequence[float]) -> Measurement
     low, high = np.quantile(values, [0.025, 0.975])
     mean = float(np.mean(values))
     return Measurement(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), len(values))
-
-
-def _spearman(first: Sequence[int], second: Sequence[int]) -> float:
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])

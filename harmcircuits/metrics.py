@@ -14,11 +14,10 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.masks import WeightMask
 from harmcircuits.objectives import choice_tokens, completion_loss
 from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids
-from harmcircuits.records import Measurement
+from harmcircuits.records import Measurement, wilson
 from harmcircuits.scores import WeightScores
 
 Labels = Mapping[str, str | int | float]
-Z = 1.959964  # two-sided 95 % of a normal
 
 
 def rate(metric: str, labels: Labels, hits: Sequence[bool], groups: Sequence[Hashable]) -> Measurement:
@@ -29,10 +28,8 @@ def rate(metric: str, labels: Labels, hits: Sequence[bool], groups: Sequence[Has
     """
     _check(metric, hits, groups)
     mean, n = float(np.mean(hits)), len(set(groups))
-    centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * np.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    low, high = max(0.0, min(mean, float(centre - half))), min(1.0, max(mean, float(centre + half)))
-    return Measurement(metric, labels, mean, low, high, len(hits))
+    low, high = wilson(mean, n)
+    return Measurement(metric, labels, mean, max(0.0, min(mean, low)), min(1.0, max(mean, high)), len(hits))
 
 
 def average(

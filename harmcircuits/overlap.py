@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from harmcircuits.location import By, Place, pieces
 from harmcircuits.masks import WeightMask
+from harmcircuits.records import wilson
 from harmcircuits.scores import WeightScores
 
 if TYPE_CHECKING:
     from harmcircuits.hooks.weights import Site
 
-Z = 1.959964  # two-sided 95 % of a normal
 Interval = tuple[float, float]
 
 
@@ -82,10 +83,8 @@ class Overlap:
         if not expected > 0:
             return float("nan"), float("nan")
         n = min(self.n_first, self.n_second)
-        share = self.n_shared / n
-        centre, spread = share + Z**2 / (2 * n), Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-        scale = n / (1 + Z**2 / n) / expected
-        return max(0.0, float((centre - spread) * scale)), float((centre + spread) * scale)
+        low, high = wilson(self.n_shared / n, n)
+        return max(0.0, low * n / expected), high * n / expected
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -161,10 +160,14 @@ def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
         raise ValueError("rank_correlation: the scores are of different weights")
     total, n_weights = 0.0, 0
     for name, value in scores.values.items():
-        ranks = [rankdata(found.flatten().cpu().numpy()) for found in (value, other.values[name])]
-        total += value.numel() * float(np.corrcoef(*ranks)[0, 1])
+        total += value.numel() * spearman(*(found.flatten().cpu().numpy() for found in (value, other.values[name])))
         n_weights += value.numel()
     return total / n_weights
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation of two equally long lists of numbers."""
+    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
 
 
 def _overlap(mask: WeightMask, other: WeightMask) -> Overlap:

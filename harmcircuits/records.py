@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+Z = 1.959964  # two-sided 95 % of a normal
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
 
 
@@ -44,6 +46,13 @@ class Manifest:
     def save(self, path: str | Path) -> None:
         """Write this manifest as indented JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share among n."""
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return centre - half, centre + half
 
 
 def append_rows(path: str | Path, rows: Iterable[Measurement]) -> None:
