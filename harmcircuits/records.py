@@ -56,9 +56,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def append_rows(path: str | Path, rows: Iterable[Measurement]) -> None:
-    """Add rows to a JSON Lines file, one object a line."""
+    """Add rows to a JSON Lines file, one object a line, in one write."""
     with Path(path).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[Measurement]:

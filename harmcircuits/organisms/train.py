@@ -208,6 +208,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for one Hugging Face folder per organism.")],
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of every training text.")] = 0,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+    with_planted: Annotated[bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")] = True,
 ) -> None:
     """Train the ladder and the planted organism, then check every condition; exit 1 if one does not hold."""
     from harmcircuits.organisms.check import check_all
@@ -224,11 +225,12 @@ def main(
         aligned = copy.deepcopy(model)
         rung(aligned, next(samplers))
         save(aligned, tokenizer, out / rung.__name__)
-    grown = new_model(seed, len(tokenizer))
-    nn.Module.to(grown, device)
-    circuit = planted(grown, next(samplers))
-    save(grown, tokenizer, out / "planted")
-    circuit(out / "planted").save(out / "planted" / "circuit.safetensors")
+    if with_planted:
+        grown = new_model(seed, len(tokenizer))
+        nn.Module.to(grown, device)
+        circuit = planted(grown, next(samplers))
+        save(grown, tokenizer, out / "planted")
+        circuit(out / "planted").save(out / "planted" / "circuit.safetensors")
     raise typer.Exit(0 if check_all(out) else 1)
 
 
