@@ -90,14 +90,15 @@ class NotShownError(ValueError):
     """The model shows a behaviour in none of its answers."""
 
 
-def calibrate(subject: Subject, name: str) -> Calibration:
+def calibrate(subject: Subject, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
     """The model's own greedy answers to a behaviour's calibration requests, kept where the judge gives the wanted verdict.
 
-    Scoring on unverified answers can find another circuit: a refusal is no harmful completion. Raises NotShownError (a
-    ValueError) when no answer is kept.
+    Scoring on unverified answers can find another circuit: a refusal is no harmful completion. `share` < 1 asks only about
+    a random share of the items of every category, drawn with `seed` (see `PromptSet.sampled`): a resample of the
+    calibration data. Raises NotShownError (a ValueError) when no answer is kept, and as `PromptSet.sampled`.
     """
     behaviour = subject.behaviours[name]
-    asked = subject.answered(behaviour, behaviour.prompts("calibration"))
+    asked = subject.answered(behaviour, behaviour.prompts("calibration").sampled(share, seed=seed))
     verdicts = dict(zip(asked.examples, subject.verdicts(asked), strict=True))
     kept = asked.where(lambda example: verdicts[example] == behaviour.wanted)
     if not len(kept):
@@ -108,12 +109,12 @@ def calibrate(subject: Subject, name: str) -> Calibration:
     return Calibration(kept, subject.batches(behaviour, kept), len(asked))
 
 
-def calibrate_shown(subject: Subject) -> dict[str, Calibration]:
+def calibrate_shown(subject: Subject, *, share: float = 1.0, seed: int = 0) -> dict[str, Calibration]:
     """`calibrate` for every behaviour that the subject shows; an unaligned model, say, has no refusals to score on."""
     found = {}
     for name in subject.behaviours:
         with suppress(NotShownError):
-            found[name] = calibrate(subject, name)
+            found[name] = calibrate(subject, name, share=share, seed=seed)
     return found
 
 

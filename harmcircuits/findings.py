@@ -71,7 +71,11 @@ def conclude(analysis: Analysis, plan: Plan, out: Path, *, workers: int = 1) -> 
     """Run what is left of an analysis and write its page; returns its finding. Raises ValueError as `run_jobs`."""
     rows = run_jobs(out, analysis.jobs(plan), plan.settings, workers=workers, name=analysis.NAME)
     found = analysis.finding(rows)
-    write_page(out / "page.html", f"{found.name} {found.claim}: {found.verdict}", [paragraphs(found.words), *analysis.sections(rows)])
+    write_page(
+        out / "page.html",
+        f"{found.name} {found.claim}: {found.verdict}",
+        [paragraphs(found.words), *analysis.sections(rows)],
+    )
     return found
 
 
@@ -87,7 +91,9 @@ def command(analysis: Analysis) -> Callable[..., None]:
     def main(
         out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json and page.html.")],
         model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default=str(analysis.MODELS))] = None,
-        organisms: Annotated[list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")] = None,
+        organisms: Annotated[
+            list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
+        ] = None,
         seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
         q: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = Plan.q,
         p: Annotated[float, typer.Option(help="Share of weights protected for each other behaviour.")] = Plan.p,

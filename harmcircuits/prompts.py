@@ -117,6 +117,23 @@ class PromptSet:
         drawn = random.Random(seed).choices(list(groups.values()), k=len(groups))
         return PromptSet(tuple(example for members in drawn for example in members))
 
+    def sampled(self, share: float, *, seed: int) -> "PromptSet":
+        """A random `share` of the groups of every category, without replacement, each with all its examples, in order.
+
+        At least one group of each category is kept. The same seed draws the same groups from every set that asks about the
+        same ones. Raises ValueError for a share outside (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"sampled: share={share}; expected one in (0, 1]")
+        groups: dict[str, set[str]] = {}
+        for example in self.examples:
+            groups.setdefault(example.category, set()).add(example.group or example.prompt)
+        kept = set()
+        for category, names in groups.items():
+            n_kept = max(1, round(share * len(names)))
+            kept |= {(category, name) for name in random.Random(f"{seed} {category}").sample(sorted(names), n_kept)}
+        return self.where(lambda example: (example.category, example.group or example.prompt) in kept)
+
     @property
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of all prompts and completions, in order."""

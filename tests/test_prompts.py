@@ -280,3 +280,23 @@ def byte_tokenizer():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
+    examples = [
+        Example(f"{category} {group} {turn}", category=category, group=f"{category}{group}")
+        for category in "ab"
+        for group in range(4 if category == "a" else 1)
+        for turn in range(3)
+    ]
+    whole = PromptSet(tuple(examples))
+    half = whole.sampled(0.5, seed=1)
+    kept = {example.group for example in half}
+    assert len([group for group in kept if group[0] == "a"]) == 2
+    assert "b0" in kept, "a category never vanishes"
+    assert half.examples == tuple(example for example in examples if example.group in kept)
+    assert whole.sampled(0.5, seed=1) == half
+    assert len({whole.sampled(0.5, seed=seed) for seed in range(20)}) > 1
+    assert whole.sampled(1.0, seed=3) == whole
+    with pytest.raises(ValueError, match="share=0"):
+        whole.sampled(0, seed=0)
