@@ -35,9 +35,9 @@ def run_jobs(
 
     A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_seconds` with its labels, by
     which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which for small models is
-    faster than one process of many threads. An error in a job starts no further one and is raised when
-    those under way have ended; what finished is kept. Raises ValueError as
-    `resumed`, for fewer than one worker, and for two jobs with the same labels.
+    faster than one process of many threads. After an error in a job no further one starts, and it is raised when those
+    under way have ended; what finished is kept. Raises ValueError as `resumed`, for fewer than one worker, and for two
+    jobs with the same labels.
     """
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
