@@ -234,7 +234,7 @@ def reading(rows: Sequence[Measurement]) -> str:
         residual = [row for row in found if row.labels["component"] == "residual"]
         steps = [row for row in residual if row.labels["position"] == "all"]
         first = next(row for row in steps if row.mean >= 0.9)
-        each = ", ".join(f"{row.labels['layer']} {row.mean:.0%}" for row in steps)
+        each = ", ".join(f"{row.labels['layer']} {round(row.mean, 2) + 0.0:.0%}" for row in steps)  # no -0 %
         single = {row.labels["position"]: 0.0 for row in residual if row not in steps}
         for row in residual:
             if row.labels["position"] in single:
