@@ -29,11 +29,24 @@ from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
 from harmcircuits.metrics import Labels, exact
 from harmcircuits.records import Measurement, pooled, select
-from harmcircuits.report import plot, section, table
+from harmcircuits.report import diagnostics_table, plot, section, table
 from harmcircuits.scores import WeightScores
 from harmcircuits.subjects import SubjectSpec
 from harmcircuits.tables import KEPT_RATES, RATES, SATURATED_NLL
-from harmcircuits.tradeoff import Curve, area, curve, point, rate_at, share_text, spread, w50, whole
+from harmcircuits.tradeoff import (
+    Curve,
+    area,
+    by_share,
+    curve,
+    diagnostics,
+    point,
+    rate_at,
+    rate_text,
+    share_text,
+    spread,
+    w50,
+    whole,
+)
 from harmcircuits.views import share_figure
 
 NAME, CLAIM, MODELS = "F1", "compact", ("sft", "dpo")
@@ -188,18 +201,6 @@ def loss_changes(
     return [predicted, exact("measured_loss_change", where, change.mean().item())]
 
 
-def diagnostics(subject: Subject, calibrations: dict[str, Calibration], labels: Labels) -> list[Measurement]:
-    """Yield of verified answers, their loss, and the norm of its gradient, for every behaviour shown."""
-    rows = []
-    for name, found in calibrations.items():
-        where = {**labels, "behaviour": name}
-        nll = hc.completion_nll(subject.bridge, found.batches).mean().item()
-        norm = hc.gradient_norm(subject.bridge, found.batches, subject.behaviours[name].objective)
-        rows += [exact("calibration_yield", where, found.n_kept / found.n_asked), exact("calibration_nll", where, nll)]
-        rows.append(exact("gradient_norm", where, norm))
-    return rows
-
-
 def grid_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     """The circuit in rounds up to q under another share of protection, at three sizes."""
     subject, calibrations = opened(spec, seed)
@@ -275,7 +276,7 @@ def figures(rows: Sequence[Measurement]) -> str:
     largest = pooled(select(curves, "harm_valid_rate", at="largest", **ONE_SHOT), "seed")[0]
     return (
         f"{share_text(select(curves, 'w50', **ROUNDS))} of the weights, where the strongest control leaves {gap.mean:.0%} "
-        f"[{gap.low:.0%}, {gap.high:.0%}] more; one shot at its largest {percent(largest)}"
+        f"[{gap.low:.0%}, {gap.high:.0%}] more; one shot at its largest {rate_text(largest)}"
     )
 
 
@@ -283,7 +284,7 @@ def words(name: str, rows: Sequence[Measurement]) -> str:
     """One model: the size, its cost, the controls, one shot, other protection, first-order prediction, other seeds."""
     curves, seeds = select(rows, part="curves"), len(select(rows, "w50", part="curves", **ROUNDS))
     at = {where: pooled(select(curves, at=where, **ROUNDS), "seed") for where in ("none", "w50", "largest")}
-    harm = {where: percent(select(found, "harm_valid_rate")[0]) for where, found in at.items()}
+    harm = {where: rate_text(select(found, "harm_valid_rate")[0]) for where, found in at.items()}
     reached = [row for row in select(curves, "w50", **ROUNDS) if row.labels["censored"] == "no"]
     predicted, measured = (select(at["w50"], f"{kind}_loss_change")[0].mean for kind in ("predicted", "measured"))
     gap, one_shot = smallest_gap(curves), select(curves, "w50", **ONE_SHOT)
@@ -291,9 +292,9 @@ def words(name: str, rows: Sequence[Measurement]) -> str:
     text = (
         f"{name}. Chosen in rounds, {share_text(select(curves, 'w50', **ROUNDS))} of the weights halve valid harmful "
         f"answers within the budget, in {len(reached)} of {seeds} seeds: {harm['none']} before, {harm['w50']} at that "
-        f"size, {harm['largest']} at the largest measured. {cost(at)} Of {len(CONTROLS)} controls of that size the strongest, "
-        f"{CONTROLS[str(gap.labels['mask'])]}, leaves {gap.mean:.0%} [{gap.low:.0%}, {gap.high:.0%}] more valid harm. "
-        f"In one shot w50 is {share_text(one_shot)}: {percent(largest)} "
+        f"size, {harm['largest']} at the largest measured. {cost(at)} Of {len(CONTROLS)} controls of that size the "
+        f"strongest, {CONTROLS[str(gap.labels['mask'])]}, leaves {gap.mean:.0%} [{gap.low:.0%}, {gap.high:.0%}] more valid harm. "
+        f"In one shot w50 is {share_text(one_shot)}: {rate_text(largest)} "
         f"valid harm at the largest size. At w50 the calibration loss rises by {measured:.2f} nats; "
         f"first-order scores predict {predicted:.2f}."
     )
@@ -326,10 +327,6 @@ def cost(at: dict[str, list[Measurement]]) -> str:
     return f'Of {len(falls)} kept rates, that of "{RATES[worst]}" falls most, by {100 * falls[worst]:.1f} points.'
 
 
-def percent(row: Measurement) -> str:
-    return f"{row.mean:.0%} [{row.low:.0%}, {row.high:.0%}]"
-
-
 # %% [markdown]
 # ## The page
 
@@ -360,16 +357,8 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
         figure = share_figure({title: points for title, points in lines.items() if points}, panels)
         found.append(section(f"{name}: the curves", CURVES_TEXT, plot(figure, first=not number)))
         found.append(section(f"{name}: the size", SIZES_TEXT, size_table(of_model)))
-        found.append(section(f"{name}: can the scores be trusted?", TRUST_TEXT, trust_table(curves)))
+        found.append(section(f"{name}: can the scores be trusted?", TRUST_TEXT, diagnostics_table(pooled(curves, "seed"))))
     return found
-
-
-def by_share(rows: Sequence[Measurement]) -> dict[float, list[Measurement]]:
-    """Pooled rows at every share, the unpruned model left out: a logarithmic axis has no place for it."""
-    points: dict[float, list[Measurement]] = {}
-    for row in pooled([row for row in rows if row.labels.get("share")], "seed"):
-        points.setdefault(float(row.labels["share"]), []).append(row)
-    return dict(sorted(points.items()))
 
 
 def size_table(rows: Sequence[Measurement]) -> str:
@@ -377,24 +366,12 @@ def size_table(rows: Sequence[Measurement]) -> str:
     for title, where in LINES.items():
         here = select(curves, **where)
         areas, gaps = pooled(select(here, "area"), "seed"), pooled(select(here, "harm_gap"), "seed")
-        body.append([title, share_text(select(here, "w50")), percent(areas[0]), percent(gaps[0]) if gaps else "–"])
+        body.append([title, share_text(select(here, "w50")), rate_text(areas[0]), rate_text(gaps[0]) if gaps else "–"])
     for row in select(rows, "w50", part="grid"):
         areas = select(rows, "area", part="grid", p=row.labels["p"])
         title = f"circuit, in rounds, p = {float(row.labels['p']):.2%}, one seed"
-        body.append([title, share_text([row]), percent(areas[0]), "–"])
+        body.append([title, share_text([row]), rate_text(areas[0]), "–"])
     return table(("mask", "w50", "area", "more"), body)
-
-
-def trust_table(rows: Sequence[Measurement]) -> str:
-    body = []
-    for nll in pooled(select(rows, "calibration_nll"), "seed"):
-        kept, norm = (
-            pooled(select(rows, metric, behaviour=nll.labels["behaviour"]), "seed")[0].mean
-            for metric in ("calibration_yield", "gradient_norm")
-        )
-        state = "saturated" if nll.low < SATURATED_NLL else "usable"
-        body.append([str(nll.labels["behaviour"]), f"{kept:.0%}", f"{nll.mean:.3f}", f"{norm:.3f}", state])
-    return table(("behaviour", "verified answers", "NLL", "gradient norm", "scores"), body)
 
 
 # %%

@@ -7,11 +7,12 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from harmcircuits.behaviours import Outcomes, Subject, outcomes
+from harmcircuits.attribution import gradient_norm
+from harmcircuits.behaviours import Calibration, Outcomes, Subject, outcomes
 from harmcircuits.hooks.masking import masked
 from harmcircuits.masks import WeightMask
-from harmcircuits.metrics import Labels, exact
-from harmcircuits.records import Measurement
+from harmcircuits.metrics import Labels, completion_nll, exact
+from harmcircuits.records import Measurement, pooled
 
 N_DRAWS = 2000
 ROUNDING = 1e-9  # rates on resampled items are quotients; a fall of exactly the budget must not depend on their last bit
@@ -125,7 +126,12 @@ def point(subject: Subject, only: Iterable[str], *, split: str = "heldout") -> d
 
 
 def curve(
-    subject: Subject, masks: Iterable[WeightMask], unpruned: Mapping[str, Outcomes], *, split: str = "heldout"
+    subject: Subject,
+    masks: Iterable[WeightMask],
+    unpruned: Mapping[str, Outcomes],
+    *,
+    target: str = "harmful",
+    split: str = "heldout",
 ) -> Curve:
     """The behaviours of `unpruned` (see `point`) under each mask, by its share of weights; raises ValueError as `Curve`."""
     found: dict[float, Mapping[str, Outcomes]] = {0.0: unpruned}
@@ -133,7 +139,7 @@ def curve(
         with masked(subject.bridge, mask):
             found[mask.n_removed / mask.n_weights] = point(subject, unpruned, split=split)
     shares = sorted(found)
-    return Curve(tuple(shares), tuple(found[share] for share in shares))
+    return Curve(tuple(shares), tuple(found[share] for share in shares), target)
 
 
 def w50(found: Curve, budget: Budget | None = None, *, seed: int = 0) -> Estimate:
@@ -178,6 +184,31 @@ def rate_at(found: Curve, share: float, *, seed: int = 0) -> Estimate:
         raise ValueError(f"rate_at: share={share}; expected one of {found.shares}")
     harm = _means(found, found.target, [found.points[found.shares.index(share)][found.target].hits], seed)[:, 0]
     return Estimate(harm, np.ones(len(harm), dtype=bool), _items(found, found.target), seed)
+
+
+def diagnostics(subject: Subject, calibrations: Mapping[str, Calibration], labels: Labels) -> list[Measurement]:
+    """Yield of verified answers, their loss, and the norm of its gradient, for every behaviour shown."""
+    rows = []
+    for name, found in calibrations.items():
+        where = {**labels, "behaviour": name}
+        nll = completion_nll(subject.bridge, found.batches).mean().item()
+        norm = gradient_norm(subject.bridge, found.batches, subject.behaviours[name].objective)
+        rows += [exact("calibration_yield", where, found.n_kept / found.n_asked), exact("calibration_nll", where, nll)]
+        rows.append(exact("gradient_norm", where, norm))
+    return rows
+
+
+def by_share(rows: Sequence[Measurement]) -> dict[float, list[Measurement]]:
+    """Pooled rows at every share, the unpruned model left out: a logarithmic axis has no place for it."""
+    points: dict[float, list[Measurement]] = {}
+    for row in pooled([row for row in rows if row.labels.get("share")], "seed"):
+        points.setdefault(float(row.labels["share"]), []).append(row)
+    return dict(sorted(points.items()))
+
+
+def rate_text(row: Measurement) -> str:
+    """A rate or a difference of rates in per cent, with its interval."""
+    return f"{row.mean:.0%} [{row.low:.0%}, {row.high:.0%}]"
 
 
 def share_text(rows: Sequence[Measurement]) -> str:
