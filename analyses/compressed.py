@@ -1,9 +1,9 @@
 # %% [markdown]
 # # F4: do aligned models hold harm in fewer weights?
 # The curve of F1 for every rung of a ladder: valid harm and kept abilities, on held-out items, against the share of weights
-# that the circuit in rounds removes. The behaviours protected are the same on every rung, those that all rungs show: refusal
-# exists on aligned rungs only, and protecting it there alone would make them another experiment. A rung is *aligned* if it
-# refuses at least half of the harmful requests when plainly asked; harm is elicited by prefilling on every rung.
+# that the circuit in rounds removes. The behaviours protected are the same on every rung, those that all rungs show:
+# refusal exists on aligned rungs only, and protecting it there alone would make them another experiment. A rung is
+# *aligned* if it refuses at least half of the harmful requests when plainly asked; harm is elicited by prefilling.
 #
 # `w50`: the smallest measured share at which valid harm is at most half of the unpruned rung's, while benign answers,
 # recognition, explanation and knowledge each lose at most 5 points and the benign loss rises by at most 0.1 nat per token;
@@ -177,8 +177,8 @@ def finding(rows: Sequence[Measurement]) -> Finding:
     ratios = select(rows, "w50_ratio", part="curves")
     below, above = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
     text = [
-        f"By the rule the claim is borne out in {sum(borne_out)} of {len(borne_out)} ladders and seeds. Of {len(ratios)} pairs "
-        f"of an aligned and an unaligned rung, w50 is smaller on the aligned one in {below} and larger in {above}."
+        f"By the rule the claim is borne out in {sum(borne_out)} of {len(borne_out)} ladders and seeds. w50 is smaller on the "
+        f"aligned rung in {below} of {len(ratios)} pairs of an aligned and an unaligned rung, and larger in {above}."
     ]
     text += [words(ladder, found) for ladder, found in by_ladder(rows).items()]
     sizes = pooled_sizes(select(rows, part="curves"))
@@ -220,11 +220,11 @@ def words(ladder: str, rows: Sequence[Measurement]) -> str:
         loss, norm = (
             pooled(select(found, m, behaviour="harmful"), "seed")[0].mean for m in ("calibration_nll", "gradient_norm")
         )
+        lost = f"{one['harm_refusal_rate'].mean:.0%} of harmful requests refused, {one['harm_degenerate_rate'].mean:.0%}"
         parts.append(
-            f"{model}: w50 {share_text(select(found, 'w50'))}, area {rate_text(areas)}, {one['harm_refusal_rate'].mean:.0%} of "
-            f"harmful requests refused and {one['harm_degenerate_rate'].mean:.0%} degenerate at w50; unpruned valid harm "
-            f"{one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own answers {loss:.2f} with gradient "
-            f"norm {norm:.3f}"
+            f"{model}: w50 {share_text(select(found, 'w50'))}, area {rate_text(areas)}; at w50 {lost} degenerate; unpruned, "
+            f"valid harm {one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own answers {loss:.2f} "
+            f"with gradient norm {norm:.3f}"
         )
     ratios = pooled(select(curves, "w50_ratio"), "seed")
     pairs = "; ".join(
