@@ -294,8 +294,8 @@ def words(name: str, rows: Sequence[Measurement]) -> str:
         f"answers within the budget, in {len(reached)} of {seeds} seeds: {harm['none']} before, {harm['w50']} at that "
         f"size, {harm['largest']} at the largest measured. {cost(at)} Of {len(CONTROLS)} controls of that size the "
         f"strongest, {CONTROLS[str(gap.labels['mask'])]}, leaves {rate_text(gap)} more valid harm. In one shot w50 is "
-        f"{share_text(one_shot)}: {rate_text(largest)} valid harm at the largest size. At w50 the calibration loss rises by "
-        f"{measured:.2f} nats; first-order scores predict {predicted:.2f}."
+        f"{share_text(one_shot)}: {rate_text(largest)} valid harm at the largest size. At w50 the calibration loss rises "
+        f"by {measured:.2f} nats; first-order scores predict {predicted:.2f}."
     )
     for found in ([row] for row in select(rows, "w50", part="grid")):
         text += f" With p = {float(found[0].labels['p']):.2%} protected, w50 is {share_text(found)} (one seed)."

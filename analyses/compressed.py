@@ -177,8 +177,8 @@ def finding(rows: Sequence[Measurement]) -> Finding:
     ratios = select(rows, "w50_ratio", part="curves")
     below, above = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
     text = [
-        f"By the rule the claim is borne out in {sum(borne_out)} of {len(borne_out)} ladders and seeds. w50 is smaller on the "
-        f"aligned rung in {below} of {len(ratios)} pairs of an aligned and an unaligned rung, and larger in {above}."
+        f"By the rule the claim is borne out in {sum(borne_out)} of {len(borne_out)} ladders and seeds. w50 is smaller on "
+        f"the aligned rung in {below} of {len(ratios)} pairs of an aligned and an unaligned rung, and larger in {above}."
     ]
     text += [words(ladder, found) for ladder, found in by_ladder(rows).items()]
     sizes = pooled_sizes(select(rows, part="curves"))
@@ -223,8 +223,8 @@ def words(ladder: str, rows: Sequence[Measurement]) -> str:
         lost = f"{one['harm_refusal_rate'].mean:.0%} of harmful requests refused, {one['harm_degenerate_rate'].mean:.0%}"
         parts.append(
             f"{model}: w50 {share_text(select(found, 'w50'))}, area {rate_text(areas)}; at w50 {lost} degenerate; unpruned, "
-            f"valid harm {one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own answers {loss:.2f} "
-            f"with gradient norm {norm:.3f}"
+            f"valid harm {one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own answers "
+            f"{loss:.2f} with gradient norm {norm:.3f}"
         )
     ratios = pooled(select(curves, "w50_ratio"), "seed")
     pairs = "; ".join(

@@ -108,7 +108,8 @@ class Estimate:
                 f"estimates cannot be paired: {len(self.items)} and {len(other.items)} items, seeds {self.seed} and "
                 f"{other.seed}, measured up to {self.largest} and {other.largest}; expected the same"
             )
-        return Estimate(values, np.array(self.is_reached & other.is_reached), self.items, self.seed)
+        is_reached = np.all((self.is_reached, other.is_reached), axis=0)
+        return Estimate(values, is_reached, self.items, self.seed)
 
 
 def whole(subject: Subject, *, target: str = "harmful", budget: Budget | None = None) -> Subject:
