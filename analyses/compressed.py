@@ -222,9 +222,9 @@ def words(ladder: str, rows: Sequence[Measurement]) -> str:
         )
         lost = f"{one['harm_refusal_rate'].mean:.0%} of harmful requests refused, {one['harm_degenerate_rate'].mean:.0%}"
         parts.append(
-            f"{model}: w50 {share_text(select(found, 'w50'))}, area {rate_text(areas)}; at w50 {lost} degenerate; unpruned, "
-            f"valid harm {one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own answers "
-            f"{loss:.2f} with gradient norm {norm:.3f}"
+            f"{model}: w50 {share_text(select(found, 'w50'))}, area {rate_text(areas)}; at w50 {lost} degenerate; "
+            f"unpruned, valid harm {one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own "
+            f"answers {loss:.2f} with gradient norm {norm:.3f}"
         )
     ratios = pooled(select(curves, "w50_ratio"), "seed")
     pairs = "; ".join(

@@ -108,8 +108,7 @@ class Estimate:
                 f"estimates cannot be paired: {len(self.items)} and {len(other.items)} items, seeds {self.seed} and "
                 f"{other.seed}, measured up to {self.largest} and {other.largest}; expected the same"
             )
-        is_reached = np.all((self.is_reached, other.is_reached), axis=0)
-        return Estimate(values, is_reached, self.items, self.seed)
+        return Estimate(values, self.is_reached & other.is_reached, self.items, self.seed)
 
 
 def whole(subject: Subject, *, target: str = "harmful", budget: Budget | None = None) -> Subject:
@@ -160,8 +159,9 @@ def w50(found: Curve, budget: Budget | None = None, *, seed: int = 0) -> Estimat
         losses = _means(found, budget.fluent, [one[budget.fluent].nll.tolist() for one in found.points], seed)
         qualifies &= losses <= losses[:, :1] + budget.nll + ROUNDING
     qualifies[:, 0] = False
-    reached = qualifies.any(axis=1)
-    first = np.where(reached, qualifies.argmax(axis=1), len(found.shares) - 1)
+    first = qualifies.argmax(axis=1)
+    reached = qualifies[np.arange(len(first)), first]
+    first = np.where(reached, first, len(found.shares) - 1)
     return Estimate(np.array(found.shares)[first], reached, _items(found, found.target), seed, found.shares[-1])
 
 
