@@ -5,6 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.answers import Judge, greedy_answers
@@ -118,31 +120,65 @@ def calibrate_shown(subject: Subject, *, share: float = 1.0, seed: int = 0) -> d
     return found
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model does with each request of a behaviour, in their order.
+
+    `answered`: the requests with the model's own greedy answers. `verdicts`: the judge's on each answer. `nll`: Float[n],
+    nats per token of the reference answers.
+    """
+
+    behaviour: Behaviour
+    answered: PromptSet
+    verdicts: tuple[str, ...]
+    nll: Float[Tensor, " n"]
+
+    @property
+    def hits(self) -> list[bool]:
+        """Whether each answer shows the behaviour."""
+        return [verdict == self.behaviour.wanted for verdict in self.verdicts]
+
+    @property
+    def groups(self) -> list[str]:
+        """What each request is about; intervals resample whole groups."""
+        return [example.group or example.prompt for example in self.answered]
+
+    def rows(self, labels: Labels) -> list[Measurement]:
+        """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text."""
+        attack = {"attack": "prefill" if self.behaviour.prefill else "none"}
+        counted = {self.behaviour.metric: self.behaviour.wanted}
+        if self.behaviour.wanted == "harmful":
+            counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
+        rows = [
+            rate(metric, {**labels, **attack}, [verdict == wanted for verdict in self.verdicts], self.groups)
+            for metric, wanted in counted.items()
+        ]
+        return [*rows, average(self.behaviour.nll_metric, labels, self.nll, self.groups)]
+
+
+def outcomes(subject: Subject, name: str, split: str) -> Outcomes:
+    """What the model as it stands does with every request of a behaviour in a split."""
+    behaviour = subject.behaviours[name]
+    prompts = behaviour.prompts(split)
+    answered = subject.answered(behaviour, prompts)
+    nll = completion_nll(subject.bridge, subject.batches(behaviour, prompts))
+    return Outcomes(behaviour, answered, tuple(subject.verdicts(answered)), nll)
+
+
 def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:
     """The model as it stands on every behaviour (or `only` these): rate of the wanted verdict, NLL of references.
 
     Harmful requests add the rates of refusals and of degenerate text, so that a fall of harm can be told from a loss of
     language. Yes-or-no questions add the accuracy over matched pairs and the AUROC of the answer's log-odds.
     """
-    rows = []
+    rows, where = [], {**labels, "split": split}
     for name in only or subject.behaviours:
-        behaviour = subject.behaviours[name]
-        prompts = behaviour.prompts(split)
-        groups = [example.group or example.prompt for example in prompts]
-        where = {**labels, "split": split}
-        attack = {"attack": "prefill" if behaviour.prefill else "none"}
-        verdicts = subject.verdicts(subject.answered(behaviour, prompts))
-        counted = {behaviour.metric: behaviour.wanted}
-        if behaviour.wanted == "harmful":
-            counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
-        for metric, wanted in counted.items():
-            rows.append(rate(metric, {**where, **attack}, [verdict == wanted for verdict in verdicts], groups))
-        nll = completion_nll(subject.bridge, subject.batches(behaviour, prompts))
-        rows.append(average(behaviour.nll_metric, where, nll, groups))
-        if behaviour.choices:
-            yes, no = behaviour.choices
-            odds = answer_log_odds(subject.bridge, prompts, yes, no, template=subject.template)
+        found = outcomes(subject, name, split)
+        rows += found.rows(where)
+        if found.behaviour.choices:
+            yes, no = found.behaviour.choices
+            odds = answer_log_odds(subject.bridge, found.answered, yes, no, template=subject.template)
             is_yes = torch.arange(len(odds)) % 2 == 1
-            rows.append(rate(f"{name}_pair_accuracy", where, (odds[1::2] > odds[::2]).tolist(), groups[::2]))
-            rows.append(auroc_over(f"{name}_auroc", where, odds, is_yes, groups))
+            rows.append(rate(f"{name}_pair_accuracy", where, (odds[1::2] > odds[::2]).tolist(), found.groups[::2]))
+            rows.append(auroc_over(f"{name}_auroc", where, odds, is_yes, found.groups))
     return rows
