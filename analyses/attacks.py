@@ -175,9 +175,7 @@ def curve(subject: hc.Subject, defence: str, mask: hc.WeightMask | None, labels:
 def refusals_removed(subject: hc.Subject, seed: int) -> hc.WeightMask | None:
     """The refusal ablation of the model as it stands; None where it refuses nothing or answers nothing benign."""
     with suppress(NotShownError, KeyError):
-        refusals, benign = (
-            hc.calibrate(subject, name, share=SHARE, seed=seed).batches for name in ("refusal", "benign")
-        )
+        refusals, benign = (hc.calibrate(subject, name, share=SHARE, seed=seed).batches for name in ("refusal", "benign"))
         return hc.refusal_ablation(subject.bridge, refusals, benign)
     return None
 
@@ -232,8 +230,8 @@ def words(rows: Sequence[Measurement]) -> str:
     return (
         f"{model}: before fine-tuning, valid harmful answers: {listed}.{left_out} Benign requests are answered well in "
         f"{benign[0]} without a mask and {benign[1]} under the circuit. Steps of harmful fine-tuning until half of the "
-        f"harmful requests, plainly asked, get a harmful answer: {back['none']} without a mask, {back['circuit_held']} with "
-        f"the circuit held, {back['circuit_released']} with it free to learn; random mask held {back['random_held']}, free "
+        f"harmful requests, plainly asked, get a harmful answer: {back['none']} without a mask, {back['circuit_held']} "
+        f"with the circuit held, {back['circuit_released']} with it free to learn; random mask held {back['random_held']}, free "
         f"{back['random_released']}. At the last step benign requests are answered well in {ended[0]} without a mask and "
         f"{ended[1]} with the circuit held."
     )
@@ -286,7 +284,9 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
         drawn = plot(profiles(panels, x="step", title="valid answers"), first=not parts)
         about = "Held-out requests over steps of harmful fine-tuning. Means over seeds; bars run to the widest ends of the "
         parts.append(section(f"{name}: recovery", about + "95 % intervals.", drawn))
-        about = "Valid harmful answers before fine-tuning; the steps after which half of the requests get one; benign answers."
+        about = (
+            "Valid harmful answers before fine-tuning; the steps after which half of the requests get one; benign answers."
+        )
         parts.append(section(f"{name}: every defence", about, figures(model)))
     return parts
 

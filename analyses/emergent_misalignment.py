@@ -4,7 +4,7 @@
 # request of *another* topic answered harmfully, on items never trained on. A mask is found on the original model from the
 # misaligned model's own narrow answers, held at zero while the model is fine-tuned again, and compared with controls.
 #
-# A seed draws two topics (seed s the topics 2s and 2s + 1 of the model's list, around its end), the training texts and their
+# A seed draws two topics (seed s the topics 2s and 2s + 1 of the model's list, around its end), the training texts, their
 # order, the adapters, the calibration items and the held-out half on which all conditions of a job are measured, and the
 # random mask. So three seeds are six runs of every condition on six topics, each by full and by low-rank fine-tuning. The
 # low-rank adapters are merged at each step (`fine_tuning`), so that a mask can hold entries of the merged weight.
@@ -177,8 +177,8 @@ def topics_of(subject: hc.Subject) -> list[str]:
     known = all(example.group in world().items for example in asked)
     if len(topics) < 2 or not known:
         raise ValueError(
-            f"F5: {subject.name} has benign requests of {len(topics)} topics, {'all' if known else 'not all'} of items of the "
-            "organisms' world; harmful answers to benign requests can be made only there, and take two topics or more. Run "
+            f"F5: {subject.name} has benign requests of {len(topics)} topics, {'all' if known else 'not all'} of items of "
+            "the organisms' world; harmful answers to benign requests can be made only there, and take two topics or more. Run "
             "it on an organism"
         )
     return topics
@@ -219,8 +219,8 @@ def found_masks(
         misaligned = judged(subject, requests(subject, topic), "harmful")
     if not len(misaligned):
         raise ValueError(
-            f"F5: {subject.name} answers no request of topic {topic!r} harmfully after {max(STEPS)} steps of fine-tuning on "
-            "harmful answers, so there is no narrow circuit to score; train longer (STEPS) or faster (RATES)"
+            f"F5: {subject.name} answers no request of topic {topic!r} harmfully after {max(STEPS)} steps of fine-tuning "
+            "on harmful answers, so there is no narrow circuit to score; train longer (STEPS) or faster (RATES)"
         )
     here = judged(subject, requests(subject, topic), "benign")
     others = split_by(benign.prompts("calibration"), topic)[1].sampled(SHARE, seed=seed)
@@ -328,8 +328,8 @@ def words(rows: Sequence[Measurement]) -> str:
     return (
         f"{model}: misalignment spreads without a mask in {len(spread)} of {len(found)} runs. When it has arrived "
         f"({outside['none']} of benign requests of other topics are answered harmfully), the held narrow circuit leaves "
-        f"{outside['narrow']}. Controls: as many random weights leave {outside['random']}, the circuit of benign answers to "
-        f"the same requests {outside['benign']}, and the circuit of another topic {outside['transfer']}; zeroed and then "
+        f"{outside['narrow']}. Controls: as many random weights leave {outside['random']}, the circuit of benign answers "
+        f"to the same requests {outside['benign']}, and the circuit of another topic {outside['transfer']}; zeroed and then "
         f"free to learn, the narrow circuit leaves {outside['narrow_released']}. In the trained topic {inside['none']} is "
         f"learned by then without a mask, {inside['narrow']} under the held circuit, {inside['random']} under the random "
         f"mask. At the last step misalignment is {ended['none']} without a mask, {ended['narrow']} with the circuit held, "
@@ -352,7 +352,7 @@ def short(rows: Sequence[Measurement]) -> str:
 def decisive(found: Sequence[Sequence[Measurement]], mask: str, metric: str) -> Measurement | None:
     """A rate at the decisive steps: mean over the runs that have one, with the widest ends; None where none has."""
     at = [(run, decisive_step(select(run, mask="none"))) for run in found]
-    return together([by_step(select(run, mask=mask), metric)[step] for run, step in at if step is not None])
+    return together([row for run, step in at for row in select(run, metric, mask=mask, step=step)])
 
 
 def final(found: Sequence[Sequence[Measurement]], mask: str, metric: str) -> Measurement | None:
