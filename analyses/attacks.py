@@ -231,8 +231,8 @@ def words(rows: Sequence[Measurement]) -> str:
         f"{model}: before fine-tuning, valid harmful answers: {listed}.{left_out} Benign requests are answered well in "
         f"{benign[0]} without a mask and {benign[1]} under the circuit. Steps of harmful fine-tuning until half of the "
         f"harmful requests, plainly asked, get a harmful answer: {back['none']} without a mask, {back['circuit_held']} "
-        f"with the circuit held, {back['circuit_released']} with it free to learn; random mask held {back['random_held']}, free "
-        f"{back['random_released']}. At the last step benign requests are answered well in {ended[0]} without a mask and "
+        f"with the circuit held, {back['circuit_released']} with it free to learn; random mask held {back['random_held']}, "
+        f"free {back['random_released']}. At the last step benign requests are answered well in {ended[0]} without a mask and "
         f"{ended[1]} with the circuit held."
     )
 

@@ -178,8 +178,8 @@ def topics_of(subject: hc.Subject) -> list[str]:
     if len(topics) < 2 or not known:
         raise ValueError(
             f"F5: {subject.name} has benign requests of {len(topics)} topics, {'all' if known else 'not all'} of items of "
-            "the organisms' world; harmful answers to benign requests can be made only there, and take two topics or more. Run "
-            "it on an organism"
+            "the organisms' world; harmful answers to benign requests can be made only there, and take two topics or more. "
+            "Run it on an organism"
         )
     return topics
 
@@ -329,8 +329,8 @@ def words(rows: Sequence[Measurement]) -> str:
         f"{model}: misalignment spreads without a mask in {len(spread)} of {len(found)} runs. When it has arrived "
         f"({outside['none']} of benign requests of other topics are answered harmfully), the held narrow circuit leaves "
         f"{outside['narrow']}. Controls: as many random weights leave {outside['random']}, the circuit of benign answers "
-        f"to the same requests {outside['benign']}, and the circuit of another topic {outside['transfer']}; zeroed and then "
-        f"free to learn, the narrow circuit leaves {outside['narrow_released']}. In the trained topic {inside['none']} is "
+        f"to the same requests {outside['benign']}, and the circuit of another topic {outside['transfer']}; zeroed and "
+        f"then free to learn, the narrow circuit leaves {outside['narrow_released']}. In the trained topic {inside['none']} is "
         f"learned by then without a mask, {inside['narrow']} under the held circuit, {inside['random']} under the random "
         f"mask. At the last step misalignment is {ended['none']} without a mask, {ended['narrow']} with the circuit held, "
         f"{ended['narrow_released']} with it free."
@@ -352,7 +352,7 @@ def short(rows: Sequence[Measurement]) -> str:
 def decisive(found: Sequence[Sequence[Measurement]], mask: str, metric: str) -> Measurement | None:
     """A rate at the decisive steps: mean over the runs that have one, with the widest ends; None where none has."""
     at = [(run, decisive_step(select(run, mask="none"))) for run in found]
-    return together([row for run, step in at for row in select(run, metric, mask=mask, step=step)])
+    return together([r for run, step in at if step is not None for r in select(run, metric, mask=mask, step=step)])
 
 
 def final(found: Sequence[Sequence[Measurement]], mask: str, metric: str) -> Measurement | None:
