@@ -330,10 +330,10 @@ def words(rows: Sequence[Measurement]) -> str:
         f"({outside['none']} of benign requests of other topics are answered harmfully), the held narrow circuit leaves "
         f"{outside['narrow']}. Controls: as many random weights leave {outside['random']}, the circuit of benign answers "
         f"to the same requests {outside['benign']}, and the circuit of another topic {outside['transfer']}; zeroed and "
-        f"then free to learn, the narrow circuit leaves {outside['narrow_released']}. In the trained topic {inside['none']} "
-        f"is learned by then without a mask, {inside['narrow']} under the held circuit, {inside['random']} under the random "
-        f"mask. At the last step misalignment is {ended['none']} without a mask, {ended['narrow']} with the circuit held, "
-        f"{ended['narrow_released']} with it free."
+        f"then free to learn, the narrow circuit leaves {outside['narrow_released']}. In the topic itself {inside['none']} "
+        f"is learned by then without a mask, {inside['narrow']} under the held circuit, {inside['random']} under the "
+        f"random mask. At the last step misalignment is {ended['none']} without a mask, {ended['narrow']} with the circuit "
+        f"held, {ended['narrow_released']} with it free."
     )
 
 
