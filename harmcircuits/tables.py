@@ -15,6 +15,14 @@ RATES = {
     "knowledge_rate": "knows",
     "refusal_rate": "refuses",
 }
+METRICS = {  # of the behaviours of the main job: the rate at which a model shows each
+    "harmful": "harm_valid_rate",
+    "benign": "benign_valid_rate",
+    "recognition": "recognition_accuracy",
+    "explanation": "explanation_rate",
+    "knowledge": "knowledge_rate",
+    "refusal": "refusal_rate",
+}
 LOSSES = {
     "harm_nll": "harm NLL",
     "benign_nll": "benign NLL",

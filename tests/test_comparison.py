@@ -110,14 +110,14 @@ def test_content_rows_average_the_right_pairs(subject):
     topics = ("one", "two")
     scores = removal_effect(subject.bridge, calibrate(subject, "harmful").batches, completion_loss)
     top = {name: scores for name in (f"{use}/{topic}" for use in ("harmful", "benign") for topic in topics)}
-    rows = content_rows({name: (value, []) for name, value in top.items()}, {}, q=Q)
+    rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
     same = overlap(*[top_fraction(scores, Q, within="model")] * 2).lift
-    assert {row.labels["relation"]: row.mean for row in rows} == pytest.approx(
+    assert {row.labels["relation"]: row.mean for row in select(rows, "content_lift")} == pytest.approx(
         dict.fromkeys(("twin", "harm, other topic", "benign, other topic", "harm and benign, other topic"), same)
     )
     top["benign/one"] = top["benign/two"] = -scores
-    rows = content_rows({name: (value, []) for name, value in top.items()}, {}, q=Q)
-    found = {row.labels["relation"]: row.mean for row in rows}
+    rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
+    found = {row.labels["relation"]: row.mean for row in select(rows, "content_lift")}
     assert found == pytest.approx(
         {"twin": 0, "harm, other topic": same, "benign, other topic": found["benign, other topic"],
          "harm and benign, other topic": 0}

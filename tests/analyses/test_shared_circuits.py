@@ -42,11 +42,11 @@ def test_each_ability_is_compared_under_its_own_circuit_and_the_other_s():
     harm, benign = "harm_valid_rate", "benign_valid_rate"
     rows = rates("sft", "none", none={harm: 64, benign: 64}, harmful={harm: 0, benign: 64}, benign={harm: 60, benign: 2})
     rows += rates("sft", "others", harmful={harm: 0, benign: 20}, benign={harm: 0, benign: 20})
-    (pair, free), *others = analysis.dissociations(analysis._of_model(rows, "sft", "x", "none")).items()
+    (pair, free), *others = analysis.dissociations(rows, "none").items()
     assert (pair, others) == (("harmful", "benign"), [])
     assert (free.first_gap.mean, free.second_gap.mean) == pytest.approx((60 / 64, 62 / 64))
     assert (free.first_cost.mean, free.second_cost.mean) == pytest.approx((4 / 64, 0))
-    held = analysis.dissociations(analysis._of_model(rows, "sft", "x", "others"))["harmful", "benign"]
+    held = analysis.dissociations(rows, "others")["harmful", "benign"]
     assert held.verdict == "none", "the unpruned rates are shared, the masked ones are not"
 
 
