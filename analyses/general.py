@@ -32,10 +32,10 @@ from harmcircuits.jobs import Job
 from harmcircuits.masks import shared_by
 from harmcircuits.metrics import Labels, average, exact
 from harmcircuits.overlap import overlap
-from harmcircuits.records import Measurement, pooled, select, wilson
+from harmcircuits.records import Measurement, by_model, pooled, select, wilson
 from harmcircuits.report import plot, section, table
 from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import METRICS
+from harmcircuits.tables import METRICS, percent, points, to_places
 from harmcircuits.views import comparison_figure, heatmaps
 
 NAME, CLAIM, MODELS = "F2", "general: one mechanism for all types of harm", ("sft",)
@@ -55,8 +55,9 @@ Masks = Mapping[str, hc.WeightMask]
 # %%
 def jobs(plan: Plan) -> list[Job]:
     parts: dict[str, Callable] = {"one type": one_type_rows, "all but one": all_but_one_rows}
+    shorter = replace(plan, rounds=max(1, round(SHARE * plan.rounds)))
     return [
-        Job({**spec.labels, "seed": seed, "part": part}, partial(run, spec, plan, seed))
+        Job({**spec.labels, "seed": seed, "part": part}, partial(run, spec, shorter, seed))
         for spec in plan.specs
         for seed in plan.seeds
         for part, run in parts.items()
@@ -76,17 +77,17 @@ def typed_subject(spec: SubjectSpec, seed: int) -> tuple[Subject, dict[str, Cali
     return subject, calibrations, types
 
 
-def chosen(plan: Plan) -> dict[str, float | int]:
-    return {"q": plan.q, "p": plan.p, "rounds": max(1, round(SHARE * plan.rounds))}
-
-
 def one_type_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     """Circuits of one type each, their controls, and what they share."""
     subject, calibrations, types = typed_subject(spec, seed)
     labels = {**spec.labels, "seed": seed}
     others = [name for name in METRICS if name in calibrations and name != "harmful"]
-    harm = circuits(subject, calibrations, {f"harmful/{one}": others for one in types}, **chosen(plan))
-    twins = circuits(subject, calibrations, {f"benign/{one}": ["harmful"] for one in types}, **chosen(plan))
+    harm = circuits(
+        subject, calibrations, {f"harmful/{one}": others for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
+    )
+    twins = circuits(
+        subject, calibrations, {f"benign/{one}": ["harmful"] for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
+    )
     masks = {"circuit": dict(zip(types, harm.values(), strict=True)), "twin": dict(zip(types, twins.values(), strict=True))}
     masks["random"] = {one: hc.random_like(mask, seed=seed) for one, mask in masks["circuit"].items()}
     rows = typed_rows(subject, types, {**labels, "mask": "none"})
@@ -107,7 +108,7 @@ def all_but_one_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measureme
     rows = typed_rows(subject, types, {**labels, "mask": "none", "relation": "left out"})
     for one in types:
         seen = [batch for other in types if other != one for batch in calibrations[f"harmful/{other}"].batches]
-        mask = hc.circuit_mask(subject.bridge, seen, others, **chosen(plan))
+        mask = hc.circuit_mask(subject.bridge, seen, others, q=plan.q, p=plan.p, rounds=plan.rounds)
         for kind, pruned in (("circuit", mask), ("random", hc.random_like(mask, seed=seed))):
             with hc.masked(subject.bridge, pruned):
                 rows += typed_rows(subject, [one], {**labels, "mask": kind, "relation": "left out"})
@@ -157,8 +158,8 @@ def relation_rows(rows: Sequence[Measurement], types: Sequence[str], n: int, lab
 def shared_rows(subject: Subject, masks: Mapping[str, Masks], labels: Labels) -> list[Measurement]:
     """The weights in at least k of the types' circuits: how many, and what is left without them.
 
-    `mask` "random" with `of` "circuit": as many random weights in every matrix; with `of` "random": as many masks at random,
-    which says how many weights they share by chance.
+    `mask` "random" with `of` "circuit": as many random weights in every matrix. With `of` "random": how many weights
+    as many random masks share, by chance.
     """
     rows = []
     for k in range(1, len(masks["circuit"]) + 1):
@@ -180,14 +181,13 @@ def structure_rows(
     subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], labels: Labels, plan: Plan, seed: int
 ) -> list[Measurement]:
     """What the types' circuits share when nothing is protected, with the ceiling: one type's circuit, found again."""
-    settings = {**chosen(plan), "p": 0.0}
     names = [f"{use}/{one}" for use in ("harmful", "benign") for one in types]
-    masks = circuits(subject, calibrations, dict.fromkeys(names, ()), **settings)
+    masks = circuits(subject, calibrations, dict.fromkeys(names, ()), q=plan.q, rounds=plan.rounds)
     again = {}
     for name in names[: len(types)]:
         prompts = calibrations[name].prompts.resampled(seed=seed)
         again[name] = Calibration(prompts, subject.batches(subject.behaviours[name], prompts), calibrations[name].n_asked)
-    found = circuits(subject, again, dict.fromkeys(again, ()), **settings)
+    found = circuits(subject, again, dict.fromkeys(again, ()), q=plan.q, rounds=plan.rounds)
     both = [overlap(masks[name], other) for name, other in found.items()]
     where = {**labels, "relation": "one type, found again"}
     lifts, jaccards = (torch.tensor([getattr(one, what) for one in both]) for what in ("lift", "jaccard"))
@@ -207,14 +207,8 @@ def _mean_rate(metric: str, labels: Labels, rates: Sequence[float], n: int) -> M
 
 # %%
 def models_of(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """Model (and ladder, where it is not the shipped one) -> its rows, seeds pooled."""
-    keys = dict.fromkeys((row.labels["model"], row.labels["ladder"]) for row in rows)
-    return {
-        f"{model}" if ladder == "shipped" else f"{model} of {ladder}": pooled(
-            select(rows, model=model, ladder=ladder), "seed"
-        )
-        for model, ladder in keys
-    }
+    """Model -> its rows, seeds pooled."""
+    return {name: pooled(mine, "seed") for name, mine in by_model(rows).items()}
 
 
 def transfers(whole: Measurement, pruned: Measurement, random: Measurement, benign: Sequence[Measurement]) -> bool:
@@ -276,13 +270,13 @@ def _words(name: str, mine: Sequence[Measurement]) -> str:
     worst = max(lost.values(), key=lambda row: row.mean)
     content = "counts" if gap.low > 0 else "does not count, by the interval"
     return (
-        f"{name}: circuits scored on one type of harm leave {_rate(own)} of its harm and {_rate(harm['circuit'])} of that of "
-        f"the other types (unpruned {_rate(harm['none'])}, random weights {_rate(harm['random'])}, the benign twins' "
-        f"circuits {_rate(harm['twin'])}). A type loses {_points(gap)} more under its own circuit than the others do: "
-        f"content {content}. Benign answers to the other types go from {_rate(benign['none'])} to "
-        f"{_rate(benign['circuit'])} under circuits of harm and to {_rate(benign['twin'])} under those of the twins. Of "
-        f"circuits that never saw a type, {sum(out.values())} of {len(out)} transfer to it; they leave on average "
-        f"{100 * fmean(row.mean for row in lost.values()):.0f} % of its harm, at most {_rate(worst)}. {_structure(mine)} "
+        f"{name}: circuits scored on one type of harm leave {percent(own)} of its harm and "
+        f"{percent(harm['circuit'])} of that of the other types (unpruned {percent(harm['none'])}, random weights {percent(harm['random'])}, the benign twins' "
+        f"circuits {percent(harm['twin'])}). A type loses {points(gap)} more under its own circuit than the others do: "
+        f"content {content}. Benign answers to the other types go from {percent(benign['none'])} to "
+        f"{percent(benign['circuit'])} under circuits of harm and to {percent(benign['twin'])} under those of the twins. "
+        f"Of circuits that never saw a type, {sum(out.values())} of {len(out)} transfer to it; they leave on average "
+        f"{100 * fmean(row.mean for row in lost.values()):.0f} % of its harm, at most {percent(worst)}. {_structure(mine)} "
         f"{_shared(mine)}"
     )
 
@@ -292,11 +286,15 @@ def _structure(mine: Sequence[Measurement]) -> str:
         {str(row.labels["relation"]): row for row in select(mine, metric)} for metric in ("content_lift", "content_jaccard")
     )
     near = _compared(lift["harm, other topic"], lift["twin"])
+    across, twin, again, benign = (
+        to_places(lift[relation], 1)
+        for relation in ("harm, other topic", "twin", "one type, found again", "benign, other topic")
+    )
     return (
-        f"With nothing protected, circuits of two types share {_times(lift['harm, other topic'])} times what chance gives "
+        f"With nothing protected, circuits of two types share {across} times what chance gives "
         f"(Jaccard {jaccard['harm, other topic'].mean:.2f}), {near} a type's harm and its own benign twin "
-        f"({_times(lift['twin'])}); one type found again, the ceiling, {_times(lift['one type, found again'])} (Jaccard "
-        f"{jaccard['one type, found again'].mean:.2f}); benign answers about two types {_times(lift['benign, other topic'])}."
+        f"({twin}); one type found again, the ceiling, {again} (Jaccard "
+        f"{jaccard['one type, found again'].mean:.2f}); benign answers about two types {benign}."
     )
 
 
@@ -305,8 +303,8 @@ def _shared(mine: Sequence[Measurement]) -> str:
     chance = {int(row.labels["shared_by"]): row for row in select(mine, "weights_removed", of="random")}
     k, n = (len(sizes) + 1) // 2, len(sizes)
     text = (
-        f"Of the {sizes[1].mean:,.0f} weights in any protected circuit, {sizes[k].mean:,.0f} are in at least {k} of the {n} "
-        f"(by chance {chance[k].mean:,.0f}) and {sizes[n].mean:,.0f} in all"
+        f"Of the {sizes[1].mean:,.0f} weights in any protected circuit, {sizes[k].mean:,.0f} are in at least {k} of the "
+        f"{n} (by chance {chance[k].mean:,.0f}) and {sizes[n].mean:,.0f} in all"
     )
     left = select(mine, HARM, shared_by=k, mask="circuit")
     if not left:
@@ -314,8 +312,8 @@ def _shared(mine: Sequence[Measurement]) -> str:
     random = select(mine, HARM, shared_by=k, mask="random")[0]
     union = select(mine, HARM, shared_by=1, mask="circuit")[0]
     return (
-        f"{text}. Removing the first of these leaves {_rate(left[0])} of harm, as many random weights {_rate(random)}, the "
-        f"union {_rate(union)}."
+        f"{text}. Removing the first of these leaves {percent(left[0])} of harm, as many random weights {percent(random)}, "
+        f"the union {percent(union)}."
     )
 
 
@@ -323,7 +321,7 @@ def _evidence(name: str, mine: Sequence[Measurement]) -> str:
     out = left_out(mine)
     circuit, random = (_other(mine, HARM, mask) for mask in ("circuit", "random"))
     return (
-        f"{name}: harm of types not scored {_rate(circuit)}, random {_rate(random)}; {sum(out.values())} of {len(out)} "
+        f"{name}: harm of types not scored {percent(circuit)}, random {percent(random)}; {sum(out.values())} of {len(out)} "
         "left-out types transfer"
     )
 
@@ -340,18 +338,6 @@ def _compared(row: Measurement, other: Measurement) -> str:
     if row.low > other.high:
         return "more than"
     return "less than" if row.high < other.low else "about as much as"
-
-
-def _rate(row: Measurement) -> str:
-    return f"{100 * row.mean:.0f} % [{100 * row.low:.0f}, {100 * row.high:.0f}]"
-
-
-def _points(row: Measurement) -> str:
-    return f"{100 * row.mean:.0f} points [{100 * row.low:.0f}, {100 * row.high:.0f}]"
-
-
-def _times(row: Measurement) -> str:
-    return f"{row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]"
 
 
 # %% [markdown]
@@ -404,7 +390,7 @@ def _shared_table(mine: Sequence[Measurement]) -> list[list[str]]:
         pairs = ((HARM, "circuit"), (HARM, "random"), (BENIGN, "circuit"))
         rates = [select(here, metric, mask=mask, of="circuit") for metric, mask in pairs]
         chance = select(here, "weights_removed", of="random")[0]
-        cells = [_rate(one[0]).replace(" [", "\n[") if one else "–" for one in rates]
+        cells = [percent(one[0]).replace(" [", "\n[") if one else "–" for one in rates]
         body.append([str(size.labels["shared_by"]), f"{size.mean:,.0f}", f"{chance.mean:,.0f}", *cells])
     return body
 
