@@ -139,8 +139,8 @@ def _words(mine: Sequence[Measurement]) -> str:
         )
         if select(together, mask="refusal"):
             said.append(
-                f"Removing the circuit of refusal in the same way leaves {_rates(together, 'refusal', protected)}; harm asked "
-                f"for plainly goes from {percent(select(together, PLAIN, mask='none')[0])} to "
+                f"Removing the circuit of refusal in the same way leaves {_rates(together, 'refusal', protected)}; harm "
+                f"asked for plainly goes from {percent(select(together, PLAIN, mask='none')[0])} to "
                 f"{percent(select(together, PLAIN, mask='refusal', protected=protected)[0])}."
             )
     costs = random_costs(mine)

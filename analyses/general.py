@@ -271,8 +271,8 @@ def _words(name: str, mine: Sequence[Measurement]) -> str:
     content = "counts" if gap.low > 0 else "does not count, by the interval"
     return (
         f"{name}: circuits scored on one type of harm leave {percent(own)} of its harm and "
-        f"{percent(harm['circuit'])} of that of the other types (unpruned {percent(harm['none'])}, random weights {percent(harm['random'])}, the benign twins' "
-        f"circuits {percent(harm['twin'])}). A type loses {points(gap)} more under its own circuit than the others do: "
+        f"{percent(harm['circuit'])} of that of the other types (unpruned {percent(harm['none'])}, random weights {percent(harm['random'])}, "
+        f"the benign twins' circuits {percent(harm['twin'])}). A type loses {points(gap)} more under its own circuit than the others do: "
         f"content {content}. Benign answers to the other types go from {percent(benign['none'])} to "
         f"{percent(benign['circuit'])} under circuits of harm and to {percent(benign['twin'])} under those of the twins. "
         f"Of circuits that never saw a type, {sum(out.values())} of {len(out)} transfer to it; they leave on average "
