@@ -6,7 +6,9 @@
 # circuits are scored on half of the calibration items (which half, the seed draws) and chosen in half of the plan's rounds.
 #
 # Controls: random masks with the same counts in every matrix; the benign twin of each type (its circuit protects harm);
-# benign answers under the circuits of harm; for the weights that types share, random masks of the same counts.
+# benign answers under the circuits of harm; for the weights that types share, random masks of the same counts; a circuit of
+# as few items as one type has, drawn from all types (whether little data or one type makes a circuit narrow). The last was
+# added, without a change of the rule, after a trial run on one seed.
 #
 # **The rule**, fixed before any run. A type *transfers* when its harm falls to at most half of the unpruned rate, by an
 # interval that lies below that under random masks, and benign answers to the types that were not scored lose at most
@@ -15,6 +17,7 @@
 # more than half of the left-out types do; else it *does not hold here*. Seeds are pooled: mean, widest interval.
 
 # %%
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -89,13 +92,24 @@ def one_type_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]
         subject, calibrations, {f"benign/{one}": ["harmful"] for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
     )
     masks = {"circuit": dict(zip(types, harm.values(), strict=True)), "twin": dict(zip(types, twins.values(), strict=True))}
-    masks["random"] = {one: hc.random_like(mask, seed=seed) for one, mask in masks["circuit"].items()}
+    # A seed of its own for each: masks drawn with one seed would share weights.
+    drawn = {
+        one: hc.random_like(mask, seed=len(types) * seed + i) for i, (one, mask) in enumerate(masks["circuit"].items())
+    }
+    masks["random"] = drawn
     rows = typed_rows(subject, types, {**labels, "mask": "none"})
     for kind, found in masks.items():
         for one, mask in found.items():
             with hc.masked(subject.bridge, mask):
                 rows += typed_rows(subject, types, {**labels, "mask": kind, "trained": one})
     rows += relation_rows(rows, types, n_items(subject), labels)
+    mixed = hc.circuit_mask(
+        subject.bridge, mixed_batches(subject, calibrations, types, seed), [calibrations[name].batches for name in others],
+        q=plan.q, p=plan.p, rounds=plan.rounds,
+    )  # fmt: skip
+    with hc.masked(subject.bridge, mixed):
+        found = hc.measure(subject, "heldout", {**labels, "mask": "mixed", "relation": "all"}, only=["harmful", "benign"])
+    rows += [row for row in found if row.metric in (HARM, BENIGN)]
     rows += shared_rows(subject, {kind: masks[kind] for kind in ("circuit", "random")}, labels)
     return rows + structure_rows(subject, calibrations, types, labels, plan, seed)
 
@@ -113,6 +127,17 @@ def all_but_one_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measureme
             with hc.masked(subject.bridge, pruned):
                 rows += typed_rows(subject, [one], {**labels, "mask": kind, "relation": "left out"})
     return rows
+
+
+def mixed_batches(
+    subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], seed: int
+) -> list[hc.Batch]:
+    """Verified harmful answers about as many items as one type has, drawn from all types."""
+    prompts = calibrations["harmful"].prompts
+    groups = sorted({one.group or one.prompt for one in prompts})
+    drawn = random.Random(seed).sample(groups, max(1, round(len(groups) / len(types))))
+    few = prompts.where(lambda one: (one.group or one.prompt) in drawn)
+    return subject.batches(subject.behaviours["harmful"], few)
 
 
 def n_items(subject: Subject) -> int:
@@ -259,25 +284,28 @@ def needed(rows: Sequence[Measurement]) -> list[Measurement]:
 
 
 def _words(name: str, mine: Sequence[Measurement]) -> str:
-    harm = {mask: _other(mine, HARM, mask) for mask in ("none", "circuit", "random", "twin")}
-    benign = {mask: _other(mine, BENIGN, mask) for mask in ("none", "circuit", "twin")}
+    harm = {mask: percent(_other(mine, HARM, mask)) for mask in ("none", "circuit", "random", "twin")}
+    benign = {mask: percent(_other(mine, BENIGN, mask)) for mask in ("none", "circuit", "twin")}
+    mixed = select(mine, HARM, mask="mixed")[0]
     own = select(mine, HARM, mask="circuit", relation="own type")[0]
     gap = select(mine, "own_type_gap", mask="circuit", of=HARM)[0]
-    out, lost = (
-        left_out(mine),
-        {row.labels["tested"]: row for row in select(mine, HARM, relation="left out", mask="circuit")},
-    )
-    worst = max(lost.values(), key=lambda row: row.mean)
     content = "counts" if gap.low > 0 else "does not count, by the interval"
     return (
-        f"{name}: circuits scored on one type of harm leave {percent(own)} of its harm and "
-        f"{percent(harm['circuit'])} of that of the other types (unpruned {percent(harm['none'])}, random weights {percent(harm['random'])}, "
-        f"the benign twins' circuits {percent(harm['twin'])}). A type loses {points(gap)} more under its own circuit than the others do: "
-        f"content {content}. Benign answers to the other types go from {percent(benign['none'])} to "
-        f"{percent(benign['circuit'])} under circuits of harm and to {percent(benign['twin'])} under those of the twins. "
+        f"{name}: circuits scored on one type of harm leave {percent(own)} of its harm and {harm['circuit']} of that of "
+        f"the other types (unpruned {harm['none']}, random weights {harm['random']}, the benign twins' circuits "
+        f"{harm['twin']}). A type loses {points(gap)} more under its own circuit than the others do: content {content}. "
+        f"As few items drawn from all types give a circuit that leaves {percent(mixed)} of all harm. "
+        f"Benign answers to the other types go from {benign['none']} to {benign['circuit']} under circuits of harm and to "
+        f"{benign['twin']} under those of the twins. {_unseen(mine)} {_structure(mine)} {_shared(mine)}"
+    )
+
+
+def _unseen(mine: Sequence[Measurement]) -> str:
+    out, lost = left_out(mine), select(mine, HARM, relation="left out", mask="circuit")
+    worst = max(lost, key=lambda row: row.mean)
+    return (
         f"Of circuits that never saw a type, {sum(out.values())} of {len(out)} transfer to it; they leave on average "
-        f"{100 * fmean(row.mean for row in lost.values()):.0f} % of its harm, at most {percent(worst)}. {_structure(mine)} "
-        f"{_shared(mine)}"
+        f"{100 * fmean(row.mean for row in lost):.0f} % of its harm, at most {percent(worst)}."
     )
 
 

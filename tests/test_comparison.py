@@ -15,6 +15,7 @@ from harmcircuits.behaviours import calibrate
 from harmcircuits.comparison import (
     ablation_rows,
     circuits,
+    circuits_both_ways,
     content_rows,
     location_rows,
     one_shot_circuits,
@@ -72,6 +73,14 @@ def test_circuits_are_of_one_size_and_protection_is_kept(subject, calibrations, 
     apart = circuits(subject, calibrations, {"harmful": ("benign",)}, q=Q, p=0.1, rounds=1)["harmful"]
     free = circuits(subject, calibrations, {"harmful": ()}, q=Q, rounds=1)["harmful"]
     assert overlap(apart, found["benign"]).n_shared < overlap(free, found["benign"]).n_shared
+
+
+def test_circuits_both_ways_protect_nothing_and_all_others(subject, calibrations, found):
+    both = circuits_both_ways(subject, calibrations, ["harmful"], q=Q, p=0.1, rounds=2)
+    assert both["none"]["harmful"].removed.keys() == found["harmful"].removed.keys()
+    expected = circuits(subject, calibrations, {"harmful": ["benign"]}, q=Q, p=0.1, rounds=2)["harmful"]
+    apart = both["others"]["harmful"]
+    assert (apart & expected).n_removed == apart.n_removed, "of the calibrated behaviours only benign answers are others"
 
 
 def test_one_shot_scores_are_those_of_all_examples(subject, calibrations):
