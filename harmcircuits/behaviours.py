@@ -41,6 +41,15 @@ class Behaviour:
         return replace(self, name=name, prompts=lambda split: self.prompts(split).where(keep))
 
 
+def by_category(behaviour: Behaviour) -> dict[str, Behaviour]:
+    """The behaviour's parts by the category of its requests (types of harm, topics), each called `NAME/CATEGORY`."""
+    found = {}
+    for category in dict.fromkeys(example.category for example in behaviour.prompts("calibration")):
+        name = f"{behaviour.name}/{category}"
+        found[name] = behaviour.only(name, lambda example, category=category: example.category == category)
+    return found
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers.
