@@ -44,7 +44,7 @@ BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among 
 UTILITY = ("benign", "knowledge")
 MOST, MARGIN, NLL_MARGIN = 0.5, 0.05, 0.1  # harm left, of the unpruned; utility lost: rate, and nats per token
 HARM, GOOD = METRICS["harmful"], METRICS["benign"]
-N_RESAMPLES, N_SAMPLES = 50, 20
+N_RESAMPLES, N_SAMPLES = 40, 10
 # What the circuit of each behaviour cannot take, by the label `protected`; "others" is added where it is asked for.
 PROTECTED = {
     "harmful": {"none": (), "benign": ("benign",)},

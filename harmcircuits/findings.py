@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal, Protocol
 
 import typer
@@ -70,7 +71,7 @@ class Analysis(Protocol):
     def sections(self, rows: Sequence[Measurement]) -> list[str]: ...  # noqa: D102
 
 
-def conclude(plans: Sequence[tuple[Analysis, Plan]], out: str | Path, *, workers: int = 1) -> list[Finding]:
+def conclude(plans: Sequence[tuple[Analysis | ModuleType, Plan]], out: str | Path, *, workers: int = 1) -> list[Finding]:
     """Run what is left of each analysis and write its page `NAME.html`; returns the findings in the order given.
 
     The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis' name as `finding`.
@@ -111,7 +112,7 @@ def summary(findings: Sequence[Finding]) -> str:
     return "\n".join([*head, *(f"| {f.name} | {f.claim} | **{f.verdict}** | {f.evidence} |" for f in findings)])
 
 
-def command(*analyses: Analysis) -> Callable[..., None]:
+def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
     """The command line of these analyses, for `typer.run`."""
     models = "; ".join(f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses)
 
@@ -131,7 +132,7 @@ def command(*analyses: Analysis) -> Callable[..., None]:
         logging.disable_progress_bar()
         folders = organisms or [FOLDER]
 
-        def plan(analysis: Analysis) -> Plan:
+        def plan(analysis: Analysis | ModuleType) -> Plan:
             chosen = itertools.product(folders, model or analysis.MODELS)
             specs = tuple(SubjectSpec(name, folder, device) for folder, name in chosen)
             return Plan(specs, tuple(range(seeds)), q, p, rounds)

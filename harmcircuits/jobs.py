@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harmcircuits.metrics import exact
 from harmcircuits.records import Measurement, append_rows, resumed, select
 
-DONE = "job_seconds"
+DONE, CPU = "job_seconds", "job_cpu_seconds"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def run_jobs(
 ) -> list[Measurement]:
     """The rows of all jobs in `out`, in the order in which jobs ended; those that are there already are not run again.
 
-    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_seconds` with its labels, by
-    which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which for small models is
+    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_cpu_seconds` and
+    `job_seconds` with its labels, by which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which for small models is
     faster than one process of many threads. After an error in a job no further one starts, and it is raised when those
     under way have ended; what finished is kept. Raises ValueError as `resumed`, for fewer than one worker, and for two
     jobs with the same labels.
@@ -77,6 +77,7 @@ def run_jobs(
 
 
 def _timed(job: Job) -> list[Measurement]:
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     found = job.run()
+    found.append(exact(CPU, job.labels, round(time.process_time() - cpu, 1)))
     return [*found, exact(DONE, job.labels, round(time.monotonic() - start, 1))]
