@@ -33,11 +33,11 @@ def run_jobs(
 ) -> list[Measurement]:
     """The rows of all jobs in `out`, in the order in which jobs ended; those that are there already are not run again.
 
-    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_cpu_seconds` and
-    `job_seconds` with its labels, by which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which for small models is
-    faster than one process of many threads. After an error in a job no further one starts, and it is raised when those
-    under way have ended; what finished is kept. Raises ValueError as `resumed`, for fewer than one worker, and for two
-    jobs with the same labels.
+    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_cpu_seconds` and `job_seconds`
+    with its labels, by which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which
+    for small models is faster than one process of many threads. After an error in a job no further one starts, and it is
+    raised when those under way have ended; what finished is kept. Raises ValueError as `resumed`, for fewer than one
+    worker, and for two jobs with the same labels.
     """
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")

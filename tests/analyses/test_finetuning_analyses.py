@@ -46,23 +46,24 @@ FREE = ([0.0, 0.3, 1.0], [0.0, 1.0, 1.0])  # learned at step 10, misaligned at 2
 
 
 @pytest.mark.parametrize(
-    ("narrow", "random", "expected"),
+    ("narrow", "random", "benign", "expected"),
     [
-        (([0.0, 0.0, 0.5], [0.0, 0.0, 0.8]), FREE, "protects"),
-        (([0.0, 0.0, 0.5], [0.0, 1.0, 0.79]), FREE, "blocks learning too"),
-        (([0.0, 0.0, 0.51], [0.0, 1.0, 1.0]), FREE, "no"),
-        (([0.0, 0.0, 0.1], [0.0, 1.0, 1.0]), ([0.0, 0.0, 0.4], [0.0, 1.0, 1.0]), "no"),
+        (([0.0, 0.0, 0.5], [0.0, 0.0, 0.8]), FREE, FREE, "protects"),
+        (([0.0, 0.0, 0.5], [0.0, 1.0, 0.79]), FREE, FREE, "blocks learning too"),
+        (([0.0, 0.0, 0.5], [0.0, 0.0, 0.8]), FREE, ([0.0, 0.0, 0.5], [0.0, 1.0, 1.0]), "as benign weights do"),
+        (([0.0, 0.0, 0.51], [0.0, 1.0, 1.0]), FREE, FREE, "no"),
+        (([0.0, 0.0, 0.1], [0.0, 1.0, 1.0]), ([0.0, 0.0, 0.4], [0.0, 1.0, 1.0]), FREE, "no"),
     ],
 )
-def test_the_rule(narrow, random, expected):
+def test_the_rule(narrow, random, benign, expected):
     module = import_module("emergent_misalignment")
-    rows = a_run(none=FREE, narrow=narrow, random=random)
+    rows = a_run(none=FREE, narrow=narrow, random=random, benign=benign)
     assert module.decisive_step(select(rows, mask="none")) == 20
     assert module.outcome(rows) == expected
-    judged = {"protects": "holds", "blocks learning too": "holds in part", "no": "does not hold here"}
-    assert module.verdict(rows) == judged[expected]
-    other = a_run("b", none=FREE, narrow=([0.0, 0.0, 1.0], [0.0, 1.0, 1.0]), random=FREE)
-    assert module.verdict(rows + other) == ("does not hold here" if expected == "no" else "holds in part")
+    judged = {"protects": "holds", "blocks learning too": "holds in part"}
+    assert module.verdict(rows) == judged.get(expected, "does not hold here")
+    other = a_run("b", none=FREE, narrow=([0.0, 0.0, 1.0], [0.0, 1.0, 1.0]), random=FREE, benign=FREE)
+    assert module.verdict(rows + other) == ("holds in part" if expected in judged else "does not hold here")
     found = module.finding(rows + other)
     assert found == module.finding(module.needed(rows + other)), "the kept rows are enough"
     assert "100% [90%, 110%] none" in found.evidence and f"'{expected}' in" in found.words
