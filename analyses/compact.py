@@ -49,7 +49,7 @@ from harmcircuits.tradeoff import (
 )
 from harmcircuits.views import share_figure
 
-NAME, CLAIM, MODELS = "F1", "compact", ("sft", "dpo")
+NAME, CLAIM, MODELS = "F1", "compact: a tiny share of the weights carries harm", ("sft",)
 COMPACT = 0.01  # share of weights within which w50 must be reached
 REACHED = 0.975  # on at least this share of resamples
 SHARE = 0.5  # of the calibration items that a seed draws

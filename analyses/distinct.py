@@ -38,7 +38,7 @@ from harmcircuits.subjects import SubjectSpec
 from harmcircuits.tables import METRICS, RATES, percent, points, to_places
 from harmcircuits.views import comparison_figure, overlap_figure
 
-NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft", "dpo")
+NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft",)
 SHARE = 0.5  # of the calibration items
 BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level of overlap
 UTILITY = ("benign", "knowledge")
