@@ -43,7 +43,7 @@ def mean_gradients(
         }
         own = _own(batches)
         if own:
-            _accumulate(bridge, own, objective, group, total, absolute)
+            accumulate(bridge, own, objective, group, total, absolute)
         for name, site in group.items():
             value = total.pop(name)
             if distributed.is_initialized():
@@ -78,7 +78,7 @@ def _own(batches: Sequence[Batch]) -> Sequence[Batch]:
     return batches[distributed.get_rank() :: distributed.get_world_size()]
 
 
-def _accumulate(
+def accumulate(
     bridge: TransformerBridge,
     batches: Sequence[Batch],
     objective: Objective,
@@ -86,6 +86,7 @@ def _accumulate(
     total: Mapping[str, Tensor],
     absolute: bool,
 ) -> None:
+    """Add the gradients of these batches, summed over examples, to `total`; with `absolute` their absolute values."""
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
     others = {name: site for name, site in sites.items() if not site.is_hooked}
 

@@ -6,6 +6,7 @@ or divide by their own count, a block of rows left out, a kernel that rounds its
 
 import os
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_groups_fill_the_bound_and_hold_every_matrix_once(llama):
     for bound in (max(size.values()), 9000, sum(size.values())):
         found = list(groups(sites, bound))
         assert [name for group in found for name in group] == list(sites)
-        for group, following in zip(found, found[1:], strict=False):
+        for group, following in pairwise(found):
             assert sum(map(size.get, group)) <= bound < sum(map(size.get, group)) + size[next(iter(following))]
 
 
