@@ -27,7 +27,7 @@ from harmcircuits.scores import WeightScores
 BATCHES = [random_batch(), random_batch(2, 7, seed=1), random_batch(4, 8, seed=2)]
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "GPTJ", "Gemma3", "Bloom", "Mixtral"])
 @pytest.mark.parametrize("method", [removal_effect, sensitivity])
 def test_a_bound_on_memory_changes_no_bit(open_model, name, method):
     bridge = open_model(name)
