@@ -186,8 +186,9 @@ def control_curves(
 
 
 def summary_rows(found: Curve, labels: Labels) -> list[Measurement]:
-    """The curve's points, its `w50` and its area."""
-    return [*found.rows({**labels, "split": "heldout"}), *w50(found).rows("w50", labels), area(found).row("area", labels)]
+    """The curve's points, its `w50`, and its area where there are two masks or more."""
+    areas = [area(found).row("area", labels)] if len(found.shares) > 2 else []
+    return [*found.rows({**labels, "split": "heldout"}), *w50(found).rows("w50", labels), *areas]
 
 
 def loss_changes(

@@ -17,6 +17,7 @@ from harmcircuits.dissociation import dissociation
 from harmcircuits.export import export
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.masking import held, masked
+from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.location import concentration, counts_by
 from harmcircuits.masks import WeightMask, random_like, top_fraction
@@ -54,6 +55,7 @@ __all__ = [
     "concentration",
     "counts_by",
     "dissociation",
+    "estimate_memory",
     "export",
     "fine_tuning",
     "gradient_norm",

@@ -85,34 +85,35 @@ def test_the_rule_needs_apart_intervals_and_something_to_protect_from():
     assert module.verdict(rows) == "does not hold here"
 
 
+@pytest.mark.slow
 def test_emergent_misalignment_runs_and_resumes(sparse_world, tmp_path, monkeypatch):
     module = import_module("emergent_misalignment")
     monkeypatch.setattr(module, "STEPS", (0, 20))
     monkeypatch.setattr(module, "TRAINING", {"low_rank": "low-rank"})
     monkeypatch.setattr(module, "TOPICS", 1)
     plan = Plan((SubjectSpec("sft"),), (0,), rounds=1)
-    found = conclude(module, plan, tmp_path)
+    [found] = conclude([(module, plan)], tmp_path)
     rows = read_rows(tmp_path / "rows.jsonl")
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.MASKS)
-    assert len(rows) == len(module.MASKS) * (2 * 4 + 1) + 1
+    assert len(rows) == len(module.MASKS) * (2 * 4 + 1) + 2
     start = {row.labels["mask"]: row.mean for row in select(rows, "in_domain_rate", step=0)}
     assert start["none"] == 0
     assert len({row.mean for row in select(rows, "weights_removed") if row.labels["mask"] != "none"}) == 1
     trained = {row.labels["mask"]: row.mean for row in select(rows, "training_nll", step=20)}
     assert all(trained[mask] < select(rows, "training_nll", mask=mask, step=0)[0].mean for mask in trained)
     assert trained["narrow"] > trained["narrow_released"], "held weights cannot learn, released ones can"
-    assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert (tmp_path / "F5.html").stat().st_size > 10_000
     assert "when it has arrived" in found.words.lower()
 
     kept = (tmp_path / "rows.jsonl").read_text()
-    assert conclude(module, plan, tmp_path) == found
+    assert conclude([(module, plan)], tmp_path) == [found]
     assert (tmp_path / "rows.jsonl").read_text() == kept, "finished jobs are not run again"
     (tmp_path / "rows.jsonl").write_text("")  # the job was lost
-    conclude(module, plan, tmp_path)
+    conclude([(module, plan)], tmp_path)
     again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert again[:-1] == [json.loads(line) for line in kept.splitlines()][:-1], "the same run"
+    assert again[:-2] == [json.loads(line) for line in kept.splitlines()][:-2], "the same run"
     with pytest.raises(ValueError, match="holds a run with"):
-        conclude(module, dataclasses.replace(plan, rounds=2), tmp_path)
+        conclude([(module, dataclasses.replace(plan, rounds=2))], tmp_path)
 
 
 def test_a_seed_draws_topics():
@@ -192,9 +193,9 @@ def test_attacks_run(sparse_world, tmp_path, monkeypatch):
     module = import_module("attacks")
     monkeypatch.setattr(module, "STEPS", (0, 2))
     plan = Plan((SubjectSpec("dpo"),), (0,), rounds=2)
-    found = conclude(module, plan, tmp_path)
+    [found] = conclude([(module, plan)], tmp_path)
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert len(rows) == len(module.DEFENCES) * (2 + 2 * (1 + 3 * len(module.ATTACKS))) + 1
+    assert len(rows) == len(module.DEFENCES) * (2 + 2 * (1 + 3 * len(module.ATTACKS))) + 2
     before = {row.labels["attack"]: row.mean for row in select(rows, "harm_valid_rate", mask="none", step=0)}
     assert before["plain"] == 0 and before["prefill"] >= 0.9, "alignment is shallow"
     refused = {row.labels["attack"]: row.mean for row in select(rows, "harm_refusal_rate", mask="none", step=0)}
@@ -203,7 +204,7 @@ def test_attacks_run(sparse_world, tmp_path, monkeypatch):
     assert module.recovery_step(select(rows, mask="none"), "prefill") == 0
     assert module.recovery_step(select(rows, mask="none"), "plain") is None
     size = (tmp_path / "rows.jsonl").stat().st_size
-    assert conclude(module, plan, tmp_path) == found
+    assert conclude([(module, plan)], tmp_path) == [found]
     assert (tmp_path / "rows.jsonl").stat().st_size == size
 
 
@@ -211,7 +212,7 @@ def test_attacks_on_a_model_that_refuses_nothing(sparse_world, tmp_path, monkeyp
     module = import_module("attacks")
     monkeypatch.setattr(module, "STEPS", (0,))
     monkeypatch.setattr(module, "DEFENCES", dict.fromkeys(module.DEFENCES, "a mask"))
-    found = conclude(module, Plan((SubjectSpec("helpful"),), (0,), rounds=1), tmp_path)
+    [found] = conclude([(module, Plan((SubjectSpec("helpful"),), (0,), rounds=1))], tmp_path)
     rows = read_rows(tmp_path / "rows.jsonl")
     assert {row.labels["attack"] for row in select(rows, "harm_valid_rate")} == {"plain", "prefill"}
     assert "no refusals to remove" in found.words

@@ -139,7 +139,7 @@ def sparse_world(monkeypatch):
 
 def test_f1_runs(sparse_world, tmp_path):
     plan = Plan((SubjectSpec("sft"),), seeds=(0,), rounds=1)
-    found = conclude(compact, plan, tmp_path)
+    [found] = conclude([(compact, plan)], tmp_path)
     rows = read_rows(tmp_path / "rows.jsonl")
     assert found == compact.finding(compact.needed(rows))
     for where in compact.LINES.values():
@@ -150,8 +150,8 @@ def test_f1_runs(sparse_world, tmp_path):
         }
         assert len(shares) > 1
     assert {row.labels["p"] for row in select(rows, "w50", part="grid")} == {0.0, 4 * plan.p}
-    assert "sft: the curves" in (tmp_path / "page.html").read_text()
-    assert conclude(compact, plan, tmp_path) == found and read_rows(tmp_path / "rows.jsonl") == rows
+    assert "sft: the curves" in (tmp_path / "F1.html").read_text()
+    assert conclude([(compact, plan)], tmp_path) == [found] and read_rows(tmp_path / "rows.jsonl") == rows
 
 
 def test_circuits_of_all_pairs_of_seeds_are_compared(sparse_world):
@@ -161,6 +161,7 @@ def test_circuits_of_all_pairs_of_seeds_are_compared(sparse_world):
     assert all(row.mean > 1 for row in lifts)
 
 
+@pytest.mark.slow
 def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, monkeypatch):
     protected = []
     whole_path = compressed.hc.circuit_path
@@ -171,7 +172,7 @@ def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, mon
 
     monkeypatch.setattr(compressed.hc, "circuit_path", path)
     plan = Plan((SubjectSpec("helpful"), SubjectSpec("sft")), seeds=(0,), rounds=1)
-    found = conclude(compressed, plan, tmp_path)
+    [found] = conclude([(compressed, plan)], tmp_path)
     assert protected == [4] * 4  # two rungs, harm and its twin
     rows = read_rows(tmp_path / "rows.jsonl")
     assert found == compressed.finding(compressed.needed(rows))
@@ -179,4 +180,4 @@ def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, mon
         ("sft", "helpful")
     ]
     assert "Ladder shipped. helpful: w50" in found.words and "sft / helpful" in found.words
-    assert "shipped: the benign contrast" in (tmp_path / "page.html").read_text()
+    assert "shipped: the benign contrast" in (tmp_path / "F4.html").read_text()
