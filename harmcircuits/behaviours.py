@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -19,10 +19,12 @@ from harmcircuits.records import Measurement
 class Behaviour:
     """A behaviour is its requests and the verdict that counts as showing it.
 
-    `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`.
+    `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`;
+    a request without one has an empty completion, and counts in rates but not in losses (see `references`).
     `metric`: the name of the rate of answers with verdict `wanted`; `nll_metric`: that of the reference answers' NLL.
     `prefill` opens every answer. `choices`: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
-    matched pair: no is right, then yes is right. `objective`: what its weights are scored by.
+    matched pair: no is right, then yes is right. `objective`: what its weights are scored by. `max_new_tokens`: how long an
+    answer may be, where it is not the subject's limit.
     """
 
     name: str
@@ -33,6 +35,11 @@ class Behaviour:
     prefill: str = ""
     choices: tuple[tuple[str, ...], ...] = ()
     objective: Objective = completion_loss
+    max_new_tokens: int | None = None
+
+    def references(self, split: str) -> PromptSet:
+        """The requests that have a reference answer."""
+        return self.prompts(split).where(lambda example: bool(example.completion))
 
     def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
         """The part of this behaviour whose requests satisfy `keep`, such as one category, as a behaviour called `name`."""
@@ -44,7 +51,8 @@ class Subject:
     """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers.
 
     `truth`: the true circuit of its harmful answers, where it is known. `is_invented`: its texts are invented words, so
-    reports may show them.
+    reports may show them. `answers`: how answers are made; one that keeps them on disk, for models whose answers are dear.
+    `judge_name` goes with every rate, `details` (files, settings) into the manifest, `plain_text` is read for perplexity.
     """
 
     name: str
@@ -56,6 +64,11 @@ class Subject:
     batch_size: int = 64
     truth: WeightMask | None = None
     is_invented: bool = False
+    answers: Callable[..., list[str]] = greedy_answers
+    n_answered_at_once: int = 256
+    judge_name: str = ""
+    details: Mapping[str, str | int] = field(default_factory=dict)
+    plain_text: Sequence[Batch] = field(default=(), repr=False)
 
     def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
         """Token batches of these answers to the behaviour's requests; its prefill is context, not target."""
@@ -64,8 +77,9 @@ class Subject:
 
     def answered(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
         """The same requests with the model's own greedy answers."""
-        options = {"template": self.template, "prefill": behaviour.prefill, "max_new_tokens": self.max_new_tokens}
-        return prompts.with_completions(greedy_answers(self.bridge, prompts, **options))
+        options = {"template": self.template, "prefill": behaviour.prefill, "batch_size": self.n_answered_at_once}
+        length = behaviour.max_new_tokens or self.max_new_tokens
+        return prompts.with_completions(self.answers(self.bridge, prompts, max_new_tokens=length, **options))
 
     def verdicts(self, prompts: PromptSet) -> list[str]:
         """The judge's verdict on each completion."""
@@ -131,14 +145,18 @@ def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str]
         groups = [example.group or example.prompt for example in prompts]
         where = {**labels, "split": split}
         attack = {"attack": "prefill" if behaviour.prefill else "none"}
+        if subject.judge_name:
+            attack["judge"] = subject.judge_name
         verdicts = subject.verdicts(subject.answered(behaviour, prompts))
         counted = {behaviour.metric: behaviour.wanted}
         if behaviour.wanted == "harmful":
             counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
         for metric, wanted in counted.items():
             rows.append(rate(metric, {**where, **attack}, [verdict == wanted for verdict in verdicts], groups))
-        nll = completion_nll(subject.bridge, subject.batches(behaviour, prompts))
-        rows.append(average(behaviour.nll_metric, where, nll, groups))
+        if len(answered := behaviour.references(split)):
+            nll = completion_nll(subject.bridge, subject.batches(behaviour, answered))
+            of_answered = [example.group or example.prompt for example in answered]
+            rows.append(average(behaviour.nll_metric, where, nll, of_answered))
         if behaviour.choices:
             yes, no = behaviour.choices
             odds = answer_log_odds(subject.bridge, prompts, yes, no, template=subject.template)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
+from harmcircuits import options
 from harmcircuits.jobs import Job, run_jobs
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import Measurement
@@ -100,10 +101,26 @@ def command(analysis: Analysis) -> Callable[..., None]:
         rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = Plan.rounds,
         workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
         device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+        harmful: options.Harmful = "",
+        benign: options.Benign = "",
+        harmful_heldout: options.HarmfulHeldout = "",
+        benign_heldout: options.BenignHeldout = "",
+        pairs: options.Pairs = "",
+        borderline: options.Borderline = "",
+        wording: options.WordingFile = "",
+        limit: options.Limit = 0,
+        template: options.Template = "chat",
+        judge: options.JudgeName = "local",
+        dtype: options.Dtype = "",
     ) -> None:
         logging.disable_progress_bar()
-        specs = [SubjectSpec(one, folder, device) for folder in organisms or [FOLDER] for one in model or analysis.MODELS]
-        plan = Plan(tuple(specs), tuple(range(seeds)), q, p, rounds)
+        texts = {
+            "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
+            "pairs": pairs, "borderline": borderline, "wording": wording, "limit": limit,
+            "template": template, "judge": judge, "dtype": dtype,
+        }  # fmt: skip
+        specs = options.specs(model or analysis.MODELS, organisms or [FOLDER], device, **texts)
+        plan = Plan(specs, tuple(range(seeds)), q, p, rounds)
         found = conclude(analysis, plan, out, workers=workers)
         console = Console()
         console.print(f"{found.name} {found.claim}: [bold]{found.verdict}[/]", highlight=False)

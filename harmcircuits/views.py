@@ -130,7 +130,7 @@ def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
                 row=1,
                 col=column,
             )
-    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    ticks = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
     figure.update_xaxes(title="weights removed, %", type="log", tickvals=ticks, gridcolor="#eceef1")
     figure.update_yaxes(gridcolor="#eceef1", zeroline=False, rangemode="tozero")
     for column in (1, 3):
