@@ -102,8 +102,8 @@ class SubjectSpec:
         if not Path(texts.plain).is_file():
             raise ValueError(f"{texts.plain}: no such file; give a text for perplexity, or none")
         text = Path(texts.plain).read_text(encoding="utf-8")
-        batches = tokenize_text(text, bridge.tokenizer, batch_size=self.batch_size)
-        return batches[: -(-texts.limit // self.batch_size)] if texts.limit else batches
+        windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
+        return windows[: texts.limit] if texts.limit else windows
 
 
 def load_model(model: str, *, dtype: str = "", device: str = "cpu", device_map: str = "") -> TransformerBridge:
