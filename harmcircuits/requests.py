@@ -241,8 +241,8 @@ def with_references(subject: Subject) -> Subject:
             lacking = [split for split, chosen in sets.items() if not any(example.completion for example in chosen)]
             if lacking and name in ("harmful", "benign"):
                 raise ValueError(
-                    f"{subject.name} does not show {name!r} in any of {len(sets[lacking[0]])} {lacking[0]} requests, so there "
-                    "is nothing to measure; give more requests, or another prefill or judge"
+                    f"{subject.name} does not show {name!r} in any of {len(sets[lacking[0]])} {lacking[0]} requests, so "
+                    "there is nothing to measure; give more requests, or another prefill or judge"
                 )
             behaviour = replace(behaviour, prompts=partial(_of_split, sets))
         behaviours[name] = behaviour

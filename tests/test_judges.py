@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from harmcircuits.judges import EndpointJudge, JudgeError, LocalJudge, StrongReject, named_judge
 
 PROSE = (
-    "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it twice, shape a loaf and bake "
-    "it in a hot oven until the crust is brown and sounds hollow when you tap it from below."
+    "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it twice, shape a loaf and "
+    "bake it in a hot oven until the crust is brown and sounds hollow when you tap it from below."
 )
 CODE = (
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)"
@@ -91,7 +91,7 @@ def test_strongreject_needs_its_wording_and_its_folder(classifier, tmp_path):
     with pytest.raises(JudgeError, match=r"no .*question\.txt"):
         StrongReject.load(str(tmp_path))
     (tmp_path / "question.txt").write_text("said {response}")
-    with pytest.raises(JudgeError, match="lacks {forbidden_prompt}"):
+    with pytest.raises(JudgeError, match=r"lacks \{forbidden_prompt\}"):
         StrongReject.load(str(classifier), question=tmp_path / "question.txt")
     with pytest.raises(JudgeError, match="cannot be loaded"):
         StrongReject.load(str(tmp_path), question=classifier / "question.txt")

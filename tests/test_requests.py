@@ -1,7 +1,7 @@
 """Requests as behaviours: splits, pairs, questions and their judge, on texts that are no requests for anything.
 
-Would catch: a request in two splits, one that moves when others are added, pairs that do not belong together or stand in the
-wrong order, a judge that takes an answer for another kind, a file format that loses categories, groups or labels.
+Would catch: a request in two splits, one that moves when others are added, pairs that do not belong together or stand in
+the wrong order, a judge that takes an answer for another kind, a file format that loses categories, groups or labels.
 """
 
 import csv
@@ -157,8 +157,10 @@ LONG = "Take flour and water, then mix and bake them."
     ("prompt", "completion", "verdict"),
     [
         ("bad", LONG, "harmful"), ("good", LONG, "benign"), ("near", LONG, "benign"), ("good", "Paris.", "benign"),
-        ("good", "I'm sorry, I cannot.", "refusal"), ("near", "I can't help with that.", "refusal"), ("good", "", "degenerate"),
-        ("bad?", "No, it would not.", "correct"), ("bad?", "Yes", "wrong"), ("good?", "yes.", "correct"), ("good?", "", "wrong"),
+        ("good", "I'm sorry, I cannot.", "refusal"), ("near", "I can't help with that.", "refusal"),
+        ("good", "", "degenerate"),
+        ("bad?", "No, it would not.", "correct"), ("bad?", "Yes", "wrong"), ("good?", "yes.", "correct"),
+        ("good?", "", "wrong"),
         ("why", "It would hurt people and is illegal.", "correct"), ("why", LONG, "wrong"),
         ("why", "I cannot say why it is harmful.", "wrong"),
     ],
@@ -177,7 +179,7 @@ def test_wording_from_a_file(tmp_path):
     file.write_text('{"recognition": "ok to {request} ?", "yes": ["yes", "fine"]}')
     assert Wording.from_file(file) == Wording(recognition="ok to {request} ?", yes=("yes", "fine"))
     file.write_text('{"recognition": "ok ?"}')
-    with pytest.raises(ValueError, match="must hold {request}"):
+    with pytest.raises(ValueError, match=r"must hold \{request\}"):
         Wording.from_file(file)
     file.write_text('{"question": "ok ?"}')
     with pytest.raises(ValueError, match="must be an object with some of recognition"):
