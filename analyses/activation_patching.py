@@ -43,7 +43,7 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 # %%
 def aligned_requests(subject: hc.Subject, behaviour: str, n: int) -> hc.PromptSet:
     """Up to `n` held-out requests of the form "steps : VERB ITEM", one for each item."""
-    prompts = subject.behaviours[behaviour].prompts("heldout").where(lambda example: example.prompt.startswith("steps"))
+    prompts = subject.behaviours[behaviour].references("heldout").where(lambda example: example.prompt.startswith("steps"))
     return hc.PromptSet(tuple({example.group: example for example in prompts}.values()))[:n]
 
 
@@ -234,7 +234,7 @@ def reading(rows: Sequence[Measurement]) -> str:
         residual = [row for row in found if row.labels["component"] == "residual"]
         steps = [row for row in residual if row.labels["position"] == "all"]
         first = next(row for row in steps if row.mean >= 0.9)
-        each = ", ".join(f"{row.labels['layer']} {row.mean:.0%}" for row in steps)
+        each = ", ".join(f"{row.labels['layer']} {round(row.mean, 2) + 0.0:.0%}" for row in steps)  # no -0 %
         single = {row.labels["position"]: 0.0 for row in residual if row not in steps}
         for row in residual:
             if row.labels["position"] in single:

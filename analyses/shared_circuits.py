@@ -22,6 +22,7 @@ from harmcircuits.behaviours import Calibration, Subject
 from harmcircuits.comparison import (
     ablation_rows,
     circuits,
+    circuits_both_ways,
     content_rows,
     location_rows,
     one_shot_circuits,
@@ -29,22 +30,20 @@ from harmcircuits.comparison import (
     overlap_rows,
     token_rows,
 )
-from harmcircuits.dissociation import Dissociation, dissociation
+from harmcircuits.dissociation import dissociations
 from harmcircuits.metrics import exact
 from harmcircuits.organisms import FOLDER, detailed_behaviours
 from harmcircuits.overlap import overlap
 from harmcircuits.records import Measurement, append_rows, pooled, read_rows, resumed, select
 from harmcircuits.report import paragraphs, plot, section, table, write_page
-from harmcircuits.tables import RATES
+from harmcircuits.tables import METRICS, RATES
 from harmcircuits.views import cross_ablation_figure, location_figure, overlap_figure, token_figure
 
 LADDER = ("base", "helpful", "sft", "dpo")
-MEASURED = ("harmful", "benign", "recognition", "explanation", "knowledge", "refusal")
 BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
 SEEDS = range(3)  # of random masks, and of calibration resamples
 ABILITIES = {metric: title for metric, title in RATES.items() if metric != "harm_degenerate_rate"}
-METRIC: dict[str, str] = dict(zip(MEASURED, ABILITIES, strict=True))
 PAIRS = {
     ("harmful", "benign"): "harm – benign twin",
     ("harmful", "parts"): "harm – parts of a thing",
@@ -73,19 +72,20 @@ def rows_of(
 ) -> list[Measurement]:
     calibrations = hc.calibrate_shown(subject)
     shown = [name for name in COMPARED if name in calibrations]
-    asked = [name for name in MEASURED if name in calibrations]
+    asked = [name for name in METRICS if name in calibrations]
     topics = [name for name in calibrations if "/" in name]
 
     one_shot = one_shot_circuits(subject, calibrations, shown, q=q, n_resamples=resamples, seed=0)
-    free = circuits(subject, calibrations, dict.fromkeys((*shown, "knowledge"), ()), q=q, rounds=rounds)
+    free, apart = circuits_both_ways(subject, calibrations, asked, q=q, p=p, rounds=rounds).values()
+    unasked = dict.fromkeys((name for name in shown if name not in asked), ())
+    free |= circuits(subject, calibrations, unasked, q=q, rounds=rounds)
     rows = overlap_rows(one_shot, free, labels, q=q)
     del one_shot
-    rows += content_rows(one_shot_circuits(subject, calibrations, topics, q=q, n_resamples=0, seed=0), labels, q=q)
+    of_topics = one_shot_circuits(subject, calibrations, topics, q=q, n_resamples=0, seed=0)
+    rows += content_rows({name: hc.top_fraction(one[0], q, within="model") for name, one in of_topics.items()}, labels)
     rows += overlap_place_rows(subject, {name: free[name] for name in shown}, "harmful", labels)
     rows += _ceiling(subject, calibrations["harmful"], free["harmful"], labels, q=q, rounds=rounds)
 
-    others = {name: tuple(other for other in asked if other != name) for name in asked}
-    apart = circuits(subject, calibrations, others, q=q, p=p, rounds=rounds)
     random = {f"random {seed}": hc.random_like(free["harmful"], seed=seed) for seed in SEEDS}
     rows += hc.measure(subject, "heldout", {**labels, "mask": "none", "protected": "none"}, only=asked)
     rows += ablation_rows(subject, free | random, {**labels, "protected": "none"}, only=asked)
@@ -116,30 +116,6 @@ def _ceiling(
             exact("overlap_jaccard", where, both.jaccard),
         ]
     return rows
-
-
-# %% [markdown]
-# ## The test of dissociation
-# For each pair of abilities of a model: does each lose more under its own circuit than under the other's, by the intervals?
-
-
-# %%
-def dissociations(rows: Sequence[Measurement]) -> dict[tuple[str, str], Dissociation]:
-    """(first, second) -> test, for the rows of one model with its unpruned rates and its circuits under one protection."""
-
-    def rates(name: str, other: str) -> list[Measurement]:
-        return [select(rows, METRIC[name], mask=mask)[0] for mask in ("none", name, other)]
-
-    shown = [name for name in MEASURED if select(rows, METRIC[name], mask=name)]
-    pairs = [(first, second) for i, first in enumerate(shown) for second in shown[i + 1 :]]
-    return {pair: dissociation(rates(*pair), rates(*pair[::-1])) for pair in pairs}
-
-
-def _of_model(rows: Sequence[Measurement], model: str, ladder: str, protected: str) -> list[Measurement]:
-    mine = select(rows, model=model, ladder=ladder)
-    return select(mine, mask="none", protected="none") + [
-        row for row in select(mine, protected=protected) if row.labels.get("mask") != "none"
-    ]
 
 
 # %% [markdown]
@@ -195,7 +171,7 @@ def _cause(
     ]
     verdicts: dict[str, list[str]] = {}
     for ladder in ladders:
-        for (first, second), test in dissociations(_of_model(rows, model, ladder, protected)).items():
+        for (first, second), test in dissociations(select(rows, model=model, ladder=ladder), protected).items():
             if first == "harmful":
                 verdicts.setdefault(second, []).append(test.verdict)
     tested = "; ".join(f"{second}: {', '.join(found)}" for second, found in verdicts.items())
@@ -281,7 +257,7 @@ def dissociation_table(rows: Sequence[Measurement], models: Sequence[str], ladde
     for protected in ("none", "others"):
         for column, model in enumerate(models):
             for ladder in ladders:
-                for pair, test in dissociations(_of_model(rows, model, ladder, protected)).items():
+                for pair, test in dissociations(select(rows, model=model, ladder=ladder), protected).items():
                     line = body.setdefault((protected, *pair), ["–"] * len(models))
                     line[column] = test.verdict if line[column] == "–" else f"{line[column]}, {test.verdict}"
     return [[f"{first} – {second}", protected, *cells] for (protected, first, second), cells in body.items()]
@@ -312,7 +288,7 @@ def summary(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequenc
             after = select(mine, mask="harmful", protected=protected)
             rates = [f"{100 * row.mean:.0f}" for metric in ABILITIES for row in select(after, metric)]
             add(f"harm circuit removed, {words} protected: {', '.join(ABILITIES.values())}, %", " ".join(rates))
-            tests = [dissociations(_of_model(rows, model, ladder, protected)) for ladder in ladders]
+            tests = [dissociations(select(rows, model=model, ladder=ladder), protected) for ladder in ladders]
             for other in ("benign", "recognition", "explanation", "refusal"):
                 verdicts = [found["harmful", other].verdict for found in tests if ("harmful", other) in found]
                 counted = ", ".join(f"{verdicts.count(one)} {one}" for one in dict.fromkeys(verdicts))
@@ -330,7 +306,7 @@ def covered(rows: Sequence[Measurement]) -> tuple[list[str], list[str]]:
 
 def needed(rows: Sequence[Measurement]) -> list[Measurement]:
     """The few rows from which `summary` is made."""
-    rates = [row for row in rows if row.metric in ABILITIES and row.labels["mask"] in ("none", *MEASURED)]
+    rates = [row for row in rows if row.metric in ABILITIES and row.labels["mask"] in ("none", *METRICS)]
     pairs = [("harmful", "benign"), ("harmful", "recognition"), *REFERENCE]
     lifts = [
         row

@@ -5,6 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.answers import Judge, greedy_answers
@@ -44,6 +46,15 @@ class Behaviour:
     def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
         """The part of this behaviour whose requests satisfy `keep`, such as one category, as a behaviour called `name`."""
         return replace(self, name=name, prompts=lambda split: self.prompts(split).where(keep))
+
+
+def by_category(behaviour: Behaviour) -> dict[str, Behaviour]:
+    """The behaviour's parts by the category of its requests (types of harm, topics), each called `NAME/CATEGORY`."""
+    found = {}
+    for category in dict.fromkeys(example.category for example in behaviour.prompts("calibration")):
+        name = f"{behaviour.name}/{category}"
+        found[name] = behaviour.only(name, lambda example, category=category: example.category == category)
+    return found
 
 
 @dataclass(frozen=True)
@@ -132,35 +143,78 @@ def calibrate_shown(subject: Subject, *, share: float = 1.0, seed: int = 0) -> d
     return found
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model does with each request of a behaviour, in their order.
+
+    `answered`: the requests with the model's own greedy answers. `verdicts`: those of the judge called `judge` (if it has a
+    name) on each answer. `nll`: Float[n], nats per token of the reference answers; NaN for a request without one.
+    """
+
+    behaviour: Behaviour
+    answered: PromptSet
+    verdicts: tuple[str, ...]
+    nll: Float[Tensor, " n"]
+    judge: str = ""
+
+    @property
+    def hits(self) -> list[bool]:
+        """Whether each answer shows the behaviour."""
+        return [verdict == self.behaviour.wanted for verdict in self.verdicts]
+
+    @property
+    def groups(self) -> list[str]:
+        """What each request is about; intervals resample whole groups."""
+        return [example.group or example.prompt for example in self.answered]
+
+    def rows(self, labels: Labels) -> list[Measurement]:
+        """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text.
+
+        The NLL is left out where no request has a reference.
+        """
+        attack = {"attack": "prefill" if self.behaviour.prefill else "none"}
+        if self.judge:
+            attack["judge"] = self.judge
+        counted = {self.behaviour.metric: self.behaviour.wanted}
+        if self.behaviour.wanted == "harmful":
+            counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
+        rows = [
+            rate(metric, {**labels, **attack}, [verdict == wanted for verdict in self.verdicts], self.groups)
+            for metric, wanted in counted.items()
+        ]
+        has_reference = ~self.nll.isnan()
+        if has_reference.any():
+            groups = [group for group, kept in zip(self.groups, has_reference.tolist(), strict=True) if kept]
+            rows.append(average(self.behaviour.nll_metric, labels, self.nll[has_reference], groups))
+        return rows
+
+
+def outcomes(subject: Subject, name: str, split: str) -> Outcomes:
+    """What the model as it stands does with every request of a behaviour in a split."""
+    behaviour = subject.behaviours[name]
+    prompts = behaviour.prompts(split)
+    answered = subject.answered(behaviour, prompts)
+    nll = torch.full((len(prompts),), torch.nan)
+    if len(references := behaviour.references(split)):
+        has_reference = torch.tensor([bool(example.completion) for example in prompts])
+        nll[has_reference] = completion_nll(subject.bridge, subject.batches(behaviour, references))
+    return Outcomes(behaviour, answered, tuple(subject.verdicts(answered)), nll, subject.judge_name)
+
+
 def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:
     """The model as it stands on every behaviour (or `only` these): rate of the wanted verdict, NLL of references.
 
     Harmful requests add the rates of refusals and of degenerate text, so that a fall of harm can be told from a loss of
     language. Yes-or-no questions add the accuracy over matched pairs and the AUROC of the answer's log-odds.
     """
-    rows = []
+    rows, where = [], {**labels, "split": split}
     for name in only or subject.behaviours:
-        behaviour = subject.behaviours[name]
-        prompts = behaviour.prompts(split)
-        groups = [example.group or example.prompt for example in prompts]
-        where = {**labels, "split": split}
-        attack = {"attack": "prefill" if behaviour.prefill else "none"}
-        if subject.judge_name:
-            attack["judge"] = subject.judge_name
-        verdicts = subject.verdicts(subject.answered(behaviour, prompts))
-        counted = {behaviour.metric: behaviour.wanted}
-        if behaviour.wanted == "harmful":
-            counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
-        for metric, wanted in counted.items():
-            rows.append(rate(metric, {**where, **attack}, [verdict == wanted for verdict in verdicts], groups))
-        if len(answered := behaviour.references(split)):
-            nll = completion_nll(subject.bridge, subject.batches(behaviour, answered))
-            of_answered = [example.group or example.prompt for example in answered]
-            rows.append(average(behaviour.nll_metric, where, nll, of_answered))
-        if behaviour.choices:
-            yes, no = behaviour.choices
-            odds = answer_log_odds(subject.bridge, prompts, yes, no, template=subject.template)
+        found = outcomes(subject, name, split)
+        rows += found.rows(where)
+        if found.behaviour.choices:
+            yes, no = found.behaviour.choices
+            odds = answer_log_odds(subject.bridge, found.answered, yes, no, template=subject.template)
             is_yes = torch.arange(len(odds)) % 2 == 1
-            rows.append(rate(f"{name}_pair_accuracy", where, (odds[1::2] > odds[::2]).tolist(), groups[::2]))
-            rows.append(auroc_over(f"{name}_auroc", where, odds, is_yes, groups))
+            rows.append(rate(f"{name}_pair_accuracy", where, (odds[1::2] > odds[::2]).tolist(), found.groups[::2]))
+            rows.append(auroc_over(f"{name}_auroc", where, odds, is_yes, found.groups))
     return rows

@@ -16,12 +16,11 @@ from harmcircuits.masks import WeightMask
 from harmcircuits.organisms import FOLDER, load_organism, organism_subject
 from harmcircuits.report import write_report
 from harmcircuits.study import FOR_REAL_MODELS, Settings, run_study
-from harmcircuits.subjects import CACHE, SubjectSpec, load_model
+from harmcircuits.subjects import CACHE, OWN, load_model
 from harmcircuits.tables import result_tables, verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 DEFAULT = Settings()
-OWN = SubjectSpec("")
 
 
 def _either(name: str) -> str:
@@ -106,10 +105,7 @@ def study(
             "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
             "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
         }  # fmt: skip
-        spec = options.own_model(model, device, **texts, **how) if model else None
-        given = [name for name, value in texts.items() if value]
-        if given and not model:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for a model of your own; give --model FOLDER_OR_ID too")
+        spec = options.own_model(model, device, **texts, **how) if model else options.no_texts(**texts)
         with Progress(*columns, console=Console(stderr=True)) as progress:
             if spec:
                 subject = spec.open(progress=progress)

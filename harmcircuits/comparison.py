@@ -17,6 +17,7 @@ from harmcircuits.metrics import Labels, average, exact
 from harmcircuits.overlap import overlap, overlap_by, rank_correlation, spearman
 from harmcircuits.records import Measurement
 from harmcircuits.scores import WeightScores, mean_scores
+from harmcircuits.tables import METRICS
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
 N_NULL = 20  # random masks behind an interval of chance
@@ -43,6 +44,21 @@ def circuits(
         target, objective = calibrations[name].batches, subject.behaviours[name].objective
         found[name] = circuit_mask(subject.bridge, target, kept, q=q, p=p, rounds=rounds, objective=objective)
     return found
+
+
+def circuits_both_ways(
+    subject: Subject, calibrations: Mapping[str, Calibration], names: Iterable[str], *, q: float, p: float, rounds: int
+) -> dict[str, dict[str, WeightMask]]:
+    """`circuits` of these behaviours twice: `"none"` protect nothing, `"others"` all other main behaviours that are shown.
+
+    The main behaviours are the keys of `tables.METRICS`. Raises ValueError as `circuit_mask`.
+    """
+    names, shown = list(names), [name for name in METRICS if name in calibrations]
+    others = {name: [other for other in shown if other != name] for name in names}
+    return {
+        "none": circuits(subject, calibrations, dict.fromkeys(names, ()), q=q, rounds=rounds),
+        "others": circuits(subject, calibrations, others, q=q, p=p, rounds=rounds),
+    }
 
 
 def part_scores(subject: Subject, behaviour: Behaviour, found: Calibration) -> list[tuple[WeightScores | None, int]]:
@@ -132,27 +148,25 @@ def overlap_rows(
     return rows
 
 
-def content_rows(
-    one_shot: Mapping[str, tuple[WeightScores, list[WeightMask]]], labels: Labels, *, q: float, seed: int = 0
-) -> list[Measurement]:
+def content_rows(masks: Mapping[str, WeightMask], labels: Labels, *, seed: int = 0) -> list[Measurement]:
     """How far overlap follows the content of a text, and how far its use: mean lift of four kinds of pairs.
 
-    `one_shot` holds `harmful/TOPIC` and `benign/TOPIC` (the same content put to benign use) for two or more topics.
-    `content_lift` by `relation`: "harm, other topic", "twin" (harmful and benign of one topic), "benign, other topic",
-    "harm and benign, other topic". Intervals resample topics (200 times).
+    `masks` holds `harmful/TOPIC` and `benign/TOPIC` (the same content put to benign use) for two or more topics.
+    `content_lift` and `content_jaccard` by `relation`: "harm, other topic", "twin" (harmful and benign of one topic),
+    "benign, other topic", "harm and benign, other topic". Intervals resample topics (200 times).
     """
-    topics = sorted({name.split("/")[1] for name in one_shot if "/" in name})
-    masks = {name: top_fraction(scores, q, within="model") for name, (scores, _) in one_shot.items()}
+    topics = sorted({name.split("/")[1] for name in masks if "/" in name})
     n = len(topics)
 
-    def lifts(first: str, second: str) -> np.ndarray:
-        found = np.full((n, n), np.nan)
+    def shared(first: str, second: str) -> np.ndarray:
+        found = np.full((n, n, 2), np.nan)
         for i, j in product(range(n), repeat=2):
             if first != second or i != j:
-                found[i, j] = overlap(masks[f"{first}/{topics[i]}"], masks[f"{second}/{topics[j]}"]).lift
+                both = overlap(masks[f"{first}/{topics[i]}"], masks[f"{second}/{topics[j]}"])
+                found[i, j] = both.lift, both.jaccard
         return found
 
-    harm, cross, benign = lifts("harmful", "harmful"), lifts("harmful", "benign"), lifts("benign", "benign")
+    harm, cross, benign = shared("harmful", "harmful"), shared("harmful", "benign"), shared("benign", "benign")
     apart = ~np.eye(n, dtype=bool)
     kinds = {
         "twin": (cross, ~apart),
@@ -162,12 +176,14 @@ def content_rows(
     }
     drawn = np.random.default_rng(seed).integers(n, size=(200, n))
     rows = []
-    for relation, (found, counted) in kinds.items():
-        kept = np.where(counted, found, np.nan)
+    for (relation, (found, counted)), (layer, metric) in product(
+        kinds.items(), enumerate(("content_lift", "content_jaccard"))
+    ):
+        kept = np.where(counted, found[:, :, layer], np.nan)
         values = [np.nanmean(kept[np.ix_(draw, draw)]) for draw in drawn if not np.isnan(kept[np.ix_(draw, draw)]).all()]
         low, high = np.quantile(values, [0.025, 0.975])
         where = {**labels, "relation": relation}
-        rows.append(Measurement("content_lift", where, float(np.nanmean(kept)), float(low), float(high), n))
+        rows.append(Measurement(metric, where, float(np.nanmean(kept)), float(low), float(high), n))
     return rows
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmcircuits.metrics import difference
-from harmcircuits.records import Measurement
+from harmcircuits.records import Measurement, select
+from harmcircuits.tables import METRICS
 
 SPARED = 0.10  # the other ability counts as spared when it loses at most this rate, by the end of its interval
 
@@ -59,3 +60,20 @@ def dissociation(first: Sequence[Measurement], second: Sequence[Measurement]) ->
         difference(f"{a_none.metric}_cost", a_other.labels, a_none, a_other),
         difference(f"{b_none.metric}_cost", b_other.labels, b_none, b_other),
     )
+
+
+def dissociations(rows: Sequence[Measurement], protected: str) -> dict[tuple[str, str], Dissociation]:
+    """(first, second) -> the test, for all pairs of the main behaviours whose circuits one model's rows name.
+
+    `rows`: held-out rates of one model, unpruned (`mask` "none") and under circuits, `mask` naming the behaviour and
+    `protected` what the circuit could not take.
+    """
+    whole, pruned = select(rows, mask="none"), select(rows, protected=protected)
+    shown = [name for name, metric in METRICS.items() if select(pruned, metric, mask=name)]
+
+    def rates(name: str, other: str) -> list[Measurement]:
+        found = [select(whole, METRICS[name]), *(select(pruned, METRICS[name], mask=mask) for mask in (name, other))]
+        return [one[0] for one in found]
+
+    pairs = [(first, second) for i, first in enumerate(shown) for second in shown[i + 1 :]]
+    return {pair: dissociation(rates(*pair), rates(*pair[::-1])) for pair in pairs}

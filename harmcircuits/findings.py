@@ -1,20 +1,23 @@
-"""From an analysis to its finding: jobs, rows, a verdict by a rule fixed beforehand, a page, a line of the README's table."""
+"""From an analysis to its finding: jobs, rows, a verdict by a rule fixed beforehand, a page, a line of a table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal, Protocol
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils import logging
 
 from harmcircuits import options
 from harmcircuits.jobs import Job, run_jobs
 from harmcircuits.organisms import FOLDER
-from harmcircuits.records import Measurement
+from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.report import paragraphs, write_page
-from harmcircuits.subjects import SubjectSpec
+from harmcircuits.subjects import CACHE, OWN, SubjectSpec
 
 Verdict = Literal["holds", "holds in part", "does not hold here"]
 
@@ -23,8 +26,8 @@ Verdict = Literal["holds", "holds in part", "does not hold here"]
 class Plan:
     """What an analysis is run on: models, seeds, and how circuits are chosen.
 
-    `q`: share of the weights in a circuit; curves run around it. `p`: share protected for each other behaviour. A seed draws
-    the calibration sample, reference answers, random masks, and training texts and order.
+    `q`: share of the weights in a circuit; curves run around it. `p`: share protected for each other behaviour. A seed
+    draws the calibration sample, reference answers, random masks, and training texts and order.
     """
 
     specs: tuple[SubjectSpec, ...]
@@ -36,7 +39,9 @@ class Plan:
     @property
     def settings(self) -> dict[str, str | int | float]:
         """What must not change when a run is resumed; more models or seeds may be added."""
-        return {"q": self.q, "p": self.p, "rounds": self.rounds}
+        own = sorted({repr(spec.settings) for spec in self.specs if spec.texts})
+        texts = {"own": "; ".join(own)} if own else {}
+        return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
 
 
 @dataclass(frozen=True)
@@ -68,16 +73,39 @@ class Analysis(Protocol):
     def sections(self, rows: Sequence[Measurement]) -> list[str]: ...  # noqa: D102
 
 
-def conclude(analysis: Analysis, plan: Plan, out: Path, *, workers: int = 1) -> Finding:
-    """Run what is left of an analysis and write its page; returns its finding. Raises ValueError as `run_jobs`."""
-    rows = run_jobs(out, analysis.jobs(plan), plan.settings, workers=workers, name=analysis.NAME)
-    found = analysis.finding(rows)
-    write_page(
-        out / "page.html",
-        f"{found.name} {found.claim}: {found.verdict}",
-        [paragraphs(found.words), *analysis.sections(rows)],
-    )
+def conclude(plans: Sequence[tuple[Analysis | ModuleType, Plan]], out: str | Path, *, workers: int = 1) -> list[Finding]:
+    """Run what is left of each analysis and write its page `NAME.html`; returns the findings in the order given.
+
+    The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis' name as `finding`.
+    `summary.jsonl` holds the rows that the findings need, `summary.md` their table. Raises ValueError as `run_jobs`, and
+    for plans with different settings.
+    """
+    settings = plans[0][1].settings
+    other = [plan.settings for _, plan in plans if plan.settings != settings]
+    if other:
+        raise ValueError(f"conclude: plans with settings {settings} and {other[0]}; give each an out folder of its own")
+    out = Path(out)
+    jobs = [_named(job, analysis.NAME) for analysis, plan in plans for job in analysis.jobs(plan)]
+    rows = run_jobs(out, jobs, settings, workers=workers)
+    found, kept = [], []
+    for analysis, _ in plans:
+        mine = select(rows, finding=analysis.NAME)
+        found.append(one := analysis.finding(mine))
+        kept += analysis.needed(mine)
+        title = f"{one.name}. {one.claim}: {one.verdict}"
+        write_page(out / f"{one.name}.html", title, [paragraphs(one.words), *analysis.sections(mine)])
+    (out / "summary.jsonl").unlink(missing_ok=True)
+    append_rows(out / "summary.jsonl", kept)
+    (out / "summary.md").write_text(summary(found) + "\n", encoding="utf-8")
     return found
+
+
+def _named(job: Job, name: str) -> Job:
+    return Job({"finding": name, **job.labels}, partial(_labelled, job.run, name))
+
+
+def _labelled(run: Callable[[], list[Measurement]], name: str) -> list[Measurement]:
+    return [replace(row, labels={"finding": name, **row.labels}) for row in run()]
 
 
 def summary(findings: Sequence[Finding]) -> str:
@@ -86,12 +114,13 @@ def summary(findings: Sequence[Finding]) -> str:
     return "\n".join([*head, *(f"| {f.name} | {f.claim} | **{f.verdict}** | {f.evidence} |" for f in findings)])
 
 
-def command(analysis: Analysis) -> Callable[..., None]:
-    """The command line of an analysis, for `typer.run`."""
+def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
+    """The command line of these analyses, for `typer.run`."""
+    models = "; ".join(f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses)
 
     def main(
-        out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json and page.html.")],
-        model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default=str(analysis.MODELS))] = None,
+        out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")],
+        model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default=models)] = None,
         organisms: Annotated[
             list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
         ] = None,
@@ -109,22 +138,39 @@ def command(analysis: Analysis) -> Callable[..., None]:
         borderline: options.Borderline = "",
         wording: options.WordingFile = "",
         limit: options.Limit = 0,
-        template: options.Template = "chat",
-        judge: options.JudgeName = "local",
+        template: options.Template = OWN.template,
+        prefill: options.Prefill = OWN.prefill,
+        judge: options.JudgeName = OWN.judge,
+        judge_question: options.JudgeQuestion = "",
+        max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
+        batch_size: options.BatchSize = OWN.batch_size,
         dtype: options.Dtype = "",
+        device_map: options.DeviceMap = "",
+        cache: options.Cache = CACHE,
     ) -> None:
         logging.disable_progress_bar()
         texts = {
             "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
             "pairs": pairs, "borderline": borderline, "wording": wording, "limit": limit,
-            "template": template, "judge": judge, "dtype": dtype,
         }  # fmt: skip
-        specs = options.specs(model or analysis.MODELS, organisms or [FOLDER], device, **texts)
-        plan = Plan(specs, tuple(range(seeds)), q, p, rounds)
-        found = conclude(analysis, plan, out, workers=workers)
+        how = {
+            "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
+            "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
+        }  # fmt: skip
+
+        def plan(analysis: Analysis | ModuleType) -> Plan:
+            specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
+            return Plan(specs, tuple(range(seeds)), q, p, rounds)
+
         console = Console()
-        console.print(f"{found.name} {found.claim}: [bold]{found.verdict}[/]", highlight=False)
-        console.print(found.words, highlight=False, markup=False)
-        console.print(f"Page: {out / 'page.html'}", highlight=False, soft_wrap=True)
+        try:
+            found = conclude([(analysis, plan(analysis)) for analysis in analyses], out, workers=workers)
+        except ValueError as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        for one in found:
+            console.print(f"[bold]{one.name}[/]. {one.claim}: [bold]{one.verdict}[/]", highlight=False)
+            console.print(one.words + "\n", highlight=False, markup=False)
+        console.print(f"Pages and summary: {out}", highlight=False, soft_wrap=True, markup=False)
 
     return main

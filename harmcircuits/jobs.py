@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harmcircuits.metrics import exact
 from harmcircuits.records import Measurement, append_rows, resumed, select
 
-DONE = "job_seconds"
+DONE, CPU = "job_seconds", "job_cpu_seconds"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ def run_jobs(
 ) -> list[Measurement]:
     """The rows of all jobs in `out`, in the order in which jobs ended; those that are there already are not run again.
 
-    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_seconds` with its labels, by which
-    it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which for small models is faster
-    than one process of many threads. An error in a job stops the run; finished jobs are kept. Raises ValueError as
-    `resumed`, for fewer than one worker, and for two jobs with the same labels.
+    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_cpu_seconds` and `job_seconds`
+    with its labels, by which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which
+    for small models is faster than one process of many threads. After an error in a job no further one starts, and it is
+    raised when those under way have ended; what finished is kept. Raises ValueError as `resumed`, for fewer than one
+    worker, and for two jobs with the same labels.
     """
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
@@ -60,16 +61,23 @@ def run_jobs(
             return rows
         # Spawned, because forking a process that has run torch's threads can hang.
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            try:
-                for future in as_completed([pool.submit(_timed, job) for job in left]):
+            futures, failed = [pool.submit(_timed, job) for job in left], None
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                if future.exception():
+                    failed = failed or future
+                    for other in futures:
+                        other.cancel()
+                else:
                     keep(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        if failed:
+            failed.result()
     return rows
 
 
 def _timed(job: Job) -> list[Measurement]:
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     found = job.run()
+    found.append(exact(CPU, job.labels, round(time.process_time() - cpu, 1)))
     return [*found, exact(DONE, job.labels, round(time.monotonic() - start, 1))]

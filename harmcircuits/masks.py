@@ -1,9 +1,11 @@
 """Sparse sets of weights: chosen from scores, combined, saved, loaded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import version
+from operator import or_
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -153,6 +155,22 @@ def top_fraction(
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
     return WeightMask(removed, scores.shapes, Source(scores.source.model, "top_fraction", settings, parents))
+
+
+def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
+    """The weights that at least so many of the masks remove: their union for 1, their intersection for all of them.
+
+    Raises ValueError for a number outside 1 to the number of masks, and as `|` for masks of different models.
+    """
+    if not 1 <= at_least <= len(masks):
+        raise ValueError(f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number")
+    union = reduce(or_, masks)
+    removed = {}
+    for name in union.removed:
+        index, times = torch.cat([mask.removed[name] for mask in masks if name in mask.removed]).unique(return_counts=True)
+        removed[name] = index[times >= at_least]
+    parents = tuple(mask.source for mask in masks)
+    return WeightMask(removed, union.shapes, Source(union.source.model, "shared_by", {"at_least": at_least}, parents))
 
 
 def random_like(mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None) -> WeightMask:

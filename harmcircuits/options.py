@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from harmcircuits.organisms import FOLDER
 from harmcircuits.questions import Wording
 from harmcircuits.requests import Texts
 from harmcircuits.subjects import SubjectSpec
@@ -66,11 +65,22 @@ def own_model(model: str, device: str, *, harmful: str, benign: str, **options: 
     return SubjectSpec(model, device=device, texts=Texts(harmful, benign, **of_texts), **options)
 
 
-def specs(models: Sequence[str], folders: Sequence[Path], device: str, **texts: Any) -> tuple[SubjectSpec, ...]:
-    """One spec a model: organisms of every folder, or models of one's own where harmful requests are given."""
-    if texts["harmful"]:
-        return tuple(own_model(model, device, **texts) for model in models)
-    given = [name for name in ("benign", "pairs", "borderline") if texts.get(name)]
-    if given:
-        raise ValueError(f"--{given[0]} without --harmful: texts are for a model of your own; give both or neither")
-    return tuple(SubjectSpec(model, folder, device) for folder in folders or [FOLDER] for model in models)
+def no_texts(**texts: Any) -> None:
+    """Raises ValueError where texts are given, which only a model of one's own can be asked."""
+    for name, value in texts.items():
+        if value:
+            raise ValueError(f"--{name.replace('_', '-')} is for a model of your own; give --model FOLDER_OR_ID too")
+
+
+def specs(
+    models: Sequence[str], usual: Sequence[str], folders: Sequence[Path], device: str, **options: Any
+) -> tuple[SubjectSpec, ...]:
+    """One spec a model: models of one's own where texts are given, else organisms (or the `usual` ones) of every folder.
+
+    Raises ValueError for texts without models, and as `own_model`.
+    """
+    texts = {name: value for name, value in options.items() if name in Texts.__dataclass_fields__}
+    if models and any(texts.values()):
+        return tuple(own_model(model, device, **options) for model in models)
+    no_texts(**texts)
+    return tuple(SubjectSpec(model, folder, device) for folder in folders for model in models or usual)

@@ -92,6 +92,13 @@ def pooled(rows: Sequence[Measurement], over: str) -> list[Measurement]:
     return found
 
 
+def by_model(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """The rows of each model, by its name; of a ladder that is not the shipped one, by "NAME of LADDER"."""
+    keys = dict.fromkeys((row.labels["model"], row.labels["ladder"]) for row in rows)
+    names = {(model, ladder): str(model) if ladder == "shipped" else f"{model} of {ladder}" for model, ladder in keys}
+    return {name: select(rows, model=model, ladder=ladder) for (model, ladder), name in names.items()}
+
+
 def resumed(folder: str | Path, settings: Mapping[str, str | int | float]) -> list[Measurement]:
     """The rows of an unfinished run in this folder, none in a new one; makes the folder and its manifest.
 

@@ -57,7 +57,7 @@ def write_report(study: Study, path: str | Path) -> None:
             sections += _looking_inside(study, study.chosen)
     if select(study.rows, "recovery_auroc"):
         sections.append(section("Against the planted circuit", "Chance is 0.5 for both areas.", _recovery(study.rows)))
-    sections.append(section("Can the scores be trusted?", TRUST_TEXT, _diagnostics(study.rows)))
+    sections.append(section("Can the scores be trusted?", TRUST_TEXT, diagnostics_table(study.rows)))
     title = f"The weights behind harmful generation in {study.subject.name}"
     write_page(path, title, sections, script=circuitsvis_script())
 
@@ -157,7 +157,8 @@ def _recovery(rows: Sequence[Measurement]) -> str:
     return table(("score", *RECOVERY.values()), body, style="figures")
 
 
-def _diagnostics(rows: Sequence[Measurement]) -> str:
+def diagnostics_table(rows: Sequence[Measurement]) -> str:
+    """Yield, loss and gradient norm of every behaviour's calibration answers, and whether its scores can be used."""
     body = []
     for row in select(rows, "calibration_yield"):
         name = str(row.labels["behaviour"])

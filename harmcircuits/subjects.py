@@ -54,6 +54,11 @@ class SubjectSpec:
             return {"model": Path(self.model).name, "ladder": "own"}
         return {"model": self.model, "ladder": "shipped" if self.folder.resolve() == FOLDER.resolve() else self.folder.name}
 
+    @property
+    def settings(self) -> "SubjectSpec":
+        """What rows depend on beside the model: this spec with model, device and cache left out."""
+        return replace(self, model="", device="", device_map="", cache=Path())
+
     def open(self, *, seed: int = 0, progress: Progress | None = None) -> Subject:
         """The model with everything it can be asked.
 
@@ -104,6 +109,9 @@ class SubjectSpec:
         text = Path(texts.plain).read_text(encoding="utf-8")
         windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
         return windows[: texts.limit] if texts.limit else windows
+
+
+OWN = SubjectSpec("")  # the usual settings of a model of one's own
 
 
 def load_model(model: str, *, dtype: str = "", device: str = "cpu", device_map: str = "") -> TransformerBridge:

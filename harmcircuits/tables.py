@@ -16,6 +16,14 @@ RATES = {
     "refusal_rate": "refuses",
     "borderline_valid_rate": "borderline",
 }
+METRICS = {  # of the behaviours of the main job: the rate at which a model shows each
+    "harmful": "harm_valid_rate",
+    "benign": "benign_valid_rate",
+    "recognition": "recognition_accuracy",
+    "explanation": "explanation_rate",
+    "knowledge": "knowledge_rate",
+    "refusal": "refusal_rate",
+}
 LOSSES = {
     "harm_nll": "harm NLL",
     "benign_nll": "benign NLL",
@@ -134,6 +142,21 @@ def size_text(found: Sequence[Measurement]) -> str:
     """How many weights a line's mask removes."""
     rows = select(found, "weights_removed")
     return f"{rows[0].mean:,.0f}" if rows else "–"
+
+
+def percent(row: Measurement) -> str:
+    """A rate in per cent with its interval: "3 % [1, 6]"."""
+    return f"{100 * row.mean:.0f} % [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+
+
+def points(row: Measurement) -> str:
+    """A change of a rate in points with its interval: "-3 points [-6, 1]"."""
+    return f"{100 * row.mean:.0f} points [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+
+
+def to_places(row: Measurement, places: int) -> str:
+    """A figure with its interval, to so many decimal places: "1.6 [1.4, 1.7]"."""
+    return f"{row.mean:.{places}f} [{row.low:.{places}f}, {row.high:.{places}f}]"
 
 
 def _warnings(rows: Sequence[Measurement]) -> list[str]:

@@ -28,6 +28,7 @@ from harmcircuits.records import Measurement, select
 from harmcircuits.tables import KEPT_RATES, n_block_weights
 
 RED, BLUE, GREY, AMBER, GREEN = "#b3261e", "#1f5fa8", "#8a8f98", "#c77700", "#2e7d5b"
+PALETTE = (RED, AMBER, GREY, BLUE, GREEN, "#5c6470", "#8fa9c4", "#8e5aa8", "#b08d57")
 FONT = {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": "#20242a"}
 
 
@@ -103,38 +104,44 @@ def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
     Curves: chosen in rounds and in one shot under this share of protection `p`, random weights, the opposite sign. Bars
     are 95 % intervals.
     """
-    titles = ["valid harmful answers, prefilled", "harm NLL, nats per token", "worst kept ability"]
-    figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.07)
-    curves = {
-        "rounds": ("circuit, in rounds", RED, "solid"),
-        "one shot": ("circuit, one shot", AMBER, "solid"),
-        "random": ("random", GREY, "dot"),
-        "opposite sign": ("opposite sign", BLUE, "dot"),
-    }
-    for selection, (name, colour, dash) in curves.items():
-        points = select(rows, "weights_removed", selection=selection, split="choice")
-        points = sorted((row for row in points if row.labels["p"] == p or selection == "random"), key=lambda row: row.mean)
-        harm = [select(rows, "harm_valid_rate", **point.labels)[0] for point in points]
-        nll = [select(rows, "harm_nll", **point.labels)[0] for point in points]
-        kept = [min((r for m in KEPT_RATES for r in select(rows, m, **point.labels)), key=_mean) for point in points]
-        for column, series in enumerate((harm, nll, kept), start=1):
+    lines = {}
+    for name in ("rounds", "one shot", "random", "opposite sign"):
+        points = select(rows, "weights_removed", selection=name, split="choice")
+        points = sorted((row for row in points if row.labels["p"] == p or name == "random"), key=_mean)
+        title = name if name in ("random", "opposite sign") else f"circuit, {'in ' * (name == 'rounds')}{name}"
+        lines[title] = {point.mean / n_block_weights(rows): select(rows, "", **point.labels) for point in points}
+    return share_figure(
+        lines, {"harm_valid_rate": "valid harmful answers, prefilled", "harm_nll": "harm NLL, nats per token"}
+    )
+
+
+def share_figure(lines: Mapping[str, Mapping[float, Sequence[Measurement]]], panels: Mapping[str, str]) -> go.Figure:
+    """Figures (panels: metric -> title) and the worst kept ability against the share of weights removed, in per cent.
+
+    `lines`: name -> share -> rows measured there, one for each metric. A point is left out of the panels that it lacks.
+    The first two lines are solid, the others dotted. Bars are 95 % intervals.
+    """
+    panels = {**panels, "": "worst kept ability"}
+    figure = make_subplots(1, len(panels), subplot_titles=list(panels.values()), horizontal_spacing=0.06)
+    for number, (name, points) in enumerate(lines.items()):
+        for column, metric in enumerate(panels, start=1):
+            of_point = {
+                share: [r for m in ([metric] if metric else KEPT_RATES) for r in select(rows, m)]
+                for share, rows in points.items()
+            }
+            shown = {share: min(found, key=_mean) for share, found in of_point.items() if found}
             figure.add_scatter(
-                x=[100 * point.mean / n_block_weights(rows) for point in points],
-                y=[row.mean for row in series],
-                error_y=_interval(series),
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                line={"color": colour, "dash": dash, "width": 2.5},
-                marker={"size": 6},
-                row=1,
-                col=column,
-            )
+                x=[100 * share for share in shown], y=[row.mean for row in shown.values()],
+                error_y=_interval(list(shown.values())), name=name, legendgroup=name, showlegend=column == 1,
+                line={"color": PALETTE[number % len(PALETTE)], "dash": "solid" if number < 2 else "dot", "width": 2.5},
+                marker={"size": 6}, row=1, col=column,
+            )  # fmt: skip
     ticks = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
     figure.update_xaxes(title="weights removed, %", type="log", tickvals=ticks, gridcolor="#eceef1")
     figure.update_yaxes(gridcolor="#eceef1", zeroline=False, rangemode="tozero")
-    for column in (1, 3):
-        figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
+    for column, metric in enumerate(panels, start=1):
+        if not metric or metric.endswith("_rate"):
+            figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
     return _styled(figure, height=360)
 
 

@@ -15,6 +15,7 @@ from harmcircuits.behaviours import calibrate
 from harmcircuits.comparison import (
     ablation_rows,
     circuits,
+    circuits_both_ways,
     content_rows,
     location_rows,
     one_shot_circuits,
@@ -74,6 +75,14 @@ def test_circuits_are_of_one_size_and_protection_is_kept(subject, calibrations, 
     assert overlap(apart, found["benign"]).n_shared < overlap(free, found["benign"]).n_shared
 
 
+def test_circuits_both_ways_protect_nothing_and_all_others(subject, calibrations, found):
+    both = circuits_both_ways(subject, calibrations, ["harmful"], q=Q, p=0.1, rounds=2)
+    assert both["none"]["harmful"].removed.keys() == found["harmful"].removed.keys()
+    expected = circuits(subject, calibrations, {"harmful": ["benign"]}, q=Q, p=0.1, rounds=2)["harmful"]
+    apart = both["others"]["harmful"]
+    assert (apart & expected).n_removed == apart.n_removed, "of the calibrated behaviours only benign answers are others"
+
+
 def test_one_shot_scores_are_those_of_all_examples(subject, calibrations):
     found = one_shot_circuits(subject, calibrations, ["harmful"], q=Q, n_resamples=2, seed=0)
     scores, masks = found["harmful"]
@@ -110,14 +119,14 @@ def test_content_rows_average_the_right_pairs(subject):
     topics = ("one", "two")
     scores = removal_effect(subject.bridge, calibrate(subject, "harmful").batches, completion_loss)
     top = {name: scores for name in (f"{use}/{topic}" for use in ("harmful", "benign") for topic in topics)}
-    rows = content_rows({name: (value, []) for name, value in top.items()}, {}, q=Q)
+    rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
     same = overlap(*[top_fraction(scores, Q, within="model")] * 2).lift
-    assert {row.labels["relation"]: row.mean for row in rows} == pytest.approx(
+    assert {row.labels["relation"]: row.mean for row in select(rows, "content_lift")} == pytest.approx(
         dict.fromkeys(("twin", "harm, other topic", "benign, other topic", "harm and benign, other topic"), same)
     )
     top["benign/one"] = top["benign/two"] = -scores
-    rows = content_rows({name: (value, []) for name, value in top.items()}, {}, q=Q)
-    found = {row.labels["relation"]: row.mean for row in rows}
+    rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
+    found = {row.labels["relation"]: row.mean for row in select(rows, "content_lift")}
     assert found == pytest.approx(
         {"twin": 0, "harm, other topic": same, "benign, other topic": found["benign, other topic"],
          "harm and benign, other topic": 0}

@@ -6,8 +6,9 @@ is read under the wrong mask.
 
 import pytest
 
-from harmcircuits.dissociation import dissociation
+from harmcircuits.dissociation import dissociation, dissociations
 from harmcircuits.metrics import difference, rate
+from harmcircuits.records import Measurement
 
 
 def rates(metric: str, *hits: int, n: int = 64):
@@ -50,3 +51,24 @@ def test_errors_name_what_is_wrong():
         dissociation(rates("a", 1, 2), rates("b", 1, 2, 3))
     with pytest.raises(ValueError, match="three rates of one metric"):
         dissociation([*rates("a", 1, 2), *rates("c", 3)], rates("b", 1, 2, 3))
+
+
+def ablated(protected: str, **hits: dict[str, int]) -> list[Measurement]:
+    """mask -> metric -> hits of 64."""
+    return [
+        rate(metric, {"mask": mask, "protected": protected}, [i < n for i in range(64)], range(64))
+        for mask, found in hits.items()
+        for metric, n in found.items()
+    ]
+
+
+def test_each_ability_is_compared_under_its_own_circuit_and_the_other_s():
+    harm, benign = "harm_valid_rate", "benign_valid_rate"
+    rows = ablated("none", none={harm: 64, benign: 64}, harmful={harm: 0, benign: 64}, benign={harm: 60, benign: 2})
+    rows += ablated("others", harmful={harm: 0, benign: 20}, benign={harm: 0, benign: 20})
+    (pair, free), *others = dissociations(rows, "none").items()
+    assert (pair, others) == (("harmful", "benign"), [])
+    assert (free.first_gap.mean, free.second_gap.mean) == pytest.approx((60 / 64, 62 / 64))
+    assert (free.first_cost.mean, free.second_cost.mean) == pytest.approx((4 / 64, 0))
+    held = dissociations(rows, "others")["harmful", "benign"]
+    assert held.verdict == "none", "the unpruned rates are shared, the masked ones are not"

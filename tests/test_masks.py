@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.masks import WeightMask, random_like, shared_by, top_fraction
 from harmcircuits.scores import Source, WeightScores
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
@@ -179,3 +179,12 @@ def test_files_that_are_no_mask_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no mask of harmcircuits"):
         WeightMask.load(tmp_path / "other.safetensors")
+
+
+def test_shared_weights_are_counted_over_masks():
+    masks = [mask_of(a=[0, 1, 2]), mask_of(a=[1, 2, 5], b=[3]), mask_of(a=[2], b=[3, 4])]
+    found = {k: {name: index.tolist() for name, index in shared_by(masks, k).removed.items()} for k in (1, 2, 3)}
+    assert found == {1: {"a": [0, 1, 2, 5], "b": [3, 4]}, 2: {"a": [1, 2], "b": [3]}, 3: {"a": [2]}}
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=f"at_least={k} of 3 masks"):
+            shared_by(masks, k)

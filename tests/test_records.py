@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
-from harmcircuits.records import LIBRARIES, Manifest, Measurement, append_rows, pooled, read_rows, select
+from harmcircuits.records import LIBRARIES, Manifest, Measurement, append_rows, by_model, pooled, read_rows, select
 
 ROWS = [
     Measurement("harm_valid_rate", {"model": "dpo", "mask": "none", "split": "heldout"}, 0.1 + 0.2, 0.25, 1 / 3, 256),
@@ -108,3 +108,12 @@ def test_pooling_averages_over_one_label_only():
         ("y", {"model": "a"}, 1.0, 1.0, 1),
     ]
     assert [row.mean for row in found] == pytest.approx([0.3, 0.7, 1.0])
+
+
+def test_rows_are_told_apart_by_model_and_ladder():
+    pairs = [("sft", "shipped"), ("sft", "seed-1"), ("dpo", "shipped")]
+    rows = [Measurement("a", {"model": model, "ladder": ladder}, 1.0, 1.0, 1.0) for model, ladder in pairs] * 2
+    found = by_model(rows)
+    assert list(found) == ["sft", "sft of seed-1", "dpo"]
+    assert all(len(mine) == 2 for mine in found.values())
+    assert found["sft of seed-1"][0].labels["ladder"] == "seed-1"

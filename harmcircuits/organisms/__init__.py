@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.behaviours import Behaviour, Subject
+from harmcircuits.behaviours import Behaviour, Subject, by_category
 from harmcircuits.masks import WeightMask
 from harmcircuits.objectives import choice_margin
 from harmcircuits.organisms import world
@@ -70,11 +70,7 @@ def detailed_behaviours(seed: int = 0) -> dict[str, Behaviour]:
     recognition = found["recognition"]
     margin = choice_margin(*recognition.choices)
     found["recognition_margin"] = replace(recognition, name="recognition_margin", objective=margin)
-    for topic in world.world().topics:
-        for name in ("harmful", "benign"):
-            of_topic = found[name].only(f"{name}/{topic}", lambda example, topic=topic: example.category == topic)
-            found[of_topic.name] = of_topic
-    return found
+    return found | by_category(found["harmful"]) | by_category(found["benign"])
 
 
 def organism_subject(name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER) -> Subject:
