@@ -4,16 +4,16 @@ All are float32 whatever the model's dtype, because a bfloat16 accumulator chang
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of, parameter_gradients
+from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.weights import Site, model_fingerprint, weight_sites
 from harmcircuits.masks import WeightMask
 from harmcircuits.objectives import Objective
@@ -21,37 +21,50 @@ from harmcircuits.prompts import Batch
 from harmcircuits.scores import Source, WeightScores
 
 Average = Literal["after_abs", "before_abs"]
-PER_EXAMPLE_NUMBERS = 2**24  # float32 numbers of scratch for per-example gradients: 64 MiB
 
 
-def removal_effect(bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective) -> WeightScores:
+def removal_effect(
+    bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective, *, max_memory: int | None = None
+) -> WeightScores:
     """First-order change of the mean objective when each weight alone is set to zero: -W * mean_x dL_x/dW.
 
     Units of the objective (nats per example for `completion_loss`). **Positive: the weight supports the behaviour.** Every
-    example weighs the same; batch size and padding do not matter. Raises ValueError for no batches and as `weight_sites`.
-    Source: arXiv 2604.09544 (there W * g, the most negative pruned: the same ranking, this sign).
+    example weighs the same; batch size and padding do not matter. `max_memory`: bytes that accumulators may take on the
+    devices (see `mean_gradients`); the scores are then in host memory, and the same. Raises ValueError for no batches, as
+    `mean_gradients` and as `weight_sites`. Source: arXiv 2604.09544 (there W * g, the most negative pruned: the same
+    ranking, this sign).
     """
-    values = _mean_gradients(bridge, batches, objective, _add_signed)
-    for name, site in weight_sites(bridge).items():
-        values[name].mul_(site.parameter.detach().float()).neg_()
+    sites = _checked(bridge, batches)
+
+    def finish(site: Site, gradient: Tensor) -> Tensor:
+        return gradient.mul_(site.parameter.detach()).neg_()
+
+    values = mean_gradients(bridge, batches, objective, sites, finish, max_memory=max_memory)
     return WeightScores(values, _source(bridge, "removal_effect", batches, objective))
 
 
 def sensitivity(
-    bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective, *, average: Average = "after_abs"
+    bridge: TransformerBridge,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    average: Average = "after_abs",
+    max_memory: int | None = None,
 ) -> WeightScores:
     """How strongly the objective depends on each weight, whatever the sign; never negative, units of the objective.
 
     `"after_abs"`: |W| * mean_x |dL_x/dW|, absolute values per example and then the mean (the released code).
-    `"before_abs"`: |W * mean_x dL_x/dW| (the other published reading). Raises ValueError for another average, for no
-    batches and as `weight_sites`. Source: SNIP as used in arXiv 2402.05162 and 2604.09544.
+    `"before_abs"`: |W * mean_x dL_x/dW| (the other published reading). `max_memory` as in `removal_effect`. Raises
+    ValueError for another average, and as `removal_effect`. Source: SNIP as used in arXiv 2402.05162 and 2604.09544.
     """
     if average not in ("after_abs", "before_abs"):
         raise ValueError(f'sensitivity: average={average!r}; expected "after_abs" or "before_abs"')
-    add = _add_absolute if average == "after_abs" else _add_signed
-    values = _mean_gradients(bridge, batches, objective, add)
-    for name, site in weight_sites(bridge).items():
-        values[name].mul_(site.parameter.detach().float()).abs_()
+    sites, absolute = _checked(bridge, batches), average == "after_abs"
+
+    def finish(site: Site, gradient: Tensor) -> Tensor:
+        return gradient.mul_(site.parameter.detach()).abs_()
+
+    values = mean_gradients(bridge, batches, objective, sites, finish, absolute=absolute, max_memory=max_memory)
     return WeightScores(values, _source(bridge, "sensitivity", batches, objective, average=average))
 
 
@@ -100,7 +113,7 @@ def gradient_norm(bridge: TransformerBridge, batches: Sequence[Batch], objective
 
     Units of the objective per unit of weight. Raises ValueError for no batches and as `weight_sites`.
     """
-    gradients = _mean_gradients(bridge, batches, objective, _add_signed)
+    gradients = mean_gradients(bridge, batches, objective, _checked(bridge, batches), lambda site, gradient: gradient)
     return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
 
 
@@ -145,60 +158,6 @@ def _removed_block(site: Site, mask: WeightMask) -> tuple[Tensor, Tensor, Float[
     block = torch.zeros(len(rows), len(columns), device=site.parameter.device)
     block[row, column] = site.parameter.detach().flatten()[index].float()
     return rows, columns, block
-
-
-Add = Callable[[Site, Input, OutputGradient, Tensor], None]
-
-
-def _mean_gradients(
-    bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective, add: Add
-) -> dict[str, Float[Tensor, "..."]]:
-    sites = _checked(bridge, batches)
-    total = {
-        name: torch.zeros(site.parameter.shape, dtype=torch.float32, device=site.parameter.device)
-        for name, site in sites.items()
-    }
-    hooked = {name: site for name, site in sites.items() if site.is_hooked}
-    others = {name: site for name, site in sites.items() if not site.is_hooked}
-
-    def receive(site: Site, x: Input, g: OutputGradient) -> None:
-        add(site, x, g, total[site.name])
-
-    def receive_gradient(site: Site, gradient: Tensor) -> None:
-        total[site.name].add_(gradient.float().abs_() if add is _add_absolute else gradient.float())
-
-    # A parameter's gradient is summed over the batch, so absolute values per example need an example at a time.
-    at_once = _singles(batches) if others and add is _add_absolute else batches
-    with torch.enable_grad(), hook_pairs(bridge, hooked, receive), parameter_gradients(others, receive_gradient):
-        for batch in at_once:
-            values = objective(bridge, batch)
-            if values.shape != (len(batch),):
-                raise ValueError(f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},)")
-            values.sum().backward()
-    n_examples = sum(len(batch) for batch in batches)
-    for value in total.values():
-        value.div_(n_examples)
-    return total
-
-
-def _singles(batches: Sequence[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        for tokens, is_target in zip(batch.tokens.split(1), batch.is_target.split(1), strict=True):
-            yield Batch(tokens, is_target)
-
-
-def _add_signed(site: Site, x: Input, g: OutputGradient, total: Tensor) -> None:
-    x, g = x.flatten(0, 1).float(), g.flatten(0, 1).float()
-    total.addmm_(g.T, x) if site.input_axis == 1 else total.addmm_(x.T, g)
-
-
-def _add_absolute(site: Site, x: Input, g: OutputGradient, total: Tensor) -> None:
-    first, second = (g.float(), x.float()) if site.input_axis == 1 else (x.float(), g.float())
-    at_once = max(1, PER_EXAMPLE_NUMBERS // total.numel())
-    for rows in range(0, len(x), at_once):
-        chunk = slice(rows, rows + at_once)
-        per_example = einsum(first[chunk], second[chunk], "batch pos a, batch pos b -> batch a b")
-        total.add_(per_example.abs_().sum(dim=0))
 
 
 def _checked(bridge: TransformerBridge, batches: Sequence[Batch]) -> dict[str, Site]:

@@ -25,16 +25,18 @@ def circuit_mask(
     rounds: int = 1,
     within: Scope = "model",
     objective: Objective = completion_loss,
+    max_memory: int | None = None,
 ) -> WeightMask:
     """The share `q` of weights whose removal most raises the target's loss, among those that nothing preserved needs.
 
     `target`: batches of the behaviour to remove, scored by `objective`. `preserve`: a list of batches for each behaviour to
     keep; the top share `p` by `sensitivity` of its completion loss cannot be chosen. `rounds` > 1 chooses q / rounds at a
     time and scores everything again under the mask so far. Exactly `q` of the weights are removed: one round removes what
-    the published difference `top_fraction(harm, q') - top_fraction(keep, p)` removes at a larger q'. Raises ValueError as
-    `circuit_path`.
+    the published difference `top_fraction(harm, q') - top_fraction(keep, p)` removes at a larger q'. `max_memory` is that
+    of `removal_effect`: the mask is the same. Raises ValueError as `circuit_path`.
     """
-    return list(circuit_path(bridge, target, preserve, q=q, p=p, rounds=rounds, within=within, objective=objective))[-1]
+    options = {"rounds": rounds, "within": within, "objective": objective, "max_memory": max_memory}
+    return list(circuit_path(bridge, target, preserve, q=q, p=p, **options))[-1]
 
 
 def circuit_path(
@@ -47,9 +49,11 @@ def circuit_path(
     rounds: int,
     within: Scope = "model",
     objective: Objective = completion_loss,
+    max_memory: int | None = None,
 ) -> Iterator[WeightMask]:
     """The growing mask after each round of `circuit_mask`: `rounds` masks of shares q/rounds, 2q/rounds, ... q.
 
+    Holds the scores of one behaviour at a time; of what is preserved it keeps the protected weights only.
     Raises ValueError for rounds below 1, fractions outside [0, 1], and a preserved share that leaves too few weights.
     """
     if rounds < 1:
@@ -57,12 +61,17 @@ def circuit_path(
     mask = None
     for number in range(1, rounds + 1):
         with masked(bridge, mask) if mask else nullcontext():
-            harm = removal_effect(bridge, target, objective)
-            keep = [sensitivity(bridge, batches, completion_loss) for batches in preserve]
-        chosen = best_unprotected(harm, keep, q=q / rounds, p=p, within=within, taken=mask)
+            protected = [
+                top_fraction(sensitivity(bridge, batches, completion_loss, max_memory=max_memory), p, within=within)
+                for batches in preserve
+            ]
+            harm = removal_effect(bridge, target, objective, max_memory=max_memory)
+        chosen = _best_outside(harm, [mask, *protected], q=q / rounds, within=within)
         settings = {"q": q * number / rounds, "p": p, "within": within, "round": number, "rounds": rounds}
-        source = Source(harm.source.model, "circuit", settings, (harm.source, *(scores.source for scores in keep)))
+        parents = (harm.source, *(found.source.parents[0] for found in protected))
+        source = Source(harm.source.model, "circuit", settings, parents)
         mask = WeightMask((mask | chosen if mask else chosen).removed, harm.shapes, source)
+        del harm
         yield mask
 
 
@@ -77,5 +86,9 @@ def best_unprotected(
 ) -> WeightMask:
     """The top share `q` of `harm` among weights that are neither `taken` nor in the top share `p` of any of `keep`."""
     protected = [top_fraction(scores, p, within=within) for scores in keep]
-    exclude = [mask for mask in (taken, *protected) if mask]
+    return _best_outside(harm, [taken, *protected], q=q, within=within)
+
+
+def _best_outside(harm: WeightScores, masks: Sequence[WeightMask | None], *, q: float, within: Scope) -> WeightMask:
+    exclude = [mask for mask in masks if mask]
     return top_fraction(harm, q, within=within, exclude=reduce(or_, exclude) if exclude else None)

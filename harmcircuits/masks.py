@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.scores import Source, WeightScores
+from harmcircuits.selection import largest, largest_of_rows
 
 Scope = Literal["weight", "model", "row"]
 
@@ -144,14 +145,17 @@ def top_fraction(
         raise ValueError(f'top_fraction: within={within!r}; expected "weight", "model" or "row"')
     if exclude is not None and exclude.shapes != scores.shapes:
         raise ValueError("top_fraction: `exclude` is a mask over other weights than the scores")
-    flat = {name: _without(value.flatten(), exclude, name) for name, value in scores.values.items()}
+    excluded = exclude.removed if exclude is not None else {}
+    values = scores.values
     if within == "model":
-        removed = _top_of_all(flat, _count(fraction, sum(value.numel() for value in flat.values())))
+        removed = largest(values, _count(fraction, sum(torch.Size(s).numel() for s in scores.shapes.values())), excluded)
     elif within == "weight":
-        removed = {n: _top_of_all({n: value}, _count(fraction, value.numel()))[n] for n, value in flat.items()}
+        removed = {}
+        for name, shape in scores.shapes.items():
+            removed |= largest({name: values[name]}, _count(fraction, torch.Size(shape).numel()), excluded)
     else:
-        rows = {name: value.view(-1, scores.shapes[name][-1]) for name, value in flat.items()}
-        removed = {name: _top_of_rows(value, _count(fraction, value.shape[1])) for name, value in rows.items()}
+        counts = {name: _count(fraction, shape[-1]) for name, shape in scores.shapes.items()}
+        removed = {name: largest_of_rows(values[name], count, excluded.get(name)) for name, count in counts.items()}
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
     return WeightMask(removed, scores.shapes, Source(scores.source.model, "top_fraction", settings, parents))
@@ -204,34 +208,3 @@ def _matched(magnitude: Float[Tensor, " size"], index: Tensor, generator: torch.
 
 def _count(fraction: float, n: int) -> int:
     return max(1, int(fraction * n + 0.5)) if fraction > 0 else 0
-
-
-def _without(flat: Tensor, exclude: WeightMask | None, name: str) -> Tensor:
-    if exclude is None or name not in exclude.removed:
-        return flat
-    return flat.index_fill(0, exclude.removed[name].to(flat.device), -torch.inf)
-
-
-def _top_of_all(flat: Mapping[str, Float[Tensor, " n"]], k: int) -> dict[str, Int[Tensor, " n"]]:
-    """The k largest over all tensors. Each tensor offers its own k largest, so no copy of all scores is ever made."""
-    if k == 0:
-        return {name: torch.empty(0, dtype=torch.int64) for name in flat}
-    best = torch.cat([value.topk(min(k, value.numel()), sorted=False).values for value in flat.values()])
-    threshold = best.topk(k).values[-1]
-    if threshold == -torch.inf:
-        raise ValueError(f"top_fraction: {k} weights to choose, but `exclude` leaves fewer; lower the fractions")
-    n_ties = k - int((best > threshold).sum())
-    removed = {}
-    for name, value in flat.items():
-        ties = (value == threshold).nonzero().flatten()[:n_ties]
-        n_ties -= ties.numel()
-        removed[name] = torch.cat([(value > threshold).nonzero().flatten(), ties]).sort().values
-    return removed
-
-
-def _top_of_rows(value: Float[Tensor, "rows columns"], k: int) -> Int[Tensor, " n"]:
-    order = value.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    if value.gather(1, order).isneginf().any():
-        raise ValueError(f"top_fraction: {k} weights to choose in a row, but `exclude` leaves fewer; lower the fractions")
-    start = torch.arange(value.shape[0], device=value.device)[:, None] * value.shape[1]
-    return (order + start).flatten().sort().values

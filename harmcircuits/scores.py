@@ -2,14 +2,20 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+FORMAT = "harmcircuits.scores.1"
+SHARD_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,16 @@ def _from_dict(row: Mapping[str, Any]) -> Source:
 class WeightScores:
     """One float32 score per weight: `values[name]` has the shape of the weight as stored.
 
-    Raises ValueError when a score is not finite, naming the weight.
+    Loaded scores stay in their file: each `values[name]` is read when it is asked for, so that a selection never holds more
+    than one matrix. Raises ValueError when a score is not finite, naming the weight.
     """
 
     values: Mapping[str, Float[Tensor, "..."]]
     source: Source
 
     def __post_init__(self) -> None:
+        if isinstance(self.values, _Saved):  # checked before they were written
+            return
         for name, value in self.values.items():
             # A sum is finite only if every term is; it needs no copy of the tensor.
             if not math.isfinite(value.sum(dtype=value.dtype).item()) and not value.isfinite().all():
@@ -58,17 +67,85 @@ class WeightScores:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
 
     def __repr__(self) -> str:
-        return f"WeightScores({self.source.method}, {sum(v.numel() for v in self.values.values()):,} weights)"
+        return f"WeightScores({self.source.method}, {sum(map(math.prod, self.shapes.values())):,} weights)"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every scored weight as stored."""
+        if isinstance(self.values, _Saved):
+            return dict(self.values.shapes)
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
     def __neg__(self) -> "WeightScores":
         """The scores with the opposite sign."""
         values = {name: -value for name, value in self.values.items()}
         return WeightScores(values, Source(self.source.model, "negative", {}, (self.source,)))
+
+    def save(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write safetensors shards with the shapes and the source into a new or empty folder. Never pickle.
+
+        A shard holds whole matrices, about `shard_bytes` of them. Raises ValueError for a folder that holds something.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty; give a new folder for the scores")
+        shards: list[list[str]] = [[]]
+        size = 0
+        for name, shape in self.shapes.items():
+            if shards[-1] and size + 4 * math.prod(shape) > shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += 4 * math.prod(shape)
+        metadata = {"format": FORMAT, "shapes": json.dumps(self.shapes), "source": self.source.to_json()}
+        for number, names in enumerate(shards, start=1):
+            path = folder / f"scores-{number:05}-of-{len(shards):05}.safetensors"
+            save_file({name: self.values[name].contiguous() for name in names}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "WeightScores":
+        """The scores in a folder written by `save`, read from their file as they are used.
+
+        Raises ValueError for a folder without scores, a file that is none of them, and a missing or foreign shard.
+        """
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        if not paths:
+            raise ValueError(f"{folder}: no scores there; expected a folder written by WeightScores.save")
+        places: dict[str, Path] = {}
+        described = set()
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    metadata = file.metadata() or {}
+                    places |= dict.fromkeys(file.keys(), path)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a safetensors file ({error}); expected scores") from None
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path}: no scores of harmcircuits (format {metadata.get('format')!r})")
+            described.add((metadata["shapes"], metadata["source"]))
+        shapes = {name: tuple(shape) for name, shape in json.loads(next(iter(described))[0]).items()}
+        if len(described) > 1 or places.keys() != shapes.keys():
+            raise ValueError(f"{folder}: a shard is missing or of other scores; save them again into an empty folder")
+        return cls(_Saved(shapes, places), Source.from_json(next(iter(described))[1]))
+
+
+@dataclass(frozen=True)
+class _Saved(Mapping[str, Tensor]):
+    """Tensors in safetensors files, in the order of `shapes`; each is mapped into memory when it is asked for."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    places: Mapping[str, Path]
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:

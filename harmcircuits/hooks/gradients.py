@@ -46,7 +46,10 @@ def hook_pairs(
 
     forward = [(site.hook_in, partial(keep, site=site)) for site in sites.values()]
     backward = [(site.hook_out, partial(give, site=site)) for site in sites.values()]
-    start = ("embed.hook_out", lambda value, hook: value.detach().requires_grad_())
+    # Below the first of these layers no graph is needed, unless a parameter there has one of its own.
+    first = min((site.layer for site in sites.values()), default=0)
+    name = f"blocks.{first}.hook_in" if first else "embed.hook_out"
+    start = (name, lambda value, hook: value if value.requires_grad else value.detach().requires_grad_())
     with frozen(bridge), bridge.hooks(fwd_hooks=[start, *forward], bwd_hooks=backward):
         yield
     _refuse_unreached(sites, reached)

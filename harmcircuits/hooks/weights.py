@@ -94,7 +94,7 @@ def model_fingerprint(bridge: TransformerBridge) -> str:
     A merged LoRA of the block matrices therefore carries the fingerprint of its base.
     """
     digest = hashlib.sha256()
-    for name, parameter in (bridge.state_dict(keep_vars=True) | _matrices(bridge)).items():
+    for name, parameter in _tensors(bridge).items():
         if _NAME.fullmatch(name):
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
         elif isinstance(parameter, nn.Parameter) and name.endswith("weight"):
@@ -120,13 +120,21 @@ def weights_digest(bridge: TransformerBridge) -> str:
     return digest.hexdigest()[:16]
 
 
-def _matrices(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
-    named = {name: p for name, p in bridge.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+def _tensors(bridge: TransformerBridge) -> dict[str, Tensor]:
+    """Every stored tensor once by its clean name."""
+    named = dict(bridge.state_dict(keep_vars=True))
     for layer, block in enumerate(bridge.blocks):
         if isinstance(getattr(block, "mlp", None), MoEBridge):  # the state dict lacks stacked experts
             for name, parameter in block.mlp.named_parameters():
-                named[f"blocks.{layer}.mlp.{name.replace('_original_component.', '')}"] = parameter
-    return {name: parameter for name, parameter in named.items() if _NAME.fullmatch(name)}
+                clean = f"blocks.{layer}.mlp.{name.replace('_original_component.', '')}"
+                if _NAME.fullmatch(clean):
+                    named[clean] = parameter
+    return named
+
+
+def _matrices(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
+    named = _tensors(bridge).items()
+    return {name: tensor for name, tensor in named if isinstance(tensor, nn.Parameter) and _NAME.fullmatch(name)}
 
 
 def _site(bridge: TransformerBridge, name: str, parameter: nn.Parameter) -> Site:

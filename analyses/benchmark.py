@@ -1,0 +1,356 @@
+# %% [markdown]
+# # What do scores cost?
+# Every figure side by side in one run on one model with random weights. The contenders, over the same examples:
+#
+# - **plain**: forward and backward with `param.grad` on the scored matrices, nothing per example; the unit of all ratios.
+# - **removal effect**, **sensitivity**: the library's scores; **bounded**: the removal effect with a quarter of the
+#   accumulators at a time.
+# - **one by one**: a pass for each example, absolute values of `param.grad` added in float32.
+# - **layer by layer**: the scheme of the published code, written from its description: for each layer, a pass for each
+#   example with gradients for that layer only, added in bfloat16. Timed on a few examples and multiplied, its cost being
+#   linear in them.
+#
+# Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike; figures are medians over
+# turns, bars the whole range. `--grow` repeats the scores with twice the layers, width, examples and length.
+
+# %%
+import ctypes
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import plotly.graph_objects as go
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformer_lens.model_bridge import TransformerBridge
+
+import harmcircuits as hc
+from harmcircuits.hooks.gradients import frozen
+from harmcircuits.hooks.memory import estimate_memory
+from harmcircuits.metrics import exact
+from harmcircuits.organisms.train import new_tokenizer
+from harmcircuits.prompts import Batch
+from harmcircuits.records import Measurement, append_rows, select
+from harmcircuits.report import plot, section, table, write_page
+
+TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's architecture and size, and its data: `examples` of `length` tokens in batches of `batch_size`."""
+
+    config: str
+    layers: int
+    width: int
+    heads: int
+    settings: tuple[tuple[str, int], ...]
+    examples: int
+    length: int
+    batch_size: int
+
+    def configuration(self) -> Any:
+        sizes = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads}
+        return getattr(transformers, self.config)(**sizes, **dict(self.settings), **TOKENS)
+
+
+SHAPES = {
+    "organism": Shape(
+        "LlamaConfig", 4, 128, 4,
+        (("num_key_value_heads", 2), ("intermediate_size", 512), ("vocab_size", 320)), 128, 16, 64,
+    ),
+    "gpt2-small": Shape("GPT2Config", 12, 768, 12, (("vocab_size", 50257),), 16, 64, 8),
+    "8b": Shape(
+        "LlamaConfig", 32, 4096, 32,
+        (("num_key_value_heads", 8), ("intermediate_size", 14336), ("vocab_size", 128256)), 64, 256, 8,
+    ),
+}  # fmt: skip
+
+
+# %%
+def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> TransformerBridge:
+    """A model of this shape with random weights; only its configuration and a tokenizer ever reach the disk."""
+    torch.manual_seed(0)
+    configuration = shape.configuration()
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        configuration.save_pretrained(folder)
+        new_tokenizer().save_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(configuration, dtype=dtype, attn_implementation="eager")
+        options = {"hf_model": model, "tokenizer": tokenizer, "device": device, "dtype": dtype}
+        return TransformerBridge.boot_transformers(folder, **options)
+
+
+def random_batches(shape: Shape) -> list[Batch]:
+    """Random tokens, the second half of every example to be predicted."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 300, (shape.examples, shape.length), generator=generator)
+    is_target = (torch.arange(shape.length) >= shape.length // 2).expand_as(tokens)
+    pairs = zip(tokens.split(shape.batch_size), is_target.split(shape.batch_size), strict=True)
+    return [Batch(*pair) for pair in pairs]
+
+
+# %% The contenders
+def plain(bridge: TransformerBridge, batches: Sequence[Batch], names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Gradients of the summed loss in `param.grad`, of the named matrices or all."""
+    weights = hc.named_weights(bridge)
+    weights = {name: weights[name] for name in names or weights}
+    with frozen(bridge):
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for batch in batches:
+            hc.completion_loss(bridge, batch).sum().backward()
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    for weight in weights.values():
+        weight.grad = None
+    return gradients
+
+
+def one_by_one(
+    bridge: TransformerBridge, batches: Sequence[Batch], names: Sequence[str] = (), dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Sums of absolute gradients, by a pass for each example."""
+    total: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        for tokens, is_target in zip(batch.tokens.split(1), batch.is_target.split(1), strict=True):
+            for name, gradient in plain(bridge, [Batch(tokens, is_target)], names).items():
+                total.setdefault(name, torch.zeros_like(gradient, dtype=dtype)).add_(gradient.abs_())
+    return total
+
+
+def layer_by_layer(bridge: TransformerBridge, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+    """`one_by_one` anew for every layer, in bfloat16."""
+    layers: dict[int, list[str]] = {}
+    for name, site in hc.weight_sites(bridge).items():
+        layers.setdefault(site.layer, []).append(name)
+    parts = [one_by_one(bridge, batches, names, torch.bfloat16) for names in layers.values()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def contenders(
+    bridge: TransformerBridge, batches: Sequence[Batch], n_few: int
+) -> dict[str, tuple[Callable[[], Any], float]]:
+    """What to run under every name, and by how much its time is multiplied."""
+    few, n_examples = [Batch(batches[0].tokens[:n_few], batches[0].is_target[:n_few])], sum(map(len, batches))
+    n_scored = sum(weight.numel() for weight in hc.named_weights(bridge).values())
+    largest = max(weight.numel() for weight in hc.named_weights(bridge).values())
+    bound = max(n_scored, 4 * largest)  # bytes: a quarter of the 4 a weight
+    scored = (bridge, batches, hc.completion_loss)
+    return {
+        "plain": (partial(plain, bridge, batches), 1),
+        "removal effect": (partial(hc.removal_effect, *scored), 1),
+        "sensitivity": (partial(hc.sensitivity, *scored), 1),
+        "bounded": (partial(hc.removal_effect, *scored, max_memory=bound), 1),
+        "one by one": (partial(one_by_one, bridge, few), n_examples / len(few[0])),
+        "layer by layer": (partial(layer_by_layer, bridge, few), n_examples / len(few[0])),
+    }
+
+
+# %% Time and memory
+class Peak:
+    """The most memory that was taken, above what was taken before: by CUDA's count, or as Linux counts resident pages."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.is_cuda = device, device.startswith("cuda")
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what an allocator held back would hide what is taken again
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = torch.cuda.memory_allocated(device) if self.is_cuda else self._resident("VmRSS")
+
+    def _resident(self, which: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
+
+    def taken(self) -> int:
+        return (torch.cuda.max_memory_allocated(self.device) if self.is_cuda else self._resident("VmHWM")) - self.before
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, with whatever it started on the device."""
+    start = perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
+
+
+def middle(metric: str, labels: dict[str, str | int | float], values: Sequence[float]) -> Measurement:
+    """The median over turns with the whole range."""
+    return Measurement(metric, labels, median(values), min(values), max(values), len(values))
+
+
+def compared(
+    bridge: TransformerBridge, shape: Shape, labels: dict, device: str, turns: int, few: int, only: Sequence[str] = ()
+) -> list[Measurement]:
+    """Seconds, ratio to plain and memory of every contender, and what the estimate says of it."""
+    batches = random_batches(shape)
+    runs = {name: run for name, run in contenders(bridge, batches, few).items() if not only or name in only}
+    peaks = {}
+    for name, (run, _) in runs.items():  # also warms caches and kernels up
+        peak = Peak(device)
+        run()
+        peaks[name] = peak.taken()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, (run, factor) in runs.items():
+            times[name].append(factor * seconds(run, device))
+    rows, n_tokens = [], shape.examples * shape.length
+    for name in runs:
+        where = {**labels, "method": name}
+        ratios = [one / unit for one, unit in zip(times[name], times["plain"], strict=True)]
+        rows += [middle("seconds", where, times[name]), middle("ratio_to_plain", where, ratios)]
+        rows += [middle("tokens_per_second", where, [n_tokens / one for one in times[name]])]
+        rows.append(exact("peak_bytes", where, peaks[name]))
+    rows.append(
+        middle("flop_per_second", {**labels, "method": "plain"}, [_flop(bridge, n_tokens) / t for t in times["plain"]])
+    )
+    for name, absolute in (("removal effect", False), ("sensitivity", True)):
+        found = estimate_memory(bridge, batches, absolute=absolute)
+        extra = found.accumulators + found.activations
+        rows.append(exact("estimated_bytes", {**labels, "method": name}, extra))
+    return rows
+
+
+def _flop(bridge: TransformerBridge, n_tokens: int) -> float:
+    """6 for every scored weight and token and 4 for the unembedding's: two a product, its weights being frozen."""
+    scored = sum(weight.numel() for weight in hc.named_weights(bridge).values())
+    return n_tokens * (6.0 * scored + 4.0 * bridge.cfg.d_model * bridge.cfg.d_vocab)
+
+
+def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int) -> list[Measurement]:
+    """Selection over all scores, and applying and restoring a mask of 1e-5 (at least a thousand weights)."""
+    scores = hc.random_scores(bridge)
+    n_scored = sum(value.numel() for value in scores.values.values())
+    fraction, rows = max(1e-5, min(0.1, 1000 / n_scored)), []
+    choose = partial(hc.top_fraction, scores, fraction, within="model")
+    mask = choose()
+
+    def apply_and_restore() -> None:
+        with hc.masked(bridge, mask):
+            pass
+
+    for name, run in (("selection", choose), ("mask", apply_and_restore)):
+        where = {**labels, "method": name, "weights": mask.n_removed, "of": n_scored}
+        rows.append(middle("seconds", where, [seconds(run, device) for _ in range(turns)]))
+    return rows
+
+
+# %% Growth
+def grown(shape: Shape) -> dict[str, Shape]:
+    """Twice as much of one thing at a time."""
+    return {
+        "layers": replace(shape, layers=2 * shape.layers),
+        "width": replace(shape, width=2 * shape.width, heads=2 * shape.heads, settings=_wider(shape.settings)),
+        "examples": replace(shape, examples=2 * shape.examples),
+        "length": replace(shape, length=2 * shape.length),
+    }
+
+
+def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, value if name == "vocab_size" else 2 * value) for name, value in settings)
+
+
+# %% What is shown
+def figure(rows: Sequence[Measurement]) -> go.Figure:
+    """Time of every contender in units of plain forward and backward, on a logarithmic axis."""
+    found = [row for row in select(rows, "ratio_to_plain", grown="none") if row.labels["method"] != "plain"]
+    picture = go.Figure()
+    picture.add_bar(
+        x=[row.mean for row in found],
+        y=[row.labels["method"] for row in found],
+        orientation="h",
+        marker_color="#3b6fb6",
+        text=[f"{row.mean:.2f}×" for row in found],
+        textposition="outside",
+        error_x={
+            "array": [row.high - row.mean for row in found],
+            "arrayminus": [row.mean - row.low for row in found],
+            "symmetric": False,
+            "color": "#6b7280",
+        },
+    )
+    picture.add_vline(x=1, line={"color": "#9ca3af", "dash": "dot"})
+    picture.update_xaxes(type="log", title="time, in units of one plain forward and backward", gridcolor="#eceef1")
+    picture.update_yaxes(autorange="reversed")
+    return picture.update_layout(template="plotly_white", height=360, margin={"l": 110, "r": 40, "t": 20, "b": 50})
+
+
+def lines(rows: Sequence[Measurement]) -> list[list[str]]:
+    """A line for every contender, and what is timed alone."""
+    found = []
+    for row in select(rows, "seconds"):
+        at = row.labels
+        other = {m: select(rows, m, **at) for m in ("ratio_to_plain", "tokens_per_second", "peak_bytes", "estimated_bytes")}
+        ratio = f"{other['ratio_to_plain'][0].mean:.2f}" if other["ratio_to_plain"] else ""
+        tokens = f"{other['tokens_per_second'][0].mean:,.0f}" if other["tokens_per_second"] else ""
+        peak, estimate = (f"{other[m][0].mean / 2**20:,.0f}" if other[m] else "" for m in ("peak_bytes", "estimated_bytes"))
+        name = str(at["method"]) + (f", twice the {at['grown']}" if at["grown"] != "none" else "")
+        found.append([name, f"{row.mean:.4g} [{row.low:.4g}, {row.high:.4g}]", ratio, tokens, peak, estimate])
+    return found
+
+
+HEAD = ["", "seconds [range]", "× plain", "tokens/s", "peak MiB", "estimated MiB"]
+
+
+def show(rows: Sequence[Measurement], peak_flops: float, page: Path | None) -> None:
+    shown = Table(*HEAD)
+    for line in lines(rows):
+        shown.add_row(*line)
+    speed = select(rows, "flop_per_second", grown="none")[0]
+    share = f", {speed.mean / peak_flops:.0%} of the peak" if peak_flops else ""
+    note = f"plain: {speed.mean / 1e12:.3g} TFLOP/s{share}; {json.dumps(dict(speed.labels))}"
+    console = Console()
+    console.print(shown)
+    console.print(note, highlight=False)
+    if page:
+        title = f"What scores cost: {speed.labels['shape']}, {speed.labels['machine']}"
+        write_page(page, title, [section(title, note, plot(figure(rows), first=True) + table(HEAD, lines(rows)))])
+
+
+# %%
+def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "organism",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16.")] = "float32",
+    machine: Annotated[str, typer.Option(help="The card's or processor's name, as it is to stand in the rows.")] = "",
+    turns: Annotated[int, typer.Option(help="How often every contender runs.")] = 5,
+    few: Annotated[int, typer.Option(help="Examples on which the per-example schemes are timed.")] = 2,
+    examples: Annotated[int, typer.Option(help="Number of examples (0: as the shape says).")] = 0,
+    grow: Annotated[bool, typer.Option(help="Also twice the layers, width, examples and length.")] = False,
+    peak_flops: Annotated[float, typer.Option(help="The machine's peak FLOP/s at this dtype, where known.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Rows file to append to.")] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+) -> None:
+    size = replace(SHAPES[shape], examples=examples or SHAPES[shape].examples)
+    name = machine or (torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU")
+    threads = torch.get_num_threads()
+    labels = {"shape": shape, "device": device, "machine": name, "threads": threads, "dtype": dtype}
+    rows: list[Measurement] = []
+    for what, one in {"none": size, **(grown(size) if grow else {})}.items():
+        bridge = random_bridge(one, device, getattr(torch, dtype))
+        where = {**labels, "grown": what, "layers": one.layers, "width": one.width}
+        where |= {"examples": one.examples, "length": one.length}
+        only = () if what == "none" else ("plain", "removal effect", "sensitivity")
+        rows += compared(bridge, one, where, device, turns, few, only)
+        if what == "none":
+            rows += mask_rows(bridge, where, device, turns)
+    if out:
+        append_rows(out, rows)
+    show(rows, peak_flops, page)
+
+
+if __name__ == "__main__":
+    typer.run(main)

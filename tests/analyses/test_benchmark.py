@@ -1,0 +1,62 @@
+"""The baselines compute what they are said to, and a run gives every figure.
+
+Would catch: a contender that skips work, a baseline of another quantity, gradients left behind, a figure without rows.
+"""
+
+from dataclasses import replace
+
+import benchmark
+import pytest
+import torch
+
+import harmcircuits as hc
+
+TINY = replace(benchmark.SHAPES["organism"], width=32, layers=2, examples=6, length=8, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    return benchmark.random_bridge(TINY, "cpu", torch.float32)
+
+
+def test_the_baselines_are_the_library_s_scores(bridge):
+    batches, weights = benchmark.random_batches(TINY), hc.named_weights(bridge)
+    plain = benchmark.plain(bridge, batches)
+    signed = hc.removal_effect(bridge, batches, hc.completion_loss)
+    absolute = hc.sensitivity(bridge, batches, hc.completion_loss)
+    for scheme, precision in ((benchmark.one_by_one, 1e-4), (benchmark.layer_by_layer, 0.05)):  # bfloat16: 8 bits
+        for name, total in scheme(bridge, batches).items():
+            found = (weights[name].abs() * total.float() / 6).detach()
+            error = (found - absolute.values[name]).norm() / absolute.values[name].norm()
+            assert error < precision, name
+    for name, gradient in plain.items():
+        torch.testing.assert_close(-weights[name].detach() * gradient / 6, signed.values[name], rtol=1e-3, atol=1e-7)
+    assert plain.keys() == weights.keys()
+    assert all(parameter.grad is None for parameter in bridge.parameters())
+
+
+def test_a_run_gives_every_figure(bridge, tmp_path):
+    labels = {"shape": "tiny", "machine": "CPU", "grown": "none"}
+    rows = benchmark.compared(bridge, TINY, labels, "cpu", turns=2, few=1) + benchmark.mask_rows(bridge, labels, "cpu", 2)
+    methods = ["plain", "removal effect", "sensitivity", "bounded", "one by one", "layer by layer"]
+    for metric in ("seconds", "ratio_to_plain", "tokens_per_second", "peak_bytes"):
+        found = [row.labels["method"] for row in hc.read_rows(written(rows, tmp_path / metric)) if row.metric == metric]
+        assert found[:6] == methods
+    assert all(row.low <= row.mean <= row.high for row in rows)
+    assert next(row.mean for row in rows if row.metric == "ratio_to_plain") == 1
+    benchmark.show(rows, 1e12, tmp_path / "page.html")
+    assert "layer by layer" in (tmp_path / "page.html").read_text()
+
+
+def written(rows, path):
+    benchmark.append_rows(path, rows)
+    return path
+
+
+def test_growth_doubles_one_thing():
+    one = TINY.configuration()
+    for what, shape in benchmark.grown(TINY).items():
+        other = shape.configuration()
+        assert other.hidden_size == one.hidden_size * (2 if what == "width" else 1)
+        assert other.num_hidden_layers == one.num_hidden_layers * (2 if what == "layers" else 1)
+        assert shape.examples * shape.length == TINY.examples * TINY.length * (2 if what in ("examples", "length") else 1)
