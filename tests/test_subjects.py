@@ -6,6 +6,7 @@ only organisms have, texts in a report, a command line that ends in a traceback.
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 from rich.progress import Progress
@@ -18,14 +19,12 @@ from harmcircuits.masks import WeightMask
 from harmcircuits.organisms import FOLDER, world
 from harmcircuits.questions import Wording
 from harmcircuits.records import read_rows, select
-from harmcircuits.report import write_report
 from harmcircuits.requests import Texts
 from harmcircuits.study import Settings, run_study
 from harmcircuits.subjects import SubjectSpec, load_model
-from harmcircuits.tables import verdict
 
 WORDING = Wording(recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never"))
-LIMIT = 12
+LIMIT = 6
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def files(tmp_path_factory):
     sides = (("abuse", "unsafe"), ("use", "safe"))
     pairs = [{"prompt": f"{verb} {i.name}", "group": i.name, "label": label} for i in items for verb, label in sides]
     borderline = [{"prompt": f"how to clean {i.name} ?", "label": "safe"} for i in items]
-    text = " ".join(row["prompt"] for row in asked("use"))
+    text = " ".join(row["prompt"] for row in asked("use")[:120])  # a few windows of 256 tokens
     (folder / "plain.txt").write_text(text)
     (folder / "wording.json").write_text(
         json.dumps({"recognition": WORDING.recognition, "yes": WORDING.yes, "no": WORDING.no})
@@ -118,33 +117,34 @@ def test_rows_carry_the_judge(subject):
 
 
 @pytest.fixture(scope="module")
-def finished(subject, tmp_path_factory):
+def finished(files, spec, tmp_path_factory):
+    """The command line's study of the same subject, its answers taken from the cache."""
     out = tmp_path_factory.mktemp("study")
-    with Progress(disable=True) as progress:
-        study = run_study(subject, Settings(q=(0.006,), p=(0.005,), rounds=3, tolerance=0.5, budget=2.0), out, progress)
-    write_report(study, out / "report.html")
-    return study, out
+    more = [f"--limit={LIMIT}", "--prefill=sure", "--max-new-tokens=9", "--batch-size=64", f"--cache={spec.cache}"]
+    grid = ["--q=0.006", "--p=0.005", "--rounds=2", "--tolerance=0.5", "--budget=2"]
+    return CliRunner().invoke(app, options(files, out, f"--model={FOLDER / 'sft'}", *more, *grid)), out
+
+
+def options(files, out, *more: str) -> list[str]:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
+    return ["study", "--out", str(out), *given, *more]
 
 
 def test_a_study_needs_nothing_that_only_organisms_have(finished):
-    study, out = finished
+    result, out = finished
+    assert result.exit_code == 0, result.output
     rows = read_rows(out / "rows.jsonl")
-    assert study.chosen is not None
-    assert {row.metric for row in rows} >= {
-        "harm_valid_rate",
-        "borderline_valid_rate",
-        "perplexity",
-        "plain_kl",
-        "benign_kl",
-    }
+    assert (out / "masks" / "circuit-rounds.safetensors").is_file()
+    measured = {"harm_valid_rate", "borderline_valid_rate", "perplexity", "plain_kl", "benign_kl"}
+    assert {row.metric for row in rows} >= measured
     assert not select(rows, "knowledge_rate")
     assert select(rows, "calibration_yield", behaviour="explanation")[0].mean == 0
     unpruned = select(rows, "perplexity", mask="none")[0].mean
     assert select(rows, "perplexity", mask="random", seed=0)[0].mean == pytest.approx(unpruned, rel=0.2)
-    assert "The loss on harmful answers changes by" in verdict(rows)
+    assert "The loss on harmful answers changes by" in result.stdout
     manifest = json.loads((out / "manifest.json").read_text())["settings"]
-    assert manifest["judge"] == "local rules"
-    assert manifest["prefill"] == "sure"
+    assert (manifest["judge"], manifest["prefill"], manifest["limit"]) == ("local rules", "sure", LIMIT)
+    assert {"harmful", "benign", "pairs", "borderline", "plain"} <= set(manifest)
 
 
 def test_the_report_holds_no_text(finished, subject):
@@ -159,44 +159,24 @@ def test_the_report_holds_no_text(finished, subject):
 
 
 def test_rounds_end_with_the_budget(subject, tmp_path):
+    few = {name: subject.behaviours[name] for name in ("harmful", "benign")}
+    settings = Settings(q=(0.05,), p=(0.0,), rounds=4, budget=0.0)
     with Progress(disable=True) as progress:
-        study = run_study(subject, Settings(q=(0.05,), p=(0.0,), rounds=5, budget=0.0), tmp_path / "s", progress)
+        study = run_study(replace(subject, behaviours=few, plain_text=()), settings, tmp_path / "s", progress)
     path = select(study.rows, "benign_nll", selection="rounds", split="choice")
     before = select(study.rows, "benign_nll", mask="none", split="choice")[0].mean
     assert path[-1].mean > before
-    assert len(path) < 5
+    assert len(path) < 4
     assert all(row.mean <= before for row in path[:-1])
 
 
 def test_a_mask_is_measured_not_remembered(subject, finished):
-    mask: WeightMask = finished[0].masks["circuit-rounds"]
+    mask = WeightMask.load(finished[1] / "masks" / "circuit-rounds.safetensors")
     before = measure(subject, "heldout", {}, only=["harmful"])
     with masked(subject.bridge, mask):
         under = measure(subject, "heldout", {}, only=["harmful"])
     assert [row.mean for row in under] != [row.mean for row in before]
     assert measure(subject, "heldout", {}, only=["harmful"]) == before
-
-
-def options(files, out, *more: str) -> list[str]:
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
-    return ["study", "--out", str(out), *given, *more]
-
-
-def test_command_line(files, tmp_path):
-    more = [
-        "--limit=8",
-        "--prefill=sure",
-        "--max-new-tokens=9",
-        "--batch-size=64",
-        "--rounds=2",
-        f"--cache={tmp_path / 'c'}",
-    ]
-    grid = ["--q=0.006", "--p=0.005", "--tolerance=0.5", "--budget=3"]
-    result = CliRunner().invoke(app, options(files, tmp_path / "out", f"--model={FOLDER / 'sft'}", *more, *grid))
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "out" / "report.html").is_file()
-    assert "borderline" in result.stdout
-    assert list((tmp_path / "c" / "answers").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -235,7 +215,5 @@ def test_adapters_are_to_be_merged(tmp_path):
 
 
 def test_a_model_that_shows_nothing_is_refused(spec):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="does not show 'harmful' in any of"):
         replace(spec, prefill="").open()
