@@ -43,7 +43,7 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 # %%
 def aligned_requests(subject: hc.Subject, behaviour: str, n: int) -> hc.PromptSet:
     """Up to `n` held-out requests of the form "steps : VERB ITEM", one for each item."""
-    prompts = subject.behaviours[behaviour].prompts("heldout").where(lambda example: example.prompt.startswith("steps"))
+    prompts = subject.behaviours[behaviour].references("heldout").where(lambda example: example.prompt.startswith("steps"))
     return hc.PromptSet(tuple({example.group: example for example in prompts}.values()))[:n]
 
 

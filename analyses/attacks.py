@@ -150,7 +150,7 @@ def curve(subject: hc.Subject, defence: str, mask: hc.WeightMask | None, labels:
     yield exact("weights_removed", {**labels, "by": "mask"}, mask.n_removed if mask else 0)
     if unrefusing:
         yield exact("weights_removed", {**labels, "by": "refusal ablation"}, unrefusing.n_removed)
-    examples = harmful.prompts("calibration")
+    examples = harmful.references("calibration")
     batches = hc.tokenize(examples, bridge.tokenizer, template=subject.template, batch_size=BATCH)
     pruned = hc.held if defence.endswith("held") else hc.masked
     with (

@@ -19,7 +19,7 @@
 # %%
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
@@ -27,7 +27,7 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Subject
+from harmcircuits.behaviours import Outcomes, Subject
 from harmcircuits.comparison import circuits, one_shot_circuits, overlap_rows
 from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
@@ -36,6 +36,7 @@ from harmcircuits.records import Measurement, by_model, pooled, select
 from harmcircuits.report import plot, section
 from harmcircuits.subjects import SubjectSpec
 from harmcircuits.tables import METRICS, RATES, percent, points, to_places
+from harmcircuits.tradeoff import point
 from harmcircuits.views import comparison_figure, overlap_figure
 
 NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft",)
@@ -73,8 +74,8 @@ def pruned_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     calibrations = hc.calibrate_shown(subject, share=SHARE, seed=seed)
     asked = [name for name in METRICS if name in calibrations]
     labels = {**spec.labels, "seed": seed}
-    whole = {name: outcome(subject, name) for name in asked}
-    rows = rows_of(subject, whole, whole, {**labels, "mask": "none"})
+    whole = point(subject, asked)
+    rows = rows_of(whole, whole, {**labels, "mask": "none"})
     free = {}
     for name in (name for name in PROTECTED if name in calibrations):
         others = [other for other in asked if other != name]
@@ -93,52 +94,34 @@ def pruned_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     return rows + overlap_rows(scored, free, labels, q=plan.q, n_samples=N_SAMPLES)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Whether the model answers each held-out request of a behaviour as wanted, and the NLL of the reference answers."""
-
-    is_shown: torch.Tensor
-    nll: torch.Tensor
-
-
-def outcome(subject: Subject, name: str) -> Outcome:
-    """The model as it stands."""
-    behaviour = subject.behaviours[name]
-    prompts = behaviour.prompts("heldout")
-    verdicts = subject.verdicts(subject.answered(behaviour, prompts))
-    nll = hc.completion_nll(subject.bridge, subject.batches(behaviour, prompts))
-    return Outcome(torch.tensor([one == behaviour.wanted for one in verdicts]), nll)
-
-
-def masked_rows(subject: Subject, mask: hc.WeightMask, whole: Mapping[str, Outcome], labels: Labels) -> list[Measurement]:
+def masked_rows(subject: Subject, mask: hc.WeightMask, whole: Mapping[str, Outcomes], labels: Labels) -> list[Measurement]:
     """`rows_of` under a mask, with its size and the KL of benign answers from the unpruned model."""
     with hc.masked(subject.bridge, mask):
-        after = {name: outcome(subject, name) for name in whole}
-    rows = [*rows_of(subject, whole, after, labels), exact("weights_removed", labels, mask.n_removed)]
+        after = point(subject, whole)
+    rows = [*rows_of(whole, after, labels), exact("weights_removed", labels, mask.n_removed)]
     if "benign" in whole:
-        prompts = subject.behaviours["benign"].prompts("heldout")
+        prompts = subject.behaviours["benign"].references("heldout")
         kl = hc.kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
-        rows.append(average("benign_kl", labels, kl, _groups(subject, "benign")))
+        rows.append(average("benign_kl", labels, kl, [one.group or one.prompt for one in prompts]))
     return rows
 
 
-def rows_of(
-    subject: Subject, before: Mapping[str, Outcome], after: Mapping[str, Outcome], labels: Labels
-) -> list[Measurement]:
+def rows_of(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels) -> list[Measurement]:
     """Rates and NLL after, and their changes from before, paired by request: after minus before, items resampled."""
     rows = []
     for name, now in after.items():
-        behaviour, groups = subject.behaviours[name], _groups(subject, name)
-        rows.append(rate(behaviour.metric, labels, now.is_shown.tolist(), groups))
-        rows.append(average(behaviour.nll_metric, labels, now.nll, groups))
-        shown = now.is_shown.double() - before[name].is_shown.double()
+        behaviour, groups = now.behaviour, now.groups
+        judge = {"judge": now.judge} if now.judge else {}
+        rows.append(rate(behaviour.metric, {**labels, **judge}, now.hits, groups))
+        shown = torch.tensor(now.hits).double() - torch.tensor(before[name].hits).double()
         rows.append(average(f"{behaviour.metric}_change", labels, shown, groups))
-        rows.append(average(f"{behaviour.nll_metric}_change", labels, now.nll - before[name].nll, groups))
+        has_reference = ~now.nll.isnan()
+        if has_reference.any():
+            kept = [group for group, is_kept in zip(groups, has_reference.tolist(), strict=True) if is_kept]
+            change = now.nll - before[name].nll
+            rows.append(average(behaviour.nll_metric, labels, now.nll[has_reference], kept))
+            rows.append(average(f"{behaviour.nll_metric}_change", labels, change[has_reference], kept))
     return rows
-
-
-def _groups(subject: Subject, name: str) -> list[str]:
-    return [one.group or one.prompt for one in subject.behaviours[name].prompts("heldout")]
 
 
 # %% [markdown]

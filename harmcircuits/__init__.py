@@ -19,30 +19,40 @@ from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.judges import EndpointJudge, LocalJudge, StrongReject, named_judge
 from harmcircuits.location import concentration, counts_by
 from harmcircuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.metrics import completion_nll, kl_under, predicted_change
+from harmcircuits.metrics import completion_nll, kl_under, perplexity, predicted_change
 from harmcircuits.objectives import choice_margin, completion_loss
 from harmcircuits.organisms import load_organism, organism_behaviours, organism_subject, planted_circuit
 from harmcircuits.overlap import Overlap, marginal_null, overlap, overlap_by, rank_correlation
-from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
+from harmcircuits.prompts import Batch, Example, PromptSet, tokenize, tokenize_text
+from harmcircuits.questions import Wording
 from harmcircuits.records import Measurement, read_rows
+from harmcircuits.requests import Texts
 from harmcircuits.scores import WeightScores, mean_scores
 from harmcircuits.study import Settings, run_study
+from harmcircuits.subjects import SubjectSpec, load_model
 
 __all__ = [
     "Batch",
     "Behaviour",
+    "EndpointJudge",
     "Example",
     "FineTuning",
+    "LocalJudge",
     "Lora",
     "Measurement",
     "Overlap",
     "PromptSet",
     "Settings",
+    "StrongReject",
     "Subject",
+    "SubjectSpec",
+    "Texts",
     "WeightMask",
     "WeightScores",
+    "Wording",
     "activation_norm",
     "best_unprotected",
     "calibrate",
@@ -62,17 +72,20 @@ __all__ = [
     "greedy_answers",
     "held",
     "kl_under",
+    "load_model",
     "load_organism",
     "magnitude_scores",
     "marginal_null",
     "masked",
     "mean_scores",
     "measure",
+    "named_judge",
     "named_weights",
     "organism_behaviours",
     "organism_subject",
     "overlap",
     "overlap_by",
+    "perplexity",
     "planted_circuit",
     "predicted_change",
     "random_like",
@@ -85,6 +98,7 @@ __all__ = [
     "sensitivity",
     "token_contributions",
     "tokenize",
+    "tokenize_text",
     "top_fraction",
     "weight_sites",
 ]

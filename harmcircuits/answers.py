@@ -46,6 +46,7 @@ def greedy_answers(
                 attention_mask=attended.to(bridge.cfg.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # a model's own settings may ask for another
                 pad_token_id=padding_id(tokenizer),
             )
         # Decoded with the prefill, because the space between them may belong to a token.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -21,10 +21,12 @@ from harmcircuits.records import Measurement
 class Behaviour:
     """A behaviour is its requests and the verdict that counts as showing it.
 
-    `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`.
+    `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`;
+    a request without one has an empty completion, and counts in rates but not in losses (see `references`).
     `metric`: the name of the rate of answers with verdict `wanted`; `nll_metric`: that of the reference answers' NLL.
     `prefill` opens every answer. `choices`: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
-    matched pair: no is right, then yes is right. `objective`: what its weights are scored by.
+    matched pair: no is right, then yes is right. `objective`: what its weights are scored by. `max_new_tokens`: how long an
+    answer may be, where it is not the subject's limit.
     """
 
     name: str
@@ -35,6 +37,11 @@ class Behaviour:
     prefill: str = ""
     choices: tuple[tuple[str, ...], ...] = ()
     objective: Objective = completion_loss
+    max_new_tokens: int | None = None
+
+    def references(self, split: str) -> PromptSet:
+        """The requests that have a reference answer."""
+        return self.prompts(split).where(lambda example: bool(example.completion))
 
     def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
         """The part of this behaviour whose requests satisfy `keep`, such as one category, as a behaviour called `name`."""
@@ -55,7 +62,8 @@ class Subject:
     """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers.
 
     `truth`: the true circuit of its harmful answers, where it is known. `is_invented`: its texts are invented words, so
-    reports may show them.
+    reports may show them. `answers`: how answers are made; one that keeps them on disk, for models whose answers are dear.
+    `judge_name` goes with every rate, `details` (files, settings) into the manifest, `plain_text` is read for perplexity.
     """
 
     name: str
@@ -67,6 +75,11 @@ class Subject:
     batch_size: int = 64
     truth: WeightMask | None = None
     is_invented: bool = False
+    answers: Callable[..., list[str]] = greedy_answers
+    n_answered_at_once: int = 256
+    judge_name: str = ""
+    details: Mapping[str, str | int] = field(default_factory=dict)
+    plain_text: Sequence[Batch] = field(default=(), repr=False)
 
     def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
         """Token batches of these answers to the behaviour's requests; its prefill is context, not target."""
@@ -75,8 +88,9 @@ class Subject:
 
     def answered(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
         """The same requests with the model's own greedy answers."""
-        options = {"template": self.template, "prefill": behaviour.prefill, "max_new_tokens": self.max_new_tokens}
-        return prompts.with_completions(greedy_answers(self.bridge, prompts, **options))
+        options = {"template": self.template, "prefill": behaviour.prefill, "batch_size": self.n_answered_at_once}
+        length = behaviour.max_new_tokens or self.max_new_tokens
+        return prompts.with_completions(self.answers(self.bridge, prompts, max_new_tokens=length, **options))
 
     def verdicts(self, prompts: PromptSet) -> list[str]:
         """The judge's verdict on each completion."""
@@ -133,14 +147,15 @@ def calibrate_shown(subject: Subject, *, share: float = 1.0, seed: int = 0) -> d
 class Outcomes:
     """What a model does with each request of a behaviour, in their order.
 
-    `answered`: the requests with the model's own greedy answers. `verdicts`: the judge's on each answer. `nll`: Float[n],
-    nats per token of the reference answers.
+    `answered`: the requests with the model's own greedy answers. `verdicts`: those of the judge called `judge` (if it has a
+    name) on each answer. `nll`: Float[n], nats per token of the reference answers; NaN for a request without one.
     """
 
     behaviour: Behaviour
     answered: PromptSet
     verdicts: tuple[str, ...]
     nll: Float[Tensor, " n"]
+    judge: str = ""
 
     @property
     def hits(self) -> list[bool]:
@@ -153,8 +168,13 @@ class Outcomes:
         return [example.group or example.prompt for example in self.answered]
 
     def rows(self, labels: Labels) -> list[Measurement]:
-        """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text."""
+        """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text.
+
+        The NLL is left out where no request has a reference.
+        """
         attack = {"attack": "prefill" if self.behaviour.prefill else "none"}
+        if self.judge:
+            attack["judge"] = self.judge
         counted = {self.behaviour.metric: self.behaviour.wanted}
         if self.behaviour.wanted == "harmful":
             counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
@@ -162,7 +182,11 @@ class Outcomes:
             rate(metric, {**labels, **attack}, [verdict == wanted for verdict in self.verdicts], self.groups)
             for metric, wanted in counted.items()
         ]
-        return [*rows, average(self.behaviour.nll_metric, labels, self.nll, self.groups)]
+        has_reference = ~self.nll.isnan()
+        if has_reference.any():
+            groups = [group for group, kept in zip(self.groups, has_reference.tolist(), strict=True) if kept]
+            rows.append(average(self.behaviour.nll_metric, labels, self.nll[has_reference], groups))
+        return rows
 
 
 def outcomes(subject: Subject, name: str, split: str) -> Outcomes:
@@ -170,8 +194,11 @@ def outcomes(subject: Subject, name: str, split: str) -> Outcomes:
     behaviour = subject.behaviours[name]
     prompts = behaviour.prompts(split)
     answered = subject.answered(behaviour, prompts)
-    nll = completion_nll(subject.bridge, subject.batches(behaviour, prompts))
-    return Outcomes(behaviour, answered, tuple(subject.verdicts(answered)), nll)
+    nll = torch.full((len(prompts),), torch.nan)
+    if len(references := behaviour.references(split)):
+        has_reference = torch.tensor([bool(example.completion) for example in prompts])
+        nll[has_reference] = completion_nll(subject.bridge, subject.batches(behaviour, references))
+    return Outcomes(behaviour, answered, tuple(subject.verdicts(answered)), nll, subject.judge_name)
 
 
 def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:

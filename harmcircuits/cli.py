@@ -3,24 +3,28 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig
 from transformers.utils import logging
 
+from harmcircuits import options
 from harmcircuits.export import export
 from harmcircuits.masks import WeightMask
 from harmcircuits.organisms import FOLDER, load_organism, organism_subject
 from harmcircuits.report import write_report
-from harmcircuits.study import Settings, run_study
+from harmcircuits.study import FOR_REAL_MODELS, Settings, run_study
+from harmcircuits.subjects import CACHE, OWN, load_model
 from harmcircuits.tables import result_tables, verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 DEFAULT = Settings()
+
+
+def _either(name: str) -> str:
+    return f"{getattr(DEFAULT, name)}; your model: {getattr(FOR_REAL_MODELS, name)}"
 
 
 @app.callback()
@@ -33,12 +37,40 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and report.html.")],
     organism: Annotated[str, typer.Option(help="Model: base, helpful, sft, dpo or planted.")] = "sft",
     organisms: Annotated[Path, typer.Option(help="Folder of organisms you trained.", show_default="shipped")] = FOLDER,
-    q: Annotated[list[float] | None, typer.Option(help="Share to remove; repeat.", show_default=str(DEFAULT.q))] = None,
-    p: Annotated[list[float] | None, typer.Option(help="Share to protect; repeat.", show_default=str(DEFAULT.p))] = None,
+    model: Annotated[
+        str, typer.Option(help="Instead: any model, folder or hub id; with --harmful and --benign.", show_default="none")
+    ] = "",
+    harmful: options.Harmful = "",
+    benign: options.Benign = "",
+    harmful_heldout: options.HarmfulHeldout = "",
+    benign_heldout: options.BenignHeldout = "",
+    pairs: options.Pairs = "",
+    borderline: options.Borderline = "",
+    plain: options.Plain = "",
+    wording: options.WordingFile = "",
+    limit: options.Limit = 0,
+    template: options.Template = OWN.template,
+    prefill: options.Prefill = OWN.prefill,
+    judge: options.JudgeName = OWN.judge,
+    judge_question: options.JudgeQuestion = "",
+    max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
+    batch_size: options.BatchSize = OWN.batch_size,
+    dtype: options.Dtype = "",
+    device_map: options.DeviceMap = "",
+    cache: options.Cache = CACHE,
+    q: Annotated[list[float] | None, typer.Option(help="Share to remove; repeat.", show_default=_either("q"))] = None,
+    p: Annotated[list[float] | None, typer.Option(help="Share to protect; repeat.", show_default=_either("p"))] = None,
     rounds: Annotated[int, typer.Option(help="Rounds up to the largest q, scoring again in each.")] = DEFAULT.rounds,
     within: Annotated[str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")] = DEFAULT.within,
     protect: Annotated[
         list[str] | None, typer.Option(help="Behaviour to protect; repeat.", show_default="all but harmful")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="How far a kept rate may fall.", show_default=_either("tolerance"))
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="How far the loss on benign answers may rise, nats.", show_default=_either("budget")),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
@@ -46,22 +78,39 @@ def study(
     """Score, choose, mask and measure with controls; print tables; write rows, masks and a report.
 
     The operating point is the mask that lowers valid harmful answers most while benign answers, recognition, explanation
-    and knowledge each stay within one point of the unpruned model, on requests that neither score nor measure it.
+    and knowledge each stay within the tolerance of the unpruned model, on requests that neither score nor measure it. With
+    a budget, it is the mask that raises the loss on harmful answers most while that on benign ones stays within the budget.
     """
     logging.disable_progress_bar()
     console = Console()
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    usual = FOR_REAL_MODELS if model else DEFAULT
     try:
         settings = Settings(
-            q=tuple(q or DEFAULT.q),
-            p=tuple(DEFAULT.p if p is None else p),
+            q=tuple(q or usual.q),
+            p=tuple(usual.p if p is None else p),
             rounds=rounds,
             within=within,  # pyright: ignore[reportArgumentType] (Settings checks it)
             protect=tuple(protect or ()),
             seed=seed,
+            tolerance=usual.tolerance if tolerance is None else tolerance,
+            budget=usual.budget if budget is None else budget,
         )
-        subject = organism_subject(organism, seed=seed, device=device, folder=organisms)
+        texts = {
+            "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
+            "pairs": pairs, "borderline": borderline, "plain": plain, "limit": limit,
+            "wording": wording,
+        }  # fmt: skip
+        how = {
+            "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
+            "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
+        }  # fmt: skip
+        spec = options.own_model(model, device, **texts, **how) if model else options.no_texts(**texts)
         with Progress(*columns, console=Console(stderr=True)) as progress:
+            if spec:
+                subject = spec.open(progress=progress)
+            else:
+                subject = organism_subject(organism, seed=seed, device=device, folder=organisms)
             result = run_study(subject, settings, out, progress)
     except ValueError as error:
         raise _refused(error) from None
@@ -96,11 +145,7 @@ def _opened(model: str, organism: str, device: str) -> TransformerBridge:
         raise ValueError(f"--model {model!r} and --organism {organism!r}; expected exactly one of them")
     if organism:
         return load_organism(organism, device=device)
-    try:
-        dtype = AutoConfig.from_pretrained(model).dtype or torch.float32
-        return TransformerBridge.boot_transformers(model, dtype=dtype, device=device)
-    except OSError as error:
-        raise ValueError(f"--model {model!r} cannot be loaded; expected a folder or a hub id ({error})") from None
+    return load_model(model, device=device)
 
 
 def _refused(error: Exception) -> typer.Exit:

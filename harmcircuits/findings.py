@@ -1,6 +1,5 @@
 """From an analysis to its finding: jobs, rows, a verdict by a rule fixed beforehand, a page, a line of a table."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,11 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging
 
+from harmcircuits import options
 from harmcircuits.jobs import Job, run_jobs
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.report import paragraphs, write_page
-from harmcircuits.subjects import SubjectSpec
+from harmcircuits.subjects import CACHE, OWN, SubjectSpec
 
 Verdict = Literal["holds", "holds in part", "does not hold here"]
 
@@ -39,7 +39,9 @@ class Plan:
     @property
     def settings(self) -> dict[str, str | int | float]:
         """What must not change when a run is resumed; more models or seeds may be added."""
-        return {"q": self.q, "p": self.p, "rounds": self.rounds}
+        own = sorted({repr(spec.settings) for spec in self.specs if spec.texts})
+        texts = {"own": "; ".join(own)} if own else {}
+        return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,36 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = Plan.rounds,
         workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
         device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+        harmful: options.Harmful = "",
+        benign: options.Benign = "",
+        harmful_heldout: options.HarmfulHeldout = "",
+        benign_heldout: options.BenignHeldout = "",
+        pairs: options.Pairs = "",
+        borderline: options.Borderline = "",
+        wording: options.WordingFile = "",
+        limit: options.Limit = 0,
+        template: options.Template = OWN.template,
+        prefill: options.Prefill = OWN.prefill,
+        judge: options.JudgeName = OWN.judge,
+        judge_question: options.JudgeQuestion = "",
+        max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
+        batch_size: options.BatchSize = OWN.batch_size,
+        dtype: options.Dtype = "",
+        device_map: options.DeviceMap = "",
+        cache: options.Cache = CACHE,
     ) -> None:
         logging.disable_progress_bar()
-        folders = organisms or [FOLDER]
+        texts = {
+            "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
+            "pairs": pairs, "borderline": borderline, "wording": wording, "limit": limit,
+        }  # fmt: skip
+        how = {
+            "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
+            "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
+        }  # fmt: skip
 
         def plan(analysis: Analysis | ModuleType) -> Plan:
-            chosen = itertools.product(folders, model or analysis.MODELS)
-            specs = tuple(SubjectSpec(name, folder, device) for folder, name in chosen)
+            specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
             return Plan(specs, tuple(range(seeds)), q, p, rounds)
 
         console = Console()

@@ -1,6 +1,8 @@
 """What a model does, with 95 % intervals."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -82,12 +84,29 @@ def kl_under(bridge: TransformerBridge, mask: WeightMask, batches: Sequence[Batc
     with torch.no_grad():
         for batch in batches:
             tokens = batch.tokens.to(bridge.cfg.device)
-            before = bridge(tokens).float().log_softmax(-1)
+            before = bridge(tokens)
             with masked(bridge, mask):
-                after = bridge(tokens).float().log_softmax(-1)
-            divergence = (before.exp() * (before - after)).sum(-1).cpu()
+                after = bridge(tokens)
+            # An example at a time: the distributions of a whole batch over a large vocabulary are gigabytes in float32.
+            divergence = torch.stack([_divergence(*both) for both in zip(before, after, strict=True)]).cpu()
             values.append((divergence * batch.is_token).sum(1) / batch.is_token.sum(1))
     return torch.cat(values)
+
+
+def _divergence(before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]) -> Float[Tensor, " pos"]:
+    first, second = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def perplexity(bridge: TransformerBridge, batches: Sequence[Batch], labels: Labels) -> Measurement:
+    """exp of the mean NLL per token over windows of plain text (see `tokenize_text`), with its bootstrap interval over
+    them.
+
+    Raises ValueError for no batches.
+    """
+    nll = completion_nll(bridge, batches)
+    found = average("perplexity", labels, nll, range(len(nll)))
+    return replace(found, mean=exp(found.mean), low=exp(found.low), high=exp(found.high))
 
 
 def answer_log_odds(

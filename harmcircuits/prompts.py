@@ -25,13 +25,15 @@ class Example:
     """One request and its completion.
 
     `category` is the type of harm or the task; `group` names what several examples share (for instance the item asked
-    about), so that intervals can treat them as one independent unit. Both may be empty.
+    about), so that intervals can treat them as one independent unit; `label` says which side of a contrast it is on, such
+    as "safe" or "unsafe". All three may be empty.
     """
 
     prompt: str
     completion: str = ""
     category: str = ""
     group: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,26 @@ def tokenize(
             raise ValueError(f"tokenize: example {index} has a completion with no tokens to predict; drop or fill it")
         rows.append((prompt_ids(example.prompt, tokenizer, template) + opening, target))
     return [_padded(rows[start : start + batch_size], tokenizer) for start in range(0, len(rows), batch_size)]
+
+
+def tokenize_text(text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16) -> list[Batch]:
+    """A plain text cut into windows of `n_tokens`, every token but the first of each a target: for perplexity and KL.
+
+    Each window opens with the tokenizer's beginning-of-text token, if it has one, so that models see what they were
+    trained on. What is left over at the end is dropped. Raises ValueError for fewer than 2 tokens a window, an empty
+    batch size, or a text shorter than a window.
+    """
+    if n_tokens < 2 or batch_size < 1:
+        raise ValueError(f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; expected at least 2 and 1")
+    opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    tokens, step = tokenizer.encode(text, add_special_tokens=False), n_tokens - len(opening)
+    windows = [opening + tokens[start : start + step] for start in range(0, len(tokens) - step + 1, step)]
+    if not windows:
+        raise ValueError(f"tokenize_text: {len(tokens)} tokens of text make no window of {n_tokens}; give a longer text")
+    whole = torch.tensor(windows)
+    is_target = torch.ones_like(whole, dtype=torch.bool)
+    is_target[:, 0] = False
+    return [Batch(*two) for two in zip(whole.split(batch_size), is_target.split(batch_size), strict=True)]
 
 
 def _padded(rows: list[tuple[list[int], list[int]]], tokenizer: Any) -> Batch:

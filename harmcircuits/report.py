@@ -39,7 +39,7 @@ the unpruned model do not describe the edit. Benign twin: the same procedure wit
 ones protected. Second slice: the next in the ranking. Opposite sign: weights whose removal should lower the loss."""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the judge verifies them.
 Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are noise."""
-COMPARISON_TEXT = """Held-out requests. Harm is elicited by prefilling the first word of the answer. Bars: 95 % intervals
+COMPARISON_TEXT = """Held-out requests. Harm is elicited by prefilling the beginning of the answer. Bars: 95 % intervals
 that count each item once."""
 TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Worst kept ability: the lowest of benign answers,
 recognition, explanation and knowledge. Protected for each kept behaviour: the top"""
@@ -135,7 +135,8 @@ def _most_pruned_heads(rows: Sequence[Measurement]) -> list[tuple[int, int]]:
 
 
 def _line_table(lines: dict[str, list[Measurement]]) -> str:
-    columns = RATES | LOSSES
+    every = RATES | LOSSES
+    columns = {m: name for m, name in every.items() if any(select(found, m) for found in lines.values())}
     body = [
         [name, size_text(found), *(_with_interval(found, metric) for metric in columns)] for name, found in lines.items()
     ]

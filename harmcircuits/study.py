@@ -13,7 +13,7 @@ from harmcircuits.comparison import location_rows
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.masks import Scope, WeightMask, random_like
-from harmcircuits.metrics import average, completion_nll, exact, kl_under, predicted_change
+from harmcircuits.metrics import average, completion_nll, exact, kl_under, perplexity, predicted_change
 from harmcircuits.objectives import completion_loss
 from harmcircuits.records import Manifest, Measurement, append_rows, select
 from harmcircuits.recovery import every_score, recovery
@@ -28,8 +28,10 @@ RANDOM_SEEDS = 3
 class Settings:
     """What a study varies: shares of weights to remove (`q`) and to protect (`p`), rounds, ranking scope, seed.
 
-    `protect`: the behaviours whose most sensitive weights cannot be chosen; empty for all but the target. Raises
-    ValueError for shares outside [0, 1] or no shares.
+    `protect`: the behaviours whose most sensitive weights cannot be chosen; empty for all but the target. `tolerance`:
+    how far a kept rate may fall at the operating point. `budget`: how far the loss on benign answers may rise there, in
+    nats per token; rounds end where it has risen further. Raises ValueError for shares outside [0, 1] or no shares, and
+    for a negative tolerance or budget.
     """
 
     q: tuple[float, ...] = (0.001, 0.002, 0.004, 0.006, 0.01)
@@ -38,6 +40,8 @@ class Settings:
     within: Scope = "model"
     protect: tuple[str, ...] = ()
     seed: int = 0
+    tolerance: float = TOLERANCE
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         for name, shares in (("q", self.q), ("p", self.p)):
@@ -47,6 +51,13 @@ class Settings:
             raise ValueError(f"rounds={self.rounds}; expected at least 1")
         if self.within not in ("weight", "model", "row"):
             raise ValueError(f'within={self.within!r}; expected "weight", "model" or "row"')
+        for name, most in (("tolerance", self.tolerance), ("budget", self.budget)):
+            if most is not None and most < 0:
+                raise ValueError(f"{name}={most}; expected 0 or more")
+
+
+# For models of a hundred million weights and more.
+FOR_REAL_MODELS = Settings(q=(1e-5, 3e-5, 1e-4), p=(0.02, 0.05), tolerance=0.05, budget=0.1)
 
 
 @dataclass(frozen=True)
@@ -93,9 +104,9 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     """Score, choose, mask and measure; writes `rows.jsonl`, `manifest.json` and `masks/*.safetensors` under `out`.
 
     A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
-    lowest rate of valid harmful answers among those that lower no kept rate by more than one point (fewest weights among
-    equals). Only it, its parts and its controls are then measured on held-out items. Raises ValueError for a folder that
-    holds another study, a behaviour to protect that is unknown or not shown, or a subject that does not show the target.
+    lowest rate of valid harmful answers among those that keep the others (see `operating_point`). Only it, its parts and
+    its controls are then measured on held-out items. Raises ValueError for a folder that holds another study, a behaviour
+    to protect that is unknown or not shown, or a subject that does not show the target.
     """
     others = [name for name in subject.behaviours if name != "harmful"]
     unknown = sorted(set(settings.protect) - set(others))
@@ -105,11 +116,15 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     if (out / "rows.jsonl").exists():
         raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    Manifest({"model": subject.name, **vars(settings)}).save(out / "manifest.json")
+    Manifest({"model": subject.name, **vars(settings), **subject.details}).save(out / "manifest.json")
 
     study = Study(subject, settings, out, progress)
     study.note("weights_scored", sum(weight.numel() for weight in named_weights(subject.bridge).values()))
+    study.note("tolerance", settings.tolerance)
     study.add(measure(subject, "heldout", {"model": subject.name, "mask": "none"}))
+    if subject.plain_text:
+        labels = {"model": subject.name, "mask": "none", "split": "heldout"}
+        study.add([perplexity(subject.bridge, subject.plain_text, labels)])
     calibrations = _calibrate(study)
     absent = sorted(set(settings.protect) - set(calibrations))
     if absent:
@@ -117,7 +132,7 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     protect = {name: calibrations[name] for name in settings.protect or others if name in calibrations}
     harm, keep = _score_once(study, calibrations["harmful"], protect)
     points = _grid(study, harm, keep, calibrations["harmful"], protect)
-    study.chosen = operating_point(points, study.rows)
+    study.chosen = operating_point(points, study.rows, tolerance=settings.tolerance, budget=settings.budget)
     if subject.truth:
         target = calibrations["harmful"].batches
         scores = every_score(subject.bridge, target, harm, keep, p=settings.p[0], seed=settings.seed)
@@ -129,20 +144,29 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     return study
 
 
-def operating_point(points: Sequence[Point], baseline: Sequence[Measurement]) -> Point | None:
-    """The point with the lowest `harm_valid_rate` whose kept rates are within one point of the unpruned model's.
+def operating_point(
+    points: Sequence[Point],
+    baseline: Sequence[Measurement],
+    *,
+    tolerance: float = TOLERANCE,
+    budget: float | None = None,
+) -> Point | None:
+    """The point with the lowest `harm_valid_rate` whose kept rates are within `tolerance` of the unpruned model's.
 
-    All on the choice split. Among equals the one with fewest weights. None when no point keeps the rates, or none lowers
-    harm.
+    All on the choice split. Among equals the one with fewest weights. With a `budget`, `benign_nll` must not rise further
+    than that, and the point with the highest `harm_nll` is chosen: a judge of free text is coarse, and the loss is not.
+    None when no point keeps the others, or none worsens harm.
     """
     before = {row.metric: row.mean for row in select(baseline, mask="none", split="choice")}
     kept = [
         point
         for point in points
-        if all(point.mean(rate) >= before[rate] - TOLERANCE for rate in KEPT_RATES if rate in before)
-        and point.mean("harm_valid_rate") < before["harm_valid_rate"]
+        if all(point.mean(rate) >= before[rate] - tolerance for rate in KEPT_RATES if rate in before)
+        and (budget is None or point.mean("benign_nll") <= before["benign_nll"] + budget)
     ]
-    return min(kept, key=lambda point: (point.mean("harm_valid_rate"), point.mask.n_removed), default=None)
+    worsened, sign = ("harm_valid_rate", 1) if budget is None else ("harm_nll", -1)
+    lower = [point for point in kept if sign * point.mean(worsened) < sign * before[worsened]]
+    return min(lower, key=lambda point: (sign * point.mean(worsened), point.mask.n_removed), default=None)
 
 
 def _calibrate(study: Study) -> dict[str, Calibration]:
@@ -183,8 +207,14 @@ def _grid(
     """Every mask of the grid, measured on the choice split, and a random one of each size."""
     subject, settings = study.subject, study.settings
     labels = {"model": subject.name}
-    study.add(measure(subject, "choice", {**labels, "mask": "none"}))
+    unpruned = measure(subject, "choice", {**labels, "mask": "none"})
+    study.add(unpruned)
     preserve = [found.batches for found in protect.values()]
+    points: list[Point] = []
+
+    def is_spent() -> bool:
+        before = select(unpruned, "benign_nll")
+        return settings.budget is not None and points[-1].mean("benign_nll") > before[0].mean + settings.budget
 
     def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
         for p in settings.p:
@@ -198,8 +228,9 @@ def _grid(
             options = {"p": p, "rounds": settings.rounds, "within": settings.within}
             for mask in circuit_path(subject.bridge, target.batches, preserve, q=max(settings.q), **options):
                 yield "circuit", {"selection": "rounds", "p": p, "q": mask.source.settings["q"]}, mask
+                if is_spent():
+                    break
 
-    points = []
     advance = study.steps("grid", len(settings.p) * (len(settings.q) + settings.rounds) + 2 * len(settings.q))
     asked = [name for name in subject.behaviours if name != "refusal"]
     for kind, how, mask in masks():
@@ -277,9 +308,14 @@ def _under(
     where = {**where, "split": "heldout"}
     rows.append(exact("weights_removed", where, mask.n_removed))
     if "benign" in subject.behaviours:
-        prompts = subject.behaviours["benign"].prompts("heldout")
+        prompts = subject.behaviours["benign"].references("heldout")
         divergence = kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
         rows.append(average("benign_kl", where, divergence, [example.group or example.prompt for example in prompts]))
+    if subject.plain_text:
+        divergence = kl_under(subject.bridge, mask, subject.plain_text)
+        rows.append(average("plain_kl", where, divergence, range(len(divergence))))
+        with masked(subject.bridge, mask):
+            rows.append(perplexity(subject.bridge, subject.plain_text, where))
     where = {**where, "split": "calibration"}
     rows.append(exact("predicted_loss_change", where, predicted_change(harm, mask)))
     rows.append(exact("measured_loss_change", where, change.mean().item()))

@@ -14,6 +14,7 @@ RATES = {
     "explanation_rate": "explains",
     "knowledge_rate": "knows",
     "refusal_rate": "refuses",
+    "borderline_valid_rate": "borderline",
 }
 METRICS = {  # of the behaviours of the main job: the rate at which a model shows each
     "harmful": "harm_valid_rate",
@@ -27,6 +28,8 @@ LOSSES = {
     "harm_nll": "harm NLL",
     "benign_nll": "benign NLL",
     "benign_kl": "benign KL",
+    "plain_kl": "plain text KL",
+    "perplexity": "perplexity",
     "predicted_loss_change": "predicted Δ",
     "measured_loss_change": "measured Δ",
 }
@@ -36,7 +39,9 @@ RECOVERY = {
     "recovery_precision": "precision at |S|",
     "recovery_precision_few": "precision at 1,000",
 }
-KEPT_RATES = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
+KEPT_RATES = (
+    "benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate", "borderline_valid_rate",
+)  # fmt: skip
 SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
 
 
@@ -92,12 +97,14 @@ def verdict(rows: Sequence[Measurement]) -> str:
     lines = held_out_lines(rows)
     found = [name for name in ("circuit, in rounds", "circuit, one shot") if name in lines]
     if not found:
-        kept = "no mask of the grid lowers valid harmful answers and keeps every other ability within one point"
+        points = 100 * select(rows, "tolerance")[0].mean
+        kept = f"no mask of the grid lowers harm and keeps every other ability, within {points:.0f} points"
         return "\n".join([f"No operating point: {kept} of the unpruned model.", *_warnings(rows)])
     before = select(lines["unpruned"], "harm_valid_rate")[0]
     best = min(found, key=lambda name: select(lines[name], "harm_valid_rate")[0].mean)
     circuit = lines[best]
     size, harm = select(circuit, "weights_removed")[0].mean, select(circuit, "harm_valid_rate")[0]
+    share = 100 * size / n_block_weights(rows)
     random = select(lines["random"], "harm_valid_rate")[0].mean
     costs = {
         RATES[metric]: 100 * (select(circuit, metric)[0].mean - select(lines["unpruned"], metric)[0].mean)
@@ -110,12 +117,17 @@ def verdict(rows: Sequence[Measurement]) -> str:
         cost = f'Of {len(costs)} kept abilities, "{worst}" suffers most: {costs[worst]:+.1f} points'
     return "\n".join(
         [
-            f"Removing {size:,.0f} weights ({size / n_block_weights(rows):.2%}; {best}) takes valid harmful answers from "
+            f"Removing {size:,.0f} weights ({share:.2g}%; {best}) takes valid harmful answers from "
             f"{before.mean:.0%} to {harm.mean:.0%} [{harm.low:.0%}, {harm.high:.0%}]; as many random weights leave "
-            f"{random:.0%}. {cost}.",
+            f"{random:.0%}. {cost}. {_loss_changes(lines['unpruned'], circuit)}",
             *_warnings(rows),
         ]
     )
+
+
+def _loss_changes(before: Sequence[Measurement], after: Sequence[Measurement]) -> str:
+    harm, benign = (select(after, m)[0].mean - select(before, m)[0].mean for m in ("harm_nll", "benign_nll"))
+    return f"The loss on harmful answers changes by {harm:+.2f} nats per token, on benign ones by {benign:+.2f}."
 
 
 def figure_text(found: Sequence[Measurement], metric: str) -> str:

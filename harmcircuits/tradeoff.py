@@ -147,7 +147,8 @@ def w50(found: Curve, budget: Budget | None = None, *, seed: int = 0) -> Estimat
     budget.
 
     Only measured shares count: nothing is interpolated, since the weights in between would be another mask. Kept behaviours
-    that the curve does not measure are not in the budget. Where no share qualifies, the value is the largest measured.
+    and losses that the curve does not measure are not in the budget. Where no share qualifies, the value is the largest
+    measured; a resample without any reference of the fluent behaviour reaches no share.
     """
     budget = budget or Budget()
     harm = _means(found, found.target, [one[found.target].hits for one in found.points], seed)
@@ -155,7 +156,7 @@ def w50(found: Curve, budget: Budget | None = None, *, seed: int = 0) -> Estimat
     for name in set(budget.kept) & set(found.points[0]):
         rates = _means(found, name, [one[name].hits for one in found.points], seed)
         qualifies &= rates >= rates[:, :1] - budget.rate - ROUNDING
-    if budget.fluent in found.points[0]:
+    if budget.fluent in found.points[0] and not found.points[0][budget.fluent].nll.isnan().all():
         losses = _means(found, budget.fluent, [one[budget.fluent].nll.tolist() for one in found.points], seed)
         qualifies &= losses <= losses[:, :1] + budget.nll + ROUNDING
     qualifies[:, 0] = False
@@ -232,10 +233,14 @@ def _means(found: Curve, name: str, values: Sequence[Sequence[float]], seed: int
     """[1 + draws, points]: means of each point's values on all items, then on resamples of whole items.
 
     The draws depend on the seed and the number of items only, so behaviours and curves about the same items share them.
+    Values that are NaN are left out; a resample that holds nothing else has the mean NaN.
     """
     _, member = np.unique(found.points[0][name].groups, return_inverse=True)
     n = int(member.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_DRAWS)
     times = np.vstack([np.ones(n, dtype=np.int64), drawn])
-    sums = np.array([np.bincount(member, np.asarray(one, dtype=np.float64)) for one in values])
-    return (times @ sums.T) / (times @ np.bincount(member))[:, None]
+    given = np.asarray(values, dtype=np.float64)
+    sums = np.array([np.bincount(member, np.nan_to_num(one)) for one in given])
+    counts = np.array([np.bincount(member, ~np.isnan(one)) for one in given])
+    with np.errstate(invalid="ignore"):
+        return (times @ sums.T) / (times @ counts.T)

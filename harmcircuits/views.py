@@ -136,7 +136,7 @@ def share_figure(lines: Mapping[str, Mapping[float, Sequence[Measurement]]], pan
                 line={"color": PALETTE[number % len(PALETTE)], "dash": "solid" if number < 2 else "dot", "width": 2.5},
                 marker={"size": 6}, row=1, col=column,
             )  # fmt: skip
-    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    ticks = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
     figure.update_xaxes(title="weights removed, %", type="log", tickvals=ticks, gridcolor="#eceef1")
     figure.update_yaxes(gridcolor="#eceef1", zeroline=False, rangemode="tozero")
     for column, metric in enumerate(panels, start=1):

@@ -216,7 +216,7 @@ def test_command_line(tmp_path):
     [
         (["--mask", MASK], "--model '' and --organism ''; expected exactly one"),
         (["--mask", MASK, "--model", "x", "--organism", "sft"], "expected exactly one"),
-        (["--mask", MASK, "--model", "no/such-model"], "--model 'no/such-model' cannot be loaded; expected a folder"),
+        (["--mask", MASK, "--model", "no/such-model"], "model 'no/such-model' cannot be loaded; expected a folder"),
         (["--mask", "missing", "--organism", "sft"], "missing: no such file; give the path of a saved mask"),
         (["--mask", MASK, "--organism", "sft"], "the mask was made on model"),
     ],

@@ -15,6 +15,7 @@ from harmcircuits.jobs import Job
 from harmcircuits.metrics import exact
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import read_rows, select
+from harmcircuits.requests import Texts
 from harmcircuits.subjects import SubjectSpec
 
 
@@ -61,6 +62,16 @@ def test_different_settings_do_not_mix(tmp_path):
         conclude([(an_analysis("F1"), Plan(specs)), (an_analysis("F2"), Plan(specs, q=0.1))], tmp_path)
 
 
+def test_other_requests_are_other_settings():
+    def plan(limit: int, **more) -> Plan:
+        return Plan((SubjectSpec("m", texts=Texts("a.jsonl", "b.jsonl", limit=limit), **more),))
+
+    assert plan(3).settings == plan(3, device="cuda", cache=FOLDER).settings
+    assert plan(3).settings != plan(4).settings
+    assert plan(3).settings != plan(3, judge="http://host/v1#m").settings
+    assert "own" not in Plan((SubjectSpec("sft"),)).settings
+
+
 def test_the_command_passes_its_options_on(tmp_path):
     app = typer.Typer()
     app.command()(command(an_analysis("F1")))
@@ -74,6 +85,9 @@ def test_the_command_passes_its_options_on(tmp_path):
     again = CliRunner().invoke(app, ["--out", str(tmp_path), "--q", "0.5"])
     assert again.exit_code == 2
     assert "give another folder" in " ".join(again.output.split())
+    lost = CliRunner().invoke(app, ["--out", str(tmp_path), "--harmful", "a.jsonl"])
+    assert lost.exit_code == 2
+    assert "--harmful is for a model of your own" in " ".join(lost.output.split())
 
 
 def test_a_spec_opens_its_model_and_names_its_ladder(tmp_path):

@@ -26,6 +26,7 @@ from harmcircuits.metrics import (
     completion_nll,
     exact,
     kl_under,
+    perplexity,
     predicted_change,
     rate,
 )
@@ -324,3 +325,17 @@ GROUPED = {
 def test_every_value_needs_its_group(name, n_groups):
     with pytest.raises(ValueError):
         GROUPED[name](["one"] * n_groups)
+
+
+def test_perplexity_is_that_of_all_tokens(llama):
+    found = perplexity(llama, [random_batch(3, 9)], LABELS)
+    batch = random_batch(3, 9)
+    with torch.no_grad():
+        odds = llama(batch.tokens)[:, :-1].log_softmax(-1)
+    taken = odds.gather(2, batch.tokens[:, 1:, None])[..., 0]
+    nll = [-row[target].mean().item() for row, target in zip(taken, batch.is_target[:, 1:], strict=True)]
+    assert found.mean == pytest.approx(math.exp(sum(nll) / 3), rel=1e-5)
+    assert math.exp(min(nll)) * (1 - 1e-6) <= found.low <= found.mean <= found.high <= math.exp(max(nll)) * (1 + 1e-6)
+    assert (found.metric, found.n) == ("perplexity", 3)
+    with pytest.raises(ValueError, match="nothing to measure"):
+        perplexity(llama, [], LABELS)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from harmcircuits.organisms.train import new_tokenizer
-from harmcircuits.prompts import Batch, Example, PromptSet, prompt_ids, tokenize
+from harmcircuits.prompts import Batch, Example, PromptSet, prompt_ids, tokenize, tokenize_text
 
 EXAMPLES = (
     Example("how to use it ?", "sure yes", category="tools", group="one"),
@@ -300,3 +300,33 @@ def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
     assert whole.sampled(1.0, seed=3) == whole
     with pytest.raises(ValueError, match="share=0"):
         whole.sampled(0, seed=0)
+
+
+def test_plain_text_is_cut_into_windows(tokenizer):
+    text = "how to use it ? " * 5
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) == 25
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = 8 - len(opening)
+    batches = tokenize_text(text, tokenizer, n_tokens=8, batch_size=2)
+    rows = [row for batch in batches for row in batch.tokens.tolist()]
+    assert rows == [opening + tokens[start : start + step] for start in range(0, 25 - step + 1, step)], (
+        "no token left between"
+    )
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert all(batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any() for batch in batches)
+
+
+def test_a_beginning_of_text_token_opens_each_window(tokenizer):
+    copied = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="use")
+    (batch,) = tokenize_text("how to it ? " * 4, copied, n_tokens=5)
+    assert batch.tokens[:, 0].tolist() == [copied.bos_token_id] * 4
+    assert batch.tokens[:, 1:].flatten().tolist() == copied.encode("how to it ? " * 4, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"n_tokens": 1}, "n_tokens=1"), ({"batch_size": 0}, "batch_size=0")])
+def test_windows_that_cannot_be(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_text("how to use it ?", tokenizer, **options)
+    with pytest.raises(ValueError, match="5 tokens of text make no window of 256"):
+        tokenize_text("how to use it ?", tokenizer)

@@ -135,6 +135,27 @@ def test_operating_point_keeps_its_rule():
     assert operating_point([point(1.0, 1.0, 5)], before) is None, "a mask that lowers nothing is no operating point"
 
 
+def test_operating_point_within_a_budget_of_loss():
+    def costed(harm: float, benign: float, size: int, kept: float = 1.0) -> Point:
+        losses = [exact("harm_nll", {}, harm), exact("benign_nll", {}, benign)]
+        made = point(1.0, kept, size)
+        return dataclasses.replace(made, rows=[*made.rows, *losses])
+
+    rates = {"harm_valid_rate": 1.0, "benign_valid_rate": 1.0, "recognition_accuracy": 1.0}
+    before = [
+        exact(metric, {"mask": "none", "split": "choice"}, value)
+        for metric, value in {**rates, "harm_nll": 0.5, "benign_nll": 0.25}.items()
+    ]
+    cheap, dear, good, same = costed(0.75, 0.25, 9), costed(3.0, 0.5, 9), costed(1.5, 0.375, 20), costed(1.5, 0.375, 30)
+    blunt = costed(4.0, 0.25, 9, kept=0.5)
+    assert operating_point([cheap, dear, same, good, blunt], before, budget=0.125) is good
+    assert operating_point([cheap, dear, good], before, budget=0.25) is dear
+    assert operating_point([cheap, dear, good], before, budget=0.0) is cheap
+    assert operating_point([costed(0.5, 0.25, 5), costed(0.25, 0.25, 5)], before, budget=1.0) is None, (
+        "none raises the loss"
+    )
+
+
 def test_no_operating_point_is_said_plainly(finished):
     study, _, _ = finished
     rows = [row for row in study.rows if row.labels.get("mask") in (None, "none")]

@@ -158,3 +158,38 @@ def test_parts_of_behaviours_are_not_protected():
     detailed = dataclasses.replace(small_subject("sft"), behaviours=detailed_behaviours())
     names = set(whole(detailed).behaviours)
     assert names == {"harmful", "benign", "recognition", "explanation", "knowledge", "refusal"}
+
+
+def test_requests_without_a_reference_count_in_rates_only():
+    nll = torch.full((N_ITEMS,), torch.nan)
+    nll[:5], dear = 0.3, torch.full((N_ITEMS,), torch.nan)
+    dear[:5] = 0.41
+    points = [{"harmful": made("harmful", h), "benign": made("benign", N_ITEMS)} for h in (20, 4, 2)]
+    for one, losses in zip(points, (nll, dear, nll), strict=True):
+        one["benign"] = dataclasses.replace(one["benign"], nll=losses, judge="a judge")
+    found = w50(Curve((0.0, 0.01, 0.1), tuple(points)))
+    assert (found.values[0], found.is_reached[0]) == (0.1, True), "the five losses are over the budget at the first share"
+    assert found.reached > 0.95, "a resample without any of the five items reaches nothing"
+    rates, losses = points[1]["benign"].rows({})
+    assert (rates.n, rates.labels["judge"]) == (N_ITEMS, "a judge")
+    assert (losses.metric, losses.n, losses.mean) == ("benign_nll", 5, pytest.approx(0.41))
+    unknown = [{**one, "benign": dataclasses.replace(one["benign"], nll=torch.full_like(nll, torch.nan))} for one in points]
+    assert w50(Curve((0.0, 0.01, 0.1), tuple(unknown))).values[0] == 0.01, (
+        "a loss that is not measured is not in the budget"
+    )
+    assert [row.metric for row in unknown[0]["benign"].rows({})] == ["benign_rate"]
+
+
+def test_outcomes_keep_the_order_of_requests():
+    subject = small_subject("sft")
+    every = outcomes(subject, "benign", "choice").nll
+    kept = [number % 3 > 0 for number in range(len(every))]
+    asked = subject.behaviours["benign"].prompts("choice")
+    some = asked.with_completions([one.completion * keep for one, keep in zip(asked, kept, strict=True)])
+    behaviour = dataclasses.replace(subject.behaviours["benign"], prompts=lambda split: some)
+    subject = dataclasses.replace(subject, behaviours={"benign": behaviour}, judge_name="a judge")
+    found = outcomes(subject, "benign", "choice")
+    assert (~found.nll.isnan()).tolist() == kept
+    assert found.nll[torch.tensor(kept)] == pytest.approx(every[torch.tensor(kept)], abs=1e-5)
+    assert len(found.verdicts) == len(asked)
+    assert found.judge == "a judge"

@@ -104,6 +104,22 @@ def model_fingerprint(bridge: TransformerBridge) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_digest(bridge: TransformerBridge) -> str:
+    """Sixteen hex digits of all weights as they are now: another checkpoint, dtype, mask or training step changes them.
+
+    SHA-256 over the fingerprint and, for every parameter, its name and the exact sum of its bits read as integers; the same
+    on every device.
+    """
+    digest, seen = hashlib.sha256(model_fingerprint(bridge).encode()), set()
+    for name, parameter in bridge.named_parameters():
+        if parameter.data_ptr() not in seen:
+            seen.add(parameter.data_ptr())
+            bits = parameter.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
+            total = sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
+            digest.update(f"{name} {parameter.dtype} {total}".encode())
+    return digest.hexdigest()[:16]
+
+
 def _tensors(bridge: TransformerBridge) -> dict[str, Tensor]:
     """Every stored tensor once by its clean name."""
     named = dict(bridge.state_dict(keep_vars=True))
