@@ -13,7 +13,7 @@ from rich.markup import escape
 from transformers.utils import logging
 
 from harmcircuits import options
-from harmcircuits.jobs import Job, run_jobs
+from harmcircuits.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.report import paragraphs, write_page
@@ -89,7 +89,7 @@ def conclude(plans: Sequence[tuple[Analysis | ModuleType, Plan]], out: str | Pat
     rows = run_jobs(out, jobs, settings, workers=workers)
     found, kept = [], []
     for analysis, _ in plans:
-        mine = select(rows, finding=analysis.NAME)
+        mine = [row for row in select(rows, finding=analysis.NAME) if row.metric not in (DONE, CPU)]
         found.append(one := analysis.finding(mine))
         kept += analysis.needed(mine)
         title = f"{one.name}. {one.claim}: {one.verdict}"

@@ -50,7 +50,7 @@ def test_each_analysis_sees_its_own_rows(tmp_path):
     assert (tmp_path / "summary.md").read_text() == summary(found) + "\n"
     page = (tmp_path / "F1.html").read_text()
     assert "4 shares &lt;b&gt;" in page
-    assert "16 rows" in page, "two figures and two times of each of four jobs"
+    assert "8 rows" in page, "two figures of each of four jobs, without the times"
     kept = read_rows(tmp_path / "summary.jsonl")
     assert len(select(kept, "share", finding="F1")) == len(select(kept, "share", finding="F2")) == 4
     assert not select(kept, "other")
