@@ -365,12 +365,12 @@ def size_table(rows: Sequence[Measurement]) -> str:
     curves, body = select(rows, part="curves"), []
     for title, where in LINES.items():
         here = select(curves, **where)
-        areas, gaps = pooled(select(here, "area"), "seed"), pooled(select(here, "harm_gap"), "seed")
-        body.append([title, share_text(select(here, "w50")), rate_text(areas[0]), rate_text(gaps[0]) if gaps else "–"])
+        cells = [pooled(select(here, metric), "seed") for metric in ("area", "harm_gap")]
+        body.append([title, share_text(select(here, "w50")), *(rate_text(cell[0]) if cell else "–" for cell in cells)])
     for row in select(rows, "w50", part="grid"):
         areas = select(rows, "area", part="grid", p=row.labels["p"])
         title = f"circuit, in rounds, p = {float(row.labels['p']):.2%}, one seed"
-        body.append([title, share_text([row]), rate_text(areas[0]), "–"])
+        body.append([title, share_text([row]), rate_text(areas[0]) if areas else "–", "–"])
     return table(("mask", "w50", "area", "more"), body)
 
 

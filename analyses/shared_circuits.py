@@ -43,7 +43,7 @@ LADDER = ("base", "helpful", "sft", "dpo")
 BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
 SEEDS = range(3)  # of random masks, and of calibration resamples
-ABILITIES = {metric: title for metric, title in RATES.items() if metric != "harm_degenerate_rate"}
+ABILITIES = {metric: RATES[metric] for metric in METRICS.values()}
 PAIRS = {
     ("harmful", "benign"): "harm – benign twin",
     ("harmful", "parts"): "harm – parts of a thing",
