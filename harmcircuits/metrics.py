@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.masking import masked
 from harmcircuits.masks import WeightMask
-from harmcircuits.objectives import choice_tokens, completion_loss
+from harmcircuits.objectives import choice_tokens, completion_loss, logits_at
 from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids
 from harmcircuits.records import Measurement, wilson
 from harmcircuits.scores import WeightScores
@@ -125,7 +125,8 @@ def answer_log_odds(
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(bridge.cfg.device)
         last = torch.tensor([len(row) - 1 for row in rows])
         with torch.no_grad():
-            logits = bridge(tokens)[torch.arange(len(rows)), last].float()
+            positions, column = last.unique(return_inverse=True)
+            logits = logits_at(bridge, tokens, positions)[torch.arange(len(rows)), column].float()
         values.append(logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1))
     return torch.cat(values).cpu()
 

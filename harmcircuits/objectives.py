@@ -1,10 +1,11 @@
 """What is explained: an objective maps (model, batch) to one value per example, the lower the better."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
@@ -20,8 +21,25 @@ def completion_loss(bridge: TransformerBridge, batch: Batch) -> Float[Tensor, " 
     L_x = -(1/T_x) sum_{t target} log p(token_t | tokens before t). Prompt tokens and padding never count, so every
     example weighs the same whatever its length (arXiv 2604.09544, section on scores).
     """
-    losses, is_target = token_losses(bridge, batch)
-    return (losses * is_target).sum(dim=1) / is_target.sum(dim=1)
+    tokens, is_target = batch.tokens[:, 1:].to(bridge.cfg.device), batch.is_target[:, 1:].to(bridge.cfg.device)
+    positions = is_target.any(dim=0).nonzero().flatten()
+    is_target = is_target[:, positions]
+    logits = logits_at(bridge, batch.tokens, positions)[is_target].float()
+    losses = functional.cross_entropy(logits, tokens[:, positions].to(logits.device)[is_target], reduction="none")
+    return losses.new_zeros(is_target.shape).masked_scatter(is_target, losses).sum(dim=1) / is_target.sum(dim=1)
+
+
+def logits_at(
+    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " n"]
+) -> Float[Tensor, "batch n vocab"]:
+    """The logits at these positions only.
+
+    Where the model can leave the others out they are not computed: over a large vocabulary they cost as much as blocks do.
+    """
+    tokens = tokens.to(bridge.cfg.device)
+    if "logits_to_keep" in inspect.signature(bridge.original_model.forward).parameters:
+        return bridge(tokens, logits_to_keep=positions.to(tokens.device))
+    return bridge(tokens)[:, positions]
 
 
 def token_losses(
@@ -51,7 +69,8 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
         is_yes = torch.isin(target, torch.tensor(yes_ids))
         if not (is_yes | torch.isin(target, torch.tensor(no_ids))).all():
             raise ValueError(f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers")
-        logits = bridge(batch.tokens.to(bridge.cfg.device))[row, first - 1].float()
+        positions, column = (first - 1).unique(return_inverse=True)
+        logits = logits_at(bridge, batch.tokens, positions)[row, column].float()
         odds = logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1)
         return torch.where(is_yes.to(odds.device), -odds, odds)
 

@@ -28,9 +28,24 @@ class MarkovModel:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+    @property
+    def original_model(self) -> "MarkovModel":
+        return self
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.logits = (CHAIN.log()[tokens] + torch.arange(tokens.shape[1])[:, None]).to(self.dtype).requires_grad_()
         return self.logits
+
+    __call__ = forward
+
+
+class SparingModel(MarkovModel):
+    """Computes only the logits it is asked for."""
+
+    def forward(self, tokens: torch.Tensor, logits_to_keep: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens)[:, logits_to_keep]
+
+    __call__ = forward
 
 
 def batch_of(tokens: list[list[int]], is_target: list[list[int]]) -> Batch:
@@ -44,6 +59,10 @@ def test_loss_by_hand():
     # Row 0: P(2|1) = 1/4, P(3|2) = 1/4. Row 1: P(3|0) = 1/8. Row 2: P(1|1) = 1/2, four times.
     expected = torch.tensor([(2 + 2) / 2, 3, 1]) * LOG2
     torch.testing.assert_close(completion_loss(MarkovModel(), BATCH), expected)  # default float32 tolerance: rounding only
+
+
+def test_a_model_that_leaves_logits_out_has_the_same_losses():
+    assert torch.equal(completion_loss(SparingModel(), BATCH), completion_loss(MarkovModel(), BATCH))
 
 
 def test_only_targets_count():
