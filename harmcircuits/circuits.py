@@ -50,10 +50,12 @@ def circuit_path(
     within: Scope = "model",
     objective: Objective = completion_loss,
     max_memory: int | None = None,
+    first: tuple[WeightScores, Sequence[WeightScores]] | None = None,
 ) -> Iterator[WeightMask]:
     """The growing mask after each round of `circuit_mask`: `rounds` masks of shares q/rounds, 2q/rounds, ... q.
 
-    Holds the scores of one behaviour at a time; of what is preserved it keeps the protected weights only.
+    Holds the scores of one behaviour at a time; of what is preserved it keeps the protected weights only. `first`: the
+    scores of the target and of each behaviour preserved, where they are known already, which saves the first round's.
     Raises ValueError for rounds below 1, fractions outside [0, 1], and a preserved share that leaves too few weights.
     """
     if rounds < 1:
@@ -61,11 +63,13 @@ def circuit_path(
     mask = None
     for number in range(1, rounds + 1):
         with masked(bridge, mask) if mask else nullcontext():
-            protected = [
-                top_fraction(sensitivity(bridge, batches, completion_loss, max_memory=max_memory), p, within=within)
-                for batches in preserve
-            ]
-            harm = removal_effect(bridge, target, objective, max_memory=max_memory)
+            if first and not mask:
+                harm, kept = first
+            else:
+                kept = (sensitivity(bridge, batches, completion_loss, max_memory=max_memory) for batches in preserve)
+                harm = None
+            protected = [top_fraction(scores, p, within=within) for scores in kept]
+            harm = harm or removal_effect(bridge, target, objective, max_memory=max_memory)
         chosen = _best_outside(harm, [mask, *protected], q=q / rounds, within=within)
         settings = {"q": q * number / rounds, "p": p, "within": within, "round": number, "rounds": rounds}
         parents = (harm.source, *(found.source.parents[0] for found in protected))

@@ -49,6 +49,7 @@ def study(
     plain: options.Plain = "",
     wording: options.WordingFile = "",
     limit: options.Limit = 0,
+    limit_measured: options.LimitMeasured = 0,
     template: options.Template = OWN.template,
     prefill: options.Prefill = OWN.prefill,
     judge: options.JudgeName = OWN.judge,
@@ -72,6 +73,7 @@ def study(
         float | None,
         typer.Option(help="How far the loss on benign answers may rise, nats.", show_default=_either("budget")),
     ] = None,
+    n_random: Annotated[int, typer.Option(help="Random masks of each kind, as controls.")] = DEFAULT.n_random,
     seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
@@ -93,13 +95,14 @@ def study(
             within=within,  # pyright: ignore[reportArgumentType] (Settings checks it)
             protect=tuple(protect or ()),
             seed=seed,
+            n_random=n_random,
             tolerance=usual.tolerance if tolerance is None else tolerance,
             budget=usual.budget if budget is None else budget,
         )
         texts = {
             "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
             "pairs": pairs, "borderline": borderline, "plain": plain, "limit": limit,
-            "wording": wording,
+            "limit_measured": limit_measured, "wording": wording,
         }  # fmt: skip
         how = {
             "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,

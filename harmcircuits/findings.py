@@ -138,6 +138,7 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         borderline: options.Borderline = "",
         wording: options.WordingFile = "",
         limit: options.Limit = 0,
+        limit_measured: options.LimitMeasured = 0,
         template: options.Template = OWN.template,
         prefill: options.Prefill = OWN.prefill,
         judge: options.JudgeName = OWN.judge,
@@ -152,6 +153,7 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         texts = {
             "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
             "pairs": pairs, "borderline": borderline, "wording": wording, "limit": limit,
+            "limit_measured": limit_measured,
         }  # fmt: skip
         how = {
             "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,

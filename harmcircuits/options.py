@@ -32,6 +32,9 @@ WordingFile = Annotated[
 ]
 Plain = Annotated[str, typer.Option(help="Plain text file, for perplexity and KL.", show_default="none")]
 Limit = Annotated[int, typer.Option(help="At most so many requests (pairs, windows) a split; 0: all.")]
+LimitMeasured = Annotated[
+    int, typer.Option(help="At most so many in choice and held-out, which only measure.", show_default="as --limit")
+]
 Template = Annotated[str, typer.Option(help="Format of requests: chat (the model's own template) or raw.")]
 Prefill = Annotated[str, typer.Option(help="Beginning of the answer to a harmful request.")]
 JudgeName = Annotated[

@@ -18,6 +18,7 @@ from harmcircuits.questions import Wording
 SPLITS = ("calibration", "choice", "heldout")
 SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}  # of a file from which all three are drawn
 WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}  # of a file beside which held-out requests are given
+NO_LIMITS = MappingProxyType(dict.fromkeys(SPLITS, 0))
 UNSAFE, SAFE = ("unsafe", "harmful"), ("safe", "harmless", "benign")
 Sets = Mapping[str, PromptSet]  # by split
 
@@ -31,7 +32,8 @@ class Texts:
     are the held-out ones. `pairs`: rows with `label` safe or unsafe, matched by `group`, or else by their order within a
     category ("contrast_x" belongs to "x"), for recognition; without it harmful requests are paired with benign ones of
     similar length, which are not matched in content. `borderline`: requests whose `label` is not unsafe, such as
-    XSTest's. `plain`: a text file for perplexity. `limit`: at most so many requests (or pairs) a split, 0 for all.
+    XSTest's. `plain`: a text file for perplexity. `limit`: at most so many requests (or pairs) a split, 0 for all;
+    `limit_measured`: in choice and held-out, where it is given, which only measure.
     """
 
     harmful: str
@@ -42,11 +44,19 @@ class Texts:
     borderline: str = ""
     plain: str = ""
     limit: int = 0
+    limit_measured: int = 0
     wording: Wording = field(default_factory=Wording)
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ValueError(f"limit={self.limit}; expected the number of requests a split, or 0 for all")
+        for name in ("limit", "limit_measured"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected the number of requests a split, or 0 for all")
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """At most so many requests, by split; 0 for all."""
+        measured = self.limit_measured or self.limit
+        return {"calibration": self.limit, "choice": measured, "heldout": measured}
 
     @property
     def files(self) -> dict[str, str]:
@@ -73,11 +83,12 @@ def read_prompts(source: str) -> PromptSet:
 
 
 def split_sets(
-    prompts: PromptSet, heldout: PromptSet | None = None, *, limit: int = 0, origin: str = ""
+    prompts: PromptSet, heldout: PromptSet | None = None, *, limits: Mapping[str, int] = NO_LIMITS, origin: str = ""
 ) -> dict[str, PromptSet]:
     """The requests by split, drawn by the hash of their group; `heldout` as it is, where given.
 
-    With a `limit`, those of the lowest hashes are kept, in their order. Raises ValueError for a split without requests.
+    With a limit for a split, those of the lowest hashes are kept, in their order. Raises ValueError for a split without
+    requests.
     """
     shares = WITHOUT_HELDOUT if heldout else SHARES
     ends, total = {}, 0.0
@@ -96,7 +107,7 @@ def split_sets(
     for split, chosen in found.items():
         if not len(chosen):
             raise ValueError(f"{origin}: {len(prompts)} requests leave none for {split}; give more")
-    return {split: _limited(chosen, limit) for split, chosen in found.items()}
+    return {split: _limited(chosen, limits[split]) for split, chosen in found.items()}
 
 
 def _hash(example: Example) -> float:
@@ -124,7 +135,7 @@ def _harmful_benign(texts: Texts) -> tuple[Sets, Sets]:
         held = _own_group(read_prompts(heldout)) if heldout else None
         seen = {example.prompt for example in held or ()}
         prompts = prompts.where(lambda example, seen=seen: example.prompt not in seen)
-        found.append(split_sets(prompts, held, limit=texts.limit, origin=source))
+        found.append(split_sets(prompts, held, limits=texts.limits, origin=source))
     harmful, benign = ({example.prompt for chosen in sets.values() for example in chosen} for sets in found)
     if both := harmful & benign:
         raise ValueError(f"{len(both)} requests are in {texts.harmful} and in {texts.benign}; leave each in one file")
@@ -165,7 +176,7 @@ def _recognition(texts: Texts, harmful: Sets, benign: Sets) -> dict[str, PromptS
     else:
         every = request_pairs(read_prompts(texts.pairs), texts.pairs)
         by_prompt = {bad.prompt: (bad, good) for bad, good in every}
-        sets = split_sets(_own_group(PromptSet(tuple(bad for bad, _ in every))), limit=texts.limit, origin=texts.pairs)
+        sets = split_sets(_own_group(PromptSet(tuple(bad for bad, _ in every))), limits=texts.limits, origin=texts.pairs)
         pairs = {split: [by_prompt[example.prompt] for example in chosen] for split, chosen in sets.items()}
     return {split: PromptSet(tuple(_asked(texts.wording, pairs[split]))) for split in SPLITS}
 
@@ -193,7 +204,7 @@ def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behavio
     kinds |= {example.prompt: "explanation" for s in explained.values() for example in s}
     if texts.borderline:
         safe = read_prompts(texts.borderline).where(lambda example: example.label not in UNSAFE)
-        sets["borderline"] = split_sets(_own_group(safe), limit=texts.limit, origin=texts.borderline)
+        sets["borderline"] = split_sets(_own_group(safe), limits=texts.limits, origin=texts.borderline)
         kinds |= {example.prompt: "borderline" for s in sets["borderline"].values() for example in s}
     for name in ("benign", "harmful"):
         kinds |= {example.prompt: name for s in sets[name].values() for example in s}

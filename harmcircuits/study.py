@@ -21,7 +21,7 @@ from harmcircuits.scores import WeightScores
 from harmcircuits.tables import KEPT_RATES
 
 TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
-RANDOM_SEEDS = 3
+DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Settings:
 
     `protect`: the behaviours whose most sensitive weights cannot be chosen; empty for all but the target. `tolerance`:
     how far a kept rate may fall at the operating point. `budget`: how far the loss on benign answers may rise there, in
-    nats per token; rounds end where it has risen further. Raises ValueError for shares outside [0, 1] or no shares, and
-    for a negative tolerance or budget.
+    nats per token; rounds end where it has risen further. `n_random`: how many random masks of each kind stand beside it.
+    Raises ValueError for shares outside [0, 1] or no shares, fewer than one round or random mask, and for a negative
+    tolerance or budget.
     """
 
     q: tuple[float, ...] = (0.001, 0.002, 0.004, 0.006, 0.01)
@@ -42,13 +43,15 @@ class Settings:
     seed: int = 0
     tolerance: float = TOLERANCE
     budget: float | None = None
+    n_random: int = 3
 
     def __post_init__(self) -> None:
         for name, shares in (("q", self.q), ("p", self.p)):
             if not shares or any(not 0 <= share <= 1 for share in shares) or (name == "q" and max(shares) == 0):
                 raise ValueError(f"{name}={list(shares)}; expected one or more shares of weights in [0, 1], q above 0")
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds}; expected at least 1")
+        for name in ("rounds", "n_random"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.within not in ("weight", "model", "row"):
             raise ValueError(f'within={self.within!r}; expected "weight", "model" or "row"')
         for name, most in (("tolerance", self.tolerance), ("budget", self.budget)):
@@ -170,10 +173,13 @@ def operating_point(
 
 
 def _calibrate(study: Study) -> dict[str, Calibration]:
-    """Own verified answers of every behaviour the model shows, with the yield and the saturation diagnostics."""
-    subject, advance = study.subject, study.steps("calibrate", len(study.subject.behaviours))
+    """Own verified answers of every behaviour that is scored and shown, with the yield and the saturation diagnostics."""
+    subject = study.subject
+    scored = {"harmful", "benign", *(study.settings.protect or subject.behaviours)}
+    names = [name for name in subject.behaviours if name in scored]
+    advance = study.steps("calibrate", len(names))
     calibrations = {}
-    for name in subject.behaviours:
+    for name in names:
         advance()
         try:
             calibrations[name] = found = calibrate(subject, name)
@@ -185,7 +191,8 @@ def _calibrate(study: Study) -> dict[str, Calibration]:
         study.note("calibration_yield", found.n_kept / found.n_asked, behaviour=name)
         study.note("calibration_examples", found.n_kept, behaviour=name)
         study.note("calibration_nll", completion_nll(subject.bridge, found.batches).mean().item(), behaviour=name)
-        study.note("gradient_norm", gradient_norm(subject.bridge, found.batches, completion_loss), behaviour=name)
+        some = found.batches[: max(1, DIAGNOSED // subject.batch_size)]
+        study.note("gradient_norm", gradient_norm(subject.bridge, some, completion_loss), behaviour=name)
     return calibrations
 
 
@@ -225,7 +232,7 @@ def _grid(
                     yield "random", {"selection": "random", "p": p, "q": q}, random_like(mask, seed=settings.seed)
                     opposite = best_unprotected(-harm, keep, q=q, p=p, within=settings.within)
                     yield "opposite_sign", {"selection": "opposite sign", "p": p, "q": q}, opposite
-            options = {"p": p, "rounds": settings.rounds, "within": settings.within}
+            options = {"p": p, "rounds": settings.rounds, "within": settings.within, "first": (harm, keep)}
             for mask in circuit_path(subject.bridge, target.batches, preserve, q=max(settings.q), **options):
                 yield "circuit", {"selection": "rounds", "p": p, "q": mask.source.settings["q"]}, mask
                 if is_spent():
@@ -259,7 +266,9 @@ def _measure_heldout(
     in_rounds = chosen.labels["selection"] == "rounds"
     q, p, within = chosen.mask.n_removed / chosen.mask.n_weights, float(chosen.labels["p"]), study.settings.within
     same = {"q": q, "p": p, "within": within}
-    target, again = calibrations["harmful"].batches, {**same, "rounds": study.settings.rounds if in_rounds else 1}
+    again = {**same, "rounds": chosen.mask.source.settings["round"] if in_rounds else 1}
+    target, n_random = calibrations["harmful"].batches, study.settings.n_random
+    before = completion_nll(bridge, target)
     kept = {name: found.batches for name, found in protect.items()}
 
     def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
@@ -270,9 +279,9 @@ def _measure_heldout(
         if "benign" in kept and len(kept) > 1:
             mask = circuit_mask(bridge, target, [kept["benign"]], **again)
             yield "circuit", {**how, "selection": chosen.labels["selection"], "protected": "benign"}, mask
-        for number in range(seed, seed + RANDOM_SEEDS):
+        for number in range(seed, seed + n_random):
             yield "random", {"seed": number}, random_like(chosen.mask, seed=number)
-        for number in range(seed, seed + RANDOM_SEEDS):
+        for number in range(seed, seed + n_random):
             yield "random_magnitude", {"seed": number}, random_like(chosen.mask, seed=number, weights=named_weights(bridge))
         yield "opposite_sign", {}, best_unprotected(-harm, keep, **same)
         yield "second_slice", {}, best_unprotected(harm, keep, **same, taken=chosen.mask)
@@ -280,13 +289,19 @@ def _measure_heldout(
             others = [batches for name, batches in kept.items() if name != "benign"]
             yield "benign_twin", {}, circuit_mask(bridge, calibrations["benign"].batches, [*others, target], **again)
 
-    advance = study.steps("held-out, with controls", 6 + 2 * RANDOM_SEEDS)
+    advance = study.steps("held-out, with controls", 6 + 2 * n_random)
     for kind, how, mask in masks():
         parts = (kind, how.get("selection"), how.get("seed"), "benign_only" if how.get("protected") == "benign" else None)
         name = "-".join(str(part).replace(" ", "_") for part in parts if part is not None)
         study.masks[name] = mask
         mask.save(study.out / "masks" / f"{name}.safetensors")
-        study.add(_under(study, mask, {"model": study.subject.name, "mask": kind, **how}, harm, calibrations["harmful"]))
+        where = {"model": study.subject.name, "mask": kind, **how}
+        study.add(_under(study, mask, where))
+        with masked(bridge, mask):
+            change = completion_nll(bridge, target) - before
+        where = {**where, "split": "calibration"}
+        study.note("predicted_loss_change", predicted_change(harm, mask), **where)
+        study.note("measured_loss_change", change.mean().item(), **where)
         advance()
 
 
@@ -296,15 +311,11 @@ def _in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
     return min(same, key=lambda point: abs(point.mask.n_removed - chosen.mask.n_removed)).mask
 
 
-def _under(
-    study: Study, mask: WeightMask, where: dict[str, str | float], harm: WeightScores, target: Calibration
-) -> list[Measurement]:
-    """Held-out rows under a mask, its size, KL on benign text, predicted beside measured change of the target's loss."""
+def _under(study: Study, mask: WeightMask, where: dict[str, str | float]) -> list[Measurement]:
+    """Held-out rows under a mask, its size, and KL on benign text."""
     subject = study.subject
-    before = completion_nll(subject.bridge, target.batches)
     with masked(subject.bridge, mask):
         rows = measure(subject, "heldout", where)
-        change = completion_nll(subject.bridge, target.batches) - before
     where = {**where, "split": "heldout"}
     rows.append(exact("weights_removed", where, mask.n_removed))
     if "benign" in subject.behaviours:
@@ -316,7 +327,4 @@ def _under(
         rows.append(average("plain_kl", where, divergence, range(len(divergence))))
         with masked(subject.bridge, mask):
             rows.append(perplexity(subject.bridge, subject.plain_text, where))
-    where = {**where, "split": "calibration"}
-    rows.append(exact("predicted_loss_change", where, predicted_change(harm, mask)))
-    rows.append(exact("measured_loss_change", where, change.mean().item()))
     return rows

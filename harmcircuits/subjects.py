@@ -99,7 +99,13 @@ class SubjectSpec:
         if texts.plain:
             found["plain"] = texts.plain
         names = ("model", "dtype", "template", "prefill", "max_new_tokens", "batch_size")
-        return {**found, "limit": texts.limit, "judge": judge, **{name: getattr(self, name) for name in names}}
+        return {
+            **found,
+            "limit": texts.limit,
+            "limit_measured": texts.limit_measured,
+            "judge": judge,
+            **{name: getattr(self, name) for name in names},
+        }
 
     def _plain_text(self, texts: Texts, bridge: TransformerBridge) -> list[Batch]:
         if not texts.plain:
@@ -108,7 +114,8 @@ class SubjectSpec:
             raise ValueError(f"{texts.plain}: no such file; give a text for perplexity, or none")
         text = Path(texts.plain).read_text(encoding="utf-8")
         windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
-        return windows[: texts.limit] if texts.limit else windows
+        limit = texts.limits["heldout"]
+        return windows[:limit] if limit else windows
 
 
 OWN = SubjectSpec("")  # the usual settings of a model of one's own

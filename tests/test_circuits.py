@@ -55,6 +55,17 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
     assert (stale - second).n_removed > 0, "scores of the unpruned model choose other weights"
 
 
+def test_known_scores_save_the_first_round(llama, batch):
+    harm = removal_effect(llama, [batch], completion_loss)
+    keep = [sensitivity(llama, [batch], completion_loss)]
+    options = {"q": 0.2, "p": 0.1, "rounds": 2}
+    known = list(circuit_path(llama, [batch], [[batch]], **options, first=(harm, keep)))
+    for one, two in zip(known, circuit_path(llama, [batch], [[batch]], **options), strict=True):
+        assert all(torch.equal(one.removed[name], two.removed[name]) for name in two.removed)
+    other = next(circuit_path(llama, [batch], [[batch]], **options, first=(-harm, keep)))
+    assert (other - known[0]).n_removed > 0, "the first round reads the scores it is given"
+
+
 def test_one_round_is_the_best_of_the_unprotected(llama, batch):
     mask = circuit_mask(llama, [batch], [[batch]], q=0.1, p=0.3)
     protected = top_fraction(sensitivity(llama, [batch], completion_loss), 0.3, within="model")

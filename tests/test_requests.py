@@ -42,8 +42,8 @@ def test_given_heldout_requests_are_the_heldout_ones():
 
 
 def test_limits_and_too_few():
-    sets = split_sets(MANY, limit=5)
-    assert [len(chosen) for chosen in sets.values()] == [5, 5, 5]
+    sets = split_sets(MANY, limits={"calibration": 0, "choice": 5, "heldout": 4})
+    assert [len(chosen) for chosen in sets.values()] == [len(split_sets(MANY)["calibration"]), 5, 4]
     assert set(sets["choice"]) <= set(split_sets(MANY)["choice"])
     with pytest.raises(ValueError, match=r"few\.csv: 1 requests leave none for"):
         split_sets(MANY[:1], origin="few.csv")
@@ -188,3 +188,7 @@ def test_wording_from_a_file(tmp_path):
         Wording.from_file(tmp_path / "none")
     with pytest.raises(ValueError, match="limit=-1"):
         Texts("a", "b", limit=-1)
+    with pytest.raises(ValueError, match="limit_measured=-1"):
+        Texts("a", "b", limit_measured=-1)
+    assert Texts("a", "b", limit=7).limits == {"calibration": 7, "choice": 7, "heldout": 7}
+    assert Texts("a", "b", limit_measured=7).limits == {"calibration": 0, "choice": 7, "heldout": 7}
