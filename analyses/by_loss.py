@@ -1,0 +1,298 @@
+# %% [markdown]
+# # F2, F3 and F6 by loss: for a model of one's own
+# A judge of free text is coarse and generation is dear; the loss on the model's own verified answers is neither. So this
+# asks in nats what `general.py`, `distinct.py` and `dissociated.py` ask in rates: every circuit of the same share of the
+# weights, every ability's held-out loss under each, item by item against the unpruned model. Circuits are chosen in one
+# shot: scores are means over examples, so those of all types of harm together, and of all but one, are means of the scores
+# of the types, and one pass over each type's answers serves them all.
+#
+# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most, nor can that of
+# another ability take those that harm needs most; with "none" nothing is protected, and only this measures overlap.
+#
+# Controls: random weights of the same count in every matrix, one mask a seed; the weights of the opposite sign; the circuit
+# of benign answers.
+#
+# **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss on harmful answers
+# rises under circuits that never saw their type by at least half of what it rises under the circuit of all types, and by an
+# interval above random weights and above what benign answers lose under the same circuits. It is *distinct* from another
+# ability when each loses more from its own circuit than from the other's, by the intervals. The claim *holds* when harm is
+# general and distinct from every other ability shown; *in part* when it is general, or distinct from at least half of
+# them, benign answers included; else it *does not hold here*.
+
+# %%
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import typer
+
+import harmcircuits as hc
+from harmcircuits.behaviours import Calibration, Subject, by_category
+from harmcircuits.findings import Finding, Plan, Verdict, command
+from harmcircuits.jobs import Job
+from harmcircuits.metrics import Labels, average, completion_nll, exact
+from harmcircuits.overlap import overlap
+from harmcircuits.records import Measurement, by_model, select
+from harmcircuits.report import plot, section
+from harmcircuits.scores import WeightScores, mean_scores
+from harmcircuits.subjects import SubjectSpec
+from harmcircuits.tables import METRICS
+from harmcircuits.views import heatmaps
+
+NAME, CLAIM, MODELS = "Loss", "general and distinct: harm's circuit by loss", ("sft",)
+RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
+HARM = "harmful"
+LEAST = 0.5  # of the rise under the circuit of all types
+UNSEEN, OPPOSITE = "all but its type", "opposite sign"
+TITLES = {"benign": "benign answers protected", "none": "nothing protected"}  # by the label `protected`
+
+Losses = Mapping[str, torch.Tensor]  # behaviour -> nats per token of each held-out reference answer
+
+
+# %% [markdown]
+# ## The experiment
+
+
+# %%
+def jobs(plan: Plan) -> list[Job]:
+    return [Job(spec.labels, partial(measured, spec, plan)) for spec in plan.specs]
+
+
+def measured(spec: SubjectSpec, plan: Plan) -> list[Measurement]:
+    """Rises of every loss under every circuit, gaps between pairs of circuits, and what circuits share."""
+    subject = typed(spec.open(seed=plan.seeds[0]))
+    calibrations = hc.calibrate_shown(subject)
+    types = shown_types(subject, calibrations)
+    abilities = [name for name in METRICS if name in calibrations and name != HARM]
+    whole = losses(subject, [HARM, *abilities])
+    rows = [
+        average(UNPRUNED, {**spec.labels, "mask": "none", "of": name}, nll, groups(subject, name))
+        for name, nll in whole.items()
+    ]
+    masks = every_mask(subject, calibrations, types, abilities, plan)
+    free = {mask: masks["none", mask] for mask in (HARM, *abilities)}
+    for other in abilities:
+        found = overlap(free[HARM], free[other])
+        where = {**spec.labels, "mask": HARM, "of": other, "protected": "none"}
+        rows.append(Measurement("lift", where, found.lift, *found.interval, found.n_shared))
+        rows.append(exact("jaccard", where, found.jaccard))
+    for protected in TITLES:
+        under = {}
+        for (how, name), mask in masks.items():
+            if how == protected:
+                with hc.masked(subject.bridge, mask):
+                    under[name] = {of: nll - whole[of] for of, nll in losses(subject, whole).items()}
+        where = {**spec.labels, "protected": protected}
+        rows.append(exact("weights_removed", where, masks[protected, HARM].n_removed))
+        rows += rise_rows(subject, under, types, where) + gap_rows(subject, under, abilities, where)
+    return rows
+
+
+def typed(subject: Subject) -> Subject:
+    """The subject with every type of harm as a behaviour."""
+    return replace(subject, behaviours={**subject.behaviours, **by_category(subject.behaviours[HARM])})
+
+
+def shown_types(subject: Subject, calibrations: Mapping[str, Calibration]) -> list[str]:
+    """The types of harm to score on and to measure. Raises ValueError for fewer than two."""
+    types = [name for name in by_category(subject.behaviours[HARM]) if name in calibrations]
+    types = [name for name in types if len(subject.behaviours[name].references("heldout"))]
+    if len(types) < 2:
+        raise ValueError(f"{subject.name}: {len(types)} types of harm are shown; give requests with two categories or more")
+    return types
+
+
+def losses(subject: Subject, names: Sequence[str] | Losses) -> Losses:
+    """The held-out loss of each behaviour's reference answers, the model as it stands."""
+    behaviours = [subject.behaviours[name] for name in names]
+    return {one.name: completion_nll(subject.bridge, subject.batches(one, one.references("heldout"))) for one in behaviours}
+
+
+def groups(subject: Subject, name: str) -> list[str]:
+    return [one.group or one.prompt for one in subject.behaviours[name].references("heldout")]
+
+
+def every_mask(
+    subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], abilities: Sequence[str], plan: Plan
+) -> dict[tuple[str, str], hc.WeightMask]:
+    """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
+    needed = {
+        name: hc.top_fraction(hc.sensitivity(subject.bridge, calibrations[name].batches, hc.completion_loss), plan.p,
+                              within="model")
+        for name in ("benign", HARM)
+    }  # fmt: skip
+    found: dict[tuple[str, str], hc.WeightMask] = {}
+
+    def choose(name: str, scores: WeightScores, kept: str, protections: Sequence[str] = tuple(TITLES)) -> None:
+        for protected in protections:
+            exclude = needed[kept] if protected != "none" else None
+            found[protected, name] = hc.top_fraction(scores, plan.q, within="model", exclude=exclude)
+
+    def scored(name: str) -> WeightScores:
+        return hc.removal_effect(subject.bridge, calibrations[name].batches, subject.behaviours[name].objective)
+
+    of_types, sizes = [scored(one) for one in types], [calibrations[one].n_kept for one in types]
+    for number, one in enumerate(types):
+        others = [size if place != number else 0 for place, size in enumerate(sizes)]
+        choose(one, of_types[number], "benign", ["benign"])
+        choose(f"all but {one}", mean_scores(of_types, others), "benign", ["benign"])
+    harm = mean_scores(of_types, sizes)
+    del of_types
+    choose(HARM, harm, "benign")
+    choose(OPPOSITE, -harm, "benign", ["benign"])
+    del harm
+    for name in abilities:
+        choose(name, scored(name), HARM)
+    for seed in plan.seeds:
+        found["benign", f"random {seed}"] = hc.random_like(found["benign", HARM], seed=seed)
+    return found
+
+
+def rise_rows(subject: Subject, under: Mapping[str, Losses], types: Sequence[str], labels: Labels) -> list[Measurement]:
+    """`nll_rise` of each behaviour (`of`) and each type of harm under each mask.
+
+    Where circuits leave a type out, besides the rise of each item under the circuit that never saw its type, and that of
+    benign answers under the same circuits (their mean).
+    """
+    type_of = [f"{HARM}/{one.category}" for one in subject.behaviours[HARM].references("heldout")]
+    items = groups(subject, HARM)
+    rows = []
+
+    def harm_rise(rises: Mapping[int, torch.Tensor], labels: Labels) -> Measurement:
+        return average(RISE, labels, torch.stack(list(rises.values())), [items[place] for place in rises])
+
+    for mask, rises in under.items():
+        where = {**labels, "mask": mask}
+        rows += [average(RISE, {**where, "of": of}, values, groups(subject, of)) for of, values in rises.items()]
+        for one in types:
+            mine = {place: rises[HARM][place] for place, name in enumerate(type_of) if name == one}
+            rows.append(harm_rise(mine, {**where, "of": one}))
+    unseen = {one: under[f"all but {one}"] for one in types if f"all but {one}" in under}
+    if unseen:
+        where = {**labels, "mask": UNSEEN}
+        of_others = {place: unseen[name][HARM][place] for place, name in enumerate(type_of) if name in unseen}
+        rows.append(harm_rise(of_others, {**where, "of": HARM}))
+        benign = torch.stack([rises["benign"] for rises in unseen.values()]).mean(0)
+        rows.append(average(RISE, {**where, "of": "benign"}, benign, groups(subject, "benign")))
+    return rows
+
+
+def gap_rows(subject: Subject, under: Mapping[str, Losses], abilities: Sequence[str], labels: Labels) -> list[Measurement]:
+    """`nll_gap` of an ability (`of`) against another: its loss under its own circuit minus that under the other's."""
+    pairs = [pair for other in abilities for pair in ((HARM, other), (other, HARM))]
+    return [
+        average(GAP, {**labels, "of": of, "against": other}, under[of][of] - under[other][of], groups(subject, of))
+        for of, other in pairs
+    ]
+
+
+# %% [markdown]
+# ## The finding
+
+
+# %%
+def rise(mine: Sequence[Measurement], mask: str, of: str, protected: str = "benign") -> Measurement:
+    return select(mine, RISE, mask=mask, of=of, protected=protected)[0]
+
+
+def randoms(mine: Sequence[Measurement], of: str = HARM) -> list[Measurement]:
+    return [row for row in select(mine, RISE, of=of) if str(row.labels["mask"]).startswith("random")]
+
+
+def is_general(mine: Sequence[Measurement]) -> bool:
+    """The rule's first condition."""
+    unseen = rise(mine, UNSEEN, HARM)
+    above = unseen.low > max([rise(mine, UNSEEN, "benign").high, *(row.high for row in randoms(mine))])
+    return above and unseen.mean >= LEAST * rise(mine, HARM, HARM).mean
+
+
+def distinct_from(mine: Sequence[Measurement], protected: str = "benign") -> dict[str, bool]:
+    """Other ability -> the rule's second condition."""
+    gaps = select(mine, GAP, protected=protected)
+    others = [str(row.labels["against"]) for row in gaps if row.labels["of"] == HARM]
+    return {
+        other: all(row.low > 0 for row in gaps if {row.labels["of"], row.labels["against"]} == {HARM, other})
+        for other in others
+    }
+
+
+def verdict(rows: Sequence[Measurement]) -> Verdict:
+    judged = [(is_general(mine), distinct_from(mine)) for mine in by_model(rows).values()]
+    if all(general and all(apart.values()) for general, apart in judged):
+        return "holds"
+    if all(general or (apart["benign"] and 2 * sum(apart.values()) >= len(apart)) for general, apart in judged):
+        return "holds in part"
+    return "does not hold here"
+
+
+def finding(rows: Sequence[Measurement]) -> Finding:
+    models = by_model(rows)
+    words = "\n".join(f"{name}: {line}" for name, mine in models.items() for line in _words(mine))
+    evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
+    return Finding(NAME, CLAIM, verdict(rows), words, evidence)
+
+
+def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+    return list(rows)
+
+
+def _words(mine: Sequence[Measurement]) -> list[str]:
+    removed = select(mine, "weights_removed", protected="benign")[0].mean
+    random = max(randoms(mine), key=lambda row: row.mean)
+    said = [
+        f"{removed:,.0f} weights, benign answers protected. The loss on harmful answers rises by {_rise(mine, HARM, HARM)} "
+        f"under the circuit of all types, by {_rise(mine, UNSEEN, HARM)} under circuits that never saw their type, by "
+        f"{_rise(mine, OPPOSITE, HARM)} under weights of the opposite sign, by {_nats(random)} at most under random ones. "
+        f"Benign answers lose {_rise(mine, HARM, 'benign')} and {_rise(mine, UNSEEN, 'benign')} under the first two. "
+        f"Harm is {'general' if is_general(mine) else 'not general'} by the rule."
+    ]
+    for protected, words in TITLES.items():
+        for other, is_apart in distinct_from(mine, protected).items():
+            said.append(
+                f"Harm and {other}, {words}: {'distinct' if is_apart else 'not distinct'}. Harm loses "
+                f"{_rise(mine, HARM, HARM, protected)} to its own circuit and {_rise(mine, other, HARM, protected)} to the "
+                f"other's; {other} {_rise(mine, other, other, protected)} and {_rise(mine, HARM, other, protected)}."
+            )
+    lifts = ", ".join(f"{row.labels['of']} {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in select(mine, "lift"))
+    said.append(f"With nothing protected, harm's circuit shares so many times what chance gives with those of: {lifts}.")
+    return said
+
+
+def _evidence(mine: Sequence[Measurement]) -> str:
+    apart = [name for name, is_apart in distinct_from(mine).items() if is_apart]
+    return (
+        f"harm {_rise(mine, HARM, HARM)}, of types not seen {_rise(mine, UNSEEN, HARM)}, benign "
+        f"{_rise(mine, HARM, 'benign')}; distinct from {', '.join(apart) or 'none'}"
+    )
+
+
+def _rise(mine: Sequence[Measurement], mask: str, of: str, protected: str = "benign") -> str:
+    return _nats(rise(mine, mask, of, protected))
+
+
+def _nats(row: Measurement) -> str:
+    return f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
+
+
+# %% [markdown]
+# ## Figures
+
+
+# %%
+def sections(rows: Sequence[Measurement]) -> list[str]:
+    panels = {
+        f"{name}, {words}": select(mine, RISE, protected=protected)
+        for name, mine in by_model(rows).items()
+        for protected, words in TITLES.items()
+    }
+    text = (
+        "Rise of the loss on held-out reference answers, nats per token. Lines: the circuit removed; columns: whose loss."
+    )
+    return [section("Every loss under every circuit", text, plot(heatmaps(panels, x="of", y="mask"), first=True))]
+
+
+# %%
+if __name__ == "__main__":
+    typer.run(command(sys.modules[__name__]))

@@ -1,0 +1,116 @@
+"""The cross-ablation by loss judges by its stated rule on made-up rows, and runs on an organism's types of harm.
+
+Would catch: a circuit that saw the type it is judged on, a rule that ignores a control or benign answers, gaps of the wrong
+sign, an ability compared with itself.
+"""
+
+import dataclasses
+from functools import partial
+
+import by_loss as analysis
+import pytest
+import torch
+
+import harmcircuits as hc
+from harmcircuits.behaviours import calibrate_shown
+from harmcircuits.findings import Plan
+from harmcircuits.records import Measurement, select
+
+LABELS = {"model": "m", "ladder": "own"}
+
+
+def a_run(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> list[Measurement]:
+    """Rises of harm (1.0 under the circuit of all types) and of benign answers, and both gaps against benign answers."""
+
+    def row(metric: str, mean: float, **labels: str) -> Measurement:
+        return Measurement(metric, {**LABELS, **labels}, mean, mean - 0.1, mean + 0.1, 40)
+
+    rows = [row("lift", 2.0, mask="harmful", of="benign", protected="none")]
+    for protected in ("none", "benign"):
+        where = {"protected": protected}
+        rises = {
+            ("harmful", "harmful"): 1.0, ("harmful", "benign"): benign, ("benign", "harmful"): 0.1,
+            ("benign", "benign"): 1.0, (analysis.UNSEEN, "harmful"): unseen, (analysis.UNSEEN, "benign"): benign,
+            (analysis.OPPOSITE, "harmful"): -0.2, ("random 0", "harmful"): random,
+        }  # fmt: skip
+        rows += [row("nll_rise", mean, mask=mask, of=of, **where) for (mask, of), mean in rises.items()]
+        rows += [row("nll_gap", gaps[0], of="harmful", against="benign", **where)]
+        rows += [row("nll_gap", gaps[1], of="benign", against="harmful", **where)]
+        rows += [row("weights_removed", 100, **where)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "holds"),
+        ({"unseen": 0.4}, "holds in part"),  # below half of the rise under the circuit of all types
+        ({"random": 0.7}, "holds in part"),
+        ({"benign": 0.7}, "holds in part"),
+        ({"gaps": (0.3, 0.05)}, "holds in part"),  # general, and one gap's interval holds zero
+        ({"unseen": 0.4, "gaps": (0.05, 0.3)}, "does not hold here"),
+    ],
+)
+def test_the_rule(change, expected):
+    rows = a_run(**change)
+    found = analysis.finding(rows)
+    assert found.verdict == expected
+    assert ("is not general" if change.get("unseen", 1) < 0.5 else "general") in found.words
+    assert analysis.finding(analysis.needed(rows)) == found
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """An organism asked about every eighth item, so that a few types of harm have items in every split."""
+    whole = hc.organism_subject("sft")
+    behaviours = {
+        name: dataclasses.replace(whole.behaviours[name], prompts=partial(every_eighth, whole.behaviours[name]))
+        for name in ("harmful", "benign")
+    }
+    return analysis.typed(dataclasses.replace(whole, behaviours=behaviours))
+
+
+def every_eighth(behaviour, split: str) -> hc.PromptSet:
+    return behaviour.prompts(split)[::8]
+
+
+def test_circuits_that_leave_a_type_out_are_scored_on_the_others(subject):
+    calibrations = calibrate_shown(subject)
+    types = analysis.shown_types(subject, calibrations)
+    assert len(types) >= 2
+    plan = Plan((), seeds=(0,), q=0.002, p=0.01)
+    masks = analysis.every_mask(subject, calibrations, types, ["benign"], plan)
+    pair = analysis.every_mask(subject, calibrations, types[:2], ["benign"], plan)
+    for one, other in (types[:2], types[1::-1]):
+        assert torch.equal(*(one_of(pair, name) for name in (f"all but {one}", other))), "all but one of two is the other"
+    assert (masks["benign", "harmful"] & masks["benign", analysis.OPPOSITE]).n_removed == 0
+    assert masks["benign", "random 0"].counts == masks["benign", "harmful"].counts
+    assert len({mask.n_removed for mask in masks.values()}) == 1
+
+
+def one_of(masks, name: str) -> torch.Tensor:
+    return torch.cat([masks["benign", name].dense(weight).flatten() for weight in masks["benign", name].shapes])
+
+
+def test_rises_are_paired_and_by_type(subject):
+    types = analysis.shown_types(subject, calibrate_shown(subject))
+    references = subject.behaviours["harmful"].references("heldout")
+    of_type = torch.tensor([float(types.index(f"harmful/{one.category}")) for one in references])
+    n_benign = len(subject.behaviours["benign"].references("heldout"))
+    under = {
+        name: {"harmful": of_type + (10.0 if name.endswith(types[0]) else 20.0), "benign": torch.full((n_benign,), 3.0)}
+        for name in (f"all but {one}" for one in types)
+    }
+    rows = analysis.rise_rows(subject, under, types, LABELS)
+    for number, one in enumerate(types):
+        assert select(rows, "nll_rise", mask=f"all but {types[0]}", of=one)[0].mean == pytest.approx(10 + number)
+    unseen = select(rows, "nll_rise", mask=analysis.UNSEEN, of="harmful")[0]
+    expected = of_type + torch.where(of_type == 0, 10.0, 20.0)  # each item under the circuit that left its type out
+    assert unseen.mean == pytest.approx(expected.mean().item())
+    assert select(rows, "nll_rise", mask=analysis.UNSEEN, of="benign")[0].mean == pytest.approx(3.0)
+
+    both = {"harmful": {"harmful": of_type + 2, "benign": torch.ones(n_benign)}}
+    both["benign"] = {"harmful": of_type, "benign": torch.full((n_benign,), 5.0)}
+    gaps = analysis.gap_rows(subject, both, ["benign"], LABELS)
+    assert select(gaps, of="harmful", against="benign")[0].mean == pytest.approx(2.0)
+    assert select(gaps, of="benign", against="harmful")[0].mean == pytest.approx(4.0)
