@@ -282,15 +282,13 @@ def _nats(row: Measurement) -> str:
 
 # %%
 def sections(rows: Sequence[Measurement]) -> list[str]:
-    panels = {
-        f"{name}, {words}": select(mine, RISE, protected=protected)
-        for name, mine in by_model(rows).items()
-        for protected, words in TITLES.items()
-    }
-    text = (
-        "Rise of the loss on held-out reference answers, nats per token. Lines: the circuit removed; columns: whose loss."
-    )
-    return [section("Every loss under every circuit", text, plot(heatmaps(panels, x="of", y="mask"), first=True))]
+    text = "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; columns: whose loss."
+    found = []
+    for protected, words in TITLES.items():
+        panels = {name: select(mine, RISE, protected=protected) for name, mine in by_model(rows).items()}
+        figure = heatmaps(panels, x="of", y="mask")
+        found.append(section(f"Every loss under every circuit, {words}", text, plot(figure, first=not found)))
+    return found
 
 
 # %%

@@ -259,7 +259,9 @@ def heatmaps(panels: Mapping[str, Sequence[Measurement]], *, x: str, y: str, wid
         horizontal_spacing=0.03, vertical_spacing=gap / plot_height if n_lines > 1 else 0,
     )  # fmt: skip
     for number, body in enumerate(bodies.values()):
-        down, across = (list(dict.fromkeys(key[axis] for key in body)) for axis in (0, 1))
+        beside = list(bodies.values())[number - number % 2 :][:2]  # they share an axis, so their lines must be the same
+        down = list(dict.fromkeys(line for other in beside for line, _ in other))
+        across = list(dict.fromkeys(column for _, column in body))
         z = [[body.get((line, column)) for column in across] for line in down]
         text = [["" if value is None or abs(value) < 0.005 else f"{value:.2f}" for value in line] for line in z]
         row, col = number // 2 + 1, number % 2 + 1

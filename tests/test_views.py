@@ -118,8 +118,10 @@ def test_heatmaps_put_each_row_in_its_cell():
         Measurement("share", {"layer": layer, "head": head}, 10 * layer + head, 0, 99)
         for layer, head in ((1, 0), (1, 1), (0, 1))
     ]
-    figure = heatmaps({"a": rows, "b": rows[:1], "c": rows}, x="head", y="layer")
-    first = figure.data[0]
+    figure = heatmaps({"a": rows, "b": rows[2:], "c": rows}, x="head", y="layer")
+    first, second, _ = figure.data
+    assert (list(second.y), list(second.x)) == (["1", "0"], ["1"]), "panels side by side have the same lines"
+    assert [list(line) for line in second.z] == [[None], [1]]
     assert (list(first.y), list(first.x)) == (["1", "0"], ["0", "1"]), "in the order of the rows"
     assert [list(line) for line in first.z] == [[10, 11], [None, 1]]
     assert [list(line) for line in first.text] == [["10.00", "11.00"], ["", "1.00"]]
