@@ -121,8 +121,11 @@ def curve_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
 
     harm = hc.removal_effect(subject.bridge, calibrations["harmful"].batches, hc.completion_loss)
     others = [c.batches for name, c in calibrations.items() if name != "harmful"]
-    keep = [hc.sensitivity(subject.bridge, batches, hc.completion_loss) for batches in others]
-    at_once = [hc.best_unprotected(harm, keep, q=mask.n_removed / mask.n_weights, p=plan.p) for mask in masks]
+    protected = [
+        hc.top_fraction(hc.sensitivity(subject.bridge, batches, hc.completion_loss), plan.p, within="model")
+        for batches in others
+    ]
+    at_once = [hc.best_unprotected(harm, protected, q=mask.n_removed / mask.n_weights) for mask in masks]
     one_shot = curve(subject, at_once, unpruned)
     for line, where, chosen in ((found, ROUNDS, masks), (one_shot, ONE_SHOT, at_once)):
         rows += summary_rows(line, {**labels, **where})
@@ -137,7 +140,7 @@ def curve_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     for line, where in ((found, ROUNDS), (one_shot, ONE_SHOT)):
         rows += told(rows, {"none": 0.0, "w50": half, "largest": line.shares[-1]}, {**labels, **where})
     sizes = [mask for mask in masks if mask.n_removed in sizes_of_controls(masks, half, plan)]
-    for name, control in control_curves(subject, calibrations["harmful"], harm, keep, sizes, found, plan.p, seed):
+    for name, control in control_curves(subject, calibrations["harmful"], harm, protected, sizes, found, seed):
         rows += summary_rows(control, {**labels, "mask": name})
         gap = rate_at(control, half).minus(rate_at(found, half))
         rows.append(gap.row("harm_gap", {**labels, "mask": name}))
@@ -162,8 +165,8 @@ def sizes_of_controls(masks: Sequence[hc.WeightMask], half: float, plan: Plan) -
 
 
 def control_curves(
-    subject: Subject, target: Calibration, harm: WeightScores, keep: Sequence[WeightScores],
-    masks: Sequence[hc.WeightMask], found: Curve, p: float, seed: int,
+    subject: Subject, target: Calibration, harm: WeightScores, protected: Sequence[hc.WeightMask],
+    masks: Sequence[hc.WeightMask], found: Curve, seed: int,
 ) -> Iterator[tuple[str, Curve]]:  # fmt: skip
     """Harm and benign answers along each control, at the sizes of these masks of the circuit."""
     bridge = subject.bridge
@@ -177,8 +180,8 @@ def control_curves(
     def chosen(name: str, mask: hc.WeightMask) -> hc.WeightMask:
         if name.startswith("random"):
             return hc.random_like(mask, seed=seed, weights=hc.named_weights(bridge) if name == "random_magnitude" else None)
-        taken = mask if name == "second_slice" else None
-        return hc.best_unprotected(ranked.get(name, harm), keep, q=mask.n_removed / mask.n_weights, p=p, taken=taken)
+        taken = [*protected, mask] if name == "second_slice" else protected
+        return hc.best_unprotected(ranked.get(name, harm), taken, q=mask.n_removed / mask.n_weights)
 
     unpruned = {name: one for name, one in found.points[0].items() if name in ("harmful", "benign")}
     for name in CONTROLS:

@@ -28,8 +28,10 @@ def main(
     batches = {name: hc.calibrate(subject, name).batches for name in subject.behaviours if name != "refusal"}
     target = batches.pop("harmful")
     harm = hc.removal_effect(bridge, target, hc.completion_loss)
-    keep = [hc.sensitivity(bridge, kept, hc.completion_loss) for kept in batches.values()]
-    rows = recovery(every_score(bridge, target, harm, keep, p=p), truth, hc.named_weights(bridge), {"model": "planted"})
+    protected = [
+        hc.top_fraction(hc.sensitivity(bridge, kept, hc.completion_loss), p, within="model") for kept in batches.values()
+    ]
+    rows = recovery(every_score(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"})
     console = Console()
     console.print(recovery_table(rows))
     kept = list(batches.values())

@@ -108,13 +108,20 @@ def random_scores(bridge: TransformerBridge, *, seed: int = 0) -> WeightScores:
     return WeightScores(values, Source(model_fingerprint(bridge), "random", {"seed": seed}))
 
 
-def gradient_norm(bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective) -> float:
+def gradient_norm(
+    bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective, *, max_memory: int | None = None
+) -> float:
     """Euclidean norm of mean_x dL_x/dW over all block matrices: near zero, scores are noise (a saturated loss).
 
-    Units of the objective per unit of weight. Raises ValueError for no batches and as `weight_sites`.
+    Units of the objective per unit of weight. `max_memory` as in `removal_effect`. Raises ValueError for no batches, and
+    as `mean_gradients` and `weight_sites`.
     """
-    gradients = mean_gradients(bridge, batches, objective, _checked(bridge, batches), lambda site, gradient: gradient)
-    return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
+
+    def finish(_: Site, gradient: Tensor) -> Tensor:
+        return gradient.square().sum()
+
+    squares = mean_gradients(bridge, batches, objective, _checked(bridge, batches), finish, max_memory=max_memory)
+    return sum(value.item() for value in squares.values()) ** 0.5
 
 
 def token_contributions(

@@ -50,12 +50,12 @@ def circuit_path(
     within: Scope = "model",
     objective: Objective = completion_loss,
     max_memory: int | None = None,
-    first: tuple[WeightScores, Sequence[WeightScores]] | None = None,
+    first: tuple[WeightScores, Sequence[WeightMask]] | None = None,
 ) -> Iterator[WeightMask]:
     """The growing mask after each round of `circuit_mask`: `rounds` masks of shares q/rounds, 2q/rounds, ... q.
 
     Holds the scores of one behaviour at a time; of what is preserved it keeps the protected weights only. `first`: the
-    scores of the target and of each behaviour preserved, where they are known already, which saves the first round's.
+    target's scores and the masks of what is protected, where they are known already, which saves the first scoring.
     Raises ValueError for rounds below 1, fractions outside [0, 1], and a preserved share that leaves too few weights.
     """
     if rounds < 1:
@@ -64,13 +64,15 @@ def circuit_path(
     for number in range(1, rounds + 1):
         with masked(bridge, mask) if mask else nullcontext():
             if first and not mask:
-                harm, kept = first
+                harm, protected = first
             else:
-                kept = (sensitivity(bridge, batches, completion_loss, max_memory=max_memory) for batches in preserve)
-                harm = None
-            protected = [top_fraction(scores, p, within=within) for scores in kept]
-            harm = harm or removal_effect(bridge, target, objective, max_memory=max_memory)
-        chosen = _best_outside(harm, [mask, *protected], q=q / rounds, within=within)
+                protected = [
+                    top_fraction(sensitivity(bridge, batches, completion_loss, max_memory=max_memory), p, within=within)
+                    for batches in preserve
+                ]
+                harm = removal_effect(bridge, target, objective, max_memory=max_memory)
+        taken = [*protected, mask] if mask else protected
+        chosen = best_unprotected(harm, taken, q=q / rounds, within=within)
         settings = {"q": q * number / rounds, "p": p, "within": within, "round": number, "rounds": rounds}
         parents = (harm.source, *(found.source.parents[0] for found in protected))
         source = Source(harm.source.model, "circuit", settings, parents)
@@ -80,19 +82,7 @@ def circuit_path(
 
 
 def best_unprotected(
-    harm: WeightScores,
-    keep: Sequence[WeightScores],
-    *,
-    q: float,
-    p: float,
-    within: Scope = "model",
-    taken: WeightMask | None = None,
+    harm: WeightScores, protected: Sequence[WeightMask], *, q: float, within: Scope = "model"
 ) -> WeightMask:
-    """The top share `q` of `harm` among weights that are neither `taken` nor in the top share `p` of any of `keep`."""
-    protected = [top_fraction(scores, p, within=within) for scores in keep]
-    return _best_outside(harm, [taken, *protected], q=q, within=within)
-
-
-def _best_outside(harm: WeightScores, masks: Sequence[WeightMask | None], *, q: float, within: Scope) -> WeightMask:
-    exclude = [mask for mask in masks if mask]
-    return top_fraction(harm, q, within=within, exclude=reduce(or_, exclude) if exclude else None)
+    """The top share `q` of `harm` among weights that no mask of `protected` holds. Raises ValueError as `top_fraction`."""
+    return top_fraction(harm, q, within=within, exclude=reduce(or_, protected) if protected else None)

@@ -75,6 +75,10 @@ def study(
     ] = None,
     n_random: Annotated[int, typer.Option(help="Random masks of each kind, as controls.")] = DEFAULT.n_random,
     seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB on the devices for accumulating scores; less takes more passes.", show_default="no bound"),
+    ] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Score, choose, mask and measure with controls; print tables; write rows, masks and a report.
@@ -114,7 +118,8 @@ def study(
                 subject = spec.open(progress=progress)
             else:
                 subject = organism_subject(organism, seed=seed, device=device, folder=organisms)
-            result = run_study(subject, settings, out, progress)
+            bound = None if max_memory is None else round(max_memory * 2**30)
+            result = run_study(subject, settings, out, progress, max_memory=bound)
     except ValueError as error:
         raise _refused(error) from None
     console.print(*result_tables(result.rows), sep="\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.attribution import activation_norm, magnitude_scores, random_scores, sensitivity
-from harmcircuits.masks import WeightMask, top_fraction
+from harmcircuits.masks import WeightMask
 from harmcircuits.metrics import Labels, auroc, exact
 from harmcircuits.objectives import completion_loss
 from harmcircuits.prompts import Batch
@@ -53,21 +53,19 @@ def every_score(
     bridge: TransformerBridge,
     target: Sequence[Batch],
     harm: WeightScores,
-    keep: Sequence[WeightScores],
+    protected: Sequence[WeightMask],
     *,
-    p: float,
     seed: int = 0,
 ) -> dict[str, WeightScores]:
     """Every way to score the target's weights, by name, for `recovery`.
 
-    `harm` is its `removal_effect`; "unprotected" ranks last what is in the top share `p` of any of `keep`, as a circuit is
-    chosen.
+    `harm` is its `removal_effect`; "unprotected" ranks last what any mask of `protected` holds, as a circuit is chosen.
     """
     scores = {"removal effect": harm}
-    if keep:
-        protected = reduce(or_, (top_fraction(kept, p, within="model") for kept in keep))
+    if protected:
+        together = reduce(or_, protected)
         lowest = min(value.min().item() for value in harm.values.values())
-        last = {name: value.masked_fill(protected.dense(name), lowest) for name, value in harm.values.items()}
+        last = {name: value.masked_fill(together.dense(name), lowest) for name, value in harm.values.items()}
         scores["removal effect, unprotected"] = WeightScores(last, harm.source)
     return scores | {
         "sensitivity, after abs": sensitivity(bridge, target, completion_loss),

@@ -10,9 +10,10 @@ from harmcircuits.attribution import gradient_norm, removal_effect, sensitivity
 from harmcircuits.behaviours import Calibration, NotShownError, Subject, calibrate, measure
 from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.comparison import location_rows
+from harmcircuits.hooks.accumulation import groups
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import named_weights
-from harmcircuits.masks import Scope, WeightMask, random_like
+from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.masks import Scope, WeightMask, random_like, top_fraction
 from harmcircuits.metrics import average, completion_nll, exact, kl_under, perplexity, predicted_change
 from harmcircuits.objectives import completion_loss
 from harmcircuits.records import Manifest, Measurement, append_rows, select
@@ -84,6 +85,7 @@ class Study:
     settings: Settings
     out: Path
     progress: Progress
+    max_memory: int | None = None
     rows: list[Measurement] = field(default_factory=list)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     chosen: Point | None = None
@@ -103,25 +105,29 @@ class Study:
         return lambda: self.progress.advance(task)
 
 
-def run_study(subject: Subject, settings: Settings, out: str | Path, progress: Progress) -> Study:
+def run_study(
+    subject: Subject, settings: Settings, out: str | Path, progress: Progress, *, max_memory: int | None = None
+) -> Study:
     """Score, choose, mask and measure; writes `rows.jsonl`, `manifest.json` and `masks/*.safetensors` under `out`.
 
     A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
     lowest rate of valid harmful answers among those that keep the others (see `operating_point`). Only it, its parts and
-    its controls are then measured on held-out items. Raises ValueError for a folder that holds another study, a behaviour
-    to protect that is unknown or not shown, or a subject that does not show the target.
+    its controls are then measured on held-out items. `max_memory`: bytes on the devices for accumulators, as in
+    `removal_effect`. Raises ValueError for a folder that holds another study, a behaviour
+    to protect that is unknown or not shown, a bound too small for a matrix, or a subject that does not show the target.
     """
     others = [name for name in subject.behaviours if name != "harmful"]
     unknown = sorted(set(settings.protect) - set(others))
     if unknown:
         raise ValueError(f"protect: cannot protect {unknown}; expected some of {', '.join(others)}")
+    list(groups(weight_sites(subject.bridge), max_memory))  # refuses too small a bound before anything is written
     out = Path(out)
     if (out / "rows.jsonl").exists():
         raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
     (out / "masks").mkdir(parents=True, exist_ok=True)
     Manifest({"model": subject.name, **vars(settings), **subject.details}).save(out / "manifest.json")
 
-    study = Study(subject, settings, out, progress)
+    study = Study(subject, settings, out, progress, max_memory)
     study.note("weights_scored", sum(weight.numel() for weight in named_weights(subject.bridge).values()))
     study.note("tolerance", settings.tolerance)
     study.add(measure(subject, "heldout", {"model": subject.name, "mask": "none"}))
@@ -133,16 +139,17 @@ def run_study(subject: Subject, settings: Settings, out: str | Path, progress: P
     if absent:
         raise ValueError(f"protect: {subject.name} does not show {absent}, so there is nothing to protect; leave it out")
     protect = {name: calibrations[name] for name in settings.protect or others if name in calibrations}
-    harm, keep = _score_once(study, calibrations["harmful"], protect)
-    points = _grid(study, harm, keep, calibrations["harmful"], protect)
+    protected = _protected(study, protect)
+    harm = removal_effect(subject.bridge, calibrations["harmful"].batches, completion_loss, max_memory=max_memory)
+    points = _grid(study, harm, protected, calibrations["harmful"], protect)
     study.chosen = operating_point(points, study.rows, tolerance=settings.tolerance, budget=settings.budget)
     if subject.truth:
         target = calibrations["harmful"].batches
-        scores = every_score(subject.bridge, target, harm, keep, p=settings.p[0], seed=settings.seed)
+        scores = every_score(subject.bridge, target, harm, protected[settings.p[0]], seed=settings.seed)
         weights = named_weights(subject.bridge)
         study.add(recovery(scores, subject.truth, weights, {"model": subject.name}))
     if study.chosen:
-        _measure_heldout(study, points, harm, keep, calibrations, protect)
+        _measure_heldout(study, points, harm, protected, calibrations, protect)
         study.add(location_rows(subject, study.chosen.mask, {"model": subject.name, "mask": "circuit"}))
     return study
 
@@ -192,22 +199,27 @@ def _calibrate(study: Study) -> dict[str, Calibration]:
         study.note("calibration_examples", found.n_kept, behaviour=name)
         study.note("calibration_nll", completion_nll(subject.bridge, found.batches).mean().item(), behaviour=name)
         some = found.batches[: max(1, DIAGNOSED // subject.batch_size)]
-        study.note("gradient_norm", gradient_norm(subject.bridge, some, completion_loss), behaviour=name)
+        norm = gradient_norm(subject.bridge, some, completion_loss, max_memory=study.max_memory)
+        study.note("gradient_norm", norm, behaviour=name)
     return calibrations
 
 
-def _score_once(
-    study: Study, target: Calibration, protect: dict[str, Calibration]
-) -> tuple[WeightScores, list[WeightScores]]:
-    bridge = study.subject.bridge
-    harm = removal_effect(bridge, target.batches, completion_loss)
-    return harm, [sensitivity(bridge, found.batches, completion_loss) for found in protect.values()]
+def _protected(study: Study, protect: dict[str, Calibration]) -> dict[float, list[WeightMask]]:
+    """Share p -> the weights that each behaviour needs most. Holds the scores of one behaviour at a time."""
+    settings = study.settings
+    found: dict[float, list[WeightMask]] = {p: [] for p in settings.p}
+    for calibration in protect.values():
+        scores = sensitivity(study.subject.bridge, calibration.batches, completion_loss, max_memory=study.max_memory)
+        for p, masks in found.items():
+            masks.append(top_fraction(scores, p, within=settings.within))
+        del scores
+    return found
 
 
 def _grid(
     study: Study,
     harm: WeightScores,
-    keep: list[WeightScores],
+    protected: dict[float, list[WeightMask]],
     target: Calibration,
     protect: dict[str, Calibration],
 ) -> list[Point]:
@@ -226,13 +238,16 @@ def _grid(
     def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
         for p in settings.p:
             for q in settings.q:
-                mask = best_unprotected(harm, keep, q=q, p=p, within=settings.within)
+                mask = best_unprotected(harm, protected[p], q=q, within=settings.within)
                 yield "circuit", {"selection": "one shot", "p": p, "q": q}, mask
                 if p == settings.p[0]:
                     yield "random", {"selection": "random", "p": p, "q": q}, random_like(mask, seed=settings.seed)
-                    opposite = best_unprotected(-harm, keep, q=q, p=p, within=settings.within)
+                    opposite = best_unprotected(-harm, protected[p], q=q, within=settings.within)
                     yield "opposite_sign", {"selection": "opposite sign", "p": p, "q": q}, opposite
-            options = {"p": p, "rounds": settings.rounds, "within": settings.within, "first": (harm, keep)}
+            options = {
+                "p": p, "rounds": settings.rounds, "within": settings.within, "first": (harm, protected[p]),
+                "max_memory": study.max_memory,
+            }  # fmt: skip
             for mask in circuit_path(subject.bridge, target.batches, preserve, q=max(settings.q), **options):
                 yield "circuit", {"selection": "rounds", "p": p, "q": mask.source.settings["q"]}, mask
                 if is_spent():
@@ -256,7 +271,7 @@ def _measure_heldout(
     study: Study,
     points: Sequence[Point],
     harm: WeightScores,
-    keep: list[WeightScores],
+    protected: dict[float, list[WeightMask]],
     calibrations: dict[str, Calibration],
     protect: dict[str, Calibration],
 ) -> None:
@@ -265,15 +280,16 @@ def _measure_heldout(
     assert chosen is not None
     in_rounds = chosen.labels["selection"] == "rounds"
     q, p, within = chosen.mask.n_removed / chosen.mask.n_weights, float(chosen.labels["p"]), study.settings.within
-    same = {"q": q, "p": p, "within": within}
-    again = {**same, "rounds": chosen.mask.source.settings["round"] if in_rounds else 1}
+    taken, same = protected[p], {"q": q, "within": within}
+    rounds = chosen.mask.source.settings["round"] if in_rounds else 1
+    again = {**same, "p": p, "rounds": rounds, "max_memory": study.max_memory}
     target, n_random = calibrations["harmful"].batches, study.settings.n_random
     before = completion_nll(bridge, target)
     kept = {name: found.batches for name, found in protect.items()}
 
     def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
         how = {"p": p, "q": q, "protected": ", ".join(kept)}
-        one_shot = best_unprotected(harm, keep, **same)
+        one_shot = best_unprotected(harm, taken, **same)
         yield "circuit", {"selection": "rounds", **how}, chosen.mask if in_rounds else _in_rounds(points, chosen)
         yield "circuit", {"selection": "one shot", **how}, one_shot
         if "benign" in kept and len(kept) > 1:
@@ -283,8 +299,8 @@ def _measure_heldout(
             yield "random", {"seed": number}, random_like(chosen.mask, seed=number)
         for number in range(seed, seed + n_random):
             yield "random_magnitude", {"seed": number}, random_like(chosen.mask, seed=number, weights=named_weights(bridge))
-        yield "opposite_sign", {}, best_unprotected(-harm, keep, **same)
-        yield "second_slice", {}, best_unprotected(harm, keep, **same, taken=chosen.mask)
+        yield "opposite_sign", {}, best_unprotected(-harm, taken, **same)
+        yield "second_slice", {}, best_unprotected(harm, [*taken, chosen.mask], **same)
         if "benign" in calibrations:
             others = [batches for name, batches in kept.items() if name != "benign"]
             yield "benign_twin", {}, circuit_mask(bridge, calibrations["benign"].batches, [*others, target], **again)

@@ -47,22 +47,22 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
     assert (steps[0] - steps[1]).n_removed == 0, "the mask only grows"
     with masked(llama, steps[0]):
         harm = removal_effect(llama, [batch], completion_loss)
-        keep = [sensitivity(llama, [batch], completion_loss)]
-    again = best_unprotected(harm, keep, q=0.1, p=0.1, taken=steps[0])
+        protected = top_fraction(sensitivity(llama, [batch], completion_loss), 0.1, within="model")
+    again = best_unprotected(harm, [protected, steps[0]], q=0.1)
     second = steps[1] - steps[0]
     assert all(torch.equal(again.removed[name], second.removed[name]) for name in again.removed)
-    stale = best_unprotected(removal_effect(llama, [batch], completion_loss), keep, q=0.1, p=0.1, taken=steps[0])
+    stale = best_unprotected(removal_effect(llama, [batch], completion_loss), [protected, steps[0]], q=0.1)
     assert (stale - second).n_removed > 0, "scores of the unpruned model choose other weights"
 
 
 def test_known_scores_save_the_first_round(llama, batch):
     harm = removal_effect(llama, [batch], completion_loss)
-    keep = [sensitivity(llama, [batch], completion_loss)]
+    protected = [top_fraction(sensitivity(llama, [batch], completion_loss), 0.1, within="model")]
     options = {"q": 0.2, "p": 0.1, "rounds": 2}
-    known = list(circuit_path(llama, [batch], [[batch]], **options, first=(harm, keep)))
+    known = list(circuit_path(llama, [batch], [[batch]], **options, first=(harm, protected)))
     for one, two in zip(known, circuit_path(llama, [batch], [[batch]], **options), strict=True):
         assert all(torch.equal(one.removed[name], two.removed[name]) for name in two.removed)
-    other = next(circuit_path(llama, [batch], [[batch]], **options, first=(-harm, keep)))
+    other = next(circuit_path(llama, [batch], [[batch]], **options, first=(-harm, protected)))
     assert (other - known[0]).n_removed > 0, "the first round reads the scores it is given"
 
 

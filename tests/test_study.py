@@ -46,7 +46,9 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     before = {name: weight.detach().clone() for name, weight in named_weights(subject.bridge).items()}
     with Progress(disable=True) as progress:
-        study = run_study(subject, Settings(q=(0.02, 0.04), p=(0.005,), rounds=2, n_random=2), out, progress)
+        study = run_study(
+            subject, Settings(q=(0.02, 0.04), p=(0.005,), rounds=2, n_random=2), out, progress, max_memory=2**21
+        )
     write_report(study, out / "report.html")
     return study, out, before
 
@@ -177,6 +179,7 @@ def test_saturation_is_warned_of(finished):
         (["--q", "1.5"], "q=[1.5]; expected one or more shares"),
         (["--p", "-0.1"], "p=[-0.1]; expected one or more shares"),
         (["--rounds", "0"], "rounds=0; expected at least 1"),
+        (["--max-memory", "0.0001"], "max_memory=107,374 bytes; the scores of blocks.0"),
         (["--n-random", "0"], "n_random=0; expected at least 1"),
         (["--within", "layer"], "within='layer'; expected"),
         (["--protect", "kindness"], "cannot protect ['kindness']; expected some of benign"),
