@@ -178,6 +178,7 @@ def test_saturation_is_warned_of(finished):
         (["--p", "-0.1"], "p=[-0.1]; expected one or more shares"),
         (["--rounds", "0"], "rounds=0; expected at least 1"),
         (["--n-random", "0"], "n_random=0; expected at least 1"),
+        (["--task-limit", "-1"], "task_limit=-1; expected 0 or more"),
         (["--within", "layer"], "within='layer'; expected"),
         (["--protect", "kindness"], "cannot protect ['kindness']; expected some of benign"),
         (["--protect", "harmful"], "cannot protect ['harmful']"),
