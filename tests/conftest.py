@@ -70,19 +70,24 @@ def write_model(name: str, folder, *, seed: int = 0, **changes) -> None:
     new_tokenizer().save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def open_model(tmp_path_factory):
-    """open_model("Llama", dtype=torch.float32, ...) -> a fresh TransformerBridge."""
+def opener(new_folder):
+    """opener(new_folder)("Llama", dtype=torch.float32, ...) -> a fresh TransformerBridge; a model is written once, into
+    new_folder("Llama")."""
     folders = {}
 
     def open_(name: str, *, dtype: torch.dtype = torch.float32, **changes) -> TransformerBridge:
         key = (name, *sorted(changes.items()))
         if key not in folders:
-            folders[key] = tmp_path_factory.mktemp(name)
+            folders[key] = new_folder(name)
             write_model(name, folders[key], **changes)
         return TransformerBridge.boot_transformers(str(folders[key]), dtype=dtype, device="cpu")
 
     return open_
+
+
+@pytest.fixture(scope="session")
+def open_model(tmp_path_factory):
+    return opener(tmp_path_factory.mktemp)
 
 
 @pytest.fixture
