@@ -62,12 +62,17 @@ def _offloaded(open_: Callable) -> Any:
     return weight_sites(bridge)
 
 
+OTHER = "so scores and masks would silently leave it out"
 # what is refused -> how to come by it, and the words of the refusal
 REFUSED: dict[str, tuple[Callable, str]] = {
+    "shared experts (Qwen2-MoE)": (lambda open_: weight_sites(open_("Qwen2Moe")), OTHER),
     "dense layers among sparse ones (Qwen3-MoE with `decoder_sparse_step=2`)": (
         lambda open_: weight_sites(open_("Qwen3Moe", decoder_sparse_step=2)),
-        "this block (shared experts, dense layers among sparse ones, or another unusual one) is not supported",
+        OTHER,
     ),
+    "routers of another name (GPT-OSS)": (lambda open_: weight_sites(open_("GptOss")), OTHER),
+    "latent attention (DeepSeek-V3)": (lambda open_: weight_sites(open_("DeepseekV3")), OTHER),
+    "state space models (Mamba)": (lambda open_: weight_sites(open_("Mamba")), OTHER),
     "quantised weights": (_quantised, "quantised weights have no gradient and cannot be zeroed one by one"),
     "processed weights": (_processed, "so scores and masks would not fit the model as stored"),
     "weights that `device_map` keeps on disk": (_offloaded, "so it can be neither scored nor masked"),
