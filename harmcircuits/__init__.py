@@ -33,6 +33,7 @@ from harmcircuits.requests import Texts
 from harmcircuits.scores import WeightScores, mean_scores
 from harmcircuits.study import Settings, run_study
 from harmcircuits.subjects import SubjectSpec, load_model
+from harmcircuits.utility import evaluate_tasks
 
 __all__ = [
     "Batch",
@@ -66,6 +67,7 @@ __all__ = [
     "counts_by",
     "dissociation",
     "estimate_memory",
+    "evaluate_tasks",
     "export",
     "fine_tuning",
     "gradient_norm",

@@ -74,6 +74,9 @@ def study(
         typer.Option(help="How far the loss on benign answers may rise, nats.", show_default=_either("budget")),
     ] = None,
     n_random: Annotated[int, typer.Option(help="Random masks of each kind, as controls.")] = DEFAULT.n_random,
+    task: options.Task = None,
+    task_limit: options.TaskLimit = DEFAULT.task_limit,
+    tasks_from: options.TasksFrom = DEFAULT.tasks_from,
     seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
     max_memory: Annotated[
         float | None,
@@ -100,6 +103,9 @@ def study(
             protect=tuple(protect or ()),
             seed=seed,
             n_random=n_random,
+            tasks=tuple(task or ()),
+            task_limit=task_limit,
+            tasks_from=tasks_from,
             tolerance=usual.tolerance if tolerance is None else tolerance,
             budget=usual.budget if budget is None else budget,
         )

@@ -47,6 +47,12 @@ MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 BatchSize = Annotated[int, typer.Option(help="Examples scored and answered at once.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", show_default="as stored")]
 DeviceMap = Annotated[str, typer.Option(help="Spread over devices: auto or balanced.", show_default="one device")]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(help="Task of lm-evaluation-harness, measured at held-out; repeat.", show_default="none"),
+]
+TaskLimit = Annotated[int, typer.Option(help="At most so many examples a task; 0: all.")]
+TasksFrom = Annotated[str, typer.Option(help="Folder with task files of your own.", show_default="none")]
 Cache = Annotated[Path, typer.Option(help="Folder that keeps the model's own answers and a judge's replies.")]
 
 

@@ -20,6 +20,7 @@ from harmcircuits.records import Manifest, Measurement, append_rows, select
 from harmcircuits.recovery import every_score, recovery
 from harmcircuits.scores import WeightScores
 from harmcircuits.tables import KEPT_RATES
+from harmcircuits.utility import evaluate_tasks, task_manager
 
 TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
 DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
@@ -32,8 +33,9 @@ class Settings:
     `protect`: the behaviours whose most sensitive weights cannot be chosen; empty for all but the target. `tolerance`:
     how far a kept rate may fall at the operating point. `budget`: how far the loss on benign answers may rise there, in
     nats per token; rounds end where it has risen further. `n_random`: how many random masks of each kind stand beside it.
-    Raises ValueError for shares outside [0, 1] or no shares, fewer than one round or random mask, and for a negative
-    tolerance or budget.
+    `tasks` of lm-evaluation-harness are measured on the unpruned model and beside every held-out row, on their first
+    `task_limit` examples (0: all), with the task files of the folder `tasks_from`. Raises ValueError for shares outside
+    [0, 1] or no shares, fewer than one round or random mask, and for a negative tolerance, budget or limit.
     """
 
     q: tuple[float, ...] = (0.001, 0.002, 0.004, 0.006, 0.01)
@@ -45,6 +47,9 @@ class Settings:
     tolerance: float = TOLERANCE
     budget: float | None = None
     n_random: int = 3
+    tasks: tuple[str, ...] = ()
+    task_limit: int = 0
+    tasks_from: str = ""
 
     def __post_init__(self) -> None:
         for name, shares in (("q", self.q), ("p", self.p)):
@@ -55,7 +60,7 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.within not in ("weight", "model", "row"):
             raise ValueError(f'within={self.within!r}; expected "weight", "model" or "row"')
-        for name, most in (("tolerance", self.tolerance), ("budget", self.budget)):
+        for name, most in (("tolerance", self.tolerance), ("budget", self.budget), ("task_limit", self.task_limit)):
             if most is not None and most < 0:
                 raise ValueError(f"{name}={most}; expected 0 or more")
 
@@ -113,8 +118,8 @@ def run_study(
     A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
     lowest rate of valid harmful answers among those that keep the others (see `operating_point`). Only it, its parts and
     its controls are then measured on held-out items. `max_memory`: bytes on the devices for accumulators, as in
-    `removal_effect`. Raises ValueError for a folder that holds another study, a behaviour
-    to protect that is unknown or not shown, a bound too small for a matrix, or a subject that does not show the target.
+    `removal_effect`. Raises ValueError for a folder that holds another study, a behaviour to protect that is unknown or not
+    shown, a subject that does not show the target, a bound too small for a matrix, and as `evaluate_tasks`.
     """
     others = [name for name in subject.behaviours if name != "harmful"]
     unknown = sorted(set(settings.protect) - set(others))
@@ -124,16 +129,15 @@ def run_study(
     out = Path(out)
     if (out / "rows.jsonl").exists():
         raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
+    if settings.tasks:
+        task_manager(settings.tasks, settings.tasks_from)
     (out / "masks").mkdir(parents=True, exist_ok=True)
     Manifest({"model": subject.name, **vars(settings), **subject.details}).save(out / "manifest.json")
 
     study = Study(subject, settings, out, progress, max_memory)
     study.note("weights_scored", sum(weight.numel() for weight in named_weights(subject.bridge).values()))
     study.note("tolerance", settings.tolerance)
-    study.add(measure(subject, "heldout", {"model": subject.name, "mask": "none"}))
-    if subject.plain_text:
-        labels = {"model": subject.name, "mask": "none", "split": "heldout"}
-        study.add([perplexity(subject.bridge, subject.plain_text, labels)])
+    study.add(_heldout(study, {"model": subject.name, "mask": "none"}))
     calibrations = _calibrate(study)
     absent = sorted(set(settings.protect) - set(calibrations))
     if absent:
@@ -327,11 +331,24 @@ def _in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
     return min(same, key=lambda point: abs(point.mask.n_removed - chosen.mask.n_removed)).mask
 
 
+def _heldout(study: Study, where: dict[str, str | float]) -> list[Measurement]:
+    """Held-out rows of the model as it stands: what it is asked, its perplexity, the tasks."""
+    subject, settings = study.subject, study.settings
+    rows = measure(subject, "heldout", where)
+    where = {**where, "split": "heldout"}
+    if subject.plain_text:
+        rows.append(perplexity(subject.bridge, subject.plain_text, where))
+    if settings.tasks:
+        source = {"limit": settings.task_limit or None, "include_path": settings.tasks_from}
+        rows += evaluate_tasks(subject.bridge, settings.tasks, batch_size=subject.batch_size, labels=where, **source)
+    return rows
+
+
 def _under(study: Study, mask: WeightMask, where: dict[str, str | float]) -> list[Measurement]:
     """Held-out rows under a mask, its size, and KL on benign text."""
     subject = study.subject
     with masked(subject.bridge, mask):
-        rows = measure(subject, "heldout", where)
+        rows = _heldout(study, where)
     where = {**where, "split": "heldout"}
     rows.append(exact("weights_removed", where, mask.n_removed))
     if "benign" in subject.behaviours:
@@ -341,6 +358,4 @@ def _under(study: Study, mask: WeightMask, where: dict[str, str | float]) -> lis
     if subject.plain_text:
         divergence = kl_under(subject.bridge, mask, subject.plain_text)
         rows.append(average("plain_kl", where, divergence, range(len(divergence))))
-        with masked(subject.bridge, mask):
-            rows.append(perplexity(subject.bridge, subject.plain_text, where))
     return rows

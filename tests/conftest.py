@@ -51,14 +51,38 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "GPTJ": ("GPTJConfig", dict(**GPT2, rotary_dim=4)),
     "Falcon": ("FalconConfig", dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False)),
     "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
+    "Olmo": ("OlmoConfig", GQA),
+    "Olmo3": ("Olmo3Config", GQA),
+    "Cohere2": ("Cohere2Config", dict(**GQA, head_dim=6)),
+    "CodeGen": ("CodeGenConfig", dict(**GPT2, rotary_dim=4)),
+    "GPTBigCode": ("GPTBigCodeConfig", dict(**GPT2, multi_query=True)),
+    "Mpt": ("MptConfig", dict(vocab_size=61, d_model=24, n_layers=2, n_heads=4, max_seq_len=32, expansion_ratio=2)),
     "Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=3)),
     "Qwen3Moe": ("Qwen3MoeConfig", dict(**GQA, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+    "Olmoe": ("OlmoeConfig", dict(**GQA, num_experts=4, num_experts_per_tok=2)),
+    "GraniteMoe": ("GraniteMoeConfig", dict(**GQA, num_local_experts=4, num_experts_per_tok=2)),
+}  # fmt: skip
+
+# Opened by TransformerLens, refused by us: blocks with other matrices than attention, MLP, router and experts.
+UNSUPPORTED: dict[str, tuple[str, dict]] = {
+    "Qwen2Moe": (
+        "Qwen2MoeConfig",
+        dict(**GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24),
+    ),
+    "GptOss": ("GptOssConfig", dict(**GQA, head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
+    "DeepseekV3": (
+        "DeepseekV3Config",
+        dict(**GQA | dict(num_key_value_heads=4), q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+             v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=24,
+             first_k_dense_replace=1),
+    ),
+    "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=4)),
 }  # fmt: skip
 
 
 def write_model(name: str, folder, *, seed: int = 0, **changes) -> None:
     """A random model of this architecture with weights large enough for gradients to matter."""
-    config_class, arguments = ARCHITECTURES[name]
+    config_class, arguments = (ARCHITECTURES | UNSUPPORTED)[name]
     config = getattr(transformers, config_class)(**{**arguments, **TOKENS, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -70,19 +94,24 @@ def write_model(name: str, folder, *, seed: int = 0, **changes) -> None:
     new_tokenizer().save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def open_model(tmp_path_factory):
-    """open_model("Llama", dtype=torch.float32, ...) -> a fresh TransformerBridge."""
+def opener(new_folder):
+    """opener(new_folder)("Llama", dtype=torch.float32, ...) -> a fresh TransformerBridge; a model is written once, into
+    new_folder("Llama")."""
     folders = {}
 
     def open_(name: str, *, dtype: torch.dtype = torch.float32, **changes) -> TransformerBridge:
         key = (name, *sorted(changes.items()))
         if key not in folders:
-            folders[key] = tmp_path_factory.mktemp(name)
+            folders[key] = new_folder(name)
             write_model(name, folders[key], **changes)
         return TransformerBridge.boot_transformers(str(folders[key]), dtype=dtype, device="cpu")
 
     return open_
+
+
+@pytest.fixture(scope="session")
+def open_model(tmp_path_factory):
+    return opener(tmp_path_factory.mktemp)
 
 
 @pytest.fixture

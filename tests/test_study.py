@@ -181,6 +181,7 @@ def test_saturation_is_warned_of(finished):
         (["--rounds", "0"], "rounds=0; expected at least 1"),
         (["--max-memory", "0.0001"], "max_memory=107,374 bytes; the scores of blocks.0"),
         (["--n-random", "0"], "n_random=0; expected at least 1"),
+        (["--task-limit", "-1"], "task_limit=-1; expected 0 or more"),
         (["--within", "layer"], "within='layer'; expected"),
         (["--protect", "kindness"], "cannot protect ['kindness']; expected some of benign"),
         (["--protect", "harmful"], "cannot protect ['harmful']"),

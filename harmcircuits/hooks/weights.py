@@ -61,7 +61,8 @@ def weight_sites(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> 
     """Every block matrix of these kinds once, by clean name, layer by layer.
 
     Raises ValueError for an unknown kind, for processed weights (`enable_compatibility_mode` folds and centres in place,
-    so scores would belong to another basis), for quantised weights, and for a block with other matrices than these kinds.
+    so scores would belong to another basis), for quantised weights, for weights that a `device_map` keeps on disk, and for
+    a block with other matrices than these kinds.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
@@ -72,6 +73,7 @@ def weight_sites(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> 
             "in place), so scores and masks would not fit the model as stored; boot a fresh TransformerBridge"
         )
     matrices = _matrices(bridge)
+    _refuse_offloaded(matrices)
     _refuse_uncovered(bridge, matrices)
     sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
     sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
@@ -151,6 +153,15 @@ def _site(bridge: TransformerBridge, name: str, parameter: nn.Parameter) -> Site
         n_heads = bridge.cfg.n_heads
         n_units = n_heads if part in ("attn.q", "attn.o") else bridge.cfg.n_key_value_heads or n_heads
     return Site(name, layer, part, parameter, input_axis, unit_axis, n_units)
+
+
+def _refuse_offloaded(matrices: dict[str, nn.Parameter]) -> None:
+    for name, parameter in matrices.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"weight_sites: {name} {tuple(parameter.shape)} is not in memory (device_map keeps it on disk or loads it "
+                "for each pass), so it can be neither scored nor masked; give a device_map that fits the devices"
+            )
 
 
 def _refuse_uncovered(bridge: TransformerBridge, matrices: dict[str, nn.Parameter]) -> None:
