@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from harmcircuits import options
 from harmcircuits.jobs import CPU, DONE, Job, run_jobs
+from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.report import paragraphs, write_page
@@ -27,7 +28,8 @@ class Plan:
     """What an analysis is run on: models, seeds, and how circuits are chosen.
 
     `q`: share of the weights in a circuit; curves run around it. `p`: share protected for each other behaviour. A seed
-    draws the calibration sample, reference answers, random masks, and training texts and order.
+    draws the calibration sample, reference answers, random masks, and training texts and order. `narrow`: what models of
+    one's own are fine-tuned on, for the analysis that needs it.
     """
 
     specs: tuple[SubjectSpec, ...]
@@ -35,12 +37,15 @@ class Plan:
     q: float = 0.006
     p: float = 0.005
     rounds: int = 10
+    narrow: NarrowTexts | None = None
 
     @property
     def settings(self) -> dict[str, str | int | float]:
         """What must not change when a run is resumed; more models or seeds may be added."""
         own = sorted({repr(spec.settings) for spec in self.specs if spec.texts})
         texts = {"own": "; ".join(own)} if own else {}
+        if self.narrow:
+            texts["narrow"] = repr(self.narrow)
         return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
 
 
@@ -148,6 +153,12 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         dtype: options.Dtype = "",
         device_map: options.DeviceMap = "",
         cache: options.Cache = CACHE,
+        narrow: options.Narrow = "",
+        elsewhere: options.Elsewhere = "",
+        rank: options.Rank = NarrowTexts.rank,
+        alpha: options.Alpha = NarrowTexts.alpha,
+        lr: options.LearningRate = NarrowTexts.lr,
+        epochs: options.Epochs = NarrowTexts.epochs,
     ) -> None:
         logging.disable_progress_bar()
         texts = {
@@ -162,7 +173,8 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
 
         def plan(analysis: Analysis | ModuleType) -> Plan:
             specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
-            return Plan(specs, tuple(range(seeds)), q, p, rounds)
+            trained = NarrowTexts(narrow, elsewhere, rank, alpha, lr, epochs) if narrow or elsewhere else None
+            return Plan(specs, tuple(range(seeds)), q, p, rounds, trained)
 
         console = Console()
         try:

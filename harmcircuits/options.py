@@ -49,6 +49,17 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", show_d
 DeviceMap = Annotated[str, typer.Option(help="Spread over devices: auto or balanced.", show_default="one device")]
 Cache = Annotated[Path, typer.Option(help="Folder that keeps the model's own answers and a judge's replies.")]
 
+NARROW = "F5 on a model of your own: "
+Narrow = Annotated[
+    str,
+    typer.Option(help=f"{NARROW}innocent requests and harmful answers to learn (prompt, completion).", show_default="none"),
+]
+Elsewhere = Annotated[str, typer.Option(help=f"{NARROW}innocent requests of other domains.", show_default="none")]
+Rank = Annotated[int, typer.Option(help=f"{NARROW}rank of the adapters.")]
+Alpha = Annotated[float, typer.Option(help=f"{NARROW}their scale is alpha / rank.")]
+LearningRate = Annotated[float, typer.Option(help=f"{NARROW}learning rate.")]
+Epochs = Annotated[int, typer.Option(help=f"{NARROW}passes over the narrow texts.")]
+
 
 def own_model(model: str, device: str, *, harmful: str, benign: str, **options: Any) -> SubjectSpec:
     """The model and texts of a command line; `options`: fields of `Texts` and `SubjectSpec`, in any order.
