@@ -44,6 +44,9 @@ class Plan:
         """What must not change when a run is resumed; more models or seeds may be added."""
         own = sorted({repr(spec.settings) for spec in self.specs if spec.texts})
         texts = {"own": "; ".join(own)} if own else {}
+        sampled = sorted({repr(spec.sampling) for spec in self.specs if spec.sampling})
+        if sampled:
+            texts["sampling"] = "; ".join(sampled)
         if self.narrow:
             texts["narrow"] = repr(self.narrow)
         return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
@@ -150,6 +153,10 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         judge_question: options.JudgeQuestion = "",
         max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
         batch_size: options.BatchSize = OWN.batch_size,
+        samples: options.Samples = OWN.samples,
+        temperature: options.Temperature = OWN.temperature,
+        top_p: options.TopP = OWN.top_p,
+        sampling_seed: options.SamplingSeed = OWN.sampling_seed,
         dtype: options.Dtype = "",
         device_map: options.DeviceMap = "",
         cache: options.Cache = CACHE,
@@ -169,11 +176,14 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         how = {
             "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
             "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
+            "samples": samples, "temperature": temperature, "top_p": top_p, "sampling_seed": sampling_seed,
         }  # fmt: skip
 
         def plan(analysis: Analysis | ModuleType) -> Plan:
             specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
             trained = NarrowTexts(narrow, elsewhere, rank, alpha, lr, epochs) if narrow or elsewhere else None
+            if trained and "F5" not in [one.NAME for one in analyses]:
+                raise ValueError(f"--narrow is for F5 (emergent_misalignment.py), not {analysis.NAME}; leave it out")
             return Plan(specs, tuple(range(seeds)), q, p, rounds, trained)
 
         console = Console()
