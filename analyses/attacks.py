@@ -7,7 +7,8 @@
 #
 # A seed draws the calibration items of circuit and attacker, the held-out half on which all of a job is measured, the order
 # of the training texts and the random mask.
-# `python analyses/attacks.py --out DIR` writes rows, a manifest and a page; finished jobs are kept.
+# `python analyses/attacks.py --out DIR` writes rows, a manifest and a page; finished jobs are kept. On a model of your own
+# (`--model FOLDER_OR_ID --harmful FILE --benign FILE`) the attacker trains on its own verified harmful answers too.
 
 # %%
 import sys
@@ -185,6 +186,7 @@ def counted(subject: hc.Subject, behaviour: hc.Behaviour, verdicts: dict[str, st
     """The rate of each verdict on held-out requests."""
     answered = subject.answered(behaviour, behaviour.prompts("heldout").sampled(ASKED, seed=where["seed"]))
     found, groups = subject.verdicts(answered), [example.group or example.prompt for example in answered]
+    where = {**where, **({"judge": subject.judge_name} if subject.judge_name else {})}
     return [rate(name, where, [v == wanted for v in found], groups) for name, wanted in verdicts.items()]
 
 

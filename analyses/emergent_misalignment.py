@@ -289,9 +289,8 @@ def found_masks(
 
 def judged(subject: hc.Subject, asked: hc.PromptSet, wanted: str) -> hc.PromptSet:
     """The model's own answers to benign requests with this verdict."""
-    answered = subject.answered(subject.behaviours["benign"], asked)
-    verdicts = dict(zip(answered.examples, subject.verdicts(answered), strict=True))
-    return answered.where(lambda example: verdicts[example] == wanted)
+    found = subject.verified(subject.behaviours["benign"], asked, wanted=wanted)
+    return found.where(lambda example: bool(example.completion))
 
 
 def edit(subject: hc.Subject, name: str, mask: hc.WeightMask | None) -> AbstractContextManager:

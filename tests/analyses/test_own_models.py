@@ -14,7 +14,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from harmcircuits.behaviours import Behaviour, Subject
-from harmcircuits.findings import command
+from harmcircuits.findings import Plan, command
 from harmcircuits.judges import EndpointJudge, LocalJudge
 from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER, world
@@ -22,6 +22,7 @@ from harmcircuits.prompts import PromptSet
 from harmcircuits.questions import RequestJudge, Wording
 from harmcircuits.records import read_rows, select
 from harmcircuits.requests import Texts
+from harmcircuits.subjects import SubjectSpec
 
 TOPIC = world.world().topics[0]
 
@@ -96,7 +97,8 @@ def test_misaligned_by_its_own_files(files, cache, tmp_path, exact_judge):
     said = " ".join(result.output.split())
     assert "misalignment spreads without a mask in 1 of 1 runs" in said and "another topic" not in said
     before = (tmp_path / "rows.jsonl").read_text()
-    assert run("emergent_misalignment", files, cache, tmp_path, *options).output.split() == result.output.split()
+    again = run("emergent_misalignment", files, cache, tmp_path, *options)
+    assert again.output.split("F5. ")[1] == result.output.split("F5. ")[1]
     assert (tmp_path / "rows.jsonl").read_text() == before, "finished jobs are not run again"
     other = run("emergent_misalignment", files, cache, tmp_path, *options, "--epochs=9")
     assert other.exit_code == 2 and "holds a run with" in " ".join(other.output.split())
@@ -144,7 +146,6 @@ def test_narrow_texts_are_split(files, cache):
         (("elsewhere",), [], "elsewhere=''; give both files"),
         ((), ["--judge=local"], "judge='local' tells only answered and refused apart"),
         ((), ["--rank=0"], "rank=0; expected more than 0"),
-        (("harmful", "benign"), ["--model=sft"], "--narrow is for a model of your own"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(files, cache, tmp_path, leave_out, more, message):
@@ -153,3 +154,27 @@ def test_what_cannot_be_is_refused_before_anything_runs(files, cache, tmp_path, 
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_organisms_make_their_own_narrow_texts(files):
+    plan = Plan((SubjectSpec("sft"),), narrow=NarrowTexts(files["narrow"], files["elsewhere"]))
+    with pytest.raises(ValueError, match="--narrow is for a model of your own, not sft"):
+        import_module("emergent_misalignment").jobs(plan)
+
+
+def test_attacks_on_a_model_of_ones_own(files, cache, tmp_path, exact_judge, monkeypatch):
+    module = import_module("attacks")
+    monkeypatch.setattr(module, "STEPS", (0, 2))
+    given = {name: files[name] for name in ("harmful", "benign")}
+    result = run("attacks", given, cache, tmp_path, "--p=0.005", "--samples=2", "--temperature=0.1")
+    assert result.exit_code == 0, result.output
+    rows = read_rows(tmp_path / "rows.jsonl")
+    before = {row.labels["attack"]: row for row in select(rows, "harm_valid_rate", mask="none", step=0)}
+    assert list(before) == list(module.ATTACKS)
+    assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
+    assert {row.labels["judge"] for row in before.values()} == {"http://localhost/v1#exact"}
+    assert before["plain"].n == 2 * 4, "two samples of each of half of the held-out requests"
+    assert select(rows, "benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
+    assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.DEFENCES)
+    refused = run("attacks", files, cache, tmp_path / "other")
+    assert refused.exit_code == 2 and "--narrow is for F5" in " ".join(refused.output.split())
