@@ -125,9 +125,9 @@ def _answers(
 
 def _drawing(sampling: Sampling, rows: Sequence[tuple[str, int]]) -> LogitsProcessorList:
     """What makes the most likely token of each row, a (request, number of the sample), a draw."""
-    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(sampling.top_p))
+        steps.append(TopPLogitsWarper(float(sampling.top_p)))
     return LogitsProcessorList([*steps, _Gumbel([f"{sampling.seed} {number} {prompt}" for prompt, number in rows])])
 
 

@@ -18,7 +18,7 @@ from harmcircuits.questions import Wording
 SPLITS = ("calibration", "choice", "heldout")
 SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}  # of a file from which all three are drawn
 WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}  # of a file beside which held-out requests are given
-NO_LIMITS = MappingProxyType(dict.fromkeys(SPLITS, 0))
+NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
 UNSAFE, SAFE = ("unsafe", "harmful"), ("safe", "harmless", "benign")
 Sets = Mapping[str, PromptSet]  # by split
 

@@ -20,7 +20,7 @@ from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER, world
 from harmcircuits.prompts import PromptSet
 from harmcircuits.questions import RequestJudge, Wording
-from harmcircuits.records import read_rows, select
+from harmcircuits.records import read_rows, select, wilson
 from harmcircuits.requests import Texts
 from harmcircuits.subjects import SubjectSpec
 
@@ -173,7 +173,7 @@ def test_attacks_on_a_model_of_ones_own(files, cache, tmp_path, exact_judge, mon
     assert list(before) == list(module.ATTACKS)
     assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
     assert {row.labels["judge"] for row in before.values()} == {"http://localhost/v1#exact"}
-    assert before["plain"].n == 2 * 4, "two samples of each of half of the held-out requests"
+    assert before["plain"].high == pytest.approx(wilson(0, before["plain"].n // 2)[1]), "two samples count as one request"
     assert select(rows, "benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.DEFENCES)
     refused = run("attacks", files, cache, tmp_path / "other")
