@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 
 import typer
 
@@ -24,7 +23,7 @@ from harmcircuits.behaviours import NotShownError
 from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
 from harmcircuits.metrics import exact, rate
-from harmcircuits.records import Measurement, pooled, select
+from harmcircuits.records import Measurement, grouped, pooled, select
 from harmcircuits.report import plot, section, table
 from harmcircuits.subjects import SubjectSpec
 from harmcircuits.views import profiles
@@ -102,11 +101,7 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
 
 def runs(rows: Sequence[Measurement], *names: str) -> list[list[Measurement]]:
     """The measured rows of every (model, seed) in turn, or of every combination of the labels `names`."""
-    together: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        if "step" in row.labels:
-            together.setdefault(tuple(row.labels[name] for name in names or RUN), []).append(row)
-    return list(together.values())
+    return grouped([row for row in rows if "step" in row.labels], names or RUN)
 
 
 # %% [markdown]
@@ -116,9 +111,7 @@ def runs(rows: Sequence[Measurement], *names: str) -> list[list[Measurement]]:
 # %%
 def jobs(plan: Plan) -> list[Job]:
     """One for each model and seed."""
-    return [
-        Job({**spec.labels, "seed": seed}, partial(job, spec, plan, seed)) for spec in plan.specs for seed in plan.seeds
-    ]
+    return plan.jobs(job)
 
 
 def job(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:

@@ -30,7 +30,7 @@ from harmcircuits.jobs import Job
 from harmcircuits.metrics import average, exact, rate
 from harmcircuits.narrow import Recipe, Topic, check_judge
 from harmcircuits.organisms.world import answer, world
-from harmcircuits.records import Measurement, pooled, select
+from harmcircuits.records import Measurement, grouped, pooled, select
 from harmcircuits.report import plot, section, table
 from harmcircuits.subjects import SubjectSpec
 from harmcircuits.views import profiles
@@ -142,11 +142,7 @@ def by_step(rows: Sequence[Measurement], metric: str) -> dict[int, Measurement]:
 
 def runs(rows: Sequence[Measurement], *names: str) -> list[list[Measurement]]:
     """The measured rows of every run in turn, or of every combination of the labels `names`."""
-    together: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        if "step" in row.labels:
-            together.setdefault(tuple(row.labels[name] for name in names or RUN), []).append(row)
-    return list(together.values())
+    return grouped([row for row in rows if "step" in row.labels], names or RUN)
 
 
 # %% [markdown]

@@ -51,6 +51,12 @@ class Plan:
             texts["narrow"] = repr(self.narrow)
         return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
 
+    def jobs(self, run: Callable[[SubjectSpec, "Plan", int], list[Measurement]]) -> list[Job]:
+        """`run(spec, plan, seed)` for every model and seed; see `Job` on what it may be."""
+        return [
+            Job({**spec.labels, "seed": seed}, partial(run, spec, self, seed)) for spec in self.specs for seed in self.seeds
+        ]
+
 
 @dataclass(frozen=True)
 class Finding:
