@@ -7,14 +7,14 @@
 #
 # A seed draws the calibration items of circuit and attacker, the held-out half on which all of a job is measured, the order
 # of the training texts and the random mask.
-# `python analyses/attacks.py --out DIR` writes rows, a manifest and a page; finished jobs are kept.
+# `python analyses/attacks.py --out DIR` writes rows, a manifest and a page; finished jobs are kept. On a model of your own
+# (`--model FOLDER_OR_ID --harmful FILE --benign FILE`) the attacker trains on its own verified harmful answers too.
 
 # %%
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 
 import typer
 
@@ -23,7 +23,7 @@ from harmcircuits.behaviours import NotShownError
 from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
 from harmcircuits.metrics import exact, rate
-from harmcircuits.records import Measurement, pooled, select
+from harmcircuits.records import Measurement, grouped, pooled, select
 from harmcircuits.report import plot, section, table
 from harmcircuits.subjects import SubjectSpec
 from harmcircuits.views import profiles
@@ -101,11 +101,7 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
 
 def runs(rows: Sequence[Measurement], *names: str) -> list[list[Measurement]]:
     """The measured rows of every (model, seed) in turn, or of every combination of the labels `names`."""
-    together: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        if "step" in row.labels:
-            together.setdefault(tuple(row.labels[name] for name in names or RUN), []).append(row)
-    return list(together.values())
+    return grouped([row for row in rows if "step" in row.labels], names or RUN)
 
 
 # %% [markdown]
@@ -115,9 +111,7 @@ def runs(rows: Sequence[Measurement], *names: str) -> list[list[Measurement]]:
 # %%
 def jobs(plan: Plan) -> list[Job]:
     """One for each model and seed."""
-    return [
-        Job({**spec.labels, "seed": seed}, partial(job, spec, plan, seed)) for spec in plan.specs for seed in plan.seeds
-    ]
+    return plan.jobs(job)
 
 
 def job(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
@@ -185,6 +179,7 @@ def counted(subject: hc.Subject, behaviour: hc.Behaviour, verdicts: dict[str, st
     """The rate of each verdict on held-out requests."""
     answered = subject.answered(behaviour, behaviour.prompts("heldout").sampled(ASKED, seed=where["seed"]))
     found, groups = subject.verdicts(answered), [example.group or example.prompt for example in answered]
+    where = {**where, **({"judge": subject.judge_name} if subject.judge_name else {})}
     return [rate(name, where, [v == wanted for v in found], groups) for name, wanted in verdicts.items()]
 
 

@@ -28,7 +28,7 @@ from harmcircuits.behaviours import Calibration, Subject
 from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
 from harmcircuits.metrics import Labels, exact
-from harmcircuits.records import Measurement, pooled, select
+from harmcircuits.records import Measurement, by_model, pooled, select
 from harmcircuits.report import diagnostics_table, plot, section, table
 from harmcircuits.scores import WeightScores
 from harmcircuits.subjects import SubjectSpec
@@ -265,12 +265,6 @@ def needed(rows: Sequence[Measurement]) -> list[Measurement]:
     metrics = ("w50", "w50_reached", "harm_gap", "calibration_nll", "overlap_jaccard", "overlap_lift")
     circuits = [row for row in rows if row.labels.get("mask", "circuit") == "circuit" or row.metric == "harm_gap"]
     return [row for row in circuits if row.metric in metrics or "at" in row.labels]
-
-
-def by_model(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """The rows of every model; the ladder is named where it is not the shipped one."""
-    pairs = dict.fromkeys((str(row.labels["ladder"]), str(row.labels["model"])) for row in select(rows, "w50"))
-    return {m if of == "shipped" else f"{m} of {of}": select(rows, ladder=of, model=m) for of, m in pairs}
 
 
 def figures(rows: Sequence[Measurement]) -> str:

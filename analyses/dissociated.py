@@ -19,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import typer
 
@@ -51,9 +50,7 @@ COLUMNS = {metric: RATES[metric] for metric in METRICS.values()} | BESIDE | {PLA
 
 # %%
 def jobs(plan: Plan) -> list[Job]:
-    return [
-        Job({**spec.labels, "seed": seed}, partial(ablated, spec, plan, seed)) for spec in plan.specs for seed in plan.seeds
-    ]
+    return plan.jobs(ablated)
 
 
 def ablated(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:

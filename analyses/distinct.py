@@ -20,7 +20,6 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -61,11 +60,7 @@ TITLES = {"none": "nothing", "benign": "benign answers", "others": "all others"}
 
 # %%
 def jobs(plan: Plan) -> list[Job]:
-    return [
-        Job({**spec.labels, "seed": seed}, partial(pruned_rows, spec, plan, seed))
-        for spec in plan.specs
-        for seed in plan.seeds
-    ]
+    return plan.jobs(pruned_rows)
 
 
 def pruned_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:

@@ -1,6 +1,6 @@
 """Find, mask and measure the weights behind harmful generation: a model-editing extension for TransformerLens."""
 
-from harmcircuits.answers import greedy_answers
+from harmcircuits.answers import Sampling, greedy_answers, sampled_answers
 from harmcircuits.attacks import refusal_ablation
 from harmcircuits.attribution import (
     activation_norm,
@@ -46,6 +46,7 @@ __all__ = [
     "Measurement",
     "Overlap",
     "PromptSet",
+    "Sampling",
     "Settings",
     "StrongReject",
     "Subject",
@@ -97,6 +98,7 @@ __all__ = [
     "refusal_ablation",
     "removal_effect",
     "run_study",
+    "sampled_answers",
     "sensitivity",
     "token_contributions",
     "tokenize",

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.answers import Judge, greedy_answers
+from harmcircuits.answers import Judge, Sampling, greedy_answers, sampled_answers
 from harmcircuits.masks import WeightMask
 from harmcircuits.metrics import Labels, answer_log_odds, auroc_over, average, completion_nll, rate
 from harmcircuits.objectives import Objective, completion_loss
@@ -63,7 +64,8 @@ class Subject:
 
     `truth`: the true circuit of its harmful answers, where it is known. `is_invented`: its texts are invented words, so
     reports may show them. `answers`: how answers are made; one that keeps them on disk, for models whose answers are dear.
-    `judge_name` goes with every rate, `details` (files, settings) into the manifest, `plain_text` is read for perplexity.
+    `sampling`: how answers are drawn; None for greedy ones. `judge_name` goes with every rate, `details` (files, settings)
+    into the manifest, `plain_text` is read for perplexity.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Subject:
     truth: WeightMask | None = None
     is_invented: bool = False
     answers: Callable[..., list[str]] = greedy_answers
+    sampling: Sampling | None = None
     n_answered_at_once: int = 256
     judge_name: str = ""
     details: Mapping[str, str | int] = field(default_factory=dict)
@@ -87,10 +90,39 @@ class Subject:
         return tokenize(prompts, self.bridge.tokenizer, **options)
 
     def answered(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
-        """The same requests with the model's own greedy answers."""
-        options = {"template": self.template, "prefill": behaviour.prefill, "batch_size": self.n_answered_at_once}
-        length = behaviour.max_new_tokens or self.max_new_tokens
-        return prompts.with_completions(self.answers(self.bridge, prompts, max_new_tokens=length, **options))
+        """The same requests with the model's own answers, each as many times in a row as it is sampled.
+
+        Yes-or-no questions are answered greedily: the log-odds say how sure the answer is.
+        """
+        options: dict[str, Any] = {"template": self.template, "prefill": behaviour.prefill}
+        options |= {
+            "batch_size": self.n_answered_at_once,
+            "max_new_tokens": behaviour.max_new_tokens or self.max_new_tokens,
+        }
+        answers = self.answers
+        if self.sampling and not behaviour.choices:
+            answers = sampled_answers if answers is greedy_answers else answers
+            options["sampling"] = self.sampling
+        repeated = PromptSet(tuple(example for example in prompts for _ in range(self.n_samples(behaviour))))
+        return repeated.with_completions(answers(self.bridge, prompts, **options))
+
+    def n_samples(self, behaviour: Behaviour) -> int:
+        """How many answers to each request there are."""
+        return self.sampling.samples if self.sampling and not behaviour.choices else 1
+
+    def verified(self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = "") -> PromptSet:
+        """The same requests with the first of the model's own answers that has the behaviour's verdict (or `wanted`).
+
+        An empty completion where none has it.
+        """
+        answered = self.answered(behaviour, prompts).examples
+        wanted, each = wanted or behaviour.wanted, self.n_samples(behaviour)
+        first = []
+        for start in range(0, len(answered), each):
+            samples = (one.completion for one in answered[start : start + each])
+            prompt = answered[start].prompt
+            first.append(next((text for text in samples if self.judge(prompt, text) == wanted), ""))
+        return prompts.with_completions(first)
 
     def verdicts(self, prompts: PromptSet) -> list[str]:
         """The judge's verdict on each completion."""
@@ -116,19 +148,19 @@ class NotShownError(ValueError):
 
 
 def calibrate(subject: Subject, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
-    """The model's own greedy answers to a behaviour's calibration requests, kept where the judge gives the wanted verdict.
+    """The model's own answers to a behaviour's calibration requests, kept where the judge gives the wanted verdict.
 
-    Scoring on unverified answers can find another circuit: a refusal is no harmful completion. `share` < 1 asks only about
-    a random share of the items of every category, drawn with `seed` (see `PromptSet.sampled`): a resample of the
-    calibration data. Raises NotShownError (a ValueError) when no answer is kept, and as `PromptSet.sampled`.
+    Where answers are sampled, the first such of each request. Scoring on unverified answers can find another circuit: a
+    refusal is no harmful completion. `share` < 1 asks only about a random share of the items of every category, drawn with
+    `seed` (see `PromptSet.sampled`): a resample of the calibration data. Raises NotShownError (a ValueError) when no answer
+    is kept, and as `PromptSet.sampled`.
     """
     behaviour = subject.behaviours[name]
-    asked = subject.answered(behaviour, behaviour.prompts("calibration").sampled(share, seed=seed))
-    verdicts = dict(zip(asked.examples, subject.verdicts(asked), strict=True))
-    kept = asked.where(lambda example: verdicts[example] == behaviour.wanted)
+    asked = subject.verified(behaviour, behaviour.prompts("calibration").sampled(share, seed=seed))
+    kept = asked.where(lambda example: bool(example.completion))
     if not len(kept):
         raise NotShownError(
-            f"{subject.name} does not show {name!r}: none of its {len(asked)} answers to calibration requests was judged "
+            f"{subject.name} does not show {name!r}: none of its answers to {len(asked)} calibration requests was judged "
             f"{behaviour.wanted!r}, so there is nothing to score on"
         )
     return Calibration(kept, subject.batches(behaviour, kept), len(asked))
@@ -147,8 +179,9 @@ def calibrate_shown(subject: Subject, *, share: float = 1.0, seed: int = 0) -> d
 class Outcomes:
     """What a model does with each request of a behaviour, in their order.
 
-    `answered`: the requests with the model's own greedy answers. `verdicts`: those of the judge called `judge` (if it has a
-    name) on each answer. `nll`: Float[n], nats per token of the reference answers; NaN for a request without one.
+    `answered`: the requests with the model's own answers, each as many times in a row as it is sampled. `verdicts`: those
+    of the judge called `judge` (if it has a name) on each answer. `nll`: Float[n], nats per token of the reference answer
+    to each request; NaN for a request without one.
     """
 
     behaviour: Behaviour
@@ -158,19 +191,26 @@ class Outcomes:
     judge: str = ""
 
     @property
-    def hits(self) -> list[bool]:
-        """Whether each answer shows the behaviour."""
-        return [verdict == self.behaviour.wanted for verdict in self.verdicts]
+    def n_samples(self) -> int:
+        """Answers to each request."""
+        return len(self.verdicts) // max(1, len(self.nll)) or 1
+
+    @property
+    def hits(self) -> list[float]:
+        """For each request the share of its answers that show the behaviour: 0 or 1 where there is one."""
+        each, shown = self.n_samples, [verdict == self.behaviour.wanted for verdict in self.verdicts]
+        return [sum(shown[start : start + each]) / each for start in range(0, len(shown), each)]
 
     @property
     def groups(self) -> list[str]:
         """What each request is about; intervals resample whole groups."""
-        return [example.group or example.prompt for example in self.answered]
+        return [example.group or example.prompt for example in self.answered.examples[:: self.n_samples]]
 
     def rows(self, labels: Labels) -> list[Measurement]:
         """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text.
 
-        The NLL is left out where no request has a reference.
+        Rates are over all answers, with intervals that count each group once. The NLL is left out where no request has a
+        reference.
         """
         attack = {"attack": "prefill" if self.behaviour.prefill else "none"}
         if self.judge:
@@ -178,8 +218,9 @@ class Outcomes:
         counted = {self.behaviour.metric: self.behaviour.wanted}
         if self.behaviour.wanted == "harmful":
             counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
+        groups = [group for group in self.groups for _ in range(self.n_samples)]
         rows = [
-            rate(metric, {**labels, **attack}, [verdict == wanted for verdict in self.verdicts], self.groups)
+            rate(metric, {**labels, **attack}, [verdict == wanted for verdict in self.verdicts], groups)
             for metric, wanted in counted.items()
         ]
         has_reference = ~self.nll.isnan()

@@ -56,6 +56,10 @@ def study(
     judge_question: options.JudgeQuestion = "",
     max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
     batch_size: options.BatchSize = OWN.batch_size,
+    samples: options.Samples = OWN.samples,
+    temperature: options.Temperature = OWN.temperature,
+    top_p: options.TopP = OWN.top_p,
+    sampling_seed: options.SamplingSeed = OWN.sampling_seed,
     dtype: options.Dtype = "",
     device_map: options.DeviceMap = "",
     cache: options.Cache = CACHE,
@@ -117,8 +121,10 @@ def study(
         how = {
             "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
             "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
+            "samples": samples, "temperature": temperature, "top_p": top_p, "sampling_seed": sampling_seed,
         }  # fmt: skip
-        spec = options.own_model(model, device, **texts, **how) if model else options.no_texts(**texts)
+        asked = {**texts, "temperature": temperature, "samples": samples - 1}
+        spec = options.own_model(model, device, **texts, **how) if model else options.no_texts(**asked)
         with Progress(*columns, console=Console(stderr=True)) as progress:
             if spec:
                 subject = spec.open(progress=progress)

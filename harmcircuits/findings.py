@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from harmcircuits import options
 from harmcircuits.jobs import CPU, DONE, Job, run_jobs
+from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.report import paragraphs, write_page
@@ -27,7 +28,8 @@ class Plan:
     """What an analysis is run on: models, seeds, and how circuits are chosen.
 
     `q`: share of the weights in a circuit; curves run around it. `p`: share protected for each other behaviour. A seed
-    draws the calibration sample, reference answers, random masks, and training texts and order.
+    draws the calibration sample, reference answers, random masks, and training texts and order. `narrow`: what models of
+    one's own are fine-tuned on, for the analysis that needs it.
     """
 
     specs: tuple[SubjectSpec, ...]
@@ -35,13 +37,25 @@ class Plan:
     q: float = 0.006
     p: float = 0.005
     rounds: int = 10
+    narrow: NarrowTexts | None = None
 
     @property
     def settings(self) -> dict[str, str | int | float]:
         """What must not change when a run is resumed; more models or seeds may be added."""
         own = sorted({repr(spec.settings) for spec in self.specs if spec.texts})
         texts = {"own": "; ".join(own)} if own else {}
+        sampled = sorted({repr(spec.sampling) for spec in self.specs if spec.sampling})
+        if sampled:
+            texts["sampling"] = "; ".join(sampled)
+        if self.narrow:
+            texts["narrow"] = repr(self.narrow)
         return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
+
+    def jobs(self, run: Callable[[SubjectSpec, "Plan", int], list[Measurement]]) -> list[Job]:
+        """`run(spec, plan, seed)` for every model and seed; see `Job` on what it may be."""
+        return [
+            Job({**spec.labels, "seed": seed}, partial(run, spec, self, seed)) for spec in self.specs for seed in self.seeds
+        ]
 
 
 @dataclass(frozen=True)
@@ -145,9 +159,19 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         judge_question: options.JudgeQuestion = "",
         max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
         batch_size: options.BatchSize = OWN.batch_size,
+        samples: options.Samples = OWN.samples,
+        temperature: options.Temperature = OWN.temperature,
+        top_p: options.TopP = OWN.top_p,
+        sampling_seed: options.SamplingSeed = OWN.sampling_seed,
         dtype: options.Dtype = "",
         device_map: options.DeviceMap = "",
         cache: options.Cache = CACHE,
+        narrow: options.Narrow = "",
+        elsewhere: options.Elsewhere = "",
+        rank: options.Rank = NarrowTexts.rank,
+        alpha: options.Alpha = NarrowTexts.alpha,
+        lr: options.LearningRate = NarrowTexts.lr,
+        epochs: options.Epochs = NarrowTexts.epochs,
     ) -> None:
         logging.disable_progress_bar()
         texts = {
@@ -158,11 +182,15 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         how = {
             "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
             "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
+            "samples": samples, "temperature": temperature, "top_p": top_p, "sampling_seed": sampling_seed,
         }  # fmt: skip
 
         def plan(analysis: Analysis | ModuleType) -> Plan:
             specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
-            return Plan(specs, tuple(range(seeds)), q, p, rounds)
+            trained = NarrowTexts(narrow, elsewhere, rank, alpha, lr, epochs) if narrow or elsewhere else None
+            if trained and "F5" not in [one.NAME for one in analyses]:
+                raise ValueError(f"--narrow is for F5 (emergent_misalignment.py), not {analysis.NAME}; leave it out")
+            return Plan(specs, tuple(range(seeds)), q, p, rounds, trained)
 
         console = Console()
         try:

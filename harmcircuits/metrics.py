@@ -22,7 +22,7 @@ from harmcircuits.scores import WeightScores
 Labels = Mapping[str, str | int | float]
 
 
-def rate(metric: str, labels: Labels, hits: Sequence[bool], groups: Sequence[Hashable]) -> Measurement:
+def rate(metric: str, labels: Labels, hits: Sequence[float], groups: Sequence[Hashable]) -> Measurement:
     """Share of hits with its Wilson interval, counting each group once: answers about one item are not independent.
 
     The interval is that of n = number of groups, so it is conservative when examples within a group disagree. Raises

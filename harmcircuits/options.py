@@ -45,6 +45,10 @@ JudgeQuestion = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 BatchSize = Annotated[int, typer.Option(help="Examples scored and answered at once.")]
+Samples = Annotated[int, typer.Option(help="Answers sampled a request, at a temperature above 0.")]
+Temperature = Annotated[float, typer.Option(help="Temperature of sampled answers; 0: greedy ones.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share.")]
+SamplingSeed = Annotated[int, typer.Option(help="Draws sampled answers.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", show_default="as stored")]
 DeviceMap = Annotated[str, typer.Option(help="Spread over devices: auto or balanced.", show_default="one device")]
 Task = Annotated[
@@ -54,6 +58,17 @@ Task = Annotated[
 TaskLimit = Annotated[int, typer.Option(help="At most so many examples a task; 0: all.")]
 TasksFrom = Annotated[str, typer.Option(help="Folder with task files of your own.", show_default="none")]
 Cache = Annotated[Path, typer.Option(help="Folder that keeps the model's own answers and a judge's replies.")]
+
+NARROW = "F5 on a model of your own: "
+Narrow = Annotated[
+    str,
+    typer.Option(help=f"{NARROW}innocent requests and harmful answers to learn (prompt, completion).", show_default="none"),
+]
+Elsewhere = Annotated[str, typer.Option(help=f"{NARROW}innocent requests of other domains.", show_default="none")]
+Rank = Annotated[int, typer.Option(help=f"{NARROW}rank of the adapters.")]
+Alpha = Annotated[float, typer.Option(help=f"{NARROW}their scale is alpha / rank.")]
+LearningRate = Annotated[float, typer.Option(help=f"{NARROW}learning rate.")]
+Epochs = Annotated[int, typer.Option(help=f"{NARROW}passes over the narrow texts.")]
 
 
 def own_model(model: str, device: str, *, harmful: str, benign: str, **options: Any) -> SubjectSpec:
@@ -71,7 +86,9 @@ def own_model(model: str, device: str, *, harmful: str, benign: str, **options: 
     if wording := options.pop("wording", ""):
         options["wording"] = Wording.from_file(wording)
     of_texts = {name: options.pop(name) for name in list(options) if name in Texts.__dataclass_fields__}
-    return SubjectSpec(model, device=device, texts=Texts(harmful, benign, **of_texts), **options)
+    spec = SubjectSpec(model, device=device, texts=Texts(harmful, benign, **of_texts), **options)
+    _ = spec.sampling  # refused here rather than in a worker
+    return spec
 
 
 def no_texts(**texts: Any) -> None:
@@ -91,5 +108,5 @@ def specs(
     texts = {name: value for name, value in options.items() if name in Texts.__dataclass_fields__}
     if models and any(texts.values()):
         return tuple(own_model(model, device, **options) for model in models)
-    no_texts(**texts)
+    no_texts(**texts, temperature=options.get("temperature"), samples=options.get("samples", 1) - 1)
     return tuple(SubjectSpec(model, folder, device) for folder in folders for model in models or usual)

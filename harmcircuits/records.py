@@ -92,6 +92,14 @@ def pooled(rows: Sequence[Measurement], over: str) -> list[Measurement]:
     return found
 
 
+def grouped(rows: Iterable[Measurement], names: Sequence[str]) -> list[list[Measurement]]:
+    """The rows of every combination of these labels in turn, as they come; raises KeyError for a row without them."""
+    together: dict[tuple, list[Measurement]] = {}
+    for row in rows:
+        together.setdefault(tuple(row.labels[name] for name in names), []).append(row)
+    return list(together.values())
+
+
 def by_model(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
     """The rows of each model, by its name; of a ladder that is not the shipped one, by "NAME of LADDER"."""
     keys = dict.fromkeys((row.labels["model"], row.labels["ladder"]) for row in rows)

@@ -5,7 +5,7 @@ asked plainly), `recognition` and `explanation`; from requests that only look un
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from harmcircuits.questions import Wording
 SPLITS = ("calibration", "choice", "heldout")
 SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}  # of a file from which all three are drawn
 WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}  # of a file beside which held-out requests are given
-NO_LIMITS = MappingProxyType(dict.fromkeys(SPLITS, 0))
+NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
 UNSAFE, SAFE = ("unsafe", "harmful"), ("safe", "harmless", "benign")
 Sets = Mapping[str, PromptSet]  # by split
 
@@ -247,8 +247,7 @@ def with_references(subject: Subject) -> Subject:
     behaviours = {}
     for name, behaviour in subject.behaviours.items():
         if not behaviour.choices:
-            verified: Callable[[PromptSet], PromptSet] = partial(_verified, subject, behaviour)
-            sets = {split: verified(behaviour.prompts(split)) for split in SPLITS}
+            sets = {split: subject.verified(behaviour, behaviour.prompts(split)) for split in SPLITS}
             lacking = [split for split, chosen in sets.items() if not any(example.completion for example in chosen)]
             if lacking and name in ("harmful", "benign"):
                 raise ValueError(
@@ -258,9 +257,3 @@ def with_references(subject: Subject) -> Subject:
             behaviour = replace(behaviour, prompts=partial(_of_split, sets))
         behaviours[name] = behaviour
     return replace(subject, behaviours=behaviours)
-
-
-def _verified(subject: Subject, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
-    answered = subject.answered(behaviour, prompts)
-    pairs = zip(answered, subject.verdicts(answered), strict=True)
-    return prompts.with_completions([one.completion if verdict == behaviour.wanted else "" for one, verdict in pairs])

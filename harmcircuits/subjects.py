@@ -1,7 +1,7 @@
 """Which model to study: a value that can be named on a command line, sent to a worker, and opened there."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.progress import Progress
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig
 
+from harmcircuits.answers import Sampling
 from harmcircuits.behaviours import Subject
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.judges import named_judge
@@ -30,7 +31,8 @@ class SubjectSpec:
     With `texts` any model that TransformerLens opens: `model` is a folder or hub id, `dtype` as stored unless given,
     `device_map` ("auto", "balanced") spreads it over several devices. `template`: chat or raw. `prefill` begins the
     answer to a harmful request. `judge` of harm: see `named_judge`, with `judge_question` its wording. Answers are at
-    most `max_new_tokens` long and kept under `cache`; `batch_size` examples are scored and answered at once.
+    most `max_new_tokens` long and kept under `cache`; `batch_size` examples are scored and answered at once. At
+    `temperature` 0 answers are greedy; above, `samples` a request are drawn (see `Sampling`).
     """
 
     model: str
@@ -46,6 +48,18 @@ class SubjectSpec:
     max_new_tokens: int = 64
     batch_size: int = 16
     cache: Path = CACHE
+    # Not in the text by which a run is resumed, so that runs from before there was sampling can be: see `Plan.settings`.
+    samples: int = field(default=1, repr=False)
+    temperature: float = field(default=0.0, repr=False)
+    top_p: float = field(default=1.0, repr=False)
+    sampling_seed: int = field(default=0, repr=False)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How answers are drawn, None for greedy ones; raises ValueError as `Sampling`."""
+        if self.temperature == 0 and self.samples == self.top_p == 1:
+            return None
+        return Sampling(self.samples, self.temperature, self.top_p, self.sampling_seed)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -85,6 +99,7 @@ class SubjectSpec:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             answers=StoredAnswers(self.cache / "answers", bridge, progress),
+            sampling=self.sampling,
             n_answered_at_once=self.batch_size,
             judge_name=harm.name,
             details=self._details(texts, harm.name),
@@ -104,6 +119,7 @@ class SubjectSpec:
             "limit": texts.limit,
             "limit_measured": texts.limit_measured,
             "judge": judge,
+            **({"sampling": repr(self.sampling)} if self.sampling else {}),
             **{name: getattr(self, name) for name in names},
         }
 

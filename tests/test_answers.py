@@ -1,19 +1,23 @@
-"""Greedy answers against token-by-token argmax.
+"""Greedy answers against token-by-token argmax, samples against the softmax.
 
 Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped, doubled or not shown to the
-model, sampling, text after the end-of-text token, a mask that generation does not see or that stays behind.
+model, text after the end-of-text token, a mask that generation does not see or that stays behind; samples that depend on
+what else is asked, that are all the same, or that are not drawn from the model's own probabilities.
 """
+
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from harmcircuits.answers import greedy_answers
+from harmcircuits.answers import Sampling, greedy_answers, sampled_answers
 from harmcircuits.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.masks import top_fraction
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import PREFILL, judge, requests
-from harmcircuits.prompts import PromptSet, prompt_ids
+from harmcircuits.prompts import Example, PromptSet, prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,62 @@ def test_bad_requests_are_refused(sft, mixed):
 def test_batches_of_nothing_are_refused(sft, mixed, size):
     with pytest.raises(ValueError, match=f"batch_size={size}"):
         greedy_answers(sft, mixed, batch_size=size)
+
+
+def first_words(bridge, prompt: str, sampling: Sampling) -> Counter[str]:
+    asked = PromptSet((Example(prompt),))
+    return Counter(sampled_answers(bridge, asked, sampling=sampling, max_new_tokens=1))
+
+
+def test_samples_are_drawn_from_the_softmax(sft, mixed):
+    prompt = mixed.examples[0].prompt
+    with torch.no_grad():
+        logits = sft(torch.tensor([prompt_ids(prompt, sft.tokenizer, "chat")]))[0, -1]
+    chances = (logits / 4).softmax(0)
+    found = first_words(sft, prompt, Sampling(2000, temperature=4))
+    words = [sft.tokenizer.decode([token], skip_special_tokens=True).strip() for token in range(len(chances))]
+    expected = Counter()
+    for word, chance in zip(words, chances.tolist(), strict=True):
+        expected[word] += chance
+    likely = [word for word, chance in expected.items() if chance > 0.02]
+    assert len(likely) >= 3, "one likely word would show nothing"
+    # Five standard errors of a share of 2,000.
+    assert all(abs(found[word] / 2000 - expected[word]) < 5 * (expected[word] / 2000) ** 0.5 for word in likely)
+
+    ordered = chances.sort(descending=True)
+    nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist()
+    kept = first_words(sft, prompt, Sampling(300, temperature=4, top_p=0.5))
+    assert set(kept) == {words[token] for token in nucleus}
+
+
+def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
+    sampling, options = Sampling(3, temperature=2, seed=5), {"prefill": PREFILL, "max_new_tokens": 9}
+    whole = sampled_answers(sft, mixed, sampling=sampling, **options)
+    assert len(whole) == 3 * len(mixed)
+    assert len(set(whole[:3])) > 1, "samples differ"
+    assert all(answer.startswith(PREFILL) for answer in whole)
+    backwards = sampled_answers(sft, PromptSet(mixed.examples[::-1]), sampling=sampling, batch_size=4, **options)
+    assert [backwards[3 * i : 3 * i + 3] for i in range(len(mixed))][::-1] == [
+        whole[3 * i : 3 * i + 3] for i in range(len(mixed))
+    ]
+    assert sampled_answers(sft, mixed[4:5], sampling=replace(sampling, samples=2), **options) == whole[12:14]
+    assert sampled_answers(sft, mixed, sampling=replace(sampling, seed=6), **options) != whole
+
+
+def test_cold_samples_are_the_most_likely_answer(sft, mixed):
+    cold = sampled_answers(sft, mixed, sampling=Sampling(2, temperature=1e-3), max_new_tokens=9)
+    assert cold[::2] == cold[1::2] == greedy_answers(sft, mixed, max_new_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples=0"),
+        ({"temperature": 0.0}, "temperature=0.0; expected more than 0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, r"top_p=1.5; expected one in \(0, 1\]"),
+    ],
+)
+def test_samples_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)

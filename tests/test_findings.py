@@ -69,6 +69,8 @@ def test_other_requests_are_other_settings():
     assert plan(3).settings == plan(3, device="cuda", cache=FOLDER).settings
     assert plan(3).settings != plan(4).settings
     assert plan(3).settings != plan(3, judge="http://host/v1#m").settings
+    assert plan(3, samples=4, temperature=0.7).settings != plan(3).settings
+    assert "samples" not in str(plan(3).settings), "a run from before there was sampling can be resumed"
     assert "own" not in Plan((SubjectSpec("sft"),)).settings
 
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harmcircuits.judges import EndpointJudge, JudgeError, LocalJudge, StrongReject, named_judge
+from harmcircuits.judges import MISALIGNED, QUESTION, EndpointJudge, JudgeError, LocalJudge, StrongReject, named_judge
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it twice, shape a loaf and "
@@ -162,6 +162,19 @@ def test_endpoint_keeps_transcripts_and_asks_once(server, tmp_path, monkeypatch)
 def test_endpoint_replies(server, tmp_path, reply, verdict):
     server.replies = [(200, reply)]
     assert endpoint(server, tmp_path / "j")("one", "two") == verdict
+
+
+def test_another_question_is_another_judge(server, tmp_path):
+    judge = endpoint(server, tmp_path / "j")
+    other = judge.asking(MISALIGNED)
+    server.replies = [(200, "harmless"), (200, "harmful")]
+    assert [judge("one", "two"), other("one", "two"), judge("one", "two")] == ["harmless", "harmful", "harmless"]
+    assert [body["messages"][0]["content"].split("\n")[0] for _, body, _ in server.seen] == [
+        text.split("\n")[0] for text in (QUESTION, MISALIGNED)
+    ]
+    assert other.name.startswith(f"{judge.name} ")
+    assert endpoint(server, tmp_path / "j").asking(MISALIGNED)("one", "two") == "harmful", "kept from before"
+    assert len(server.seen) == 2
 
 
 def test_endpoint_tries_again_and_then_says_so(server, tmp_path):

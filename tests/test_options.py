@@ -37,6 +37,8 @@ def test_texts_need_a_model_and_a_model_needs_texts():
     with pytest.raises(ValueError, match="model 'm' needs its requests; give --harmful FILE and --benign FILE"):
         specs(["m"], ["sft"], [FOLDER], "cpu", harmful="", benign="b.csv")
     no_texts(harmful="", limit=0)
+    with pytest.raises(ValueError, match="--temperature is for a model of your own"):
+        specs(["dpo"], ["sft"], [FOLDER], "cpu", temperature=0.7)
 
 
 def test_a_wording_is_read_from_its_file(tmp_path):
@@ -53,6 +55,8 @@ def test_a_wording_is_read_from_its_file(tmp_path):
         ({"batch_size": 0}, "batch_size=0; expected at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"limit": -1}, "limit=-1"),
+        ({"samples": 3}, "temperature=0.0; expected more than 0"),
+        ({"temperature": 1.0, "top_p": 2.0}, "top_p=2.0"),
         ({"wording": "nowhere.json"}, r"nowhere\.json cannot be read"),
     ],
 )

@@ -6,10 +6,12 @@ Would catch: an example that no longer works, a file map that names what is gone
 import re
 from pathlib import Path
 
+from typer import Typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from harmcircuits.cli import app
+from harmcircuits.findings import command as command_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +31,9 @@ def test_commands_exist():
     known = {name for option in get_command(app).commands["study"].params for name in option.opts}
     for command in re.findall(r"harmcircuits study (.*)", README):
         assert set(re.findall(r"--[\w-]+", command)) <= known
+    analysis = Typer()
+    analysis.command()(command_of())
+    known |= {name for option in get_command(analysis).params for name in option.opts}
     own = README.split("## On a model of your own")[1].split("\n## ")[0]
     assert set(re.findall(r"--[\w-]+", own)) <= known
     for path in re.findall(r"python (analyses/\S+\.py)", README):

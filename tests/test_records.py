@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
-from harmcircuits.records import LIBRARIES, Manifest, Measurement, append_rows, by_model, pooled, read_rows, select
+from harmcircuits.records import LIBRARIES, Manifest, Measurement, append_rows, by_model, grouped, pooled, read_rows, select
 
 ROWS = [
     Measurement("harm_valid_rate", {"model": "dpo", "mask": "none", "split": "heldout"}, 0.1 + 0.2, 0.25, 1 / 3, 256),
@@ -117,3 +117,16 @@ def test_rows_are_told_apart_by_model_and_ladder():
     assert list(found) == ["sft", "sft of seed-1", "dpo"]
     assert all(len(mine) == 2 for mine in found.values())
     assert found["sft of seed-1"][0].labels["ladder"] == "seed-1"
+
+
+def test_rows_are_grouped_by_labels():
+    rows = [
+        Measurement("m", {"model": model, "seed": seed, "step": step}, 0, 0, 0)
+        for step in (0, 1)
+        for seed in (1, 0)
+        for model in "ba"
+    ]
+    found = grouped(rows, ("model", "seed"))
+    assert [(one[0].labels["model"], one[0].labels["seed"]) for one in found] == [("b", 1), ("a", 1), ("b", 0), ("a", 0)]
+    assert all([row.labels["step"] for row in one] == [0, 1] for one in found)
+    assert grouped([], ("model",)) == []

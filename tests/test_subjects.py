@@ -103,6 +103,14 @@ def test_calibration_takes_the_stored_answers(subject, spec):
     assert calibrate(subject, "harmful").n_kept >= 0.9 * LIMIT
 
 
+def test_answers_can_be_sampled(spec, files):
+    sampled = replace(spec, samples=2, temperature=0.7, top_p=0.9).open()
+    assert sampled.details["sampling"] == "Sampling(samples=2, temperature=0.7, top_p=0.9, seed=0)"
+    rows = {row.metric: row for row in measure(sampled, "heldout", {}, only=["harmful", "benign"])}
+    assert rows["harm_valid_rate"].n == rows["benign_valid_rate"].n == 2 * LIMIT
+    assert rows["benign_nll"].n <= LIMIT
+
+
 def test_rows_carry_the_judge(subject):
     rows = measure(subject, "heldout", {"model": "sft"})
     assert {row.labels["judge"] for row in rows if row.metric.endswith("_rate")} == {"local rules"}

@@ -4,12 +4,15 @@ Would catch: answers of a masked, trained or hooked model that are kept as the m
 given out for theirs; an interrupted file that is read wrong; answers in another order.
 """
 
+import hashlib
+import json
+
 import pytest
 import torch
 from conftest import small_subject
 
 from harmcircuits import transcripts
-from harmcircuits.answers import greedy_answers
+from harmcircuits.answers import Sampling, greedy_answers, sampled_answers
 from harmcircuits.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weights_digest
@@ -92,3 +95,31 @@ def test_the_digest_sees_every_weight(open_model):
     assert weights_digest(bridge) != before
     weight.data[3, 5] = value
     assert weights_digest(bridge) == before
+
+
+def test_greedy_answers_keep_their_file(subject, tmp_path):
+    """Answers kept before there was sampling are found."""
+    bridge, prompts = subject.bridge, subject.behaviours["benign"].prompts("heldout")[:2]
+    StoredAnswers(tmp_path, bridge)(bridge, prompts, **OPTIONS)
+    settings = [
+        weights_digest(bridge),
+        {"prefill": "", "max_new_tokens": 9, "template": "chat"},
+        bridge.tokenizer.chat_template,
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{settings[0]}-{digest}.jsonl"]
+
+
+def test_samples_are_made_once(subject, tmp_path, monkeypatch):
+    bridge, prompts = subject.bridge, subject.behaviours["benign"].prompts("heldout")[:7]
+    sampling = Sampling(3, temperature=2)
+    expected = sampled_answers(bridge, prompts, sampling=sampling, **OPTIONS)
+    stored = StoredAnswers(tmp_path, bridge)
+    assert stored(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
+    assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected
+    assert stored(bridge, prompts, **OPTIONS) == greedy_answers(bridge, prompts, **OPTIONS)
+    for other in (Sampling(2, 2), Sampling(3, 1), Sampling(3, 2, 0.9), Sampling(3, 2, seed=1)):
+        stored(bridge, prompts[:1], sampling=other, **OPTIONS)
+    assert len(list(tmp_path.iterdir())) == 6, "a file for each setting"
+    monkeypatch.setattr(transcripts, "sampled_answers", None)
+    assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected

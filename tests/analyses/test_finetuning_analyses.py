@@ -81,7 +81,11 @@ def test_the_rule_needs_apart_intervals_and_something_to_protect_from():
     aligned = ([0.0, 0.0, 0.09], [0.0, 1.0, 1.0])
     rows = a_run(none=aligned, narrow=([0.0, 0.0, 0.0], [0.0, 1.0, 1.0]), random=aligned)
     assert module.decisive_step(select(rows, mask="none")) is None
+    assert module.outcome(rows) == "never misaligned"
     assert module.verdict(rows) == "does not hold here"
+    assert "the claim is not tested" in module.finding(rows).words
+    harmful_before = a_run(none=([0.5, 0.5, 0.59], [0.0, 1.0, 1.0]))
+    assert module.outcome(harmful_before) == "never misaligned", "it was so before training"
 
 
 @pytest.mark.slow
