@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,12 @@ def evaluate_tasks(
     manager = task_manager(tasks, include_path)
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate_tasks: limit={limit}; expected at least 1, or None for all examples")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    model: Any = bridge.original_model
+    wrap, evaluate = _harness("lm_eval.models.huggingface").HFLM, _harness("lm_eval").simple_evaluate
     tokenizer = AutoTokenizer.from_pretrained(bridge.tokenizer.name_or_path)
     with frozen(bridge):  # the harness turns dropout off for good
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        model = wrap(pretrained=bridge.original_model, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            found: Any = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+            found = evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
         except OSError as error:
             raise ValueError(f"evaluate_tasks: the data of {list(tasks)} cannot be loaded ({error})") from None
     return [row for name, figures in found["results"].items() for row in _rows(name, figures, labels)]
@@ -67,13 +65,16 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -
 
 @cache  # it reads thousands of files
 def _manager(include_path: str) -> Any:
+    return _harness("lm_eval.tasks").TaskManager(include_path=include_path or None)
+
+
+def _harness(module: str) -> Any:
     try:
-        from lm_eval.tasks import TaskManager
+        return import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"evaluate_tasks: lm-evaluation-harness is not installed ({error}); pip install 'harmcircuits[real]'"
         ) from None
-    return TaskManager(include_path=include_path or None)
 
 
 def _rows(name: str, figures: dict[str, Any], labels: Labels) -> list[Measurement]:
