@@ -11,7 +11,9 @@
 #   linear in them.
 #
 # Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike; figures are medians over
-# turns, bars the whole range. `--grow` repeats the scores with twice the layers, width, examples and length.
+# turns, bars the whole range. `--grow` repeats the scores with twice the layers, width, examples and length, and masks of
+# as many weights on the larger models. The share of the peak is that of `--peak-flops`, or else of the fastest of ten large
+# matrix products in the same run.
 
 # %%
 import ctypes
@@ -214,9 +216,9 @@ def compared(
         rows += [middle("seconds", where, times[name]), middle("ratio_to_plain", where, ratios)]
         rows += [middle("tokens_per_second", where, [n_tokens / one for one in times[name]])]
         rows.append(exact("peak_bytes", where, peaks[name]))
-    rows.append(
-        middle("flop_per_second", {**labels, "method": "plain"}, [_flop(bridge, n_tokens) / t for t in times["plain"]])
-    )
+    for name in ("plain", "removal effect"):
+        speeds = [_flop(bridge, n_tokens) / one for one in times[name]]
+        rows.append(middle("flop_per_second", {**labels, "method": name}, speeds))
     for name, absolute in (("removal effect", False), ("sensitivity", True)):
         found = estimate_memory(bridge, batches, absolute=absolute)
         extra = found.accumulators + found.activations
@@ -230,11 +232,29 @@ def _flop(bridge: TransformerBridge, n_tokens: int) -> float:
     return n_tokens * (6.0 * scored + 4.0 * bridge.cfg.d_model * bridge.cfg.d_vocab)
 
 
-def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int) -> list[Measurement]:
-    """Selection over all scores, and applying and restoring a mask of 1e-5 (at least a thousand weights)."""
+def matmul_flops(device: str, dtype: torch.dtype, size: int = 0) -> float:
+    """FLOP/s of the fastest of ten products of square matrices: what the machine gives now, where its peak is not known."""
+    size = size or (8192 if device.startswith("cuda") else 1024)
+    one = torch.randn(size, size, device=device).to(dtype)
+    return 2.0 * size**3 / min(seconds(partial(torch.mm, one, one), device) for _ in range(10))
+
+
+def peak_rows(rows: Sequence[Measurement], labels: dict, peak: float, is_given: bool) -> list[Measurement]:
+    """The machine's peak, and every speed as a share of it."""
+    found = [
+        exact("peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak)
+    ]
+    for row in select(rows, "flop_per_second"):
+        shares = (row.mean / peak, row.low / peak, row.high / peak)
+        found.append(Measurement("share_of_peak", row.labels, *shares, row.n))
+    return found
+
+
+def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, n_weights: int) -> list[Measurement]:
+    """Selection over all scores, and applying and restoring a mask of so many weights (a tenth of all at most)."""
     scores = hc.random_scores(bridge)
     n_scored = sum(value.numel() for value in scores.values.values())
-    fraction, rows = max(1e-5, min(0.1, 1000 / n_scored)), []
+    fraction, rows = min(0.1, n_weights / n_scored), []
     choose = partial(hc.top_fraction, scores, fraction, within="model")
     mask = choose()
 
@@ -243,6 +263,7 @@ def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int) 
             pass
 
     for name, run in (("selection", choose), ("mask", apply_and_restore)):
+        run()
         where = {**labels, "method": name, "weights": mask.n_removed, "of": n_scored}
         rows.append(middle("seconds", where, [seconds(run, device) for _ in range(turns)]))
     return rows
@@ -257,6 +278,19 @@ def grown(shape: Shape) -> dict[str, Shape]:
         "examples": replace(shape, examples=2 * shape.examples),
         "length": replace(shape, length=2 * shape.length),
     }
+
+
+def growth_rows(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The time of every contender after one thing is doubled, in units of before: 2 where it is linear."""
+    found = []
+    for row in select(rows, "seconds"):
+        before = select(rows, "seconds", grown="none", method=row.labels["method"])
+        if row.labels["grown"] != "none" and before:
+            labels = {key: row.labels[key] for key in ("shape", "device", "machine", "dtype", "grown", "method")}
+            (one,) = before
+            low, high = row.low / one.high, row.high / one.low
+            found.append(Measurement("growth", labels, row.mean / one.mean, low, high, row.n))
+    return found
 
 
 def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
@@ -288,6 +322,21 @@ def figure(rows: Sequence[Measurement]) -> go.Figure:
     return picture.update_layout(template="plotly_white", height=360, margin={"l": 110, "r": 40, "t": 20, "b": 50})
 
 
+def growth_figure(rows: Sequence[Measurement]) -> go.Figure:
+    """How often the time of each contender after one thing is doubled; the line is linear growth."""
+    picture = go.Figure()
+    for method in dict.fromkeys(row.labels["method"] for row in select(rows, "growth")):
+        one = select(rows, "growth", method=method)
+        above, below = [row.high - row.mean for row in one], [row.mean - row.low for row in one]
+        error = {"array": above, "arrayminus": below, "symmetric": False, "color": "#6b7280"}
+        x, y = [row.labels["grown"] for row in one], [row.mean for row in one]
+        picture.add_bar(x=x, y=y, name=str(method), error_y=error)
+    picture.add_hline(y=2, line={"color": "#9ca3af", "dash": "dot"})
+    picture.update_xaxes(title="twice the")
+    picture.update_yaxes(title="time, in units of before", gridcolor="#eceef1")
+    return picture.update_layout(template="plotly_white", height=360, margin={"l": 60, "r": 40, "t": 20, "b": 50})
+
+
 def lines(rows: Sequence[Measurement]) -> list[list[str]]:
     """A line for every contender, and what is timed alone."""
     found = []
@@ -305,19 +354,25 @@ def lines(rows: Sequence[Measurement]) -> list[list[str]]:
 HEAD = ["", "seconds [range]", "× plain", "tokens/s", "peak MiB", "estimated MiB"]
 
 
-def show(rows: Sequence[Measurement], peak_flops: float, page: Path | None) -> None:
+def show(rows: Sequence[Measurement], page: Path | None) -> None:
     shown = Table(*HEAD)
     for line in lines(rows):
         shown.add_row(*line)
     speed = select(rows, "flop_per_second", grown="none")[0]
-    share = f", {speed.mean / peak_flops:.0%} of the peak" if peak_flops else ""
-    note = f"plain: {speed.mean / 1e12:.3g} TFLOP/s{share}; {json.dumps(dict(speed.labels))}"
+    peak = select(rows, "peak_flop_per_second")[0]
+    shares = [f"{row.labels['method']} {row.mean:.1%}" for row in select(rows, "share_of_peak", grown="none")]
+    of = f"{peak.mean / 1e12:.3g} TFLOP/s ({peak.labels['peak']})"
+    note = f"Share of {of}: {', '.join(shares)}; {json.dumps(dict(speed.labels))}"
     console = Console()
     console.print(shown)
     console.print(note, highlight=False)
     if page:
         title = f"What scores cost: {speed.labels['shape']}, {speed.labels['machine']}"
-        write_page(page, title, [section(title, note, plot(figure(rows), first=True) + table(HEAD, lines(rows)))])
+        sections = [section(title, note, plot(figure(rows), first=True) + table(HEAD, lines(rows)))]
+        if select(rows, "growth"):
+            note = "Bars: the whole range of the one over that of the other."
+            sections.append(section("Growth when one thing is doubled", note, plot(growth_figure(rows))))
+        write_page(page, title, sections)
 
 
 # %%
@@ -330,7 +385,8 @@ def main(
     few: Annotated[int, typer.Option(help="Examples on which the per-example schemes are timed.")] = 2,
     examples: Annotated[int, typer.Option(help="Number of examples (0: as the shape says).")] = 0,
     grow: Annotated[bool, typer.Option(help="Also twice the layers, width, examples and length.")] = False,
-    peak_flops: Annotated[float, typer.Option(help="The machine's peak FLOP/s at this dtype, where known.")] = 0,
+    weights: Annotated[int, typer.Option(help="Weights of the mask that is applied and restored.")] = 42_000,
+    peak_flops: Annotated[float, typer.Option(help="The machine's peak FLOP/s at this dtype (0: measured).")] = 0,
     out: Annotated[Path | None, typer.Option(help="Rows file to append to.")] = None,
     page: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
 ) -> None:
@@ -344,12 +400,17 @@ def main(
         where = {**labels, "grown": what, "layers": one.layers, "width": one.width}
         where |= {"examples": one.examples, "length": one.length}
         only = () if what == "none" else ("plain", "removal effect", "sensitivity")
+        only += ("layer by layer",) if what == "layers" else ()  # the scheme whose cost grows with their square
         rows += compared(bridge, one, where, device, turns, few, only)
-        if what == "none":
-            rows += mask_rows(bridge, where, device, turns)
+        if what in ("none", "layers", "width"):
+            rows += mask_rows(bridge, where, device, turns, weights)
+        del bridge
+    rows += growth_rows(rows) + peak_rows(
+        rows, labels, peak_flops or matmul_flops(device, getattr(torch, dtype)), peak_flops > 0
+    )
     if out:
         append_rows(out, rows)
-    show(rows, peak_flops, page)
+    show(rows, page)
 
 
 if __name__ == "__main__":

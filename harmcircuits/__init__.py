@@ -17,11 +17,11 @@ from harmcircuits.dissociation import dissociation
 from harmcircuits.export import export
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.masking import held, masked
-from harmcircuits.hooks.memory import estimate_memory
+from harmcircuits.hooks.memory import estimate_memory, fitting_batches
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.judges import EndpointJudge, LocalJudge, StrongReject, named_judge
 from harmcircuits.location import concentration, counts_by
-from harmcircuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.masks import WeightMask, random_like, top_fraction, top_fractions
 from harmcircuits.metrics import completion_nll, kl_under, perplexity, predicted_change
 from harmcircuits.objectives import choice_margin, completion_loss
 from harmcircuits.organisms import load_organism, organism_behaviours, organism_subject, planted_circuit
@@ -71,6 +71,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "fine_tuning",
+    "fitting_batches",
     "gradient_norm",
     "greedy_answers",
     "held",
@@ -104,5 +105,6 @@ __all__ = [
     "tokenize",
     "tokenize_text",
     "top_fraction",
+    "top_fractions",
     "weight_sites",
 ]

@@ -1,8 +1,9 @@
 """Sparse sets of weights: chosen from scores, combined, saved, loaded."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.scores import Source, WeightScores
-from harmcircuits.selection import largest, largest_of_rows
+from harmcircuits.selection import Indices, largest, largest_of_rows
 
 Scope = Literal["weight", "model", "row"]
 
@@ -139,26 +140,37 @@ def top_fraction(
     count stays that of the whole scope. Raises ValueError for a fraction outside [0, 1], an unknown scope, an `exclude` of
     other weights, or fewer weights left in a scope than are to be chosen.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"top_fraction: fraction={fraction}; expected a share in [0, 1]")
     if within not in ("weight", "model", "row"):
         raise ValueError(f'top_fraction: within={within!r}; expected "weight", "model" or "row"')
     if exclude is not None and exclude.shapes != scores.shapes:
         raise ValueError("top_fraction: `exclude` is a mask over other weights than the scores")
-    excluded = exclude.removed if exclude is not None else {}
-    values = scores.values
-    if within == "model":
-        removed = largest(values, _count(fraction, sum(torch.Size(s).numel() for s in scores.shapes.values())), excluded)
-    elif within == "weight":
-        removed = {}
-        for name, shape in scores.shapes.items():
-            removed |= largest({name: values[name]}, _count(fraction, torch.Size(shape).numel()), excluded)
-    else:
-        counts = {name: _count(fraction, shape[-1]) for name, shape in scores.shapes.items()}
-        removed = {name: largest_of_rows(values[name], count, excluded.get(name)) for name, count in counts.items()}
+    removed = _best(scores.values, scores.shapes, fraction, within, exclude.removed if exclude is not None else {})
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
     return WeightMask(removed, scores.shapes, Source(scores.source.model, "top_fraction", settings, parents))
+
+
+def top_fractions(
+    scores: WeightScores, fractions: Sequence[float], *, within: Scope = "weight", exclude: WeightMask | None = None
+) -> list[WeightMask]:
+    """`top_fraction` for each of several fractions, in their order: the same masks, for the reading of one.
+
+    The largest is chosen among all scores, the others among what it chose. Raises ValueError for no fractions, and as
+    `top_fraction`.
+    """
+    if not fractions:
+        raise ValueError("top_fractions: no fractions; expected at least one")
+    widest = top_fraction(scores, max(fractions), within=within, exclude=exclude)
+    best = {name: scores.values[name].flatten()[index] for name, index in widest.removed.items()}
+    if within == "row":
+        best = {name: value.view(math.prod(widest.shapes[name][:-1]), -1) for name, value in best.items()}
+    masks = []
+    for fraction in fractions:
+        places = _best(best, widest.shapes, fraction, within, {})
+        removed = {name: widest.removed[name][place.cpu()] for name, place in places.items()}
+        source = replace(widest.source, settings={"fraction": fraction, "within": within})
+        masks.append(WeightMask(removed, widest.shapes, source))
+    return masks
 
 
 def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
@@ -206,5 +218,22 @@ def _matched(magnitude: Float[Tensor, " size"], index: Tensor, generator: torch.
     return torch.cat([member[:count] for member, count in zip(members, wanted.tolist(), strict=True)])
 
 
+def _best(
+    values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], fraction: float, within: Scope, excluded: Indices
+) -> dict[str, Tensor]:
+    """Flat indices into `values`, the scores of some or all weights: as many as the fraction gives for the shapes."""
+    if within == "model":
+        return largest(values, _count(fraction, sum(map(math.prod, shapes.values()))), excluded)
+    if within == "row":
+        counts = {name: _count(fraction, shapes[name][-1]) for name in values}
+        return {name: largest_of_rows(values[name], count, excluded.get(name)) for name, count in counts.items()}
+    found = {}
+    for name in values:
+        found |= largest({name: values[name]}, _count(fraction, math.prod(shapes[name])), excluded)
+    return found
+
+
 def _count(fraction: float, n: int) -> int:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"top_fraction: fraction={fraction}; expected a share in [0, 1]")
     return max(1, int(fraction * n + 0.5)) if fraction > 0 else 0

@@ -198,14 +198,22 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def tokenize(
-    prompts: PromptSet, tokenizer: Any, *, batch_size: int = 16, template: Template = "chat", prefill: str = ""
+    prompts: PromptSet,
+    tokenizer: Any,
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    template: Template = "chat",
+    prefill: str = "",
 ) -> list[Batch]:
     """Right-padded batches in the order of `prompts`; the completion's tokens are the targets.
 
     Prompt and completion are tokenised apart and concatenated. A `prefill` opens the completion: its tokens are context,
-    not targets. A completion that does not begin with them is taken to follow them.
+    not targets. A completion that does not begin with them is taken to follow them. With `max_tokens` no batch has more
+    tokens, padding included: few long examples together or many short ones, `batch_size` at most.
 
-    Raises ValueError for no prompts, an empty batch size, or a completion with no tokens.
+    Raises ValueError for no prompts, an empty batch size, a completion with no tokens, or an example longer than
+    `max_tokens`.
     """
     if not len(prompts):
         raise ValueError("tokenize: the prompt set is empty; expected at least one example")
@@ -220,7 +228,22 @@ def tokenize(
         if not target:
             raise ValueError(f"tokenize: example {index} has a completion with no tokens to predict; drop or fill it")
         rows.append((prompt_ids(example.prompt, tokenizer, template) + opening, target))
-    return [_padded(rows[start : start + batch_size], tokenizer) for start in range(0, len(rows), batch_size)]
+    lengths = [len(context) + len(target) for context, target in rows]
+    if max_tokens is not None and max(lengths) > max_tokens:
+        index = lengths.index(max(lengths))
+        raise ValueError(
+            f"tokenize: example {index} has {lengths[index]} tokens, max_tokens={max_tokens}; raise it or drop it"
+        )
+    groups: list[list[Any]] = [[]]
+    longest = 0
+    for row, length in zip(rows, lengths, strict=True):
+        longest = max(longest, length)
+        n_rows = len(groups[-1]) + 1
+        if n_rows > batch_size or (max_tokens is not None and n_rows * longest > max_tokens):
+            groups.append([])
+            longest = length
+        groups[-1].append(row)
+    return [_padded(group, tokenizer) for group in groups]
 
 
 def tokenize_text(text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16) -> list[Batch]:

@@ -246,6 +246,22 @@ def test_batches_keep_the_order(tokenizer):
     assert rows == [row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)]
 
 
+def test_batches_of_at_most_so_many_tokens(tokenizer):
+    """Examples of 7, 5, 8, 5 and 9 tokens: what counts is the padded size, rows times the longest."""
+    prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
+    (whole,) = tokenize(prompts, tokenizer)
+    expected = {9: [(1, 7), (1, 5), (1, 8), (1, 5), (1, 9)], 15: [(2, 7), (1, 8), (1, 5), (1, 9)], 27: [(3, 8), (2, 9)]}
+    for max_tokens, shapes in expected.items():
+        split = tokenize(prompts, tokenizer, max_tokens=max_tokens)
+        assert [tuple(batch.tokens.shape) for batch in split] == shapes
+        rows = [row[real].tolist() for batch in split for row, real in zip(batch.tokens, batch.is_token, strict=True)]
+        assert rows == [row[real].tolist() for row, real in zip(whole.tokens, whole.is_token, strict=True)]
+    both = tokenize(prompts, tokenizer, max_tokens=27, batch_size=2)
+    assert [len(batch) for batch in both] == [2, 2, 1], "batch_size bounds as well"
+    with pytest.raises(ValueError, match="example 4 has 9 tokens, max_tokens=8"):
+        tokenize(prompts, tokenizer, max_tokens=8)
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
     tokenizer = new_tokenizer()
     tokenizer.pad_token = None

@@ -4,15 +4,19 @@ Would catch: keys that order negative numbers backwards, zeros of two signs that
 tensor and is counted twice, an excluded weight that is chosen, a shard that is lost.
 """
 
+import math
+import weakref
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.masks import WeightMask, top_fraction
+from harmcircuits.masks import WeightMask, top_fraction, top_fractions
 from harmcircuits.scores import Source, WeightScores
-from harmcircuits.selection import largest, largest_of_rows
+from harmcircuits.selection import _Best, largest, largest_of_rows
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 # Special values often, so that ties are everywhere; subnormals, both zeros and the ends of the range among them.
@@ -44,6 +48,52 @@ def test_largest_equals_sorting(values, data):
     assert {name: index.tolist() for name, index in found.items()} == by_sorting(scores, k, excluded)
     with pytest.raises(ValueError, match=rf"leaves fewer \({n_left}\)"):
         largest(scores, n_left + 1, excluded, chunk=chunk)
+
+
+def test_ties_do_not_fill_the_memory():
+    """A million equal scores: what is held is a chunk and what is chosen."""
+    held, add = [], _Best.add
+
+    def watched(best, *arguments):
+        add(best, *arguments)
+        held.append(best.n_held)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Best, "add", watched)
+        found = largest({"a": torch.zeros(1000, 500), "b": torch.zeros(1000, 500)}, 500_007, {}, chunk=1000)
+        assert [found["a"].tolist(), found["b"].tolist()] == [list(range(500_000)), list(range(7))]
+        assert max(held) <= 2 * 500_007
+        held.clear()
+        assert largest({"a": torch.zeros(1000, 500)}, 3, {}, chunk=1000)["a"].tolist() == [0, 1, 2]
+        assert max(held) <= 6
+        held.clear()
+        growing = torch.linspace(1, 1.005, 100_000)  # one bin, and every number better than all before
+        assert (
+            largest({"a": growing}, 5, {}, chunk=100)["a"].tolist()
+            == growing.sort(stable=True, descending=True).indices[:5].sort().values.tolist()
+        )
+        assert max(held) <= 110
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_several_fractions_at_once_are_the_same_masks(data):
+    shapes = {"a": (3, 5), "b": (2, 2, 4), "c": (1, 7)}
+    values = {name: torch.tensor(data.draw(st.lists(numbers, min_size=math.prod(s), max_size=math.prod(s)))).view(s)
+              for name, s in shapes.items()}  # fmt: skip
+    scores, within = WeightScores(values, SOURCE), data.draw(st.sampled_from(["weight", "model", "row"]))
+    fractions = data.draw(st.lists(st.sampled_from([0, 0.01, 0.1, 0.25, 0.5, 0.7]), min_size=1, max_size=4))
+    exclude = top_fraction(scores, data.draw(st.sampled_from([0, 0.1])), within="row")
+    for found, fraction in zip(top_fractions(scores, fractions, within=within, exclude=exclude), fractions, strict=True):
+        expected = top_fraction(scores, fraction, within=within, exclude=exclude)
+        assert (found.source, found.shapes) == (expected.source, expected.shapes)
+        assert {n: i.tolist() for n, i in found.removed.items()} == {n: i.tolist() for n, i in expected.removed.items()}
+
+
+def test_several_fractions_are_refused(scores):
+    for fractions, reason in (([], "no fractions"), ([0.1, -0.1], "fraction=-0.1"), ([0.1, 1.5], "fraction=1.5")):
+        with pytest.raises(ValueError, match=reason):
+            top_fractions(scores, fractions)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 14, 1000])
@@ -92,6 +142,40 @@ def test_saved_scores_are_read_from_their_shards(tmp_path, scores, shard_bytes):
         assert found.removed.keys() == expected.removed.keys()
         assert all(torch.equal(found.removed[name], index) for name, index in expected.removed.items())
     assert all(torch.equal((-loaded).values[name], -value) for name, value in scores.values.items())
+
+
+class Watched(Mapping):
+    """Scores in a file: how often each was read, and how many were ever in memory together."""
+
+    def __init__(self, saved: Mapping) -> None:
+        self.saved, self.reads, self.alive, self.most = saved, dict.fromkeys(saved, 0), [], 0
+
+    def __getitem__(self, name):
+        self.reads[name] += 1
+        self.alive = [one for one in self.alive if one() is not None]
+        value = self.saved[name]
+        self.alive.append(weakref.ref(value))
+        self.most = max(self.most, len(self.alive))
+        return value
+
+    def __iter__(self):
+        return iter(self.saved)
+
+    def __len__(self):
+        return len(self.saved)
+
+
+@pytest.mark.parametrize(("within", "n_reads"), [("model", 2), ("weight", 1), ("row", 1)])
+def test_a_selection_reads_a_file_twice_and_holds_two_matrices(tmp_path, monkeypatch, scores, within, n_reads):
+    """Two: a loop lets the last one go when the next is there. The dense set would be all three."""
+    scores.save(tmp_path, shard_bytes=1)
+    loaded = WeightScores.load(tmp_path)
+    watched = Watched(loaded.values)
+    object.__setattr__(loaded, "values", watched)
+    monkeypatch.setattr(WeightScores, "shapes", scores.shapes)
+    top_fraction(loaded, 0.3, within=within)
+    assert watched.reads == dict.fromkeys(scores.shapes, n_reads)
+    assert watched.most <= 2
 
 
 def test_folders_that_hold_no_scores_are_refused(tmp_path, scores):

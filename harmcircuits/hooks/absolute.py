@@ -33,7 +33,8 @@ def add_absolute_in_blocks(
     n_examples, (n_rows, n_columns) = len(first), total.shape
     scratch = scratch or SCRATCH.get(total.device.type, SCRATCH["cuda"])
     rows = min(n_rows, max(1, scratch // n_columns))
-    at_once = min(n_examples, max(1, scratch // (rows * n_columns)))
+    # As much for few examples as for many, so that what many need can be told from few.
+    at_once = max(1, scratch // (rows * n_columns))
     buffer = total.new_empty(at_once, rows, n_columns)  # once: fresh memory costs more than the arithmetic
     first, second = first.float().mT, second.float()
     for row in range(0, n_rows, rows):
@@ -41,4 +42,4 @@ def add_absolute_in_blocks(
         for example in range(0, n_examples, at_once):
             left, right = first[example : example + at_once, row : row + rows], second[example : example + at_once]
             block = torch.bmm(left, right, out=buffer[: len(left), : len(part)]).abs_()
-            part.add_(block[0] if len(block) == 1 else block.sum(dim=0))
+            part.add_(block[0] if at_once == 1 else block.sum(dim=0))

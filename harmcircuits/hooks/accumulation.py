@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, distributed
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.absolute import add_absolute
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
-from harmcircuits.hooks.weights import Site
+from harmcircuits.hooks.processes import Processes, batches_text
+from harmcircuits.hooks.weights import Site, model_fingerprint
 from harmcircuits.objectives import Objective
 from harmcircuits.prompts import Batch
 
@@ -30,27 +31,29 @@ def mean_gradients(
 
     With `max_memory` the accumulators on the devices never exceed that many bytes: the data are passed over once for each
     group of consecutive matrices that fits, and what is finished goes to host memory. The numbers are the same, bit for
-    bit. Where torch.distributed is initialised every process gives all batches, runs its share of them and gets the sum
-    over all: float32 sums in another order than one process. Raises ValueError for a matrix larger than `max_memory`, an
-    objective of the wrong shape, and as `hook_pairs`.
+    bit. So they are where torch.distributed is initialised, on processors of one kind: every process is given all batches,
+    runs its share of them, holds the accumulators of its share of the matrices, and gets all that is finished (see
+    `Processes`). Raises ValueError for a matrix larger than `max_memory`, an objective of the wrong shape, processes that
+    were given different batches, models or options, and as `hook_pairs`.
     """
     n_examples = sum(len(batch) for batch in batches)
+    processes = Processes(list(sites), bridge.cfg.device)
+    options = f"{list(sites)} {absolute} {max_memory}"
+    given = {"batches": batches_text(batches), "weights": model_fingerprint(bridge), "matrices or options": options}
+    processes.refuse_differences(given)
     finished = {}
     for group in groups(sites, max_memory):
-        total = {
-            name: torch.zeros(site.parameter.shape, dtype=torch.float32, device=site.parameter.device)
-            for name, site in group.items()
-        }
-        own = _own(batches)
-        if own:
-            accumulate(bridge, own, objective, group, total, absolute)
+        total = {name: _zeros(site) for name, site in group.items() if processes.owns(name)}
+        accumulate(bridge, batches, objective, group, total, absolute, processes)
         for name, site in group.items():
-            value = total.pop(name)
-            if distributed.is_initialized():
-                distributed.all_reduce(value)
-            value = finish(site, value.div_(n_examples))
+            value = finish(site, total.pop(name).div_(n_examples)) if processes.owns(name) else _zeros(site)
+            value = processes.spread(name, value)
             finished[name] = value if max_memory is None else value.cpu()
     return finished
+
+
+def _zeros(site: Site) -> Tensor:
+    return torch.zeros(site.parameter.shape, dtype=torch.float32, device=site.parameter.device)
 
 
 def groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
@@ -71,13 +74,6 @@ def groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[s
     yield group
 
 
-def _own(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The batches of this process: every n-th of n processes."""
-    if not distributed.is_initialized():
-        return batches
-    return batches[distributed.get_rank() :: distributed.get_world_size()]
-
-
 def accumulate(
     bridge: TransformerBridge,
     batches: Sequence[Batch],
@@ -85,22 +81,28 @@ def accumulate(
     sites: Mapping[str, Site],
     total: Mapping[str, Tensor],
     absolute: bool,
+    processes: Processes,
 ) -> None:
-    """Add the gradients of these batches, summed over examples, to `total`; with `absolute` their absolute values."""
+    """Add the gradients of these batches, summed over examples, to `total`; with `absolute` their absolute values.
+
+    Of several processes each adds up the matrices it owns, from the batches of all.
+    """
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
     others = {name: site for name, site in sites.items() if not site.is_hooked}
 
     def receive(site: Site, x: Input, g: OutputGradient) -> None:
-        first, second = (g, x) if site.input_axis == 1 else (x, g)
-        (add_absolute if absolute else add_signed)(first, second, total[site.name])
+        factors = (g, x) if site.input_axis == 1 else (x, g)
+        for first, second in processes.factors(site.name, *factors):
+            (add_absolute if absolute else add_signed)(first, second, total[site.name])
 
     def receive_gradient(site: Site, gradient: Tensor) -> None:
-        total[site.name].add_(gradient.abs() if absolute else gradient)
+        for (one,) in processes.factors(site.name, gradient):
+            total[site.name].add_(one.abs() if absolute else one)
 
     # A parameter's gradient is summed over the batch, so absolute values per example need an example at a time.
-    at_once = _singles(batches) if others and absolute else batches
+    at_once = list(_singles(batches)) if others and absolute else batches
     with torch.enable_grad(), hook_pairs(bridge, hooked, receive), parameter_gradients(others, receive_gradient):
-        for batch in at_once:
+        for batch in processes.turns(at_once):
             values = objective(bridge, batch)
             if values.shape != (len(batch),):
                 raise ValueError(f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},)")

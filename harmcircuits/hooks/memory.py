@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.accumulation import BYTES, accumulate, groups
+from harmcircuits.hooks.processes import Processes
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
@@ -61,18 +62,52 @@ def estimate_memory(
     tensors = {t.untyped_storage().data_ptr(): t for t in chain(bridge.parameters(), bridge.buffers())}
     weights = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
     batch = max(batches, key=lambda one: one.tokens.numel())
+    first, further = _activations(bridge, batch, objective, absolute)
+    return MemoryEstimate(weights, BYTES * largest, first + (len(batch) - 1) * further)
+
+
+def fitting_batches(
+    bridge: TransformerBridge,
+    batches: Sequence[Batch],
+    max_activations: int,
+    objective: Objective = completion_loss,
+    *,
+    absolute: bool = False,
+) -> list[Batch]:
+    """The batches split so that the activations of each take at most so many bytes, by `estimate_memory`'s line.
+
+    As many examples together as fit of the longest; the order stays, and so do the scores up to rounding. Give large
+    batches of examples of like length. Raises ValueError for no batches, one example that does not fit, and as
+    `weight_sites`.
+    """
+    if not batches:
+        raise ValueError("fitting_batches: no batches; expected at least one (see tokenize)")
+    longest = max(batches, key=lambda one: one.tokens.shape[1])
+    first, further = _activations(bridge, longest, objective, absolute)
+    if first > max_activations:
+        raise ValueError(
+            f"fitting_batches: max_activations={max_activations:,} bytes, but one example of {longest.tokens.shape[1]} "
+            f"tokens takes {first:,}; give as many, or shorter examples"
+        )
+    size = 1 + (max_activations - first) // further
+    pairs = ((batch.tokens.split(size), batch.is_target.split(size)) for batch in batches)
+    return [Batch(*both) for tokens, is_target in pairs for both in zip(tokens, is_target, strict=True)]
+
+
+def _activations(bridge: TransformerBridge, batch: Batch, objective: Objective, absolute: bool) -> tuple[int, int]:
+    """The bytes that one example of a batch takes on its way forward and back, and that each further one adds."""
+    sites = weight_sites(bridge)
     # One accumulator for all matrices of a shape: what is added up here is thrown away.
     kinds = {(site.parameter.shape, site.parameter.device) for site in sites.values()}
     total = {kind: torch.zeros(kind[0], device=kind[1]) for kind in kinds}
     into = {name: total[site.parameter.shape, site.parameter.device] for name, site in sites.items()}
-    peaks = []
-    for n_examples in (1, 2)[: len(batch)]:
-        part = Batch(batch.tokens[:n_examples], batch.is_target[:n_examples])
+    processes, peaks = Processes(list(sites), bridge.cfg.device), []
+    for rows in ([0], [0, 1 % len(batch)]):
+        part = Batch(batch.tokens[rows], batch.is_target[rows])
         with _LiveBytes() as live:
-            accumulate(bridge, [part], objective, sites, into, absolute)
+            accumulate(bridge, [part], objective, sites, into, absolute, processes)
         peaks.append(live.peak)
-    activations = peaks[0] + (len(batch) - 1) * (peaks[-1] - peaks[0])
-    return MemoryEstimate(weights, BYTES * largest, activations)
+    return peaks[0], peaks[1] - peaks[0]
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import MoEBridge
 
+from harmcircuits.hooks.walks import kept_while_same
+
 KINDS = (
     "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out",
     "mlp.router", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
@@ -72,12 +74,7 @@ def weight_sites(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> 
             "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds norms and centres weights "
             "in place), so scores and masks would not fit the model as stored; boot a fresh TransformerBridge"
         )
-    matrices = _matrices(bridge)
-    _refuse_offloaded(matrices)
-    _refuse_uncovered(bridge, matrices)
-    sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
-    sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
-    return {site.name: site for site in sites if site.kind in kinds}
+    return {site.name: site for site in _sites(bridge) if site.kind in kinds}
 
 
 def named_weights(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> dict[str, nn.Parameter]:
@@ -96,11 +93,11 @@ def model_fingerprint(bridge: TransformerBridge) -> str:
     A merged LoRA of the block matrices therefore carries the fingerprint of its base.
     """
     digest = hashlib.sha256()
-    for name, parameter in _tensors(bridge).items():
-        if _NAME.fullmatch(name):
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        elif isinstance(parameter, nn.Parameter) and name.endswith("weight"):
-            flat = parameter.detach().flatten()
+    for name, tensor in _fingerprinted(bridge):
+        if tensor is None:
+            digest.update(name.encode())
+        else:
+            flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 1024)][:1024].to("cpu", torch.bfloat16)
             digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -134,9 +131,26 @@ def _tensors(bridge: TransformerBridge) -> dict[str, Tensor]:
     return named
 
 
-def _matrices(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
+@kept_while_same
+def _fingerprinted(bridge: TransformerBridge) -> list[tuple[str, Tensor | None]]:
+    """What a fingerprint is made of: block matrices by name and shape, embeddings and norms with their values."""
+    found = []
+    for name, tensor in _tensors(bridge).items():
+        if _NAME.fullmatch(name):
+            found.append((f"{name}{tuple(tensor.shape)}", None))
+        elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
+            found.append((name, tensor))
+    return found
+
+
+@kept_while_same
+def _sites(bridge: TransformerBridge) -> list[Site]:
     named = _tensors(bridge).items()
-    return {name: tensor for name, tensor in named if isinstance(tensor, nn.Parameter) and _NAME.fullmatch(name)}
+    matrices = {name: tensor for name, tensor in named if isinstance(tensor, nn.Parameter) and _NAME.fullmatch(name)}
+    _refuse_offloaded(matrices)
+    _refuse_uncovered(bridge, matrices)
+    sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
+    return sorted(sites, key=lambda site: (site.layer, KINDS.index(site.kind)))
 
 
 def _site(bridge: TransformerBridge, name: str, parameter: nn.Parameter) -> Site:

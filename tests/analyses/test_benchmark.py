@@ -37,15 +37,37 @@ def test_the_baselines_are_the_library_s_scores(bridge):
 
 def test_a_run_gives_every_figure(bridge, tmp_path):
     labels = {"shape": "tiny", "machine": "CPU", "grown": "none"}
-    rows = benchmark.compared(bridge, TINY, labels, "cpu", turns=2, few=1) + benchmark.mask_rows(bridge, labels, "cpu", 2)
+    rows = benchmark.compared(bridge, TINY, labels, "cpu", turns=2, few=1)
+    rows += benchmark.mask_rows(bridge, labels, "cpu", 2, n_weights=100)
+    (mask,) = [row for row in rows if row.labels["method"] == "mask"]
+    assert mask.labels["weights"] == 100
+    rows += benchmark.peak_rows(rows, labels, 1e12, is_given=True)
     methods = ["plain", "removal effect", "sensitivity", "bounded", "one by one", "layer by layer"]
     for metric in ("seconds", "ratio_to_plain", "tokens_per_second", "peak_bytes"):
         found = [row.labels["method"] for row in hc.read_rows(written(rows, tmp_path / metric)) if row.metric == metric]
         assert found[:6] == methods
     assert all(row.low <= row.mean <= row.high for row in rows)
     assert next(row.mean for row in rows if row.metric == "ratio_to_plain") == 1
-    benchmark.show(rows, 1e12, tmp_path / "page.html")
+    shares = {row.labels["method"]: row.mean for row in rows if row.metric == "share_of_peak"}
+    speeds = {row.labels["method"]: row.mean for row in rows if row.metric == "flop_per_second"}
+    assert shares == {name: speed / 1e12 for name, speed in speeds.items()}
+    assert shares.keys() == {"plain", "removal effect"}
+    benchmark.show(rows, tmp_path / "page.html")
     assert "layer by layer" in (tmp_path / "page.html").read_text()
+
+
+def test_growth_is_the_time_in_units_of_before():
+    labels = {"shape": "tiny", "device": "cpu", "machine": "CPU", "dtype": "float32", "method": "plain"}
+    before = benchmark.middle("seconds", {**labels, "grown": "none"}, [1.0, 2.0, 4.0])
+    after = benchmark.middle("seconds", {**labels, "grown": "layers"}, [3.0, 5.0, 8.0])
+    (row,) = benchmark.growth_rows([before, after])
+    assert (row.mean, row.low, row.high) == (2.5, 0.75, 8.0)
+    assert row.labels == {**labels, "grown": "layers"}
+    assert benchmark.growth_figure([row]).data[0].y == (2.5,)
+
+
+def test_matrix_products_have_a_speed():
+    assert 1e5 < benchmark.matmul_flops("cpu", torch.float32, size=64) < 1e15
 
 
 def written(rows, path):

@@ -1,7 +1,7 @@
 """Bounded memory, many processes and the fused kernel give the scores of the plain pass.
 
-Would catch: a matrix that falls between two groups, scores that depend on the bound, processes that score the same batches
-or divide by their own count, a block of rows left out, a kernel that rounds its products.
+Would catch: a matrix that falls between two groups, scores that depend on the bound, processes that score the same batches,
+add them up in another order or divide by their own count, a block of rows left out, a kernel that rounds its products.
 """
 
 import os
@@ -17,10 +17,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits import circuits
 from harmcircuits.attribution import removal_effect, sensitivity
 from harmcircuits.circuits import circuit_mask
+from harmcircuits.hooks import processes
 from harmcircuits.hooks.absolute import add_absolute, add_absolute_in_blocks
 from harmcircuits.hooks.accumulation import groups
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.masks import top_fraction
 from harmcircuits.objectives import completion_loss
 from harmcircuits.scores import WeightScores
 
@@ -103,31 +103,59 @@ def test_the_fused_kernel_equals_the_blocks(dtype, n, pos, a, b):
     torch.testing.assert_close(fused, blocks, rtol=1e-4, atol=1e-4)
 
 
+MODELS = ("Llama", "GPT2", "Mixtral")
+
+
 def score_and_save(rank: int, n_processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     address = f"file://{folder}/rendezvous"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=n_processes)
-    bridge = TransformerBridge.boot_transformers(f"{folder}/model", dtype=torch.float32, device="cpu")
-    for method in (removal_effect, sensitivity):
-        method(bridge, BATCHES, completion_loss).save(f"{folder}/{method.__name__}{rank}")
-    only_one = removal_effect(bridge, BATCHES[:1], completion_loss)  # the second process has no batch of its own
-    only_one.save(f"{folder}/only_one{rank}")
+    for name in MODELS:
+        bridge = TransformerBridge.boot_transformers(f"{folder}/{name}", dtype=torch.float32, device="cpu")
+        for key, scores in all_scores(bridge).items():
+            scores.save(f"{folder}/{name}-{key}-{rank}")
+    for batches, options, reason in (
+        (BATCHES[rank:], {}, r"processes \[1\] of 2 were given other batches"),
+        (BATCHES, {"max_memory": 10**6 + rank}, "other matrices or options"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            removal_effect(bridge, batches, completion_loss, **options)
     distributed.destroy_process_group()
 
 
-def test_two_processes_choose_what_one_does(tmp_path):
-    write_model("Llama", tmp_path / "model")
+def all_scores(bridge) -> dict[str, WeightScores]:
+    """Three batches for two processes, one batch for two, and more than one group of matrices."""
+    found = {method.__name__: method(bridge, BATCHES, completion_loss) for method in (removal_effect, sensitivity)}
+    found["one_batch"] = removal_effect(bridge, BATCHES[:1], completion_loss)
+    found["bounded"] = sensitivity(bridge, BATCHES, completion_loss, max_memory=30_000)
+    return found
+
+
+def test_two_processes_give_every_bit_of_one(tmp_path):
+    for name in MODELS:
+        write_model(name, tmp_path / name)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     multiprocessing.start_processes(score_and_save, (2, str(tmp_path)), nprocs=2, start_method="fork")
-    bridge = TransformerBridge.boot_transformers(str(tmp_path / "model"), dtype=torch.float32, device="cpu")
-    expected = {method.__name__: method(bridge, BATCHES, completion_loss) for method in (removal_effect, sensitivity)}
-    expected["only_one"] = removal_effect(bridge, BATCHES[:1], completion_loss)
-    for name, alone in expected.items():
-        first, second = (WeightScores.load(tmp_path / f"{name}{rank}") for rank in range(2))
-        for weight, value in alone.values.items():
-            assert torch.equal(first.values[weight], second.values[weight]), "every process holds the same scores"
-            torch.testing.assert_close(first.values[weight], value, rtol=1e-4, atol=1e-7)
-        assert first.source == alone.source
-        found, wanted = (top_fraction(scores, 0.01, within="model") for scores in (first, alone))
-        assert found.counts == wanted.counts
-        assert all(torch.equal(found.removed[weight], index) for weight, index in wanted.removed.items())
+    for name in MODELS:
+        bridge = TransformerBridge.boot_transformers(str(tmp_path / name), dtype=torch.float32, device="cpu")
+        for key, alone in all_scores(bridge).items():
+            for rank in range(2):
+                found = WeightScores.load(tmp_path / f"{name}-{key}-{rank}")
+                assert (found.source, list(found.values)) == (alone.source, list(alone.values))
+                assert all(torch.equal(found.values[weight], value) for weight, value in alone.values.items()), (name, key)
+
+
+def test_processes_own_every_matrix_once_and_run_every_batch_once(monkeypatch):
+    names, batches = [f"w{i}" for i in range(5)], [random_batch(seed=i) for i in range(5)]
+    monkeypatch.setattr(processes.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.distributed, "get_world_size", lambda: 3)
+    owned, run = [], []
+    for rank in range(3):
+        monkeypatch.setattr(processes.distributed, "get_rank", lambda rank=rank: rank)
+        one = processes.Processes(names, "cpu")
+        owned += [name for name in names if one.owns(name)]
+        turns = list(one.turns(batches))
+        assert len(turns) == 2, "all take part in every turn: each adds up its matrices"
+        run += turns
+    assert sorted(owned) == names
+    assert [sum(batch is other for other in run) for batch in batches] == [2, 1, 1, 1, 1], "the first stands in once"

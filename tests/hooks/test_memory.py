@@ -14,7 +14,7 @@ from conftest import random_batch, write_model
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.attribution import removal_effect, sensitivity
-from harmcircuits.hooks.memory import _LiveBytes, estimate_memory
+from harmcircuits.hooks.memory import _LiveBytes, estimate_memory, fitting_batches
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.objectives import completion_loss
 
@@ -38,7 +38,43 @@ def test_the_estimate_is_what_a_run_takes(open_model, absolute):
     assert 4000 < bounded.accumulators <= 8000
 
 
+ORGANISM = dict(
+    hidden_size=128, num_hidden_layers=4, intermediate_size=512, vocab_size=320, max_position_embeddings=64,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_estimate_at_the_size_of_an_organism(open_model, absolute):
+    bridge, batches = open_model("Llama", **ORGANISM), [random_batch(64, 16)]
+    found = estimate_memory(bridge, batches, absolute=absolute)
+    with _LiveBytes() as live:
+        METHODS[absolute](bridge, batches, completion_loss)
+    assert found.accumulators + found.activations == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_batches_fill_the_memory_they_are_given(llama, absolute):
+    batches = [random_batch(12, 20), random_batch(40, 30, seed=1)]
+    alone = estimate_memory(llama, [random_batch(1, 30, seed=1)], absolute=absolute).activations
+    bound = 5 * alone
+    found = fitting_batches(llama, batches, bound, absolute=absolute)
+    for part, whole in (([b for b in found if b.tokens.shape[1] == one.tokens.shape[1]], one) for one in batches):
+        assert torch.equal(torch.cat([b.tokens for b in part]), whole.tokens), "every example once, in order"
+        assert torch.equal(torch.cat([b.is_target for b in part]), whole.is_target)
+    size = max(map(len, found))
+    assert 1 < size < 40
+    activations = [
+        estimate_memory(llama, [random_batch(n, 30, seed=1)], absolute=absolute).activations for n in (size, size + 1)
+    ]
+    assert activations[0] <= bound < activations[1]
+    with pytest.raises(ValueError, match="one example of 30 tokens takes"):
+        fitting_batches(llama, batches, alone // 2, absolute=absolute)
+
+
 def test_no_batches_are_refused(llama):
+    with pytest.raises(ValueError, match="fitting_batches: no batches"):
+        fitting_batches(llama, [], 1000)
     with pytest.raises(ValueError, match="estimate_memory: no batches"):
         estimate_memory(llama, [])
 
