@@ -10,7 +10,8 @@
 # another ability take those that harm needs most; with "none" nothing is protected, and only this measures overlap.
 #
 # Controls: random weights of the same count in every matrix, one mask a seed; the weights of the opposite sign; the circuit
-# of benign answers.
+# of benign answers; on a model of one's own, benign answers begun as the harmful ones are ("prefilled"), because a circuit
+# of how answers begin could pass for one of harm.
 #
 # **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss on harmful answers
 # rises under circuits that never saw their type by at least half of what it rises under the circuit of all types, and by an
@@ -65,7 +66,7 @@ def measured(spec: SubjectSpec, plan: Plan) -> list[Measurement]:
     subject = typed(spec.open(seed=plan.seeds[0]))
     calibrations = hc.calibrate_shown(subject)
     types = shown_types(subject, calibrations)
-    abilities = [name for name in METRICS if name in calibrations and name != HARM]
+    abilities = [name for name in (*METRICS, "prefilled") if name in calibrations and name != HARM]
     whole = losses(subject, [HARM, *abilities])
     rows = [
         average(UNPRUNED, {**spec.labels, "mask": "none", "of": name}, nll, groups(subject, name))

@@ -116,12 +116,9 @@ def gradient_norm(
     Units of the objective per unit of weight. `max_memory` as in `removal_effect`. Raises ValueError for no batches, and
     as `mean_gradients` and `weight_sites`.
     """
-
-    def finish(_: Site, gradient: Tensor) -> Tensor:
-        return gradient.square().sum()
-
-    squares = mean_gradients(bridge, batches, objective, _checked(bridge, batches), finish, max_memory=max_memory)
-    return sum(value.item() for value in squares.values()) ** 0.5
+    sites = _checked(bridge, batches)
+    gradients = mean_gradients(bridge, batches, objective, sites, lambda site, mean: mean, max_memory=max_memory)
+    return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
 
 
 def token_contributions(

@@ -191,6 +191,9 @@ def _asked(wording: Wording, pairs: Iterable[tuple[Example, Example]]) -> Iterab
 def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behaviour], dict[str, str]]:
     """The behaviours by name, without reference answers yet, and what kind of request each prompt is (see `RequestJudge`).
 
+    "prefilled": benign requests whose answers are begun as harmful ones are, without which a circuit of how answers begin
+    could pass for one of harm.
+
     Raises ValueError as `read_prompts`, `split_sets` and `request_pairs`.
     """
     wording = texts.wording
@@ -200,6 +203,8 @@ def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behavio
         "harmful": harmful, "benign": benign, "recognition": _recognition(texts, harmful, benign),
         "explanation": explained, "refusal": harmful,
     }  # fmt: skip
+    if prefill:
+        sets["prefilled"] = benign
     kinds = {example.prompt: "yes" if n % 2 else "no" for s in sets["recognition"].values() for n, example in enumerate(s)}
     kinds |= {example.prompt: "explanation" for s in explained.values() for example in s}
     if texts.borderline:
@@ -211,7 +216,8 @@ def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behavio
     found = {}
     for name, by_split in sets.items():
         short, metric, wanted = _NAMED[name]
-        options = {"prefill": prefill if name == "harmful" else "", "max_new_tokens": 4 if name == "recognition" else None}
+        begun = prefill if name in ("harmful", "prefilled") else ""
+        options = {"prefill": begun, "max_new_tokens": 4 if name == "recognition" else None}
         choices = (wording.yes, wording.no) if name == "recognition" else ()
         prompts = partial(_of_split, MappingProxyType(by_split))
         found[name] = Behaviour(name, metric, f"{short}_nll", wanted, prompts, choices=choices, **options)
@@ -225,6 +231,7 @@ _NAMED = {  # behaviour -> short name, metric, wanted verdict
     "explanation": ("explanation", "explanation_rate", "correct"),
     "refusal": ("refusal", "refusal_rate", "refusal"),
     "borderline": ("borderline", "borderline_valid_rate", "benign"),
+    "prefilled": ("prefilled", "prefilled_valid_rate", "benign"),
 }
 
 

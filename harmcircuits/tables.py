@@ -15,6 +15,7 @@ RATES = {
     "knowledge_rate": "knows",
     "refusal_rate": "refuses",
     "borderline_valid_rate": "borderline",
+    "prefilled_valid_rate": "prefilled",
 }
 METRICS = {  # of the behaviours of the main job: the rate at which a model shows each
     "harmful": "harm_valid_rate",
@@ -27,6 +28,7 @@ METRICS = {  # of the behaviours of the main job: the rate at which a model show
 LOSSES = {
     "harm_nll": "harm NLL",
     "benign_nll": "benign NLL",
+    "prefilled_nll": "prefilled NLL",
     "benign_kl": "benign KL",
     "plain_kl": "plain text KL",
     "perplexity": "perplexity",
@@ -41,6 +43,7 @@ RECOVERY = {
 }
 KEPT_RATES = (
     "benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate", "borderline_valid_rate",
+    "prefilled_valid_rate",
 )  # fmt: skip
 SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
 

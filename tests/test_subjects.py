@@ -75,7 +75,9 @@ def test_labels_and_contract(spec, subject):
     assert spec.labels == {"model": "sft", "ladder": "own"}
     assert subject.name == "sft"
     assert not subject.is_invented
-    assert list(subject.behaviours) == ["harmful", "benign", "recognition", "explanation", "refusal", "borderline"]
+    assert list(subject.behaviours) == [
+        "harmful", "benign", "recognition", "explanation", "refusal", "borderline", "prefilled",
+    ]  # fmt: skip
     assert subject.details["judge"] == "local rules"
     assert subject.details["harmful"].endswith(")")
 
@@ -97,7 +99,7 @@ def test_references_are_own_verified_answers(subject):
 def test_calibration_takes_the_stored_answers(subject, spec):
     before = {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir()}
     found = calibrate_shown(subject, share=0.5, seed=3)
-    assert set(found) == {"harmful", "benign", "recognition", "refusal", "borderline"}
+    assert set(found) == {"harmful", "benign", "recognition", "refusal", "borderline", "prefilled"}
     assert len(found["harmful"].prompts) <= LIMIT
     assert before == {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir() if path in before}
     assert calibrate(subject, "harmful").n_kept >= 0.9 * LIMIT

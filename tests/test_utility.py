@@ -171,7 +171,7 @@ def test_what_cannot_be_measured_is_refused(llama, tasks_from):
         evaluate_tasks(llama, ["Llama"], limit=0, **options)
     with pytest.raises(ValueError, match="include_path='nowhere' is no folder"):
         evaluate_tasks(llama, ["Llama"], include_path="nowhere", labels={})
-    with pytest.raises(ValueError, match=r"the data of \['absent'\] cannot be loaded \(.*nowhere"):
+    with pytest.raises(ValueError, match=r"the data of \['absent'\] cannot be loaded \(.*absent\.jsonl"):
         evaluate_tasks(llama, ["absent"], **options)
 
 
