@@ -10,6 +10,7 @@ Experts and routers have no such pair. Their gradient comes from the parameter i
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from jaxtyping import Float
@@ -102,7 +103,9 @@ def inputs_of(
 def frozen(bridge: TransformerBridge) -> Iterator[None]:
     """No parameter requires a gradient and dropout is off; both are as before on exit."""
     parameters = [(parameter, parameter.requires_grad) for parameter in bridge.parameters()]
-    training = [module for module in bridge.modules() if module.training]
+    # Some modules of the Hugging Face model, the outermost among them, are none of the bridge's.
+    modules = chain(bridge.modules(), bridge.original_model.modules())
+    training = [module for module in modules if module.training]
     try:
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
