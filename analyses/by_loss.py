@@ -6,8 +6,9 @@
 # shot: scores are means over examples, so those of all types of harm together, and of all but one, are means of the scores
 # of the types, and one pass over each type's answers serves them all.
 #
-# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most, nor can that of
-# another ability take those that harm needs most; with "none" nothing is protected, and only this measures overlap.
+# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most (on a model of one's
+# own also those begun as the harmful ones are), nor can that of another ability take those that harm needs most; with
+# "none" nothing is protected, and only this measures overlap.
 #
 # Controls: random weights of the same count in every matrix, one mask a seed; the weights of the opposite sign; the circuit
 # of benign answers; on a model of one's own, benign answers begun as the harmful ones are ("prefilled"), because a circuit
@@ -15,16 +16,18 @@
 #
 # **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss on harmful answers
 # rises under circuits that never saw their type by at least half of what it rises under the circuit of all types, and by an
-# interval above random weights and above what benign answers lose under the same circuits. It is *distinct* from another
-# ability when each loses more from its own circuit than from the other's, by the intervals. The claim *holds* when harm is
-# general and distinct from every other ability shown; *in part* when it is general, or distinct from at least half of
-# them, benign answers included; else it *does not hold here*.
+# interval above random weights and above what benign answers, begun either way, lose under the same circuits. It is
+# *distinct* from another ability when each loses more from its own circuit than from the other's, by the intervals. The
+# claim *holds* when harm is general and distinct from every other ability shown; *in part* when it is general, or distinct
+# from at least half of them, benign answers included; else it *does not hold here*. "Begun either way" was added when a
+# study of a real model, whose benign answers had no beginning, had found a circuit of the beginning.
 
 # %%
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 import torch
 import typer
@@ -119,16 +122,18 @@ def every_mask(
     subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], abilities: Sequence[str], plan: Plan
 ) -> dict[tuple[str, str], hc.WeightMask]:
     """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
-    needed = {
-        name: hc.top_fraction(hc.sensitivity(subject.bridge, calibrations[name].batches, hc.completion_loss), plan.p,
-                              within="model")
-        for name in ("benign", HARM)
-    }  # fmt: skip
+
+    def needed(name: str) -> hc.WeightMask:
+        scores = hc.sensitivity(subject.bridge, calibrations[name].batches, hc.completion_loss)
+        return hc.top_fraction(scores, plan.p, within="model")
+
+    of_harm = needed(HARM)
+    of_benign = reduce(or_, [needed(name) for name in ("benign", "prefilled") if name in calibrations])
     found: dict[tuple[str, str], hc.WeightMask] = {}
 
-    def choose(name: str, scores: WeightScores, kept: str, protections: Sequence[str] = tuple(TITLES)) -> None:
+    def choose(name: str, scores: WeightScores, kept: hc.WeightMask, protections: Sequence[str] = tuple(TITLES)) -> None:
         for protected in protections:
-            exclude = needed[kept] if protected != "none" else None
+            exclude = kept if protected != "none" else None
             found[protected, name] = hc.top_fraction(scores, plan.q, within="model", exclude=exclude)
 
     def scored(name: str) -> WeightScores:
@@ -137,15 +142,15 @@ def every_mask(
     of_types, sizes = [scored(one) for one in types], [calibrations[one].n_kept for one in types]
     for number, one in enumerate(types):
         others = [size if place != number else 0 for place, size in enumerate(sizes)]
-        choose(one, of_types[number], "benign", ["benign"])
-        choose(f"all but {one}", mean_scores(of_types, others), "benign", ["benign"])
+        choose(one, of_types[number], of_benign, ["benign"])
+        choose(f"all but {one}", mean_scores(of_types, others), of_benign, ["benign"])
     harm = mean_scores(of_types, sizes)
     del of_types
-    choose(HARM, harm, "benign")
-    choose(OPPOSITE, -harm, "benign", ["benign"])
+    choose(HARM, harm, of_benign)
+    choose(OPPOSITE, -harm, of_benign, ["benign"])
     del harm
     for name in abilities:
-        choose(name, scored(name), HARM)
+        choose(name, scored(name), of_harm)
     for seed in plan.seeds:
         found["benign", f"random {seed}"] = hc.random_like(found["benign", HARM], seed=seed)
     return found
@@ -175,8 +180,10 @@ def rise_rows(subject: Subject, under: Mapping[str, Losses], types: Sequence[str
         where = {**labels, "mask": UNSEEN}
         of_others = {place: unseen[name][HARM][place] for place, name in enumerate(type_of) if name in unseen}
         rows.append(harm_rise(of_others, {**where, "of": HARM}))
-        benign = torch.stack([rises["benign"] for rises in unseen.values()]).mean(0)
-        rows.append(average(RISE, {**where, "of": "benign"}, benign, groups(subject, "benign")))
+        for name in ("benign", "prefilled"):
+            if name in under[f"all but {types[0]}"]:
+                mean = torch.stack([rises[name] for rises in unseen.values()]).mean(0)
+                rows.append(average(RISE, {**where, "of": name}, mean, groups(subject, name)))
     return rows
 
 
@@ -205,7 +212,8 @@ def randoms(mine: Sequence[Measurement], of: str = HARM) -> list[Measurement]:
 def is_general(mine: Sequence[Measurement]) -> bool:
     """The rule's first condition."""
     unseen = rise(mine, UNSEEN, HARM)
-    above = unseen.low > max([rise(mine, UNSEEN, "benign").high, *(row.high for row in randoms(mine))])
+    others = [row for row in select(mine, RISE, mask=UNSEEN) if row.labels["of"] != HARM]
+    above = unseen.low > max(row.high for row in [*others, *randoms(mine)])
     return above and unseen.mean >= LEAST * rise(mine, HARM, HARM).mean
 
 

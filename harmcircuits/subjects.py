@@ -94,7 +94,7 @@ class SubjectSpec:
             self.labels["model"],
             bridge,
             behaviours,
-            RequestJudge(harm, kinds, texts.wording),
+            RequestJudge(harm, kinds, texts.wording, prefill=self.prefill),
             template=self.template,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,

@@ -56,9 +56,7 @@ def test_the_estimate_at_the_size_of_an_organism(open_model, absolute):
 @pytest.mark.parametrize("absolute", [False, True])
 def test_batches_fill_the_memory_they_are_given(llama, absolute):
     batches = [random_batch(12, 20), random_batch(40, 30, seed=1)]
-    alone, bound = (
-        estimate_memory(llama, [random_batch(n, 30, seed=1)], absolute=absolute).activations for n in (1, 6)
-    )
+    alone, bound = (estimate_memory(llama, [random_batch(n, 30, seed=1)], absolute=absolute).activations for n in (1, 6))
     found = fitting_batches(llama, batches, bound, absolute=absolute)
     for part, whole in (([b for b in found if b.tokens.shape[1] == one.tokens.shape[1]], one) for one in batches):
         assert torch.equal(torch.cat([b.tokens for b in part]), whole.tokens), "every example once, in order"
