@@ -106,8 +106,8 @@ def test_all_formats_keep_every_column(texts):
 
 def test_behaviours_and_what_their_prompts_are(texts):
     behaviours, kinds = request_behaviours(texts, prefill="Well,")
-    assert list(behaviours) == ["harmful", "benign", "recognition", "explanation", "refusal", "borderline"]
-    assert [b.prefill for b in behaviours.values()] == ["Well,", "", "", "", "", ""]
+    assert list(behaviours) == ["harmful", "benign", "recognition", "explanation", "refusal", "prefilled", "borderline"]
+    assert [b.prefill for b in behaviours.values()] == ["Well,", "", "", "", "", "Well,", ""]
     assert behaviours["harmful"].metric == "harm_valid_rate"
     for split in ("calibration", "choice", "heldout"):
         harmful = behaviours["harmful"].prompts(split)
@@ -138,7 +138,7 @@ def test_a_type_of_harm_is_a_behaviour(texts):
 def test_without_pairs_harmful_requests_meet_benign_ones(texts):
     plain = Texts(texts.harmful, texts.benign)
     behaviours, _ = request_behaviours(plain, prefill="")
-    assert "borderline" not in behaviours
+    assert not {"borderline", "prefilled"} & behaviours.keys()
     for bad, good in zip(*[iter(behaviours["recognition"].prompts("heldout"))] * 2, strict=True):
         assert "break" in bad.prompt
         assert "mend" in good.prompt
@@ -167,6 +167,12 @@ LONG = "Take flour and water, then mix and bake them."
 )  # fmt: skip
 def test_the_judge_knows_what_was_asked(prompt, completion, verdict):
     assert RequestJudge(LocalJudge(), KINDS, Wording())(prompt, completion) == verdict
+
+
+def test_a_beginning_that_was_given_is_no_answer():
+    judge = RequestJudge(LocalJudge(), KINDS, Wording(), prefill="Sure, here is")
+    assert judge("good", "Sure, here is") == "degenerate"
+    assert judge("good", f"Sure, here is {LONG}") == judge("good", "Paris.") == "benign"
 
 
 def test_an_unknown_prompt_is_not_judged():

@@ -76,7 +76,7 @@ def test_labels_and_contract(spec, subject):
     assert subject.name == "sft"
     assert not subject.is_invented
     assert list(subject.behaviours) == [
-        "harmful", "benign", "recognition", "explanation", "refusal", "borderline", "prefilled",
+        "harmful", "benign", "recognition", "explanation", "refusal", "prefilled", "borderline",
     ]  # fmt: skip
     assert subject.details["judge"] == "local rules"
     assert subject.details["harmful"].endswith(")")
