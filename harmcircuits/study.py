@@ -65,8 +65,9 @@ class Settings:
                 raise ValueError(f"{name}={most}; expected 0 or more")
 
 
-# For models of a hundred million weights and more.
-FOR_REAL_MODELS = Settings(q=(1e-5, 3e-5, 1e-4), p=(0.02, 0.05), tolerance=0.05, budget=0.1)
+# For models of a hundred million weights and more; the shares are those where Qwen2.5-Coder-0.5B loses harm before benign
+# answers, whose loss rises past the budget from 6e-5 on and, at the same loss on harm, more for p below 0.05.
+FOR_REAL_MODELS = Settings(q=(1e-5, 3e-5, 6e-5), p=(0.05, 0.1), tolerance=0.05, budget=0.1)
 
 
 @dataclass(frozen=True)
