@@ -238,7 +238,8 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
 
 def finding(rows: Sequence[Measurement]) -> Finding:
     models = by_model(rows)
-    words = "\n".join(f"{name}: {line}" for name, mine in models.items() for line in _words(mine))
+    said = {name: _words(mine) for name, mine in models.items()}
+    words = "\n".join("\n".join([f"{name}: {first}", *others]) for name, (first, *others) in said.items())
     evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
     return Finding(NAME, CLAIM, verdict(rows), words, evidence)
 
