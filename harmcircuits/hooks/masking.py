@@ -16,15 +16,15 @@ from harmcircuits.masks import WeightMask
 
 class _Edit(NamedTuple):
     parameter: nn.Parameter
-    index: Int[Tensor, " n"]
+    flat: Int[Tensor, " n"]
     saved: Float[Tensor, " n"]
 
     def write(self, values: Tensor | float) -> None:
-        tensor, where = _places(self.parameter, self.index)
+        tensor, where = _places(self.parameter, self.flat)
         tensor[where] = values
 
     def without(self, gradient: Tensor) -> Tensor:
-        return gradient.flatten().index_fill(0, self.index, 0.0).view(gradient.shape)
+        return gradient.flatten().index_fill(0, self.flat, 0.0).view(gradient.shape)
 
 
 def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, tuple[Tensor, ...]]:
