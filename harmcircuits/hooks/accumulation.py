@@ -38,9 +38,10 @@ def mean_gradients(
     """
     n_examples = sum(len(batch) for batch in batches)
     processes = Processes(list(sites), bridge.cfg.device)
-    options = f"{list(sites)} {absolute} {max_memory}"
-    given = {"batches": batches_text(batches), "weights": model_fingerprint(bridge), "matrices or options": options}
-    processes.refuse_differences(given)
+    if processes.is_shared:
+        options = f"{list(sites)} {absolute} {max_memory}"
+        given = {"batches": batches_text(batches), "weights": model_fingerprint(bridge), "matrices or options": options}
+        processes.refuse_differences(given)
     finished = {}
     for group in groups(sites, max_memory):
         total = {name: _zeros(site) for name, site in group.items() if processes.owns(name)}
