@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 from rich.progress import Progress
@@ -13,7 +15,7 @@ from harmcircuits.comparison import location_rows
 from harmcircuits.hooks.accumulation import groups
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.masks import Scope, WeightMask, random_like, top_fraction
+from harmcircuits.masks import Scope, WeightMask, random_like, top_fraction, top_fractions
 from harmcircuits.metrics import average, completion_nll, exact, kl_under, perplexity, predicted_change
 from harmcircuits.objectives import completion_loss
 from harmcircuits.records import Manifest, Measurement, append_rows, select
@@ -242,13 +244,14 @@ def _grid(
 
     def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
         for p in settings.p:
-            for q in settings.q:
-                mask = best_unprotected(harm, protected[p], q=q, within=settings.within)
+            how = {"within": settings.within, "exclude": reduce(or_, protected[p]) if protected[p] else None}
+            for q, mask in zip(settings.q, top_fractions(harm, settings.q, **how), strict=True):
                 yield "circuit", {"selection": "one shot", "p": p, "q": q}, mask
                 if p == settings.p[0]:
                     yield "random", {"selection": "random", "p": p, "q": q}, random_like(mask, seed=settings.seed)
-                    opposite = best_unprotected(-harm, protected[p], q=q, within=settings.within)
-                    yield "opposite_sign", {"selection": "opposite sign", "p": p, "q": q}, opposite
+            if p == settings.p[0]:
+                for q, mask in zip(settings.q, top_fractions(-harm, settings.q, **how), strict=True):
+                    yield "opposite_sign", {"selection": "opposite sign", "p": p, "q": q}, mask
             options = {
                 "p": p, "rounds": settings.rounds, "within": settings.within, "first": (harm, protected[p]),
                 "max_memory": study.max_memory,
