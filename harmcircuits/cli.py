@@ -84,7 +84,10 @@ def study(
     seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
     max_memory: Annotated[
         float | None,
-        typer.Option(help="GiB on the devices for accumulating scores; less takes more passes.", show_default="no bound"),
+        typer.Option(
+            help="GiB on the devices for accumulating scores: less takes more passes; keeps them in OUT/scores.",
+            show_default="no bound",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:

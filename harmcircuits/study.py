@@ -121,8 +121,9 @@ def run_study(
     A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
     lowest rate of valid harmful answers among those that keep the others (see `operating_point`). Only it, its parts and
     its controls are then measured on held-out items. `max_memory`: bytes on the devices for accumulators, as in
-    `removal_effect`. Raises ValueError for a folder that holds another study, a behaviour to protect that is unknown or not
-    shown, a subject that does not show the target, a bound too small for a matrix, and as `evaluate_tasks`.
+    `removal_effect`; the target's scores are then kept in `scores/`. Raises ValueError for a folder that holds another
+    study, a behaviour to protect that is unknown or not shown, a subject that does not show the target, a bound too small
+    for a matrix, and as `evaluate_tasks`.
     """
     others = [name for name in subject.behaviours if name != "harmful"]
     unknown = sorted(set(settings.protect) - set(others))
@@ -148,6 +149,9 @@ def run_study(
     protect = {name: calibrations[name] for name in settings.protect or others if name in calibrations}
     protected = _protected(study, protect)
     harm = removal_effect(subject.bridge, calibrations["harmful"].batches, completion_loss, max_memory=max_memory)
+    if max_memory is not None:  # rounds score again: never two dense sets in memory
+        harm.save(out / "scores")
+        harm = WeightScores.load(out / "scores")
     points = _grid(study, harm, protected, calibrations["harmful"], protect)
     study.chosen = operating_point(points, study.rows, tolerance=settings.tolerance, budget=settings.budget)
     if subject.truth:

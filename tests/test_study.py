@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from harmcircuits.cli import app
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.masks import WeightMask
-from harmcircuits.metrics import exact
+from harmcircuits.metrics import exact, predicted_change
 from harmcircuits.records import read_rows, select
 from harmcircuits.report import write_report
+from harmcircuits.scores import WeightScores
 from harmcircuits.study import Point, Settings, operating_point, run_study
 from harmcircuits.tables import held_out_lines, result_tables, verdict
 
@@ -76,6 +77,14 @@ def test_masks_are_those_of_the_rows(finished):
     assert (files["second_slice"] & study.chosen.mask).n_removed == 0
     located = select(study.rows, "weights_removed", mask="circuit", by="matrix")
     assert sum(row.mean for row in located) == study.chosen.mask.n_removed
+
+
+def test_bounded_memory_keeps_the_target_s_scores(finished):
+    study, out, _ = finished
+    scores = WeightScores.load(out / "scores")
+    assert scores.source.method == "removal_effect"
+    row = select(study.rows, "predicted_loss_change", mask="random", seed=0)[0]
+    assert row.mean == pytest.approx(predicted_change(scores, study.masks["random-0"]))
 
 
 def test_the_model_is_as_before(finished):
