@@ -24,7 +24,7 @@
 
 # %%
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
@@ -34,6 +34,7 @@ import typer
 
 import harmcircuits as hc
 from harmcircuits.behaviours import Calibration, Subject, by_category
+from harmcircuits.circuits import most_needed
 from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
 from harmcircuits.metrics import Labels, average, completion_nll, exact
@@ -108,7 +109,7 @@ def shown_types(subject: Subject, calibrations: Mapping[str, Calibration]) -> li
     return types
 
 
-def losses(subject: Subject, names: Sequence[str] | Losses) -> Losses:
+def losses(subject: Subject, names: Iterable[str]) -> Losses:
     """The held-out loss of each behaviour's reference answers, the model as it stands."""
     behaviours = [subject.behaviours[name] for name in names]
     return {one.name: completion_nll(subject.bridge, subject.batches(one, one.references("heldout"))) for one in behaviours}
@@ -122,13 +123,13 @@ def every_mask(
     subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], abilities: Sequence[str], plan: Plan
 ) -> dict[tuple[str, str], hc.WeightMask]:
     """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
-
-    def needed(name: str) -> hc.WeightMask:
-        scores = hc.sensitivity(subject.bridge, calibrations[name].batches, hc.completion_loss)
-        return hc.top_fraction(scores, plan.p, within="model")
-
-    of_harm = needed(HARM)
-    of_benign = reduce(or_, [needed(name) for name in ("benign", "prefilled") if name in calibrations])
+    needed = {
+        name: most_needed(subject.bridge, calibrations[name].batches, p=plan.p)
+        for name in (HARM, "benign", "prefilled")
+        if name in calibrations
+    }
+    of_harm = needed.pop(HARM)
+    of_benign = reduce(or_, needed.values())
     found: dict[tuple[str, str], hc.WeightMask] = {}
 
     def choose(name: str, scores: WeightScores, kept: hc.WeightMask, protections: Sequence[str] = tuple(TITLES)) -> None:

@@ -25,6 +25,7 @@ import typer
 
 import harmcircuits as hc
 from harmcircuits.behaviours import Calibration, Subject
+from harmcircuits.circuits import most_needed
 from harmcircuits.findings import Finding, Plan, Verdict, command
 from harmcircuits.jobs import Job
 from harmcircuits.metrics import Labels, exact
@@ -121,10 +122,7 @@ def curve_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
 
     harm = hc.removal_effect(subject.bridge, calibrations["harmful"].batches, hc.completion_loss)
     others = [c.batches for name, c in calibrations.items() if name != "harmful"]
-    protected = [
-        hc.top_fraction(hc.sensitivity(subject.bridge, batches, hc.completion_loss), plan.p, within="model")
-        for batches in others
-    ]
+    protected = [most_needed(subject.bridge, batches, p=plan.p) for batches in others]
     at_once = [hc.best_unprotected(harm, protected, q=mask.n_removed / mask.n_weights) for mask in masks]
     one_shot = curve(subject, at_once, unpruned)
     for line, where, chosen in ((found, ROUNDS, masks), (one_shot, ONE_SHOT, at_once)):

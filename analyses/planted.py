@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 import harmcircuits as hc
+from harmcircuits.circuits import most_needed
 from harmcircuits.metrics import exact
 from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.recovery import every_score, recovery
@@ -28,9 +29,7 @@ def main(
     batches = {name: hc.calibrate(subject, name).batches for name in subject.behaviours if name != "refusal"}
     target = batches.pop("harmful")
     harm = hc.removal_effect(bridge, target, hc.completion_loss)
-    protected = [
-        hc.top_fraction(hc.sensitivity(bridge, kept, hc.completion_loss), p, within="model") for kept in batches.values()
-    ]
+    protected = [most_needed(bridge, kept, p=p) for kept in batches.values()]
     rows = recovery(every_score(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"})
     console = Console()
     console.print(recovery_table(rows))

@@ -66,10 +66,8 @@ def circuit_path(
             if first and not mask:
                 harm, protected = first
             else:
-                protected = [
-                    top_fraction(sensitivity(bridge, batches, completion_loss, max_memory=max_memory), p, within=within)
-                    for batches in preserve
-                ]
+                options = {"p": p, "within": within, "max_memory": max_memory}
+                protected = [most_needed(bridge, batches, **options) for batches in preserve]
                 harm = removal_effect(bridge, target, objective, max_memory=max_memory)
         taken = [*protected, mask] if mask else protected
         chosen = best_unprotected(harm, taken, q=q / rounds, within=within)
@@ -79,6 +77,21 @@ def circuit_path(
         mask = WeightMask((mask | chosen if mask else chosen).removed, harm.shapes, source)
         del harm
         yield mask
+
+
+def most_needed(
+    bridge: TransformerBridge,
+    batches: Sequence[Batch],
+    *,
+    p: float,
+    within: Scope = "model",
+    max_memory: int | None = None,
+) -> WeightMask:
+    """What a circuit must leave alone: the top share `p` by `sensitivity` of the completion loss; its scores are not kept.
+
+    Raises ValueError as `sensitivity` and `top_fraction`.
+    """
+    return top_fraction(sensitivity(bridge, batches, completion_loss, max_memory=max_memory), p, within=within)
 
 
 def best_unprotected(
