@@ -8,7 +8,8 @@
 # A seed draws the calibration items of circuit and attacker, the held-out half on which all of a job is measured, the order
 # of the training texts and the random mask.
 # `python analyses/attacks.py --out DIR` writes rows, a manifest and a page; finished jobs are kept. On a model of your own
-# (`--model FOLDER_OR_ID --harmful FILE --benign FILE`) the attacker trains on its own verified harmful answers too.
+# (`--model FOLDER_OR_ID --harmful FILE --benign FILE`) the attacker trains on its own verified harmful answers too, where
+# memory asks for it by low-rank adapters (`--attack-rank`).
 
 # %%
 import sys
@@ -131,11 +132,14 @@ def job(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     rows = []
     for defence in DEFENCES:
         mask = {"none": None, "random": random}.get(defence.split("_")[0], circuit)
-        rows += curve(subject, defence, mask, {**spec.labels, "mask": defence, "seed": seed, "split": "heldout"})
+        labels = {**spec.labels, "mask": defence, "seed": seed, "split": "heldout"}
+        rows += curve(subject, defence, mask, plan.attacker, labels)
     return rows
 
 
-def curve(subject: hc.Subject, defence: str, mask: hc.WeightMask | None, labels: dict) -> Iterator[Measurement]:
+def curve(
+    subject: hc.Subject, defence: str, mask: hc.WeightMask | None, attacker: hc.Lora | None, labels: dict
+) -> Iterator[Measurement]:
     """Every attack at every step of harmful fine-tuning on the calibration requests, measured on held-out items."""
     bridge, harmful, seed = subject.bridge, subject.behaviours["harmful"], labels["seed"]
     # The attacker scores the refusals of the model that it finds, pruned or not.
@@ -149,7 +153,7 @@ def curve(subject: hc.Subject, defence: str, mask: hc.WeightMask | None, labels:
     pruned = hc.held if defence.endswith("held") else hc.masked
     with (
         pruned(bridge, mask) if mask else nullcontext(),
-        hc.fine_tuning(bridge, batches, lr=LEARNING_RATE, seed=seed) as run,
+        hc.fine_tuning(bridge, batches, lr=LEARNING_RATE, lora=attacker, seed=seed) as run,
     ):
         for step in STEPS:
             run.until(step)

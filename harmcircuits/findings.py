@@ -13,6 +13,7 @@ from rich.markup import escape
 from transformers.utils import logging
 
 from harmcircuits import options
+from harmcircuits.hooks.finetuning import Lora
 from harmcircuits.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER
@@ -29,7 +30,8 @@ class Plan:
 
     `q`: share of the weights in a circuit; curves run around it. `p`: share protected for each other behaviour. A seed
     draws the calibration sample, reference answers, random masks, and training texts and order. `narrow`: what models of
-    one's own are fine-tuned on, for the analysis that needs it.
+    one's own are fine-tuned on, for the analysis that needs it. `attacker`: adapters of the attacker that fine-tunes; None
+    where every parameter learns.
     """
 
     specs: tuple[SubjectSpec, ...]
@@ -38,6 +40,7 @@ class Plan:
     p: float = 0.005
     rounds: int = 10
     narrow: NarrowTexts | None = None
+    attacker: Lora | None = None
 
     @property
     def settings(self) -> dict[str, str | int | float]:
@@ -49,6 +52,8 @@ class Plan:
             texts["sampling"] = "; ".join(sampled)
         if self.narrow:
             texts["narrow"] = repr(self.narrow)
+        if self.attacker:
+            texts["attacker"] = repr(self.attacker)
         return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
 
     def jobs(self, run: Callable[[SubjectSpec, "Plan", int], list[Measurement]]) -> list[Job]:
@@ -172,6 +177,7 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         alpha: options.Alpha = NarrowTexts.alpha,
         lr: options.LearningRate = NarrowTexts.lr,
         epochs: options.Epochs = NarrowTexts.epochs,
+        attack_rank: options.AttackRank = 0,
     ) -> None:
         logging.disable_progress_bar()
         texts = {
@@ -188,9 +194,13 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         def plan(analysis: Analysis | ModuleType) -> Plan:
             specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
             trained = NarrowTexts(narrow, elsewhere, rank, alpha, lr, epochs) if narrow or elsewhere else None
-            if trained and "F5" not in [one.NAME for one in analyses]:
+            attacker = Lora(attack_rank, 2.0 * attack_rank) if attack_rank else None
+            asked = {one.NAME for one in analyses}
+            if trained and "F5" not in asked:
                 raise ValueError(f"--narrow is for F5 (emergent_misalignment.py), not {analysis.NAME}; leave it out")
-            return Plan(specs, tuple(range(seeds)), q, p, rounds, trained)
+            if attacker and "Attacks" not in asked:
+                raise ValueError(f"--attack-rank is for Attacks (attacks.py), not {analysis.NAME}; leave it out")
+            return Plan(specs, tuple(range(seeds)), q, p, rounds, trained, attacker)
 
         console = Console()
         try:

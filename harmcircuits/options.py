@@ -69,6 +69,9 @@ Rank = Annotated[int, typer.Option(help=f"{NARROW}rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help=f"{NARROW}their scale is alpha / rank.")]
 LearningRate = Annotated[float, typer.Option(help=f"{NARROW}learning rate.")]
 Epochs = Annotated[int, typer.Option(help=f"{NARROW}passes over the narrow texts.")]
+AttackRank = Annotated[
+    int, typer.Option(help="Attacks: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.")
+]
 
 
 def own_model(model: str, device: str, *, harmful: str, benign: str, **options: Any) -> SubjectSpec:

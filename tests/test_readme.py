@@ -27,10 +27,13 @@ def test_python_blocks_run(capsys):
 
 
 def test_commands_exist():
-    assert CliRunner().invoke(app, ["study", "--help"]).exit_code == 0
-    known = {name for option in get_command(app).commands["study"].params for name in option.opts}
-    for command in re.findall(r"harmcircuits study (.*)", README):
-        assert set(re.findall(r"--[\w-]+", command)) <= known
+    known: set[str] = set()
+    for name, command in get_command(app).commands.items():
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+        options = {option for parameter in command.params for option in parameter.opts}
+        shown = re.findall(rf"harmcircuits {name} (.*)", README)
+        assert shown and {option for line in shown for option in re.findall(r"--[\w-]+", line)} <= options
+        known |= options
     analysis = Typer()
     analysis.command()(command_of())
     known |= {name for option in get_command(analysis).params for name in option.opts}

@@ -106,8 +106,9 @@ def fine_tuning(
         raise ValueError(
             f"fine_tuning: {stacked[0]} stacks the matrices of several experts, which lora cannot; leave it out"
         )
-    factors = [_Factors(site, lora, generator) for site in sites.values()] if lora else []
     saved = [_Saved(p, p.detach().clone(), p.requires_grad, p.grad) for p in bridge.original_model.parameters()]
+    start = {id(parameter): value for parameter, value, *_ in saved}
+    factors = [_Factors(site, start[id(site.parameter)], lora, generator) for site in sites.values()] if lora else []
     with ExitStack() as hooks:
         try:
             weights = {id(site.parameter) for site in sites.values()}
@@ -138,13 +139,13 @@ class _Factors:
     dL/d(up) = s G down^T and dL/d(down) = s up^T G, where G = dL/dW [d_out, d_in] and s = alpha / r.
     """
 
-    def __init__(self, site: Site, lora: Lora, generator: torch.Generator) -> None:
+    def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
         weight = site.parameter
         d_in, d_out = weight.shape[site.input_axis], weight.shape[1 - site.input_axis]
         down = (2 * torch.rand(lora.r, d_in, generator=generator) - 1) / sqrt(d_in)
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(d_out, lora.r, device=weight.device))
-        self.site, self.scale, self.start = site, lora.alpha / lora.r, weight.detach().clone()
+        self.site, self.scale, self.start = site, lora.alpha / lora.r, start
 
     def _as_applied(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight if self.site.input_axis == 1 else weight.T

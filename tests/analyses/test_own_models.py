@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from harmcircuits.behaviours import Behaviour, Subject
 from harmcircuits.findings import Plan, command
+from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.judges import EndpointJudge, LocalJudge
 from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER, world
@@ -178,3 +179,25 @@ def test_attacks_on_a_model_of_ones_own(files, cache, tmp_path, exact_judge, mon
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.DEFENCES)
     refused = run("attacks", files, cache, tmp_path / "other")
     assert refused.exit_code == 2 and "--narrow is for F5" in " ".join(refused.output.split())
+
+
+def test_an_attacker_may_train_adapters(files, cache, tmp_path, exact_judge, monkeypatch):
+    module, used = import_module("attacks"), []
+
+    def spied(*args, lora, **options):
+        used.append(lora)
+        return fine_tuning(*args, lora=lora, **options)
+
+    monkeypatch.setattr(module, "STEPS", (0, 1))
+    monkeypatch.setattr(module.hc, "fine_tuning", spied)
+    given = {name: files[name] for name in ("harmful", "benign")}
+    options = ["--p=0.005", "--attack-rank=4"]
+    result = run("attacks", given, cache, tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert used == [Lora(4, 8.0)] * len(module.DEFENCES)
+    other = run("attacks", given, cache, tmp_path, "--p=0.005")
+    assert other.exit_code == 2 and "holds a run with" in " ".join(other.output.split())
+    elsewhere = run("dissociated", given, cache, tmp_path / "other", "--attack-rank=4")
+    assert elsewhere.exit_code == 2 and "--attack-rank is for Attacks" in " ".join(elsewhere.output.split())
+    negative = run("attacks", given, cache, tmp_path / "other", "--attack-rank=-1")
+    assert negative.exit_code == 2 and "expected a rank of at least 1" in " ".join(negative.output.split())
