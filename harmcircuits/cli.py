@@ -1,5 +1,6 @@
 """`harmcircuits`: the main job from a terminal."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +66,9 @@ def study(
     cache: options.Cache = CACHE,
     q: Annotated[list[float] | None, typer.Option(help="Share to remove; repeat.", show_default=_either("q"))] = None,
     p: Annotated[list[float] | None, typer.Option(help="Share to protect; repeat.", show_default=_either("p"))] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds up to the largest q, scoring again in each.")] = DEFAULT.rounds,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds up to the largest q, scoring again in each.", show_default=_either("rounds"))
+    ] = None,
     within: Annotated[str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")] = DEFAULT.within,
     protect: Annotated[
         list[str] | None, typer.Option(help="Behaviour to protect; repeat.", show_default="all but harmful")
@@ -102,10 +105,9 @@ def study(
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     usual = FOR_REAL_MODELS if model else DEFAULT
     try:
-        settings = Settings(
-            q=tuple(q or usual.q),
-            p=tuple(usual.p if p is None else p),
-            rounds=rounds,
+        chosen = {"q": q and tuple(q), "p": p and tuple(p), "rounds": rounds, "tolerance": tolerance, "budget": budget}
+        settings = replace(
+            usual,
             within=within,  # pyright: ignore[reportArgumentType] (Settings checks it)
             protect=tuple(protect or ()),
             seed=seed,
@@ -113,8 +115,7 @@ def study(
             tasks=tuple(task or ()),
             task_limit=task_limit,
             tasks_from=tasks_from,
-            tolerance=usual.tolerance if tolerance is None else tolerance,
-            budget=usual.budget if budget is None else budget,
+            **{name: value for name, value in chosen.items() if value is not None},
         )
         texts = {
             "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,

@@ -20,7 +20,7 @@ from harmcircuits.organisms import FOLDER, world
 from harmcircuits.questions import Wording
 from harmcircuits.records import read_rows, select
 from harmcircuits.requests import Texts
-from harmcircuits.study import Settings, run_study
+from harmcircuits.study import FOR_REAL_MODELS, Settings, run_study
 from harmcircuits.subjects import SubjectSpec, load_model
 
 WORDING = Wording(recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never"))
@@ -216,6 +216,22 @@ def test_more_command_line_errors(files, tmp_path):
         assert message in result.stderr.replace("\n", " ")
     result = CliRunner().invoke(app, options(some, tmp_path / "out", "--model=nowhere"))
     assert "model 'nowhere' cannot be loaded" in result.stderr.replace("\n", " ")
+
+
+def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_path, monkeypatch):
+    seen = []
+
+    def refused(subject, settings, *_, **__):
+        seen.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("harmcircuits.cli.run_study", refused)
+    texts = [f"--limit={LIMIT}", "--prefill=sure", "--max-new-tokens=9", "--batch-size=64", f"--cache={spec.cache}"]
+    own = options(files, tmp_path, f"--model={FOLDER / 'sft'}", *texts)
+    given = ["--q=0.5", "--p=0", "--rounds=2", "--tolerance=0", "--budget=0"]
+    for arguments in (own, [*own, *given], ["study", "--out", str(tmp_path)]):
+        assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert seen == [FOR_REAL_MODELS, Settings((0.5,), (0.0,), 2, tolerance=0.0, budget=0.0), Settings()]
 
 
 def test_adapters_are_to_be_merged(tmp_path):
