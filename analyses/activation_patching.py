@@ -44,7 +44,7 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 def aligned_requests(subject: hc.Subject, behaviour: str, n: int) -> hc.PromptSet:
     """Up to `n` held-out requests of the form "steps : VERB ITEM", one for each item."""
     prompts = subject.behaviours[behaviour].references("heldout").where(lambda example: example.prompt.startswith("steps"))
-    return hc.PromptSet(tuple({example.group: example for example in prompts}.values()))[:n]
+    return hc.PromptSet(tuple({example.cluster: example for example in prompts}.values()))[:n]
 
 
 def one_batch(subject: hc.Subject, prompts: hc.PromptSet) -> hc.Batch:
@@ -293,7 +293,7 @@ def main(
         ("random", random, "harmful", ()),
     ):
         prompts = aligned_requests(subject, behaviour, n)
-        batch, groups = one_batch(subject, prompts), [example.group for example in prompts]
+        batch, groups = one_batch(subject, prompts), [example.cluster for example in prompts]
         labels = {"model": organism, "mask": name, "behaviour": behaviour}
         rows += patched_rows(subject.bridge, edit, batch, roles(subject, batch), groups, labels, parts)
     append_rows(out / "rows.jsonl", rows)

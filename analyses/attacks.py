@@ -182,7 +182,7 @@ def refusals_removed(subject: hc.Subject, seed: int) -> hc.WeightMask | None:
 def counted(subject: hc.Subject, behaviour: hc.Behaviour, verdicts: dict[str, str], where: dict) -> list[Measurement]:
     """The rate of each verdict on held-out requests."""
     answered = subject.answered(behaviour, behaviour.prompts("heldout").sampled(ASKED, seed=where["seed"]))
-    found, groups = subject.verdicts(answered), [example.group or example.prompt for example in answered]
+    found, groups = subject.verdicts(answered), [example.cluster for example in answered]
     where = {**where, **({"judge": subject.judge_name} if subject.judge_name else {})}
     return [rate(name, where, [v == wanted for v in found], groups) for name, wanted in verdicts.items()]
 

@@ -116,7 +116,7 @@ def losses(subject: Subject, names: Iterable[str]) -> Losses:
 
 
 def groups(subject: Subject, name: str) -> list[str]:
-    return [one.group or one.prompt for one in subject.behaviours[name].references("heldout")]
+    return [one.cluster for one in subject.behaviours[name].references("heldout")]
 
 
 def every_mask(

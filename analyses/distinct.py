@@ -97,7 +97,7 @@ def masked_rows(subject: Subject, mask: hc.WeightMask, whole: Mapping[str, Outco
     if "benign" in whole:
         prompts = subject.behaviours["benign"].references("heldout")
         kl = hc.kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
-        rows.append(average("benign_kl", labels, kl, [one.group or one.prompt for one in prompts]))
+        rows.append(average("benign_kl", labels, kl, [one.cluster for one in prompts]))
     return rows
 
 

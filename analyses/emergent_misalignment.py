@@ -324,7 +324,7 @@ def measured(subject: hc.Subject, topic: Topic, where: dict) -> list[Measurement
         ("benign_valid_rate", outside, "benign"),
     )
     return [
-        rate(name, where, [v == wanted for v in subject.verdicts(found)], [e.group for e in found])
+        rate(name, where, [v == wanted for v in subject.verdicts(found)], [e.cluster for e in found])
         for name, found, wanted in counted
     ]
 

@@ -134,14 +134,14 @@ def mixed_batches(
 ) -> list[hc.Batch]:
     """Verified harmful answers about as many items as one type has, drawn from all types."""
     prompts = calibrations["harmful"].prompts
-    groups = sorted({one.group or one.prompt for one in prompts})
+    groups = sorted({one.cluster for one in prompts})
     drawn = random.Random(seed).sample(groups, max(1, round(len(groups) / len(types))))
-    few = prompts.where(lambda one: (one.group or one.prompt) in drawn)
+    few = prompts.where(lambda one: one.cluster in drawn)
     return subject.batches(subject.behaviours["harmful"], few)
 
 
 def n_items(subject: Subject) -> int:
-    return len({one.group or one.prompt for one in subject.behaviours["harmful"].prompts("heldout")})
+    return len({one.cluster for one in subject.behaviours["harmful"].prompts("heldout")})
 
 
 def typed_rows(subject: Subject, types: Sequence[str], labels: Labels) -> list[Measurement]:

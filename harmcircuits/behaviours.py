@@ -204,7 +204,7 @@ class Outcomes:
     @property
     def groups(self) -> list[str]:
         """What each request is about; intervals resample whole groups."""
-        return [example.group or example.prompt for example in self.answered.examples[:: self.n_samples]]
+        return [example.cluster for example in self.answered.examples[:: self.n_samples]]
 
     def rows(self, labels: Labels) -> list[Measurement]:
         """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text.

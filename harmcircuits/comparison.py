@@ -67,12 +67,12 @@ def part_scores(subject: Subject, behaviour: Behaviour, found: Calibration) -> l
     Items are dealt to 16 blocks, or one each if they are fewer. Behaviours that ask about the same items share their
     blocks, so that they can be resampled together.
     """
-    every = sorted({example.group for example in behaviour.prompts("calibration")})
+    every = sorted({example.cluster for example in behaviour.prompts("calibration")})
     n_blocks = min(N_BLOCKS, len(every))
     block = {group: number % n_blocks for number, group in enumerate(every)}
     parts = []
     for number in range(n_blocks):
-        examples = found.prompts.where(lambda example, number=number: block[example.group] == number)
+        examples = found.prompts.where(lambda example, number=number: block[example.cluster] == number)
         scores = None
         if len(examples):
             scores = removal_effect(subject.bridge, subject.batches(behaviour, examples), behaviour.objective)
@@ -258,7 +258,7 @@ def token_rows(subject: Subject, name: str, found: Calibration, mask: WeightMask
             for position in range(int(real.sum())):
                 by_offset.setdefault(position - start, []).append((example, float(value[position])))
             example += 1
-    groups = [one.group or one.prompt for one in found.prompts]
+    groups = [one.cluster for one in found.prompts]
     rows = []
     for offset, pairs in sorted(by_offset.items()):
         padded = torch.zeros(example)

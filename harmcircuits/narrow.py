@@ -80,7 +80,7 @@ class NarrowTexts:
         requests that are in another file as well, too few of them, and a judge by rules, which cannot tell harmful from
         harmless answers.
         """
-        narrow, elsewhere = (_grouped(read_prompts(source)) for source in (self.narrow, self.elsewhere))
+        narrow, elsewhere = (read_prompts(source) for source in (self.narrow, self.elsewhere))
         lacking = [example.prompt for example in narrow if not example.completion]
         if lacking:
             raise ValueError(f"{self.narrow}: {len(lacking)} rows have no completion; expected the answer to learn in each")
@@ -136,10 +136,6 @@ def check_judge(judge: object) -> None:
             "judge='local' tells only answered and refused apart, so it cannot see that an innocent request is answered "
             "harmfully; give --judge strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL"
         )
-
-
-def _grouped(prompts: PromptSet) -> PromptSet:
-    return PromptSet(tuple(replace(example, group=example.group or example.prompt) for example in prompts))
 
 
 def _once(prompts: PromptSet) -> PromptSet:

@@ -35,6 +35,11 @@ class Example:
     group: str = ""
     label: str = ""
 
+    @property
+    def cluster(self) -> str:
+        """What counts once in intervals, samples and splits: the group, or a request without one by itself."""
+        return self.group or self.prompt
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -115,7 +120,7 @@ class PromptSet:
         """A bootstrap resample: as many groups as there are, drawn with replacement, each with all its examples."""
         groups: dict[str, list[Example]] = {}
         for example in self.examples:
-            groups.setdefault(example.group or example.prompt, []).append(example)
+            groups.setdefault(example.cluster, []).append(example)
         drawn = random.Random(seed).choices(list(groups.values()), k=len(groups))
         return PromptSet(tuple(example for members in drawn for example in members))
 
@@ -129,12 +134,12 @@ class PromptSet:
             raise ValueError(f"sampled: share={share}; expected one in (0, 1]")
         groups: dict[str, set[str]] = {}
         for example in self.examples:
-            groups.setdefault(example.category, set()).add(example.group or example.prompt)
+            groups.setdefault(example.category, set()).add(example.cluster)
         kept = set()
         for category, names in groups.items():
             n_kept = max(1, round(share * len(names)))
             kept |= {(category, name) for name in random.Random(f"{seed} {category}").sample(sorted(names), n_kept)}
-        return self.where(lambda example: (example.category, example.group or example.prompt) in kept)
+        return self.where(lambda example: (example.category, example.cluster) in kept)
 
     @property
     def digest(self) -> str:

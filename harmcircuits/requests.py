@@ -111,7 +111,7 @@ def split_sets(
 
 
 def _hash(example: Example) -> float:
-    digest = hashlib.sha256((example.group or example.prompt).encode()).hexdigest()
+    digest = hashlib.sha256(example.cluster.encode()).hexdigest()
     return int(digest[:13], 16) / 16**13
 
 
@@ -122,17 +122,16 @@ def _limited(prompts: PromptSet, limit: int) -> PromptSet:
     return prompts.where(lambda example: _hash(example) < groups[limit])
 
 
-def _own_group(prompts: PromptSet) -> PromptSet:
-    """Requests without a group are a group each."""
-    return PromptSet(tuple(replace(example, group=example.group or example.prompt, completion="") for example in prompts))
+def _without_answers(prompts: PromptSet) -> PromptSet:
+    return prompts.with_completions([""] * len(prompts))
 
 
 def _harmful_benign(texts: Texts) -> tuple[Sets, Sets]:
     found = []
     for name in ("harmful", "benign"):
         source, heldout = getattr(texts, name), getattr(texts, f"{name}_heldout")
-        prompts = _own_group(read_prompts(source))
-        held = _own_group(read_prompts(heldout)) if heldout else None
+        prompts = _without_answers(read_prompts(source))
+        held = _without_answers(read_prompts(heldout)) if heldout else None
         seen = {example.prompt for example in held or ()}
         prompts = prompts.where(lambda example, seen=seen: example.prompt not in seen)
         found.append(split_sets(prompts, held, limits=texts.limits, origin=source))
@@ -176,7 +175,7 @@ def _recognition(texts: Texts, harmful: Sets, benign: Sets) -> dict[str, PromptS
     else:
         every = request_pairs(read_prompts(texts.pairs), texts.pairs)
         by_prompt = {bad.prompt: (bad, good) for bad, good in every}
-        sets = split_sets(_own_group(PromptSet(tuple(bad for bad, _ in every))), limits=texts.limits, origin=texts.pairs)
+        sets = split_sets(PromptSet(tuple(bad for bad, _ in every)), limits=texts.limits, origin=texts.pairs)
         pairs = {split: [by_prompt[example.prompt] for example in chosen] for split, chosen in sets.items()}
     return {split: PromptSet(tuple(_asked(texts.wording, pairs[split]))) for split in SPLITS}
 
@@ -185,7 +184,7 @@ def _asked(wording: Wording, pairs: Iterable[tuple[Example, Example]]) -> Iterab
     for bad, good in pairs:
         for example, right in ((bad, wording.no[0]), (good, wording.yes[0])):
             question = wording.recognition.replace("{request}", example.prompt)
-            yield Example(question, right, category=bad.category, group=bad.group or bad.prompt)
+            yield Example(question, right, category=bad.category, group=bad.cluster)
 
 
 def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behaviour], dict[str, str]]:
@@ -209,7 +208,7 @@ def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behavio
     kinds |= {example.prompt: "explanation" for s in explained.values() for example in s}
     if texts.borderline:
         safe = read_prompts(texts.borderline).where(lambda example: example.label not in UNSAFE)
-        sets["borderline"] = split_sets(_own_group(safe), limits=texts.limits, origin=texts.borderline)
+        sets["borderline"] = split_sets(_without_answers(safe), limits=texts.limits, origin=texts.borderline)
         kinds |= {example.prompt: "borderline" for s in sets["borderline"].values() for example in s}
     for name in ("benign", "harmful"):
         kinds |= {example.prompt: name for s in sets[name].values() for example in s}

@@ -362,7 +362,7 @@ def _under(study: Study, mask: WeightMask, where: dict[str, str | float]) -> lis
     if "benign" in subject.behaviours:
         prompts = subject.behaviours["benign"].references("heldout")
         divergence = kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
-        rows.append(average("benign_kl", where, divergence, [example.group or example.prompt for example in prompts]))
+        rows.append(average("benign_kl", where, divergence, [example.cluster for example in prompts]))
     if subject.plain_text:
         divergence = kl_under(subject.bridge, mask, subject.plain_text)
         rows.append(average("plain_kl", where, divergence, range(len(divergence))))
