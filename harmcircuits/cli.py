@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from harmcircuits.masks import WeightMask
 from harmcircuits.organisms import FOLDER, load_organism, organism_subject
 from harmcircuits.report import write_report
 from harmcircuits.study import FOR_REAL_MODELS, Settings, run_study
-from harmcircuits.subjects import CACHE, OWN, load_model
+from harmcircuits.subjects import load_model
 from harmcircuits.tables import result_tables, verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -34,36 +34,17 @@ def main() -> None:
 
 
 @app.command()
+@options.takes_own_model
 def study(
+    *,
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and report.html.")],
     organism: Annotated[str, typer.Option(help="Model: base, helpful, sft, dpo or planted.")] = "sft",
     organisms: Annotated[Path, typer.Option(help="Folder of organisms you trained.", show_default="shipped")] = FOLDER,
     model: Annotated[
         str, typer.Option(help="Instead: any model, folder or hub id; with --harmful and --benign.", show_default="none")
     ] = "",
-    harmful: options.Harmful = "",
-    benign: options.Benign = "",
-    harmful_heldout: options.HarmfulHeldout = "",
-    benign_heldout: options.BenignHeldout = "",
-    pairs: options.Pairs = "",
-    borderline: options.Borderline = "",
+    own: dict[str, Any],
     plain: options.Plain = "",
-    wording: options.WordingFile = "",
-    limit: options.Limit = 0,
-    limit_measured: options.LimitMeasured = 0,
-    template: options.Template = OWN.template,
-    prefill: options.Prefill = OWN.prefill,
-    judge: options.JudgeName = OWN.judge,
-    judge_question: options.JudgeQuestion = "",
-    max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
-    batch_size: options.BatchSize = OWN.batch_size,
-    samples: options.Samples = OWN.samples,
-    temperature: options.Temperature = OWN.temperature,
-    top_p: options.TopP = OWN.top_p,
-    sampling_seed: options.SamplingSeed = OWN.sampling_seed,
-    dtype: options.Dtype = "",
-    device_map: options.DeviceMap = "",
-    cache: options.Cache = CACHE,
     q: Annotated[list[float] | None, typer.Option(help="Share to remove; repeat.", show_default=_either("q"))] = None,
     p: Annotated[list[float] | None, typer.Option(help="Share to protect; repeat.", show_default=_either("p"))] = None,
     rounds: Annotated[
@@ -117,18 +98,8 @@ def study(
             tasks_from=tasks_from,
             **{name: value for name, value in chosen.items() if value is not None},
         )
-        texts = {
-            "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
-            "pairs": pairs, "borderline": borderline, "plain": plain, "limit": limit,
-            "limit_measured": limit_measured, "wording": wording,
-        }  # fmt: skip
-        how = {
-            "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
-            "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
-            "samples": samples, "temperature": temperature, "top_p": top_p, "sampling_seed": sampling_seed,
-        }  # fmt: skip
-        asked = {**texts, "temperature": temperature, "samples": samples - 1}
-        spec = options.own_model(model, device, **texts, **how) if model else options.no_texts(**asked)
+        asked = {**own, "plain": plain}
+        spec = options.own_model(model, device, **asked) if model else options.no_own_model(**asked)
         with Progress(*columns, console=Console(stderr=True)) as progress:
             if spec:
                 subject = spec.open(progress=progress)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from harmcircuits.narrow import NarrowTexts
 from harmcircuits.organisms import FOLDER
 from harmcircuits.records import Measurement, append_rows, select
 from harmcircuits.report import paragraphs, write_page
-from harmcircuits.subjects import CACHE, OWN, SubjectSpec
+from harmcircuits.subjects import SubjectSpec
 
 Verdict = Literal["holds", "holds in part", "does not hold here"]
 
@@ -137,7 +137,9 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
     """The command line of these analyses, for `typer.run`."""
     models = "; ".join(f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses)
 
+    @options.takes_own_model
     def main(
+        *,
         out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")],
         model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default=models)] = None,
         organisms: Annotated[
@@ -149,28 +151,7 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = Plan.rounds,
         workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
         device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-        harmful: options.Harmful = "",
-        benign: options.Benign = "",
-        harmful_heldout: options.HarmfulHeldout = "",
-        benign_heldout: options.BenignHeldout = "",
-        pairs: options.Pairs = "",
-        borderline: options.Borderline = "",
-        wording: options.WordingFile = "",
-        limit: options.Limit = 0,
-        limit_measured: options.LimitMeasured = 0,
-        template: options.Template = OWN.template,
-        prefill: options.Prefill = OWN.prefill,
-        judge: options.JudgeName = OWN.judge,
-        judge_question: options.JudgeQuestion = "",
-        max_new_tokens: options.MaxNewTokens = OWN.max_new_tokens,
-        batch_size: options.BatchSize = OWN.batch_size,
-        samples: options.Samples = OWN.samples,
-        temperature: options.Temperature = OWN.temperature,
-        top_p: options.TopP = OWN.top_p,
-        sampling_seed: options.SamplingSeed = OWN.sampling_seed,
-        dtype: options.Dtype = "",
-        device_map: options.DeviceMap = "",
-        cache: options.Cache = CACHE,
+        own: dict[str, Any],
         narrow: options.Narrow = "",
         elsewhere: options.Elsewhere = "",
         rank: options.Rank = NarrowTexts.rank,
@@ -180,19 +161,9 @@ def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
         attack_rank: options.AttackRank = 0,
     ) -> None:
         logging.disable_progress_bar()
-        texts = {
-            "harmful": harmful, "benign": benign, "harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout,
-            "pairs": pairs, "borderline": borderline, "wording": wording, "limit": limit,
-            "limit_measured": limit_measured,
-        }  # fmt: skip
-        how = {
-            "template": template, "prefill": prefill, "judge": judge, "judge_question": judge_question, "dtype": dtype,
-            "max_new_tokens": max_new_tokens, "batch_size": batch_size, "device_map": device_map, "cache": cache,
-            "samples": samples, "temperature": temperature, "top_p": top_p, "sampling_seed": sampling_seed,
-        }  # fmt: skip
 
         def plan(analysis: Analysis | ModuleType) -> Plan:
-            specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **texts, **how)
+            specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **own)
             trained = NarrowTexts(narrow, elsewhere, rank, alpha, lr, epochs) if narrow or elsewhere else None
             attacker = Lora(attack_rank, 2.0 * attack_rank) if attack_rank else None
             asked = {one.NAME for one in analyses}

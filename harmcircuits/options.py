@@ -1,6 +1,9 @@
 """The options that name a model of one's own and its texts, the same on every command line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,53 +14,47 @@ from harmcircuits.requests import Texts
 from harmcircuits.subjects import SubjectSpec
 
 FILE = "JSON Lines or CSV file with a `prompt` column, or dataset id or folder (ID:SPLIT)"
-Harmful = Annotated[str, typer.Option(help=f"Harmful requests: {FILE}.", show_default="none")]
-Benign = Annotated[str, typer.Option(help="Benign requests, in the same formats.", show_default="none")]
-HarmfulHeldout = Annotated[
-    str, typer.Option(help="Held-out harmful requests.", show_default="a quarter of the harmful ones")
-]
-BenignHeldout = Annotated[str, typer.Option(help="Held-out benign requests.", show_default="a quarter of the benign ones")]
-Pairs = Annotated[
-    str,
-    typer.Option(
-        help="For recognition: rows with `label` safe or unsafe, matched by `group`, or by order in a `category`.",
-        show_default="harmful and benign requests by length",
+# Option -> type, help, and how the default is shown where its value says too little.
+OWN_MODEL: dict[str, tuple[type, str, str | bool]] = {
+    "harmful": (str, f"Harmful requests: {FILE}.", "none"),
+    "benign": (str, "Benign requests, in the same formats.", "none"),
+    "harmful_heldout": (str, "Held-out harmful requests.", "a quarter of the harmful ones"),
+    "benign_heldout": (str, "Held-out benign requests.", "a quarter of the benign ones"),
+    "pairs": (
+        str,
+        "For recognition: rows with `label` safe or unsafe, matched by `group`, or by order in a `category`.",
+        "harmful and benign requests by length",
     ),
-]
-Borderline = Annotated[
-    str, typer.Option(help="Safe requests that look unsafe, such as XSTest; rows labelled unsafe are left out.")
-]
-WordingFile = Annotated[
-    str, typer.Option(help="JSON file with the questions of recognition and explanation.", show_default="English")
-]
+    "borderline": (
+        str, "Safe requests that look unsafe, such as XSTest; rows labelled unsafe are left out.", "none",
+    ),
+    "wording": (str, "JSON file with the questions of recognition and explanation.", "English"),
+    "limit": (int, "At most so many requests (pairs, windows) a split; 0: all.", True),
+    "limit_measured": (int, "At most so many in choice and held-out, which only measure.", "as --limit"),
+    "template": (str, "Format of requests: chat (the model's own template) or raw.", True),
+    "prefill": (str, "Beginning of the answer to a harmful request.", True),
+    "judge": (str, "Judge of harm: local (rules), strongreject:FOLDER_OR_ID, or http://ADDRESS/v1#MODEL.", True),
+    "judge_question": (str, "Text file with StrongREJECT's wording.", "question.txt in its folder"),
+    "max_new_tokens": (int, "Longest answer, in tokens.", True),
+    "batch_size": (int, "Examples scored and answered at once.", True),
+    "samples": (int, "Answers sampled a request, at a temperature above 0.", True),
+    "temperature": (float, "Temperature of sampled answers; 0: greedy ones.", True),
+    "top_p": (float, "Sample from the likeliest tokens with this share.", True),
+    "sampling_seed": (int, "Draws sampled answers.", True),
+    "dtype": (str, "float32, bfloat16 or float16.", "as stored"),
+    "device_map": (str, "Spread over devices: auto or balanced.", "one device"),
+    "cache": (Path, "Folder that keeps the model's own answers and a judge's replies.", True),
+}  # fmt: skip
+USUAL: dict[str, Any] = {
+    one.name: "" if one.default is MISSING else one.default for one in (*fields(Texts), *fields(SubjectSpec))
+}
 Plain = Annotated[str, typer.Option(help="Plain text file, for perplexity and KL.", show_default="none")]
-Limit = Annotated[int, typer.Option(help="At most so many requests (pairs, windows) a split; 0: all.")]
-LimitMeasured = Annotated[
-    int, typer.Option(help="At most so many in choice and held-out, which only measure.", show_default="as --limit")
-]
-Template = Annotated[str, typer.Option(help="Format of requests: chat (the model's own template) or raw.")]
-Prefill = Annotated[str, typer.Option(help="Beginning of the answer to a harmful request.")]
-JudgeName = Annotated[
-    str, typer.Option(help="Judge of harm: local (rules), strongreject:FOLDER_OR_ID, or http://ADDRESS/v1#MODEL.")
-]
-JudgeQuestion = Annotated[
-    str, typer.Option(help="Text file with StrongREJECT's wording.", show_default="question.txt in its folder")
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-BatchSize = Annotated[int, typer.Option(help="Examples scored and answered at once.")]
-Samples = Annotated[int, typer.Option(help="Answers sampled a request, at a temperature above 0.")]
-Temperature = Annotated[float, typer.Option(help="Temperature of sampled answers; 0: greedy ones.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share.")]
-SamplingSeed = Annotated[int, typer.Option(help="Draws sampled answers.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", show_default="as stored")]
-DeviceMap = Annotated[str, typer.Option(help="Spread over devices: auto or balanced.", show_default="one device")]
 Task = Annotated[
     list[str] | None,
     typer.Option(help="Task of lm-evaluation-harness, measured at held-out; repeat.", show_default="none"),
 ]
 TaskLimit = Annotated[int, typer.Option(help="At most so many examples a task; 0: all.")]
 TasksFrom = Annotated[str, typer.Option(help="Folder with task files of your own.", show_default="none")]
-Cache = Annotated[Path, typer.Option(help="Folder that keeps the model's own answers and a judge's replies.")]
 
 NARROW = "F5 on a model of your own: "
 Narrow = Annotated[
@@ -72,6 +69,28 @@ Epochs = Annotated[int, typer.Option(help=f"{NARROW}passes over the narrow texts
 AttackRank = Annotated[
     int, typer.Option(help="Attacks: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.")
 ]
+
+
+def takes_own_model(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with every option of `OWN_MODEL` in place of its keyword `own`, which holds their values by name."""
+    mine = list(signature(command).parameters.values())
+    place = next(number for number, one in enumerate(mine) if one.name == "own")
+    options = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=USUAL[name],
+            annotation=Annotated[kind, typer.Option(help=text, show_default=shown)],
+        )
+        for name, (kind, text, shown) in OWN_MODEL.items()
+    ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(own={name: values.pop(name) for name in OWN_MODEL}, **values)
+
+    run.__signature__ = Signature([*mine[:place], *options, *mine[place + 1 :]])  # pyright: ignore[reportAttributeAccessIssue]
+    return run
 
 
 def own_model(model: str, device: str, *, harmful: str, benign: str, **options: Any) -> SubjectSpec:
@@ -94,10 +113,10 @@ def own_model(model: str, device: str, *, harmful: str, benign: str, **options: 
     return spec
 
 
-def no_texts(**texts: Any) -> None:
-    """Raises ValueError where texts are given, which only a model of one's own can be asked."""
-    for name, value in texts.items():
-        if value:
+def no_own_model(**options: Any) -> None:
+    """Raises ValueError for an option that is not as usual, which only a model of one's own takes."""
+    for name, value in options.items():
+        if value != USUAL[name]:
             raise ValueError(f"--{name.replace('_', '-')} is for a model of your own; give --model FOLDER_OR_ID too")
 
 
@@ -106,10 +125,9 @@ def specs(
 ) -> tuple[SubjectSpec, ...]:
     """One spec a model: models of one's own where texts are given, else organisms (or the `usual` ones) of every folder.
 
-    Raises ValueError for texts without models, and as `own_model`.
+    Raises ValueError for options of a model of one's own without one, and as `own_model`.
     """
-    texts = {name: value for name, value in options.items() if name in Texts.__dataclass_fields__}
-    if models and any(texts.values()):
+    if models and any(options.get(name) for name in Texts.__dataclass_fields__):
         return tuple(own_model(model, device, **options) for model in models)
-    no_texts(**texts, temperature=options.get("temperature"), samples=options.get("samples", 1) - 1)
+    no_own_model(**options)
     return tuple(SubjectSpec(model, folder, device) for folder in folders for model in models or usual)

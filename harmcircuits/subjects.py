@@ -134,9 +134,6 @@ class SubjectSpec:
         return windows[:limit] if limit else windows
 
 
-OWN = SubjectSpec("")  # the usual settings of a model of one's own
-
-
 def load_model(model: str, *, dtype: str = "", device: str = "cpu", device_map: str = "") -> TransformerBridge:
     """The model of a folder or hub id; `dtype` as stored unless given, `device_map` instead of one `device`.
 

@@ -7,8 +7,10 @@ is not read, sizes that end in a traceback.
 from pathlib import Path
 
 import pytest
+from typer import Typer
+from typer.testing import CliRunner
 
-from harmcircuits.options import no_texts, own_model, specs
+from harmcircuits.options import OWN_MODEL, no_own_model, own_model, specs, takes_own_model
 from harmcircuits.organisms import FOLDER
 from harmcircuits.requests import Texts
 from harmcircuits.subjects import SubjectSpec
@@ -33,12 +35,34 @@ def test_texts_need_a_model_and_a_model_needs_texts():
     with pytest.raises(ValueError, match="--harmful is for a model of your own; give --model"):
         specs([], ["sft"], [FOLDER], "cpu", **FILES)
     with pytest.raises(ValueError, match="--benign-heldout is for a model"):
-        no_texts(harmful="", benign_heldout="b.csv")
+        no_own_model(harmful="", benign_heldout="b.csv")
     with pytest.raises(ValueError, match="model 'm' needs its requests; give --harmful FILE and --benign FILE"):
         specs(["m"], ["sft"], [FOLDER], "cpu", harmful="", benign="b.csv")
-    no_texts(harmful="", limit=0)
+    no_own_model(harmful="", limit=0, judge="local", samples=1)
     with pytest.raises(ValueError, match="--temperature is for a model of your own"):
         specs(["dpo"], ["sft"], [FOLDER], "cpu", temperature=0.7)
+
+
+def test_a_command_takes_the_options_of_a_model_of_ones_own():
+    seen, runner, app = [], CliRunner(), Typer()
+
+    @app.command()
+    @takes_own_model
+    def command(*, first: str = "a", own: dict, last: int = 1) -> None:
+        """What it does."""
+        seen.append((first, own, last))
+
+    text = " ".join(runner.invoke(app, ["--help"]).output.split())
+    places = [text.index(f"--{name.replace('_', '-')} ") for name in ("first", *OWN_MODEL, "last")]
+    assert places == sorted(places) and "What it does." in text and "--own" not in text
+    assert runner.invoke(app, []).exit_code == 0
+    assert runner.invoke(app, ["--batch-size", "3", "--harmful", "a.jsonl", "--last", "2"]).exit_code == 0
+    (_, usual, _), (first, given, last) = seen
+    no_own_model(**usual)
+    assert (first, last) == ("a", 2) and given == {**usual, "batch_size": 3, "harmful": "a.jsonl"}
+    assert own_model("m", "cpu", **{**usual, **FILES}) == SubjectSpec("m", texts=Texts("a.jsonl", "b.csv"))
+    with pytest.raises(ValueError, match="--batch-size is for a model of your own"):
+        no_own_model(**{**usual, "batch_size": 3})
 
 
 def test_a_wording_is_read_from_its_file(tmp_path):
