@@ -68,8 +68,8 @@ class Settings:
 
 
 # For models of a hundred million weights and more; the shares are those where Qwen2.5-Coder-0.5B loses harm before benign
-# answers, whose loss rises past the budget from 6e-5 on and, at the same loss on harm, more for p below 0.05.
-FOR_REAL_MODELS = Settings(q=(1e-5, 3e-5, 6e-5), p=(0.05, 0.1), tolerance=0.05, budget=0.1)
+# answers. Its rounds of 1.5e-5 spare them, those of 2e-5 and more cost twice as much at the same loss on harm.
+FOR_REAL_MODELS = Settings(q=(1e-5, 3e-5, 6e-5), p=(0.1, 0.2), rounds=4, tolerance=0.05, budget=0.1)
 
 
 @dataclass(frozen=True)
