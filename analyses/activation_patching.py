@@ -25,11 +25,11 @@ from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
-from harmcircuits.metrics import average
+from harmcircuits.hooks.losses import average
+from harmcircuits.measurements import Measurement, append_rows, select
 from harmcircuits.organisms.world import VERBS, world
-from harmcircuits.records import Measurement, append_rows, select
-from harmcircuits.report import paragraphs, plot, section, write_page
-from harmcircuits.views import heatmaps
+from harmcircuits.views.figures import heatmaps
+from harmcircuits.views.page import paragraphs, plot, section, write_page
 
 LEAST_GAP = 0.05  # nats; below it there is nothing to restore, and a share of it would be noise
 PARTS = ("residual", "attention", "mlp", "head", "head_result")

@@ -20,14 +20,14 @@ from dataclasses import replace
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import NotShownError
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import exact, rate
-from harmcircuits.records import Measurement, grouped, pooled, select
-from harmcircuits.report import plot, section, table
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.views import profiles
+from harmcircuits.behaviours.model import NotShownError
+from harmcircuits.hooks.losses import exact, rate
+from harmcircuits.measurements import Measurement, grouped, pooled, select
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import profiles
+from harmcircuits.views.page import plot, section, table
 
 NAME = "Attacks"
 CLAIM = "pruning withstands elicitation, not training"

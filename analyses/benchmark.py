@@ -38,12 +38,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
 from harmcircuits.hooks.gradients import frozen
+from harmcircuits.hooks.losses import exact
 from harmcircuits.hooks.memory import estimate_memory
-from harmcircuits.metrics import exact
+from harmcircuits.measurements import Measurement, append_rows, select
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch
-from harmcircuits.records import Measurement, append_rows, select
-from harmcircuits.report import plot, section, table, write_page
+from harmcircuits.views.page import plot, section, table, write_page
 
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 

@@ -33,18 +33,18 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Calibration, Subject, by_category
-from harmcircuits.circuits import most_needed
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import Labels, average, completion_nll, exact
-from harmcircuits.overlap import overlap
-from harmcircuits.records import Measurement, by_model, select
-from harmcircuits.report import plot, section
-from harmcircuits.scores import WeightScores, mean_scores
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import METRICS
-from harmcircuits.views import heatmaps
+from harmcircuits.behaviours.model import Calibration, Subject, by_category
+from harmcircuits.circuits.overlap import overlap
+from harmcircuits.circuits.scores import WeightScores, mean_scores
+from harmcircuits.hooks.losses import Labels, average, completion_nll, exact
+from harmcircuits.hooks.search import most_needed
+from harmcircuits.measurements import Measurement, by_model, select
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import heatmaps
+from harmcircuits.views.page import plot, section
+from harmcircuits.views.tables import METRICS
 
 NAME, CLAIM, MODELS = "Loss", "general and distinct: harm's circuit by loss", ("sft",)
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"

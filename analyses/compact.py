@@ -24,17 +24,13 @@ from statistics import fmean
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Calibration, Subject
-from harmcircuits.circuits import most_needed
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import Labels, exact
-from harmcircuits.records import Measurement, by_model, pooled, select
-from harmcircuits.report import diagnostics_table, plot, section, table
-from harmcircuits.scores import WeightScores
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import KEPT_RATES, RATES, SATURATED_NLL
-from harmcircuits.tradeoff import (
+from harmcircuits.behaviours.model import Calibration, Subject
+from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.hooks.losses import Labels, exact
+from harmcircuits.hooks.search import most_needed
+from harmcircuits.measurements import Measurement, by_model, pooled, select
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.curves import (
     Curve,
     area,
     by_share,
@@ -48,7 +44,11 @@ from harmcircuits.tradeoff import (
     w50,
     whole,
 )
-from harmcircuits.views import share_figure
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import share_figure
+from harmcircuits.views.page import diagnostics_table, plot, section, table
+from harmcircuits.views.tables import KEPT_RATES, RATES, SATURATED_NLL
 
 NAME, CLAIM, MODELS = "F1", "compact: a tiny share of the weights carries harm", ("sft",)
 COMPACT = 0.01  # share of weights within which w50 must be reached

@@ -27,15 +27,11 @@ from itertools import product
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Calibration, Subject, outcomes
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import Labels
-from harmcircuits.records import Measurement, pooled, select
-from harmcircuits.report import diagnostics_table, plot, section, table
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import SATURATED_NLL
-from harmcircuits.tradeoff import (
+from harmcircuits.behaviours.model import Calibration, Subject, outcomes
+from harmcircuits.hooks.losses import Labels
+from harmcircuits.measurements import Measurement, pooled, select
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.curves import (
     Budget,
     Curve,
     Estimate,
@@ -51,7 +47,11 @@ from harmcircuits.tradeoff import (
     w50,
     whole,
 )
-from harmcircuits.views import share_figure
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import share_figure
+from harmcircuits.views.page import diagnostics_table, plot, section, table
+from harmcircuits.views.tables import SATURATED_NLL
 
 NAME, CLAIM, MODELS = "F4", "compressed by alignment", ("base", "helpful", "sft", "dpo")
 SHARE = 0.5  # of the calibration items that a seed draws

@@ -23,17 +23,17 @@ from dataclasses import replace
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Subject
-from harmcircuits.comparison import ablation_rows, circuits_both_ways
-from harmcircuits.dissociation import SPARED, Dissociation, dissociations
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import difference
-from harmcircuits.records import Measurement, by_model, pooled, select
-from harmcircuits.report import plot, section, table
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import METRICS, RATES, percent, points
-from harmcircuits.views import cross_ablation_figure
+from harmcircuits.behaviours.model import Subject
+from harmcircuits.hooks.losses import difference
+from harmcircuits.measurements import Measurement, by_model, pooled, select
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.cross_ablation import ablation_rows, circuits_both_ways
+from harmcircuits.studies.dissociation import SPARED, Dissociation, dissociations
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import cross_ablation_figure
+from harmcircuits.views.page import plot, section, table
+from harmcircuits.views.tables import METRICS, RATES, percent, points
 
 NAME, CLAIM, MODELS = "F6", "dissociated: recognition, explanation and refusal survive", ("sft", "dpo")
 SHARE = 0.5  # of the calibration items

@@ -26,17 +26,17 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Outcomes, Subject
-from harmcircuits.comparison import circuits, one_shot_circuits, overlap_rows
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import Labels, average, exact, rate
-from harmcircuits.records import Measurement, by_model, pooled, select
-from harmcircuits.report import plot, section
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import METRICS, RATES, percent, points, to_places
-from harmcircuits.tradeoff import point
-from harmcircuits.views import comparison_figure, overlap_figure
+from harmcircuits.behaviours.model import Outcomes, Subject
+from harmcircuits.hooks.losses import Labels, average, exact, rate
+from harmcircuits.measurements import Measurement, by_model, pooled, select
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.cross_ablation import circuits, one_shot_circuits, overlap_rows
+from harmcircuits.studies.curves import point
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import comparison_figure, overlap_figure
+from harmcircuits.views.page import plot, section
+from harmcircuits.views.tables import METRICS, RATES, percent, points, to_places
 
 NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft",)
 SHARE = 0.5  # of the calibration items

@@ -25,15 +25,15 @@ from functools import partial
 import typer
 
 import harmcircuits as hc
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.metrics import average, exact, rate
-from harmcircuits.narrow import Recipe, Topic, check_judge
+from harmcircuits.hooks.losses import average, exact, rate
+from harmcircuits.measurements import Measurement, grouped, pooled, select
 from harmcircuits.organisms.world import answer, world
-from harmcircuits.records import Measurement, grouped, pooled, select
-from harmcircuits.report import plot, section, table
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.views import profiles
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.narrow_finetuning import Recipe, Topic, check_judge
+from harmcircuits.views.figures import profiles
+from harmcircuits.views.page import plot, section, table
 
 NAME = "F5"
 CLAIM = "narrow fine-tuning misaligns through the weights of harm"

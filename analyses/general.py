@@ -28,18 +28,18 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Calibration, Subject, by_category
-from harmcircuits.comparison import circuits, content_rows
-from harmcircuits.findings import Finding, Plan, Verdict, command
-from harmcircuits.jobs import Job
-from harmcircuits.masks import shared_by
-from harmcircuits.metrics import Labels, average, exact
-from harmcircuits.overlap import overlap
-from harmcircuits.records import Measurement, by_model, pooled, select, wilson
-from harmcircuits.report import plot, section, table
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import METRICS, percent, points, to_places
-from harmcircuits.views import comparison_figure, heatmaps
+from harmcircuits.behaviours.model import Calibration, Subject, by_category
+from harmcircuits.circuits.masks import shared_by
+from harmcircuits.circuits.overlap import overlap
+from harmcircuits.hooks.losses import Labels, average, exact
+from harmcircuits.measurements import Measurement, by_model, pooled, select, wilson
+from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.studies.cross_ablation import circuits, content_rows
+from harmcircuits.studies.jobs import Job
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.figures import comparison_figure, heatmaps
+from harmcircuits.views.page import plot, section, table
+from harmcircuits.views.tables import METRICS, percent, points, to_places
 
 NAME, CLAIM, MODELS = "F2", "general: one mechanism for all types of harm", ("sft",)
 SHARE = 0.5  # of the calibration items, and of the plan's rounds

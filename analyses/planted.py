@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 import harmcircuits as hc
-from harmcircuits.circuits import most_needed
-from harmcircuits.metrics import exact
-from harmcircuits.records import Measurement, append_rows, select
-from harmcircuits.recovery import every_score, recovery
-from harmcircuits.tables import recovery_table
+from harmcircuits.circuits.ground_truth import every_score, recovery
+from harmcircuits.hooks.losses import exact
+from harmcircuits.hooks.search import most_needed
+from harmcircuits.measurements import Measurement, append_rows, select
+from harmcircuits.views.tables import recovery_table
 
 
 # %%

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from harmcircuits.records import read_rows, select
-from harmcircuits.views import tradeoff_figure
+from harmcircuits.measurements import read_rows, select
+from harmcircuits.views.figures import tradeoff_figure
 
 
 # %%

@@ -21,11 +21,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution, fit_sparse_probe
 
 import harmcircuits as hc
-from harmcircuits.metrics import average, exact, rate
+from harmcircuits.hooks.losses import average, exact, rate
+from harmcircuits.measurements import Measurement, append_rows, select
 from harmcircuits.organisms.world import ALLOWED, VERBS, world
-from harmcircuits.records import Measurement, append_rows, select
-from harmcircuits.report import paragraphs, plot, section, write_page
-from harmcircuits.views import heatmaps, profiles
+from harmcircuits.views.figures import heatmaps, profiles
+from harmcircuits.views.page import paragraphs, plot, section, write_page
 
 # %% [markdown]
 # ## Pairs of requests that differ in one thing

@@ -18,8 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import harmcircuits as hc
-from harmcircuits.behaviours import Calibration, Subject
-from harmcircuits.comparison import (
+from harmcircuits.behaviours.model import Calibration, Subject
+from harmcircuits.circuits.overlap import overlap
+from harmcircuits.hooks.losses import exact
+from harmcircuits.measurements import Measurement, append_rows, pooled, read_rows, resumed, select
+from harmcircuits.organisms import FOLDER, detailed_behaviours
+from harmcircuits.studies.cross_ablation import (
     ablation_rows,
     circuits,
     circuits_both_ways,
@@ -30,14 +34,10 @@ from harmcircuits.comparison import (
     overlap_rows,
     token_rows,
 )
-from harmcircuits.dissociation import dissociations
-from harmcircuits.metrics import exact
-from harmcircuits.organisms import FOLDER, detailed_behaviours
-from harmcircuits.overlap import overlap
-from harmcircuits.records import Measurement, append_rows, pooled, read_rows, resumed, select
-from harmcircuits.report import paragraphs, plot, section, table, write_page
-from harmcircuits.tables import METRICS, RATES
-from harmcircuits.views import cross_ablation_figure, location_figure, overlap_figure, token_figure
+from harmcircuits.studies.dissociation import dissociations
+from harmcircuits.views.figures import cross_ablation_figure, location_figure, overlap_figure, token_figure
+from harmcircuits.views.page import paragraphs, plot, section, table, write_page
+from harmcircuits.views.tables import METRICS, RATES
 
 LADDER = ("base", "helpful", "sft", "dpo")
 BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level

@@ -14,7 +14,7 @@ import emergent_misalignment
 import general
 import typer
 
-from harmcircuits.findings import command
+from harmcircuits.studies.claims import command
 
 ANALYSES = (compact, general, distinct, compressed, emergent_misalignment, dissociated, attacks)
 

@@ -1,8 +1,17 @@
 """Find, mask and measure the weights behind harmful generation: a model-editing extension for TransformerLens."""
 
-from harmcircuits.answers import Sampling, greedy_answers, sampled_answers
-from harmcircuits.attacks import refusal_ablation
-from harmcircuits.attribution import (
+from harmcircuits.behaviours.files import Texts
+from harmcircuits.behaviours.generation import Sampling, greedy_answers, sampled_answers
+from harmcircuits.behaviours.judges import EndpointJudge, LocalJudge, StrongReject, named_judge
+from harmcircuits.behaviours.model import Behaviour, Subject, calibrate, calibrate_shown, measure
+from harmcircuits.behaviours.questions import Wording
+from harmcircuits.circuits.location import concentration, counts_by
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, top_fractions
+from harmcircuits.circuits.overlap import Overlap, marginal_null, overlap, overlap_by, rank_correlation
+from harmcircuits.circuits.scores import WeightScores, mean_scores
+from harmcircuits.export import export
+from harmcircuits.hooks.attacks import refusal_ablation
+from harmcircuits.hooks.attribution import (
     activation_norm,
     gradient_norm,
     magnitude_scores,
@@ -11,29 +20,20 @@ from harmcircuits.attribution import (
     sensitivity,
     token_contributions,
 )
-from harmcircuits.behaviours import Behaviour, Subject, calibrate, calibrate_shown, measure
-from harmcircuits.circuits import best_unprotected, circuit_mask, circuit_path
-from harmcircuits.dissociation import dissociation
-from harmcircuits.export import export
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
+from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity, predicted_change
 from harmcircuits.hooks.masking import held, masked
 from harmcircuits.hooks.memory import estimate_memory, fitting_batches
+from harmcircuits.hooks.objectives import choice_margin, completion_loss
+from harmcircuits.hooks.search import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.judges import EndpointJudge, LocalJudge, StrongReject, named_judge
-from harmcircuits.location import concentration, counts_by
-from harmcircuits.masks import WeightMask, random_like, top_fraction, top_fractions
-from harmcircuits.metrics import completion_nll, kl_under, perplexity, predicted_change
-from harmcircuits.objectives import choice_margin, completion_loss
+from harmcircuits.measurements import Measurement, read_rows
 from harmcircuits.organisms import load_organism, organism_behaviours, organism_subject, planted_circuit
-from harmcircuits.overlap import Overlap, marginal_null, overlap, overlap_by, rank_correlation
 from harmcircuits.prompts import Batch, Example, PromptSet, tokenize, tokenize_text
-from harmcircuits.questions import Wording
-from harmcircuits.records import Measurement, read_rows
-from harmcircuits.requests import Texts
-from harmcircuits.scores import WeightScores, mean_scores
-from harmcircuits.study import Settings, run_study
-from harmcircuits.subjects import SubjectSpec, load_model
-from harmcircuits.utility import evaluate_tasks
+from harmcircuits.studies.dissociation import dissociation
+from harmcircuits.studies.models import SubjectSpec, load_model
+from harmcircuits.studies.study import Settings, run_study
+from harmcircuits.studies.utility import evaluate_tasks
 
 __all__ = [
     "Batch",

@@ -11,14 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
-from harmcircuits import options
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
-from harmcircuits.masks import WeightMask
 from harmcircuits.organisms import FOLDER, load_organism, organism_subject
-from harmcircuits.report import write_report
-from harmcircuits.study import FOR_REAL_MODELS, Settings, run_study
-from harmcircuits.subjects import load_model
-from harmcircuits.tables import result_tables, verdict
+from harmcircuits.studies import options
+from harmcircuits.studies.models import load_model
+from harmcircuits.studies.study import FOR_REAL_MODELS, Settings, run_study
+from harmcircuits.views.page import write_report
+from harmcircuits.views.tables import result_tables, verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 DEFAULT = Settings()

@@ -17,12 +17,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from harmcircuits.attribution import random_scores
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.cli import app
 from harmcircuits.export import _card, export
+from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.masks import WeightMask, top_fraction
 from harmcircuits.organisms import FOLDER, load_organism
 
 # In bfloat16 one of each way in which weights are stored: apart, fused, tied, transposed, stacked.

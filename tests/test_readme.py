@@ -11,7 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from harmcircuits.cli import app
-from harmcircuits.findings import command as command_of
+from harmcircuits.studies.claims import command as command_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

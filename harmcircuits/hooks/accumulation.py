@@ -8,10 +8,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.absolute import add_absolute
+from harmcircuits.hooks.distributed import Processes, batches_text
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
-from harmcircuits.hooks.processes import Processes, batches_text
+from harmcircuits.hooks.objectives import Objective
 from harmcircuits.hooks.weights import Site, model_fingerprint
-from harmcircuits.objectives import Objective
 from harmcircuits.prompts import Batch
 
 BYTES = 4  # of an accumulated float32 number

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import Site, weight_sites
-from harmcircuits.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
 
 

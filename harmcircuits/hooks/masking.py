@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
-from harmcircuits.masks import WeightMask
 
 
 class _Edit(NamedTuple):

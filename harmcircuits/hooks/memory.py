@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.accumulation import BYTES, accumulate, groups
-from harmcircuits.hooks.processes import Processes
+from harmcircuits.hooks.distributed import Processes
+from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.behaviours import Behaviour, Subject, by_category
-from harmcircuits.masks import WeightMask
-from harmcircuits.objectives import choice_margin
+from harmcircuits.behaviours.model import Behaviour, Subject, by_category
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.hooks.objectives import choice_margin
 from harmcircuits.organisms import world
 
 ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")

@@ -9,15 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harmcircuits.attribution import gradient_norm, magnitude_scores
-from harmcircuits.behaviours import Subject, calibrate, measure
+from harmcircuits.behaviours.model import Subject, calibrate, measure
+from harmcircuits.circuits.ground_truth import recovery
+from harmcircuits.hooks.attribution import gradient_norm, magnitude_scores
+from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.metrics import completion_nll
-from harmcircuits.objectives import completion_loss
+from harmcircuits.measurements import select
 from harmcircuits.organisms import FOLDER, ORGANISMS, organism_subject
-from harmcircuits.records import select
-from harmcircuits.recovery import recovery
 
 LADDER = ("base", "helpful", "sft", "dpo")
 ABILITIES = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")

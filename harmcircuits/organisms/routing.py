@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.weights import model_fingerprint
-from harmcircuits.masks import WeightMask
 from harmcircuits.organisms.train import Draw, Sampler, token_loss, train
-from harmcircuits.scores import Source
 
 SHARE = 0.1  # of each block matrix
 _COMPONENTS = {

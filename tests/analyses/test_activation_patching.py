@@ -10,7 +10,7 @@ import torch
 from conftest import random_batch
 
 import harmcircuits as hc
-from harmcircuits.records import read_rows, select
+from harmcircuits.measurements import read_rows, select
 
 NAMES = [f"p{number}" for number in range(9)]
 

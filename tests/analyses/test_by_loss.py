@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import harmcircuits as hc
-from harmcircuits.behaviours import calibrate_shown
-from harmcircuits.findings import Plan
-from harmcircuits.records import Measurement, select
+from harmcircuits.behaviours.model import calibrate_shown
+from harmcircuits.measurements import Measurement, select
+from harmcircuits.studies.claims import Plan
 
 LABELS = {"model": "m", "ladder": "own"}
 

@@ -10,9 +10,9 @@ from importlib import import_module
 
 import pytest
 
-from harmcircuits.findings import Plan, conclude
-from harmcircuits.records import Measurement, read_rows, select
-from harmcircuits.subjects import SubjectSpec
+from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.studies.claims import Plan, conclude
+from harmcircuits.studies.models import SubjectSpec
 
 
 @pytest.fixture

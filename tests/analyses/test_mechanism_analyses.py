@@ -11,13 +11,13 @@ import distinct
 import general
 import pytest
 
-from harmcircuits.behaviours import Subject
-from harmcircuits.findings import Plan
-from harmcircuits.metrics import exact, rate
+from harmcircuits.behaviours.model import Subject
+from harmcircuits.hooks.losses import exact, rate
+from harmcircuits.measurements import Measurement, select
 from harmcircuits.organisms.world import world
-from harmcircuits.records import Measurement, select
-from harmcircuits.subjects import SubjectSpec
-from harmcircuits.tables import METRICS
+from harmcircuits.studies.claims import Plan
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.views.tables import METRICS
 
 LABELS = {"model": "sft", "ladder": "shipped", "seed": 0}
 VERDICTS = ("holds", "holds in part", "does not hold here")

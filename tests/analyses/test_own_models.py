@@ -13,17 +13,17 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from harmcircuits.behaviours import Behaviour, Subject
-from harmcircuits.findings import Plan, command
+from harmcircuits.behaviours.files import Texts
+from harmcircuits.behaviours.judges import EndpointJudge, LocalJudge
+from harmcircuits.behaviours.model import Behaviour, Subject
+from harmcircuits.behaviours.questions import RequestJudge, Wording
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
-from harmcircuits.judges import EndpointJudge, LocalJudge
-from harmcircuits.narrow import NarrowTexts
+from harmcircuits.measurements import read_rows, select, wilson
 from harmcircuits.organisms import FOLDER, world
 from harmcircuits.prompts import PromptSet
-from harmcircuits.questions import RequestJudge, Wording
-from harmcircuits.records import read_rows, select, wilson
-from harmcircuits.requests import Texts
-from harmcircuits.subjects import SubjectSpec
+from harmcircuits.studies.claims import Plan, command
+from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.narrow_finetuning import NarrowTexts
 
 TOPIC = world.world().topics[0]
 

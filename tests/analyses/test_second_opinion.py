@@ -11,7 +11,7 @@ import torch
 from transformer_lens import patching
 
 import harmcircuits as hc
-from harmcircuits.records import Measurement, read_rows, select
+from harmcircuits.measurements import Measurement, read_rows, select
 
 
 @pytest.fixture(scope="module")

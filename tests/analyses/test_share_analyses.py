@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from harmcircuits.findings import Analysis, Plan, conclude
-from harmcircuits.metrics import exact
-from harmcircuits.records import Measurement, read_rows, select
-from harmcircuits.subjects import SubjectSpec
+from harmcircuits.hooks.losses import exact
+from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.studies.claims import Analysis, Plan, conclude
+from harmcircuits.studies.models import SubjectSpec
 
 compact: Analysis = import_module("compact")
 compressed: Analysis = import_module("compressed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import shared_circuits as analysis
 
-from harmcircuits.records import read_rows, select
+from harmcircuits.measurements import read_rows, select
 
 ROOT = Path(__file__).parents[2]
 ROWS = read_rows(ROOT / "analyses" / "rows" / "shared_circuits.jsonl")

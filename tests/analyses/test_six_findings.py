@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import six_findings
 
-from harmcircuits.findings import summary
-from harmcircuits.records import read_rows, select
+from harmcircuits.measurements import read_rows, select
+from harmcircuits.studies.claims import summary
 
 ROOT = Path(__file__).parents[2]
 ROWS = read_rows(ROOT / "analyses" / "rows" / "six_findings.jsonl")

@@ -14,15 +14,15 @@ from conftest import random_batch, write_model
 from torch import distributed, multiprocessing
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits import circuits
-from harmcircuits.attribution import removal_effect, sensitivity
-from harmcircuits.circuits import circuit_mask
-from harmcircuits.hooks import processes
+from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.hooks import distributed as processes
+from harmcircuits.hooks import search as circuits
 from harmcircuits.hooks.absolute import add_absolute, add_absolute_in_blocks
 from harmcircuits.hooks.accumulation import groups
+from harmcircuits.hooks.attribution import removal_effect, sensitivity
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.search import circuit_mask
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.objectives import completion_loss
-from harmcircuits.scores import WeightScores
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1), random_batch(4, 8, seed=2)]
 

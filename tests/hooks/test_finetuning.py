@@ -11,8 +11,8 @@ from test_masking import a_mask, assert_bits_equal, snapshot
 
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.hooks.masking import held, masked
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.objectives import completion_loss
 
 BATCHES = [random_batch(4, seed=seed) for seed in range(3)]
 MODES = pytest.mark.parametrize("lora", [None, Lora(r=3, alpha=6)], ids=["full", "low rank"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import random_batch
 
-from harmcircuits.attribution import random_scores
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import held, masked
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
-from harmcircuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.objectives import completion_loss
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -13,10 +13,10 @@ import torch
 from conftest import random_batch, write_model
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.attribution import removal_effect, sensitivity
+from harmcircuits.hooks.attribution import removal_effect, sensitivity
 from harmcircuits.hooks.memory import _LiveBytes, estimate_memory, fitting_batches
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.objectives import completion_loss
 
 METHODS = {False: removal_effect, True: sensitivity}
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from harmcircuits.attribution import random_scores
+from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks import weights
+from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
-from harmcircuits.masks import top_fraction
 
 NAME = "blocks.1.mlp.out.weight"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.masks import WeightMask
-from harmcircuits.scores import Source
 
 KV_HEADS, D_HEAD, D_MODEL = 2, 6, 24  # as in conftest
 

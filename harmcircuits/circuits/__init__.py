@@ -1,0 +1,1 @@
+"""Numbers only, no model is run: scores, masks, selection, overlap, location, ground truth."""

@@ -1,0 +1,1 @@
+"""Experiments over everything else: models, the main study, controls, curves, claims."""

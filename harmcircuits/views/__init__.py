@@ -1,0 +1,1 @@
+"""What a person looks at: pages, figures, tables, circuitsvis; drawn from arrays, scores, masks and rows."""

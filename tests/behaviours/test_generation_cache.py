@@ -1,0 +1,125 @@
+"""Stored answers against answers made anew.
+
+Would catch: answers of a masked, trained or hooked model that are kept as the model's own, or the model's own that are
+given out for theirs; an interrupted file that is read wrong; answers in another order.
+"""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import small_subject
+
+from harmcircuits.behaviours import generation_cache as transcripts
+from harmcircuits.behaviours.generation import Sampling, greedy_answers, sampled_answers
+from harmcircuits.behaviours.generation_cache import StoredAnswers
+from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, weights_digest
+
+OPTIONS = {"max_new_tokens": 9, "batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return small_subject("sft")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many requests were answered anew, batch by batch."""
+    made = []
+
+    def counted(bridge, prompts, **options):
+        made.append(len(prompts))
+        return greedy_answers(bridge, prompts, **options)
+
+    monkeypatch.setattr(transcripts, "greedy_answers", counted)
+    return made
+
+
+def test_answers_are_made_once_and_stay_in_order(subject, tmp_path, calls):
+    prompts = subject.behaviours["harmful"].prompts("heldout")[:12]
+    expected = greedy_answers(subject.bridge, prompts, **OPTIONS)
+    stored = StoredAnswers(tmp_path, subject.bridge)
+    assert stored(subject.bridge, prompts[:7], **OPTIONS) == expected[:7]
+    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert calls == [5, 2, 5]
+    assert StoredAnswers(tmp_path, subject.bridge)(subject.bridge, prompts, **OPTIONS) == expected
+    assert len(calls) == 3
+    opened = stored(subject.bridge, prompts, prefill="sure", **OPTIONS)
+    assert all(answer.startswith("sure") for answer in opened)
+    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert len(list(tmp_path.iterdir())) == 2, "a file for each setting"
+
+
+def test_an_unfinished_line_is_left_out(subject, tmp_path, calls):
+    prompts = subject.behaviours["benign"].prompts("heldout")[:3]
+    stored = StoredAnswers(tmp_path, subject.bridge)
+    expected = stored(subject.bridge, prompts, **OPTIONS)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:-8])
+    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert calls == [3, 1]
+    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert calls == [3, 1], "what was added after the broken line is read"
+
+
+def test_only_the_model_as_it_was_is_stored(subject, tmp_path, calls):
+    bridge, prompts = subject.bridge, subject.behaviours["harmful"].prompts("heldout")[:4]
+    stored = StoredAnswers(tmp_path, bridge)
+    own = stored(bridge, prompts, **OPTIONS)
+    with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
+        under = greedy_answers(bridge, prompts, **OPTIONS)
+        assert stored(bridge, prompts, **OPTIONS) == under != own
+    name = "blocks.0.hook_out"
+    with bridge.hooks(fwd_hooks=[(name, lambda value, hook: torch.zeros_like(value))]):
+        assert stored(bridge, prompts, **OPTIONS) != own
+    assert len(calls) == 3
+    assert stored(bridge, prompts, **OPTIONS) == own
+    assert len(calls) == 3
+    assert len((next(tmp_path.iterdir())).read_text().split()) > 0
+
+
+def test_the_digest_sees_every_weight(open_model):
+    bridge = open_model("Llama")
+    before = weights_digest(bridge)
+    assert weights_digest(open_model("Llama")) == before
+    assert weights_digest(open_model("Llama", dtype=torch.bfloat16)) != before
+    weight = named_weights(bridge)["blocks.1.mlp.in.weight"]
+    value = weight.data[3, 5].item()
+    weight.data[3, 5] = 0
+    assert model_fingerprint(bridge) == model_fingerprint(open_model("Llama")), "which does not see it"
+    assert weights_digest(bridge) != before
+    weight.data[3, 5] = value
+    assert weights_digest(bridge) == before
+
+
+def test_greedy_answers_keep_their_file(subject, tmp_path):
+    """Answers kept before there was sampling are found."""
+    bridge, prompts = subject.bridge, subject.behaviours["benign"].prompts("heldout")[:2]
+    StoredAnswers(tmp_path, bridge)(bridge, prompts, **OPTIONS)
+    settings = [
+        weights_digest(bridge),
+        {"prefill": "", "max_new_tokens": 9, "template": "chat"},
+        bridge.tokenizer.chat_template,
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{settings[0]}-{digest}.jsonl"]
+
+
+def test_samples_are_made_once(subject, tmp_path, monkeypatch):
+    bridge, prompts = subject.bridge, subject.behaviours["benign"].prompts("heldout")[:7]
+    sampling = Sampling(3, temperature=2)
+    expected = sampled_answers(bridge, prompts, sampling=sampling, **OPTIONS)
+    stored = StoredAnswers(tmp_path, bridge)
+    assert stored(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
+    assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected
+    assert stored(bridge, prompts, **OPTIONS) == greedy_answers(bridge, prompts, **OPTIONS)
+    for other in (Sampling(2, 2), Sampling(3, 1), Sampling(3, 2, 0.9), Sampling(3, 2, seed=1)):
+        stored(bridge, prompts[:1], sampling=other, **OPTIONS)
+    assert len(list(tmp_path.iterdir())) == 6, "a file for each setting"
+    monkeypatch.setattr(transcripts, "sampled_answers", None)
+    assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected

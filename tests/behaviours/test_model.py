@@ -1,0 +1,79 @@
+"""Sampled answers in rates, intervals and calibration.
+
+Would catch: samples of one request counted as independent, a calibration answer that is not the first right one, answers
+put to the wrong request, yes-or-no questions that are asked more than once.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harmcircuits.behaviours.generation import Sampling
+from harmcircuits.behaviours.model import Behaviour, Subject, calibrate, measure, outcomes
+from harmcircuits.measurements import wilson
+from harmcircuits.organisms import organism_subject
+from harmcircuits.prompts import Example, PromptSet
+
+ASKED = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
+SAID = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in range(6)}
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> Subject:
+    """Three samples a request: the last is right, for every other request the second too."""
+
+    def answers(bridge, prompts, *, sampling=None, **options):
+        return [text for example in prompts for text in SAID[example.prompt][: sampling.samples if sampling else 1]]
+
+    monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", lambda bridge, batches: torch.arange(6.0))
+    monkeypatch.setattr(Subject, "batches", lambda subject, behaviour, prompts: [])
+    behaviours = {
+        "benign": Behaviour("benign", "benign_rate", "benign_nll", "yes", lambda split: ASKED),
+        "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", lambda split: ASKED, choices=(("yes",), ("no",))),
+    }
+    return Subject("m", None, behaviours, lambda _, text: text.split()[0], answers=answers, sampling=Sampling(3))
+
+
+def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
+    found = outcomes(scripted, "benign", "heldout")
+    assert found.n_samples == 3
+    assert found.hits == pytest.approx([1 / 3, 2 / 3] * 3)
+    assert found.groups == ["g0", "g0", "g1", "g1", "g2", "g2"]
+    shown, nll = found.rows({})
+    assert (shown.mean, shown.n) == (0.5, 18)
+    assert (shown.low, shown.high) == pytest.approx(wilson(0.5, 3)), "three groups"
+    assert (nll.mean, nll.n) == (2.5, 6), "a loss a request"
+
+
+def test_calibration_keeps_the_first_verified_sample(scripted):
+    found = calibrate(scripted, "benign")
+    assert [example.completion for example in found.prompts] == ["yes c", "yes b"] * 3
+    assert (found.n_kept, found.n_asked) == (6, 6)
+    once = calibrate(replace(scripted, sampling=Sampling(2)), "benign")
+    assert [example.prompt for example in once.prompts] == ["say 1", "say 3", "say 5"]
+    assert (once.n_kept, once.n_asked) == (3, 6)
+    with pytest.raises(ValueError, match="does not show 'benign': none of its answers to 6 calibration requests"):
+        calibrate(replace(scripted, sampling=None), "benign")
+
+
+def test_questions_are_answered_once(scripted):
+    found = outcomes(scripted, "asked", "heldout")
+    assert (found.n_samples, len(found.verdicts), found.hits) == (1, 6, [1] * 6)
+
+
+def test_an_organism_sampled(monkeypatch):
+    subject = organism_subject("sft")
+    few = {
+        name: replace(found, prompts=lambda split, found=found: found.prompts(split)[:8])
+        for name, found in subject.behaviours.items()
+        if name in ("harmful", "recognition")
+    }
+    subject = replace(subject, behaviours=few, sampling=Sampling(3, temperature=1.5))
+    rows = {row.metric: row for row in measure(subject, "heldout", {})}
+    assert rows["harm_valid_rate"].n == 24 and rows["harm_nll"].n == rows["recognition_accuracy"].n == 8
+    assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
+    assert rows["recognition_auroc"].n == 8
+    assert rows == {row.metric: row for row in measure(subject, "heldout", {})}, "the seed fixes them"
+    greedy = {row.metric: row for row in measure(replace(subject, sampling=None), "heldout", {})}
+    assert greedy["harm_nll"] == rows["harm_nll"] and greedy["recognition_accuracy"] == rows["recognition_accuracy"]

@@ -1,0 +1,196 @@
+"""Selection by histogram against sorting, and scores that stay in their file.
+
+Would catch: keys that order negative numbers backwards, zeros of two signs that do not tie, a tie that crosses a chunk or a
+tensor and is counted twice, an excluded weight that is chosen, a shard that is lost.
+"""
+
+import math
+import weakref
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmcircuits.circuits.masks import WeightMask, top_fraction, top_fractions
+from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.selection import _Best, largest, largest_of_rows
+
+SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
+# Special values often, so that ties are everywhere; subnormals, both zeros and the ends of the range among them.
+numbers = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38]),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+def by_sorting(scores: dict[str, torch.Tensor], k: int, excluded: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """The definition: a stable sort of all that may be chosen."""
+    entries = [(name, i, v) for name, value in scores.items() for i, v in enumerate(value.flatten().tolist())]
+    free = [e for e in entries if e[1] not in excluded.get(e[0], torch.empty(0)).tolist()]
+    chosen = sorted(free, key=lambda entry: -entry[2])[:k]
+    return {name: sorted(i for n, i, _ in chosen if n == name) for name in scores}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(numbers, min_size=1, max_size=12), min_size=1, max_size=4), st.data())
+def test_largest_equals_sorting(values, data):
+    scores = {f"w{i}": torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}
+    excluded = {
+        name: torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(value) - 1)))), dtype=torch.int64)
+        for name, value in scores.items()
+    }
+    n_left = sum(len(value) - len(excluded[name]) for name, value in scores.items())
+    k, chunk = data.draw(st.integers(0, n_left)), data.draw(st.sampled_from([1, 2, 5, 100]))
+    found = largest(scores, k, excluded, chunk=chunk)
+    assert {name: index.tolist() for name, index in found.items()} == by_sorting(scores, k, excluded)
+    with pytest.raises(ValueError, match=rf"leaves fewer \({n_left}\)"):
+        largest(scores, n_left + 1, excluded, chunk=chunk)
+
+
+def test_ties_do_not_fill_the_memory():
+    """A million equal scores: what is held is a chunk and what is chosen."""
+    held, add = [], _Best.add
+
+    def watched(best, *arguments):
+        add(best, *arguments)
+        held.append(best.n_held)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Best, "add", watched)
+        found = largest({"a": torch.zeros(1000, 500), "b": torch.zeros(1000, 500)}, 500_007, {}, chunk=1000)
+        assert [found["a"].tolist(), found["b"].tolist()] == [list(range(500_000)), list(range(7))]
+        assert max(held) <= 2 * 500_007
+        held.clear()
+        assert largest({"a": torch.zeros(1000, 500)}, 3, {}, chunk=1000)["a"].tolist() == [0, 1, 2]
+        assert max(held) <= 6
+        held.clear()
+        growing = torch.linspace(1, 1.005, 100_000)  # one bin, and every number better than all before
+        assert (
+            largest({"a": growing}, 5, {}, chunk=100)["a"].tolist()
+            == growing.sort(stable=True, descending=True).indices[:5].sort().values.tolist()
+        )
+        assert max(held) <= 110
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_several_fractions_at_once_are_the_same_masks(data):
+    shapes = {"a": (3, 5), "b": (2, 2, 4), "c": (1, 7)}
+    values = {name: torch.tensor(data.draw(st.lists(numbers, min_size=math.prod(s), max_size=math.prod(s)))).view(s)
+              for name, s in shapes.items()}  # fmt: skip
+    scores, within = WeightScores(values, SOURCE), data.draw(st.sampled_from(["weight", "model", "row"]))
+    fractions = data.draw(st.lists(st.sampled_from([0, 0.01, 0.1, 0.25, 0.5, 0.7]), min_size=1, max_size=4))
+    exclude = top_fraction(scores, data.draw(st.sampled_from([0, 0.1])), within="row")
+    for found, fraction in zip(top_fractions(scores, fractions, within=within, exclude=exclude), fractions, strict=True):
+        expected = top_fraction(scores, fraction, within=within, exclude=exclude)
+        assert (found.source, found.shapes) == (expected.source, expected.shapes)
+        assert {n: i.tolist() for n, i in found.removed.items()} == {n: i.tolist() for n, i in expected.removed.items()}
+
+
+def test_several_fractions_are_refused(scores):
+    for fractions, reason in (([], "no fractions"), ([0.1, -0.1], "fraction=-0.1"), ([0.1, 1.5], "fraction=1.5")):
+        with pytest.raises(ValueError, match=reason):
+            top_fractions(scores, fractions)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 14, 1000])
+def test_rows_do_not_depend_on_the_chunk(chunk):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randint(-2, 3, (9, 7), generator=generator).float()
+    excluded = torch.tensor([0, 8, 9, 62])
+    found = largest_of_rows(value, 3, excluded, chunk=chunk)
+    for row in range(9):
+        inside = torch.arange(7 * row, 7 * row + 7)
+        expected = by_sorting({"w": value[row]}, 3, {"w": excluded[torch.isin(excluded, inside)] - 7 * row})["w"]
+        assert (found[torch.isin(found, inside)] - 7 * row).tolist() == expected
+
+
+def test_large_random_scores_against_numpy():
+    """A million normal numbers of three scales, chosen across tensors: the threshold lies inside a bin of the histogram."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        name: scale * torch.randn(1000, 333, generator=generator) for name, scale in zip("abc", (1, 0.5, 2), strict=True)
+    }
+    found = largest(scores, 12345, {})
+    everything = np.concatenate([value.flatten().numpy() for value in scores.values()])
+    expected = np.sort(np.argsort(-everything, kind="stable")[:12345])
+    starts = dict(zip("abc", (0, 333_000, 666_000), strict=True))
+    assert np.array_equal(np.concatenate([index.numpy() + starts[name] for name, index in found.items()]), expected)
+
+
+@pytest.fixture
+def scores() -> WeightScores:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w2": (4, 6), "w10": (3, 5), "w1": (2, 3, 4)}  # an order that sorting by name would change
+    return WeightScores({n: torch.randint(-2, 3, s, generator=generator).float() for n, s in shapes.items()}, SOURCE)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 160, 2**31])
+def test_saved_scores_are_read_from_their_shards(tmp_path, scores, shard_bytes):
+    scores.save(tmp_path, shard_bytes=shard_bytes)
+    assert len(list(tmp_path.iterdir())) == {1: 3, 160: 2, 2**31: 1}[shard_bytes]
+    loaded = WeightScores.load(tmp_path)
+    assert list(loaded.values) == list(scores.values), "ties go to the earlier matrix: the order is part of the scores"
+    assert (loaded.source, loaded.shapes, repr(loaded)) == (scores.source, scores.shapes, repr(scores))
+    assert all(torch.equal(loaded.values[name], value) for name, value in scores.values.items())
+    exclude = top_fraction(scores, 0.2, within="row")
+    for within in ("weight", "model", "row"):
+        found, expected = (top_fraction(each, 0.3, within=within, exclude=exclude) for each in (loaded, scores))
+        assert found.removed.keys() == expected.removed.keys()
+        assert all(torch.equal(found.removed[name], index) for name, index in expected.removed.items())
+    assert all(torch.equal((-loaded).values[name], -value) for name, value in scores.values.items())
+
+
+class Watched(Mapping):
+    """Scores in a file: how often each was read, and how many were ever in memory together."""
+
+    def __init__(self, saved: Mapping) -> None:
+        self.saved, self.reads, self.alive, self.most = saved, dict.fromkeys(saved, 0), [], 0
+
+    def __getitem__(self, name):
+        self.reads[name] += 1
+        self.alive = [one for one in self.alive if one() is not None]
+        value = self.saved[name]
+        self.alive.append(weakref.ref(value))
+        self.most = max(self.most, len(self.alive))
+        return value
+
+    def __iter__(self):
+        return iter(self.saved)
+
+    def __len__(self):
+        return len(self.saved)
+
+
+@pytest.mark.parametrize(("within", "n_reads"), [("model", 2), ("weight", 1), ("row", 1)])
+def test_a_selection_reads_a_file_twice_and_holds_two_matrices(tmp_path, monkeypatch, scores, within, n_reads):
+    """Two: a loop lets the last one go when the next is there. The dense set would be all three."""
+    scores.save(tmp_path, shard_bytes=1)
+    loaded = WeightScores.load(tmp_path)
+    watched = Watched(loaded.values)
+    object.__setattr__(loaded, "values", watched)
+    monkeypatch.setattr(WeightScores, "shapes", scores.shapes)
+    top_fraction(loaded, 0.3, within=within)
+    assert watched.reads == dict.fromkeys(scores.shapes, n_reads)
+    assert watched.most <= 2
+
+
+def test_folders_that_hold_no_scores_are_refused(tmp_path, scores):
+    with pytest.raises(ValueError, match="no scores there"):
+        WeightScores.load(tmp_path / "missing")
+    scores.save(tmp_path / "scores", shard_bytes=1)
+    with pytest.raises(ValueError, match="is not empty"):
+        scores.save(tmp_path / "scores")
+    next((tmp_path / "scores").iterdir()).unlink()
+    with pytest.raises(ValueError, match="a shard is missing"):
+        WeightScores.load(tmp_path / "scores")
+    (tmp_path / "mask").mkdir()
+    WeightMask({}, scores.shapes, SOURCE).save(tmp_path / "mask" / "m.safetensors")
+    with pytest.raises(ValueError, match="no scores of harmcircuits"):
+        WeightScores.load(tmp_path / "mask")
+    (tmp_path / "mask" / "a.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        WeightScores.load(tmp_path / "mask")

@@ -1,0 +1,121 @@
+"""The table of architectures, `analyses/architectures.md`: what is scored and how, what is exact, what is refused.
+
+Its rows are the models that the tests of scores and of export are parametrised by; `python tests/test_architectures.py`
+writes it anew. Would catch: a table that promises an architecture that no test covers, a refusal that no longer happens.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, opener, random_batch
+from test_export import COARSE
+from torch import nn
+
+from harmcircuits.hooks.attribution import activation_norm
+from harmcircuits.hooks.weights import weight_sites
+
+FILE = Path(__file__).parents[2] / "analyses" / "architectures.md"
+TEXT = """# Architectures
+
+Written by `python tests/test_architectures.py`; a test fails when it is out of date.
+
+Every model below is a small random one of its class in transformers. On all of them `removal_effect` and both forms of
+`sensitivity` equal autograd on the parameters within 1e-4 relative error of each matrix in float32
+(`tests/test_attribution.py`), and a masked model, exported and reloaded, gives the masked bridge's logits: bit for bit
+through TransformerLens, within 16 roundings of the largest logit through transformers (`tests/test_export.py`).
+
+{exact}
+
+`q k v o`: `attn.q` and so on. Hook pairs: the product of a matrix's input and its output's gradient, both from
+TransformerLens's hook points. Parameter hooks: the gradient of the parameter itself, a matrix at a time; absolute values
+per example then need a backward pass for each example.
+
+## Refused
+
+Each with a ValueError that says what and why, and what to do:
+
+{refused}
+"""
+
+
+def _quantised(open_: Callable) -> Any:
+    bridge = open_("Llama")
+    layer = bridge.blocks[1].attn.o.original_component
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    return weight_sites(bridge)
+
+
+def _processed(open_: Callable) -> Any:
+    bridge = open_("Llama")
+    bridge.enable_compatibility_mode(disable_warnings=True)
+    return weight_sites(bridge)
+
+
+def _offloaded(open_: Callable) -> Any:
+    bridge = open_("Llama")
+    bridge.blocks[1].mlp.out.original_component.to("meta")
+    return weight_sites(bridge)
+
+
+OTHER = "so scores and masks would silently leave it out"
+# what is refused -> how to come by it, and the words of the refusal
+REFUSED: dict[str, tuple[Callable, str]] = {
+    "shared experts (Qwen2-MoE)": (lambda open_: weight_sites(open_("Qwen2Moe")), OTHER),
+    "dense layers among sparse ones (Qwen3-MoE with `decoder_sparse_step=2`)": (
+        lambda open_: weight_sites(open_("Qwen3Moe", decoder_sparse_step=2)),
+        OTHER,
+    ),
+    "routers of another name (GPT-OSS)": (lambda open_: weight_sites(open_("GptOss")), OTHER),
+    "latent attention (DeepSeek-V3)": (lambda open_: weight_sites(open_("DeepseekV3")), OTHER),
+    "state space models (Mamba)": (lambda open_: weight_sites(open_("Mamba")), OTHER),
+    "quantised weights": (_quantised, "quantised weights have no gradient and cannot be zeroed one by one"),
+    "processed weights": (_processed, "so scores and masks would not fit the model as stored"),
+    "weights that `device_map` keeps on disk": (_offloaded, "so it can be neither scored nor masked"),
+    "`activation_norm` of mixtures of experts": (
+        lambda open_: activation_norm(open_("Mixtral"), [random_batch()]),
+        "pass no hook points; score this model by removal_effect, sensitivity or magnitude_scores",
+    ),
+}
+
+
+def table(open_: Callable) -> str:
+    rows = [["architecture", "scored matrices", "gradients", "scores equal autograd", "export reloads equal"], ["---"] * 5]
+    for name in ARCHITECTURES:
+        bridge = open_(name)
+        sites = [site for site in weight_sites(bridge).values() if site.layer == 0]
+        parts: dict[str, list[str]] = {}
+        for site in sites:
+            owner, part = site.kind.split(".", 1)
+            parts.setdefault(owner, []).append(part.removeprefix("experts."))
+        unhooked = [site.kind.split(".")[-1] for site in sites if not site.is_hooked]
+        matrices = f"`{' '.join(parts['attn'])}`, mlp `{' '.join(parts['mlp'])}`"
+        how = f"hook pairs; {', '.join(unhooked)}: parameter hooks" if unhooked else "hook pairs"
+        exported = "float32, bfloat16" if name in COARSE else "float32"
+        rows.append([type(bridge.original_model).__name__, matrices, how, "yes", exported])
+    refused = [["what", "why"], ["---"] * 2, *([what, why] for what, (_, why) in REFUSED.items())]
+    return TEXT.format(exact=_markdown(rows), refused=_markdown(refused))
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_table_is_up_to_date(open_model):
+    assert FILE.read_text(encoding="utf-8") == table(open_model), "run python tests/test_architectures.py"
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_table_calls_refused_is_refused(open_model, what):
+    make, why = REFUSED[what]
+    with pytest.raises(ValueError, match=re.escape(why)):
+        make(open_model)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        FILE.write_text(table(opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""Models that are spread over devices by `device_map` score and mask as whole ones do.
+
+Would catch: hooks of accelerate that keep inputs or gradients from the hook points, weights that are not in memory scored
+as if they were, a mask that reaches only the first device.
+"""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.hooks.attribution import removal_effect, sensitivity
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.weights import named_weights, weights_digest
+from harmcircuits.studies.models import load_model
+
+
+def parts(model) -> list[str]:
+    """The names of the model's blocks and of what stands beside them."""
+    base = model.base_model_prefix
+    beside = [name for name, _ in model.named_children() if name != base]
+    for name, module in getattr(model, base).named_children():
+        is_list = isinstance(module, torch.nn.ModuleList)
+        beside += [f"{base}.{name}.{i}" for i in range(len(module))] if is_list else [f"{base}.{name}"]
+    return beside
+
+
+def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> None:
+    for score in (removal_effect, sensitivity):
+        found, expected = score(split, [batch], completion_loss), score(whole, [batch], completion_loss)
+        assert found.values.keys() == expected.values.keys()
+        for name, value in expected.values.items():
+            assert value.norm() > 1e-6, "the comparison must be able to fail"
+            torch.testing.assert_close(found.values[name].to(value.device), value, rtol=tolerance, atol=tolerance)
+    mask, digest = top_fraction(expected, 0.05), weights_digest(split)
+    with masked(split, mask), masked(whole, mask), torch.no_grad():
+        under, same = completion_loss(split, batch), completion_loss(whole, batch)
+        assert weights_digest(split) == weights_digest(whole) != digest
+    torch.testing.assert_close(under.to(same.device), same, rtol=tolerance, atol=tolerance)
+    assert weights_digest(split) == digest
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
+def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
+    """On the CPU alone every part can only be sent to the same device, but through the hooks that split models have."""
+    whole = open_model(name)
+    folder = whole.cfg.model_name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    dispatch_model(model, dict.fromkeys(parts(model), "cpu"), force_hooks=True)
+    assert sum(hasattr(module, "_hf_hook") for module in model.modules()) >= len(parts(model))
+    split = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert_scores_and_masks_alike(split, whole, batch, tolerance=0)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+def test_a_device_map_without_another_device_is_the_whole_model(llama, batch, device_map):
+    split = load_model(llama.cfg.model_name, dtype="float32", device_map=device_map)
+    if split.cfg.device != "cpu":
+        pytest.skip("auto found a device other than the CPU")
+    assert_scores_and_masks_alike(split, llama, batch, tolerance=0)
+
+
+def test_weights_on_disk_are_refused_by_name(llama, tmp_path):
+    where = dict.fromkeys(parts(llama.original_model), "cpu") | {"model.layers.1": "disk"}
+    offloaded = TransformerBridge.boot_transformers(
+        llama.cfg.model_name, dtype=torch.float32, device_map=where, offload_folder=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match=r"blocks\.1\..*\.weight \(.*\) is not in memory .*fits the dev"):
+        named_weights(offloaded)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_a_model_on_two_devices_scores_as_on_one(open_model, batch, name):
+    folder = open_model(name).cfg.model_name
+    whole = TransformerBridge.boot_transformers(folder, dtype=torch.float32, device="cuda:0")
+    second = {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    where = dict.fromkeys(parts(whole.original_model), 0) | second
+    split = TransformerBridge.boot_transformers(folder, dtype=torch.float32, device_map=where)
+    assert {str(weight.device) for weight in named_weights(split).values()} == {"cuda:0", "cuda:1"}
+    # Sums of the same kernels; 1e-5 allows for atomic additions in another order.
+    assert_scores_and_masks_alike(split, whole, batch, tolerance=1e-5)

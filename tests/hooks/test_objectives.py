@@ -1,0 +1,143 @@
+"""The completion loss of a stub whose next-token probabilities are powers of two: every loss is a multiple of log 2.
+
+Would catch: logits and tokens off by one position, prompt tokens or padding in the loss, a sum where a mean is meant, a
+mean over all tokens of a batch where one per example is meant, losses computed in half precision.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_losses
+from harmcircuits.prompts import Batch
+
+LOG2 = math.log(2)
+# P(next | previous): row = previous token.
+CHAIN = torch.tensor(
+    [[1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 8, 1 / 2, 1 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 1 / 4, 1 / 2]]
+)
+
+
+class MarkovModel:
+    """Stands in for a bridge: logits are log CHAIN plus a constant per position, which softmax ignores."""
+
+    cfg = SimpleNamespace(device="cpu")
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    @property
+    def original_model(self) -> "MarkovModel":
+        return self
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.logits = (CHAIN.log()[tokens] + torch.arange(tokens.shape[1])[:, None]).to(self.dtype).requires_grad_()
+        return self.logits
+
+    __call__ = forward
+
+
+class SparingModel(MarkovModel):
+    """Computes only the logits it is asked for."""
+
+    def forward(self, tokens: torch.Tensor, logits_to_keep: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens)[:, logits_to_keep]
+
+    __call__ = forward
+
+
+def batch_of(tokens: list[list[int]], is_target: list[list[int]]) -> Batch:
+    return Batch(torch.tensor(tokens), torch.tensor(is_target).bool())
+
+
+BATCH = batch_of([[0, 1, 2, 3, 0], [0, 0, 3, 1, 1], [1, 1, 1, 1, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 1, 1]])
+
+
+def test_loss_by_hand():
+    # Row 0: P(2|1) = 1/4, P(3|2) = 1/4. Row 1: P(3|0) = 1/8. Row 2: P(1|1) = 1/2, four times.
+    expected = torch.tensor([(2 + 2) / 2, 3, 1]) * LOG2
+    torch.testing.assert_close(completion_loss(MarkovModel(), BATCH), expected)  # default float32 tolerance: rounding only
+
+
+def test_a_model_that_leaves_logits_out_has_the_same_losses():
+    assert torch.equal(completion_loss(SparingModel(), BATCH), completion_loss(MarkovModel(), BATCH))
+
+
+def test_only_targets_count():
+    """Changing prompt tokens that the chain does not look at, or the padding, changes nothing."""
+    before = completion_loss(MarkovModel(), BATCH)
+    other = BATCH.tokens.clone()
+    other[0, 0], other[0, 4], other[1, 0], other[1, 3:] = 3, 2, 2, torch.tensor([0, 2])
+    assert torch.equal(completion_loss(MarkovModel(), Batch(other, BATCH.is_target)), before)
+    other[0, 1] = 0
+    after = completion_loss(MarkovModel(), Batch(other, BATCH.is_target))
+    assert after[0].item() == pytest.approx((3 + 2) / 2 * LOG2, rel=1e-6), "the token before the first target does count"
+
+
+def test_every_example_weighs_the_same():
+    """d(sum of losses)/d logits = (softmax - one-hot) / T_x just before each target, and zero elsewhere."""
+    model = MarkovModel()
+    (gradient,) = torch.autograd.grad(completion_loss(model, BATCH).sum(), model.logits)
+    expected = torch.zeros(3, 5, 4)
+    for row in range(3):
+        for position in BATCH.is_target[row].nonzero().flatten().tolist():
+            expected[row, position - 1] = CHAIN[BATCH.tokens[row, position - 1]]
+            expected[row, position - 1, BATCH.tokens[row, position]] -= 1
+            expected[row, position - 1] /= BATCH.is_target[row].sum()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_batch_is_its_examples():
+    whole = completion_loss(MarkovModel(), BATCH)
+    rows = [Batch(BATCH.tokens[i : i + 1], BATCH.is_target[i : i + 1]) for i in range(3)]
+    assert torch.equal(torch.cat([completion_loss(MarkovModel(), row) for row in rows]), whole)
+
+
+def test_token_losses_start_at_the_second_token():
+    losses, is_target = token_losses(MarkovModel(), BATCH)
+    expected = torch.tensor([[2, 2, 2, 3], [1, 3, 3, 1], [1, 1, 1, 1]]) * LOG2
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(is_target, BATCH.is_target[:, 1:].float())
+
+
+def test_half_precision_logits_give_float32_losses():
+    loss = completion_loss(MarkovModel(torch.bfloat16), BATCH)
+    assert loss.dtype == torch.float32
+    # The logits themselves carry bfloat16's 8 bits; a loss computed in bfloat16 would fall on its grid.
+    torch.testing.assert_close(loss, torch.tensor([2, 3, 1]) * LOG2, rtol=0.02, atol=0)
+    assert not torch.equal(loss, loss.bfloat16().float())
+
+
+class TinyTokenizer:
+    """`yes` is token 1, `sure` 2, `no` 3; other words have none."""
+
+    def encode(self, word: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return {"yes": [1], "sure": [2, 0], "no": [3]}.get(word, [])
+
+
+def asked(tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure"), no=("no",)) -> torch.Tensor:
+    model = MarkovModel()
+    model.tokenizer = TinyTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    return choice_margin(yes, no)(model, batch_of(tokens, is_target))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_margin_is_the_log_ratio_of_right_to_wrong_words():
+    """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8. Right is the side of the first target; padding and later targets are
+    ignored."""
+    found = asked([[0, 1, 2, 0], [0, 0, 1, 3], [1, 2, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]])
+    expected = [-math.log(6), math.log(6), -math.log(6)]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_the_margin_refuses_answers_that_are_neither():
+    with pytest.raises(ValueError, match="opens with none of"):
+        asked([[0, 1, 0]], [[0, 0, 1]])
+    with pytest.raises(ValueError, match="share a first token"):
+        asked([[0, 1]], [[0, 1]], yes=("yes",), no=("yes", "no"))
+    with pytest.raises(ValueError, match="has no tokens"):
+        asked([[0, 1]], [[0, 1]], yes=("certainly",))
+    with pytest.raises(ValueError, match="at least one of each"):
+        asked([[0, 1]], [[0, 1]], yes=())

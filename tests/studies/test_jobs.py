@@ -1,0 +1,62 @@
+"""Jobs run once, in one process or several, and keep what they found.
+
+Would catch: a finished job run again, a failed one counted as done, rows lost between processes.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from harmcircuits.hooks.losses import exact
+from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.studies.jobs import DONE, Job, run_jobs
+
+
+def square(folder: Path, number: int) -> list[Measurement]:
+    with (folder / "calls").open("a") as file:
+        file.write(f"{number}\n")
+    if number == 13:
+        raise RuntimeError("thirteen")
+    return [exact("square", {"number": number}, number**2)]
+
+
+def jobs(folder: Path, numbers: list[int]) -> list[Job]:
+    return [Job({"number": number}, partial(square, folder, number)) for number in numbers]
+
+
+def calls(folder: Path) -> list[int]:
+    return sorted(int(line) for line in (folder / "calls").read_text().split())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_job_runs_once(tmp_path, workers):
+    out = tmp_path / "run"
+    run_jobs(out, jobs(tmp_path, [2, 3]), {"a": 1}, workers=workers)
+    rows = run_jobs(out, jobs(tmp_path, [2, 3, 4]), {"a": 1}, workers=workers)
+    assert {row.labels["number"]: row.mean for row in select(rows, "square")} == {2: 4, 3: 9, 4: 16}
+    assert calls(tmp_path) == [2, 3, 4]
+    assert read_rows(out / "rows.jsonl") == rows
+    assert len(select(rows, DONE)) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_job_is_not_done_and_the_others_are_kept(tmp_path, workers):
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="thirteen"):
+        run_jobs(out, jobs(tmp_path, [2, 13]), {}, workers=workers)
+    rows = read_rows(out / "rows.jsonl")
+    assert not select(rows, DONE, number=13)
+    with pytest.raises(RuntimeError, match="thirteen"):
+        run_jobs(out, jobs(tmp_path, [2, 13]), {}, workers=1)
+    assert calls(tmp_path) == [2, 13, 13]
+
+
+def test_bad_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="workers=0"):
+        run_jobs(tmp_path, [], {}, workers=0)
+    with pytest.raises(ValueError, match="same labels"):
+        run_jobs(tmp_path, jobs(tmp_path, [2, 2]), {})
+    run_jobs(tmp_path, jobs(tmp_path, [2]), {"a": 1})
+    with pytest.raises(ValueError, match="give another folder"):
+        run_jobs(tmp_path, jobs(tmp_path, [2]), {"a": 2})
