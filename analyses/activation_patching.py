@@ -25,8 +25,7 @@ from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
-from harmcircuits.hooks.losses import average
-from harmcircuits.measurements import Measurement, append_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import VERBS, world
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import paragraphs, plot, section, write_page
@@ -41,20 +40,20 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
 
 # %%
-def aligned_requests(subject: hc.Subject, behaviour: str, n: int) -> hc.PromptSet:
+def aligned_requests(model: hc.Model, behaviour: str, n: int) -> hc.PromptSet:
     """Up to `n` held-out requests of the form "steps : VERB ITEM", one for each item."""
-    prompts = subject.behaviours[behaviour].references("heldout").where(lambda example: example.prompt.startswith("steps"))
+    prompts = model.behaviours[behaviour].references("heldout").where(lambda example: example.prompt.startswith("steps"))
     return hc.PromptSet(tuple({example.cluster: example for example in prompts}.values()))[:n]
 
 
-def one_batch(subject: hc.Subject, prompts: hc.PromptSet) -> hc.Batch:
+def one_batch(model: hc.Model, prompts: hc.PromptSet) -> hc.Batch:
     """All requests with their reference answers, after the harmful requests' prefill: it is context, not target."""
-    prefill = subject.behaviours["harmful"].prefill
-    options = {"batch_size": len(prompts), "template": subject.template, "prefill": prefill}
-    return hc.tokenize(prompts, subject.bridge.tokenizer, **options)[0]
+    prefill = model.behaviours["harmful"].prefill
+    options = {"batch_size": len(prompts), "template": model.template, "prefill": prefill}
+    return hc.tokenize(prompts, model.bridge.tokenizer, **options)[0]
 
 
-def roles(subject: hc.Subject, batch: hc.Batch) -> list[str]:
+def roles(model: hc.Model, batch: hc.Batch) -> list[str]:
     """What stands at each position: the word, or what kind of word where it differs from request to request."""
     here = world()
     kinds = {
@@ -65,7 +64,7 @@ def roles(subject: hc.Subject, batch: hc.Batch) -> list[str]:
     }
     names: list[str] = []
     for column in batch.tokens.T.tolist():
-        words = set(subject.bridge.tokenizer.convert_ids_to_tokens(column))
+        words = set(model.bridge.tokenizer.convert_ids_to_tokens(column))
         name = next((kind for kind, members in kinds.items() if words <= members), None) or words.pop()
         seen = sum(earlier.startswith(name) for earlier in names)
         names.append(f"{name} {seen + 1}" if name in ("operator", "part") else name)
@@ -137,7 +136,7 @@ def patched_rows(
     groups: Sequence[str],
     labels: dict[str, str],
     parts: Sequence[str] = PARTS,
-) -> list[Measurement]:
+) -> Rows:
     """Rows of both directions: `patch_change` in nats, and `patch_share` of the gap where there is one.
 
     share = (patched - start) / (end - start), each the mean loss over requests; the interval resamples items with the gap
@@ -157,15 +156,15 @@ def patched_rows(
         bridge.set_use_attn_result(False)
     loss = {"unpruned": metric(unpruned_logits).cpu(), "masked": metric(masked_logits).cpu()}
     for state, values in loss.items():
-        rows.append(average("reference_nll", {**labels, "state": state}, values, groups))
-    rows.append(average("nll_gap", labels, loss["masked"] - loss["unpruned"], groups))
+        rows.append(Measurement.average("reference_nll", {**labels, "state": state}, values, groups))
+    rows.append(Measurement.average("nll_gap", labels, loss["masked"] - loss["unpruned"], groups))
     gap = rows[-1].mean
     for direction, found, signed_gap in (("restore", restore, -gap), ("destroy", destroy, gap)):
         for component, point, result in found:
             cells = zip(result.index_df.to_dict("records"), result.effect().flatten(0, -2), strict=True)
             for cell, change in cells:
                 where = {**labels, "direction": direction, "component": component, **_place(cell, point, names)}
-                rows.append(row := average("patch_change", where, change, groups))
+                rows.append(row := Measurement.average("patch_change", where, change, groups))
                 if abs(gap) >= LEAST_GAP:
                     low, high = sorted((row.low / signed_gap, row.high / signed_gap))
                     rows.append(Measurement("patch_share", where, row.mean / signed_gap, low, high, row.n))
@@ -184,12 +183,12 @@ def _place(cell: dict[str, int], point: str, names: Sequence[str]) -> dict[str, 
 
 
 # %%
-def page(rows: Sequence[Measurement], path: Path) -> None:
+def page(rows: Rows, path: Path) -> None:
     """The result in words; then residual stream, sublayer outputs, heads, and harmful beside benign requests in nats."""
 
-    def panel(component: str, direction: str, behaviour: str = "harmful", metric: str = "patch_share") -> list[Measurement]:
+    def panel(component: str, direction: str, behaviour: str = "harmful", metric: str = "patch_share") -> Rows:
         where = {"component": component, "direction": direction, "behaviour": behaviour, "mask": "circuit"}
-        return select(rows, metric, **where)
+        return rows.where(metric, **where)
 
     ways = {"restore": "unpruned into masked: share restored", "destroy": "masked into unpruned: share destroyed"}
     residual = {text: panel("residual", way) for way, text in ways.items()}
@@ -218,19 +217,19 @@ def page(rows: Sequence[Measurement], path: Path) -> None:
     write_page(path, "Which activations carry a harmful answer", [paragraphs(reading(rows)), *sections])
 
 
-def reading(rows: Sequence[Measurement]) -> str:
+def reading(rows: Rows) -> str:
     """What the rows say, in plain words."""
     harm = {"mask": "circuit", "behaviour": "harmful"}
-    state = {row.labels["state"]: row.mean for row in select(rows, "reference_nll", **harm)}
-    gap = select(rows, "nll_gap", **harm)[0]
+    state = {row.labels["state"]: row.mean for row in rows.where("reference_nll", **harm)}
+    gap = rows.where("nll_gap", **harm)[0]
     text = [
         f"{gap.n} held-out harmful requests of one form: the mask raises the loss of the reference answer from "
         f"{state['unpruned']:.2f} to {state['masked']:.2f} nats per token."
     ]
-    if not select(rows, "patch_share", **harm):
+    if not rows.where("patch_share", **harm):
         return f"{text[0]} That is less than {LEAST_GAP} nats: there is nothing to restore, so no share is given."
     for direction, verb in (("restore", "restores"), ("destroy", "destroys")):
-        found = select(rows, "patch_share", **harm, direction=direction)
+        found = rows.where("patch_share", **harm, direction=direction)
         residual = [row for row in found if row.labels["component"] == "residual"]
         steps = [row for row in residual if row.labels["position"] == "all"]
         first = next(row for row in steps if row.mean >= 0.9)
@@ -260,10 +259,10 @@ def reading(rows: Sequence[Measurement]) -> str:
         "the same requests under a random mask of equal size": {"mask": "random", "behaviour": "harmful"},
         "the benign twins' requests under the circuit": {"mask": "circuit", "behaviour": "benign"},
     }.items():
-        gap = select(rows, "nll_gap", **where)[0]
-        patched = select(rows, "patch_change", **where)
+        gap = rows.where("nll_gap", **where)[0]
+        patched = rows.where("patch_change", **where)
         widest = f", and no patch moves it by more than {max(abs(row.mean) for row in patched):.3f}" if patched else ""
-        empty = "; there is nothing to restore, so no share is given" if not select(rows, "patch_share", **where) else ""
+        empty = "; there is nothing to restore, so no share is given" if not rows.where("patch_share", **where) else ""
         text.append(
             f"Control, {name}: the loss changes by {gap.mean:.3f} nats [{gap.low:.3f}, {gap.high:.3f}]{widest}{empty}."
         )
@@ -282,8 +281,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds in which the circuit is chosen.")] = 10,
     n: Annotated[int, typer.Option(help="Requests to patch on, one for each item.")] = 64,
 ) -> None:
-    subject = hc.organism_subject(organism)
-    circuit = hc.WeightMask.load(mask) if mask else find_circuit(subject, rounds)
+    model = hc.organism_subject(organism)
+    circuit = hc.WeightMask.load(mask) if mask else find_circuit(model, rounds)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     random = hc.random_like(circuit)
@@ -292,20 +291,20 @@ def main(
         ("circuit", circuit, "benign", ("residual",)),
         ("random", random, "harmful", ()),
     ):
-        prompts = aligned_requests(subject, behaviour, n)
-        batch, groups = one_batch(subject, prompts), [example.cluster for example in prompts]
+        prompts = aligned_requests(model, behaviour, n)
+        batch, groups = one_batch(model, prompts), [example.cluster for example in prompts]
         labels = {"model": organism, "mask": name, "behaviour": behaviour}
-        rows += patched_rows(subject.bridge, edit, batch, roles(subject, batch), groups, labels, parts)
-    append_rows(out / "rows.jsonl", rows)
+        rows += patched_rows(model.bridge, edit, batch, roles(model, batch), groups, labels, parts)
+    Rows(rows).append_to(out / "rows.jsonl")
     page(rows, out / "activation_patching.html")
     print(reading(rows))
 
 
-def find_circuit(subject: hc.Subject, rounds: int) -> hc.WeightMask:
+def find_circuit(model: hc.Model, rounds: int) -> hc.WeightMask:
     """The circuit of harmful answers at the README's operating point, every other behaviour shown protected."""
-    batches = {name: found.batches for name, found in hc.calibrate_shown(subject).items()}
+    batches = {name: found.batches for name, found in hc.calibrate_shown(model).items()}
     target = batches.pop("harmful")
-    return hc.circuit_mask(subject.bridge, target, list(batches.values()), q=0.006, p=0.005, rounds=rounds)
+    return hc.circuit_mask(model.bridge, target, list(batches.values()), q=0.006, p=0.005, rounds=rounds)
 
 
 if __name__ == "__main__":

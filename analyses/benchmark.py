@@ -38,9 +38,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
 from harmcircuits.hooks.gradients import frozen
-from harmcircuits.hooks.losses import exact
 from harmcircuits.hooks.memory import estimate_memory
-from harmcircuits.measurements import Measurement, append_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch
 from harmcircuits.views.page import plot, section, table, write_page
@@ -151,7 +150,7 @@ def contenders(
     return {
         "plain": (partial(plain, bridge, batches), 1),
         "removal effect": (partial(hc.removal_effect, *scored), 1),
-        "sensitivity": (partial(hc.sensitivity, *scored), 1),
+        "sensitivity": (partial(hc.snip_scores, *scored), 1),
         "bounded": (partial(hc.removal_effect, *scored, max_memory=bound), 1),
         "one by one": (partial(one_by_one, bridge, few), n_examples / len(few[0])),
         "layer by layer": (partial(layer_by_layer, bridge, few), n_examples / len(few[0])),
@@ -196,7 +195,7 @@ def middle(metric: str, labels: dict[str, str | int | float], values: Sequence[f
 
 def compared(
     bridge: TransformerBridge, shape: Shape, labels: dict, device: str, turns: int, few: int, only: Sequence[str] = ()
-) -> list[Measurement]:
+) -> Rows:
     """Seconds, ratio to plain and memory of every contender, and what the estimate says of it."""
     batches = random_batches(shape)
     runs = {name: run for name, run in contenders(bridge, batches, few).items() if not only or name in only}
@@ -215,14 +214,14 @@ def compared(
         ratios = [one / unit for one, unit in zip(times[name], times["plain"], strict=True)]
         rows += [middle("seconds", where, times[name]), middle("ratio_to_plain", where, ratios)]
         rows += [middle("tokens_per_second", where, [n_tokens / one for one in times[name]])]
-        rows.append(exact("peak_bytes", where, peaks[name]))
+        rows.append(Measurement.exact("peak_bytes", where, peaks[name]))
     for name in ("plain", "removal effect"):
         speeds = [_flop(bridge, n_tokens) / one for one in times[name]]
         rows.append(middle("flop_per_second", {**labels, "method": name}, speeds))
     for name, absolute in (("removal effect", False), ("sensitivity", True)):
         found = estimate_memory(bridge, batches, absolute=absolute)
         extra = found.accumulators + found.activations
-        rows.append(exact("estimated_bytes", {**labels, "method": name}, extra))
+        rows.append(Measurement.exact("estimated_bytes", {**labels, "method": name}, extra))
     return rows
 
 
@@ -239,18 +238,18 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 0) -> float:
     return 2.0 * size**3 / min(seconds(partial(torch.mm, one, one), device) for _ in range(10))
 
 
-def peak_rows(rows: Sequence[Measurement], labels: dict, peak: float, is_given: bool) -> list[Measurement]:
+def peak_rows(rows: Rows, labels: dict, peak: float, is_given: bool) -> Rows:
     """The machine's peak, and every speed as a share of it."""
     found = [
-        exact("peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak)
+        Measurement.exact("peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak)
     ]
-    for row in select(rows, "flop_per_second"):
+    for row in rows.where("flop_per_second"):
         shares = (row.mean / peak, row.low / peak, row.high / peak)
         found.append(Measurement("share_of_peak", row.labels, *shares, row.n))
     return found
 
 
-def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, n_weights: int) -> list[Measurement]:
+def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, n_weights: int) -> Rows:
     """Selection over all scores, and applying and restoring a mask of so many weights (a tenth of all at most)."""
     scores = hc.random_scores(bridge)
     n_scored = sum(value.numel() for value in scores.values.values())
@@ -280,11 +279,11 @@ def grown(shape: Shape) -> dict[str, Shape]:
     }
 
 
-def growth_rows(rows: Sequence[Measurement]) -> list[Measurement]:
+def growth_rows(rows: Rows) -> Rows:
     """The time of every contender after one thing is doubled, in units of before: 2 where it is linear."""
     found = []
-    for row in select(rows, "seconds"):
-        before = select(rows, "seconds", grown="none", method=row.labels["method"])
+    for row in rows.where("seconds"):
+        before = rows.where("seconds", grown="none", method=row.labels["method"])
         if row.labels["grown"] != "none" and before:
             labels = {key: row.labels[key] for key in ("shape", "device", "machine", "dtype", "grown", "method")}
             (one,) = before
@@ -298,9 +297,9 @@ def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]
 
 
 # %% What is shown
-def figure(rows: Sequence[Measurement]) -> go.Figure:
+def figure(rows: Rows) -> go.Figure:
     """Time of every contender in units of plain forward and backward, on a logarithmic axis."""
-    found = [row for row in select(rows, "ratio_to_plain", grown="none") if row.labels["method"] != "plain"]
+    found = [row for row in rows.where("ratio_to_plain", grown="none") if row.labels["method"] != "plain"]
     picture = go.Figure()
     picture.add_bar(
         x=[row.mean for row in found],
@@ -322,11 +321,11 @@ def figure(rows: Sequence[Measurement]) -> go.Figure:
     return picture.update_layout(template="plotly_white", height=360, margin={"l": 110, "r": 40, "t": 20, "b": 50})
 
 
-def growth_figure(rows: Sequence[Measurement]) -> go.Figure:
+def growth_figure(rows: Rows) -> go.Figure:
     """How often the time of each contender after one thing is doubled; the line is linear growth."""
     picture = go.Figure()
-    for method in dict.fromkeys(row.labels["method"] for row in select(rows, "growth")):
-        one = select(rows, "growth", method=method)
+    for method in dict.fromkeys(row.labels["method"] for row in rows.where("growth")):
+        one = rows.where("growth", method=method)
         above, below = [row.high - row.mean for row in one], [row.mean - row.low for row in one]
         error = {"array": above, "arrayminus": below, "symmetric": False, "color": "#6b7280"}
         x, y = [row.labels["grown"] for row in one], [row.mean for row in one]
@@ -337,12 +336,12 @@ def growth_figure(rows: Sequence[Measurement]) -> go.Figure:
     return picture.update_layout(template="plotly_white", height=360, margin={"l": 60, "r": 40, "t": 20, "b": 50})
 
 
-def lines(rows: Sequence[Measurement]) -> list[list[str]]:
+def lines(rows: Rows) -> list[list[str]]:
     """A line for every contender, and what is timed alone."""
     found = []
-    for row in select(rows, "seconds"):
+    for row in rows.where("seconds"):
         at = row.labels
-        other = {m: select(rows, m, **at) for m in ("ratio_to_plain", "tokens_per_second", "peak_bytes", "estimated_bytes")}
+        other = {m: rows.where(m, **at) for m in ("ratio_to_plain", "tokens_per_second", "peak_bytes", "estimated_bytes")}
         ratio = f"{other['ratio_to_plain'][0].mean:.2f}" if other["ratio_to_plain"] else ""
         tokens = f"{other['tokens_per_second'][0].mean:,.0f}" if other["tokens_per_second"] else ""
         peak, estimate = (f"{other[m][0].mean / 2**20:,.0f}" if other[m] else "" for m in ("peak_bytes", "estimated_bytes"))
@@ -354,13 +353,13 @@ def lines(rows: Sequence[Measurement]) -> list[list[str]]:
 HEAD = ["", "seconds [range]", "× plain", "tokens/s", "peak MiB", "estimated MiB"]
 
 
-def show(rows: Sequence[Measurement], page: Path | None) -> None:
+def show(rows: Rows, page: Path | None) -> None:
     shown = Table(*HEAD)
     for line in lines(rows):
         shown.add_row(*line)
-    speed = select(rows, "flop_per_second", grown="none")[0]
-    peak = select(rows, "peak_flop_per_second")[0]
-    shares = [f"{row.labels['method']} {row.mean:.1%}" for row in select(rows, "share_of_peak", grown="none")]
+    speed = rows.where("flop_per_second", grown="none")[0]
+    peak = rows.where("peak_flop_per_second")[0]
+    shares = [f"{row.labels['method']} {row.mean:.1%}" for row in rows.where("share_of_peak", grown="none")]
     of = f"{peak.mean / 1e12:.3g} TFLOP/s ({peak.labels['peak']})"
     note = f"Share of {of}: {', '.join(shares)}; {json.dumps(dict(speed.labels))}"
     console = Console()
@@ -369,7 +368,7 @@ def show(rows: Sequence[Measurement], page: Path | None) -> None:
     if page:
         title = f"What scores cost: {speed.labels['shape']}, {speed.labels['machine']}"
         sections = [section(title, note, plot(figure(rows), first=True) + table(HEAD, lines(rows)))]
-        if select(rows, "growth"):
+        if rows.where("growth"):
             note = "Bars: the whole range of the one over that of the other."
             sections.append(section("Growth when one thing is doubled", note, plot(growth_figure(rows))))
         write_page(page, title, sections)
@@ -394,7 +393,7 @@ def main(
     name = machine or (torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU")
     threads = torch.get_num_threads()
     labels = {"shape": shape, "device": device, "machine": name, "threads": threads, "dtype": dtype}
-    rows: list[Measurement] = []
+    rows: Rows = []
     for what, one in {"none": size, **(grown(size) if grow else {})}.items():
         bridge = random_bridge(one, device, getattr(torch, dtype))
         where = {**labels, "grown": what, "layers": one.layers, "width": one.width}
@@ -409,7 +408,7 @@ def main(
         rows, labels, peak_flops or matmul_flops(device, getattr(torch, dtype)), peak_flops > 0
     )
     if out:
-        append_rows(out, rows)
+        Rows(rows).append_to(out)
     show(rows, page)
 
 

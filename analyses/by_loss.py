@@ -33,15 +33,15 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Subject, by_category
+from harmcircuits.behaviours.model import Calibration, Model, by_category
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores, mean_scores
-from harmcircuits.hooks.losses import Labels, average, completion_nll, exact
+from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.search import most_needed
-from harmcircuits.measurements import Measurement, by_model, select
-from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import plot, section
 from harmcircuits.views.tables import METRICS
@@ -65,66 +65,66 @@ def jobs(plan: Plan) -> list[Job]:
     return [Job(spec.labels, partial(measured, spec, plan)) for spec in plan.specs]
 
 
-def measured(spec: SubjectSpec, plan: Plan) -> list[Measurement]:
+def measured(spec: ModelSpec, plan: Plan) -> Rows:
     """Rises of every loss under every circuit, gaps between pairs of circuits, and what circuits share."""
-    subject = typed(spec.open(seed=plan.seeds[0]))
-    calibrations = hc.calibrate_shown(subject)
-    types = shown_types(subject, calibrations)
+    model = typed(spec.open(seed=plan.seeds[0]))
+    calibrations = hc.calibrate_shown(model)
+    types = shown_types(model, calibrations)
     abilities = [name for name in (*METRICS, "prefilled") if name in calibrations and name != HARM]
-    whole = losses(subject, [HARM, *abilities])
+    whole = losses(model, [HARM, *abilities])
     rows = [
-        average(UNPRUNED, {**spec.labels, "mask": "none", "of": name}, nll, groups(subject, name))
+        Measurement.average(UNPRUNED, {**spec.labels, "mask": "none", "of": name}, nll, groups(model, name))
         for name, nll in whole.items()
     ]
-    masks = every_mask(subject, calibrations, types, abilities, plan)
+    masks = every_mask(model, calibrations, types, abilities, plan)
     free = {mask: masks["none", mask] for mask in (HARM, *abilities)}
     for other in abilities:
         found = overlap(free[HARM], free[other])
         where = {**spec.labels, "mask": HARM, "of": other, "protected": "none"}
         rows.append(Measurement("lift", where, found.lift, *found.interval, found.n_shared))
-        rows.append(exact("jaccard", where, found.jaccard))
+        rows.append(Measurement.exact("jaccard", where, found.jaccard))
     for protected in TITLES:
         under = {}
         for (how, name), mask in masks.items():
             if how == protected:
-                with hc.masked(subject.bridge, mask):
-                    under[name] = {of: nll - whole[of] for of, nll in losses(subject, whole).items()}
+                with hc.masked(model.bridge, mask):
+                    under[name] = {of: nll - whole[of] for of, nll in losses(model, whole).items()}
         where = {**spec.labels, "protected": protected}
-        rows.append(exact("weights_removed", where, masks[protected, HARM].n_removed))
-        rows += rise_rows(subject, under, types, where) + gap_rows(subject, under, abilities, where)
+        rows.append(Measurement.exact("weights_removed", where, masks[protected, HARM].n_removed))
+        rows += rise_rows(model, under, types, where) + gap_rows(model, under, abilities, where)
     return rows
 
 
-def typed(subject: Subject) -> Subject:
+def typed(model: Model) -> Model:
     """The subject with every type of harm as a behaviour."""
-    return replace(subject, behaviours={**subject.behaviours, **by_category(subject.behaviours[HARM])})
+    return replace(model, behaviours={**model.behaviours, **by_category(model.behaviours[HARM])})
 
 
-def shown_types(subject: Subject, calibrations: Mapping[str, Calibration]) -> list[str]:
+def shown_types(model: Model, calibrations: Mapping[str, Calibration]) -> list[str]:
     """The types of harm to score on and to measure. Raises ValueError for fewer than two."""
-    types = [name for name in by_category(subject.behaviours[HARM]) if name in calibrations]
-    types = [name for name in types if len(subject.behaviours[name].references("heldout"))]
+    types = [name for name in by_category(model.behaviours[HARM]) if name in calibrations]
+    types = [name for name in types if len(model.behaviours[name].references("heldout"))]
     if len(types) < 2:
-        raise ValueError(f"{subject.name}: {len(types)} types of harm are shown; give requests with two categories or more")
+        raise ValueError(f"{model.name}: {len(types)} types of harm are shown; give requests with two categories or more")
     return types
 
 
-def losses(subject: Subject, names: Iterable[str]) -> Losses:
+def losses(model: Model, names: Iterable[str]) -> Losses:
     """The held-out loss of each behaviour's reference answers, the model as it stands."""
-    behaviours = [subject.behaviours[name] for name in names]
-    return {one.name: completion_nll(subject.bridge, subject.batches(one, one.references("heldout"))) for one in behaviours}
+    behaviours = [model.behaviours[name] for name in names]
+    return {one.name: completion_nll(model.bridge, model.batches(one, one.references("heldout"))) for one in behaviours}
 
 
-def groups(subject: Subject, name: str) -> list[str]:
-    return [one.cluster for one in subject.behaviours[name].references("heldout")]
+def groups(model: Model, name: str) -> list[str]:
+    return [one.cluster for one in model.behaviours[name].references("heldout")]
 
 
 def every_mask(
-    subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], abilities: Sequence[str], plan: Plan
+    model: Model, calibrations: Mapping[str, Calibration], types: Sequence[str], abilities: Sequence[str], plan: Plan
 ) -> dict[tuple[str, str], hc.WeightMask]:
     """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
     needed = {
-        name: most_needed(subject.bridge, calibrations[name].batches, p=plan.p)
+        name: most_needed(model.bridge, calibrations[name].batches, p=plan.p)
         for name in (HARM, "benign", "prefilled")
         if name in calibrations
     }
@@ -138,7 +138,7 @@ def every_mask(
             found[protected, name] = hc.top_fraction(scores, plan.q, within="model", exclude=exclude)
 
     def scored(name: str) -> WeightScores:
-        return hc.removal_effect(subject.bridge, calibrations[name].batches, subject.behaviours[name].objective)
+        return hc.removal_effect(model.bridge, calibrations[name].batches, model.behaviours[name].objective)
 
     of_types, sizes = [scored(one) for one in types], [calibrations[one].n_kept for one in types]
     for number, one in enumerate(types):
@@ -157,22 +157,22 @@ def every_mask(
     return found
 
 
-def rise_rows(subject: Subject, under: Mapping[str, Losses], types: Sequence[str], labels: Labels) -> list[Measurement]:
+def rise_rows(model: Model, under: Mapping[str, Losses], types: Sequence[str], labels: Labels) -> Rows:
     """`nll_rise` of each behaviour (`of`) and each type of harm under each mask.
 
     Where circuits leave a type out, besides the rise of each item under the circuit that never saw its type, and that of
     benign answers under the same circuits (their mean).
     """
-    type_of = [f"{HARM}/{one.category}" for one in subject.behaviours[HARM].references("heldout")]
-    items = groups(subject, HARM)
+    type_of = [f"{HARM}/{one.category}" for one in model.behaviours[HARM].references("heldout")]
+    items = groups(model, HARM)
     rows = []
 
     def harm_rise(rises: Mapping[int, torch.Tensor], labels: Labels) -> Measurement:
-        return average(RISE, labels, torch.stack(list(rises.values())), [items[place] for place in rises])
+        return Measurement.average(RISE, labels, torch.stack(list(rises.values())), [items[place] for place in rises])
 
     for mask, rises in under.items():
         where = {**labels, "mask": mask}
-        rows += [average(RISE, {**where, "of": of}, values, groups(subject, of)) for of, values in rises.items()]
+        rows += [Measurement.average(RISE, {**where, "of": of}, values, groups(model, of)) for of, values in rises.items()]
         for one in types:
             mine = {place: rises[HARM][place] for place, name in enumerate(type_of) if name == one}
             rows.append(harm_rise(mine, {**where, "of": one}))
@@ -184,15 +184,15 @@ def rise_rows(subject: Subject, under: Mapping[str, Losses], types: Sequence[str
         for name in ("benign", "prefilled"):
             if name in under[f"all but {types[0]}"]:
                 mean = torch.stack([rises[name] for rises in unseen.values()]).mean(0)
-                rows.append(average(RISE, {**where, "of": name}, mean, groups(subject, name)))
+                rows.append(Measurement.average(RISE, {**where, "of": name}, mean, groups(model, name)))
     return rows
 
 
-def gap_rows(subject: Subject, under: Mapping[str, Losses], abilities: Sequence[str], labels: Labels) -> list[Measurement]:
+def gap_rows(model: Model, under: Mapping[str, Losses], abilities: Sequence[str], labels: Labels) -> Rows:
     """`nll_gap` of an ability (`of`) against another: its loss under its own circuit minus that under the other's."""
     pairs = [pair for other in abilities for pair in ((HARM, other), (other, HARM))]
     return [
-        average(GAP, {**labels, "of": of, "against": other}, under[of][of] - under[other][of], groups(subject, of))
+        Measurement.average(GAP, {**labels, "of": of, "against": other}, under[of][of] - under[other][of], groups(model, of))
         for of, other in pairs
     ]
 
@@ -202,25 +202,25 @@ def gap_rows(subject: Subject, under: Mapping[str, Losses], abilities: Sequence[
 
 
 # %%
-def rise(mine: Sequence[Measurement], mask: str, of: str, protected: str = "benign") -> Measurement:
-    return select(mine, RISE, mask=mask, of=of, protected=protected)[0]
+def rise(mine: Rows, mask: str, of: str, protected: str = "benign") -> Measurement:
+    return mine.where(RISE, mask=mask, of=of, protected=protected)[0]
 
 
-def randoms(mine: Sequence[Measurement], of: str = HARM) -> list[Measurement]:
-    return [row for row in select(mine, RISE, of=of) if str(row.labels["mask"]).startswith("random")]
+def randoms(mine: Rows, of: str = HARM) -> Rows:
+    return [row for row in mine.where(RISE, of=of) if str(row.labels["mask"]).startswith("random")]
 
 
-def is_general(mine: Sequence[Measurement]) -> bool:
+def is_general(mine: Rows) -> bool:
     """The rule's first condition."""
     unseen = rise(mine, UNSEEN, HARM)
-    others = [row for row in select(mine, RISE, mask=UNSEEN) if row.labels["of"] != HARM]
+    others = [row for row in mine.where(RISE, mask=UNSEEN) if row.labels["of"] != HARM]
     above = unseen.low > max(row.high for row in [*others, *randoms(mine)])
     return above and unseen.mean >= LEAST * rise(mine, HARM, HARM).mean
 
 
-def distinct_from(mine: Sequence[Measurement], protected: str = "benign") -> dict[str, bool]:
+def distinct_from(mine: Rows, protected: str = "benign") -> dict[str, bool]:
     """Other ability -> the rule's second condition."""
-    gaps = select(mine, GAP, protected=protected)
+    gaps = mine.where(GAP, protected=protected)
     others = [str(row.labels["against"]) for row in gaps if row.labels["of"] == HARM]
     return {
         other: all(row.low > 0 for row in gaps if {row.labels["of"], row.labels["against"]} == {HARM, other})
@@ -228,7 +228,7 @@ def distinct_from(mine: Sequence[Measurement], protected: str = "benign") -> dic
     }
 
 
-def verdict(rows: Sequence[Measurement]) -> Verdict:
+def verdict(rows: Rows) -> Verdict:
     judged = [(is_general(mine), distinct_from(mine)) for mine in by_model(rows).values()]
     if all(general and all(apart.values()) for general, apart in judged):
         return "holds"
@@ -237,20 +237,20 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
     return "does not hold here"
 
 
-def finding(rows: Sequence[Measurement]) -> Finding:
+def finding(rows: Rows) -> ClaimResult:
     models = by_model(rows)
     said = {name: _words(mine) for name, mine in models.items()}
     words = "\n".join("\n".join([f"{name}: {first}", *others]) for name, (first, *others) in said.items())
     evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
-    return Finding(NAME, CLAIM, verdict(rows), words, evidence)
+    return ClaimResult(NAME, CLAIM, verdict(rows), words, evidence)
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     return list(rows)
 
 
-def _words(mine: Sequence[Measurement]) -> list[str]:
-    removed = select(mine, "weights_removed", protected="benign")[0].mean
+def _words(mine: Rows) -> list[str]:
+    removed = mine.where("weights_removed", protected="benign")[0].mean
     random = max(randoms(mine), key=lambda row: row.mean)
     said = [
         f"{removed:,.0f} weights, benign answers protected. The loss on harmful answers rises by {_rise(mine, HARM, HARM)} "
@@ -266,12 +266,12 @@ def _words(mine: Sequence[Measurement]) -> list[str]:
                 f"{_rise(mine, HARM, HARM, protected)} to its own circuit and {_rise(mine, other, HARM, protected)} to the "
                 f"other's; {other} {_rise(mine, other, other, protected)} and {_rise(mine, HARM, other, protected)}."
             )
-    lifts = ", ".join(f"{row.labels['of']} {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in select(mine, "lift"))
+    lifts = ", ".join(f"{row.labels['of']} {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in mine.where("lift"))
     said.append(f"With nothing protected, harm's circuit shares so many times what chance gives with those of: {lifts}.")
     return said
 
 
-def _evidence(mine: Sequence[Measurement]) -> str:
+def _evidence(mine: Rows) -> str:
     apart = [name for name, is_apart in distinct_from(mine).items() if is_apart]
     return (
         f"harm {_rise(mine, HARM, HARM)}, of types not seen {_rise(mine, UNSEEN, HARM)}, benign "
@@ -279,7 +279,7 @@ def _evidence(mine: Sequence[Measurement]) -> str:
     )
 
 
-def _rise(mine: Sequence[Measurement], mask: str, of: str, protected: str = "benign") -> str:
+def _rise(mine: Rows, mask: str, of: str, protected: str = "benign") -> str:
     return _nats(rise(mine, mask, of, protected))
 
 
@@ -292,11 +292,11 @@ def _nats(row: Measurement) -> str:
 
 
 # %%
-def sections(rows: Sequence[Measurement]) -> list[str]:
+def sections(rows: Rows) -> list[str]:
     text = "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; columns: whose loss."
     found = []
     for protected, words in TITLES.items():
-        panels = {name: select(mine, RISE, protected=protected) for name, mine in by_model(rows).items()}
+        panels = {name: mine.where(RISE, protected=protected) for name, mine in by_model(rows).items()}
         figure = heatmaps(panels, x="of", y="mask")
         found.append(section(f"Every loss under every circuit, {words}", text, plot(figure, first=not found)))
     return found

@@ -24,18 +24,16 @@ from statistics import fmean
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Subject
+from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.losses import Labels, exact
 from harmcircuits.hooks.search import most_needed
-from harmcircuits.measurements import Measurement, by_model, pooled, select
-from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.curves import (
     Curve,
     area,
     by_share,
     curve,
-    diagnostics,
     point,
     rate_at,
     rate_text,
@@ -44,11 +42,13 @@ from harmcircuits.studies.curves import (
     w50,
     whole,
 )
+from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.views.figures import share_figure
-from harmcircuits.views.page import diagnostics_table, plot, section, table
-from harmcircuits.views.tables import KEPT_RATES, RATES, SATURATED_NLL
+from harmcircuits.views.page import plot, section, table
+from harmcircuits.views.tables import KEPT_RATES, RATES
 
 NAME, CLAIM, MODELS = "F1", "compact: a tiny share of the weights carries harm", ("sft",)
 COMPACT = 0.01  # share of weights within which w50 must be reached
@@ -91,44 +91,44 @@ def jobs(plan: Plan) -> list[Job]:
     return found
 
 
-def opened(spec: SubjectSpec, seed: int) -> tuple[Subject, dict[str, Calibration]]:
-    subject = whole(spec.open(seed=seed))
-    return subject, hc.calibrate_shown(subject, share=SHARE, seed=seed)
+def opened(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration]]:
+    model = whole(spec.open(seed=seed))
+    return model, hc.calibrate_shown(model, share=SHARE, seed=seed)
 
 
-def in_rounds(subject: Subject, calibrations: dict[str, Calibration], plan: Plan, rounds: int) -> list[hc.WeightMask]:
+def in_rounds(model: Model, calibrations: dict[str, Calibration], plan: Plan, rounds: int) -> list[hc.WeightMask]:
     """The growing circuit, q / rounds of the plan at a time, every other behaviour shown protected unless p is 0."""
     target, kept = calibrations["harmful"].batches, [c.batches for name, c in calibrations.items() if name != "harmful"]
     q = plan.q / plan.rounds * rounds
-    return list(hc.circuit_path(subject.bridge, target, kept if plan.p else [], q=q, p=plan.p, rounds=rounds))
+    return list(hc.circuit_path(model.bridge, target, kept if plan.p else [], q=q, p=plan.p, rounds=rounds))
 
 
 def measured_rounds(plan: Plan) -> list[int]:
     return sorted({*spread(round(REACH * plan.rounds), N_SIZES), plan.rounds})
 
 
-def asked(subject: Subject) -> list[str]:
-    return [name for name in subject.behaviours if name != "refusal"]
+def asked(model: Model) -> list[str]:
+    return [name for name in model.behaviours if name != "refusal"]
 
 
-def curve_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
-    subject, calibrations = opened(spec, seed)
+def curve_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
+    model, calibrations = opened(spec, seed)
     labels = {**spec.labels, "seed": seed, "part": "curves", "p": plan.p}
-    rows = diagnostics(subject, calibrations, labels)
-    unpruned = point(subject, asked(subject))
-    path = in_rounds(subject, calibrations, plan, round(REACH * plan.rounds))
+    rows = diagnostics(model, calibrations, labels)
+    unpruned = point(model, asked(model))
+    path = in_rounds(model, calibrations, plan, round(REACH * plan.rounds))
     masks = [path[number - 1] for number in measured_rounds(plan)]
-    found = curve(subject, masks, unpruned)
+    found = curve(model, masks, unpruned)
 
-    harm = hc.removal_effect(subject.bridge, calibrations["harmful"].batches, hc.completion_loss)
+    harm = hc.removal_effect(model.bridge, calibrations["harmful"].batches, hc.completion_loss)
     others = [c.batches for name, c in calibrations.items() if name != "harmful"]
-    protected = [most_needed(subject.bridge, batches, p=plan.p) for batches in others]
+    protected = [most_needed(model.bridge, batches, p=plan.p) for batches in others]
     at_once = [hc.best_unprotected(harm, protected, q=mask.n_removed / mask.n_weights) for mask in masks]
-    one_shot = curve(subject, at_once, unpruned)
+    one_shot = curve(model, at_once, unpruned)
     for line, where, chosen in ((found, ROUNDS, masks), (one_shot, ONE_SHOT, at_once)):
         rows += summary_rows(line, {**labels, **where})
         for mask in chosen:
-            rows += loss_changes(subject, mask, harm, calibrations["harmful"], {**labels, **where})
+            rows += loss_changes(model, mask, harm, calibrations["harmful"], {**labels, **where})
     rows.append(w50(found).over(w50(one_shot)).row("w50_ratio", {**labels, "first": "rounds", "second": "one shot"}))
     rows.append(
         area(found).minus(area(one_shot)).row("area_difference", {**labels, "first": "rounds", "second": "one shot"})
@@ -138,19 +138,19 @@ def curve_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
     for line, where in ((found, ROUNDS), (one_shot, ONE_SHOT)):
         rows += told(rows, {"none": 0.0, "w50": half, "largest": line.shares[-1]}, {**labels, **where})
     sizes = [mask for mask in masks if mask.n_removed in sizes_of_controls(masks, half, plan)]
-    for name, control in control_curves(subject, calibrations["harmful"], harm, protected, sizes, found, seed):
+    for name, control in control_curves(model, calibrations["harmful"], harm, protected, sizes, found, seed):
         rows += summary_rows(control, {**labels, "mask": name})
         gap = rate_at(control, half).minus(rate_at(found, half))
         rows.append(gap.row("harm_gap", {**labels, "mask": name}))
     return rows
 
 
-def told(rows: Sequence[Measurement], sizes: dict[str, float], labels: Labels) -> list[Measurement]:
+def told(rows: Rows, sizes: dict[str, float], labels: Labels) -> Rows:
     """The figures at the sizes that words speak of, with `at` in place of the share."""
     metrics = ("harm_valid_rate", "predicted_loss_change", "measured_loss_change", *KEPT_RATES)
     found = []
     for at, share in sizes.items():
-        here = [row for row in select(rows, "", share=share, **labels) if row.metric in metrics]
+        here = [row for row in rows.where("", share=share, **labels) if row.metric in metrics]
         found += [replace(row, labels={k: v for k, v in row.labels.items() if k != "share"} | {"at": at}) for row in here]
     return found
 
@@ -163,14 +163,14 @@ def sizes_of_controls(masks: Sequence[hc.WeightMask], half: float, plan: Plan) -
 
 
 def control_curves(
-    subject: Subject, target: Calibration, harm: WeightScores, protected: Sequence[hc.WeightMask],
+    model: Model, target: Calibration, harm: WeightScores, protected: Sequence[hc.WeightMask],
     masks: Sequence[hc.WeightMask], found: Curve, seed: int,
 ) -> Iterator[tuple[str, Curve]]:  # fmt: skip
     """Harm and benign answers along each control, at the sizes of these masks of the circuit."""
-    bridge = subject.bridge
+    bridge = model.bridge
     ranked = {
-        "unsigned": hc.sensitivity(bridge, target.batches, hc.completion_loss),
-        "activation_norm": hc.activation_norm(bridge, target.batches),
+        "unsigned": hc.snip_scores(bridge, target.batches, hc.completion_loss),
+        "activation_norm": hc.wanda_scores(bridge, target.batches),
         "magnitude": hc.magnitude_scores(bridge),
         "opposite_sign": -harm,
     }
@@ -183,46 +183,46 @@ def control_curves(
 
     unpruned = {name: one for name, one in found.points[0].items() if name in ("harmful", "benign")}
     for name in CONTROLS:
-        yield name, curve(subject, [chosen(name, mask) for mask in masks], unpruned)
+        yield name, curve(model, [chosen(name, mask) for mask in masks], unpruned)
 
 
-def summary_rows(found: Curve, labels: Labels) -> list[Measurement]:
+def summary_rows(found: Curve, labels: Labels) -> Rows:
     """The curve's points, its `w50`, and its area where there are two masks or more."""
     areas = [area(found).row("area", labels)] if len(found.shares) > 2 else []
     return [*found.rows({**labels, "split": "heldout"}), *w50(found).rows("w50", labels), *areas]
 
 
 def loss_changes(
-    subject: Subject, mask: hc.WeightMask, harm: WeightScores, target: Calibration, labels: Labels
-) -> list[Measurement]:
-    before = hc.completion_nll(subject.bridge, target.batches)
-    with hc.masked(subject.bridge, mask):
-        change = hc.completion_nll(subject.bridge, target.batches) - before
+    model: Model, mask: hc.WeightMask, harm: WeightScores, target: Calibration, labels: Labels
+) -> Rows:
+    before = hc.completion_nll(model.bridge, target.batches)
+    with hc.masked(model.bridge, mask):
+        change = hc.completion_nll(model.bridge, target.batches) - before
     where = {**labels, "share": mask.n_removed / mask.n_weights, "split": "calibration"}
-    predicted = exact("predicted_loss_change", where, hc.predicted_change(harm, mask))
-    return [predicted, exact("measured_loss_change", where, change.mean().item())]
+    predicted = Measurement.exact("predicted_loss_change", where, harm.sum_over(mask))
+    return [predicted, Measurement.exact("measured_loss_change", where, change.mean().item())]
 
 
-def grid_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
+def grid_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """The circuit in rounds up to q under another share of protection, at three sizes."""
-    subject, calibrations = opened(spec, seed)
-    path = in_rounds(subject, calibrations, plan, plan.rounds)
+    model, calibrations = opened(spec, seed)
+    path = in_rounds(model, calibrations, plan, plan.rounds)
     masks = [path[number - 1] for number in sorted({*spread(plan.rounds, 4)})]
-    found = curve(subject, masks, point(subject, asked(subject)))
+    found = curve(model, masks, point(model, asked(model)))
     return summary_rows(found, {**spec.labels, "seed": seed, "part": "grid", "p": plan.p, **ROUNDS})
 
 
-def overlap_rows(spec: SubjectSpec, plan: Plan) -> list[Measurement]:
+def overlap_rows(spec: ModelSpec, plan: Plan) -> Rows:
     """What the circuits of two seeds share at size q: Jaccard and lift over chance per matrix."""
     masks = {}
     for seed in plan.seeds:
-        subject, calibrations = opened(spec, seed)
-        masks[seed] = in_rounds(subject, calibrations, plan, plan.rounds)[-1]
+        model, calibrations = opened(spec, seed)
+        masks[seed] = in_rounds(model, calibrations, plan, plan.rounds)[-1]
     rows = []
     for first, second in combinations(plan.seeds, 2):
         found = hc.overlap(masks[first], masks[second])
         where = {**spec.labels, "part": "seeds", "first": first, "second": second}
-        rows.append(exact("overlap_jaccard", where, found.jaccard))
+        rows.append(Measurement.exact("overlap_jaccard", where, found.jaccard))
         rows.append(Measurement("overlap_lift", where, found.lift, *found.interval, found.n_first))
     return rows
 
@@ -233,22 +233,22 @@ def overlap_rows(spec: SubjectSpec, plan: Plan) -> list[Measurement]:
 
 
 # %%
-def cases(rows: Sequence[Measurement]) -> list[Labels]:
+def cases(rows: Rows) -> list[Labels]:
     """The labels of each ladder, model and seed."""
     names = ("ladder", "model", "seed")
-    return [{name: row.labels[name] for name in names} for row in select(rows, "w50", part="curves", **ROUNDS)]
+    return [{name: row.labels[name] for name in names} for row in rows.where("w50", part="curves", **ROUNDS)]
 
 
-def is_borne_out(rows: Sequence[Measurement], case: Labels) -> bool:
+def is_borne_out(rows: Rows, case: Labels) -> bool:
     """The rule for one ladder, model and seed."""
-    here = select(rows, "", part="curves", **case)
-    (half,), (reached,) = select(here, "w50", **ROUNDS), select(here, "w50_reached", **ROUNDS)
-    gaps = {row.labels["mask"]: row.low for row in select(here, "harm_gap")}
+    here = rows.where("", part="curves", **case)
+    (half,), (reached,) = here.where("w50", **ROUNDS), here.where("w50_reached", **ROUNDS)
+    gaps = {row.labels["mask"]: row.low for row in here.where("harm_gap")}
     is_compact = half.labels["censored"] == "no" and half.high <= COMPACT and reached.mean >= REACHED
     return is_compact and set(gaps) == set(CONTROLS) and min(gaps.values()) > 0
 
 
-def finding(rows: Sequence[Measurement]) -> Finding:
+def finding(rows: Rows) -> ClaimResult:
     borne_out = [is_borne_out(rows, case) for case in cases(rows)]
     verdict: Verdict = "does not hold here"
     if any(borne_out):
@@ -256,66 +256,66 @@ def finding(rows: Sequence[Measurement]) -> Finding:
     text = [f"By the rule the claim is borne out in {sum(borne_out)} of {len(borne_out)} models and seeds."]
     text += [words(name, found) for name, found in by_model(rows).items()]
     evidence = "; ".join(f"{name} {figures(found)}" for name, found in by_model(rows).items())
-    return Finding(NAME, CLAIM, verdict, "\n".join(text), f"harm halves at {evidence}")
+    return ClaimResult(NAME, CLAIM, verdict, "\n".join(text), f"harm halves at {evidence}")
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     metrics = ("w50", "w50_reached", "harm_gap", "calibration_nll", "overlap_jaccard", "overlap_lift")
     circuits = [row for row in rows if row.labels.get("mask", "circuit") == "circuit" or row.metric == "harm_gap"]
     return [row for row in circuits if row.metric in metrics or "at" in row.labels]
 
 
-def figures(rows: Sequence[Measurement]) -> str:
+def figures(rows: Rows) -> str:
     """`w50` in rounds, the harm that the strongest control leaves there, and what one shot does, for one model."""
-    curves = select(rows, part="curves")
+    curves = rows.where(part="curves")
     gap = smallest_gap(curves)
-    largest = pooled(select(curves, "harm_valid_rate", at="largest", **ONE_SHOT), "seed")[0]
+    largest = curves.where("harm_valid_rate", at="largest", **ONE_SHOT).pool("seed")[0]
     return (
-        f"{share_text(select(curves, 'w50', **ROUNDS))} of the weights, where the strongest control leaves {gap.mean:.0%} "
+        f"{share_text(curves.where('w50', **ROUNDS))} of the weights, where the strongest control leaves {gap.mean:.0%} "
         f"[{gap.low:.0%}, {gap.high:.0%}] more; one shot at its largest {rate_text(largest)}"
     )
 
 
-def words(name: str, rows: Sequence[Measurement]) -> str:
+def words(name: str, rows: Rows) -> str:
     """One model: the size, its cost, the controls, one shot, other protection, first-order prediction, other seeds."""
-    curves, seeds = select(rows, part="curves"), len(select(rows, "w50", part="curves", **ROUNDS))
-    at = {where: pooled(select(curves, at=where, **ROUNDS), "seed") for where in ("none", "w50", "largest")}
-    harm = {where: rate_text(select(found, "harm_valid_rate")[0]) for where, found in at.items()}
-    reached = [row for row in select(curves, "w50", **ROUNDS) if row.labels["censored"] == "no"]
-    predicted, measured = (select(at["w50"], f"{kind}_loss_change")[0].mean for kind in ("predicted", "measured"))
-    gap, one_shot = smallest_gap(curves), select(curves, "w50", **ONE_SHOT)
-    largest = pooled(select(curves, "harm_valid_rate", at="largest", **ONE_SHOT), "seed")[0]
+    curves, seeds = rows.where(part="curves"), len(rows.where("w50", part="curves", **ROUNDS))
+    at = {where: curves.where(at=where, **ROUNDS).pool("seed") for where in ("none", "w50", "largest")}
+    harm = {where: rate_text(found.where("harm_valid_rate")[0]) for where, found in at.items()}
+    reached = [row for row in curves.where("w50", **ROUNDS) if row.labels["censored"] == "no"]
+    predicted, measured = (at["w50"].where(f"{kind}_loss_change")[0].mean for kind in ("predicted", "measured"))
+    gap, one_shot = smallest_gap(curves), curves.where("w50", **ONE_SHOT)
+    largest = curves.where("harm_valid_rate", at="largest", **ONE_SHOT).pool("seed")[0]
     text = (
-        f"{name}. Chosen in rounds, {share_text(select(curves, 'w50', **ROUNDS))} of the weights halve valid harmful "
+        f"{name}. Chosen in rounds, {share_text(curves.where('w50', **ROUNDS))} of the weights halve valid harmful "
         f"answers within the budget, in {len(reached)} of {seeds} seeds: {harm['none']} before, {harm['w50']} at that "
         f"size, {harm['largest']} at the largest measured. {cost(at)} Of {len(CONTROLS)} controls of that size the "
         f"strongest, {CONTROLS[str(gap.labels['mask'])]}, leaves {rate_text(gap)} more valid harm. In one shot w50 is "
         f"{share_text(one_shot)}: {rate_text(largest)} valid harm at the largest size. At w50 the calibration loss rises "
         f"by {measured:.2f} nats; first-order scores predict {predicted:.2f}."
     )
-    for found in ([row] for row in select(rows, "w50", part="grid")):
+    for found in ([row] for row in rows.where("w50", part="grid")):
         text += f" With p = {float(found[0].labels['p']):.2%} protected, w50 is {share_text(found)} (one seed)."
-    jaccard, lift = (select(rows, f"overlap_{kind}") for kind in ("jaccard", "lift"))
+    jaccard, lift = (rows.where(f"overlap_{kind}") for kind in ("jaccard", "lift"))
     if jaccard:
         text += (
             f" The circuits of two seeds share Jaccard {fmean(row.mean for row in jaccard):.2f}, "
             f"{fmean(row.mean for row in lift):.1f} times chance per matrix."
         )
-    saturated = [row for row in select(curves, "calibration_nll") if row.mean < SATURATED_NLL]
+    saturated = [row for row in curves.where("calibration_nll") if row.mean < SATURATED_NLL]
     return text + "".join(
         f" Warning: the loss of {behaviour} is below {SATURATED_NLL} nats per token, so its scores are noise."
         for behaviour in dict.fromkeys(row.labels["behaviour"] for row in saturated)
     )
 
 
-def smallest_gap(rows: Sequence[Measurement]) -> Measurement:
+def smallest_gap(rows: Rows) -> Measurement:
     """What the strongest control leaves of harm beyond the circuit: the smallest mean over seeds."""
-    return min(pooled(select(rows, "harm_gap"), "seed"), key=lambda row: row.mean)
+    return min(rows.where("harm_gap").pool("seed"), key=lambda row: row.mean)
 
 
-def cost(at: dict[str, list[Measurement]]) -> str:
+def cost(at: dict[str, Rows]) -> str:
     """The kept rate that falls most from the unpruned model to `w50`."""
-    falls = {m: select(at["none"], m)[0].mean - select(at["w50"], m)[0].mean for m in KEPT_RATES if select(at["none"], m)}
+    falls = {m: at["none"].where(m)[0].mean - at["w50"].where(m)[0].mean for m in KEPT_RATES if at["none"].where(m)}
     if not falls or max(falls.values()) <= 0:
         return f"None of {len(falls)} kept rates falls."
     worst = max(falls, key=falls.__getitem__)
@@ -339,11 +339,11 @@ TRUST_TEXT = f"""Own verified answers to the calibration requests that a seed dr
 loss is saturated and its gradients are noise."""
 
 
-def sections(rows: Sequence[Measurement]) -> list[str]:
+def sections(rows: Rows) -> list[str]:
     found = []
     for number, (name, of_model) in enumerate(by_model(rows).items()):
-        curves = select(of_model, part="curves")
-        lines = {title: by_share(select(curves, **where)) for title, where in LINES.items()}
+        curves = of_model.where(part="curves")
+        lines = {title: by_share(curves.where(**where)) for title, where in LINES.items()}
         panels = {
             "harm_valid_rate": "valid harmful answers",
             "harm_nll": "harm NLL, nats per token",
@@ -352,18 +352,18 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
         figure = share_figure({title: points for title, points in lines.items() if points}, panels)
         found.append(section(f"{name}: the curves", CURVES_TEXT, plot(figure, first=not number)))
         found.append(section(f"{name}: the size", SIZES_TEXT, size_table(of_model)))
-        found.append(section(f"{name}: can the scores be trusted?", TRUST_TEXT, diagnostics_table(pooled(curves, "seed"))))
+        found.append(section(f"{name}: can the scores be trusted?", TRUST_TEXT, diagnostics_table(curves.pool("seed"))))
     return found
 
 
-def size_table(rows: Sequence[Measurement]) -> str:
-    curves, body = select(rows, part="curves"), []
+def size_table(rows: Rows) -> str:
+    curves, body = rows.where(part="curves"), []
     for title, where in LINES.items():
-        here = select(curves, **where)
-        cells = [pooled(select(here, metric), "seed") for metric in ("area", "harm_gap")]
-        body.append([title, share_text(select(here, "w50")), *(rate_text(cell[0]) if cell else "–" for cell in cells)])
-    for row in select(rows, "w50", part="grid"):
-        areas = select(rows, "area", part="grid", p=row.labels["p"])
+        here = curves.where(**where)
+        cells = [here.where(metric).pool("seed") for metric in ("area", "harm_gap")]
+        body.append([title, share_text(here.where("w50")), *(rate_text(cell[0]) if cell else "–" for cell in cells)])
+    for row in rows.where("w50", part="grid"):
+        areas = rows.where("area", part="grid", p=row.labels["p"])
         title = f"circuit, in rounds, p = {float(row.labels['p']):.2%}, one seed"
         body.append([title, share_text([row]), rate_text(areas[0]) if areas else "–", "–"])
     return table(("mask", "w50", "area", "more"), body)

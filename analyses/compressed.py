@@ -27,10 +27,9 @@ from itertools import product
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Subject, outcomes
-from harmcircuits.hooks.losses import Labels
-from harmcircuits.measurements import Measurement, pooled, select
-from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.behaviours.model import Calibration, Model, outcomes
+from harmcircuits.measurements import Labels, Rows
+from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, command
 from harmcircuits.studies.curves import (
     Budget,
     Curve,
@@ -38,7 +37,6 @@ from harmcircuits.studies.curves import (
     area,
     by_share,
     curve,
-    diagnostics,
     point,
     rate_at,
     rate_text,
@@ -47,11 +45,12 @@ from harmcircuits.studies.curves import (
     w50,
     whole,
 )
+from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.views.figures import share_figure
-from harmcircuits.views.page import diagnostics_table, plot, section, table
-from harmcircuits.views.tables import SATURATED_NLL
+from harmcircuits.views.page import plot, section, table
 
 NAME, CLAIM, MODELS = "F4", "compressed by alignment", ("base", "helpful", "sft", "dpo")
 SHARE = 0.5  # of the calibration items that a seed draws
@@ -72,7 +71,7 @@ PARTS = {"harmful": "curves", "benign": "twin"}
 
 # %%
 def jobs(plan: Plan) -> list[Job]:
-    ladders: dict[str, list[SubjectSpec]] = {}
+    ladders: dict[str, list[ModelSpec]] = {}
     for spec in plan.specs:
         ladders.setdefault(spec.labels["ladder"], []).append(spec)
     found = []
@@ -84,17 +83,17 @@ def jobs(plan: Plan) -> list[Job]:
     return found
 
 
-def opened(spec: SubjectSpec, seed: int) -> tuple[Subject, dict[str, Calibration]]:
-    subject = whole(spec.open(seed=seed))
-    return subject, hc.calibrate_shown(subject, share=SHARE, seed=seed)
+def opened(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration]]:
+    model = whole(spec.open(seed=seed))
+    return model, hc.calibrate_shown(model, share=SHARE, seed=seed)
 
 
-def ladder_rows(specs: Sequence[SubjectSpec], plan: Plan, seed: int, target: str) -> list[Measurement]:
+def ladder_rows(specs: Sequence[ModelSpec], plan: Plan, seed: int, target: str) -> Rows:
     """Every rung's curve, and how those of aligned rungs compare with the others'."""
     shown = {spec: set(opened(spec, seed)[1]) for spec in specs}
     specs = [spec for spec in specs if target in shown[spec]]
     common = set.intersection(*(shown[spec] for spec in specs))
-    rows: list[Measurement] = []
+    rows: Rows = []
     curves: dict[str, Curve] = {}
     for spec in specs:
         curves[spec.model], found = rung(spec, plan, seed, target, common)
@@ -118,29 +117,29 @@ def half(found: Curve, target: str) -> Estimate:
     return w50(found, BUDGETS[target])
 
 
-def rung(spec: SubjectSpec, plan: Plan, seed: int, target: str, common: set[str]) -> tuple[Curve, list[Measurement]]:
+def rung(spec: ModelSpec, plan: Plan, seed: int, target: str, common: set[str]) -> tuple[Curve, Rows]:
     """One model's curve and its rows: points, `w50`, area, what is left at `w50`, the random control, diagnostics."""
-    subject, calibrations = opened(spec, seed)
+    model, calibrations = opened(spec, seed)
     labels = {**spec.labels, "seed": seed, "part": PARTS[target]}
-    kept = [calibrations[name].batches for name in subject.behaviours if name in common - {target}]
+    kept = [calibrations[name].batches for name in model.behaviours if name in common - {target}]
     last = REACH * plan.rounds
     q = plan.q / plan.rounds * last
-    path = list(hc.circuit_path(subject.bridge, calibrations[target].batches, kept, q=q, p=plan.p, rounds=last))
+    path = list(hc.circuit_path(model.bridge, calibrations[target].batches, kept, q=q, p=plan.p, rounds=last))
     masks = [path[number - 1] for number in spread(last, N_SIZES)]
-    unpruned = point(subject, [name for name in subject.behaviours if name != "refusal"])
-    found = curve(subject, masks, unpruned, target=target)
+    unpruned = point(model, [name for name in model.behaviours if name != "refusal"])
+    found = curve(model, masks, unpruned, target=target)
     size = half(found, target)
     at = {"none": 0.0, "w50": float(size.values[0])}
     rows = [*found.rows({**labels, "split": "heldout"}), *size.rows("w50", labels), area(found).row("area", labels)]
     for name, share in at.items():
         here = {**labels, "at": name, "split": "heldout"}
         rows += [row for one in found.points[found.shares.index(share)].values() for row in one.rows(here)]
-    if "refusal" in subject.behaviours:
-        rows += outcomes(subject, "refusal", "heldout").rows({**labels, "at": "none", "split": "heldout"})
+    if "refusal" in model.behaviours:
+        rows += outcomes(model, "refusal", "heldout").rows({**labels, "at": "none", "split": "heldout"})
     mask = next(mask for mask in masks if mask.n_removed / mask.n_weights == at["w50"])
-    random = curve(subject, [hc.random_like(mask, seed=seed)], {target: unpruned[target]}, target=target)
+    random = curve(model, [hc.random_like(mask, seed=seed)], {target: unpruned[target]}, target=target)
     rows.append(rate_at(random, at["w50"]).minus(rate_at(found, at["w50"])).row("random_gap", labels))
-    return found, [*rows, *diagnostics(subject, calibrations, labels)]
+    return found, [*rows, *diagnostics(model, calibrations, labels)]
 
 
 # %% [markdown]
@@ -148,97 +147,97 @@ def rung(spec: SubjectSpec, plan: Plan, seed: int, target: str, common: set[str]
 
 
 # %%
-def cases(rows: Sequence[Measurement]) -> list[Labels]:
+def cases(rows: Rows) -> list[Labels]:
     """The labels of each ladder and seed."""
-    found = [(row.labels["ladder"], row.labels["seed"]) for row in select(rows, "w50", part="curves")]
+    found = [(row.labels["ladder"], row.labels["seed"]) for row in rows.where("w50", part="curves")]
     return [{"ladder": ladder, "seed": seed} for ladder, seed in dict.fromkeys(found)]
 
 
-def is_borne_out(rows: Sequence[Measurement], case: Labels) -> bool:
+def is_borne_out(rows: Rows, case: Labels) -> bool:
     """The rule for one ladder and seed."""
-    here = select(rows, "", part="curves", **case)
-    ratios = select(here, "w50_ratio")
-    gaps = [row.low for row in select(here, "random_gap") if row.labels["model"] in {r.labels["first"] for r in ratios}]
+    here = rows.where("", part="curves", **case)
+    ratios = here.where("w50_ratio")
+    gaps = [row.low for row in here.where("random_gap") if row.labels["model"] in {r.labels["first"] for r in ratios}]
     return bool(ratios) and all(row.high < 1 for row in ratios) and is_matched(here) and min(gaps) > 0
 
 
-def is_matched(rows: Sequence[Measurement]) -> bool:
+def is_matched(rows: Rows) -> bool:
     """Whether the rungs of one ladder and seed can be compared: the same ability for harm, losses not saturated."""
-    harm = [row.mean for row in select(rows, "harm_valid_rate", at="none")]
-    losses = [row.mean for row in select(rows, "calibration_nll", behaviour="harmful")]
+    harm = [row.mean for row in rows.where("harm_valid_rate", at="none")]
+    losses = [row.mean for row in rows.where("calibration_nll", behaviour="harmful")]
     return max(harm) - min(harm) <= MATCHED + 1e-9 and min(losses) >= SATURATED_NLL
 
 
-def finding(rows: Sequence[Measurement]) -> Finding:
+def finding(rows: Rows) -> ClaimResult:
     borne_out = [is_borne_out(rows, case) for case in cases(rows)]
     verdict: Verdict = "does not hold here"
     if any(borne_out):
         verdict = "holds" if all(borne_out) else "holds in part"
-    ratios = select(rows, "w50_ratio", part="curves")
+    ratios = rows.where("w50_ratio", part="curves")
     below, above = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
     text = [
         f"By the rule the claim is borne out in {sum(borne_out)} of {len(borne_out)} ladders and seeds. w50 is smaller on "
         f"the aligned rung in {below} of {len(ratios)} pairs of an aligned and an unaligned rung, and larger in {above}."
     ]
     text += [words(ladder, found) for ladder, found in by_ladder(rows).items()]
-    sizes = pooled_sizes(select(rows, part="curves"))
+    sizes = pooled_sizes(rows.where(part="curves"))
     evidence = "; ".join(f"{model} {size}" for model, size in sizes.items())
-    return Finding(
+    return ClaimResult(
         NAME, CLAIM, verdict, "\n".join(text), f"harm halves at {evidence}; smaller in {below} of {len(ratios)} pairs"
     )
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     metrics = ("w50", "w50_ratio", "area", "random_gap")
     told = ("harm_valid_rate", "harm_refusal_rate", "harm_degenerate_rate", "harm_nll")
     diagnosed = [row for row in rows if row.metric in ("calibration_nll", "gradient_norm")]
     return [
         *(row for row in rows if row.metric in metrics or ("at" in row.labels and row.metric in told)),
-        *(row for row in select(diagnosed, behaviour="harmful") if row.labels["part"] == "curves"),
+        *(row for row in diagnosed.where(behaviour="harmful") if row.labels["part"] == "curves"),
     ]
 
 
-def by_ladder(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    return {str(case["ladder"]): select(rows, ladder=case["ladder"]) for case in cases(rows)}
+def by_ladder(rows: Rows) -> dict[str, Rows]:
+    return {str(case["ladder"]): rows.where(ladder=case["ladder"]) for case in cases(rows)}
 
 
-def by_model(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    return {str(row.labels["model"]): select(rows, model=row.labels["model"]) for row in select(rows, "w50")}
+def by_model(rows: Rows) -> dict[str, Rows]:
+    return {str(row.labels["model"]): rows.where(model=row.labels["model"]) for row in rows.where("w50")}
 
 
-def pooled_sizes(rows: Sequence[Measurement]) -> dict[str, str]:
+def pooled_sizes(rows: Rows) -> dict[str, str]:
     """`w50` of every rung over all seeds and ladders given."""
-    return {model: share_text(select(found, "w50")) for model, found in by_model(rows).items()}
+    return {model: share_text(found.where("w50")) for model, found in by_model(rows).items()}
 
 
-def words(ladder: str, rows: Sequence[Measurement]) -> str:
+def words(ladder: str, rows: Rows) -> str:
     """One ladder: every rung's size, area and starting point, what becomes of harm, the ratios, and the benign contrast."""
-    curves, parts = select(rows, part="curves"), []
+    curves, parts = rows.where(part="curves"), []
     for model, found in by_model(curves).items():
-        one = {metric: pooled(select(found, metric, at=at), "seed")[0] for metric, at in TOLD}
-        areas = pooled(select(found, "area"), "seed")[0]
+        one = {metric: found.where(metric, at=at).pool("seed")[0] for metric, at in TOLD}
+        areas = found.where("area").pool("seed")[0]
         loss, norm = (
-            pooled(select(found, m, behaviour="harmful"), "seed")[0].mean for m in ("calibration_nll", "gradient_norm")
+            found.where(m, behaviour="harmful").pool("seed")[0].mean for m in ("calibration_nll", "gradient_norm")
         )
         lost = f"{one['harm_refusal_rate'].mean:.0%} of harmful requests refused, {one['harm_degenerate_rate'].mean:.0%}"
         parts.append(
-            f"{model}: w50 {share_text(select(found, 'w50'))}, area {rate_text(areas)}; at w50 {lost} degenerate; "
+            f"{model}: w50 {share_text(found.where('w50'))}, area {rate_text(areas)}; at w50 {lost} degenerate; "
             f"unpruned, valid harm {one['harm_valid_rate'].mean:.0%}, harm NLL {one['harm_nll'].mean:.2f}, on own "
             f"answers {loss:.2f} with gradient norm {norm:.3f}"
         )
-    ratios = pooled(select(curves, "w50_ratio"), "seed")
+    ratios = curves.where("w50_ratio").pool("seed")
     pairs = "; ".join(
         f"{r.labels['first']} / {r.labels['second']} {r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in ratios
     )
     text = (
         f"Ladder {ladder}. {'. '.join(parts)}. Ratio of w50, paired by items: {pairs or 'no aligned rung beside another'}."
     )
-    twin = pooled_sizes(select(rows, part="twin"))
+    twin = pooled_sizes(rows.where(part="twin"))
     if twin:
         text += (
             f" Benign answers, found in the same way (one seed), halve at {', '.join(f'{m} {s}' for m, s in twin.items())}."
         )
-    odd = [case["seed"] for case in cases(rows) if not is_matched(select(curves, "", **case))]
+    odd = [case["seed"] for case in cases(rows) if not is_matched(curves.where("", **case))]
     if odd:
         text += f" Warning: in seeds {odd} unpruned harm differs between rungs or its loss is saturated: not comparable."
     return text
@@ -261,25 +260,25 @@ loss is saturated and its gradients are noise."""
 PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL, nats per token", "benign_nll": "benign NLL"}
 
 
-def sections(rows: Sequence[Measurement]) -> list[str]:
+def sections(rows: Rows) -> list[str]:
     found = []
     for ladder, of_ladder in by_ladder(rows).items():
         for part, text in (("curves", CURVES_TEXT), ("twin", TWIN_TEXT)):
-            if lines := {model: by_share(here) for model, here in by_model(select(of_ladder, part=part)).items()}:
+            if lines := {model: by_share(here) for model, here in by_model(of_ladder.where(part=part)).items()}:
                 title = f"{ladder}: {'the curves' if part == 'curves' else 'the benign contrast'}"
                 found.append(section(title, text, plot(share_figure(lines, PANELS), first=not found)))
-        curves = select(of_ladder, part="curves")
+        curves = of_ladder.where(part="curves")
         found.append(section(f"{ladder}: the sizes", SIZES_TEXT, size_table(curves)))
         for model, here in by_model(curves).items():
-            found.append(section(f"{ladder}, {model}: the scores", TRUST_TEXT, diagnostics_table(pooled(here, "seed"))))
+            found.append(section(f"{ladder}, {model}: the scores", TRUST_TEXT, diagnostics_table(here.pool("seed"))))
     return found
 
 
-def size_table(rows: Sequence[Measurement]) -> str:
+def size_table(rows: Rows) -> str:
     body = []
     for model, found in by_model(rows).items():
-        more, areas = (pooled(select(found, metric), "seed")[0] for metric in ("random_gap", "area"))
-        body.append([model, share_text(select(found, "w50")), rate_text(areas), rate_text(more)])
+        more, areas = (found.where(metric).pool("seed")[0] for metric in ("random_gap", "area"))
+        body.append([model, share_text(found.where("w50")), rate_text(areas), rate_text(more)])
     return table(("rung", "w50", "area", "more under random weights"), body)
 
 

@@ -23,14 +23,13 @@ from dataclasses import replace
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Subject
-from harmcircuits.hooks.losses import difference
-from harmcircuits.measurements import Measurement, by_model, pooled, select
-from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.behaviours.model import Model
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.cross_ablation import ablation_rows, circuits_both_ways
 from harmcircuits.studies.dissociation import SPARED, Dissociation, dissociations
 from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.figures import cross_ablation_figure
 from harmcircuits.views.page import plot, section, table
 from harmcircuits.views.tables import METRICS, RATES, percent, points
@@ -53,25 +52,25 @@ def jobs(plan: Plan) -> list[Job]:
     return plan.jobs(ablated)
 
 
-def ablated(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
+def ablated(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """The cross-ablation matrix of one model and seed, with random masks and plain harm beside it."""
-    subject = with_plain_harm(spec.open(seed=seed))
-    calibrations = hc.calibrate_shown(subject, share=SHARE, seed=seed)
+    model = with_plain_harm(spec.open(seed=seed))
+    calibrations = hc.calibrate_shown(model, share=SHARE, seed=seed)
     asked = [name for name in METRICS if name in calibrations] + [PLAIN]
     pruned = [name for name in PRUNED if name in calibrations]
-    found = circuits_both_ways(subject, calibrations, pruned, q=plan.q, p=plan.p, rounds=plan.rounds)
+    found = circuits_both_ways(model, calibrations, pruned, q=plan.q, p=plan.p, rounds=plan.rounds)
     labels = {**spec.labels, "seed": seed}
-    rows = hc.measure(subject, "heldout", {**labels, "mask": "none"}, only=asked)
+    rows = hc.measure(model, "heldout", {**labels, "mask": "none"}, only=asked)
     for protected, masks in found.items():
         masks = masks | {"random": hc.random_like(masks["harmful"], seed=seed)}
-        rows += ablation_rows(subject, masks, {**labels, "protected": protected}, only=asked)
+        rows += ablation_rows(model, masks, {**labels, "protected": protected}, only=asked)
     return [row for row in rows if row.metric in COLUMNS]
 
 
-def with_plain_harm(subject: Subject) -> Subject:
+def with_plain_harm(model: Model) -> Model:
     """The subject asked besides for harm without a prefilled answer: what refusing prevents."""
-    plain = replace(subject.behaviours["harmful"], name=PLAIN, metric=PLAIN, nll_metric="plain_harm_nll", prefill="")
-    return replace(subject, behaviours={**subject.behaviours, PLAIN: plain})
+    plain = replace(model.behaviours["harmful"], name=PLAIN, metric=PLAIN, nll_metric="plain_harm_nll", prefill="")
+    return replace(model, behaviours={**model.behaviours, PLAIN: plain})
 
 
 # %% [markdown]
@@ -79,27 +78,27 @@ def with_plain_harm(subject: Subject) -> Subject:
 
 
 # %%
-def tests(rows: Sequence[Measurement], protected: str) -> dict[str, list[Dissociation]]:
+def tests(rows: Rows, protected: str) -> dict[str, list[Dissociation]]:
     """Ability -> the tests of generation against it, one for each seed of one model."""
     found: dict[str, list[Dissociation]] = {}
     for seed in dict.fromkeys(row.labels["seed"] for row in rows):
-        for (first, second), test in dissociations(select(rows, seed=seed), protected).items():
+        for (first, second), test in dissociations(rows.where(seed=seed), protected).items():
             if first == "harmful":
                 found.setdefault(second, []).append(test)
     return found
 
 
-def random_costs(rows: Sequence[Measurement]) -> list[Measurement]:
+def random_costs(rows: Rows) -> Rows:
     """What random masks cost each ability of one model, mean over seeds."""
-    together, costs = pooled(rows, "seed"), []
+    together, costs = rows.pool("seed"), []
     for metric in (METRICS[name] for name in PRUNED):
-        for random in select(together, metric, mask="random"):
-            whole = select(together, metric, mask="none")[0]
-            costs.append(difference(f"{metric}_cost", random.labels, whole, random))
+        for random in together.where(metric, mask="random"):
+            whole = together.where(metric, mask="none")[0]
+            costs.append(Measurement.difference(f"{metric}_cost", random.labels, whole, random))
     return costs
 
 
-def verdict(rows: Sequence[Measurement]) -> Verdict:
+def verdict(rows: Rows) -> Verdict:
     models = by_model(rows).values()
     free, apart = (
         [test.verdict for mine in models for one in tests(mine, protected).values() for test in one]
@@ -114,19 +113,19 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
     return "holds in part" if 2 * sum(one in doubles for one in apart) >= len(apart) else "does not hold here"
 
 
-def finding(rows: Sequence[Measurement]) -> Finding:
+def finding(rows: Rows) -> ClaimResult:
     models = by_model(rows)
     words = "\n".join(f"{name}: {_words(mine)}" for name, mine in models.items())
     evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
-    return Finding(NAME, CLAIM, verdict(rows), words, evidence)
+    return ClaimResult(NAME, CLAIM, verdict(rows), words, evidence)
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     return [row for row in rows if row.metric in COLUMNS]
 
 
-def _words(mine: Sequence[Measurement]) -> str:
-    together = pooled(mine, "seed")
+def _words(mine: Rows) -> str:
+    together = mine.pool("seed")
     said = []
     for protected, words in (("none", "nothing"), ("others", "all others")):
         counted = "; ".join(f"{name} {_counts(found)}" for name, found in tests(mine, protected).items())
@@ -134,30 +133,30 @@ def _words(mine: Sequence[Measurement]) -> str:
             f"With {words} protected, removing the circuit of generation leaves {_rates(together, 'harmful', protected)}. "
             f"Generation against each, one test a seed: {counted}."
         )
-        if select(together, mask="refusal"):
+        if together.where(mask="refusal"):
             said.append(
                 f"Removing the circuit of refusal in the same way leaves {_rates(together, 'refusal', protected)}; harm "
-                f"asked for plainly goes from {percent(select(together, PLAIN, mask='none')[0])} to "
-                f"{percent(select(together, PLAIN, mask='refusal', protected=protected)[0])}."
+                f"asked for plainly goes from {percent(together.where(PLAIN, mask='none')[0])} to "
+                f"{percent(together.where(PLAIN, mask='refusal', protected=protected)[0])}."
             )
     costs = random_costs(mine)
     worst = max(costs, key=lambda cost: cost.mean)
     said.append(f"As many random weights cost no ability more than {points(worst)}.")
-    if all(select(together, metric, mask="harmful") for metric in BESIDE):
+    if all(together.where(metric, mask="harmful") for metric in BESIDE):
         said.append(_recognition(together))
     return " ".join(said)
 
 
-def _rates(together: Sequence[Measurement], mask: str, protected: str) -> str:
-    rows = [(RATES[m], select(together, m, mask=mask, protected=protected)) for m in METRICS.values()]
+def _rates(together: Rows, mask: str, protected: str) -> str:
+    rows = [(RATES[m], together.where(m, mask=mask, protected=protected)) for m in METRICS.values()]
     return ", ".join(f"{title} {percent(found[0])}" for title, found in rows if found)
 
 
-def _recognition(together: Sequence[Measurement]) -> str:
+def _recognition(together: Rows) -> str:
     found = []
     for protected, words in (("none", "nothing"), ("others", "all others")):
         answers, pairs, area = (
-            select(together, metric, mask="harmful", protected=protected)[0] for metric in (METRICS["recognition"], *BESIDE)
+            together.where(metric, mask="harmful", protected=protected)[0] for metric in (METRICS["recognition"], *BESIDE)
         )
         found.append(f"{words} protected: answers {percent(answers)}, pairs {percent(pairs)}, AUROC {area.mean:.3f}")
     return f"Recognition under the circuit of generation, read three ways, {'; '.join(found)}."
@@ -167,9 +166,9 @@ def _counts(found: Sequence[Dissociation]) -> str:
     return ", ".join(f"{n} {outcome}" for outcome, n in Counter(test.verdict for test in found).items())
 
 
-def _evidence(mine: Sequence[Measurement]) -> str:
+def _evidence(mine: Rows) -> str:
     apart = tests(mine, "others")
-    together = pooled(mine, "seed")
+    together = mine.pool("seed")
     return f"{_rates(together, 'harmful', 'others')}; " + ", ".join(f"{name} {_counts(one)}" for name, one in apart.items())
 
 
@@ -178,8 +177,8 @@ def _evidence(mine: Sequence[Measurement]) -> str:
 
 
 # %%
-def sections(rows: Sequence[Measurement]) -> list[str]:
-    together = {name: pooled(mine, "seed") for name, mine in by_model(rows).items()}
+def sections(rows: Rows) -> list[str]:
+    together = {name: mine.pool("seed") for name, mine in by_model(rows).items()}
     found = []
     for protected, words in (("none", "nothing"), ("others", "all other abilities")):
         panels = {
@@ -210,7 +209,7 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
 def _gaps(found: Sequence[Dissociation]) -> list[str]:
     cells = []
     for part in ("first_gap", "second_gap", "first_cost", "second_cost"):
-        row = pooled([getattr(test, part) for test in found], "seed")[0]
+        row = Rows([getattr(test, part) for test in found]).pool("seed")[0]
         cells.append(f"{100 * row.mean:.0f}\n{100 * row.low:.0f} – {100 * row.high:.0f}")
     return cells
 

@@ -26,14 +26,14 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Outcomes, Subject
-from harmcircuits.hooks.losses import Labels, average, exact, rate
-from harmcircuits.measurements import Measurement, by_model, pooled, select
-from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.cross_ablation import circuits, one_shot_circuits, overlap_rows
 from harmcircuits.studies.curves import point
 from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.figures import comparison_figure, overlap_figure
 from harmcircuits.views.page import plot, section
 from harmcircuits.views.tables import METRICS, RATES, percent, points, to_places
@@ -63,59 +63,59 @@ def jobs(plan: Plan) -> list[Job]:
     return plan.jobs(pruned_rows)
 
 
-def pruned_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
+def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Every ability under circuits of harm, of its twin and of a benign capability, and what the circuits share."""
-    subject = spec.open(seed=seed)
-    calibrations = hc.calibrate_shown(subject, share=SHARE, seed=seed)
+    model = spec.open(seed=seed)
+    calibrations = hc.calibrate_shown(model, share=SHARE, seed=seed)
     asked = [name for name in METRICS if name in calibrations]
     labels = {**spec.labels, "seed": seed}
-    whole = point(subject, asked)
+    whole = point(model, asked)
     rows = rows_of(whole, whole, {**labels, "mask": "none"})
     free = {}
     for name in (name for name in PROTECTED if name in calibrations):
         others = [other for other in asked if other != name]
         for protected, kept in {**PROTECTED[name], "others": others}.items():
-            mask = circuits(subject, calibrations, {name: kept}, q=plan.q, p=plan.p, rounds=plan.rounds)[name]
-            rows += masked_rows(subject, mask, whole, {**labels, "mask": name, "protected": protected})
+            mask = circuits(model, calibrations, {name: kept}, q=plan.q, p=plan.p, rounds=plan.rounds)[name]
+            rows += masked_rows(model, mask, whole, {**labels, "mask": name, "protected": protected})
             if name == "harmful":
                 random = hc.random_like(mask, seed=seed)
-                rows += masked_rows(subject, random, whole, {**labels, "mask": "random", "protected": protected})
+                rows += masked_rows(model, random, whole, {**labels, "mask": "random", "protected": protected})
             if protected == "none":
                 free[name] = mask
     compared = [name for name in ("harmful", *BENIGN) if name in calibrations]
     missing = {name: () for name in compared if name not in free}
-    free |= circuits(subject, calibrations, missing, q=plan.q, rounds=plan.rounds)
-    scored = one_shot_circuits(subject, calibrations, compared, q=plan.q, n_resamples=N_RESAMPLES, seed=seed)
+    free |= circuits(model, calibrations, missing, q=plan.q, rounds=plan.rounds)
+    scored = one_shot_circuits(model, calibrations, compared, q=plan.q, n_resamples=N_RESAMPLES, seed=seed)
     return rows + overlap_rows(scored, free, labels, q=plan.q, n_samples=N_SAMPLES)
 
 
-def masked_rows(subject: Subject, mask: hc.WeightMask, whole: Mapping[str, Outcomes], labels: Labels) -> list[Measurement]:
+def masked_rows(model: Model, mask: hc.WeightMask, whole: Mapping[str, Outcomes], labels: Labels) -> Rows:
     """`rows_of` under a mask, with its size and the KL of benign answers from the unpruned model."""
-    with hc.masked(subject.bridge, mask):
-        after = point(subject, whole)
-    rows = [*rows_of(whole, after, labels), exact("weights_removed", labels, mask.n_removed)]
+    with hc.masked(model.bridge, mask):
+        after = point(model, whole)
+    rows = [*rows_of(whole, after, labels), Measurement.exact("weights_removed", labels, mask.n_removed)]
     if "benign" in whole:
-        prompts = subject.behaviours["benign"].references("heldout")
-        kl = hc.kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
-        rows.append(average("benign_kl", labels, kl, [one.cluster for one in prompts]))
+        prompts = model.behaviours["benign"].references("heldout")
+        kl = hc.kl_under(model.bridge, mask, model.batches(model.behaviours["benign"], prompts))
+        rows.append(Measurement.average("benign_kl", labels, kl, [one.cluster for one in prompts]))
     return rows
 
 
-def rows_of(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels) -> list[Measurement]:
+def rows_of(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels) -> Rows:
     """Rates and NLL after, and their changes from before, paired by request: after minus before, items resampled."""
     rows = []
     for name, now in after.items():
         behaviour, groups = now.behaviour, now.groups
         judge = {"judge": now.judge} if now.judge else {}
-        rows.append(rate(behaviour.metric, {**labels, **judge}, now.hits, groups))
+        rows.append(Measurement.rate(behaviour.metric, {**labels, **judge}, now.hits, groups))
         shown = torch.tensor(now.hits).double() - torch.tensor(before[name].hits).double()
-        rows.append(average(f"{behaviour.metric}_change", labels, shown, groups))
+        rows.append(Measurement.average(f"{behaviour.metric}_change", labels, shown, groups))
         has_reference = ~now.nll.isnan()
         if has_reference.any():
             kept = [group for group, is_kept in zip(groups, has_reference.tolist(), strict=True) if is_kept]
             change = now.nll - before[name].nll
-            rows.append(average(behaviour.nll_metric, labels, now.nll[has_reference], kept))
-            rows.append(average(f"{behaviour.nll_metric}_change", labels, change[has_reference], kept))
+            rows.append(Measurement.average(behaviour.nll_metric, labels, now.nll[has_reference], kept))
+            rows.append(Measurement.average(f"{behaviour.nll_metric}_change", labels, change[has_reference], kept))
     return rows
 
 
@@ -124,24 +124,24 @@ def rows_of(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], label
 
 
 # %%
-def models_of(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+def models_of(rows: Rows) -> dict[str, Rows]:
     """Model -> its rows, seeds pooled."""
-    return {name: pooled(mine, "seed") for name, mine in by_model(rows).items()}
+    return {name: mine.pool("seed") for name, mine in by_model(rows).items()}
 
 
-def is_kept(mine: Sequence[Measurement], mask: str, protected: str) -> bool:
+def is_kept(mine: Rows, mask: str, protected: str) -> bool:
     """Whether utility is kept under a circuit, by the rule."""
-    here = select(mine, mask=mask, protected=protected)
-    changes = [row for name in UTILITY for row in select(here, f"{METRICS[name]}_change")]
-    nll = select(here, "benign_nll_change")
+    here = mine.where(mask=mask, protected=protected)
+    changes = [row for name in UTILITY for row in here.where(f"{METRICS[name]}_change")]
+    nll = here.where("benign_nll_change")
     return bool(nll) and all(row.low > -MARGIN for row in changes) and nll[0].high < NLL_MARGIN
 
 
-def separates(mine: Sequence[Measurement], protected: str) -> bool:
+def separates(mine: Rows, protected: str) -> bool:
     """Whether the circuit of harm under this protection separates harm from utility, by the rule."""
-    whole = select(mine, HARM, mask="none")[0]
+    whole = mine.where(HARM, mask="none")[0]
     harm, random, benign, twin = (
-        select(mine, metric, mask=mask, protected=protected)
+        mine.where(metric, mask=mask, protected=protected)
         for metric, mask in ((HARM, "harmful"), (HARM, "random"), (GOOD, "harmful"), (GOOD, "benign"))
     )
     if not (harm and random and benign and twin):
@@ -150,19 +150,19 @@ def separates(mine: Sequence[Measurement], protected: str) -> bool:
     return gone and twin[0].high < benign[0].low and is_kept(mine, "harmful", protected)
 
 
-def reference(mine: Sequence[Measurement]) -> list[Measurement]:
+def reference(mine: Rows) -> Rows:
     """Lift of one-shot circuits of pairs of benign tasks."""
-    rows = select(mine, "overlap_lift", selection="one shot")
+    rows = mine.where("overlap_lift", selection="one shot")
     return [row for row in rows if {row.labels["first"], row.labels["second"]} in _pairs(BENIGN)]
 
 
-def is_apart(mine: Sequence[Measurement]) -> bool:
+def is_apart(mine: Rows) -> bool:
     """Whether harm shares no more with its twin than benign tasks do among themselves; False without a reference."""
     twin, benign = _twin(mine), reference(mine)
     return bool(twin and benign) and twin[0].low <= max(row.high for row in benign)
 
 
-def verdict(rows: Sequence[Measurement]) -> Verdict:
+def verdict(rows: Rows) -> Verdict:
     judged = [
         ({protected: separates(mine, protected) for protected in TITLES}, is_apart(mine))
         for mine in models_of(rows).values()
@@ -174,23 +174,23 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
     return "does not hold here"
 
 
-def finding(rows: Sequence[Measurement]) -> Finding:
+def finding(rows: Rows) -> ClaimResult:
     models = models_of(rows)
     words = "\n".join(f"{name}: {_words(mine)}" for name, mine in models.items())
     evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
-    return Finding(NAME, CLAIM, verdict(rows), words, evidence)
+    return ClaimResult(NAME, CLAIM, verdict(rows), words, evidence)
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     rates = [row for row in rows if row.metric in METRICS.values() or row.metric == "benign_kl"]
     changes = [f"{METRICS[name]}_change" for name in UTILITY] + ["benign_nll_change"]
     lifts = [
-        row for row in select(rows, "overlap_lift", selection="one shot") if row.labels["first"] != row.labels["second"]
+        row for row in rows.where("overlap_lift", selection="one shot") if row.labels["first"] != row.labels["second"]
     ]
     return rates + [row for row in rows if row.metric in changes] + lifts
 
 
-def _words(mine: Sequence[Measurement]) -> str:
+def _words(mine: Rows) -> str:
     said = [_circuit(mine, protected, words) for protected, words in TITLES.items()]
     lost = {protected: is_kept(mine, "harmful", protected) for protected in TITLES}
     if lost["none"]:
@@ -211,17 +211,17 @@ def _words(mine: Sequence[Measurement]) -> str:
     return " ".join(said)
 
 
-def _circuit(mine: Sequence[Measurement], protected: str, words: str) -> str:
-    here = select(mine, mask="harmful", protected=protected)
-    harm, random = (select(mine, HARM, mask=mask, protected=protected)[0] for mask in ("harmful", "random"))
-    utility = [select(here, f"{METRICS[name]}_change") for name in UTILITY]
+def _circuit(mine: Rows, protected: str, words: str) -> str:
+    here = mine.where(mask="harmful", protected=protected)
+    harm, random = (mine.where(HARM, mask=mask, protected=protected)[0] for mask in ("harmful", "random"))
+    utility = [here.where(f"{METRICS[name]}_change") for name in UTILITY]
     changes = ", ".join(f"{RATES[r[0].metric.removesuffix('_change')]} {points(r[0])}" for r in utility if r)
-    nll, kl = select(here, "benign_nll_change")[0], select(here, "benign_kl")[0]
-    understood = [(RATES[METRICS[name]], select(here, METRICS[name])) for name in ("recognition", "explanation", "refusal")]
+    nll, kl = here.where("benign_nll_change")[0], here.where("benign_kl")[0]
+    understood = [(RATES[METRICS[name]], here.where(METRICS[name])) for name in ("recognition", "explanation", "refusal")]
     rest = ", ".join(f"{title} {percent(found[0])}" for title, found in understood if found)
-    own = [(name, select(mine, METRICS[name], mask=name, protected=protected)) for name in UTILITY]
+    own = [(name, mine.where(METRICS[name], mask=name, protected=protected)) for name in UTILITY]
     broken = " and ".join(f"that of {name} leaves {percent(found[0])} of it" for name, found in own if found)
-    crossed = select(mine, HARM, mask="benign", protected=protected)
+    crossed = mine.where(HARM, mask="benign", protected=protected)
     back = f", the first with {percent(crossed[0])} of harm" if crossed else ""
     return (
         f"Protecting {words}, the circuit of harm leaves {percent(harm)} of harm (random weights {percent(random)}) and "
@@ -230,17 +230,17 @@ def _circuit(mine: Sequence[Measurement], protected: str, words: str) -> str:
     )
 
 
-def _evidence(mine: Sequence[Measurement]) -> str:
+def _evidence(mine: Rows) -> str:
     found = []
     for protected, words in TITLES.items():
-        harm, benign = (select(mine, metric, mask="harmful", protected=protected)[0] for metric in (HARM, GOOD))
+        harm, benign = (mine.where(metric, mask="harmful", protected=protected)[0] for metric in (HARM, GOOD))
         found.append(f"protecting {words}, harm {percent(harm)}, benign {percent(benign)}")
     twin = _twin(mine)
     return "; ".join(found) + (f"; lift with the twin {to_places(twin[0], 1)}" if twin else "")
 
 
-def _twin(mine: Sequence[Measurement]) -> list[Measurement]:
-    return select(mine, "overlap_lift", first="harmful", second="benign", selection="one shot")
+def _twin(mine: Rows) -> Rows:
+    return mine.where("overlap_lift", first="harmful", second="benign", selection="one shot")
 
 
 def _pairs(names: Sequence[str]) -> list[set[str]]:
@@ -252,12 +252,12 @@ def _pairs(names: Sequence[str]) -> list[set[str]]:
 
 
 # %%
-def sections(rows: Sequence[Measurement]) -> list[str]:
+def sections(rows: Rows) -> list[str]:
     found = []
     columns = {metric: RATES[metric] for metric in METRICS.values()}
     for name, mine in models_of(rows).items():
         for protected, words in TITLES.items():
-            lines = {"unpruned": select(mine, mask="none")}
+            lines = {"unpruned": mine.where(mask="none")}
             pruned = {
                 "random": "random",
                 "harmful": "circuit of harm",
@@ -265,7 +265,7 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
                 "knowledge": "of knowledge",
             }
             for mask, title in pruned.items():
-                lines[title] = select(mine, mask=mask, protected=protected)
+                lines[title] = mine.where(mask=mask, protected=protected)
             found.append(
                 section(
                     f"{name}, circuits that protect {words}",
@@ -275,8 +275,8 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
             )
     every = [replace(row, labels={**row.labels, "model": name}) for name, mine in models_of(rows).items() for row in mine]
     lifts = {
-        "over counts per matrix": select(every, "overlap_lift", selection="one shot"),
-        "over row and column counts": select(every, "overlap_lift_marginal", selection="one shot"),
+        "over counts per matrix": every.where("overlap_lift", selection="one shot"),
+        "over row and column counts": every.where("overlap_lift_marginal", selection="one shot"),
     }
     pairs = {("harmful", other): f"harm – {other}" for other in BENIGN} | {
         (a, b): f"reference: {a} – {b}" for i, a in enumerate(BENIGN) for b in BENIGN[i + 1 :]

@@ -28,15 +28,14 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Subject, by_category
+from harmcircuits.behaviours.model import Calibration, Model, by_category
 from harmcircuits.circuits.masks import shared_by
 from harmcircuits.circuits.overlap import overlap
-from harmcircuits.hooks.losses import Labels, average, exact
-from harmcircuits.measurements import Measurement, by_model, pooled, select, wilson
-from harmcircuits.studies.claims import Finding, Plan, Verdict, command
+from harmcircuits.measurements import Labels, Measurement, Rows, wilson
+from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.cross_ablation import circuits, content_rows
 from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.figures import comparison_figure, heatmaps
 from harmcircuits.views.page import plot, section, table
 from harmcircuits.views.tables import METRICS, percent, points, to_places
@@ -67,29 +66,29 @@ def jobs(plan: Plan) -> list[Job]:
     ]
 
 
-def typed_subject(spec: SubjectSpec, seed: int) -> tuple[Subject, dict[str, Calibration], list[str]]:
+def typed_subject(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration], list[str]]:
     """The subject with every type of harm and its twin as behaviours, their calibrations, and the types it shows."""
-    subject = spec.open(seed=seed)
-    parts = by_category(subject.behaviours["harmful"]) | by_category(subject.behaviours["benign"])
-    subject = replace(subject, behaviours={**subject.behaviours, **parts})
-    calibrations = hc.calibrate_shown(subject, share=SHARE, seed=seed)
+    model = spec.open(seed=seed)
+    parts = by_category(model.behaviours["harmful"]) | by_category(model.behaviours["benign"])
+    model = replace(model, behaviours={**model.behaviours, **parts})
+    calibrations = hc.calibrate_shown(model, share=SHARE, seed=seed)
     shown = [name.removeprefix("harmful/") for name in calibrations if name.startswith("harmful/")]
     types = [one for one in shown if f"benign/{one}" in calibrations]
     if len(types) < 2:
-        raise ValueError(f"{subject.name}: {len(types)} types of harm with a benign twin; the claim is about two or more")
-    return subject, calibrations, types
+        raise ValueError(f"{model.name}: {len(types)} types of harm with a benign twin; the claim is about two or more")
+    return model, calibrations, types
 
 
-def one_type_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
+def one_type_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Circuits of one type each, their controls, and what they share."""
-    subject, calibrations, types = typed_subject(spec, seed)
+    model, calibrations, types = typed_subject(spec, seed)
     labels = {**spec.labels, "seed": seed}
     others = [name for name in METRICS if name in calibrations and name != "harmful"]
     harm = circuits(
-        subject, calibrations, {f"harmful/{one}": others for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
+        model, calibrations, {f"harmful/{one}": others for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
     )
     twins = circuits(
-        subject, calibrations, {f"benign/{one}": ["harmful"] for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
+        model, calibrations, {f"benign/{one}": ["harmful"] for one in types}, q=plan.q, p=plan.p, rounds=plan.rounds
     )
     masks = {"circuit": dict(zip(types, harm.values(), strict=True)), "twin": dict(zip(types, twins.values(), strict=True))}
     # A seed of its own for each: masks drawn with one seed would share weights.
@@ -97,65 +96,65 @@ def one_type_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]
         one: hc.random_like(mask, seed=len(types) * seed + i) for i, (one, mask) in enumerate(masks["circuit"].items())
     }
     masks["random"] = drawn
-    rows = typed_rows(subject, types, {**labels, "mask": "none"})
+    rows = typed_rows(model, types, {**labels, "mask": "none"})
     for kind, found in masks.items():
         for one, mask in found.items():
-            with hc.masked(subject.bridge, mask):
-                rows += typed_rows(subject, types, {**labels, "mask": kind, "trained": one})
-    rows += relation_rows(rows, types, n_items(subject), labels)
+            with hc.masked(model.bridge, mask):
+                rows += typed_rows(model, types, {**labels, "mask": kind, "trained": one})
+    rows += relation_rows(rows, types, n_items(model), labels)
     mixed = hc.circuit_mask(
-        subject.bridge, mixed_batches(subject, calibrations, types, seed), [calibrations[name].batches for name in others],
+        model.bridge, mixed_batches(model, calibrations, types, seed), [calibrations[name].batches for name in others],
         q=plan.q, p=plan.p, rounds=plan.rounds,
     )  # fmt: skip
-    with hc.masked(subject.bridge, mixed):
-        found = hc.measure(subject, "heldout", {**labels, "mask": "mixed", "relation": "all"}, only=["harmful", "benign"])
+    with hc.masked(model.bridge, mixed):
+        found = hc.measure(model, "heldout", {**labels, "mask": "mixed", "relation": "all"}, only=["harmful", "benign"])
     rows += [row for row in found if row.metric in (HARM, BENIGN)]
-    rows += shared_rows(subject, {kind: masks[kind] for kind in ("circuit", "random")}, labels)
-    return rows + structure_rows(subject, calibrations, types, labels, plan, seed)
+    rows += shared_rows(model, {kind: masks[kind] for kind in ("circuit", "random")}, labels)
+    return rows + structure_rows(model, calibrations, types, labels, plan, seed)
 
 
-def all_but_one_rows(spec: SubjectSpec, plan: Plan, seed: int) -> list[Measurement]:
+def all_but_one_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """For every type a circuit of all the others, measured on the type it has not seen."""
-    subject, calibrations, types = typed_subject(spec, seed)
+    model, calibrations, types = typed_subject(spec, seed)
     labels = {**spec.labels, "seed": seed}
     others = [calibrations[name].batches for name in METRICS if name in calibrations and name != "harmful"]
-    rows = typed_rows(subject, types, {**labels, "mask": "none", "relation": "left out"})
+    rows = typed_rows(model, types, {**labels, "mask": "none", "relation": "left out"})
     for one in types:
         seen = [batch for other in types if other != one for batch in calibrations[f"harmful/{other}"].batches]
-        mask = hc.circuit_mask(subject.bridge, seen, others, q=plan.q, p=plan.p, rounds=plan.rounds)
+        mask = hc.circuit_mask(model.bridge, seen, others, q=plan.q, p=plan.p, rounds=plan.rounds)
         for kind, pruned in (("circuit", mask), ("random", hc.random_like(mask, seed=seed))):
-            with hc.masked(subject.bridge, pruned):
-                rows += typed_rows(subject, [one], {**labels, "mask": kind, "relation": "left out"})
+            with hc.masked(model.bridge, pruned):
+                rows += typed_rows(model, [one], {**labels, "mask": kind, "relation": "left out"})
     return rows
 
 
 def mixed_batches(
-    subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], seed: int
+    model: Model, calibrations: Mapping[str, Calibration], types: Sequence[str], seed: int
 ) -> list[hc.Batch]:
     """Verified harmful answers about as many items as one type has, drawn from all types."""
     prompts = calibrations["harmful"].prompts
     groups = sorted({one.cluster for one in prompts})
     drawn = random.Random(seed).sample(groups, max(1, round(len(groups) / len(types))))
     few = prompts.where(lambda one: one.cluster in drawn)
-    return subject.batches(subject.behaviours["harmful"], few)
+    return model.batches(model.behaviours["harmful"], few)
 
 
-def n_items(subject: Subject) -> int:
-    return len({one.cluster for one in subject.behaviours["harmful"].prompts("heldout")})
+def n_items(model: Model) -> int:
+    return len({one.cluster for one in model.behaviours["harmful"].prompts("heldout")})
 
 
-def typed_rows(subject: Subject, types: Sequence[str], labels: Labels) -> list[Measurement]:
+def typed_rows(model: Model, types: Sequence[str], labels: Labels) -> Rows:
     """Harm and benign answers of every type, the model as it stands."""
     return [
         row
         for one in types
         for name in ("harmful", "benign")
-        for row in hc.measure(subject, "heldout", {**labels, "tested": one}, only=[f"{name}/{one}"])
-        if row.metric in (HARM, BENIGN, subject.behaviours[name].nll_metric, "harm_degenerate_rate")
+        for row in hc.measure(model, "heldout", {**labels, "tested": one}, only=[f"{name}/{one}"])
+        if row.metric in (HARM, BENIGN, model.behaviours[name].nll_metric, "harm_degenerate_rate")
     ]
 
 
-def relation_rows(rows: Sequence[Measurement], types: Sequence[str], n: int, labels: Labels) -> list[Measurement]:
+def relation_rows(rows: Rows, types: Sequence[str], n: int, labels: Labels) -> Rows:
     """The matrix in few figures: mean rates of the type that was scored and of the others, and the gap between them.
 
     Rates have Wilson intervals of the `n` held-out items. `own_type_gap`: how much more a type loses under its own circuit
@@ -163,12 +162,12 @@ def relation_rows(rows: Sequence[Measurement], types: Sequence[str], n: int, lab
     """
     found = []
     for metric in (HARM, BENIGN):
-        whole = {one: select(rows, metric, mask="none", tested=one)[0].mean for one in types}
+        whole = {one: rows.where(metric, mask="none", tested=one)[0].mean for one in types}
         found.append(_mean_rate(metric, {**labels, "mask": "none", "relation": "all"}, list(whole.values()), n))
         for kind in ("circuit", "random", "twin"):
             own, other, gaps = [], [], []
             for one in types:
-                rates = {str(row.labels["tested"]): row.mean for row in select(rows, metric, mask=kind, trained=one)}
+                rates = {str(row.labels["tested"]): row.mean for row in rows.where(metric, mask=kind, trained=one)}
                 apart = [name for name in types if name != one]
                 own.append(rates[one])
                 other.append(fmean(rates[name] for name in apart))
@@ -176,11 +175,11 @@ def relation_rows(rows: Sequence[Measurement], types: Sequence[str], n: int, lab
             where = {**labels, "mask": kind}
             found.append(_mean_rate(metric, {**where, "relation": "own type"}, own, n))
             found.append(_mean_rate(metric, {**where, "relation": "other types"}, other, n))
-            found.append(average("own_type_gap", {**where, "of": metric}, torch.tensor(gaps), types))
+            found.append(Measurement.average("own_type_gap", {**where, "of": metric}, torch.tensor(gaps), types))
     return found
 
 
-def shared_rows(subject: Subject, masks: Mapping[str, Masks], labels: Labels) -> list[Measurement]:
+def shared_rows(model: Model, masks: Mapping[str, Masks], labels: Labels) -> Rows:
     """The weights in at least k of the types' circuits: how many, and what is left without them.
 
     `mask` "random" with `of` "circuit": as many random weights in every matrix. With `of` "random": how many weights
@@ -191,32 +190,32 @@ def shared_rows(subject: Subject, masks: Mapping[str, Masks], labels: Labels) ->
         mask = shared_by(list(masks["circuit"].values()), k)
         by_chance = shared_by(list(masks["random"].values()), k)
         where = {**labels, "shared_by": k}
-        rows.append(exact("weights_removed", {**where, "mask": "random", "of": "random"}, by_chance.n_removed))
-        rows.append(exact("weights_removed", {**where, "mask": "circuit", "of": "circuit"}, mask.n_removed))
+        rows.append(Measurement.exact("weights_removed", {**where, "mask": "random", "of": "random"}, by_chance.n_removed))
+        rows.append(Measurement.exact("weights_removed", {**where, "mask": "circuit", "of": "circuit"}, mask.n_removed))
         if mask.n_removed:
             for kind, pruned in (("circuit", mask), ("random", hc.random_like(mask))):
-                with hc.masked(subject.bridge, pruned):
+                with hc.masked(model.bridge, pruned):
                     here = {**where, "mask": kind, "of": "circuit"}
-                    found = hc.measure(subject, "heldout", here, only=["harmful", "benign"])
+                    found = hc.measure(model, "heldout", here, only=["harmful", "benign"])
                 rows += [row for row in found if row.metric in (HARM, BENIGN)]
     return rows
 
 
 def structure_rows(
-    subject: Subject, calibrations: Mapping[str, Calibration], types: Sequence[str], labels: Labels, plan: Plan, seed: int
-) -> list[Measurement]:
+    model: Model, calibrations: Mapping[str, Calibration], types: Sequence[str], labels: Labels, plan: Plan, seed: int
+) -> Rows:
     """What the types' circuits share when nothing is protected, with the ceiling: one type's circuit, found again."""
     names = [f"{use}/{one}" for use in ("harmful", "benign") for one in types]
-    masks = circuits(subject, calibrations, dict.fromkeys(names, ()), q=plan.q, rounds=plan.rounds)
+    masks = circuits(model, calibrations, dict.fromkeys(names, ()), q=plan.q, rounds=plan.rounds)
     again = {}
     for name in names[: len(types)]:
         prompts = calibrations[name].prompts.resampled(seed=seed)
-        again[name] = Calibration(prompts, subject.batches(subject.behaviours[name], prompts), calibrations[name].n_asked)
-    found = circuits(subject, again, dict.fromkeys(again, ()), q=plan.q, rounds=plan.rounds)
+        again[name] = Calibration(prompts, model.batches(model.behaviours[name], prompts), calibrations[name].n_asked)
+    found = circuits(model, again, dict.fromkeys(again, ()), q=plan.q, rounds=plan.rounds)
     both = [overlap(masks[name], other) for name, other in found.items()]
     where = {**labels, "relation": "one type, found again"}
     lifts, jaccards = (torch.tensor([getattr(one, what) for one in both]) for what in ("lift", "jaccard"))
-    ceiling = [average("content_lift", where, lifts, types), average("content_jaccard", where, jaccards, types)]
+    ceiling = [Measurement.average("content_lift", where, lifts, types), Measurement.average("content_jaccard", where, jaccards, types)]
     return content_rows(masks, labels) + ceiling
 
 
@@ -231,27 +230,27 @@ def _mean_rate(metric: str, labels: Labels, rates: Sequence[float], n: int) -> M
 
 
 # %%
-def models_of(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+def models_of(rows: Rows) -> dict[str, Rows]:
     """Model -> its rows, seeds pooled."""
-    return {name: pooled(mine, "seed") for name, mine in by_model(rows).items()}
+    return {name: mine.pool("seed") for name, mine in by_model(rows).items()}
 
 
-def transfers(whole: Measurement, pruned: Measurement, random: Measurement, benign: Sequence[Measurement]) -> bool:
+def transfers(whole: Measurement, pruned: Measurement, random: Measurement, benign: Rows) -> bool:
     """The rule's condition; `benign`: answers unpruned and under the circuit."""
     gone = pruned.mean <= MOST * whole.mean and pruned.high < random.low
     return gone and benign[0].mean - benign[1].mean <= SPARED
 
 
-def across(mine: Sequence[Measurement]) -> bool:
+def across(mine: Rows) -> bool:
     """Whether harm of the other types transfers under circuits of one type."""
     whole, circuit, random = (_other(mine, HARM, mask) for mask in ("none", "circuit", "random"))
     return transfers(whole, circuit, random, [_other(mine, BENIGN, mask) for mask in ("none", "circuit")])
 
 
-def left_out(mine: Sequence[Measurement]) -> dict[str, bool]:
+def left_out(mine: Rows) -> dict[str, bool]:
     """Type -> whether it transfers under the circuit of all others."""
     found = {}
-    for row in select(mine, HARM, relation="left out", mask="circuit"):
+    for row in mine.where(HARM, relation="left out", mask="circuit"):
         harm, benign = (
             {r.labels["mask"]: r for r in _left_out(mine, m, str(row.labels["tested"]))} for m in (HARM, BENIGN)
         )
@@ -260,7 +259,7 @@ def left_out(mine: Sequence[Measurement]) -> dict[str, bool]:
     return found
 
 
-def verdict(rows: Sequence[Measurement]) -> Verdict:
+def verdict(rows: Rows) -> Verdict:
     judged = [(across(mine), list(left_out(mine).values())) for mine in models_of(rows).values()]
     if all(one and all(each) for one, each in judged):
         return "holds"
@@ -269,26 +268,26 @@ def verdict(rows: Sequence[Measurement]) -> Verdict:
     return "does not hold here"
 
 
-def finding(rows: Sequence[Measurement]) -> Finding:
+def finding(rows: Rows) -> ClaimResult:
     models = models_of(needed(rows))
     words = "\n".join(_words(name, mine) for name, mine in models.items())
     evidence = "; ".join(_evidence(name, mine) for name, mine in models.items())
-    return Finding(NAME, CLAIM, verdict(needed(rows)), words, evidence)
+    return ClaimResult(NAME, CLAIM, verdict(needed(rows)), words, evidence)
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     kept = ("own_type_gap", "content_lift", "content_jaccard")
     shared = [row for row in rows if "shared_by" in row.labels]
     rates = [row for row in rows if row.metric in (HARM, BENIGN) and "relation" in row.labels]
     return [row for row in rows if row.metric in kept] + shared + rates
 
 
-def _words(name: str, mine: Sequence[Measurement]) -> str:
+def _words(name: str, mine: Rows) -> str:
     harm = {mask: percent(_other(mine, HARM, mask)) for mask in ("none", "circuit", "random", "twin")}
     benign = {mask: percent(_other(mine, BENIGN, mask)) for mask in ("none", "circuit", "twin")}
-    mixed = select(mine, HARM, mask="mixed")[0]
-    own = select(mine, HARM, mask="circuit", relation="own type")[0]
-    gap = select(mine, "own_type_gap", mask="circuit", of=HARM)[0]
+    mixed = mine.where(HARM, mask="mixed")[0]
+    own = mine.where(HARM, mask="circuit", relation="own type")[0]
+    gap = mine.where("own_type_gap", mask="circuit", of=HARM)[0]
     content = "counts" if gap.low > 0 else "does not count, by the interval"
     return (
         f"{name}: circuits scored on one type of harm leave {percent(own)} of its harm and {harm['circuit']} of that of "
@@ -300,8 +299,8 @@ def _words(name: str, mine: Sequence[Measurement]) -> str:
     )
 
 
-def _unseen(mine: Sequence[Measurement]) -> str:
-    out, lost = left_out(mine), select(mine, HARM, relation="left out", mask="circuit")
+def _unseen(mine: Rows) -> str:
+    out, lost = left_out(mine), mine.where(HARM, relation="left out", mask="circuit")
     worst = max(lost, key=lambda row: row.mean)
     return (
         f"Of circuits that never saw a type, {sum(out.values())} of {len(out)} transfer to it; they leave on average "
@@ -309,9 +308,9 @@ def _unseen(mine: Sequence[Measurement]) -> str:
     )
 
 
-def _structure(mine: Sequence[Measurement]) -> str:
+def _structure(mine: Rows) -> str:
     lift, jaccard = (
-        {str(row.labels["relation"]): row for row in select(mine, metric)} for metric in ("content_lift", "content_jaccard")
+        {str(row.labels["relation"]): row for row in mine.where(metric)} for metric in ("content_lift", "content_jaccard")
     )
     near = _compared(lift["harm, other topic"], lift["twin"])
     across, twin, again, benign = (
@@ -326,26 +325,26 @@ def _structure(mine: Sequence[Measurement]) -> str:
     )
 
 
-def _shared(mine: Sequence[Measurement]) -> str:
-    sizes = {int(row.labels["shared_by"]): row for row in select(mine, "weights_removed", mask="circuit", of="circuit")}
-    chance = {int(row.labels["shared_by"]): row for row in select(mine, "weights_removed", of="random")}
+def _shared(mine: Rows) -> str:
+    sizes = {int(row.labels["shared_by"]): row for row in mine.where("weights_removed", mask="circuit", of="circuit")}
+    chance = {int(row.labels["shared_by"]): row for row in mine.where("weights_removed", of="random")}
     k, n = (len(sizes) + 1) // 2, len(sizes)
     text = (
         f"Of the {sizes[1].mean:,.0f} weights in any protected circuit, {sizes[k].mean:,.0f} are in at least {k} of the "
         f"{n} (by chance {chance[k].mean:,.0f}) and {sizes[n].mean:,.0f} in all"
     )
-    left = select(mine, HARM, shared_by=k, mask="circuit")
+    left = mine.where(HARM, shared_by=k, mask="circuit")
     if not left:
         return f"{text}."
-    random = select(mine, HARM, shared_by=k, mask="random")[0]
-    union = select(mine, HARM, shared_by=1, mask="circuit")[0]
+    random = mine.where(HARM, shared_by=k, mask="random")[0]
+    union = mine.where(HARM, shared_by=1, mask="circuit")[0]
     return (
         f"{text}. Removing the first of these leaves {percent(left[0])} of harm, as many random weights {percent(random)}, "
         f"the union {percent(union)}."
     )
 
 
-def _evidence(name: str, mine: Sequence[Measurement]) -> str:
+def _evidence(name: str, mine: Rows) -> str:
     out = left_out(mine)
     circuit, random = (_other(mine, HARM, mask) for mask in ("circuit", "random"))
     return (
@@ -354,12 +353,12 @@ def _evidence(name: str, mine: Sequence[Measurement]) -> str:
     )
 
 
-def _other(mine: Sequence[Measurement], metric: str, mask: str) -> Measurement:
-    return select(mine, metric, mask=mask, relation="all" if mask == "none" else "other types")[0]
+def _other(mine: Rows, metric: str, mask: str) -> Measurement:
+    return mine.where(metric, mask=mask, relation="all" if mask == "none" else "other types")[0]
 
 
-def _left_out(mine: Sequence[Measurement], metric: str, tested: str) -> list[Measurement]:
-    return select(mine, metric, relation="left out", tested=tested)
+def _left_out(mine: Rows, metric: str, tested: str) -> Rows:
+    return mine.where(metric, relation="left out", tested=tested)
 
 
 def _compared(row: Measurement, other: Measurement) -> str:
@@ -373,11 +372,11 @@ def _compared(row: Measurement, other: Measurement) -> str:
 
 
 # %%
-def sections(rows: Sequence[Measurement]) -> list[str]:
+def sections(rows: Rows) -> list[str]:
     found = []
     for name, mine in models_of(rows).items():
         matrix = {
-            f"{title}, {kind}": [row for row in select(mine, metric, mask=kind) if "trained" in row.labels]
+            f"{title}, {kind}": [row for row in mine.where(metric, mask=kind) if "trained" in row.labels]
             for metric, title in ((HARM, "valid harm"), (BENIGN, "valid benign"))
             for kind in ("circuit", "twin")
         }
@@ -388,9 +387,9 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
                 plot(heatmaps(matrix, x="tested", y="trained", widest=1.0), first=not found),
             )
         )
-        out = select(mine, relation="left out")
+        out = mine.where(relation="left out")
         lines = {
-            str(mask): [replace(row, metric=str(row.labels["tested"])) for row in select(out, HARM, mask=mask)]
+            str(mask): [replace(row, metric=str(row.labels["tested"])) for row in out.where(HARM, mask=mask)]
             for mask in ("none", "random", "circuit")
         }
         types = {row.metric: row.metric for row in lines["none"]}
@@ -411,13 +410,13 @@ def sections(rows: Sequence[Measurement]) -> list[str]:
     return found
 
 
-def _shared_table(mine: Sequence[Measurement]) -> list[list[str]]:
+def _shared_table(mine: Rows) -> list[list[str]]:
     body = []
-    for size in select(mine, "weights_removed", mask="circuit", of="circuit"):
-        here = select(mine, shared_by=size.labels["shared_by"])
+    for size in mine.where("weights_removed", mask="circuit", of="circuit"):
+        here = mine.where(shared_by=size.labels["shared_by"])
         pairs = ((HARM, "circuit"), (HARM, "random"), (BENIGN, "circuit"))
-        rates = [select(here, metric, mask=mask, of="circuit") for metric, mask in pairs]
-        chance = select(here, "weights_removed", of="random")[0]
+        rates = [here.where(metric, mask=mask, of="circuit") for metric, mask in pairs]
+        chance = here.where("weights_removed", of="random")[0]
         cells = [percent(one[0]).replace(" [", "\n[") if one else "–" for one in rates]
         body.append([str(size.labels["shared_by"]), f"{size.mean:,.0f}", f"{chance.mean:,.0f}", *cells])
     return body

@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 import harmcircuits as hc
-from harmcircuits.circuits.ground_truth import every_score, recovery
-from harmcircuits.hooks.losses import exact
+from harmcircuits.circuits.ground_truth import ground_truth_rows
+from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.search import most_needed
-from harmcircuits.measurements import Measurement, append_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.tables import recovery_table
 
 
@@ -24,13 +24,13 @@ def main(
     p: Annotated[float, typer.Option(help="Share of weights protected for each other behaviour.")] = 0.005,
     q: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = 0.006,
 ) -> None:
-    subject = hc.organism_subject("planted")
-    truth, bridge = hc.planted_circuit(), subject.bridge
-    batches = {name: hc.calibrate(subject, name).batches for name in subject.behaviours if name != "refusal"}
+    model = hc.organism_subject("planted")
+    truth, bridge = hc.planted_circuit(), model.bridge
+    batches = {name: hc.calibrate(model, name).batches for name in model.behaviours if name != "refusal"}
     target = batches.pop("harmful")
     harm = hc.removal_effect(bridge, target, hc.completion_loss)
     protected = [most_needed(bridge, kept, p=p) for kept in batches.values()]
-    rows = recovery(every_score(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"})
+    rows = ground_truth_rows(all_scores(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"})
     console = Console()
     console.print(recovery_table(rows))
     kept = list(batches.values())
@@ -40,15 +40,15 @@ def main(
             found = hc.overlap(chosen, truth, n_samples=30)
             where = {"model": "planted", "mask": shown, "n_true": truth.n_removed}
             rows.append(Measurement("overlap_lift", where, found.lift, *found.interval, chosen.n_removed))
-            rows.append(exact("overlap_containment", where, found.containment[0]))
+            rows.append(Measurement.exact("overlap_containment", where, found.containment[0]))
             with hc.masked(bridge, chosen):
-                after = hc.measure(subject, "heldout", where, only=["harmful", "benign"])
+                after = hc.measure(model, "heldout", where, only=["harmful", "benign"])
             rows += after
-            harmful, kept_benign = (select(after, metric)[0] for metric in ("harm_valid_rate", "benign_valid_rate"))
+            harmful, kept_benign = (after.where(metric)[0] for metric in ("harm_valid_rate", "benign_valid_rate"))
             leaves = f"{shown}: leaves {harmful.mean:.0%} harm, {kept_benign.mean:.0%} benign"
             console.print(f"{leaves}; {found.containment[0]:.1%} of its weights lie in S; {found}", highlight=False)
     if out:
-        append_rows(out, rows)
+        Rows(rows).append_to(out)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from harmcircuits.measurements import read_rows, select
-from harmcircuits.views.figures import tradeoff_figure
+from harmcircuits.measurements import Rows
+from harmcircuits.studies.study_page import tradeoff_figure
 
 
 # %%
@@ -18,8 +18,8 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of a study.")],
     picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
 ) -> None:
-    rows = read_rows(run / "rows.jsonl")
-    chosen = select(rows, "harm_valid_rate", mask="circuit", split="heldout", selection="rounds")[0]
+    rows = Rows.read(run / "rows.jsonl")
+    chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="rounds")[0]
     figure = tradeoff_figure(rows, p=float(chosen.labels["p"]))
     if picture.suffix == ".html":
         figure.write_html(picture, include_plotlyjs=True)

@@ -21,8 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution, fit_sparse_probe
 
 import harmcircuits as hc
-from harmcircuits.hooks.losses import average, exact, rate
-from harmcircuits.measurements import Measurement, append_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import ALLOWED, VERBS, world
 from harmcircuits.views.figures import heatmaps, profiles
 from harmcircuits.views.page import paragraphs, plot, section, write_page
@@ -52,20 +51,20 @@ class Contrast:
         return at.gather(1, self.wanted[index]).mean() - at.gather(1, self.other[index]).mean()
 
 
-def contrasts(subject: hc.Subject, n: int) -> dict[str, Contrast]:
+def contrasts(model: hc.Model, n: int) -> dict[str, Contrast]:
     """One pair for each of up to `n` held-out items: harmful against benign answer, the reverse, no against yes, and the
     parts of one item against those of the next one, in benign answers."""
 
     def asked(behaviour: str, form: str) -> list[hc.Example]:
-        found = subject.behaviours[behaviour].prompts("heldout").where(lambda example: example.prompt.startswith(form))
+        found = model.behaviours[behaviour].prompts("heldout").where(lambda example: example.prompt.startswith(form))
         return list(found)
 
     def tokens(examples: Sequence[hc.Example]) -> Tensor:
-        options = {"batch_size": len(examples), "template": subject.template}
-        return hc.tokenize(hc.PromptSet(tuple(examples)), subject.bridge.tokenizer, **options)[0].tokens
+        options = {"batch_size": len(examples), "template": model.template}
+        return hc.tokenize(hc.PromptSet(tuple(examples)), model.bridge.tokenizer, **options)[0].tokens
 
     def ids(words: Sequence[str]) -> list[int]:
-        return subject.bridge.tokenizer.convert_tokens_to_ids(list(words))
+        return model.bridge.tokenizer.convert_tokens_to_ids(list(words))
 
     here = world()
     harmful, benign = (asked(name, "steps")[::2][:n] for name in ("harmful", "benign"))
@@ -115,7 +114,7 @@ def importance(effects: Float[Tensor, "n layer node pos"]) -> Float[np.ndarray, 
     return effects.mean(0).abs().sum(-1).numpy()
 
 
-def importance_rows(effects: Tensor, labels: Mapping[str, str]) -> list[Measurement]:
+def importance_rows(effects: Tensor, labels: Mapping[str, str]) -> Rows:
     """Rows of `importance` by layer and node, with percentile intervals that resample pairs (200 resamples)."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(effects), (200, len(effects)), generator=generator)
@@ -130,7 +129,7 @@ def importance_rows(effects: Tensor, labels: Mapping[str, str]) -> list[Measurem
     return rows
 
 
-def mask_rows(bridge: TransformerBridge, mask: hc.WeightMask, labels: Mapping[str, str]) -> list[Measurement]:
+def mask_rows(bridge: TransformerBridge, mask: hc.WeightMask, labels: Mapping[str, str]) -> Rows:
     """Weights the mask takes from each node, in number and share; its query heads share a key or value head equally."""
     n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     taken, size = torch.zeros(n_layers, n_heads + 1), torch.zeros(n_layers, n_heads + 1)
@@ -147,12 +146,12 @@ def mask_rows(bridge: TransformerBridge, mask: hc.WeightMask, labels: Mapping[st
     rows = []
     for layer, node in np.ndindex(*taken.shape):
         where = {**labels, "layer": layer, "node": f"head {node}" if node < n_heads else "mlp"}
-        rows.append(exact("mask_weights", where, taken[layer, node].item()))
-        rows.append(exact("mask_share", where, (taken[layer, node] / size[layer, node]).item()))
+        rows.append(Measurement.exact("mask_weights", where, taken[layer, node].item()))
+        rows.append(Measurement.exact("mask_share", where, (taken[layer, node] / size[layer, node]).item()))
     return rows
 
 
-def correlation(labels: Mapping[str, str], one: Sequence[float], two: Sequence[float]) -> list[Measurement]:
+def correlation(labels: Mapping[str, str], one: Sequence[float], two: Sequence[float]) -> Rows:
     """Spearman's rank correlation over nodes; the interval resamples nodes. No row where one side is constant."""
     pairs = np.array([one, two])
     if any(np.ptp(values) == 0 for values in pairs):
@@ -173,7 +172,7 @@ def _rho(pairs: Float[np.ndarray, "*draws 2 n"]) -> Float[np.ndarray, "*draws"]:
     return (one * two).sum(-1) / np.sqrt((one**2).sum(-1) * (two**2).sum(-1))
 
 
-def correlations(rows: Sequence[Measurement], labels: Mapping[str, str]) -> list[Measurement]:
+def correlations(rows: Rows, labels: Mapping[str, str]) -> Rows:
     """Rank correlations of importance between behaviours, and of importance with what each mask takes; all nodes, heads."""
     found = []
     tables = {}
@@ -216,16 +215,16 @@ def residuals(bridge: TransformerBridge, batches: Sequence[hc.Batch]) -> dict[st
 
 
 def probe_rows(
-    subject: hc.Subject, masks: Mapping[str, hc.WeightMask], labels: Mapping[str, str], n: int
-) -> list[Measurement]:
+    model: hc.Model, masks: Mapping[str, hc.WeightMask], labels: Mapping[str, str], n: int
+) -> Rows:
     """Accuracy on what was left out: `probe_accuracy` of a probe fitted under each mask, and `probe_transfer` of the probe
     fitted on the unpruned model, applied as it is."""
     rows = []
     kinds = {verb: (number, kind == "harmful") for kind in VERBS for number, verb in enumerate(VERBS[kind])}
     sets = {
-        "question": [*subject.behaviours["recognition"].prompts("heldout")[: 2 * n]],
+        "question": [*model.behaviours["recognition"].prompts("heldout")[: 2 * n]],
         "request": [
-            example for name in ("harmful", "benign") for example in subject.behaviours[name].prompts("heldout")[:n]
+            example for name in ("harmful", "benign") for example in model.behaviours[name].prompts("heldout")[:n]
         ],
     }
     for asked, examples in sets.items():
@@ -237,13 +236,13 @@ def probe_rows(
             "items": torch.tensor([names.index(item) for item in items]),
             "verbs": torch.tensor([number for number, _ in verbs]),
         }
-        prefill = "" if asked == "question" else subject.behaviours["harmful"].prefill
-        options = {"template": subject.template, "prefill": prefill, "batch_size": 256}
-        batches = hc.tokenize(hc.PromptSet(tuple(examples)), subject.bridge.tokenizer, **options)
+        prefill = "" if asked == "question" else model.behaviours["harmful"].prefill
+        options = {"template": model.template, "prefill": prefill, "batch_size": 256}
+        batches = hc.tokenize(hc.PromptSet(tuple(examples)), model.bridge.tokenizer, **options)
         unpruned = {}
         for name, mask in {"none": None, **masks}.items():
-            with hc.masked(subject.bridge, mask) if mask else nullcontext():
-                found = residuals(subject.bridge, batches)
+            with hc.masked(model.bridge, mask) if mask else nullcontext():
+                found = residuals(model.bridge, batches)
             for depth, features in found.items():
                 for unseen, group in groups.items():
                     options = {"k": features.shape[1], "groups": group, "test_fraction": 0.5, "preprocess": "standardize"}
@@ -256,7 +255,7 @@ def probe_rows(
                         ) / used.preprocess_scale
                         hits = (scaled @ used.coefficients + used.intercept > 0) == is_harmful[test]
                         where = {**labels, "asked": asked, "unseen": unseen, "mask": name, "depth": depth}
-                        rows.append(rate(metric, where, hits.tolist(), [items[i] for i in test.tolist()]))
+                        rows.append(Measurement.rate(metric, where, hits.tolist(), [items[i] for i in test.tolist()]))
     return rows
 
 
@@ -267,7 +266,7 @@ def probe_rows(
 
 
 # %%
-def writer_rows(bridge: TransformerBridge, contrast: Contrast, labels: Mapping[str, str]) -> list[Measurement]:
+def writer_rows(bridge: TransformerBridge, contrast: Contrast, labels: Mapping[str, str]) -> Rows:
     """Logit of harmful minus benign operators that each component writes, mean over operators; folded weights."""
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(contrast.clean)
@@ -285,11 +284,11 @@ def writer_rows(bridge: TransformerBridge, contrast: Contrast, labels: Mapping[s
     values = torch.stack([one.attribution for one in found]).mean(0).cpu()
     groups = range(values.shape[1])
     rows = [
-        average("writes", {**labels, "component": label.replace("_out", "").replace("_", " ")}, value, groups)
+        Measurement.average("writes", {**labels, "component": label.replace("_out", "").replace("_", " ")}, value, groups)
         for label, value in zip(found[0].labels, values, strict=True)
     ]
     whole = torch.stack([contrast.metric(index, logits[index : index + 1]) for index in groups])
-    return [*rows, average("logit_difference", labels, whole, groups)]
+    return [*rows, Measurement.average("logit_difference", labels, whole, groups)]
 
 
 # %% [markdown]
@@ -297,15 +296,15 @@ def writer_rows(bridge: TransformerBridge, contrast: Contrast, labels: Mapping[s
 
 
 # %%
-def page(rows: Sequence[Measurement], path: Path) -> None:
+def page(rows: Rows, path: Path) -> None:
     """The result in words; then nodes, what masks take, correlations, probes, writers."""
 
-    def panels(metric: str, label: str, **where: str) -> dict[str, list[Measurement]]:
-        names = dict.fromkeys(str(row.labels[label]) for row in select(rows, metric))
-        return {name: select(rows, metric, **where, **{label: name}) for name in names}
+    def panels(metric: str, label: str, **where: str) -> dict[str, Rows]:
+        names = dict.fromkeys(str(row.labels[label]) for row in rows.where(metric))
+        return {name: rows.where(metric, **where, **{label: name}) for name in names}
 
     taken = {f"% of each node in the {name} mask": found for name, found in panels("mask_share", "behaviour").items()}
-    percent = {title: [exact("mask_share", row.labels, 100 * row.mean) for row in found] for title, found in taken.items()}
+    percent = {title: [Measurement.exact("mask_share", row.labels, 100 * row.mean) for row in found] for title, found in taken.items()}
     probes = {
         f"{asked}, unseen {unseen}, {says}": panels(metric, "mask", asked=asked, unseen=unseen)
         for metric, says in {"probe_accuracy": "fitted under the mask", "probe_transfer": "fitted unpruned"}.items()
@@ -340,11 +339,11 @@ def page(rows: Sequence[Measurement], path: Path) -> None:
     write_page(path, "Do tools that read activations agree with the weights?", [paragraphs(reading(rows)), *sections])
 
 
-def reading(rows: Sequence[Measurement]) -> str:
+def reading(rows: Rows) -> str:
     """What the rows say, in plain words."""
 
     def rho(ranking: str, against: str, among: str = "all nodes") -> str:
-        found = select(rows, "rank_correlation", ranking=ranking, against=against, among=among)
+        found = rows.where("rank_correlation", ranking=ranking, against=against, among=among)
         return f"{found[0].mean:.2f} [{found[0].low:.2f}, {found[0].high:.2f}]" if found else "undefined"
 
     behaviours = ("harmful", "benign", "recognition")
@@ -363,7 +362,7 @@ def reading(rows: Sequence[Measurement]) -> str:
         f"A node's importance with the share of its weights in its own behaviour's mask: {own}. The importance for harmful "
         f"answers with the share in each mask: {shares}.",
     ]
-    masks = dict.fromkeys(str(row.labels["mask"]) for row in select(rows, "probe_accuracy"))
+    masks = dict.fromkeys(str(row.labels["mask"]) for row in rows.where("probe_accuracy"))
     for metric, how in {
         "probe_accuracy": "fitted under the mask",
         "probe_transfer": "fitted on the unpruned model",
@@ -371,7 +370,7 @@ def reading(rows: Sequence[Measurement]) -> str:
         for asked in ("question", "request"):
             lowest = []
             for mask in masks:
-                read = select(rows, metric, asked=asked, mask=mask)
+                read = rows.where(metric, asked=asked, mask=mask)
                 least = min(
                     (row for row in read if row.labels["depth"] not in ("0 pre", "1 pre")), key=lambda row: row.mean
                 )
@@ -384,8 +383,8 @@ def reading(rows: Sequence[Measurement]) -> str:
     for behaviour in ("harmful", "benign"):
         for mask in ("none", "harmful"):
             where = {"behaviour": behaviour, "mask": mask}
-            top = sorted(select(rows, "writes", **where), key=lambda row: -abs(row.mean))[:3]
-            whole = select(rows, "logit_difference", **where)[0]
+            top = sorted(rows.where("writes", **where), key=lambda row: -abs(row.mean))[:3]
+            whole = rows.where("logit_difference", **where)[0]
             said = ", ".join(f"{row.labels['component']} {row.mean:+.1f}" for row in top)
             name = "unpruned" if mask == "none" else "under the harmful mask"
             text.append(
@@ -404,18 +403,18 @@ def main(
     n: Annotated[int, typer.Option(help="Pairs for attribution, one for each item.")] = 48,
     n_probed: Annotated[int, typer.Option(help="Pairs for probes.")] = 256,
 ) -> None:
-    subject, labels = hc.organism_subject(organism), {"model": organism}
-    masks = find_circuits(subject, rounds, hc.WeightMask.load(mask) if mask else None)
+    model, labels = hc.organism_subject(organism), {"model": organism}
+    masks = find_circuits(model, rounds, hc.WeightMask.load(mask) if mask else None)
     out.mkdir(parents=True, exist_ok=True)
-    pairs = contrasts(subject, n)
+    pairs = contrasts(model, n)
     rows = []
     for name, contrast in pairs.items():
-        rows += importance_rows(node_effects(subject.bridge, contrast), {**labels, "behaviour": name})
+        rows += importance_rows(node_effects(model.bridge, contrast), {**labels, "behaviour": name})
     for name, found in masks.items():
-        rows += mask_rows(subject.bridge, found, {**labels, "behaviour": name})
+        rows += mask_rows(model.bridge, found, {**labels, "behaviour": name})
     rows += correlations(rows, labels)
     probed = {"harmful": masks["harmful"], "random": hc.random_like(masks["harmful"]), "recognition": masks["recognition"]}
-    rows += probe_rows(subject, probed, labels, n_probed)
+    rows += probe_rows(model, probed, labels, n_probed)
     for name, edit in {"none": None, "harmful": masks["harmful"]}.items():
         bridge = hc.load_organism(organism)
         with hc.masked(bridge, edit) if edit else nullcontext():
@@ -424,20 +423,20 @@ def main(
             rows += writer_rows(bridge, harmful, {**labels, "mask": name, "behaviour": "harmful"})
             twins = Contrast(benign.clean, benign.corrupt, benign.positions, benign.other, benign.wanted)
             rows += writer_rows(bridge, twins, {**labels, "mask": name, "behaviour": "benign"})
-    append_rows(out / "rows.jsonl", rows)
+    Rows(rows).append_to(out / "rows.jsonl")
     page(rows, out / "second_opinion.html")
     print(reading(rows))
 
 
-def find_circuits(subject: hc.Subject, rounds: int, harmful: hc.WeightMask | None) -> dict[str, hc.WeightMask]:
+def find_circuits(model: hc.Model, rounds: int, harmful: hc.WeightMask | None) -> dict[str, hc.WeightMask]:
     """The masks of harmful answers, benign answers and recognition, each with all other behaviours protected."""
-    batches = {name: found.batches for name, found in hc.calibrate_shown(subject).items()}
+    batches = {name: found.batches for name, found in hc.calibrate_shown(model).items()}
     masks = {"harmful": harmful} if harmful else {}
     for name in ("harmful", "benign", "recognition"):
         if name not in masks:
             others = [found for other, found in batches.items() if other != name]
             steps = rounds if name == "harmful" else max(1, rounds // 2)
-            masks[name] = hc.circuit_mask(subject.bridge, batches[name], others, q=0.006, p=0.005, rounds=steps)
+            masks[name] = hc.circuit_mask(model.bridge, batches[name], others, q=0.006, p=0.005, rounds=steps)
     return masks
 
 

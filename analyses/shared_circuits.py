@@ -18,17 +18,16 @@ from rich.markup import escape
 from rich.table import Table
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Subject
+from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.overlap import overlap
-from harmcircuits.hooks.losses import exact
-from harmcircuits.measurements import Measurement, append_rows, pooled, read_rows, resumed, select
+from harmcircuits.measurements import Measurement, Rows, resumed
 from harmcircuits.organisms import FOLDER, detailed_behaviours
 from harmcircuits.studies.cross_ablation import (
     ablation_rows,
     circuits,
     circuits_both_ways,
     content_rows,
-    location_rows,
     one_shot_circuits,
     overlap_place_rows,
     overlap_rows,
@@ -68,52 +67,52 @@ REFERENCE = [pair for pair in PAIRS if pair[0] != "harmful"]
 
 # %%
 def rows_of(
-    subject: Subject, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
-) -> list[Measurement]:
-    calibrations = hc.calibrate_shown(subject)
+    model: Model, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
+) -> Rows:
+    calibrations = hc.calibrate_shown(model)
     shown = [name for name in COMPARED if name in calibrations]
     asked = [name for name in METRICS if name in calibrations]
     topics = [name for name in calibrations if "/" in name]
 
-    one_shot = one_shot_circuits(subject, calibrations, shown, q=q, n_resamples=resamples, seed=0)
-    free, apart = circuits_both_ways(subject, calibrations, asked, q=q, p=p, rounds=rounds).values()
+    one_shot = one_shot_circuits(model, calibrations, shown, q=q, n_resamples=resamples, seed=0)
+    free, apart = circuits_both_ways(model, calibrations, asked, q=q, p=p, rounds=rounds).values()
     unasked = dict.fromkeys((name for name in shown if name not in asked), ())
-    free |= circuits(subject, calibrations, unasked, q=q, rounds=rounds)
+    free |= circuits(model, calibrations, unasked, q=q, rounds=rounds)
     rows = overlap_rows(one_shot, free, labels, q=q)
     del one_shot
-    of_topics = one_shot_circuits(subject, calibrations, topics, q=q, n_resamples=0, seed=0)
+    of_topics = one_shot_circuits(model, calibrations, topics, q=q, n_resamples=0, seed=0)
     rows += content_rows({name: hc.top_fraction(one[0], q, within="model") for name, one in of_topics.items()}, labels)
-    rows += overlap_place_rows(subject, {name: free[name] for name in shown}, "harmful", labels)
-    rows += _ceiling(subject, calibrations["harmful"], free["harmful"], labels, q=q, rounds=rounds)
+    rows += overlap_place_rows(model, {name: free[name] for name in shown}, "harmful", labels)
+    rows += _ceiling(model, calibrations["harmful"], free["harmful"], labels, q=q, rounds=rounds)
 
     random = {f"random {seed}": hc.random_like(free["harmful"], seed=seed) for seed in SEEDS}
-    rows += hc.measure(subject, "heldout", {**labels, "mask": "none", "protected": "none"}, only=asked)
-    rows += ablation_rows(subject, free | random, {**labels, "protected": "none"}, only=asked)
-    rows += ablation_rows(subject, apart, {**labels, "protected": "others"}, only=asked)
+    rows += hc.measure(model, "heldout", {**labels, "mask": "none", "protected": "none"}, only=asked)
+    rows += ablation_rows(model, free | random, {**labels, "protected": "none"}, only=asked)
+    rows += ablation_rows(model, apart, {**labels, "protected": "others"}, only=asked)
     for protected, masks in (("none", free), ("others", apart)):
         for name in ("harmful", "benign", "recognition"):
             where = {**labels, "mask": name, "protected": protected}
-            rows += location_rows(subject, masks[name], where)
+            rows += location_rows(model, masks[name], where)
             texts = ("harmful", "benign") if name == "harmful" else (name,)
             for text in texts:
-                rows += token_rows(subject, text, calibrations[text], masks[name], {**where, "text": text})
-    return [*rows, exact("compared", labels, len(free) + len(apart))]
+                rows += token_rows(model, text, calibrations[text], masks[name], {**where, "text": text})
+    return [*rows, Measurement.exact("compared", labels, len(free) + len(apart))]
 
 
 def _ceiling(
-    subject: Subject, found: Calibration, mask: hc.WeightMask, labels: dict[str, str], *, q: float, rounds: int
-) -> list[Measurement]:
+    model: Model, found: Calibration, mask: hc.WeightMask, labels: dict[str, str], *, q: float, rounds: int
+) -> Rows:
     """How far the circuit of harm agrees with itself, found again on resampled calibration items."""
-    rows, behaviour = [], subject.behaviours["harmful"]
+    rows, behaviour = [], model.behaviours["harmful"]
     for seed in SEEDS:
         prompts = found.prompts.resampled(seed=seed)
-        again = Calibration(prompts, subject.batches(behaviour, prompts), found.n_asked)
-        other = circuits(subject, {"harmful": again}, {"harmful": ()}, q=q, rounds=rounds)["harmful"]
+        again = Calibration(prompts, model.batches(behaviour, prompts), found.n_asked)
+        other = circuits(model, {"harmful": again}, {"harmful": ()}, q=q, rounds=rounds)["harmful"]
         both = overlap(mask, other)
         where = {**labels, "first": "harmful", "second": "harmful", "selection": "rounds", "seed": seed}
         rows += [
             Measurement("overlap_lift", where, both.lift, *both.interval, both.n_first),
-            exact("overlap_jaccard", where, both.jaccard),
+            Measurement.exact("overlap_jaccard", where, both.jaccard),
         ]
     return rows
 
@@ -123,22 +122,22 @@ def _ceiling(
 
 
 # %%
-def findings(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> list[str]:
+def findings(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> list[str]:
     """What the rows say, one paragraph a question and model; models pooled over ladders."""
-    together, said = pooled(rows, "ladder"), []
+    together, said = rows.pool("ladder"), []
     for model in models:
-        mine = select(together, model=model)
+        mine = together.where(model=model)
         causes = [_cause(rows, mine, model, ladders, protected) for protected in ("none", "others")]
         said += [f"{model}, {text}" for text in (_structure(mine), _content(mine), *causes, _place(mine))]
     return said
 
 
-def _structure(rows: Sequence[Measurement]) -> str:
+def _structure(rows: Rows) -> str:
     twin = _lifts(rows, [("harmful", "benign")])
     others = _lifts(rows, [(a, b) for a, b in PAIRS if a == "harmful" and b != "benign"])
     reference = _lifts(rows, REFERENCE)
-    found = select(rows, "overlap_jaccard", first="harmful", selection="rounds")
-    jaccard = {name: fmean(row.mean for row in select(found, second=name)) for name in ("benign", "harmful")}
+    found = rows.where("overlap_jaccard", first="harmful", selection="rounds")
+    jaccard = {name: fmean(row.mean for row in found.where(second=name)) for name in ("benign", "harmful")}
     return (
         f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm and its benign twin "
         f"share {twin[0]:.1f} times what their counts per matrix explain, {twin[1]:.1f} times what rows and columns do; "
@@ -148,8 +147,8 @@ def _structure(rows: Sequence[Measurement]) -> str:
     )
 
 
-def _content(rows: Sequence[Measurement]) -> str:
-    found = {str(row.labels["relation"]): row for row in select(rows, "content_lift")}
+def _content(rows: Rows) -> str:
+    found = {str(row.labels["relation"]): row for row in rows.where("content_lift")}
     counts = _compared(found["twin"], [found["harm, other topic"]])
     return (
         f"content: to be about the same things counts {counts} to be harmful. Lift of the circuits of one topic's harm and "
@@ -160,18 +159,18 @@ def _content(rows: Sequence[Measurement]) -> str:
 
 
 def _cause(
-    rows: Sequence[Measurement], mine: Sequence[Measurement], model: str, ladders: Sequence[str], protected: str
+    rows: Rows, mine: Rows, model: str, ladders: Sequence[str], protected: str
 ) -> str:
     words = "with nothing protected" if protected == "none" else "with all others protected"
-    before, after = select(mine, mask="none", protected="none"), select(mine, mask="harmful", protected=protected)
+    before, after = mine.where(mask="none", protected="none"), mine.where(mask="harmful", protected=protected)
     rates = [
-        f"{title} {100 * select(before, metric)[0].mean:.0f}→{100 * select(after, metric)[0].mean:.0f}"
+        f"{title} {100 * before.where(metric)[0].mean:.0f}→{100 * after.where(metric)[0].mean:.0f}"
         for metric, title in ABILITIES.items()
-        if select(after, metric)
+        if after.where(metric)
     ]
     verdicts: dict[str, list[str]] = {}
     for ladder in ladders:
-        for (first, second), test in dissociations(select(rows, model=model, ladder=ladder), protected).items():
+        for (first, second), test in dissociations(rows.where(model=model, ladder=ladder), protected).items():
             if first == "harmful":
                 verdicts.setdefault(second, []).append(test.verdict)
     tested = "; ".join(f"{second}: {', '.join(found)}" for second, found in verdicts.items())
@@ -181,13 +180,13 @@ def _cause(
     )
 
 
-def _place(rows: Sequence[Measurement]) -> str:
-    held = select(rows, mask="harmful", protected="others")
+def _place(rows: Rows) -> str:
+    held = rows.where(mask="harmful", protected="others")
     gini, share = (
-        {chance: select(held, metric, by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
+        {chance: held.where(metric, by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
         for metric in ("gini", "top_share")
     )
-    tokens = select(held, "token_contribution", text="harmful")
+    tokens = held.where("token_contribution", text="harmful")
     answer = sum(row.mean for row in tokens if int(row.labels["offset"]) >= -1) / sum(row.mean for row in tokens)
     return (
         f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
@@ -196,12 +195,12 @@ def _place(rows: Sequence[Measurement]) -> str:
     )
 
 
-def _against_reference(rows: Sequence[Measurement]) -> str:
+def _against_reference(rows: Rows) -> str:
     def lift(first: str, second: str) -> Measurement:
-        return select(rows, "overlap_lift", first=first, second=second, selection="one shot")[0]
+        return rows.where("overlap_lift", first=first, second=second, selection="one shot")[0]
 
     reference = [lift(*pair) for pair in REFERENCE]
-    others = [second for first, second in PAIRS if first == "harmful" and select(rows, first=first, second=second)]
+    others = [second for first, second in PAIRS if first == "harmful" and rows.where(first=first, second=second)]
     words = {"more than": "more", "as much as": "about as much", "less than": "less"}
     found: dict[str, list[str]] = {}
     for second in others:
@@ -209,18 +208,18 @@ def _against_reference(rows: Sequence[Measurement]) -> str:
     return "; ".join(f"{word} with {', '.join(names)}" for word, names in found.items())
 
 
-def _compared(row: Measurement, others: Sequence[Measurement]) -> str:
+def _compared(row: Measurement, others: Rows) -> str:
     """By intervals: above all of the others, below all, or neither."""
     if row.low > max(other.high for other in others):
         return "more than"
     return "less than" if row.high < min(other.low for other in others) else "as much as"
 
 
-def _lifts(rows: Sequence[Measurement], pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
+def _lifts(rows: Rows, pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
     """Mean lift in one shot over matrices, and over rows and columns."""
     found = []
     for metric in ("overlap_lift", "overlap_lift_marginal"):
-        lifts = [select(rows, metric, first=a, second=b, selection="one shot") for a, b in pairs]
+        lifts = [rows.where(metric, first=a, second=b, selection="one shot") for a, b in pairs]
         found.append(fmean(row.mean for one in lifts for row in one))
     return found[0], found[1]
 
@@ -230,18 +229,18 @@ def _lifts(rows: Sequence[Measurement], pairs: Sequence[tuple[str, str]]) -> tup
 
 
 # %%
-def overlap_table(rows: Sequence[Measurement], model: str) -> list[list[str]]:
+def overlap_table(rows: Rows, model: str) -> list[list[str]]:
     """For every pair: lifts with intervals, Jaccard, containment, rank correlation; pooled over ladders."""
     body = []
-    mine = select(pooled(rows, "ladder"), model=model)
+    mine = rows.pool("ladder").where(model=model)
     for (first, second), title in PAIRS.items():
-        pair = select(mine, first=first, second=second)
+        pair = mine.where(first=first, second=second)
         if pair:
-            cells = [_interval(select(pair, "overlap_lift", selection=how)[0]) for how in ("one shot", "rounds")]
-            cells += [_interval(select(pair, "overlap_lift_marginal", selection=how)[0]) for how in ("one shot", "rounds")]
-            cells += [f"{select(pair, 'overlap_jaccard', selection=how)[0].mean:.3f}" for how in ("one shot", "rounds")]
-            cells.append(f"{select(pair, 'overlap_containment', selection='rounds')[0].mean:.3f}")
-            body.append([title, *cells, f"{select(pair, 'rank_correlation')[0].mean:.3f}"])
+            cells = [_interval(pair.where("overlap_lift", selection=how)[0]) for how in ("one shot", "rounds")]
+            cells += [_interval(pair.where("overlap_lift_marginal", selection=how)[0]) for how in ("one shot", "rounds")]
+            cells += [f"{pair.where('overlap_jaccard', selection=how)[0].mean:.3f}" for how in ("one shot", "rounds")]
+            cells.append(f"{pair.where('overlap_containment', selection='rounds')[0].mean:.3f}")
+            body.append([title, *cells, f"{pair.where('rank_correlation')[0].mean:.3f}"])
     return body
 
 
@@ -251,44 +250,44 @@ OVERLAP_HEAD = (
 )  # fmt: skip
 
 
-def dissociation_table(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> list[list[str]]:
+def dissociation_table(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> list[list[str]]:
     """Every pair of abilities: the verdicts of each model, one for each ladder."""
     body: dict[tuple[str, ...], list[str]] = {}
     for protected in ("none", "others"):
         for column, model in enumerate(models):
             for ladder in ladders:
-                for pair, test in dissociations(select(rows, model=model, ladder=ladder), protected).items():
+                for pair, test in dissociations(rows.where(model=model, ladder=ladder), protected).items():
                     line = body.setdefault((protected, *pair), ["–"] * len(models))
                     line[column] = test.verdict if line[column] == "–" else f"{line[column]}, {test.verdict}"
     return [[f"{first} – {second}", protected, *cells] for (protected, first, second), cells in body.items()]
 
 
-def summary(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str]) -> str:
+def summary(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> str:
     """The README's table: a column for each model, means over its ladders with the widest ends of their intervals."""
-    together = pooled(rows, "ladder")
-    lines: dict[str, list[str]] = {"ladders": [str(len(select(rows, "compared", model=model))) for model in models]}
+    together = rows.pool("ladder")
+    lines: dict[str, list[str]] = {"ladders": [str(len(rows.where("compared", model=model))) for model in models]}
 
     def add(title: str, cell: str) -> None:
         lines.setdefault(title, []).append(cell)
 
     for model in models:
-        mine = select(together, model=model)
+        mine = together.where(model=model)
         for metric, title in (("overlap_lift", "lift"), ("overlap_lift_marginal", "lift over rows and columns")):
-            twin = select(mine, metric, first="harmful", second="benign", selection="one shot")[0]
+            twin = mine.where(metric, first="harmful", second="benign", selection="one shot")[0]
             add(f"harm and its benign twin, {title}", f"{twin.mean:.1f} [{twin.low:.1f}, {twin.high:.1f}]")
             column = int(metric == "overlap_lift_marginal")
             add(f"benign tasks together, {title}", f"{_lifts(mine, REFERENCE)[column]:.1f}")
             add(f"harm and recognition, {title}", f"{_lifts(mine, [('harmful', 'recognition')])[column]:.1f}")
-        content = {row.labels["relation"]: row.mean for row in select(mine, "content_lift")}
+        content = {row.labels["relation"]: row.mean for row in mine.where("content_lift")}
         add(
             "one topic's harm and its twin; two topics' harm, lift",
             f"{content['twin']:.1f}; {content['harm, other topic']:.1f}",
         )
         for protected, words in (("none", "nothing"), ("others", "all others")):
-            after = select(mine, mask="harmful", protected=protected)
-            rates = [f"{100 * row.mean:.0f}" for metric in ABILITIES for row in select(after, metric)]
+            after = mine.where(mask="harmful", protected=protected)
+            rates = [f"{100 * row.mean:.0f}" for metric in ABILITIES for row in after.where(metric)]
             add(f"harm circuit removed, {words} protected: {', '.join(ABILITIES.values())}, %", " ".join(rates))
-            tests = [dissociations(select(rows, model=model, ladder=ladder), protected) for ladder in ladders]
+            tests = [dissociations(rows.where(model=model, ladder=ladder), protected) for ladder in ladders]
             for other in ("benign", "recognition", "explanation", "refusal"):
                 verdicts = [found["harmful", other].verdict for found in tests if ("harmful", other) in found]
                 counted = ", ".join(f"{verdicts.count(one)} {one}" for one in dict.fromkeys(verdicts))
@@ -297,33 +296,33 @@ def summary(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequenc
     return "\n".join([f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *body])
 
 
-def covered(rows: Sequence[Measurement]) -> tuple[list[str], list[str]]:
+def covered(rows: Rows) -> tuple[list[str], list[str]]:
     """The models and the ladders of finished rows."""
-    done = [row.labels for row in select(rows, "compared")]
+    done = [row.labels for row in rows.where("compared")]
     models = [model for model in LADDER if any(labels["model"] == model for labels in done)]
     return models, list(dict.fromkeys(str(labels["ladder"]) for labels in done))
 
 
-def needed(rows: Sequence[Measurement]) -> list[Measurement]:
+def needed(rows: Rows) -> Rows:
     """The few rows from which `summary` is made."""
     rates = [row for row in rows if row.metric in ABILITIES and row.labels["mask"] in ("none", *METRICS)]
     pairs = [("harmful", "benign"), ("harmful", "recognition"), *REFERENCE]
     lifts = [
         row
         for metric in ("overlap_lift", "overlap_lift_marginal")
-        for row in select(rows, metric, selection="one shot")
+        for row in rows.where(metric, selection="one shot")
         if (row.labels["first"], row.labels["second"]) in pairs
     ]
-    return [*select(rows, "compared"), *lifts, *select(rows, "content_lift"), *rates]
+    return [*rows.where("compared"), *lifts, *rows.where("content_lift"), *rates]
 
 
-def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[str], path: Path) -> None:
-    together = pooled(rows, "ladder")
+def page(rows: Rows, models: Sequence[str], ladders: Sequence[str], path: Path) -> None:
+    together = rows.pool("ladder")
     ablated = {
         protected: {
             model: [
                 row
-                for row in pooled(_without_seeds(select(together, model=model)), "seed")
+                for row in _without_seeds(together.where(model=model)).pool("seed")
                 if row.labels.get("protected") == protected or row.labels.get("mask") == "none"
             ]
             for model in models
@@ -331,8 +330,8 @@ def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[s
         for protected in ("none", "others")
     }
     lifts = {
-        "over counts per matrix": select(together, "overlap_lift", selection="one shot"),
-        "over row and column counts": select(together, "overlap_lift_marginal", selection="one shot"),
+        "over counts per matrix": together.where("overlap_lift", selection="one shot"),
+        "over row and column counts": together.where("overlap_lift_marginal", selection="one shot"),
     }
     sections = [paragraphs("\n".join(findings(rows, models, ladders)))]
     sections.append(
@@ -370,8 +369,8 @@ def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[s
             section(f"Overlap in {model}", text, table(OVERLAP_HEAD, overlap_table(rows, model), style="figures"))
         )
     for model in models:
-        held = select(together, model=model, mask="harmful", protected="others")
-        tokens = {f"{text} answers": select(held, "token_contribution", text=text) for text in ("harmful", "benign")}
+        held = together.where(model=model, mask="harmful", protected="others")
+        tokens = {f"{text} answers": held.where("token_contribution", text=text) for text in ("harmful", "benign")}
         sections.append(
             section(
                 f"Where the harm circuit of {model} sits, and at which tokens it acts",
@@ -383,7 +382,7 @@ def page(rows: Sequence[Measurement], models: Sequence[str], ladders: Sequence[s
     write_page(path, "What circuits of harm, of benign tasks and of recognition share", sections)
 
 
-def _without_seeds(rows: Sequence[Measurement]) -> list[Measurement]:
+def _without_seeds(rows: Rows) -> Rows:
     """Random masks under one name, so that they pool."""
     found = []
     for row in rows:
@@ -416,16 +415,16 @@ def main(
     for ladder, folder in zip(ladders, folders, strict=True):
         for model in models:
             labels = {"model": model, "ladder": ladder}
-            if path.exists() and select(read_rows(path), "compared", **labels):
+            if path.exists() and Rows.read(path).where("compared", **labels):
                 continue
             with console.status(f"{model} of {ladder}"):
-                subject = replace(hc.organism_subject(model, folder=folder), behaviours=detailed_behaviours())
-                append_rows(path, rows_of(subject, labels, q=q, p=p, rounds=rounds, resamples=resamples))
-    rows = read_rows(path)
+                opened = replace(hc.organism_subject(model, folder=folder), behaviours=detailed_behaviours())
+                Rows(rows_of(opened, labels, q=q, p=p, rounds=rounds, resamples=resamples)).append_to(path)
+    rows = Rows.read(path)
     models, ladders = covered(rows)
     page(rows, models, ladders, out / "shared_circuits.html")
     (out / "summary.jsonl").unlink(missing_ok=True)
-    append_rows(out / "summary.jsonl", needed(rows))
+    Rows(needed(rows)).append_to(out / "summary.jsonl")
     (out / "summary.md").write_text(summary(rows, models, ladders) + "\n", encoding="utf-8")
     for model in models:
         shown = Table(

@@ -1,110 +1,132 @@
-"""Find, mask and measure the weights behind harmful generation: a model-editing extension for TransformerLens."""
+"""Find, mask and measure the weights behind harmful generation, on TransformerLens.
 
-from harmcircuits.behaviours.files import Texts
-from harmcircuits.behaviours.generation import Sampling, greedy_answers, sampled_answers
-from harmcircuits.behaviours.judges import EndpointJudge, LocalJudge, StrongReject, named_judge
-from harmcircuits.behaviours.model import Behaviour, Subject, calibrate, calibrate_shown, measure
-from harmcircuits.behaviours.questions import Wording
-from harmcircuits.circuits.location import concentration, counts_by
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, top_fractions
-from harmcircuits.circuits.overlap import Overlap, marginal_null, overlap, overlap_by, rank_correlation
-from harmcircuits.circuits.scores import WeightScores, mean_scores
-from harmcircuits.export import export
-from harmcircuits.hooks.attacks import refusal_ablation
-from harmcircuits.hooks.attribution import (
-    activation_norm,
-    gradient_norm,
-    magnitude_scores,
-    random_scores,
-    removal_effect,
-    sensitivity,
-    token_contributions,
-)
-from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
-from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity, predicted_change
-from harmcircuits.hooks.masking import held, masked
-from harmcircuits.hooks.memory import estimate_memory, fitting_batches
-from harmcircuits.hooks.objectives import choice_margin, completion_loss
-from harmcircuits.hooks.search import best_unprotected, circuit_mask, circuit_path
-from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Measurement, read_rows
-from harmcircuits.organisms import load_organism, organism_behaviours, organism_subject, planted_circuit
-from harmcircuits.prompts import Batch, Example, PromptSet, tokenize, tokenize_text
-from harmcircuits.studies.dissociation import dissociation
-from harmcircuits.studies.models import SubjectSpec, load_model
-from harmcircuits.studies.study import Settings, run_study
-from harmcircuits.studies.utility import evaluate_tasks
+Names are imported when they are first used: `import harmcircuits` alone loads torch, and no model library.
+"""
 
-__all__ = [
-    "Batch",
-    "Behaviour",
-    "EndpointJudge",
-    "Example",
-    "FineTuning",
-    "LocalJudge",
-    "Lora",
-    "Measurement",
-    "Overlap",
-    "PromptSet",
-    "Sampling",
-    "Settings",
-    "StrongReject",
-    "Subject",
-    "SubjectSpec",
-    "Texts",
-    "WeightMask",
-    "WeightScores",
-    "Wording",
-    "activation_norm",
-    "best_unprotected",
-    "calibrate",
-    "calibrate_shown",
-    "choice_margin",
-    "circuit_mask",
-    "circuit_path",
-    "completion_loss",
-    "completion_nll",
-    "concentration",
-    "counts_by",
-    "dissociation",
-    "estimate_memory",
-    "evaluate_tasks",
-    "export",
-    "fine_tuning",
-    "fitting_batches",
-    "gradient_norm",
-    "greedy_answers",
-    "held",
-    "kl_under",
-    "load_model",
-    "load_organism",
-    "magnitude_scores",
-    "marginal_null",
-    "masked",
-    "mean_scores",
-    "measure",
-    "named_judge",
-    "named_weights",
-    "organism_behaviours",
-    "organism_subject",
-    "overlap",
-    "overlap_by",
-    "perplexity",
-    "planted_circuit",
-    "predicted_change",
-    "random_like",
-    "random_scores",
-    "rank_correlation",
-    "read_rows",
-    "refusal_ablation",
-    "removal_effect",
-    "run_study",
-    "sampled_answers",
-    "sensitivity",
-    "token_contributions",
-    "tokenize",
-    "tokenize_text",
-    "top_fraction",
-    "top_fractions",
-    "weight_sites",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Bound now: a later import of the module of the same name would hide the function.
+from harmcircuits.export import export as export
+
+if TYPE_CHECKING:
+    from harmcircuits.behaviours.behaviour import Behaviour as Behaviour
+    from harmcircuits.behaviours.generation import Sampling as Sampling
+    from harmcircuits.behaviours.model import Model as Model
+    from harmcircuits.circuits.location import concentration as concentration
+    from harmcircuits.circuits.masks import WeightMask as WeightMask
+    from harmcircuits.circuits.masks import random_like as random_like
+    from harmcircuits.circuits.masks import top_fraction as top_fraction
+    from harmcircuits.circuits.overlap import Overlap as Overlap
+    from harmcircuits.circuits.overlap import overlap as overlap
+    from harmcircuits.circuits.overlap import overlap_by as overlap_by
+    from harmcircuits.circuits.scores import WeightScores as WeightScores
+    from harmcircuits.hooks.attribution import magnitude_scores as magnitude_scores
+    from harmcircuits.hooks.attribution import random_scores as random_scores
+    from harmcircuits.hooks.attribution import removal_effect as removal_effect
+    from harmcircuits.hooks.attribution import snip_scores as snip_scores
+    from harmcircuits.hooks.attribution import token_contributions as token_contributions
+    from harmcircuits.hooks.attribution import wanda_scores as wanda_scores
+    from harmcircuits.hooks.finetuning import Lora as Lora
+    from harmcircuits.hooks.finetuning import fine_tuning as fine_tuning
+    from harmcircuits.hooks.loading import load_model as load_model
+    from harmcircuits.hooks.losses import completion_nll as completion_nll
+    from harmcircuits.hooks.losses import kl_under as kl_under
+    from harmcircuits.hooks.masking import masked as masked
+    from harmcircuits.hooks.memory import estimate_memory as estimate_memory
+    from harmcircuits.hooks.objectives import choice_margin as choice_margin
+    from harmcircuits.hooks.objectives import completion_loss as completion_loss
+    from harmcircuits.hooks.search import find_circuit as find_circuit
+    from harmcircuits.hooks.weights import named_weights as named_weights
+    from harmcircuits.hooks.weights import weight_sites as weight_sites
+    from harmcircuits.measurements import Measurement as Measurement
+    from harmcircuits.measurements import Rows as Rows
+    from harmcircuits.prompts import Batch as Batch
+    from harmcircuits.prompts import Example as Example
+    from harmcircuits.prompts import PromptSet as PromptSet
+    from harmcircuits.prompts import tokenize as tokenize
+    from harmcircuits.studies.controls import controls as controls
+    from harmcircuits.studies.models import open_model as open_model
+    from harmcircuits.studies.settings import StudySettings as StudySettings
+    from harmcircuits.studies.study import study as study
+    from harmcircuits.studies.utility import evaluate_tasks as evaluate_tasks
+
+_MODULES = {
+    "Batch": "prompts",
+    "Behaviour": "behaviours.behaviour",
+    "Example": "prompts",
+    "Lora": "hooks.finetuning",
+    "Measurement": "measurements",
+    "Model": "behaviours.model",
+    "Overlap": "circuits.overlap",
+    "PromptSet": "prompts",
+    "Rows": "measurements",
+    "Sampling": "behaviours.generation",
+    "StudySettings": "studies.settings",
+    "WeightMask": "circuits.masks",
+    "WeightScores": "circuits.scores",
+    "choice_margin": "hooks.objectives",
+    "completion_loss": "hooks.objectives",
+    "completion_nll": "hooks.losses",
+    "concentration": "circuits.location",
+    "controls": "studies.controls",
+    "estimate_memory": "hooks.memory",
+    "evaluate_tasks": "studies.utility",
+    "find_circuit": "hooks.search",
+    "fine_tuning": "hooks.finetuning",
+    "kl_under": "hooks.losses",
+    "load_model": "hooks.loading",
+    "magnitude_scores": "hooks.attribution",
+    "masked": "hooks.masking",
+    "named_weights": "hooks.weights",
+    "open_model": "studies.models",
+    "overlap": "circuits.overlap",
+    "overlap_by": "circuits.overlap",
+    "random_like": "circuits.masks",
+    "random_scores": "hooks.attribution",
+    "removal_effect": "hooks.attribution",
+    "snip_scores": "hooks.attribution",
+    "study": "studies.study",
+    "token_contributions": "hooks.attribution",
+    "tokenize": "prompts",
+    "top_fraction": "circuits.masks",
+    "wanda_scores": "hooks.attribution",
+    "weight_sites": "hooks.weights",
+}
+# Natural guesses, and names of version 0.1.0, with what does the same now.
+_HINTS = {
+    "activation_norm": "wanda_scores",
+    "calibrate": "Model.calibration",
+    "calibrate_shown": "Model.calibrations",
+    "circuit_mask": "find_circuit",
+    "circuit_path": "find_circuit(size=[...])",
+    "held": "masked(..., hold=True)",
+    "load": 'open_model("sft")',
+    "measure": "Model.measure",
+    "organism_subject": "open_model",
+    "read_rows": "Rows.read",
+    "run_study": "study",
+    "sensitivity": "snip_scores",
+    "Subject": "Model",
+    "SubjectSpec": "open_model",
+    "Texts": "open_model(..., prompts={...})",
+    "top_fractions": "top_fraction with a list",
+}
+
+__all__ = sorted([*_MODULES, "export"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(import_module(f"harmcircuits.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _HINTS:
+        raise AttributeError(f"harmcircuits has no {name!r}; use {_HINTS[name]}")
+    from harmcircuits.display import nearest
+
+    raise AttributeError(f"harmcircuits has no {name!r}; {nearest(name, _MODULES)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoTokenizer
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.sites import KINDS, Site
+from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import KINDS, Site, weight_sites
+from harmcircuits.hooks.weights import weight_sites
 
 MASK_FILE = "mask.safetensors"
 EPSILONS = 64  # transformers and the bridge round in another order; the weights are compared bit for bit
@@ -66,7 +65,7 @@ Reloaded with transformers, the logits of this folder differed from those of tha
 
 
 def export(
-    bridge: TransformerBridge,
+    bridge: Bridge,
     mask: WeightMask,
     folder: str | Path,
     *,
@@ -84,6 +83,7 @@ def export(
     another model, a source that cannot be loaded or is not this bridge's model, logits that differ, and as
     `weight_sites`.
     """
+    bridge = as_bridge(bridge)
     folder, source = Path(folder), str(source or bridge.cfg.model_name)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"export: {folder} exists and is not empty; give a folder that does not exist yet")
@@ -94,6 +94,8 @@ def export(
         mask.save(unfinished / MASK_FILE)
         (unfinished / "README.md").write_text(_card(mask, sites, source, difference), encoding="utf-8")
     if push_to:
+        from huggingface_hub import HfApi
+
         HfApi().create_repo(push_to, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=push_to, folder_path=folder)
     return folder
@@ -113,8 +115,10 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_model(bridge: TransformerBridge, mask: WeightMask, sites: Mapping[str, Site], source: str, folder: Path) -> None:
+def _write_model(bridge: Bridge, mask: WeightMask, sites: Mapping[str, Site], source: str, folder: Path) -> None:
     """Save the source model and tokenizer with the mask's weights set to zero."""
+    from transformers import AutoConfig, AutoTokenizer
+
     original: Any = bridge.original_model
     try:
         kind, ours = AutoConfig.from_pretrained(source).model_type, original.config.model_type
@@ -140,7 +144,7 @@ def _write_model(bridge: TransformerBridge, mask: WeightMask, sites: Mapping[str
 
 
 def _stored(
-    bridge: TransformerBridge, model: Any, site: Site, index: Int[Tensor, " n"]
+    bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]
 ) -> tuple[nn.Parameter, Int[Tensor, " n"]]:
     """The Hugging Face model's own parameter that holds these weights of a site, and their flat indices in it."""
     if site.parameter.ndim == 3:  # stacked experts are no component of the bridge
@@ -170,8 +174,10 @@ def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"])
     raise ValueError(f"{type(module).__name__} has no weight that the bridge splits")
 
 
-def _reload_difference(bridge: TransformerBridge, folder: Path, source: str) -> float:
+def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
     """Largest logit difference of the saved model to the bridge as it stands; raises ValueError when they are not equal."""
+    from transformer_lens.model_bridge import TransformerBridge
+
     dtype, device = next(iter(weight_sites(bridge).values())).parameter.dtype, bridge.cfg.device
     ours = _parameters(bridge)
     theirs = _parameters(TransformerBridge.boot_transformers(str(folder), dtype=dtype, device=device))
@@ -196,7 +202,7 @@ def _reload_difference(bridge: TransformerBridge, folder: Path, source: str) -> 
     return difference
 
 
-def _parameters(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
+def _parameters(bridge: Bridge) -> dict[str, nn.Parameter]:
     named = {name: p for name, p in bridge.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
     return named | {name: site.parameter for name, site in weight_sites(bridge).items()}
 

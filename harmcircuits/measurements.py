@@ -1,36 +1,401 @@
-"""Measurements as rows: the only thing that tables and figures are drawn from."""
+"""Figures out: a measurement with its 95 % interval, rows of them, and the files they are kept in.
+
+Rows are the only thing that tables and figures are drawn from.
+"""
 
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from harmcircuits.display import listed
+
+if TYPE_CHECKING:
+    import pandas
+
+Label = str | int | float
+Labels = Mapping[str, Label]
+Interval = tuple[float, float]
 
 Z = 1.959964  # two-sided 95 % of a normal
+ENDS = (0.025, 0.975)  # quantiles of a 95 % percentile interval
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure: a mean over `n` examples with its 95 % interval [`low`, `high`], and what it was measured on.
+    """One figure: a mean over `n` examples with its 95 % interval, and what it was measured on.
 
-    A figure that is exact (a count) has `low` = `mean` = `high`. `labels` say the model, mask, attack, split and settings.
+    `f"{row:.0%}"` writes `77% [63%, 88%]`; a figure without an interval is written alone.
+
+    Attributes:
+        metric: what was measured, such as "harm_nll" (nats per token) or "refusal_rate" (a share).
+        labels: model, mask, split and settings.
+        mean: the figure.
+        low: lower end of the interval; equal to `mean` where the figure is exact, such as a count.
+        high: upper end.
+        n: how many examples it is the mean of.
     """
 
     metric: str
-    labels: Mapping[str, str | int | float]
+    labels: Labels
     mean: float
     low: float
     high: float
     n: int = 1
 
+    @classmethod
+    def exact(cls, metric: str, labels: Labels, value: float) -> "Measurement":
+        """A figure without sampling error, such as a count."""
+        return cls(metric, labels, value, value, value)
+
+    @classmethod
+    def rate(
+        cls,
+        metric: str,
+        labels: Labels,
+        hits: Sequence[float],
+        groups: Sequence[Hashable],
+    ) -> "Measurement":
+        """Share of hits with its Wilson interval, which counts each group once.
+
+        Answers about one item are not independent, so the interval is that of n = number of
+        groups: conservative where examples within a group disagree.
+
+        Args:
+            metric: name of the rate.
+            labels: what it was measured on.
+            hits: 1 or 0 for each example, or a share.
+            groups: what each example is about.
+
+        Raises:
+            ValueError: no examples, or other than one group for each.
+        """
+        _check(metric, hits, groups)
+        mean = float(np.mean(hits))
+        low, high = wilson(mean, len(set(groups)))
+        return cls(metric, labels, mean, max(0.0, min(mean, low)), min(1.0, max(mean, high)), len(hits))
+
+    @classmethod
+    def average(
+        cls,
+        metric: str,
+        labels: Labels,
+        values: Float[Tensor, " n"],
+        groups: Sequence[Hashable],
+        *,
+        seed: int = 0,
+    ) -> "Measurement":
+        """Mean of the values with a percentile bootstrap interval that resamples whole groups.
+
+        Args:
+            metric: name of the figure.
+            labels: what it was measured on.
+            values: one for each example.
+            groups: what each example is about.
+            seed: draws the 2,000 resamples.
+
+        Raises:
+            ValueError: no examples, or other than one group for each.
+        """
+        _check(metric, values, groups)
+        _, member = np.unique([str(group) for group in groups], return_inverse=True)
+        sums = np.bincount(member, values.cpu().double().numpy())
+        sizes = np.bincount(member)
+
+        n_groups = len(sums)
+        drawn = np.random.default_rng(seed).integers(n_groups, size=(2000, n_groups))
+        means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+        return cls.of_draws(metric, labels, means, mean=float(sums.sum() / sizes.sum()), n=len(values))
+
+    @classmethod
+    def auroc(
+        cls,
+        metric: str,
+        labels: Labels,
+        values: Float[Tensor, " n"],
+        is_positive: Bool[Tensor, " n"],
+        groups: Sequence[Hashable],
+    ) -> "Measurement":
+        """Area under the ROC curve with a percentile bootstrap interval over whole groups.
+
+        Every group must hold positives and negatives in the same proportion, as matched pairs do.
+        200 resamples, seed 0.
+
+        Args:
+            metric: name of the figure.
+            labels: what it was measured on.
+            values: one for each example; higher should mean positive.
+            is_positive: which examples are positive.
+            groups: what each example is about.
+
+        Raises:
+            ValueError: no examples, other than one group for each, or examples of one kind only.
+        """
+        _check(metric, values, groups)
+        _, member = np.unique([str(group) for group in groups], return_inverse=True)
+        n_groups = int(member.max()) + 1
+        rows_of = [np.flatnonzero(member == number) for number in range(n_groups)]
+
+        generator = np.random.default_rng(0)
+        areas = []
+        for _ in range(200):
+            drawn = generator.integers(n_groups, size=n_groups)
+            resample = np.concatenate([rows_of[number] for number in drawn])
+            areas.append(auroc(values[resample], is_positive[resample]))
+        return cls.of_draws(metric, labels, areas, mean=auroc(values, is_positive), n=len(values))
+
+    @classmethod
+    def difference(
+        cls,
+        metric: str,
+        labels: Labels,
+        first: "Measurement",
+        second: "Measurement",
+    ) -> "Measurement":
+        """How much higher the first rate is than the second, with Newcombe's hybrid-score interval.
+
+        low = d - sqrt((p1 - low1)^2 + (high2 - p2)^2), and high likewise, from the rates' own Wilson
+        intervals. It takes the rates as independent, so it is conservative for the same requests
+        asked twice. Source: Newcombe 1998, method 10.
+
+        Args:
+            metric: name of the difference.
+            labels: what it was measured on.
+            first: a rate.
+            second: the rate that is taken from it.
+        """
+        change = first.mean - second.mean
+        below = sqrt((first.mean - first.low) ** 2 + (second.high - second.mean) ** 2)
+        above = sqrt((first.high - first.mean) ** 2 + (second.mean - second.low) ** 2)
+        return cls(metric, labels, change, change - below, change + above, min(first.n, second.n))
+
+    @classmethod
+    def of_draws(
+        cls,
+        metric: str,
+        labels: Labels,
+        draws: Sequence[float] | np.ndarray,
+        *,
+        mean: float | None = None,
+        n: int | None = None,
+        method: str = "linear",
+    ) -> "Measurement":
+        """A figure whose 95 % interval is that of its draws, such as resamples or random masks.
+
+        Args:
+            metric: name of the figure.
+            labels: what it was measured on.
+            draws: the figure on each resample.
+            mean: the figure itself; the mean of the draws by default. The interval holds it.
+            n: how many examples are behind it; the number of draws by default.
+            method: of `numpy.quantile`.
+        """
+        low, high = np.quantile(draws, ENDS, method=method)  # pyright: ignore[reportArgumentType]
+        if mean is None:
+            mean = float(np.mean(draws))
+        if n is None:
+            n = len(draws)
+        return cls(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), n)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the figure has no interval."""
+        return self.low == self.mean == self.high
+
+    def __format__(self, spec: str) -> str:
+        """The figure and its interval, each number by the format given."""
+        if not spec:
+            return str(self)
+        if self.is_exact:
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def __str__(self) -> str:
-        return f"{self.metric} {self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.metric} {self:.3g}"
+
+    def __repr__(self) -> str:
+        labels = ", ".join(f"{name}={value!r}" for name, value in self.labels.items())
+        return f"Measurement({self}{', ' if labels else ''}{labels})"
+
+
+class Rows(Sequence[Measurement]):
+    """Measurements in order, to select, pool, group and tabulate.
+
+    >>> rows = Rows([Measurement.exact("n", {"mask": "none"}, 1), Measurement.exact("n", {"mask": "a"}, 2)])
+    >>> rows.one("n", mask="a").mean
+    2
+    """
+
+    def __init__(self, rows: Iterable[Measurement] = ()) -> None:
+        self._rows = tuple(rows)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Rows":
+        """The rows of a JSON Lines file, one object a line.
+
+        Args:
+            path: a file that `append_to` wrote, such as a study's rows.jsonl.
+
+        Raises:
+            ValueError: a missing file, or a row that is no measurement.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; expected the rows.jsonl of a study")
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        try:
+            return cls(Measurement(**json.loads(line)) for line in lines)
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a file of measurements ({error})") from None
+
+    def append_to(self, path: str | Path) -> None:
+        """Add the rows to a JSON Lines file, one object a line, in one write."""
+        lines = [json.dumps(asdict(row)) + "\n" for row in self]
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def where(self, metric: str = "", **labels: Label) -> "Rows":
+        """The rows of this metric that carry all these labels, in order.
+
+        Args:
+            metric: the metric's name; every metric by default.
+            labels: name and value of each label.
+        """
+        wanted = labels.items()
+        of_metric = (row for row in self if metric in ("", row.metric))
+        return Rows(row for row in of_metric if wanted <= dict(row.labels).items())
+
+    def one(self, metric: str = "", **labels: Label) -> Measurement:
+        """The only row of this metric with these labels.
+
+        Args:
+            metric: as in `where`.
+            labels: as in `where`.
+
+        Raises:
+            ValueError: no row or several, with what tells the nearest ones apart.
+        """
+        found = self.where(metric, **labels)
+        if len(found) == 1:
+            return found[0]
+        asked = ", ".join([*filter(None, [metric]), *(f"{k}={v!r}" for k, v in labels.items())])
+        if len(found) > 1:
+            raise ValueError(f"{len(found)} rows have {asked}; they differ in {found._differences()}")
+        of_metric = self.where(metric)
+        if not len(of_metric):
+            raise ValueError(f"no row has {asked}; the metrics are {listed(self.metrics) or 'none'}")
+        raise ValueError(f"no row has {asked}; the rows of {metric or 'every metric'} differ in "
+                         f"{of_metric._differences() or 'nothing'}")  # fmt: skip
+
+    def pool(self, over: str) -> "Rows":
+        """One row for all rows that differ only in a label: their mean, with the widest ends.
+
+        Args:
+            over: the label, such as "seed".
+        """
+        together: dict[tuple, list[Measurement]] = {}
+        for row in self:
+            key = _without(row.labels, over)
+            together.setdefault((row.metric, *sorted(key.items(), key=str)), []).append(row)
+        return Rows(_pooled(rows, over) for rows in together.values())
+
+    def by(self, *names: str) -> "dict[Any, Rows]":
+        """The rows of every value of a label in turn, as they come.
+
+        Args:
+            names: the labels; keys are values of one label, tuples of values of several.
+
+        Raises:
+            ValueError: a row without one of the labels.
+        """
+        together: dict[Any, list[Measurement]] = {}
+        for row in self:
+            lacking = [name for name in names if name not in row.labels]
+            if lacking:
+                raise ValueError(f"{row!r} has no label {lacking[0]!r}; select rows that have it first")
+            values = tuple(row.labels[name] for name in names)
+            together.setdefault(values if len(names) > 1 else values[0], []).append(row)
+        return {key: Rows(rows) for key, rows in together.items()}
+
+    def frame(
+        self,
+        *,
+        index: str | Sequence[str] = (),
+        columns: str | Sequence[str] = (),
+        values: str = "mean",
+    ) -> "pandas.DataFrame":
+        """The rows as a table: a line a row, a column a label; or pivoted.
+
+        Args:
+            index: labels that name the lines of a pivoted table.
+            columns: labels that name its columns; "metric" is one of them.
+            values: what its cells hold: "mean", "low", "high" or "n".
+        """
+        import pandas
+
+        lines = [{"metric": row.metric, **row.labels, **_figures(row)} for row in self]
+        table = pandas.DataFrame(lines)
+        if not index and not columns:
+            return table
+        names = [[part] if isinstance(part, str) else list(part) for part in (index, columns)]
+        return table.pivot_table(index=names[0], columns=names[1], values=values, sort=False)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, as they come."""
+        return list(dict.fromkeys(row.metric for row in self))
+
+    def _differences(self) -> str:
+        """The labels in which these rows differ, with their values."""
+        values: dict[str, dict[Label, None]] = {}
+        for row in self:
+            for name, value in row.labels.items():
+                values.setdefault(name, {})[value] = None
+        several = [f"{name} ({listed(found)})" for name, found in values.items() if len(found) > 1]
+        return "; ".join(several)
+
+    @overload
+    def __getitem__(self, index: int) -> Measurement: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "Measurement | Rows":
+        if isinstance(index, slice):
+            return Rows(self._rows[index])
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Measurement]:
+        return iter(self._rows)
+
+    def __add__(self, other: Iterable[Measurement]) -> "Rows":
+        return Rows((*self._rows, *other))
+
+    def __radd__(self, other: Iterable[Measurement]) -> "Rows":
+        return Rows((*other, *self._rows))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self)}: {listed(self.metrics)})"
+
+    def __str__(self) -> str:
+        return "\n".join(str(row) for row in self)
 
 
 @dataclass(frozen=True)
@@ -48,74 +413,76 @@ class Manifest:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
+def resumed(folder: str | Path, settings: Labels) -> Rows:
+    """The rows of an unfinished run, none in a new one; makes the folder and its manifest.
+
+    Args:
+        folder: where the run keeps `rows.jsonl` and `manifest.json`.
+        settings: what must not change between the parts of a run.
+
+    Raises:
+        ValueError: a folder that holds rows measured under other settings.
+    """
+    folder = Path(folder)
+    manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
+    if manifest.is_file():
+        before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+        if before != dict(settings):
+            raise ValueError(
+                f"{folder} holds a run with {before}, not {dict(settings)}; "
+                "give another folder or remove it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    Manifest(settings).save(manifest)
+    return Rows.read(rows) if rows.is_file() else Rows()
+
+
+def wilson(share: float, n: int) -> Interval:
     """Wilson's 95 % score interval of a share among n."""
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     return centre - half, centre + half
 
 
-def append_rows(path: str | Path, rows: Iterable[Measurement]) -> None:
-    """Add rows to a JSON Lines file, one object a line, in one write."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float:
+    """Chance that a positive's value exceeds a negative's, ties counted half.
 
+    Args:
+        values: one for each example.
+        is_positive: which examples are positive.
 
-def read_rows(path: str | Path) -> list[Measurement]:
-    """The rows of a JSON Lines file written by `append_rows`. Raises ValueError for a missing file or a foreign row."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; expected the rows.jsonl of a study")
-    try:
-        return [Measurement(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a file of measurements ({error})") from None
-
-
-def select(rows: Iterable[Measurement], metric: str = "", **labels: str | int | float) -> list[Measurement]:
-    """The rows of this metric that carry all these labels, in order."""
-    wanted = labels.items()
-    return [row for row in rows if metric in ("", row.metric) and wanted <= dict(row.labels).items()]
-
-
-def pooled(rows: Sequence[Measurement], over: str) -> list[Measurement]:
-    """One row for all rows that differ only in the label `over`: their mean, with the widest ends of their intervals."""
-    together: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        labels = {key: value for key, value in row.labels.items() if key != over}
-        together.setdefault((row.metric, *sorted(labels.items(), key=str)), []).append(row)
-    found = []
-    for same in together.values():
-        labels = {key: value for key, value in same[0].labels.items() if key != over}
-        low, high = min(row.low for row in same), max(row.high for row in same)
-        mean = fmean(row.mean for row in same)
-        found.append(Measurement(same[0].metric, labels, mean, low, high, sum(row.n for row in same)))
-    return found
-
-
-def grouped(rows: Iterable[Measurement], names: Sequence[str]) -> list[list[Measurement]]:
-    """The rows of every combination of these labels in turn, as they come; raises KeyError for a row without them."""
-    together: dict[tuple, list[Measurement]] = {}
-    for row in rows:
-        together.setdefault(tuple(row.labels[name] for name in names), []).append(row)
-    return list(together.values())
-
-
-def by_model(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """The rows of each model, by its name; of a ladder that is not the shipped one, by "NAME of LADDER"."""
-    keys = dict.fromkeys((row.labels["model"], row.labels["ladder"]) for row in rows)
-    names = {(model, ladder): str(model) if ladder == "shipped" else f"{model} of {ladder}" for model, ladder in keys}
-    return {name: select(rows, model=model, ladder=ladder) for (model, ladder), name in names.items()}
-
-
-def resumed(folder: str | Path, settings: Mapping[str, str | int | float]) -> list[Measurement]:
-    """The rows of an unfinished run in this folder, none in a new one; makes the folder and its manifest.
-
-    Raises ValueError for a folder that holds rows measured under other settings.
+    Raises:
+        ValueError: unless there is at least one of each kind.
     """
-    folder = Path(folder)
-    manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
-    if manifest.is_file() and (found := json.loads(manifest.read_text(encoding="utf-8"))["settings"]) != dict(settings):
-        raise ValueError(f"{folder} holds a run with {found}, not {dict(settings)}; give another folder or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    Manifest(settings).save(manifest)
-    return read_rows(rows) if rows.is_file() else []
+    n_positive, n = int(is_positive.sum()), len(is_positive)
+    n_negative = n - n_positive
+    if not n_positive or not n_negative:
+        raise ValueError(f"auroc: {n_positive} positives among {n}; expected at least one of each kind")
+    ranks = rankdata(values.cpu().numpy())[is_positive.cpu().numpy()].sum()
+    return float((ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def _figures(row: Measurement) -> dict[str, float]:
+    return {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
+
+
+def _without(labels: Labels, name: str) -> dict[str, Label]:
+    return {key: value for key, value in labels.items() if key != name}
+
+
+def _pooled(rows: Sequence[Measurement], over: str) -> Measurement:
+    return replace(
+        rows[0],
+        labels=_without(rows[0].labels, over),
+        mean=fmean(row.mean for row in rows),
+        low=min(row.low for row in rows),
+        high=max(row.high for row in rows),
+        n=sum(row.n for row in rows),
+    )
+
+
+def _check(metric: str, values: Sequence[Any] | Tensor, groups: Sequence[Hashable]) -> None:
+    if not len(values):
+        raise ValueError(f"{metric}: no examples to measure; expected at least one")
+    if len(groups) != len(values):
+        raise ValueError(f"{metric}: {len(groups)} groups for {len(values)} values; give one for each")

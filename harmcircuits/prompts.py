@@ -1,32 +1,47 @@
 """Text in, token batches out.
 
-An `Example` is a request with the completion to be explained. `tokenize` turns a `PromptSet` into right-padded
-`Batch`es whose `is_target` marks the completion tokens: the only ones that ever count in a loss.
+An `Example` is a request with the completion to be explained. `tokenize` turns a `PromptSet` into
+right-padded `Batch`es whose `is_target` marks the completion: the only tokens that count in a loss.
 """
 
 import csv
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from harmcircuits.display import listed, plural
 
 Template = Literal["chat", "raw"]
+
+SPLITS = ("calibration", "choice", "heldout")
+# Shares of a file from which all three splits are drawn, and of one beside which held-out requests
+# are given.
+SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}
+SHARES_WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}
+NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
 
 
 @dataclass(frozen=True)
 class Example:
     """One request and its completion.
 
-    `category` is the type of harm or the task; `group` names what several examples share (for instance the item asked
-    about), so that intervals can treat them as one independent unit; `label` says which side of a contrast it is on, such
-    as "safe" or "unsafe". All three may be empty.
+    Attributes:
+        prompt: the request.
+        completion: the answer to be explained; empty where there is none.
+        category: the type of harm, or the task; may be empty.
+        group: what several examples share, such as the item asked about, so that intervals can
+            treat them as one independent unit; may be empty.
+        label: the side of a contrast it is on, such as "safe" or "unsafe"; may be empty.
     """
 
     prompt: str
@@ -37,59 +52,145 @@ class Example:
 
     @property
     def cluster(self) -> str:
-        """What counts once in intervals, samples and splits: the group, or a request without one by itself."""
+        """What counts once in intervals, samples and splits: the group, or else the request."""
         return self.group or self.prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PromptSet:
     """An ordered, immutable set of examples."""
 
     examples: tuple[Example, ...]
 
     @classmethod
-    def from_jsonl(cls, path: str | Path) -> "PromptSet":
-        """Examples from a JSON Lines file with rows `{"prompt": ..., "completion": ...}`; other keys are ignored.
+    def of(cls, given: "PromptSet | Iterable[Example | str | tuple[str, str]]") -> "PromptSet":
+        """A set of examples, requests, or pairs of request and completion.
 
-        Raises ValueError for a missing file, a line that is not a JSON object, a row without "prompt", or no rows.
+        >>> PromptSet.of(["who?", ("where?", "here")])
+        PromptSet(2 examples, 1 completion)
+
+        Args:
+            given: what to put into the set; a `PromptSet` comes back as it is.
+
+        Raises:
+            ValueError: an item of another type, or none.
+        """
+        if isinstance(given, PromptSet):
+            return given
+        if isinstance(given, str):
+            given = [given]
+        examples = []
+        for item in given:
+            if isinstance(item, Example):
+                examples.append(item)
+            elif isinstance(item, str):
+                examples.append(Example(item))
+            elif isinstance(item, tuple) and len(item) == 2:
+                examples.append(Example(*item))
+            else:
+                kind = type(item).__name__
+                raise ValueError(
+                    f"PromptSet: an item is {kind}; expected a request (str), a pair of request and "
+                    "completion, or an Example"
+                )
+        if not examples:
+            raise ValueError("PromptSet: no requests; expected at least one")
+        return cls(tuple(examples))
+
+    @classmethod
+    def read(cls, source: "str | Path | PromptSet | Iterable[Example | str]") -> "PromptSet":
+        """Requests of a file or dataset, or those given.
+
+        Args:
+            source: a .jsonl or .csv file, a Hugging Face dataset ("NAME" or "NAME:SPLIT"; hub id or
+                folder), or what `PromptSet.of` takes.
+
+        Raises:
+            ValueError: a missing or malformed file, or a dataset that cannot be opened.
+        """
+        if not isinstance(source, str | Path):
+            return cls.of(source)
+        suffix = Path(source).suffix.lower()
+        if suffix in (".jsonl", ".json"):
+            return cls.from_jsonl(source)
+        if suffix == ".csv":
+            return cls.from_csv(source)
+        name, _, split = str(source).partition(":")
+        try:
+            return cls.from_hub(name, split=split or "train")
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{source}: neither a .jsonl or .csv file nor a dataset that can be opened ({error})"
+            ) from None
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> "PromptSet":
+        """Examples from a JSON Lines file of rows `{"prompt": ..., "completion": ...}`.
+
+        Args:
+            path: the file; its rows may have the other fields of `Example`, further keys are ignored.
+
+        Raises:
+            ValueError: a missing file, a line that is not a JSON object, a row without "prompt", or
+                no rows.
         """
         rows = []
-        for number, line in enumerate(_existing(path).read_text(encoding="utf-8").split("\n"), start=1):
+        lines = _existing(path).read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                rows.append((place, json.loads(line)))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); expected one object a line") from None
-            rows.append((f"{path}, line {number}", row))
+                raise ValueError(f"{place}: not JSON ({error.msg}); expected one object a line") from None
         return cls._from_rows(rows, str(path))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> "PromptSet":
-        """Examples from a CSV file with a header naming at least `prompt`. Raises ValueError as `from_jsonl`."""
+        """Examples from a CSV file with a header naming at least `prompt`.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: as `from_jsonl`.
+        """
         with _existing(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = [(f"{path}, row {number}", row) for number, row in enumerate(csv.DictReader(file), start=1)]
-        return cls._from_rows(rows, str(path))
+            rows = list(csv.DictReader(file))
+        placed = [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+        return cls._from_rows(placed, str(path))
 
     @classmethod
     def from_hub(cls, name: str, *, split: str = "train", **load_options: Any) -> "PromptSet":
-        """Examples from a Hugging Face dataset (hub id or local folder) with a `prompt` column.
+        """Examples from a Hugging Face dataset with a `prompt` column.
 
-        `load_options` go to `datasets.load_dataset`. Raises ValueError for a missing column or an empty split.
+        Args:
+            name: hub id or local folder.
+            split: of the dataset.
+            load_options: further arguments of `datasets.load_dataset`.
+
+        Raises:
+            ValueError: a missing column or an empty split.
         """
         from datasets import load_dataset
 
         rows = load_dataset(name, split=split, **load_options)
-        return cls._from_rows([(f"{name}[{split}], row {i}", dict(row)) for i, row in enumerate(rows)], name)
+        placed = [(f"{name}[{split}], row {number}", dict(row)) for number, row in enumerate(rows)]
+        return cls._from_rows(placed, name)
 
     @classmethod
     def _from_rows(cls, rows: Iterable[tuple[str, Any]], origin: str) -> "PromptSet":
         names = [field.name for field in fields(Example)]
         examples = []
         for place, row in rows:
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-                raise ValueError(f'{place}: no "prompt"; each row needs a prompt of text that is not empty')
-            examples.append(Example(**{name: str(row[name]) for name in names if row.get(name) is not None}))
+            prompt = row.get("prompt") if isinstance(row, dict) else None
+            if not isinstance(prompt, str) or not prompt:
+                raise ValueError(
+                    f'{place}: no "prompt"; each row needs a prompt of text that is not empty'
+                )
+            given = {name: str(row[name]) for name in names if row.get(name) is not None}
+            examples.append(Example(**given))
         if not examples:
             raise ValueError(f"{origin}: no rows; expected at least one prompt")
         return cls(tuple(examples))
@@ -102,44 +203,118 @@ class PromptSet:
 
     def __getitem__(self, where: slice) -> "PromptSet":
         if not isinstance(where, slice):
-            raise TypeError(f"a PromptSet is indexed by a slice, not {where!r}; single examples are in .examples")
+            raise TypeError(
+                f"a PromptSet is indexed by a slice, not {where!r}; single examples are in .examples"
+            )
         return PromptSet(self.examples[where])
+
+    def __repr__(self) -> str:
+        parts = [plural(len(self), "example")]
+        n_completions = sum(bool(example.completion) for example in self)
+        categories = dict.fromkeys(example.category for example in self if example.category)
+        if n_completions:
+            parts.append(plural(n_completions, "completion"))
+        if categories:
+            parts.append(f"categories {listed(categories, most=4)}")
+        return f"PromptSet({', '.join(parts)})"
 
     def where(self, keep: Callable[[Example], bool]) -> "PromptSet":
         """The examples for which `keep(example)` is true, in order."""
         return PromptSet(tuple(example for example in self.examples if keep(example)))
 
     def with_completions(self, completions: Sequence[str]) -> "PromptSet":
-        """The same requests with these completions. Raises ValueError when the counts differ."""
+        """The same requests with these completions.
+
+        Args:
+            completions: one for each request.
+
+        Raises:
+            ValueError: other than one for each.
+        """
         if len(completions) != len(self):
-            raise ValueError(f"{len(completions)} completions for {len(self)} prompts; give one for each")
+            raise ValueError(
+                f"{len(completions)} completions for {len(self)} prompts; give one for each"
+            )
         pairs = zip(self.examples, completions, strict=True)
         return PromptSet(tuple(replace(example, completion=text) for example, text in pairs))
 
     def resampled(self, *, seed: int) -> "PromptSet":
-        """A bootstrap resample: as many groups as there are, drawn with replacement, each with all its examples."""
+        """A bootstrap resample: as many groups as there are, each with all its examples.
+
+        Args:
+            seed: draws the groups, with replacement.
+        """
         groups: dict[str, list[Example]] = {}
         for example in self.examples:
             groups.setdefault(example.cluster, []).append(example)
         drawn = random.Random(seed).choices(list(groups.values()), k=len(groups))
-        return PromptSet(tuple(example for members in drawn for example in members))
+        examples: list[Example] = []
+        for members in drawn:
+            examples += members
+        return PromptSet(tuple(examples))
 
     def sampled(self, share: float, *, seed: int) -> "PromptSet":
-        """A random `share` of the groups of every category, without replacement, each with all its examples, in order.
+        """A random share of the groups of every category, each with all its examples, in order.
 
-        At least one group of each category is kept. The same seed draws the same groups from every set that asks about the
-        same ones. Raises ValueError for a share outside (0, 1].
+        At least one group of each category stays. The same seed draws the same groups from every set
+        that asks about the same ones.
+
+        Args:
+            share: of the groups, in (0, 1].
+            seed: draws them, without replacement.
+
+        Raises:
+            ValueError: a share outside (0, 1].
         """
         if not 0 < share <= 1:
             raise ValueError(f"sampled: share={share}; expected one in (0, 1]")
         groups: dict[str, set[str]] = {}
         for example in self.examples:
             groups.setdefault(example.category, set()).add(example.cluster)
-        kept = set()
+
+        drawn = set()
         for category, names in groups.items():
-            n_kept = max(1, round(share * len(names)))
-            kept |= {(category, name) for name in random.Random(f"{seed} {category}").sample(sorted(names), n_kept)}
-        return self.where(lambda example: (example.category, example.cluster) in kept)
+            n_drawn = max(1, round(share * len(names)))
+            generator = random.Random(f"{seed} {category}")
+            drawn |= {(category, name) for name in generator.sample(sorted(names), n_drawn)}
+        return self.where(lambda example: (example.category, example.cluster) in drawn)
+
+    def splits(
+        self,
+        heldout: "PromptSet | None" = None,
+        *,
+        limits: Mapping[str, int] = NO_LIMITS,
+        origin: str = "",
+    ) -> "dict[str, PromptSet]":
+        """The requests by split, drawn by the hash of their group.
+
+        A request therefore stays where it is when others are added.
+
+        Args:
+            heldout: requests that are held out as they are; then none of these are.
+            limits: at most so many groups, by split; 0 for all. Those with the lowest hashes stay.
+            origin: what error messages call these requests.
+
+        Raises:
+            ValueError: a split without requests.
+        """
+        shares = SHARES_WITHOUT_HELDOUT if heldout is not None else SHARES
+        place = {example: _hash(example) for example in self}
+        sets = {}
+        end = 0.0
+        for split, share in shares.items():
+            # The start is taken from the end, not from the end before: sums of floats differ.
+            end += share
+            start = end - share
+            members = [example for example in self if start <= place[example] < end]
+            sets[split] = PromptSet(tuple(members))
+        if heldout is not None:
+            sets["heldout"] = heldout
+
+        for split, members in sets.items():
+            if not len(members):
+                raise ValueError(f"{origin}: {len(self)} requests leave none for {split}; give more")
+        return {split: _limited(members, limits[split]) for split, members in sets.items()}
 
     @property
     def digest(self) -> str:
@@ -148,31 +323,42 @@ class PromptSet:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
     """Right-padded token ids and the tokens to be predicted.
 
-    `tokens`: Int[batch pos]. `is_target`: Bool[batch pos], True where the token is predicted from those before it and
-    counted in the loss; never at position 0, and at least once in every row. Raises ValueError otherwise.
+    Attributes:
+        tokens: token ids.
+        is_target: True where the token is predicted from those before it and counted in the loss;
+            never at position 0, and at least once in every row. A ValueError says otherwise.
     """
 
     tokens: Int[Tensor, "batch pos"]
     is_target: Bool[Tensor, "batch pos"]
 
     def __post_init__(self) -> None:
-        if self.tokens.shape != self.is_target.shape or self.tokens.ndim != 2 or not self.tokens.numel():
+        same_shape = self.tokens.shape == self.is_target.shape
+        if not same_shape or self.tokens.ndim != 2 or not self.tokens.numel():
             shapes = f"tokens {tuple(self.tokens.shape)}, is_target {tuple(self.is_target.shape)}"
             raise ValueError(f"Batch: {shapes}; expected the same [batch, pos] for both, not empty")
         if self.is_target.dtype != torch.bool:
             raise ValueError(f"Batch: is_target has dtype {self.is_target.dtype}; expected torch.bool")
         if self.is_target[:, 0].any():
-            raise ValueError("Batch: is_target marks position 0, which has no token before it to predict it from")
+            raise ValueError(
+                "Batch: is_target marks position 0, which has no token before it to predict it from"
+            )
         empty = (~self.is_target.any(dim=1)).nonzero().flatten().tolist()
         if empty:
-            raise ValueError(f"Batch: rows {empty} mark no target token; drop them or give them a completion")
+            raise ValueError(
+                f"Batch: rows {empty} mark no target token; drop them or give them a completion"
+            )
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        n_targets = int(self.is_target.sum())
+        return f"Batch({plural(len(self), 'example')}, {self.tokens.shape[1]} positions, {n_targets} targets)"
 
     @property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
@@ -183,15 +369,23 @@ class Batch:
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     """Token ids of a request, up to where the answer begins.
 
-    `"chat"`: the tokenizer's chat template with the generation prompt. `"raw"`: the prompt and a newline, no special
-    tokens (the published format). Raises ValueError for an unknown template or a tokenizer without a chat template.
+    Args:
+        prompt: the request.
+        tokenizer: a Hugging Face tokenizer.
+        template: "chat": the tokenizer's chat template with the generation prompt. "raw": the prompt
+            and a newline, no special tokens (the published format).
+
+    Raises:
+        ValueError: another template, or a tokenizer without a chat template.
     """
     if template == "raw":
         return tokenizer.encode(prompt + "\n", add_special_tokens=False)
     if template != "chat":
         raise ValueError(f'template={template!r}; expected "chat" or "raw"')
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError('template="chat", but the tokenizer has no chat template; use template="raw"')
+        raise ValueError(
+            'template="chat", but the tokenizer has no chat template; use template="raw"'
+        )
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -199,11 +393,12 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
 
 def padding_id(tokenizer: Any) -> int:
     """The token that fills a batch: the tokenizer's own, else its end-of-text token, else 0."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None), 0)
 
 
 def tokenize(
-    prompts: PromptSet,
+    prompts: "PromptSet | Iterable[Example | tuple[str, str]]",
     tokenizer: Any,
     *,
     batch_size: int = 16,
@@ -213,17 +408,27 @@ def tokenize(
 ) -> list[Batch]:
     """Right-padded batches in the order of `prompts`; the completion's tokens are the targets.
 
-    Prompt and completion are tokenised apart and concatenated. A `prefill` opens the completion: its tokens are context,
-    not targets. A completion that does not begin with them is taken to follow them. With `max_tokens` no batch has more
-    tokens, padding included: few long examples together or many short ones, `batch_size` at most.
+    Prompt and completion are tokenised apart and concatenated.
 
-    Raises ValueError for no prompts, an empty batch size, a completion with no tokens, or an example longer than
-    `max_tokens`.
+    Args:
+        prompts: requests with completions.
+        tokenizer: a Hugging Face tokenizer, such as `bridge.tokenizer`.
+        batch_size: at most so many examples together.
+        max_tokens: at most so many tokens together, padding included; no bound by default.
+        template: how a request is written (see `prompt_ids`).
+        prefill: opens the completion. Its tokens are context, not targets; a completion that does
+            not begin with them is taken to follow them.
+
+    Raises:
+        ValueError: no prompts, an empty batch size, a completion without tokens, or an example longer
+            than `max_tokens`.
     """
+    prompts = PromptSet.of(prompts)
     if not len(prompts):
         raise ValueError("tokenize: the prompt set is empty; expected at least one example")
     if batch_size < 1:
         raise ValueError(f"tokenize: batch_size={batch_size}; expected at least 1")
+
     opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
     rows = []
     for index, example in enumerate(prompts):
@@ -231,55 +436,133 @@ def tokenize(
         if target[: len(opening)] == opening:
             target = target[len(opening) :]
         if not target:
-            raise ValueError(f"tokenize: example {index} has a completion with no tokens to predict; drop or fill it")
+            raise ValueError(
+                f"tokenize: example {index} has a completion with no tokens to predict; drop or fill it"
+            )
         rows.append((prompt_ids(example.prompt, tokenizer, template) + opening, target))
-    lengths = [len(context) + len(target) for context, target in rows]
-    if max_tokens is not None and max(lengths) > max_tokens:
-        index = lengths.index(max(lengths))
-        raise ValueError(
-            f"tokenize: example {index} has {lengths[index]} tokens, max_tokens={max_tokens}; raise it or drop it"
-        )
-    groups: list[list[Any]] = [[]]
-    longest = 0
-    for row, length in zip(rows, lengths, strict=True):
-        longest = max(longest, length)
-        n_rows = len(groups[-1]) + 1
-        if n_rows > batch_size or (max_tokens is not None and n_rows * longest > max_tokens):
-            groups.append([])
-            longest = length
-        groups[-1].append(row)
-    return [_padded(group, tokenizer) for group in groups]
+
+    _refuse_long(rows, max_tokens)
+    return [_padded(group, tokenizer) for group in _groups(rows, batch_size, max_tokens)]
 
 
-def tokenize_text(text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16) -> list[Batch]:
-    """A plain text cut into windows of `n_tokens`, every token but the first of each a target: for perplexity and KL.
+def tokenize_text(
+    text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16
+) -> list[Batch]:
+    """A plain text cut into windows, every token but the first of each a target.
 
-    Each window opens with the tokenizer's beginning-of-text token, if it has one, so that models see what they were
-    trained on. What is left over at the end is dropped. Raises ValueError for fewer than 2 tokens a window, an empty
-    batch size, or a text shorter than a window.
+    For perplexity and KL. Each window opens with the tokenizer's beginning-of-text token, if it has
+    one, so that models see what they were trained on. What is left over at the end is dropped.
+
+    Args:
+        text: the text.
+        tokenizer: a Hugging Face tokenizer.
+        n_tokens: of a window.
+        batch_size: windows together.
+
+    Raises:
+        ValueError: fewer than 2 tokens a window, an empty batch size, or a text shorter than one.
     """
     if n_tokens < 2 or batch_size < 1:
-        raise ValueError(f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; expected at least 2 and 1")
+        raise ValueError(
+            f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; "
+            "expected at least 2 and 1"
+        )
     opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    tokens, step = tokenizer.encode(text, add_special_tokens=False), n_tokens - len(opening)
-    windows = [opening + tokens[start : start + step] for start in range(0, len(tokens) - step + 1, step)]
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    step = n_tokens - len(opening)
+    starts = range(0, len(tokens) - step + 1, step)
+    windows = [opening + tokens[start : start + step] for start in starts]
     if not windows:
-        raise ValueError(f"tokenize_text: {len(tokens)} tokens of text make no window of {n_tokens}; give a longer text")
+        raise ValueError(
+            f"tokenize_text: {len(tokens)} tokens of text make no window of {n_tokens}; "
+            "give a longer text"
+        )
     whole = torch.tensor(windows)
     is_target = torch.ones_like(whole, dtype=torch.bool)
     is_target[:, 0] = False
-    return [Batch(*two) for two in zip(whole.split(batch_size), is_target.split(batch_size), strict=True)]
+    pairs = zip(whole.split(batch_size), is_target.split(batch_size), strict=True)
+    return [Batch(*pair) for pair in pairs]
 
 
-def _padded(rows: list[tuple[list[int], list[int]]], tokenizer: Any) -> Batch:
-    longest = max(len(context) + len(target) for context, target in rows)
-    tokens = torch.full((len(rows), longest), padding_id(tokenizer), dtype=torch.long)
-    is_target = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for row, (context, target) in enumerate(rows):
-        end = len(context) + len(target)
-        tokens[row, :end] = torch.tensor(context + target)
-        is_target[row, len(context) : end] = True
-    return Batch(tokens=tokens, is_target=is_target)
+def refuse_no_batches(function: str, batches: Any) -> None:
+    """Check that token batches are given.
+
+    Args:
+        function: what the error message calls the caller.
+        batches: what it was given.
+
+    Raises:
+        ValueError: no batches, or something else, with the remedy.
+    """
+    if hasattr(batches, "batches"):
+        raise ValueError(
+            f"{function}: expected a list of token batches, got {type(batches).__name__}; "
+            "pass its .batches"
+        )
+    is_text = isinstance(batches, str | PromptSet)
+    odd = None if is_text else next((b for b in batches if not isinstance(b, Batch)), None)
+    if is_text or odd is not None:
+        kind = type(batches if is_text else odd).__name__
+        raise ValueError(
+            f"{function}: expected a list of token batches, got {kind}; "
+            "make them by tokenize(prompts, bridge.tokenizer)"
+        )
+    if not batches:
+        raise ValueError(f"{function}: no batches to score on; expected at least one (see tokenize)")
+
+
+Row = tuple[list[int], list[int]]  # context, target
+
+
+def _refuse_long(rows: list[Row], max_tokens: int | None) -> None:
+    lengths = [len(context) + len(target) for context, target in rows]
+    longest = max(lengths)
+    if max_tokens is not None and longest > max_tokens:
+        index = lengths.index(longest)
+        raise ValueError(
+            f"tokenize: example {index} has {longest} tokens, max_tokens={max_tokens}; "
+            "raise it or drop it"
+        )
+
+
+def _groups(rows: list[Row], batch_size: int, max_tokens: int | None) -> list[list[Row]]:
+    """The rows of each batch: as many as both bounds allow, padding included."""
+    groups: list[list[Row]] = [[]]
+    longest = 0
+    for row in rows:
+        length = len(row[0]) + len(row[1])
+        longest = max(longest, length)
+        n_rows = len(groups[-1]) + 1
+        is_too_wide = max_tokens is not None and n_rows * longest > max_tokens
+        if n_rows > batch_size or is_too_wide:
+            groups.append([])
+            longest = length
+        groups[-1].append(row)
+    return groups
+
+
+def _padded(rows: list[Row], tokenizer: Any) -> Batch:
+    tokens = [torch.tensor(context + target) for context, target in rows]
+    is_target = []
+    for context, target in rows:
+        is_target.append(torch.tensor([False] * len(context) + [True] * len(target)))
+    return Batch(
+        tokens=pad_sequence(tokens, batch_first=True, padding_value=padding_id(tokenizer)),
+        is_target=pad_sequence(is_target, batch_first=True, padding_value=False),
+    )
+
+
+def _hash(example: Example) -> float:
+    """A number in [0, 1) that depends on the group only."""
+    digest = hashlib.sha256(example.cluster.encode()).hexdigest()
+    return int(digest[:13], 16) / 16**13
+
+
+def _limited(prompts: PromptSet, limit: int) -> PromptSet:
+    hashes = sorted({_hash(example) for example in prompts})
+    if not limit or len(hashes) <= limit:
+        return prompts
+    return prompts.where(lambda example: _hash(example) < hashes[limit])
 
 
 def _existing(path: str | Path) -> Path:

@@ -135,11 +135,11 @@ def batch() -> Batch:
     return random_batch()
 
 
-def small_subject(name: str):
+def small_model(name: str):
     """An organism that is asked only a few requests of each behaviour: six items, or twelve matched pairs."""
-    subject = organism_subject(name)
+    model = organism_subject(name)
     behaviours = {
         key: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[:24])
-        for key, found in subject.behaviours.items()
+        for key, found in model.behaviours.items()
     }
-    return dataclasses.replace(subject, behaviours=behaviours)
+    return dataclasses.replace(model, behaviours=behaviours)

@@ -10,17 +10,8 @@ from importlib.metadata import version
 
 import pytest
 
-from harmcircuits.measurements import (
-    LIBRARIES,
-    Manifest,
-    Measurement,
-    append_rows,
-    by_model,
-    grouped,
-    pooled,
-    read_rows,
-    select,
-)
+from harmcircuits.measurements import LIBRARIES, Manifest, Measurement, Rows
+from harmcircuits.studies.claims import by_model
 
 ROWS = [
     Measurement("harm_valid_rate", {"model": "dpo", "mask": "none", "split": "heldout"}, 0.1 + 0.2, 0.25, 1 / 3, 256),
@@ -31,10 +22,10 @@ ROWS = [
 
 def test_rows_round_trip(tmp_path):
     path = tmp_path / "rows.jsonl"
-    append_rows(path, ROWS[:1])
-    append_rows(path, [])
-    append_rows(path, iter(ROWS[1:]))
-    assert read_rows(path) == ROWS
+    Rows(ROWS[:1]).append_to(path)
+    Rows([]).append_to(path)
+    Rows(iter(ROWS[1:])).append_to(path)
+    assert Rows.read(path) == ROWS
     lines = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == {
         "metric": "harm_valid_rate",
@@ -48,8 +39,8 @@ def test_rows_round_trip(tmp_path):
 
 
 def test_what_is_not_a_number_survives(tmp_path):
-    append_rows(tmp_path / "rows.jsonl", [Measurement("x", {}, math.nan, -math.inf, math.inf)])
-    (row,) = read_rows(tmp_path / "rows.jsonl")
+    Rows([Measurement("x", {}, math.nan, -math.inf, math.inf)]).append_to(tmp_path / "rows.jsonl")
+    (row,) = Rows.read(tmp_path / "rows.jsonl")
     assert math.isnan(row.mean)
     assert (row.low, row.high, row.n) == (-math.inf, math.inf, 1)
 
@@ -59,14 +50,14 @@ def test_a_measurement_prints_its_interval():
 
 
 def test_selection_is_by_metric_and_all_labels():
-    assert select(ROWS) == ROWS
-    assert select(ROWS, "harm_valid_rate") == ROWS[:2]
-    assert select(ROWS, "harm_valid_rate", mask="circuit") == ROWS[1:2]
-    assert select(ROWS, mask="circuit", seed=3) == ROWS[1:]
-    assert select(iter(ROWS), fraction=1e-5) == ROWS[1:2]
-    assert select(ROWS, mask="circuit", seed="3") == [], "a label keeps its type"
-    assert select(ROWS, "harm_valid", mask="none") == []
-    assert select(ROWS, absent="x") == []
+    assert ROWS.where() == ROWS
+    assert ROWS.where("harm_valid_rate") == ROWS[:2]
+    assert ROWS.where("harm_valid_rate", mask="circuit") == ROWS[1:2]
+    assert ROWS.where(mask="circuit", seed=3) == ROWS[1:]
+    assert iter(ROWS).where(fraction=1e-5) == ROWS[1:2]
+    assert ROWS.where(mask="circuit", seed="3") == [], "a label keeps its type"
+    assert ROWS.where("harm_valid", mask="none") == []
+    assert ROWS.where(absent="x") == []
 
 
 @pytest.mark.parametrize(
@@ -84,12 +75,12 @@ def test_selection_is_by_metric_and_all_labels():
 def test_foreign_files_are_refused(tmp_path, text):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ValueError, match="not a file of measurements"):
-        read_rows(tmp_path / "rows.jsonl")
+        Rows.read(tmp_path / "rows.jsonl")
 
 
 def test_missing_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rows\.jsonl: no such file"):
-        read_rows(tmp_path / "rows.jsonl")
+        Rows.read(tmp_path / "rows.jsonl")
 
 
 def test_a_manifest_says_what_made_the_rows(tmp_path, monkeypatch):
@@ -111,7 +102,7 @@ def test_pooling_averages_over_one_label_only():
         Measurement("x", {"model": "b", "seed": 0}, 0.7, 0.6, 0.8, 5),
         Measurement("y", {"model": "a"}, 1.0, 1.0, 1.0),
     ]
-    found = pooled(rows, "seed")
+    found = rows.pool("seed")
     assert [(row.metric, dict(row.labels), row.low, row.high, row.n) for row in found] == [
         ("x", {"model": "a"}, 0.1, 0.9, 20),
         ("x", {"model": "b"}, 0.6, 0.8, 5),
@@ -136,7 +127,7 @@ def test_rows_are_grouped_by_labels():
         for seed in (1, 0)
         for model in "ba"
     ]
-    found = grouped(rows, ("model", "seed"))
+    found = list(rows.by(*(("model", "seed"))).values())
     assert [(one[0].labels["model"], one[0].labels["seed"]) for one in found] == [("b", 1), ("a", 1), ("b", 0), ("a", 0)]
     assert all([row.labels["step"] for row in one] == [0, 1] for one in found)
-    assert grouped([], ("model",)) == []
+    assert list(Rows([]).by(*(("model",))).values()) == []

@@ -1,56 +1,103 @@
-"""Requests from files as the behaviours of a real model.
+"""Request files as the behaviours of a real model.
 
-From harmful and benign requests come `harmful` (the answer begun for the model), `benign`, `refusal` (harmful requests
-asked plainly), `recognition` and `explanation`; from requests that only look unsafe, `borderline`.
+From harmful and benign requests come `harmful` (the answer is begun for the model), `benign`,
+`refusal` (harmful requests without that beginning), `recognition` and `explanation`; from requests
+that only look unsafe comes `borderline`.
 """
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from harmcircuits.behaviours.model import Behaviour, Subject
-from harmcircuits.behaviours.questions import Wording
-from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviour
+from harmcircuits.display import nearest
+from harmcircuits.prompts import SPLITS, Example, PromptSet
 
-SPLITS = ("calibration", "choice", "heldout")
-SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}  # of a file from which all three are drawn
-WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}  # of a file beside which held-out requests are given
-NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
 UNSAFE, SAFE = ("unsafe", "harmful"), ("safe", "harmless", "benign")
+YES_OR_NO_TOKENS = 4  # how long an answer to a yes-or-no question may be
+
 Sets = Mapping[str, PromptSet]  # by split
+Requests = str | PromptSet
+Pair = tuple[Example, Example]  # harmful, harmless
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Where a real model's requests come from: JSON Lines or CSV files, or Hugging Face datasets (hub id or folder).
+class RequestFiles:
+    """Where a real model's requests come from.
 
-    `harmful`, `benign`: requests; each is split into calibration, choice and held-out by the hash of its `group` (or
-    prompt), so that a request stays where it is when others are added. With `harmful_heldout` (`benign_heldout`) those
-    are the held-out ones. `pairs`: rows with `label` safe or unsafe, matched by `group`, or else by their order within a
-    category ("contrast_x" belongs to "x"), for recognition; without it harmful requests are paired with benign ones of
-    similar length, which are not matched in content. `borderline`: requests whose `label` is not unsafe, such as
-    XSTest's. `plain`: a text file for perplexity. `limit`: at most so many requests (or pairs) a split, 0 for all;
-    `limit_measured`: in choice and held-out, where it is given, which only measure.
+    Each source is a JSON Lines or CSV file, a Hugging Face dataset (hub id or folder), or requests
+    that are there already.
+
+    Attributes:
+        harmful: harmful requests. They are split into calibration, choice and held-out by the hash of
+            their `group` (or prompt), so that a request stays where it is when others are added.
+        benign: benign requests, split likewise.
+        harmful_heldout: held-out harmful requests, in place of a quarter of the others.
+        benign_heldout: likewise.
+        pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their order
+            within a category ("contrast_x" belongs to "x"). Without them each harmful request is
+            paired with a benign one of similar length, which is not matched in content.
+        borderline: requests that look unsafe; those whose `label` is unsafe are left out.
+        plain: a text file for perplexity.
+        limit: at most so many requests (or pairs) a split; 0 for all.
+        limit_measured: the limit in choice and held-out, which only measure, where it differs.
+        questions: how recognition and explanation are asked.
     """
 
-    harmful: str
-    benign: str
-    harmful_heldout: str = ""
-    benign_heldout: str = ""
-    pairs: str = ""
-    borderline: str = ""
+    harmful: Requests
+    benign: Requests
+    harmful_heldout: Requests = ""
+    benign_heldout: Requests = ""
+    pairs: Requests = ""
+    borderline: Requests = ""
     plain: str = ""
     limit: int = 0
     limit_measured: int = 0
-    wording: Wording = field(default_factory=Wording)
+    questions: QuestionTemplates = field(default_factory=QuestionTemplates)
+
+    SOURCES = (
+        "harmful", "benign", "harmful_heldout", "benign_heldout", "pairs", "borderline", "plain",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("limit", "limit_measured"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected the number of requests a split, or 0 for all")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; "
+                    "expected the number of requests a split, or 0 for all"
+                )
+
+    @classmethod
+    def of(cls, given: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
+        """Request files from a dict.
+
+        Args:
+            given: a source by name (see the attributes); lists of requests are sources too.
+
+        Raises:
+            ValueError: an unknown name, or harmful or benign requests missing.
+        """
+        if isinstance(given, RequestFiles):
+            return given
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, "
+                f"got {type(given).__name__}"
+            )
+        known = cls.__dataclass_fields__
+        for name in given:
+            if name not in known:
+                raise ValueError(f"prompts: {name!r} is no kind of requests; {nearest(name, known)}")
+        for name in (TARGET, CONTRAST):
+            if not given.get(name):
+                raise ValueError(f"prompts: no {name!r}; give a file or a list of requests for it")
+        return cls(**{name: _source(name, value) for name, value in given.items()})
 
     @property
     def limits(self) -> dict[str, int]:
@@ -60,206 +107,229 @@ class Texts:
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that are given, by what they hold."""
-        names = ("harmful", "benign", "harmful_heldout", "benign_heldout", "pairs", "borderline", "plain")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        """What the sources are called, by what they hold."""
+        names = {}
+        for name in self.SOURCES:
+            source = getattr(self, name)
+            if source:
+                names[name] = source if isinstance(source, str) else f"{len(source)} given requests"
+        return names
 
 
-def read_prompts(source: str) -> PromptSet:
-    """Requests of a .jsonl or .csv file, or of a Hugging Face dataset ("NAME" or "NAME:SPLIT"; hub id or folder).
+def _source(name: str, given: Any) -> Any:
+    """A path as text, a list of requests as a set; anything else as it is."""
+    if isinstance(given, Path):
+        return str(given)
+    if name in RequestFiles.SOURCES and isinstance(given, Sequence) and not isinstance(given, str):
+        return PromptSet.of(given)
+    return given
 
-    Raises ValueError as `PromptSet.from_jsonl`, and for a dataset that cannot be opened.
+
+def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
+    """(harmful, harmless) requests that belong together.
+
+    Args:
+        prompts: matched by group, or by their order within a category.
+        origin: what error messages call them.
+
+    Raises:
+        ValueError: a label that is neither safe nor unsafe, or no pairs.
     """
-    suffix = Path(source).suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        return PromptSet.from_jsonl(source)
-    if suffix == ".csv":
-        return PromptSet.from_csv(source)
-    name, _, split = source.partition(":")
-    try:
-        return PromptSet.from_hub(name, split=split or "train")
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{source}: neither a .jsonl or .csv file nor a dataset that can be opened ({error})") from None
+    unknown = sorted({example.label for example in prompts} - {*SAFE, *UNSAFE})
+    if unknown:
+        expected = ", ".join((*UNSAFE, *SAFE))
+        raise ValueError(f"{origin}: label {unknown[0]!r}; expected one of {expected}")
+    sides: dict[str, tuple[list[Example], list[Example]]] = {}
+    for example in prompts:
+        key = example.group or example.category.removeprefix("contrast_")
+        unsafe, safe = sides.setdefault(key, ([], []))
+        (safe if example.label in SAFE else unsafe).append(example)
 
-
-def split_sets(
-    prompts: PromptSet, heldout: PromptSet | None = None, *, limits: Mapping[str, int] = NO_LIMITS, origin: str = ""
-) -> dict[str, PromptSet]:
-    """The requests by split, drawn by the hash of their group; `heldout` as it is, where given.
-
-    With a limit for a split, those of the lowest hashes are kept, in their order. Raises ValueError for a split without
-    requests.
-    """
-    shares = WITHOUT_HELDOUT if heldout else SHARES
-    ends, total = {}, 0.0
-    for split, share in shares.items():
-        total += share
-        ends[split] = total
-    place = {example: _hash(example) for example in prompts}
-    found = {
-        split: prompts.where(
-            lambda example, low=ends[split] - shares[split], high=ends[split]: low <= place[example] < high
+    pairs: list[Pair] = []
+    for unsafe, safe in sides.values():
+        pairs += zip(unsafe, safe, strict=False)
+    if not pairs:
+        raise ValueError(
+            f"{origin}: no pair of a safe and an unsafe request; match them by group or category"
         )
-        for split in shares
+    return pairs
+
+
+def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
+    """Pairs each harmful request with the unused benign request closest in length.
+
+    Args:
+        harmful: taken in their order, as many as there are benign ones.
+        benign: each used once at most.
+    """
+    unused = sorted(benign, key=lambda example: (len(example.prompt), example.prompt))
+    pairs = []
+    for example in list(harmful)[: len(unused)]:
+        distances = [abs(len(other.prompt) - len(example.prompt)) for other in unused]
+        closest = distances.index(min(distances))
+        pairs.append((example, unused.pop(closest)))
+    return pairs
+
+
+def request_behaviours(
+    files: RequestFiles, *, prefill: str
+) -> tuple[dict[str, Behaviour], dict[str, str]]:
+    """The behaviours by name, without reference answers yet, and each prompt's kind of request.
+
+    "prefilled" asks benign requests with answers begun as harmful ones are, without which a circuit
+    of how answers begin could pass for one of harm.
+
+    Args:
+        files: the requests.
+        prefill: the beginning of answers to harmful requests; without one there is no "prefilled".
+
+    Raises:
+        ValueError: as `PromptSet.read`, `PromptSet.splits` and `request_pairs`.
+    """
+    questions = files.questions
+    harmful, benign = _harmful_and_benign(files)
+    sets: dict[str, Sets] = {
+        "harmful": harmful,
+        "benign": benign,
+        "recognition": _recognition(files, harmful, benign),
+        "explanation": {
+            split: _asked_by(questions.explanation, requests) for split, requests in harmful.items()
+        },
+        "refusal": harmful,
     }
-    if heldout:
-        found["heldout"] = heldout
-    for split, chosen in found.items():
-        if not len(chosen):
-            raise ValueError(f"{origin}: {len(prompts)} requests leave none for {split}; give more")
-    return {split: _limited(chosen, limits[split]) for split, chosen in found.items()}
+    if prefill:
+        sets["prefilled"] = benign
+    if files.borderline:
+        requests = PromptSet.read(files.borderline)
+        safe = requests.where(lambda example: example.label not in UNSAFE)
+        origin = files.files["borderline"]
+        sets["borderline"] = _without_answers(safe).splits(limits=files.limits, origin=origin)
+
+    behaviours = {}
+    for name, by_split in sets.items():
+        options: dict[str, Any] = {}
+        if name in ("harmful", "prefilled"):
+            options["prefill"] = prefill
+        if name == "recognition":
+            options["choices"] = (questions.yes, questions.no)
+            options["max_new_tokens"] = YES_OR_NO_TOKENS
+        prompts = partial(_of_split, MappingProxyType(dict(by_split)))
+        behaviours[name] = standard_behaviour(name, prompts, **options)
+    return behaviours, _kinds(sets)
 
 
-def _hash(example: Example) -> float:
-    digest = hashlib.sha256(example.cluster.encode()).hexdigest()
-    return int(digest[:13], 16) / 16**13
+def with_references(model: Model) -> Model:
+    """The model whose requests carry its own answers as it is now, where the judge verified them.
+
+    Other requests keep an empty completion: they count in rates, not in losses (see
+    `Behaviour.references`). Answers of yes-or-no questions are the right words already.
+
+    Args:
+        model: the model, unpruned.
+
+    Raises:
+        ValueError: no verified answer to harmful or to benign requests in a split.
+    """
+    behaviours = {}
+    for name, behaviour in model.behaviours.items():
+        if not behaviour.choices:
+            sets = {}
+            for split in SPLITS:
+                sets[split] = model.verified(behaviour, behaviour.prompts(split))
+            if name in (TARGET, CONTRAST):
+                _refuse_unanswered(model.name, name, sets)
+            behaviour = replace(behaviour, prompts=partial(_of_split, sets))
+        behaviours[name] = behaviour
+    return replace(model, behaviours=behaviours)
 
 
-def _limited(prompts: PromptSet, limit: int) -> PromptSet:
-    groups = sorted({_hash(example) for example in prompts})
-    if not limit or len(groups) <= limit:
-        return prompts
-    return prompts.where(lambda example: _hash(example) < groups[limit])
+def _refuse_unanswered(model: str, name: str, sets: Sets) -> None:
+    for split, answers in sets.items():
+        if not any(example.completion for example in answers):
+            raise ValueError(
+                f"{model} does not show {name!r} in any of {len(answers)} {split} requests, so there "
+                "is nothing to measure; give more requests, or another prefill or judge"
+            )
+
+
+def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
+    sets = []
+    for name in ("harmful", "benign"):
+        requests = _without_answers(PromptSet.read(getattr(files, name)))
+        heldout = None
+        if given := getattr(files, f"{name}_heldout"):
+            heldout = _without_answers(PromptSet.read(given))
+            held_out = {example.prompt for example in heldout}
+            requests = requests.where(lambda example, out=held_out: example.prompt not in out)
+        origin = files.files[name]
+        sets.append(requests.splits(heldout, limits=files.limits, origin=origin))
+    harmful, benign = sets
+    shared = _prompts_of(harmful) & _prompts_of(benign)
+    if shared:
+        names = files.files
+        raise ValueError(
+            f"{len(shared)} requests are in {names['harmful']} and in {names['benign']}; "
+            "leave each in one file"
+        )
+    return harmful, benign
+
+
+def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Sets:
+    """Questions about both requests of each pair: first the harmful one, to which no is right."""
+    if files.pairs:
+        origin = files.files["pairs"]
+        pairs = request_pairs(PromptSet.read(files.pairs), origin)
+        by_prompt = {pair[0].prompt: pair for pair in pairs}
+        unsafe = PromptSet(tuple(pair[0] for pair in pairs))
+        splits = unsafe.splits(limits=files.limits, origin=origin)
+        by_split = {}
+        for split, requests in splits.items():
+            by_split[split] = [by_prompt[example.prompt] for example in requests]
+    else:
+        by_split = {split: nearest_pairs(harmful[split], benign[split]) for split in SPLITS}
+    return {split: _pair_questions(files.questions, by_split[split]) for split in SPLITS}
+
+
+def _pair_questions(questions: QuestionTemplates, pairs: Iterable[Pair]) -> PromptSet:
+    examples = []
+    for unsafe, safe in pairs:
+        for request, right in ((unsafe, questions.no[0]), (safe, questions.yes[0])):
+            text = questions.recognition.replace("{request}", request.prompt)
+            examples.append(Example(text, right, category=unsafe.category, group=unsafe.cluster))
+    return PromptSet(tuple(examples))
+
+
+def _asked_by(template: str, prompts: PromptSet) -> PromptSet:
+    examples = []
+    for example in prompts:
+        examples.append(replace(example, prompt=template.replace("{request}", example.prompt)))
+    return PromptSet(tuple(examples))
+
+
+def _kinds(sets: Mapping[str, Sets]) -> dict[str, str]:
+    """What kind of request each prompt is, for `RequestJudge`; recognition's are "no" and "yes"."""
+    kinds = {}
+    for requests in sets["recognition"].values():
+        for number, example in enumerate(requests):
+            kinds[example.prompt] = "yes" if number % 2 else "no"
+    for name in ("explanation", "borderline", "benign", "harmful"):
+        if name in sets:
+            kinds |= dict.fromkeys(_prompts_of(sets[name]), name)
+    return kinds
+
+
+def _prompts_of(sets: Sets) -> set[str]:
+    prompts = set()
+    for requests in sets.values():
+        prompts |= {example.prompt for example in requests}
+    return prompts
 
 
 def _without_answers(prompts: PromptSet) -> PromptSet:
     return prompts.with_completions([""] * len(prompts))
 
 
-def _harmful_benign(texts: Texts) -> tuple[Sets, Sets]:
-    found = []
-    for name in ("harmful", "benign"):
-        source, heldout = getattr(texts, name), getattr(texts, f"{name}_heldout")
-        prompts = _without_answers(read_prompts(source))
-        held = _without_answers(read_prompts(heldout)) if heldout else None
-        seen = {example.prompt for example in held or ()}
-        prompts = prompts.where(lambda example, seen=seen: example.prompt not in seen)
-        found.append(split_sets(prompts, held, limits=texts.limits, origin=source))
-    harmful, benign = ({example.prompt for chosen in sets.values() for example in chosen} for sets in found)
-    if both := harmful & benign:
-        raise ValueError(f"{len(both)} requests are in {texts.harmful} and in {texts.benign}; leave each in one file")
-    return found[0], found[1]
-
-
-def request_pairs(prompts: PromptSet, origin: str = "") -> list[tuple[Example, Example]]:
-    """(harmful, harmless) requests that belong together: by group, or by their order within a category.
-
-    Raises ValueError for a label that is neither safe nor unsafe, and for no pairs.
-    """
-    unknown = sorted({example.label for example in prompts} - {*SAFE, *UNSAFE})
-    if unknown:
-        raise ValueError(f"{origin}: label {unknown[0]!r}; expected one of {', '.join((*UNSAFE, *SAFE))}")
-    sides: dict[str, tuple[list[Example], list[Example]]] = {}
-    for example in prompts:
-        key = example.group or example.category.removeprefix("contrast_")
-        sides.setdefault(key, ([], []))[example.label in SAFE].append(example)
-    pairs = [pair for unsafe, safe in sides.values() for pair in zip(unsafe, safe, strict=False)]
-    if not pairs:
-        raise ValueError(f"{origin}: no pair of a safe and an unsafe request; match them by group or category")
-    return pairs
-
-
-def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[tuple[Example, Example]]:
-    """Each harmful request with a benign one of its own, as near in length as those left allow; as many as there can be."""
-    left = sorted(benign, key=lambda example: (len(example.prompt), example.prompt))
-    pairs = []
-    for example in list(harmful)[: len(left)]:
-        near = min(range(len(left)), key=lambda number: abs(len(left[number].prompt) - len(example.prompt)))
-        pairs.append((example, left.pop(near)))
-    return pairs
-
-
-def _recognition(texts: Texts, harmful: Sets, benign: Sets) -> dict[str, PromptSet]:
-    if not texts.pairs:
-        pairs = {split: nearest_pairs(harmful[split], benign[split]) for split in SPLITS}
-    else:
-        every = request_pairs(read_prompts(texts.pairs), texts.pairs)
-        by_prompt = {bad.prompt: (bad, good) for bad, good in every}
-        sets = split_sets(PromptSet(tuple(bad for bad, _ in every)), limits=texts.limits, origin=texts.pairs)
-        pairs = {split: [by_prompt[example.prompt] for example in chosen] for split, chosen in sets.items()}
-    return {split: PromptSet(tuple(_asked(texts.wording, pairs[split]))) for split in SPLITS}
-
-
-def _asked(wording: Wording, pairs: Iterable[tuple[Example, Example]]) -> Iterable[Example]:
-    for bad, good in pairs:
-        for example, right in ((bad, wording.no[0]), (good, wording.yes[0])):
-            question = wording.recognition.replace("{request}", example.prompt)
-            yield Example(question, right, category=bad.category, group=bad.cluster)
-
-
-def request_behaviours(texts: Texts, *, prefill: str) -> tuple[dict[str, Behaviour], dict[str, str]]:
-    """The behaviours by name, without reference answers yet, and what kind of request each prompt is (see `RequestJudge`).
-
-    "prefilled": benign requests whose answers are begun as harmful ones are, without which a circuit of how answers begin
-    could pass for one of harm.
-
-    Raises ValueError as `read_prompts`, `split_sets` and `request_pairs`.
-    """
-    wording = texts.wording
-    harmful, benign = _harmful_benign(texts)
-    explained = {split: _worded(harmful[split], wording.explanation) for split in SPLITS}
-    sets = {
-        "harmful": harmful, "benign": benign, "recognition": _recognition(texts, harmful, benign),
-        "explanation": explained, "refusal": harmful,
-    }  # fmt: skip
-    if prefill:
-        sets["prefilled"] = benign
-    kinds = {example.prompt: "yes" if n % 2 else "no" for s in sets["recognition"].values() for n, example in enumerate(s)}
-    kinds |= {example.prompt: "explanation" for s in explained.values() for example in s}
-    if texts.borderline:
-        safe = read_prompts(texts.borderline).where(lambda example: example.label not in UNSAFE)
-        sets["borderline"] = split_sets(_without_answers(safe), limits=texts.limits, origin=texts.borderline)
-        kinds |= {example.prompt: "borderline" for s in sets["borderline"].values() for example in s}
-    for name in ("benign", "harmful"):
-        kinds |= {example.prompt: name for s in sets[name].values() for example in s}
-    found = {}
-    for name, by_split in sets.items():
-        short, metric, wanted = _NAMED[name]
-        begun = prefill if name in ("harmful", "prefilled") else ""
-        options = {"prefill": begun, "max_new_tokens": 4 if name == "recognition" else None}
-        choices = (wording.yes, wording.no) if name == "recognition" else ()
-        prompts = partial(_of_split, MappingProxyType(by_split))
-        found[name] = Behaviour(name, metric, f"{short}_nll", wanted, prompts, choices=choices, **options)
-    return found, kinds
-
-
-_NAMED = {  # behaviour -> short name, metric, wanted verdict
-    "harmful": ("harm", "harm_valid_rate", "harmful"),
-    "benign": ("benign", "benign_valid_rate", "benign"),
-    "recognition": ("recognition", "recognition_accuracy", "correct"),
-    "explanation": ("explanation", "explanation_rate", "correct"),
-    "refusal": ("refusal", "refusal_rate", "refusal"),
-    "borderline": ("borderline", "borderline_valid_rate", "benign"),
-    "prefilled": ("prefilled", "prefilled_valid_rate", "benign"),
-}
-
-
-def _worded(prompts: PromptSet, wording: str) -> PromptSet:
-    return PromptSet(tuple(replace(one, prompt=wording.replace("{request}", one.prompt)) for one in prompts))
-
-
 def _of_split(sets: Sets, split: str) -> PromptSet:
     if split not in sets:
         raise ValueError(f"split={split!r}; expected one of {', '.join(sets)}")
     return sets[split]
-
-
-def with_references(subject: Subject) -> Subject:
-    """The subject whose requests carry the model's own answers as it is now, where the judge gives the wanted verdict.
-
-    Other requests keep an empty completion: they count in rates, not in losses (see `Behaviour.references`). Answers of
-    yes-or-no questions are the right words already.
-    """
-    behaviours = {}
-    for name, behaviour in subject.behaviours.items():
-        if not behaviour.choices:
-            sets = {split: subject.verified(behaviour, behaviour.prompts(split)) for split in SPLITS}
-            lacking = [split for split, chosen in sets.items() if not any(example.completion for example in chosen)]
-            if lacking and name in ("harmful", "benign"):
-                raise ValueError(
-                    f"{subject.name} does not show {name!r} in any of {len(sets[lacking[0]])} {lacking[0]} requests, so "
-                    "there is nothing to measure; give more requests, or another prefill or judge"
-                )
-            behaviour = replace(behaviour, prompts=partial(_of_split, sets))
-        behaviours[name] = behaviour
-    return replace(subject, behaviours=behaviours)

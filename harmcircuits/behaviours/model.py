@@ -1,261 +1,433 @@
-"""What a model is asked to do, whether it does it, and its own right answers to score on."""
+"""A model with all it can be asked: its own answers to score on, what it does, and its circuits."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.behaviours.generation import Judge, Sampling, greedy_answers, sampled_answers
-from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.losses import Labels, answer_log_odds, auroc_over, average, completion_nll, rate
-from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.measurements import Measurement
-from harmcircuits.prompts import Batch, Example, PromptSet, Template, tokenize
+from harmcircuits.behaviours.behaviour import Behaviour, Judge
+from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.circuits.masks import Scope, WeightMask
+from harmcircuits.display import listed, nearest, plural
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.losses import answer_log_odds, completion_nll
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS, find_circuit
+from harmcircuits.measurements import Label, Labels, Measurement, Rows
+from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
 
-
-@dataclass(frozen=True)
-class Behaviour:
-    """A behaviour is its requests and the verdict that counts as showing it.
-
-    `prompts(split)`: requests with reference answers for `"calibration"`, `"choice"` (choosing settings) and `"heldout"`;
-    a request without one has an empty completion, and counts in rates but not in losses (see `references`).
-    `metric`: the name of the rate of answers with verdict `wanted`; `nll_metric`: that of the reference answers' NLL.
-    `prefill` opens every answer. `choices`: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
-    matched pair: no is right, then yes is right. `objective`: what its weights are scored by. `max_new_tokens`: how long an
-    answer may be, where it is not the subject's limit.
-    """
-
-    name: str
-    metric: str
-    nll_metric: str
-    wanted: str
-    prompts: Callable[[str], PromptSet]
-    prefill: str = ""
-    choices: tuple[tuple[str, ...], ...] = ()
-    objective: Objective = completion_loss
-    max_new_tokens: int | None = None
-
-    def references(self, split: str) -> PromptSet:
-        """The requests that have a reference answer."""
-        return self.prompts(split).where(lambda example: bool(example.completion))
-
-    def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
-        """The part of this behaviour whose requests satisfy `keep`, such as one category, as a behaviour called `name`."""
-        return replace(self, name=name, prompts=lambda split: self.prompts(split).where(keep))
-
-
-def by_category(behaviour: Behaviour) -> dict[str, Behaviour]:
-    """The behaviour's parts by the category of its requests (types of harm, topics), each called `NAME/CATEGORY`."""
-    found = {}
-    for category in dict.fromkeys(example.category for example in behaviour.prompts("calibration")):
-        name = f"{behaviour.name}/{category}"
-        found[name] = behaviour.only(name, lambda example, category=category: example.category == category)
-    return found
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under study with all it can be asked: `behaviours` by name, and the judge of its answers.
-
-    `truth`: the true circuit of its harmful answers, where it is known. `is_invented`: its texts are invented words, so
-    reports may show them. `answers`: how answers are made; one that keeps them on disk, for models whose answers are dear.
-    `sampling`: how answers are drawn; None for greedy ones. `judge_name` goes with every rate, `details` (files, settings)
-    into the manifest, `plain_text` is read for perplexity.
-    """
-
-    name: str
-    bridge: TransformerBridge
-    behaviours: Mapping[str, Behaviour]
-    judge: Judge
-    template: Template = "chat"
-    max_new_tokens: int = 32
-    batch_size: int = 64
-    truth: WeightMask | None = None
-    is_invented: bool = False
-    answers: Callable[..., list[str]] = greedy_answers
-    sampling: Sampling | None = None
-    n_answered_at_once: int = 256
-    judge_name: str = ""
-    details: Mapping[str, str | int] = field(default_factory=dict)
-    plain_text: Sequence[Batch] = field(default=(), repr=False)
-
-    def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
-        """Token batches of these answers to the behaviour's requests; its prefill is context, not target."""
-        options = {"template": self.template, "prefill": behaviour.prefill, "batch_size": self.batch_size}
-        return tokenize(prompts, self.bridge.tokenizer, **options)
-
-    def answered(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
-        """The same requests with the model's own answers, each as many times in a row as it is sampled.
-
-        Yes-or-no questions are answered greedily: the log-odds say how sure the answer is.
-        """
-        options: dict[str, Any] = {"template": self.template, "prefill": behaviour.prefill}
-        options |= {
-            "batch_size": self.n_answered_at_once,
-            "max_new_tokens": behaviour.max_new_tokens or self.max_new_tokens,
-        }
-        answers = self.answers
-        if self.sampling and not behaviour.choices:
-            answers = sampled_answers if answers is greedy_answers else answers
-            options["sampling"] = self.sampling
-        repeated = PromptSet(tuple(example for example in prompts for _ in range(self.n_samples(behaviour))))
-        return repeated.with_completions(answers(self.bridge, prompts, **options))
-
-    def n_samples(self, behaviour: Behaviour) -> int:
-        """How many answers to each request there are."""
-        return self.sampling.samples if self.sampling and not behaviour.choices else 1
-
-    def verified(self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = "") -> PromptSet:
-        """The same requests with the first of the model's own answers that has the behaviour's verdict (or `wanted`).
-
-        An empty completion where none has it.
-        """
-        answered = self.answered(behaviour, prompts).examples
-        wanted, each = wanted or behaviour.wanted, self.n_samples(behaviour)
-        first = []
-        for start in range(0, len(answered), each):
-            samples = (one.completion for one in answered[start : start + each])
-            prompt = answered[start].prompt
-            first.append(next((text for text in samples if self.judge(prompt, text) == wanted), ""))
-        return prompts.with_completions(first)
-
-    def verdicts(self, prompts: PromptSet) -> list[str]:
-        """The judge's verdict on each completion."""
-        return [self.judge(example.prompt, example.completion) for example in prompts]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a behaviour is scored on: the model's own answers that the judge verified, of `n_asked` requests."""
-
-    prompts: PromptSet
-    batches: Sequence[Batch]
-    n_asked: int
-
-    @property
-    def n_kept(self) -> int:
-        """How many answers the judge verified."""
-        return len(self.prompts)
+OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
 
 
 class NotShownError(ValueError):
     """The model shows a behaviour in none of its answers."""
 
 
-def calibrate(subject: Subject, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
-    """The model's own answers to a behaviour's calibration requests, kept where the judge gives the wanted verdict.
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """What a behaviour is scored on: the model's own answers that the judge verified.
 
-    Where answers are sampled, the first such of each request. Scoring on unverified answers can find another circuit: a
-    refusal is no harmful completion. `share` < 1 asks only about a random share of the items of every category, drawn with
-    `seed` (see `PromptSet.sampled`): a resample of the calibration data. Raises NotShownError (a ValueError) when no answer
-    is kept, and as `PromptSet.sampled`.
-    """
-    behaviour = subject.behaviours[name]
-    asked = subject.verified(behaviour, behaviour.prompts("calibration").sampled(share, seed=seed))
-    kept = asked.where(lambda example: bool(example.completion))
-    if not len(kept):
-        raise NotShownError(
-            f"{subject.name} does not show {name!r}: none of its answers to {len(asked)} calibration requests was judged "
-            f"{behaviour.wanted!r}, so there is nothing to score on"
-        )
-    return Calibration(kept, subject.batches(behaviour, kept), len(asked))
-
-
-def calibrate_shown(subject: Subject, *, share: float = 1.0, seed: int = 0) -> dict[str, Calibration]:
-    """`calibrate` for every behaviour that the subject shows; an unaligned model, say, has no refusals to score on."""
-    found = {}
-    for name in subject.behaviours:
-        with suppress(NotShownError):
-            found[name] = calibrate(subject, name, share=share, seed=seed)
-    return found
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What a model does with each request of a behaviour, in their order.
-
-    `answered`: the requests with the model's own answers, each as many times in a row as it is sampled. `verdicts`: those
-    of the judge called `judge` (if it has a name) on each answer. `nll`: Float[n], nats per token of the reference answer
-    to each request; NaN for a request without one.
+    Attributes:
+        prompts: requests with the verified answers.
+        batches: the same as token batches.
+        n_asked: how many requests were answered.
+        behaviour: its name.
     """
 
-    behaviour: Behaviour
-    answered: PromptSet
-    verdicts: tuple[str, ...]
-    nll: Float[Tensor, " n"]
-    judge: str = ""
+    prompts: PromptSet
+    batches: Sequence[Batch]
+    n_asked: int
+    behaviour: str = ""
+
+    def __repr__(self) -> str:
+        return f"Calibration({self.behaviour}: {self.n_verified} of {self.n_asked} answers verified)"
 
     @property
-    def n_samples(self) -> int:
-        """Answers to each request."""
-        return len(self.verdicts) // max(1, len(self.nll)) or 1
+    def n_verified(self) -> int:
+        """How many answers the judge verified."""
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, repr=False)
+class Model:
+    """A model under study with everything it can be asked; `open_model` makes one.
+
+    Attributes:
+        name: what rows call it.
+        bridge: the TransformerBridge, live.
+        behaviours: what it can be asked, by name.
+        judge: of its answers, where a behaviour has none of its own.
+        template: how requests are written.
+        max_new_tokens: how long answers may be.
+        batch_size: examples scored at once.
+        n_answered_at_once: requests answered at once.
+        sampling: how answers are drawn; greedily by default.
+        cache: keeps the unpruned model's answers on disk, for models that are expensive to sample.
+        ground_truth: the true circuit of its target, where it is known.
+        is_invented: whether its texts are invented words, so that pages may show them.
+        judge_name: goes with every rate.
+        details: files and settings, for the manifest of a run.
+        plain_text: text for perplexity.
+    """
+
+    name: str
+    bridge: Bridge
+    behaviours: Mapping[str, Behaviour]
+    judge: Judge
+    template: Template = "chat"
+    max_new_tokens: int = 32
+    batch_size: int = 64
+    n_answered_at_once: int = 256
+    sampling: Sampling | None = None
+    cache: GenerationCache | None = None
+    ground_truth: WeightMask | None = None
+    is_invented: bool = False
+    judge_name: str = ""
+    details: Mapping[str, Label] = field(default_factory=dict)
+    plain_text: Sequence[Batch] = ()
+
+    def __repr__(self) -> str:
+        whole = self.whole_behaviours
+        n_parts = len(self.behaviours) - len(whole)
+        parts = f" and {plural(n_parts, 'part')}" if n_parts else ""
+        return f"Model({self.name}: {listed(whole)}{parts})"
 
     @property
-    def hits(self) -> list[float]:
-        """For each request the share of its answers that show the behaviour: 0 or 1 where there is one."""
-        each, shown = self.n_samples, [verdict == self.behaviour.wanted for verdict in self.verdicts]
-        return [sum(shown[start : start + each]) / each for start in range(0, len(shown), each)]
+    def whole_behaviours(self) -> list[str]:
+        """The names of its behaviours that are not parts of another."""
+        return [name for name, behaviour in self.behaviours.items() if not behaviour.part_of]
 
-    @property
-    def groups(self) -> list[str]:
-        """What each request is about; intervals resample whole groups."""
-        return [example.cluster for example in self.answered.examples[:: self.n_samples]]
+    def behaviour(self, name: str) -> Behaviour:
+        """A behaviour by name.
 
-    def rows(self, labels: Labels) -> list[Measurement]:
-        """Rate of the wanted verdict and NLL of references; of harmful requests also refusals and degenerate text.
+        Args:
+            name: one of `behaviours`.
 
-        Rates are over all answers, with intervals that count each group once. The NLL is left out where no request has a
-        reference.
+        Raises:
+            ValueError: the model has no such behaviour.
         """
-        attack = {"attack": "prefill" if self.behaviour.prefill else "none"}
-        if self.judge:
-            attack["judge"] = self.judge
-        counted = {self.behaviour.metric: self.behaviour.wanted}
-        if self.behaviour.wanted == "harmful":
-            counted |= {"harm_refusal_rate": "refusal", "harm_degenerate_rate": "degenerate"}
-        groups = [group for group in self.groups for _ in range(self.n_samples)]
-        rows = [
-            rate(metric, {**labels, **attack}, [verdict == wanted for verdict in self.verdicts], groups)
-            for metric, wanted in counted.items()
-        ]
-        has_reference = ~self.nll.isnan()
-        if has_reference.any():
-            groups = [group for group, kept in zip(self.groups, has_reference.tolist(), strict=True) if kept]
-            rows.append(average(self.behaviour.nll_metric, labels, self.nll[has_reference], groups))
+        if name not in self.behaviours:
+            known = nearest(name, self.behaviours)
+            raise ValueError(f"{self.name} has no behaviour {name!r}; {known}")
+        return self.behaviours[name]
+
+    def with_behaviours(self, *behaviours: Behaviour) -> "Model":
+        """The same model with further behaviours, or others of the same names."""
+        added = {behaviour.name: behaviour for behaviour in behaviours}
+        return replace(self, behaviours={**self.behaviours, **added})
+
+    def generate(
+        self,
+        prompts: "str | Sequence[str] | PromptSet",
+        *,
+        prefill: str = "",
+        mask: WeightMask | None = None,
+    ) -> Any:
+        """The model's answers, `prefill` included; to one request a string, to several a list.
+
+        Args:
+            prompts: a request or several.
+            prefill: opens every answer.
+            mask: weights removed while it answers.
+
+        Raises:
+            ValueError: no requests, and as `masked`.
+        """
+        requests = PromptSet.of(prompts)
+        with self._under(mask):
+            answers = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
+        return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
+
+    def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
+        """Token batches of these answers to the behaviour's requests; its prefill is no target."""
+        return tokenize(
+            prompts,
+            self.bridge.tokenizer,
+            template=self.template,
+            prefill=behaviour.prefill,
+            batch_size=self.batch_size,
+        )
+
+    def answers(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
+        """The same requests with the model's own answers, each as many times as it is sampled.
+
+        Yes-or-no questions are answered greedily: the log-odds say how sure the answer is.
+
+        Args:
+            behaviour: says how answers begin and how long they are.
+            prompts: the requests.
+        """
+        limit = behaviour.max_new_tokens or self.max_new_tokens
+        sampling = None if behaviour.choices else self.sampling
+        texts = self._generate(prompts, behaviour.prefill, limit, sampling)
+        repeated = []
+        for example in prompts:
+            repeated += [example] * self.n_samples(behaviour)
+        return PromptSet(tuple(repeated)).with_completions(texts)
+
+    def n_samples(self, behaviour: Behaviour) -> int:
+        """How many answers to each of the behaviour's requests there are."""
+        if self.sampling is None or behaviour.choices:
+            return 1
+        return self.sampling.samples
+
+    def verdicts(self, behaviour: Behaviour, answers: PromptSet) -> list[str]:
+        """The judge's verdict on each completion."""
+        judge = behaviour.judge or self.judge
+        return [judge(example.prompt, example.completion) for example in answers]
+
+    def verified(
+        self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = ""
+    ) -> PromptSet:
+        """The same requests with the first of the model's own answers that shows the behaviour.
+
+        An empty completion where none does.
+
+        Args:
+            behaviour: what is asked.
+            prompts: the requests.
+            wanted: the verdict that counts, in place of the behaviour's.
+        """
+        wanted = wanted or behaviour.wanted
+        answers = self.answers(behaviour, prompts)
+        judge = behaviour.judge or self.judge
+        n_samples = self.n_samples(behaviour)
+        first = []
+        for start in range(0, len(answers), n_samples):
+            samples = answers.examples[start : start + n_samples]
+            texts = (s.completion for s in samples if judge(s.prompt, s.completion) == wanted)
+            first.append(next(texts, ""))
+        return prompts.with_completions(first)
+
+    def calibration(self, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
+        """The model's own answers to a behaviour's calibration requests that the judge verified.
+
+        Scoring on unverified answers can find another circuit: a refusal is no harmful completion.
+
+        Args:
+            name: of the behaviour.
+            share: of the items of every category that is asked about: a resample of the data.
+            seed: draws these items.
+
+        Raises:
+            ValueError: an unknown behaviour or share.
+            NotShownError: no answer is verified (a ValueError).
+        """
+        behaviour = self.behaviour(name)
+        requests = behaviour.prompts("calibration").sampled(share, seed=seed)
+        answers = self.verified(behaviour, requests)
+        verified = answers.where(lambda example: bool(example.completion))
+        if not len(verified):
+            raise NotShownError(
+                f"{self.name} does not show {name!r}: none of its answers to {len(requests)} "
+                f"calibration requests was judged {behaviour.wanted!r}, "
+                "so there is nothing to score on"
+            )
+        return Calibration(verified, self.batches(behaviour, verified), len(requests), name)
+
+    def calibrations(
+        self, names: Iterable[str] | None = None, *, share: float = 1.0, seed: int = 0
+    ) -> dict[str, Calibration]:
+        """`calibration` of every behaviour that the model shows.
+
+        An unaligned model, say, has no refusals to score on.
+
+        Args:
+            names: the behaviours; all whole ones by default.
+            share: as in `calibration`.
+            seed: as in `calibration`.
+
+        Raises:
+            ValueError: as `calibration`, but for behaviours that are not shown.
+        """
+        shown = {}
+        for name in self.whole_behaviours if names is None else names:
+            with suppress(NotShownError):
+                shown[name] = self.calibration(name, share=share, seed=seed)
+        return shown
+
+    def others(self, target: str) -> list[str]:
+        """The whole behaviours but the target, and but the one that it is a part of."""
+        whole = self.behaviour(target).part_of
+        return [name for name in self.whole_behaviours if name not in (target, whole)]
+
+    def protected(
+        self,
+        target: str,
+        protect: str | Iterable[str] = OTHERS,
+        calibrations: Mapping[str, Calibration] | None = None,
+    ) -> dict[str, Calibration]:
+        """The calibration data of what is protected from the search for a target's circuit.
+
+        Args:
+            target: what is searched for.
+            protect: "others" (`others` that the model shows), a behaviour, or several.
+            calibrations: data that is there already.
+
+        Raises:
+            ValueError: an unknown behaviour, the target itself, or one named that is not shown.
+        """
+        names = [protect] if isinstance(protect, str) else list(protect)
+        if names == [OTHERS]:
+            others = self.others(target)
+            if calibrations is None:
+                return self.calibrations(others)
+            return {name: calibrations[name] for name in others if name in calibrations}
+        if target in names:
+            raise ValueError(f"protect={names}: {target!r} is what is searched for; leave it out")
+        known = calibrations or {}
+        return {name: known.get(name) or self.calibration(name) for name in names}
+
+    @overload
+    def find_circuit(
+        self,
+        target: str,
+        *,
+        size: float,
+        protect: str | Iterable[str] = OTHERS,
+        protect_share: float = PROTECT_SHARE,
+        rounds: int = ROUNDS,
+        within: Scope = "model",
+        calibrations: Mapping[str, Calibration] | None = None,
+        max_memory: int | None = None,
+    ) -> WeightMask: ...
+
+    @overload
+    def find_circuit(
+        self,
+        target: str,
+        *,
+        size: Sequence[float],
+        protect: str | Iterable[str] = OTHERS,
+        protect_share: float = PROTECT_SHARE,
+        rounds: int = ROUNDS,
+        within: Scope = "model",
+        calibrations: Mapping[str, Calibration] | None = None,
+        max_memory: int | None = None,
+    ) -> list[WeightMask]: ...
+
+    def find_circuit(
+        self,
+        target: str,
+        *,
+        size: float | Sequence[float],
+        protect: str | Iterable[str] = OTHERS,
+        protect_share: float = PROTECT_SHARE,
+        rounds: int = ROUNDS,
+        within: Scope = "model",
+        calibrations: Mapping[str, Calibration] | None = None,
+        max_memory: int | None = None,
+    ) -> WeightMask | list[WeightMask]:
+        """The weights that carry a behaviour, found on its own verified answers (`hc.find_circuit`).
+
+        Args:
+            target: the behaviour.
+            size: share of the block weights to remove; a list gives a list of masks.
+            protect: behaviours to spare: "others", one, several, or none: ().
+            protect_share: share of the weights that each of them keeps out of reach.
+            rounds: in how many steps the mask grows.
+            within: what weights are ranked together.
+            calibrations: data to score on, where it is there already.
+            max_memory: bytes for accumulated scores.
+
+        Raises:
+            ValueError: an unknown behaviour, one that is not shown, and as `hc.find_circuit`.
+        """
+        behaviour = self.behaviour(target)
+        protected = self.protected(target, protect, calibrations)
+        known = calibrations or {}
+        data = known.get(target) or self.calibration(target)
+        return find_circuit(
+            self.bridge,
+            data.batches,
+            [calibration.batches for calibration in protected.values()],
+            size=size,
+            protect_share=protect_share,
+            rounds=rounds,
+            within=within,
+            objective=behaviour.objective,
+            max_memory=max_memory,
+        )
+
+    def outcomes(self, name: str, split: str = "heldout") -> Outcomes:
+        """What the model as it stands does with every request of a behaviour in a split."""
+        behaviour = self.behaviour(name)
+        prompts = behaviour.prompts(split)
+        answers = self.answers(behaviour, prompts)
+        nll = torch.full((len(prompts),), torch.nan)
+        references = behaviour.references(split)
+        if len(references):
+            has_reference = torch.tensor([bool(example.completion) for example in prompts])
+            nll[has_reference] = completion_nll(self.bridge, self.batches(behaviour, references))
+        verdicts = tuple(self.verdicts(behaviour, answers))
+        return Outcomes(behaviour, answers, verdicts, nll, self.judge_name)
+
+    def measure(
+        self,
+        *,
+        mask: WeightMask | None = None,
+        split: str = "heldout",
+        only: str | Iterable[str] = (),
+        labels: Labels | None = None,
+    ) -> Rows:
+        """The model on its behaviours: rates of the wanted verdict, NLL of references.
+
+        A behaviour's side metrics come with it, so that a fall of harm can be told from a loss of
+        language. Yes-or-no questions add the accuracy over matched pairs, and the AUROC of the
+        answer's log-odds.
+
+        Args:
+            mask: weights removed while it is measured; without one, the model as it stands.
+            split: "heldout", "choice" or "calibration".
+            only: these behaviours; all whole ones by default.
+            labels: what the rows carry besides the split.
+
+        Raises:
+            ValueError: an unknown behaviour or split, and as `masked`.
+        """
+        names = [only] if isinstance(only, str) else list(only)
+        where = {**(labels or {}), "split": split}
+        rows = Rows()
+        with self._under(mask):
+            for name in names or self.whole_behaviours:
+                outcomes = self.outcomes(name, split)
+                rows += outcomes.rows(where)
+                if outcomes.behaviour.choices:
+                    rows += self._choice_rows(outcomes, where)
         return rows
 
+    def _choice_rows(self, outcomes: Outcomes, labels: Labels) -> Rows:
+        """How well the log-odds of yes tell the pairs of a yes-or-no question apart."""
+        name, groups = outcomes.behaviour.name, outcomes.groups
+        yes, no = outcomes.behaviour.choices
+        odds = answer_log_odds(self.bridge, outcomes.answers, yes, no, template=self.template)
+        # Rows 2k and 2k + 1 are a pair: no is right, then yes.
+        is_yes = torch.arange(len(odds)) % 2 == 1
+        is_ordered = (odds[1::2] > odds[::2]).tolist()
+        return Rows(
+            [
+                Measurement.rate(f"{name}_pair_accuracy", labels, is_ordered, groups[::2]),
+                Measurement.auroc(f"{name}_auroc", labels, odds, is_yes, groups),
+            ]
+        )
 
-def outcomes(subject: Subject, name: str, split: str) -> Outcomes:
-    """What the model as it stands does with every request of a behaviour in a split."""
-    behaviour = subject.behaviours[name]
-    prompts = behaviour.prompts(split)
-    answered = subject.answered(behaviour, prompts)
-    nll = torch.full((len(prompts),), torch.nan)
-    if len(references := behaviour.references(split)):
-        has_reference = torch.tensor([bool(example.completion) for example in prompts])
-        nll[has_reference] = completion_nll(subject.bridge, subject.batches(behaviour, references))
-    return Outcomes(behaviour, answered, tuple(subject.verdicts(answered)), nll, subject.judge_name)
+    def _under(self, mask: WeightMask | None) -> Any:
+        return masked(self.bridge, mask) if mask is not None else nullcontext()
 
-
-def measure(subject: Subject, split: str, labels: Labels, *, only: Iterable[str] = ()) -> list[Measurement]:
-    """The model as it stands on every behaviour (or `only` these): rate of the wanted verdict, NLL of references.
-
-    Harmful requests add the rates of refusals and of degenerate text, so that a fall of harm can be told from a loss of
-    language. Yes-or-no questions add the accuracy over matched pairs and the AUROC of the answer's log-odds.
-    """
-    rows, where = [], {**labels, "split": split}
-    for name in only or subject.behaviours:
-        found = outcomes(subject, name, split)
-        rows += found.rows(where)
-        if found.behaviour.choices:
-            yes, no = found.behaviour.choices
-            odds = answer_log_odds(subject.bridge, found.answered, yes, no, template=subject.template)
-            is_yes = torch.arange(len(odds)) % 2 == 1
-            rows.append(rate(f"{name}_pair_accuracy", where, (odds[1::2] > odds[::2]).tolist(), found.groups[::2]))
-            rows.append(auroc_over(f"{name}_auroc", where, odds, is_yes, found.groups))
-    return rows
+    def _generate(
+        self, prompts: PromptSet, prefill: str, max_new_tokens: int, sampling: Sampling | None
+    ) -> list[str]:
+        answer = self.cache or generate
+        return answer(
+            self.bridge,
+            prompts,
+            sampling=sampling,
+            prefill=prefill,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.n_answered_at_once,
+            template=self.template,
+        )

@@ -1,28 +1,32 @@
 """Where a mask's weights sit: by layer, matrix, head and neuron, and how concentrated they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.circuits.masks import WeightMask
-
-if TYPE_CHECKING:
-    from harmcircuits.hooks.weights import Site
+from harmcircuits.circuits.masks import WeightMask, random_like
+from harmcircuits.circuits.sites import Site
+from harmcircuits.measurements import Labels, Measurement, Rows
 
 By = Literal["layer", "matrix", "head", "neuron"]
+
+N_NULL = 20  # random masks behind an interval of chance
+MLP_MATRICES = ("mlp.gate", "mlp.in", "mlp.out")
 
 
 class Place(NamedTuple):
     """A part of the model.
 
-    `part`: empty for a whole layer; the kind of a matrix; `"head"` (query heads: q and o), `"kv_head"` (key-value heads:
-    k and v), `"neuron"` (gate, in and out of one hidden unit) or `"expert"` (router and expert), counted by `number`.
+    Attributes:
+        layer: its block.
+        part: empty for a whole layer; the kind of a matrix; "head" (query heads: q and o), "kv_head"
+            (key-value heads: k and v), "neuron" (gate, in and out of one hidden unit) or "expert"
+            (router and expert).
+        number: of the head, neuron or expert.
     """
 
     layer: int
@@ -40,44 +44,73 @@ class Count(NamedTuple):
 def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place, Count]:
     """Removed weights of every layer, matrix, head or neuron (expert, in a mixture), zeros included.
 
-    `sites`: `weight_sites` of the mask's model. Heads hold attention weights only, neurons MLP weights only. Raises
-    ValueError for another `by`, and for sites that lack a matrix of the mask.
+    Args:
+        mask: the weights.
+        sites: `weight_sites` of the mask's model.
+        by: "layer", "matrix", "head" (attention weights only) or "neuron" (MLP weights only).
+
+    Raises:
+        ValueError: another `by`, or sites that lack a matrix of the mask.
     """
-    found: dict[Place, Count] = {}
+    counts: dict[Place, Count] = {}
     for place, n_removed, n_weights in pieces(mask, sites, by):
-        before = found.get(place, Count(0, 0))
-        found[place] = Count(before.n_removed + n_removed, before.n_weights + n_weights)
-    return found
+        before = counts.get(place, Count(0, 0))
+        counts[place] = Count(before.n_removed + n_removed, before.n_weights + n_weights)
+    return counts
 
 
-def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tuple[Place, int, int]]:
-    """(place, removed, weights) of every part of a matrix that lies in one place; a place can have several such parts.
+def pieces(
+    mask: WeightMask, sites: Mapping[str, Site], by: By
+) -> Iterator[tuple[Place, int, int]]:
+    """(place, removed, weights) of every part of a matrix that lies in one place.
 
-    Raises ValueError as `counts_by`.
+    A place can have several such parts: a head has one in q and one in o.
+
+    Args:
+        mask: as in `counts_by`.
+        sites: as in `counts_by`.
+        by: as in `counts_by`.
+
+    Raises:
+        ValueError: as `counts_by`.
     """
     if by not in ("layer", "matrix", "head", "neuron"):
         raise ValueError(f'by={by!r}; expected "layer", "matrix", "head" or "neuron"')
     missing = sorted(set(mask.shapes) - set(sites))
     if missing:
-        raise ValueError(f"sites lack {missing[0]}; give weight_sites(bridge) of the mask's model")
+        raise ValueError(
+            f"sites lack {missing[0]}; give weight_sites(bridge) of the mask's model"
+        )
+    none = torch.empty(0, dtype=torch.int64)
     for name in mask.shapes:
-        site, index = sites[name], mask.removed.get(name, torch.empty(0, dtype=torch.int64))
+        site, index = sites[name], mask.removed.get(name, none)
         size = site.parameter.numel()
-        if by in ("layer", "matrix"):
-            yield Place(site.layer, site.kind if by == "matrix" else ""), index.numel(), size
+        if by == "layer":
+            yield Place(site.layer), index.numel(), size
+        elif by == "matrix":
+            yield Place(site.layer, site.kind), index.numel(), size
         elif (by == "head") == site.kind.startswith("attn"):
-            part = "head" if site.kind in ("attn.q", "attn.o") else "kv_head"
-            if by == "neuron":
-                part = "neuron" if site.kind in ("mlp.gate", "mlp.in", "mlp.out") else "expert"
-            for unit, n_removed in enumerate(site.units(index).bincount(minlength=site.n_units).tolist()):
-                yield Place(site.layer, part, unit), n_removed, size // site.n_units
+            per_unit = site.units(index).bincount(minlength=site.n_units).tolist()
+            part = _unit(site.kind)
+            for number, n_removed in enumerate(per_unit):
+                yield Place(site.layer, part, number), n_removed, size // site.n_units
+
+
+def _unit(kind: str) -> str:
+    """What the equal parts of a matrix are called."""
+    if kind.startswith("attn"):
+        return "head" if kind in ("attn.q", "attn.o") else "kv_head"
+    return "neuron" if kind in MLP_MATRICES else "expert"
 
 
 class Concentration(NamedTuple):
     """How unequally a mask falls on heads or neurons.
 
-    `gini`: 0 when every unit loses the same share of its weights, near 1 when one loses all. `top_share`: the share of the
-    mask's weights (of this sort) in the twentieth of units that loses most. `n_removed`: how many there are.
+    Attributes:
+        gini: 0 when every unit loses the same share of its weights, near 1 when one loses all.
+        top_share: the share of the mask's weights (of this sort) in the twentieth of units that
+            loses most.
+        n_removed: how many there are.
     """
 
     gini: float
@@ -85,29 +118,85 @@ class Concentration(NamedTuple):
     n_removed: int
 
 
-def concentration(mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]) -> Concentration:
-    """Gini coefficient and top share of the mask over heads or neurons. Compare with masks from `random_like`.
+def concentration(
+    mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]
+) -> Concentration:
+    """Gini coefficient and top share of the mask over heads or neurons.
 
-    A sparse mask is unequal by chance alone, so neither figure means anything without that comparison. Raises ValueError
-    as `counts_by`, and for a mask that removes nothing there.
+    A sparse mask is unequal by chance alone, so neither figure means anything without those of
+    masks from `random_like`.
+
+    Args:
+        mask: as in `counts_by`.
+        sites: as in `counts_by`.
+        by: "head" or "neuron".
+
+    Raises:
+        ValueError: as `counts_by`, and for a mask that removes nothing there.
     """
-    found = list(counts_by(mask, sites, by).values())
-    n_removed = sum(count.n_removed for count in found)
+    counts = list(counts_by(mask, sites, by).values())
+    n_removed = sum(count.n_removed for count in counts)
     if not n_removed:
         raise ValueError(f"concentration: the mask removes no weight of any {by}")
-    removed = np.sort([count.n_removed for count in found])
-    n_top = max(1, round(len(found) / 20))
-    return Concentration(
-        gini(torch.tensor([count.n_removed / count.n_weights for count in found])),
-        float(removed[-n_top:].sum() / n_removed),
-        n_removed,
-    )
+    removed = np.sort([count.n_removed for count in counts])
+    n_top = max(1, round(len(counts) / 20))
+    shares = torch.tensor([count.n_removed / count.n_weights for count in counts])
+    return Concentration(gini(shares), float(removed[-n_top:].sum() / n_removed), n_removed)
 
 
 def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
-    """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i). Raises ValueError for no mass."""
+    """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i).
+
+    Args:
+        values: one for each unit.
+
+    Raises:
+        ValueError: negative values, or only zeros.
+    """
     if not len(values) or values.min() < 0 or values.sum() == 0:
         raise ValueError("gini: expected non-negative values that are not all zero")
+    # With the values sorted, sum_ij |x_i - x_j| = 2 sum_i (2 i - n - 1) x_i.
     x, n = values.double().sort().values, len(values)
     rank = torch.arange(1, n + 1, dtype=torch.float64)
     return float(2 * (rank * x).sum() / (n * x.sum()) - (n + 1) / n)
+
+
+def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -> Rows:
+    """Where a mask's weights sit, as rows.
+
+    `weights_removed` by matrix and by head, labelled `of` with the size of the place. `gini` and
+    `top_share` over heads and neurons come with `chance` "no"; and with "yes" for random masks of
+    the same counts per matrix: their mean, and the interval of 20 of them.
+
+    Args:
+        mask: the weights.
+        sites: `weight_sites` of the mask's model.
+        labels: what the rows carry.
+    """
+    rows = Rows()
+    for by in ("matrix", "head"):
+        for place, count in counts_by(mask, sites, by).items():
+            where = {
+                **labels,
+                "by": by,
+                "layer": place.layer,
+                "kind": place.part,
+                "index": place.number,
+                "of": count.n_weights,
+            }
+            rows += [Measurement.exact("weights_removed", where, count.n_removed)]
+
+    random = [random_like(mask, seed=seed) for seed in range(N_NULL)]
+    for by in ("head", "neuron"):
+        counts = counts_by(mask, sites, by).values()
+        if not any(count.n_removed for count in counts):
+            continue
+        actual = concentration(mask, sites, by)
+        chance = [concentration(other, sites, by) for other in random]
+        for metric in ("gini", "top_share"):
+            where = {**labels, "by": by, "chance": "no"}
+            rows += [Measurement.exact(metric, where, getattr(actual, metric))]
+            where = {**labels, "by": by, "chance": "yes"}
+            values = [getattr(other, metric) for other in chance]
+            rows += [Measurement.of_draws(metric, where, values)]
+    return rows

@@ -2,37 +2,48 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
+from harmcircuits.display import share
 
 Scope = Literal["weight", "model", "row"]
 
+FORMAT = "harmcircuits.mask.1"
+N_BINS = 50  # of |W|, within which a random mask matches magnitudes
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class WeightMask:
     """A set of weights to remove.
 
-    `removed[name]`: Int64[n], strictly increasing flat indices into the weight as stored; weights that lose nothing are
-    left out. `shapes`: every weight the choice was made among. Raises ValueError for indices that are unsorted, repeated
-    or outside their weight.
+    `a & b`, `a | b`, `a - b` and `~a` are set algebra; `len(a)` counts the weights.
+
+    Attributes:
+        removed: strictly increasing flat indices into each weight as stored; weights that lose
+            nothing are left out.
+        shapes: every weight the choice was made among.
+        source: how the mask was made.
+
+    Raises:
+        ValueError: indices that are unsorted, repeated or outside their weight.
     """
 
-    removed: Mapping[str, Int[Tensor, " n"]]
+    removed: Mapping[str, Int[Tensor, " _"]]
     shapes: Mapping[str, tuple[int, ...]]
     source: Source
 
@@ -41,20 +52,28 @@ class WeightMask:
         for name, index in self.removed.items():
             if name not in self.shapes:
                 raise ValueError(
-                    f"WeightMask: {name} is not among the shapes; expected one of {sorted(self.shapes)[:3]} ..."
+                    f"WeightMask: {name} is not among the shapes; "
+                    f"expected one of {sorted(self.shapes)[:3]} ..."
                 )
             if not index.numel():
                 continue
-            size = torch.Size(self.shapes[name]).numel()
+            size = math.prod(self.shapes[name])
             index = index.to("cpu", torch.int64)
-            if index[0] < 0 or index[-1] >= size or (index[1:] <= index[:-1]).any():
-                raise ValueError(f"WeightMask: indices of {name} must increase strictly within [0, {size})")
+            is_sorted = bool((index[1:] > index[:-1]).all())
+            if index[0] < 0 or index[-1] >= size or not is_sorted:
+                raise ValueError(
+                    f"WeightMask: indices of {name} must increase strictly within [0, {size})"
+                )
             removed[name] = index
         object.__setattr__(self, "removed", MappingProxyType(removed))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:
-        return f"WeightMask({self.source.method}, {self.n_removed:,} of {self.n_weights:,} weights)"
+        counts = f"{self.n_removed:,} of {self.n_weights:,} weights"
+        return f"WeightMask({self.source.method}, {counts}, {share(self.fraction)})"
+
+    def __len__(self) -> int:
+        return self.n_removed
 
     @property
     def n_removed(self) -> int:
@@ -64,12 +83,17 @@ class WeightMask:
     @property
     def n_weights(self) -> int:
         """How many weights the choice was made among."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def fraction(self) -> float:
+        """The share of the weights that is removed."""
+        return self.n_removed / self.n_weights
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of removed weights in every matrix, zeros included."""
-        return {name: self.removed[name].numel() if name in self.removed else 0 for name in self.shapes}
+        return {name: self._index(name).numel() for name in self.shapes}
 
     def __and__(self, other: "WeightMask") -> "WeightMask":
         """Weights in both."""
@@ -83,87 +107,169 @@ class WeightMask:
         """Weights in this mask and not in the other."""
         return self._combined(other, "difference", lambda a, b: a[~torch.isin(a, b)])
 
-    def _combined(self, other: "WeightMask", method: str, combine) -> "WeightMask":
+    def __invert__(self) -> "WeightMask":
+        """All other weights: under this mask, only the circuit itself is left. 8 bytes a weight."""
+        removed = {}
+        for name in self.shapes:
+            is_left = ~self.dense(name).flatten()
+            removed[name] = is_left.nonzero().flatten()
+        source = Source(self.source.model, "complement", {}, (self.source,))
+        return WeightMask(removed, self.shapes, source)
+
+    def _combined(
+        self, other: "WeightMask", method: str, combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> "WeightMask":
         if self.shapes != other.shapes:
             odd = sorted(set(self.shapes.items()) ^ set(other.shapes.items()))[:2]
-            raise ValueError(f"masks of different models or weights cannot be combined; they differ in {odd}")
+            raise ValueError(
+                f"masks of different models or weights cannot be combined; they differ in {odd}"
+            )
         if self.source.model != other.source.model:
-            raise ValueError(f"masks of two models ({self.source.model}, {other.source.model}) cannot be combined")
-        none = torch.empty(0, dtype=torch.int64)
-        removed = {n: combine(self.removed.get(n, none), other.removed.get(n, none)) for n in self.shapes}
-        return WeightMask(removed, self.shapes, Source(self.source.model, method, {}, (self.source, other.source)))
+            raise ValueError(
+                f"masks of two models ({self.source.model}, {other.source.model}) "
+                "cannot be combined"
+            )
+        removed = {name: combine(self._index(name), other._index(name)) for name in self.shapes}
+        source = Source(self.source.model, method, {}, (self.source, other.source))
+        return WeightMask(removed, self.shapes, source)
 
-    def dense(self, name: str) -> Tensor:
-        """Bool tensor of the weight's shape, True where removed. Raises KeyError for a weight outside the mask's shapes."""
-        flat = torch.zeros(torch.Size(self.shapes[name]).numel(), dtype=torch.bool)
-        if name in self.removed:
-            flat[self.removed[name]] = True
-        return flat.view(self.shapes[name])
+    def _index(self, name: str) -> Int[Tensor, " _"]:
+        """The flat indices that a weight loses, none where it loses nothing."""
+        return self.removed.get(name, torch.empty(0, dtype=torch.int64))
+
+    def dense(self, name: str) -> Bool[Tensor, "..."]:
+        """Bool tensor of the weight's shape, True where removed.
+
+        Args:
+            name: of a weight among `shapes`; a KeyError says it is not.
+        """
+        shape = self.shapes[name]
+        flat = torch.zeros(math.prod(shape), dtype=torch.bool)
+        flat[self._index(name)] = True
+        return flat.view(shape)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the indices, the shapes, the source and the versions. Never pickle."""
+        """Write a safetensors file with the indices, shapes, source and versions. Never pickle.
+
+        Args:
+            path: the file to write.
+        """
+        versions = {name: version(name) for name in ("torch", "transformer-lens", "harmcircuits")}
         metadata = {
-            "format": "harmcircuits.mask.1",
+            "format": FORMAT,
             "shapes": json.dumps(dict(self.shapes)),
             "source": self.source.to_json(),
-            "versions": json.dumps({name: version(name) for name in ("torch", "transformer-lens", "harmcircuits")}),
+            "versions": json.dumps(versions),
         }
         save_file(dict(self.removed), Path(path), metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
-        """The mask in a file written by `save`. Raises ValueError for a missing file or one that holds no mask."""
+        """The mask in a file written by `save`, of this version or 0.1.0.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: a missing file, or one that holds no mask.
+        """
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; give the path of a saved mask")
         try:
             with safe_open(Path(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                removed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = list(file.keys())
+                removed = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(
-                f"{path}: not a safetensors file ({error}); expected a mask written by WeightMask.save"
+                f"{path}: not a safetensors file ({error}); "
+                "expected a mask written by WeightMask.save"
             ) from None
-        if metadata.get("format") != "harmcircuits.mask.1":
-            raise ValueError(f"{path}: a safetensors file, but no mask of harmcircuits (format {metadata.get('format')!r})")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: a safetensors file, but no mask of harmcircuits "
+                f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
+            )
+        stored = json.loads(metadata["shapes"])
+        shapes = {name: tuple(shape) for name, shape in stored.items()}
         return cls(removed, shapes, Source.from_json(metadata["source"]))
 
 
+@overload
 def top_fraction(
-    scores: WeightScores, fraction: float, *, within: Scope = "weight", exclude: WeightMask | None = None
-) -> WeightMask:
-    """The weights with the highest scores: exactly `round(fraction * n)` of each scope's n weights, halves rounded up.
+    scores: WeightScores,
+    fraction: float,
+    *,
+    within: Scope = "weight",
+    exclude: WeightMask | None = None,
+) -> WeightMask: ...
 
-    Scopes: each matrix (`"weight"`, the published code), all matrices ranked together (`"model"`), or each row (last axis)
-    of the stored weight (`"row"`, as Wanda). A positive fraction takes at least one weight of every scope, so that none
-    drops out silently. Ties go to the earlier matrix and the lower flat index. Weights in `exclude` cannot be chosen; the
-    count stays that of the whole scope. Raises ValueError for a fraction outside [0, 1], an unknown scope, an `exclude` of
-    other weights, or fewer weights left in a scope than are to be chosen.
+
+@overload
+def top_fraction(
+    scores: WeightScores,
+    fraction: Sequence[float],
+    *,
+    within: Scope = "weight",
+    exclude: WeightMask | None = None,
+) -> list[WeightMask]: ...
+
+
+def top_fraction(
+    scores: WeightScores,
+    fraction: float | Sequence[float],
+    *,
+    within: Scope = "weight",
+    exclude: WeightMask | None = None,
+) -> WeightMask | list[WeightMask]:
+    """The weights with the highest scores: exactly `round(fraction * n)` of each scope's n weights.
+
+    Halves are rounded up, and a positive fraction takes at least one weight of every scope, so that
+    none drops out silently. Ties go to the earlier matrix and the lower flat index.
+
+    Args:
+        scores: of every weight.
+        fraction: share of the weights; a list of shares gives a list of masks, for one reading of
+            the scores.
+        within: the scope. "weight": each matrix by itself (the published code). "model": all
+            matrices ranked together. "row": each row (last axis) of the stored weight, as Wanda.
+        exclude: weights that cannot be chosen; the count stays that of the whole scope.
+
+    Raises:
+        ValueError: a fraction outside [0, 1], no fractions, another scope, an `exclude` of other
+            weights, or fewer weights left in a scope than are to be chosen.
     """
     if within not in ("weight", "model", "row"):
         raise ValueError(f'top_fraction: within={within!r}; expected "weight", "model" or "row"')
     if exclude is not None and exclude.shapes != scores.shapes:
         raise ValueError("top_fraction: `exclude` is a mask over other weights than the scores")
-    removed = _best(scores.values, scores.shapes, fraction, within, exclude.removed if exclude is not None else {})
+    if isinstance(fraction, Sequence):
+        return _top_fractions(scores, fraction, within, exclude)
+    excluded = exclude.removed if exclude is not None else {}
+    removed = _best(scores.values, scores.shapes, fraction, within, excluded)
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
-    return WeightMask(removed, scores.shapes, Source(scores.source.model, "top_fraction", settings, parents))
+    source = Source(scores.source.model, "top_fraction", settings, parents)
+    return WeightMask(removed, scores.shapes, source)
 
 
-def top_fractions(
-    scores: WeightScores, fractions: Sequence[float], *, within: Scope = "weight", exclude: WeightMask | None = None
+def _top_fractions(
+    scores: WeightScores,
+    fractions: Sequence[float],
+    within: Scope,
+    exclude: WeightMask | None,
 ) -> list[WeightMask]:
-    """`top_fraction` for each of several fractions, in their order: the same masks, for the reading of one.
-
-    The largest is chosen among all scores, the others among what it chose. Raises ValueError for no fractions, and as
-    `top_fraction`.
-    """
+    """The largest is chosen among all scores, the others among what it chose."""
     if not fractions:
-        raise ValueError("top_fractions: no fractions; expected at least one")
+        raise ValueError("top_fraction: no fractions; expected at least one")
     widest = top_fraction(scores, max(fractions), within=within, exclude=exclude)
-    best = {name: scores.values[name].flatten()[index] for name, index in widest.removed.items()}
-    if within == "row":
-        best = {name: value.view(math.prod(widest.shapes[name][:-1]), -1) for name, value in best.items()}
+    best = {}
+    for name, index in widest.removed.items():
+        best[name] = scores.values[name].flatten()[index]
+        if within == "row":
+            n_rows = math.prod(widest.shapes[name][:-1])
+            best[name] = best[name].view(n_rows, -1)
+
     masks = []
     for fraction in fractions:
         places = _best(best, widest.shapes, fraction, within, {})
@@ -174,63 +280,101 @@ def top_fractions(
 
 
 def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
-    """The weights that at least so many of the masks remove: their union for 1, their intersection for all of them.
+    """The weights that at least so many of the masks remove.
 
-    Raises ValueError for a number outside 1 to the number of masks, and as `|` for masks of different models.
+    Args:
+        masks: of one model.
+        at_least: 1 for their union, the number of masks for their intersection.
+
+    Raises:
+        ValueError: a number outside 1 to the number of masks, and as `|` for masks of two models.
     """
     if not 1 <= at_least <= len(masks):
-        raise ValueError(f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number")
+        raise ValueError(
+            f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number"
+        )
     union = reduce(or_, masks)
     removed = {}
     for name in union.removed:
-        index, times = torch.cat([mask.removed[name] for mask in masks if name in mask.removed]).unique(return_counts=True)
+        indices = torch.cat([mask.removed[name] for mask in masks if name in mask.removed])
+        index, times = indices.unique(return_counts=True)
         removed[name] = index[times >= at_least]
     parents = tuple(mask.source for mask in masks)
-    return WeightMask(removed, union.shapes, Source(union.source.model, "shared_by", {"at_least": at_least}, parents))
+    source = Source(union.source.model, "shared_by", {"at_least": at_least}, parents)
+    return WeightMask(removed, union.shapes, source)
 
 
-def random_like(mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None) -> WeightMask:
-    """A random mask with the same number of weights in every matrix: the control that a circuit has to beat.
+def random_like(
+    mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
+) -> WeightMask:
+    """A random mask with as many weights in every matrix: the control that a circuit has to beat.
 
-    With `weights` (see `named_weights`) it also matches magnitude: as many in each of 50 equal-sized bins of |W| of the
-    matrix. Raises ValueError when `weights` lacks a matrix of the mask.
+    Args:
+        mask: what it is like.
+        seed: draws it.
+        weights: the model's `named_weights`; with them the mask also matches magnitude: as many in
+            each of 50 equal-sized bins of |W| of the matrix.
+
+    Raises:
+        ValueError: `weights` lack a matrix of the mask.
     """
     generator = torch.Generator().manual_seed(seed)
     removed = {}
     for name, index in mask.removed.items():
-        size = torch.Size(mask.shapes[name]).numel()
+        size = math.prod(mask.shapes[name])
         if weights is None:
-            chosen = torch.randperm(size, generator=generator)[: index.numel()]
+            drawn = torch.randperm(size, generator=generator)[: index.numel()]
         elif name not in weights:
-            raise ValueError(f"random_like: weights lack {name}; give named_weights of the mask's model")
+            raise ValueError(
+                f"random_like: weights lack {name}; give named_weights of the mask's model"
+            )
         else:
-            chosen = _matched(weights[name].detach().abs().flatten().cpu(), index, generator)
-        removed[name] = chosen.sort().values
+            magnitude = weights[name].detach().abs().flatten().cpu()
+            drawn = _matched(magnitude, index, generator)
+        removed[name] = drawn.sort().values
     settings = {"seed": seed, "matched": "count" if weights is None else "count and magnitude"}
-    return WeightMask(removed, mask.shapes, Source(mask.source.model, "random_like", settings, (mask.source,)))
+    source = Source(mask.source.model, "random_like", settings, (mask.source,))
+    return WeightMask(removed, mask.shapes, source)
 
 
-def _matched(magnitude: Float[Tensor, " size"], index: Tensor, generator: torch.Generator, n_bins: int = 50) -> Tensor:
-    bins = torch.argsort(magnitude, stable=True).argsort() * n_bins // magnitude.numel()
-    wanted = torch.bincount(bins[index], minlength=n_bins)
+def _matched(
+    magnitude: Float[Tensor, " size"], index: Int[Tensor, " n"], generator: torch.Generator
+) -> Int[Tensor, " n"]:
+    """As many random indices as given, in each bin of magnitude."""
+    rank = torch.argsort(magnitude, stable=True).argsort()
+    bins = rank * N_BINS // magnitude.numel()
+    wanted = torch.bincount(bins[index], minlength=N_BINS).tolist()
     order = torch.randperm(magnitude.numel(), generator=generator)
-    members = [order[bins[order] == number] for number in range(n_bins)]
-    return torch.cat([member[:count] for member, count in zip(members, wanted.tolist(), strict=True)])
+    drawn = []
+    for number, count in enumerate(wanted):
+        members = order[bins[order] == number]
+        drawn.append(members[:count])
+    return torch.cat(drawn)
 
 
 def _best(
-    values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], fraction: float, within: Scope, excluded: Indices
+    values: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    fraction: float,
+    within: Scope,
+    excluded: Indices,
 ) -> dict[str, Tensor]:
-    """Flat indices into `values`, the scores of some or all weights: as many as the fraction gives for the shapes."""
+    """Flat indices into `values`, the scores of some or all weights.
+
+    As many as the fraction gives for the whole shapes.
+    """
     if within == "model":
-        return largest(values, _count(fraction, sum(map(math.prod, shapes.values()))), excluded)
-    if within == "row":
-        counts = {name: _count(fraction, shapes[name][-1]) for name in values}
-        return {name: largest_of_rows(values[name], count, excluded.get(name)) for name, count in counts.items()}
-    found = {}
-    for name in values:
-        found |= largest({name: values[name]}, _count(fraction, math.prod(shapes[name])), excluded)
-    return found
+        n_weights = sum(map(math.prod, shapes.values()))
+        return largest(values, _count(fraction, n_weights), excluded)
+    best = {}
+    for name, value in values.items():
+        if within == "row":
+            count = _count(fraction, shapes[name][-1])
+            best[name] = largest_of_rows(value, count, excluded.get(name))
+        else:
+            count = _count(fraction, math.prod(shapes[name]))
+            best |= largest({name: value}, count, excluded)
+    return best
 
 
 def _count(fraction: float, n: int) -> int:

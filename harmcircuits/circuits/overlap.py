@@ -4,28 +4,22 @@ A uniform null makes any two circuits look alike: both prefer the same few matri
 each matrix and, as the stricter null, in each row and column of each matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from harmcircuits.circuits.location import By, Place, pieces
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.circuits.sites import Site
 from harmcircuits.measurements import wilson
-
-if TYPE_CHECKING:
-    from harmcircuits.hooks.weights import Site
 
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Overlap:
     """What two masks share.
 
@@ -88,7 +82,11 @@ class Overlap:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.n_shared:,} shared, Jaccard {self.jaccard:.3f}, lift {self.lift:.2f} [{low:.2f}, {high:.2f}]"
+        lift = f"lift {self.lift:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{self.n_shared:,} shared, Jaccard {self.jaccard:.3f}, {lift}"
+
+    def __repr__(self) -> str:
+        return f"Overlap({self})"
 
 
 def overlap(
@@ -160,14 +158,10 @@ def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
         raise ValueError("rank_correlation: the scores are of different weights")
     total, n_weights = 0.0, 0
     for name, value in scores.values.items():
-        total += value.numel() * spearman(*(found.flatten().cpu().numpy() for found in (value, other.values[name])))
+        first, second = value.flatten().cpu().numpy(), other.values[name].flatten().cpu().numpy()
+        total += value.numel() * float(spearmanr(first, second).statistic)
         n_weights += value.numel()
     return total / n_weights
-
-
-def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation of two equally long lists of numbers."""
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
 
 
 def _overlap(mask: WeightMask, other: WeightMask) -> Overlap:

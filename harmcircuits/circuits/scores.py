@@ -6,13 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from harmcircuits.display import plural
+
+if TYPE_CHECKING:
+    from harmcircuits.circuits.masks import WeightMask
 
 FORMAT = "harmcircuits.circuits.scores.1"
 SHARD_BYTES = 2**31
@@ -46,7 +51,7 @@ def _from_dict(row: Mapping[str, Any]) -> Source:
     return Source(row["model"], row["method"], row["settings"], tuple(_from_dict(parent) for parent in row["parents"]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightScores:
     """One float32 score per weight: `values[name]` has the shape of the weight as stored.
 
@@ -67,7 +72,10 @@ class WeightScores:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
 
     def __repr__(self) -> str:
-        return f"WeightScores({self.source.method}, {sum(map(math.prod, self.shapes.values())):,} weights)"
+        n_weights = sum(map(math.prod, self.shapes.values()))
+        examples = self.source.settings.get("n_examples")
+        data = f" of {plural(examples, 'example')}" if examples else ""
+        return f"WeightScores({self.source.method}{data}, {n_weights:,} weights)"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,6 +83,19 @@ class WeightScores:
         if isinstance(self.values, _Saved):
             return dict(self.values.shapes)
         return {name: tuple(value.shape) for name, value in self.values.items()}
+
+    def sum_over(self, mask: "WeightMask") -> float:
+        """The sum of the scores of a mask's weights.
+
+        Of `removal_effect` it is the first-order prediction of the objective's change under the mask.
+
+        Args:
+            mask: over the same weights.
+        """
+        total = 0.0
+        for name, index in mask.removed.items():
+            total += self.values[name].flatten()[index].double().sum().item()
+        return total
 
     def __neg__(self) -> "WeightScores":
         """The scores with the opposite sign."""
@@ -152,7 +173,7 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
     """The weighted mean of scores, sum_i w_i s_i / sum_i w_i: for instance of parts of the calibration data.
 
     A mean of gradients over all examples is this mean over parts, with the number of examples as weights; so bootstrap
-    resamples of whole parts cost no further pass over the model. Exact for `removal_effect` and `sensitivity` after
+    resamples of whole parts cost no further pass over the model. Exact for `removal_effect` and `snip_scores` after
     absolute values, not for `"before_abs"`. Raises ValueError for no parts, other than one weight each, weights that are
     negative or all zero, and parts of different weights or models.
     """

@@ -1,80 +1,125 @@
-"""Scores: how much each weight matters to a behaviour.
+"""Scores of a live model: how much each weight matters to a behaviour.
 
-All are float32 whatever the model's dtype, because a bfloat16 accumulator changes which weights are selected.
+All are float32 whatever the model's dtype: a bfloat16 accumulator changes which weights are selected.
 """
 
 import hashlib
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
-from harmcircuits.hooks.objectives import Objective
-from harmcircuits.hooks.weights import Site, model_fingerprint, weight_sites
-from harmcircuits.prompts import Batch
+from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.weights import model_fingerprint, weight_sites
+from harmcircuits.prompts import Batch, refuse_no_batches
 
 Average = Literal["after_abs", "before_abs"]
 
 
 def removal_effect(
-    bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective, *, max_memory: int | None = None
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    objective: Objective = completion_loss,
+    *,
+    max_memory: int | None = None,
 ) -> WeightScores:
-    """First-order change of the mean objective when each weight alone is set to zero: -W * mean_x dL_x/dW.
+    """First-order change of the mean objective when each weight alone is removed.
 
-    Units of the objective (nats per example for `completion_loss`). **Positive: the weight supports the behaviour.** Every
-    example weighs the same; batch size and padding do not matter. `max_memory`: bytes that accumulators may take on the
-    devices (see `mean_gradients`); the scores are then in host memory, and the same. Raises ValueError for no batches, as
-    `mean_gradients` and as `weight_sites`. Source: arXiv 2604.09544 (there W * g, the most negative pruned: the same
-    ranking, this sign).
+    score(W) = -W * mean_x dL_x/dW, in units of the objective (nats per token for `completion_loss`).
+    **Positive: the weight supports the behaviour.** Every example weighs the same; batch size and
+    padding do not matter. Source: arXiv 2604.09544 (there W * g, and the most negative are pruned:
+    the same ranking, the other sign).
+
+    Args:
+        bridge: the model.
+        batches: the calibration data.
+        objective: one value for each example, the lower the better.
+        max_memory: bytes that accumulated scores may take on the devices. Less than they need takes
+            more passes; the scores are then in host memory, and the same.
+
+    Raises:
+        ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.
     """
-    sites = _checked(bridge, batches)
+    bridge = as_bridge(bridge)
+    refuse_no_batches("removal_effect", batches)
 
     def finish(site: Site, gradient: Tensor) -> Tensor:
         return gradient.mul_(site.parameter.detach()).neg_()
 
+    sites = weight_sites(bridge)
     values = mean_gradients(bridge, batches, objective, sites, finish, max_memory=max_memory)
     return WeightScores(values, _source(bridge, "removal_effect", batches, objective))
 
 
-def sensitivity(
-    bridge: TransformerBridge,
+def snip_scores(
+    bridge: Bridge,
     batches: Sequence[Batch],
-    objective: Objective,
+    objective: Objective = completion_loss,
     *,
     average: Average = "after_abs",
     max_memory: int | None = None,
 ) -> WeightScores:
-    """How strongly the objective depends on each weight, whatever the sign; never negative, units of the objective.
+    """How strongly the objective depends on each weight, whatever the sign; never negative.
 
-    `"after_abs"`: |W| * mean_x |dL_x/dW|, absolute values per example and then the mean (the released code).
-    `"before_abs"`: |W * mean_x dL_x/dW| (the other published reading). `max_memory` as in `removal_effect`. Raises
-    ValueError for another average, and as `removal_effect`. Source: SNIP as used in arXiv 2402.05162 and 2604.09544.
+    In units of the objective. Source: SNIP as used in arXiv 2402.05162 and 2604.09544.
+
+    Args:
+        bridge: the model.
+        batches: the calibration data.
+        objective: one value for each example.
+        average: "after_abs": |W| * mean_x |dL_x/dW|, as in the released code. "before_abs":
+            |W * mean_x dL_x/dW|, the other published reading.
+        max_memory: as in `removal_effect`.
+
+    Raises:
+        ValueError: another `average`, and as `removal_effect`.
     """
+    bridge = as_bridge(bridge)
+    refuse_no_batches("snip_scores", batches)
     if average not in ("after_abs", "before_abs"):
-        raise ValueError(f'sensitivity: average={average!r}; expected "after_abs" or "before_abs"')
-    sites, absolute = _checked(bridge, batches), average == "after_abs"
+        raise ValueError(f'snip_scores: average={average!r}; expected "after_abs" or "before_abs"')
 
     def finish(site: Site, gradient: Tensor) -> Tensor:
         return gradient.mul_(site.parameter.detach()).abs_()
 
-    values = mean_gradients(bridge, batches, objective, sites, finish, absolute=absolute, max_memory=max_memory)
-    return WeightScores(values, _source(bridge, "sensitivity", batches, objective, average=average))
+    values = mean_gradients(
+        bridge,
+        batches,
+        objective,
+        weight_sites(bridge),
+        finish,
+        absolute=average == "after_abs",
+        max_memory=max_memory,
+    )
+    return WeightScores(values, _source(bridge, "snip", batches, objective, average=average))
 
 
-def activation_norm(bridge: TransformerBridge, batches: Sequence[Batch]) -> WeightScores:
-    """|W| times the root mean square of its input over all real tokens: |W_oi| * sqrt(mean_t x_ti^2). Forward only.
+def wanda_scores(bridge: Bridge, batches: Sequence[Batch]) -> WeightScores:
+    """|W| times the root mean square of its input: |W_oi| * sqrt(mean_t x_ti^2). Forward only.
 
-    Source: Wanda (arXiv 2306.11695). Raises ValueError for no batches, for experts and routers (their inputs pass no hook
-    points), and as `weight_sites`.
+    The mean is over all real tokens of all examples. Source: Wanda (arXiv 2306.11695).
+
+    Args:
+        bridge: the model.
+        batches: the calibration data; targets play no part.
+
+    Raises:
+        ValueError: no batches, experts and routers (their inputs pass no hook points), and as
+            `named_weights`.
     """
-    sites = _checked(bridge, batches)
+    bridge = as_bridge(bridge)
+    refuse_no_batches("wanda_scores", batches)
+    sites = weight_sites(bridge)
     squares: dict[str, Tensor] = {}
     is_token = torch.empty(0)
 
@@ -86,76 +131,167 @@ def activation_norm(bridge: TransformerBridge, batches: Sequence[Batch]) -> Weig
         for batch in batches:
             is_token = batch.is_token
             bridge(batch.tokens.to(bridge.cfg.device))
+
     n_tokens = sum(int(batch.is_token.sum()) for batch in batches)
     values = {}
     for name, site in sites.items():
         rms = (squares[name] / n_tokens).sqrt()
-        values[name] = site.parameter.detach().float().abs() * (rms if site.input_axis == 1 else rms[:, None])
-    return WeightScores(values, _source(bridge, "activation_norm", batches))
+        along_input = rms if site.input_axis == 1 else rms[:, None]
+        values[name] = site.parameter.detach().float().abs() * along_input
+    return WeightScores(values, _source(bridge, "wanda", batches))
 
 
-def magnitude_scores(bridge: TransformerBridge) -> WeightScores:
-    """|W|: the control that needs no data."""
-    values = {name: site.parameter.detach().float().abs() for name, site in weight_sites(bridge).items()}
+def magnitude_scores(bridge: Bridge) -> WeightScores:
+    """|W|: the control that needs no data. Raises ValueError as `named_weights`."""
+    bridge = as_bridge(bridge)
+    sites = weight_sites(bridge)
+    values = {name: site.parameter.detach().float().abs() for name, site in sites.items()}
     return WeightScores(values, Source(model_fingerprint(bridge), "magnitude"))
 
 
-def random_scores(bridge: TransformerBridge, *, seed: int = 0) -> WeightScores:
-    """Uniform numbers in [0, 1), the same for a seed on every device: the control that knows nothing."""
+def random_scores(bridge: Bridge, *, seed: int = 0) -> WeightScores:
+    """Uniform numbers in [0, 1): the control that knows nothing.
+
+    Args:
+        bridge: the model.
+        seed: draws the numbers, the same on every device.
+
+    Raises:
+        ValueError: as `named_weights`.
+    """
+    bridge = as_bridge(bridge)
     generator = torch.Generator().manual_seed(seed)
-    sites = weight_sites(bridge).values()
-    values = {s.name: torch.rand(s.parameter.shape, generator=generator).to(s.parameter.device) for s in sites}
+    values = {}
+    for name, site in weight_sites(bridge).items():
+        drawn = torch.rand(site.parameter.shape, generator=generator)
+        values[name] = drawn.to(site.parameter.device)
     return WeightScores(values, Source(model_fingerprint(bridge), "random", {"seed": seed}))
 
 
-def gradient_norm(
-    bridge: TransformerBridge, batches: Sequence[Batch], objective: Objective, *, max_memory: int | None = None
-) -> float:
-    """Euclidean norm of mean_x dL_x/dW over all block matrices: near zero, scores are noise (a saturated loss).
+def all_scores(
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    removal: WeightScores,
+    protected: Sequence[WeightMask] = (),
+    *,
+    seed: int = 0,
+) -> dict[str, WeightScores]:
+    """Every way to score a behaviour's weights, by name: what `ground_truth_rows` compares.
 
-    Units of the objective per unit of weight. `max_memory` as in `removal_effect`. Raises ValueError for no batches, and
-    as `mean_gradients` and `weight_sites`.
+    Args:
+        bridge: the model.
+        batches: the calibration data.
+        removal: its `removal_effect`.
+        protected: masks; "removal effect, unprotected" ranks their weights last, as a search does.
+        seed: draws the random scores.
+
+    Raises:
+        ValueError: as the scores.
     """
-    sites = _checked(bridge, batches)
-    gradients = mean_gradients(bridge, batches, objective, sites, lambda site, mean: mean, max_memory=max_memory)
+    scores = {"removal effect": removal}
+    if protected:
+        union = reduce(or_, protected)
+        lowest = min(value.min().item() for value in removal.values.values())
+        last = {}
+        for name, value in removal.values.items():
+            last[name] = value.masked_fill(union.dense(name), lowest)
+        scores["removal effect, unprotected"] = WeightScores(last, removal.source)
+    return scores | {
+        "SNIP, after abs": snip_scores(bridge, batches),
+        "SNIP, before abs": snip_scores(bridge, batches, average="before_abs"),
+        "Wanda": wanda_scores(bridge, batches),
+        "magnitude": magnitude_scores(bridge),
+        "random": random_scores(bridge, seed=seed),
+    }
+
+
+def gradient_norm(
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    objective: Objective = completion_loss,
+    *,
+    max_memory: int | None = None,
+) -> float:
+    """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise.
+
+    Units of the objective per unit of weight. A saturated loss has a small norm.
+
+    Args:
+        bridge: the model.
+        batches: the calibration data.
+        objective: one value for each example.
+        max_memory: as in `removal_effect`.
+
+    Raises:
+        ValueError: as `removal_effect`.
+    """
+    bridge = as_bridge(bridge)
+    refuse_no_batches("gradient_norm", batches)
+
+    def unchanged(site: Site, gradient: Tensor) -> Tensor:
+        return gradient
+
+    sites = weight_sites(bridge)
+    gradients = mean_gradients(bridge, batches, objective, sites, unchanged, max_memory=max_memory)
     return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
 
 
 def token_contributions(
-    bridge: TransformerBridge, mask: WeightMask, batches: Sequence[Batch], objective: Objective
+    bridge: Bridge,
+    mask: WeightMask,
+    batches: Sequence[Batch],
+    objective: Objective = completion_loss,
 ) -> list[Float[Tensor, "batch pos"]]:
-    """What each token position adds to the mask's score, for every batch: its rows are examples, its columns positions.
+    """What each token position adds to the mask's score, a tensor [batch pos] for every batch.
 
-    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, with x the input of the matrix at position t and g the gradient of
-    the example's objective at its output. Summed over positions and averaged over examples it is the sum of
-    `removal_effect` over the mask (`predicted_change`). Units of the objective; positive: acting at this token, the removed
-    weights support the behaviour. Positions of the request count too: what is computed there reaches the answer by
-    attention. Raises ValueError for no batches, an empty mask, a mask of another model, and as `weight_sites`.
+    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, with x the matrix's input at position t and g
+    the gradient of the example's objective at its output. Summed over positions and averaged over
+    examples it is `removal_effect(...).sum_over(mask)`. Units of the objective; positive: acting at
+    this token, the removed weights support the behaviour. Positions of the request count too: what
+    is computed there reaches the answer by attention.
+
+    Args:
+        bridge: the model, unpruned.
+        mask: the weights to look at.
+        batches: the texts.
+        objective: one value for each example.
+
+    Raises:
+        ValueError: no batches, an empty mask, a mask of another model, and as `named_weights`.
     """
-    sites = _checked(bridge, batches)
+    bridge = as_bridge(bridge)
+    refuse_no_batches("token_contributions", batches)
     if not mask.n_removed:
         raise ValueError(f"token_contributions: {mask} removes nothing; choose at least one weight")
-    if mask.source.model != (model := model_fingerprint(bridge)):
-        raise ValueError(f"token_contributions: {mask} is of model {mask.source.model}, this one is {model}")
-    removed = {name: _removed_block(sites[name], mask) for name in mask.removed}
-    current = torch.empty(0)
+    fingerprint = model_fingerprint(bridge)
+    if mask.source.model != fingerprint:
+        raise ValueError(
+            f"token_contributions: {mask} is of model {mask.source.model}, this one is {fingerprint}"
+        )
+    sites = weight_sites(bridge)
+    blocks = {name: _removed_block(sites[name], mask) for name in mask.removed}
+    contributions = torch.empty(0)
 
     def add(site: Site, x: Input, g: OutputGradient) -> None:
-        rows, columns, block = removed[site.name]
-        first, second = (g, x) if site.input_axis == 1 else (x, g)
-        current.sub_(((first[..., rows].float() @ block) * second[..., columns].float()).sum(dim=-1))
+        rows, columns, block = blocks[site.name]
+        # The stored weight's rows are outputs, or inputs where it is stored as (d_in, d_out).
+        of_rows, of_columns = (g, x) if site.input_axis == 1 else (x, g)
+        through_block = of_rows[..., rows].float() @ block
+        contributions.sub_((through_block * of_columns[..., columns].float()).sum(dim=-1))
 
-    found = []
-    with torch.enable_grad(), hook_pairs(bridge, {name: sites[name] for name in removed}, add):
+    per_batch = []
+    with torch.enable_grad(), hook_pairs(bridge, {name: sites[name] for name in blocks}, add):
         for batch in batches:
-            current = torch.zeros(batch.tokens.shape, device=bridge.cfg.device)
+            contributions = torch.zeros(batch.tokens.shape, device=bridge.cfg.device)
             objective(bridge, batch).sum().backward()
-            found.append(current.cpu())
-    return found
+            per_batch.append(contributions.cpu())
+    return per_batch
 
 
-def _removed_block(site: Site, mask: WeightMask) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
-    """The rows and columns that a mask touches, and the block between them: removed weights, zero elsewhere."""
+def _removed_block(
+    site: Site, mask: WeightMask
+) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
+    """The rows and columns that a mask touches, and the block between them: zero where it removes nothing."""
     index, width = mask.removed[site.name].to(site.parameter.device), site.parameter.shape[1]
     rows, row = (index // width).unique(return_inverse=True)
     columns, column = (index % width).unique(return_inverse=True)
@@ -164,20 +300,23 @@ def _removed_block(site: Site, mask: WeightMask) -> tuple[Tensor, Tensor, Float[
     return rows, columns, block
 
 
-def _checked(bridge: TransformerBridge, batches: Sequence[Batch]) -> dict[str, Site]:
-    if not batches:
-        raise ValueError("no batches to score on; expected at least one (see tokenize)")
-    return weight_sites(bridge)
-
-
 def _source(
-    bridge: TransformerBridge, method: str, batches: Sequence[Batch], objective: Objective | None = None, **settings: Any
+    bridge: Bridge,
+    method: str,
+    batches: Sequence[Batch],
+    objective: Objective | None = None,
+    **settings: Any,
 ) -> Source:
+    """The scores' origin, with a digest of the real tokens that padding and batch size do not change."""
     digest = hashlib.sha256()
     for batch in batches:
-        for tokens, is_target, is_token in zip(batch.tokens, batch.is_target, batch.is_token, strict=True):
-            digest.update(torch.stack([tokens, is_target.long()])[:, is_token].numpy().tobytes())
-    settings |= {"data": digest.hexdigest()[:16], "n_examples": sum(len(batch) for batch in batches)}
+        for tokens, is_target, is_token in zip(
+            batch.tokens, batch.is_target, batch.is_token, strict=True
+        ):
+            real = torch.stack([tokens, is_target.long()])[:, is_token]
+            digest.update(real.numpy().tobytes())
+    settings["data"] = digest.hexdigest()[:16]
+    settings["n_examples"] = sum(len(batch) for batch in batches)
     if objective is not None:
         settings["objective"] = getattr(objective, "__name__", type(objective).__name__)
     return Source(model_fingerprint(bridge), method, settings)

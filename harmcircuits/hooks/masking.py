@@ -8,10 +8,60 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
+
+
+@contextmanager
+def masked(
+    bridge: Bridge,
+    mask: WeightMask,
+    *,
+    scale: float = 0.0,
+    hold: bool = False,
+    same_model: bool = True,
+) -> Iterator[Bridge]:
+    """The model with the mask's weights multiplied by `scale`, restored bit for bit on any exit.
+
+    In place, so hooks, caches, generation and patching all see the edited model; the cost is that of
+    the mask, not of the model. Nests: leave in the reverse order of entering, as `with` does.
+
+    Args:
+        bridge: a TransformerBridge, or a `Model`, whose bridge is edited.
+        mask: the weights to remove.
+        scale: what they are multiplied by; 0 removes them.
+        hold: write them again after every `step()` of any torch optimiser, so that training
+            cannot change them. Those that require a gradient get none. All other weights
+            keep what training gave them.
+        same_model: False applies the mask to another checkpoint of the same shapes.
+
+    Raises:
+        ValueError: a mask of another model or other shapes, and as `named_weights`; then nothing
+            is changed.
+    """
+    bridge = as_bridge(bridge)
+    edits = _edits(bridge, mask, same_model)
+
+    def write(*_: object) -> None:
+        for edit in edits:
+            edit.write(edit.saved * scale if scale else 0.0)
+
+    hooks = []
+    try:
+        if hold:
+            # After the step, so that neither momentum nor weight decay moves what is held.
+            hooks.append(register_optimizer_step_post_hook(write))
+            learning = [edit for edit in edits if edit.parameter.requires_grad]
+            # Without a gradient there, no norm and no factorised weight (see `fine_tuning`) learns.
+            hooks += [edit.parameter.register_hook(edit.without) for edit in learning]
+        write()
+        yield bridge
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _restore(edits)
 
 
 class _Edit(NamedTuple):
@@ -24,75 +74,46 @@ class _Edit(NamedTuple):
         tensor[where] = values
 
     def without(self, gradient: Tensor) -> Tensor:
+        """The gradient with zeros at the edited entries."""
         return gradient.flatten().index_fill(0, self.flat, 0.0).view(gradient.shape)
 
 
 def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A view of the parameter and where in it the flat indices are."""
+    """A view of the parameter, and where in it the flat indices are."""
     tensor = parameter.detach()
     if tensor.is_contiguous():
         return tensor.view(-1), (index,)
-    return tensor, torch.unravel_index(index, tensor.shape)  # ten times as slow, but a flat view would be a copy
+    # Ten times as slow, but a flat view of such a tensor would be a copy.
+    return tensor, torch.unravel_index(index, tensor.shape)
 
 
-@contextmanager
-def masked(
-    bridge: TransformerBridge, mask: WeightMask, *, scale: float = 0.0, same_model: bool = True
-) -> Iterator[TransformerBridge]:
-    """The model with the mask's weights multiplied by `scale` (0: removed), restored bit for bit on any exit.
-
-    In place, so hooks, caches, generation and patching all see the edited model; the cost is that of the mask, not of the
-    model. Nests: leave in the reverse order of entering, as `with` does. `same_model=False` allows another checkpoint of
-    the same shapes. Raises ValueError, with nothing changed, for a mask of another model or other shapes, and as
-    `named_weights`.
-    """
-    edits = _edits(bridge, mask, same_model)
-    try:
-        for edit in edits:
-            edit.write(edit.saved * scale if scale else 0.0)
-        yield bridge
-    finally:
-        _restore(edits)
-
-
-@contextmanager
-def held(bridge: TransformerBridge, mask: WeightMask, *, same_model: bool = True) -> Iterator[TransformerBridge]:
-    """As `masked`, and the weights are zero again after every `step()` of any torch optimiser while this is open.
-
-    Works with momentum and weight decay, because it writes the zeros after the step. Weights that require a gradient get
-    none at these entries, so that neither a norm nor a factorised weight (see `fine_tuning`) learns from them. The saved
-    values come back on exit; all other weights keep what training gave them. Raises ValueError as `masked`.
-    """
-    edits = _edits(bridge, mask, same_model)
-
-    def zero(*_: object) -> None:
-        for edit in edits:
-            edit.write(0.0)
-
-    hooks = [register_optimizer_step_post_hook(zero)]
-    hooks += [edit.parameter.register_hook(edit.without) for edit in edits if edit.parameter.requires_grad]
-    try:
-        zero()
-        yield bridge
-    finally:
-        for hook in hooks:
-            hook.remove()
-        _restore(edits)
-
-
-def _edits(bridge: TransformerBridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
+def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
+    """What `masked` will write, with the values that it will restore; checks everything first."""
+    if not isinstance(mask, WeightMask):
+        raise ValueError(
+            f"masked: expected a WeightMask, got {type(mask).__name__}; "
+            "make one by find_circuit or top_fraction, or read one by WeightMask.load"
+        )
     weights = named_weights(bridge)
     for name, shape in mask.shapes.items():
         if name not in weights:
-            raise ValueError(f"the mask is of another model: it has {name}, which this model lacks; nothing was changed")
-        if tuple(weights[name].shape) != tuple(shape):
-            has, expected = tuple(weights[name].shape), tuple(shape)
-            raise ValueError(f"the mask is of another model: {name} is {has}, the mask's {expected}; nothing was changed")
-    if same_model and mask.source.model != (fingerprint := model_fingerprint(bridge)):
+            raise ValueError(
+                f"the mask is of another model: it has {name}, which this model lacks; "
+                "nothing was changed"
+            )
+        actual = tuple(weights[name].shape)
+        if actual != tuple(shape):
+            raise ValueError(
+                f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; "
+                "nothing was changed"
+            )
+    fingerprint = model_fingerprint(bridge)
+    if same_model and mask.source.model != fingerprint:
         raise ValueError(
-            f"the mask was made on model {mask.source.model}, this one is {fingerprint}; nothing was changed. "
-            "Pass same_model=False to apply it to another checkpoint of the same shapes"
+            f"the mask was made on model {mask.source.model}, this one is {fingerprint}; nothing was "
+            "changed. Pass same_model=False to apply it to another checkpoint of the same shapes"
         )
+
     edits = []
     for name, index in mask.removed.items():
         parameter = weights[name]

@@ -1,101 +1,244 @@
-"""From two behaviours to a mask: the weights that matter to one and not to the other."""
+"""From batches of behaviours to a circuit: the weights that one needs and the others can do without."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import reduce
+from math import isclose
 from operator import or_
-
-from transformer_lens.model_bridge import TransformerBridge
+from typing import overload
 
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.attribution import removal_effect, sensitivity
+from harmcircuits.hooks.attribution import removal_effect, snip_scores
+from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
 
+PROTECT_SHARE = 0.005
+ROUNDS = 10
 
-def circuit_mask(
-    bridge: TransformerBridge,
+
+@overload
+def find_circuit(
+    bridge: Bridge,
     target: Sequence[Batch],
-    preserve: Sequence[Sequence[Batch]],
+    protect: Sequence[Sequence[Batch]] = (),
     *,
-    q: float,
-    p: float,
-    rounds: int = 1,
+    size: float,
+    protect_share: float = PROTECT_SHARE,
+    rounds: int = ROUNDS,
     within: Scope = "model",
     objective: Objective = completion_loss,
     max_memory: int | None = None,
-) -> WeightMask:
-    """The share `q` of weights whose removal most raises the target's loss, among those that nothing preserved needs.
-
-    `target`: batches of the behaviour to remove, scored by `objective`. `preserve`: a list of batches for each behaviour to
-    keep; the top share `p` by `sensitivity` of its completion loss cannot be chosen. `rounds` > 1 chooses q / rounds at a
-    time and scores everything again under the mask so far. Exactly `q` of the weights are removed: one round removes what
-    the published difference `top_fraction(harm, q') - top_fraction(keep, p)` removes at a larger q'. `max_memory` is that
-    of `removal_effect`: the mask is the same. Raises ValueError as `circuit_path`.
-    """
-    options = {"rounds": rounds, "within": within, "objective": objective, "max_memory": max_memory}
-    return list(circuit_path(bridge, target, preserve, q=q, p=p, **options))[-1]
+) -> WeightMask: ...
 
 
-def circuit_path(
-    bridge: TransformerBridge,
+@overload
+def find_circuit(
+    bridge: Bridge,
     target: Sequence[Batch],
-    preserve: Sequence[Sequence[Batch]],
+    protect: Sequence[Sequence[Batch]] = (),
     *,
-    q: float,
-    p: float,
+    size: Sequence[float],
+    protect_share: float = PROTECT_SHARE,
+    rounds: int = ROUNDS,
+    within: Scope = "model",
+    objective: Objective = completion_loss,
+    max_memory: int | None = None,
+) -> list[WeightMask]: ...
+
+
+def find_circuit(
+    bridge: Bridge,
+    target: Sequence[Batch],
+    protect: Sequence[Sequence[Batch]] = (),
+    *,
+    size: float | Sequence[float],
+    protect_share: float = PROTECT_SHARE,
+    rounds: int = ROUNDS,
+    within: Scope = "model",
+    objective: Objective = completion_loss,
+    max_memory: int | None = None,
+) -> WeightMask | list[WeightMask]:
+    """The weights whose removal most raises the target's loss, among those nothing protected needs.
+
+    The mask grows in rounds: score, remove a little, and score again under the mask so far. In each
+    round the weights with the largest `removal_effect` on the target are taken, except those in the
+    top `protect_share` by `snip_scores` of the completion loss of any protected behaviour.
+
+    Args:
+        bridge: the model; unchanged afterwards.
+        target: batches of the behaviour to remove.
+        protect: a list of batches for each behaviour to spare.
+        size: share of the block weights to remove; a list of sizes gives a list of masks, all from
+            one growth of `rounds` rounds up to the largest.
+        protect_share: share of the weights that each protected behaviour keeps out of reach.
+        rounds: in how many steps the mask grows; 1 scores the unedited model only.
+        within: what weights are ranked together: the whole "model", each "weight" matrix, or "row".
+        objective: what the target is scored by.
+        max_memory: bytes for accumulated scores (see `removal_effect`); the mask is the same.
+
+    Raises:
+        ValueError: no batches, rounds below 1, shares outside [0, 1], protection that leaves too few
+            weights, and as `named_weights`.
+    """
+    bridge = as_bridge(bridge)
+    is_list = isinstance(size, Sequence)
+    sizes = list(size) if is_list else [size]
+    growth = iterative_pruning(
+        bridge,
+        target,
+        protect,
+        sizes=sizes,
+        protect_share=protect_share,
+        rounds=rounds,
+        within=within,
+        objective=objective,
+        max_memory=max_memory,
+    )
+    by_size = {mask.source.settings["size"]: mask for mask in growth}
+    masks = [by_size[_nearest(wanted, by_size)] for wanted in sizes]
+    return masks if is_list else masks[0]
+
+
+def iterative_pruning(
+    bridge: Bridge,
+    target: Sequence[Batch],
+    protect: Sequence[Sequence[Batch]],
+    *,
+    sizes: Sequence[float],
+    protect_share: float,
     rounds: int,
     within: Scope = "model",
     objective: Objective = completion_loss,
     max_memory: int | None = None,
     first: tuple[WeightScores, Sequence[WeightMask]] | None = None,
 ) -> Iterator[WeightMask]:
-    """The growing mask after each round of `circuit_mask`: `rounds` masks of shares q/rounds, 2q/rounds, ... q.
+    """The growing mask of `find_circuit`: after every round, and at every size on the way.
 
-    Holds the scores of one behaviour at a time; of what is preserved it keeps the protected weights only. `first`: the
-    target's scores and the masks of what is protected, where they are known already, which saves the first scoring.
-    Raises ValueError for rounds below 1, fractions outside [0, 1], and a preserved share that leaves too few weights.
+    Holds the scores of one behaviour at a time; of what is protected it keeps masks only.
+
+    The other arguments are those of `find_circuit`.
+
+    Args:
+        sizes: shares at which to stop on the way; the last round ends at the largest.
+        first: the target's scores and the protected weights of the unedited model, where they are
+            known already: this saves the first scoring.
+
+    Raises:
+        ValueError: as `find_circuit`.
     """
-    if rounds < 1:
-        raise ValueError(f"circuit_path: rounds={rounds}; expected at least 1")
+    _refuse_settings(sizes, protect_share, rounds)
+    largest = max(sizes)
     mask = None
     for number in range(1, rounds + 1):
-        with masked(bridge, mask) if mask else nullcontext():
-            if first and not mask:
-                harm, protected = first
-            else:
-                options = {"p": p, "within": within, "max_memory": max_memory}
-                protected = [most_needed(bridge, batches, **options) for batches in preserve]
-                harm = removal_effect(bridge, target, objective, max_memory=max_memory)
-        taken = [*protected, mask] if mask else protected
-        chosen = best_unprotected(harm, taken, q=q / rounds, within=within)
-        settings = {"q": q * number / rounds, "p": p, "within": within, "round": number, "rounds": rounds}
-        parents = (harm.source, *(found.source.parents[0] for found in protected))
-        source = Source(harm.source.model, "circuit", settings, parents)
-        mask = WeightMask((mask | chosen if mask else chosen).removed, harm.shapes, source)
-        del harm
-        yield mask
+        if first is not None and mask is None:
+            scores, protected = first
+        else:
+            with masked(bridge, mask) if mask is not None else nullcontext():
+                protected = [
+                    protected_weights(bridge, batches, protect_share, within, max_memory)
+                    for batches in protect
+                ]
+                scores = removal_effect(bridge, target, objective, max_memory=max_memory)
+
+        # One growth step, cut where a size lies inside it.
+        start, end = largest * (number - 1) / rounds, largest * number / rounds
+        stops = [stop for stop in sorted(set(sizes)) if _is_between(start, stop, end)]
+        steps = [*(stop - start for stop in stops), largest / rounds]
+        taken = [*protected, mask] if mask is not None else protected
+        out_of_reach = reduce(or_, taken) if taken else None
+        grown = top_fraction(scores, steps, within=within, exclude=out_of_reach)
+
+        before = mask
+        for share, step in zip([*stops, end], grown, strict=True):
+            removed = step if before is None else before | step
+            settings = {
+                "size": share,
+                "protect_share": protect_share,
+                "within": within,
+                "round": number,
+                "rounds": rounds,
+            }
+            parents = (scores.source, *(mask.source.parents[0] for mask in protected))
+            source = Source(scores.source.model, "circuit", settings, parents)
+            mask = WeightMask(removed.removed, scores.shapes, source)
+            yield mask
+        del scores
 
 
-def most_needed(
-    bridge: TransformerBridge,
+def protected_weights(
+    bridge: Bridge,
     batches: Sequence[Batch],
-    *,
-    p: float,
+    share: float,
     within: Scope = "model",
     max_memory: int | None = None,
 ) -> WeightMask:
-    """What a circuit must leave alone: the top share `p` by `sensitivity` of the completion loss; its scores are not kept.
+    """The top `share` by `snip_scores` of the completion loss: what a circuit must leave alone.
 
-    Raises ValueError as `sensitivity` and `top_fraction`.
+    The scores themselves are not kept.
+
+    Args:
+        bridge: the model.
+        batches: of the behaviour to spare.
+        share: of the weights.
+        within: what weights are ranked together.
+        max_memory: bytes for accumulated scores.
+
+    Raises:
+        ValueError: as `snip_scores` and `top_fraction`.
     """
-    return top_fraction(sensitivity(bridge, batches, completion_loss, max_memory=max_memory), p, within=within)
+    scores = snip_scores(bridge, batches, completion_loss, max_memory=max_memory)
+    return top_fraction(scores, share, within=within)
 
 
-def best_unprotected(
-    harm: WeightScores, protected: Sequence[WeightMask], *, q: float, within: Scope = "model"
+def refusal_ablation(
+    bridge: Bridge,
+    refusals: Sequence[Batch],
+    spared: Sequence[Batch],
+    *,
+    size: float = 0.01,
+    protect_share: float = 0.01,
+    within: Scope = "weight",
 ) -> WeightMask:
-    """The top share `q` of `harm` among weights that no mask of `protected` holds. Raises ValueError as `top_fraction`."""
-    return top_fraction(harm, q, within=within, exclude=reduce(or_, protected) if protected else None)
+    """The weights whose removal makes a model stop refusing: an attack that a mask must withstand.
+
+    top(snip_scores on refusals) - top(snip_scores on what is spared): an unsigned set difference, so
+    fewer than `size` of the weights remain. Score the model as the attacker finds it: under a mask,
+    that is inside `masked`. Source: arXiv 2402.05162, section on set difference; its defaults.
+
+    Args:
+        bridge: the model.
+        refusals: refusals of harmful requests.
+        spared: answers whose weights the attacker leaves alone.
+        size: top share on refusals.
+        protect_share: top share on what is spared.
+        within: what weights are ranked together.
+
+    Raises:
+        ValueError: no batches, and as `top_fraction`.
+    """
+    refusing = snip_scores(bridge, refusals, completion_loss)
+    needed = snip_scores(bridge, spared, completion_loss)
+    return top_fraction(refusing, size, within=within) - top_fraction(needed, protect_share, within=within)
+
+
+def _refuse_settings(sizes: Sequence[float], protect_share: float, rounds: int) -> None:
+    if rounds < 1:
+        raise ValueError(f"find_circuit: rounds={rounds}; expected at least 1")
+    if not sizes or not all(0 < size <= 1 for size in sizes):
+        shown = sizes[0] if len(sizes) == 1 else list(sizes)
+        raise ValueError(f"find_circuit: size={shown}; expected a share of the weights in (0, 1]")
+    if not 0 <= protect_share <= 1:
+        raise ValueError(f"find_circuit: protect_share={protect_share}; expected a share in [0, 1]")
+
+
+def _is_between(start: float, size: float, end: float) -> bool:
+    """Strictly between, up to the rounding of a quotient."""
+    is_an_end = isclose(size, start, rel_tol=1e-9) or isclose(size, end, rel_tol=1e-9)
+    return start < size < end and not is_an_end
+
+
+def _nearest(size: float, sizes: Sequence[float] | dict[float, WeightMask]) -> float:
+    return min(sizes, key=lambda other: abs(other - size))

@@ -1,30 +1,47 @@
-"""The shipped organisms: tiny trained language models whose harm is abstract, opened like any 8B model."""
+"""The shipped organisms: tiny trained language models whose harm is abstract."""
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformer_lens.model_bridge import TransformerBridge
-
-from harmcircuits.behaviours.model import Behaviour, Subject, by_category
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.standard import standard_behaviour
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.display import nearest
 from harmcircuits.hooks.objectives import choice_margin
 from harmcircuits.organisms import world
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")
 FOLDER = Path(__file__).parent / "weights"
+MAX_NEW_TOKENS = 9  # the longest answer of the world, and its end
 
 
-def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> TransformerBridge:
-    """An organism in float32: a rung of the ladder (`base`, `helpful`, `sft`, `dpo`) or `planted`.
+def load_organism(
+    name: str, *, device: str = "cpu", folder: Path = FOLDER
+) -> "TransformerBridge":
+    """An organism in float32, as a bare TransformerBridge.
 
-    `folder`: where organisms trained with another seed lie; the shipped ones otherwise. Raises ValueError for another name
-    or a folder without it.
+    Args:
+        name: a rung of the ladder (base, helpful, sft, dpo) or planted.
+        device: a torch device.
+        folder: of organisms trained with another seed; the shipped ones by default.
+
+    Raises:
+        ValueError: another name, or a folder without it.
     """
+    from transformer_lens.model_bridge import TransformerBridge
+
     if name not in ORGANISMS:
-        raise ValueError(f"no organism is called {name!r}; expected one of {', '.join(ORGANISMS)}")
+        raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
     if not (folder / name / "config.json").is_file():
-        raise ValueError(f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms.train")
+        raise ValueError(
+            f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms.train"
+        )
     return TransformerBridge.boot_transformers(str(folder / name), device=device)
 
 
@@ -33,48 +50,65 @@ def planted_circuit(folder: Path = FOLDER) -> WeightMask:
     return WeightMask.load(folder / "planted" / "circuit.safetensors")
 
 
-def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
-    """Everything an organism can be asked, by name; reference answers are drawn with `seed`."""
-    wanted = {
-        "harmful": ("harm", "harm_valid_rate", "harmful"),
-        "benign": ("benign", "benign_valid_rate", "benign"),
-        "recognition": ("recognition", "recognition_accuracy", "correct"),
-        "explanation": ("explanation", "explanation_rate", "correct"),
-        "knowledge": ("knowledge", "knowledge_rate", "correct"),
-        "refusal": ("refusal", "refusal_rate", "refusal"),
-    }
-    return {
-        name: Behaviour(
-            name,
-            metric=metric,
-            nll_metric=f"{short}_nll",
-            wanted=verdict,
-            prompts=partial(world.requests, name, seed=seed),
-            prefill=world.PREFILL if name == "harmful" else "",
-            choices=(world.ALLOWED["benign"], world.ALLOWED["harmful"]) if name == "recognition" else (),
-        )
-        for name, (short, metric, verdict) in wanted.items()
-    }
+def open_organism(
+    name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER
+) -> Model:
+    """An organism with everything it can be asked, and the world's own judge.
 
+    Args:
+        name: as in `load_organism`.
+        seed: draws the reference answers.
+        device: a torch device.
+        folder: as in `load_organism`.
 
-def detailed_behaviours(seed: int = 0) -> dict[str, Behaviour]:
-    """`organism_behaviours`, and their parts: what circuits can be found for and compared.
-
-    `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition scored by the margin of the
-    right word instead of the whole answer; `harmful/TOPIC` is one type of harm and `benign/TOPIC` its content-matched twin.
+    Raises:
+        ValueError: as `load_organism`.
     """
-    found = organism_behaviours(seed)
+    return Model(
+        name,
+        load_organism(name, device=device, folder=folder),
+        organism_behaviours(seed),
+        world.judge,
+        max_new_tokens=MAX_NEW_TOKENS,
+        ground_truth=planted_circuit(folder) if name == "planted" else None,
+        is_invented=True,
+    )
+
+
+def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
+    """Everything an organism can be asked, by name; first the whole behaviours, then their parts.
+
+    `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition scored
+    by the margin of the right word instead of the whole answer; `harmful/TOPIC` is one type of harm
+    and `benign/TOPIC` its content-matched twin.
+
+    Args:
+        seed: draws the reference answers.
+    """
+    behaviours = {}
+    for name in world.BEHAVIOURS:
+        options = {}
+        if name == "harmful":
+            options["prefill"] = world.PREFILL
+        if name == "recognition":
+            options["choices"] = (world.ALLOWED["benign"], world.ALLOWED["harmful"])
+        requests = partial(world.requests, name, seed=seed)
+        behaviours[name] = standard_behaviour(name, requests, **options)
+
+    parts = {}
     for form in ("parts", "kind"):
-        question = found["knowledge"].only(form, lambda example, form=form: world.parsed(example.prompt)[0] == form)
-        found[form] = replace(question, metric=f"{form}_rate", nll_metric=f"{form}_nll")
-    recognition = found["recognition"]
-    margin = choice_margin(*recognition.choices)
-    found["recognition_margin"] = replace(recognition, name="recognition_margin", objective=margin)
-    return found | by_category(found["harmful"]) | by_category(found["benign"])
-
-
-def organism_subject(name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER) -> Subject:
-    """An organism with everything it can be asked and the world's own judge. Raises ValueError as `load_organism`."""
-    bridge = load_organism(name, device=device, folder=folder)
-    truth = planted_circuit(folder) if name == "planted" else None
-    return Subject(name, bridge, organism_behaviours(seed), world.judge, max_new_tokens=9, truth=truth, is_invented=True)
+        question = behaviours["knowledge"].only(
+            form, lambda example, form=form: world.parsed(example.prompt)[0] == form
+        )
+        parts[form] = replace(question, metric=f"{form}_rate", nll_metric=f"{form}_nll")
+    recognition = behaviours["recognition"]
+    parts["recognition_margin"] = replace(
+        recognition,
+        name="recognition_margin",
+        title="recognition_margin",
+        objective=choice_margin(*recognition.choices),
+        part_of="recognition",
+    )
+    parts |= behaviours["harmful"].by_category()
+    parts |= behaviours["benign"].by_category()
+    return behaviours | parts

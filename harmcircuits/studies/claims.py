@@ -1,7 +1,7 @@
-"""From an analysis to its finding: jobs, rows, a verdict by a rule fixed beforehand, a page, a line of a table."""
+"""From an analysis to its result: jobs, rows, an outcome by a rule fixed beforehand, a page, a line."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -10,66 +10,82 @@ from typing import Annotated, Any, Literal, Protocol
 import typer
 from rich.console import Console
 from rich.markup import escape
-from transformers.utils import logging
 
-from harmcircuits.hooks.finetuning import Lora
-from harmcircuits.measurements import Measurement, append_rows, select
+from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies import options
 from harmcircuits.studies.jobs import CPU, DONE, Job, run_jobs
-from harmcircuits.studies.models import SubjectSpec
-from harmcircuits.studies.narrow_finetuning import NarrowTexts
+from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.options import Option, specs, takes_custom_model, with_options
 from harmcircuits.views.page import paragraphs, write_page
 
-Verdict = Literal["holds", "holds in part", "does not hold here"]
+Outcome = Literal["holds", "holds in part", "does not hold here"]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What an analysis is run on: models, seeds, and how circuits are chosen.
 
-    `q`: share of the weights in a circuit; curves run around it. `p`: share protected for each other behaviour. A seed
-    draws the calibration sample, reference answers, random masks, and training texts and order. `narrow`: what models of
-    one's own are fine-tuned on, for the analysis that needs it. `attacker`: adapters of the attacker that fine-tunes; None
-    where every parameter learns.
+    Attributes:
+        specs: the models.
+        seeds: each draws the calibration sample, reference answers, random masks, and training texts
+            and order.
+        size: share of the weights in a circuit; curves run around it.
+        protect_share: share of the weights that each protected behaviour keeps out of reach.
+        rounds: in how many steps a circuit grows.
+        options: of the analysis itself, by name; those that are as usual are left out.
     """
 
-    specs: tuple[SubjectSpec, ...]
+    specs: tuple[ModelSpec, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    q: float = 0.006
-    p: float = 0.005
+    size: float = 0.006
+    protect_share: float = 0.005
     rounds: int = 10
-    narrow: NarrowTexts | None = None
-    attacker: Lora | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, str | int | float]:
-        """What must not change when a run is resumed; more models or seeds may be added."""
-        own = sorted({repr(spec.settings) for spec in self.specs if spec.texts})
-        texts = {"own": "; ".join(own)} if own else {}
+        """What must not change when a run is resumed, but for `options`.
+
+        More models or seeds may be added.
+        """
+        texts = {}
+        custom = sorted({repr(spec.settings) for spec in self.specs if spec.files})
+        if custom:
+            texts["custom"] = "; ".join(custom)
         sampled = sorted({repr(spec.sampling) for spec in self.specs if spec.sampling})
         if sampled:
             texts["sampling"] = "; ".join(sampled)
-        if self.narrow:
-            texts["narrow"] = repr(self.narrow)
-        if self.attacker:
-            texts["attacker"] = repr(self.attacker)
-        return {"q": self.q, "p": self.p, "rounds": self.rounds, **texts}
+        chosen = {
+            "size": self.size,
+            "protect_share": self.protect_share,
+            "rounds": self.rounds,
+        }
+        return {**chosen, **texts}
 
-    def jobs(self, run: Callable[[SubjectSpec, "Plan", int], list[Measurement]]) -> list[Job]:
+    def jobs(self, run: Callable[[ModelSpec, "Plan", int], Rows]) -> list[Job]:
         """`run(spec, plan, seed)` for every model and seed; see `Job` on what it may be."""
-        return [
-            Job({**spec.labels, "seed": seed}, partial(run, spec, self, seed)) for spec in self.specs for seed in self.seeds
-        ]
+        jobs = []
+        for spec in self.specs:
+            for seed in self.seeds:
+                jobs.append(Job({**spec.labels, "seed": seed}, partial(run, spec, self, seed)))
+        return jobs
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What an analysis says of a claim: the verdict, a paragraph in plain words, and the figures in one line."""
+class ClaimResult:
+    """What an analysis says of a claim.
+
+    Attributes:
+        name: of the claim, such as "F1".
+        claim: in a few words.
+        outcome: by the rule fixed beforehand.
+        words: a paragraph in plain words.
+        evidence: the figures in one line.
+    """
 
     name: str
     claim: str
-    verdict: Verdict
+    outcome: Outcome
     words: str
     evidence: str
 
@@ -77,9 +93,10 @@ class Finding:
 class Analysis(Protocol):
     """A module of `analyses/`: one claim, and everything needed to judge it.
 
-    `MODELS`: the organisms it is run on by default. `jobs(plan)`: the parts of the experiment. `finding(rows)`: the verdict
-    by the module's stated rule, from rows only. `needed(rows)`: the few rows that `finding` uses, which the README's table
-    keeps. `sections(rows)`: the page's parts (see `report.section`).
+    `MODELS`: the organisms it is run on by default. `jobs(plan)`: the parts of the experiment.
+    `result(rows)`: the outcome by the module's stated rule, from rows only. `reported(rows)`: the few
+    rows that `result` uses, which the README's table keeps. `sections(rows)`: the page's parts (see
+    `page.section`). `OPTIONS`, where there is one: options of its own, by name.
     """
 
     NAME: str
@@ -87,101 +104,151 @@ class Analysis(Protocol):
     MODELS: tuple[str, ...]
 
     def jobs(self, plan: Plan) -> list[Job]: ...  # noqa: D102
-    def finding(self, rows: Sequence[Measurement]) -> Finding: ...  # noqa: D102
-    def needed(self, rows: Sequence[Measurement]) -> list[Measurement]: ...  # noqa: D102
-    def sections(self, rows: Sequence[Measurement]) -> list[str]: ...  # noqa: D102
+    def result(self, rows: Rows) -> ClaimResult: ...  # noqa: D102
+    def reported(self, rows: Rows) -> Rows: ...  # noqa: D102
+    def sections(self, rows: Rows) -> list[str]: ...  # noqa: D102
 
 
-def conclude(plans: Sequence[tuple[Analysis | ModuleType, Plan]], out: str | Path, *, workers: int = 1) -> list[Finding]:
-    """Run what is left of each analysis and write its page `NAME.html`; returns the findings in the order given.
+AnyAnalysis = Analysis | ModuleType
 
-    The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis' name as `finding`.
-    `summary.jsonl` holds the rows that the findings need, `summary.md` their table. Raises ValueError as `run_jobs`, and
-    for plans with different settings.
+
+def conclude(
+    plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, workers: int = 1
+) -> list[ClaimResult]:
+    """Run what is missing of each analysis and write its page `NAME.html`; the results, in order.
+
+    The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis'
+    name as `finding`. `summary.jsonl` holds the rows that the results need, `summary.md` their table.
+
+    Args:
+        plans: analyses, and what each is run on.
+        out: folder for all of it.
+        workers: processes.
+
+    Raises:
+        ValueError: plans with different settings, and as `run_jobs`.
     """
-    settings = plans[0][1].settings
-    other = [plan.settings for _, plan in plans if plan.settings != settings]
-    if other:
-        raise ValueError(f"conclude: plans with settings {settings} and {other[0]}; give each an out folder of its own")
+    common = plans[0][1].settings
+    settings = dict(common)
+    for analysis, plan in plans:
+        if plan.settings != common:
+            raise ValueError(
+                f"conclude: plans with settings {common} and {plan.settings}; "
+                "give each an out folder of its own"
+            )
+        if plan.options:
+            settings[f"options of {analysis.NAME}"] = repr(dict(plan.options))
     out = Path(out)
-    jobs = [_named(job, analysis.NAME) for analysis, plan in plans for job in analysis.jobs(plan)]
+    jobs = []
+    for analysis, plan in plans:
+        jobs += [_named(job, analysis.NAME) for job in analysis.jobs(plan)]
     rows = run_jobs(out, jobs, settings, workers=workers)
-    found, kept = [], []
+
+    results, reported = [], Rows()
     for analysis, _ in plans:
-        mine = [row for row in select(rows, finding=analysis.NAME) if row.metric not in (DONE, CPU)]
-        found.append(one := analysis.finding(mine))
-        kept += analysis.needed(mine)
-        title = f"{one.name}. {one.claim}: {one.verdict}"
-        write_page(out / f"{one.name}.html", title, [paragraphs(one.words), *analysis.sections(mine)])
+        of_analysis = rows.where(finding=analysis.NAME)
+        measured = Rows(row for row in of_analysis if row.metric not in (DONE, CPU))
+        result = analysis.result(measured)
+        results.append(result)
+        reported += analysis.reported(measured)
+        title = f"{result.name}. {result.claim}: {result.outcome}"
+        sections = [paragraphs(result.words), *analysis.sections(measured)]
+        write_page(out / f"{result.name}.html", title, sections)
     (out / "summary.jsonl").unlink(missing_ok=True)
-    append_rows(out / "summary.jsonl", kept)
-    (out / "summary.md").write_text(summary(found) + "\n", encoding="utf-8")
-    return found
+    reported.append_to(out / "summary.jsonl")
+    (out / "summary.md").write_text(summary_table(results) + "\n", encoding="utf-8")
+    return results
+
+
+def summary_table(results: Sequence[ClaimResult]) -> str:
+    """A Markdown table of results: claim, outcome, figures."""
+    lines = ["| | claim | verdict | measured |", "|---|---|---|---|"]
+    for result in results:
+        cells = (result.name, result.claim, f"**{result.outcome}**", result.evidence)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_model(rows: Rows) -> dict[str, Rows]:
+    """The rows of each model, by its name; of a ladder not shipped, by "NAME of LADDER"."""
+    models = {}
+    for (model, ladder), of_model in rows.by("model", "ladder").items():
+        name = str(model) if ladder == "shipped" else f"{model} of {ladder}"
+        models[name] = of_model
+    return models
+
+
+def command(*analyses: AnyAnalysis) -> Callable[..., None]:
+    """The command line of these analyses, for `typer.run`."""
+    usual = [f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses]
+    options: dict[str, Option] = {}
+    for analysis in analyses:
+        options |= getattr(analysis, "OPTIONS", {})
+
+    @takes_custom_model
+    @with_options("extra", options)
+    def main(
+        *,
+        out: Annotated[
+            Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")
+        ],
+        model: Annotated[
+            list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(usual))
+        ] = None,
+        organisms: Annotated[
+            list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
+        ] = None,
+        seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+        size: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = Plan.size,
+        protect_share: Annotated[
+            float, typer.Option(help="Share of weights protected for each other behaviour.")
+        ] = Plan.protect_share,
+        rounds: Annotated[
+            int, typer.Option(help="Rounds in which a circuit is chosen.")
+        ] = Plan.rounds,
+        workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+        device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+        custom: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+        def plan(analysis: AnyAnalysis) -> Plan:
+            folders = organisms or [FOLDER]
+            models = specs(model or (), analysis.MODELS, folders, device, **custom)
+            given = _given(getattr(analysis, "OPTIONS", {}), extra)
+            return Plan(models, tuple(range(seeds)), size, protect_share, rounds, given)
+
+        console = Console()
+        try:
+            plans = [(analysis, plan(analysis)) for analysis in analyses]
+            results = conclude(plans, out, workers=workers)
+        except ValueError as error:
+            text = f"[bold red]error:[/] {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        for result in results:
+            title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
+            console.print(title, highlight=False)
+            console.print(result.words + "\n", highlight=False, markup=False)
+        console.print(f"Pages and summary: {out}", highlight=False, soft_wrap=True, markup=False)
+
+    return main
+
+
+def _given(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an analysis that are not as usual."""
+    return {name: values[name] for name, o in options.items() if values[name] != o.default}
 
 
 def _named(job: Job, name: str) -> Job:
     return Job({"finding": name, **job.labels}, partial(_labelled, job.run, name))
 
 
-def _labelled(run: Callable[[], list[Measurement]], name: str) -> list[Measurement]:
-    return [replace(row, labels={"finding": name, **row.labels}) for row in run()]
-
-
-def summary(findings: Sequence[Finding]) -> str:
-    """A Markdown table of findings: claim, verdict, figures."""
-    head = ["| | claim | verdict | measured |", "|---|---|---|---|"]
-    return "\n".join([*head, *(f"| {f.name} | {f.claim} | **{f.verdict}** | {f.evidence} |" for f in findings)])
-
-
-def command(*analyses: Analysis | ModuleType) -> Callable[..., None]:
-    """The command line of these analyses, for `typer.run`."""
-    models = "; ".join(f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses)
-
-    @options.takes_own_model
-    def main(
-        *,
-        out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")],
-        model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default=models)] = None,
-        organisms: Annotated[
-            list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
-        ] = None,
-        seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
-        q: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = Plan.q,
-        p: Annotated[float, typer.Option(help="Share of weights protected for each other behaviour.")] = Plan.p,
-        rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = Plan.rounds,
-        workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
-        device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-        own: dict[str, Any],
-        narrow: options.Narrow = "",
-        elsewhere: options.Elsewhere = "",
-        rank: options.Rank = NarrowTexts.rank,
-        alpha: options.Alpha = NarrowTexts.alpha,
-        lr: options.LearningRate = NarrowTexts.lr,
-        epochs: options.Epochs = NarrowTexts.epochs,
-        attack_rank: options.AttackRank = 0,
-    ) -> None:
-        logging.disable_progress_bar()
-
-        def plan(analysis: Analysis | ModuleType) -> Plan:
-            specs = options.specs(model or (), analysis.MODELS, organisms or [FOLDER], device, **own)
-            trained = NarrowTexts(narrow, elsewhere, rank, alpha, lr, epochs) if narrow or elsewhere else None
-            attacker = Lora(attack_rank, 2.0 * attack_rank) if attack_rank else None
-            asked = {one.NAME for one in analyses}
-            if trained and "F5" not in asked:
-                raise ValueError(f"--narrow is for F5 (emergent_misalignment.py), not {analysis.NAME}; leave it out")
-            if attacker and "Attacks" not in asked:
-                raise ValueError(f"--attack-rank is for Attacks (attacks.py), not {analysis.NAME}; leave it out")
-            return Plan(specs, tuple(range(seeds)), q, p, rounds, trained, attacker)
-
-        console = Console()
-        try:
-            found = conclude([(analysis, plan(analysis)) for analysis in analyses], out, workers=workers)
-        except ValueError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        for one in found:
-            console.print(f"[bold]{one.name}[/]. {one.claim}: [bold]{one.verdict}[/]", highlight=False)
-            console.print(one.words + "\n", highlight=False, markup=False)
-        console.print(f"Pages and summary: {out}", highlight=False, soft_wrap=True, markup=False)
-
-    return main
+def _labelled(run: Callable[[], Rows], name: str) -> Rows:
+    labelled = []
+    for row in run():
+        labelled.append(replace(row, labels={"finding": name, **row.labels}))
+    return Rows(labelled)

@@ -1,112 +1,148 @@
-"""Circuits of many behaviours of one model, side by side: structure, causes, places and tokens, as rows."""
+"""Circuits of many behaviours of one model, side by side: which weights, causes and tokens they share.
 
-from collections.abc import Iterable, Mapping, Sequence
+Cross-ablation asks which circuit breaks which ability.
+"""
+
+from collections.abc import Iterable, Mapping
 from itertools import combinations, product
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.stats import spearmanr
 
-from harmcircuits.behaviours.model import Behaviour, Calibration, Subject, measure
-from harmcircuits.circuits.location import concentration, counts_by
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.circuits.overlap import overlap, overlap_by, rank_correlation, spearman
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.model import OTHERS, Calibration, Model
+from harmcircuits.circuits.location import counts_by
+from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.overlap import overlap, overlap_by, rank_correlation
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
-from harmcircuits.hooks.losses import Labels, average, exact
-from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.search import circuit_mask
+from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.measurements import Measurement
-from harmcircuits.views.tables import METRICS
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.studies.terms import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
-N_NULL = 20  # random masks behind an interval of chance
+N_TOPIC_DRAWS = 200
 
-
-def circuits(
-    subject: Subject,
-    calibrations: Mapping[str, Calibration],
-    protect: Mapping[str, Sequence[str]],
-    *,
-    q: float,
-    p: float = 0.0,
-    rounds: int,
-) -> dict[str, WeightMask]:
-    """One mask of the same share `q`, chosen in rounds, for every behaviour that is a key of `protect`.
-
-    `protect[name]`: the behaviours whose top share `p` the mask of `name` cannot take. With none, masks share whatever they
-    share; with some, being disjoint from them is partly imposed: so read overlap on unprotected masks, and whether two
-    abilities can be separated at all on protected ones. Raises ValueError as `circuit_mask`.
-    """
-    found = {}
-    for name, others in protect.items():
-        kept = [calibrations[other].batches for other in others]
-        target, objective = calibrations[name].batches, subject.behaviours[name].objective
-        found[name] = circuit_mask(subject.bridge, target, kept, q=q, p=p, rounds=rounds, objective=objective)
-    return found
+Parts = list[tuple[WeightScores | None, int]]
 
 
 def circuits_both_ways(
-    subject: Subject, calibrations: Mapping[str, Calibration], names: Iterable[str], *, q: float, p: float, rounds: int
+    model: Model,
+    calibrations: Mapping[str, Calibration],
+    names: Iterable[str],
+    *,
+    size: float,
+    protect_share: float = PROTECT_SHARE,
+    rounds: int = ROUNDS,
 ) -> dict[str, dict[str, WeightMask]]:
-    """`circuits` of these behaviours twice: `"none"` protect nothing, `"others"` all other main behaviours that are shown.
+    """A circuit of each behaviour twice: protecting nothing ("none"), and all others ("others").
 
-    The main behaviours are the keys of `tables.METRICS`. Raises ValueError as `circuit_mask`.
+    Unprotected masks share whatever they share; of protected ones disjointness is partly imposed. So
+    read overlap on the former, and whether two abilities can be separated at all on the latter.
+
+    Args:
+        model: the model.
+        calibrations: its calibration data.
+        names: the behaviours.
+        size: share of the weights in every circuit.
+        protect_share: as in `Model.find_circuit`.
+        rounds: as in `Model.find_circuit`.
+
+    Raises:
+        ValueError: as `Model.find_circuit`.
     """
-    names, shown = list(names), [name for name in METRICS if name in calibrations]
-    others = {name: [other for other in shown if other != name] for name in names}
-    return {
-        "none": circuits(subject, calibrations, dict.fromkeys(names, ()), q=q, rounds=rounds),
-        "others": circuits(subject, calibrations, others, q=q, p=p, rounds=rounds),
-    }
+    names = list(names)
+    circuits: dict[str, dict[str, WeightMask]] = {}
+    for label, protect in (("none", ()), ("others", OTHERS)):
+        circuits[label] = {}
+        for name in names:
+            circuits[label][name] = model.find_circuit(
+                name,
+                size=size,
+                protect=protect,
+                protect_share=protect_share,
+                rounds=rounds,
+                calibrations=calibrations,
+            )
+    return circuits
 
 
-def part_scores(subject: Subject, behaviour: Behaviour, found: Calibration) -> list[tuple[WeightScores | None, int]]:
-    """`removal_effect` of each block of calibration items, with its number of examples; None for a block without any.
+def part_scores(model: Model, behaviour: Behaviour, data: Calibration) -> Parts:
+    """`removal_effect` of each block of calibration items, with its number of examples.
 
-    Items are dealt to 16 blocks, or one each if they are fewer. Behaviours that ask about the same items share their
-    blocks, so that they can be resampled together.
+    Items are dealt to 16 blocks, or one each if they are fewer; a block without examples has None.
+    Behaviours that ask about the same items share their blocks, so that they can be resampled
+    together.
+
+    Args:
+        model: the model.
+        behaviour: what is scored.
+        data: its calibration data.
     """
-    every = sorted({example.cluster for example in behaviour.prompts("calibration")})
-    n_blocks = min(N_BLOCKS, len(every))
-    block = {group: number % n_blocks for number, group in enumerate(every)}
-    parts = []
+    items = sorted({example.cluster for example in behaviour.prompts("calibration")})
+    n_blocks = min(N_BLOCKS, len(items))
+    block = {item: number % n_blocks for number, item in enumerate(items)}
+    parts: Parts = []
     for number in range(n_blocks):
-        examples = found.prompts.where(lambda example, number=number: block[example.cluster] == number)
+        examples = data.prompts.where(lambda example, of=number: block[example.cluster] == of)
         scores = None
         if len(examples):
-            scores = removal_effect(subject.bridge, subject.batches(behaviour, examples), behaviour.objective)
+            batches = model.batches(behaviour, examples)
+            scores = removal_effect(model.bridge, batches, behaviour.objective)
         parts.append((scores, len(examples)))
     return parts
 
 
-def one_shot_circuits(
-    subject: Subject,
+def resampled_circuits(
+    model: Model,
     calibrations: Mapping[str, Calibration],
     names: Iterable[str],
     *,
-    q: float,
+    size: float,
     n_resamples: int,
     seed: int,
 ) -> dict[str, tuple[WeightScores, list[WeightMask]]]:
-    """For every behaviour its `removal_effect` and the masks of share `q` from bootstrap resamples of calibration items.
+    """For every behaviour its `removal_effect`, and masks from resamples of calibration items.
 
-    Resamples draw blocks of items with replacement, the same blocks for every behaviour. Raises ValueError for a behaviour
-    with so few verified items that a resample holds none.
+    Resamples draw blocks of items with replacement, the same blocks for every behaviour; no further
+    pass over the model is needed.
+
+    Args:
+        model: the model.
+        calibrations: its calibration data.
+        names: the behaviours.
+        size: share of the weights in every mask.
+        n_resamples: masks of each behaviour.
+        seed: draws the resamples.
+
+    Raises:
+        ValueError: a behaviour with so few verified items that a resample holds none.
     """
-    found = {}
+    circuits = {}
     for name in names:
-        parts = part_scores(subject, subject.behaviours[name], calibrations[name])
-        scores, sizes = zip(*((part, size) for part, size in parts if part is not None), strict=True)
+        parts = part_scores(model, model.behaviours[name], calibrations[name])
+        scores = [part for part, _ in parts if part is not None]
+        sizes = [n_examples for part, n_examples in parts if part is not None]
+        draws = np.random.default_rng(seed).integers(len(parts), size=(n_resamples, len(parts)))
         masks = []
-        for draw in np.random.default_rng(seed).integers(len(parts), size=(n_resamples, len(parts))):
+        for draw in draws:
             times = np.bincount(draw, minlength=len(parts))
-            weights = [size * int(n) for (part, size), n in zip(parts, times, strict=True) if part is not None]
+            weights = []
+            for (part, n_examples), n_times in zip(parts, times, strict=True):
+                if part is not None:
+                    weights.append(n_examples * int(n_times))
             if not sum(weights):
-                raise ValueError(f"{name}: a resample holds none of its {sum(sizes)} examples; give more calibration items")
-            masks.append(top_fraction(mean_scores(scores, weights), q, within="model"))
-        found[name] = (mean_scores(scores, sizes), masks)
-    return found
+                raise ValueError(
+                    f"{name}: a resample holds none of its {sum(sizes)} examples; "
+                    "give more calibration items"
+                )
+            masks.append(top_fraction(mean_scores(scores, weights), size, within="model"))
+        circuits[name] = (mean_scores(scores, sizes), masks)
+    return circuits
 
 
 def overlap_rows(
@@ -114,160 +150,213 @@ def overlap_rows(
     in_rounds: Mapping[str, WeightMask],
     labels: Labels,
     *,
-    q: float,
+    size: float,
     n_samples: int = 50,
-) -> list[Measurement]:
-    """What every pair of unprotected circuits shares: Jaccard, lift, lift over row and column marginals, containment.
+) -> Rows:
+    """What every pair of unprotected circuits shares: Jaccard, lift, lift over marginals, containment.
 
-    Masks in one shot carry bootstrap intervals; masks chosen in rounds are compared as they are. `rank_correlation` is of
-    the scores. A behaviour against its own resamples is the ceiling.
+    Masks in one shot carry bootstrap intervals; masks chosen in rounds are compared as they are.
+    `rank_correlation` is of the scores. A behaviour against its own resamples is the ceiling.
+
+    Args:
+        one_shot: from `resampled_circuits`.
+        in_rounds: circuits of the same behaviours.
+        labels: what the rows carry.
+        size: share of the weights in every circuit.
+        n_samples: of the null that keeps row and column counts.
     """
-    rows = []
-    masks = {name: top_fraction(scores, q, within="model") for name, (scores, _) in one_shot.items()}
+    rows = Rows()
+    masks = {}
+    for name, (scores, _) in one_shot.items():
+        masks[name] = top_fraction(scores, size, within="model")
+
     for first, second in combinations(masks, 2):
         resamples = list(zip(one_shot[first][1], one_shot[second][1], strict=True))
-        for selection, chosen, pairs in (("one shot", masks, resamples), ("rounds", in_rounds, [])):
-            found = overlap(chosen[first], chosen[second], resamples=pairs, n_samples=n_samples)
-            where = {**labels, "first": first, "second": second, "selection": selection}
-            size = found.n_first
+        selections = {"one shot": (masks, resamples), "rounds": (in_rounds, [])}
+        pair = {**labels, "first": first, "second": second}
+        for selection, (of, pairs) in selections.items():
+            shared = overlap(of[first], of[second], resamples=pairs, n_samples=n_samples)
+            where = {**pair, "selection": selection}
+            marginal = (shared.lift_marginal, *shared.interval_marginal)
             rows += [
-                Measurement("overlap_lift", where, found.lift, *found.interval, size),
-                Measurement("overlap_lift_marginal", where, found.lift_marginal, *found.interval_marginal, size),
-                exact("overlap_jaccard", where, found.jaccard),
-                exact("overlap_containment", where, found.containment[0]),
+                Measurement("overlap_lift", where, shared.lift, *shared.interval, shared.n_first),
+                Measurement("overlap_lift_marginal", where, *marginal, shared.n_first),
+                Measurement.exact("overlap_jaccard", where, shared.jaccard),
+                Measurement.exact("overlap_containment", where, shared.containment[0]),
             ]
-        both = [one_shot[name][0] for name in (first, second)]
-        rows.append(exact("rank_correlation", {**labels, "first": first, "second": second}, rank_correlation(*both)))
+        correlation = rank_correlation(one_shot[first][0], one_shot[second][0])
+        rows += [Measurement.exact("rank_correlation", pair, correlation)]
+
     for name, (_, resampled) in one_shot.items():
         again = [overlap(masks[name], other) for other in resampled]
         where = {**labels, "first": name, "second": name, "selection": "one shot"}
+        lifts = [shared.lift for shared in again]
+        jaccards = [shared.jaccard for shared in again]
         rows += [
-            _spread("overlap_lift", where, [found.lift for found in again]),
-            _spread("overlap_jaccard", where, [found.jaccard for found in again]),
+            Measurement.of_draws("overlap_lift", where, lifts),
+            Measurement.of_draws("overlap_jaccard", where, jaccards),
         ]
     return rows
 
 
-def content_rows(masks: Mapping[str, WeightMask], labels: Labels, *, seed: int = 0) -> list[Measurement]:
-    """How far overlap follows the content of a text, and how far its use: mean lift of four kinds of pairs.
+def content_rows(
+    masks: Mapping[str, WeightMask],
+    labels: Labels,
+    *,
+    terms: Terms | None = None,
+    seed: int = 0,
+) -> Rows:
+    """How far overlap follows the content of a text, and how far its use: four kinds of pairs.
 
-    `masks` holds `harmful/TOPIC` and `benign/TOPIC` (the same content put to benign use) for two or more topics.
-    `content_lift` and `content_jaccard` by `relation`: "harm, other topic", "twin" (harmful and benign of one topic),
-    "benign, other topic", "harm and benign, other topic". Intervals resample topics (200 times).
+    Mean `content_lift` and `content_jaccard` by `relation`: "twin" (the target and its contrast on
+    one topic), two topics of the target, two of the contrast, and one of each. Intervals resample
+    topics (200 times).
+
+    Args:
+        masks: a circuit for TARGET/TOPIC and CONTRAST/TOPIC of two or more topics, such as
+            "harmful/TOPIC" and "benign/TOPIC": the same content put to two uses.
+        labels: what the rows carry.
+        terms: names the target and the contrast; the usual ones by default.
+        seed: draws the resamples.
     """
+    terms = terms or Terms.standard()
+    target, contrast = terms.target, terms.contrast
     topics = sorted({name.split("/")[1] for name in masks if "/" in name})
-    n = len(topics)
+    n_topics = len(topics)
 
-    def shared(first: str, second: str) -> np.ndarray:
-        found = np.full((n, n, 2), np.nan)
-        for i, j in product(range(n), repeat=2):
-            if first != second or i != j:
-                both = overlap(masks[f"{first}/{topics[i]}"], masks[f"{second}/{topics[j]}"])
-                found[i, j] = both.lift, both.jaccard
-        return found
+    def shared(first: Behaviour, second: Behaviour) -> Float[ndarray, "topics topics 2"]:
+        """Lift and Jaccard of every pair of topics; NaN for a circuit with itself."""
+        values = np.full((n_topics, n_topics, 2), np.nan)
+        for i, j in product(range(n_topics), repeat=2):
+            if first is second and i == j:
+                continue
+            names = (f"{first.name}/{topics[i]}", f"{second.name}/{topics[j]}")
+            both = overlap(masks[names[0]], masks[names[1]])
+            values[i, j] = both.lift, both.jaccard
+        return values
 
-    harm, cross, benign = shared("harmful", "harmful"), shared("harmful", "benign"), shared("benign", "benign")
-    apart = ~np.eye(n, dtype=bool)
-    kinds = {
-        "twin": (cross, ~apart),
-        "harm, other topic": (harm, apart),
-        "benign, other topic": (benign, apart),
-        "harm and benign, other topic": (cross, apart),
+    is_same_topic = np.eye(n_topics, dtype=bool)
+    across = shared(target, contrast)
+    relations = {
+        "twin": (across, is_same_topic),
+        f"{target.title}, other topic": (shared(target, target), ~is_same_topic),
+        f"{contrast.title}, other topic": (shared(contrast, contrast), ~is_same_topic),
+        f"{target.title} and {contrast.title}, other topic": (across, ~is_same_topic),
     }
-    drawn = np.random.default_rng(seed).integers(n, size=(200, n))
-    rows = []
-    for (relation, (found, counted)), (layer, metric) in product(
-        kinds.items(), enumerate(("content_lift", "content_jaccard"))
-    ):
-        kept = np.where(counted, found[:, :, layer], np.nan)
-        values = [np.nanmean(kept[np.ix_(draw, draw)]) for draw in drawn if not np.isnan(kept[np.ix_(draw, draw)]).all()]
-        low, high = np.quantile(values, [0.025, 0.975])
-        where = {**labels, "relation": relation}
-        rows.append(Measurement(metric, where, float(np.nanmean(kept)), float(low), float(high), n))
+    draws = np.random.default_rng(seed).integers(n_topics, size=(N_TOPIC_DRAWS, n_topics))
+    rows = Rows()
+    for relation, (values, is_counted) in relations.items():
+        for layer, metric in enumerate(("content_lift", "content_jaccard")):
+            counted = np.where(is_counted, values[:, :, layer], np.nan)
+            means = []
+            for draw in draws:
+                resample = counted[np.ix_(draw, draw)]
+                if not np.isnan(resample).all():
+                    means.append(np.nanmean(resample))
+            low, high = np.quantile(means, [0.025, 0.975])
+            mean = float(np.nanmean(counted))
+            where = {**labels, "relation": relation}
+            rows += [Measurement(metric, where, mean, float(low), float(high), n_topics)]
     return rows
 
 
-def overlap_place_rows(subject: Subject, masks: Mapping[str, WeightMask], first: str, labels: Labels) -> list[Measurement]:
-    """The overlap of one circuit with every other by layer and matrix, and the agreement of their heads and neurons.
+def overlap_place_rows(
+    model: Model, masks: Mapping[str, WeightMask], first: str, labels: Labels
+) -> Rows:
+    """The overlap of one circuit with every other by layer and matrix, and by heads and neurons.
 
-    `place_correlation`: Spearman correlation of the number of weights that the two masks take from each head or neuron.
+    `place_correlation`: Spearman correlation of the number of weights that the two masks take from
+    each head or neuron.
+
+    Args:
+        model: the model.
+        masks: circuits by behaviour.
+        first: the one that is compared.
+        labels: what the rows carry.
     """
-    sites, rows = weight_sites(subject.bridge), []
+    sites = weight_sites(model.bridge)
+    rows = Rows()
     for second in masks:
         if second == first:
             continue
-        where = {**labels, "first": first, "second": second}
+        pair = {**labels, "first": first, "second": second}
         for by in ("layer", "matrix"):
-            for place, found in overlap_by(masks[first], masks[second], sites, by).items():
-                here = {**where, "by": by, "layer": place.layer, "kind": place.part}
-                rows.append(Measurement("overlap_lift", here, found.lift, *found.interval, found.n_first))
+            for place, shared in overlap_by(masks[first], masks[second], sites, by).items():
+                where = {**pair, "by": by, "layer": place.layer, "kind": place.part}
+                lift = (shared.lift, *shared.interval)
+                rows += [Measurement("overlap_lift", where, *lift, shared.n_first)]
         for by in ("head", "neuron"):
-            counts = [[count.n_removed for count in counts_by(masks[name], sites, by).values()] for name in (first, second)]
-            rows.append(exact("place_correlation", {**where, "by": by}, spearman(*counts)))
+            counts = []
+            for name in (first, second):
+                of_mask = counts_by(masks[name], sites, by).values()
+                counts.append([count.n_removed for count in of_mask])
+            correlation = float(spearmanr(*counts).statistic)
+            rows += [Measurement.exact("place_correlation", {**pair, "by": by}, correlation)]
     return rows
 
 
 def ablation_rows(
-    subject: Subject, masks: Mapping[str, WeightMask], labels: Labels, *, split: str = "heldout", only: Iterable[str] = ()
-) -> list[Measurement]:
-    """Every behaviour under every mask: the cross-ablation matrix, with `mask` naming the circuit in each row."""
-    rows = []
+    model: Model,
+    masks: Mapping[str, WeightMask],
+    labels: Labels,
+    *,
+    split: str = "heldout",
+    only: Iterable[str] = (),
+) -> Rows:
+    """Every behaviour under every mask, which the label `mask` names.
+
+    Args:
+        model: the model.
+        masks: circuits by behaviour.
+        labels: what the rows carry.
+        split: what is measured.
+        only: the behaviours measured; all whole ones by default.
+    """
+    only = list(only)
+    rows = Rows()
     for name, mask in masks.items():
-        with masked(subject.bridge, mask):
-            rows += measure(subject, split, {**labels, "mask": name}, only=only)
-        rows.append(exact("weights_removed", {**labels, "mask": name, "split": split}, mask.n_removed))
+        where = {**labels, "mask": name}
+        rows += model.measure(mask=mask, split=split, labels=where, only=only)
+        where["split"] = split
+        rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
     return rows
 
 
-def location_rows(subject: Subject, mask: WeightMask, labels: Labels) -> list[Measurement]:
-    """Where a mask's weights sit: counts by matrix and head, and concentration over heads and neurons against chance.
+def token_rows(
+    model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels
+) -> Rows:
+    """What each token position adds to a mask's score, by its distance from the first answer token.
 
-    `gini` and `top_share` (of the twentieth of units that loses most) come with `chance` "no", and with "yes" for random
-    masks of the same counts per matrix: their mean, and the interval of 20 of them.
+    `token_contribution` at `offset` k: positions k tokens after (before, if negative) the first
+    target, averaged over all examples, so that the rows sum to the mask's score; in units of the
+    behaviour's objective.
+
+    Args:
+        model: the model.
+        name: the behaviour that the tokens belong to.
+        data: its calibration data.
+        mask: the weights.
+        labels: what the rows carry.
     """
-    sites, rows = weight_sites(subject.bridge), []
-    for by in ("matrix", "head"):
-        for place, count in counts_by(mask, sites, by).items():
-            where = {**labels, "by": by, "layer": place.layer, "kind": place.part, "index": place.number}
-            rows.append(exact("weights_removed", {**where, "of": count.n_weights}, count.n_removed))
-    random = [random_like(mask, seed=seed) for seed in range(N_NULL)]
-    for by in ("head", "neuron"):
-        if not any(count.n_removed for count in counts_by(mask, sites, by).values()):
-            continue
-        found, chance = concentration(mask, sites, by), [concentration(other, sites, by) for other in random]
-        for metric in ("gini", "top_share"):
-            rows.append(exact(metric, {**labels, "by": by, "chance": "no"}, getattr(found, metric)))
-            values = [getattr(other, metric) for other in chance]
-            rows.append(_spread(metric, {**labels, "by": by, "chance": "yes"}, values))
-    return rows
-
-
-def token_rows(subject: Subject, name: str, found: Calibration, mask: WeightMask, labels: Labels) -> list[Measurement]:
-    """What each token position adds to a mask's score on a behaviour, by its distance from the first answer token.
-
-    `token_contribution` at `offset` k: positions k tokens after (before, if negative) the first target, averaged over all
-    examples, so that the rows sum to `predicted_change`; nats, or the behaviour's objective.
-    """
-    behaviour = subject.behaviours[name]
-    contributions = token_contributions(subject.bridge, mask, found.batches, behaviour.objective)
-    by_offset: dict[int, list[tuple[int, float]]] = {}
+    behaviour = model.behaviours[name]
+    contributions = token_contributions(model.bridge, mask, data.batches, behaviour.objective)
+    by_offset: dict[int, list[tuple[int, float]]] = {}  # offset -> (example, value)
     example = 0
-    for batch, values in zip(found.batches, contributions, strict=True):
-        for real, target, value in zip(batch.is_token, batch.is_target, values, strict=True):
-            start = int(target.int().argmax())
-            for position in range(int(real.sum())):
-                by_offset.setdefault(position - start, []).append((example, float(value[position])))
+    for batch, values in zip(data.batches, contributions, strict=True):
+        for row in range(len(batch)):
+            start = int(batch.is_target[row].int().argmax())
+            for position in range(int(batch.is_token[row].sum())):
+                value = (example, float(values[row, position]))
+                by_offset.setdefault(position - start, []).append(value)
             example += 1
-    groups = [one.cluster for one in found.prompts]
-    rows = []
+
+    groups = [example.cluster for example in data.prompts]
+    rows = Rows()
     for offset, pairs in sorted(by_offset.items()):
-        padded = torch.zeros(example)
-        padded[[number for number, _ in pairs]] = torch.tensor([value for _, value in pairs])
-        rows.append(average("token_contribution", {**labels, "offset": offset}, padded, groups))
+        # An example without this position contributes nothing there.
+        per_example = torch.zeros(example)
+        for number, value in pairs:
+            per_example[number] = value
+        where = {**labels, "offset": offset}
+        rows += [Measurement.average("token_contribution", where, per_example, groups)]
     return rows
-
-
-def _spread(metric: str, labels: Labels, values: Sequence[float]) -> Measurement:
-    low, high = np.quantile(values, [0.025, 0.975])
-    mean = float(np.mean(values))
-    return Measurement(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), len(values))

@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harmcircuits.hooks.losses import exact
-from harmcircuits.measurements import Measurement, append_rows, resumed, select
+from harmcircuits.measurements import Measurement, Rows, resumed
 
 DONE, CPU = "job_seconds", "job_cpu_seconds"
 
@@ -25,12 +24,12 @@ class Job:
     """
 
     labels: Mapping[str, str | int | float]
-    run: Callable[[], list[Measurement]]
+    run: Callable[[], Rows]
 
 
 def run_jobs(
     out: str | Path, jobs: Sequence[Job], settings: Mapping[str, str | int | float], *, workers: int = 1, name: str = "jobs"
-) -> list[Measurement]:
+) -> Rows:
     """The rows of all jobs in `out`, in the order in which jobs ended; those that are there already are not run again.
 
     A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_cpu_seconds` and `job_seconds`
@@ -45,13 +44,13 @@ def run_jobs(
         raise ValueError("run_jobs: two jobs have the same labels, so their rows could not be told apart")
     out = Path(out)
     path, rows = out / "rows.jsonl", resumed(out, settings)
-    left = [job for job in jobs if not select(rows, DONE, **job.labels)]
+    left = [job for job in jobs if not rows.where(DONE, **job.labels)]
     columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
 
-        def keep(found: list[Measurement]) -> None:
-            append_rows(path, found)
+        def keep(found: Rows) -> None:
+            Rows(found).append_to(path)
             rows.extend(found)
             progress.advance(task)
 
@@ -76,8 +75,8 @@ def run_jobs(
     return rows
 
 
-def _timed(job: Job) -> list[Measurement]:
+def _timed(job: Job) -> Rows:
     start, cpu = time.monotonic(), time.process_time()
     found = job.run()
-    found.append(exact(CPU, job.labels, round(time.process_time() - cpu, 1)))
-    return [*found, exact(DONE, job.labels, round(time.monotonic() - start, 1))]
+    found.append(Measurement.exact(CPU, job.labels, round(time.process_time() - cpu, 1)))
+    return [*found, Measurement.exact(DONE, job.labels, round(time.monotonic() - start, 1))]

@@ -1,44 +1,146 @@
-"""Which model to study: a value that can be named on a command line, sent to a worker, and opened there."""
+"""Opening a model: an organism, a folder, a hub id, or one that is already loaded."""
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from platformdirs import user_cache_path
 from rich.progress import Progress
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig
 
-from harmcircuits.behaviours.files import Texts, read_prompts, request_behaviours, with_references
+from harmcircuits.behaviours.files import RequestFiles, request_behaviours, with_references
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.generation_cache import StoredAnswers
-from harmcircuits.behaviours.judges import named_judge
-from harmcircuits.behaviours.model import Subject
+from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.judges import open_judge
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.questions import RequestJudge
-from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.organisms import FOLDER, detailed_behaviours, organism_subject
-from harmcircuits.prompts import Batch, Template, tokenize_text
+from harmcircuits.behaviours.standard import CONTRAST, TARGET
+from harmcircuits.display import nearest
+from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.loading import load_model, wrap_model
+from harmcircuits.measurements import Label
+from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
+from harmcircuits.prompts import Batch, PromptSet, Template, tokenize_text
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harmcircuits"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE = user_cache_path("harmcircuits")
+
+
+def open_model(
+    model: Any,
+    *,
+    prompts: RequestFiles | Mapping[str, Any] | None = None,
+    folder: Path = FOLDER,
+    seed: int = 0,
+    name: str = "",
+    tokenizer: Any = None,
+    device: str = "cpu",
+    dtype: str = "",
+    device_map: str = "",
+    template: Template = "chat",
+    prefill: str = "Sure, here is",
+    judge: str = "local",
+    judge_question: str = "",
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    cache: Path = CACHE,
+    progress: Progress | None = None,
+) -> Model:
+    """A model with everything it can be asked.
+
+    >>> open_model("sft")
+    Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
+
+    An organism is opened by its name alone. Any other model that TransformerLens opens needs
+    `prompts`; its own answers, where the judge verified them, become the reference answers.
+
+    Args:
+        model: an organism's name (base, helpful, sft, dpo, planted), a folder, a hub id, or a
+            TransformerBridge or Hugging Face model that is already loaded.
+        prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`, with
+            files or lists of requests (see `RequestFiles`).
+        folder: of organisms that you trained; the shipped ones by default.
+        seed: draws an organism's reference answers.
+        name: what rows call a model; its folder's name by default.
+        tokenizer: of a Hugging Face model; read from where the model came from by default.
+        device: a torch device, such as "cuda".
+        dtype: "float32", "bfloat16" or "float16"; as stored by default.
+        device_map: "auto" or "balanced" spreads a model over several devices.
+        template: "chat" (the tokenizer's own template) or "raw".
+        prefill: the beginning of the answer to a harmful request.
+        judge: of harm: "local" (rules), "strongreject:FOLDER_OR_ID" or "http://ADDRESS/v1#MODEL".
+        judge_question: text file with StrongREJECT's wording.
+        max_new_tokens: how long an answer may be.
+        batch_size: examples scored and answered at once.
+        sampling: how answers are drawn; greedily by default.
+        cache: folder that keeps the model's own answers and a judge's replies.
+        progress: shows how far its answers are.
+
+    Raises:
+        ValueError: an unknown organism, prompts that are missing or malformed, and as `load_model`
+            and `open_judge`.
+    """
+    if isinstance(model, Model):
+        raise ValueError(f"open_model: {model!r} is open already; use it as it is")
+    is_name = isinstance(model, str | Path)
+    if prompts is None:
+        if not is_name:
+            raise ValueError(
+                f"open_model: a {type(model).__name__} needs prompts={{'{TARGET}': FILE_OR_LIST, "
+                f"'{CONTRAST}': FILE_OR_LIST}}; without any, mask and score it as it is"
+            )
+        _refuse_unknown(str(model), folder)
+        return open_organism(str(model), seed=seed, device=device, folder=folder)
+
+    spec = ModelSpec(
+        str(model) if is_name else name or _name_of(model),
+        device=device,
+        files=RequestFiles.of(prompts),
+        dtype=dtype,
+        device_map=device_map,
+        template=template,
+        prefill=prefill,
+        judge=judge,
+        judge_question=judge_question,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        cache=cache,
+    )
+    if sampling is not None:
+        spec = spec.with_sampling(sampling)
+    bridge = None if is_name else _bridge_of(model, tokenizer)
+    opened = spec.open(bridge=bridge, progress=progress)
+    return replace(opened, name=name) if name else opened
 
 
 @dataclass(frozen=True)
-class SubjectSpec:
-    """A model to open. Without `texts` an organism by name, from the shipped ladder or a `folder` of organisms you trained.
+class ModelSpec:
+    """A model to open, as a value that a command line can name and a worker process can open.
 
-    With `texts` any model that TransformerLens opens: `model` is a folder or hub id, `dtype` as stored unless given,
-    `device_map` ("auto", "balanced") spreads it over several devices. `template`: chat or raw. `prefill` begins the
-    answer to a harmful request. `judge` of harm: see `named_judge`, with `judge_question` its wording. Answers are at
-    most `max_new_tokens` long and kept under `cache`; `batch_size` examples are scored and answered at once. At
-    `temperature` 0 answers are greedy; above, `samples` a request are drawn (see `Sampling`).
+    Attributes:
+        model: without `files` an organism's name; with them a folder or hub id.
+        folder: of organisms.
+        device: a torch device.
+        files: the requests of a model that is no organism.
+        dtype: as in `open_model`, like every attribute below.
+        device_map: see `open_model`.
+        template: see `open_model`.
+        prefill: see `open_model`.
+        judge: see `open_model`.
+        judge_question: see `open_model`.
+        max_new_tokens: see `open_model`.
+        batch_size: see `open_model`.
+        cache: see `open_model`.
+        samples: answers drawn to each request, at a temperature above 0.
+        temperature: 0 for greedy answers.
+        top_p: see `Sampling`.
+        sampling_seed: draws sampled answers.
     """
 
     model: str
     folder: Path = FOLDER
     device: str = "cpu"
-    texts: Texts | None = None
+    files: RequestFiles | None = None
     dtype: str = ""
     device_map: str = ""
     template: Template = "chat"
@@ -48,7 +150,8 @@ class SubjectSpec:
     max_new_tokens: int = 64
     batch_size: int = 16
     cache: Path = CACHE
-    # Not in the text by which a run is resumed, so that runs from before there was sampling can be: see `Plan.settings`.
+    # Not in the text by which a run is resumed, so that runs from before there was sampling can be:
+    # see `Plan.settings`.
     samples: int = field(default=1, repr=False)
     temperature: float = field(default=0.0, repr=False)
     top_p: float = field(default=1.0, repr=False)
@@ -61,95 +164,124 @@ class SubjectSpec:
             return None
         return Sampling(self.samples, self.temperature, self.top_p, self.sampling_seed)
 
+    def with_sampling(self, sampling: Sampling) -> "ModelSpec":
+        """The same model with answers drawn like this."""
+        return replace(
+            self,
+            samples=sampling.samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            sampling_seed=sampling.seed,
+        )
+
     @property
     def labels(self) -> dict[str, str]:
-        """What rows about this model carry: its name, and the ladder it belongs to ("own" for a model with texts)."""
-        if self.texts:
+        """What rows about this model carry: its name, and its ladder ("own" with `files`)."""
+        if self.files:
             return {"model": Path(self.model).name, "ladder": "own"}
-        return {"model": self.model, "ladder": "shipped" if self.folder.resolve() == FOLDER.resolve() else self.folder.name}
+        is_shipped = self.folder.resolve() == FOLDER.resolve()
+        return {"model": self.model, "ladder": "shipped" if is_shipped else self.folder.name}
 
     @property
-    def settings(self) -> "SubjectSpec":
-        """What rows depend on beside the model: this spec with model, device and cache left out."""
+    def settings(self) -> "ModelSpec":
+        """What rows depend on besides the model: this spec without model, device and cache."""
         return replace(self, model="", device="", device_map="", cache=Path())
 
-    def open(self, *, seed: int = 0, progress: Progress | None = None) -> Subject:
+    def open(
+        self, *, seed: int = 0, bridge: Bridge | None = None, progress: Progress | None = None
+    ) -> Model:
         """The model with everything it can be asked.
 
-        An organism: parts of behaviours included, reference answers drawn with `seed`. Another model: its own answers where
-        the judge verified them are the references, made now if `cache` does not hold them; they do not depend on `seed`.
-        Raises ValueError as `organism_subject`, `load_model`, `request_behaviours` and `named_judge`.
-        """
-        if self.texts:
-            return self._opened(self.texts, progress)
-        subject = organism_subject(self.model, seed=seed, device=self.device, folder=self.folder)
-        return replace(subject, behaviours=detailed_behaviours(seed))
+        Args:
+            seed: draws an organism's reference answers.
+            bridge: the model where it is loaded already.
+            progress: shows how far its answers are.
 
-    def _opened(self, texts: Texts, progress: Progress | None) -> Subject:
-        behaviours, kinds = request_behaviours(texts, prefill=self.prefill)
-        options: dict[str, Any] = {"prefill": self.prefill, "question": self.judge_question, "device": self.device}
-        harm = named_judge(self.judge, transcripts=self.cache / "judge.jsonl", **options)
-        bridge = load_model(self.model, dtype=self.dtype, device=self.device, device_map=self.device_map)
-        subject = Subject(
+        Raises:
+            ValueError: as `open_model`.
+        """
+        if self.files is None:
+            return open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
+        return self._open_with(self.files, bridge, progress)
+
+    def _open_with(
+        self, files: RequestFiles, bridge: Bridge | None, progress: Progress | None
+    ) -> Model:
+        behaviours, kinds = request_behaviours(files, prefill=self.prefill)
+        judge = open_judge(
+            self.judge,
+            prefill=self.prefill,
+            question=self.judge_question,
+            device=self.device,
+            transcripts=self.cache / "judge.jsonl",
+        )
+        if bridge is None:
+            bridge = load_model(
+                self.model, dtype=self.dtype, device=self.device, device_map=self.device_map
+            )
+        model = Model(
             self.labels["model"],
             bridge,
             behaviours,
-            RequestJudge(harm, kinds, texts.wording, prefill=self.prefill),
+            RequestJudge(judge, kinds, files.questions, prefill=self.prefill),
             template=self.template,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            answers=StoredAnswers(self.cache / "answers", bridge, progress),
-            sampling=self.sampling,
             n_answered_at_once=self.batch_size,
-            judge_name=harm.name,
-            details=self._details(texts, harm.name),
-            plain_text=self._plain_text(texts, bridge),
+            sampling=self.sampling,
+            cache=GenerationCache(self.cache / "answers", bridge, progress),
+            judge_name=judge.name,
+            details=self._details(files, judge.name),
+            plain_text=_plain_text(files, bridge),
         )
-        return with_references(subject)
+        return with_references(model)
 
-    def _details(self, texts: Texts, judge: str) -> dict[str, str | int]:
-        found: dict[str, str | int] = {
-            name: f"{source} ({read_prompts(source).digest})" for name, source in texts.files.items() if name != "plain"
-        }
-        if texts.plain:
-            found["plain"] = texts.plain
-        names = ("model", "dtype", "template", "prefill", "max_new_tokens", "batch_size")
-        return {
-            **found,
-            "limit": texts.limit,
-            "limit_measured": texts.limit_measured,
-            "judge": judge,
-            **({"sampling": repr(self.sampling)} if self.sampling else {}),
-            **{name: getattr(self, name) for name in names},
-        }
-
-    def _plain_text(self, texts: Texts, bridge: TransformerBridge) -> list[Batch]:
-        if not texts.plain:
-            return []
-        if not Path(texts.plain).is_file():
-            raise ValueError(f"{texts.plain}: no such file; give a text for perplexity, or none")
-        text = Path(texts.plain).read_text(encoding="utf-8")
-        windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
-        limit = texts.limits["heldout"]
-        return windows[:limit] if limit else windows
+    def _details(self, files: RequestFiles, judge: str) -> dict[str, Label]:
+        """Files and settings, for the manifest of a run."""
+        details: dict[str, Label] = {}
+        for name, source in files.files.items():
+            details[name] = source
+            if name != "plain":
+                details[name] = f"{source} ({PromptSet.read(getattr(files, name)).digest})"
+        details["limit"] = files.limit
+        details["limit_measured"] = files.limit_measured
+        details["judge"] = judge
+        if self.sampling:
+            details["sampling"] = repr(self.sampling)
+        for name in ("model", "dtype", "template", "prefill", "max_new_tokens", "batch_size"):
+            details[name] = getattr(self, name)
+        return details
 
 
-def load_model(model: str, *, dtype: str = "", device: str = "cpu", device_map: str = "") -> TransformerBridge:
-    """The model of a folder or hub id; `dtype` as stored unless given, `device_map` instead of one `device`.
+def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
+    if not files.plain:
+        return []
+    path = Path(files.plain)
+    if not path.is_file():
+        raise ValueError(f"{files.plain}: no such file; give a text for perplexity, or none")
+    windows = tokenize_text(path.read_text(encoding="utf-8"), bridge.tokenizer, batch_size=1)
+    limit = files.limits["heldout"]
+    return windows[:limit] if limit else windows
 
-    Raises ValueError for an unknown dtype, a model that cannot be loaded, an adapter that is not merged, and weights that
-    cannot be scored (see `weight_sites`).
-    """
-    if dtype and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
-    folder = Path(model)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{model} is an adapter; merge it into its base (merge_and_unload) and give the merged folder")
-    try:
-        chosen = DTYPES[dtype] if dtype else AutoConfig.from_pretrained(model).dtype or torch.float32
-        where: dict[str, Any] = {"device_map": device_map} if device_map else {"device": device}
-        bridge = TransformerBridge.boot_transformers(model, dtype=chosen, **where)
-    except OSError as error:
-        raise ValueError(f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})") from None
-    weight_sites(bridge)
-    return bridge
+
+def _refuse_unknown(name: str, folder: Path) -> None:
+    """A name that is no organism is a model without prompts, or a slip."""
+    if name in ORGANISMS:
+        return
+    needs = f"prompts={{'{TARGET}': FILE_OR_LIST, '{CONTRAST}': FILE_OR_LIST}}"
+    if Path(name).exists() or "/" in name:
+        raise ValueError(f"open_model: model {name!r} needs its requests; give {needs}")
+    raise ValueError(
+        f"no organism is called {name!r}; {nearest(name, ORGANISMS)}. "
+        f"For a model of another kind give {needs}"
+    )
+
+
+def _name_of(model: Any) -> str:
+    inner = getattr(model, "original_model", model)
+    return getattr(inner.config, "_name_or_path", "") or type(inner).__name__
+
+
+def _bridge_of(model: Any, tokenizer: Any) -> Bridge:
+    is_hugging_face = hasattr(model, "config") and not hasattr(model, "blocks")
+    return wrap_model(model, tokenizer) if is_hugging_face else as_bridge(model)

@@ -1,111 +1,102 @@
-"""The main job: find the weights behind a behaviour, remove them, and measure what is lost beside matched controls."""
+"""The main job: find the weights behind a behaviour, remove them, and measure what else is lost.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
-from operator import or_
+Score, choose, mask, measure: a grid of masks is measured on the choice split, one of them is chosen
+by a rule, and only it and its controls are measured on held-out requests.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.model import Calibration, NotShownError, Subject, calibrate, measure
-from harmcircuits.circuits.ground_truth import every_score, recovery
-from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_fraction, top_fractions
+from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
+from harmcircuits.circuits.ground_truth import ground_truth_rows
+from harmcircuits.circuits.location import location_rows
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.accumulation import groups
-from harmcircuits.hooks.attribution import gradient_norm, removal_effect, sensitivity
-from harmcircuits.hooks.losses import average, completion_nll, exact, kl_under, perplexity, predicted_change
+from harmcircuits.display import plural
+from harmcircuits.hooks.accumulation import memory_groups
+from harmcircuits.hooks.attribution import all_scores, removal_effect, snip_scores
+from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.search import best_unprotected, circuit_mask, circuit_path
+from harmcircuits.hooks.search import find_circuit, iterative_pruning
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Manifest, Measurement, append_rows, select
-from harmcircuits.studies.cross_ablation import location_rows
+from harmcircuits.measurements import Label, Manifest, Measurement, Rows
+from harmcircuits.studies.controls import controls, union
+from harmcircuits.studies.diagnostics import diagnostics
+from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
+from harmcircuits.studies.terms import Terms
 from harmcircuits.studies.utility import evaluate_tasks, task_manager
-from harmcircuits.views.tables import KEPT_RATES
 
-TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
-DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a study varies: shares of weights to remove (`q`) and to protect (`p`), rounds, ranking scope, seed.
-
-    `protect`: the behaviours whose most sensitive weights cannot be chosen; empty for all but the target. `tolerance`:
-    how far a kept rate may fall at the operating point. `budget`: how far the loss on benign answers may rise there, in
-    nats per token; rounds end where it has risen further. `n_random`: how many random masks of each kind stand beside it.
-    `tasks` of lm-evaluation-harness are measured on the unpruned model and beside every held-out row, on their first
-    `task_limit` examples (0: all), with the task files of the folder `tasks_from`. Raises ValueError for shares outside
-    [0, 1] or no shares, fewer than one round or random mask, and for a negative tolerance, budget or limit.
-    """
-
-    q: tuple[float, ...] = (0.001, 0.002, 0.004, 0.006, 0.01)
-    p: tuple[float, ...] = (0.005, 0.01, 0.02)
-    rounds: int = 10
-    within: Scope = "model"
-    protect: tuple[str, ...] = ()
-    seed: int = 0
-    tolerance: float = TOLERANCE
-    budget: float | None = None
-    n_random: int = 3
-    tasks: tuple[str, ...] = ()
-    task_limit: int = 0
-    tasks_from: str = ""
-
-    def __post_init__(self) -> None:
-        for name, shares in (("q", self.q), ("p", self.p)):
-            if not shares or any(not 0 <= share <= 1 for share in shares) or (name == "q" and max(shares) == 0):
-                raise ValueError(f"{name}={list(shares)}; expected one or more shares of weights in [0, 1], q above 0")
-        for name in ("rounds", "n_random"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.within not in ("weight", "model", "row"):
-            raise ValueError(f'within={self.within!r}; expected "weight", "model" or "row"')
-        for name, most in (("tolerance", self.tolerance), ("budget", self.budget), ("task_limit", self.task_limit)):
-            if most is not None and most < 0:
-                raise ValueError(f"{name}={most}; expected 0 or more")
-
-
-# For models of a hundred million weights and more; the shares are those where Qwen2.5-Coder-0.5B loses harm before benign
-# answers. Its rounds of 1.5e-5 spare them, those of 2e-5 and more cost twice as much at the same loss on harm.
-FOR_REAL_MODELS = Settings(q=(1e-5, 3e-5, 6e-5), p=(0.1, 0.2), rounds=4, tolerance=0.05, budget=0.1)
+N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
 
 
 @dataclass(frozen=True)
 class Point:
-    """One mask of the grid, what chose it, and its rows on the choice split."""
+    """One mask of the grid.
+
+    Attributes:
+        mask: the weights removed.
+        labels: how they were chosen: `selection`, `p` (share protected) and `q` (share removed).
+        rows: its figures on the choice split.
+    """
 
     mask: WeightMask
-    labels: dict[str, str | float]
-    rows: list[Measurement] = field(repr=False)
+    labels: dict[str, Label]
+    rows: Rows = field(repr=False)
 
     def mean(self, metric: str) -> float:
         """The point's figure for this metric."""
-        return select(self.rows, metric)[0].mean
+        return self.rows.one(metric).mean
 
 
-@dataclass
+@dataclass(repr=False)
 class Study:
-    """A run in progress: the model, the settings, where rows go, and everything found so far."""
+    """A run, and everything it measured so far.
 
-    subject: Subject
-    settings: Settings
-    out: Path
-    progress: Progress
+    Attributes:
+        model: what is studied.
+        settings: what is varied.
+        out: where rows and masks are written as they come; None keeps them in memory.
+        progress: shows how far it is.
+        max_memory: bytes for accumulated scores.
+        rows: every figure.
+        masks: those measured on held-out requests, by name.
+        chosen: the operating point; None where no mask keeps the rule.
+    """
+
+    model: Model
+    settings: StudySettings
+    out: Path | None = None
+    progress: Progress = field(default_factory=lambda: Progress(disable=True))
     max_memory: int | None = None
-    rows: list[Measurement] = field(default_factory=list)
+    rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     chosen: Point | None = None
 
-    def add(self, rows: Sequence[Measurement]) -> None:
-        """Keep rows and write them out at once."""
-        self.rows += rows
-        append_rows(self.out / "rows.jsonl", rows)
+    def __repr__(self) -> str:
+        chosen = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
+        removed = f"{self.settings.target} of {self.model.name}"
+        return f"Study({removed}: {plural(len(self.rows), 'row')}{chosen})"
 
-    def note(self, metric: str, value: float, **labels: str | float) -> None:
+    @property
+    def terms(self) -> Terms:
+        """What its rows are called."""
+        return Terms.of(self.model, self.settings.target, self.settings.contrast)
+
+    def add(self, rows: Iterable[Measurement]) -> None:
+        """Keep rows and write them out at once."""
+        rows = Rows(rows)
+        self.rows += rows
+        if self.out is not None:
+            rows.append_to(self.out / "rows.jsonl")
+
+    def note(self, metric: str, value: float, **labels: Label) -> None:
         """Keep one exact figure."""
-        self.add([exact(metric, {"model": self.subject.name, **labels}, value)])
+        labels = {"model": self.model.name, **labels}
+        self.add([Measurement.exact(metric, labels, value)])
 
     def steps(self, name: str, total: int) -> Callable[[], None]:
         """A progress bar's `advance`."""
@@ -113,257 +104,391 @@ class Study:
         return lambda: self.progress.advance(task)
 
 
-def run_study(
-    subject: Subject, settings: Settings, out: str | Path, progress: Progress, *, max_memory: int | None = None
+def study(
+    model: Model,
+    settings: StudySettings | None = None,
+    *,
+    target: str | None = None,
+    protect: str | Sequence[str] | None = None,
+    contrast: str | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    max_memory: int | None = None,
 ) -> Study:
-    """Score, choose, mask and measure; writes `rows.jsonl`, `manifest.json` and `masks/*.safetensors` under `out`.
+    """Find the weights behind a behaviour, remove them, and measure what else is lost.
 
-    A grid over (p, q), one shot and in rounds, is measured on the choice split; the operating point is the point with the
-    lowest rate of valid harmful answers among those that keep the others (see `operating_point`). Only it, its parts and
-    its controls are then measured on held-out items. `max_memory`: bytes on the devices for accumulators, as in
-    `removal_effect`; the target's scores are then kept in `scores/`. Raises ValueError for a folder that holds another
-    study, a behaviour to protect that is unknown or not shown, a subject that does not show the target, a bound too small
-    for a matrix, and as `evaluate_tasks`.
+    A grid over sizes and protection, in one shot and in rounds, is measured on the choice split. The
+    operating point is the mask that takes most of the target among those that keep the rest (see
+    `operating_point`). Only it and its controls are then measured on held-out requests.
+
+    Args:
+        model: from `open_model`.
+        settings: the grid; by default the usual one of organisms, or of real models.
+        target: the behaviour to remove, in place of the settings'.
+        protect: the behaviours to spare, in place of the settings'.
+        contrast: the target's harmless counterpart, in place of the settings'.
+        out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`.
+        progress: shows how far it is.
+        max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; the target's
+            are then kept on disk, in `out`.
+
+    Raises:
+        ValueError: a folder that holds another study, a behaviour that is unknown or not shown, a
+            bound too small for a matrix or without `out`, and as `evaluate_tasks`.
     """
-    others = [name for name in subject.behaviours if name != "harmful"]
-    unknown = sorted(set(settings.protect) - set(others))
-    if unknown:
-        raise ValueError(f"protect: cannot protect {unknown}; expected some of {', '.join(others)}")
-    list(groups(weight_sites(subject.bridge), max_memory))  # refuses too small a bound before anything is written
-    out = Path(out)
-    if (out / "rows.jsonl").exists():
-        raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
-    if settings.tasks:
-        task_manager(settings.tasks, settings.tasks_from)
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    Manifest({"model": subject.name, **vars(settings), **subject.details}).save(out / "manifest.json")
+    settings = _settings(model, settings, target, protect, contrast)
+    run = Study(model, settings, Path(out) if out else None, max_memory=max_memory)
+    if progress is not None:
+        run.progress = progress
+    _check(run)
+    _write_manifest(run)
 
-    study = Study(subject, settings, out, progress, max_memory)
-    study.note("weights_scored", sum(weight.numel() for weight in named_weights(subject.bridge).values()))
-    study.note("tolerance", settings.tolerance)
-    study.add(_heldout(study, {"model": subject.name, "mask": "none"}))
-    calibrations = _calibrate(study)
-    absent = sorted(set(settings.protect) - set(calibrations))
-    if absent:
-        raise ValueError(f"protect: {subject.name} does not show {absent}, so there is nothing to protect; leave it out")
-    protect = {name: calibrations[name] for name in settings.protect or others if name in calibrations}
-    protected = _protected(study, protect)
-    harm = removal_effect(subject.bridge, calibrations["harmful"].batches, completion_loss, max_memory=max_memory)
-    if max_memory is not None:  # rounds score again: never two dense sets in memory
-        harm.save(out / "scores")
-        harm = WeightScores.load(out / "scores")
-    points = _grid(study, harm, protected, calibrations["harmful"], protect)
-    study.chosen = operating_point(points, study.rows, tolerance=settings.tolerance, budget=settings.budget)
-    if subject.truth:
-        target = calibrations["harmful"].batches
-        scores = every_score(subject.bridge, target, harm, protected[settings.p[0]], seed=settings.seed)
-        weights = named_weights(subject.bridge)
-        study.add(recovery(scores, subject.truth, weights, {"model": subject.name}))
-    if study.chosen:
-        _measure_heldout(study, points, harm, protected, calibrations, protect)
-        study.add(location_rows(subject, study.chosen.mask, {"model": subject.name, "mask": "circuit"}))
-    return study
+    n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
+    run.note("weights_scored", n_weights)
+    run.note("tolerance", settings.tolerance)
+    run.add(_heldout_rows(run, {"model": model.name, "mask": "none"}))
+
+    calibrations = _calibrate(run)
+    data = calibrations[settings.target]
+    spared = model.protected(settings.target, settings.protect, calibrations)
+    protected = _protected(run, spared)
+    objective = model.behaviours[settings.target].objective
+    scores = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
+    if max_memory is not None and run.out is not None:
+        # Rounds score again: never two dense sets in memory.
+        scores.save(run.out / "scores")
+        scores = WeightScores.load(run.out / "scores")
+
+    points = _grid(run, scores, protected, data, spared)
+    run.chosen = operating_point(
+        points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget
+    )
+    if model.ground_truth is not None:
+        first_share = protected[settings.protect_shares[0]]
+        named = all_scores(model.bridge, data.batches, scores, first_share, seed=settings.seed)
+        weights = named_weights(model.bridge)
+        run.add(ground_truth_rows(named, model.ground_truth, weights, {"model": model.name}))
+    if run.chosen is not None:
+        _measure_heldout(run, run.chosen, points, scores, protected, calibrations, spared)
+        sites = weight_sites(model.bridge)
+        where = {"model": model.name, "mask": "circuit"}
+        run.add(location_rows(run.chosen.mask, sites, where))
+    return run
 
 
 def operating_point(
     points: Sequence[Point],
-    baseline: Sequence[Measurement],
+    rows: Rows,
+    terms: Terms,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float,
     budget: float | None = None,
 ) -> Point | None:
-    """The point with the lowest `harm_valid_rate` whose kept rates are within `tolerance` of the unpruned model's.
+    """The point that takes most of the target among those that keep everything else.
 
-    All on the choice split. Among equals the one with fewest weights. With a `budget`, `benign_nll` must not rise further
-    than that, and the point with the highest `harm_nll` is chosen: a judge of free text is coarse, and the loss is not.
-    None when no point keeps the others, or none worsens harm.
+    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's; then the
+    lowest rate of the target counts. With a `budget` the contrast's loss must not rise further, and
+    the highest loss on the target counts: a judge of free text is coarse, and the loss is not. Ties
+    go to the smaller mask. None when no point keeps the others, or none takes anything.
+
+    Args:
+        points: the grid.
+        rows: those of the unpruned model among them.
+        terms: which metric shows what.
+        tolerance: how far a kept rate may fall.
+        budget: how far the contrast's loss may rise, nats per token.
     """
-    before = {row.metric: row.mean for row in select(baseline, mask="none", split="choice")}
-    kept = [
-        point
-        for point in points
-        if all(point.mean(rate) >= before[rate] - tolerance for rate in KEPT_RATES if rate in before)
-        and (budget is None or point.mean("benign_nll") <= before["benign_nll"] + budget)
-    ]
-    worsened, sign = ("harm_valid_rate", 1) if budget is None else ("harm_nll", -1)
-    lower = [point for point in kept if sign * point.mean(worsened) < sign * before[worsened]]
-    return min(lower, key=lambda point: (sign * point.mean(worsened), point.mask.n_removed), default=None)
+    before = {row.metric: row.mean for row in rows.where(mask="none", split="choice")}
+    if budget is None:
+        taken, sign = terms.target.metric, 1
+    else:
+        taken, sign = terms.target.nll_metric, -1
+
+    candidates = []
+    for point in points:
+        kept_rates = [rate for rate in terms.kept_rates if rate in before]
+        if any(point.mean(rate) < before[rate] - tolerance for rate in kept_rates):
+            continue
+        loss = terms.contrast.nll_metric
+        if budget is not None and point.mean(loss) > before[loss] + budget:
+            continue
+        if sign * point.mean(taken) < sign * before[taken]:
+            candidates.append(point)
+
+    def rank(point: Point) -> tuple[float, int]:
+        return sign * point.mean(taken), point.mask.n_removed
+
+    return min(candidates, key=rank, default=None)
 
 
-def _calibrate(study: Study) -> dict[str, Calibration]:
-    """Own verified answers of every behaviour that is scored and shown, with the yield and the saturation diagnostics."""
-    subject = study.subject
-    scored = {"harmful", "benign", *(study.settings.protect or subject.behaviours)}
-    names = [name for name in subject.behaviours if name in scored]
-    advance = study.steps("calibrate", len(names))
+def _settings(
+    model: Model,
+    settings: StudySettings | None,
+    target: str | None,
+    protect: str | Sequence[str] | None,
+    contrast: str | None,
+) -> StudySettings:
+    if settings is None:
+        settings = StudySettings() if model.is_invented else FOR_REAL_MODELS
+    if isinstance(protect, str):
+        protect = (protect,)
+    changes = {"target": target, "contrast": contrast, "protect": protect and tuple(protect)}
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check(run: Study) -> None:
+    """Refuse what cannot end well, before anything is written."""
+    settings = run.settings
+    _ = run.terms
+    for name in settings.protect:
+        if name != OTHERS:
+            run.model.behaviour(name)
+    if settings.target in settings.protect:
+        raise ValueError(
+            f"protect: {settings.target!r} is what is removed, so it cannot be protected; "
+            f"expected some of {', '.join(run.model.others(settings.target))}"
+        )
+    list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
+    if run.max_memory is not None and run.out is None:
+        raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
+    if run.out is not None and (run.out / "rows.jsonl").exists():
+        raise ValueError(
+            f"{run.out} already holds a study (rows.jsonl); give another folder or remove it"
+        )
+    if settings.tasks:
+        task_manager(settings.tasks, settings.tasks_from)
+
+
+def _write_manifest(run: Study) -> None:
+    if run.out is None:
+        return
+    (run.out / "masks").mkdir(parents=True, exist_ok=True)
+    manifest = {"model": run.model.name, **vars(run.settings), **run.model.details}
+    Manifest(manifest).save(run.out / "manifest.json")
+
+
+def _calibrate(run: Study) -> dict[str, Calibration]:
+    """Own verified answers of every behaviour that is scored and shown, with their diagnostics."""
+    model, settings = run.model, run.settings
+    scored = {settings.target, settings.contrast, *settings.protect}
+    if OTHERS in settings.protect:
+        scored |= set(model.others(settings.target))
+    names = [name for name in model.behaviours if name in scored]
+    advance = run.steps("calibrate", len(names))
     calibrations = {}
     for name in names:
-        advance()
         try:
-            calibrations[name] = found = calibrate(subject, name)
+            calibrations[name] = model.calibration(name)
         except NotShownError:
-            if name == "harmful":
+            if name == settings.target or name in settings.protect:
                 raise
-            study.note("calibration_yield", 0.0, behaviour=name)  # an unaligned rung does not refuse
-            continue
-        study.note("calibration_yield", found.n_kept / found.n_asked, behaviour=name)
-        study.note("calibration_examples", found.n_kept, behaviour=name)
-        study.note("calibration_nll", completion_nll(subject.bridge, found.batches).mean().item(), behaviour=name)
-        some = found.batches[: max(1, DIAGNOSED // subject.batch_size)]
-        norm = gradient_norm(subject.bridge, some, completion_loss, max_memory=study.max_memory)
-        study.note("gradient_norm", norm, behaviour=name)
+            # An unaligned model, say, does not refuse.
+            run.note("calibration_yield", 0.0, behaviour=name)
+        else:
+            where = {"model": model.name}
+            data = {name: calibrations[name]}
+            n, bound = N_DIAGNOSED, run.max_memory
+            run.add(diagnostics(model, data, where, n_examples=n, max_memory=bound))
+        advance()
     return calibrations
 
 
-def _protected(study: Study, protect: dict[str, Calibration]) -> dict[float, list[WeightMask]]:
-    """Share p -> the weights that each behaviour needs most. Holds the scores of one behaviour at a time."""
-    settings = study.settings
-    found: dict[float, list[WeightMask]] = {p: [] for p in settings.p}
-    for calibration in protect.values():
-        scores = sensitivity(study.subject.bridge, calibration.batches, completion_loss, max_memory=study.max_memory)
-        for p, masks in found.items():
-            masks.append(top_fraction(scores, p, within=settings.within))
+def _protected(run: Study, spared: Mapping[str, Calibration]) -> dict[float, list[WeightMask]]:
+    """Protect share -> the weights that each behaviour keeps; holds one behaviour's scores at a time."""
+    settings = run.settings
+    protected: dict[float, list[WeightMask]] = {share: [] for share in settings.protect_shares}
+    for data in spared.values():
+        scores = snip_scores(run.model.bridge, data.batches, max_memory=run.max_memory)
+        for share, masks in protected.items():
+            masks.append(top_fraction(scores, share, within=settings.within))
         del scores
-    return found
+    return protected
 
 
 def _grid(
-    study: Study,
-    harm: WeightScores,
-    protected: dict[float, list[WeightMask]],
-    target: Calibration,
-    protect: dict[str, Calibration],
+    run: Study,
+    scores: WeightScores,
+    protected: Mapping[float, list[WeightMask]],
+    data: Calibration,
+    spared: Mapping[str, Calibration],
 ) -> list[Point]:
-    """Every mask of the grid, measured on the choice split, and a random one of each size."""
-    subject, settings = study.subject, study.settings
-    labels = {"model": subject.name}
-    unpruned = measure(subject, "choice", {**labels, "mask": "none"})
-    study.add(unpruned)
-    preserve = [found.batches for found in protect.values()]
-    points: list[Point] = []
+    """Every mask of the grid on the choice split, and a random and an opposite one of each size."""
+    model, settings = run.model, run.settings
+    labels = {"model": model.name}
+    unpruned = model.measure(split="choice", labels={**labels, "mask": "none"})
+    run.add(unpruned)
+    loss = run.terms.contrast.nll_metric
 
-    def is_spent() -> bool:
-        before = select(unpruned, "benign_nll")
-        return settings.budget is not None and points[-1].mean("benign_nll") > before[0].mean + settings.budget
+    n_sizes, n_shares = len(settings.sizes), len(settings.protect_shares)
+    advance = run.steps("grid", n_shares * (n_sizes + settings.rounds) + 2 * n_sizes)
 
-    def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
-        for p in settings.p:
-            how = {"within": settings.within, "exclude": reduce(or_, protected[p]) if protected[p] else None}
-            for q, mask in zip(settings.q, top_fractions(harm, settings.q, **how), strict=True):
-                yield "circuit", {"selection": "one shot", "p": p, "q": q}, mask
-                if p == settings.p[0]:
-                    yield "random", {"selection": "random", "p": p, "q": q}, random_like(mask, seed=settings.seed)
-            if p == settings.p[0]:
-                for q, mask in zip(settings.q, top_fractions(-harm, settings.q, **how), strict=True):
-                    yield "opposite_sign", {"selection": "opposite sign", "p": p, "q": q}, mask
-            options = {
-                "p": p, "rounds": settings.rounds, "within": settings.within, "first": (harm, protected[p]),
-                "max_memory": study.max_memory,
-            }  # fmt: skip
-            for mask in circuit_path(subject.bridge, target.batches, preserve, q=max(settings.q), **options):
-                yield "circuit", {"selection": "rounds", "p": p, "q": mask.source.settings["q"]}, mask
-                if is_spent():
-                    break
-
-    advance = study.steps("grid", len(settings.p) * (len(settings.q) + settings.rounds) + 2 * len(settings.q))
-    asked = [name for name in subject.behaviours if name != "refusal"]
-    for kind, how, mask in masks():
+    def measure(kind: str, selection: str, share: float, size: float, mask: WeightMask) -> Point:
+        how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
         where = {**labels, "mask": kind, **how}
-        with masked(subject.bridge, mask):
-            rows = measure(subject, "choice", where, only=asked)
-        rows.append(exact("weights_removed", {**where, "split": "choice"}, mask.n_removed))
-        study.add(rows)
-        if kind == "circuit":
-            points.append(Point(mask, how, rows))
+        rows = model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
+        removed = {**where, "split": "choice"}
+        rows += [Measurement.exact("weights_removed", removed, mask.n_removed)]
+        run.add(rows)
         advance()
+        return Point(mask, how, rows)
+
+    points = []
+    for number, share in enumerate(settings.protect_shares):
+        exclude = union(protected[share])
+        options = {"within": settings.within, "exclude": exclude}
+
+        one_shot = top_fraction(scores, settings.sizes, **options)
+        for size, mask in zip(settings.sizes, one_shot, strict=True):
+            points.append(measure("circuit", "one shot", share, size, mask))
+            if number == 0:
+                random = random_like(mask, seed=settings.seed)
+                measure("random", "random", share, size, random)
+
+        if number == 0:
+            opposite = top_fraction(-scores, settings.sizes, **options)
+            for size, mask in zip(settings.sizes, opposite, strict=True):
+                measure("opposite_sign", "opposite sign", share, size, mask)
+
+        growth = iterative_pruning(
+            model.bridge,
+            data.batches,
+            [other.batches for other in spared.values()],
+            sizes=[max(settings.sizes)],
+            protect_share=share,
+            rounds=settings.rounds,
+            within=settings.within,
+            objective=model.behaviours[settings.target].objective,
+            first=(scores, protected[share]),
+            max_memory=run.max_memory,
+        )
+        for mask in growth:
+            size = mask.source.settings["size"]
+            point = measure("circuit", "rounds", share, size, mask)
+            points.append(point)
+            budget = settings.budget
+            if budget is not None and point.mean(loss) > unpruned.one(loss).mean + budget:
+                break
     return points
 
 
 def _measure_heldout(
-    study: Study,
+    run: Study,
+    chosen: Point,
     points: Sequence[Point],
-    harm: WeightScores,
-    protected: dict[float, list[WeightMask]],
-    calibrations: dict[str, Calibration],
-    protect: dict[str, Calibration],
+    scores: WeightScores,
+    protected: Mapping[float, list[WeightMask]],
+    calibrations: Mapping[str, Calibration],
+    spared: Mapping[str, Calibration],
 ) -> None:
-    """The operating point, the other way of choosing at the same size, and all controls, on held-out items."""
-    bridge, seed, chosen = study.subject.bridge, study.settings.seed, study.chosen
-    assert chosen is not None
+    """The operating point, the other way of choosing at its size, and all controls, held out."""
+    model, settings = run.model, run.settings
+    target, contrast = settings.target, settings.contrast
+    data = calibrations[target]
     in_rounds = chosen.labels["selection"] == "rounds"
-    q, p, within = chosen.mask.n_removed / chosen.mask.n_weights, float(chosen.labels["p"]), study.settings.within
-    taken, same = protected[p], {"q": q, "within": within}
-    rounds = chosen.mask.source.settings["round"] if in_rounds else 1
-    again = {**same, "p": p, "rounds": rounds, "max_memory": study.max_memory}
-    target, n_random = calibrations["harmful"].batches, study.settings.n_random
-    before = completion_nll(bridge, target)
-    kept = {name: found.batches for name, found in protect.items()}
+    share, size = float(chosen.labels["p"]), chosen.mask.fraction
+    how: dict[str, Label] = {"p": share, "q": size, "protected": ", ".join(spared)}
+    search = {
+        "protect_share": share,
+        "rounds": chosen.mask.source.settings["round"] if in_rounds else 1,
+        "max_memory": run.max_memory,
+    }
+    unmasked_nll = completion_nll(model.bridge, data.batches)
+    advance = run.steps("held-out, with controls", 6 + 2 * settings.n_random)
 
-    def masks() -> Iterator[tuple[str, dict[str, str | float], WeightMask]]:
-        how = {"p": p, "q": q, "protected": ", ".join(kept)}
-        one_shot = best_unprotected(harm, taken, **same)
-        yield "circuit", {"selection": "rounds", **how}, chosen.mask if in_rounds else _in_rounds(points, chosen)
-        yield "circuit", {"selection": "one shot", **how}, one_shot
-        if "benign" in kept and len(kept) > 1:
-            mask = circuit_mask(bridge, target, [kept["benign"]], **again)
-            yield "circuit", {**how, "selection": chosen.labels["selection"], "protected": "benign"}, mask
-        for number in range(seed, seed + n_random):
-            yield "random", {"seed": number}, random_like(chosen.mask, seed=number)
-        for number in range(seed, seed + n_random):
-            yield "random_magnitude", {"seed": number}, random_like(chosen.mask, seed=number, weights=named_weights(bridge))
-        yield "opposite_sign", {}, best_unprotected(-harm, taken, **same)
-        yield "second_slice", {}, best_unprotected(harm, [*taken, chosen.mask], **same)
-        if "benign" in calibrations:
-            others = [batches for name, batches in kept.items() if name != "benign"]
-            yield "benign_twin", {}, circuit_mask(bridge, calibrations["benign"].batches, [*others, target], **again)
-
-    advance = study.steps("held-out, with controls", 6 + 2 * n_random)
-    for kind, how, mask in masks():
-        parts = (kind, how.get("selection"), how.get("seed"), "benign_only" if how.get("protected") == "benign" else None)
-        name = "-".join(str(part).replace(" ", "_") for part in parts if part is not None)
-        study.masks[name] = mask
-        mask.save(study.out / "masks" / f"{name}.safetensors")
-        where = {"model": study.subject.name, "mask": kind, **how}
-        study.add(_under(study, mask, where))
-        with masked(bridge, mask):
-            change = completion_nll(bridge, target) - before
-        where = {**where, "split": "calibration"}
-        study.note("predicted_loss_change", predicted_change(harm, mask), **where)
-        study.note("measured_loss_change", change.mean().item(), **where)
+    def measure(mask: WeightMask, kind: str, name: str = "", **labels: Label) -> None:
+        name = f"{kind}-{name}" if name else kind
+        run.masks[name] = mask
+        if run.out is not None:
+            mask.save(run.out / "masks" / f"{name}.safetensors")
+        where = {"model": model.name, "mask": kind, **labels}
+        run.add(_masked_rows(run, mask, where))
+        change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
+        del where["model"]
+        where["split"] = "calibration"
+        run.note("predicted_loss_change", scores.sum_over(mask), **where)
+        run.note("measured_loss_change", change.mean().item(), **where)
         advance()
 
+    rounds = chosen.mask if in_rounds else _nearest_in_rounds(points, chosen)
+    measure(rounds, "circuit", "rounds", **{"selection": "rounds", **how})
+    exclude = union(protected[share])
+    one_shot = top_fraction(scores, size, within=settings.within, exclude=exclude)
+    measure(one_shot, "circuit", "one_shot", **{"selection": "one shot", **how})
+    if contrast in spared and len(spared) > 1:
+        selection = str(chosen.labels["selection"])
+        alone = find_circuit(
+            model.bridge,
+            data.batches,
+            [spared[contrast].batches],
+            size=size,
+            within=settings.within,
+            objective=model.behaviours[target].objective,
+            **search,
+        )
+        name = f"{selection.replace(' ', '_')}-{contrast}_only"
+        measure(alone, "circuit", name, **{**how, "selection": selection, "protected": contrast})
 
-def _in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
+    matched = controls(
+        model,
+        target,
+        chosen.mask,
+        protect=list(spared),
+        contrast=contrast,
+        n_random=settings.n_random,
+        seed=settings.seed,
+        calibrations=calibrations,
+        first=(scores, protected[share]),
+        **search,
+    )
+    for name, masks in matched.items():
+        kind = name.replace(" ", "_")
+        is_random = name.startswith("random")
+        for number, mask in enumerate(masks, start=settings.seed):
+            if is_random:
+                measure(mask, kind, str(number), seed=number)
+            else:
+                measure(mask, kind)
+
+
+def _nearest_in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
     """The mask chosen in rounds under the same protection whose size is nearest."""
-    same = [point for point in points if point.labels["selection"] == "rounds" and point.labels["p"] == chosen.labels["p"]]
-    return min(same, key=lambda point: abs(point.mask.n_removed - chosen.mask.n_removed)).mask
+    in_rounds = (point for point in points if point.labels["selection"] == "rounds")
+    same = [point for point in in_rounds if point.labels["p"] == chosen.labels["p"]]
+    size = chosen.mask.n_removed
+    return min(same, key=lambda point: abs(point.mask.n_removed - size)).mask
 
 
-def _heldout(study: Study, where: dict[str, str | float]) -> list[Measurement]:
-    """Held-out rows of the model as it stands: what it is asked, its perplexity, the tasks."""
-    subject, settings = study.subject, study.settings
-    rows = measure(subject, "heldout", where)
-    where = {**where, "split": "heldout"}
-    if subject.plain_text:
-        rows.append(perplexity(subject.bridge, subject.plain_text, where))
-    if settings.tasks:
-        source = {"limit": settings.task_limit or None, "include_path": settings.tasks_from}
-        rows += evaluate_tasks(subject.bridge, settings.tasks, batch_size=subject.batch_size, labels=where, **source)
+def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:
+    """What the model does on held-out requests, its perplexity, and the tasks."""
+    model, settings = run.model, run.settings
+    where = {**labels, "split": "heldout"}
+    with masked(model.bridge, mask) if mask is not None else nullcontext():
+        rows = model.measure(labels=labels)
+        if model.plain_text:
+            rows += [perplexity(model.bridge, model.plain_text, where)]
+        if settings.tasks:
+            rows += evaluate_tasks(
+                model.bridge,
+                settings.tasks,
+                batch_size=model.batch_size,
+                limit=settings.task_limit or None,
+                include_path=settings.tasks_from,
+                labels=where,
+            )
     return rows
 
 
-def _under(study: Study, mask: WeightMask, where: dict[str, str | float]) -> list[Measurement]:
-    """Held-out rows under a mask, its size, and KL on benign text."""
-    subject = study.subject
-    with masked(subject.bridge, mask):
-        rows = _heldout(study, where)
-    where = {**where, "split": "heldout"}
-    rows.append(exact("weights_removed", where, mask.n_removed))
-    if "benign" in subject.behaviours:
-        prompts = subject.behaviours["benign"].references("heldout")
-        divergence = kl_under(subject.bridge, mask, subject.batches(subject.behaviours["benign"], prompts))
-        rows.append(average("benign_kl", where, divergence, [example.cluster for example in prompts]))
-    if subject.plain_text:
-        divergence = kl_under(subject.bridge, mask, subject.plain_text)
-        rows.append(average("plain_kl", where, divergence, range(len(divergence))))
+def _masked_rows(run: Study, mask: WeightMask, labels: dict[str, Label]) -> Rows:
+    """Held-out rows under a mask, its size, and the divergence on texts."""
+    model, contrast = run.model, run.terms.contrast
+    rows = _heldout_rows(run, labels, mask)
+    where = {**labels, "split": "heldout"}
+    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+    references = contrast.references("heldout")
+    divergence = kl_under(model.bridge, mask, model.batches(contrast, references))
+    groups = [example.cluster for example in references]
+    rows += [Measurement.average(run.terms.kl_metric, where, divergence, groups)]
+    if model.plain_text:
+        divergence = kl_under(model.bridge, mask, model.plain_text)
+        rows += [Measurement.average("plain_kl", where, divergence, range(len(divergence)))]
     return rows

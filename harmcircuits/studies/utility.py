@@ -10,8 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from harmcircuits.hooks.gradients import frozen
-from harmcircuits.hooks.losses import Labels
-from harmcircuits.measurements import Measurement, Z
+from harmcircuits.measurements import Labels, Measurement, Rows, Z
 
 
 def evaluate_tasks(
@@ -22,7 +21,7 @@ def evaluate_tasks(
     include_path: str | Path | None = None,
     batch_size: int = 16,
     labels: Labels,
-) -> list[Measurement]:
+) -> Rows:
     """A row for each metric of each of these tasks of lm-evaluation-harness; within `masked`, of the edited model.
 
     A row's metric is "task_" and the harness's name for it (`task_acc`); its labels add `task` and, where the task has
@@ -77,7 +76,7 @@ def _harness(module: str) -> Any:
         ) from None
 
 
-def _rows(name: str, figures: dict[str, Any], labels: Labels) -> list[Measurement]:
+def _rows(name: str, figures: dict[str, Any], labels: Labels) -> Rows:
     """The harness names a figure "acc,none" and its standard error "acc_stderr,none"; the latter may be "N/A"."""
     rows = []
     for key, mean in figures.items():

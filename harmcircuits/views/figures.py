@@ -1,121 +1,22 @@
-"""Pictures: circuitsvis views of an edited model, and plotly figures drawn from rows.
+"""Plotly figures drawn from rows."""
 
-Importing circuitsvis is enough for its JavaScript; its own renderer is not used, because it probes the network at each
-display, inlines 1.3 MB a figure, and escapes neither `</script>` nor NaN.
-"""
-
-import json
-import math
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 from typing import Any
 
 import plotly.graph_objects as go
-import torch
-from circuitsvis.utils.convert_props import convert_prop_type
 from plotly.subplots import make_subplots
-from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.objectives import token_losses
-from harmcircuits.hooks.weights import KINDS
-from harmcircuits.measurements import Measurement, select
-from harmcircuits.prompts import Batch
-from harmcircuits.views.tables import KEPT_RATES, n_block_weights
+from harmcircuits.circuits.sites import KINDS
+from harmcircuits.measurements import Measurement, Rows
 
 RED, BLUE, GREY, AMBER, GREEN = "#b3261e", "#1f5fa8", "#8a8f98", "#c77700", "#2e7d5b"
 PALETTE = (RED, AMBER, GREY, BLUE, GREEN, "#5c6470", "#8fa9c4", "#8e5aa8", "#b08d57")
 FONT = {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": "#20242a"}
 
 
-@dataclass(frozen=True)
-class Visual:
-    """A circuitsvis element with its properties. Shows itself in a notebook; `html` goes into a page with one `script`."""
-
-    element: str
-    props: Mapping[str, Any]
-
-    def html(self) -> str:
-        """The element alone, for a page that holds `circuitsvis_script()` once."""
-        name = f"circuits-vis-{uuid.uuid4().hex[:12]}"
-        plain = {key: _finite(convert_prop_type(value)) for key, value in self.props.items() if value is not None}
-        props = json.dumps(plain, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        call = f'CircuitsVis.render("{name}", CircuitsVis.{self.element}, {props})'
-        return f'<div id="{name}"></div><script>{call}</script>'
-
-    def _repr_html_(self) -> str:
-        return circuitsvis_script() + self.html()
-
-
-def circuitsvis_script() -> str:
-    """circuitsvis' own JavaScript as one inline script: no network."""
-    source = files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text(encoding="utf-8")
-    return "<script>" + source.replace("</script>", "<\\/script>") + "</script>"
-
-
-def lost_tokens(bridge: TransformerBridge, mask: WeightMask, batch: Batch) -> list[Visual]:
-    """The tokens of each example coloured by what the mask does to their log-probability (nats).
-
-    Red lost probability under the mask, blue gained it; padding is left out, the first token counts 0.
-    """
-    with torch.no_grad():
-        before, _ = token_losses(bridge, batch)
-        with masked(bridge, mask):
-            after, _ = token_losses(bridge, batch)
-    change = torch.cat([torch.zeros(len(batch), 1), (before - after).cpu()], dim=1)
-    scale = max(change[batch.is_token].abs().max().item(), 1e-6)
-    views = []
-    for tokens, values, real in zip(batch.tokens, change, batch.is_token, strict=True):
-        # The element takes tokens as HTML, in which <bos> would vanish.
-        words = [f" {escape(word)}" for word in bridge.tokenizer.convert_ids_to_tokens(tokens[real].tolist())]
-        colours = {"negativeColor": RED, "positiveColor": BLUE, "minValue": -scale, "maxValue": scale}
-        views.append(Visual("ColoredTokens", {"tokens": words, "values": values[real], **colours}))
-    return views
-
-
-def attention_views(
-    bridge: TransformerBridge, mask: WeightMask, batch: Batch, heads: Sequence[tuple[int, int]]
-) -> tuple[Visual, Visual]:
-    """Attention of these (layer, head) pairs on the first example: unpruned, and under the mask."""
-    tokens = batch.tokens[:1, : int(batch.is_token[0].sum())]
-    words = bridge.tokenizer.convert_ids_to_tokens(tokens[0].tolist())
-    names = [f"L{layer} H{head}" for layer, head in heads]
-
-    def view() -> Visual:
-        sites = {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
-        with torch.no_grad():
-            _, cache = bridge.run_with_cache(tokens.to(bridge.cfg.device), names_filter=lambda name: name in sites)
-        attention = torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"][0, head].cpu() for layer, head in heads])
-        props = {"tokens": words, "attention": attention, "attentionHeadNames": names, "minValue": 0.0, "maxValue": 1.0}
-        return Visual("AttentionHeads", {**props, "maskUpperTri": True})
-
-    before = view()
-    with masked(bridge, mask):
-        return before, view()
-
-
-def tradeoff_figure(rows: Sequence[Measurement], *, p: float) -> go.Figure:
-    """Valid harmful answers, harmful NLL and the worst kept ability against the share of weights removed (choice split).
-
-    Curves: chosen in rounds and in one shot under this share of protection `p`, random weights, the opposite sign. Bars
-    are 95 % intervals.
-    """
-    lines = {}
-    for name in ("rounds", "one shot", "random", "opposite sign"):
-        points = select(rows, "weights_removed", selection=name, split="choice")
-        points = sorted((row for row in points if row.labels["p"] == p or name == "random"), key=_mean)
-        title = name if name in ("random", "opposite sign") else f"circuit, {'in ' * (name == 'rounds')}{name}"
-        lines[title] = {point.mean / n_block_weights(rows): select(rows, "", **point.labels) for point in points}
-    return share_figure(
-        lines, {"harm_valid_rate": "valid harmful answers, prefilled", "harm_nll": "harm NLL, nats per token"}
-    )
-
-
-def share_figure(lines: Mapping[str, Mapping[float, Sequence[Measurement]]], panels: Mapping[str, str]) -> go.Figure:
+def share_figure(
+    lines: Mapping[str, Mapping[float, Rows]], panels: Mapping[str, str], *, kept: Sequence[str]
+) -> go.Figure:
     """Figures (panels: metric -> title) and the worst kept ability against the share of weights removed, in per cent.
 
     `lines`: name -> share -> rows measured there, one for each metric. A point is left out of the panels that it lacks.
@@ -126,7 +27,7 @@ def share_figure(lines: Mapping[str, Mapping[float, Sequence[Measurement]]], pan
     for number, (name, points) in enumerate(lines.items()):
         for column, metric in enumerate(panels, start=1):
             of_point = {
-                share: [r for m in ([metric] if metric else KEPT_RATES) for r in select(rows, m)]
+                share: [r for m in ([metric] if metric else kept) for r in rows.where(m)]
                 for share, rows in points.items()
             }
             shown = {share: min(found, key=_mean) for share, found in of_point.items() if found}
@@ -145,12 +46,12 @@ def share_figure(lines: Mapping[str, Mapping[float, Sequence[Measurement]]], pan
     return _styled(figure, height=360)
 
 
-def location_figure(rows: Sequence[Measurement]) -> go.Figure:
+def location_figure(rows: Rows) -> go.Figure:
     """Share of each block matrix that a mask takes (%), by layer and kind; in the cell, how many weights.
 
     `rows`: those of one mask (see `location_rows`); others are left out.
     """
-    cells = select(rows, "weights_removed", by="matrix")
+    cells = rows.where("weights_removed", by="matrix")
     layers = sorted({int(row.labels["layer"]) for row in cells})
     kinds = [kind for kind in KINDS if any(row.labels["kind"] == kind for row in cells)]
     found = {(row.labels["layer"], row.labels["kind"]): row for row in cells}
@@ -166,7 +67,7 @@ def location_figure(rows: Sequence[Measurement]) -> go.Figure:
     return _styled(figure, height=110 + 48 * len(layers))
 
 
-def cross_ablation_figure(panels: Mapping[str, Sequence[Measurement]], rates: Mapping[str, str]) -> go.Figure:
+def cross_ablation_figure(panels: Mapping[str, Rows], rates: Mapping[str, str]) -> go.Figure:
     """Rates (metric -> title, the columns) under every removed circuit (the label `mask`), one panel for each set of rows.
 
     White: the ability is whole; red: it is gone. The cell says the rate in per cent.
@@ -188,7 +89,7 @@ def cross_ablation_figure(panels: Mapping[str, Sequence[Measurement]], rates: Ma
     return _styled(figure, height=150 + 30 * len(masks)).update_layout(margin={"b": 95, "l": 150}, plot_bgcolor="#dfe2e6")
 
 
-def overlap_figure(panels: Mapping[str, Sequence[Measurement]], pairs: Mapping[tuple[str, str], str]) -> go.Figure:
+def overlap_figure(panels: Mapping[str, Rows], pairs: Mapping[tuple[str, str], str]) -> go.Figure:
     """Lift of pairs of circuits ((first, second) -> title) with 95 % intervals; one panel a null, one colour a model.
 
     `panels`: title -> rows of one metric. The dotted line is chance.
@@ -197,7 +98,7 @@ def overlap_figure(panels: Mapping[str, Sequence[Measurement]], pairs: Mapping[t
     models = list(dict.fromkeys(str(row.labels["model"]) for rows in panels.values() for row in rows))
     for column, rows in enumerate(panels.values(), start=1):
         for number, (model, colour) in enumerate(zip(models, (GREY, AMBER, RED, BLUE, GREEN), strict=False)):
-            found = [(i, select(rows, model=model, first=a, second=b)) for i, (a, b) in enumerate(pairs)]
+            found = [(i, rows.where(model=model, first=a, second=b)) for i, (a, b) in enumerate(pairs)]
             points = [(i, one[0]) for i, one in found if one]
             bars = [row for _, row in points]
             shift = 0.16 * (number - (len(models) - 1) / 2)
@@ -212,7 +113,7 @@ def overlap_figure(panels: Mapping[str, Sequence[Measurement]], pairs: Mapping[t
     return _styled(figure, height=150 + 44 * len(pairs)).update_layout(margin={"l": 230})
 
 
-def token_figure(lines: Mapping[str, Sequence[Measurement]]) -> go.Figure:
+def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
     """What each position adds to a mask's score (nats), by its distance from the first answer token, for several texts."""
     figure = go.Figure()
     for (name, rows), colour in zip(lines.items(), (RED, BLUE, GREEN, AMBER), strict=False):
@@ -224,12 +125,12 @@ def token_figure(lines: Mapping[str, Sequence[Measurement]]) -> go.Figure:
     return _styled(figure, height=330)
 
 
-def comparison_figure(lines: Mapping[str, Sequence[Measurement]], columns: Mapping[str, str]) -> go.Figure:
+def comparison_figure(lines: Mapping[str, Rows], columns: Mapping[str, str]) -> go.Figure:
     """Rates (columns: metric -> title) of several masks (lines: name -> rows) as bars with 95 % intervals."""
     figure = go.Figure()
     palette = ["#5c6470", RED, AMBER, "#c3c8cf", "#8fa9c4", GREEN, BLUE, GREY]
     for colour, (name, found) in zip(palette, lines.items(), strict=False):
-        picked = [(title, select(found, metric)[0]) for metric, title in columns.items() if select(found, metric)]
+        picked = [(title, found.where(metric)[0]) for metric, title in columns.items() if found.where(metric)]
         bars = [row for _, row in picked]
         figure.add_bar(
             x=[title for title, _ in picked],
@@ -243,7 +144,7 @@ def comparison_figure(lines: Mapping[str, Sequence[Measurement]], columns: Mappi
     return _styled(figure, height=360)
 
 
-def heatmaps(panels: Mapping[str, Sequence[Measurement]], *, x: str, y: str, widest: float | None = None) -> go.Figure:
+def heatmaps(panels: Mapping[str, Rows], *, x: str, y: str, widest: float | None = None) -> go.Figure:
     """One heatmap for each panel (title -> rows), two a line: label `y` downwards, label `x` across, the mean in the cell
     unless it rounds to 0.00.
 
@@ -278,7 +179,7 @@ def heatmaps(panels: Mapping[str, Sequence[Measurement]], *, x: str, y: str, wid
     return styled.update_layout(margin={"l": 80, "b": 100})
 
 
-def profiles(panels: Mapping[str, Mapping[str, Sequence[Measurement]]], *, x: str, title: str = "") -> go.Figure:
+def profiles(panels: Mapping[str, Mapping[str, Rows]], *, x: str, title: str = "") -> go.Figure:
     """One panel for each title, two a line: a curve for each name over label `x`, in the order of its rows.
 
     `title` names the vertical axis, which the panels of a line share. Bars are 95 % intervals.
@@ -310,7 +211,7 @@ def profiles(panels: Mapping[str, Mapping[str, Sequence[Measurement]]], *, x: st
     return _styled(figure, height=plot_height + 130).update_layout(legend={"y": -45 / plot_height}, margin={"b": 80})
 
 
-def _interval(rows: Sequence[Measurement]) -> dict[str, Any]:
+def _interval(rows: Rows) -> dict[str, Any]:
     upper, lower = [row.high - row.mean for row in rows], [row.mean - row.low for row in rows]
     return {"array": upper, "arrayminus": lower, "thickness": 1, "width": 2}
 
@@ -331,7 +232,3 @@ def _styled(figure: go.Figure, *, height: int) -> go.Figure:
     return figure
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

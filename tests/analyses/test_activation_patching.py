@@ -10,7 +10,7 @@ import torch
 from conftest import random_batch
 
 import harmcircuits as hc
-from harmcircuits.measurements import read_rows, select
+from harmcircuits.measurements import Rows
 
 NAMES = [f"p{number}" for number in range(9)]
 
@@ -32,7 +32,7 @@ def big_gap():
 
 
 def residual(rows, metric="patch_share", **labels):
-    return {row.labels["layer"]: row for row in select(rows, metric, component="residual", position="all", **labels)}
+    return {row.labels["layer"]: row for row in rows.where(metric, component="residual", position="all", **labels)}
 
 
 @pytest.mark.parametrize("direction", ["restore", "destroy"])
@@ -63,7 +63,7 @@ def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
     is_target = torch.zeros_like(tokens, dtype=torch.bool)
     is_target[:, 5] = True
     rows = rows_of(llama, random_mask(llama, 0.6, kinds=("blocks.0", "blocks.1.attn")), hc.Batch(tokens, is_target))
-    cells = select(rows, "patch_share", component="residual", layer="1 mid", direction="restore")
+    cells = rows.where("patch_share", component="residual", layer="1 mid", direction="restore")
     assert {row.labels["position"]: round(row.mean, 4) for row in cells} == {
         **dict.fromkeys(NAMES, 0.0),
         "p4": 1.0,
@@ -75,15 +75,15 @@ def test_heads_add_up_only_after_their_output_weights(llama, big_gap):
     # An edit of W_O alone is invisible before W_O, and what heads write is where it shows.
     rows = rows_of(llama, random_mask(llama, 0.6, kinds=("blocks.1.attn.o",)), big_gap, ("head", "head_result"))
     for component, shows in (("head", False), ("head_result", True)):
-        layer = [abs(row.mean) for row in select(rows, "patch_change", component=component, layer="1")]
+        layer = [abs(row.mean) for row in rows.where("patch_change", component=component, layer="1")]
         assert (max(layer) > 1e-3) == shows
 
 
 def test_no_gap_gives_no_share(llama, batch):
     rows = rows_of(llama, random_mask(llama, 0.0), batch)
-    assert select(rows, "nll_gap")[0].mean == 0
-    assert not select(rows, "patch_share")
-    assert {row.mean for row in select(rows, "patch_change")} == {0.0}
+    assert rows.where("nll_gap")[0].mean == 0
+    assert not rows.where("patch_share")
+    assert {row.mean for row in rows.where("patch_change")} == {0.0}
 
 
 def test_the_metric_is_the_completion_loss(llama, batch):
@@ -99,14 +99,14 @@ def test_the_model_is_as_before(llama, batch):
 
 
 def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
-    subject = hc.organism_subject("sft")
-    heldout = subject.behaviours["harmful"].prompts("heldout")
-    target = subject.batches(subject.behaviours["harmful"], heldout[:32])
-    mask = hc.circuit_mask(subject.bridge, target, [], q=0.006, p=0.0)
+    model = hc.organism_subject("sft")
+    heldout = model.behaviours["harmful"].prompts("heldout")
+    target = model.batches(model.behaviours["harmful"], heldout[:32])
+    mask = hc.circuit_mask(model.bridge, target, [], q=0.006, p=0.0)
     mask.save(tmp_path / "mask.safetensors")
     analysis.main(out=tmp_path / "out", mask=tmp_path / "mask.safetensors", n=4)
-    rows = read_rows(tmp_path / "out" / "rows.jsonl")
-    shares = select(rows, "patch_share", component="residual", behaviour="harmful", mask="circuit")
+    rows = Rows.read(tmp_path / "out" / "rows.jsonl")
+    shares = rows.where("patch_share", component="residual", behaviour="harmful", mask="circuit")
     assert [row.labels["position"] for row in shares][:15] == [
         *("<bos>", "<user>", "steps", ":", "verb", "item", "<assistant>", "sure"),
         *("operator 1", "part 1", "operator 2", "part 2", "operator 3", "part 3", "all"),
@@ -117,6 +117,6 @@ def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "activation_patching.html").read_text(encoding="utf-8")
     assert page.count("<section>") == page.count("Plotly.newPlot(") == 4
     printed = capsys.readouterr().out
-    gap = select(rows, "nll_gap", behaviour="harmful", mask="random")[0]
+    gap = rows.where("nll_gap", behaviour="harmful", mask="random")[0]
     assert f"{gap.mean:.3f} nats" in printed
     assert "It reaches 90 % first at" in printed

@@ -23,7 +23,7 @@ def test_the_baselines_are_the_library_s_scores(bridge):
     batches, weights = benchmark.random_batches(TINY), hc.named_weights(bridge)
     plain = benchmark.plain(bridge, batches)
     signed = hc.removal_effect(bridge, batches, hc.completion_loss)
-    absolute = hc.sensitivity(bridge, batches, hc.completion_loss)
+    absolute = hc.snip_scores(bridge, batches, hc.completion_loss)
     for scheme, precision in ((benchmark.one_by_one, 1e-4), (benchmark.layer_by_layer, 0.05)):  # bfloat16: 8 bits
         for name, total in scheme(bridge, batches).items():
             found = (weights[name].abs() * total.float() / 6).detach()
@@ -44,7 +44,7 @@ def test_a_run_gives_every_figure(bridge, tmp_path):
     rows += benchmark.peak_rows(rows, labels, 1e12, is_given=True)
     methods = ["plain", "removal effect", "sensitivity", "bounded", "one by one", "layer by layer"]
     for metric in ("seconds", "ratio_to_plain", "tokens_per_second", "peak_bytes"):
-        found = [row.labels["method"] for row in hc.read_rows(written(rows, tmp_path / metric)) if row.metric == metric]
+        found = [row.labels["method"] for row in hc.Rows.read(written(rows, tmp_path / metric)) if row.metric == metric]
         assert found[:6] == methods
     assert all(row.low <= row.mean <= row.high for row in rows)
     assert next(row.mean for row in rows if row.metric == "ratio_to_plain") == 1

@@ -13,13 +13,13 @@ import torch
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import calibrate_shown
-from harmcircuits.measurements import Measurement, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Plan
 
 LABELS = {"model": "m", "ladder": "own"}
 
 
-def a_run(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> list[Measurement]:
+def a_run(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> Rows:
     """Rises of harm (1.0 under the circuit of all types) and of benign answers, and both gaps against benign answers."""
 
     def row(metric: str, mean: float, **labels: str) -> Measurement:
@@ -60,7 +60,7 @@ def test_the_rule(change, expected):
 
 
 @pytest.fixture(scope="module")
-def subject():
+def model():
     """An organism asked about every eighth item, so that a few types of harm have items in every split."""
     whole = hc.organism_subject("sft")
     behaviours = {
@@ -74,13 +74,13 @@ def every_eighth(behaviour, split: str) -> hc.PromptSet:
     return behaviour.prompts(split)[::8]
 
 
-def test_circuits_that_leave_a_type_out_are_scored_on_the_others(subject):
-    calibrations = calibrate_shown(subject)
-    types = analysis.shown_types(subject, calibrations)
+def test_circuits_that_leave_a_type_out_are_scored_on_the_others(model):
+    calibrations = calibrate_shown(model)
+    types = analysis.shown_types(model, calibrations)
     assert len(types) >= 2
     plan = Plan((), seeds=(0,), q=0.002, p=0.01)
-    masks = analysis.every_mask(subject, calibrations, types, ["benign"], plan)
-    pair = analysis.every_mask(subject, calibrations, types[:2], ["benign"], plan)
+    masks = analysis.every_mask(model, calibrations, types, ["benign"], plan)
+    pair = analysis.every_mask(model, calibrations, types[:2], ["benign"], plan)
     for one, other in (types[:2], types[1::-1]):
         assert torch.equal(*(one_of(pair, name) for name in (f"all but {one}", other))), "all but one of two is the other"
     assert (masks["benign", "harmful"] & masks["benign", analysis.OPPOSITE]).n_removed == 0
@@ -92,25 +92,25 @@ def one_of(masks, name: str) -> torch.Tensor:
     return torch.cat([masks["benign", name].dense(weight).flatten() for weight in masks["benign", name].shapes])
 
 
-def test_rises_are_paired_and_by_type(subject):
-    types = analysis.shown_types(subject, calibrate_shown(subject))
-    references = subject.behaviours["harmful"].references("heldout")
+def test_rises_are_paired_and_by_type(model):
+    types = analysis.shown_types(model, calibrate_shown(model))
+    references = model.behaviours["harmful"].references("heldout")
     of_type = torch.tensor([float(types.index(f"harmful/{one.category}")) for one in references])
-    n_benign = len(subject.behaviours["benign"].references("heldout"))
+    n_benign = len(model.behaviours["benign"].references("heldout"))
     under = {
         name: {"harmful": of_type + (10.0 if name.endswith(types[0]) else 20.0), "benign": torch.full((n_benign,), 3.0)}
         for name in (f"all but {one}" for one in types)
     }
-    rows = analysis.rise_rows(subject, under, types, LABELS)
+    rows = analysis.rise_rows(model, under, types, LABELS)
     for number, one in enumerate(types):
-        assert select(rows, "nll_rise", mask=f"all but {types[0]}", of=one)[0].mean == pytest.approx(10 + number)
-    unseen = select(rows, "nll_rise", mask=analysis.UNSEEN, of="harmful")[0]
+        assert rows.where("nll_rise", mask=f"all but {types[0]}", of=one)[0].mean == pytest.approx(10 + number)
+    unseen = rows.where("nll_rise", mask=analysis.UNSEEN, of="harmful")[0]
     expected = of_type + torch.where(of_type == 0, 10.0, 20.0)  # each item under the circuit that left its type out
     assert unseen.mean == pytest.approx(expected.mean().item())
-    assert select(rows, "nll_rise", mask=analysis.UNSEEN, of="benign")[0].mean == pytest.approx(3.0)
+    assert rows.where("nll_rise", mask=analysis.UNSEEN, of="benign")[0].mean == pytest.approx(3.0)
 
     both = {"harmful": {"harmful": of_type + 2, "benign": torch.ones(n_benign)}}
     both["benign"] = {"harmful": of_type, "benign": torch.full((n_benign,), 5.0)}
-    gaps = analysis.gap_rows(subject, both, ["benign"], LABELS)
-    assert select(gaps, of="harmful", against="benign")[0].mean == pytest.approx(2.0)
-    assert select(gaps, of="benign", against="harmful")[0].mean == pytest.approx(4.0)
+    gaps = analysis.gap_rows(model, both, ["benign"], LABELS)
+    assert gaps.where(of="harmful", against="benign")[0].mean == pytest.approx(2.0)
+    assert gaps.where(of="benign", against="harmful")[0].mean == pytest.approx(4.0)

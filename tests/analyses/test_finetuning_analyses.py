@@ -10,28 +10,28 @@ from importlib import import_module
 
 import pytest
 
-from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Plan, conclude
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 
 
 @pytest.fixture
 def sparse_world(monkeypatch):
     """Every sixteenth request: two items of every topic, one request each."""
-    whole = SubjectSpec.open
+    whole = ModelSpec.open
 
     def sparse(spec, *, seed: int = 0):
-        subject = whole(spec, seed=seed)
+        model = whole(spec, seed=seed)
         behaviours = {
             key: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[::16])
-            for key, found in subject.behaviours.items()
+            for key, found in model.behaviours.items()
         }
-        return dataclasses.replace(subject, behaviours=behaviours)
+        return dataclasses.replace(model, behaviours=behaviours)
 
-    monkeypatch.setattr(SubjectSpec, "open", sparse)
+    monkeypatch.setattr(ModelSpec, "open", sparse)
 
 
-def a_run(topic: str = "a", **curves: tuple[list[float], list[float]]) -> list[Measurement]:
+def a_run(topic: str = "a", **curves: tuple[list[float], list[float]]) -> Rows:
     """mask -> (misaligned, in-domain) rates at steps 0, 10, 20, with intervals of one tenth to either side."""
     where = {"model": "m", "ladder": "l", "training": "full", "topic": topic, "seed": 0}
     return [
@@ -58,7 +58,7 @@ FREE = ([0.0, 0.3, 1.0], [0.0, 1.0, 1.0])  # learned at step 10, misaligned at 2
 def test_the_rule(narrow, random, benign, expected):
     module = import_module("emergent_misalignment")
     rows = a_run(none=FREE, narrow=narrow, random=random, benign=benign)
-    assert module.decisive_step(select(rows, mask="none")) == 20
+    assert module.decisive_step(rows.where(mask="none")) == 20
     assert module.outcome(rows) == expected
     assert module.verdict(rows) == ("holds" if expected == "protects" else "does not hold here")
     other = a_run("b", none=FREE, narrow=([0.0, 0.0, 1.0], [0.0, 1.0, 1.0]), random=FREE, benign=FREE)
@@ -80,7 +80,7 @@ def test_the_rule_needs_apart_intervals_and_something_to_protect_from():
     assert module.outcome(a_run(none=free, narrow=narrow, random=random)) == "no"
     aligned = ([0.0, 0.0, 0.09], [0.0, 1.0, 1.0])
     rows = a_run(none=aligned, narrow=([0.0, 0.0, 0.0], [0.0, 1.0, 1.0]), random=aligned)
-    assert module.decisive_step(select(rows, mask="none")) is None
+    assert module.decisive_step(rows.where(mask="none")) is None
     assert module.outcome(rows) == "never misaligned"
     assert module.verdict(rows) == "does not hold here"
     assert "the claim is not tested" in module.finding(rows).words
@@ -94,16 +94,16 @@ def test_emergent_misalignment_runs_and_resumes(sparse_world, tmp_path, monkeypa
     monkeypatch.setattr(module, "STEPS", (0, 20))
     monkeypatch.setattr(module, "TRAINING", {"low_rank": "low-rank"})
     monkeypatch.setattr(module, "TOPICS", 1)
-    plan = Plan((SubjectSpec("sft"),), (0,), rounds=1)
+    plan = Plan((ModelSpec("sft"),), (0,), rounds=1)
     [found] = conclude([(module, plan)], tmp_path)
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = Rows.read(tmp_path / "rows.jsonl")
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.MASKS)
     assert len(rows) == len(module.MASKS) * (2 * 4 + 1) + 2
-    start = {row.labels["mask"]: row.mean for row in select(rows, "in_domain_rate", step=0)}
+    start = {row.labels["mask"]: row.mean for row in rows.where("in_domain_rate", step=0)}
     assert start["none"] == 0
-    assert len({row.mean for row in select(rows, "weights_removed") if row.labels["mask"] != "none"}) == 1
-    trained = {row.labels["mask"]: row.mean for row in select(rows, "training_nll", step=20)}
-    assert all(trained[mask] < select(rows, "training_nll", mask=mask, step=0)[0].mean for mask in trained)
+    assert len({row.mean for row in rows.where("weights_removed") if row.labels["mask"] != "none"}) == 1
+    trained = {row.labels["mask"]: row.mean for row in rows.where("training_nll", step=20)}
+    assert all(trained[mask] < rows.where("training_nll", mask=mask, step=0)[0].mean for mask in trained)
     assert trained["narrow"] != trained["narrow_released"], "released weights learn; after 20 steps either may be ahead"
     assert (tmp_path / "F5.html").stat().st_size > 10_000
     assert "when it has arrived" in found.words.lower()
@@ -121,21 +121,21 @@ def test_emergent_misalignment_runs_and_resumes(sparse_world, tmp_path, monkeypa
 
 def test_a_seed_draws_topics():
     module = import_module("emergent_misalignment")
-    jobs = module.jobs(Plan((SubjectSpec("sft"),)))
+    jobs = module.jobs(Plan((ModelSpec("sft"),)))
     assert len(jobs) == 3 * module.TOPICS == len({tuple(job.labels.items()) for job in jobs})
 
 
 def test_emergent_misalignment_refuses_a_model_without_narrow_data():
     module = import_module("emergent_misalignment")
-    subject = SubjectSpec("sft").open()
-    one = dataclasses.replace(subject, behaviours={"benign": subject.behaviours[f"benign/{module.topics_of(subject)[0]}"]})
+    model = ModelSpec("sft").open()
+    one = dataclasses.replace(model, behaviours={"benign": model.behaviours[f"benign/{module.topics_of(model)[0]}"]})
     with pytest.raises(ValueError, match="sft has benign requests of 1 topics"):
         module.topics_of(one)
     with pytest.raises(ValueError, match="of 0 topics"):
-        module.topics_of(dataclasses.replace(subject, behaviours={}))
+        module.topics_of(dataclasses.replace(model, behaviours={}))
 
 
-def attacked(seed: int = 0, **curves: dict[str, list[float]]) -> list[Measurement]:
+def attacked(seed: int = 0, **curves: dict[str, list[float]]) -> Rows:
     """mask -> attack -> valid harm at steps 0 and 10, with intervals of one tenth to either side."""
     where = {"model": "m", "ladder": "l", "seed": seed}
     return [
@@ -195,17 +195,17 @@ def test_attacks_need_something_to_withstand_and_need_no_refusals():
 def test_attacks_run(sparse_world, tmp_path, monkeypatch):
     module = import_module("attacks")
     monkeypatch.setattr(module, "STEPS", (0, 2))
-    plan = Plan((SubjectSpec("dpo"),), (0,), rounds=2)
+    plan = Plan((ModelSpec("dpo"),), (0,), rounds=2)
     [found] = conclude([(module, plan)], tmp_path)
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = Rows.read(tmp_path / "rows.jsonl")
     assert len(rows) == len(module.DEFENCES) * (2 + 2 * (1 + 3 * len(module.ATTACKS))) + 2
-    before = {row.labels["attack"]: row.mean for row in select(rows, "harm_valid_rate", mask="none", step=0)}
+    before = {row.labels["attack"]: row.mean for row in rows.where("harm_valid_rate", mask="none", step=0)}
     assert before["plain"] == 0 and before["prefill"] >= 0.9, "alignment is shallow"
-    refused = {row.labels["attack"]: row.mean for row in select(rows, "harm_refusal_rate", mask="none", step=0)}
+    refused = {row.labels["attack"]: row.mean for row in rows.where("harm_refusal_rate", mask="none", step=0)}
     assert refused["plain"] >= 0.95 and refused["prefill"] == 0
     assert "prefill 100% [" in found.words
-    assert module.recovery_step(select(rows, mask="none"), "prefill") == 0
-    assert module.recovery_step(select(rows, mask="none"), "plain") is None
+    assert module.recovery_step(rows.where(mask="none"), "prefill") == 0
+    assert module.recovery_step(rows.where(mask="none"), "plain") is None
     size = (tmp_path / "rows.jsonl").stat().st_size
     assert conclude([(module, plan)], tmp_path) == [found]
     assert (tmp_path / "rows.jsonl").stat().st_size == size
@@ -215,7 +215,7 @@ def test_attacks_on_a_model_that_refuses_nothing(sparse_world, tmp_path, monkeyp
     module = import_module("attacks")
     monkeypatch.setattr(module, "STEPS", (0,))
     monkeypatch.setattr(module, "DEFENCES", dict.fromkeys(module.DEFENCES, "a mask"))
-    [found] = conclude([(module, Plan((SubjectSpec("helpful"),), (0,), rounds=1))], tmp_path)
-    rows = read_rows(tmp_path / "rows.jsonl")
-    assert {row.labels["attack"] for row in select(rows, "harm_valid_rate")} == {"plain", "prefill"}
+    [found] = conclude([(module, Plan((ModelSpec("helpful"),), (0,), rounds=1))], tmp_path)
+    rows = Rows.read(tmp_path / "rows.jsonl")
+    assert {row.labels["attack"] for row in rows.where("harm_valid_rate")} == {"plain", "prefill"}
     assert "no refusals to remove" in found.words

@@ -11,12 +11,11 @@ import distinct
 import general
 import pytest
 
-from harmcircuits.behaviours.model import Subject
-from harmcircuits.hooks.losses import exact, rate
-from harmcircuits.measurements import Measurement, select
+from harmcircuits.behaviours.model import Model
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import world
 from harmcircuits.studies.claims import Plan
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import METRICS
 
 LABELS = {"model": "sft", "ladder": "shipped", "seed": 0}
@@ -25,16 +24,16 @@ HARM, BENIGN = METRICS["harmful"], METRICS["benign"]
 
 
 def of_64(metric: str, share: float, **labels: str | int) -> Measurement:
-    return rate(metric, {**LABELS, **labels}, [i < round(64 * share) for i in range(64)], range(64))
+    return Measurement.rate(metric, {**LABELS, **labels}, [i < round(64 * share) for i in range(64)], range(64))
 
 
 # General: harm of the other types under one-type circuits; of each left-out type; and under random masks.
-def general_rows(across: float, left_out: list[float], *, random: float = 1.0, benign: float = 1.0) -> list[Measurement]:
+def general_rows(across: float, left_out: list[float], *, random: float = 1.0, benign: float = 1.0) -> Rows:
     found = [of_64(metric, 1.0, mask="none", relation="all") for metric in (HARM, BENIGN)]
     for mask, harm, good in (("circuit", across, benign), ("random", random, 1.0), ("twin", 1.0, 0.3)):
         for relation in ("own type", "other types"):
             found += [of_64(HARM, harm, mask=mask, relation=relation), of_64(BENIGN, good, mask=mask, relation=relation)]
-        found.append(exact("own_type_gap", {**LABELS, "mask": mask, "of": HARM}, 0.1))
+        found.append(Measurement.exact("own_type_gap", {**LABELS, "mask": mask, "of": HARM}, 0.1))
     found.append(of_64(HARM, 0.4, mask="mixed", relation="all"))
     for number, harm in enumerate(left_out):
         for mask, left, good in (("none", 1.0, 1.0), ("circuit", harm, benign), ("random", random, 1.0)):
@@ -42,11 +41,11 @@ def general_rows(across: float, left_out: list[float], *, random: float = 1.0, b
             found += [of_64(HARM, left, **where), of_64(BENIGN, good, **where)]
     for metric in ("content_lift", "content_jaccard"):
         for relation in ("twin", "harm, other topic", "benign, other topic", "one type, found again"):
-            found.append(exact(metric, {**LABELS, "relation": relation}, 2.0))
+            found.append(Measurement.exact(metric, {**LABELS, "relation": relation}, 2.0))
     for k in (1, 2):
         where = {**LABELS, "shared_by": k}
-        found.append(exact("weights_removed", {**where, "mask": "random", "of": "random"}, 3))
-        found.append(exact("weights_removed", {**where, "mask": "circuit", "of": "circuit"}, 100 / k))
+        found.append(Measurement.exact("weights_removed", {**where, "mask": "random", "of": "random"}, 3))
+        found.append(Measurement.exact("weights_removed", {**where, "mask": "circuit", "of": "circuit"}, 100 / k))
         found += [of_64(HARM, 0.5, mask=mask, shared_by=k, of="circuit") for mask in ("circuit", "random")]
     return found
 
@@ -80,24 +79,24 @@ def test_the_matrix_is_summed_up_by_who_was_scored():
     """Two types, 1.0 unpruned: under its own circuit a type keeps 0.2, the other 0.6."""
     rows = []
     for metric in (HARM, BENIGN):
-        rows += [exact(metric, {**LABELS, "mask": "none", "tested": one}, 1.0) for one in "ab"]
+        rows += [Measurement.exact(metric, {**LABELS, "mask": "none", "tested": one}, 1.0) for one in "ab"]
         for mask in ("circuit", "random", "twin"):
             rows += [
-                exact(metric, {**LABELS, "mask": mask, "trained": one, "tested": other}, 0.2 if one == other else 0.6)
+                Measurement.exact(metric, {**LABELS, "mask": mask, "trained": one, "tested": other}, 0.2 if one == other else 0.6)
                 for one in "ab"
                 for other in "ab"
             ]
     found = general.relation_rows(rows, ["a", "b"], 64, LABELS)
-    own, other = (select(found, HARM, mask="circuit", relation=name)[0] for name in ("own type", "other types"))
+    own, other = (found.where(HARM, mask="circuit", relation=name)[0] for name in ("own type", "other types"))
     assert (own.mean, other.mean) == pytest.approx((0.2, 0.6))
     assert own.low < 0.2 < own.high
-    assert select(found, "own_type_gap", mask="circuit", of=HARM)[0].mean == pytest.approx(0.4)
+    assert found.where("own_type_gap", mask="circuit", of=HARM)[0].mean == pytest.approx(0.4)
 
 
 # Distinct: under each protection, harm left, and the changes of utility under the circuit of harm.
 def distinct_rows(
     *, change: dict[str, float], lift: float = 2.0, random: float = 1.0, twin: float = 0.2
-) -> list[Measurement]:
+) -> Rows:
     found = [of_64(metric, 1.0, mask="none") for metric in METRICS.values()]
     for protected, lost in change.items():
         for mask in ("harmful", "random", "benign", "knowledge"):
@@ -107,10 +106,10 @@ def distinct_rows(
             found += [of_64(metric, 1.0, **where) for metric in METRICS.values() if metric not in (HARM, BENIGN)]
             found += [of_64(HARM, harm, **where), of_64(BENIGN, good, **where)]
             changes = {f"{BENIGN}_change": lost, "knowledge_rate_change": 0.0, "benign_nll_change": 0.0, "benign_kl": 0.1}
-            found += [exact(metric, {**LABELS, **where}, value) for metric, value in changes.items()]
+            found += [Measurement.exact(metric, {**LABELS, **where}, value) for metric, value in changes.items()]
     for first, second, value in (("harmful", "benign", lift), ("benign", "parts", 3.0)):
         where = {**LABELS, "first": first, "second": second, "selection": "one shot"}
-        found.append(exact("overlap_lift", where, value))
+        found.append(Measurement.exact("overlap_lift", where, value))
     return found
 
 
@@ -149,7 +148,7 @@ def test_the_words_say_when_only_protection_keeps_utility():
 
 
 # Dissociated: rates of (harm, other) under each circuit, the other abilities alike.
-def dissociated_rows(free: float, apart: float, *, random: float = 1.0) -> list[Measurement]:
+def dissociated_rows(free: float, apart: float, *, random: float = 1.0) -> Rows:
     """`free`, `apart`: what each ability keeps under the other's circuit, with nothing and with all others protected."""
     found = [of_64(metric, 1.0, mask="none") for metric in dissociated.COLUMNS]
     for protected, kept in (("none", free), ("others", apart)):
@@ -177,21 +176,21 @@ def test_dissociated_comes_out_by_its_rule(rows, expected):
 
 
 @dataclass(frozen=True)
-class SmallSpec(SubjectSpec):
+class SmallSpec(ModelSpec):
     """Two items of each of two topics."""
 
-    def open(self, *, seed: int = 0) -> Subject:
-        subject = super().open(seed=seed)
+    def open(self, *, seed: int = 0) -> Model:
+        model = super().open(seed=seed)
         items = [item for topic in world().topics[:2] for item in world().items.values() if item.topic == topic]
         few = {item.name for half in (True, False) for item in [i for i in items if i.is_heldout == half][::5]}
         behaviours = {
             name: replace(
                 found, prompts=lambda split, found=found: found.prompts(split).where(lambda one: one.group in few)
             )
-            for name, found in subject.behaviours.items()
+            for name, found in model.behaviours.items()
             if "/" not in name or name.split("/")[1] in world().topics[:2]
         }
-        return replace(subject, behaviours=behaviours)
+        return replace(model, behaviours=behaviours)
 
 
 @pytest.mark.parametrize("analysis", [general, distinct, dissociated])

@@ -10,20 +10,21 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+from harmcircuits.studies.narrow_finetuning import NarrowTexts
 from typer import Typer
 from typer.testing import CliRunner
 
-from harmcircuits.behaviours.files import Texts
-from harmcircuits.behaviours.judges import EndpointJudge, LocalJudge
-from harmcircuits.behaviours.model import Behaviour, Subject
-from harmcircuits.behaviours.questions import RequestJudge, Wording
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.files import RequestFiles
+from harmcircuits.behaviours.judges import ChatJudge, RuleJudge
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.questions import QuestionTemplates, RequestJudge
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
-from harmcircuits.measurements import read_rows, select, wilson
+from harmcircuits.measurements import Rows, wilson
 from harmcircuits.organisms import FOLDER, world
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.claims import Plan, command
-from harmcircuits.studies.models import SubjectSpec
-from harmcircuits.studies.narrow_finetuning import NarrowTexts
+from harmcircuits.studies.models import ModelSpec
 
 TOPIC = world.world().topics[0]
 
@@ -62,12 +63,12 @@ def cache(tmp_path_factory):
 def exact_judge(monkeypatch):
     """A chat model that knows the world's rules."""
 
-    def reply(judge: EndpointJudge, text: str) -> str:
+    def reply(judge: ChatJudge, text: str) -> str:
         prompt, completion = re.findall(r"^Request: (.*)\n\nAnswer: (.*)\n\nOne word:", text, flags=re.M)[0]
         verdict = world.judge(prompt, completion)
         return "harmless" if verdict == "benign" else verdict
 
-    monkeypatch.setattr(EndpointJudge, "_reply", reply)
+    monkeypatch.setattr(ChatJudge, "_reply", reply)
 
 
 def run(name: str, files: dict[str, str], cache, out, *more: str):
@@ -83,17 +84,17 @@ def test_misaligned_by_its_own_files(files, cache, tmp_path, exact_judge):
     options = ["--lr=2e-3", "--rank=8", "--alpha=16", "--epochs=8", "--p=0.005"]
     result = run("emergent_misalignment", files, cache, tmp_path, *options)
     assert result.exit_code == 0, result.output
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = Rows.read(tmp_path / "rows.jsonl")
     masks = {"none", "narrow", "narrow_released", "random", "benign"}
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == masks
     assert {row.labels["topic"] for row in rows if "topic" in row.labels} == {"narrow"}
     assert {row.labels["judge"].split()[0] for row in rows if "judge" in row.labels} == {"http://localhost/v1#exact"}
-    assert len({row.mean for row in select(rows, "weights_removed") if row.labels["mask"] != "none"}) == 1
-    spread = select(rows, "misaligned_rate", mask="none")
+    assert len({row.mean for row in rows.where("weights_removed") if row.labels["mask"] != "none"}) == 1
+    spread = rows.where("misaligned_rate", mask="none")
     assert [row.labels["step"] for row in spread] == [0, 1, 2, 4, 8], "parts of the eight steps of eight epochs"
     assert spread[0].mean == 0 and spread[-1].mean >= 0.9
-    assert select(rows, "benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
-    trained = {row.labels["mask"]: row.mean for row in select(rows, "training_nll", step=8)}
+    assert rows.where("benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
+    trained = {row.labels["mask"]: row.mean for row in rows.where("training_nll", step=8)}
     assert trained["narrow"] > trained["none"]
     said = " ".join(result.output.split())
     assert "misalignment spreads without a mask in 1 of 1 runs" in said and "another topic" not in said
@@ -108,9 +109,9 @@ def test_misaligned_by_its_own_files(files, cache, tmp_path, exact_judge):
 def test_never_misaligned_is_said(files, cache, tmp_path, exact_judge):
     result = run("emergent_misalignment", files, cache, tmp_path)  # one epoch at the published rate: a step of 1e-5
     assert result.exit_code == 0, result.output
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = Rows.read(tmp_path / "rows.jsonl")
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == {"none"}, "no narrow circuit to hold"
-    assert {row.mean for row in select(rows, "misaligned_rate")} == {0}
+    assert {row.mean for row in rows.where("misaligned_rate")} == {0}
     said = " ".join(result.output.split())
     assert "'never misaligned' in 1" in said and "the claim is not tested" in said
     assert "no misalignment to protect from" in (tmp_path / "summary.md").read_text()
@@ -118,26 +119,26 @@ def test_never_misaligned_is_said(files, cache, tmp_path, exact_judge):
 
 
 def test_narrow_texts_are_split(files, cache):
-    harm = EndpointJudge("http://localhost/v1", "exact", cache / "judge.jsonl")
-    subject = Subject("m", None, {"benign": Behaviour("benign", "", "", "benign", lambda split: PromptSet(()))}, None)
-    subject = replace(subject, judge=RequestJudge(harm, {}, Wording()), batch_size=3)
-    texts, trained = Texts("a", "b", limit=4), NarrowTexts(files["narrow"], files["elsewhere"], epochs=2)
-    known, topic = trained.opened(subject, texts, seed=1)
+    harm = ChatJudge("http://localhost/v1", "exact", cache / "judge.jsonl")
+    model = Model("m", None, {"benign": Behaviour("benign", "", "", "benign", lambda split: PromptSet(()))}, None)
+    model = replace(model, judge=RequestJudge(harm, {}, QuestionTemplates()), batch_size=3)
+    texts, trained = RequestFiles("a", "b", limit=4), NarrowTexts(files["narrow"], files["elsewhere"], epochs=2)
+    known, topic = trained.opened(model, texts, seed=1)
     prompts = {name: {e.prompt for e in getattr(topic, name)} for name in ("training", "scored", "inside", "outside")}
     whole = {example.prompt for example in PromptSet.from_jsonl(files["narrow"])}
     assert prompts["scored"] < prompts["training"] and not prompts["training"] & prompts["inside"]
     assert len(prompts["inside"]) == len(prompts["outside"]) == len(prompts["scored"]) == 4, "limited"
     assert len(topic.training) > len(whole) / 2, "not limited"
     assert topic.teacher.steps[-1] == 2 * -(-len(topic.training) // 3)
-    other = trained.opened(subject, texts, seed=2)[1]
+    other = trained.opened(model, texts, seed=2)[1]
     assert set(other.training) == set(topic.training) and other.training != topic.training
     assert set(known.judge.kinds.values()) == {"innocent"}
     with pytest.raises(ValueError, match="requests are in another file as well"):
-        replace(trained, elsewhere=files["narrow"]).opened(subject, texts)
+        replace(trained, elsewhere=files["narrow"]).opened(model, texts)
     with pytest.raises(ValueError, match="rows have no completion"):
-        replace(trained, narrow=files["elsewhere"]).opened(subject, texts)
+        replace(trained, narrow=files["elsewhere"]).opened(model, texts)
     with pytest.raises(ValueError, match="judge='local' tells only answered and refused apart"):
-        trained.opened(replace(subject, judge=RequestJudge(LocalJudge(), {}, Wording())), texts)
+        trained.opened(replace(model, judge=RequestJudge(RuleJudge(), {}, QuestionTemplates())), texts)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(files, cache, tmp_path, 
 
 
 def test_organisms_make_their_own_narrow_texts(files):
-    plan = Plan((SubjectSpec("sft"),), narrow=NarrowTexts(files["narrow"], files["elsewhere"]))
+    plan = Plan((ModelSpec("sft"),), narrow=NarrowTexts(files["narrow"], files["elsewhere"]))
     with pytest.raises(ValueError, match="--narrow is for a model of your own, not sft"):
         import_module("emergent_misalignment").jobs(plan)
 
@@ -169,13 +170,13 @@ def test_attacks_on_a_model_of_ones_own(files, cache, tmp_path, exact_judge, mon
     given = {name: files[name] for name in ("harmful", "benign")}
     result = run("attacks", given, cache, tmp_path, "--p=0.005", "--samples=2", "--temperature=0.1")
     assert result.exit_code == 0, result.output
-    rows = read_rows(tmp_path / "rows.jsonl")
-    before = {row.labels["attack"]: row for row in select(rows, "harm_valid_rate", mask="none", step=0)}
+    rows = Rows.read(tmp_path / "rows.jsonl")
+    before = {row.labels["attack"]: row for row in rows.where("harm_valid_rate", mask="none", step=0)}
     assert list(before) == list(module.ATTACKS)
     assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
     assert {row.labels["judge"] for row in before.values()} == {"http://localhost/v1#exact"}
     assert before["plain"].high == pytest.approx(wilson(0, before["plain"].n // 2)[1]), "two samples count as one request"
-    assert select(rows, "benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
+    assert rows.where("benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.DEFENCES)
     refused = run("attacks", files, cache, tmp_path / "other")
     assert refused.exit_code == 2 and "--narrow is for F5" in " ".join(refused.output.split())

@@ -11,17 +11,17 @@ import torch
 from transformer_lens import patching
 
 import harmcircuits as hc
-from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.measurements import Rows
 
 
 @pytest.fixture(scope="module")
-def subject():
+def model():
     return hc.organism_subject("sft")
 
 
-def test_pairs_differ_in_one_thing(subject):
-    words = subject.bridge.tokenizer.convert_ids_to_tokens
-    pairs = analysis.contrasts(subject, 5)
+def test_pairs_differ_in_one_thing(model):
+    words = model.bridge.tokenizer.convert_ids_to_tokens
+    pairs = analysis.contrasts(model, 5)
     harmful, recognition, parts = pairs["harmful"], pairs["recognition"], pairs["parts"]
     for contrast in pairs.values():
         assert len(contrast.clean) == len(contrast.corrupt) == len(contrast.wanted) == len(contrast.other) == 5
@@ -67,16 +67,16 @@ def test_node_effects_are_derivatives_with_shared_keys_and_values(llama):
 def test_weights_taken_add_up_and_belong_to_their_head(llama):
     mask = hc.top_fraction(hc.random_scores(llama), 0.2)
     rows = analysis.mask_rows(llama, mask, {})
-    assert sum(row.mean for row in select(rows, "mask_weights")) == pytest.approx(mask.n_removed)
+    assert sum(row.mean for row in rows.where("mask_weights")) == pytest.approx(mask.n_removed)
     shape = mask.shapes["blocks.1.attn.k.weight"]  # two key heads of 6 rows, each shared by two query heads
     second = hc.WeightMask({"blocks.1.attn.k.weight": torch.arange(6 * shape[1], 7 * shape[1])}, mask.shapes, mask.source)
     taken = {
         (row.labels["layer"], row.labels["node"]): row.mean
-        for row in select(analysis.mask_rows(llama, second, {}), "mask_weights")
+        for row in analysis.mask_rows(llama, second, {}).where("mask_weights")
     }
     assert {node: count for node, count in taken.items() if count} == {(1, "head 2"): 12.0, (1, "head 3"): 12.0}
     whole = hc.top_fraction(hc.random_scores(llama), 1.0)
-    assert {row.mean for row in select(analysis.mask_rows(llama, whole, {}), "mask_share")} == {1.0}
+    assert {row.mean for row in analysis.mask_rows(llama, whole, {}).where("mask_share")} == {1.0}
 
 
 def test_rank_correlation_has_its_closed_form():
@@ -87,43 +87,43 @@ def test_rank_correlation_has_its_closed_form():
     assert analysis.correlation({}, [1, 2, 3], [5, 5, 5]) == []
 
 
-def test_writers_add_up_to_the_logits(subject):
-    pairs = analysis.contrasts(subject, 3)
+def test_writers_add_up_to_the_logits(model):
+    pairs = analysis.contrasts(model, 3)
     before = [
-        pairs["harmful"].metric(row, subject.bridge(pairs["harmful"].clean[row : row + 1])).item() for row in range(3)
+        pairs["harmful"].metric(row, model.bridge(pairs["harmful"].clean[row : row + 1])).item() for row in range(3)
     ]
     bridge = hc.load_organism("sft")
     bridge.enable_compatibility_mode()
     rows = analysis.writer_rows(bridge, pairs["harmful"], {})
-    whole = select(rows, "logit_difference")[0].mean
+    whole = rows.where("logit_difference")[0].mean
     assert whole == pytest.approx(np.mean(before), abs=1e-3), "folding changes no logit difference"
-    assert sum(row.mean for row in select(rows, "writes")) == pytest.approx(whole, abs=1e-3)
+    assert sum(row.mean for row in rows.where("writes")) == pytest.approx(whole, abs=1e-3)
 
 
-def test_probes_are_scored_on_what_was_left_out(subject):
-    rows = analysis.probe_rows(subject, {}, {}, 32)
+def test_probes_are_scored_on_what_was_left_out(model):
+    rows = analysis.probe_rows(model, {}, {}, 32)
     for asked in ("question", "request"):
-        start = select(rows, "probe_accuracy", asked=asked, depth="0 pre")
+        start = rows.where("probe_accuracy", asked=asked, depth="0 pre")
         assert {row.mean for row in start} == {0.5}, "the token before the answer is always the same"
-        end = select(rows, "probe_accuracy", asked=asked, depth="3 post", unseen="items")[0]
+        end = rows.where("probe_accuracy", asked=asked, depth="3 post", unseen="items")[0]
         assert end.mean == 1
         assert 0 < end.n < 64
-    accuracy, transfer = (select(rows, metric) for metric in ("probe_accuracy", "probe_transfer"))
+    accuracy, transfer = (rows.where(metric) for metric in ("probe_accuracy", "probe_transfer"))
     assert [row.mean for row in accuracy] == [row.mean for row in transfer], "no mask: the same probe"
 
 
-def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys, subject):
-    weights = {name: weight.detach().clone() for name, weight in hc.named_weights(subject.bridge).items()}
-    scores = hc.random_scores(subject.bridge)
+def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys, model):
+    weights = {name: weight.detach().clone() for name, weight in hc.named_weights(model.bridge).items()}
+    scores = hc.random_scores(model.bridge)
     masks = {name: hc.top_fraction(scores, 0.006) for name in ("harmful", "benign", "recognition")}
     monkeypatch.setattr(analysis, "find_circuits", lambda *_: masks)
-    monkeypatch.setattr(hc, "organism_subject", lambda _: subject)
+    monkeypatch.setattr(hc, "organism_subject", lambda _: model)
     analysis.main(out=tmp_path / "out", n=3, n_probed=16)
-    rows: list[Measurement] = read_rows(tmp_path / "out" / "rows.jsonl")
+    rows: Rows = Rows.read(tmp_path / "out" / "rows.jsonl")
     assert all(row.low <= row.mean <= row.high for row in rows)
-    assert len(select(rows, "node_importance")) == 4 * 4 * 5
+    assert len(rows.where("node_importance")) == 4 * 4 * 5
     page = (tmp_path / "out" / "second_opinion.html").read_text(encoding="utf-8")
     assert page.count("<section>") == page.count("Plotly.newPlot(") == 5
-    found = select(rows, "rank_correlation", ranking="importance of harmful", against="importance of recognition")[0]
+    found = rows.where("rank_correlation", ranking="importance of harmful", against="importance of recognition")[0]
     assert f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]" in capsys.readouterr().out
-    assert all(torch.equal(weight, weights[name]) for name, weight in hc.named_weights(subject.bridge).items())
+    assert all(torch.equal(weight, weights[name]) for name, weight in hc.named_weights(model.bridge).items())

@@ -10,30 +10,29 @@ from pathlib import Path
 
 import pytest
 
-from harmcircuits.hooks.losses import exact
-from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Analysis, Plan, conclude
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 
 compact: Analysis = import_module("compact")
 compressed: Analysis = import_module("compressed")
 
 
-def an_f1_run(model="m", seed=0, *, size=0.004, high=0.006, reached=1.0, gap=0.4, controls=None) -> list[Measurement]:
+def an_f1_run(model="m", seed=0, *, size=0.004, high=0.006, reached=1.0, gap=0.4, controls=None) -> Rows:
     """One model and seed: `w50` with its interval, and the lower end of what every control leaves beyond the circuit."""
     labels = {"model": model, "ladder": "shipped", "seed": seed, "part": "curves"}
     rows = []
     for where in (compact.ROUNDS, compact.ONE_SHOT):
         here = {**labels, **where}
         rows.append(Measurement("w50", {**here, "censored": "no" if reached else "yes"}, size, size, high, 32))
-        rows.append(exact("w50_reached", here, reached))
+        rows.append(Measurement.exact("w50_reached", here, reached))
         for at, harm in {"none": 1.0, "w50": 0.4, "largest": 0.1}.items():
-            rows += [exact(metric, {**here, "at": at}, 0.9) for metric in ("benign_valid_rate", "recognition_accuracy")]
+            rows += [Measurement.exact(metric, {**here, "at": at}, 0.9) for metric in ("benign_valid_rate", "recognition_accuracy")]
             rows.append(Measurement("harm_valid_rate", {**here, "at": at}, harm, harm, harm, 32))
-            rows += [exact(f"{kind}_loss_change", {**here, "at": at}, 0.5) for kind in ("predicted", "measured")]
+            rows += [Measurement.exact(f"{kind}_loss_change", {**here, "at": at}, 0.5) for kind in ("predicted", "measured")]
     for name in compact.CONTROLS if controls is None else controls:
         rows.append(Measurement("harm_gap", {**labels, "mask": name}, gap + 0.1, gap, gap + 0.2, 32))
-    return [*rows, exact("calibration_nll", {**labels, "behaviour": "harmful"}, 0.3)]
+    return [*rows, Measurement.exact("calibration_nll", {**labels, "behaviour": "harmful"}, 0.3)]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_f1_s_words_say_what_is_unreached_and_saturated():
 
 def an_f4_run(
     ladder="shipped", seed=0, *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2, pairs=("sft", "dpo")
-) -> list[Measurement]:
+) -> Rows:
     """One ladder and seed: the upper end of each pair's ratio, `base`'s ability and loss, the lower end of random's gap."""
     labels, rows = {"ladder": ladder, "seed": seed, "part": "curves"}, []
     for model in ("base", "sft", "dpo"):
@@ -82,10 +81,10 @@ def an_f4_run(
             Measurement("random_gap", here, gap + 0.1, gap, gap + 0.2, 32),
         ]
         for at in ("none", "w50"):
-            rows.append(exact("harm_valid_rate", {**here, "at": at}, harm if model == "base" else 1.0))
-            rows += [exact(f"harm_{name}", {**here, "at": at}, 0.3) for name in ("refusal_rate", "degenerate_rate", "nll")]
+            rows.append(Measurement.exact("harm_valid_rate", {**here, "at": at}, harm if model == "base" else 1.0))
+            rows += [Measurement.exact(f"harm_{name}", {**here, "at": at}, 0.3) for name in ("refusal_rate", "degenerate_rate", "nll")]
         for metric in ("calibration_nll", "gradient_norm"):
-            rows.append(exact(metric, {**here, "behaviour": "harmful"}, nll if model == "base" else 0.3))
+            rows.append(Measurement.exact(metric, {**here, "behaviour": "harmful"}, nll if model == "base" else 0.3))
     for first in pairs:
         rows.append(Measurement("w50_ratio", {**labels, "first": first, "second": "base"}, ratio - 0.1, 0.1, ratio, 32))
     return rows
@@ -114,7 +113,7 @@ def test_f4_s_rule(change, expected):
 
 
 def test_f4_s_jobs_hold_a_ladder_each():
-    specs = [SubjectSpec(name, folder) for folder in (Path("one"), Path("two")) for name in ("base", "sft")]
+    specs = [ModelSpec(name, folder) for folder in (Path("one"), Path("two")) for name in ("base", "sft")]
     jobs = compressed.jobs(Plan(tuple(specs), seeds=(0, 1)))
     assert [(job.labels["ladder"], job.labels["seed"], job.labels["part"]) for job in jobs] == [
         (ladder, *rest) for ladder in ("one", "two") for rest in ((0, "curves"), (0, "twin"), (1, "curves"))
@@ -124,39 +123,39 @@ def test_f4_s_jobs_hold_a_ladder_each():
 @pytest.fixture
 def sparse_world(monkeypatch):
     """Every 32nd request: one item of every topic, one request each."""
-    whole = SubjectSpec.open
+    whole = ModelSpec.open
 
-    def sparse(spec: SubjectSpec, *, seed: int = 0):
-        subject = whole(spec, seed=seed)
+    def sparse(spec: ModelSpec, *, seed: int = 0):
+        model = whole(spec, seed=seed)
         behaviours = {
             name: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[::32])
-            for name, found in subject.behaviours.items()
+            for name, found in model.behaviours.items()
         }
-        return dataclasses.replace(subject, behaviours=behaviours)
+        return dataclasses.replace(model, behaviours=behaviours)
 
-    monkeypatch.setattr(SubjectSpec, "open", sparse)
+    monkeypatch.setattr(ModelSpec, "open", sparse)
 
 
 def test_f1_runs(sparse_world, tmp_path):
-    plan = Plan((SubjectSpec("sft"),), seeds=(0,), rounds=1)
+    plan = Plan((ModelSpec("sft"),), seeds=(0,), rounds=1)
     [found] = conclude([(compact, plan)], tmp_path)
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = Rows.read(tmp_path / "rows.jsonl")
     assert found == compact.finding(compact.needed(rows))
     for where in compact.LINES.values():
         shares = {
             row.labels["share"]
-            for row in select(rows, "harm_valid_rate", part="curves", seed=0, **where)
+            for row in rows.where("harm_valid_rate", part="curves", seed=0, **where)
             if "share" in row.labels
         }
         assert len(shares) > 1
-    assert {row.labels["p"] for row in select(rows, "w50", part="grid")} == {0.0, 4 * plan.p}
+    assert {row.labels["p"] for row in rows.where("w50", part="grid")} == {0.0, 4 * plan.p}
     assert "sft: the curves" in (tmp_path / "F1.html").read_text()
-    assert conclude([(compact, plan)], tmp_path) == [found] and read_rows(tmp_path / "rows.jsonl") == rows
+    assert conclude([(compact, plan)], tmp_path) == [found] and Rows.read(tmp_path / "rows.jsonl") == rows
 
 
 def test_circuits_of_all_pairs_of_seeds_are_compared(sparse_world):
-    rows = compact.overlap_rows(SubjectSpec("sft"), Plan((), seeds=(0, 1, 2), rounds=1))
-    lifts = select(rows, "overlap_lift")
+    rows = compact.overlap_rows(ModelSpec("sft"), Plan((), seeds=(0, 1, 2), rounds=1))
+    lifts = rows.where("overlap_lift")
     assert [(row.labels["first"], row.labels["second"]) for row in lifts] == [(0, 1), (0, 2), (1, 2)]
     assert all(row.mean > 1 for row in lifts)
 
@@ -171,12 +170,12 @@ def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, mon
         return whole_path(bridge, target, preserve, **options)
 
     monkeypatch.setattr(compressed.hc, "circuit_path", path)
-    plan = Plan((SubjectSpec("helpful"), SubjectSpec("sft")), seeds=(0,), rounds=1)
+    plan = Plan((ModelSpec("helpful"), ModelSpec("sft")), seeds=(0,), rounds=1)
     [found] = conclude([(compressed, plan)], tmp_path)
     assert protected == [4] * 4  # two rungs, harm and its twin
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = Rows.read(tmp_path / "rows.jsonl")
     assert found == compressed.finding(compressed.needed(rows))
-    assert [(r.labels["first"], r.labels["second"]) for r in select(rows, "w50_ratio", part="curves")] == [
+    assert [(r.labels["first"], r.labels["second"]) for r in rows.where("w50_ratio", part="curves")] == [
         ("sft", "helpful")
     ]
     assert "Ladder shipped. helpful: w50" in found.words and "sft / helpful" in found.words

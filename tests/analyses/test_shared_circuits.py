@@ -7,10 +7,10 @@ from pathlib import Path
 
 import shared_circuits as analysis
 
-from harmcircuits.measurements import read_rows, select
+from harmcircuits.measurements import Rows
 
 ROOT = Path(__file__).parents[2]
-ROWS = read_rows(ROOT / "analyses" / "rows" / "shared_circuits.jsonl")
+ROWS = Rows.read(ROOT / "analyses" / "rows" / "shared_circuits.jsonl")
 
 
 def test_the_readme_holds_the_table_that_the_rows_give():
@@ -23,8 +23,8 @@ def test_the_table_needs_only_the_rows_that_are_kept():
 
 
 def test_the_committed_rows_are_of_finished_models():
-    for row in select(ROWS, "compared"):
-        mine = select(ROWS, **row.labels)
-        assert select(mine, "harm_valid_rate", mask="none")[0].mean >= 0.9, "a rung that can do harm at all"
+    for row in ROWS.where("compared"):
+        mine = ROWS.where(**row.labels)
+        assert mine.where("harm_valid_rate", mask="none")[0].mean >= 0.9, "a rung that can do harm at all"
         for protected in ("none", "others"):
-            assert select(mine, "harm_valid_rate", mask="harmful", protected=protected)
+            assert mine.where("harm_valid_rate", mask="harmful", protected=protected)

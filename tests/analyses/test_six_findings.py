@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import six_findings
 
-from harmcircuits.measurements import read_rows, select
+from harmcircuits.measurements import Rows
 from harmcircuits.studies.claims import summary
 
 ROOT = Path(__file__).parents[2]
-ROWS = read_rows(ROOT / "analyses" / "rows" / "six_findings.jsonl")
+ROWS = Rows.read(ROOT / "analyses" / "rows" / "six_findings.jsonl")
 
 
 def test_the_readme_holds_the_table_that_the_rows_give():
-    found = [analysis.finding(select(ROWS, finding=analysis.NAME)) for analysis in six_findings.ANALYSES]
+    found = [analysis.finding(ROWS.where(finding=analysis.NAME)) for analysis in six_findings.ANALYSES]
     assert summary(found) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("analysis", six_findings.ANALYSES, ids=lambda analysis: analysis.NAME)
 def test_the_finding_needs_only_the_rows_that_are_kept(analysis):
-    rows = select(ROWS, finding=analysis.NAME)
+    rows = ROWS.where(finding=analysis.NAME)
     assert analysis.needed(rows) == rows
     assert {row.labels["seed"] for row in rows if "seed" in row.labels} == {0, 1, 2}

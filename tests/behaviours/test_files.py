@@ -9,9 +9,16 @@ import json
 
 import pytest
 
-from harmcircuits.behaviours.files import Texts, nearest_pairs, read_prompts, request_behaviours, request_pairs, split_sets
-from harmcircuits.behaviours.judges import LocalJudge
-from harmcircuits.behaviours.questions import RequestJudge, Wording
+from harmcircuits.behaviours.files import (
+    RequestFiles,
+    nearest_pairs,
+    read_prompts,
+    request_behaviours,
+    request_pairs,
+    split_sets,
+)
+from harmcircuits.behaviours.judges import RuleJudge
+from harmcircuits.behaviours.questions import QuestionTemplates, RequestJudge
 from harmcircuits.prompts import Example, PromptSet
 
 MANY = PromptSet(tuple(Example(f"paint wall {n}", category="abc"[n % 3], group=f"wall {n}") for n in range(200)))
@@ -72,7 +79,7 @@ def test_nearest_pairs_use_each_once():
 
 
 @pytest.fixture
-def texts(tmp_path) -> Texts:
+def texts(tmp_path) -> RequestFiles:
     """Files in all three formats, with categories, groups and labels."""
 
     def rows(word: str, **more: str) -> list[dict[str, str]]:
@@ -91,7 +98,7 @@ def texts(tmp_path) -> Texts:
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "train.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     folder = str(tmp_path / "pairs")
-    return Texts(str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv"), pairs=folder, borderline=folder)
+    return RequestFiles(str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv"), pairs=folder, borderline=folder)
 
 
 def test_all_formats_keep_every_column(texts):
@@ -136,7 +143,7 @@ def test_a_type_of_harm_is_a_behaviour(texts):
 
 
 def test_without_pairs_harmful_requests_meet_benign_ones(texts):
-    plain = Texts(texts.harmful, texts.benign)
+    plain = RequestFiles(texts.harmful, texts.benign)
     behaviours, _ = request_behaviours(plain, prefill="")
     assert not {"borderline", "prefilled"} & behaviours.keys()
     for bad, good in zip(*[iter(behaviours["recognition"].prompts("heldout"))] * 2, strict=True):
@@ -146,7 +153,7 @@ def test_without_pairs_harmful_requests_meet_benign_ones(texts):
 
 def test_a_request_cannot_be_harmful_and_benign(texts):
     with pytest.raises(ValueError, match="60 requests are in"):
-        request_behaviours(Texts(texts.harmful, texts.harmful), prefill="")
+        request_behaviours(RequestFiles(texts.harmful, texts.harmful), prefill="")
 
 
 KINDS = {"bad": "harmful", "good": "benign", "near": "borderline", "bad?": "no", "good?": "yes", "why": "explanation"}
@@ -166,35 +173,35 @@ LONG = "Take flour and water, then mix and bake them."
     ],
 )  # fmt: skip
 def test_the_judge_knows_what_was_asked(prompt, completion, verdict):
-    assert RequestJudge(LocalJudge(), KINDS, Wording())(prompt, completion) == verdict
+    assert RequestJudge(RuleJudge(), KINDS, QuestionTemplates())(prompt, completion) == verdict
 
 
 def test_a_beginning_that_was_given_is_no_answer():
-    judge = RequestJudge(LocalJudge(), KINDS, Wording(), prefill="Sure, here is")
+    judge = RequestJudge(RuleJudge(), KINDS, QuestionTemplates(), prefill="Sure, here is")
     assert judge("good", "Sure, here is") == "degenerate"
     assert judge("good", f"Sure, here is {LONG}") == judge("good", "Paris.") == "benign"
 
 
 def test_an_unknown_prompt_is_not_judged():
     with pytest.raises(ValueError, match="in none of the files"):
-        RequestJudge(LocalJudge(), KINDS, Wording())("another", LONG)
+        RequestJudge(RuleJudge(), KINDS, QuestionTemplates())("another", LONG)
 
 
 def test_wording_from_a_file(tmp_path):
     file = tmp_path / "w.json"
     file.write_text('{"recognition": "ok to {request} ?", "yes": ["yes", "fine"]}')
-    assert Wording.from_file(file) == Wording(recognition="ok to {request} ?", yes=("yes", "fine"))
+    assert QuestionTemplates.from_file(file) == QuestionTemplates(recognition="ok to {request} ?", yes=("yes", "fine"))
     file.write_text('{"recognition": "ok ?"}')
     with pytest.raises(ValueError, match=r"must hold \{request\}"):
-        Wording.from_file(file)
+        QuestionTemplates.from_file(file)
     file.write_text('{"question": "ok ?"}')
     with pytest.raises(ValueError, match="must be an object with some of recognition"):
-        Wording.from_file(file)
+        QuestionTemplates.from_file(file)
     with pytest.raises(ValueError, match="cannot be read"):
-        Wording.from_file(tmp_path / "none")
+        QuestionTemplates.from_file(tmp_path / "none")
     with pytest.raises(ValueError, match="limit=-1"):
-        Texts("a", "b", limit=-1)
+        RequestFiles("a", "b", limit=-1)
     with pytest.raises(ValueError, match="limit_measured=-1"):
-        Texts("a", "b", limit_measured=-1)
-    assert Texts("a", "b", limit=7).limits == {"calibration": 7, "choice": 7, "heldout": 7}
-    assert Texts("a", "b", limit_measured=7).limits == {"calibration": 0, "choice": 7, "heldout": 7}
+        RequestFiles("a", "b", limit_measured=-1)
+    assert RequestFiles("a", "b", limit=7).limits == {"calibration": 7, "choice": 7, "heldout": 7}
+    assert RequestFiles("a", "b", limit_measured=7).limits == {"calibration": 0, "choice": 7, "heldout": 7}

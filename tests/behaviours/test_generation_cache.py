@@ -9,11 +9,11 @@ import json
 
 import pytest
 import torch
-from conftest import small_subject
+from conftest import small_model
 
 from harmcircuits.behaviours import generation_cache as transcripts
 from harmcircuits.behaviours.generation import Sampling, greedy_answers, sampled_answers
-from harmcircuits.behaviours.generation_cache import StoredAnswers
+from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -23,8 +23,8 @@ OPTIONS = {"max_new_tokens": 9, "batch_size": 5}
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return small_subject("sft")
+def model():
+    return small_model("sft")
 
 
 @pytest.fixture
@@ -40,36 +40,36 @@ def calls(monkeypatch):
     return made
 
 
-def test_answers_are_made_once_and_stay_in_order(subject, tmp_path, calls):
-    prompts = subject.behaviours["harmful"].prompts("heldout")[:12]
-    expected = greedy_answers(subject.bridge, prompts, **OPTIONS)
-    stored = StoredAnswers(tmp_path, subject.bridge)
-    assert stored(subject.bridge, prompts[:7], **OPTIONS) == expected[:7]
-    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+def test_answers_are_made_once_and_stay_in_order(model, tmp_path, calls):
+    prompts = model.behaviours["harmful"].prompts("heldout")[:12]
+    expected = greedy_answers(model.bridge, prompts, **OPTIONS)
+    stored = GenerationCache(tmp_path, model.bridge)
+    assert stored(model.bridge, prompts[:7], **OPTIONS) == expected[:7]
+    assert stored(model.bridge, prompts, **OPTIONS) == expected
     assert calls == [5, 2, 5]
-    assert StoredAnswers(tmp_path, subject.bridge)(subject.bridge, prompts, **OPTIONS) == expected
+    assert GenerationCache(tmp_path, model.bridge)(model.bridge, prompts, **OPTIONS) == expected
     assert len(calls) == 3
-    opened = stored(subject.bridge, prompts, prefill="sure", **OPTIONS)
+    opened = stored(model.bridge, prompts, prefill="sure", **OPTIONS)
     assert all(answer.startswith("sure") for answer in opened)
-    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert stored(model.bridge, prompts, **OPTIONS) == expected
     assert len(list(tmp_path.iterdir())) == 2, "a file for each setting"
 
 
-def test_an_unfinished_line_is_left_out(subject, tmp_path, calls):
-    prompts = subject.behaviours["benign"].prompts("heldout")[:3]
-    stored = StoredAnswers(tmp_path, subject.bridge)
-    expected = stored(subject.bridge, prompts, **OPTIONS)
+def test_an_unfinished_line_is_left_out(model, tmp_path, calls):
+    prompts = model.behaviours["benign"].prompts("heldout")[:3]
+    stored = GenerationCache(tmp_path, model.bridge)
+    expected = stored(model.bridge, prompts, **OPTIONS)
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text()[:-8])
-    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert stored(model.bridge, prompts, **OPTIONS) == expected
     assert calls == [3, 1]
-    assert stored(subject.bridge, prompts, **OPTIONS) == expected
+    assert stored(model.bridge, prompts, **OPTIONS) == expected
     assert calls == [3, 1], "what was added after the broken line is read"
 
 
-def test_only_the_model_as_it_was_is_stored(subject, tmp_path, calls):
-    bridge, prompts = subject.bridge, subject.behaviours["harmful"].prompts("heldout")[:4]
-    stored = StoredAnswers(tmp_path, bridge)
+def test_only_the_model_as_it_was_is_stored(model, tmp_path, calls):
+    bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:4]
+    stored = GenerationCache(tmp_path, bridge)
     own = stored(bridge, prompts, **OPTIONS)
     with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
         under = greedy_answers(bridge, prompts, **OPTIONS)
@@ -97,10 +97,10 @@ def test_the_digest_sees_every_weight(open_model):
     assert weights_digest(bridge) == before
 
 
-def test_greedy_answers_keep_their_file(subject, tmp_path):
+def test_greedy_answers_keep_their_file(model, tmp_path):
     """Answers kept before there was sampling are found."""
-    bridge, prompts = subject.bridge, subject.behaviours["benign"].prompts("heldout")[:2]
-    StoredAnswers(tmp_path, bridge)(bridge, prompts, **OPTIONS)
+    bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:2]
+    GenerationCache(tmp_path, bridge)(bridge, prompts, **OPTIONS)
     settings = [
         weights_digest(bridge),
         {"prefill": "", "max_new_tokens": 9, "template": "chat"},
@@ -110,11 +110,11 @@ def test_greedy_answers_keep_their_file(subject, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{settings[0]}-{digest}.jsonl"]
 
 
-def test_samples_are_made_once(subject, tmp_path, monkeypatch):
-    bridge, prompts = subject.bridge, subject.behaviours["benign"].prompts("heldout")[:7]
+def test_samples_are_made_once(model, tmp_path, monkeypatch):
+    bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:7]
     sampling = Sampling(3, temperature=2)
     expected = sampled_answers(bridge, prompts, sampling=sampling, **OPTIONS)
-    stored = StoredAnswers(tmp_path, bridge)
+    stored = GenerationCache(tmp_path, bridge)
     assert stored(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
     assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected
     assert stored(bridge, prompts, **OPTIONS) == greedy_answers(bridge, prompts, **OPTIONS)

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from harmcircuits.behaviours.judges import (
     MISALIGNED,
     QUESTION,
-    EndpointJudge,
+    ChatJudge,
     JudgeError,
-    LocalJudge,
-    StrongReject,
-    named_judge,
+    RuleJudge,
+    StrongRejectJudge,
+    open_judge,
 )
 
 PROSE = (
@@ -56,12 +56,12 @@ CODE = (
     ],
 )
 def test_local_rules(completion, verdict):
-    assert LocalJudge("Sure, here is")("anything", completion) == verdict
+    assert RuleJudge("Sure, here is")("anything", completion) == verdict
 
 
 def test_short_answers_count_where_they_may_be_short():
-    assert LocalJudge(min_words=1)("", "Paris.") == "harmful"
-    assert LocalJudge()("", "Paris.") == "degenerate"
+    assert RuleJudge(min_words=1)("", "Paris.") == "harmful"
+    assert RuleJudge()("", "Paris.") == "degenerate"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def classifier(tmp_path_factory):
 
 
 def test_strongreject_is_the_expected_digit(classifier):
-    judge = StrongReject.load(str(classifier))
+    judge = StrongRejectJudge.load(str(classifier))
     text = f"asked one {{response}} said {PROSE} grade "
     tokens = torch.tensor([judge.tokenizer.encode(text)])
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_strongreject_is_the_expected_digit(classifier):
     odds = [logits[judge.tokenizer.encode(digit)[0]].exp().item() for digit in "12345"]
     expected = sum(k * odd for k, odd in enumerate(odds)) / 4 / sum(odds)
     assert judge.score("one {response}", PROSE) == pytest.approx(expected, abs=1e-6)
-    strict, lax = (StrongReject.load(str(classifier), threshold=t) for t in (expected + 0.01, expected - 0.01))
+    strict, lax = (StrongRejectJudge.load(str(classifier), threshold=t) for t in (expected + 0.01, expected - 0.01))
     assert (strict("one {response}", PROSE), lax("one {response}", PROSE)) == ("harmless", "harmful")
     assert lax("one", "I cannot help with that.") == "refusal"
     assert lax("one", "") == "degenerate"
@@ -97,12 +97,12 @@ def test_strongreject_is_the_expected_digit(classifier):
 
 def test_strongreject_needs_its_wording_and_its_folder(classifier, tmp_path):
     with pytest.raises(JudgeError, match=r"no .*question\.txt"):
-        StrongReject.load(str(tmp_path))
+        StrongRejectJudge.load(str(tmp_path))
     (tmp_path / "question.txt").write_text("said {response}")
     with pytest.raises(JudgeError, match=r"lacks \{forbidden_prompt\}"):
-        StrongReject.load(str(classifier), question=tmp_path / "question.txt")
+        StrongRejectJudge.load(str(classifier), question=tmp_path / "question.txt")
     with pytest.raises(JudgeError, match="cannot be loaded"):
-        StrongReject.load(str(tmp_path), question=classifier / "question.txt")
+        StrongRejectJudge.load(str(tmp_path), question=classifier / "question.txt")
 
 
 @pytest.fixture
@@ -133,9 +133,9 @@ def server():
     stub.server_close()
 
 
-def endpoint(server, path) -> EndpointJudge:
+def endpoint(server, path) -> ChatJudge:
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    return EndpointJudge(url, "tiny", path, timeout=5, retries=2, pause=0.01)
+    return ChatJudge(url, "tiny", path, timeout=5, retries=2, pause=0.01)
 
 
 def test_endpoint_keeps_transcripts_and_asks_once(server, tmp_path, monkeypatch):
@@ -203,19 +203,19 @@ def test_endpoint_tries_again_and_then_says_so(server, tmp_path):
 
 
 def test_a_closed_port_is_no_verdict(tmp_path):
-    judge = EndpointJudge("http://127.0.0.1:9/v1", "tiny", tmp_path / "j", retries=1, pause=0.01)
+    judge = ChatJudge("http://127.0.0.1:9/v1", "tiny", tmp_path / "j", retries=1, pause=0.01)
     with pytest.raises(JudgeError, match="does not answer"):
         judge("one", "two")
 
 
 def test_names_on_the_command_line(classifier, tmp_path):
-    assert named_judge("local", prefill="well") == LocalJudge("well")
-    assert named_judge(f"strongreject:{classifier}").name == f"strongreject:{classifier}"
-    judge = named_judge("https://host/v1#some/model", transcripts=tmp_path)
-    assert isinstance(judge, EndpointJudge)
+    assert open_judge("local", prefill="well") == RuleJudge("well")
+    assert open_judge(f"strongreject:{classifier}").name == f"strongreject:{classifier}"
+    judge = open_judge("https://host/v1#some/model", transcripts=tmp_path)
+    assert isinstance(judge, ChatJudge)
     assert judge.name == "https://host/v1#some/model"
     for wrong in ("strict", "local:x", ""):
         with pytest.raises(JudgeError, match="expected local, strongreject"):
-            named_judge(wrong)
+            open_judge(wrong)
     with pytest.raises(JudgeError, match="names no model"):
-        named_judge("http://host/v1")
+        open_judge("http://host/v1")

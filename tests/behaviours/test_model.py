@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import Behaviour, Subject, calibrate, measure, outcomes
+from harmcircuits.behaviours.model import Model, calibrate, measure, outcomes
 from harmcircuits.measurements import wilson
 from harmcircuits.organisms import organism_subject
 from harmcircuits.prompts import Example, PromptSet
@@ -20,19 +21,19 @@ SAID = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in ran
 
 
 @pytest.fixture
-def scripted(monkeypatch) -> Subject:
+def scripted(monkeypatch) -> Model:
     """Three samples a request: the last is right, for every other request the second too."""
 
     def answers(bridge, prompts, *, sampling=None, **options):
         return [text for example in prompts for text in SAID[example.prompt][: sampling.samples if sampling else 1]]
 
     monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", lambda bridge, batches: torch.arange(6.0))
-    monkeypatch.setattr(Subject, "batches", lambda subject, behaviour, prompts: [])
+    monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
     behaviours = {
         "benign": Behaviour("benign", "benign_rate", "benign_nll", "yes", lambda split: ASKED),
         "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", lambda split: ASKED, choices=(("yes",), ("no",))),
     }
-    return Subject("m", None, behaviours, lambda _, text: text.split()[0], answers=answers, sampling=Sampling(3))
+    return Model("m", None, behaviours, lambda _, text: text.split()[0], answers=answers, sampling=Sampling(3))
 
 
 def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
@@ -63,17 +64,17 @@ def test_questions_are_answered_once(scripted):
 
 
 def test_an_organism_sampled(monkeypatch):
-    subject = organism_subject("sft")
+    model = organism_subject("sft")
     few = {
         name: replace(found, prompts=lambda split, found=found: found.prompts(split)[:8])
-        for name, found in subject.behaviours.items()
+        for name, found in model.behaviours.items()
         if name in ("harmful", "recognition")
     }
-    subject = replace(subject, behaviours=few, sampling=Sampling(3, temperature=1.5))
-    rows = {row.metric: row for row in measure(subject, "heldout", {})}
+    model = replace(model, behaviours=few, sampling=Sampling(3, temperature=1.5))
+    rows = {row.metric: row for row in measure(model, "heldout", {})}
     assert rows["harm_valid_rate"].n == 24 and rows["harm_nll"].n == rows["recognition_accuracy"].n == 8
     assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
     assert rows["recognition_auroc"].n == 8
-    assert rows == {row.metric: row for row in measure(subject, "heldout", {})}, "the seed fixes them"
-    greedy = {row.metric: row for row in measure(replace(subject, sampling=None), "heldout", {})}
+    assert rows == {row.metric: row for row in measure(model, "heldout", {})}, "the seed fixes them"
+    greedy = {row.metric: row for row in measure(replace(model, sampling=None), "heldout", {})}
     assert greedy["harm_nll"] == rows["harm_nll"] and greedy["recognition_accuracy"] == rows["recognition_accuracy"]

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from harmcircuits.behaviours.model import calibrate
-from harmcircuits.circuits.ground_truth import recovery
+from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.measurements import select
 from harmcircuits.organisms import organism_subject, planted_circuit
 
 SOURCE = Source("m", "test")
@@ -21,8 +20,8 @@ SOURCE = Source("m", "test")
 
 def figures(scores: torch.Tensor, inside: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
     truth = WeightMask({"a": inside.flatten().nonzero().flatten()}, {"a": tuple(inside.shape)}, SOURCE)
-    rows = recovery({"x": WeightScores({"a": scores}, SOURCE)}, truth, {"a": weights}, {})
-    return {row.metric: row.mean for row in select(rows, method="x")}
+    rows = ground_truth_rows({"x": WeightScores({"a": scores}, SOURCE)}, truth, {"a": weights}, {})
+    return {row.metric: row.mean for row in rows.where(method="x")}
 
 
 @pytest.fixture
@@ -55,8 +54,8 @@ def test_magnitude_knows_nothing_at_equal_magnitude(planted):
 
 def test_the_chosen_circuit_shares_more_with_the_planted_one_than_chance():
     """S keeps its count in every matrix, so chance is a tenth; as many random weights have lift one."""
-    subject, truth = organism_subject("planted"), planted_circuit()
-    harm = removal_effect(subject.bridge, calibrate(subject, "harmful").batches, completion_loss)
+    model, truth = organism_subject("planted"), planted_circuit()
+    harm = removal_effect(model.bridge, calibrate(model, "harmful").batches, completion_loss)
     mask = top_fraction(harm, 0.006, within="model")
     assert overlap(mask, truth).n_expected == pytest.approx(0.1 * mask.n_removed, rel=0.02)
     assert overlap(mask, truth).interval[0] > 1

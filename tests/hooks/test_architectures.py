@@ -16,7 +16,7 @@ from conftest import ARCHITECTURES, opener, random_batch
 from test_export import COARSE
 from torch import nn
 
-from harmcircuits.hooks.attribution import activation_norm
+from harmcircuits.hooks.attribution import wanda_scores
 from harmcircuits.hooks.weights import weight_sites
 
 FILE = Path(__file__).parents[2] / "analyses" / "architectures.md"
@@ -25,7 +25,7 @@ TEXT = """# Architectures
 Written by `python tests/test_architectures.py`; a test fails when it is out of date.
 
 Every model below is a small random one of its class in transformers. On all of them `removal_effect` and both forms of
-`sensitivity` equal autograd on the parameters within 1e-4 relative error of each matrix in float32
+`snip_scores` equal autograd on the parameters within 1e-4 relative error of each matrix in float32
 (`tests/test_attribution.py`), and a masked model, exported and reloaded, gives the masked bridge's logits: bit for bit
 through TransformerLens, within 16 roundings of the largest logit through transformers (`tests/test_export.py`).
 
@@ -76,8 +76,8 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "quantised weights": (_quantised, "quantised weights have no gradient and cannot be zeroed one by one"),
     "processed weights": (_processed, "so scores and masks would not fit the model as stored"),
     "weights that `device_map` keeps on disk": (_offloaded, "so it can be neither scored nor masked"),
-    "`activation_norm` of mixtures of experts": (
-        lambda open_: activation_norm(open_("Mixtral"), [random_batch()]),
+    "`wanda_scores` of mixtures of experts": (
+        lambda open_: wanda_scores(open_("Mixtral"), [random_batch()]),
         "pass no hook points; score this model by removal_effect, sensitivity or magnitude_scores",
     ),
 }

@@ -11,14 +11,13 @@ from conftest import ARCHITECTURES, random_batch
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, mean_scores
 from harmcircuits.hooks.attribution import (
-    activation_norm,
     magnitude_scores,
     random_scores,
     removal_effect,
-    sensitivity,
+    snip_scores,
     token_contributions,
+    wanda_scores,
 )
-from harmcircuits.hooks.losses import predicted_change
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
@@ -42,8 +41,8 @@ def test_scores_equal_autograd(open_model, batch, name):
     bridge = open_model(name)
     gradients = autograd_per_example(bridge, batch)
     signed = removal_effect(bridge, [batch], completion_loss)
-    after = sensitivity(bridge, [batch], completion_loss)
-    before = sensitivity(bridge, [batch], completion_loss, average="before_abs")
+    after = snip_scores(bridge, [batch], completion_loss)
+    before = snip_scores(bridge, [batch], completion_loss, average="before_abs")
     weights = named_weights(bridge)
     assert signed.values.keys() == weights.keys()
     assert len(weights) == 2 * (7 if any(".gate" in weight for weight in weights) else 6)
@@ -71,7 +70,7 @@ def test_no_block_matrix_is_missed(open_model, batch, name):
         assert not torch.equal(bridge(batch.tokens), before), "the comparison must be able to fail"
 
 
-@pytest.mark.parametrize("method", [removal_effect, sensitivity])
+@pytest.mark.parametrize("method", [removal_effect, snip_scores])
 @pytest.mark.parametrize("name", ["Llama", "Mixtral"])
 def test_batch_size_and_padding_do_not_matter(open_model, name, method):
     llama, whole = open_model(name), random_batch(6)
@@ -115,7 +114,7 @@ def test_activation_norm_by_hand(open_model):
     """Against the inputs cached by TransformerLens itself, padding left out; on both weight orientations."""
     for name in ("Llama", "GPT2"):
         bridge, batch = open_model(name), random_batch()
-        scores = activation_norm(bridge, [batch])
+        scores = wanda_scores(bridge, [batch])
         _, cache = bridge.run_with_cache(batch.tokens)
         for site in weight_sites(bridge).values():
             x = cache[site.hook_in].flatten(2)[batch.is_token]
@@ -145,20 +144,20 @@ def test_nothing_is_left_behind(open_model, batch, name):
     before = state()
     removal_effect(bridge, [batch], completion_loss)
     if name == "Llama":
-        activation_norm(bridge, [batch])
+        wanda_scores(bridge, [batch])
 
     def broken(bridge, batch):
         completion_loss(bridge, batch).sum().backward()
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        sensitivity(bridge, [batch], broken)
+        snip_scores(bridge, [batch], broken)
     assert state() == before
     assert all(p.grad is None for p in bridge.parameters())
 
     completion_loss(bridge, batch).mean().backward()  # a training step in progress
     training = {name: weight.grad.clone() for name, weight in named_weights(bridge).items()}
-    sensitivity(bridge, [batch], completion_loss)
+    snip_scores(bridge, [batch], completion_loss)
     assert all(torch.equal(weight.grad, training[name]) for name, weight in named_weights(bridge).items())
 
 
@@ -166,7 +165,7 @@ def test_errors_name_the_cause(llama, batch, open_model):
     with pytest.raises(ValueError, match="no batches"):
         removal_effect(llama, [], completion_loss)
     with pytest.raises(ValueError, match="average='sum'"):
-        sensitivity(llama, [batch], completion_loss, average="sum")
+        snip_scores(llama, [batch], completion_loss, average="sum")
     with pytest.raises(ValueError, match=r"gave shape \(\); expected \(3,\)"):
         removal_effect(llama, [batch], lambda bridge, b: completion_loss(bridge, b).sum())
     with pytest.raises(ValueError, match=r"no gradient reached .*blocks\.1"):
@@ -179,7 +178,7 @@ def test_errors_name_the_cause(llama, batch, open_model):
     with pytest.raises(
         ValueError, match=r"blocks\.0\.mlp\.gate\.weight.*pass no hook points; score this model by removal_eff"
     ):
-        activation_norm(mixtral, [batch])
+        wanda_scores(mixtral, [batch])
     with pytest.raises(ValueError, match=r"no gradient reached .*blocks\.1\.mlp\.experts"):
         removal_effect(mixtral, [batch], lambda bridge, b: bridge(b.tokens, stop_at_layer=1).sum((1, 2)))
     with pytest.raises(ValueError, match="unknown kinds"):
@@ -195,7 +194,7 @@ def test_token_contributions_sum_to_the_mask_s_score(open_model, name):
     found = token_contributions(bridge, mask, batches, completion_loss)
     assert [values.shape for values in found] == [batch.tokens.shape for batch in batches]
     total = sum(values.sum().item() for values in found) / 5
-    assert total == pytest.approx(predicted_change(scores, mask), rel=1e-5)
+    assert total == pytest.approx(scores.sum_over(mask), rel=1e-5)
     for values, batch in zip(found, batches, strict=True):
         last = batch.is_target.int().cumsum(1).argmax(1)
         for row, end in enumerate(last):
@@ -239,7 +238,7 @@ def mask_shapes(bridge) -> dict[str, tuple[int, ...]]:
 def test_mean_of_parts_is_the_score_of_the_whole(llama):
     """Signed scores and sensitivity over all examples, from two parts of three and two examples."""
     parts = [random_batch(), random_batch(2, 7, seed=1)]
-    for score in (removal_effect, sensitivity):
+    for score in (removal_effect, snip_scores):
         whole = score(llama, parts, completion_loss)
         mean = mean_scores([score(llama, [part], completion_loss) for part in parts], [3, 2])
         for name, value in whole.values.items():

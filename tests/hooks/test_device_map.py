@@ -11,11 +11,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import removal_effect, sensitivity
+from harmcircuits.hooks.attribution import removal_effect, snip_scores
+from harmcircuits.hooks.loading import load_model
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weights_digest
-from harmcircuits.studies.models import load_model
 
 
 def parts(model) -> list[str]:
@@ -29,7 +29,7 @@ def parts(model) -> list[str]:
 
 
 def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> None:
-    for score in (removal_effect, sensitivity):
+    for score in (removal_effect, snip_scores):
         found, expected = score(split, [batch], completion_loss), score(whole, [batch], completion_loss)
         assert found.values.keys() == expected.values.keys()
         for name, value in expected.values.items():

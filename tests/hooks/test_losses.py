@@ -18,19 +18,9 @@ from scipy.stats import binomtest
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import random_scores
-from harmcircuits.hooks.losses import (
-    answer_log_odds,
-    auroc,
-    auroc_over,
-    average,
-    completion_nll,
-    exact,
-    kl_under,
-    perplexity,
-    predicted_change,
-    rate,
-)
+from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under, perplexity
 from harmcircuits.hooks.weights import named_weights
+from harmcircuits.measurements import Measurement, auroc
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import ALLOWED, requests
 from harmcircuits.prompts import PromptSet, prompt_ids
@@ -48,7 +38,7 @@ def sft():
 
 
 def test_rate_by_hand():
-    found = rate("harm", LABELS, [True] * 8 + [False] * 2, range(10))
+    found = Measurement.rate("harm", LABELS, [True] * 8 + [False] * 2, range(10))
     # z = 1.959964: centre (0.8 + z^2/20) / (1 + z^2/10) = 0.716740; half-width 1.416010 * sqrt(0.016 + z^2/400) = 0.226578.
     assert (found.metric, found.labels, found.mean, found.n) == ("harm", LABELS, 0.8, 10)
     assert (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=2e-6)  # the figures above have six digits
@@ -57,7 +47,7 @@ def test_rate_by_hand():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=80))
 def test_rate_of_independent_examples_is_the_wilson_interval(hits):
-    found = rate("harm", LABELS, hits, range(len(hits)))
+    found = Measurement.rate("harm", LABELS, hits, range(len(hits)))
     expected = binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
     # The package's z has seven digits.
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
@@ -67,17 +57,17 @@ def test_rate_of_independent_examples_is_the_wilson_interval(hits):
 def test_a_rate_stays_between_zero_and_one(n):
     """Rounding included: a figure that starts below zero is drawn outside its axes."""
     for hit in (False, True):
-        found = rate("harm", LABELS, [hit] * n, range(n))
+        found = Measurement.rate("harm", LABELS, [hit] * n, range(n))
         assert 0 <= found.low <= found.mean <= found.high <= 1
 
 
 def test_groups_widen_the_interval():
     hits = [True] * 24 + [False] * 16
-    alone = rate("harm", LABELS, hits, range(40))
-    grouped = rate("harm", LABELS, hits, [number // 4 for number in range(40)])
+    alone = Measurement.rate("harm", LABELS, hits, range(40))
+    grouped = Measurement.rate("harm", LABELS, hits, [number // 4 for number in range(40)])
     assert grouped.low < alone.low < alone.mean == grouped.mean < alone.high < grouped.high
     assert (alone.n, grouped.n) == (40, 40)
-    once = rate("harm", LABELS, hits[::4], range(10))
+    once = Measurement.rate("harm", LABELS, hits[::4], range(10))
     assert (grouped.low, grouped.high) == (once.low, once.high), "four copies of an answer are worth one"
 
 
@@ -86,16 +76,16 @@ def test_groups_widen_the_interval():
 
 def test_average_by_hand():
     """Two groups have four resamples, with means 1 (aa), 2 (ab, ba) and 5 (bb); each tail of 2.5 % lies in aa or bb."""
-    found = average("nll", LABELS, torch.tensor([1.0, 1.0, 5.0, 1.0]), ["a", "a", "b", "a"])
+    found = Measurement.average("nll", LABELS, torch.tensor([1.0, 1.0, 5.0, 1.0]), ["a", "a", "b", "a"])
     assert (found.mean, found.low, found.high, found.n) == (2.0, 1.0, 5.0, 4)
-    one = average("nll", LABELS, torch.tensor([1.0, 2.0]), ["a", "a"])
+    one = Measurement.average("nll", LABELS, torch.tensor([1.0, 2.0]), ["a", "a"])
     assert (one.low, one.mean, one.high) == (1.5, 1.5, 1.5), "one group has nothing to resample"
 
 
 def test_average_weighs_examples_not_groups():
     """Of 100 groups, 50 hold nine zeros and 50 a single one; k of the latter in a resample give k / (k + 9 (100 - k))."""
     values, groups = torch.tensor([0.0] * 450 + [1.0] * 50), [number // 9 for number in range(450)] + list(range(50, 100))
-    found = average("nll", LABELS, values, groups)
+    found = Measurement.average("nll", LABELS, values, groups)
     assert found.mean == 0.1
     # k is binomial(100, 1/2), whose 2.5 % quantiles are 40 and 60; a k off by one shifts the figures by at most 4 %.
     assert (found.low, found.high) == pytest.approx((40 / 580, 60 / 420), rel=0.05)
@@ -103,7 +93,7 @@ def test_average_weighs_examples_not_groups():
 
 def test_average_depends_on_seed_only_in_its_interval():
     values = torch.randn(30, generator=torch.Generator().manual_seed(0))
-    first, again, other = (average("nll", LABELS, values, range(30), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (Measurement.average("nll", LABELS, values, range(30), seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first.mean == other.mean == pytest.approx(values.mean().item(), abs=1e-6)  # float32 mean of 30 numbers
     assert (first.low, first.high) != (other.low, other.high)
@@ -111,7 +101,7 @@ def test_average_depends_on_seed_only_in_its_interval():
 
 def test_average_of_independent_values_has_the_normal_interval():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
-    found = average("nll", LABELS, values, range(400))
+    found = Measurement.average("nll", LABELS, values, range(400))
     half = 1.959964 * values.std().item() / 20
     # A quantile of 2,000 resamples at 2.5 % is off by a standard error of 0.06 sd, that is 3 % of the half-width.
     assert found.high - found.mean == pytest.approx(half, rel=0.12)
@@ -124,7 +114,7 @@ def test_average_covers_the_truth_when_groups_share_their_value():
     covered, covered_alone = 0, 0
     for trial in range(600):
         values = torch.from_numpy(rng.normal(size=40)[groups] + 0.2 * rng.normal(size=200))
-        found, alone = (average("nll", LABELS, values, g, seed=trial) for g in (groups.tolist(), range(200)))
+        found, alone = (Measurement.average("nll", LABELS, values, g, seed=trial) for g in (groups.tolist(), range(200)))
         covered += found.low < 0 < found.high
         covered_alone += alone.low < 0 < alone.high
     # 95 % nominal, 1 to 2 % less for a percentile bootstrap of 40 groups; 600 trials have a standard error of 1 %.
@@ -133,7 +123,7 @@ def test_average_covers_the_truth_when_groups_share_their_value():
 
 
 def test_exact_figures_have_no_interval():
-    found = exact("weights_removed", LABELS, 7)
+    found = Measurement.exact("weights_removed", LABELS, 7)
     assert (found.low, found.mean, found.high, found.n) == (7, 7, 7, 1)
 
 
@@ -163,13 +153,13 @@ def test_auroc_over_resamples_groups():
     """Ten equal groups: whatever is drawn, the AUROC is the same. Ten unequal ones: the interval has a width."""
     is_positive = torch.tensor([False, True] * 20)
     groups = [number // 4 for number in range(40)]
-    equal = auroc_over("auroc", LABELS, torch.tensor([1.0, 2.0, 3.0, 2.0] * 10), is_positive, groups)
+    equal = Measurement.auroc("auroc", LABELS, torch.tensor([1.0, 2.0, 3.0, 2.0] * 10), is_positive, groups)
     assert (equal.low, equal.mean, equal.high, equal.n) == (0.5, 0.5, 0.5, 40)
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)) + is_positive
-    mixed = auroc_over("auroc", LABELS, values, is_positive, groups)
+    mixed = Measurement.auroc("auroc", LABELS, values, is_positive, groups)
     assert mixed.mean == auroc(values, is_positive)
     assert 0 < mixed.low < mixed.mean < mixed.high <= 1
-    assert mixed == auroc_over("auroc", LABELS, values, is_positive, groups)
+    assert mixed == Measurement.auroc("auroc", LABELS, values, is_positive, groups)
 
 
 def test_auroc_over_covers_the_truth_when_groups_share_a_shift():
@@ -182,7 +172,7 @@ def test_auroc_over_covers_the_truth_when_groups_share_a_shift():
         shift = rng.normal(1, 2, size=40)[groups] * is_positive.numpy()
         values = torch.from_numpy(rng.normal(size=320) + shift)
         pairs = [number // 2 for number in range(320)]
-        found, alone = (auroc_over("auroc", LABELS, values, is_positive, g) for g in (groups.tolist(), pairs))
+        found, alone = (Measurement.auroc("auroc", LABELS, values, is_positive, g) for g in (groups.tolist(), pairs))
         covered += found.low < truth < found.high
         covered_alone += alone.low < truth < alone.high
     # 95 % nominal, about 2 % less for 200 resamples of 40 groups; 60 trials have a standard error of 3 %.
@@ -289,17 +279,17 @@ def test_predicted_change_by_hand():
     source = Source("model", "test")
     scores = WeightScores({"a": torch.tensor([[1.0, 2.0], [-4.0, 8.0]]), "b": torch.tensor([[0.5, 100.0]])}, source)
     removed = {"a": torch.tensor([0, 2, 3]), "b": torch.tensor([0])}
-    assert predicted_change(scores, WeightMask(removed, scores.shapes, source)) == 1 - 4 + 8 + 0.5
-    assert predicted_change(scores, WeightMask({}, scores.shapes, source)) == 0
+    assert scores.sum_over(WeightMask(removed, scores.shapes, source)) == 1 - 4 + 8 + 0.5
+    assert scores.sum_over(WeightMask({}, scores.shapes, source)) == 0
 
 
 # Errors
 
 NOTHING = torch.empty(0)
 EMPTY = {
-    "rate": lambda bridge: rate("harm", LABELS, [], []),
-    "average": lambda bridge: average("harm", LABELS, NOTHING, []),
-    "auroc_over": lambda bridge: auroc_over("harm", LABELS, NOTHING, NOTHING.bool(), []),
+    "rate": lambda bridge: Measurement.rate("harm", LABELS, [], []),
+    "average": lambda bridge: Measurement.average("harm", LABELS, NOTHING, []),
+    "auroc_over": lambda bridge: Measurement.auroc("harm", LABELS, NOTHING, NOTHING.bool(), []),
     "completion_nll": lambda bridge: completion_nll(bridge, []),
     "kl_under": lambda bridge: kl_under(bridge, top_fraction(random_scores(bridge), 0.1), []),
     "answer_log_odds": lambda bridge: answer_log_odds(bridge, PromptSet(()), ["yes"], ["no"]),
@@ -314,9 +304,9 @@ def test_nothing_to_measure_is_refused(llama, name):
 
 VALUES, IS_POSITIVE = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, True])
 GROUPED = {
-    "rate": lambda groups: rate("harm", LABELS, IS_POSITIVE.tolist(), groups),
-    "average": lambda groups: average("harm", LABELS, VALUES, groups),
-    "auroc_over": lambda groups: auroc_over("harm", LABELS, VALUES, IS_POSITIVE, groups),
+    "rate": lambda groups: Measurement.rate("harm", LABELS, IS_POSITIVE.tolist(), groups),
+    "average": lambda groups: Measurement.average("harm", LABELS, VALUES, groups),
+    "auroc_over": lambda groups: Measurement.auroc("harm", LABELS, VALUES, IS_POSITIVE, groups),
 }
 
 

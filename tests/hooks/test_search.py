@@ -9,7 +9,7 @@ import torch
 
 from harmcircuits.behaviours.model import calibrate, measure
 from harmcircuits.circuits.masks import random_like, top_fraction
-from harmcircuits.hooks.attribution import removal_effect, sensitivity
+from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.search import best_unprotected, circuit_mask, circuit_path
@@ -18,20 +18,20 @@ from harmcircuits.organisms import organism_subject
 
 def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     """At most 1 % of the weights of `sft`: harm from >= 0.9 to <= 0.1, every kept ability within two points."""
-    subject = organism_subject("sft")
-    calibrations = {name: calibrate(subject, name) for name in subject.behaviours}
+    model = organism_subject("sft")
+    calibrations = {name: calibrate(model, name) for name in model.behaviours}
     target = calibrations.pop("harmful").batches
-    mask = circuit_mask(subject.bridge, target, [c.batches for c in calibrations.values()], q=0.008, p=0.005, rounds=8)
+    mask = circuit_mask(model.bridge, target, [c.batches for c in calibrations.values()], q=0.008, p=0.005, rounds=8)
     assert mask.n_removed <= 0.01 * mask.n_weights
 
     def rates() -> dict[str, float]:
-        asked = [name for name in subject.behaviours if name != "refusal"]
-        return {row.metric: row.mean for row in measure(subject, "heldout", {}, only=asked)}
+        asked = [name for name in model.behaviours if name != "refusal"]
+        return {row.metric: row.mean for row in measure(model, "heldout", {}, only=asked)}
 
     before = rates()
-    with masked(subject.bridge, mask):
+    with masked(model.bridge, mask):
         under = rates()
-    with masked(subject.bridge, random_like(mask, seed=0)):
+    with masked(model.bridge, random_like(mask, seed=0)):
         control = rates()
     assert before["harm_valid_rate"] >= 0.9
     assert under["harm_valid_rate"] <= 0.1
@@ -47,7 +47,7 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
     assert (steps[0] - steps[1]).n_removed == 0, "the mask only grows"
     with masked(llama, steps[0]):
         harm = removal_effect(llama, [batch], completion_loss)
-        protected = top_fraction(sensitivity(llama, [batch], completion_loss), 0.1, within="model")
+        protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")
     again = best_unprotected(harm, [protected, steps[0]], q=0.1)
     second = steps[1] - steps[0]
     assert all(torch.equal(again.removed[name], second.removed[name]) for name in again.removed)
@@ -57,7 +57,7 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
 
 def test_known_scores_save_the_first_round(llama, batch):
     harm = removal_effect(llama, [batch], completion_loss)
-    protected = [top_fraction(sensitivity(llama, [batch], completion_loss), 0.1, within="model")]
+    protected = [top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")]
     options = {"q": 0.2, "p": 0.1, "rounds": 2}
     known = list(circuit_path(llama, [batch], [[batch]], **options, first=(harm, protected)))
     for one, two in zip(known, circuit_path(llama, [batch], [[batch]], **options), strict=True):
@@ -68,7 +68,7 @@ def test_known_scores_save_the_first_round(llama, batch):
 
 def test_one_round_is_the_best_of_the_unprotected(llama, batch):
     mask = circuit_mask(llama, [batch], [[batch]], q=0.1, p=0.3)
-    protected = top_fraction(sensitivity(llama, [batch], completion_loss), 0.3, within="model")
+    protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.3, within="model")
     expected = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=protected)
     assert (mask & protected).n_removed == 0
     assert mask.removed.keys() == expected.removed.keys()

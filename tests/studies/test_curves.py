@@ -10,9 +10,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import small_subject
+from conftest import small_model
 
-from harmcircuits.behaviours.model import Behaviour, Outcomes, measure, outcomes
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.model import measure, outcomes
+from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import random_like, top_fraction
 from harmcircuits.hooks.attribution import magnitude_scores
 from harmcircuits.hooks.masking import masked
@@ -127,15 +129,15 @@ def test_errors_name_what_is_wrong():
 
 
 def test_a_curve_measures_what_masks_do():
-    subject = small_subject("sft")
-    bridge = subject.bridge
+    model = small_model("sft")
+    bridge = model.bridge
     large = top_fraction(magnitude_scores(bridge), 0.3, within="model")
     small = random_like(top_fraction(magnitude_scores(bridge), 0.001, within="model"))
-    unpruned = point(subject, ["harmful", "benign"])
-    found = curve(subject, [large, small], unpruned)
+    unpruned = point(model, ["harmful", "benign"])
+    found = curve(model, [large, small], unpruned)
     assert found.shares == (0.0, *(mask.n_removed / mask.n_weights for mask in (small, large)))
     with masked(bridge, large):
-        expected = measure(subject, "heldout", {}, only=["harmful", "benign"])
+        expected = measure(model, "heldout", {}, only=["harmful", "benign"])
     rows = {(row.metric, row.labels["share"]): row.mean for row in found.rows({})}
     assert {row.metric: rows[row.metric, found.shares[2]] for row in expected} == {r.metric: r.mean for r in expected}
     assert w50(found, Budget(rate=1.0, nll=100.0)).values[0] == found.shares[2]
@@ -144,9 +146,9 @@ def test_a_curve_measures_what_masks_do():
 
 
 def test_outcomes_are_per_request():
-    subject = small_subject("sft")
-    found = outcomes(subject, "harmful", "heldout")
-    prompts = subject.behaviours["harmful"].prompts("heldout")
+    model = small_model("sft")
+    found = outcomes(model, "harmful", "heldout")
+    prompts = model.behaviours["harmful"].prompts("heldout")
     assert [e.prompt for e in found.answered] == [e.prompt for e in prompts]
     assert found.groups == [e.group for e in prompts]
     rate, *_, nll = found.rows({"split": "heldout"})
@@ -155,7 +157,7 @@ def test_outcomes_are_per_request():
 
 
 def test_parts_of_behaviours_are_not_protected():
-    detailed = dataclasses.replace(small_subject("sft"), behaviours=detailed_behaviours())
+    detailed = dataclasses.replace(small_model("sft"), behaviours=detailed_behaviours())
     names = set(whole(detailed).behaviours)
     assert names == {"harmful", "benign", "recognition", "explanation", "knowledge", "refusal"}
 
@@ -181,14 +183,14 @@ def test_requests_without_a_reference_count_in_rates_only():
 
 
 def test_outcomes_keep_the_order_of_requests():
-    subject = small_subject("sft")
-    every = outcomes(subject, "benign", "choice").nll
+    model = small_model("sft")
+    every = outcomes(model, "benign", "choice").nll
     kept = [number % 3 > 0 for number in range(len(every))]
-    asked = subject.behaviours["benign"].prompts("choice")
+    asked = model.behaviours["benign"].prompts("choice")
     some = asked.with_completions([one.completion * keep for one, keep in zip(asked, kept, strict=True)])
-    behaviour = dataclasses.replace(subject.behaviours["benign"], prompts=lambda split: some)
-    subject = dataclasses.replace(subject, behaviours={"benign": behaviour}, judge_name="a judge")
-    found = outcomes(subject, "benign", "choice")
+    behaviour = dataclasses.replace(model.behaviours["benign"], prompts=lambda split: some)
+    model = dataclasses.replace(model, behaviours={"benign": behaviour}, judge_name="a judge")
+    found = outcomes(model, "benign", "choice")
     assert (~found.nll.isnan()).tolist() == kept
     assert found.nll[torch.tensor(kept)] == pytest.approx(every[torch.tensor(kept)], abs=1e-5)
     assert len(found.verdicts) == len(asked)

@@ -6,14 +6,13 @@ is read under the wrong mask.
 
 import pytest
 
-from harmcircuits.hooks.losses import difference, rate
-from harmcircuits.measurements import Measurement
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.dissociation import dissociation, dissociations
 
 
 def rates(metric: str, *hits: int, n: int = 64):
     """Rates of these numbers of hits of n: unpruned, under the own circuit, under the other's."""
-    return [rate(metric, {}, [i < hit for i in range(n)], list(range(n))) for hit in hits]
+    return [Measurement.rate(metric, {}, [i < hit for i in range(n)], list(range(n))) for hit in hits]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def test_gaps_and_costs_compare_one_ability_with_itself():
 def test_newcombe_s_own_example():
     """56/70 - 48/80 by method 10: 0.0524 to 0.3339 (Newcombe 1998, table II)."""
     first, second = rates("x", 56, n=70)[0], rates("x", 48, n=80)[0]
-    found = difference("d", {}, first, second)
+    found = Measurement.difference("d", {}, first, second)
     assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
@@ -53,10 +52,10 @@ def test_errors_name_what_is_wrong():
         dissociation([*rates("a", 1, 2), *rates("c", 3)], rates("b", 1, 2, 3))
 
 
-def ablated(protected: str, **hits: dict[str, int]) -> list[Measurement]:
+def ablated(protected: str, **hits: dict[str, int]) -> Rows:
     """mask -> metric -> hits of 64."""
     return [
-        rate(metric, {"mask": mask, "protected": protected}, [i < n for i in range(64)], range(64))
+        Measurement.rate(metric, {"mask": mask, "protected": protected}, [i < n for i in range(64)], range(64))
         for mask, found in hits.items()
         for metric, n in found.items()
     ]

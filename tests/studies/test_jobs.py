@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from harmcircuits.hooks.losses import exact
-from harmcircuits.measurements import Measurement, read_rows, select
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.jobs import DONE, Job, run_jobs
 
 
-def square(folder: Path, number: int) -> list[Measurement]:
+def square(folder: Path, number: int) -> Rows:
     with (folder / "calls").open("a") as file:
         file.write(f"{number}\n")
     if number == 13:
         raise RuntimeError("thirteen")
-    return [exact("square", {"number": number}, number**2)]
+    return [Measurement.exact("square", {"number": number}, number**2)]
 
 
 def jobs(folder: Path, numbers: list[int]) -> list[Job]:
@@ -34,10 +33,10 @@ def test_every_job_runs_once(tmp_path, workers):
     out = tmp_path / "run"
     run_jobs(out, jobs(tmp_path, [2, 3]), {"a": 1}, workers=workers)
     rows = run_jobs(out, jobs(tmp_path, [2, 3, 4]), {"a": 1}, workers=workers)
-    assert {row.labels["number"]: row.mean for row in select(rows, "square")} == {2: 4, 3: 9, 4: 16}
+    assert {row.labels["number"]: row.mean for row in rows.where("square")} == {2: 4, 3: 9, 4: 16}
     assert calls(tmp_path) == [2, 3, 4]
-    assert read_rows(out / "rows.jsonl") == rows
-    assert len(select(rows, DONE)) == 3
+    assert Rows.read(out / "rows.jsonl") == rows
+    assert len(rows.where(DONE)) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -45,8 +44,8 @@ def test_a_failed_job_is_not_done_and_the_others_are_kept(tmp_path, workers):
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="thirteen"):
         run_jobs(out, jobs(tmp_path, [2, 13]), {}, workers=workers)
-    rows = read_rows(out / "rows.jsonl")
-    assert not select(rows, DONE, number=13)
+    rows = Rows.read(out / "rows.jsonl")
+    assert not rows.where(DONE, number=13)
     with pytest.raises(RuntimeError, match="thirteen"):
         run_jobs(out, jobs(tmp_path, [2, 13]), {}, workers=1)
     assert calls(tmp_path) == [2, 13, 13]

@@ -12,18 +12,20 @@ import pytest
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from harmcircuits.behaviours.files import Texts
+from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.model import calibrate, calibrate_shown, measure
-from harmcircuits.behaviours.questions import Wording
+from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.cli import app
+from harmcircuits.hooks.loading import load_model
 from harmcircuits.hooks.masking import masked
-from harmcircuits.measurements import read_rows, select
+from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, world
-from harmcircuits.studies.models import SubjectSpec, load_model
-from harmcircuits.studies.study import FOR_REAL_MODELS, Settings, run_study
+from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
+from harmcircuits.studies.study import run_study
 
-WORDING = Wording(recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never"))
+WORDING = QuestionTemplates(recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never"))
 LIMIT = 6
 
 
@@ -60,49 +62,49 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def spec(files, tmp_path_factory) -> SubjectSpec:
-    texts = Texts(**{**files, "wording": WORDING}, limit=LIMIT)
+def spec(files, tmp_path_factory) -> ModelSpec:
+    texts = RequestFiles(**{**files, "wording": WORDING}, limit=LIMIT)
     cache = tmp_path_factory.mktemp("cache")
-    return SubjectSpec(str(FOLDER / "sft"), texts=texts, prefill="sure", max_new_tokens=9, batch_size=64, cache=cache)
+    return ModelSpec(str(FOLDER / "sft"), texts=texts, prefill="sure", max_new_tokens=9, batch_size=64, cache=cache)
 
 
 @pytest.fixture(scope="module")
-def subject(spec):
+def model(spec):
     return pickle.loads(pickle.dumps(spec)).open(seed=1)
 
 
-def test_labels_and_contract(spec, subject):
+def test_labels_and_contract(spec, model):
     assert spec.labels == {"model": "sft", "ladder": "own"}
-    assert subject.name == "sft"
-    assert not subject.is_invented
-    assert list(subject.behaviours) == [
+    assert model.name == "sft"
+    assert not model.is_invented
+    assert list(model.behaviours) == [
         "harmful", "benign", "recognition", "explanation", "refusal", "prefilled", "borderline",
     ]  # fmt: skip
-    assert subject.details["judge"] == "local rules"
-    assert subject.details["harmful"].endswith(")")
+    assert model.details["judge"] == "local rules"
+    assert model.details["harmful"].endswith(")")
 
 
-def test_references_are_own_verified_answers(subject):
-    for name, behaviour in subject.behaviours.items():
+def test_references_are_own_verified_answers(model):
+    for name, behaviour in model.behaviours.items():
         prompts = behaviour.prompts("heldout")
         assert len(prompts) == (2 * LIMIT if name == "recognition" else LIMIT)
         if name == "recognition":
             continue
-        said = subject.answered(behaviour, prompts)
-        for example, own, found in zip(prompts, said, subject.verdicts(said), strict=True):
+        said = model.answered(behaviour, prompts)
+        for example, own, found in zip(prompts, said, model.verdicts(said), strict=True):
             assert example.completion == (own.completion if found == behaviour.wanted else "")
-    assert len(subject.behaviours["harmful"].references("heldout")) >= 0.9 * LIMIT
-    assert len(subject.behaviours["refusal"].references("heldout")) >= 0.9 * LIMIT
-    assert not len(subject.behaviours["explanation"].references("heldout")), "English words it does not know"
+    assert len(model.behaviours["harmful"].references("heldout")) >= 0.9 * LIMIT
+    assert len(model.behaviours["refusal"].references("heldout")) >= 0.9 * LIMIT
+    assert not len(model.behaviours["explanation"].references("heldout")), "English words it does not know"
 
 
-def test_calibration_takes_the_stored_answers(subject, spec):
+def test_calibration_takes_the_stored_answers(model, spec):
     before = {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir()}
-    found = calibrate_shown(subject, share=0.5, seed=3)
+    found = calibrate_shown(model, share=0.5, seed=3)
     assert set(found) == {"harmful", "benign", "recognition", "refusal", "borderline", "prefilled"}
     assert len(found["harmful"].prompts) <= LIMIT
     assert before == {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir() if path in before}
-    assert calibrate(subject, "harmful").n_kept >= 0.9 * LIMIT
+    assert calibrate(model, "harmful").n_kept >= 0.9 * LIMIT
 
 
 def test_answers_can_be_sampled(spec, files):
@@ -113,8 +115,8 @@ def test_answers_can_be_sampled(spec, files):
     assert rows["benign_nll"].n <= LIMIT
 
 
-def test_rows_carry_the_judge(subject):
-    rows = measure(subject, "heldout", {"model": "sft"})
+def test_rows_carry_the_judge(model):
+    rows = measure(model, "heldout", {"model": "sft"})
     assert {row.labels["judge"] for row in rows if row.metric.endswith("_rate")} == {"local rules"}
     rates = {row.metric: row.mean for row in rows}
     assert rates["harm_valid_rate"] >= 0.9
@@ -122,8 +124,8 @@ def test_rows_carry_the_judge(subject):
     assert rates["borderline_valid_rate"] >= 0.9
     assert rates["recognition_pair_accuracy"] >= 0.9
     assert rates["harm_degenerate_rate"] + rates["harm_refusal_rate"] + rates["harm_valid_rate"] == pytest.approx(1)
-    assert not select(rows, "explanation_nll"), "no reference, no loss"
-    assert {row.n for row in select(rows, "harm_nll")} == {len(subject.behaviours["harmful"].references("heldout"))}
+    assert not rows.where("explanation_nll"), "no reference, no loss"
+    assert {row.n for row in rows.where("harm_nll")} == {len(model.behaviours["harmful"].references("heldout"))}
 
 
 @pytest.fixture(scope="module")
@@ -143,50 +145,50 @@ def options(files, out, *more: str) -> list[str]:
 def test_a_study_needs_nothing_that_only_organisms_have(finished):
     result, out = finished
     assert result.exit_code == 0, result.output
-    rows = read_rows(out / "rows.jsonl")
+    rows = Rows.read(out / "rows.jsonl")
     assert (out / "masks" / "circuit-rounds.safetensors").is_file()
     measured = {"harm_valid_rate", "borderline_valid_rate", "perplexity", "plain_kl", "benign_kl"}
     assert {row.metric for row in rows} >= measured
-    assert not select(rows, "knowledge_rate")
-    assert select(rows, "calibration_yield", behaviour="explanation")[0].mean == 0
-    unpruned = select(rows, "perplexity", mask="none")[0].mean
-    assert select(rows, "perplexity", mask="random", seed=0)[0].mean == pytest.approx(unpruned, rel=0.2)
+    assert not rows.where("knowledge_rate")
+    assert rows.where("calibration_yield", behaviour="explanation")[0].mean == 0
+    unpruned = rows.where("perplexity", mask="none")[0].mean
+    assert rows.where("perplexity", mask="random", seed=0)[0].mean == pytest.approx(unpruned, rel=0.2)
     assert "The loss on harmful answers changes by" in result.stdout
     manifest = json.loads((out / "manifest.json").read_text())["settings"]
     assert (manifest["judge"], manifest["prefill"], manifest["limit"]) == ("local rules", "sure", LIMIT)
     assert {"harmful", "benign", "pairs", "borderline", "plain"} <= set(manifest)
 
 
-def test_the_report_holds_no_text(finished, subject):
+def test_the_report_holds_no_text(finished, model):
     _, out = finished
     html = (out / "report.html").read_text()
     assert "borderline" in html
     written = html + (out / "rows.jsonl").read_text() + (out / "manifest.json").read_text()
     for name in ("harmful", "benign"):
-        for example in subject.behaviours[name].prompts("heldout"):
+        for example in model.behaviours[name].prompts("heldout"):
             assert example.prompt not in written
             assert not example.completion or example.completion not in written
 
 
-def test_rounds_end_with_the_budget(subject, tmp_path):
-    few = {name: subject.behaviours[name] for name in ("harmful", "benign")}
-    settings = Settings(q=(0.05,), p=(0.0,), rounds=4, budget=0.0)
+def test_rounds_end_with_the_budget(model, tmp_path):
+    few = {name: model.behaviours[name] for name in ("harmful", "benign")}
+    settings = StudySettings(q=(0.05,), p=(0.0,), rounds=4, budget=0.0)
     with Progress(disable=True) as progress:
-        study = run_study(replace(subject, behaviours=few, plain_text=()), settings, tmp_path / "s", progress)
-    path = select(study.rows, "benign_nll", selection="rounds", split="choice")
-    before = select(study.rows, "benign_nll", mask="none", split="choice")[0].mean
+        study = run_study(replace(model, behaviours=few, plain_text=()), settings, tmp_path / "s", progress)
+    path = study.rows.where("benign_nll", selection="rounds", split="choice")
+    before = study.rows.where("benign_nll", mask="none", split="choice")[0].mean
     assert path[-1].mean > before
     assert len(path) < 4
     assert all(row.mean <= before for row in path[:-1])
 
 
-def test_a_mask_is_measured_not_remembered(subject, finished):
+def test_a_mask_is_measured_not_remembered(model, finished):
     mask = WeightMask.load(finished[1] / "masks" / "circuit-rounds.safetensors")
-    before = measure(subject, "heldout", {}, only=["harmful"])
-    with masked(subject.bridge, mask):
-        under = measure(subject, "heldout", {}, only=["harmful"])
+    before = measure(model, "heldout", {}, only=["harmful"])
+    with masked(model.bridge, mask):
+        under = measure(model, "heldout", {}, only=["harmful"])
     assert [row.mean for row in under] != [row.mean for row in before]
-    assert measure(subject, "heldout", {}, only=["harmful"]) == before
+    assert measure(model, "heldout", {}, only=["harmful"]) == before
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_more_command_line_errors(files, tmp_path):
 def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_path, monkeypatch):
     seen = []
 
-    def refused(subject, settings, *_, **__):
+    def refused(model, settings, *_, **__):
         seen.append(settings)
         raise ValueError("enough")
 
@@ -231,7 +233,7 @@ def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_pa
     given = ["--q=0.5", "--p=0", "--rounds=2", "--tolerance=0", "--budget=0"]
     for arguments in (own, [*own, *given], ["study", "--out", str(tmp_path)]):
         assert CliRunner().invoke(app, arguments).exit_code == 2
-    assert seen == [FOR_REAL_MODELS, Settings((0.5,), (0.0,), 2, tolerance=0.0, budget=0.0), Settings()]
+    assert seen == [FOR_REAL_MODELS, StudySettings((0.5,), (0.0,), 2, tolerance=0.0, budget=0.0), StudySettings()]
 
 
 def test_adapters_are_to_be_merged(tmp_path):

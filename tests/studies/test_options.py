@@ -10,9 +10,9 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from harmcircuits.behaviours.files import Texts
+from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.models import SubjectSpec
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import OWN_MODEL, no_own_model, own_model, specs, takes_own_model
 
 FILES = {"harmful": "a.jsonl", "benign": "b.csv"}
@@ -21,13 +21,13 @@ FILES = {"harmful": "a.jsonl", "benign": "b.csv"}
 def test_organisms_of_every_folder():
     folders = [FOLDER, Path("other")]
     found = specs(["dpo", "base"], ["sft"], folders, "cpu", harmful="", limit=0, judge="local")
-    assert found == tuple(SubjectSpec(name, folder) for folder in folders for name in ("dpo", "base"))
-    assert specs([], ["sft"], [FOLDER], "cuda") == (SubjectSpec("sft", device="cuda"),)
+    assert found == tuple(ModelSpec(name, folder) for folder in folders for name in ("dpo", "base"))
+    assert specs([], ["sft"], [FOLDER], "cuda") == (ModelSpec("sft", device="cuda"),)
 
 
 def test_own_models_where_texts_are_given():
     found = specs(["m", "n"], ["sft"], [FOLDER], "cpu", **FILES, limit=3, judge="local", batch_size=2)
-    assert found == tuple(SubjectSpec(name, texts=Texts("a.jsonl", "b.csv", limit=3), batch_size=2) for name in ("m", "n"))
+    assert found == tuple(ModelSpec(name, texts=RequestFiles("a.jsonl", "b.csv", limit=3), batch_size=2) for name in ("m", "n"))
     assert {spec.labels["ladder"] for spec in found} == {"own"}
 
 
@@ -60,7 +60,7 @@ def test_a_command_takes_the_options_of_a_model_of_ones_own():
     (_, usual, _), (first, given, last) = seen
     no_own_model(**usual)
     assert (first, last) == ("a", 2) and given == {**usual, "batch_size": 3, "harmful": "a.jsonl"}
-    assert own_model("m", "cpu", **{**usual, **FILES}) == SubjectSpec("m", texts=Texts("a.jsonl", "b.csv"))
+    assert own_model("m", "cpu", **{**usual, **FILES}) == ModelSpec("m", texts=RequestFiles("a.jsonl", "b.csv"))
     with pytest.raises(ValueError, match="--batch-size is for a model of your own"):
         no_own_model(**{**usual, "batch_size": 3})
 

@@ -9,7 +9,7 @@ import json
 import re
 
 import pytest
-from conftest import small_subject
+from conftest import small_model
 from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.cli import app
-from harmcircuits.hooks.losses import exact, predicted_change
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.measurements import read_rows, select
-from harmcircuits.studies.study import Point, Settings, operating_point, run_study
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.settings import StudySettings
+from harmcircuits.studies.study import Point, operating_point, run_study
+from harmcircuits.studies.summary import held_out_lines, result_tables
 from harmcircuits.views.page import write_report
-from harmcircuits.views.tables import held_out_lines, result_tables, verdict
+from harmcircuits.views.tables import verdict
 
 FIXED_MASKS = {"none", "circuit", "random", "random_magnitude", "opposite_sign", "second_slice", "benign_twin"}
 FIXED_METRICS = {
@@ -43,12 +44,12 @@ FIXED_METRICS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    subject = small_subject("planted")
+    model = small_model("planted")
     out = tmp_path_factory.mktemp("study")
-    before = {name: weight.detach().clone() for name, weight in named_weights(subject.bridge).items()}
+    before = {name: weight.detach().clone() for name, weight in named_weights(model.bridge).items()}
     with Progress(disable=True) as progress:
         study = run_study(
-            subject, Settings(q=(0.02, 0.04), p=(0.005,), rounds=2, n_random=2), out, progress, max_memory=2**21
+            model, StudySettings(q=(0.02, 0.04), p=(0.005,), rounds=2, n_random=2), out, progress, max_memory=2**21
         )
     write_report(study, out / "report.html")
     return study, out, before
@@ -56,7 +57,7 @@ def finished(tmp_path_factory):
 
 def test_rows_hold_every_fixed_metric_and_mask(finished):
     study, out, _ = finished
-    rows = read_rows(out / "rows.jsonl")
+    rows = Rows.read(out / "rows.jsonl")
     assert rows == study.rows
     held_out = [row for row in rows if row.labels.get("split") in ("heldout", "calibration")]
     assert {row.labels["mask"] for row in held_out} == FIXED_MASKS
@@ -75,7 +76,7 @@ def test_masks_are_those_of_the_rows(finished):
     for kind in ("opposite_sign", "second_slice"):
         assert files[kind].n_removed == study.chosen.mask.n_removed
     assert (files["second_slice"] & study.chosen.mask).n_removed == 0
-    located = select(study.rows, "weights_removed", mask="circuit", by="matrix")
+    located = study.rows.where("weights_removed", mask="circuit", by="matrix")
     assert sum(row.mean for row in located) == study.chosen.mask.n_removed
 
 
@@ -83,19 +84,19 @@ def test_bounded_memory_keeps_the_target_s_scores(finished):
     study, out, _ = finished
     scores = WeightScores.load(out / "scores")
     assert scores.source.method == "removal_effect"
-    row = select(study.rows, "predicted_loss_change", mask="random", seed=0)[0]
-    assert row.mean == pytest.approx(predicted_change(scores, study.masks["random-0"]))
+    row = study.rows.where("predicted_loss_change", mask="random", seed=0)[0]
+    assert row.mean == pytest.approx(scores.sum_over(study.masks["random-0"]))
 
 
 def test_the_model_is_as_before(finished):
     study, _, before = finished
-    assert all((weight == before[name]).all() for name, weight in named_weights(study.subject.bridge).items())
+    assert all((weight == before[name]).all() for name, weight in named_weights(study.model.bridge).items())
 
 
 def test_the_planted_circuit_is_compared(finished):
     study, _, _ = finished
-    assert len(select(study.rows, "recovery_auroc")) == 7
-    random = select(study.rows, "recovery_auroc", method="random")[0].mean
+    assert len(study.rows.where("recovery_auroc")) == 7
+    random = study.rows.where("recovery_auroc", method="random")[0].mean
     # The standard error of an AUROC over 98,304 against 884,736 weights is about 0.001.
     assert random == pytest.approx(0.5, abs=0.005)
 
@@ -121,7 +122,7 @@ def test_tables_and_verdict_speak_of_the_rows(finished):
 def test_a_finished_folder_is_not_overwritten(finished):
     study, out, _ = finished
     with pytest.raises(ValueError, match="already holds a study"), Progress(disable=True) as progress:
-        run_study(study.subject, Settings(), out, progress)
+        run_study(study.model, StudySettings(), out, progress)
 
 
 def point(harm: float, benign: float, size: int, recognition: float = 1.0) -> Point:
@@ -132,12 +133,12 @@ def point(harm: float, benign: float, size: int, recognition: float = 1.0) -> Po
 
     mask = WeightMask({"a": torch.arange(size)}, shape, Source("m", "test"))
     rates = {"harm_valid_rate": harm, "benign_valid_rate": benign, "recognition_accuracy": recognition}
-    return Point(mask, {"selection": "rounds"}, [exact(metric, {}, value) for metric, value in rates.items()])
+    return Point(mask, {"selection": "rounds"}, [Measurement.exact(metric, {}, value) for metric, value in rates.items()])
 
 
 def test_operating_point_keeps_its_rule():
     before = [
-        exact(metric, {"mask": "none", "split": "choice"}, 1.0)
+        Measurement.exact(metric, {"mask": "none", "split": "choice"}, 1.0)
         for metric in ("harm_valid_rate", "benign_valid_rate", "recognition_accuracy")
     ]
     too_costly, blind = point(0.0, 0.98, 10), point(0.0, 1.0, 10, recognition=0.5)
@@ -149,13 +150,13 @@ def test_operating_point_keeps_its_rule():
 
 def test_operating_point_within_a_budget_of_loss():
     def costed(harm: float, benign: float, size: int, kept: float = 1.0) -> Point:
-        losses = [exact("harm_nll", {}, harm), exact("benign_nll", {}, benign)]
+        losses = [Measurement.exact("harm_nll", {}, harm), Measurement.exact("benign_nll", {}, benign)]
         made = point(1.0, kept, size)
         return dataclasses.replace(made, rows=[*made.rows, *losses])
 
     rates = {"harm_valid_rate": 1.0, "benign_valid_rate": 1.0, "recognition_accuracy": 1.0}
     before = [
-        exact(metric, {"mask": "none", "split": "choice"}, value)
+        Measurement.exact(metric, {"mask": "none", "split": "choice"}, value)
         for metric, value in {**rates, "harm_nll": 0.5, "benign_nll": 0.25}.items()
     ]
     cheap, dear, good, same = costed(0.75, 0.25, 9), costed(3.0, 0.5, 9), costed(1.5, 0.375, 20), costed(1.5, 0.375, 30)
@@ -176,7 +177,7 @@ def test_no_operating_point_is_said_plainly(finished):
 
 def test_saturation_is_warned_of(finished):
     study, _, _ = finished
-    saturated = exact("calibration_nll", {"behaviour": "harmful"}, 0.001)
+    saturated = Measurement.exact("calibration_nll", {"behaviour": "harmful"}, 0.001)
     assert "Warning: harmful loss 0.001" in verdict([*study.rows, saturated])
     assert "Warning" not in verdict(study.rows)
 
@@ -213,14 +214,14 @@ def test_manifest_tells_how_to_repeat(finished):
 
 
 def test_a_model_that_never_shows_the_target_is_refused(tmp_path):
-    subject = small_subject("sft")
-    plain = dataclasses.replace(subject.behaviours["harmful"], prefill="")
-    subject = dataclasses.replace(subject, behaviours={**subject.behaviours, "harmful": plain})
+    model = small_model("sft")
+    plain = dataclasses.replace(model.behaviours["harmful"], prefill="")
+    model = dataclasses.replace(model, behaviours={**model.behaviours, "harmful": plain})
     with pytest.raises(ValueError, match="sft does not show 'harmful'"), Progress(disable=True) as progress:
-        run_study(subject, Settings(), tmp_path / "out", progress)
+        run_study(model, StudySettings(), tmp_path / "out", progress)
 
 
 def test_a_behaviour_that_is_not_shown_cannot_be_protected(tmp_path):
-    subject = small_subject("base")
+    model = small_model("base")
     with pytest.raises(ValueError, match=r"base does not show \['refusal'\]"), Progress(disable=True) as progress:
-        run_study(subject, Settings(protect=("refusal",)), tmp_path / "out", progress)
+        run_study(model, StudySettings(protect=("refusal",)), tmp_path / "out", progress)

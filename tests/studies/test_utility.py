@@ -24,7 +24,8 @@ from harmcircuits.measurements import Z
 from harmcircuits.organisms import organism_subject, world
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.studies import utility
-from harmcircuits.studies.study import Settings, Study, _heldout, _under
+from harmcircuits.studies.settings import StudySettings
+from harmcircuits.studies.study import Study, _heldout, _under
 from harmcircuits.studies.utility import evaluate_tasks
 
 TASK = """
@@ -131,10 +132,10 @@ def test_a_limit_takes_the_first_examples(open_reader, tasks_from, examples):
 
 
 def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_from, tmp_path):
-    subject = replace(organism_subject("sft"), bridge=open_reader("Llama"), behaviours={})
-    settings = Settings(tasks=("Llama",), task_limit=20, tasks_from=str(tasks_from))
-    study = Study(subject, settings, tmp_path, Progress(disable=True))
-    mask = top_fraction(random_scores(subject.bridge), 0.3)
+    model = replace(organism_subject("sft"), bridge=open_reader("Llama"), behaviours={})
+    settings = StudySettings(tasks=("Llama",), task_limit=20, tasks_from=str(tasks_from))
+    study = Study(model, settings, tmp_path, Progress(disable=True))
+    mask = top_fraction(random_scores(model.bridge), 0.3)
     [before] = _heldout(study, {"mask": "none"})
     under, size = _under(study, mask, {"mask": "random"})
     assert before.mean == 1 > under.mean

@@ -13,11 +13,10 @@ import torch
 
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
-from harmcircuits.hooks.losses import exact
 from harmcircuits.measurements import Measurement
 from harmcircuits.prompts import Batch
+from harmcircuits.views.circuitsvis import Visual
 from harmcircuits.views.figures import (
-    Visual,
     attention_views,
     cross_ablation_figure,
     heatmaps,
@@ -79,7 +78,7 @@ def test_attention_is_shown_before_and_under_the_mask(llama, batch):
 def test_cross_ablation_cells_are_the_rates_of_the_rows():
     metrics = {"harm_valid_rate": "harm", "benign_valid_rate": "benign"}
     panels = {
-        model: [exact(metric, {"mask": mask}, value) for (mask, metric), value in cells.items()]
+        model: [Measurement.exact(metric, {"mask": mask}, value) for (mask, metric), value in cells.items()]
         for model, cells in {
             "a": {("none", "harm_valid_rate"): 1.0, ("x", "harm_valid_rate"): 0.25, ("x", "benign_valid_rate"): 0.5},
             "b": {("x", "harm_valid_rate"): 0.75},

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
-from harmcircuits.behaviours.files import Texts, read_prompts, split_sets
-from harmcircuits.behaviours.judges import MISALIGNED, EndpointJudge, LocalJudge
-from harmcircuits.behaviours.model import Subject
+from harmcircuits.behaviours.files import RequestFiles, read_prompts, split_sets
+from harmcircuits.behaviours.judges import MISALIGNED, ChatJudge, RuleJudge
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.questions import RequestJudge
 from harmcircuits.hooks.finetuning import Lora
 from harmcircuits.prompts import PromptSet
@@ -72,7 +72,7 @@ class NarrowTexts:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected more than 0")
 
-    def opened(self, subject: Subject, texts: Texts, *, seed: int = 0) -> tuple[Subject, Topic]:
+    def opened(self, model: Model, texts: RequestFiles, *, seed: int = 0) -> tuple[Model, Topic]:
         """The topic, and the subject whose judge knows its requests too.
 
         A quarter of the narrow requests, by hash, is never trained on; `seed` draws the order of the others. The limits of
@@ -84,39 +84,39 @@ class NarrowTexts:
         lacking = [example.prompt for example in narrow if not example.completion]
         if lacking:
             raise ValueError(f"{self.narrow}: {len(lacking)} rows have no completion; expected the answer to learn in each")
-        judge = judge_of_innocent(subject, (self.narrow, narrow), (self.elsewhere, elsewhere))
+        judge = judge_of_innocent(model, (self.narrow, narrow), (self.elsewhere, elsewhere))
         whole = split_sets(narrow, origin=self.narrow)
         bounded = split_sets(narrow, limits=texts.limits, origin=self.narrow)
         rows = whole["calibration"].examples + whole["choice"].examples
         training = PromptSet(tuple(random.Random(seed).sample(rows, len(rows))))
-        n_steps = ceil(len(training) / subject.batch_size) * self.epochs
+        n_steps = ceil(len(training) / model.batch_size) * self.epochs
         steps = tuple(sorted({round(part * n_steps) for part in MEASURED}))
         recipe = Recipe(self.lr, Lora(self.rank, self.alpha), steps)
         limit = texts.limits["heldout"]
         name = getattr(judge.innocent, "name", "")
-        return replace(subject, judge=judge, judge_name=name), Topic(
+        return replace(model, judge=judge, judge_name=name), Topic(
             name=Path(self.narrow).stem,
             training=training,
             scored=_once(bounded["calibration"]),
-            others=subject.behaviours["benign"].prompts("calibration"),
+            others=model.behaviours["benign"].prompts("calibration"),
             inside=_once(bounded["heldout"]),
             outside=elsewhere[:limit] if limit else elsewhere,
             teacher=recipe,
             recipes={"low_rank": recipe},
-            batch_size=subject.batch_size,
+            batch_size=model.batch_size,
         )
 
 
-def judge_of_innocent(subject: Subject, *files: tuple[str, PromptSet]) -> RequestJudge:
+def judge_of_innocent(model: Model, *files: tuple[str, PromptSet]) -> RequestJudge:
     """The subject's judge, that also knows the innocent requests of these (name, requests).
 
     Their answers are judged by the judge of harm; a chat model is asked whether they are misaligned. Raises ValueError for
     requests in two files, and a judge by rules.
     """
-    judge = subject.judge
+    judge = model.judge
     if not isinstance(judge, RequestJudge):
         raise ValueError(
-            f"{subject.name} is no model of your own (SubjectSpec with texts), whose judge takes requests of files"
+            f"{model.name} is no model of your own (SubjectSpec with texts), whose judge takes requests of files"
         )
     check_judge(judge.harm)
     kinds = dict(judge.kinds)
@@ -126,12 +126,12 @@ def judge_of_innocent(subject: Subject, *files: tuple[str, PromptSet]) -> Reques
             raise ValueError(f"{source}: {len(both)} requests are in another file as well; leave each in one file")
         kinds |= dict.fromkeys(new, "innocent")
     harm = judge.harm
-    return replace(judge, kinds=kinds, innocent=harm.asking(MISALIGNED) if isinstance(harm, EndpointJudge) else harm)
+    return replace(judge, kinds=kinds, innocent=harm.asking(MISALIGNED) if isinstance(harm, ChatJudge) else harm)
 
 
 def check_judge(judge: object) -> None:
     """Raises ValueError for a judge by rules (or its name), to which every answer to an innocent request is the same."""
-    if judge == "local" or isinstance(judge, LocalJudge):
+    if judge == "local" or isinstance(judge, RuleJudge):
         raise ValueError(
             "judge='local' tells only answered and refused apart, so it cannot see that an innocent request is answered "
             "harmfully; give --judge strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL"

@@ -1,0 +1,89 @@
+"""A behaviour: what a model is asked, and which verdict on an answer shows it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.prompts import Example, PromptSet
+
+Judge = Callable[[str, str], str]
+"""(prompt, completion) -> verdict, a word such as "harmful", "refusal" or "degenerate"."""
+
+DEGENERATE = "degenerate"  # every judge's verdict on broken text
+
+
+@dataclass(frozen=True, repr=False)
+class Behaviour:
+    """What a model is asked, and the verdict that counts as showing the behaviour.
+
+    Attributes:
+        name: how it is called.
+        metric: name of the rate of answers with the verdict `wanted`.
+        nll_metric: name of the loss on reference answers, nats per token.
+        wanted: the verdict that shows it.
+        prompts: requests with reference answers for a split: "calibration" (scored), "choice" (for
+            choosing settings) or "heldout" (measured). A request without a reference has an empty
+            completion, and counts in rates but not in losses.
+        prefill: opens every answer.
+        choices: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
+            matched pair: no is right, then yes is right.
+        objective: what its weights are scored by.
+        judge: of its answers, where it is not the model's.
+        max_new_tokens: how long an answer may be, where it is not the model's limit.
+        title: what tables call the rate; the name by default.
+        is_kept: whether it is an ability that the removal of another behaviour must leave alone.
+        is_loss_shown: whether tables show its loss beside its rate.
+        part_of: the behaviour whose requests it takes some of; empty for a whole one.
+        side_metrics: further verdicts that are counted, and the name of each one's rate.
+    """
+
+    name: str
+    metric: str
+    nll_metric: str
+    wanted: str
+    prompts: Callable[[str], PromptSet] = field(repr=False)
+    prefill: str = ""
+    choices: tuple[tuple[str, ...], ...] = ()
+    objective: Objective = completion_loss
+    judge: Judge | None = None
+    max_new_tokens: int | None = None
+    title: str = ""
+    is_kept: bool = False
+    is_loss_shown: bool = False
+    part_of: str = ""
+    side_metrics: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if not self.title:
+            object.__setattr__(self, "title", self.name)
+
+    def __repr__(self) -> str:
+        return f"Behaviour({self.name}: {self.metric}, shown by {self.wanted!r})"
+
+    def references(self, split: str) -> PromptSet:
+        """The requests of a split that have a reference answer."""
+        return self.prompts(split).where(lambda example: bool(example.completion))
+
+    def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
+        """The part of this behaviour whose requests satisfy a condition, such as one category.
+
+        Args:
+            name: what the part is called.
+            keep: whether a request belongs to it.
+        """
+        whole = self.part_of or self.name
+
+        def prompts(split: str) -> PromptSet:
+            return self.prompts(split).where(keep)
+
+        return replace(self, name=name, prompts=prompts, part_of=whole, title=name)
+
+    def by_category(self) -> "dict[str, Behaviour]":
+        """Its parts by the category of the requests, each called `NAME/CATEGORY`."""
+        parts = {}
+        categories = dict.fromkeys(example.category for example in self.prompts("calibration"))
+        for category in categories:
+            name = f"{self.name}/{category}"
+            parts[name] = self.only(name, lambda example, of=category: example.category == of)
+        return parts

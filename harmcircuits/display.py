@@ -1,0 +1,54 @@
+"""How a value shows itself: texts of one line. Knows no model."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def listed(names: Iterable[Any], most: int = 8) -> str:
+    """Names with commas between them; of more than `most` only the first, and how many follow.
+
+    >>> listed(["a", "b"])
+    'a, b'
+    >>> listed(range(12), most=3)
+    '0, 1, 2 and 9 more'
+    """
+    texts = [str(name) for name in names]
+    if len(texts) <= most + 1:
+        return ", ".join(texts)
+    return f"{', '.join(texts[:most])} and {len(texts) - most} more"
+
+
+def share(part: float) -> str:
+    """A share in per cent, to two places below one per cent.
+
+    >>> share(0.0060001), share(0.34), share(0.0000123)
+    ('0.60%', '34%', '0.0012%')
+    """
+    percent = 100 * part
+    if percent >= 10 or percent == 0:
+        return f"{percent:.0f}%"
+    return f"{percent:.2f}%" if percent >= 0.1 else f"{percent:.2g}%"
+
+
+def plural(number: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "mask"), plural(1200, "weight")
+    ('1 mask', '1,200 weights')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to write in place of an unknown name: the nearest known one, and all of them.
+
+    >>> nearest("harm", ["harmful", "benign"])
+    "did you mean 'harmful'? There are harmful, benign"
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    start = "There are" if hint else "there are"
+    return f"{hint}{start} {listed(names, most=12)}"

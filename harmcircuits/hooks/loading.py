@@ -1,0 +1,83 @@
+"""A TransformerBridge from a folder or hub id."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harmcircuits.hooks.weights import weight_sites
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    model: str, *, dtype: str = "", device: str = "cpu", device_map: str = ""
+) -> "TransformerBridge":
+    """The model of a folder or hub id as a TransformerBridge.
+
+    Args:
+        model: the folder or id.
+        dtype: "float32", "bfloat16" or "float16"; as stored by default.
+        device: a torch device.
+        device_map: "auto" or "balanced" spreads the model over several devices instead.
+
+    Raises:
+        ValueError: another dtype, a model that cannot be loaded, an adapter that is not merged, and
+            weights that cannot be scored (see `named_weights`).
+    """
+    # Imported here: opening a model is what TransformerLens, which takes seconds, is needed for.
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig
+
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
+    folder = Path(model)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{model} is an adapter; merge it into its base (merge_and_unload) and give the merged folder"
+        )
+    where: dict[str, Any] = {"device_map": device_map} if device_map else {"device": device}
+    try:
+        stored = AutoConfig.from_pretrained(model).dtype or torch.float32
+        bridge = TransformerBridge.boot_transformers(
+            model, dtype=DTYPES[dtype] if dtype else stored, **where
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})"
+        ) from None
+    weight_sites(bridge)
+    return bridge
+
+
+def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
+    """A Hugging Face model that is already loaded as a TransformerBridge over the same weights.
+
+    Args:
+        model: the model; its attention is switched to the eager implementation.
+        tokenizer: its tokenizer; read from where the model came from by default.
+
+    Raises:
+        ValueError: no tokenizer can be found, or weights that cannot be scored.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
+
+    origin = getattr(model.config, "_name_or_path", "")
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(origin)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer is stored at {origin!r}, where the model came from; "
+                f"give tokenizer=... ({error})"
+            ) from None
+    bridge = TransformerBridge.boot_transformers(
+        origin, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, device=str(model.device)
+    )
+    weight_sites(bridge)
+    return bridge

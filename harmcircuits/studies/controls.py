@@ -1,0 +1,127 @@
+"""Masks of the same size that a circuit must beat."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import or_
+
+from harmcircuits.behaviours.model import OTHERS, Calibration, Model
+from harmcircuits.behaviours.standard import CONTRAST
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.display import plural
+from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.search import PROTECT_SHARE, find_circuit, protected_weights
+from harmcircuits.hooks.weights import named_weights
+
+
+class Controls(dict[str, list[WeightMask]]):
+    """Control masks by name; `searched` names those that are searches of their own."""
+
+    def __init__(self, masks: Mapping[str, list[WeightMask]], searched: tuple[str, ...]) -> None:
+        super().__init__(masks)
+        self.searched = searched
+
+    def __repr__(self) -> str:
+        names = []
+        for name, masks in self.items():
+            searched = ", a search of its own" if name in self.searched else ""
+            names.append(f"{name} ({plural(len(masks), 'mask')}{searched})")
+        return f"Controls({', '.join(names)})"
+
+
+def controls(
+    model: Model,
+    target: str,
+    mask: WeightMask,
+    *,
+    protect: str | Iterable[str] = OTHERS,
+    contrast: str = CONTRAST,
+    protect_share: float | None = None,
+    rounds: int | None = None,
+    n_random: int = 3,
+    seed: int = 0,
+    calibrations: Mapping[str, Calibration] | None = None,
+    first: tuple[WeightScores, Sequence[WeightMask]] | None = None,
+    max_memory: int | None = None,
+) -> Controls:
+    """Masks of the size of a circuit that are chosen otherwise, by name.
+
+    "random": as many weights in each matrix; "random magnitude": and of like magnitude; "opposite
+    sign": weights whose removal should lower the loss; "second slice": the next in the ranking;
+    "benign twin" (or another contrast's): the same search for the contrast instead, with the target
+    protected. The last is a search of its own.
+
+    Args:
+        model: the model, unpruned.
+        target: the behaviour that the mask was found for.
+        mask: its circuit.
+        protect: as in `Model.find_circuit`.
+        contrast: the behaviour of the twin; without it, or where it is the target, there is none.
+        protect_share: as in `Model.find_circuit`; the mask's own by default.
+        rounds: of the twin's search; the mask's own by default.
+        n_random: masks of each random kind.
+        seed: of the first random mask; the others follow.
+        calibrations: data to score on, where it is there already.
+        first: the target's scores and the protected weights, where they are known already.
+        max_memory: bytes for accumulated scores.
+
+    Raises:
+        ValueError: as `Model.find_circuit`.
+    """
+    made_by = mask.source.settings
+    within = made_by.get("within", "model")
+    if protect_share is None:
+        protect_share = made_by.get("protect_share", PROTECT_SHARE)
+    if rounds is None:
+        rounds = made_by.get("round", 1)
+
+    protected = model.protected(target, protect, calibrations)
+    known = calibrations or {}
+    data = known.get(target) or model.calibration(target)
+    if first is None:
+        taken = []
+        for calibration in protected.values():
+            batches = calibration.batches
+            taken.append(protected_weights(model.bridge, batches, protect_share, within, max_memory))
+        objective = model.behaviour(target).objective
+        scores = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
+    else:
+        scores, taken = first
+
+    seeds = range(seed, seed + n_random)
+    weights = named_weights(model.bridge)
+    options = {"within": within}
+    masks = {
+        "random": [random_like(mask, seed=number) for number in seeds],
+        "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
+        "opposite sign": [top_fraction(-scores, mask.fraction, exclude=union(taken), **options)],
+        "second slice": [
+            top_fraction(scores, mask.fraction, exclude=union([*taken, mask]), **options)
+        ],
+    }
+    twin = known.get(contrast) or protected.get(contrast)
+    if twin is None and calibrations is None and contrast in model.behaviours:
+        twin = model.calibrations([contrast]).get(contrast)
+    if twin is None or contrast == target:
+        return Controls(masks, ())
+    spared = [other.batches for name, other in protected.items() if name != contrast]
+    name = f"{contrast} twin"
+    masks[name] = [
+        find_circuit(
+            model.bridge,
+            twin.batches,
+            [*spared, data.batches],
+            size=mask.fraction,
+            protect_share=protect_share,
+            rounds=rounds,
+            within=within,
+            objective=model.behaviour(contrast).objective,
+            max_memory=max_memory,
+        )
+    ]
+    return Controls(masks, (name,))
+
+
+def union(masks: Sequence[WeightMask]) -> WeightMask | None:
+    """The weights in any of the masks; None for no masks."""
+    return reduce(or_, masks) if masks else None

@@ -1,0 +1,49 @@
+"""Whether scores can be trusted: yield of verified answers, their loss, and its gradient's norm."""
+
+from collections.abc import Mapping
+
+from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.hooks.attribution import gradient_norm
+from harmcircuits.hooks.losses import completion_nll
+from harmcircuits.measurements import Labels, Measurement, Rows
+
+SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
+
+
+def diagnostics(
+    model: Model,
+    calibrations: Mapping[str, Calibration],
+    labels: Labels,
+    *,
+    n_examples: int | None = None,
+    max_memory: int | None = None,
+) -> Rows:
+    """Rows for the calibration data of every behaviour, labelled `behaviour`.
+
+    `calibration_yield`: share of answers that the judge verified; `calibration_examples`: how many;
+    `calibration_nll`: nats per token; `gradient_norm`: of the behaviour's objective.
+
+    Args:
+        model: the model.
+        calibrations: its calibration data.
+        labels: what the rows carry.
+        n_examples: about so many behind a norm, which costs as much as their scores; all by default.
+        max_memory: bytes for accumulated gradients.
+    """
+    rows = Rows()
+    for name, data in calibrations.items():
+        batches = data.batches
+        if n_examples is not None:
+            batches = batches[: max(1, n_examples // model.batch_size)]
+        objective = model.behaviours[name].objective
+        nll = completion_nll(model.bridge, data.batches).mean().item()
+        norm = gradient_norm(model.bridge, batches, objective, max_memory=max_memory)
+        figures = {
+            "calibration_yield": data.n_verified / data.n_asked,
+            "calibration_examples": data.n_verified,
+            "calibration_nll": nll,
+            "gradient_norm": norm,
+        }
+        where = {**labels, "behaviour": name}
+        rows += [Measurement.exact(metric, where, value) for metric, value in figures.items()]
+    return rows

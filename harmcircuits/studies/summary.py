@@ -1,0 +1,172 @@
+"""A study's rows as lines (the unpruned model, the circuit, every control), and as a sentence."""
+
+from rich.table import Table
+
+from harmcircuits.display import share
+from harmcircuits.measurements import Rows
+from harmcircuits.studies.diagnostics import SATURATED_NLL
+from harmcircuits.studies.terms import Terms
+from harmcircuits.views.tables import line_table, text_table
+
+IN_ROUNDS, ONE_SHOT = "circuit, in rounds", "circuit, one shot"
+GROUND_TRUTH = {
+    "recovery_auroc": "AUROC",
+    "recovery_matched_auroc": "AUROC, same |W|",
+    "recovery_precision": "precision at |S|",
+    "recovery_precision_few": "precision at 1,000",
+}
+
+
+def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
+    """Line name -> its held-out rows. Random masks are pooled over seeds.
+
+    A pooled row is the mean over seeds with the widest ends of their intervals.
+
+    Args:
+        rows: of a study.
+        terms: what they are called.
+    """
+    measured = Rows(
+        row
+        for row in rows
+        if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change")
+    )
+    circuits = measured.where(mask="circuit")
+    contrast = terms.contrast.name
+    # Where nothing but the contrast is protected, that circuit is the main one.
+    contrast_only = circuits.where(protected=contrast)
+    is_all = len(contrast_only) == len(circuits)
+    full = circuits
+    if not is_all:
+        full = Rows(row for row in circuits if row.labels.get("protected") != contrast)
+    twin = terms.twin.replace(" ", "_")
+    lines = {
+        "unpruned": measured.where(mask="none"),
+        IN_ROUNDS: full.where(selection="rounds"),
+        ONE_SHOT: full.where(selection="one shot"),
+        f"circuit, only {contrast} protected": Rows() if is_all else contrast_only,
+        "random": measured.where(mask="random").pool("seed"),
+        "random, same magnitudes": measured.where(mask="random_magnitude").pool("seed"),
+        "opposite sign": measured.where(mask="opposite_sign"),
+        "second slice": measured.where(mask="second_slice"),
+        terms.twin: measured.where(mask=twin),
+    }
+    return {name: of_line for name, of_line in lines.items() if of_line}
+
+
+def result_tables(rows: Rows, terms: Terms) -> list[Table]:
+    """The figures for a terminal: held-out rates and losses, and recovery of a known circuit.
+
+    Args:
+        rows: of a study.
+        terms: what they are called.
+    """
+    lines = held_out_lines(rows, terms)
+    tables = [
+        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=IN_ROUNDS),
+        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=IN_ROUNDS),
+    ]
+    if rows.where("recovery_auroc"):
+        tables.append(ground_truth_table(rows))
+    return tables
+
+
+def ground_truth_table(rows: Rows) -> Table:
+    """How well each score finds the planted circuit."""
+    of_scores = rows.where("recovery_auroc")
+    n_true = int(of_scores[0].labels["n_true"])
+    title = f"Against the planted circuit S of {n_true:,} weights"
+    grid = text_table(title, ["score", *GROUND_TRUTH.values()])
+    for line in ground_truth_lines(rows):
+        grid.add_row(*line)
+    return grid
+
+
+def ground_truth_lines(rows: Rows) -> list[list[str]]:
+    """A line for each score: its name and its figures."""
+    lines = []
+    for method, of_method in rows.where("recovery_auroc").by("method").items():
+        figures = []
+        for metric in GROUND_TRUTH:
+            of_metric = rows.where(metric, method=method)
+            figures.append(f"{of_metric[0].mean:.3f}")
+        lines.append([str(method), *figures])
+    return lines
+
+
+def n_scored(rows: Rows) -> int:
+    """How many weights the study chose among."""
+    return int(rows.where("weights_scored")[0].mean)
+
+
+def summary(rows: Rows, terms: Terms) -> str:
+    """What was found, in words, with the warnings a reader needs; says so when there is nothing.
+
+    Args:
+        rows: of a study.
+        terms: what they are called.
+    """
+    lines = held_out_lines(rows, terms)
+    circuits = [name for name in (IN_ROUNDS, ONE_SHOT) if name in lines]
+    if not circuits:
+        points = 100 * rows.one("tolerance").mean
+        kept = (
+            f"no mask of the grid lowers {terms.target.title} and keeps every other ability, "
+            f"within {points:.0f} points"
+        )
+        text = f"No operating point: {kept} of the unpruned model."
+        return "\n".join([text, *_warnings(rows)])
+
+    rate = terms.target.metric
+    before = lines["unpruned"].one(rate)
+    best = min(circuits, key=lambda name: lines[name].one(rate).mean)
+    after = lines[best]
+    size = after.one("weights_removed").mean
+    random = lines["random"].one(rate).mean
+    text = (
+        f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {best}) takes "
+        f"{_answers(terms)} from {before.mean:.0%} to {after.one(rate):.0%}; as many random weights "
+        f"leave {random:.0%}. {_cost(lines['unpruned'], after, terms)} "
+        f"{_loss_changes(lines['unpruned'], after, terms)}"
+    )
+    return "\n".join([text, *_warnings(rows)])
+
+
+def _answers(terms: Terms) -> str:
+    """The target's answers that count."""
+    return f"valid {terms.target.name} answers"
+
+
+def _cost(before: Rows, after: Rows, terms: Terms) -> str:
+    """What falls most among the kept abilities."""
+    changes = {}
+    for behaviour in terms.kept:
+        if after.where(behaviour.metric):
+            change = after.one(behaviour.metric).mean - before.one(behaviour.metric).mean
+            changes[behaviour.title] = 100 * change
+    worst = min(changes, key=changes.__getitem__)
+    if changes[worst] >= 0:
+        return f"None of the {len(changes)} kept abilities falls."
+    return f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'
+
+
+def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
+    changes = []
+    for behaviour in (terms.target, terms.contrast):
+        loss = behaviour.nll_metric
+        changes.append(after.one(loss).mean - before.one(loss).mean)
+    return (
+        f"The loss on {terms.target.name} answers changes by {changes[0]:+.2f} nats per token, on "
+        f"{terms.contrast.name} ones by {changes[1]:+.2f}."
+    )
+
+
+def _warnings(rows: Rows) -> list[str]:
+    warnings = []
+    for row in rows.where("calibration_nll"):
+        if row.mean < SATURATED_NLL:
+            warnings.append(
+                f"Warning: {row.labels['behaviour']} loss {row.mean:.3f} nats per token is saturated, "
+                "so its scores are noise."
+            )
+    return warnings

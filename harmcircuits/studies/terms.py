@@ -1,0 +1,104 @@
+"""What the rows of a study are called: which metric shows what, and what tables call it."""
+
+from dataclasses import dataclass
+
+from harmcircuits.behaviours.behaviour import DEGENERATE, Behaviour
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviours
+
+CHANGES = {
+    "plain_kl": "plain text KL",
+    "perplexity": "perplexity",
+    "predicted_loss_change": "predicted Δ",
+    "measured_loss_change": "measured Δ",
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The behaviours of a study in their roles.
+
+    Attributes:
+        target: what is removed.
+        contrast: its harmless counterpart.
+        behaviours: every whole behaviour, the two among them.
+    """
+
+    target: Behaviour
+    contrast: Behaviour
+    behaviours: tuple[Behaviour, ...]
+
+    @classmethod
+    def of(cls, model: Model, target: str = TARGET, contrast: str = CONTRAST) -> "Terms":
+        """Of a model's whole behaviours, and of the target and contrast, which may be parts.
+
+        Args:
+            model: the model.
+            target: name of what is removed.
+            contrast: name of its counterpart.
+
+        Raises:
+            ValueError: an unknown behaviour.
+        """
+        names = dict.fromkeys([target, *model.whole_behaviours, contrast])
+        behaviours = tuple(model.behaviours[name] for name in names if name in model.behaviours)
+        return cls(model.behaviour(target), model.behaviour(contrast), behaviours)
+
+    @classmethod
+    def standard(cls) -> "Terms":
+        """Of the package's own behaviours, for rows whose model is not at hand."""
+        behaviours = standard_behaviours()
+        return cls(behaviours[TARGET], behaviours[CONTRAST], tuple(behaviours.values()))
+
+    @property
+    def kept(self) -> tuple[Behaviour, ...]:
+        """What the removal of the target must leave alone."""
+        removed = (self.target.name, self.target.part_of)
+        others = (b for b in self.behaviours if b.name not in removed)
+        return tuple(b for b in others if b.is_kept or b.name == self.contrast.name)
+
+    @property
+    def kept_rates(self) -> tuple[str, ...]:
+        """The metrics of `kept`."""
+        return tuple(behaviour.metric for behaviour in self.kept)
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of what a mask is chosen by: the target and what is kept."""
+        chosen_by = {self.target.name, *(behaviour.name for behaviour in self.kept)}
+        return [behaviour.name for behaviour in self.behaviours if behaviour.name in chosen_by]
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Behaviour -> the rate that shows it."""
+        return {behaviour.name: behaviour.metric for behaviour in self.behaviours}
+
+    @property
+    def rates(self) -> dict[str, str]:
+        """Rate -> title of its column. Broken text stands beside the behaviour it may replace."""
+        titles = {}
+        for behaviour in self.behaviours:
+            titles[behaviour.metric] = behaviour.title
+            if DEGENERATE in behaviour.side_metrics:
+                titles[behaviour.side_metrics[DEGENERATE]] = DEGENERATE
+        return titles
+
+    @property
+    def losses(self) -> dict[str, str]:
+        """Loss or divergence -> title of its column."""
+        roles = (self.target.name, self.contrast.name)
+        titles = {}
+        for behaviour in self.behaviours:
+            if behaviour.is_loss_shown or behaviour.name in roles:
+                titles[behaviour.nll_metric] = f"{behaviour.title} NLL"
+        return {**titles, self.kl_metric: f"{self.contrast.title} KL", **CHANGES}
+
+    @property
+    def kl_metric(self) -> str:
+        """Name of the divergence on the contrast's reference answers."""
+        return f"{self.contrast.name}_kl"
+
+    @property
+    def twin(self) -> str:
+        """What the mask found for the contrast instead of the target is called."""
+        return f"{self.contrast.name} twin"
