@@ -17,8 +17,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.sites import KINDS, Site
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import KINDS, Site, weight_sites
+from harmcircuits.hooks.weights import weight_sites
 
 MASK_FILE = "mask.safetensors"
 EPSILONS = 64  # transformers and the bridge round in another order; the weights are compared bit for bit

@@ -1,9 +1,7 @@
 """Where a mask's weights sit: by layer, matrix, head and neuron, and how concentrated they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
-
-if TYPE_CHECKING:
-    from harmcircuits.hooks.weights import Site
+from harmcircuits.circuits.sites import Site
 
 By = Literal["layer", "matrix", "head", "neuron"]
 

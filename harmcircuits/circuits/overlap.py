@@ -4,11 +4,8 @@ A uniform null makes any two circuits look alike: both prefer the same few matri
 each matrix and, as the stricter null, in each row and column of each matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,10 +14,8 @@ from scipy.stats import rankdata
 from harmcircuits.circuits.location import By, Place, pieces
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.circuits.sites import Site
 from harmcircuits.measurements import wilson
-
-if TYPE_CHECKING:
-    from harmcircuits.hooks.weights import Site
 
 Interval = tuple[float, float]
 

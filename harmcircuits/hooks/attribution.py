@@ -14,10 +14,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import mean_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective
-from harmcircuits.hooks.weights import Site, model_fingerprint, weight_sites
+from harmcircuits.hooks.weights import model_fingerprint, weight_sites
 from harmcircuits.prompts import Batch
 
 Average = Literal["after_abs", "before_abs"]

@@ -20,9 +20,9 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.sites import KINDS
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import token_losses
-from harmcircuits.hooks.weights import KINDS
 from harmcircuits.measurements import Measurement, select
 from harmcircuits.prompts import Batch
 from harmcircuits.views.tables import KEPT_RATES, n_block_weights

@@ -1,0 +1,72 @@
+"""Sites: what the axes of a block matrix mean."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+# Every kind of block matrix, in the order in which a block uses them.
+KINDS = (
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.o",
+    "mlp.gate",
+    "mlp.in",
+    "mlp.out",
+    "mlp.router",
+    "mlp.experts.gate_up_proj",
+    "mlp.experts.down_proj",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block matrix: its live parameter and what its axes mean.
+
+    Attributes:
+        name: Clean TransformerLens name, such as `blocks.0.mlp.in.weight`.
+        layer: Number of the block.
+        kind: One of `KINDS`.
+        parameter: The live weight, in the orientation in which the model stores it.
+        input_axis: Axis of the stored weight that reads the input: 1 for `nn.Linear`
+            (d_out, d_in), 0 for GPT-2's `Conv1D` (d_in, d_out), 2 for stacked experts
+            (expert, d_out, d_in).
+        unit_axis: Axis of the stored weight that is cut into units.
+        n_units: How many equal units there are: heads (query heads for q and o, key-value heads
+            for k and v), neurons (mlp) or experts (router and stacked experts).
+        is_hooked: Whether input and output pass hook points. Otherwise the gradient has to come
+            from the parameter itself.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    parameter: nn.Parameter
+    input_axis: Literal[0, 1, 2]
+    unit_axis: Literal[0, 1]
+    n_units: int
+    is_hooked: bool = True
+
+    @property
+    def hook_in(self) -> str:
+        """Hook point of the matrix's input."""
+        return self.name.removesuffix("weight") + "hook_in"
+
+    @property
+    def hook_out(self) -> str:
+        """Hook point of the matrix's output."""
+        return self.name.removesuffix("weight") + "hook_out"
+
+    def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """The head, neuron or expert that each weight belongs to.
+
+        Args:
+            flat: Flat indices into the weight as stored.
+        """
+        shape = self.parameter.shape
+        position = torch.unravel_index(flat, shape)[self.unit_axis]
+        unit_size = shape[self.unit_axis] // self.n_units
+        return position // unit_size

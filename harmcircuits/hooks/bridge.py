@@ -1,0 +1,95 @@
+"""Bridges: what this package needs of a model, and how it is found in what a user passes."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+REMEDY = "open it with harmcircuits.open_model(...) or TransformerBridge.boot_transformers(folder)"
+
+
+@runtime_checkable
+class Bridge(Protocol):
+    """What this package needs of TransformerLens's `TransformerBridge`.
+
+    A protocol, so that annotations need no TransformerLens, which takes seconds to import. Types
+    are loose: TransformerLens has the last word on them. A stub in a test inherits from it and
+    defines what the test needs.
+
+    Attributes:
+        cfg: Its configuration: `device`, `n_heads`, `n_key_value_heads` and the like.
+        tokenizer: The Hugging Face tokenizer.
+        original_model: The Hugging Face model that the bridge wraps.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    original_model: Any
+    _weights_processed: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """`blocks` and the other components, which a bridge has as modules and does not declare."""
+        raise AttributeError(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits [batch pos vocab] of tokens [batch pos]."""
+
+    @property
+    def hook_dict(self) -> Any:
+        """Every hook point by name."""
+
+    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> Any:
+        """A context manager under which functions are called at hook points."""
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits, and the activations at hook points by name."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the Hugging Face model once."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the Hugging Face model once, by its Hugging Face name."""
+        ...
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Every buffer of the bridge's modules."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The bridge's modules, among which are most of the Hugging Face model's."""
+        ...
+
+    def state_dict(self, *, keep_vars: bool = False) -> Any:
+        """The tensors by clean TransformerLens name; with `keep_vars` the live parameters."""
+
+
+@runtime_checkable
+class HasBridge(Protocol):
+    """What holds a bridge: a `harmcircuits.Model`."""
+
+    @property
+    def bridge(self) -> Any:
+        """The bridge."""
+
+
+def as_bridge(model: Any) -> Bridge:
+    """The bridge of a model, or the bridge itself.
+
+    Args:
+        model: A `harmcircuits.Model` or a `TransformerBridge`.
+
+    Raises:
+        ValueError: For anything else, such as a plain Hugging Face model.
+    """
+    bridge = getattr(model, "bridge", model)
+    if all(hasattr(bridge, name) for name in ("original_model", "blocks", "cfg")):
+        return bridge
+
+    given = f"{type(bridge).__module__}.{type(bridge).__name__}"
+    if hasattr(bridge, "config") and hasattr(bridge, "generate"):
+        raise ValueError(
+            f"expected a TransformerBridge or a harmcircuits.Model, not the plain Hugging Face "
+            f"model {given}, which has no hook points and no TransformerLens names: {REMEDY}"
+        )
+    raise ValueError(f"expected a TransformerBridge or a harmcircuits.Model, not {given}: {REMEDY}")
