@@ -23,7 +23,7 @@ from harmcircuits.hooks.attribution import (
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity, predicted_change
 from harmcircuits.hooks.masking import held, masked
-from harmcircuits.hooks.memory import estimate_memory, fitting_batches
+from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.hooks.objectives import choice_margin, completion_loss
 from harmcircuits.hooks.search import best_unprotected, circuit_mask, circuit_path
 from harmcircuits.hooks.weights import named_weights, weight_sites
@@ -71,7 +71,6 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "fine_tuning",
-    "fitting_batches",
     "gradient_norm",
     "greedy_answers",
     "held",

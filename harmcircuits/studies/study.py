@@ -12,7 +12,7 @@ from harmcircuits.behaviours.model import Calibration, NotShownError, Subject, c
 from harmcircuits.circuits.ground_truth import every_score, recovery
 from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_fraction, top_fractions
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.accumulation import groups
+from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import gradient_norm, removal_effect, sensitivity
 from harmcircuits.hooks.losses import average, completion_nll, exact, kl_under, perplexity, predicted_change
 from harmcircuits.hooks.masking import masked
@@ -129,7 +129,7 @@ def run_study(
     unknown = sorted(set(settings.protect) - set(others))
     if unknown:
         raise ValueError(f"protect: cannot protect {unknown}; expected some of {', '.join(others)}")
-    list(groups(weight_sites(subject.bridge), max_memory))  # refuses too small a bound before anything is written
+    list(memory_groups(weight_sites(subject.bridge), max_memory))  # refuses too small a bound before anything is written
     out = Path(out)
     if (out / "rows.jsonl").exists():
         raise ValueError(f"{out} already holds a study (rows.jsonl); give another folder or remove it")
