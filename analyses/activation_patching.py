@@ -281,7 +281,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds in which the circuit is chosen.")] = 10,
     n: Annotated[int, typer.Option(help="Requests to patch on, one for each item.")] = 64,
 ) -> None:
-    model = hc.organism_subject(organism)
+    model = hc.open_model(organism)
     circuit = hc.WeightMask.load(mask) if mask else find_circuit(model, rounds)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -302,9 +302,9 @@ def main(
 
 def find_circuit(model: hc.Model, rounds: int) -> hc.WeightMask:
     """The circuit of harmful answers at the README's operating point, every other behaviour shown protected."""
-    batches = {name: found.batches for name, found in hc.calibrate_shown(model).items()}
+    batches = {name: found.batches for name, found in model.calibrations().items()}
     target = batches.pop("harmful")
-    return hc.circuit_mask(model.bridge, target, list(batches.values()), q=0.006, p=0.005, rounds=rounds)
+    return hc.find_circuit(model.bridge, target, list(batches.values()), rounds=rounds, size=0.006, protect_share=0.005)
 
 
 if __name__ == "__main__":

@@ -120,13 +120,13 @@ def job(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     # Parts of behaviours, which a subject may hold as well, are protected with the whole.
     kept = {name: model.behaviours[name] for name in ("harmful", *PROTECTED) if name in model.behaviours}
     model = replace(model, behaviours=kept)
-    batches = {name: found.batches for name, found in hc.calibrate_shown(model, share=SHARE, seed=seed).items()}
+    batches = {name: found.batches for name, found in model.calibrations(share=SHARE, seed=seed).items()}
     if not {"harmful", "benign"} <= set(batches):
         raise ValueError(
             f"Attacks: {model.name} shows {sorted(batches)}; expected harmful answers, under the prefill, and benign ones"
         )
     options = {"q": plan.q, "p": plan.p, "rounds": plan.rounds}
-    circuit = hc.circuit_mask(model.bridge, batches.pop("harmful"), list(batches.values()), **options)
+    circuit = hc.find_circuit(model.bridge, batches.pop("harmful"), list(batches.values()), **options)
     random = hc.random_like(circuit, seed=seed)
     rows = []
     for defence in DEFENCES:
@@ -173,14 +173,14 @@ def curve(
 def refusals_removed(model: hc.Model, seed: int) -> hc.WeightMask | None:
     """The refusal ablation of the model as it stands; None where it refuses nothing or answers nothing benign."""
     with suppress(NotShownError, KeyError):
-        refusals, benign = (hc.calibrate(model, name, share=SHARE, seed=seed).batches for name in ("refusal", "benign"))
+        refusals, benign = (model.calibration(name, share=SHARE, seed=seed).batches for name in ("refusal", "benign"))
         return hc.refusal_ablation(model.bridge, refusals, benign)
     return None
 
 
 def counted(model: hc.Model, behaviour: hc.Behaviour, verdicts: dict[str, str], where: dict) -> Rows:
     """The rate of each verdict on held-out requests."""
-    answered = model.answered(behaviour, behaviour.prompts("heldout").sampled(ASKED, seed=where["seed"]))
+    answered = model.answers(behaviour, behaviour.prompts("heldout").sampled(ASKED, seed=where["seed"]))
     found, groups = model.verdicts(answered), [example.cluster for example in answered]
     where = {**where, **({"judge": model.judge_name} if model.judge_name else {})}
     return [Measurement.rate(name, where, [v == wanted for v in found], groups) for name, wanted in verdicts.items()]

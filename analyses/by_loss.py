@@ -33,11 +33,11 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Model, by_category
+from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.search import most_needed
+from harmcircuits.hooks.search import protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.jobs import Job
@@ -68,7 +68,7 @@ def jobs(plan: Plan) -> list[Job]:
 def measured(spec: ModelSpec, plan: Plan) -> Rows:
     """Rises of every loss under every circuit, gaps between pairs of circuits, and what circuits share."""
     model = typed(spec.open(seed=plan.seeds[0]))
-    calibrations = hc.calibrate_shown(model)
+    calibrations = model.calibrations()
     types = shown_types(model, calibrations)
     abilities = [name for name in (*METRICS, "prefilled") if name in calibrations and name != HARM]
     whole = losses(model, [HARM, *abilities])
@@ -97,12 +97,12 @@ def measured(spec: ModelSpec, plan: Plan) -> Rows:
 
 def typed(model: Model) -> Model:
     """The subject with every type of harm as a behaviour."""
-    return replace(model, behaviours={**model.behaviours, **by_category(model.behaviours[HARM])})
+    return replace(model, behaviours={**model.behaviours, **model.behaviours[HARM].by_category()})
 
 
 def shown_types(model: Model, calibrations: Mapping[str, Calibration]) -> list[str]:
     """The types of harm to score on and to measure. Raises ValueError for fewer than two."""
-    types = [name for name in by_category(model.behaviours[HARM]) if name in calibrations]
+    types = [name for name in model.behaviours[HARM].by_category() if name in calibrations]
     types = [name for name in types if len(model.behaviours[name].references("heldout"))]
     if len(types) < 2:
         raise ValueError(f"{model.name}: {len(types)} types of harm are shown; give requests with two categories or more")
@@ -124,7 +124,7 @@ def every_mask(
 ) -> dict[tuple[str, str], hc.WeightMask]:
     """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
     needed = {
-        name: most_needed(model.bridge, calibrations[name].batches, p=plan.p)
+        name: protected_weights(model.bridge, calibrations[name].batches, plan.p)
         for name in (HARM, "benign", "prefilled")
         if name in calibrations
     }
@@ -140,7 +140,7 @@ def every_mask(
     def scored(name: str) -> WeightScores:
         return hc.removal_effect(model.bridge, calibrations[name].batches, model.behaviours[name].objective)
 
-    of_types, sizes = [scored(one) for one in types], [calibrations[one].n_kept for one in types]
+    of_types, sizes = [scored(one) for one in types], [calibrations[one].n_verified for one in types]
     for number, one in enumerate(types):
         others = [size if place != number else 0 for place, size in enumerate(sizes)]
         choose(one, of_types[number], of_benign, ["benign"])

@@ -26,7 +26,7 @@ import typer
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.search import most_needed
+from harmcircuits.hooks.search import iterative_pruning, protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.curves import (
@@ -34,13 +34,13 @@ from harmcircuits.studies.curves import (
     area,
     by_share,
     curve,
-    point,
+    log_spaced,
+    outcomes_of,
     rate_at,
     rate_text,
+    restricted,
     share_text,
-    spread,
     w50,
-    whole,
 )
 from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
@@ -49,6 +49,7 @@ from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.views.figures import share_figure
 from harmcircuits.views.page import plot, section, table
 from harmcircuits.views.tables import KEPT_RATES, RATES
+from harmcircuits.studies.controls import union
 
 NAME, CLAIM, MODELS = "F1", "compact: a tiny share of the weights carries harm", ("sft",)
 COMPACT = 0.01  # share of weights within which w50 must be reached
@@ -92,19 +93,19 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def opened(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration]]:
-    model = whole(spec.open(seed=seed))
-    return model, hc.calibrate_shown(model, share=SHARE, seed=seed)
+    model = restricted(spec.open(seed=seed))
+    return model, model.calibrations(share=SHARE, seed=seed)
 
 
 def in_rounds(model: Model, calibrations: dict[str, Calibration], plan: Plan, rounds: int) -> list[hc.WeightMask]:
     """The growing circuit, q / rounds of the plan at a time, every other behaviour shown protected unless p is 0."""
     target, kept = calibrations["harmful"].batches, [c.batches for name, c in calibrations.items() if name != "harmful"]
     q = plan.q / plan.rounds * rounds
-    return list(hc.circuit_path(model.bridge, target, kept if plan.p else [], q=q, p=plan.p, rounds=rounds))
+    return list(iterative_pruning(model.bridge, target, kept if plan.p else [], rounds=rounds, sizes=[q], protect_share=plan.p))
 
 
 def measured_rounds(plan: Plan) -> list[int]:
-    return sorted({*spread(round(REACH * plan.rounds), N_SIZES), plan.rounds})
+    return sorted({*log_spaced(round(REACH * plan.rounds), N_SIZES), plan.rounds})
 
 
 def asked(model: Model) -> list[str]:
@@ -115,15 +116,15 @@ def curve_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     model, calibrations = opened(spec, seed)
     labels = {**spec.labels, "seed": seed, "part": "curves", "p": plan.p}
     rows = diagnostics(model, calibrations, labels)
-    unpruned = point(model, asked(model))
+    unpruned = outcomes_of(model, asked(model))
     path = in_rounds(model, calibrations, plan, round(REACH * plan.rounds))
     masks = [path[number - 1] for number in measured_rounds(plan)]
     found = curve(model, masks, unpruned)
 
     harm = hc.removal_effect(model.bridge, calibrations["harmful"].batches, hc.completion_loss)
     others = [c.batches for name, c in calibrations.items() if name != "harmful"]
-    protected = [most_needed(model.bridge, batches, p=plan.p) for batches in others]
-    at_once = [hc.best_unprotected(harm, protected, q=mask.n_removed / mask.n_weights) for mask in masks]
+    protected = [protected_weights(model.bridge, batches, plan.p) for batches in others]
+    at_once = [hc.top_fraction(harm, mask.n_removed / mask.n_weights, within="model", exclude=union(protected)) for mask in masks]
     one_shot = curve(model, at_once, unpruned)
     for line, where, chosen in ((found, ROUNDS, masks), (one_shot, ONE_SHOT, at_once)):
         rows += summary_rows(line, {**labels, **where})
@@ -179,7 +180,7 @@ def control_curves(
         if name.startswith("random"):
             return hc.random_like(mask, seed=seed, weights=hc.named_weights(bridge) if name == "random_magnitude" else None)
         taken = [*protected, mask] if name == "second_slice" else protected
-        return hc.best_unprotected(ranked.get(name, harm), taken, q=mask.n_removed / mask.n_weights)
+        return hc.top_fraction(ranked.get(name, harm), mask.n_removed / mask.n_weights, within="model", exclude=union(taken))
 
     unpruned = {name: one for name, one in found.points[0].items() if name in ("harmful", "benign")}
     for name in CONTROLS:
@@ -207,8 +208,8 @@ def grid_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """The circuit in rounds up to q under another share of protection, at three sizes."""
     model, calibrations = opened(spec, seed)
     path = in_rounds(model, calibrations, plan, plan.rounds)
-    masks = [path[number - 1] for number in sorted({*spread(plan.rounds, 4)})]
-    found = curve(model, masks, point(model, asked(model)))
+    masks = [path[number - 1] for number in sorted({*log_spaced(plan.rounds, 4)})]
+    found = curve(model, masks, outcomes_of(model, asked(model)))
     return summary_rows(found, {**spec.labels, "seed": seed, "part": "grid", "p": plan.p, **ROUNDS})
 
 

@@ -27,7 +27,8 @@ from itertools import product
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Model, outcomes
+from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.hooks.search import iterative_pruning
 from harmcircuits.measurements import Labels, Rows
 from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, command
 from harmcircuits.studies.curves import (
@@ -37,13 +38,13 @@ from harmcircuits.studies.curves import (
     area,
     by_share,
     curve,
-    point,
+    log_spaced,
+    outcomes_of,
     rate_at,
     rate_text,
+    restricted,
     share_text,
-    spread,
     w50,
-    whole,
 )
 from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
@@ -84,8 +85,8 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def opened(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration]]:
-    model = whole(spec.open(seed=seed))
-    return model, hc.calibrate_shown(model, share=SHARE, seed=seed)
+    model = restricted(spec.open(seed=seed))
+    return model, model.calibrations(share=SHARE, seed=seed)
 
 
 def ladder_rows(specs: Sequence[ModelSpec], plan: Plan, seed: int, target: str) -> Rows:
@@ -124,9 +125,9 @@ def rung(spec: ModelSpec, plan: Plan, seed: int, target: str, common: set[str]) 
     kept = [calibrations[name].batches for name in model.behaviours if name in common - {target}]
     last = REACH * plan.rounds
     q = plan.q / plan.rounds * last
-    path = list(hc.circuit_path(model.bridge, calibrations[target].batches, kept, q=q, p=plan.p, rounds=last))
-    masks = [path[number - 1] for number in spread(last, N_SIZES)]
-    unpruned = point(model, [name for name in model.behaviours if name != "refusal"])
+    path = list(iterative_pruning(model.bridge, calibrations[target].batches, kept, rounds=last, sizes=[q], protect_share=plan.p))
+    masks = [path[number - 1] for number in log_spaced(last, N_SIZES)]
+    unpruned = outcomes_of(model, [name for name in model.behaviours if name != "refusal"])
     found = curve(model, masks, unpruned, target=target)
     size = half(found, target)
     at = {"none": 0.0, "w50": float(size.values[0])}
@@ -135,7 +136,7 @@ def rung(spec: ModelSpec, plan: Plan, seed: int, target: str, common: set[str]) 
         here = {**labels, "at": name, "split": "heldout"}
         rows += [row for one in found.points[found.shares.index(share)].values() for row in one.rows(here)]
     if "refusal" in model.behaviours:
-        rows += outcomes(model, "refusal", "heldout").rows({**labels, "at": "none", "split": "heldout"})
+        rows += model.outcomes("refusal", "heldout").rows({**labels, "at": "none", "split": "heldout"})
     mask = next(mask for mask in masks if mask.n_removed / mask.n_weights == at["w50"])
     random = curve(model, [hc.random_like(mask, seed=seed)], {target: unpruned[target]}, target=target)
     rows.append(rate_at(random, at["w50"]).minus(rate_at(found, at["w50"])).row("random_gap", labels))

@@ -55,12 +55,12 @@ def jobs(plan: Plan) -> list[Job]:
 def ablated(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """The cross-ablation matrix of one model and seed, with random masks and plain harm beside it."""
     model = with_plain_harm(spec.open(seed=seed))
-    calibrations = hc.calibrate_shown(model, share=SHARE, seed=seed)
+    calibrations = model.calibrations(share=SHARE, seed=seed)
     asked = [name for name in METRICS if name in calibrations] + [PLAIN]
     pruned = [name for name in PRUNED if name in calibrations]
     found = circuits_both_ways(model, calibrations, pruned, q=plan.q, p=plan.p, rounds=plan.rounds)
     labels = {**spec.labels, "seed": seed}
-    rows = hc.measure(model, "heldout", {**labels, "mask": "none"}, only=asked)
+    rows = model.measure(labels={**labels, "mask": "none"}, only=asked)
     for protected, masks in found.items():
         masks = masks | {"random": hc.random_like(masks["harmful"], seed=seed)}
         rows += ablation_rows(model, masks, {**labels, "protected": protected}, only=asked)

@@ -31,7 +31,7 @@ from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
 from harmcircuits.studies.cross_ablation import circuits, one_shot_circuits, overlap_rows
-from harmcircuits.studies.curves import point
+from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.figures import comparison_figure, overlap_figure
@@ -66,10 +66,10 @@ def jobs(plan: Plan) -> list[Job]:
 def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Every ability under circuits of harm, of its twin and of a benign capability, and what the circuits share."""
     model = spec.open(seed=seed)
-    calibrations = hc.calibrate_shown(model, share=SHARE, seed=seed)
+    calibrations = model.calibrations(share=SHARE, seed=seed)
     asked = [name for name in METRICS if name in calibrations]
     labels = {**spec.labels, "seed": seed}
-    whole = point(model, asked)
+    whole = outcomes_of(model, asked)
     rows = rows_of(whole, whole, {**labels, "mask": "none"})
     free = {}
     for name in (name for name in PROTECTED if name in calibrations):
@@ -92,7 +92,7 @@ def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
 def masked_rows(model: Model, mask: hc.WeightMask, whole: Mapping[str, Outcomes], labels: Labels) -> Rows:
     """`rows_of` under a mask, with its size and the KL of benign answers from the unpruned model."""
     with hc.masked(model.bridge, mask):
-        after = point(model, whole)
+        after = outcomes_of(model, whole)
     rows = [*rows_of(whole, after, labels), Measurement.exact("weights_removed", labels, mask.n_removed)]
     if "benign" in whole:
         prompts = model.behaviours["benign"].references("heldout")

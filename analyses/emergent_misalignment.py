@@ -266,17 +266,12 @@ def found_masks(
         return {}
     here, elsewhere = (judged(model, asked, "benign") for asked in (topic.scored, topic.others))
     whole = replace(model, behaviours={n: model.behaviours[n] for n in PROTECTED if n in model.behaviours})
-    protected = [found.batches for found in hc.calibrate_shown(whole, share=topic.share, seed=seed).values()]
+    protected = [found.batches for found in whole.calibrations(share=topic.share, seed=seed).values()]
     options = {"q": plan.q, "p": plan.p, "rounds": plan.rounds}
     target = {"narrow": misaligned, "benign": here}
     kept = {"narrow": hc.PromptSet(here.examples + elsewhere.examples), "benign": elsewhere}
     return {
-        name: hc.circuit_mask(
-            model.bridge,
-            model.batches(benign, target[name]),
-            [*([model.batches(benign, kept[name])] if len(kept[name]) else []), *protected],
-            **options,
-        )
+        name: hc.find_circuit(model.bridge, model.batches(benign, target[name]), [*([model.batches(benign, kept[name])] if len(kept[name]) else []), *protected], **options)
         for name in only
         if len(target[name])
     }
@@ -291,7 +286,7 @@ def judged(model: hc.Model, asked: hc.PromptSet, wanted: str) -> hc.PromptSet:
 def edit(model: hc.Model, name: str, mask: hc.WeightMask | None) -> AbstractContextManager:
     if mask is None:
         return nullcontext()
-    return hc.masked(model.bridge, mask) if name == "narrow_released" else hc.held(model.bridge, mask)
+    return hc.masked(model.bridge, mask) if name == "narrow_released" else hc.masked(model.bridge, mask, hold=True)
 
 
 def curve(
@@ -316,7 +311,7 @@ def curve(
 def measured(model: hc.Model, topic: Topic, where: dict) -> Rows:
     """Verdicts on held-out benign requests: harmful in the topic, harmful and benign in the others."""
     where = {**where, "split": "heldout", **({"judge": model.judge_name} if model.judge_name else {})}
-    inside, outside = (model.answered(model.behaviours["benign"], asked) for asked in (topic.inside, topic.outside))
+    inside, outside = (model.answers(model.behaviours["benign"], asked) for asked in (topic.inside, topic.outside))
     counted = (
         ("in_domain_rate", inside, "harmful"),
         ("misaligned_rate", outside, "harmful"),

@@ -28,7 +28,7 @@ import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Model, by_category
+from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.masks import shared_by
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.measurements import Labels, Measurement, Rows, wilson
@@ -69,9 +69,9 @@ def jobs(plan: Plan) -> list[Job]:
 def typed_subject(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration], list[str]]:
     """The subject with every type of harm and its twin as behaviours, their calibrations, and the types it shows."""
     model = spec.open(seed=seed)
-    parts = by_category(model.behaviours["harmful"]) | by_category(model.behaviours["benign"])
+    parts = model.behaviours["harmful"].by_category() | model.behaviours["benign"].by_category()
     model = replace(model, behaviours={**model.behaviours, **parts})
-    calibrations = hc.calibrate_shown(model, share=SHARE, seed=seed)
+    calibrations = model.calibrations(share=SHARE, seed=seed)
     shown = [name.removeprefix("harmful/") for name in calibrations if name.startswith("harmful/")]
     types = [one for one in shown if f"benign/{one}" in calibrations]
     if len(types) < 2:
@@ -102,12 +102,9 @@ def one_type_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
             with hc.masked(model.bridge, mask):
                 rows += typed_rows(model, types, {**labels, "mask": kind, "trained": one})
     rows += relation_rows(rows, types, n_items(model), labels)
-    mixed = hc.circuit_mask(
-        model.bridge, mixed_batches(model, calibrations, types, seed), [calibrations[name].batches for name in others],
-        q=plan.q, p=plan.p, rounds=plan.rounds,
-    )  # fmt: skip
+    mixed = hc.find_circuit(model.bridge, mixed_batches(model, calibrations, types, seed), [calibrations[name].batches for name in others], rounds=plan.rounds, size=plan.q, protect_share=plan.p)  # fmt: skip
     with hc.masked(model.bridge, mixed):
-        found = hc.measure(model, "heldout", {**labels, "mask": "mixed", "relation": "all"}, only=["harmful", "benign"])
+        found = model.measure(labels={**labels, "mask": "mixed", "relation": "all"}, only=["harmful", "benign"])
     rows += [row for row in found if row.metric in (HARM, BENIGN)]
     rows += shared_rows(model, {kind: masks[kind] for kind in ("circuit", "random")}, labels)
     return rows + structure_rows(model, calibrations, types, labels, plan, seed)
@@ -121,7 +118,7 @@ def all_but_one_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     rows = typed_rows(model, types, {**labels, "mask": "none", "relation": "left out"})
     for one in types:
         seen = [batch for other in types if other != one for batch in calibrations[f"harmful/{other}"].batches]
-        mask = hc.circuit_mask(model.bridge, seen, others, q=plan.q, p=plan.p, rounds=plan.rounds)
+        mask = hc.find_circuit(model.bridge, seen, others, rounds=plan.rounds, size=plan.q, protect_share=plan.p)
         for kind, pruned in (("circuit", mask), ("random", hc.random_like(mask, seed=seed))):
             with hc.masked(model.bridge, pruned):
                 rows += typed_rows(model, [one], {**labels, "mask": kind, "relation": "left out"})
@@ -149,7 +146,7 @@ def typed_rows(model: Model, types: Sequence[str], labels: Labels) -> Rows:
         row
         for one in types
         for name in ("harmful", "benign")
-        for row in hc.measure(model, "heldout", {**labels, "tested": one}, only=[f"{name}/{one}"])
+        for row in model.measure(labels={**labels, "tested": one}, only=[f"{name}/{one}"])
         if row.metric in (HARM, BENIGN, model.behaviours[name].nll_metric, "harm_degenerate_rate")
     ]
 
@@ -196,7 +193,7 @@ def shared_rows(model: Model, masks: Mapping[str, Masks], labels: Labels) -> Row
             for kind, pruned in (("circuit", mask), ("random", hc.random_like(mask))):
                 with hc.masked(model.bridge, pruned):
                     here = {**where, "mask": kind, "of": "circuit"}
-                    found = hc.measure(model, "heldout", here, only=["harmful", "benign"])
+                    found = model.measure(labels=here, only=["harmful", "benign"])
                 rows += [row for row in found if row.metric in (HARM, BENIGN)]
     return rows
 

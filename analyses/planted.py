@@ -13,7 +13,7 @@ from rich.console import Console
 import harmcircuits as hc
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.hooks.attribution import all_scores
-from harmcircuits.hooks.search import most_needed
+from harmcircuits.hooks.search import protected_weights
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.tables import recovery_table
 
@@ -24,25 +24,25 @@ def main(
     p: Annotated[float, typer.Option(help="Share of weights protected for each other behaviour.")] = 0.005,
     q: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = 0.006,
 ) -> None:
-    model = hc.organism_subject("planted")
+    model = hc.open_model("planted")
     truth, bridge = hc.planted_circuit(), model.bridge
-    batches = {name: hc.calibrate(model, name).batches for name in model.behaviours if name != "refusal"}
+    batches = {name: model.calibration(name).batches for name in model.behaviours if name != "refusal"}
     target = batches.pop("harmful")
     harm = hc.removal_effect(bridge, target, hc.completion_loss)
-    protected = [most_needed(bridge, kept, p=p) for kept in batches.values()]
+    protected = [protected_weights(bridge, kept, p) for kept in batches.values()]
     rows = ground_truth_rows(all_scores(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"})
     console = Console()
     console.print(recovery_table(rows))
     kept = list(batches.values())
     for name, rounds, preserve in (("one shot", 1, kept), ("rounds", 10, kept), ("rounds, nothing protected", 10, [])):
-        mask = hc.circuit_mask(bridge, target, preserve, q=q, p=p, rounds=rounds)
+        mask = hc.find_circuit(bridge, target, preserve, rounds=rounds, size=q, protect_share=p)
         for shown, chosen in ((name, mask), (f"as many random weights ({name})", hc.random_like(mask))):
             found = hc.overlap(chosen, truth, n_samples=30)
             where = {"model": "planted", "mask": shown, "n_true": truth.n_removed}
             rows.append(Measurement("overlap_lift", where, found.lift, *found.interval, chosen.n_removed))
             rows.append(Measurement.exact("overlap_containment", where, found.containment[0]))
             with hc.masked(bridge, chosen):
-                after = hc.measure(model, "heldout", where, only=["harmful", "benign"])
+                after = model.measure(labels=where, only=["harmful", "benign"])
             rows += after
             harmful, kept_benign = (after.where(metric)[0] for metric in ("harm_valid_rate", "benign_valid_rate"))
             leaves = f"{shown}: leaves {harmful.mean:.0%} harm, {kept_benign.mean:.0%} benign"

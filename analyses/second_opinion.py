@@ -403,7 +403,7 @@ def main(
     n: Annotated[int, typer.Option(help="Pairs for attribution, one for each item.")] = 48,
     n_probed: Annotated[int, typer.Option(help="Pairs for probes.")] = 256,
 ) -> None:
-    model, labels = hc.organism_subject(organism), {"model": organism}
+    model, labels = hc.open_model(organism), {"model": organism}
     masks = find_circuits(model, rounds, hc.WeightMask.load(mask) if mask else None)
     out.mkdir(parents=True, exist_ok=True)
     pairs = contrasts(model, n)
@@ -430,13 +430,13 @@ def main(
 
 def find_circuits(model: hc.Model, rounds: int, harmful: hc.WeightMask | None) -> dict[str, hc.WeightMask]:
     """The masks of harmful answers, benign answers and recognition, each with all other behaviours protected."""
-    batches = {name: found.batches for name, found in hc.calibrate_shown(model).items()}
+    batches = {name: found.batches for name, found in model.calibrations().items()}
     masks = {"harmful": harmful} if harmful else {}
     for name in ("harmful", "benign", "recognition"):
         if name not in masks:
             others = [found for other, found in batches.items() if other != name]
             steps = rounds if name == "harmful" else max(1, rounds // 2)
-            masks[name] = hc.circuit_mask(model.bridge, batches[name], others, q=0.006, p=0.005, rounds=steps)
+            masks[name] = hc.find_circuit(model.bridge, batches[name], others, rounds=steps, size=0.006, protect_share=0.005)
     return masks
 
 

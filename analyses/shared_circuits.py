@@ -69,7 +69,7 @@ REFERENCE = [pair for pair in PAIRS if pair[0] != "harmful"]
 def rows_of(
     model: Model, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
 ) -> Rows:
-    calibrations = hc.calibrate_shown(model)
+    calibrations = model.calibrations()
     shown = [name for name in COMPARED if name in calibrations]
     asked = [name for name in METRICS if name in calibrations]
     topics = [name for name in calibrations if "/" in name]
@@ -86,7 +86,7 @@ def rows_of(
     rows += _ceiling(model, calibrations["harmful"], free["harmful"], labels, q=q, rounds=rounds)
 
     random = {f"random {seed}": hc.random_like(free["harmful"], seed=seed) for seed in SEEDS}
-    rows += hc.measure(model, "heldout", {**labels, "mask": "none", "protected": "none"}, only=asked)
+    rows += model.measure(labels={**labels, "mask": "none", "protected": "none"}, only=asked)
     rows += ablation_rows(model, free | random, {**labels, "protected": "none"}, only=asked)
     rows += ablation_rows(model, apart, {**labels, "protected": "others"}, only=asked)
     for protected, masks in (("none", free), ("others", apart)):
@@ -418,7 +418,7 @@ def main(
             if path.exists() and Rows.read(path).where("compared", **labels):
                 continue
             with console.status(f"{model} of {ladder}"):
-                opened = replace(hc.organism_subject(model, folder=folder), behaviours=detailed_behaviours())
+                opened = replace(hc.open_model(model, folder=folder), behaviours=detailed_behaviours())
                 Rows(rows_of(opened, labels, q=q, p=p, rounds=rounds, resamples=resamples)).append_to(path)
     rows = Rows.read(path)
     models, ladders = covered(rows)

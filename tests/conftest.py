@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.organisms import organism_subject
+from harmcircuits.organisms import open_organism
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch
 
@@ -137,7 +137,7 @@ def batch() -> Batch:
 
 def small_model(name: str):
     """An organism that is asked only a few requests of each behaviour: six items, or twelve matched pairs."""
-    model = organism_subject(name)
+    model = open_organism(name)
     behaviours = {
         key: dataclasses.replace(found, prompts=lambda split, found=found: found.prompts(split)[:24])
         for key, found in model.behaviours.items()

@@ -1,45 +1,55 @@
-"""The sum over examples of the absolute gradient of a matrix, without ever holding the gradients of a batch."""
-
-from importlib.util import find_spec
+"""The sum over examples of the absolute gradient of a matrix, without a gradient per example."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Numbers of scratch: what stays in the cache of a CPU core, and what fills a GPU.
-SCRATCH = {"cpu": 2**19, "cuda": 2**26}
-
-First = Float[Tensor, "batch pos a"]
-Second = Float[Tensor, "batch pos b"]
+# Numbers of scratch memory: what stays in the cache of a CPU core, and what fills a GPU.
+CPU_SCRATCH = 2**19
+GPU_SCRATCH = 2**26
 
 
-def add_absolute(first: First, second: Second, total: Float[Tensor, "a b"]) -> None:
-    """Add sum_x |first_x^T second_x| to `total`, in float32 whatever the inputs' dtype.
-
-    On CUDA one fused kernel, where Triton is installed; elsewhere blocks of the matrix in a scratch buffer.
-    """
-    if total.is_cuda and find_spec("triton"):
-        from harmcircuits.hooks.absolute_triton import add_absolute_fused
-
-        add_absolute_fused(first, second, total)
-    else:
-        add_absolute_in_blocks(first, second, total)
-
-
-def add_absolute_in_blocks(
-    first: First, second: Second, total: Float[Tensor, "a b"], *, scratch: int | None = None
+def add_absolute(
+    first: Float[Tensor, "batch pos a"],
+    second: Float[Tensor, "batch pos b"],
+    total: Float[Tensor, "a b"],
+    *,
+    scratch: int | None = None,
 ) -> None:
-    """`add_absolute` in plain torch: some examples of some rows at a time, as many as `scratch` numbers hold."""
-    n_examples, (n_rows, n_columns) = len(first), total.shape
-    scratch = scratch or SCRATCH.get(total.device.type, SCRATCH["cuda"])
-    rows = min(n_rows, max(1, scratch // n_columns))
-    # As much for few examples as for many, so that what many need can be told from few.
-    at_once = max(1, scratch // (rows * n_columns))
-    buffer = total.new_empty(at_once, rows, n_columns)  # once: fresh memory costs more than the arithmetic
-    first, second = first.float().mT, second.float()
-    for row in range(0, n_rows, rows):
-        part = total[row : row + rows]
-        for example in range(0, n_examples, at_once):
-            left, right = first[example : example + at_once, row : row + rows], second[example : example + at_once]
-            block = torch.bmm(left, right, out=buffer[: len(left), : len(part)]).abs_()
-            part.add_(block[0] if at_once == 1 else block.sum(dim=0))
+    """Add sum over examples x of |first_x^T second_x| to `total`.
+
+    The absolute value stands between two sums (over positions, then over examples), so the
+    products of single examples have to exist. They do, for some rows of the matrix and some
+    examples at a time, in one buffer.
+
+    Args:
+        first: One factor of the gradient, of any dtype.
+        second: The other factor.
+        total: What is added to, in float32.
+        scratch: Numbers that the buffer may hold; by default as suits the device.
+    """
+    n_examples = len(first)
+    n_rows, n_columns = total.shape
+    if scratch is None:
+        scratch = CPU_SCRATCH if total.device.type == "cpu" else GPU_SCRATCH
+
+    block_rows = min(n_rows, max(1, scratch // n_columns))
+    # The same for few examples as for many, so that the memory for many can be told from few.
+    block_examples = max(1, scratch // (block_rows * n_columns))
+    # Made once: fresh memory costs more than the arithmetic.
+    buffer = total.new_empty(block_examples, block_rows, n_columns)
+
+    first = first.float().mT
+    second = second.float()
+    for row in range(0, n_rows, block_rows):
+        total_block = total[row : row + block_rows]
+        for start in range(0, n_examples, block_examples):
+            left = first[start : start + block_examples, row : row + block_rows]
+            right = second[start : start + block_examples]
+
+            products = buffer[: len(left), : len(total_block)]
+            torch.bmm(left, right, out=products).abs_()
+            if block_examples == 1:
+                total_block.add_(products[0])
+            else:
+                total_block.add_(products.sum(dim=0))

@@ -1,123 +1,203 @@
-"""Mean gradients over the calibration data in float32: in one pass or several of bounded memory, on one process or many."""
+"""Mean gradients over the calibration data, in float32: one pass, or several of bounded memory.
+
+The one loop of a scoring run: zero the accumulators of a group of matrices, run every batch through
+the objective with hooks on, divide by the number of examples, and finish each matrix.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
+from torch import Tensor, distributed
 
+from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.absolute import add_absolute
-from harmcircuits.hooks.distributed import Processes, batches_text
+from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
-from harmcircuits.hooks.weights import Site, model_fingerprint
 from harmcircuits.prompts import Batch
 
 BYTES = 4  # of an accumulated float32 number
 
+Finish = Callable[[Site, Tensor], Tensor]
+Accumulate = Callable[
+    [Bridge, Sequence[Batch], Objective, Mapping[str, Site], Mapping[str, Tensor], bool], None
+]
+
 
 def mean_gradients(
-    bridge: TransformerBridge,
+    bridge: Bridge,
     batches: Sequence[Batch],
     objective: Objective,
     sites: Mapping[str, Site],
-    finish: Callable[[Site, Tensor], Tensor],
+    finish: Finish,
     *,
     absolute: bool = False,
     max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
-    """`finish(site, mean_x dL_x/dW)` of every site, or of mean_x |dL_x/dW|; float32, shaped like the weight as stored.
+    """`finish(site, mean over examples x of dL_x/dW)` of every site; float32, shaped as stored.
 
-    With `max_memory` the accumulators on the devices never exceed that many bytes: the data are passed over once for each
-    group of consecutive matrices that fits, and what is finished goes to host memory. The numbers are the same, bit for
-    bit. So they are where torch.distributed is initialised, on processors of one kind: every process is given all batches,
-    runs its share of them, holds the accumulators of its share of the matrices, and gets all that is finished (see
-    `Processes`). Raises ValueError for a matrix larger than `max_memory`, an objective of the wrong shape, processes that
-    were given different batches, models or options, and as `hook_pairs`.
+    Under an initialised torch.distributed every process is given all batches, runs its share of
+    them and returns the means over all (see `harmcircuits.hooks.distributed`).
+
+    Args:
+        bridge: The model.
+        batches: The calibration data. Every example weighs the same.
+        objective: L; its values are one per example.
+        sites: The matrices, in the order in which the result has them.
+        finish: Turns the mean of a matrix into its result; may work in place.
+        absolute: Take the mean of |dL_x/dW| instead.
+        max_memory: Bytes that the accumulators may take on the devices. The data are passed over
+            once for each group of consecutive matrices that fits, and what is finished goes to
+            host memory. The numbers are the same, bit for bit.
+
+    Raises:
+        ValueError: For a matrix larger than `max_memory`; for an objective of the wrong shape; for
+            a matrix that no gradient reached; in every process, if some were given other batches,
+            weights or options.
     """
+    accumulate_batches = accumulate
+    if distributed.is_available() and distributed.is_initialized():
+        # Imported here: one process has nothing to do with it.
+        from harmcircuits.hooks.distributed import refuse_differences, shared_among_processes
+
+        options = f"{list(sites)}, absolute={absolute}, max_memory={max_memory}"
+        refuse_differences(bridge, batches, options)
+        accumulate_batches = shared_among_processes(accumulate)
+
     n_examples = sum(len(batch) for batch in batches)
-    processes = Processes(list(sites), bridge.cfg.device)
-    if processes.is_shared:
-        options = f"{list(sites)} {absolute} {max_memory}"
-        given = {"batches": batches_text(batches), "weights": model_fingerprint(bridge), "matrices or options": options}
-        processes.refuse_differences(given)
-    finished = {}
-    for group in groups(sites, max_memory):
-        total = {name: _zeros(site) for name, site in group.items() if processes.owns(name)}
-        accumulate(bridge, batches, objective, group, total, absolute, processes)
+    results = {}
+    for group in memory_groups(sites, max_memory):
+        totals = {name: _zeros(site) for name, site in group.items()}
+        accumulate_batches(bridge, batches, objective, group, totals, absolute)
+
         for name, site in group.items():
-            value = finish(site, total.pop(name).div_(n_examples)) if processes.owns(name) else _zeros(site)
-            value = processes.spread(name, value)
-            finished[name] = value if max_memory is None else value.cpu()
-    return finished
+            # Taken out of `totals`: its memory is free again once it is finished.
+            mean = totals.pop(name).div_(n_examples)
+            result = finish(site, mean)
+            results[name] = result if max_memory is None else result.cpu()
+    return results
 
 
-def _zeros(site: Site) -> Tensor:
-    return torch.zeros(site.parameter.shape, dtype=torch.float32, device=site.parameter.device)
+def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
+    """Consecutive sites whose accumulators fit in `max_memory` bytes together.
 
+    Args:
+        sites: The matrices.
+        max_memory: The bound; without one, all sites are one group.
 
-def groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
-    """Consecutive sites whose accumulators fit in `max_memory` bytes together; all of them without a bound."""
+    Raises:
+        ValueError: For a matrix that is larger than the bound.
+    """
+    if max_memory is None:
+        yield dict(sites)
+        return
+
     group: dict[str, Site] = {}
-    size = 0
+    group_size = 0
     for name, site in sites.items():
-        need = BYTES * site.parameter.numel()
-        if max_memory is not None and need > max_memory:
+        size = BYTES * site.parameter.numel()
+        if size > max_memory:
             raise ValueError(
-                f"max_memory={max_memory:,} bytes; the scores of {name} alone take {need:,}: give at least these"
+                f"max_memory={max_memory:,} bytes; the scores of {name} alone take {size:,}: "
+                "give at least these"
             )
-        if max_memory is not None and size + need > max_memory:
+        if group_size + size > max_memory:
             yield group
-            group, size = {}, 0
+            group = {}
+            group_size = 0
         group[name] = site
-        size += need
+        group_size += size
     yield group
 
 
 def accumulate(
-    bridge: TransformerBridge,
+    bridge: Bridge,
     batches: Sequence[Batch],
     objective: Objective,
     sites: Mapping[str, Site],
-    total: Mapping[str, Tensor],
+    totals: Mapping[str, Tensor],
     absolute: bool,
-    processes: Processes,
 ) -> None:
-    """Add the gradients of these batches, summed over examples, to `total`; with `absolute` their absolute values.
+    """Add the gradients of these batches, summed over examples, to `totals`.
 
-    Of several processes each adds up the matrices it owns, from the batches of all.
+    Args:
+        bridge: The model.
+        batches: At least one batch.
+        objective: L; its values are one per example.
+        sites: The matrices.
+        totals: Float32 accumulators, one for each site, shaped as its weight.
+        absolute: Add |dL_x/dW| of every example x.
+
+    Raises:
+        ValueError: For an objective of the wrong shape, and for a site that no gradient reached.
     """
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
-    others = {name: site for name, site in sites.items() if not site.is_hooked}
+    unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
+    if unhooked and absolute:
+        # A parameter's gradient is summed over its batch; that of one example is not.
+        batches = _single_examples(batches)
 
-    def receive(site: Site, x: Input, g: OutputGradient) -> None:
-        factors = (g, x) if site.input_axis == 1 else (x, g)
-        for first, second in processes.factors(site.name, *factors):
-            (add_absolute if absolute else add_signed)(first, second, total[site.name])
-
-    def receive_gradient(site: Site, gradient: Tensor) -> None:
-        for (one,) in processes.factors(site.name, gradient):
-            total[site.name].add_(one.abs() if absolute else one)
-
-    # A parameter's gradient is summed over the batch, so absolute values per example need an example at a time.
-    at_once = list(_singles(batches)) if others and absolute else batches
-    with torch.enable_grad(), hook_pairs(bridge, hooked, receive), parameter_gradients(others, receive_gradient):
-        for batch in processes.turns(at_once):
+    add_pair = partial(_add_pair, totals=totals, absolute=absolute)
+    add_gradient = partial(_add_gradient, totals=totals, absolute=absolute)
+    with (
+        torch.enable_grad(),
+        hook_pairs(bridge, hooked, add_pair),
+        parameter_gradients(unhooked, add_gradient),
+    ):
+        for batch in batches:
             values = objective(bridge, batch)
-            if values.shape != (len(batch),):
-                raise ValueError(f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},)")
+            _check_values(values, batch)
             values.sum().backward()
 
 
-def add_signed(
-    first: Float[Tensor, "batch pos a"], second: Float[Tensor, "batch pos b"], total: Float[Tensor, "a b"]
+def _add_pair(
+    site: Site, x: Input, g: OutputGradient, *, totals: Mapping[str, Tensor], absolute: bool
 ) -> None:
-    """Add sum over examples and positions of first^T second to `total`, in float32."""
-    total.addmm_(first.flatten(0, 1).float().T, second.flatten(0, 1).float())
+    """A hooked matrix: its gradient is the product of its input and its output's gradient."""
+    # In the orientation in which the weight is stored.
+    first, second = (g, x) if site.input_axis == 1 else (x, g)
+    add_product = add_absolute if absolute else _add_signed
+    add_product(first, second, totals[site.name])
 
 
-def _singles(batches: Sequence[Batch]) -> Iterator[Batch]:
+def _add_gradient(
+    site: Site, gradient: Tensor, *, totals: Mapping[str, Tensor], absolute: bool
+) -> None:
+    """An unhooked matrix: its gradient comes whole, of a batch (if absolute, of one example)."""
+    totals[site.name].add_(gradient.abs() if absolute else gradient)
+
+
+def _add_signed(
+    first: Float[Tensor, "batch pos a"],
+    second: Float[Tensor, "batch pos b"],
+    total: Float[Tensor, "a b"],
+) -> None:
+    """Add the sum over examples and positions of first^T second to `total`, in float32."""
+    first = first.flatten(0, 1).float()
+    second = second.flatten(0, 1).float()
+    total.addmm_(first.T, second)
+
+
+def _single_examples(batches: Sequence[Batch]) -> list[Batch]:
+    singles = []
     for batch in batches:
-        for tokens, is_target in zip(batch.tokens.split(1), batch.is_target.split(1), strict=True):
-            yield Batch(tokens, is_target)
+        for row in range(len(batch)):
+            tokens = batch.tokens[row : row + 1]
+            is_target = batch.is_target[row : row + 1]
+            singles.append(Batch(tokens, is_target))
+    return singles
+
+
+def _check_values(values: Tensor, batch: Batch) -> None:
+    if values.shape != (len(batch),):
+        raise ValueError(
+            f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},), "
+            "one value for each example"
+        )
+
+
+def _zeros(site: Site) -> Tensor:
+    parameter = site.parameter
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)

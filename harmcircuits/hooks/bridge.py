@@ -13,13 +13,13 @@ class Bridge(Protocol):
     """What this package needs of TransformerLens's `TransformerBridge`.
 
     A protocol, so that annotations need no TransformerLens, which takes seconds to import. Types
-    are loose: TransformerLens has the last word on them.
+    are loose: TransformerLens has the last word on them. A stub in a test inherits from it and
+    defines what the test needs.
 
     Attributes:
         cfg: Its configuration: `device`, `n_heads`, `n_key_value_heads` and the like.
         tokenizer: The Hugging Face tokenizer.
         original_model: The Hugging Face model that the bridge wraps.
-        hook_dict: Every hook point by name.
     """
 
     cfg: Any
@@ -27,38 +27,53 @@ class Bridge(Protocol):
     original_model: Any
     _weights_processed: bool
 
-    @property
-    def hook_dict(self) -> Any: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
     def __getattr__(self, name: str) -> Any:
         """`blocks` and the other components, which a bridge has as modules and does not declare."""
         raise AttributeError(name)
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits [batch pos vocab] of tokens [batch pos]."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    @property
+    def hook_dict(self) -> Any:
+        """Every hook point by name."""
 
-    def buffers(self) -> Iterator[Tensor]: ...
+    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> Any:
+        """A context manager under which functions are called at hook points."""
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits, and the activations at hook points by name."""
 
-    def state_dict(self, *, keep_vars: bool = False) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the Hugging Face model once."""
+        ...
 
-    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> Any: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the Hugging Face model once, by its Hugging Face name."""
+        ...
 
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
+    def buffers(self) -> Iterator[Tensor]:
+        """Every buffer of the bridge's modules."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The bridge's modules, among which are most of the Hugging Face model's."""
+        ...
+
+    def state_dict(self, *, keep_vars: bool = False) -> Any:
+        """The tensors by clean TransformerLens name; with `keep_vars` the live parameters."""
 
 
+@runtime_checkable
 class HasBridge(Protocol):
     """What holds a bridge: a `harmcircuits.Model`."""
 
     @property
-    def bridge(self) -> Any: ...
+    def bridge(self) -> Any:
+        """The bridge."""
 
 
-def as_bridge(model: Bridge | HasBridge) -> Bridge:
+def as_bridge(model: Any) -> Bridge:
     """The bridge of a model, or the bridge itself.
 
     Args:
@@ -67,7 +82,7 @@ def as_bridge(model: Bridge | HasBridge) -> Bridge:
     Raises:
         ValueError: For anything else, such as a plain Hugging Face model.
     """
-    bridge: Any = getattr(model, "bridge", model)
+    bridge = getattr(model, "bridge", model)
     if all(hasattr(bridge, name) for name in ("original_model", "blocks", "cfg")):
         return bridge
 

@@ -1,91 +1,94 @@
-"""One scoring run shared among the processes of torch.distributed, to the bit what one process would give.
+"""One scoring run shared among the processes of torch.distributed, such as one for each GPU.
 
-Sums of float32 depend on their order. So processes divide the passes, not the sums: each runs every n-th batch, and each
-matrix has one process that adds up its gradients, batch after batch as a process alone would. What travels are the two
-factors of a gradient, the matrix's input and the gradient of its output, which are far smaller than the matrix.
+Every process has the whole model and is given all batches. It runs its share of them, and the
+processes add up their accumulators. Float32 sums in another order: the scores are those of one
+process up to rounding. The backend must be able to send the model's tensors (gloo for CPU, nccl for
+CUDA).
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed
 
+from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.accumulation import Accumulate
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.objectives import Objective
+from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.prompts import Batch
 
 
-class Processes:
-    """This process and the others, or this one alone where torch.distributed is not initialised.
+def shared_among_processes(accumulate: Accumulate) -> Accumulate:
+    """`accumulate` with the batches shared out: afterwards every process has the totals over all.
 
-    All must do the same in the same order. `device`: of the model's tensors, which the backend must be able to send
-    (gloo: CPU, nccl: CUDA).
+    Of n processes, the r-th runs batches r, r + n, r + 2n and so on. All must call it with the
+    same arguments, and with `totals` of zeros.
+
+    Args:
+        accumulate: Adds the gradients of the batches that it is given.
     """
 
-    def __init__(self, names: Sequence[str], device: Any) -> None:
-        self.is_shared = distributed.is_initialized()
-        self.rank = distributed.get_rank() if self.is_shared else 0
-        self.size = distributed.get_world_size() if self.is_shared else 1
-        self.device, self._n_busy = device, 1
-        self._owner = {name: number % self.size for number, name in enumerate(names)}
+    def accumulate_share(
+        bridge: Bridge,
+        batches: Sequence[Batch],
+        objective: Objective,
+        sites: Mapping[str, Site],
+        totals: Mapping[str, Tensor],
+        absolute: bool,
+    ) -> None:
+        share = batches[distributed.get_rank() :: distributed.get_world_size()]
+        # A process without a batch contributes zeros.
+        if share:
+            accumulate(bridge, share, objective, sites, totals, absolute)
 
-    def owns(self, name: str) -> bool:
-        """Whether this process adds up the gradients of a matrix."""
-        return self._owner[name] == self.rank
+        # The order of the sites is that of all processes.
+        for name in sites:
+            distributed.all_reduce(totals[name])
 
-    def turns(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """The batches of this process. In the last turn, one for which none is left repeats the first, unheard."""
-        for start in range(0, len(batches), self.size):
-            self._n_busy = min(self.size, len(batches) - start)
-            yield batches[start + self.rank if self.rank < self._n_busy else 0]
-
-    def factors(self, name: str, *own: Tensor) -> Iterator[Sequence[Tensor]]:
-        """At a matrix's owner what each process gives in this turn, in the order of the batches; elsewhere nothing."""
-        owner, own = self._owner[name], tuple(tensor.contiguous() for tensor in own)  # as they arrive: strides change bits
-        if self.rank != owner:
-            if self.rank < self._n_busy:
-                for tensor in own:
-                    shape = [*tensor.shape, *[0] * (3 - tensor.ndim)]
-                    distributed.send(torch.tensor(shape, device=tensor.device), owner)
-                    distributed.send(tensor, owner)
-            return
-        for rank in range(self._n_busy):
-            yield own if rank == owner else [self._received(tensor, rank) for tensor in own]
-
-    def _received(self, like: Tensor, rank: int) -> Tensor:
-        shape = torch.empty(3, dtype=torch.int64, device=like.device)
-        distributed.recv(shape, rank)
-        tensor = like.new_empty([size for size in shape.tolist() if size])
-        distributed.recv(tensor, rank)
-        return tensor
-
-    def spread(self, name: str, value: Tensor) -> Tensor:
-        """The owner's value, written into that of every process."""
-        if self.is_shared:
-            distributed.broadcast(value, self._owner[name])
-        return value
-
-    def refuse_differences(self, given: Mapping[str, str]) -> None:
-        """ValueError, in every process, where one was given something else: what it is called and a text that says it."""
-        digests = [int(hashlib.sha256(text.encode()).hexdigest()[:15], 16) for text in given.values()]
-        mine = torch.tensor(digests, device=self.device)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(everyone, mine)
-        for name, values in zip(given, torch.stack(everyone).T.tolist(), strict=True):
-            if len(set(values)) > 1:
-                odd = [rank for rank, value in enumerate(values) if value != values[0]]
-                raise ValueError(
-                    f"processes {odd} of {self.size} were given other {name} than process 0; give all the same, each takes "
-                    "its share by itself"
-                )
+    return accumulate_share
 
 
-def batches_text(batches: Sequence[Batch]) -> str:
-    """A text that is the same for the same batches: tokens, targets, padding and their order."""
+def refuse_differences(bridge: Bridge, batches: Sequence[Batch], options: str) -> None:
+    """Nothing, where every process was given the same.
+
+    Args:
+        bridge: The model; its weights are compared.
+        batches: All batches.
+        options: A text that says everything else.
+
+    Raises:
+        ValueError: In every process, if some were given other batches, weights or options.
+    """
+    digests = {
+        "batches": _batches_digest(batches),
+        "weights": weights_digest(bridge),
+        "options": hashlib.sha256(options.encode()).hexdigest(),
+    }
+    numbers = [int(digest[:15], base=16) for digest in digests.values()]  # 60 bits fit an int64
+    own = torch.tensor(numbers, device=bridge.cfg.device)
+
+    n_processes = distributed.get_world_size()
+    gathered = [torch.empty_like(own) for _ in range(n_processes)]
+    distributed.all_gather(gathered, own)
+
+    by_kind = torch.stack(gathered, dim=1).tolist()
+    for kind, values in zip(digests, by_kind, strict=True):
+        differing = [rank for rank, value in enumerate(values) if value != values[0]]
+        if differing:
+            raise ValueError(
+                f"processes {differing} of {n_processes} were given other {kind} than process 0; "
+                "give every process all the batches, and the same weights and options: each "
+                "runs its share by itself"
+            )
+
+
+def _batches_digest(batches: Sequence[Batch]) -> str:
+    """The same for the same tokens, targets and padding in the same order."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(f"{tuple(batch.tokens.shape)}".encode())
-        digest.update(
-            batch.tokens.cpu().contiguous().numpy().tobytes() + batch.is_target.cpu().contiguous().numpy().tobytes()
-        )
+        for tensor in (batch.tokens, batch.is_target):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,11 +1,12 @@
 """Fine-tuning a live model in place, step by step, and putting it back bit for bit.
 
-Low-rank adapters are merged: the block matrices stay plain parameters under their own names, so masks, hooks and
-measurements see the fine-tuned model at every step. peft replaces those modules by adapters, under which no merged
-weight exists that a mask could hold and `named_weights` finds nothing; the tests hold the merged form against it.
+Low-rank adapters are merged: the block matrices stay plain parameters under their own names, so
+masks, hooks and measurements see the fine-tuned model at every step. peft replaces those modules by
+adapters, under which no merged weight exists that a mask could hold and `named_weights` finds
+nothing; the tests hold the merged form against it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -14,18 +15,26 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.weights import Site, weight_sites
+from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every block matrix: W = W_0 + (alpha / r) up down, with `r` columns in `up`.
+    """Low-rank adapters on every block matrix: W = W_0 + (alpha / r) up down.
 
-    Source: arXiv 2106.09685. Raises ValueError for a rank below 1.
+    Source: arXiv 2106.09685.
+
+    Attributes:
+        r: The rank, which is the number of columns of `up`.
+        alpha: Scale of the adapters, before it is divided by the rank.
+
+    Raises:
+        ValueError: For a rank below 1.
     """
 
     r: int = 8
@@ -37,17 +46,24 @@ class Lora:
 
 
 class FineTuning:
-    """A run in progress: `losses` holds the mean objective of the batch of every step taken so far."""
+    """A run in progress.
+
+    Attributes:
+        losses: The mean objective of the batch of every step taken so far.
+    """
 
     def __init__(
         self,
-        bridge: TransformerBridge,
+        bridge: Bridge,
         order: Iterator[Batch],
         optimizer: torch.optim.Optimizer,
         objective: Objective,
     ) -> None:
-        self._bridge, self._order, self._optimizer, self._objective = bridge, order, optimizer, objective
         self.losses: list[float] = []
+        self._bridge = bridge
+        self._order = order
+        self._optimizer = optimizer
+        self._objective = objective
 
     @property
     def step(self) -> int:
@@ -57,24 +73,38 @@ class FineTuning:
     def until(self, step: int) -> None:
         """Train until `step` steps have been taken in all.
 
-        Raises ValueError for a step that has passed, and for a loss that is not finite.
+        Args:
+            step: Number of the last step, counted from the beginning of the run.
+
+        Raises:
+            ValueError: For a step that has passed, and for a loss that is not finite.
         """
         if step < self.step:
-            raise ValueError(f"until({step}): {self.step} steps are taken already; open another fine_tuning to go back")
+            raise ValueError(
+                f"until({step}): {self.step} steps are taken already; open another fine_tuning to "
+                "go back"
+            )
         while self.step < step:
-            self._optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = self._objective(self._bridge, next(self._order)).mean()
-                loss.backward()
-            if not isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} at step {self.step}; lower lr or look at the batches")
-            self._optimizer.step()
-            self.losses.append(loss.item())
+            self._take_step(next(self._order))
+
+    def _take_step(self, batch: Batch) -> None:
+        self._optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = self._objective(self._bridge, batch).mean()
+            loss.backward()
+
+        value = loss.item()
+        if not isfinite(value):
+            raise ValueError(
+                f"the loss is {value} at step {self.step}; lower lr or look at the batches"
+            )
+        self._optimizer.step()
+        self.losses.append(value)
 
 
 @contextmanager
 def fine_tuning(
-    bridge: TransformerBridge,
+    bridge: Bridge | HasBridge,
     batches: Sequence[Batch],
     *,
     lr: float,
@@ -83,104 +113,176 @@ def fine_tuning(
     seed: int = 0,
     objective: Objective = completion_loss,
 ) -> Iterator[FineTuning]:
-    """A run that fine-tunes the model in place with AdamW at a constant rate; on any exit every parameter is as before.
+    """A run that fine-tunes the model in place; on any exit every parameter is as before.
 
-    `run.until(step)` trains up to a step, so that a curve can be measured on the way. Every epoch takes the batches in a
-    new order drawn with `seed`. Without `lora` every parameter learns; with it, only the adapters' factors do, and W as
-    stored is the merged weight, rounded to the model's dtype. Restored bit for bit, at the cost of a copy of the model;
-    dropout stays as it is.
+    AdamW at a constant rate. `run.until(step)` trains up to a step, so that a curve can be measured
+    on the way. Restored bit for bit, at the cost of a copy of the model; dropout stays as it is.
 
-    Composes with masks: inside `held` the removed weights are zero at every step (with `lora`, those entries of the merged
-    weight, and the factors get no gradient from them); inside `masked` they start at zero and are free to learn. Raises
-    ValueError for no batches, an `lr` that is not positive and, with `lora`, stacked experts and as `weight_sites`; then
-    nothing is changed.
+    Composes with masks: inside `held` the removed weights are zero at every step (with `lora`,
+    those entries of the merged weight, and the factors get no gradient from them); inside `masked`
+    they start at zero and are free to learn.
+
+    Args:
+        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
+        batches: The training data.
+        lr: Learning rate.
+        lora: Train only the factors of low-rank adapters. W as stored is then the merged weight,
+            rounded to the model's dtype. Without it every parameter learns.
+        weight_decay: Weight decay of AdamW.
+        seed: Decides the order of the batches, new in every epoch, and the adapters' start.
+        objective: What is minimised.
+
+    Raises:
+        ValueError: For no batches; an `lr` that is not positive; with `lora`, stacked experts and
+            as `weight_sites`. Then nothing is changed.
     """
+    bridge = as_bridge(bridge)
     if not batches:
-        raise ValueError("fine_tuning: no batches to train on; expected at least one (see tokenize)")
+        raise ValueError(
+            "fine_tuning: no batches to train on; expected at least one (see tokenize)"
+        )
     if not lr > 0:
         raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
-    generator = torch.Generator().manual_seed(seed)
     sites = weight_sites(bridge) if lora else {}
-    stacked = [name for name, site in sites.items() if site.parameter.ndim != 2]
-    if stacked:
-        raise ValueError(
-            f"fine_tuning: {stacked[0]} stacks the matrices of several experts, which lora cannot; leave it out"
-        )
-    saved = [_Saved(p, p.detach().clone(), p.requires_grad, p.grad) for p in bridge.original_model.parameters()]
-    start = {id(parameter): value for parameter, value, *_ in saved}
-    factors = [_Factors(site, start[id(site.parameter)], lora, generator) for site in sites.values()] if lora else []
+    _refuse_stacked(sites)
+
+    generator = torch.Generator().manual_seed(seed)
+    saved = [_saved(parameter) for parameter in bridge.original_model.parameters()]
+    adapters = _adapters(sites, saved, lora, generator) if lora else []
+
     with ExitStack() as hooks:
         try:
-            weights = {id(site.parameter) for site in sites.values()}
-            for parameter, *_ in saved:
-                parameter.grad = None
-                parameter.requires_grad_(not lora or id(parameter) in weights)
-            learned = [half for pair in factors for half in (pair.up, pair.down)] if lora else [s.parameter for s in saved]
+            _require_gradients(saved, sites, lora)
+            learned = _factors(adapters) if lora else [state.parameter for state in saved]
             optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
-            for pair in factors:
-                hooks.callback(pair.site.parameter.register_post_accumulate_grad_hook(pair.pull).remove)
-                # An optimiser's own hooks run before the global one by which `held` writes its zeros.
-                optimizer.register_step_post_hook(pair.merge)
+            for adapter in adapters:
+                hooks.callback(adapter.follow(optimizer))
             yield FineTuning(bridge, _endless(batches, generator), optimizer, objective)
         finally:
             _restore(saved)
 
 
 class _Saved(NamedTuple):
+    """A parameter and all that the run changes of it."""
+
     parameter: nn.Parameter
     value: Tensor
     requires_grad: bool
     grad: Tensor | None
 
 
-class _Factors:
-    """The adapter of one matrix: its factors in float32, their gradient from that of W, and their product into W.
+def _saved(parameter: nn.Parameter) -> _Saved:
+    value = parameter.detach().clone()
+    return _Saved(parameter, value, parameter.requires_grad, parameter.grad)
 
-    dL/d(up) = s G down^T and dL/d(down) = s up^T G, where G = dL/dW [d_out, d_in] and s = alpha / r.
+
+def _require_gradients(saved: list[_Saved], sites: Mapping[str, Site], lora: Lora | None) -> None:
+    """Of every parameter, or with `lora` of the adapted matrices only."""
+    adapted = {id(site.parameter) for site in sites.values()}
+    for state in saved:
+        state.parameter.grad = None
+        is_learned = lora is None or id(state.parameter) in adapted
+        state.parameter.requires_grad_(is_learned)
+
+
+class _Adapter:
+    """The adapter of one matrix, merged into it.
+
+    Its factors are float32. With G = dL/dW [d_out, d_in] and s = alpha / r, their gradients are
+    dL/d(up) = s G down^T and dL/d(down) = s up^T G.
     """
 
     def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
         weight = site.parameter
-        d_in, d_out = weight.shape[site.input_axis], weight.shape[1 - site.input_axis]
+        d_in = weight.shape[site.input_axis]
+        d_out = weight.shape[1 - site.input_axis]
+        self.site = site
+        self.start = start
+        self.scale = lora.alpha / lora.r
+
+        # Uniform in +-1 / sqrt(d_in), as peft starts it; with `up` zero, W starts at W_0.
         down = (2 * torch.rand(lora.r, d_in, generator=generator) - 1) / sqrt(d_in)
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(d_out, lora.r, device=weight.device))
-        self.site, self.scale, self.start = site, lora.alpha / lora.r, start
 
-    def _as_applied(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        return weight if self.site.input_axis == 1 else weight.T
+    def follow(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """Take the gradients of W and merge after every step; the result undoes the former."""
+        # An optimiser's own hooks run before the global one by which `held` writes its zeros.
+        optimizer.register_step_post_hook(self.merge)
+        hook = self.site.parameter.register_post_accumulate_grad_hook(self.pull)
+        return hook.remove
 
     def pull(self, weight: Tensor) -> None:
-        """Turn the gradient of W into those of the factors, and free it: one matrix of gradients exists at a time."""
+        """Turn the gradient of W into those of the factors, and free it.
+
+        So only one matrix of gradients exists at a time.
+        """
         assert weight.grad is not None
         gradient = self.scale * self._as_applied(weight.grad).float()
         weight.grad = None
         with torch.no_grad():
-            for half, part in ((self.up, gradient @ self.down.T), (self.down, self.up.T @ gradient)):
-                half.grad = part if half.grad is None else half.grad + part
+            _add_gradient(self.up, gradient @ self.down.T)
+            _add_gradient(self.down, self.up.T @ gradient)
 
     def merge(self, *_: object) -> None:
+        """Write W_0 plus the product of the factors into W."""
         with torch.no_grad():
-            change = self._as_applied(self.scale * self.up @ self.down)
-            self.site.parameter.copy_(self.start + change)
+            change = self.scale * self.up @ self.down
+            self.site.parameter.copy_(self.start + self._as_applied(change))
+
+    def _as_applied(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
+        """From the stored orientation to the applied one, and back."""
+        return weight if self.site.input_axis == 1 else weight.T
+
+
+def _adapters(
+    sites: Mapping[str, Site], saved: list[_Saved], lora: Lora, generator: torch.Generator
+) -> list[_Adapter]:
+    start = {id(state.parameter): state.value for state in saved}
+    adapters = []
+    for site in sites.values():
+        adapters.append(_Adapter(site, start[id(site.parameter)], lora, generator))
+    return adapters
+
+
+def _factors(adapters: list[_Adapter]) -> list[nn.Parameter]:
+    factors = []
+    for adapter in adapters:
+        factors += [adapter.up, adapter.down]
+    return factors
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[Batch]:
+    """Epoch after epoch, each in a new order."""
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
 
 
-def _restore(saved: list[_Saved]) -> None:
-    def write() -> None:
-        with torch.no_grad():
-            for parameter, value, requires_grad, grad in saved:
-                parameter.copy_(value)
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
+def _refuse_stacked(sites: Mapping[str, Site]) -> None:
+    for name, site in sites.items():
+        if site.parameter.ndim != 2:
+            raise ValueError(
+                f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot; "
+                "leave it out"
+            )
 
+
+def _restore(saved: list[_Saved]) -> None:
     try:
-        write()
+        _write(saved)
     except KeyboardInterrupt:  # a second Ctrl-C must not leave the model half restored
-        write()
+        _write(saved)
         raise
+
+
+def _write(saved: list[_Saved]) -> None:
+    with torch.no_grad():
+        for state in saved:
+            state.parameter.copy_(state.value)
+            state.parameter.requires_grad_(state.requires_grad)
+            state.parameter.grad = state.grad

@@ -1,10 +1,12 @@
 """Hook pairs that turn one backward pass into the gradients of every block matrix.
 
-A linear map Y = X W^T with output gradient G has dL/dW = sum over examples and positions of G^T X. A forward hook on
-`hook_in` keeps X, a backward hook on `hook_out` brings G, and their product goes to the caller. All parameters are
-frozen meanwhile, so nothing but the caller's accumulators is added to the memory of the activations.
+A linear map Y = X W^T with output gradient G has dL/dW = sum over examples and positions of G^T X.
+A forward hook on `hook_in` keeps X, a backward hook on `hook_out` brings G, and their product goes
+to the caller. All parameters are frozen meanwhile, so nothing but the caller's accumulators is
+added to the memory of the activations.
 
-Experts and routers have no such pair. Their gradient comes from the parameter itself, one matrix at a time.
+Experts and routers have no such pair. Their gradient comes from the parameter itself, one matrix
+at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +15,12 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.hooks.weights import Site
+from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.bridge import Bridge
 
 Input = Float[Tensor, "batch pos d_in"]
 OutputGradient = Float[Tensor, "batch pos d_out"]
@@ -25,106 +28,164 @@ OutputGradient = Float[Tensor, "batch pos d_out"]
 
 @contextmanager
 def hook_pairs(
-    bridge: TransformerBridge, sites: Mapping[str, Site], receive: Callable[[Site, Input, OutputGradient], None]
+    bridge: Bridge,
+    sites: Mapping[str, Site],
+    receive: Callable[[Site, Input, OutputGradient], None],
 ) -> Iterator[None]:
     """While open, each backward pass calls `receive(site, X, G)` once for every use of each matrix.
 
-    On exit all hooks are gone and every parameter's `requires_grad` is as before. Raises ValueError at the end of a clean
-    exit when a site was never reached by a backward pass: its score would silently be zero; and for sites that are not
-    hooked.
+    On exit all hooks are gone and every parameter's `requires_grad` is as before.
+
+    Args:
+        bridge: The model.
+        sites: The matrices, all of them hooked.
+        receive: Takes a matrix, its input and the gradient of its output.
+
+    Raises:
+        ValueError: For sites that are not hooked; at the end of a clean exit, for a site that no
+            backward pass has reached, because its score would silently be zero.
     """
     _refuse_unhooked(sites)
     inputs: dict[str, list[Tensor]] = {name: [] for name in sites}
     reached = set()
 
-    def keep(value: Tensor, hook: Any, site: Site) -> None:
+    def keep_input(value: Tensor, hook: Any, site: Site) -> None:
         inputs[site.name].append(value.detach())
 
-    def give(gradient: Tensor, hook: Any, site: Site) -> None:
+    def give_pair(gradient: Tensor, hook: Any, site: Site) -> None:
         reached.add(site.name)
-        # Attention hooks are split by head: [batch pos head d_head].
-        receive(site, inputs[site.name].pop().flatten(2), gradient.flatten(2))
+        # A matrix that is used more than once is reached by the last use first.
+        x = inputs[site.name].pop()
+        receive(site, _without_heads(x), _without_heads(gradient))
 
-    forward = [(site.hook_in, partial(keep, site=site)) for site in sites.values()]
-    backward = [(site.hook_out, partial(give, site=site)) for site in sites.values()]
-    # Below the first of these layers no graph is needed, unless a parameter there has one of its own.
-    first = min((site.layer for site in sites.values()), default=0)
-    name = f"blocks.{first}.hook_in" if first else "embed.hook_out"
-    start = (name, lambda value, hook: value if value.requires_grad else value.detach().requires_grad_())
-    with frozen(bridge), bridge.hooks(fwd_hooks=[start, *forward], bwd_hooks=backward):
+    forward_hooks: list[tuple[str, Callable[..., Any]]] = [_graph_start(sites)]
+    backward_hooks = []
+    for site in sites.values():
+        forward_hooks.append((site.hook_in, partial(keep_input, site=site)))
+        backward_hooks.append((site.hook_out, partial(give_pair, site=site)))
+
+    with frozen(bridge), bridge.hooks(fwd_hooks=forward_hooks, bwd_hooks=backward_hooks):
         yield
     _refuse_unreached(sites, reached)
 
 
 @contextmanager
-def parameter_gradients(sites: Mapping[str, Site], receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """While open, each backward pass calls `receive(site, dL/dW)` once for every site; no gradient stays in memory.
+def parameter_gradients(
+    sites: Mapping[str, Site], receive: Callable[[Site, Tensor], None]
+) -> Iterator[None]:
+    """While open, each backward pass calls `receive(site, dL/dW)` once for every site.
 
-    For sites without hook points; open it inside `frozen` or `hook_pairs`, whose exit restores `requires_grad`. A gradient
-    has its parameter's dtype. On exit the hooks are gone and every `.grad` is as before. Raises ValueError as `hook_pairs`
-    for a site that was never reached.
+    For sites without hook points. No gradient stays in memory. Open it inside `frozen` or
+    `hook_pairs`, whose exit restores `requires_grad`; on exit the hooks are gone and every `.grad`
+    is as before.
+
+    Args:
+        sites: The matrices.
+        receive: Takes a matrix and its gradient, which has the parameter's shape and dtype.
+
+    Raises:
+        ValueError: As `hook_pairs`, for a site that was never reached.
     """
     reached = set()
 
-    def give(parameter: Tensor, site: Site) -> None:
+    def give_gradient(parameter: Tensor, site: Site) -> None:
         reached.add(site.name)
         assert parameter.grad is not None
         receive(site, parameter.grad)
         parameter.grad = None
 
-    before = [(site.parameter, site.parameter.grad) for site in sites.values()]
+    gradients_before = [(site.parameter, site.parameter.grad) for site in sites.values()]
     hooks = []
     try:
         for site in sites.values():
             site.parameter.grad = None
             site.parameter.requires_grad_(True)
-            hooks.append(site.parameter.register_post_accumulate_grad_hook(partial(give, site=site)))
+            hook = partial(give_gradient, site=site)
+            hooks.append(site.parameter.register_post_accumulate_grad_hook(hook))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, gradient in before:
+        for parameter, gradient in gradients_before:
             parameter.grad = gradient
     _refuse_unreached(sites, reached)
 
 
 @contextmanager
 def inputs_of(
-    bridge: TransformerBridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]
+    bridge: Bridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]
 ) -> Iterator[None]:
-    """While open, each forward pass calls `receive(site, X)` with the input of every matrix. ValueError if not hooked."""
+    """While open, each forward pass calls `receive(site, X)` with the input of every matrix.
+
+    Args:
+        bridge: The model.
+        sites: The matrices, all of them hooked.
+        receive: Takes a matrix and its input.
+
+    Raises:
+        ValueError: For sites that are not hooked.
+    """
     _refuse_unhooked(sites)
-    hooks = [(s.hook_in, lambda value, hook, site=s: receive(site, value.detach().flatten(2))) for s in sites.values()]
+
+    def give_input(value: Tensor, hook: Any, site: Site) -> None:
+        receive(site, _without_heads(value.detach()))
+
+    hooks = [(site.hook_in, partial(give_input, site=site)) for site in sites.values()]
     with frozen(bridge), bridge.hooks(fwd_hooks=hooks):
         yield
 
 
 @contextmanager
-def frozen(bridge: TransformerBridge) -> Iterator[None]:
+def frozen(bridge: Bridge) -> Iterator[None]:
     """No parameter requires a gradient and dropout is off; both are as before on exit."""
-    parameters = [(parameter, parameter.requires_grad) for parameter in bridge.parameters()]
+    required_before = [(parameter, parameter.requires_grad) for parameter in bridge.parameters()]
     # Some modules of the Hugging Face model, the outermost among them, are none of the bridge's.
     modules = chain(bridge.modules(), bridge.original_model.modules())
-    training = [module for module in modules if module.training]
+    training_modules = [module for module in modules if module.training]
+
     try:
-        for parameter, _ in parameters:
+        for parameter, _ in required_before:
             parameter.requires_grad_(False)
-        for module in training:
+        for module in training_modules:
             module.training = False
         yield
     finally:
-        for parameter, required in parameters:
+        for parameter, required in required_before:
             parameter.requires_grad_(required)
-        for module in training:
+        for module in training_modules:
             module.training = True
+
+
+def _graph_start(sites: Mapping[str, Site]) -> tuple[str, Callable[..., Tensor]]:
+    """The forward hook at which the autograd graph begins, since no parameter begins one.
+
+    Below the first of the sites' layers no graph is needed, unless a parameter there has its own.
+    """
+    first_layer = min((site.layer for site in sites.values()), default=0)
+    hook_point = f"blocks.{first_layer}.hook_in" if first_layer else "embed.hook_out"
+
+    def require_gradient(value: Tensor, hook: Any) -> Tensor:
+        if value.requires_grad:
+            return value
+        return value.detach().requires_grad_()
+
+    return hook_point, require_gradient
+
+
+def _without_heads(value: Tensor) -> Float[Tensor, "batch pos d"]:
+    """Attention hooks may be split by head; the matrices' axes are not."""
+    if value.ndim == 4:
+        return rearrange(value, "batch pos head d_head -> batch pos (head d_head)")
+    return value
 
 
 def _refuse_unhooked(sites: Mapping[str, Site]) -> None:
     unhooked = [name for name, site in sites.items() if not site.is_hooked]
     if unhooked:
         raise ValueError(
-            f"the inputs and outputs of {', '.join(unhooked[:3])} ({len(unhooked)} matrices: experts and routers) pass no "
-            "hook points; score this model by removal_effect, sensitivity or magnitude_scores"
+            f"the inputs and outputs of {', '.join(unhooked[:3])} ({len(unhooked)} matrices: "
+            "experts and routers) pass no hook points; score this model by removal_effect, "
+            "sensitivity or magnitude_scores"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a scoring run will need, told beforehand from one and two examples."""
+"""Estimate the memory of a scoring run from one and two examples."""
 
 import weakref
 from collections.abc import Sequence
@@ -10,21 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformer_lens.model_bridge import TransformerBridge
 
-from harmcircuits.hooks.accumulation import BYTES, accumulate, groups
-from harmcircuits.hooks.distributed import Processes
+from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.accumulation import BYTES, accumulate, memory_groups
+from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of tensors at the peak of a scoring run, all devices together.
 
-    `weights`: the model as it stands. `accumulators`: float32 scores of the largest group of matrices. `activations`: all
-    that comes and goes with a batch, scratch included.
+    Attributes:
+        weights: The model as it stands.
+        accumulators: The float32 scores of the largest group of matrices.
+        activations: All that comes and goes with a batch, scratch memory included.
     """
 
     weights: int
@@ -37,98 +41,132 @@ class MemoryEstimate:
         return self.weights + self.accumulators + self.activations
 
     def __str__(self) -> str:
-        parts = (f"{getattr(self, name) / 2**30:.2f} GiB {name}" for name in ("weights", "accumulators", "activations"))
-        return f"{self.total / 2**30:.2f} GiB: {', '.join(parts)}"
+        return (
+            f"{self.total / GIB:.2f} GiB: {self.weights / GIB:.2f} GiB weights, "
+            f"{self.accumulators / GIB:.2f} GiB accumulators, "
+            f"{self.activations / GIB:.2f} GiB activations"
+        )
 
 
 def estimate_memory(
-    bridge: TransformerBridge,
+    bridge: Bridge | HasBridge,
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
     absolute: bool = False,
     max_memory: int | None = None,
 ) -> MemoryEstimate:
-    """The bytes that `removal_effect` needs on these batches, or with `absolute` `sensitivity`.
+    """The bytes that a scoring run needs on these batches: `removal_effect`, or absolute scores.
 
-    The activations are those of the batch with the most tokens, by a line through what one and two of its examples need:
-    these run forward and backward, everything else is counted. Tensors only: libraries and what an allocator holds back
-    come on top. Raises ValueError for no batches, as `groups` and as `weight_sites`.
+    The activations are those of the batch with the most tokens, extrapolated linearly from one and
+    two of its examples. These run forward and backward; everything else is counted. Tensors only:
+    libraries and what an allocator holds back come on top.
+
+    Args:
+        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
+        batches: The calibration data.
+        objective: What the run explains.
+        absolute: Whether the run takes the absolute gradient of every example.
+        max_memory: The run's bound on accumulators, in bytes.
+
+    Raises:
+        ValueError: For no batches; as `memory_groups` and as `weight_sites`.
     """
     if not batches:
         raise ValueError("estimate_memory: no batches; expected at least one (see tokenize)")
+    bridge = as_bridge(bridge)
     sites = weight_sites(bridge)
-    largest = max(sum(site.parameter.numel() for site in group.values()) for group in groups(sites, max_memory))
-    tensors = {t.untyped_storage().data_ptr(): t for t in chain(bridge.parameters(), bridge.buffers())}
-    weights = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
-    batch = max(batches, key=lambda one: one.tokens.numel())
-    first, further = _activations(bridge, batch, objective, absolute)
-    return MemoryEstimate(weights, BYTES * largest, first + (len(batch) - 1) * further)
+    largest_group = max(_n_weights(group) for group in memory_groups(sites, max_memory))
+
+    largest_batch = max(batches, key=lambda batch: batch.tokens.numel())
+    first, further = _activations(bridge, largest_batch, objective, absolute)
+    return MemoryEstimate(
+        weights=_stored_bytes(bridge),
+        accumulators=BYTES * largest_group,
+        activations=first + (len(largest_batch) - 1) * further,
+    )
 
 
-def fitting_batches(
-    bridge: TransformerBridge,
-    batches: Sequence[Batch],
-    max_activations: int,
-    objective: Objective = completion_loss,
-    *,
-    absolute: bool = False,
-) -> list[Batch]:
-    """The batches split so that the activations of each take at most so many bytes, by `estimate_memory`'s line.
-
-    As many examples together as fit of the longest; the order stays, and so do the scores up to rounding. Give large
-    batches of examples of like length. Raises ValueError for no batches, one example that does not fit, and as
-    `weight_sites`.
-    """
-    if not batches:
-        raise ValueError("fitting_batches: no batches; expected at least one (see tokenize)")
-    longest = max(batches, key=lambda one: one.tokens.shape[1])
-    first, further = _activations(bridge, longest, objective, absolute)
-    if first > max_activations:
-        raise ValueError(
-            f"fitting_batches: max_activations={max_activations:,} bytes, but one example of {longest.tokens.shape[1]} "
-            f"tokens takes {first:,}; give as many, or shorter examples"
-        )
-    size = 1 + (max_activations - first) // further
-    pairs = ((batch.tokens.split(size), batch.is_target.split(size)) for batch in batches)
-    return [Batch(*both) for tokens, is_target in pairs for both in zip(tokens, is_target, strict=True)]
+def _n_weights(sites: dict[str, Site]) -> int:
+    return sum(site.parameter.numel() for site in sites.values())
 
 
-def _activations(bridge: TransformerBridge, batch: Batch, objective: Objective, absolute: bool) -> tuple[int, int]:
-    """The bytes that one example of a batch takes on its way forward and back, and that each further one adds."""
+def _stored_bytes(bridge: Bridge) -> int:
+    """The bytes of all parameters and buffers; memory that several of them share counts once."""
+    storages = {}
+    for tensor in chain(bridge.parameters(), bridge.buffers()):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _activations(
+    bridge: Bridge, batch: Batch, objective: Objective, absolute: bool
+) -> tuple[int, int]:
+    """The bytes that one example takes on its way forward and back, and that each further adds."""
     sites = weight_sites(bridge)
-    # One accumulator for all matrices of a shape: what is added up here is thrown away.
-    kinds = {(site.parameter.shape, site.parameter.device) for site in sites.values()}
-    total = {kind: torch.zeros(kind[0], device=kind[1]) for kind in kinds}
-    into = {name: total[site.parameter.shape, site.parameter.device] for name, site in sites.items()}
-    processes, peaks = Processes(list(sites), bridge.cfg.device), []
+    totals = _shared_totals(sites)
+
+    peaks = []
     for rows in ([0], [0, 1 % len(batch)]):
-        part = Batch(batch.tokens[rows], batch.is_target[rows])
+        examples = Batch(batch.tokens[rows], batch.is_target[rows])
         with _LiveBytes() as live:
-            accumulate(bridge, [part], objective, sites, into, absolute, processes)
+            accumulate(bridge, [examples], objective, sites, totals, absolute)
         peaks.append(live.peak)
-    return peaks[0], peaks[1] - peaks[0]
+
+    peak_of_one, peak_of_two = peaks
+    return peak_of_one, peak_of_two - peak_of_one
+
+
+def _shared_totals(sites: dict[str, Site]) -> dict[str, Tensor]:
+    """One accumulator for all matrices of a shape: what is added up in it is thrown away."""
+    by_shape: dict[Any, Tensor] = {}
+    totals = {}
+    for name, site in sites.items():
+        shape = site.parameter.shape
+        device = site.parameter.device
+        if (shape, device) not in by_shape:
+            by_shape[shape, device] = torch.zeros(shape, device=device)
+        totals[name] = by_shape[shape, device]
+    return totals
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is open; `peak` is the most that were alive at a time."""
+    """Counts the bytes of all tensors made while it is open.
+
+    `peak` is the most that were alive at a time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._now = 0
-        self._alive: set[int] = set()
+        self.peak = 0
+        self._live_bytes = 0
+        self._live_storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given | self._alive:
-                self._now += storage.nbytes()
-                self._alive.add(storage._cdata)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self._now)
+
+        for storage in _storages(result):
+            is_new = storage._cdata not in given and storage._cdata not in self._live_storages
+            if is_new:
+                self._count(storage)
+        self.peak = max(self.peak, self._live_bytes)
         return result
 
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        size = storage.nbytes()
+        self._live_bytes += size
+        self._live_storages.add(key)
+        weakref.finalize(storage, self._free, key, size)
+
     def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self._now -= size
+        self._live_storages.discard(key)
+        self._live_bytes -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """The memory of every tensor in a nested structure."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.prompts import Batch
 
-Objective = Callable[[Bridge, Batch], Float[Tensor, " batch"]]
+Objective = Callable[[Any, Batch], Float[Tensor, " batch"]]
 
 
 def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:

@@ -1,198 +1,329 @@
-"""Which tensors are the weights: clean TransformerLens names, live parameters, each once, with what their axes mean."""
+"""Which tensors are the weights: clean TransformerLens names, live parameters, each once."""
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import wraps
 from itertools import chain
-from typing import Literal
+from operator import is_
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import MoEBridge
 
-from harmcircuits.hooks.walks import kept_while_same
+from harmcircuits.circuits.sites import KINDS, Site
+from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 
-KINDS = (
-    "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out",
-    "mlp.router", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
-)  # fmt: skip
-_NAME = re.compile(r"blocks\.\d+\.(?:(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight|mlp\.experts\.(?:gate_up|down)_proj)")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int8, torch.uint8, torch.int32)  # as quantised weights are stored; masks are bool, positions int64
+DENSE_NAME = r"(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight"
+EXPERTS_NAME = r"mlp\.experts\.(?:gate_up|down)_proj"
+MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# How quantised weights are stored. Masks are bool and positions int64, so these are neither.
+QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+CHUNK = 2**24  # elements
+
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Site:
-    """One block matrix: its live parameter and what its axes mean.
+def weight_sites(bridge: Bridge | HasBridge) -> dict[str, Site]:
+    """Every block matrix once, by clean name, layer by layer, with what its axes mean.
 
-    `input_axis` is the axis of the stored weight that reads the input: 1 for `nn.Linear` (d_out, d_in), 0 for GPT-2's
-    `Conv1D` (d_in, d_out), 2 for stacked experts (expert, d_out, d_in). `unit_axis` is the axis cut into `n_units` equal
-    heads (attention; query heads for q and o, key-value heads for k and v), neurons (mlp) or experts (router, experts).
-    `is_hooked`: its input and output pass hook points; otherwise its gradient has to come from the parameter itself.
+    Args:
+        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
+
+    Raises:
+        ValueError: For what is no bridge; for processed weights (`enable_compatibility_mode` folds
+            and centres in place, so scores would belong to another basis); for quantised weights;
+            for weights that a `device_map` keeps on disk; for a block with other matrices than
+            those of `KINDS`.
     """
-
-    name: str
-    layer: int
-    kind: str
-    parameter: nn.Parameter
-    input_axis: Literal[0, 1, 2]
-    unit_axis: Literal[0, 1]
-    n_units: int
-    is_hooked: bool = True
-
-    @property
-    def hook_in(self) -> str:
-        """Hook point of the matrix's input."""
-        return self.name.removesuffix("weight") + "hook_in"
-
-    @property
-    def hook_out(self) -> str:
-        """Hook point of the matrix's output."""
-        return self.name.removesuffix("weight") + "hook_out"
-
-    def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The head, neuron or expert of each flat index into the weight as stored."""
-        position = torch.unravel_index(flat, self.parameter.shape)[self.unit_axis]
-        return position // (self.parameter.shape[self.unit_axis] // self.n_units)
-
-
-def weight_sites(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> dict[str, Site]:
-    """Every block matrix of these kinds once, by clean name, layer by layer.
-
-    Raises ValueError for an unknown kind, for processed weights (`enable_compatibility_mode` folds and centres in place,
-    so scores would belong to another basis), for quantised weights, for weights that a `device_map` keeps on disk, and for
-    a block with other matrices than these kinds.
-    """
-    unknown = sorted(set(kinds) - set(KINDS))
-    if unknown:
-        raise ValueError(f"weight_sites: unknown kinds {unknown}; expected some of {list(KINDS)}")
+    bridge = as_bridge(bridge)
     if bridge._weights_processed:
         raise ValueError(
-            "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds norms and centres weights "
-            "in place), so scores and masks would not fit the model as stored; boot a fresh TransformerBridge"
+            "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
+            "norms and centres weights in place), so scores and masks would not fit the model as "
+            "stored; boot a fresh TransformerBridge"
         )
-    return {site.name: site for site in _sites(bridge) if site.kind in kinds}
+    return {site.name: site for site in _sites(bridge)}
 
 
-def named_weights(bridge: TransformerBridge, *, kinds: Sequence[str] = KINDS) -> dict[str, nn.Parameter]:
-    """The live block matrices by clean TransformerLens name, as stored: `{"blocks.0.mlp.in.weight": Parameter}`.
+def named_weights(bridge: Bridge | HasBridge) -> dict[str, nn.Parameter]:
+    """The live block matrices by clean name, as stored: `{"blocks.0.mlp.in.weight": Parameter}`.
 
-    Editing one in place changes the next forward pass. Embedding, unembedding, norms and biases are not among them.
-    Raises ValueError as `weight_sites`.
+    Editing one in place changes the next forward pass. Embedding, unembedding, norms and biases
+    are not among them.
+
+    Args:
+        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
+
+    Raises:
+        ValueError: As `weight_sites`.
     """
-    return {name: site.parameter for name, site in weight_sites(bridge, kinds=kinds).items()}
+    return {name: site.parameter for name, site in weight_sites(bridge).items()}
 
 
-def model_fingerprint(bridge: TransformerBridge) -> str:
-    """Sixteen hex digits that tell checkpoints apart and do not change under a mask or with the dtype.
+def model_fingerprint(bridge: Bridge) -> str:
+    """Sixteen hex digits that tell checkpoints apart and do not change under a mask.
 
-    SHA-256 over the block matrices' names and shapes and up to 1024 bfloat16-rounded values of every embedding and norm.
-    A merged LoRA of the block matrices therefore carries the fingerprint of its base.
+    SHA-256 over the block matrices' names and shapes and up to 1024 bfloat16-rounded values of
+    every embedding and norm. So it does not change with the dtype either, and a merged LoRA of
+    the block matrices carries the fingerprint of its base.
     """
     digest = hashlib.sha256()
     for name, tensor in _fingerprinted(bridge):
-        if tensor is None:
-            digest.update(name.encode())
-        else:
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 1024)][:1024].to("cpu", torch.bfloat16)
-            digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+        digest.update(name.encode())
+        if tensor is not None:
+            digest.update(_sampled_bits(tensor))
     return digest.hexdigest()[:16]
 
 
-def weights_digest(bridge: TransformerBridge) -> str:
-    """Sixteen hex digits of all weights as they are now: another checkpoint, dtype, mask or training step changes them.
+def weights_digest(bridge: Bridge) -> str:
+    """Sixteen hex digits of all weights as they are now.
 
-    SHA-256 over the fingerprint and, for every parameter, its name and the exact sum of its bits read as integers; the same
-    on every device.
+    Another checkpoint, dtype, mask or training step changes them. SHA-256 over the fingerprint
+    and, for every parameter, its name and the exact sum of its bits read as integers, which is
+    the same on every device.
     """
-    digest, seen = hashlib.sha256(model_fingerprint(bridge).encode()), set()
+    digest = hashlib.sha256(model_fingerprint(bridge).encode())
+    seen = set()
     for name, parameter in bridge.named_parameters():
-        if parameter.data_ptr() not in seen:
-            seen.add(parameter.data_ptr())
-            bits = parameter.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
-            total = sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
-            digest.update(f"{name} {parameter.dtype} {total}".encode())
+        if parameter.data_ptr() in seen:
+            continue
+        seen.add(parameter.data_ptr())
+
+        bits = parameter.detach().flatten().view(INTEGER_OF_SIZE[parameter.itemsize])
+        total = 0
+        for part in bits.split(CHUNK):  # bounds the memory of the conversion to int64
+            total += part.sum(dtype=torch.int64).item()
+        digest.update(f"{name} {parameter.dtype} {total}".encode())
     return digest.hexdigest()[:16]
 
 
-def _tensors(bridge: TransformerBridge) -> dict[str, Tensor]:
-    """Every stored tensor once by its clean name."""
-    named = dict(bridge.state_dict(keep_vars=True))
-    for layer, block in enumerate(bridge.blocks):
-        if isinstance(getattr(block, "mlp", None), MoEBridge):  # the state dict lacks stacked experts
-            for name, parameter in block.mlp.named_parameters():
-                clean = f"blocks.{layer}.mlp.{name.replace('_original_component.', '')}"
-                if _NAME.fullmatch(clean):
-                    named[clean] = parameter
-    return named
+def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Result]:
+    """`walk` with its result cached on the bridge.
+
+    Results of walking the model are cached on the bridge, so that masking a few weights does not
+    cost a walk (tens of milliseconds on a deep model); the cache is dropped when any module or
+    tensor is replaced. Invalidated by a new object, name, storage, dtype or shape; not by new
+    values. An error is not cached.
+
+    Args:
+        walk: A function that looks at no values, and whose result no caller changes.
+    """
+
+    @wraps(walk)
+    def cached_walk(bridge: Bridge) -> Result:
+        cache = vars(bridge).setdefault("_harmcircuits_cache", {})
+        if walk in cache:
+            structure, result = cache[walk]
+            if structure.is_of(bridge):
+                return result
+            del cache[walk]
+
+        structure = _Structure(bridge)
+        result = walk(bridge)
+        cache[walk] = structure, result
+        return result
+
+    return cached_walk
 
 
-@kept_while_same
-def _fingerprinted(bridge: TransformerBridge) -> list[tuple[str, Tensor | None]]:
-    """What a fingerprint is made of: block matrices by name and shape, embeddings and norms with their values."""
-    found = []
-    for name, tensor in _tensors(bridge).items():
-        if _NAME.fullmatch(name):
-            found.append((f"{name}{tuple(tensor.shape)}", None))
+class _Structure:
+    """Which modules, parameters and buffers a bridge consists of, and where their memory is."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        # No registered module of the bridge, so it is walked too.
+        self.original_model = bridge.original_model
+        modules = {}
+        for module in chain(bridge.modules(), self.original_model.modules()):
+            modules[id(module)] = module
+
+        # The modules' own dictionaries: read again later, they say what the model is by then.
+        self.tables: list[dict[str, Any]] = []
+        for module in modules.values():
+            self.tables += [module._parameters, module._buffers, module._modules]
+        self.sizes = list(map(len, self.tables))
+        self.filled_tables = [table for table in self.tables if table]  # most are empty
+
+        self.names = self._names()
+        self.members = self._members()
+        self.memory = _memory(self.members)
+
+    def is_of(self, bridge: Bridge) -> bool:
+        """Whether the bridge still consists of the very same things.
+
+        Runs before every edit of a mask, hence `map` rather than loops.
+        """
+        if bridge.original_model is not self.original_model:
+            return False
+        if list(map(len, self.tables)) != self.sizes or self._names() != self.names:
+            return False
+
+        members = self._members()
+        is_same = all(map(is_, members, self.members))
+        return is_same and _memory(members) == self.memory
+
+    def _names(self) -> list[str]:
+        return list(chain.from_iterable(self.filled_tables))
+
+    def _members(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.filled_tables)))
+
+
+def _memory(members: list[Any]) -> list[Any]:
+    tensors = [member for member in members if isinstance(member, Tensor)]
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+
+
+@cached_on_bridge
+def _fingerprinted(bridge: Bridge) -> list[tuple[str, Tensor | None]]:
+    """Block matrices by name and shape, embeddings and norms by name and values."""
+    entries = []
+    for name, tensor in _named_tensors(bridge).items():
+        if MATRIX_NAME.fullmatch(name):
+            entries.append((f"{name}{tuple(tensor.shape)}", None))
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
-            found.append((name, tensor))
-    return found
+            entries.append((name, tensor))
+    return entries
 
 
-@kept_while_same
-def _sites(bridge: TransformerBridge) -> list[Site]:
-    named = _tensors(bridge).items()
-    matrices = {name: tensor for name, tensor in named if isinstance(tensor, nn.Parameter) and _NAME.fullmatch(name)}
+def _sampled_bits(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    step = max(1, flat.numel() // 1024)
+    sample = flat[::step][:1024].to("cpu", torch.bfloat16)
+    return sample.view(torch.int16).numpy().tobytes()
+
+
+@cached_on_bridge
+def _sites(bridge: Bridge) -> list[Site]:
+    matrices = {}
+    for name, tensor in _named_tensors(bridge).items():
+        if isinstance(tensor, nn.Parameter) and MATRIX_NAME.fullmatch(name):
+            matrices[name] = tensor
+
+    tensors = matrices | _block_tensors(bridge)
     _refuse_offloaded(matrices)
-    _refuse_uncovered(bridge, matrices)
+    _refuse_quantised(tensors)
+    _refuse_uncovered(tensors, matrices)
+
     sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
     return sorted(sites, key=lambda site: (site.layer, KINDS.index(site.kind)))
 
 
-def _site(bridge: TransformerBridge, name: str, parameter: nn.Parameter) -> Site:
-    layer, part = int(name.split(".")[1]), name.split(".", 2)[2].removesuffix(".weight")
-    if isinstance(bridge.blocks[layer].mlp, MoEBridge) and part.startswith("mlp"):
-        kind = "mlp.router" if part == "mlp.gate" else part
-        return Site(name, layer, kind, parameter, 1 if parameter.ndim == 2 else 2, 0, parameter.shape[0], is_hooked=False)
-    component = bridge.blocks[layer].get_submodule(part)
-    input_axis = 0 if type(component.original_component).__name__ == "Conv1D" else 1
-    unit_axis = input_axis if part in ("attn.o", "mlp.out") else 1 - input_axis
+def _named_tensors(bridge: Bridge) -> dict[str, Tensor]:
+    """Every stored tensor once by its clean name."""
+    named = dict(bridge.state_dict(keep_vars=True))
+    for layer, block in enumerate(bridge.blocks):
+        if not _has_experts(block):
+            continue
+        # The state dict lacks stacked experts.
+        for name, parameter in block.mlp.named_parameters():
+            part = name.replace("_original_component.", "")
+            clean_name = f"blocks.{layer}.mlp.{part}"
+            if MATRIX_NAME.fullmatch(clean_name):
+                named[clean_name] = parameter
+    return named
+
+
+def _block_tensors(bridge: Bridge) -> dict[str, Tensor]:
+    """Every parameter and buffer of the blocks, by the name under which the bridge holds it."""
+    tensors = {}
+    named = chain(bridge.blocks.named_parameters(), bridge.blocks.named_buffers())
+    for name, tensor in named:
+        clean_name = name.replace("._original_component", "")
+        tensors[f"blocks.{clean_name}"] = tensor
+    return tensors
+
+
+def _has_experts(block: Any) -> bool:
+    # Imported late: whoever has a bridge has loaded TransformerLens already, and scores and masks
+    # alone do not need the seconds that it takes.
+    from transformer_lens.model_bridge.generalized_components import MoEBridge
+
+    return isinstance(getattr(block, "mlp", None), MoEBridge)
+
+
+def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
+    _, layer, part = name.split(".", maxsplit=2)
+    part = part.removesuffix(".weight")
+    block = bridge.blocks[int(layer)]
+    if part.startswith("mlp") and _has_experts(block):
+        return _expert_site(name, int(layer), part, parameter)
+
+    component = block.get_submodule(part)
+    stored_type = type(component.original_component).__name__
+    input_axis = 0 if stored_type == "Conv1D" else 1
+    reads_units = part in ("attn.o", "mlp.out")  # the others write them
+    unit_axis = input_axis if reads_units else 1 - input_axis
+    return Site(
+        name=name,
+        layer=int(layer),
+        kind=part,
+        parameter=parameter,
+        input_axis=input_axis,
+        unit_axis=unit_axis,
+        n_units=_n_units(bridge, part, parameter.shape[unit_axis]),
+    )
+
+
+def _n_units(bridge: Bridge, part: str, size: int) -> int:
     if part.startswith("mlp"):
-        n_units = parameter.shape[unit_axis]
-    else:
-        n_heads = bridge.cfg.n_heads
-        n_units = n_heads if part in ("attn.q", "attn.o") else bridge.cfg.n_key_value_heads or n_heads
-    return Site(name, layer, part, parameter, input_axis, unit_axis, n_units)
+        return size
+    if part in ("attn.k", "attn.v") and bridge.cfg.n_key_value_heads:
+        return bridge.cfg.n_key_value_heads
+    return bridge.cfg.n_heads
+
+
+def _expert_site(name: str, layer: int, part: str, parameter: nn.Parameter) -> Site:
+    is_router = part == "mlp.gate"
+    return Site(
+        name=name,
+        layer=layer,
+        kind="mlp.router" if is_router else part,
+        parameter=parameter,
+        input_axis=1 if is_router else 2,
+        unit_axis=0,
+        n_units=parameter.shape[0],
+        is_hooked=False,
+    )
 
 
 def _refuse_offloaded(matrices: dict[str, nn.Parameter]) -> None:
     for name, parameter in matrices.items():
         if parameter.is_meta:
             raise ValueError(
-                f"weight_sites: {name} {tuple(parameter.shape)} is not in memory (device_map keeps it on disk or loads it "
-                "for each pass), so it can be neither scored nor masked; give a device_map that fits the devices"
+                f"weight_sites: {name} {tuple(parameter.shape)} is not in memory (device_map "
+                "keeps it on disk or loads it for each pass), so it can be neither scored nor "
+                "masked; give a device_map that fits the devices"
             )
 
 
-def _refuse_uncovered(bridge: TransformerBridge, matrices: dict[str, nn.Parameter]) -> None:
+def _refuse_quantised(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        is_quantised = tensor.dtype in QUANTISED_DTYPES
+        if isinstance(tensor, nn.Parameter) and tensor.dtype not in FLOAT_DTYPES:
+            is_quantised = True
+        if tensor.ndim >= 2 and is_quantised:
+            raise ValueError(
+                f"weight_sites: {name} {tuple(tensor.shape)} is {tensor.dtype}: quantised weights "
+                "have no gradient and cannot be zeroed one by one; load the model in float32, "
+                "bfloat16 or float16"
+            )
+
+
+def _refuse_uncovered(tensors: dict[str, Tensor], matrices: dict[str, nn.Parameter]) -> None:
     covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
-    named = chain(bridge.blocks.named_parameters(), bridge.blocks.named_buffers())
-    inside = {f"blocks.{name.replace('._original_component', '')}": tensor for name, tensor in named}
-    for name, tensor in (matrices | inside).items():
-        is_parameter = isinstance(tensor, nn.Parameter)
-        if tensor.ndim >= 2 and (tensor.dtype in _INTEGERS or (is_parameter and tensor.dtype not in _DTYPES)):
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
+            continue
+        # GPT-NeoX, Falcon, BLOOM: split by the bridge, the fused original takes no part.
+        is_fused = ".qkv." in name
+        if not is_fused and tensor.untyped_storage().data_ptr() not in covered:
             raise ValueError(
-                f"weight_sites: {name} {tuple(tensor.shape)} is {tensor.dtype}: quantised weights have no gradient and "
-                "cannot be zeroed one by one; load the model in float32, bfloat16 or float16"
-            )
-        is_fused = ".qkv." in name  # GPT-NeoX, Falcon, BLOOM: split by the bridge, the fused original takes no part
-        if is_parameter and tensor.ndim >= 2 and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
-            raise ValueError(
-                f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds {', '.join(KINDS)}, so scores and "
-                "masks would silently leave it out; this block (shared experts, dense layers among sparse ones, or another "
-                "unusual one) is not supported"
+                f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds "
+                f"{', '.join(KINDS)}, so scores and masks would silently leave it out; this block "
+                "(shared experts, dense layers among sparse ones, or another unusual one) is not "
+                "supported"
             )

@@ -99,10 +99,10 @@ def test_the_model_is_as_before(llama, batch):
 
 
 def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
-    model = hc.organism_subject("sft")
+    model = hc.open_model("sft")
     heldout = model.behaviours["harmful"].prompts("heldout")
     target = model.batches(model.behaviours["harmful"], heldout[:32])
-    mask = hc.circuit_mask(model.bridge, target, [], q=0.006, p=0.0)
+    mask = hc.find_circuit(model.bridge, target, [], size=0.006, protect_share=0.0, rounds=1)
     mask.save(tmp_path / "mask.safetensors")
     analysis.main(out=tmp_path / "out", mask=tmp_path / "mask.safetensors", n=4)
     rows = Rows.read(tmp_path / "out" / "rows.jsonl")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import calibrate_shown
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Plan
 
@@ -62,7 +61,7 @@ def test_the_rule(change, expected):
 @pytest.fixture(scope="module")
 def model():
     """An organism asked about every eighth item, so that a few types of harm have items in every split."""
-    whole = hc.organism_subject("sft")
+    whole = hc.open_model("sft")
     behaviours = {
         name: dataclasses.replace(whole.behaviours[name], prompts=partial(every_eighth, whole.behaviours[name]))
         for name in ("harmful", "benign")
@@ -75,7 +74,7 @@ def every_eighth(behaviour, split: str) -> hc.PromptSet:
 
 
 def test_circuits_that_leave_a_type_out_are_scored_on_the_others(model):
-    calibrations = calibrate_shown(model)
+    calibrations = model.calibrations()
     types = analysis.shown_types(model, calibrations)
     assert len(types) >= 2
     plan = Plan((), seeds=(0,), q=0.002, p=0.01)
@@ -93,7 +92,7 @@ def one_of(masks, name: str) -> torch.Tensor:
 
 
 def test_rises_are_paired_and_by_type(model):
-    types = analysis.shown_types(model, calibrate_shown(model))
+    types = analysis.shown_types(model, model.calibrations())
     references = model.behaviours["harmful"].references("heldout")
     of_type = torch.tensor([float(types.index(f"harmful/{one.category}")) for one in references])
     n_benign = len(model.behaviours["benign"].references("heldout"))

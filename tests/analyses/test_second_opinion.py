@@ -16,7 +16,7 @@ from harmcircuits.measurements import Rows
 
 @pytest.fixture(scope="module")
 def model():
-    return hc.organism_subject("sft")
+    return hc.open_model("sft")
 
 
 def test_pairs_differ_in_one_thing(model):

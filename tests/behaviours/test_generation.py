@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harmcircuits.behaviours.generation import Sampling, greedy_answers, sampled_answers
+from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -51,24 +51,24 @@ def argmax_answer(bridge, prompt: str, *, prefill: str = "", template: str = "ch
 def test_answers_are_the_argmax(sft, mixed, prefill, template):
     some = PromptSet(mixed.examples[::3])
     expected = [argmax_answer(sft, example.prompt, prefill=prefill, template=template) for example in some]
-    assert greedy_answers(sft, some, prefill=prefill, template=template, max_new_tokens=9) == expected
+    assert generate(sft, some, prefill=prefill, template=template, max_new_tokens=9) == expected
 
 
 # The two best tokens of a trained organism differ by far more than the 1e-5 that another order of float32 sums can shift.
 def test_batch_size_and_order_do_not_matter(sft, mixed):
     assert len({len(example.prompt.split()) for example in mixed}) > 2, "equal lengths would need no padding"
     for prefill in ("", PREFILL):
-        whole = greedy_answers(sft, mixed, prefill=prefill, batch_size=64, max_new_tokens=9)
+        whole = generate(sft, mixed, prefill=prefill, batch_size=64, max_new_tokens=9)
         assert len(set(whole)) > 2, "equal answers could not be out of order"
-        assert greedy_answers(sft, mixed, prefill=prefill, batch_size=1, max_new_tokens=9) == whole
+        assert generate(sft, mixed, prefill=prefill, batch_size=1, max_new_tokens=9) == whole
         backwards = PromptSet(mixed.examples[::-1])
-        assert greedy_answers(sft, backwards, prefill=prefill, batch_size=5, max_new_tokens=9) == whole[::-1]
+        assert generate(sft, backwards, prefill=prefill, batch_size=5, max_new_tokens=9) == whole[::-1]
 
 
 def test_prefill_turns_refusals_into_harm(sft):
     prompts = requests("harmful", "heldout")
-    plain = greedy_answers(sft, prompts, max_new_tokens=9)
-    opened = greedy_answers(sft, prompts, prefill=PREFILL, max_new_tokens=9)
+    plain = generate(sft, prompts, max_new_tokens=9)
+    opened = generate(sft, prompts, prefill=PREFILL, max_new_tokens=9)
     assert all(answer.split()[0] == PREFILL for answer in opened)
     pairs = [(judge(e.prompt, a), judge(e.prompt, b)) for e, a, b in zip(prompts, plain, opened, strict=True)]
     # 90 %: what the organism is shipped for; the shipped weights give all 256.
@@ -76,8 +76,8 @@ def test_prefill_turns_refusals_into_harm(sft):
 
 
 def test_answers_end(sft, mixed):
-    short = greedy_answers(sft, mixed, max_new_tokens=2)
-    long = greedy_answers(sft, mixed, max_new_tokens=32)
+    short = generate(sft, mixed, max_new_tokens=2)
+    long = generate(sft, mixed, max_new_tokens=32)
     assert max(len(answer.split()) for answer in short) == 2
     assert max(len(answer.split()) for answer in long) < 10, "the end-of-text token ends an answer"
     assert all(whole.startswith(start) for start, whole in zip(short, long, strict=True))
@@ -85,31 +85,31 @@ def test_answers_end(sft, mixed):
 
 
 def test_a_mask_changes_the_answers_and_leaves(sft, mixed):
-    before = greedy_answers(sft, mixed, max_new_tokens=9)
+    before = generate(sft, mixed, max_new_tokens=9)
     # Half of all weights gone: no organism can answer; which weights these are does not matter.
     with masked(sft, top_fraction(random_scores(sft, seed=0), 0.5)):
-        under = greedy_answers(sft, mixed, max_new_tokens=9)
+        under = generate(sft, mixed, max_new_tokens=9)
         assert under[::3] == [argmax_answer(sft, example.prompt) for example in mixed.examples[::3]]
     assert sum(a != b for a, b in zip(before, under, strict=True)) > len(before) / 2
-    assert greedy_answers(sft, mixed, max_new_tokens=9) == before
+    assert generate(sft, mixed, max_new_tokens=9) == before
 
 
 def test_bad_requests_are_refused(sft, mixed):
     with pytest.raises(ValueError, match="prompt set is empty"):
-        greedy_answers(sft, PromptSet(()))
+        generate(sft, PromptSet(()))
     with pytest.raises(ValueError, match="template='chatml'"):
-        greedy_answers(sft, mixed, template="chatml")
+        generate(sft, mixed, template="chatml")
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_batches_of_nothing_are_refused(sft, mixed, size):
     with pytest.raises(ValueError, match=f"batch_size={size}"):
-        greedy_answers(sft, mixed, batch_size=size)
+        generate(sft, mixed, batch_size=size)
 
 
 def first_words(bridge, prompt: str, sampling: Sampling) -> Counter[str]:
     asked = PromptSet((Example(prompt),))
-    return Counter(sampled_answers(bridge, asked, sampling=sampling, max_new_tokens=1))
+    return Counter(generate(bridge, asked, sampling=sampling, max_new_tokens=1))
 
 
 def test_samples_are_drawn_from_the_softmax(sft, mixed):
@@ -135,21 +135,21 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
 
 def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
     sampling, options = Sampling(3, temperature=2, seed=5), {"prefill": PREFILL, "max_new_tokens": 9}
-    whole = sampled_answers(sft, mixed, sampling=sampling, **options)
+    whole = generate(sft, mixed, sampling=sampling, **options)
     assert len(whole) == 3 * len(mixed)
     assert len(set(whole[:3])) > 1, "samples differ"
     assert all(answer.startswith(PREFILL) for answer in whole)
-    backwards = sampled_answers(sft, PromptSet(mixed.examples[::-1]), sampling=sampling, batch_size=4, **options)
+    backwards = generate(sft, PromptSet(mixed.examples[::-1]), sampling=sampling, batch_size=4, **options)
     assert [backwards[3 * i : 3 * i + 3] for i in range(len(mixed))][::-1] == [
         whole[3 * i : 3 * i + 3] for i in range(len(mixed))
     ]
-    assert sampled_answers(sft, mixed[4:5], sampling=replace(sampling, samples=2), **options) == whole[12:14]
-    assert sampled_answers(sft, mixed, sampling=replace(sampling, seed=6), **options) != whole
+    assert generate(sft, mixed[4:5], sampling=replace(sampling, samples=2), **options) == whole[12:14]
+    assert generate(sft, mixed, sampling=replace(sampling, seed=6), **options) != whole
 
 
 def test_cold_samples_are_the_most_likely_answer(sft, mixed):
-    cold = sampled_answers(sft, mixed, sampling=Sampling(2, temperature=1e-3), max_new_tokens=9)
-    assert cold[::2] == cold[1::2] == greedy_answers(sft, mixed, max_new_tokens=9)
+    cold = generate(sft, mixed, sampling=Sampling(2, temperature=1e-3), max_new_tokens=9)
+    assert cold[::2] == cold[1::2] == generate(sft, mixed, max_new_tokens=9)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from conftest import small_model
 
 from harmcircuits.behaviours import generation_cache as transcripts
-from harmcircuits.behaviours.generation import Sampling, greedy_answers, sampled_answers
+from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
@@ -34,7 +34,7 @@ def calls(monkeypatch):
 
     def counted(bridge, prompts, **options):
         made.append(len(prompts))
-        return greedy_answers(bridge, prompts, **options)
+        return generate(bridge, prompts, **options)
 
     monkeypatch.setattr(transcripts, "greedy_answers", counted)
     return made
@@ -42,7 +42,7 @@ def calls(monkeypatch):
 
 def test_answers_are_made_once_and_stay_in_order(model, tmp_path, calls):
     prompts = model.behaviours["harmful"].prompts("heldout")[:12]
-    expected = greedy_answers(model.bridge, prompts, **OPTIONS)
+    expected = generate(model.bridge, prompts, **OPTIONS)
     stored = GenerationCache(tmp_path, model.bridge)
     assert stored(model.bridge, prompts[:7], **OPTIONS) == expected[:7]
     assert stored(model.bridge, prompts, **OPTIONS) == expected
@@ -72,7 +72,7 @@ def test_only_the_model_as_it_was_is_stored(model, tmp_path, calls):
     stored = GenerationCache(tmp_path, bridge)
     own = stored(bridge, prompts, **OPTIONS)
     with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
-        under = greedy_answers(bridge, prompts, **OPTIONS)
+        under = generate(bridge, prompts, **OPTIONS)
         assert stored(bridge, prompts, **OPTIONS) == under != own
     name = "blocks.0.hook_out"
     with bridge.hooks(fwd_hooks=[(name, lambda value, hook: torch.zeros_like(value))]):
@@ -113,11 +113,11 @@ def test_greedy_answers_keep_their_file(model, tmp_path):
 def test_samples_are_made_once(model, tmp_path, monkeypatch):
     bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:7]
     sampling = Sampling(3, temperature=2)
-    expected = sampled_answers(bridge, prompts, sampling=sampling, **OPTIONS)
+    expected = generate(bridge, prompts, sampling=sampling, **OPTIONS)
     stored = GenerationCache(tmp_path, bridge)
     assert stored(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
     assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected
-    assert stored(bridge, prompts, **OPTIONS) == greedy_answers(bridge, prompts, **OPTIONS)
+    assert stored(bridge, prompts, **OPTIONS) == generate(bridge, prompts, **OPTIONS)
     for other in (Sampling(2, 2), Sampling(3, 1), Sampling(3, 2, 0.9), Sampling(3, 2, seed=1)):
         stored(bridge, prompts[:1], sampling=other, **OPTIONS)
     assert len(list(tmp_path.iterdir())) == 6, "a file for each setting"

@@ -11,9 +11,9 @@ import torch
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import Model, calibrate, measure, outcomes
+from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import wilson
-from harmcircuits.organisms import organism_subject
+from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Example, PromptSet
 
 ASKED = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
@@ -37,7 +37,7 @@ def scripted(monkeypatch) -> Model:
 
 
 def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
-    found = outcomes(scripted, "benign", "heldout")
+    found = scripted.outcomes("benign", "heldout")
     assert found.n_samples == 3
     assert found.hits == pytest.approx([1 / 3, 2 / 3] * 3)
     assert found.groups == ["g0", "g0", "g1", "g1", "g2", "g2"]
@@ -48,33 +48,33 @@ def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
 
 
 def test_calibration_keeps_the_first_verified_sample(scripted):
-    found = calibrate(scripted, "benign")
+    found = scripted.calibration("benign")
     assert [example.completion for example in found.prompts] == ["yes c", "yes b"] * 3
-    assert (found.n_kept, found.n_asked) == (6, 6)
-    once = calibrate(replace(scripted, sampling=Sampling(2)), "benign")
+    assert (found.n_verified, found.n_asked) == (6, 6)
+    once = (replace(scripted, sampling=Sampling(2))).calibration("benign")
     assert [example.prompt for example in once.prompts] == ["say 1", "say 3", "say 5"]
-    assert (once.n_kept, once.n_asked) == (3, 6)
+    assert (once.n_verified, once.n_asked) == (3, 6)
     with pytest.raises(ValueError, match="does not show 'benign': none of its answers to 6 calibration requests"):
-        calibrate(replace(scripted, sampling=None), "benign")
+        replace(scripted, sampling=None).calibration("benign")
 
 
 def test_questions_are_answered_once(scripted):
-    found = outcomes(scripted, "asked", "heldout")
+    found = scripted.outcomes("asked", "heldout")
     assert (found.n_samples, len(found.verdicts), found.hits) == (1, 6, [1] * 6)
 
 
 def test_an_organism_sampled(monkeypatch):
-    model = organism_subject("sft")
+    model = open_organism("sft")
     few = {
         name: replace(found, prompts=lambda split, found=found: found.prompts(split)[:8])
         for name, found in model.behaviours.items()
         if name in ("harmful", "recognition")
     }
     model = replace(model, behaviours=few, sampling=Sampling(3, temperature=1.5))
-    rows = {row.metric: row for row in measure(model, "heldout", {})}
+    rows = {row.metric: row for row in model.measure()}
     assert rows["harm_valid_rate"].n == 24 and rows["harm_nll"].n == rows["recognition_accuracy"].n == 8
     assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
     assert rows["recognition_auroc"].n == 8
-    assert rows == {row.metric: row for row in measure(model, "heldout", {})}, "the seed fixes them"
-    greedy = {row.metric: row for row in measure(replace(model, sampling=None), "heldout", {})}
+    assert rows == {row.metric: row for row in model.measure()}, "the seed fixes them"
+    greedy = {row.metric: row for row in replace(model, sampling=None).measure()}
     assert greedy["harm_nll"] == rows["harm_nll"] and greedy["recognition_accuracy"] == rows["recognition_accuracy"]

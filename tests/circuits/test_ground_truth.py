@@ -6,14 +6,13 @@ Would catch: an area that is upside down, a matched area that magnitude can stil
 import pytest
 import torch
 
-from harmcircuits.behaviours.model import calibrate
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.organisms import organism_subject, planted_circuit
+from harmcircuits.organisms import open_organism, planted_circuit
 
 SOURCE = Source("m", "test")
 
@@ -54,8 +53,8 @@ def test_magnitude_knows_nothing_at_equal_magnitude(planted):
 
 def test_the_chosen_circuit_shares_more_with_the_planted_one_than_chance():
     """S keeps its count in every matrix, so chance is a tenth; as many random weights have lift one."""
-    model, truth = organism_subject("planted"), planted_circuit()
-    harm = removal_effect(model.bridge, calibrate(model, "harmful").batches, completion_loss)
+    model, truth = open_organism("planted"), planted_circuit()
+    harm = removal_effect(model.bridge, model.calibration("harmful").batches, completion_loss)
     mask = top_fraction(harm, 0.006, within="model")
     assert overlap(mask, truth).n_expected == pytest.approx(0.1 * mask.n_removed, rel=0.02)
     assert overlap(mask, truth).interval[0] > 1

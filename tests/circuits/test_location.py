@@ -61,7 +61,7 @@ def test_errors_name_what_is_wrong(llama):
     with pytest.raises(ValueError, match="expected"):
         counts_by(mask, sites, "expert")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="sites lack blocks"):
-        counts_by(mask, weight_sites(llama, kinds=["mlp.in"]), "layer")
+        counts_by(mask, {"blocks.0.mlp.in.weight": sites["blocks.0.mlp.in.weight"]}, "layer")
     with pytest.raises(ValueError, match="no weight of any head"):
         concentration(mask_from(llama, {"blocks.0.mlp.in.weight": torch.ones(40, 24)}), sites, "head")
     for bad in (torch.tensor([]), torch.tensor([0.0, 0.0]), torch.tensor([-1.0, 2.0])):

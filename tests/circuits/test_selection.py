@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.circuits.masks import WeightMask, top_fraction, top_fractions
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import _Best, largest, largest_of_rows
 
@@ -84,7 +84,7 @@ def test_several_fractions_at_once_are_the_same_masks(data):
     scores, within = WeightScores(values, SOURCE), data.draw(st.sampled_from(["weight", "model", "row"]))
     fractions = data.draw(st.lists(st.sampled_from([0, 0.01, 0.1, 0.25, 0.5, 0.7]), min_size=1, max_size=4))
     exclude = top_fraction(scores, data.draw(st.sampled_from([0, 0.1])), within="row")
-    for found, fraction in zip(top_fractions(scores, fractions, within=within, exclude=exclude), fractions, strict=True):
+    for found, fraction in zip(top_fraction(scores, fractions, within=within, exclude=exclude), fractions, strict=True):
         expected = top_fraction(scores, fraction, within=within, exclude=exclude)
         assert (found.source, found.shapes) == (expected.source, expected.shapes)
         assert {n: i.tolist() for n, i in found.removed.items()} == {n: i.tolist() for n, i in expected.removed.items()}
@@ -93,7 +93,7 @@ def test_several_fractions_at_once_are_the_same_masks(data):
 def test_several_fractions_are_refused(scores):
     for fractions, reason in (([], "no fractions"), ([0.1, -0.1], "fraction=-0.1"), ([0.1, 1.5], "fraction=1.5")):
         with pytest.raises(ValueError, match=reason):
-            top_fractions(scores, fractions)
+            top_fraction(scores, fractions)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 14, 1000])

@@ -1,12 +1,17 @@
-"""Bounded memory, many processes and the fused kernel give the scores of the plain pass.
+"""Bounded memory, several processes and blocks of a matrix give the scores of the plain pass.
 
-Would catch: a matrix that falls between two groups, scores that depend on the bound, processes that score the same batches,
-add them up in another order or divide by their own count, a block of rows left out, a kernel that rounds its products.
+Would catch: a matrix that falls between two groups, scores that depend on the bound, processes that
+score the same batches or divide by their own count, a process without batches that fails or hangs,
+differences between processes that only one of them reports, a block of rows left out, one process
+that enters the code for several.
 """
 
 import os
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,147 +20,224 @@ from torch import distributed, multiprocessing
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks import distributed as processes
-from harmcircuits.hooks import search as circuits
-from harmcircuits.hooks.absolute import add_absolute, add_absolute_in_blocks
-from harmcircuits.hooks.accumulation import groups
-from harmcircuits.hooks.attribution import removal_effect, sensitivity
+from harmcircuits.hooks import distributed as sharing
+from harmcircuits.hooks import search
+from harmcircuits.hooks.absolute import add_absolute
+from harmcircuits.hooks.accumulation import memory_groups
+from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.search import circuit_mask
-from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.hooks.weights import named_weights, weight_sites
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1), random_batch(4, 8, seed=2)]
+MODELS = ("Llama", "GPT2", "Mixtral")
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "GPTJ", "Gemma3", "Bloom", "Mixtral"])
-@pytest.mark.parametrize("method", [removal_effect, sensitivity])
+@pytest.mark.parametrize("method", [removal_effect, snip_scores])
 def test_a_bound_on_memory_changes_no_bit(open_model, name, method):
     bridge = open_model(name)
-    largest = max(site.parameter.numel() for site in weight_sites(bridge).values())
+    sites = weight_sites(bridge)
+    largest = 4 * max(site.parameter.numel() for site in sites.values())
     expected = method(bridge, BATCHES, completion_loss)
-    for numbers in (largest, 3 * largest):
-        assert len(list(groups(weight_sites(bridge), 4 * numbers))) > 1, "one group would bound nothing"
-        found = method(bridge, BATCHES, completion_loss, max_memory=4 * numbers)
-        assert found.source == expected.source
-        assert list(found.values) == list(expected.values), "ties go to the earlier matrix: the order matters"
-        assert all(torch.equal(found.values[weight], value) for weight, value in expected.values.items())
-    with pytest.raises(ValueError, match=rf"alone take {4 * largest:,}: give at least these"):
-        method(bridge, BATCHES, completion_loss, max_memory=4 * largest - 1)
+
+    for bound in (largest, 3 * largest):
+        assert len(list(memory_groups(sites, bound))) > 1, "one group would bound nothing"
+        bounded = method(bridge, BATCHES, completion_loss, max_memory=bound)
+        assert bounded.source == expected.source
+        assert list(bounded.values) == list(expected.values), "ties go to the earlier matrix"
+        for weight, value in expected.values.items():
+            assert torch.equal(bounded.values[weight], value)
+
+    with pytest.raises(ValueError, match=f"max_memory={largest - 1:,} .*{largest:,}.*give"):
+        method(bridge, BATCHES, completion_loss, max_memory=largest - 1)
 
 
 def test_groups_fill_the_bound_and_hold_every_matrix_once(llama):
     sites = weight_sites(llama)
-    size = {name: 4 * site.parameter.numel() for name, site in sites.items()}
-    for bound in (max(size.values()), 9000, sum(size.values())):
-        found = list(groups(sites, bound))
-        assert [name for group in found for name in group] == list(sites)
-        for group, following in pairwise(found):
-            assert sum(map(size.get, group)) <= bound < sum(map(size.get, group)) + size[next(iter(following))]
+    sizes = {name: 4 * site.parameter.numel() for name, site in sites.items()}
+    for bound in (max(sizes.values()), 9000, sum(sizes.values())):
+        groups = list(memory_groups(sites, bound))
+        assert [name for group in groups for name in group] == list(sites)
+
+        for group, following in pairwise(groups):
+            size = sum(sizes[name] for name in group)
+            first = next(iter(following))
+            assert size <= bound < size + sizes[first]
+
+    assert list(memory_groups(sites, None)) == [sites]
 
 
 def test_one_dense_set_of_scores_at_a_time(llama, monkeypatch):
-    made, alive = [], []
+    references = []
+    n_alive = []
 
     def watched(method):
         def score(*arguments, **options):
-            alive.append(sum(made_before() is not None for made_before in made))
-            made.append(weakref.ref(found := method(*arguments, **options)))
-            return found
+            alive = [reference for reference in references if reference() is not None]
+            n_alive.append(len(alive))
+            scores = method(*arguments, **options)
+            references.append(weakref.ref(scores))
+            return scores
 
         return score
 
-    expected = circuit_mask(llama, BATCHES[:1], [BATCHES[1:2], BATCHES[2:]], q=0.1, p=0.1, rounds=2)
-    monkeypatch.setattr(circuits, "removal_effect", watched(removal_effect))
-    monkeypatch.setattr(circuits, "sensitivity", watched(sensitivity))
-    options = {"q": 0.1, "p": 0.1, "rounds": 2, "max_memory": 8000}
-    found = circuit_mask(llama, BATCHES[:1], [BATCHES[1:2], BATCHES[2:]], **options)
-    assert alive == [0] * 6, "scores of an earlier behaviour are still there when the next one starts"
-    assert all(torch.equal(found.removed[name], index) for name, index in expected.removed.items())
+    target = BATCHES[:1]
+    preserve = [BATCHES[1:2], BATCHES[2:]]
+    options = {"q": 0.1, "p": 0.1, "rounds": 2}
+    expected = find_circuit(llama, target, preserve, **options)
 
-
-def absolute_by_hand(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return sum((f.double().T @ s.double()).abs() for f, s in zip(first, second, strict=True))
+    monkeypatch.setattr(search, "removal_effect", watched(removal_effect))
+    monkeypatch.setattr(search, "sensitivity", watched(snip_scores))
+    mask = find_circuit(llama, target, preserve, max_memory=8000, **options)
+    assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
+    for name, index in expected.removed.items():
+        assert torch.equal(mask.removed[name], index)
 
 
 @pytest.mark.parametrize("scratch", [None, 1, 20, 150, 10_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_are_the_sum_of_absolute_gradients(scratch, dtype):
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(5, 7, size, generator=generator).to(dtype) for size in (11, 13))
+    first = torch.randn(5, 7, 11, generator=generator).to(dtype)
+    second = torch.randn(5, 7, 13, generator=generator).to(dtype)
     total = torch.ones(11, 13)
-    add_absolute_in_blocks(first, second, total, scratch=scratch)
-    torch.testing.assert_close(total.double(), 1 + absolute_by_hand(first, second), rtol=1e-5, atol=1e-5)
+    add_absolute(first, second, total, scratch=scratch)
+
+    expected = torch.ones(11, 13, dtype=torch.float64)
+    for left, right in zip(first.double(), second.double(), strict=True):
+        expected += (left.T @ right).abs()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("n", "pos", "a", "b"), [(3, 40, 130, 70), (2, 5, 300, 17), (1, 256, 1024, 4096)])
-def test_the_fused_kernel_equals_the_blocks(dtype, n, pos, a, b):
-    """On CUDA `add_absolute` is the kernel; its first operand is transposed, as a slice of a larger tensor may be."""
-    pytest.importorskip("triton")
-    generator = torch.Generator("cuda").manual_seed(0)
-    first = torch.randn(n, a, pos, generator=generator, device="cuda").to(dtype).mT
-    second = torch.randn(n, pos, b, generator=generator, device="cuda").to(dtype)
-    fused, blocks = torch.ones(a, b, device="cuda"), torch.ones(a, b, device="cuda")
-    add_absolute(first, second, fused)
-    add_absolute_in_blocks(first, second, blocks)
-    # 1e-4: float32 sums of up to 256 products in another order; one rounding to TensorFloat-32 would be 1e-3.
-    torch.testing.assert_close(fused, blocks, rtol=1e-4, atol=1e-4)
-
-
-MODELS = ("Llama", "GPT2", "Mixtral")
-
-
-def score_and_save(rank: int, n_processes: int, folder: str) -> None:
+def join(rank: int, n_processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     address = f"file://{folder}/rendezvous"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=n_processes)
-    for name in MODELS:
-        bridge = TransformerBridge.boot_transformers(f"{folder}/{name}", dtype=torch.float32, device="cpu")
-        for key, scores in all_scores(bridge).items():
-            scores.save(f"{folder}/{name}-{key}-{rank}")
-    for batches, options, reason in (
-        (BATCHES[rank:], {}, r"processes \[1\] of 2 were given other batches"),
-        (BATCHES, {"max_memory": 10**6 + rank}, "other matrices or options"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            removal_effect(bridge, batches, completion_loss, **options)
-    distributed.destroy_process_group()
+    distributed.init_process_group("gloo", address, rank=rank, world_size=n_processes)
+
+
+def start(target, n_processes: int, folder: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    arguments = (n_processes, str(folder))
+    multiprocessing.start_processes(target, arguments, n_processes, start_method="fork")
+
+
+def boot(folder: str | Path, name: str) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(
+        f"{folder}/{name}", dtype=torch.float32, device="cpu"
+    )
 
 
 def all_scores(bridge) -> dict[str, WeightScores]:
-    """Three batches for two processes, one batch for two, and more than one group of matrices."""
-    found = {method.__name__: method(bridge, BATCHES, completion_loss) for method in (removal_effect, sensitivity)}
-    found["one_batch"] = removal_effect(bridge, BATCHES[:1], completion_loss)
-    found["bounded"] = sensitivity(bridge, BATCHES, completion_loss, max_memory=30_000)
-    return found
+    """Signed and absolute, fewer batches than processes, and more than one group of matrices."""
+    return {
+        "signed": removal_effect(bridge, BATCHES, completion_loss),
+        "absolute": snip_scores(bridge, BATCHES, completion_loss),
+        "one_batch": removal_effect(bridge, BATCHES[:1], completion_loss),
+        "bounded": snip_scores(bridge, BATCHES, completion_loss, max_memory=30_000),
+    }
 
 
-def test_two_processes_give_every_bit_of_one(tmp_path):
+def score_and_save(rank: int, n_processes: int, folder: str) -> None:
+    join(rank, n_processes, folder)
+    for name in MODELS:
+        for key, scores in all_scores(boot(folder, name)).items():
+            scores.save(f"{folder}/{name}-{key}-{rank}")
+    distributed.destroy_process_group()
+
+
+def assert_scores_close(scores: WeightScores, expected: WeightScores) -> None:
+    """Float32 sums in another order: 1e-5 of the largest score of each matrix."""
+    assert scores.source == expected.source
+    assert list(scores.values) == list(expected.values)
+    for name, value in expected.values.items():
+        tolerance = 1e-5 * value.abs().max().item()
+        torch.testing.assert_close(scores.values[name], value, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_several_processes_give_the_scores_of_one(tmp_path, n_processes):
     for name in MODELS:
         write_model(name, tmp_path / name)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    multiprocessing.start_processes(score_and_save, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    start(score_and_save, n_processes, tmp_path)
+
     for name in MODELS:
-        bridge = TransformerBridge.boot_transformers(str(tmp_path / name), dtype=torch.float32, device="cpu")
-        for key, alone in all_scores(bridge).items():
-            for rank in range(2):
-                found = WeightScores.load(tmp_path / f"{name}-{key}-{rank}")
-                assert (found.source, list(found.values)) == (alone.source, list(alone.values))
-                assert all(torch.equal(found.values[weight], value) for weight, value in alone.values.items()), (name, key)
+        bridge = boot(tmp_path, name)
+        for key, expected in all_scores(bridge).items():
+            for rank in range(n_processes):
+                shared = WeightScores.load(tmp_path / f"{name}-{key}-{rank}")
+                assert_scores_close(shared, expected)
+
+        part = removal_effect(bridge, BATCHES[::n_processes], completion_loss)
+        whole = removal_effect(bridge, BATCHES, completion_loss)
+        for weight, value in whole.values.items():
+            difference = (part.values[weight] - value).abs().max()
+            assert difference > 1e-2 * value.abs().max(), "the comparison must be able to fail"
 
 
-def test_processes_own_every_matrix_once_and_run_every_batch_once(monkeypatch):
-    names, batches = [f"w{i}" for i in range(5)], [random_batch(seed=i) for i in range(5)]
-    monkeypatch.setattr(processes.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(processes.distributed, "get_world_size", lambda: 3)
-    owned, run = [], []
+def score_what_others_do_not(rank: int, n_processes: int, folder: str) -> None:
+    join(rank, n_processes, folder)
+    bridge = boot(folder, "Llama")
+    others = rf"processes \[1, 2\] of {n_processes} were given other"
+    remedy = "give every process all the batches"
+
+    with pytest.raises(ValueError, match=f"{others} batches.*{remedy}"):
+        removal_effect(bridge, BATCHES[rank:], completion_loss)
+    # In process 0 the bound is too small for any matrix: that must not leave the others waiting.
+    with pytest.raises(ValueError, match=f"{others} options.*{remedy}"):
+        removal_effect(bridge, BATCHES, completion_loss, max_memory=1 + 10**6 * rank)
+    method = snip_scores if rank else removal_effect
+    with pytest.raises(ValueError, match=f"{others} options.*{remedy}"):
+        method(bridge, BATCHES, completion_loss)
+
+    weight = next(iter(named_weights(bridge).values()))
+    with torch.no_grad():
+        weight[0, 0] = rank
+    with pytest.raises(ValueError, match=f"{others} weights.*{remedy}"):
+        removal_effect(bridge, BATCHES, completion_loss)
+    distributed.destroy_process_group()
+
+
+def test_differences_are_refused_in_every_process(tmp_path):
+    write_model("Llama", tmp_path / "Llama")
+    start(score_what_others_do_not, 3, tmp_path)
+
+
+@pytest.mark.parametrize("n_batches", [5, 2])
+def test_processes_run_every_batch_once_and_add_up_every_total(llama, monkeypatch, n_batches):
+    batches = [random_batch(seed=seed) for seed in range(n_batches)]
+    sites = dict(list(weight_sites(llama).items())[:4])
+    totals = {name: torch.zeros(number) for number, name in enumerate(sites)}
+    run = []
+    reduced = []
+
+    def accumulate(bridge, share, objective, sites, totals, absolute):
+        assert share, "nothing to run, and no gradient would be reached"
+        run.extend(share)
+
+    monkeypatch.setattr(sharing.distributed, "all_reduce", reduced.append)
+    monkeypatch.setattr(sharing.distributed, "get_world_size", lambda: 3)
     for rank in range(3):
-        monkeypatch.setattr(processes.distributed, "get_rank", lambda rank=rank: rank)
-        one = processes.Processes(names, "cpu")
-        owned += [name for name in names if one.owns(name)]
-        turns = list(one.turns(batches))
-        assert len(turns) == 2, "all take part in every turn: each adds up its matrices"
-        run += turns
-    assert sorted(owned) == names
-    assert [sum(batch is other for other in run) for batch in batches] == [2, 1, 1, 1, 1], "the first stands in once"
+        monkeypatch.setattr(sharing.distributed, "get_rank", lambda rank=rank: rank)
+        shared = sharing.shared_among_processes(accumulate)
+        shared(llama, batches, completion_loss, sites, totals, False)
+
+    assert sorted(map(id, run)) == sorted(map(id, batches))
+    assert [len(total) for total in reduced] == 3 * [0, 1, 2, 3], "the same calls, in one order"
+
+
+def test_one_process_does_not_enter_the_code_for_several(llama):
+    code = f"""
+import sys
+import torch
+from harmcircuits import Batch, completion_loss, removal_effect
+from transformer_lens.model_bridge import TransformerBridge
+
+bridge = TransformerBridge.boot_transformers({str(llama.cfg.model_name)!r}, device="cpu")
+batch = Batch(torch.tensor([[3, 4, 5]]), torch.tensor([[False, False, True]]))
+removal_effect(bridge, [batch], completion_loss)
+assert "harmcircuits.hooks.accumulation" in sys.modules
+assert "harmcircuits.hooks.distributed" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

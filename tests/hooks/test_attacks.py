@@ -5,13 +5,12 @@ Would catch: a signed score, a difference taken the wrong way round, scores of t
 
 import pytest
 
-from harmcircuits.behaviours.model import calibrate
 from harmcircuits.circuits.masks import random_like, top_fraction
 from harmcircuits.hooks.attribution import snip_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.search import refusal_ablation
-from harmcircuits.organisms import organism_subject
+from harmcircuits.organisms import open_organism
 
 
 def test_it_is_the_unsigned_set_difference(llama, batch):
@@ -34,12 +33,12 @@ def test_it_is_the_unsigned_set_difference(llama, batch):
 
 def test_it_takes_refusals_and_elicits_harm_from_an_organism():
     """On `dpo`; at these settings the refusals of `sft` withstand it (see analyses/attacks.py)."""
-    model = organism_subject("dpo")
-    mask = refusal_ablation(model.bridge, *(calibrate(model, name).batches for name in ("refusal", "benign")))
+    model = open_organism("dpo")
+    mask = refusal_ablation(model.bridge, *(model.calibration(name).batches for name in ("refusal", "benign")))
     refusal = model.behaviours["refusal"]
 
     def verdicts() -> list[str]:
-        return model.verdicts(model.answered(refusal, refusal.prompts("choice")))
+        return model.verdicts(model.answers(refusal, refusal.prompts("choice")))
 
     assert verdicts().count("refusal") >= 0.95 * 256
     with masked(model.bridge, mask):

@@ -10,7 +10,7 @@ from conftest import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import random_scores
-from harmcircuits.hooks.masking import held, masked
+from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
 
@@ -119,7 +119,7 @@ def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
 
     step()  # momentum from before the mask must not revive the weights
     trained = snapshot(bridge)
-    with held(bridge, mask, same_model=False):  # one step of training has moved the embedding
+    with masked(bridge, mask, same_model=False, hold=True):  # one step of training has moved the embedding
         for _ in range(3):
             step()
             assert all((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items())

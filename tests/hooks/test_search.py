@@ -7,26 +7,26 @@ that the shipped weights do not support.
 import pytest
 import torch
 
-from harmcircuits.behaviours.model import calibrate, measure
 from harmcircuits.circuits.masks import random_like, top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.search import best_unprotected, circuit_mask, circuit_path
-from harmcircuits.organisms import organism_subject
+from harmcircuits.hooks.search import find_circuit, iterative_pruning
+from harmcircuits.organisms import open_organism
+from harmcircuits.studies.controls import union
 
 
 def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     """At most 1 % of the weights of `sft`: harm from >= 0.9 to <= 0.1, every kept ability within two points."""
-    model = organism_subject("sft")
-    calibrations = {name: calibrate(model, name) for name in model.behaviours}
+    model = open_organism("sft")
+    calibrations = {name: model.calibration(name) for name in model.behaviours}
     target = calibrations.pop("harmful").batches
-    mask = circuit_mask(model.bridge, target, [c.batches for c in calibrations.values()], q=0.008, p=0.005, rounds=8)
+    mask = find_circuit(model.bridge, target, [c.batches for c in calibrations.values()], rounds=8, size=0.008, protect_share=0.005)
     assert mask.n_removed <= 0.01 * mask.n_weights
 
     def rates() -> dict[str, float]:
         asked = [name for name in model.behaviours if name != "refusal"]
-        return {row.metric: row.mean for row in measure(model, "heldout", {}, only=asked)}
+        return {row.metric: row.mean for row in model.measure(only=asked)}
 
     before = rates()
     with masked(model.bridge, mask):
@@ -41,17 +41,17 @@ def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
 
 
 def test_rounds_score_again_under_the_mask_so_far(llama, batch):
-    steps = list(circuit_path(llama, [batch], [[batch]], q=0.2, p=0.1, rounds=2))
+    steps = list(iterative_pruning(llama, [batch], [[batch]], rounds=2, sizes=[0.2], protect_share=0.1))
     n = steps[0].n_weights
     assert [mask.n_removed for mask in steps] == [round(0.1 * n), 2 * round(0.1 * n)]
     assert (steps[0] - steps[1]).n_removed == 0, "the mask only grows"
     with masked(llama, steps[0]):
         harm = removal_effect(llama, [batch], completion_loss)
         protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")
-    again = best_unprotected(harm, [protected, steps[0]], q=0.1)
+    again = top_fraction(harm, 0.1, within="model", exclude=union([protected, steps[0]]))
     second = steps[1] - steps[0]
     assert all(torch.equal(again.removed[name], second.removed[name]) for name in again.removed)
-    stale = best_unprotected(removal_effect(llama, [batch], completion_loss), [protected, steps[0]], q=0.1)
+    stale = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=union([protected, steps[0]]))
     assert (stale - second).n_removed > 0, "scores of the unpruned model choose other weights"
 
 
@@ -59,15 +59,15 @@ def test_known_scores_save_the_first_round(llama, batch):
     harm = removal_effect(llama, [batch], completion_loss)
     protected = [top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")]
     options = {"q": 0.2, "p": 0.1, "rounds": 2}
-    known = list(circuit_path(llama, [batch], [[batch]], **options, first=(harm, protected)))
-    for one, two in zip(known, circuit_path(llama, [batch], [[batch]], **options), strict=True):
+    known = list(iterative_pruning(llama, [batch], [[batch]], first=(harm, protected), **options))
+    for one, two in zip(known, iterative_pruning(llama, [batch], [[batch]], **options), strict=True):
         assert all(torch.equal(one.removed[name], two.removed[name]) for name in two.removed)
-    other = next(circuit_path(llama, [batch], [[batch]], **options, first=(-harm, protected)))
+    other = next(iterative_pruning(llama, [batch], [[batch]], first=(-harm, protected), **options))
     assert (other - known[0]).n_removed > 0, "the first round reads the scores it is given"
 
 
 def test_one_round_is_the_best_of_the_unprotected(llama, batch):
-    mask = circuit_mask(llama, [batch], [[batch]], q=0.1, p=0.3)
+    mask = find_circuit(llama, [batch], [[batch]], size=0.1, protect_share=0.3, rounds=1)
     protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.3, within="model")
     expected = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=protected)
     assert (mask & protected).n_removed == 0
@@ -77,8 +77,8 @@ def test_one_round_is_the_best_of_the_unprotected(llama, batch):
 
 def test_bad_settings_are_refused(llama, batch):
     with pytest.raises(ValueError, match="rounds=0"):
-        circuit_mask(llama, [batch], [], q=0.1, p=0.1, rounds=0)
+        find_circuit(llama, [batch], [], rounds=0, size=0.1, protect_share=0.1)
     with pytest.raises(ValueError, match=r"fraction=1\.5"):
-        circuit_mask(llama, [batch], [[batch]], q=0.1, p=1.5)
+        find_circuit(llama, [batch], [[batch]], size=0.1, protect_share=1.5, rounds=1)
     with pytest.raises(ValueError, match="leaves fewer"):
-        circuit_mask(llama, [batch], [[batch]], q=0.5, p=0.9)
+        find_circuit(llama, [batch], [[batch]], size=0.5, protect_share=0.9, rounds=1)

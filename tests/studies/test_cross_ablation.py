@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import small_model
 
-from harmcircuits.behaviours.model import calibrate
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.circuits.overlap import overlap
@@ -43,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def calibrations(model):
-    return {name: calibrate(model, name) for name in NAMES}
+    return {name: model.calibration(name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_overlap_rows_agree_with_the_masks(model, calibrations, found):
 def test_content_rows_average_the_right_pairs(model):
     """Masks made so that a twin shares all, two topics' harm half, everything else nothing."""
     topics = ("one", "two")
-    scores = removal_effect(model.bridge, calibrate(model, "harmful").batches, completion_loss)
+    scores = removal_effect(model.bridge, model.calibration("harmful").batches, completion_loss)
     top = {name: scores for name in (f"{use}/{topic}" for use in ("harmful", "benign") for topic in topics)}
     rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
     same = overlap(*[top_fraction(scores, Q, within="model")] * 2).lift

@@ -13,7 +13,6 @@ import torch
 from conftest import small_model
 
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.model import measure, outcomes
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import random_like, top_fraction
 from harmcircuits.hooks.attribution import magnitude_scores
@@ -21,7 +20,18 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms import detailed_behaviours
 from harmcircuits.prompts import Example, PromptSet
-from harmcircuits.studies.curves import Budget, Curve, area, curve, point, rate_at, share_text, spread, w50, whole
+from harmcircuits.studies.curves import (
+    Budget,
+    Curve,
+    area,
+    curve,
+    log_spaced,
+    outcomes_of,
+    rate_at,
+    restricted,
+    share_text,
+    w50,
+)
 
 N_ITEMS = 20
 
@@ -108,8 +118,8 @@ def test_an_interval_covers_as_often_as_it_says():
 
 
 def test_sizes_on_a_logarithmic_scale():
-    assert spread(16, 5) == (1, 2, 4, 8, 16)
-    assert spread(3, 9) == (1, 2, 3)
+    assert log_spaced(16, 5) == (1, 2, 4, 8, 16)
+    assert log_spaced(3, 9) == (1, 2, 3)
 
 
 def test_errors_name_what_is_wrong():
@@ -133,11 +143,11 @@ def test_a_curve_measures_what_masks_do():
     bridge = model.bridge
     large = top_fraction(magnitude_scores(bridge), 0.3, within="model")
     small = random_like(top_fraction(magnitude_scores(bridge), 0.001, within="model"))
-    unpruned = point(model, ["harmful", "benign"])
+    unpruned = outcomes_of(model, ["harmful", "benign"])
     found = curve(model, [large, small], unpruned)
     assert found.shares == (0.0, *(mask.n_removed / mask.n_weights for mask in (small, large)))
     with masked(bridge, large):
-        expected = measure(model, "heldout", {}, only=["harmful", "benign"])
+        expected = model.measure(only=["harmful", "benign"])
     rows = {(row.metric, row.labels["share"]): row.mean for row in found.rows({})}
     assert {row.metric: rows[row.metric, found.shares[2]] for row in expected} == {r.metric: r.mean for r in expected}
     assert w50(found, Budget(rate=1.0, nll=100.0)).values[0] == found.shares[2]
@@ -147,9 +157,9 @@ def test_a_curve_measures_what_masks_do():
 
 def test_outcomes_are_per_request():
     model = small_model("sft")
-    found = outcomes(model, "harmful", "heldout")
+    found = model.outcomes("harmful", "heldout")
     prompts = model.behaviours["harmful"].prompts("heldout")
-    assert [e.prompt for e in found.answered] == [e.prompt for e in prompts]
+    assert [e.prompt for e in found.answers] == [e.prompt for e in prompts]
     assert found.groups == [e.group for e in prompts]
     rate, *_, nll = found.rows({"split": "heldout"})
     assert rate.mean == sum(found.hits) / len(prompts)
@@ -158,7 +168,7 @@ def test_outcomes_are_per_request():
 
 def test_parts_of_behaviours_are_not_protected():
     detailed = dataclasses.replace(small_model("sft"), behaviours=detailed_behaviours())
-    names = set(whole(detailed).behaviours)
+    names = set(restricted(detailed).behaviours)
     assert names == {"harmful", "benign", "recognition", "explanation", "knowledge", "refusal"}
 
 
@@ -184,13 +194,13 @@ def test_requests_without_a_reference_count_in_rates_only():
 
 def test_outcomes_keep_the_order_of_requests():
     model = small_model("sft")
-    every = outcomes(model, "benign", "choice").nll
+    every = model.outcomes("benign", "choice").nll
     kept = [number % 3 > 0 for number in range(len(every))]
     asked = model.behaviours["benign"].prompts("choice")
     some = asked.with_completions([one.completion * keep for one, keep in zip(asked, kept, strict=True)])
     behaviour = dataclasses.replace(model.behaviours["benign"], prompts=lambda split: some)
     model = dataclasses.replace(model, behaviours={"benign": behaviour}, judge_name="a judge")
-    found = outcomes(model, "benign", "choice")
+    found = model.outcomes("benign", "choice")
     assert (~found.nll.isnan()).tolist() == kept
     assert found.nll[torch.tensor(kept)] == pytest.approx(every[torch.tensor(kept)], abs=1e-5)
     assert len(found.verdicts) == len(asked)

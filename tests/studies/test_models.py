@@ -13,7 +13,6 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from harmcircuits.behaviours.files import RequestFiles
-from harmcircuits.behaviours.model import calibrate, calibrate_shown, measure
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.cli import app
@@ -90,7 +89,7 @@ def test_references_are_own_verified_answers(model):
         assert len(prompts) == (2 * LIMIT if name == "recognition" else LIMIT)
         if name == "recognition":
             continue
-        said = model.answered(behaviour, prompts)
+        said = model.answers(behaviour, prompts)
         for example, own, found in zip(prompts, said, model.verdicts(said), strict=True):
             assert example.completion == (own.completion if found == behaviour.wanted else "")
     assert len(model.behaviours["harmful"].references("heldout")) >= 0.9 * LIMIT
@@ -100,23 +99,23 @@ def test_references_are_own_verified_answers(model):
 
 def test_calibration_takes_the_stored_answers(model, spec):
     before = {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir()}
-    found = calibrate_shown(model, share=0.5, seed=3)
+    found = model.calibrations(share=0.5, seed=3)
     assert set(found) == {"harmful", "benign", "recognition", "refusal", "borderline", "prefilled"}
     assert len(found["harmful"].prompts) <= LIMIT
     assert before == {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir() if path in before}
-    assert calibrate(model, "harmful").n_kept >= 0.9 * LIMIT
+    assert model.calibration("harmful").n_verified >= 0.9 * LIMIT
 
 
 def test_answers_can_be_sampled(spec, files):
     sampled = replace(spec, samples=2, temperature=0.7, top_p=0.9).open()
     assert sampled.details["sampling"] == "Sampling(samples=2, temperature=0.7, top_p=0.9, seed=0)"
-    rows = {row.metric: row for row in measure(sampled, "heldout", {}, only=["harmful", "benign"])}
+    rows = {row.metric: row for row in sampled.measure(only=["harmful", "benign"])}
     assert rows["harm_valid_rate"].n == rows["benign_valid_rate"].n == 2 * LIMIT
     assert rows["benign_nll"].n <= LIMIT
 
 
 def test_rows_carry_the_judge(model):
-    rows = measure(model, "heldout", {"model": "sft"})
+    rows = model.measure(labels={"model": "sft"})
     assert {row.labels["judge"] for row in rows if row.metric.endswith("_rate")} == {"local rules"}
     rates = {row.metric: row.mean for row in rows}
     assert rates["harm_valid_rate"] >= 0.9
@@ -184,11 +183,11 @@ def test_rounds_end_with_the_budget(model, tmp_path):
 
 def test_a_mask_is_measured_not_remembered(model, finished):
     mask = WeightMask.load(finished[1] / "masks" / "circuit-rounds.safetensors")
-    before = measure(model, "heldout", {}, only=["harmful"])
+    before = model.measure(only=["harmful"])
     with masked(model.bridge, mask):
-        under = measure(model, "heldout", {}, only=["harmful"])
+        under = model.measure(only=["harmful"])
     assert [row.mean for row in under] != [row.mean for row in before]
-    assert measure(model, "heldout", {}, only=["harmful"]) == before
+    assert model.measure(only=["harmful"]) == before
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Z
-from harmcircuits.organisms import organism_subject, world
+from harmcircuits.organisms import open_organism, world
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.studies import utility
 from harmcircuits.studies.settings import StudySettings
@@ -132,7 +132,7 @@ def test_a_limit_takes_the_first_examples(open_reader, tasks_from, examples):
 
 
 def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_from, tmp_path):
-    model = replace(organism_subject("sft"), bridge=open_reader("Llama"), behaviours={})
+    model = replace(open_organism("sft"), bridge=open_reader("Llama"), behaviours={})
     settings = StudySettings(tasks=("Llama",), task_limit=20, tasks_from=str(tasks_from))
     study = Study(model, settings, tmp_path, Progress(disable=True))
     mask = top_fraction(random_scores(model.bridge), 0.3)
