@@ -12,7 +12,7 @@ from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -190,7 +190,7 @@ class Measurement:
         *,
         mean: float | None = None,
         n: int | None = None,
-        method: str = "linear",
+        method: Literal["linear", "inverted_cdf"] = "linear",
     ) -> "Measurement":
         """A figure whose 95 % interval is that of its draws, such as resamples or random masks.
 
@@ -202,7 +202,7 @@ class Measurement:
             n: how many examples are behind it; the number of draws by default.
             method: of `numpy.quantile`.
         """
-        low, high = np.quantile(draws, ENDS, method=method)  # pyright: ignore[reportArgumentType]
+        low, high = np.quantile(np.asarray(draws), ENDS, method=method)
         if mean is None:
             mean = float(np.mean(draws))
         if n is None:

@@ -65,19 +65,36 @@ class Behaviour:
         """The requests of a split that have a reference answer."""
         return self.prompts(split).where(lambda example: bool(example.completion))
 
-    def only(self, name: str, keep: Callable[[Example], bool]) -> "Behaviour":
+    def only(
+        self,
+        name: str,
+        keep: Callable[[Example], bool],
+        *,
+        metric: str = "",
+        nll_metric: str = "",
+    ) -> "Behaviour":
         """The part of this behaviour whose requests satisfy a condition, such as one category.
 
         Args:
             name: what the part is called.
             keep: whether a request belongs to it.
+            metric: its own name of the rate; that of the whole by default.
+            nll_metric: its own name of the loss; that of the whole by default.
         """
         whole = self.part_of or self.name
 
         def prompts(split: str) -> PromptSet:
             return self.prompts(split).where(keep)
 
-        return replace(self, name=name, prompts=prompts, part_of=whole, title=name)
+        return replace(
+            self,
+            name=name,
+            metric=metric or self.metric,
+            nll_metric=nll_metric or self.nll_metric,
+            prompts=prompts,
+            part_of=whole,
+            title=name,
+        )
 
     def by_category(self) -> "dict[str, Behaviour]":
         """Its parts by the category of the requests, each called `NAME/CATEGORY`."""

@@ -16,7 +16,7 @@ from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS, find_circuit
+from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS, find_circuit, refuse_settings
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
 
@@ -219,6 +219,8 @@ class Model:
         """
         behaviour = self.behaviour(name)
         requests = behaviour.prompts("calibration").sampled(share, seed=seed)
+        if not len(requests):
+            raise ValueError(f"{name!r} has no calibration requests; give it some, or leave it out")
         answers = self.verified(behaviour, requests)
         verified = answers.where(lambda example: bool(example.completion))
         if not len(verified):
@@ -337,6 +339,7 @@ class Model:
         Raises:
             ValueError: an unknown behaviour, one that is not shown, and as `hc.find_circuit`.
         """
+        refuse_settings(size, protect_share, rounds)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         known = calibrations or {}

@@ -129,7 +129,7 @@ def iterative_pruning(
     Raises:
         ValueError: as `find_circuit`.
     """
-    _refuse_settings(sizes, protect_share, rounds)
+    refuse_settings(sizes, protect_share, rounds)
     largest = max(sizes)
     mask = None
     for number in range(1, rounds + 1):
@@ -224,7 +224,11 @@ def refusal_ablation(
     return top_fraction(refusing, size, within=within) - top_fraction(needed, protect_share, within=within)
 
 
-def _refuse_settings(sizes: Sequence[float], protect_share: float, rounds: int) -> None:
+def refuse_settings(
+    size: float | Sequence[float], protect_share: float, rounds: int
+) -> None:
+    """Raises ValueError for a size, share or number of rounds that cannot be; checks them at once."""
+    sizes = list(size) if isinstance(size, Sequence) else [size]
     if rounds < 1:
         raise ValueError(f"find_circuit: rounds={rounds}; expected at least 1")
     if not sizes or not all(0 < size <= 1 for size in sizes):

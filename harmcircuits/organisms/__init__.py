@@ -97,10 +97,12 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
 
     parts = {}
     for form in ("parts", "kind"):
-        question = behaviours["knowledge"].only(
-            form, lambda example, form=form: world.parsed(example.prompt)[0] == form
+        parts[form] = behaviours["knowledge"].only(
+            form,
+            lambda example, form=form: world.parsed(example.prompt)[0] == form,
+            metric=f"{form}_rate",
+            nll_metric=f"{form}_nll",
         )
-        parts[form] = replace(question, metric=f"{form}_rate", nll_metric=f"{form}_nll")
     recognition = behaviours["recognition"]
     parts["recognition_margin"] = replace(
         recognition,

@@ -6,7 +6,7 @@ from operator import or_
 
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.behaviours.standard import CONTRAST
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect
@@ -69,11 +69,11 @@ def controls(
         ValueError: as `Model.find_circuit`.
     """
     made_by = mask.source.settings
-    within = made_by.get("within", "model")
+    within: Scope = made_by.get("within", "model")
     if protect_share is None:
-        protect_share = made_by.get("protect_share", PROTECT_SHARE)
+        protect_share = float(made_by.get("protect_share", PROTECT_SHARE))
     if rounds is None:
-        rounds = made_by.get("round", 1)
+        rounds = int(made_by.get("round", 1))
 
     protected = model.protected(target, protect, calibrations)
     known = calibrations or {}
@@ -90,14 +90,14 @@ def controls(
 
     seeds = range(seed, seed + n_random)
     weights = named_weights(model.bridge)
-    options = {"within": within}
+    size = mask.fraction
+    opposite = top_fraction(-scores, size, within=within, exclude=union(taken))
+    following = top_fraction(scores, size, within=within, exclude=union([*taken, mask]))
     masks = {
         "random": [random_like(mask, seed=number) for number in seeds],
         "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
-        "opposite sign": [top_fraction(-scores, mask.fraction, exclude=union(taken), **options)],
-        "second slice": [
-            top_fraction(scores, mask.fraction, exclude=union([*taken, mask]), **options)
-        ],
+        "opposite sign": [opposite],
+        "second slice": [following],
     }
     twin = known.get(contrast) or protected.get(contrast)
     if twin is None and calibrations is None and contrast in model.behaviours:
@@ -111,7 +111,7 @@ def controls(
             model.bridge,
             twin.batches,
             [*spared, data.batches],
-            size=mask.fraction,
+            size=size,
             protect_share=protect_share,
             rounds=rounds,
             within=within,

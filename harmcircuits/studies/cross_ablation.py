@@ -290,7 +290,8 @@ def overlap_place_rows(
             for name in (first, second):
                 of_mask = counts_by(masks[name], sites, by).values()
                 counts.append([count.n_removed for count in of_mask])
-            correlation = float(spearmanr(*counts).statistic)
+            # scipy's stubs do not name the fields of its results.
+            correlation = float(spearmanr(*counts).statistic)  # pyright: ignore
             rows += [Measurement.exact("place_correlation", {**pair, "by": by}, correlation)]
     return rows
 

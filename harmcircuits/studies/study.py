@@ -315,7 +315,8 @@ def _grid(
     """Every mask of the grid on the choice split, and a random and an opposite one of each size."""
     model, settings = run.model, run.settings
     labels = {"model": model.name}
-    unpruned = model.measure(split="choice", labels={**labels, "mask": "none"})
+    where = {**labels, "mask": "none"}
+    unpruned = model.measure(split="choice", labels=where, only=run.terms.names)
     run.add(unpruned)
     loss = run.terms.contrast.nll_metric
 
@@ -463,7 +464,7 @@ def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None 
     model, settings = run.model, run.settings
     where = {**labels, "split": "heldout"}
     with masked(model.bridge, mask) if mask is not None else nullcontext():
-        rows = model.measure(labels=labels)
+        rows = model.measure(labels=labels, only=run.terms.names)
         if model.plain_text:
             rows += [perplexity(model.bridge, model.plain_text, where)]
         if settings.tasks:

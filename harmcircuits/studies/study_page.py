@@ -93,7 +93,7 @@ def tradeoff_figure(rows: Rows, terms: Terms, *, protect_share: float) -> Figure
         for row in sorted(sizes, key=lambda row: row.mean):
             # Random masks are measured under the first share only: nothing protects them.
             if selection == "random" or row.labels["p"] == protect_share:
-                points[row.mean / n_scored(rows)] = rows.where(**row.labels)
+                points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
         lines[title] = points
     panels = {
         terms.target.metric: f"valid {terms.target.name} answers",

@@ -38,10 +38,19 @@ class Terms:
             contrast: name of its counterpart.
 
         Raises:
-            ValueError: an unknown behaviour.
+            ValueError: an unknown behaviour, or two that share a metric.
         """
         names = dict.fromkeys([target, *model.whole_behaviours, contrast])
-        behaviours = tuple(model.behaviours[name] for name in names if name in model.behaviours)
+        behaviours = tuple(model.behaviour(name) for name in names)
+        named: dict[str, str] = {}
+        for behaviour in behaviours:
+            for metric in (behaviour.metric, behaviour.nll_metric):
+                other = named.setdefault(metric, behaviour.name)
+                if other != behaviour.name:
+                    raise ValueError(
+                        f"{other!r} and {behaviour.name!r} share the metric {metric!r}; "
+                        "give one of them a metric and nll_metric of its own (see Behaviour.only)"
+                    )
         return cls(model.behaviour(target), model.behaviour(contrast), behaviours)
 
     @classmethod
@@ -63,10 +72,15 @@ class Terms:
         return tuple(behaviour.metric for behaviour in self.kept)
 
     @property
+    def names(self) -> list[str]:
+        """Names of the behaviours."""
+        return [behaviour.name for behaviour in self.behaviours]
+
+    @property
     def measured(self) -> list[str]:
         """Names of what a mask is chosen by: the target and what is kept."""
         chosen_by = {self.target.name, *(behaviour.name for behaviour in self.kept)}
-        return [behaviour.name for behaviour in self.behaviours if behaviour.name in chosen_by]
+        return [name for name in self.names if name in chosen_by]
 
     @property
     def metrics(self) -> dict[str, str]:
