@@ -428,10 +428,7 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
     if manifest.is_file():
         before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
         if before != dict(settings):
-            raise ValueError(
-                f"{folder} holds a run with {before}, not {dict(settings)}; "
-                "give another folder or remove it"
-            )
+            raise ValueError(f"{folder} holds a run with {before}, not {dict(settings)}; give another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     Manifest(settings).save(manifest)
     return Rows.read(rows) if rows.is_file() else Rows()

@@ -6,6 +6,8 @@ Would catch: an example that no longer works, a file map that names what is gone
 import re
 from pathlib import Path
 
+import attacks
+import emergent_misalignment
 from typer import Typer
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -22,8 +24,9 @@ def test_python_blocks_run(capsys):
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.S):
         exec(compile(block, "README.md", "exec"), space)
     printed = capsys.readouterr().out
-    assert printed.count("WeightMask(") == 3
+    assert printed.count("WeightMask(circuit") == 2
     assert printed.count("harm_valid_rate") == 3
+    assert "valid harm" in printed and "a search of its own" in printed
 
 
 def test_commands_exist():
@@ -35,9 +38,9 @@ def test_commands_exist():
         assert shown and {option for line in shown for option in re.findall(r"--[\w-]+", line)} <= options
         known |= options
     analysis = Typer()
-    analysis.command()(command_of())
+    analysis.command()(command_of(attacks, emergent_misalignment))
     known |= {name for option in get_command(analysis).params for name in option.opts}
-    own = README.split("## On a model of your own")[1].split("\n## ")[0]
+    own = README.split("## On your own model")[1].split("\n## ")[0]
     assert set(re.findall(r"--[\w-]+", own)) <= known
     for path in re.findall(r"python (analyses/\S+\.py)", README):
         assert (ROOT / path).is_file()
@@ -45,6 +48,9 @@ def test_commands_exist():
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
 
 
-def test_the_file_map_names_what_is_there():
-    listed = set(re.findall(r"(\w+)\.py", README.split("## Files")[1]))
-    assert listed == {path.stem for path in (ROOT / "harmcircuits").glob("*.py")} - {"__init__", "cli"}
+def test_the_file_map_names_the_rooms_and_nothing_else():
+    listed = set(re.findall(r"^  (\w+(?:\.py|/))", README.split("## Files")[1], flags=re.M))
+    package = ROOT / "harmcircuits"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert listed == rooms | files

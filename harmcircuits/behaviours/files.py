@@ -68,10 +68,7 @@ class RequestFiles:
     def __post_init__(self) -> None:
         for name in ("limit", "limit_measured"):
             if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}; "
-                    "expected the number of requests a split, or 0 for all"
-                )
+                raise ValueError(f"{name}={getattr(self, name)}; expected the number of requests a split, or 0 for all")
 
     @classmethod
     def of(cls, given: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
@@ -87,8 +84,7 @@ class RequestFiles:
             return given
         if not isinstance(given, Mapping):
             raise ValueError(
-                f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, "
-                f"got {type(given).__name__}"
+                f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, got {type(given).__name__}"
             )
         known = cls.__dataclass_fields__
         for name in given:
@@ -149,9 +145,7 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
     for unsafe, safe in sides.values():
         pairs += zip(unsafe, safe, strict=False)
     if not pairs:
-        raise ValueError(
-            f"{origin}: no pair of a safe and an unsafe request; match them by group or category"
-        )
+        raise ValueError(f"{origin}: no pair of a safe and an unsafe request; match them by group or category")
     return pairs
 
 
@@ -171,9 +165,7 @@ def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
     return pairs
 
 
-def request_behaviours(
-    files: RequestFiles, *, prefill: str
-) -> tuple[dict[str, Behaviour], dict[str, str]]:
+def request_behaviours(files: RequestFiles, *, prefill: str) -> tuple[dict[str, Behaviour], dict[str, str]]:
     """The behaviours by name, without reference answers yet, and each prompt's kind of request.
 
     "prefilled" asks benign requests with answers begun as harmful ones are, without which a circuit
@@ -192,9 +184,7 @@ def request_behaviours(
         "harmful": harmful,
         "benign": benign,
         "recognition": _recognition(files, harmful, benign),
-        "explanation": {
-            split: _asked_by(questions.explanation, requests) for split, requests in harmful.items()
-        },
+        "explanation": {split: _asked_by(questions.explanation, requests) for split, requests in harmful.items()},
         "refusal": harmful,
     }
     if prefill:
@@ -268,8 +258,7 @@ def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
     if shared:
         names = files.files
         raise ValueError(
-            f"{len(shared)} requests are in {names['harmful']} and in {names['benign']}; "
-            "leave each in one file"
+            f"{len(shared)} requests are in {names['harmful']} and in {names['benign']}; leave each in one file"
         )
     return harmful, benign
 

@@ -42,9 +42,7 @@ class Sampling:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}; expected at least 1")
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature}; expected more than 0 (at 0 all samples are the same)"
-            )
+            raise ValueError(f"temperature={self.temperature}; expected more than 0 (at 0 all samples are the same)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; expected one in (0, 1]")
 
@@ -151,9 +149,7 @@ class _Gumbel(LogitsProcessor):
             seed = int.from_bytes(digest) >> 1
             self.streams.append(torch.Generator().manual_seed(seed))
 
-    def __call__(
-        self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
-    ) -> Float[Tensor, "row vocab"]:
+    def __call__(self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
         noise = []
         for stream in self.streams:
             exponential = torch.empty(scores.shape[1]).exponential_(generator=stream)

@@ -180,9 +180,7 @@ class Model:
         judge = behaviour.judge or self.judge
         return [judge(example.prompt, example.completion) for example in answers]
 
-    def verified(
-        self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = ""
-    ) -> PromptSet:
+    def verified(self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = "") -> PromptSet:
         """The same requests with the first of the model's own answers that shows the behaviour.
 
         An empty completion where none does.
@@ -421,9 +419,7 @@ class Model:
     def _under(self, mask: WeightMask | None) -> Any:
         return masked(self.bridge, mask) if mask is not None else nullcontext()
 
-    def _generate(
-        self, prompts: PromptSet, prefill: str, max_new_tokens: int, sampling: Sampling | None
-    ) -> list[str]:
+    def _generate(self, prompts: PromptSet, prefill: str, max_new_tokens: int, sampling: Sampling | None) -> list[str]:
         answer = self.cache or generate
         return answer(
             self.bridge,

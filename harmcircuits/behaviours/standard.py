@@ -36,9 +36,7 @@ _STANDARD = {
 _SIDE_METRICS = {"harmful": {"refusal": "harm_refusal_rate", DEGENERATE: "harm_degenerate_rate"}}
 
 
-def standard_behaviour(
-    name: str, prompts: Callable[[str], PromptSet], **options: Any
-) -> Behaviour:
+def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options: Any) -> Behaviour:
     """A behaviour of the package, with its usual metrics.
 
     Args:

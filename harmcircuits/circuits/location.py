@@ -59,9 +59,7 @@ def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place
     return counts
 
 
-def pieces(
-    mask: WeightMask, sites: Mapping[str, Site], by: By
-) -> Iterator[tuple[Place, int, int]]:
+def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tuple[Place, int, int]]:
     """(place, removed, weights) of every part of a matrix that lies in one place.
 
     A place can have several such parts: a head has one in q and one in o.
@@ -78,9 +76,7 @@ def pieces(
         raise ValueError(f'by={by!r}; expected "layer", "matrix", "head" or "neuron"')
     missing = sorted(set(mask.shapes) - set(sites))
     if missing:
-        raise ValueError(
-            f"sites lack {missing[0]}; give weight_sites(bridge) of the mask's model"
-        )
+        raise ValueError(f"sites lack {missing[0]}; give weight_sites(bridge) of the mask's model")
     none = torch.empty(0, dtype=torch.int64)
     for name in mask.shapes:
         site, index = sites[name], mask.removed.get(name, none)
@@ -118,9 +114,7 @@ class Concentration(NamedTuple):
     n_removed: int
 
 
-def concentration(
-    mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]
-) -> Concentration:
+def concentration(mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]) -> Concentration:
     """Gini coefficient and top share of the mask over heads or neurons.
 
     A sparse mask is unequal by chance alone, so neither figure means anything without those of

@@ -265,9 +265,7 @@ def token_contributions(
         raise ValueError(f"token_contributions: {mask} removes nothing; choose at least one weight")
     fingerprint = model_fingerprint(bridge)
     if mask.source.model != fingerprint:
-        raise ValueError(
-            f"token_contributions: {mask} is of model {mask.source.model}, this one is {fingerprint}"
-        )
+        raise ValueError(f"token_contributions: {mask} is of model {mask.source.model}, this one is {fingerprint}")
     sites = weight_sites(bridge)
     blocks = {name: _removed_block(sites[name], mask) for name in mask.removed}
     contributions = torch.empty(0)
@@ -288,9 +286,7 @@ def token_contributions(
     return per_batch
 
 
-def _removed_block(
-    site: Site, mask: WeightMask
-) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
+def _removed_block(site: Site, mask: WeightMask) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
     """The rows and columns that a mask touches, and the block between them: zero where it removes nothing."""
     index, width = mask.removed[site.name].to(site.parameter.device), site.parameter.shape[1]
     rows, row = (index // width).unique(return_inverse=True)
@@ -310,9 +306,7 @@ def _source(
     """The scores' origin, with a digest of the real tokens that padding and batch size do not change."""
     digest = hashlib.sha256()
     for batch in batches:
-        for tokens, is_target, is_token in zip(
-            batch.tokens, batch.is_target, batch.is_token, strict=True
-        ):
+        for tokens, is_target, is_token in zip(batch.tokens, batch.is_target, batch.is_token, strict=True):
             real = torch.stack([tokens, is_target.long()])[:, is_token]
             digest.update(real.numpy().tobytes())
     settings["data"] = digest.hexdigest()[:16]

@@ -35,9 +35,7 @@ def token_changes(bridge: Bridge, mask: WeightMask, batch: Batch) -> Float[Tenso
     return torch.cat([first, (before - after).cpu()], dim=1)
 
 
-def attention_patterns(
-    bridge: Bridge, batch: Batch, heads: Sequence[tuple[int, int]]
-) -> Float[Tensor, "head pos pos"]:
+def attention_patterns(bridge: Bridge, batch: Batch, heads: Sequence[tuple[int, int]]) -> Float[Tensor, "head pos pos"]:
     """Attention of some heads on the first example, without padding; for the mask's, inside `masked`.
 
     Args:
@@ -49,9 +47,7 @@ def attention_patterns(
     tokens = batch.tokens[:1, : int(batch.is_token[0].sum())]
     names = {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
     with torch.no_grad():
-        _, cache = bridge.run_with_cache(
-            tokens.to(bridge.cfg.device), names_filter=lambda name: name in names
-        )
+        _, cache = bridge.run_with_cache(tokens.to(bridge.cfg.device), names_filter=lambda name: name in names)
     patterns = []
     for layer, head in heads:
         patterns.append(cache[f"blocks.{layer}.attn.hook_pattern"][0, head].cpu())

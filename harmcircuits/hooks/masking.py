@@ -97,15 +97,11 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
     weights = named_weights(bridge)
     for name, shape in mask.shapes.items():
         if name not in weights:
-            raise ValueError(
-                f"the mask is of another model: it has {name}, which this model lacks; "
-                "nothing was changed"
-            )
+            raise ValueError(f"the mask is of another model: it has {name}, which this model lacks; nothing was changed")
         actual = tuple(weights[name].shape)
         if actual != tuple(shape):
             raise ValueError(
-                f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; "
-                "nothing was changed"
+                f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; nothing was changed"
             )
     fingerprint = model_fingerprint(bridge)
     if same_model and mask.source.model != fingerprint:

@@ -96,9 +96,7 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
         is_yes = torch.isin(target, torch.tensor(yes_ids))
         is_no = torch.isin(target, torch.tensor(no_ids))
         if not (is_yes | is_no).all():
-            raise ValueError(
-                f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers"
-            )
+            raise ValueError(f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers")
         positions, column = (first - 1).unique(return_inverse=True)
         logits = logits_at(bridge, batch.tokens, positions)[row, column].float()
         odds = logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1)
@@ -107,9 +105,7 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
     return margin
 
 
-def choice_tokens(
-    tokenizer: Any, yes: Sequence[str], no: Sequence[str]
-) -> tuple[list[int], list[int]]:
+def choice_tokens(tokenizer: Any, yes: Sequence[str], no: Sequence[str]) -> tuple[list[int], list[int]]:
     """The first tokens of the yes words and of the no words.
 
     Args:
@@ -121,15 +117,11 @@ def choice_tokens(
         ValueError: no words, a word without tokens, or a token that stands for both.
     """
     if not yes or not no:
-        raise ValueError(
-            f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each"
-        )
+        raise ValueError(f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each")
     yes_ids = sorted({_first_token(word, tokenizer) for word in yes})
     no_ids = sorted({_first_token(word, tokenizer) for word in no})
     if set(yes_ids) & set(no_ids):
-        raise ValueError(
-            f"choice_tokens: {list(yes)} and {list(no)} share a first token; choose other words"
-        )
+        raise ValueError(f"choice_tokens: {list(yes)} and {list(no)} share a first token; choose other words")
     return yes_ids, no_ids
 
 

@@ -137,10 +137,7 @@ def iterative_pruning(
             scores, protected = first
         else:
             with masked(bridge, mask) if mask is not None else nullcontext():
-                protected = [
-                    protected_weights(bridge, batches, protect_share, within, max_memory)
-                    for batches in protect
-                ]
+                protected = [protected_weights(bridge, batches, protect_share, within, max_memory) for batches in protect]
                 scores = removal_effect(bridge, target, objective, max_memory=max_memory)
 
         # One growth step, cut where a size lies inside it.
@@ -224,9 +221,7 @@ def refusal_ablation(
     return top_fraction(refusing, size, within=within) - top_fraction(needed, protect_share, within=within)
 
 
-def refuse_settings(
-    size: float | Sequence[float], protect_share: float, rounds: int
-) -> None:
+def refuse_settings(size: float | Sequence[float], protect_share: float, rounds: int) -> None:
     """Raises ValueError for a size, share or number of rounds that cannot be; checks them at once."""
     sizes = list(size) if isinstance(size, Sequence) else [size]
     if rounds < 1:

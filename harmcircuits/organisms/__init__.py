@@ -21,9 +21,7 @@ FOLDER = Path(__file__).parent / "weights"
 MAX_NEW_TOKENS = 9  # the longest answer of the world, and its end
 
 
-def load_organism(
-    name: str, *, device: str = "cpu", folder: Path = FOLDER
-) -> "TransformerBridge":
+def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "TransformerBridge":
     """An organism in float32, as a bare TransformerBridge.
 
     Args:
@@ -39,9 +37,7 @@ def load_organism(
     if name not in ORGANISMS:
         raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
     if not (folder / name / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms.train"
-        )
+        raise ValueError(f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms.train")
     return TransformerBridge.boot_transformers(str(folder / name), device=device)
 
 
@@ -50,9 +46,7 @@ def planted_circuit(folder: Path = FOLDER) -> WeightMask:
     return WeightMask.load(folder / "planted" / "circuit.safetensors")
 
 
-def open_organism(
-    name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER
-) -> Model:
+def open_organism(name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER) -> Model:
     """An organism with everything it can be asked, and the world's own judge.
 
     Args:

@@ -112,9 +112,7 @@ class Analysis(Protocol):
 AnyAnalysis = Analysis | ModuleType
 
 
-def conclude(
-    plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, workers: int = 1
-) -> list[ClaimResult]:
+def conclude(plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, workers: int = 1) -> list[ClaimResult]:
     """Run what is missing of each analysis and write its page `NAME.html`; the results, in order.
 
     The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis'
@@ -133,8 +131,7 @@ def conclude(
     for analysis, plan in plans:
         if plan.settings != common:
             raise ValueError(
-                f"conclude: plans with settings {common} and {plan.settings}; "
-                "give each an out folder of its own"
+                f"conclude: plans with settings {common} and {plan.settings}; give each an out folder of its own"
             )
         if plan.options:
             settings[f"options of {analysis.NAME}"] = repr(dict(plan.options))
@@ -189,12 +186,8 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
     @with_options("extra", options)
     def main(
         *,
-        out: Annotated[
-            Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")
-        ],
-        model: Annotated[
-            list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(usual))
-        ] = None,
+        out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")],
+        model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(usual))] = None,
         organisms: Annotated[
             list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
         ] = None,
@@ -203,9 +196,7 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
         protect_share: Annotated[
             float, typer.Option(help="Share of weights protected for each other behaviour.")
         ] = Plan.protect_share,
-        rounds: Annotated[
-            int, typer.Option(help="Rounds in which a circuit is chosen.")
-        ] = Plan.rounds,
+        rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = Plan.rounds,
         workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
         device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
         custom: dict[str, Any],

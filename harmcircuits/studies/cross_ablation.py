@@ -136,10 +136,7 @@ def resampled_circuits(
                 if part is not None:
                     weights.append(n_examples * int(n_times))
             if not sum(weights):
-                raise ValueError(
-                    f"{name}: a resample holds none of its {sum(sizes)} examples; "
-                    "give more calibration items"
-                )
+                raise ValueError(f"{name}: a resample holds none of its {sum(sizes)} examples; give more calibration items")
             masks.append(top_fraction(mean_scores(scores, weights), size, within="model"))
         circuits[name] = (mean_scores(scores, sizes), masks)
     return circuits
@@ -260,9 +257,7 @@ def content_rows(
     return rows
 
 
-def overlap_place_rows(
-    model: Model, masks: Mapping[str, WeightMask], first: str, labels: Labels
-) -> Rows:
+def overlap_place_rows(model: Model, masks: Mapping[str, WeightMask], first: str, labels: Labels) -> Rows:
     """The overlap of one circuit with every other by layer and matrix, and by heads and neurons.
 
     `place_correlation`: Spearman correlation of the number of weights that the two masks take from
@@ -323,9 +318,7 @@ def ablation_rows(
     return rows
 
 
-def token_rows(
-    model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels
-) -> Rows:
+def token_rows(model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels) -> Rows:
     """What each token position adds to a mask's score, by its distance from the first answer token.
 
     `token_contribution` at `offset` k: positions k tokens after (before, if negative) the first

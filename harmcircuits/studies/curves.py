@@ -70,8 +70,7 @@ class Curve:
             requests.append({name: outcomes.groups for name, outcomes in point.items()})
         if self.target not in requests[0] or any(other != requests[0] for other in requests):
             raise ValueError(
-                f"Curve: every point must measure {self.target!r}, "
-                "and the same requests of the same behaviours"
+                f"Curve: every point must measure {self.target!r}, and the same requests of the same behaviours"
             )
 
     def __repr__(self) -> str:
@@ -175,9 +174,7 @@ def restricted(model: Model, *, target: str = TARGET, budget: Budget | None = No
     return replace(model, behaviours=behaviours)
 
 
-def outcomes_of(
-    model: Model, names: Iterable[str], *, split: str = "heldout"
-) -> dict[str, Outcomes]:
+def outcomes_of(model: Model, names: Iterable[str], *, split: str = "heldout") -> dict[str, Outcomes]:
     """What the model as it stands does with these behaviours."""
     return {name: model.outcomes(name, split) for name in names}
 
@@ -258,9 +255,7 @@ def area(curve: Curve, *, seed: int = 0) -> Estimate:
         ValueError: fewer than two masks.
     """
     if len(curve.shares) < 3:
-        raise ValueError(
-            f"area: shares {curve.shares}; expected the unpruned model and at least two masks"
-        )
+        raise ValueError(f"area: shares {curve.shares}; expected the unpruned model and at least two masks")
     masked_points = curve.points[1:]
     hits = _means(curve, curve.target, [point[curve.target].hits for point in masked_points], seed)
     x = np.log(curve.shares[1:])
@@ -318,9 +313,7 @@ def _items(curve: Curve) -> tuple[str, ...]:
     return tuple(sorted(set(curve.points[0][curve.target].groups)))
 
 
-def _means(
-    curve: Curve, name: str, values: Sequence[Sequence[float]], seed: int
-) -> Float[ndarray, "draws points"]:
+def _means(curve: Curve, name: str, values: Sequence[Sequence[float]], seed: int) -> Float[ndarray, "draws points"]:
     """Means of each point's values on all items (first line), then on resamples of whole items.
 
     The draws depend on the seed and the number of items only, so behaviours and curves about the

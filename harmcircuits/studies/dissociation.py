@@ -77,9 +77,7 @@ def _gap_and_cost(rates: Sequence[Measurement]) -> tuple[Measurement, Measuremen
     return gap, cost
 
 
-def dissociations(
-    rows: Rows, protected: str, metrics: Mapping[str, str]
-) -> dict[tuple[str, str], Dissociation]:
+def dissociations(rows: Rows, protected: str, metrics: Mapping[str, str]) -> dict[tuple[str, str], Dissociation]:
     """(first, second) -> the test, for all pairs of behaviours whose circuits the rows name.
 
     Args:

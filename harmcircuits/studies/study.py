@@ -160,9 +160,7 @@ def study(
         scores = WeightScores.load(run.out / "scores")
 
     points = _grid(run, scores, protected, data, spared)
-    run.chosen = operating_point(
-        points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget
-    )
+    run.chosen = operating_point(points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget)
     if model.ground_truth is not None:
         first_share = protected[settings.protect_shares[0]]
         named = all_scores(model.bridge, data.batches, scores, first_share, seed=settings.seed)
@@ -252,9 +250,7 @@ def _check(run: Study) -> None:
     if run.max_memory is not None and run.out is None:
         raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
     if run.out is not None and (run.out / "rows.jsonl").exists():
-        raise ValueError(
-            f"{run.out} already holds a study (rows.jsonl); give another folder or remove it"
-        )
+        raise ValueError(f"{run.out} already holds a study (rows.jsonl); give another folder or remove it")
     if settings.tasks:
         task_manager(settings.tasks, settings.tasks_from)
 

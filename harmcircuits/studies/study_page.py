@@ -158,8 +158,7 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
     return [
         section(
             "Which tokens lose probability",
-            "Reference answers to held-out requests. Red tokens lose log-probability under the mask, "
-            "blue ones gain.",
+            "Reference answers to held-out requests. Red tokens lose log-probability under the mask, blue ones gain.",
             tokens,
         ),
         section(
@@ -169,8 +168,7 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
         ),
         section(
             "Attention of the most pruned heads",
-            "The heads that lose most query and output weights, on one request of the target with "
-            "its reference answer.",
+            "The heads that lose most query and output weights, on one request of the target with its reference answer.",
             _attention_views(study, target, mask),
         ),
     ]
@@ -189,9 +187,7 @@ def _token_views(study: Study, behaviour: Behaviour, prompts: PromptSet, mask: W
     return "".join(views)
 
 
-def _answers(
-    study: Study, behaviour: Behaviour, prompts: PromptSet, mask: WeightMask
-) -> list[list[str]]:
+def _answers(study: Study, behaviour: Behaviour, prompts: PromptSet, mask: WeightMask) -> list[list[str]]:
     """Request, answer without and with the mask, and the verdict on the latter."""
     before = study.model.answers(behaviour, prompts)
     with masked(study.model.bridge, mask):

@@ -26,11 +26,7 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
         rows: of a study.
         terms: what they are called.
     """
-    measured = Rows(
-        row
-        for row in rows
-        if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change")
-    )
+    measured = Rows(row for row in rows if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change"))
     circuits = measured.where(mask="circuit")
     contrast = terms.contrast.name
     # Where nothing but the contrast is protected, that circuit is the main one.
@@ -110,10 +106,7 @@ def summary(rows: Rows, terms: Terms) -> str:
     circuits = [name for name in (IN_ROUNDS, ONE_SHOT) if name in lines]
     if not circuits:
         points = 100 * rows.one("tolerance").mean
-        kept = (
-            f"no mask of the grid lowers {terms.target.title} and keeps every other ability, "
-            f"within {points:.0f} points"
-        )
+        kept = f"no mask of the grid lowers {terms.target.title} and keeps every other ability, within {points:.0f} points"
         text = f"No operating point: {kept} of the unpruned model."
         return "\n".join([text, *_warnings(rows)])
 

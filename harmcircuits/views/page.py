@@ -8,9 +8,7 @@ from string import Template
 from plotly.graph_objects import Figure
 
 
-def write_page(
-    path: str | Path, title: str, sections: Sequence[str], *, script: str = ""
-) -> None:
+def write_page(path: str | Path, title: str, sections: Sequence[str], *, script: str = "") -> None:
     """Write sections as one HTML file.
 
     Args:
