@@ -241,9 +241,7 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 0) -> float:
 def peak_rows(rows: Rows, labels: dict, peak: float, is_given: bool) -> Rows:
     """The machine's peak, and every speed as a share of it."""
     found = [
-        Measurement.exact(
-            "peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak
-        )
+        Measurement.exact("peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak)
     ]
     for row in rows.where("flop_per_second"):
         shares = (row.mean / peak, row.low / peak, row.high / peak)

@@ -192,9 +192,7 @@ def gap_rows(model: Model, under: Mapping[str, Losses], abilities: Sequence[str]
     """`nll_gap` of an ability (`of`) against another: its loss under its own circuit minus that under the other's."""
     pairs = [pair for other in abilities for pair in ((HARM, other), (other, HARM))]
     return [
-        Measurement.average(
-            GAP, {**labels, "of": of, "against": other}, under[of][of] - under[other][of], groups(model, of)
-        )
+        Measurement.average(GAP, {**labels, "of": of, "against": other}, under[of][of] - under[other][of], groups(model, of))
         for of, other in pairs
     ]
 

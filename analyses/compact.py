@@ -29,7 +29,6 @@ from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks.search import iterative_pruning, protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
-from harmcircuits.studies.controls import union
 from harmcircuits.studies.curves import (
     Curve,
     area,
@@ -50,6 +49,7 @@ from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.views.figures import share_figure
 from harmcircuits.views.page import plot, section, table
 from harmcircuits.views.tables import KEPT_RATES, RATES
+from harmcircuits.studies.controls import union
 
 NAME, CLAIM, MODELS = "F1", "compact: a tiny share of the weights carries harm", ("sft",)
 COMPACT = 0.01  # share of weights within which w50 must be reached
@@ -101,9 +101,7 @@ def in_rounds(model: Model, calibrations: dict[str, Calibration], plan: Plan, ro
     """The growing circuit, q / rounds of the plan at a time, every other behaviour shown protected unless p is 0."""
     target, kept = calibrations["harmful"].batches, [c.batches for name, c in calibrations.items() if name != "harmful"]
     q = plan.q / plan.rounds * rounds
-    return list(
-        iterative_pruning(model.bridge, target, kept if plan.p else [], rounds=rounds, sizes=[q], protect_share=plan.p)
-    )
+    return list(iterative_pruning(model.bridge, target, kept if plan.p else [], rounds=rounds, sizes=[q], protect_share=plan.p))
 
 
 def measured_rounds(plan: Plan) -> list[int]:
@@ -126,9 +124,7 @@ def curve_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     harm = hc.removal_effect(model.bridge, calibrations["harmful"].batches, hc.completion_loss)
     others = [c.batches for name, c in calibrations.items() if name != "harmful"]
     protected = [protected_weights(model.bridge, batches, plan.p) for batches in others]
-    at_once = [
-        hc.top_fraction(harm, mask.n_removed / mask.n_weights, within="model", exclude=union(protected)) for mask in masks
-    ]
+    at_once = [hc.top_fraction(harm, mask.n_removed / mask.n_weights, within="model", exclude=union(protected)) for mask in masks]
     one_shot = curve(model, at_once, unpruned)
     for line, where, chosen in ((found, ROUNDS, masks), (one_shot, ONE_SHOT, at_once)):
         rows += summary_rows(line, {**labels, **where})
@@ -184,9 +180,7 @@ def control_curves(
         if name.startswith("random"):
             return hc.random_like(mask, seed=seed, weights=hc.named_weights(bridge) if name == "random_magnitude" else None)
         taken = [*protected, mask] if name == "second_slice" else protected
-        return hc.top_fraction(
-            ranked.get(name, harm), mask.n_removed / mask.n_weights, within="model", exclude=union(taken)
-        )
+        return hc.top_fraction(ranked.get(name, harm), mask.n_removed / mask.n_weights, within="model", exclude=union(taken))
 
     unpruned = {name: one for name, one in found.points[0].items() if name in ("harmful", "benign")}
     for name in CONTROLS:
@@ -199,7 +193,9 @@ def summary_rows(found: Curve, labels: Labels) -> Rows:
     return [*found.rows({**labels, "split": "heldout"}), *w50(found).rows("w50", labels), *areas]
 
 
-def loss_changes(model: Model, mask: hc.WeightMask, harm: WeightScores, target: Calibration, labels: Labels) -> Rows:
+def loss_changes(
+    model: Model, mask: hc.WeightMask, harm: WeightScores, target: Calibration, labels: Labels
+) -> Rows:
     before = hc.completion_nll(model.bridge, target.batches)
     with hc.masked(model.bridge, mask):
         change = hc.completion_nll(model.bridge, target.batches) - before

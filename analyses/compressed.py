@@ -125,9 +125,7 @@ def rung(spec: ModelSpec, plan: Plan, seed: int, target: str, common: set[str]) 
     kept = [calibrations[name].batches for name in model.behaviours if name in common - {target}]
     last = REACH * plan.rounds
     q = plan.q / plan.rounds * last
-    path = list(
-        iterative_pruning(model.bridge, calibrations[target].batches, kept, rounds=last, sizes=[q], protect_share=plan.p)
-    )
+    path = list(iterative_pruning(model.bridge, calibrations[target].batches, kept, rounds=last, sizes=[q], protect_share=plan.p))
     masks = [path[number - 1] for number in log_spaced(last, N_SIZES)]
     unpruned = outcomes_of(model, [name for name in model.behaviours if name != "refusal"])
     found = curve(model, masks, unpruned, target=target)

@@ -184,7 +184,9 @@ def finding(rows: Rows) -> ClaimResult:
 def needed(rows: Rows) -> Rows:
     rates = [row for row in rows if row.metric in METRICS.values() or row.metric == "benign_kl"]
     changes = [f"{METRICS[name]}_change" for name in UTILITY] + ["benign_nll_change"]
-    lifts = [row for row in rows.where("overlap_lift", selection="one shot") if row.labels["first"] != row.labels["second"]]
+    lifts = [
+        row for row in rows.where("overlap_lift", selection="one shot") if row.labels["first"] != row.labels["second"]
+    ]
     return rates + [row for row in rows if row.metric in changes] + lifts
 
 

@@ -271,12 +271,7 @@ def found_masks(
     target = {"narrow": misaligned, "benign": here}
     kept = {"narrow": hc.PromptSet(here.examples + elsewhere.examples), "benign": elsewhere}
     return {
-        name: hc.find_circuit(
-            model.bridge,
-            model.batches(benign, target[name]),
-            [*([model.batches(benign, kept[name])] if len(kept[name]) else []), *protected],
-            **options,
-        )
+        name: hc.find_circuit(model.bridge, model.batches(benign, target[name]), [*([model.batches(benign, kept[name])] if len(kept[name]) else []), *protected], **options)
         for name in only
         if len(target[name])
     }
@@ -294,7 +289,9 @@ def edit(model: hc.Model, name: str, mask: hc.WeightMask | None) -> AbstractCont
     return hc.masked(model.bridge, mask) if name == "narrow_released" else hc.masked(model.bridge, mask, hold=True)
 
 
-def curve(model: hc.Model, topic: Topic, recipe: Recipe, labels: dict, edited: AbstractContextManager) -> Rows:
+def curve(
+    model: hc.Model, topic: Topic, recipe: Recipe, labels: dict, edited: AbstractContextManager
+) -> Rows:
     """One run of narrow fine-tuning under an edit of the model, measured on held-out items along the way.
 
     The loss on the training texts is measured at the first and last step only.

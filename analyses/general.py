@@ -125,7 +125,9 @@ def all_but_one_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     return rows
 
 
-def mixed_batches(model: Model, calibrations: Mapping[str, Calibration], types: Sequence[str], seed: int) -> list[hc.Batch]:
+def mixed_batches(
+    model: Model, calibrations: Mapping[str, Calibration], types: Sequence[str], seed: int
+) -> list[hc.Batch]:
     """Verified harmful answers about as many items as one type has, drawn from all types."""
     prompts = calibrations["harmful"].prompts
     groups = sorted({one.cluster for one in prompts})
@@ -210,10 +212,7 @@ def structure_rows(
     both = [overlap(masks[name], other) for name, other in found.items()]
     where = {**labels, "relation": "one type, found again"}
     lifts, jaccards = (torch.tensor([getattr(one, what) for one in both]) for what in ("lift", "jaccard"))
-    ceiling = [
-        Measurement.average("content_lift", where, lifts, types),
-        Measurement.average("content_jaccard", where, jaccards, types),
-    ]
+    ceiling = [Measurement.average("content_lift", where, lifts, types), Measurement.average("content_jaccard", where, jaccards, types)]
     return content_rows(masks, labels) + ceiling
 
 

@@ -30,9 +30,7 @@ def main(
     target = batches.pop("harmful")
     harm = hc.removal_effect(bridge, target, hc.completion_loss)
     protected = [protected_weights(bridge, kept, p) for kept in batches.values()]
-    rows = ground_truth_rows(
-        all_scores(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"}
-    )
+    rows = ground_truth_rows(all_scores(bridge, target, harm, protected), truth, hc.named_weights(bridge), {"model": "planted"})
     console = Console()
     console.print(recovery_table(rows))
     kept = list(batches.values())

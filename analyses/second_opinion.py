@@ -214,14 +214,18 @@ def residuals(bridge: TransformerBridge, batches: Sequence[hc.Batch]) -> dict[st
     return {depth: torch.cat(values) for depth, values in found.items()}
 
 
-def probe_rows(model: hc.Model, masks: Mapping[str, hc.WeightMask], labels: Mapping[str, str], n: int) -> Rows:
+def probe_rows(
+    model: hc.Model, masks: Mapping[str, hc.WeightMask], labels: Mapping[str, str], n: int
+) -> Rows:
     """Accuracy on what was left out: `probe_accuracy` of a probe fitted under each mask, and `probe_transfer` of the probe
     fitted on the unpruned model, applied as it is."""
     rows = []
     kinds = {verb: (number, kind == "harmful") for kind in VERBS for number, verb in enumerate(VERBS[kind])}
     sets = {
         "question": [*model.behaviours["recognition"].prompts("heldout")[: 2 * n]],
-        "request": [example for name in ("harmful", "benign") for example in model.behaviours[name].prompts("heldout")[:n]],
+        "request": [
+            example for name in ("harmful", "benign") for example in model.behaviours[name].prompts("heldout")[:n]
+        ],
     }
     for asked, examples in sets.items():
         verbs = [next(kinds[word] for word in example.prompt.split() if word in kinds) for example in examples]
@@ -300,10 +304,7 @@ def page(rows: Rows, path: Path) -> None:
         return {name: rows.where(metric, **where, **{label: name}) for name in names}
 
     taken = {f"% of each node in the {name} mask": found for name, found in panels("mask_share", "behaviour").items()}
-    percent = {
-        title: [Measurement.exact("mask_share", row.labels, 100 * row.mean) for row in found]
-        for title, found in taken.items()
-    }
+    percent = {title: [Measurement.exact("mask_share", row.labels, 100 * row.mean) for row in found] for title, found in taken.items()}
     probes = {
         f"{asked}, unseen {unseen}, {says}": panels(metric, "mask", asked=asked, unseen=unseen)
         for metric, says in {"probe_accuracy": "fitted under the mask", "probe_transfer": "fitted unpruned"}.items()
@@ -435,9 +436,7 @@ def find_circuits(model: hc.Model, rounds: int, harmful: hc.WeightMask | None) -
         if name not in masks:
             others = [found for other, found in batches.items() if other != name]
             steps = rounds if name == "harmful" else max(1, rounds // 2)
-            masks[name] = hc.find_circuit(
-                model.bridge, batches[name], others, rounds=steps, size=0.006, protect_share=0.005
-            )
+            masks[name] = hc.find_circuit(model.bridge, batches[name], others, rounds=steps, size=0.006, protect_share=0.005)
     return masks
 
 

@@ -66,7 +66,9 @@ REFERENCE = [pair for pair in PAIRS if pair[0] != "harmful"]
 
 
 # %%
-def rows_of(model: Model, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int) -> Rows:
+def rows_of(
+    model: Model, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
+) -> Rows:
     calibrations = model.calibrations()
     shown = [name for name in COMPARED if name in calibrations]
     asked = [name for name in METRICS if name in calibrations]
@@ -156,7 +158,9 @@ def _content(rows: Rows) -> str:
     )
 
 
-def _cause(rows: Rows, mine: Rows, model: str, ladders: Sequence[str], protected: str) -> str:
+def _cause(
+    rows: Rows, mine: Rows, model: str, ladders: Sequence[str], protected: str
+) -> str:
     words = "with nothing protected" if protected == "none" else "with all others protected"
     before, after = mine.where(mask="none", protected="none"), mine.where(mask="harmful", protected=protected)
     rates = [

@@ -1,6 +1,7 @@
 """Find, mask and measure the weights behind harmful generation, on TransformerLens.
 
-Names are imported when they are first used: `import harmcircuits` alone loads torch, and no model library.
+Names are imported when they are first used: `import harmcircuits` alone loads torch, and no model
+library.
 """
 
 from importlib import import_module

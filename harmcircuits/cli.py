@@ -42,9 +42,15 @@ def main() -> None:
 @options.takes_custom_model
 def study_command(
     *,
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and report.html.")],
-    organism: Annotated[str, typer.Option(help="Model: base, helpful, sft, dpo or planted.")] = "sft",
-    organisms: Annotated[Path, typer.Option(help="Folder of organisms you trained.", show_default="shipped")] = FOLDER,
+    out: Annotated[
+        Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and report.html.")
+    ],
+    organism: Annotated[
+        str, typer.Option(help="Model: base, helpful, sft, dpo or planted.")
+    ] = "sft",
+    organisms: Annotated[
+        Path, typer.Option(help="Folder of organisms you trained.", show_default="shipped")
+    ] = FOLDER,
     model: Annotated[
         str,
         typer.Option(
@@ -55,7 +61,9 @@ def study_command(
     custom: dict[str, Any],
     plain: options.Plain = "",
     target: Annotated[str, typer.Option(help="Behaviour to remove.")] = DEFAULT.target,
-    contrast: Annotated[str, typer.Option(help="Its harmless counterpart, whose loss may hardly rise.")] = DEFAULT.contrast,
+    contrast: Annotated[
+        str, typer.Option(help="Its harmless counterpart, whose loss may hardly rise.")
+    ] = DEFAULT.contrast,
     size: Annotated[
         list[float] | None,
         typer.Option(help="Share of the weights to remove; repeat.", show_default=_either("sizes")),
@@ -74,7 +82,9 @@ def study_command(
             show_default=_either("rounds"),
         ),
     ] = None,
-    within: Annotated[str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")] = DEFAULT.within,
+    within: Annotated[
+        str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")
+    ] = DEFAULT.within,
     protect: Annotated[
         list[str] | None,
         typer.Option(help="Behaviour to protect; repeat.", show_default="all but the target"),
@@ -90,15 +100,20 @@ def study_command(
             show_default=_either("budget"),
         ),
     ] = None,
-    n_random: Annotated[int, typer.Option(help="Random masks of each kind, as controls.")] = DEFAULT.n_random,
+    n_random: Annotated[
+        int, typer.Option(help="Random masks of each kind, as controls.")
+    ] = DEFAULT.n_random,
     task: options.Task = None,
     task_limit: options.TaskLimit = DEFAULT.task_limit,
     tasks_from: options.TasksFrom = DEFAULT.tasks_from,
-    seed: Annotated[int, typer.Option(help="Draws the reference answers and the random masks.")] = DEFAULT.seed,
+    seed: Annotated[
+        int, typer.Option(help="Draws the reference answers and the random masks.")
+    ] = DEFAULT.seed,
     max_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB on the devices for accumulated scores: less takes more passes; keeps them in OUT/scores.",
+            help="GiB on the devices for accumulated scores: less takes more passes; keeps them in "
+            "OUT/scores.",
             show_default="no bound",
         ),
     ] = None,
@@ -135,7 +150,9 @@ def study_command(
             **{name: value for name, value in given.items() if value is not None},
         )
         with _progress() as progress:
-            opened = _opened(model, organism, organisms, seed, device, progress, **custom, plain=plain)
+            opened = _opened(
+                model, organism, organisms, seed, device, progress, **custom, plain=plain
+            )
             bound = None if max_memory is None else round(max_memory * GIB)
             result = study(opened, settings, out=out, progress=progress, max_memory=bound)
     except ValueError as error:
@@ -154,12 +171,18 @@ def export_command(
         typer.Option(help="A saved mask, such as runs/sft/masks/circuit-rounds.safetensors."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
-    model: Annotated[str, typer.Option(help="Folder or hub id of the model that the mask was made on.")] = "",
-    organism: Annotated[str, typer.Option(help="Instead of a model: base, helpful, sft, dpo or planted.")] = "",
-    push_to: Annotated[str, typer.Option(help="Hub id to upload to, private if it is new.", show_default="none")] = "",
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of the model that the mask was made on.")
+    ] = "",
+    organism: Annotated[
+        str, typer.Option(help="Instead of a model: base, helpful, sft, dpo or planted.")
+    ] = "",
+    push_to: Annotated[
+        str, typer.Option(help="Hub id to upload to, private if it is new.", show_default="none")
+    ] = "",
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Write the model without the mask's weights as a Hugging Face folder, checked by reloading it."""
+    """Write the model without the mask's weights as a Hugging Face folder; reload it as a check."""
     _quiet()
     try:
         removed = WeightMask.load(mask)
@@ -188,7 +211,9 @@ def _opened(
 
 def _bridge(model: str, organism: str, device: str) -> Bridge:
     if bool(model) == bool(organism):
-        raise ValueError(f"--model {model!r} and --organism {organism!r}; expected exactly one of them")
+        raise ValueError(
+            f"--model {model!r} and --organism {organism!r}; expected exactly one of them"
+        )
     if organism:
         return load_organism(organism, device=device)
     return load_model(model, device=device)

@@ -143,7 +143,9 @@ def _write_model(bridge: Bridge, mask: WeightMask, sites: Mapping[str, Site], so
     tokenizer.save_pretrained(folder)
 
 
-def _stored(bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]) -> tuple[nn.Parameter, Int[Tensor, " n"]]:
+def _stored(
+    bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]
+) -> tuple[nn.Parameter, Int[Tensor, " n"]]:
     """The Hugging Face model's own parameter that holds these weights of a site, and their flat indices in it."""
     if site.parameter.ndim == 3:  # stacked experts are no component of the bridge
         path = f"blocks.{site.layer}.mlp"

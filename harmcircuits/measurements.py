@@ -85,7 +85,9 @@ class Measurement:
         _check(metric, hits, groups)
         mean = float(np.mean(hits))
         low, high = wilson(mean, len(set(groups)))
-        return cls(metric, labels, mean, max(0.0, min(mean, low)), min(1.0, max(mean, high)), len(hits))
+        return cls(
+            metric, labels, mean, max(0.0, min(mean, low)), min(1.0, max(mean, high)), len(hits)
+        )
 
     @classmethod
     def average(
@@ -117,7 +119,9 @@ class Measurement:
         n_groups = len(sums)
         drawn = np.random.default_rng(seed).integers(n_groups, size=(2000, n_groups))
         means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-        return cls.of_draws(metric, labels, means, mean=float(sums.sum() / sizes.sum()), n=len(values))
+        return cls.of_draws(
+            metric, labels, means, mean=float(sums.sum() / sizes.sum()), n=len(values)
+        )
 
     @classmethod
     def auroc(
@@ -166,9 +170,9 @@ class Measurement:
     ) -> "Measurement":
         """How much higher the first rate is than the second, with Newcombe's hybrid-score interval.
 
-        low = d - sqrt((p1 - low1)^2 + (high2 - p2)^2), and high likewise, from the rates' own Wilson
-        intervals. It takes the rates as independent, so it is conservative for the same requests
-        asked twice. Source: Newcombe 1998, method 10.
+        low = d - sqrt((p1 - low1)^2 + (high2 - p2)^2), and high likewise, from the rates' own
+        Wilson intervals. It takes the rates as independent, so it is conservative for the same
+        requests asked twice. Source: Newcombe 1998, method 10.
 
         Args:
             metric: name of the difference.
@@ -233,8 +237,8 @@ class Measurement:
 class Rows(Sequence[Measurement]):
     """Measurements in order, to select, pool, group and tabulate.
 
-    >>> rows = Rows([Measurement.exact("n", {"mask": "none"}, 1), Measurement.exact("n", {"mask": "a"}, 2)])
-    >>> rows.one("n", mask="a").mean
+    >>> rows = Rows([Measurement.exact("n", {"mask": "none"}, 1), Measurement.exact("n", {"mask":
+    "a"}, 2)]) >>> rows.one("n", mask="a").mean
     2
     """
 
@@ -291,10 +295,14 @@ class Rows(Sequence[Measurement]):
             return found[0]
         asked = ", ".join([*filter(None, [metric]), *(f"{k}={v!r}" for k, v in labels.items())])
         if len(found) > 1:
-            raise ValueError(f"{len(found)} rows have {asked}; they differ in {found._differences()}")
+            raise ValueError(
+                f"{len(found)} rows have {asked}; they differ in {found._differences()}"
+            )
         of_metric = self.where(metric)
         if not len(of_metric):
-            raise ValueError(f"no row has {asked}; the metrics are {listed(self.metrics) or 'none'}")
+            raise ValueError(
+                f"no row has {asked}; the metrics are {listed(self.metrics) or 'none'}"
+            )
         raise ValueError(f"no row has {asked}; the rows of {metric or 'every metric'} differ in "
                          f"{of_metric._differences() or 'nothing'}")  # fmt: skip
 
@@ -323,7 +331,9 @@ class Rows(Sequence[Measurement]):
         for row in self:
             lacking = [name for name in names if name not in row.labels]
             if lacking:
-                raise ValueError(f"{row!r} has no label {lacking[0]!r}; select rows that have it first")
+                raise ValueError(
+                    f"{row!r} has no label {lacking[0]!r}; select rows that have it first"
+                )
             values = tuple(row.labels[name] for name in names)
             together.setdefault(values if len(names) > 1 else values[0], []).append(row)
         return {key: Rows(rows) for key, rows in together.items()}
@@ -406,7 +416,9 @@ class Manifest:
     command: tuple[str, ...] = field(default_factory=lambda: ("harmcircuits", *sys.argv[1:]))
     python: str = platform.python_version()
     machine: str = f"{platform.system()} {platform.machine()}"
-    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: {name: version(name) for name in LIBRARIES}
+    )
 
     def save(self, path: str | Path) -> None:
         """Write this manifest as indented JSON."""
@@ -428,7 +440,10 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
     if manifest.is_file():
         before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
         if before != dict(settings):
-            raise ValueError(f"{folder} holds a run with {before}, not {dict(settings)}; give another folder or remove it")
+            raise ValueError(
+                f"{folder} holds a run with {before}, not {dict(settings)}; "
+                "give another folder or remove it"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     Manifest(settings).save(manifest)
     return Rows.read(rows) if rows.is_file() else Rows()
@@ -454,7 +469,9 @@ def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float
     n_positive, n = int(is_positive.sum()), len(is_positive)
     n_negative = n - n_positive
     if not n_positive or not n_negative:
-        raise ValueError(f"auroc: {n_positive} positives among {n}; expected at least one of each kind")
+        raise ValueError(
+            f"auroc: {n_positive} positives among {n}; expected at least one of each kind"
+        )
     ranks = rankdata(values.cpu().numpy())[is_positive.cpu().numpy()].sum()
     return float((ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
@@ -482,4 +499,6 @@ def _check(metric: str, values: Sequence[Any] | Tensor, groups: Sequence[Hashabl
     if not len(values):
         raise ValueError(f"{metric}: no examples to measure; expected at least one")
     if len(groups) != len(values):
-        raise ValueError(f"{metric}: {len(groups)} groups for {len(values)} values; give one for each")
+        raise ValueError(
+            f"{metric}: {len(groups)} groups for {len(values)} values; give one for each"
+        )

@@ -90,8 +90,8 @@ class PromptSet:
             else:
                 kind = type(item).__name__
                 raise ValueError(
-                    f"PromptSet: an item is {kind}; expected a request (str), a pair of request and "
-                    "completion, or an Example"
+                    f"PromptSet: an item is {kind}; expected a request (str), "
+                    "a pair of request and completion, or an Example"
                 )
         if not examples:
             raise ValueError("PromptSet: no requests; expected at least one")
@@ -120,7 +120,8 @@ class PromptSet:
             return cls.from_hub(name, split=split or "train")
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"{source}: neither a .jsonl or .csv file nor a dataset that can be opened ({error})"
+                f"{source}: neither a .jsonl or .csv file nor a dataset that can be opened "
+                f"({error})"
             ) from None
 
     @classmethod
@@ -128,7 +129,8 @@ class PromptSet:
         """Examples from a JSON Lines file of rows `{"prompt": ..., "completion": ...}`.
 
         Args:
-            path: the file; its rows may have the other fields of `Example`, further keys are ignored.
+            path: the file; its rows may have the other fields of `Example`, further keys are
+                ignored.
 
         Raises:
             ValueError: a missing file, a line that is not a JSON object, a row without "prompt", or
@@ -143,7 +145,9 @@ class PromptSet:
             try:
                 rows.append((place, json.loads(line)))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error.msg}); expected one object a line") from None
+                raise ValueError(
+                    f"{place}: not JSON ({error.msg}); expected one object a line"
+                ) from None
         return cls._from_rows(rows, str(path))
 
     @classmethod
@@ -186,7 +190,9 @@ class PromptSet:
         for place, row in rows:
             prompt = row.get("prompt") if isinstance(row, dict) else None
             if not isinstance(prompt, str) or not prompt:
-                raise ValueError(f'{place}: no "prompt"; each row needs a prompt of text that is not empty')
+                raise ValueError(
+                    f'{place}: no "prompt"; each row needs a prompt of text that is not empty'
+                )
             given = {name: str(row[name]) for name in names if row.get(name) is not None}
             examples.append(Example(**given))
         if not examples:
@@ -201,7 +207,10 @@ class PromptSet:
 
     def __getitem__(self, where: slice) -> "PromptSet":
         if not isinstance(where, slice):
-            raise TypeError(f"a PromptSet is indexed by a slice, not {where!r}; single examples are in .examples")
+            raise TypeError(
+                f"a PromptSet is indexed by a slice, not {where!r}; "
+                "single examples are in .examples"
+            )
         return PromptSet(self.examples[where])
 
     def __repr__(self) -> str:
@@ -228,7 +237,9 @@ class PromptSet:
             ValueError: other than one for each.
         """
         if len(completions) != len(self):
-            raise ValueError(f"{len(completions)} completions for {len(self)} prompts; give one for each")
+            raise ValueError(
+                f"{len(completions)} completions for {len(self)} prompts; give one for each"
+            )
         pairs = zip(self.examples, completions, strict=True)
         return PromptSet(tuple(replace(example, completion=text) for example, text in pairs))
 
@@ -250,8 +261,8 @@ class PromptSet:
     def sampled(self, share: float, *, seed: int) -> "PromptSet":
         """A random share of the groups of every category, each with all its examples, in order.
 
-        At least one group of each category stays. The same seed draws the same groups from every set
-        that asks about the same ones.
+        At least one group of each category stays. The same seed draws the same groups from every
+        set that asks about the same ones.
 
         Args:
             share: of the groups, in (0, 1].
@@ -307,7 +318,9 @@ class PromptSet:
 
         for split, members in sets.items():
             if not len(members):
-                raise ValueError(f"{origin}: {len(self)} requests leave none for {split}; give more")
+                raise ValueError(
+                    f"{origin}: {len(self)} requests leave none for {split}; give more"
+                )
         return {split: _limited(members, limits[split]) for split, members in sets.items()}
 
     @property
@@ -336,19 +349,26 @@ class Batch:
             shapes = f"tokens {tuple(self.tokens.shape)}, is_target {tuple(self.is_target.shape)}"
             raise ValueError(f"Batch: {shapes}; expected the same [batch, pos] for both, not empty")
         if self.is_target.dtype != torch.bool:
-            raise ValueError(f"Batch: is_target has dtype {self.is_target.dtype}; expected torch.bool")
+            raise ValueError(
+                f"Batch: is_target has dtype {self.is_target.dtype}; expected torch.bool"
+            )
         if self.is_target[:, 0].any():
-            raise ValueError("Batch: is_target marks position 0, which has no token before it to predict it from")
+            raise ValueError(
+                "Batch: is_target marks position 0, which has no token before it to predict it from"
+            )
         empty = (~self.is_target.any(dim=1)).nonzero().flatten().tolist()
         if empty:
-            raise ValueError(f"Batch: rows {empty} mark no target token; drop them or give them a completion")
+            raise ValueError(
+                f"Batch: rows {empty} mark no target token; drop them or give them a completion"
+            )
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def __repr__(self) -> str:
         n_targets = int(self.is_target.sum())
-        return f"Batch({plural(len(self), 'example')}, {self.tokens.shape[1]} positions, {n_targets} targets)"
+        examples, positions = plural(len(self), "example"), self.tokens.shape[1]
+        return f"Batch({examples}, {positions} positions, {n_targets} targets)"
 
     @property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
@@ -362,8 +382,8 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     Args:
         prompt: the request.
         tokenizer: a Hugging Face tokenizer.
-        template: "chat": the tokenizer's chat template with the generation prompt. "raw": the prompt
-            and a newline, no special tokens (the published format).
+        template: "chat": the tokenizer's chat template with the generation prompt. "raw": the
+            prompt and a newline, no special tokens (the published format).
 
     Raises:
         ValueError: another template, or a tokenizer without a chat template.
@@ -373,7 +393,9 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     if template != "chat":
         raise ValueError(f'template={template!r}; expected "chat" or "raw"')
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError('template="chat", but the tokenizer has no chat template; use template="raw"')
+        raise ValueError(
+            'template="chat", but the tokenizer has no chat template; use template="raw"'
+        )
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -408,8 +430,8 @@ def tokenize(
             not begin with them is taken to follow them.
 
     Raises:
-        ValueError: no prompts, an empty batch size, a completion without tokens, or an example longer
-            than `max_tokens`.
+        ValueError: no prompts, an empty batch size, a completion without tokens, or an example
+            longer than `max_tokens`.
     """
     prompts = PromptSet.of(prompts)
     if not len(prompts):
@@ -424,14 +446,19 @@ def tokenize(
         if target[: len(opening)] == opening:
             target = target[len(opening) :]
         if not target:
-            raise ValueError(f"tokenize: example {index} has a completion with no tokens to predict; drop or fill it")
+            raise ValueError(
+                f"tokenize: example {index} has a completion with no tokens to predict; "
+                "drop or fill it"
+            )
         rows.append((prompt_ids(example.prompt, tokenizer, template) + opening, target))
 
     _refuse_long(rows, max_tokens)
     return [_padded(group, tokenizer) for group in _groups(rows, batch_size, max_tokens)]
 
 
-def tokenize_text(text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16) -> list[Batch]:
+def tokenize_text(
+    text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16
+) -> list[Batch]:
     """A plain text cut into windows, every token but the first of each a target.
 
     For perplexity and KL. Each window opens with the tokenizer's beginning-of-text token, if it has
@@ -447,14 +474,20 @@ def tokenize_text(text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size:
         ValueError: fewer than 2 tokens a window, an empty batch size, or a text shorter than one.
     """
     if n_tokens < 2 or batch_size < 1:
-        raise ValueError(f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; expected at least 2 and 1")
+        raise ValueError(
+            f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; "
+            "expected at least 2 and 1"
+        )
     opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     tokens = tokenizer.encode(text, add_special_tokens=False)
     step = n_tokens - len(opening)
     starts = range(0, len(tokens) - step + 1, step)
     windows = [opening + tokens[start : start + step] for start in starts]
     if not windows:
-        raise ValueError(f"tokenize_text: {len(tokens)} tokens of text make no window of {n_tokens}; give a longer text")
+        raise ValueError(
+            f"tokenize_text: {len(tokens)} tokens of text make no window of {n_tokens}; "
+            "give a longer text"
+        )
     whole = torch.tensor(windows)
     is_target = torch.ones_like(whole, dtype=torch.bool)
     is_target[:, 0] = False
@@ -473,16 +506,22 @@ def refuse_no_batches(function: str, batches: Any) -> None:
         ValueError: no batches, or something else, with the remedy.
     """
     if hasattr(batches, "batches"):
-        raise ValueError(f"{function}: expected a list of token batches, got {type(batches).__name__}; pass its .batches")
+        raise ValueError(
+            f"{function}: expected a list of token batches, got {type(batches).__name__}; "
+            "pass its .batches"
+        )
     is_text = isinstance(batches, str | PromptSet)
     odd = None if is_text else next((b for b in batches if not isinstance(b, Batch)), None)
     if is_text or odd is not None:
         kind = type(batches if is_text else odd).__name__
         raise ValueError(
-            f"{function}: expected a list of token batches, got {kind}; make them by tokenize(prompts, bridge.tokenizer)"
+            f"{function}: expected a list of token batches, got {kind}; "
+            "make them by tokenize(prompts, bridge.tokenizer)"
         )
     if not batches:
-        raise ValueError(f"{function}: no batches to score on; expected at least one (see tokenize)")
+        raise ValueError(
+            f"{function}: no batches to score on; expected at least one (see tokenize)"
+        )
 
 
 Row = tuple[list[int], list[int]]  # context, target
@@ -493,7 +532,10 @@ def _refuse_long(rows: list[Row], max_tokens: int | None) -> None:
     longest = max(lengths)
     if max_tokens is not None and longest > max_tokens:
         index = lengths.index(longest)
-        raise ValueError(f"tokenize: example {index} has {longest} tokens, max_tokens={max_tokens}; raise it or drop it")
+        raise ValueError(
+            f"tokenize: example {index} has {longest} tokens, max_tokens={max_tokens}; "
+            "raise it or drop it"
+        )
 
 
 def _groups(rows: list[Row], batch_size: int, max_tokens: int | None) -> list[list[Row]]:

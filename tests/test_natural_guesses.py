@@ -40,8 +40,14 @@ def test_masks_count_compare_and_invert(model, mask):
 @pytest.mark.parametrize(
     ("guess", "words"),
     [
-        (lambda model, mask: hc.removal_effect(model, ["a text"]), ["removal_effect", "str", "tokenize("]),
-        (lambda model, mask: hc.removal_effect(model, "a text"), ["removal_effect", "str", "tokenize("]),
+        (
+            lambda model, mask: hc.removal_effect(model, ["a text"]),
+            ["removal_effect", "str", "tokenize("],
+        ),
+        (
+            lambda model, mask: hc.removal_effect(model, "a text"),
+            ["removal_effect", "str", "tokenize("],
+        ),
         (
             lambda model, mask: hc.snip_scores(model, model.behaviours["benign"].prompts("choice")),
             ["snip_scores", "PromptSet", "tokenize("],
@@ -55,14 +61,23 @@ def test_masks_count_compare_and_invert(model, mask):
         (lambda model, mask: model.find_circuit("harm", size=0.01), ["'harm'", "'harmful'"]),
         (lambda model, mask: model.measure(only="benig"), ["'benig'", "'benign'"]),
         (lambda model, mask: model.find_circuit("benign", size=1.5), ["size", "1.5", "(0, 1]"]),
-        (lambda model, mask: model.find_circuit("benign", size=0.1, protect="benign"), ["protect", "leave it out"]),
+        (
+            lambda model, mask: model.find_circuit("benign", size=0.1, protect="benign"),
+            ["protect", "leave it out"],
+        ),
         (lambda model, mask: hc.find_circuit(model, [], size=0.1), ["no batches"]),
-        (lambda model, mask: hc.masked(model, [mask]).__enter__(), ["masked", "WeightMask", "list"]),
+        (
+            lambda model, mask: hc.masked(model, [mask]).__enter__(),
+            ["masked", "WeightMask", "list"],
+        ),
         (lambda model, mask: hc.open_model("stf"), ["'stf'", "'sft'", "prompts="]),
         (lambda model, mask: hc.open_model("org/name"), ["'org/name'", "prompts="]),
         (lambda model, mask: hc.open_model(model), ["open already"]),
         (lambda model, mask: hc.open_model(model.bridge), ["prompts="]),
-        (lambda model, mask: hc.open_model("x", prompts={"harmfull": "a.csv"}), ["'harmfull'", "'harmful'"]),
+        (
+            lambda model, mask: hc.open_model("x", prompts={"harmfull": "a.csv"}),
+            ["'harmfull'", "'harmful'"],
+        ),
         (lambda model, mask: hc.open_model("x", prompts={"harmful": "a.csv"}), ["'benign'"]),
         (lambda model, mask: model.measure().one("harm_rate"), ["harm_rate", "harm_valid_rate"]),
         (lambda model, mask: hc.study(model, target="harm"), ["'harm'", "'harmful'"]),

@@ -35,7 +35,10 @@ def test_commands_exist():
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
         options = {option for parameter in command.params for option in parameter.opts}
         shown = re.findall(rf"harmcircuits {name} (.*)", README)
-        assert shown and {option for line in shown for option in re.findall(r"--[\w-]+", line)} <= options
+        assert (
+            shown
+            and {option for line in shown for option in re.findall(r"--[\w-]+", line)} <= options
+        )
         known |= options
     analysis = Typer()
     analysis.command()(command_of(attacks, emergent_misalignment))

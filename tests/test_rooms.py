@@ -17,7 +17,9 @@ ROOMS = ("circuits", "measurements", "prompts", "display")
 
 def test_no_room_imports_from_one_above_it():
     configure()
-    assert lint_imports(config_filename="pyproject.toml", is_debug_mode=False, show_timings=False, verbose=False)
+    assert lint_imports(
+        config_filename="pyproject.toml", is_debug_mode=False, show_timings=False, verbose=False
+    )
 
 
 @pytest.mark.parametrize("name", ["harmcircuits", *(f"harmcircuits.{room}" for room in ROOMS)])
@@ -30,7 +32,9 @@ if {name!r} != "harmcircuits":
         importlib.import_module({name!r} + "." + module.name)
 print(sorted({{"transformer_lens", "transformers"}} & set(sys.modules)))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 

@@ -35,14 +35,14 @@ class RequestFiles:
     that are there already.
 
     Attributes:
-        harmful: harmful requests. They are split into calibration, choice and held-out by the hash of
-            their `group` (or prompt), so that a request stays where it is when others are added.
+        harmful: harmful requests. They are split into calibration, choice and held-out by the hash
+            of their `group` (or prompt), so that a request stays where it is when others are added.
         benign: benign requests, split likewise.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
         benign_heldout: likewise.
-        pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their order
-            within a category ("contrast_x" belongs to "x"). Without them each harmful request is
-            paired with a benign one of similar length, which is not matched in content.
+        pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
+            order within a category ("contrast_x" belongs to "x"). Without them each harmful request
+            is paired with a benign one of similar length, which is not matched in content.
         borderline: requests that look unsafe; those whose `label` is unsafe are left out.
         plain: a text file for perplexity.
         limit: at most so many requests (or pairs) a split; 0 for all.
@@ -68,7 +68,10 @@ class RequestFiles:
     def __post_init__(self) -> None:
         for name in ("limit", "limit_measured"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected the number of requests a split, or 0 for all")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; "
+                    "expected the number of requests a split, or 0 for all"
+                )
 
     @classmethod
     def of(cls, given: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
@@ -84,12 +87,15 @@ class RequestFiles:
             return given
         if not isinstance(given, Mapping):
             raise ValueError(
-                f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, got {type(given).__name__}"
+                f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, "
+                f"got {type(given).__name__}"
             )
         known = cls.__dataclass_fields__
         for name in given:
             if name not in known:
-                raise ValueError(f"prompts: {name!r} is no kind of requests; {nearest(name, known)}")
+                raise ValueError(
+                    f"prompts: {name!r} is no kind of requests; {nearest(name, known)}"
+                )
         for name in (TARGET, CONTRAST):
             if not given.get(name):
                 raise ValueError(f"prompts: no {name!r}; give a file or a list of requests for it")
@@ -145,7 +151,9 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
     for unsafe, safe in sides.values():
         pairs += zip(unsafe, safe, strict=False)
     if not pairs:
-        raise ValueError(f"{origin}: no pair of a safe and an unsafe request; match them by group or category")
+        raise ValueError(
+            f"{origin}: no pair of a safe and an unsafe request; match them by group or category"
+        )
     return pairs
 
 
@@ -165,7 +173,9 @@ def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
     return pairs
 
 
-def request_behaviours(files: RequestFiles, *, prefill: str) -> tuple[dict[str, Behaviour], dict[str, str]]:
+def request_behaviours(
+    files: RequestFiles, *, prefill: str
+) -> tuple[dict[str, Behaviour], dict[str, str]]:
     """The behaviours by name, without reference answers yet, and each prompt's kind of request.
 
     "prefilled" asks benign requests with answers begun as harmful ones are, without which a circuit
@@ -184,7 +194,9 @@ def request_behaviours(files: RequestFiles, *, prefill: str) -> tuple[dict[str, 
         "harmful": harmful,
         "benign": benign,
         "recognition": _recognition(files, harmful, benign),
-        "explanation": {split: _asked_by(questions.explanation, requests) for split, requests in harmful.items()},
+        "explanation": {
+            split: _asked_by(questions.explanation, requests) for split, requests in harmful.items()
+        },
         "refusal": harmful,
     }
     if prefill:
@@ -193,7 +205,8 @@ def request_behaviours(files: RequestFiles, *, prefill: str) -> tuple[dict[str, 
         requests = PromptSet.read(files.borderline)
         safe = requests.where(lambda example: example.label not in UNSAFE)
         origin = files.files["borderline"]
-        sets["borderline"] = _without_answers(safe).splits(limits=files.limits, origin=origin)
+        unanswered = _without_answers(safe)
+        sets["borderline"] = unanswered.splits(limits=files.limits, origin=origin)
 
     behaviours = {}
     for name, by_split in sets.items():
@@ -237,8 +250,9 @@ def _refuse_unanswered(model: str, name: str, sets: Sets) -> None:
     for split, answers in sets.items():
         if not any(example.completion for example in answers):
             raise ValueError(
-                f"{model} does not show {name!r} in any of {len(answers)} {split} requests, so there "
-                "is nothing to measure; give more requests, or another prefill or judge"
+                f"{model} does not show {name!r} in any of {len(answers)} {split} requests, "
+                "so there is nothing to measure; "
+                "give more requests, or another prefill or judge"
             )
 
 
@@ -258,7 +272,8 @@ def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
     if shared:
         names = files.files
         raise ValueError(
-            f"{len(shared)} requests are in {names['harmful']} and in {names['benign']}; leave each in one file"
+            f"{len(shared)} requests are in {names['harmful']} and in {names['benign']}; "
+            "leave each in one file"
         )
     return harmful, benign
 

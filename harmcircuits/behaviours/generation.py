@@ -42,7 +42,10 @@ class Sampling:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}; expected at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}; expected more than 0 (at 0 all samples are the same)")
+            raise ValueError(
+                f"temperature={self.temperature}; expected more than 0 "
+                "(at 0 all samples are the same)"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; expected one in (0, 1]")
 
@@ -59,10 +62,10 @@ def generate(
 ) -> list[str]:
     """The model's answer to each request, `prefill` included, up to the end-of-text token.
 
-    Works under a mask. Without `sampling` it is the most likely continuation. A sampled token is the
-    argmax of log p / temperature + Gumbel noise, which is a draw from p^(1 / temperature). The noise
-    of a sample depends on the seed, the request and the sample's number only: not on what else is
-    asked, and under a mask the same noise falls on other probabilities.
+    Works under a mask. Without `sampling` it is the most likely continuation. A sampled token is
+    the argmax of log p / temperature + Gumbel noise, which is a draw from p^(1 / temperature). The
+    noise of a sample depends on the seed, the request and the sample's number only: not on what
+    else is asked, and under a mask the same noise falls on other probabilities.
 
     Args:
         bridge: the model.
@@ -120,7 +123,7 @@ def _draws(prompts: PromptSet, sampling: Sampling | None) -> list[tuple[str, int
 
 
 def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids and which of them are real; left-padded, so that every answer starts at one position."""
+    """Token ids and which are real; left-padded, so that every answer starts at one position."""
     width = max(map(len, rows))
     tokens = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows])
     attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -149,7 +152,9 @@ class _Gumbel(LogitsProcessor):
             seed = int.from_bytes(digest) >> 1
             self.streams.append(torch.Generator().manual_seed(seed))
 
-    def __call__(self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+    def __call__(
+        self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
+    ) -> Float[Tensor, "row vocab"]:
         noise = []
         for stream in self.streams:
             exponential = torch.empty(scores.shape[1]).exponential_(generator=stream)

@@ -29,7 +29,9 @@ class GenerationCache:
         progress: shows how many answers are made.
     """
 
-    def __init__(self, folder: str | Path, bridge: Bridge, progress: Progress | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, bridge: Bridge, progress: Progress | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.weights = weights_digest(bridge)
         self.progress = progress

@@ -44,7 +44,9 @@ class Calibration:
     behaviour: str = ""
 
     def __repr__(self) -> str:
-        return f"Calibration({self.behaviour}: {self.n_verified} of {self.n_asked} answers verified)"
+        return (
+            f"Calibration({self.behaviour}: {self.n_verified} of {self.n_asked} answers verified)"
+        )
 
     @property
     def n_verified(self) -> int:
@@ -322,7 +324,7 @@ class Model:
         calibrations: Mapping[str, Calibration] | None = None,
         max_memory: int | None = None,
     ) -> WeightMask | list[WeightMask]:
-        """The weights that carry a behaviour, found on its own verified answers (`hc.find_circuit`).
+        """The weights that carry a behaviour, found on its own verified answers.
 
         Args:
             target: the behaviour.
@@ -335,7 +337,8 @@ class Model:
             max_memory: bytes for accumulated scores.
 
         Raises:
-            ValueError: an unknown behaviour, one that is not shown, and as `hc.find_circuit`.
+            ValueError: an unknown behaviour, one that is not shown, and as `hc.find_circuit`, which
+                does the search.
         """
         refuse_settings(size, protect_share, rounds)
         behaviour = self.behaviour(target)
@@ -419,7 +422,9 @@ class Model:
     def _under(self, mask: WeightMask | None) -> Any:
         return masked(self.bridge, mask) if mask is not None else nullcontext()
 
-    def _generate(self, prompts: PromptSet, prefill: str, max_new_tokens: int, sampling: Sampling | None) -> list[str]:
+    def _generate(
+        self, prompts: PromptSet, prefill: str, max_new_tokens: int, sampling: Sampling | None
+    ) -> list[str]:
         answer = self.cache or generate
         return answer(
             self.bridge,

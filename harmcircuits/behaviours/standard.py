@@ -40,8 +40,8 @@ def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options
     """A behaviour of the package, with its usual metrics.
 
     Args:
-        name: "harmful", "benign", "recognition", "explanation", "knowledge", "refusal", "borderline"
-            or "prefilled".
+        name: "harmful", "benign", "recognition", "explanation", "knowledge", "refusal",
+            "borderline" or "prefilled".
         prompts: its requests by split.
         options: further fields of `Behaviour`.
     """
@@ -61,5 +61,5 @@ def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options
 
 
 def standard_behaviours() -> dict[str, Behaviour]:
-    """All of them without requests: what rows of a study are called where its model is not at hand."""
+    """All of them without requests, for rows of a study whose model is not at hand."""
     return {name: standard_behaviour(name, lambda split: PromptSet(())) for name in _STANDARD}

@@ -26,9 +26,9 @@ def ground_truth_rows(
 
     All matrices ranked together. `recovery_auroc`: chance that a weight of S outscores one outside,
     0.5 for chance. `recovery_precision` and `recovery_precision_few`: share of S among the top |S|
-    and the top 1,000, |S| / n for chance. `recovery_matched_auroc` compares only weights of the same
-    matrix and the same fiftieth of its |W|, averaged by the number of S among them: magnitude alone
-    knows nothing there.
+    and the top 1,000, |S| / n for chance. `recovery_matched_auroc` compares only weights of the
+    same matrix and the same fiftieth of its |W|, averaged by the number of S among them: magnitude
+    alone knows nothing there.
 
     Args:
         scores: of the same model, by method.

@@ -23,9 +23,9 @@ class Place(NamedTuple):
 
     Attributes:
         layer: its block.
-        part: empty for a whole layer; the kind of a matrix; "head" (query heads: q and o), "kv_head"
-            (key-value heads: k and v), "neuron" (gate, in and out of one hidden unit) or "expert"
-            (router and expert).
+        part: empty for a whole layer; the kind of a matrix; "head" (query heads: q and o),
+            "kv_head" (key-value heads: k and v), "neuron" (gate, in and out of one hidden unit) or
+            "expert" (router and expert).
         number: of the head, neuron or expert.
     """
 
@@ -42,7 +42,9 @@ class Count(NamedTuple):
 
 
 def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place, Count]:
-    """Removed weights of every layer, matrix, head or neuron (expert, in a mixture), zeros included.
+    """Removed weights of every layer, matrix, head or neuron, zeros included.
+
+    In a mixture of experts, of every expert in place of neurons.
 
     Args:
         mask: the weights.
@@ -114,7 +116,9 @@ class Concentration(NamedTuple):
     n_removed: int
 
 
-def concentration(mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]) -> Concentration:
+def concentration(
+    mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]
+) -> Concentration:
     """Gini coefficient and top share of the mask over heads or neurons.
 
     A sparse mask is unequal by chance alone, so neither figure means anything without those of

@@ -52,7 +52,8 @@ class WeightMask:
         for name, index in self.removed.items():
             if name not in self.shapes:
                 raise ValueError(
-                    f"WeightMask: {name} is not among the shapes; expected one of {sorted(self.shapes)[:3]} ..."
+                    f"WeightMask: {name} is not among the shapes; "
+                    f"expected one of {sorted(self.shapes)[:3]} ..."
                 )
             if not index.numel():
                 continue
@@ -60,7 +61,9 @@ class WeightMask:
             index = index.to("cpu", torch.int64)
             is_sorted = bool((index[1:] > index[:-1]).all())
             if index[0] < 0 or index[-1] >= size or not is_sorted:
-                raise ValueError(f"WeightMask: indices of {name} must increase strictly within [0, {size})")
+                raise ValueError(
+                    f"WeightMask: indices of {name} must increase strictly within [0, {size})"
+                )
             removed[name] = index
         object.__setattr__(self, "removed", MappingProxyType(removed))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
@@ -113,12 +116,19 @@ class WeightMask:
         source = Source(self.source.model, "complement", {}, (self.source,))
         return WeightMask(removed, self.shapes, source)
 
-    def _combined(self, other: "WeightMask", method: str, combine: Callable[[Tensor, Tensor], Tensor]) -> "WeightMask":
+    def _combined(
+        self, other: "WeightMask", method: str, combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> "WeightMask":
         if self.shapes != other.shapes:
             odd = sorted(set(self.shapes.items()) ^ set(other.shapes.items()))[:2]
-            raise ValueError(f"masks of different models or weights cannot be combined; they differ in {odd}")
+            raise ValueError(
+                f"masks of different models or weights cannot be combined; they differ in {odd}"
+            )
         if self.source.model != other.source.model:
-            raise ValueError(f"masks of two models ({self.source.model}, {other.source.model}) cannot be combined")
+            raise ValueError(
+                f"masks of two models ({self.source.model}, {other.source.model}) "
+                "cannot be combined"
+            )
         removed = {name: combine(self._index(name), other._index(name)) for name in self.shapes}
         source = Source(self.source.model, method, {}, (self.source, other.source))
         return WeightMask(removed, self.shapes, source)
@@ -172,7 +182,8 @@ class WeightMask:
                 removed = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(
-                f"{path}: not a safetensors file ({error}); expected a mask written by WeightMask.save"
+                f"{path}: not a safetensors file ({error}); "
+                "expected a mask written by WeightMask.save"
             ) from None
         if metadata.get("format") != FORMAT:
             raise ValueError(
@@ -279,7 +290,9 @@ def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
         ValueError: a number outside 1 to the number of masks, and as `|` for masks of two models.
     """
     if not 1 <= at_least <= len(masks):
-        raise ValueError(f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number")
+        raise ValueError(
+            f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number"
+        )
     union = reduce(or_, masks)
     removed = {}
     for name in union.removed:
@@ -291,7 +304,9 @@ def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
     return WeightMask(removed, union.shapes, source)
 
 
-def random_like(mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None) -> WeightMask:
+def random_like(
+    mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
+) -> WeightMask:
     """A random mask with as many weights in every matrix: the control that a circuit has to beat.
 
     Args:
@@ -310,7 +325,9 @@ def random_like(mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor
         if weights is None:
             drawn = torch.randperm(size, generator=generator)[: index.numel()]
         elif name not in weights:
-            raise ValueError(f"random_like: weights lack {name}; give named_weights of the mask's model")
+            raise ValueError(
+                f"random_like: weights lack {name}; give named_weights of the mask's model"
+            )
         else:
             magnitude = weights[name].detach().abs().flatten().cpu()
             drawn = _matched(magnitude, index, generator)
@@ -320,7 +337,9 @@ def random_like(mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor
     return WeightMask(removed, mask.shapes, source)
 
 
-def _matched(magnitude: Float[Tensor, " size"], index: Int[Tensor, " n"], generator: torch.Generator) -> Int[Tensor, " n"]:
+def _matched(
+    magnitude: Float[Tensor, " size"], index: Int[Tensor, " n"], generator: torch.Generator
+) -> Int[Tensor, " n"]:
     """As many random indices as given, in each bin of magnitude."""
     rank = torch.argsort(magnitude, stable=True).argsort()
     bins = rank * N_BINS // magnitude.numel()

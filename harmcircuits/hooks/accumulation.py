@@ -21,7 +21,9 @@ from harmcircuits.prompts import Batch
 BYTES = 4  # of an accumulated float32 number
 
 Finish = Callable[[Site, Tensor], Tensor]
-Accumulate = Callable[[Bridge, Sequence[Batch], Objective, Mapping[str, Site], Mapping[str, Tensor], bool], None]
+Accumulate = Callable[
+    [Bridge, Sequence[Batch], Objective, Mapping[str, Site], Mapping[str, Tensor], bool], None
+]
 
 
 def mean_gradients(
@@ -98,7 +100,8 @@ def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator
         size = BYTES * site.parameter.numel()
         if size > max_memory:
             raise ValueError(
-                f"max_memory={max_memory:,} bytes; the scores of {name} alone take {size:,}: give at least these"
+                f"max_memory={max_memory:,} bytes; the scores of {name} alone take {size:,}: "
+                "give at least these"
             )
         if group_size + size > max_memory:
             yield group
@@ -149,7 +152,9 @@ def accumulate(
             values.sum().backward()
 
 
-def _add_pair(site: Site, x: Input, g: OutputGradient, *, totals: Mapping[str, Tensor], absolute: bool) -> None:
+def _add_pair(
+    site: Site, x: Input, g: OutputGradient, *, totals: Mapping[str, Tensor], absolute: bool
+) -> None:
     """A hooked matrix: its gradient is the product of its input and its output's gradient."""
     # In the orientation in which the weight is stored.
     first, second = (g, x) if site.input_axis == 1 else (x, g)
@@ -157,7 +162,9 @@ def _add_pair(site: Site, x: Input, g: OutputGradient, *, totals: Mapping[str, T
     add_product(first, second, totals[site.name])
 
 
-def _add_gradient(site: Site, gradient: Tensor, *, totals: Mapping[str, Tensor], absolute: bool) -> None:
+def _add_gradient(
+    site: Site, gradient: Tensor, *, totals: Mapping[str, Tensor], absolute: bool
+) -> None:
     """An unhooked matrix: its gradient comes whole, of a batch (if absolute, of one example)."""
     totals[site.name].add_(gradient.abs() if absolute else gradient)
 
@@ -186,7 +193,8 @@ def _single_examples(batches: Sequence[Batch]) -> list[Batch]:
 def _check_values(values: Tensor, batch: Batch) -> None:
     if values.shape != (len(batch),):
         raise ValueError(
-            f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},), one value for each example"
+            f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},), "
+            "one value for each example"
         )
 
 

@@ -1,6 +1,7 @@
 """Scores of a live model: how much each weight matters to a behaviour.
 
-All are float32 whatever the model's dtype: a bfloat16 accumulator changes which weights are selected.
+All are float32 whatever the model's dtype: a bfloat16 accumulator changes which weights are
+selected.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ def removal_effect(
 ) -> WeightScores:
     """First-order change of the mean objective when each weight alone is removed.
 
-    score(W) = -W * mean_x dL_x/dW, in units of the objective (nats per token for `completion_loss`).
+    score(W) = -W * mean_x dL_x/dW, in units of the objective (nats per token for
+    `completion_loss`).
     **Positive: the weight supports the behaviour.** Every example weighs the same; batch size and
     padding do not matter. Source: arXiv 2604.09544 (there W * g, and the most negative are pruned:
     the same ranking, the other sign).
@@ -244,8 +246,8 @@ def token_contributions(
 ) -> list[Float[Tensor, "batch pos"]]:
     """What each token position adds to the mask's score, a tensor [batch pos] for every batch.
 
-    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, with x the matrix's input at position t and g
-    the gradient of the example's objective at its output. Summed over positions and averaged over
+    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, with x the matrix's input at position t and
+    g the gradient of the example's objective at its output. Summed over positions and averaged over
     examples it is `removal_effect(...).sum_over(mask)`. Units of the objective; positive: acting at
     this token, the removed weights support the behaviour. Positions of the request count too: what
     is computed there reaches the answer by attention.
@@ -265,7 +267,10 @@ def token_contributions(
         raise ValueError(f"token_contributions: {mask} removes nothing; choose at least one weight")
     fingerprint = model_fingerprint(bridge)
     if mask.source.model != fingerprint:
-        raise ValueError(f"token_contributions: {mask} is of model {mask.source.model}, this one is {fingerprint}")
+        raise ValueError(
+            f"token_contributions: {mask} is of model {mask.source.model}, "
+            f"this one is {fingerprint}"
+        )
     sites = weight_sites(bridge)
     blocks = {name: _removed_block(sites[name], mask) for name in mask.removed}
     contributions = torch.empty(0)
@@ -286,8 +291,10 @@ def token_contributions(
     return per_batch
 
 
-def _removed_block(site: Site, mask: WeightMask) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
-    """The rows and columns that a mask touches, and the block between them: zero where it removes nothing."""
+def _removed_block(
+    site: Site, mask: WeightMask
+) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
+    """The rows and columns that a mask touches, and the removed weights in the block between."""
     index, width = mask.removed[site.name].to(site.parameter.device), site.parameter.shape[1]
     rows, row = (index // width).unique(return_inverse=True)
     columns, column = (index % width).unique(return_inverse=True)
@@ -303,10 +310,12 @@ def _source(
     objective: Objective | None = None,
     **settings: Any,
 ) -> Source:
-    """The scores' origin, with a digest of the real tokens that padding and batch size do not change."""
+    """The scores' origin; its digest of the data ignores padding and batch size."""
     digest = hashlib.sha256()
     for batch in batches:
-        for tokens, is_target, is_token in zip(batch.tokens, batch.is_target, batch.is_token, strict=True):
+        for tokens, is_target, is_token in zip(
+            batch.tokens, batch.is_target, batch.is_token, strict=True
+        ):
             real = torch.stack([tokens, is_target.long()])[:, is_token]
             digest.update(real.numpy().tobytes())
     settings["data"] = digest.hexdigest()[:16]

@@ -80,7 +80,10 @@ class FineTuning:
             ValueError: For a step that has passed, and for a loss that is not finite.
         """
         if step < self.step:
-            raise ValueError(f"until({step}): {self.step} steps are taken already; open another fine_tuning to go back")
+            raise ValueError(
+                f"until({step}): {self.step} steps are taken already; open another fine_tuning to "
+                "go back"
+            )
         while self.step < step:
             self._take_step(next(self._order))
 
@@ -92,7 +95,9 @@ class FineTuning:
 
         value = loss.item()
         if not isfinite(value):
-            raise ValueError(f"the loss is {value} at step {self.step}; lower lr or look at the batches")
+            raise ValueError(
+                f"the loss is {value} at step {self.step}; lower lr or look at the batches"
+            )
         self._optimizer.step()
         self.losses.append(value)
 
@@ -133,7 +138,9 @@ def fine_tuning(
     """
     bridge = as_bridge(bridge)
     if not batches:
-        raise ValueError("fine_tuning: no batches to train on; expected at least one (see tokenize)")
+        raise ValueError(
+            "fine_tuning: no batches to train on; expected at least one (see tokenize)"
+        )
     if not lr > 0:
         raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
     sites = weight_sites(bridge) if lora else {}
@@ -228,7 +235,9 @@ class _Adapter:
         return weight if self.site.input_axis == 1 else weight.T
 
 
-def _adapters(sites: Mapping[str, Site], saved: list[_Saved], lora: Lora, generator: torch.Generator) -> list[_Adapter]:
+def _adapters(
+    sites: Mapping[str, Site], saved: list[_Saved], lora: Lora, generator: torch.Generator
+) -> list[_Adapter]:
     start = {id(state.parameter): state.value for state in saved}
     adapters = []
     for site in sites.values():
@@ -257,7 +266,10 @@ def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[B
 def _refuse_stacked(sites: Mapping[str, Site]) -> None:
     for name, site in sites.items():
         if site.parameter.ndim != 2:
-            raise ValueError(f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot; leave it out")
+            raise ValueError(
+                f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot; "
+                "leave it out"
+            )
 
 
 def _restore(saved: list[_Saved]) -> None:

@@ -70,7 +70,9 @@ def hook_pairs(
 
 
 @contextmanager
-def parameter_gradients(sites: Mapping[str, Site], receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def parameter_gradients(
+    sites: Mapping[str, Site], receive: Callable[[Site, Tensor], None]
+) -> Iterator[None]:
     """While open, each backward pass calls `receive(site, dL/dW)` once for every site.
 
     For sites without hook points. No gradient stays in memory. Open it inside `frozen` or
@@ -110,7 +112,9 @@ def parameter_gradients(sites: Mapping[str, Site], receive: Callable[[Site, Tens
 
 
 @contextmanager
-def inputs_of(bridge: Bridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]) -> Iterator[None]:
+def inputs_of(
+    bridge: Bridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]
+) -> Iterator[None]:
     """While open, each forward pass calls `receive(site, X)` with the input of every matrix.
 
     Args:

@@ -14,7 +14,7 @@ from harmcircuits.prompts import Batch
 
 
 def token_changes(bridge: Bridge, mask: WeightMask, batch: Batch) -> Float[Tensor, "batch pos"]:
-    """What the mask does to each token's log-probability, in nats; negative: it becomes less likely.
+    """What the mask does to each token's log-probability, in nats; below zero: less likely.
 
     The first token, which nothing predicts, counts 0.
 
@@ -35,8 +35,10 @@ def token_changes(bridge: Bridge, mask: WeightMask, batch: Batch) -> Float[Tenso
     return torch.cat([first, (before - after).cpu()], dim=1)
 
 
-def attention_patterns(bridge: Bridge, batch: Batch, heads: Sequence[tuple[int, int]]) -> Float[Tensor, "head pos pos"]:
-    """Attention of some heads on the first example, without padding; for the mask's, inside `masked`.
+def attention_patterns(
+    bridge: Bridge, batch: Batch, heads: Sequence[tuple[int, int]]
+) -> Float[Tensor, "head pos pos"]:
+    """Attention of some heads on the first example, without padding; inside `masked`, the mask's.
 
     Args:
         bridge: the model.
@@ -47,7 +49,9 @@ def attention_patterns(bridge: Bridge, batch: Batch, heads: Sequence[tuple[int, 
     tokens = batch.tokens[:1, : int(batch.is_token[0].sum())]
     names = {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
     with torch.no_grad():
-        _, cache = bridge.run_with_cache(tokens.to(bridge.cfg.device), names_filter=lambda name: name in names)
+        _, cache = bridge.run_with_cache(
+            tokens.to(bridge.cfg.device), names_filter=lambda name: name in names
+        )
     patterns = []
     for layer, head in heads:
         patterns.append(cache[f"blocks.{layer}.attn.hook_pattern"][0, head].cpu())

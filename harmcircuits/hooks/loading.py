@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(model: str, *, dtype: str = "", device: str = "cpu", device_map: str = "") -> "TransformerBridge":
+def load_model(
+    model: str, *, dtype: str = "", device: str = "cpu", device_map: str = ""
+) -> "TransformerBridge":
     """The model of a folder or hub id as a TransformerBridge.
 
     Args:
@@ -35,13 +37,20 @@ def load_model(model: str, *, dtype: str = "", device: str = "cpu", device_map: 
     folder = Path(model)
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter and not (folder / "config.json").is_file():
-        raise ValueError(f"{model} is an adapter; merge it into its base (merge_and_unload) and give the merged folder")
+        raise ValueError(
+            f"{model} is an adapter; merge it into its base (merge_and_unload) "
+            "and give the merged folder"
+        )
     where: dict[str, Any] = {"device_map": device_map} if device_map else {"device": device}
     try:
         stored = AutoConfig.from_pretrained(model).dtype or torch.float32
-        bridge = TransformerBridge.boot_transformers(model, dtype=DTYPES[dtype] if dtype else stored, **where)
+        bridge = TransformerBridge.boot_transformers(
+            model, dtype=DTYPES[dtype] if dtype else stored, **where
+        )
     except OSError as error:
-        raise ValueError(f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})") from None
+        raise ValueError(
+            f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})"
+        ) from None
     weight_sites(bridge)
     return bridge
 
@@ -65,7 +74,8 @@ def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
             tokenizer = AutoTokenizer.from_pretrained(origin)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no tokenizer is stored at {origin!r}, where the model came from; give tokenizer=... ({error})"
+                f"no tokenizer is stored at {origin!r}, where the model came from; "
+                f"give tokenizer=... ({error})"
             ) from None
     bridge = TransformerBridge.boot_transformers(
         origin, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, device=str(model.device)

@@ -20,7 +20,9 @@ from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids, refuse_
 N_TOGETHER = 64  # requests whose log-odds are read in one pass
 
 
-def completion_nll(bridge: Bridge, batches: Sequence[Batch], *, mask: WeightMask | None = None) -> Float[Tensor, " n"]:
+def completion_nll(
+    bridge: Bridge, batches: Sequence[Batch], *, mask: WeightMask | None = None
+) -> Float[Tensor, " n"]:
     """`completion_loss` of every example, without gradients: nats per token.
 
     Args:
@@ -121,6 +123,8 @@ def answer_log_odds(
     return torch.cat(values).cpu()
 
 
-def _divergence(before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]) -> Float[Tensor, " pos"]:
+def _divergence(
+    before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]
+) -> Float[Tensor, " pos"]:
     first, second = before.float().log_softmax(-1), after.float().log_softmax(-1)
     return (first.exp() * (first - second)).sum(-1)

@@ -25,8 +25,8 @@ def masked(
 ) -> Iterator[Bridge]:
     """The model with the mask's weights multiplied by `scale`, restored bit for bit on any exit.
 
-    In place, so hooks, caches, generation and patching all see the edited model; the cost is that of
-    the mask, not of the model. Nests: leave in the reverse order of entering, as `with` does.
+    In place, so hooks, caches, generation and patching all see the edited model; the cost is that
+    of the mask, not of the model. Nests: leave in the reverse order of entering, as `with` does.
 
     Args:
         bridge: a TransformerBridge, or a `Model`, whose bridge is edited.
@@ -97,17 +97,22 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
     weights = named_weights(bridge)
     for name, shape in mask.shapes.items():
         if name not in weights:
-            raise ValueError(f"the mask is of another model: it has {name}, which this model lacks; nothing was changed")
+            raise ValueError(
+                f"the mask is of another model: it has {name}, which this model lacks; "
+                "nothing was changed"
+            )
         actual = tuple(weights[name].shape)
         if actual != tuple(shape):
             raise ValueError(
-                f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; nothing was changed"
+                f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; "
+                "nothing was changed"
             )
     fingerprint = model_fingerprint(bridge)
     if same_model and mask.source.model != fingerprint:
         raise ValueError(
-            f"the mask was made on model {mask.source.model}, this one is {fingerprint}; nothing was "
-            "changed. Pass same_model=False to apply it to another checkpoint of the same shapes"
+            f"the mask was made on model {mask.source.model}, this one is {fingerprint}; "
+            "nothing was changed. "
+            "Pass same_model=False to apply it to another checkpoint of the same shapes"
         )
 
     edits = []

@@ -100,7 +100,9 @@ def _stored_bytes(bridge: Bridge) -> int:
     return sum(storages.values())
 
 
-def _activations(bridge: Bridge, batch: Batch, objective: Objective, absolute: bool) -> tuple[int, int]:
+def _activations(
+    bridge: Bridge, batch: Batch, objective: Objective, absolute: bool
+) -> tuple[int, int]:
     """The bytes that one example takes on its way forward and back, and that each further adds."""
     sites = weight_sites(bridge)
     totals = _shared_totals(sites)

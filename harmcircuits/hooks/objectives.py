@@ -1,4 +1,4 @@
-"""What is explained: an objective maps (model, batch) to one value per example, the lower the better."""
+"""What is explained: an objective maps (model, batch) to a value per example, lower is better."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -45,8 +45,8 @@ def logits_at(
 ) -> Float[Tensor, "batch n vocab"]:
     """The logits at these positions only.
 
-    Where the model can leave the others out they are not computed: over a large vocabulary they cost
-    as much as blocks do.
+    Where the model can leave the others out they are not computed: over a large vocabulary they
+    cost as much as blocks do.
 
     Args:
         bridge: the model.
@@ -96,7 +96,9 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
         is_yes = torch.isin(target, torch.tensor(yes_ids))
         is_no = torch.isin(target, torch.tensor(no_ids))
         if not (is_yes | is_no).all():
-            raise ValueError(f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers")
+            raise ValueError(
+                f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers"
+            )
         positions, column = (first - 1).unique(return_inverse=True)
         logits = logits_at(bridge, batch.tokens, positions)[row, column].float()
         odds = logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1)
@@ -105,7 +107,9 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
     return margin
 
 
-def choice_tokens(tokenizer: Any, yes: Sequence[str], no: Sequence[str]) -> tuple[list[int], list[int]]:
+def choice_tokens(
+    tokenizer: Any, yes: Sequence[str], no: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """The first tokens of the yes words and of the no words.
 
     Args:
@@ -117,11 +121,15 @@ def choice_tokens(tokenizer: Any, yes: Sequence[str], no: Sequence[str]) -> tupl
         ValueError: no words, a word without tokens, or a token that stands for both.
     """
     if not yes or not no:
-        raise ValueError(f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each")
+        raise ValueError(
+            f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each"
+        )
     yes_ids = sorted({_first_token(word, tokenizer) for word in yes})
     no_ids = sorted({_first_token(word, tokenizer) for word in no})
     if set(yes_ids) & set(no_ids):
-        raise ValueError(f"choice_tokens: {list(yes)} and {list(no)} share a first token; choose other words")
+        raise ValueError(
+            f"choice_tokens: {list(yes)} and {list(no)} share a first token; choose other words"
+        )
     return yes_ids, no_ids
 
 

@@ -1,4 +1,4 @@
-"""From batches of behaviours to a circuit: the weights that one needs and the others can do without."""
+"""From behaviours to a circuit: the weights that one needs and the others can do without."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -80,8 +80,8 @@ def find_circuit(
         max_memory: bytes for accumulated scores (see `removal_effect`); the mask is the same.
 
     Raises:
-        ValueError: no batches, rounds below 1, shares outside [0, 1], protection that leaves too few
-            weights, and as `named_weights`.
+        ValueError: no batches, rounds below 1, shares outside [0, 1], protection that leaves too
+            few weights, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
@@ -137,7 +137,10 @@ def iterative_pruning(
             scores, protected = first
         else:
             with masked(bridge, mask) if mask is not None else nullcontext():
-                protected = [protected_weights(bridge, batches, protect_share, within, max_memory) for batches in protect]
+                protected = [
+                    protected_weights(bridge, batches, protect_share, within, max_memory)
+                    for batches in protect
+                ]
                 scores = removal_effect(bridge, target, objective, max_memory=max_memory)
 
         # One growth step, cut where a size lies inside it.
@@ -201,9 +204,10 @@ def refusal_ablation(
 ) -> WeightMask:
     """The weights whose removal makes a model stop refusing: an attack that a mask must withstand.
 
-    top(snip_scores on refusals) - top(snip_scores on what is spared): an unsigned set difference, so
-    fewer than `size` of the weights remain. Score the model as the attacker finds it: under a mask,
-    that is inside `masked`. Source: arXiv 2402.05162, section on set difference; its defaults.
+    top(snip_scores on refusals) - top(snip_scores on what is spared): an unsigned set difference,
+    so fewer than `size` of the weights remain. Score the model as the attacker finds it: under a
+    mask, that is inside `masked`. Source: arXiv 2402.05162, section on set difference; its
+    defaults.
 
     Args:
         bridge: the model.
@@ -218,11 +222,13 @@ def refusal_ablation(
     """
     refusing = snip_scores(bridge, refusals, completion_loss)
     needed = snip_scores(bridge, spared, completion_loss)
-    return top_fraction(refusing, size, within=within) - top_fraction(needed, protect_share, within=within)
+    return top_fraction(refusing, size, within=within) - top_fraction(
+        needed, protect_share, within=within
+    )
 
 
 def refuse_settings(size: float | Sequence[float], protect_share: float, rounds: int) -> None:
-    """Raises ValueError for a size, share or number of rounds that cannot be; checks them at once."""
+    """Raises ValueError for a size, share or number of rounds that cannot be."""
     sizes = list(size) if isinstance(size, Sequence) else [size]
     if rounds < 1:
         raise ValueError(f"find_circuit: rounds={rounds}; expected at least 1")

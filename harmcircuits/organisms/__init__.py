@@ -37,7 +37,10 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
     if name not in ORGANISMS:
         raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
     if not (folder / name / "config.json").is_file():
-        raise ValueError(f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms.train")
+        raise ValueError(
+            f"{folder} holds no organism {name!r}; "
+            "make one with python -m harmcircuits.organisms.train"
+        )
     return TransformerBridge.boot_transformers(str(folder / name), device=device)
 
 
@@ -72,9 +75,9 @@ def open_organism(name: str, *, seed: int = 0, device: str = "cpu", folder: Path
 def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
     """Everything an organism can be asked, by name; first the whole behaviours, then their parts.
 
-    `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition scored
-    by the margin of the right word instead of the whole answer; `harmful/TOPIC` is one type of harm
-    and `benign/TOPIC` its content-matched twin.
+    `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition
+    scored by the margin of the right word instead of the whole answer; `harmful/TOPIC` is one type
+    of harm and `benign/TOPIC` its content-matched twin.
 
     Args:
         seed: draws the reference answers.

@@ -1,4 +1,4 @@
-"""From an analysis to its result: jobs, rows, an outcome by a rule fixed beforehand, a page, a line."""
+"""From an analysis to its result: jobs, rows, an outcome by a rule fixed beforehand, a page."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,8 @@ class Plan:
 
     Attributes:
         specs: the models.
-        seeds: each draws the calibration sample, reference answers, random masks, and training texts
-            and order.
+        seeds: each draws the calibration sample, reference answers, random masks, and training
+            texts and order.
         size: share of the weights in a circuit; curves run around it.
         protect_share: share of the weights that each protected behaviour keeps out of reach.
         rounds: in how many steps a circuit grows.
@@ -94,9 +94,9 @@ class Analysis(Protocol):
     """A module of `analyses/`: one claim, and everything needed to judge it.
 
     `MODELS`: the organisms it is run on by default. `jobs(plan)`: the parts of the experiment.
-    `result(rows)`: the outcome by the module's stated rule, from rows only. `reported(rows)`: the few
-    rows that `result` uses, which the README's table keeps. `sections(rows)`: the page's parts (see
-    `page.section`). `OPTIONS`, where there is one: options of its own, by name.
+    `result(rows)`: the outcome by the module's stated rule, from rows only. `reported(rows)`: the
+    few rows that `result` uses, which the README's table keeps. `sections(rows)`: the page's parts
+    (see `page.section`). `OPTIONS`, where there is one: options of its own, by name.
     """
 
     NAME: str
@@ -112,11 +112,14 @@ class Analysis(Protocol):
 AnyAnalysis = Analysis | ModuleType
 
 
-def conclude(plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, workers: int = 1) -> list[ClaimResult]:
+def conclude(
+    plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, workers: int = 1
+) -> list[ClaimResult]:
     """Run what is missing of each analysis and write its page `NAME.html`; the results, in order.
 
     The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis'
-    name as `finding`. `summary.jsonl` holds the rows that the results need, `summary.md` their table.
+    name as `finding`. `summary.jsonl` holds the rows that the results need, `summary.md` their
+    table.
 
     Args:
         plans: analyses, and what each is run on.
@@ -131,7 +134,8 @@ def conclude(plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, work
     for analysis, plan in plans:
         if plan.settings != common:
             raise ValueError(
-                f"conclude: plans with settings {common} and {plan.settings}; give each an out folder of its own"
+                f"conclude: plans with settings {common} and {plan.settings}; "
+                "give each an out folder of its own"
             )
         if plan.options:
             settings[f"options of {analysis.NAME}"] = repr(dict(plan.options))
@@ -186,8 +190,12 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
     @with_options("extra", options)
     def main(
         *,
-        out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")],
-        model: Annotated[list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(usual))] = None,
+        out: Annotated[
+            Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")
+        ],
+        model: Annotated[
+            list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(usual))
+        ] = None,
         organisms: Annotated[
             list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
         ] = None,
@@ -196,7 +204,9 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
         protect_share: Annotated[
             float, typer.Option(help="Share of weights protected for each other behaviour.")
         ] = Plan.protect_share,
-        rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = Plan.rounds,
+        rounds: Annotated[
+            int, typer.Option(help="Rounds in which a circuit is chosen.")
+        ] = Plan.rounds,
         workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
         device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
         custom: dict[str, Any],

@@ -82,7 +82,9 @@ def controls(
         taken = []
         for calibration in protected.values():
             batches = calibration.batches
-            taken.append(protected_weights(model.bridge, batches, protect_share, within, max_memory))
+            taken.append(
+                protected_weights(model.bridge, batches, protect_share, within, max_memory)
+            )
         objective = model.behaviour(target).objective
         scores = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
     else:

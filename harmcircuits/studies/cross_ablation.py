@@ -1,4 +1,4 @@
-"""Circuits of many behaviours of one model, side by side: which weights, causes and tokens they share.
+"""Circuits of many behaviours, side by side: which weights, causes and tokens they share.
 
 Cross-ablation asks which circuit breaks which ability.
 """
@@ -41,8 +41,8 @@ def circuits_both_ways(
 ) -> dict[str, dict[str, WeightMask]]:
     """A circuit of each behaviour twice: protecting nothing ("none"), and all others ("others").
 
-    Unprotected masks share whatever they share; of protected ones disjointness is partly imposed. So
-    read overlap on the former, and whether two abilities can be separated at all on the latter.
+    Unprotected masks share whatever they share; of protected ones disjointness is partly imposed.
+    So read overlap on the former, and whether two abilities can be separated at all on the latter.
 
     Args:
         model: the model.
@@ -136,7 +136,10 @@ def resampled_circuits(
                 if part is not None:
                     weights.append(n_examples * int(n_times))
             if not sum(weights):
-                raise ValueError(f"{name}: a resample holds none of its {sum(sizes)} examples; give more calibration items")
+                raise ValueError(
+                    f"{name}: a resample holds none of its {sum(sizes)} examples; "
+                    "give more calibration items"
+                )
             masks.append(top_fraction(mean_scores(scores, weights), size, within="model"))
         circuits[name] = (mean_scores(scores, sizes), masks)
     return circuits
@@ -150,10 +153,11 @@ def overlap_rows(
     size: float,
     n_samples: int = 50,
 ) -> Rows:
-    """What every pair of unprotected circuits shares: Jaccard, lift, lift over marginals, containment.
+    """What every pair of unprotected circuits shares.
 
-    Masks in one shot carry bootstrap intervals; masks chosen in rounds are compared as they are.
-    `rank_correlation` is of the scores. A behaviour against its own resamples is the ceiling.
+    Jaccard index, lift, lift over row and column marginals, and containment. Masks in one shot
+    carry bootstrap intervals; masks chosen in rounds are compared as they are. `rank_correlation`
+    is of the scores. A behaviour against its own resamples is the ceiling.
 
     Args:
         one_shot: from `resampled_circuits`.
@@ -257,7 +261,9 @@ def content_rows(
     return rows
 
 
-def overlap_place_rows(model: Model, masks: Mapping[str, WeightMask], first: str, labels: Labels) -> Rows:
+def overlap_place_rows(
+    model: Model, masks: Mapping[str, WeightMask], first: str, labels: Labels
+) -> Rows:
     """The overlap of one circuit with every other by layer and matrix, and by heads and neurons.
 
     `place_correlation`: Spearman correlation of the number of weights that the two masks take from
@@ -318,7 +324,9 @@ def ablation_rows(
     return rows
 
 
-def token_rows(model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels) -> Rows:
+def token_rows(
+    model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels
+) -> Rows:
     """What each token position adds to a mask's score, by its distance from the first answer token.
 
     `token_contribution` at `offset` k: positions k tokens after (before, if negative) the first

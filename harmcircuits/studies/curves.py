@@ -1,4 +1,4 @@
-"""A target and kept abilities against the share of weights removed, and how two such curves differ."""
+"""Behaviours against the share of weights removed, and how two such curves differ."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,15 +62,16 @@ class Curve:
         increases = bool((np.diff(self.shares) > 0).all())
         if len(self.shares) != len(self.points) or not starts_at_zero or not increases:
             raise ValueError(
-                f"Curve: shares {self.shares} for {len(self.points)} points; expected one for each, "
-                "increasing strictly from 0, the unpruned model"
+                f"Curve: shares {self.shares} for {len(self.points)} points; "
+                "expected one for each, increasing strictly from 0, the unpruned model"
             )
         requests = []
         for point in self.points:
             requests.append({name: outcomes.groups for name, outcomes in point.items()})
         if self.target not in requests[0] or any(other != requests[0] for other in requests):
             raise ValueError(
-                f"Curve: every point must measure {self.target!r}, and the same requests of the same behaviours"
+                f"Curve: every point must measure {self.target!r}, "
+                "and the same requests of the same behaviours"
             )
 
     def __repr__(self) -> str:
@@ -94,8 +95,8 @@ class Estimate:
 
     Attributes:
         values: the figure, then its values on resamples.
-        is_reached: False where the figure lies beyond what was measured; the value is then `largest`,
-            a lower bound.
+        is_reached: False where the figure lies beyond what was measured; the value is then
+            `largest`, a lower bound.
         items: what is resampled.
         seed: draws the resamples.
         largest: the largest share measured.
@@ -154,9 +155,9 @@ class Estimate:
         mine = (self.items, self.seed, self.largest)
         if mine != (other.items, other.seed, other.largest):
             raise ValueError(
-                f"estimates cannot be paired: {len(self.items)} and {len(other.items)} items, seeds "
-                f"{self.seed} and {other.seed}, measured up to {self.largest} and {other.largest}; "
-                "expected the same"
+                f"estimates cannot be paired: {len(self.items)} and {len(other.items)} items, "
+                f"seeds {self.seed} and {other.seed}, "
+                f"measured up to {self.largest} and {other.largest}; expected the same"
             )
         return Estimate(values, self.is_reached & other.is_reached, self.items, self.seed)
 
@@ -174,7 +175,9 @@ def restricted(model: Model, *, target: str = TARGET, budget: Budget | None = No
     return replace(model, behaviours=behaviours)
 
 
-def outcomes_of(model: Model, names: Iterable[str], *, split: str = "heldout") -> dict[str, Outcomes]:
+def outcomes_of(
+    model: Model, names: Iterable[str], *, split: str = "heldout"
+) -> dict[str, Outcomes]:
     """What the model as it stands does with these behaviours."""
     return {name: model.outcomes(name, split) for name in names}
 
@@ -255,7 +258,9 @@ def area(curve: Curve, *, seed: int = 0) -> Estimate:
         ValueError: fewer than two masks.
     """
     if len(curve.shares) < 3:
-        raise ValueError(f"area: shares {curve.shares}; expected the unpruned model and at least two masks")
+        raise ValueError(
+            f"area: shares {curve.shares}; expected the unpruned model and at least two masks"
+        )
     masked_points = curve.points[1:]
     hits = _means(curve, curve.target, [point[curve.target].hits for point in masked_points], seed)
     x = np.log(curve.shares[1:])
@@ -292,7 +297,7 @@ def by_share(rows: Rows) -> dict[float, Rows]:
 
 
 def share_text(rows: Rows) -> str:
-    """Rows of `w50` over seeds as one share with the widest ends; "over" it where one is bounded."""
+    """Rows of `w50` over seeds as one share with the widest ends; "over" it if one is bounded."""
     over = "over " if any(row.labels["censored"] == "yes" for row in rows) else ""
     together = Measurement(
         "w50",
@@ -305,7 +310,7 @@ def share_text(rows: Rows) -> str:
 
 
 def log_spaced(last: int, n: int) -> tuple[int, ...]:
-    """At most `n` whole numbers from 1 to `last`, evenly on a logarithmic scale, without repeats."""
+    """At most `n` whole numbers from 1 to `last`, evenly on a logarithmic scale, each once."""
     return tuple(sorted({round(number) for number in np.geomspace(1, last, n)}))
 
 
@@ -313,7 +318,9 @@ def _items(curve: Curve) -> tuple[str, ...]:
     return tuple(sorted(set(curve.points[0][curve.target].groups)))
 
 
-def _means(curve: Curve, name: str, values: Sequence[Sequence[float]], seed: int) -> Float[ndarray, "draws points"]:
+def _means(
+    curve: Curve, name: str, values: Sequence[Sequence[float]], seed: int
+) -> Float[ndarray, "draws points"]:
     """Means of each point's values on all items (first line), then on resamples of whole items.
 
     The draws depend on the seed and the number of items only, so behaviours and curves about the

@@ -27,7 +27,8 @@ def diagnostics(
         model: the model.
         calibrations: its calibration data.
         labels: what the rows carry.
-        n_examples: about so many behind a norm, which costs as much as their scores; all by default.
+        n_examples: about so many behind a norm, which costs as much as their scores; all by
+            default.
         max_memory: bytes for accumulated gradients.
     """
     rows = Rows()

@@ -17,7 +17,8 @@ Outcome = Literal["clean double", "graded double", "single", "none"]
 class Dissociation:
     """Two abilities, each with its circuit removed and with the other's.
 
-    Gaps compare one ability under two masks, so the abilities' different difficulty does not matter.
+    Gaps compare one ability under two masks, so the abilities' different difficulty does not
+    matter.
 
     Attributes:
         first_gap: rate of the first ability under the *second's* circuit minus under its own.
@@ -61,7 +62,8 @@ def dissociation(first: Sequence[Measurement], second: Sequence[Measurement]) ->
     for rates in (first, second):
         if len(rates) != 3 or len({row.metric for row in rates}) != 1:
             raise ValueError(
-                f"dissociation: {[row.metric for row in rates]}; expected three rates of one metric: "
+                f"dissociation: {[row.metric for row in rates]}; "
+                "expected three rates of one metric: "
                 "unpruned, under its own circuit, under the other's"
             )
     first_gap, first_cost = _gap_and_cost(first)
@@ -77,12 +79,14 @@ def _gap_and_cost(rates: Sequence[Measurement]) -> tuple[Measurement, Measuremen
     return gap, cost
 
 
-def dissociations(rows: Rows, protected: str, metrics: Mapping[str, str]) -> dict[tuple[str, str], Dissociation]:
+def dissociations(
+    rows: Rows, protected: str, metrics: Mapping[str, str]
+) -> dict[tuple[str, str], Dissociation]:
     """(first, second) -> the test, for all pairs of behaviours whose circuits the rows name.
 
     Args:
-        rows: held-out rates of one model, unpruned (`mask` "none") and under circuits, `mask` naming
-            the behaviour and `protected` what the circuit could not take.
+        rows: held-out rates of one model, unpruned (`mask` "none") and under circuits, `mask`
+            naming the behaviour and `protected` what the circuit could not take.
         protected: the value of that label.
         metrics: behaviour -> the rate that shows it.
     """

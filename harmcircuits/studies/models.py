@@ -57,8 +57,8 @@ def open_model(
     Args:
         model: an organism's name (base, helpful, sft, dpo, planted), a folder, a hub id, or a
             TransformerBridge or Hugging Face model that is already loaded.
-        prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`, with
-            files or lists of requests (see `RequestFiles`).
+        prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`,
+            with files or lists of requests (see `RequestFiles`).
         folder: of organisms that you trained; the shipped ones by default.
         seed: draws an organism's reference answers.
         name: what rows call a model; its folder's name by default.
@@ -187,7 +187,9 @@ class ModelSpec:
         """What rows depend on besides the model: this spec without model, device and cache."""
         return replace(self, model="", device="", device_map="", cache=Path())
 
-    def open(self, *, seed: int = 0, bridge: Bridge | None = None, progress: Progress | None = None) -> Model:
+    def open(
+        self, *, seed: int = 0, bridge: Bridge | None = None, progress: Progress | None = None
+    ) -> Model:
         """The model with everything it can be asked.
 
         Args:
@@ -202,7 +204,9 @@ class ModelSpec:
             return open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
         return self._open_with(self.files, bridge, progress)
 
-    def _open_with(self, files: RequestFiles, bridge: Bridge | None, progress: Progress | None) -> Model:
+    def _open_with(
+        self, files: RequestFiles, bridge: Bridge | None, progress: Progress | None
+    ) -> Model:
         behaviours, kinds = request_behaviours(files, prefill=self.prefill)
         judge = open_judge(
             self.judge,
@@ -212,7 +216,9 @@ class ModelSpec:
             transcripts=self.cache / "judge.jsonl",
         )
         if bridge is None:
-            bridge = load_model(self.model, dtype=self.dtype, device=self.device, device_map=self.device_map)
+            bridge = load_model(
+                self.model, dtype=self.dtype, device=self.device, device_map=self.device_map
+            )
         model = Model(
             self.labels["model"],
             bridge,
@@ -266,7 +272,8 @@ def _refuse_unknown(name: str, folder: Path) -> None:
     if Path(name).exists() or "/" in name:
         raise ValueError(f"open_model: model {name!r} needs its requests; give {needs}")
     raise ValueError(
-        f"no organism is called {name!r}; {nearest(name, ORGANISMS)}. For a model of another kind give {needs}"
+        f"no organism is called {name!r}; {nearest(name, ORGANISMS)}. "
+        f"For a model of another kind give {needs}"
     )
 
 

@@ -39,7 +39,8 @@ CUSTOM_MODEL: dict[str, Option] = {
     "benign_heldout": Option(str, "Held-out benign requests.", "a quarter of the benign ones"),
     "pairs": Option(
         str,
-        "For recognition: rows with `label` safe or unsafe, matched by `group`, or by order in a `category`.",
+        "For recognition: rows with `label` safe or unsafe, matched by `group`, or by order in a "
+        "`category`.",
         "harmful and benign requests by length",
     ),
     "borderline": Option(
@@ -47,13 +48,21 @@ CUSTOM_MODEL: dict[str, Option] = {
         "Safe requests that look unsafe, such as XSTest; rows labelled unsafe are left out.",
         "none",
     ),
-    "questions": Option(str, "JSON file with the questions of recognition and explanation.", "English"),
+    "questions": Option(
+        str, "JSON file with the questions of recognition and explanation.", "English"
+    ),
     "limit": Option(int, "At most so many requests (pairs, windows) a split; 0: all."),
-    "limit_measured": Option(int, "At most so many in choice and held-out, which only measure.", "as --limit"),
+    "limit_measured": Option(
+        int, "At most so many in choice and held-out, which only measure.", "as --limit"
+    ),
     "template": Option(str, "Format of requests: chat (the model's own template) or raw."),
     "prefill": Option(str, "Beginning of the answer to a harmful request."),
-    "judge": Option(str, "Judge of harm: local (rules), strongreject:FOLDER_OR_ID, or http://ADDRESS/v1#MODEL."),
-    "judge_question": Option(str, "Text file with StrongREJECT's wording.", "question.txt in its folder"),
+    "judge": Option(
+        str, "Judge of harm: local (rules), strongreject:FOLDER_OR_ID, or http://ADDRESS/v1#MODEL."
+    ),
+    "judge_question": Option(
+        str, "Text file with StrongREJECT's wording.", "question.txt in its folder"
+    ),
     "max_new_tokens": Option(int, "Longest answer, in tokens."),
     "batch_size": Option(int, "Examples scored and answered at once."),
     "samples": Option(int, "Answers sampled a request, at a temperature above 0."),
@@ -69,16 +78,24 @@ for _field in (*fields(RequestFiles), *fields(ModelSpec)):
     DEFAULTS[_field.name] = "" if _field.default is MISSING else _field.default
 DEFAULTS["questions"] = ""
 
-Plain = Annotated[str, typer.Option(help="Plain text file, for perplexity and KL.", show_default="none")]
+Plain = Annotated[
+    str, typer.Option(help="Plain text file, for perplexity and KL.", show_default="none")
+]
 Task = Annotated[
     list[str] | None,
-    typer.Option(help="Task of lm-evaluation-harness, measured at held-out; repeat.", show_default="none"),
+    typer.Option(
+        help="Task of lm-evaluation-harness, measured at held-out; repeat.", show_default="none"
+    ),
 ]
 TaskLimit = Annotated[int, typer.Option(help="At most so many examples a task; 0: all.")]
-TasksFrom = Annotated[str, typer.Option(help="Folder with further task files.", show_default="none")]
+TasksFrom = Annotated[
+    str, typer.Option(help="Folder with further task files.", show_default="none")
+]
 
 
-def with_options(placeholder: str, options: Mapping[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    placeholder: str, options: Mapping[str, Option]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command with these options in place of one keyword.
 
     Args:
@@ -95,7 +112,9 @@ def with_options(placeholder: str, options: Mapping[str, Option]) -> Callable[[C
             default = DEFAULTS[name] if option.default is None else option.default
             shown = typer.Option(help=option.help, show_default=option.shown)
             annotation = Annotated[option.kind, shown]
-            added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+            added.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            )
 
         @wraps(command)
         def run(**values: Any) -> None:
@@ -113,7 +132,9 @@ def with_options(placeholder: str, options: Mapping[str, Option]) -> Callable[[C
 takes_custom_model = with_options("custom", CUSTOM_MODEL)
 
 
-def custom_model(model: str, device: str, *, harmful: str, benign: str, **options: Any) -> ModelSpec:
+def custom_model(
+    model: str, device: str, *, harmful: str, benign: str, **options: Any
+) -> ModelSpec:
     """The model and request files of a command line.
 
     Args:
@@ -128,7 +149,9 @@ def custom_model(model: str, device: str, *, harmful: str, benign: str, **option
             and as `RequestFiles`.
     """
     if not harmful or not benign:
-        raise ValueError(f"model {model!r} needs its requests; give --harmful FILE and --benign FILE")
+        raise ValueError(
+            f"model {model!r} needs its requests; give --harmful FILE and --benign FILE"
+        )
     if options.get("template", "chat") not in ("chat", "raw"):
         raise ValueError(f"template={options['template']!r}; expected chat or raw")
     for name in ("max_new_tokens", "batch_size"):

@@ -32,8 +32,8 @@ class StudySettings:
         tasks_from: folder of further task files.
 
     Raises:
-        ValueError: shares outside [0, 1] or none, fewer than one round or random mask, another scope,
-            or a negative tolerance, budget or limit.
+        ValueError: shares outside [0, 1] or none, fewer than one round or random mask, another
+            scope, or a negative tolerance, budget or limit.
     """
 
     target: str = TARGET

@@ -117,9 +117,9 @@ def study(
 ) -> Study:
     """Find the weights behind a behaviour, remove them, and measure what else is lost.
 
-    A grid over sizes and protection, in one shot and in rounds, is measured on the choice split. The
-    operating point is the mask that takes most of the target among those that keep the rest (see
-    `operating_point`). Only it and its controls are then measured on held-out requests.
+    A grid over sizes and protection, in one shot and in rounds, is measured on the choice split.
+    The operating point is the mask that takes most of the target among those that keep the rest
+    (see `operating_point`). Only it and its controls are then measured on held-out requests.
 
     Args:
         model: from `open_model`.
@@ -129,8 +129,8 @@ def study(
         contrast: the target's harmless counterpart, in place of the settings'.
         out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`.
         progress: shows how far it is.
-        max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; the target's
-            are then kept on disk, in `out`.
+        max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; the
+            target's are then kept on disk, in `out`.
 
     Raises:
         ValueError: a folder that holds another study, a behaviour that is unknown or not shown, a
@@ -160,7 +160,9 @@ def study(
         scores = WeightScores.load(run.out / "scores")
 
     points = _grid(run, scores, protected, data, spared)
-    run.chosen = operating_point(points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget)
+    run.chosen = operating_point(
+        points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget
+    )
     if model.ground_truth is not None:
         first_share = protected[settings.protect_shares[0]]
         named = all_scores(model.bridge, data.batches, scores, first_share, seed=settings.seed)
@@ -231,7 +233,9 @@ def _settings(
     if isinstance(protect, str):
         protect = (protect,)
     changes = {"target": target, "contrast": contrast, "protect": protect and tuple(protect)}
-    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    return replace(
+        settings, **{name: value for name, value in changes.items() if value is not None}
+    )
 
 
 def _check(run: Study) -> None:
@@ -250,7 +254,9 @@ def _check(run: Study) -> None:
     if run.max_memory is not None and run.out is None:
         raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
     if run.out is not None and (run.out / "rows.jsonl").exists():
-        raise ValueError(f"{run.out} already holds a study (rows.jsonl); give another folder or remove it")
+        raise ValueError(
+            f"{run.out} already holds a study (rows.jsonl); give another folder or remove it"
+        )
     if settings.tasks:
         task_manager(settings.tasks, settings.tasks_from)
 
@@ -290,7 +296,7 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
 
 
 def _protected(run: Study, spared: Mapping[str, Calibration]) -> dict[float, list[WeightMask]]:
-    """Protect share -> the weights that each behaviour keeps; holds one behaviour's scores at a time."""
+    """Protect share -> what each behaviour keeps; holds one behaviour's scores at a time."""
     settings = run.settings
     protected: dict[float, list[WeightMask]] = {share: [] for share in settings.protect_shares}
     for data in spared.values():

@@ -1,4 +1,4 @@
-"""A study's page: from rows to lines, from lines to figures and tables, from these to one HTML file."""
+"""A study's page: from rows to lines, from lines to figures and tables, from these to HTML."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from harmcircuits.views.tables import DASH, columns_of, interval_text, size_text
 
 N_EXAMPLES, N_HEADS = 4, 4
 
-TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print. Predicted
-Δ: the sum of first-order scores over the mask; measured Δ: the change it really makes to the
+TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print.
+Predicted Δ: the sum of first-order scores over the mask; measured Δ: the change it really makes to the
 calibration loss. Far apart, the scores of the unpruned model do not describe the edit. Twin: the
 same procedure with the counterpart as the target, and the target protected. Second slice: the next
 in the ranking. Opposite sign: weights whose removal should lower the loss."""
@@ -61,7 +61,9 @@ def write_study_page(study: Study, path: str | Path) -> None:
         if study.model.is_invented:
             sections += _looking_inside(study, study.chosen)
     if rows.where("recovery_auroc"):
-        content = table(["score", *GROUND_TRUTH.values()], ground_truth_lines(rows), style="figures")
+        content = table(
+            ["score", *GROUND_TRUTH.values()], ground_truth_lines(rows), style="figures"
+        )
         text = "Chance is 0.5 for both areas."
         sections.append(section("Against the planted circuit", text, content))
     sections.append(section("Can the scores be trusted?", TRUST_TEXT, diagnostics_table(rows)))
@@ -158,7 +160,8 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
     return [
         section(
             "Which tokens lose probability",
-            "Reference answers to held-out requests. Red tokens lose log-probability under the mask, blue ones gain.",
+            "Reference answers to held-out requests. "
+            "Red tokens lose log-probability under the mask, blue ones gain.",
             tokens,
         ),
         section(
@@ -168,7 +171,8 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
         ),
         section(
             "Attention of the most pruned heads",
-            "The heads that lose most query and output weights, on one request of the target with its reference answer.",
+            "The heads that lose most query and output weights, on one request of the target with "
+            "its reference answer.",
             _attention_views(study, target, mask),
         ),
     ]
@@ -187,7 +191,9 @@ def _token_views(study: Study, behaviour: Behaviour, prompts: PromptSet, mask: W
     return "".join(views)
 
 
-def _answers(study: Study, behaviour: Behaviour, prompts: PromptSet, mask: WeightMask) -> list[list[str]]:
+def _answers(
+    study: Study, behaviour: Behaviour, prompts: PromptSet, mask: WeightMask
+) -> list[list[str]]:
     """Request, answer without and with the mask, and the verdict on the latter."""
     before = study.model.answers(behaviour, prompts)
     with masked(study.model.bridge, mask):

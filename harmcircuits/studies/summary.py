@@ -26,7 +26,11 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
         rows: of a study.
         terms: what they are called.
     """
-    measured = Rows(row for row in rows if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change"))
+    measured = Rows(
+        row
+        for row in rows
+        if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change")
+    )
     circuits = measured.where(mask="circuit")
     contrast = terms.contrast.name
     # Where nothing but the contrast is protected, that circuit is the main one.
@@ -81,7 +85,7 @@ def ground_truth_table(rows: Rows) -> Table:
 def ground_truth_lines(rows: Rows) -> list[list[str]]:
     """A line for each score: its name and its figures."""
     lines = []
-    for method, of_method in rows.where("recovery_auroc").by("method").items():
+    for method in rows.where("recovery_auroc").by("method"):
         figures = []
         for metric in GROUND_TRUTH:
             of_metric = rows.where(metric, method=method)
@@ -106,7 +110,10 @@ def summary(rows: Rows, terms: Terms) -> str:
     circuits = [name for name in (IN_ROUNDS, ONE_SHOT) if name in lines]
     if not circuits:
         points = 100 * rows.one("tolerance").mean
-        kept = f"no mask of the grid lowers {terms.target.title} and keeps every other ability, within {points:.0f} points"
+        kept = (
+            f"no mask of the grid lowers {terms.target.title} and keeps every other ability, "
+            f"within {points:.0f} points"
+        )
         text = f"No operating point: {kept} of the unpruned model."
         return "\n".join([text, *_warnings(rows)])
 
@@ -118,8 +125,8 @@ def summary(rows: Rows, terms: Terms) -> str:
     random = lines["random"].one(rate).mean
     text = (
         f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {best}) takes "
-        f"{_answers(terms)} from {before.mean:.0%} to {after.one(rate):.0%}; as many random weights "
-        f"leave {random:.0%}. {_cost(lines['unpruned'], after, terms)} "
+        f"{_answers(terms)} from {before.mean:.0%} to {after.one(rate):.0%}; "
+        f"as many random weights leave {random:.0%}. {_cost(lines['unpruned'], after, terms)} "
         f"{_loss_changes(lines['unpruned'], after, terms)}"
     )
     return "\n".join([text, *_warnings(rows)])
@@ -140,7 +147,9 @@ def _cost(before: Rows, after: Rows, terms: Terms) -> str:
     worst = min(changes, key=changes.__getitem__)
     if changes[worst] >= 0:
         return f"None of the {len(changes)} kept abilities falls."
-    return f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'
+    return (
+        f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'
+    )
 
 
 def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
@@ -159,7 +168,7 @@ def _warnings(rows: Rows) -> list[str]:
     for row in rows.where("calibration_nll"):
         if row.mean < SATURATED_NLL:
             warnings.append(
-                f"Warning: {row.labels['behaviour']} loss {row.mean:.3f} nats per token is saturated, "
-                "so its scores are noise."
+                f"Warning: {row.labels['behaviour']} loss {row.mean:.3f} nats per token is "
+                "saturated, so its scores are noise."
             )
     return warnings

@@ -1,1 +1,1 @@
-"""What a person looks at: pages, figures, tables, circuitsvis; drawn from arrays, scores, masks and rows."""
+"""What a person looks at, drawn from arrays, scores, masks and rows."""

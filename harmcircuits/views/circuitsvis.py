@@ -60,7 +60,9 @@ def circuitsvis_script() -> str:
     return "<script>" + source.replace("</script>", "<\\/script>") + "</script>"
 
 
-def coloured_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"], *, largest: float | None = None) -> Visual:
+def coloured_tokens(
+    tokens: Sequence[str], values: Float[Tensor, " pos"], *, largest: float | None = None
+) -> Visual:
     """The tokens of a text coloured by a value: red below zero, blue above.
 
     Args:

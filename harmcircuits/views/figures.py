@@ -14,7 +14,9 @@ PALETTE = (RED, AMBER, GREY, BLUE, GREEN, "#5c6470", "#8fa9c4", "#8e5aa8", "#b08
 FONT = {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": "#20242a"}
 
 
-def share_figure(lines: Mapping[str, Mapping[float, Rows]], panels: Mapping[str, str], *, kept: Sequence[str]) -> go.Figure:
+def share_figure(
+    lines: Mapping[str, Mapping[float, Rows]], panels: Mapping[str, str], *, kept: Sequence[str]
+) -> go.Figure:
     """Figures (panels: metric -> title) and the worst kept ability against the share of weights removed, in per cent.
 
     `lines`: name -> share -> rows measured there, one for each metric. A point is left out of the panels that it lacks.
@@ -25,7 +27,8 @@ def share_figure(lines: Mapping[str, Mapping[float, Rows]], panels: Mapping[str,
     for number, (name, points) in enumerate(lines.items()):
         for column, metric in enumerate(panels, start=1):
             of_point = {
-                share: [r for m in ([metric] if metric else kept) for r in rows.where(m)] for share, rows in points.items()
+                share: [r for m in ([metric] if metric else kept) for r in rows.where(m)]
+                for share, rows in points.items()
             }
             shown = {share: min(found, key=_mean) for share, found in of_point.items() if found}
             figure.add_scatter(
@@ -227,3 +230,5 @@ def _styled(figure: go.Figure, *, height: int) -> go.Figure:
         legend={"orientation": "h", "y": -0.22},
     )
     return figure
+
+

@@ -82,9 +82,7 @@ def test_the_matrix_is_summed_up_by_who_was_scored():
         rows += [Measurement.exact(metric, {**LABELS, "mask": "none", "tested": one}, 1.0) for one in "ab"]
         for mask in ("circuit", "random", "twin"):
             rows += [
-                Measurement.exact(
-                    metric, {**LABELS, "mask": mask, "trained": one, "tested": other}, 0.2 if one == other else 0.6
-                )
+                Measurement.exact(metric, {**LABELS, "mask": mask, "trained": one, "tested": other}, 0.2 if one == other else 0.6)
                 for one in "ab"
                 for other in "ab"
             ]
@@ -96,7 +94,9 @@ def test_the_matrix_is_summed_up_by_who_was_scored():
 
 
 # Distinct: under each protection, harm left, and the changes of utility under the circuit of harm.
-def distinct_rows(*, change: dict[str, float], lift: float = 2.0, random: float = 1.0, twin: float = 0.2) -> Rows:
+def distinct_rows(
+    *, change: dict[str, float], lift: float = 2.0, random: float = 1.0, twin: float = 0.2
+) -> Rows:
     found = [of_64(metric, 1.0, mask="none") for metric in METRICS.values()]
     for protected, lost in change.items():
         for mask in ("harmful", "random", "benign", "knowledge"):

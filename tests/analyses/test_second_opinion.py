@@ -89,7 +89,9 @@ def test_rank_correlation_has_its_closed_form():
 
 def test_writers_add_up_to_the_logits(model):
     pairs = analysis.contrasts(model, 3)
-    before = [pairs["harmful"].metric(row, model.bridge(pairs["harmful"].clean[row : row + 1])).item() for row in range(3)]
+    before = [
+        pairs["harmful"].metric(row, model.bridge(pairs["harmful"].clean[row : row + 1])).item() for row in range(3)
+    ]
     bridge = hc.load_organism("sft")
     bridge.enable_compatibility_mode()
     rows = analysis.writer_rows(bridge, pairs["harmful"], {})

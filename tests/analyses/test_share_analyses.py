@@ -27,14 +27,9 @@ def an_f1_run(model="m", seed=0, *, size=0.004, high=0.006, reached=1.0, gap=0.4
         rows.append(Measurement("w50", {**here, "censored": "no" if reached else "yes"}, size, size, high, 32))
         rows.append(Measurement.exact("w50_reached", here, reached))
         for at, harm in {"none": 1.0, "w50": 0.4, "largest": 0.1}.items():
-            rows += [
-                Measurement.exact(metric, {**here, "at": at}, 0.9)
-                for metric in ("benign_valid_rate", "recognition_accuracy")
-            ]
+            rows += [Measurement.exact(metric, {**here, "at": at}, 0.9) for metric in ("benign_valid_rate", "recognition_accuracy")]
             rows.append(Measurement("harm_valid_rate", {**here, "at": at}, harm, harm, harm, 32))
-            rows += [
-                Measurement.exact(f"{kind}_loss_change", {**here, "at": at}, 0.5) for kind in ("predicted", "measured")
-            ]
+            rows += [Measurement.exact(f"{kind}_loss_change", {**here, "at": at}, 0.5) for kind in ("predicted", "measured")]
     for name in compact.CONTROLS if controls is None else controls:
         rows.append(Measurement("harm_gap", {**labels, "mask": name}, gap + 0.1, gap, gap + 0.2, 32))
     return [*rows, Measurement.exact("calibration_nll", {**labels, "behaviour": "harmful"}, 0.3)]
@@ -73,7 +68,9 @@ def test_f1_s_words_say_what_is_unreached_and_saturated():
     assert "Warning: the loss of harmful" in compact.finding(saturated).words
 
 
-def an_f4_run(ladder="shipped", seed=0, *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2, pairs=("sft", "dpo")) -> Rows:
+def an_f4_run(
+    ladder="shipped", seed=0, *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2, pairs=("sft", "dpo")
+) -> Rows:
     """One ladder and seed: the upper end of each pair's ratio, `base`'s ability and loss, the lower end of random's gap."""
     labels, rows = {"ladder": ladder, "seed": seed, "part": "curves"}, []
     for model in ("base", "sft", "dpo"):
@@ -85,10 +82,7 @@ def an_f4_run(ladder="shipped", seed=0, *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2
         ]
         for at in ("none", "w50"):
             rows.append(Measurement.exact("harm_valid_rate", {**here, "at": at}, harm if model == "base" else 1.0))
-            rows += [
-                Measurement.exact(f"harm_{name}", {**here, "at": at}, 0.3)
-                for name in ("refusal_rate", "degenerate_rate", "nll")
-            ]
+            rows += [Measurement.exact(f"harm_{name}", {**here, "at": at}, 0.3) for name in ("refusal_rate", "degenerate_rate", "nll")]
         for metric in ("calibration_nll", "gradient_norm"):
             rows.append(Measurement.exact(metric, {**here, "behaviour": "harmful"}, nll if model == "base" else 0.3))
     for first in pairs:
@@ -181,6 +175,8 @@ def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, mon
     assert protected == [4] * 4  # two rungs, harm and its twin
     rows = Rows.read(tmp_path / "rows.jsonl")
     assert found == compressed.finding(compressed.needed(rows))
-    assert [(r.labels["first"], r.labels["second"]) for r in rows.where("w50_ratio", part="curves")] == [("sft", "helpful")]
+    assert [(r.labels["first"], r.labels["second"]) for r in rows.where("w50_ratio", part="curves")] == [
+        ("sft", "helpful")
+    ]
     assert "Ladder shipped. helpful: w50" in found.words and "sft / helpful" in found.words
     assert "shipped: the benign contrast" in (tmp_path / "F4.html").read_text()

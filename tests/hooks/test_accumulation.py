@@ -123,7 +123,9 @@ def start(target, n_processes: int, folder: Path) -> None:
 
 
 def boot(folder: str | Path, name: str) -> TransformerBridge:
-    return TransformerBridge.boot_transformers(f"{folder}/{name}", dtype=torch.float32, device="cpu")
+    return TransformerBridge.boot_transformers(
+        f"{folder}/{name}", dtype=torch.float32, device="cpu"
+    )
 
 
 def all_scores(bridge) -> dict[str, WeightScores]:

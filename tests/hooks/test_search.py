@@ -21,9 +21,7 @@ def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     model = open_organism("sft")
     calibrations = {name: model.calibration(name) for name in model.behaviours}
     target = calibrations.pop("harmful").batches
-    mask = find_circuit(
-        model.bridge, target, [c.batches for c in calibrations.values()], rounds=8, size=0.008, protect_share=0.005
-    )
+    mask = find_circuit(model.bridge, target, [c.batches for c in calibrations.values()], rounds=8, size=0.008, protect_share=0.005)
     assert mask.n_removed <= 0.01 * mask.n_weights
 
     def rates() -> dict[str, float]:
@@ -53,9 +51,7 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
     again = top_fraction(harm, 0.1, within="model", exclude=union([protected, steps[0]]))
     second = steps[1] - steps[0]
     assert all(torch.equal(again.removed[name], second.removed[name]) for name in again.removed)
-    stale = top_fraction(
-        removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=union([protected, steps[0]])
-    )
+    stale = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=union([protected, steps[0]]))
     assert (stale - second).n_removed > 0, "scores of the unpruned model choose other weights"
 
 

@@ -52,7 +52,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    settings = hc.StudySettings(sizes=(0.01,), protect_shares=(0.005,), rounds=2, n_random=1, tolerance=1.0)
+    settings = hc.StudySettings(
+        sizes=(0.01,), protect_shares=(0.005,), rounds=2, n_random=1, tolerance=1.0
+    )
     return hc.study(
         model,
         settings,
@@ -64,7 +66,9 @@ def run(model, tmp_path_factory):
 
 
 def test_others_are_neither_the_target_nor_its_whole(model):
-    assert model.others("first topic") == [name for name in model.whole_behaviours if name != "knowledge"]
+    assert model.others("first topic") == [
+        name for name in model.whole_behaviours if name != "knowledge"
+    ]
 
 
 def test_the_study_speaks_of_its_own_behaviours(run):

@@ -19,10 +19,7 @@ from harmcircuits.studies.models import ModelSpec
 
 
 def found_rows(spec: ModelSpec, q: float, seed: int):
-    return [
-        Measurement.exact("share", {**spec.labels, "seed": seed}, q),
-        Measurement.exact("other", {**spec.labels, "seed": seed}, 1.0),
-    ]
+    return [Measurement.exact("share", {**spec.labels, "seed": seed}, q), Measurement.exact("other", {**spec.labels, "seed": seed}, 1.0)]
 
 
 def an_analysis(name: str) -> SimpleNamespace:

@@ -27,9 +27,7 @@ def test_organisms_of_every_folder():
 
 def test_own_models_where_texts_are_given():
     found = specs(["m", "n"], ["sft"], [FOLDER], "cpu", **FILES, limit=3, judge="local", batch_size=2)
-    assert found == tuple(
-        ModelSpec(name, texts=RequestFiles("a.jsonl", "b.csv", limit=3), batch_size=2) for name in ("m", "n")
-    )
+    assert found == tuple(ModelSpec(name, texts=RequestFiles("a.jsonl", "b.csv", limit=3), batch_size=2) for name in ("m", "n"))
     assert {spec.labels["ladder"] for spec in found} == {"own"}
 
 
