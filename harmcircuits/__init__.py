@@ -5,6 +5,7 @@ library.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 # Bound now: a later import of the module of the same name would hide the function.
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from harmcircuits.studies.settings import StudySettings as StudySettings
     from harmcircuits.studies.study import study as study
     from harmcircuits.studies.utility import evaluate_tasks as evaluate_tasks
+
+__version__ = version("harmcircuits")
 
 _MODULES = {
     "Batch": "prompts",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from harmcircuits import __version__
 from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
@@ -19,7 +20,6 @@ from harmcircuits.studies import options
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.study import study
-from harmcircuits.studies.study_page import write_study_page
 from harmcircuits.studies.summary import result_tables, summary
 
 GIB = 2**30
@@ -33,8 +33,19 @@ def _either(name: str) -> str:
     return f"{getattr(DEFAULT, name)}; custom model: {getattr(FOR_REAL_MODELS, name)}"
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"harmcircuits {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
     """Find, mask and measure the weights behind harmful generation."""
 
 
@@ -160,6 +171,9 @@ def study_command(
     console.print(*result_tables(result.rows, result.terms), sep="\n")
     text = summary(result.rows, result.terms)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+    # Imported here: drawing takes libraries that neither --help nor a study needs.
+    from harmcircuits.studies.study_page import write_study_page
+
     write_study_page(result, out / "report.html")
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 

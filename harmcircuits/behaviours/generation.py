@@ -8,12 +8,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.prompts import PromptSet, Template, padding_id, prompt_ids
@@ -130,16 +124,18 @@ def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, T
     return tokens, attended
 
 
-def _sampler(sampling: Sampling, draws: Sequence[tuple[str, int]]) -> LogitsProcessorList:
+def _sampler(sampling: Sampling, draws: Sequence[tuple[str, int]]) -> list[Any]:
     """What turns the most likely token of each row into a draw."""
-    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(float(sampling.top_p)))
     names = [f"{sampling.seed} {number} {prompt}" for prompt, number in draws]
     return LogitsProcessorList([*steps, _Gumbel(names)])
 
 
-class _Gumbel(LogitsProcessor):
+class _Gumbel:
     """Adds Gumbel noise to each row's logits, from a generator seeded per row.
 
     Drawn on the CPU, so that every device draws the same.

@@ -21,9 +21,6 @@ from harmcircuits.prompts import Batch
 BYTES = 4  # of an accumulated float32 number
 
 Finish = Callable[[Site, Tensor], Tensor]
-Accumulate = Callable[
-    [Bridge, Sequence[Batch], Objective, Mapping[str, Site], Mapping[str, Tensor], bool], None
-]
 
 
 def mean_gradients(

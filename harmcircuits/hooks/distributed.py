@@ -7,20 +7,19 @@ CUDA).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed
 
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import Accumulate
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.prompts import Batch
 
 
-def shared_among_processes(accumulate: Accumulate) -> Accumulate:
+def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., None]:
     """`accumulate` with the batches shared out: afterwards every process has the totals over all.
 
     Of n processes, the r-th runs batches r, r + n, r + 2n and so on. All must call it with the

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
-from plotly.graph_objects import Figure
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[str], *, script: str = "") -> None:
@@ -62,7 +64,7 @@ def _cell(text: str) -> str:
     return f"<td>{escape(figure)}{small}</td>"
 
 
-def plot(figure: Figure, *, first: bool = False) -> str:
+def plot(figure: "Figure", *, first: bool = False) -> str:
     """A figure as HTML.
 
     Args:
