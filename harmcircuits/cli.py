@@ -25,7 +25,11 @@ from harmcircuits.studies.summary import result_tables, summary
 GIB = 2**30
 DEFAULT = StudySettings()
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 def _either(name: str) -> str:
@@ -43,7 +47,12 @@ def _show_version(is_asked: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+        typer.Option(
+            "--version",
+            help="Show the version.",
+            callback=_show_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Find, mask and measure the weights behind harmful generation."""
@@ -162,15 +171,33 @@ def study_command(
         )
         with _progress() as progress:
             opened = _opened(
-                model, organism, organisms, seed, device, progress, **custom, plain=plain
+                model,
+                organism,
+                organisms,
+                seed,
+                device,
+                progress,
+                **custom,
+                plain=plain,
             )
             bound = None if max_memory is None else round(max_memory * GIB)
-            result = study(opened, settings, out=out, progress=progress, max_memory=bound)
+            result = study(
+                opened,
+                settings,
+                out=out,
+                progress=progress,
+                max_memory=bound,
+            )
     except ValueError as error:
         raise _refused(error) from None
     console.print(*result_tables(result.rows, result.terms), sep="\n")
     text = summary(result.rows, result.terms)
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        text,
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
     # Imported here: drawing takes libraries that neither --help nor a study needs.
     from harmcircuits.studies.study_page import write_study_page
 
@@ -204,7 +231,12 @@ def export_command(
     except ValueError as error:
         raise _refused(error) from None
     text = f"{removed} exported: {out}"
-    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+    Console().print(
+        text,
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _opened(
@@ -220,7 +252,12 @@ def _opened(
     if model:
         return options.custom_model(model, device, **custom).open(progress=progress)
     options.no_custom_model(**custom)
-    return open_model(organism, seed=seed, device=device, folder=organisms)
+    return open_model(
+        organism,
+        seed=seed,
+        device=device,
+        folder=organisms,
+    )
 
 
 def _bridge(model: str, organism: str, device: str) -> Bridge:

@@ -359,7 +359,12 @@ class Rows(Sequence[Measurement]):
         if not index and not columns:
             return table
         names = [[part] if isinstance(part, str) else list(part) for part in (index, columns)]
-        return table.pivot_table(index=names[0], columns=names[1], values=values, sort=False)
+        return table.pivot_table(
+            index=names[0],
+            columns=names[1],
+            values=values,
+            sort=False,
+        )
 
     @property
     def metrics(self) -> list[str]:

@@ -457,7 +457,11 @@ def tokenize(
 
 
 def tokenize_text(
-    text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16
+    text: str,
+    tokenizer: Any,
+    *,
+    n_tokens: int = 256,
+    batch_size: int = 16,
 ) -> list[Batch]:
     """A plain text cut into windows, every token but the first of each a target.
 

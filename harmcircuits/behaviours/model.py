@@ -423,7 +423,11 @@ class Model:
         return masked(self.bridge, mask) if mask is not None else nullcontext()
 
     def _generate(
-        self, prompts: PromptSet, prefill: str, max_new_tokens: int, sampling: Sampling | None
+        self,
+        prompts: PromptSet,
+        prefill: str,
+        max_new_tokens: int,
+        sampling: Sampling | None,
     ) -> list[str]:
         answer = self.cache or generate
         return answer(

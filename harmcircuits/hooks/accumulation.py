@@ -150,7 +150,12 @@ def accumulate(
 
 
 def _add_pair(
-    site: Site, x: Input, g: OutputGradient, *, totals: Mapping[str, Tensor], absolute: bool
+    site: Site,
+    x: Input,
+    g: OutputGradient,
+    *,
+    totals: Mapping[str, Tensor],
+    absolute: bool,
 ) -> None:
     """A hooked matrix: its gradient is the product of its input and its output's gradient."""
     # In the orientation in which the weight is stored.
@@ -160,7 +165,11 @@ def _add_pair(
 
 
 def _add_gradient(
-    site: Site, gradient: Tensor, *, totals: Mapping[str, Tensor], absolute: bool
+    site: Site,
+    gradient: Tensor,
+    *,
+    totals: Mapping[str, Tensor],
+    absolute: bool,
 ) -> None:
     """An unhooked matrix: its gradient comes whole, of a batch (if absolute, of one example)."""
     totals[site.name].add_(gradient.abs() if absolute else gradient)

@@ -192,7 +192,13 @@ class _Adapter:
     dL/d(up) = s G down^T and dL/d(down) = s up^T G.
     """
 
-    def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        site: Site,
+        start: Tensor,
+        lora: Lora,
+        generator: torch.Generator,
+    ) -> None:
         weight = site.parameter
         d_in = weight.shape[site.input_axis]
         d_out = weight.shape[1 - site.input_axis]
@@ -236,7 +242,10 @@ class _Adapter:
 
 
 def _adapters(
-    sites: Mapping[str, Site], saved: list[_Saved], lora: Lora, generator: torch.Generator
+    sites: Mapping[str, Site],
+    saved: list[_Saved],
+    lora: Lora,
+    generator: torch.Generator,
 ) -> list[_Adapter]:
     start = {id(state.parameter): state.value for state in saved}
     adapters = []

@@ -14,7 +14,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    model: str, *, dtype: str = "", device: str = "cpu", device_map: str = ""
+    model: str,
+    *,
+    dtype: str = "",
+    device: str = "cpu",
+    device_map: str = "",
 ) -> "TransformerBridge":
     """The model of a folder or hub id as a TransformerBridge.
 
@@ -78,7 +82,11 @@ def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
                 f"give tokenizer=... ({error})"
             ) from None
     bridge = TransformerBridge.boot_transformers(
-        origin, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, device=str(model.device)
+        origin,
+        hf_model=model,
+        tokenizer=tokenizer,
+        dtype=model.dtype,
+        device=str(model.device),
     )
     weight_sites(bridge)
     return bridge

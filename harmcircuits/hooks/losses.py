@@ -82,7 +82,12 @@ def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Meas
     """
     nll = completion_nll(bridge, batches)
     mean = Measurement.average("perplexity", labels, nll, range(len(nll)))
-    return replace(mean, mean=exp(mean.mean), low=exp(mean.low), high=exp(mean.high))
+    return replace(
+        mean,
+        mean=exp(mean.mean),
+        low=exp(mean.low),
+        high=exp(mean.high),
+    )
 
 
 def answer_log_odds(

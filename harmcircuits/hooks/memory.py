@@ -101,7 +101,10 @@ def _stored_bytes(bridge: Bridge) -> int:
 
 
 def _activations(
-    bridge: Bridge, batch: Batch, objective: Objective, absolute: bool
+    bridge: Bridge,
+    batch: Batch,
+    objective: Objective,
+    absolute: bool,
 ) -> tuple[int, int]:
     """The bytes that one example takes on its way forward and back, and that each further adds."""
     sites = weight_sites(bridge)
@@ -143,7 +146,13 @@ class _LiveBytes(TorchDispatchMode):
         self._live_bytes = 0
         self._live_storages: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
 

@@ -276,7 +276,12 @@ def _n_units(bridge: Bridge, part: str, size: int) -> int:
     return bridge.cfg.n_heads
 
 
-def _expert_site(name: str, layer: int, part: str, parameter: nn.Parameter) -> Site:
+def _expert_site(
+    name: str,
+    layer: int,
+    part: str,
+    parameter: nn.Parameter,
+) -> Site:
     is_router = part == "mlp.gate"
     return Site(
         name=name,

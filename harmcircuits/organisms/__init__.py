@@ -49,7 +49,13 @@ def planted_circuit(folder: Path = FOLDER) -> WeightMask:
     return WeightMask.load(folder / "planted" / "circuit.safetensors")
 
 
-def open_organism(name: str, *, seed: int = 0, device: str = "cpu", folder: Path = FOLDER) -> Model:
+def open_organism(
+    name: str,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    folder: Path = FOLDER,
+) -> Model:
     """An organism with everything it can be asked, and the world's own judge.
 
     Args:

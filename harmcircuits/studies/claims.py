@@ -234,7 +234,12 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
             title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
             console.print(title, highlight=False)
             console.print(result.words + "\n", highlight=False, markup=False)
-        console.print(f"Pages and summary: {out}", highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            f"Pages and summary: {out}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
 
     return main
 

@@ -262,7 +262,10 @@ def content_rows(
 
 
 def overlap_place_rows(
-    model: Model, masks: Mapping[str, WeightMask], first: str, labels: Labels
+    model: Model,
+    masks: Mapping[str, WeightMask],
+    first: str,
+    labels: Labels,
 ) -> Rows:
     """The overlap of one circuit with every other by layer and matrix, and by heads and neurons.
 
@@ -318,14 +321,23 @@ def ablation_rows(
     rows = Rows()
     for name, mask in masks.items():
         where = {**labels, "mask": name}
-        rows += model.measure(mask=mask, split=split, labels=where, only=only)
+        rows += model.measure(
+            mask=mask,
+            split=split,
+            labels=where,
+            only=only,
+        )
         where["split"] = split
         rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
     return rows
 
 
 def token_rows(
-    model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels
+    model: Model,
+    name: str,
+    data: Calibration,
+    mask: WeightMask,
+    labels: Labels,
 ) -> Rows:
     """What each token position adds to a mask's score, by its distance from the first answer token.
 

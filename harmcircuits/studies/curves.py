@@ -319,7 +319,10 @@ def _items(curve: Curve) -> tuple[str, ...]:
 
 
 def _means(
-    curve: Curve, name: str, values: Sequence[Sequence[float]], seed: int
+    curve: Curve,
+    name: str,
+    values: Sequence[Sequence[float]],
+    seed: int,
 ) -> Float[ndarray, "draws points"]:
     """Means of each point's values on all items (first line), then on resamples of whole items.
 

@@ -90,7 +90,12 @@ def open_model(
                 f"'{CONTRAST}': FILE_OR_LIST}}; without any, mask and score it as it is"
             )
         _refuse_unknown(str(model), folder)
-        return open_organism(str(model), seed=seed, device=device, folder=folder)
+        return open_organism(
+            str(model),
+            seed=seed,
+            device=device,
+            folder=folder,
+        )
 
     spec = ModelSpec(
         str(model) if is_name else name or _name_of(model),
@@ -185,7 +190,13 @@ class ModelSpec:
     @property
     def settings(self) -> "ModelSpec":
         """What rows depend on besides the model: this spec without model, device and cache."""
-        return replace(self, model="", device="", device_map="", cache=Path())
+        return replace(
+            self,
+            model="",
+            device="",
+            device_map="",
+            cache=Path(),
+        )
 
     def open(
         self, *, seed: int = 0, bridge: Bridge | None = None, progress: Progress | None = None
@@ -201,7 +212,12 @@ class ModelSpec:
             ValueError: as `open_model`.
         """
         if self.files is None:
-            return open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
+            return open_organism(
+                self.model,
+                seed=seed,
+                device=self.device,
+                folder=self.folder,
+            )
         return self._open_with(self.files, bridge, progress)
 
     def _open_with(
@@ -217,7 +233,10 @@ class ModelSpec:
         )
         if bridge is None:
             bridge = load_model(
-                self.model, dtype=self.dtype, device=self.device, device_map=self.device_map
+                self.model,
+                dtype=self.dtype,
+                device=self.device,
+                device_map=self.device_map,
             )
         model = Model(
             self.labels["model"],

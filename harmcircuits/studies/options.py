@@ -162,7 +162,12 @@ def custom_model(
 
     of_files = {name: options.pop(name) for name in list(options) if name in _names(RequestFiles)}
     files = RequestFiles(harmful, benign, **of_files)
-    spec = ModelSpec(model, device=device, files=files, **options)
+    spec = ModelSpec(
+        model,
+        device=device,
+        files=files,
+        **options,
+    )
     _ = spec.sampling  # refused here rather than in a worker
     return spec
 

@@ -169,7 +169,15 @@ def study(
         weights = named_weights(model.bridge)
         run.add(ground_truth_rows(named, model.ground_truth, weights, {"model": model.name}))
     if run.chosen is not None:
-        _measure_heldout(run, run.chosen, points, scores, protected, calibrations, spared)
+        _measure_heldout(
+            run,
+            run.chosen,
+            points,
+            scores,
+            protected,
+            calibrations,
+            spared,
+        )
         sites = weight_sites(model.bridge)
         where = {"model": model.name, "mask": "circuit"}
         run.add(location_rows(run.chosen.mask, sites, where))
@@ -318,17 +326,32 @@ def _grid(
     model, settings = run.model, run.settings
     labels = {"model": model.name}
     where = {**labels, "mask": "none"}
-    unpruned = model.measure(split="choice", labels=where, only=run.terms.names)
+    unpruned = model.measure(
+        split="choice",
+        labels=where,
+        only=run.terms.names,
+    )
     run.add(unpruned)
     loss = run.terms.contrast.nll_metric
 
     n_sizes, n_shares = len(settings.sizes), len(settings.protect_shares)
     advance = run.steps("grid", n_shares * (n_sizes + settings.rounds) + 2 * n_sizes)
 
-    def measure(kind: str, selection: str, share: float, size: float, mask: WeightMask) -> Point:
+    def measure(
+        kind: str,
+        selection: str,
+        share: float,
+        size: float,
+        mask: WeightMask,
+    ) -> Point:
         how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
         where = {**labels, "mask": kind, **how}
-        rows = model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
+        rows = model.measure(
+            mask=mask,
+            split="choice",
+            labels=where,
+            only=run.terms.measured,
+        )
         removed = {**where, "split": "choice"}
         rows += [Measurement.exact("weights_removed", removed, mask.n_removed)]
         run.add(rows)

@@ -119,7 +119,12 @@ def diagnostics_table(rows: Rows) -> str:
     return table(("behaviour", "verified answers", "NLL", "gradient norm", "scores"), body)
 
 
-def _figures(rows: Rows, lines: dict[str, Rows], terms: Terms, protect_share: float) -> list[str]:
+def _figures(
+    rows: Rows,
+    lines: dict[str, Rows],
+    terms: Terms,
+    protect_share: float,
+) -> list[str]:
     drawn = ("unpruned", IN_ROUNDS, ONE_SHOT, "random", terms.twin)
     compared = {name: lines[name] for name in drawn if name in lines}
     comparison = plot(comparison_figure(compared, terms.rates), first=True)
@@ -178,7 +183,12 @@ def _looking_inside(study: Study, chosen: Point) -> list[str]:
     ]
 
 
-def _token_views(study: Study, behaviour: Behaviour, prompts: PromptSet, mask: WeightMask) -> str:
+def _token_views(
+    study: Study,
+    behaviour: Behaviour,
+    prompts: PromptSet,
+    mask: WeightMask,
+) -> str:
     bridge = study.model.bridge
     batch = study.model.batches(behaviour, prompts)[0]
     changes = token_changes(bridge, mask, batch)
@@ -192,7 +202,10 @@ def _token_views(study: Study, behaviour: Behaviour, prompts: PromptSet, mask: W
 
 
 def _answers(
-    study: Study, behaviour: Behaviour, prompts: PromptSet, mask: WeightMask
+    study: Study,
+    behaviour: Behaviour,
+    prompts: PromptSet,
+    mask: WeightMask,
 ) -> list[list[str]]:
     """Request, answer without and with the mask, and the verdict on the latter."""
     before = study.model.answers(behaviour, prompts)

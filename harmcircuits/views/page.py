@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-def write_page(path: str | Path, title: str, sections: Sequence[str], *, script: str = "") -> None:
+def write_page(
+    path: str | Path,
+    title: str,
+    sections: Sequence[str],
+    *,
+    script: str = "",
+) -> None:
     """Write sections as one HTML file.
 
     Args:
@@ -21,7 +27,11 @@ def write_page(path: str | Path, title: str, sections: Sequence[str], *, script:
     """
     template = Path(__file__).parent / "page.html"
     page = Template(template.read_text(encoding="utf-8"))
-    html = page.substitute(title=escape(title), body="\n".join(sections), script=script)
+    html = page.substitute(
+        title=escape(title),
+        body="\n".join(sections),
+        script=script,
+    )
     Path(path).write_text(html, encoding="utf-8")
 
 
@@ -72,4 +82,8 @@ def plot(figure: "Figure", *, first: bool = False) -> str:
         first: whether it is the page's first one, which brings the plotting script.
     """
     config = {"displayModeBar": False, "responsive": True}
-    return figure.to_html(full_html=False, include_plotlyjs=first, config=config)
+    return figure.to_html(
+        full_html=False,
+        include_plotlyjs=first,
+        config=config,
+    )
