@@ -28,7 +28,12 @@ class Job:
 
 
 def run_jobs(
-    out: str | Path, jobs: Sequence[Job], settings: Mapping[str, str | int | float], *, workers: int = 1, name: str = "jobs"
+    out: str | Path,
+    jobs: Sequence[Job],
+    settings: Mapping[str, str | int | float],
+    *,
+    workers: int = 1,
+    name: str = "jobs",
 ) -> Rows:
     """The rows of all jobs in `out`, in the order in which jobs ended; those that are there already are not run again.
 
@@ -41,11 +46,18 @@ def run_jobs(
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
     if len({tuple(sorted(job.labels.items())) for job in jobs}) < len(jobs):
-        raise ValueError("run_jobs: two jobs have the same labels, so their rows could not be told apart")
+        raise ValueError(
+            "run_jobs: two jobs have the same labels, so their rows could not be told apart"
+        )
     out = Path(out)
     path, rows = out / "rows.jsonl", resumed(out, settings)
     left = [job for job in jobs if not rows.where(DONE, **job.labels)]
-    columns = (TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:>24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
 
@@ -59,7 +71,9 @@ def run_jobs(
                 keep(_timed(job))
             return rows
         # Spawned, because forking a process that has run torch's threads can hang.
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), torch.set_num_threads, (1,)
+        ) as pool:
             futures, failed = [pool.submit(_timed, job) for job in left], None
             for future in as_completed(futures):
                 if future.cancelled():

@@ -1,12 +1,15 @@
 """A study's rows as lines (the unpruned model, the circuit, every control), and as a sentence."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from rich.table import Table
 
 from harmcircuits.display import share
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.terms import Terms
-from harmcircuits.views.tables import line_table, text_table
+from harmcircuits.views.tables import DASH, line_table, text_table
 
 IN_ROUNDS, ONE_SHOT = "circuit, in rounds", "circuit, one shot"
 GROUND_TRUTH = {
@@ -15,6 +18,47 @@ GROUND_TRUTH = {
     "recovery_precision": "precision at |S|",
     "recovery_precision_few": "precision at 1,000",
 }
+DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
+
+
+@dataclass(frozen=True, repr=False)
+class StudyLines:
+    """What a study's page shows, sorted into lines.
+
+    Attributes:
+        summary: in words.
+        held_out: mask -> its held-out rows.
+        tradeoff: way of choosing -> share removed -> rows on the choice split.
+        location: where the removed weights sit.
+        diagnostics: texts of a line for each behaviour (columns: `DIAGNOSTICS`).
+        ground_truth: texts of a line for each score; empty where no circuit is known.
+    """
+
+    summary: str
+    held_out: Mapping[str, Rows]
+    tradeoff: Mapping[str, Mapping[float, Rows]]
+    location: Rows
+    diagnostics: list[list[str]]
+    ground_truth: list[list[str]]
+
+    @classmethod
+    def of(cls, rows: Rows, terms: Terms, protect_share: float | None = None) -> "StudyLines":
+        """The lines of a study.
+
+        Args:
+            rows: of the study.
+            terms: what they are called.
+            protect_share: of the trade-off; None where no mask was chosen.
+        """
+        tradeoff = {} if protect_share is None else tradeoff_lines(rows, protect_share)
+        return cls(
+            summary=summary(rows, terms),
+            held_out=held_out_lines(rows, terms),
+            tradeoff=tradeoff,
+            location=rows.where("weights_removed", by="matrix"),
+            diagnostics=diagnostics_lines(rows),
+            ground_truth=ground_truth_lines(rows),
+        )
 
 
 def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
@@ -91,6 +135,46 @@ def ground_truth_lines(rows: Rows) -> list[list[str]]:
             of_metric = rows.where(metric, method=method)
             figures.append(f"{of_metric[0].mean:.3f}")
         lines.append([str(method), *figures])
+    return lines
+
+
+def tradeoff_lines(rows: Rows, protect_share: float) -> dict[str, dict[float, Rows]]:
+    """Way of choosing -> share of the weights removed -> rows on the choice split.
+
+    Args:
+        rows: of a study.
+        protect_share: under which the circuits were chosen.
+    """
+    selections = {
+        IN_ROUNDS: "rounds",
+        ONE_SHOT: "one shot",
+        "random": "random",
+        "opposite sign": "opposite sign",
+    }
+    lines = {}
+    for title, selection in selections.items():
+        sizes = rows.where("weights_removed", selection=selection, split="choice")
+        points = {}
+        for row in sorted(sizes, key=lambda row: row.mean):
+            # Random masks are measured under the first share only: nothing protects them.
+            if selection == "random" or row.labels["p"] == protect_share:
+                points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
+        lines[title] = points
+    return lines
+
+
+def diagnostics_lines(rows: Rows) -> list[list[str]]:
+    """Yield, loss and gradient norm of every behaviour's calibration answers, as texts."""
+    lines = []
+    for row in rows.where("calibration_yield"):
+        name = str(row.labels["behaviour"])
+        nll = rows.where("calibration_nll", behaviour=name)
+        if not nll:
+            lines.append([name, f"{row.mean:.0%}", DASH, DASH, "not shown by this model"])
+            continue
+        norm = rows.where("gradient_norm", behaviour=name)[0].mean
+        state = "saturated" if nll[0].mean < SATURATED_NLL else "usable"
+        lines.append([name, f"{row.mean:.0%}", f"{nll[0].mean:.3f}", f"{norm:.3f}", state])
     return lines
 
 

@@ -1,0 +1,107 @@
+"""What a mask does to a few held-out examples: arrays and texts for a study's page."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.model import Model
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.hooks.inspection import attention_patterns, token_changes, token_texts
+from harmcircuits.hooks.masking import masked
+from harmcircuits.measurements import Rows
+from harmcircuits.prompts import PromptSet
+from harmcircuits.studies.terms import Terms
+
+N_EXAMPLES, N_HEADS = 4, 4
+
+
+@dataclass(frozen=True, repr=False)
+class Examples:
+    """A few held-out requests of the target and of its contrast.
+
+    Attributes:
+        tokens: behaviour -> (tokens, change of each one's log-probability, nats) of each reference
+            answer with its request.
+        answers: request, unpruned answer, masked answer, and the verdict on the latter.
+        heads: (layer, head) of the most pruned heads.
+        text: tokens of one request of the target with its reference answer.
+        unpruned: attention of these heads on it.
+        pruned: the same under the mask.
+    """
+
+    tokens: dict[str, list[tuple[list[str], Float[Tensor, " pos"]]]]
+    answers: list[list[str]]
+    heads: list[tuple[int, int]]
+    text: list[str]
+    unpruned: Float[Tensor, "head pos pos"]
+    pruned: Float[Tensor, "head pos pos"]
+
+
+def examples_of(model: Model, mask: WeightMask, terms: Terms, rows: Rows) -> Examples:
+    """What a mask does to a few held-out requests.
+
+    Args:
+        model: the model, unpruned.
+        mask: the weights to remove.
+        terms: names the target and the contrast.
+        rows: where the mask's weights sit (see `location_rows`).
+    """
+    tokens, answers = {}, []
+    for behaviour in (terms.target, terms.contrast):
+        requests = _some(behaviour.prompts("heldout"))
+        tokens[behaviour.name] = _tokens(model, mask, behaviour, requests)
+        answers += _answers(model, mask, behaviour, requests)
+
+    heads = _most_pruned_heads(rows)
+    batch = model.batches(terms.target, _some(terms.target.prompts("heldout")))[0]
+    unpruned = attention_patterns(model.bridge, batch, heads)
+    with masked(model.bridge, mask):
+        pruned = attention_patterns(model.bridge, batch, heads)
+    return Examples(tokens, answers, heads, token_texts(model.bridge, batch), unpruned, pruned)
+
+
+def _tokens(
+    model: Model,
+    mask: WeightMask,
+    behaviour: Behaviour,
+    requests: PromptSet,
+) -> list[tuple[list[str], Float[Tensor, " pos"]]]:
+    batch = model.batches(behaviour, requests)[0]
+    changes = token_changes(model.bridge, mask, batch)
+    texts = []
+    for number in range(len(batch)):
+        of_example = changes[number][batch.is_token[number]]
+        texts.append((token_texts(model.bridge, batch, number), of_example))
+    return texts
+
+
+def _answers(
+    model: Model,
+    mask: WeightMask,
+    behaviour: Behaviour,
+    requests: PromptSet,
+) -> list[list[str]]:
+    before = model.answers(behaviour, requests)
+    with masked(model.bridge, mask):
+        after = model.answers(behaviour, requests)
+    verdicts = model.verdicts(behaviour, after)
+    lines = []
+    for unpruned, pruned, verdict in zip(before, after, verdicts, strict=True):
+        lines.append([pruned.prompt, unpruned.completion, pruned.completion, verdict])
+    return lines
+
+
+def _some(prompts: PromptSet) -> PromptSet:
+    """A few requests, evenly over the set."""
+    step = max(1, len(prompts) // N_EXAMPLES)
+    return prompts[::step][:N_EXAMPLES]
+
+
+def _most_pruned_heads(rows: Rows) -> list[tuple[int, int]]:
+    removed: dict[tuple[int, int], float] = {}
+    for row in rows.where("weights_removed", by="head", kind="head"):
+        head = (int(row.labels["layer"]), int(row.labels["index"]))
+        removed[head] = removed.get(head, 0) + row.mean
+    return sorted(removed, key=lambda head: -removed[head])[:N_HEADS]
