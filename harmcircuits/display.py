@@ -19,7 +19,7 @@ def listed(names: Iterable[Any], most: int = 8) -> str:
 
 
 def share(part: float) -> str:
-    """A share in per cent, to two places below one per cent.
+    """A share in per cent: two places below ten per cent, two digits below a hundredth of one.
 
     >>> share(0.0060001), share(0.34), share(0.0000123)
     ('0.60%', '34%', '0.0012%')
@@ -27,7 +27,7 @@ def share(part: float) -> str:
     percent = 100 * part
     if percent >= 10 or percent == 0:
         return f"{percent:.0f}%"
-    return f"{percent:.2f}%" if percent >= 0.1 else f"{percent:.2g}%"
+    return f"{percent:.2f}%" if percent >= 0.01 else f"{percent:.2g}%"
 
 
 def plural(number: int, noun: str) -> str:

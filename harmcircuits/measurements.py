@@ -39,6 +39,10 @@ class Measurement:
 
     `f"{row:.0%}"` writes `77% [63%, 88%]`; a figure without an interval is written alone.
 
+    >>> row = hc.Measurement("refusal_rate", {"model": "sft"}, mean=0.77, low=0.63, high=0.88)
+    >>> f"{row:.0%}"
+    '77% [63%, 88%]'
+
     Attributes:
         metric: what was measured, such as "harm_nll" (nats per token) or "refusal_rate" (a share).
         labels: model, mask, split and settings.
@@ -237,9 +241,11 @@ class Measurement:
 class Rows(Sequence[Measurement]):
     """Measurements in order, to select, pool, group and tabulate.
 
-    >>> rows = Rows([Measurement.exact("n", {"mask": "none"}, 1), Measurement.exact("n", {"mask":
-    "a"}, 2)]) >>> rows.one("n", mask="a").mean
-    2
+    >>> rows = model.measure(only=["benign", "recognition"])
+    >>> rows.where("benign_nll")
+    Rows(1: benign_nll)
+    >>> f"{rows.one('recognition_accuracy'):.0%}"
+    '100% [44%, 100%]'
     """
 
     def __init__(self, rows: Iterable[Measurement] = ()) -> None:

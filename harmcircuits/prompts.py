@@ -35,6 +35,9 @@ NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
 class Example:
     """One request and its completion.
 
+    >>> hc.Example("how to use it ?", "sure", category="tools").cluster
+    'how to use it ?'
+
     Attributes:
         prompt: the request.
         completion: the answer to be explained; empty where there is none.
@@ -58,7 +61,11 @@ class Example:
 
 @dataclass(frozen=True, repr=False)
 class PromptSet:
-    """An ordered, immutable set of examples."""
+    """An ordered, immutable set of examples.
+
+    >>> hc.PromptSet.of(["how to use it ?", ("how to clean it ?", "sure")])
+    PromptSet(2 examples, 1 completion)
+    """
 
     examples: tuple[Example, ...]
 
@@ -334,6 +341,9 @@ class PromptSet:
 class Batch:
     """Right-padded token ids and the tokens to be predicted.
 
+    >>> harm[0]
+    Batch(24 examples, 15 positions, 144 targets)
+
     Attributes:
         tokens: token ids.
         is_target: True where the token is predicted from those before it and counted in the loss;
@@ -419,6 +429,9 @@ def tokenize(
     """Right-padded batches in the order of `prompts`; the completion's tokens are the targets.
 
     Prompt and completion are tokenised apart and concatenated.
+
+    >>> hc.tokenize([("how to use it ?", "sure")], bridge.tokenizer)
+    [Batch(1 example, 9 positions, 1 targets)]
 
     Args:
         prompts: requests with completions.

@@ -17,6 +17,9 @@ DEGENERATE = "degenerate"  # every judge's verdict on broken text
 class Behaviour:
     """What a model is asked, and the verdict that counts as showing the behaviour.
 
+    >>> model.behaviours["benign"].only("first topic", lambda example: example.category == "zovob")
+    Behaviour(first topic: benign_valid_rate, shown by 'benign')
+
     Attributes:
         name: how it is called.
         metric: name of the rate of answers with the verdict `wanted`.

@@ -17,6 +17,9 @@ from harmcircuits.prompts import PromptSet, Template, padding_id, prompt_ids
 class Sampling:
     """How answers are drawn.
 
+    >>> hc.Sampling(samples=3, temperature=0.7)
+    Sampling(samples=3, temperature=0.7, top_p=1.0, seed=0)
+
     Attributes:
         samples: answers to each request.
         temperature: of the softmax, above 0.

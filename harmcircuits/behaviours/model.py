@@ -58,6 +58,13 @@ class Calibration:
 class Model:
     """A model under study with everything it can be asked; `open_model` makes one.
 
+    >>> model
+    Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
+    >>> mask = model.find_circuit("harmful", protect="benign", size=0.002, rounds=1)
+    >>> print(model.measure(mask=mask, only="benign"))
+    benign_valid_rate 1 [0.61, 1]
+    benign_nll ...
+
     Attributes:
         name: what rows call it.
         bridge: the TransformerBridge, live.

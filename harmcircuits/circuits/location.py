@@ -124,6 +124,10 @@ def concentration(
     A sparse mask is unequal by chance alone, so neither figure means anything without those of
     masks from `random_like`.
 
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01, within="model")
+    >>> hc.concentration(mask, hc.weight_sites(bridge), "neuron")
+    Concentration(gini=0..., top_share=0..., n_removed=...)
+
     Args:
         mask: as in `counts_by`.
         sites: as in `counts_by`.

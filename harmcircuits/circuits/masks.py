@@ -33,6 +33,11 @@ class WeightMask:
 
     `a & b`, `a | b`, `a - b` and `~a` are set algebra; `len(a)` counts the weights.
 
+    >>> scores = hc.removal_effect(bridge, harm)
+    >>> first, second = hc.top_fraction(scores, [0.01, 0.02], within="model")
+    >>> first, len(second - first), (first & ~second).fraction
+    (WeightMask(top_fraction, 9,830 of 983,040 weights, 1.00%), 9831, 0.0)
+
     Attributes:
         removed: strictly increasing flat indices into each weight as stored; weights that lose
             nothing are left out.
@@ -227,6 +232,9 @@ def top_fraction(
     Halves are rounded up, and a positive fraction takes at least one weight of every scope, so that
     none drops out silently. Ties go to the earlier matrix and the lower flat index.
 
+    >>> hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
+    WeightMask(top_fraction, 984 of 983,040 weights, 0.10%)
+
     Args:
         scores: of every weight.
         fraction: share of the weights; a list of shares gives a list of masks, for one reading of
@@ -308,6 +316,10 @@ def random_like(
     mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
 ) -> WeightMask:
     """A random mask with as many weights in every matrix: the control that a circuit has to beat.
+
+    >>> mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
+    >>> hc.random_like(mask).counts == mask.counts
+    True
 
     Args:
         mask: what it is like.

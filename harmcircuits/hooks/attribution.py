@@ -42,6 +42,9 @@ def removal_effect(
     padding do not matter. Source: arXiv 2604.09544 (there W * g, and the most negative are pruned:
     the same ranking, the other sign).
 
+    >>> hc.removal_effect(bridge, harm)
+    WeightScores(removal_effect of 24 examples, 983,040 weights)
+
     Args:
         bridge: the model.
         batches: the calibration data.
@@ -74,6 +77,9 @@ def snip_scores(
     """How strongly the objective depends on each weight, whatever the sign; never negative.
 
     In units of the objective. Source: SNIP as used in arXiv 2402.05162 and 2604.09544.
+
+    >>> hc.snip_scores(bridge, harm, average="before_abs")
+    WeightScores(snip of 24 examples, 983,040 weights)
 
     Args:
         bridge: the model.
@@ -110,6 +116,9 @@ def wanda_scores(bridge: Bridge, batches: Sequence[Batch]) -> WeightScores:
     """|W| times the root mean square of its input: |W_oi| * sqrt(mean_t x_ti^2). Forward only.
 
     The mean is over all real tokens of all examples. Source: Wanda (arXiv 2306.11695).
+
+    >>> hc.wanda_scores(bridge, harm)
+    WeightScores(wanda of 24 examples, 983,040 weights)
 
     Args:
         bridge: the model.
@@ -153,6 +162,9 @@ def magnitude_scores(bridge: Bridge) -> WeightScores:
 
 def random_scores(bridge: Bridge, *, seed: int = 0) -> WeightScores:
     """Uniform numbers in [0, 1): the control that knows nothing.
+
+    >>> hc.random_scores(bridge, seed=1)
+    WeightScores(random, 983,040 weights)
 
     Args:
         bridge: the model.
@@ -251,6 +263,12 @@ def token_contributions(
     examples it is `removal_effect(...).sum_over(mask)`. Units of the objective; positive: acting at
     this token, the removed weights support the behaviour. Positions of the request count too: what
     is computed there reaches the answer by attention.
+
+    >>> scores = hc.removal_effect(bridge, harm)
+    >>> mask = hc.top_fraction(scores, 0.001)
+    >>> by_token = hc.token_contributions(bridge, mask, harm)
+    >>> abs(by_token[0].sum(dim=1).mean().item() - scores.sum_over(mask)) < 1e-4
+    True
 
     Args:
         bridge: the model, unpruned.

@@ -29,6 +29,9 @@ class Lora:
 
     Source: arXiv 2106.09685.
 
+    >>> hc.Lora(r=4)
+    Lora(r=4, alpha=16.0)
+
     Attributes:
         r: The rank, which is the number of columns of `up`.
         alpha: Scale of the adapters, before it is divided by the rank.
@@ -121,6 +124,11 @@ def fine_tuning(
     Composes with masks: inside `held` the removed weights are zero at every step (with `lora`,
     those entries of the merged weight, and the factors get no gradient from them); inside `masked`
     they start at zero and are free to learn.
+
+    >>> with hc.fine_tuning(bridge, benign, lr=1e-4) as run:
+    ...     run.until(2)
+    ...     len(run.losses)
+    2
 
     Args:
         bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.

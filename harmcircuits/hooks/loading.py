@@ -22,6 +22,10 @@ def load_model(
 ) -> "TransformerBridge":
     """The model of a folder or hub id as a TransformerBridge.
 
+    >>> from harmcircuits.organisms import FOLDER
+    >>> type(hc.load_model(str(FOLDER / "base"))).__name__
+    'TransformerBridge'
+
     Args:
         model: the folder or id.
         dtype: "float32", "bfloat16" or "float16"; as stored by default.

@@ -25,6 +25,9 @@ def completion_nll(
 ) -> Float[Tensor, " n"]:
     """`completion_loss` of every example, without gradients: nats per token.
 
+    >>> hc.completion_nll(bridge, harm).shape
+    torch.Size([24])
+
     Args:
         bridge: the model.
         batches: the texts.
@@ -43,6 +46,10 @@ def kl_under(bridge: Bridge, mask: WeightMask, batches: Sequence[Batch]) -> Floa
     """KL(unpruned || masked) of the next-token distribution; nats, a mean for each example.
 
     The mean is over all real positions, those of the request among them.
+
+    >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
+    >>> hc.kl_under(bridge, mask, benign).mean().item() < 0.1
+    True
 
     Args:
         bridge: the model.

@@ -28,6 +28,13 @@ def masked(
     In place, so hooks, caches, generation and patching all see the edited model; the cost is that
     of the mask, not of the model. Nests: leave in the reverse order of entering, as `with` does.
 
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> before = hc.completion_nll(bridge, harm)
+    >>> with hc.masked(bridge, mask):
+    ...     during = hc.completion_nll(bridge, harm)
+    >>> during.mean() > before.mean(), (hc.completion_nll(bridge, harm) == before).all()
+    (tensor(True), tensor(True))
+
     Args:
         bridge: a TransformerBridge, or a `Model`, whose bridge is edited.
         mask: the weights to remove.

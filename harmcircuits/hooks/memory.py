@@ -62,6 +62,9 @@ def estimate_memory(
     two of its examples. These run forward and backward; everything else is counted. Tensors only:
     libraries and what an allocator holds back come on top.
 
+    >>> print(hc.estimate_memory(bridge, harm))
+    0.0... GiB: 0.00 GiB weights, 0.00 GiB accumulators, 0.0... GiB activations
+
     Args:
         bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
         batches: The calibration data.

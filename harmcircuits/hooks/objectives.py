@@ -21,6 +21,9 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
     L_x = -(1/T_x) sum_{t target} log p(token_t | tokens before t). Prompt tokens and padding never
     count, so every example weighs the same whatever its length (arXiv 2604.09544, on scores).
 
+    >>> hc.completion_loss(bridge, harm[0]).shape
+    torch.Size([24])
+
     Args:
         bridge: the model.
         batch: the texts.
@@ -79,6 +82,10 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
 
     Taken at the first target token; the right words are those of `yes` and `no` among which it is.
     Below zero where the model is right.
+
+    >>> margin = hc.choice_margin(yes=["yes", "fine"], no=["no", "never"])
+    >>> hc.removal_effect(bridge, model.calibration("recognition").batches, margin)
+    WeightScores(removal_effect of 24 examples, 983,040 weights)
 
     Args:
         yes: words, which count by their first token.

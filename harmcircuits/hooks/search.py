@@ -67,6 +67,10 @@ def find_circuit(
     round the weights with the largest `removal_effect` on the target are taken, except those in the
     top `protect_share` by `snip_scores` of the completion loss of any protected behaviour.
 
+    >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.001, 0.002], rounds=2)
+    [WeightMask(circuit, 983 of 983,040 weights, 0.10%),
+     WeightMask(circuit, 1,966 of 983,040 weights, 0.20%)]
+
     Args:
         bridge: the model; unchanged afterwards.
         target: batches of the behaviour to remove.

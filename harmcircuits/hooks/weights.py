@@ -30,6 +30,10 @@ Result = TypeVar("Result")
 def weight_sites(bridge: Bridge | HasBridge) -> dict[str, Site]:
     """Every block matrix once, by clean name, layer by layer, with what its axes mean.
 
+    >>> site = hc.weight_sites(bridge)["blocks.1.attn.q.weight"]
+    >>> site.layer, site.kind, site.n_units
+    (1, 'attn.q', 4)
+
     Args:
         bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
 
@@ -54,6 +58,10 @@ def named_weights(bridge: Bridge | HasBridge) -> dict[str, nn.Parameter]:
 
     Editing one in place changes the next forward pass. Embedding, unembedding, norms and biases
     are not among them.
+
+    >>> weights = hc.named_weights(bridge)
+    >>> len(weights), tuple(weights["blocks.0.mlp.in.weight"].shape)
+    (28, (512, 128))
 
     Args:
         bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.

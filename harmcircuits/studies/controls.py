@@ -51,6 +51,11 @@ def controls(
     "benign twin" (or another contrast's): the same search for the contrast instead, with the target
     protected. The last is a search of its own.
 
+    >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, rounds=1)
+    >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
+    Controls(random (2 masks), random magnitude (2 masks), opposite sign (1 mask),
+        second slice (1 mask), benign twin (1 mask, a search of its own))
+
     Args:
         model: the model, unpruned.
         target: the behaviour that the mask was found for.

@@ -13,6 +13,9 @@ TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
 class StudySettings:
     """What is removed and protected, and the grid of masks that is measured.
 
+    >>> hc.StudySettings(sizes=(0.001, 0.002), protect_shares=(0.01,), rounds=2).target
+    'harmful'
+
     Attributes:
         target: the behaviour to remove.
         protect: the behaviours to spare; ("others",) for all others that the model shows.

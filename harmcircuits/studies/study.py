@@ -121,6 +121,10 @@ def study(
     The operating point is the mask that takes most of the target among those that keep the rest
     (see `operating_point`). Only it and its controls are then measured on held-out requests.
 
+    >>> settings = hc.StudySettings(sizes=(0.002,), protect_shares=(0.005,), rounds=1, n_random=1)
+    >>> hc.study(model, settings, protect="benign")
+    Study(harmful of sft: ... rows, chose ...)
+
     Args:
         model: from `open_model`.
         settings: the grid; by default the usual one of organisms, or of real models.
