@@ -6,7 +6,7 @@ Rows are the only thing that tables and figures are drawn from.
 import json
 import platform
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import sqrt
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
+from numpy import ndarray
+from scipy.stats import bootstrap, mannwhitneyu
 from torch import Tensor
 
 from harmcircuits.display import listed
@@ -30,6 +31,7 @@ Interval = tuple[float, float]
 
 Z = 1.959964  # two-sided 95 % of a normal
 ENDS = (0.025, 0.975)  # quantiles of a 95 % percentile interval
+N_RESAMPLES, N_AUROC_RESAMPLES = 2000, 200
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
 
 
@@ -119,13 +121,9 @@ class Measurement:
         _, member = np.unique([str(group) for group in groups], return_inverse=True)
         sums = np.bincount(member, values.cpu().double().numpy())
         sizes = np.bincount(member)
-
-        n_groups = len(sums)
-        drawn = np.random.default_rng(seed).integers(n_groups, size=(2000, n_groups))
-        means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-        return cls.of_draws(
-            metric, labels, means, mean=float(sums.sum() / sizes.sum()), n=len(values)
-        )
+        mean = float(sums.sum() / sizes.sum())
+        means = _resampled(_ratio, (sums, sizes), N_RESAMPLES, seed)
+        return cls.of_draws(metric, labels, means, mean=mean, n=len(values))
 
     @classmethod
     def auroc(
@@ -156,12 +154,11 @@ class Measurement:
         n_groups = int(member.max()) + 1
         rows_of = [np.flatnonzero(member == number) for number in range(n_groups)]
 
-        generator = np.random.default_rng(0)
-        areas = []
-        for _ in range(200):
-            drawn = generator.integers(n_groups, size=n_groups)
-            resample = np.concatenate([rows_of[number] for number in drawn])
-            areas.append(auroc(values[resample], is_positive[resample]))
+        def area(groups: ndarray) -> float:
+            resample = np.concatenate([rows_of[group] for group in groups])
+            return auroc(values[resample], is_positive[resample])
+
+        areas = _resampled(area, (np.arange(n_groups),), N_AUROC_RESAMPLES, seed=0)
         return cls.of_draws(metric, labels, areas, mean=auroc(values, is_positive), n=len(values))
 
     @classmethod
@@ -483,8 +480,36 @@ def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float
         raise ValueError(
             f"auroc: {n_positive} positives among {n}; expected at least one of each kind"
         )
-    ranks = rankdata(values.cpu().numpy())[is_positive.cpu().numpy()].sum()
-    return float((ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    positives = values[is_positive].cpu().double().numpy()
+    negatives = values[~is_positive].cpu().double().numpy()
+    # U counts the pairs in which the positive is higher; its p-value is not needed.
+    u = mannwhitneyu(positives, negatives, method="asymptotic").statistic
+    return float(u / (n_positive * n_negative))
+
+
+def _resampled(
+    statistic: Callable[..., Any],
+    samples: tuple[ndarray, ...],
+    n_resamples: int,
+    seed: int,
+) -> ndarray:
+    """The statistic of resamples of groups, drawn with replacement; all samples are drawn alike."""
+    if len(samples[0]) == 1:  # nothing to resample, which scipy refuses
+        return np.array([statistic(*samples)])
+    result = bootstrap(
+        samples,
+        statistic,
+        n_resamples=n_resamples,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return result.bootstrap_distribution
+
+
+def _ratio(sums: ndarray, sizes: ndarray, axis: int = -1) -> ndarray:
+    """Mean of groups of different sizes."""
+    return sums.sum(axis=axis) / sizes.sum(axis=axis)
 
 
 def _figures(row: Measurement) -> dict[str, float]:
