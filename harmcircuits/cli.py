@@ -10,31 +10,44 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harmcircuits import __version__
-from harmcircuits.behaviours.model import OTHERS, Model
+from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.loading import load_model
 from harmcircuits.organisms import FOLDER, load_organism
-from harmcircuits.studies import options
 from harmcircuits.studies.models import open_model
+from harmcircuits.studies.options import (
+    Option,
+    custom_model,
+    no_custom_model,
+    options_of,
+    takes_custom_model,
+    with_options,
+)
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.study import study
 from harmcircuits.studies.summary import result_tables, summary
 
 GIB = 2**30
-DEFAULT = StudySettings()
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _either(name: str) -> str:
-    """How the default of a setting is shown that differs between organisms and custom models."""
-    return f"{getattr(DEFAULT, name)}; custom model: {getattr(FOR_REAL_MODELS, name)}"
+def _settings_options() -> dict[str, Option]:
+    """An option for each setting; where custom models have another default, both are shown."""
+    options = options_of(
+        StudySettings,
+        shown={"tasks": "none", "tasks_from": "none"},
+        flags={"sizes": "--size", "protect_shares": "--protect-share", "tasks": "--task"},
+    )
+    usual, real = StudySettings(), FOR_REAL_MODELS
+    for name, option in options.items():
+        if getattr(usual, name) != getattr(real, name):
+            shown = f"{getattr(usual, name)}; custom model: {getattr(real, name)}"
+            # None tells a default from the same value given.
+            options[name] = option._replace(kind=option.kind | None, shown=shown, default=None)
+    return options
 
 
 def _show_version(is_asked: bool) -> None:
@@ -47,19 +60,15 @@ def _show_version(is_asked: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version",
-            help="Show the version.",
-            callback=_show_version,
-            is_eager=True,
-        ),
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Find, mask and measure the weights behind harmful generation."""
 
 
 @app.command("study")
-@options.takes_custom_model
+@takes_custom_model
+@with_options("settings", _settings_options())
 def study_command(
     *,
     out: Annotated[
@@ -78,62 +87,13 @@ def study_command(
             show_default="none",
         ),
     ] = "",
+    settings: dict[str, Any],
     custom: dict[str, Any],
-    plain: options.Plain = "",
-    target: Annotated[str, typer.Option(help="Behaviour to remove.")] = DEFAULT.target,
-    contrast: Annotated[
-        str, typer.Option(help="Its harmless counterpart, whose loss may hardly rise.")
-    ] = DEFAULT.contrast,
-    size: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the weights to remove; repeat.", show_default=_either("sizes")),
-    ] = None,
-    protect_share: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Share of the weights that each protected behaviour keeps; repeat.",
-            show_default=_either("protect_shares"),
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            help="Rounds up to the largest size, scoring again in each.",
-            show_default=_either("rounds"),
-        ),
-    ] = None,
-    within: Annotated[
-        str, typer.Option(help="Ranking scope: model, weight (each matrix) or row.")
-    ] = DEFAULT.within,
-    protect: Annotated[
-        list[str] | None,
-        typer.Option(help="Behaviour to protect; repeat.", show_default="all but the target"),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(help="How far a kept rate may fall.", show_default=_either("tolerance")),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="How far the loss on the contrast's answers may rise, nats.",
-            show_default=_either("budget"),
-        ),
-    ] = None,
-    n_random: Annotated[
-        int, typer.Option(help="Random masks of each kind, as controls.")
-    ] = DEFAULT.n_random,
-    task: options.Task = None,
-    task_limit: options.TaskLimit = DEFAULT.task_limit,
-    tasks_from: options.TasksFrom = DEFAULT.tasks_from,
-    seed: Annotated[
-        int, typer.Option(help="Draws the reference answers and the random masks.")
-    ] = DEFAULT.seed,
     max_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB on the devices for accumulated scores: less takes more passes; keeps them in "
-            "OUT/scores.",
+            help="GiB on the devices for accumulated scores: less takes more passes; keeps them "
+            "in OUT/scores.",
             show_default="no bound",
         ),
     ] = None,
@@ -148,60 +108,25 @@ def study_command(
     """
     _quiet()
     console = Console()
-    given = {
-        "sizes": size and tuple(size),
-        "protect_shares": protect_share and tuple(protect_share),
-        "rounds": rounds,
-        "tolerance": tolerance,
-        "budget": budget,
-    }
     try:
-        settings = replace(
-            FOR_REAL_MODELS if model else DEFAULT,
-            target=target,
-            contrast=contrast,
-            protect=tuple(protect or (OTHERS,)),
-            within=within,  # pyright: ignore[reportArgumentType] (StudySettings checks it)
-            seed=seed,
-            n_random=n_random,
-            tasks=tuple(task or ()),
-            task_limit=task_limit,
-            tasks_from=tasks_from,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        chosen = _settings(settings, FOR_REAL_MODELS if model else StudySettings())
         with _progress() as progress:
-            opened = _opened(
-                model,
-                organism,
-                organisms,
-                seed,
-                device,
-                progress,
-                **custom,
-                plain=plain,
-            )
+            if model:
+                opened = custom_model(model, device, **custom).open(progress=progress)
+            else:
+                opened = _organism(organism, organisms, chosen.seed, device, custom)
             bound = None if max_memory is None else round(max_memory * GIB)
-            result = study(
-                opened,
-                settings,
-                out=out,
-                progress=progress,
-                max_memory=bound,
-            )
+            run = study(opened, chosen, out=out, progress=progress, max_memory=bound)
     except ValueError as error:
         raise _refused(error) from None
-    console.print(*result_tables(result.rows, result.terms), sep="\n")
-    text = summary(result.rows, result.terms)
-    console.print(
-        text,
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    console.print(*result_tables(run.rows, run.terms), sep="\n")
+    text = summary(run.rows, run.terms)
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     # Imported here: drawing takes libraries that neither --help nor a study needs.
     from harmcircuits.studies.study_page import write_study_page
 
-    write_study_page(result, out / "report.html")
+    write_study_page(run, out / "report.html")
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -231,33 +156,27 @@ def export_command(
     except ValueError as error:
         raise _refused(error) from None
     text = f"{removed} exported: {out}"
-    Console().print(
-        text,
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _opened(
-    model: str,
-    organism: str,
-    organisms: Path,
+def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:
+    """The usual settings with what was given."""
+    changes = {}
+    for name, value in given.items():
+        if value is not None:
+            changes[name] = tuple(value) if isinstance(value, list) else value
+    return replace(usual, **changes)
+
+
+def _organism(
+    name: str,
+    folder: Path,
     seed: int,
     device: str,
-    progress: Progress,
-    **custom: Any,
+    custom: dict[str, Any],
 ) -> Model:
-    """The custom model, or the organism."""
-    if model:
-        return options.custom_model(model, device, **custom).open(progress=progress)
-    options.no_custom_model(**custom)
-    return open_model(
-        organism,
-        seed=seed,
-        device=device,
-        folder=organisms,
-    )
+    no_custom_model(**custom)
+    return open_model(name, seed=seed, device=device, folder=folder)
 
 
 def _bridge(model: str, organism: str, device: str) -> Bridge:

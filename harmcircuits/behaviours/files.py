@@ -31,23 +31,23 @@ Pair = tuple[Example, Example]  # harmful, harmless
 class RequestFiles:
     """Where a real model's requests come from.
 
-    Each source is a JSON Lines or CSV file, a Hugging Face dataset (hub id or folder), or requests
-    that are there already.
+    Each source is a file, a dataset, or requests that are there already.
 
     Attributes:
-        harmful: harmful requests. They are split into calibration, choice and held-out by the hash
-            of their `group` (or prompt), so that a request stays where it is when others are added.
-        benign: benign requests, split likewise.
+        harmful: harmful requests: a JSON Lines or CSV file with a `prompt` column, or a dataset id
+            or folder (ID:SPLIT). They are split into calibration, choice and held-out by the hash
+            of their `group` (or prompt), so a request stays where it is when others are added.
+        benign: benign requests, likewise.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
-        benign_heldout: likewise.
+        benign_heldout: held-out benign requests, likewise.
         pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
             order within a category ("contrast_x" belongs to "x"). Without them each harmful request
             is paired with a benign one of similar length, which is not matched in content.
         borderline: requests that look unsafe; those whose `label` is unsafe are left out.
         plain: a text file for perplexity.
-        limit: at most so many requests (or pairs) a split; 0 for all.
+        limit: at most so many requests (pairs, windows) a split; 0: all.
         limit_measured: the limit in choice and held-out, which only measure, where it differs.
-        questions: how recognition and explanation are asked.
+        questions: how recognition and explanation are asked; on the command line a JSON file.
     """
 
     harmful: Requests

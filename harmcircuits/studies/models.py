@@ -127,18 +127,18 @@ class ModelSpec:
         folder: of organisms.
         device: a torch device.
         files: the requests of a model that is no organism.
-        dtype: as in `open_model`, like every attribute below.
-        device_map: see `open_model`.
-        template: see `open_model`.
-        prefill: see `open_model`.
-        judge: see `open_model`.
-        judge_question: see `open_model`.
-        max_new_tokens: see `open_model`.
-        batch_size: see `open_model`.
-        cache: see `open_model`.
-        samples: answers drawn to each request, at a temperature above 0.
-        temperature: 0 for greedy answers.
-        top_p: see `Sampling`.
+        dtype: number format: float32, bfloat16 or float16.
+        device_map: spread over devices: auto or balanced.
+        template: format of requests: chat (the model's own template) or raw.
+        prefill: beginning of the answer to a harmful request.
+        judge: judge of harm: local (rules), strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL.
+        judge_question: text file with StrongREJECT's wording.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: examples scored and answered at once.
+        cache: folder that keeps the model's own answers and a judge's replies.
+        samples: answers sampled a request, at a temperature above 0.
+        temperature: temperature of sampled answers; 0: greedy ones.
+        top_p: sample from the likeliest tokens with this share.
         sampling_seed: draws sampled answers.
     """
 

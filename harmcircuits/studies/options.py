@@ -1,19 +1,21 @@
-"""Command-line options for a custom model and its request files, the same on every command."""
+"""Command-line options, made from the dataclasses that they fill: names, types, defaults, help."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
+from docstring_parser import parse
 
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.studies.models import ModelSpec
 
-FILE = "JSON Lines or CSV file with a `prompt` column, or dataset id or folder (ID:SPLIT)"
+PLAIN_TYPES = (int, float, bool, Path)  # what typer reads; everything else is text
 
 
 class Option(NamedTuple):
@@ -23,74 +25,101 @@ class Option(NamedTuple):
         kind: the type of its value.
         help: a sentence or two.
         shown: how the default is shown, where its value says too little.
-        default: the value, where it is no field of `RequestFiles` or `ModelSpec`.
+        default: the value where it is not given.
+        flag: its name on the command line; made from its own name by default.
     """
 
-    kind: type
+    kind: Any
     help: str
     shown: str | bool = True
     default: Any = None
+    flag: str = ""
+
+
+def options_of(
+    record: type,
+    names: Sequence[str] = (),
+    *,
+    shown: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> dict[str, Option]:
+    """An option for each field of a dataclass; its help is what the docstring says of the field.
+
+    Args:
+        record: the dataclass, with an `Attributes:` section.
+        names: the fields that become options; all by default.
+        shown: how a default is shown, where its value says too little.
+        flags: what an option is called, where it is not the field's name.
+    """
+    texts = {}
+    for attribute in parse(record.__doc__ or "").params:
+        texts[attribute.args[-1]] = " ".join((attribute.description or "").split())
+    hints = get_type_hints(record)
+    options = {}
+    for field in fields(record):
+        name = field.name
+        if names and name not in names:
+            continue
+        kind = _kind(hints[name])
+        text = texts[name][0].upper() + texts[name][1:]
+        if get_origin(kind) is list:
+            text += " Repeat for several."
+        options[name] = Option(
+            kind,
+            text,
+            (shown or {}).get(name, True),
+            _default(field),
+            (flags or {}).get(name, ""),
+        )
+    return options
+
+
+def _kind(hint: Any) -> Any:
+    """The type that typer reads: tuples become repeated options, anything unusual text."""
+    if get_origin(hint) is tuple:
+        return list[_kind(get_args(hint)[0])]
+    if isinstance(hint, UnionType) and type(None) in get_args(hint):
+        inner = next(kind for kind in get_args(hint) if kind is not type(None))
+        return _kind(inner) | None
+    return hint if hint in PLAIN_TYPES else str
+
+
+def _default(field: Field) -> Any:
+    if isinstance(field.default, tuple):
+        return list(field.default)
+    has_none = field.default is MISSING  # made by a factory, or not optional: a file
+    return "" if has_none else field.default
 
 
 CUSTOM_MODEL: dict[str, Option] = {
-    "harmful": Option(str, f"Harmful requests: {FILE}.", "none"),
-    "benign": Option(str, "Benign requests, in the same formats.", "none"),
-    "harmful_heldout": Option(str, "Held-out harmful requests.", "a quarter of the harmful ones"),
-    "benign_heldout": Option(str, "Held-out benign requests.", "a quarter of the benign ones"),
-    "pairs": Option(
-        str,
-        "For recognition: rows with `label` safe or unsafe, matched by `group`, or by order in a "
-        "`category`.",
-        "harmful and benign requests by length",
+    **options_of(
+        RequestFiles,
+        shown={
+            "harmful": "none",
+            "benign": "none",
+            "harmful_heldout": "a quarter of the harmful ones",
+            "benign_heldout": "a quarter of the benign ones",
+            "pairs": "harmful and benign requests by length",
+            "borderline": "none",
+            "plain": "none",
+            "limit_measured": "as --limit",
+            "questions": "English",
+        },
     ),
-    "borderline": Option(
-        str,
-        "Safe requests that look unsafe, such as XSTest; rows labelled unsafe are left out.",
-        "none",
+    **options_of(
+        ModelSpec,
+        (
+            "dtype", "device_map", "template", "prefill", "judge", "judge_question",
+            "max_new_tokens", "batch_size", "samples", "temperature", "top_p", "sampling_seed",
+            "cache",
+        ),
+        shown={
+            "judge_question": "question.txt in its folder",
+            "dtype": "as stored",
+            "device_map": "one device",
+        },
     ),
-    "questions": Option(
-        str, "JSON file with the questions of recognition and explanation.", "English"
-    ),
-    "limit": Option(int, "At most so many requests (pairs, windows) a split; 0: all."),
-    "limit_measured": Option(
-        int, "At most so many in choice and held-out, which only measure.", "as --limit"
-    ),
-    "template": Option(str, "Format of requests: chat (the model's own template) or raw."),
-    "prefill": Option(str, "Beginning of the answer to a harmful request."),
-    "judge": Option(
-        str, "Judge of harm: local (rules), strongreject:FOLDER_OR_ID, or http://ADDRESS/v1#MODEL."
-    ),
-    "judge_question": Option(
-        str, "Text file with StrongREJECT's wording.", "question.txt in its folder"
-    ),
-    "max_new_tokens": Option(int, "Longest answer, in tokens."),
-    "batch_size": Option(int, "Examples scored and answered at once."),
-    "samples": Option(int, "Answers sampled a request, at a temperature above 0."),
-    "temperature": Option(float, "Temperature of sampled answers; 0: greedy ones."),
-    "top_p": Option(float, "Sample from the likeliest tokens with this share."),
-    "sampling_seed": Option(int, "Draws sampled answers."),
-    "dtype": Option(str, "float32, bfloat16 or float16.", "as stored"),
-    "device_map": Option(str, "Spread over devices: auto or balanced.", "one device"),
-    "cache": Option(Path, "Folder that keeps the model's own answers and a judge's replies."),
-}
-DEFAULTS: dict[str, Any] = {}
-for _field in (*fields(RequestFiles), *fields(ModelSpec)):
-    DEFAULTS[_field.name] = "" if _field.default is MISSING else _field.default
-DEFAULTS["questions"] = ""
-
-Plain = Annotated[
-    str, typer.Option(help="Plain text file, for perplexity and KL.", show_default="none")
-]
-Task = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Task of lm-evaluation-harness, measured at held-out; repeat.", show_default="none"
-    ),
-]
-TaskLimit = Annotated[int, typer.Option(help="At most so many examples a task; 0: all.")]
-TasksFrom = Annotated[
-    str, typer.Option(help="Folder with further task files.", show_default="none")
-]
+}  # fmt: skip
 
 
 def with_options(
@@ -107,14 +136,7 @@ def with_options(
         parameters = list(signature(command).parameters.values())
         names = [parameter.name for parameter in parameters]
         place = names.index(placeholder)
-        added = []
-        for name, option in options.items():
-            default = DEFAULTS[name] if option.default is None else option.default
-            shown = typer.Option(help=option.help, show_default=option.shown)
-            annotation = Annotated[option.kind, shown]
-            added.append(
-                Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            )
+        added = [_parameter(name, option) for name, option in options.items()]
 
         @wraps(command)
         def run(**values: Any) -> None:
@@ -129,11 +151,23 @@ def with_options(
     return decorate
 
 
+def _parameter(name: str, option: Option) -> Parameter:
+    flags = [option.flag] if option.flag else []
+    shown = typer.Option(*flags, help=option.help, show_default=option.shown)
+    annotation = Annotated[option.kind, shown]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
+
+
 takes_custom_model = with_options("custom", CUSTOM_MODEL)
 
 
 def custom_model(
-    model: str, device: str, *, harmful: str, benign: str, **options: Any
+    model: str,
+    device: str,
+    *,
+    harmful: str,
+    benign: str,
+    **options: Any,
 ) -> ModelSpec:
     """The model and request files of a command line.
 
@@ -157,17 +191,15 @@ def custom_model(
     for name in ("max_new_tokens", "batch_size"):
         if options.get(name, 1) < 1:
             raise ValueError(f"{name}={options[name]}; expected at least 1")
-    if path := options.pop("questions", ""):
+    path = options.pop("questions", "")
+    if path:
         options["questions"] = QuestionTemplates.from_file(path)
 
-    of_files = {name: options.pop(name) for name in list(options) if name in _names(RequestFiles)}
-    files = RequestFiles(harmful, benign, **of_files)
-    spec = ModelSpec(
-        model,
-        device=device,
-        files=files,
-        **options,
-    )
+    of_files = _names(RequestFiles)
+    in_files = {name: value for name, value in options.items() if name in of_files}
+    others = {name: value for name, value in options.items() if name not in of_files}
+    files = RequestFiles(harmful, benign, **in_files)
+    spec = ModelSpec(model, device=device, files=files, **others)
     _ = spec.sampling  # refused here rather than in a worker
     return spec
 
@@ -175,7 +207,7 @@ def custom_model(
 def no_custom_model(**options: Any) -> None:
     """Raises ValueError for an option that is not as usual, which only a custom model takes."""
     for name, value in options.items():
-        if value != DEFAULTS[name]:
+        if value != CUSTOM_MODEL[name].default:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is for a custom model; give --model FOLDER_OR_ID too")
 

@@ -25,7 +25,7 @@ class StudySettings:
         protect_shares: shares of the weights that each protected behaviour keeps out of reach.
         rounds: in how many steps a circuit grows to the largest size.
         within: what weights are ranked together: "model", "weight" or "row".
-        seed: of the first random mask.
+        seed: draws an organism's reference answers and the random masks.
         tolerance: how far a kept rate may fall at the operating point.
         budget: how far the contrast's loss may rise there, nats per token; rounds end where it has
             risen further. With a budget the loss on the target decides, without one its rate.
