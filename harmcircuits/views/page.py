@@ -1,10 +1,9 @@
 """One HTML file that needs no network, and the parts it is made of."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from functools import cache
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,13 +24,9 @@ def write_page(
         sections: HTML (see `section`).
         script: inline script tags that they use.
     """
-    template = Path(__file__).parent / "page.html"
-    page = Template(template.read_text(encoding="utf-8"))
-    html = page.substitute(
-        title=escape(title),
-        body="\n".join(sections),
-        script=script,
-    )
+    page = _templates().get_template("page.html")
+    parts = [_html(part) for part in sections]
+    html = page.render(title=title, script=_html(script), sections=parts)
     Path(path).write_text(html, encoding="utf-8")
 
 
@@ -43,13 +38,12 @@ def section(title: str, text: str, content: str) -> str:
         text: a sentence or two, plain.
         content: HTML.
     """
-    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{content}</section>"
+    return str(_part("section")(title, text, _html(content)))
 
 
 def paragraphs(text: str) -> str:
     """Plain text as the result that opens a page: one paragraph a line."""
-    lines = [f'<p class="verdict">{escape(line)}</p>' for line in text.splitlines()]
-    return "".join(lines)
+    return str(_part("paragraphs")(text.splitlines()))
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "") -> str:
@@ -60,18 +54,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = ""
         body: lines of cells.
         style: "figures" aligns numbers.
     """
-    top = "".join(f"<th>{escape(text)}</th>" for text in head)
-    lines = []
-    for row in body:
-        cells = "".join(_cell(text) for text in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return f'<table class="{style}"><tr>{top}</tr>{"".join(lines)}</table>'
-
-
-def _cell(text: str) -> str:
-    figure, _, interval = text.partition("\n")
-    small = f"<small>{escape(interval)}</small>" if interval else ""
-    return f"<td>{escape(figure)}{small}</td>"
+    return str(_part("table")(head, list(body), style))
 
 
 def plot(figure: "Figure", *, first: bool = False) -> str:
@@ -82,8 +65,23 @@ def plot(figure: "Figure", *, first: bool = False) -> str:
         first: whether it is the page's first one, which brings the plotting script.
     """
     config = {"displayModeBar": False, "responsive": True}
-    return figure.to_html(
-        full_html=False,
-        include_plotlyjs=first,
-        config=config,
-    )
+    return figure.to_html(full_html=False, include_plotlyjs=first, config=config)
+
+
+def _part(name: str) -> Any:
+    """A macro of parts.html, which escapes what it is given."""
+    return getattr(_templates().get_template("parts.html").module, name)
+
+
+@cache
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    return Environment(loader=PackageLoader("harmcircuits", "views"), autoescape=True)
+
+
+def _html(text: str) -> Any:
+    """A text that is HTML already, so that it is not escaped again."""
+    from markupsafe import Markup
+
+    return Markup(text)
