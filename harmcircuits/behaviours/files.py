@@ -281,17 +281,22 @@ def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
 def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Sets:
     """Questions about both requests of each pair: first the harmful one, to which no is right."""
     if files.pairs:
-        origin = files.files["pairs"]
-        pairs = request_pairs(PromptSet.read(files.pairs), origin)
-        by_prompt = {pair[0].prompt: pair for pair in pairs}
-        unsafe = PromptSet(tuple(pair[0] for pair in pairs))
-        splits = unsafe.splits(limits=files.limits, origin=origin)
-        by_split = {}
-        for split, requests in splits.items():
-            by_split[split] = [by_prompt[example.prompt] for example in requests]
+        by_split = _given_pairs(files)
     else:
         by_split = {split: nearest_pairs(harmful[split], benign[split]) for split in SPLITS}
     return {split: _pair_questions(files.questions, by_split[split]) for split in SPLITS}
+
+
+def _given_pairs(files: RequestFiles) -> dict[str, list[Pair]]:
+    """The pairs of a file by split, drawn by the hash of the harmful request."""
+    origin = files.files["pairs"]
+    pairs = request_pairs(PromptSet.read(files.pairs), origin)
+    by_prompt = {pair[0].prompt: pair for pair in pairs}
+    unsafe = PromptSet(tuple(pair[0] for pair in pairs))
+    by_split = {}
+    for split, requests in unsafe.splits(limits=files.limits, origin=origin).items():
+        by_split[split] = [by_prompt[example.prompt] for example in requests]
+    return by_split
 
 
 def _pair_questions(questions: QuestionTemplates, pairs: Iterable[Pair]) -> PromptSet:

@@ -1,6 +1,6 @@
 """Where a mask's weights sit: by layer, matrix, head and neuron, and how concentrated they are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -191,14 +191,25 @@ def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -
     random = [random_like(mask, seed=seed) for seed in range(N_NULL)]
     for by in ("head", "neuron"):
         counts = counts_by(mask, sites, by).values()
-        if not any(count.n_removed for count in counts):
-            continue
-        actual = concentration(mask, sites, by)
-        chance = [concentration(other, sites, by) for other in random]
-        for metric in ("gini", "top_share"):
-            where = {**labels, "by": by, "chance": "no"}
-            rows += [Measurement.exact(metric, where, getattr(actual, metric))]
-            where = {**labels, "by": by, "chance": "yes"}
-            values = [getattr(other, metric) for other in chance]
-            rows += [Measurement.of_draws(metric, where, values)]
+        if any(count.n_removed for count in counts):
+            rows += _concentration_rows(mask, random, sites, by, labels)
+    return rows
+
+
+def _concentration_rows(
+    mask: WeightMask,
+    random: Sequence[WeightMask],
+    sites: Mapping[str, Site],
+    by: Literal["head", "neuron"],
+    labels: Labels,
+) -> Rows:
+    actual = concentration(mask, sites, by)
+    chance = [concentration(other, sites, by) for other in random]
+    rows = Rows()
+    for metric in ("gini", "top_share"):
+        where = {**labels, "by": by, "chance": "no"}
+        rows += [Measurement.exact(metric, where, getattr(actual, metric))]
+        where = {**labels, "by": by, "chance": "yes"}
+        values = [getattr(other, metric) for other in chance]
+        rows += [Measurement.of_draws(metric, where, values)]
     return rows

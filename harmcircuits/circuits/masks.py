@@ -287,6 +287,11 @@ def _top_fractions(
     return masks
 
 
+def union(masks: Sequence[WeightMask]) -> WeightMask | None:
+    """The weights in any of the masks; None for no masks."""
+    return reduce(or_, masks) if masks else None
+
+
 def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
     """The weights that at least so many of the masks remove.
 
@@ -301,15 +306,15 @@ def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
         raise ValueError(
             f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number"
         )
-    union = reduce(or_, masks)
+    together = reduce(or_, masks)
     removed = {}
-    for name in union.removed:
+    for name in together.removed:
         indices = torch.cat([mask.removed[name] for mask in masks if name in mask.removed])
         index, times = indices.unique(return_counts=True)
         removed[name] = index[times >= at_least]
     parents = tuple(mask.source for mask in masks)
-    source = Source(union.source.model, "shared_by", {"at_least": at_least}, parents)
-    return WeightMask(removed, union.shapes, source)
+    source = Source(together.source.model, "shared_by", {"at_least": at_least}, parents)
+    return WeightMask(removed, together.shapes, source)
 
 
 def random_like(

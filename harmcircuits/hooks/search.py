@@ -1,13 +1,11 @@
 """From behaviours to a circuit: the weights that one needs and the others can do without."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from functools import reduce
+from contextlib import AbstractContextManager, nullcontext
 from math import isclose
-from operator import or_
-from typing import overload
+from typing import Any, overload
 
-from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
+from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.bridge import Bridge, as_bridge
@@ -137,39 +135,71 @@ def iterative_pruning(
     largest = max(sizes)
     mask = None
     for number in range(1, rounds + 1):
-        if first is not None and mask is None:
-            scores, protected = first
-        else:
-            with masked(bridge, mask) if mask is not None else nullcontext():
-                protected = [
-                    protected_weights(bridge, batches, protect_share, within, max_memory)
-                    for batches in protect
-                ]
+        if first is None:
+            with _under(bridge, mask):
+                protected = _all_protected(bridge, protect, protect_share, within, max_memory)
                 scores = removal_effect(bridge, target, objective, max_memory=max_memory)
+        else:
+            scores, protected = first
+            first = None
 
         # One growth step, cut where a size lies inside it.
         start, end = largest * (number - 1) / rounds, largest * number / rounds
         stops = [stop for stop in sorted(set(sizes)) if _is_between(start, stop, end)]
-        steps = [*(stop - start for stop in stops), largest / rounds]
-        taken = [*protected, mask] if mask is not None else protected
-        out_of_reach = reduce(or_, taken) if taken else None
-        grown = top_fraction(scores, steps, within=within, exclude=out_of_reach)
-
-        before = mask
-        for share, step in zip([*stops, end], grown, strict=True):
-            removed = step if before is None else before | step
-            settings = {
-                "size": share,
-                "protect_share": protect_share,
-                "within": within,
-                "round": number,
-                "rounds": rounds,
-            }
-            parents = (scores.source, *(mask.source.parents[0] for mask in protected))
-            source = Source(scores.source.model, "circuit", settings, parents)
+        parts = [stop - start for stop in stops]
+        grown = _grown(mask, scores, protected, [*parts, largest / rounds], within)
+        settings = {
+            "protect_share": protect_share,
+            "within": within,
+            "round": number,
+            "rounds": rounds,
+        }
+        for share, removed in zip([*stops, end], grown, strict=True):
+            source = _source(scores, protected, {"size": share, **settings})
             mask = WeightMask(removed.removed, scores.shapes, source)
             yield mask
         del scores
+
+
+def _under(bridge: Bridge, mask: WeightMask | None) -> AbstractContextManager[Any]:
+    return nullcontext() if mask is None else masked(bridge, mask)
+
+
+def _source(
+    scores: WeightScores, protected: Sequence[WeightMask], settings: dict[str, Any]
+) -> Source:
+    """How a circuit was found, and the scores of the target and of what was protected."""
+    origins = [of_behaviour.source.parents[0] for of_behaviour in protected]
+    return Source(scores.source.model, "circuit", settings, (scores.source, *origins))
+
+
+def _all_protected(
+    bridge: Bridge,
+    protect: Sequence[Sequence[Batch]],
+    share: float,
+    within: Scope,
+    max_memory: int | None,
+) -> list[WeightMask]:
+    """The protected weights of each behaviour; holds one behaviour's scores at a time."""
+    masks = []
+    for batches in protect:
+        masks.append(protected_weights(bridge, batches, share, within, max_memory))
+    return masks
+
+
+def _grown(
+    mask: WeightMask | None,
+    scores: WeightScores,
+    protected: Sequence[WeightMask],
+    parts: Sequence[float],
+    within: Scope,
+) -> list[WeightMask]:
+    """The mask with each of these shares of the best unprotected weights added to it."""
+    taken = [*protected, mask] if mask is not None else protected
+    added = top_fraction(scores, parts, within=within, exclude=union(taken))
+    if mask is None:
+        return added
+    return [mask | part for part in added]
 
 
 def protected_weights(

@@ -1,12 +1,10 @@
 """Masks of the same size that a circuit must beat."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
-from operator import or_
 
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.behaviours.standard import CONTRAST
-from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_fraction
+from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect
@@ -81,19 +79,10 @@ def controls(
         rounds = int(made_by.get("round", 1))
 
     protected = model.protected(target, protect, calibrations)
-    known = calibrations or {}
-    data = known.get(target) or model.calibration(target)
+    data = (calibrations or {}).get(target) or model.calibration(target)
     if first is None:
-        taken = []
-        for calibration in protected.values():
-            batches = calibration.batches
-            taken.append(
-                protected_weights(model.bridge, batches, protect_share, within, max_memory)
-            )
-        objective = model.behaviour(target).objective
-        scores = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
-    else:
-        scores, taken = first
+        first = _scored(model, target, data, protected, protect_share, within, max_memory)
+    scores, taken = first
 
     seeds = range(seed, seed + n_random)
     weights = named_weights(model.bridge)
@@ -106,29 +95,57 @@ def controls(
         "opposite sign": [opposite],
         "second slice": [following],
     }
-    twin = known.get(contrast) or protected.get(contrast)
-    if twin is None and calibrations is None and contrast in model.behaviours:
-        twin = model.calibrations([contrast]).get(contrast)
-    if twin is None or contrast == target:
+
+    twin = _twin_data(model, target, contrast, protected, calibrations)
+    if twin is None:
         return Controls(masks, ())
     spared = [other.batches for name, other in protected.items() if name != contrast]
     name = f"{contrast} twin"
-    masks[name] = [
-        find_circuit(
-            model.bridge,
-            twin.batches,
-            [*spared, data.batches],
-            size=size,
-            protect_share=protect_share,
-            rounds=rounds,
-            within=within,
-            objective=model.behaviour(contrast).objective,
-            max_memory=max_memory,
-        )
-    ]
-    return Controls(masks, (name,))
+    circuit = find_circuit(
+        model.bridge,
+        twin.batches,
+        [*spared, data.batches],
+        size=size,
+        protect_share=protect_share,
+        rounds=rounds,
+        within=within,
+        objective=model.behaviour(contrast).objective,
+        max_memory=max_memory,
+    )
+    return Controls({**masks, name: [circuit]}, (name,))
 
 
-def union(masks: Sequence[WeightMask]) -> WeightMask | None:
-    """The weights in any of the masks; None for no masks."""
-    return reduce(or_, masks) if masks else None
+def _scored(
+    model: Model,
+    target: str,
+    data: Calibration,
+    protected: Mapping[str, Calibration],
+    protect_share: float,
+    within: Scope,
+    max_memory: int | None,
+) -> tuple[WeightScores, list[WeightMask]]:
+    """The target's scores on the unpruned model, and the weights that each behaviour keeps."""
+    bridge, taken = model.bridge, []
+    for spared in protected.values():
+        kept = protected_weights(bridge, spared.batches, protect_share, within, max_memory)
+        taken.append(kept)
+    objective = model.behaviour(target).objective
+    scores = removal_effect(bridge, data.batches, objective, max_memory=max_memory)
+    return scores, taken
+
+
+def _twin_data(
+    model: Model,
+    target: str,
+    contrast: str,
+    protected: Mapping[str, Calibration],
+    calibrations: Mapping[str, Calibration] | None,
+) -> Calibration | None:
+    """The contrast's calibration data; None where it is the target, unknown or not shown."""
+    if contrast == target:
+        return None
+    known = {**protected, **(calibrations or {})}
+    if contrast in known or calibrations is not None:
+        return known.get(contrast)
+    names = [contrast] if contrast in model.behaviours else []
+    return model.calibrations(names).get(contrast)

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from scipy.stats import spearmanr
 
@@ -18,6 +18,7 @@ from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap, overlap_by, rank_correlation
 from harmcircuits.circuits.scores import WeightScores, mean_scores
+from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
 from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS
 from harmcircuits.hooks.weights import weight_sites
@@ -130,19 +131,24 @@ def resampled_circuits(
         draws = np.random.default_rng(seed).integers(len(parts), size=(n_resamples, len(parts)))
         masks = []
         for draw in draws:
-            times = np.bincount(draw, minlength=len(parts))
-            weights = []
-            for (part, n_examples), n_times in zip(parts, times, strict=True):
-                if part is not None:
-                    weights.append(n_examples * int(n_times))
-            if not sum(weights):
-                raise ValueError(
-                    f"{name}: a resample holds none of its {sum(sizes)} examples; "
-                    "give more calibration items"
-                )
+            weights = _weights(name, parts, np.bincount(draw, minlength=len(parts)))
             masks.append(top_fraction(mean_scores(scores, weights), size, within="model"))
         circuits[name] = (mean_scores(scores, sizes), masks)
     return circuits
+
+
+def _weights(name: str, parts: Parts, times: Int[ndarray, " parts"]) -> list[int]:
+    """How many examples each scored part stands for in a resample that draws it so many times."""
+    weights = []
+    for (part, n_examples), n_times in zip(parts, times, strict=True):
+        if part is not None:
+            weights.append(n_examples * int(n_times))
+    if not sum(weights):
+        n_all = sum(n_examples for _, n_examples in parts)
+        raise ValueError(
+            f"{name}: a resample holds none of its {n_all} examples; give more calibration items"
+        )
+    return weights
 
 
 def overlap_rows(
@@ -248,17 +254,28 @@ def content_rows(
     rows = Rows()
     for relation, (values, is_counted) in relations.items():
         for layer, metric in enumerate(("content_lift", "content_jaccard")):
-            counted = np.where(is_counted, values[:, :, layer], np.nan)
-            means = []
-            for draw in draws:
-                resample = counted[np.ix_(draw, draw)]
-                if not np.isnan(resample).all():
-                    means.append(np.nanmean(resample))
-            low, high = np.quantile(means, [0.025, 0.975])
-            mean = float(np.nanmean(counted))
             where = {**labels, "relation": relation}
-            rows += [Measurement(metric, where, mean, float(low), float(high), n_topics)]
+            rows += [_topic_mean(metric, where, values[:, :, layer], is_counted, draws)]
     return rows
+
+
+def _topic_mean(
+    metric: str,
+    labels: Labels,
+    values: Float[ndarray, "topics topics"],
+    is_counted: Bool[ndarray, "topics topics"],
+    draws: Int[ndarray, "draws topics"],
+) -> Measurement:
+    """The mean over the pairs of topics that count, with the interval of resampled topics."""
+    counted = np.where(is_counted, values, np.nan)
+    means = []
+    for draw in draws:
+        resample = counted[np.ix_(draw, draw)]
+        if not np.isnan(resample).all():
+            means.append(np.nanmean(resample))
+    low, high = np.quantile(means, [0.025, 0.975])
+    mean = float(np.nanmean(counted))
+    return Measurement(metric, labels, mean, float(low), float(high), len(values))
 
 
 def overlap_place_rows(
@@ -281,22 +298,32 @@ def overlap_place_rows(
     sites = weight_sites(model.bridge)
     rows = Rows()
     for second in masks:
-        if second == first:
-            continue
-        pair = {**labels, "first": first, "second": second}
-        for by in ("layer", "matrix"):
-            for place, shared in overlap_by(masks[first], masks[second], sites, by).items():
-                where = {**pair, "by": by, "layer": place.layer, "kind": place.part}
-                lift = (shared.lift, *shared.interval)
-                rows += [Measurement("overlap_lift", where, *lift, shared.n_first)]
-        for by in ("head", "neuron"):
-            counts = []
-            for name in (first, second):
-                of_mask = counts_by(masks[name], sites, by).values()
-                counts.append([count.n_removed for count in of_mask])
-            # scipy's stubs do not name the fields of its results.
-            correlation = float(spearmanr(*counts).statistic)  # pyright: ignore
-            rows += [Measurement.exact("place_correlation", {**pair, "by": by}, correlation)]
+        if second != first:
+            pair = {**labels, "first": first, "second": second}
+            rows += _place_rows(masks[first], masks[second], sites, pair)
+    return rows
+
+
+def _place_rows(
+    first: WeightMask,
+    second: WeightMask,
+    sites: Mapping[str, Site],
+    labels: Labels,
+) -> Rows:
+    rows = Rows()
+    for by in ("layer", "matrix"):
+        for place, shared in overlap_by(first, second, sites, by).items():
+            where = {**labels, "by": by, "layer": place.layer, "kind": place.part}
+            lift = (shared.lift, *shared.interval)
+            rows += [Measurement("overlap_lift", where, *lift, shared.n_first)]
+    for by in ("head", "neuron"):
+        counts = []
+        for mask in (first, second):
+            of_mask = counts_by(mask, sites, by).values()
+            counts.append([count.n_removed for count in of_mask])
+        # scipy's stubs do not name the fields of its results.
+        correlation = float(spearmanr(*counts).statistic)  # pyright: ignore
+        rows += [Measurement.exact("place_correlation", {**labels, "by": by}, correlation)]
     return rows
 
 

@@ -56,9 +56,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         for name in ("sizes", "protect_shares"):
-            shares = getattr(self, name)
-            if not shares or any(not 0 <= share <= 1 for share in shares):
-                raise ValueError(f"{name}={list(shares)}; expected one or more shares in [0, 1]")
+            _refuse_shares(name, getattr(self, name))
         if min(self.sizes) == 0:
             raise ValueError(f"sizes={list(self.sizes)}; expected shares of the weights above 0")
         for name in ("rounds", "n_random"):
@@ -70,6 +68,11 @@ class StudySettings:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value}; expected 0 or more")
+
+
+def _refuse_shares(name: str, shares: tuple[float, ...]) -> None:
+    if not shares or any(not 0 <= share <= 1 for share in shares):
+        raise ValueError(f"{name}={list(shares)}; expected one or more shares in [0, 1]")
 
 
 # For models of a hundred million weights and more; the shares are those where Qwen2.5-Coder-0.5B

@@ -4,17 +4,18 @@ Score, choose, mask, measure: a grid of masks is measured on the choice split, o
 by a rule, and only it and its controls are measured on held-out requests.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.display import plural
 from harmcircuits.hooks.accumulation import memory_groups
@@ -24,7 +25,7 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.search import find_circuit, iterative_pruning
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Label, Manifest, Measurement, Rows
-from harmcircuits.studies.controls import controls, union
+from harmcircuits.studies.controls import controls
 from harmcircuits.studies.diagnostics import diagnostics
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.terms import Terms
@@ -218,19 +219,29 @@ def operating_point(
 
     candidates = []
     for point in points:
-        kept_rates = [rate for rate in terms.kept_rates if rate in before]
-        if any(point.mean(rate) < before[rate] - tolerance for rate in kept_rates):
-            continue
-        loss = terms.contrast.nll_metric
-        if budget is not None and point.mean(loss) > before[loss] + budget:
-            continue
-        if sign * point.mean(taken) < sign * before[taken]:
+        takes = sign * point.mean(taken) < sign * before[taken]
+        if takes and _keeps(point, before, terms, tolerance, budget):
             candidates.append(point)
 
     def rank(point: Point) -> tuple[float, int]:
         return sign * point.mean(taken), point.mask.n_removed
 
     return min(candidates, key=rank, default=None)
+
+
+def _keeps(
+    point: Point,
+    before: Mapping[str, float],
+    terms: Terms,
+    tolerance: float,
+    budget: float | None,
+) -> bool:
+    """Whether a mask leaves everything but the target within the tolerance and the budget."""
+    for rate in terms.kept_rates:
+        if rate in before and point.mean(rate) < before[rate] - tolerance:
+            return False
+    loss = terms.contrast.nll_metric
+    return budget is None or point.mean(loss) <= before[loss] + budget
 
 
 def _settings(
@@ -327,78 +338,97 @@ def _grid(
     spared: Mapping[str, Calibration],
 ) -> list[Point]:
     """Every mask of the grid on the choice split, and a random and an opposite one of each size."""
-    model, settings = run.model, run.settings
-    labels = {"model": model.name}
-    where = {**labels, "mask": "none"}
-    unpruned = model.measure(
-        split="choice",
-        labels=where,
-        only=run.terms.names,
-    )
+    settings = run.settings
+    where = {"model": run.model.name, "mask": "none"}
+    unpruned = run.model.measure(split="choice", labels=where, only=run.terms.names)
     run.add(unpruned)
     loss = run.terms.contrast.nll_metric
+    most = None
+    if settings.budget is not None:
+        most = unpruned.one(loss).mean + settings.budget
 
     n_sizes, n_shares = len(settings.sizes), len(settings.protect_shares)
     advance = run.steps("grid", n_shares * (n_sizes + settings.rounds) + 2 * n_sizes)
-
-    def measure(
-        kind: str,
-        selection: str,
-        share: float,
-        size: float,
-        mask: WeightMask,
-    ) -> Point:
-        how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
-        where = {**labels, "mask": kind, **how}
-        rows = model.measure(
-            mask=mask,
-            split="choice",
-            labels=where,
-            only=run.terms.measured,
-        )
-        removed = {**where, "split": "choice"}
-        rows += [Measurement.exact("weights_removed", removed, mask.n_removed)]
-        run.add(rows)
-        advance()
-        return Point(mask, how, rows)
-
     points = []
     for number, share in enumerate(settings.protect_shares):
-        exclude = union(protected[share])
-        options = {"within": settings.within, "exclude": exclude}
-
-        one_shot = top_fraction(scores, settings.sizes, **options)
-        for size, mask in zip(settings.sizes, one_shot, strict=True):
-            points.append(measure("circuit", "one shot", share, size, mask))
-            if number == 0:
-                random = random_like(mask, seed=settings.seed)
-                measure("random", "random", share, size, random)
-
-        if number == 0:
-            opposite = top_fraction(-scores, settings.sizes, **options)
-            for size, mask in zip(settings.sizes, opposite, strict=True):
-                measure("opposite_sign", "opposite sign", share, size, mask)
-
-        growth = iterative_pruning(
-            model.bridge,
-            data.batches,
-            [other.batches for other in spared.values()],
-            sizes=[max(settings.sizes)],
-            protect_share=share,
-            rounds=settings.rounds,
-            within=settings.within,
-            objective=model.behaviours[settings.target].objective,
-            first=(scores, protected[share]),
-            max_memory=run.max_memory,
+        one_shot = top_fraction(
+            scores, settings.sizes, within=settings.within, exclude=union(protected[share])
         )
-        for mask in growth:
+        for size, mask in zip(settings.sizes, one_shot, strict=True):
+            points.append(_measured(run, mask, "circuit", "one shot", share, size))
+            advance()
+        if number == 0:
+            _measure_chance(run, scores, protected[share], one_shot, share, advance)
+        for mask in _growth(run, share, data, spared, (scores, protected[share])):
             size = mask.source.settings["size"]
-            point = measure("circuit", "rounds", share, size, mask)
+            point = _measured(run, mask, "circuit", "rounds", share, size)
             points.append(point)
-            budget = settings.budget
-            if budget is not None and point.mean(loss) > unpruned.one(loss).mean + budget:
+            advance()
+            if most is not None and point.mean(loss) > most:
                 break
     return points
+
+
+def _measure_chance(
+    run: Study,
+    scores: WeightScores,
+    protected: Sequence[WeightMask],
+    one_shot: Sequence[WeightMask],
+    share: float,
+    advance: Callable[[], None],
+) -> None:
+    """A random mask and one of the opposite sign of each size: what nothing protects, once."""
+    settings = run.settings
+    for size, mask in zip(settings.sizes, one_shot, strict=True):
+        random = random_like(mask, seed=settings.seed)
+        _measured(run, random, "random", "random", share, size)
+        advance()
+    exclude = union(protected)
+    opposite = top_fraction(-scores, settings.sizes, within=settings.within, exclude=exclude)
+    for size, mask in zip(settings.sizes, opposite, strict=True):
+        _measured(run, mask, "opposite_sign", "opposite sign", share, size)
+        advance()
+
+
+def _growth(
+    run: Study,
+    share: float,
+    data: Calibration,
+    spared: Mapping[str, Calibration],
+    first: tuple[WeightScores, Sequence[WeightMask]],
+) -> Iterator[WeightMask]:
+    """The circuit after each round, up to the largest size."""
+    settings = run.settings
+    return iterative_pruning(
+        run.model.bridge,
+        data.batches,
+        [other.batches for other in spared.values()],
+        sizes=[max(settings.sizes)],
+        protect_share=share,
+        rounds=settings.rounds,
+        within=settings.within,
+        objective=run.model.behaviours[settings.target].objective,
+        first=first,
+        max_memory=run.max_memory,
+    )
+
+
+def _measured(
+    run: Study,
+    mask: WeightMask,
+    kind: str,
+    selection: str,
+    share: float,
+    size: float,
+) -> Point:
+    """A mask with its figures on the choice split, which are kept."""
+    how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
+    where = {"model": run.model.name, "mask": kind, **how}
+    rows = run.model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
+    where["split"] = "choice"
+    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+    run.add(rows)
+    return Point(mask, how, rows)
 
 
 def _measure_heldout(
@@ -412,17 +442,10 @@ def _measure_heldout(
 ) -> None:
     """The operating point, the other way of choosing at its size, and all controls, held out."""
     model, settings = run.model, run.settings
-    target, contrast = settings.target, settings.contrast
-    data = calibrations[target]
-    in_rounds = chosen.labels["selection"] == "rounds"
-    share, size = float(chosen.labels["p"]), chosen.mask.fraction
-    how: dict[str, Label] = {"p": share, "q": size, "protected": ", ".join(spared)}
-    search = {
-        "protect_share": share,
-        "rounds": chosen.mask.source.settings["round"] if in_rounds else 1,
-        "max_memory": run.max_memory,
-    }
+    data = calibrations[settings.target]
     unmasked_nll = completion_nll(model.bridge, data.batches)
+    share = float(chosen.labels["p"])
+    first = (scores, protected[share])
     advance = run.steps("held-out, with controls", 6 + 2 * settings.n_random)
 
     def measure(mask: WeightMask, kind: str, name: str = "", **labels: Label) -> None:
@@ -430,54 +453,80 @@ def _measure_heldout(
         run.masks[name] = mask
         if run.out is not None:
             mask.save(run.out / "masks" / f"{name}.safetensors")
-        where = {"model": model.name, "mask": kind, **labels}
-        run.add(_masked_rows(run, mask, where))
+        run.add(_masked_rows(run, mask, {"model": model.name, "mask": kind, **labels}))
         change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
-        del where["model"]
-        where["split"] = "calibration"
+        where = {"mask": kind, **labels, "split": "calibration"}
         run.note("predicted_loss_change", scores.sum_over(mask), **where)
         run.note("measured_loss_change", change.mean().item(), **where)
         advance()
 
-    rounds = chosen.mask if in_rounds else _nearest_in_rounds(points, chosen)
-    measure(rounds, "circuit", "rounds", **{"selection": "rounds", **how})
-    exclude = union(protected[share])
-    one_shot = top_fraction(scores, size, within=settings.within, exclude=exclude)
-    measure(one_shot, "circuit", "one_shot", **{"selection": "one shot", **how})
+    for name, mask, labels in _circuits(run, chosen, points, first, data, spared):
+        measure(mask, "circuit", name, **labels)
+
+    matched = controls(
+        model,
+        settings.target,
+        chosen.mask,
+        protect=list(spared),
+        contrast=settings.contrast,
+        n_random=settings.n_random,
+        seed=settings.seed,
+        calibrations=calibrations,
+        first=first,
+        **_search(run, chosen),
+    )
+    for name, masks in matched.items():
+        kind = name.replace(" ", "_")
+        for number, mask in enumerate(masks, start=settings.seed):
+            if name.startswith("random"):
+                measure(mask, kind, str(number), seed=number)
+            else:
+                measure(mask, kind)
+
+
+def _circuits(
+    run: Study,
+    chosen: Point,
+    points: Sequence[Point],
+    first: tuple[WeightScores, Sequence[WeightMask]],
+    data: Calibration,
+    spared: Mapping[str, Calibration],
+) -> Iterator[tuple[str, WeightMask, dict[str, Label]]]:
+    """(name, mask, labels) of the circuit in rounds, in one shot, and with less protection."""
+    settings, size = run.settings, chosen.mask.fraction
+    how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
+    selection = str(chosen.labels["selection"])
+
+    rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
+    yield "rounds", rounds, {"selection": "rounds", **how}
+
+    scores, protected = first
+    one_shot = top_fraction(scores, size, within=settings.within, exclude=union(protected))
+    yield "one_shot", one_shot, {"selection": "one shot", **how}
+
+    contrast = settings.contrast
     if contrast in spared and len(spared) > 1:
-        selection = str(chosen.labels["selection"])
         alone = find_circuit(
-            model.bridge,
+            run.model.bridge,
             data.batches,
             [spared[contrast].batches],
             size=size,
             within=settings.within,
-            objective=model.behaviours[target].objective,
-            **search,
+            objective=run.model.behaviours[settings.target].objective,
+            **_search(run, chosen),
         )
         name = f"{selection.replace(' ', '_')}-{contrast}_only"
-        measure(alone, "circuit", name, **{**how, "selection": selection, "protected": contrast})
+        yield name, alone, {**how, "selection": selection, "protected": contrast}
 
-    matched = controls(
-        model,
-        target,
-        chosen.mask,
-        protect=list(spared),
-        contrast=contrast,
-        n_random=settings.n_random,
-        seed=settings.seed,
-        calibrations=calibrations,
-        first=(scores, protected[share]),
-        **search,
-    )
-    for name, masks in matched.items():
-        kind = name.replace(" ", "_")
-        is_random = name.startswith("random")
-        for number, mask in enumerate(masks, start=settings.seed):
-            if is_random:
-                measure(mask, kind, str(number), seed=number)
-            else:
-                measure(mask, kind)
+
+def _search(run: Study, chosen: Point) -> dict[str, Any]:
+    """How the chosen mask was found, for searches that are compared with it."""
+    in_rounds = chosen.labels["selection"] == "rounds"
+    return {
+        "protect_share": float(chosen.labels["p"]),
+        "rounds": chosen.mask.source.settings["round"] if in_rounds else 1,
+        "max_memory": run.max_memory,
+    }
 
 
 def _nearest_in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
