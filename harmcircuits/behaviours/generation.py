@@ -152,7 +152,7 @@ class _Gumbel:
             self.streams.append(torch.Generator().manual_seed(seed))
 
     def __call__(
-        self, input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
+        self, _input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
         noise = []
         for stream in self.streams:

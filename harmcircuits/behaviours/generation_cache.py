@@ -92,7 +92,7 @@ class GenerationCache:
     def _bar(self, total: int) -> Any:
         """A function that moves the progress bar on by so many answers."""
         if self.progress is None or not total:
-            return lambda count: None
+            return lambda _: None
         progress, task = self.progress, self.progress.add_task("own answers", total=total)
         return lambda count: progress.advance(task, count)
 

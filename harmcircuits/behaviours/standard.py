@@ -62,4 +62,4 @@ def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options
 
 def standard_behaviours() -> dict[str, Behaviour]:
     """All of them without requests, for rows of a study whose model is not at hand."""
-    return {name: standard_behaviour(name, lambda split: PromptSet(())) for name in _STANDARD}
+    return {name: standard_behaviour(name, lambda _: PromptSet(())) for name in _STANDARD}

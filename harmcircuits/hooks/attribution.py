@@ -242,7 +242,7 @@ def gradient_norm(
     bridge = as_bridge(bridge)
     refuse_no_batches("gradient_norm", batches)
 
-    def unchanged(site: Site, gradient: Tensor) -> Tensor:
+    def unchanged(_: Site, gradient: Tensor) -> Tensor:
         return gradient
 
     sites = weight_sites(bridge)

@@ -89,7 +89,7 @@ def open_model(
                 f"open_model: a {type(model).__name__} needs prompts={{'{TARGET}': FILE_OR_LIST, "
                 f"'{CONTRAST}': FILE_OR_LIST}}; without any, mask and score it as it is"
             )
-        _refuse_unknown(str(model), folder)
+        _refuse_unknown(str(model))
         return open_organism(
             str(model),
             seed=seed,
@@ -283,7 +283,7 @@ def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
     return windows[:limit] if limit else windows
 
 
-def _refuse_unknown(name: str, folder: Path) -> None:
+def _refuse_unknown(name: str) -> None:
     """A name that is no organism is a model without prompts, or a slip."""
     if name in ORGANISMS:
         return
