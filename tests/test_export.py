@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_batch
+from helpers import ARCHITECTURES, COARSE, random_batch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
@@ -25,8 +25,6 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.organisms import FOLDER, load_organism
 
-# In bfloat16 one of each way in which weights are stored: apart, fused, tied, transposed, stacked.
-COARSE = ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon", "Mixtral", "Qwen3Moe"]
 MODELS = [(name, torch.float32) for name in ARCHITECTURES] + [(name, torch.bfloat16) for name in COARSE]
 MASK = str(FOLDER / "planted" / "circuit.safetensors")
 

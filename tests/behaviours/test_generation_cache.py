@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_model
+from helpers import small_model
 
 from harmcircuits.behaviours import generation_cache as transcripts
 from harmcircuits.behaviours.generation import Sampling, generate

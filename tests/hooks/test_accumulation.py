@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, write_model
+from helpers import random_batch, write_model
 from torch import distributed, multiprocessing
 from transformer_lens.model_bridge import TransformerBridge
 

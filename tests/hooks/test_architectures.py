@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, opener, random_batch
-from test_export import COARSE
+from helpers import ARCHITECTURES, COARSE, opener, random_batch
 from torch import nn
 
 from harmcircuits.hooks.attribution import wanda_scores

@@ -6,7 +6,7 @@ score, a mean over tokens where one over examples is meant, hooks or frozen para
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_batch
+from helpers import ARCHITECTURES, random_batch
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, mean_scores

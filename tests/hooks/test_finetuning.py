@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 from test_masking import a_mask, assert_bits_equal, snapshot
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest

@@ -6,7 +6,7 @@ exit, optimiser state that revives a held weight.
 
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import random_scores

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import small_model
+from helpers import small_model
 
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import top_fraction

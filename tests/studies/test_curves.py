@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from helpers import small_model
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes

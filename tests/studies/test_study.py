@@ -9,7 +9,7 @@ import json
 import re
 
 import pytest
-from conftest import small_model
+from helpers import small_model
 from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
