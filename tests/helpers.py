@@ -18,7 +18,13 @@ from harmcircuits.organisms import open_organism
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch, PromptSet
 
-SIZE = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+SIZE = dict(
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+)
 GQA = dict(**SIZE, intermediate_size=40, num_key_value_heads=2)
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 GPT2 = dict(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=32, n_inner=40)
@@ -85,7 +91,6 @@ UNSUPPORTED: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-
 def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any) -> None:
     """Write a random model whose weights are large enough for gradients to matter.
 
@@ -114,7 +119,9 @@ def opener(new_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge
     """
     folders: dict[tuple, Path] = {}
 
-    def open_(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> TransformerBridge:
+    def open_(
+        name: str, *, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> TransformerBridge:
         key = (name, *sorted(changes.items()))
         if key not in folders:
             folders[key] = new_folder(name)

@@ -36,11 +36,16 @@ def ids(tokenizer):
 
 def as_rows(examples) -> list[dict[str, str]]:
     """Rows as a user would write them: with another key, without the empty fields."""
-    return [{"id": "7", **{key: value for key, value in vars(example).items() if value}} for example in examples]
+    return [
+        {"id": "7", **{key: value for key, value in vars(example).items() if value}}
+        for example in examples
+    ]
 
 
 def write_jsonl(path, rows) -> None:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8"
+    )
 
 
 # Files
@@ -51,7 +56,9 @@ def test_jsonl_round_trip(tmp_path):
     assert PromptSet.from_jsonl(tmp_path / "a.jsonl") == PromptSet(EXAMPLES)
     text = (tmp_path / "a.jsonl").read_text(encoding="utf-8").replace("\n", "\n\n")
     (tmp_path / "blank.jsonl").write_text(text, encoding="utf-8")
-    assert PromptSet.from_jsonl(str(tmp_path / "blank.jsonl")) == PromptSet(EXAMPLES), "blank lines are no rows"
+    assert PromptSet.from_jsonl(str(tmp_path / "blank.jsonl")) == PromptSet(EXAMPLES), (
+        "blank lines are no rows"
+    )
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
@@ -81,14 +88,22 @@ def test_hub_reads_a_local_folder(tmp_path):
     write_jsonl(tmp_path / "other" / "train.jsonl", [{"question": "a"}])
     with pytest.raises(ValueError, match=r'row 0: no "prompt"'):
         PromptSet.from_hub(str(tmp_path / "other"), **options)
-    with pytest.raises(ValueError, match=r"no (rows|data)"):  # datasets itself refuses an empty slice
+    with pytest.raises(
+        ValueError, match=r"no (rows|data)"
+    ):  # datasets itself refuses an empty slice
         PromptSet.from_hub(folder, split="train[:0]", **options)
 
 
 def test_numbers_in_a_file_become_text(tmp_path):
     """Zero too: an item numbered 0 is one group, not examples without a group."""
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}])
-    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (Example("a", "0", group="0"), Example("b", group="1"))
+    write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}],
+    )
+    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (
+        Example("a", "0", group="0"),
+        Example("b", group="1"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,11 @@ def test_bad_jsonl_files_are_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("question\na\n", 'row 1: no "prompt"'), ("prompt,group\na,b\n,b\n", 'row 2: no "prompt"'), ("prompt\n", "no rows")],
+    [
+        ("question\na\n", 'row 1: no "prompt"'),
+        ("prompt,group\na,b\n,b\n", 'row 2: no "prompt"'),
+        ("prompt\n", "no rows"),
+    ],
 )
 def test_bad_csv_files_are_refused(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
@@ -151,7 +170,9 @@ def test_digest_is_of_prompts_and_completions_in_order():
     def digest(*pairs):
         return PromptSet(tuple(Example(*pair) for pair in pairs)).digest
 
-    assert digest(("a", "b")) == "cccb00f1aa26751e", "files name this value: it may not change between versions"
+    assert digest(("a", "b")) == "cccb00f1aa26751e", (
+        "files name this value: it may not change between versions"
+    )
     assert digest(("a", "b"), ("c", "d")) == digest(("a", "b", "category", "group"), ("c", "d"))
     different = [
         digest(), digest(("a", "b")), digest(("ab", "")), digest(("a", "")), digest(("b", "a")),
@@ -242,20 +263,36 @@ def test_batches_keep_the_order(tokenizer):
     assert [len(batch) for batch in whole] == [5]
     split = tokenize(prompts, tokenizer, batch_size=2)
     assert [tuple(batch.tokens.shape) for batch in split] == [(2, 7), (2, 8), (1, 9)]
-    rows = [row[real].tolist() for batch in split for row, real in zip(batch.tokens, batch.is_token, strict=True)]
-    assert rows == [row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)]
+    rows = [
+        row[real].tolist()
+        for batch in split
+        for row, real in zip(batch.tokens, batch.is_token, strict=True)
+    ]
+    assert rows == [
+        row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)
+    ]
 
 
 def test_batches_of_at_most_so_many_tokens(tokenizer):
     """Examples of 7, 5, 8, 5 and 9 tokens: what counts is the padded size, rows times the longest."""
     prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
     (whole,) = tokenize(prompts, tokenizer)
-    expected = {9: [(1, 7), (1, 5), (1, 8), (1, 5), (1, 9)], 15: [(2, 7), (1, 8), (1, 5), (1, 9)], 27: [(3, 8), (2, 9)]}
+    expected = {
+        9: [(1, 7), (1, 5), (1, 8), (1, 5), (1, 9)],
+        15: [(2, 7), (1, 8), (1, 5), (1, 9)],
+        27: [(3, 8), (2, 9)],
+    }
     for max_tokens, shapes in expected.items():
         split = tokenize(prompts, tokenizer, max_tokens=max_tokens)
         assert [tuple(batch.tokens.shape) for batch in split] == shapes
-        rows = [row[real].tolist() for batch in split for row, real in zip(batch.tokens, batch.is_token, strict=True)]
-        assert rows == [row[real].tolist() for row, real in zip(whole.tokens, whole.is_token, strict=True)]
+        rows = [
+            row[real].tolist()
+            for batch in split
+            for row, real in zip(batch.tokens, batch.is_token, strict=True)
+        ]
+        assert rows == [
+            row[real].tolist() for row, real in zip(whole.tokens, whole.is_token, strict=True)
+        ]
     both = tokenize(prompts, tokenizer, max_tokens=27, batch_size=2)
     assert [len(batch) for batch in both] == [2, 2, 1], "batch_size bounds as well"
     with pytest.raises(ValueError, match="example 4 has 9 tokens, max_tokens=8"):
@@ -290,9 +327,14 @@ def test_bad_requests_are_refused(tokenizer):
 def byte_tokenizer():
     """One token a byte, spaces included, as in the GPT-2 family before its merges; no chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelled = {pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b for b in range(128)}
+    spelled = {
+        pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b
+        for b in range(128)
+    }
     others = (letter for letter in alphabet if letter not in spelled)
-    core = Tokenizer(models.BPE({**spelled, **{letter: 128 + i for i, letter in enumerate(others)}}, []))
+    core = Tokenizer(
+        models.BPE({**spelled, **{letter: 128 + i for i, letter in enumerate(others)}}, [])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core)
@@ -326,21 +368,27 @@ def test_plain_text_is_cut_into_windows(tokenizer):
     step = 8 - len(opening)
     batches = tokenize_text(text, tokenizer, n_tokens=8, batch_size=2)
     rows = [row for batch in batches for row in batch.tokens.tolist()]
-    assert rows == [opening + tokens[start : start + step] for start in range(0, 25 - step + 1, step)], (
-        "no token left between"
-    )
+    assert rows == [
+        opening + tokens[start : start + step] for start in range(0, 25 - step + 1, step)
+    ], "no token left between"
     assert [len(batch) for batch in batches] == [2, 1]
-    assert all(batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any() for batch in batches)
+    assert all(
+        batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any() for batch in batches
+    )
 
 
 def test_a_beginning_of_text_token_opens_each_window(tokenizer):
     copied = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="use")
     (batch,) = tokenize_text("how to it ? " * 4, copied, n_tokens=5)
     assert batch.tokens[:, 0].tolist() == [copied.bos_token_id] * 4
-    assert batch.tokens[:, 1:].flatten().tolist() == copied.encode("how to it ? " * 4, add_special_tokens=False)
+    assert batch.tokens[:, 1:].flatten().tolist() == copied.encode(
+        "how to it ? " * 4, add_special_tokens=False
+    )
 
 
-@pytest.mark.parametrize(("options", "message"), [({"n_tokens": 1}, "n_tokens=1"), ({"batch_size": 0}, "batch_size=0")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"n_tokens": 1}, "n_tokens=1"), ({"batch_size": 0}, "batch_size=0")]
+)
 def test_windows_that_cannot_be(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize_text("how to use it ?", tokenizer, **options)

@@ -21,7 +21,9 @@ from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.questions import QuestionTemplates, RequestJudge
 from harmcircuits.prompts import Example, PromptSet
 
-MANY = PromptSet(tuple(Example(f"paint wall {n}", category="abc"[n % 3], group=f"wall {n}") for n in range(200)))
+MANY = PromptSet(
+    tuple(Example(f"paint wall {n}", category="abc"[n % 3], group=f"wall {n}") for n in range(200))
+)
 
 
 def test_splits_are_apart_and_stay():
@@ -37,7 +39,9 @@ def test_splits_are_apart_and_stay():
 
 
 def test_a_group_is_in_one_split():
-    twice = PromptSet(tuple(Example(f"{turn} wall {n}", group=f"wall {n}") for n in range(60) for turn in "xy"))
+    twice = PromptSet(
+        tuple(Example(f"{turn} wall {n}", group=f"wall {n}") for n in range(60) for turn in "xy")
+    )
     for chosen in split_sets(twice).values():
         assert len(chosen) == 2 * len({example.group for example in chosen})
 
@@ -63,7 +67,10 @@ def test_pairs_by_group_and_by_category():
         Example("good three", category="x", label="harmless"), Example("alone", category="y", label="safe"),
     ]  # fmt: skip
     pairs = request_pairs(PromptSet(tuple(rows)))
-    assert [(bad.prompt, good.prompt) for bad, good in pairs] == [("bad one", "good one"), ("bad two", "good two")]
+    assert [(bad.prompt, good.prompt) for bad, good in pairs] == [
+        ("bad one", "good one"),
+        ("bad two", "good two"),
+    ]
     with pytest.raises(ValueError, match=r"f: label 'maybe'; expected one of unsafe"):
         request_pairs(PromptSet((Example("a", label="maybe"),)), "f")
     with pytest.raises(ValueError, match="no pair of a safe and an unsafe"):
@@ -83,7 +90,10 @@ def texts(tmp_path) -> RequestFiles:
     """Files in all three formats, with categories, groups and labels."""
 
     def rows(word: str, **more: str) -> list[dict[str, str]]:
-        return [{"prompt": f"{word} thing {n}", "category": "ab"[n % 2], "group": f"{word}{n}", **more} for n in range(60)]
+        return [
+            {"prompt": f"{word} thing {n}", "category": "ab"[n % 2], "group": f"{word}{n}", **more}
+            for n in range(60)
+        ]
 
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows("break"))))
     with (tmp_path / "good.csv").open("w", newline="") as file:
@@ -98,12 +108,18 @@ def texts(tmp_path) -> RequestFiles:
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "train.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     folder = str(tmp_path / "pairs")
-    return RequestFiles(str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv"), pairs=folder, borderline=folder)
+    return RequestFiles(
+        str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv"), pairs=folder, borderline=folder
+    )
 
 
 def test_all_formats_keep_every_column(texts):
-    assert read_prompts(texts.harmful).examples[1] == Example("break thing 1", category="b", group="break1")
-    assert read_prompts(texts.benign).examples[1] == Example("mend thing 1", category="b", group="mend1")
+    assert read_prompts(texts.harmful).examples[1] == Example(
+        "break thing 1", category="b", group="break1"
+    )
+    assert read_prompts(texts.benign).examples[1] == Example(
+        "mend thing 1", category="b", group="mend1"
+    )
     expected = Example("kill process it 0", category="c", group="0", label="safe")
     assert read_prompts(texts.pairs).examples[1] == expected
     assert read_prompts(texts.pairs + ":train[1:2]").examples == (expected,)
@@ -113,7 +129,15 @@ def test_all_formats_keep_every_column(texts):
 
 def test_behaviours_and_what_their_prompts_are(texts):
     behaviours, kinds = request_behaviours(texts, prefill="Well,")
-    assert list(behaviours) == ["harmful", "benign", "recognition", "explanation", "refusal", "prefilled", "borderline"]
+    assert list(behaviours) == [
+        "harmful",
+        "benign",
+        "recognition",
+        "explanation",
+        "refusal",
+        "prefilled",
+        "borderline",
+    ]
     assert [b.prefill for b in behaviours.values()] == ["Well,", "", "", "", "", "Well,", ""]
     assert behaviours["harmful"].metric == "harm_valid_rate"
     for split in ("calibration", "choice", "heldout"):
@@ -130,7 +154,12 @@ def test_behaviours_and_what_their_prompts_are(texts):
             assert f"ruin it {bad.group}" in bad.prompt
             assert f"kill process it {good.group}" in good.prompt
         assert all(example.label == "safe" for example in behaviours["borderline"].prompts(split))
-    every = [example.prompt for b in behaviours.values() for s in ("choice", "heldout") for example in b.prompts(s)]
+    every = [
+        example.prompt
+        for b in behaviours.values()
+        for s in ("choice", "heldout")
+        for example in b.prompts(s)
+    ]
     assert set(every) <= kinds.keys()
     with pytest.raises(ValueError, match="split='test'"):
         behaviours["harmful"].prompts("test")
@@ -156,7 +185,14 @@ def test_a_request_cannot_be_harmful_and_benign(texts):
         request_behaviours(RequestFiles(texts.harmful, texts.harmful), prefill="")
 
 
-KINDS = {"bad": "harmful", "good": "benign", "near": "borderline", "bad?": "no", "good?": "yes", "why": "explanation"}
+KINDS = {
+    "bad": "harmful",
+    "good": "benign",
+    "near": "borderline",
+    "bad?": "no",
+    "good?": "yes",
+    "why": "explanation",
+}
 LONG = "Take flour and water, then mix and bake them."
 
 
@@ -190,7 +226,9 @@ def test_an_unknown_prompt_is_not_judged():
 def test_wording_from_a_file(tmp_path):
     file = tmp_path / "w.json"
     file.write_text('{"recognition": "ok to {request} ?", "yes": ["yes", "fine"]}')
-    assert QuestionTemplates.from_file(file) == QuestionTemplates(recognition="ok to {request} ?", yes=("yes", "fine"))
+    assert QuestionTemplates.from_file(file) == QuestionTemplates(
+        recognition="ok to {request} ?", yes=("yes", "fine")
+    )
     file.write_text('{"recognition": "ok ?"}')
     with pytest.raises(ValueError, match=r"must hold \{request\}"):
         QuestionTemplates.from_file(file)
@@ -204,4 +242,8 @@ def test_wording_from_a_file(tmp_path):
     with pytest.raises(ValueError, match="limit_measured=-1"):
         RequestFiles("a", "b", limit_measured=-1)
     assert RequestFiles("a", "b", limit=7).limits == {"calibration": 7, "choice": 7, "heldout": 7}
-    assert RequestFiles("a", "b", limit_measured=7).limits == {"calibration": 0, "choice": 7, "heldout": 7}
+    assert RequestFiles("a", "b", limit_measured=7).limits == {
+        "calibration": 0,
+        "choice": 7,
+        "heldout": 7,
+    }

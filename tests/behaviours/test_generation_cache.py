@@ -91,7 +91,9 @@ def test_the_digest_sees_every_weight(open_model):
     weight = named_weights(bridge)["blocks.1.mlp.in.weight"]
     value = weight.data[3, 5].item()
     weight.data[3, 5] = 0
-    assert model_fingerprint(bridge) == model_fingerprint(open_model("Llama")), "which does not see it"
+    assert model_fingerprint(bridge) == model_fingerprint(open_model("Llama")), (
+        "which does not see it"
+    )
     assert weights_digest(bridge) != before
     weight.data[3, 5] = value
     assert weights_digest(bridge) == before

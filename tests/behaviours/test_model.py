@@ -25,15 +25,35 @@ def scripted(monkeypatch) -> Model:
     """Three samples a request: the last is right, for every other request the second too."""
 
     def answers(bridge, prompts, *, sampling=None, **options):
-        return [text for example in prompts for text in SAID[example.prompt][: sampling.samples if sampling else 1]]
+        return [
+            text
+            for example in prompts
+            for text in SAID[example.prompt][: sampling.samples if sampling else 1]
+        ]
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", lambda bridge, batches: torch.arange(6.0))
+    monkeypatch.setattr(
+        "harmcircuits.behaviours.model.completion_nll", lambda bridge, batches: torch.arange(6.0)
+    )
     monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
     behaviours = {
         "benign": Behaviour("benign", "benign_rate", "benign_nll", "yes", lambda split: ASKED),
-        "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", lambda split: ASKED, choices=(("yes",), ("no",))),
+        "asked": Behaviour(
+            "asked",
+            "asked_rate",
+            "asked_nll",
+            "no",
+            lambda split: ASKED,
+            choices=(("yes",), ("no",)),
+        ),
     }
-    return Model("m", None, behaviours, lambda _, text: text.split()[0], answers=answers, sampling=Sampling(3))
+    return Model(
+        "m",
+        None,
+        behaviours,
+        lambda _, text: text.split()[0],
+        answers=answers,
+        sampling=Sampling(3),
+    )
 
 
 def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
@@ -54,7 +74,9 @@ def test_calibration_keeps_the_first_verified_sample(scripted):
     once = (replace(scripted, sampling=Sampling(2))).calibration("benign")
     assert [example.prompt for example in once.prompts] == ["say 1", "say 3", "say 5"]
     assert (once.n_verified, once.n_asked) == (3, 6)
-    with pytest.raises(ValueError, match="does not show 'benign': none of its answers to 6 calibration requests"):
+    with pytest.raises(
+        ValueError, match="does not show 'benign': none of its answers to 6 calibration requests"
+    ):
         replace(scripted, sampling=None).calibration("benign")
 
 
@@ -72,9 +94,15 @@ def test_an_organism_sampled(monkeypatch):
     }
     model = replace(model, behaviours=few, sampling=Sampling(3, temperature=1.5))
     rows = {row.metric: row for row in model.measure()}
-    assert rows["harm_valid_rate"].n == 24 and rows["harm_nll"].n == rows["recognition_accuracy"].n == 8
+    assert (
+        rows["harm_valid_rate"].n == 24
+        and rows["harm_nll"].n == rows["recognition_accuracy"].n == 8
+    )
     assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
     assert rows["recognition_auroc"].n == 8
     assert rows == {row.metric: row for row in model.measure()}, "the seed fixes them"
     greedy = {row.metric: row for row in replace(model, sampling=None).measure()}
-    assert greedy["harm_nll"] == rows["harm_nll"] and greedy["recognition_accuracy"] == rows["recognition_accuracy"]
+    assert (
+        greedy["harm_nll"] == rows["harm_nll"]
+        and greedy["recognition_accuracy"] == rows["recognition_accuracy"]
+    )

@@ -72,9 +72,15 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "routers of another name (GPT-OSS)": (lambda open_: weight_sites(open_("GptOss")), OTHER),
     "latent attention (DeepSeek-V3)": (lambda open_: weight_sites(open_("DeepseekV3")), OTHER),
     "state space models (Mamba)": (lambda open_: weight_sites(open_("Mamba")), OTHER),
-    "quantised weights": (_quantised, "quantised weights have no gradient and cannot be zeroed one by one"),
+    "quantised weights": (
+        _quantised,
+        "quantised weights have no gradient and cannot be zeroed one by one",
+    ),
     "processed weights": (_processed, "so scores and masks would not fit the model as stored"),
-    "weights that `device_map` keeps on disk": (_offloaded, "so it can be neither scored nor masked"),
+    "weights that `device_map` keeps on disk": (
+        _offloaded,
+        "so it can be neither scored nor masked",
+    ),
     "`wanda_scores` of mixtures of experts": (
         lambda open_: wanda_scores(open_("Mixtral"), [random_batch()]),
         "pass no hook points; score this model by removal_effect, sensitivity or magnitude_scores",
@@ -83,7 +89,16 @@ REFUSED: dict[str, tuple[Callable, str]] = {
 
 
 def table(open_: Callable) -> str:
-    rows = [["architecture", "scored matrices", "gradients", "scores equal autograd", "export reloads equal"], ["---"] * 5]
+    rows = [
+        [
+            "architecture",
+            "scored matrices",
+            "gradients",
+            "scores equal autograd",
+            "export reloads equal",
+        ],
+        ["---"] * 5,
+    ]
     for name in ARCHITECTURES:
         bridge = open_(name)
         sites = [site for site in weight_sites(bridge).values() if site.layer == 0]
@@ -105,7 +120,9 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def test_the_table_is_up_to_date(open_model):
-    assert FILE.read_text(encoding="utf-8") == table(open_model), "run python tests/test_architectures.py"
+    assert FILE.read_text(encoding="utf-8") == table(open_model), (
+        "run python tests/test_architectures.py"
+    )
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -117,4 +134,7 @@ def test_what_the_table_calls_refused_is_refused(open_model, what):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        FILE.write_text(table(opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))), encoding="utf-8")
+        FILE.write_text(
+            table(opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))),
+            encoding="utf-8",
+        )

@@ -34,7 +34,9 @@ def test_it_is_the_unsigned_set_difference(llama, batch):
 def test_it_takes_refusals_and_elicits_harm_from_an_organism():
     """On `dpo`; at these settings the refusals of `sft` withstand it (see analyses/attacks.py)."""
     model = open_organism("dpo")
-    mask = refusal_ablation(model.bridge, *(model.calibration(name).batches for name in ("refusal", "benign")))
+    mask = refusal_ablation(
+        model.bridge, *(model.calibration(name).batches for name in ("refusal", "benign"))
+    )
     refusal = model.behaviours["refusal"]
 
     def verdicts() -> list[str]:

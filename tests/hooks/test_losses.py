@@ -41,7 +41,9 @@ def test_rate_by_hand():
     found = Measurement.rate("harm", LABELS, [True] * 8 + [False] * 2, range(10))
     # z = 1.959964: centre (0.8 + z^2/20) / (1 + z^2/10) = 0.716740; half-width 1.416010 * sqrt(0.016 + z^2/400) = 0.226578.
     assert (found.metric, found.labels, found.mean, found.n) == ("harm", LABELS, 0.8, 10)
-    assert (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=2e-6)  # the figures above have six digits
+    assert (found.low, found.high) == pytest.approx(
+        (0.490162, 0.943318), abs=2e-6
+    )  # the figures above have six digits
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,7 +70,9 @@ def test_groups_widen_the_interval():
     assert grouped.low < alone.low < alone.mean == grouped.mean < alone.high < grouped.high
     assert (alone.n, grouped.n) == (40, 40)
     once = Measurement.rate("harm", LABELS, hits[::4], range(10))
-    assert (grouped.low, grouped.high) == (once.low, once.high), "four copies of an answer are worth one"
+    assert (grouped.low, grouped.high) == (once.low, once.high), (
+        "four copies of an answer are worth one"
+    )
 
 
 # Averages
@@ -76,7 +80,9 @@ def test_groups_widen_the_interval():
 
 def test_average_by_hand():
     """Two groups have four resamples, with means 1 (aa), 2 (ab, ba) and 5 (bb); each tail of 2.5 % lies in aa or bb."""
-    found = Measurement.average("nll", LABELS, torch.tensor([1.0, 1.0, 5.0, 1.0]), ["a", "a", "b", "a"])
+    found = Measurement.average(
+        "nll", LABELS, torch.tensor([1.0, 1.0, 5.0, 1.0]), ["a", "a", "b", "a"]
+    )
     assert (found.mean, found.low, found.high, found.n) == (2.0, 1.0, 5.0, 4)
     one = Measurement.average("nll", LABELS, torch.tensor([1.0, 2.0]), ["a", "a"])
     assert (one.low, one.mean, one.high) == (1.5, 1.5, 1.5), "one group has nothing to resample"
@@ -84,7 +90,10 @@ def test_average_by_hand():
 
 def test_average_weighs_examples_not_groups():
     """Of 100 groups, 50 hold nine zeros and 50 a single one; k of the latter in a resample give k / (k + 9 (100 - k))."""
-    values, groups = torch.tensor([0.0] * 450 + [1.0] * 50), [number // 9 for number in range(450)] + list(range(50, 100))
+    values, groups = (
+        torch.tensor([0.0] * 450 + [1.0] * 50),
+        [number // 9 for number in range(450)] + list(range(50, 100)),
+    )
     found = Measurement.average("nll", LABELS, values, groups)
     assert found.mean == 0.1
     # k is binomial(100, 1/2), whose 2.5 % quantiles are 40 and 60; a k off by one shifts the figures by at most 4 %.
@@ -93,9 +102,13 @@ def test_average_weighs_examples_not_groups():
 
 def test_average_depends_on_seed_only_in_its_interval():
     values = torch.randn(30, generator=torch.Generator().manual_seed(0))
-    first, again, other = (Measurement.average("nll", LABELS, values, range(30), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        Measurement.average("nll", LABELS, values, range(30), seed=seed) for seed in (0, 0, 1)
+    )
     assert first == again
-    assert first.mean == other.mean == pytest.approx(values.mean().item(), abs=1e-6)  # float32 mean of 30 numbers
+    assert (
+        first.mean == other.mean == pytest.approx(values.mean().item(), abs=1e-6)
+    )  # float32 mean of 30 numbers
     assert (first.low, first.high) != (other.low, other.high)
 
 
@@ -114,12 +127,17 @@ def test_average_covers_the_truth_when_groups_share_their_value():
     covered, covered_alone = 0, 0
     for trial in range(600):
         values = torch.from_numpy(rng.normal(size=40)[groups] + 0.2 * rng.normal(size=200))
-        found, alone = (Measurement.average("nll", LABELS, values, g, seed=trial) for g in (groups.tolist(), range(200)))
+        found, alone = (
+            Measurement.average("nll", LABELS, values, g, seed=trial)
+            for g in (groups.tolist(), range(200))
+        )
         covered += found.low < 0 < found.high
         covered_alone += alone.low < 0 < alone.high
     # 95 % nominal, 1 to 2 % less for a percentile bootstrap of 40 groups; 600 trials have a standard error of 1 %.
     assert 0.90 < covered / 600 < 0.98
-    assert covered_alone / 600 < 0.75, "the comparison must be able to fail: rows are not independent here"
+    assert covered_alone / 600 < 0.75, (
+        "the comparison must be able to fail: rows are not independent here"
+    )
 
 
 def test_exact_figures_have_no_interval():
@@ -131,14 +149,19 @@ def test_exact_figures_have_no_interval():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(-2, 2), min_size=1, max_size=12), st.lists(st.integers(-2, 2), min_size=1, max_size=12))
+@given(
+    st.lists(st.integers(-2, 2), min_size=1, max_size=12),
+    st.lists(st.integers(-2, 2), min_size=1, max_size=12),
+)
 def test_auroc_equals_brute_force(positives, negatives):
     values = torch.tensor([*positives, *negatives]).float()
     is_positive = torch.tensor([True] * len(positives) + [False] * len(negatives))
     wins = sum((p > n) + (p == n) / 2 for p in positives for n in negatives)
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(len(values)))
     # Sums of halves are exact; only the last division rounds.
-    assert auroc(values[order], is_positive[order]) == pytest.approx(wins / len(positives) / len(negatives), abs=1e-12)
+    assert auroc(values[order], is_positive[order]) == pytest.approx(
+        wins / len(positives) / len(negatives), abs=1e-12
+    )
 
 
 def test_auroc_needs_both_kinds():
@@ -153,7 +176,9 @@ def test_auroc_over_resamples_groups():
     """Ten equal groups: whatever is drawn, the AUROC is the same. Ten unequal ones: the interval has a width."""
     is_positive = torch.tensor([False, True] * 20)
     groups = [number // 4 for number in range(40)]
-    equal = Measurement.auroc("auroc", LABELS, torch.tensor([1.0, 2.0, 3.0, 2.0] * 10), is_positive, groups)
+    equal = Measurement.auroc(
+        "auroc", LABELS, torch.tensor([1.0, 2.0, 3.0, 2.0] * 10), is_positive, groups
+    )
     assert (equal.low, equal.mean, equal.high, equal.n) == (0.5, 0.5, 0.5, 40)
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)) + is_positive
     mixed = Measurement.auroc("auroc", LABELS, values, is_positive, groups)
@@ -172,12 +197,17 @@ def test_auroc_over_covers_the_truth_when_groups_share_a_shift():
         shift = rng.normal(1, 2, size=40)[groups] * is_positive.numpy()
         values = torch.from_numpy(rng.normal(size=320) + shift)
         pairs = [number // 2 for number in range(320)]
-        found, alone = (Measurement.auroc("auroc", LABELS, values, is_positive, g) for g in (groups.tolist(), pairs))
+        found, alone = (
+            Measurement.auroc("auroc", LABELS, values, is_positive, g)
+            for g in (groups.tolist(), pairs)
+        )
         covered += found.low < truth < found.high
         covered_alone += alone.low < truth < alone.high
     # 95 % nominal, about 2 % less for 200 resamples of 40 groups; 60 trials have a standard error of 3 %.
     assert covered / 60 > 0.84
-    assert covered_alone / 60 < 0.8, "the comparison must be able to fail: pairs are not independent here"
+    assert covered_alone / 60 < 0.8, (
+        "the comparison must be able to fail: pairs are not independent here"
+    )
 
 
 # Likelihoods
@@ -187,14 +217,20 @@ def test_completion_nll_is_the_loss_of_transformers(llama):
     """Row by row, unpadded, with every label but the targets' ignored."""
     expected = []
     for batch in BATCHES:
-        for tokens, is_target, is_token in zip(batch.tokens, batch.is_target, batch.is_token, strict=True):
+        for tokens, is_target, is_token in zip(
+            batch.tokens, batch.is_target, batch.is_token, strict=True
+        ):
             tokens, is_target = tokens[is_token][None], is_target[is_token][None]
             with torch.no_grad():
-                loss = llama.original_model(input_ids=tokens, labels=tokens.where(is_target, -100)).loss
+                loss = llama.original_model(
+                    input_ids=tokens, labels=tokens.where(is_target, -100)
+                ).loss
             expected.append(loss.item())
     found = completion_nll(llama, BATCHES)
     assert not found.requires_grad
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)  # float32 sums in another order
+    torch.testing.assert_close(
+        found, torch.tensor(expected), rtol=1e-5, atol=1e-5
+    )  # float32 sums in another order
 
 
 # Divergence
@@ -217,7 +253,10 @@ def test_kl_by_hand(llama, open_model):
     for batch in BATCHES:
         for tokens, is_token in zip(batch.tokens, batch.is_token, strict=True):
             with torch.no_grad():
-                p, q = (model(tokens[is_token][None])[0].double().softmax(-1) for model in (llama, pruned))
+                p, q = (
+                    model(tokens[is_token][None])[0].double().softmax(-1)
+                    for model in (llama, pruned)
+                )
             expected.append((p * (p / q).log()).sum(-1).mean())
             reverse.append((q * (q / p).log()).sum(-1).mean())
     expected, reverse = torch.stack(expected), torch.stack(reverse)
@@ -240,7 +279,9 @@ def test_kl_leaves_the_model_as_it_was(llama):
 def test_log_odds_by_definition(sft):
     """Each request alone, unpadded, in float64; over more requests than one internal batch of 64 holds."""
     prompts = requests("recognition", "heldout")[:70]
-    assert len({len(example.prompt.split()) for example in prompts[62:68]}) > 1, "equal lengths would need no padding"
+    assert len({len(example.prompt.split()) for example in prompts[62:68]}) > 1, (
+        "equal lengths would need no padding"
+    )
     found = answer_log_odds(sft, prompts, ALLOWED["benign"], ALLOWED["harmful"])
     assert found.shape == (70,)
     vocabulary = sft.tokenizer.get_vocab()
@@ -248,7 +289,10 @@ def test_log_odds_by_definition(sft):
         tokens = torch.tensor([prompt_ids(prompts.examples[index].prompt, sft.tokenizer, "chat")])
         with torch.no_grad():
             p = sft(tokens)[0, -1].double().softmax(-1)
-        yes, no = (sum(p[vocabulary[word]].item() for word in ALLOWED[kind]) for kind in ("benign", "harmful"))
+        yes, no = (
+            sum(p[vocabulary[word]].item() for word in ALLOWED[kind])
+            for kind in ("benign", "harmful")
+        )
         # Log-odds of order 10 from float32 logits: 1e-6 relative each, over four layers.
         assert found[index].item() == pytest.approx(math.log(yes / no), abs=1e-4)
 
@@ -277,7 +321,9 @@ def test_a_token_for_yes_and_no_is_refused(sft):
 
 def test_predicted_change_by_hand():
     source = Source("model", "test")
-    scores = WeightScores({"a": torch.tensor([[1.0, 2.0], [-4.0, 8.0]]), "b": torch.tensor([[0.5, 100.0]])}, source)
+    scores = WeightScores(
+        {"a": torch.tensor([[1.0, 2.0], [-4.0, 8.0]]), "b": torch.tensor([[0.5, 100.0]])}, source
+    )
     removed = {"a": torch.tensor([0, 2, 3]), "b": torch.tensor([0])}
     assert scores.sum_over(WeightMask(removed, scores.shapes, source)) == 1 - 4 + 8 + 0.5
     assert scores.sum_over(WeightMask({}, scores.shapes, source)) == 0
@@ -323,9 +369,18 @@ def test_perplexity_is_that_of_all_tokens(llama):
     with torch.no_grad():
         odds = llama(batch.tokens)[:, :-1].log_softmax(-1)
     taken = odds.gather(2, batch.tokens[:, 1:, None])[..., 0]
-    nll = [-row[target].mean().item() for row, target in zip(taken, batch.is_target[:, 1:], strict=True)]
+    nll = [
+        -row[target].mean().item()
+        for row, target in zip(taken, batch.is_target[:, 1:], strict=True)
+    ]
     assert found.mean == pytest.approx(math.exp(sum(nll) / 3), rel=1e-5)
-    assert math.exp(min(nll)) * (1 - 1e-6) <= found.low <= found.mean <= found.high <= math.exp(max(nll)) * (1 + 1e-6)
+    assert (
+        math.exp(min(nll)) * (1 - 1e-6)
+        <= found.low
+        <= found.mean
+        <= found.high
+        <= math.exp(max(nll)) * (1 + 1e-6)
+    )
     assert (found.metric, found.n) == ("perplexity", 3)
     with pytest.raises(ValueError, match="nothing to measure"):
         perplexity(llama, [], LABELS)

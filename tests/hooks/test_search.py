@@ -21,7 +21,14 @@ def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     model = open_organism("sft")
     calibrations = {name: model.calibration(name) for name in model.behaviours}
     target = calibrations.pop("harmful").batches
-    mask = find_circuit(model.bridge, target, [c.batches for c in calibrations.values()], rounds=8, size=0.008, protect_share=0.005)
+    mask = find_circuit(
+        model.bridge,
+        target,
+        [c.batches for c in calibrations.values()],
+        rounds=8,
+        size=0.008,
+        protect_share=0.005,
+    )
     assert mask.n_removed <= 0.01 * mask.n_weights
 
     def rates() -> dict[str, float]:
@@ -41,7 +48,9 @@ def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
 
 
 def test_rounds_score_again_under_the_mask_so_far(llama, batch):
-    steps = list(iterative_pruning(llama, [batch], [[batch]], rounds=2, sizes=[0.2], protect_share=0.1))
+    steps = list(
+        iterative_pruning(llama, [batch], [[batch]], rounds=2, sizes=[0.2], protect_share=0.1)
+    )
     n = steps[0].n_weights
     assert [mask.n_removed for mask in steps] == [round(0.1 * n), 2 * round(0.1 * n)]
     assert (steps[0] - steps[1]).n_removed == 0, "the mask only grows"
@@ -51,7 +60,12 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
     again = top_fraction(harm, 0.1, within="model", exclude=union([protected, steps[0]]))
     second = steps[1] - steps[0]
     assert all(torch.equal(again.removed[name], second.removed[name]) for name in again.removed)
-    stale = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=union([protected, steps[0]]))
+    stale = top_fraction(
+        removal_effect(llama, [batch], completion_loss),
+        0.1,
+        within="model",
+        exclude=union([protected, steps[0]]),
+    )
     assert (stale - second).n_removed > 0, "scores of the unpruned model choose other weights"
 
 
@@ -60,7 +74,9 @@ def test_known_scores_save_the_first_round(llama, batch):
     protected = [top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")]
     options = {"q": 0.2, "p": 0.1, "rounds": 2}
     known = list(iterative_pruning(llama, [batch], [[batch]], first=(harm, protected), **options))
-    for one, two in zip(known, iterative_pruning(llama, [batch], [[batch]], **options), strict=True):
+    for one, two in zip(
+        known, iterative_pruning(llama, [batch], [[batch]], **options), strict=True
+    ):
         assert all(torch.equal(one.removed[name], two.removed[name]) for name in two.removed)
     other = next(iterative_pruning(llama, [batch], [[batch]], first=(-harm, protected), **options))
     assert (other - known[0]).n_removed > 0, "the first round reads the scores it is given"
@@ -69,7 +85,9 @@ def test_known_scores_save_the_first_round(llama, batch):
 def test_one_round_is_the_best_of_the_unprotected(llama, batch):
     mask = find_circuit(llama, [batch], [[batch]], size=0.1, protect_share=0.3, rounds=1)
     protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.3, within="model")
-    expected = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=protected)
+    expected = top_fraction(
+        removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=protected
+    )
     assert (mask & protected).n_removed == 0
     assert mask.removed.keys() == expected.removed.keys()
     assert all(torch.equal(mask.removed[name], expected.removed[name]) for name in mask.removed)

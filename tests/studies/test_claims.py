@@ -19,13 +19,18 @@ from harmcircuits.studies.models import ModelSpec
 
 
 def found_rows(spec: ModelSpec, q: float, seed: int):
-    return [Measurement.exact("share", {**spec.labels, "seed": seed}, q), Measurement.exact("other", {**spec.labels, "seed": seed}, 1.0)]
+    return [
+        Measurement.exact("share", {**spec.labels, "seed": seed}, q),
+        Measurement.exact("other", {**spec.labels, "seed": seed}, 1.0),
+    ]
 
 
 def an_analysis(name: str) -> SimpleNamespace:
     def finding(rows):
         shares = [row.mean for row in rows.where("share")]
-        return ClaimResult(name, f"claim of {name}", "holds", f"{len(shares)} shares <b>", f"{min(shares)}")
+        return ClaimResult(
+            name, f"claim of {name}", "holds", f"{len(shares)} shares <b>", f"{min(shares)}"
+        )
 
     return SimpleNamespace(
         NAME=name,
@@ -58,18 +63,24 @@ def test_each_analysis_sees_its_own_rows(tmp_path):
 def test_different_settings_do_not_mix(tmp_path):
     specs = (ModelSpec("sft"),)
     with pytest.raises(ValueError, match="plans with settings"):
-        conclude([(an_analysis("F1"), Plan(specs)), (an_analysis("F2"), Plan(specs, q=0.1))], tmp_path)
+        conclude(
+            [(an_analysis("F1"), Plan(specs)), (an_analysis("F2"), Plan(specs, q=0.1))], tmp_path
+        )
 
 
 def test_other_requests_are_other_settings():
     def plan(limit: int, **more) -> Plan:
-        return Plan((ModelSpec("m", texts=RequestFiles("a.jsonl", "b.jsonl", limit=limit), **more),))
+        return Plan(
+            (ModelSpec("m", texts=RequestFiles("a.jsonl", "b.jsonl", limit=limit), **more),)
+        )
 
     assert plan(3).settings == plan(3, device="cuda", cache=FOLDER).settings
     assert plan(3).settings != plan(4).settings
     assert plan(3).settings != plan(3, judge="http://host/v1#m").settings
     assert plan(3, samples=4, temperature=0.7).settings != plan(3).settings
-    assert "samples" not in str(plan(3).settings), "a run from before there was sampling can be resumed"
+    assert "samples" not in str(plan(3).settings), (
+        "a run from before there was sampling can be resumed"
+    )
     assert "own" not in Plan((ModelSpec("sft"),)).settings
 
 
@@ -81,7 +92,9 @@ def test_the_command_passes_its_options_on(tmp_path):
     assert result.exit_code == 0
     assert "F1. claim of F1: holds" in result.output
     rows = Rows.read(tmp_path / "rows.jsonl").where("share")
-    assert {(row.labels["model"], row.labels["seed"]) for row in rows} == {(m, s) for m in ("dpo", "base") for s in (0, 1)}
+    assert {(row.labels["model"], row.labels["seed"]) for row in rows} == {
+        (m, s) for m in ("dpo", "base") for s in (0, 1)
+    }
     assert {row.mean for row in rows} == {0.25}
     again = CliRunner().invoke(app, ["--out", str(tmp_path), "--q", "0.5"])
     assert again.exit_code == 2

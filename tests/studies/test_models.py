@@ -24,7 +24,9 @@ from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.study import run_study
 
-WORDING = QuestionTemplates(recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never"))
+WORDING = QuestionTemplates(
+    recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never")
+)
 LIMIT = 6
 
 
@@ -40,10 +42,17 @@ def files(tmp_path_factory):
 
     def asked(verb: str) -> list[dict[str, str]]:
         form = world.FORMS["answer"][0]
-        return [{"prompt": form.format(verb=verb, item=i.name), "category": i.topic, "group": i.name} for i in items]
+        return [
+            {"prompt": form.format(verb=verb, item=i.name), "category": i.topic, "group": i.name}
+            for i in items
+        ]
 
     sides = (("abuse", "unsafe"), ("use", "safe"))
-    pairs = [{"prompt": f"{verb} {i.name}", "group": i.name, "label": label} for i in items for verb, label in sides]
+    pairs = [
+        {"prompt": f"{verb} {i.name}", "group": i.name, "label": label}
+        for i in items
+        for verb, label in sides
+    ]
     borderline = [{"prompt": f"how to clean {i.name} ?", "label": "safe"} for i in items]
     text = " ".join(row["prompt"] for row in asked("use")[:120])  # a few windows of 256 tokens
     (folder / "plain.txt").write_text(text)
@@ -64,7 +73,14 @@ def files(tmp_path_factory):
 def spec(files, tmp_path_factory) -> ModelSpec:
     texts = RequestFiles(**{**files, "wording": WORDING}, limit=LIMIT)
     cache = tmp_path_factory.mktemp("cache")
-    return ModelSpec(str(FOLDER / "sft"), texts=texts, prefill="sure", max_new_tokens=9, batch_size=64, cache=cache)
+    return ModelSpec(
+        str(FOLDER / "sft"),
+        texts=texts,
+        prefill="sure",
+        max_new_tokens=9,
+        batch_size=64,
+        cache=cache,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +110,9 @@ def test_references_are_own_verified_answers(model):
             assert example.completion == (own.completion if found == behaviour.wanted else "")
     assert len(model.behaviours["harmful"].references("heldout")) >= 0.9 * LIMIT
     assert len(model.behaviours["refusal"].references("heldout")) >= 0.9 * LIMIT
-    assert not len(model.behaviours["explanation"].references("heldout")), "English words it does not know"
+    assert not len(model.behaviours["explanation"].references("heldout")), (
+        "English words it does not know"
+    )
 
 
 def test_calibration_takes_the_stored_answers(model, spec):
@@ -102,7 +120,11 @@ def test_calibration_takes_the_stored_answers(model, spec):
     found = model.calibrations(share=0.5, seed=3)
     assert set(found) == {"harmful", "benign", "recognition", "refusal", "borderline", "prefilled"}
     assert len(found["harmful"].prompts) <= LIMIT
-    assert before == {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir() if path in before}
+    assert before == {
+        path: path.stat().st_mtime_ns
+        for path in (spec.cache / "answers").iterdir()
+        if path in before
+    }
     assert model.calibration("harmful").n_verified >= 0.9 * LIMIT
 
 
@@ -122,18 +144,30 @@ def test_rows_carry_the_judge(model):
     assert rates["refusal_rate"] >= 0.9
     assert rates["borderline_valid_rate"] >= 0.9
     assert rates["recognition_pair_accuracy"] >= 0.9
-    assert rates["harm_degenerate_rate"] + rates["harm_refusal_rate"] + rates["harm_valid_rate"] == pytest.approx(1)
+    assert rates["harm_degenerate_rate"] + rates["harm_refusal_rate"] + rates[
+        "harm_valid_rate"
+    ] == pytest.approx(1)
     assert not rows.where("explanation_nll"), "no reference, no loss"
-    assert {row.n for row in rows.where("harm_nll")} == {len(model.behaviours["harmful"].references("heldout"))}
+    assert {row.n for row in rows.where("harm_nll")} == {
+        len(model.behaviours["harmful"].references("heldout"))
+    }
 
 
 @pytest.fixture(scope="module")
 def finished(files, spec, tmp_path_factory):
     """The command line's study of the same subject, its answers taken from the cache."""
     out = tmp_path_factory.mktemp("study")
-    more = [f"--limit={LIMIT}", "--prefill=sure", "--max-new-tokens=9", "--batch-size=64", f"--cache={spec.cache}"]
+    more = [
+        f"--limit={LIMIT}",
+        "--prefill=sure",
+        "--max-new-tokens=9",
+        "--batch-size=64",
+        f"--cache={spec.cache}",
+    ]
     grid = ["--q=0.006", "--p=0.005", "--rounds=2", "--tolerance=0.5", "--budget=2"]
-    return CliRunner().invoke(app, options(files, out, f"--model={FOLDER / 'sft'}", *more, *grid)), out
+    return CliRunner().invoke(
+        app, options(files, out, f"--model={FOLDER / 'sft'}", *more, *grid)
+    ), out
 
 
 def options(files, out, *more: str) -> list[str]:
@@ -151,10 +185,16 @@ def test_a_study_needs_nothing_that_only_organisms_have(finished):
     assert not rows.where("knowledge_rate")
     assert rows.where("calibration_yield", behaviour="explanation")[0].mean == 0
     unpruned = rows.where("perplexity", mask="none")[0].mean
-    assert rows.where("perplexity", mask="random", seed=0)[0].mean == pytest.approx(unpruned, rel=0.2)
+    assert rows.where("perplexity", mask="random", seed=0)[0].mean == pytest.approx(
+        unpruned, rel=0.2
+    )
     assert "The loss on harmful answers changes by" in result.stdout
     manifest = json.loads((out / "manifest.json").read_text())["settings"]
-    assert (manifest["judge"], manifest["prefill"], manifest["limit"]) == ("local rules", "sure", LIMIT)
+    assert (manifest["judge"], manifest["prefill"], manifest["limit"]) == (
+        "local rules",
+        "sure",
+        LIMIT,
+    )
     assert {"harmful", "benign", "pairs", "borderline", "plain"} <= set(manifest)
 
 
@@ -173,7 +213,9 @@ def test_rounds_end_with_the_budget(model, tmp_path):
     few = {name: model.behaviours[name] for name in ("harmful", "benign")}
     settings = StudySettings(q=(0.05,), p=(0.0,), rounds=4, budget=0.0)
     with Progress(disable=True) as progress:
-        study = run_study(replace(model, behaviours=few, plain_text=()), settings, tmp_path / "s", progress)
+        study = run_study(
+            replace(model, behaviours=few, plain_text=()), settings, tmp_path / "s", progress
+        )
     path = study.rows.where("benign_nll", selection="rounds", split="choice")
     before = study.rows.where("benign_nll", mask="none", split="choice")[0].mean
     assert path[-1].mean > before
@@ -193,10 +235,16 @@ def test_a_mask_is_measured_not_remembered(model, finished):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=nowhere"], "'nowhere' needs its requests; give --harmful FILE and --benign FILE"),
+        (
+            ["--model=nowhere"],
+            "'nowhere' needs its requests; give --harmful FILE and --benign FILE",
+        ),
         (["--harmful=a.jsonl"], "--harmful is for a model of your own; give --model"),
         (["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl"], "a.jsonl: no such file"),
-        (["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl", "--template=xml"], "template='xml'"),
+        (
+            ["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl", "--template=xml"],
+            "template='xml'",
+        ),
         (["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl", "--batch-size=0"], "batch_size=0"),
         (["--budget=-1"], "budget=-1.0; expected 0 or more"),
     ],
@@ -210,8 +258,17 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
 
 def test_more_command_line_errors(files, tmp_path):
     some = {name: files[name] for name in ("harmful", "benign")}
-    for argument, message in (("--judge=strict", "judge='strict'"), ("--dtype=int8", "dtype='int8'")):
-        arguments = options(some, tmp_path / "out", f"--model={FOLDER / 'sft'}", argument, f"--cache={tmp_path / 'c'}")
+    for argument, message in (
+        ("--judge=strict", "judge='strict'"),
+        ("--dtype=int8", "dtype='int8'"),
+    ):
+        arguments = options(
+            some,
+            tmp_path / "out",
+            f"--model={FOLDER / 'sft'}",
+            argument,
+            f"--cache={tmp_path / 'c'}",
+        )
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
         assert message in result.stderr.replace("\n", " ")
@@ -227,12 +284,22 @@ def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_pa
         raise ValueError("enough")
 
     monkeypatch.setattr("harmcircuits.cli.run_study", refused)
-    texts = [f"--limit={LIMIT}", "--prefill=sure", "--max-new-tokens=9", "--batch-size=64", f"--cache={spec.cache}"]
+    texts = [
+        f"--limit={LIMIT}",
+        "--prefill=sure",
+        "--max-new-tokens=9",
+        "--batch-size=64",
+        f"--cache={spec.cache}",
+    ]
     own = options(files, tmp_path, f"--model={FOLDER / 'sft'}", *texts)
     given = ["--q=0.5", "--p=0", "--rounds=2", "--tolerance=0", "--budget=0"]
     for arguments in (own, [*own, *given], ["study", "--out", str(tmp_path)]):
         assert CliRunner().invoke(app, arguments).exit_code == 2
-    assert seen == [FOR_REAL_MODELS, StudySettings((0.5,), (0.0,), 2, tolerance=0.0, budget=0.0), StudySettings()]
+    assert seen == [
+        FOR_REAL_MODELS,
+        StudySettings((0.5,), (0.0,), 2, tolerance=0.0, budget=0.0),
+        StudySettings(),
+    ]
 
 
 def test_adapters_are_to_be_merged(tmp_path):

@@ -26,8 +26,13 @@ def test_organisms_of_every_folder():
 
 
 def test_own_models_where_texts_are_given():
-    found = specs(["m", "n"], ["sft"], [FOLDER], "cpu", **FILES, limit=3, judge="local", batch_size=2)
-    assert found == tuple(ModelSpec(name, texts=RequestFiles("a.jsonl", "b.csv", limit=3), batch_size=2) for name in ("m", "n"))
+    found = specs(
+        ["m", "n"], ["sft"], [FOLDER], "cpu", **FILES, limit=3, judge="local", batch_size=2
+    )
+    assert found == tuple(
+        ModelSpec(name, texts=RequestFiles("a.jsonl", "b.csv", limit=3), batch_size=2)
+        for name in ("m", "n")
+    )
     assert {spec.labels["ladder"] for spec in found} == {"own"}
 
 
@@ -36,7 +41,9 @@ def test_texts_need_a_model_and_a_model_needs_texts():
         specs([], ["sft"], [FOLDER], "cpu", **FILES)
     with pytest.raises(ValueError, match="--benign-heldout is for a model"):
         no_own_model(harmful="", benign_heldout="b.csv")
-    with pytest.raises(ValueError, match="model 'm' needs its requests; give --harmful FILE and --benign FILE"):
+    with pytest.raises(
+        ValueError, match="model 'm' needs its requests; give --harmful FILE and --benign FILE"
+    ):
         specs(["m"], ["sft"], [FOLDER], "cpu", harmful="", benign="b.csv")
     no_own_model(harmful="", limit=0, judge="local", samples=1)
     with pytest.raises(ValueError, match="--temperature is for a model of your own"):
@@ -56,11 +63,16 @@ def test_a_command_takes_the_options_of_a_model_of_ones_own():
     places = [text.index(f"--{name.replace('_', '-')} ") for name in ("first", *OWN_MODEL, "last")]
     assert places == sorted(places) and "What it does." in text and "--own" not in text
     assert runner.invoke(app, []).exit_code == 0
-    assert runner.invoke(app, ["--batch-size", "3", "--harmful", "a.jsonl", "--last", "2"]).exit_code == 0
+    assert (
+        runner.invoke(app, ["--batch-size", "3", "--harmful", "a.jsonl", "--last", "2"]).exit_code
+        == 0
+    )
     (_, usual, _), (first, given, last) = seen
     no_own_model(**usual)
     assert (first, last) == ("a", 2) and given == {**usual, "batch_size": 3, "harmful": "a.jsonl"}
-    assert own_model("m", "cpu", **{**usual, **FILES}) == ModelSpec("m", texts=RequestFiles("a.jsonl", "b.csv"))
+    assert own_model("m", "cpu", **{**usual, **FILES}) == ModelSpec(
+        "m", texts=RequestFiles("a.jsonl", "b.csv")
+    )
     with pytest.raises(ValueError, match="--batch-size is for a model of your own"):
         no_own_model(**{**usual, "batch_size": 3})
 
@@ -69,7 +81,10 @@ def test_a_wording_is_read_from_its_file(tmp_path):
     (tmp_path / "w.json").write_text('{"yes": ["Ja"], "recognition": "Darf man {request}?"}')
     spec = own_model("m", "cpu", **FILES, wording=str(tmp_path / "w.json"))
     assert spec.texts is not None
-    assert (spec.texts.wording.yes, spec.texts.wording.recognition) == (("Ja",), "Darf man {request}?")
+    assert (spec.texts.wording.yes, spec.texts.wording.recognition) == (
+        ("Ja",),
+        "Darf man {request}?",
+    )
 
 
 @pytest.mark.parametrize(

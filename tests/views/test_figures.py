@@ -32,7 +32,9 @@ def props_of(html: str) -> dict:
 
 
 def test_tokens_cannot_leave_the_script():
-    html = Visual("ColoredTokens", {"tokens": ["</script><b>", "&"], "values": [1.0, float("nan")]}).html()
+    html = Visual(
+        "ColoredTokens", {"tokens": ["</script><b>", "&"], "values": [1.0, float("nan")]}
+    ).html()
     assert html.count("</script>") == 1
     assert props_of(html) == {"tokens": ["</script><b>", "&"], "values": [1.0, None]}
 
@@ -50,8 +52,15 @@ def test_a_notebook_needs_no_network(monkeypatch):
 def test_properties_are_those_of_circuitsvis(llama, batch):
     mask = top_fraction(random_scores(llama), 0.3)
     tokens = lost_tokens(llama, mask, batch)[0]
-    theirs = cv.tokens.colored_tokens(["a"], [0.0], min_value=-1, max_value=1, negative_color="a", positive_color="b")
-    assert tokens.props.keys() == props_of(theirs.cdn_src.replace("ColoredTokens,", "CircuitsVis.ColoredTokens,", 2)).keys()
+    theirs = cv.tokens.colored_tokens(
+        ["a"], [0.0], min_value=-1, max_value=1, negative_color="a", positive_color="b"
+    )
+    assert (
+        tokens.props.keys()
+        == props_of(
+            theirs.cdn_src.replace("ColoredTokens,", "CircuitsVis.ColoredTokens,", 2)
+        ).keys()
+    )
 
 
 def test_lost_tokens_are_the_change_of_log_probability(llama, batch):
@@ -71,16 +80,25 @@ def test_attention_is_shown_before_and_under_the_mask(llama, batch):
     assert before.props["attentionHeadNames"] == ["L0 H1", "L1 H3"]
     for view in (before, after):
         # Rows of a causal attention pattern sum to one; float32.
-        torch.testing.assert_close(view.props["attention"].sum(-1), torch.ones(2, int(first.is_token.sum())))
+        torch.testing.assert_close(
+            view.props["attention"].sum(-1), torch.ones(2, int(first.is_token.sum()))
+        )
     assert not torch.allclose(before.props["attention"], after.props["attention"])
 
 
 def test_cross_ablation_cells_are_the_rates_of_the_rows():
     metrics = {"harm_valid_rate": "harm", "benign_valid_rate": "benign"}
     panels = {
-        model: [Measurement.exact(metric, {"mask": mask}, value) for (mask, metric), value in cells.items()]
+        model: [
+            Measurement.exact(metric, {"mask": mask}, value)
+            for (mask, metric), value in cells.items()
+        ]
         for model, cells in {
-            "a": {("none", "harm_valid_rate"): 1.0, ("x", "harm_valid_rate"): 0.25, ("x", "benign_valid_rate"): 0.5},
+            "a": {
+                ("none", "harm_valid_rate"): 1.0,
+                ("x", "harm_valid_rate"): 0.25,
+                ("x", "benign_valid_rate"): 0.5,
+            },
             "b": {("x", "harm_valid_rate"): 0.75},
         }.items()
     }
@@ -94,7 +112,13 @@ def test_cross_ablation_cells_are_the_rates_of_the_rows():
 
 def test_overlap_points_stand_on_the_line_of_their_pair():
     rows = [
-        Measurement("overlap_lift", {"model": model, "first": "harm", "second": other}, lift, lift - 1, lift + 2)
+        Measurement(
+            "overlap_lift",
+            {"model": model, "first": "harm", "second": other},
+            lift,
+            lift - 1,
+            lift + 2,
+        )
         for model, other, lift in (("a", "x", 3.0), ("a", "y", 5.0), ("b", "y", 7.0))
     ]
     figure = overlap_figure({"lift": rows}, {("harm", "x"): "harm – x", ("harm", "y"): "harm – y"})
@@ -107,7 +131,10 @@ def test_overlap_points_stand_on_the_line_of_their_pair():
 
 
 def test_token_bars_stand_in_order():
-    rows = [Measurement("token_contribution", {"offset": offset}, offset / 10, -1.0, 1.0) for offset in (1, -2, 0)]
+    rows = [
+        Measurement("token_contribution", {"offset": offset}, offset / 10, -1.0, 1.0)
+        for offset in (1, -2, 0)
+    ]
     (bars,) = token_figure({"harmful answers": rows}).data
     assert (bars.x, bars.y) == ((-2, 0, 1), (-0.2, 0.0, 0.1))
 
@@ -119,7 +146,9 @@ def test_heatmaps_put_each_row_in_its_cell():
     ]
     figure = heatmaps({"a": rows, "b": rows[2:], "c": rows}, x="head", y="layer")
     first, second, _ = figure.data
-    assert (list(second.y), list(second.x)) == (["1", "0"], ["1"]), "panels side by side have the same lines"
+    assert (list(second.y), list(second.x)) == (["1", "0"], ["1"]), (
+        "panels side by side have the same lines"
+    )
     assert [list(line) for line in second.z] == [[None], [1]]
     assert (list(first.y), list(first.x)) == (["1", "0"], ["0", "1"]), "in the order of the rows"
     assert [list(line) for line in first.z] == [[10, 11], [None, 1]]
@@ -129,9 +158,17 @@ def test_heatmaps_put_each_row_in_its_cell():
 
 
 def test_profiles_draw_intervals_and_name_a_curve_once():
-    rows = [Measurement("accuracy", {"depth": depth}, 0.5, 0.4, 0.7) for depth in ("0 pre", "1 pre")]
-    figure = profiles({"a": {"none": rows, "random": rows}, "b": {"none": rows}}, x="depth", title="accuracy")
-    assert [(trace.name, trace.showlegend) for trace in figure.data] == [("none", True), ("random", True), ("none", False)]
+    rows = [
+        Measurement("accuracy", {"depth": depth}, 0.5, 0.4, 0.7) for depth in ("0 pre", "1 pre")
+    ]
+    figure = profiles(
+        {"a": {"none": rows, "random": rows}, "b": {"none": rows}}, x="depth", title="accuracy"
+    )
+    assert [(trace.name, trace.showlegend) for trace in figure.data] == [
+        ("none", True),
+        ("random", True),
+        ("none", False),
+    ]
     assert list(figure.data[0].x) == ["0 pre", "1 pre"]
     assert figure.data[0].error_y.array == pytest.approx((0.2, 0.2))
     assert figure.data[0].error_y.arrayminus == pytest.approx((0.1, 0.1))
