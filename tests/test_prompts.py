@@ -1,11 +1,13 @@
-"""Prompt files and batches against hand-built rows and hand-computed token ids.
+"""Prompt files, splits and batches against hand-built rows and hand-computed token ids.
 
-Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a file format that
-loses or reorders fields; an error in a user's file that passes in silence; a digest that misses a change of the data.
+Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a
+file format that loses or reorders fields; an error in a user's file that passes in silence; a digest
+that misses a change of the data; a request in two splits, or one that moves when others are added.
 """
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from harmcircuits.organisms.train import new_tokenizer
-from harmcircuits.prompts import Batch, Example, PromptSet, prompt_ids, tokenize, tokenize_text
+from harmcircuits.prompts import (
+    Batch,
+    Example,
+    PromptSet,
+    prompt_ids,
+    refuse_no_batches,
+    tokenize,
+    tokenize_text,
+)
 
 EXAMPLES = (
     Example("how to use it ?", "sure yes", category="tools", group="one"),
@@ -145,7 +155,50 @@ def test_missing_files_are_refused(tmp_path, read):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "JSONL"])
+def test_a_source_is_read_by_its_suffix(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write_jsonl(path, as_rows(EXAMPLES))
+    assert PromptSet.read(path) == PromptSet.read(str(path)) == PromptSet(EXAMPLES)
+
+
+def test_other_sources_are_csv_files_datasets_and_sets(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,group\na,b\n")
+    assert PromptSet.read(tmp_path / "a.csv").examples == (Example("a", group="b"),)
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    assert PromptSet.read(folder) == PromptSet.of(["a", "b"])
+    assert PromptSet.read(f"{folder}:train[1:]") == PromptSet.of(["b"])
+
+    assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
+    with pytest.raises(ValueError, match=r"no/such-data-set: neither a \.jsonl or \.csv file nor"):
+        PromptSet.read("no/such-data-set")
+
+
 # Sets
+
+
+def test_a_set_is_made_of_requests_pairs_and_examples():
+    pair = Example("where ?", "here")
+    given = ["who ?", ("where ?", "here"), EXAMPLES[0]]
+    prompts = PromptSet.of(given)
+    assert prompts.examples == (Example("who ?"), pair, EXAMPLES[0])
+    assert PromptSet.of(iter(given)) == prompts
+    assert PromptSet.of(prompts) is prompts
+    assert PromptSet.of("who ?").examples == (Example("who ?"),), "not a request a letter"
+    for items, kind in (([3], "int"), ([("a", "b", "c")], "tuple"), ([None], "NoneType")):
+        with pytest.raises(ValueError, match=f"an item is {kind}; expected a request"):
+            PromptSet.of(items)
+    with pytest.raises(ValueError, match="no requests; expected at least one"):
+        PromptSet.of([])
+
+
+def test_a_set_is_sliced_and_not_indexed():
+    assert PromptSet(EXAMPLES)[::2].examples == EXAMPLES[::2]
+    with pytest.raises(TypeError, match=r"slice, not 0.*\.examples"):
+        PromptSet(EXAMPLES)[0]
 
 
 def test_sets_keep_order():
@@ -179,6 +232,56 @@ def test_digest_is_of_prompts_and_completions_in_order():
         digest(("a", "b"), ("c", "d")), digest(("c", "d"), ("a", "b")), digest(("a", "b"), ("a", "b")),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
+
+
+# Splits
+
+
+def walls(n: int) -> PromptSet:
+    examples = []
+    for number in range(n):
+        where = {"category": "abc"[number % 3], "group": f"wall {number}"}
+        examples.append(Example(f"paint wall {number}", **where))
+    return PromptSet(tuple(examples))
+
+
+MANY = walls(200)
+
+
+def test_splits_are_apart_and_stay():
+    sets = MANY.splits()
+    assert list(sets) == ["calibration", "choice", "heldout"]
+    assert sum(map(len, sets.values())) == 200
+    assert {example for members in sets.values() for example in members} == set(MANY)
+    # A share of 0.6 of 200 has a standard error of 7.
+    assert len(sets["calibration"]) == pytest.approx(120, abs=25)
+    for split, members in walls(150).splits().items():
+        assert set(members) <= set(sets[split]), "a request stays where it is"
+    assert {example.category for example in sets["heldout"]} == set("abc")
+
+
+def test_a_group_is_in_one_split():
+    examples = []
+    for number in range(60):
+        examples += [Example(f"{turn} wall {number}", group=f"wall {number}") for turn in "xy"]
+    for members in PromptSet(tuple(examples)).splits().values():
+        assert len(members) == 2 * len({example.group for example in members})
+
+
+def test_given_heldout_requests_are_the_heldout_ones():
+    sets = MANY[:100].splits(MANY[100:])
+    assert sets["heldout"] == MANY[100:]
+    assert set(sets["calibration"]) | set(sets["choice"]) == set(MANY[:100])
+
+
+def test_limits_and_too_few():
+    whole = MANY.splits()
+    sets = MANY.splits(limits={"calibration": 0, "choice": 5, "heldout": 4})
+    sizes = [len(members) for members in sets.values()]
+    assert sizes == [len(whole["calibration"]), 5, 4]
+    assert set(sets["choice"]) <= set(whole["choice"])
+    with pytest.raises(ValueError, match=r"few\.csv: 1 requests leave none for .*give more"):
+        MANY[:1].splits(origin="few.csv")
 
 
 # Batches
@@ -322,6 +425,22 @@ def test_bad_requests_are_refused(tokenizer):
         tokenize(prompts[:1], tokenizer, template="chatml")
     with pytest.raises(ValueError, match="no chat template"):
         tokenize(prompts[:1], byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "f: no batches.*tokenize"),
+        ("use it", "f: expected a list of token batches, got str; make them by tokenize"),
+        (PromptSet(EXAMPLES), "got PromptSet; make them by tokenize"),
+        (["use it"], "got str; make them by tokenize"),
+        (SimpleNamespace(batches=[]), r"got SimpleNamespace; pass its \.batches"),
+    ],
+    ids=["none", "text", "set", "texts", "calibration data"],
+)
+def test_what_is_no_list_of_batches_is_refused_with_the_remedy(given, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_no_batches("f", given)
 
 
 def byte_tokenizer():
