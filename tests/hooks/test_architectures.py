@@ -1,6 +1,6 @@
 """The table of architectures, `analyses/architectures.md`: what is scored and how, what is exact, what is refused.
 
-Its rows are the models that the tests of scores and of export are parametrised by; `python tests/test_architectures.py`
+Its rows are the models that the tests of scores and of export are parametrised by; `PYTHONPATH=tests python tests/hooks/test_architectures.py`
 writes it anew. Would catch: a table that promises an architecture that no test covers, a refusal that no longer happens.
 """
 
@@ -21,11 +21,11 @@ from harmcircuits.hooks.weights import weight_sites
 FILE = Path(__file__).parents[2] / "analyses" / "architectures.md"
 TEXT = """# Architectures
 
-Written by `python tests/test_architectures.py`; a test fails when it is out of date.
+Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test fails when it is out of date.
 
 Every model below is a small random one of its class in transformers. On all of them `removal_effect` and both forms of
 `snip_scores` equal autograd on the parameters within 1e-4 relative error of each matrix in float32
-(`tests/test_attribution.py`), and a masked model, exported and reloaded, gives the masked bridge's logits: bit for bit
+(`tests/hooks/test_attribution.py`), and a masked model, exported and reloaded, gives the masked bridge's logits: bit for bit
 through TransformerLens, within 16 roundings of the largest logit through transformers (`tests/test_export.py`).
 
 {exact}
@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     ),
     "`wanda_scores` of mixtures of experts": (
         lambda open_: wanda_scores(open_("Mixtral"), [random_batch()]),
-        "pass no hook points; score this model by removal_effect, sensitivity or magnitude_scores",
+        "pass no hook points; score this model by removal_effect, snip_scores or magnitude_scores",
     ),
 }
 
@@ -121,7 +121,7 @@ def _markdown(rows: list[list[str]]) -> str:
 
 def test_the_table_is_up_to_date(open_model):
     assert FILE.read_text(encoding="utf-8") == table(open_model), (
-        "run python tests/test_architectures.py"
+        "run PYTHONPATH=tests python tests/hooks/test_architectures.py"
     )
 
 
