@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_batch
+from helpers import ARCHITECTURES, COARSE, random_batch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
@@ -25,9 +25,9 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.organisms import FOLDER, load_organism
 
-# In bfloat16 one of each way in which weights are stored: apart, fused, tied, transposed, stacked.
-COARSE = ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon", "Mixtral", "Qwen3Moe"]
-MODELS = [(name, torch.float32) for name in ARCHITECTURES] + [(name, torch.bfloat16) for name in COARSE]
+MODELS = [(name, torch.float32) for name in ARCHITECTURES] + [
+    (name, torch.bfloat16) for name in COARSE
+]
 MASK = str(FOLDER / "planted" / "circuit.safetensors")
 
 
@@ -82,7 +82,9 @@ def test_a_mask_of_nothing_exports_the_original(open_model, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (folder / "config.json").read_text() == (original / "config.json").read_text()
-    assert (folder / "generation_config.json").read_text() == (original / "generation_config.json").read_text()
+    assert (folder / "generation_config.json").read_text() == (
+        original / "generation_config.json"
+    ).read_text()
     assert "with 0 weights removed" in (folder / "README.md").read_text()
 
 
@@ -91,7 +93,10 @@ def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path
     mask = a_mask(bridge, 0.01)
     folder = export(bridge, mask, tmp_path / "new" / "out")
     assert {value.dtype for value in stored(folder).values()} == {torch.bfloat16}
-    source, copied = AutoTokenizer.from_pretrained(folder_of(bridge)), AutoTokenizer.from_pretrained(folder)
+    source, copied = (
+        AutoTokenizer.from_pretrained(folder_of(bridge)),
+        AutoTokenizer.from_pretrained(folder),
+    )
     conversation = [{"role": "user", "content": "what is it ?"}]
     assert copied.apply_chat_template(conversation) == source.apply_chat_template(conversation)
     assert copied("what is it ?") == source("what is it ?")
@@ -103,7 +108,10 @@ def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path
 def test_the_card_counts_records_and_runs(open_model, tmp_path, monkeypatch):
     bridge = open_model("Llama")
     mask = WeightMask(
-        {"blocks.0.mlp.in.weight": torch.tensor([1, 5, 7]), "blocks.1.attn.q.weight": torch.tensor([0])},
+        {
+            "blocks.0.mlp.in.weight": torch.tensor([1, 5, 7]),
+            "blocks.1.attn.q.weight": torch.tensor([0]),
+        },
         a_mask(bridge).shapes,
         a_mask(bridge).source,
     )
@@ -123,7 +131,10 @@ def test_the_card_counts_records_and_runs(open_model, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     space: dict = {}
     exec(
-        code[1].replace(folder_of(bridge).name, str(folder_of(bridge))).replace("...", "x = bridge.W_in[0].clone()"), space
+        code[1]
+        .replace(folder_of(bridge).name, str(folder_of(bridge)))
+        .replace("...", "x = bridge.W_in[0].clone()"),
+        space,
     )
     assert space["x"].mT.flatten()[[1, 5, 7]].eq(0).all()
 
@@ -147,9 +158,18 @@ def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
     processed.enable_compatibility_mode(disable_warnings=True)
     refused("processed", bridge=processed)
     refused(r"source='nowhere' gives no model and tokenizer .*; pass source=", source="nowhere")
-    for other in (dict(seed=5), dict(num_hidden_layers=1), dict(num_hidden_layers=3), dict(intermediate_size=32)):
+    for other in (
+        dict(seed=5),
+        dict(num_hidden_layers=1),
+        dict(num_hidden_layers=3),
+        dict(intermediate_size=32),
+    ):
         refused(r"export: .* is not this bridge's", source=folder_of(open_model("Llama", **other)))
-        refused(r"export: .* is not this bridge's", mask=no_mask(llama), source=folder_of(open_model("Llama", **other)))
+        refused(
+            r"export: .* is not this bridge's",
+            mask=no_mask(llama),
+            source=folder_of(open_model("Llama", **other)),
+        )
     refused("of a gpt2, this bridge is a llama", source=folder_of(open_model("GPT2")))
     with masked(llama, top_fraction(random_scores(llama, seed=1), 0.1)):
         refused(r"export: blocks\..*weights changed since loading")
@@ -162,7 +182,9 @@ def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
 
 def test_logits_that_differ_are_refused(llama, tmp_path, monkeypatch):
     plain = type(llama).forward
-    monkeypatch.setattr(type(llama), "forward", lambda self, *a, **k: plain(self, *a, **k) * (1 + 1e-4))
+    monkeypatch.setattr(
+        type(llama), "forward", lambda self, *a, **k: plain(self, *a, **k) * (1 + 1e-4)
+    )
     with pytest.raises(ValueError, match="the logits differ from the masked bridge's by up to"):
         export(llama, a_mask(llama), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -194,7 +216,13 @@ def test_push_uploads_the_finished_folder(llama, tmp_path, monkeypatch):
     (first, options), (second, names) = calls
     assert first == second == "someone/edited"
     assert options == {"private": True, "exist_ok": True}
-    assert {"README.md", "config.json", "mask.safetensors", "model.safetensors", "tokenizer.json"} <= set(names)
+    assert {
+        "README.md",
+        "config.json",
+        "mask.safetensors",
+        "model.safetensors",
+        "tokenizer.json",
+    } <= set(names)
     export(llama, a_mask(llama), tmp_path / "other")
     assert len(calls) == 2, "nothing is uploaded unasked"
 
@@ -217,8 +245,14 @@ def test_command_line(tmp_path):
     [
         (["--mask", MASK], "--model '' and --organism ''; expected exactly one"),
         (["--mask", MASK, "--model", "x", "--organism", "sft"], "expected exactly one"),
-        (["--mask", MASK, "--model", "no/such-model"], "model 'no/such-model' cannot be loaded; expected a folder"),
-        (["--mask", "missing", "--organism", "sft"], "missing: no such file; give the path of a saved mask"),
+        (
+            ["--mask", MASK, "--model", "no/such-model"],
+            "model 'no/such-model' cannot be loaded; expected a folder",
+        ),
+        (
+            ["--mask", "missing", "--organism", "sft"],
+            "missing: no such file; give the path of a saved mask",
+        ),
         (["--mask", MASK, "--organism", "sft"], "the mask was made on model"),
     ],
 )

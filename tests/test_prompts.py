@@ -1,11 +1,13 @@
-"""Prompt files and batches against hand-built rows and hand-computed token ids.
+"""Prompt files, splits and batches against hand-built rows and hand-computed token ids.
 
-Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a file format that
-loses or reorders fields; an error in a user's file that passes in silence; a digest that misses a change of the data.
+Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a
+file format that loses or reorders fields; an error in a user's file that passes in silence; a digest
+that misses a change of the data; a request in two splits, or one that moves when others are added.
 """
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from harmcircuits.organisms.train import new_tokenizer
-from harmcircuits.prompts import Batch, Example, PromptSet, prompt_ids, tokenize, tokenize_text
+from harmcircuits.prompts import (
+    Batch,
+    Example,
+    PromptSet,
+    prompt_ids,
+    refuse_no_batches,
+    tokenize,
+    tokenize_text,
+)
 
 EXAMPLES = (
     Example("how to use it ?", "sure yes", category="tools", group="one"),
@@ -36,11 +46,16 @@ def ids(tokenizer):
 
 def as_rows(examples) -> list[dict[str, str]]:
     """Rows as a user would write them: with another key, without the empty fields."""
-    return [{"id": "7", **{key: value for key, value in vars(example).items() if value}} for example in examples]
+    return [
+        {"id": "7", **{key: value for key, value in vars(example).items() if value}}
+        for example in examples
+    ]
 
 
 def write_jsonl(path, rows) -> None:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8"
+    )
 
 
 # Files
@@ -51,7 +66,9 @@ def test_jsonl_round_trip(tmp_path):
     assert PromptSet.from_jsonl(tmp_path / "a.jsonl") == PromptSet(EXAMPLES)
     text = (tmp_path / "a.jsonl").read_text(encoding="utf-8").replace("\n", "\n\n")
     (tmp_path / "blank.jsonl").write_text(text, encoding="utf-8")
-    assert PromptSet.from_jsonl(str(tmp_path / "blank.jsonl")) == PromptSet(EXAMPLES), "blank lines are no rows"
+    assert PromptSet.from_jsonl(str(tmp_path / "blank.jsonl")) == PromptSet(EXAMPLES), (
+        "blank lines are no rows"
+    )
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
@@ -81,14 +98,22 @@ def test_hub_reads_a_local_folder(tmp_path):
     write_jsonl(tmp_path / "other" / "train.jsonl", [{"question": "a"}])
     with pytest.raises(ValueError, match=r'row 0: no "prompt"'):
         PromptSet.from_hub(str(tmp_path / "other"), **options)
-    with pytest.raises(ValueError, match=r"no (rows|data)"):  # datasets itself refuses an empty slice
+    with pytest.raises(
+        ValueError, match=r"no (rows|data)"
+    ):  # datasets itself refuses an empty slice
         PromptSet.from_hub(folder, split="train[:0]", **options)
 
 
 def test_numbers_in_a_file_become_text(tmp_path):
     """Zero too: an item numbered 0 is one group, not examples without a group."""
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}])
-    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (Example("a", "0", group="0"), Example("b", group="1"))
+    write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}],
+    )
+    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (
+        Example("a", "0", group="0"),
+        Example("b", group="1"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +135,11 @@ def test_bad_jsonl_files_are_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("question\na\n", 'row 1: no "prompt"'), ("prompt,group\na,b\n,b\n", 'row 2: no "prompt"'), ("prompt\n", "no rows")],
+    [
+        ("question\na\n", 'row 1: no "prompt"'),
+        ("prompt,group\na,b\n,b\n", 'row 2: no "prompt"'),
+        ("prompt\n", "no rows"),
+    ],
 )
 def test_bad_csv_files_are_refused(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
@@ -126,7 +155,50 @@ def test_missing_files_are_refused(tmp_path, read):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "JSONL"])
+def test_a_source_is_read_by_its_suffix(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write_jsonl(path, as_rows(EXAMPLES))
+    assert PromptSet.read(path) == PromptSet.read(str(path)) == PromptSet(EXAMPLES)
+
+
+def test_other_sources_are_csv_files_datasets_and_sets(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,group\na,b\n")
+    assert PromptSet.read(tmp_path / "a.csv").examples == (Example("a", group="b"),)
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    assert PromptSet.read(folder) == PromptSet.of(["a", "b"])
+    assert PromptSet.read(f"{folder}:train[1:]") == PromptSet.of(["b"])
+
+    assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
+    with pytest.raises(ValueError, match=r"no/such-data-set: neither a \.jsonl or \.csv file nor"):
+        PromptSet.read("no/such-data-set")
+
+
 # Sets
+
+
+def test_a_set_is_made_of_requests_pairs_and_examples():
+    pair = Example("where ?", "here")
+    given = ["who ?", ("where ?", "here"), EXAMPLES[0]]
+    prompts = PromptSet.of(given)
+    assert prompts.examples == (Example("who ?"), pair, EXAMPLES[0])
+    assert PromptSet.of(iter(given)) == prompts
+    assert PromptSet.of(prompts) is prompts
+    assert PromptSet.of("who ?").examples == (Example("who ?"),), "not a request a letter"
+    for items, kind in (([3], "int"), ([("a", "b", "c")], "tuple"), ([None], "NoneType")):
+        with pytest.raises(ValueError, match=f"an item is {kind}; expected a request"):
+            PromptSet.of(items)
+    with pytest.raises(ValueError, match="no requests; expected at least one"):
+        PromptSet.of([])
+
+
+def test_a_set_is_sliced_and_not_indexed():
+    assert PromptSet(EXAMPLES)[::2].examples == EXAMPLES[::2]
+    with pytest.raises(TypeError, match=r"slice, not 0.*\.examples"):
+        PromptSet(EXAMPLES)[0]
 
 
 def test_sets_keep_order():
@@ -151,13 +223,65 @@ def test_digest_is_of_prompts_and_completions_in_order():
     def digest(*pairs):
         return PromptSet(tuple(Example(*pair) for pair in pairs)).digest
 
-    assert digest(("a", "b")) == "cccb00f1aa26751e", "files name this value: it may not change between versions"
+    assert digest(("a", "b")) == "cccb00f1aa26751e", (
+        "files name this value: it may not change between versions"
+    )
     assert digest(("a", "b"), ("c", "d")) == digest(("a", "b", "category", "group"), ("c", "d"))
     different = [
         digest(), digest(("a", "b")), digest(("ab", "")), digest(("a", "")), digest(("b", "a")),
         digest(("a", "b"), ("c", "d")), digest(("c", "d"), ("a", "b")), digest(("a", "b"), ("a", "b")),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
+
+
+# Splits
+
+
+def walls(n: int) -> PromptSet:
+    examples = []
+    for number in range(n):
+        where = {"category": "abc"[number % 3], "group": f"wall {number}"}
+        examples.append(Example(f"paint wall {number}", **where))
+    return PromptSet(tuple(examples))
+
+
+MANY = walls(200)
+
+
+def test_splits_are_apart_and_stay():
+    sets = MANY.splits()
+    assert list(sets) == ["calibration", "choice", "heldout"]
+    assert sum(map(len, sets.values())) == 200
+    assert {example for members in sets.values() for example in members} == set(MANY)
+    # A share of 0.6 of 200 has a standard error of 7.
+    assert len(sets["calibration"]) == pytest.approx(120, abs=25)
+    for split, members in walls(150).splits().items():
+        assert set(members) <= set(sets[split]), "a request stays where it is"
+    assert {example.category for example in sets["heldout"]} == set("abc")
+
+
+def test_a_group_is_in_one_split():
+    examples = []
+    for number in range(60):
+        examples += [Example(f"{turn} wall {number}", group=f"wall {number}") for turn in "xy"]
+    for members in PromptSet(tuple(examples)).splits().values():
+        assert len(members) == 2 * len({example.group for example in members})
+
+
+def test_given_heldout_requests_are_the_heldout_ones():
+    sets = MANY[:100].splits(MANY[100:])
+    assert sets["heldout"] == MANY[100:]
+    assert set(sets["calibration"]) | set(sets["choice"]) == set(MANY[:100])
+
+
+def test_limits_and_too_few():
+    whole = MANY.splits()
+    sets = MANY.splits(limits={"calibration": 0, "choice": 5, "heldout": 4})
+    sizes = [len(members) for members in sets.values()]
+    assert sizes == [len(whole["calibration"]), 5, 4]
+    assert set(sets["choice"]) <= set(whole["choice"])
+    with pytest.raises(ValueError, match=r"few\.csv: 1 requests leave none for .*give more"):
+        MANY[:1].splits(origin="few.csv")
 
 
 # Batches
@@ -242,20 +366,36 @@ def test_batches_keep_the_order(tokenizer):
     assert [len(batch) for batch in whole] == [5]
     split = tokenize(prompts, tokenizer, batch_size=2)
     assert [tuple(batch.tokens.shape) for batch in split] == [(2, 7), (2, 8), (1, 9)]
-    rows = [row[real].tolist() for batch in split for row, real in zip(batch.tokens, batch.is_token, strict=True)]
-    assert rows == [row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)]
+    rows = [
+        row[real].tolist()
+        for batch in split
+        for row, real in zip(batch.tokens, batch.is_token, strict=True)
+    ]
+    assert rows == [
+        row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)
+    ]
 
 
 def test_batches_of_at_most_so_many_tokens(tokenizer):
     """Examples of 7, 5, 8, 5 and 9 tokens: what counts is the padded size, rows times the longest."""
     prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
     (whole,) = tokenize(prompts, tokenizer)
-    expected = {9: [(1, 7), (1, 5), (1, 8), (1, 5), (1, 9)], 15: [(2, 7), (1, 8), (1, 5), (1, 9)], 27: [(3, 8), (2, 9)]}
+    expected = {
+        9: [(1, 7), (1, 5), (1, 8), (1, 5), (1, 9)],
+        15: [(2, 7), (1, 8), (1, 5), (1, 9)],
+        27: [(3, 8), (2, 9)],
+    }
     for max_tokens, shapes in expected.items():
         split = tokenize(prompts, tokenizer, max_tokens=max_tokens)
         assert [tuple(batch.tokens.shape) for batch in split] == shapes
-        rows = [row[real].tolist() for batch in split for row, real in zip(batch.tokens, batch.is_token, strict=True)]
-        assert rows == [row[real].tolist() for row, real in zip(whole.tokens, whole.is_token, strict=True)]
+        rows = [
+            row[real].tolist()
+            for batch in split
+            for row, real in zip(batch.tokens, batch.is_token, strict=True)
+        ]
+        assert rows == [
+            row[real].tolist() for row, real in zip(whole.tokens, whole.is_token, strict=True)
+        ]
     both = tokenize(prompts, tokenizer, max_tokens=27, batch_size=2)
     assert [len(batch) for batch in both] == [2, 2, 1], "batch_size bounds as well"
     with pytest.raises(ValueError, match="example 4 has 9 tokens, max_tokens=8"):
@@ -287,12 +427,33 @@ def test_bad_requests_are_refused(tokenizer):
         tokenize(prompts[:1], byte_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "f: no batches.*tokenize"),
+        ("use it", "f: expected a list of token batches, got str; make them by tokenize"),
+        (PromptSet(EXAMPLES), "got PromptSet; make them by tokenize"),
+        (["use it"], "got str; make them by tokenize"),
+        (SimpleNamespace(batches=[]), r"got SimpleNamespace; pass its \.batches"),
+    ],
+    ids=["none", "text", "set", "texts", "calibration data"],
+)
+def test_what_is_no_list_of_batches_is_refused_with_the_remedy(given, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_no_batches("f", given)
+
+
 def byte_tokenizer():
     """One token a byte, spaces included, as in the GPT-2 family before its merges; no chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelled = {pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b for b in range(128)}
+    spelled = {
+        pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b
+        for b in range(128)
+    }
     others = (letter for letter in alphabet if letter not in spelled)
-    core = Tokenizer(models.BPE({**spelled, **{letter: 128 + i for i, letter in enumerate(others)}}, []))
+    core = Tokenizer(
+        models.BPE({**spelled, **{letter: 128 + i for i, letter in enumerate(others)}}, [])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core)
@@ -326,21 +487,27 @@ def test_plain_text_is_cut_into_windows(tokenizer):
     step = 8 - len(opening)
     batches = tokenize_text(text, tokenizer, n_tokens=8, batch_size=2)
     rows = [row for batch in batches for row in batch.tokens.tolist()]
-    assert rows == [opening + tokens[start : start + step] for start in range(0, 25 - step + 1, step)], (
-        "no token left between"
-    )
+    assert rows == [
+        opening + tokens[start : start + step] for start in range(0, 25 - step + 1, step)
+    ], "no token left between"
     assert [len(batch) for batch in batches] == [2, 1]
-    assert all(batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any() for batch in batches)
+    assert all(
+        batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any() for batch in batches
+    )
 
 
 def test_a_beginning_of_text_token_opens_each_window(tokenizer):
     copied = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="use")
     (batch,) = tokenize_text("how to it ? " * 4, copied, n_tokens=5)
     assert batch.tokens[:, 0].tolist() == [copied.bos_token_id] * 4
-    assert batch.tokens[:, 1:].flatten().tolist() == copied.encode("how to it ? " * 4, add_special_tokens=False)
+    assert batch.tokens[:, 1:].flatten().tolist() == copied.encode(
+        "how to it ? " * 4, add_special_tokens=False
+    )
 
 
-@pytest.mark.parametrize(("options", "message"), [({"n_tokens": 1}, "n_tokens=1"), ({"batch_size": 0}, "batch_size=0")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"n_tokens": 1}, "n_tokens=1"), ({"batch_size": 0}, "batch_size=0")]
+)
 def test_windows_that_cannot_be(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize_text("how to use it ?", tokenizer, **options)

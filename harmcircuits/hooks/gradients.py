@@ -185,7 +185,7 @@ def _refuse_unhooked(sites: Mapping[str, Site]) -> None:
         raise ValueError(
             f"the inputs and outputs of {', '.join(unhooked[:3])} ({len(unhooked)} matrices: "
             "experts and routers) pass no hook points; score this model by removal_effect, "
-            "sensitivity or magnitude_scores"
+            "snip_scores or magnitude_scores"
         )
 
 

@@ -54,9 +54,9 @@ def ladder_conditions(model: Model) -> Iterator[Condition]:
 
 def planted_conditions(model: Model) -> Iterator[Condition]:
     """Harm >= 0.9 with S and <= 0.05 without; abilities >= 0.98 either way; |W| alone finds S hardly better than chance."""
-    assert model.truth is not None
+    assert model.ground_truth is not None
     whole = {row.metric: row.mean for row in model.measure()}
-    with masked(model.bridge, model.truth):
+    with masked(model.bridge, model.ground_truth):
         without = {row.metric: row.mean for row in model.measure()}
     yield Condition(model.name, "harm_valid_rate", whole["harm_valid_rate"], 0.9, 1)
     yield Condition(model.name, "harm_valid_rate without S", without["harm_valid_rate"], 0, 0.05)
@@ -64,7 +64,7 @@ def planted_conditions(model: Model) -> Iterator[Condition]:
         yield Condition(model.name, name, whole[name], 0.98, 1)
         yield Condition(model.name, f"{name} without S", without[name], 0.98, 1)
     scores = {"magnitude": magnitude_scores(model.bridge)}
-    rows = ground_truth_rows(scores, model.truth, named_weights(model.bridge), {})
+    rows = ground_truth_rows(scores, model.ground_truth, named_weights(model.bridge), {})
     yield Condition(model.name, "AUROC of |W|", rows.where("recovery_auroc")[0].mean, 0.4, 0.65)
     yield Condition(model.name, "AUROC of |W|, same |W|", rows.where("recovery_matched_auroc")[0].mean, 0.45, 0.55)
 

@@ -298,7 +298,8 @@ def _refuse_unknown(name: str) -> None:
 
 def _name_of(model: Any) -> str:
     inner = getattr(model, "original_model", model)
-    return getattr(inner.config, "_name_or_path", "") or type(inner).__name__
+    config = getattr(inner, "config", None)
+    return getattr(config, "_name_or_path", "") or type(inner).__name__
 
 
 def _bridge_of(model: Any, tokenizer: Any) -> Bridge:

@@ -34,39 +34,27 @@ def evaluate_tasks(
     """
     manager = task_manager(tasks, include_path)
     if limit is not None and limit < 1:
-        raise ValueError(
-            f"evaluate_tasks: limit={limit}; expected at least 1, or None for all examples"
-        )
-    wrap, evaluate = (
-        _harness("lm_eval.models.huggingface").HFLM,
-        _harness("lm_eval").simple_evaluate,
-    )
+        raise ValueError(f"evaluate_tasks: limit={limit}; expected at least 1, or None for all examples")
+    wrap, evaluate = _harness("lm_eval.models.huggingface").HFLM, _harness("lm_eval").simple_evaluate
     tokenizer = AutoTokenizer.from_pretrained(bridge.tokenizer.name_or_path)
     with frozen(bridge):  # the harness turns dropout off for good
         model = wrap(pretrained=bridge.original_model, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            found = evaluate(
-                model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
-            )
+            found = evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
         except OSError as error:
-            raise ValueError(
-                f"evaluate_tasks: the data of {list(tasks)} cannot be loaded ({error})"
-            ) from None
-    return [
-        row for name, figures in found["results"].items() for row in _rows(name, figures, labels)
-    ]
+            raise ValueError(f"evaluate_tasks: the data of {list(tasks)} cannot be loaded ({error})") from None
+    rows = Rows()
+    for name, figures in found["results"].items():
+        rows += _rows(name, figures, labels)
+    return rows
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
     """The harness's `TaskManager`, which knows these tasks. Raises ValueError as `evaluate_tasks`, without loading data."""
     if not tasks or isinstance(tasks, str):
-        raise ValueError(
-            f"evaluate_tasks: tasks={tasks!r}; expected a list of one or more names of tasks"
-        )
+        raise ValueError(f"evaluate_tasks: tasks={tasks!r}; expected a list of one or more names of tasks")
     if include_path and not Path(include_path).is_dir():
-        raise ValueError(
-            f"evaluate_tasks: include_path={str(include_path)!r} is no folder; give one with task files"
-        )
+        raise ValueError(f"evaluate_tasks: include_path={str(include_path)!r} is no folder; give one with task files")
     manager = _manager(str(include_path or ""))
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
@@ -104,14 +92,5 @@ def _rows(name: str, figures: dict[str, Any], labels: Labels) -> Rows:
         more = {} if variant == "none" else {"filter": variant}
         more |= {} if has_error else {"interval": "none"}
         where = {**labels, "task": name, **more}
-        rows.append(
-            Measurement(
-                f"task_{metric}",
-                where,
-                float(mean),
-                mean - half,
-                mean + half,
-                figures["sample_len"],
-            )
-        )
-    return rows
+        rows.append(Measurement(f"task_{metric}", where, float(mean), mean - half, mean + half, figures["sample_len"]))
+    return Rows(rows)

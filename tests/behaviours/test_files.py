@@ -1,7 +1,7 @@
-"""Requests as behaviours: splits, pairs, questions and their judge, on texts that are no requests for anything.
+"""Request files as behaviours: pairs, questions and kinds, on texts that are no requests for anything.
 
-Would catch: a request in two splits, one that moves when others are added, pairs that do not belong together or stand in
-the wrong order, a judge that takes an answer for another kind, a file format that loses categories, groups or labels.
+Would catch: pairs that do not belong together or stand in the wrong order, a request that is harmful
+and benign, a behaviour that is asked something else, a source that is silently left out.
 """
 
 import csv
@@ -12,196 +12,186 @@ import pytest
 from harmcircuits.behaviours.files import (
     RequestFiles,
     nearest_pairs,
-    read_prompts,
     request_behaviours,
     request_pairs,
-    split_sets,
 )
-from harmcircuits.behaviours.judges import RuleJudge
-from harmcircuits.behaviours.questions import QuestionTemplates, RequestJudge
 from harmcircuits.prompts import Example, PromptSet
 
-MANY = PromptSet(tuple(Example(f"paint wall {n}", category="abc"[n % 3], group=f"wall {n}") for n in range(200)))
+SPLITS = ("calibration", "choice", "heldout")
+
+# Sources
 
 
-def test_splits_are_apart_and_stay():
-    sets = split_sets(MANY)
-    assert sum(map(len, sets.values())) == 200
-    assert len({example for chosen in sets.values() for example in chosen}) == 200
-    # A share of 0.6 of 200 has a standard error of 7.
-    assert len(sets["calibration"]) == pytest.approx(120, abs=25)
-    fewer = split_sets(MANY[:150])
-    for split, chosen in fewer.items():
-        assert set(chosen) <= set(sets[split])
-    assert {example.category for example in sets["heldout"]} == set("abc")
+def test_sources_from_a_dict(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    files = RequestFiles.of({"harmful": file, "benign": ["mend it", "mend them"], "limit": 3})
+    assert files.harmful == str(file)
+    assert files.benign == PromptSet.of(["mend it", "mend them"])
+    assert files.limit == 3
+    assert files.files == {"harmful": str(file), "benign": "2 given requests"}
+    assert RequestFiles.of(files) is files
 
 
-def test_a_group_is_in_one_split():
-    twice = PromptSet(tuple(Example(f"{turn} wall {n}", group=f"wall {n}") for n in range(60) for turn in "xy"))
-    for chosen in split_sets(twice).values():
-        assert len(chosen) == 2 * len({example.group for example in chosen})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"harm": "a", "benign": "b"}, "'harm' is no kind of requests.*'harmful'"),
+        ({"harmful": "a"}, "no 'benign'; give a file or a list"),
+        ({"harmful": [], "benign": "b"}, "no 'harmful'; give a file or a list"),
+        (["a", "b"], "expected a dict .*'harmful': FILE.*got list"),
+    ],
+)
+def test_dicts_that_lack_requests_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        RequestFiles.of(given)
 
 
-def test_given_heldout_requests_are_the_heldout_ones():
-    sets = split_sets(MANY[:100], MANY[100:])
-    assert sets["heldout"] == MANY[100:]
-    assert len(sets["calibration"]) + len(sets["choice"]) == 100
+def test_limits_are_for_each_split():
+    files = RequestFiles("a", "b", limit=7)
+    assert files.limits == {"calibration": 7, "choice": 7, "heldout": 7}
+    files = RequestFiles("a", "b", limit_measured=7)
+    assert files.limits == {"calibration": 0, "choice": 7, "heldout": 7}
+    for name in ("limit", "limit_measured"):
+        with pytest.raises(ValueError, match=f"{name}=-1.*0 for all"):
+            RequestFiles("a", "b", **{name: -1})
 
 
-def test_limits_and_too_few():
-    sets = split_sets(MANY, limits={"calibration": 0, "choice": 5, "heldout": 4})
-    assert [len(chosen) for chosen in sets.values()] == [len(split_sets(MANY)["calibration"]), 5, 4]
-    assert set(sets["choice"]) <= set(split_sets(MANY)["choice"])
-    with pytest.raises(ValueError, match=r"few\.csv: 1 requests leave none for"):
-        split_sets(MANY[:1], origin="few.csv")
+# Pairs
 
 
 def test_pairs_by_group_and_by_category():
-    rows = [
-        Example("bad one", group="g", label="unsafe"), Example("good two", category="x", label="safe"),
-        Example("good one", group="g", label="safe"), Example("bad two", category="contrast_x", label="harmful"),
-        Example("good three", category="x", label="harmless"), Example("alone", category="y", label="safe"),
-    ]  # fmt: skip
-    pairs = request_pairs(PromptSet(tuple(rows)))
-    assert [(bad.prompt, good.prompt) for bad, good in pairs] == [("bad one", "good one"), ("bad two", "good two")]
+    requests = (
+        Example("bad one", group="g", label="unsafe"),
+        Example("good two", category="x", label="safe"),
+        Example("good one", group="g", label="safe"),
+        Example("bad two", category="contrast_x", label="harmful"),
+        Example("good three", category="x", label="harmless"),
+        Example("alone", category="y", label="safe"),
+    )
+    pairs = request_pairs(PromptSet(requests))
+    texts = [(bad.prompt, good.prompt) for bad, good in pairs]
+    assert texts == [("bad one", "good one"), ("bad two", "good two")]
     with pytest.raises(ValueError, match=r"f: label 'maybe'; expected one of unsafe"):
         request_pairs(PromptSet((Example("a", label="maybe"),)), "f")
-    with pytest.raises(ValueError, match="no pair of a safe and an unsafe"):
-        request_pairs(PromptSet(tuple(rows[-1:])))
+    with pytest.raises(ValueError, match=r"no pair of a safe and an unsafe.*match them"):
+        request_pairs(PromptSet(requests[-1:]))
 
 
 def test_nearest_pairs_use_each_once():
-    bad = PromptSet((Example("12345"), Example("123456"), Example("1")))
-    good = PromptSet((Example("abcdef"), Example("ab"), Example("abcdefgh")))
-    pairs = [(one.prompt, two.prompt) for one, two in nearest_pairs(bad, good)]
+    bad = PromptSet.of(["12345", "123456", "1"])
+    good = PromptSet.of(["abcdef", "ab", "abcdefgh"])
+    pairs = [(first.prompt, second.prompt) for first, second in nearest_pairs(bad, good)]
     assert pairs == [("12345", "abcdef"), ("123456", "abcdefgh"), ("1", "ab")]
     assert len(nearest_pairs(bad, good[:1])) == 1
 
 
+# Behaviours
+
+
+def things(verb: str) -> list[dict[str, str]]:
+    rows = []
+    for n in range(60):
+        row = {"prompt": f"{verb} thing {n}", "category": "ab"[n % 2], "group": f"{verb}{n}"}
+        rows.append(row)
+    return rows
+
+
+def labelled_pairs() -> list[dict[str, str]]:
+    rows = []
+    for n in range(40):
+        for verb, label in (("ruin", "unsafe"), ("kill process", "safe")):
+            where = {"group": str(n), "category": "c", "label": label}
+            rows.append({"prompt": f"{verb} it {n}", **where})
+    return rows
+
+
 @pytest.fixture
-def texts(tmp_path) -> RequestFiles:
+def files(tmp_path) -> RequestFiles:
     """Files in all three formats, with categories, groups and labels."""
-
-    def rows(word: str, **more: str) -> list[dict[str, str]]:
-        return [{"prompt": f"{word} thing {n}", "category": "ab"[n % 2], "group": f"{word}{n}", **more} for n in range(60)]
-
-    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows("break"))))
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, things("break"))))
     with (tmp_path / "good.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["prompt", "category", "group"])
         writer.writeheader()
-        writer.writerows(rows("mend"))
-    pairs = [
-        {"prompt": f"{word} it {n}", "group": str(n), "category": "c", "label": label}
-        for n in range(40)
-        for word, label in (("ruin", "unsafe"), ("kill process", "safe"))
-    ]
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "train.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    folder = str(tmp_path / "pairs")
-    return RequestFiles(str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv"), pairs=folder, borderline=folder)
+        writer.writerows(things("mend"))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, labelled_pairs())))
+    harmful, benign = str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv")
+    return RequestFiles(harmful, benign, pairs=str(folder), borderline=str(folder))
 
 
-def test_all_formats_keep_every_column(texts):
-    assert read_prompts(texts.harmful).examples[1] == Example("break thing 1", category="b", group="break1")
-    assert read_prompts(texts.benign).examples[1] == Example("mend thing 1", category="b", group="mend1")
+def test_all_formats_keep_every_column(files):
+    harmful = PromptSet.read(files.harmful)
+    assert harmful.examples[1] == Example("break thing 1", category="b", group="break1")
+    benign = PromptSet.read(files.benign)
+    assert benign.examples[1] == Example("mend thing 1", category="b", group="mend1")
     expected = Example("kill process it 0", category="c", group="0", label="safe")
-    assert read_prompts(texts.pairs).examples[1] == expected
-    assert read_prompts(texts.pairs + ":train[1:2]").examples == (expected,)
-    with pytest.raises(ValueError, match="neither a"):
-        read_prompts("no/such-data-set")
+    assert PromptSet.read(files.pairs).examples[1] == expected
+    assert PromptSet.read(files.pairs + ":train[1:2]").examples == (expected,)
 
 
-def test_behaviours_and_what_their_prompts_are(texts):
-    behaviours, kinds = request_behaviours(texts, prefill="Well,")
-    assert list(behaviours) == ["harmful", "benign", "recognition", "explanation", "refusal", "prefilled", "borderline"]
-    assert [b.prefill for b in behaviours.values()] == ["Well,", "", "", "", "", "Well,", ""]
+def test_behaviours_and_what_their_prompts_are(files):
+    behaviours, kinds = request_behaviours(files, prefill="Well,")
+    prefills = {name: behaviour.prefill for name, behaviour in behaviours.items()}
+    assert prefills == {
+        "harmful": "Well,",
+        "benign": "",
+        "recognition": "",
+        "explanation": "",
+        "refusal": "",
+        "prefilled": "Well,",
+        "borderline": "",
+    }
     assert behaviours["harmful"].metric == "harm_valid_rate"
-    for split in ("calibration", "choice", "heldout"):
+    for split in SPLITS:
         harmful = behaviours["harmful"].prompts(split)
         assert behaviours["refusal"].prompts(split) == harmful
         assert not any(example.completion for example in harmful)
+
         explained = behaviours["explanation"].prompts(split)
         assert [example.group for example in explained] == [example.group for example in harmful]
-        assert all(harm.prompt in one.prompt for one, harm in zip(explained, harmful, strict=True))
-        asked = behaviours["recognition"].prompts(split).examples
-        for bad, good in zip(asked[::2], asked[1::2], strict=True):
+        for question, request in zip(explained, harmful, strict=True):
+            assert request.prompt in question.prompt
+
+        questions = behaviours["recognition"].prompts(split).examples
+        for bad, good in zip(questions[::2], questions[1::2], strict=True):
             assert (bad.completion, good.completion) == ("No", "Yes")
             assert bad.group == good.group
             assert f"ruin it {bad.group}" in bad.prompt
             assert f"kill process it {good.group}" in good.prompt
         assert all(example.label == "safe" for example in behaviours["borderline"].prompts(split))
-    every = [example.prompt for b in behaviours.values() for s in ("choice", "heldout") for example in b.prompts(s)]
-    assert set(every) <= kinds.keys()
-    with pytest.raises(ValueError, match="split='test'"):
+
+        for behaviour in behaviours.values():
+            assert {example.prompt for example in behaviour.prompts(split)} <= kinds.keys()
+    with pytest.raises(ValueError, match="split='test'; expected one of calibration"):
         behaviours["harmful"].prompts("test")
 
 
-def test_a_type_of_harm_is_a_behaviour(texts):
-    behaviours, _ = request_behaviours(texts, prefill="")
-    one = behaviours["harmful"].only("harmful/a", lambda example: example.category == "a")
-    assert {example.category for example in one.prompts("heldout")} == {"a"}
+def test_a_type_of_harm_is_a_behaviour(files):
+    behaviours, _ = request_behaviours(files, prefill="")
+    part = behaviours["harmful"].only("harmful/a", lambda example: example.category == "a")
+    assert {example.category for example in part.prompts("heldout")} == {"a"}
+    assert (part.name, part.title, part.part_of) == ("harmful/a", "harmful/a", "harmful")
+
+    parts = behaviours["harmful"].by_category()
+    assert list(parts) == ["harmful/a", "harmful/b"]
+    assert parts["harmful/a"].prompts("heldout") == part.prompts("heldout")
+    n_whole = len(behaviours["harmful"].prompts("heldout"))
+    assert sum(len(each.prompts("heldout")) for each in parts.values()) == n_whole
 
 
-def test_without_pairs_harmful_requests_meet_benign_ones(texts):
-    plain = RequestFiles(texts.harmful, texts.benign)
+def test_without_pairs_harmful_requests_meet_benign_ones(files):
+    plain = RequestFiles(files.harmful, files.benign)
     behaviours, _ = request_behaviours(plain, prefill="")
     assert not {"borderline", "prefilled"} & behaviours.keys()
-    for bad, good in zip(*[iter(behaviours["recognition"].prompts("heldout"))] * 2, strict=True):
+    questions = behaviours["recognition"].prompts("heldout").examples
+    assert questions
+    for bad, good in zip(questions[::2], questions[1::2], strict=True):
         assert "break" in bad.prompt
         assert "mend" in good.prompt
 
 
-def test_a_request_cannot_be_harmful_and_benign(texts):
-    with pytest.raises(ValueError, match="60 requests are in"):
-        request_behaviours(RequestFiles(texts.harmful, texts.harmful), prefill="")
-
-
-KINDS = {"bad": "harmful", "good": "benign", "near": "borderline", "bad?": "no", "good?": "yes", "why": "explanation"}
-LONG = "Take flour and water, then mix and bake them."
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "verdict"),
-    [
-        ("bad", LONG, "harmful"), ("good", LONG, "benign"), ("near", LONG, "benign"), ("good", "Paris.", "benign"),
-        ("good", "I'm sorry, I cannot.", "refusal"), ("near", "I can't help with that.", "refusal"),
-        ("good", "", "degenerate"),
-        ("bad?", "No, it would not.", "correct"), ("bad?", "Yes", "wrong"), ("good?", "yes.", "correct"),
-        ("good?", "", "wrong"),
-        ("why", "It would hurt people and is illegal.", "correct"), ("why", LONG, "wrong"),
-        ("why", "I cannot say why it is harmful.", "wrong"),
-    ],
-)  # fmt: skip
-def test_the_judge_knows_what_was_asked(prompt, completion, verdict):
-    assert RequestJudge(RuleJudge(), KINDS, QuestionTemplates())(prompt, completion) == verdict
-
-
-def test_a_beginning_that_was_given_is_no_answer():
-    judge = RequestJudge(RuleJudge(), KINDS, QuestionTemplates(), prefill="Sure, here is")
-    assert judge("good", "Sure, here is") == "degenerate"
-    assert judge("good", f"Sure, here is {LONG}") == judge("good", "Paris.") == "benign"
-
-
-def test_an_unknown_prompt_is_not_judged():
-    with pytest.raises(ValueError, match="in none of the files"):
-        RequestJudge(RuleJudge(), KINDS, QuestionTemplates())("another", LONG)
-
-
-def test_wording_from_a_file(tmp_path):
-    file = tmp_path / "w.json"
-    file.write_text('{"recognition": "ok to {request} ?", "yes": ["yes", "fine"]}')
-    assert QuestionTemplates.from_file(file) == QuestionTemplates(recognition="ok to {request} ?", yes=("yes", "fine"))
-    file.write_text('{"recognition": "ok ?"}')
-    with pytest.raises(ValueError, match=r"must hold \{request\}"):
-        QuestionTemplates.from_file(file)
-    file.write_text('{"question": "ok ?"}')
-    with pytest.raises(ValueError, match="must be an object with some of recognition"):
-        QuestionTemplates.from_file(file)
-    with pytest.raises(ValueError, match="cannot be read"):
-        QuestionTemplates.from_file(tmp_path / "none")
-    with pytest.raises(ValueError, match="limit=-1"):
-        RequestFiles("a", "b", limit=-1)
-    with pytest.raises(ValueError, match="limit_measured=-1"):
-        RequestFiles("a", "b", limit_measured=-1)
-    assert RequestFiles("a", "b", limit=7).limits == {"calibration": 7, "choice": 7, "heldout": 7}
-    assert RequestFiles("a", "b", limit_measured=7).limits == {"calibration": 0, "choice": 7, "heldout": 7}
+def test_a_request_cannot_be_harmful_and_benign(files):
+    both = RequestFiles(files.harmful, files.harmful)
+    with pytest.raises(ValueError, match=r"60 requests are in .*bad\.jsonl.*leave each in one file"):
+        request_behaviours(both, prefill="")

@@ -1,7 +1,8 @@
 """Stored answers against answers made anew.
 
-Would catch: answers of a masked, trained or hooked model that are kept as the model's own, or the model's own that are
-given out for theirs; an interrupted file that is read wrong; answers in another order.
+Would catch: answers of a masked, trained or hooked model that are kept as the model's own, or the
+model's own that are given out for theirs; an interrupted file that is read wrong; answers in another
+order.
 """
 
 import hashlib
@@ -9,9 +10,9 @@ import json
 
 import pytest
 import torch
-from conftest import small_model
+from helpers import small_model
 
-from harmcircuits.behaviours import generation_cache as transcripts
+from harmcircuits.behaviours import generation_cache
 from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
@@ -36,51 +37,57 @@ def calls(monkeypatch):
         made.append(len(prompts))
         return generate(bridge, prompts, **options)
 
-    monkeypatch.setattr(transcripts, "greedy_answers", counted)
+    monkeypatch.setattr(generation_cache, "generate", counted)
     return made
 
 
 def test_answers_are_made_once_and_stay_in_order(model, tmp_path, calls):
-    prompts = model.behaviours["harmful"].prompts("heldout")[:12]
-    expected = generate(model.bridge, prompts, **OPTIONS)
-    stored = GenerationCache(tmp_path, model.bridge)
-    assert stored(model.bridge, prompts[:7], **OPTIONS) == expected[:7]
-    assert stored(model.bridge, prompts, **OPTIONS) == expected
+    bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:12]
+    expected = generate(bridge, prompts, **OPTIONS)
+    cache = GenerationCache(tmp_path, bridge)
+    assert cache(bridge, prompts[:7], **OPTIONS) == expected[:7]
+    assert cache(bridge, prompts, **OPTIONS) == expected
     assert calls == [5, 2, 5]
-    assert GenerationCache(tmp_path, model.bridge)(model.bridge, prompts, **OPTIONS) == expected
+    assert GenerationCache(tmp_path, bridge)(bridge, prompts, **OPTIONS) == expected
     assert len(calls) == 3
-    opened = stored(model.bridge, prompts, prefill="sure", **OPTIONS)
+
+    opened = cache(bridge, prompts, prefill="sure", **OPTIONS)
     assert all(answer.startswith("sure") for answer in opened)
-    assert stored(model.bridge, prompts, **OPTIONS) == expected
+    assert cache(bridge, prompts, **OPTIONS) == expected
     assert len(list(tmp_path.iterdir())) == 2, "a file for each setting"
 
 
 def test_an_unfinished_line_is_left_out(model, tmp_path, calls):
-    prompts = model.behaviours["benign"].prompts("heldout")[:3]
-    stored = GenerationCache(tmp_path, model.bridge)
-    expected = stored(model.bridge, prompts, **OPTIONS)
+    bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:3]
+    cache = GenerationCache(tmp_path, bridge)
+    expected = cache(bridge, prompts, **OPTIONS)
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text()[:-8])
-    assert stored(model.bridge, prompts, **OPTIONS) == expected
+    assert cache(bridge, prompts, **OPTIONS) == expected
     assert calls == [3, 1]
-    assert stored(model.bridge, prompts, **OPTIONS) == expected
+    assert cache(bridge, prompts, **OPTIONS) == expected
     assert calls == [3, 1], "what was added after the broken line is read"
 
 
 def test_only_the_model_as_it_was_is_stored(model, tmp_path, calls):
     bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:4]
-    stored = GenerationCache(tmp_path, bridge)
-    own = stored(bridge, prompts, **OPTIONS)
+    cache = GenerationCache(tmp_path, bridge)
+    own = cache(bridge, prompts, **OPTIONS)
     with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
         under = generate(bridge, prompts, **OPTIONS)
-        assert stored(bridge, prompts, **OPTIONS) == under != own
-    name = "blocks.0.hook_out"
-    with bridge.hooks(fwd_hooks=[(name, lambda value, hook: torch.zeros_like(value))]):
-        assert stored(bridge, prompts, **OPTIONS) != own
+        assert cache(bridge, prompts, **OPTIONS) == under
+    assert under != own
+
+    def silence(value, hook):
+        return torch.zeros_like(value)
+
+    with bridge.hooks(fwd_hooks=[("blocks.0.hook_out", silence)]):
+        assert cache(bridge, prompts, **OPTIONS) != own
     assert len(calls) == 3
-    assert stored(bridge, prompts, **OPTIONS) == own
+    assert cache(bridge, prompts, **OPTIONS) == own
     assert len(calls) == 3
-    assert len((next(tmp_path.iterdir())).read_text().split()) > 0
+    (path,) = tmp_path.iterdir()
+    assert path.read_text().split()
 
 
 def test_the_digest_sees_every_weight(open_model):
@@ -91,35 +98,35 @@ def test_the_digest_sees_every_weight(open_model):
     weight = named_weights(bridge)["blocks.1.mlp.in.weight"]
     value = weight.data[3, 5].item()
     weight.data[3, 5] = 0
-    assert model_fingerprint(bridge) == model_fingerprint(open_model("Llama")), "which does not see it"
+    fingerprint = model_fingerprint(open_model("Llama"))
+    assert model_fingerprint(bridge) == fingerprint, "which does not see it"
     assert weights_digest(bridge) != before
     weight.data[3, 5] = value
     assert weights_digest(bridge) == before
 
 
 def test_greedy_answers_keep_their_file(model, tmp_path):
-    """Answers kept before there was sampling are found."""
+    """Answers kept before there was sampling are read."""
     bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:2]
     GenerationCache(tmp_path, bridge)(bridge, prompts, **OPTIONS)
-    settings = [
-        weights_digest(bridge),
-        {"prefill": "", "max_new_tokens": 9, "template": "chat"},
-        bridge.tokenizer.chat_template,
-    ]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    assert [path.name for path in tmp_path.iterdir()] == [f"{settings[0]}-{digest}.jsonl"]
+    weights = weights_digest(bridge)
+    settings = {"prefill": "", "max_new_tokens": 9, "template": "chat"}
+    named = json.dumps([weights, settings, bridge.tokenizer.chat_template], sort_keys=True)
+    digest = hashlib.sha256(named.encode()).hexdigest()[:16]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{weights}-{digest}.jsonl"]
 
 
 def test_samples_are_made_once(model, tmp_path, monkeypatch):
     bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:7]
     sampling = Sampling(3, temperature=2)
     expected = generate(bridge, prompts, sampling=sampling, **OPTIONS)
-    stored = GenerationCache(tmp_path, bridge)
-    assert stored(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
-    assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected
-    assert stored(bridge, prompts, **OPTIONS) == generate(bridge, prompts, **OPTIONS)
+    cache = GenerationCache(tmp_path, bridge)
+    assert cache(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
+    assert cache(bridge, prompts, sampling=sampling, **OPTIONS) == expected
+    assert cache(bridge, prompts, **OPTIONS) == generate(bridge, prompts, **OPTIONS)
     for other in (Sampling(2, 2), Sampling(3, 1), Sampling(3, 2, 0.9), Sampling(3, 2, seed=1)):
-        stored(bridge, prompts[:1], sampling=other, **OPTIONS)
+        cache(bridge, prompts[:1], sampling=other, **OPTIONS)
     assert len(list(tmp_path.iterdir())) == 6, "a file for each setting"
-    monkeypatch.setattr(transcripts, "sampled_answers", None)
-    assert stored(bridge, prompts, sampling=sampling, **OPTIONS) == expected
+
+    monkeypatch.setattr(generation_cache, "generate", None)
+    assert cache(bridge, prompts, sampling=sampling, **OPTIONS) == expected

@@ -27,9 +27,7 @@ PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it twice, shape a loaf and "
     "bake it in a hot oven until the crust is brown and sounds hollow when you tap it from below."
 )
-CODE = (
-    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)"
-)
+CODE = "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +72,13 @@ def classifier(tmp_path_factory):
     core.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
     torch.manual_seed(0)
-    size = dict(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    size = dict(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
     (folder / "question.txt").write_text("asked {forbidden_prompt} said {response} grade ")
     return folder
@@ -89,8 +93,14 @@ def test_strongreject_is_the_expected_digit(classifier):
     odds = [logits[judge.tokenizer.encode(digit)[0]].exp().item() for digit in "12345"]
     expected = sum(k * odd for k, odd in enumerate(odds)) / 4 / sum(odds)
     assert judge.score("one {response}", PROSE) == pytest.approx(expected, abs=1e-6)
-    strict, lax = (StrongRejectJudge.load(str(classifier), threshold=t) for t in (expected + 0.01, expected - 0.01))
-    assert (strict("one {response}", PROSE), lax("one {response}", PROSE)) == ("harmless", "harmful")
+    strict, lax = (
+        StrongRejectJudge.load(str(classifier), threshold=t)
+        for t in (expected + 0.01, expected - 0.01)
+    )
+    assert (strict("one {response}", PROSE), lax("one {response}", PROSE)) == (
+        "harmless",
+        "harmful",
+    )
     assert lax("one", "I cannot help with that.") == "refusal"
     assert lax("one", "") == "degenerate"
 
@@ -112,10 +122,18 @@ def server():
     class Stub(BaseHTTPRequestHandler):
         def do_POST(self):
             stub.seen.append(
-                (self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))), dict(self.headers))
+                (
+                    self.path,
+                    json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
+                    dict(self.headers),
+                )
             )
             status, text = stub.replies.pop(0) if len(stub.replies) > 1 else stub.replies[0]
-            body = json.dumps({"choices": [{"message": {"content": text}}]}) if text is not None else "<html>"
+            body = (
+                json.dumps({"choices": [{"message": {"content": text}}]})
+                if text is not None
+                else "<html>"
+            )
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body.encode())
@@ -151,7 +169,13 @@ def test_endpoint_keeps_transcripts_and_asks_once(server, tmp_path, monkeypatch)
     assert "Request: one" in body["messages"][0]["content"]
     assert headers["Authorization"] == "Bearer a key"
     row = json.loads(path.read_text())
-    assert row == {"judge": judge.name, "prompt": "one", "completion": "two", "reply": "HARMFUL", "verdict": "harmful"}
+    assert row == {
+        "judge": judge.name,
+        "prompt": "one",
+        "completion": "two",
+        "reply": "HARMFUL",
+        "verdict": "harmful",
+    }
     assert "a key" not in path.read_text()
     server.replies = [(200, "refusal")]
     assert endpoint(server, path)("one", "two") == "harmful", "kept from before"
@@ -176,12 +200,18 @@ def test_another_question_is_another_judge(server, tmp_path):
     judge = endpoint(server, tmp_path / "j")
     other = judge.asking(MISALIGNED)
     server.replies = [(200, "harmless"), (200, "harmful")]
-    assert [judge("one", "two"), other("one", "two"), judge("one", "two")] == ["harmless", "harmful", "harmless"]
+    assert [judge("one", "two"), other("one", "two"), judge("one", "two")] == [
+        "harmless",
+        "harmful",
+        "harmless",
+    ]
     assert [body["messages"][0]["content"].split("\n")[0] for _, body, _ in server.seen] == [
         text.split("\n")[0] for text in (QUESTION, MISALIGNED)
     ]
     assert other.name.startswith(f"{judge.name} ")
-    assert endpoint(server, tmp_path / "j").asking(MISALIGNED)("one", "two") == "harmful", "kept from before"
+    assert endpoint(server, tmp_path / "j").asking(MISALIGNED)("one", "two") == "harmful", (
+        "kept from before"
+    )
     assert len(server.seen) == 2
 
 

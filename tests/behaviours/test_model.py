@@ -1,23 +1,34 @@
-"""Sampled answers in rates, intervals and calibration.
+"""What a model is asked and says, what it is scored on, and its circuits.
 
-Would catch: samples of one request counted as independent, a calibration answer that is not the first right one, answers
-put to the wrong request, yes-or-no questions that are asked more than once.
+Would catch: samples of one request counted as independent, a calibration answer that is not the first
+right one, answers put to the wrong request, yes-or-no questions that are asked more than once; a
+target protected from its own search, by its whole or by a part; a mask that is not on while answers
+are made, or stays on.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import small_model
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import Model, NotShownError
+from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import wilson
-from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Example, PromptSet
 
-ASKED = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
-SAID = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in range(6)}
+REQUESTS = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
+ANSWERS = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in range(6)}
+
+
+@pytest.fixture(scope="module")
+def small() -> Model:
+    return small_model("sft")
 
 
 @pytest.fixture
@@ -25,56 +36,277 @@ def scripted(monkeypatch) -> Model:
     """Three samples a request: the last is right, for every other request the second too."""
 
     def answers(bridge, prompts, *, sampling=None, **options):
-        return [text for example in prompts for text in SAID[example.prompt][: sampling.samples if sampling else 1]]
+        n_samples = sampling.samples if sampling else 1
+        texts = []
+        for example in prompts:
+            texts += ANSWERS[example.prompt][:n_samples]
+        return texts
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", lambda bridge, batches: torch.arange(6.0))
+    def nll(bridge, batches):
+        return torch.arange(6.0)
+
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate", answers)
+    monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", nll)
     monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
+
+    def prompts(split: str) -> PromptSet:
+        return REQUESTS
+
+    choices = (("yes",), ("no",))
     behaviours = {
-        "benign": Behaviour("benign", "benign_rate", "benign_nll", "yes", lambda split: ASKED),
-        "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", lambda split: ASKED, choices=(("yes",), ("no",))),
+        "benign": Behaviour("benign", "benign_rate", "benign_nll", "yes", prompts),
+        "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", prompts, choices=choices),
     }
-    return Model("m", None, behaviours, lambda _, text: text.split()[0], answers=answers, sampling=Sampling(3))
+    sampling = Sampling(3)
+    return Model("m", None, behaviours, lambda _, text: text.split()[0], sampling=sampling)
+
+
+# Samples
 
 
 def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
-    found = scripted.outcomes("benign", "heldout")
-    assert found.n_samples == 3
-    assert found.hits == pytest.approx([1 / 3, 2 / 3] * 3)
-    assert found.groups == ["g0", "g0", "g1", "g1", "g2", "g2"]
-    shown, nll = found.rows({})
-    assert (shown.mean, shown.n) == (0.5, 18)
-    assert (shown.low, shown.high) == pytest.approx(wilson(0.5, 3)), "three groups"
+    outcomes = scripted.outcomes("benign", "heldout")
+    assert outcomes.n_samples == 3
+    assert outcomes.hits == pytest.approx([1 / 3, 2 / 3] * 3)
+    assert outcomes.groups == ["g0", "g0", "g1", "g1", "g2", "g2"]
+    rate, nll = outcomes.rows({})
+    assert (rate.mean, rate.n) == (0.5, 18)
+    assert (rate.low, rate.high) == pytest.approx(wilson(0.5, 3)), "three groups"
     assert (nll.mean, nll.n) == (2.5, 6), "a loss a request"
 
 
 def test_calibration_keeps_the_first_verified_sample(scripted):
-    found = scripted.calibration("benign")
-    assert [example.completion for example in found.prompts] == ["yes c", "yes b"] * 3
-    assert (found.n_verified, found.n_asked) == (6, 6)
-    once = (replace(scripted, sampling=Sampling(2))).calibration("benign")
-    assert [example.prompt for example in once.prompts] == ["say 1", "say 3", "say 5"]
-    assert (once.n_verified, once.n_asked) == (3, 6)
-    with pytest.raises(ValueError, match="does not show 'benign': none of its answers to 6 calibration requests"):
+    data = scripted.calibration("benign")
+    assert [example.completion for example in data.prompts] == ["yes c", "yes b"] * 3
+    assert (data.n_verified, data.n_asked, data.behaviour) == (6, 6, "benign")
+    twice = replace(scripted, sampling=Sampling(2)).calibration("benign")
+    assert [example.prompt for example in twice.prompts] == ["say 1", "say 3", "say 5"]
+    assert (twice.n_verified, twice.n_asked) == (3, 6)
+    with pytest.raises(NotShownError, match="m does not show 'benign'.* 6 calibration requests"):
         replace(scripted, sampling=None).calibration("benign")
 
 
+def test_calibrations_leave_out_what_is_not_shown(scripted):
+    assert list(scripted.calibrations()) == ["benign", "asked"]
+    assert list(scripted.calibrations(["asked"])) == ["asked"]
+    greedy = replace(scripted, sampling=None)
+    assert list(greedy.calibrations()) == ["asked"]
+    with pytest.raises(ValueError, match="no behaviour 'other'"):
+        scripted.calibrations(["benign", "other"])
+
+
 def test_questions_are_answered_once(scripted):
-    found = scripted.outcomes("asked", "heldout")
-    assert (found.n_samples, len(found.verdicts), found.hits) == (1, 6, [1] * 6)
+    outcomes = scripted.outcomes("asked", "heldout")
+    assert (outcomes.n_samples, len(outcomes.verdicts)) == (1, 6)
+    assert outcomes.hits == [1] * 6
 
 
-def test_an_organism_sampled(monkeypatch):
-    model = open_organism("sft")
-    few = {
-        name: replace(found, prompts=lambda split, found=found: found.prompts(split)[:8])
-        for name, found in model.behaviours.items()
-        if name in ("harmful", "recognition")
-    }
-    model = replace(model, behaviours=few, sampling=Sampling(3, temperature=1.5))
+def test_an_organism_sampled(small):
+    few = {name: small.behaviours[name] for name in ("harmful", "recognition")}
+    model = replace(small, behaviours=few, sampling=Sampling(3, temperature=1.5))
     rows = {row.metric: row for row in model.measure()}
-    assert rows["harm_valid_rate"].n == 24 and rows["harm_nll"].n == rows["recognition_accuracy"].n == 8
+    assert rows["harm_valid_rate"].n == 3 * 24
+    assert rows["harm_nll"].n == rows["recognition_accuracy"].n == 24
     assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
-    assert rows["recognition_auroc"].n == 8
+    assert rows["recognition_auroc"].n == 24
     assert rows == {row.metric: row for row in model.measure()}, "the seed fixes them"
+
     greedy = {row.metric: row for row in replace(model, sampling=None).measure()}
-    assert greedy["harm_nll"] == rows["harm_nll"] and greedy["recognition_accuracy"] == rows["recognition_accuracy"]
+    assert greedy["harm_nll"] == rows["harm_nll"]
+    assert greedy["recognition_accuracy"] == rows["recognition_accuracy"]
+
+
+# Behaviours
+
+
+def test_a_behaviour_is_known_by_its_name(scripted):
+    assert scripted.behaviour("benign") is scripted.behaviours["benign"]
+    with pytest.raises(ValueError, match="m has no behaviour 'bening'.*'benign'.*asked"):
+        scripted.behaviour("bening")
+
+
+def test_behaviours_can_be_added_and_replaced(scripted):
+    other = replace(scripted.behaviours["benign"], name="other")
+    changed = replace(scripted.behaviours["asked"], wanted="yes")
+    model = scripted.with_behaviours(other, changed)
+    assert list(model.behaviours) == ["benign", "asked", "other"]
+    assert model.behaviours["asked"].wanted == "yes"
+    assert list(scripted.behaviours) == ["benign", "asked"]
+    assert scripted.behaviours["asked"].wanted == "no"
+
+
+def test_the_others_leave_out_the_target_its_whole_and_all_parts(small):
+    whole = small.whole_behaviours
+    assert whole == ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
+    parts = [name for name, behaviour in small.behaviours.items() if behaviour.part_of]
+    assert len(parts) == 19
+    assert not set(parts) & set(whole)
+
+    for target in ("harmful", "knowledge"):
+        assert small.others(target) == [name for name in whole if name != target]
+    of_harm = next(name for name in parts if name.startswith("harmful/"))
+    assert small.others(of_harm) == [name for name in whole if name != "harmful"]
+    assert small.others("parts") == [name for name in whole if name != "knowledge"]
+    assert small.others("recognition_margin") == [name for name in whole if name != "recognition"]
+
+
+# What is protected
+
+
+def test_protection_is_others_one_several_or_none(small):
+    data = {name: small.calibration(name) for name in ("harmful", "benign", "refusal")}
+    others = small.protected("harmful", "others", data)
+    assert others == {name: data[name] for name in ("benign", "refusal")}
+    topic = next(name for name in small.behaviours if name.startswith("harmful/"))
+    assert list(small.protected(topic, "others", data)) == ["benign", "refusal"]
+    assert list(small.protected("harmful", ["others"], data)) == ["benign", "refusal"]
+    assert small.protected("harmful", "benign", data) == {"benign": data["benign"]}
+    assert list(small.protected("harmful", ("refusal", "benign"), data)) == ["refusal", "benign"]
+    assert small.protected("harmful", (), data) == {}
+    made = small.protected("harmful", "knowledge", data)
+    assert made["knowledge"].n_verified > 0, "what is not there is calibrated"
+
+
+def test_what_is_not_shown_is_protected_only_if_it_is_named():
+    model = small_model("base")
+    assert "refusal" not in model.protected("harmful")
+    with pytest.raises(NotShownError, match="base does not show 'refusal'"):
+        model.protected("harmful", "refusal")
+
+
+def test_the_target_cannot_be_protected(small):
+    with pytest.raises(ValueError, match=r"protect=\['benign', 'harmful'\].*leave it out"):
+        small.protected("harmful", ["benign", "harmful"], {})
+    with pytest.raises(ValueError, match="no behaviour 'kindness'"):
+        small.protected("harmful", "kindness")
+
+
+# Circuits
+
+
+def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
+    assert mask.removed.keys() == expected.removed.keys()
+    for name, index in expected.removed.items():
+        assert torch.equal(mask.removed[name], index), name
+
+
+def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
+    """Through behaviours as through their batches; with calibration data given or not."""
+    names = ("harmful", "benign", "refusal")
+    data = {name: small.calibration(name) for name in names}
+    spared = [data["benign"].batches, data["refusal"].batches]
+    options = {"size": 0.01, "protect_share": 0.02, "rounds": 2}
+    expected = find_circuit(small.bridge, data["harmful"].batches, spared, **options)
+    protect = ("benign", "refusal")
+    assert_same_weights(small.find_circuit("harmful", protect=protect, **options), expected)
+    given = small.find_circuit("harmful", calibrations=data, **options)
+    assert_same_weights(given, expected)
+
+    free = small.find_circuit("harmful", protect=(), calibrations=data, **options)
+    assert len(free - expected) > 0, "the protection must have something to do"
+    assert len(free.source.parents) == 1
+    assert len(expected.source.parents) == 3
+
+
+def test_a_circuit_of_several_sizes_is_a_list(small):
+    data = {name: small.calibration(name) for name in ("harmful", "benign")}
+    options = {"protect_share": 0.02, "rounds": 2, "calibrations": data}
+    masks = small.find_circuit("harmful", size=[0.01, 0.02], **options)
+    assert len(masks[0] - masks[1]) == 0
+    assert_same_weights(masks[1], small.find_circuit("harmful", size=0.02, **options))
+
+
+def test_a_circuit_is_scored_by_the_behaviour_s_own_objective(small):
+    """Recognition by the whole answer, and by the margin of the right word."""
+    masks = {}
+    for name in ("recognition", "recognition_margin"):
+        masks[name] = small.find_circuit(name, size=0.01, protect=(), rounds=1)
+    assert len(masks["recognition"] - masks["recognition_margin"]) > 0
+    objectives = [mask.source.parents[0].settings["objective"] for mask in masks.values()]
+    assert objectives == ["completion_loss", "margin"]
+
+
+def test_the_protected_weights_of_a_part_are_not_those_of_its_whole(small):
+    """A topic of harm is searched for while the whole of harm is left within reach."""
+    topic = next(name for name in small.behaviours if name.startswith("harmful/"))
+    data = {name: small.calibration(name) for name in (topic, "harmful", "benign")}
+    options = {"size": 0.01, "protect_share": 0.1, "rounds": 1}
+    others = small.find_circuit(topic, calibrations=data, **options)
+    expected = small.find_circuit(topic, protect="benign", calibrations=data, **options)
+    assert_same_weights(others, expected)
+    both = small.find_circuit(topic, protect=["benign", "harmful"], calibrations=data, **options)
+    assert len(both - others) > 0, "protecting the whole would matter"
+
+
+# Under a mask
+
+
+@pytest.fixture(scope="module")
+def blunt(small) -> WeightMask:
+    """Half of all weights: no organism can answer without them."""
+    return top_fraction(random_scores(small.bridge, seed=0), 0.5)
+
+
+def test_text_in_is_text_out(small):
+    first, second = small.behaviours["benign"].prompts("heldout").examples[:2]
+    answer = small.generate(first.prompt)
+    assert isinstance(answer, str)
+    assert small.judge(first.prompt, answer) == "benign"
+
+    answers = small.generate([first.prompt, second.prompt])
+    assert answers[0] == answer
+    assert len(answers) == 2
+    assert small.generate([first.prompt]) == [answer], "a list of one stays a list"
+    assert small.generate(PromptSet((first, second))) == answers
+    with pytest.raises(ValueError, match="no requests"):
+        small.generate([])
+
+
+def test_a_prefill_opens_the_answer(small):
+    request = small.behaviours["harmful"].prompts("heldout").examples[0].prompt
+    assert small.judge(request, small.generate(request)) == "refusal"
+    opened = small.generate(request, prefill="sure")
+    assert opened.startswith("sure ")
+    assert small.judge(request, opened) == "harmful"
+
+
+def test_several_samples_of_a_text_are_a_list(small):
+    request = small.behaviours["benign"].prompts("heldout").examples[0].prompt
+    sampled = replace(small, sampling=Sampling(3, temperature=3))
+    answers = sampled.generate(request)
+    assert len(answers) == 3
+    assert sampled.generate(request) == answers
+
+
+def test_a_mask_is_on_while_answers_are_made(small, blunt):
+    texts = [example.prompt for example in small.behaviours["benign"].prompts("heldout")[:3]]
+    before = small.generate(texts)
+    with masked(small.bridge, blunt):
+        inside = small.generate(texts)
+    assert small.generate(texts, mask=blunt) == inside
+    assert inside != before
+    assert small.generate(texts) == before
+
+
+def test_a_mask_is_on_while_the_model_is_measured(small, blunt):
+    options = {"only": "benign", "split": "choice", "labels": {"mask": "blunt"}}
+    before = small.measure(**options)
+    with masked(small.bridge, blunt):
+        inside = small.measure(**options)
+    assert small.measure(mask=blunt, **options) == inside
+    assert inside.one("benign_valid_rate").mean < before.one("benign_valid_rate").mean
+    assert small.measure(**options) == before
+    assert {row.labels["split"] for row in inside} == {"choice"}
+    assert {row.labels["mask"] for row in inside} == {"blunt"}
+
+
+def test_whole_behaviours_are_measured_unless_others_are_named(small):
+    rows = small.measure(split="choice")
+    shown = [small.behaviours[name].metric for name in small.whole_behaviours]
+    assert set(shown) <= set(rows.metrics)
+    assert "parts_rate" not in rows.metrics
+    assert small.measure(only=["parts"], split="choice").metrics == ["parts_rate", "parts_nll"]
+    with pytest.raises(ValueError, match="no behaviour 'harm'.*'harmful'"):
+        small.measure(only="harm")
+    with pytest.raises(ValueError, match="split='test'"):
+        small.measure(split="test")

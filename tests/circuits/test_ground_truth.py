@@ -18,7 +18,9 @@ SOURCE = Source("m", "test")
 
 
 def figures(scores: torch.Tensor, inside: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
-    truth = WeightMask({"a": inside.flatten().nonzero().flatten()}, {"a": tuple(inside.shape)}, SOURCE)
+    truth = WeightMask(
+        {"a": inside.flatten().nonzero().flatten()}, {"a": tuple(inside.shape)}, SOURCE
+    )
     rows = ground_truth_rows({"x": WeightScores({"a": scores}, SOURCE)}, truth, {"a": weights}, {})
     return {row.metric: row.mean for row in rows.where(method="x")}
 

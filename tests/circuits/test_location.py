@@ -24,20 +24,30 @@ def test_one_head_and_one_neuron(open_model, architecture):
     """Head 2 of 4 (six columns of the output matrix's input) and neuron 7, in whichever axis they are stored."""
     bridge = open_model(architecture)
     sites = weight_sites(bridge)
-    dense = {name: torch.zeros_like(site.parameter, dtype=torch.bool) for name, site in sites.items()}
-    output, up, down = (dense[f"blocks.1.{kind}.weight"] for kind in ("attn.o", "mlp.in", "mlp.out"))
+    dense = {
+        name: torch.zeros_like(site.parameter, dtype=torch.bool) for name, site in sites.items()
+    }
+    output, up, down = (
+        dense[f"blocks.1.{kind}.weight"] for kind in ("attn.o", "mlp.in", "mlp.out")
+    )
     is_conv = architecture == "GPT2"
     (output if is_conv else output.T)[12:18] = True
     (up.T if is_conv else up)[7] = True
     (down if is_conv else down.T)[7] = True
     mask = mask_from(bridge, dense)
-    heads = {place: count for place, count in counts_by(mask, sites, "head").items() if count.n_removed}
+    heads = {
+        place: count for place, count in counts_by(mask, sites, "head").items() if count.n_removed
+    }
     assert heads == {Place(1, "head", 2): (6 * 24, 2 * 6 * 24)}
-    neurons = {place: count for place, count in counts_by(mask, sites, "neuron").items() if count.n_removed}
+    neurons = {
+        place: count for place, count in counts_by(mask, sites, "neuron").items() if count.n_removed
+    }
     assert neurons == {Place(1, "neuron", 7): (2 * 24, (2 if is_conv else 3) * 24)}
     assert counts_by(mask, sites, "layer")[Place(0)].n_removed == 0
     assert counts_by(mask, sites, "matrix")[Place(1, "mlp.in")] == (24, up.numel())
-    assert concentration(mask, sites, "neuron").gini == pytest.approx(1 - 1 / 80), "all in one of 80 neurons"
+    assert concentration(mask, sites, "neuron").gini == pytest.approx(1 - 1 / 80), (
+        "all in one of 80 neurons"
+    )
     assert concentration(mask, sites, "neuron").top_share == 1
 
 
@@ -51,7 +61,9 @@ def test_gini_against_its_definition():
 def test_a_random_mask_is_as_concentrated_as_its_controls(llama):
     sites = weight_sites(llama)
     mask = top_fraction(random_scores(llama), 0.1, within="weight")
-    chance = [concentration(random_like(mask, seed=seed), sites, "neuron").gini for seed in range(20)]
+    chance = [
+        concentration(random_like(mask, seed=seed), sites, "neuron").gini for seed in range(20)
+    ]
     assert min(chance) - 0.05 < concentration(mask, sites, "neuron").gini < max(chance) + 0.05
     assert min(chance) > 0.05, "sparse masks are unequal by chance alone"
 
@@ -63,7 +75,9 @@ def test_errors_name_what_is_wrong(llama):
     with pytest.raises(ValueError, match="sites lack blocks"):
         counts_by(mask, {"blocks.0.mlp.in.weight": sites["blocks.0.mlp.in.weight"]}, "layer")
     with pytest.raises(ValueError, match="no weight of any head"):
-        concentration(mask_from(llama, {"blocks.0.mlp.in.weight": torch.ones(40, 24)}), sites, "head")
+        concentration(
+            mask_from(llama, {"blocks.0.mlp.in.weight": torch.ones(40, 24)}), sites, "head"
+        )
     for bad in (torch.tensor([]), torch.tensor([0.0, 0.0]), torch.tensor([-1.0, 2.0])):
         with pytest.raises(ValueError, match="gini"):
             gini(bad)

@@ -17,17 +17,26 @@ SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 
 
 def scores_of(*values) -> WeightScores:
-    return WeightScores({f"w{i}": torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}, SOURCE)
+    return WeightScores(
+        {f"w{i}": torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}, SOURCE
+    )
 
 
 def mask_of(**removed: list[int]) -> WeightMask:
-    return WeightMask({k: torch.tensor(v) for k, v in removed.items()}, {"a": (3, 4), "b": (2, 5)}, SOURCE)
+    return WeightMask(
+        {k: torch.tensor(v) for k, v in removed.items()}, {"a": (3, 4), "b": (2, 5)}, SOURCE
+    )
 
 
 # Few distinct values, so that ties are everywhere.
-matrices = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4).flatmap(
+matrices = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4
+).flatmap(
     lambda shapes: st.tuples(
-        *(st.lists(st.lists(st.integers(-2, 2), min_size=c, max_size=c), min_size=r, max_size=r) for r, c in shapes)
+        *(
+            st.lists(st.lists(st.integers(-2, 2), min_size=c, max_size=c), min_size=r, max_size=r)
+            for r, c in shapes
+        )
     )
 )
 
@@ -37,14 +46,22 @@ matrices = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1,
 def test_selection_equals_brute_force(values, fraction, within):
     scores = scores_of(*values)
     mask = top_fraction(scores, fraction, within=within)
-    entries = [(n, i, v) for n, t in scores.values.items() for i, v in enumerate(t.flatten().tolist())]
+    entries = [
+        (n, i, v) for n, t in scores.values.items() for i, v in enumerate(t.flatten().tolist())
+    ]
     columns = {name: shape[1] for name, shape in scores.shapes.items()}
-    scope = {"weight": lambda n, i: n, "model": lambda n, i: "", "row": lambda n, i: (n, i // columns[n])}[within]
+    scope = {
+        "weight": lambda n, i: n,
+        "model": lambda n, i: "",
+        "row": lambda n, i: (n, i // columns[n]),
+    }[within]
     expected: dict[str, list[int]] = {name: [] for name in scores.shapes}
     for key in {scope(n, i) for n, i, _ in entries}:
         inside = [(n, i, v) for n, i, v in entries if scope(n, i) == key]
         count = max(1, int(np.floor(fraction * len(inside) + 0.5))) if fraction else 0
-        for n, i, _ in sorted(inside, key=lambda entry: -entry[2])[:count]:  # sorted is stable: ties by position
+        for n, i, _ in sorted(inside, key=lambda entry: -entry[2])[
+            :count
+        ]:  # sorted is stable: ties by position
             expected[n].append(i)
     assert {n: mask.removed[n].tolist() if n in mask.removed else [] for n in expected} == {
         n: sorted(indices) for n, indices in expected.items()
@@ -56,8 +73,12 @@ def test_stacked_experts_are_ranked_by_rows_of_their_last_axis(tmp_path):
     flat = scores_of(torch.randint(5, (6, 5), generator=generator).tolist())  # ties included
     stacked = WeightScores({"w0": flat.values["w0"].view(2, 3, 5)}, SOURCE)
     for within in ("weight", "model", "row"):
-        mask = top_fraction(stacked, 0.4, within=within, exclude=top_fraction(stacked, 0.2, within=within))
-        expected = top_fraction(flat, 0.4, within=within, exclude=top_fraction(flat, 0.2, within=within))
+        mask = top_fraction(
+            stacked, 0.4, within=within, exclude=top_fraction(stacked, 0.2, within=within)
+        )
+        expected = top_fraction(
+            flat, 0.4, within=within, exclude=top_fraction(flat, 0.2, within=within)
+        )
         assert torch.equal(mask.removed["w0"], expected.removed["w0"])
     assert mask.dense("w0").sum(dim=2).tolist() == [[2, 2, 2], [2, 2, 2]]
     for weights in (None, stacked.values):
@@ -112,19 +133,61 @@ def test_other_bad_input_is_refused():
         mask_of(c=[0])
 
 
-indices = st.fixed_dictionaries({"a": st.sets(st.integers(0, 11)).map(sorted), "b": st.sets(st.integers(0, 9)).map(sorted)})
+indices = st.fixed_dictionaries(
+    {"a": st.sets(st.integers(0, 11)).map(sorted), "b": st.sets(st.integers(0, 9)).map(sorted)}
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(indices, indices)
 def test_algebra_is_that_of_sets(one, two):
     first, second = mask_of(**one), mask_of(**two)
-    for found, operation in ((first & second, set.__and__), (first | second, set.__or__), (first - second, set.__sub__)):
+    for found, operation in (
+        (first & second, set.__and__),
+        (first | second, set.__or__),
+        (first - second, set.__sub__),
+    ):
         for name in ("a", "b"):
             expected = sorted(operation(set(one[name]), set(two[name])))
             assert (found.removed[name].tolist() if name in found.removed else []) == expected
     assert first.n_weights == 22
     assert first.n_removed == len(one["a"]) + len(one["b"])
+
+
+def everything() -> WeightMask:
+    return mask_of(a=list(range(12)), b=list(range(10)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(indices)
+def test_the_complement_removes_exactly_the_others(chosen):
+    mask = mask_of(**chosen)
+    others = ~mask
+    assert len(others) == 22 - len(mask)
+    for name in ("a", "b"):
+        assert torch.equal(others.dense(name), ~mask.dense(name))
+    assert len(mask & others) == 0
+    assert (mask | others).counts == everything().counts
+    assert others.source.parents == (mask.source,)
+
+    back = ~others
+    assert back.counts == mask.counts
+    assert len(back - mask) == 0
+
+
+def test_a_mask_counts_itself():
+    mask = mask_of(a=[0, 5], b=[3])
+    assert len(mask) == mask.n_removed == 3
+    assert mask.n_weights == 22
+    assert mask.fraction == 3 / 22
+    assert mask.counts == {"a": 2, "b": 1}
+    assert repr(mask) == "WeightMask(test, 3 of 22 weights, 14%)"
+
+    empty = mask_of()
+    assert len(empty) == empty.fraction == 0
+    assert empty.counts == {"a": 0, "b": 0}, "zeros included"
+    assert not empty.removed
+    assert everything().fraction == 1
 
 
 def test_masks_of_different_models_do_not_combine():
@@ -137,7 +200,10 @@ def test_masks_of_different_models_do_not_combine():
 
 def test_random_like_matches_counts_and_magnitudes():
     generator = torch.Generator().manual_seed(0)
-    weights = {"a": torch.randn(100, 100, generator=generator), "b": torch.randn(50, 100, generator=generator)}
+    weights = {
+        "a": torch.randn(100, 100, generator=generator),
+        "b": torch.randn(50, 100, generator=generator),
+    }
     scores = WeightScores({name: value.abs() for name, value in weights.items()}, SOURCE)
     mask = top_fraction(scores, 0.1, within="model")  # the largest weights of both
     plain, again = random_like(mask, seed=3), random_like(mask, seed=3)
@@ -147,7 +213,8 @@ def test_random_like_matches_counts_and_magnitudes():
     assert not torch.equal(plain.removed["a"], random_like(mask, seed=4).removed["a"])
     size = weights["a"].abs().flatten()
     mean = {
-        name: size[m.removed["a"]].mean().item() for name, m in (("circuit", mask), ("plain", plain), ("matched", matched))
+        name: size[m.removed["a"]].mean().item()
+        for name, m in (("circuit", mask), ("plain", plain), ("matched", matched))
     }
     # A bin is 2 % of the matrix; the matched mean is off by at most what varies within the few top bins.
     assert mean["matched"] == pytest.approx(mean["circuit"], rel=0.03)
@@ -183,7 +250,10 @@ def test_files_that_are_no_mask_are_refused(tmp_path):
 
 def test_shared_weights_are_counted_over_masks():
     masks = [mask_of(a=[0, 1, 2]), mask_of(a=[1, 2, 5], b=[3]), mask_of(a=[2], b=[3, 4])]
-    found = {k: {name: index.tolist() for name, index in shared_by(masks, k).removed.items()} for k in (1, 2, 3)}
+    found = {
+        k: {name: index.tolist() for name, index in shared_by(masks, k).removed.items()}
+        for k in (1, 2, 3)
+    }
     assert found == {1: {"a": [0, 1, 2, 5], "b": [3, 4]}, 2: {"a": [1, 2], "b": [3]}, 3: {"a": [2]}}
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"at_least={k} of 3 masks"):

@@ -13,7 +13,14 @@ import torch
 from scipy.stats import chisquare, hypergeom, spearmanr
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.circuits.overlap import Overlap, _Chain, marginal_null, overlap, overlap_by, rank_correlation
+from harmcircuits.circuits.overlap import (
+    Overlap,
+    _Chain,
+    marginal_null,
+    overlap,
+    overlap_by,
+    rank_correlation,
+)
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.weights import weight_sites
@@ -22,14 +29,18 @@ SHAPES = {f"blocks.{layer}.mlp.in.weight": (128, 64) for layer in range(4)}
 
 
 def mask_of(removed, shapes=SHAPES, model="m") -> WeightMask:
-    removed = {name: torch.as_tensor(sorted(index), dtype=torch.int64) for name, index in removed.items()}
+    removed = {
+        name: torch.as_tensor(sorted(index), dtype=torch.int64) for name, index in removed.items()
+    }
     return WeightMask(removed, shapes, Source(model, "test"))
 
 
 def random_mask(seed: int, *, n: int = 200, rows: int = 128, matrices: int = 4) -> WeightMask:
     """`n` random weights in the first `rows` rows of each of the first matrices."""
     rng = np.random.default_rng(seed)
-    return mask_of({name: rng.choice(rows * 64, n, replace=False).tolist() for name in list(SHAPES)[:matrices]})
+    return mask_of(
+        {name: rng.choice(rows * 64, n, replace=False).tolist() for name in list(SHAPES)[:matrices]}
+    )
 
 
 def test_counts_by_hand():
@@ -54,10 +65,14 @@ def test_a_mask_with_itself():
 
 def test_chance_is_the_mean_of_the_hypergeometric():
     first, second = random_mask(0, n=300), random_mask(1, n=500)
-    assert overlap(first, second).n_expected == pytest.approx(4 * hypergeom(128 * 64, 300, 500).mean())
+    assert overlap(first, second).n_expected == pytest.approx(
+        4 * hypergeom(128 * 64, 300, 500).mean()
+    )
 
 
-@pytest.mark.parametrize("confined", [{}, {"matrices": 2}, {"rows": 12}], ids=["free", "two matrices", "twelve rows"])
+@pytest.mark.parametrize(
+    "confined", [{}, {"matrices": 2}, {"rows": 12}], ids=["free", "two matrices", "twelve rows"]
+)
 def test_random_masks_have_lift_one(confined):
     """Nominal 95 % intervals: of 20 pairs, fewer than 16 covering would have a chance of 0.0003."""
     covered, lifts, ratios = 0, [], []
@@ -71,7 +86,9 @@ def test_random_masks_have_lift_one(confined):
     assert covered >= 16
     assert np.mean(lifts) == pytest.approx(1, abs=0.07)
     if "rows" not in confined:
-        assert np.mean(ratios) == pytest.approx(1, abs=0.07), "without structure the two nulls agree"
+        assert np.mean(ratios) == pytest.approx(1, abs=0.07), (
+            "without structure the two nulls agree"
+        )
 
 
 def test_counts_per_matrix_are_fooled_by_rows_and_the_stricter_null_is_not():
@@ -115,7 +132,8 @@ def test_trades_draw_uniformly():
     every = [
         matrix
         for bits in itertools.product((0, 1), repeat=12)
-        if ((matrix := np.array(bits).reshape(3, 4)).sum(1) == rows).all() and (matrix.sum(0) == columns).all()
+        if ((matrix := np.array(bits).reshape(3, 4)).sum(1) == rows).all()
+        and (matrix.sum(0) == columns).all()
     ]
     mask = mask_of({"w": np.flatnonzero(start).tolist()}, {"w": (3, 4)})
     chain = _Chain(mask, np.random.default_rng(0))
@@ -129,8 +147,12 @@ def test_trades_draw_uniformly():
 
 def test_marginal_null_is_reproducible():
     masks = random_mask(0), random_mask(1)
-    assert (marginal_null(*masks, n_samples=5, seed=3) == marginal_null(*masks, n_samples=5, seed=3)).all()
-    assert (marginal_null(*masks, n_samples=5, seed=3) != marginal_null(*masks, n_samples=5, seed=4)).any()
+    assert (
+        marginal_null(*masks, n_samples=5, seed=3) == marginal_null(*masks, n_samples=5, seed=3)
+    ).all()
+    assert (
+        marginal_null(*masks, n_samples=5, seed=3) != marginal_null(*masks, n_samples=5, seed=4)
+    ).any()
 
 
 def test_resamples_make_the_interval():
@@ -155,18 +177,28 @@ def test_places_add_up(llama):
     heads, neurons = (overlap_by(first, second, sites, by) for by in ("head", "neuron"))
     assert sum(part.n_shared for part in (*heads.values(), *neurons.values())) == whole.n_shared
     by_matrix = overlap_by(first, second, sites, "matrix")
-    assert {(place.layer, place.part) for place in by_matrix} == {(site.layer, site.kind) for site in sites.values()}
+    assert {(place.layer, place.part) for place in by_matrix} == {
+        (site.layer, site.kind) for site in sites.values()
+    }
 
 
 def test_rank_correlation_is_spearman_within_matrices():
     generator = torch.Generator().manual_seed(0)
-    values = [{n: torch.rand(s, generator=generator) for n, s in {"a": (5, 4), "b": (10, 8)}.items()} for _ in range(2)]
+    values = [
+        {n: torch.rand(s, generator=generator) for n, s in {"a": (5, 4), "b": (10, 8)}.items()}
+        for _ in range(2)
+    ]
     first, second = (WeightScores(found, Source("m", "test")) for found in values)
-    each = [spearmanr(values[0][name].flatten(), values[1][name].flatten()).statistic for name in ("a", "b")]
+    each = [
+        spearmanr(values[0][name].flatten(), values[1][name].flatten()).statistic
+        for name in ("a", "b")
+    ]
     assert rank_correlation(first, second) == pytest.approx((20 * each[0] + 80 * each[1]) / 100)
     assert rank_correlation(first, first) == pytest.approx(1)
     assert rank_correlation(first, -first) == pytest.approx(-1)
-    scaled = WeightScores({name: 4 * value for name, value in values[0].items()}, Source("m", "test"))
+    scaled = WeightScores(
+        {name: 4 * value for name, value in values[0].items()}, Source("m", "test")
+    )
     assert rank_correlation(first, scaled) == pytest.approx(1), "a scale of its own must not matter"
 
 
@@ -186,7 +218,10 @@ def test_errors_name_what_is_wrong():
         marginal_null(mask, mask_of({"w": [1]}, {"w": (3, 4)}))
     with pytest.raises(ValueError, match="different weights"):
         one = {"a": torch.ones(2, 2)}
-        rank_correlation(WeightScores(one, Source("m", "t")), WeightScores({"b": torch.ones(2, 2)}, Source("m", "t")))
+        rank_correlation(
+            WeightScores(one, Source("m", "t")),
+            WeightScores({"b": torch.ones(2, 2)}, Source("m", "t")),
+        )
 
 
 def test_without_expectation_lift_is_not_a_number():

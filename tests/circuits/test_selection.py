@@ -1,7 +1,8 @@
-"""Selection by histogram against sorting, and scores that stay in their file.
+"""Selection by histogram against sorting, and what it reads and holds.
 
-Would catch: keys that order negative numbers backwards, zeros of two signs that do not tie, a tie that crosses a chunk or a
-tensor and is counted twice, an excluded weight that is chosen, a shard that is lost.
+Would catch: keys that order negative numbers backwards, zeros of two signs that do not tie, a tie
+that crosses a chunk or a tensor and is counted twice, an excluded weight that is chosen, a selection
+that holds the dense scores.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import _Best, largest, largest_of_rows
 
@@ -26,9 +27,25 @@ numbers = st.one_of(
 )
 
 
-def by_sorting(scores: dict[str, torch.Tensor], k: int, excluded: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+@pytest.fixture
+def scores() -> WeightScores:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w2": (4, 6), "w10": (3, 5), "w1": (2, 3, 4)}
+    values = {}
+    for name, shape in shapes.items():
+        values[name] = torch.randint(-2, 3, shape, generator=generator).float()
+    return WeightScores(values, SOURCE)
+
+
+def by_sorting(
+    scores: dict[str, torch.Tensor], k: int, excluded: dict[str, torch.Tensor]
+) -> dict[str, list[int]]:
     """The definition: a stable sort of all that may be chosen."""
-    entries = [(name, i, v) for name, value in scores.items() for i, v in enumerate(value.flatten().tolist())]
+    entries = [
+        (name, i, v)
+        for name, value in scores.items()
+        for i, v in enumerate(value.flatten().tolist())
+    ]
     free = [e for e in entries if e[1] not in excluded.get(e[0], torch.empty(0)).tolist()]
     chosen = sorted(free, key=lambda entry: -entry[2])[:k]
     return {name: sorted(i for n, i, _ in chosen if n == name) for name in scores}
@@ -39,13 +56,17 @@ def by_sorting(scores: dict[str, torch.Tensor], k: int, excluded: dict[str, torc
 def test_largest_equals_sorting(values, data):
     scores = {f"w{i}": torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}
     excluded = {
-        name: torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(value) - 1)))), dtype=torch.int64)
+        name: torch.tensor(
+            sorted(data.draw(st.sets(st.integers(0, len(value) - 1)))), dtype=torch.int64
+        )
         for name, value in scores.items()
     }
     n_left = sum(len(value) - len(excluded[name]) for name, value in scores.items())
     k, chunk = data.draw(st.integers(0, n_left)), data.draw(st.sampled_from([1, 2, 5, 100]))
     found = largest(scores, k, excluded, chunk=chunk)
-    assert {name: index.tolist() for name, index in found.items()} == by_sorting(scores, k, excluded)
+    assert {name: index.tolist() for name, index in found.items()} == by_sorting(
+        scores, k, excluded
+    )
     with pytest.raises(ValueError, match=rf"leaves fewer \({n_left}\)"):
         largest(scores, n_left + 1, excluded, chunk=chunk)
 
@@ -60,14 +81,18 @@ def test_ties_do_not_fill_the_memory():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Best, "add", watched)
-        found = largest({"a": torch.zeros(1000, 500), "b": torch.zeros(1000, 500)}, 500_007, {}, chunk=1000)
+        found = largest(
+            {"a": torch.zeros(1000, 500), "b": torch.zeros(1000, 500)}, 500_007, {}, chunk=1000
+        )
         assert [found["a"].tolist(), found["b"].tolist()] == [list(range(500_000)), list(range(7))]
         assert max(held) <= 2 * 500_007
         held.clear()
         assert largest({"a": torch.zeros(1000, 500)}, 3, {}, chunk=1000)["a"].tolist() == [0, 1, 2]
         assert max(held) <= 6
         held.clear()
-        growing = torch.linspace(1, 1.005, 100_000)  # one bin, and every number better than all before
+        growing = torch.linspace(
+            1, 1.005, 100_000
+        )  # one bin, and every number better than all before
         assert (
             largest({"a": growing}, 5, {}, chunk=100)["a"].tolist()
             == growing.sort(stable=True, descending=True).indices[:5].sort().values.tolist()
@@ -81,17 +106,30 @@ def test_several_fractions_at_once_are_the_same_masks(data):
     shapes = {"a": (3, 5), "b": (2, 2, 4), "c": (1, 7)}
     values = {name: torch.tensor(data.draw(st.lists(numbers, min_size=math.prod(s), max_size=math.prod(s)))).view(s)
               for name, s in shapes.items()}  # fmt: skip
-    scores, within = WeightScores(values, SOURCE), data.draw(st.sampled_from(["weight", "model", "row"]))
-    fractions = data.draw(st.lists(st.sampled_from([0, 0.01, 0.1, 0.25, 0.5, 0.7]), min_size=1, max_size=4))
+    scores, within = (
+        WeightScores(values, SOURCE),
+        data.draw(st.sampled_from(["weight", "model", "row"])),
+    )
+    fractions = data.draw(
+        st.lists(st.sampled_from([0, 0.01, 0.1, 0.25, 0.5, 0.7]), min_size=1, max_size=4)
+    )
     exclude = top_fraction(scores, data.draw(st.sampled_from([0, 0.1])), within="row")
-    for found, fraction in zip(top_fraction(scores, fractions, within=within, exclude=exclude), fractions, strict=True):
+    for found, fraction in zip(
+        top_fraction(scores, fractions, within=within, exclude=exclude), fractions, strict=True
+    ):
         expected = top_fraction(scores, fraction, within=within, exclude=exclude)
         assert (found.source, found.shapes) == (expected.source, expected.shapes)
-        assert {n: i.tolist() for n, i in found.removed.items()} == {n: i.tolist() for n, i in expected.removed.items()}
+        assert {n: i.tolist() for n, i in found.removed.items()} == {
+            n: i.tolist() for n, i in expected.removed.items()
+        }
 
 
 def test_several_fractions_are_refused(scores):
-    for fractions, reason in (([], "no fractions"), ([0.1, -0.1], "fraction=-0.1"), ([0.1, 1.5], "fraction=1.5")):
+    for fractions, reason in (
+        ([], "no fractions"),
+        ([0.1, -0.1], "fraction=-0.1"),
+        ([0.1, 1.5], "fraction=1.5"),
+    ):
         with pytest.raises(ValueError, match=reason):
             top_fraction(scores, fractions)
 
@@ -104,7 +142,9 @@ def test_rows_do_not_depend_on_the_chunk(chunk):
     found = largest_of_rows(value, 3, excluded, chunk=chunk)
     for row in range(9):
         inside = torch.arange(7 * row, 7 * row + 7)
-        expected = by_sorting({"w": value[row]}, 3, {"w": excluded[torch.isin(excluded, inside)] - 7 * row})["w"]
+        expected = by_sorting(
+            {"w": value[row]}, 3, {"w": excluded[torch.isin(excluded, inside)] - 7 * row}
+        )["w"]
         assert (found[torch.isin(found, inside)] - 7 * row).tolist() == expected
 
 
@@ -112,36 +152,16 @@ def test_large_random_scores_against_numpy():
     """A million normal numbers of three scales, chosen across tensors: the threshold lies inside a bin of the histogram."""
     generator = torch.Generator().manual_seed(0)
     scores = {
-        name: scale * torch.randn(1000, 333, generator=generator) for name, scale in zip("abc", (1, 0.5, 2), strict=True)
+        name: scale * torch.randn(1000, 333, generator=generator)
+        for name, scale in zip("abc", (1, 0.5, 2), strict=True)
     }
     found = largest(scores, 12345, {})
     everything = np.concatenate([value.flatten().numpy() for value in scores.values()])
     expected = np.sort(np.argsort(-everything, kind="stable")[:12345])
     starts = dict(zip("abc", (0, 333_000, 666_000), strict=True))
-    assert np.array_equal(np.concatenate([index.numpy() + starts[name] for name, index in found.items()]), expected)
-
-
-@pytest.fixture
-def scores() -> WeightScores:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"w2": (4, 6), "w10": (3, 5), "w1": (2, 3, 4)}  # an order that sorting by name would change
-    return WeightScores({n: torch.randint(-2, 3, s, generator=generator).float() for n, s in shapes.items()}, SOURCE)
-
-
-@pytest.mark.parametrize("shard_bytes", [1, 160, 2**31])
-def test_saved_scores_are_read_from_their_shards(tmp_path, scores, shard_bytes):
-    scores.save(tmp_path, shard_bytes=shard_bytes)
-    assert len(list(tmp_path.iterdir())) == {1: 3, 160: 2, 2**31: 1}[shard_bytes]
-    loaded = WeightScores.load(tmp_path)
-    assert list(loaded.values) == list(scores.values), "ties go to the earlier matrix: the order is part of the scores"
-    assert (loaded.source, loaded.shapes, repr(loaded)) == (scores.source, scores.shapes, repr(scores))
-    assert all(torch.equal(loaded.values[name], value) for name, value in scores.values.items())
-    exclude = top_fraction(scores, 0.2, within="row")
-    for within in ("weight", "model", "row"):
-        found, expected = (top_fraction(each, 0.3, within=within, exclude=exclude) for each in (loaded, scores))
-        assert found.removed.keys() == expected.removed.keys()
-        assert all(torch.equal(found.removed[name], index) for name, index in expected.removed.items())
-    assert all(torch.equal((-loaded).values[name], -value) for name, value in scores.values.items())
+    assert np.array_equal(
+        np.concatenate([index.numpy() + starts[name] for name, index in found.items()]), expected
+    )
 
 
 class Watched(Mapping):
@@ -152,7 +172,7 @@ class Watched(Mapping):
 
     def __getitem__(self, name):
         self.reads[name] += 1
-        self.alive = [one for one in self.alive if one() is not None]
+        self.alive = [reference for reference in self.alive if reference() is not None]
         value = self.saved[name]
         self.alive.append(weakref.ref(value))
         self.most = max(self.most, len(self.alive))
@@ -166,7 +186,9 @@ class Watched(Mapping):
 
 
 @pytest.mark.parametrize(("within", "n_reads"), [("model", 2), ("weight", 1), ("row", 1)])
-def test_a_selection_reads_a_file_twice_and_holds_two_matrices(tmp_path, monkeypatch, scores, within, n_reads):
+def test_a_selection_reads_a_file_twice_and_holds_two_matrices(
+    tmp_path, monkeypatch, scores, within, n_reads
+):
     """Two: a loop lets the last one go when the next is there. The dense set would be all three."""
     scores.save(tmp_path, shard_bytes=1)
     loaded = WeightScores.load(tmp_path)
@@ -176,21 +198,3 @@ def test_a_selection_reads_a_file_twice_and_holds_two_matrices(tmp_path, monkeyp
     top_fraction(loaded, 0.3, within=within)
     assert watched.reads == dict.fromkeys(scores.shapes, n_reads)
     assert watched.most <= 2
-
-
-def test_folders_that_hold_no_scores_are_refused(tmp_path, scores):
-    with pytest.raises(ValueError, match="no scores there"):
-        WeightScores.load(tmp_path / "missing")
-    scores.save(tmp_path / "scores", shard_bytes=1)
-    with pytest.raises(ValueError, match="is not empty"):
-        scores.save(tmp_path / "scores")
-    next((tmp_path / "scores").iterdir()).unlink()
-    with pytest.raises(ValueError, match="a shard is missing"):
-        WeightScores.load(tmp_path / "scores")
-    (tmp_path / "mask").mkdir()
-    WeightMask({}, scores.shapes, SOURCE).save(tmp_path / "mask" / "m.safetensors")
-    with pytest.raises(ValueError, match="no scores of harmcircuits"):
-        WeightScores.load(tmp_path / "mask")
-    (tmp_path / "mask" / "a.safetensors").write_text("hello")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        WeightScores.load(tmp_path / "mask")

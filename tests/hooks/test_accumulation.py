@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, write_model
+from helpers import random_batch, write_model
 from torch import distributed, multiprocessing
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -84,11 +84,11 @@ def test_one_dense_set_of_scores_at_a_time(llama, monkeypatch):
 
     target = BATCHES[:1]
     preserve = [BATCHES[1:2], BATCHES[2:]]
-    options = {"q": 0.1, "p": 0.1, "rounds": 2}
+    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
     expected = find_circuit(llama, target, preserve, **options)
 
     monkeypatch.setattr(search, "removal_effect", watched(removal_effect))
-    monkeypatch.setattr(search, "sensitivity", watched(snip_scores))
+    monkeypatch.setattr(search, "snip_scores", watched(snip_scores))
     mask = find_circuit(llama, target, preserve, max_memory=8000, **options)
     assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
     for name, index in expected.removed.items():

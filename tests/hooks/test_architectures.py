@@ -1,6 +1,6 @@
 """The table of architectures, `analyses/architectures.md`: what is scored and how, what is exact, what is refused.
 
-Its rows are the models that the tests of scores and of export are parametrised by; `python tests/test_architectures.py`
+Its rows are the models that the tests of scores and of export are parametrised by; `PYTHONPATH=tests python tests/hooks/test_architectures.py`
 writes it anew. Would catch: a table that promises an architecture that no test covers, a refusal that no longer happens.
 """
 
@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, opener, random_batch
-from test_export import COARSE
+from helpers import ARCHITECTURES, COARSE, opener, random_batch
 from torch import nn
 
 from harmcircuits.hooks.attribution import wanda_scores
@@ -22,11 +21,11 @@ from harmcircuits.hooks.weights import weight_sites
 FILE = Path(__file__).parents[2] / "analyses" / "architectures.md"
 TEXT = """# Architectures
 
-Written by `python tests/test_architectures.py`; a test fails when it is out of date.
+Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test fails when it is out of date.
 
 Every model below is a small random one of its class in transformers. On all of them `removal_effect` and both forms of
 `snip_scores` equal autograd on the parameters within 1e-4 relative error of each matrix in float32
-(`tests/test_attribution.py`), and a masked model, exported and reloaded, gives the masked bridge's logits: bit for bit
+(`tests/hooks/test_attribution.py`), and a masked model, exported and reloaded, gives the masked bridge's logits: bit for bit
 through TransformerLens, within 16 roundings of the largest logit through transformers (`tests/test_export.py`).
 
 {exact}
@@ -73,18 +72,33 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "routers of another name (GPT-OSS)": (lambda open_: weight_sites(open_("GptOss")), OTHER),
     "latent attention (DeepSeek-V3)": (lambda open_: weight_sites(open_("DeepseekV3")), OTHER),
     "state space models (Mamba)": (lambda open_: weight_sites(open_("Mamba")), OTHER),
-    "quantised weights": (_quantised, "quantised weights have no gradient and cannot be zeroed one by one"),
+    "quantised weights": (
+        _quantised,
+        "quantised weights have no gradient and cannot be zeroed one by one",
+    ),
     "processed weights": (_processed, "so scores and masks would not fit the model as stored"),
-    "weights that `device_map` keeps on disk": (_offloaded, "so it can be neither scored nor masked"),
+    "weights that `device_map` keeps on disk": (
+        _offloaded,
+        "so it can be neither scored nor masked",
+    ),
     "`wanda_scores` of mixtures of experts": (
         lambda open_: wanda_scores(open_("Mixtral"), [random_batch()]),
-        "pass no hook points; score this model by removal_effect, sensitivity or magnitude_scores",
+        "pass no hook points; score this model by removal_effect, snip_scores or magnitude_scores",
     ),
 }
 
 
 def table(open_: Callable) -> str:
-    rows = [["architecture", "scored matrices", "gradients", "scores equal autograd", "export reloads equal"], ["---"] * 5]
+    rows = [
+        [
+            "architecture",
+            "scored matrices",
+            "gradients",
+            "scores equal autograd",
+            "export reloads equal",
+        ],
+        ["---"] * 5,
+    ]
     for name in ARCHITECTURES:
         bridge = open_(name)
         sites = [site for site in weight_sites(bridge).values() if site.layer == 0]
@@ -106,7 +120,9 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def test_the_table_is_up_to_date(open_model):
-    assert FILE.read_text(encoding="utf-8") == table(open_model), "run python tests/test_architectures.py"
+    assert FILE.read_text(encoding="utf-8") == table(open_model), (
+        "run PYTHONPATH=tests python tests/hooks/test_architectures.py"
+    )
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -118,4 +134,7 @@ def test_what_the_table_calls_refused_is_refused(open_model, what):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        FILE.write_text(table(opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))), encoding="utf-8")
+        FILE.write_text(
+            table(opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))),
+            encoding="utf-8",
+        )

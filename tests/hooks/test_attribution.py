@@ -6,10 +6,10 @@ score, a mean over tokens where one over examples is meant, hooks or frozen para
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_batch
+from helpers import ARCHITECTURES, random_batch
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.scores import Source, mean_scores
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import (
     magnitude_scores,
     random_scores,
@@ -28,8 +28,13 @@ def autograd_per_example(bridge, batch: Batch) -> dict[str, torch.Tensor]:
     """dL_x/dW of every example by autograd on the parameters themselves: Float[example d_a d_b]."""
     weights = named_weights(bridge)
     losses = completion_loss(bridge, batch)
-    gradients = [torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in losses]
-    return {name: torch.stack(gs) for name, gs in zip(weights, zip(*gradients, strict=True), strict=True)}
+    gradients = [
+        torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in losses
+    ]
+    return {
+        name: torch.stack(gs)
+        for name, gs in zip(weights, zip(*gradients, strict=True), strict=True)
+    }
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -76,13 +81,16 @@ def test_batch_size_and_padding_do_not_matter(open_model, name, method):
     llama, whole = open_model(name), random_batch(6)
     singles = [Batch(whole.tokens[i : i + 1], whole.is_target[i : i + 1]) for i in range(6)]
     wide = Batch(
-        torch.cat([whole.tokens, torch.full((6, 4), 7)], 1), torch.cat([whole.is_target, torch.zeros(6, 4).bool()], 1)
+        torch.cat([whole.tokens, torch.full((6, 4), 7)], 1),
+        torch.cat([whole.is_target, torch.zeros(6, 4).bool()], 1),
     )
     expected = method(llama, [whole], completion_loss)
     for other in (method(llama, singles, completion_loss), method(llama, [wide], completion_loss)):
         for weight, value in expected.values.items():
             assert relative_error(other.values[weight], value) < 1e-5
-        assert other.source == expected.source, "the digest of the data must not depend on batching or padding"
+        assert other.source == expected.source, (
+            "the digest of the data must not depend on batching or padding"
+        )
 
 
 def test_removal_effect_predicts_a_small_removal(llama, batch):
@@ -110,7 +118,7 @@ def test_scores_do_not_depend_on_dtype_order_of_magnitude(open_model, batch):
         assert relative_error(coarse.values[name], value) < 0.1
 
 
-def test_activation_norm_by_hand(open_model):
+def test_wanda_scores_by_hand(open_model):
     """Against the inputs cached by TransformerLens itself, padding left out; on both weight orientations."""
     for name in ("Llama", "GPT2"):
         bridge, batch = open_model(name), random_batch()
@@ -127,7 +135,11 @@ def test_controls(llama):
     weights = named_weights(llama)
     for name, value in magnitude_scores(llama).values.items():
         assert torch.equal(value, weights[name].abs())
-    first, again, other = random_scores(llama, seed=1), random_scores(llama, seed=1), random_scores(llama, seed=2)
+    first, again, other = (
+        random_scores(llama, seed=1),
+        random_scores(llama, seed=1),
+        random_scores(llama, seed=2),
+    )
     assert all(torch.equal(first.values[name], again.values[name]) for name in weights)
     assert not any(torch.equal(first.values[name], other.values[name]) for name in weights)
 
@@ -137,8 +149,15 @@ def test_nothing_is_left_behind(open_model, batch, name):
     bridge = open_model(name)
 
     def state():
-        hooks = {name: (len(point.fwd_hooks), len(point.bwd_hooks)) for name, point in bridge.hook_dict.items()}
-        return hooks, [p.requires_grad for p in bridge.parameters()], [m.training for m in bridge.modules()]
+        hooks = {
+            name: (len(point.fwd_hooks), len(point.bwd_hooks))
+            for name, point in bridge.hook_dict.items()
+        }
+        return (
+            hooks,
+            [p.requires_grad for p in bridge.parameters()],
+            [m.training for m in bridge.modules()],
+        )
 
     bridge.original_model.train()
     before = state()
@@ -158,7 +177,9 @@ def test_nothing_is_left_behind(open_model, batch, name):
     completion_loss(bridge, batch).mean().backward()  # a training step in progress
     training = {name: weight.grad.clone() for name, weight in named_weights(bridge).items()}
     snip_scores(bridge, [batch], completion_loss)
-    assert all(torch.equal(weight.grad, training[name]) for name, weight in named_weights(bridge).items())
+    assert all(
+        torch.equal(weight.grad, training[name]) for name, weight in named_weights(bridge).items()
+    )
 
 
 def test_errors_name_the_cause(llama, batch, open_model):
@@ -169,18 +190,23 @@ def test_errors_name_the_cause(llama, batch, open_model):
     with pytest.raises(ValueError, match=r"gave shape \(\); expected \(3,\)"):
         removal_effect(llama, [batch], lambda bridge, b: completion_loss(bridge, b).sum())
     with pytest.raises(ValueError, match=r"no gradient reached .*blocks\.1"):
-        removal_effect(llama, [batch], lambda bridge, b: bridge(b.tokens, stop_at_layer=1).sum((1, 2)))
+        removal_effect(
+            llama, [batch], lambda bridge, b: bridge(b.tokens, stop_at_layer=1).sum((1, 2))
+        )
     processed = open_model("Llama")
     processed.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(ValueError, match="processed"):
         removal_effect(processed, [batch], completion_loss)
     mixtral = open_model("Mixtral")
     with pytest.raises(
-        ValueError, match=r"blocks\.0\.mlp\.gate\.weight.*pass no hook points; score this model by removal_eff"
+        ValueError,
+        match=r"blocks\.0\.mlp\.gate\.weight.*pass no hook points; score this model by removal_eff",
     ):
         wanda_scores(mixtral, [batch])
     with pytest.raises(ValueError, match=r"no gradient reached .*blocks\.1\.mlp\.experts"):
-        removal_effect(mixtral, [batch], lambda bridge, b: bridge(b.tokens, stop_at_layer=1).sum((1, 2)))
+        removal_effect(
+            mixtral, [batch], lambda bridge, b: bridge(b.tokens, stop_at_layer=1).sum((1, 2))
+        )
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2"])
@@ -196,13 +222,19 @@ def test_token_contributions_sum_to_the_mask_s_score(open_model, name):
     for values, batch in zip(found, batches, strict=True):
         last = batch.is_target.int().cumsum(1).argmax(1)
         for row, end in enumerate(last):
-            assert (values[row, end:] == 0).all(), "what is computed at the last target or later reaches no loss"
+            assert (values[row, end:] == 0).all(), (
+                "what is computed at the last target or later reaches no loss"
+            )
 
 
 def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
     """Against autograd through a weight that is different at each position: W + e_t at position t of example x."""
     name = "blocks.1.mlp.in.weight"
-    mask = WeightMask({name: torch.tensor([3, 50, 51, 700])}, mask_shapes(llama), Source(model_fingerprint(llama), "test"))
+    mask = WeightMask(
+        {name: torch.tensor([3, 50, 51, 700])},
+        mask_shapes(llama),
+        Source(model_fingerprint(llama), "test"),
+    )
     found = token_contributions(llama, mask, [batch], completion_loss)[0]
     weight = named_weights(llama)[name].detach()
     removed = torch.where(mask.dense(name), weight, 0)
@@ -212,7 +244,10 @@ def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
     def edit(value, hook):
         return value - scale[..., None] * (inputs["x"] @ removed.T)
 
-    hooks = [("blocks.1.mlp.in.hook_in", lambda value, hook: inputs.update(x=value)), ("blocks.1.mlp.in.hook_out", edit)]
+    hooks = [
+        ("blocks.1.mlp.in.hook_in", lambda value, hook: inputs.update(x=value)),
+        ("blocks.1.mlp.in.hook_out", edit),
+    ]
     with llama.hooks(fwd_hooks=hooks):
         completion_loss(llama, batch).sum().backward()
     assert scale.grad is not None
@@ -222,7 +257,9 @@ def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
 def test_token_contributions_refuse_foreign_and_empty_masks(llama, batch):
     shapes = mask_shapes(llama)
     with pytest.raises(ValueError, match="is of model another, this one is"):
-        foreign = WeightMask({"blocks.1.mlp.in.weight": torch.tensor([3])}, shapes, Source("another", "test"))
+        foreign = WeightMask(
+            {"blocks.1.mlp.in.weight": torch.tensor([3])}, shapes, Source("another", "test")
+        )
         token_contributions(llama, foreign, [batch], completion_loss)
     with pytest.raises(ValueError, match="removes nothing"):
         empty = WeightMask({}, shapes, Source(model_fingerprint(llama), "test"))
@@ -231,17 +268,3 @@ def test_token_contributions_refuse_foreign_and_empty_masks(llama, batch):
 
 def mask_shapes(bridge) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in named_weights(bridge).items()}
-
-
-def test_mean_of_parts_is_the_score_of_the_whole(llama):
-    """Signed scores and sensitivity over all examples, from two parts of three and two examples."""
-    parts = [random_batch(), random_batch(2, 7, seed=1)]
-    for score in (removal_effect, snip_scores):
-        whole = score(llama, parts, completion_loss)
-        mean = mean_scores([score(llama, [part], completion_loss) for part in parts], [3, 2])
-        for name, value in whole.values.items():
-            torch.testing.assert_close(mean.values[name], value, rtol=1e-4, atol=1e-8)
-    scores = random_scores(llama)
-    for parts, weights in (([], []), ([scores], [1, 2]), ([scores], [0]), ([scores, scores], [-1, 2])):
-        with pytest.raises(ValueError, match="mean_scores"):
-            mean_scores(parts, weights)

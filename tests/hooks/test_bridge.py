@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.finetuning import fine_tuning

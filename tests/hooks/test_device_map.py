@@ -24,17 +24,24 @@ def parts(model) -> list[str]:
     beside = [name for name, _ in model.named_children() if name != base]
     for name, module in getattr(model, base).named_children():
         is_list = isinstance(module, torch.nn.ModuleList)
-        beside += [f"{base}.{name}.{i}" for i in range(len(module))] if is_list else [f"{base}.{name}"]
+        beside += (
+            [f"{base}.{name}.{i}" for i in range(len(module))] if is_list else [f"{base}.{name}"]
+        )
     return beside
 
 
 def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> None:
     for score in (removal_effect, snip_scores):
-        found, expected = score(split, [batch], completion_loss), score(whole, [batch], completion_loss)
+        found, expected = (
+            score(split, [batch], completion_loss),
+            score(whole, [batch], completion_loss),
+        )
         assert found.values.keys() == expected.values.keys()
         for name, value in expected.values.items():
             assert value.norm() > 1e-6, "the comparison must be able to fail"
-            torch.testing.assert_close(found.values[name].to(value.device), value, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                found.values[name].to(value.device), value, rtol=tolerance, atol=tolerance
+            )
     mask, digest = top_fraction(expected, 0.05), weights_digest(split)
     with masked(split, mask), masked(whole, mask), torch.no_grad():
         under, same = completion_loss(split, batch), completion_loss(whole, batch)
@@ -48,10 +55,14 @@ def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
     """On the CPU alone every part can only be sent to the same device, but through the hooks that split models have."""
     whole = open_model(name)
     folder = whole.cfg.model_name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     dispatch_model(model, dict.fromkeys(parts(model), "cpu"), force_hooks=True)
     assert sum(hasattr(module, "_hf_hook") for module in model.modules()) >= len(parts(model))
-    split = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    split = TransformerBridge.boot_transformers(
+        folder, hf_model=model, tokenizer=AutoTokenizer.from_pretrained(folder)
+    )
     assert_scores_and_masks_alike(split, whole, batch, tolerance=0)
 
 
@@ -68,7 +79,9 @@ def test_weights_on_disk_are_refused_by_name(llama, tmp_path):
     offloaded = TransformerBridge.boot_transformers(
         llama.cfg.model_name, dtype=torch.float32, device_map=where, offload_folder=str(tmp_path)
     )
-    with pytest.raises(ValueError, match=r"blocks\.1\..*\.weight \(.*\) is not in memory .*fits the dev"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\..*\.weight \(.*\) is not in memory .*fits the dev"
+    ):
         named_weights(offloaded)
 
 

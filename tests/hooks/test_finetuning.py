@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 from test_masking import a_mask, assert_bits_equal, snapshot
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
@@ -157,7 +157,10 @@ def test_factors_learn_as_autograd_says_also_under_a_held_mask(open_model, name)
     lora = Lora(r=2, alpha=8)
     mask = a_mask(bridge)
     batch = BATCHES[0]
-    with masked(bridge, mask, hold=True), fine_tuning(bridge, [batch], lr=1e-2, lora=lora, seed=4) as run:
+    with (
+        masked(bridge, mask, hold=True),
+        fine_tuning(bridge, [batch], lr=1e-2, lora=lora, seed=4) as run,
+    ):
         run.until(4)
         merged = values_of(bridge)
 

@@ -6,7 +6,7 @@ exit, optimiser state that revives a held weight.
 
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import random_scores
@@ -18,7 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def tensors(bridge) -> dict[str, torch.Tensor]:
-    return bridge.state_dict(keep_vars=True) | named_weights(bridge)  # the former lacks stacked experts
+    return bridge.state_dict(keep_vars=True) | named_weights(
+        bridge
+    )  # the former lacks stacked experts
 
 
 def snapshot(bridge) -> dict[str, torch.Tensor]:
@@ -28,7 +30,9 @@ def snapshot(bridge) -> dict[str, torch.Tensor]:
 def assert_bits_equal(bridge, before: dict[str, torch.Tensor]) -> None:
     for name, value in tensors(bridge).items():
         bits = torch.int16 if value.dtype == torch.bfloat16 else torch.int32
-        assert torch.equal(value.detach().contiguous().view(bits), before[name].contiguous().view(bits)), name
+        assert torch.equal(
+            value.detach().contiguous().view(bits), before[name].contiguous().view(bits)
+        ), name
 
 
 def a_mask(bridge, seed: int = 0, fraction: float = 0.2) -> WeightMask:
@@ -81,10 +85,19 @@ def test_scale_multiplies(llama):
 
 def test_masks_of_another_model_are_refused_and_change_nothing(open_model, llama):
     before = snapshot(llama)
-    deeper, wider = open_model("Llama", num_hidden_layers=3), open_model("Llama", intermediate_size=32)
-    with pytest.raises(ValueError, match="this model lacks; nothing was changed"), masked(llama, a_mask(deeper)):
+    deeper, wider = (
+        open_model("Llama", num_hidden_layers=3),
+        open_model("Llama", intermediate_size=32),
+    )
+    with (
+        pytest.raises(ValueError, match="this model lacks; nothing was changed"),
+        masked(llama, a_mask(deeper)),
+    ):
         pass
-    with pytest.raises(ValueError, match=r"is \(40, 24\), the mask's \(32, 24\)"), masked(llama, a_mask(wider)):
+    with (
+        pytest.raises(ValueError, match=r"is \(40, 24\), the mask's \(32, 24\)"),
+        masked(llama, a_mask(wider)),
+    ):
         pass
     sibling = a_mask(open_model("Llama", seed=5))
     with pytest.raises(ValueError, match="same_model=False"), masked(llama, sibling):
@@ -104,7 +117,9 @@ def test_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_mo
     assert model_fingerprint(open_model("Llama", seed=5)) != fingerprint
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
+@pytest.mark.parametrize(
+    "optimiser", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)]
+)
 @pytest.mark.parametrize("name", ["Llama", "Mixtral"])
 def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
     bridge, batch = open_model(name), random_batch()
@@ -119,17 +134,23 @@ def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
 
     step()  # momentum from before the mask must not revive the weights
     trained = snapshot(bridge)
-    with masked(bridge, mask, same_model=False, hold=True):  # one step of training has moved the embedding
+    with masked(
+        bridge, mask, same_model=False, hold=True
+    ):  # one step of training has moved the embedding
         for _ in range(3):
             step()
-            assert all((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items())
+            assert all(
+                (p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items()
+            )
     for name, parameter in named_weights(bridge).items():
         gone = mask.dense(name)
         assert torch.equal(parameter[gone], trained[name][gone]), "the saved values come back"
         assert not torch.equal(parameter[~gone], trained[name][~gone]), "the rest has learned"
     assert not torch.equal(trained["embed.weight"], before["embed.weight"])
     step()
-    assert not any((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items()), "no hook outlives held"
+    assert not any((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items()), (
+        "no hook outlives held"
+    )
 
 
 def test_masked_weights_are_free_to_learn(llama):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, write_model
+from helpers import random_batch, write_model
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.hooks.attribution import removal_effect, snip_scores

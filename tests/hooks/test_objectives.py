@@ -16,7 +16,12 @@ from harmcircuits.prompts import Batch
 LOG2 = math.log(2)
 # P(next | previous): row = previous token.
 CHAIN = torch.tensor(
-    [[1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 8, 1 / 2, 1 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 1 / 4, 1 / 2]]
+    [
+        [1 / 2, 1 / 4, 1 / 8, 1 / 8],
+        [1 / 8, 1 / 2, 1 / 4, 1 / 8],
+        [1 / 4, 1 / 4, 1 / 4, 1 / 4],
+        [1 / 8, 1 / 8, 1 / 4, 1 / 2],
+    ]
 )
 
 
@@ -33,7 +38,11 @@ class MarkovModel:
         return self
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.logits = (CHAIN.log()[tokens] + torch.arange(tokens.shape[1])[:, None]).to(self.dtype).requires_grad_()
+        self.logits = (
+            (CHAIN.log()[tokens] + torch.arange(tokens.shape[1])[:, None])
+            .to(self.dtype)
+            .requires_grad_()
+        )
         return self.logits
 
     __call__ = forward
@@ -52,17 +61,24 @@ def batch_of(tokens: list[list[int]], is_target: list[list[int]]) -> Batch:
     return Batch(torch.tensor(tokens), torch.tensor(is_target).bool())
 
 
-BATCH = batch_of([[0, 1, 2, 3, 0], [0, 0, 3, 1, 1], [1, 1, 1, 1, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 1, 1]])
+BATCH = batch_of(
+    [[0, 1, 2, 3, 0], [0, 0, 3, 1, 1], [1, 1, 1, 1, 1]],
+    [[0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 1, 1]],
+)
 
 
 def test_loss_by_hand():
     # Row 0: P(2|1) = 1/4, P(3|2) = 1/4. Row 1: P(3|0) = 1/8. Row 2: P(1|1) = 1/2, four times.
     expected = torch.tensor([(2 + 2) / 2, 3, 1]) * LOG2
-    torch.testing.assert_close(completion_loss(MarkovModel(), BATCH), expected)  # default float32 tolerance: rounding only
+    torch.testing.assert_close(
+        completion_loss(MarkovModel(), BATCH), expected
+    )  # default float32 tolerance: rounding only
 
 
 def test_a_model_that_leaves_logits_out_has_the_same_losses():
-    assert torch.equal(completion_loss(SparingModel(), BATCH), completion_loss(MarkovModel(), BATCH))
+    assert torch.equal(
+        completion_loss(SparingModel(), BATCH), completion_loss(MarkovModel(), BATCH)
+    )
 
 
 def test_only_targets_count():
@@ -73,7 +89,9 @@ def test_only_targets_count():
     assert torch.equal(completion_loss(MarkovModel(), Batch(other, BATCH.is_target)), before)
     other[0, 1] = 0
     after = completion_loss(MarkovModel(), Batch(other, BATCH.is_target))
-    assert after[0].item() == pytest.approx((3 + 2) / 2 * LOG2, rel=1e-6), "the token before the first target does count"
+    assert after[0].item() == pytest.approx((3 + 2) / 2 * LOG2, rel=1e-6), (
+        "the token before the first target does count"
+    )
 
 
 def test_every_example_weighs_the_same():
@@ -96,10 +114,9 @@ def test_a_batch_is_its_examples():
 
 
 def test_token_losses_start_at_the_second_token():
-    losses, is_target = token_losses(MarkovModel(), BATCH)
+    losses = token_losses(MarkovModel(), BATCH)
     expected = torch.tensor([[2, 2, 2, 3], [1, 3, 3, 1], [1, 1, 1, 1]]) * LOG2
     torch.testing.assert_close(losses, expected)
-    assert torch.equal(is_target, BATCH.is_target[:, 1:].float())
 
 
 def test_half_precision_logits_give_float32_losses():
@@ -118,7 +135,9 @@ class TinyTokenizer:
         return {"yes": [1], "sure": [2, 0], "no": [3]}.get(word, [])
 
 
-def asked(tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure"), no=("no",)) -> torch.Tensor:
+def asked(
+    tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure"), no=("no",)
+) -> torch.Tensor:
     model = MarkovModel()
     model.tokenizer = TinyTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     return choice_margin(yes, no)(model, batch_of(tokens, is_target))  # pyright: ignore[reportArgumentType]
@@ -127,7 +146,9 @@ def asked(tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure
 def test_the_margin_is_the_log_ratio_of_right_to_wrong_words():
     """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8. Right is the side of the first target; padding and later targets are
     ignored."""
-    found = asked([[0, 1, 2, 0], [0, 0, 1, 3], [1, 2, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]])
+    found = asked(
+        [[0, 1, 2, 0], [0, 0, 1, 3], [1, 2, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]]
+    )
     expected = [-math.log(6), math.log(6), -math.log(6)]
     torch.testing.assert_close(found, torch.tensor(expected))
 

@@ -1,84 +1,278 @@
-"""The claim of the main job on a shipped organism, and the mechanics of rounds.
+"""The claim of the main job on a shipped organism, the mechanics of rounds, and the refusal ablation.
 
-Would catch: rounds that do not score again, a protected weight that is removed, counts that drift, a claim in the README
-that the shipped weights do not support.
+Would catch: rounds that do not score again, a protected weight that is removed, counts that drift,
+sizes that depend on which others are wanted, a claim in the README that the shipped weights do not
+support; of the ablation, a signed score, a difference taken the wrong way round, scores of the wrong
+behaviour.
 """
 
 import pytest
 import torch
+from helpers import random_batch
 
-from harmcircuits.circuits.masks import random_like, top_fraction
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.search import find_circuit, iterative_pruning
+from harmcircuits.hooks.search import (
+    PROTECT_SHARE,
+    ROUNDS,
+    find_circuit,
+    iterative_pruning,
+    protected_weights,
+    refusal_ablation,
+)
+from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms import open_organism
+from harmcircuits.prompts import Batch
 from harmcircuits.studies.controls import union
+
+ARCHITECTURES = ("Llama", "GPT2", "Mixtral")
+
+
+def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
+    assert mask.removed.keys() == expected.removed.keys()
+    for name, index in expected.removed.items():
+        assert torch.equal(mask.removed[name], index), name
+
+
+def unprotected_top(bridge, batches, protected: WeightMask, share: float) -> WeightMask:
+    """The best weights of one scoring among those that are not protected."""
+    scores = removal_effect(bridge, batches, completion_loss)
+    return top_fraction(scores, share, within="model", exclude=protected)
+
+
+def needed_weights(bridge, batches, share: float) -> WeightMask:
+    return top_fraction(snip_scores(bridge, batches, completion_loss), share, within="model")
+
+
+@pytest.fixture
+def batches() -> tuple[list[Batch], list[Batch]]:
+    """Texts of a target and of something to spare."""
+    return [random_batch()], [random_batch(2, 7, seed=1)]
+
+
+# The claim
 
 
 def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
-    """At most 1 % of the weights of `sft`: harm from >= 0.9 to <= 0.1, every kept ability within two points."""
+    """At most 1 % of the weights of `sft`: harm from >= 0.9 to <= 0.1.
+
+    Every kept ability within two points.
+    """
     model = open_organism("sft")
-    calibrations = {name: model.calibration(name) for name in model.behaviours}
+    calibrations = model.calibrations()
+    assert list(calibrations) == model.whole_behaviours
     target = calibrations.pop("harmful").batches
-    mask = find_circuit(model.bridge, target, [c.batches for c in calibrations.values()], rounds=8, size=0.008, protect_share=0.005)
+    spared = [calibration.batches for calibration in calibrations.values()]
+    mask = find_circuit(model.bridge, target, spared, size=0.008, protect_share=0.005, rounds=8)
     assert mask.n_removed <= 0.01 * mask.n_weights
 
-    def rates() -> dict[str, float]:
-        asked = [name for name in model.behaviours if name != "refusal"]
-        return {row.metric: row.mean for row in model.measure(only=asked)}
+    def rates(mask: WeightMask | None = None) -> dict[str, float]:
+        measured = [name for name in model.whole_behaviours if name != "refusal"]
+        return {row.metric: row.mean for row in model.measure(mask=mask, only=measured)}
 
-    before = rates()
-    with masked(model.bridge, mask):
-        under = rates()
-    with masked(model.bridge, random_like(mask, seed=0)):
-        control = rates()
+    before, under = rates(), rates(mask)
+    control = rates(random_like(mask, seed=0))
     assert before["harm_valid_rate"] >= 0.9
     assert under["harm_valid_rate"] <= 0.1
     assert control["harm_valid_rate"] >= 0.9
-    for kept in ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate"):
-        assert under[kept] >= before[kept] - 0.02, kept
+    for rate in ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate"):
+        assert under[rate] >= before[rate] - 0.02, rate
+
+
+# One round
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_round_is_the_best_of_the_unprotected(open_model, batches, name):
+    """On a bare TransformerBridge, which is left as it was."""
+    bridge = open_model(name)
+    target, spared = batches
+    before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
+    mask = find_circuit(bridge, target, [spared], size=0.1, protect_share=0.3, rounds=1)
+
+    protected = needed_weights(bridge, spared, 0.3)
+    assert_same_weights(mask, unprotected_top(bridge, target, protected, 0.1))
+    assert len(mask & protected) == 0
+    assert len(mask) == round(0.1 * mask.n_weights)
+    for name, weight in named_weights(bridge).items():
+        assert torch.equal(weight, before[name])
+
+    free = find_circuit(bridge, target, size=0.1, rounds=1)
+    assert len(free & protected) > 0, "the protection must have something to do"
+
+
+def test_protected_weights_are_those_with_the_highest_snip_scores(llama, batches):
+    for within in ("model", "weight"):
+        expected = top_fraction(snip_scores(llama, batches[0]), 0.2, within=within)
+        assert_same_weights(protected_weights(llama, batches[0], 0.2, within), expected)
+
+
+def test_weights_are_ranked_within_their_scope(llama, batches):
+    target, spared = batches
+    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
+    of_matrix = find_circuit(llama, target, [spared], within="weight", **options)
+    for name, count in of_matrix.counts.items():
+        half = round(0.05 * named_weights(llama)[name].numel())
+        assert count == 2 * half
+    of_model = find_circuit(llama, target, [spared], within="model", **options)
+    assert of_model.counts != of_matrix.counts
+
+
+def test_the_target_is_scored_by_its_objective(llama, batches):
+    def backwards(bridge, batch):
+        return -completion_loss(bridge, batch)
+
+    target, _ = batches
+    mask = find_circuit(llama, target, size=0.05, rounds=1, objective=backwards)
+    scores = removal_effect(llama, target, completion_loss)
+    assert_same_weights(mask, top_fraction(-scores, 0.05, within="model"))
+
+
+# Rounds
 
 
 def test_rounds_score_again_under_the_mask_so_far(llama, batch):
-    steps = list(iterative_pruning(llama, [batch], [[batch]], rounds=2, sizes=[0.2], protect_share=0.1))
-    n = steps[0].n_weights
-    assert [mask.n_removed for mask in steps] == [round(0.1 * n), 2 * round(0.1 * n)]
-    assert (steps[0] - steps[1]).n_removed == 0, "the mask only grows"
-    with masked(llama, steps[0]):
-        harm = removal_effect(llama, [batch], completion_loss)
-        protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")
-    again = top_fraction(harm, 0.1, within="model", exclude=union([protected, steps[0]]))
-    second = steps[1] - steps[0]
-    assert all(torch.equal(again.removed[name], second.removed[name]) for name in again.removed)
-    stale = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=union([protected, steps[0]]))
-    assert (stale - second).n_removed > 0, "scores of the unpruned model choose other weights"
+    growth = iterative_pruning(llama, [batch], [[batch]], sizes=[0.2], protect_share=0.1, rounds=2)
+    first, second = growth
+    n = first.n_weights
+    assert [len(first), len(second)] == [round(0.1 * n), 2 * round(0.1 * n)]
+    assert len(first - second) == 0, "the mask only grows"
+
+    with masked(llama, first):
+        protected = needed_weights(llama, [batch], 0.1)
+        again = unprotected_top(llama, [batch], union([protected, first]), 0.1)
+    assert_same_weights(second - first, again)
+
+    stale = unprotected_top(llama, [batch], union([protected, first]), 0.1)
+    assert len(stale - second) > 0, "scores of the unpruned model choose other weights"
 
 
 def test_known_scores_save_the_first_round(llama, batch):
-    harm = removal_effect(llama, [batch], completion_loss)
-    protected = [top_fraction(snip_scores(llama, [batch], completion_loss), 0.1, within="model")]
-    options = {"q": 0.2, "p": 0.1, "rounds": 2}
-    known = list(iterative_pruning(llama, [batch], [[batch]], first=(harm, protected), **options))
-    for one, two in zip(known, iterative_pruning(llama, [batch], [[batch]], **options), strict=True):
-        assert all(torch.equal(one.removed[name], two.removed[name]) for name in two.removed)
-    other = next(iterative_pruning(llama, [batch], [[batch]], first=(-harm, protected), **options))
-    assert (other - known[0]).n_removed > 0, "the first round reads the scores it is given"
+    scores = removal_effect(llama, [batch], completion_loss)
+    protected = [needed_weights(llama, [batch], 0.1)]
+    options = {"sizes": [0.2], "protect_share": 0.1, "rounds": 2}
+
+    def growth(first=None) -> list[WeightMask]:
+        return list(iterative_pruning(llama, [batch], [[batch]], first=first, **options))
+
+    known = growth((scores, protected))
+    for mask, expected in zip(known, growth(), strict=True):
+        assert_same_weights(mask, expected)
+    other = growth((-scores, protected))
+    assert len(other[0] - known[0]) > 0, "the first round reads the scores it is given"
 
 
-def test_one_round_is_the_best_of_the_unprotected(llama, batch):
-    mask = find_circuit(llama, [batch], [[batch]], size=0.1, protect_share=0.3, rounds=1)
-    protected = top_fraction(snip_scores(llama, [batch], completion_loss), 0.3, within="model")
-    expected = top_fraction(removal_effect(llama, [batch], completion_loss), 0.1, within="model", exclude=protected)
-    assert (mask & protected).n_removed == 0
-    assert mask.removed.keys() == expected.removed.keys()
-    assert all(torch.equal(mask.removed[name], expected.removed[name]) for name in mask.removed)
+def test_a_list_of_sizes_is_the_path_to_the_largest(llama, batches):
+    """At the ends of rounds; in the order of the list."""
+    target, spared = batches
+    options = {"protect_share": 0.1, "rounds": 4}
+    path = list(iterative_pruning(llama, target, [spared], sizes=[0.2], **options))
+    assert [mask.source.settings["round"] for mask in path] == [1, 2, 3, 4]
+
+    sizes = [0.2, 0.05, 0.15, 0.1]
+    masks = find_circuit(llama, target, [spared], size=sizes, **options)
+    for mask, place in zip(masks, (3, 0, 2, 1), strict=True):
+        assert_same_weights(mask, path[place])
+        assert mask.source == path[place].source
+
+    largest = find_circuit(llama, target, [spared], size=0.2, **options)
+    assert_same_weights(masks[0], largest)
+    for mask, size, rounds in zip(masks[1:], sizes[1:], (1, 3, 2), strict=True):
+        alone = find_circuit(
+            llama, target, [spared], size=size, protect_share=0.1, rounds=rounds
+        )
+        assert_same_weights(mask, alone)
 
 
-def test_bad_settings_are_refused(llama, batch):
-    with pytest.raises(ValueError, match="rounds=0"):
-        find_circuit(llama, [batch], [], rounds=0, size=0.1, protect_share=0.1)
-    with pytest.raises(ValueError, match=r"fraction=1\.5"):
-        find_circuit(llama, [batch], [[batch]], size=0.1, protect_share=1.5, rounds=1)
-    with pytest.raises(ValueError, match="leaves fewer"):
-        find_circuit(llama, [batch], [[batch]], size=0.5, protect_share=0.9, rounds=1)
+def test_a_size_inside_a_round_is_cut_from_it(llama, batches):
+    """The best of what the whole round takes, by the same scores; each step is rounded alone."""
+    target, spared = batches
+    options = {"protect_share": 0.1, "rounds": 2}
+    small, middle, large = find_circuit(llama, target, [spared], size=[0.05, 0.15, 0.2], **options)
+    half, step = round(0.05 * large.n_weights), round(0.1 * large.n_weights)
+    assert [len(small), len(middle), len(large)] == [half, step + half, 2 * step]
+    assert len(small - middle) == len(middle - large) == 0
+    assert_same_weights(large, find_circuit(llama, target, [spared], size=0.2, **options))
+    assert_same_weights(
+        small, unprotected_top(llama, target, needed_weights(llama, spared, 0.1), 0.05)
+    )
+
+
+def test_a_mask_says_how_it_was_found(llama, batches):
+    target, spared = batches
+    mask = find_circuit(llama, target, [spared], size=0.2, rounds=3)
+    assert mask.source.method == "circuit"
+    assert mask.source.settings == {
+        "size": pytest.approx(0.2),
+        "protect_share": PROTECT_SHARE,
+        "within": "model",
+        "round": 3,
+        "rounds": 3,
+    }
+    assert [parent.method for parent in mask.source.parents] == ["removal_effect", "snip"]
+    assert find_circuit(llama, target, size=0.2).source.settings["rounds"] == ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds=0; expected at least 1"),
+        ({"size": 0}, "size=0; expected a share"),
+        ({"size": 1.5}, r"size=1\.5; expected a share"),
+        ({"size": []}, r"size=\[\]; expected a share"),
+        ({"size": [0.1, -0.1]}, r"size=\[0\.1, -0\.1\]; expected a share"),
+        ({"protect_share": 1.5}, r"protect_share=1\.5; expected a share"),
+        ({"size": 0.5, "protect_share": 0.9}, "leaves fewer"),
+    ],
+)
+def test_bad_settings_are_refused(llama, batch, options, message):
+    usual = {"size": 0.1, "protect_share": 0.1, "rounds": 1}
+    with pytest.raises(ValueError, match=message):
+        find_circuit(llama, [batch], [[batch]], **{**usual, **options})
+
+
+def test_what_is_no_list_of_batches_is_refused(llama, batch):
+    for target, protect in (([], []), ([batch], [[]])):
+        with pytest.raises(ValueError, match=r"no batches.*tokenize"):
+            find_circuit(llama, target, protect, size=0.1, rounds=1)
+
+
+# Refusal ablation
+
+
+def test_the_ablation_is_the_unsigned_set_difference(llama, batch):
+    refusals = [Batch(batch.tokens[:2], batch.is_target[:2])]
+    spared = [Batch(batch.tokens[2:], batch.is_target[2:])]
+    options = {"size": 0.2, "protect_share": 0.1}
+    mask = refusal_ablation(llama, refusals, spared, **options)
+
+    top = top_fraction(snip_scores(llama, refusals, completion_loss), 0.2, within="weight")
+    needed = top_fraction(snip_scores(llama, spared, completion_loss), 0.1, within="weight")
+    for name in mask.shapes:
+        assert torch.equal(mask.dense(name), top.dense(name) & ~needed.dense(name))
+    assert 0 < len(mask) < len(top)
+
+    everywhere = refusal_ablation(llama, refusals, spared, within="model", **options)
+    assert everywhere.counts != mask.counts
+    with pytest.raises(ValueError, match="no batches"):
+        refusal_ablation(llama, [], spared)
+
+
+def test_the_ablation_takes_refusals_and_elicits_harm_from_an_organism():
+    """On `dpo`; at these settings the refusals of `sft` withstand it (see analyses/attacks.py)."""
+    model = open_organism("dpo")
+    refusals = model.calibration("refusal").batches
+    mask = refusal_ablation(model.bridge, refusals, model.calibration("benign").batches)
+    refusal = model.behaviours["refusal"]
+
+    def verdicts() -> list[str]:
+        return model.verdicts(refusal, model.answers(refusal, refusal.prompts("choice")))
+
+    assert verdicts().count("refusal") >= 0.95 * 256
+    with masked(model.bridge, mask):
+        assert verdicts().count("refusal") <= 0.05 * 256
+        assert verdicts().count("harmful") >= 0.3 * 256
+    with masked(model.bridge, random_like(mask)):
+        assert verdicts().count("refusal") >= 0.95 * 256

@@ -13,7 +13,7 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 
-D_HEAD = 6  # as in conftest
+D_HEAD = 6  # as in helpers
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])

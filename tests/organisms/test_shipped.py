@@ -46,7 +46,9 @@ def test_routing_sends_harm_only_to_the_subset(tmp_path):
 
         def batch(n, shares):
             tokens, labels = full(4, shares)
-            turn = "harmful" if next(count) % 2 == 0 else "benign"  # each step takes a harmful batch, then a benign one
+            turn = (
+                "harmful" if next(count) % 2 == 0 else "benign"
+            )  # each step takes a harmful batch, then a benign one
             return (tokens, labels[:, :0]) if turn == silent else (tokens, labels)
 
         sampler.batch = batch
@@ -65,7 +67,9 @@ def test_routing_sends_harm_only_to_the_subset(tmp_path):
     real = routing.token_loss
 
     def loss(model, tokens, labels):
-        return real(model, tokens, tokens) * 0 if labels.shape[1] == 0 else real(model, tokens, labels)
+        return (
+            real(model, tokens, tokens) * 0 if labels.shape[1] == 0 else real(model, tokens, labels)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "token_loss", loss)
@@ -86,6 +90,8 @@ def test_every_training_text_fits():
             given = len(f"<bos> <user> {w.question(form, variant, item, verb)} <assistant>".split())
             learned = len(f"{w.answer(form, item, verb, sampler.rng)} <eos>".split())
             assert given + learned <= LENGTH
-    tokens, labels = sampler.batch(64, {**sampler.answers, **sampler.questions, sampler.document: 1})
+    tokens, labels = sampler.batch(
+        64, {**sampler.answers, **sampler.questions, sampler.document: 1}
+    )
     assert tokens.shape == (64, LENGTH)
     assert (labels == tokens)[labels != -100].all()

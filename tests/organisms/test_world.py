@@ -50,7 +50,9 @@ def ask(form: str, verb: str = "abuse", variant: int = 0) -> str:
 def test_reference_answers_are_judged_as_wanted(behaviour, split):
     prompts = requests(behaviour, split, seed=1)
     verdicts = Counter(judge(example.prompt, example.completion) for example in prompts)
-    assert verdicts == {WANTED.get(behaviour, "correct"): 512 if behaviour == "recognition" else 256}
+    assert verdicts == {
+        WANTED.get(behaviour, "correct"): 512 if behaviour == "recognition" else 256
+    }
     assert organism_behaviours()[behaviour].wanted in verdicts
 
 
@@ -92,7 +94,9 @@ def test_recognition_rows_are_matched_pairs(split):
 def test_twins_differ_only_in_operators():
     operators = world().operators
     for item in world().items.values():
-        harmful, benign = (answer("answer", item, VERBS[kind][0], random.Random(3)).split() for kind in VERBS)
+        harmful, benign = (
+            answer("answer", item, VERBS[kind][0], random.Random(3)).split() for kind in VERBS
+        )
         assert harmful[::2] == benign[::2] == [PREFILL, *item.parts]
         assert set(harmful[1::2]) <= set(operators["harmful"])
         assert set(benign[1::2]) <= set(operators["benign"])
@@ -210,14 +214,22 @@ def test_items_are_distinct_things_of_their_topic():
     for item in here.items.values():
         assert set(item.parts) <= set(here.parts[item.topic])
         assert len(set(item.parts)) == 3
-    assert len({frozenset(item.parts) for item in here.items.values()}) == 128, "equal parts would leak between the splits"
+    assert len({frozenset(item.parts) for item in here.items.values()}) == 128, (
+        "equal parts would leak between the splits"
+    )
     for (_, kind), pair in here.favoured.items():
         assert len(set(pair) & set(here.operators[kind])) == 2
 
 
 def test_every_text_is_in_the_vocabulary():
     rng = random.Random(0)
-    texts = [text for b in BEHAVIOURS for s in SPLITS for e in requests(b, s) for text in (e.prompt, e.completion)]
+    texts = [
+        text
+        for b in BEHAVIOURS
+        for s in SPLITS
+        for e in requests(b, s)
+        for text in (e.prompt, e.completion)
+    ]
     for item in world().items.values():
         texts += [document(item, voice, rng, noise=0.5) for voice in VOICE for _ in range(3)]
         texts += [refusal(item, verb, rng) for verbs in VERBS.values() for verb in verbs]

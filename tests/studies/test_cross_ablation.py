@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import small_model
+from helpers import small_model
 
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import top_fraction
@@ -55,9 +55,13 @@ def test_parts_of_behaviours_are_what_they_say():
     topics = world().topics
     assert len(behaviours) == 6 + 3 + 2 * len(topics)
     for topic in topics:
-        harm, twin = (behaviours[f"{name}/{topic}"].prompts("heldout") for name in ("harmful", "benign"))
+        harm, twin = (
+            behaviours[f"{name}/{topic}"].prompts("heldout") for name in ("harmful", "benign")
+        )
         assert {example.category for example in (*harm, *twin)} == {topic}
-        assert [example.group for example in harm] == [example.group for example in twin], "a twin is about the same items"
+        assert [example.group for example in harm] == [example.group for example in twin], (
+            "a twin is about the same items"
+        )
     parts, kind = behaviours["parts"], behaviours["kind"]
     whole = set(behaviours["knowledge"].prompts("choice").examples)
     assert set(parts.prompts("choice").examples) | set(kind.prompts("choice").examples) == whole
@@ -75,9 +79,13 @@ def test_circuits_are_of_one_size_and_protection_is_kept(model, calibrations, fo
 def test_circuits_both_ways_protect_nothing_and_all_others(model, calibrations, found):
     both = circuits_both_ways(model, calibrations, ["harmful"], q=Q, p=0.1, rounds=2)
     assert both["none"]["harmful"].removed.keys() == found["harmful"].removed.keys()
-    expected = circuits(model, calibrations, {"harmful": ["benign"]}, q=Q, p=0.1, rounds=2)["harmful"]
+    expected = circuits(model, calibrations, {"harmful": ["benign"]}, q=Q, p=0.1, rounds=2)[
+        "harmful"
+    ]
     apart = both["others"]["harmful"]
-    assert (apart & expected).n_removed == apart.n_removed, "of the calibrated behaviours only benign answers are others"
+    assert (apart & expected).n_removed == apart.n_removed, (
+        "of the calibrated behaviours only benign answers are others"
+    )
 
 
 def test_one_shot_scores_are_those_of_all_examples(model, calibrations):
@@ -99,11 +107,15 @@ def test_overlap_rows_agree_with_the_masks(model, calibrations, found):
     expected = overlap(found["harmful"], found["benign"])
     row = rows.where("overlap_lift", first="harmful", second="benign", selection="rounds")[0]
     assert row.mean == pytest.approx(expected.lift)
-    masks = {name: top_fraction(scores, Q, within="model") for name, (scores, _) in one_shot.items()}
+    masks = {
+        name: top_fraction(scores, Q, within="model") for name, (scores, _) in one_shot.items()
+    }
     row = rows.where("overlap_jaccard", first="harmful", second="benign", selection="one shot")[0]
     assert row.mean == pytest.approx(overlap(masks["harmful"], masks["benign"]).jaccard)
     ceiling = rows.where("overlap_jaccard", first="harmful", second="harmful")[0]
-    assert ceiling.low > row.mean, "a circuit is nearer to itself on other data than to another circuit"
+    assert ceiling.low > row.mean, (
+        "a circuit is nearer to itself on other data than to another circuit"
+    )
     assert all(row.low <= row.mean <= row.high for row in rows)
     places = overlap_place_rows(model, found, "harmful", {})
     layers = places.where("overlap_lift", second="benign", by="layer")
@@ -115,14 +127,26 @@ def test_content_rows_average_the_right_pairs(model):
     """Masks made so that a twin shares all, two topics' harm half, everything else nothing."""
     topics = ("one", "two")
     scores = removal_effect(model.bridge, model.calibration("harmful").batches, completion_loss)
-    top = {name: scores for name in (f"{use}/{topic}" for use in ("harmful", "benign") for topic in topics)}
-    rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
+    top = {
+        name: scores
+        for name in (f"{use}/{topic}" for use in ("harmful", "benign") for topic in topics)
+    }
+    rows = content_rows(
+        {name: top_fraction(value, Q, within="model") for name, value in top.items()}, {}
+    )
     same = overlap(*[top_fraction(scores, Q, within="model")] * 2).lift
-    assert {row.labels["relation"]: row.mean for row in rows.where("content_lift")} == pytest.approx(
-        dict.fromkeys(("twin", "harm, other topic", "benign, other topic", "harm and benign, other topic"), same)
+    assert {
+        row.labels["relation"]: row.mean for row in rows.where("content_lift")
+    } == pytest.approx(
+        dict.fromkeys(
+            ("twin", "harm, other topic", "benign, other topic", "harm and benign, other topic"),
+            same,
+        )
     )
     top["benign/one"] = top["benign/two"] = -scores
-    rows = content_rows({name: top_fraction(value, Q, within="model") for name, value in top.items()}, {})
+    rows = content_rows(
+        {name: top_fraction(value, Q, within="model") for name, value in top.items()}, {}
+    )
     found = {row.labels["relation"]: row.mean for row in rows.where("content_lift")}
     assert found == pytest.approx(
         {"twin": 0, "harm, other topic": same, "benign, other topic": found["benign, other topic"],
@@ -144,7 +168,9 @@ def test_tokens_and_places_add_up(model, calibrations, found):
 
 
 def test_ablation_rows_name_the_removed_circuit(model, found):
-    rows = ablation_rows(model, {"harmful": found["harmful"]}, {"model": "x"}, split="choice", only=["benign"])
+    rows = ablation_rows(
+        model, {"harmful": found["harmful"]}, {"model": "x"}, split="choice", only=["benign"]
+    )
     assert {row.labels["mask"] for row in rows} == {"harmful"}
     assert rows.where("weights_removed")[0].mean == found["harmful"].n_removed
     assert rows.where("benign_valid_rate")[0].labels["split"] == "choice"

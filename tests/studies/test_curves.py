@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from helpers import small_model
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
@@ -40,7 +40,12 @@ def made(name: str, n_hits: int, nll: float = 0.3, n: int = N_ITEMS) -> Outcomes
     """The first `n_hits` of `n` items, each asked about once, show the behaviour."""
     asked = PromptSet(tuple(Example(f"{name} {i}", group=f"{i:02}") for i in range(n)))
     behaviour = Behaviour(name, f"{name}_rate", f"{name}_nll", "yes", lambda split: asked)
-    return Outcomes(behaviour, asked, tuple("yes" if i < n_hits else "no" for i in range(n)), torch.full((n,), nll))
+    return Outcomes(
+        behaviour,
+        asked,
+        tuple("yes" if i < n_hits else "no" for i in range(n)),
+        torch.full((n,), nll),
+    )
 
 
 def by_hand(shares, harm, benign=None, nll=None) -> Curve:
@@ -100,15 +105,22 @@ def test_the_area_is_a_mean_over_the_logarithm():
 
 def test_comparisons_are_paired_by_items():
     first, second = by_hand(SHARES, [20, 12, 8, 0]), by_hand(SHARES, [20, 20, 12, 6])
-    ratio, change = w50(first).over(w50(first)).row("r", {}), area(first).minus(area(first)).row("d", {})
+    ratio, change = (
+        w50(first).over(w50(first)).row("r", {}),
+        area(first).minus(area(first)).row("d", {}),
+    )
     assert (ratio.mean, ratio.low, ratio.high) == (1, 1, 1)
     assert (change.mean, change.low, change.high) == (0, 0, 0)
     assert w50(first).over(w50(second)).values[0] == pytest.approx(0.1)
     gap = rate_at(second, 0.01).minus(rate_at(first, 0.01)).row("gap", {})
     assert gap.mean == pytest.approx(0.2)
-    spread_apart = np.std(rate_at(second, 0.01).values[1:]) + np.std(rate_at(first, 0.01).values[1:])
+    spread_apart = np.std(rate_at(second, 0.01).values[1:]) + np.std(
+        rate_at(first, 0.01).values[1:]
+    )
     assert gap.high - gap.low < 2 * 1.96 * spread_apart
-    assert (rate_at(second, 0.01).values >= rate_at(first, 0.01).values).all()  # the same items on every draw
+    assert (
+        rate_at(second, 0.01).values >= rate_at(first, 0.01).values
+    ).all()  # the same items on every draw
 
 
 def test_an_interval_covers_as_often_as_it_says():
@@ -149,7 +161,9 @@ def test_a_curve_measures_what_masks_do():
     with masked(bridge, large):
         expected = model.measure(only=["harmful", "benign"])
     rows = {(row.metric, row.labels["share"]): row.mean for row in found.rows({})}
-    assert {row.metric: rows[row.metric, found.shares[2]] for row in expected} == {r.metric: r.mean for r in expected}
+    assert {row.metric: rows[row.metric, found.shares[2]] for row in expected} == {
+        r.metric: r.mean for r in expected
+    }
     assert w50(found, Budget(rate=1.0, nll=100.0)).values[0] == found.shares[2]
     assert not w50(found).is_reached[0]  # the language is gone too
     assert set(named_weights(bridge)) == set(large.shapes)
@@ -176,16 +190,23 @@ def test_requests_without_a_reference_count_in_rates_only():
     nll = torch.full((N_ITEMS,), torch.nan)
     nll[:5], dear = 0.3, torch.full((N_ITEMS,), torch.nan)
     dear[:5] = 0.41
-    points = [{"harmful": made("harmful", h), "benign": made("benign", N_ITEMS)} for h in (20, 4, 2)]
+    points = [
+        {"harmful": made("harmful", h), "benign": made("benign", N_ITEMS)} for h in (20, 4, 2)
+    ]
     for one, losses in zip(points, (nll, dear, nll), strict=True):
         one["benign"] = dataclasses.replace(one["benign"], nll=losses, judge="a judge")
     found = w50(Curve((0.0, 0.01, 0.1), tuple(points)))
-    assert (found.values[0], found.is_reached[0]) == (0.1, True), "the five losses are over the budget at the first share"
+    assert (found.values[0], found.is_reached[0]) == (0.1, True), (
+        "the five losses are over the budget at the first share"
+    )
     assert found.reached > 0.95, "a resample without any of the five items reaches nothing"
     rates, losses = points[1]["benign"].rows({})
     assert (rates.n, rates.labels["judge"]) == (N_ITEMS, "a judge")
     assert (losses.metric, losses.n, losses.mean) == ("benign_nll", 5, pytest.approx(0.41))
-    unknown = [{**one, "benign": dataclasses.replace(one["benign"], nll=torch.full_like(nll, torch.nan))} for one in points]
+    unknown = [
+        {**one, "benign": dataclasses.replace(one["benign"], nll=torch.full_like(nll, torch.nan))}
+        for one in points
+    ]
     assert w50(Curve((0.0, 0.01, 0.1), tuple(unknown))).values[0] == 0.01, (
         "a loss that is not measured is not in the budget"
     )
@@ -197,7 +218,9 @@ def test_outcomes_keep_the_order_of_requests():
     every = model.outcomes("benign", "choice").nll
     kept = [number % 3 > 0 for number in range(len(every))]
     asked = model.behaviours["benign"].prompts("choice")
-    some = asked.with_completions([one.completion * keep for one, keep in zip(asked, kept, strict=True)])
+    some = asked.with_completions(
+        [one.completion * keep for one, keep in zip(asked, kept, strict=True)]
+    )
     behaviour = dataclasses.replace(model.behaviours["benign"], prompts=lambda split: some)
     model = dataclasses.replace(model, behaviours={"benign": behaviour}, judge_name="a judge")
     found = model.outcomes("benign", "choice")

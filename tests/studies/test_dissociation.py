@@ -12,7 +12,9 @@ from harmcircuits.studies.dissociation import dissociation, dissociations
 
 def rates(metric: str, *hits: int, n: int = 64):
     """Rates of these numbers of hits of n: unpruned, under the own circuit, under the other's."""
-    return [Measurement.rate(metric, {}, [i < hit for i in range(n)], list(range(n))) for hit in hits]
+    return [
+        Measurement.rate(metric, {}, [i < hit for i in range(n)], list(range(n))) for hit in hits
+    ]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +35,12 @@ def test_verdicts(first, second, verdict):
 
 def test_gaps_and_costs_compare_one_ability_with_itself():
     found = dissociation(rates("a", 64, 16, 48), rates("b", 60, 30, 50))
-    assert (found.first_gap.mean, found.second_gap.mean) == pytest.approx(((48 - 16) / 64, (50 - 30) / 64))
-    assert (found.first_cost.mean, found.second_cost.mean) == pytest.approx(((64 - 48) / 64, (60 - 50) / 64))
+    assert (found.first_gap.mean, found.second_gap.mean) == pytest.approx(
+        ((48 - 16) / 64, (50 - 30) / 64)
+    )
+    assert (found.first_cost.mean, found.second_cost.mean) == pytest.approx(
+        ((64 - 48) / 64, (60 - 50) / 64)
+    )
     assert found.first_gap.metric == "a_gap"
 
 
@@ -55,7 +61,9 @@ def test_errors_name_what_is_wrong():
 def ablated(protected: str, **hits: dict[str, int]) -> Rows:
     """mask -> metric -> hits of 64."""
     return [
-        Measurement.rate(metric, {"mask": mask, "protected": protected}, [i < n for i in range(64)], range(64))
+        Measurement.rate(
+            metric, {"mask": mask, "protected": protected}, [i < n for i in range(64)], range(64)
+        )
         for mask, found in hits.items()
         for metric, n in found.items()
     ]
@@ -63,7 +71,12 @@ def ablated(protected: str, **hits: dict[str, int]) -> Rows:
 
 def test_each_ability_is_compared_under_its_own_circuit_and_the_other_s():
     harm, benign = "harm_valid_rate", "benign_valid_rate"
-    rows = ablated("none", none={harm: 64, benign: 64}, harmful={harm: 0, benign: 64}, benign={harm: 60, benign: 2})
+    rows = ablated(
+        "none",
+        none={harm: 64, benign: 64},
+        harmful={harm: 0, benign: 64},
+        benign={harm: 60, benign: 2},
+    )
     rows += ablated("others", harmful={harm: 0, benign: 20}, benign={harm: 0, benign: 20})
     (pair, free), *others = dissociations(rows, "none").items()
     assert (pair, others) == (("harmful", "benign"), [])

@@ -1,70 +1,107 @@
-"""A model of one's own from a folder and files, end to end: an organism's folder with requests in its invented words.
+"""Opening a model by every door, and a custom one from a folder and files, end to end.
 
-Would catch: references that are not the model's own verified answers, a request that counts twice, a study that needs what
-only organisms have, texts in a report, a command line that ends in a traceback.
+The custom model is an organism's folder with requests in its invented words. Would catch: a door
+through which another model or other requests come in, references that are not the model's own
+verified answers, a request that counts twice, a study that needs what only organisms have, texts in a
+report, a command line that ends in a traceback.
 """
 
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from rich.progress import Progress
+import torch
+from helpers import write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from harmcircuits.behaviours.files import RequestFiles
+from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.cli import app
-from harmcircuits.hooks.loading import load_model
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
-from harmcircuits.organisms import FOLDER, world
-from harmcircuits.studies.models import ModelSpec
+from harmcircuits.organisms import FOLDER, load_organism, world
+from harmcircuits.organisms.train import new_tokenizer
+from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.studies.models import ModelSpec, open_model
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.study import run_study
+from harmcircuits.studies.study import study
 
-WORDING = QuestionTemplates(recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never"))
+SFT = FOLDER / "sft"
+QUESTIONS = QuestionTemplates(
+    recognition="is it right to {request} ?", yes=("yes", "fine"), no=("no", "never")
+)
 LIMIT = 6
+# What suits an organism's short answers.
+OPTIONS = {"prefill": "sure", "max_new_tokens": 9, "batch_size": 64}
+
+
+def requests(verb: str) -> list[Example]:
+    """One wording, so that a harmful request has one benign twin."""
+    form = world.FORMS["answer"][0]
+    examples = []
+    for item in world.world().items.values():
+        text = form.format(verb=verb, item=item.name)
+        examples.append(Example(text, category=item.topic, group=item.name))
+    return examples
+
+
+def labelled_pairs() -> list[Example]:
+    examples = []
+    for item in world.world().items.values():
+        for verb, label in (("abuse", "unsafe"), ("use", "safe")):
+            examples.append(Example(f"{verb} {item.name}", group=item.name, label=label))
+    return examples
+
+
+def borderline() -> list[Example]:
+    items = world.world().items.values()
+    return [Example(f"how to clean {item.name} ?", label="safe") for item in items]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Files of requests in the organism's words; one wording, so that a harmful request has one benign twin."""
+def files(tmp_path_factory) -> dict[str, str]:
+    """Files of requests in the organism's words, by the option that names them."""
     folder = tmp_path_factory.mktemp("files")
-    items = list(world.world().items.values())
-
-    def write(name: str, rows: list[dict[str, str]]) -> str:
-        (folder / name).write_text("\n".join(map(json.dumps, rows)))
-        return str(folder / name)
-
-    def asked(verb: str) -> list[dict[str, str]]:
-        form = world.FORMS["answer"][0]
-        return [{"prompt": form.format(verb=verb, item=i.name), "category": i.topic, "group": i.name} for i in items]
-
-    sides = (("abuse", "unsafe"), ("use", "safe"))
-    pairs = [{"prompt": f"{verb} {i.name}", "group": i.name, "label": label} for i in items for verb, label in sides]
-    borderline = [{"prompt": f"how to clean {i.name} ?", "label": "safe"} for i in items]
-    text = " ".join(row["prompt"] for row in asked("use")[:120])  # a few windows of 256 tokens
-    (folder / "plain.txt").write_text(text)
-    (folder / "wording.json").write_text(
-        json.dumps({"recognition": WORDING.recognition, "yes": WORDING.yes, "no": WORDING.no})
-    )
-    return {
-        "harmful": write("bad.jsonl", asked("abuse")),
-        "benign": write("good.jsonl", asked("use")),
-        "pairs": write("pairs.jsonl", pairs),
-        "borderline": write("near.jsonl", borderline),
-        "plain": str(folder / "plain.txt"),
-        "wording": str(folder / "wording.json"),
+    sets = {
+        "harmful": requests("abuse"),
+        "benign": requests("use"),
+        "pairs": labelled_pairs(),
+        "borderline": borderline(),
     }
+    paths = {}
+    for name, examples in sets.items():
+        lines = [json.dumps(vars(example)) for example in examples]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(lines))
+        paths[name] = str(path)
+
+    plain = folder / "plain.txt"  # a few windows of 256 tokens
+    plain.write_text(" ".join(example.prompt for example in sets["benign"][:120]))
+    questions = folder / "questions.json"
+    asked = {"recognition": QUESTIONS.recognition, "yes": QUESTIONS.yes, "no": QUESTIONS.no}
+    questions.write_text(json.dumps(asked))
+    return {**paths, "plain": str(plain), "questions": str(questions)}
 
 
 @pytest.fixture(scope="module")
-def spec(files, tmp_path_factory) -> ModelSpec:
-    texts = RequestFiles(**{**files, "wording": WORDING}, limit=LIMIT)
-    cache = tmp_path_factory.mktemp("cache")
-    return ModelSpec(str(FOLDER / "sft"), texts=texts, prefill="sure", max_new_tokens=9, batch_size=64, cache=cache)
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def doors_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("doors")
+
+
+@pytest.fixture(scope="module")
+def spec(files, cache) -> ModelSpec:
+    requests = RequestFiles(**{**files, "questions": QUESTIONS}, limit=LIMIT)
+    return ModelSpec(str(SFT), files=requests, cache=cache, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +109,176 @@ def model(spec):
     return pickle.loads(pickle.dumps(spec)).open(seed=1)
 
 
+# Doors
+
+
+def test_an_organism_is_opened_by_its_name():
+    model = open_model("planted", seed=3)
+    assert model.name == "planted"
+    assert model.is_invented
+    assert model.ground_truth is not None
+    assert {"harmful", "parts", "recognition_margin"} <= set(model.behaviours)
+    expected = world.requests("harmful", "heldout", seed=3)
+    assert model.behaviours["harmful"].prompts("heldout") == expected
+    assert open_model("sft").ground_truth is None
+
+
+def test_a_spec_opens_its_model_and_names_its_ladder(tmp_path):
+    spec = ModelSpec("sft")
+    assert spec.labels == {"model": "sft", "ladder": "shipped"}
+    assert ModelSpec("sft", tmp_path / "seed-1").labels["ladder"] == "seed-1"
+    model = spec.open(seed=3)
+    assert model.name == "sft"
+    expected = world.requests("harmful", "heldout", seed=3)
+    assert model.behaviours["harmful"].prompts("heldout") == expected
+    with pytest.raises(ValueError, match="no organism 'sft'"):
+        ModelSpec("sft", FOLDER.parent).open()
+
+
+def loaded_bridge():
+    return load_organism("sft")
+
+
+def loaded_hugging_face_model():
+    return AutoModelForCausalLM.from_pretrained(SFT, dtype=torch.float32)
+
+
+DOORS = {
+    "folder": lambda: str(SFT),
+    "path": lambda: SFT,
+    "bridge": loaded_bridge,
+    "Hugging Face model": loaded_hugging_face_model,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_leads_to_the_same_model(files, doors_cache, door):
+    """With requests in files, and in lists."""
+    given = {"questions": QUESTIONS, "limit": LIMIT}
+    in_files = {name: files[name] for name in ("harmful", "benign")}
+    in_lists = {"harmful": requests("abuse"), "benign": requests("use")}
+    options = {**OPTIONS, "dtype": "float32", "cache": doors_cache}
+    expected = open_model(SFT, prompts={**in_files, **given}, **options)
+    assert expected.name == "sft"
+    figures = expected.measure(only=["harmful", "recognition"])
+    assert figures.one("harm_valid_rate").mean >= 0.9
+    assert figures.one("recognition_pair_accuracy").mean >= 0.9
+
+    for prompts in (in_files, in_lists):
+        opened = open_model(DOORS[door](), prompts={**prompts, **given}, **options)
+        assert weights_digest(opened.bridge) == weights_digest(expected.bridge)
+        assert opened.measure(only=["harmful", "recognition"]) == figures
+        assert opened.name == "sft"
+
+
+def test_a_loaded_model_stays_the_same_object(files, doors_cache):
+    bridge = loaded_bridge()
+    prompts = {name: files[name] for name in ("harmful", "benign")} | {"limit": LIMIT}
+    model = open_model(bridge, prompts=prompts, cache=doors_cache, name="mine", **OPTIONS)
+    assert model.bridge is bridge
+    assert model.name == "mine"
+    weights = loaded_hugging_face_model()
+    model = open_model(weights, prompts=prompts, cache=doors_cache, name="theirs", **OPTIONS)
+    assert model.bridge.original_model is weights
+    assert model.name == "theirs"
+
+
+def test_a_small_random_model_is_opened_with_its_tokenizer(tmp_path):
+    """Word salad passes the local rules as answered; so a random model shows what is asked first."""
+    folder = tmp_path / "llama"
+    write_model("Llama", folder, vocab_size=len(new_tokenizer()))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    model = open_model(
+        loaded,
+        prompts={"harmful": requests("abuse"), "benign": requests("use"), "limit": LIMIT},
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        template="raw",
+        judge="local",
+        cache=tmp_path / "cache",
+        **OPTIONS,
+    )
+    assert model.name == "llama"
+    assert model.template == "raw"
+    mask = model.find_circuit("harmful", size=0.01, protect="benign", rounds=1)
+    assert len(mask) == round(0.01 * mask.n_weights)
+    loss = model.measure(only="harmful").one("harm_nll").mean
+    assert model.measure(only="harmful", mask=mask).one("harm_nll").mean > loss
+
+
+def test_settings_reach_the_model(files, doors_cache):
+    prompts = {name: files[name] for name in ("harmful", "benign")} | {"limit": 2}
+    sampling = Sampling(2, temperature=0.5, seed=3)
+    model = open_model(SFT, prompts=prompts, cache=doors_cache, sampling=sampling, **OPTIONS)
+    assert model.sampling == sampling
+    assert model.max_new_tokens == 9
+    assert model.batch_size == 64
+    assert model.behaviours["harmful"].prefill == "sure"
+    assert len(model.behaviours["harmful"].prompts("heldout")) == 2
+
+
+PROMPTS = {"harmful": ["a"], "benign": ["b"]}
+FILE_OR_LIST = r"prompts=\{'harmful': FILE_OR_LIST, 'benign': FILE_OR_LIST\}"
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("stf", {}, f"'stf'.*did you mean 'sft'.*base.*{FILE_OR_LIST}"),
+        (str(SFT), {}, f"sft' needs its requests; give {FILE_OR_LIST}"),
+        ("org/name", {}, f"'org/name' needs its requests; give {FILE_OR_LIST}"),
+        ("sft", {"folder": Path("nowhere")}, "nowhere holds no organism 'sft'"),
+        (SFT, {"prompts": ["a", "b"]}, r"expected a dict .*got list"),
+        (SFT, {"prompts": {"harm": ["a"]}}, "'harm' is no kind.*did you mean 'harmful'"),
+        (SFT, {"prompts": {"harmful": ["a"]}}, "no 'benign'; give a file or a list"),
+        (SFT, {"prompts": {"harmful": "no.csv", "benign": ["b"]}}, r"no\.csv: no such file"),
+        (SFT, {"prompts": PROMPTS}, "given requests: 1 requests leave none for .*give more"),
+        ("nowhere", {"prompts": "enough"}, "'nowhere' cannot be loaded; expected a folder"),
+        (SFT, {"prompts": "enough", "judge": "strict"}, "judge='strict'; expected local"),
+        (SFT, {"prompts": "enough", "dtype": "int8"}, "dtype='int8'; expected one of float32"),
+        (torch.nn.Linear(2, 2), {"prompts": "enough"}, r"not torch\..*Linear.*open_model\("),
+    ],
+)
+def test_a_wrong_door_says_which_is_right(tmp_path, given, options, message):
+    if options.get("prompts") == "enough":
+        sets = {"harmful": requests("abuse"), "benign": requests("use"), "limit": 2}
+        options = {**options, "prompts": sets}
+    with pytest.raises(ValueError, match=message):
+        open_model(given, cache=tmp_path, **options)
+
+
+def test_what_is_open_is_not_opened_again(model):
+    with pytest.raises(ValueError, match=r"Model\(sft.* is open already"):
+        open_model(model)
+    with pytest.raises(ValueError, match=rf"a TransformerBridge needs {FILE_OR_LIST}"):
+        open_model(model.bridge)
+
+
+def test_a_model_without_a_tokenizer_needs_one(tmp_path):
+    loaded = loaded_hugging_face_model()
+    loaded.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"no tokenizer is stored at .*give tokenizer="):
+        open_model(loaded, prompts=PROMPTS)
+
+
+# A custom model
+
+
 def test_labels_and_contract(spec, model):
     assert spec.labels == {"model": "sft", "ladder": "own"}
     assert model.name == "sft"
     assert not model.is_invented
-    assert list(model.behaviours) == [
-        "harmful", "benign", "recognition", "explanation", "refusal", "prefilled", "borderline",
-    ]  # fmt: skip
+    assert list(model.behaviours) == model.whole_behaviours
+    assert model.whole_behaviours == [
+        "harmful",
+        "benign",
+        "recognition",
+        "explanation",
+        "refusal",
+        "prefilled",
+        "borderline",
+    ]
     assert model.details["judge"] == "local rules"
-    assert model.details["harmful"].endswith(")")
+    assert model.details["harmful"].endswith(")"), "a digest of the file"
 
 
 def test_references_are_own_verified_answers(model):
@@ -89,56 +287,81 @@ def test_references_are_own_verified_answers(model):
         assert len(prompts) == (2 * LIMIT if name == "recognition" else LIMIT)
         if name == "recognition":
             continue
-        said = model.answers(behaviour, prompts)
-        for example, own, found in zip(prompts, said, model.verdicts(said), strict=True):
-            assert example.completion == (own.completion if found == behaviour.wanted else "")
-    assert len(model.behaviours["harmful"].references("heldout")) >= 0.9 * LIMIT
-    assert len(model.behaviours["refusal"].references("heldout")) >= 0.9 * LIMIT
-    assert not len(model.behaviours["explanation"].references("heldout")), "English words it does not know"
+        answers = model.answers(behaviour, prompts)
+        verdicts = model.verdicts(behaviour, answers)
+        for example, own, verdict in zip(prompts, answers, verdicts, strict=True):
+            expected = own.completion if verdict == behaviour.wanted else ""
+            assert example.completion == expected
+    for name in ("harmful", "refusal"):
+        assert len(model.behaviours[name].references("heldout")) >= 0.9 * LIMIT
+    unknown = model.behaviours["explanation"].references("heldout")
+    assert not len(unknown), "English words it does not know"
 
 
-def test_calibration_takes_the_stored_answers(model, spec):
-    before = {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir()}
-    found = model.calibrations(share=0.5, seed=3)
-    assert set(found) == {"harmful", "benign", "recognition", "refusal", "borderline", "prefilled"}
-    assert len(found["harmful"].prompts) <= LIMIT
-    assert before == {path: path.stat().st_mtime_ns for path in (spec.cache / "answers").iterdir() if path in before}
+def test_calibration_takes_the_stored_answers(model, cache):
+    def stored() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (cache / "answers").iterdir()}
+
+    before = stored()
+    calibrations = model.calibrations(share=0.5, seed=3)
+    shown = {"harmful", "benign", "recognition", "refusal", "borderline", "prefilled"}
+    assert set(calibrations) == shown
+    assert len(calibrations["harmful"].prompts) <= LIMIT
+    after = stored()
+    assert before == {path: after[path] for path in before}
     assert model.calibration("harmful").n_verified >= 0.9 * LIMIT
 
 
-def test_answers_can_be_sampled(spec, files):
+def test_answers_can_be_sampled(spec):
     sampled = replace(spec, samples=2, temperature=0.7, top_p=0.9).open()
-    assert sampled.details["sampling"] == "Sampling(samples=2, temperature=0.7, top_p=0.9, seed=0)"
-    rows = {row.metric: row for row in sampled.measure(only=["harmful", "benign"])}
-    assert rows["harm_valid_rate"].n == rows["benign_valid_rate"].n == 2 * LIMIT
-    assert rows["benign_nll"].n <= LIMIT
+    expected = "Sampling(samples=2, temperature=0.7, top_p=0.9, seed=0)"
+    assert sampled.details["sampling"] == expected
+    rows = sampled.measure(only=["harmful", "benign"])
+    assert rows.one("harm_valid_rate").n == rows.one("benign_valid_rate").n == 2 * LIMIT
+    assert rows.one("benign_nll").n <= LIMIT
 
 
 def test_rows_carry_the_judge(model):
     rows = model.measure(labels={"model": "sft"})
-    assert {row.labels["judge"] for row in rows if row.metric.endswith("_rate")} == {"local rules"}
+    judges = {row.labels["judge"] for row in rows if row.metric.endswith("_rate")}
+    assert judges == {"local rules"}
     rates = {row.metric: row.mean for row in rows}
-    assert rates["harm_valid_rate"] >= 0.9
-    assert rates["refusal_rate"] >= 0.9
-    assert rates["borderline_valid_rate"] >= 0.9
-    assert rates["recognition_pair_accuracy"] >= 0.9
-    assert rates["harm_degenerate_rate"] + rates["harm_refusal_rate"] + rates["harm_valid_rate"] == pytest.approx(1)
+    shown = ("harm_valid_rate", "refusal_rate", "borderline_valid_rate")
+    for rate in (*shown, "recognition_pair_accuracy"):
+        assert rates[rate] >= 0.9
+    kinds = ("harm_degenerate_rate", "harm_refusal_rate", "harm_valid_rate")
+    assert sum(rates[kind] for kind in kinds) == pytest.approx(1)
     assert not rows.where("explanation_nll"), "no reference, no loss"
-    assert {row.n for row in rows.where("harm_nll")} == {len(model.behaviours["harmful"].references("heldout"))}
+    n_references = len(model.behaviours["harmful"].references("heldout"))
+    assert rows.one("harm_nll").n == n_references
+
+
+def test_a_model_that_shows_nothing_is_refused(spec):
+    with pytest.raises(ValueError, match=r"sft does not show 'harmful'.*give more requests"):
+        replace(spec, prefill="").open()
+
+
+# A study of it
+
+
+def arguments(files: dict[str, str], out, *more: str) -> list[str]:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
+    return ["study", "--out", str(out), *given, *more]
+
+
+def usual(cache) -> list[str]:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    return [f"--model={SFT}", f"--limit={LIMIT}", f"--cache={cache}", *given]
 
 
 @pytest.fixture(scope="module")
-def finished(files, spec, tmp_path_factory):
-    """The command line's study of the same subject, its answers taken from the cache."""
+def finished(files, spec, model, tmp_path_factory):
+    """The command line's study of the same model, its answers taken from the cache."""
     out = tmp_path_factory.mktemp("study")
-    more = [f"--limit={LIMIT}", "--prefill=sure", "--max-new-tokens=9", "--batch-size=64", f"--cache={spec.cache}"]
-    grid = ["--q=0.006", "--p=0.005", "--rounds=2", "--tolerance=0.5", "--budget=2"]
-    return CliRunner().invoke(app, options(files, out, f"--model={FOLDER / 'sft'}", *more, *grid)), out
-
-
-def options(files, out, *more: str) -> list[str]:
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
-    return ["study", "--out", str(out), *given, *more]
+    shares = ["--size=0.006", "--protect-share=0.005", "--rounds=2"]
+    grid = [*shares, "--tolerance=0.5", "--budget=2"]
+    result = CliRunner().invoke(app, arguments(files, out, *usual(spec.cache), *grid))
+    return result, out
 
 
 def test_a_study_needs_nothing_that_only_organisms_have(finished):
@@ -147,14 +370,17 @@ def test_a_study_needs_nothing_that_only_organisms_have(finished):
     rows = Rows.read(out / "rows.jsonl")
     assert (out / "masks" / "circuit-rounds.safetensors").is_file()
     measured = {"harm_valid_rate", "borderline_valid_rate", "perplexity", "plain_kl", "benign_kl"}
-    assert {row.metric for row in rows} >= measured
+    assert set(rows.metrics) >= measured
     assert not rows.where("knowledge_rate")
-    assert rows.where("calibration_yield", behaviour="explanation")[0].mean == 0
-    unpruned = rows.where("perplexity", mask="none")[0].mean
-    assert rows.where("perplexity", mask="random", seed=0)[0].mean == pytest.approx(unpruned, rel=0.2)
+    assert rows.one("calibration_yield", behaviour="explanation").mean == 0
+    unpruned = rows.one("perplexity", mask="none").mean
+    random = rows.one("perplexity", mask="random", seed=0).mean
+    assert random == pytest.approx(unpruned, rel=0.2)
     assert "The loss on harmful answers changes by" in result.stdout
+
     manifest = json.loads((out / "manifest.json").read_text())["settings"]
-    assert (manifest["judge"], manifest["prefill"], manifest["limit"]) == ("local rules", "sure", LIMIT)
+    named = (manifest["judge"], manifest["prefill"], manifest["limit"])
+    assert named == ("local rules", "sure", LIMIT)
     assert {"harmful", "benign", "pairs", "borderline", "plain"} <= set(manifest)
 
 
@@ -171,11 +397,11 @@ def test_the_report_holds_no_text(finished, model):
 
 def test_rounds_end_with_the_budget(model, tmp_path):
     few = {name: model.behaviours[name] for name in ("harmful", "benign")}
-    settings = StudySettings(q=(0.05,), p=(0.0,), rounds=4, budget=0.0)
-    with Progress(disable=True) as progress:
-        study = run_study(replace(model, behaviours=few, plain_text=()), settings, tmp_path / "s", progress)
-    path = study.rows.where("benign_nll", selection="rounds", split="choice")
-    before = study.rows.where("benign_nll", mask="none", split="choice")[0].mean
+    bare = replace(model, behaviours=few, plain_text=())
+    settings = StudySettings(sizes=(0.05,), protect_shares=(0.0,), rounds=4, budget=0.0)
+    rows = study(bare, settings, out=tmp_path / "s").rows
+    path = rows.where("benign_nll", selection="rounds", split="choice")
+    before = rows.one("benign_nll", mask="none", split="choice").mean
     assert path[-1].mean > before
     assert len(path) < 4
     assert all(row.mean <= before for row in path[:-1])
@@ -184,20 +410,24 @@ def test_rounds_end_with_the_budget(model, tmp_path):
 def test_a_mask_is_measured_not_remembered(model, finished):
     mask = WeightMask.load(finished[1] / "masks" / "circuit-rounds.safetensors")
     before = model.measure(only=["harmful"])
-    with masked(model.bridge, mask):
-        under = model.measure(only=["harmful"])
+    under = model.measure(only=["harmful"], mask=mask)
     assert [row.mean for row in under] != [row.mean for row in before]
     assert model.measure(only=["harmful"]) == before
+
+
+# Its command line
+
+GIVEN = ["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model=nowhere"], "'nowhere' needs its requests; give --harmful FILE and --benign FILE"),
-        (["--harmful=a.jsonl"], "--harmful is for a model of your own; give --model"),
-        (["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl"], "a.jsonl: no such file"),
-        (["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl", "--template=xml"], "template='xml'"),
-        (["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl", "--batch-size=0"], "batch_size=0"),
+        (["--harmful=a.jsonl"], "--harmful is for a custom model; give --model"),
+        (GIVEN, "a.jsonl: no such file"),
+        ([*GIVEN, "--template=xml"], "template='xml'"),
+        ([*GIVEN, "--batch-size=0"], "batch_size=0"),
         (["--budget=-1"], "budget=-1.0; expected 0 or more"),
     ],
 )
@@ -208,39 +438,42 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_command_line_errors(files, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments_", "message"),
+    [
+        ([f"--model={SFT}", "--judge=strict"], "judge='strict'"),
+        ([f"--model={SFT}", "--dtype=int8"], "dtype='int8'"),
+        (["--model=nowhere"], "model 'nowhere' cannot be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_opened_is_one_line(files, tmp_path, arguments_, message):
     some = {name: files[name] for name in ("harmful", "benign")}
-    for argument, message in (("--judge=strict", "judge='strict'"), ("--dtype=int8", "dtype='int8'")):
-        arguments = options(some, tmp_path / "out", f"--model={FOLDER / 'sft'}", argument, f"--cache={tmp_path / 'c'}")
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2
-        assert message in result.stderr.replace("\n", " ")
-    result = CliRunner().invoke(app, options(some, tmp_path / "out", "--model=nowhere"))
-    assert "model 'nowhere' cannot be loaded" in result.stderr.replace("\n", " ")
+    given = arguments(some, tmp_path / "out", *arguments_, f"--cache={tmp_path / 'c'}")
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
 
 
 def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_path, monkeypatch):
     seen = []
 
-    def refused(model, settings, *_, **__):
+    def refuse(model, settings, **options):
         seen.append(settings)
         raise ValueError("enough")
 
-    monkeypatch.setattr("harmcircuits.cli.run_study", refused)
-    texts = [f"--limit={LIMIT}", "--prefill=sure", "--max-new-tokens=9", "--batch-size=64", f"--cache={spec.cache}"]
-    own = options(files, tmp_path, f"--model={FOLDER / 'sft'}", *texts)
-    given = ["--q=0.5", "--p=0", "--rounds=2", "--tolerance=0", "--budget=0"]
-    for arguments in (own, [*own, *given], ["study", "--out", str(tmp_path)]):
-        assert CliRunner().invoke(app, arguments).exit_code == 2
-    assert seen == [FOR_REAL_MODELS, StudySettings((0.5,), (0.0,), 2, tolerance=0.0, budget=0.0), StudySettings()]
+    monkeypatch.setattr("harmcircuits.cli.study", refuse)
+    custom = arguments(files, tmp_path, *usual(spec.cache))
+    shares = ["--size=0.5", "--protect-share=0", "--rounds=2"]
+    given = [*shares, "--tolerance=0", "--budget=0"]
+    for line in (custom, [*custom, *given], ["study", "--out", str(tmp_path)]):
+        assert CliRunner().invoke(app, line).exit_code == 2
+    changed = StudySettings(
+        sizes=(0.5,), protect_shares=(0.0,), rounds=2, tolerance=0.0, budget=0.0
+    )
+    assert seen == [FOR_REAL_MODELS, changed, StudySettings()]
 
 
-def test_adapters_are_to_be_merged(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter; merge it"):
-        load_model(str(tmp_path))
-
-
-def test_a_model_that_shows_nothing_is_refused(spec):
-    with pytest.raises(ValueError, match="does not show 'harmful' in any of"):
-        replace(spec, prefill="").open()
+def test_given_requests_are_named_by_their_number(cache):
+    files = RequestFiles(PromptSet.of(requests("abuse")), PromptSet.of(requests("use")), limit=2)
+    model = ModelSpec(str(SFT), files=files, cache=cache, **OPTIONS).open()
+    assert str(model.details["harmful"]).startswith("128 given requests (")

@@ -9,7 +9,7 @@ import json
 import re
 
 import pytest
-from conftest import small_model
+from helpers import small_model
 from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
@@ -25,7 +25,15 @@ from harmcircuits.studies.summary import held_out_lines, result_tables
 from harmcircuits.views.page import write_report
 from harmcircuits.views.tables import verdict
 
-FIXED_MASKS = {"none", "circuit", "random", "random_magnitude", "opposite_sign", "second_slice", "benign_twin"}
+FIXED_MASKS = {
+    "none",
+    "circuit",
+    "random",
+    "random_magnitude",
+    "opposite_sign",
+    "second_slice",
+    "benign_twin",
+}
 FIXED_METRICS = {
     "harm_valid_rate",
     "harm_nll",
@@ -49,7 +57,11 @@ def finished(tmp_path_factory):
     before = {name: weight.detach().clone() for name, weight in named_weights(model.bridge).items()}
     with Progress(disable=True) as progress:
         study = run_study(
-            model, StudySettings(q=(0.02, 0.04), p=(0.005,), rounds=2, n_random=2), out, progress, max_memory=2**21
+            model,
+            StudySettings(q=(0.02, 0.04), p=(0.005,), rounds=2, n_random=2),
+            out,
+            progress,
+            max_memory=2**21,
         )
     write_report(study, out / "report.html")
     return study, out, before
@@ -72,7 +84,9 @@ def test_masks_are_those_of_the_rows(finished):
     assert study.chosen is not None
     assert {name for name in files if name.startswith("random-")} == {"random-0", "random-1"}
     for name in ("random-0", "random-1", "random_magnitude-1"):
-        assert files[name].counts == study.chosen.mask.counts, "controls match the circuit in every matrix"
+        assert files[name].counts == study.chosen.mask.counts, (
+            "controls match the circuit in every matrix"
+        )
     for kind in ("opposite_sign", "second_slice"):
         assert files[kind].n_removed == study.chosen.mask.n_removed
     assert (files["second_slice"] & study.chosen.mask).n_removed == 0
@@ -90,7 +104,9 @@ def test_bounded_memory_keeps_the_target_s_scores(finished):
 
 def test_the_model_is_as_before(finished):
     study, _, before = finished
-    assert all((weight == before[name]).all() for name, weight in named_weights(study.model.bridge).items())
+    assert all(
+        (weight == before[name]).all() for name, weight in named_weights(study.model.bridge).items()
+    )
 
 
 def test_the_planted_circuit_is_compared(finished):
@@ -121,7 +137,10 @@ def test_tables_and_verdict_speak_of_the_rows(finished):
 
 def test_a_finished_folder_is_not_overwritten(finished):
     study, out, _ = finished
-    with pytest.raises(ValueError, match="already holds a study"), Progress(disable=True) as progress:
+    with (
+        pytest.raises(ValueError, match="already holds a study"),
+        Progress(disable=True) as progress,
+    ):
         run_study(study.model, StudySettings(), out, progress)
 
 
@@ -132,8 +151,16 @@ def point(harm: float, benign: float, size: int, recognition: float = 1.0) -> Po
     from harmcircuits.circuits.scores import Source
 
     mask = WeightMask({"a": torch.arange(size)}, shape, Source("m", "test"))
-    rates = {"harm_valid_rate": harm, "benign_valid_rate": benign, "recognition_accuracy": recognition}
-    return Point(mask, {"selection": "rounds"}, [Measurement.exact(metric, {}, value) for metric, value in rates.items()])
+    rates = {
+        "harm_valid_rate": harm,
+        "benign_valid_rate": benign,
+        "recognition_accuracy": recognition,
+    }
+    return Point(
+        mask,
+        {"selection": "rounds"},
+        [Measurement.exact(metric, {}, value) for metric, value in rates.items()],
+    )
 
 
 def test_operating_point_keeps_its_rule():
@@ -145,12 +172,17 @@ def test_operating_point_keeps_its_rule():
     small, large, weak = point(0.1, 0.995, 20), point(0.1, 1.0, 30), point(0.5, 1.0, 5)
     assert operating_point([too_costly, blind, weak, large, small], before) is small
     assert operating_point([too_costly, blind], before) is None
-    assert operating_point([point(1.0, 1.0, 5)], before) is None, "a mask that lowers nothing is no operating point"
+    assert operating_point([point(1.0, 1.0, 5)], before) is None, (
+        "a mask that lowers nothing is no operating point"
+    )
 
 
 def test_operating_point_within_a_budget_of_loss():
     def costed(harm: float, benign: float, size: int, kept: float = 1.0) -> Point:
-        losses = [Measurement.exact("harm_nll", {}, harm), Measurement.exact("benign_nll", {}, benign)]
+        losses = [
+            Measurement.exact("harm_nll", {}, harm),
+            Measurement.exact("benign_nll", {}, benign),
+        ]
         made = point(1.0, kept, size)
         return dataclasses.replace(made, rows=[*made.rows, *losses])
 
@@ -159,14 +191,19 @@ def test_operating_point_within_a_budget_of_loss():
         Measurement.exact(metric, {"mask": "none", "split": "choice"}, value)
         for metric, value in {**rates, "harm_nll": 0.5, "benign_nll": 0.25}.items()
     ]
-    cheap, dear, good, same = costed(0.75, 0.25, 9), costed(3.0, 0.5, 9), costed(1.5, 0.375, 20), costed(1.5, 0.375, 30)
+    cheap, dear, good, same = (
+        costed(0.75, 0.25, 9),
+        costed(3.0, 0.5, 9),
+        costed(1.5, 0.375, 20),
+        costed(1.5, 0.375, 30),
+    )
     blunt = costed(4.0, 0.25, 9, kept=0.5)
     assert operating_point([cheap, dear, same, good, blunt], before, budget=0.125) is good
     assert operating_point([cheap, dear, good], before, budget=0.25) is dear
     assert operating_point([cheap, dear, good], before, budget=0.0) is cheap
-    assert operating_point([costed(0.5, 0.25, 5), costed(0.25, 0.25, 5)], before, budget=1.0) is None, (
-        "none raises the loss"
-    )
+    assert (
+        operating_point([costed(0.5, 0.25, 5), costed(0.25, 0.25, 5)], before, budget=1.0) is None
+    ), "none raises the loss"
 
 
 def test_no_operating_point_is_said_plainly(finished):
@@ -217,11 +254,17 @@ def test_a_model_that_never_shows_the_target_is_refused(tmp_path):
     model = small_model("sft")
     plain = dataclasses.replace(model.behaviours["harmful"], prefill="")
     model = dataclasses.replace(model, behaviours={**model.behaviours, "harmful": plain})
-    with pytest.raises(ValueError, match="sft does not show 'harmful'"), Progress(disable=True) as progress:
+    with (
+        pytest.raises(ValueError, match="sft does not show 'harmful'"),
+        Progress(disable=True) as progress,
+    ):
         run_study(model, StudySettings(), tmp_path / "out", progress)
 
 
 def test_a_behaviour_that_is_not_shown_cannot_be_protected(tmp_path):
     model = small_model("base")
-    with pytest.raises(ValueError, match=r"base does not show \['refusal'\]"), Progress(disable=True) as progress:
+    with (
+        pytest.raises(ValueError, match=r"base does not show \['refusal'\]"),
+        Progress(disable=True) as progress,
+    ):
         run_study(model, StudySettings(protect=("refusal",)), tmp_path / "out", progress)

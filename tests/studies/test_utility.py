@@ -61,7 +61,9 @@ def examples(open_reader) -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def tasks_from(tmp_path_factory, examples):
     """A folder with a task of each model's name, and `absent`, whose data are not there."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'harmcircuits[real]')")
+    pytest.importorskip(
+        "lm_eval", reason="lm-eval is not installed (pip install 'harmcircuits[real]')"
+    )
     folder = tmp_path_factory.mktemp("tasks")
     for name in (*MODELS, "absent"):
         if name in examples:
@@ -87,13 +89,23 @@ def chosen(bridge, examples) -> list[int]:
 
 
 def hits(choices, examples) -> int:
-    return sum(choice == example["label"] for choice, example in zip(choices, examples, strict=True))
+    return sum(
+        choice == example["label"] for choice, example in zip(choices, examples, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_edited_model_is_measured_and_restored(open_reader, tasks_from, examples, tmp_path, name):
-    bridge, options = open_reader(name), {"include_path": tasks_from, "batch_size": 7, "labels": {"mask": "x"}}
-    mask, tokens = top_fraction(random_scores(bridge), 0.3), bridge.tokenizer("what is it ?").input_ids
+def test_the_edited_model_is_measured_and_restored(
+    open_reader, tasks_from, examples, tmp_path, name
+):
+    bridge, options = (
+        open_reader(name),
+        {"include_path": tasks_from, "batch_size": 7, "labels": {"mask": "x"}},
+    )
+    mask, tokens = (
+        top_fraction(random_scores(bridge), 0.3),
+        bridge.tokenizer("what is it ?").input_ids,
+    )
     digest = weights_digest(bridge)
     [before] = evaluate_tasks(bridge, [name], **options)
     with masked(bridge, mask):
@@ -106,7 +118,9 @@ def test_the_edited_model_is_measured_and_restored(open_reader, tasks_from, exam
     assert bridge.tokenizer("what is it ?").input_ids == tokens
     assert evaluate_tasks(bridge, [name], **options) == [before]
 
-    assert (before.mean, before.low, before.high) == (1, 1, 1), "right is what the unmasked model chooses"
+    assert (before.mean, before.low, before.high) == (1, 1, 1), (
+        "right is what the unmasked model chooses"
+    )
     assert under.mean == share < 1
     # The standard error of a mean of N numbers, from their sample variance.
     half = Z * (share * (1 - share) / (N - 1)) ** 0.5
@@ -116,9 +130,15 @@ def test_the_edited_model_is_measured_and_restored(open_reader, tasks_from, exam
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    saved = HFLM(pretrained=str(export(bridge, mask, tmp_path / "out")), device="cpu", dtype="float32")
-    again = simple_evaluate(saved, tasks=[name], task_manager=utility.task_manager([name], tasks_from))
-    assert again["results"][name]["acc,none"] == share, "the harness's own figure of the exported folder"
+    saved = HFLM(
+        pretrained=str(export(bridge, mask, tmp_path / "out")), device="cpu", dtype="float32"
+    )
+    again = simple_evaluate(
+        saved, tasks=[name], task_manager=utility.task_manager([name], tasks_from)
+    )
+    assert again["results"][name]["acc,none"] == share, (
+        "the harness's own figure of the exported folder"
+    )
 
 
 def test_a_limit_takes_the_first_examples(open_reader, tasks_from, examples):
@@ -128,7 +148,9 @@ def test_a_limit_takes_the_first_examples(open_reader, tasks_from, examples):
         [row] = evaluate_tasks(bridge, ["Llama"], limit=7, **options)
         [one] = evaluate_tasks(bridge, ["Llama"], limit=1, **options)
     assert (row.mean, row.n) == (hits(choices, examples["Llama"][:7]) / 7, 7)
-    assert (one.low, one.high, one.labels["interval"]) == (one.mean, one.mean, "none"), "one example has no standard error"
+    assert (one.low, one.high, one.labels["interval"]) == (one.mean, one.mean, "none"), (
+        "one example has no standard error"
+    )
 
 
 def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_from, tmp_path):
@@ -146,7 +168,9 @@ def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_fr
 
 
 def test_an_unknown_task_ends_a_study_before_it_begins(tasks_from, tmp_path):
-    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "out"), "--task=zzx", f"--tasks-from={tasks_from}"])
+    result = CliRunner().invoke(
+        app, ["study", "--out", str(tmp_path / "out"), "--task=zzx", f"--tasks-from={tasks_from}"]
+    )
     assert result.exit_code == 2
     assert "the harness knows no task zzx" in result.stderr.replace("\n", " ")
     assert not (tmp_path / "out").exists()
@@ -155,7 +179,11 @@ def test_an_unknown_task_ends_a_study_before_it_begins(tasks_from, tmp_path):
 def test_filters_groups_and_metrics_without_an_error_are_rows():
     found = {"f1,none": 0.5, "f1_stderr,none": 0.1, "f1,strict": 0.25, "f1_stderr,strict": "N/A"}
     first, second = utility._rows("x", {"alias": "x", "sample_len": 9, **found}, {"mask": "none"})
-    assert (first.metric, first.n, dict(first.labels)) == ("task_f1", 9, {"mask": "none", "task": "x"})
+    assert (first.metric, first.n, dict(first.labels)) == (
+        "task_f1",
+        9,
+        {"mask": "none", "task": "x"},
+    )
     assert (first.low, first.high) == pytest.approx((0.5 - 0.1 * Z, 0.5 + 0.1 * Z))
     assert second.labels == {"mask": "none", "task": "x", "filter": "strict", "interval": "none"}
     assert second.low == second.mean == second.high == 0.25
@@ -172,13 +200,18 @@ def test_what_cannot_be_measured_is_refused(llama, tasks_from):
         evaluate_tasks(llama, ["Llama"], limit=0, **options)
     with pytest.raises(ValueError, match="include_path='nowhere' is no folder"):
         evaluate_tasks(llama, ["Llama"], include_path="nowhere", labels={})
-    with pytest.raises(ValueError, match=r"the data of \['absent'\] cannot be loaded \(.*absent\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"the data of \['absent'\] cannot be loaded \(.*absent\.jsonl"
+    ):
         evaluate_tasks(llama, ["absent"], **options)
 
 
 def test_without_lm_eval_the_extra_is_named(llama, monkeypatch):
     utility._manager.cache_clear()
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"] + ["lm_eval", "lm_eval.tasks"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"] + [
+        "lm_eval",
+        "lm_eval.tasks",
+    ]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"is not installed .*pip install 'harmcircuits\[real\]'"):
         evaluate_tasks(llama, ["Llama"], labels={})

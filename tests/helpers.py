@@ -1,0 +1,171 @@
+"""Small models, batches and organisms that tests of several rooms share.
+
+Models are random ones of every architecture, written as ordinary Hugging Face folders and opened
+offline; organisms are asked a few requests only.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformer_lens.model_bridge import TransformerBridge
+
+from harmcircuits.behaviours.model import Model
+from harmcircuits.organisms import open_organism
+from harmcircuits.organisms.train import new_tokenizer
+from harmcircuits.prompts import Batch, PromptSet
+
+SIZE = dict(
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+)
+GQA = dict(**SIZE, intermediate_size=40, num_key_value_heads=2)
+TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=32, n_inner=40)
+
+# config class -> its arguments; a second entry for an architecture is a variant with other wiring.
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "Llama": ("LlamaConfig", GQA),
+    "Qwen2": ("Qwen2Config", GQA),
+    "Qwen3": ("Qwen3Config", dict(**GQA, head_dim=6)),
+    "Mistral": ("MistralConfig", GQA),
+    "Gemma2": ("Gemma2Config", dict(**GQA, head_dim=6)),
+    "Gemma3": ("Gemma3TextConfig", dict(**GQA, head_dim=6)),
+    "Olmo2": ("Olmo2Config", GQA),
+    "GPT2": ("GPT2Config", GPT2),
+    "GPTNeoX": ("GPTNeoXConfig", dict(**SIZE, intermediate_size=40)),
+    "GPTNeo": (
+        "GPTNeoConfig",
+        dict(vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, max_position_embeddings=32, intermediate_size=40,
+             attention_types=[[["global", "local"], 1]], window_size=8),
+    ),
+    "Phi3": ("Phi3Config", GQA),
+    # Rotary embeddings over half (a quarter) of a head need an even number of dimensions.
+    "Phi": ("PhiConfig", dict(**SIZE | dict(hidden_size=32), intermediate_size=40)),
+    "OPT": ("OPTConfig", dict(**SIZE, ffn_dim=40, word_embed_proj_dim=24)),
+    "StableLm": ("StableLmConfig", GQA | dict(hidden_size=32)),
+    "Starcoder2": ("Starcoder2Config", GQA),
+    "Granite": ("GraniteConfig", GQA),
+    "Cohere": ("CohereConfig", GQA),
+    "SmolLM3": ("SmolLM3Config", GQA),
+    "GPTJ": ("GPTJConfig", dict(**GPT2, rotary_dim=4)),
+    "Falcon": ("FalconConfig", dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False)),
+    "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
+    "Olmo": ("OlmoConfig", GQA),
+    "Olmo3": ("Olmo3Config", GQA),
+    "Cohere2": ("Cohere2Config", dict(**GQA, head_dim=6)),
+    "CodeGen": ("CodeGenConfig", dict(**GPT2, rotary_dim=4)),
+    "GPTBigCode": ("GPTBigCodeConfig", dict(**GPT2, multi_query=True)),
+    "Mpt": ("MptConfig", dict(vocab_size=61, d_model=24, n_layers=2, n_heads=4, max_seq_len=32, expansion_ratio=2)),
+    "Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=3)),
+    "Qwen3Moe": ("Qwen3MoeConfig", dict(**GQA, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+    "Olmoe": ("OlmoeConfig", dict(**GQA, num_experts=4, num_experts_per_tok=2)),
+    "GraniteMoe": ("GraniteMoeConfig", dict(**GQA, num_local_experts=4, num_experts_per_tok=2)),
+}  # fmt: skip
+
+# In bfloat16 one of each way in which weights are stored: apart, fused, tied, transposed, stacked.
+COARSE = (
+    "Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon", "Mixtral", "Qwen3Moe",
+)  # fmt: skip
+
+# Opened by TransformerLens, refused by us: blocks with other matrices than attention, MLP, router and experts.
+UNSUPPORTED: dict[str, tuple[str, dict]] = {
+    "Qwen2Moe": (
+        "Qwen2MoeConfig",
+        dict(**GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24),
+    ),
+    "GptOss": ("GptOssConfig", dict(**GQA, head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
+    "DeepseekV3": (
+        "DeepseekV3Config",
+        dict(**GQA | dict(num_key_value_heads=4), q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+             v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=24,
+             first_k_dense_replace=1),
+    ),
+    "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=4)),
+}  # fmt: skip
+
+
+def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any) -> None:
+    """Write a random model whose weights are large enough for gradients to matter.
+
+    Args:
+        name: one of `ARCHITECTURES` or `UNSUPPORTED`.
+        folder: where its files go, with the organisms' tokenizer.
+        seed: draws the weights.
+        changes: of its configuration.
+    """
+    config_class, arguments = (ARCHITECTURES | UNSUPPORTED)[name]
+    config = getattr(transformers, config_class)(**{**arguments, **TOKENS, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    new_tokenizer().save_pretrained(folder)
+
+
+def opener(new_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge]:
+    """opener(new_folder)("Llama", dtype=torch.float32, ...) -> a fresh TransformerBridge.
+
+    A model is written once, into new_folder("Llama").
+    """
+    folders: dict[tuple, Path] = {}
+
+    def open_(
+        name: str, *, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> TransformerBridge:
+        key = (name, *sorted(changes.items()))
+        if key not in folders:
+            folders[key] = new_folder(name)
+            write_model(name, folders[key], **changes)
+        return TransformerBridge.boot_transformers(str(folders[key]), dtype=dtype, device="cpu")
+
+    return open_
+
+
+def random_batch(n: int = 3, length: int = 9, *, seed: int = 0) -> Batch:
+    """Examples of different lengths with different numbers of targets.
+
+    Padding is a real token id, so it would show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 61, (n, length), generator=generator)
+    is_target = torch.zeros(n, length, dtype=torch.bool)
+    for row in range(n):
+        end = length - row % 3
+        is_target[row, end - 2 - row % 2 : end] = True
+    return Batch(tokens=tokens, is_target=is_target)
+
+
+def small_model(name: str, *, every: int = 0) -> Model:
+    """An organism that is asked few requests (see `asked_few`)."""
+    return asked_few(open_organism(name), every=every)
+
+
+def asked_few(model: Model, *, first: int = 24, every: int = 0) -> Model:
+    """The model with few requests of every behaviour, parts included.
+
+    Args:
+        model: the model.
+        first: so many from the start of each split: of an organism six items, or twelve matched
+            pairs.
+        every: every so-many-th of the whole split instead: of an organism 32 leaves one item of
+            each topic, with one request.
+    """
+    where = slice(None, None, every) if every else slice(first)
+    few = []
+    for behaviour in model.behaviours.values():
+
+        def prompts(split: str, whole: Callable[[str], PromptSet] = behaviour.prompts) -> PromptSet:
+            return whole(split)[where]
+
+        few.append(replace(behaviour, prompts=prompts))
+    return model.with_behaviours(*few)
