@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 
 import pytest
-from conftest import small_model
+from helpers import small_model
 
 import harmcircuits
 

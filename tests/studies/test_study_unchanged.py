@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_model
+from helpers import small_model
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.measurements import Rows
