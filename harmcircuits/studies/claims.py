@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import typer
 from rich.console import Console
@@ -90,6 +90,7 @@ class ClaimResult:
     evidence: str
 
 
+@runtime_checkable
 class Analysis(Protocol):
     """A module of `analyses/`: one claim, and everything needed to judge it.
 
