@@ -50,8 +50,9 @@ def run_jobs(
         task = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
 
         def keep(found: Rows) -> None:
+            nonlocal rows
             Rows(found).append_to(path)
-            rows.extend(found)
+            rows += found
             progress.advance(task)
 
         if workers == 1:
@@ -77,6 +78,7 @@ def run_jobs(
 
 def _timed(job: Job) -> Rows:
     start, cpu = time.monotonic(), time.process_time()
-    found = job.run()
-    found.append(Measurement.exact(CPU, job.labels, round(time.process_time() - cpu, 1)))
-    return [*found, Measurement.exact(DONE, job.labels, round(time.monotonic() - start, 1))]
+    found = Rows(job.run())
+    found += [Measurement.exact(CPU, job.labels, round(time.process_time() - cpu, 1))]
+    done = Measurement.exact(DONE, job.labels, round(time.monotonic() - start, 1))
+    return Rows([*found, done])

@@ -43,7 +43,10 @@ def evaluate_tasks(
             found = evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
         except OSError as error:
             raise ValueError(f"evaluate_tasks: the data of {list(tasks)} cannot be loaded ({error})") from None
-    return [row for name, figures in found["results"].items() for row in _rows(name, figures, labels)]
+    rows = Rows()
+    for name, figures in found["results"].items():
+        rows += _rows(name, figures, labels)
+    return rows
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
@@ -90,4 +93,4 @@ def _rows(name: str, figures: dict[str, Any], labels: Labels) -> Rows:
         more |= {} if has_error else {"interval": "none"}
         where = {**labels, "task": name, **more}
         rows.append(Measurement(f"task_{metric}", where, float(mean), mean - half, mean + half, figures["sample_len"]))
-    return rows
+    return Rows(rows)
