@@ -1,6 +1,7 @@
 """The README's table of findings is what the committed rows give.
 
-Would catch: a verdict or a figure typed in, rows that no longer fit their analysis, an analysis left out of the table.
+Would catch: an outcome or a figure typed in, rows that no longer fit their analysis, an analysis
+left out of the table.
 """
 
 from pathlib import Path
@@ -9,19 +10,21 @@ import pytest
 import six_findings
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.claims import summary
+from harmcircuits.studies.claims import summary_table
 
 ROOT = Path(__file__).parents[2]
 ROWS = Rows.read(ROOT / "analyses" / "rows" / "six_findings.jsonl")
 
 
 def test_the_readme_holds_the_table_that_the_rows_give():
-    found = [analysis.finding(ROWS.where(finding=analysis.NAME)) for analysis in six_findings.ANALYSES]
-    assert summary(found) in (ROOT / "README.md").read_text(encoding="utf-8")
+    results = []
+    for analysis in six_findings.ANALYSES:
+        results.append(analysis.result(ROWS.where(finding=analysis.NAME)))
+    assert summary_table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("analysis", six_findings.ANALYSES, ids=lambda analysis: analysis.NAME)
-def test_the_finding_needs_only_the_rows_that_are_kept(analysis):
+def test_the_result_needs_only_the_rows_that_are_kept(analysis):
     rows = ROWS.where(finding=analysis.NAME)
-    assert analysis.needed(rows) == rows
+    assert analysis.reported(rows) == rows
     assert {row.labels["seed"] for row in rows if "seed" in row.labels} == {0, 1, 2}
