@@ -39,7 +39,7 @@ LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circu
 class Measurement:
     """One figure: a mean over `n` examples with its 95 % interval, and what it was measured on.
 
-    `f"{row:.0%}"` writes `77% [63%, 88%]`; a figure without an interval is written alone.
+    `f"{row:.0%}"` writes `77% [63%, 88%]`; an exact figure is written alone.
 
     >>> row = hc.Measurement("refusal_rate", {"model": "sft"}, mean=0.77, low=0.63, high=0.88)
     >>> f"{row:.0%}"
@@ -216,8 +216,8 @@ class Measurement:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the figure has no interval."""
-        return self.low == self.mean == self.high
+        """Whether the figure has no sampling error, such as a count."""
+        return self.n == 1 and self.low == self.mean == self.high
 
     def __format__(self, spec: str) -> str:
         """The figure and its interval, each number by the format given."""
@@ -272,7 +272,7 @@ class Rows(Sequence[Measurement]):
         with Path(path).open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def where(self, metric: str = "", **labels: Label) -> "Rows":
+    def where(self, metric: str = "", /, **labels: Label) -> "Rows":
         """The rows of this metric that carry all these labels, in order.
 
         Args:
@@ -283,7 +283,7 @@ class Rows(Sequence[Measurement]):
         of_metric = (row for row in self if metric in ("", row.metric))
         return Rows(row for row in of_metric if wanted <= dict(row.labels).items())
 
-    def one(self, metric: str = "", **labels: Label) -> Measurement:
+    def one(self, metric: str = "", /, **labels: Label) -> Measurement:
         """The only row of this metric with these labels.
 
         Args:

@@ -164,7 +164,7 @@ def conclude(
 
 def summary_table(results: Sequence[ClaimResult]) -> str:
     """A Markdown table of results: claim, outcome, figures."""
-    lines = ["| | claim | verdict | measured |", "|---|---|---|---|"]
+    lines = ["| | claim | outcome | measured |", "|---|---|---|---|"]
     for result in results:
         cells = (result.name, result.claim, f"**{result.outcome}**", result.evidence)
         lines.append(f"| {' | '.join(cells)} |")
