@@ -7,8 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
-from helpers import opener
-from helpers import random_batch as random_batch
+from helpers import opener, random_batch
+from helpers import small_model as small_model
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.prompts import Batch

@@ -82,7 +82,7 @@ def test_calibration_keeps_the_first_verified_sample(scripted):
     twice = replace(scripted, sampling=Sampling(2)).calibration("benign")
     assert [example.prompt for example in twice.prompts] == ["say 1", "say 3", "say 5"]
     assert (twice.n_verified, twice.n_asked) == (3, 6)
-    with pytest.raises(NotShownError, match="m does not show 'benign'.* 6 calibration requests"):
+    with pytest.raises(NotShownError, match=r"m does not show 'benign'.* 6 calibration requests"):
         replace(scripted, sampling=None).calibration("benign")
 
 
@@ -121,7 +121,7 @@ def test_an_organism_sampled(small):
 
 def test_a_behaviour_is_known_by_its_name(scripted):
     assert scripted.behaviour("benign") is scripted.behaviours["benign"]
-    with pytest.raises(ValueError, match="m has no behaviour 'bening'.*'benign'.*asked"):
+    with pytest.raises(ValueError, match=r"m has no behaviour 'bening'.*'benign'.*asked"):
         scripted.behaviour("bening")
 
 
@@ -306,7 +306,7 @@ def test_whole_behaviours_are_measured_unless_others_are_named(small):
     assert set(shown) <= set(rows.metrics)
     assert "parts_rate" not in rows.metrics
     assert small.measure(only=["parts"], split="choice").metrics == ["parts_rate", "parts_nll"]
-    with pytest.raises(ValueError, match="no behaviour 'harm'.*'harmful'"):
+    with pytest.raises(ValueError, match=r"no behaviour 'harm'.*'harmful'"):
         small.measure(only="harm")
     with pytest.raises(ValueError, match="split='test'"):
         small.measure(split="test")

@@ -25,7 +25,6 @@ from harmcircuits.hooks.search import (
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
-from harmcircuits.studies.controls import union
 
 ARCHITECTURES = ("Llama", "GPT2", "Mixtral")
 
@@ -142,10 +141,10 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
 
     with masked(llama, first):
         protected = needed_weights(llama, [batch], 0.1)
-        again = unprotected_top(llama, [batch], union([protected, first]), 0.1)
+        again = unprotected_top(llama, [batch], protected | first, 0.1)
     assert_same_weights(second - first, again)
 
-    stale = unprotected_top(llama, [batch], union([protected, first]), 0.1)
+    stale = unprotected_top(llama, [batch], protected | first, 0.1)
     assert len(stale - second) > 0, "scores of the unpruned model choose other weights"
 
 

@@ -1,7 +1,7 @@
-"""Circuits side by side on a few requests of a shipped organism, and the behaviours they are found for.
+"""Circuits side by side on a few requests of a shipped organism, and the behaviours they are for.
 
-Would catch: circuits of unequal size, protection that is ignored, resamples that differ between behaviours, rows that
-contradict the masks, a twin about other things.
+Would catch: circuits of unequal size, protection that is ignored, resamples that differ between
+behaviours, rows that contradict the masks, a twin about other things.
 """
 
 from dataclasses import replace
@@ -11,166 +11,226 @@ import torch
 from helpers import small_model
 
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
+from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.organisms import detailed_behaviours
+from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.organisms import organism_behaviours
 from harmcircuits.organisms.world import world
 from harmcircuits.studies.cross_ablation import (
     ablation_rows,
-    circuits,
     circuits_both_ways,
     content_rows,
-    one_shot_circuits,
     overlap_place_rows,
     overlap_rows,
+    resampled_circuits,
     token_rows,
 )
+from harmcircuits.studies.terms import Terms
 
-Q = 0.01
+SIZE = 0.01
 NAMES = ("harmful", "benign", "recognition_margin")
 
 
 @pytest.fixture(scope="module")
 def model():
-    small = small_model("sft")
-    margin = detailed_behaviours()["recognition_margin"]
-    margin = replace(margin, prompts=small.behaviours["recognition"].prompts)
-    return replace(small, behaviours={**small.behaviours, "recognition_margin": margin})
+    return small_model("sft")
 
 
 @pytest.fixture(scope="module")
 def calibrations(model):
-    return {name: model.calibration(name) for name in NAMES}
+    return model.calibrations(NAMES)
 
 
 @pytest.fixture(scope="module")
-def found(model, calibrations):
-    return circuits(model, calibrations, dict.fromkeys(NAMES, ()), q=Q, rounds=2)
+def circuits(model, calibrations) -> dict[str, WeightMask]:
+    """Unprotected, in two rounds."""
+    masks = {}
+    for name in NAMES:
+        masks[name] = model.find_circuit(
+            name, size=SIZE, protect=(), rounds=2, calibrations=calibrations
+        )
+    return masks
+
+
+@pytest.fixture(scope="module")
+def harm_scores(model, calibrations) -> WeightScores:
+    return removal_effect(model.bridge, calibrations["harmful"].batches, completion_loss)
+
+
+def top(scores: WeightScores) -> WeightMask:
+    return top_fraction(scores, SIZE, within="model")
+
+
+def same_weights(first: WeightMask, second: WeightMask) -> bool:
+    return len(first - second) == len(second - first) == 0
+
+
+# Behaviours
 
 
 def test_parts_of_behaviours_are_what_they_say():
-    behaviours = detailed_behaviours()
+    behaviours = organism_behaviours()
     topics = world().topics
     assert len(behaviours) == 6 + 3 + 2 * len(topics)
     for topic in topics:
-        harm, twin = (
-            behaviours[f"{name}/{topic}"].prompts("heldout") for name in ("harmful", "benign")
-        )
+        harm = behaviours[f"harmful/{topic}"].prompts("heldout")
+        twin = behaviours[f"benign/{topic}"].prompts("heldout")
         assert {example.category for example in (*harm, *twin)} == {topic}
-        assert [example.group for example in harm] == [example.group for example in twin], (
-            "a twin is about the same items"
-        )
-    parts, kind = behaviours["parts"], behaviours["kind"]
-    whole = set(behaviours["knowledge"].prompts("choice").examples)
-    assert set(parts.prompts("choice").examples) | set(kind.prompts("choice").examples) == whole
-    assert not set(parts.prompts("choice").examples) & set(kind.prompts("choice").examples)
+        groups = [example.group for example in harm]
+        assert groups == [example.group for example in twin], "a twin is about the same items"
+
+    whole = set(behaviours["knowledge"].prompts("choice"))
+    parts = set(behaviours["parts"].prompts("choice"))
+    kind = set(behaviours["kind"].prompts("choice"))
+    assert parts | kind == whole
+    assert not parts & kind
     assert behaviours["recognition_margin"].objective is not completion_loss
 
 
-def test_circuits_are_of_one_size_and_protection_is_kept(model, calibrations, found):
-    assert {mask.n_removed for mask in found.values()} == {round(Q * found["harmful"].n_weights)}
-    apart = circuits(model, calibrations, {"harmful": ("benign",)}, q=Q, p=0.1, rounds=1)["harmful"]
-    free = circuits(model, calibrations, {"harmful": ()}, q=Q, rounds=1)["harmful"]
-    assert overlap(apart, found["benign"]).n_shared < overlap(free, found["benign"]).n_shared
+def test_parts_have_their_own_names_and_know_their_whole():
+    behaviours = organism_behaviours()
+    topic = world().topics[0]
+    wholes = {"parts": "knowledge", "kind": "knowledge", "recognition_margin": "recognition"}
+    wholes |= {f"harmful/{topic}": "harmful", f"benign/{topic}": "benign"}
+    for name, whole in wholes.items():
+        part = behaviours[name]
+        assert (part.name, part.title, part.part_of) == (name, name, whole)
+    assert behaviours["parts"].metric == "parts_rate"
+    assert not any(behaviours[whole].part_of for whole in set(wholes.values()))
 
 
-def test_circuits_both_ways_protect_nothing_and_all_others(model, calibrations, found):
-    both = circuits_both_ways(model, calibrations, ["harmful"], q=Q, p=0.1, rounds=2)
-    assert both["none"]["harmful"].removed.keys() == found["harmful"].removed.keys()
-    expected = circuits(model, calibrations, {"harmful": ["benign"]}, q=Q, p=0.1, rounds=2)[
-        "harmful"
-    ]
+# Circuits
+
+
+def test_circuits_are_of_one_size_and_protection_is_kept(model, calibrations, circuits):
+    n_weights = circuits["harmful"].n_weights
+    assert {len(mask) for mask in circuits.values()} == {round(SIZE * n_weights)}
+    options = {"size": SIZE, "rounds": 1, "calibrations": calibrations}
+    free = model.find_circuit("harmful", protect=(), **options)
+    apart = model.find_circuit("harmful", protect=["benign"], protect_share=0.1, **options)
+    benign = circuits["benign"]
+    assert overlap(apart, benign).n_shared < overlap(free, benign).n_shared
+
+
+def test_circuits_both_ways_protect_nothing_and_all_others(model, calibrations, circuits):
+    options = {"size": SIZE, "protect_share": 0.1, "rounds": 2}
+    both = circuits_both_ways(model, calibrations, ["harmful"], **options)
+    assert list(both) == ["none", "others"]
+    assert same_weights(both["none"]["harmful"], circuits["harmful"])
+    expected = model.find_circuit(
+        "harmful", protect=["benign"], calibrations=calibrations, **options
+    )
     apart = both["others"]["harmful"]
-    assert (apart & expected).n_removed == apart.n_removed, (
-        "of the calibrated behaviours only benign answers are others"
-    )
+    assert same_weights(apart, expected), "of the calibrated ones only benign is a whole other"
 
 
-def test_one_shot_scores_are_those_of_all_examples(model, calibrations):
-    found = one_shot_circuits(model, calibrations, ["harmful"], q=Q, n_resamples=2, seed=0)
-    scores, masks = found["harmful"]
-    whole = removal_effect(model.bridge, calibrations["harmful"].batches, completion_loss)
-    for name, value in whole.values.items():
+def test_resampled_scores_are_those_of_all_examples(model, calibrations, harm_scores):
+    options = {"size": SIZE, "n_resamples": 2, "seed": 0}
+    scores, masks = resampled_circuits(model, calibrations, ["harmful"], **options)["harmful"]
+    for name, value in harm_scores.values.items():
         torch.testing.assert_close(scores.values[name], value, rtol=1e-3, atol=1e-8)
-    assert [mask.n_removed for mask in masks] == [round(Q * whole_size(whole))] * 2
+    n_weights = sum(value.numel() for value in harm_scores.values.values())
+    assert [len(mask) for mask in masks] == [round(SIZE * n_weights)] * 2
+
+    again = resampled_circuits(model, calibrations, ["harmful"], **options)["harmful"][1]
+    assert all(same_weights(*pair) for pair in zip(masks, again, strict=True))
+    assert not same_weights(*masks), "resamples differ"
 
 
-def whole_size(scores) -> int:
-    return sum(value.numel() for value in scores.values.values())
+def test_a_behaviour_with_too_few_items_is_refused(model, calibrations):
+    """A single verified item: a resample of the sixteen blocks can miss it."""
+    data = calibrations["harmful"]
+    few = replace(data, prompts=data.prompts[:1])
+    options = {"size": SIZE, "n_resamples": 40, "seed": 0}
+    with pytest.raises(ValueError, match=r"harmful: a resample holds none of its 1 .*give more"):
+        resampled_circuits(model, {"harmful": few}, ["harmful"], **options)
 
 
-def test_overlap_rows_agree_with_the_masks(model, calibrations, found):
-    one_shot = one_shot_circuits(model, calibrations, NAMES, q=Q, n_resamples=4, seed=0)
-    rows = overlap_rows(one_shot, found, {"model": "x"}, q=Q, n_samples=5)
-    expected = overlap(found["harmful"], found["benign"])
-    row = rows.where("overlap_lift", first="harmful", second="benign", selection="rounds")[0]
-    assert row.mean == pytest.approx(expected.lift)
-    masks = {
-        name: top_fraction(scores, Q, within="model") for name, (scores, _) in one_shot.items()
-    }
-    row = rows.where("overlap_jaccard", first="harmful", second="benign", selection="one shot")[0]
-    assert row.mean == pytest.approx(overlap(masks["harmful"], masks["benign"]).jaccard)
-    ceiling = rows.where("overlap_jaccard", first="harmful", second="harmful")[0]
-    assert ceiling.low > row.mean, (
-        "a circuit is nearer to itself on other data than to another circuit"
+# Rows
+
+
+def test_overlap_rows_agree_with_the_masks(model, calibrations, circuits):
+    resampled = resampled_circuits(
+        model, calibrations, NAMES, size=SIZE, n_resamples=4, seed=0
     )
+    rows = overlap_rows(resampled, circuits, {"model": "x"}, size=SIZE, n_samples=5)
+    pair = {"first": "harmful", "second": "benign"}
+    lift = rows.one("overlap_lift", **pair, selection="rounds")
+    expected = overlap(circuits["harmful"], circuits["benign"])
+    assert lift.mean == pytest.approx(expected.lift)
+
+    harm, benign = (top(resampled[name][0]) for name in ("harmful", "benign"))
+    jaccard = rows.one("overlap_jaccard", **pair, selection="one shot")
+    assert jaccard.mean == pytest.approx(overlap(harm, benign).jaccard)
+    ceiling = rows.one("overlap_jaccard", first="harmful", second="harmful")
+    assert ceiling.low > jaccard.mean, "a circuit is nearer to itself on other data than to another"
     assert all(row.low <= row.mean <= row.high for row in rows)
-    places = overlap_place_rows(model, found, "harmful", {})
-    layers = places.where("overlap_lift", second="benign", by="layer")
-    assert len(layers) == 4
-    assert all(-1 <= row.mean <= 1 for row in places.where("place_correlation"))
 
 
-def test_content_rows_average_the_right_pairs(model):
-    """Masks made so that a twin shares all, two topics' harm half, everything else nothing."""
-    topics = ("one", "two")
-    scores = removal_effect(model.bridge, model.calibration("harmful").batches, completion_loss)
-    top = {
-        name: scores
-        for name in (f"{use}/{topic}" for use in ("harmful", "benign") for topic in topics)
-    }
-    rows = content_rows(
-        {name: top_fraction(value, Q, within="model") for name, value in top.items()}, {}
+def test_overlap_by_place_has_a_row_a_layer(model, circuits):
+    rows = overlap_place_rows(model, circuits, "harmful", {})
+    assert len(rows.where("overlap_lift", second="benign", by="layer")) == 4
+    correlations = rows.where("place_correlation")
+    assert {row.labels["by"] for row in correlations} == {"head", "neuron"}
+    assert all(-1 <= row.mean <= 1 for row in correlations)
+    assert {row.labels["second"] for row in rows} == set(NAMES) - {"harmful"}
+
+
+def lifts(masks: dict[str, WeightMask], terms: Terms | None = None) -> dict[str, float]:
+    rows = content_rows(masks, {}, terms=terms)
+    return {row.labels["relation"]: row.mean for row in rows.where("content_lift")}
+
+
+def test_content_rows_average_the_right_pairs(harm_scores):
+    """Masks made so that all four are the same; then harm's are, and benign ones are the opposite."""
+    same = top(harm_scores)
+    lift = overlap(same, same).lift
+    masks = {f"{use}/{topic}": same for use in ("harmful", "benign") for topic in ("a", "b")}
+    relations = (
+        "twin",
+        "harm, other topic",
+        "benign, other topic",
+        "harm and benign, other topic",
     )
-    same = overlap(*[top_fraction(scores, Q, within="model")] * 2).lift
-    assert {
-        row.labels["relation"]: row.mean for row in rows.where("content_lift")
-    } == pytest.approx(
-        dict.fromkeys(
-            ("twin", "harm, other topic", "benign, other topic", "harm and benign, other topic"),
-            same,
-        )
-    )
-    top["benign/one"] = top["benign/two"] = -scores
-    rows = content_rows(
-        {name: top_fraction(value, Q, within="model") for name, value in top.items()}, {}
-    )
-    found = {row.labels["relation"]: row.mean for row in rows.where("content_lift")}
-    assert found == pytest.approx(
-        {"twin": 0, "harm, other topic": same, "benign, other topic": found["benign, other topic"],
-         "harm and benign, other topic": 0}
-    )  # fmt: skip
-    assert found["benign, other topic"] > 1
+    assert lifts(masks) == pytest.approx(dict.fromkeys(relations, lift))
+
+    opposite = top(-harm_scores)
+    assert overlap(opposite, opposite).lift > 1
+    masks["benign/a"] = masks["benign/b"] = opposite
+    expected = (0, lift, overlap(opposite, opposite).lift, 0)
+    assert lifts(masks) == pytest.approx(dict(zip(relations, expected, strict=True)))
 
 
-def test_tokens_and_places_add_up(model, calibrations, found):
-    mask = found["harmful"]
+def test_content_rows_are_of_the_behaviours_that_are_named(model, harm_scores):
+    same = top(harm_scores)
+    masks = {f"{use}/{topic}": same for use in ("refusal", "knowledge") for topic in ("a", "b")}
+    terms = Terms.of(model, "refusal", "knowledge")
+    assert "knows, other topic" in lifts(masks, terms)
+
+
+def test_tokens_and_places_add_up(model, calibrations, circuits, harm_scores):
+    mask = circuits["harmful"]
     rows = token_rows(model, "harmful", calibrations["harmful"], mask, {})
-    scores = removal_effect(model.bridge, calibrations["harmful"].batches, completion_loss)
-    assert sum(row.mean for row in rows) == pytest.approx(scores.sum_over(mask), rel=1e-4)
-    located = location_rows(model, mask, {})
-    for by in ("matrix",):
-        assert sum(row.mean for row in located.where("weights_removed", by=by)) == mask.n_removed
-    for row in located.where("gini", chance="yes"):
-        assert row.n == 20
+    total = sum(row.mean for row in rows)
+    assert total == pytest.approx(harm_scores.sum_over(mask), rel=1e-4)
+
+    located = location_rows(mask, weight_sites(model.bridge), {})
+    of_matrices = located.where("weights_removed", by="matrix")
+    assert sum(row.mean for row in of_matrices) == len(mask)
+    by_chance = located.where("gini", chance="yes")
+    assert {row.n for row in by_chance} == {20}
 
 
-def test_ablation_rows_name_the_removed_circuit(model, found):
-    rows = ablation_rows(
-        model, {"harmful": found["harmful"]}, {"model": "x"}, split="choice", only=["benign"]
-    )
+def test_ablation_rows_name_the_removed_circuit(model, circuits):
+    mask = circuits["harmful"]
+    options = {"split": "choice", "only": ["benign"]}
+    rows = ablation_rows(model, {"harmful": mask}, {"model": "x"}, **options)
     assert {row.labels["mask"] for row in rows} == {"harmful"}
-    assert rows.where("weights_removed")[0].mean == found["harmful"].n_removed
-    assert rows.where("benign_valid_rate")[0].labels["split"] == "choice"
+    assert rows.one("weights_removed").mean == len(mask)
+    assert rows.one("benign_valid_rate").labels["split"] == "choice"
+    assert rows.one("benign_valid_rate").mean == (
+        model.measure(mask=mask, **options).one("benign_valid_rate").mean
+    )

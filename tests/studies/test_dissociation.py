@@ -1,7 +1,7 @@
-"""The test of double dissociation on hand-made rates, and Newcombe's interval against the published example.
+"""The test of double dissociation on hand-made rates.
 
-Would catch: rates of different abilities compared with each other, a verdict from points instead of intervals, a cost that
-is read under the wrong mask.
+Would catch: rates of different abilities compared with each other, an outcome from points instead of
+intervals, a cost that is read under the wrong mask.
 """
 
 import pytest
@@ -9,16 +9,22 @@ import pytest
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.dissociation import dissociation, dissociations
 
+HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
+METRICS = {"harmful": HARM, "benign": BENIGN}
 
-def rates(metric: str, *hits: int, n: int = 64):
-    """Rates of these numbers of hits of n: unpruned, under the own circuit, under the other's."""
-    return [
-        Measurement.rate(metric, {}, [i < hit for i in range(n)], list(range(n))) for hit in hits
-    ]
+
+def rate(metric: str, n_hits: int, labels: dict | None = None, n: int = 64) -> Measurement:
+    hits = [number < n_hits for number in range(n)]
+    return Measurement.rate(metric, labels or {}, hits, range(n))
+
+
+def rates(metric: str, *hits: int) -> list[Measurement]:
+    """Of 64: unpruned, under the own circuit, under the other's."""
+    return [rate(metric, n_hits) for n_hits in hits]
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "verdict"),
+    ("first", "second", "outcome"),
     [
         ((64, 0, 64), (64, 0, 64), "clean double"),
         ((64, 0, 50), (64, 10, 64), "graded double"),
@@ -28,59 +34,52 @@ def rates(metric: str, *hits: int, n: int = 64):
         ((40, 0, 40), (64, 20, 64), "graded double"),
     ],
 )
-def test_verdicts(first, second, verdict):
+def test_outcomes(first, second, outcome):
     """The last: nothing is lost, but 40 of 64 is too uncertain to be called spared."""
-    assert dissociation(rates("a", *first), rates("b", *second)).verdict == verdict
+    assert dissociation(rates("a", *first), rates("b", *second)).outcome == outcome
 
 
 def test_gaps_and_costs_compare_one_ability_with_itself():
-    found = dissociation(rates("a", 64, 16, 48), rates("b", 60, 30, 50))
-    assert (found.first_gap.mean, found.second_gap.mean) == pytest.approx(
-        ((48 - 16) / 64, (50 - 30) / 64)
-    )
-    assert (found.first_cost.mean, found.second_cost.mean) == pytest.approx(
-        ((64 - 48) / 64, (60 - 50) / 64)
-    )
-    assert found.first_gap.metric == "a_gap"
-
-
-def test_newcombe_s_own_example():
-    """56/70 - 48/80 by method 10: 0.0524 to 0.3339 (Newcombe 1998, table II)."""
-    first, second = rates("x", 56, n=70)[0], rates("x", 48, n=80)[0]
-    found = Measurement.difference("d", {}, first, second)
-    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+    test = dissociation(rates("a", 64, 16, 48), rates("b", 60, 30, 50))
+    gaps = (test.first_gap.mean, test.second_gap.mean)
+    assert gaps == pytest.approx(((48 - 16) / 64, (50 - 30) / 64))
+    costs = (test.first_cost.mean, test.second_cost.mean)
+    assert costs == pytest.approx(((64 - 48) / 64, (60 - 50) / 64))
+    assert test.first_gap.metric == "a_gap"
 
 
 def test_errors_name_what_is_wrong():
-    with pytest.raises(ValueError, match="three rates of one metric"):
+    with pytest.raises(ValueError, match=r"\['a', 'a'\]; expected three rates of one metric"):
         dissociation(rates("a", 1, 2), rates("b", 1, 2, 3))
-    with pytest.raises(ValueError, match="three rates of one metric"):
+    with pytest.raises(ValueError, match=r"\['a', 'a', 'c'\]; expected three rates of one metric"):
         dissociation([*rates("a", 1, 2), *rates("c", 3)], rates("b", 1, 2, 3))
 
 
-def ablated(protected: str, **hits: dict[str, int]) -> Rows:
-    """mask -> metric -> hits of 64."""
-    return [
-        Measurement.rate(
-            metric, {"mask": mask, "protected": protected}, [i < n for i in range(64)], range(64)
-        )
-        for mask, found in hits.items()
-        for metric, n in found.items()
-    ]
+def ablated(protected: str, **masks: tuple[int, int]) -> Rows:
+    """mask -> hits of 64 in harm and in benign answers."""
+    rows = Rows()
+    for mask, (harm, benign) in masks.items():
+        where = {"mask": mask, "protected": protected}
+        rows += [rate(HARM, harm, where), rate(BENIGN, benign, where)]
+    return rows
 
 
 def test_each_ability_is_compared_under_its_own_circuit_and_the_other_s():
-    harm, benign = "harm_valid_rate", "benign_valid_rate"
-    rows = ablated(
-        "none",
-        none={harm: 64, benign: 64},
-        harmful={harm: 0, benign: 64},
-        benign={harm: 60, benign: 2},
-    )
-    rows += ablated("others", harmful={harm: 0, benign: 20}, benign={harm: 0, benign: 20})
-    (pair, free), *others = dissociations(rows, "none").items()
-    assert (pair, others) == (("harmful", "benign"), [])
-    assert (free.first_gap.mean, free.second_gap.mean) == pytest.approx((60 / 64, 62 / 64))
+    rows = ablated("none", none=(64, 64), harmful=(0, 64), benign=(60, 2))
+    rows += ablated("others", harmful=(0, 20), benign=(0, 20))
+    tests = dissociations(rows, "none", METRICS)
+    assert list(tests) == [("harmful", "benign")]
+    free = tests["harmful", "benign"]
+    gaps = (free.first_gap.mean, free.second_gap.mean)
+    assert gaps == pytest.approx((60 / 64, 62 / 64))
     assert (free.first_cost.mean, free.second_cost.mean) == pytest.approx((4 / 64, 0))
-    held = dissociations(rows, "others")["harmful", "benign"]
-    assert held.verdict == "none", "the unpruned rates are shared, the masked ones are not"
+
+    spared = dissociations(rows, "others", METRICS)["harmful", "benign"]
+    assert spared.outcome == "none", "the unpruned rates are shared, the masked ones are not"
+
+
+def test_a_behaviour_without_a_circuit_is_left_out():
+    rows = ablated("none", none=(64, 64), harmful=(0, 64), benign=(60, 2))
+    metrics = {**METRICS, "refusal": "refusal_rate"}
+    assert list(dissociations(rows, "none", metrics)) == [("harmful", "benign")]
+    assert dissociations(rows, "others", metrics) == {}

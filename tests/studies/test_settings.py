@@ -1,0 +1,32 @@
+"""What a study varies.
+
+Would catch: a grid that cannot be measured, and is refused only when it is.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": ()}, r"sizes=\[\]; expected one or more shares"),
+        ({"sizes": (0.0, 0.1)}, r"sizes=\[0\.0, 0\.1\]; expected shares .* above 0"),
+        ({"protect_shares": (-0.1,)}, r"protect_shares=\[-0\.1\]; expected one or more shares"),
+        ({"protect_shares": (1.5,)}, r"protect_shares=\[1\.5\]; expected one or more shares"),
+        ({"rounds": 0}, "rounds=0; expected at least 1"),
+        ({"n_random": 0}, "n_random=0; expected at least 1"),
+        ({"within": "layer"}, "within='layer'; expected"),
+        ({"tolerance": -0.1}, r"tolerance=-0\.1; expected 0 or more"),
+        ({"budget": -1.0}, r"budget=-1\.0; expected 0 or more"),
+        ({"task_limit": -1}, "task_limit=-1; expected 0 or more"),
+    ],
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        StudySettings(**options)
+    with pytest.raises(ValueError, match=message):
+        replace(FOR_REAL_MODELS, **options)
