@@ -507,7 +507,7 @@ def _resampled(
     return result.bootstrap_distribution
 
 
-def _ratio(sums: ndarray, sizes: ndarray, axis: int = -1) -> ndarray:
+def _ratio(sums: ndarray, sizes: ndarray, axis: int = -1) -> Any:
     """Mean of groups of different sizes."""
     return sums.sum(axis=axis) / sizes.sum(axis=axis)
 

@@ -1,8 +1,15 @@
-"""Fixtures of all tests: small random models and a batch. Everything runs offline, on one thread."""
+"""Fixtures of all tests: small random models and a batch. Everything runs offline, on one thread.
+
+While tests run, every call of the package is checked against its annotations, shapes among them.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+
+jaxtyping.install_import_hook("harmcircuits", "typechecker.check")
 
 import pytest
 import torch
@@ -16,6 +23,14 @@ from harmcircuits.prompts import Batch
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def unchecked():
+    """For tests that pass wrong types on purpose: what the package itself says of them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.organisms import open_organism
 from harmcircuits.organisms.train import new_tokenizer
+from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.prompts import Batch, PromptSet
 
 SIZE = dict(
@@ -89,6 +90,10 @@ UNSUPPORTED: dict[str, tuple[str, dict]] = {
     ),
     "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=4)),
 }  # fmt: skip
+
+
+class StubBridge(Bridge):
+    """Stands where a bridge must, for what never runs it."""
 
 
 def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 import harmcircuits as hc
 from harmcircuits.prompts import PromptSet
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def model():

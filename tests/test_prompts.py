@@ -195,6 +195,7 @@ def test_a_set_is_made_of_requests_pairs_and_examples():
         PromptSet.of([])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_set_is_sliced_and_not_indexed():
     assert PromptSet(EXAMPLES)[::2].examples == EXAMPLES[::2]
     with pytest.raises(TypeError, match=r"slice, not 0.*\.examples"):
@@ -287,6 +288,7 @@ def test_limits_and_too_few():
 # Batches
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_batches_reject_what_cannot_be_scored():
     tokens, is_target = torch.ones(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool)
     is_target[:, 2] = True
@@ -410,6 +412,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
     assert batch.is_token[1].tolist() == [True] * 5 + [False]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_requests_are_refused(tokenizer):
     prompts = PromptSet((Example("use", "yes"), Example("use", "")))
     with pytest.raises(ValueError, match="prompt set is empty"):

@@ -18,7 +18,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import mean_gradients
-from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
@@ -28,7 +28,7 @@ Average = Literal["after_abs", "before_abs"]
 
 
 def removal_effect(
-    bridge: Bridge,
+    bridge: AnyModel,
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
@@ -67,7 +67,7 @@ def removal_effect(
 
 
 def snip_scores(
-    bridge: Bridge,
+    bridge: AnyModel,
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
@@ -112,7 +112,7 @@ def snip_scores(
     return WeightScores(values, _source(bridge, "snip", batches, objective, average=average))
 
 
-def wanda_scores(bridge: Bridge, batches: Sequence[Batch]) -> WeightScores:
+def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
     """|W| times the root mean square of its input: |W_oi| * sqrt(mean_t x_ti^2). Forward only.
 
     The mean is over all real tokens of all examples. Source: Wanda (arXiv 2306.11695).
@@ -152,7 +152,7 @@ def wanda_scores(bridge: Bridge, batches: Sequence[Batch]) -> WeightScores:
     return WeightScores(values, _source(bridge, "wanda", batches))
 
 
-def magnitude_scores(bridge: Bridge) -> WeightScores:
+def magnitude_scores(bridge: AnyModel) -> WeightScores:
     """|W|: the control that needs no data. Raises ValueError as `named_weights`."""
     bridge = as_bridge(bridge)
     sites = weight_sites(bridge)
@@ -160,7 +160,7 @@ def magnitude_scores(bridge: Bridge) -> WeightScores:
     return WeightScores(values, Source(model_fingerprint(bridge), "magnitude"))
 
 
-def random_scores(bridge: Bridge, *, seed: int = 0) -> WeightScores:
+def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
     """Uniform numbers in [0, 1): the control that knows nothing.
 
     >>> hc.random_scores(bridge, seed=1)
@@ -220,7 +220,7 @@ def all_scores(
 
 
 def gradient_norm(
-    bridge: Bridge,
+    bridge: AnyModel,
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
@@ -251,7 +251,7 @@ def gradient_norm(
 
 
 def token_contributions(
-    bridge: Bridge,
+    bridge: AnyModel,
     mask: WeightMask,
     batches: Sequence[Batch],
     objective: Objective = completion_loss,

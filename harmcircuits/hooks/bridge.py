@@ -73,6 +73,10 @@ class HasBridge(Protocol):
         """The bridge."""
 
 
+AnyModel = Bridge | HasBridge
+"""What functions take that work on a bridge: the bridge itself, or the Model that holds it."""
+
+
 def as_bridge(model: Any) -> Bridge:
     """The bridge of a model, or the bridge itself.
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
@@ -107,7 +107,7 @@ class FineTuning:
 
 @contextmanager
 def fine_tuning(
-    bridge: Bridge | HasBridge,
+    bridge: AnyModel,
     batches: Sequence[Batch],
     *,
     lr: float,

@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import token_losses
 from harmcircuits.prompts import Batch
 
 
-def token_changes(bridge: Bridge, mask: WeightMask, batch: Batch) -> Float[Tensor, "batch pos"]:
+def token_changes(bridge: AnyModel, mask: WeightMask, batch: Batch) -> Float[Tensor, "batch pos"]:
     """What the mask does to each token's log-probability, in nats; below zero: less likely.
 
     The first token, which nothing predicts, counts 0.
@@ -36,7 +36,7 @@ def token_changes(bridge: Bridge, mask: WeightMask, batch: Batch) -> Float[Tenso
 
 
 def attention_patterns(
-    bridge: Bridge, batch: Batch, heads: Sequence[tuple[int, int]]
+    bridge: AnyModel, batch: Batch, heads: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "head pos pos"]:
     """Attention of some heads on the first example, without padding; inside `masked`, the mask's.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import choice_tokens, completion_loss, logits_at
 from harmcircuits.measurements import Labels, Measurement
@@ -21,7 +21,7 @@ N_TOGETHER = 64  # requests whose log-odds are read in one pass
 
 
 def completion_nll(
-    bridge: Bridge, batches: Sequence[Batch], *, mask: WeightMask | None = None
+    bridge: AnyModel, batches: Sequence[Batch], *, mask: WeightMask | None = None
 ) -> Float[Tensor, " n"]:
     """`completion_loss` of every example, without gradients: nats per token.
 
@@ -42,7 +42,7 @@ def completion_nll(
         return torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
 
 
-def kl_under(bridge: Bridge, mask: WeightMask, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
+def kl_under(bridge: AnyModel, mask: WeightMask, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
     """KL(unpruned || masked) of the next-token distribution; nats, a mean for each example.
 
     The mean is over all real positions, those of the request among them.
@@ -98,7 +98,7 @@ def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Meas
 
 
 def answer_log_odds(
-    bridge: Bridge,
+    bridge: AnyModel,
     prompts: PromptSet,
     yes: Sequence[str],
     no: Sequence[str],

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
 
 
 @contextmanager
 def masked(
-    bridge: Bridge,
+    bridge: AnyModel,
     mask: WeightMask,
     *,
     scale: float = 0.0,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import BYTES, accumulate, memory_groups
-from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
@@ -49,7 +49,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    bridge: Bridge | HasBridge,
+    bridge: AnyModel,
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,

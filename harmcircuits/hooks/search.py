@@ -8,7 +8,7 @@ from typing import Any, overload
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
-from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
@@ -19,7 +19,7 @@ ROUNDS = 10
 
 @overload
 def find_circuit(
-    bridge: Bridge,
+    bridge: AnyModel,
     target: Sequence[Batch],
     protect: Sequence[Sequence[Batch]] = (),
     *,
@@ -34,7 +34,7 @@ def find_circuit(
 
 @overload
 def find_circuit(
-    bridge: Bridge,
+    bridge: AnyModel,
     target: Sequence[Batch],
     protect: Sequence[Sequence[Batch]] = (),
     *,
@@ -48,7 +48,7 @@ def find_circuit(
 
 
 def find_circuit(
-    bridge: Bridge,
+    bridge: AnyModel,
     target: Sequence[Batch],
     protect: Sequence[Sequence[Batch]] = (),
     *,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harmcircuits.circuits.sites import KINDS, Site
-from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 
 DENSE_NAME = r"(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight"
 EXPERTS_NAME = r"mlp\.experts\.(?:gate_up|down)_proj"
@@ -27,7 +27,7 @@ CHUNK = 2**24  # elements
 Result = TypeVar("Result")
 
 
-def weight_sites(bridge: Bridge | HasBridge) -> dict[str, Site]:
+def weight_sites(bridge: AnyModel) -> dict[str, Site]:
     """Every block matrix once, by clean name, layer by layer, with what its axes mean.
 
     >>> site = hc.weight_sites(bridge)["blocks.1.attn.q.weight"]
@@ -53,7 +53,7 @@ def weight_sites(bridge: Bridge | HasBridge) -> dict[str, Site]:
     return {site.name: site for site in _sites(bridge)}
 
 
-def named_weights(bridge: Bridge | HasBridge) -> dict[str, nn.Parameter]:
+def named_weights(bridge: AnyModel) -> dict[str, nn.Parameter]:
     """The live block matrices by clean name, as stored: `{"blocks.0.mlp.in.weight": Parameter}`.
 
     Editing one in place changes the next forward pass. Embedding, unembedding, norms and biases

@@ -111,6 +111,7 @@ def test_a_mask_changes_the_answers_and_leaves(sft, mixed):
     assert generate(sft, mixed, max_new_tokens=9) == before
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_requests_are_refused(sft, mixed):
     with pytest.raises(ValueError, match="prompt set is empty"):
         generate(sft, PromptSet(()))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import StubBridge, small_model
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import Sampling
@@ -58,7 +58,7 @@ def scripted(monkeypatch) -> Model:
         "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", prompts, choices=choices),
     }
     sampling = Sampling(3)
-    return Model("m", None, behaviours, lambda _, text: text.split()[0], sampling=sampling)
+    return Model("m", StubBridge(), behaviours, lambda _, text: text.split()[0], sampling=sampling)
 
 
 # Samples

@@ -68,6 +68,7 @@ def test_a_random_mask_is_as_concentrated_as_its_controls(llama):
     assert min(chance) > 0.05, "sparse masks are unequal by chance alone"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors_name_what_is_wrong(llama):
     sites, mask = weight_sites(llama), top_fraction(random_scores(llama), 0.1)
     with pytest.raises(ValueError, match="expected"):

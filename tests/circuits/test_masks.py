@@ -24,7 +24,7 @@ def scores_of(*values) -> WeightScores:
 
 def mask_of(**removed: list[int]) -> WeightMask:
     return WeightMask(
-        {k: torch.tensor(v) for k, v in removed.items()}, {"a": (3, 4), "b": (2, 5)}, SOURCE
+        {k: torch.tensor(v, dtype=torch.int64) for k, v in removed.items()}, {"a": (3, 4), "b": (2, 5)}, SOURCE
     )
 
 
@@ -120,6 +120,7 @@ def test_fractions_outside_zero_to_one_are_refused(fraction):
         top_fraction(scores_of([[1.0]]), fraction)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_other_bad_input_is_refused():
     with pytest.raises(ValueError, match="within='layer'"):
         top_fraction(scores_of([[1.0]]), 0.5, within="layer")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_losses
 from harmcircuits.prompts import Batch
 
@@ -25,7 +26,7 @@ CHAIN = torch.tensor(
 )
 
 
-class MarkovModel:
+class MarkovModel(Bridge):
     """Stands in for a bridge: logits are log CHAIN plus a constant per position, which softmax ignores."""
 
     cfg = SimpleNamespace(device="cpu")
