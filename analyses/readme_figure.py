@@ -11,6 +11,7 @@ import typer
 
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.study_page import tradeoff_figure
+from harmcircuits.studies.terms import Terms
 
 
 # %%
@@ -19,8 +20,10 @@ def main(
     picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
 ) -> None:
     rows = Rows.read(run / "rows.jsonl")
-    chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="rounds")[0]
-    figure = tradeoff_figure(rows, p=float(chosen.labels["p"]))
+    circuits = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="rounds")
+    # The first is the operating point; the circuit that protects benign answers alone follows.
+    protect_share = float(circuits[0].labels["p"])
+    figure = tradeoff_figure(rows, Terms.standard(), protect_share=protect_share)
     if picture.suffix == ".html":
         figure.write_html(picture, include_plotlyjs=True)
     else:
