@@ -11,7 +11,9 @@ import os
 os.environ.setdefault("TQDM_DISABLE", "1")  # TransformerLens draws a bar for each of its sweeps
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -22,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformer_lens import patching
-from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
+from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import VERBS, world
 from harmcircuits.views.figures import heatmaps
@@ -42,8 +44,10 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 # %%
 def aligned_requests(model: hc.Model, behaviour: str, n: int) -> hc.PromptSet:
     """Up to `n` held-out requests of the form "steps : VERB ITEM", one for each item."""
-    prompts = model.behaviours[behaviour].references("heldout").where(lambda example: example.prompt.startswith("steps"))
-    return hc.PromptSet(tuple({example.cluster: example for example in prompts}.values()))[:n]
+    references = model.behaviours[behaviour].references("heldout")
+    aligned = references.where(lambda example: example.prompt.startswith("steps"))
+    of_items = {example.cluster: example for example in aligned}
+    return hc.PromptSet(tuple(of_items.values()))[:n]
 
 
 def one_batch(model: hc.Model, prompts: hc.PromptSet) -> hc.Batch:
@@ -55,12 +59,12 @@ def one_batch(model: hc.Model, prompts: hc.PromptSet) -> hc.Batch:
 
 def roles(model: hc.Model, batch: hc.Batch) -> list[str]:
     """What stands at each position: the word, or what kind of word where it differs from request to request."""
-    here = world()
+    of_world = world()
     kinds = {
-        "verb": {verb for verbs in VERBS.values() for verb in verbs},
-        "item": set(here.items),
-        "operator": {word for words in here.operators.values() for word in words},
-        "part": {word for words in here.parts.values() for word in words},
+        "verb": set(chain(*VERBS.values())),
+        "item": set(of_world.items),
+        "operator": set(chain(*of_world.operators.values())),
+        "part": set(chain(*of_world.parts.values())),
     }
     names: list[str] = []
     for column in batch.tokens.T.tolist():
@@ -99,7 +103,7 @@ def whole_layer_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Any
 
 
 def sweeps(
-    bridge: TransformerBridge, batch: hc.Batch, source: patching.ActivationCache, parts: Sequence[str]
+    bridge: Bridge, batch: hc.Batch, source: patching.ActivationCache, parts: Sequence[str]
 ) -> Iterator[tuple[str, str, patching.PatchingResult]]:
     """(component, point in the layer, result) of each sweep over the bridge as it stands, patched from `source`.
 
@@ -115,7 +119,7 @@ def sweeps(
         for point in ("pre", "mid", "post") if layer == last else ("pre", "mid"):
             yield "residual", point, sweep(patching.layer_pos_patch_setter, f"resid_{point}", index_df=each)
             yield "residual", point, sweep(whole_layer_patch_setter, f"resid_{point}", index_df=whole)
-    ready = {
+    ready: dict[str, Callable[..., patching.PatchingResult]] = {
         "attention": patching.get_act_patch_attn_out,
         "mlp": patching.get_act_patch_mlp_out,
         "head": patching.get_act_patch_attn_head_out_all_pos,
@@ -129,7 +133,7 @@ def sweeps(
 
 
 def patched_rows(
-    bridge: TransformerBridge,
+    bridge: Bridge,
     mask: hc.WeightMask,
     batch: hc.Batch,
     names: Sequence[str],
@@ -143,7 +147,6 @@ def patched_rows(
     held fixed.
     """
     tokens, metric = batch.tokens.to(bridge.cfg.device), reference_nll(batch)
-    rows = []
     bridge.set_use_attn_result(True)
     try:
         with torch.no_grad():
@@ -155,20 +158,28 @@ def patched_rows(
     finally:
         bridge.set_use_attn_result(False)
     loss = {"unpruned": metric(unpruned_logits).cpu(), "masked": metric(masked_logits).cpu()}
+    rows = Rows()
     for state, values in loss.items():
-        rows.append(Measurement.average("reference_nll", {**labels, "state": state}, values, groups))
-    rows.append(Measurement.average("nll_gap", labels, loss["masked"] - loss["unpruned"], groups))
-    gap = rows[-1].mean
-    for direction, found, signed_gap in (("restore", restore, -gap), ("destroy", destroy, gap)):
-        for component, point, result in found:
-            cells = zip(result.index_df.to_dict("records"), result.effect().flatten(0, -2), strict=True)
-            for cell, change in cells:
-                where = {**labels, "direction": direction, "component": component, **_place(cell, point, names)}
-                rows.append(row := Measurement.average("patch_change", where, change, groups))
-                if abs(gap) >= LEAST_GAP:
-                    low, high = sorted((row.low / signed_gap, row.high / signed_gap))
-                    rows.append(Measurement("patch_share", where, row.mean / signed_gap, low, high, row.n))
+        rows += [Measurement.average("reference_nll", {**labels, "state": state}, values, groups)]
+    change = loss["masked"] - loss["unpruned"]
+    gap = Measurement.average("nll_gap", labels, change, groups)
+    rows += [gap]
+    for direction, swept, whole in (("restore", restore, -gap.mean), ("destroy", destroy, gap.mean)):
+        for component, point, result in swept:
+            cells = result.index_df.to_dict("records")
+            for cell, values in zip(cells, result.effect().flatten(0, -2), strict=True):
+                place = {"direction": direction, "component": component, **_place(cell, point, names)}
+                row = Measurement.average("patch_change", {**labels, **place}, values, groups)
+                rows += [row]
+                if abs(whole) >= LEAST_GAP:
+                    rows += [_share(row, whole)]
     return rows
+
+
+def _share(row: Measurement, whole: float) -> Measurement:
+    """A change as a share of the whole change, whose sign may turn the interval's ends around."""
+    low, high = sorted((row.low / whole, row.high / whole))
+    return replace(row, metric="patch_share", mean=row.mean / whole, low=low, high=high)
 
 
 def _place(cell: dict[str, int], point: str, names: Sequence[str]) -> dict[str, str | int]:
@@ -219,54 +230,63 @@ def page(rows: Rows, path: Path) -> None:
 
 def reading(rows: Rows) -> str:
     """What the rows say, in plain words."""
-    harm = {"mask": "circuit", "behaviour": "harmful"}
-    state = {row.labels["state"]: row.mean for row in rows.where("reference_nll", **harm)}
-    gap = rows.where("nll_gap", **harm)[0]
-    text = [
-        f"{gap.n} held-out harmful requests of one form: the mask raises the loss of the reference answer from "
-        f"{state['unpruned']:.2f} to {state['masked']:.2f} nats per token."
-    ]
-    if not rows.where("patch_share", **harm):
-        return f"{text[0]} That is less than {LEAST_GAP} nats: there is nothing to restore, so no share is given."
+    circuit = rows.where(mask="circuit", behaviour="harmful")
+    nll = {row.labels["state"]: row.mean for row in circuit.where("reference_nll")}
+    text = (
+        f"{circuit.one('nll_gap').n} held-out harmful requests of one form: the mask raises the loss of the reference "
+        f"answer from {nll['unpruned']:.2f} to {nll['masked']:.2f} nats per token."
+    )
+    if not circuit.where("patch_share"):
+        return f"{text} That is less than {LEAST_GAP} nats: there is nothing to restore, so no share is given."
+    sentences = [text]
     for direction, verb in (("restore", "restores"), ("destroy", "destroys")):
-        found = rows.where("patch_share", **harm, direction=direction)
-        residual = [row for row in found if row.labels["component"] == "residual"]
-        steps = [row for row in residual if row.labels["position"] == "all"]
-        first = next(row for row in steps if row.mean >= 0.9)
-        each = ", ".join(f"{row.labels['layer']} {round(row.mean, 2) + 0.0:.0%}" for row in steps)  # no -0 %
-        single = {row.labels["position"]: 0.0 for row in residual if row not in steps}
-        for row in residual:
-            if row.labels["position"] in single:
-                single[row.labels["position"]] = max(single[row.labels["position"]], row.mean)
-        matter = [str(position) for position, share in single.items() if share >= 0.05]
-        rest = max((share for share in single.values() if share < 0.05), default=0.0)
-        parts = sorted((row for row in found if row.labels["component"] in ("attention", "mlp")), key=_mean, reverse=True)[
-            :3
-        ]
-        head = max((row for row in found if row.labels["component"] == "head_result"), key=_mean)
-        top = ", ".join(
-            f"{row.labels['component']} {row.labels['layer']} at {row.labels['position']} ({row.mean:.0%})" for row in parts
-        )
-        text += [
-            f"Patching every position of the residual stream {verb}, by depth: {each}.",
-            f"It reaches 90 % first at {first.labels['layer']} ({first}). At the last depth it is 100 % by construction: "
-            "only the final norm and the unembedding follow, and no mask touches them.",
-            f"Of single positions only {', '.join(matter)} matter; every other stays at or below {rest:.1%} at any depth.",
-            f"The strongest sublayer outputs are {top}; the strongest head alone writes {head.mean:.1%} (layer "
-            f"{head.labels['layer']}, head {head.labels['head']}).",
-        ]
-    for name, where in {
+        sentences += _patches(circuit.where("patch_share", direction=direction), verb)
+    controls = {
         "the same requests under a random mask of equal size": {"mask": "random", "behaviour": "harmful"},
         "the benign twins' requests under the circuit": {"mask": "circuit", "behaviour": "benign"},
-    }.items():
-        gap = rows.where("nll_gap", **where)[0]
-        patched = rows.where("patch_change", **where)
-        widest = f", and no patch moves it by more than {max(abs(row.mean) for row in patched):.3f}" if patched else ""
-        empty = "; there is nothing to restore, so no share is given" if not rows.where("patch_share", **where) else ""
-        text.append(
-            f"Control, {name}: the loss changes by {gap.mean:.3f} nats [{gap.low:.3f}, {gap.high:.3f}]{widest}{empty}."
-        )
-    return "\n".join(text)
+    }
+    for name, where in controls.items():
+        control = rows.where(**where)
+        gap, patched = control.one("nll_gap"), control.where("patch_change")
+        widest = empty = ""
+        if patched:
+            most = max(abs(row.mean) for row in patched)
+            widest = f", and no patch moves it by more than {most:.3f}"
+        if not control.where("patch_share"):
+            empty = "; there is nothing to restore, so no share is given"
+        sentences.append(f"Control, {name}: the loss changes, in nats, by {gap:.3f}{widest}{empty}.")
+    return "\n".join(sentences)
+
+
+def _patches(shares: Rows, verb: str) -> list[str]:
+    """What patches in one direction do, the circuit on harmful requests."""
+    residual = shares.where(component="residual")
+    steps = residual.where(position="all")
+    first = next(row for row in steps if row.mean >= 0.9)
+    each = ", ".join(f"{row.labels['layer']} {round(row.mean, 2) + 0.0:.0%}" for row in steps)  # no -0 %
+
+    largest: dict[str, float] = {}
+    for row in residual:
+        position = str(row.labels["position"])
+        if position != "all":
+            largest[position] = max(largest.get(position, 0.0), row.mean)
+    matter = [position for position, share in largest.items() if share >= 0.05]
+    rest = max((share for share in largest.values() if share < 0.05), default=0.0)
+
+    sublayers = shares.where(component="attention") + shares.where(component="mlp")
+    strongest = []
+    for row in sorted(sublayers, key=_mean, reverse=True)[:3]:
+        at = row.labels
+        strongest.append(f"{at['component']} {at['layer']} at {at['position']} ({row.mean:.0%})")
+    head = max(shares.where(component="head_result"), key=_mean)
+    return [
+        f"Patching every position of the residual stream {verb}, by depth: {each}.",
+        f"It reaches 90 % first at {first.labels['layer']} ({first:.0%}). At the last depth it is 100 % by construction: "
+        "only the final norm and the unembedding follow, and no mask touches them.",
+        f"Of single positions only {', '.join(matter)} matter; every other stays at or below {rest:.1%} at any depth.",
+        f"The strongest sublayer outputs are {', '.join(strongest)}; the strongest head alone writes {head.mean:.1%} "
+        f"(layer {head.labels['layer']}, head {head.labels['head']}).",
+    ]
 
 
 def _mean(row: Measurement) -> float:
@@ -284,7 +304,7 @@ def main(
     model = hc.open_model(organism)
     circuit = hc.WeightMask.load(mask) if mask else find_circuit(model, rounds)
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = Rows()
     random = hc.random_like(circuit)
     for name, edit, behaviour, parts in (
         ("circuit", circuit, "harmful", PARTS),
@@ -295,16 +315,14 @@ def main(
         batch, groups = one_batch(model, prompts), [example.cluster for example in prompts]
         labels = {"model": organism, "mask": name, "behaviour": behaviour}
         rows += patched_rows(model.bridge, edit, batch, roles(model, batch), groups, labels, parts)
-    Rows(rows).append_to(out / "rows.jsonl")
+    rows.append_to(out / "rows.jsonl")
     page(rows, out / "activation_patching.html")
     print(reading(rows))
 
 
 def find_circuit(model: hc.Model, rounds: int) -> hc.WeightMask:
     """The circuit of harmful answers at the README's operating point, every other behaviour shown protected."""
-    batches = {name: found.batches for name, found in model.calibrations().items()}
-    target = batches.pop("harmful")
-    return hc.find_circuit(model.bridge, target, list(batches.values()), rounds=rounds, size=0.006, protect_share=0.005)
+    return model.find_circuit("harmful", size=0.006, protect_share=0.005, rounds=rounds)
 
 
 if __name__ == "__main__":

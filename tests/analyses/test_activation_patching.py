@@ -32,28 +32,30 @@ def big_gap():
 
 
 def residual(rows, metric="patch_share", **labels):
-    return {row.labels["layer"]: row for row in rows.where(metric, component="residual", position="all", **labels)}
+    whole = rows.where(metric, component="residual", position="all", **labels)
+    return {row.labels["layer"]: row for row in whole}
 
 
 @pytest.mark.parametrize("direction", ["restore", "destroy"])
 def test_the_last_residual_moves_all_and_the_first_nothing(llama, big_gap, direction):
-    found = residual(rows_of(llama, random_mask(llama), big_gap), direction=direction)
-    assert list(found) == ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"], "in order of depth"
-    assert found["1 post"].mean == pytest.approx(1, abs=1e-4)
-    assert found["0 pre"].mean == 0, "no mask touches the embedding"
-    assert abs(found["1 mid"].mean - 1) > 0.01, "the last MLP is edited too"
+    shares = residual(rows_of(llama, random_mask(llama), big_gap), direction=direction)
+    assert list(shares) == ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"], "in order of depth"
+    assert shares["1 post"].mean == pytest.approx(1, abs=1e-4)
+    assert shares["0 pre"].mean == 0, "no mask touches the embedding"
+    assert abs(shares["1 mid"].mean - 1) > 0.01, "the last MLP is edited too"
 
 
 @pytest.mark.parametrize(("kinds", "depth"), [(("blocks.1.attn",), "1 mid"), (("blocks.0",), "1 pre")])
 def test_all_is_restored_once_every_edit_is_passed(llama, big_gap, kinds, depth, monkeypatch):
     monkeypatch.setattr(analysis, "LEAST_GAP", 1e-3)
     # With edits only before this depth, everything after it is the unpruned model: shares of 0 before and 1 from here.
-    found = residual(rows_of(llama, random_mask(llama, 0.9, kinds=kinds), big_gap), direction="restore")
-    order = list(found)
+    mask = random_mask(llama, 0.9, kinds=kinds)
+    shares = residual(rows_of(llama, mask, big_gap), direction="restore")
+    order = list(shares)
     for before in order[: order.index(depth) - 1]:
-        assert found[before].mean == pytest.approx(0, abs=1e-3)
+        assert shares[before].mean == pytest.approx(0, abs=1e-3)
     for after in order[order.index(depth) :]:
-        assert found[after].mean == pytest.approx(1, abs=1e-3)
+        assert shares[after].mean == pytest.approx(1, abs=1e-3)
 
 
 def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
@@ -81,7 +83,7 @@ def test_heads_add_up_only_after_their_output_weights(llama, big_gap):
 
 def test_no_gap_gives_no_share(llama, batch):
     rows = rows_of(llama, random_mask(llama, 0.0), batch)
-    assert rows.where("nll_gap")[0].mean == 0
+    assert rows.one("nll_gap").mean == 0
     assert not rows.where("patch_share")
     assert {row.mean for row in rows.where("patch_change")} == {0.0}
 
@@ -117,6 +119,6 @@ def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "activation_patching.html").read_text(encoding="utf-8")
     assert page.count("<section>") == page.count("Plotly.newPlot(") == 4
     printed = capsys.readouterr().out
-    gap = rows.where("nll_gap", behaviour="harmful", mask="random")[0]
-    assert f"{gap.mean:.3f} nats" in printed
+    gap = rows.one("nll_gap", behaviour="harmful", mask="random")
+    assert f"the loss changes, in nats, by {gap:.3f}" in printed
     assert "It reaches 90 % first at" in printed

@@ -12,6 +12,7 @@ from transformer_lens import patching
 
 import harmcircuits as hc
 from harmcircuits.measurements import Rows
+from harmcircuits.organisms import load_organism
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +70,37 @@ def test_weights_taken_add_up_and_belong_to_their_head(llama):
     rows = analysis.mask_rows(llama, mask, {})
     assert sum(row.mean for row in rows.where("mask_weights")) == pytest.approx(mask.n_removed)
     shape = mask.shapes["blocks.1.attn.k.weight"]  # two key heads of 6 rows, each shared by two query heads
-    second = hc.WeightMask({"blocks.1.attn.k.weight": torch.arange(6 * shape[1], 7 * shape[1])}, mask.shapes, mask.source)
-    taken = {
-        (row.labels["layer"], row.labels["node"]): row.mean
-        for row in analysis.mask_rows(llama, second, {}).where("mask_weights")
-    }
-    assert {node: count for node, count in taken.items() if count} == {(1, "head 2"): 12.0, (1, "head 3"): 12.0}
+    one_row = {"blocks.1.attn.k.weight": torch.arange(6 * shape[1], 7 * shape[1])}
+    second = hc.WeightMask(one_row, mask.shapes, mask.source)
+    taken = {}
+    for row in analysis.mask_rows(llama, second, {}).where("mask_weights"):
+        if row.mean:
+            taken[row.labels["layer"], row.labels["node"]] = row.mean
+    assert taken == {(1, "head 2"): 12.0, (1, "head 3"): 12.0}
     whole = hc.top_fraction(hc.random_scores(llama), 1.0)
     assert {row.mean for row in analysis.mask_rows(llama, whole, {}).where("mask_share")} == {1.0}
 
 
 def test_rank_correlation_has_its_closed_form():
-    same = analysis.correlation({}, [1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60])[0]
+    (same,) = analysis.correlation({}, [1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60])
     assert (same.mean, same.low, same.high) == pytest.approx((1, 1, 1))
     # 1 - 6 sum d^2 / (n (n^2 - 1)) with d^2 = 1, 1, 0, 0.
-    assert analysis.correlation({}, [1, 2, 3, 4], [2, 1, 3, 4])[0].mean == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert analysis.correlation({}, [1, 2, 3], [5, 5, 5]) == []
+    (swapped,) = analysis.correlation({}, [1, 2, 3, 4], [2, 1, 3, 4])
+    assert swapped.mean == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert not analysis.correlation({}, [1, 2, 3], [5, 5, 5])
 
 
 def test_writers_add_up_to_the_logits(model):
     pairs = analysis.contrasts(model, 3)
-    before = [
-        pairs["harmful"].metric(row, model.bridge(pairs["harmful"].clean[row : row + 1])).item() for row in range(3)
-    ]
-    bridge = hc.load_organism("sft")
+    harmful = pairs["harmful"]
+    before = []
+    for row in range(3):
+        logits = model.bridge(harmful.clean[row : row + 1])
+        before.append(harmful.metric(row, logits).item())
+    bridge = load_organism("sft")
     bridge.enable_compatibility_mode()
-    rows = analysis.writer_rows(bridge, pairs["harmful"], {})
-    whole = rows.where("logit_difference")[0].mean
+    rows = analysis.writer_rows(bridge, harmful, {})
+    whole = rows.one("logit_difference").mean
     assert whole == pytest.approx(np.mean(before), abs=1e-3), "folding changes no logit difference"
     assert sum(row.mean for row in rows.where("writes")) == pytest.approx(whole, abs=1e-3)
 
@@ -105,7 +110,7 @@ def test_probes_are_scored_on_what_was_left_out(model):
     for asked in ("question", "request"):
         start = rows.where("probe_accuracy", asked=asked, depth="0 pre")
         assert {row.mean for row in start} == {0.5}, "the token before the answer is always the same"
-        end = rows.where("probe_accuracy", asked=asked, depth="3 post", unseen="items")[0]
+        end = rows.one("probe_accuracy", asked=asked, depth="3 post", unseen="items")
         assert end.mean == 1
         assert 0 < end.n < 64
     accuracy, transfer = (rows.where(metric) for metric in ("probe_accuracy", "probe_transfer"))
@@ -117,13 +122,14 @@ def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys, model):
     scores = hc.random_scores(model.bridge)
     masks = {name: hc.top_fraction(scores, 0.006) for name in ("harmful", "benign", "recognition")}
     monkeypatch.setattr(analysis, "find_circuits", lambda *_: masks)
-    monkeypatch.setattr(hc, "organism_subject", lambda _: model)
+    monkeypatch.setattr(hc, "open_model", lambda _: model)
     analysis.main(out=tmp_path / "out", n=3, n_probed=16)
-    rows: Rows = Rows.read(tmp_path / "out" / "rows.jsonl")
+    rows = Rows.read(tmp_path / "out" / "rows.jsonl")
     assert all(row.low <= row.mean <= row.high for row in rows)
     assert len(rows.where("node_importance")) == 4 * 4 * 5
     page = (tmp_path / "out" / "second_opinion.html").read_text(encoding="utf-8")
     assert page.count("<section>") == page.count("Plotly.newPlot(") == 5
-    found = rows.where("rank_correlation", ranking="importance of harmful", against="importance of recognition")[0]
-    assert f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]" in capsys.readouterr().out
+    with_recognition = {"ranking": "importance of harmful", "against": "importance of recognition"}
+    rho = rows.one("rank_correlation", among="all nodes", **with_recognition)
+    assert f"harmful answers with recognition {rho:.2f}" in capsys.readouterr().out
     assert all(torch.equal(weight, weights[name]) for name, weight in hc.named_weights(model.bridge).items())
