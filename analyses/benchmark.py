@@ -3,7 +3,7 @@
 # Every figure side by side in one run on one model with random weights. The contenders, over the same examples:
 #
 # - **plain**: forward and backward with `param.grad` on the scored matrices, nothing per example; the unit of all ratios.
-# - **removal effect**, **sensitivity**: the library's scores; **bounded**: the removal effect with a quarter of the
+# - **removal effect**, **SNIP**: the library's scores; **bounded**: the removal effect with a quarter of the
 #   accumulators at a time.
 # - **one by one**: a pass for each example, absolute values of `param.grad` added in float32.
 # - **layer by layer**: the scheme of the published code, written from its description: for each layer, a pass for each
@@ -150,7 +150,7 @@ def contenders(
     return {
         "plain": (partial(plain, bridge, batches), 1),
         "removal effect": (partial(hc.removal_effect, *scored), 1),
-        "sensitivity": (partial(hc.snip_scores, *scored), 1),
+        "SNIP": (partial(hc.snip_scores, *scored), 1),
         "bounded": (partial(hc.removal_effect, *scored, max_memory=bound), 1),
         "one by one": (partial(one_by_one, bridge, few), n_examples / len(few[0])),
         "layer by layer": (partial(layer_by_layer, bridge, few), n_examples / len(few[0])),
@@ -194,7 +194,13 @@ def middle(metric: str, labels: dict[str, str | int | float], values: Sequence[f
 
 
 def compared(
-    bridge: TransformerBridge, shape: Shape, labels: dict, device: str, turns: int, few: int, only: Sequence[str] = ()
+    bridge: TransformerBridge,
+    shape: Shape,
+    labels: dict,
+    device: str,
+    turns: int,
+    few: int,
+    only: Sequence[str] = (),
 ) -> Rows:
     """Seconds, ratio to plain and memory of every contender, and what the estimate says of it."""
     batches = random_batches(shape)
@@ -208,20 +214,24 @@ def compared(
     for _ in range(turns):
         for name, (run, factor) in runs.items():
             times[name].append(factor * seconds(run, device))
-    rows, n_tokens = [], shape.examples * shape.length
-    for name in runs:
+
+    rows, n_tokens = Rows(), shape.examples * shape.length
+    for name, of_turns in times.items():
         where = {**labels, "method": name}
-        ratios = [one / unit for one, unit in zip(times[name], times["plain"], strict=True)]
-        rows += [middle("seconds", where, times[name]), middle("ratio_to_plain", where, ratios)]
-        rows += [middle("tokens_per_second", where, [n_tokens / one for one in times[name]])]
-        rows.append(Measurement.exact("peak_bytes", where, peaks[name]))
+        ratios = [time / unit for time, unit in zip(of_turns, times["plain"], strict=True)]
+        rows += [
+            middle("seconds", where, of_turns),
+            middle("ratio_to_plain", where, ratios),
+            middle("tokens_per_second", where, [n_tokens / time for time in of_turns]),
+            Measurement.exact("peak_bytes", where, peaks[name]),
+        ]
     for name in ("plain", "removal effect"):
-        speeds = [_flop(bridge, n_tokens) / one for one in times[name]]
-        rows.append(middle("flop_per_second", {**labels, "method": name}, speeds))
-    for name, absolute in (("removal effect", False), ("sensitivity", True)):
-        found = estimate_memory(bridge, batches, absolute=absolute)
-        extra = found.accumulators + found.activations
-        rows.append(Measurement.exact("estimated_bytes", {**labels, "method": name}, extra))
+        speeds = [_flop(bridge, n_tokens) / time for time in times[name]]
+        rows += [middle("flop_per_second", {**labels, "method": name}, speeds)]
+    for name, absolute in (("removal effect", False), ("SNIP", True)):
+        estimate = estimate_memory(bridge, batches, absolute=absolute)
+        extra = estimate.accumulators + estimate.activations
+        rows += [Measurement.exact("estimated_bytes", {**labels, "method": name}, extra)]
     return rows
 
 
@@ -234,26 +244,26 @@ def _flop(bridge: TransformerBridge, n_tokens: int) -> float:
 def matmul_flops(device: str, dtype: torch.dtype, size: int = 0) -> float:
     """FLOP/s of the fastest of ten products of square matrices: what the machine gives now, where its peak is not known."""
     size = size or (8192 if device.startswith("cuda") else 1024)
-    one = torch.randn(size, size, device=device).to(dtype)
-    return 2.0 * size**3 / min(seconds(partial(torch.mm, one, one), device) for _ in range(10))
+    square = torch.randn(size, size, device=device).to(dtype)
+    product = partial(torch.mm, square, square)
+    return 2.0 * size**3 / min(seconds(product, device) for _ in range(10))
 
 
 def peak_rows(rows: Rows, labels: dict, peak: float, is_given: bool) -> Rows:
     """The machine's peak, and every speed as a share of it."""
-    found = [
-        Measurement.exact("peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak)
-    ]
+    source = "as given" if is_given else "matrix products in this run"
+    shares = Rows([Measurement.exact("peak_flop_per_second", {**labels, "peak": source}, peak)])
     for row in rows.where("flop_per_second"):
-        shares = (row.mean / peak, row.low / peak, row.high / peak)
-        found.append(Measurement("share_of_peak", row.labels, *shares, row.n))
-    return found
+        figures = (row.mean / peak, row.low / peak, row.high / peak)
+        shares += [Measurement("share_of_peak", row.labels, *figures, row.n)]
+    return shares
 
 
 def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, n_weights: int) -> Rows:
     """Selection over all scores, and applying and restoring a mask of so many weights (a tenth of all at most)."""
     scores = hc.random_scores(bridge)
     n_scored = sum(value.numel() for value in scores.values.values())
-    fraction, rows = min(0.1, n_weights / n_scored), []
+    fraction, rows = min(0.1, n_weights / n_scored), Rows()
     choose = partial(hc.top_fraction, scores, fraction, within="model")
     mask = choose()
 
@@ -264,7 +274,7 @@ def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, 
     for name, run in (("selection", choose), ("mask", apply_and_restore)):
         run()
         where = {**labels, "method": name, "weights": mask.n_removed, "of": n_scored}
-        rows.append(middle("seconds", where, [seconds(run, device) for _ in range(turns)]))
+        rows += [middle("seconds", where, [seconds(run, device) for _ in range(turns)])]
     return rows
 
 
@@ -281,15 +291,16 @@ def grown(shape: Shape) -> dict[str, Shape]:
 
 def growth_rows(rows: Rows) -> Rows:
     """The time of every contender after one thing is doubled, in units of before: 2 where it is linear."""
-    found = []
+    names = ("shape", "device", "machine", "dtype", "grown", "method")
+    growths = Rows()
     for row in rows.where("seconds"):
         before = rows.where("seconds", grown="none", method=row.labels["method"])
         if row.labels["grown"] != "none" and before:
-            labels = {key: row.labels[key] for key in ("shape", "device", "machine", "dtype", "grown", "method")}
-            (one,) = before
-            low, high = row.low / one.high, row.high / one.low
-            found.append(Measurement("growth", labels, row.mean / one.mean, low, high, row.n))
-    return found
+            (unit,) = before
+            figures = (row.mean / unit.mean, row.low / unit.high, row.high / unit.low)
+            labels = {name: row.labels[name] for name in names}
+            growths += [Measurement("growth", labels, *figures, row.n)]
+    return growths
 
 
 def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
@@ -299,18 +310,19 @@ def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]
 # %% What is shown
 def figure(rows: Rows) -> go.Figure:
     """Time of every contender in units of plain forward and backward, on a logarithmic axis."""
-    found = [row for row in rows.where("ratio_to_plain", grown="none") if row.labels["method"] != "plain"]
+    every_ratio = rows.where("ratio_to_plain", grown="none")
+    ratios = [row for row in every_ratio if row.labels["method"] != "plain"]
     picture = go.Figure()
     picture.add_bar(
-        x=[row.mean for row in found],
-        y=[row.labels["method"] for row in found],
+        x=[row.mean for row in ratios],
+        y=[row.labels["method"] for row in ratios],
         orientation="h",
         marker_color="#3b6fb6",
-        text=[f"{row.mean:.2f}×" for row in found],
+        text=[f"{row.mean:.2f}×" for row in ratios],
         textposition="outside",
         error_x={
-            "array": [row.high - row.mean for row in found],
-            "arrayminus": [row.mean - row.low for row in found],
+            "array": [row.high - row.mean for row in ratios],
+            "arrayminus": [row.mean - row.low for row in ratios],
             "symmetric": False,
             "color": "#6b7280",
         },
@@ -324,11 +336,11 @@ def figure(rows: Rows) -> go.Figure:
 def growth_figure(rows: Rows) -> go.Figure:
     """How often the time of each contender after one thing is doubled; the line is linear growth."""
     picture = go.Figure()
-    for method in dict.fromkeys(row.labels["method"] for row in rows.where("growth")):
-        one = rows.where("growth", method=method)
-        above, below = [row.high - row.mean for row in one], [row.mean - row.low for row in one]
+    for method, growths in rows.where("growth").by("method").items():
+        above = [row.high - row.mean for row in growths]
+        below = [row.mean - row.low for row in growths]
         error = {"array": above, "arrayminus": below, "symmetric": False, "color": "#6b7280"}
-        x, y = [row.labels["grown"] for row in one], [row.mean for row in one]
+        x, y = [row.labels["grown"] for row in growths], [row.mean for row in growths]
         picture.add_bar(x=x, y=y, name=str(method), error_y=error)
     picture.add_hline(y=2, line={"color": "#9ca3af", "dash": "dot"})
     picture.update_xaxes(title="twice the")
@@ -338,16 +350,28 @@ def growth_figure(rows: Rows) -> go.Figure:
 
 def lines(rows: Rows) -> list[list[str]]:
     """A line for every contender, and what is timed alone."""
-    found = []
+    body = []
     for row in rows.where("seconds"):
         at = row.labels
-        other = {m: rows.where(m, **at) for m in ("ratio_to_plain", "tokens_per_second", "peak_bytes", "estimated_bytes")}
-        ratio = f"{other['ratio_to_plain'][0].mean:.2f}" if other["ratio_to_plain"] else ""
-        tokens = f"{other['tokens_per_second'][0].mean:,.0f}" if other["tokens_per_second"] else ""
-        peak, estimate = (f"{other[m][0].mean / 2**20:,.0f}" if other[m] else "" for m in ("peak_bytes", "estimated_bytes"))
-        name = str(at["method"]) + (f", twice the {at['grown']}" if at["grown"] != "none" else "")
-        found.append([name, f"{row.mean:.4g} [{row.low:.4g}, {row.high:.4g}]", ratio, tokens, peak, estimate])
-    return found
+        name = str(at["method"])
+        if at["grown"] != "none":
+            name += f", twice the {at['grown']}"
+        body.append(
+            [
+                name,
+                f"{row:.4g}",
+                _cell(rows.where("ratio_to_plain", **at), ".2f"),
+                _cell(rows.where("tokens_per_second", **at), ",.0f"),
+                _cell(rows.where("peak_bytes", **at), ",.0f", 2**20),
+                _cell(rows.where("estimated_bytes", **at), ",.0f", 2**20),
+            ]
+        )
+    return body
+
+
+def _cell(rows: Rows, form: str, unit: float = 1) -> str:
+    """The figure in these units; empty where it was not measured."""
+    return format(rows[0].mean / unit, form) if rows else ""
 
 
 HEAD = ["", "seconds [range]", "× plain", "tokens/s", "peak MiB", "estimated MiB"]
@@ -357,8 +381,8 @@ def show(rows: Rows, page: Path | None) -> None:
     shown = Table(*HEAD)
     for line in lines(rows):
         shown.add_row(*line)
-    speed = rows.where("flop_per_second", grown="none")[0]
-    peak = rows.where("peak_flop_per_second")[0]
+    speed = rows.one("flop_per_second", grown="none", method="plain")
+    peak = rows.one("peak_flop_per_second")
     shares = [f"{row.labels['method']} {row.mean:.1%}" for row in rows.where("share_of_peak", grown="none")]
     of = f"{peak.mean / 1e12:.3g} TFLOP/s ({peak.labels['peak']})"
     note = f"Share of {of}: {', '.join(shares)}; {json.dumps(dict(speed.labels))}"
@@ -393,22 +417,29 @@ def main(
     name = machine or (torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU")
     threads = torch.get_num_threads()
     labels = {"shape": shape, "device": device, "machine": name, "threads": threads, "dtype": dtype}
-    rows: Rows = []
-    for what, one in {"none": size, **(grown(size) if grow else {})}.items():
-        bridge = random_bridge(one, device, getattr(torch, dtype))
-        where = {**labels, "grown": what, "layers": one.layers, "width": one.width}
-        where |= {"examples": one.examples, "length": one.length}
-        only = () if what == "none" else ("plain", "removal effect", "sensitivity")
+    rows = Rows()
+    sizes = {"none": size, **(grown(size) if grow else {})}
+    for what, grown_shape in sizes.items():
+        bridge = random_bridge(grown_shape, device, getattr(torch, dtype))
+        where = {
+            **labels,
+            "grown": what,
+            "layers": grown_shape.layers,
+            "width": grown_shape.width,
+            "examples": grown_shape.examples,
+            "length": grown_shape.length,
+        }
+        only = () if what == "none" else ("plain", "removal effect", "SNIP")
         only += ("layer by layer",) if what == "layers" else ()  # the scheme whose cost grows with their square
-        rows += compared(bridge, one, where, device, turns, few, only)
+        rows += compared(bridge, grown_shape, where, device, turns, few, only)
         if what in ("none", "layers", "width"):
             rows += mask_rows(bridge, where, device, turns, weights)
         del bridge
-    rows += growth_rows(rows) + peak_rows(
-        rows, labels, peak_flops or matmul_flops(device, getattr(torch, dtype)), peak_flops > 0
-    )
+    rows += growth_rows(rows)
+    peak = peak_flops or matmul_flops(device, getattr(torch, dtype))
+    rows += peak_rows(rows, labels, peak, peak_flops > 0)
     if out:
-        Rows(rows).append_to(out)
+        rows.append_to(out)
     show(rows, page)
 
 
