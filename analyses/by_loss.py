@@ -1,26 +1,30 @@
 # %% [markdown]
-# # F2, F3 and F6 by loss: for a model of one's own
-# A judge of free text is coarse and generation is dear; the loss on the model's own verified answers is neither. So this
-# asks in nats what `general.py`, `distinct.py` and `dissociated.py` ask in rates: every circuit of the same share of the
-# weights, every ability's held-out loss under each, item by item against the unpruned model. Circuits are chosen in one
-# shot: scores are means over examples, so those of all types of harm together, and of all but one, are means of the scores
+# # F2, F3 and F6 by loss: for your own model
+# A judge of free text is coarse and generation is dear; the loss on the model's own verified
+# answers is neither. So this asks in nats what `general.py`, `distinct.py` and `dissociated.py` ask
+# in rates: every circuit of the same share of the weights, every ability's held-out loss under
+# each, item by item against the unpruned model. Circuits are chosen in one shot: scores are means
+# over examples, so those of all types of harm together, and of all but one, are means of the scores
 # of the types, and one pass over each type's answers serves them all.
 #
-# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most (on a model of one's
-# own also those begun as the harmful ones are), nor can that of another ability take those that harm needs most; with
-# "none" nothing is protected, and only this measures overlap.
+# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most
+# (on your own model also those begun as the harmful ones are), nor can that of another
+# ability take those that harm needs most; with "none" nothing is protected, and only this measures
+# overlap.
 #
-# Controls: random weights of the same count in every matrix, one mask a seed; the weights of the opposite sign; the circuit
-# of benign answers; on a model of one's own, benign answers begun as the harmful ones are ("prefilled"), because a circuit
-# of how answers begin could pass for one of harm.
+# Controls: random weights of the same count in every matrix, one mask a seed; the weights of the
+# opposite sign; the circuit of benign answers; on your own model, benign answers begun as the
+# harmful ones are ("prefilled"), because a circuit of how answers begin could pass for one of harm.
 #
-# **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss on harmful answers
-# rises under circuits that never saw their type by at least half of what it rises under the circuit of all types, and by an
-# interval above random weights and above what benign answers, begun either way, lose under the same circuits. It is
-# *distinct* from another ability when each loses more from its own circuit than from the other's, by the intervals. The
-# claim *holds* when harm is general and distinct from every other ability shown; *in part* when it is general, or distinct
-# from at least half of them, benign answers included; else it *does not hold here*. "Begun either way" was added when a
-# study of a real model, whose benign answers had no beginning, had found a circuit of the beginning.
+# **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss
+# on harmful answers rises under circuits that never saw their type by at least half of what it
+# rises under the circuit of all types, and by an interval above random weights and above what
+# benign answers, begun either way, lose under the same circuits. It is *distinct* from another
+# ability when each loses more from its own circuit than from the other's, by the intervals. The
+# claim *holds* when harm is general and distinct from every other ability shown; *in part* when it
+# is general, or distinct from at least half of them, benign answers included; else it *does not
+# hold here*. "Begun either way" was added when a study of a real model, whose benign answers had no
+# beginning, had found a circuit of the beginning.
 
 # %%
 import sys
@@ -48,10 +52,12 @@ from harmcircuits.views.page import plot, section
 NAME, CLAIM, MODELS = "Loss", "general and distinct: harm's circuit by loss", ("sft",)
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
 HARM = "harmful"
-BENIGN = ("benign", "prefilled")  # benign answers, begun in their own way and as the harmful ones are
+# Benign answers, begun in their own way and as the harmful ones are.
+BENIGN = ("benign", "prefilled")
 LEAST = 0.5  # of the rise under the circuit of all types
 UNSEEN, OPPOSITE = "all but its type", "opposite sign"
-TITLES = {"benign": "benign answers protected", "none": "nothing protected"}  # by the label `protected`
+# By the label `protected`.
+TITLES = {"benign": "benign answers protected", "none": "nothing protected"}
 
 Losses = Mapping[str, torch.Tensor]  # behaviour -> nats per token of each held-out reference answer
 
@@ -66,7 +72,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def measured(spec: ModelSpec, plan: Plan) -> Rows:
-    """Rises of every loss under every circuit, gaps between pairs of circuits, and what circuits share."""
+    """Rises of every loss under every circuit, gaps between circuits, and what circuits share."""
     model = typed(spec.open(seed=plan.seeds[0]))
     calibrations = calibrations_of(model)
     types = shown_types(model, calibrations)
@@ -118,7 +124,8 @@ def shown_types(model: Model, calibrations: Mapping[str, Calibration]) -> list[s
     types = [name for name in types if len(model.behaviours[name].references("heldout"))]
     if len(types) < 2:
         raise ValueError(
-            f"{model.name}: {len(types)} types of harm are shown; give requests with two categories or more"
+            f"{model.name}: {len(types)} types of harm are shown; give requests with two "
+            "categories or more"
         )
     return types
 
@@ -144,7 +151,9 @@ def every_mask(
     abilities: Sequence[str],
     plan: Plan,
 ) -> dict[tuple[str, str], hc.WeightMask]:
-    """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
+    """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other
+    ability, and the controls.
+    """
 
     def needed(name: str) -> hc.WeightMask:
         return protected_weights(model.bridge, calibrations[name].batches, plan.protect_share)
@@ -189,12 +198,14 @@ def every_mask(
 def rise_rows(
     model: Model, rises: Mapping[str, Losses], types: Sequence[str], labels: Labels
 ) -> Rows:
-    """`nll_rise` of each behaviour (`of`) and each type of harm under each mask (the keys of `rises`).
+    """`nll_rise` of each behaviour (`of`) and type of harm under each mask (the keys of `rises`).
 
-    Where circuits leave a type out, besides the rise of each item under the circuit that never saw its type, and that of
-    benign answers under the same circuits (their mean).
+    Where circuits leave a type out, besides the rise of each item under the circuit that never saw
+    its type, and that of benign answers under the same circuits (their mean).
     """
-    type_of = [f"{HARM}/{example.category}" for example in model.behaviours[HARM].references("heldout")]
+    type_of = [
+        f"{HARM}/{example.category}" for example in model.behaviours[HARM].references("heldout")
+    ]
     items = groups(model, HARM)
 
     def harm_rise(of_places: Mapping[int, torch.Tensor], labels: Labels) -> Measurement:
@@ -222,14 +233,19 @@ def rise_rows(
         for name in BENIGN:
             if name in rises[f"all but {types[0]}"]:
                 mean = torch.stack([under[name] for under in unseen.values()]).mean(0)
-                rows += [Measurement.average(RISE, {**where, "of": name}, mean, groups(model, name))]
+                rows += [
+                    Measurement.average(RISE, {**where, "of": name}, mean, groups(model, name))
+                ]
     return rows
 
 
 def gap_rows(
     model: Model, rises: Mapping[str, Losses], abilities: Sequence[str], labels: Labels
 ) -> Rows:
-    """`nll_gap` of an ability (`of`) against another: its loss under its own circuit minus that under the other's."""
+    """`nll_gap` of an ability (`of`) against another.
+
+    Its loss under its own circuit minus that under the other's.
+    """
     rows = Rows()
     for ability in abilities:
         for of, other in ((HARM, ability), (ability, HARM)):
@@ -249,7 +265,9 @@ def rise(rows: Rows, mask: str, of: str, protected: str = "benign") -> Measureme
 
 
 def randoms(rows: Rows, of: str = HARM) -> Rows:
-    return Rows(row for row in rows.where(RISE, of=of) if str(row.labels["mask"]).startswith("random"))
+    return Rows(
+        row for row in rows.where(RISE, of=of) if str(row.labels["mask"]).startswith("random")
+    )
 
 
 def is_general(rows: Rows) -> bool:
@@ -272,7 +290,9 @@ def distinct_from(rows: Rows, protected: str = "benign") -> dict[str, bool]:
 
 
 def outcome(rows: Rows) -> Outcome:
-    judged = [(is_general(of_model), distinct_from(of_model)) for of_model in by_model(rows).values()]
+    judged = [
+        (is_general(of_model), distinct_from(of_model)) for of_model in by_model(rows).values()
+    ]
     if all(general and all(distinct.values()) for general, distinct in judged):
         return "holds"
     if all(general or _is_mostly(distinct) for general, distinct in judged):
@@ -303,25 +323,27 @@ def _words(rows: Rows) -> list[str]:
     n_removed = rows.one("weights_removed", protected="benign").mean
     random = max(randoms(rows), key=lambda row: row.mean)
     sentences = [
-        f"{n_removed:,.0f} weights, benign answers protected. The loss on harmful answers rises by "
-        f"{rise(rows, HARM, HARM):+.2f} under the circuit of all types, by {rise(rows, UNSEEN, HARM):+.2f} "
-        f"under circuits that never saw their type, by {rise(rows, OPPOSITE, HARM):+.2f} under weights of the "
-        f"opposite sign, by {random:+.2f} at most under random ones. Benign answers lose "
-        f"{rise(rows, HARM, 'benign'):+.2f} and {rise(rows, UNSEEN, 'benign'):+.2f} under the first two. "
-        f"Harm is {'general' if is_general(rows) else 'not general'} by the rule."
+        f"{n_removed:,.0f} weights, benign answers protected. The loss on harmful answers rises "
+        f"by {rise(rows, HARM, HARM):+.2f} under the circuit of all types, by "
+        f"{rise(rows, UNSEEN, HARM):+.2f} under circuits that never saw their type, by "
+        f"{rise(rows, OPPOSITE, HARM):+.2f} under weights of the opposite sign, by {random:+.2f} "
+        f"at most under random ones. Benign answers lose {rise(rows, HARM, 'benign'):+.2f} and "
+        f"{rise(rows, UNSEEN, 'benign'):+.2f} under the first two. Harm is "
+        f"{'general' if is_general(rows) else 'not general'} by the rule."
     ]
     for protected, words in TITLES.items():
         for other, is_apart in distinct_from(rows, protected).items():
             harm = [rise(rows, mask, HARM, protected) for mask in (HARM, other)]
             of_other = [rise(rows, mask, other, protected) for mask in (other, HARM)]
             sentences.append(
-                f"Harm and {other}, {words}: {'distinct' if is_apart else 'not distinct'}. Harm loses "
-                f"{harm[0]:+.2f} to its own circuit and {harm[1]:+.2f} to the other's; {other} "
-                f"{of_other[0]:+.2f} and {of_other[1]:+.2f}."
+                f"Harm and {other}, {words}: {'distinct' if is_apart else 'not distinct'}. Harm "
+                f"loses {harm[0]:+.2f} to its own circuit and {harm[1]:+.2f} to the other's; "
+                f"{other} {of_other[0]:+.2f} and {of_other[1]:+.2f}."
             )
     lifts = ", ".join(f"{row.labels['of']} {row:.1f}" for row in rows.where("lift"))
     sentences.append(
-        f"With nothing protected, harm's circuit shares so many times what chance gives with those of: {lifts}."
+        "With nothing protected, harm's circuit shares so many times what chance gives with "
+        f"those of: {lifts}."
     )
     return sentences
 
@@ -329,8 +351,8 @@ def _words(rows: Rows) -> list[str]:
 def _evidence(rows: Rows) -> str:
     distinct = [name for name, is_apart in distinct_from(rows).items() if is_apart]
     return (
-        f"harm {rise(rows, HARM, HARM):+.2f}, of types not seen {rise(rows, UNSEEN, HARM):+.2f}, benign "
-        f"{rise(rows, HARM, 'benign'):+.2f}; distinct from {', '.join(distinct) or 'none'}"
+        f"harm {rise(rows, HARM, HARM):+.2f}, of types not seen {rise(rows, UNSEEN, HARM):+.2f}, "
+        f"benign {rise(rows, HARM, 'benign'):+.2f}; distinct from {', '.join(distinct) or 'none'}"
     )
 
 
@@ -340,13 +362,20 @@ def _evidence(rows: Rows) -> str:
 
 # %%
 def sections(rows: Rows) -> list[str]:
-    text = "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; columns: whose loss."
+    text = (
+        "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; "
+        "columns: whose loss."
+    )
     models = by_model(rows)
     parts = []
     for protected, words in TITLES.items():
-        panels = {name: of_model.where(RISE, protected=protected) for name, of_model in models.items()}
+        panels = {
+            name: of_model.where(RISE, protected=protected) for name, of_model in models.items()
+        }
         figure = heatmaps(panels, x="of", y="mask")
-        parts.append(section(f"Every loss under every circuit, {words}", text, plot(figure, first=not parts)))
+        parts.append(
+            section(f"Every loss under every circuit, {words}", text, plot(figure, first=not parts))
+        )
     return parts
 
 

@@ -1,20 +1,24 @@
 # %% [markdown]
 # # F3: Is harm separate from benign capability?
-# The circuit of harm is removed, and what happens to benign answers and knowledge is compared, request by request, with
-# the unpruned model. Circuits of harm protect nothing, benign answers only, or all other abilities. Protection imposes a
-# part of the separation, so both ends are read. Held-out items; half of the calibration items, which the seed draws.
+# The circuit of harm is removed, and what happens to benign answers and knowledge is compared,
+# request by request, with the unpruned model. Circuits of harm protect nothing, benign answers
+# only, or all other abilities. Protection imposes a part of the separation, so both ends are read.
+# Held-out items; half of the calibration items, which the seed draws.
 #
-# Controls: random masks with the same counts in every matrix; the content-matched benign twin and a benign capability
-# (knowledge) pruned in the same way and at the same size; for overlap, pairs of benign tasks as the level of reference.
+# Controls: random masks with the same counts in every matrix; the content-matched benign twin and a
+# benign capability (knowledge) pruned in the same way and at the same size; for overlap, pairs of
+# benign tasks as the level of reference.
 #
-# **The rule**, fixed before any run. *Utility is kept* when benign answers, and knowledge where the model has it, change
-# by more than -5 points and benign NLL by less than +0.1 nats by the ends of their paired intervals. A circuit *separates*
-# when it leaves at most half of the unpruned harm, by an interval below that under random weights, and utility is kept,
-# while the twin's circuit under the same protection costs benign answers more, by intervals (else the size would break
-# nothing and sparing would mean nothing). The claim *holds* when on every model circuits separate that protect nothing,
-# and that protect benign answers, and harm shares no more with its twin than benign tasks do among themselves, by
-# intervals. It *holds in part* when on every model circuits separate that protect benign answers or all others; else it
-# *does not hold here*. Seeds are pooled: mean, widest interval.
+# **The rule**, fixed before any run. *Utility is kept* when benign answers, and knowledge where the
+# model has it, change by more than -5 points and benign NLL by less than +0.1 nats by the ends of
+# their paired intervals. A circuit *separates* when it leaves at most half of the unpruned harm, by
+# an interval below that under random weights, and utility is kept, while the twin's circuit under
+# the same protection costs benign answers more, by intervals (else the size would break nothing and
+# sparing would mean nothing). The claim *holds* when on every model circuits separate that protect
+# nothing, and that protect benign answers, and harm shares no more with its twin than benign tasks
+# do among themselves, by intervals. It *holds in part* when on every model circuits separate that
+# protect benign answers or all others; else it *does not hold here*. Seeds are pooled: mean, widest
+# interval.
 
 # %%
 import sys
@@ -45,7 +49,8 @@ SHARE = 0.5  # of the calibration items
 TERMS = Terms.standard()
 METRICS = {name: TERMS.metrics[name] for name in BEHAVIOURS}
 HARM, GOOD = TERMS.target.metric, TERMS.contrast.metric
-BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level of overlap
+# Tasks without harm in them: pairs among them are the reference level of overlap.
+BENIGN = ("benign", "parts", "kind")
 UTILITY = ("benign", "knowledge")
 MOST = 0.5  # of the unpruned harm may be left
 MARGIN, NLL_MARGIN = 0.05, 0.1  # what utility may lose: rate, and nats per token
@@ -69,7 +74,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
-    """Every ability under circuits of harm, of its twin and of a benign capability, and what the circuits share."""
+    """Every ability under circuits of harm, twin and knowledge, and what these circuits share."""
     model = spec.open(seed=seed)
     names = [name for name in dict.fromkeys((*BEHAVIOURS, *BENIGN)) if name in model.behaviours]
     calibrations = model.calibrations(names, share=SHARE, seed=seed)
@@ -121,7 +126,7 @@ def circuit(
 def masked_rows(
     model: Model, mask: hc.WeightMask, unpruned: Mapping[str, Outcomes], labels: Labels
 ) -> Rows:
-    """`change_rows` under a mask, with its size and the KL of benign answers from the unpruned model."""
+    """`change_rows` under a mask, its size, and the KL from the unpruned model, benign answers."""
     with hc.masked(model.bridge, mask):
         pruned = outcomes_of(model, unpruned)
     rows = change_rows(unpruned, pruned, labels)
@@ -138,7 +143,7 @@ def masked_rows(
 def change_rows(
     before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels
 ) -> Rows:
-    """Rates and NLL after, and their changes from before, paired by request: after minus before, items resampled."""
+    """Rates and NLL after, and their changes: after minus before by request, items resampled."""
     rows = Rows()
     for name, outcomes in after.items():
         behaviour, groups = outcomes.behaviour, outcomes.groups
@@ -184,7 +189,7 @@ def is_kept(rows: Rows, mask: str, protected: str) -> bool:
 
 
 def separates(rows: Rows, protected: str) -> bool:
-    """Whether the circuit of harm under this protection separates harm from utility, by the rule."""
+    """Whether the circuit of harm separates harm from utility under a protection, by the rule."""
     unpruned, pruned = rows.one(HARM, mask="none"), rows.where(protected=protected)
     harm, random = pruned.where(HARM, mask="harmful"), pruned.where(HARM, mask="random")
     benign, twin = pruned.where(GOOD, mask="harmful"), pruned.where(GOOD, mask="benign")
@@ -202,7 +207,10 @@ def reference(rows: Rows) -> Rows:
 
 
 def is_apart(rows: Rows) -> bool:
-    """Whether harm shares no more with its twin than benign tasks do among themselves; False without a reference."""
+    """Whether harm shares no more with its twin than benign tasks do among themselves.
+
+    False without a reference.
+    """
     twin, benign = _twin(rows), reference(rows)
     return bool(twin and benign) and twin[0].low <= max(row.high for row in benign)
 
@@ -241,7 +249,10 @@ def _words(rows: Rows) -> str:
     if kept["none"]:
         sentences.append("Utility survives without protection.")
     elif kept["benign"] or kept["others"]:
-        sentences.append("Utility is kept only where it is protected: protection imposes a part of the separation.")
+        sentences.append(
+            "Utility is kept only where it is protected: protection imposes a part of the "
+            "separation."
+        )
     else:
         sentences.append("Utility is kept under no protection.")
     twin, benign = _twin(rows), reference(rows)
@@ -249,8 +260,9 @@ def _words(rows: Rows) -> str:
         how = "no more than" if is_apart(rows) else "more than"
         content = "" if is_apart(rows) else ": to be about the same things counts, not harm alone"
         sentences.append(
-            f"With nothing protected, harm and its content-matched twin share {twin[0]:.1f} times what chance "
-            f"gives, {how} benign tasks among themselves ({fmean(row.mean for row in benign):.1f}, at most "
+            f"With nothing protected, harm and its content-matched twin share {twin[0]:.1f} times "
+            f"what chance gives, {how} benign tasks among themselves "
+            f"({fmean(row.mean for row in benign):.1f}, at most "
             f"{max(row.high for row in benign):.1f}){content}."
         )
     return " ".join(sentences)
@@ -276,10 +288,10 @@ def _circuit(rows: Rows, protected: str, words: str) -> str:
     crossed = of_protection.where(HARM, mask="benign")
     back = f", the first with {crossed[0]:.0%} of harm" if crossed else ""
     return (
-        f"Protecting {words}, the circuit of harm leaves {harm:.0%} of harm (random weights {random:.0%}) and "
-        f"changes {', '.join(changes)}, benign NLL {nll:+.2f} (KL {kl:.2f}): utility is "
-        f"{'kept' if is_kept(rows, 'harmful', protected) else 'not kept'}; {', '.join(understood)}. "
-        f"Pruned in the same way, {' and '.join(broken)}{back}."
+        f"Protecting {words}, the circuit of harm leaves {harm:.0%} of harm (random weights "
+        f"{random:.0%}) and changes {', '.join(changes)}, benign NLL {nll:+.2f} (KL {kl:.2f}): "
+        f"utility is {'kept' if is_kept(rows, 'harmful', protected) else 'not kept'}; "
+        f"{', '.join(understood)}. Pruned in the same way, {' and '.join(broken)}{back}."
     )
 
 
@@ -322,7 +334,8 @@ def sections(rows: Rows) -> list[str]:
             parts.append(
                 section(
                     f"{name}, circuits that protect {words}",
-                    "Rates on held-out requests, mean over seeds; bars: 95 % intervals, widest of seeds.",
+                    "Rates on held-out requests, mean over seeds; bars: 95 % intervals, widest "
+                    "of seeds.",
                     plot(comparison_figure(shown, columns), first=not parts),
                 )
             )
@@ -332,12 +345,17 @@ def sections(rows: Rows) -> list[str]:
         every_row += [replace(row, labels={**row.labels, "model": name}) for row in of_model]
     lifts = {
         "over counts per matrix": every_row.where("overlap_lift", selection="one shot"),
-        "over row and column counts": every_row.where("overlap_lift_marginal", selection="one shot"),
+        "over row and column counts": every_row.where(
+            "overlap_lift_marginal", selection="one shot"
+        ),
     }
     pairs = {("harmful", name): f"harm – {name}" for name in BENIGN}
     for first, second in combinations(BENIGN, 2):
         pairs[first, second] = f"reference: {first} – {second}"
-    text = "Lift of one-shot circuits that protect nothing; bars: bootstrap over calibration items (left), Wilson (right)."
+    text = (
+        "Lift of one-shot circuits that protect nothing; bars: bootstrap over calibration items "
+        "(left), Wilson (right)."
+    )
     return [*parts, section("What circuits share", text, plot(overlap_figure(lifts, pairs)))]
 
 

@@ -1,20 +1,23 @@
 # %% [markdown]
 # # F2: Is there one mechanism for all types of harm?
-# A circuit is scored on one type of harm only, and every type is measured under it; or on all types but one, and the
-# missing one is measured. If harm is one mechanism, the types that were not scored fall too. Every circuit protects all
-# other abilities, benign answers about all types among them. All figures are of held-out items. To keep the run short,
-# circuits are scored on half of the calibration items (which half, the seed draws) and chosen in half of the plan's rounds.
+# A circuit is scored on one type of harm only, and every type is measured under it; or on all types
+# but one, and the missing one is measured. If harm is one mechanism, the types that were not scored
+# fall too. Every circuit protects all other abilities, benign answers about all types among them.
+# All figures are of held-out items. To keep the run short, circuits are scored on half of the
+# calibration items (which half, the seed draws) and chosen in half of the plan's rounds.
 #
-# Controls: random masks with the same counts in every matrix; the benign twin of each type (its circuit protects harm);
-# benign answers under the circuits of harm; for the weights that types share, random masks of the same counts; a circuit of
-# as few items as one type has, drawn from all types (whether little data or one type makes a circuit narrow). The last was
-# added, without a change of the rule, after a trial run on one seed.
+# Controls: random masks with the same counts in every matrix; the benign twin of each type (its
+# circuit protects harm); benign answers under the circuits of harm; for the weights that types
+# share, random masks of the same counts; a circuit of as few items as one type has, drawn from all
+# types (whether little data or one type makes a circuit narrow). The last was added, without a
+# change of the rule, after a trial run on one seed.
 #
-# **The rule**, fixed before any run. A type *transfers* when its harm falls to at most half of the unpruned rate, by an
-# interval that lies below that under random masks, and benign answers to the types that were not scored lose at most
-# ten points. The claim *holds* when, on every model, harm of the other types transfers under circuits of one type (mean
-# over types), and every left-out type transfers; it *holds in part* when, on every model, one-type circuits transfer or
-# more than half of the left-out types do; else it *does not hold here*. Seeds are pooled: mean, widest interval.
+# **The rule**, fixed before any run. A type *transfers* when its harm falls to at most half of the
+# unpruned rate, by an interval that lies below that under random masks, and benign answers to the
+# types that were not scored lose at most ten points. The claim *holds* when, on every model, harm
+# of the other types transfers under circuits of one type (mean over types), and every left-out type
+# transfers; it *holds in part* when, on every model, one-type circuits transfer or more than half
+# of the left-out types do; else it *does not hold here*. Seeds are pooled: mean, widest interval.
 
 # %%
 import random
@@ -70,7 +73,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def typed_model(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration], list[str]]:
-    """The model, its calibrations with those of every type of harm and its twin, and the types it shows."""
+    """The model, its calibration data by type of harm and of twin too, and the types it shows."""
     model = spec.open(seed=seed)
     parts = model.behaviours["harmful"].by_category() | model.behaviours["benign"].by_category()
     model = model.with_behaviours(*parts.values())
@@ -80,7 +83,8 @@ def typed_model(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibratio
     types = [type_ for type_ in shown if f"benign/{type_}" in calibrations]
     if len(types) < 2:
         raise ValueError(
-            f"{model.name}: {len(types)} types of harm with a benign twin; the claim is about two or more"
+            f"{model.name}: {len(types)} types of harm with a benign twin; the claim is about two "
+            "or more"
         )
     return model, calibrations, types
 
@@ -111,7 +115,8 @@ def one_type_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Circuits of one type each, their controls, and what they share."""
     model, calibrations, types = typed_model(spec, seed)
     labels = {**spec.labels, "seed": seed}
-    harmful, benign = [f"harmful/{type_}" for type_ in types], [f"benign/{type_}" for type_ in types]
+    harmful = [f"harmful/{type_}" for type_ in types]
+    benign = [f"benign/{type_}" for type_ in types]
     harm = circuits(model, harmful, calibrations, plan, protect=OTHERS)
     twins = circuits(model, benign, calibrations, plan, protect=["harmful"])
     masks: dict[str, dict[str, hc.WeightMask]] = {
@@ -171,7 +176,9 @@ def mixed_calibration(
     items = sorted({example.cluster for example in data.prompts})
     drawn = random.Random(seed).sample(items, max(1, round(len(items) / len(types))))
     few = data.prompts.where(lambda example: example.cluster in drawn)
-    return Calibration(few, model.batches(model.behaviours["harmful"], few), data.n_asked, "harmful")
+    return Calibration(
+        few, model.batches(model.behaviours["harmful"], few), data.n_asked, "harmful"
+    )
 
 
 def n_items(model: Model) -> int:
@@ -197,10 +204,11 @@ def typed_rows(model: Model, types: Sequence[str], labels: Labels) -> Rows:
 
 
 def relation_rows(rows: Rows, types: Sequence[str], n: int, labels: Labels) -> Rows:
-    """The matrix in few figures: mean rates of the type that was scored and of the others, and the gap between them.
+    """Mean rates of the type that was scored and of the others, and the gap between them.
 
-    Rates have Wilson intervals of the `n` held-out items. `own_type_gap`: how much more a type loses under its own circuit
-    than the other types do under it (rates, above zero: content counts), paired over types, which are resampled.
+    Rates have Wilson intervals of the `n` held-out items. `own_type_gap`: how much more a type
+    loses under its own circuit than the other types do under it (rates, above zero: content
+    counts), paired over types, which are resampled.
     """
     relations = Rows()
     for metric in (HARM, BENIGN):
@@ -230,8 +238,8 @@ def relation_rows(rows: Rows, types: Sequence[str], n: int, labels: Labels) -> R
 def shared_rows(model: Model, masks: Mapping[str, Masks], labels: Labels) -> Rows:
     """The weights in at least k of the types' circuits: how many, and what is left without them.
 
-    `mask` "random" with `of` "circuit": as many random weights in every matrix. With `of` "random": how many weights
-    as many random masks share, by chance.
+    `mask` "random" with `of` "circuit": as many random weights in every matrix. With `of` "random":
+    how many weights as many random masks share, by chance.
     """
     rows = Rows()
     for k in range(1, len(masks["circuit"]) + 1):
@@ -255,8 +263,9 @@ def structure_rows(
     plan: Plan,
     seed: int,
 ) -> Rows:
-    """What the types' circuits share when nothing is protected, with the ceiling: one type's circuit, found again."""
-    harmful, benign = [f"harmful/{type_}" for type_ in types], [f"benign/{type_}" for type_ in types]
+    """What the types' circuits share when nothing is protected; and one type's, found again."""
+    harmful = [f"harmful/{type_}" for type_ in types]
+    benign = [f"benign/{type_}" for type_ in types]
     masks = circuits(model, [*harmful, *benign], calibrations, plan, protect=())
     resampled = {}
     for name in harmful:
@@ -314,7 +323,9 @@ def left_out(rows: Rows) -> dict[str, bool]:
         type_ = str(pruned.labels["tested"])
         of_type = rows.where(relation="left out", tested=type_)
         unpruned, random = of_type.one(HARM, mask="none"), of_type.one(HARM, mask="random")
-        benign_loss = of_type.one(BENIGN, mask="none").mean - of_type.one(BENIGN, mask="circuit").mean
+        benign_loss = (
+            of_type.one(BENIGN, mask="none").mean - of_type.one(BENIGN, mask="circuit").mean
+        )
         transferred[type_] = transfers(unpruned, pruned, random, benign_loss)
     return transferred
 
@@ -354,12 +365,14 @@ def _words(name: str, rows: Rows) -> str:
     gap = rows.one("own_type_gap", mask="circuit", of=HARM)
     content = "counts" if gap.low > 0 else "does not count, by the interval"
     return (
-        f"{name}: circuits scored on one type of harm leave {own:.0%} of its harm and {harm['circuit']} of that of "
-        f"the other types (unpruned {harm['none']}, random weights {harm['random']}, the benign twins' circuits "
-        f"{harm['twin']}). Under its own circuit a type loses more than the others do, {gap:+.0%}: content {content}. "
-        f"As few items drawn from all types give a circuit that leaves {mixed:.0%} of all harm. "
-        f"Benign answers to the other types go from {benign['none']} to {benign['circuit']} under circuits of harm and to "
-        f"{benign['twin']} under those of the twins. {_unseen(rows)} {_structure(rows)} {_shared(rows)}"
+        f"{name}: circuits scored on one type of harm leave {own:.0%} of its harm and "
+        f"{harm['circuit']} of that of the other types (unpruned {harm['none']}, random weights "
+        f"{harm['random']}, the benign twins' circuits {harm['twin']}). Under its own circuit a "
+        f"type loses more than the others do, {gap:+.0%}: content {content}. As few items drawn "
+        f"from all types give a circuit that leaves {mixed:.0%} of all harm. Benign answers to "
+        f"the other types go from {benign['none']} to {benign['circuit']} under circuits of harm "
+        f"and to {benign['twin']} under those of the twins. {_unseen(rows)} {_structure(rows)} "
+        f"{_shared(rows)}"
     )
 
 
@@ -368,8 +381,9 @@ def _unseen(rows: Rows) -> str:
     left = rows.where(HARM, relation="left out", mask="circuit")
     worst = max(left, key=lambda row: row.mean)
     return (
-        f"Of circuits that never saw a type, {sum(transferred.values())} of {len(transferred)} transfer to it; "
-        f"they leave on average {fmean(row.mean for row in left):.0%} of its harm, at most {worst:.0%}."
+        f"Of circuits that never saw a type, {sum(transferred.values())} of {len(transferred)} "
+        f"transfer to it; they leave on average {fmean(row.mean for row in left):.0%} of its "
+        f"harm, at most {worst:.0%}."
     )
 
 
@@ -379,10 +393,11 @@ def _structure(rows: Rows) -> str:
     two_types, again = "harm, other topic", "one type, found again"
     near = _compared(lift[two_types], lift["twin"])
     return (
-        f"With nothing protected, circuits of two types share {lift[two_types]:.1f} times what chance gives "
-        f"(Jaccard {jaccard[two_types]:.2f}), {near} a type's harm and its own benign twin "
-        f"({lift['twin']:.1f}); one type found again, the ceiling, {lift[again]:.1f} (Jaccard "
-        f"{jaccard[again]:.2f}); benign answers about two types {lift['benign, other topic']:.1f}."
+        f"With nothing protected, circuits of two types share {lift[two_types]:.1f} times what "
+        f"chance gives (Jaccard {jaccard[two_types]:.2f}), {near} a type's harm and its own "
+        f"benign twin ({lift['twin']:.1f}); one type found again, the ceiling, {lift[again]:.1f} "
+        f"(Jaccard {jaccard[again]:.2f}); benign answers about two types "
+        f"{lift['benign, other topic']:.1f}."
     )
 
 
@@ -393,8 +408,8 @@ def _shared(rows: Rows) -> str:
     chance = {int(row.labels["shared_by"]): row.mean for row in by_chance}
     k, n = (len(sizes) + 1) // 2, len(sizes)
     text = (
-        f"Of the {sizes[1]:,.0f} weights in any protected circuit, {sizes[k]:,.0f} are in at least {k} of the "
-        f"{n} (by chance {chance[k]:,.0f}) and {sizes[n]:,.0f} in all"
+        f"Of the {sizes[1]:,.0f} weights in any protected circuit, {sizes[k]:,.0f} are in at "
+        f"least {k} of the {n} (by chance {chance[k]:,.0f}) and {sizes[n]:,.0f} in all"
     )
     left = rows.where(HARM, shared_by=k, mask="circuit")
     if not left:
@@ -402,8 +417,8 @@ def _shared(rows: Rows) -> str:
     random = rows.one(HARM, shared_by=k, mask="random")
     union = rows.one(HARM, shared_by=1, mask="circuit")
     return (
-        f"{text}. Removing the first of these leaves {left[0]:.0%} of harm, as many random weights {random:.0%}, "
-        f"the union {union:.0%}."
+        f"{text}. Removing the first of these leaves {left[0]:.0%} of harm, as many random "
+        f"weights {random:.0%}, the union {union:.0%}."
     )
 
 
@@ -442,7 +457,8 @@ def sections(rows: Rows) -> list[str]:
         parts.append(
             section(
                 f"Circuit of one type, measured on every type: {name}",
-                "Rates on held-out items, mean over seeds; circuits of harm, and of the benign twins.",
+                "Rates on held-out items, mean over seeds; circuits of harm, and of the benign "
+                "twins.",
                 plot(heatmaps(matrix, x="tested", y="trained", widest=1.0), first=not parts),
             )
         )
@@ -454,7 +470,8 @@ def sections(rows: Rows) -> list[str]:
         parts.append(
             section(
                 f"Circuit of all types but one, measured on that one: {name}",
-                "Valid harmful answers. Bars: 95 % intervals of the eight held-out items or so of a type, widest of seeds.",
+                "Valid harmful answers. Bars: 95 % intervals of the eight held-out items or so "
+                "of a type, widest of seeds.",
                 plot(comparison_figure(lines, types)),
             )
         )
@@ -462,7 +479,8 @@ def sections(rows: Rows) -> list[str]:
         parts.append(
             section(
                 f"Weights that circuits share: {name}",
-                "Protected circuits of one type each: the weights in at least so many of them, removed together.",
+                "Protected circuits of one type each: the weights in at least so many of them, "
+                "removed together.",
                 table(head, _shared_table(of_model)),
             )
         )
@@ -478,7 +496,9 @@ def _shared_table(rows: Rows) -> list[list[str]]:
         for metric, mask in ((HARM, "circuit"), (HARM, "random"), (BENIGN, "circuit")):
             rates = shared.where(metric, mask=mask, of="circuit")
             cells.append(f"{rates[0]:.0%}".replace(" [", "\n[") if rates else "–")
-        body.append([str(size.labels["shared_by"]), f"{size.mean:,.0f}", f"{chance.mean:,.0f}", *cells])
+        body.append(
+            [str(size.labels["shared_by"]), f"{size.mean:,.0f}", f"{chance.mean:,.0f}", *cells]
+        )
     return body
 
 

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Which score finds a circuit that is known?
-# `planted` learned its harmful answers only through a random tenth S of every block matrix. Each score of the library is
-# held against S, with magnitude and random numbers as controls; then the circuits chosen by it. Rows go to `--out`.
+# `planted` learned its harmful answers only through a random tenth S of every block matrix. Each
+# score of the library is held against S, with magnitude and random numbers as controls; then the
+# circuits chosen by it. Rows go to `--out`.
 
 # %%
 from pathlib import Path

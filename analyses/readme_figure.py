@@ -1,7 +1,8 @@
 # %% [markdown]
 # # The picture of the README
-# `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished study.
-# Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go without.
+# `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished
+# study. Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go
+# without.
 
 # %%
 from pathlib import Path

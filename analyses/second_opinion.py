@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Do tools that read activations agree with the weights?
-# Masks are found from gradients of weights. TransformerLens reads activations: attribution patching says which nodes an
-# answer depends on, probes what can be read from the residual stream, direct logit attribution who writes the answer.
+# Masks are found from gradients of weights. TransformerLens reads activations: attribution patching
+# says which nodes an answer depends on, probes what can be read from the residual stream, direct
+# logit attribution who writes the answer.
 
 # %%
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,11 @@ import typer
 from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
-from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution, fit_sparse_probe
+from transformer_lens.tools.analysis import (
+    attribution_patch,
+    direct_logit_attribution,
+    fit_sparse_probe,
+)
 
 import harmcircuits as hc
 from harmcircuits.hooks.bridge import Bridge
@@ -29,19 +34,23 @@ from harmcircuits.views.page import paragraphs, plot, section, write_page
 
 SIZE, PROTECT_SHARE = 0.006, 0.005  # of the masks that are found here
 CIRCUITS = ("harmful", "benign", "recognition")
-FITTED = {"probe_accuracy": "fitted under the mask", "probe_transfer": "fitted on the unpruned model"}
+FITTED = {
+    "probe_accuracy": "fitted under the mask",
+    "probe_transfer": "fitted on the unpruned model",
+}
 
 # %% [markdown]
 # ## Pairs of requests that differ in one thing
-# Tokens align, so a node is the same node in both. The answers differ in the words that the metric compares.
+# Tokens align, so a node is the same node in both. The answers differ in the words that the metric
+# compares.
 
 
 # %%
 @dataclass(frozen=True)
 class Contrast:
-    """What sets `clean` apart from `corrupt`: the mean logit of `wanted` minus that of `other` words at `positions`.
+    """What sets `clean` apart from `corrupt`.
 
-    Tokens: Int[n pos]; words: Int[n positions words].
+    The mean logit of `wanted` minus that of `other` words at `positions`.
     """
 
     clean: Int[Tensor, "n pos"]
@@ -57,8 +66,11 @@ class Contrast:
 
 
 def contrasts(model: hc.Model, n: int) -> dict[str, Contrast]:
-    """One pair for each of up to `n` held-out items: harmful against benign answer, the reverse, no against yes, and the
-    parts of one item against those of the next one, in benign answers."""
+    """Pairs that differ in one thing, one for each of up to `n` held-out items.
+
+    Harmful against benign answer, the reverse, no against yes, and the parts of one item against
+    those of the next one, in benign answers.
+    """
 
     def asked(behaviour: str, form: str) -> list[hc.Example]:
         requests = model.behaviours[behaviour].prompts("heldout")
@@ -66,7 +78,9 @@ def contrasts(model: hc.Model, n: int) -> dict[str, Contrast]:
 
     def tokens(examples: Sequence[hc.Example]) -> Tensor:
         options = {"batch_size": len(examples), "template": model.template}
-        return hc.tokenize(hc.PromptSet(tuple(examples)), model.bridge.tokenizer, **options)[0].tokens
+        return hc.tokenize(hc.PromptSet(tuple(examples)), model.bridge.tokenizer, **options)[
+            0
+        ].tokens
 
     def ids(words: Sequence[str]) -> list[int]:
         return model.bridge.tokenizer.convert_tokens_to_ids(list(words))
@@ -89,7 +103,11 @@ def contrasts(model: hc.Model, n: int) -> dict[str, Contrast]:
         "harmful": Contrast(bad, good, at_operators, operators["harmful"], operators["benign"]),
         "benign": Contrast(good, bad, at_operators, operators["benign"], operators["harmful"]),
         "recognition": Contrast(
-            tokens(no)[:, :-1], tokens(yes)[:, :-1], (tokens(no).shape[1] - 2,), answers["harmful"], answers["benign"]
+            tokens(no)[:, :-1],
+            tokens(yes)[:, :-1],
+            (tokens(no).shape[1] - 2,),
+            answers["harmful"],
+            answers["benign"],
         ),
         "parts": Contrast(good, good.roll(1, 0), at_parts, parts, parts.roll(1, 0)),
     }
@@ -97,21 +115,26 @@ def contrasts(model: hc.Model, n: int) -> dict[str, Contrast]:
 
 # %% [markdown]
 # ## a. Nodes
-# Attribution patching at node level reads heads before W_O and works with shared keys and values; TransformerLens refuses
-# those models only at edge level. It averages over pairs, so it is called once for each.
+# Attribution patching at node level reads heads before W_O and works with shared keys and values;
+# TransformerLens refuses those models only at edge level. It averages over pairs, so it is called
+# once for each.
 
 
 # %%
 def node_effects(bridge: Bridge, contrast: Contrast) -> Float[Tensor, "n layer node pos"]:
-    """First-order effect of every node of every pair on its metric, in logits; nodes: each head, then the MLP."""
+    """First-order effect of every node (each head, then the MLP) on each pair's metric; logits."""
     n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     effects = torch.zeros(len(contrast.clean), n_layers, n_heads + 1, contrast.clean.shape[1])
     for index in range(len(effects)):
         pair = contrast.clean[index : index + 1], contrast.corrupt[index : index + 1]
-        scores = attribution_patch(bridge, *pair, lambda logits, index=index: contrast.metric(index, logits)).node_scores
+        scores = attribution_patch(
+            bridge, *pair, lambda logits, index=index: contrast.metric(index, logits)
+        ).node_scores
         for node, score in scores.items():
             if node.layer is not None:
-                effects[index, node.layer, n_heads if node.head is None else node.head, node.position] = score
+                effects[
+                    index, node.layer, n_heads if node.head is None else node.head, node.position
+                ] = score
     return effects
 
 
@@ -121,7 +144,7 @@ def importance(effects: Float[Tensor, "n layer node pos"]) -> Float[np.ndarray, 
 
 
 def importance_rows(effects: Tensor, labels: Mapping[str, str]) -> Rows:
-    """Rows of `importance` by layer and node, with percentile intervals that resample pairs (200 resamples)."""
+    """`importance` by layer and node, with percentile intervals of 200 resamples of the pairs."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(effects), (200, len(effects)), generator=generator)
     low, high = np.quantile([importance(effects[draw]) for draw in draws], [0.025, 0.975], axis=0)
@@ -137,7 +160,10 @@ def importance_rows(effects: Tensor, labels: Mapping[str, str]) -> Rows:
 
 
 def mask_rows(bridge: Bridge, mask: hc.WeightMask, labels: Mapping[str, str]) -> Rows:
-    """Weights the mask takes from each node, in number and share; its query heads share a key or value head equally."""
+    """Weights that the mask takes from each node, in number and share.
+
+    The query heads of a key or value head share it equally.
+    """
     n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     taken, size = torch.zeros(n_layers, n_heads + 1), torch.zeros(n_layers, n_heads + 1)
     for name, site in hc.weight_sites(bridge).items():
@@ -161,10 +187,8 @@ def mask_rows(bridge: Bridge, mask: hc.WeightMask, labels: Mapping[str, str]) ->
     return rows
 
 
-def correlation(
-    labels: Mapping[str, str], first: Sequence[float], second: Sequence[float]
-) -> Rows:
-    """Spearman's rank correlation over nodes; the interval resamples nodes. No row where one side is constant."""
+def correlation(labels: Mapping[str, str], first: Sequence[float], second: Sequence[float]) -> Rows:
+    """Spearman's rank correlation over nodes, which are resampled; no row for a constant side."""
     pairs = np.array([first, second])
     if any(np.ptp(values) == 0 for values in pairs):
         return Rows()
@@ -185,7 +209,10 @@ def _rho(pairs: Float[np.ndarray, "*draws 2 n"]) -> Float[np.ndarray, "*draws"]:
 
 
 def correlations(rows: Rows, labels: Mapping[str, str]) -> Rows:
-    """Rank correlations of importance between behaviours, and of importance with what each mask takes; all nodes, heads."""
+    """Rank correlations between behaviours' importance, and of it with what each mask takes.
+
+    Among all nodes, and among heads.
+    """
     tables: dict[str, dict[tuple[str, str | int | float], float]] = {}
     for row in rows:
         ranking = f"{row.metric.split('_')[1]} of {row.labels['behaviour']}"
@@ -207,8 +234,9 @@ def correlations(rows: Rows, labels: Mapping[str, str]) -> Rows:
 
 # %% [markdown]
 # ## b. What a probe reads from the residual stream
-# At the token before the answer: is the verb of a harmful kind? The question of recognition, and the request itself after
-# "sure". Splits leave out items, or half of the verbs of each kind, so that a probe cannot read the verb's identity.
+# At the token before the answer: is the verb of a harmful kind? The question of recognition, and
+# the request itself after "sure". Splits leave out items, or half of the verbs of each kind, so
+# that a probe cannot read the verb's identity.
 
 
 # %%
@@ -232,8 +260,11 @@ def residuals(bridge: Bridge, batches: Sequence[hc.Batch]) -> dict[str, Float[Te
 def probe_rows(
     model: hc.Model, masks: Mapping[str, hc.WeightMask], labels: Mapping[str, str], n: int
 ) -> Rows:
-    """Accuracy on what was left out: `probe_accuracy` of a probe fitted under each mask, and `probe_transfer` of the probe
-    fitted on the unpruned model, applied as it is."""
+    """Accuracy on what was left out.
+
+    `probe_accuracy` of a probe fitted under each mask, and
+    `probe_transfer` of the probe fitted on the unpruned model, applied as it is.
+    """
     requests = []
     for name in ("harmful", "benign"):
         requests += model.behaviours[name].prompts("heldout")[:n]
@@ -274,7 +305,13 @@ def probe_rows(
                         preprocess="standardize",
                     )
                     first = unpruned.setdefault((depth, unseen), probe)
-                    where = {**labels, "asked": asked, "unseen": unseen, "mask": name, "depth": depth}
+                    where = {
+                        **labels,
+                        "asked": asked,
+                        "unseen": unseen,
+                        "mask": name,
+                        "depth": depth,
+                    }
                     for metric, used in (("probe_accuracy", probe), ("probe_transfer", first)):
                         hits = _hits(used, features, is_harmful)
                         tested = [items[number] for number in used.test_indices.tolist()]
@@ -283,7 +320,7 @@ def probe_rows(
 
 
 def _verb(example: hc.Example) -> tuple[int, bool]:
-    """The number of the request's verb among those of its kind, and whether this is the harmful one."""
+    """The number of the request's verb among those of its kind, and whether it is harmful."""
     words = example.prompt.split()
     for kind, verbs in VERBS.items():
         for number, verb in enumerate(verbs):
@@ -305,13 +342,16 @@ def _hits(
 
 # %% [markdown]
 # ## c. Who writes the operators
-# Direct logit attribution wants folded weights (`enable_compatibility_mode`, in place and for good), so each model is
-# opened anew, masked, folded as it then is, and thrown away.
+# Direct logit attribution wants folded weights (`enable_compatibility_mode`, in place and for
+# good), so each model is opened anew, masked, folded as it then is, and thrown away.
 
 
 # %%
 def writer_rows(bridge: Bridge, contrast: Contrast, labels: Mapping[str, str]) -> Rows:
-    """Logit of harmful minus benign operators that each component writes, mean over operators; folded weights."""
+    """Logit of harmful minus benign operators that each component of a folded model writes.
+
+    The mean over operators.
+    """
     parts = []
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(contrast.clean)
@@ -355,12 +395,18 @@ def page(rows: Rows, path: Path) -> None:
         cells = (Measurement.exact("mask_share", row.labels, 100 * row.mean) for row in shares)
         percent[f"% of each node in the {name} mask"] = Rows(cells)
     probes = {}
-    for metric, fitted in {"probe_accuracy": "fitted under the mask", "probe_transfer": "fitted unpruned"}.items():
+    for metric, fitted in {
+        "probe_accuracy": "fitted under the mask",
+        "probe_transfer": "fitted unpruned",
+    }.items():
         for asked in ("question", "request"):
             for unseen in ("items", "verbs"):
                 title = f"{asked}, unseen {unseen}, {fitted}"
                 probes[title] = panels(metric, "mask", asked=asked, unseen=unseen)
-    writers = {f"{name} requests": panels("writes", "mask", behaviour=name) for name in ("harmful", "benign")}
+    writers = {
+        f"{name} requests": panels("writes", "mask", behaviour=name)
+        for name in ("harmful", "benign")
+    }
     importance, among = panels("node_importance", "behaviour"), panels("rank_correlation", "among")
     sections = [
         section(
@@ -369,14 +415,19 @@ def page(rows: Rows, path: Path) -> None:
             plot(heatmaps(importance, x="node", y="layer"), first=True),
         ),
         section(
-            "What the masks take", "Query heads share a key or value head.", plot(heatmaps(percent, x="node", y="layer"))
+            "What the masks take",
+            "Query heads share a key or value head.",
+            plot(heatmaps(percent, x="node", y="layer")),
         ),
         section(
-            "Do they agree?", "Rank correlation over nodes.", plot(heatmaps(among, x="against", y="ranking", widest=1.0))
+            "Do they agree?",
+            "Rank correlation over nodes.",
+            plot(heatmaps(among, x="against", y="ranking", widest=1.0)),
         ),
         section(
             "What a probe reads",
-            "Is the verb of a harmful kind? Accuracy on items, or verbs, that the probe was not fitted on.",
+            "Is the verb of a harmful kind? Accuracy on items, or verbs, that the probe was not "
+            "fitted on.",
             plot(profiles(probes, x="depth", title="accuracy")),
         ),
         section(
@@ -385,7 +436,11 @@ def page(rows: Rows, path: Path) -> None:
             plot(profiles(writers, x="component", title="harmful − benign, logits")),
         ),
     ]
-    write_page(path, "Do tools that read activations agree with the weights?", [paragraphs(reading(rows)), *sections])
+    write_page(
+        path,
+        "Do tools that read activations agree with the weights?",
+        [paragraphs(reading(rows)), *sections],
+    )
 
 
 def reading(rows: Rows) -> str:
@@ -405,12 +460,14 @@ def _nodes(rows: Rows) -> list[str]:
         own.append(f"{name} {rho(ranking, share)} (heads alone {rho(ranking, share, 'heads')})")
     return [
         "Which nodes matter (rank correlation over nodes): harmful with benign answers "
-        f"{rho('importance of harmful', 'importance of benign')}, which is high by construction, because both read the "
-        "same pairs in opposite directions; harmful answers with recognition "
-        f"{rho('importance of harmful', 'importance of recognition')}; harmful answers with the parts that benign "
-        f"answers share with them {rho('importance of harmful', 'importance of parts')}.",
-        f"A node's importance with the share of its weights in its own behaviour's mask: {', '.join(own)}. The importance "
-        f"for harmful answers with the share in each mask: {', '.join(shares)}.",
+        f"{rho('importance of harmful', 'importance of benign')}, which is high by construction, "
+        "because both read the same pairs in opposite directions; harmful answers with "
+        f"recognition {rho('importance of harmful', 'importance of recognition')}; harmful "
+        "answers with the parts that benign answers share with them "
+        f"{rho('importance of harmful', 'importance of parts')}.",
+        "A node's importance with the share of its weights in its own behaviour's mask: "
+        f"{', '.join(own)}. The importance for harmful answers with the share in each mask: "
+        f"{', '.join(shares)}.",
     ]
 
 
@@ -424,11 +481,15 @@ def _probes(rows: Rows) -> list[str]:
                 of_mask = rows.where(metric, asked=asked, mask=mask)
                 late = [row for row in of_mask if row.labels["depth"] not in ("0 pre", "1 pre")]
                 least = min(late, key=lambda row: row.mean)
-                where = f" (unseen {least.labels['unseen']}, {least.labels['depth']})" if least.mean < 1 else ""
+                where = (
+                    f" (unseen {least.labels['unseen']}, {least.labels['depth']})"
+                    if least.mean < 1
+                    else ""
+                )
                 lowest.append(f"{mask} {least:.0%}{where}")
             sentences.append(
-                f"Harmfulness read by a probe {fitted}, at the {asked}, lowest from the end of layer 1 on, by mask: "
-                f"{', '.join(lowest)}."
+                f"Harmfulness read by a probe {fitted}, at the {asked}, lowest from the end of "
+                f"layer 1 on, by mask: {', '.join(lowest)}."
             )
     return sentences
 
@@ -442,8 +503,8 @@ def _writers(rows: Rows) -> list[str]:
             whole = rows.one("logit_difference", **where)
             writers = ", ".join(f"{row.labels['component']} {row.mean:+.1f}" for row in top)
             sentences.append(
-                f"{behaviour.capitalize()} requests, {name}: harmful minus benign operators, in logits, {whole:+.1f}, "
-                f"written most by {writers}."
+                f"{behaviour.capitalize()} requests, {name}: harmful minus benign operators, in "
+                f"logits, {whole:+.1f}, written most by {writers}."
             )
     return sentences
 
@@ -452,8 +513,13 @@ def _writers(rows: Rows) -> list[str]:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and second_opinion.html.")],
     organism: Annotated[str, typer.Option(help="Which organism.")] = "sft",
-    mask: Annotated[Path | None, typer.Option(help="A saved mask of harmful answers; otherwise chosen in rounds.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds for the harmful mask; half as many for the others.")] = 10,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A saved mask of harmful answers; otherwise chosen in rounds."),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds for the harmful mask; half as many for the others.")
+    ] = 10,
     n: Annotated[int, typer.Option(help="Pairs for attribution, one for each item.")] = 48,
     n_probed: Annotated[int, typer.Option(help="Pairs for probes.")] = 256,
 ) -> None:
@@ -482,7 +548,9 @@ def main(
         bridge = load_organism(organism)
         with hc.masked(bridge, edit) if edit is not None else nullcontext():
             bridge.enable_compatibility_mode()
-            rows += writer_rows(bridge, pairs["harmful"], {**labels, "mask": name, "behaviour": "harmful"})
+            rows += writer_rows(
+                bridge, pairs["harmful"], {**labels, "mask": name, "behaviour": "harmful"}
+            )
             rows += writer_rows(bridge, twins, {**labels, "mask": name, "behaviour": "benign"})
     rows.append_to(out / "rows.jsonl")
     page(rows, out / "second_opinion.html")
@@ -492,7 +560,7 @@ def main(
 def find_circuits(
     model: hc.Model, rounds: int, saved: Mapping[str, hc.WeightMask]
 ) -> dict[str, hc.WeightMask]:
-    """The masks of harmful answers, benign answers and recognition, each with all other behaviours protected.
+    """The masks of harmful answers, benign answers and recognition, with all others protected.
 
     Those that are `saved` are not found again.
     """

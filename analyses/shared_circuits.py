@@ -1,9 +1,10 @@
 # %% [markdown]
 # # What do the circuits of harm, of benign tasks and of recognising harm share?
-# Every behaviour of a model gets a circuit of the same size. Structure: which weights do two circuits share, beyond what
-# their matrices, rows and columns explain? Cause: what else breaks when one is removed? Place: where do the weights sit,
-# and at which tokens do they act? Everything is measured on held-out items, on every rung of every ladder given. Figures
-# go to `--out` as rows, and a page shows them with the result in words. A model whose rows are there already is skipped.
+# Every behaviour of a model gets a circuit of the same size. Structure: which weights do two
+# circuits share, beyond what their matrices, rows and columns explain? Cause: what else breaks when
+# one is removed? Place: where do the weights sit, and at which tokens do they act? Everything is
+# measured on held-out items, on every rung of every ladder given. Figures go to `--out` as rows,
+# and a page shows them with the result in words. A model whose rows are there already is skipped.
 
 # %%
 from collections import Counter
@@ -36,11 +37,17 @@ from harmcircuits.studies.cross_ablation import (
 )
 from harmcircuits.studies.dissociation import dissociations
 from harmcircuits.studies.terms import Terms
-from harmcircuits.views.figures import cross_ablation_figure, location_figure, overlap_figure, token_figure
+from harmcircuits.views.figures import (
+    cross_ablation_figure,
+    location_figure,
+    overlap_figure,
+    token_figure,
+)
 from harmcircuits.views.page import paragraphs, plot, section, table, write_page
 
 LADDER = ("base", "helpful", "sft", "dpo")
-BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level
+# Tasks without harm in them: pairs among them are the reference level.
+BENIGN = ("benign", "parts", "kind")
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
 SEEDS = range(3)  # of random masks, and of calibration resamples
 PROTECTED = {"none": "nothing", "others": "all others"}
@@ -67,8 +74,9 @@ REFERENCE = [pair for pair in PAIRS if pair[0] != "harmful"]
 
 # %% [markdown]
 # ## One model
-# Overlap is read on circuits that protect nothing: protection would impose the disjointness it is meant to measure.
-# Whether abilities *can* be separated is read on circuits that protect all others.
+# Overlap is read on circuits that protect nothing: protection would impose the disjointness it is
+# meant to measure. Whether abilities *can* be separated is read on circuits that protect all
+# others.
 
 
 # %%
@@ -113,7 +121,9 @@ def rows_of(
         of_topics[name] = hc.top_fraction(scores[name][0], size, within="model")
     rows += content_rows(of_topics, labels)
     rows += overlap_place_rows(model, {name: free[name] for name in compared}, "harmful", labels)
-    rows += _ceiling(model, calibrations["harmful"], free["harmful"], labels, size=size, rounds=rounds)
+    rows += _ceiling(
+        model, calibrations["harmful"], free["harmful"], labels, size=size, rounds=rounds
+    )
 
     random = {f"random {seed}": hc.random_like(free["harmful"], seed=seed) for seed in SEEDS}
     unprotected, protected = {**labels, "protected": "none"}, {**labels, "protected": "others"}
@@ -128,7 +138,9 @@ def rows_of(
             rows += location_rows(masks[name], sites, where)
             texts = ("harmful", "benign") if name == "harmful" else (name,)
             for text in texts:
-                rows += token_rows(model, text, calibrations[text], masks[name], {**where, "text": text})
+                rows += token_rows(
+                    model, text, calibrations[text], masks[name], {**where, "text": text}
+                )
     rows += [Measurement.exact("compared", labels, len(free) + len(apart))]
     return rows
 
@@ -142,7 +154,7 @@ def _ceiling(
     size: float,
     rounds: int,
 ) -> Rows:
-    """How far the circuit of harm agrees with itself, found again on resampled calibration items."""
+    """How far harm's circuit agrees with itself, found again on resampled calibration items."""
     behaviour = model.behaviours["harmful"]
     rows = Rows()
     for seed in SEEDS:
@@ -152,7 +164,13 @@ def _ceiling(
             "harmful", size=size, protect=(), rounds=rounds, calibrations={"harmful": resample}
         )
         shared = overlap(mask, again)
-        where = {**labels, "first": "harmful", "second": "harmful", "selection": "rounds", "seed": seed}
+        where = {
+            **labels,
+            "first": "harmful",
+            "second": "harmful",
+            "selection": "rounds",
+            "seed": seed,
+        }
         rows += [
             Measurement("overlap_lift", where, shared.lift, *shared.interval, shared.n_first),
             Measurement.exact("overlap_jaccard", where, shared.jaccard),
@@ -186,11 +204,12 @@ def _structure(rows: Rows) -> str:
     for name in ("benign", "harmful"):
         jaccard[name] = fmean(row.mean for row in with_harm.where(second=name))
     return (
-        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm and its benign twin "
-        f"share {twin[0]:.1f} times what their counts per matrix explain, {twin[1]:.1f} times what rows and columns do; "
-        f"harm and the other behaviours, on average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together "
-        f"{reference[0]:.1f} and {reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its twin and "
-        f"{jaccard['harmful']:.3f} with itself on resampled calibration data."
+        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm "
+        f"and its benign twin share {twin[0]:.1f} times what their counts per matrix explain, "
+        f"{twin[1]:.1f} times what rows and columns do; harm and the other behaviours, on "
+        f"average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together {reference[0]:.1f} "
+        f"and {reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its "
+        f"twin and {jaccard['harmful']:.3f} with itself on resampled calibration data."
     )
 
 
@@ -198,16 +217,15 @@ def _content(rows: Rows) -> str:
     lift = {str(row.labels["relation"]): row for row in rows.where("content_lift")}
     counts = _compared(lift["twin"], [lift["harm, other topic"]])
     return (
-        f"content: to be about the same things counts {counts} to be harmful. Lift of the circuits of one topic's harm and "
-        f"its benign twin {lift['twin'].mean:.1f}; of two topics' harm {lift['harm, other topic'].mean:.1f}; of two "
-        f"topics' benign answers {lift['benign, other topic'].mean:.1f}; of harm and benign answers of two topics "
+        f"content: to be about the same things counts {counts} to be harmful. Lift of the "
+        f"circuits of one topic's harm and its benign twin {lift['twin'].mean:.1f}; of two "
+        f"topics' harm {lift['harm, other topic'].mean:.1f}; of two topics' benign answers "
+        f"{lift['benign, other topic'].mean:.1f}; of harm and benign answers of two topics "
         f"{lift['harm and benign, other topic'].mean:.1f}."
     )
 
 
-def _cause(
-    rows: Rows, of_model: Rows, model: str, ladders: Sequence[str], protected: str
-) -> str:
+def _cause(rows: Rows, of_model: Rows, model: str, ladders: Sequence[str], protected: str) -> str:
     before = of_model.where(mask="none", protected="none")
     after = of_model.where(mask="harmful", protected=protected)
     rates = []
@@ -222,8 +240,8 @@ def _cause(
                 outcomes.setdefault(second, []).append(test.outcome)
     tested = "; ".join(f"{second}: {', '.join(texts)}" for second, texts in outcomes.items())
     return (
-        f"cause, with {PROTECTED[protected]} protected: removing the harm circuit changes rates (%): "
-        f"{', '.join(rates)}. Dissociation of harm from each, one outcome a ladder: {tested}."
+        f"cause, with {PROTECTED[protected]} protected: removing the harm circuit changes rates "
+        f"(%): {', '.join(rates)}. Dissociation of harm from each, one outcome a ladder: {tested}."
     )
 
 
@@ -236,9 +254,9 @@ def _place(rows: Rows) -> str:
     of_answer = [row.mean for row in tokens if int(row.labels["offset"]) >= -1]
     answer = sum(of_answer) / sum(row.mean for row in tokens)
     return (
-        f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
-        f"{share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). {answer:.0%} of its score arises from the "
-        "last token of the prefilled request on."
+        f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP "
+        f"weights (chance {share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). "
+        f"{answer:.0%} of its score arises from the last token of the prefilled request on."
     )
 
 
@@ -281,7 +299,7 @@ def _lifts(rows: Rows, pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
 
 # %%
 def overlap_table(rows: Rows, model: str) -> list[list[str]]:
-    """For every pair: lifts with intervals, Jaccard, containment, rank correlation; pooled over ladders."""
+    """Lifts, Jaccard, containment and rank correlation of every pair, pooled over ladders."""
     body = []
     of_model = rows.pool("ladder").where(model=model)
     for (first, second), title in PAIRS.items():
@@ -302,12 +320,21 @@ def overlap_table(rows: Rows, model: str) -> list[list[str]]:
 
 
 OVERLAP_HEAD = (
-    "pair", "lift, one shot", "lift, rounds", "row and column lift, one shot", "row and column lift, rounds",
-    "Jaccard, one shot", "Jaccard, rounds", "containment, rounds", "rank correlation",
-)  # fmt: skip
+    "pair",
+    "lift, one shot",
+    "lift, rounds",
+    "row and column lift, one shot",
+    "row and column lift, rounds",
+    "Jaccard, one shot",
+    "Jaccard, rounds",
+    "containment, rounds",
+    "rank correlation",
+)
 
 
-def dissociation_table(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> list[list[str]]:
+def dissociation_table(
+    rows: Rows, models: Sequence[str], ladders: Sequence[str]
+) -> list[list[str]]:
     """Every pair of abilities: the outcomes of each model, one for each ladder."""
     outcomes: dict[tuple[str, str, str], list[list[str]]] = {}
     for protected in PROTECTED:
@@ -325,7 +352,7 @@ def dissociation_table(rows: Rows, models: Sequence[str], ladders: Sequence[str]
 
 
 def summary(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> str:
-    """The README's table: a column for each model, means over its ladders with the widest ends of their intervals."""
+    """The README's table: a column a model, means over ladders with the widest interval ends."""
     together = rows.pool("ladder")
     columns = []
     for model in models:
@@ -344,7 +371,9 @@ def summary(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> str:
 def _lift_cells(of_model: Rows) -> Mapping[str, str]:
     """Title of a line -> what one model, pooled over ladders, has in it."""
     cells = {}
-    for column, (metric, title) in enumerate(zip(LIFTS, ("lift", "lift over rows and columns"), strict=True)):
+    for column, (metric, title) in enumerate(
+        zip(LIFTS, ("lift", "lift over rows and columns"), strict=True)
+    ):
         twin = of_model.one(metric, first="harmful", second="benign", selection="one shot")
         cells[f"harm and its benign twin, {title}"] = f"{twin:.1f}"
         cells[f"benign tasks together, {title}"] = f"{_lifts(of_model, REFERENCE)[column]:.1f}"
@@ -357,7 +386,7 @@ def _lift_cells(of_model: Rows) -> Mapping[str, str]:
 
 
 def _cause_cells(of_model: Rows, ladders: Sequence[str], protected: str) -> Mapping[str, str]:
-    """Title of a line -> what one model has in it: rates without the circuit of harm, and dissociations."""
+    """Title of a line -> what one model has in it: rates without harm's circuit, dissociations."""
     words = PROTECTED[protected]
     pruned = of_model.pool("ladder").where(mask="harmful", protected=protected)
     rates = []
@@ -389,7 +418,9 @@ def reported(rows: Rows) -> Rows:
         for row in rows.where(metric, selection="one shot"):
             if (row.labels["first"], row.labels["second"]) in pairs:
                 lifts.append(row)
-    rates = [row for row in rows if row.metric in RATES and row.labels["mask"] in ("none", *METRICS)]
+    rates = [
+        row for row in rows if row.metric in RATES and row.labels["mask"] in ("none", *METRICS)
+    ]
     return Rows([*rows.where("compared"), *lifts, *rows.where("content_lift"), *rates])
 
 
@@ -409,7 +440,8 @@ def page(rows: Rows, models: Sequence[str], ladders: Sequence[str], path: Path) 
         paragraphs("\n".join(results(rows, models, ladders))),
         section(
             "What breaks when a circuit is removed",
-            "Rates on held-out requests, %, mean over ladders. Circuits are chosen in rounds and protect nothing.",
+            "Rates on held-out requests, %, mean over ladders. Circuits are chosen in rounds and "
+            "protect nothing.",
             plot(cross_ablation_figure(ablated["none"], RATES), first=True),
         ),
         section(
@@ -419,13 +451,15 @@ def page(rows: Rows, models: Sequence[str], ladders: Sequence[str], path: Path) 
         ),
         section(
             "Double dissociation",
-            "Clean: each ability loses more under its own circuit than under the other's by the 95 % intervals, and at "
-            "most ten points under the other's. Graded: only the first holds. One outcome for each ladder.",
+            "Clean: each ability loses more under its own circuit than under the other's by the "
+            "95 % intervals, and at most ten points under the other's. Graded: only the first "
+            "holds. One outcome for each ladder.",
             table(("abilities", "protected", *models), dissociation_table(rows, models, ladders)),
         ),
         section(
             "What circuits share",
-            "One-shot circuits that protect nothing; bars: bootstrap over calibration items (left), Wilson (right).",
+            "One-shot circuits that protect nothing; bars: bootstrap over calibration items "
+            "(left), Wilson (right).",
             plot(overlap_figure(lifts, PAIRS)),
         ),
     ]
@@ -435,12 +469,16 @@ def page(rows: Rows, models: Sequence[str], ladders: Sequence[str], path: Path) 
         sections.append(section(f"Overlap in {model}", text, grid))
     for model in models:
         harm = together.where(model=model, mask="harmful", protected="others")
-        tokens = {f"{text} answers": harm.where("token_contribution", text=text) for text in ("harmful", "benign")}
+        tokens = {
+            f"{text} answers": harm.where("token_contribution", text=text)
+            for text in ("harmful", "benign")
+        }
         sections.append(
             section(
                 f"Where the harm circuit of {model} sits, and at which tokens it acts",
-                "All others protected. Weights in each matrix (colour: share of the matrix); contribution of each token to "
-                "the circuit's first-order score on harmful and on benign answers.",
+                "All others protected. Weights in each matrix (colour: share of the matrix); "
+                "contribution of each token to the circuit's first-order score on harmful and on "
+                "benign answers.",
                 plot(location_figure(harm)) + plot(token_figure(tokens)),
             )
         )
@@ -465,19 +503,32 @@ def _without_seeds(rows: Rows) -> Rows:
 
 # %%
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, shared_circuits.html and summary.md.")],
-    organisms: Annotated[list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for rows.jsonl, shared_circuits.html and summary.md.")
+    ],
+    organisms: Annotated[
+        list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")
+    ] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: all four.")] = None,
     size: Annotated[float, typer.Option(help="Share of weights in every circuit.")] = 0.006,
-    protect_share: Annotated[float, typer.Option(help="Share protected for each other behaviour.")] = 0.005,
+    protect_share: Annotated[
+        float, typer.Option(help="Share protected for each other behaviour.")
+    ] = 0.005,
     rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = 10,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples of calibration items.")] = 100,
 ) -> None:
     folders = organisms or [FOLDER]
     models = rung or list(LADDER)
-    ladders = ["shipped" if folder.resolve() == FOLDER.resolve() else folder.name for folder in folders]
+    ladders = [
+        "shipped" if folder.resolve() == FOLDER.resolve() else folder.name for folder in folders
+    ]
     path, console = out / "rows.jsonl", Console()
-    settings = {"size": size, "protect_share": protect_share, "rounds": rounds, "resamples": resamples}
+    settings = {
+        "size": size,
+        "protect_share": protect_share,
+        "rounds": rounds,
+        "resamples": resamples,
+    }
     finished = resumed(out, settings)
     for ladder, folder in zip(ladders, folders, strict=True):
         for model in models:
@@ -502,7 +553,12 @@ def main(
     (out / "summary.md").write_text(summary(rows, models, ladders) + "\n", encoding="utf-8")
     for model in models:
         shown = Table(
-            "pair", "lift", "row and column lift", "Jaccard", title=f"{model}, one-shot circuits", title_justify="left"
+            "pair",
+            "lift",
+            "row and column lift",
+            "Jaccard",
+            title=f"{model}, one-shot circuits",
+            title_justify="left",
         )
         for line in overlap_table(rows, model):
             shown.add_row(*(escape(line[column].replace("\n", " ")) for column in (0, 1, 3, 5)))

@@ -1,7 +1,8 @@
 """Activation patching on top of a mask.
 
-Would catch: a patch of the residual between attention and MLP that misses the skip connection, a share with the wrong end
-as 1, positions that do not line up, a division by a gap that is not there, edits or flags left in the model.
+Would catch: a patch of the residual between attention and MLP that misses the skip connection, a
+share with the wrong end as 1, positions that do not line up, a division by a gap that is not there,
+edits or flags left in the model.
 """
 
 import activation_patching as analysis
@@ -17,7 +18,9 @@ NAMES = [f"p{number}" for number in range(9)]
 
 def random_mask(bridge, share: float = 0.3, *, kinds: tuple[str, ...] = ()) -> hc.WeightMask:
     mask = hc.top_fraction(hc.random_scores(bridge), share)
-    removed = {name: index for name, index in mask.removed.items() if not kinds or name.startswith(kinds)}
+    removed = {
+        name: index for name, index in mask.removed.items() if not kinds or name.startswith(kinds)
+    }
     return hc.WeightMask(removed, mask.shapes, mask.source)
 
 
@@ -45,10 +48,13 @@ def test_the_last_residual_moves_all_and_the_first_nothing(llama, big_gap, direc
     assert abs(shares["1 mid"].mean - 1) > 0.01, "the last MLP is edited too"
 
 
-@pytest.mark.parametrize(("kinds", "depth"), [(("blocks.1.attn",), "1 mid"), (("blocks.0",), "1 pre")])
+@pytest.mark.parametrize(
+    ("kinds", "depth"), [(("blocks.1.attn",), "1 mid"), (("blocks.0",), "1 pre")]
+)
 def test_all_is_restored_once_every_edit_is_passed(llama, big_gap, kinds, depth, monkeypatch):
     monkeypatch.setattr(analysis, "LEAST_GAP", 1e-3)
-    # With edits only before this depth, everything after it is the unpruned model: shares of 0 before and 1 from here.
+    # With edits only before this depth, everything after it is the unpruned model: shares of 0
+    # before and 1 from here.
     mask = random_mask(llama, 0.9, kinds=kinds)
     shares = residual(rows_of(llama, mask, big_gap), direction="restore")
     order = list(shares)
@@ -59,12 +65,16 @@ def test_all_is_restored_once_every_edit_is_passed(llama, big_gap, kinds, depth,
 
 
 def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
-    # At the last layer positions no longer mix, so single patches of a position that predicts nothing change nothing, and
-    # with one target the position before it moves everything.
+    # At the last layer positions no longer mix, so single patches of a position that predicts
+    # nothing change nothing, and with one target the position before it moves everything.
     tokens = random_batch(4, seed=2).tokens
     is_target = torch.zeros_like(tokens, dtype=torch.bool)
     is_target[:, 5] = True
-    rows = rows_of(llama, random_mask(llama, 0.6, kinds=("blocks.0", "blocks.1.attn")), hc.Batch(tokens, is_target))
+    rows = rows_of(
+        llama,
+        random_mask(llama, 0.6, kinds=("blocks.0", "blocks.1.attn")),
+        hc.Batch(tokens, is_target),
+    )
     cells = rows.where("patch_share", component="residual", layer="1 mid", direction="restore")
     assert {row.labels["position"]: round(row.mean, 4) for row in cells} == {
         **dict.fromkeys(NAMES, 0.0),
@@ -75,9 +85,13 @@ def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
 
 def test_heads_add_up_only_after_their_output_weights(llama, big_gap):
     # An edit of W_O alone is invisible before W_O, and what heads write is where it shows.
-    rows = rows_of(llama, random_mask(llama, 0.6, kinds=("blocks.1.attn.o",)), big_gap, ("head", "head_result"))
+    rows = rows_of(
+        llama, random_mask(llama, 0.6, kinds=("blocks.1.attn.o",)), big_gap, ("head", "head_result")
+    )
     for component, shows in (("head", False), ("head_result", True)):
-        layer = [abs(row.mean) for row in rows.where("patch_change", component=component, layer="1")]
+        layer = [
+            abs(row.mean) for row in rows.where("patch_change", component=component, layer="1")
+        ]
         assert (max(layer) > 1e-3) == shows
 
 
@@ -89,7 +103,9 @@ def test_no_gap_gives_no_share(llama, batch):
 
 
 def test_the_metric_is_the_completion_loss(llama, batch):
-    torch.testing.assert_close(analysis.reference_nll(batch)(llama(batch.tokens)), hc.completion_loss(llama, batch))
+    torch.testing.assert_close(
+        analysis.reference_nll(batch)(llama(batch.tokens)), hc.completion_loss(llama, batch)
+    )
 
 
 def test_the_model_is_as_before(llama, batch):
@@ -113,9 +129,11 @@ def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
         *("<bos>", "<user>", "steps", ":", "verb", "item", "<assistant>", "sure"),
         *("operator 1", "part 1", "operator 2", "part 2", "operator 3", "part 3", "all"),
     ]
-    assert all(row.mean == pytest.approx(0, abs=1e-5) for row in shares if row.labels["position"] == "part 3"), (
-        "nothing is predicted from the last token"
-    )
+    assert all(
+        row.mean == pytest.approx(0, abs=1e-5)
+        for row in shares
+        if row.labels["position"] == "part 3"
+    ), "nothing is predicted from the last token"
     page = (tmp_path / "out" / "activation_patching.html").read_text(encoding="utf-8")
     assert page.count("<section>") == page.count("Plotly.newPlot(") == 4
     printed = capsys.readouterr().out

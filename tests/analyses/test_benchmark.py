@@ -1,6 +1,7 @@
 """The baselines compute what they are said to, and a run gives every figure.
 
-Would catch: a contender that skips work, a baseline of another quantity, gradients left behind, a figure without rows.
+Would catch: a contender that skips work, a baseline of another quantity, gradients left behind, a
+figure without rows.
 """
 
 from dataclasses import replace
@@ -25,13 +26,18 @@ def test_the_baselines_are_the_library_s_scores(bridge):
     plain = benchmark.plain(bridge, batches)
     signed = hc.removal_effect(bridge, batches, hc.completion_loss)
     absolute = hc.snip_scores(bridge, batches, hc.completion_loss)
-    for scheme, precision in ((benchmark.one_by_one, 1e-4), (benchmark.layer_by_layer, 0.05)):  # bfloat16: 8 bits
+    for scheme, precision in (
+        (benchmark.one_by_one, 1e-4),
+        (benchmark.layer_by_layer, 0.05),
+    ):  # bfloat16: 8 bits
         for name, total in scheme(bridge, batches).items():
             score = (weights[name].abs() * total.float() / 6).detach()
             error = (score - absolute.values[name]).norm() / absolute.values[name].norm()
             assert error < precision, name
     for name, gradient in plain.items():
-        torch.testing.assert_close(-weights[name].detach() * gradient / 6, signed.values[name], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            -weights[name].detach() * gradient / 6, signed.values[name], rtol=1e-3, atol=1e-7
+        )
     assert plain.keys() == weights.keys()
     assert all(parameter.grad is None for parameter in bridge.parameters())
 
@@ -56,7 +62,13 @@ def test_a_run_gives_every_figure(bridge, tmp_path):
 
 
 def test_growth_is_the_time_in_units_of_before():
-    labels = {"shape": "tiny", "device": "cpu", "machine": "CPU", "dtype": "float32", "method": "plain"}
+    labels = {
+        "shape": "tiny",
+        "device": "cpu",
+        "machine": "CPU",
+        "dtype": "float32",
+        "method": "plain",
+    }
     before = benchmark.middle("seconds", {**labels, "grown": "none"}, [1.0, 2.0, 4.0])
     after = benchmark.middle("seconds", {**labels, "grown": "layers"}, [3.0, 5.0, 8.0])
     (row,) = benchmark.growth_rows(Rows([before, after]))
@@ -75,4 +87,6 @@ def test_growth_doubles_one_thing():
         after = shape.configuration()
         assert after.hidden_size == before.hidden_size * (2 if what == "width" else 1)
         assert after.num_hidden_layers == before.num_hidden_layers * (2 if what == "layers" else 1)
-        assert shape.examples * shape.length == TINY.examples * TINY.length * (2 if what in ("examples", "length") else 1)
+        assert shape.examples * shape.length == TINY.examples * TINY.length * (
+            2 if what in ("examples", "length") else 1
+        )

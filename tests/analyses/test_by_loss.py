@@ -1,7 +1,7 @@
-"""The cross-ablation by loss judges by its stated rule on made-up rows, and runs on an organism's types of harm.
+"""The cross-ablation by loss judges made-up rows by its rule, and runs on an organism.
 
-Would catch: a circuit that saw the type it is judged on, a rule that ignores a control or benign answers, gaps of the wrong
-sign, an ability compared with itself.
+Would catch: a circuit that saw the type it is judged on, a rule that ignores a control or benign
+answers, gaps of the wrong sign, an ability compared with itself.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ LABELS = {"model": "m", "ladder": "own"}
 
 
 def a_run(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> Rows:
-    """Rises of harm (1.0 under the circuit of all types) and of benign answers, and both gaps against benign answers."""
+    """Rises of harm (1.0 under the circuit of all types) and benign answers, and both gaps."""
 
     def row(metric: str, mean: float, **labels: str) -> Measurement:
         return Measurement(metric, {**LABELS, **labels}, mean, mean - 0.1, mean + 0.1, 40)
@@ -37,7 +37,9 @@ def a_run(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> Rows:
             (analysis.OPPOSITE, "harmful"): -0.2,
             ("random 0", "harmful"): random,
         }
-        rows += [row("nll_rise", mean, mask=mask, of=of, **where) for (mask, of), mean in rises.items()]
+        rows += [
+            row("nll_rise", mean, mask=mask, of=of, **where) for (mask, of), mean in rises.items()
+        ]
         rows += [row("nll_gap", gaps[0], of="harmful", against="benign", **where)]
         rows += [row("nll_gap", gaps[1], of="benign", against="harmful", **where)]
         rows += [row("weights_removed", 100, **where)]
@@ -65,7 +67,7 @@ def test_the_rule(change, expected):
 
 @pytest.fixture(scope="module")
 def model():
-    """An organism asked about every eighth item, so that a few types of harm have items in every split."""
+    """An organism asked about every eighth item: a few types of harm have items in every split."""
     model = hc.open_model("sft")
     behaviours = {}
     for name in ("harmful", "benign"):
@@ -113,7 +115,8 @@ def test_rises_are_paired_and_by_type(model):
         rise = rows.one("nll_rise", mask=f"all but {types[0]}", of=type_)
         assert rise.mean == pytest.approx(10 + number)
     unseen = rows.where("nll_rise", mask=analysis.UNSEEN)
-    expected = of_type + torch.where(of_type == 0, 10.0, 20.0)  # each item under the circuit that left its type out
+    # Each item under the circuit that left its type out.
+    expected = of_type + torch.where(of_type == 0, 10.0, 20.0)
     assert unseen.one(of="harmful").mean == pytest.approx(expected.mean().item())
     assert unseen.one(of="benign").mean == pytest.approx(3.0)
 

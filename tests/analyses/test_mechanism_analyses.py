@@ -1,7 +1,7 @@
 """The three claims about the mechanism of harm: general, distinct, dissociated.
 
-Would catch: an outcome that cannot come out otherwise, one that ignores a control, words that contradict the rows, a job
-whose rows the result cannot read.
+Would catch: an outcome that cannot come out otherwise, one that ignores a control, words that
+contradict the rows, a job whose rows the result cannot read.
 """
 
 from dataclasses import dataclass, replace
@@ -33,30 +33,46 @@ def of_64(metric: str, share: float, **labels: str | int) -> Measurement:
     return Measurement.rate(metric, {**LABELS, **labels}, hits, range(64))
 
 
-# General: harm of the other types under one-type circuits; of each left-out type; and under random masks.
+# General: harm of the other types under one-type circuits; of each left-out type; and under random
+# masks.
 def general_rows(
     across: float, left_out: list[float], *, random: float = 1.0, benign: float = 1.0
 ) -> Rows:
     rows = Rows(of_64(metric, 1.0, mask="none", relation="all") for metric in (HARM, BENIGN))
-    for mask, harm, good in (("circuit", across, benign), ("random", random, 1.0), ("twin", 1.0, 0.3)):
+    for mask, harm, good in (
+        ("circuit", across, benign),
+        ("random", random, 1.0),
+        ("twin", 1.0, 0.3),
+    ):
         for relation in ("own type", "other types"):
             where = {"mask": mask, "relation": relation}
             rows += [of_64(HARM, harm, **where), of_64(BENIGN, good, **where)]
         rows += [Measurement.exact("own_type_gap", {**LABELS, "mask": mask, "of": HARM}, 0.1)]
     rows += [of_64(HARM, 0.4, mask="mixed", relation="all")]
     for number, harm in enumerate(left_out):
-        for mask, left, good in (("none", 1.0, 1.0), ("circuit", harm, benign), ("random", random, 1.0)):
+        for mask, left, good in (
+            ("none", 1.0, 1.0),
+            ("circuit", harm, benign),
+            ("random", random, 1.0),
+        ):
             where = {"mask": mask, "relation": "left out", "tested": f"type {number}"}
             rows += [of_64(HARM, left, **where), of_64(BENIGN, good, **where)]
     for metric in ("content_lift", "content_jaccard"):
-        for relation in ("twin", "harm, other topic", "benign, other topic", "one type, found again"):
+        for relation in (
+            "twin",
+            "harm, other topic",
+            "benign, other topic",
+            "one type, found again",
+        ):
             rows += [Measurement.exact(metric, {**LABELS, "relation": relation}, 2.0)]
     for k in (1, 2):
         where = {**LABELS, "shared_by": k}
         for kind, n_removed in (("random", 3), ("circuit", 100 / k)):
             of_kind = {**where, "mask": kind, "of": kind}
             rows += [Measurement.exact("weights_removed", of_kind, n_removed)]
-        rows += [of_64(HARM, 0.5, mask=mask, shared_by=k, of="circuit") for mask in ("circuit", "random")]
+        rows += [
+            of_64(HARM, 0.5, mask=mask, shared_by=k, of="circuit") for mask in ("circuit", "random")
+        ]
     return rows
 
 
@@ -160,12 +176,15 @@ def test_the_words_say_when_only_protection_keeps_utility():
     words = distinct.result(distinct_rows(change=KEPT | {"none": -0.2})).words
     assert "protection imposes a part" in words
     assert "protection imposes a part" not in distinct.result(distinct_rows(change=KEPT)).words
-    assert "to be about the same things counts" in distinct.result(distinct_rows(change=KEPT, lift=6.0)).words
+    assert (
+        "to be about the same things counts"
+        in distinct.result(distinct_rows(change=KEPT, lift=6.0)).words
+    )
 
 
 # Dissociated: rates of (harm, other) under each circuit, the other abilities alike.
 def dissociated_rows(free: float, apart: float, *, random: float = 1.0) -> Rows:
-    """`free`, `apart`: what each ability keeps under the other's circuit, with nothing and with all others protected."""
+    """`free`, `apart`: what each keeps under the other's circuit, none and all others protected."""
     rows = Rows(of_64(metric, 1.0, mask="none") for metric in dissociated.COLUMNS)
     for protected, kept in (("none", free), ("others", apart)):
         for metric in dissociated.COLUMNS:
