@@ -1,19 +1,22 @@
 # %% [markdown]
 # # What do scores cost?
-# Every figure side by side in one run on one model with random weights. The contenders, over the same examples:
+# Every figure side by side in one run on one model with random weights. The contenders, over the
+# same examples:
 #
-# - **plain**: forward and backward with `param.grad` on the scored matrices, nothing per example; the unit of all ratios.
-# - **removal effect**, **sensitivity**: the library's scores; **bounded**: the removal effect with a quarter of the
-#   accumulators at a time.
+# - **plain**: forward and backward with `param.grad` on the scored matrices, nothing per example;
+#   the unit of all ratios.
+# - **removal effect**, **SNIP**: the library's scores; **bounded**: the removal effect with a
+#   quarter of the accumulators at a time.
 # - **one by one**: a pass for each example, absolute values of `param.grad` added in float32.
-# - **layer by layer**: the scheme of the published code, written from its description: for each layer, a pass for each
-#   example with gradients for that layer only, added in bfloat16. Timed on a few examples and multiplied, its cost being
-#   linear in them.
+# - **layer by layer**: the scheme of the published code, written from its description: for each
+#   layer, a pass for each example with gradients for that layer only, added in bfloat16. Timed on a
+#   few examples and multiplied, its cost being linear in them.
 #
-# Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike; figures are medians over
-# turns, bars the whole range. `--grow` repeats the scores with twice the layers, width, examples and length, and masks of
-# as many weights on the larger models. The share of the peak is that of `--peak-flops`, or else of the fastest of ten large
-# matrix products in the same run.
+# Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike;
+# figures are medians over turns, bars the whole range. `--grow` repeats the scores with twice the
+# layers, width, examples and length, and masks of as many weights on the larger models. The share
+# of the peak is that of `--peak-flops`, or else of the fastest of ten large matrix products in the
+# same run.
 
 # %%
 import ctypes
@@ -49,7 +52,10 @@ TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's architecture and size, and its data: `examples` of `length` tokens in batches of `batch_size`."""
+    """A model's architecture and size, and its data.
+
+    `examples` of `length` tokens in batches of `batch_size`.
+    """
 
     config: str
     layers: int
@@ -61,33 +67,64 @@ class Shape:
     batch_size: int
 
     def configuration(self) -> Any:
-        sizes = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads}
+        sizes = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+        }
         return getattr(transformers, self.config)(**sizes, **dict(self.settings), **TOKENS)
 
 
 SHAPES = {
     "organism": Shape(
-        "LlamaConfig", 4, 128, 4,
-        (("num_key_value_heads", 2), ("intermediate_size", 512), ("vocab_size", 320)), 128, 16, 64,
+        "LlamaConfig",
+        layers=4,
+        width=128,
+        heads=4,
+        settings=(("num_key_value_heads", 2), ("intermediate_size", 512), ("vocab_size", 320)),
+        examples=128,
+        length=16,
+        batch_size=64,
     ),
-    "gpt2-small": Shape("GPT2Config", 12, 768, 12, (("vocab_size", 50257),), 16, 64, 8),
+    "gpt2-small": Shape(
+        "GPT2Config",
+        layers=12,
+        width=768,
+        heads=12,
+        settings=(("vocab_size", 50257),),
+        examples=16,
+        length=64,
+        batch_size=8,
+    ),
     "8b": Shape(
-        "LlamaConfig", 32, 4096, 32,
-        (("num_key_value_heads", 8), ("intermediate_size", 14336), ("vocab_size", 128256)), 64, 256, 8,
+        "LlamaConfig",
+        layers=32,
+        width=4096,
+        heads=32,
+        settings=(
+            ("num_key_value_heads", 8),
+            ("intermediate_size", 14336),
+            ("vocab_size", 128256),
+        ),
+        examples=64,
+        length=256,
+        batch_size=8,
     ),
-}  # fmt: skip
+}
 
 
 # %%
 def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> TransformerBridge:
-    """A model of this shape with random weights; only its configuration and a tokenizer ever reach the disk."""
+    """A model of this shape with random weights; only its configuration reaches the disk."""
     torch.manual_seed(0)
     configuration = shape.configuration()
     with tempfile.TemporaryDirectory() as folder, torch.device(device):
         configuration.save_pretrained(folder)
         new_tokenizer().save_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_config(configuration, dtype=dtype, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(
+            configuration, dtype=dtype, attn_implementation="eager"
+        )
         options = {"hf_model": model, "tokenizer": tokenizer, "device": device, "dtype": dtype}
         return TransformerBridge.boot_transformers(folder, **options)
 
@@ -102,7 +139,9 @@ def random_batches(shape: Shape) -> list[Batch]:
 
 
 # %% The contenders
-def plain(bridge: TransformerBridge, batches: Sequence[Batch], names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+def plain(
+    bridge: TransformerBridge, batches: Sequence[Batch], names: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Gradients of the summed loss in `param.grad`, of the named matrices or all."""
     weights = hc.named_weights(bridge)
     weights = {name: weights[name] for name in names or weights}
@@ -118,14 +157,19 @@ def plain(bridge: TransformerBridge, batches: Sequence[Batch], names: Sequence[s
 
 
 def one_by_one(
-    bridge: TransformerBridge, batches: Sequence[Batch], names: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    bridge: TransformerBridge,
+    batches: Sequence[Batch],
+    names: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """Sums of absolute gradients, by a pass for each example."""
     total: dict[str, torch.Tensor] = {}
     for batch in batches:
         for tokens, is_target in zip(batch.tokens.split(1), batch.is_target.split(1), strict=True):
             for name, gradient in plain(bridge, [Batch(tokens, is_target)], names).items():
-                total.setdefault(name, torch.zeros_like(gradient, dtype=dtype)).add_(gradient.abs_())
+                if name not in total:
+                    total[name] = torch.zeros_like(gradient, dtype=dtype)
+                total[name].add_(gradient.abs_())
     return total
 
 
@@ -142,7 +186,8 @@ def contenders(
     bridge: TransformerBridge, batches: Sequence[Batch], n_few: int
 ) -> dict[str, tuple[Callable[[], Any], float]]:
     """What to run under every name, and by how much its time is multiplied."""
-    few, n_examples = [Batch(batches[0].tokens[:n_few], batches[0].is_target[:n_few])], sum(map(len, batches))
+    few = [Batch(batches[0].tokens[:n_few], batches[0].is_target[:n_few])]
+    n_examples = sum(map(len, batches))
     n_scored = sum(weight.numel() for weight in hc.named_weights(bridge).values())
     largest = max(weight.numel() for weight in hc.named_weights(bridge).values())
     bound = max(n_scored, 4 * largest)  # bytes: a quarter of the 4 a weight
@@ -150,7 +195,7 @@ def contenders(
     return {
         "plain": (partial(plain, bridge, batches), 1),
         "removal effect": (partial(hc.removal_effect, *scored), 1),
-        "sensitivity": (partial(hc.snip_scores, *scored), 1),
+        "SNIP": (partial(hc.snip_scores, *scored), 1),
         "bounded": (partial(hc.removal_effect, *scored, max_memory=bound), 1),
         "one by one": (partial(one_by_one, bridge, few), n_examples / len(few[0])),
         "layer by layer": (partial(layer_by_layer, bridge, few), n_examples / len(few[0])),
@@ -159,7 +204,10 @@ def contenders(
 
 # %% Time and memory
 class Peak:
-    """The most memory that was taken, above what was taken before: by CUDA's count, or as Linux counts resident pages."""
+    """The most memory that was taken, above what was taken before.
+
+    By CUDA's count, or as Linux counts resident pages.
+    """
 
     def __init__(self, device: str) -> None:
         self.device, self.is_cuda = device, device.startswith("cuda")
@@ -167,16 +215,22 @@ class Peak:
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what an allocator held back would hide what is taken again
+            # What an allocator held back would hide what is taken again.
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-        self.before = torch.cuda.memory_allocated(device) if self.is_cuda else self._resident("VmRSS")
+        if self.is_cuda:
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            self.before = self._resident("VmRSS")
 
     def _resident(self, which: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
 
     def taken(self) -> int:
-        return (torch.cuda.max_memory_allocated(self.device) if self.is_cuda else self._resident("VmHWM")) - self.before
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return self._resident("VmHWM") - self.before
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
@@ -188,17 +242,29 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return perf_counter() - start
 
 
-def middle(metric: str, labels: dict[str, str | int | float], values: Sequence[float]) -> Measurement:
+def middle(
+    metric: str, labels: dict[str, str | int | float], values: Sequence[float]
+) -> Measurement:
     """The median over turns with the whole range."""
     return Measurement(metric, labels, median(values), min(values), max(values), len(values))
 
 
 def compared(
-    bridge: TransformerBridge, shape: Shape, labels: dict, device: str, turns: int, few: int, only: Sequence[str] = ()
+    bridge: TransformerBridge,
+    shape: Shape,
+    labels: dict,
+    device: str,
+    turns: int,
+    few: int,
+    only: Sequence[str] = (),
 ) -> Rows:
     """Seconds, ratio to plain and memory of every contender, and what the estimate says of it."""
     batches = random_batches(shape)
-    runs = {name: run for name, run in contenders(bridge, batches, few).items() if not only or name in only}
+    runs = {
+        name: run
+        for name, run in contenders(bridge, batches, few).items()
+        if not only or name in only
+    }
     peaks = {}
     for name, (run, _) in runs.items():  # also warms caches and kernels up
         peak = Peak(device)
@@ -208,52 +274,61 @@ def compared(
     for _ in range(turns):
         for name, (run, factor) in runs.items():
             times[name].append(factor * seconds(run, device))
-    rows, n_tokens = [], shape.examples * shape.length
-    for name in runs:
+
+    rows, n_tokens = Rows(), shape.examples * shape.length
+    for name, of_turns in times.items():
         where = {**labels, "method": name}
-        ratios = [one / unit for one, unit in zip(times[name], times["plain"], strict=True)]
-        rows += [middle("seconds", where, times[name]), middle("ratio_to_plain", where, ratios)]
-        rows += [middle("tokens_per_second", where, [n_tokens / one for one in times[name]])]
-        rows.append(Measurement.exact("peak_bytes", where, peaks[name]))
+        ratios = [time / unit for time, unit in zip(of_turns, times["plain"], strict=True)]
+        rows += [
+            middle("seconds", where, of_turns),
+            middle("ratio_to_plain", where, ratios),
+            middle("tokens_per_second", where, [n_tokens / time for time in of_turns]),
+            Measurement.exact("peak_bytes", where, peaks[name]),
+        ]
     for name in ("plain", "removal effect"):
-        speeds = [_flop(bridge, n_tokens) / one for one in times[name]]
-        rows.append(middle("flop_per_second", {**labels, "method": name}, speeds))
-    for name, absolute in (("removal effect", False), ("sensitivity", True)):
-        found = estimate_memory(bridge, batches, absolute=absolute)
-        extra = found.accumulators + found.activations
-        rows.append(Measurement.exact("estimated_bytes", {**labels, "method": name}, extra))
+        speeds = [_flop(bridge, n_tokens) / time for time in times[name]]
+        rows += [middle("flop_per_second", {**labels, "method": name}, speeds)]
+    for name, absolute in (("removal effect", False), ("SNIP", True)):
+        estimate = estimate_memory(bridge, batches, absolute=absolute)
+        extra = estimate.accumulators + estimate.activations
+        rows += [Measurement.exact("estimated_bytes", {**labels, "method": name}, extra)]
     return rows
 
 
 def _flop(bridge: TransformerBridge, n_tokens: int) -> float:
-    """6 for every scored weight and token and 4 for the unembedding's: two a product, its weights being frozen."""
+    """6 for every scored weight and token, 4 for the unembedding's frozen ones: two a product."""
     scored = sum(weight.numel() for weight in hc.named_weights(bridge).values())
     return n_tokens * (6.0 * scored + 4.0 * bridge.cfg.d_model * bridge.cfg.d_vocab)
 
 
 def matmul_flops(device: str, dtype: torch.dtype, size: int = 0) -> float:
-    """FLOP/s of the fastest of ten products of square matrices: what the machine gives now, where its peak is not known."""
+    """FLOP/s of the fastest of ten products of square matrices: what the machine gives now."""
     size = size or (8192 if device.startswith("cuda") else 1024)
-    one = torch.randn(size, size, device=device).to(dtype)
-    return 2.0 * size**3 / min(seconds(partial(torch.mm, one, one), device) for _ in range(10))
+    square = torch.randn(size, size, device=device).to(dtype)
+    product = partial(torch.mm, square, square)
+    return 2.0 * size**3 / min(seconds(product, device) for _ in range(10))
 
 
 def peak_rows(rows: Rows, labels: dict, peak: float, is_given: bool) -> Rows:
     """The machine's peak, and every speed as a share of it."""
-    found = [
-        Measurement.exact("peak_flop_per_second", {**labels, "peak": "as given" if is_given else "matrix products in this run"}, peak)
-    ]
+    source = "as given" if is_given else "matrix products in this run"
+    shares = Rows([Measurement.exact("peak_flop_per_second", {**labels, "peak": source}, peak)])
     for row in rows.where("flop_per_second"):
-        shares = (row.mean / peak, row.low / peak, row.high / peak)
-        found.append(Measurement("share_of_peak", row.labels, *shares, row.n))
-    return found
+        figures = (row.mean / peak, row.low / peak, row.high / peak)
+        shares += [Measurement("share_of_peak", row.labels, *figures, row.n)]
+    return shares
 
 
-def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, n_weights: int) -> Rows:
-    """Selection over all scores, and applying and restoring a mask of so many weights (a tenth of all at most)."""
+def mask_rows(
+    bridge: TransformerBridge, labels: dict, device: str, turns: int, n_weights: int
+) -> Rows:
+    """Selection over all scores, and applying and restoring a mask of so many weights.
+
+    A tenth of all at most.
+    """
     scores = hc.random_scores(bridge)
     n_scored = sum(value.numel() for value in scores.values.values())
-    fraction, rows = min(0.1, n_weights / n_scored), []
+    fraction, rows = min(0.1, n_weights / n_scored), Rows()
     choose = partial(hc.top_fraction, scores, fraction, within="model")
     mask = choose()
 
@@ -264,7 +339,7 @@ def mask_rows(bridge: TransformerBridge, labels: dict, device: str, turns: int, 
     for name, run in (("selection", choose), ("mask", apply_and_restore)):
         run()
         where = {**labels, "method": name, "weights": mask.n_removed, "of": n_scored}
-        rows.append(middle("seconds", where, [seconds(run, device) for _ in range(turns)]))
+        rows += [middle("seconds", where, [seconds(run, device) for _ in range(turns)])]
     return rows
 
 
@@ -273,23 +348,26 @@ def grown(shape: Shape) -> dict[str, Shape]:
     """Twice as much of one thing at a time."""
     return {
         "layers": replace(shape, layers=2 * shape.layers),
-        "width": replace(shape, width=2 * shape.width, heads=2 * shape.heads, settings=_wider(shape.settings)),
+        "width": replace(
+            shape, width=2 * shape.width, heads=2 * shape.heads, settings=_wider(shape.settings)
+        ),
         "examples": replace(shape, examples=2 * shape.examples),
         "length": replace(shape, length=2 * shape.length),
     }
 
 
 def growth_rows(rows: Rows) -> Rows:
-    """The time of every contender after one thing is doubled, in units of before: 2 where it is linear."""
-    found = []
+    """The time of every contender after one thing is doubled, in units of before; linear: 2."""
+    names = ("shape", "device", "machine", "dtype", "grown", "method")
+    growths = Rows()
     for row in rows.where("seconds"):
         before = rows.where("seconds", grown="none", method=row.labels["method"])
         if row.labels["grown"] != "none" and before:
-            labels = {key: row.labels[key] for key in ("shape", "device", "machine", "dtype", "grown", "method")}
-            (one,) = before
-            low, high = row.low / one.high, row.high / one.low
-            found.append(Measurement("growth", labels, row.mean / one.mean, low, high, row.n))
-    return found
+            (unit,) = before
+            figures = (row.mean / unit.mean, row.low / unit.high, row.high / unit.low)
+            labels = {name: row.labels[name] for name in names}
+            growths += [Measurement("growth", labels, *figures, row.n)]
+    return growths
 
 
 def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
@@ -299,55 +377,74 @@ def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]
 # %% What is shown
 def figure(rows: Rows) -> go.Figure:
     """Time of every contender in units of plain forward and backward, on a logarithmic axis."""
-    found = [row for row in rows.where("ratio_to_plain", grown="none") if row.labels["method"] != "plain"]
+    every_ratio = rows.where("ratio_to_plain", grown="none")
+    ratios = [row for row in every_ratio if row.labels["method"] != "plain"]
     picture = go.Figure()
     picture.add_bar(
-        x=[row.mean for row in found],
-        y=[row.labels["method"] for row in found],
+        x=[row.mean for row in ratios],
+        y=[row.labels["method"] for row in ratios],
         orientation="h",
         marker_color="#3b6fb6",
-        text=[f"{row.mean:.2f}×" for row in found],
+        text=[f"{row.mean:.2f}×" for row in ratios],
         textposition="outside",
         error_x={
-            "array": [row.high - row.mean for row in found],
-            "arrayminus": [row.mean - row.low for row in found],
+            "array": [row.high - row.mean for row in ratios],
+            "arrayminus": [row.mean - row.low for row in ratios],
             "symmetric": False,
             "color": "#6b7280",
         },
     )
     picture.add_vline(x=1, line={"color": "#9ca3af", "dash": "dot"})
-    picture.update_xaxes(type="log", title="time, in units of one plain forward and backward", gridcolor="#eceef1")
+    picture.update_xaxes(
+        type="log", title="time, in units of one plain forward and backward", gridcolor="#eceef1"
+    )
     picture.update_yaxes(autorange="reversed")
-    return picture.update_layout(template="plotly_white", height=360, margin={"l": 110, "r": 40, "t": 20, "b": 50})
+    return picture.update_layout(
+        template="plotly_white", height=360, margin={"l": 110, "r": 40, "t": 20, "b": 50}
+    )
 
 
 def growth_figure(rows: Rows) -> go.Figure:
-    """How often the time of each contender after one thing is doubled; the line is linear growth."""
+    """Time of each contender after one thing is doubled, in units of before; the line is linear."""
     picture = go.Figure()
-    for method in dict.fromkeys(row.labels["method"] for row in rows.where("growth")):
-        one = rows.where("growth", method=method)
-        above, below = [row.high - row.mean for row in one], [row.mean - row.low for row in one]
+    for method, growths in rows.where("growth").by("method").items():
+        above = [row.high - row.mean for row in growths]
+        below = [row.mean - row.low for row in growths]
         error = {"array": above, "arrayminus": below, "symmetric": False, "color": "#6b7280"}
-        x, y = [row.labels["grown"] for row in one], [row.mean for row in one]
+        x, y = [row.labels["grown"] for row in growths], [row.mean for row in growths]
         picture.add_bar(x=x, y=y, name=str(method), error_y=error)
     picture.add_hline(y=2, line={"color": "#9ca3af", "dash": "dot"})
     picture.update_xaxes(title="twice the")
     picture.update_yaxes(title="time, in units of before", gridcolor="#eceef1")
-    return picture.update_layout(template="plotly_white", height=360, margin={"l": 60, "r": 40, "t": 20, "b": 50})
+    return picture.update_layout(
+        template="plotly_white", height=360, margin={"l": 60, "r": 40, "t": 20, "b": 50}
+    )
 
 
 def lines(rows: Rows) -> list[list[str]]:
     """A line for every contender, and what is timed alone."""
-    found = []
+    body = []
     for row in rows.where("seconds"):
         at = row.labels
-        other = {m: rows.where(m, **at) for m in ("ratio_to_plain", "tokens_per_second", "peak_bytes", "estimated_bytes")}
-        ratio = f"{other['ratio_to_plain'][0].mean:.2f}" if other["ratio_to_plain"] else ""
-        tokens = f"{other['tokens_per_second'][0].mean:,.0f}" if other["tokens_per_second"] else ""
-        peak, estimate = (f"{other[m][0].mean / 2**20:,.0f}" if other[m] else "" for m in ("peak_bytes", "estimated_bytes"))
-        name = str(at["method"]) + (f", twice the {at['grown']}" if at["grown"] != "none" else "")
-        found.append([name, f"{row.mean:.4g} [{row.low:.4g}, {row.high:.4g}]", ratio, tokens, peak, estimate])
-    return found
+        name = str(at["method"])
+        if at["grown"] != "none":
+            name += f", twice the {at['grown']}"
+        body.append(
+            [
+                name,
+                f"{row:.4g}",
+                _cell(rows.where("ratio_to_plain", **at), ".2f"),
+                _cell(rows.where("tokens_per_second", **at), ",.0f"),
+                _cell(rows.where("peak_bytes", **at), ",.0f", 2**20),
+                _cell(rows.where("estimated_bytes", **at), ",.0f", 2**20),
+            ]
+        )
+    return body
+
+
+def _cell(rows: Rows, form: str, unit: float = 1) -> str:
+    """The figure in these units; empty where it was not measured."""
+    return format(rows[0].mean / unit, form) if rows else ""
 
 
 HEAD = ["", "seconds [range]", "× plain", "tokens/s", "peak MiB", "estimated MiB"]
@@ -357,9 +454,12 @@ def show(rows: Rows, page: Path | None) -> None:
     shown = Table(*HEAD)
     for line in lines(rows):
         shown.add_row(*line)
-    speed = rows.where("flop_per_second", grown="none")[0]
-    peak = rows.where("peak_flop_per_second")[0]
-    shares = [f"{row.labels['method']} {row.mean:.1%}" for row in rows.where("share_of_peak", grown="none")]
+    speed = rows.one("flop_per_second", grown="none", method="plain")
+    peak = rows.one("peak_flop_per_second")
+    shares = [
+        f"{row.labels['method']} {row.mean:.1%}"
+        for row in rows.where("share_of_peak", grown="none")
+    ]
     of = f"{peak.mean / 1e12:.3g} TFLOP/s ({peak.labels['peak']})"
     note = f"Share of {of}: {', '.join(shares)}; {json.dumps(dict(speed.labels))}"
     console = Console()
@@ -370,7 +470,9 @@ def show(rows: Rows, page: Path | None) -> None:
         sections = [section(title, note, plot(figure(rows), first=True) + table(HEAD, lines(rows)))]
         if rows.where("growth"):
             note = "Bars: the whole range of the one over that of the other."
-            sections.append(section("Growth when one thing is doubled", note, plot(growth_figure(rows))))
+            sections.append(
+                section("Growth when one thing is doubled", note, plot(growth_figure(rows)))
+            )
         write_page(page, title, sections)
 
 
@@ -379,13 +481,23 @@ def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "organism",
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16.")] = "float32",
-    machine: Annotated[str, typer.Option(help="The card's or processor's name, as it is to stand in the rows.")] = "",
+    machine: Annotated[
+        str, typer.Option(help="The card's or processor's name, as it is to stand in the rows.")
+    ] = "",
     turns: Annotated[int, typer.Option(help="How often every contender runs.")] = 5,
-    few: Annotated[int, typer.Option(help="Examples on which the per-example schemes are timed.")] = 2,
+    few: Annotated[
+        int, typer.Option(help="Examples on which the per-example schemes are timed.")
+    ] = 2,
     examples: Annotated[int, typer.Option(help="Number of examples (0: as the shape says).")] = 0,
-    grow: Annotated[bool, typer.Option(help="Also twice the layers, width, examples and length.")] = False,
-    weights: Annotated[int, typer.Option(help="Weights of the mask that is applied and restored.")] = 42_000,
-    peak_flops: Annotated[float, typer.Option(help="The machine's peak FLOP/s at this dtype (0: measured).")] = 0,
+    grow: Annotated[
+        bool, typer.Option(help="Also twice the layers, width, examples and length.")
+    ] = False,
+    weights: Annotated[
+        int, typer.Option(help="Weights of the mask that is applied and restored.")
+    ] = 42_000,
+    peak_flops: Annotated[
+        float, typer.Option(help="The machine's peak FLOP/s at this dtype (0: measured).")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="Rows file to append to.")] = None,
     page: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
 ) -> None:
@@ -393,22 +505,30 @@ def main(
     name = machine or (torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU")
     threads = torch.get_num_threads()
     labels = {"shape": shape, "device": device, "machine": name, "threads": threads, "dtype": dtype}
-    rows: Rows = []
-    for what, one in {"none": size, **(grown(size) if grow else {})}.items():
-        bridge = random_bridge(one, device, getattr(torch, dtype))
-        where = {**labels, "grown": what, "layers": one.layers, "width": one.width}
-        where |= {"examples": one.examples, "length": one.length}
-        only = () if what == "none" else ("plain", "removal effect", "sensitivity")
-        only += ("layer by layer",) if what == "layers" else ()  # the scheme whose cost grows with their square
-        rows += compared(bridge, one, where, device, turns, few, only)
+    rows = Rows()
+    sizes = {"none": size, **(grown(size) if grow else {})}
+    for what, grown_shape in sizes.items():
+        bridge = random_bridge(grown_shape, device, getattr(torch, dtype))
+        where = {
+            **labels,
+            "grown": what,
+            "layers": grown_shape.layers,
+            "width": grown_shape.width,
+            "examples": grown_shape.examples,
+            "length": grown_shape.length,
+        }
+        only = () if what == "none" else ("plain", "removal effect", "SNIP")
+        if what == "layers":
+            only += ("layer by layer",)  # the scheme whose cost grows with their square
+        rows += compared(bridge, grown_shape, where, device, turns, few, only)
         if what in ("none", "layers", "width"):
             rows += mask_rows(bridge, where, device, turns, weights)
         del bridge
-    rows += growth_rows(rows) + peak_rows(
-        rows, labels, peak_flops or matmul_flops(device, getattr(torch, dtype)), peak_flops > 0
-    )
+    rows += growth_rows(rows)
+    peak = peak_flops or matmul_flops(device, getattr(torch, dtype))
+    rows += peak_rows(rows, labels, peak, peak_flops > 0)
     if out:
-        Rows(rows).append_to(out)
+        rows.append_to(out)
     show(rows, page)
 
 

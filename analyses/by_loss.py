@@ -1,31 +1,34 @@
 # %% [markdown]
-# # F2, F3 and F6 by loss: for a model of one's own
-# A judge of free text is coarse and generation is dear; the loss on the model's own verified answers is neither. So this
-# asks in nats what `general.py`, `distinct.py` and `dissociated.py` ask in rates: every circuit of the same share of the
-# weights, every ability's held-out loss under each, item by item against the unpruned model. Circuits are chosen in one
-# shot: scores are means over examples, so those of all types of harm together, and of all but one, are means of the scores
+# # F2, F3 and F6 by loss: for your own model
+# A judge of free text is coarse and generation is dear; the loss on the model's own verified
+# answers is neither. So this asks in nats what `general.py`, `distinct.py` and `dissociated.py` ask
+# in rates: every circuit of the same share of the weights, every ability's held-out loss under
+# each, item by item against the unpruned model. Circuits are chosen in one shot: scores are means
+# over examples, so those of all types of harm together, and of all but one, are means of the scores
 # of the types, and one pass over each type's answers serves them all.
 #
-# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most (on a model of one's
-# own also those begun as the harmful ones are), nor can that of another ability take those that harm needs most; with
-# "none" nothing is protected, and only this measures overlap.
+# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most
+# (on your own model also those begun as the harmful ones are), nor can that of another
+# ability take those that harm needs most; with "none" nothing is protected, and only this measures
+# overlap.
 #
-# Controls: random weights of the same count in every matrix, one mask a seed; the weights of the opposite sign; the circuit
-# of benign answers; on a model of one's own, benign answers begun as the harmful ones are ("prefilled"), because a circuit
-# of how answers begin could pass for one of harm.
+# Controls: random weights of the same count in every matrix, one mask a seed; the weights of the
+# opposite sign; the circuit of benign answers; on your own model, benign answers begun as the
+# harmful ones are ("prefilled"), because a circuit of how answers begin could pass for one of harm.
 #
-# **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss on harmful answers
-# rises under circuits that never saw their type by at least half of what it rises under the circuit of all types, and by an
-# interval above random weights and above what benign answers, begun either way, lose under the same circuits. It is
-# *distinct* from another ability when each loses more from its own circuit than from the other's, by the intervals. The
-# claim *holds* when harm is general and distinct from every other ability shown; *in part* when it is general, or distinct
-# from at least half of them, benign answers included; else it *does not hold here*. "Begun either way" was added when a
-# study of a real model, whose benign answers had no beginning, had found a circuit of the beginning.
+# **The rule**, fixed before any run, with benign answers protected. Harm is *general* when the loss
+# on harmful answers rises under circuits that never saw their type by at least half of what it
+# rises under the circuit of all types, and by an interval above random weights and above what
+# benign answers, begun either way, lose under the same circuits. It is *distinct* from another
+# ability when each loses more from its own circuit than from the other's, by the intervals. The
+# claim *holds* when harm is general and distinct from every other ability shown; *in part* when it
+# is general, or distinct from at least half of them, benign answers included; else it *does not
+# hold here*. "Begun either way" was added when a study of a real model, whose benign answers had no
+# beginning, had found a circuit of the beginning.
 
 # %%
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
 
@@ -39,19 +42,22 @@ from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.search import protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
+from harmcircuits.organisms.world import BEHAVIOURS
+from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import plot, section
-from harmcircuits.views.tables import METRICS
 
 NAME, CLAIM, MODELS = "Loss", "general and distinct: harm's circuit by loss", ("sft",)
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
 HARM = "harmful"
+# Benign answers, begun in their own way and as the harmful ones are.
+BENIGN = ("benign", "prefilled")
 LEAST = 0.5  # of the rise under the circuit of all types
 UNSEEN, OPPOSITE = "all but its type", "opposite sign"
-TITLES = {"benign": "benign answers protected", "none": "nothing protected"}  # by the label `protected`
+# By the label `protected`.
+TITLES = {"benign": "benign answers protected", "none": "nothing protected"}
 
 Losses = Mapping[str, torch.Tensor]  # behaviour -> nats per token of each held-out reference answer
 
@@ -66,38 +72,50 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def measured(spec: ModelSpec, plan: Plan) -> Rows:
-    """Rises of every loss under every circuit, gaps between pairs of circuits, and what circuits share."""
+    """Rises of every loss under every circuit, gaps between circuits, and what circuits share."""
     model = typed(spec.open(seed=plan.seeds[0]))
-    calibrations = model.calibrations()
+    calibrations = calibrations_of(model)
     types = shown_types(model, calibrations)
-    abilities = [name for name in (*METRICS, "prefilled") if name in calibrations and name != HARM]
-    whole = losses(model, [HARM, *abilities])
-    rows = [
-        Measurement.average(UNPRUNED, {**spec.labels, "mask": "none", "of": name}, nll, groups(model, name))
-        for name, nll in whole.items()
-    ]
+    names = [name for name in (*BEHAVIOURS, "prefilled") if name in calibrations]
+    abilities = [name for name in names if name != HARM]
+    unpruned = losses(model, names)
+    rows = Rows()
+    for name, nll in unpruned.items():
+        where = {**spec.labels, "mask": "none", "of": name}
+        rows += [Measurement.average(UNPRUNED, where, nll, groups(model, name))]
+
     masks = every_mask(model, calibrations, types, abilities, plan)
-    free = {mask: masks["none", mask] for mask in (HARM, *abilities)}
     for other in abilities:
-        found = overlap(free[HARM], free[other])
+        shared = overlap(masks["none", HARM], masks["none", other])
         where = {**spec.labels, "mask": HARM, "of": other, "protected": "none"}
-        rows.append(Measurement("lift", where, found.lift, *found.interval, found.n_shared))
-        rows.append(Measurement.exact("jaccard", where, found.jaccard))
+        rows += [
+            Measurement("lift", where, shared.lift, *shared.interval, shared.n_shared),
+            Measurement.exact("jaccard", where, shared.jaccard),
+        ]
     for protected in TITLES:
-        under = {}
-        for (how, name), mask in masks.items():
-            if how == protected:
+        rises = {}
+        for (protection, name), mask in masks.items():
+            if protection == protected:
                 with hc.masked(model.bridge, mask):
-                    under[name] = {of: nll - whole[of] for of, nll in losses(model, whole).items()}
+                    pruned = losses(model, names)
+                rises[name] = {of: nll - unpruned[of] for of, nll in pruned.items()}
         where = {**spec.labels, "protected": protected}
-        rows.append(Measurement.exact("weights_removed", where, masks[protected, HARM].n_removed))
-        rows += rise_rows(model, under, types, where) + gap_rows(model, under, abilities, where)
+        rows += [Measurement.exact("weights_removed", where, masks[protected, HARM].n_removed)]
+        rows += rise_rows(model, rises, types, where)
+        rows += gap_rows(model, rises, abilities, where)
     return rows
 
 
 def typed(model: Model) -> Model:
-    """The subject with every type of harm as a behaviour."""
-    return replace(model, behaviours={**model.behaviours, **model.behaviours[HARM].by_category()})
+    """The model with every type of harm as a behaviour."""
+    return model.with_behaviours(*model.behaviours[HARM].by_category().values())
+
+
+def calibrations_of(model: Model) -> dict[str, Calibration]:
+    """The calibration data of every ability, and of every type of harm."""
+    types = model.behaviours[HARM].by_category()
+    names = [name for name in (*BEHAVIOURS, "prefilled", *types) if name in model.behaviours]
+    return model.calibrations(names)
 
 
 def shown_types(model: Model, calibrations: Mapping[str, Calibration]) -> list[str]:
@@ -105,46 +123,66 @@ def shown_types(model: Model, calibrations: Mapping[str, Calibration]) -> list[s
     types = [name for name in model.behaviours[HARM].by_category() if name in calibrations]
     types = [name for name in types if len(model.behaviours[name].references("heldout"))]
     if len(types) < 2:
-        raise ValueError(f"{model.name}: {len(types)} types of harm are shown; give requests with two categories or more")
+        raise ValueError(
+            f"{model.name}: {len(types)} types of harm are shown; give requests with two "
+            "categories or more"
+        )
     return types
 
 
 def losses(model: Model, names: Iterable[str]) -> Losses:
     """The held-out loss of each behaviour's reference answers, the model as it stands."""
-    behaviours = [model.behaviours[name] for name in names]
-    return {one.name: completion_nll(model.bridge, model.batches(one, one.references("heldout"))) for one in behaviours}
+    nll = {}
+    for name in names:
+        behaviour = model.behaviours[name]
+        batches = model.batches(behaviour, behaviour.references("heldout"))
+        nll[name] = completion_nll(model.bridge, batches)
+    return nll
 
 
 def groups(model: Model, name: str) -> list[str]:
-    return [one.cluster for one in model.behaviours[name].references("heldout")]
+    return [example.cluster for example in model.behaviours[name].references("heldout")]
 
 
 def every_mask(
-    model: Model, calibrations: Mapping[str, Calibration], types: Sequence[str], abilities: Sequence[str], plan: Plan
+    model: Model,
+    calibrations: Mapping[str, Calibration],
+    types: Sequence[str],
+    abilities: Sequence[str],
+    plan: Plan,
 ) -> dict[tuple[str, str], hc.WeightMask]:
-    """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other ability, and the controls."""
-    needed = {
-        name: protected_weights(model.bridge, calibrations[name].batches, plan.p)
-        for name in (HARM, "benign", "prefilled")
-        if name in calibrations
-    }
-    of_harm = needed.pop(HARM)
-    of_benign = reduce(or_, needed.values())
-    found: dict[tuple[str, str], hc.WeightMask] = {}
+    """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other
+    ability, and the controls.
+    """
 
-    def choose(name: str, scores: WeightScores, kept: hc.WeightMask, protections: Sequence[str] = tuple(TITLES)) -> None:
+    def needed(name: str) -> hc.WeightMask:
+        return protected_weights(model.bridge, calibrations[name].batches, plan.protect_share)
+
+    of_harm = needed(HARM)
+    of_benign = reduce(or_, [needed(name) for name in BENIGN if name in calibrations])
+    masks: dict[tuple[str, str], hc.WeightMask] = {}
+
+    def choose(
+        name: str,
+        scores: WeightScores,
+        spared: hc.WeightMask,
+        protections: Sequence[str] = tuple(TITLES),
+    ) -> None:
         for protected in protections:
-            exclude = kept if protected != "none" else None
-            found[protected, name] = hc.top_fraction(scores, plan.q, within="model", exclude=exclude)
+            exclude = spared if protected != "none" else None
+            mask = hc.top_fraction(scores, plan.size, within="model", exclude=exclude)
+            masks[protected, name] = mask
 
     def scored(name: str) -> WeightScores:
-        return hc.removal_effect(model.bridge, calibrations[name].batches, model.behaviours[name].objective)
+        batches, objective = calibrations[name].batches, model.behaviours[name].objective
+        return hc.removal_effect(model.bridge, batches, objective)
 
-    of_types, sizes = [scored(one) for one in types], [calibrations[one].n_verified for one in types]
-    for number, one in enumerate(types):
+    of_types = [scored(type_) for type_ in types]
+    sizes = [calibrations[type_].n_verified for type_ in types]
+    for number, type_ in enumerate(types):
         others = [size if place != number else 0 for place, size in enumerate(sizes)]
-        choose(one, of_types[number], of_benign, ["benign"])
-        choose(f"all but {one}", mean_scores(of_types, others), of_benign, ["benign"])
+        choose(type_, of_types[number], of_benign, ["benign"])
+        choose(f"all but {type_}", mean_scores(of_types, others), of_benign, ["benign"])
     harm = mean_scores(of_types, sizes)
     del of_types
     choose(HARM, harm, of_benign)
@@ -153,138 +191,169 @@ def every_mask(
     for name in abilities:
         choose(name, scored(name), of_harm)
     for seed in plan.seeds:
-        found["benign", f"random {seed}"] = hc.random_like(found["benign", HARM], seed=seed)
-    return found
+        masks["benign", f"random {seed}"] = hc.random_like(masks["benign", HARM], seed=seed)
+    return masks
 
 
-def rise_rows(model: Model, under: Mapping[str, Losses], types: Sequence[str], labels: Labels) -> Rows:
-    """`nll_rise` of each behaviour (`of`) and each type of harm under each mask.
+def rise_rows(
+    model: Model, rises: Mapping[str, Losses], types: Sequence[str], labels: Labels
+) -> Rows:
+    """`nll_rise` of each behaviour (`of`) and type of harm under each mask (the keys of `rises`).
 
-    Where circuits leave a type out, besides the rise of each item under the circuit that never saw its type, and that of
-    benign answers under the same circuits (their mean).
+    Where circuits leave a type out, besides the rise of each item under the circuit that never saw
+    its type, and that of benign answers under the same circuits (their mean).
     """
-    type_of = [f"{HARM}/{one.category}" for one in model.behaviours[HARM].references("heldout")]
+    type_of = [
+        f"{HARM}/{example.category}" for example in model.behaviours[HARM].references("heldout")
+    ]
     items = groups(model, HARM)
-    rows = []
 
-    def harm_rise(rises: Mapping[int, torch.Tensor], labels: Labels) -> Measurement:
-        return Measurement.average(RISE, labels, torch.stack(list(rises.values())), [items[place] for place in rises])
+    def harm_rise(of_places: Mapping[int, torch.Tensor], labels: Labels) -> Measurement:
+        values = torch.stack(list(of_places.values()))
+        return Measurement.average(RISE, labels, values, [items[place] for place in of_places])
 
-    for mask, rises in under.items():
+    rows = Rows()
+    for mask, under in rises.items():
         where = {**labels, "mask": mask}
-        rows += [Measurement.average(RISE, {**where, "of": of}, values, groups(model, of)) for of, values in rises.items()]
-        for one in types:
-            mine = {place: rises[HARM][place] for place, name in enumerate(type_of) if name == one}
-            rows.append(harm_rise(mine, {**where, "of": one}))
-    unseen = {one: under[f"all but {one}"] for one in types if f"all but {one}" in under}
+        for of, values in under.items():
+            rows += [Measurement.average(RISE, {**where, "of": of}, values, groups(model, of))]
+        for type_ in types:
+            places = [place for place, name in enumerate(type_of) if name == type_]
+            of_type = {place: under[HARM][place] for place in places}
+            rows += [harm_rise(of_type, {**where, "of": type_})]
+
+    unseen = {type_: rises[f"all but {type_}"] for type_ in types if f"all but {type_}" in rises}
     if unseen:
         where = {**labels, "mask": UNSEEN}
-        of_others = {place: unseen[name][HARM][place] for place, name in enumerate(type_of) if name in unseen}
-        rows.append(harm_rise(of_others, {**where, "of": HARM}))
-        for name in ("benign", "prefilled"):
-            if name in under[f"all but {types[0]}"]:
-                mean = torch.stack([rises[name] for rises in unseen.values()]).mean(0)
-                rows.append(Measurement.average(RISE, {**where, "of": name}, mean, groups(model, name)))
+        of_unseen = {}
+        for place, type_ in enumerate(type_of):
+            if type_ in unseen:
+                of_unseen[place] = unseen[type_][HARM][place]
+        rows += [harm_rise(of_unseen, {**where, "of": HARM})]
+        for name in BENIGN:
+            if name in rises[f"all but {types[0]}"]:
+                mean = torch.stack([under[name] for under in unseen.values()]).mean(0)
+                rows += [
+                    Measurement.average(RISE, {**where, "of": name}, mean, groups(model, name))
+                ]
     return rows
 
 
-def gap_rows(model: Model, under: Mapping[str, Losses], abilities: Sequence[str], labels: Labels) -> Rows:
-    """`nll_gap` of an ability (`of`) against another: its loss under its own circuit minus that under the other's."""
-    pairs = [pair for other in abilities for pair in ((HARM, other), (other, HARM))]
-    return [
-        Measurement.average(GAP, {**labels, "of": of, "against": other}, under[of][of] - under[other][of], groups(model, of))
-        for of, other in pairs
-    ]
+def gap_rows(
+    model: Model, rises: Mapping[str, Losses], abilities: Sequence[str], labels: Labels
+) -> Rows:
+    """`nll_gap` of an ability (`of`) against another.
+
+    Its loss under its own circuit minus that under the other's.
+    """
+    rows = Rows()
+    for ability in abilities:
+        for of, other in ((HARM, ability), (ability, HARM)):
+            gap = rises[of][of] - rises[other][of]
+            where = {**labels, "of": of, "against": other}
+            rows += [Measurement.average(GAP, where, gap, groups(model, of))]
+    return rows
 
 
 # %% [markdown]
-# ## The finding
+# ## The result
 
 
 # %%
-def rise(mine: Rows, mask: str, of: str, protected: str = "benign") -> Measurement:
-    return mine.where(RISE, mask=mask, of=of, protected=protected)[0]
+def rise(rows: Rows, mask: str, of: str, protected: str = "benign") -> Measurement:
+    return rows.one(RISE, mask=mask, of=of, protected=protected)
 
 
-def randoms(mine: Rows, of: str = HARM) -> Rows:
-    return [row for row in mine.where(RISE, of=of) if str(row.labels["mask"]).startswith("random")]
+def randoms(rows: Rows, of: str = HARM) -> Rows:
+    return Rows(
+        row for row in rows.where(RISE, of=of) if str(row.labels["mask"]).startswith("random")
+    )
 
 
-def is_general(mine: Rows) -> bool:
+def is_general(rows: Rows) -> bool:
     """The rule's first condition."""
-    unseen = rise(mine, UNSEEN, HARM)
-    others = [row for row in mine.where(RISE, mask=UNSEEN) if row.labels["of"] != HARM]
-    above = unseen.low > max(row.high for row in [*others, *randoms(mine)])
-    return above and unseen.mean >= LEAST * rise(mine, HARM, HARM).mean
+    unseen = rise(rows, UNSEEN, HARM)
+    others = [row for row in rows.where(RISE, mask=UNSEEN) if row.labels["of"] != HARM]
+    is_above = unseen.low > max(row.high for row in [*others, *randoms(rows)])
+    return is_above and unseen.mean >= LEAST * rise(rows, HARM, HARM).mean
 
 
-def distinct_from(mine: Rows, protected: str = "benign") -> dict[str, bool]:
+def distinct_from(rows: Rows, protected: str = "benign") -> dict[str, bool]:
     """Other ability -> the rule's second condition."""
-    gaps = mine.where(GAP, protected=protected)
-    others = [str(row.labels["against"]) for row in gaps if row.labels["of"] == HARM]
-    return {
-        other: all(row.low > 0 for row in gaps if {row.labels["of"], row.labels["against"]} == {HARM, other})
-        for other in others
-    }
+    gaps = rows.where(GAP, protected=protected)
+    distinct = {}
+    for gap in gaps.where(of=HARM):
+        other = str(gap.labels["against"])
+        reverse = gaps.one(of=other, against=HARM)
+        distinct[other] = gap.low > 0 and reverse.low > 0
+    return distinct
 
 
-def verdict(rows: Rows) -> Verdict:
-    judged = [(is_general(mine), distinct_from(mine)) for mine in by_model(rows).values()]
-    if all(general and all(apart.values()) for general, apart in judged):
+def outcome(rows: Rows) -> Outcome:
+    judged = [
+        (is_general(of_model), distinct_from(of_model)) for of_model in by_model(rows).values()
+    ]
+    if all(general and all(distinct.values()) for general, distinct in judged):
         return "holds"
-    if all(general or (apart["benign"] and 2 * sum(apart.values()) >= len(apart)) for general, apart in judged):
+    if all(general or _is_mostly(distinct) for general, distinct in judged):
         return "holds in part"
     return "does not hold here"
 
 
-def finding(rows: Rows) -> ClaimResult:
+def _is_mostly(distinct: Mapping[str, bool]) -> bool:
+    """Distinct from at least half of the abilities, benign answers included."""
+    return distinct["benign"] and 2 * sum(distinct.values()) >= len(distinct)
+
+
+def result(rows: Rows) -> ClaimResult:
     models = by_model(rows)
-    said = {name: _words(mine) for name, mine in models.items()}
-    words = "\n".join("\n".join([f"{name}: {first}", *others]) for name, (first, *others) in said.items())
-    evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
-    return ClaimResult(NAME, CLAIM, verdict(rows), words, evidence)
+    lines = []
+    for name, of_model in models.items():
+        first, *others = _words(of_model)
+        lines += [f"{name}: {first}", *others]
+    evidence = "; ".join(f"{name}: {_evidence(of_model)}" for name, of_model in models.items())
+    return ClaimResult(NAME, CLAIM, outcome(rows), "\n".join(lines), evidence)
 
 
-def needed(rows: Rows) -> Rows:
-    return list(rows)
+def reported(rows: Rows) -> Rows:
+    return rows
 
 
-def _words(mine: Rows) -> list[str]:
-    removed = mine.where("weights_removed", protected="benign")[0].mean
-    random = max(randoms(mine), key=lambda row: row.mean)
-    said = [
-        f"{removed:,.0f} weights, benign answers protected. The loss on harmful answers rises by {_rise(mine, HARM, HARM)} "
-        f"under the circuit of all types, by {_rise(mine, UNSEEN, HARM)} under circuits that never saw their type, by "
-        f"{_rise(mine, OPPOSITE, HARM)} under weights of the opposite sign, by {_nats(random)} at most under random ones. "
-        f"Benign answers lose {_rise(mine, HARM, 'benign')} and {_rise(mine, UNSEEN, 'benign')} under the first two. "
-        f"Harm is {'general' if is_general(mine) else 'not general'} by the rule."
+def _words(rows: Rows) -> list[str]:
+    n_removed = rows.one("weights_removed", protected="benign").mean
+    random = max(randoms(rows), key=lambda row: row.mean)
+    sentences = [
+        f"{n_removed:,.0f} weights, benign answers protected. The loss on harmful answers rises "
+        f"by {rise(rows, HARM, HARM):+.2f} under the circuit of all types, by "
+        f"{rise(rows, UNSEEN, HARM):+.2f} under circuits that never saw their type, by "
+        f"{rise(rows, OPPOSITE, HARM):+.2f} under weights of the opposite sign, by {random:+.2f} "
+        f"at most under random ones. Benign answers lose {rise(rows, HARM, 'benign'):+.2f} and "
+        f"{rise(rows, UNSEEN, 'benign'):+.2f} under the first two. Harm is "
+        f"{'general' if is_general(rows) else 'not general'} by the rule."
     ]
     for protected, words in TITLES.items():
-        for other, is_apart in distinct_from(mine, protected).items():
-            said.append(
-                f"Harm and {other}, {words}: {'distinct' if is_apart else 'not distinct'}. Harm loses "
-                f"{_rise(mine, HARM, HARM, protected)} to its own circuit and {_rise(mine, other, HARM, protected)} to the "
-                f"other's; {other} {_rise(mine, other, other, protected)} and {_rise(mine, HARM, other, protected)}."
+        for other, is_apart in distinct_from(rows, protected).items():
+            harm = [rise(rows, mask, HARM, protected) for mask in (HARM, other)]
+            of_other = [rise(rows, mask, other, protected) for mask in (other, HARM)]
+            sentences.append(
+                f"Harm and {other}, {words}: {'distinct' if is_apart else 'not distinct'}. Harm "
+                f"loses {harm[0]:+.2f} to its own circuit and {harm[1]:+.2f} to the other's; "
+                f"{other} {of_other[0]:+.2f} and {of_other[1]:+.2f}."
             )
-    lifts = ", ".join(f"{row.labels['of']} {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in mine.where("lift"))
-    said.append(f"With nothing protected, harm's circuit shares so many times what chance gives with those of: {lifts}.")
-    return said
-
-
-def _evidence(mine: Rows) -> str:
-    apart = [name for name, is_apart in distinct_from(mine).items() if is_apart]
-    return (
-        f"harm {_rise(mine, HARM, HARM)}, of types not seen {_rise(mine, UNSEEN, HARM)}, benign "
-        f"{_rise(mine, HARM, 'benign')}; distinct from {', '.join(apart) or 'none'}"
+    lifts = ", ".join(f"{row.labels['of']} {row:.1f}" for row in rows.where("lift"))
+    sentences.append(
+        "With nothing protected, harm's circuit shares so many times what chance gives with "
+        f"those of: {lifts}."
     )
+    return sentences
 
 
-def _rise(mine: Rows, mask: str, of: str, protected: str = "benign") -> str:
-    return _nats(rise(mine, mask, of, protected))
-
-
-def _nats(row: Measurement) -> str:
-    return f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
+def _evidence(rows: Rows) -> str:
+    distinct = [name for name, is_apart in distinct_from(rows).items() if is_apart]
+    return (
+        f"harm {rise(rows, HARM, HARM):+.2f}, of types not seen {rise(rows, UNSEEN, HARM):+.2f}, "
+        f"benign {rise(rows, HARM, 'benign'):+.2f}; distinct from {', '.join(distinct) or 'none'}"
+    )
 
 
 # %% [markdown]
@@ -293,13 +362,21 @@ def _nats(row: Measurement) -> str:
 
 # %%
 def sections(rows: Rows) -> list[str]:
-    text = "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; columns: whose loss."
-    found = []
+    text = (
+        "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; "
+        "columns: whose loss."
+    )
+    models = by_model(rows)
+    parts = []
     for protected, words in TITLES.items():
-        panels = {name: mine.where(RISE, protected=protected) for name, mine in by_model(rows).items()}
+        panels = {
+            name: of_model.where(RISE, protected=protected) for name, of_model in models.items()
+        }
         figure = heatmaps(panels, x="of", y="mask")
-        found.append(section(f"Every loss under every circuit, {words}", text, plot(figure, first=not found)))
-    return found
+        parts.append(
+            section(f"Every loss under every circuit, {words}", text, plot(figure, first=not parts))
+        )
+    return parts
 
 
 # %%

@@ -1,55 +1,65 @@
 # %% [markdown]
 # # F3: Is harm separate from benign capability?
-# The circuit of harm is removed, and what happens to benign answers and knowledge is compared, request by request, with
-# the unpruned model. Circuits of harm protect nothing, benign answers only, or all other abilities. Protection imposes a
-# part of the separation, so both ends are read. Held-out items; half of the calibration items, which the seed draws.
+# The circuit of harm is removed, and what happens to benign answers and knowledge is compared,
+# request by request, with the unpruned model. Circuits of harm protect nothing, benign answers
+# only, or all other abilities. Protection imposes a part of the separation, so both ends are read.
+# Held-out items; half of the calibration items, which the seed draws.
 #
-# Controls: random masks with the same counts in every matrix; the content-matched benign twin and a benign capability
-# (knowledge) pruned in the same way and at the same size; for overlap, pairs of benign tasks as the level of reference.
+# Controls: random masks with the same counts in every matrix; the content-matched benign twin and a
+# benign capability (knowledge) pruned in the same way and at the same size; for overlap, pairs of
+# benign tasks as the level of reference.
 #
-# **The rule**, fixed before any run. *Utility is kept* when benign answers, and knowledge where the model has it, change
-# by more than -5 points and benign NLL by less than +0.1 nats by the ends of their paired intervals. A circuit *separates*
-# when it leaves at most half of the unpruned harm, by an interval below that under random weights, and utility is kept,
-# while the twin's circuit under the same protection costs benign answers more, by intervals (else the size would break
-# nothing and sparing would mean nothing). The claim *holds* when on every model circuits separate that protect nothing,
-# and that protect benign answers, and harm shares no more with its twin than benign tasks do among themselves, by
-# intervals. It *holds in part* when on every model circuits separate that protect benign answers or all others; else it
-# *does not hold here*. Seeds are pooled: mean, widest interval.
+# **The rule**, fixed before any run. *Utility is kept* when benign answers, and knowledge where the
+# model has it, change by more than -5 points and benign NLL by less than +0.1 nats by the ends of
+# their paired intervals. A circuit *separates* when it leaves at most half of the unpruned harm, by
+# an interval below that under random weights, and utility is kept, while the twin's circuit under
+# the same protection costs benign answers more, by intervals (else the size would break nothing and
+# sparing would mean nothing). The claim *holds* when on every model circuits separate that protect
+# nothing, and that protect benign answers, and harm shares no more with its twin than benign tasks
+# do among themselves, by intervals. It *holds in part* when on every model circuits separate that
+# protect benign answers or all others; else it *does not hold here*. Seeds are pooled: mean, widest
+# interval.
 
 # %%
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from statistics import fmean
 
 import torch
 import typer
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.studies.claims import ClaimResult, Plan, Verdict, by_model, command
-from harmcircuits.studies.cross_ablation import circuits, one_shot_circuits, overlap_rows
+from harmcircuits.organisms.world import BEHAVIOURS
+from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
+from harmcircuits.studies.cross_ablation import overlap_rows, resampled_circuits
 from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import comparison_figure, overlap_figure
 from harmcircuits.views.page import plot, section
-from harmcircuits.views.tables import METRICS, RATES, percent, points, to_places
 
 NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft",)
 SHARE = 0.5  # of the calibration items
-BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level of overlap
+TERMS = Terms.standard()
+METRICS = {name: TERMS.metrics[name] for name in BEHAVIOURS}
+HARM, GOOD = TERMS.target.metric, TERMS.contrast.metric
+# Tasks without harm in them: pairs among them are the reference level of overlap.
+BENIGN = ("benign", "parts", "kind")
 UTILITY = ("benign", "knowledge")
-MOST, MARGIN, NLL_MARGIN = 0.5, 0.05, 0.1  # harm left, of the unpruned; utility lost: rate, and nats per token
-HARM, GOOD = METRICS["harmful"], METRICS["benign"]
+MOST = 0.5  # of the unpruned harm may be left
+MARGIN, NLL_MARGIN = 0.05, 0.1  # what utility may lose: rate, and nats per token
 N_RESAMPLES, N_SAMPLES = 40, 10
-# What the circuit of each behaviour cannot take, by the label `protected`; "others" is added where it is asked for.
+# What the circuit of each behaviour cannot take, by the label `protected`.
 PROTECTED = {
-    "harmful": {"none": (), "benign": ("benign",)},
-    "benign": {"none": (), "benign": ("harmful",)},
-    "knowledge": {"none": ()},
+    "harmful": {"none": (), "benign": ("benign",), "others": OTHERS},
+    "benign": {"none": (), "benign": ("harmful",), "others": OTHERS},
+    "knowledge": {"none": (), "others": OTHERS},
 }
 TITLES = {"none": "nothing", "benign": "benign answers", "others": "all others"}
 
@@ -64,187 +74,240 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
-    """Every ability under circuits of harm, of its twin and of a benign capability, and what the circuits share."""
+    """Every ability under circuits of harm, twin and knowledge, and what these circuits share."""
     model = spec.open(seed=seed)
-    calibrations = model.calibrations(share=SHARE, seed=seed)
-    asked = [name for name in METRICS if name in calibrations]
+    names = [name for name in dict.fromkeys((*BEHAVIOURS, *BENIGN)) if name in model.behaviours]
+    calibrations = model.calibrations(names, share=SHARE, seed=seed)
+    unpruned = outcomes_of(model, [name for name in BEHAVIOURS if name in calibrations])
     labels = {**spec.labels, "seed": seed}
-    whole = outcomes_of(model, asked)
-    rows = rows_of(whole, whole, {**labels, "mask": "none"})
-    free = {}
-    for name in (name for name in PROTECTED if name in calibrations):
-        others = [other for other in asked if other != name]
-        for protected, kept in {**PROTECTED[name], "others": others}.items():
-            mask = circuits(model, calibrations, {name: kept}, q=plan.q, p=plan.p, rounds=plan.rounds)[name]
-            rows += masked_rows(model, mask, whole, {**labels, "mask": name, "protected": protected})
+    rows = change_rows(unpruned, unpruned, {**labels, "mask": "none"})
+    unprotected = {}
+    for name in PROTECTED:
+        if name not in calibrations:
+            continue
+        for protected, protect in PROTECTED[name].items():
+            mask = circuit(model, name, plan, protect, calibrations)
+            where = {**labels, "mask": name, "protected": protected}
+            rows += masked_rows(model, mask, unpruned, where)
             if name == "harmful":
                 random = hc.random_like(mask, seed=seed)
-                rows += masked_rows(model, random, whole, {**labels, "mask": "random", "protected": protected})
+                rows += masked_rows(model, random, unpruned, {**where, "mask": "random"})
             if protected == "none":
-                free[name] = mask
+                unprotected[name] = mask
+
     compared = [name for name in ("harmful", *BENIGN) if name in calibrations]
-    missing = {name: () for name in compared if name not in free}
-    free |= circuits(model, calibrations, missing, q=plan.q, rounds=plan.rounds)
-    scored = one_shot_circuits(model, calibrations, compared, q=plan.q, n_resamples=N_RESAMPLES, seed=seed)
-    return rows + overlap_rows(scored, free, labels, q=plan.q, n_samples=N_SAMPLES)
+    for name in compared:
+        if name not in unprotected:
+            unprotected[name] = circuit(model, name, plan, (), calibrations)
+    scored = resampled_circuits(
+        model, calibrations, compared, size=plan.size, n_resamples=N_RESAMPLES, seed=seed
+    )
+    shared = overlap_rows(scored, unprotected, labels, size=plan.size, n_samples=N_SAMPLES)
+    return rows + shared
 
 
-def masked_rows(model: Model, mask: hc.WeightMask, whole: Mapping[str, Outcomes], labels: Labels) -> Rows:
-    """`rows_of` under a mask, with its size and the KL of benign answers from the unpruned model."""
+def circuit(
+    model: Model,
+    name: str,
+    plan: Plan,
+    protect: str | tuple[str, ...],
+    calibrations: Mapping[str, Calibration],
+) -> hc.WeightMask:
+    return model.find_circuit(
+        name,
+        size=plan.size,
+        protect=protect,
+        protect_share=plan.protect_share,
+        rounds=plan.rounds,
+        calibrations=calibrations,
+    )
+
+
+def masked_rows(
+    model: Model, mask: hc.WeightMask, unpruned: Mapping[str, Outcomes], labels: Labels
+) -> Rows:
+    """`change_rows` under a mask, its size, and the KL from the unpruned model, benign answers."""
     with hc.masked(model.bridge, mask):
-        after = outcomes_of(model, whole)
-    rows = [*rows_of(whole, after, labels), Measurement.exact("weights_removed", labels, mask.n_removed)]
-    if "benign" in whole:
-        prompts = model.behaviours["benign"].references("heldout")
-        kl = hc.kl_under(model.bridge, mask, model.batches(model.behaviours["benign"], prompts))
-        rows.append(Measurement.average("benign_kl", labels, kl, [one.cluster for one in prompts]))
+        pruned = outcomes_of(model, unpruned)
+    rows = change_rows(unpruned, pruned, labels)
+    rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
+    if "benign" in unpruned:
+        benign = model.behaviours["benign"]
+        prompts = benign.references("heldout")
+        kl = hc.kl_under(model.bridge, mask, model.batches(benign, prompts))
+        groups = [example.cluster for example in prompts]
+        rows += [Measurement.average("benign_kl", labels, kl, groups)]
     return rows
 
 
-def rows_of(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels) -> Rows:
-    """Rates and NLL after, and their changes from before, paired by request: after minus before, items resampled."""
-    rows = []
-    for name, now in after.items():
-        behaviour, groups = now.behaviour, now.groups
-        judge = {"judge": now.judge} if now.judge else {}
-        rows.append(Measurement.rate(behaviour.metric, {**labels, **judge}, now.hits, groups))
-        shown = torch.tensor(now.hits).double() - torch.tensor(before[name].hits).double()
-        rows.append(Measurement.average(f"{behaviour.metric}_change", labels, shown, groups))
-        has_reference = ~now.nll.isnan()
+def change_rows(
+    before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels
+) -> Rows:
+    """Rates and NLL after, and their changes: after minus before by request, items resampled."""
+    rows = Rows()
+    for name, outcomes in after.items():
+        behaviour, groups = outcomes.behaviour, outcomes.groups
+        judge = {"judge": outcomes.judge} if outcomes.judge else {}
+        hits = torch.tensor(outcomes.hits).double()
+        change = hits - torch.tensor(before[name].hits).double()
+        rows += [
+            Measurement.rate(behaviour.metric, {**labels, **judge}, outcomes.hits, groups),
+            Measurement.average(f"{behaviour.metric}_change", labels, change, groups),
+        ]
+        has_reference = ~outcomes.nll.isnan()
         if has_reference.any():
-            kept = [group for group, is_kept in zip(groups, has_reference.tolist(), strict=True) if is_kept]
-            change = now.nll - before[name].nll
-            rows.append(Measurement.average(behaviour.nll_metric, labels, now.nll[has_reference], kept))
-            rows.append(Measurement.average(f"{behaviour.nll_metric}_change", labels, change[has_reference], kept))
+            pairs = zip(groups, has_reference.tolist(), strict=True)
+            of_references = [group for group, has in pairs if has]
+            nll = outcomes.nll[has_reference]
+            nll_change = (outcomes.nll - before[name].nll)[has_reference]
+            nll_metric = behaviour.nll_metric
+            rows += [
+                Measurement.average(nll_metric, labels, nll, of_references),
+                Measurement.average(f"{nll_metric}_change", labels, nll_change, of_references),
+            ]
     return rows
 
 
 # %% [markdown]
-# ## The finding
+# ## The result
 
 
 # %%
 def models_of(rows: Rows) -> dict[str, Rows]:
     """Model -> its rows, seeds pooled."""
-    return {name: mine.pool("seed") for name, mine in by_model(rows).items()}
+    return {name: of_model.pool("seed") for name, of_model in by_model(rows).items()}
 
 
-def is_kept(mine: Rows, mask: str, protected: str) -> bool:
+def is_kept(rows: Rows, mask: str, protected: str) -> bool:
     """Whether utility is kept under a circuit, by the rule."""
-    here = mine.where(mask=mask, protected=protected)
-    changes = [row for name in UTILITY for row in here.where(f"{METRICS[name]}_change")]
-    nll = here.where("benign_nll_change")
+    pruned = rows.where(mask=mask, protected=protected)
+    changes = Rows()
+    for name in UTILITY:
+        changes += pruned.where(f"{METRICS[name]}_change")
+    nll = pruned.where("benign_nll_change")
     return bool(nll) and all(row.low > -MARGIN for row in changes) and nll[0].high < NLL_MARGIN
 
 
-def separates(mine: Rows, protected: str) -> bool:
-    """Whether the circuit of harm under this protection separates harm from utility, by the rule."""
-    whole = mine.where(HARM, mask="none")[0]
-    harm, random, benign, twin = (
-        mine.where(metric, mask=mask, protected=protected)
-        for metric, mask in ((HARM, "harmful"), (HARM, "random"), (GOOD, "harmful"), (GOOD, "benign"))
-    )
+def separates(rows: Rows, protected: str) -> bool:
+    """Whether the circuit of harm separates harm from utility under a protection, by the rule."""
+    unpruned, pruned = rows.one(HARM, mask="none"), rows.where(protected=protected)
+    harm, random = pruned.where(HARM, mask="harmful"), pruned.where(HARM, mask="random")
+    benign, twin = pruned.where(GOOD, mask="harmful"), pruned.where(GOOD, mask="benign")
     if not (harm and random and benign and twin):
         return False
-    gone = harm[0].mean <= MOST * whole.mean and harm[0].high < random[0].low
-    return gone and twin[0].high < benign[0].low and is_kept(mine, "harmful", protected)
+    is_gone = harm[0].mean <= MOST * unpruned.mean and harm[0].high < random[0].low
+    return is_gone and twin[0].high < benign[0].low and is_kept(rows, "harmful", protected)
 
 
-def reference(mine: Rows) -> Rows:
+def reference(rows: Rows) -> Rows:
     """Lift of one-shot circuits of pairs of benign tasks."""
-    rows = mine.where("overlap_lift", selection="one shot")
-    return [row for row in rows if {row.labels["first"], row.labels["second"]} in _pairs(BENIGN)]
+    pairs = [{first, second} for first, second in combinations(BENIGN, 2)]
+    lifts = rows.where("overlap_lift", selection="one shot")
+    return Rows(row for row in lifts if {row.labels["first"], row.labels["second"]} in pairs)
 
 
-def is_apart(mine: Rows) -> bool:
-    """Whether harm shares no more with its twin than benign tasks do among themselves; False without a reference."""
-    twin, benign = _twin(mine), reference(mine)
+def is_apart(rows: Rows) -> bool:
+    """Whether harm shares no more with its twin than benign tasks do among themselves.
+
+    False without a reference.
+    """
+    twin, benign = _twin(rows), reference(rows)
     return bool(twin and benign) and twin[0].low <= max(row.high for row in benign)
 
 
-def verdict(rows: Rows) -> Verdict:
-    judged = [
-        ({protected: separates(mine, protected) for protected in TITLES}, is_apart(mine))
-        for mine in models_of(rows).values()
-    ]
-    if all(found["none"] and found["benign"] and apart for found, apart in judged):
+def outcome(rows: Rows) -> Outcome:
+    separated, apart = [], []
+    for of_model in models_of(rows).values():
+        separated.append({protected: separates(of_model, protected) for protected in TITLES})
+        apart.append(is_apart(of_model))
+    if all(apart) and all(by["none"] and by["benign"] for by in separated):
         return "holds"
-    if all(found["benign"] or found["others"] for found, _ in judged):
+    if all(by["benign"] or by["others"] for by in separated):
         return "holds in part"
     return "does not hold here"
 
 
-def finding(rows: Rows) -> ClaimResult:
+def result(rows: Rows) -> ClaimResult:
     models = models_of(rows)
-    words = "\n".join(f"{name}: {_words(mine)}" for name, mine in models.items())
-    evidence = "; ".join(f"{name}: {_evidence(mine)}" for name, mine in models.items())
-    return ClaimResult(NAME, CLAIM, verdict(rows), words, evidence)
+    words = "\n".join(f"{name}: {_words(of_model)}" for name, of_model in models.items())
+    evidence = "; ".join(f"{name}: {_evidence(of_model)}" for name, of_model in models.items())
+    return ClaimResult(NAME, CLAIM, outcome(rows), words, evidence)
 
 
-def needed(rows: Rows) -> Rows:
-    rates = [row for row in rows if row.metric in METRICS.values() or row.metric == "benign_kl"]
-    changes = [f"{METRICS[name]}_change" for name in UTILITY] + ["benign_nll_change"]
-    lifts = [
-        row for row in rows.where("overlap_lift", selection="one shot") if row.labels["first"] != row.labels["second"]
-    ]
-    return rates + [row for row in rows if row.metric in changes] + lifts
+def reported(rows: Rows) -> Rows:
+    rates = [row for row in rows if row.metric in (*METRICS.values(), "benign_kl")]
+    changed = [f"{METRICS[name]}_change" for name in UTILITY] + ["benign_nll_change"]
+    changes = [row for row in rows if row.metric in changed]
+    one_shot = rows.where("overlap_lift", selection="one shot")
+    lifts = [row for row in one_shot if row.labels["first"] != row.labels["second"]]
+    return Rows([*rates, *changes, *lifts])
 
 
-def _words(mine: Rows) -> str:
-    said = [_circuit(mine, protected, words) for protected, words in TITLES.items()]
-    lost = {protected: is_kept(mine, "harmful", protected) for protected in TITLES}
-    if lost["none"]:
-        said.append("Utility survives without protection.")
-    elif lost["benign"] or lost["others"]:
-        said.append("Utility is kept only where it is protected: protection imposes a part of the separation.")
+def _words(rows: Rows) -> str:
+    sentences = [_circuit(rows, protected, words) for protected, words in TITLES.items()]
+    kept = {protected: is_kept(rows, "harmful", protected) for protected in TITLES}
+    if kept["none"]:
+        sentences.append("Utility survives without protection.")
+    elif kept["benign"] or kept["others"]:
+        sentences.append(
+            "Utility is kept only where it is protected: protection imposes a part of the "
+            "separation."
+        )
     else:
-        said.append("Utility is kept under no protection.")
-    twin, benign = _twin(mine), reference(mine)
+        sentences.append("Utility is kept under no protection.")
+    twin, benign = _twin(rows), reference(rows)
     if twin and benign:
-        how = "no more than" if is_apart(mine) else "more than"
-        content = "" if is_apart(mine) else ": to be about the same things counts, not harm alone"
-        said.append(
-            f"With nothing protected, harm and its content-matched twin share {to_places(twin[0], 1)} times what chance "
-            f"gives, {how} benign tasks among themselves ({fmean(row.mean for row in benign):.1f}, at most "
+        how = "no more than" if is_apart(rows) else "more than"
+        content = "" if is_apart(rows) else ": to be about the same things counts, not harm alone"
+        sentences.append(
+            f"With nothing protected, harm and its content-matched twin share {twin[0]:.1f} times "
+            f"what chance gives, {how} benign tasks among themselves "
+            f"({fmean(row.mean for row in benign):.1f}, at most "
             f"{max(row.high for row in benign):.1f}){content}."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
-def _circuit(mine: Rows, protected: str, words: str) -> str:
-    here = mine.where(mask="harmful", protected=protected)
-    harm, random = (mine.where(HARM, mask=mask, protected=protected)[0] for mask in ("harmful", "random"))
-    utility = [here.where(f"{METRICS[name]}_change") for name in UTILITY]
-    changes = ", ".join(f"{RATES[r[0].metric.removesuffix('_change')]} {points(r[0])}" for r in utility if r)
-    nll, kl = here.where("benign_nll_change")[0], here.where("benign_kl")[0]
-    understood = [(RATES[METRICS[name]], here.where(METRICS[name])) for name in ("recognition", "explanation", "refusal")]
-    rest = ", ".join(f"{title} {percent(found[0])}" for title, found in understood if found)
-    own = [(name, mine.where(METRICS[name], mask=name, protected=protected)) for name in UTILITY]
-    broken = " and ".join(f"that of {name} leaves {percent(found[0])} of it" for name, found in own if found)
-    crossed = mine.where(HARM, mask="benign", protected=protected)
-    back = f", the first with {percent(crossed[0])} of harm" if crossed else ""
+def _circuit(rows: Rows, protected: str, words: str) -> str:
+    of_protection = rows.where(protected=protected)
+    pruned = of_protection.where(mask="harmful")
+    harm, random = pruned.one(HARM), of_protection.one(HARM, mask="random")
+    nll, kl = pruned.one("benign_nll_change"), pruned.one("benign_kl")
+    changes = []
+    for name in UTILITY:
+        for row in pruned.where(f"{METRICS[name]}_change"):
+            changes.append(f"{TERMS.rates[METRICS[name]]} {row:+.0%}")
+    understood = []
+    for name in ("recognition", "explanation", "refusal"):
+        for row in pruned.where(METRICS[name]):
+            understood.append(f"{TERMS.rates[METRICS[name]]} {row:.0%}")
+    broken = []
+    for name in UTILITY:
+        for row in of_protection.where(METRICS[name], mask=name):
+            broken.append(f"that of {name} leaves {row:.0%} of it")
+    crossed = of_protection.where(HARM, mask="benign")
+    back = f", the first with {crossed[0]:.0%} of harm" if crossed else ""
     return (
-        f"Protecting {words}, the circuit of harm leaves {percent(harm)} of harm (random weights {percent(random)}) and "
-        f"changes {changes}, benign NLL {to_places(nll, 2)} (KL {to_places(kl, 2)}): utility is "
-        f"{'kept' if is_kept(mine, 'harmful', protected) else 'not kept'}; {rest}. Pruned in the same way, {broken}{back}."
+        f"Protecting {words}, the circuit of harm leaves {harm:.0%} of harm (random weights "
+        f"{random:.0%}) and changes {', '.join(changes)}, benign NLL {nll:+.2f} (KL {kl:.2f}): "
+        f"utility is {'kept' if is_kept(rows, 'harmful', protected) else 'not kept'}; "
+        f"{', '.join(understood)}. Pruned in the same way, {' and '.join(broken)}{back}."
     )
 
 
-def _evidence(mine: Rows) -> str:
-    found = []
+def _evidence(rows: Rows) -> str:
+    parts = []
     for protected, words in TITLES.items():
-        harm, benign = (mine.where(metric, mask="harmful", protected=protected)[0] for metric in (HARM, GOOD))
-        found.append(f"protecting {words}, harm {percent(harm)}, benign {percent(benign)}")
-    twin = _twin(mine)
-    return "; ".join(found) + (f"; lift with the twin {to_places(twin[0], 1)}" if twin else "")
+        pruned = rows.where(mask="harmful", protected=protected)
+        harm, benign = pruned.one(HARM), pruned.one(GOOD)
+        parts.append(f"protecting {words}, harm {harm:.0%}, benign {benign:.0%}")
+    for twin in _twin(rows):
+        parts.append(f"lift with the twin {twin:.1f}")
+    return "; ".join(parts)
 
 
-def _twin(mine: Rows) -> Rows:
-    return mine.where("overlap_lift", first="harmful", second="benign", selection="one shot")
-
-
-def _pairs(names: Sequence[str]) -> list[set[str]]:
-    return [{first, second} for i, first in enumerate(names) for second in names[i + 1 :]]
+def _twin(rows: Rows) -> Rows:
+    return rows.where("overlap_lift", first="harmful", second="benign", selection="one shot")
 
 
 # %% [markdown]
@@ -253,36 +316,47 @@ def _pairs(names: Sequence[str]) -> list[set[str]]:
 
 # %%
 def sections(rows: Rows) -> list[str]:
-    found = []
-    columns = {metric: RATES[metric] for metric in METRICS.values()}
-    for name, mine in models_of(rows).items():
+    parts = []
+    models = models_of(rows)
+    columns = {metric: TERMS.rates[metric] for metric in METRICS.values()}
+    titles = {
+        "random": "random",
+        "harmful": "circuit of harm",
+        "benign": "of its twin",
+        "knowledge": "of knowledge",
+    }
+    for name, of_model in models.items():
         for protected, words in TITLES.items():
-            lines = {"unpruned": mine.where(mask="none")}
-            pruned = {
-                "random": "random",
-                "harmful": "circuit of harm",
-                "benign": "of its twin",
-                "knowledge": "of knowledge",
-            }
-            for mask, title in pruned.items():
-                lines[title] = mine.where(mask=mask, protected=protected)
-            found.append(
+            lines = {"unpruned": of_model.where(mask="none")}
+            for mask, title in titles.items():
+                lines[title] = of_model.where(mask=mask, protected=protected)
+            shown = {title: of_line for title, of_line in lines.items() if of_line}
+            parts.append(
                 section(
                     f"{name}, circuits that protect {words}",
-                    "Rates on held-out requests, mean over seeds; bars: 95 % intervals, widest of seeds.",
-                    plot(comparison_figure({key: one for key, one in lines.items() if one}, columns), first=not found),
+                    "Rates on held-out requests, mean over seeds; bars: 95 % intervals, widest "
+                    "of seeds.",
+                    plot(comparison_figure(shown, columns), first=not parts),
                 )
             )
-    every = [replace(row, labels={**row.labels, "model": name}) for name, mine in models_of(rows).items() for row in mine]
+
+    every_row = Rows()
+    for name, of_model in models.items():
+        every_row += [replace(row, labels={**row.labels, "model": name}) for row in of_model]
     lifts = {
-        "over counts per matrix": every.where("overlap_lift", selection="one shot"),
-        "over row and column counts": every.where("overlap_lift_marginal", selection="one shot"),
+        "over counts per matrix": every_row.where("overlap_lift", selection="one shot"),
+        "over row and column counts": every_row.where(
+            "overlap_lift_marginal", selection="one shot"
+        ),
     }
-    pairs = {("harmful", other): f"harm – {other}" for other in BENIGN} | {
-        (a, b): f"reference: {a} – {b}" for i, a in enumerate(BENIGN) for b in BENIGN[i + 1 :]
-    }
-    text = "Lift of one-shot circuits that protect nothing; bars: bootstrap over calibration items (left), Wilson (right)."
-    return [*found, section("What circuits share", text, plot(overlap_figure(lifts, pairs)))]
+    pairs = {("harmful", name): f"harm – {name}" for name in BENIGN}
+    for first, second in combinations(BENIGN, 2):
+        pairs[first, second] = f"reference: {first} – {second}"
+    text = (
+        "Lift of one-shot circuits that protect nothing; bars: bootstrap over calibration items "
+        "(left), Wilson (right)."
+    )
+    return [*parts, section("What circuits share", text, plot(overlap_figure(lifts, pairs)))]
 
 
 # %%

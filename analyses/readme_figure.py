@@ -1,7 +1,8 @@
 # %% [markdown]
 # # The picture of the README
-# `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished study.
-# Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go without.
+# `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished
+# study. Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go
+# without.
 
 # %%
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.study_page import tradeoff_figure
+from harmcircuits.studies.terms import Terms
 
 
 # %%
@@ -19,8 +21,10 @@ def main(
     picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
 ) -> None:
     rows = Rows.read(run / "rows.jsonl")
-    chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="rounds")[0]
-    figure = tradeoff_figure(rows, p=float(chosen.labels["p"]))
+    circuits = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="rounds")
+    # The first is the operating point; the circuit that protects benign answers alone follows.
+    protect_share = float(circuits[0].labels["p"])
+    figure = tradeoff_figure(rows, Terms.standard(), protect_share=protect_share)
     if picture.suffix == ".html":
         figure.write_html(picture, include_plotlyjs=True)
     else:

@@ -1,12 +1,14 @@
 # %% [markdown]
 # # What do the circuits of harm, of benign tasks and of recognising harm share?
-# Every behaviour of a model gets a circuit of the same size. Structure: which weights do two circuits share, beyond what
-# their matrices, rows and columns explain? Cause: what else breaks when one is removed? Place: where do the weights sit,
-# and at which tokens do they act? Everything is measured on held-out items, on every rung of every ladder given. Figures
-# go to `--out` as rows, and a page shows them with the result in words. A model whose rows are there already is skipped.
+# Every behaviour of a model gets a circuit of the same size. Structure: which weights do two
+# circuits share, beyond what their matrices, rows and columns explain? Cause: what else breaks when
+# one is removed? Place: where do the weights sit, and at which tokens do they act? Everything is
+# measured on held-out items, on every rung of every ladder given. Figures go to `--out` as rows,
+# and a page shows them with the result in words. A model whose rows are there already is skipped.
 
 # %%
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -22,27 +24,38 @@ from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.measurements import Measurement, Rows, resumed
-from harmcircuits.organisms import FOLDER, detailed_behaviours
+from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms.world import BEHAVIOURS
 from harmcircuits.studies.cross_ablation import (
     ablation_rows,
-    circuits,
     circuits_both_ways,
     content_rows,
-    one_shot_circuits,
     overlap_place_rows,
     overlap_rows,
+    resampled_circuits,
     token_rows,
 )
 from harmcircuits.studies.dissociation import dissociations
-from harmcircuits.views.figures import cross_ablation_figure, location_figure, overlap_figure, token_figure
+from harmcircuits.studies.terms import Terms
+from harmcircuits.views.figures import (
+    cross_ablation_figure,
+    location_figure,
+    overlap_figure,
+    token_figure,
+)
 from harmcircuits.views.page import paragraphs, plot, section, table, write_page
-from harmcircuits.views.tables import METRICS, RATES
 
 LADDER = ("base", "helpful", "sft", "dpo")
-BENIGN = ("benign", "parts", "kind")  # tasks without harm in them: pairs among them are the reference level
+# Tasks without harm in them: pairs among them are the reference level.
+BENIGN = ("benign", "parts", "kind")
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")
 SEEDS = range(3)  # of random masks, and of calibration resamples
-ABILITIES = {metric: RATES[metric] for metric in METRICS.values()}
+PROTECTED = {"none": "nothing", "others": "all others"}
+SELECTIONS = ("one shot", "rounds")
+LIFTS = ("overlap_lift", "overlap_lift_marginal")  # over matrices; over rows and columns
+TERMS = Terms.standard()
+METRICS = {name: TERMS.metrics[name] for name in BEHAVIOURS}
+RATES = {metric: TERMS.rates[metric] for metric in METRICS.values()}
 PAIRS = {
     ("harmful", "benign"): "harm – benign twin",
     ("harmful", "parts"): "harm – parts of a thing",
@@ -61,58 +74,106 @@ REFERENCE = [pair for pair in PAIRS if pair[0] != "harmful"]
 
 # %% [markdown]
 # ## One model
-# Overlap is read on circuits that protect nothing: protection would impose the disjointness it is meant to measure.
-# Whether abilities *can* be separated is read on circuits that protect all others.
+# Overlap is read on circuits that protect nothing: protection would impose the disjointness it is
+# meant to measure. Whether abilities *can* be separated is read on circuits that protect all
+# others.
 
 
 # %%
 def rows_of(
-    model: Model, labels: dict[str, str], *, q: float, p: float, rounds: int, resamples: int
+    model: Model,
+    labels: dict[str, str],
+    *,
+    size: float,
+    protect_share: float,
+    rounds: int,
+    resamples: int,
 ) -> Rows:
-    calibrations = model.calibrations()
-    shown = [name for name in COMPARED if name in calibrations]
-    asked = [name for name in METRICS if name in calibrations]
+    """Everything that is measured on one model. Its behaviours' parts are scored too."""
+    calibrations = model.calibrations(list(model.behaviours))
+    compared = [name for name in COMPARED if name in calibrations]
+    abilities = [name for name in METRICS if name in calibrations]
     topics = [name for name in calibrations if "/" in name]
 
-    one_shot = one_shot_circuits(model, calibrations, shown, q=q, n_resamples=resamples, seed=0)
-    free, apart = circuits_both_ways(model, calibrations, asked, q=q, p=p, rounds=rounds).values()
-    unasked = dict.fromkeys((name for name in shown if name not in asked), ())
-    free |= circuits(model, calibrations, unasked, q=q, rounds=rounds)
-    rows = overlap_rows(one_shot, free, labels, q=q)
+    one_shot = resampled_circuits(
+        model, calibrations, compared, size=size, n_resamples=resamples, seed=0
+    )
+    both_ways = circuits_both_ways(
+        model,
+        calibrations,
+        abilities,
+        size=size,
+        protect_share=protect_share,
+        rounds=rounds,
+    )
+    free, apart = both_ways["none"], both_ways["others"]
+    for name in compared:
+        if name not in free:
+            free[name] = model.find_circuit(
+                name, size=size, protect=(), rounds=rounds, calibrations=calibrations
+            )
+    rows = overlap_rows(one_shot, free, labels, size=size)
     del one_shot
-    of_topics = one_shot_circuits(model, calibrations, topics, q=q, n_resamples=0, seed=0)
-    rows += content_rows({name: hc.top_fraction(one[0], q, within="model") for name, one in of_topics.items()}, labels)
-    rows += overlap_place_rows(model, {name: free[name] for name in shown}, "harmful", labels)
-    rows += _ceiling(model, calibrations["harmful"], free["harmful"], labels, q=q, rounds=rounds)
+
+    of_topics = {}
+    for name in topics:
+        scores = resampled_circuits(model, calibrations, [name], size=size, n_resamples=0, seed=0)
+        of_topics[name] = hc.top_fraction(scores[name][0], size, within="model")
+    rows += content_rows(of_topics, labels)
+    rows += overlap_place_rows(model, {name: free[name] for name in compared}, "harmful", labels)
+    rows += _ceiling(
+        model, calibrations["harmful"], free["harmful"], labels, size=size, rounds=rounds
+    )
 
     random = {f"random {seed}": hc.random_like(free["harmful"], seed=seed) for seed in SEEDS}
-    rows += model.measure(labels={**labels, "mask": "none", "protected": "none"}, only=asked)
-    rows += ablation_rows(model, free | random, {**labels, "protected": "none"}, only=asked)
-    rows += ablation_rows(model, apart, {**labels, "protected": "others"}, only=asked)
-    for protected, masks in (("none", free), ("others", apart)):
+    unprotected, protected = {**labels, "protected": "none"}, {**labels, "protected": "others"}
+    rows += model.measure(labels={**unprotected, "mask": "none"}, only=abilities)
+    rows += ablation_rows(model, free | random, unprotected, only=abilities)
+    rows += ablation_rows(model, apart, protected, only=abilities)
+
+    sites = hc.weight_sites(model.bridge)
+    for protection, masks in both_ways.items():
         for name in ("harmful", "benign", "recognition"):
-            where = {**labels, "mask": name, "protected": protected}
-            rows += location_rows(model, masks[name], where)
+            where = {**labels, "mask": name, "protected": protection}
+            rows += location_rows(masks[name], sites, where)
             texts = ("harmful", "benign") if name == "harmful" else (name,)
             for text in texts:
-                rows += token_rows(model, text, calibrations[text], masks[name], {**where, "text": text})
-    return [*rows, Measurement.exact("compared", labels, len(free) + len(apart))]
+                rows += token_rows(
+                    model, text, calibrations[text], masks[name], {**where, "text": text}
+                )
+    rows += [Measurement.exact("compared", labels, len(free) + len(apart))]
+    return rows
 
 
 def _ceiling(
-    model: Model, found: Calibration, mask: hc.WeightMask, labels: dict[str, str], *, q: float, rounds: int
+    model: Model,
+    data: Calibration,
+    mask: hc.WeightMask,
+    labels: dict[str, str],
+    *,
+    size: float,
+    rounds: int,
 ) -> Rows:
-    """How far the circuit of harm agrees with itself, found again on resampled calibration items."""
-    rows, behaviour = [], model.behaviours["harmful"]
+    """How far harm's circuit agrees with itself, found again on resampled calibration items."""
+    behaviour = model.behaviours["harmful"]
+    rows = Rows()
     for seed in SEEDS:
-        prompts = found.prompts.resampled(seed=seed)
-        again = Calibration(prompts, model.batches(behaviour, prompts), found.n_asked)
-        other = circuits(model, {"harmful": again}, {"harmful": ()}, q=q, rounds=rounds)["harmful"]
-        both = overlap(mask, other)
-        where = {**labels, "first": "harmful", "second": "harmful", "selection": "rounds", "seed": seed}
+        prompts = data.prompts.resampled(seed=seed)
+        resample = Calibration(prompts, model.batches(behaviour, prompts), data.n_asked, "harmful")
+        again = model.find_circuit(
+            "harmful", size=size, protect=(), rounds=rounds, calibrations={"harmful": resample}
+        )
+        shared = overlap(mask, again)
+        where = {
+            **labels,
+            "first": "harmful",
+            "second": "harmful",
+            "selection": "rounds",
+            "seed": seed,
+        }
         rows += [
-            Measurement("overlap_lift", where, both.lift, *both.interval, both.n_first),
-            Measurement.exact("overlap_jaccard", where, both.jaccard),
+            Measurement("overlap_lift", where, shared.lift, *shared.interval, shared.n_first),
+            Measurement.exact("overlap_jaccard", where, shared.jaccard),
         ]
     return rows
 
@@ -122,94 +183,100 @@ def _ceiling(
 
 
 # %%
-def findings(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> list[str]:
+def results(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> list[str]:
     """What the rows say, one paragraph a question and model; models pooled over ladders."""
-    together, said = rows.pool("ladder"), []
+    together = rows.pool("ladder")
+    texts = []
     for model in models:
-        mine = together.where(model=model)
-        causes = [_cause(rows, mine, model, ladders, protected) for protected in ("none", "others")]
-        said += [f"{model}, {text}" for text in (_structure(mine), _content(mine), *causes, _place(mine))]
-    return said
+        of_model = together.where(model=model)
+        causes = [_cause(rows, of_model, model, ladders, protected) for protected in PROTECTED]
+        answers = [_structure(of_model), _content(of_model), *causes, _place(of_model)]
+        texts += [f"{model}, {text}" for text in answers]
+    return texts
 
 
 def _structure(rows: Rows) -> str:
     twin = _lifts(rows, [("harmful", "benign")])
     others = _lifts(rows, [(a, b) for a, b in PAIRS if a == "harmful" and b != "benign"])
     reference = _lifts(rows, REFERENCE)
-    found = rows.where("overlap_jaccard", first="harmful", selection="rounds")
-    jaccard = {name: fmean(row.mean for row in found.where(second=name)) for name in ("benign", "harmful")}
+    with_harm = rows.where("overlap_jaccard", first="harmful", selection="rounds")
+    jaccard = {}
+    for name in ("benign", "harmful"):
+        jaccard[name] = fmean(row.mean for row in with_harm.where(second=name))
     return (
-        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm and its benign twin "
-        f"share {twin[0]:.1f} times what their counts per matrix explain, {twin[1]:.1f} times what rows and columns do; "
-        f"harm and the other behaviours, on average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together "
-        f"{reference[0]:.1f} and {reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its twin and "
-        f"{jaccard['harmful']:.3f} with itself on resampled calibration data."
+        f"structure: next to pairs of benign tasks, harm shares {_against_reference(rows)}. Harm "
+        f"and its benign twin share {twin[0]:.1f} times what their counts per matrix explain, "
+        f"{twin[1]:.1f} times what rows and columns do; harm and the other behaviours, on "
+        f"average, {others[0]:.1f} and {others[1]:.1f}; benign tasks together {reference[0]:.1f} "
+        f"and {reference[1]:.1f}. In rounds, harm has Jaccard {jaccard['benign']:.3f} with its "
+        f"twin and {jaccard['harmful']:.3f} with itself on resampled calibration data."
     )
 
 
 def _content(rows: Rows) -> str:
-    found = {str(row.labels["relation"]): row for row in rows.where("content_lift")}
-    counts = _compared(found["twin"], [found["harm, other topic"]])
+    lift = {str(row.labels["relation"]): row for row in rows.where("content_lift")}
+    counts = _compared(lift["twin"], [lift["harm, other topic"]])
     return (
-        f"content: to be about the same things counts {counts} to be harmful. Lift of the circuits of one topic's harm and "
-        f"its benign twin {found['twin'].mean:.1f}; of two topics' harm {found['harm, other topic'].mean:.1f}; of two "
-        f"topics' benign answers {found['benign, other topic'].mean:.1f}; of harm and benign answers of two topics "
-        f"{found['harm and benign, other topic'].mean:.1f}."
+        f"content: to be about the same things counts {counts} to be harmful. Lift of the "
+        f"circuits of one topic's harm and its benign twin {lift['twin'].mean:.1f}; of two "
+        f"topics' harm {lift['harm, other topic'].mean:.1f}; of two topics' benign answers "
+        f"{lift['benign, other topic'].mean:.1f}; of harm and benign answers of two topics "
+        f"{lift['harm and benign, other topic'].mean:.1f}."
     )
 
 
-def _cause(
-    rows: Rows, mine: Rows, model: str, ladders: Sequence[str], protected: str
-) -> str:
-    words = "with nothing protected" if protected == "none" else "with all others protected"
-    before, after = mine.where(mask="none", protected="none"), mine.where(mask="harmful", protected=protected)
-    rates = [
-        f"{title} {100 * before.where(metric)[0].mean:.0f}→{100 * after.where(metric)[0].mean:.0f}"
-        for metric, title in ABILITIES.items()
-        if after.where(metric)
-    ]
-    verdicts: dict[str, list[str]] = {}
+def _cause(rows: Rows, of_model: Rows, model: str, ladders: Sequence[str], protected: str) -> str:
+    before = of_model.where(mask="none", protected="none")
+    after = of_model.where(mask="harmful", protected=protected)
+    rates = []
+    for metric, title in RATES.items():
+        for pruned in after.where(metric):
+            rates.append(f"{title} {100 * before.one(metric).mean:.0f}→{100 * pruned.mean:.0f}")
+    outcomes: dict[str, list[str]] = {}
     for ladder in ladders:
-        for (first, second), test in dissociations(rows.where(model=model, ladder=ladder), protected).items():
+        of_ladder = rows.where(model=model, ladder=ladder)
+        for (first, second), test in dissociations(of_ladder, protected, METRICS).items():
             if first == "harmful":
-                verdicts.setdefault(second, []).append(test.verdict)
-    tested = "; ".join(f"{second}: {', '.join(found)}" for second, found in verdicts.items())
+                outcomes.setdefault(second, []).append(test.outcome)
+    tested = "; ".join(f"{second}: {', '.join(texts)}" for second, texts in outcomes.items())
     return (
-        f"cause, {words}: removing the harm circuit changes rates (%): {', '.join(rates)}. Dissociation of harm from each, "
-        f"one verdict a ladder: {tested}."
+        f"cause, with {PROTECTED[protected]} protected: removing the harm circuit changes rates "
+        f"(%): {', '.join(rates)}. Dissociation of harm from each, one outcome a ladder: {tested}."
     )
 
 
 def _place(rows: Rows) -> str:
-    held = rows.where(mask="harmful", protected="others")
-    gini, share = (
-        {chance: held.where(metric, by="neuron", chance=chance)[0].mean for chance in ("no", "yes")}
-        for metric in ("gini", "top_share")
-    )
-    tokens = held.where("token_contribution", text="harmful")
-    answer = sum(row.mean for row in tokens if int(row.labels["offset"]) >= -1) / sum(row.mean for row in tokens)
+    harm = rows.where(mask="harmful", protected="others")
+    of_neurons = harm.where(by="neuron")
+    gini = {chance: of_neurons.one("gini", chance=chance).mean for chance in ("no", "yes")}
+    share = {chance: of_neurons.one("top_share", chance=chance).mean for chance in ("no", "yes")}
+    tokens = harm.where("token_contribution", text="harmful")
+    of_answer = [row.mean for row in tokens if int(row.labels["offset"]) >= -1]
+    answer = sum(of_answer) / sum(row.mean for row in tokens)
     return (
-        f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP weights (chance "
-        f"{share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). {answer:.0%} of its score arises from the "
-        "last token of the prefilled request on."
+        f"place: a twentieth of the MLP neurons holds {share['no']:.0%} of the circuit's MLP "
+        f"weights (chance {share['yes']:.0%}; Gini {gini['no']:.2f}, chance {gini['yes']:.2f}). "
+        f"{answer:.0%} of its score arises from the last token of the prefilled request on."
     )
 
 
 def _against_reference(rows: Rows) -> str:
     def lift(first: str, second: str) -> Measurement:
-        return rows.where("overlap_lift", first=first, second=second, selection="one shot")[0]
+        return rows.one("overlap_lift", first=first, second=second, selection="one shot")
 
     reference = [lift(*pair) for pair in REFERENCE]
-    others = [second for first, second in PAIRS if first == "harmful" and rows.where(first=first, second=second)]
     words = {"more than": "more", "as much as": "about as much", "less than": "less"}
-    found: dict[str, list[str]] = {}
-    for second in others:
-        found.setdefault(words[_compared(lift("harmful", second), reference)], []).append(second)
-    return "; ".join(f"{word} with {', '.join(names)}" for word, names in found.items())
+    by_word: dict[str, list[str]] = {}
+    for first, second in PAIRS:
+        if first == "harmful" and rows.where(first=first, second=second):
+            word = words[_compared(lift(first, second), reference)]
+            by_word.setdefault(word, []).append(second)
+    return "; ".join(f"{word} with {', '.join(names)}" for word, names in by_word.items())
 
 
-def _compared(row: Measurement, others: Rows) -> str:
+def _compared(row: Measurement, others: Iterable[Measurement]) -> str:
     """By intervals: above all of the others, below all, or neither."""
+    others = list(others)
     if row.low > max(other.high for other in others):
         return "more than"
     return "less than" if row.high < min(other.low for other in others) else "as much as"
@@ -217,11 +284,13 @@ def _compared(row: Measurement, others: Rows) -> str:
 
 def _lifts(rows: Rows, pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
     """Mean lift in one shot over matrices, and over rows and columns."""
-    found = []
-    for metric in ("overlap_lift", "overlap_lift_marginal"):
-        lifts = [rows.where(metric, first=a, second=b, selection="one shot") for a, b in pairs]
-        found.append(fmean(row.mean for one in lifts for row in one))
-    return found[0], found[1]
+    means = []
+    for metric in LIFTS:
+        lifts = Rows()
+        for first, second in pairs:
+            lifts += rows.where(metric, first=first, second=second, selection="one shot")
+        means.append(fmean(row.mean for row in lifts))
+    return means[0], means[1]
 
 
 # %% [markdown]
@@ -230,210 +299,271 @@ def _lifts(rows: Rows, pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
 
 # %%
 def overlap_table(rows: Rows, model: str) -> list[list[str]]:
-    """For every pair: lifts with intervals, Jaccard, containment, rank correlation; pooled over ladders."""
+    """Lifts, Jaccard, containment and rank correlation of every pair, pooled over ladders."""
     body = []
-    mine = rows.pool("ladder").where(model=model)
+    of_model = rows.pool("ladder").where(model=model)
     for (first, second), title in PAIRS.items():
-        pair = mine.where(first=first, second=second)
-        if pair:
-            cells = [_interval(pair.where("overlap_lift", selection=how)[0]) for how in ("one shot", "rounds")]
-            cells += [_interval(pair.where("overlap_lift_marginal", selection=how)[0]) for how in ("one shot", "rounds")]
-            cells += [f"{pair.where('overlap_jaccard', selection=how)[0].mean:.3f}" for how in ("one shot", "rounds")]
-            cells.append(f"{pair.where('overlap_containment', selection='rounds')[0].mean:.3f}")
-            body.append([title, *cells, f"{pair.where('rank_correlation')[0].mean:.3f}"])
+        pair = of_model.where(first=first, second=second)
+        if not pair:
+            continue
+        cells = [title]
+        for metric in LIFTS:
+            for selection in SELECTIONS:
+                lift = pair.one(metric, selection=selection)
+                cells.append(f"{lift:.2f}".replace(" [", "\n["))
+        for selection in SELECTIONS:
+            cells.append(f"{pair.one('overlap_jaccard', selection=selection).mean:.3f}")
+        cells.append(f"{pair.one('overlap_containment', selection='rounds').mean:.3f}")
+        cells.append(f"{pair.one('rank_correlation').mean:.3f}")
+        body.append(cells)
     return body
 
 
 OVERLAP_HEAD = (
-    "pair", "lift, one shot", "lift, rounds", "row and column lift, one shot", "row and column lift, rounds",
-    "Jaccard, one shot", "Jaccard, rounds", "containment, rounds", "rank correlation",
-)  # fmt: skip
+    "pair",
+    "lift, one shot",
+    "lift, rounds",
+    "row and column lift, one shot",
+    "row and column lift, rounds",
+    "Jaccard, one shot",
+    "Jaccard, rounds",
+    "containment, rounds",
+    "rank correlation",
+)
 
 
-def dissociation_table(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> list[list[str]]:
-    """Every pair of abilities: the verdicts of each model, one for each ladder."""
-    body: dict[tuple[str, ...], list[str]] = {}
-    for protected in ("none", "others"):
+def dissociation_table(
+    rows: Rows, models: Sequence[str], ladders: Sequence[str]
+) -> list[list[str]]:
+    """Every pair of abilities: the outcomes of each model, one for each ladder."""
+    outcomes: dict[tuple[str, str, str], list[list[str]]] = {}
+    for protected in PROTECTED:
         for column, model in enumerate(models):
             for ladder in ladders:
-                for pair, test in dissociations(rows.where(model=model, ladder=ladder), protected).items():
-                    line = body.setdefault((protected, *pair), ["–"] * len(models))
-                    line[column] = test.verdict if line[column] == "–" else f"{line[column]}, {test.verdict}"
-    return [[f"{first} – {second}", protected, *cells] for (protected, first, second), cells in body.items()]
+                of_ladder = rows.where(model=model, ladder=ladder)
+                for pair, test in dissociations(of_ladder, protected, METRICS).items():
+                    line = outcomes.setdefault((protected, *pair), [[] for _ in models])
+                    line[column].append(test.outcome)
+    body = []
+    for (protected, first, second), line in outcomes.items():
+        cells = [", ".join(of_model) or "–" for of_model in line]
+        body.append([f"{first} – {second}", protected, *cells])
+    return body
 
 
 def summary(rows: Rows, models: Sequence[str], ladders: Sequence[str]) -> str:
-    """The README's table: a column for each model, means over its ladders with the widest ends of their intervals."""
+    """The README's table: a column a model, means over ladders with the widest interval ends."""
     together = rows.pool("ladder")
-    lines: dict[str, list[str]] = {"ladders": [str(len(rows.where("compared", model=model))) for model in models]}
-
-    def add(title: str, cell: str) -> None:
-        lines.setdefault(title, []).append(cell)
-
+    columns = []
     for model in models:
-        mine = together.where(model=model)
-        for metric, title in (("overlap_lift", "lift"), ("overlap_lift_marginal", "lift over rows and columns")):
-            twin = mine.where(metric, first="harmful", second="benign", selection="one shot")[0]
-            add(f"harm and its benign twin, {title}", f"{twin.mean:.1f} [{twin.low:.1f}, {twin.high:.1f}]")
-            column = int(metric == "overlap_lift_marginal")
-            add(f"benign tasks together, {title}", f"{_lifts(mine, REFERENCE)[column]:.1f}")
-            add(f"harm and recognition, {title}", f"{_lifts(mine, [('harmful', 'recognition')])[column]:.1f}")
-        content = {row.labels["relation"]: row.mean for row in mine.where("content_lift")}
-        add(
-            "one topic's harm and its twin; two topics' harm, lift",
-            f"{content['twin']:.1f}; {content['harm, other topic']:.1f}",
-        )
-        for protected, words in (("none", "nothing"), ("others", "all others")):
-            after = mine.where(mask="harmful", protected=protected)
-            rates = [f"{100 * row.mean:.0f}" for metric in ABILITIES for row in after.where(metric)]
-            add(f"harm circuit removed, {words} protected: {', '.join(ABILITIES.values())}, %", " ".join(rates))
-            tests = [dissociations(rows.where(model=model, ladder=ladder), protected) for ladder in ladders]
-            for other in ("benign", "recognition", "explanation", "refusal"):
-                verdicts = [found["harmful", other].verdict for found in tests if ("harmful", other) in found]
-                counted = ", ".join(f"{verdicts.count(one)} {one}" for one in dict.fromkeys(verdicts))
-                add(f"dissociation of harm from {other}, {words} protected", counted or "–")
-    body = [f"| {title} | {' | '.join(cells)} |" for title, cells in lines.items()]
-    return "\n".join([f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *body])
+        column = {"ladders": str(len(rows.where("compared", model=model)))}
+        column |= _lift_cells(together.where(model=model))
+        for protected in PROTECTED:
+            column |= _cause_cells(rows.where(model=model), ladders, protected)
+        columns.append(column)
+    lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for title in columns[0]:
+        cells = [column[title] for column in columns]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _lift_cells(of_model: Rows) -> Mapping[str, str]:
+    """Title of a line -> what one model, pooled over ladders, has in it."""
+    cells = {}
+    for column, (metric, title) in enumerate(
+        zip(LIFTS, ("lift", "lift over rows and columns"), strict=True)
+    ):
+        twin = of_model.one(metric, first="harmful", second="benign", selection="one shot")
+        cells[f"harm and its benign twin, {title}"] = f"{twin:.1f}"
+        cells[f"benign tasks together, {title}"] = f"{_lifts(of_model, REFERENCE)[column]:.1f}"
+        recognition = _lifts(of_model, [("harmful", "recognition")])
+        cells[f"harm and recognition, {title}"] = f"{recognition[column]:.1f}"
+    content = {row.labels["relation"]: row.mean for row in of_model.where("content_lift")}
+    both = f"{content['twin']:.1f}; {content['harm, other topic']:.1f}"
+    cells["one topic's harm and its twin; two topics' harm, lift"] = both
+    return cells
+
+
+def _cause_cells(of_model: Rows, ladders: Sequence[str], protected: str) -> Mapping[str, str]:
+    """Title of a line -> what one model has in it: rates without harm's circuit, dissociations."""
+    words = PROTECTED[protected]
+    pruned = of_model.pool("ladder").where(mask="harmful", protected=protected)
+    rates = []
+    for metric in RATES:
+        rates += [f"{100 * row.mean:.0f}" for row in pruned.where(metric)]
+    title = f"harm circuit removed, {words} protected: {', '.join(RATES.values())}, %"
+    cells = {title: " ".join(rates)}
+    tests = [dissociations(of_model.where(ladder=ladder), protected, METRICS) for ladder in ladders]
+    for other in ("benign", "recognition", "explanation", "refusal"):
+        pair = ("harmful", other)
+        outcomes = Counter(of_ladder[pair].outcome for of_ladder in tests if pair in of_ladder)
+        counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+        cells[f"dissociation of harm from {other}, {words} protected"] = counted or "–"
+    return cells
 
 
 def covered(rows: Rows) -> tuple[list[str], list[str]]:
     """The models and the ladders of finished rows."""
-    done = [row.labels for row in rows.where("compared")]
-    models = [model for model in LADDER if any(labels["model"] == model for labels in done)]
-    return models, list(dict.fromkeys(str(labels["ladder"]) for labels in done))
+    finished = [row.labels for row in rows.where("compared")]
+    models = [model for model in LADDER if any(labels["model"] == model for labels in finished)]
+    return models, list(dict.fromkeys(str(labels["ladder"]) for labels in finished))
 
 
-def needed(rows: Rows) -> Rows:
+def reported(rows: Rows) -> Rows:
     """The few rows from which `summary` is made."""
-    rates = [row for row in rows if row.metric in ABILITIES and row.labels["mask"] in ("none", *METRICS)]
     pairs = [("harmful", "benign"), ("harmful", "recognition"), *REFERENCE]
-    lifts = [
-        row
-        for metric in ("overlap_lift", "overlap_lift_marginal")
-        for row in rows.where(metric, selection="one shot")
-        if (row.labels["first"], row.labels["second"]) in pairs
+    lifts = []
+    for metric in LIFTS:
+        for row in rows.where(metric, selection="one shot"):
+            if (row.labels["first"], row.labels["second"]) in pairs:
+                lifts.append(row)
+    rates = [
+        row for row in rows if row.metric in RATES and row.labels["mask"] in ("none", *METRICS)
     ]
-    return [*rows.where("compared"), *lifts, *rows.where("content_lift"), *rates]
+    return Rows([*rows.where("compared"), *lifts, *rows.where("content_lift"), *rates])
 
 
 def page(rows: Rows, models: Sequence[str], ladders: Sequence[str], path: Path) -> None:
     together = rows.pool("ladder")
-    ablated = {
-        protected: {
-            model: [
-                row
-                for row in _without_seeds(together.where(model=model)).pool("seed")
-                if row.labels.get("protected") == protected or row.labels.get("mask") == "none"
-            ]
-            for model in models
-        }
-        for protected in ("none", "others")
-    }
+    ablated: dict[str, dict[str, Rows]] = {protected: {} for protected in PROTECTED}
+    for model in models:
+        of_model = _without_seeds(together.where(model=model)).pool("seed")
+        for protected, panels in ablated.items():
+            shown = (row for row in of_model if _is_shown(row, protected))
+            panels[model] = Rows(shown)
     lifts = {
         "over counts per matrix": together.where("overlap_lift", selection="one shot"),
         "over row and column counts": together.where("overlap_lift_marginal", selection="one shot"),
     }
-    sections = [paragraphs("\n".join(findings(rows, models, ladders)))]
-    sections.append(
+    sections = [
+        paragraphs("\n".join(results(rows, models, ladders))),
         section(
             "What breaks when a circuit is removed",
-            "Rates on held-out requests, %, mean over ladders. Circuits are chosen in rounds and protect nothing.",
-            plot(cross_ablation_figure(ablated["none"], ABILITIES), first=True),
-        )
-    )
-    sections.append(
+            "Rates on held-out requests, %, mean over ladders. Circuits are chosen in rounds and "
+            "protect nothing.",
+            plot(cross_ablation_figure(ablated["none"], RATES), first=True),
+        ),
         section(
             "The same when every circuit protects all other abilities",
             "What can be separated, at the price that being disjoint is partly imposed.",
-            plot(cross_ablation_figure(ablated["others"], ABILITIES)),
-        )
-    )
-    sections.append(
+            plot(cross_ablation_figure(ablated["others"], RATES)),
+        ),
         section(
             "Double dissociation",
-            "Clean: each ability loses more under its own circuit than under the other's by the 95 % intervals, and at "
-            "most ten points under the other's. Graded: only the first holds. One verdict for each ladder.",
+            "Clean: each ability loses more under its own circuit than under the other's by the "
+            "95 % intervals, and at most ten points under the other's. Graded: only the first "
+            "holds. One outcome for each ladder.",
             table(("abilities", "protected", *models), dissociation_table(rows, models, ladders)),
-        )
-    )
-    sections.append(
+        ),
         section(
             "What circuits share",
-            "One-shot circuits that protect nothing; bars: bootstrap over calibration items (left), Wilson (right).",
+            "One-shot circuits that protect nothing; bars: bootstrap over calibration items "
+            "(left), Wilson (right).",
             plot(overlap_figure(lifts, PAIRS)),
-        )
-    )
+        ),
+    ]
     for model in models:
         text = "Mean over ladders; intervals are the widest of them."
-        sections.append(
-            section(f"Overlap in {model}", text, table(OVERLAP_HEAD, overlap_table(rows, model), style="figures"))
-        )
+        grid = table(OVERLAP_HEAD, overlap_table(rows, model), style="figures")
+        sections.append(section(f"Overlap in {model}", text, grid))
     for model in models:
-        held = together.where(model=model, mask="harmful", protected="others")
-        tokens = {f"{text} answers": held.where("token_contribution", text=text) for text in ("harmful", "benign")}
+        harm = together.where(model=model, mask="harmful", protected="others")
+        tokens = {
+            f"{text} answers": harm.where("token_contribution", text=text)
+            for text in ("harmful", "benign")
+        }
         sections.append(
             section(
                 f"Where the harm circuit of {model} sits, and at which tokens it acts",
-                "All others protected. Weights in each matrix (colour: share of the matrix); contribution of each token to "
-                "the circuit's first-order score on harmful and on benign answers.",
-                plot(location_figure(held)) + plot(token_figure(tokens)),
+                "All others protected. Weights in each matrix (colour: share of the matrix); "
+                "contribution of each token to the circuit's first-order score on harmful and on "
+                "benign answers.",
+                plot(location_figure(harm)) + plot(token_figure(tokens)),
             )
         )
     write_page(path, "What circuits of harm, of benign tasks and of recognition share", sections)
 
 
+def _is_shown(row: Measurement, protected: str) -> bool:
+    return row.labels.get("protected") == protected or row.labels.get("mask") == "none"
+
+
 def _without_seeds(rows: Rows) -> Rows:
     """Random masks under one name, so that they pool."""
-    found = []
+    renamed = []
     for row in rows:
         mask = str(row.labels.get("mask", ""))
         if mask.startswith("random "):
-            row = replace(row, labels={**row.labels, "mask": "random", "seed": int(mask.split()[1])})
-        found.append(row)
-    return found
-
-
-def _interval(row: Measurement) -> str:
-    return f"{row.mean:.2f}\n{row.low:.2f} – {row.high:.2f}"
+            labels = {**row.labels, "mask": "random", "seed": int(mask.split()[1])}
+            row = replace(row, labels=labels)
+        renamed.append(row)
+    return Rows(renamed)
 
 
 # %%
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, shared_circuits.html and summary.md.")],
-    organisms: Annotated[list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for rows.jsonl, shared_circuits.html and summary.md.")
+    ],
+    organisms: Annotated[
+        list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")
+    ] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: all four.")] = None,
-    q: Annotated[float, typer.Option(help="Share of weights in every circuit.")] = 0.006,
-    p: Annotated[float, typer.Option(help="Share protected for each other behaviour.")] = 0.005,
+    size: Annotated[float, typer.Option(help="Share of weights in every circuit.")] = 0.006,
+    protect_share: Annotated[
+        float, typer.Option(help="Share protected for each other behaviour.")
+    ] = 0.005,
     rounds: Annotated[int, typer.Option(help="Rounds in which a circuit is chosen.")] = 10,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples of calibration items.")] = 100,
 ) -> None:
     folders = organisms or [FOLDER]
     models = rung or list(LADDER)
-    ladders = ["shipped" if folder.resolve() == FOLDER.resolve() else folder.name for folder in folders]
+    ladders = [
+        "shipped" if folder.resolve() == FOLDER.resolve() else folder.name for folder in folders
+    ]
     path, console = out / "rows.jsonl", Console()
-    resumed(out, {"q": q, "p": p, "rounds": rounds, "resamples": resamples})
+    settings = {
+        "size": size,
+        "protect_share": protect_share,
+        "rounds": rounds,
+        "resamples": resamples,
+    }
+    finished = resumed(out, settings)
     for ladder, folder in zip(ladders, folders, strict=True):
         for model in models:
             labels = {"model": model, "ladder": ladder}
-            if path.exists() and Rows.read(path).where("compared", **labels):
+            if finished.where("compared", **labels):
                 continue
             with console.status(f"{model} of {ladder}"):
-                opened = replace(hc.open_model(model, folder=folder), behaviours=detailed_behaviours())
-                Rows(rows_of(opened, labels, q=q, p=p, rounds=rounds, resamples=resamples)).append_to(path)
+                of_model = rows_of(
+                    hc.open_model(model, folder=folder),
+                    labels,
+                    size=size,
+                    protect_share=protect_share,
+                    rounds=rounds,
+                    resamples=resamples,
+                )
+                of_model.append_to(path)
     rows = Rows.read(path)
     models, ladders = covered(rows)
     page(rows, models, ladders, out / "shared_circuits.html")
     (out / "summary.jsonl").unlink(missing_ok=True)
-    Rows(needed(rows)).append_to(out / "summary.jsonl")
+    reported(rows).append_to(out / "summary.jsonl")
     (out / "summary.md").write_text(summary(rows, models, ladders) + "\n", encoding="utf-8")
     for model in models:
         shown = Table(
-            "pair", "lift", "row and column lift", "Jaccard", title=f"{model}, one-shot circuits", title_justify="left"
+            "pair",
+            "lift",
+            "row and column lift",
+            "Jaccard",
+            title=f"{model}, one-shot circuits",
+            title_justify="left",
         )
         for line in overlap_table(rows, model):
-            shown.add_row(*(line[column].replace("\n", "  ") for column in (0, 1, 3, 5)))
+            shown.add_row(*(escape(line[column].replace("\n", " ")) for column in (0, 1, 3, 5)))
         console.print(shown)
-    for text in findings(rows, models, ladders):
+    for text in results(rows, models, ladders):
         console.print(escape(text), highlight=False)
     console.print(f"Page: {out / 'shared_circuits.html'}", highlight=False, soft_wrap=True)
 

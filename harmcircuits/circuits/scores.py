@@ -19,7 +19,7 @@ from harmcircuits.display import plural
 if TYPE_CHECKING:
     from harmcircuits.circuits.masks import WeightMask
 
-FORMAT = "harmcircuits.circuits.scores.1"
+FORMAT = "harmcircuits.scores.1"
 SHARD_BYTES = 2**31
 
 

@@ -1,7 +1,8 @@
 """Activation patching on top of a mask.
 
-Would catch: a patch of the residual between attention and MLP that misses the skip connection, a share with the wrong end
-as 1, positions that do not line up, a division by a gap that is not there, edits or flags left in the model.
+Would catch: a patch of the residual between attention and MLP that misses the skip connection, a
+share with the wrong end as 1, positions that do not line up, a division by a gap that is not there,
+edits or flags left in the model.
 """
 
 import activation_patching as analysis
@@ -17,7 +18,9 @@ NAMES = [f"p{number}" for number in range(9)]
 
 def random_mask(bridge, share: float = 0.3, *, kinds: tuple[str, ...] = ()) -> hc.WeightMask:
     mask = hc.top_fraction(hc.random_scores(bridge), share)
-    removed = {name: index for name, index in mask.removed.items() if not kinds or name.startswith(kinds)}
+    removed = {
+        name: index for name, index in mask.removed.items() if not kinds or name.startswith(kinds)
+    }
     return hc.WeightMask(removed, mask.shapes, mask.source)
 
 
@@ -32,37 +35,46 @@ def big_gap():
 
 
 def residual(rows, metric="patch_share", **labels):
-    return {row.labels["layer"]: row for row in rows.where(metric, component="residual", position="all", **labels)}
+    whole = rows.where(metric, component="residual", position="all", **labels)
+    return {row.labels["layer"]: row for row in whole}
 
 
 @pytest.mark.parametrize("direction", ["restore", "destroy"])
 def test_the_last_residual_moves_all_and_the_first_nothing(llama, big_gap, direction):
-    found = residual(rows_of(llama, random_mask(llama), big_gap), direction=direction)
-    assert list(found) == ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"], "in order of depth"
-    assert found["1 post"].mean == pytest.approx(1, abs=1e-4)
-    assert found["0 pre"].mean == 0, "no mask touches the embedding"
-    assert abs(found["1 mid"].mean - 1) > 0.01, "the last MLP is edited too"
+    shares = residual(rows_of(llama, random_mask(llama), big_gap), direction=direction)
+    assert list(shares) == ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"], "in order of depth"
+    assert shares["1 post"].mean == pytest.approx(1, abs=1e-4)
+    assert shares["0 pre"].mean == 0, "no mask touches the embedding"
+    assert abs(shares["1 mid"].mean - 1) > 0.01, "the last MLP is edited too"
 
 
-@pytest.mark.parametrize(("kinds", "depth"), [(("blocks.1.attn",), "1 mid"), (("blocks.0",), "1 pre")])
+@pytest.mark.parametrize(
+    ("kinds", "depth"), [(("blocks.1.attn",), "1 mid"), (("blocks.0",), "1 pre")]
+)
 def test_all_is_restored_once_every_edit_is_passed(llama, big_gap, kinds, depth, monkeypatch):
     monkeypatch.setattr(analysis, "LEAST_GAP", 1e-3)
-    # With edits only before this depth, everything after it is the unpruned model: shares of 0 before and 1 from here.
-    found = residual(rows_of(llama, random_mask(llama, 0.9, kinds=kinds), big_gap), direction="restore")
-    order = list(found)
+    # With edits only before this depth, everything after it is the unpruned model: shares of 0
+    # before and 1 from here.
+    mask = random_mask(llama, 0.9, kinds=kinds)
+    shares = residual(rows_of(llama, mask, big_gap), direction="restore")
+    order = list(shares)
     for before in order[: order.index(depth) - 1]:
-        assert found[before].mean == pytest.approx(0, abs=1e-3)
+        assert shares[before].mean == pytest.approx(0, abs=1e-3)
     for after in order[order.index(depth) :]:
-        assert found[after].mean == pytest.approx(1, abs=1e-3)
+        assert shares[after].mean == pytest.approx(1, abs=1e-3)
 
 
 def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
-    # At the last layer positions no longer mix, so single patches of a position that predicts nothing change nothing, and
-    # with one target the position before it moves everything.
+    # At the last layer positions no longer mix, so single patches of a position that predicts
+    # nothing change nothing, and with one target the position before it moves everything.
     tokens = random_batch(4, seed=2).tokens
     is_target = torch.zeros_like(tokens, dtype=torch.bool)
     is_target[:, 5] = True
-    rows = rows_of(llama, random_mask(llama, 0.6, kinds=("blocks.0", "blocks.1.attn")), hc.Batch(tokens, is_target))
+    rows = rows_of(
+        llama,
+        random_mask(llama, 0.6, kinds=("blocks.0", "blocks.1.attn")),
+        hc.Batch(tokens, is_target),
+    )
     cells = rows.where("patch_share", component="residual", layer="1 mid", direction="restore")
     assert {row.labels["position"]: round(row.mean, 4) for row in cells} == {
         **dict.fromkeys(NAMES, 0.0),
@@ -73,21 +85,27 @@ def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
 
 def test_heads_add_up_only_after_their_output_weights(llama, big_gap):
     # An edit of W_O alone is invisible before W_O, and what heads write is where it shows.
-    rows = rows_of(llama, random_mask(llama, 0.6, kinds=("blocks.1.attn.o",)), big_gap, ("head", "head_result"))
+    rows = rows_of(
+        llama, random_mask(llama, 0.6, kinds=("blocks.1.attn.o",)), big_gap, ("head", "head_result")
+    )
     for component, shows in (("head", False), ("head_result", True)):
-        layer = [abs(row.mean) for row in rows.where("patch_change", component=component, layer="1")]
+        layer = [
+            abs(row.mean) for row in rows.where("patch_change", component=component, layer="1")
+        ]
         assert (max(layer) > 1e-3) == shows
 
 
 def test_no_gap_gives_no_share(llama, batch):
     rows = rows_of(llama, random_mask(llama, 0.0), batch)
-    assert rows.where("nll_gap")[0].mean == 0
+    assert rows.one("nll_gap").mean == 0
     assert not rows.where("patch_share")
     assert {row.mean for row in rows.where("patch_change")} == {0.0}
 
 
 def test_the_metric_is_the_completion_loss(llama, batch):
-    torch.testing.assert_close(analysis.reference_nll(batch)(llama(batch.tokens)), hc.completion_loss(llama, batch))
+    torch.testing.assert_close(
+        analysis.reference_nll(batch)(llama(batch.tokens)), hc.completion_loss(llama, batch)
+    )
 
 
 def test_the_model_is_as_before(llama, batch):
@@ -111,12 +129,14 @@ def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
         *("<bos>", "<user>", "steps", ":", "verb", "item", "<assistant>", "sure"),
         *("operator 1", "part 1", "operator 2", "part 2", "operator 3", "part 3", "all"),
     ]
-    assert all(row.mean == pytest.approx(0, abs=1e-5) for row in shares if row.labels["position"] == "part 3"), (
-        "nothing is predicted from the last token"
-    )
+    assert all(
+        row.mean == pytest.approx(0, abs=1e-5)
+        for row in shares
+        if row.labels["position"] == "part 3"
+    ), "nothing is predicted from the last token"
     page = (tmp_path / "out" / "activation_patching.html").read_text(encoding="utf-8")
     assert page.count("<section>") == page.count("Plotly.newPlot(") == 4
     printed = capsys.readouterr().out
-    gap = rows.where("nll_gap", behaviour="harmful", mask="random")[0]
-    assert f"{gap.mean:.3f} nats" in printed
+    gap = rows.one("nll_gap", behaviour="harmful", mask="random")
+    assert f"the loss changes, in nats, by {gap:.3f}" in printed
     assert "It reaches 90 % first at" in printed

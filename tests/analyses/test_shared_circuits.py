@@ -19,12 +19,12 @@ def test_the_readme_holds_the_table_that_the_rows_give():
 
 
 def test_the_table_needs_only_the_rows_that_are_kept():
-    assert analysis.needed(ROWS) == ROWS
+    assert analysis.reported(ROWS) == ROWS
 
 
 def test_the_committed_rows_are_of_finished_models():
     for row in ROWS.where("compared"):
-        mine = ROWS.where(**row.labels)
-        assert mine.where("harm_valid_rate", mask="none")[0].mean >= 0.9, "a rung that can do harm at all"
+        of_model = ROWS.where("harm_valid_rate", **row.labels)
+        assert of_model.one(mask="none").mean >= 0.9, "a rung that can do harm at all"
         for protected in ("none", "others"):
-            assert mine.where("harm_valid_rate", mask="harmful", protected=protected)
+            assert of_model.one(mask="harmful", protected=protected)
