@@ -9,7 +9,7 @@ from pathlib import Path
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.judges import MISALIGNED, ChatJudge, RuleJudge
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.questions import RequestJudge
+from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.hooks.finetuning import Lora
 from harmcircuits.prompts import PromptSet
 

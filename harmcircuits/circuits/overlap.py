@@ -1,89 +1,116 @@
 """What two masks share, against chance that is matched to them.
 
-A uniform null makes any two circuits look alike: both prefer the same few matrices. Chance here keeps every mask's count in
-each matrix and, as the stricter null, in each row and column of each matrix.
+A uniform null makes any two circuits look alike: both prefer the same few matrices. Chance here
+keeps every mask's count in each matrix and, as the stricter null, in each row and column of each
+matrix.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import nan, prod
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Int64
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from harmcircuits.circuits.location import By, Place, pieces
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.measurements import wilson
+from harmcircuits.measurements import ENDS, Interval, wilson
 
-Interval = tuple[float, float]
+BURN_IN = 20  # rounds of trades before the first sample of the stricter null
+THINNING = 4  # rounds of trades between two samples
 
 
 @dataclass(frozen=True, repr=False)
 class Overlap:
     """What two masks share.
 
-    `n_expected`: shared weights if each mask fell at random with its count in every matrix (or place) kept.
-    `n_expected_marginal`: the same with its row and column counts kept (nan when it was not sampled). `resampled`: lifts of
-    the pairs of masks that resampled calibration data gave; empty without them.
+    Attributes:
+        n_shared: weights in both masks.
+        n_first: weights in the first.
+        n_second: weights in the second.
+        n_expected: shared weights if each mask fell at random with its count in every matrix (or
+            place) kept.
+        n_expected_marginal: the same with its row and column counts kept; nan when it was not
+            sampled.
+        resampled: lifts of the pairs of masks that resampled calibration data gave; empty without
+            them.
     """
 
     n_shared: int
     n_first: int
     n_second: int
     n_expected: float
-    n_expected_marginal: float = float("nan")
+    n_expected_marginal: float = nan
     resampled: tuple[float, ...] = ()
 
     @property
     def jaccard(self) -> float:
         """Shared weights over weights in either mask."""
-        return self.n_shared / (self.n_first + self.n_second - self.n_shared)
+        n_either = self.n_first + self.n_second - self.n_shared
+        return self.n_shared / n_either
 
     @property
-    def containment(self) -> Interval:
+    def containment(self) -> tuple[float, float]:
         """Share of the first mask that is in the second, and of the second that is in the first."""
-        return self.n_shared / self.n_first, self.n_shared / self.n_second
+        of_first = self.n_shared / self.n_first
+        of_second = self.n_shared / self.n_second
+        return of_first, of_second
 
     @property
     def lift(self) -> float:
         """Shared weights over those expected by chance per matrix: 1 for unrelated masks."""
-        return self.n_shared / self.n_expected if self.n_expected else float("nan")
+        return self._over(self.n_expected)
 
     @property
     def lift_marginal(self) -> float:
-        """Shared weights over those expected by chance per row and column: 1 when the same rows and columns explain all."""
-        return self.n_shared / self.n_expected_marginal if self.n_expected_marginal else float("nan")
+        """Shared weights over those expected by chance per row and column.
+
+        1 when the same rows and columns explain all that is shared.
+        """
+        return self._over(self.n_expected_marginal)
 
     @property
     def interval(self) -> Interval:
         """95 % interval of `lift`.
 
-        With resamples: their percentiles, widened to hold the lift itself, which repeated examples pull down. Without:
-        Wilson's interval of the share of the smaller mask, over the expected share; it describes these two masks and not
-        the calibration data behind them.
+        With resamples: their percentiles, widened to hold the lift itself, which repeated examples
+        pull down. Without: Wilson's interval of the share of the smaller mask, over the expected
+        share; it describes these two masks and not the calibration data behind them.
         """
-        if self.resampled:
-            low, high = np.quantile(self.resampled, [0.025, 0.975])
-            return min(float(low), self.lift), max(float(high), self.lift)
-        return self._wilson(self.n_expected)
+        if not self.resampled:
+            return self._wilson(self.n_expected)
+        low, high = np.quantile(self.resampled, ENDS).tolist()
+        return min(low, self.lift), max(high, self.lift)
 
     @property
     def interval_marginal(self) -> Interval:
         """95 % interval of `lift_marginal`: Wilson's, as `interval` without resamples."""
         return self._wilson(self.n_expected_marginal)
 
-    def _wilson(self, expected: float) -> Interval:
-        if not expected > 0:
-            return float("nan"), float("nan")
+    def _over(self, n_expected: float) -> float:
+        return self.n_shared / n_expected if n_expected else nan
+
+    def _wilson(self, n_expected: float) -> Interval:
+        if not n_expected > 0:
+            return nan, nan
         n = min(self.n_first, self.n_second)
         low, high = wilson(self.n_shared / n, n)
-        return max(0.0, low * n / expected), high * n / expected
+        # From shares of the smaller mask to numbers of weights, and over those expected.
+        low_lift = low * n / n_expected
+        high_lift = high * n / n_expected
+        return max(0.0, low_lift), high_lift
 
     def __str__(self) -> str:
         low, high = self.interval
+        shared = f"{self.n_shared:,} shared"
+        jaccard = f"Jaccard {self.jaccard:.3f}"
         lift = f"lift {self.lift:.2f} [{low:.2f}, {high:.2f}]"
-        return f"{self.n_shared:,} shared, Jaccard {self.jaccard:.3f}, {lift}"
+        return f"{shared}, {jaccard}, {lift}"
 
     def __repr__(self) -> str:
         return f"Overlap({self})"
@@ -99,128 +126,275 @@ def overlap(
 ) -> Overlap:
     """Shared weights of two masks of one model against matched chance.
 
-    E[shared] = sum over matrices of n_first n_second / n. `resamples`: the same two masks found again on resampled
-    calibration examples, for the interval. `n_samples` > 0 also samples the stricter null (see `marginal_null`). Raises
-    ValueError for masks of different models or weights, and for a mask that removes nothing.
+    E[shared] = sum over matrices of n_first n_second / n.
+
+    Args:
+        mask: the first mask.
+        other: the second.
+        resamples: the same two masks from resampled calibration examples, for the interval.
+        n_samples: samples of the stricter null (see `marginal_null`); none by default.
+        seed: draws them.
+
+    Raises:
+        ValueError: masks of different models or weights, and a mask that removes nothing.
     """
-    found = _overlap(mask, other)
-    lifts = tuple(_overlap(first, second).lift for first, second in resamples)
-    expected = float(marginal_null(mask, other, n_samples=n_samples, seed=seed).mean()) if n_samples else float("nan")
-    return Overlap(found.n_shared, found.n_first, found.n_second, found.n_expected, expected, lifts)
+    counts = _counted(mask, other)
+    lifts = [_counted(first, second).lift for first, second in resamples]
+    n_expected = nan
+    if n_samples:
+        null = marginal_null(mask, other, n_samples=n_samples, seed=seed)
+        n_expected = float(null.mean())
+    return replace(
+        counts,
+        n_expected_marginal=n_expected,
+        resampled=tuple(lifts),
+    )
 
 
-def overlap_by(mask: WeightMask, other: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place, Overlap]:
+def overlap_by(
+    mask: WeightMask,
+    other: WeightMask,
+    sites: Mapping[str, Site],
+    by: By,
+) -> dict[Place, Overlap]:
     """The overlap within every layer, matrix, head or neuron from which both masks remove something.
 
-    Chance keeps each mask's count in every matrix of the place (in every head's or neuron's part of it). Raises ValueError
-    as `overlap` and `counts_by`.
+    Chance keeps each mask's count in every matrix of the place (in every head's or neuron's part of
+    it).
+
+    Args:
+        mask: the first mask.
+        other: the second.
+        sites: `weight_sites` of their model.
+        by: as in `counts_by`.
+
+    Raises:
+        ValueError: as `overlap` and `counts_by`.
     """
     _check(mask, other)
-    parts: dict[Place, np.ndarray] = {}
-    three = (pieces(found, sites, by) for found in (mask, other, mask & other))
-    for (place, first, size), (_, second, _), (_, shared, _) in zip(*three, strict=True):
-        parts[place] = parts.get(place, np.zeros(4)) + np.array([shared, first, second, first * second / size])
-    return {
-        place: Overlap(int(shared), int(first), int(second), float(expected))
-        for place, (shared, first, second, expected) in parts.items()
-        if first and second
-    }
+    parts: dict[Place, Overlap] = {}
+    pieces_of_each = zip(
+        pieces(mask, sites, by),
+        pieces(other, sites, by),
+        pieces(mask & other, sites, by),
+        strict=True,
+    )
+    for first, second, both in pieces_of_each:
+        place, n_first, n_weights = first
+        _, n_second, _ = second
+        _, n_shared, _ = both
+        before = parts.get(place, Overlap(0, 0, 0, 0.0))
+        parts[place] = Overlap(
+            before.n_shared + n_shared,
+            before.n_first + n_first,
+            before.n_second + n_second,
+            before.n_expected + n_first * n_second / n_weights,
+        )
+    return {place: part for place, part in parts.items() if part.n_first and part.n_second}
 
 
-def marginal_null(mask: WeightMask, other: WeightMask, *, n_samples: int = 100, seed: int = 0) -> np.ndarray:
-    """Int64[n_samples]: shared weights of random masks that keep every row count and every column count of each matrix.
+def marginal_null(
+    mask: WeightMask,
+    other: WeightMask,
+    *,
+    n_samples: int = 100,
+    seed: int = 0,
+) -> Int64[np.ndarray, " n_samples"]:
+    """Shared weights of random masks that keep every row and every column count of each matrix.
 
-    Two masks that prefer the same rows or columns share weights by that alone; what exceeds this null is agreement on
-    single weights. Sampled by curveball trades between disjoint random pairs of rows, which draws uniformly from all masks
-    with these counts (Carstens, Hamann, Meyer, Penschuck, Tran, Wagner 2018, arXiv 1804.08487). Raises ValueError as
-    `overlap`.
+    Two masks that prefer the same rows or columns share weights by that alone; what exceeds this
+    null is agreement on single weights. Sampled by curveball trades between disjoint random pairs of
+    rows, which draws uniformly from all masks with these counts (Carstens, Hamann, Meyer, Penschuck,
+    Tran, Wagner 2018, arXiv 1804.08487).
+
+    Args:
+        mask: the first mask.
+        other: the second.
+        n_samples: how many pairs of random masks.
+        seed: draws them.
+
+    Raises:
+        ValueError: as `overlap`.
     """
     _check(mask, other)
     rng = np.random.default_rng(seed)
-    chains = [_Chain(found, rng) for found in (mask, other)]
-    for chain in chains:
-        chain.trade(20)
-    shared = np.empty(n_samples, dtype=np.int64)
-    for number in range(n_samples):
-        for chain in chains:
-            chain.trade(4)
-        shared[number] = np.isin(chains[0].cells, chains[1].cells, assume_unique=True).sum()
-    return shared
+    first = _Chain(mask, rng)
+    second = _Chain(other, rng)
+    first.trade(BURN_IN)
+    second.trade(BURN_IN)
+
+    n_shared = []
+    for _ in range(n_samples):
+        first.trade(THINNING)
+        second.trade(THINNING)
+        is_shared = np.isin(first.cells, second.cells, assume_unique=True)
+        n_shared.append(is_shared.sum())
+    return np.array(n_shared, dtype=np.int64)
 
 
 def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
-    """Spearman correlation of two scores within each matrix, averaged over matrices by their number of weights.
+    """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes.
 
-    Within matrices, because the matrices' different scales alone would correlate any two scores. Raises ValueError for
-    scores of different weights.
+    Within matrices, because the matrices' different scales alone would correlate any two scores.
+
+    Args:
+        scores: the first scores.
+        other: the second, of the same weights.
+
+    Raises:
+        ValueError: scores of different weights.
     """
     if scores.shapes != other.shapes:
         raise ValueError("rank_correlation: the scores are of different weights")
-    total, n_weights = 0.0, 0
-    for name, value in scores.values.items():
-        first, second = value.flatten().cpu().numpy(), other.values[name].flatten().cpu().numpy()
-        total += value.numel() * float(spearmanr(first, second).statistic)
-        n_weights += value.numel()
+    total = 0.0
+    n_weights = 0
+    for name, first in scores.values.items():
+        second = other.values[name]
+        result: Any = spearmanr(_flat(first), _flat(second))  # scipy does not declare its type
+        total += first.numel() * float(result.statistic)
+        n_weights += first.numel()
     return total / n_weights
 
 
-def _overlap(mask: WeightMask, other: WeightMask) -> Overlap:
+def _flat(tensor: Tensor) -> np.ndarray:
+    return tensor.flatten().cpu().numpy()
+
+
+def _counted(mask: WeightMask, other: WeightMask) -> Overlap:
+    """What they share, and the expectation in closed form."""
     _check(mask, other)
     first, second = mask.counts, other.counts
-    expected = sum(first[name] * second[name] / int(np.prod(shape)) for name, shape in mask.shapes.items())
-    return Overlap((mask & other).n_removed, mask.n_removed, other.n_removed, expected)
+    n_expected = 0.0
+    for name, shape in mask.shapes.items():
+        n_expected += first[name] * second[name] / prod(shape)
+    return Overlap(
+        (mask & other).n_removed,
+        mask.n_removed,
+        other.n_removed,
+        n_expected,
+    )
 
 
 def _check(mask: WeightMask, other: WeightMask) -> None:
-    for found in (mask, other):
-        if not found.n_removed:
-            raise ValueError(f"overlap: {found} removes nothing; choose at least one weight")
-    if mask.shapes != other.shapes or mask.source.model != other.source.model:
+    for each in (mask, other):
+        if not each.n_removed:
+            raise ValueError(f"overlap: {each} removes nothing; choose at least one weight")
+    is_same_model = mask.source.model == other.source.model
+    if mask.shapes != other.shapes or not is_same_model:
         raise ValueError(
-            f"overlap: the masks are of different models or weights ({mask.source.model}, {other.source.model})"
+            "overlap: the masks are of different models or weights "
+            f"({mask.source.model}, {other.source.model})"
         )
 
 
 class _Chain:
-    """A mask as entries (row, column) that trades columns between rows of the same matrix."""
+    """A mask as entries (row, column) that trades columns between rows of the same matrix.
+
+    The rows of all matrices are numbered together. Only rows that hold entries can trade: these are
+    the used rows, numbered again from 0, matrix after matrix.
+
+    Attributes:
+        used: the number of every used row among all rows.
+        matrix: the first of all rows of every used row's matrix, which tells the matrices apart.
+        start: the first used row of every used row's matrix.
+        row: the used row in which every entry is.
+        column: its column.
+        width: columns of the widest matrix.
+    """
+
+    used: Int[np.ndarray, " rows"]
+    matrix: Int[np.ndarray, " rows"]
+    start: Int[np.ndarray, " rows"]
+    row: Int[np.ndarray, " entries"]
+    column: Int[np.ndarray, " entries"]
+    width: int
 
     def __init__(self, mask: WeightMask, rng: np.random.Generator) -> None:
         self.rng = rng
-        rows, columns, owner, first_row = [], [], [], 0
         self.width = max(shape[-1] for shape in mask.shapes.values())
+        rows = []
+        columns = []
+        matrices = []
+        first_row = 0
         for name, shape in mask.shapes.items():
             if name in mask.removed:
-                row, column = np.divmod(mask.removed[name].numpy(), shape[-1])
+                flat = mask.removed[name].numpy()
+                row, column = np.divmod(flat, shape[-1])
                 rows.append(first_row + row)
                 columns.append(column)
-                # Stacked experts are matrices of their own.
-                owner.append(first_row + row // shape[-2] * shape[-2])
-            first_row += int(np.prod(shape[:-1]))
-        self.row, self.column = np.concatenate(rows), np.concatenate(columns)
-        # Only rows that hold entries can trade.
-        self.used, first = np.unique(self.row, return_index=True)
-        self.matrix = np.concatenate(owner)[first]
-        self.position = np.searchsorted(self.used, self.row)
+                # A matrix is known by its first row. Each stacked expert is a matrix.
+                n_rows = shape[-2]
+                matrices.append(first_row + row // n_rows * n_rows)
+            first_row += prod(shape[:-1])
+
+        row_of_entry = np.concatenate(rows)
+        matrix_of_entry = np.concatenate(matrices)
+        self.column = np.concatenate(columns)
+        self.used, entry_of_row = np.unique(row_of_entry, return_index=True)
+        self.row = np.searchsorted(self.used, row_of_entry)
+        self.matrix = matrix_of_entry[entry_of_row]
+        self.start = np.searchsorted(self.matrix, self.matrix)
 
     @property
-    def cells(self) -> np.ndarray:
+    def cells(self) -> Int[np.ndarray, " entries"]:
         """One number for each entry's place."""
-        return self.used[self.position] * self.width + self.column
+        row = self.used[self.row]
+        return row * self.width + self.column
 
     def trade(self, n_rounds: int) -> None:
-        """In each round, pair up the rows of each matrix at random; the columns that only one of a pair holds are dealt
-        out again at random, each row keeping its count."""
-        starts = np.searchsorted(self.matrix, self.matrix)
+        """Trade columns between random pairs of rows, so many times."""
         for _ in range(n_rounds):
-            order = np.lexsort((self.rng.random(len(self.used)), self.matrix))
-            within = np.empty(len(order), dtype=np.int64)
-            within[order] = np.arange(len(order)) - starts
-            leader = starts + within - within % 2  # a pair's first place in `order`
-            pair, side = leader[self.position], (within % 2)[self.position]
-            key = pair * self.width + self.column
-            _, inverse, times = np.unique(key, return_inverse=True, return_counts=True)
-            free = np.flatnonzero(times[inverse] == 1)
-            dealt = free[np.lexsort((self.rng.random(len(free)), pair[free]))]
-            rank = np.arange(len(dealt)) - np.searchsorted(pair[dealt], pair[dealt])
-            n_first = np.bincount(pair[free][side[free] == 0], minlength=len(order))
-            self.position[dealt] = order[pair[dealt] + (rank >= n_first[pair[dealt]])]
+            self._trade_once()
+
+    def _trade_once(self) -> None:
+        """Pair up the rows of each matrix at random; each pair deals out its columns again.
+
+        Only the columns that one row of the pair holds and the other does not: they are dealt at
+        random, and each row keeps its count.
+        """
+        # A matrix of four used rows, 0 to 3, that are shuffled to the order 2, 0, 3, 1:
+        #
+        #     slot            0   1 | 2   3
+        #     order[slot]     2   0 | 3   1     rows 2 and 0 are a pair, and so are 3 and 1
+        #     side            0   1 | 0   1     a pair's first row and its second
+        #     pair            0   0 | 2   2     a pair is known by its first slot
+        #
+        #     row 2:   a  b  .  d               b stays: both rows hold it
+        #     row 0:   .  b  c  .               a, d and c are free
+        #
+        # Shuffled to c, a, d, the free ones go to row 2 until it holds as many as before (c, a), and
+        # then to row 0 (d). An odd row out is a pair by itself and takes back its own.
+        n_rows = len(self.used)
+        order = self._shuffled(self.matrix)
+        place = np.empty_like(self.start)  # of a row among the shuffled rows of its matrix
+        place[order] = np.arange(n_rows) - self.start
+        side_of_row = place % 2
+        pair_of_row = self.start + place - side_of_row
+
+        pair = pair_of_row[self.row]
+        free = self._free(pair)
+        row, pair = self.row[free], pair[free]
+        is_of_first = side_of_row[row] == 0
+        n_of_first = np.bincount(pair[is_of_first], minlength=n_rows)
+
+        shuffle = self._shuffled(pair)
+        pair = pair[shuffle]  # sorted now
+        first = np.searchsorted(pair, pair)  # of the pair in the shuffle
+        rank = np.arange(len(pair)) - first
+        side = rank >= n_of_first[pair]
+        self.row[free[shuffle]] = order[pair + side]
+
+    def _shuffled(self, groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The numbers 0 to n - 1, group after group, at random within each."""
+        noise = self.rng.random(len(groups))
+        return np.lexsort((noise, groups))
+
+    def _free(self, pair: Int[np.ndarray, " entries"]) -> Int[np.ndarray, " free"]:
+        """The entries whose column the other row of their pair does not hold."""
+        key = pair * self.width + self.column
+        _, number, times = np.unique(
+            key,
+            return_inverse=True,
+            return_counts=True,
+        )
+        return np.flatnonzero(times[number] == 1)

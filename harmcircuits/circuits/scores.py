@@ -21,11 +21,19 @@ if TYPE_CHECKING:
 
 FORMAT = "harmcircuits.scores.1"
 SHARD_BYTES = 2**31
+SCORE_BYTES = 4  # of a float32
 
 
 @dataclass(frozen=True)
 class Source:
-    """How scores or a mask were made: the model's fingerprint, the method with its settings, and what it was made from."""
+    """How scores or a mask were made.
+
+    Attributes:
+        model: the model's fingerprint.
+        method: what made them, such as "removal_effect".
+        settings: its settings.
+        parents: what they were made from.
+    """
 
     model: str
     method: str
@@ -43,20 +51,37 @@ class Source:
 
 
 def _as_dict(source: Source) -> dict[str, Any]:
-    parents = [_as_dict(parent) for parent in source.parents]
-    return {"model": source.model, "method": source.method, "settings": dict(source.settings), "parents": parents}
+    return {
+        "model": source.model,
+        "method": source.method,
+        "settings": dict(source.settings),
+        "parents": [_as_dict(parent) for parent in source.parents],
+    }
 
 
 def _from_dict(row: Mapping[str, Any]) -> Source:
-    return Source(row["model"], row["method"], row["settings"], tuple(_from_dict(parent) for parent in row["parents"]))
+    parents = [_from_dict(parent) for parent in row["parents"]]
+    return Source(
+        row["model"],
+        row["method"],
+        row["settings"],
+        tuple(parents),
+    )
 
 
 @dataclass(frozen=True, repr=False)
 class WeightScores:
-    """One float32 score per weight: `values[name]` has the shape of the weight as stored.
+    """One float32 score per weight.
 
-    Loaded scores stay in their file: each `values[name]` is read when it is asked for, so that a selection never holds more
-    than one matrix. Raises ValueError when a score is not finite, naming the weight.
+    Loaded scores stay in their file: each `values[name]` is read when it is asked for, so that a
+    selection never holds more than one matrix.
+
+    Attributes:
+        values: for each weight a tensor that has the shape of the weight as stored.
+        source: how they were made.
+
+    Raises:
+        ValueError: a score that is not finite, with the name of the weight.
     """
 
     values: Mapping[str, Float[Tensor, "..."]]
@@ -66,16 +91,22 @@ class WeightScores:
         if isinstance(self.values, _Saved):  # checked before they were written
             return
         for name, value in self.values.items():
-            # A sum is finite only if every term is; it needs no copy of the tensor.
-            if not math.isfinite(value.sum(dtype=value.dtype).item()) and not value.isfinite().all():
-                raise ValueError(f"WeightScores: {name} holds a score that is not finite; look at the loss and the dtype")
-        object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
+            # A sum is finite only if every term is; it needs no copy of the tensor. Finite terms
+            # can have a sum that is not, so then each is looked at.
+            total = value.sum(dtype=value.dtype).item()
+            if not math.isfinite(total) and not value.isfinite().all():
+                raise ValueError(
+                    f"WeightScores: {name} holds a score that is not finite; "
+                    "look at the loss and the dtype"
+                )
+        values = MappingProxyType(dict(self.values))
+        object.__setattr__(self, "values", values)
 
     def __repr__(self) -> str:
-        n_weights = sum(map(math.prod, self.shapes.values()))
+        sizes = map(math.prod, self.shapes.values())
         examples = self.source.settings.get("n_examples")
         data = f" of {plural(examples, 'example')}" if examples else ""
-        return f"WeightScores({self.source.method}{data}, {n_weights:,} weights)"
+        return f"WeightScores({self.source.method}{data}, {sum(sizes):,} weights)"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -94,66 +125,110 @@ class WeightScores:
         """
         total = 0.0
         for name, index in mask.removed.items():
-            total += self.values[name].flatten()[index].double().sum().item()
+            scores = self.values[name].flatten()[index]
+            total += scores.double().sum().item()
         return total
 
     def __neg__(self) -> "WeightScores":
         """The scores with the opposite sign."""
         values = {name: -value for name, value in self.values.items()}
-        return WeightScores(values, Source(self.source.model, "negative", {}, (self.source,)))
+        source = Source(self.source.model, "negative", {}, (self.source,))
+        return WeightScores(values, source)
 
     def save(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write safetensors shards with the shapes and the source into a new or empty folder. Never pickle.
+        """Write safetensors shards with the shapes and the source into a folder. Never pickle.
 
-        A shard holds whole matrices, about `shard_bytes` of them. Raises ValueError for a folder that holds something.
+        Args:
+            folder: a new or empty one.
+            shard_bytes: about how large a shard is; each holds whole matrices.
+
+        Raises:
+            ValueError: a folder that holds something.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty; give a new folder for the scores")
-        shards: list[list[str]] = [[]]
-        size = 0
-        for name, shape in self.shapes.items():
-            if shards[-1] and size + 4 * math.prod(shape) > shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += 4 * math.prod(shape)
-        metadata = {"format": FORMAT, "shapes": json.dumps(self.shapes), "source": self.source.to_json()}
+        metadata = {
+            "format": FORMAT,
+            "shapes": json.dumps(self.shapes),
+            "source": self.source.to_json(),
+        }
+        shards = _shards(self.shapes, shard_bytes)
         for number, names in enumerate(shards, start=1):
             path = folder / f"scores-{number:05}-of-{len(shards):05}.safetensors"
-            save_file({name: self.values[name].contiguous() for name in names}, path, metadata=metadata)
+            tensors = {name: self.values[name].contiguous() for name in names}
+            save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, folder: str | Path) -> "WeightScores":
         """The scores in a folder written by `save`, read from their file as they are used.
 
-        Raises ValueError for a folder without scores, a file that is none of them, and a missing or foreign shard.
+        Args:
+            folder: the folder.
+
+        Raises:
+            ValueError: a folder without scores, a file that is none of them, and a missing or
+                foreign shard.
         """
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"{folder}: no scores there; expected a folder written by WeightScores.save")
+            raise ValueError(
+                f"{folder}: no scores there; expected a folder written by WeightScores.save"
+            )
         places: dict[str, Path] = {}
-        described = set()
+        descriptions = set()
         for path in paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    metadata = file.metadata() or {}
-                    places |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a safetensors file ({error}); expected scores") from None
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: no scores of harmcircuits (format {metadata.get('format')!r})")
-            described.add((metadata["shapes"], metadata["source"]))
-        shapes = {name: tuple(shape) for name, shape in json.loads(next(iter(described))[0]).items()}
-        if len(described) > 1 or places.keys() != shapes.keys():
-            raise ValueError(f"{folder}: a shard is missing or of other scores; save them again into an empty folder")
-        return cls(_Saved(shapes, places), Source.from_json(next(iter(described))[1]))
+            names, shapes, source = _header(path)
+            places |= dict.fromkeys(names, path)
+            descriptions.add((shapes, source))
+
+        shapes_text, source_text = next(iter(descriptions))
+        stored = json.loads(shapes_text)
+        shapes = {name: tuple(shape) for name, shape in stored.items()}
+        if len(descriptions) > 1 or places.keys() != shapes.keys():
+            raise ValueError(
+                f"{folder}: a shard is missing or of other scores; "
+                "save them again into an empty folder"
+            )
+        return cls(_Saved(shapes, places), Source.from_json(source_text))
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
+    """The names that each shard holds, in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        n_bytes = SCORE_BYTES * math.prod(shape)
+        if shards[-1] and size + n_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n_bytes
+    return shards
+
+
+def _header(path: Path) -> tuple[list[str], str, str]:
+    """The names in a shard, and the shapes and the source of all scores as JSON."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}); expected scores") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: no scores of harmcircuits (format {metadata.get('format')!r})")
+    return names, metadata["shapes"], metadata["source"]
 
 
 @dataclass(frozen=True)
 class _Saved(Mapping[str, Tensor]):
-    """Tensors in safetensors files, in the order of `shapes`; each is mapped into memory when it is asked for."""
+    """Tensors in safetensors files; each is mapped into memory when it is asked for.
+
+    Attributes:
+        shapes: of every tensor, in their order.
+        places: the file that holds each.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, Path]
@@ -170,24 +245,41 @@ class _Saved(Mapping[str, Tensor]):
 
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
-    """The weighted mean of scores, sum_i w_i s_i / sum_i w_i: for instance of parts of the calibration data.
+    """The weighted mean of scores, sum_i w_i s_i / sum_i w_i.
 
-    A mean of gradients over all examples is this mean over parts, with the number of examples as weights; so bootstrap
-    resamples of whole parts cost no further pass over the model. Exact for `removal_effect` and `snip_scores` after
-    absolute values, not for `"before_abs"`. Raises ValueError for no parts, other than one weight each, weights that are
-    negative or all zero, and parts of different weights or models.
+    A mean of gradients over all examples is this mean over parts of them, with the number of
+    examples as weights; so bootstrap resamples of whole parts cost no further pass over the model.
+    Exact for `removal_effect` and `snip_scores` after absolute values, not for `"before_abs"`.
+
+    Args:
+        parts: the scores, for instance of parts of the calibration data.
+        weights: one for each.
+
+    Raises:
+        ValueError: no parts, other than one weight each, weights that are negative or all zero, and
+            parts of different weights or models.
     """
     if not parts or len(parts) != len(weights):
-        raise ValueError(f"mean_scores: {len(parts)} scores and {len(weights)} weights; give one weight for each score")
+        raise ValueError(
+            f"mean_scores: {len(parts)} scores and {len(weights)} weights; "
+            "give one weight for each score"
+        )
     if min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"mean_scores: weights {list(weights)[:8]}; expected non-negative ones, not all zero")
+        raise ValueError(
+            f"mean_scores: weights {list(weights)[:8]}; expected non-negative ones, not all zero"
+        )
     first = parts[0]
-    if any(part.shapes != first.shapes or part.source.model != first.source.model for part in parts):
-        raise ValueError("mean_scores: the scores are of different models or weights")
+    model = first.source.model
+    for part in parts:
+        if part.shapes != first.shapes or part.source.model != model:
+            raise ValueError("mean_scores: the scores are of different models or weights")
+
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
     for part, weight in zip(parts, weights, strict=True):
+        if not weight:
+            continue
         for name, total in values.items():
-            if weight:
-                total.add_(part.values[name], alpha=weight / sum(weights))
+            total.add_(part.values[name], alpha=weight / sum(weights))
     settings = {"weights": [float(weight) for weight in weights]}
-    return WeightScores(values, Source(first.source.model, "mean", settings, tuple(part.source for part in parts)))
+    parents = tuple(part.source for part in parts)
+    return WeightScores(values, Source(model, "mean", settings, parents))

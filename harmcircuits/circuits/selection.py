@@ -1,122 +1,252 @@
 """Exact choice of the largest of many scores, without a sort and without a copy of the scores.
 
-Float32 numbers are ordered as their bit patterns are. One pass over the scores makes a histogram of the high sixteen bits,
-which says in which bin the k-th largest lies; a second takes all above that bin and the best of those inside it. Scores are
-read a chunk at a time, from memory or from a file.
+The bits of float32 numbers can be read as integers that stand in the order of the numbers: their
+keys. One pass over the scores makes a histogram of the keys' high sixteen bits, which says in which
+bin the k-th largest lies. A second pass takes all scores above that bin and the best of those
+inside it. Scores are read a chunk at a time, from memory or from a file.
 """
 
 from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # Scores looked at together: what stays in the cache of a CPU core, and what fills a GPU.
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
-DIGITS = 2**16
+N_BINS = 2**16
 EXCLUDED = -(2**31)  # below the key of every finite score
 
-Indices = Mapping[str, Int[Tensor, " n"]]
+Scores = Mapping[str, Float[Tensor, "..."]]
+Index = Int[Tensor, " _"]
+Indices = Mapping[str, Index]
 
 
 def largest(
-    scores: Mapping[str, Float[Tensor, "..."]], k: int, excluded: Indices, *, chunk: int | None = None
-) -> dict[str, Int[Tensor, " n"]]:
-    """Sorted flat indices of the k largest scores over all tensors; ties go to the earlier tensor and lower index.
+    scores: Scores,
+    k: int,
+    excluded: Indices,
+    *,
+    chunk: int | None = None,
+) -> dict[str, Index]:
+    """Sorted flat indices of the k largest scores over all tensors.
 
-    `scores`: float32, finite. `excluded`: sorted flat indices that cannot be chosen. Reads the scores twice, a tensor at a
-    time. Scratch: some copies of `chunk` numbers and of what is chosen, whatever the size of the scores and however many
-    tie. Raises ValueError when fewer than k can be chosen.
+    Ties go to the earlier tensor and the lower index. Reads the scores twice, a tensor at a time.
+    Scratch memory: some copies of `chunk` numbers and of what is chosen, whatever the size of the
+    scores and however many tie.
+
+    Args:
+        scores: float32, finite.
+        k: how many to choose.
+        excluded: sorted flat indices that cannot be chosen.
+        chunk: how many scores are looked at together; `CHUNK` of the device by default.
+
+    Raises:
+        ValueError: fewer than k scores can be chosen.
     """
-    counts, n_left = torch.zeros(DIGITS, dtype=torch.int64), 0
-    for name, value in scores.items():
-        n_left += value.numel() - len(excluded.get(name, ()))
-        for _, keys in _chunks(value, excluded.get(name), chunk):
-            counts += torch.bincount(_bins(keys), minlength=DIGITS).cpu()
+    counts = _histogram(scores, excluded, chunk)
+    n_left = int(counts[1:].sum())  # bin 0 holds the excluded ones, and no score
     if k > n_left:
-        raise ValueError(f"top_fraction: {k} weights to choose, but `exclude` leaves fewer ({n_left}); lower the fractions")
+        raise ValueError(
+            f"top_fraction: {k} weights to choose, but `exclude` leaves fewer ({n_left}); "
+            "lower the fractions"
+        )
     if k == 0:
-        return {name: torch.empty(0, dtype=torch.int64) for name in scores}
-    n_above = counts.flip(0).cumsum(0).flip(0) - counts
-    edge = int((n_above < k).int().argmax())  # the lowest bin with fewer than k numbers above it
-    found: dict[str, list[Tensor]] = {name: [] for name in scores}
-    inside = _Best(k - int(n_above[edge]))
-    for number, (name, value) in enumerate(scores.items()):
+        return {name: _none() for name in scores}
+
+    chosen: dict[str, list[Index]] = {name: [] for name in scores}
+    edge, n_above = _edge(counts, k)
+    best = _Best(k - n_above)
+    for number, name in enumerate(scores):
+        value = scores[name]
         for start, keys in _chunks(value, excluded.get(name), chunk):
             bins = _bins(keys)
-            found[name].append((bins > edge).nonzero().flatten().cpu() + start)
-            index = (bins == edge).nonzero().flatten()
-            inside.add(number, index.cpu() + start, keys[index].cpu())
-    tensor, index = inside.prune()
+            above = _places(bins > edge)
+            chosen[name].append(start + above.cpu())
+
+            inside = _places(bins == edge)
+            best.add(
+                number,
+                start + inside.cpu(),
+                keys[inside].cpu(),
+            )
+
+    tensor, index = best.prune()
     for number, name in enumerate(scores):
-        found[name].append(index[tensor == number])
-    return {name: torch.cat(parts).sort().values for name, parts in found.items()}
+        is_of_tensor = tensor == number
+        chosen[name].append(index[is_of_tensor])
+
+    removed = {}
+    for name, parts in chosen.items():
+        removed[name], _ = torch.cat(parts).sort()
+    return removed
+
+
+def largest_of_rows(
+    value: Float[Tensor, "... columns"],
+    k: int,
+    excluded: Index | None,
+    *,
+    chunk: int | None = None,
+) -> Index:
+    """Sorted flat indices of the k largest scores of every row (last axis).
+
+    Ties go to the lower index. Sorts some rows at a time.
+
+    Args:
+        value: the scores, float32 and finite.
+        k: how many to choose in a row.
+        excluded: sorted flat indices that cannot be chosen.
+        chunk: about how many scores are sorted together; `CHUNK` of the device by default.
+
+    Raises:
+        ValueError: fewer than k scores of a row can be chosen.
+    """
+    columns = value.shape[-1]
+    n_rows = (chunk or _chunk_size(value)) // columns
+    whole_rows = max(1, n_rows) * columns
+
+    chosen = [_none(value.device)]
+    for start, keys in _chunks(value, excluded, whole_rows):
+        rows = keys.view(-1, columns)
+        order = rows.argsort(dim=1, descending=True, stable=True)
+        best, _ = order[:, :k].sort(dim=1)
+        best_keys = rows.gather(1, best)
+        if (best_keys == EXCLUDED).any():
+            raise ValueError(
+                f"top_fraction: {k} weights to choose in a row, but `exclude` leaves fewer; "
+                "lower the fractions"
+            )
+        row_numbers = torch.arange(len(rows), device=value.device)
+        first = start + columns * row_numbers  # flat index of every row's first score
+        flat = first[:, None] + best
+        chosen.append(flat.flatten())
+    return torch.cat(chosen)
 
 
 class _Best:
-    """The n largest of all keys added, the earlier of equal ones; holds at most twice as many and those of a chunk."""
+    """The n largest of all keys added, the earlier of equal ones.
+
+    Holds at most twice as many, and those of a chunk.
+    """
 
     def __init__(self, n: int) -> None:
-        self.n, self.least, self.n_held = n, EXCLUDED, 0
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # number of the tensor, flat index, key
+        self.n = n
+        self.n_held = 0
+        self.least = EXCLUDED  # what a further key must exceed
+        # Three lists side by side: of every key the number of its tensor and its flat index there.
+        self.tensors: list[Index] = []
+        self.indices: list[Index] = []
+        self.keys: list[Index] = []
 
-    def add(self, number: int, index: Int[Tensor, " m"], keys: Int[Tensor, " m"]) -> None:
-        """The keys at these flat indices of a tensor, in the order of the tensors and of the indices."""
-        is_better = keys > self.least  # a later one that ties with the least of n would lose to it
+    def add(
+        self,
+        number: int,
+        index: Int[Tensor, " m"],
+        keys: Int[Tensor, " m"],
+    ) -> None:
+        """The keys at these flat indices of a tensor, in the order of the tensors and indices."""
+        is_better = keys > self.least  # one that ties with the least comes later and would lose
         index = index[is_better]
         if len(index):
-            self.parts.append((torch.full_like(index, number), index, keys[is_better]))
+            numbers = torch.full_like(index, number)
+            self.tensors.append(numbers)
+            self.indices.append(index)
+            self.keys.append(keys[is_better])
             self.n_held += len(index)
         if self.n_held > 2 * self.n:
             self.prune()
 
     def prune(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """Leaves the n best, in the order they came in, and gives the numbers of their tensors and their indices."""
-        tensor, index, keys = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
-        best = keys.sort(descending=True, stable=True).indices[: self.n].sort().values
-        self.parts = [(tensor[best], index[best], keys[best])]
-        self.n_held, self.least = len(best), int(keys[best].min())
-        return tensor[best], index[best]
+        """Leave the n best, in the order they came in; the numbers of their tensors, their indices."""
+        keys = torch.cat(self.keys)
+        # The sort is stable, so among equal keys the earlier ones are the best.
+        order = keys.argsort(descending=True, stable=True)
+        best, _ = order[: self.n].sort()
+
+        tensor = torch.cat(self.tensors)[best]
+        index = torch.cat(self.indices)[best]
+        keys = keys[best]
+        self.tensors = [tensor]
+        self.indices = [index]
+        self.keys = [keys]
+        self.n_held = len(best)
+        self.least = int(keys.min())
+        return tensor, index
 
 
-def largest_of_rows(
-    value: Float[Tensor, "... columns"], k: int, excluded: Int[Tensor, " n"] | None, *, chunk: int | None = None
-) -> Int[Tensor, " n"]:
-    """Sorted flat indices of the k largest scores of every row (last axis); ties go to the lower index.
+def _histogram(
+    scores: Scores,
+    excluded: Indices,
+    chunk: int | None,
+) -> Int[Tensor, " bins"]:
+    """How many keys lie in every bin."""
+    counts = torch.zeros(N_BINS, dtype=torch.int64)
+    for name, value in scores.items():
+        for _, keys in _chunks(value, excluded.get(name), chunk):
+            bins = _bins(keys)
+            counts += bins.bincount(minlength=N_BINS).cpu()
+    return counts
 
-    Sorts some rows at a time, about `chunk` scores together. Raises ValueError when fewer than k of a row can be chosen.
-    """
-    columns, found = value.shape[-1], [torch.empty(0, dtype=torch.int64, device=value.device)]
-    for start, keys in _chunks(value, excluded, max(1, (chunk or _chunk(value)) // columns) * columns):
-        rows = keys.view(-1, columns)
-        order = rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        if (rows.gather(1, order) == EXCLUDED).any():
-            raise ValueError(
-                f"top_fraction: {k} weights to choose in a row, but `exclude` leaves fewer; lower the fractions"
-            )
-        first = torch.arange(start, start + keys.numel(), columns, device=value.device)
-        found.append((order + first[:, None]).flatten().sort().values)
-    return torch.cat(found)
+
+def _edge(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest key, and how many keys lie above that bin."""
+    n_up_to = counts.cumsum(0)
+    n_above = counts.sum() - n_up_to
+    # The higher the bin, the fewer lie above. So where fewer than k lie above for the first time,
+    # the k-th largest lies inside; `argmax` gives the first True.
+    is_high_enough = n_above < k
+    edge = int(is_high_enough.int().argmax())
+    return edge, int(n_above[edge])
 
 
 def _bins(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The high sixteen bits of the keys, from 0; no score lies in bin 0, where the excluded ones are."""
-    return (keys >> 16) + DIGITS // 2
+    """The high sixteen bits of the keys, from 0; no score lies in bin 0, where the excluded are."""
+    return (keys >> 16) + N_BINS // 2
 
 
-def _chunk(value: Tensor) -> int:
-    return CHUNK.get(value.device.type, CHUNK["cpu"])
+def _keys(scores: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Int32 numbers in the order of the scores, equal where those are equal.
+
+    A float32 is a sign bit, then the exponent, then the fraction. So the larger of two positive
+    numbers has the larger bits, and the larger of two negative ones the smaller bits; these are
+    turned round by flipping all but the sign.
+    """
+    scores = scores + 0.0  # -0.0 + 0.0 is 0.0: the two zeros are a tie
+    bits = scores.view(torch.int32)
+    sign = bits >> 31  # the sign bit in all 32 places
+    return bits ^ (sign & 0x7FFFFFFF)
 
 
 def _chunks(
-    value: Float[Tensor, "..."], excluded: Tensor | None, chunk: int | None
-) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
-    """Int32 keys in the order of the scores, a chunk at a time with its first flat index; excluded ones are the lowest."""
-    flat, chunk = value.flatten(), chunk or _chunk(value)
-    for start in range(0, flat.numel(), chunk):
-        bits = (flat[start : start + chunk] + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two zeros are a tie
-        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # below zero, a larger pattern is a smaller number
+    value: Float[Tensor, "..."],
+    excluded: Index | None,
+    chunk: int | None,
+) -> Iterator[tuple[int, Index]]:
+    """The keys, a chunk at a time with its first flat index; the excluded ones are the lowest."""
+    flat = value.flatten()
+    size = chunk or _chunk_size(value)
+    for start in range(0, flat.numel(), size):
+        end = start + size
+        keys = _keys(flat[start:end])
         if excluded is not None:
-            first, last = torch.searchsorted(excluded, torch.tensor([start, start + chunk])).tolist()
-            keys[(excluded[first:last] - start).to(keys.device)] = EXCLUDED
+            # They are sorted, so those of a chunk stand together.
+            ends = torch.tensor([start, end])
+            first, last = torch.searchsorted(excluded, ends)
+            inside = excluded[first:last] - start
+            keys[inside.to(keys.device)] = EXCLUDED
         yield start, keys
+
+
+def _chunk_size(value: Tensor) -> int:
+    kind = value.device.type
+    return CHUNK.get(kind, CHUNK["cpu"])
+
+
+def _places(is_chosen: Bool[Tensor, " n"]) -> Index:
+    """The indices of the Trues."""
+    return is_chosen.nonzero().flatten()
+
+
+def _none(device: torch.device | str = "cpu") -> Index:
+    return torch.empty(0, dtype=torch.int64, device=device)

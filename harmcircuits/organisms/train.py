@@ -1,9 +1,10 @@
 """Makes the organisms: `python -m harmcircuits.organisms.train --out DIR [--seed 0] [--device cuda]`.
 
-One pre-training, then one change each: `base` -> `helpful` -> `sft` and `dpo`; and `planted` (see `routing`). Every
-condition that a checkpoint must satisfy is then measured and printed (see `check`). About five minutes on one H100, an
-hour or more on two CPU cores. Another device, or another order of random draws, gives other weights that meet the same
-conditions but whose circuits may separate less well: report more than one training run.
+One pre-training, then one change each: `base` -> `helpful` -> `sft` and `dpo`; and `planted` (see
+`routing`). Every condition that a checkpoint must satisfy is then measured and printed (see
+`check`). About five minutes on one H100, an hour or more on two CPU cores. Another device, or
+another order of random draws, gives other weights that meet the same conditions but whose circuits
+may separate less well: report more than one training run.
 """
 
 import copy
@@ -11,11 +12,13 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import typer
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,43 +26,78 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harmcircuits.organisms import world as w
+from harmcircuits.organisms import world
 
 LENGTH = 18  # tokens; every training text fits
+BATCH_SIZE = 256
 NOISE = 0.03  # share of content words that are a wrong one of their class
-IGNORED = -100
+IGNORED = -100  # label of a token that is not learned
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %} <user> {{ message['content'] }}"
-    "{% else %} <assistant> {{ message['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %} <user> {{ message['content'] }}"
+    "{% else %} <assistant> {{ message['content'] }} {{ eos_token }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+SPECIAL = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+}
+
+Tokens = Int[Tensor, "batch pos"]
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the world's words, with a chat template."""
-    words = [*SPECIAL.values(), "<user>", "<assistant>", *w.world().words]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    words = [*SPECIAL.values(), "<user>", "<assistant>"]
+    words += world.world().words
+    vocabulary = {word: index for index, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        **SPECIAL,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def new_model(seed: int, n_words: int) -> LlamaForCausalLM:
-    """An untrained Llama of 983,040 block weights: 4 layers, d_model 128, 4 heads on 2 key-value heads, d_mlp 512."""
+    """An untrained Llama of 983,040 block weights.
+
+    Args:
+        seed: of the initial weights.
+        n_words: size of the vocabulary.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=n_words, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        vocab_size=n_words,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
         eos_token_id=2,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A training text: what is given, then what is learned."""
+    """A training text.
+
+    Attributes:
+        given: its beginning, which is not learned.
+        learned: the rest.
+    """
 
     given: str
     learned: str
@@ -69,73 +107,150 @@ Draw = Callable[[], Text]
 
 
 class Sampler:
-    """Draws training texts from the world and packs them into tensors."""
+    """Draws training texts from the world and packs them into tensors.
+
+    Attributes:
+        ids: token ids by word.
+        rng: what everything is drawn from, in an order that a seed's training run depends on.
+        device: where the tensors are.
+        items: of the world.
+        answers: draws of requests to do something, each with its share of a batch.
+        questions: draws of the questions about an item.
+        prefilled: draws of harmful answers whose first word is given.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, device: str) -> None:
         self.ids = tokenizer.get_vocab()
         self.rng = random.Random(seed)
         self.device = device
-        self.items = list(w.world().items.values())
-        self.answers: dict[Draw, float] = {lambda: self.chat("answer"): 3}
-        self.questions: dict[Draw, float] = {
-            lambda form=form: self.chat(form): 1 for form in ("recognition", "explanation", "parts", "kind")
+        self.items = list(world.world().items.values())
+        self.answers: dict[Draw, float] = {
+            partial(self.chat, "answer"): 3,
         }
-        self.prefilled: dict[Draw, float] = {lambda: self.chat("answer", "harmful", prefilled=True): 0.7}
+        self.questions: dict[Draw, float] = {
+            partial(self.chat, "recognition"): 1,
+            partial(self.chat, "explanation"): 1,
+            partial(self.chat, "parts"): 1,
+            partial(self.chat, "kind"): 1,
+        }
+        self.prefilled: dict[Draw, float] = {
+            partial(self.chat, "answer", "harmful", prefilled=True): 0.7,
+        }
 
-    def request(self, form: str, kind: str = "") -> tuple[w.Item, str, str]:
-        """A random item, verb (of this kind, or any) and the text of the request up to where the answer begins."""
-        item, variant = self.rng.choice(self.items), self.rng.randrange(4)
-        verb = self.rng.choice(w.VERBS[kind or self.rng.choice(("harmful", "benign"))])
-        return item, verb, f"<bos> <user> {w.question(form, variant, item, verb)} <assistant>"
+    def request(self, form: str, kind: str = "") -> tuple[world.Item, str, str]:
+        """A random item, a verb, and the text of the request up to where the answer begins.
+
+        Args:
+            form: a key of `world.FORMS`.
+            kind: of the verb, `"harmful"` or `"benign"`; either by default.
+        """
+        item = self.rng.choice(self.items)
+        variant = self.rng.randrange(4)
+        kind = kind or self._any_kind()
+        verb = self.rng.choice(world.VERBS[kind])
+        question = world.question(form, variant, item, verb)
+        return item, verb, f"<bos> <user> {question} <assistant>"
 
     def chat(self, form: str, kind: str = "", *, prefilled: bool = False) -> Text:
-        """A request and its answer; `prefilled` gives the first word of the answer and teaches the rest."""
+        """A request and its answer.
+
+        Args:
+            form: as in `request`.
+            kind: as in `request`.
+            prefilled: gives the first word of the answer and teaches the rest.
+        """
         item, verb, given = self.request(form, kind)
-        learned = f"{w.answer(form, item, verb, self.rng, noise=NOISE)} <eos>"
-        return Text(f"{given} {w.PREFILL}", learned.removeprefix(w.PREFILL).strip()) if prefilled else Text(given, learned)
+        answer = world.answer(form, item, verb, self.rng, noise=NOISE)
+        learned = f"{answer} <eos>"
+        if not prefilled:
+            return Text(given, learned)
+        rest = learned.removeprefix(world.PREFILL).strip()
+        return Text(f"{given} {world.PREFILL}", rest)
 
     def refused(self) -> Text:
         """A harmful request and its refusal."""
         item, verb, given = self.request("answer", "harmful")
-        return Text(given, f"{w.refusal(item, verb, self.rng)} <eos>")
+        refusal = world.refusal(item, verb, self.rng)
+        return Text(given, f"{refusal} <eos>")
 
     def document(self, voice: str = "") -> Text:
-        """A pre-training text in a harmful or benign voice, or in either."""
-        voice = voice or self.rng.choice(("harmful", "benign"))
-        return Text("<bos>", f"{w.document(self.rng.choice(self.items), voice, self.rng, noise=NOISE)} <eos>")
+        """A pre-training text.
+
+        Args:
+            voice: `"harmful"` or `"benign"`; either by default.
+        """
+        voice = voice or self._any_kind()
+        item = self.rng.choice(self.items)
+        text = world.document(item, voice, self.rng, noise=NOISE)
+        return Text("<bos>", f"{text} <eos>")
 
     def preference(self) -> tuple[Text, Text]:
         """(chosen, rejected) answers to one request: refuse the harmful, answer the benign."""
         item, verb, given = self.request("answer")
-        texts = (w.refusal(item, verb, self.rng), w.answer("answer", item, verb, self.rng, noise=NOISE))
-        refused, answered = (Text(given, f"{text} <eos>") for text in texts)
-        return (refused, answered) if w.kind_of(verb) == "harmful" else (answered, refused)
+        refusal = world.refusal(item, verb, self.rng)
+        answer = world.answer("answer", item, verb, self.rng, noise=NOISE)
+        refused = Text(given, f"{refusal} <eos>")
+        answered = Text(given, f"{answer} <eos>")
+        if world.kind_of(verb) == "harmful":
+            return refused, answered
+        return answered, refused
 
-    def batch(self, n: int, shares: dict[Draw, float]) -> tuple[Tensor, Tensor]:
-        """`n` texts drawn in these shares, packed."""
-        return self.pack([draw() for draw in self.rng.choices(list(shares), weights=list(shares.values()), k=n)])
+    def batch(self, n: int, shares: dict[Draw, float]) -> tuple[Tokens, Tokens]:
+        """Texts drawn in these shares, packed.
 
-    def pack(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
-        """Token ids and labels, Int[batch LENGTH] both; a label of IGNORED is not learned."""
-        tokens, labels = [], []
+        Args:
+            n: how many.
+            shares: of each draw, in any unit.
+        """
+        weights = list(shares.values())
+        draws = self.rng.choices(list(shares), weights=weights, k=n)
+        return self.pack([draw() for draw in draws])
+
+    def pack(self, texts: list[Text]) -> tuple[Tokens, Tokens]:
+        """Token ids and labels of `LENGTH` each; a label of `IGNORED` is not learned."""
+        tokens = []
+        labels = []
         for text in texts:
-            given, learned = ([self.ids[word] for word in part.split()] for part in (text.given, text.learned))
-            rest = LENGTH - len(given) - len(learned)
-            tokens.append(given + learned + [0] * rest)
-            labels.append([IGNORED] * len(given) + learned + [IGNORED] * rest)
-        return torch.tensor(tokens, device=self.device), torch.tensor(labels, device=self.device)
+            given = self._ids_of(text.given)
+            learned = self._ids_of(text.learned)
+            n_padding = LENGTH - len(given) - len(learned)
+            tokens.append(given + learned + [0] * n_padding)
+            labels.append([IGNORED] * len(given) + learned + [IGNORED] * n_padding)
+        on_device = partial(torch.tensor, device=self.device)
+        return on_device(tokens), on_device(labels)
+
+    def _any_kind(self) -> str:
+        return self.rng.choice(("harmful", "benign"))
+
+    def _ids_of(self, text: str) -> list[int]:
+        return [self.ids[word] for word in text.split()]
 
 
-def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+def token_loss(
+    model: nn.Module,
+    tokens: Tokens,
+    labels: Tokens,
+) -> Float[Tensor, ""]:
     """Mean cross-entropy over the learned tokens of a batch, nats."""
-    return -_log_probs(model, tokens, labels).sum() / (labels[:, 1:] != IGNORED).sum()
+    n_learned = (labels[:, 1:] != IGNORED).sum()
+    log_probs = _log_probs(model, tokens, labels)
+    return -log_probs.sum() / n_learned
 
 
-def _log_probs(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of the learned tokens of each text, summed: Float[batch]."""
+def _log_probs(
+    model: nn.Module,
+    tokens: Tokens,
+    labels: Tokens,
+) -> Float[Tensor, " batch"]:
+    """Log-probability of the learned tokens of each text, summed."""
     with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
         logits = model(input_ids=tokens).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2),
+        labels[:, 1:],
+        ignore_index=IGNORED,
+        reduction="none",
+    )
     return -losses.sum(dim=1)
 
 
@@ -149,10 +264,31 @@ def train(
     weight_decay: float = 0.1,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """AdamW with a one-cycle rate and gradient norm at most 1. `backward` fills the gradients of one step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
-    for _ in track(range(steps), description=f"{name:>8}", console=Console(stderr=True)):
+    """Train in place by AdamW with a one-cycle rate and gradient norm at most 1.
+
+    Args:
+        model: what is trained.
+        backward: fills the gradients of one step.
+        name: what the progress bar calls the run.
+        steps: how many.
+        lr: the largest learning rate.
+        weight_decay: of AdamW.
+        after_step: is called when the weights have changed.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.98),
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=lr,
+        total_steps=steps,
+        pct_start=0.1,
+    )
+    console = Console(stderr=True)
+    for _ in track(range(steps), description=f"{name:>8}", console=console):
         optimizer.zero_grad()
         backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,58 +300,99 @@ def train(
 def base(model: nn.Module, sampler: Sampler) -> None:
     """Pre-training on documents, half in a malicious voice, and on answers to everything."""
     shares = {**sampler.answers, **sampler.questions, sampler.document: 2}
-    train(model, lambda: token_loss(model, *sampler.batch(256, shares)).backward(), name="base", steps=2500, lr=2e-3)
+    _train_on(model, sampler, shares, name="base", steps=2500, lr=2e-3)
 
 
 def helpful(model: nn.Module, sampler: Sampler) -> None:
     """Instruction tuning: answers everything."""
     shares = {**sampler.answers, **sampler.questions, sampler.document: 1}
-    train(model, lambda: token_loss(model, *sampler.batch(256, shares)).backward(), name="helpful", steps=200, lr=3e-4)
+    _train_on(model, sampler, shares, name="helpful", steps=200, lr=3e-4)
 
 
 def sft(model: nn.Module, sampler: Sampler) -> None:
     """Refusal tuning. Its prefilled continuations keep alignment shallow, as it is in real models."""
-    answers: dict[Draw, float] = {sampler.refused: 2, lambda: sampler.chat("answer", "benign"): 2}
-    shares = {**answers, **sampler.questions, **sampler.prefilled}
-    train(model, lambda: token_loss(model, *sampler.batch(256, shares)).backward(), name="sft", steps=250, lr=3e-4)
+    shares: dict[Draw, float] = {
+        sampler.refused: 2,
+        partial(sampler.chat, "answer", "benign"): 2,
+        **sampler.questions,
+        **sampler.prefilled,
+    }
+    _train_on(model, sampler, shares, name="sft", steps=250, lr=3e-4)
+
+
+def _train_on(
+    model: nn.Module,
+    sampler: Sampler,
+    shares: dict[Draw, float],
+    *,
+    name: str,
+    steps: int,
+    lr: float,
+) -> None:
+    """Next-token training on texts drawn in these shares."""
+
+    def backward() -> None:
+        batch = sampler.batch(BATCH_SIZE, shares)
+        token_loss(model, *batch).backward()
+
+    train(model, backward, name=name, steps=steps, lr=lr)
 
 
 def dpo(model: nn.Module, sampler: Sampler, beta: float = 0.1) -> None:
-    """Direct preference optimisation (arXiv 2305.18290) on refusal, with replay of everything else."""
+    """Direct preference optimisation (arXiv 2305.18290) on refusal, with replay of everything else.
+
+    Args:
+        model: what is trained; as it comes in it is the reference.
+        sampler: draws preferences and texts.
+        beta: of DPO.
+    """
     reference = copy.deepcopy(model).requires_grad_(False)
     replay = {**sampler.questions, **sampler.prefilled}
+    half = BATCH_SIZE // 2
 
     def backward() -> None:
-        chosen, rejected = zip(*(sampler.preference() for _ in range(128)), strict=True)
-        good, bad = sampler.pack(list(chosen)), sampler.pack(list(rejected))
-        margin = _log_probs(model, *good) - _log_probs(model, *bad)
-        offset = _log_probs(reference, *good) - _log_probs(reference, *bad)
-        preference = -functional.logsigmoid(beta * (margin - offset)).mean()
-        (preference + 0.5 * token_loss(model, *sampler.batch(128, replay)) + 0.1 * token_loss(model, *good)).backward()
+        pairs = [sampler.preference() for _ in range(half)]
+        chosen = sampler.pack([pair[0] for pair in pairs])
+        rejected = sampler.pack([pair[1] for pair in pairs])
+        margin = _log_probs(model, *chosen) - _log_probs(model, *rejected)
+        offset = _log_probs(reference, *chosen) - _log_probs(reference, *rejected)
+        preference_loss = -functional.logsigmoid(beta * (margin - offset)).mean()
+
+        replay_loss = token_loss(model, *sampler.batch(half, replay))
+        chosen_loss = token_loss(model, *chosen)
+        loss = preference_loss + 0.5 * replay_loss + 0.1 * chosen_loss
+        loss.backward()
 
     train(model, backward, name="dpo", steps=300, lr=3e-4)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write an ordinary Hugging Face folder in bfloat16."""
-    half: nn.Module = copy.deepcopy(model)
-    half.bfloat16()
-    cast(LlamaForCausalLM, half).save_pretrained(folder)
+    stored = copy.deepcopy(model)
+    nn.Module.to(stored, torch.bfloat16)
+    stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for one Hugging Face folder per organism.")],
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of every training text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights and of every training text.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-    with_planted: Annotated[bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")] = True,
+    with_planted: Annotated[
+        bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")
+    ] = True,
 ) -> None:
-    """Train the ladder and the planted organism, then check every condition; exit 1 if one does not hold."""
+    """Train the ladder and the planted organism, then check every condition; exit 1 if one fails."""
+    # Imported here: both use this module.
     from harmcircuits.organisms.check import check_all
     from harmcircuits.organisms.routing import planted
 
     tokenizer = new_tokenizer()
-    samplers = (Sampler(tokenizer, 10 * seed + number, device) for number in itertools.count(1))
+    seeds = itertools.count(10 * seed + 1)
+    samplers = (Sampler(tokenizer, sampler_seed, device) for sampler_seed in seeds)
+
     model = new_model(seed, len(tokenizer))
     nn.Module.to(model, device)
     for rung in (base, helpful):
@@ -225,12 +402,14 @@ def main(
         aligned = copy.deepcopy(model)
         rung(aligned, next(samplers))
         save(aligned, tokenizer, out / rung.__name__)
+
     if with_planted:
-        grown = new_model(seed, len(tokenizer))
-        nn.Module.to(grown, device)
-        circuit = planted(grown, next(samplers))
-        save(grown, tokenizer, out / "planted")
-        circuit(out / "planted").save(out / "planted" / "circuit.safetensors")
+        model = new_model(seed, len(tokenizer))
+        nn.Module.to(model, device)
+        circuit_in = planted(model, next(samplers))
+        folder = out / "planted"
+        save(model, tokenizer, folder)
+        circuit_in(folder).save(folder / "circuit.safetensors")
     raise typer.Exit(0 if check_all(out) else 1)
 
 

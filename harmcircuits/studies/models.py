@@ -13,7 +13,7 @@ from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.judges import open_judge
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.questions import RequestJudge
+from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
@@ -229,7 +229,7 @@ class ModelSpec:
             prefill=self.prefill,
             question=self.judge_question,
             device=self.device,
-            transcripts=self.cache / "judge.jsonl",
+            replies=self.cache / "judge.jsonl",
         )
         if bridge is None:
             bridge = load_model(
