@@ -28,11 +28,11 @@ import typer
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.circuits.masks import union
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks.search import iterative_pruning, protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
-from harmcircuits.studies.controls import union
 from harmcircuits.studies.curves import (
     Curve,
     area,

@@ -14,9 +14,9 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.behaviours.model import Model
+from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.organisms import open_organism
 from harmcircuits.organisms.train import new_tokenizer
-from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.prompts import Batch, PromptSet
 
 SIZE = dict(

@@ -63,7 +63,7 @@ def logits_at(
     return bridge(tokens)[:, positions]
 
 
-def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch pos-1"]:
+def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch next"]:
     """Cross-entropy (nats, float32) of every token after the first.
 
     Args:

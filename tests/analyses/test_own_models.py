@@ -19,7 +19,8 @@ from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.judges import ChatJudge, RuleJudge
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.questions import QuestionTemplates, RequestJudge
+from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.measurements import Rows, wilson
 from harmcircuits.organisms import FOLDER, world

@@ -7,7 +7,8 @@ answer.
 import pytest
 
 from harmcircuits.behaviours.judges import RuleJudge
-from harmcircuits.behaviours.questions import QuestionTemplates, RequestJudge
+from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.behaviours.request_judge import RequestJudge
 
 KINDS = {
     "bad": "harmful",
