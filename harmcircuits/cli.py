@@ -50,10 +50,11 @@ def _settings_options() -> dict[str, Option]:
     return options
 
 
-def _show_version(is_asked: bool) -> None:
+def _show_version(is_asked: bool) -> bool:
     if is_asked:
         typer.echo(f"harmcircuits {__version__}")
         raise typer.Exit
+    return is_asked
 
 
 @app.callback()
