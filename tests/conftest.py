@@ -1,4 +1,7 @@
-"""Fixtures of all tests: small random models and a batch. Everything runs offline, on one thread."""
+"""Fixtures of all tests: small random models and a batch.
+
+Everything runs offline, on one thread.
+"""
 
 import os
 
