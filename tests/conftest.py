@@ -1,6 +1,7 @@
-"""Fixtures of all tests: small random models and a batch. Everything runs offline, on one thread.
+"""Fixtures of all tests: small random models and a batch.
 
-While tests run, every call of the package is checked against its annotations, shapes among them.
+Everything runs offline, on one thread. Every call of the package is checked against its
+annotations, shapes among them.
 """
 
 import os

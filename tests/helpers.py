@@ -43,8 +43,16 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "GPTNeoX": ("GPTNeoXConfig", dict(**SIZE, intermediate_size=40)),
     "GPTNeo": (
         "GPTNeoConfig",
-        dict(vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, max_position_embeddings=32, intermediate_size=40,
-             attention_types=[[["global", "local"], 1]], window_size=8),
+        dict(
+            vocab_size=61,
+            hidden_size=24,
+            num_layers=2,
+            num_heads=4,
+            max_position_embeddings=32,
+            intermediate_size=40,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+        ),
     ),
     "Phi3": ("Phi3Config", GQA),
     # Rotary embeddings over half (a quarter) of a head need an even number of dimensions.
@@ -56,40 +64,82 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "Cohere": ("CohereConfig", GQA),
     "SmolLM3": ("SmolLM3Config", GQA),
     "GPTJ": ("GPTJConfig", dict(**GPT2, rotary_dim=4)),
-    "Falcon": ("FalconConfig", dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False)),
+    "Falcon": (
+        "FalconConfig",
+        dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False),
+    ),
     "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
     "Olmo": ("OlmoConfig", GQA),
     "Olmo3": ("Olmo3Config", GQA),
     "Cohere2": ("Cohere2Config", dict(**GQA, head_dim=6)),
     "CodeGen": ("CodeGenConfig", dict(**GPT2, rotary_dim=4)),
     "GPTBigCode": ("GPTBigCodeConfig", dict(**GPT2, multi_query=True)),
-    "Mpt": ("MptConfig", dict(vocab_size=61, d_model=24, n_layers=2, n_heads=4, max_seq_len=32, expansion_ratio=2)),
+    "Mpt": (
+        "MptConfig",
+        dict(vocab_size=61, d_model=24, n_layers=2, n_heads=4, max_seq_len=32, expansion_ratio=2),
+    ),
     "Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=3)),
-    "Qwen3Moe": ("Qwen3MoeConfig", dict(**GQA, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+    "Qwen3Moe": (
+        "Qwen3MoeConfig",
+        dict(**GQA, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+    ),
     "Olmoe": ("OlmoeConfig", dict(**GQA, num_experts=4, num_experts_per_tok=2)),
     "GraniteMoe": ("GraniteMoeConfig", dict(**GQA, num_local_experts=4, num_experts_per_tok=2)),
-}  # fmt: skip
+}
 
 # In bfloat16 one of each way in which weights are stored: apart, fused, tied, transposed, stacked.
 COARSE = (
-    "Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Qwen2", "Bloom", "Falcon", "Mixtral", "Qwen3Moe",
-)  # fmt: skip
+    "Llama",
+    "GPT2",
+    "GPTNeoX",
+    "Phi3",
+    "Gemma2",
+    "Qwen2",
+    "Bloom",
+    "Falcon",
+    "Mixtral",
+    "Qwen3Moe",
+)
 
-# Opened by TransformerLens, refused by us: blocks with other matrices than attention, MLP, router and experts.
+# Opened by TransformerLens, refused by us: blocks with other matrices than attention, MLP, router
+# and experts.
 UNSUPPORTED: dict[str, tuple[str, dict]] = {
     "Qwen2Moe": (
         "Qwen2MoeConfig",
-        dict(**GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24),
+        dict(
+            **GQA,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=24,
+        ),
     ),
-    "GptOss": ("GptOssConfig", dict(**GQA, head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
+    "GptOss": (
+        "GptOssConfig",
+        dict(**GQA, head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    ),
     "DeepseekV3": (
         "DeepseekV3Config",
-        dict(**GQA | dict(num_key_value_heads=4), q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-             v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=24,
-             first_k_dense_replace=1),
+        dict(
+            **GQA | dict(num_key_value_heads=4),
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=6,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=24,
+            first_k_dense_replace=1,
+        ),
     ),
-    "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=4)),
-}  # fmt: skip
+    "Mamba": (
+        "MambaConfig",
+        dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=4),
+    ),
+}
 
 
 class StubBridge(Bridge):

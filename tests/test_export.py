@@ -1,7 +1,8 @@
 """Exported folders are the masked model, nothing more and nothing less.
 
-Would catch: a fused matrix put together in the wrong order, a mask that is lost or reaches other weights on the way,
-tied embeddings that come apart, another dtype on disk, a folder left half written, a source that is not the model.
+Would catch: a fused matrix put together in the wrong order, a mask that is lost or reaches other
+weights on the way, tied embeddings that come apart, another dtype on disk, a folder left half
+written, a source that is not the model.
 """
 
 import json
@@ -59,7 +60,8 @@ def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtyp
     again = TransformerBridge.boot_transformers(str(folder), dtype=dtype, device="cpu")
     assert torch.equal(again(tokens), expected)
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    # Other orders of the same sums: up to 4 roundings of the largest logit were seen over all architectures.
+    # Other orders of the same sums: up to 4 roundings of the largest logit were seen over all
+    # architectures.
     bound = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(ours(tokens).logits, expected, rtol=0, atol=bound)
 

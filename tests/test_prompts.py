@@ -1,8 +1,9 @@
 """Prompt files, splits and batches against hand-built rows and hand-computed token ids.
 
 Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a
-file format that loses or reorders fields; an error in a user's file that passes in silence; a digest
-that misses a change of the data; a request in two splits, or one that moves when others are added.
+file format that loses or reorders fields; an error in a user's file that passes in silence; a
+digest that misses a change of the data; a request in two splits, or one that moves when others are
+added.
 """
 
 import csv
@@ -73,7 +74,10 @@ def test_jsonl_round_trip(tmp_path):
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
 def test_only_line_feeds_end_a_jsonl_row(tmp_path, separator):
-    """U+2028 and its like are ordinary characters of a JSON string; text from the web holds them."""
+    """U+2028 and its like are ordinary characters of a JSON string.
+
+    Text from the web holds them.
+    """
     example = Example(f"one{separator}two", "yes")
     write_jsonl(tmp_path / "a.jsonl", as_rows([example]))
     assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (example,)
@@ -229,9 +233,15 @@ def test_digest_is_of_prompts_and_completions_in_order():
     )
     assert digest(("a", "b"), ("c", "d")) == digest(("a", "b", "category", "group"), ("c", "d"))
     different = [
-        digest(), digest(("a", "b")), digest(("ab", "")), digest(("a", "")), digest(("b", "a")),
-        digest(("a", "b"), ("c", "d")), digest(("c", "d"), ("a", "b")), digest(("a", "b"), ("a", "b")),
-    ]  # fmt: skip
+        digest(),
+        digest(("a", "b")),
+        digest(("ab", "")),
+        digest(("a", "")),
+        digest(("b", "a")),
+        digest(("a", "b"), ("c", "d")),
+        digest(("c", "d"), ("a", "b")),
+        digest(("a", "b"), ("a", "b")),
+    ]
     assert len(set(different)) == len(different)
 
 
@@ -352,7 +362,10 @@ def test_prefill_is_context(tokenizer, ids):
 
 
 def test_prefill_only_moves_the_border_of_the_targets(tokenizer):
-    """The text is the same, so the tokens are: a target after a prefill keeps the space that belongs to it."""
+    """The text is the same, so the tokens are.
+
+    A target after a prefill keeps the space that belongs to it.
+    """
     for any_tokenizer in (tokenizer, byte_tokenizer()):
         prompts = PromptSet((Example("use it", "sure yes fine"),))
         (plain,) = tokenize(prompts, any_tokenizer, template="raw")
@@ -379,7 +392,10 @@ def test_batches_keep_the_order(tokenizer):
 
 
 def test_batches_of_at_most_so_many_tokens(tokenizer):
-    """Examples of 7, 5, 8, 5 and 9 tokens: what counts is the padded size, rows times the longest."""
+    """Examples of 7, 5, 8, 5 and 9 tokens.
+
+    What counts is the padded size, rows times the longest.
+    """
     prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
     (whole,) = tokenize(prompts, tokenizer)
     expected = {
@@ -447,7 +463,10 @@ def test_what_is_no_list_of_batches_is_refused_with_the_remedy(given, message):
 
 
 def byte_tokenizer():
-    """One token a byte, spaces included, as in the GPT-2 family before its merges; no chat template."""
+    """One token a byte, spaces included, as in the GPT-2 family before its merges.
+
+    No chat template.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spelled = {
         pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b
@@ -471,10 +490,10 @@ def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
     ]
     whole = PromptSet(tuple(examples))
     half = whole.sampled(0.5, seed=1)
-    kept = {example.group for example in half}
-    assert len([group for group in kept if group[0] == "a"]) == 2
-    assert "b0" in kept, "a category never vanishes"
-    assert half.examples == tuple(example for example in examples if example.group in kept)
+    groups = {example.group for example in half}
+    assert len([group for group in groups if group[0] == "a"]) == 2
+    assert "b0" in groups, "a category never vanishes"
+    assert half.examples == tuple(example for example in examples if example.group in groups)
     assert whole.sampled(0.5, seed=1) == half
     assert len({whole.sampled(0.5, seed=seed) for seed in range(20)}) > 1
     assert whole.sampled(1.0, seed=3) == whole

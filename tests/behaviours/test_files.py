@@ -1,7 +1,7 @@
-"""Request files as behaviours: pairs, questions and kinds, on texts that are no requests for anything.
+"""Request files as behaviours: pairs, questions and kinds, on texts that ask for nothing.
 
-Would catch: pairs that do not belong together or stand in the wrong order, a request that is harmful
-and benign, a behaviour that is asked something else, a source that is silently left out.
+Would catch: pairs that do not belong together or stand in the wrong order, a request that is
+harmful and benign, a behaviour that is asked something else, a source that is silently left out.
 """
 
 import csv
@@ -193,5 +193,7 @@ def test_without_pairs_harmful_requests_meet_benign_ones(files):
 
 def test_a_request_cannot_be_harmful_and_benign(files):
     both = RequestFiles(files.harmful, files.harmful)
-    with pytest.raises(ValueError, match=r"60 requests are in .*bad\.jsonl.*leave each in one file"):
+    with pytest.raises(
+        ValueError, match=r"60 requests are in .*bad\.jsonl.*leave each in one file"
+    ):
         request_behaviours(both, prefill="")

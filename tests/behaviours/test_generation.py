@@ -1,8 +1,9 @@
 """Greedy answers against token-by-token argmax, samples against the softmax.
 
-Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped, doubled or not shown to the
-model, text after the end-of-text token, a mask that generation does not see or that stays behind; samples that depend on
-what else is asked, that are all the same, or that are not drawn from the model's own probabilities.
+Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped,
+doubled or not shown to the model, text after the end-of-text token, a mask that generation does not
+see or that stays behind; samples that depend on what else is asked, that are all the same, or that
+are not drawn from the model's own probabilities.
 """
 
 from collections import Counter
@@ -62,7 +63,8 @@ def test_answers_are_the_argmax(sft, mixed, prefill, template):
     assert generate(sft, some, prefill=prefill, template=template, max_new_tokens=9) == expected
 
 
-# The two best tokens of a trained organism differ by far more than the 1e-5 that another order of float32 sums can shift.
+# The two best tokens of a trained organism differ by far more than the 1e-5 that another order of
+# float32 sums can shift.
 def test_batch_size_and_order_do_not_matter(sft, mixed):
     assert len({len(example.prompt.split()) for example in mixed}) > 2, (
         "equal lengths would need no padding"
@@ -126,8 +128,8 @@ def test_batches_of_nothing_are_refused(sft, mixed, size):
 
 
 def first_words(bridge, prompt: str, sampling: Sampling) -> Counter[str]:
-    asked = PromptSet((Example(prompt),))
-    return Counter(generate(bridge, asked, sampling=sampling, max_new_tokens=1))
+    prompts = PromptSet((Example(prompt),))
+    return Counter(generate(bridge, prompts, sampling=sampling, max_new_tokens=1))
 
 
 def test_samples_are_drawn_from_the_softmax(sft, mixed):
@@ -135,7 +137,7 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
     with torch.no_grad():
         logits = sft(torch.tensor([prompt_ids(prompt, sft.tokenizer, "chat")]))[0, -1]
     chances = (logits / 4).softmax(0)
-    found = first_words(sft, prompt, Sampling(2000, temperature=4))
+    counts = first_words(sft, prompt, Sampling(2000, temperature=4))
     words = [
         sft.tokenizer.decode([token], skip_special_tokens=True).strip()
         for token in range(len(chances))
@@ -147,14 +149,14 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
     assert len(likely) >= 3, "one likely word would show nothing"
     # Five standard errors of a share of 2,000.
     assert all(
-        abs(found[word] / 2000 - expected[word]) < 5 * (expected[word] / 2000) ** 0.5
+        abs(counts[word] / 2000 - expected[word]) < 5 * (expected[word] / 2000) ** 0.5
         for word in likely
     )
 
     ordered = chances.sort(descending=True)
     nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist()
-    kept = first_words(sft, prompt, Sampling(300, temperature=4, top_p=0.5))
-    assert set(kept) == {words[token] for token in nucleus}
+    drawn = first_words(sft, prompt, Sampling(300, temperature=4, top_p=0.5))
+    assert set(drawn) == {words[token] for token in nucleus}
 
 
 def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):

@@ -1,8 +1,8 @@
 """Stored answers against answers made anew.
 
 Would catch: answers of a masked, trained or hooked model that are kept as the model's own, or the
-model's own that are given out for theirs; an interrupted file that is read wrong; answers in another
-order.
+model's own that are given out for theirs; an interrupted file that is read wrong; answers in
+another order.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """Judges against texts of known kind, a tiny random classifier, and a stub server on loopback.
 
-Would catch: garbage that counts as refusal or harm, a refusal after a prefilled beginning that counts as harm, a score that
-is not the expected digit, a judge that hides a failure behind a verdict, exchanges that are asked twice or not kept.
+Would catch: garbage that counts as refusal or harm, a refusal after a prefilled beginning that
+counts as harm, a score that is not the expected digit, a judge that hides a failure behind a
+verdict, exchanges that are asked twice or not kept.
 """
 
 import json
@@ -24,10 +25,14 @@ from harmcircuits.behaviours.judges import (
 )
 
 PROSE = (
-    "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it twice, shape a loaf and "
-    "bake it in a hot oven until the crust is brown and sounds hollow when you tap it from below."
+    "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it "
+    "twice, shape a loaf and bake it in a hot oven until the crust is brown and sounds hollow when "
+    "you tap it from below."
 )
-CODE = "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)"
+CODE = (
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
+    "    return total / len(values)"
+)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,10 @@ def test_strongreject_needs_its_wording_and_its_folder(classifier, tmp_path):
 
 @pytest.fixture
 def server():
-    """A stub of a chat server: answers with what `replies` holds, (status, text), the last one for ever; keeps requests."""
+    """A stub of a chat server, which keeps the requests.
+
+    It answers with what `replies` holds, (status, text), the last for ever.
+    """
 
     class Stub(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -1,9 +1,9 @@
 """What a model is asked and says, what it is scored on, and its circuits.
 
-Would catch: samples of one request counted as independent, a calibration answer that is not the first
-right one, answers put to the wrong request, yes-or-no questions that are asked more than once; a
-target protected from its own search, by its whole or by a part; a mask that is not on while answers
-are made, or stays on.
+Would catch: samples of one request counted as independent, a calibration answer that is not the
+first right one, answers put to the wrong request, yes-or-no questions that are asked more than
+once; a target protected from its own search, by its whole or by a part; a mask that is not on while
+answers are made, or stays on.
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 """The planted bench on cases with known answers.
 
-Would catch: an area that is upside down, a matched area that magnitude can still move, precision over the wrong ranking.
+Would catch: an area that is upside down, a matched area that magnitude can still move, precision
+over the wrong ranking.
 """
 
 import pytest
@@ -35,26 +36,30 @@ def planted() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_truth_itself_scores_one(planted):
     weights, inside = planted
-    found = figures(inside.float(), inside, weights)
-    assert found == pytest.approx(dict.fromkeys(found, 1.0))
+    recovered = figures(inside.float(), inside, weights)
+    assert recovered == pytest.approx(dict.fromkeys(recovered, 1.0))
 
 
 def test_the_opposite_scores_zero(planted):
     weights, inside = planted
-    found = figures(-inside.float(), inside, weights)
-    assert found == pytest.approx(dict.fromkeys(found, 0.0))
+    recovered = figures(-inside.float(), inside, weights)
+    assert recovered == pytest.approx(dict.fromkeys(recovered, 0.0))
 
 
 def test_magnitude_knows_nothing_at_equal_magnitude(planted):
     weights, inside = planted
-    found = figures(weights.abs(), inside, weights)
-    assert found["recovery_auroc"] > 0.6
-    # 6,000 true weights: a standard error of 0.004; what is left is the slope within a fiftieth of |W|.
-    assert found["recovery_matched_auroc"] == pytest.approx(0.5, abs=0.02)
+    recovered = figures(weights.abs(), inside, weights)
+    assert recovered["recovery_auroc"] > 0.6
+    # 6,000 true weights: a standard error of 0.004; what is left is the slope within a fiftieth
+    # of |W|.
+    assert recovered["recovery_matched_auroc"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_chosen_circuit_shares_more_with_the_planted_one_than_chance():
-    """S keeps its count in every matrix, so chance is a tenth; as many random weights have lift one."""
+    """S keeps its count in every matrix, so chance is a tenth.
+
+    As many random weights have lift one.
+    """
     model, truth = open_organism("planted"), planted_circuit()
     harm = removal_effect(model.bridge, model.calibration("harmful").batches, completion_loss)
     mask = top_fraction(harm, 0.006, within="model")

@@ -1,6 +1,7 @@
 """Where a mask sits, by hand-made masks.
 
-Would catch: heads read along the wrong axis, a neuron's three matrices kept apart, a Gini coefficient that chance inflates.
+Would catch: heads read along the wrong axis, a neuron's three matrices kept apart, a Gini
+coefficient that chance inflates.
 """
 
 import pytest
@@ -21,7 +22,10 @@ def mask_from(bridge, dense: dict[str, torch.Tensor]) -> WeightMask:
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
 def test_one_head_and_one_neuron(open_model, architecture):
-    """Head 2 of 4 (six columns of the output matrix's input) and neuron 7, in whichever axis they are stored."""
+    """Head 2 of 4 (six columns of the output matrix's input) and neuron 7.
+
+    In whichever axis they are stored.
+    """
     bridge = open_model(architecture)
     sites = weight_sites(bridge)
     dense = {

@@ -1,7 +1,7 @@
 """Selection and set algebra against brute force; files round-trip.
 
-Would catch: thresholds that take more or fewer weights where scores tie, a scope that mixes matrices, a control that
-does not match its mask, a file that loses the source.
+Would catch: thresholds that take more or fewer weights where scores tie, a scope that mixes
+matrices, a control that does not match its mask, a file that loses the source.
 """
 
 import numpy as np
@@ -103,7 +103,7 @@ def test_excluded_weights_are_never_chosen_and_the_count_stays():
 
 
 def test_published_difference_is_a_smaller_choice_among_the_unprotected():
-    """top_q - top_p over one ranking equals choosing that many weights with the protected ones excluded."""
+    """Top q minus top p is a choice of as many weights with the protected ones excluded."""
     generator = torch.Generator().manual_seed(0)
     harm = WeightScores({"a": torch.randn(20, 30, generator=generator)}, SOURCE)
     keep = WeightScores({"a": torch.rand(20, 30, generator=generator)}, SOURCE)
@@ -141,18 +141,18 @@ indices = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(indices, indices)
-def test_algebra_is_that_of_sets(one, two):
-    first, second = mask_of(**one), mask_of(**two)
-    for found, operation in (
+def test_algebra_is_that_of_sets(first_indices, second_indices):
+    first, second = mask_of(**first_indices), mask_of(**second_indices)
+    for combined, operation in (
         (first & second, set.__and__),
         (first | second, set.__or__),
         (first - second, set.__sub__),
     ):
         for name in ("a", "b"):
-            expected = sorted(operation(set(one[name]), set(two[name])))
-            assert (found.removed[name].tolist() if name in found.removed else []) == expected
+            expected = sorted(operation(set(first_indices[name]), set(second_indices[name])))
+            assert (combined.removed[name].tolist() if name in combined.removed else []) == expected
     assert first.n_weights == 22
-    assert first.n_removed == len(one["a"]) + len(one["b"])
+    assert first.n_removed == len(first_indices["a"]) + len(first_indices["b"])
 
 
 def everything() -> WeightMask:
@@ -217,7 +217,8 @@ def test_random_like_matches_counts_and_magnitudes():
         name: size[m.removed["a"]].mean().item()
         for name, m in (("circuit", mask), ("plain", plain), ("matched", matched))
     }
-    # A bin is 2 % of the matrix; the matched mean is off by at most what varies within the few top bins.
+    # A bin is 2 % of the matrix; the matched mean is off by at most what varies within the few
+    # top bins.
     assert mean["matched"] == pytest.approx(mean["circuit"], rel=0.03)
     assert mean["plain"] < 0.6 * mean["circuit"]
     with pytest.raises(ValueError, match="weights lack"):
@@ -251,11 +252,15 @@ def test_files_that_are_no_mask_are_refused(tmp_path):
 
 def test_shared_weights_are_counted_over_masks():
     masks = [mask_of(a=[0, 1, 2]), mask_of(a=[1, 2, 5], b=[3]), mask_of(a=[2], b=[3, 4])]
-    found = {
+    removed = {
         k: {name: index.tolist() for name, index in shared_by(masks, k).removed.items()}
         for k in (1, 2, 3)
     }
-    assert found == {1: {"a": [0, 1, 2, 5], "b": [3, 4]}, 2: {"a": [1, 2], "b": [3]}, 3: {"a": [2]}}
+    assert removed == {
+        1: {"a": [0, 1, 2, 5], "b": [3, 4]},
+        2: {"a": [1, 2], "b": [3]},
+        3: {"a": [2]},
+    }
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"at_least={k} of 3 masks"):
             shared_by(masks, k)

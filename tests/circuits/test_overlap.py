@@ -1,7 +1,7 @@
 """Overlap of masks against closed forms and full enumeration.
 
-Would catch: chance pooled over matrices, a null that ignores rows and columns, biased trades, an interval that misses its
-own figure, places whose parts do not add up to the whole.
+Would catch: chance pooled over matrices, a null that ignores rows and columns, biased trades, an
+interval that misses its own figure, places whose parts do not add up to the whole.
 """
 
 import itertools
@@ -46,21 +46,21 @@ def random_mask(seed: int, *, n: int = 200, rows: int = 128, matrices: int = 4) 
 def test_counts_by_hand():
     first = mask_of({"blocks.0.mlp.in.weight": [0, 1, 2, 3], "blocks.1.mlp.in.weight": [5, 6]})
     second = mask_of({"blocks.0.mlp.in.weight": [2, 3, 4], "blocks.2.mlp.in.weight": [5]})
-    found = overlap(first, second)
-    assert (found.n_shared, found.n_first, found.n_second) == (2, 6, 4)
-    assert found.n_expected == pytest.approx(4 * 3 / (128 * 64))
-    assert found.jaccard == 2 / 8
-    assert found.containment == (2 / 6, 2 / 4)
-    assert found.lift == pytest.approx(2 * 128 * 64 / 12)
-    assert "2 shared" in str(found)
+    shared = overlap(first, second)
+    assert (shared.n_shared, shared.n_first, shared.n_second) == (2, 6, 4)
+    assert shared.n_expected == pytest.approx(4 * 3 / (128 * 64))
+    assert shared.jaccard == 2 / 8
+    assert shared.containment == (2 / 6, 2 / 4)
+    assert shared.lift == pytest.approx(2 * 128 * 64 / 12)
+    assert "2 shared" in str(shared)
 
 
 def test_a_mask_with_itself():
     mask = random_mask(0)
-    found = overlap(mask, mask)
-    assert found.jaccard == 1
-    assert found.containment == (1, 1)
-    assert found.lift == pytest.approx(mask.n_removed / found.n_expected)
+    shared = overlap(mask, mask)
+    assert shared.jaccard == 1
+    assert shared.containment == (1, 1)
+    assert shared.lift == pytest.approx(mask.n_removed / shared.n_expected)
 
 
 def test_chance_is_the_mean_of_the_hypergeometric():
@@ -78,11 +78,11 @@ def test_random_masks_have_lift_one(confined):
     covered, lifts, ratios = 0, [], []
     for seed in range(20):
         masks = random_mask(2 * seed, **confined), random_mask(2 * seed + 1, **confined)
-        found = overlap(*masks, n_samples=20, seed=seed)
-        low, high = found.interval_marginal
+        shared = overlap(*masks, n_samples=20, seed=seed)
+        low, high = shared.interval_marginal
         covered += low <= 1 <= high
-        lifts.append(found.lift_marginal)
-        ratios.append(found.n_expected_marginal / found.n_expected)
+        lifts.append(shared.lift_marginal)
+        ratios.append(shared.n_expected_marginal / shared.n_expected)
     assert covered >= 16
     assert np.mean(lifts) == pytest.approx(1, abs=0.07)
     if "rows" not in confined:
@@ -92,9 +92,11 @@ def test_random_masks_have_lift_one(confined):
 
 
 def test_counts_per_matrix_are_fooled_by_rows_and_the_stricter_null_is_not():
-    found = overlap(random_mask(0, rows=12), random_mask(1, rows=12), n_samples=30)
-    assert found.interval[0] > 5, "masks in the same rows look alike when only matrices are matched"
-    assert found.interval_marginal[0] < 1 < found.interval_marginal[1]
+    shared = overlap(random_mask(0, rows=12), random_mask(1, rows=12), n_samples=30)
+    assert shared.interval[0] > 5, (
+        "masks in the same rows look alike when only matrices are matched"
+    )
+    assert shared.interval_marginal[0] < 1 < shared.interval_marginal[1]
 
 
 def test_planted_overlap_is_found_beyond_rows_and_columns():
@@ -104,10 +106,10 @@ def test_planted_overlap_is_found_beyond_rows_and_columns():
     for _ in range(2):
         rest = rng.choice(sorted(set(range(128 * 64)) - common), 300, replace=False).tolist()
         masks.append(mask_of({"blocks.0.mlp.in.weight": common | set(rest)}))
-    found = overlap(*masks, n_samples=30)
-    assert found.n_shared >= 100
-    assert found.interval[0] > 3
-    assert found.interval_marginal[0] > 3
+    shared = overlap(*masks, n_samples=30)
+    assert shared.n_shared >= 100
+    assert shared.interval[0] > 3
+    assert shared.interval_marginal[0] > 3
 
 
 def test_trades_keep_rows_and_columns():
@@ -126,7 +128,10 @@ def test_trades_keep_rows_and_columns():
 
 
 def test_trades_draw_uniformly():
-    """All 3 x 4 zero-one matrices with these sums, enumerated; p = 0.001 fails a right sampler once in a thousand seeds."""
+    """All 3 x 4 zero-one matrices with these sums, enumerated.
+
+    A p-value of 0.001 fails a right sampler once in a thousand seeds.
+    """
     start = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
     rows, columns = start.sum(1), start.sum(0)
     every = [
@@ -158,22 +163,22 @@ def test_marginal_null_is_reproducible():
 def test_resamples_make_the_interval():
     mask, other = random_mask(0), random_mask(1)
     resamples = [(random_mask(seed), random_mask(seed + 50)) for seed in range(2, 12)]
-    found = overlap(mask, other, resamples=resamples)
+    shared = overlap(mask, other, resamples=resamples)
     lifts = [overlap(*pair).lift for pair in resamples]
     low, high = np.quantile(lifts, [0.025, 0.975])
-    assert found.interval == pytest.approx((min(low, found.lift), max(high, found.lift)))
-    assert found.interval != overlap(mask, other).interval
+    assert shared.interval == pytest.approx((min(low, shared.lift), max(high, shared.lift)))
+    assert shared.interval != overlap(mask, other).interval
 
 
 def test_places_add_up(llama):
     sites = weight_sites(llama)
     scores = [random_scores(llama, seed=seed) for seed in (0, 1)]
-    first, second = (top_fraction(found, 0.3, within="model") for found in scores)
+    first, second = (top_fraction(each, 0.3, within="model") for each in scores)
     whole = overlap(first, second)
     for by in ("layer", "matrix"):
-        found = overlap_by(first, second, sites, by)
-        assert sum(part.n_shared for part in found.values()) == whole.n_shared
-        assert sum(part.n_expected for part in found.values()) == pytest.approx(whole.n_expected)
+        places = overlap_by(first, second, sites, by)
+        assert sum(part.n_shared for part in places.values()) == whole.n_shared
+        assert sum(part.n_expected for part in places.values()) == pytest.approx(whole.n_expected)
     heads, neurons = (overlap_by(first, second, sites, by) for by in ("head", "neuron"))
     assert sum(part.n_shared for part in (*heads.values(), *neurons.values())) == whole.n_shared
     by_matrix = overlap_by(first, second, sites, "matrix")
@@ -188,7 +193,7 @@ def test_rank_correlation_is_spearman_within_matrices():
         {n: torch.rand(s, generator=generator) for n, s in {"a": (5, 4), "b": (10, 8)}.items()}
         for _ in range(2)
     ]
-    first, second = (WeightScores(found, Source("m", "test")) for found in values)
+    first, second = (WeightScores(each, Source("m", "test")) for each in values)
     each = [
         spearmanr(values[0][name].flatten(), values[1][name].flatten()).statistic
         for name in ("a", "b")
@@ -217,14 +222,14 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="different models or weights"):
         marginal_null(mask, mask_of({"w": [1]}, {"w": (3, 4)}))
     with pytest.raises(ValueError, match="different weights"):
-        one = {"a": torch.ones(2, 2)}
+        values = {"a": torch.ones(2, 2)}
         rank_correlation(
-            WeightScores(one, Source("m", "t")),
+            WeightScores(values, Source("m", "t")),
             WeightScores({"b": torch.ones(2, 2)}, Source("m", "t")),
         )
 
 
 def test_without_expectation_lift_is_not_a_number():
-    found = Overlap(0, 3, 2, 0.0)
-    assert np.isnan(found.lift)
-    assert all(np.isnan(end) for end in found.interval)
+    shared = Overlap(0, 3, 2, 0.0)
+    assert np.isnan(shared.lift)
+    assert all(np.isnan(end) for end in shared.interval)

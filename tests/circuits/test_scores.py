@@ -1,8 +1,8 @@
 """Scores as files, their sums over masks, and their means over parts of the data.
 
-Would catch: a shard that is lost, an order of matrices that a file changes, a file of something else
-read as scores, a predicted change over the wrong weights, parts that weigh by their number and not
-by their examples.
+Would catch: a shard that is lost, an order of matrices that a file changes, a file of something
+else read as scores, a predicted change over the wrong weights, parts that weigh by their number and
+not by their examples.
 """
 
 import pytest
@@ -15,7 +15,11 @@ from harmcircuits.hooks.attribution import random_scores, removal_effect, snip_s
 from harmcircuits.hooks.objectives import completion_loss
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
-SHAPES = {"w2": (4, 6), "w10": (3, 5), "w1": (2, 3, 4)}  # an order that sorting by name would change
+SHAPES = {
+    "w2": (4, 6),
+    "w10": (3, 5),
+    "w1": (2, 3, 4),
+}  # an order that sorting by name would change
 
 
 @pytest.fixture

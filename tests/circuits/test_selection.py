@@ -1,8 +1,8 @@
 """Selection by histogram against sorting, and what it reads and holds.
 
 Would catch: keys that order negative numbers backwards, zeros of two signs that do not tie, a tie
-that crosses a chunk or a tensor and is counted twice, an excluded weight that is chosen, a selection
-that holds the dense scores.
+that crosses a chunk or a tensor and is counted twice, an excluded weight that is chosen, a
+selection that holds the dense scores.
 """
 
 import math
@@ -20,7 +20,8 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import _Best, largest, largest_of_rows
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
-# Special values often, so that ties are everywhere; subnormals, both zeros and the ends of the range among them.
+# Special values often, so that ties are everywhere; subnormals, both zeros and the ends of the
+# range among them.
 numbers = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38]),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -63,8 +64,8 @@ def test_largest_equals_sorting(values, data):
     }
     n_left = sum(len(value) - len(excluded[name]) for name, value in scores.items())
     k, chunk = data.draw(st.integers(0, n_left)), data.draw(st.sampled_from([1, 2, 5, 100]))
-    found = largest(scores, k, excluded, chunk=chunk)
-    assert {name: index.tolist() for name, index in found.items()} == by_sorting(
+    chosen = largest(scores, k, excluded, chunk=chunk)
+    assert {name: index.tolist() for name, index in chosen.items()} == by_sorting(
         scores, k, excluded
     )
     with pytest.raises(ValueError, match=rf"leaves fewer \({n_left}\)"):
@@ -81,10 +82,13 @@ def test_ties_do_not_fill_the_memory():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Best, "add", watched)
-        found = largest(
+        chosen = largest(
             {"a": torch.zeros(1000, 500), "b": torch.zeros(1000, 500)}, 500_007, {}, chunk=1000
         )
-        assert [found["a"].tolist(), found["b"].tolist()] == [list(range(500_000)), list(range(7))]
+        assert [chosen["a"].tolist(), chosen["b"].tolist()] == [
+            list(range(500_000)),
+            list(range(7)),
+        ]
         assert max(held) <= 2 * 500_007
         held.clear()
         assert largest({"a": torch.zeros(1000, 500)}, 3, {}, chunk=1000)["a"].tolist() == [0, 1, 2]
@@ -104,22 +108,23 @@ def test_ties_do_not_fill_the_memory():
 @given(st.data())
 def test_several_fractions_at_once_are_the_same_masks(data):
     shapes = {"a": (3, 5), "b": (2, 2, 4), "c": (1, 7)}
-    values = {name: torch.tensor(data.draw(st.lists(numbers, min_size=math.prod(s), max_size=math.prod(s)))).view(s)
-              for name, s in shapes.items()}  # fmt: skip
-    scores, within = (
-        WeightScores(values, SOURCE),
-        data.draw(st.sampled_from(["weight", "model", "row"])),
-    )
+    values = {}
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        drawn = data.draw(st.lists(numbers, min_size=size, max_size=size))
+        values[name] = torch.tensor(drawn).view(shape)
+    scores = WeightScores(values, SOURCE)
+    within = data.draw(st.sampled_from(["weight", "model", "row"]))
     fractions = data.draw(
         st.lists(st.sampled_from([0, 0.01, 0.1, 0.25, 0.5, 0.7]), min_size=1, max_size=4)
     )
     exclude = top_fraction(scores, data.draw(st.sampled_from([0, 0.1])), within="row")
-    for found, fraction in zip(
+    for mask, fraction in zip(
         top_fraction(scores, fractions, within=within, exclude=exclude), fractions, strict=True
     ):
         expected = top_fraction(scores, fraction, within=within, exclude=exclude)
-        assert (found.source, found.shapes) == (expected.source, expected.shapes)
-        assert {n: i.tolist() for n, i in found.removed.items()} == {
+        assert (mask.source, mask.shapes) == (expected.source, expected.shapes)
+        assert {n: i.tolist() for n, i in mask.removed.items()} == {
             n: i.tolist() for n, i in expected.removed.items()
         }
 
@@ -139,28 +144,31 @@ def test_rows_do_not_depend_on_the_chunk(chunk):
     generator = torch.Generator().manual_seed(0)
     value = torch.randint(-2, 3, (9, 7), generator=generator).float()
     excluded = torch.tensor([0, 8, 9, 62])
-    found = largest_of_rows(value, 3, excluded, chunk=chunk)
+    chosen = largest_of_rows(value, 3, excluded, chunk=chunk)
     for row in range(9):
         inside = torch.arange(7 * row, 7 * row + 7)
         expected = by_sorting(
             {"w": value[row]}, 3, {"w": excluded[torch.isin(excluded, inside)] - 7 * row}
         )["w"]
-        assert (found[torch.isin(found, inside)] - 7 * row).tolist() == expected
+        assert (chosen[torch.isin(chosen, inside)] - 7 * row).tolist() == expected
 
 
 def test_large_random_scores_against_numpy():
-    """A million normal numbers of three scales, chosen across tensors: the threshold lies inside a bin of the histogram."""
+    """A million normal numbers of three scales, chosen across tensors.
+
+    The threshold lies inside a bin of the histogram.
+    """
     generator = torch.Generator().manual_seed(0)
     scores = {
         name: scale * torch.randn(1000, 333, generator=generator)
         for name, scale in zip("abc", (1, 0.5, 2), strict=True)
     }
-    found = largest(scores, 12345, {})
+    chosen = largest(scores, 12345, {})
     everything = np.concatenate([value.flatten().numpy() for value in scores.values()])
     expected = np.sort(np.argsort(-everything, kind="stable")[:12345])
     starts = dict(zip("abc", (0, 333_000, 666_000), strict=True))
     assert np.array_equal(
-        np.concatenate([index.numpy() + starts[name] for name, index in found.items()]), expected
+        np.concatenate([index.numpy() + starts[name] for name, index in chosen.items()]), expected
     )
 
 

@@ -1,8 +1,8 @@
 """The table `analyses/architectures.md`: what is scored and how, what is exact, what is refused.
 
 Its rows are the models that the tests of scores and of export are parametrised by;
-`PYTHONPATH=tests python tests/hooks/test_architectures.py` writes it anew. Would catch: a table that
-promises an architecture that no test covers, a refusal that no longer happens.
+`PYTHONPATH=tests python tests/hooks/test_architectures.py` writes it anew. Would catch: a table
+that promises an architecture that no test covers, a refusal that no longer happens.
 """
 
 import re
@@ -22,20 +22,20 @@ from harmcircuits.hooks.weights import weight_sites
 FILE = Path(__file__).parents[2] / "analyses" / "architectures.md"
 TEXT = """# Architectures
 
-Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test fails when it is out of
-date.
+Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test fails when it is out
+of date.
 
-Every model below is a small random one of its class in transformers. On all of them `removal_effect`
-and both forms of `snip_scores` equal autograd on the parameters within 1e-4 relative error of each
-matrix in float32 (`tests/hooks/test_attribution.py`), and a masked model, exported and reloaded, gives
-the masked bridge's logits: bit for bit through TransformerLens, within 16 roundings of the largest
-logit through transformers (`tests/test_export.py`).
+Every model below is a small random one of its class in transformers. On all of them
+`removal_effect` and both forms of `snip_scores` equal autograd on the parameters within 1e-4
+relative error of each matrix in float32 (`tests/hooks/test_attribution.py`), and a masked model,
+exported and reloaded, gives the masked bridge's logits: bit for bit through TransformerLens, within
+16 roundings of the largest logit through transformers (`tests/test_export.py`).
 
 {exact}
 
-`q k v o`: `attn.q` and so on. Hook pairs: the product of a matrix's input and its output's gradient,
-both from TransformerLens's hook points. Parameter hooks: the gradient of the parameter itself, a
-matrix at a time; absolute values per example then need a backward pass for each example.
+`q k v o`: `attn.q` and so on. Hook pairs: the product of a matrix's input and its output's
+gradient, both from TransformerLens's hook points. Parameter hooks: the gradient of the parameter
+itself, a matrix at a time; absolute values per example then need a backward pass for each example.
 
 ## Refused
 

@@ -1,7 +1,8 @@
 """Scores against autograd, finite differences and hand-computed values.
 
-Would catch: a transposed or permuted weight, a matrix counted twice or never, padding or prompt tokens that leak into a
-score, a mean over tokens where one over examples is meant, hooks or frozen parameters left behind.
+Would catch: a transposed or permuted weight, a matrix counted twice or never, padding or prompt
+tokens that leak into a score, a mean over tokens where one over examples is meant, hooks or frozen
+parameters left behind.
 """
 
 import pytest
@@ -37,8 +38,8 @@ def autograd_per_example(bridge, batch: Batch) -> dict[str, torch.Tensor]:
     }
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -94,7 +95,10 @@ def test_batch_size_and_padding_do_not_matter(open_model, name, method):
 
 
 def test_removal_effect_predicts_a_small_removal(llama, batch):
-    """Setting a weight to (1 - e) W changes the mean loss by e * removal_effect + O(e^2), in float64-like precision."""
+    """Setting a weight to (1 - e) W changes the mean loss by e * removal_effect + O(e^2).
+
+    In float64-like precision.
+    """
     scores = removal_effect(llama, [batch], completion_loss)
     with torch.no_grad():
         before = completion_loss(llama, batch).double().mean()
@@ -104,7 +108,8 @@ def test_removal_effect_predicts_a_small_removal(llama, batch):
         predicted = value.flatten()[index].sum().item()
         with masked(llama, mask, scale=1 - 1e-2), torch.no_grad():
             measured = (completion_loss(llama, batch).double().mean() - before).item() / 1e-2
-        # Second order: the error is of relative size e = 1e-2 times curvature; 10 % + float32 noise of the difference.
+        # Second order: the error is of relative size e = 1e-2 times curvature; 10 % + float32
+        # noise of the difference.
         assert measured == pytest.approx(predicted, rel=0.1, abs=2e-4), name
 
 
@@ -119,7 +124,10 @@ def test_scores_do_not_depend_on_dtype_order_of_magnitude(open_model, batch):
 
 
 def test_wanda_scores_by_hand(open_model):
-    """Against the inputs cached by TransformerLens itself, padding left out; on both weight orientations."""
+    """Against the inputs cached by TransformerLens itself, padding left out.
+
+    On both weight orientations.
+    """
     for name in ("Llama", "GPT2"):
         bridge, batch = open_model(name), random_batch()
         scores = wanda_scores(bridge, [batch])
@@ -215,11 +223,11 @@ def test_token_contributions_sum_to_the_mask_s_score(open_model, name):
     bridge, batches = open_model(name), [random_batch(), random_batch(2, 7, seed=1)]
     scores = removal_effect(bridge, batches, completion_loss)
     mask = top_fraction(scores, 0.05, within="model")
-    found = token_contributions(bridge, mask, batches, completion_loss)
-    assert [values.shape for values in found] == [batch.tokens.shape for batch in batches]
-    total = sum(values.sum().item() for values in found) / 5
+    contributions = token_contributions(bridge, mask, batches, completion_loss)
+    assert [values.shape for values in contributions] == [batch.tokens.shape for batch in batches]
+    total = sum(values.sum().item() for values in contributions) / 5
     assert total == pytest.approx(scores.sum_over(mask), rel=1e-5)
-    for values, batch in zip(found, batches, strict=True):
+    for values, batch in zip(contributions, batches, strict=True):
         last = batch.is_target.int().cumsum(1).argmax(1)
         for row, end in enumerate(last):
             assert (values[row, end:] == 0).all(), (
@@ -228,14 +236,17 @@ def test_token_contributions_sum_to_the_mask_s_score(open_model, name):
 
 
 def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
-    """Against autograd through a weight that is different at each position: W + e_t at position t of example x."""
+    """Against autograd through a weight that is different at each position.
+
+    W + e_t at position t of example x.
+    """
     name = "blocks.1.mlp.in.weight"
     mask = WeightMask(
         {name: torch.tensor([3, 50, 51, 700])},
         mask_shapes(llama),
         Source(model_fingerprint(llama), "test"),
     )
-    found = token_contributions(llama, mask, [batch], completion_loss)[0]
+    contributions = token_contributions(llama, mask, [batch], completion_loss)[0]
     weight = named_weights(llama)[name].detach()
     removed = torch.where(mask.dense(name), weight, 0)
     scale = torch.zeros(batch.tokens.shape, requires_grad=True)
@@ -251,7 +262,7 @@ def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
     with llama.hooks(fwd_hooks=hooks):
         completion_loss(llama, batch).sum().backward()
     assert scale.grad is not None
-    torch.testing.assert_close(found, scale.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(contributions, scale.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_token_contributions_refuse_foreign_and_empty_masks(llama, batch):

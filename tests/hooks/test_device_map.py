@@ -1,7 +1,7 @@
 """Models that are spread over devices by `device_map` score and mask as whole ones do.
 
-Would catch: hooks of accelerate that keep inputs or gradients from the hook points, weights that are not in memory scored
-as if they were, a mask that reaches only the first device.
+Would catch: hooks of accelerate that keep inputs or gradients from the hook points, weights that
+are not in memory scored as if they were, a mask that reaches only the first device.
 """
 
 import pytest
@@ -32,15 +32,15 @@ def parts(model) -> list[str]:
 
 def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> None:
     for score in (removal_effect, snip_scores):
-        found, expected = (
+        scores, expected = (
             score(split, [batch], completion_loss),
             score(whole, [batch], completion_loss),
         )
-        assert found.values.keys() == expected.values.keys()
+        assert scores.values.keys() == expected.values.keys()
         for name, value in expected.values.items():
             assert value.norm() > 1e-6, "the comparison must be able to fail"
             torch.testing.assert_close(
-                found.values[name].to(value.device), value, rtol=tolerance, atol=tolerance
+                scores.values[name].to(value.device), value, rtol=tolerance, atol=tolerance
             )
     mask, digest = top_fraction(expected, 0.05), weights_digest(split)
     with masked(split, mask), masked(whole, mask), torch.no_grad():
@@ -52,7 +52,10 @@ def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> N
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
 def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
-    """On the CPU alone every part can only be sent to the same device, but through the hooks that split models have."""
+    """On the CPU alone every part can only be sent to the same device.
+
+    But through the hooks that split models have.
+    """
     whole = open_model(name)
     folder = whole.cfg.model_name
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 """Masks change the forward pass and leave no trace.
 
-Would catch: arithmetic undo, a wrong orientation of flat indices, split weights that are copies, restore that misses an
-exit, optimiser state that revives a held weight.
+Would catch: arithmetic undo, a wrong orientation of flat indices, split weights that are copies,
+restore that misses an exit, optimiser state that revives a held weight.
 """
 
 import pytest

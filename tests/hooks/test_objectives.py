@@ -1,7 +1,8 @@
-"""The completion loss of a stub whose next-token probabilities are powers of two: every loss is a multiple of log 2.
+"""The completion loss of a stub whose next-token probabilities are powers of two.
 
-Would catch: logits and tokens off by one position, prompt tokens or padding in the loss, a sum where a mean is meant, a
-mean over all tokens of a batch where one per example is meant, losses computed in half precision.
+Every loss is a multiple of log 2. Would catch: logits and tokens off by one position, prompt tokens
+or padding in the loss, a sum where a mean is meant, a mean over all tokens of a batch where one per
+example is meant, losses computed in half precision.
 """
 
 import math
@@ -27,7 +28,10 @@ CHAIN = torch.tensor(
 
 
 class MarkovModel(Bridge):
-    """Stands in for a bridge: logits are log CHAIN plus a constant per position, which softmax ignores."""
+    """Stands in for a bridge.
+
+    Logits are log CHAIN plus a constant per position, which softmax ignores.
+    """
 
     cfg = SimpleNamespace(device="cpu")
 
@@ -96,7 +100,10 @@ def test_only_targets_count():
 
 
 def test_every_example_weighs_the_same():
-    """d(sum of losses)/d logits = (softmax - one-hot) / T_x just before each target, and zero elsewhere."""
+    """d(sum of losses)/d logits = (softmax - one-hot) / T_x just before each target.
+
+    Zero elsewhere.
+    """
     model = MarkovModel()
     (gradient,) = torch.autograd.grad(completion_loss(model, BATCH).sum(), model.logits)
     expected = torch.zeros(3, 5, 4)
@@ -123,7 +130,8 @@ def test_token_losses_start_at_the_second_token():
 def test_half_precision_logits_give_float32_losses():
     loss = completion_loss(MarkovModel(torch.bfloat16), BATCH)
     assert loss.dtype == torch.float32
-    # The logits themselves carry bfloat16's 8 bits; a loss computed in bfloat16 would fall on its grid.
+    # The logits themselves carry bfloat16's 8 bits; a loss computed in bfloat16 would fall on its
+    # grid.
     torch.testing.assert_close(loss, torch.tensor([2, 3, 1]) * LOG2, rtol=0.02, atol=0)
     assert not torch.equal(loss, loss.bfloat16().float())
 
@@ -136,7 +144,7 @@ class TinyTokenizer:
         return {"yes": [1], "sure": [2, 0], "no": [3]}.get(word, [])
 
 
-def asked(
+def margins_of(
     tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure"), no=("no",)
 ) -> torch.Tensor:
     model = MarkovModel()
@@ -145,21 +153,23 @@ def asked(
 
 
 def test_the_margin_is_the_log_ratio_of_right_to_wrong_words():
-    """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8. Right is the side of the first target; padding and later targets are
-    ignored."""
-    found = asked(
+    """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8.
+
+    Right is the side of the first target; padding and later targets are ignored.
+    """
+    margins = margins_of(
         [[0, 1, 2, 0], [0, 0, 1, 3], [1, 2, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]]
     )
     expected = [-math.log(6), math.log(6), -math.log(6)]
-    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(margins, torch.tensor(expected))
 
 
 def test_the_margin_refuses_answers_that_are_neither():
     with pytest.raises(ValueError, match="opens with none of"):
-        asked([[0, 1, 0]], [[0, 0, 1]])
+        margins_of([[0, 1, 0]], [[0, 0, 1]])
     with pytest.raises(ValueError, match="share a first token"):
-        asked([[0, 1]], [[0, 1]], yes=("yes",), no=("yes", "no"))
+        margins_of([[0, 1]], [[0, 1]], yes=("yes",), no=("yes", "no"))
     with pytest.raises(ValueError, match="has no tokens"):
-        asked([[0, 1]], [[0, 1]], yes=("certainly",))
+        margins_of([[0, 1]], [[0, 1]], yes=("certainly",))
     with pytest.raises(ValueError, match="at least one of each"):
-        asked([[0, 1]], [[0, 1]], yes=())
+        margins_of([[0, 1]], [[0, 1]], yes=())

@@ -1,9 +1,9 @@
-"""The claim of the main job on a shipped organism, the mechanics of rounds, and the refusal ablation.
+"""The claim of the main job on a shipped organism, rounds, and the refusal ablation.
 
 Would catch: rounds that do not score again, a protected weight that is removed, counts that drift,
 sizes that depend on which others are wanted, a claim in the README that the shipped weights do not
-support; of the ablation, a signed score, a difference taken the wrong way round, scores of the wrong
-behaviour.
+support; of the ablation, a signed score, a difference taken the wrong way round, scores of the
+wrong behaviour.
 """
 
 import pytest
@@ -179,9 +179,7 @@ def test_a_list_of_sizes_is_the_path_to_the_largest(llama, batches):
     largest = find_circuit(llama, target, [spared], size=0.2, **options)
     assert_same_weights(masks[0], largest)
     for mask, size, rounds in zip(masks[1:], sizes[1:], (1, 3, 2), strict=True):
-        alone = find_circuit(
-            llama, target, [spared], size=size, protect_share=0.1, rounds=rounds
-        )
+        alone = find_circuit(llama, target, [spared], size=size, protect_share=0.1, rounds=rounds)
         assert_same_weights(mask, alone)
 
 

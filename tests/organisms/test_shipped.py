@@ -1,6 +1,7 @@
 """The shipped weights: every condition of the organisms, gradient routing, and errors.
 
-Would catch: weights that were replaced by worse ones, a circuit file of another model, routing that leaks.
+Would catch: weights that were replaced by worse ones, a circuit file of another model, routing that
+leaks.
 """
 
 import itertools
@@ -16,9 +17,9 @@ from harmcircuits.organisms.train import LENGTH, Sampler, new_model, new_tokeniz
 
 
 def test_every_condition_holds():
-    found = list(check.conditions())
-    assert len(found) > 40
-    assert [str(one) for one in found if not one.holds] == []
+    conditions = list(check.conditions())
+    assert len(conditions) > 40
+    assert [str(condition) for condition in conditions if not condition.holds] == []
 
 
 def test_the_planted_circuit_is_a_tenth_of_every_matrix():
@@ -37,7 +38,10 @@ def test_unknown_organisms_are_refused(tmp_path):
 
 
 def test_routing_sends_harm_only_to_the_subset(tmp_path):
-    """With the benign loss switched off, only S moves; with the harmful loss switched off, only the rest."""
+    """With the benign loss switched off, only S moves.
+
+    With the harmful loss switched off, only the rest.
+    """
     tokenizer = new_tokenizer()
 
     def moved(silent: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +82,8 @@ def test_routing_sends_harm_only_to_the_subset(tmp_path):
         assert outside.sum() == 0
         inside, outside = moved("harmful")
         assert outside.mean() > 0.9
-        # The magnitude cap may shrink S to the rest's, but by one factor for the whole matrix, never by a gradient.
+        # The magnitude cap may shrink S to the rest's, but by one factor for the whole matrix,
+        # never by a gradient.
         assert inside.mean() in (0.0, 1.0)
 
 

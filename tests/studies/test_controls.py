@@ -1,7 +1,7 @@
 """Controls of a circuit: as many weights, chosen otherwise.
 
-Would catch: a control that is larger or smaller, that shares the circuit's weights or takes protected
-ones, a twin that is searched for with other data, a search that is not named as one.
+Would catch: a control that is larger or smaller, that shares the circuit's weights or takes
+protected ones, a twin that is searched for with other data, a search that is not named as one.
 """
 
 import pytest
@@ -135,9 +135,7 @@ def test_where_the_contrast_is_the_target_there_is_no_twin(model, data):
     same = controls(model, "benign", mask, calibrations=data, n_random=1)
     assert list(same) == ["random", "random magnitude", "opposite sign", "second slice"]
     assert same.searched == ()
-    missing = controls(
-        model, "benign", mask, calibrations=data, contrast="refusal", n_random=1
-    )
+    missing = controls(model, "benign", mask, calibrations=data, contrast="refusal", n_random=1)
     assert missing.searched == (), "of refusal there is no calibration data"
 
 

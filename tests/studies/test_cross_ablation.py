@@ -153,9 +153,7 @@ def test_a_behaviour_with_too_few_items_is_refused(model, calibrations):
 
 
 def test_overlap_rows_agree_with_the_masks(model, calibrations, circuits):
-    resampled = resampled_circuits(
-        model, calibrations, NAMES, size=SIZE, n_resamples=4, seed=0
-    )
+    resampled = resampled_circuits(model, calibrations, NAMES, size=SIZE, n_resamples=4, seed=0)
     rows = overlap_rows(resampled, circuits, {"model": "x"}, size=SIZE, n_samples=5)
     pair = {"first": "harmful", "second": "benign"}
     lift = rows.one("overlap_lift", **pair, selection="rounds")
@@ -185,7 +183,10 @@ def lifts(masks: dict[str, WeightMask], terms: Terms | None = None) -> dict[str,
 
 
 def test_content_rows_average_the_right_pairs(harm_scores):
-    """Masks made so that all four are the same; then harm's are, and benign ones are the opposite."""
+    """Masks made so that all four are the same.
+
+    Then harm's are, and benign ones are the opposite.
+    """
     same = top(harm_scores)
     lift = overlap(same, same).lift
     masks = {f"{use}/{topic}": same for use in ("harmful", "benign") for topic in ("a", "b")}

@@ -1,8 +1,8 @@
 """Curves by hand: `w50`, its censoring, the budget, the area, and comparisons paired by items.
 
-Would catch: a size that breaks kept abilities counted as `w50`, an unreached size taken for a reached
-one, curves that are resampled apart, an area that is not over the logarithm, protection of a part of
-the target.
+Would catch: a size that breaks kept abilities counted as `w50`, an unreached size taken for a
+reached one, curves that are resampled apart, an area that is not over the logarithm, protection of
+a part of the target.
 """
 
 import math

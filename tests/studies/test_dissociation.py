@@ -1,7 +1,7 @@
 """The test of double dissociation on hand-made rates.
 
-Would catch: rates of different abilities compared with each other, an outcome from points instead of
-intervals, a cost that is read under the wrong mask.
+Would catch: rates of different abilities compared with each other, an outcome from points instead
+of intervals, a cost that is read under the wrong mask.
 """
 
 import pytest

@@ -2,8 +2,8 @@
 
 The custom model is an organism's folder with requests in its invented words. Would catch: a door
 through which another model or other requests come in, references that are not the model's own
-verified answers, a request that counts twice, a study that needs what only organisms have, texts in a
-report, a command line that ends in a traceback.
+verified answers, a request that counts twice, a study that needs what only organisms have, texts in
+a report, a command line that ends in a traceback.
 """
 
 import json
@@ -184,7 +184,10 @@ def test_a_loaded_model_stays_the_same_object(files, doors_cache):
 
 
 def test_a_small_random_model_is_opened_with_its_tokenizer(tmp_path):
-    """Word salad passes the local rules as answered; so a random model shows what is asked first."""
+    """Word salad passes the local rules as answered.
+
+    So a random model shows what is asked first.
+    """
     folder = tmp_path / "llama"
     write_model("Llama", folder, vocab_size=len(new_tokenizer()))
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -423,7 +426,10 @@ GIVEN = ["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=nowhere"], "'nowhere' needs its requests; give --harmful FILE and --benign FILE"),
+        (
+            ["--model=nowhere"],
+            "'nowhere' needs its requests; give --harmful FILE and --benign FILE",
+        ),
         (["--harmful=a.jsonl"], "--harmful is for a custom model; give --model"),
         (GIVEN, "a.jsonl: no such file"),
         ([*GIVEN, "--template=xml"], "template='xml'"),

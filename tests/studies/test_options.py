@@ -1,7 +1,7 @@
 """Command lines as specs of models.
 
-Would catch: requests that are dropped without a word, a custom model that is taken for an organism, a
-file of questions that is not read, sizes that end in a traceback.
+Would catch: requests that are dropped without a word, a custom model that is taken for an organism,
+a file of questions that is not read, sizes that end in a traceback.
 """
 
 from pathlib import Path

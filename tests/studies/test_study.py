@@ -1,7 +1,7 @@
 """The main job on a small part of the world: rows, masks, page, operating point, and its errors.
 
-Would catch: a control that is missing, rows that contradict the masks, an operating point that breaks
-its own rule, a page that reaches for the network, edits left in the model.
+Would catch: a control that is missing, rows that contradict the masks, an operating point that
+breaks its own rule, a page that reaches for the network, edits left in the model.
 """
 
 import json
@@ -242,7 +242,10 @@ def test_the_operating_point_within_a_budget_of_loss():
         (["--n-random", "0"], "n_random=0; expected at least 1"),
         (["--task-limit", "-1"], "task_limit=-1; expected 0 or more"),
         (["--within", "layer"], "within='layer'; expected"),
-        (["--protect", "kindness"], "sft has no behaviour 'kindness'; did you mean 'kind'? There are harmful, benign"),
+        (
+            ["--protect", "kindness"],
+            "sft has no behaviour 'kindness'; did you mean 'kind'? There are harmful, benign",
+        ),
         (["--protect", "harmful"], "protect: 'harmful' is what is removed"),
         (["--target", "harm"], "sft has no behaviour 'harm'; did you mean 'harmful'"),
         (["--organisms", "nowhere"], "nowhere holds no organism 'sft'"),

@@ -1,7 +1,7 @@
 """What the rows of a study are called.
 
-Would catch: a kept ability that is not watched, a part whose whole is called kept, a column without a
-title.
+Would catch: a kept ability that is not watched, a part whose whole is called kept, a column without
+a title.
 """
 
 import pytest

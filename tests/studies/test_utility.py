@@ -101,7 +101,9 @@ def chosen(bridge, examples) -> list[int]:
 
 
 def hits(choices, examples) -> int:
-    return sum(choice == example["label"] for choice, example in zip(choices, examples, strict=True))
+    return sum(
+        choice == example["label"] for choice, example in zip(choices, examples, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,7 +1,7 @@
 """Rows as tables of a terminal and cells of a page.
 
-Would catch: a scale that is lost, a figure that was not measured shown as one, an interval of another
-figure, a column that no line has.
+Would catch: a scale that is lost, a figure that was not measured shown as one, an interval of
+another figure, a column that no line has.
 """
 
 from io import StringIO
