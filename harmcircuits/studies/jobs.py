@@ -1,8 +1,8 @@
 """Long work cut into jobs that run side by side and are not run twice."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,47 +11,62 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harmcircuits.measurements import Measurement, Rows, resumed
+from harmcircuits.measurements import Label, Measurement, Rows, resumed
 
-DONE, CPU = "job_seconds", "job_cpu_seconds"
+DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
+CPU = "job_cpu_seconds"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A part of an experiment: `run` gives its rows, `labels` tell it from the other jobs.
+    """A part of an experiment.
 
-    `run` is sent to another process, so it must be picklable: a module's function, or `functools.partial` of one.
+    Attributes:
+        labels: tell it from the other jobs.
+        run: gives its rows. It is sent to another process, so it must be picklable: a module's
+            function, or `functools.partial` of one.
     """
 
-    labels: Mapping[str, str | int | float]
+    labels: Mapping[str, Label]
     run: Callable[[], Rows]
 
 
 def run_jobs(
     out: str | Path,
     jobs: Sequence[Job],
-    settings: Mapping[str, str | int | float],
+    settings: Mapping[str, Label],
     *,
     workers: int = 1,
     name: str = "jobs",
 ) -> Rows:
-    """The rows of all jobs in `out`, in the order in which jobs ended; those that are there already are not run again.
+    """The rows of all jobs, in the order in which jobs ended; finished jobs are not run again.
 
-    A job's rows are added to `rows.jsonl` all at once when it ends, the last of them `job_cpu_seconds` and `job_seconds`
-    with its labels, by which it counts as run. With `workers` > 1 jobs run in as many processes of one thread each, which
-    for small models is faster than one process of many threads. After an error in a job no further one starts, and it is
-    raised when those under way have ended; what finished is kept. Raises ValueError as `resumed`, for fewer than one
-    worker, and for two jobs with the same labels.
+    A job's rows are added to the file all at once when it ends; the last two are `job_cpu_seconds`
+    and `job_seconds`, and the final row marks the job as finished. After an error in a job no
+    further one starts, and it is raised when those under way have ended; what they measured is kept.
+
+    Args:
+        out: the folder, which holds `rows.jsonl` and the manifest.
+        jobs: with different labels.
+        settings: what must not change between the parts of a run.
+        workers: how many processes of one thread each run jobs, which for small models is faster
+            than one process of many threads. With 1 they run in this process.
+        name: what the progress bar calls the work.
+
+    Raises:
+        ValueError: fewer than one worker, two jobs with the same labels, and as `resumed`.
     """
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
-    if len({tuple(sorted(job.labels.items())) for job in jobs}) < len(jobs):
+    distinct = {tuple(sorted(job.labels.items())) for job in jobs}
+    if len(distinct) < len(jobs):
         raise ValueError(
             "run_jobs: two jobs have the same labels, so their rows could not be told apart"
         )
     out = Path(out)
-    path, rows = out / "rows.jsonl", resumed(out, settings)
-    left = [job for job in jobs if not rows.where(DONE, **job.labels)]
+    rows = resumed(out, settings)
+    left = [job for job in jobs if not len(rows.where(DONE, **job.labels))]
+
     columns = (
         TextColumn("{task.description:>24}"),
         BarColumn(),
@@ -59,40 +74,48 @@ def run_jobs(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
-
-        def keep(found: Rows) -> None:
-            nonlocal rows
-            Rows(found).append_to(path)
-            rows += found
+        n_done = len(jobs) - len(left)
+        task = progress.add_task(name, total=len(jobs), completed=n_done)
+        finished = _in_turn(left) if workers == 1 else _in_processes(left, workers)
+        for rows_of_job in finished:
+            rows_of_job.append_to(out / "rows.jsonl")
+            rows += rows_of_job
             progress.advance(task)
-
-        if workers == 1:
-            for job in left:
-                keep(_timed(job))
-            return rows
-        # Spawned, because forking a process that has run torch's threads can hang.
-        with ProcessPoolExecutor(
-            workers, get_context("spawn"), torch.set_num_threads, (1,)
-        ) as pool:
-            futures, failed = [pool.submit(_timed, job) for job in left], None
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                if future.exception():
-                    failed = failed or future
-                    for other in futures:
-                        other.cancel()
-                else:
-                    keep(future.result())
-        if failed:
-            failed.result()
     return rows
 
 
+def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
+    for job in jobs:
+        yield _timed(job)
+
+
+def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
+    """The rows of every job as it ends; then the first error, if there was one."""
+    first_failed: Future[Rows] | None = None
+    # Spawned, because forking a process that has run torch's threads can hang.
+    context = get_context("spawn")
+    one_thread = (torch.set_num_threads, (1,))
+    with ProcessPoolExecutor(workers, context, *one_thread) as pool:
+        futures = [pool.submit(_timed, job) for job in jobs]
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
+            if not future.exception():
+                yield future.result()
+                continue
+            first_failed = first_failed or future
+            for other in futures:
+                other.cancel()
+    if first_failed:
+        first_failed.result()  # raises its error
+
+
 def _timed(job: Job) -> Rows:
-    start, cpu = time.monotonic(), time.process_time()
-    found = Rows(job.run())
-    found += [Measurement.exact(CPU, job.labels, round(time.process_time() - cpu, 1))]
-    done = Measurement.exact(DONE, job.labels, round(time.monotonic() - start, 1))
-    return Rows([*found, done])
+    start = time.monotonic()
+    cpu_start = time.process_time()
+    rows = Rows(job.run())
+    cpu_seconds = round(time.process_time() - cpu_start, 1)
+    seconds = round(time.monotonic() - start, 1)
+    rows += [Measurement.exact(CPU, job.labels, cpu_seconds)]
+    rows += [Measurement.exact(DONE, job.labels, seconds)]
+    return rows
