@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import torch
+from joblib import Parallel, delayed, parallel_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,8 +22,7 @@ class Job:
 
     Attributes:
         labels: tell it from the other jobs.
-        run: gives its rows. It is sent to another process, so it must be picklable: a module's
-            function, or `functools.partial` of one.
+        run: gives its rows; it is sent to another process, also out of a notebook.
     """
 
     labels: Mapping[str, Label]
@@ -50,7 +48,8 @@ def run_jobs(
         jobs: with different labels.
         settings: what must not change between the parts of a run.
         workers: how many processes of one thread each run jobs, which for small models is faster
-            than one process of many threads. With 1 they run in this process.
+            than one process of many threads. With 1 they run in this process. joblib runs them:
+            its own backends (Dask, Ray) take them to a cluster.
         name: what the progress bar calls the work.
 
     Raises:
@@ -91,23 +90,32 @@ def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
 
 def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
     """The rows of every job as it ends; then the first error, if there was one."""
-    first_failed: Future[Rows] | None = None
-    # Spawned, because forking a process that has run torch's threads can hang.
-    context = get_context("spawn")
-    one_thread = (torch.set_num_threads, (1,))
-    with ProcessPoolExecutor(workers, context, *one_thread) as pool:
-        futures = [pool.submit(_timed, job) for job in jobs]
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            if not future.exception():
-                yield future.result()
-                continue
-            first_failed = first_failed or future
-            for other in futures:
-                other.cancel()
-    if first_failed:
-        first_failed.result()  # raises its error
+    errors: list[Exception] = []
+
+    def tasks() -> Iterator[Any]:
+        for job in jobs:
+            if errors:  # nothing starts after an error
+                return
+            yield delayed(_rows_or_error)(job)
+
+    # One task at a time is handed to each process, so that a stop is soon heard of.
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        pool = Parallel(workers, return_as="generator_unordered", pre_dispatch=workers)
+        for outcome in pool(tasks()):
+            if isinstance(outcome, Exception):
+                errors.append(outcome)
+            else:
+                yield outcome
+    if errors:
+        raise errors[0]
+
+
+def _rows_or_error(job: Job) -> Rows | Exception:
+    """An error comes back as a value, so that the jobs under way can end."""
+    try:
+        return _timed(job)
+    except Exception as error:
+        return error
 
 
 def _timed(job: Job) -> Rows:
