@@ -62,9 +62,7 @@ class QuestionTemplates:
             raise ValueError(f"questions: {path} cannot be read as JSON ({error})") from None
         names = [field.name for field in fields(cls)]
         if not isinstance(stored, dict) or not stored.keys() <= set(names):
-            raise ValueError(
-                f"questions: {path} must be an object with some of {', '.join(names)}"
-            )
+            raise ValueError(f"questions: {path} must be an object with some of {', '.join(names)}")
         values: dict[str, Any] = {}
         for name, value in stored.items():
             values[name] = tuple(value) if isinstance(value, list) else value

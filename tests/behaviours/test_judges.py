@@ -161,10 +161,10 @@ def server():
 
 def endpoint(server, path) -> ChatJudge:
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    return ChatJudge(url, "tiny", path, timeout=5, retries=2, pause=0.01)
+    return ChatJudge(url, "tiny", path, timeout=5, retries=2)
 
 
-def test_endpoint_keeps_transcripts_and_asks_once(server, tmp_path, monkeypatch):
+def test_a_chat_judge_logs_replies_and_asks_once(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
     path = tmp_path / "kept" / "judge.jsonl"
     judge = endpoint(server, path)
@@ -175,7 +175,8 @@ def test_endpoint_keeps_transcripts_and_asks_once(server, tmp_path, monkeypatch)
     assert body["model"] == "tiny"
     assert body["temperature"] == 0
     assert "Request: one" in body["messages"][0]["content"]
-    assert headers["Authorization"] == "Bearer a key"
+    sent = {name.lower(): value for name, value in headers.items()}
+    assert sent["authorization"] == "Bearer a key"
     row = json.loads(path.read_text())
     assert row == {
         "judge": judge.name,
@@ -241,7 +242,7 @@ def test_endpoint_tries_again_and_then_says_so(server, tmp_path):
 
 
 def test_a_closed_port_is_no_verdict(tmp_path):
-    judge = ChatJudge("http://127.0.0.1:9/v1", "tiny", tmp_path / "j", retries=1, pause=0.01)
+    judge = ChatJudge("http://127.0.0.1:9/v1", "tiny", tmp_path / "j", retries=1)
     with pytest.raises(JudgeError, match="does not answer"):
         judge("one", "two")
 
@@ -249,7 +250,7 @@ def test_a_closed_port_is_no_verdict(tmp_path):
 def test_names_on_the_command_line(classifier, tmp_path):
     assert open_judge("local", prefill="well") == RuleJudge("well")
     assert open_judge(f"strongreject:{classifier}").name == f"strongreject:{classifier}"
-    judge = open_judge("https://host/v1#some/model", transcripts=tmp_path)
+    judge = open_judge("https://host/v1#some/model", replies=tmp_path)
     assert isinstance(judge, ChatJudge)
     assert judge.name == "https://host/v1#some/model"
     for wrong in ("strict", "local:x", ""):
