@@ -85,6 +85,7 @@ def generate(
     draws = _draws(prompts, sampling)
     contexts = [prompt_ids(prompt, tokenizer, template) + opening for prompt, _ in draws]
 
+    config = _config(bridge, max_new_tokens)
     answers = []
     for start in range(0, len(contexts), batch_size):
         rows = contexts[start : start + batch_size]
@@ -98,16 +99,30 @@ def generate(
             full = cast(Any, bridge.original_model).generate(
                 input_ids=tokens.to(bridge.cfg.device),
                 attention_mask=attended.to(bridge.cfg.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,  # a model's own settings may ask for another
-                pad_token_id=padding_id(tokenizer),
+                generation_config=config,
                 **noise,
             )
         # Decoded with the prefill, because the space between them may belong to a token.
         new = full[:, width - len(opening) :]
         answers += tokenizer.batch_decode(new, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def _config(bridge: Bridge, max_new_tokens: int) -> Any:
+    """The likeliest continuation, whatever a model's own settings ask for.
+
+    They may sample or penalise repetition; only what ends a text is theirs.
+    """
+    from transformers import GenerationConfig
+
+    own = getattr(bridge.original_model, "generation_config", None)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        pad_token_id=padding_id(bridge.tokenizer),
+        eos_token_id=getattr(own, "eos_token_id", None),
+    )
 
 
 def _draws(prompts: PromptSet, sampling: Sampling | None) -> list[tuple[str, int]]:

@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 
 from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 from harmcircuits.hooks.gradients import frozen
@@ -52,6 +51,8 @@ def evaluate_tasks(
         raise ValueError(
             f"evaluate_tasks: limit={limit}; expected at least 1, or None for all examples"
         )
+    from transformers import AutoTokenizer
+
     wrap = _harness("lm_eval.models.huggingface").HFLM
     evaluate = _harness("lm_eval").simple_evaluate
     tokenizer = AutoTokenizer.from_pretrained(bridge.tokenizer.name_or_path)
