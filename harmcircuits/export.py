@@ -82,6 +82,10 @@ def export(
     is made private if it is new. Raises ValueError, with nothing written, for a folder that is not empty, a mask of
     another model, a source that cannot be loaded or is not this bridge's model, logits that differ, and as
     `weight_sites`.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> hc.export(model, mask, "edited").name
+    'edited'
     """
     bridge = as_bridge(bridge)
     folder, source = Path(folder), str(source or bridge.cfg.model_name)

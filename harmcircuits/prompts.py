@@ -326,7 +326,8 @@ class PromptSet:
         for split, members in sets.items():
             if not len(members):
                 raise ValueError(
-                    f"{origin}: {len(self)} requests leave none for {split}; give more"
+                    f"{origin}: {plural(len(self), 'request')} cannot fill the {split} split; "
+                    "give more"
                 )
         return {split: _limited(members, limits[split]) for split, members in sets.items()}
 

@@ -12,6 +12,8 @@ import math
 from importlib.metadata import version
 
 import numpy as np
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -540,3 +542,10 @@ def test_a_run_is_resumed_under_the_same_settings_only(tmp_path):
     assert resumed(folder, {"size": 0.1}) == ROWS
     with pytest.raises(ValueError, match=r"run holds a run with.*0\.1.*0\.2.*another folder"):
         resumed(folder, {"size": 0.2})
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "analyses/rows").glob("*.jsonl")))
+def test_committed_rows_still_load(path):
+    rows = Rows.read(path)
+    assert len(rows) > 50
+    assert all(row.low <= row.mean <= row.high for row in rows)

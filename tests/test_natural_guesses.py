@@ -81,6 +81,11 @@ def test_masks_count_compare_and_invert(model, mask):
             ["'harmfull'", "'harmful'"],
         ),
         (lambda model, mask: hc.open_model("x", prompts={"harmful": "a.csv"}), ["'benign'"]),
+        (lambda model, mask: hc.open_model("sft", judge="local rules"), ["judge", "'sft'", "leave it out"]),
+        (
+            lambda model, mask: hc.open_model(model.bridge, prompts={}, dtype="float16"),
+            ["dtype", "loaded already", "leave it out"],
+        ),
         (lambda model, mask: model.measure().one("harm_rate"), ["harm_rate", "harm_valid_rate"]),
         (lambda model, mask: hc.study(model, target="harm"), ["'harm'", "'harmful'"]),
         (lambda model, mask: hc.study(model, protect=["harmful"]), ["protect", "'harmful'"]),

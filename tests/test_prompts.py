@@ -291,7 +291,7 @@ def test_limits_and_too_few():
     sizes = [len(members) for members in sets.values()]
     assert sizes == [len(whole["calibration"]), 5, 4]
     assert set(sets["choice"]) <= set(whole["choice"])
-    with pytest.raises(ValueError, match=r"few\.csv: 1 requests leave none for .*give more"):
+    with pytest.raises(ValueError, match=r"few\.csv: 1 request cannot fill the .*give more"):
         MANY[:1].splits(origin="few.csv")
 
 

@@ -29,6 +29,11 @@ THINNING = 4  # rounds of trades between two samples
 class Overlap:
     """What two masks share.
 
+    >>> scores = hc.removal_effect(bridge, harm)
+    >>> first, second = hc.top_fraction(scores, [0.01, 0.02], within="model")
+    >>> hc.overlap(first, second).containment
+    (1.0, 0.5)
+
     Attributes:
         n_shared: weights in both masks.
         n_first: weights in the first.
@@ -128,6 +133,11 @@ def overlap(
 
     E[shared] = sum over matrices of n_first n_second / n.
 
+    >>> first = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01)
+    >>> second = hc.top_fraction(hc.removal_effect(bridge, benign), 0.01)
+    >>> hc.overlap(first, second)
+    Overlap(... shared, Jaccard 0..., lift ... [..., ...])
+
     Args:
         mask: the first mask.
         other: the second.
@@ -161,6 +171,11 @@ def overlap_by(
 
     Chance keeps each mask's count in every matrix of the place (in every head's or neuron's part of
     it).
+
+    >>> first = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01)
+    >>> second = hc.top_fraction(hc.removal_effect(bridge, benign), 0.01)
+    >>> list(hc.overlap_by(first, second, hc.weight_sites(bridge), "layer"))[0]
+    Place(layer=0, part='', number=0)
 
     Args:
         mask: the first mask.

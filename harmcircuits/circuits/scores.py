@@ -76,6 +76,11 @@ class WeightScores:
     Loaded scores stay in their file: each `values[name]` is read when it is asked for, so that a
     selection never holds more than one matrix.
 
+    >>> scores = hc.removal_effect(bridge, harm)
+    >>> scores, -scores
+    (WeightScores(removal_effect of 24 examples, 983,040 weights),
+     WeightScores(negative, 983,040 weights))
+
     Attributes:
         values: for each weight a tensor that has the shape of the weight as stored.
         source: how they were made.

@@ -153,7 +153,11 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
 
 
 def magnitude_scores(bridge: AnyModel) -> WeightScores:
-    """|W|: the control that needs no data. Raises ValueError as `named_weights`."""
+    """|W|: the control that needs no data. Raises ValueError as `named_weights`.
+
+    >>> hc.magnitude_scores(bridge)
+    WeightScores(magnitude, 983,040 weights)
+    """
     bridge = as_bridge(bridge)
     sites = weight_sites(bridge)
     values = {name: site.parameter.detach().float().abs() for name, site in sites.items()}

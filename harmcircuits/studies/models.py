@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def open_model(
     if isinstance(model, Model):
         raise ValueError(f"open_model: {model!r} is open already; use it as it is")
     is_name = isinstance(model, str | Path)
+    loading = {"dtype": dtype, "device_map": device_map}
+    asking = {
+        "name": name,
+        "tokenizer": tokenizer,
+        "template": template,
+        "prefill": prefill,
+        "judge": judge,
+        "judge_question": judge_question,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "sampling": sampling,
+    }
+    if not is_name:
+        _refuse_unused(loading, f"a {type(model).__name__} that is loaded already")
     if prompts is None:
         if not is_name:
             raise ValueError(
@@ -90,6 +105,7 @@ def open_model(
                 f"'{CONTRAST}': FILE_OR_LIST}}; without any, mask and score it as it is"
             )
         _refuse_unknown(str(model))
+        _refuse_unused({**loading, **asking}, f"the organism {str(model)!r}, which has no prompts=")
         return open_organism(
             str(model),
             seed=seed,
@@ -294,6 +310,14 @@ def _refuse_unknown(name: str) -> None:
         f"no organism is called {name!r}; {nearest(name, ORGANISMS)}. "
         f"For a model of another kind give {needs}"
     )
+
+
+def _refuse_unused(options: Mapping[str, Any], kind: str) -> None:
+    """An option that would have no effect is a slip."""
+    defaults = signature(open_model).parameters
+    for name, value in options.items():
+        if value != defaults[name].default:
+            raise ValueError(f"open_model: {name}={value!r} means nothing for {kind}; leave it out")
 
 
 def _name_of(model: Any) -> str:

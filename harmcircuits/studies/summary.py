@@ -196,7 +196,7 @@ def summary(rows: Rows, terms: Terms) -> str:
         points = 100 * rows.one("tolerance").mean
         kept = (
             f"no mask of the grid lowers {terms.target.title} and keeps every other ability, "
-            f"within {points:.0f} points"
+            f"within {points:.0f} % of answers"
         )
         text = f"No operating point: {kept} of the unpruned model."
         return "\n".join([text, *_warnings(rows)])

@@ -33,6 +33,9 @@ def evaluate_tasks(
     of the exported folder: the bridge's own puts a beginning before every text. The global seeds are
     set as the harness sets them.
 
+    >>> hc.evaluate_tasks(model, ["lambada_openai"], limit=10)  # doctest: +SKIP
+    Rows(2: task_perplexity, task_acc)
+
     Args:
         bridge: a TransformerBridge, or a `Model` with one.
         tasks: the harness's names of tasks or groups.

@@ -10,6 +10,10 @@ import torch
 from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.masks import FORMAT as mask_format
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import FORMAT as scores_format
+from harmcircuits.organisms import FOLDER
 from harmcircuits.circuits.scores import Source, WeightScores, mean_scores
 from harmcircuits.hooks.attribution import random_scores, removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
@@ -107,3 +111,10 @@ def test_folders_that_hold_no_scores_are_refused(tmp_path, scores):
     (folder / "a.safetensors").write_text("hello")
     with pytest.raises(ValueError, match=r"a\.safetensors: not a safetensors file"):
         WeightScores.load(folder)
+
+
+def test_the_names_of_file_formats_stay():
+    """Files of version 0.1.0 open: their format is known by these names."""
+    assert scores_format == "harmcircuits.scores.1"
+    assert mask_format == "harmcircuits.mask.1"
+    assert WeightMask.load(FOLDER / "planted" / "circuit.safetensors").n_removed == 98_304

@@ -190,6 +190,7 @@ def test_nothing_is_left_behind(open_model, batch, name):
     )
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors_name_the_cause(llama, batch, open_model):
     with pytest.raises(ValueError, match="no batches"):
         removal_effect(llama, [], completion_loss)

@@ -234,13 +234,14 @@ FILE_OR_LIST = r"prompts=\{'harmful': FILE_OR_LIST, 'benign': FILE_OR_LIST\}"
         (SFT, {"prompts": {"harm": ["a"]}}, "'harm' is no kind.*did you mean 'harmful'"),
         (SFT, {"prompts": {"harmful": ["a"]}}, "no 'benign'; give a file or a list"),
         (SFT, {"prompts": {"harmful": "no.csv", "benign": ["b"]}}, r"no\.csv: no such file"),
-        (SFT, {"prompts": PROMPTS}, "given requests: 1 requests leave none for .*give more"),
+        (SFT, {"prompts": PROMPTS}, "given requests: 1 request cannot fill the .*give more"),
         ("nowhere", {"prompts": "enough"}, "'nowhere' cannot be loaded; expected a folder"),
         (SFT, {"prompts": "enough", "judge": "strict"}, "judge='strict'; expected local"),
         (SFT, {"prompts": "enough", "dtype": "int8"}, "dtype='int8'; expected one of float32"),
         (torch.nn.Linear(2, 2), {"prompts": "enough"}, r"not torch\..*Linear.*open_model\("),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_wrong_door_says_which_is_right(tmp_path, given, options, message):
     if options.get("prompts") == "enough":
         sets = {"harmful": requests("abuse"), "benign": requests("use"), "limit": 2}

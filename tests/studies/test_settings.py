@@ -25,6 +25,7 @@ from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
         ({"task_limit": -1}, "task_limit=-1; expected 0 or more"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_settings_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         StudySettings(**options)

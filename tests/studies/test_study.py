@@ -251,6 +251,7 @@ def test_the_operating_point_within_a_budget_of_loss():
         (["--organisms", "nowhere"], "nowhere holds no organism 'sft'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_command_line_errors_are_one_line(tmp_path, arguments, message):
     result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2
