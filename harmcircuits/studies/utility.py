@@ -31,8 +31,8 @@ def evaluate_tasks(
     those of its tasks.
 
     Prompts are put in no chat template. The tokenizer is the stored one, so that the figure is that
-    of the exported folder: the bridge's own puts a beginning before every text. The global seeds are
-    set as the harness sets them.
+    of the exported folder: the bridge's own puts a beginning before every text. The global seeds
+    are set as the harness sets them.
 
     Args:
         bridge: a TransformerBridge, or a `Model` with one.

@@ -57,8 +57,8 @@ def share_figure(
 ) -> go.Figure:
     """Figures against the share of weights removed, in per cent, with 95 % intervals.
 
-    One panel for each metric, and one for the worst kept ability. The first two lines are solid, the
-    others dotted.
+    One panel for each metric, and one for the worst kept ability. The first two lines are solid,
+    the others dotted.
 
     Args:
         lines: name -> share -> the rows measured there, one for each metric. A point is left out of
@@ -264,7 +264,9 @@ def _first_rows(
 
 
 def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
-    """What each position adds to a mask's score (nats), by its distance from the first answer token.
+    """What each position adds to a mask's score, in nats.
+
+    By its distance from the first answer token.
 
     Args:
         lines: title -> rows of one kind of text, with the label `offset`.
