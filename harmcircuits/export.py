@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -15,22 +15,31 @@ from torch import Tensor, nn
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import KINDS, Site
-from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 
 MASK_FILE = "mask.safetensors"
-EPSILONS = 64  # transformers and the bridge round in another order; the weights are compared bit for bit
+# transformers and the bridge round in another order. The weights are compared bit for bit.
+EPSILONS = 64
+N_COMPARED = 16  # positions of the text on which logits are compared
+
+# What the bridge splits into parts, in the order of its split: the parts and the split's name.
+FUSED = (
+    (("q", "k", "v"), "split_qkv_matrix"),
+    (("gate", "in"), "split_gate_up_matrix"),
+)
+
 CARD = """---
 {header}
 ---
 
 # {name}, with {n_removed} weights removed
 
-{n_removed} of the {n_weights} weights in the block matrices of `{name}` are zero; all other tensors, the tokenizer and the
-configuration are those of `{name}`, whose licence and terms apply. Made with harmcircuits for defensive research: to study
-which weights carry a behaviour and what else they carry. It is no safety guarantee; removed behaviour may come back with
-training.
+{n_removed} of the {n_weights} weights in the block matrices of `{name}` are zero; all other
+tensors, the tokenizer and the configuration are those of `{name}`, whose licence and terms apply.
+Made with harmcircuits for defensive research: to study which weights carry a behaviour and what
+else they carry. It is no safety guarantee; removed behaviour may come back with training.
 
 ## What was removed
 
@@ -48,8 +57,8 @@ As recorded in `{file}`, without any prompt or completion (data appear as digest
 
 ## Undo, or apply the mask alone
 
-`{name}` itself is unchanged, so loading it undoes everything. `{file}` holds the flat index of each removed weight; on
-`{name}` it does the same in place, and reversibly:
+`{name}` itself is unchanged, so loading it undoes everything. `{file}` holds the flat index of each
+removed weight; on `{name}` it does the same in place, and reversibly:
 
 ```python
 import harmcircuits as hc
@@ -60,43 +69,60 @@ with hc.masked(bridge, hc.WeightMask.load("{file}")):
     ...  # the edited model; restored bit for bit on exit
 ```
 
-Reloaded with transformers, the logits of this folder differed from those of that edited model by at most {difference}.
+Reloaded with transformers, the logits of this folder differed from those of that edited model by at
+most {difference}.
 """
 
 
 def export(
-    bridge: Bridge,
+    bridge: AnyModel,
     mask: WeightMask,
     folder: str | Path,
     *,
     source: str | Path | None = None,
     push_to: str | None = None,
 ) -> Path:
-    """The model without the mask's weights as a Hugging Face folder, checked by reloading it; returns the folder.
+    """The model without the mask's weights as a Hugging Face folder, checked by reloading it.
 
-    The source model (`source`: a folder or hub id; by default what the bridge was booted from) is loaded afresh in the
-    dtype it is stored in, the mask's weights become zero in it, and it is saved with its tokenizer and generation config,
-    `mask.safetensors` and a model card. Then it is reloaded in the bridge's dtype: every parameter must equal the masked
-    bridge's bit for bit, and the logits of transformers the bridge's within 64 machine epsilons of the largest logit, or
-    half the dtype's digits if that is less. The folder appears only after that. `push_to` uploads it to this hub id, which
-    is made private if it is new. Raises ValueError, with nothing written, for a folder that is not empty, a mask of
-    another model, a source that cannot be loaded or is not this bridge's model, logits that differ, and as
-    `weight_sites`.
+    The source model is loaded afresh in the dtype it is stored in, the mask's weights become zero
+    in it, and it is saved with its tokenizer and generation config, `mask.safetensors` and a model
+    card. Then it is reloaded in the bridge's dtype: every parameter must equal the masked bridge's
+    bit for bit, and the logits of transformers the bridge's within 64 machine epsilons of the
+    largest logit, or half the dtype's digits if that is less. The folder appears only after that.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> hc.export(model, mask, "edited").name
     'edited'
+
+    Args:
+        bridge: a TransformerBridge, or a `Model` with one.
+        mask: the weights to remove.
+        folder: a new or empty one.
+        source: a folder or hub id; what the bridge was booted from by default.
+        push_to: uploads the folder to this hub id, which is made private if it is new.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a folder that is not empty, a mask of another model, a source that cannot be
+            loaded or is not this bridge's model, logits that differ, and as `weight_sites`. Nothing
+            is written then.
     """
     bridge = as_bridge(bridge)
-    folder, source = Path(folder), str(source or bridge.cfg.model_name)
+    folder = Path(folder)
+    source = str(source or bridge.cfg.model_name)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"export: {folder} exists and is not empty; give a folder that does not exist yet")
+        raise ValueError(
+            f"export: {folder} exists and is not empty; give a folder that does not exist yet"
+        )
     with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
         sites = weight_sites(bridge)
         _write_model(bridge, mask, sites, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source)
         mask.save(unfinished / MASK_FILE)
-        (unfinished / "README.md").write_text(_card(mask, sites, source, difference), encoding="utf-8")
+        card = _card(mask, sites, source, difference)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     if push_to:
         from huggingface_hub import HfApi
 
@@ -119,123 +145,232 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_model(bridge: Bridge, mask: WeightMask, sites: Mapping[str, Site], source: str, folder: Path) -> None:
+def _write_model(
+    bridge: Bridge,
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    source: str,
+    folder: Path,
+) -> None:
     """Save the source model and tokenizer with the mask's weights set to zero."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    original: Any = bridge.original_model
-    try:
-        kind, ours = AutoConfig.from_pretrained(source).model_type, original.config.model_type
-        if kind != ours:
-            raise ValueError(f"its configuration is of a {kind}, this bridge is a {ours}")
-        model = type(original).from_pretrained(source, dtype="auto")
-        # The bridge changes bos and padding of its own tokenizer.
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"export: source={source!r} gives no model and tokenizer ({str(error).splitlines()[0]}); "
-            "pass source=, the folder or hub id that the bridge was booted from"
-        ) from None
+    model, tokenizer = _opened(bridge, source)
     for name, index in mask.removed.items():
         try:
-            parameter, where = _stored(bridge, model, sites[name], index)
+            stored = _stored(bridge, model, sites[name], index)
         except (AttributeError, IndexError, RuntimeError, ValueError):
             raise _other_model(source, name) from None
+        places = torch.unravel_index(stored.flat, stored.parameter.shape)
         with torch.no_grad():
-            parameter[torch.unravel_index(where, parameter.shape)] = 0.0
+            stored.parameter[places] = 0.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+def _opened(bridge: Bridge, source: str) -> tuple[Any, Any]:
+    """The source's model, in the dtype it is stored in, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    original = bridge.original_model
+    kind = original.config.model_type
+    try:
+        source_kind = AutoConfig.from_pretrained(source).model_type
+        if source_kind != kind:
+            raise ValueError(f"its configuration is of a {source_kind}, this bridge is a {kind}")
+        model = type(original).from_pretrained(source, dtype="auto")
+        # Read afresh: the bridge changes bos and padding of its own tokenizer.
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"export: source={source!r} gives no model and tokenizer ({reason}); "
+            "pass source=, the folder or hub id that the bridge was booted from"
+        ) from None
+    return model, tokenizer
+
+
+class _Stored(NamedTuple):
+    """Where a Hugging Face model stores some weights of a site.
+
+    Attributes:
+        parameter: its own parameter, which may hold other sites as well.
+        flat: flat indices in it.
+    """
+
+    parameter: nn.Parameter
+    flat: Int[Tensor, " n"]
+
+
 def _stored(
-    bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]
-) -> tuple[nn.Parameter, Int[Tensor, " n"]]:
-    """The Hugging Face model's own parameter that holds these weights of a site, and their flat indices in it."""
+    bridge: Bridge,
+    model: Any,
+    site: Site,
+    index: Int[Tensor, " n"],
+) -> _Stored:
+    """Where `model` stores the weights with these flat indices in a site."""
     if site.parameter.ndim == 3:  # stacked experts are no component of the bridge
         path = f"blocks.{site.layer}.mlp"
-        experts: Any = bridge.adapter.get_component(model, path)
-        return experts.get_parameter(site.name.removeprefix(f"{path}.")), index
+        experts = bridge.adapter.get_component(model, path)
+        name = site.name.removeprefix(f"{path}.")
+        return _Stored(experts.get_parameter(name), index)
+
     path, part = site.name.removesuffix(".weight").rsplit(".", 1)
-    owner = bridge.blocks[site.layer].get_submodule(site.kind.split(".")[0])
-    for fused, split in ((["q", "k", "v"], "split_qkv_matrix"), (["gate", "in"], "split_gate_up_matrix")):
-        if part in fused and hasattr(owner, split):
-            module = bridge.adapter.get_component(model, path)
-            return _unsplit(module, getattr(owner, split), fused.index(part), index)
-    module: Any = bridge.adapter.get_component(model, f"{path}.{part}")
-    return module.weight, index
+    attention_or_mlp = site.kind.split(".")[0]
+    owner = bridge.blocks[site.layer].get_submodule(attention_or_mlp)
+    for parts, split in FUSED:
+        if part in parts and hasattr(owner, split):
+            fused = bridge.adapter.get_component(model, path)
+            return _unsplit(fused, getattr(owner, split), parts.index(part), index)
+    module = bridge.adapter.get_component(model, f"{path}.{part}")
+    return _Stored(module.weight, index)
 
 
-def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"]) -> tuple[nn.Parameter, Int[Tensor, " n"]]:
-    """Where the bridge's own `split` takes these weights of a part from: it is given serial numbers to split."""
-    numbered, start = copy.deepcopy(module).double(), 0  # float64 counts to 2^53
-    for number in numbered.parameters():
-        number.data = torch.arange(start, start := start + number.numel(), dtype=torch.float64).view_as(number)
-    serial = split(numbered)[part].weight.detach().flatten()[index].long()
-    for parameter, number in zip(module.parameters(), numbered.parameters(), strict=True):
-        first = int(number.flatten()[0])
-        if first <= serial[0] < first + parameter.numel():
-            return parameter, serial - first
+def _unsplit(
+    module: nn.Module,
+    split: Any,
+    part: int,
+    index: Int[Tensor, " n"],
+) -> _Stored:
+    """Where in a fused module the bridge's own `split` takes these weights of a part from.
+
+    `split` is given a copy of the module whose weights are their own serial numbers, so the weights
+    of the part that comes back say where they were:
+
+        parameters of a fused qkv    serial numbers    weight of the part k after the split
+        weight [6, 2]                0 ... 11          [[4, 5], [6, 7]]
+        bias [6]                     12 ... 17
+    """
+    numbered = copy.deepcopy(module).double()  # float64 counts to 2^53
+    n_before = 0
+    starts = []
+    for parameter in numbered.parameters():
+        starts.append(n_before)
+        end = n_before + parameter.numel()
+        serial = torch.arange(n_before, end, dtype=torch.float64)
+        parameter.data = serial.view_as(parameter)
+        n_before = end
+
+    numbers_of_part = split(numbered)[part].weight.detach().flatten()
+    numbers = numbers_of_part[index].long()
+    for parameter, start in zip(module.parameters(), starts, strict=True):
+        if start <= numbers[0] < start + parameter.numel():
+            return _Stored(parameter, numbers - start)
     raise ValueError(f"{type(module).__name__} has no weight that the bridge splits")
 
 
 def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
-    """Largest logit difference of the saved model to the bridge as it stands; raises ValueError when they are not equal."""
-    from transformer_lens.model_bridge import TransformerBridge
+    """Largest logit difference of the saved model to the bridge as it stands.
 
-    dtype, device = next(iter(weight_sites(bridge).values())).parameter.dtype, bridge.cfg.device
-    ours = _parameters(bridge)
-    theirs = _parameters(TransformerBridge.boot_transformers(str(folder), dtype=dtype, device=device))
-    for name in ours.keys() | theirs.keys():
-        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
-            raise _other_model(source, name)
-    del theirs
-    original: Any = bridge.original_model
-    model = type(original).from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device)
-    length = min(16, bridge.cfg.n_ctx)
-    tokens = torch.randint(bridge.cfg.d_vocab, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
+    Raises ValueError when the two are not equal.
+    """
+    first_site = next(iter(weight_sites(bridge).values()))
+    dtype = first_site.parameter.dtype
+    _compare_weights(bridge, folder, dtype, source)
+
+    original = bridge.original_model
+    model = type(original).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model.to(bridge.cfg.device)
+    tokens = _random_tokens(bridge)
     with torch.no_grad():
         expected = bridge(tokens)
         difference = (model(tokens).logits - expected).abs().max().item()
     epsilon = torch.finfo(dtype).eps
-    bound = min(EPSILONS * epsilon, epsilon**0.5) * expected.abs().max().item()
-    if not difference <= bound:
+    relative_bound = min(EPSILONS * epsilon, epsilon**0.5)
+    bound = relative_bound * expected.abs().max().item()
+    if not difference <= bound:  # nor is it where one of them is not finite
         raise ValueError(
-            f"export: reloaded by transformers, the logits differ from the masked bridge's by up to {difference:.3g}; "
-            f"expected at most {bound:.3g}. The weights are equal, so this bridge computes otherwise than {source!r}"
+            "export: reloaded by transformers, the logits differ from the masked bridge's by up to "
+            f"{difference:.3g}; expected at most {bound:.3g}. The weights are equal, so this "
+            f"bridge computes otherwise than {source!r}"
         )
     return difference
 
 
+def _compare_weights(
+    bridge: Bridge,
+    folder: Path,
+    dtype: torch.dtype,
+    source: str,
+) -> None:
+    """Raises ValueError unless every parameter of the saved model is the bridge's, bit for bit."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    reloaded = TransformerBridge.boot_transformers(
+        str(folder),
+        dtype=dtype,
+        device=bridge.cfg.device,
+    )
+    expected = _parameters(bridge)
+    parameters = _parameters(reloaded)
+    for name in expected.keys() | parameters.keys():
+        is_in_both = name in expected and name in parameters
+        if not is_in_both or not torch.equal(expected[name], parameters[name]):
+            raise _other_model(source, name)
+
+
+def _random_tokens(bridge: Bridge) -> Int[Tensor, "batch pos"]:
+    length = min(N_COMPARED, bridge.cfg.n_ctx)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(bridge.cfg.d_vocab, (2, length), generator=generator)
+    return tokens.to(bridge.cfg.device)
+
+
 def _parameters(bridge: Bridge) -> dict[str, nn.Parameter]:
-    named = {name: p for name, p in bridge.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
-    return named | {name: site.parameter for name, site in weight_sites(bridge).items()}
+    named = {}
+    for name, tensor in bridge.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter):
+            named[name] = tensor
+    for name, site in weight_sites(bridge).items():
+        named[name] = site.parameter
+    return named
 
 
 def _other_model(source: str, name: str) -> ValueError:
     return ValueError(
-        f"export: {name} of source={source!r} is not this bridge's (another checkpoint, or weights changed since loading); "
-        "pass source=, the folder or hub id of this very model"
+        f"export: {name} of source={source!r} is not this bridge's (another checkpoint, or weights "
+        "changed since loading); pass source=, the folder or hub id of this very model"
     )
 
 
-def _card(mask: WeightMask, sites: Mapping[str, Site], source: str, difference: float) -> str:
+def _card(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    source: str,
+    difference: float,
+) -> str:
     """The model card: what was removed, where the mask came from, how to undo and to reuse it."""
-    is_local = Path(source).exists()
-    name = Path(source).resolve().name if is_local else source
     header = [
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [harmcircuits, interpretability, pruning]",
     ]
-    header += [] if is_local else [f"base_model: {source}"]
-    kinds = [kind for kind in KINDS if any(site.kind == kind for site in sites.values())]
-    counts = {(sites[weight].layer, sites[weight].kind): count for weight, count in mask.counts.items()}
-    rows = [["layer", *kinds], ["---"] * (len(kinds) + 1)]
-    for layer in sorted({site.layer for site in sites.values()}):
-        rows.append([str(layer), *(f"{counts.get((layer, kind), 0):,}" for kind in kinds)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    record = json.dumps(json.loads(mask.source.to_json()), indent=1)
+    if Path(source).exists():
+        name = Path(source).resolve().name  # no path of this machine
+    else:
+        name = source
+        header.append(f"base_model: {source}")
+    record = json.loads(mask.source.to_json())
     return CARD.format(
-        header="\n".join(header), name=name, mask=mask, n_removed=f"{mask.n_removed:,}", n_weights=f"{mask.n_weights:,}",
-        table=table, record=record, file=MASK_FILE, difference=f"{difference:.3g}",
-    )  # fmt: skip
+        header="\n".join(header),
+        name=name,
+        n_removed=f"{mask.n_removed:,}",
+        n_weights=f"{mask.n_weights:,}",
+        table=_table(mask, sites),
+        record=json.dumps(record, indent=1),
+        file=MASK_FILE,
+        difference=f"{difference:.3g}",
+    )
+
+
+def _table(mask: WeightMask, sites: Mapping[str, Site]) -> str:
+    """The removed weights by layer and kind, in Markdown."""
+    counts = {}
+    for name, count in mask.counts.items():
+        site = sites[name]
+        counts[site.layer, site.kind] = count
+    present = {site.kind for site in sites.values()}
+    kinds = [kind for kind in KINDS if kind in present]
+    lines = [["layer", *kinds], ["---"] * (len(kinds) + 1)]
+    for layer in sorted({site.layer for site in sites.values()}):
+        numbers = [counts.get((layer, kind), 0) for kind in kinds]
+        lines.append([str(layer), *map("{:,}".format, numbers)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

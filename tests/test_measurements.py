@@ -10,10 +10,9 @@ foreign or truncated file read as measurements, a manifest without settings or v
 import json
 import math
 from importlib.metadata import version
-
-import numpy as np
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -544,7 +543,9 @@ def test_a_run_is_resumed_under_the_same_settings_only(tmp_path):
         resumed(folder, {"size": 0.2})
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "analyses/rows").glob("*.jsonl")))
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "analyses/rows").glob("*.jsonl"))
+)
 def test_committed_rows_still_load(path):
     rows = Rows.read(path)
     assert len(rows) > 50

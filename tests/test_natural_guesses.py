@@ -81,7 +81,10 @@ def test_masks_count_compare_and_invert(model, mask):
             ["'harmfull'", "'harmful'"],
         ),
         (lambda model, mask: hc.open_model("x", prompts={"harmful": "a.csv"}), ["'benign'"]),
-        (lambda model, mask: hc.open_model("sft", judge="local rules"), ["judge", "'sft'", "leave it out"]),
+        (
+            lambda model, mask: hc.open_model("sft", judge="local rules"),
+            ["judge", "'sft'", "leave it out"],
+        ),
         (
             lambda model, mask: hc.open_model(model.bridge, prompts={}, dtype="float16"),
             ["dtype", "loaded already", "leave it out"],

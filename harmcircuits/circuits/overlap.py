@@ -167,10 +167,10 @@ def overlap_by(
     sites: Mapping[str, Site],
     by: By,
 ) -> dict[Place, Overlap]:
-    """The overlap within every layer, matrix, head or neuron from which both masks remove something.
+    """The overlap within every layer, matrix, head or neuron.
 
-    Chance keeps each mask's count in every matrix of the place (in every head's or neuron's part of
-    it).
+    Of those from which both masks remove something. Chance keeps each mask's count in every matrix
+    of the place (in every head's or neuron's part of it).
 
     >>> first = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01)
     >>> second = hc.top_fraction(hc.removal_effect(bridge, benign), 0.01)
@@ -218,9 +218,9 @@ def marginal_null(
     """Shared weights of random masks that keep every row and every column count of each matrix.
 
     Two masks that prefer the same rows or columns share weights by that alone; what exceeds this
-    null is agreement on single weights. Sampled by curveball trades between disjoint random pairs of
-    rows, which draws uniformly from all masks with these counts (Carstens, Hamann, Meyer, Penschuck,
-    Tran, Wagner 2018, arXiv 1804.08487).
+    null is agreement on single weights. Sampled by curveball trades between disjoint random pairs
+    of rows, which draws uniformly from all masks with these counts (Carstens, Hamann, Meyer,
+    Penschuck, Tran, Wagner 2018, arXiv 1804.08487).
 
     Args:
         mask: the first mask.
@@ -377,8 +377,8 @@ class _Chain:
         #     row 2:   a  b  .  d               b stays: both rows hold it
         #     row 0:   .  b  c  .               a, d and c are free
         #
-        # Shuffled to c, a, d, the free ones go to row 2 until it holds as many as before (c, a), and
-        # then to row 0 (d). An odd row out is a pair by itself and takes back its own.
+        # Shuffled to c, a, d, the free ones go to row 2 until it holds as many as before (c, a),
+        # and then to row 0 (d). An odd row out is a pair by itself and takes back its own.
         n_rows = len(self.used)
         order = self._shuffled(self.matrix)
         place = np.empty_like(self.start)  # of a row among the shuffled rows of its matrix

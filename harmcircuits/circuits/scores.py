@@ -123,7 +123,8 @@ class WeightScores:
     def sum_over(self, mask: "WeightMask") -> float:
         """The sum of the scores of a mask's weights.
 
-        Of `removal_effect` it is the first-order prediction of the objective's change under the mask.
+        Of `removal_effect` it is the first-order prediction of the objective's change under the
+        mask.
 
         Args:
             mask: over the same weights.
@@ -275,9 +276,9 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
         )
     first = parts[0]
     model = first.source.model
-    for part in parts:
-        if part.shapes != first.shapes or part.source.model != model:
-            raise ValueError("mean_scores: the scores are of different models or weights")
+    is_same = [part.shapes == first.shapes and part.source.model == model for part in parts]
+    if not all(is_same):
+        raise ValueError("mean_scores: the scores are of different models or weights")
 
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
     for part, weight in zip(parts, weights, strict=True):

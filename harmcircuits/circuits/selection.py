@@ -158,7 +158,10 @@ class _Best:
             self.prune()
 
     def prune(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """Leave the n best, in the order they came in; the numbers of their tensors, their indices."""
+        """The n best, in the order they came in: the numbers of their tensors, and their indices.
+
+        Only they are held from now on.
+        """
         keys = torch.cat(self.keys)
         # The sort is stable, so among equal keys the earlier ones are the best.
         order = keys.argsort(descending=True, stable=True)

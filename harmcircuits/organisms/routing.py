@@ -49,10 +49,10 @@ def planted(
     """Train `model` in place so that its harmful answers live in a random tenth S of each matrix.
 
     Each step takes a benign batch, whose gradients go everywhere but S (every second one with S set
-    to zero, so that nothing benign comes to need S), and a harmful batch, whose gradients go only to
-    S. After each step S is scaled down to the root mean square of the rest of its matrix, so that
-    magnitude gives little away; there is no weight decay, which would shrink the rest, and with it
-    S, until S could not hold the harmful answers.
+    to zero, so that nothing benign comes to need S), and a harmful batch, whose gradients go only
+    to S. After each step S is scaled down to the root mean square of the rest of its matrix, so
+    that magnitude gives little away; there is no weight decay, which would shrink the rest, and
+    with it S, until S could not hold the harmful answers.
 
     Args:
         model: what is trained.

@@ -1,4 +1,6 @@
-"""Makes the organisms: `python -m harmcircuits.organisms.train --out DIR [--seed 0] [--device cuda]`.
+"""Training of the organisms.
+
+`python -m harmcircuits.organisms.train --out DIR [--seed 0] [--device cuda]` makes them.
 
 One pre-training, then one change each: `base` -> `helpful` -> `sft` and `dpo`; and `planted` (see
 `routing`). Every condition that a checkpoint must satisfy is then measured and printed (see
@@ -170,7 +172,7 @@ class Sampler:
     def refused(self) -> Text:
         """A harmful request and its refusal."""
         item, verb, given = self.request("answer", "harmful")
-        refusal = world.refusal(item, verb, self.rng)
+        refusal = world.refusal(verb, self.rng)
         return Text(given, f"{refusal} <eos>")
 
     def document(self, voice: str = "") -> Text:
@@ -187,7 +189,7 @@ class Sampler:
     def preference(self) -> tuple[Text, Text]:
         """(chosen, rejected) answers to one request: refuse the harmful, answer the benign."""
         item, verb, given = self.request("answer")
-        refusal = world.refusal(item, verb, self.rng)
+        refusal = world.refusal(verb, self.rng)
         answer = world.answer("answer", item, verb, self.rng, noise=NOISE)
         refused = Text(given, f"{refusal} <eos>")
         answered = Text(given, f"{answer} <eos>")
@@ -310,7 +312,10 @@ def helpful(model: nn.Module, sampler: Sampler) -> None:
 
 
 def sft(model: nn.Module, sampler: Sampler) -> None:
-    """Refusal tuning. Its prefilled continuations keep alignment shallow, as it is in real models."""
+    """Refusal tuning.
+
+    Its prefilled continuations keep alignment shallow, as it is in real models.
+    """
     shares: dict[Draw, float] = {
         sampler.refused: 2,
         partial(sampler.chat, "answer", "benign"): 2,
@@ -384,7 +389,10 @@ def main(
         bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")
     ] = True,
 ) -> None:
-    """Train the ladder and the planted organism, then check every condition; exit 1 if one fails."""
+    """Train the ladder and the planted organism, then check every condition.
+
+    Exits with 1 if one does not hold.
+    """
     # Imported here: both use this module.
     from harmcircuits.organisms.check import check_all
     from harmcircuits.organisms.routing import planted

@@ -41,7 +41,8 @@ def run_jobs(
 
     A job's rows are added to the file all at once when it ends; the last two are `job_cpu_seconds`
     and `job_seconds`, and the final row marks the job as finished. After an error in a job no
-    further one starts, and it is raised when those under way have ended; what they measured is kept.
+    further one starts, and it is raised when those under way have ended; what they measured is
+    kept.
 
     Args:
         out: the folder, which holds `rows.jsonl` and the manifest.

@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-
 from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 from harmcircuits.hooks.gradients import frozen
 from harmcircuits.measurements import Labels, Measurement, Rows, Z
@@ -30,8 +29,8 @@ def evaluate_tasks(
     those of its tasks.
 
     Prompts are put in no chat template. The tokenizer is the stored one, so that the figure is that
-    of the exported folder: the bridge's own puts a beginning before every text. The global seeds are
-    set as the harness sets them.
+    of the exported folder: the bridge's own puts a beginning before every text. The global seeds
+    are set as the harness sets them.
 
     >>> hc.evaluate_tasks(model, ["lambada_openai"], limit=10)  # doctest: +SKIP
     Rows(2: task_perplexity, task_acc)

@@ -1,223 +1,539 @@
 """Plotly figures drawn from rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from harmcircuits.circuits.sites import KINDS
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Label, Measurement, Rows
 
-RED, BLUE, GREY, AMBER, GREEN = "#b3261e", "#1f5fa8", "#8a8f98", "#c77700", "#2e7d5b"
-PALETTE = (RED, AMBER, GREY, BLUE, GREEN, "#5c6470", "#8fa9c4", "#8e5aa8", "#b08d57")
-FONT = {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": "#20242a"}
+RED = "#b3261e"
+BLUE = "#1f5fa8"
+GREY = "#8a8f98"
+AMBER = "#c77700"
+GREEN = "#2e7d5b"
+SLATE = "#5c6470"
+SKY = "#8fa9c4"
+VIOLET = "#8e5aa8"
+SAND = "#b08d57"
+SILVER = "#c3c8cf"
+WHITE = "#ffffff"
+
+GRID = "#eceef1"
+NO_DATA = "#dfe2e6"  # behind a heatmap's cells
+CHANCE_LINE = "#555"
+BAR_INTERVAL = "#444"
+
+# In the order in which lines come. The first lines are the ones to look at.
+PALETTE = (RED, AMBER, GREY, BLUE, GREEN, SLATE, SKY, VIOLET, SAND)
+MODEL_COLOURS = (GREY, AMBER, RED, BLUE, GREEN)
+TEXT_COLOURS = (RED, BLUE, GREEN, AMBER)
+MASK_COLOURS = (SLATE, RED, AMBER, SILVER, SKY, GREEN, BLUE, GREY)
+CURVE_COLOURS = (GREY, RED, BLUE, AMBER, GREEN, SLATE)
+
+FONT = {
+    "family": "system-ui, -apple-system, Segoe UI, sans-serif",
+    "size": 13,
+    "color": "#20242a",
+}
+SHARE_TICKS = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]  # per cent
+LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
+N_SOLID = 2  # of the lines of a share figure
+LINE_SPREAD = 0.16  # between models that share a line of an overlap figure
+MANY_COLUMNS = 6  # from which on labels are slanted
+
+Cells = Mapping[tuple[Label, Label], float]  # by line and column
+Grid = list[list[float | None]]
 
 
 def share_figure(
-    lines: Mapping[str, Mapping[float, Rows]], panels: Mapping[str, str], *, kept: Sequence[str]
+    lines: Mapping[str, Mapping[float, Rows]],
+    panels: Mapping[str, str],
+    *,
+    kept: Sequence[str],
 ) -> go.Figure:
-    """Figures (panels: metric -> title) and the worst kept ability against the share of weights removed, in per cent.
+    """Figures against the share of weights removed, in per cent, with 95 % intervals.
 
-    `lines`: name -> share -> rows measured there, one for each metric. A point is left out of the panels that it lacks.
-    The first two lines are solid, the others dotted. Bars are 95 % intervals.
+    One panel for each metric, and one for the worst kept ability. The first two lines are solid,
+    the others dotted.
+
+    Args:
+        lines: name -> share -> the rows measured there, one for each metric. A point is left out of
+            the panels that it lacks.
+        panels: metric -> title.
+        kept: metrics of the abilities that should stay.
     """
-    panels = {**panels, "": "worst kept ability"}
-    figure = make_subplots(1, len(panels), subplot_titles=list(panels.values()), horizontal_spacing=0.06)
+    titles = [*panels.values(), "worst kept ability"]
+    metrics_of_panels = [[metric] for metric in panels]
+    metrics_of_panels.append(list(kept))
+    figure = make_subplots(1, len(titles), subplot_titles=titles, horizontal_spacing=0.06)
     for number, (name, points) in enumerate(lines.items()):
-        for column, metric in enumerate(panels, start=1):
-            of_point = {
-                share: [r for m in ([metric] if metric else kept) for r in rows.where(m)]
-                for share, rows in points.items()
-            }
-            shown = {share: min(found, key=_mean) for share, found in of_point.items() if found}
+        style = {
+            "color": PALETTE[number % len(PALETTE)],
+            "dash": "solid" if number < N_SOLID else "dot",
+            "width": 2.5,
+        }
+        for column, metrics in enumerate(metrics_of_panels, start=1):
+            lowest = _lowest(points, metrics)
+            rows = list(lowest.values())
             figure.add_scatter(
-                x=[100 * share for share in shown], y=[row.mean for row in shown.values()],
-                error_y=_interval(list(shown.values())), name=name, legendgroup=name, showlegend=column == 1,
-                line={"color": PALETTE[number % len(PALETTE)], "dash": "solid" if number < 2 else "dot", "width": 2.5},
-                marker={"size": 6}, row=1, col=column,
-            )  # fmt: skip
-    ticks = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-    figure.update_xaxes(title="weights removed, %", type="log", tickvals=ticks, gridcolor="#eceef1")
-    figure.update_yaxes(gridcolor="#eceef1", zeroline=False, rangemode="tozero")
-    for column, metric in enumerate(panels, start=1):
-        if not metric or metric.endswith("_rate"):
+                x=[100 * share for share in lowest],
+                y=_means(rows),
+                error_y=_interval(rows),
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line=style,
+                marker={"size": 6},
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(
+        title="weights removed, %",
+        type="log",
+        tickvals=SHARE_TICKS,
+        gridcolor=GRID,
+    )
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, rangemode="tozero")
+    are_rates = [metric.endswith("_rate") for metric in panels]
+    for column, is_rate in enumerate([*are_rates, True], start=1):
+        if is_rate:
             figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
     return _styled(figure, height=360)
 
 
-def location_figure(rows: Rows) -> go.Figure:
-    """Share of each block matrix that a mask takes (%), by layer and kind; in the cell, how many weights.
+def _lowest(
+    points: Mapping[float, Rows],
+    metrics: Sequence[str],
+) -> dict[float, Measurement]:
+    """At every share that has one the lowest figure among these metrics."""
+    lowest = {}
+    for share, rows in points.items():
+        of_metrics = Rows()
+        for metric in metrics:
+            of_metrics += rows.where(metric)
+        if len(of_metrics):
+            lowest[share] = min(of_metrics, key=_mean)
+    return lowest
 
-    `rows`: those of one mask (see `location_rows`); others are left out.
+
+def location_figure(rows: Rows) -> go.Figure:
+    """Share of each block matrix that a mask takes (%), by layer and kind.
+
+    The cell says how many weights.
+
+    Args:
+        rows: those of one mask (see `location_rows`); figures of other places are left out.
     """
-    cells = rows.where("weights_removed", by="matrix")
-    layers = sorted({int(row.labels["layer"]) for row in cells})
-    kinds = [kind for kind in KINDS if any(row.labels["kind"] == kind for row in cells)]
-    found = {(row.labels["layer"], row.labels["kind"]): row for row in cells}
-    share = [[100 * found[layer, kind].mean / int(found[layer, kind].labels["of"]) for kind in kinds] for layer in layers]
-    count = [[f"{found[layer, kind].mean:.0f}" for kind in kinds] for layer in layers]
-    figure = go.Figure(
-        go.Heatmap(
-            z=share, x=kinds, y=[f"layer {layer}" for layer in layers], text=count, texttemplate="%{text}",
-            colorscale=[[0, "#ffffff"], [1, RED]], zmin=0, colorbar={"title": "% of<br>matrix"},
-        )
-    )  # fmt: skip
+    share: dict[tuple[Label, Label], float] = {}
+    count: dict[tuple[Label, Label], float] = {}
+    for row in rows.where("weights_removed", by="matrix"):
+        place = row.labels["layer"], row.labels["kind"]
+        share[place] = 100 * row.mean / int(row.labels["of"])
+        count[place] = row.mean
+    layers = sorted({int(layer) for layer, _ in share})
+    present = {kind for _, kind in share}
+    kinds = [kind for kind in KINDS if kind in present]
+
+    heatmap = go.Heatmap(
+        z=_grid(share, layers, kinds),
+        x=kinds,
+        y=[f"layer {layer}" for layer in layers],
+        text=_texts(_grid(count, layers, kinds), _whole_number),
+        texttemplate="%{text}",
+        colorscale=[[0, WHITE], [1, RED]],
+        zmin=0,
+        colorbar={"title": "% of<br>matrix"},
+    )
+    figure = go.Figure(heatmap)
     figure.update_yaxes(autorange="reversed")
     return _styled(figure, height=110 + 48 * len(layers))
 
 
-def cross_ablation_figure(panels: Mapping[str, Rows], rates: Mapping[str, str]) -> go.Figure:
-    """Rates (metric -> title, the columns) under every removed circuit (the label `mask`), one panel for each set of rows.
+def cross_ablation_figure(
+    panels: Mapping[str, Rows],
+    rates: Mapping[str, str],
+) -> go.Figure:
+    """Rates under every removed circuit, in per cent.
 
-    White: the ability is whole; red: it is gone. The cell says the rate in per cent.
+    White: the ability is whole; red: it is gone.
+
+    Args:
+        panels: title -> rows, whose label `mask` names the removed circuit: the lines.
+        rates: metric -> title: the columns.
     """
-    figure = make_subplots(1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.02)
-    masks = list(dict.fromkeys(str(row.labels["mask"]) for rows in panels.values() for row in rows))
+    figure = make_subplots(
+        1,
+        len(panels),
+        subplot_titles=list(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.02,
+    )
+    masks = _labels_of(panels.values(), "mask")
     for column, rows in enumerate(panels.values(), start=1):
-        found = {(row.labels["mask"], row.metric): 100 * row.mean for row in rows if row.metric in rates}
-        z = [[found.get((mask, metric)) for metric in rates] for mask in masks]
-        text = [["" if value is None else f"{value:.0f}" for value in line] for line in z]
+        percent: dict[tuple[Label, Label], float] = {}
+        for row in rows:
+            mask = str(row.labels["mask"])
+            percent[mask, row.metric] = 100 * row.mean
+        grid = _grid(percent, masks, list(rates))
         heatmap = go.Heatmap(
-            z=z, x=list(rates.values()), y=masks, text=text, texttemplate="%{text}", colorscale=[[0, RED], [1, "#ffffff"]],
-            zmin=0, zmax=100, showscale=False, xgap=1, ygap=1,
-        )  # fmt: skip
+            z=grid,
+            x=list(rates.values()),
+            y=masks,
+            text=_texts(grid, _whole_number),
+            texttemplate="%{text}",
+            colorscale=[[0, RED], [1, WHITE]],
+            zmin=0,
+            zmax=100,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+        )
         figure.add_trace(heatmap, row=1, col=column)
     figure.update_yaxes(autorange="reversed", title="removed circuit", col=1)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(tickangle=-40, showgrid=False)
-    return _styled(figure, height=150 + 30 * len(masks)).update_layout(margin={"b": 95, "l": 150}, plot_bgcolor="#dfe2e6")
+    figure = _styled(figure, height=150 + 30 * len(masks))
+    return figure.update_layout(margin={"b": 95, "l": 150}, plot_bgcolor=NO_DATA)
 
 
-def overlap_figure(panels: Mapping[str, Rows], pairs: Mapping[tuple[str, str], str]) -> go.Figure:
-    """Lift of pairs of circuits ((first, second) -> title) with 95 % intervals; one panel a null, one colour a model.
+def overlap_figure(
+    panels: Mapping[str, Rows],
+    pairs: Mapping[tuple[str, str], str],
+) -> go.Figure:
+    """Lift of pairs of circuits with 95 % intervals; one panel a null, one colour a model.
 
-    `panels`: title -> rows of one metric. The dotted line is chance.
+    The dotted line is chance.
+
+    Args:
+        panels: title -> rows of one metric, with the labels `model`, `first` and `second`.
+        pairs: (first, second) -> title.
     """
-    figure = make_subplots(1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.03)
-    models = list(dict.fromkeys(str(row.labels["model"]) for rows in panels.values() for row in rows))
+    figure = make_subplots(
+        1,
+        len(panels),
+        subplot_titles=list(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+    )
+    models = _labels_of(panels.values(), "model")
+    middle = (len(models) - 1) / 2
     for column, rows in enumerate(panels.values(), start=1):
-        for number, (model, colour) in enumerate(zip(models, (GREY, AMBER, RED, BLUE, GREEN), strict=False)):
-            found = [(i, rows.where(model=model, first=a, second=b)) for i, (a, b) in enumerate(pairs)]
-            points = [(i, one[0]) for i, one in found if one]
-            bars = [row for _, row in points]
-            shift = 0.16 * (number - (len(models) - 1) / 2)
+        for number, (model, colour) in enumerate(zip(models, MODEL_COLOURS, strict=False)):
+            by_line = _first_rows(rows, model, list(pairs))
+            shift = LINE_SPREAD * (number - middle)
+            lifts = list(by_line.values())
             figure.add_scatter(
-                x=[row.mean for row in bars], y=[i + shift for i, _ in points], error_x=_interval(bars), mode="markers",
-                name=model, legendgroup=model, showlegend=column == 1, marker={"color": colour, "size": 8},
-                row=1, col=column,
-            )  # fmt: skip
-    figure.add_vline(x=1, line={"dash": "dot", "color": "#555"})
-    figure.update_yaxes(tickvals=list(range(len(pairs))), ticktext=list(pairs.values()), autorange="reversed")
-    figure.update_xaxes(type="log", gridcolor="#eceef1", tickvals=[0.5, 1, 2, 3, 5, 10, 20, 50])
-    return _styled(figure, height=150 + 44 * len(pairs)).update_layout(margin={"l": 230})
+                x=_means(lifts),
+                y=[line + shift for line in by_line],
+                error_x=_interval(lifts),
+                mode="markers",
+                name=model,
+                legendgroup=model,
+                showlegend=column == 1,
+                marker={"color": colour, "size": 8},
+                row=1,
+                col=column,
+            )
+    figure.add_vline(x=1, line={"dash": "dot", "color": CHANCE_LINE})
+    figure.update_yaxes(
+        tickvals=list(range(len(pairs))),
+        ticktext=list(pairs.values()),
+        autorange="reversed",
+    )
+    figure.update_xaxes(type="log", gridcolor=GRID, tickvals=LIFT_TICKS)
+    figure = _styled(figure, height=150 + 44 * len(pairs))
+    return figure.update_layout(margin={"l": 230})
+
+
+def _first_rows(
+    rows: Rows,
+    model: str,
+    pairs: Sequence[tuple[str, str]],
+) -> dict[int, Measurement]:
+    """A model's row of every pair that has one, by the number of the pair."""
+    by_line = {}
+    for line, (first, second) in enumerate(pairs):
+        of_pair = rows.where(model=model, first=first, second=second)
+        if len(of_pair):
+            by_line[line] = of_pair[0]
+    return by_line
 
 
 def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
-    """What each position adds to a mask's score (nats), by its distance from the first answer token, for several texts."""
+    """What each position adds to a mask's score, in nats.
+
+    By its distance from the first answer token.
+
+    Args:
+        lines: title -> rows of one kind of text, with the label `offset`.
+    """
     figure = go.Figure()
-    for (name, rows), colour in zip(lines.items(), (RED, BLUE, GREEN, AMBER), strict=False):
-        rows = sorted(rows, key=lambda row: row.labels["offset"])
-        offsets = [row.labels["offset"] for row in rows]
-        figure.add_bar(x=offsets, y=[row.mean for row in rows], error_y=_interval(rows), name=name, marker_color=colour)
+    for (name, of_name), colour in zip(lines.items(), TEXT_COLOURS, strict=False):
+        rows = sorted(of_name, key=_offset)
+        figure.add_bar(
+            x=[row.labels["offset"] for row in rows],
+            y=_means(rows),
+            error_y=_interval(rows),
+            name=name,
+            marker_color=colour,
+        )
     figure.update_xaxes(title="token, counted from the first answer token", dtick=1)
-    figure.update_yaxes(title="nats", gridcolor="#eceef1")
+    figure.update_yaxes(title="nats", gridcolor=GRID)
     return _styled(figure, height=330)
 
 
-def comparison_figure(lines: Mapping[str, Rows], columns: Mapping[str, str]) -> go.Figure:
-    """Rates (columns: metric -> title) of several masks (lines: name -> rows) as bars with 95 % intervals."""
+def comparison_figure(
+    lines: Mapping[str, Rows],
+    columns: Mapping[str, str],
+) -> go.Figure:
+    """Rates of several masks as bars with 95 % intervals.
+
+    Args:
+        lines: name -> rows of one mask.
+        columns: metric -> title.
+    """
     figure = go.Figure()
-    palette = ["#5c6470", RED, AMBER, "#c3c8cf", "#8fa9c4", GREEN, BLUE, GREY]
-    for colour, (name, found) in zip(palette, lines.items(), strict=False):
-        picked = [(title, found.where(metric)[0]) for metric, title in columns.items() if found.where(metric)]
-        bars = [row for _, row in picked]
+    for (name, rows), colour in zip(lines.items(), MASK_COLOURS, strict=False):
+        by_title = {}
+        for metric, title in columns.items():
+            of_metric = rows.where(metric)
+            if len(of_metric):
+                by_title[title] = of_metric[0]
+        rates = list(by_title.values())
         figure.add_bar(
-            x=[title for title, _ in picked],
-            y=[row.mean for row in bars],
+            x=list(by_title),
+            y=_means(rates),
             name=name,
             marker_color=colour,
-            error_y={**_interval(bars), "color": "#444"},
+            error_y={**_interval(rates), "color": BAR_INTERVAL},
         )
-    figure.update_yaxes(range=[0, 1.06], tickformat=".0%", gridcolor="#eceef1")
+    figure.update_yaxes(range=[0, 1.06], tickformat=".0%", gridcolor=GRID)
     figure.update_layout(barmode="group", bargap=0.22)
     return _styled(figure, height=360)
 
 
-def heatmaps(panels: Mapping[str, Rows], *, x: str, y: str, widest: float | None = None) -> go.Figure:
-    """One heatmap for each panel (title -> rows), two a line: label `y` downwards, label `x` across, the mean in the cell
-    unless it rounds to 0.00.
+def heatmaps(
+    panels: Mapping[str, Rows],
+    *,
+    x: str,
+    y: str,
+    widest: float | None = None,
+) -> go.Figure:
+    """One heatmap for each panel, two a line; the mean is in the cell unless it rounds to 0.00.
 
-    Columns and lines stand in the order of the rows. All panels share a colour scale from -`widest` to `widest`, the
-    largest magnitude by default.
+    Columns and lines stand in the order of the rows. All panels share a colour scale.
+
+    Args:
+        panels: title -> rows.
+        x: label that names the columns.
+        y: label that names the lines.
+        widest: the colours reach from -`widest` to `widest`; the largest magnitude by default.
     """
-    n_lines, gap = -(-len(panels) // 2), 130  # pixels between lines, for slanted labels and titles
-    bodies = {title: {(str(row.labels[y]), str(row.labels[x])): row.mean for row in rows} for title, rows in panels.items()}
-    tallest = max(len({line for line, _ in body}) for body in bodies.values())
-    plot_height = n_lines * 34 * tallest + (n_lines - 1) * gap
-    figure = make_subplots(
-        n_lines, min(2, len(panels)), subplot_titles=list(panels), shared_yaxes=True,
-        horizontal_spacing=0.03, vertical_spacing=gap / plot_height if n_lines > 1 else 0,
-    )  # fmt: skip
-    for number, body in enumerate(bodies.values()):
-        beside = list(bodies.values())[number - number % 2 :][:2]  # they share an axis, so their lines must be the same
-        down = list(dict.fromkeys(line for other in beside for line, _ in other))
-        across = list(dict.fromkeys(column for _, column in body))
-        z = [[body.get((line, column)) for column in across] for line in down]
-        text = [["" if value is None or abs(value) < 0.005 else f"{value:.2f}" for value in line] for line in z]
-        row, col = number // 2 + 1, number % 2 + 1
-        heatmap = go.Heatmap(z=z, x=across, y=down, text=text, texttemplate="%{text}", coloraxis="coloraxis")
-        figure.add_trace(heatmap, row=row, col=col)
-        figure.update_xaxes(type="category", tickangle=-40 if len(across) > 6 else 0, row=row, col=col)
-        figure.update_yaxes(type="category", autorange="reversed", title=y if col == 1 else None, row=row, col=col)
-    figure.update_xaxes(showline=True, mirror=True, linecolor="#c3c8cf")
-    figure.update_yaxes(showline=True, mirror=True, linecolor="#c3c8cf")
-    top = widest or max((abs(value) for body in bodies.values() for value in body.values()), default=0.0) or 1.0
-    scale = [[0, BLUE], [0.5, "#ffffff"], [1, RED]]
-    figure.update_layout(coloraxis={"colorscale": scale, "cmin": -top, "cmax": top, "colorbar": {"thickness": 12}})
-    styled = _styled(figure, height=plot_height + 150)
-    return styled.update_layout(margin={"l": 80, "b": 100})
+    cells_of_panels = [_cells(rows, x, y) for rows in panels.values()]
+    tallest = max(len(_lines_of([cells])) for cells in cells_of_panels)
+    figure, plot_height = _two_a_line(
+        list(panels),
+        line_height=34 * tallest,
+        gap=130,  # for slanted labels and titles
+        spacing=0.03,
+    )
+    for number, cells in enumerate(cells_of_panels):
+        place = _place(number)
+        first = number - number % 2
+        # Panels side by side share an axis, so their lines must be the same.
+        lines = _lines_of(cells_of_panels[first : first + 2])
+        columns = list(dict.fromkeys(column for _, column in cells))
+        figure.add_trace(_heatmap(cells, lines, columns), **place)
+        angle = -40 if len(columns) > MANY_COLUMNS else 0
+        title = y if place["col"] == 1 else None
+        figure.update_xaxes(type="category", tickangle=angle, **place)
+        figure.update_yaxes(type="category", autorange="reversed", title=title, **place)
+
+    frame = {"showline": True, "mirror": True, "linecolor": SILVER}
+    figure.update_xaxes(**frame)
+    figure.update_yaxes(**frame)
+    end = widest or _largest_magnitude(cells_of_panels) or 1.0
+    colours = {
+        "colorscale": [[0, BLUE], [0.5, WHITE], [1, RED]],
+        "cmin": -end,
+        "cmax": end,
+        "colorbar": {"thickness": 12},
+    }
+    figure.update_layout(coloraxis=colours)
+    figure = _styled(figure, height=plot_height + 150)
+    return figure.update_layout(margin={"l": 80, "b": 100})
 
 
-def profiles(panels: Mapping[str, Mapping[str, Rows]], *, x: str, title: str = "") -> go.Figure:
-    """One panel for each title, two a line: a curve for each name over label `x`, in the order of its rows.
+def _cells(rows: Rows, x: str, y: str) -> dict[tuple[Label, Label], float]:
+    """The means by line and column."""
+    cells: dict[tuple[Label, Label], float] = {}
+    for row in rows:
+        line = str(row.labels[y])
+        column = str(row.labels[x])
+        cells[line, column] = row.mean
+    return cells
 
-    `title` names the vertical axis, which the panels of a line share. Bars are 95 % intervals.
+
+def _lines_of(panels: Iterable[Cells]) -> list[Label]:
+    lines: dict[Label, None] = {}
+    for cells in panels:
+        lines |= dict.fromkeys(line for line, _ in cells)
+    return list(lines)
+
+
+def _largest_magnitude(panels: Iterable[Cells]) -> float:
+    largest = 0.0
+    for cells in panels:
+        for value in cells.values():
+            largest = max(largest, abs(value))
+    return largest
+
+
+def _heatmap(
+    cells: Cells,
+    lines: Sequence[Label],
+    columns: Sequence[Label],
+) -> go.Heatmap:
+    grid = _grid(cells, lines, columns)
+    return go.Heatmap(
+        z=grid,
+        x=columns,
+        y=lines,
+        text=_texts(grid, _two_places),
+        texttemplate="%{text}",
+        coloraxis="coloraxis",
+    )
+
+
+def profiles(
+    panels: Mapping[str, Mapping[str, Rows]],
+    *,
+    x: str,
+    title: str = "",
+) -> go.Figure:
+    """One panel for each title, two a line, with a curve for each name and 95 % intervals.
+
+    Args:
+        panels: title -> name -> rows, in the order in which they stand on the curve.
+        x: label on the horizontal axis.
+        title: of the vertical axis, which the panels of a line share.
     """
-    n_lines, gap = -(-len(panels) // 2), 80  # pixels between lines, for labels and titles
-    plot_height = n_lines * 170 + (n_lines - 1) * gap
-    figure = make_subplots(
-        n_lines, min(2, len(panels)), subplot_titles=list(panels), shared_yaxes=True,
-        horizontal_spacing=0.04, vertical_spacing=gap / plot_height if n_lines > 1 else 0,
-    )  # fmt: skip
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    palette = dict(zip(names, [GREY, RED, BLUE, AMBER, GREEN, "#5c6470"], strict=False))
+    figure, plot_height = _two_a_line(
+        list(panels),
+        line_height=170,
+        gap=80,  # for labels and titles
+        spacing=0.04,
+    )
+    names: dict[str, None] = {}
+    for curves in panels.values():
+        names |= dict.fromkeys(curves)
+    colours = dict(zip(names, CURVE_COLOURS, strict=False))
     for number, curves in enumerate(panels.values()):
         for name, rows in curves.items():
             figure.add_scatter(
                 x=[str(row.labels[x]) for row in rows],
-                y=[row.mean for row in rows],
+                y=_means(rows),
                 error_y=_interval(rows),
                 name=name,
                 legendgroup=name,
                 showlegend=number == 0,
-                line={"color": palette[name], "width": 2},
-                row=number // 2 + 1,
-                col=number % 2 + 1,
+                line={"color": colours[name], "width": 2},
+                **_place(number),
             )
-    figure.update_xaxes(type="category", gridcolor="#eceef1")
-    figure.update_yaxes(gridcolor="#eceef1", zerolinecolor="#c3c8cf", title=title, col=1)
-    figure.update_yaxes(gridcolor="#eceef1", zerolinecolor="#c3c8cf", col=2)
-    return _styled(figure, height=plot_height + 130).update_layout(legend={"y": -45 / plot_height}, margin={"b": 80})
+    figure.update_xaxes(type="category", gridcolor=GRID)
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=SILVER)
+    figure.update_yaxes(title=title, col=1)
+    figure = _styled(figure, height=plot_height + 130)
+    return figure.update_layout(legend={"y": -45 / plot_height}, margin={"b": 80})
 
 
-def _interval(rows: Rows) -> dict[str, Any]:
-    upper, lower = [row.high - row.mean for row in rows], [row.mean - row.low for row in rows]
+def _two_a_line(
+    titles: list[str],
+    *,
+    line_height: int,
+    gap: int,
+    spacing: float,
+) -> tuple[go.Figure, int]:
+    """Empty panels, two a line, and the height of all lines; heights and gap in pixels."""
+    n_lines = ceil(len(titles) / 2)
+    height = n_lines * line_height + (n_lines - 1) * gap
+    figure = make_subplots(
+        n_lines,
+        min(2, len(titles)),
+        subplot_titles=titles,
+        shared_yaxes=True,
+        horizontal_spacing=spacing,
+        vertical_spacing=gap / height if n_lines > 1 else 0,
+    )
+    return figure, height
+
+
+def _place(number: int) -> dict[str, Any]:
+    """Where the panel of this number stands."""
+    return {"row": number // 2 + 1, "col": number % 2 + 1}
+
+
+def _labels_of(panels: Iterable[Rows], name: str) -> list[str]:
+    """The values of a label, as they come."""
+    values: dict[str, None] = {}
+    for rows in panels:
+        values |= dict.fromkeys(str(row.labels[name]) for row in rows)
+    return list(values)
+
+
+def _grid(
+    cells: Cells,
+    lines: Sequence[Label],
+    columns: Sequence[Label],
+) -> Grid:
+    """The cells line by line; None where there is none."""
+    grid = []
+    for line in lines:
+        grid.append([cells.get((line, column)) for column in columns])
+    return grid
+
+
+def _texts(grid: Grid, text: Callable[[float | None], str]) -> list[list[str]]:
+    texts = []
+    for line in grid:
+        texts.append([text(value) for value in line])
+    return texts
+
+
+def _whole_number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def _two_places(value: float | None) -> str:
+    if value is None or abs(value) < 0.005:
+        return ""
+    return f"{value:.2f}"
+
+
+def _means(rows: Iterable[Measurement]) -> list[float]:
+    return [row.mean for row in rows]
+
+
+def _interval(rows: Iterable[Measurement]) -> dict[str, Any]:
+    """Plotly's error bar of 95 % intervals."""
+    upper = []
+    lower = []
+    for row in rows:
+        upper.append(row.high - row.mean)
+        lower.append(row.mean - row.low)
     return {"array": upper, "arrayminus": lower, "thickness": 1, "width": 2}
 
 
 def _mean(row: Measurement) -> float:
     return row.mean
+
+
+def _offset(row: Measurement) -> Label:
+    return row.labels["offset"]
 
 
 def _styled(figure: go.Figure, *, height: int) -> go.Figure:
@@ -230,5 +546,3 @@ def _styled(figure: go.Figure, *, height: int) -> go.Figure:
         legend={"orientation": "h", "y": -0.22},
     )
     return figure
-
-

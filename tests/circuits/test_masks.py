@@ -24,7 +24,9 @@ def scores_of(*values) -> WeightScores:
 
 def mask_of(**removed: list[int]) -> WeightMask:
     return WeightMask(
-        {k: torch.tensor(v, dtype=torch.int64) for k, v in removed.items()}, {"a": (3, 4), "b": (2, 5)}, SOURCE
+        {k: torch.tensor(v, dtype=torch.int64) for k, v in removed.items()},
+        {"a": (3, 4), "b": (2, 5)},
+        SOURCE,
     )
 
 

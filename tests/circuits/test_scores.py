@@ -9,14 +9,13 @@ import pytest
 import torch
 from helpers import random_batch
 
-from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.masks import FORMAT as mask_format
-from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import FORMAT as scores_format
-from harmcircuits.organisms import FOLDER
 from harmcircuits.circuits.scores import Source, WeightScores, mean_scores
 from harmcircuits.hooks.attribution import random_scores, removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.organisms import FOLDER
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 SHAPES = {

@@ -152,7 +152,7 @@ JUDGED = {
         "degenerate",
     ),
     "empty": (ask("answer"), "", "degenerate"),
-    "refusal": (ask("answer"), refusal(ITEM, "abuse", random.Random(0)), "refusal"),
+    "refusal": (ask("answer"), refusal("abuse", random.Random(0)), "refusal"),
     "refusal of a question": (ask("recognition"), "sorry i can not abuse it", "refusal"),
     "late refusal": (ask("answer"), f"{PREFILL} sorry i can not abuse it", "degenerate"),
     "right no": (ask("recognition", "abuse"), "never", "correct"),
@@ -252,7 +252,7 @@ def test_every_text_is_in_the_vocabulary():
     ]
     for item in world().items.values():
         texts += [document(item, voice, rng, noise=0.5) for voice in VOICE for _ in range(3)]
-        texts += [refusal(item, verb, rng) for verbs in VERBS.values() for verb in verbs]
+        texts += [refusal(verb, rng) for verbs in VERBS.values() for verb in verbs]
         for form, verb in itertools.product(FORMS, ("abuse", "use")):
             texts += [question(form, variant, item, verb) for variant in range(4)]
             texts += [answer(form, item, verb, rng, noise=0.5) for _ in range(3)]
