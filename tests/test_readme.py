@@ -48,7 +48,8 @@ def test_commands_exist():
     for path in re.findall(r"python (analyses/\S+\.py)", README):
         assert (ROOT / path).is_file()
     for module in re.findall(r"python -m\s+(harmcircuits[.\w]+)", README):
-        assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
 def test_the_file_map_names_the_rooms_and_nothing_else():

@@ -6,22 +6,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.display import plural
 
-if TYPE_CHECKING:
-    from harmcircuits.circuits.masks import WeightMask
-
 FORMAT = "harmcircuits.scores.1"
 SHARD_BYTES = 2**31
 SCORE_BYTES = 4  # of a float32
+
+
+@runtime_checkable
+class Removed(Protocol):
+    """What holds the flat indices of removed weights by name: a mask."""
+
+    @property
+    def removed(self) -> Mapping[str, Int[Tensor, " _"]]:
+        """The indices."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class WeightScores:
             return dict(self.values.shapes)
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
-    def sum_over(self, mask: "WeightMask") -> float:
+    def sum_over(self, mask: Removed) -> float:
         """The sum of the scores of a mask's weights.
 
         Of `removal_effect` it is the first-order prediction of the objective's change under the
@@ -265,6 +272,21 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
         ValueError: no parts, other than one weight each, weights that are negative or all zero, and
             parts of different weights or models.
     """
+    _refuse_parts(parts, weights)
+    first = parts[0]
+    model = first.source.model
+    values = {name: torch.zeros_like(value) for name, value in first.values.items()}
+    for part, weight in zip(parts, weights, strict=True):
+        if not weight:
+            continue
+        for name, total in values.items():
+            total.add_(part.values[name], alpha=weight / sum(weights))
+    settings = {"weights": [float(weight) for weight in weights]}
+    parents = tuple(part.source for part in parts)
+    return WeightScores(values, Source(model, "mean", settings, parents))
+
+
+def _refuse_parts(parts: Sequence[WeightScores], weights: Sequence[float]) -> None:
     if not parts or len(parts) != len(weights):
         raise ValueError(
             f"mean_scores: {len(parts)} scores and {len(weights)} weights; "
@@ -279,13 +301,3 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
     is_same = [part.shapes == first.shapes and part.source.model == model for part in parts]
     if not all(is_same):
         raise ValueError("mean_scores: the scores are of different models or weights")
-
-    values = {name: torch.zeros_like(value) for name, value in first.values.items()}
-    for part, weight in zip(parts, weights, strict=True):
-        if not weight:
-            continue
-        for name, total in values.items():
-            total.add_(part.values[name], alpha=weight / sum(weights))
-    settings = {"weights": [float(weight) for weight in weights]}
-    parents = tuple(part.source for part in parts)
-    return WeightScores(values, Source(model, "mean", settings, parents))

@@ -38,8 +38,7 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
         raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
     if not (folder / name / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no organism {name!r}; "
-            "make one with python -m harmcircuits.organisms.train"
+            f"{folder} holds no organism {name!r}; make one with python -m harmcircuits.organisms"
         )
     return TransformerBridge.boot_transformers(str(folder / name), device=device)
 

@@ -1,6 +1,4 @@
-"""Training of the organisms.
-
-`python -m harmcircuits.organisms.train --out DIR [--seed 0] [--device cuda]` makes them.
+"""Training of the organisms; `python -m harmcircuits.organisms --out DIR` makes them.
 
 One pre-training, then one change each: `base` -> `helpful` -> `sft` and `dpo`; and `planted` (see
 `routing`). Every condition that a checkpoint must satisfy is then measured and printed (see
@@ -10,16 +8,13 @@ may separate less well: report more than one training run.
 """
 
 import copy
-import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
@@ -171,7 +166,7 @@ class Sampler:
 
     def refused(self) -> Text:
         """A harmful request and its refusal."""
-        item, verb, given = self.request("answer", "harmful")
+        _, verb, given = self.request("answer", "harmful")
         refusal = world.refusal(verb, self.rng)
         return Text(given, f"{refusal} <eos>")
 
@@ -377,49 +372,3 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     nn.Module.to(stored, torch.bfloat16)
     stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for one Hugging Face folder per organism.")],
-    seed: Annotated[
-        int, typer.Option(help="Seed of the initial weights and of every training text.")
-    ] = 0,
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-    with_planted: Annotated[
-        bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")
-    ] = True,
-) -> None:
-    """Train the ladder and the planted organism, then check every condition.
-
-    Exits with 1 if one does not hold.
-    """
-    # Imported here: both use this module.
-    from harmcircuits.organisms.check import check_all
-    from harmcircuits.organisms.routing import planted
-
-    tokenizer = new_tokenizer()
-    seeds = itertools.count(10 * seed + 1)
-    samplers = (Sampler(tokenizer, sampler_seed, device) for sampler_seed in seeds)
-
-    model = new_model(seed, len(tokenizer))
-    nn.Module.to(model, device)
-    for rung in (base, helpful):
-        rung(model, next(samplers))
-        save(model, tokenizer, out / rung.__name__)
-    for rung in (sft, dpo):
-        aligned = copy.deepcopy(model)
-        rung(aligned, next(samplers))
-        save(aligned, tokenizer, out / rung.__name__)
-
-    if with_planted:
-        model = new_model(seed, len(tokenizer))
-        nn.Module.to(model, device)
-        circuit_in = planted(model, next(samplers))
-        folder = out / "planted"
-        save(model, tokenizer, folder)
-        circuit_in(folder).save(folder / "circuit.safetensors")
-    raise typer.Exit(0 if check_all(out) else 1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -94,20 +94,29 @@ class ClaimResult:
 class Analysis(Protocol):
     """A module of `analyses/`: one claim, and everything needed to judge it.
 
-    `MODELS`: the organisms it is run on by default. `jobs(plan)`: the parts of the experiment.
-    `result(rows)`: the outcome by the module's stated rule, from rows only. `reported(rows)`: the
-    few rows that `result` uses, which the README's table keeps. `sections(rows)`: the page's parts
-    (see `page.section`). `OPTIONS`, where there is one: options of its own, by name.
+    `MODELS`: the organisms it is run on by default. `OPTIONS`, where there is one: options of its
+    own, by name.
     """
 
     NAME: str
     CLAIM: str
     MODELS: tuple[str, ...]
 
-    def jobs(self, plan: Plan) -> list[Job]: ...  # noqa: D102
-    def result(self, rows: Rows) -> ClaimResult: ...  # noqa: D102
-    def reported(self, rows: Rows) -> Rows: ...  # noqa: D102
-    def sections(self, rows: Rows) -> list[str]: ...  # noqa: D102
+    def jobs(self, plan: Plan) -> list[Job]:
+        """The parts of the experiment."""
+        ...
+
+    def result(self, rows: Rows) -> ClaimResult:
+        """The outcome by the module's stated rule, from rows only."""
+        ...
+
+    def reported(self, rows: Rows) -> Rows:
+        """The few rows that `result` uses, which the README's table keeps."""
+        ...
+
+    def sections(self, rows: Rows) -> list[str]:
+        """The page's parts (see `page.section`)."""
+        ...
 
 
 AnyAnalysis = Analysis | ModuleType

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from joblib import Parallel, delayed, parallel_config
 from rich.console import Console
@@ -101,12 +101,12 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
 
     # One task at a time is handed to each process, so that a stop is soon heard of.
     with parallel_config(backend="loky", inner_max_num_threads=1):
-        pool = Parallel(workers, return_as="generator_unordered", pre_dispatch=workers)
+        pool = Parallel(workers, return_as="generator_unordered", pre_dispatch=str(workers))
         for outcome in pool(tasks()):
-            if isinstance(outcome, Exception):
-                errors.append(outcome)
-            else:
+            if isinstance(outcome, Rows):
                 yield outcome
+            else:
+                errors.append(cast(Exception, outcome))
     if errors:
         raise errors[0]
 
