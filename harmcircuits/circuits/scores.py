@@ -148,7 +148,12 @@ class WeightScores:
         source = Source(self.source.model, "negative", {}, (self.source,))
         return WeightScores(values, source)
 
-    def save(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
         """Write safetensors shards with the shapes and the source into a folder. Never pickle.
 
         Args:

@@ -118,8 +118,8 @@ def largest_of_rows(
                 "lower the fractions"
             )
         row_numbers = torch.arange(len(rows), device=value.device)
-        first = start + columns * row_numbers  # flat index of every row's first score
-        flat = first[:, None] + best
+        first = start + columns * row_numbers
+        flat = first[:, None] + best  # `first` is the flat index of a row's first score
         chosen.append(flat.flatten())
     return torch.cat(chosen)
 
@@ -198,8 +198,8 @@ def _edge(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
     n_above = counts.sum() - n_up_to
     # The higher the bin, the fewer lie above. So where fewer than k lie above for the first time,
     # the k-th largest lies inside; `argmax` gives the first True.
-    is_high_enough = n_above < k
-    edge = int(is_high_enough.int().argmax())
+    is_high_enough = (n_above < k).int()
+    edge = int(is_high_enough.argmax())
     return edge, int(n_above[edge])
 
 
@@ -237,7 +237,8 @@ def _chunks(
             ends = torch.tensor([start, end])
             first, last = torch.searchsorted(excluded, ends)
             inside = excluded[first:last] - start
-            keys[inside.to(keys.device)] = EXCLUDED
+            inside = inside.to(keys.device)
+            keys[inside] = EXCLUDED
         yield start, keys
 
 

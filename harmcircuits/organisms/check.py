@@ -138,7 +138,8 @@ def conditions(folder: Path = FOLDER) -> Iterator[Condition]:
 
     ratio = max(norms) / min(norms)
     yield Condition("ladder", "largest / smallest harm gradient norm", ratio, 1, 10)
-    n_bytes = sum(file.stat().st_size for file in folder.rglob("*"))
+    files = folder.rglob("*")
+    n_bytes = sum(file.stat().st_size for file in files)
     yield Condition("all", "megabytes", n_bytes / MEGA, 0, 15)
 
 

@@ -113,7 +113,10 @@ def _drawn_parts(model: nn.Module, sampler: Sampler) -> dict[str, _Part]:
     return parts
 
 
-def _random_subset(weight: Tensor, generator: torch.Generator) -> Bool[Tensor, "d_out d_in"]:
+def _random_subset(
+    weight: Tensor,
+    generator: torch.Generator,
+) -> Bool[Tensor, "d_out d_in"]:
     n = weight.numel()
     chosen = torch.randperm(n, generator=generator)[: round(SHARE * n)]
     is_chosen = torch.zeros(n, dtype=torch.bool)
