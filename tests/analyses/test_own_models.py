@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+from helpers import StubBridge
 from narrow_finetuning import NarrowFiles
 from typer import Typer
 from typer.testing import CliRunner
@@ -151,7 +152,7 @@ def test_narrow_texts_are_split(files, cache):
     benign = Behaviour("benign", "", "", "benign", lambda split: PromptSet(()))
     harm = ChatJudge("http://localhost/v1", "exact", cache / "judge.jsonl")
     judge = RequestJudge(harm, {}, QuestionTemplates())
-    model = Model("m", None, {"benign": benign}, judge, batch_size=3)
+    model = Model("m", StubBridge(), {"benign": benign}, judge, batch_size=3)
     requests = RequestFiles("a", "b", limit=4)
     trained = NarrowFiles(files["narrow"], files["elsewhere"], epochs=2)
     opened, topic = trained.opened(model, requests, seed=1)

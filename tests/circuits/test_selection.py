@@ -194,6 +194,7 @@ class Watched(Mapping):
 
 
 @pytest.mark.parametrize(("within", "n_reads"), [("model", 2), ("weight", 1), ("row", 1)])
+@pytest.mark.usefixtures("unchecked")  # a check of types would read the file itself
 def test_a_selection_reads_a_file_twice_and_holds_two_matrices(
     tmp_path, monkeypatch, scores, within, n_reads
 ):
