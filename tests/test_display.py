@@ -15,8 +15,8 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.controls import controls
 from harmcircuits.studies.curves import curve, outcomes_of, w50
+from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.study import Study
 
 MOST = 200
 

@@ -44,7 +44,9 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
 
 
 def logits_at(
-    bridge: Bridge, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " n"]
+    bridge: Bridge,
+    tokens: Int[Tensor, "batch pos"],
+    positions: Int[Tensor, " n"],
 ) -> Float[Tensor, "batch n vocab"]:
     """The logits at these positions only.
 
@@ -115,7 +117,9 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
 
 
 def choice_tokens(
-    tokenizer: Any, yes: Sequence[str], no: Sequence[str]
+    tokenizer: Any,
+    yes: Sequence[str],
+    no: Sequence[str],
 ) -> tuple[list[int], list[int]]:
     """The first tokens of the yes words and of the no words.
 

@@ -162,7 +162,12 @@ class Estimate:
         return Estimate(values, self.is_reached & other.is_reached, self.items, self.seed)
 
 
-def restricted(model: Model, *, target: str = TARGET, budget: Budget | None = None) -> Model:
+def restricted(
+    model: Model,
+    *,
+    target: str = TARGET,
+    budget: Budget | None = None,
+) -> Model:
     """The model asked only for the target, what the budget keeps, and refusal.
 
     Args:
@@ -176,7 +181,10 @@ def restricted(model: Model, *, target: str = TARGET, budget: Budget | None = No
 
 
 def outcomes_of(
-    model: Model, names: Iterable[str], *, split: str = "heldout"
+    model: Model,
+    names: Iterable[str],
+    *,
+    split: str = "heldout",
 ) -> dict[str, Outcomes]:
     """What the model as it stands does with these behaviours."""
     return {name: model.outcomes(name, split) for name in names}
@@ -210,7 +218,12 @@ def curve(
     return Curve(tuple(shares), tuple(points[share] for share in shares), target)
 
 
-def w50(curve: Curve, budget: Budget | None = None, *, seed: int = 0) -> Estimate:
+def w50(
+    curve: Curve,
+    budget: Budget | None = None,
+    *,
+    seed: int = 0,
+) -> Estimate:
     """The smallest measured share that halves valid answers of the target, within the budget.
 
     Only measured shares count: nothing is interpolated, since the weights in between would be
@@ -268,7 +281,12 @@ def area(curve: Curve, *, seed: int = 0) -> Estimate:
     return Estimate(values, np.ones(len(values), dtype=bool), _items(curve), seed)
 
 
-def rate_at(curve: Curve, share: float, *, seed: int = 0) -> Estimate:
+def rate_at(
+    curve: Curve,
+    share: float,
+    *,
+    seed: int = 0,
+) -> Estimate:
     """The rate of valid answers of the target at a measured share.
 
     Args:

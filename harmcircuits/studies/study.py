@@ -4,105 +4,29 @@ Score, choose, mask, measure: a grid of masks is measured on the choice split, o
 by a rule, and only it and its controls are measured on held-out requests.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress
 
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.display import plural
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import all_scores, removal_effect, snip_scores
-from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
-from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.search import find_circuit, iterative_pruning
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Label, Manifest, Measurement, Rows
-from harmcircuits.studies.controls import controls
+from harmcircuits.measurements import Manifest
 from harmcircuits.studies.diagnostics import diagnostics
+from harmcircuits.studies.grid import measure_grid, operating_point
+from harmcircuits.studies.heldout import heldout_rows, measure_heldout
+from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.terms import Terms
-from harmcircuits.studies.utility import evaluate_tasks, task_manager
+from harmcircuits.studies.utility import task_manager
 
 N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
-
-
-@dataclass(frozen=True)
-class Point:
-    """One mask of the grid.
-
-    Attributes:
-        mask: the weights removed.
-        labels: how they were chosen: `selection`, `p` (share protected) and `q` (share removed).
-        rows: its figures on the choice split.
-    """
-
-    mask: WeightMask
-    labels: dict[str, Label]
-    rows: Rows = field(repr=False)
-
-    def mean(self, metric: str) -> float:
-        """The point's figure for this metric."""
-        return self.rows.one(metric).mean
-
-
-@dataclass(repr=False)
-class Study:
-    """A run, and everything it measured so far.
-
-    Attributes:
-        model: what is studied.
-        settings: what is varied.
-        out: where rows and masks are written as they come; None keeps them in memory.
-        progress: shows how far it is.
-        max_memory: bytes for accumulated scores.
-        rows: every figure.
-        masks: those measured on held-out requests, by name.
-        chosen: the operating point; None where no mask keeps the rule.
-    """
-
-    model: Model
-    settings: StudySettings
-    out: Path | None = None
-    progress: Progress = field(default_factory=lambda: Progress(disable=True))
-    max_memory: int | None = None
-    rows: Rows = field(default_factory=Rows)
-    masks: dict[str, WeightMask] = field(default_factory=dict)
-    chosen: Point | None = None
-
-    def __repr__(self) -> str:
-        chosen = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
-        removed = f"{self.settings.target} of {self.model.name}"
-        return f"Study({removed}: {plural(len(self.rows), 'row')}{chosen})"
-
-    @property
-    def terms(self) -> Terms:
-        """What its rows are called."""
-        return Terms.of(self.model, self.settings.target, self.settings.contrast)
-
-    def add(self, rows: Iterable[Measurement]) -> None:
-        """Keep rows and write them out at once."""
-        rows = Rows(rows)
-        self.rows += rows
-        if self.out is not None:
-            rows.append_to(self.out / "rows.jsonl")
-
-    def note(self, metric: str, value: float, **labels: Label) -> None:
-        """Keep one exact figure."""
-        labels = {"model": self.model.name, **labels}
-        self.add([Measurement.exact(metric, labels, value)])
-
-    def steps(self, name: str, total: int) -> Callable[[], None]:
-        """A progress bar's `advance`."""
-        task = self.progress.add_task(name, total=total)
-        return lambda: self.progress.advance(task)
 
 
 def study(
@@ -151,7 +75,7 @@ def study(
     n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
     run.note("weights_scored", n_weights)
     run.note("tolerance", settings.tolerance)
-    run.add(_heldout_rows(run, {"model": model.name, "mask": "none"}))
+    run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
 
     calibrations = _calibrate(run)
     data = calibrations[settings.target]
@@ -164,7 +88,7 @@ def study(
         scores.save(run.out / "scores")
         scores = WeightScores.load(run.out / "scores")
 
-    points = _grid(run, scores, protected, data, spared)
+    points = measure_grid(run, scores, protected, data, spared)
     run.chosen = operating_point(
         points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget
     )
@@ -174,7 +98,7 @@ def study(
         weights = named_weights(model.bridge)
         run.add(ground_truth_rows(named, model.ground_truth, weights, {"model": model.name}))
     if run.chosen is not None:
-        _measure_heldout(
+        measure_heldout(
             run,
             run.chosen,
             points,
@@ -187,61 +111,6 @@ def study(
         where = {"model": model.name, "mask": "circuit"}
         run.add(location_rows(run.chosen.mask, sites, where))
     return run
-
-
-def operating_point(
-    points: Sequence[Point],
-    rows: Rows,
-    terms: Terms,
-    *,
-    tolerance: float,
-    budget: float | None = None,
-) -> Point | None:
-    """The point that takes most of the target among those that keep everything else.
-
-    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's; then the
-    lowest rate of the target counts. With a `budget` the contrast's loss must not rise further, and
-    the highest loss on the target counts: a judge of free text is coarse, and the loss is not. Ties
-    go to the smaller mask. None when no point keeps the others, or none takes anything.
-
-    Args:
-        points: the grid.
-        rows: those of the unpruned model among them.
-        terms: which metric shows what.
-        tolerance: how far a kept rate may fall.
-        budget: how far the contrast's loss may rise, nats per token.
-    """
-    before = {row.metric: row.mean for row in rows.where(mask="none", split="choice")}
-    if budget is None:
-        taken, sign = terms.target.metric, 1
-    else:
-        taken, sign = terms.target.nll_metric, -1
-
-    candidates = []
-    for point in points:
-        takes = sign * point.mean(taken) < sign * before[taken]
-        if takes and _keeps(point, before, terms, tolerance, budget):
-            candidates.append(point)
-
-    def rank(point: Point) -> tuple[float, int]:
-        return sign * point.mean(taken), point.mask.n_removed
-
-    return min(candidates, key=rank, default=None)
-
-
-def _keeps(
-    point: Point,
-    before: Mapping[str, float],
-    terms: Terms,
-    tolerance: float,
-    budget: float | None,
-) -> bool:
-    """Whether a mask leaves everything but the target within the tolerance and the budget."""
-    for rate in terms.kept_rates:
-        if rate in before and point.mean(rate) < before[rate] - tolerance:
-            return False
-    loss = terms.contrast.nll_metric
-    return budget is None or point.mean(loss) <= before[loss] + budget
 
 
 def _settings(
@@ -328,246 +197,3 @@ def _protected(run: Study, spared: Mapping[str, Calibration]) -> dict[float, lis
             masks.append(top_fraction(scores, share, within=settings.within))
         del scores
     return protected
-
-
-def _grid(
-    run: Study,
-    scores: WeightScores,
-    protected: Mapping[float, list[WeightMask]],
-    data: Calibration,
-    spared: Mapping[str, Calibration],
-) -> list[Point]:
-    """Every mask of the grid on the choice split, and a random and an opposite one of each size."""
-    settings = run.settings
-    where = {"model": run.model.name, "mask": "none"}
-    unpruned = run.model.measure(split="choice", labels=where, only=run.terms.names)
-    run.add(unpruned)
-    loss = run.terms.contrast.nll_metric
-    most = None
-    if settings.budget is not None:
-        most = unpruned.one(loss).mean + settings.budget
-
-    n_sizes, n_shares = len(settings.sizes), len(settings.protect_shares)
-    advance = run.steps("grid", n_shares * (n_sizes + settings.rounds) + 2 * n_sizes)
-    points = []
-    for number, share in enumerate(settings.protect_shares):
-        one_shot = top_fraction(
-            scores, settings.sizes, within=settings.within, exclude=union(protected[share])
-        )
-        for size, mask in zip(settings.sizes, one_shot, strict=True):
-            points.append(_measured(run, mask, "circuit", "one shot", share, size))
-            advance()
-        if number == 0:
-            _measure_chance(run, scores, protected[share], one_shot, share, advance)
-        for mask in _growth(run, share, data, spared, (scores, protected[share])):
-            size = mask.source.settings["size"]
-            point = _measured(run, mask, "circuit", "rounds", share, size)
-            points.append(point)
-            advance()
-            if most is not None and point.mean(loss) > most:
-                break
-    return points
-
-
-def _measure_chance(
-    run: Study,
-    scores: WeightScores,
-    protected: Sequence[WeightMask],
-    one_shot: Sequence[WeightMask],
-    share: float,
-    advance: Callable[[], None],
-) -> None:
-    """A random mask and one of the opposite sign of each size: what nothing protects, once."""
-    settings = run.settings
-    for size, mask in zip(settings.sizes, one_shot, strict=True):
-        random = random_like(mask, seed=settings.seed)
-        _measured(run, random, "random", "random", share, size)
-        advance()
-    exclude = union(protected)
-    opposite = top_fraction(-scores, settings.sizes, within=settings.within, exclude=exclude)
-    for size, mask in zip(settings.sizes, opposite, strict=True):
-        _measured(run, mask, "opposite_sign", "opposite sign", share, size)
-        advance()
-
-
-def _growth(
-    run: Study,
-    share: float,
-    data: Calibration,
-    spared: Mapping[str, Calibration],
-    first: tuple[WeightScores, Sequence[WeightMask]],
-) -> Iterator[WeightMask]:
-    """The circuit after each round, up to the largest size."""
-    settings = run.settings
-    return iterative_pruning(
-        run.model.bridge,
-        data.batches,
-        [other.batches for other in spared.values()],
-        sizes=[max(settings.sizes)],
-        protect_share=share,
-        rounds=settings.rounds,
-        within=settings.within,
-        objective=run.model.behaviours[settings.target].objective,
-        first=first,
-        max_memory=run.max_memory,
-    )
-
-
-def _measured(
-    run: Study,
-    mask: WeightMask,
-    kind: str,
-    selection: str,
-    share: float,
-    size: float,
-) -> Point:
-    """A mask with its figures on the choice split, which are kept."""
-    how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
-    where = {"model": run.model.name, "mask": kind, **how}
-    rows = run.model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
-    where["split"] = "choice"
-    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
-    run.add(rows)
-    return Point(mask, how, rows)
-
-
-def _measure_heldout(
-    run: Study,
-    chosen: Point,
-    points: Sequence[Point],
-    scores: WeightScores,
-    protected: Mapping[float, list[WeightMask]],
-    calibrations: Mapping[str, Calibration],
-    spared: Mapping[str, Calibration],
-) -> None:
-    """The operating point, the other way of choosing at its size, and all controls, held out."""
-    model, settings = run.model, run.settings
-    data = calibrations[settings.target]
-    unmasked_nll = completion_nll(model.bridge, data.batches)
-    share = float(chosen.labels["p"])
-    first = (scores, protected[share])
-    advance = run.steps("held-out, with controls", 6 + 2 * settings.n_random)
-
-    def measure(mask: WeightMask, kind: str, name: str = "", **labels: Label) -> None:
-        name = f"{kind}-{name}" if name else kind
-        run.masks[name] = mask
-        if run.out is not None:
-            mask.save(run.out / "masks" / f"{name}.safetensors")
-        run.add(_masked_rows(run, mask, {"model": model.name, "mask": kind, **labels}))
-        change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
-        where = {"mask": kind, **labels, "split": "calibration"}
-        run.note("predicted_loss_change", scores.sum_over(mask), **where)
-        run.note("measured_loss_change", change.mean().item(), **where)
-        advance()
-
-    for name, mask, labels in _circuits(run, chosen, points, first, data, spared):
-        measure(mask, "circuit", name, **labels)
-
-    matched = controls(
-        model,
-        settings.target,
-        chosen.mask,
-        protect=list(spared),
-        contrast=settings.contrast,
-        n_random=settings.n_random,
-        seed=settings.seed,
-        calibrations=calibrations,
-        first=first,
-        **_search(run, chosen),
-    )
-    for name, masks in matched.items():
-        kind = name.replace(" ", "_")
-        for number, mask in enumerate(masks, start=settings.seed):
-            if name.startswith("random"):
-                measure(mask, kind, str(number), seed=number)
-            else:
-                measure(mask, kind)
-
-
-def _circuits(
-    run: Study,
-    chosen: Point,
-    points: Sequence[Point],
-    first: tuple[WeightScores, Sequence[WeightMask]],
-    data: Calibration,
-    spared: Mapping[str, Calibration],
-) -> Iterator[tuple[str, WeightMask, dict[str, Label]]]:
-    """(name, mask, labels) of the circuit in rounds, in one shot, and with less protection."""
-    settings, size = run.settings, chosen.mask.fraction
-    how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
-    selection = str(chosen.labels["selection"])
-
-    rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
-    yield "rounds", rounds, {"selection": "rounds", **how}
-
-    scores, protected = first
-    one_shot = top_fraction(scores, size, within=settings.within, exclude=union(protected))
-    yield "one_shot", one_shot, {"selection": "one shot", **how}
-
-    contrast = settings.contrast
-    if contrast in spared and len(spared) > 1:
-        alone = find_circuit(
-            run.model.bridge,
-            data.batches,
-            [spared[contrast].batches],
-            size=size,
-            within=settings.within,
-            objective=run.model.behaviours[settings.target].objective,
-            **_search(run, chosen),
-        )
-        name = f"{selection.replace(' ', '_')}-{contrast}_only"
-        yield name, alone, {**how, "selection": selection, "protected": contrast}
-
-
-def _search(run: Study, chosen: Point) -> dict[str, Any]:
-    """How the chosen mask was found, for searches that are compared with it."""
-    in_rounds = chosen.labels["selection"] == "rounds"
-    return {
-        "protect_share": float(chosen.labels["p"]),
-        "rounds": chosen.mask.source.settings["round"] if in_rounds else 1,
-        "max_memory": run.max_memory,
-    }
-
-
-def _nearest_in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
-    """The mask chosen in rounds under the same protection whose size is nearest."""
-    in_rounds = (point for point in points if point.labels["selection"] == "rounds")
-    same = [point for point in in_rounds if point.labels["p"] == chosen.labels["p"]]
-    size = chosen.mask.n_removed
-    return min(same, key=lambda point: abs(point.mask.n_removed - size)).mask
-
-
-def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:
-    """What the model does on held-out requests, its perplexity, and the tasks."""
-    model, settings = run.model, run.settings
-    where = {**labels, "split": "heldout"}
-    with masked(model.bridge, mask) if mask is not None else nullcontext():
-        rows = model.measure(labels=labels, only=run.terms.names)
-        if model.plain_text:
-            rows += [perplexity(model.bridge, model.plain_text, where)]
-        if settings.tasks:
-            rows += evaluate_tasks(
-                model.bridge,
-                settings.tasks,
-                batch_size=model.batch_size,
-                limit=settings.task_limit or None,
-                include_path=settings.tasks_from,
-                labels=where,
-            )
-    return rows
-
-
-def _masked_rows(run: Study, mask: WeightMask, labels: dict[str, Label]) -> Rows:
-    """Held-out rows under a mask, its size, and the divergence on texts."""
-    model, contrast = run.model, run.terms.contrast
-    rows = _heldout_rows(run, labels, mask)
-    where = {**labels, "split": "heldout"}
-    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
-    references = contrast.references("heldout")
-    divergence = kl_under(model.bridge, mask, model.batches(contrast, references))
-    groups = [example.cluster for example in references]
-    rows += [Measurement.average(run.terms.kl_metric, where, divergence, groups)]
-    if model.plain_text:
-        divergence = kl_under(model.bridge, mask, model.plain_text)
-        rows += [Measurement.average("plain_kl", where, divergence, range(len(divergence)))]
-    return rows

@@ -7,7 +7,7 @@ from plotly.graph_objects import Figure
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.examples import Examples, examples_of
-from harmcircuits.studies.study import Study
+from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
     DIAGNOSTICS,
     GROUND_TRUTH,

@@ -20,8 +20,10 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.cli import app
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.grid import operating_point
+from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.study import Point, operating_point, study
+from harmcircuits.studies.study import study
 from harmcircuits.studies.study_page import write_study_page
 from harmcircuits.studies.summary import held_out_lines, result_tables, summary
 from harmcircuits.studies.terms import Terms

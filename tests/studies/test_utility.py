@@ -25,8 +25,9 @@ from harmcircuits.measurements import Rows, Z
 from harmcircuits.organisms import open_organism, world
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.studies import utility
+from harmcircuits.studies.heldout import heldout_rows, masked_rows
+from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.study import Study, _heldout_rows, _masked_rows
 from harmcircuits.studies.utility import evaluate_tasks
 
 TASK = """
@@ -165,8 +166,8 @@ def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_fr
     settings = StudySettings(tasks=("Llama",), task_limit=20, tasks_from=str(tasks_from))
     run = Study(model, settings)
     mask = top_fraction(random_scores(model.bridge), 0.3)
-    before = _heldout_rows(run, {"mask": "none"}).one("task_acc")
-    rows = _masked_rows(run, mask, {"mask": "random"})
+    before = heldout_rows(run, {"mask": "none"}).one("task_acc")
+    rows = masked_rows(run, mask, {"mask": "random"})
     under = rows.one("task_acc")
     assert before.mean == 1 > under.mean
     assert before.n == under.n == 20

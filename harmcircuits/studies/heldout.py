@@ -1,0 +1,180 @@
+"""The chosen mask, and everything it is compared with, on held-out requests."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from harmcircuits.behaviours.model import Calibration
+from harmcircuits.circuits.masks import WeightMask, top_fraction, union
+from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.studies.controls import controls
+from harmcircuits.studies.run import Point, Study
+from harmcircuits.studies.utility import evaluate_tasks
+
+
+def measure_heldout(
+    run: Study,
+    chosen: Point,
+    points: Sequence[Point],
+    scores: WeightScores,
+    protected: Mapping[float, list[WeightMask]],
+    calibrations: Mapping[str, Calibration],
+    spared: Mapping[str, Calibration],
+) -> None:
+    """The operating point, the other way of choosing at its size, and all controls, held out.
+
+    Args:
+        run: keeps the rows and the masks.
+        chosen: the operating point.
+        points: the grid that it is one of.
+        scores: of the target, on the unpruned model.
+        protected: protect share -> what each behaviour keeps.
+        calibrations: data of every behaviour that is scored.
+        spared: data of those that are protected.
+    """
+    model, settings = run.model, run.settings
+    data = calibrations[settings.target]
+    unmasked_nll = completion_nll(model.bridge, data.batches)
+    share = float(chosen.labels["p"])
+    first = (scores, protected[share])
+    advance = run.steps("held-out, with controls", 6 + 2 * settings.n_random)
+
+    def measure(mask: WeightMask, kind: str, name: str = "", **labels: Label) -> None:
+        name = f"{kind}-{name}" if name else kind
+        run.masks[name] = mask
+        if run.out is not None:
+            mask.save(run.out / "masks" / f"{name}.safetensors")
+        run.add(masked_rows(run, mask, {"model": model.name, "mask": kind, **labels}))
+        change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
+        where = {"mask": kind, **labels, "split": "calibration"}
+        run.note("predicted_loss_change", scores.sum_over(mask), **where)
+        run.note("measured_loss_change", change.mean().item(), **where)
+        advance()
+
+    for name, mask, labels in _circuits(run, chosen, points, first, data, spared):
+        measure(mask, "circuit", name, **labels)
+
+    matched = controls(
+        model,
+        settings.target,
+        chosen.mask,
+        protect=list(spared),
+        contrast=settings.contrast,
+        n_random=settings.n_random,
+        seed=settings.seed,
+        calibrations=calibrations,
+        first=first,
+        **_search(run, chosen),
+    )
+    for name, masks in matched.items():
+        kind = name.replace(" ", "_")
+        for number, mask in enumerate(masks, start=settings.seed):
+            if name.startswith("random"):
+                measure(mask, kind, str(number), seed=number)
+            else:
+                measure(mask, kind)
+
+
+def _circuits(
+    run: Study,
+    chosen: Point,
+    points: Sequence[Point],
+    first: tuple[WeightScores, Sequence[WeightMask]],
+    data: Calibration,
+    spared: Mapping[str, Calibration],
+) -> Iterator[tuple[str, WeightMask, dict[str, Label]]]:
+    """(name, mask, labels) of the circuit in rounds, in one shot, and with less protection."""
+    settings, size = run.settings, chosen.mask.fraction
+    how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
+    selection = str(chosen.labels["selection"])
+
+    rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
+    yield "rounds", rounds, {"selection": "rounds", **how}
+
+    scores, protected = first
+    one_shot = top_fraction(scores, size, within=settings.within, exclude=union(protected))
+    yield "one_shot", one_shot, {"selection": "one shot", **how}
+
+    contrast = settings.contrast
+    if contrast in spared and len(spared) > 1:
+        alone = find_circuit(
+            run.model.bridge,
+            data.batches,
+            [spared[contrast].batches],
+            size=size,
+            within=settings.within,
+            objective=run.model.behaviours[settings.target].objective,
+            **_search(run, chosen),
+        )
+        name = f"{selection.replace(' ', '_')}-{contrast}_only"
+        yield name, alone, {**how, "selection": selection, "protected": contrast}
+
+
+def _search(run: Study, chosen: Point) -> dict[str, Any]:
+    """How the chosen mask was found, for searches that are compared with it."""
+    in_rounds = chosen.labels["selection"] == "rounds"
+    return {
+        "protect_share": float(chosen.labels["p"]),
+        "rounds": chosen.mask.source.settings["round"] if in_rounds else 1,
+        "max_memory": run.max_memory,
+    }
+
+
+def _nearest_in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
+    """The mask chosen in rounds under the same protection whose size is nearest."""
+    in_rounds = (point for point in points if point.labels["selection"] == "rounds")
+    same = [point for point in in_rounds if point.labels["p"] == chosen.labels["p"]]
+    size = chosen.mask.n_removed
+    return min(same, key=lambda point: abs(point.mask.n_removed - size)).mask
+
+
+def heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:
+    """What the model does on held-out requests, its perplexity, and the tasks.
+
+    Args:
+        run: names the model and the tasks.
+        labels: what the rows carry.
+        mask: weights removed meanwhile.
+    """
+    model, settings = run.model, run.settings
+    where = {**labels, "split": "heldout"}
+    with masked(model.bridge, mask) if mask is not None else nullcontext():
+        rows = model.measure(labels=labels, only=run.terms.names)
+        if model.plain_text:
+            rows += [perplexity(model.bridge, model.plain_text, where)]
+        if settings.tasks:
+            rows += evaluate_tasks(
+                model.bridge,
+                settings.tasks,
+                batch_size=model.batch_size,
+                limit=settings.task_limit or None,
+                include_path=settings.tasks_from,
+                labels=where,
+            )
+    return rows
+
+
+def masked_rows(run: Study, mask: WeightMask, labels: dict[str, Label]) -> Rows:
+    """Held-out rows under a mask, its size, and the divergence on texts.
+
+    Args:
+        run: names the model and the tasks.
+        mask: the weights to remove.
+        labels: what the rows carry.
+    """
+    model, contrast = run.model, run.terms.contrast
+    rows = heldout_rows(run, labels, mask)
+    where = {**labels, "split": "heldout"}
+    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+    references = contrast.references("heldout")
+    divergence = kl_under(model.bridge, mask, model.batches(contrast, references))
+    groups = [example.cluster for example in references]
+    rows += [Measurement.average(run.terms.kl_metric, where, divergence, groups)]
+    if model.plain_text:
+        divergence = kl_under(model.bridge, mask, model.plain_text)
+        rows += [Measurement.average("plain_kl", where, divergence, range(len(divergence)))]
+    return rows

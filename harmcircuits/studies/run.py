@@ -1,0 +1,85 @@
+"""A study under way: its model and settings, and every row and mask so far."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import Progress
+
+from harmcircuits.behaviours.model import Model
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.display import plural
+from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.studies.settings import StudySettings
+from harmcircuits.studies.terms import Terms
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mask of the grid.
+
+    Attributes:
+        mask: the weights removed.
+        labels: how they were chosen: `selection`, `p` (share protected) and `q` (share removed).
+        rows: its figures on the choice split.
+    """
+
+    mask: WeightMask
+    labels: dict[str, Label]
+    rows: Rows = field(repr=False)
+
+    def mean(self, metric: str) -> float:
+        """The point's figure for this metric."""
+        return self.rows.one(metric).mean
+
+
+@dataclass(repr=False)
+class Study:
+    """A run, and everything it measured so far.
+
+    Attributes:
+        model: what is studied.
+        settings: what is varied.
+        out: where rows and masks are written as they come; None keeps them in memory.
+        progress: shows how far it is.
+        max_memory: bytes for accumulated scores.
+        rows: every figure.
+        masks: those measured on held-out requests, by name.
+        chosen: the operating point; None where no mask keeps the rule.
+    """
+
+    model: Model
+    settings: StudySettings
+    out: Path | None = None
+    progress: Progress = field(default_factory=lambda: Progress(disable=True))
+    max_memory: int | None = None
+    rows: Rows = field(default_factory=Rows)
+    masks: dict[str, WeightMask] = field(default_factory=dict)
+    chosen: Point | None = None
+
+    def __repr__(self) -> str:
+        chosen = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
+        removed = f"{self.settings.target} of {self.model.name}"
+        return f"Study({removed}: {plural(len(self.rows), 'row')}{chosen})"
+
+    @property
+    def terms(self) -> Terms:
+        """What its rows are called."""
+        return Terms.of(self.model, self.settings.target, self.settings.contrast)
+
+    def add(self, rows: Iterable[Measurement]) -> None:
+        """Keep rows and write them out at once."""
+        rows = Rows(rows)
+        self.rows += rows
+        if self.out is not None:
+            rows.append_to(self.out / "rows.jsonl")
+
+    def note(self, metric: str, value: float, **labels: Label) -> None:
+        """Keep one exact figure."""
+        labels = {"model": self.model.name, **labels}
+        self.add([Measurement.exact(metric, labels, value)])
+
+    def steps(self, name: str, total: int) -> Callable[[], None]:
+        """A progress bar's `advance`."""
+        task = self.progress.add_task(name, total=total)
+        return lambda: self.progress.advance(task)
