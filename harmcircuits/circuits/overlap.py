@@ -31,8 +31,9 @@ class Overlap:
 
     >>> scores = hc.removal_effect(bridge, harm)
     >>> first, second = hc.top_fraction(scores, [0.01, 0.02], within="model")
-    >>> hc.overlap(first, second).containment
-    (1.0, 0.5)
+    >>> shared = hc.overlap(first, second)
+    >>> shared.n_shared, round(shared.containment[1], 2)
+    (9830, 0.5)
 
     Attributes:
         n_shared: weights in both masks.

@@ -31,7 +31,7 @@ class Examples:
         pruned: the same under the mask.
     """
 
-    tokens: dict[str, list[tuple[list[str], Float[Tensor, " pos"]]]]
+    tokens: dict[str, list[tuple[list[str], Float[Tensor, " _"]]]]
     answers: list[list[str]]
     heads: list[tuple[int, int]]
     text: list[str]
@@ -67,7 +67,7 @@ def _tokens(
     mask: WeightMask,
     behaviour: Behaviour,
     requests: PromptSet,
-) -> list[tuple[list[str], Float[Tensor, " pos"]]]:
+) -> list[tuple[list[str], Float[Tensor, " _"]]]:
     batch = model.batches(behaviour, requests)[0]
     changes = token_changes(model.bridge, mask, batch)
     texts = []
