@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
-from scipy.stats import bootstrap, mannwhitneyu
+from scipy.stats import bootstrap, rankdata
 from torch import Tensor
 
 from harmcircuits.display import listed
@@ -480,11 +480,11 @@ def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float
         raise ValueError(
             f"auroc: {n_positive} positives among {n}; expected at least one of each kind"
         )
-    positives = values[is_positive].cpu().double().numpy()
-    negatives = values[~is_positive].cpu().double().numpy()
-    # U counts the pairs in which the positive is higher; its p-value is not needed.
-    u = mannwhitneyu(positives, negatives, method="asymptotic").statistic
-    return float(u / (n_positive * n_negative))
+    # The ranks of the positives less those that they would have among themselves alone. scipy's
+    # mannwhitneyu gives the same, ten times slower: a bootstrap asks 200 times.
+    ranks = rankdata(values.cpu().numpy())[is_positive.cpu().numpy()].sum()
+    n_pairs = n_positive * n_negative
+    return float((ranks - n_positive * (n_positive + 1) / 2) / n_pairs)
 
 
 def _resampled(

@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jaxtyping
 
-jaxtyping.install_import_hook("harmcircuits", "typechecker.check")
+# Not the organisms: their world is asked a hundred thousand times, and has no shapes.
+ROOMS = ("circuits", "hooks", "behaviours", "views", "studies", "prompts", "measurements", "export")
+jaxtyping.install_import_hook([f"harmcircuits.{room}" for room in ROOMS], "typechecker.check")
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, mannwhitneyu
 
 from harmcircuits.measurements import LIBRARIES, Manifest, Measurement, Rows, auroc, resumed
 
@@ -550,3 +550,11 @@ def test_committed_rows_still_load(path):
     rows = Rows.read(path)
     assert len(rows) > 50
     assert all(row.low <= row.mean <= row.high for row in rows)
+
+
+def test_areas_are_those_of_the_mann_whitney_test():
+    values = torch.randint(0, 9, (200,), generator=torch.Generator().manual_seed(0)).double()
+    is_positive = torch.arange(200) % 3 == 0
+    u = mannwhitneyu(values[is_positive], values[~is_positive]).statistic
+    n_pairs = int(is_positive.sum()) * int((~is_positive).sum())
+    assert auroc(values, is_positive) == pytest.approx(u / n_pairs, rel=1e-12)
