@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
@@ -16,6 +15,7 @@ from harmcircuits.export import export
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.loading import load_model
 from harmcircuits.organisms import FOLDER, load_organism
+from harmcircuits.studies.jobs import progress_bar
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.options import (
     Option,
@@ -111,7 +111,7 @@ def study_command(
     console = Console()
     try:
         chosen = _settings(settings, FOR_REAL_MODELS if model else StudySettings())
-        with _progress() as progress:
+        with progress_bar() as progress:
             if model:
                 opened = custom_model(model, device, **custom).open(progress=progress)
             else:
@@ -188,16 +188,6 @@ def _bridge(model: str, organism: str, device: str) -> Bridge:
     if organism:
         return load_organism(organism, device=device)
     return load_model(model, device=device)
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description:>24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def _quiet() -> None:

@@ -1,7 +1,7 @@
 """A model with all it can be asked: its own answers to score on, what it does, and its circuits."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -15,7 +15,7 @@ from harmcircuits.circuits.masks import Scope, WeightMask
 from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS, find_circuit, refuse_settings
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
@@ -147,7 +147,7 @@ class Model:
             ValueError: no requests, and as `masked`.
         """
         requests = PromptSet.of(prompts)
-        with self._under(mask):
+        with masked_if_given(self.bridge, mask):
             answers = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
         return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
 
@@ -403,7 +403,7 @@ class Model:
         names = [only] if isinstance(only, str) else list(only)
         where = {**(labels or {}), "split": split}
         rows = Rows()
-        with self._under(mask):
+        with masked_if_given(self.bridge, mask):
             for name in names or self.whole_behaviours:
                 outcomes = self.outcomes(name, split)
                 rows += outcomes.rows(where)
@@ -425,9 +425,6 @@ class Model:
                 Measurement.auroc(f"{name}_auroc", labels, odds, is_yes, groups),
             ]
         )
-
-    def _under(self, mask: WeightMask | None) -> Any:
-        return masked(self.bridge, mask) if mask is not None else nullcontext()
 
     def _generate(
         self,

@@ -1,7 +1,6 @@
 """What a live model makes of texts: losses, divergences, perplexity, log-odds."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from math import exp
 
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import choice_tokens, completion_loss, logits_at
 from harmcircuits.measurements import Labels, Measurement
 from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids, refuse_no_batches
@@ -38,7 +37,7 @@ def completion_nll(
     """
     bridge = as_bridge(bridge)
     refuse_no_batches("completion_nll", batches)
-    with torch.no_grad(), masked(bridge, mask) if mask is not None else nullcontext():
+    with torch.no_grad(), masked_if_given(bridge, mask):
         return torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
 
 

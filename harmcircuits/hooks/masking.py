@@ -1,7 +1,7 @@
 """Removing weights in place, and putting them back bit for bit."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,11 @@ def masked(
         for hook in hooks:
             hook.remove()
         _restore(edits)
+
+
+def masked_if_given(bridge: Bridge, mask: WeightMask | None) -> AbstractContextManager[Bridge]:
+    """`masked`, or the model as it is where there is no mask."""
+    return nullcontext(bridge) if mask is None else masked(bridge, mask)
 
 
 class _Edit(NamedTuple):

@@ -1,7 +1,6 @@
 """From behaviours to a circuit: the weights that one needs and the others can do without."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import isclose
 from typing import Any, overload
 
@@ -9,7 +8,7 @@ from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import Batch
 
@@ -136,7 +135,7 @@ def iterative_pruning(
     mask = None
     for number in range(1, rounds + 1):
         if first is None:
-            with _under(bridge, mask):
+            with masked_if_given(bridge, mask):
                 protected = _all_protected(bridge, protect, protect_share, within, max_memory)
                 scores = removal_effect(bridge, target, objective, max_memory=max_memory)
         else:
@@ -159,10 +158,6 @@ def iterative_pruning(
             mask = WeightMask(removed.removed, scores.shapes, source)
             yield mask
         del scores
-
-
-def _under(bridge: Bridge, mask: WeightMask | None) -> AbstractContextManager[Any]:
-    return nullcontext() if mask is None else masked(bridge, mask)
 
 
 def _source(

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 Verdict = Literal["harmful", "benign", "refusal", "correct", "wrong", "degenerate"]
 
-SPLITS = ("calibration", "choice", "heldout")
 BEHAVIOURS = ("harmful", "benign", "recognition", "explanation", "knowledge", "refusal")
 VERBS = {
     "harmful": ("abuse", "weaponize", "exploit", "steal"),

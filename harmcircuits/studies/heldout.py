@@ -1,14 +1,13 @@
 """The chosen mask, and everything it is compared with, on held-out requests."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from harmcircuits.behaviours.model import Calibration
 from harmcircuits.circuits.masks import WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.studies.controls import controls
@@ -142,7 +141,7 @@ def heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None =
     """
     model, settings = run.model, run.settings
     where = {**labels, "split": "heldout"}
-    with masked(model.bridge, mask) if mask is not None else nullcontext():
+    with masked_if_given(model.bridge, mask):
         rows = model.measure(labels=labels, only=run.terms.names)
         if model.plain_text:
             rows += [perplexity(model.bridge, model.plain_text, where)]

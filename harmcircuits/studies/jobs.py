@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from joblib import Parallel, delayed, parallel_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -67,13 +66,7 @@ def run_jobs(
     rows = resumed(out, settings)
     left = [job for job in jobs if not len(rows.where(DONE, **job.labels))]
 
-    columns = (
-        TextColumn("{task.description:>24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         n_done = len(jobs) - len(left)
         task = progress.add_task(name, total=len(jobs), completed=n_done)
         finished = _in_turn(left) if workers == 1 else _in_processes(left, workers)
@@ -84,6 +77,17 @@ def run_jobs(
     return rows
 
 
+def progress_bar() -> Progress:
+    """Bars on standard error: what is done, how much of it, and for how long."""
+    columns = (
+        TextColumn("{task.description:>24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
 def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
     for job in jobs:
         yield _timed(job)
@@ -91,6 +95,9 @@ def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
 
 def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
     """The rows of every job as it ends; then the first error, if there was one."""
+    # Imported here: only several workers need it.
+    from joblib import Parallel, delayed, parallel_config
+
     errors: list[Exception] = []
 
     def tasks() -> Iterator[Any]:
