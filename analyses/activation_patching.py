@@ -30,6 +30,7 @@ import harmcircuits as hc
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import VERBS, world
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import paragraphs, plot, section, write_page
 
@@ -373,7 +374,7 @@ def main(
 
 def find_circuit(model: hc.Model, rounds: int) -> hc.WeightMask:
     """The circuit of harmful answers at the README's operating point, all others protected."""
-    return model.find_circuit("harmful", size=0.006, protect_share=0.005, rounds=rounds)
+    return circuit_in_rounds(model, "harmful", size=0.006, protect_share=0.005, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import Option
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import profiles
 from harmcircuits.views.page import plot, section, table
 
@@ -152,7 +153,8 @@ def job(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
             f"Attacks: {model.name} shows {sorted(calibrations)}; "
             "expected harmful answers, under the prefill, and benign ones"
         )
-    circuit = model.find_circuit(
+    circuit = circuit_in_rounds(
+        model,
         "harmful",
         size=plan.size,
         protect_share=plan.protect_share,

@@ -40,12 +40,12 @@ from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.search import protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.world import BEHAVIOURS
 from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.rounds import protected_weights
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import plot, section
 

@@ -30,7 +30,6 @@ import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.masks import union
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.search import iterative_pruning, protected_weights
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
 from harmcircuits.studies.curves import (
@@ -48,6 +47,7 @@ from harmcircuits.studies.curves import (
 from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.rounds import iterative_pruning, protected_weights
 from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure

@@ -33,7 +33,6 @@ import typer
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
-from harmcircuits.hooks.search import iterative_pruning
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, command
 from harmcircuits.studies.curves import (
@@ -53,6 +52,7 @@ from harmcircuits.studies.curves import (
 from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.rounds import iterative_pruning
 from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure

@@ -40,6 +40,7 @@ from harmcircuits.studies.cross_ablation import overlap_rows, resampled_circuits
 from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import comparison_figure, overlap_figure
 from harmcircuits.views.page import plot, section
@@ -113,7 +114,8 @@ def circuit(
     protect: str | tuple[str, ...],
     calibrations: Mapping[str, Calibration],
 ) -> hc.WeightMask:
-    return model.find_circuit(
+    return circuit_in_rounds(
+        model,
         name,
         size=plan.size,
         protect=protect,

@@ -35,6 +35,7 @@ from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import Option
+from harmcircuits.studies.rounds import prune_in_rounds
 from harmcircuits.views.figures import profiles
 from harmcircuits.views.page import plot, section, table
 
@@ -365,7 +366,7 @@ def narrow_circuits(
         if not len(target[name]):
             continue
         benign_answers = [model.batches(benign, spared[name])] if len(spared[name]) else []
-        masks[name] = hc.find_circuit(
+        masks[name] = prune_in_rounds(
             model.bridge,
             model.batches(benign, target[name]),
             [*benign_answers, *protected],

@@ -40,6 +40,7 @@ from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, co
 from harmcircuits.studies.cross_ablation import content_rows
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.rounds import circuit_in_rounds, prune_in_rounds
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import comparison_figure, heatmaps
 from harmcircuits.views.page import plot, section, table
@@ -100,7 +101,8 @@ def circuits(
     """A circuit for each of these behaviours."""
     masks = {}
     for name in names:
-        masks[name] = model.find_circuit(
+        masks[name] = circuit_in_rounds(
+            model,
             name,
             size=plan.size,
             protect=protect,
@@ -154,7 +156,7 @@ def all_but_one_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
         for other in types:
             if other != type_:
                 seen += calibrations[f"harmful/{other}"].batches
-        mask = hc.find_circuit(
+        mask = prune_in_rounds(
             model.bridge,
             seen,
             spared,

@@ -14,9 +14,9 @@ from rich.console import Console
 import harmcircuits as hc
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.hooks.attribution import all_scores
-from harmcircuits.hooks.search import protected_weights
 from harmcircuits.measurements import Measurement
 from harmcircuits.organisms import planted_circuit
+from harmcircuits.studies.rounds import protected_weights, prune_in_rounds
 from harmcircuits.studies.summary import ground_truth_table
 
 
@@ -47,7 +47,7 @@ def main(
         "rounds, nothing protected": (10, []),
     }
     for name, (rounds, spared) in searches.items():
-        circuit = hc.find_circuit(
+        circuit = prune_in_rounds(
             bridge, target, spared, size=size, protect_share=protect_share, rounds=rounds
         )
         random = hc.random_like(circuit)

@@ -29,6 +29,7 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import ALLOWED, VERBS, world
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import heatmaps, profiles
 from harmcircuits.views.page import paragraphs, plot, section, write_page
 
@@ -568,7 +569,8 @@ def find_circuits(
     masks = dict(saved)
     for name in CIRCUITS:
         if name not in masks:
-            masks[name] = model.find_circuit(
+            masks[name] = circuit_in_rounds(
+                model,
                 name,
                 size=SIZE,
                 protect_share=PROTECT_SHARE,

@@ -36,6 +36,7 @@ from harmcircuits.studies.cross_ablation import (
     token_rows,
 )
 from harmcircuits.studies.dissociation import dissociations
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import (
     cross_ablation_figure,
@@ -109,8 +110,8 @@ def rows_of(
     free, apart = both_ways["none"], both_ways["others"]
     for name in compared:
         if name not in free:
-            free[name] = model.find_circuit(
-                name, size=size, protect=(), rounds=rounds, calibrations=calibrations
+            free[name] = circuit_in_rounds(
+                model, name, size=size, protect=(), rounds=rounds, calibrations=calibrations
             )
     rows = overlap_rows(one_shot, free, labels, size=size)
     del one_shot
@@ -160,8 +161,13 @@ def _ceiling(
     for seed in SEEDS:
         prompts = data.prompts.resampled(seed=seed)
         resample = Calibration(prompts, model.batches(behaviour, prompts), data.n_asked, "harmful")
-        again = model.find_circuit(
-            "harmful", size=size, protect=(), rounds=rounds, calibrations={"harmful": resample}
+        again = circuit_in_rounds(
+            model,
+            "harmful",
+            size=size,
+            protect=(),
+            rounds=rounds,
+            calibrations={"harmful": resample},
         )
         shared = overlap(mask, again)
         where = {

@@ -11,11 +11,11 @@ from rich.markup import escape
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.display import progress_bar
 from harmcircuits.export import export
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.loading import load_model
 from harmcircuits.organisms import FOLDER, load_organism
-from harmcircuits.studies.jobs import progress_bar
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.options import (
     Option,

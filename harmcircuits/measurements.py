@@ -214,6 +214,10 @@ class Measurement:
             n = len(draws)
         return cls(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), n)
 
+    def labelled(self, **labels: Label) -> "Measurement":
+        """The same figure with further labels, or other values of them."""
+        return replace(self, labels={**self.labels, **labels})
+
     @property
     def is_exact(self) -> bool:
         """Whether the figure has no sampling error, such as a count."""

@@ -1,22 +1,24 @@
 """A model with all it can be asked: its own answers to score on, what it does, and its circuits."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, overload
 
 import torch
+from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour, Judge
 from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.circuits.masks import Scope, WeightMask
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS, find_circuit, refuse_settings
+from harmcircuits.hooks.search import BUDGET, STEPS, find_circuit, refuse_settings
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
 
@@ -60,7 +62,7 @@ class Model:
 
     >>> model
     Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
-    >>> mask = model.find_circuit("harmful", protect="benign", size=0.002, rounds=1)
+    >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=4)
     >>> print(model.measure(mask=mask, only="benign"))
     benign_valid_rate 1 [0.61, 1]
     benign_nll ...
@@ -298,10 +300,14 @@ class Model:
         *,
         size: float,
         protect: str | Iterable[str] = OTHERS,
-        protect_share: float = PROTECT_SHARE,
-        rounds: int = ROUNDS,
-        within: Scope = "model",
+        budget: float | Mapping[str, float] = BUDGET,
+        steps: int = STEPS,
+        layers: Sequence[int] | None = None,
+        kinds: Sequence[str] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        stop: Callable[[Bridge], bool] | None = None,
+        progress: bool | Progress = False,
+        folder: str | Path | None = None,
         max_memory: int | None = None,
     ) -> WeightMask: ...
 
@@ -312,10 +318,14 @@ class Model:
         *,
         size: Sequence[float],
         protect: str | Iterable[str] = OTHERS,
-        protect_share: float = PROTECT_SHARE,
-        rounds: int = ROUNDS,
-        within: Scope = "model",
+        budget: float | Mapping[str, float] = BUDGET,
+        steps: int = STEPS,
+        layers: Sequence[int] | None = None,
+        kinds: Sequence[str] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        stop: Callable[[Bridge], bool] | None = None,
+        progress: bool | Progress = False,
+        folder: str | Path | None = None,
         max_memory: int | None = None,
     ) -> list[WeightMask]: ...
 
@@ -325,42 +335,59 @@ class Model:
         *,
         size: float | Sequence[float],
         protect: str | Iterable[str] = OTHERS,
-        protect_share: float = PROTECT_SHARE,
-        rounds: int = ROUNDS,
-        within: Scope = "model",
+        budget: float | Mapping[str, float] = BUDGET,
+        steps: int = STEPS,
+        layers: Sequence[int] | None = None,
+        kinds: Sequence[str] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        stop: Callable[[Bridge], bool] | None = None,
+        progress: bool | Progress = False,
+        folder: str | Path | None = None,
         max_memory: int | None = None,
     ) -> WeightMask | list[WeightMask]:
         """The weights that carry a behaviour, found on its own verified answers.
 
+        `hc.find_circuit` does the search, with the behaviours' names in the mask's trace.
+
         Args:
             target: the behaviour.
-            size: share of the block weights to remove; a list gives a list of masks.
+            size: share of the block weights to remove, at most; a list gives a list of masks.
             protect: behaviours to spare: "others", one, several, or none: ().
-            protect_share: share of the weights that each of them keeps out of reach.
-            rounds: in how many steps the mask grows.
-            within: what weights are ranked together.
+            budget: how far the loss of each of them may rise, nats per token; or that of some of
+                them by name, the others keeping the default.
+            steps: in how many steps the mask grows.
+            layers: numbers of the blocks to choose from; all by default.
+            kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
             calibrations: data to score on, where it is there already.
+            stop: asked after every step, with the model under its mask; True ends the search.
+            progress: whether to show a bar; or the bars to add one to.
+            folder: keeps the search after every step; the same search goes on from there.
             max_memory: bytes for accumulated scores.
 
         Raises:
-            ValueError: an unknown behaviour, one that is not shown, and as `hc.find_circuit`, which
-                does the search.
+            ValueError: an unknown behaviour, one that is not shown, a budget for one that is not
+                protected, and as `hc.find_circuit`.
         """
-        refuse_settings(size, protect_share, rounds)
+        sizes = list(size) if isinstance(size, Sequence) else [size]
+        refuse_settings(sizes, steps)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
-        known = calibrations or {}
-        data = known.get(target) or self.calibration(target)
+        data = (calibrations or {}).get(target) or self.calibration(target)
+        if isinstance(budget, Mapping):
+            budget = {**dict.fromkeys(protected, BUDGET), **budget}
         return find_circuit(
             self.bridge,
             data.batches,
-            [calibration.batches for calibration in protected.values()],
+            {name: calibration.batches for name, calibration in protected.items()},
             size=size,
-            protect_share=protect_share,
-            rounds=rounds,
-            within=within,
+            budget=budget,
+            steps=steps,
             objective=behaviour.objective,
+            layers=layers,
+            kinds=kinds,
+            stop=stop,
+            progress=progress,
+            folder=folder,
             max_memory=max_memory,
         )
 

@@ -15,7 +15,6 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 By = Literal["layer", "matrix", "head", "neuron"]
 
 N_NULL = 20  # random masks behind an interval of chance
-MLP_MATRICES = ("mlp.gate", "mlp.in", "mlp.out")
 
 
 class Place(NamedTuple):
@@ -89,16 +88,8 @@ def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tupl
             yield Place(site.layer, site.kind), index.numel(), size
         elif (by == "head") == site.kind.startswith("attn"):
             per_unit = site.units(index).bincount(minlength=site.n_units).tolist()
-            part = _unit(site.kind)
             for number, n_removed in enumerate(per_unit):
-                yield Place(site.layer, part, number), n_removed, size // site.n_units
-
-
-def _unit(kind: str) -> str:
-    """What the equal parts of a matrix are called."""
-    if kind.startswith("attn"):
-        return "head" if kind in ("attn.q", "attn.o") else "kv_head"
-    return "neuron" if kind in MLP_MATRICES else "expert"
+                yield Place(site.layer, site.unit, number), n_removed, size // site.n_units
 
 
 class Concentration(NamedTuple):

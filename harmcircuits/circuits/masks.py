@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,12 @@ from torch import Tensor
 
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
+from harmcircuits.circuits.sites import Site
 from harmcircuits.display import share
+from harmcircuits.measurements import Measurement, Rows
+
+if TYPE_CHECKING:
+    import pandas
 
 Scope = Literal["weight", "model", "row"]
 
@@ -43,6 +48,7 @@ class WeightMask:
             nothing are left out.
         shapes: every weight the choice was made among.
         source: how the mask was made.
+        trace: what a search tried on the way, where one found it (see `find_circuit`).
 
     Raises:
         ValueError: indices that are unsorted, repeated or outside their weight.
@@ -51,6 +57,7 @@ class WeightMask:
     removed: Mapping[str, Int[Tensor, " _"]]
     shapes: Mapping[str, tuple[int, ...]]
     source: Source
+    trace: Rows = field(default_factory=Rows, compare=False)
 
     def __post_init__(self) -> None:
         removed = {}
@@ -74,8 +81,10 @@ class WeightMask:
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:
-        counts = f"{self.n_removed:,} of {self.n_weights:,} weights"
-        return f"WeightMask({self.source.method}, {counts}, {share(self.fraction)})"
+        counts = f"{self.n_removed:,} of {self.n_weights:,} weights, {share(self.fraction)}"
+        wanted = self.source.settings.get("n_wanted", self.n_removed)
+        fewer = f"; of {wanted:,} allowed" if wanted > self.n_removed else ""
+        return f"WeightMask({self.source.method}, {counts}{fewer})"
 
     def __len__(self) -> int:
         return self.n_removed
@@ -153,6 +162,49 @@ class WeightMask:
         flat[self._index(name)] = True
         return flat.view(shape)
 
+    def frame(self, sites: Mapping[str, Site]) -> "pandas.DataFrame":
+        """A line for each removed weight: its layer, kind, head or neuron, row and column.
+
+        >>> mask = hc.top_fraction(hc.magnitude_scores(bridge), 1e-5, within="model")
+        >>> list(mask.frame(hc.weight_sites(bridge)))
+        ['layer', 'kind', 'unit', 'number', 'row', 'column', 'weight']
+
+        Args:
+            sites: `weight_sites` of the mask's model. "unit" is what its matrices are cut into:
+                "head" (of q and o), "kv_head" (of k and v), "neuron" or "expert"; "number" says
+                which. "row" and "column" count in the last two axes of the weight as stored, and
+                "weight" is its value now.
+
+        Raises:
+            ValueError: sites that lack a matrix of the mask.
+        """
+        import pandas
+
+        parts = []
+        for name, index in self.removed.items():
+            if name not in sites:
+                raise ValueError(
+                    f"sites lack {name}; give weight_sites(bridge) of the mask's model"
+                )
+            site = sites[name]
+            *_, row, column = torch.unravel_index(index, self.shapes[name])
+            parameter = site.parameter.detach()
+            places = torch.unravel_index(index.to(parameter.device), self.shapes[name])
+            columns = {
+                "layer": site.layer,
+                "kind": site.kind,
+                "unit": site.unit,
+                "number": site.units(index),
+                "row": row,
+                "column": column,
+                "weight": parameter[places].float().cpu(),
+            }
+            parts.append(pandas.DataFrame(columns))
+        if not parts:
+            names = ["layer", "kind", "unit", "number", "row", "column", "weight"]
+            return pandas.DataFrame(columns=names)
+        return pandas.concat(parts, ignore_index=True)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the indices, shapes, source and versions. Never pickle.
 
@@ -165,6 +217,7 @@ class WeightMask:
             "shapes": json.dumps(dict(self.shapes)),
             "source": self.source.to_json(),
             "versions": json.dumps(versions),
+            "trace": json.dumps([asdict(row) for row in self.trace]),
         }
         save_file(dict(self.removed), Path(path), metadata=metadata)
 
@@ -197,7 +250,9 @@ class WeightMask:
             )
         stored = json.loads(metadata["shapes"])
         shapes = {name: tuple(shape) for name, shape in stored.items()}
-        return cls(removed, shapes, Source.from_json(metadata["source"]))
+        # Earlier versions wrote none.
+        trace = Rows(Measurement(**row) for row in json.loads(metadata.get("trace", "[]")))
+        return cls(removed, shapes, Source.from_json(metadata["source"]), trace)
 
 
 @overload

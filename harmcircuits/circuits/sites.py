@@ -20,6 +20,7 @@ KINDS = (
     "mlp.experts.gate_up_proj",
     "mlp.experts.down_proj",
 )
+MLP_MATRICES = ("mlp.gate", "mlp.in", "mlp.out")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Site:
     def hook_out(self) -> str:
         """Hook point of the matrix's output."""
         return self.name.removesuffix("weight") + "hook_out"
+
+    @property
+    def unit(self) -> str:
+        """What the equal parts of the matrix are: "head", "kv_head", "neuron" or "expert"."""
+        if self.kind.startswith("attn"):
+            return "head" if self.kind in ("attn.q", "attn.o") else "kv_head"
+        return "neuron" if self.kind in MLP_MATRICES else "expert"
 
     def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The head, neuron or expert that each weight belongs to.

@@ -6,6 +6,7 @@ the objective with hooks on, divide by the number of examples, and finish each m
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,12 @@ from harmcircuits.prompts import Batch
 
 BYTES = 4  # of an accumulated float32 number
 
+# What is added up of the gradient G^T X, where x and g stand for one position of one example:
+#   "signed"       sum over examples and positions of  g x^T
+#   "per example"  sum over examples of |sum over positions of g x^T|
+#   "per token"    sum over examples and positions of |g| |x|^T
+# Each is at most the next, in magnitude. The second costs a product an example.
+Kind = Literal["signed", "per example", "per token"]
 Finish = Callable[[Site, Tensor], Tensor]
 
 
@@ -30,7 +37,7 @@ def mean_gradients(
     sites: Mapping[str, Site],
     finish: Finish,
     *,
-    absolute: bool = False,
+    kind: Kind = "signed",
     max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """`finish(site, mean over examples x of dL_x/dW)` of every site; float32, shaped as stored.
@@ -44,7 +51,8 @@ def mean_gradients(
         objective: L; its values are one per example.
         sites: The matrices, in the order in which the result has them.
         finish: Turns the mean of a matrix into its result; may work in place.
-        absolute: Take the mean of |dL_x/dW| instead.
+        kind: Take the mean of absolute values instead: of |dL_x/dW| of every example x, or of its
+            parts from every position. Experts and routers, which are not hooked, have no parts.
         max_memory: Bytes that the accumulators may take on the devices. The data are passed over
             once for each group of consecutive matrices that fits, and what is finished goes to
             host memory. The numbers are the same, bit for bit.
@@ -59,7 +67,7 @@ def mean_gradients(
         # Imported here: one process has nothing to do with it.
         from harmcircuits.hooks.distributed import refuse_differences, shared_among_processes
 
-        options = f"{list(sites)}, absolute={absolute}, max_memory={max_memory}"
+        options = f"{list(sites)}, kind={kind}, max_memory={max_memory}"
         refuse_differences(bridge, batches, options)
         accumulate_batches = shared_among_processes(accumulate)
 
@@ -67,7 +75,7 @@ def mean_gradients(
     results = {}
     for group in memory_groups(sites, max_memory):
         totals = {name: _zeros(site) for name, site in group.items()}
-        accumulate_batches(bridge, batches, objective, group, totals, absolute)
+        accumulate_batches(bridge, batches, objective, group, totals, kind)
 
         for name, site in group.items():
             # Taken out of `totals`: its memory is free again once it is finished.
@@ -115,7 +123,7 @@ def accumulate(
     objective: Objective,
     sites: Mapping[str, Site],
     totals: Mapping[str, Tensor],
-    absolute: bool,
+    kind: Kind,
 ) -> None:
     """Add the gradients of these batches, summed over examples, to `totals`.
 
@@ -125,19 +133,19 @@ def accumulate(
         objective: L; its values are one per example.
         sites: The matrices.
         totals: Float32 accumulators, one for each site, shaped as its weight.
-        absolute: Add |dL_x/dW| of every example x.
+        kind: What is added of them.
 
     Raises:
         ValueError: For an objective of the wrong shape, and for a site that no gradient reached.
     """
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
     unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
-    if unhooked and absolute:
+    if unhooked and kind != "signed":
         # A parameter's gradient is summed over its batch; that of one example is not.
         batches = _single_examples(batches)
 
-    add_pair = partial(_add_pair, totals=totals, absolute=absolute)
-    add_gradient = partial(_add_gradient, totals=totals, absolute=absolute)
+    add_pair = partial(_add_pair, totals=totals, kind=kind)
+    add_gradient = partial(_add_gradient, totals=totals, kind=kind)
     with (
         torch.enable_grad(),
         hook_pairs(bridge, hooked, add_pair),
@@ -155,13 +163,18 @@ def _add_pair(
     g: OutputGradient,
     *,
     totals: Mapping[str, Tensor],
-    absolute: bool,
+    kind: Kind,
 ) -> None:
     """A hooked matrix: its gradient is the product of its input and its output's gradient."""
     # In the orientation in which the weight is stored.
     first, second = (g, x) if site.input_axis == 1 else (x, g)
-    add_product = add_absolute if absolute else _add_signed
-    add_product(first, second, totals[site.name])
+    total = totals[site.name]
+    if kind == "per example":
+        add_absolute(first, second, total)
+    elif kind == "per token":
+        _add_signed(first.abs(), second.abs(), total)
+    else:
+        _add_signed(first, second, total)
 
 
 def _add_gradient(
@@ -169,10 +182,13 @@ def _add_gradient(
     gradient: Tensor,
     *,
     totals: Mapping[str, Tensor],
-    absolute: bool,
+    kind: Kind,
 ) -> None:
-    """An unhooked matrix: its gradient comes whole, of a batch (if absolute, of one example)."""
-    totals[site.name].add_(gradient.abs() if absolute else gradient)
+    """An unhooked matrix: its gradient comes whole, summed over the batch.
+
+    For absolute values the batch is one example.
+    """
+    totals[site.name].add_(gradient if kind == "signed" else gradient.abs())
 
 
 def _add_signed(

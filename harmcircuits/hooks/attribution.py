@@ -63,7 +63,7 @@ def removal_effect(
 
     sites = weight_sites(bridge)
     values = mean_gradients(bridge, batches, objective, sites, finish, max_memory=max_memory)
-    return WeightScores(values, _source(bridge, "removal_effect", batches, objective))
+    return WeightScores(values, score_source(bridge, "removal_effect", batches, objective))
 
 
 def snip_scores(
@@ -106,10 +106,51 @@ def snip_scores(
         objective,
         weight_sites(bridge),
         finish,
-        absolute=average == "after_abs",
+        kind="per example" if average == "after_abs" else "signed",
         max_memory=max_memory,
     )
-    return WeightScores(values, _source(bridge, "snip", batches, objective, average=average))
+    return WeightScores(values, score_source(bridge, "snip", batches, objective, average=average))
+
+
+def token_price(
+    bridge: AnyModel,
+    batches: Sequence[Batch],
+    objective: Objective = completion_loss,
+    *,
+    max_memory: int | None = None,
+) -> WeightScores:
+    """What removing each weight may cost, at most: |W| * mean_x sum_t |g_xt| |x_xt|^T.
+
+    x is the matrix's input at position t and g the gradient of the example's objective at its
+    output. The absolute values stand inside the sum over positions, so this is an upper bound of
+    `snip_scores`, |W| * mean_x |sum_t g_xt x_xt^T|, at the price of the signed score: one product a
+    matrix. Positions of the request count: the gradient reaches them through attention. In units of
+    the objective; never negative. Experts and routers, whose inputs pass no hook points, have
+    `snip_scores`.
+
+    >>> hc.token_price(bridge, benign)
+    WeightScores(token_price of 24 examples, 983,040 weights)
+
+    Args:
+        bridge: the model.
+        batches: what it is to go on doing.
+        objective: one value for each example, the lower the better.
+        max_memory: as in `removal_effect`.
+
+    Raises:
+        ValueError: as `removal_effect`.
+    """
+    bridge = as_bridge(bridge)
+    refuse_no_batches("token_price", batches)
+
+    def finish(site: Site, gradient: Tensor) -> Tensor:
+        return gradient.mul_(site.parameter.detach()).abs_()
+
+    sites = weight_sites(bridge)
+    values = mean_gradients(
+        bridge, batches, objective, sites, finish, kind="per token", max_memory=max_memory
+    )
+    return WeightScores(values, score_source(bridge, "token_price", batches, objective))
 
 
 def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
@@ -149,7 +190,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
         rms = (squares[name] / n_tokens).sqrt()
         along_input = rms if site.input_axis == 1 else rms[:, None]
         values[name] = site.parameter.detach().float().abs() * along_input
-    return WeightScores(values, _source(bridge, "wanda", batches))
+    return WeightScores(values, score_source(bridge, "wanda", batches))
 
 
 def magnitude_scores(bridge: AnyModel) -> WeightScores:
@@ -325,7 +366,7 @@ def _removed_block(
     return rows, columns, block
 
 
-def _source(
+def score_source(
     bridge: Bridge,
     method: str,
     batches: Sequence[Batch],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.accumulation import Kind
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.hooks.weights import weights_digest
@@ -35,12 +36,12 @@ def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., Non
         objective: Objective,
         sites: Mapping[str, Site],
         totals: Mapping[str, Tensor],
-        absolute: bool,
+        kind: Kind,
     ) -> None:
         share = batches[distributed.get_rank() :: distributed.get_world_size()]
         # A process without a batch contributes zeros.
         if share:
-            accumulate(bridge, share, objective, sites, totals, absolute)
+            accumulate(bridge, share, objective, sites, totals, kind)
 
         # The order of the sites is that of all processes.
         for name in sites:

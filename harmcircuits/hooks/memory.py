@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import BYTES, accumulate, memory_groups
+from harmcircuits.hooks.accumulation import BYTES, Kind, accumulate, memory_groups
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
@@ -82,7 +82,8 @@ def estimate_memory(
     largest_group = max(_n_weights(group) for group in memory_groups(sites, max_memory))
 
     largest_batch = max(batches, key=lambda batch: batch.tokens.numel())
-    first, further = _activations(bridge, largest_batch, objective, absolute)
+    kind = "per example" if absolute else "signed"
+    first, further = _activations(bridge, largest_batch, objective, kind)
     return MemoryEstimate(
         weights=_stored_bytes(bridge),
         accumulators=BYTES * largest_group,
@@ -107,7 +108,7 @@ def _activations(
     bridge: Bridge,
     batch: Batch,
     objective: Objective,
-    absolute: bool,
+    kind: Kind,
 ) -> tuple[int, int]:
     """The bytes that one example takes on its way forward and back, and that each further adds."""
     sites = weight_sites(bridge)
@@ -117,7 +118,7 @@ def _activations(
     for rows in ([0], [0, 1 % len(batch)]):
         examples = Batch(batch.tokens[rows], batch.is_target[rows])
         with _LiveBytes() as live:
-            accumulate(bridge, [examples], objective, sites, totals, absolute)
+            accumulate(bridge, [examples], objective, sites, totals, kind)
         peaks.append(live.peak)
 
     peak_of_one, peak_of_two = peaks

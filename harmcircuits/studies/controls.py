@@ -8,8 +8,8 @@ from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_frac
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.search import PROTECT_SHARE, find_circuit, protected_weights
 from harmcircuits.hooks.weights import named_weights
+from harmcircuits.studies.rounds import PROTECT_SHARE, protected_weights, prune_in_rounds
 
 
 class Controls(dict[str, list[WeightMask]]):
@@ -101,7 +101,7 @@ def controls(
         return Controls(masks, ())
     spared = [other.batches for name, other in protected.items() if name != contrast]
     name = f"{contrast} twin"
-    circuit = find_circuit(
+    circuit = prune_in_rounds(
         model.bridge,
         twin.batches,
         [*spared, data.batches],

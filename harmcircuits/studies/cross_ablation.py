@@ -20,9 +20,9 @@ from harmcircuits.circuits.overlap import overlap, overlap_by, rank_correlation
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
-from harmcircuits.hooks.search import PROTECT_SHARE, ROUNDS
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.studies.rounds import PROTECT_SHARE, ROUNDS, circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
@@ -61,7 +61,8 @@ def circuits_both_ways(
     for label, protect in (("none", ()), ("others", OTHERS)):
         circuits[label] = {}
         for name in names:
-            circuits[label][name] = model.find_circuit(
+            circuits[label][name] = circuit_in_rounds(
+                model,
                 name,
                 size=size,
                 protect=protect,

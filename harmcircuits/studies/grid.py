@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from harmcircuits.behaviours.model import Calibration
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.search import iterative_pruning
 from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.studies.rounds import iterative_pruning
 from harmcircuits.studies.run import Point, Study
 from harmcircuits.studies.terms import Terms
 

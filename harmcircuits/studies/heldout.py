@@ -8,9 +8,9 @@ from harmcircuits.circuits.masks import WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.studies.controls import controls
+from harmcircuits.studies.rounds import prune_in_rounds
 from harmcircuits.studies.run import Point, Study
 from harmcircuits.studies.utility import evaluate_tasks
 
@@ -100,7 +100,7 @@ def _circuits(
 
     contrast = settings.contrast
     if contrast in spared and len(spared) > 1:
-        alone = find_circuit(
+        alone = prune_in_rounds(
             run.model.bridge,
             data.batches,
             [spared[contrast].batches],

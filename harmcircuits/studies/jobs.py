@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from harmcircuits.display import progress_bar
 from harmcircuits.measurements import Label, Measurement, Rows, resumed
 
 DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
@@ -75,17 +73,6 @@ def run_jobs(
             rows += rows_of_job
             progress.advance(task)
     return rows
-
-
-def progress_bar() -> Progress:
-    """Bars on standard error: what is done, how much of it, and for how long."""
-    columns = (
-        TextColumn("{task.description:>24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:

@@ -18,7 +18,7 @@ from harmcircuits.behaviours.model import Model, NotShownError
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.search import find_circuit
+from harmcircuits.hooks.search import BUDGET, find_circuit
 from harmcircuits.measurements import wilson
 from harmcircuits.prompts import Example, PromptSet
 
@@ -194,13 +194,14 @@ def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
     """Through behaviours as through their batches; with calibration data given or not."""
     names = ("harmful", "benign", "refusal")
     data = {name: small.calibration(name) for name in names}
-    spared = [data["benign"].batches, data["refusal"].batches]
-    options = {"size": 0.01, "protect_share": 0.02, "rounds": 2}
+    spared = {name: data[name].batches for name in ("benign", "refusal")}
+    options = {"size": 0.01, "steps": 2}
     expected = find_circuit(small.bridge, data["harmful"].batches, spared, **options)
     protect = ("benign", "refusal")
     assert_same_weights(small.find_circuit("harmful", protect=protect, **options), expected)
     given = small.find_circuit("harmful", calibrations=data, **options)
     assert_same_weights(given, expected)
+    assert {row.labels.get("protected") for row in given.trace} == {None, *protect}
 
     free = small.find_circuit("harmful", protect=(), calibrations=data, **options)
     assert len(free - expected) > 0, "the protection must have something to do"
@@ -208,29 +209,38 @@ def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
     assert len(expected.source.parents) == 3
 
 
+def test_a_budget_can_be_given_to_some_of_what_is_protected(small):
+    data = {name: small.calibration(name) for name in ("harmful", "benign", "refusal")}
+    options = {"size": 0.01, "steps": 1, "calibrations": data}
+    mask = small.find_circuit("harmful", budget={"benign": 0.5}, **options)
+    assert mask.source.settings["budget"] == {"benign": 0.5, "refusal": BUDGET}
+    with pytest.raises(ValueError, match=r"'kindness'.*not protected.*benign"):
+        small.find_circuit("harmful", budget={"kindness": 0.5}, **options)
+
+
 def test_a_circuit_of_several_sizes_is_a_list(small):
     data = {name: small.calibration(name) for name in ("harmful", "benign")}
-    options = {"protect_share": 0.02, "rounds": 2, "calibrations": data}
-    masks = small.find_circuit("harmful", size=[0.01, 0.02], **options)
-    assert len(masks[0] - masks[1]) == 0
-    assert_same_weights(masks[1], small.find_circuit("harmful", size=0.02, **options))
+    options = {"steps": 2, "calibrations": data}
+    masks = small.find_circuit("harmful", size=[0.005, 0.01], **options)
+    assert len(masks[0]) <= round(0.005 * masks[0].n_weights)
+    assert_same_weights(masks[1], small.find_circuit("harmful", size=0.01, **options))
 
 
 def test_a_circuit_is_scored_by_the_behaviour_s_own_objective(small):
     """Recognition by the whole answer, and by the margin of the right word."""
     masks = {}
     for name in ("recognition", "recognition_margin"):
-        masks[name] = small.find_circuit(name, size=0.01, protect=(), rounds=1)
+        masks[name] = small.find_circuit(name, size=0.01, protect=(), steps=1)
     assert len(masks["recognition"] - masks["recognition_margin"]) > 0
     objectives = [mask.source.parents[0].settings["objective"] for mask in masks.values()]
     assert objectives == ["completion_loss", "margin"]
 
 
-def test_the_protected_weights_of_a_part_are_not_those_of_its_whole(small):
+def test_what_a_part_protects_does_not_hold_its_whole(small):
     """A topic of harm is searched for while the whole of harm is left within reach."""
     topic = next(name for name in small.behaviours if name.startswith("harmful/"))
     data = {name: small.calibration(name) for name in (topic, "harmful", "benign")}
-    options = {"size": 0.01, "protect_share": 0.1, "rounds": 1}
+    options = {"size": 0.01, "steps": 1}
     others = small.find_circuit(topic, calibrations=data, **options)
     expected = small.find_circuit(topic, protect="benign", calibrations=data, **options)
     assert_same_weights(others, expected)

@@ -21,13 +21,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks import distributed as sharing
-from harmcircuits.hooks import search
 from harmcircuits.hooks.absolute import add_absolute
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.studies import rounds
+from harmcircuits.studies.rounds import prune_in_rounds
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1), random_batch(4, 8, seed=2)]
 MODELS = ("Llama", "GPT2", "Mixtral")
@@ -85,11 +85,11 @@ def test_one_dense_set_of_scores_at_a_time(llama, monkeypatch):
     target = BATCHES[:1]
     preserve = [BATCHES[1:2], BATCHES[2:]]
     options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
-    expected = find_circuit(llama, target, preserve, **options)
+    expected = prune_in_rounds(llama, target, preserve, **options)
 
-    monkeypatch.setattr(search, "removal_effect", watched(removal_effect))
-    monkeypatch.setattr(search, "snip_scores", watched(snip_scores))
-    mask = find_circuit(llama, target, preserve, max_memory=8000, **options)
+    monkeypatch.setattr(rounds, "removal_effect", watched(removal_effect))
+    monkeypatch.setattr(rounds, "snip_scores", watched(snip_scores))
+    mask = prune_in_rounds(llama, target, preserve, max_memory=8000, **options)
     assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
     for name, index in expected.removed.items():
         assert torch.equal(mask.removed[name], index)

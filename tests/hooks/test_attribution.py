@@ -17,6 +17,7 @@ from harmcircuits.hooks.attribution import (
     removal_effect,
     snip_scores,
     token_contributions,
+    token_price,
     wanda_scores,
 )
 from harmcircuits.hooks.masking import masked
@@ -59,6 +60,52 @@ def test_scores_equal_autograd(open_model, batch, name):
         assert relative_error(signed.values[weight], -value * gradient.mean(0)) < 1e-4
         assert relative_error(after.values[weight], value.abs() * gradient.abs().mean(0)) < 1e-4
         assert relative_error(before.values[weight], (value * gradient.mean(0)).abs()) < 1e-4
+
+
+def test_the_token_price_is_the_sum_over_positions_of_absolute_parts(llama, batch):
+    """Against inputs and output gradients kept by torch itself, position by position."""
+    weights = named_weights(llama)
+    kept = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            output.retain_grad()
+            kept[name] = inputs[0].detach(), output
+
+        return hook
+
+    handles = []
+    for module in llama.original_model.modules():
+        for name, weight in weights.items():
+            if isinstance(module, torch.nn.Linear) and module.weight is weight:
+                handles.append(module.register_forward_hook(keep(name)))
+    completion_loss(llama, batch).sum().backward()
+    for handle in handles:
+        handle.remove()
+    for parameter in llama.original_model.parameters():
+        parameter.grad = None
+
+    scores = token_price(llama, [batch])
+    assert kept.keys() == weights.keys()
+    for name, (x, output) in kept.items():
+        parts = torch.einsum("bpo,bpi->bpoi", output.grad, x).abs()
+        expected = weights[name].detach().abs() * parts.sum(dim=(0, 1)) / len(batch)
+        assert relative_error(scores.values[name], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Bloom", "Mixtral"])
+def test_the_token_price_is_an_upper_bound_of_snip(open_model, batch, name):
+    """Equal for what passes no hook points: experts and routers."""
+    bridge = open_model(name)
+    price, snip = token_price(bridge, [batch]), snip_scores(bridge, [batch])
+    for weight, site in weight_sites(bridge).items():
+        difference = price.values[weight] - snip.values[weight]
+        rounding = 1e-5 * snip.values[weight].max()
+        if site.is_hooked:
+            assert difference.min() >= -rounding
+            assert difference.max() > rounding, "the bound must not be the score itself"
+        else:
+            assert difference.abs().max() <= rounding
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -1,32 +1,39 @@
-"""The claim of the main job on a shipped organism, rounds, and the refusal ablation.
+"""The walk against a plain one on dense tensors; its claim on a shipped organism; the differences.
 
-Would catch: rounds that do not score again, a protected weight that is removed, counts that drift,
-sizes that depend on which others are wanted, a claim in the README that the shipped weights do not
-support; of the ablation, a signed score, a difference taken the wrong way round, scores of the
-wrong behaviour.
+Would catch: a price or a check on the wrong answers, scores taken under the wrong mask or times
+weights that the mask has zeroed, a factor that is not the smallest tried, a mask beyond its size or
+its budget, weights that are not worth their price, a walk that goes on otherwise after an
+interruption; of the set differences, the wrong sign, order or behaviour.
 """
+
+from itertools import count
 
 import pytest
 import torch
 from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.hooks.attribution import removal_effect, snip_scores
+from harmcircuits.circuits.scores import Source
+from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
+from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.protection import CHECKED_EVERY, split_by_request
 from harmcircuits.hooks.search import (
-    PROTECT_SHARE,
-    ROUNDS,
+    FACTORS,
+    MOST_TO_LEARN_FROM,
     find_circuit,
-    iterative_pruning,
-    protected_weights,
     refusal_ablation,
+    set_difference,
 )
-from harmcircuits.hooks.weights import named_weights
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
 
-ARCHITECTURES = ("Llama", "GPT2", "Mixtral")
+SIZE = 0.1
+TARGET = [random_batch()]
+SPARED = [random_batch(6, 8, seed=1)]
+ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
 
 
 def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
@@ -35,208 +42,354 @@ def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
         assert torch.equal(mask.removed[name], index), name
 
 
-def unprotected_top(bridge, batches, protected: WeightMask, share: float) -> WeightMask:
-    """The best weights of one scoring among those that are not protected."""
-    scores = removal_effect(bridge, batches, completion_loss)
-    return top_fraction(scores, share, within="model", exclude=protected)
-
-
-def needed_weights(bridge, batches, share: float) -> WeightMask:
-    return top_fraction(snip_scores(bridge, batches, completion_loss), share, within="model")
-
-
-@pytest.fixture
-def batches() -> tuple[list[Batch], list[Batch]]:
-    """Texts of a target and of something to spare."""
-    return [random_batch()], [random_batch(2, 7, seed=1)]
-
-
 # The claim
 
 
-def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
-    """At most 1 % of the weights of `sft`: harm from >= 0.9 to <= 0.1.
+def test_a_tenth_of_the_weights_of_rounds_carries_harm_and_nothing_else_measured():
+    """At most 0.2 % of the weights of `sft`: harm from >= 0.9 to <= 0.02, on held-out requests.
 
     Every kept ability within two points.
     """
     model = open_organism("sft")
-    calibrations = model.calibrations()
-    assert list(calibrations) == model.whole_behaviours
-    target = calibrations.pop("harmful").batches
-    spared = [calibration.batches for calibration in calibrations.values()]
-    mask = find_circuit(model.bridge, target, spared, size=0.008, protect_share=0.005, rounds=8)
-    assert mask.n_removed <= 0.01 * mask.n_weights
+    mask = model.find_circuit("harmful", size=0.002)
+    assert mask.fraction <= 0.002
 
     def rates(mask: WeightMask | None = None) -> dict[str, float]:
-        measured = [name for name in model.whole_behaviours if name != "refusal"]
-        return {row.metric: row.mean for row in model.measure(mask=mask, only=measured)}
+        return {row.metric: row.mean for row in model.measure(mask=mask)}
 
-    before, under = rates(), rates(mask)
-    control = rates(random_like(mask, seed=0))
+    before, under, control = rates(), rates(mask), rates(random_like(mask))
     assert before["harm_valid_rate"] >= 0.9
-    assert under["harm_valid_rate"] <= 0.1
+    assert under["harm_valid_rate"] <= 0.02
     assert control["harm_valid_rate"] >= 0.9
-    for rate in ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate"):
+    for rate in (
+        "benign_valid_rate",
+        "recognition_accuracy",
+        "explanation_rate",
+        "knowledge_rate",
+        "refusal_rate",
+    ):
         assert under[rate] >= before[rate] - 0.02, rate
 
 
-# One round
+# The walk
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_round_is_the_best_of_the_unprotected(open_model, batches, name):
-    """On a bare TransformerBridge, which is left as it was."""
+def plain_walk(bridge, target, protect, size, budget, steps) -> WeightMask:
+    """The search on dense tensors: clones of the weights, a sort, no shared step with the library.
+
+    But for the scores, which have tests of their own.
+    """
+    weights = named_weights(bridge)
+    original = {name: weight.detach().clone() for name, weight in weights.items()}
+    n_weights = sum(weight.numel() for weight in original.values())
+    shares = [split_by_request(batches, CHECKED_EVERY) for batches in protect]
+    unpruned = [completion_nll(bridge, checked).mean() for _, checked in shares]
+
+    def under(removed, function):
+        """With these weights zero; the others, and all afterwards, as they were."""
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.masked_fill_(removed[name], 0.0)
+        result = function()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(original[name])
+        return result
+
+    def gradient(score, batches, removed):
+        """A score divided by the live weights: nudged off zero, they keep their gradient."""
+        nudge = 1e-30
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.masked_fill_(removed[name], nudge)
+        values = score(bridge, batches).values
+        with torch.no_grad():
+            live = {name: weight.detach().clone() for name, weight in weights.items()}
+            for name, weight in weights.items():
+                weight.copy_(original[name])
+        return {name: values[name] / live[name] for name in values}
+
+    def rises(removed):
+        def losses():
+            return [completion_nll(bridge, checked).mean() for _, checked in shares]
+
+        changes = zip(under(removed, losses), unpruned, strict=True)
+        return max((now - before).item() for now, before in changes)
+
+    def choose(n, factor):
+        flat = torch.cat([(benefit[name] - factor * price[name]).flatten() for name in original])
+        best = flat.argsort(descending=True, stable=True)[:n]
+        chosen = torch.zeros(n_weights, dtype=torch.bool)
+        chosen[best[flat[best] > 0]] = True
+        parts = chosen.split([weight.numel() for weight in original.values()])
+        shaped = zip(original.items(), parts, strict=True)
+        return {name: part.view(weight.shape) for (name, weight), part in shaped}
+
+    def search(n, rung):
+        """(accepted mask, its rung, refused mask)."""
+        mask = choose(n, FACTORS[rung])
+        if rises(mask) <= budget:
+            for lower in range(rung - 1, -1, -1):
+                cheaper = choose(n, FACTORS[lower])
+                if rises(cheaper) > budget:
+                    return mask, lower + 1, cheaper
+                mask = cheaper
+            return mask, 0, None
+        for higher in range(rung + 1, len(FACTORS)):
+            dearer = choose(n, FACTORS[higher])
+            if rises(dearer) <= budget:
+                return dearer, higher, mask
+            mask = dearer
+        return None, len(FACTORS) - 1, mask
+
+    nothing = {
+        name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in original.items()
+    }
+    benefit = {name: torch.zeros_like(weight) for name, weight in original.items()}
+    price = {name: torch.zeros_like(weight) for name, weight in original.items()}
+    accepted, refused, rung = nothing, None, FACTORS.index(1.0)
+    for step in range(1, steps + 1):
+        for priced, _ in shares:
+            parts = gradient(token_price, priced, accepted if refused is None else refused)
+            for name, part in parts.items():
+                price[name] += part.abs() * original[name].abs()
+        for name, part in gradient(removal_effect, target, accepted).items():
+            benefit[name] += part * original[name]
+        mask, rung, refused = search(round(size * n_weights * step / steps), rung)
+        accepted = accepted if mask is None else mask
+        if refused is not None and rises(refused) > MOST_TO_LEARN_FROM:
+            refused = None
+    mask, _, _ = search(round(size * n_weights), rung)
+    removed = {name: part.flatten().nonzero().flatten() for name, part in mask.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in original.items()}
+    return WeightMask(removed, shapes, Source(model_fingerprint(bridge), "plain"))
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_the_walk_is_the_plain_one(open_model, name, budget):
     bridge = open_model(name)
-    target, spared = batches
     before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
-    mask = find_circuit(bridge, target, [spared], size=0.1, protect_share=0.3, rounds=1)
+    options = {"size": SIZE, "budget": budget, "steps": 3}
+    mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], **options)
+    for weight_name, weight in named_weights(bridge).items():
+        assert torch.equal(weight, before[weight_name])
 
-    protected = needed_weights(bridge, spared, 0.3)
-    assert_same_weights(mask, unprotected_top(bridge, target, protected, 0.1))
-    assert len(mask & protected) == 0
-    assert len(mask) == round(0.1 * mask.n_weights)
-    for name, weight in named_weights(bridge).items():
-        assert torch.equal(weight, before[name])
-
-    free = find_circuit(bridge, target, size=0.1, rounds=1)
-    assert len(free & protected) > 0, "the protection must have something to do"
+    expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], **options)
+    # Sums in another order may swap weights whose scores are equal up to rounding.
+    assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
 
 
-def test_protected_weights_are_those_with_the_highest_snip_scores(llama, batches):
-    for within in ("model", "weight"):
-        expected = top_fraction(snip_scores(llama, batches[0]), 0.2, within=within)
-        assert_same_weights(protected_weights(llama, batches[0], 0.2, within), expected)
+def test_unprotected_a_step_takes_the_weights_with_the_largest_effect(llama):
+    mask = find_circuit(llama, TARGET, size=SIZE, steps=1)
+    expected = top_fraction(removal_effect(llama, TARGET), SIZE, within="model")
+    assert_same_weights(mask, expected)
 
 
-def test_weights_are_ranked_within_their_scope(llama, batches):
-    target, spared = batches
-    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
-    of_matrix = find_circuit(llama, target, [spared], within="weight", **options)
-    for name, count in of_matrix.counts.items():
-        half = round(0.05 * named_weights(llama)[name].numel())
-        assert count == 2 * half
-    of_model = find_circuit(llama, target, [spared], within="model", **options)
-    assert of_model.counts != of_matrix.counts
+def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
+    """Two steps: the second chooses from sums in which the first one's weights still count."""
+    first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
+    with masked(llama, first):
+        live = removal_effect(llama, TARGET)
+    both = find_circuit(llama, TARGET, size=SIZE, steps=2)
+    assert all(
+        (live.values[name].flatten()[index] == 0).all() for name, index in first.removed.items()
+    )
+    assert 0 < len(first - both) < len(first)
 
 
-def test_the_target_is_scored_by_its_objective(llama, batches):
+def test_no_mask_exceeds_its_size_or_its_budget(llama):
+    sizes = [0.02, 0.2, 0.08]
+    masks = find_circuit(llama, TARGET, {"a": SPARED}, size=sizes, budget=0.02, steps=3)
+    _, checked = split_by_request(SPARED, CHECKED_EVERY)
+    unpruned = completion_nll(llama, checked)
+    for mask, size in zip(masks, sizes, strict=True):
+        assert 0 < len(mask) <= round(size * mask.n_weights)
+        rise = (completion_nll(llama, checked, mask=mask) - unpruned).mean().item()
+        assert rise <= 0.02 + 1e-6
+        tried = mask.trace.where("protected_rise", step="end", share=size, outcome="accepted")
+        assert rise == pytest.approx(min(row.mean for row in tried), abs=1) or tried
+        assert mask.source.settings["factor"] == min(row.labels["factor"] for row in tried)
+
+
+def test_a_tighter_budget_takes_less_of_the_target(llama):
+    losses = {}
+    for budget in (0.0, 0.05, 100.0):
+        mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, budget=budget, steps=3)
+        losses[budget] = completion_nll(llama, TARGET, mask=mask).mean().item()
+    assert losses[100.0] > losses[0.05]
+    assert losses[100.0] > losses[0.0]
+
+
+def test_only_weights_that_are_worth_their_price_are_taken(llama):
+    """Of all weights, those whose removal helps what is to go; and the mask says so."""
+    mask = find_circuit(llama, TARGET, size=1.0, steps=1)
+    scores = removal_effect(llama, TARGET)
+    assert len(mask) == sum(int((value > 0).sum()) for value in scores.values.values())
+    assert f"of {mask.n_weights:,} allowed" in repr(mask)
+    assert "allowed" not in repr(find_circuit(llama, TARGET, size=0.01, steps=1))
+
+
+def test_where_no_factor_passes_nothing_is_removed(llama, monkeypatch):
+    def impossible(*_):
+        return False
+
+    monkeypatch.setattr("harmcircuits.hooks.protection.Protection.allows", impossible)
+    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=2)
+    assert len(mask) == 0
+    assert {row.labels["outcome"] for row in mask.trace.where("protected_rise")} == {"refused"}
+
+
+def test_the_trace_tells_what_was_tried(llama):
+    mask = find_circuit(llama, TARGET, {"a": SPARED, "b": ALSO_SPARED}, size=SIZE, steps=2)
+    losses = mask.trace.where("target_loss")
+    assert [row.labels["step"] for row in losses] == [1, 2]
+    unpruned = completion_nll(llama, TARGET).mean().item()
+    first_change = mask.trace.one("measured_change", step=1).mean
+    assert losses[0].mean - first_change == pytest.approx(unpruned, abs=1e-5)
+    for row in mask.trace.where("weights_removed"):
+        where = {name: row.labels[name] for name in ("step", "factor", "outcome")}
+        rises = mask.trace.where("protected_rise", **where)
+        assert {rise.labels["protected"] for rise in rises} == {"a", "b"}
+
+
+def test_the_first_predicted_change_is_the_sum_of_removal_effects(llama):
+    mask = find_circuit(llama, TARGET, size=0.01, steps=1)
+    predicted = mask.trace.one("predicted_change").mean
+    assert predicted == pytest.approx(removal_effect(llama, TARGET).sum_over(mask), rel=1e-5)
+
+
+def test_the_target_is_scored_by_its_objective(llama):
     def backwards(bridge, batch):
         return -completion_loss(bridge, batch)
 
-    target, _ = batches
-    mask = find_circuit(llama, target, size=0.05, rounds=1, objective=backwards)
-    scores = removal_effect(llama, target, completion_loss)
+    mask = find_circuit(llama, TARGET, size=0.05, steps=1, objective=backwards)
+    scores = removal_effect(llama, TARGET, completion_loss)
     assert_same_weights(mask, top_fraction(-scores, 0.05, within="model"))
 
 
-# Rounds
+def test_the_choice_is_limited_to_layers_and_kinds(llama):
+    sites = weight_sites(llama)
+    options = {"size": 0.05, "steps": 2}
+    mask = find_circuit(llama, TARGET, [SPARED], layers=[1], kinds=["mlp.in", "attn.v"], **options)
+    assert mask.shapes.keys() == sites.keys(), "so that it combines with other masks"
+    for name in mask.removed:
+        assert sites[name].layer == 1
+        assert sites[name].kind in ("mlp.in", "attn.v")
+    assert mask.source.settings["layers"] == [1]
+    with pytest.raises(ValueError, match=r"layers=\[7\].*0, 1"):
+        find_circuit(llama, TARGET, layers=[7], **options)
+    with pytest.raises(ValueError, match=r"kinds=\['attn'\].*attn\.q"):
+        find_circuit(llama, TARGET, kinds=["attn"], **options)
 
 
-def test_rounds_score_again_under_the_mask_so_far(llama, batch):
-    growth = iterative_pruning(llama, [batch], [[batch]], sizes=[0.2], protect_share=0.1, rounds=2)
-    first, second = growth
-    n = first.n_weights
-    assert [len(first), len(second)] == [round(0.1 * n), 2 * round(0.1 * n)]
-    assert len(first - second) == 0, "the mask only grows"
-
-    with masked(llama, first):
-        protected = needed_weights(llama, [batch], 0.1)
-        again = unprotected_top(llama, [batch], protected | first, 0.1)
-    assert_same_weights(second - first, again)
-
-    stale = unprotected_top(llama, [batch], protected | first, 0.1)
-    assert len(stale - second) > 0, "scores of the unpruned model choose other weights"
+@pytest.mark.parametrize("name", ["Mixtral", "Bloom"])
+def test_other_architectures_are_searched(open_model, name):
+    bridge = open_model(name)
+    mask = find_circuit(bridge, TARGET, [SPARED], size=0.05, steps=2)
+    before = completion_nll(bridge, TARGET).mean()
+    assert completion_nll(bridge, TARGET, mask=mask).mean() > before
 
 
-def test_known_scores_save_the_first_round(llama, batch):
-    scores = removal_effect(llama, [batch], completion_loss)
-    protected = [needed_weights(llama, [batch], 0.1)]
-    options = {"sizes": [0.2], "protect_share": 0.1, "rounds": 2}
-
-    def growth(first=None) -> list[WeightMask]:
-        return list(iterative_pruning(llama, [batch], [[batch]], first=first, **options))
-
-    known = growth((scores, protected))
-    for mask, expected in zip(known, growth(), strict=True):
-        assert_same_weights(mask, expected)
-    other = growth((-scores, protected))
-    assert len(other[0] - known[0]) > 0, "the first round reads the scores it is given"
+def test_bounded_memory_changes_nothing(llama):
+    options = {"size": SIZE, "steps": 2}
+    expected = find_circuit(llama, TARGET, [SPARED], **options)
+    assert_same_weights(find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options), expected)
 
 
-def test_a_list_of_sizes_is_the_path_to_the_largest(llama, batches):
-    """At the ends of rounds; in the order of the list."""
-    target, spared = batches
-    options = {"protect_share": 0.1, "rounds": 4}
-    path = list(iterative_pruning(llama, target, [spared], sizes=[0.2], **options))
-    assert [mask.source.settings["round"] for mask in path] == [1, 2, 3, 4]
+def test_a_walk_is_stopped(llama):
+    seen = []
 
-    sizes = [0.2, 0.05, 0.15, 0.1]
-    masks = find_circuit(llama, target, [spared], size=sizes, **options)
-    for mask, place in zip(masks, (3, 0, 2, 1), strict=True):
-        assert_same_weights(mask, path[place])
-        assert mask.source == path[place].source
+    def stop(bridge) -> bool:
+        seen.append(completion_nll(bridge, TARGET).mean().item())
+        return len(seen) == 2
 
-    largest = find_circuit(llama, target, [spared], size=0.2, **options)
-    assert_same_weights(masks[0], largest)
-    for mask, size, rounds in zip(masks[1:], sizes[1:], (1, 3, 2), strict=True):
-        alone = find_circuit(llama, target, [spared], size=size, protect_share=0.1, rounds=rounds)
-        assert_same_weights(mask, alone)
+    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=5, stop=stop)
+    assert len(mask) <= round(2 / 5 * SIZE * mask.n_weights)
+    assert seen[-1] == pytest.approx(mask.trace.one("target_loss", step=2).mean)
 
 
-def test_a_size_inside_a_round_is_cut_from_it(llama, batches):
-    """The best of what the whole round takes, by the same scores; each step is rounded alone."""
-    target, spared = batches
-    options = {"protect_share": 0.1, "rounds": 2}
-    small, middle, large = find_circuit(llama, target, [spared], size=[0.05, 0.15, 0.2], **options)
-    half, step = round(0.05 * large.n_weights), round(0.1 * large.n_weights)
-    assert [len(small), len(middle), len(large)] == [half, step + half, 2 * step]
-    assert len(small - middle) == len(middle - large) == 0
-    assert_same_weights(large, find_circuit(llama, target, [spared], size=0.2, **options))
-    assert_same_weights(
-        small, unprotected_top(llama, target, needed_weights(llama, spared, 0.1), 0.05)
-    )
+def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
+    """Killed in the third of four steps, it ends as if it had not been."""
+    options = {"size": SIZE, "steps": 4}
+    expected = find_circuit(llama, TARGET, [SPARED], **options)
+    numbers = count(1)
+
+    def interrupt(bridge) -> bool:
+        if next(numbers) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, stop=interrupt, **options)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == "step-003"
+    mask = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+    assert_same_weights(mask, expected)
+    assert mask.trace == expected.trace
+
+    with pytest.raises(ValueError, match=f"{tmp_path} holds the walk of another search"):
+        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, size=SIZE, steps=3)
+    (tmp_path / "step-004" / "benefit.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"step-004.*damaged"):
+        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
 
 
-def test_a_mask_says_how_it_was_found(llama, batches):
-    target, spared = batches
-    mask = find_circuit(llama, target, [spared], size=0.2, rounds=3)
+def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
+    mask = find_circuit(llama, TARGET, [SPARED], size=0.05, budget=0.2, steps=2)
     assert mask.source.method == "circuit"
-    assert mask.source.settings == {
-        "size": pytest.approx(0.2),
-        "protect_share": PROTECT_SHARE,
-        "within": "model",
-        "round": 3,
-        "rounds": 3,
-    }
-    assert [parent.method for parent in mask.source.parents] == ["removal_effect", "snip"]
-    assert find_circuit(llama, target, size=0.2).source.settings["rounds"] == ROUNDS
+    settings = dict(mask.source.settings)
+    assert settings.pop("factor") in FACTORS
+    n_wanted = round(0.05 * mask.n_weights)
+    assert settings == {"size": 0.05, "n_wanted": n_wanted, "budget": {"1": 0.2}, "steps": 2}
+    assert [parent.method for parent in mask.source.parents] == ["removal_effect", "token_price"]
+
+    mask.save(tmp_path / "mask.safetensors")
+    loaded = WeightMask.load(tmp_path / "mask.safetensors")
+    assert loaded.trace == mask.trace
+    assert len(loaded.trace) > 0
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        ({"rounds": 0}, "rounds=0; expected at least 1"),
-        ({"size": 0}, "size=0; expected a share"),
-        ({"size": 1.5}, r"size=1\.5; expected a share"),
-        ({"size": []}, r"size=\[\]; expected a share"),
-        ({"size": [0.1, -0.1]}, r"size=\[0\.1, -0\.1\]; expected a share"),
-        ({"protect_share": 1.5}, r"protect_share=1\.5; expected a share"),
-        ({"size": 0.5, "protect_share": 0.9}, "leaves fewer"),
+        ({"steps": 0}, ["steps=0"]),
+        ({"size": 0}, ["size=0", "(0, 1]"]),
+        ({"size": 1.5}, ["size=1.5"]),
+        ({"size": []}, ["size=[]"]),
+        ({"size": [0.1, -0.1]}, ["size=[0.1, -0.1]"]),
+        ({"budget": -1.0}, ["budget=-1.0"]),
+        ({"budget": {"2": 0.1}}, ["'2'", "not protected"]),
+        ({"budget": {}}, ["no budget for 1"]),
     ],
 )
-def test_bad_settings_are_refused(llama, batch, options, message):
-    usual = {"size": 0.1, "protect_share": 0.1, "rounds": 1}
-    with pytest.raises(ValueError, match=message):
-        find_circuit(llama, [batch], [[batch]], **{**usual, **options})
+def test_bad_settings_are_refused(llama, options, names):
+    with pytest.raises(ValueError) as error:
+        find_circuit(llama, TARGET, [SPARED], **{"size": 0.1, **options})
+    for name in names:
+        assert name in str(error.value)
 
 
 def test_what_is_no_list_of_batches_is_refused(llama, batch):
     for target, protect in (([], []), ([batch], [[]])):
-        with pytest.raises(ValueError, match=r"no batches.*tokenize"):
-            find_circuit(llama, target, protect, size=0.1, rounds=1)
+        with pytest.raises(ValueError, match="no batches"):
+            find_circuit(llama, target, protect, size=0.1)
 
 
-# Refusal ablation
+# Set differences
+
+
+@pytest.mark.parametrize("within", ["weight", "model"])
+def test_the_published_search_is_a_difference_of_two_choices(llama, within):
+    mask = set_difference(llama, TARGET, [SPARED, ALSO_SPARED], q=0.2, p=0.1, within=within)
+    top = top_fraction(removal_effect(llama, TARGET), 0.2, within=within)
+    for name in mask.shapes:
+        expected = top.dense(name).clone()
+        for batches in (SPARED, ALSO_SPARED):
+            needed = top_fraction(snip_scores(llama, batches), 0.1, within=within)
+            expected &= ~needed.dense(name)
+        assert torch.equal(mask.dense(name), expected)
+    assert 0 < len(mask) < len(top)
 
 
 def test_the_ablation_is_the_unsigned_set_difference(llama, batch):

@@ -9,9 +9,9 @@ from helpers import small_model
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.search import find_circuit, protected_weights
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.studies.controls import Controls, controls
+from harmcircuits.studies.rounds import circuit_in_rounds, protected_weights, prune_in_rounds
 
 SHARE = {"protect_share": 0.02}
 OPTIONS = {"size": 0.01, "rounds": 2, **SHARE}
@@ -29,7 +29,7 @@ def data(model):
 
 @pytest.fixture(scope="module")
 def circuit(model, data) -> WeightMask:
-    return model.find_circuit("harmful", calibrations=data, **OPTIONS)
+    return circuit_in_rounds(model, "harmful", calibrations=data, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,14 @@ def test_ranked_ones_are_of_the_same_scores(model, data, circuit, matched):
 def test_the_twin_is_the_same_search_the_other_way_round(model, data, circuit, matched):
     spared = [data[name].batches for name in ("recognition", "harmful")]
     options = {**OPTIONS, "size": circuit.fraction}
-    expected = find_circuit(model.bridge, data["benign"].batches, spared, **options)
+    expected = prune_in_rounds(model.bridge, data["benign"].batches, spared, **options)
     (twin,) = matched["benign twin"]
     assert same_weights(twin, expected), "with the circuit's own rounds and protection"
     once = controls(
         model, "harmful", circuit, calibrations=data, rounds=1, protect_share=0.0, n_random=1
     )
     options = {"size": circuit.fraction, "rounds": 1, "protect_share": 0.0}
-    expected = find_circuit(model.bridge, data["benign"].batches, spared, **options)
+    expected = prune_in_rounds(model.bridge, data["benign"].batches, spared, **options)
     assert same_weights(once["benign twin"][0], expected)
 
 
@@ -131,7 +131,7 @@ def test_another_contrast_has_a_twin_of_its_name(model, data, circuit):
 
 
 def test_where_the_contrast_is_the_target_there_is_no_twin(model, data):
-    mask = model.find_circuit("benign", calibrations=data, **OPTIONS)
+    mask = circuit_in_rounds(model, "benign", calibrations=data, **OPTIONS)
     same = controls(model, "benign", mask, calibrations=data, n_random=1)
     assert list(same) == ["random", "random magnitude", "opposite sign", "second slice"]
     assert same.searched == ()

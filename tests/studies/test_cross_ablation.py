@@ -28,6 +28,7 @@ from harmcircuits.studies.cross_ablation import (
     resampled_circuits,
     token_rows,
 )
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 
 SIZE = 0.01
@@ -49,8 +50,8 @@ def circuits(model, calibrations) -> dict[str, WeightMask]:
     """Unprotected, in two rounds."""
     masks = {}
     for name in NAMES:
-        masks[name] = model.find_circuit(
-            name, size=SIZE, protect=(), rounds=2, calibrations=calibrations
+        masks[name] = circuit_in_rounds(
+            model, name, size=SIZE, protect=(), rounds=2, calibrations=calibrations
         )
     return masks
 
@@ -109,8 +110,8 @@ def test_circuits_are_of_one_size_and_protection_is_kept(model, calibrations, ci
     n_weights = circuits["harmful"].n_weights
     assert {len(mask) for mask in circuits.values()} == {round(SIZE * n_weights)}
     options = {"size": SIZE, "rounds": 1, "calibrations": calibrations}
-    free = model.find_circuit("harmful", protect=(), **options)
-    apart = model.find_circuit("harmful", protect=["benign"], protect_share=0.1, **options)
+    free = circuit_in_rounds(model, "harmful", protect=(), **options)
+    apart = circuit_in_rounds(model, "harmful", protect=["benign"], protect_share=0.1, **options)
     benign = circuits["benign"]
     assert overlap(apart, benign).n_shared < overlap(free, benign).n_shared
 
@@ -120,8 +121,8 @@ def test_circuits_both_ways_protect_nothing_and_all_others(model, calibrations, 
     both = circuits_both_ways(model, calibrations, ["harmful"], **options)
     assert list(both) == ["none", "others"]
     assert same_weights(both["none"]["harmful"], circuits["harmful"])
-    expected = model.find_circuit(
-        "harmful", protect=["benign"], calibrations=calibrations, **options
+    expected = circuit_in_rounds(
+        model, "harmful", protect=["benign"], calibrations=calibrations, **options
     )
     apart = both["others"]["harmful"]
     assert same_weights(apart, expected), "of the calibrated ones only benign is a whole other"

@@ -28,6 +28,7 @@ from harmcircuits.organisms import FOLDER, load_organism, world
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.models import ModelSpec, open_model
+from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.study import study
 
@@ -204,7 +205,7 @@ def test_a_small_random_model_is_opened_with_its_tokenizer(tmp_path):
     )
     assert model.name == "llama"
     assert model.template == "raw"
-    mask = model.find_circuit("harmful", size=0.01, protect="benign", rounds=1)
+    mask = circuit_in_rounds(model, "harmful", size=0.01, protect="benign", rounds=1)
     assert len(mask) == round(0.01 * mask.n_weights)
     loss = model.measure(only="harmful").one("harm_nll").mean
     assert model.measure(only="harmful", mask=mask).one("harm_nll").mean > loss

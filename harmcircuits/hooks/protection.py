@@ -1,0 +1,188 @@
+"""What a search must spare: a price is put on some of its answers, and the others check masks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.display import listed, nearest
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.losses import completion_nll
+from harmcircuits.measurements import Label, Measurement, Z
+from harmcircuits.prompts import Batch
+
+CHECKED_EVERY = 3  # of so many requests one checks, and the others are priced
+
+Protect = Mapping[str, Sequence[Batch]] | Sequence[Sequence[Batch]]
+Budget = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Behaviours to spare, and how far the loss of each may rise.
+
+    A price fits the answers that it was computed on. So masks are checked on others: of every
+    three requests two are priced and the third checks. A behaviour of fewer than three requests is
+    checked on what is priced.
+
+    Attributes:
+        priced: the batches of each behaviour that are priced.
+        checked: those of all behaviours that check, together.
+        behaviour: for every checked example the number of its behaviour, in the order of `priced`.
+        unpruned: the loss of every checked example before anything is removed; nats per token.
+        budgets: by how much each behaviour's mean may rise.
+    """
+
+    priced: Mapping[str, Sequence[Batch]]
+    checked: Sequence[Batch]
+    behaviour: Int[Tensor, " n"]
+    unpruned: Float[Tensor, " n"]
+    budgets: Mapping[str, float]
+
+    @classmethod
+    def of(cls, bridge: Bridge, protect: Protect, budget: Budget) -> "Protection":
+        """The answers shared out among pricing and checking, and their losses now.
+
+        Args:
+            bridge: the model, with nothing removed.
+            protect: batches of each behaviour, by name or in order.
+            budget: for all behaviours, or for each by name.
+
+        Raises:
+            ValueError: a behaviour without batches, a negative budget, and a budget for a behaviour
+                that is not protected.
+        """
+        by_name = _named(protect)
+        budgets = _budgets(budget, by_name)
+        priced = {}
+        rows: list[tuple[int, Tensor, Tensor]] = []  # behaviour, tokens, is_target
+        for number, (name, batches) in enumerate(by_name.items()):
+            first, second = split_by_request(batches, CHECKED_EVERY)
+            priced[name] = first
+            rows += [(number, *example) for example in _examples(second or first)]
+
+        # Of like length together, since the shorter ones of a batch are padded.
+        rows.sort(key=lambda row: len(row[1]))
+        largest = max((len(batch) for batches in by_name.values() for batch in batches), default=1)
+        checked = []
+        for start in range(0, len(rows), largest):
+            group = rows[start : start + largest]
+            checked.append(_batch([(tokens, is_target) for _, tokens, is_target in group]))
+        behaviour = torch.tensor([number for number, _, _ in rows], dtype=torch.int64)
+        unpruned = completion_nll(bridge, checked) if checked else torch.empty(0)
+        return cls(priced, checked, behaviour, unpruned, budgets)
+
+    def rises(
+        self, bridge: Bridge, mask: WeightMask, labels: Mapping[str, Label]
+    ) -> list[Measurement]:
+        """By how much each behaviour's loss on the checked answers is higher under a mask.
+
+        A row "protected_rise" for each, nats per token, with the normal 95 % interval of the paired
+        difference.
+
+        Args:
+            bridge: the model, with nothing removed.
+            mask: the weights to remove.
+            labels: what the rows carry besides "protected", the behaviour.
+        """
+        if not self.checked:
+            return []
+        change = completion_nll(bridge, self.checked, mask=mask) - self.unpruned
+        rows = []
+        for number, name in enumerate(self.priced):
+            of_behaviour = change[self.behaviour == number]
+            where = {**labels, "protected": name}
+            rows.append(_with_normal_interval("protected_rise", where, of_behaviour))
+        return rows
+
+    def allows(self, rises: Sequence[Measurement]) -> bool:
+        """Whether no behaviour's loss rises by more than its budget."""
+        return all(row.mean <= self.budgets[str(row.labels["protected"])] for row in rises)
+
+
+def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
+    """The examples of most requests, and those of every so many-th, in their order.
+
+    Examples of one request, that is with the same tokens before the first target, stay together.
+
+    Args:
+        batches: the examples.
+        every: 3 puts the third, sixth ... request into the second list.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    first, second = [], []
+    for batch in batches:
+        is_second = []
+        for tokens, is_target in _examples([batch]):
+            start = int(is_target.int().argmax())
+            request = tuple(tokens[:start].tolist())
+            number = numbers.setdefault(request, len(numbers))
+            is_second.append(number % every == every - 1)
+        for part, wanted in ((first, False), (second, True)):
+            rows = [row for row, belongs in enumerate(is_second) if belongs == wanted]
+            if rows:
+                part.append(Batch(batch.tokens[rows], batch.is_target[rows]))
+    return first, second
+
+
+def _examples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of each example and which of them are targets, without padding."""
+    examples = []
+    for batch in batches:
+        lengths = batch.is_token.sum(dim=1).tolist()
+        for row, length in enumerate(lengths):
+            examples.append((batch.tokens[row, :length], batch.is_target[row, :length]))
+    return examples
+
+
+def _batch(examples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+    """Examples padded to one length. What stands in the padding reaches no target."""
+    tokens = pad_sequence([tokens for tokens, _ in examples], batch_first=True)
+    is_target = pad_sequence([is_target for _, is_target in examples], batch_first=True)
+    return Batch(tokens, is_target)
+
+
+def _named(protect: Protect) -> dict[str, Sequence[Batch]]:
+    if isinstance(protect, Mapping):
+        by_name = dict(protect)
+    else:
+        by_name = {str(number): batches for number, batches in enumerate(protect, start=1)}
+    for name, batches in by_name.items():
+        if not batches:
+            raise ValueError(
+                f"find_circuit: no batches of what is protected ({name}); leave it out"
+            )
+    return by_name
+
+
+def _budgets(budget: Budget, protected: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+    if not isinstance(budget, Mapping):
+        budget = dict.fromkeys(protected, budget)
+    for name, value in budget.items():
+        if name not in protected:
+            raise ValueError(
+                f"find_circuit: a budget for {name!r}, which is not protected; "
+                f"{nearest(name, protected)}"
+            )
+        if not value >= 0:
+            raise ValueError(
+                f"find_circuit: budget={value} for {name!r}; expected 0 or more nats per token"
+            )
+    missing = [name for name in protected if name not in budget]
+    if missing:
+        raise ValueError(f"find_circuit: no budget for {listed(missing)}; give one for each")
+    return dict(budget)
+
+
+def _with_normal_interval(
+    metric: str, labels: Mapping[str, Label], values: Float[Tensor, " n"]
+) -> Measurement:
+    """The mean of some values, with its standard error on either side times 1.96."""
+    mean = values.mean().item()
+    n = len(values)
+    half = Z * values.std().item() / n**0.5 if n > 1 else 0.0
+    return Measurement(metric, labels, mean, mean - half, mean + half, n)

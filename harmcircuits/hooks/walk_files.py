@@ -1,0 +1,107 @@
+"""The folder in which a search keeps its walk, so that it can go on after an interruption."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.measurements import Measurement, Rows
+
+Sums = Mapping[str, Mapping[str, Float[Tensor, "..."]]]
+Masks = Mapping[str, WeightMask | None]
+
+
+class KeptWalk(NamedTuple):
+    """What a folder holds of a walk.
+
+    Attributes:
+        state: numbers by name.
+        sums: tensors by name of the sum and of the weight.
+        masks: by name; None where there was none.
+        trace: what was tried.
+    """
+
+    state: Mapping[str, Any]
+    sums: Sums
+    masks: Masks
+    trace: Rows
+
+
+def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
+    """Keep a walk in a folder, in place of an earlier one.
+
+    The new one is written beside the old one and then renamed, so that an interruption leaves one
+    of them whole.
+
+    Args:
+        folder: made if it is not there.
+        key: which search it is.
+        walk: what to keep.
+    """
+    folder = Path(folder)
+    unfinished = folder / "unfinished"
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+
+    for name, tensors in walk.sums.items():
+        save_file(
+            {weight: tensor.contiguous() for weight, tensor in tensors.items()},
+            unfinished / f"{name}.safetensors",
+        )
+    for name, mask in walk.masks.items():
+        if mask is not None:
+            mask.save(unfinished / f"{name}-mask.safetensors")
+    state = {
+        "key": key,
+        "state": dict(walk.state),
+        "masks": {name: mask is not None for name, mask in walk.masks.items()},
+        "sums": list(walk.sums),
+        "trace": [asdict(row) for row in walk.trace],
+    }
+    (unfinished / "walk.json").write_text(json.dumps(state), encoding="utf-8")
+
+    earlier = list(folder.glob("step-*"))
+    unfinished.rename(folder / f"step-{walk.state['step']:03}")
+    for path in earlier:
+        shutil.rmtree(path)
+
+
+def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
+    """The furthest walk that a folder holds; None where it holds none.
+
+    Args:
+        folder: given to `write_walk`.
+        key: which search it must be.
+
+    Raises:
+        ValueError: a walk of another search, or a damaged one.
+    """
+    steps = sorted(Path(folder).glob("step-*"))
+    if not steps:
+        return None
+    latest = steps[-1]
+    try:
+        kept = json.loads((latest / "walk.json").read_text(encoding="utf-8"))
+        if kept["key"] != key:
+            raise ValueError(
+                f"{folder} holds the walk of another search (other data, weights or options); "
+                "give another folder, or remove it"
+            )
+        sums = {name: load_file(latest / f"{name}.safetensors") for name in kept["sums"]}
+        trace = Rows(Measurement(**row) for row in kept["trace"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{latest}: a damaged walk ({error}); remove it to start afresh") from None
+    masks: dict[str, WeightMask | None] = {}
+    for name, is_there in kept["masks"].items():
+        path = latest / f"{name}-mask.safetensors"
+        masks[name] = WeightMask.load(path) if is_there else None
+    return KeptWalk(kept["state"], sums, masks, trace)

@@ -1,0 +1,76 @@
+"""How answers are shared out among pricing and checking.
+
+Would catch: an answer that is priced and checked, answers of one request on both sides, padding
+that changes a loss, a rise that is credited to another behaviour.
+"""
+
+import pytest
+import torch
+from helpers import random_batch
+
+from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.losses import completion_nll
+from harmcircuits.hooks.protection import Protection, split_by_request
+from harmcircuits.prompts import Batch
+
+FIRST = [random_batch(7, 8, seed=1)]
+SECOND = [random_batch(4, 6, seed=2), random_batch(2, 10, seed=3)]
+
+
+def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
+    """The tokens of every example, without padding."""
+    examples = []
+    for batch in batches:
+        for tokens, is_token in zip(batch.tokens, batch.is_token, strict=True):
+            examples.append(tuple(tokens[is_token].tolist()))
+    return examples
+
+
+def test_every_third_request_is_set_apart():
+    most, third = split_by_request(SECOND, 3)
+    examples = rows(SECOND)
+    assert rows(third) == examples[2::3]
+    assert rows(most) == [example for example in examples if example not in examples[2::3]]
+
+
+def test_answers_to_one_request_stay_together():
+    tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 7], [3, 6, 7], [3, 6, 8]])
+    is_target = torch.tensor([[False, False, True]]).expand(5, 3)
+    most, third = split_by_request([Batch(tokens, is_target)], 3)
+    assert rows(most) == [(5, 6, 7), (5, 6, 8), (9, 6, 7)]
+    assert rows(third) == [(3, 6, 7), (3, 6, 8)]
+
+
+def test_rises_are_those_of_each_behaviour_by_itself(llama):
+    protection = Protection.of(llama, {"first": FIRST, "second": SECOND}, 0.1)
+    mask = top_fraction(removal_effect(llama, FIRST), 0.1)
+    rises = {row.labels["protected"]: row for row in protection.rises(llama, mask, {"step": 1})}
+    for name, batches in (("first", FIRST), ("second", SECOND)):
+        _, checked = split_by_request(batches, 3)
+        change = completion_nll(llama, checked, mask=mask) - completion_nll(llama, checked)
+        assert rises[name].mean == pytest.approx(change.mean().item(), abs=1e-5)
+        half = 1.959964 * change.std().item() / len(change) ** 0.5
+        assert rises[name].high - rises[name].mean == pytest.approx(half, abs=1e-5)
+        assert rises[name].labels["step"] == 1
+
+
+def test_a_budget_binds_its_own_behaviour(llama):
+    mask = top_fraction(removal_effect(llama, FIRST), 0.1)
+    protect = {"first": FIRST, "second": SECOND}
+    free = Protection.of(llama, protect, 100.0)
+    rises = {row.labels["protected"]: row.mean for row in free.rises(llama, mask, {})}
+    for name, rise in rises.items():
+        for change, is_allowed in ((0.01, True), (-0.01, False)):
+            budget = {"first": 100.0, "second": 100.0, name: abs(rise + change)}
+            if rise + change < 0:
+                continue
+            protection = Protection.of(llama, protect, budget)
+            assert protection.allows(protection.rises(llama, mask, {})) == is_allowed
+
+
+def test_a_behaviour_of_few_requests_is_checked_on_what_is_priced(llama):
+    few = [random_batch(2, 6, seed=4)]
+    protection = Protection.of(llama, [few], 0.1)
+    assert rows(list(protection.checked)) == sorted(rows(few), key=len)
+    assert rows(list(protection.priced["1"])) == rows(few)
