@@ -49,17 +49,20 @@ def load_model(
             f"{model} is an adapter; merge it into its base (merge_and_unload) "
             "and give the merged folder"
         )
-    where: dict[str, Any] = {"device_map": device_map} if device_map else {"device": device}
+    # TransformerLens takes one of the two.
+    where: dict[str, Any] = {"device": device}
+    if device_map:
+        where = {"device_map": device_map}
     try:
+        # The bridge would load in float32 whatever the file holds.
         stored = AutoConfig.from_pretrained(model).dtype or torch.float32
-        bridge = TransformerBridge.boot_transformers(
-            model, dtype=DTYPES[dtype] if dtype else stored, **where
-        )
+        chosen = DTYPES[dtype] if dtype else stored
+        bridge = TransformerBridge.boot_transformers(model, dtype=chosen, **where)
     except OSError as error:
         raise ValueError(
             f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})"
         ) from None
-    weight_sites(bridge)
+    weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
     return bridge
 
 
