@@ -21,7 +21,7 @@ class Behaviour:
     Behaviour(first topic: benign_valid_rate, shown by 'benign')
 
     Attributes:
-        name: how it is called.
+        name: its name.
         metric: name of the rate of answers with the verdict `wanted`.
         nll_metric: name of the loss on reference answers, nats per token.
         wanted: the verdict that shows it.
@@ -31,8 +31,8 @@ class Behaviour:
         prefill: opens every answer.
         choices: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
             matched pair: no is right, then yes is right.
-        objective: what its weights are scored by.
-        judge: of its answers, where it is not the model's.
+        objective: the loss by which weights are scored for it.
+        judge: the judge of its answers, where it is not the model's.
         max_new_tokens: how long an answer may be, where it is not the model's limit.
         title: what tables call the rate; the name by default.
         is_kept: whether it is an ability that the removal of another behaviour must leave alone.
@@ -59,6 +59,7 @@ class Behaviour:
 
     def __post_init__(self) -> None:
         if not self.title:
+            # The dataclass is frozen, also to itself.
             object.__setattr__(self, "title", self.name)
 
     def __repr__(self) -> str:
@@ -84,7 +85,7 @@ class Behaviour:
             metric: its own name of the rate; that of the whole by default.
             nll_metric: its own name of the loss; that of the whole by default.
         """
-        whole = self.part_of or self.name
+        whole = self.part_of or self.name  # a part of a part is a part of the whole
 
         def prompts(split: str) -> PromptSet:
             return self.prompts(split).where(keep)
@@ -105,5 +106,6 @@ class Behaviour:
         categories = dict.fromkeys(example.category for example in self.prompts("calibration"))
         for category in categories:
             name = f"{self.name}/{category}"
+            # `of` is bound now; `category` alone would be that of the last turn in every part.
             parts[name] = self.only(name, lambda example, of=category: example.category == of)
         return parts

@@ -63,6 +63,7 @@ class QuestionTemplates:
         names = [field.name for field in fields(cls)]
         if not isinstance(stored, dict) or not stored.keys() <= set(names):
             raise ValueError(f"questions: {path} must be an object with some of {', '.join(names)}")
+        # JSON has lists only; the templates are hashable.
         values: dict[str, Any] = {}
         for name, value in stored.items():
             values[name] = tuple(value) if isinstance(value, list) else value
