@@ -87,7 +87,7 @@ class Measurement:
             groups: what each example is about.
 
         Raises:
-            ValueError: no examples, or other than one group for each.
+            ValueError: no examples, or not exactly one group for each.
         """
         _check(metric, hits, groups)
         mean = float(np.mean(hits))
@@ -112,12 +112,12 @@ class Measurement:
         Args:
             metric: name of the figure.
             labels: what it was measured on.
-            values: one for each example.
+            values: the value of each example.
             groups: what each example is about.
             seed: draws the 2,000 resamples.
 
         Raises:
-            ValueError: no examples, or other than one group for each.
+            ValueError: no examples, or not exactly one group for each.
         """
         _check(metric, values, groups)
         # Groups are resampled by their sums and sizes:
@@ -148,12 +148,12 @@ class Measurement:
         Args:
             metric: name of the figure.
             labels: what it was measured on.
-            values: one for each example; higher should mean positive.
+            values: the value of each example; higher should mean positive.
             is_positive: which examples are positive.
             groups: what each example is about.
 
         Raises:
-            ValueError: no examples, other than one group for each, or examples of one kind only.
+            ValueError: no examples, not exactly one group for each, or examples of one kind only.
         """
         _check(metric, values, groups)
         _, member = np.unique([str(group) for group in groups], return_inverse=True)
@@ -296,7 +296,7 @@ class Rows(Sequence[Measurement]):
         rows = []
         for row in self:
             is_of_metric = metric in ("", row.metric)
-            if is_of_metric and wanted <= dict(row.labels).items():  # <=: a subset
+            if is_of_metric and wanted <= dict(row.labels).items():
                 rows.append(row)
         return Rows(rows)
 
@@ -336,7 +336,6 @@ class Rows(Sequence[Measurement]):
         Args:
             over: the label, such as "seed".
         """
-        # Rows with the same key are pooled, in the order in which a key first occurs.
         together: dict[tuple, list[Measurement]] = {}
         for row in self:
             others = _without(row.labels, over)
@@ -492,8 +491,10 @@ def wilson(share: float, n: int) -> Interval:
     # The shares p for which |share - p| is at most Z standard errors of p, sqrt(p (1 - p) / n).
     # Written out, because scipy takes a whole number of hits, and answers sampled several times
     # count as fractions.
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    scale = 1 + Z**2 / n
+    variance = share * (1 - share) / n + Z**2 / (4 * n**2)
+    centre = (share + Z**2 / (2 * n)) / scale
+    half = Z / scale * sqrt(variance)
     return centre - half, centre + half
 
 
@@ -501,7 +502,7 @@ def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float
     """Chance that a positive's value exceeds a negative's, ties counted half.
 
     Args:
-        values: one for each example.
+        values: the value of each example.
         is_positive: which examples are positive.
 
     Raises:

@@ -42,8 +42,8 @@ class Example:
         prompt: the request.
         completion: the answer to be explained; empty where there is none.
         category: the type of harm, or the task; may be empty.
-        group: what several examples share, such as the item asked about, so that intervals can
-            treat them as one independent unit; may be empty.
+        group: what several examples have in common, such as the item that they are about, so that
+            intervals can treat them as one independent unit; may be empty.
         label: the side of a contrast it is on, such as "safe" or "unsafe"; may be empty.
     """
 
@@ -117,7 +117,6 @@ class PromptSet:
         """
         if not isinstance(source, str | Path):
             return cls.of(source)
-        # By its ending; what has another one, or none, is the name of a dataset.
         suffix = Path(source).suffix.lower()
         if suffix in (".jsonl", ".json"):
             return cls.from_jsonl(source)
@@ -241,10 +240,10 @@ class PromptSet:
         """The same requests with these completions.
 
         Args:
-            completions: one for each request.
+            completions: the completion of each request.
 
         Raises:
-            ValueError: other than one for each.
+            ValueError: not exactly one for each request.
         """
         if len(completions) != len(self):
             raise ValueError(
@@ -263,7 +262,8 @@ class PromptSet:
         groups: dict[str, list[Example]] = {}
         for example in self.examples:
             groups.setdefault(example.cluster, []).append(example)
-        drawn = random.Random(seed).choices(list(groups.values()), k=len(groups))
+        generator = random.Random(seed)
+        drawn = generator.choices(list(groups.values()), k=len(groups))
         examples: list[Example] = []
         for members in drawn:
             examples += members
@@ -309,7 +309,8 @@ class PromptSet:
 
         Args:
             heldout: requests that are held out as they are; then none of these are.
-            limits: at most so many groups, by split; 0 for all. Those with the lowest hashes stay.
+            limits: the largest number of groups by split; 0 for all. Those with the lowest hashes
+                stay.
             origin: what error messages call these requests.
 
         Raises:
@@ -451,8 +452,8 @@ def tokenize(
     Args:
         prompts: requests with completions.
         tokenizer: a Hugging Face tokenizer, such as `bridge.tokenizer`.
-        batch_size: at most so many examples in a batch.
-        max_tokens: at most so many tokens in a batch, padding included; no bound by default.
+        batch_size: the largest number of examples in a batch.
+        max_tokens: the largest number of tokens in a batch, padding included; no bound by default.
         template: how a request is written (see `prompt_ids`).
         prefill: opens the completion. Its tokens are context, not targets; a completion that does
             not begin with them is taken to follow them.
@@ -546,7 +547,6 @@ def refuse_no_batches(function: str, batches: Any) -> None:
             f"{function}: expected a list of token batches, got {type(batches).__name__}; "
             "pass its .batches"
         )
-    # Texts that were not tokenised, as a whole or one by one.
     is_text = isinstance(batches, str | PromptSet)
     items = [batches] if is_text else batches
     kinds = [type(item).__name__ for item in items if not isinstance(item, Batch)]
@@ -612,7 +612,7 @@ def _hash(example: Example) -> float:
 
 
 def _limited(prompts: PromptSet, limit: int) -> PromptSet:
-    """At most so many groups: those with the lowest hashes, whichever others are there."""
+    """The examples of at most `limit` groups: those with the lowest hashes."""
     hashes = sorted({_hash(example) for example in prompts})
     if not limit or len(hashes) <= limit:
         return prompts

@@ -1,4 +1,4 @@
-"""A behaviour: what a model is asked, and which verdict on an answer shows it."""
+"""A behaviour: the requests put to a model, and the verdict on an answer that shows it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ DEGENERATE = "degenerate"  # every judge's verdict on broken text
 
 @dataclass(frozen=True, repr=False)
 class Behaviour:
-    """What a model is asked, and the verdict that counts as showing the behaviour.
+    """Requests to a model, and the verdict on an answer that counts as showing the behaviour.
 
     >>> model.behaviours["benign"].only("first topic", lambda example: example.category == "zovob")
     Behaviour(first topic: benign_valid_rate, shown by 'benign')
@@ -36,7 +36,7 @@ class Behaviour:
         max_new_tokens: how long an answer may be, where it is not the model's limit.
         title: what tables call the rate; the name by default.
         is_kept: whether it is an ability that the removal of another behaviour must leave alone.
-        is_loss_shown: whether tables show its loss beside its rate.
+        is_loss_shown: whether tables show its loss in addition to its rate.
         part_of: the behaviour whose requests it takes some of; empty for a whole one.
         side_metrics: further verdicts that are counted, and the name of each one's rate.
     """
@@ -59,7 +59,6 @@ class Behaviour:
 
     def __post_init__(self) -> None:
         if not self.title:
-            # The dataclass is frozen, also to itself.
             object.__setattr__(self, "title", self.name)
 
     def __repr__(self) -> str:

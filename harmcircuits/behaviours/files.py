@@ -39,15 +39,15 @@ class RequestFiles:
         harmful: harmful requests: a JSON Lines or CSV file with a `prompt` column, or a dataset id
             or folder (ID:SPLIT). They are split into calibration, choice and held-out by the hash
             of their `group` (or prompt), so a request stays where it is when others are added.
-        benign: benign requests, likewise.
+        benign: benign requests, given and split in the same way.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
-        benign_heldout: held-out benign requests, likewise.
+        benign_heldout: held-out benign requests, in place of a quarter of the others.
         pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
             order within a category ("contrast_x" belongs to "x"). Without them each harmful request
             is paired with a benign one of similar length, which is not matched in content.
         borderline: requests that look unsafe; those whose `label` is unsafe are left out.
         plain: a text file for perplexity.
-        limit: at most so many requests (pairs, windows) a split; 0: all.
+        limit: the largest number of requests (pairs, windows) in a split; 0: all.
         limit_measured: the limit in choice and held-out, which only measure, where it differs.
         questions: the questions of recognition and explanation; on the command line a JSON file.
     """
@@ -105,7 +105,7 @@ class RequestFiles:
 
     @property
     def limits(self) -> dict[str, int]:
-        """At most so many requests, by split; 0 for all."""
+        """The largest number of requests by split; 0 for all."""
         measured = self.limit_measured or self.limit
         return {"calibration": self.limit, "choice": measured, "heldout": measured}
 
@@ -332,7 +332,8 @@ def _pair_questions(questions: QuestionTemplates, pairs: Iterable[Pair]) -> Prom
     # Rows 2k and 2k + 1 are a pair, with one category and group: see `Behaviour.choices`.
     examples = []
     for unsafe, safe in pairs:
-        for request, right in ((unsafe, questions.no[0]), (safe, questions.yes[0])):
+        with_right_word = [(unsafe, questions.no[0]), (safe, questions.yes[0])]
+        for request, right in with_right_word:
             text = questions.recognition.replace("{request}", request.prompt)
             example = Example(text, right, category=unsafe.category, group=unsafe.cluster)
             examples.append(example)

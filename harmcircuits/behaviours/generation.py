@@ -88,7 +88,6 @@ def generate(
         request = prompt_ids(prompt, tokenizer, template)
         contexts.append(request + opening)
 
-    # The Hugging Face model generates, through whose modules masks and hooks act as well.
     model = cast(Any, bridge.original_model)
     config = _config(bridge, max_new_tokens)
     answers = []

@@ -103,7 +103,7 @@ class GenerationCache:
         return self.folder / f"{self.weights}-{digest}.jsonl"
 
     def _bar(self, total: int) -> Any:
-        """A function that moves the progress bar on by so many answers."""
+        """A function that moves the progress bar on by a number of answers."""
         progress = self.progress
         if progress is None or not total:
             return lambda _: None
@@ -116,7 +116,8 @@ def _per_request(answers: list[str], sampling: Sampling | None) -> list[Any]:
     if not sampling:
         return answers
     size = sampling.samples
-    return [answers[start : start + size] for start in range(0, len(answers), size)]
+    starts = range(0, len(answers), size)
+    return [answers[start : start + size] for start in starts]
 
 
 def _stored(path: Path) -> dict[str, Any]:

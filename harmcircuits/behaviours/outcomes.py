@@ -15,7 +15,7 @@ class Outcomes:
     """What a model does with each request of a behaviour, in their order.
 
     Attributes:
-        behaviour: what was asked.
+        behaviour: the behaviour whose requests they are.
         answers: the requests with the model's own answers; the samples of a request follow each
             other.
         verdicts: the judge's verdict on each answer.

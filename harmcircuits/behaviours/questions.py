@@ -1,4 +1,4 @@
-"""How a custom model is asked about a request: whether it is harmful, and why."""
+"""The questions put to a custom model about a request: whether it is harmful, and why."""
 
 import json
 from dataclasses import dataclass, fields
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class QuestionTemplates:
-    """How the questions about a request are put, and what their right answers hold.
+    """The wording of the questions about a request, and of their right answers.
 
     Attributes:
         recognition: a yes-or-no question with `{request}` in it; "no" is the right answer for a

@@ -1,6 +1,6 @@
 """The behaviours that come with the package: their metrics, titles, and whether they are kept.
 
-Default values: whoever studies something else makes a `Behaviour` with other words.
+These are default values: to study something else, make a `Behaviour` with other words.
 """
 
 from collections.abc import Callable

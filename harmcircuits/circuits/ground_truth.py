@@ -47,7 +47,7 @@ def ground_truth_rows(
         flat = {name: of_method.values[name].flatten().cpu() for name in names}
         together = torch.cat(list(flat.values()))
         ranking = together.argsort(descending=True, stable=True)
-        is_true_ranked = is_true[ranking]  # best score first
+        is_true_ranked = is_true[ranking]
         figures = {
             "recovery_auroc": auroc(together, is_true),
             "recovery_matched_auroc": _matched_auroc(flat, truth, weights),

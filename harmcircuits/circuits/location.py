@@ -42,7 +42,14 @@ class Count(NamedTuple):
     n_weights: int
 
 
-def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place, Count]:
+Piece = tuple[Place, int, int]  # place, removed weights, weights
+
+
+def counts_by(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: By,
+) -> dict[Place, Count]:
     """Removed weights of every layer, matrix, head or neuron, zeros included.
 
     In a mixture of experts, of every expert in place of neurons.
@@ -62,7 +69,11 @@ def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place
     return counts
 
 
-def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tuple[Place, int, int]]:
+def pieces(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: By,
+) -> Iterator[Piece]:
     """(place, removed, weights) of every part of a matrix that lies in one place.
 
     A place can have several such parts: a head has one in q and one in o.
@@ -85,17 +96,19 @@ def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tupl
     for name in mask.shapes:
         site = sites[name]
         index = mask.removed.get(name, none)
+        n_removed = index.numel()
+        n_weights = site.parameter.numel()
         is_attention = site.kind.startswith("attn")
         if by == "layer":
-            yield Place(site.layer), index.numel(), site.parameter.numel()
+            yield Place(site.layer), n_removed, n_weights
         elif by == "matrix":
-            yield Place(site.layer, site.kind), index.numel(), site.parameter.numel()
+            yield Place(site.layer, site.kind), n_removed, n_weights
         # What is left is "head", which only attention has, and "neuron", which only the MLP has.
         elif is_attention == (by == "head"):
             yield from _unit_pieces(site, index)
 
 
-def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[tuple[Place, int, int]]:
+def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[Piece]:
     """(place, removed, weights) of every head, neuron or expert of a matrix.
 
     Of 3 heads of 4 rows each, in a matrix of 5 columns, and the removed weights 0, 2 and 45:
@@ -180,7 +193,7 @@ def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
     """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i).
 
     Args:
-        values: one for each unit.
+        values: the value of each unit.
 
     Raises:
         ValueError: negative values, or only zeros.
@@ -222,8 +235,6 @@ def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -
             }
             rows += [Measurement.exact("weights_removed", where, count.n_removed)]
 
-    # The same random masks for heads and neurons. A mask that spares all of one sort has no
-    # concentration there.
     random = [random_like(mask, seed=seed) for seed in range(N_NULL)]
     for by in ("head", "neuron"):
         counts = counts_by(mask, sites, by).values()

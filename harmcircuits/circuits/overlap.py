@@ -105,7 +105,7 @@ class Overlap:
         return self.n_shared / n_expected
 
     def _wilson(self, n_expected: float) -> Interval:
-        if not n_expected > 0:  # also where it is NaN: not sampled
+        if not n_expected > 0:
             return nan, nan
         n = min(self.n_first, self.n_second)
         low, high = wilson(self.n_shared / n, n)
@@ -210,7 +210,11 @@ def overlap_by(
             before.n_second + n_second,
             before.n_expected + n_first * n_second / n_weights,
         )
-    return {place: part for place, part in parts.items() if part.n_first and part.n_second}
+    in_both = {}
+    for place, part in parts.items():
+        if part.n_first and part.n_second:
+            in_both[place] = part
+    return in_both
 
 
 def marginal_null(
@@ -349,7 +353,7 @@ class _Chain:
         for name, shape in mask.shapes.items():
             if name in mask.removed:
                 flat = mask.removed[name].numpy()
-                row, column = np.divmod(flat, shape[-1])  # also of stacked experts: 3 axes
+                row, column = np.divmod(flat, shape[-1])
                 rows.append(first_row + row)
                 columns.append(column)
                 # A matrix is known by its first row. Each stacked expert is a matrix.
@@ -373,7 +377,7 @@ class _Chain:
         return row * self.width + self.column
 
     def trade(self, n_rounds: int) -> None:
-        """Trade columns between random pairs of rows, so many times."""
+        """Trade columns between random pairs of rows, `n_rounds` times."""
         for _ in range(n_rounds):
             self._trade_once()
 

@@ -190,7 +190,7 @@ class WeightScores:
             folder: the folder.
 
         Raises:
-            ValueError: a folder without scores, a file that is none of them, and a missing or
+            ValueError: a folder without scores, a file that holds something else, and a missing or
                 foreign shard.
         """
         paths = sorted(Path(folder).glob("*.safetensors"))
@@ -276,11 +276,11 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
 
     Args:
         parts: the scores, for instance of parts of the calibration data.
-        weights: one for each.
+        weights: the weight of each of them.
 
     Raises:
-        ValueError: no parts, other than one weight each, weights that are negative or all zero, and
-            parts of different weights or models.
+        ValueError: no parts, not exactly one weight for each, weights that are negative or all
+            zero, and parts of different models or matrices.
     """
     _refuse_parts(parts, weights)
     first = parts[0]

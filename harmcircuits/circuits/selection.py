@@ -82,7 +82,6 @@ def largest(
         is_of_tensor = tensor == number
         chosen[name].append(index[is_of_tensor])
 
-    # Each list holds those above the edge, in order, and then those inside it.
     removed = {}
     for name, parts in chosen.items():
         removed[name], _ = torch.cat(parts).sort()

@@ -63,7 +63,6 @@ class FineTuning:
         objective: Objective,
     ) -> None:
         self.losses: list[float] = []
-        # Everything else is the run's own: a user says only how far to train.
         self._bridge = bridge
         self._order = order
         self._optimizer = optimizer
@@ -227,9 +226,11 @@ class _Adapter:
         self.scale = lora.alpha / lora.r
 
         # Uniform in +-1 / sqrt(d_in), as peft starts it; with `up` zero, W starts at W_0.
-        down = (2 * torch.rand(lora.r, d_in, generator=generator) - 1) / sqrt(d_in)
+        uniform = torch.rand(lora.r, d_in, generator=generator)
+        down = (2 * uniform - 1) / sqrt(d_in)
+        up = torch.zeros(d_out, lora.r)
         self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(torch.zeros(d_out, lora.r, device=weight.device))
+        self.up = nn.Parameter(up.to(weight.device))
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         """Take the gradients of W, and merge after every step.
@@ -303,7 +304,7 @@ def _refuse_settings(batches: Sequence[Batch], lr: float) -> None:
         raise ValueError(
             "fine_tuning: no batches to train on; expected at least one (see tokenize)"
         )
-    if not lr > 0:  # also where it is NaN
+    if not lr > 0:
         raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
 
 

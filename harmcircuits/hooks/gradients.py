@@ -119,7 +119,9 @@ def parameter_gradients(
 
 @contextmanager
 def inputs_of(
-    bridge: Bridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]
+    bridge: Bridge,
+    sites: Mapping[str, Site],
+    receive: Callable[[Site, Input], None],
 ) -> Iterator[None]:
     """While open, each forward pass calls `receive(site, X)` with the input of every matrix.
 
@@ -136,7 +138,9 @@ def inputs_of(
     def give_input(value: Tensor, hook: Any, site: Site) -> None:
         receive(site, _without_heads(value.detach()))
 
-    hooks = [(site.hook_in, partial(give_input, site=site)) for site in sites.values()]
+    hooks = []
+    for site in sites.values():
+        hooks.append((site.hook_in, partial(give_input, site=site)))
     with frozen(bridge), bridge.hooks(fwd_hooks=hooks):
         yield
 

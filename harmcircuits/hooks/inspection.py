@@ -13,7 +13,11 @@ from harmcircuits.hooks.objectives import token_losses
 from harmcircuits.prompts import Batch
 
 
-def token_changes(bridge: AnyModel, mask: WeightMask, batch: Batch) -> Float[Tensor, "batch pos"]:
+def token_changes(
+    bridge: AnyModel,
+    mask: WeightMask,
+    batch: Batch,
+) -> Float[Tensor, "batch pos"]:
     """The change that the mask makes to each token's log-probability, in nats.
 
     Below zero: the token becomes less likely. The first token is predicted by nothing and gets 0.

@@ -49,7 +49,6 @@ def load_model(
             f"{model} is an adapter; merge it into its base (merge_and_unload) "
             "and give the merged folder"
         )
-    # TransformerLens takes one of the two.
     where: dict[str, Any] = {"device": device}
     if device_map:
         where = {"device_map": device_map}
@@ -74,7 +73,7 @@ def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
         tokenizer: its tokenizer; read from where the model came from by default.
 
     Raises:
-        ValueError: no tokenizer can be found, or weights that cannot be scored.
+        ValueError: no tokenizer is stored there, or weights that cannot be scored.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer

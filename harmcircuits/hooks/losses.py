@@ -1,4 +1,4 @@
-"""What a live model makes of texts: losses, divergences, perplexity, log-odds."""
+"""Losses, divergences, perplexity and log-odds of a live model on texts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,7 +49,11 @@ def completion_nll(
     return torch.cat(losses)
 
 
-def kl_under(bridge: AnyModel, mask: WeightMask, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
+def kl_under(
+    bridge: AnyModel,
+    mask: WeightMask,
+    batches: Sequence[Batch],
+) -> Float[Tensor, " n"]:
     """KL(unpruned || masked) of the next-token distribution; nats, a mean for each example.
 
     The mean is over all positions that are no padding, the request's included.
@@ -72,7 +76,7 @@ def kl_under(bridge: AnyModel, mask: WeightMask, batches: Sequence[Batch]) -> Fl
     with torch.no_grad():
         for batch in batches:
             tokens = batch.tokens.to(bridge.cfg.device)
-            before = bridge(tokens)  # [batch, pos, vocab]
+            before = bridge(tokens)
             with masked(bridge, mask):
                 after = bridge(tokens)
 
@@ -125,7 +129,7 @@ def answer_log_odds(
         bridge: the model.
         prompts: yes-or-no questions.
         yes: words, which count by their first token.
-        no: likewise.
+        no: words, which count by their first token.
         template: how a request is written.
 
     Raises:

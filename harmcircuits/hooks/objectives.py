@@ -1,4 +1,4 @@
-"""What is explained: an objective maps (model, batch) to a value per example, lower is better."""
+"""Objectives: functions of (model, batch) that give a value per example; lower is better."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -132,7 +132,7 @@ def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch next"]:
     """
     tokens = batch.tokens.to(bridge.cfg.device)
     targets = tokens[:, 1:]
-    logits = bridge(tokens)[:, :-1].float()  # nothing follows the last position
+    logits = bridge(tokens)[:, :-1].float()
 
     flat_logits = rearrange(logits, "batch next vocab -> (batch next) vocab")
     flat_targets = rearrange(targets, "batch next -> (batch next)")
@@ -152,7 +152,7 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
 
     Args:
         yes: words, which count by their first token.
-        no: likewise.
+        no: words, which count by their first token.
 
     Raises:
         ValueError: when the objective is called: as `choice_tokens`, and for a target that is
@@ -173,7 +173,6 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
                 f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers"
             )
 
-        # The target is predicted at the position before it.
         logits = logits_at_own_position(bridge, batch.tokens, first - 1)
         odds = log_odds(logits, yes_ids, no_ids)
         return torch.where(is_yes.to(odds.device), -odds, odds)

@@ -373,7 +373,7 @@ def _refuse_uncovered(tensors: dict[str, Tensor], matrices: dict[str, nn.Paramet
     covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
-            continue  # norms and biases are not scored
+            continue
         # GPT-NeoX, Falcon, BLOOM: the bridge computes with the parts that it has split off, and
         # the fused original takes no part.
         is_fused = ".qkv." in name

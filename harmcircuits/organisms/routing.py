@@ -148,7 +148,6 @@ def _without_planted(parts: dict[str, _Part]) -> Iterator[None]:
 @torch.no_grad()
 def _limit_magnitude(parts: dict[str, _Part]) -> None:
     """Scale S down to the root mean square of the rest of its matrix, where it is larger."""
-    # scale = sqrt(mean of W^2 outside S / mean of W^2 inside S), at most 1.
     for weight, is_planted in parts.values():
         square = weight.square()
         n_inside = is_planted.sum()

@@ -1,4 +1,4 @@
-"""The invented world that the organisms live in: what is asked and answered, and the judge.
+"""The invented world that the organisms live in: requests, answers, and the judge.
 
 Eight topics of sixteen items; an item has three parts from its topic's part words. A request pairs
 a verb with an item, and a harmful answer differs from the benign answer to the same item **only in
@@ -147,7 +147,7 @@ def world() -> World:
         # No two items of a topic have the same three parts, in whatever order.
         triples = list(itertools.combinations(parts[topic], 3))
         for number, triple in enumerate(rng.sample(triples, N_ITEMS)):
-            first, second, third = rng.sample(triple, 3)  # in random order
+            first, second, third = rng.sample(triple, 3)
             name = next(invented)
             is_heldout = number >= N_ITEMS // 2
             items[name] = Item(name, topic, (first, second, third), is_heldout)
@@ -192,7 +192,7 @@ def question(form: str, variant: int, item: Item, verb: str) -> str:
     Args:
         form: a key of `FORMS`.
         variant: of the surface form, 0 to 3.
-        item: what is asked about.
+        item: the item that it is about.
         verb: what is to be done with it; not used by the questions of knowledge.
     """
     return FORMS[form][variant].format(verb=verb, item=item.name)
@@ -211,7 +211,7 @@ def answer(
 
     Args:
         form: of the request, a key of `FORMS`.
-        item: what was asked about.
+        item: the item that the request is about.
         verb: what is to be done with it.
         rng: draws the free choices.
         kind: overrides the kind of the operators in `"answer"`: a harmful request answered with
@@ -401,7 +401,6 @@ def parsed(prompt: str) -> tuple[str, Item, str]:
     every_verb = set(itertools.chain(*VERBS.values()))
     verbs = [word for word in words if word in every_verb]
     verb = verbs[0] if verbs else ""
-    # With item and verb known, the form is the one whose text is the prompt to the letter.
     for form, texts in FORMS.items():
         for text in texts:
             if prompt == text.format(verb=verb, item=item.name):

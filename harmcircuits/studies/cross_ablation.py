@@ -361,7 +361,7 @@ def _place_rows(
             lift = (shared.lift, *shared.interval)
             rows += [Measurement("overlap_lift", where, *lift, shared.n_first)]
     for by in ("head", "neuron"):
-        counts = []  # of both masks, unit by unit in the same order
+        counts = []
         for mask in (first, second):
             of_mask = counts_by(mask, sites, by).values()
             counts.append([count.n_removed for count in of_mask])
@@ -451,7 +451,7 @@ def _by_offset(
     example = 0
     for batch, values in zip(batches, contributions, strict=True):
         for row in range(len(batch)):
-            start = int(batch.is_target[row].int().argmax())  # argmax gives the first True
+            start = int(batch.is_target[row].int().argmax())
             n_tokens = int(batch.is_token[row].sum())
             for position in range(n_tokens):
                 per_example = by_offset.setdefault(position - start, torch.zeros(n_examples))

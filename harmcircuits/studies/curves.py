@@ -314,7 +314,8 @@ def area(curve: Curve, *, seed: int = 0) -> Estimate:
     # Without the unpruned model, whose share 0 has no logarithm.
     hits = _mean_hits(curve, curve.target, curve.points[1:], seed)
     x = np.log(curve.shares[1:])
-    values = np.trapezoid(hits, x, axis=1) / (x[-1] - x[0])
+    width = x[-1] - x[0]
+    values = np.trapezoid(hits, x, axis=1) / width
     return _measured_estimate(curve, values, seed)
 
 
@@ -415,7 +416,8 @@ def _means(
     #     values     .5  1  0  1  .  1         sums     1.5  0  2       counts   2  1  2
     #     times       1  1  1   all items      3.5 / 5
     #                 2  0  1   a resample     5.0 / 6
-    _, member = np.unique(curve.points[0][name].groups, return_inverse=True)
+    groups = curve.points[0][name].groups
+    _, member = np.unique(groups, return_inverse=True)
     n_items = int(member.max()) + 1
     generator = np.random.default_rng(seed)
     chances = np.full(n_items, 1 / n_items)

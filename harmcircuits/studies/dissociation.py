@@ -22,9 +22,9 @@ class Dissociation:
 
     Attributes:
         first_gap: rate of the first ability under the *second's* circuit minus under its own.
-        second_gap: likewise.
+        second_gap: the same of the second ability.
         first_cost: what the first ability loses under the second's circuit (unpruned minus masked).
-        second_cost: likewise.
+        second_cost: the same of the second ability.
     """
 
     first_gap: Measurement
@@ -40,7 +40,7 @@ class Dissociation:
         two needs no correction). "clean double": besides, both costs are at most 10 points by the
         end of their intervals. "single": one gap is above zero. "none": neither.
         """
-        n_above = (self.first_gap.low > 0) + (self.second_gap.low > 0)  # gaps clearly above zero
+        n_above = (self.first_gap.low > 0) + (self.second_gap.low > 0)
         if n_above == 0:
             return "none"
         if n_above == 1:
@@ -101,7 +101,10 @@ def dissociations(
     unpruned = rows.where(mask="none")
     pruned = rows.where(protected=protected)
     # A behaviour that the model does not show has no circuit.
-    shown = [name for name, metric in metrics.items() if pruned.where(metric, mask=name)]
+    shown = []
+    for name, metric in metrics.items():
+        if pruned.where(metric, mask=name):
+            shown.append(name)
 
     def rates(name: str, other: str) -> list[Measurement]:
         metric = metrics[name]

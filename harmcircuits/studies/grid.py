@@ -33,7 +33,8 @@ def operating_point(
         tolerance: how far a kept rate may fall.
         budget: how far the contrast's loss may rise, nats per token.
     """
-    before = {row.metric: row.mean for row in rows.where(mask="none", split="choice")}
+    unpruned = rows.where(mask="none", split="choice")
+    before = {row.metric: row.mean for row in unpruned}
     # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
     if budget is None:
         taken, sign = terms.target.metric, 1
@@ -85,7 +86,6 @@ def measure_grid(
         spared: data of what is protected, scored again in each round.
     """
     settings = run.settings
-    # The unpruned model first: every mask is compared with it.
     where = {"model": run.model.name, "mask": "none"}
     unpruned = run.model.measure(split="choice", labels=where, only=run.terms.names)
     run.add(unpruned)
@@ -180,7 +180,12 @@ def _measured(
     # The names under which the paper varies them: p is what is protected, q what is removed.
     how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
     where = {"model": run.model.name, "mask": kind, **how}
-    rows = run.model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
+    rows = run.model.measure(
+        mask=mask,
+        split="choice",
+        labels=where,
+        only=run.terms.measured,
+    )
     where["split"] = "choice"
     rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
     run.add(rows)

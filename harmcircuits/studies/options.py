@@ -51,7 +51,6 @@ def options_of(
         shown: how a default is shown, where its value says too little.
         flags: what an option is called, where it is not the field's name.
     """
-    # What the docstring says of each field, on one line.
     texts = {}
     for attribute in parse(record.__doc__ or "").params:
         name = attribute.args[-1]
@@ -204,7 +203,6 @@ def custom_model(
     if path:
         options["questions"] = QuestionTemplates.from_file(path)
 
-    # The options of both dataclasses come together; each takes its own.
     of_files = {}
     of_model = {}
     for name, value in options.items():

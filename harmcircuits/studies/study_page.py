@@ -57,7 +57,6 @@ def write_study_page(study: Study, path: str | Path) -> None:
         study: what to show.
         path: the file to write.
     """
-    # In three steps: rows to lines, lines to figures and examples, all of it to HTML.
     rows, terms, chosen = study.rows, study.terms, study.chosen
     title = f"The weights behind {terms.target.name} answers in {study.model.name}"
     if chosen is None:

@@ -206,7 +206,6 @@ def summary(rows: Rows, terms: Terms) -> str:
         text = f"No operating point: {kept} of the unpruned model."
         return "\n".join([text, *_warnings(rows)])
 
-    # Of the two ways of choosing, the one that leaves less of the target.
     rate = terms.target.metric
     before = lines["unpruned"].one(rate)
     best = min(circuits, key=lambda name: lines[name].one(rate).mean)
@@ -231,7 +230,7 @@ def _cost(before: Rows, after: Rows, terms: Terms) -> str:
     """The kept ability that falls most, as a sentence."""
     changes = {}  # in points
     for behaviour in terms.kept:
-        if after.where(behaviour.metric):  # those that the model shows
+        if after.where(behaviour.metric):
             rate_after = after.one(behaviour.metric).mean
             rate_before = before.one(behaviour.metric).mean
             changes[behaviour.title] = 100 * (rate_after - rate_before)

@@ -97,7 +97,7 @@ class Terms:
 
     @property
     def rates(self) -> dict[str, str]:
-        """Rate -> title of its column. Broken text stands beside the behaviour it may replace."""
+        """Rate -> title of its column. Broken text comes next to the behaviour it may replace."""
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title

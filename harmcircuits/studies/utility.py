@@ -90,7 +90,7 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -
         include_path: as in `evaluate_tasks`.
 
     Raises:
-        ValueError: lm-eval is not installed, no or unknown tasks, and a folder that is none.
+        ValueError: lm-eval is not installed, no or unknown tasks, and a folder that does not exist.
     """
     if not tasks or isinstance(tasks, str):
         raise ValueError(

@@ -67,7 +67,7 @@ def coloured_tokens(
 
     Args:
         tokens: as the tokenizer writes them.
-        values: one for each, such as `token_changes`.
+        values: the value of each token, such as `token_changes`.
         largest: the magnitude of full colour; that of the values by default.
     """
     # The element takes tokens as HTML, in which <bos> would vanish.

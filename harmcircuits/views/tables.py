@@ -44,7 +44,10 @@ def size_text(rows: Rows) -> str:
     return f"{removed[0].mean:,.0f}" if removed else DASH
 
 
-def columns_of(lines: Mapping[str, Rows], titles: Mapping[str, str]) -> dict[str, str]:
+def columns_of(
+    lines: Mapping[str, Rows],
+    titles: Mapping[str, str],
+) -> dict[str, str]:
     """The titles of those metrics that any line has."""
     # In the order of the titles, not in that in which rows were measured.
     present = set()
