@@ -194,7 +194,7 @@ def _restored(bridge: Bridge) -> Iterator[list[_Saved]]:
 
 
 def _require_gradients(saved: list[_Saved], learned: Sequence[nn.Parameter]) -> None:
-    """Of these parameters and no others; and no gradient from before."""
+    """Let exactly these parameters require a gradient, and drop the gradients from before."""
     # By identity: `in` would compare tensors entry by entry.
     ids = {id(parameter) for parameter in learned}
     for state in saved:

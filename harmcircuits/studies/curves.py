@@ -370,7 +370,7 @@ def share_text(rows: Rows) -> str:
 
 def log_spaced(last: int, n: int) -> tuple[int, ...]:
     """At most `n` whole numbers from 1 to `last`, evenly on a logarithmic scale, each once."""
-    # Small ones round to the same number: for n = 5 up to 10, they are 1, 2, 3, 6 and 10.
+    # Small ones may round to the same number: 8 up to 10 are 1, 2, 3, 4, 5, 7 and 10.
     numbers = {round(number) for number in np.geomspace(1, last, n)}
     return tuple(sorted(numbers))
 
