@@ -16,7 +16,7 @@ def listed(names: Iterable[Any], most: int = 8) -> str:
     '0, 1, 2 and 9 more'
     """
     texts = [str(name) for name in names]
-    if len(texts) <= most + 1:
+    if len(texts) <= most + 1:  # "and 1 more" is no shorter than the name
         return ", ".join(texts)
     return f"{', '.join(texts[:most])} and {len(texts) - most} more"
 
@@ -28,9 +28,11 @@ def share(part: float) -> str:
     ('0.60%', '34%', '0.0012%')
     """
     percent = 100 * part
-    if percent >= 10 or percent == 0:
+    if percent == 0 or percent >= 10:
         return f"{percent:.0f}%"
-    return f"{percent:.2f}%" if percent >= 0.01 else f"{percent:.2g}%"
+    if percent >= 0.01:
+        return f"{percent:.2f}%"
+    return f"{percent:.2g}%"  # a few dozen of a billion weights are not 0.00%
 
 
 def plural(number: int, noun: str) -> str:
@@ -39,7 +41,8 @@ def plural(number: int, noun: str) -> str:
     >>> plural(1, "mask"), plural(1200, "weight")
     ('1 mask', '1,200 weights')
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    ending = "" if number == 1 else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -139,7 +139,7 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         if folder.is_dir():
-            folder.rmdir()
+            folder.rmdir()  # it is empty
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -155,6 +155,7 @@ def _write_model(
     """Save the source model and tokenizer with the mask's weights set to zero."""
     model, tokenizer = _opened(bridge, source)
     for name, index in mask.removed.items():
+        # Whatever does not fit here comes from a source with other layers, names or shapes.
         try:
             stored = _stored(bridge, model, sites[name], index)
         except (AttributeError, IndexError, RuntimeError, ValueError):
@@ -213,6 +214,9 @@ def _stored(
         name = site.name.removeprefix(f"{path}.")
         return _Stored(experts.get_parameter(name), index)
 
+    # Name of a site            path               part     stored in
+    # blocks.0.attn.q.weight    blocks.0.attn      q        attn.qkv, where the model fuses it
+    # blocks.0.mlp.out.weight   blocks.0.mlp       out      mlp.out
     path, part = site.name.removesuffix(".weight").rsplit(".", 1)
     attention_or_mlp = site.kind.split(".")[0]
     owner = bridge.blocks[site.layer].get_submodule(attention_or_mlp)
@@ -273,6 +277,8 @@ def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
     with torch.no_grad():
         expected = bridge(tokens)
         difference = (model(tokens).logits - expected).abs().max().item()
+    # 64 epsilons are 8e-6 in float32, but half of everything in bfloat16: there the square root is
+    # the smaller one, 0.09.
     epsilon = torch.finfo(dtype).eps
     relative_bound = min(EPSILONS * epsilon, epsilon**0.5)
     bound = relative_bound * expected.abs().max().item()
@@ -301,6 +307,7 @@ def _compare_weights(
     )
     expected = _parameters(bridge)
     parameters = _parameters(reloaded)
+    # A name that only one of them has is a difference too.
     for name in expected.keys() | parameters.keys():
         is_in_both = name in expected and name in parameters
         if not is_in_both or not torch.equal(expected[name], parameters[name]):
@@ -315,6 +322,7 @@ def _random_tokens(bridge: Bridge) -> Int[Tensor, "batch pos"]:
 
 
 def _parameters(bridge: Bridge) -> dict[str, nn.Parameter]:
+    """Every parameter by name: those of the state dict, and stacked experts, which it lacks."""
     named = {}
     for name, tensor in bridge.state_dict(keep_vars=True).items():
         if isinstance(tensor, nn.Parameter):

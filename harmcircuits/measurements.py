@@ -31,7 +31,8 @@ Interval = tuple[float, float]
 
 Z = 1.959964  # two-sided 95 % of a normal
 ENDS = (0.025, 0.975)  # quantiles of a 95 % percentile interval
-N_RESAMPLES, N_AUROC_RESAMPLES = 2000, 200
+N_RESAMPLES = 2000
+N_AUROC_RESAMPLES = 200  # each ranks all values again
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
 
 
@@ -86,14 +87,15 @@ class Measurement:
             groups: what each example is about.
 
         Raises:
-            ValueError: no examples, or other than one group for each.
+            ValueError: no examples, or not exactly one group for each.
         """
         _check(metric, hits, groups)
         mean = float(np.mean(hits))
         low, high = wilson(mean, len(set(groups)))
-        return cls(
-            metric, labels, mean, max(0.0, min(mean, low)), min(1.0, max(mean, high)), len(hits)
-        )
+        # By rounding, an end can pass the mean or leave [0, 1].
+        low = max(0.0, min(mean, low))
+        high = min(1.0, max(mean, high))
+        return cls(metric, labels, mean, low, high, len(hits))
 
     @classmethod
     def average(
@@ -110,14 +112,18 @@ class Measurement:
         Args:
             metric: name of the figure.
             labels: what it was measured on.
-            values: one for each example.
+            values: the value of each example.
             groups: what each example is about.
             seed: draws the 2,000 resamples.
 
         Raises:
-            ValueError: no examples, or other than one group for each.
+            ValueError: no examples, or not exactly one group for each.
         """
         _check(metric, values, groups)
+        # Groups are resampled by their sums and sizes:
+        #
+        #     groups    a  a  b        member    0  0  1
+        #     values    1  3  5        sums      4  5        sizes    2  1
         _, member = np.unique([str(group) for group in groups], return_inverse=True)
         sums = np.bincount(member, values.cpu().double().numpy())
         sizes = np.bincount(member)
@@ -142,24 +148,26 @@ class Measurement:
         Args:
             metric: name of the figure.
             labels: what it was measured on.
-            values: one for each example; higher should mean positive.
+            values: the value of each example; higher should mean positive.
             is_positive: which examples are positive.
             groups: what each example is about.
 
         Raises:
-            ValueError: no examples, other than one group for each, or examples of one kind only.
+            ValueError: no examples, not exactly one group for each, or examples of one kind only.
         """
         _check(metric, values, groups)
         _, member = np.unique([str(group) for group in groups], return_inverse=True)
         n_groups = int(member.max()) + 1
         rows_of = [np.flatnonzero(member == number) for number in range(n_groups)]
 
-        def area(groups: ndarray) -> float:
-            resample = np.concatenate([rows_of[group] for group in groups])
+        def area(drawn: ndarray) -> float:
+            """Of the examples of these groups, by number; a group may be drawn twice."""
+            resample = np.concatenate([rows_of[group] for group in drawn])
             return auroc(values[resample], is_positive[resample])
 
         areas = _resampled(area, (np.arange(n_groups),), N_AUROC_RESAMPLES, seed=0)
-        return cls.of_draws(metric, labels, areas, mean=auroc(values, is_positive), n=len(values))
+        mean = auroc(values, is_positive)
+        return cls.of_draws(metric, labels, areas, mean=mean, n=len(values))
 
     @classmethod
     def difference(
@@ -181,10 +189,12 @@ class Measurement:
             first: a rate.
             second: the rate that is taken from it.
         """
+        # The difference is lowest where the first rate is low and the second high.
         change = first.mean - second.mean
         below = sqrt((first.mean - first.low) ** 2 + (second.high - second.mean) ** 2)
         above = sqrt((first.high - first.mean) ** 2 + (second.mean - second.low) ** 2)
-        return cls(metric, labels, change, change - below, change + above, min(first.n, second.n))
+        n = min(first.n, second.n)
+        return cls(metric, labels, change, low=change - below, high=change + above, n=n)
 
     @classmethod
     def of_draws(
@@ -212,7 +222,10 @@ class Measurement:
             mean = float(np.mean(draws))
         if n is None:
             n = len(draws)
-        return cls(metric, labels, mean, min(mean, float(low)), max(mean, float(high)), n)
+        # Resamples may all lie on one side of the figure; the interval still holds it.
+        low = min(mean, float(low))
+        high = max(mean, float(high))
+        return cls(metric, labels, mean, low, high, n)
 
     def labelled(self, **labels: Label) -> "Measurement":
         """The same figure with further labels, or other values of them."""
@@ -284,8 +297,12 @@ class Rows(Sequence[Measurement]):
             labels: name and value of each label.
         """
         wanted = labels.items()
-        of_metric = (row for row in self if metric in ("", row.metric))
-        return Rows(row for row in of_metric if wanted <= dict(row.labels).items())
+        rows = []
+        for row in self:
+            is_of_metric = metric in ("", row.metric)
+            if is_of_metric and wanted <= dict(row.labels).items():
+                rows.append(row)
+        return Rows(rows)
 
     def one(self, metric: str = "", /, **labels: Label) -> Measurement:
         """The only row of this metric with these labels.
@@ -297,21 +314,25 @@ class Rows(Sequence[Measurement]):
         Raises:
             ValueError: no row or several, with what tells the nearest ones apart.
         """
-        found = self.where(metric, **labels)
-        if len(found) == 1:
-            return found[0]
-        asked = ", ".join([*filter(None, [metric]), *(f"{k}={v!r}" for k, v in labels.items())])
-        if len(found) > 1:
+        rows = self.where(metric, **labels)
+        if len(rows) == 1:
+            return rows[0]
+
+        conditions = [metric] if metric else []
+        conditions += [f"{name}={value!r}" for name, value in labels.items()]
+        wanted = ", ".join(conditions)
+        if len(rows) > 1:
             raise ValueError(
-                f"{len(found)} rows have {asked}; they differ in {found._differences()}"
+                f"{len(rows)} rows have {wanted}; they differ in {rows._differences()}"
             )
         of_metric = self.where(metric)
         if not len(of_metric):
-            raise ValueError(
-                f"no row has {asked}; the metrics are {listed(self.metrics) or 'none'}"
-            )
-        raise ValueError(f"no row has {asked}; the rows of {metric or 'every metric'} differ in "
-                         f"{of_metric._differences() or 'nothing'}")  # fmt: skip
+            metrics = listed(self.metrics) or "none"
+            raise ValueError(f"no row has {wanted}; the metrics are {metrics}")
+        differences = of_metric._differences() or "nothing"
+        raise ValueError(
+            f"no row has {wanted}; the rows of {metric or 'every metric'} differ in {differences}"
+        )
 
     def pool(self, over: str) -> "Rows":
         """One row for all rows that differ only in a label: their mean, with the widest ends.
@@ -321,8 +342,10 @@ class Rows(Sequence[Measurement]):
         """
         together: dict[tuple, list[Measurement]] = {}
         for row in self:
-            key = _without(row.labels, over)
-            together.setdefault((row.metric, *sorted(key.items(), key=str)), []).append(row)
+            others = _without(row.labels, over)
+            in_order = sorted(others.items(), key=str)
+            key = (row.metric, *in_order)
+            together.setdefault(key, []).append(row)
         return Rows(_pooled(rows, over) for rows in together.values())
 
     def by(self, *names: str) -> "dict[Any, Rows]":
@@ -342,7 +365,8 @@ class Rows(Sequence[Measurement]):
                     f"{row!r} has no label {lacking[0]!r}; select rows that have it first"
                 )
             values = tuple(row.labels[name] for name in names)
-            together.setdefault(values if len(names) > 1 else values[0], []).append(row)
+            key = values if len(names) > 1 else values[0]
+            together.setdefault(key, []).append(row)
         return {key: Rows(rows) for key, rows in together.items()}
 
     def frame(
@@ -361,14 +385,15 @@ class Rows(Sequence[Measurement]):
         """
         import pandas
 
-        lines = [{"metric": row.metric, **row.labels, **_figures(row)} for row in self]
+        lines = []
+        for row in self:
+            lines.append({"metric": row.metric, **row.labels, **_figures(row)})
         table = pandas.DataFrame(lines)
         if not index and not columns:
             return table
-        names = [[part] if isinstance(part, str) else list(part) for part in (index, columns)]
         return table.pivot_table(
-            index=names[0],
-            columns=names[1],
+            index=[index] if isinstance(index, str) else list(index),
+            columns=[columns] if isinstance(columns, str) else list(columns),
             values=values,
             sort=False,
         )
@@ -380,12 +405,16 @@ class Rows(Sequence[Measurement]):
 
     def _differences(self) -> str:
         """The labels in which these rows differ, with their values."""
+        # Dictionaries as sets that keep their order.
         values: dict[str, dict[Label, None]] = {}
         for row in self:
             for name, value in row.labels.items():
                 values.setdefault(name, {})[value] = None
-        several = [f"{name} ({listed(found)})" for name, found in values.items() if len(found) > 1]
-        return "; ".join(several)
+        differing = []
+        for name, of_name in values.items():
+            if len(of_name) > 1:
+                differing.append(f"{name} ({listed(of_name)})")
+        return "; ".join(differing)
 
     @overload
     def __getitem__(self, index: int) -> Measurement: ...
@@ -463,8 +492,13 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
 
 def wilson(share: float, n: int) -> Interval:
     """Wilson's 95 % score interval of a share among n."""
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # The shares p for which |share - p| is at most Z standard errors of p, sqrt(p (1 - p) / n).
+    # Written out, because scipy takes a whole number of hits, and answers sampled several times
+    # count as fractions.
+    scale = 1 + Z**2 / n
+    variance = share * (1 - share) / n + Z**2 / (4 * n**2)
+    centre = (share + Z**2 / (2 * n)) / scale
+    half = Z / scale * sqrt(variance)
     return centre - half, centre + half
 
 
@@ -472,23 +506,29 @@ def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float
     """Chance that a positive's value exceeds a negative's, ties counted half.
 
     Args:
-        values: one for each example.
+        values: the value of each example.
         is_positive: which examples are positive.
 
     Raises:
         ValueError: unless there is at least one of each kind.
     """
-    n_positive, n = int(is_positive.sum()), len(is_positive)
+    n = len(is_positive)
+    n_positive = int(is_positive.sum())
     n_negative = n - n_positive
     if not n_positive or not n_negative:
         raise ValueError(
             f"auroc: {n_positive} positives among {n}; expected at least one of each kind"
         )
-    # The ranks of the positives less those that they would have among themselves alone. scipy's
-    # mannwhitneyu gives the same, ten times slower: a bootstrap asks 200 times.
-    ranks = rankdata(values.cpu().numpy())[is_positive.cpu().numpy()].sum()
-    n_pairs = n_positive * n_negative
-    return float((ranks - n_positive * (n_positive + 1) / 2) / n_pairs)
+    # The rank of a positive counts the examples up to it, of both kinds. Without the ranks that the
+    # positives have among themselves, the pairs are left in which a positive exceeds a negative.
+    # scipy's mannwhitneyu gives the same, ten times slower: a bootstrap asks 200 times.
+    #
+    #     values    .2  .5  .9  .4        ranks of the positives    3 + 4 = 7
+    #     kind       -   +   +   -        among themselves          1 + 2 = 3        4 of 4 pairs
+    ranks = rankdata(values.cpu().numpy())
+    rank_sum = ranks[is_positive.cpu().numpy()].sum()
+    own_rank_sum = n_positive * (n_positive + 1) / 2
+    return float((rank_sum - own_rank_sum) / (n_positive * n_negative))
 
 
 def _resampled(

@@ -24,8 +24,8 @@ from harmcircuits.display import listed, plural
 Template = Literal["chat", "raw"]
 
 SPLITS = ("calibration", "choice", "heldout")
-# Shares of a file from which all three splits are drawn, and of one beside which held-out requests
-# are given.
+# The share of a file that goes to each split; the second where held-out requests come from a file
+# of their own.
 SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}
 SHARES_WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}
 NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
@@ -42,8 +42,8 @@ class Example:
         prompt: the request.
         completion: the answer to be explained; empty where there is none.
         category: the type of harm, or the task; may be empty.
-        group: what several examples share, such as the item asked about, so that intervals can
-            treat them as one independent unit; may be empty.
+        group: what several examples have in common, such as the item that they are about, so that
+            intervals can treat them as one independent unit; may be empty.
         label: the side of a contrast it is on, such as "safe" or "unsafe"; may be empty.
     """
 
@@ -143,6 +143,7 @@ class PromptSet:
             ValueError: a missing file, a line that is not a JSON object, a row without "prompt", or
                 no rows.
         """
+        # Not by `splitlines`, which also splits at characters that a prompt may hold.
         rows = []
         lines = _existing(path).read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, start=1):
@@ -167,6 +168,7 @@ class PromptSet:
         Raises:
             ValueError: as `from_jsonl`.
         """
+        # utf-8-sig: spreadsheets begin a file with a byte order mark.
         with _existing(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         placed = [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
@@ -238,10 +240,10 @@ class PromptSet:
         """The same requests with these completions.
 
         Args:
-            completions: one for each request.
+            completions: the completion of each request.
 
         Raises:
-            ValueError: other than one for each.
+            ValueError: not exactly one for each request.
         """
         if len(completions) != len(self):
             raise ValueError(
@@ -256,10 +258,12 @@ class PromptSet:
         Args:
             seed: draws the groups, with replacement.
         """
+        # Whole groups, because examples about the same item are not independent.
         groups: dict[str, list[Example]] = {}
         for example in self.examples:
             groups.setdefault(example.cluster, []).append(example)
-        drawn = random.Random(seed).choices(list(groups.values()), k=len(groups))
+        generator = random.Random(seed)
+        drawn = generator.choices(list(groups.values()), k=len(groups))
         examples: list[Example] = []
         for members in drawn:
             examples += members
@@ -284,6 +288,7 @@ class PromptSet:
         for example in self.examples:
             groups.setdefault(example.category, set()).add(example.cluster)
 
+        # A generator for each category, and names in order: the draw depends on nothing else.
         drawn = set()
         for category, names in groups.items():
             n_drawn = max(1, round(share * len(names)))
@@ -304,12 +309,17 @@ class PromptSet:
 
         Args:
             heldout: requests that are held out as they are; then none of these are.
-            limits: at most so many groups, by split; 0 for all. Those with the lowest hashes stay.
+            limits: the largest number of groups by split; 0 for all. Those with the lowest hashes
+                stay.
             origin: what error messages call these requests.
 
         Raises:
             ValueError: a split without requests.
         """
+        # Each group has a place in [0, 1), which is cut at the sums of the shares:
+        #
+        #     0              0.6            0.75          1
+        #     | calibration  |    choice     |   heldout  |
         shares = SHARES_WITHOUT_HELDOUT if heldout is not None else SHARES
         place = {example: _hash(example) for example in self}
         sets = {}
@@ -384,7 +394,11 @@ class Batch:
     @property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
         """True up to the last target of each row: what follows it is padding."""
-        return self.is_target.flip(1).cumsum(dim=1).flip(1) > 0
+        #     is_target              .  .  x  x  .
+        #     targets from here on   2  2  2  1  0
+        #     is_token               x  x  x  x  .
+        n_from_here = self.is_target.flip(1).cumsum(dim=1).flip(1)
+        return n_from_here > 0
 
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
@@ -408,6 +422,7 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
             'template="chat", but the tokenizer has no chat template; use template="raw"'
         )
     turns = [{"role": "user", "content": prompt}]
+    # As text first: the template writes its own special tokens, which must not be doubled.
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
 
@@ -437,8 +452,8 @@ def tokenize(
     Args:
         prompts: requests with completions.
         tokenizer: a Hugging Face tokenizer, such as `bridge.tokenizer`.
-        batch_size: at most so many examples together.
-        max_tokens: at most so many tokens together, padding included; no bound by default.
+        batch_size: the largest number of examples in a batch.
+        max_tokens: the largest number of tokens in a batch, padding included; no bound by default.
         template: how a request is written (see `prompt_ids`).
         prefill: opens the completion. Its tokens are context, not targets; a completion that does
             not begin with them is taken to follow them.
@@ -454,6 +469,8 @@ def tokenize(
         raise ValueError(f"tokenize: batch_size={batch_size}; expected at least 1")
 
     opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
+    #     context    request, and the prefill where there is one
+    #     target     the rest of the completion
     rows = []
     for index, example in enumerate(prompts):
         target = tokenizer.encode(example.completion, add_special_tokens=False)
@@ -464,10 +481,12 @@ def tokenize(
                 f"tokenize: example {index} has a completion with no tokens to predict; "
                 "drop or fill it"
             )
-        rows.append((prompt_ids(example.prompt, tokenizer, template) + opening, target))
+        context = prompt_ids(example.prompt, tokenizer, template) + opening
+        rows.append((context, target))
 
     _refuse_long(rows, max_tokens)
-    return [_padded(group, tokenizer) for group in _groups(rows, batch_size, max_tokens)]
+    groups = _groups(rows, batch_size, max_tokens)
+    return [_padded(group, tokenizer) for group in groups]
 
 
 def tokenize_text(
@@ -529,9 +548,10 @@ def refuse_no_batches(function: str, batches: Any) -> None:
             "pass its .batches"
         )
     is_text = isinstance(batches, str | PromptSet)
-    odd = None if is_text else next((b for b in batches if not isinstance(b, Batch)), None)
-    if is_text or odd is not None:
-        kind = type(batches if is_text else odd).__name__
+    items = [batches] if is_text else batches
+    kinds = [type(item).__name__ for item in items if not isinstance(item, Batch)]
+    if kinds:
+        kind = kinds[0]
         raise ValueError(
             f"{function}: expected a list of token batches, got {kind}; "
             "make them by tokenize(prompts, bridge.tokenizer)"
@@ -558,6 +578,7 @@ def _refuse_long(rows: list[Row], max_tokens: int | None) -> None:
 
 def _groups(rows: list[Row], batch_size: int, max_tokens: int | None) -> list[list[Row]]:
     """The rows of each batch: as many as both bounds allow, padding included."""
+    # Padded to the longest row, n rows take n * longest tokens.
     groups: list[list[Row]] = [[]]
     longest = 0
     for row in rows:
@@ -573,9 +594,10 @@ def _groups(rows: list[Row], batch_size: int, max_tokens: int | None) -> list[li
 
 
 def _padded(rows: list[Row], tokenizer: Any) -> Batch:
-    tokens = [torch.tensor(context + target) for context, target in rows]
+    tokens = []
     is_target = []
     for context, target in rows:
+        tokens.append(torch.tensor(context + target))
         is_target.append(torch.tensor([False] * len(context) + [True] * len(target)))
     return Batch(
         tokens=pad_sequence(tokens, batch_first=True, padding_value=padding_id(tokenizer)),
@@ -586,14 +608,16 @@ def _padded(rows: list[Row], tokenizer: Any) -> Batch:
 def _hash(example: Example) -> float:
     """A number in [0, 1) that depends on the group only."""
     digest = hashlib.sha256(example.cluster.encode()).hexdigest()
-    return int(digest[:13], 16) / 16**13
+    return int(digest[:13], 16) / 16**13  # 52 bits, which a float holds exactly
 
 
 def _limited(prompts: PromptSet, limit: int) -> PromptSet:
+    """The examples of at most `limit` groups: those with the lowest hashes."""
     hashes = sorted({_hash(example) for example in prompts})
     if not limit or len(hashes) <= limit:
         return prompts
-    return prompts.where(lambda example: _hash(example) < hashes[limit])
+    end = hashes[limit]
+    return prompts.where(lambda example: _hash(example) < end)
 
 
 def _existing(path: str | Path) -> Path:

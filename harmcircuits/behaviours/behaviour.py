@@ -1,4 +1,4 @@
-"""A behaviour: what a model is asked, and which verdict on an answer shows it."""
+"""A behaviour: the requests put to a model, and the verdict on an answer that shows it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,13 @@ DEGENERATE = "degenerate"  # every judge's verdict on broken text
 
 @dataclass(frozen=True, repr=False)
 class Behaviour:
-    """What a model is asked, and the verdict that counts as showing the behaviour.
+    """Requests to a model, and the verdict on an answer that counts as showing the behaviour.
 
     >>> model.behaviours["benign"].only("first topic", lambda example: example.category == "zovob")
     Behaviour(first topic: benign_valid_rate, shown by 'benign')
 
     Attributes:
-        name: how it is called.
+        name: its name.
         metric: name of the rate of answers with the verdict `wanted`.
         nll_metric: name of the loss on reference answers, nats per token.
         wanted: the verdict that shows it.
@@ -31,12 +31,12 @@ class Behaviour:
         prefill: opens every answer.
         choices: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
             matched pair: no is right, then yes is right.
-        objective: what its weights are scored by.
-        judge: of its answers, where it is not the model's.
+        objective: the loss by which weights are scored for it.
+        judge: the judge of its answers, where it is not the model's.
         max_new_tokens: how long an answer may be, where it is not the model's limit.
         title: what tables call the rate; the name by default.
         is_kept: whether it is an ability that the removal of another behaviour must leave alone.
-        is_loss_shown: whether tables show its loss beside its rate.
+        is_loss_shown: whether tables show its loss in addition to its rate.
         part_of: the behaviour whose requests it takes some of; empty for a whole one.
         side_metrics: further verdicts that are counted, and the name of each one's rate.
     """
@@ -84,7 +84,7 @@ class Behaviour:
             metric: its own name of the rate; that of the whole by default.
             nll_metric: its own name of the loss; that of the whole by default.
         """
-        whole = self.part_of or self.name
+        whole = self.part_of or self.name  # a part of a part is a part of the whole
 
         def prompts(split: str) -> PromptSet:
             return self.prompts(split).where(keep)
@@ -105,5 +105,6 @@ class Behaviour:
         categories = dict.fromkeys(example.category for example in self.prompts("calibration"))
         for category in categories:
             name = f"{self.name}/{category}"
+            # `of` is bound now; `category` alone would be that of the last turn in every part.
             parts[name] = self.only(name, lambda example, of=category: example.category == of)
         return parts

@@ -19,7 +19,9 @@ from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviou
 from harmcircuits.display import nearest
 from harmcircuits.prompts import SPLITS, Example, PromptSet
 
-UNSAFE, SAFE = ("unsafe", "harmful"), ("safe", "harmless", "benign")
+# Labels of the two sides of a pair, as published data sets write them.
+UNSAFE = ("unsafe", "harmful")
+SAFE = ("safe", "harmless", "benign")
 YES_OR_NO_TOKENS = 4  # how long an answer to a yes-or-no question may be
 
 Sets = Mapping[str, PromptSet]  # by split
@@ -31,23 +33,23 @@ Pair = tuple[Example, Example]  # harmful, harmless
 class RequestFiles:
     """Where a real model's requests come from.
 
-    Each source is a file, a dataset, or requests that are there already.
+    Each source is a file, a dataset, or a set of requests.
 
     Attributes:
         harmful: harmful requests: a JSON Lines or CSV file with a `prompt` column, or a dataset id
             or folder (ID:SPLIT). They are split into calibration, choice and held-out by the hash
             of their `group` (or prompt), so a request stays where it is when others are added.
-        benign: benign requests, likewise.
+        benign: benign requests, given and split in the same way.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
-        benign_heldout: held-out benign requests, likewise.
+        benign_heldout: held-out benign requests, in place of a quarter of the others.
         pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
             order within a category ("contrast_x" belongs to "x"). Without them each harmful request
             is paired with a benign one of similar length, which is not matched in content.
         borderline: requests that look unsafe; those whose `label` is unsafe are left out.
         plain: a text file for perplexity.
-        limit: at most so many requests (pairs, windows) a split; 0: all.
+        limit: the largest number of requests (pairs, windows) in a split; 0: all.
         limit_measured: the limit in choice and held-out, which only measure, where it differs.
-        questions: how recognition and explanation are asked; on the command line a JSON file.
+        questions: the questions of recognition and explanation; on the command line a JSON file.
     """
 
     harmful: Requests
@@ -103,18 +105,20 @@ class RequestFiles:
 
     @property
     def limits(self) -> dict[str, int]:
-        """At most so many requests, by split; 0 for all."""
+        """The largest number of requests by split; 0 for all."""
         measured = self.limit_measured or self.limit
         return {"calibration": self.limit, "choice": measured, "heldout": measured}
 
     @property
     def files(self) -> dict[str, str]:
-        """What the sources are called, by what they hold."""
+        """The name of each source that is given, for error messages and manifests."""
         names = {}
         for name in self.SOURCES:
             source = getattr(self, name)
-            if source:
-                names[name] = source if isinstance(source, str) else f"{len(source)} given requests"
+            if not source:
+                continue
+            is_path = isinstance(source, str)
+            names[name] = source if is_path else f"{len(source)} given requests"
         return names
 
 
@@ -131,8 +135,8 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
     """(harmful, harmless) requests that belong together.
 
     Args:
-        prompts: matched by group, or by their order within a category.
-        origin: what error messages call them.
+        prompts: requests that are matched by group, or by their order within a category.
+        origin: the name of their source, for error messages.
 
     Raises:
         ValueError: a label that is neither safe nor unsafe, or no pairs.
@@ -141,12 +145,18 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
     if unknown:
         expected = ", ".join((*UNSAFE, *SAFE))
         raise ValueError(f"{origin}: label {unknown[0]!r}; expected one of {expected}")
+
+    # Two lists for each group or category; XSTest has "homonyms" and "contrast_homonyms".
     sides: dict[str, tuple[list[Example], list[Example]]] = {}
     for example in prompts:
         key = example.group or example.category.removeprefix("contrast_")
         unsafe, safe = sides.setdefault(key, ([], []))
-        (safe if example.label in SAFE else unsafe).append(example)
+        if example.label in SAFE:
+            safe.append(example)
+        else:
+            unsafe.append(example)
 
+    # The first with the first, and so on; what is left over on the longer side has no partner.
     pairs: list[Pair] = []
     for unsafe, safe in sides.values():
         pairs += zip(unsafe, safe, strict=False)
@@ -161,8 +171,8 @@ def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
     """Pairs each harmful request with the unused benign request closest in length.
 
     Args:
-        harmful: taken in their order, as many as there are benign ones.
-        benign: each used once at most.
+        harmful: requests that choose in their order, as many as there are benign ones.
+        benign: requests of which each is used once at most.
     """
     unused = sorted(benign, key=lambda example: (len(example.prompt), example.prompt))
     pairs = []
@@ -174,12 +184,14 @@ def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
 
 
 def request_behaviours(
-    files: RequestFiles, *, prefill: str
+    files: RequestFiles,
+    *,
+    prefill: str,
 ) -> tuple[dict[str, Behaviour], dict[str, str]]:
     """The behaviours by name, without reference answers yet, and each prompt's kind of request.
 
-    "prefilled" asks benign requests with answers begun as harmful ones are, without which a circuit
-    of how answers begin could pass for one of harm.
+    "prefilled" are benign requests whose answers begin as those to harmful requests do. Without it
+    a circuit for the beginning of answers could pass for one of harm.
 
     Args:
         files: the requests.
@@ -188,25 +200,29 @@ def request_behaviours(
     Raises:
         ValueError: as `PromptSet.read`, `PromptSet.splits` and `request_pairs`.
     """
+    # Two files give most behaviours; they differ in how the same requests are put:
+    #
+    #                       harmful requests    benign requests
+    #     answer begun      harmful             prefilled
+    #     as they are       refusal             benign
+    #     in a question     explanation         .
+    #     in a question     recognition         recognition
     questions = files.questions
     harmful, benign = _harmful_and_benign(files)
+    explanation = {}
+    for split, requests in harmful.items():
+        explanation[split] = _put_into(questions.explanation, requests)
     sets: dict[str, Sets] = {
         "harmful": harmful,
         "benign": benign,
         "recognition": _recognition(files, harmful, benign),
-        "explanation": {
-            split: _asked_by(questions.explanation, requests) for split, requests in harmful.items()
-        },
+        "explanation": explanation,
         "refusal": harmful,
     }
     if prefill:
         sets["prefilled"] = benign
     if files.borderline:
-        requests = PromptSet.read(files.borderline)
-        safe = requests.where(lambda example: example.label not in UNSAFE)
-        origin = files.files["borderline"]
-        unanswered = _without_answers(safe)
-        sets["borderline"] = unanswered.splits(limits=files.limits, origin=origin)
+        sets["borderline"] = _borderline(files)
 
     behaviours = {}
     for name, by_split in sets.items():
@@ -216,16 +232,25 @@ def request_behaviours(
         if name == "recognition":
             options["choices"] = (questions.yes, questions.no)
             options["max_new_tokens"] = YES_OR_NO_TOKENS
+        # A partial of a function of this module, not a closure: behaviours go to other processes.
         prompts = partial(_of_split, MappingProxyType(dict(by_split)))
         behaviours[name] = standard_behaviour(name, prompts, **options)
     return behaviours, _kinds(sets)
 
 
+def _borderline(files: RequestFiles) -> Sets:
+    requests = PromptSet.read(files.borderline)
+    safe = requests.where(lambda example: example.label not in UNSAFE)
+    origin = files.files["borderline"]
+    return _without_answers(safe).splits(limits=files.limits, origin=origin)
+
+
 def with_references(model: Model) -> Model:
-    """The model whose requests carry its own answers as it is now, where the judge verified them.
+    """The model with its own current answers as reference answers, where the judge verified them.
 
     Other requests keep an empty completion: they count in rates, not in losses (see
-    `Behaviour.references`). Answers of yes-or-no questions are the right words already.
+    `Behaviour.references`). The reference answers of yes-or-no questions are the right words
+    already.
 
     Args:
         model: the model, unpruned.
@@ -261,8 +286,10 @@ def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
     for name in ("harmful", "benign"):
         requests = _without_answers(PromptSet.read(getattr(files, name)))
         heldout = None
-        if given := getattr(files, f"{name}_heldout"):
-            heldout = _without_answers(PromptSet.read(given))
+        heldout_source = getattr(files, f"{name}_heldout")
+        if heldout_source:
+            # A request that is in both files must not be scored.
+            heldout = _without_answers(PromptSet.read(heldout_source))
             held_out = {example.prompt for example in heldout}
             requests = requests.where(lambda example, out=held_out: example.prompt not in out)
         origin = files.files[name]
@@ -283,6 +310,7 @@ def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Sets:
     if files.pairs:
         by_split = _given_pairs(files)
     else:
+        # Within a split, so that no request is both scored and measured.
         by_split = {split: nearest_pairs(harmful[split], benign[split]) for split in SPLITS}
     return {split: _pair_questions(files.questions, by_split[split]) for split in SPLITS}
 
@@ -291,6 +319,7 @@ def _given_pairs(files: RequestFiles) -> dict[str, list[Pair]]:
     """The pairs of a file by split, drawn by the hash of the harmful request."""
     origin = files.files["pairs"]
     pairs = request_pairs(PromptSet.read(files.pairs), origin)
+    # Splits are drawn of single requests, so each pair is drawn by its harmful one.
     by_prompt = {pair[0].prompt: pair for pair in pairs}
     unsafe = PromptSet(tuple(pair[0] for pair in pairs))
     by_split = {}
@@ -300,18 +329,23 @@ def _given_pairs(files: RequestFiles) -> dict[str, list[Pair]]:
 
 
 def _pair_questions(questions: QuestionTemplates, pairs: Iterable[Pair]) -> PromptSet:
+    # Rows 2k and 2k + 1 are a pair, with one category and group: see `Behaviour.choices`.
     examples = []
     for unsafe, safe in pairs:
-        for request, right in ((unsafe, questions.no[0]), (safe, questions.yes[0])):
+        with_right_word = [(unsafe, questions.no[0]), (safe, questions.yes[0])]
+        for request, right in with_right_word:
             text = questions.recognition.replace("{request}", request.prompt)
-            examples.append(Example(text, right, category=unsafe.category, group=unsafe.cluster))
+            example = Example(text, right, category=unsafe.category, group=unsafe.cluster)
+            examples.append(example)
     return PromptSet(tuple(examples))
 
 
-def _asked_by(template: str, prompts: PromptSet) -> PromptSet:
+def _put_into(template: str, prompts: PromptSet) -> PromptSet:
+    """The requests as parts of a question about them."""
     examples = []
     for example in prompts:
-        examples.append(replace(example, prompt=template.replace("{request}", example.prompt)))
+        question = template.replace("{request}", example.prompt)
+        examples.append(replace(example, prompt=question))
     return PromptSet(tuple(examples))
 
 
@@ -321,6 +355,9 @@ def _kinds(sets: Mapping[str, Sets]) -> dict[str, str]:
     for requests in sets["recognition"].values():
         for number, example in enumerate(requests):
             kinds[example.prompt] = "yes" if number % 2 else "no"
+    # A prompt that is in several sets has the kind of the last one: a borderline request that is in
+    # the harmful file too is judged as harmful. "refusal" and "prefilled" have no prompts of their
+    # own.
     for name in ("explanation", "borderline", "benign", "harmful"):
         if name in sets:
             kinds |= dict.fromkeys(_prompts_of(sets[name]), name)

@@ -1,4 +1,4 @@
-"""What a model says when asked: greedy or sampled answers, also under a mask."""
+"""A model's answers to requests: greedy or sampled, also under a mask."""
 
 import hashlib
 from collections.abc import Sequence
@@ -61,8 +61,8 @@ def generate(
 
     Works under a mask. Without `sampling` it is the most likely continuation. A sampled token is
     the argmax of log p / temperature + Gumbel noise, which is a draw from p^(1 / temperature). The
-    noise of a sample depends on the seed, the request and the sample's number only: not on what
-    else is asked, and under a mask the same noise falls on other probabilities.
+    noise of a sample depends on the seed, the request and the sample's number only. So it does not
+    depend on the other requests, and the edited model gets the same noise as the unpruned one.
 
     Args:
         bridge: the model.
@@ -70,7 +70,7 @@ def generate(
         sampling: how answers are drawn; the samples of a request follow each other.
         prefill: puts the beginning of the answer into the model's mouth: the prefilling attack.
         max_new_tokens: how long an answer may be.
-        batch_size: requests answered together.
+        batch_size: how many requests are answered together.
         template: how a request is written (see `prompt_ids`).
 
     Raises:
@@ -83,35 +83,41 @@ def generate(
     tokenizer = bridge.tokenizer
     opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
     draws = _draws(prompts, sampling)
-    contexts = [prompt_ids(prompt, tokenizer, template) + opening for prompt, _ in draws]
+    contexts = []
+    for prompt, _ in draws:
+        request = prompt_ids(prompt, tokenizer, template)
+        contexts.append(request + opening)
 
+    model = cast(Any, bridge.original_model)
     config = _config(bridge, max_new_tokens)
     answers = []
     for start in range(0, len(contexts), batch_size):
-        rows = contexts[start : start + batch_size]
-        tokens, attended = _left_padded(rows, padding_id(tokenizer))
-        width = tokens.shape[1]
+        end = start + batch_size
+        tokens, attended = _left_padded(contexts[start:end], padding_id(tokenizer))
         noise = {}
         if sampling is not None:
-            together = draws[start : start + batch_size]
-            noise["logits_processor"] = _sampler(sampling, together)
+            noise["logits_processor"] = _sampler(sampling, draws[start:end])
         with torch.no_grad():
-            full = cast(Any, bridge.original_model).generate(
+            full = model.generate(
                 input_ids=tokens.to(bridge.cfg.device),
                 attention_mask=attended.to(bridge.cfg.device),
                 generation_config=config,
                 **noise,
             )
         # Decoded with the prefill, because the space between them may belong to a token.
-        new = full[:, width - len(opening) :]
-        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
+        #
+        #     full    <pad> <pad> request | prefill  answer <eos> <pad>
+        #             '---- width - len(opening) ---'
+        width = tokens.shape[1]
+        answer_tokens = full[:, width - len(opening) :]
+        answers += tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
 def _config(bridge: Bridge, max_new_tokens: int) -> Any:
-    """The likeliest continuation, whatever a model's own settings ask for.
+    """The likeliest continuation, whatever the model's own settings say.
 
-    They may sample or penalise repetition; only what ends a text is theirs.
+    These may sample or penalise repetition. Only the tokens that end a text are taken from them.
     """
     from transformers import GenerationConfig
 
@@ -135,35 +141,49 @@ def _draws(prompts: PromptSet, sampling: Sampling | None) -> list[tuple[str, int
 
 
 def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids and which are real; left-padded, so that every answer starts at one position."""
+    """Token ids, and 1 for those that are no padding; left-padded, so that all answers start alike.
+
+    tokens      <pad>  <pad>  how   ?     ->  answer
+                say    it     once  more  ->  answer
+    attended    0      0      1     1
+                1      1      1     1
+    """
     width = max(map(len, rows))
-    tokens = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows])
-    attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return tokens, attended
+    tokens = []
+    attended = []
+    for row in rows:
+        n_padding = width - len(row)
+        tokens.append([padding] * n_padding + list(row))
+        attended.append([0] * n_padding + [1] * len(row))
+    return torch.tensor(tokens), torch.tensor(attended)
 
 
 def _sampler(sampling: Sampling, draws: Sequence[tuple[str, int]]) -> list[Any]:
     """What turns the most likely token of each row into a draw."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+    # In this order: the noise falls on what temperature and top_p leave.
     steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(float(sampling.top_p)))
     names = [f"{sampling.seed} {number} {prompt}" for prompt, number in draws]
-    return LogitsProcessorList([*steps, _Gumbel(names)])
+    steps.append(_Gumbel(names))
+    return LogitsProcessorList(steps)
 
 
 class _Gumbel:
     """Adds Gumbel noise to each row's logits, from a generator seeded per row.
 
-    Drawn on the CPU, so that every device draws the same.
+    argmax(log p + Gumbel noise) is a draw from p. torch's own sampling has one generator for the
+    whole batch, so an answer would depend on what else is in it. Drawn on the CPU, so that every
+    device draws the same.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.streams = []
         for name in names:
             digest = hashlib.sha256(name.encode()).digest()[:8]
-            seed = int.from_bytes(digest) >> 1
+            seed = int.from_bytes(digest) >> 1  # 63 bits: torch takes signed seeds
             self.streams.append(torch.Generator().manual_seed(seed))
 
     def __call__(
@@ -172,5 +192,5 @@ class _Gumbel:
         noise = []
         for stream in self.streams:
             exponential = torch.empty(scores.shape[1]).exponential_(generator=stream)
-            noise.append(-exponential.log())
+            noise.append(-exponential.log())  # minus the logarithm of an exponential is a Gumbel
         return scores.float() + torch.stack(noise).to(scores.device)

@@ -1,4 +1,4 @@
-"""A model's own answers, kept on disk: generated once, whoever asks."""
+"""A model's own answers, kept on disk: each is generated only once."""
 
 import hashlib
 import json
@@ -30,7 +30,10 @@ class GenerationCache:
     """
 
     def __init__(
-        self, folder: str | Path, bridge: Bridge, progress: Progress | None = None
+        self,
+        folder: str | Path,
+        bridge: Bridge,
+        progress: Progress | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.weights = weights_digest(bridge)
@@ -51,31 +54,41 @@ class GenerationCache:
         template: Template = "chat",
     ) -> list[str]:
         """As `generate`."""
+        # What an answer depends on, besides the weights: it names the file. The batch size does
+        # not belong to it.
         settings: dict[str, Any] = {
             "prefill": prefill,
             "max_new_tokens": max_new_tokens,
             "template": template,
         }
         options = {**settings, "batch_size": batch_size, "sampling": sampling}
+
+        # The answers on disk are those of the model as it was opened, not of an edited one.
         is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
         if is_hooked or weights_digest(bridge) != self.weights:
             return generate(bridge, prompts, **options)
 
         if sampling:
             settings["sampling"] = asdict(sampling)  # greedy answers are named without it
-        path = self._path(settings, bridge.tokenizer.chat_template if template == "chat" else "")
+        chat_template = bridge.tokenizer.chat_template if template == "chat" else ""
+        path = self._path(settings, chat_template)
         stored = _stored(path)
+
+        # Each request once, in an order that does not depend on who asks; and those of similar
+        # length together, so that little is padded.
         missing = {example.prompt for example in prompts} - stored.keys()
         by_length = sorted(missing, key=lambda prompt: (len(prompt), prompt))
         advance = self._bar(len(by_length))
         for start in range(0, len(by_length), batch_size):
             some = by_length[start : start + batch_size]
-            answers = generate(bridge, PromptSet(tuple(map(Example, some))), **options)
+            requests = PromptSet(tuple(map(Example, some)))
+            answers = generate(bridge, requests, **options)
             per_request = _per_request(answers, sampling)
-            _append(path, some, per_request)
+            _append(path, some, per_request)  # batch by batch, so an interruption loses only one
             stored |= dict(zip(some, per_request, strict=True))
             advance(len(some))
 
+        # Back into the order of the prompts, in which a request may occur more than once.
         ordered = [stored[example.prompt] for example in prompts]
         if not sampling:
             return ordered
@@ -90,10 +103,11 @@ class GenerationCache:
         return self.folder / f"{self.weights}-{digest}.jsonl"
 
     def _bar(self, total: int) -> Any:
-        """A function that moves the progress bar on by so many answers."""
-        if self.progress is None or not total:
+        """A function that moves the progress bar on by a number of answers."""
+        progress = self.progress
+        if progress is None or not total:
             return lambda _: None
-        progress, task = self.progress, self.progress.add_task("own answers", total=total)
+        task = progress.add_task("own answers", total=total)
         return lambda count: progress.advance(task, count)
 
 
@@ -102,13 +116,15 @@ def _per_request(answers: list[str], sampling: Sampling | None) -> list[Any]:
     if not sampling:
         return answers
     size = sampling.samples
-    return [answers[start : start + size] for start in range(0, len(answers), size)]
+    starts = range(0, len(answers), size)
+    return [answers[start : start + size] for start in starts]
 
 
 def _stored(path: Path) -> dict[str, Any]:
     stored = {}
     if not path.is_file():
         return stored
+    # Not by `splitlines`, which also splits at characters that an answer may hold.
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
@@ -124,5 +140,5 @@ def _append(path: Path, prompts: Sequence[str], answers: Sequence[str | list[str
     for prompt, answer in zip(prompts, answers, strict=True):
         rows.append(json.dumps({"prompt": prompt, "completion": answer}))
     with path.open("a", encoding="utf-8") as file:
-        # Each on a new line, whatever an interrupted run left.
+        # The line break comes first, so that half a line of an interrupted run stays by itself.
         file.write("".join(f"\n{row}" for row in rows))

@@ -15,9 +15,9 @@ class Outcomes:
     """What a model does with each request of a behaviour, in their order.
 
     Attributes:
-        behaviour: what was asked.
-        answers: the requests with the model's own answers, each as many times in a row as it is
-            sampled.
+        behaviour: the behaviour whose requests they are.
+        answers: the requests with the model's own answers; the samples of a request follow each
+            other.
         verdicts: the judge's verdict on each answer.
         nll: nats per token of the reference answer to each request; NaN for one without.
         judge: the judge's name, which rates carry as a label; empty for none.
@@ -32,27 +32,35 @@ class Outcomes:
     def __repr__(self) -> str:
         return f"Outcomes({self.behaviour.name}: {len(self.verdicts)} answers)"
 
+    # Of three requests with two samples each, `answers` and `verdicts` hold six items and `nll` and
+    # `groups` three:
+    #
+    #     answers     a 0   a 1  | b 0   b 1  | c 0   c 1
+    #     is shown     x     .   |  x     x   |  .     .
+    #     hits            .5     |     1      |     0
+
     @property
     def n_samples(self) -> int:
         """Answers to each request."""
-        n_requests = max(1, len(self.nll))
+        n_requests = max(1, len(self.nll))  # there is a loss, or NaN, for every request
         return max(1, len(self.verdicts) // n_requests)
 
     @property
     def hits(self) -> list[float]:
         """For each request the share of its answers that show the behaviour."""
+        n_samples = self.n_samples
         is_shown = [verdict == self.behaviour.wanted for verdict in self.verdicts]
         shares = []
-        for start in range(0, len(is_shown), self.n_samples):
-            samples = is_shown[start : start + self.n_samples]
-            shares.append(sum(samples) / self.n_samples)
+        for start in range(0, len(is_shown), n_samples):
+            samples = is_shown[start : start + n_samples]
+            shares.append(sum(samples) / n_samples)
         return shares
 
     @property
     def groups(self) -> list[str]:
         """What each request is about; intervals resample whole groups."""
-        one_a_request = self.answers.examples[:: self.n_samples]
-        return [example.cluster for example in one_a_request]
+        first_samples = self.answers.examples[:: self.n_samples]
+        return [example.cluster for example in first_samples]
 
     def rows(self, labels: Labels) -> Rows:
         """The rate of the wanted verdict, the side metrics, and the NLL of references.
@@ -64,20 +72,26 @@ class Outcomes:
             labels: what the rows carry.
         """
         behaviour = self.behaviour
-        asked_how = {"attack": "prefill" if behaviour.prefill else "none"}
+        where = {**labels, "attack": "prefill" if behaviour.prefill else "none"}
         if self.judge:
-            asked_how["judge"] = self.judge
-        counted = {behaviour.wanted: behaviour.metric, **behaviour.side_metrics}
+            where["judge"] = self.judge
+
+        # Rates count every answer, so a request's group occurs once for each of its samples.
+        metrics = {behaviour.wanted: behaviour.metric, **behaviour.side_metrics}
         groups = [example.cluster for example in self.answers]
         rows = Rows()
-        for verdict, metric in counted.items():
-            hits = [given == verdict for given in self.verdicts]
-            rows += [Measurement.rate(metric, {**labels, **asked_how}, hits, groups)]
+        for counted, metric in metrics.items():
+            hits = [verdict == counted for verdict in self.verdicts]
+            rows += [Measurement.rate(metric, where, hits, groups)]
 
+        # Losses count every request that has a reference once. Neither attack nor judge is a label
+        # of theirs: a loss asks for no answer.
         has_reference = ~self.nll.isnan()
         if has_reference.any():
-            pairs = zip(self.groups, has_reference.tolist(), strict=True)
-            groups = [group for group, has in pairs if has]
+            groups = []
+            for group, has in zip(self.groups, has_reference.tolist(), strict=True):
+                if has:
+                    groups.append(group)
             losses = self.nll[has_reference]
             rows += [Measurement.average(behaviour.nll_metric, labels, losses, groups)]
         return rows

@@ -1,4 +1,4 @@
-"""How a custom model is asked about a request: whether it is harmful, and why."""
+"""The questions put to a custom model about a request: whether it is harmful, and why."""
 
 import json
 from dataclasses import dataclass, fields
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class QuestionTemplates:
-    """How the questions about a request are put, and what their right answers hold.
+    """The wording of the questions about a request, and of their right answers.
 
     Attributes:
         recognition: a yes-or-no question with `{request}` in it; "no" is the right answer for a
@@ -63,6 +63,7 @@ class QuestionTemplates:
         names = [field.name for field in fields(cls)]
         if not isinstance(stored, dict) or not stored.keys() <= set(names):
             raise ValueError(f"questions: {path} must be an object with some of {', '.join(names)}")
+        # JSON has lists only; the templates are hashable.
         values: dict[str, Any] = {}
         for name, value in stored.items():
             values[name] = tuple(value) if isinstance(value, list) else value

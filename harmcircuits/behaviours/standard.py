@@ -1,6 +1,6 @@
 """The behaviours that come with the package: their metrics, titles, and whether they are kept.
 
-Default values: whoever studies something else makes a `Behaviour` with other words.
+These are default values: to study something else, make a `Behaviour` with other words.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,8 @@ _STANDARD = {
     "borderline": _Words("borderline", "borderline_valid_rate", "borderline", "benign"),
     "prefilled": _Words("prefilled", "prefilled_valid_rate", "prefilled", "benign", True, True),
 }
-# A fall of harm that is a rise of refusals or of broken text is another finding.
+# Less harm because of more refusals, or of broken text, is another result than less harm alone. So
+# both are counted beside it.
 _SIDE_METRICS = {"harmful": {"refusal": "harm_refusal_rate", DEGENERATE: "harm_degenerate_rate"}}
 
 

@@ -1,4 +1,4 @@
-"""How well scores find a circuit that is known: the planted organism's bench."""
+"""How well scores find a circuit that is known, such as that of the planted organism."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,8 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.measurements import Labels, Measurement, Rows, auroc
 
-# Only the part of a circuit that the behaviour uses can be found, so precision is read at few
-# weights too.
+# Scores can find only the part of a circuit that the behaviour uses. So precision is taken among
+# few weights too, not only among as many as the circuit has.
 FEW = 1000
 N_BINS = 50  # of |W|, within which weights are compared
 
@@ -39,22 +39,29 @@ def ground_truth_rows(
     Raises:
         KeyError: scores or weights that lack a matrix of S.
     """
+    # All matrices in a row: [weights of the model], True in S.
     names = list(truth.shapes)
     is_true = torch.cat([truth.dense(name).flatten() for name in names])
     rows = Rows()
     for method, of_method in scores.items():
         flat = {name: of_method.values[name].flatten().cpu() for name in names}
         together = torch.cat(list(flat.values()))
-        order = together.argsort(descending=True, stable=True)
+        ranking = together.argsort(descending=True, stable=True)
+        is_true_ranked = is_true[ranking]
         figures = {
             "recovery_auroc": auroc(together, is_true),
             "recovery_matched_auroc": _matched_auroc(flat, truth, weights),
-            "recovery_precision": is_true[order[: truth.n_removed]].float().mean().item(),
-            "recovery_precision_few": is_true[order[:FEW]].float().mean().item(),
+            "recovery_precision": _share(is_true_ranked[: truth.n_removed]),
+            "recovery_precision_few": _share(is_true_ranked[:FEW]),
         }
         where = {**labels, "method": method, "n_true": truth.n_removed}
-        rows += [Measurement.exact(metric, where, value) for metric, value in figures.items()]
+        for metric, value in figures.items():
+            rows += [Measurement.exact(metric, where, value)]
     return rows
+
+
+def _share(is_true: Bool[Tensor, " _"]) -> float:
+    return is_true.float().mean().item()
 
 
 def _matched_auroc(
@@ -62,13 +69,16 @@ def _matched_auroc(
     truth: WeightMask,
     weights: Mapping[str, Float[Tensor, "..."]],
 ) -> float:
-    total, n_compared = 0.0, 0
+    """AUROC among weights of one matrix and about one |W|, averaged by the true ones among them."""
+    total = 0.0
+    n_compared = 0
     for name, values in scores.items():
         is_true: Bool[Tensor, " _"] = truth.dense(name).flatten()
-        by_magnitude = weights[name].detach().abs().flatten().cpu().argsort()
-        for members in by_magnitude.chunk(N_BINS):
+        magnitude = weights[name].detach().abs().flatten().cpu()
+        # Cut into fifty pieces of about equal number, from the smallest |W| to the largest.
+        for members in magnitude.argsort().chunk(N_BINS):
             n_true = int(is_true[members].sum())
-            if 0 < n_true < len(members):
+            if 0 < n_true < len(members):  # else there is no pair to compare
                 total += n_true * auroc(values[members], is_true[members])
                 n_compared += n_true
     return total / n_compared

@@ -28,6 +28,7 @@ class Place(NamedTuple):
         number: of the head, neuron or expert.
     """
 
+    # Fewer fields for a larger place: Place(3), Place(3, "attn.q"), Place(3, "head", 1).
     layer: int
     part: str = ""
     number: int = 0
@@ -40,7 +41,14 @@ class Count(NamedTuple):
     n_weights: int
 
 
-def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place, Count]:
+Piece = tuple[Place, int, int]  # place, removed weights, weights
+
+
+def counts_by(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: By,
+) -> dict[Place, Count]:
     """Removed weights of every layer, matrix, head or neuron, zeros included.
 
     In a mixture of experts, of every expert in place of neurons.
@@ -60,7 +68,11 @@ def counts_by(mask: WeightMask, sites: Mapping[str, Site], by: By) -> dict[Place
     return counts
 
 
-def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tuple[Place, int, int]]:
+def pieces(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: By,
+) -> Iterator[Piece]:
     """(place, removed, weights) of every part of a matrix that lies in one place.
 
     A place can have several such parts: a head has one in q and one in o.
@@ -78,18 +90,38 @@ def pieces(mask: WeightMask, sites: Mapping[str, Site], by: By) -> Iterator[tupl
     missing = sorted(set(mask.shapes) - set(sites))
     if missing:
         raise ValueError(f"sites lack {missing[0]}; give weight_sites(bridge) of the mask's model")
+
     none = torch.empty(0, dtype=torch.int64)
     for name in mask.shapes:
-        site, index = sites[name], mask.removed.get(name, none)
-        size = site.parameter.numel()
+        site = sites[name]
+        index = mask.removed.get(name, none)
+        n_removed = index.numel()
+        n_weights = site.parameter.numel()
+        is_attention = site.kind.startswith("attn")
         if by == "layer":
-            yield Place(site.layer), index.numel(), size
+            yield Place(site.layer), n_removed, n_weights
         elif by == "matrix":
-            yield Place(site.layer, site.kind), index.numel(), size
-        elif (by == "head") == site.kind.startswith("attn"):
-            per_unit = site.units(index).bincount(minlength=site.n_units).tolist()
-            for number, n_removed in enumerate(per_unit):
-                yield Place(site.layer, site.unit, number), n_removed, size // site.n_units
+            yield Place(site.layer, site.kind), n_removed, n_weights
+        # What is left is "head", which only attention has, and "neuron", which only the MLP has.
+        elif is_attention == (by == "head"):
+            yield from _unit_pieces(site, index)
+
+
+def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[Piece]:
+    """(place, removed, weights) of every head, neuron or expert of a matrix.
+
+    Of 3 heads of 4 rows each, in a matrix of 5 columns, and the removed weights 0, 2 and 45:
+
+        weight     0   2   45
+        row        0   0    9
+        head       0   0    2
+        removed    2   0    1     of 20 weights each
+    """
+    unit = site.units(index)
+    n_removed_of = unit.bincount(minlength=site.n_units).tolist()
+    n_weights = site.parameter.numel() // site.n_units
+    for number, n_removed in enumerate(n_removed_of):
+        yield Place(site.layer, site.unit, number), n_removed, n_weights
 
 
 class Concentration(NamedTuple):
@@ -97,9 +129,8 @@ class Concentration(NamedTuple):
 
     Attributes:
         gini: 0 when every unit loses the same share of its weights, near 1 when one loses all.
-        top_share: the share of the mask's weights (of this sort) in the twentieth of units that
-            loses most.
-        n_removed: how many there are.
+        top_share: the share of these weights in the twentieth of the units that loses most.
+        n_removed: how many weights of heads or neurons the mask removes.
     """
 
     gini: float
@@ -108,7 +139,9 @@ class Concentration(NamedTuple):
 
 
 def concentration(
-    mask: WeightMask, sites: Mapping[str, Site], by: Literal["head", "neuron"]
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: Literal["head", "neuron"],
 ) -> Concentration:
     """Gini coefficient and top share of the mask over heads or neurons.
 
@@ -128,30 +161,40 @@ def concentration(
         ValueError: as `counts_by`, and for a mask that removes nothing there.
     """
     counts = list(counts_by(mask, sites, by).values())
-    n_removed = sum(count.n_removed for count in counts)
+    removed = np.sort([count.n_removed for count in counts])
+    n_removed = int(removed.sum())
     if not n_removed:
         raise ValueError(f"concentration: the mask removes no weight of any {by}")
-    removed = np.sort([count.n_removed for count in counts])
-    n_top = max(1, round(len(counts) / 20))
+
     shares = torch.tensor([count.n_removed / count.n_weights for count in counts])
-    return Concentration(gini(shares), float(removed[-n_top:].sum() / n_removed), n_removed)
+    n_top = max(1, round(len(counts) / 20))
+    n_in_top = removed[-n_top:].sum()
+    return Concentration(
+        gini=gini(shares),
+        top_share=float(n_in_top / n_removed),
+        n_removed=n_removed,
+    )
 
 
 def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
     """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i).
 
     Args:
-        values: one for each unit.
+        values: the value of each unit.
 
     Raises:
         ValueError: negative values, or only zeros.
     """
     if not len(values) or values.min() < 0 or values.sum() == 0:
         raise ValueError("gini: expected non-negative values that are not all zero")
-    # With the values sorted, sum_ij |x_i - x_j| = 2 sum_i (2 i - n - 1) x_i.
-    x, n = values.double().sort().values, len(values)
+    # With the values sorted, sum_ij |x_i - x_j| = 2 sum_i (2 i - n - 1) x_i: x_i is the larger one
+    # of i - 1 pairs and the smaller one of n - i. Divided by 2 n sum_i x_i this gives
+    # 2 sum_i i x_i / (n sum_i x_i) - (n + 1) / n.
+    n = len(values)
+    x, _ = values.double().sort()
     rank = torch.arange(1, n + 1, dtype=torch.float64)
-    return float(2 * (rank * x).sum() / (n * x.sum()) - (n + 1) / n)
+    weighted = 2 * (rank * x).sum() / (n * x.sum())
+    return float(weighted - (n + 1) / n)
 
 
 def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -> Rows:
@@ -198,9 +241,11 @@ def _concentration_rows(
     chance = [concentration(other, sites, by) for other in random]
     rows = Rows()
     for metric in ("gini", "top_share"):
+        value = getattr(actual, metric)
         where = {**labels, "by": by, "chance": "no"}
-        rows += [Measurement.exact(metric, where, getattr(actual, metric))]
-        where = {**labels, "by": by, "chance": "yes"}
+        rows += [Measurement.exact(metric, where, value)]
+
         values = [getattr(other, metric) for other in chance]
+        where = {**labels, "by": by, "chance": "yes"}
         rows += [Measurement.of_draws(metric, where, values)]
     return rows

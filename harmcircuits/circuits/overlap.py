@@ -90,6 +90,7 @@ class Overlap:
         """
         if not self.resampled:
             return self._wilson(self.n_expected)
+        # A resample repeats examples, so its masks agree less than those of all examples do.
         low, high = np.quantile(self.resampled, ENDS).tolist()
         return min(low, self.lift), max(high, self.lift)
 
@@ -99,7 +100,9 @@ class Overlap:
         return self._wilson(self.n_expected_marginal)
 
     def _over(self, n_expected: float) -> float:
-        return self.n_shared / n_expected if n_expected else nan
+        if not n_expected:  # no matrix from which both masks remove something
+            return nan
+        return self.n_shared / n_expected
 
     def _wilson(self, n_expected: float) -> Interval:
         if not n_expected > 0:
@@ -168,10 +171,10 @@ def overlap_by(
     sites: Mapping[str, Site],
     by: By,
 ) -> dict[Place, Overlap]:
-    """The overlap within every layer, matrix, head or neuron.
+    """The overlap within every layer, matrix, head or neuron that both masks touch.
 
-    Of those from which both masks remove something. Chance keeps each mask's count in every matrix
-    of the place (in every head's or neuron's part of it).
+    Chance keeps each mask's count in every matrix of the place (in every head's or neuron's part of
+    it).
 
     >>> first = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01)
     >>> second = hc.top_fraction(hc.removal_effect(bridge, benign), 0.01)
@@ -188,6 +191,7 @@ def overlap_by(
         ValueError: as `overlap` and `counts_by`.
     """
     _check(mask, other)
+    # The same pieces in the same order for all three, so that they can be read side by side.
     parts: dict[Place, Overlap] = {}
     pieces_of_each = zip(
         pieces(mask, sites, by),
@@ -206,7 +210,11 @@ def overlap_by(
             before.n_second + n_second,
             before.n_expected + n_first * n_second / n_weights,
         )
-    return {place: part for place, part in parts.items() if part.n_first and part.n_second}
+    in_both = {}
+    for place, part in parts.items():
+        if part.n_first and part.n_second:
+            in_both[place] = part
+    return in_both
 
 
 def marginal_null(
@@ -234,6 +242,7 @@ def marginal_null(
     """
     _check(mask, other)
     rng = np.random.default_rng(seed)
+    # Both chains draw from one generator, so the order of the trades below is part of the result.
     first = _Chain(mask, rng)
     second = _Chain(other, rng)
     first.trade(BURN_IN)
@@ -282,6 +291,7 @@ def _counted(mask: WeightMask, other: WeightMask) -> Overlap:
     first, second = mask.counts, other.counts
     n_expected = 0.0
     for name, shape in mask.shapes.items():
+        # Each of the n_first weights is in the other mask with probability n_second / n.
         n_expected += first[name] * second[name] / prod(shape)
     return Overlap(
         (mask & other).n_removed,
@@ -307,7 +317,15 @@ class _Chain:
     """A mask as entries (row, column) that trades columns between rows of the same matrix.
 
     The rows of all matrices are numbered together. Only rows that hold entries can trade: these are
-    the used rows, numbered again from 0, matrix after matrix.
+    the used rows, numbered again from 0, matrix after matrix. For a matrix of 3 rows and one of 4,
+    with entries x in five of the seven:
+
+        row among all    0  1  2 | 3  4  5  6
+        entries          x  .  x | x  x  .  x
+        used             0     2   3  4     6
+        used row         0     1   2  3     4
+        matrix           0     0   3  3     3
+        start            0     0   2  2     2
 
     Attributes:
         used: the number of every used row among all rows.
@@ -347,6 +365,7 @@ class _Chain:
         matrix_of_entry = np.concatenate(matrices)
         self.column = np.concatenate(columns)
         self.used, entry_of_row = np.unique(row_of_entry, return_index=True)
+        # Both arrays are sorted, so the place of a number in them is its new number.
         self.row = np.searchsorted(self.used, row_of_entry)
         self.matrix = matrix_of_entry[entry_of_row]
         self.start = np.searchsorted(self.matrix, self.matrix)
@@ -358,15 +377,15 @@ class _Chain:
         return row * self.width + self.column
 
     def trade(self, n_rounds: int) -> None:
-        """Trade columns between random pairs of rows, so many times."""
+        """Trade columns between random pairs of rows, `n_rounds` times."""
         for _ in range(n_rounds):
             self._trade_once()
 
     def _trade_once(self) -> None:
         """Pair up the rows of each matrix at random; each pair deals out its columns again.
 
-        Only the columns that one row of the pair holds and the other does not: they are dealt at
-        random, and each row keeps its count.
+        Only columns that exactly one row of the pair holds are dealt, at random, and each row keeps
+        its count.
         """
         # A matrix of four used rows, 0 to 3, that are shuffled to the order 2, 0, 3, 1:
         #
@@ -387,6 +406,13 @@ class _Chain:
         side_of_row = place % 2
         pair_of_row = self.start + place - side_of_row
 
+        # From here on by entry. The three free ones of the pair of rows 2 and 0:
+        #
+        #     row, column        2 a   2 d   0 c      n_of_first of the pair is 2
+        #     after the shuffle  0 c   2 a   2 d
+        #     rank               0     1     2
+        #     side               0     0     1        rank >= n_of_first
+        #     new row            2     2     0        order[pair + side]
         pair = pair_of_row[self.row]
         free = self._free(pair)
         row, pair = self.row[free], pair[free]
@@ -407,6 +433,7 @@ class _Chain:
 
     def _free(self, pair: Int[np.ndarray, " entries"]) -> Int[np.ndarray, " free"]:
         """The entries whose column the other row of their pair does not hold."""
+        # One number for a column of a pair: it occurs twice where both rows hold the column.
         key = pair * self.width + self.column
         _, number, times = np.unique(
             key,

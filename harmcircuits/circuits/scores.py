@@ -23,7 +23,10 @@ SCORE_BYTES = 4  # of a float32
 
 @runtime_checkable
 class Removed(Protocol):
-    """What holds the flat indices of removed weights by name: a mask."""
+    """Something that holds the flat indices of removed weights by name: a mask.
+
+    A protocol, because masks are made of scores and their module imports this one.
+    """
 
     @property
     def removed(self) -> Mapping[str, Int[Tensor, " _"]]:
@@ -80,7 +83,7 @@ def _from_dict(row: Mapping[str, Any]) -> Source:
 class WeightScores:
     """One float32 score per weight.
 
-    Loaded scores stay in their file: each `values[name]` is read when it is asked for, so that a
+    Loaded scores stay in their file: each `values[name]` is read when it is needed, so that a
     selection never holds more than one matrix.
 
     >>> scores = hc.removal_effect(bridge, harm)
@@ -103,8 +106,8 @@ class WeightScores:
         if isinstance(self.values, _Saved):  # checked before they were written
             return
         for name, value in self.values.items():
-            # A sum is finite only if every term is; it needs no copy of the tensor. Finite terms
-            # can have a sum that is not, so then each is looked at.
+            # A sum is finite only if every term is, and it needs no copy of the tensor. Finite
+            # terms can overflow to an infinite sum, so then each of them is checked.
             total = value.sum(dtype=value.dtype).item()
             if not math.isfinite(total) and not value.isfinite().all():
                 raise ValueError(
@@ -139,6 +142,7 @@ class WeightScores:
         total = 0.0
         for name, index in mask.removed.items():
             scores = self.values[name].flatten()[index]
+            # In float64, because first-order effects of both signs cancel.
             total += scores.double().sum().item()
         return total
 
@@ -186,7 +190,7 @@ class WeightScores:
             folder: the folder.
 
         Raises:
-            ValueError: a folder without scores, a file that is none of them, and a missing or
+            ValueError: a folder without scores, a file that holds something else, and a missing or
                 foreign shard.
         """
         paths = sorted(Path(folder).glob("*.safetensors"))
@@ -194,6 +198,7 @@ class WeightScores:
             raise ValueError(
                 f"{folder}: no scores there; expected a folder written by WeightScores.save"
             )
+        # Every shard describes the whole, so a missing or foreign one shows.
         places: dict[str, Path] = {}
         descriptions = set()
         for path in paths:
@@ -241,7 +246,7 @@ def _header(path: Path) -> tuple[list[str], str, str]:
 
 @dataclass(frozen=True)
 class _Saved(Mapping[str, Tensor]):
-    """Tensors in safetensors files; each is mapped into memory when it is asked for.
+    """Tensors in safetensors files; each is mapped into memory when it is needed.
 
     Attributes:
         shapes: of every tensor, in their order.
@@ -271,18 +276,18 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
 
     Args:
         parts: the scores, for instance of parts of the calibration data.
-        weights: one for each.
+        weights: the weight of each of them.
 
     Raises:
-        ValueError: no parts, other than one weight each, weights that are negative or all zero, and
-            parts of different weights or models.
+        ValueError: no parts, not exactly one weight for each, weights that are negative or all
+            zero, and parts of different models or matrices.
     """
     _refuse_parts(parts, weights)
     first = parts[0]
     model = first.source.model
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
     for part, weight in zip(parts, weights, strict=True):
-        if not weight:
+        if not weight:  # a part that a resample did not draw need not be read
             continue
         for name, total in values.items():
             total.add_(part.values[name], alpha=weight / sum(weights))

@@ -1,9 +1,9 @@
 """Exact choice of the largest of many scores, without a sort and without a copy of the scores.
 
-The bits of float32 numbers can be read as integers that stand in the order of the numbers: their
-keys. One pass over the scores makes a histogram of the keys' high sixteen bits, which says in which
-bin the k-th largest lies. A second pass takes all scores above that bin and the best of those
-inside it. Scores are read a chunk at a time, from memory or from a file.
+The bits of a float32 number can be turned into an integer, its key, such that keys have the order
+of the numbers. One pass over the scores makes a histogram of the keys' high sixteen bits, which
+says in which bin the k-th largest lies. A second pass takes all scores above that bin and the best
+of those inside it. Scores are read a chunk at a time, from memory or from a file.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 # Scores looked at together: what stays in the cache of a CPU core, and what fills a GPU.
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
 N_BINS = 2**16
-EXCLUDED = -(2**31)  # below the key of every finite score
+EXCLUDED = -(2**31)  # a key below that of every finite score
 
 Scores = Mapping[str, Float[Tensor, "..."]]
 Index = Int[Tensor, " _"]
@@ -44,6 +44,7 @@ def largest(
     Raises:
         ValueError: fewer than k scores can be chosen.
     """
+    # First pass: how many keys lie in each bin.
     counts = _histogram(scores, excluded, chunk)
     n_left = int(counts[1:].sum())  # bin 0 holds the excluded ones, and no score
     if k > n_left:
@@ -54,6 +55,11 @@ def largest(
     if k == 0:
         return {name: _none() for name in scores}
 
+    # Second pass. A key above the edge bin is chosen, one below it is not, and those inside it
+    # compete for the places that are left:
+    #
+    #     bins     0 ... edge - 1  |  edge  |  edge + 1 ... 65535
+    #     chosen        none       | k - n_above |    all, n_above
     chosen: dict[str, list[Index]] = {name: [] for name in scores}
     edge, n_above = _edge(counts, k)
     best = _Best(k - n_above)
@@ -103,14 +109,16 @@ def largest_of_rows(
         ValueError: fewer than k scores of a row can be chosen.
     """
     columns = value.shape[-1]
+    # A chunk must not cut a row, and holds at least one.
     n_rows = (chunk or _chunk_size(value)) // columns
     whole_rows = max(1, n_rows) * columns
 
     chosen = [_none(value.device)]
     for start, keys in _chunks(value, excluded, whole_rows):
         rows = keys.view(-1, columns)
+        # Stable, so that of equal keys the one with the lower index comes first.
         order = rows.argsort(dim=1, descending=True, stable=True)
-        best, _ = order[:, :k].sort(dim=1)
+        best, _ = order[:, :k].sort(dim=1)  # [rows, k], columns in increasing order
         best_keys = rows.gather(1, best)
         if (best_keys == EXCLUDED).any():
             raise ValueError(
@@ -118,16 +126,16 @@ def largest_of_rows(
                 "lower the fractions"
             )
         row_numbers = torch.arange(len(rows), device=value.device)
-        first = start + columns * row_numbers
-        flat = first[:, None] + best  # `first` is the flat index of a row's first score
+        first = start + columns * row_numbers  # flat index of each row's first score
+        flat = first[:, None] + best
         chosen.append(flat.flatten())
     return torch.cat(chosen)
 
 
 class _Best:
-    """The n largest of all keys added, the earlier of equal ones.
+    """The n largest of all keys added; of equal keys the earlier ones.
 
-    Holds at most twice as many, and those of a chunk.
+    Holds at most 2 n keys, and those of one chunk.
     """
 
     def __init__(self, n: int) -> None:
@@ -154,6 +162,7 @@ class _Best:
             self.indices.append(index)
             self.keys.append(keys[is_better])
             self.n_held += len(index)
+        # At 2 n rather than n, so that each sort is paid for by n new keys.
         if self.n_held > 2 * self.n:
             self.prune()
 
@@ -163,7 +172,8 @@ class _Best:
         Only they are held from now on.
         """
         keys = torch.cat(self.keys)
-        # The sort is stable, so among equal keys the earlier ones are the best.
+        # The first sort is stable, so among equal keys the earlier ones are the best. The second
+        # brings the best back into the order in which they came, on which later ties depend.
         order = keys.argsort(descending=True, stable=True)
         best, _ = order[: self.n].sort()
 
@@ -194,17 +204,28 @@ def _histogram(
 
 def _edge(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
     """The bin that holds the k-th largest key, and how many keys lie above that bin."""
+    # The higher the bin, the fewer keys lie above it. The k-th largest is in the first bin above
+    # which there are fewer than k. With k = 4:
+    #
+    #     bin            0   1   2   3   4
+    #     counts         0   3   5   2   1
+    #     n_up_to        0   3   8  10  11
+    #     n_above       11   8   3   1   0
+    #     n_above < k    .   .   x   x   x      the edge is bin 2, with 3 keys above it
+    #
+    # `argmax` gives the first True.
     n_up_to = counts.cumsum(0)
     n_above = counts.sum() - n_up_to
-    # The higher the bin, the fewer lie above. So where fewer than k lie above for the first time,
-    # the k-th largest lies inside; `argmax` gives the first True.
     is_high_enough = (n_above < k).int()
     edge = int(is_high_enough.argmax())
     return edge, int(n_above[edge])
 
 
 def _bins(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The high sixteen bits of the keys, from 0; no score lies in bin 0, where the excluded are."""
+    """The high sixteen bits of the keys, counted from 0; bin 0 holds the excluded and no score."""
+    # key 0x3f80_0000 of 1.0     high bits  0x3f80     bin 0xbf80
+    # key 0xc07f_ffff of -1.0    high bits -0x3f81     bin 0x407f
+    # EXCLUDED    0x8000_0000    high bits -0x8000     bin 0
     return (keys >> 16) + N_BINS // 2
 
 
@@ -212,9 +233,15 @@ def _keys(scores: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Int32 numbers in the order of the scores, equal where those are equal.
 
     A float32 is a sign bit, then the exponent, then the fraction. So the larger of two positive
-    numbers has the larger bits, and the larger of two negative ones the smaller bits; these are
-    turned round by flipping all but the sign.
+    numbers has the larger bits, and the larger of two negative ones the smaller bits; their order
+    is reversed by flipping all bits but the sign.
     """
+    #     score    bits           sign           key            key as int32
+    #      2.0     0x4000_0000    0x0000_0000    0x4000_0000     1073741824
+    #      1.0     0x3f80_0000    0x0000_0000    0x3f80_0000     1065353216
+    #      0.0     0x0000_0000    0x0000_0000    0x0000_0000              0
+    #     -1.0     0xbf80_0000    0xffff_ffff    0xc07f_ffff    -1065353217
+    #     -2.0     0xc000_0000    0xffff_ffff    0xbfff_ffff    -1073741825
     scores = scores + 0.0  # -0.0 + 0.0 is 0.0: the two zeros are a tie
     bits = scores.view(torch.int32)
     sign = bits >> 31  # the sign bit in all 32 places
@@ -226,14 +253,18 @@ def _chunks(
     excluded: Index | None,
     chunk: int | None,
 ) -> Iterator[tuple[int, Index]]:
-    """The keys, a chunk at a time with its first flat index; the excluded ones are the lowest."""
+    """(first flat index, keys) of one chunk after another; excluded weights have the lowest key."""
     flat = value.flatten()
     size = chunk or _chunk_size(value)
     for start in range(0, flat.numel(), size):
         end = start + size
         keys = _keys(flat[start:end])
         if excluded is not None:
-            # They are sorted, so those of a chunk stand together.
+            # They are sorted, so those of a chunk are neighbours. For the chunk from 8 to 16:
+            #
+            #     excluded    3 | 9  14 | 20
+            #     position    0   1   2   3      first = 1, last = 3
+            #     inside          1   6          counted from the start of the chunk
             ends = torch.tensor([start, end])
             first, last = torch.searchsorted(excluded, ends)
             inside = excluded[first:last] - start

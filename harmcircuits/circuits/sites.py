@@ -74,6 +74,10 @@ class Site:
         Args:
             flat: Flat indices into the weight as stored.
         """
+        # attn.q of 2 heads of 3 rows each, [6, d_model], and the weights of rows 1 and 5:
+        #
+        #     position    1  5
+        #     unit        0  1
         shape = self.parameter.shape
         position = torch.unravel_index(flat, shape)[self.unit_axis]
         unit_size = shape[self.unit_axis] // self.n_units

@@ -1,4 +1,4 @@
-"""Bridges: what this package needs of a model, and how it is found in what a user passes."""
+"""Bridges: what this package needs of a model, and the bridge of what a user passes."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -12,9 +12,9 @@ REMEDY = "open it with harmcircuits.open_model(...) or TransformerBridge.boot_tr
 class Bridge(Protocol):
     """What this package needs of TransformerLens's `TransformerBridge`.
 
-    A protocol, so that annotations need no TransformerLens, which takes seconds to import. Types
-    are loose: TransformerLens has the last word on them. A stub in a test inherits from it and
-    defines what the test needs.
+    A protocol, so that annotations do not import TransformerLens, which takes seconds. Types are
+    loose, because TransformerLens decides them. A stub in a test inherits from this class and
+    defines only what the test needs.
 
     Attributes:
         cfg: Its configuration: `device`, `n_heads`, `n_key_value_heads` and the like.
@@ -74,7 +74,7 @@ class HasBridge(Protocol):
 
 
 AnyModel = Bridge | HasBridge
-"""What functions take that work on a bridge: the bridge itself, or the Model that holds it."""
+"""Functions that work on a bridge take either the bridge itself or the Model that holds it."""
 
 
 def as_bridge(model: Any) -> Bridge:
@@ -87,10 +87,12 @@ def as_bridge(model: Any) -> Bridge:
         ValueError: For anything else, such as a plain Hugging Face model.
     """
     bridge = getattr(model, "bridge", model)
+    # Three names that nothing else has together. A stub in a test need not have more.
     if all(hasattr(bridge, name) for name in ("original_model", "blocks", "cfg")):
         return bridge
 
     given = f"{type(bridge).__module__}.{type(bridge).__name__}"
+    # The likeliest mistake gets a message of its own.
     if hasattr(bridge, "config") and hasattr(bridge, "generate"):
         raise ValueError(
             f"expected a TransformerBridge or a harmcircuits.Model, not the plain Hugging Face "

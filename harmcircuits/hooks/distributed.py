@@ -1,9 +1,9 @@
 """One scoring run shared among the processes of torch.distributed, such as one for each GPU.
 
 Every process has the whole model and is given all batches. It runs its share of them, and the
-processes add up their accumulators. Float32 sums in another order: the scores are those of one
-process up to rounding. The backend must be able to send the model's tensors (gloo for CPU, nccl for
-CUDA).
+processes add up their accumulators. The sums of float32 are then taken in another order, so the
+scores are those of one process up to rounding. The backend must be able to send the model's
+tensors (gloo for CPU, nccl for CUDA).
 """
 
 import hashlib
@@ -38,12 +38,18 @@ def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., Non
         totals: Mapping[str, Tensor],
         kind: Kind,
     ) -> None:
+        # Dealt out like cards. Seven batches among three processes:
+        #
+        #     rank 0    0  3  6
+        #     rank 1    1  4
+        #     rank 2    2  5
         share = batches[distributed.get_rank() :: distributed.get_world_size()]
-        # A process without a batch contributes zeros.
+        # A process without a batch contributes zeros. It must still take part in every all_reduce
+        # below, or the others would wait for it forever.
         if share:
             accumulate(bridge, share, objective, sites, totals, kind)
 
-        # The order of the sites is that of all processes.
+        # Every process walks the sites in this order, so the sums meet their like.
         for name in sites:
             distributed.all_reduce(totals[name])
 
@@ -51,12 +57,12 @@ def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., Non
 
 
 def refuse_differences(bridge: Bridge, batches: Sequence[Batch], options: str) -> None:
-    """Nothing, where every process was given the same.
+    """Check that every process was given the same batches, weights and options.
 
     Args:
         bridge: The model; its weights are compared.
         batches: All batches.
-        options: A text that says everything else.
+        options: A text that describes everything else.
 
     Raises:
         ValueError: In every process, if some were given other batches, weights or options.
@@ -69,10 +75,13 @@ def refuse_differences(bridge: Bridge, batches: Sequence[Batch], options: str) -
     numbers = [int(digest[:15], base=16) for digest in digests.values()]  # 60 bits fit an int64
     own = torch.tensor(numbers, device=bridge.cfg.device)
 
+    # Every process gets the numbers of all, so that all raise the same error and none waits for
+    # another that has ended.
     n_processes = distributed.get_world_size()
     gathered = [torch.empty_like(own) for _ in range(n_processes)]
     distributed.all_gather(gathered, own)
 
+    # [kind, process]: batches, weights and options, each compared with those of process 0.
     by_kind = torch.stack(gathered, dim=1).tolist()
     for kind, values in zip(digests, by_kind, strict=True):
         differing = [rank for rank, value in enumerate(values) if value != values[0]]

@@ -2,8 +2,8 @@
 
 Low-rank adapters are merged: the block matrices stay plain parameters under their own names, so
 masks, hooks and measurements see the fine-tuned model at every step. peft replaces those modules by
-adapters, under which no merged weight exists that a mask could hold and `named_weights` finds
-nothing; the tests hold the merged form against it.
+adapters, so that no merged weight exists that a mask could hold, and `named_weights` has no
+parameter to name. The tests compare the merged form with peft.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +96,7 @@ class FineTuning:
             loss = self._objective(self._bridge, batch).mean()
             loss.backward()
 
+        # Before the step, so that the weights stay as they were at the last finite loss.
         value = loss.item()
         if not isfinite(value):
             raise ValueError(
@@ -121,9 +122,9 @@ def fine_tuning(
     AdamW at a constant rate. `run.until(step)` trains up to a step, so that a curve can be measured
     on the way. Restored bit for bit, at the cost of a copy of the model; dropout stays as it is.
 
-    Composes with masks: inside `held` the removed weights are zero at every step (with `lora`,
-    those entries of the merged weight, and the factors get no gradient from them); inside `masked`
-    they start at zero and are free to learn.
+    Composes with masks: inside `masked(..., hold=True)` the removed weights are zero at every step
+    (with `lora`, those entries of the merged weight, and the factors get no gradient from them);
+    inside `masked` alone they start at zero and are free to learn.
 
     >>> with hc.fine_tuning(bridge, benign, lr=1e-4) as run:
     ...     run.until(2)
@@ -145,33 +146,31 @@ def fine_tuning(
             as `weight_sites`. Then nothing is changed.
     """
     bridge = as_bridge(bridge)
-    if not batches:
-        raise ValueError(
-            "fine_tuning: no batches to train on; expected at least one (see tokenize)"
-        )
-    if not lr > 0:
-        raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
+    _refuse_settings(batches, lr)
     sites = weight_sites(bridge) if lora else {}
     _refuse_stacked(sites)
 
+    # One stream for the adapters' start and then the order of the batches.
     generator = torch.Generator().manual_seed(seed)
-    saved = [_saved(parameter) for parameter in bridge.original_model.parameters()]
-    adapters = _adapters(sites, saved, lora, generator) if lora else []
+    with _restored(bridge) as saved, ExitStack() as hooks:
+        if lora:
+            adapters = _adapters(sites, saved, lora, generator)
+            learned = _factors(adapters)
+            _require_gradients(saved, [site.parameter for site in sites.values()])
+        else:
+            adapters = []
+            learned = [state.parameter for state in saved]
+            _require_gradients(saved, learned)
 
-    with ExitStack() as hooks:
-        try:
-            _require_gradients(saved, sites, lora)
-            learned = _factors(adapters) if lora else [state.parameter for state in saved]
-            optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
-            for adapter in adapters:
-                hooks.callback(adapter.follow(optimizer))
-            yield FineTuning(bridge, _endless(batches, generator), optimizer, objective)
-        finally:
-            _restore(saved)
+        optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
+        for adapter in adapters:
+            hooks.callback(adapter.follow(optimizer))
+        order = _endless(batches, generator)
+        yield FineTuning(bridge, order, optimizer, objective)
 
 
 class _Saved(NamedTuple):
-    """A parameter and all that the run changes of it."""
+    """A parameter, and everything of it that the run changes."""
 
     parameter: nn.Parameter
     value: Tensor
@@ -184,20 +183,32 @@ def _saved(parameter: nn.Parameter) -> _Saved:
     return _Saved(parameter, value, parameter.requires_grad, parameter.grad)
 
 
-def _require_gradients(saved: list[_Saved], sites: Mapping[str, Site], lora: Lora | None) -> None:
-    """Of every parameter, or with `lora` of the adapted matrices only."""
-    adapted = {id(site.parameter) for site in sites.values()}
+@contextmanager
+def _restored(bridge: Bridge) -> Iterator[list[_Saved]]:
+    """Every parameter as it is now, to which it returns on any exit."""
+    saved = [_saved(parameter) for parameter in bridge.original_model.parameters()]
+    try:
+        yield saved
+    finally:
+        _restore(saved)
+
+
+def _require_gradients(saved: list[_Saved], learned: Sequence[nn.Parameter]) -> None:
+    """Let exactly these parameters require a gradient, and drop the gradients from before."""
+    # By identity: `in` would compare tensors entry by entry.
+    ids = {id(parameter) for parameter in learned}
     for state in saved:
         state.parameter.grad = None
-        is_learned = lora is None or id(state.parameter) in adapted
-        state.parameter.requires_grad_(is_learned)
+        state.parameter.requires_grad_(id(state.parameter) in ids)
 
 
 class _Adapter:
     """The adapter of one matrix, merged into it.
 
-    Its factors are float32. With G = dL/dW [d_out, d_in] and s = alpha / r, their gradients are
-    dL/d(up) = s G down^T and dL/d(down) = s up^T G.
+        W [d_out, d_in]  =  W_0  +  s  up [d_out, r]  down [r, d_in],    s = alpha / r
+
+    Its factors are float32. With G = dL/dW their gradients are dL/d(up) = s G down^T and
+    dL/d(down) = s up^T G.
     """
 
     def __init__(
@@ -215,13 +226,19 @@ class _Adapter:
         self.scale = lora.alpha / lora.r
 
         # Uniform in +-1 / sqrt(d_in), as peft starts it; with `up` zero, W starts at W_0.
-        down = (2 * torch.rand(lora.r, d_in, generator=generator) - 1) / sqrt(d_in)
+        uniform = torch.rand(lora.r, d_in, generator=generator)
+        down = (2 * uniform - 1) / sqrt(d_in)
+        up = torch.zeros(d_out, lora.r)
         self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(torch.zeros(d_out, lora.r, device=weight.device))
+        self.up = nn.Parameter(up.to(weight.device))
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """Take the gradients of W and merge after every step; the result undoes the former."""
-        # An optimiser's own hooks run before the global one by which `held` writes its zeros.
+        """Take the gradients of W, and merge after every step.
+
+        Returns a function that stops the former.
+        """
+        # An optimiser's own hooks run before the global one, so a mask that is held writes its
+        # zeros after the merge.
         optimizer.register_step_post_hook(self.merge)
         hook = self.site.parameter.register_post_accumulate_grad_hook(self.pull)
         return hook.remove
@@ -231,6 +248,7 @@ class _Adapter:
 
         So only one matrix of gradients exists at a time.
         """
+        # Called by autograd as soon as the gradient of this W is complete.
         assert weight.grad is not None
         gradient = self.scale * self._as_applied(weight.grad).float()
         weight.grad = None
@@ -246,7 +264,7 @@ class _Adapter:
 
     def _as_applied(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         """From the stored orientation to the applied one, and back."""
-        return weight if self.site.input_axis == 1 else weight.T
+        return weight if self.site.input_axis == 1 else weight.T  # Conv1D stores W^T
 
 
 def _adapters(
@@ -255,6 +273,7 @@ def _adapters(
     lora: Lora,
     generator: torch.Generator,
 ) -> list[_Adapter]:
+    # Every adapter adds to W_0, which is at hand as the value that will be restored.
     start = {id(state.parameter): state.value for state in saved}
     adapters = []
     for site in sites.values():
@@ -280,12 +299,21 @@ def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[B
             yield batches[index]
 
 
+def _refuse_settings(batches: Sequence[Batch], lr: float) -> None:
+    if not batches:
+        raise ValueError(
+            "fine_tuning: no batches to train on; expected at least one (see tokenize)"
+        )
+    if not lr > 0:
+        raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
+
+
 def _refuse_stacked(sites: Mapping[str, Site]) -> None:
     for name, site in sites.items():
         if site.parameter.ndim != 2:
             raise ValueError(
-                f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot; "
-                "leave it out"
+                f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot "
+                "adapt; leave lora out"
             )
 
 

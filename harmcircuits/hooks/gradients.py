@@ -1,9 +1,12 @@
 """Hook pairs that turn one backward pass into the gradients of every block matrix.
 
-A linear map Y = X W^T with output gradient G has dL/dW = sum over examples and positions of G^T X.
-A forward hook on `hook_in` keeps X, a backward hook on `hook_out` brings G, and their product goes
-to the caller. All parameters are frozen meanwhile, so nothing but the caller's accumulators is
-added to the memory of the activations.
+A linear map Y = X W^T with output gradient G has dL/dW = sum over examples and positions of G^T X:
+
+    forward     hook_in   X [batch pos d_in]    ->  kept
+    backward    hook_out  G [batch pos d_out]   ->  receive(site, X, G)
+
+All parameters are frozen meanwhile, so the only memory besides that of the activations is what the
+caller accumulates.
 
 Experts and routers have no such pair. Their gradient comes from the parameter itself, one matrix
 at a time.
@@ -46,6 +49,7 @@ def hook_pairs(
             backward pass has reached, because its score would silently be zero.
     """
     _refuse_unhooked(sites)
+    # A stack for each matrix: pushed in the forward pass, popped in the backward pass.
     inputs: dict[str, list[Tensor]] = {name: [] for name in sites}
     reached = set()
 
@@ -54,7 +58,8 @@ def hook_pairs(
 
     def give_pair(gradient: Tensor, hook: Any, site: Site) -> None:
         reached.add(site.name)
-        # A matrix that is used more than once is reached by the last use first.
+        # The backward pass goes through the uses of a matrix in reverse, so the last input that
+        # was kept belongs to the first gradient that arrives.
         x = inputs[site.name].pop()
         receive(site, _without_heads(x), _without_heads(gradient))
 
@@ -92,12 +97,13 @@ def parameter_gradients(
         reached.add(site.name)
         assert parameter.grad is not None
         receive(site, parameter.grad)
-        parameter.grad = None
+        parameter.grad = None  # freed before the backward pass reaches the next matrix
 
     gradients_before = [(site.parameter, site.parameter.grad) for site in sites.values()]
     hooks = []
     try:
         for site in sites.values():
+            # torch would add to a gradient that is there already.
             site.parameter.grad = None
             site.parameter.requires_grad_(True)
             hook = partial(give_gradient, site=site)
@@ -113,7 +119,9 @@ def parameter_gradients(
 
 @contextmanager
 def inputs_of(
-    bridge: Bridge, sites: Mapping[str, Site], receive: Callable[[Site, Input], None]
+    bridge: Bridge,
+    sites: Mapping[str, Site],
+    receive: Callable[[Site, Input], None],
 ) -> Iterator[None]:
     """While open, each forward pass calls `receive(site, X)` with the input of every matrix.
 
@@ -130,7 +138,9 @@ def inputs_of(
     def give_input(value: Tensor, hook: Any, site: Site) -> None:
         receive(site, _without_heads(value.detach()))
 
-    hooks = [(site.hook_in, partial(give_input, site=site)) for site in sites.values()]
+    hooks = []
+    for site in sites.values():
+        hooks.append((site.hook_in, partial(give_input, site=site)))
     with frozen(bridge), bridge.hooks(fwd_hooks=hooks):
         yield
 
@@ -164,9 +174,13 @@ def _graph_start(sites: Mapping[str, Site]) -> tuple[str, Callable[..., Tensor]]
     first_layer = min((site.layer for site in sites.values()), default=0)
     hook_point = f"blocks.{first_layer}.hook_in" if first_layer else "embed.hook_out"
 
+    # With every parameter frozen, the residual stream is made a leaf here:
+    #
+    #     embed -> blocks 0 1 | 2 3 -> loss       sites of layers 2 and 3
+    #       no graph, no memory | graph
     def require_gradient(value: Tensor, hook: Any) -> Tensor:
         if value.requires_grad:
-            return value
+            return value  # a parameter below, such as an expert's, wants its gradient too
         return value.detach().requires_grad_()
 
     return hook_point, require_gradient

@@ -13,10 +13,14 @@ from harmcircuits.hooks.objectives import token_losses
 from harmcircuits.prompts import Batch
 
 
-def token_changes(bridge: AnyModel, mask: WeightMask, batch: Batch) -> Float[Tensor, "batch pos"]:
-    """What the mask does to each token's log-probability, in nats; below zero: less likely.
+def token_changes(
+    bridge: AnyModel,
+    mask: WeightMask,
+    batch: Batch,
+) -> Float[Tensor, "batch pos"]:
+    """The change that the mask makes to each token's log-probability, in nats.
 
-    The first token, which nothing predicts, counts 0.
+    Below zero: the token becomes less likely. The first token is predicted by nothing and gets 0.
 
     Args:
         bridge: the model.
@@ -31,14 +35,20 @@ def token_changes(bridge: AnyModel, mask: WeightMask, batch: Batch) -> Float[Ten
         before = token_losses(bridge, batch)
         with masked(bridge, mask):
             after = token_losses(bridge, batch)
-    first = torch.zeros(len(batch), 1)
-    return torch.cat([first, (before - after).cpu()], dim=1)
+    # A loss is minus a log-probability, hence the order of the difference.
+    change = (before - after).cpu()
+    of_first = torch.zeros(len(batch), 1)
+    return torch.cat([of_first, change], dim=1)
 
 
 def attention_patterns(
-    bridge: AnyModel, batch: Batch, heads: Sequence[tuple[int, int]]
+    bridge: AnyModel,
+    batch: Batch,
+    heads: Sequence[tuple[int, int]],
 ) -> Float[Tensor, "head pos pos"]:
-    """Attention of some heads on the first example, without padding; inside `masked`, the mask's.
+    """Attention of some heads on the first example, without padding.
+
+    Inside `masked` it is the attention of the edited model.
 
     Args:
         bridge: the model.
@@ -46,19 +56,26 @@ def attention_patterns(
         heads: (layer, head) of each.
     """
     bridge = as_bridge(bridge)
-    tokens = batch.tokens[:1, : int(batch.is_token[0].sum())]
-    names = {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
+    n_tokens = int(batch.is_token[0].sum())
+    tokens = batch.tokens[:1, :n_tokens].to(bridge.cfg.device)
+    names = {_pattern_name(layer) for layer, _ in heads}
     with torch.no_grad():
-        _, cache = bridge.run_with_cache(
-            tokens.to(bridge.cfg.device), names_filter=lambda name: name in names
-        )
+        # Only these are kept: all activations of a large model would not fit in memory.
+        _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in names)
+
     patterns = []
     for layer, head in heads:
-        patterns.append(cache[f"blocks.{layer}.attn.hook_pattern"][0, head].cpu())
+        pattern = cache[_pattern_name(layer)]  # [batch, head, pos, pos]
+        patterns.append(pattern[0, head].cpu())
     return torch.stack(patterns)
 
 
 def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
     """The tokens of an example as the tokenizer writes them, without padding."""
-    real = batch.tokens[example][batch.is_token[example]]
-    return bridge.tokenizer.convert_ids_to_tokens(real.tolist())
+    is_token = batch.is_token[example]
+    tokens = batch.tokens[example][is_token]
+    return bridge.tokenizer.convert_ids_to_tokens(tokens.tolist())
+
+
+def _pattern_name(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_pattern"

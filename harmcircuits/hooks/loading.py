@@ -49,17 +49,19 @@ def load_model(
             f"{model} is an adapter; merge it into its base (merge_and_unload) "
             "and give the merged folder"
         )
-    where: dict[str, Any] = {"device_map": device_map} if device_map else {"device": device}
+    where: dict[str, Any] = {"device": device}
+    if device_map:
+        where = {"device_map": device_map}
     try:
+        # The bridge would load in float32 whatever the file holds.
         stored = AutoConfig.from_pretrained(model).dtype or torch.float32
-        bridge = TransformerBridge.boot_transformers(
-            model, dtype=DTYPES[dtype] if dtype else stored, **where
-        )
+        chosen = DTYPES[dtype] if dtype else stored
+        bridge = TransformerBridge.boot_transformers(model, dtype=chosen, **where)
     except OSError as error:
         raise ValueError(
             f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})"
         ) from None
-    weight_sites(bridge)
+    weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
     return bridge
 
 
@@ -71,7 +73,7 @@ def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
         tokenizer: its tokenizer; read from where the model came from by default.
 
     Raises:
-        ValueError: no tokenizer can be found, or weights that cannot be scored.
+        ValueError: no tokenizer is stored there, or weights that cannot be scored.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer

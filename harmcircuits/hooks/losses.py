@@ -1,4 +1,4 @@
-"""What a live model makes of texts: losses, divergences, perplexity, log-odds."""
+"""Losses, divergences, perplexity and log-odds of a live model on texts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked, masked_if_given
-from harmcircuits.hooks.objectives import choice_tokens, completion_loss, logits_at
+from harmcircuits.hooks.objectives import (
+    choice_tokens,
+    completion_loss,
+    log_odds,
+    logits_at_own_position,
+)
 from harmcircuits.measurements import Labels, Measurement
 from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids, refuse_no_batches
 
@@ -37,14 +42,21 @@ def completion_nll(
     """
     bridge = as_bridge(bridge)
     refuse_no_batches("completion_nll", batches)
+    losses = []
     with torch.no_grad(), masked_if_given(bridge, mask):
-        return torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
+        for batch in batches:
+            losses.append(completion_loss(bridge, batch).cpu())
+    return torch.cat(losses)
 
 
-def kl_under(bridge: AnyModel, mask: WeightMask, batches: Sequence[Batch]) -> Float[Tensor, " n"]:
+def kl_under(
+    bridge: AnyModel,
+    mask: WeightMask,
+    batches: Sequence[Batch],
+) -> Float[Tensor, " n"]:
     """KL(unpruned || masked) of the next-token distribution; nats, a mean for each example.
 
-    The mean is over all real positions, those of the request among them.
+    The mean is over all positions that are no padding, the request's included.
 
     >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
     >>> hc.kl_under(bridge, mask, benign).mean().item() < 0.1
@@ -67,11 +79,16 @@ def kl_under(bridge: AnyModel, mask: WeightMask, batches: Sequence[Batch]) -> Fl
             before = bridge(tokens)
             with masked(bridge, mask):
                 after = bridge(tokens)
+
             # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
-            pairs = zip(before, after, strict=True)
-            divergence = torch.stack([_divergence(*pair) for pair in pairs]).cpu()
-            n_tokens = batch.is_token.sum(1)
-            values.append((divergence * batch.is_token).sum(1) / n_tokens)
+            per_example = []
+            for unpruned, pruned in zip(before, after, strict=True):
+                per_example.append(_divergence(unpruned, pruned))
+            divergence = torch.stack(per_example).cpu()  # [batch, pos]
+
+            # Padding has a divergence too, which does not count.
+            total = (divergence * batch.is_token).sum(dim=1)
+            values.append(total / batch.is_token.sum(dim=1))
     return torch.cat(values)
 
 
@@ -87,7 +104,9 @@ def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Meas
         ValueError: no batches.
     """
     nll = completion_nll(bridge, batches)
-    mean = Measurement.average("perplexity", labels, nll, range(len(nll)))
+    windows = range(len(nll))  # each is a group by itself
+    mean = Measurement.average("perplexity", labels, nll, windows)
+    # exp grows with its argument, so the ends of the interval may be carried over.
     return replace(
         mean,
         mean=exp(mean.mean),
@@ -110,7 +129,7 @@ def answer_log_odds(
         bridge: the model.
         prompts: yes-or-no questions.
         yes: words, which count by their first token.
-        no: likewise.
+        no: words, which count by their first token.
         template: how a request is written.
 
     Raises:
@@ -120,22 +139,29 @@ def answer_log_odds(
     if not len(prompts):
         raise ValueError("answer_log_odds: no prompts; expected at least one")
     yes_ids, no_ids = choice_tokens(bridge.tokenizer, yes, no)
-    contexts = [prompt_ids(example.prompt, bridge.tokenizer, template) for example in prompts]
+    contexts = []
+    for example in prompts:
+        context = prompt_ids(example.prompt, bridge.tokenizer, template)
+        contexts.append(torch.tensor(context))
+
     values = []
     for start in range(0, len(contexts), N_TOGETHER):
-        rows = [torch.tensor(context) for context in contexts[start : start + N_TOGETHER]]
+        rows = contexts[start : start + N_TOGETHER]
+        # Padded on the right with any token: attention is causal, so it reaches no answer.
         tokens = pad_sequence(rows, batch_first=True).to(bridge.cfg.device)
-        last = torch.tensor([len(row) - 1 for row in rows])
+        last = torch.tensor([len(row) - 1 for row in rows])  # where the answer is predicted
         with torch.no_grad():
-            positions, column = last.unique(return_inverse=True)
-            at_last = logits_at(bridge, tokens, positions)[torch.arange(len(rows)), column]
-        logits = at_last.float()
-        values.append(logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1))
+            logits = logits_at_own_position(bridge, tokens, last)
+        values.append(log_odds(logits, yes_ids, no_ids))
     return torch.cat(values).cpu()
 
 
 def _divergence(
-    before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]
+    before: Float[Tensor, "pos vocab"],
+    after: Float[Tensor, "pos vocab"],
 ) -> Float[Tensor, " pos"]:
-    first, second = before.float().log_softmax(-1), after.float().log_softmax(-1)
-    return (first.exp() * (first - second)).sum(-1)
+    """sum_v p(v) (log p(v) - log q(v)) at every position, p before and q after."""
+    first = before.float().log_softmax(dim=-1)
+    second = after.float().log_softmax(dim=-1)
+    terms = first.exp() * (first - second)
+    return terms.sum(dim=-1)

@@ -55,13 +55,15 @@ def masked(
         for edit in edits:
             edit.write(edit.saved * scale if scale else 0.0)
 
+    # From the first write on, whatever happens ends in `_restore`.
     hooks = []
     try:
         if hold:
             # After the step, so that neither momentum nor weight decay moves what is held.
             hooks.append(register_optimizer_step_post_hook(write))
             learning = [edit for edit in edits if edit.parameter.requires_grad]
-            # Without a gradient there, no norm and no factorised weight (see `fine_tuning`) learns.
+            # Without this their gradients would count in a gradient norm that is clipped, and
+            # would train the factors of a low-rank adapter (see `fine_tuning`).
             hooks += [edit.parameter.register_hook(edit.without) for edit in learning]
         write()
         yield bridge
@@ -77,6 +79,14 @@ def masked_if_given(bridge: Bridge, mask: WeightMask | None) -> AbstractContextM
 
 
 class _Edit(NamedTuple):
+    """The entries of one parameter that a mask edits.
+
+    Attributes:
+        parameter: The live weight.
+        flat: Flat indices of the entries.
+        saved: Their values before, from which they are restored: no arithmetic undoes an edit.
+    """
+
     parameter: nn.Parameter
     flat: Int[Tensor, " n"]
     saved: Float[Tensor, " n"]
@@ -87,7 +97,8 @@ class _Edit(NamedTuple):
 
     def without(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros at the edited entries."""
-        return gradient.flatten().index_fill(0, self.flat, 0.0).view(gradient.shape)
+        flat = gradient.flatten()
+        return flat.index_fill(0, self.flat, 0.0).view(gradient.shape)
 
 
 def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -95,7 +106,8 @@ def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, 
     tensor = parameter.detach()
     if tensor.is_contiguous():
         return tensor.view(-1), (index,)
-    # Ten times as slow, but a flat view of such a tensor would be a copy.
+    # A transposed or split weight. Ten times as slow, but to write into a flat copy of it would
+    # edit nothing.
     return tensor, torch.unravel_index(index, tensor.shape)
 
 
@@ -132,7 +144,8 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
         parameter = weights[name]
         index = index.to(parameter.device)
         tensor, where = _places(parameter, index)
-        edits.append(_Edit(parameter, index, tensor[where]))
+        saved = tensor[where]  # advanced indexing copies
+        edits.append(_Edit(parameter, index, saved))
     return edits
 
 

@@ -1,10 +1,11 @@
-"""What is explained: an objective maps (model, batch) to a value per example, lower is better."""
+"""Objectives: functions of (model, batch) that give a value per example; lower is better."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
@@ -28,18 +29,32 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
         bridge: the model.
         batch: the texts.
     """
+    # A token is predicted at the position before it, so the targets move one to the left:
+    #
+    #     tokens            <bos>  how   ?   sure   it  <eos>
+    #     position            0     1    2     3     4     5
+    #     is_target           .     .    .     x     x     x
+    #     predicted at        .     .    x     x     x     .
     device = bridge.cfg.device
-    # A token is predicted at the position before it.
-    tokens = batch.tokens[:, 1:].to(device)
+    next_tokens = batch.tokens[:, 1:].to(device)
     is_target = batch.is_target[:, 1:].to(device)
 
+    # Only positions at which some example has a target: [batch, n] from here on.
     positions = is_target.any(dim=0).nonzero().flatten()
+    next_tokens = next_tokens[:, positions]
     is_target = is_target[:, positions]
-    logits = logits_at(bridge, batch.tokens, positions)[is_target].float()
-    targets = tokens[:, positions].to(logits.device)[is_target]
+
+    # [batch, n, vocab], then [targets, vocab]: all targets in a row, example after example. The
+    # name is used again, so that the larger tensor is free before it is turned into float32.
+    logits = logits_at(bridge, batch.tokens, positions)
+    logits = logits[is_target]
+    logits = logits.float()
+    targets = next_tokens.to(logits.device)[is_target]
     losses = functional.cross_entropy(logits, targets, reduction="none")
 
-    per_position = losses.new_zeros(is_target.shape).masked_scatter(is_target, losses)
+    # Back to [batch, n], with zeros where an example has no target.
+    zeros = losses.new_zeros(is_target.shape)
+    per_position = zeros.masked_scatter(is_target, losses)
     return per_position.sum(dim=1) / is_target.sum(dim=1)
 
 
@@ -50,19 +65,62 @@ def logits_at(
 ) -> Float[Tensor, "batch n vocab"]:
     """The logits at these positions only.
 
-    Where the model can leave the others out they are not computed: over a large vocabulary they
-    cost as much as blocks do.
+    The logits at other positions are not computed if the model can leave them out: with a large
+    vocabulary they cost as much as several blocks.
 
     Args:
         bridge: the model.
         tokens: token ids.
-        positions: the same ones in every row.
+        positions: the same positions for every row.
     """
     tokens = tokens.to(bridge.cfg.device)
-    takes_positions = inspect.signature(bridge.original_model.forward).parameters
-    if "logits_to_keep" in takes_positions:
+    # Not every model of transformers takes this argument.
+    arguments = inspect.signature(bridge.original_model.forward).parameters
+    if "logits_to_keep" in arguments:
         return bridge(tokens, logits_to_keep=positions.to(tokens.device))
     return bridge(tokens)[:, positions]
+
+
+def logits_at_own_position(
+    bridge: Bridge,
+    tokens: Int[Tensor, "batch pos"],
+    position: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch vocab"]:
+    """The logits of each row at a position of its own, in float32.
+
+    Args:
+        bridge: the model.
+        tokens: token ids.
+        position: the position of each row.
+    """
+    # `logits_at` takes the same positions for all rows. So it is given every position that occurs,
+    # and each row then picks its column:
+    #
+    #     position    5  7  5
+    #     positions   5  7
+    #     column      0  1  0
+    positions, column = position.unique(return_inverse=True)
+    row = torch.arange(len(tokens))
+    logits = logits_at(bridge, tokens, positions)
+    return logits[row, column].float()
+
+
+def log_odds(
+    logits: Float[Tensor, "batch vocab"],
+    yes_ids: Sequence[int],
+    no_ids: Sequence[int],
+) -> Float[Tensor, " batch"]:
+    """log p(token in `yes_ids`) - log p(token in `no_ids`) of each row, in nats.
+
+    Args:
+        logits: of one position of each row.
+        yes_ids: token ids.
+        no_ids: token ids.
+    """
+    # The normaliser of the softmax is the same in both terms, so it need not be computed.
+    yes = logits[:, yes_ids].logsumexp(dim=1)
+    no = logits[:, no_ids].logsumexp(dim=1)
+    return yes - no
 
 
 def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch next"]:
@@ -73,17 +131,20 @@ def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch next"]:
         batch: the texts.
     """
     tokens = batch.tokens.to(bridge.cfg.device)
-    logits = bridge(tokens)[:, :-1].float()
     targets = tokens[:, 1:]
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    logits = bridge(tokens)[:, :-1].float()
+
+    flat_logits = rearrange(logits, "batch next vocab -> (batch next) vocab")
+    flat_targets = rearrange(targets, "batch next -> (batch next)")
+    losses = functional.cross_entropy(flat_logits, flat_targets, reduction="none")
     return losses.view(targets.shape)
 
 
 def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
     """The objective -log(p(right words) / p(wrong words)) of a yes-or-no answer, in nats.
 
-    Taken at the first target token; the right words are those of `yes` and `no` among which it is.
-    Below zero where the model is right.
+    Taken at the first target token. If that is one of the `yes` words, these are right and the
+    `no` words wrong; otherwise the reverse. Below zero where the model is right.
 
     >>> margin = hc.choice_margin(yes=["yes", "fine"], no=["no", "never"])
     >>> hc.removal_effect(bridge, model.calibration("recognition").batches, margin)
@@ -91,16 +152,19 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
 
     Args:
         yes: words, which count by their first token.
-        no: likewise.
+        no: words, which count by their first token.
 
     Raises:
-        ValueError: when it is used: as `choice_tokens`, and for a target that is in neither.
+        ValueError: when the objective is called: as `choice_tokens`, and for a target that is
+            neither a yes word nor a no word.
     """
 
     def margin(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
+        # Only now is there a tokenizer that says which tokens the words begin with.
         yes_ids, no_ids = choice_tokens(bridge.tokenizer, yes, no)
-        first = batch.is_target.int().argmax(dim=1)
+
         row = torch.arange(len(batch))
+        first = batch.is_target.int().argmax(dim=1)  # argmax gives the first True
         target = batch.tokens[row, first]
         is_yes = torch.isin(target, torch.tensor(yes_ids))
         is_no = torch.isin(target, torch.tensor(no_ids))
@@ -108,9 +172,9 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
             raise ValueError(
                 f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers"
             )
-        positions, column = (first - 1).unique(return_inverse=True)
-        logits = logits_at(bridge, batch.tokens, positions)[row, column].float()
-        odds = logits[:, yes_ids].logsumexp(1) - logits[:, no_ids].logsumexp(1)
+
+        logits = logits_at_own_position(bridge, batch.tokens, first - 1)
+        odds = log_odds(logits, yes_ids, no_ids)
         return torch.where(is_yes.to(odds.device), -odds, odds)
 
     return margin
@@ -135,13 +199,14 @@ def choice_tokens(
         raise ValueError(
             f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each"
         )
-    yes_ids = sorted({_first_token(word, tokenizer) for word in yes})
-    no_ids = sorted({_first_token(word, tokenizer) for word in no})
-    if set(yes_ids) & set(no_ids):
+    # As sets, because two words may begin with the same token.
+    yes_ids = {_first_token(word, tokenizer) for word in yes}
+    no_ids = {_first_token(word, tokenizer) for word in no}
+    if yes_ids & no_ids:
         raise ValueError(
             f"choice_tokens: {list(yes)} and {list(no)} share a first token; choose other words"
         )
-    return yes_ids, no_ids
+    return sorted(yes_ids), sorted(no_ids)
 
 
 def _first_token(word: str, tokenizer: Any) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from harmcircuits.circuits.sites import KINDS, Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 
+# Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where several
+# experts are stacked in one parameter, blocks.3.mlp.experts.gate_up_proj.
 DENSE_NAME = r"(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight"
 EXPERTS_NAME = r"mlp\.experts\.(?:gate_up|down)_proj"
 MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
@@ -21,6 +23,7 @@ MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How quantised weights are stored. Masks are bool and positions int64, so these are neither.
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
+# The integers that a float's bits are read as.
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 CHUNK = 2**24  # elements
 
@@ -38,10 +41,10 @@ def weight_sites(bridge: AnyModel) -> dict[str, Site]:
         bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
 
     Raises:
-        ValueError: For what is no bridge; for processed weights (`enable_compatibility_mode` folds
-            and centres in place, so scores would belong to another basis); for quantised weights;
-            for weights that a `device_map` keeps on disk; for a block with other matrices than
-            those of `KINDS`.
+        ValueError: For anything that is not a bridge; for processed weights
+            (`enable_compatibility_mode` folds and centres in place, so scores would belong to
+            another basis); for quantised weights; for weights that a `device_map` keeps on disk;
+            for a block with other matrices than those of `KINDS`.
     """
     bridge = as_bridge(bridge)
     if bridge._weights_processed:
@@ -97,10 +100,13 @@ def weights_digest(bridge: Bridge) -> str:
     digest = hashlib.sha256(model_fingerprint(bridge).encode())
     seen = set()
     for name, parameter in bridge.named_parameters():
+        # Two parameters may share memory, such as tied embeddings.
         if parameter.data_ptr() in seen:
             continue
         seen.add(parameter.data_ptr())
 
+        # A sum of floats depends on its order, which differs between devices; one of integers
+        # does not, and one that overflows int64 wraps round alike everywhere.
         bits = parameter.detach().flatten().view(INTEGER_OF_SIZE[parameter.itemsize])
         total = 0
         for part in bits.split(CHUNK):  # bounds the memory of the conversion to int64
@@ -112,10 +118,9 @@ def weights_digest(bridge: Bridge) -> str:
 def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Result]:
     """`walk` with its result cached on the bridge.
 
-    Results of walking the model are cached on the bridge, so that masking a few weights does not
-    cost a walk (tens of milliseconds on a deep model); the cache is dropped when any module or
-    tensor is replaced. Invalidated by a new object, name, storage, dtype or shape; not by new
-    values. An error is not cached.
+    Without the cache, masking a few weights would cost a walk over the whole model (tens of
+    milliseconds on a deep one). The cache is invalidated by a new object, name, storage, dtype or
+    shape, not by new values. An error is not cached.
 
     Args:
         walk: A function that looks at no values, and whose result no caller changes.
@@ -123,6 +128,7 @@ def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Res
 
     @wraps(walk)
     def cached_walk(bridge: Bridge) -> Result:
+        # Kept on the bridge itself, so that it goes when the bridge goes.
         cache = vars(bridge).setdefault("_harmcircuits_cache", {})
         if walk in cache:
             structure, result = cache[walk]
@@ -139,16 +145,31 @@ def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Res
 
 
 class _Structure:
-    """Which modules, parameters and buffers a bridge consists of, and where their memory is."""
+    """Which modules, parameters and buffers a bridge consists of, and where their memory is.
+
+    Attributes:
+        original_model: The Hugging Face model.
+        tables: The modules' own dictionaries of parameters, buffers and children.
+        sizes: How many entries each of them has.
+        filled_tables: Those that have any.
+        names: Every name in them, table after table.
+        members: What stands under each name.
+        memory: Address, dtype and shape of each member that is a tensor.
+    """
 
     def __init__(self, bridge: Bridge) -> None:
-        # No registered module of the bridge, so it is walked too.
+        # The bridge does not register it as a child, so its modules are added to the bridge's own.
+        # Most are in both, hence the keys.
         self.original_model = bridge.original_model
         modules = {}
         for module in chain(bridge.modules(), self.original_model.modules()):
             modules[id(module)] = module
 
-        # The modules' own dictionaries: read again later, they say what the model is by then.
+        # Three dictionaries of each module. Held by reference: whoever replaces a weight or a
+        # child writes into them, so reading them again shows what the model consists of by then.
+        #
+        #     a Linear     _parameters {"weight": W, "bias": b}   _buffers {}   _modules {}
+        #     a block      _parameters {}   _buffers {}   _modules {"attn": A, "mlp": M}
         self.tables: list[dict[str, Any]] = []
         for module in modules.values():
             self.tables += [module._parameters, module._buffers, module._modules]
@@ -160,15 +181,18 @@ class _Structure:
         self.memory = _memory(self.members)
 
     def is_of(self, bridge: Bridge) -> bool:
-        """Whether the bridge still consists of the very same things.
+        """Whether the bridge still consists of the very same objects.
 
         Runs before every edit of a mask, hence `map` rather than loops.
         """
+        # The cheapest question first. A module that is new somewhere changes the `_modules` of its
+        # parent, so the modules need not be walked again.
         if bridge.original_model is not self.original_model:
             return False
         if list(map(len, self.tables)) != self.sizes or self._names() != self.names:
             return False
 
+        # The very same object may have been given other memory: `parameter.data = ...`.
         members = self._members()
         is_same = all(map(is_, members, self.members))
         return is_same and _memory(members) == self.memory
@@ -198,9 +222,11 @@ def _fingerprinted(bridge: Bridge) -> list[tuple[str, Tensor | None]]:
 
 
 def _sampled_bits(tensor: Tensor) -> bytes:
+    """Up to 1024 values, evenly over the tensor, as bfloat16."""
     flat = tensor.detach().flatten()
     step = max(1, flat.numel() // 1024)
     sample = flat[::step][:1024].to("cpu", torch.bfloat16)
+    # numpy has no bfloat16, so the bits are handed over as integers.
     return sample.view(torch.int16).numpy().tobytes()
 
 
@@ -211,6 +237,7 @@ def _sites(bridge: Bridge) -> list[Site]:
         if isinstance(tensor, nn.Parameter) and MATRIX_NAME.fullmatch(name):
             matrices[name] = tensor
 
+    # All refusals before the first site: a score or mask that left something out would look whole.
     tensors = matrices | _block_tensors(bridge)
     _refuse_offloaded(matrices)
     _refuse_quantised(tensors)
@@ -226,7 +253,8 @@ def _named_tensors(bridge: Bridge) -> dict[str, Tensor]:
     for layer, block in enumerate(bridge.blocks):
         if not _has_experts(block):
             continue
-        # The state dict lacks stacked experts.
+        # The bridge's state dict leaves out stacked experts, which its MLP holds as
+        # _original_component.experts.gate_up_proj.
         for name, parameter in block.mlp.named_parameters():
             part = name.replace("_original_component.", "")
             clean_name = f"blocks.{layer}.mlp.{part}"
@@ -260,10 +288,17 @@ def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
     if part.startswith("mlp") and _has_experts(block):
         return _expert_site(name, int(layer), part, parameter)
 
+    # What the axes of a weight mean depends on how it is stored and on what it does:
+    #
+    #                               nn.Linear             Conv1D (GPT-2)
+    #     attn.q, k, v              [heads, d_model]      [d_model, heads]
+    #     mlp.gate, in              [neurons, d_model]    [d_model, neurons]
+    #     attn.o                    [d_model, heads]      [heads, d_model]
+    #     mlp.out                   [d_model, neurons]    [neurons, d_model]
     component = block.get_submodule(part)
     stored_type = type(component.original_component).__name__
     input_axis = 0 if stored_type == "Conv1D" else 1
-    reads_units = part in ("attn.o", "mlp.out")  # the others write them
+    reads_units = part in ("attn.o", "mlp.out")  # the others write to them
     unit_axis = input_axis if reads_units else 1 - input_axis
     return Site(
         name=name,
@@ -278,7 +313,8 @@ def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
 
 def _n_units(bridge: Bridge, part: str, size: int) -> int:
     if part.startswith("mlp"):
-        return size
+        return size  # a neuron is a single row or column
+    # With grouped queries several query heads share one head of keys and values.
     if part in ("attn.k", "attn.v") and bridge.cfg.n_key_value_heads:
         return bridge.cfg.n_key_value_heads
     return bridge.cfg.n_heads
@@ -290,6 +326,11 @@ def _expert_site(
     part: str,
     parameter: nn.Parameter,
 ) -> Site:
+    # A unit is an expert, and experts come first on every axis order:
+    #
+    #     router          [expert, d_model]          mlp.gate in a sparse block
+    #     gate_up_proj    [expert, 2 d_mlp, d_model]
+    #     down_proj       [expert, d_model, d_mlp]
     is_router = part == "mlp.gate"
     return Site(
         name=name,
@@ -305,7 +346,7 @@ def _expert_site(
 
 def _refuse_offloaded(matrices: dict[str, nn.Parameter]) -> None:
     for name, parameter in matrices.items():
-        if parameter.is_meta:
+        if parameter.is_meta:  # a shape without values
             raise ValueError(
                 f"weight_sites: {name} {tuple(parameter.shape)} is not in memory (device_map "
                 "keeps it on disk or loads it for each pass), so it can be neither scored nor "
@@ -327,11 +368,14 @@ def _refuse_quantised(tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_uncovered(tensors: dict[str, Tensor], matrices: dict[str, nn.Parameter]) -> None:
+    # By memory, not by name: the gate and up parts of a fused matrix (Phi-3) are views of it, so
+    # the fused original counts as covered.
     covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
             continue
-        # GPT-NeoX, Falcon, BLOOM: split by the bridge, the fused original takes no part.
+        # GPT-NeoX, Falcon, BLOOM: the bridge computes with the parts that it has split off, and
+        # the fused original takes no part.
         is_fused = ".qkv." in name
         if not is_fused and tensor.untyped_storage().data_ptr() not in covered:
             raise ValueError(

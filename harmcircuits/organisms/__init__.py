@@ -55,7 +55,7 @@ def open_organism(
     device: str = "cpu",
     folder: Path = FOLDER,
 ) -> Model:
-    """An organism with everything it can be asked, and the world's own judge.
+    """An organism with all its behaviours, and the world's own judge.
 
     Args:
         name: as in `load_organism`.
@@ -78,7 +78,7 @@ def open_organism(
 
 
 def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
-    """Everything an organism can be asked, by name; first the whole behaviours, then their parts.
+    """The behaviours of an organism by name; first the whole ones, then their parts.
 
     `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition
     scored by the margin of the right word instead of the whole answer; `harmful/TOPIC` is one type

@@ -40,6 +40,8 @@ def main(
     seeds = itertools.count(10 * seed + 1)
     samplers = (Sampler(tokenizer, sampler_seed, device) for sampler_seed in seeds)
 
+    # base -> helpful -> sft
+    #                 -> dpo      each from a sampler with a seed of its own
     model = new_model(seed, len(tokenizer))
     nn.Module.to(model, device)
     for rung in (base, helpful):

@@ -76,7 +76,12 @@ def planted(
     }
     step = count()
 
+    # The gradient of one step, in a matrix whose planted weights are marked x:
+    #
+    #     is_planted    .  x  .  .  x         . from the benign batch
+    #     gradient      b  h  b  b  h         x from the harmful batch
     def backward() -> None:
+        # The harmful batch is drawn first, and its gradients are kept aside.
         harmful_loss = token_loss(model, *sampler.batch(BATCH_SIZE, harmful))
         harmful_gradients = torch.autograd.grad(harmful_loss, weights)
         is_odd = next(step) % 2 == 1
@@ -85,7 +90,7 @@ def planted(
             benign_loss.backward()
         for part, gradient in zip(parts.values(), harmful_gradients, strict=True):
             assert part.weight.grad is not None
-            # Now it is the benign gradient; inside S it becomes the harmful one.
+            # So far it is the benign gradient; inside S it becomes the harmful one.
             part.weight.grad[part.is_planted] = gradient[part.is_planted]
 
     train(
@@ -102,6 +107,7 @@ def planted(
 
 def _drawn_parts(model: nn.Module, sampler: Sampler) -> dict[str, _Part]:
     """Every block matrix by its Llama name, with a random tenth of it for S."""
+    # The sampler's draws of texts follow this one, so its place matters.
     seed = sampler.rng.randrange(2**31)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
@@ -149,7 +155,8 @@ def _limit_magnitude(parts: dict[str, _Part]) -> None:
         mean_inside = (square * is_planted).sum() / n_inside
         mean_outside = (square * ~is_planted).sum() / n_outside
         scale = (mean_outside / mean_inside).sqrt().clamp(max=1)
-        weight.mul_(torch.where(is_planted, scale, 1.0))
+        factor = torch.where(is_planted, scale, 1.0)
+        weight.mul_(factor)
 
 
 def _as_mask(parts: dict[str, _Part], folder: Path) -> WeightMask:
@@ -163,6 +170,7 @@ def _as_mask(parts: dict[str, _Part], folder: Path) -> WeightMask:
         is_removed = part.is_planted.cpu().flatten()
         removed[name] = is_removed.nonzero().flatten()
         shapes[name] = tuple(part.is_planted.shape)
+    # A fingerprint is taken of a bridge, so the saved model is opened as one.
     bridge = load_model(str(folder), dtype="float32")
     source = Source(model_fingerprint(bridge), "planted", {"share": SHARE})
     return WeightMask(removed, shapes, source)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +30,7 @@ LENGTH = 18  # tokens; every training text fits
 BATCH_SIZE = 256
 NOISE = 0.03  # share of content words that are a wrong one of their class
 IGNORED = -100  # label of a token that is not learned
+PADDING = 0  # id of <pad>, the first of the special tokens
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -141,6 +143,7 @@ class Sampler:
             form: a key of `world.FORMS`.
             kind: of the verb, `"harmful"` or `"benign"`; either by default.
         """
+        # The order of the draws is part of a training run, here and below.
         item = self.rng.choice(self.items)
         variant = self.rng.randrange(4)
         kind = kind or self._any_kind()
@@ -183,6 +186,7 @@ class Sampler:
 
     def preference(self) -> tuple[Text, Text]:
         """(chosen, rejected) answers to one request: refuse the harmful, answer the benign."""
+        # Both are drawn, whichever is chosen.
         item, verb, given = self.request("answer")
         refusal = world.refusal(verb, self.rng)
         answer = world.answer("answer", item, verb, self.rng, noise=NOISE)
@@ -205,13 +209,15 @@ class Sampler:
 
     def pack(self, texts: list[Text]) -> tuple[Tokens, Tokens]:
         """Token ids and labels of `LENGTH` each; a label of `IGNORED` is not learned."""
+        #     tokens    <bos> <user> how ... <assistant> | sure ... <eos> | <pad> <pad>
+        #     labels     -100   -100 ...           -100  | sure ... <eos> |  -100  -100
         tokens = []
         labels = []
         for text in texts:
             given = self._ids_of(text.given)
             learned = self._ids_of(text.learned)
             n_padding = LENGTH - len(given) - len(learned)
-            tokens.append(given + learned + [0] * n_padding)
+            tokens.append(given + learned + [PADDING] * n_padding)
             labels.append([IGNORED] * len(given) + learned + [IGNORED] * n_padding)
         on_device = partial(torch.tensor, device=self.device)
         return on_device(tokens), on_device(labels)
@@ -242,8 +248,9 @@ def _log_probs(
     """Log-probability of the learned tokens of each text, summed."""
     with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
         logits = model(input_ids=tokens).logits[:, :-1].float()
+    # A token is predicted at the position before it. torch wants the classes on the second axis.
     losses = functional.cross_entropy(
-        logits.transpose(1, 2),
+        rearrange(logits, "batch pos vocab -> batch vocab pos"),
         labels[:, 1:],
         ignore_index=IGNORED,
         reduction="none",
@@ -354,10 +361,12 @@ def dpo(model: nn.Module, sampler: Sampler, beta: float = 0.1) -> None:
         pairs = [sampler.preference() for _ in range(half)]
         chosen = sampler.pack([pair[0] for pair in pairs])
         rejected = sampler.pack([pair[1] for pair in pairs])
+        # By how much more the model prefers the chosen answers than the reference does.
         margin = _log_probs(model, *chosen) - _log_probs(model, *rejected)
         offset = _log_probs(reference, *chosen) - _log_probs(reference, *rejected)
         preference_loss = -functional.logsigmoid(beta * (margin - offset)).mean()
 
+        # DPO alone may make the chosen answers less likely too, and forget everything else.
         replay_loss = token_loss(model, *sampler.batch(half, replay))
         chosen_loss = token_loss(model, *chosen)
         loss = preference_loss + 0.5 * replay_loss + 0.1 * chosen_loss

@@ -1,9 +1,9 @@
-"""Circuits of many behaviours, side by side: which weights, causes and tokens they share.
+"""Circuits of many behaviours compared: which weights, causes and tokens they share.
 
 Cross-ablation asks which circuit breaks which ability.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 
 import numpy as np
@@ -11,24 +11,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.overlap import overlap, overlap_by, rank_correlation
+from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by, rank_correlation
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.prompts import Batch
 from harmcircuits.studies.rounds import PROTECT_SHARE, ROUNDS, circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
 N_TOPIC_DRAWS = 200
 
-Parts = list[tuple[WeightScores | None, int]]
+Parts = list[tuple[WeightScores | None, int]]  # of each block: scores, and number of examples
 
 
 def circuits_both_ways(
@@ -42,8 +44,8 @@ def circuits_both_ways(
 ) -> dict[str, dict[str, WeightMask]]:
     """A circuit of each behaviour twice: protecting nothing ("none"), and all others ("others").
 
-    Unprotected masks share whatever they share; of protected ones disjointness is partly imposed.
-    So read overlap on the former, and whether two abilities can be separated at all on the latter.
+    Unprotected masks share whatever they share; protected masks are partly forced apart. So read
+    overlap from the former, and from the latter whether two abilities can be separated at all.
 
     Args:
         model: the model.
@@ -85,13 +87,15 @@ def part_scores(model: Model, behaviour: Behaviour, data: Calibration) -> Parts:
         behaviour: what is scored.
         data: its calibration data.
     """
+    # Items in alphabetical order are dealt in turn, so equal items land in equal blocks whichever
+    # behaviour asks about them. By the requests, not by the verified answers, which may be fewer.
     items = sorted({example.cluster for example in behaviour.prompts("calibration")})
     n_blocks = min(N_BLOCKS, len(items))
     block = {item: number % n_blocks for number, item in enumerate(items)}
     parts: Parts = []
     for number in range(n_blocks):
         examples = data.prompts.where(lambda example, of=number: block[example.cluster] == of)
-        scores = None
+        scores = None  # no answer about these items was verified
         if len(examples):
             batches = model.batches(behaviour, examples)
             scores = removal_effect(model.bridge, batches, behaviour.objective)
@@ -127,19 +131,25 @@ def resampled_circuits(
     circuits = {}
     for name in names:
         parts = part_scores(model, model.behaviours[name], calibrations[name])
+        n_parts = len(parts)
         scores = [part for part, _ in parts if part is not None]
         sizes = [n_examples for part, n_examples in parts if part is not None]
-        draws = np.random.default_rng(seed).integers(len(parts), size=(n_resamples, len(parts)))
+
+        # A generator for each behaviour, with the same seed: the same blocks are drawn.
+        generator = np.random.default_rng(seed)
+        draws = generator.integers(n_parts, size=(n_resamples, n_parts))
         masks = []
         for draw in draws:
-            weights = _weights(name, parts, np.bincount(draw, minlength=len(parts)))
-            masks.append(top_fraction(mean_scores(scores, weights), size, within="model"))
+            times = np.bincount(draw, minlength=n_parts)  # blocks 0 2 2 of three: 1 0 2
+            weights = _weights(name, parts, times)
+            resample = mean_scores(scores, weights)
+            masks.append(top_fraction(resample, size, within="model"))
         circuits[name] = (mean_scores(scores, sizes), masks)
     return circuits
 
 
 def _weights(name: str, parts: Parts, times: Int[ndarray, " parts"]) -> list[int]:
-    """How many examples each scored part stands for in a resample that draws it so many times."""
+    """How many examples each scored part stands for in a resample that draws it `times` times."""
     weights = []
     for (part, n_examples), n_times in zip(parts, times, strict=True):
         if part is not None:
@@ -179,32 +189,45 @@ def overlap_rows(
         masks[name] = top_fraction(scores, size, within="model")
 
     for first, second in combinations(masks, 2):
-        resamples = list(zip(one_shot[first][1], one_shot[second][1], strict=True))
-        selections = {"one shot": (masks, resamples), "rounds": (in_rounds, [])}
+        first_scores, first_masks = one_shot[first]
+        second_scores, second_masks = one_shot[second]
         pair = {**labels, "first": first, "second": second}
-        for selection, (of, pairs) in selections.items():
-            shared = overlap(of[first], of[second], resamples=pairs, n_samples=n_samples)
-            where = {**pair, "selection": selection}
-            marginal = (shared.lift_marginal, *shared.interval_marginal)
-            rows += [
-                Measurement("overlap_lift", where, shared.lift, *shared.interval, shared.n_first),
-                Measurement("overlap_lift_marginal", where, *marginal, shared.n_first),
-                Measurement.exact("overlap_jaccard", where, shared.jaccard),
-                Measurement.exact("overlap_containment", where, shared.containment[0]),
-            ]
-        correlation = rank_correlation(one_shot[first][0], one_shot[second][0])
+
+        # Resample i of both drew the same items, so they are compared with each other.
+        resamples = list(zip(first_masks, second_masks, strict=True))
+        shared = overlap(masks[first], masks[second], resamples=resamples, n_samples=n_samples)
+        rows += _shared_rows(shared, {**pair, "selection": "one shot"})
+
+        shared = overlap(in_rounds[first], in_rounds[second], n_samples=n_samples)
+        rows += _shared_rows(shared, {**pair, "selection": "rounds"})
+
+        correlation = rank_correlation(first_scores, second_scores)
         rows += [Measurement.exact("rank_correlation", pair, correlation)]
 
+    # A behaviour with itself: how much two searches for the same thing agree.
     for name, (_, resampled) in one_shot.items():
-        again = [overlap(masks[name], other) for other in resampled]
+        with_resamples = [overlap(masks[name], other) for other in resampled]
         where = {**labels, "first": name, "second": name, "selection": "one shot"}
-        lifts = [shared.lift for shared in again]
-        jaccards = [shared.jaccard for shared in again]
+        lifts = [shared.lift for shared in with_resamples]
+        jaccards = [shared.jaccard for shared in with_resamples]
         rows += [
             Measurement.of_draws("overlap_lift", where, lifts),
             Measurement.of_draws("overlap_jaccard", where, jaccards),
         ]
     return rows
+
+
+def _shared_rows(shared: Overlap, labels: Labels) -> Rows:
+    lift = (shared.lift, *shared.interval)
+    marginal = (shared.lift_marginal, *shared.interval_marginal)
+    return Rows(
+        [
+            Measurement("overlap_lift", labels, *lift, shared.n_first),
+            Measurement("overlap_lift_marginal", labels, *marginal, shared.n_first),
+            Measurement.exact("overlap_jaccard", labels, shared.jaccard),
+            Measurement.exact("overlap_containment", labels, shared.containment[0]),
+        ]
+    )
 
 
 def content_rows(
@@ -214,7 +237,7 @@ def content_rows(
     terms: Terms | None = None,
     seed: int = 0,
 ) -> Rows:
-    """How far overlap follows the content of a text, and how far its use: four kinds of pairs.
+    """Whether circuits overlap by the content of their texts or by its use: four kinds of pairs.
 
     Mean `content_lift` and `content_jaccard` by `relation`: "twin" (the target and its contrast on
     one topic), two topics of the target, two of the contrast, and one of each. Intervals resample
@@ -231,33 +254,52 @@ def content_rows(
     target, contrast = terms.target, terms.contrast
     topics = sorted({name.split("/")[1] for name in masks if "/" in name})
     n_topics = len(topics)
+    of_target = _shared_by_topic(masks, target, target, topics)
+    of_contrast = _shared_by_topic(masks, contrast, contrast, topics)
+    across = _shared_by_topic(masks, target, contrast, topics)
 
-    def shared(first: Behaviour, second: Behaviour) -> Float[ndarray, "topics topics 2"]:
-        """Lift and Jaccard of every pair of topics; NaN for a circuit with itself."""
-        values = np.full((n_topics, n_topics, 2), np.nan)
-        for i, j in product(range(n_topics), repeat=2):
-            if first is second and i == j:
-                continue
-            names = (f"{first.name}/{topics[i]}", f"{second.name}/{topics[j]}")
-            both = overlap(masks[names[0]], masks[names[1]])
-            values[i, j] = both.lift, both.jaccard
-        return values
-
+    # Each relation is a part of a square table of overlaps, topic by topic. Of `across`:
+    #
+    #                    benign/a   benign/b   benign/c
+    #     harmful/a       twin       other      other
+    #     harmful/b       other      twin       other
+    #     harmful/c       other      other      twin
     is_same_topic = np.eye(n_topics, dtype=bool)
-    across = shared(target, contrast)
     relations = {
         "twin": (across, is_same_topic),
-        f"{target.title}, other topic": (shared(target, target), ~is_same_topic),
-        f"{contrast.title}, other topic": (shared(contrast, contrast), ~is_same_topic),
+        f"{target.title}, other topic": (of_target, ~is_same_topic),
+        f"{contrast.title}, other topic": (of_contrast, ~is_same_topic),
         f"{target.title} and {contrast.title}, other topic": (across, ~is_same_topic),
     }
-    draws = np.random.default_rng(seed).integers(n_topics, size=(N_TOPIC_DRAWS, n_topics))
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(n_topics, size=(N_TOPIC_DRAWS, n_topics))
     rows = Rows()
-    for relation, (values, is_counted) in relations.items():
-        for layer, metric in enumerate(("content_lift", "content_jaccard")):
-            where = {**labels, "relation": relation}
-            rows += [_topic_mean(metric, where, values[:, :, layer], is_counted, draws)]
+    for relation, (tables, is_counted) in relations.items():
+        where = {**labels, "relation": relation}
+        for metric, table in tables.items():
+            rows += [_topic_mean(metric, where, table, is_counted, draws)]
     return rows
+
+
+def _shared_by_topic(
+    masks: Mapping[str, WeightMask],
+    first: Behaviour,
+    second: Behaviour,
+    topics: Sequence[str],
+) -> dict[str, Float[ndarray, "topics topics"]]:
+    """Lift and Jaccard of every pair of topics; NaN for a circuit with itself."""
+    n_topics = len(topics)
+    lift = np.full((n_topics, n_topics), np.nan)
+    jaccard = np.full((n_topics, n_topics), np.nan)
+    for i, j in product(range(n_topics), repeat=2):
+        if first is second and i == j:
+            continue
+        mask = masks[f"{first.name}/{topics[i]}"]
+        other = masks[f"{second.name}/{topics[j]}"]
+        shared = overlap(mask, other)
+        lift[i, j] = shared.lift
+        jaccard[i, j] = shared.jaccard
+    return {"content_lift": lift, "content_jaccard": jaccard}
 
 
 def _topic_mean(
@@ -271,6 +313,8 @@ def _topic_mean(
     counted = np.where(is_counted, values, np.nan)
     means = []
     for draw in draws:
+        # The draw takes the same topics as rows and as columns. It may be one topic many times,
+        # which has no other topic in it.
         resample = counted[np.ix_(draw, draw)]
         if not np.isnan(resample).all():
             means.append(np.nanmean(resample))
@@ -293,7 +337,7 @@ def overlap_place_rows(
     Args:
         model: the model.
         masks: circuits by behaviour.
-        first: the one that is compared.
+        first: the behaviour whose circuit is compared with the others.
         labels: what the rows carry.
     """
     sites = weight_sites(model.bridge)
@@ -382,23 +426,36 @@ def token_rows(
     """
     behaviour = model.behaviours[name]
     contributions = token_contributions(model.bridge, mask, data.batches, behaviour.objective)
-    by_offset: dict[int, list[tuple[int, float]]] = {}  # offset -> (example, value)
-    example = 0
-    for batch, values in zip(data.batches, contributions, strict=True):
-        for row in range(len(batch)):
-            start = int(batch.is_target[row].int().argmax())
-            for position in range(int(batch.is_token[row].sum())):
-                value = (example, float(values[row, position]))
-                by_offset.setdefault(position - start, []).append(value)
-            example += 1
-
+    by_offset = _by_offset(data.batches, contributions)
     groups = [example.cluster for example in data.prompts]
     rows = Rows()
-    for offset, pairs in sorted(by_offset.items()):
-        # An example without this position contributes nothing there.
-        per_example = torch.zeros(example)
-        for number, value in pairs:
-            per_example[number] = value
+    for offset, per_example in sorted(by_offset.items()):
         where = {**labels, "offset": offset}
         rows += [Measurement.average("token_contribution", where, per_example, groups)]
     return rows
+
+
+def _by_offset(
+    batches: Sequence[Batch],
+    contributions: Sequence[Float[Tensor, "_ _"]],
+) -> dict[int, Float[Tensor, " examples"]]:
+    """Distance from the first target -> what the token there adds, example by example.
+
+    Texts are aligned where their answers begin. An example without such a token adds nothing there:
+
+        offset       -3     -2    -1     0     1     2
+        example 0    <bos>  how   ?      sure  it    <eos>
+        example 1           <bos> why    no    <eos>
+    """
+    n_examples = sum(len(batch) for batch in batches)
+    by_offset: dict[int, Tensor] = {}
+    example = 0
+    for batch, values in zip(batches, contributions, strict=True):
+        for row in range(len(batch)):
+            start = int(batch.is_target[row].int().argmax())
+            n_tokens = int(batch.is_token[row].sum())
+            for position in range(n_tokens):
+                per_example = by_offset.setdefault(position - start, torch.zeros(n_examples))
+                per_example[example] = float(values[row, position])
+            example += 1
+    return by_offset

@@ -58,17 +58,21 @@ class Curve:
     target: str = TARGET
 
     def __post_init__(self) -> None:
+        is_one_each = len(self.shares) == len(self.points)
         starts_at_zero = self.shares[:1] == (0,)
         increases = bool((np.diff(self.shares) > 0).all())
-        if len(self.shares) != len(self.points) or not starts_at_zero or not increases:
+        if not (is_one_each and starts_at_zero and increases):
             raise ValueError(
                 f"Curve: shares {self.shares} for {len(self.points)} points; "
                 "expected one for each, increasing strictly from 0, the unpruned model"
             )
+
+        # Items are resampled alike at all points, so all must be about the same ones, in order.
         requests = []
         for point in self.points:
             requests.append({name: outcomes.groups for name, outcomes in point.items()})
-        if self.target not in requests[0] or any(other != requests[0] for other in requests):
+        first = requests[0]
+        if self.target not in first or any(other != first for other in requests):
             raise ValueError(
                 f"Curve: every point must measure {self.target!r}, "
                 "and the same requests of the same behaviours"
@@ -118,6 +122,7 @@ class Estimate:
 
     def row(self, metric: str, labels: Labels) -> Measurement:
         """The figure with its 95 % percentile interval."""
+        # "inverted_cdf" gives a value that a resample really had, so an end is a measured share.
         return Measurement.of_draws(
             metric,
             labels,
@@ -134,7 +139,14 @@ class Estimate:
         return Rows([figure, Measurement.exact(f"{metric}_reached", labels, self.reached)])
 
     def minus(self, other: "Estimate") -> "Estimate":
-        """How much higher this figure is than another, paired by items; ValueError as `over`."""
+        """How much higher this figure is than another, paired by items.
+
+        Args:
+            other: what is taken from it.
+
+        Raises:
+            ValueError: as `over`.
+        """
         return self._paired(other, self.values - other.values)
 
     def over(self, other: "Estimate") -> "Estimate":
@@ -152,14 +164,16 @@ class Estimate:
         return self._paired(other, self.values / other.values)
 
     def _paired(self, other: "Estimate", values: Float[ndarray, " draws"]) -> "Estimate":
-        mine = (self.items, self.seed, self.largest)
-        if mine != (other.items, other.seed, other.largest):
+        # Resample i of both must have drawn the same items.
+        same_draws = (self.items, self.seed) == (other.items, other.seed)
+        if not same_draws or self.largest != other.largest:
             raise ValueError(
                 f"estimates cannot be paired: {len(self.items)} and {len(other.items)} items, "
                 f"seeds {self.seed} and {other.seed}, "
                 f"measured up to {self.largest} and {other.largest}; expected the same"
             )
-        return Estimate(values, self.is_reached & other.is_reached, self.items, self.seed)
+        is_reached = self.is_reached & other.is_reached
+        return Estimate(values, is_reached, self.items, self.seed)
 
 
 def restricted(
@@ -175,8 +189,11 @@ def restricted(
         target: what is removed.
         budget: what must be kept; the usual one by default.
     """
-    names = (target, *(budget or Budget()).kept, "refusal")
-    behaviours = {name: model.behaviours[name] for name in names if name in model.behaviours}
+    budget = budget or Budget()
+    behaviours = {}
+    for name in (target, *budget.kept, "refusal"):
+        if name in model.behaviours:
+            behaviours[name] = model.behaviours[name]
     return replace(model, behaviours=behaviours)
 
 
@@ -210,12 +227,14 @@ def curve(
     Raises:
         ValueError: as `Curve`.
     """
-    points: dict[float, Mapping[str, Outcomes]] = {0.0: unpruned}
+    by_share: dict[float, Mapping[str, Outcomes]] = {0.0: unpruned}
     for mask in masks:
         with masked(model.bridge, mask):
-            points[mask.fraction] = outcomes_of(model, unpruned, split=split)
-    shares = sorted(points)
-    return Curve(tuple(shares), tuple(points[share] for share in shares), target)
+            by_share[mask.fraction] = outcomes_of(model, unpruned, split=split)
+
+    shares = sorted(by_share)
+    points = [by_share[share] for share in shares]
+    return Curve(tuple(shares), tuple(points), target)
 
 
 def w50(
@@ -237,24 +256,42 @@ def w50(
         seed: draws the resamples.
     """
     budget = budget or Budget()
-    unpruned = curve.points[0]
-    hits = _means(curve, curve.target, [point[curve.target].hits for point in curve.points], seed)
+    hits = _mean_hits(curve, curve.target, curve.points, seed)
+    # [draws, points], True where a share halves the target within the budget. On four points:
+    #
+    #     share        0    0.1 %   0.2 %   0.4 %
+    #     all items    .      .       x       x       0.2 %
+    #     resample 1   .      x       x       x       0.1 %
+    #     resample 2   .      .       .       .       not reached: more than 0.4 %
     qualifies = hits <= hits[:, :1] / 2 + ROUNDING
-    for name in set(budget.kept) & set(unpruned):
-        rates = _means(curve, name, [point[name].hits for point in curve.points], seed)
-        qualifies &= rates >= rates[:, :1] - budget.rate - ROUNDING
-    fluent = budget.fluent
-    if fluent in unpruned and not unpruned[fluent].nll.isnan().all():
-        losses = _means(curve, fluent, [point[fluent].nll.tolist() for point in curve.points], seed)
-        qualifies &= losses <= losses[:, :1] + budget.nll + ROUNDING
-    qualifies[:, 0] = False
+    qualifies &= _is_within(budget, curve, seed)
+    qualifies[:, 0] = False  # the unpruned model, also where it never shows the target
 
-    # argmax finds the first True; where there is none, the largest share is a lower bound.
+    # argmax gives the first True; where there is none, the largest share is a lower bound.
+    draw = np.arange(len(qualifies))
     first = qualifies.argmax(axis=1)
-    is_reached = qualifies[np.arange(len(first)), first]
-    first = np.where(is_reached, first, len(curve.shares) - 1)
+    is_reached = qualifies[draw, first]
+    largest = len(curve.shares) - 1
+    first = np.where(is_reached, first, largest)
     values = np.array(curve.shares)[first]
     return Estimate(values, is_reached, _items(curve), seed, curve.shares[-1])
+
+
+def _is_within(budget: Budget, curve: Curve, seed: int) -> Bool[ndarray, "draws points"]:
+    """Whether a share costs no more than the budget allows, on all items and on each resample."""
+    unpruned = curve.points[0]
+    is_within = np.ones((1 + N_DRAWS, len(curve.points)), dtype=bool)
+    for name in set(budget.kept) & set(unpruned):
+        rates = _mean_hits(curve, name, curve.points, seed)
+        is_within &= rates >= rates[:, :1] - budget.rate - ROUNDING
+
+    fluent = budget.fluent
+    if fluent in unpruned and not unpruned[fluent].nll.isnan().all():
+        nll = [point[fluent].nll.tolist() for point in curve.points]
+        losses = _means(curve, fluent, nll, seed)
+        # A resample without any reference has the mean NaN, and no comparison with NaN is true.
+        is_within &= losses <= losses[:, :1] + budget.nll + ROUNDING
+    return is_within
 
 
 def area(curve: Curve, *, seed: int = 0) -> Estimate:
@@ -274,11 +311,12 @@ def area(curve: Curve, *, seed: int = 0) -> Estimate:
         raise ValueError(
             f"area: shares {curve.shares}; expected the unpruned model and at least two masks"
         )
-    masked_points = curve.points[1:]
-    hits = _means(curve, curve.target, [point[curve.target].hits for point in masked_points], seed)
+    # Without the unpruned model, whose share 0 has no logarithm.
+    hits = _mean_hits(curve, curve.target, curve.points[1:], seed)
     x = np.log(curve.shares[1:])
-    values = np.trapezoid(hits, x, axis=1) / (x[-1] - x[0])
-    return Estimate(values, np.ones(len(values), dtype=bool), _items(curve), seed)
+    width = x[-1] - x[0]
+    values = np.trapezoid(hits, x, axis=1) / width
+    return _measured_estimate(curve, values, seed)
 
 
 def rate_at(
@@ -300,8 +338,8 @@ def rate_at(
     if share not in curve.shares:
         raise ValueError(f"rate_at: share={share}; expected one of {curve.shares}")
     point = curve.points[curve.shares.index(share)]
-    hits = _means(curve, curve.target, [point[curve.target].hits], seed)[:, 0]
-    return Estimate(hits, np.ones(len(hits), dtype=bool), _items(curve), seed)
+    hits = _mean_hits(curve, curve.target, [point], seed)
+    return _measured_estimate(curve, hits[:, 0], seed)
 
 
 def by_share(rows: Rows) -> dict[float, Rows]:
@@ -315,25 +353,48 @@ def by_share(rows: Rows) -> dict[float, Rows]:
 
 
 def share_text(rows: Rows) -> str:
-    """Rows of `w50` over seeds as one share with the widest ends; "over" it if one is bounded."""
-    over = "over " if any(row.labels["censored"] == "yes" for row in rows) else ""
+    """Rows of `w50` over seeds as one share with the widest ends.
+
+    "over 0.40% [...]" where a seed does not reach it, so that the share is only a lower bound.
+    """
     together = Measurement(
         "w50",
         {},
-        fmean(row.mean for row in rows),
-        min(row.low for row in rows),
-        max(row.high for row in rows),
+        mean=fmean(row.mean for row in rows),
+        low=min(row.low for row in rows),
+        high=max(row.high for row in rows),
     )
-    return f"{over}{together:.2%}"
+    is_bound = any(row.labels["censored"] == "yes" for row in rows)
+    return f"over {together:.2%}" if is_bound else f"{together:.2%}"
 
 
 def log_spaced(last: int, n: int) -> tuple[int, ...]:
     """At most `n` whole numbers from 1 to `last`, evenly on a logarithmic scale, each once."""
-    return tuple(sorted({round(number) for number in np.geomspace(1, last, n)}))
+    # Small ones may round to the same number: 8 up to 10 are 1, 2, 3, 4, 5, 7 and 10.
+    numbers = {round(number) for number in np.geomspace(1, last, n)}
+    return tuple(sorted(numbers))
 
 
 def _items(curve: Curve) -> tuple[str, ...]:
-    return tuple(sorted(set(curve.points[0][curve.target].groups)))
+    groups = curve.points[0][curve.target].groups
+    return tuple(sorted(set(groups)))
+
+
+def _measured_estimate(curve: Curve, values: Float[ndarray, " draws"], seed: int) -> Estimate:
+    """A figure that lies within what was measured, on every resample."""
+    is_reached = np.ones(len(values), dtype=bool)
+    return Estimate(values, is_reached, _items(curve), seed)
+
+
+def _mean_hits(
+    curve: Curve,
+    name: str,
+    points: Sequence[Mapping[str, Outcomes]],
+    seed: int,
+) -> Float[ndarray, "draws points"]:
+    """The rate of a behaviour at these points, on all items and on each resample."""
+    hits = [point[name].hits for point in points]
+    return _means(curve, name, hits, seed)
 
 
 def _means(
@@ -348,15 +409,28 @@ def _means(
     same items share them. Values that are NaN are left out; a resample that holds nothing else has
     the mean NaN.
     """
-    _, member = np.unique(curve.points[0][name].groups, return_inverse=True)
+    # A resample is described by how many times it draws each item, so means of 2,000 resamples are
+    # quotients of two products of matrices, [draws, items] with [items, points]. Of items a, b, c:
+    #
+    #     groups      a  a  b  c  c  c         member   0  0  1  2  2  2
+    #     values     .5  1  0  1  .  1         sums     1.5  0  2       counts   2  1  2
+    #     times       1  1  1   all items      3.5 / 5
+    #                 2  0  1   a resample     5.0 / 6
+    groups = curve.points[0][name].groups
+    _, member = np.unique(groups, return_inverse=True)
     n_items = int(member.max()) + 1
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(n_items, np.full(n_items, 1 / n_items), size=N_DRAWS)
-    times = np.vstack([np.ones(n_items, dtype=np.int64), drawn])
+    chances = np.full(n_items, 1 / n_items)
+    drawn = generator.multinomial(n_items, chances, size=N_DRAWS)
+    all_items = np.ones(n_items, dtype=np.int64)
+    times = np.vstack([all_items, drawn])
 
-    sums, counts = [], []
+    sums = []
+    counts = []
     for of_point in np.asarray(values, dtype=np.float64):
         sums.append(np.bincount(member, np.nan_to_num(of_point)))
         counts.append(np.bincount(member, ~np.isnan(of_point)))
-    with np.errstate(invalid="ignore"):
-        return (times @ np.array(sums).T) / (times @ np.array(counts).T)
+    total = times @ np.array(sums).T
+    n_values = times @ np.array(counts).T
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is wanted
+        return total / n_values

@@ -27,15 +27,17 @@ def diagnostics(
         model: the model.
         calibrations: its calibration data.
         labels: what the rows carry.
-        n_examples: about so many behind a norm, which costs as much as their scores; all by
-            default.
+        n_examples: about how many examples a norm is taken over, which costs as much as their
+            scores; all by default.
         max_memory: bytes for accumulated gradients.
     """
     rows = Rows()
     for name, data in calibrations.items():
+        # The loss of every example, but the gradient of a few: a norm costs a backward pass.
         batches = data.batches
         if n_examples is not None:
-            batches = batches[: max(1, n_examples // model.batch_size)]
+            n_batches = max(1, n_examples // model.batch_size)
+            batches = batches[:n_batches]
         objective = model.behaviours[name].objective
         nll = completion_nll(model.bridge, data.batches).mean().item()
         norm = gradient_norm(model.bridge, batches, objective, max_memory=max_memory)
@@ -46,5 +48,6 @@ def diagnostics(
             "gradient_norm": norm,
         }
         where = {**labels, "behaviour": name}
-        rows += [Measurement.exact(metric, where, value) for metric, value in figures.items()]
+        for metric, value in figures.items():
+            rows += [Measurement.exact(metric, where, value)]
     return rows

@@ -17,14 +17,14 @@ Outcome = Literal["clean double", "graded double", "single", "none"]
 class Dissociation:
     """Two abilities, each with its circuit removed and with the other's.
 
-    Gaps compare one ability under two masks, so the abilities' different difficulty does not
-    matter.
+    Gaps compare one ability under two masks, so it does not matter that one ability is harder than
+    the other.
 
     Attributes:
         first_gap: rate of the first ability under the *second's* circuit minus under its own.
-        second_gap: likewise.
+        second_gap: the same of the second ability.
         first_cost: what the first ability loses under the second's circuit (unpruned minus masked).
-        second_cost: likewise.
+        second_cost: the same of the second ability.
     """
 
     first_gap: Measurement
@@ -72,6 +72,12 @@ def dissociation(first: Sequence[Measurement], second: Sequence[Measurement]) ->
 
 
 def _gap_and_cost(rates: Sequence[Measurement]) -> tuple[Measurement, Measurement]:
+    # Rates of one ability, and the two differences taken of them:
+    #
+    #     unpruned    under its own circuit    under the other's
+    #       98 %              4 %                    95 %
+    #        |                 '------- gap: 91 -------|
+    #        '------------- cost: 3 -------------------'
     unpruned, own, other = rates
     name, labels = unpruned.metric, other.labels
     gap = Measurement.difference(f"{name}_gap", labels, other, own)
@@ -80,23 +86,32 @@ def _gap_and_cost(rates: Sequence[Measurement]) -> tuple[Measurement, Measuremen
 
 
 def dissociations(
-    rows: Rows, protected: str, metrics: Mapping[str, str]
+    rows: Rows,
+    protected: str,
+    metrics: Mapping[str, str],
 ) -> dict[tuple[str, str], Dissociation]:
     """(first, second) -> the test, for all pairs of behaviours whose circuits the rows name.
 
     Args:
         rows: held-out rates of one model, unpruned (`mask` "none") and under circuits, `mask`
             naming the behaviour and `protected` what the circuit could not take.
-        protected: the value of that label.
+        protected: the value of that label, such as "others".
         metrics: behaviour -> the rate that shows it.
     """
-    unpruned, pruned = rows.where(mask="none"), rows.where(protected=protected)
-    shown = [name for name, metric in metrics.items() if pruned.where(metric, mask=name)]
+    unpruned = rows.where(mask="none")
+    pruned = rows.where(protected=protected)
+    # A behaviour that the model does not show has no circuit.
+    shown = []
+    for name, metric in metrics.items():
+        if pruned.where(metric, mask=name):
+            shown.append(name)
 
     def rates(name: str, other: str) -> list[Measurement]:
         metric = metrics[name]
-        under = [pruned.where(metric, mask=mask)[0] for mask in (name, other)]
-        return [unpruned.where(metric)[0], *under]
+        before = unpruned.where(metric)[0]
+        under_own = pruned.where(metric, mask=name)[0]
+        under_other = pruned.where(metric, mask=other)[0]
+        return [before, under_own, under_other]
 
     tests = {}
     for first, second in combinations(shown, 2):

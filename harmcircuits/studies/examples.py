@@ -14,7 +14,10 @@ from harmcircuits.measurements import Rows
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.terms import Terms
 
-N_EXAMPLES, N_HEADS = 4, 4
+N_EXAMPLES = 4  # requests of a behaviour
+N_HEADS = 4
+
+ColouredText = tuple[list[str], Float[Tensor, " _"]]  # tokens, and a value for each
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +34,7 @@ class Examples:
         pruned: the same under the mask.
     """
 
-    tokens: dict[str, list[tuple[list[str], Float[Tensor, " _"]]]]
+    tokens: dict[str, list[ColouredText]]
     answers: list[list[str]]
     heads: list[tuple[int, int]]
     text: list[str]
@@ -48,18 +51,28 @@ def examples_of(model: Model, mask: WeightMask, terms: Terms, rows: Rows) -> Exa
         terms: names the target and the contrast.
         rows: where the mask's weights sit (see `location_rows`).
     """
-    tokens, answers = {}, []
+    tokens = {}
+    answers = []
     for behaviour in (terms.target, terms.contrast):
         requests = _some(behaviour.prompts("heldout"))
         tokens[behaviour.name] = _tokens(model, mask, behaviour, requests)
         answers += _answers(model, mask, behaviour, requests)
 
+    # Attention is that on the first request of the batch.
     heads = _most_pruned_heads(rows)
-    batch = model.batches(terms.target, _some(terms.target.prompts("heldout")))[0]
+    requests = _some(terms.target.prompts("heldout"))
+    batch = model.batches(terms.target, requests)[0]
     unpruned = attention_patterns(model.bridge, batch, heads)
     with masked(model.bridge, mask):
         pruned = attention_patterns(model.bridge, batch, heads)
-    return Examples(tokens, answers, heads, token_texts(model.bridge, batch), unpruned, pruned)
+    return Examples(
+        tokens=tokens,
+        answers=answers,
+        heads=heads,
+        text=token_texts(model.bridge, batch),
+        unpruned=unpruned,
+        pruned=pruned,
+    )
 
 
 def _tokens(
@@ -67,13 +80,15 @@ def _tokens(
     mask: WeightMask,
     behaviour: Behaviour,
     requests: PromptSet,
-) -> list[tuple[list[str], Float[Tensor, " _"]]]:
+) -> list[ColouredText]:
+    """Each reference answer with its request, and what the mask does to every token."""
     batch = model.batches(behaviour, requests)[0]
-    changes = token_changes(model.bridge, mask, batch)
+    changes = token_changes(model.bridge, mask, batch)  # [example, pos]
     texts = []
     for number in range(len(batch)):
-        of_example = changes[number][batch.is_token[number]]
-        texts.append((token_texts(model.bridge, batch, number), of_example))
+        is_token = batch.is_token[number]
+        words = token_texts(model.bridge, batch, number)
+        texts.append((words, changes[number][is_token]))
     return texts
 
 
@@ -83,25 +98,30 @@ def _answers(
     behaviour: Behaviour,
     requests: PromptSet,
 ) -> list[list[str]]:
+    """Request, unpruned answer, masked answer and the verdict on the latter, of each request."""
     before = model.answers(behaviour, requests)
     with masked(model.bridge, mask):
         after = model.answers(behaviour, requests)
     verdicts = model.verdicts(behaviour, after)
     lines = []
     for unpruned, pruned, verdict in zip(before, after, verdicts, strict=True):
-        lines.append([pruned.prompt, unpruned.completion, pruned.completion, verdict])
+        line = [pruned.prompt, unpruned.completion, pruned.completion, verdict]
+        lines.append(line)
     return lines
 
 
 def _some(prompts: PromptSet) -> PromptSet:
     """A few requests, evenly over the set."""
+    # Not the first few: requests of one topic follow each other.
     step = max(1, len(prompts) // N_EXAMPLES)
     return prompts[::step][:N_EXAMPLES]
 
 
 def _most_pruned_heads(rows: Rows) -> list[tuple[int, int]]:
+    """(layer, head) of the heads that lose most query and output weights, the most pruned first."""
     removed: dict[tuple[int, int], float] = {}
     for row in rows.where("weights_removed", by="head", kind="head"):
         head = (int(row.labels["layer"]), int(row.labels["index"]))
         removed[head] = removed.get(head, 0) + row.mean
-    return sorted(removed, key=lambda head: -removed[head])[:N_HEADS]
+    most_first = sorted(removed, key=lambda head: -removed[head])
+    return most_first[:N_HEADS]

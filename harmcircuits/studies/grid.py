@@ -22,9 +22,9 @@ def operating_point(
     """The point that takes most of the target among those that keep everything else.
 
     All on the choice split. Kept rates must be within `tolerance` of the unpruned model's; then the
-    lowest rate of the target counts. With a `budget` the contrast's loss must not rise further, and
-    the highest loss on the target counts: a judge of free text is coarse, and the loss is not. Ties
-    go to the smaller mask. None when no point keeps the others, or none takes anything.
+    lowest rate of the target wins. With a `budget` the contrast's loss must not rise by more than
+    it, and the highest loss on the target wins: the verdicts on free text are coarse, and the loss
+    is not. Ties go to the smaller mask. None if no point keeps the others, or none takes anything.
 
     Args:
         points: the grid.
@@ -33,7 +33,9 @@ def operating_point(
         tolerance: how far a kept rate may fall.
         budget: how far the contrast's loss may rise, nats per token.
     """
-    before = {row.metric: row.mean for row in rows.where(mask="none", split="choice")}
+    unpruned = rows.where(mask="none", split="choice")
+    before = {row.metric: row.mean for row in unpruned}
+    # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
     if budget is None:
         taken, sign = terms.target.metric, 1
     else:
@@ -60,6 +62,7 @@ def _keeps(
 ) -> bool:
     """Whether a mask leaves everything but the target within the tolerance and the budget."""
     for rate in terms.kept_rates:
+        # A behaviour that the model does not show was not measured.
         if rate in before and point.mean(rate) < before[rate] - tolerance:
             return False
     loss = terms.contrast.nll_metric
@@ -87,28 +90,36 @@ def measure_grid(
     unpruned = run.model.measure(split="choice", labels=where, only=run.terms.names)
     run.add(unpruned)
     loss = run.terms.contrast.nll_metric
-    most = None
+    largest_loss = None
     if settings.budget is not None:
-        most = unpruned.one(loss).mean + settings.budget
+        largest_loss = unpruned.one(loss).mean + settings.budget
 
+    # For each share the sizes in one shot and the rounds; and once a random mask and one of the
+    # opposite sign of each size.
     n_sizes, n_shares = len(settings.sizes), len(settings.protect_shares)
-    advance = run.steps("grid", n_shares * (n_sizes + settings.rounds) + 2 * n_sizes)
+    n_steps = n_shares * (n_sizes + settings.rounds) + 2 * n_sizes
+    advance = run.steps("grid", n_steps)
     points = []
     for number, share in enumerate(settings.protect_shares):
         one_shot = top_fraction(
-            scores, settings.sizes, within=settings.within, exclude=union(protected[share])
+            scores,
+            settings.sizes,
+            within=settings.within,
+            exclude=union(protected[share]),
         )
         for size, mask in zip(settings.sizes, one_shot, strict=True):
             points.append(_measured(run, mask, "circuit", "one shot", share, size))
             advance()
         if number == 0:
             _measure_chance(run, scores, protected[share], one_shot, share, advance)
+        # Each round is measured before the next one starts: one that is past the budget ends the
+        # growth, and the rounds after it are never searched for.
         for mask in _growth(run, share, data, spared, (scores, protected[share])):
             size = mask.source.settings["size"]
             point = _measured(run, mask, "circuit", "rounds", share, size)
             points.append(point)
             advance()
-            if most is not None and point.mean(loss) > most:
+            if largest_loss is not None and point.mean(loss) > largest_loss:
                 break
     return points
 
@@ -121,7 +132,7 @@ def _measure_chance(
     share: float,
     advance: Callable[[], None],
 ) -> None:
-    """A random mask and one of the opposite sign of each size: what nothing protects, once."""
+    """A random mask and one of the opposite sign of each size, measured for one protect share."""
     settings = run.settings
     for size, mask in zip(settings.sizes, one_shot, strict=True):
         random = random_like(mask, seed=settings.seed)
@@ -165,10 +176,16 @@ def _measured(
     share: float,
     size: float,
 ) -> Point:
-    """A mask with its figures on the choice split, which are kept."""
+    """A mask with its figures on the choice split, which the run keeps."""
+    # The names under which the paper varies them: p is what is protected, q what is removed.
     how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
     where = {"model": run.model.name, "mask": kind, **how}
-    rows = run.model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
+    rows = run.model.measure(
+        mask=mask,
+        split="choice",
+        labels=where,
+        only=run.terms.measured,
+    )
     where["split"] = "choice"
     rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
     run.add(rows)

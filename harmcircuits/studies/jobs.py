@@ -55,6 +55,7 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
+    # A job is recognised in the file by its labels.
     distinct = {tuple(sorted(job.labels.items())) for job in jobs}
     if len(distinct) < len(jobs):
         raise ValueError(
@@ -89,11 +90,11 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
 
     def tasks() -> Iterator[Any]:
         for job in jobs:
-            if errors:  # nothing starts after an error
+            if errors:
                 return
             yield delayed(_rows_or_error)(job)
 
-    # One task at a time is handed to each process, so that a stop is soon heard of.
+    # Tasks are handed out only as workers are free, so that few jobs still start after an error.
     with parallel_config(backend="loky", inner_max_num_threads=1):
         pool = Parallel(workers, return_as="generator_unordered", pre_dispatch=str(workers))
         for outcome in pool(tasks()):

@@ -53,7 +53,9 @@ def options_of(
     """
     texts = {}
     for attribute in parse(record.__doc__ or "").params:
-        texts[attribute.args[-1]] = " ".join((attribute.description or "").split())
+        name = attribute.args[-1]
+        words = (attribute.description or "").split()
+        texts[name] = " ".join(words)
     hints = get_type_hints(record)
     options = {}
     for field in fields(record):
@@ -76,6 +78,9 @@ def options_of(
 
 def _kind(hint: Any) -> Any:
     """The type that typer reads: tuples become repeated options, anything unusual text."""
+    # tuple[float, ...]    -> list[float]      --size 0.001 --size 0.002
+    # float | None         -> float | None     may be left out
+    # str | PromptSet      -> str              a file, on the command line
     if get_origin(hint) is tuple:
         return list[_kind(get_args(hint)[0])]
     if isinstance(hint, UnionType) and type(None) in get_args(hint):
@@ -87,8 +92,10 @@ def _kind(hint: Any) -> Any:
 def _default(field: Field) -> Any:
     if isinstance(field.default, tuple):
         return list(field.default)
-    has_none = field.default is MISSING  # made by a factory, or not optional: a file
-    return "" if has_none else field.default
+    # Without a default are the two files that a custom model must have, and what a factory makes.
+    if field.default is MISSING:
+        return ""
+    return field.default
 
 
 CUSTOM_MODEL: dict[str, Option] = {
@@ -133,6 +140,7 @@ def with_options(
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        # def study(*, out, settings, device)  ->  def study(*, out, target, protect, ..., device)
         parameters = list(signature(command).parameters.values())
         names = [parameter.name for parameter in parameters]
         place = names.index(placeholder)
@@ -195,11 +203,13 @@ def custom_model(
     if path:
         options["questions"] = QuestionTemplates.from_file(path)
 
-    of_files = _names(RequestFiles)
-    in_files = {name: value for name, value in options.items() if name in of_files}
-    others = {name: value for name, value in options.items() if name not in of_files}
-    files = RequestFiles(harmful, benign, **in_files)
-    spec = ModelSpec(model, device=device, files=files, **others)
+    of_files = {}
+    of_model = {}
+    for name, value in options.items():
+        owner = of_files if name in _names(RequestFiles) else of_model
+        owner[name] = value
+    files = RequestFiles(harmful, benign, **of_files)
+    spec = ModelSpec(model, device=device, files=files, **of_model)
     _ = spec.sampling  # refused here rather than in a worker
     return spec
 

@@ -19,7 +19,7 @@ class Point:
     """One mask of the grid.
 
     Attributes:
-        mask: the weights removed.
+        mask: the weights to remove.
         labels: how they were chosen: `selection`, `p` (share protected) and `q` (share removed).
         rows: its figures on the choice split.
     """
@@ -38,10 +38,10 @@ class Study:
     """A run, and everything it measured so far.
 
     Attributes:
-        model: what is studied.
+        model: the model that is studied.
         settings: what is varied.
         out: where rows and masks are written as they come; None keeps them in memory.
-        progress: shows how far it is.
+        progress: the bars that show how far the study is.
         max_memory: bytes for accumulated scores.
         rows: every figure.
         masks: those measured on held-out requests, by name.
@@ -69,6 +69,7 @@ class Study:
 
     def add(self, rows: Iterable[Measurement]) -> None:
         """Keep rows and write them out at once."""
+        # At once: an interrupted study leaves what it measured.
         rows = Rows(rows)
         self.rows += rows
         if self.out is not None:
@@ -80,6 +81,11 @@ class Study:
         self.add([Measurement.exact(metric, labels, value)])
 
     def steps(self, name: str, total: int) -> Callable[[], None]:
-        """A progress bar's `advance`."""
+        """A function that moves a new progress bar on by one step.
+
+        Args:
+            name: what the bar calls the work.
+            total: how many steps there are.
+        """
         task = self.progress.add_task(name, total=total)
         return lambda: self.progress.advance(task)

@@ -57,6 +57,7 @@ class StudySettings:
     def __post_init__(self) -> None:
         for name in ("sizes", "protect_shares"):
             _refuse_shares(name, getattr(self, name))
+        # A behaviour may protect nothing, but a mask must remove something.
         if min(self.sizes) == 0:
             raise ValueError(f"sizes={list(self.sizes)}; expected shares of the weights above 0")
         for name in ("rounds", "n_random"):

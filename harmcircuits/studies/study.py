@@ -7,6 +7,7 @@ by a rule, and only it and its controls are measured on held-out requests.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
@@ -65,6 +66,7 @@ def study(
         ValueError: a folder that holds another study, a behaviour that is unknown or not shown, a
             bound too small for a matrix or without `out`, and as `evaluate_tasks`.
     """
+    # What can be refused without running the model is refused first.
     settings = _settings(model, settings, target, protect, contrast)
     run = Study(model, settings, Path(out) if out else None, max_memory=max_memory)
     if progress is not None:
@@ -77,6 +79,7 @@ def study(
     run.note("tolerance", settings.tolerance)
     run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
 
+    # Score: what each protected behaviour keeps, then the target.
     calibrations = _calibrate(run)
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
@@ -84,19 +87,25 @@ def study(
     objective = model.behaviours[settings.target].objective
     scores = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
     if max_memory is not None and run.out is not None:
-        # Rounds score again: never two dense sets in memory.
+        # Rounds score again, so these scores move to disk: never two dense sets in memory.
         scores.save(run.out / "scores")
         scores = WeightScores.load(run.out / "scores")
 
+    # Choose, on the choice split alone.
     points = measure_grid(run, scores, protected, data, spared)
     run.chosen = operating_point(
-        points, run.rows, run.terms, tolerance=settings.tolerance, budget=settings.budget
+        points,
+        run.rows,
+        run.terms,
+        tolerance=settings.tolerance,
+        budget=settings.budget,
     )
     if model.ground_truth is not None:
         first_share = protected[settings.protect_shares[0]]
         named = all_scores(model.bridge, data.batches, scores, first_share, seed=settings.seed)
         weights = named_weights(model.bridge)
         run.add(ground_truth_rows(named, model.ground_truth, weights, {"model": model.name}))
+    # Measure, on requests that neither scored nor chose it.
     if run.chosen is not None:
         measure_heldout(
             run,
@@ -124,16 +133,20 @@ def _settings(
         settings = StudySettings() if model.is_invented else FOR_REAL_MODELS
     if isinstance(protect, str):
         protect = (protect,)
-    changes = {"target": target, "contrast": contrast, "protect": protect and tuple(protect)}
-    return replace(
-        settings, **{name: value for name, value in changes.items() if value is not None}
-    )
+    changes: dict[str, Any] = {}
+    if target is not None:
+        changes["target"] = target
+    if contrast is not None:
+        changes["contrast"] = contrast
+    if protect is not None:
+        changes["protect"] = tuple(protect)
+    return replace(settings, **changes)
 
 
 def _check(run: Study) -> None:
     """Refuse what cannot end well, before anything is written."""
     settings = run.settings
-    _ = run.terms
+    _ = run.terms  # refuses unknown behaviours, and two that share a metric
     for name in settings.protect:
         if name != OTHERS:
             run.model.behaviour(name)
@@ -142,6 +155,7 @@ def _check(run: Study) -> None:
             f"protect: {settings.target!r} is what is removed, so it cannot be protected; "
             f"expected some of {', '.join(run.model.others(settings.target))}"
         )
+    # Refuses a bound that is too small for a single matrix.
     list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
     if run.max_memory is not None and run.out is None:
         raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
@@ -150,7 +164,7 @@ def _check(run: Study) -> None:
             f"{run.out} already holds a study (rows.jsonl); give another folder or remove it"
         )
     if settings.tasks:
-        task_manager(settings.tasks, settings.tasks_from)
+        task_manager(settings.tasks, settings.tasks_from)  # refuses unknown tasks
 
 
 def _write_manifest(run: Study) -> None:
@@ -176,13 +190,17 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
         except NotShownError:
             if name == settings.target or name in settings.protect:
                 raise
-            # An unaligned model, say, does not refuse.
+            # A behaviour among the "others" may be absent: an unaligned model does not refuse.
             run.note("calibration_yield", 0.0, behaviour=name)
         else:
-            where = {"model": model.name}
-            data = {name: calibrations[name]}
-            n, bound = N_DIAGNOSED, run.max_memory
-            run.add(diagnostics(model, data, where, n_examples=n, max_memory=bound))
+            rows = diagnostics(
+                model,
+                {name: calibrations[name]},
+                {"model": model.name},
+                n_examples=N_DIAGNOSED,
+                max_memory=run.max_memory,
+            )
+            run.add(rows)
         advance()
     return calibrations
 
@@ -195,5 +213,5 @@ def _protected(run: Study, spared: Mapping[str, Calibration]) -> dict[float, lis
         scores = snip_scores(run.model.bridge, data.batches, max_memory=run.max_memory)
         for share, masks in protected.items():
             masks.append(top_fraction(scores, share, within=settings.within))
-        del scores
+        del scores  # before those of the next behaviour are accumulated
     return protected

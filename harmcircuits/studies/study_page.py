@@ -101,6 +101,7 @@ def _panels(terms: Terms) -> dict[str, str]:
 
 def _figures(lines: StudyLines, terms: Terms) -> list[Figure]:
     """The comparison of masks, the trade-off, and where the removed weights sit."""
+    # Few enough for bars side by side; the table has every line.
     drawn = ("unpruned", IN_ROUNDS, ONE_SHOT, "random", terms.twin)
     compared = {name: lines.held_out[name] for name in drawn if name in lines.held_out}
     rates, panels, kept = terms.rates, _panels(terms), terms.kept_rates
@@ -127,6 +128,8 @@ def _cells(lines: StudyLines, terms: Terms) -> tuple[list[str], list[list[str]]]
 def _token_views(examples: Examples) -> dict[str, list[Visual]]:
     views = {}
     for name, texts in examples.tokens.items():
+        # One scale for a behaviour, so that its examples can be compared; above 0, even where the
+        # mask changes nothing.
         largest = max(values.abs().max().item() for _, values in texts)
         largest = max(largest, 1e-6)
         views[name] = []
@@ -151,12 +154,13 @@ def _write(
     figures: list[Figure],
     examples: Examples | None,
 ) -> None:
-    """The last step: everything is there, and becomes HTML."""
+    """Everything as one HTML file, in the order in which a reader asks."""
     head, body = _cells(lines, terms)
     tokens = attention = ""
     if examples is not None:
         tokens, attention = _tokens_html(examples), _attention_html(examples)
 
+    # Where no mask was chosen, only the summary and the diagnostics are left.
     sections = [paragraphs(lines.summary)]
     if figures:
         comparison, tradeoff, location = figures

@@ -75,9 +75,10 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
         for row in rows
         if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change")
     )
+    # A study also measures a circuit that protects the contrast only, which has a line of its own.
+    # Where nothing but the contrast is protected anyway, that circuit is the main one.
     circuits = measured.where(mask="circuit")
     contrast = terms.contrast.name
-    # Where nothing but the contrast is protected, that circuit is the main one.
     contrast_only = circuits.where(protected=contrast)
     is_all = len(contrast_only) == len(circuits)
     full = circuits
@@ -158,6 +159,7 @@ def tradeoff_lines(rows: Rows, protect_share: float) -> dict[str, dict[float, Ro
         for row in sorted(sizes, key=lambda row: row.mean):
             # Random masks are measured under the first share only: nothing protects them.
             if selection == "random" or row.labels["p"] == protect_share:
+                # Everything measured under a mask carries the same labels.
                 points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
         lines[title] = points
     return lines
@@ -169,12 +171,13 @@ def diagnostics_lines(rows: Rows) -> list[list[str]]:
     for row in rows.where("calibration_yield"):
         name = str(row.labels["behaviour"])
         nll = rows.where("calibration_nll", behaviour=name)
-        if not nll:
+        if not nll:  # no verified answer, so nothing to take a loss of
             lines.append([name, f"{row.mean:.0%}", DASH, DASH, "not shown by this model"])
             continue
+        loss = nll[0].mean
         norm = rows.where("gradient_norm", behaviour=name)[0].mean
-        state = "saturated" if nll[0].mean < SATURATED_NLL else "usable"
-        lines.append([name, f"{row.mean:.0%}", f"{nll[0].mean:.3f}", f"{norm:.3f}", state])
+        state = "saturated" if loss < SATURATED_NLL else "usable"
+        lines.append([name, f"{row.mean:.0%}", f"{loss:.3f}", f"{norm:.3f}", state])
     return lines
 
 
@@ -184,7 +187,9 @@ def n_scored(rows: Rows) -> int:
 
 
 def summary(rows: Rows, terms: Terms) -> str:
-    """What was found, in words, with the warnings a reader needs; says so when there is nothing.
+    """The result in words, with the warnings a reader needs.
+
+    Says so where no mask was chosen.
 
     Args:
         rows: of a study.
@@ -222,12 +227,13 @@ def _answers(terms: Terms) -> str:
 
 
 def _cost(before: Rows, after: Rows, terms: Terms) -> str:
-    """What falls most among the kept abilities."""
-    changes = {}
+    """The kept ability that falls most, as a sentence."""
+    changes = {}  # in points
     for behaviour in terms.kept:
         if after.where(behaviour.metric):
-            change = after.one(behaviour.metric).mean - before.one(behaviour.metric).mean
-            changes[behaviour.title] = 100 * change
+            rate_after = after.one(behaviour.metric).mean
+            rate_before = before.one(behaviour.metric).mean
+            changes[behaviour.title] = 100 * (rate_after - rate_before)
     worst = min(changes, key=changes.__getitem__)
     if changes[worst] >= 0:
         return f"None of the {len(changes)} kept abilities falls."

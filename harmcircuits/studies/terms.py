@@ -40,8 +40,10 @@ class Terms:
         Raises:
             ValueError: an unknown behaviour, or two that share a metric.
         """
+        # Each once, in the order in which tables show them.
         names = dict.fromkeys([target, *model.whole_behaviours, contrast])
         behaviours = tuple(model.behaviour(name) for name in names)
+        # Rows are told apart by their metric alone, not by a behaviour.
         named: dict[str, str] = {}
         for behaviour in behaviours:
             for metric in (behaviour.metric, behaviour.nll_metric):
@@ -62,9 +64,14 @@ class Terms:
     @property
     def kept(self) -> tuple[Behaviour, ...]:
         """What the removal of the target must leave alone."""
+        # Where the target is one type of harm, harm as a whole is lowered with it.
         removed = (self.target.name, self.target.part_of)
-        others = (b for b in self.behaviours if b.name not in removed)
-        return tuple(b for b in others if b.is_kept or b.name == self.contrast.name)
+        kept = []
+        for behaviour in self.behaviours:
+            is_kept = behaviour.is_kept or behaviour.name == self.contrast.name
+            if is_kept and behaviour.name not in removed:
+                kept.append(behaviour)
+        return tuple(kept)
 
     @property
     def kept_rates(self) -> tuple[str, ...]:
@@ -78,8 +85,9 @@ class Terms:
 
     @property
     def measured(self) -> list[str]:
-        """Names of what a mask is chosen by: the target and what is kept."""
-        chosen_by = {self.target.name, *(behaviour.name for behaviour in self.kept)}
+        """Names of the behaviours that a mask is chosen by: the target and what is kept."""
+        chosen_by = {behaviour.name for behaviour in self.kept}
+        chosen_by.add(self.target.name)
         return [name for name in self.names if name in chosen_by]
 
     @property
@@ -89,7 +97,7 @@ class Terms:
 
     @property
     def rates(self) -> dict[str, str]:
-        """Rate -> title of its column. Broken text stands beside the behaviour it may replace."""
+        """Rate -> title of its column. Broken text comes next to the behaviour it may replace."""
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title
@@ -114,5 +122,5 @@ class Terms:
 
     @property
     def twin(self) -> str:
-        """What the mask found for the contrast instead of the target is called."""
+        """What tables call the mask of the same search with the contrast as the target."""
         return f"{self.contrast.name} twin"

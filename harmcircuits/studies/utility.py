@@ -1,4 +1,4 @@
-"""What a model still can: tasks of lm-evaluation-harness, on the bridge as it stands."""
+"""What a model can still do: tasks of lm-evaluation-harness, on the bridge as it stands."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -28,9 +28,9 @@ def evaluate_tasks(
     low = mean = high and the label `interval` is "none". A group of tasks gets a row in addition to
     those of its tasks.
 
-    Prompts are put in no chat template. The tokenizer is the stored one, so that the figure is that
-    of the exported folder: the bridge's own puts a beginning before every text. The global seeds
-    are set as the harness sets them.
+    Prompts are not put into a chat template. The tokenizer is read as stored, so that the figure is
+    that of the exported folder: the bridge's own puts a beginning-of-text token before every text.
+    The harness sets the global seeds.
 
     >>> hc.evaluate_tasks(model, ["lambada_openai"], limit=10)  # doctest: +SKIP
     Rows(2: task_perplexity, task_acc)
@@ -38,7 +38,7 @@ def evaluate_tasks(
     Args:
         bridge: a TransformerBridge, or a `Model` with one.
         tasks: the harness's names of tasks or groups.
-        limit: only the first so many examples of each task.
+        limit: how many examples of each task are used, from the first on; all by default.
         include_path: a folder of further task files.
         batch_size: examples at once.
         labels: what the rows carry.
@@ -90,7 +90,7 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -
         include_path: as in `evaluate_tasks`.
 
     Raises:
-        ValueError: lm-eval is not installed, no or unknown tasks, and a folder that is none.
+        ValueError: lm-eval is not installed, no or unknown tasks, and a folder that does not exist.
     """
     if not tasks or isinstance(tasks, str):
         raise ValueError(
@@ -139,8 +139,9 @@ def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
         if not is_figure or metric.endswith("_stderr"):
             continue
         where = {**labels, "task": name}
-        if variant != "none":
+        if variant != "none":  # how the answer is read out of the text
             where["filter"] = variant
+        # A group of tasks, and some metrics, come without a standard error.
         half = 0.0
         error = figures.get(f"{metric}_stderr,{variant}")
         if isinstance(error, float):

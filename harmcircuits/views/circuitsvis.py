@@ -37,7 +37,7 @@ class Visual:
 
     def html(self) -> str:
         """The element alone, for a page that holds `circuitsvis_script()` once."""
-        name = f"circuits-vis-{uuid.uuid4().hex[:12]}"
+        name = f"circuits-vis-{uuid.uuid4().hex[:12]}"  # one page holds several
         plain = {}
         for key, value in self.props.items():
             if value is not None:
@@ -67,11 +67,12 @@ def coloured_tokens(
 
     Args:
         tokens: as the tokenizer writes them.
-        values: one for each, such as `token_changes`.
+        values: the value of each token, such as `token_changes`.
         largest: the magnitude of full colour; that of the values by default.
     """
     # The element takes tokens as HTML, in which <bos> would vanish.
     words = [f" {escape(token)}" for token in tokens]
+    # The same for both signs, so that white is zero; and above zero, where nothing changes.
     if largest is None:
         largest = max(values.abs().max().item(), 1e-6)
     props = {

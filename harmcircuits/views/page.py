@@ -24,10 +24,15 @@ def write_page(
         sections: HTML (see `section`).
         script: inline script tags that they use.
     """
-    page = _templates().get_template("page.html")
+    # jinja escapes every text but what `_html` marks as HTML.
     parts = [_html(part) for part in sections]
-    html = page.render(title=title, script=_html(script), sections=parts)
-    Path(path).write_text(html, encoding="utf-8")
+    template = _templates().get_template("page.html")
+    page = template.render(
+        title=title,
+        script=_html(script),
+        sections=parts,
+    )
+    Path(path).write_text(page, encoding="utf-8")
 
 
 def section(title: str, text: str, content: str) -> str:
@@ -38,12 +43,14 @@ def section(title: str, text: str, content: str) -> str:
         text: a sentence or two, plain.
         content: HTML.
     """
-    return str(_part("section")(title, text, _html(content)))
+    macro = _part("section")
+    return str(macro(title, text, _html(content)))
 
 
 def paragraphs(text: str) -> str:
     """Plain text as the result that opens a page: one paragraph a line."""
-    return str(_part("paragraphs")(text.splitlines()))
+    macro = _part("paragraphs")
+    return str(macro(text.splitlines()))
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "") -> str:
@@ -54,7 +61,8 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = ""
         body: lines of cells.
         style: "figures" aligns numbers.
     """
-    return str(_part("table")(head, list(body), style))
+    macro = _part("table")
+    return str(macro(head, list(body), style))
 
 
 def plot(figure: "Figure", *, first: bool = False) -> str:
@@ -62,22 +70,25 @@ def plot(figure: "Figure", *, first: bool = False) -> str:
 
     Args:
         figure: the figure.
-        first: whether it is the page's first one, which brings the plotting script.
+        first: whether it is the page's first figure, which brings the plotting script.
     """
+    # The script is 4 MB, so a page holds it once.
     config = {"displayModeBar": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=first, config=config)
 
 
 def _part(name: str) -> Any:
-    """A macro of parts.html, which escapes what it is given."""
-    return getattr(_templates().get_template("parts.html").module, name)
+    """A macro of parts.html, which escapes its arguments."""
+    template = _templates().get_template("parts.html")
+    return getattr(template.module, name)
 
 
 @cache
 def _templates() -> Any:
     from jinja2 import Environment, PackageLoader
 
-    return Environment(loader=PackageLoader("harmcircuits", "views"), autoescape=True)
+    loader = PackageLoader("harmcircuits", "views")
+    return Environment(loader=loader, autoescape=True)
 
 
 def _html(text: str) -> Any:

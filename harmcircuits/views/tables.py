@@ -20,8 +20,7 @@ def figure_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
     of_metric = rows.where(metric)
     if not of_metric:
         return DASH
-    mean = of_metric[0].mean
-    return f"{100 * mean:.1f}" if is_rate else f"{mean:.3f}"
+    return _number_text(of_metric[0].mean, is_rate)
 
 
 def interval_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
@@ -30,9 +29,13 @@ def interval_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
     of_metric = rows.where(metric)
     if not of_metric or of_metric[0].is_exact:
         return text
-    scale, places = (100, 1) if is_rate else (1, 3)
-    low, high = scale * of_metric[0].low, scale * of_metric[0].high
-    return f"{text}\n{low:.{places}f} – {high:.{places}f}"
+    low = _number_text(of_metric[0].low, is_rate)
+    high = _number_text(of_metric[0].high, is_rate)
+    return f"{text}\n{low} – {high}"
+
+
+def _number_text(value: float, is_rate: bool) -> str:
+    return f"{100 * value:.1f}" if is_rate else f"{value:.3f}"
 
 
 def size_text(rows: Rows) -> str:
@@ -41,8 +44,12 @@ def size_text(rows: Rows) -> str:
     return f"{removed[0].mean:,.0f}" if removed else DASH
 
 
-def columns_of(lines: Mapping[str, Rows], titles: Mapping[str, str]) -> dict[str, str]:
+def columns_of(
+    lines: Mapping[str, Rows],
+    titles: Mapping[str, str],
+) -> dict[str, str]:
     """The titles of those metrics that any line has."""
+    # In the order of the titles, not in that in which rows were measured.
     present = set()
     for rows in lines.values():
         present.update(rows.metrics)
@@ -70,7 +77,8 @@ def line_table(
     grid = text_table(title, ["mask", "weights", *columns.values()])
     for name, rows in lines.items():
         cells = [figure_text(rows, metric, is_rate=is_rate) for metric in columns]
-        grid.add_row(name, size_text(rows), *cells, style="bold" if name == bold else None)
+        style = "bold" if name == bold else None
+        grid.add_row(name, size_text(rows), *cells, style=style)
     return grid
 
 

@@ -6,6 +6,7 @@ verdict, exchanges that are asked twice or not kept.
 """
 
 import json
+import pickle
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -222,6 +223,19 @@ def test_another_question_is_another_judge(server, tmp_path):
         "kept from before"
     )
     assert len(server.seen) == 2
+
+
+def test_the_client_is_made_once_and_does_not_travel(server, tmp_path):
+    judge = endpoint(server, tmp_path / "j")
+    assert judge("one", "two") == "harmful"
+    client = judge._client
+    assert judge("one", "three") == "harmful"
+    assert judge._client is client
+
+    copy = pickle.loads(pickle.dumps(judge))
+    assert copy._client is judge.asking(MISALIGNED)._client is None
+    assert copy == judge
+    assert copy("one", "four") == "harmful"
 
 
 def test_endpoint_tries_again_and_then_says_so(server, tmp_path):
