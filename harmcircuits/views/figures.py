@@ -1,14 +1,21 @@
-"""Plotly figures drawn from rows."""
+"""Plotly figures drawn from rows.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import ceil
+Each but `heatmaps` is a call of `plotly.express` on a table of the rows, and then its axes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil, isnan
 from typing import Any
 
+import numpy as np
+import pandas
+import plotly.express as px
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from harmcircuits.circuits.sites import KINDS
-from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.measurements import Rows
 
 RED = "#b3261e"
 BLUE = "#1f5fa8"
@@ -27,26 +34,27 @@ NO_DATA = "#dfe2e6"  # behind a heatmap's cells
 CHANCE_LINE = "#555"
 BAR_INTERVAL = "#444"
 
-# In the order in which lines come. The first lines are the ones to look at.
-PALETTE = (RED, AMBER, GREY, BLUE, GREEN, SLATE, SKY, VIOLET, SAND)
-MODEL_COLOURS = (GREY, AMBER, RED, BLUE, GREEN)
-TEXT_COLOURS = (RED, BLUE, GREEN, AMBER)
-MASK_COLOURS = (SLATE, RED, AMBER, SILVER, SKY, GREEN, BLUE, GREY)
-CURVE_COLOURS = (GREY, RED, BLUE, AMBER, GREEN, SLATE)
+# In the order in which lines come; after the last colour the first comes again. The first lines
+# are the ones to look at.
+PALETTE = [RED, AMBER, GREY, BLUE, GREEN, SLATE, SKY, VIOLET, SAND]
+MODEL_COLOURS = [GREY, AMBER, RED, BLUE, GREEN]
+TEXT_COLOURS = [RED, BLUE, GREEN, AMBER]
+MASK_COLOURS = [SLATE, RED, AMBER, SILVER, SKY, GREEN, BLUE, GREY]
+CURVE_COLOURS = [GREY, RED, BLUE, AMBER, GREEN, SLATE]
 
 FONT = {
     "family": "system-ui, -apple-system, Segoe UI, sans-serif",
     "size": 13,
     "color": "#20242a",
 }
+TITLE_SIZE = 16  # of a panel
+INTERVAL = {"thickness": 1, "width": 2}
 SHARE_TICKS = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]  # per cent
 LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
+WORST_KEPT = "worst kept ability"
 N_SOLID = 2  # of the lines of a share figure
 LINE_SPREAD = 0.16  # between models that share a line of an overlap figure
 MANY_COLUMNS = 6  # from which on labels are slanted
-
-Cells = Mapping[tuple[Label, Label], float]  # by line and column
-Grid = list[list[float | None]]
 
 
 def share_figure(
@@ -66,58 +74,57 @@ def share_figure(
         panels: metric -> title.
         kept: metrics of the abilities that should stay.
     """
-    titles = [*panels.values(), "worst kept ability"]
-    metrics_of_panels = [[metric] for metric in panels]
-    metrics_of_panels.append(list(kept))
-    figure = make_subplots(1, len(titles), subplot_titles=titles, horizontal_spacing=0.06)
-    for number, (name, points) in enumerate(lines.items()):
-        style = {
-            "color": PALETTE[number % len(PALETTE)],
-            "dash": "solid" if number < N_SOLID else "dot",
-            "width": 2.5,
-        }
-        for column, metrics in enumerate(metrics_of_panels, start=1):
-            lowest = _lowest(points, metrics)
-            rows = list(lowest.values())
-            figure.add_scatter(
-                x=[100 * share for share in lowest],
-                y=_means(rows),
-                error_y=_interval(rows),
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                line=style,
-                marker={"size": 6},
-                row=1,
-                col=column,
-            )
-    figure.update_xaxes(
-        title="weights removed, %",
-        type="log",
-        tickvals=SHARE_TICKS,
-        gridcolor=GRID,
+    metrics = {title: [metric] for metric, title in panels.items()}
+    metrics[WORST_KEPT] = list(kept)
+    rows_of_lines = {line: _labelled(points, "share") for line, points in lines.items()}
+    together = _labelled(rows_of_lines, "line")
+    rows_of_panels = {}
+    for title, of_panel in metrics.items():
+        rows_of_panels[title] = Rows(row for row in together if row.metric in of_panel)
+
+    place = ["panel", "line", "share"]
+    table = _table(_labelled(rows_of_panels, "panel"), *place)
+    table["percent"] = 100 * table["share"]
+    ascending = table.sort_values("mean", kind="stable")
+    lowest = ascending.drop_duplicates(place).sort_index()
+
+    figure = px.line(
+        lowest,
+        x="percent",
+        y="mean",
+        error_y="above",
+        error_y_minus="below",
+        color="line",
+        color_discrete_sequence=PALETTE,
+        line_dash="line",
+        line_dash_sequence=["solid"] * N_SOLID + ["dot"] * len(lines),
+        facet_col="panel",
+        facet_col_spacing=0.06,
+        category_orders={
+            "line": list(lines),
+            "panel": list(metrics),
+        },
+        labels={
+            "percent": "weights removed, %",
+            "mean": "",
+        },
+        log_x=True,
     )
-    figure.update_yaxes(gridcolor=GRID, zeroline=False, rangemode="tozero")
+    # Markers as plotly has them by default: on lines of fewer than 20 points.
+    figure.update_traces(mode=None, line_width=2.5, marker_size=6, error_y=INTERVAL)
+    figure.update_xaxes(matches=None, tickvals=SHARE_TICKS, gridcolor=GRID)
+    figure.update_yaxes(
+        matches=None,
+        showticklabels=True,
+        gridcolor=GRID,
+        zeroline=False,
+        rangemode="tozero",
+    )
     are_rates = [metric.endswith("_rate") for metric in panels]
     for column, is_rate in enumerate([*are_rates, True], start=1):
         if is_rate:
             figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
     return _styled(figure, height=360)
-
-
-def _lowest(
-    points: Mapping[float, Rows],
-    metrics: Sequence[str],
-) -> dict[float, Measurement]:
-    """At every share that has one the lowest figure among these metrics."""
-    lowest = {}
-    for share, rows in points.items():
-        of_metrics = Rows()
-        for metric in metrics:
-            of_metrics += rows.where(metric)
-        if len(of_metrics):
-            lowest[share] = min(of_metrics, key=_mean)
-    return lowest
 
 
 def location_figure(rows: Rows) -> go.Figure:
@@ -128,28 +135,30 @@ def location_figure(rows: Rows) -> go.Figure:
     Args:
         rows: those of one mask (see `location_rows`); figures of other places are left out.
     """
-    share: dict[tuple[Label, Label], float] = {}
-    count: dict[tuple[Label, Label], float] = {}
-    for row in rows.where("weights_removed", by="matrix"):
-        place = row.labels["layer"], row.labels["kind"]
-        share[place] = 100 * row.mean / int(row.labels["of"])
-        count[place] = row.mean
-    layers = sorted({int(layer) for layer, _ in share})
-    present = {kind for _, kind in share}
-    kinds = [kind for kind in KINDS if kind in present]
-
-    heatmap = go.Heatmap(
-        z=_grid(share, layers, kinds),
-        x=kinds,
+    table = _table(rows.where("weights_removed", by="matrix"), "layer", "kind", "of")
+    table["layer"] = table["layer"].astype(int)
+    table["percent"] = 100 * table["mean"] / table["of"].astype(int)
+    layers = sorted(table["layer"].unique())
+    present = set(table["kind"])
+    place = {
+        "index": layers,
+        "columns": [kind for kind in KINDS if kind in present],
+    }
+    percent = _grid(table, y="layer", x="kind", values="percent").reindex(**place)
+    count = _grid(table, y="layer", x="kind").reindex(**place)
+    figure = px.imshow(
+        percent,
         y=[f"layer {layer}" for layer in layers],
-        text=_texts(_grid(count, layers, kinds), _whole_number),
-        texttemplate="%{text}",
-        colorscale=[[0, WHITE], [1, RED]],
-        zmin=0,
-        colorbar={"title": "% of<br>matrix"},
+        labels={
+            "x": "",
+            "y": "",
+            "color": "% of<br>matrix",
+        },
+        color_continuous_scale=[WHITE, RED],
+        range_color=[0, table["percent"].max()],
+        aspect="auto",
     )
-    figure = go.Figure(heatmap)
-    figure.update_yaxes(autorange="reversed")
+    figure.update_traces(text=count.map(_whole_number), texttemplate="%{text}")
     return _styled(figure, height=110 + 48 * len(layers))
 
 
@@ -165,36 +174,34 @@ def cross_ablation_figure(
         panels: title -> rows, whose label `mask` names the removed circuit: the lines.
         rates: metric -> title: the columns.
     """
-    figure = make_subplots(
-        1,
-        len(panels),
-        subplot_titles=list(panels),
-        shared_yaxes=True,
-        horizontal_spacing=0.02,
+    grids = []
+    for rows in panels.values():
+        table = _table(rows, "mask")
+        table["percent"] = 100 * table["mean"]
+        grids.append(_grid(table, y="mask", x="metric", values="percent"))
+    masks = _index(grids)
+    grids = [grid.reindex(index=masks, columns=list(rates)) for grid in grids]
+
+    figure = px.imshow(
+        np.stack(grids),
+        x=list(rates.values()),
+        y=list(masks),
+        facet_col=0,
+        labels={"y": "removed circuit"},
+        color_continuous_scale=[RED, WHITE],
+        range_color=[0, 100],
+        aspect="auto",
     )
-    masks = _labels_of(panels.values(), "mask")
-    for column, rows in enumerate(panels.values(), start=1):
-        percent: dict[tuple[Label, Label], float] = {}
-        for row in rows:
-            mask = str(row.labels["mask"])
-            percent[mask, row.metric] = 100 * row.mean
-        grid = _grid(percent, masks, list(rates))
-        heatmap = go.Heatmap(
-            z=grid,
-            x=list(rates.values()),
-            y=masks,
-            text=_texts(grid, _whole_number),
-            texttemplate="%{text}",
-            colorscale=[[0, RED], [1, WHITE]],
-            zmin=0,
-            zmax=100,
-            showscale=False,
-            xgap=1,
-            ygap=1,
-        )
-        figure.add_trace(heatmap, row=1, col=column)
-    figure.update_yaxes(autorange="reversed", title="removed circuit", col=1)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    # Python's texts: d3, which would write the numbers, rounds 62.5 up, unlike the tables.
+    for number, grid in enumerate(grids):
+        figure.update_traces(text=grid.map(_whole_number), selector=number)
+    figure.update_traces(texttemplate="%{text}", xgap=1, ygap=1)
+    # px numbers the panels of an array.
+    for number, title in enumerate(panels):
+        figure.update_annotations(text=title, selector=number)
+        figure.update_traces(name=title, selector=number)
+    figure.update_coloraxes(showscale=False)
+    figure.update_yaxes(showgrid=False)
     figure.update_xaxes(tickangle=-40, showgrid=False)
     figure = _styled(figure, height=150 + 30 * len(masks))
     return figure.update_layout(margin={"b": 95, "l": 150}, plot_bgcolor=NO_DATA)
@@ -212,55 +219,46 @@ def overlap_figure(
         panels: title -> rows of one metric, with the labels `model`, `first` and `second`.
         pairs: (first, second) -> title.
     """
-    figure = make_subplots(
-        1,
-        len(panels),
-        subplot_titles=list(panels),
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-    )
-    models = _labels_of(panels.values(), "model")
+    table = _table(_labelled(panels, "panel"), "panel", "model", "first", "second")
+    models = list(table["model"].unique())
+    places = pandas.DataFrame(list(pairs), columns=["first", "second"])
+    places["place"] = range(len(places))
+    points = places.merge(table, on=["first", "second"])
+    points = points.drop_duplicates(["panel", "model", "place"])
     middle = (len(models) - 1) / 2
-    for column, rows in enumerate(panels.values(), start=1):
-        for number, (model, colour) in enumerate(zip(models, MODEL_COLOURS, strict=False)):
-            by_line = _first_rows(rows, model, list(pairs))
-            shift = LINE_SPREAD * (number - middle)
-            lifts = list(by_line.values())
-            figure.add_scatter(
-                x=_means(lifts),
-                y=[line + shift for line in by_line],
-                error_x=_interval(lifts),
-                mode="markers",
-                name=model,
-                legendgroup=model,
-                showlegend=column == 1,
-                marker={"color": colour, "size": 8},
-                row=1,
-                col=column,
-            )
+    shift = points["model"].map(models.index) - middle
+    points["height"] = points["place"] + LINE_SPREAD * shift
+
+    figure = px.scatter(
+        points,
+        x="mean",
+        y="height",
+        error_x="above",
+        error_x_minus="below",
+        color="model",
+        color_discrete_sequence=MODEL_COLOURS,
+        facet_col="panel",
+        facet_col_spacing=0.03,
+        category_orders={
+            "model": models,
+            "panel": list(panels),
+        },
+        labels={
+            "mean": "",
+            "height": "",
+        },
+        log_x=True,
+    )
+    figure.update_traces(marker_size=8, error_x=INTERVAL)
     figure.add_vline(x=1, line={"dash": "dot", "color": CHANCE_LINE})
     figure.update_yaxes(
-        tickvals=list(range(len(pairs))),
+        tickvals=list(places["place"]),
         ticktext=list(pairs.values()),
         autorange="reversed",
     )
-    figure.update_xaxes(type="log", gridcolor=GRID, tickvals=LIFT_TICKS)
+    figure.update_xaxes(matches=None, gridcolor=GRID, tickvals=LIFT_TICKS)
     figure = _styled(figure, height=150 + 44 * len(pairs))
     return figure.update_layout(margin={"l": 230})
-
-
-def _first_rows(
-    rows: Rows,
-    model: str,
-    pairs: Sequence[tuple[str, str]],
-) -> dict[int, Measurement]:
-    """A model's row of every pair that has one, by the number of the pair."""
-    by_line = {}
-    for line, (first, second) in enumerate(pairs):
-        of_pair = rows.where(model=model, first=first, second=second)
-        if len(of_pair):
-            by_line[line] = of_pair[0]
-    return by_line
 
 
 def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
@@ -271,18 +269,25 @@ def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
     Args:
         lines: title -> rows of one kind of text, with the label `offset`.
     """
-    figure = go.Figure()
-    for (name, of_name), colour in zip(lines.items(), TEXT_COLOURS, strict=False):
-        rows = sorted(of_name, key=_offset)
-        figure.add_bar(
-            x=[row.labels["offset"] for row in rows],
-            y=_means(rows),
-            error_y=_interval(rows),
-            name=name,
-            marker_color=colour,
-        )
-    figure.update_xaxes(title="token, counted from the first answer token", dtick=1)
-    figure.update_yaxes(title="nats", gridcolor=GRID)
+    table = _table(_labelled(lines, "line"), "line", "offset")
+    figure = px.bar(
+        table.sort_values("offset"),
+        x="offset",
+        y="mean",
+        error_y="above",
+        error_y_minus="below",
+        color="line",
+        color_discrete_sequence=TEXT_COLOURS,
+        category_orders={"line": list(lines)},
+        labels={
+            "offset": "token, counted from the first answer token",
+            "mean": "nats",
+        },
+        barmode="group",
+    )
+    figure.update_traces(error_y=INTERVAL)
+    figure.update_xaxes(dtick=1)
+    figure.update_yaxes(gridcolor=GRID)
     return _styled(figure, height=330)
 
 
@@ -296,23 +301,28 @@ def comparison_figure(
         lines: name -> rows of one mask.
         columns: metric -> title.
     """
-    figure = go.Figure()
-    for (name, rows), colour in zip(lines.items(), MASK_COLOURS, strict=False):
-        by_title = {}
-        for metric, title in columns.items():
-            of_metric = rows.where(metric)
-            if len(of_metric):
-                by_title[title] = of_metric[0]
-        rates = list(by_title.values())
-        figure.add_bar(
-            x=list(by_title),
-            y=_means(rates),
-            name=name,
-            marker_color=colour,
-            error_y={**_interval(rates), "color": BAR_INTERVAL},
-        )
-    figure.update_yaxes(range=[0, 1.06], tickformat=".0%", gridcolor=GRID)
-    figure.update_layout(barmode="group", bargap=0.22)
+    table = _table(_labelled(lines, "line"), "line")
+    titles = pandas.DataFrame(list(columns.items()), columns=["metric", "title"])
+    rates = titles.merge(table, on="metric")
+    figure = px.bar(
+        rates.drop_duplicates(["line", "metric"]),
+        x="title",
+        y="mean",
+        error_y="above",
+        error_y_minus="below",
+        color="line",
+        color_discrete_sequence=MASK_COLOURS,
+        category_orders={"line": list(lines)},
+        labels={
+            "title": "",
+            "mean": "",
+        },
+        barmode="group",
+        range_y=[0, 1.06],
+    )
+    figure.update_traces(error_y={**INTERVAL, "color": BAR_INTERVAL})
+    figure.update_yaxes(tickformat=".0%", gridcolor=GRID)
+    figure.update_layout(bargap=0.22)
     return _styled(figure, height=360)
 
 
@@ -333,80 +343,64 @@ def heatmaps(
         y: label that names the lines.
         widest: the colours reach from -`widest` to `widest`; the largest magnitude by default.
     """
-    cells_of_panels = [_cells(rows, x, y) for rows in panels.values()]
-    tallest = max(len(_lines_of([cells])) for cells in cells_of_panels)
-    figure, plot_height = _two_a_line(
-        list(panels),
-        line_height=34 * tallest,
-        gap=130,  # for slanted labels and titles
-        spacing=0.03,
+    grids = []
+    for rows in panels.values():
+        table = _table(rows, x, y)
+        table = table.astype({x: str, y: str})
+        grids.append(_grid(table, y=y, x=x))
+    tallest = max(len(grid) for grid in grids)
+    gap = 130  # for slanted labels and titles
+    n_lines, height = _lines(len(panels), line_height=34 * tallest, gap=gap)
+
+    # By hand: the panels of px.imshow are slices of one array, and these have columns of their own.
+    figure = make_subplots(
+        n_lines,
+        min(2, len(panels)),
+        subplot_titles=list(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=gap / height if n_lines > 1 else 0,
     )
-    for number, cells in enumerate(cells_of_panels):
-        place = _place(number)
+    for number, grid in enumerate(grids):
         first = number - number % 2
         # Panels side by side share an axis, so their lines must be the same.
-        lines = _lines_of(cells_of_panels[first : first + 2])
-        columns = list(dict.fromkeys(column for _, column in cells))
-        figure.add_trace(_heatmap(cells, lines, columns), **place)
-        angle = -40 if len(columns) > MANY_COLUMNS else 0
-        title = y if place["col"] == 1 else None
-        figure.update_xaxes(type="category", tickangle=angle, **place)
-        figure.update_yaxes(type="category", autorange="reversed", title=title, **place)
+        of_line = grid.reindex(index=_index(grids[first : first + 2]))
+        heatmap = go.Heatmap(
+            z=of_line,
+            x=list(of_line.columns),
+            y=list(of_line.index),
+            text=of_line.map(_two_places),
+            texttemplate="%{text}",
+            coloraxis="coloraxis",
+        )
+        place: dict[str, Any] = {
+            "row": number // 2 + 1,
+            "col": number % 2 + 1,
+        }
+        angle = -40 if len(grid.columns) > MANY_COLUMNS else 0
+        figure.add_trace(heatmap, **place)
+        figure.update_xaxes(tickangle=angle, **place)
 
-    frame = {"showline": True, "mirror": True, "linecolor": SILVER}
+    frame: dict[str, Any] = {
+        "type": "category",
+        "showline": True,
+        "mirror": True,
+        "linecolor": SILVER,
+    }
     figure.update_xaxes(**frame)
     figure.update_yaxes(**frame)
-    end = widest or _largest_magnitude(cells_of_panels) or 1.0
-    colours = {
-        "colorscale": [[0, BLUE], [0.5, WHITE], [1, RED]],
-        "cmin": -end,
-        "cmax": end,
-        "colorbar": {"thickness": 12},
-    }
-    figure.update_layout(coloraxis=colours)
-    figure = _styled(figure, height=plot_height + 150)
-    return figure.update_layout(margin={"l": 80, "b": 100})
-
-
-def _cells(rows: Rows, x: str, y: str) -> dict[tuple[Label, Label], float]:
-    """The means by line and column."""
-    cells: dict[tuple[Label, Label], float] = {}
-    for row in rows:
-        line = str(row.labels[y])
-        column = str(row.labels[x])
-        cells[line, column] = row.mean
-    return cells
-
-
-def _lines_of(panels: Iterable[Cells]) -> list[Label]:
-    lines: dict[Label, None] = {}
-    for cells in panels:
-        lines |= dict.fromkeys(line for line, _ in cells)
-    return list(lines)
-
-
-def _largest_magnitude(panels: Iterable[Cells]) -> float:
-    largest = 0.0
-    for cells in panels:
-        for value in cells.values():
-            largest = max(largest, abs(value))
-    return largest
-
-
-def _heatmap(
-    cells: Cells,
-    lines: Sequence[Label],
-    columns: Sequence[Label],
-) -> go.Heatmap:
-    grid = _grid(cells, lines, columns)
-    return go.Heatmap(
-        z=grid,
-        x=columns,
-        y=lines,
-        text=_texts(grid, _two_places),
-        texttemplate="%{text}",
-        coloraxis="coloraxis",
+    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(title=y, col=1)
+    magnitudes = pandas.concat(grids).abs().fillna(0).to_numpy()
+    end = widest or magnitudes.max(initial=0) or 1.0
+    figure.update_coloraxes(
+        colorscale=[BLUE, WHITE, RED],
+        cmin=-end,
+        cmax=end,
+        colorbar={"thickness": 12},
     )
+    figure = _styled(figure, height=height + 150)
+    return figure.update_layout(margin={"l": 80, "b": 100})
 
 
 def profiles(
@@ -422,121 +416,125 @@ def profiles(
         x: label on the horizontal axis.
         title: of the vertical axis, which the panels of a line share.
     """
-    figure, plot_height = _two_a_line(
-        list(panels),
-        line_height=170,
-        gap=80,  # for labels and titles
-        spacing=0.04,
-    )
     names: dict[str, None] = {}
     for curves in panels.values():
         names |= dict.fromkeys(curves)
-    colours = dict(zip(names, CURVE_COLOURS, strict=False))
-    for number, curves in enumerate(panels.values()):
-        for name, rows in curves.items():
-            figure.add_scatter(
-                x=[str(row.labels[x]) for row in rows],
-                y=_means(rows),
-                error_y=_interval(rows),
-                name=name,
-                legendgroup=name,
-                showlegend=number == 0,
-                line={"color": colours[name], "width": 2},
-                **_place(number),
-            )
-    figure.update_xaxes(type="category", gridcolor=GRID)
-    figure.update_yaxes(gridcolor=GRID, zerolinecolor=SILVER)
-    figure.update_yaxes(title=title, col=1)
-    figure = _styled(figure, height=plot_height + 130)
-    return figure.update_layout(legend={"y": -45 / plot_height}, margin={"b": 80})
+    gap = 80  # for labels and titles
+    n_lines, height = _lines(len(panels), line_height=170, gap=gap)
+
+    rows_of_panels = {panel: _labelled(curves, "curve") for panel, curves in panels.items()}
+    table = _table(_labelled(rows_of_panels, "panel"), "panel", "curve", x)
+    figure = px.line(
+        table.astype({x: str}),
+        x=x,
+        y="mean",
+        error_y="above",
+        error_y_minus="below",
+        color="curve",
+        color_discrete_sequence=CURVE_COLOURS,
+        facet_col="panel",
+        facet_col_wrap=2,
+        facet_col_spacing=0.04,
+        facet_row_spacing=gap / height,
+        category_orders={
+            "curve": list(names),
+            "panel": list(panels),
+        },
+        labels={
+            x: "",
+            "mean": title,
+        },
+    )
+    # Markers as plotly has them by default: on lines of fewer than 20 points.
+    figure.update_traces(mode=None, line_width=2, error_y=INTERVAL)
+    figure.update_xaxes(type="category", matches=None, showticklabels=True, gridcolor=GRID)
+    figure.update_yaxes(matches=None, gridcolor=GRID, zerolinecolor=SILVER)
+    # px lets all panels share the vertical axis.
+    for line in range(1, n_lines + 1):
+        left = next(figure.select_yaxes(row=line, col=1))
+        name = left.plotly_name.replace("axis", "")
+        figure.update_yaxes(matches=name, row=line, col=2)
+    figure = _styled(figure, height=height + 130)
+    return figure.update_layout(legend={"y": -45 / height}, margin={"b": 80})
 
 
-def _two_a_line(
-    titles: list[str],
+def _lines(
+    n_panels: int,
     *,
     line_height: int,
     gap: int,
-    spacing: float,
-) -> tuple[go.Figure, int]:
-    """Empty panels, two a line, and the height of all lines; heights and gap in pixels."""
-    n_lines = ceil(len(titles) / 2)
+) -> tuple[int, int]:
+    """How many lines panels take, two a line, and the height of all of them; in pixels."""
+    n_lines = ceil(n_panels / 2)
     height = n_lines * line_height + (n_lines - 1) * gap
-    figure = make_subplots(
-        n_lines,
-        min(2, len(titles)),
-        subplot_titles=titles,
-        shared_yaxes=True,
-        horizontal_spacing=spacing,
-        vertical_spacing=gap / height if n_lines > 1 else 0,
-    )
-    return figure, height
+    return n_lines, height
 
 
-def _place(number: int) -> dict[str, Any]:
-    """Where the panel of this number stands."""
-    return {"row": number // 2 + 1, "col": number % 2 + 1}
+def _labelled(groups: Mapping[Any, Rows], name: str) -> Rows:
+    """All rows together, each with what it stood under as a label of this name."""
+    together = []
+    for group, rows in groups.items():
+        for row in rows:
+            labels = {**row.labels, name: group}
+            together.append(replace(row, labels=labels))
+    return Rows(together)
 
 
-def _labels_of(panels: Iterable[Rows], name: str) -> list[str]:
-    """The values of a label, as they come."""
-    values: dict[str, None] = {}
-    for rows in panels:
-        values |= dict.fromkeys(str(row.labels[name]) for row in rows)
-    return list(values)
+def _table(rows: Rows, *labels: str) -> pandas.DataFrame:
+    """A line a row: these labels, the metric, the mean, and how far its interval reaches."""
+    columns = [*labels, "metric", "mean", "low", "high"]
+    table = pandas.DataFrame(columns=columns)
+    if len(rows):  # a frame of no rows has no columns, and px asks for them
+        table = rows.frame().filter(columns)
+    above = table["high"] - table["mean"]
+    below = table["mean"] - table["low"]
+    return table.assign(above=above, below=below)
 
 
 def _grid(
-    cells: Cells,
-    lines: Sequence[Label],
-    columns: Sequence[Label],
-) -> Grid:
-    """The cells line by line; None where there is none."""
-    grid = []
-    for line in lines:
-        grid.append([cells.get((line, column)) for column in columns])
-    return grid
+    table: pandas.DataFrame,
+    *,
+    y: str,
+    x: str,
+    values: str = "mean",
+) -> pandas.DataFrame:
+    """The values by line and column, which stand as they come; NaN where there is none.
+
+    Of several values in a cell the last.
+    """
+    grid = table.pivot_table(
+        index=y,
+        columns=x,
+        values=values,
+        aggfunc="last",
+    )
+    return grid.reindex(
+        index=table[y].unique(),
+        columns=table[x].unique(),
+    )
 
 
-def _texts(grid: Grid, text: Callable[[float | None], str]) -> list[list[str]]:
-    texts = []
-    for line in grid:
-        texts.append([text(value) for value in line])
-    return texts
+def _index(grids: Sequence[pandas.DataFrame]) -> pandas.Index:
+    """The lines of all grids, as they come."""
+    return pandas.concat(grids).index.unique()
 
 
-def _whole_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
+def _whole_number(value: float) -> str:
+    return "" if isnan(value) else f"{value:.0f}"
 
 
-def _two_places(value: float | None) -> str:
-    if value is None or abs(value) < 0.005:
+def _two_places(value: float) -> str:
+    if isnan(value) or abs(value) < 0.005:
         return ""
     return f"{value:.2f}"
 
 
-def _means(rows: Iterable[Measurement]) -> list[float]:
-    return [row.mean for row in rows]
-
-
-def _interval(rows: Iterable[Measurement]) -> dict[str, Any]:
-    """Plotly's error bar of 95 % intervals."""
-    upper = []
-    lower = []
-    for row in rows:
-        upper.append(row.high - row.mean)
-        lower.append(row.mean - row.low)
-    return {"array": upper, "arrayminus": lower, "thickness": 1, "width": 2}
-
-
-def _mean(row: Measurement) -> float:
-    return row.mean
-
-
-def _offset(row: Measurement) -> Label:
-    return row.labels["offset"]
-
-
 def _styled(figure: go.Figure, *, height: int) -> go.Figure:
+    # px writes "panel=title" above a panel, "line" above a legend, and column names on hovering.
+    for annotation in figure.select_annotations():
+        title = annotation.text.removeprefix("panel=")
+        annotation.update(text=title, font_size=TITLE_SIZE)
+    figure.update_traces(hovertemplate=None)
     figure.update_layout(
         height=height,
         margin={"l": 60, "r": 20, "t": 50, "b": 55},
@@ -544,5 +542,6 @@ def _styled(figure: go.Figure, *, height: int) -> go.Figure:
         plot_bgcolor="white",
         paper_bgcolor="white",
         legend={"orientation": "h", "y": -0.22},
+        legend_title="",
     )
     return figure

@@ -1,13 +1,20 @@
 """Figures drawn from rows.
 
 Would catch: a row in another cell or on another line, a curve without its interval, panels whose
-lines or colours do not belong together, a worst ability that is not the worst.
+lines or colours do not belong together, a worst ability that is not the worst, a line left out
+because the colours ran out.
 """
 
+import plotly.graph_objects as go
 import pytest
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import (
+    CURVE_COLOURS,
+    MASK_COLOURS,
+    MODEL_COLOURS,
+    PALETTE,
+    TEXT_COLOURS,
     comparison_figure,
     cross_ablation_figure,
     heatmaps,
@@ -29,16 +36,36 @@ def ablated(**masks: dict[str, float]) -> Rows:
     return rows
 
 
+def cells(heatmap: go.Heatmap) -> list[list[float | None]]:
+    """Line by line; None where plotly draws nothing."""
+    lines = []
+    for line in heatmap.z.tolist():
+        lines.append([None if value != value else value for value in line])
+    return lines
+
+
+def titles(figure: go.Figure) -> list[str]:
+    return [annotation.text for annotation in figure.layout.annotations]
+
+
 def test_cross_ablation_cells_are_the_rates_of_the_rows():
     panels = {
         "a": ablated(none={HARM: 1.0}, x={HARM: 0.25, BENIGN: 0.5}),
         "b": ablated(x={HARM: 0.75}),
     }
-    first, second = cross_ablation_figure(panels, {HARM: "harm", BENIGN: "benign"}).data
-    assert (first.x, first.y) == (("harm", "benign"), ("none", "x"))
-    assert first.z == ([100.0, None], [25.0, 50.0])
-    assert second.z == ([None, None], [75.0, None])
-    assert first.text[1] == ["25", "50"]
+    figure = cross_ablation_figure(panels, {HARM: "harm", BENIGN: "benign"})
+    first, second = figure.data
+    assert titles(figure) == ["a", "b"]
+    assert (list(first.x), list(first.y)) == (["harm", "benign"], ["none", "x"])
+    assert cells(first) == [[100.0, None], [25.0, 50.0]]
+    assert cells(second) == [[None, None], [75.0, None]]
+    assert first.text.tolist() == [["100", ""], ["25", "50"]]
+
+
+def test_cross_ablation_rounds_as_the_tables_do():
+    panels = {"a": ablated(x={HARM: 0.625})}
+    (heatmap,) = cross_ablation_figure(panels, {HARM: "harm"}).data
+    assert heatmap.text.tolist() == [["62"]] == [[f"{0.625:.0%}".removesuffix("%")]]
 
 
 def test_overlap_points_stand_on_the_line_of_their_pair():
@@ -49,10 +76,12 @@ def test_overlap_points_stand_on_the_line_of_their_pair():
     pairs = {("harm", "x"): "harm – x", ("harm", "y"): "harm – y"}
     figure = overlap_figure({"lift": rows}, pairs)
     of_a, of_b = figure.data
-    assert (of_a.x, of_b.x) == ((3.0, 5.0), (7.0,))
+    assert titles(figure) == ["lift"]
+    assert (list(of_a.x), list(of_b.x)) == ([3.0, 5.0], [7.0])
     assert [round(place) for place in of_a.y] == [0, 1]
     assert round(of_b.y[0]) == 1
-    assert (of_a.error_x.array, of_a.error_x.arrayminus) == ((2.0, 2.0), (1.0, 1.0))
+    intervals = (list(of_a.error_x.arrayminus), list(of_a.error_x.array))
+    assert intervals == ([1.0, 1.0], [2.0, 2.0])
     assert figure.layout.yaxis.ticktext == ("harm – x", "harm – y")
 
 
@@ -62,7 +91,7 @@ def test_token_bars_stand_in_order():
         where = {"offset": offset}
         rows += [Measurement("token_contribution", where, offset / 10, -1.0, 1.0)]
     (bars,) = token_figure({"harmful answers": rows}).data
-    assert (bars.x, bars.y) == ((-2, 0, 1), (-0.2, 0.0, 0.1))
+    assert (list(bars.x), list(bars.y)) == ([-2, 0, 1], [-0.2, 0.0, 0.1])
 
 
 def test_heatmaps_put_each_row_in_its_cell():
@@ -74,10 +103,10 @@ def test_heatmaps_put_each_row_in_its_cell():
     first, second, _ = figure.data
     lines = (list(second.y), list(second.x))
     assert lines == (["1", "0"], ["1"]), "panels side by side have the same lines"
-    assert [list(line) for line in second.z] == [[None], [1]]
+    assert cells(second) == [[None], [1]]
     assert (list(first.y), list(first.x)) == (["1", "0"], ["0", "1"]), "in the order of the rows"
-    assert [list(line) for line in first.z] == [[10, 11], [None, 1]]
-    assert [list(line) for line in first.text] == [["10.00", "11.00"], ["", "1.00"]]
+    assert cells(first) == [[10, 11], [None, 1]]
+    assert first.text.tolist() == [["10.00", "11.00"], ["", "1.00"]]
     assert figure.layout.coloraxis.cmax == -figure.layout.coloraxis.cmin == 11
     wider = heatmaps({"a": rows}, x="head", y="layer", widest=20)
     assert wider.layout.coloraxis.cmax == 20
@@ -87,13 +116,50 @@ def test_profiles_draw_intervals_and_name_a_curve_once():
     depths = ("0 pre", "1 pre")
     rows = Rows(Measurement("accuracy", {"depth": depth}, 0.5, 0.4, 0.7) for depth in depths)
     panels = {"a": {"none": rows, "random": rows}, "b": {"none": rows}}
-    first, random, second = profiles(panels, x="depth", title="accuracy").data
-    names = [(trace.name, trace.showlegend) for trace in (first, random, second)]
-    assert names == [("none", True), ("random", True), ("none", False)]
+    figure = profiles(panels, x="depth", title="accuracy")
+    first, second, random = figure.data
+    assert titles(figure) == ["a", "b"]
+    names = [(trace.name, trace.showlegend) for trace in (first, second, random)]
+    assert names == [("none", True), ("none", False), ("random", True)]
     assert tuple(first.x) == depths
     assert first.error_y.array == pytest.approx((0.2, 0.2))
     assert first.error_y.arrayminus == pytest.approx((0.1, 0.1))
     assert first.line.color == second.line.color != random.line.color
+
+
+def test_profiles_share_the_vertical_axis_of_their_line_only():
+    rows = Rows([Measurement("accuracy", {"depth": "0 pre"}, 0.5, 0.4, 0.7)])
+    figure = profiles({panel: {"none": rows} for panel in "abc"}, x="depth")
+    places = {trace.yaxis: figure.layout["yaxis" + trace.yaxis[1:]] for trace in figure.data}
+    (left, _), (right, shared), (below, own) = places.items()
+    assert shared.matches == left
+    assert own.matches is None
+    assert len({left, right, below}) == 3
+
+
+def test_colours_come_again_where_lines_are_more():
+    names = [f"line {number}" for number in range(10)]
+    labels = {"first": "a", "second": "b", "offset": 0, "depth": "0 pre"}
+    rows = Rows(Measurement(HARM, {**labels, "model": name}, 0.5, 0.4, 0.7) for name in names)
+    lines = {name: rows.where(model=name) for name in names}
+    shares = {name: {0.01: of_line} for name, of_line in lines.items()}
+    for colours, figure in (
+        (PALETTE, share_figure(shares, {HARM: "harm"}, kept=())),
+        (MODEL_COLOURS, overlap_figure({"lift": rows}, {("a", "b"): "a – b"})),
+        (TEXT_COLOURS, token_figure(lines)),
+        (MASK_COLOURS, comparison_figure(lines, {HARM: "harm"})),
+        (CURVE_COLOURS, profiles({"panel": lines}, x="depth")),
+    ):
+        assert [trace.name for trace in figure.data] == names
+        drawn = [trace.marker.color or trace.line.color for trace in figure.data]
+        assert drawn == [colours[number % len(colours)] for number in range(10)]
+
+
+def test_a_line_without_rows_keeps_its_colour():
+    rows = Rows([Measurement(HARM, {}, 0.5, 0.4, 0.7)])
+    lines = {"a": rows, "b": Rows(), "c": rows}
+    drawn = [trace.marker.color for trace in comparison_figure(lines, {HARM: "harm"}).data]
+    assert drawn == [MASK_COLOURS[0], MASK_COLOURS[2]]
 
 
 def test_shares_are_drawn_with_the_worst_kept_ability():
@@ -107,11 +173,11 @@ def test_shares_are_drawn_with_the_worst_kept_ability():
         "random": {0.001: Rows()},
     }
     figure = share_figure(lines, {HARM: "harm"}, kept=(BENIGN, "knowledge_rate"))
-    harm, worst, *random = figure.data
-    assert (harm.x, harm.y) == ((0.1, 1.0), (0.5, 0.25))
+    harm, worst = figure.data  # what was not measured is not drawn
+    assert titles(figure) == ["harm", "worst kept ability"]
+    assert (list(harm.x), list(harm.y)) == ([0.1, 1.0], [0.5, 0.25])
     assert harm.error_y.array == pytest.approx((0.2, 0.2))
-    assert worst.y == (0.75, 0.5)
-    assert [len(trace.x) for trace in random] == [0, 0], "what was not measured is not drawn"
+    assert list(worst.y) == [0.75, 0.5]
 
 
 def test_places_are_shaded_by_their_share():
@@ -120,15 +186,30 @@ def test_places_are_shaded_by_their_share():
         labels = {"by": "matrix", "layer": layer, "kind": kind, "of": size}
         rows += [Measurement.exact("weights_removed", labels, removed)]
     rows += [Measurement.exact("weights_removed", {"by": "head"}, 1)]
-    (heatmap,) = location_figure(rows).data
-    assert (heatmap.x, heatmap.y) == (("mlp.in",), ("layer 0", "layer 1"))
-    assert heatmap.z == ([5.0], [10.0])
-    assert heatmap.text == (["5"], ["20"])
+    figure = location_figure(rows)
+    (heatmap,) = figure.data
+    assert (list(heatmap.x), list(heatmap.y)) == (["mlp.in"], ["layer 0", "layer 1"])
+    assert cells(heatmap) == [[5.0], [10.0]]
+    assert heatmap.text.tolist() == [["5"], ["20"]]
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 10)
 
 
 def test_bars_are_the_rates_that_a_mask_has():
     lines = {"unpruned": Rows([Measurement(HARM, {}, 0.9, 0.8, 0.95)]), "twin": Rows()}
-    bars, empty = comparison_figure(lines, {HARM: "harm", BENIGN: "benign"}).data
-    assert (bars.name, bars.x, bars.y) == ("unpruned", ("harm",), (0.9,))
+    (bars,) = comparison_figure(lines, {HARM: "harm", BENIGN: "benign"}).data
+    assert (bars.name, list(bars.x), list(bars.y)) == ("unpruned", ["harm"], [0.9])
     assert bars.error_y.arrayminus == pytest.approx((0.1,))
-    assert not empty.x
+
+
+def test_figures_without_rows_are_empty():
+    assert not share_figure({"a": {0.1: Rows()}}, {HARM: "harm"}, kept=()).data
+    assert not overlap_figure({"lift": Rows()}, {("a", "b"): "a – b"}).data
+    assert not token_figure({"a": Rows()}).data
+    assert not comparison_figure({"a": Rows()}, {HARM: "harm"}).data
+    assert not profiles({"a": {"none": Rows()}}, x="depth").data
+    for figure in (
+        location_figure(Rows()),
+        cross_ablation_figure({"a": Rows()}, {HARM: "harm"}),
+        heatmaps({"a": Rows()}, x="head", y="layer"),
+    ):
+        assert not figure.data[0].z.size
