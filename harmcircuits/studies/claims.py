@@ -32,7 +32,7 @@ class Plan:
         size: share of the weights in a circuit; curves run around it.
         protect_share: share of the weights that each protected behaviour keeps out of reach.
         rounds: in how many steps a circuit grows.
-        options: of the analysis itself, by name; those that are as usual are left out.
+        options: settings of the analysis itself, by name; those that are as usual are left out.
     """
 
     specs: tuple[ModelSpec, ...]
@@ -94,8 +94,9 @@ class ClaimResult:
 class Analysis(Protocol):
     """A module of `analyses/`: one claim, and everything needed to judge it.
 
-    `MODELS`: the organisms it is run on by default. `OPTIONS`, where there is one: options of its
-    own, by name.
+    `MODELS`: the organisms it is run on by default. `OPTIONS`, where there is one: those of its own
+    settings that its command line takes, by name. A setting that is for a small run only may be
+    given in `Plan.options` without being among them.
     """
 
     NAME: str
@@ -256,7 +257,12 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
 
 def _given(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an analysis that are not as usual."""
-    return {name: values[name] for name, o in options.items() if values[name] != o.default}
+    given = {}
+    for name, option in options.items():
+        value = values[name]
+        if value != option.default:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def _named(job: Job, name: str) -> Job:
