@@ -9,13 +9,19 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.options import Option, specs, takes_custom_model, with_options
+from harmcircuits.studies.options import (
+    Option,
+    quiet,
+    refused,
+    specs,
+    takes_custom_model,
+    with_options,
+)
 from harmcircuits.views.page import paragraphs, write_page
 
 Outcome = Literal["holds", "holds in part", "does not hold here"]
@@ -195,7 +201,7 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
     usual = [f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses]
     options: dict[str, Option] = {}
     for analysis in analyses:
-        options |= getattr(analysis, "OPTIONS", {})
+        options |= _options(analysis)
 
     @takes_custom_model
     @with_options("extra", options)
@@ -223,36 +229,38 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
         custom: dict[str, Any],
         extra: dict[str, Any],
     ) -> None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+        quiet()
 
         def plan(analysis: AnyAnalysis) -> Plan:
             folders = organisms or [FOLDER]
             models = specs(model or (), analysis.MODELS, folders, device, **custom)
-            given = _given(getattr(analysis, "OPTIONS", {}), extra)
+            given = _given(_options(analysis), extra)
             return Plan(models, tuple(range(seeds)), size, protect_share, rounds, given)
 
-        console = Console()
         try:
             plans = [(analysis, plan(analysis)) for analysis in analyses]
             results = conclude(plans, out, workers=workers)
         except ValueError as error:
-            text = f"[bold red]error:[/] {escape(str(error))}"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        for result in results:
-            title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
-            console.print(title, highlight=False)
-            console.print(result.words + "\n", highlight=False, markup=False)
-        console.print(
-            f"Pages and summary: {out}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+            raise refused(error) from None
+        _print(results, out)
 
     return main
+
+
+def _print(results: Sequence[ClaimResult], out: Path) -> None:
+    """Every outcome in words, and where the pages are."""
+    console = Console()
+    for result in results:
+        title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
+        console.print(title, highlight=False)
+        console.print(result.words + "\n", highlight=False, markup=False)
+    text = f"Pages and summary: {out}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _options(analysis: AnyAnalysis) -> Mapping[str, Option]:
+    """The options of its own that the analysis takes on the command line."""
+    return getattr(analysis, "OPTIONS", {})
 
 
 def _given(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
