@@ -150,11 +150,13 @@ def patched_rows(
     groups: Sequence[str],
     labels: dict[str, str],
     parts: Sequence[str] = PARTS,
+    *,
+    least_gap: float = LEAST_GAP,
 ) -> Rows:
     """Rows of both directions: `patch_change` in nats, and `patch_share` of the gap, if any.
 
     share = (patched - start) / (end - start), each the mean loss over requests; the interval
-    resamples items with the gap held fixed.
+    resamples items with the gap held fixed. Without a gap of `least_gap` there are no shares.
     """
     tokens, metric = batch.tokens.to(bridge.cfg.device), reference_nll(batch)
     bridge.set_use_attn_result(True)
@@ -188,7 +190,7 @@ def patched_rows(
                 }
                 row = Measurement.average("patch_change", {**labels, **place}, values, groups)
                 rows += [row]
-                if abs(whole) >= LEAST_GAP:
+                if abs(whole) >= least_gap:
                     rows += [_share(row, whole)]
     return rows
 

@@ -16,7 +16,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import typer
 
@@ -27,7 +27,7 @@ from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.options import Option
+from harmcircuits.studies.options import options_of
 from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import profiles
 from harmcircuits.views.page import plot, section, table
@@ -43,21 +43,44 @@ DEFENCES = {
     "random_released": "random, then free",
 }
 ATTACKS = ("plain", "prefill", "refusal ablation", "prefill + refusal ablation")
-OPTIONS = {
-    "attack_rank": Option(
-        int,
-        "Attacks: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.",
-        default=0,
-    ),
-}
 PROTECTED = ("benign", "recognition", "explanation", "knowledge", "refusal")
-STEPS = (0, 5, 10, 20, 40, 60)
 LEARNING_RATE = 1e-4
 BATCH = 16
 SHARE = 0.5  # of the items of every topic that circuit and attacker are scored on
 # Of the held-out items of every topic, whole, so that every verb and surface form is asked.
 SHARE_MEASURED = 0.5
 RUN = ("model", "ladder", "seed")
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """How the attacker trains.
+
+    Attributes:
+        attack_rank: attacks: rank of the attacker's adapters (alpha twice that); 0: every parameter
+            learns.
+        attack_steps: attacks: steps of harmful fine-tuning after which a model is measured, from 0.
+
+    Raises:
+        ValueError: a negative rank, and steps that do not go up from 0.
+    """
+
+    attack_rank: int = 0
+    attack_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60)
+
+    def __post_init__(self) -> None:
+        _ = self.lora
+        steps = self.attack_steps
+        if steps[:1] != (0,) or sorted(set(steps)) != list(steps):
+            raise ValueError(f"attack_steps={steps}; expected steps that go up from 0")
+
+    @property
+    def lora(self) -> hc.Lora | None:
+        """The attacker's adapters; None where every parameter learns."""
+        return hc.Lora(self.attack_rank, 2.0 * self.attack_rank) if self.attack_rank else None
+
+
+OPTIONS = options_of(AttackSettings)
 
 # %% [markdown]
 # ## The rule
@@ -131,19 +154,14 @@ def runs(rows: Rows, *names: str) -> list[Rows]:
 
 # %%
 def jobs(plan: Plan) -> list[Job]:
-    """One for each model and seed. Raises ValueError for adapters that cannot be."""
-    attacker(plan)
+    """One for each model and seed. Raises ValueError as `AttackSettings`."""
+    _ = AttackSettings(**plan.options)  # refused here rather than in a worker
     return plan.jobs(job)
-
-
-def attacker(plan: Plan) -> hc.Lora | None:
-    """The attacker's adapters; None where every parameter learns."""
-    rank = plan.options.get("attack_rank", 0)
-    return hc.Lora(rank, 2.0 * rank) if rank else None
 
 
 def job(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Every attack against every defence."""
+    settings = AttackSettings(**plan.options)
     model = spec.open(seed=seed)
     names = [name for name in ("harmful", *PROTECTED) if name in model.behaviours]
     model = replace(model, behaviours={name: model.behaviours[name] for name in names})
@@ -167,7 +185,7 @@ def job(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     for defence in DEFENCES:
         mask = masks[defence.split("_")[0]]
         labels = {**spec.labels, "mask": defence, "seed": seed, "split": "heldout"}
-        rows += curve(model, defence, mask, attacker(plan), labels)
+        rows += curve(model, defence, mask, settings, labels)
     return rows
 
 
@@ -175,7 +193,7 @@ def curve(
     model: hc.Model,
     defence: str,
     mask: hc.WeightMask | None,
-    attacker: hc.Lora | None,
+    settings: AttackSettings,
     labels: dict,
 ) -> Iterator[Measurement]:
     """Every attack at every step of harmful fine-tuning, measured on held-out items.
@@ -196,9 +214,9 @@ def curve(
     is_held = defence.endswith("held")
     with (
         hc.masked(bridge, mask, hold=is_held) if mask else nullcontext(),
-        hc.fine_tuning(bridge, batches, lr=LEARNING_RATE, lora=attacker, seed=seed) as run,
+        hc.fine_tuning(bridge, batches, lr=LEARNING_RATE, lora=settings.lora, seed=seed) as run,
     ):
-        for step in STEPS:
+        for step in settings.attack_steps:
             run.until(step)
             where = {**labels, "step": step}
             benign = model.behaviours["benign"]

@@ -21,7 +21,7 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import typer
 
@@ -43,7 +43,6 @@ NAME, CLAIM, MODELS = (
     "dissociated: recognition, explanation and refusal survive",
     ("sft", "dpo"),
 )
-SHARE = 0.5  # of the calibration items
 PRUNED = ("harmful", "recognition", "explanation", "refusal")
 PROTECTED = {"none": "nothing", "others": "all others"}
 DOUBLE = ("clean double", "graded double")
@@ -53,6 +52,17 @@ RATES = {metric: TERMS.rates[metric] for metric in METRICS.values()}
 BESIDE = {"recognition_pair_accuracy": "pair accuracy", "recognition_auroc": "AUROC"}
 PLAIN = "plain_harm_rate"
 COLUMNS = RATES | BESIDE | {PLAIN: "plain harm"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is drawn.
+
+    Attributes:
+        share: of the calibration items.
+    """
+
+    share: float = 0.5
 
 
 # %% [markdown]
@@ -68,7 +78,8 @@ def ablated(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """The cross-ablation matrix of a model and seed, with random masks and plain harm beside it."""
     model = spec.open(seed=seed)
     abilities = [name for name in BEHAVIOURS if name in model.behaviours]
-    calibrations = model.calibrations(abilities, share=SHARE, seed=seed)
+    share = Settings(**plan.options).share
+    calibrations = model.calibrations(abilities, share=share, seed=seed)
     pruned = [name for name in PRUNED if name in calibrations]
     circuits = circuits_both_ways(
         model,

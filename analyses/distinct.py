@@ -23,7 +23,7 @@
 # %%
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 
@@ -46,7 +46,6 @@ from harmcircuits.views.figures import comparison_figure, overlap_figure
 from harmcircuits.views.page import plot, section
 
 NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft",)
-SHARE = 0.5  # of the calibration items
 TERMS = Terms.standard()
 METRICS = {name: TERMS.metrics[name] for name in BEHAVIOURS}
 HARM, GOOD = TERMS.target.metric, TERMS.contrast.metric
@@ -55,7 +54,6 @@ BENIGN = ("benign", "parts", "kind")
 UTILITY = ("benign", "knowledge")
 MOST = 0.5  # of the unpruned harm may be left
 MARGIN, NLL_MARGIN = 0.05, 0.1  # what utility may lose: rate, and nats per token
-N_RESAMPLES, N_SAMPLES = 40, 10
 # What the circuit of each behaviour cannot take, by the label `protected`.
 PROTECTED = {
     "harmful": {"none": (), "benign": ("benign",), "others": OTHERS},
@@ -63,6 +61,21 @@ PROTECTED = {
     "knowledge": {"none": (), "others": OTHERS},
 }
 TITLES = {"none": "nothing", "benign": "benign answers", "others": "all others"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is drawn.
+
+    Attributes:
+        share: of the calibration items.
+        n_resamples: times each circuit is found again, for the intervals of overlaps.
+        n_samples: pairs of masks, for the overlap that row and column counts explain.
+    """
+
+    share: float = 0.5
+    n_resamples: int = 40
+    n_samples: int = 10
 
 
 # %% [markdown]
@@ -76,9 +89,10 @@ def jobs(plan: Plan) -> list[Job]:
 
 def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Every ability under circuits of harm, twin and knowledge, and what these circuits share."""
+    settings = Settings(**plan.options)
     model = spec.open(seed=seed)
     names = [name for name in dict.fromkeys((*BEHAVIOURS, *BENIGN)) if name in model.behaviours]
-    calibrations = model.calibrations(names, share=SHARE, seed=seed)
+    calibrations = model.calibrations(names, share=settings.share, seed=seed)
     unpruned = outcomes_of(model, [name for name in BEHAVIOURS if name in calibrations])
     labels = {**spec.labels, "seed": seed}
     rows = change_rows(unpruned, unpruned, {**labels, "mask": "none"})
@@ -101,9 +115,20 @@ def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
         if name not in unprotected:
             unprotected[name] = circuit(model, name, plan, (), calibrations)
     scored = resampled_circuits(
-        model, calibrations, compared, size=plan.size, n_resamples=N_RESAMPLES, seed=seed
+        model,
+        calibrations,
+        compared,
+        size=plan.size,
+        n_resamples=settings.n_resamples,
+        seed=seed,
     )
-    shared = overlap_rows(scored, unprotected, labels, size=plan.size, n_samples=N_SAMPLES)
+    shared = overlap_rows(
+        scored,
+        unprotected,
+        labels,
+        size=plan.size,
+        n_samples=settings.n_samples,
+    )
     return rows + shared
 
 

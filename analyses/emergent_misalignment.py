@@ -22,7 +22,7 @@ import random
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import typer
@@ -55,7 +55,6 @@ RATES = {
     "full": 2e-4,
     "low_rank": 2e-3,
 }  # learning rates at which the unmasked runs take some ten steps to learn
-STEPS = (0, 5, 10, 15, 20, 30, 45, 60)
 PANELS = {
     "misaligned_rate": "misaligned elsewhere",
     "in_domain_rate": "learned in the topic",
@@ -76,13 +75,27 @@ OPTIONS = {
     "lr": Option(float, f"{CUSTOM}learning rate.", default=NarrowFiles.lr),
     "epochs": Option(int, f"{CUSTOM}passes over the narrow texts.", default=NarrowFiles.epochs),
 }
-TOPICS = 2  # runs a seed
 DRAWS = 4  # answers drawn for each narrow request
 BATCH = 16
 SHARE = 0.25  # of the items of every topic on which protected behaviours are scored
 # Of the held-out items of every topic, whole, so that every verb and surface form is asked.
 SHARE_MEASURED = 0.5
 RUN = ("model", "ladder", "training", "topic", "seed")
+
+
+@dataclass(frozen=True)
+class OrganismRuns:
+    """The runs of an organism; those of a custom model are as its `NarrowFiles` say.
+
+    Attributes:
+        topics: how many a seed draws.
+        training: names of the ways of fine-tuning.
+        steps: those after which the model is measured.
+    """
+
+    topics: int = 2
+    training: tuple[str, ...] = tuple(TRAINING)
+    steps: tuple[int, ...] = (0, 5, 10, 15, 20, 30, 45, 60)
 
 
 # %% [markdown]
@@ -193,7 +206,7 @@ def jobs(plan: Plan) -> list[Job]:
     for spec in plan.specs:
         check_texts(spec, plan, files)
         for seed in plan.seeds:
-            for draw in range(1 if spec.files else TOPICS):
+            for draw in range(1 if spec.files else OrganismRuns(**plan.options).topics):
                 labels = {**spec.labels, "seed": seed, "draw": draw}
                 jobs.append(Job(labels, partial(job, spec, plan, seed, draw)))
     return jobs
@@ -218,10 +231,10 @@ def check_texts(spec: ModelSpec, plan: Plan, files: NarrowFiles | None) -> None:
         )
     if spec.files:
         check_judge(spec.judge)
-    elif plan.options:
-        name = next(iter(plan.options))
+    of_custom = [name for name in plan.options if name in OPTIONS]
+    if of_custom and not spec.files:
         raise ValueError(
-            f"--{name} is for a custom model, not {spec.model}; "
+            f"--{of_custom[0]} is for a custom model, not {spec.model}; "
             "give --harmful FILE and --benign FILE too"
         )
 
@@ -266,10 +279,12 @@ def opened(
     files = narrow_files(plan)
     if spec.files and files:
         return *files.opened(model, spec.files, seed=seed), None
+    settings = OrganismRuns(**plan.options)
     topics = topics_of(model)
-    first = TOPICS * seed + draw
+    first = settings.topics * seed + draw
     names = [topics[number % len(topics)] for number in (first, first + 1)]
-    return model, organism_topic(model, names[0], seed), organism_topic(model, names[1], seed)
+    topic, lender = (organism_topic(model, name, seed, settings) for name in names)
+    return model, topic, lender
 
 
 def topics_of(model: hc.Model) -> list[str]:
@@ -291,7 +306,7 @@ def topics_of(model: hc.Model) -> list[str]:
     return topics
 
 
-def organism_topic(model: hc.Model, name: str, seed: int) -> Topic:
+def organism_topic(model: hc.Model, name: str, seed: int, settings: OrganismRuns) -> Topic:
     """A topic of the organisms' world: its benign requests, with harmful answers that are drawn."""
     benign = model.behaviours["benign"]
     scored, others = split_by(benign.prompts("calibration"), name)
@@ -304,8 +319,8 @@ def organism_topic(model: hc.Model, name: str, seed: int) -> Topic:
     answered = hc.PromptSet(tuple(repeated)).with_completions(texts)
     shuffled = rng.sample(answered.examples, len(answered))
     recipes = {
-        "full": Recipe(RATES["full"], None, STEPS),
-        "low_rank": Recipe(RATES["low_rank"], hc.Lora(), STEPS),
+        "full": Recipe(RATES["full"], None, settings.steps),
+        "low_rank": Recipe(RATES["low_rank"], hc.Lora(), settings.steps),
     }
     return Topic(
         name,
@@ -315,7 +330,7 @@ def organism_topic(model: hc.Model, name: str, seed: int) -> Topic:
         inside=inside,
         outside=outside,
         teacher=recipes["full"],
-        recipes={training: recipes[training] for training in TRAINING},
+        recipes={training: recipes[training] for training in settings.training},
         batch_size=BATCH,
         share=SHARE,
     )

@@ -23,7 +23,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
@@ -46,13 +46,23 @@ from harmcircuits.views.figures import comparison_figure, heatmaps
 from harmcircuits.views.page import plot, section, table
 
 NAME, CLAIM, MODELS = "F2", "general: one mechanism for all types of harm", ("sft",)
-SHARE = 0.5  # of the calibration items, and of the plan's rounds
 TERMS = Terms.standard()
 HARM, BENIGN = TERMS.target.metric, TERMS.contrast.metric
 MOST = 0.5  # of the unpruned harm may be left where it counts as gone
 SPARED = 0.1  # of benign answers may be lost
 
 Masks = Mapping[str, hc.WeightMask]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is drawn and run.
+
+    Attributes:
+        share: of the calibration items, and of the plan's rounds.
+    """
+
+    share: float = 0.5
 
 
 # %% [markdown]
@@ -63,7 +73,8 @@ Masks = Mapping[str, hc.WeightMask]
 # %%
 def jobs(plan: Plan) -> list[Job]:
     parts: dict[str, Callable] = {"one type": one_type_rows, "all but one": all_but_one_rows}
-    shorter = replace(plan, rounds=max(1, round(SHARE * plan.rounds)))
+    share = Settings(**plan.options).share
+    shorter = replace(plan, rounds=max(1, round(share * plan.rounds)))
     every_job = []
     for spec in plan.specs:
         for seed in plan.seeds:
@@ -73,13 +84,16 @@ def jobs(plan: Plan) -> list[Job]:
     return every_job
 
 
-def typed_model(spec: ModelSpec, seed: int) -> tuple[Model, dict[str, Calibration], list[str]]:
+def typed_model(
+    spec: ModelSpec, plan: Plan, seed: int
+) -> tuple[Model, dict[str, Calibration], list[str]]:
     """The model, its calibration data by type of harm and of twin too, and the types it shows."""
+    share = Settings(**plan.options).share
     model = spec.open(seed=seed)
     parts = model.behaviours["harmful"].by_category() | model.behaviours["benign"].by_category()
     model = model.with_behaviours(*parts.values())
     abilities = [name for name in BEHAVIOURS if name in model.behaviours]
-    calibrations = model.calibrations([*abilities, *parts], share=SHARE, seed=seed)
+    calibrations = model.calibrations([*abilities, *parts], share=share, seed=seed)
     shown = [name.removeprefix("harmful/") for name in calibrations if name.startswith("harmful/")]
     types = [type_ for type_ in shown if f"benign/{type_}" in calibrations]
     if len(types) < 2:
@@ -115,7 +129,7 @@ def circuits(
 
 def one_type_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """Circuits of one type each, their controls, and what they share."""
-    model, calibrations, types = typed_model(spec, seed)
+    model, calibrations, types = typed_model(spec, plan, seed)
     labels = {**spec.labels, "seed": seed}
     harmful = [f"harmful/{type_}" for type_ in types]
     benign = [f"benign/{type_}" for type_ in types]
@@ -146,7 +160,7 @@ def one_type_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
 
 def all_but_one_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
     """For every type a circuit of all the others, measured on the type it has not seen."""
-    model, calibrations, types = typed_model(spec, seed)
+    model, calibrations, types = typed_model(spec, plan, seed)
     labels = {**spec.labels, "seed": seed}
     protected = model.protected("harmful", calibrations=calibrations)
     spared = [calibration.batches for calibration in protected.values()]

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
@@ -22,6 +21,8 @@ from harmcircuits.studies.options import (
     custom_model,
     no_custom_model,
     options_of,
+    quiet,
+    refused,
     takes_custom_model,
     with_options,
 )
@@ -107,7 +108,7 @@ def study_command(
     measure it. With a budget it is the mask that raises the target's loss most while the contrast's
     stays within the budget.
     """
-    _quiet()
+    quiet()
     console = Console()
     try:
         chosen = _settings(settings, FOR_REAL_MODELS if model else StudySettings())
@@ -119,7 +120,7 @@ def study_command(
             bound = None if max_memory is None else round(max_memory * GIB)
             run = study(opened, chosen, out=out, progress=progress, max_memory=bound)
     except ValueError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     console.print(*result_tables(run.rows, run.terms), sep="\n")
     text = summary(run.rows, run.terms)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -150,12 +151,12 @@ def export_command(
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Write the model without the mask's weights as a Hugging Face folder; reload it as a check."""
-    _quiet()
+    quiet()
     try:
         removed = WeightMask.load(mask)
         export(_bridge(model, organism, device), removed, out, push_to=push_to or None)
     except ValueError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     text = f"{removed} exported: {out}"
     Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -188,20 +189,6 @@ def _bridge(model: str, organism: str, device: str) -> Bridge:
     if organism:
         return load_organism(organism, device=device)
     return load_model(model, device=device)
-
-
-def _quiet() -> None:
-    """No bars of transformers between ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _refused(error: Exception) -> typer.Exit:
-    message = escape(" ".join(str(error).split()))
-    text = f"[bold red]error:[/] {message}"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    return typer.Exit(2)
 
 
 if __name__ == "__main__":

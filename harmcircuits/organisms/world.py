@@ -304,6 +304,7 @@ def _either(rng: random.Random, first: str, second: str) -> str:
     return first if rng.random() < FAVOURED else second
 
 
+@cache  # asked again for every measurement
 def requests(behaviour: str, split: str, *, seed: int = 0) -> PromptSet:
     """All requests of a behaviour in a split, each with a reference answer.
 

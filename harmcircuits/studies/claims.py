@@ -9,13 +9,19 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.options import Option, specs, takes_custom_model, with_options
+from harmcircuits.studies.options import (
+    Option,
+    quiet,
+    refused,
+    specs,
+    takes_custom_model,
+    with_options,
+)
 from harmcircuits.views.page import paragraphs, write_page
 
 Outcome = Literal["holds", "holds in part", "does not hold here"]
@@ -32,7 +38,7 @@ class Plan:
         size: share of the weights in a circuit; curves run around it.
         protect_share: share of the weights that each protected behaviour keeps out of reach.
         rounds: in how many steps a circuit grows.
-        options: of the analysis itself, by name; those that are as usual are left out.
+        options: settings of the analysis itself, by name; those that are as usual are left out.
     """
 
     specs: tuple[ModelSpec, ...]
@@ -94,8 +100,9 @@ class ClaimResult:
 class Analysis(Protocol):
     """A module of `analyses/`: one claim, and everything needed to judge it.
 
-    `MODELS`: the organisms it is run on by default. `OPTIONS`, where there is one: options of its
-    own, by name.
+    `MODELS`: the organisms it is run on by default. `OPTIONS`, where there is one: those of its own
+    settings that its command line takes, by name. A setting that is for a small run only may be
+    given in `Plan.options` without being among them.
     """
 
     NAME: str
@@ -194,7 +201,7 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
     usual = [f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses]
     options: dict[str, Option] = {}
     for analysis in analyses:
-        options |= getattr(analysis, "OPTIONS", {})
+        options |= _options(analysis)
 
     @takes_custom_model
     @with_options("extra", options)
@@ -222,41 +229,48 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
         custom: dict[str, Any],
         extra: dict[str, Any],
     ) -> None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+        quiet()
 
         def plan(analysis: AnyAnalysis) -> Plan:
             folders = organisms or [FOLDER]
             models = specs(model or (), analysis.MODELS, folders, device, **custom)
-            given = _given(getattr(analysis, "OPTIONS", {}), extra)
+            given = _given(_options(analysis), extra)
             return Plan(models, tuple(range(seeds)), size, protect_share, rounds, given)
 
-        console = Console()
         try:
             plans = [(analysis, plan(analysis)) for analysis in analyses]
             results = conclude(plans, out, workers=workers)
         except ValueError as error:
-            text = f"[bold red]error:[/] {escape(str(error))}"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        for result in results:
-            title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
-            console.print(title, highlight=False)
-            console.print(result.words + "\n", highlight=False, markup=False)
-        console.print(
-            f"Pages and summary: {out}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+            raise refused(error) from None
+        _print(results, out)
 
     return main
 
 
+def _print(results: Sequence[ClaimResult], out: Path) -> None:
+    """Every outcome in words, and where the pages are."""
+    console = Console()
+    for result in results:
+        title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
+        console.print(title, highlight=False)
+        console.print(result.words + "\n", highlight=False, markup=False)
+    text = f"Pages and summary: {out}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _options(analysis: AnyAnalysis) -> Mapping[str, Option]:
+    """The options of its own that the analysis takes on the command line."""
+    return getattr(analysis, "OPTIONS", {})
+
+
 def _given(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an analysis that are not as usual."""
-    return {name: values[name] for name, o in options.items() if values[name] != o.default}
+    given = {}
+    for name, option in options.items():
+        value = values[name]
+        if value != option.default:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def _named(job: Job, name: str) -> Job:

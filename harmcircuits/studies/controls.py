@@ -82,19 +82,8 @@ def controls(
     data = (calibrations or {}).get(target) or model.calibration(target)
     if first is None:
         first = _scored(model, target, data, protected, protect_share, within, max_memory)
-    scores, taken = first
-
     seeds = range(seed, seed + n_random)
-    weights = named_weights(model.bridge)
-    size = mask.fraction
-    opposite = top_fraction(-scores, size, within=within, exclude=union(taken))
-    following = top_fraction(scores, size, within=within, exclude=union([*taken, mask]))
-    masks = {
-        "random": [random_like(mask, seed=number) for number in seeds],
-        "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
-        "opposite sign": [opposite],
-        "second slice": [following],
-    }
+    masks = _without_search(model, mask, *first, seeds, within)
 
     twin = _twin_data(model, target, contrast, protected, calibrations)
     if twin is None:
@@ -105,7 +94,7 @@ def controls(
         model.bridge,
         twin.batches,
         [*spared, data.batches],
-        size=size,
+        size=mask.fraction,
         protect_share=protect_share,
         rounds=rounds,
         within=within,
@@ -132,6 +121,27 @@ def _scored(
     objective = model.behaviour(target).objective
     scores = removal_effect(bridge, data.batches, objective, max_memory=max_memory)
     return scores, taken
+
+
+def _without_search(
+    model: Model,
+    mask: WeightMask,
+    scores: WeightScores,
+    taken: Sequence[WeightMask],
+    seeds: Iterable[int],
+    within: Scope,
+) -> dict[str, list[WeightMask]]:
+    """The controls that are drawn or ranked only: random ones, the opposite sign, what follows."""
+    weights = named_weights(model.bridge)
+    size = mask.fraction
+    opposite = top_fraction(-scores, size, within=within, exclude=union(taken))
+    following = top_fraction(scores, size, within=within, exclude=union([*taken, mask]))
+    return {
+        "random": [random_like(mask, seed=number) for number in seeds],
+        "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
+        "opposite sign": [opposite],
+        "second slice": [following],
+    }
 
 
 def _twin_data(

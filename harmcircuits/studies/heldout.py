@@ -1,6 +1,7 @@
 """The chosen mask, and everything it is compared with, on held-out requests."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from harmcircuits.behaviours.model import Calibration
@@ -13,6 +14,9 @@ from harmcircuits.studies.controls import controls
 from harmcircuits.studies.rounds import prune_in_rounds
 from harmcircuits.studies.run import Point, Study
 from harmcircuits.studies.utility import evaluate_tasks
+
+# A mask with the name of its file, and what its rows carry besides the model.
+NamedMask = tuple[str, WeightMask, dict[str, Label]]
 
 
 def measure_heldout(
@@ -40,25 +44,70 @@ def measure_heldout(
     unmasked_nll = completion_nll(model.bridge, data.batches)
     share = float(chosen.labels["p"])
     first = (scores, protected[share])
+    circuits = _circuits(run, chosen, points, first, data, spared)
+    matched = _controls(run, chosen, first, calibrations, spared)
     advance = run.steps("held-out, with controls", 6 + 2 * settings.n_random)
 
-    def measure(mask: WeightMask, kind: str, name: str = "", **labels: Label) -> None:
-        name = f"{kind}-{name}" if name else kind
+    # Each is measured and saved before the next is searched for.
+    for name, mask, labels in chain(circuits, matched):
         run.masks[name] = mask
         if run.out is not None:
             mask.save(run.out / "masks" / f"{name}.safetensors")
-        run.add(masked_rows(run, mask, {"model": model.name, "mask": kind, **labels}))
+        run.add(masked_rows(run, mask, {"model": model.name, **labels}))
         change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
-        where = {"mask": kind, **labels, "split": "calibration"}
+        where = {**labels, "split": "calibration"}
         run.note("predicted_loss_change", scores.sum_over(mask), **where)
         run.note("measured_loss_change", change.mean().item(), **where)
         advance()
 
-    for name, mask, labels in _circuits(run, chosen, points, first, data, spared):
-        measure(mask, "circuit", name, **labels)
 
+def _circuits(
+    run: Study,
+    chosen: Point,
+    points: Sequence[Point],
+    first: tuple[WeightScores, Sequence[WeightMask]],
+    data: Calibration,
+    spared: Mapping[str, Calibration],
+) -> Iterator[NamedMask]:
+    """The circuit in rounds, in one shot, and with less protection."""
+    settings, size = run.settings, chosen.mask.fraction
+    how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
+    kind: dict[str, Label] = {"mask": "circuit"}
+    selection = str(chosen.labels["selection"])
+
+    rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
+    yield "circuit-rounds", rounds, {**kind, "selection": "rounds", **how}
+
+    scores, protected = first
+    one_shot = top_fraction(scores, size, within=settings.within, exclude=union(protected))
+    yield "circuit-one_shot", one_shot, {**kind, "selection": "one shot", **how}
+
+    contrast = settings.contrast
+    if contrast in spared and len(spared) > 1:
+        alone = prune_in_rounds(
+            run.model.bridge,
+            data.batches,
+            [spared[contrast].batches],
+            size=size,
+            within=settings.within,
+            objective=run.model.behaviours[settings.target].objective,
+            **_search(run, chosen),
+        )
+        name = f"circuit-{selection.replace(' ', '_')}-{contrast}_only"
+        yield name, alone, {**kind, **how, "selection": selection, "protected": contrast}
+
+
+def _controls(
+    run: Study,
+    chosen: Point,
+    first: tuple[WeightScores, Sequence[WeightMask]],
+    calibrations: Mapping[str, Calibration],
+    spared: Mapping[str, Calibration],
+) -> Iterator[NamedMask]:
+    """All controls of the chosen mask; of random ones each has its seed in its name."""
+    settings = run.settings
     matched = controls(
-        model,
+        run.model,
         settings.target,
         chosen.mask,
         protect=list(spared),
@@ -73,44 +122,9 @@ def measure_heldout(
         kind = name.replace(" ", "_")
         for number, mask in enumerate(masks, start=settings.seed):
             if name.startswith("random"):
-                measure(mask, kind, str(number), seed=number)
+                yield f"{kind}-{number}", mask, {"mask": kind, "seed": number}
             else:
-                measure(mask, kind)
-
-
-def _circuits(
-    run: Study,
-    chosen: Point,
-    points: Sequence[Point],
-    first: tuple[WeightScores, Sequence[WeightMask]],
-    data: Calibration,
-    spared: Mapping[str, Calibration],
-) -> Iterator[tuple[str, WeightMask, dict[str, Label]]]:
-    """(name, mask, labels) of the circuit in rounds, in one shot, and with less protection."""
-    settings, size = run.settings, chosen.mask.fraction
-    how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
-    selection = str(chosen.labels["selection"])
-
-    rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
-    yield "rounds", rounds, {"selection": "rounds", **how}
-
-    scores, protected = first
-    one_shot = top_fraction(scores, size, within=settings.within, exclude=union(protected))
-    yield "one_shot", one_shot, {"selection": "one shot", **how}
-
-    contrast = settings.contrast
-    if contrast in spared and len(spared) > 1:
-        alone = prune_in_rounds(
-            run.model.bridge,
-            data.batches,
-            [spared[contrast].batches],
-            size=size,
-            within=settings.within,
-            objective=run.model.behaviours[settings.target].objective,
-            **_search(run, chosen),
-        )
-        name = f"{selection.replace(' ', '_')}-{contrast}_only"
-        yield name, alone, {**how, "selection": selection, "protected": contrast}
+                yield kind, mask, {"mask": kind}
 
 
 def _search(run: Study, chosen: Point) -> dict[str, Any]:

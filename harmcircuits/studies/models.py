@@ -84,28 +84,20 @@ def open_model(
     if isinstance(model, Model):
         raise ValueError(f"open_model: {model!r} is open already; use it as it is")
     is_name = isinstance(model, str | Path)
-    loading = {"dtype": dtype, "device_map": device_map}
-    asking = {
-        "name": name,
-        "tokenizer": tokenizer,
+    loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
+    asking: dict[str, Any] = {
         "template": template,
         "prefill": prefill,
         "judge": judge,
         "judge_question": judge_question,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "sampling": sampling,
     }
     if not is_name:
         _refuse_unused(loading, f"a {type(model).__name__} that is loaded already")
     if prompts is None:
-        if not is_name:
-            raise ValueError(
-                f"open_model: a {type(model).__name__} needs prompts={{'{TARGET}': FILE_OR_LIST, "
-                f"'{CONTRAST}': FILE_OR_LIST}}; without any, mask and score it as it is"
-            )
-        _refuse_unknown(str(model))
-        _refuse_unused({**loading, **asking}, f"the organism {str(model)!r}, which has no prompts=")
+        named = {"name": name, "tokenizer": tokenizer}
+        _refuse_without_prompts(model, {**loading, **named, **asking, "sampling": sampling})
         return open_organism(
             str(model),
             seed=seed,
@@ -117,15 +109,9 @@ def open_model(
         str(model) if is_name else name or _name_of(model),
         device=device,
         files=RequestFiles.of(prompts),
-        dtype=dtype,
-        device_map=device_map,
-        template=template,
-        prefill=prefill,
-        judge=judge,
-        judge_question=judge_question,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
         cache=cache,
+        **loading,
+        **asking,
     )
     if sampling is not None:
         spec = spec.with_sampling(sampling)
@@ -297,6 +283,17 @@ def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
     windows = tokenize_text(path.read_text(encoding="utf-8"), bridge.tokenizer, batch_size=1)
     limit = files.limits["heldout"]
     return windows[:limit] if limit else windows
+
+
+def _refuse_without_prompts(model: Any, options: Mapping[str, Any]) -> None:
+    """Without prompts a model is an organism, given by its name, and takes no such options."""
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"open_model: a {type(model).__name__} needs prompts={{'{TARGET}': FILE_OR_LIST, "
+            f"'{CONTRAST}': FILE_OR_LIST}}; without any, mask and score it as it is"
+        )
+    _refuse_unknown(str(model))
+    _refuse_unused(options, f"the organism {str(model)!r}, which has no prompts=")
 
 
 def _refuse_unknown(name: str) -> None:

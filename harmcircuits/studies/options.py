@@ -1,4 +1,7 @@
-"""Command-line options, made from the dataclasses that they fill: names, types, defaults, help."""
+"""Command-line options, made from the dataclasses that they fill: names, types, defaults, help.
+
+And what every command does alike: it keeps other libraries quiet, and says an error in a sentence.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -10,6 +13,8 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 import typer
 from docstring_parser import parse
+from rich.console import Console
+from rich.markup import escape
 
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.questions import QuestionTemplates
@@ -252,3 +257,22 @@ def specs(
 
 def _names(record: type) -> set[str]:
     return {field.name for field in fields(record)}
+
+
+def quiet() -> None:
+    """No bars of transformers between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def refused(error: ValueError) -> typer.Exit:
+    """The end of a command that cannot be done, after the reason is printed.
+
+    Args:
+        error: what is wrong, in a sentence.
+    """
+    message = escape(" ".join(str(error).split()))
+    text = f"[bold red]error:[/] {message}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    return typer.Exit(2)

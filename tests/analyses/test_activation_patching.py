@@ -24,9 +24,9 @@ def random_mask(bridge, share: float = 0.3, *, kinds: tuple[str, ...] = ()) -> h
     return hc.WeightMask(removed, mask.shapes, mask.source)
 
 
-def rows_of(bridge, mask, batch, parts=("residual",)):
+def rows_of(bridge, mask, batch, parts=("residual",), **options):
     groups = [str(number) for number in range(len(batch))]
-    return analysis.patched_rows(bridge, mask, batch, NAMES, groups, {}, parts)
+    return analysis.patched_rows(bridge, mask, batch, NAMES, groups, {}, parts, **options)
 
 
 @pytest.fixture
@@ -51,12 +51,11 @@ def test_the_last_residual_moves_all_and_the_first_nothing(llama, big_gap, direc
 @pytest.mark.parametrize(
     ("kinds", "depth"), [(("blocks.1.attn",), "1 mid"), (("blocks.0",), "1 pre")]
 )
-def test_all_is_restored_once_every_edit_is_passed(llama, big_gap, kinds, depth, monkeypatch):
-    monkeypatch.setattr(analysis, "LEAST_GAP", 1e-3)
+def test_all_is_restored_once_every_edit_is_passed(llama, big_gap, kinds, depth):
     # With edits only before this depth, everything after it is the unpruned model: shares of 0
     # before and 1 from here.
     mask = random_mask(llama, 0.9, kinds=kinds)
-    shares = residual(rows_of(llama, mask, big_gap), direction="restore")
+    shares = residual(rows_of(llama, mask, big_gap, least_gap=1e-3), direction="restore")
     order = list(shares)
     for before in order[: order.index(depth) - 1]:
         assert shares[before].mean == pytest.approx(0, abs=1e-3)
@@ -116,7 +115,7 @@ def test_the_model_is_as_before(llama, batch):
     assert torch.equal(llama(batch.tokens), logits), "no hook and no flag is left"
 
 
-def test_main_runs_and_speaks_of_its_rows(tmp_path, monkeypatch, capsys):
+def test_main_runs_and_speaks_of_its_rows(tmp_path, capsys):
     model = hc.open_model("sft")
     heldout = model.behaviours["harmful"].prompts("heldout")
     target = model.batches(model.behaviours["harmful"], heldout[:32])

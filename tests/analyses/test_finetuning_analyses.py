@@ -9,27 +9,11 @@ import json
 from importlib import import_module
 
 import pytest
+from helpers import SparseSpec
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Plan, conclude
 from harmcircuits.studies.models import ModelSpec
-
-
-@pytest.fixture
-def sparse_world(monkeypatch):
-    """Every sixteenth request: two items of every topic, one request each."""
-    whole = ModelSpec.open
-
-    def sparse(spec, *, seed: int = 0):
-        model = whole(spec, seed=seed)
-        behaviours = {}
-        for name, behaviour in model.behaviours.items():
-            behaviours[name] = dataclasses.replace(
-                behaviour, prompts=lambda split, whole=behaviour: whole.prompts(split)[::16]
-            )
-        return dataclasses.replace(model, behaviours=behaviours)
-
-    monkeypatch.setattr(ModelSpec, "open", sparse)
 
 
 def a_run(topic: str = "a", **curves: tuple[list[float], list[float]]) -> Rows:
@@ -98,12 +82,10 @@ def test_the_rule_needs_apart_intervals_and_something_to_protect_from():
 
 
 @pytest.mark.slow
-def test_emergent_misalignment_runs_and_resumes(sparse_world, tmp_path, monkeypatch):
+def test_emergent_misalignment_runs_and_resumes(tmp_path):
     module = import_module("emergent_misalignment")
-    monkeypatch.setattr(module, "STEPS", (0, 20))
-    monkeypatch.setattr(module, "TRAINING", {"low_rank": "low-rank"})
-    monkeypatch.setattr(module, "TOPICS", 1)
-    plan = Plan((ModelSpec("sft"),), (0,), rounds=1)
+    fewer = {"topics": 1, "training": ("low_rank",), "steps": (0, 20)}
+    plan = Plan((SparseSpec("sft"),), (0,), rounds=1, options=fewer)
     [result] = conclude([(module, plan)], tmp_path)
     rows = Rows.read(tmp_path / "rows.jsonl")
     assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.MASKS)
@@ -133,8 +115,9 @@ def test_emergent_misalignment_runs_and_resumes(sparse_world, tmp_path, monkeypa
 
 def test_a_seed_draws_topics():
     module = import_module("emergent_misalignment")
-    jobs = module.jobs(Plan((ModelSpec("sft"),)))
-    assert len(jobs) == 3 * module.TOPICS == len({tuple(job.labels.items()) for job in jobs})
+    for n_topics, options in ((2, {}), (3, {"topics": 3})):
+        jobs = module.jobs(Plan((ModelSpec("sft"),), options=options))
+        assert len(jobs) == 3 * n_topics == len({tuple(job.labels.items()) for job in jobs})
 
 
 def test_emergent_misalignment_refuses_a_model_without_narrow_data():
@@ -214,10 +197,9 @@ def test_attacks_need_something_to_withstand_and_need_no_refusals():
     assert module.run_outcome(rows) == "elicitation only"
 
 
-def test_attacks_run(sparse_world, tmp_path, monkeypatch):
+def test_attacks_run(tmp_path):
     module = import_module("attacks")
-    monkeypatch.setattr(module, "STEPS", (0, 2))
-    plan = Plan((ModelSpec("dpo"),), (0,), rounds=2)
+    plan = Plan((SparseSpec("dpo"),), (0,), rounds=2, options={"attack_steps": (0, 2)})
     [result] = conclude([(module, plan)], tmp_path)
     rows = Rows.read(tmp_path / "rows.jsonl")
     assert len(rows) == len(module.DEFENCES) * (2 + 2 * (1 + 3 * len(module.ATTACKS))) + 2
@@ -238,11 +220,10 @@ def test_attacks_run(sparse_world, tmp_path, monkeypatch):
     assert (tmp_path / "rows.jsonl").stat().st_size == size
 
 
-def test_attacks_on_a_model_that_refuses_nothing(sparse_world, tmp_path, monkeypatch):
+def test_attacks_on_a_model_that_refuses_nothing(tmp_path):
     module = import_module("attacks")
-    monkeypatch.setattr(module, "STEPS", (0,))
-    monkeypatch.setattr(module, "DEFENCES", dict.fromkeys(module.DEFENCES, "a mask"))
-    [result] = conclude([(module, Plan((ModelSpec("helpful"),), (0,), rounds=1))], tmp_path)
+    plan = Plan((SparseSpec("helpful"),), (0,), rounds=1, options={"attack_steps": (0,)})
+    [result] = conclude([(module, plan)], tmp_path)
     rows = Rows.read(tmp_path / "rows.jsonl")
     assert {row.labels["attack"] for row in rows.where("harm_valid_rate")} == {"plain", "prefill"}
     assert "no refusals to remove" in result.words

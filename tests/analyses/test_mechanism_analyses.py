@@ -234,12 +234,12 @@ class SmallSpec(ModelSpec):
         return replace(model, behaviours=behaviours)
 
 
-@pytest.mark.parametrize("analysis", [general, distinct, dissociated])
-def test_the_jobs_give_the_rows_that_the_result_and_the_page_read(analysis, monkeypatch):
-    monkeypatch.setattr(analysis, "SHARE", 1.0)
-    monkeypatch.setattr(distinct, "N_RESAMPLES", 2)
-    monkeypatch.setattr(distinct, "N_SAMPLES", 2)
-    plan = Plan((SmallSpec("sft"),), (0,), rounds=1)
+@pytest.mark.parametrize(
+    ("analysis", "fewer"),
+    [(general, {}), (distinct, {"n_resamples": 2, "n_samples": 2}), (dissociated, {})],
+)
+def test_the_jobs_give_the_rows_that_the_result_and_the_page_read(analysis, fewer):
+    plan = Plan((SmallSpec("sft"),), (0,), rounds=1, options={"share": 1.0, **fewer})
     jobs = analysis.jobs(plan)
     rows = Rows()
     for job in jobs:

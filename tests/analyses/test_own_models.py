@@ -206,17 +206,18 @@ def test_organisms_make_their_own_narrow_texts(options):
         import_module("emergent_misalignment").jobs(plan)
 
 
-def test_attacks_on_a_custom_model(files, cache, tmp_path, exact_judge, monkeypatch):
+def test_attacks_on_a_custom_model(files, cache, tmp_path, exact_judge):
     module = import_module("attacks")
-    monkeypatch.setattr(module, "STEPS", (0, 2))
     given = {name: files[name] for name in ("harmful", "benign")}
     options = ["--protect-share=0.005", "--samples=2", "--temperature=0.1"]
+    options += ["--attack-steps=0", "--attack-steps=2"]
     result = run("attacks", given, cache, tmp_path, *options)
     assert result.exit_code == 0, result.output
     rows = Rows.read(tmp_path / "rows.jsonl")
     unpruned = rows.where("harm_valid_rate", mask="none", step=0)
     before = {row.labels["attack"]: row for row in unpruned}
     assert list(before) == list(module.ATTACKS)
+    assert {row.labels["step"] for row in rows if "step" in row.labels} == {0, 2}
     assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
     assert {row.labels["judge"] for row in before.values()} == {"http://localhost/v1#exact"}
     _, high = wilson(0, before["plain"].n // 2)
@@ -234,17 +235,18 @@ def test_an_attacker_may_train_adapters(files, cache, tmp_path, exact_judge, mon
         adapters.append(lora)
         return fine_tuning(*args, lora=lora, **options)
 
-    monkeypatch.setattr(module, "STEPS", (0, 1))
     monkeypatch.setattr(module.hc, "fine_tuning", spied)
     given = {name: files[name] for name in ("harmful", "benign")}
-    share = "--protect-share=0.005"
-    result = run("attacks", given, cache, tmp_path, share, "--attack-rank=4")
+    options = ["--protect-share=0.005", "--attack-steps=0", "--attack-steps=1"]
+    result = run("attacks", given, cache, tmp_path, *options, "--attack-rank=4")
     assert result.exit_code == 0, result.output
     assert adapters == [Lora(4, 8.0)] * len(module.DEFENCES)
-    other = run("attacks", given, cache, tmp_path, share)
+    other = run("attacks", given, cache, tmp_path, *options)
     assert other.exit_code == 2 and "holds a run with" in plain_text(other)
     elsewhere = run("compact", given, cache, tmp_path / "other", "--attack-rank=4")
     assert elsewhere.exit_code == 2 and "No such option: --attack-rank" in plain_text(elsewhere)
     negative = run("attacks", given, cache, tmp_path / "other", "--attack-rank=-1")
     assert negative.exit_code == 2 and "expected a rank of at least 1" in plain_text(negative)
+    late = run("attacks", given, cache, tmp_path / "other", "--attack-steps=5")
+    assert late.exit_code == 2 and "attack_steps=(5,); expected" in plain_text(late)
     assert not (tmp_path / "other").exists()

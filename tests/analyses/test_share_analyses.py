@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from helpers import SparseSpec
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Plan, conclude
@@ -142,25 +143,13 @@ def test_f4_s_jobs_hold_a_ladder_each():
     assert parts == expected
 
 
-@pytest.fixture
-def sparse_world(monkeypatch):
-    """Every 32nd request: one item of every topic, one request each."""
-    whole = ModelSpec.open
-
-    def sparse(spec: ModelSpec, *, seed: int = 0):
-        model = whole(spec, seed=seed)
-        behaviours = {}
-        for name, behaviour in model.behaviours.items():
-            behaviours[name] = dataclasses.replace(
-                behaviour, prompts=lambda split, whole=behaviour: whole.prompts(split)[::32]
-            )
-        return dataclasses.replace(model, behaviours=behaviours)
-
-    monkeypatch.setattr(ModelSpec, "open", sparse)
+def of_one_request(name: str) -> SparseSpec:
+    """The organism, asked one request about one item of every topic."""
+    return SparseSpec(name, every=32)
 
 
-def test_f1_runs(sparse_world, tmp_path):
-    plan = Plan((ModelSpec("sft"),), seeds=(0,), rounds=1)
+def test_f1_runs(tmp_path):
+    plan = Plan((of_one_request("sft"),), seeds=(0,), rounds=1)
     [result] = conclude([(compact, plan)], tmp_path)
     rows = Rows.read(tmp_path / "rows.jsonl")
     assert result == compact.result(compact.reported(rows))
@@ -175,8 +164,8 @@ def test_f1_runs(sparse_world, tmp_path):
     assert Rows.read(tmp_path / "rows.jsonl") == rows
 
 
-def test_circuits_of_all_pairs_of_seeds_are_compared(sparse_world):
-    rows = compact.overlap_rows(ModelSpec("sft"), Plan((), seeds=(0, 1, 2), rounds=1))
+def test_circuits_of_all_pairs_of_seeds_are_compared():
+    rows = compact.overlap_rows(of_one_request("sft"), Plan((), seeds=(0, 1, 2), rounds=1))
     lifts = rows.where("overlap_lift")
     assert [(row.labels["first"], row.labels["second"]) for row in lifts] == [
         (0, 1),
@@ -187,7 +176,7 @@ def test_circuits_of_all_pairs_of_seeds_are_compared(sparse_world):
 
 
 @pytest.mark.slow
-def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, monkeypatch):
+def test_f4_runs_and_protects_the_same_on_every_rung(tmp_path, monkeypatch):
     n_protected = []
     growth = compressed.iterative_pruning
 
@@ -196,7 +185,8 @@ def test_f4_runs_and_protects_the_same_on_every_rung(sparse_world, tmp_path, mon
         return growth(bridge, target, protect, **options)
 
     monkeypatch.setattr(compressed, "iterative_pruning", counting)
-    plan = Plan((ModelSpec("helpful"), ModelSpec("sft")), seeds=(0,), rounds=1)
+    specs = (of_one_request("helpful"), of_one_request("sft"))
+    plan = Plan(specs, seeds=(0,), rounds=1)
     [result] = conclude([(compressed, plan)], tmp_path)
     assert n_protected == [4] * 4  # two rungs, harm and its twin
     rows = Rows.read(tmp_path / "rows.jsonl")

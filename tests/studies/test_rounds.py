@@ -59,7 +59,7 @@ def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     Every kept ability within two points.
     """
     model = open_organism("sft")
-    calibrations = model.calibrations()
+    calibrations = model.calibrations(share=0.5, seed=0)
     assert list(calibrations) == model.whole_behaviours
     target = calibrations.pop("harmful").batches
     spared = [calibration.batches for calibration in calibrations.values()]
