@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.attribution import removal_effect as removal_effect
     from harmcircuits.hooks.attribution import snip_scores as snip_scores
     from harmcircuits.hooks.attribution import token_contributions as token_contributions
+    from harmcircuits.hooks.attribution import token_price as token_price
     from harmcircuits.hooks.attribution import wanda_scores as wanda_scores
     from harmcircuits.hooks.finetuning import Lora as Lora
     from harmcircuits.hooks.finetuning import fine_tuning as fine_tuning
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.objectives import choice_margin as choice_margin
     from harmcircuits.hooks.objectives import completion_loss as completion_loss
     from harmcircuits.hooks.search import find_circuit as find_circuit
+    from harmcircuits.hooks.search import set_difference as set_difference
     from harmcircuits.hooks.weights import named_weights as named_weights
     from harmcircuits.hooks.weights import weight_sites as weight_sites
     from harmcircuits.measurements import Measurement as Measurement
@@ -89,9 +91,11 @@ _MODULES = {
     "random_like": "circuits.masks",
     "random_scores": "hooks.attribution",
     "removal_effect": "hooks.attribution",
+    "set_difference": "hooks.search",
     "snip_scores": "hooks.attribution",
     "study": "studies.study",
     "token_contributions": "hooks.attribution",
+    "token_price": "hooks.attribution",
     "tokenize": "prompts",
     "top_fraction": "circuits.masks",
     "wanda_scores": "hooks.attribution",

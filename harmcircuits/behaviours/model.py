@@ -18,7 +18,7 @@ from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import BUDGET, STEPS, find_circuit, refuse_settings
+from harmcircuits.hooks.search import BUDGET, REACH, STEPS, find_circuit, refuse_settings
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
 
@@ -302,9 +302,11 @@ class Model:
         protect: str | Iterable[str] = OTHERS,
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
+        reach: float = REACH,
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
         progress: bool | Progress = False,
         folder: str | Path | None = None,
@@ -320,9 +322,11 @@ class Model:
         protect: str | Iterable[str] = OTHERS,
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
+        reach: float = REACH,
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
         progress: bool | Progress = False,
         folder: str | Path | None = None,
@@ -337,9 +341,11 @@ class Model:
         protect: str | Iterable[str] = OTHERS,
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
+        reach: float = REACH,
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
         progress: bool | Progress = False,
         folder: str | Path | None = None,
@@ -356,9 +362,12 @@ class Model:
             budget: how far the loss of each of them may rise, nats per token; or that of some of
                 them by name, the others keeping the default.
             steps: in how many steps the mask grows.
+            reach: how far it grows, as in `hc.find_circuit`.
             layers: numbers of the blocks to choose from; all by default.
             kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
             calibrations: data to score on, where it is there already.
+            renew: answer the target's requests again under each step's mask, and score the answers
+                that still show it as well: what was said in some words may come back in others.
             stop: asked after every step, with the model under its mask; True ends the search.
             progress: whether to show a bar; or the bars to add one to.
             folder: keeps the search after every step; the same search goes on from there.
@@ -369,12 +378,18 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps)
+        refuse_settings(sizes, steps, reach)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
         if isinstance(budget, Mapping):
             budget = {**dict.fromkeys(protected, BUDGET), **budget}
+
+        def still_shown(_: Bridge) -> list[Batch]:
+            answers = self.verified(behaviour, data.prompts)
+            shown = answers.where(lambda example: bool(example.completion))
+            return self.batches(behaviour, shown) if len(shown) else []
+
         return find_circuit(
             self.bridge,
             data.batches,
@@ -382,9 +397,11 @@ class Model:
             size=size,
             budget=budget,
             steps=steps,
+            reach=reach,
             objective=behaviour.objective,
             layers=layers,
             kinds=kinds,
+            renew=still_shown if renew else None,
             stop=stop,
             progress=progress,
             folder=folder,

@@ -82,8 +82,8 @@ class WeightMask:
 
     def __repr__(self) -> str:
         counts = f"{self.n_removed:,} of {self.n_weights:,} weights, {share(self.fraction)}"
-        wanted = self.source.settings.get("n_wanted", self.n_removed)
-        fewer = f"; of {wanted:,} allowed" if wanted > self.n_removed else ""
+        allowed = self.source.settings.get("n_allowed", self.n_removed)
+        fewer = f"; of {allowed:,} allowed" if allowed > self.n_removed else ""
         return f"WeightMask({self.source.method}, {counts}{fewer})"
 
     def __len__(self) -> int:

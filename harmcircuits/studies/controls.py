@@ -49,7 +49,7 @@ def controls(
     "benign twin" (or another contrast's): the same search for the contrast instead, with the target
     protected. The last is a search of its own.
 
-    >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, rounds=1)
+    >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=2)
     >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
     Controls(random (2 masks), random magnitude (2 masks), opposite sign (1 mask),
         second slice (1 mask), benign twin (1 mask, a search of its own))

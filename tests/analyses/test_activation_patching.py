@@ -119,7 +119,7 @@ def test_main_runs_and_speaks_of_its_rows(tmp_path, capsys):
     model = hc.open_model("sft")
     heldout = model.behaviours["harmful"].prompts("heldout")
     target = model.batches(model.behaviours["harmful"], heldout[:32])
-    mask = hc.find_circuit(model.bridge, target, [], size=0.006, protect_share=0.0, rounds=1)
+    mask = hc.top_fraction(hc.removal_effect(model.bridge, target), 0.006, within="model")
     mask.save(tmp_path / "mask.safetensors")
     analysis.main(out=tmp_path / "out", mask=tmp_path / "mask.safetensors", n=4)
     rows = Rows.read(tmp_path / "out" / "rows.jsonl")

@@ -197,6 +197,7 @@ def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
     spared = {name: data[name].batches for name in ("benign", "refusal")}
     options = {"size": 0.01, "steps": 2}
     expected = find_circuit(small.bridge, data["harmful"].batches, spared, **options)
+    options["renew"] = False
     protect = ("benign", "refusal")
     assert_same_weights(small.find_circuit("harmful", protect=protect, **options), expected)
     given = small.find_circuit("harmful", calibrations=data, **options)
@@ -207,6 +208,26 @@ def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
     assert len(free - expected) > 0, "the protection must have something to do"
     assert len(free.source.parents) == 1
     assert len(expected.source.parents) == 3
+
+
+def test_answers_are_given_again_under_each_mask(small):
+    """What still shows the behaviour is scored in the words in which it is now said."""
+    data = {name: small.calibration(name) for name in ("harmful", "benign")}
+    options = {"size": 0.01, "steps": 3, "calibrations": data}
+    behaviour = small.behaviours["harmful"]
+
+    def renew(bridge):
+        answers = small.verified(behaviour, data["harmful"].prompts)
+        shown = answers.where(lambda example: example.completion != "")
+        return small.batches(behaviour, shown) if len(shown) else []
+
+    benign = {"benign": data["benign"].batches}
+    batches = data["harmful"].batches
+    limits = {"size": 0.01, "steps": 3}
+    expected = find_circuit(small.bridge, batches, benign, renew=renew, **limits)
+    assert_same_weights(small.find_circuit("harmful", **options), expected)
+    once = small.find_circuit("harmful", renew=False, **options)
+    assert len(once - expected) > 0, "the answers given again must matter"
 
 
 def test_a_budget_can_be_given_to_some_of_what_is_protected(small):
@@ -220,7 +241,7 @@ def test_a_budget_can_be_given_to_some_of_what_is_protected(small):
 
 def test_a_circuit_of_several_sizes_is_a_list(small):
     data = {name: small.calibration(name) for name in ("harmful", "benign")}
-    options = {"steps": 2, "calibrations": data}
+    options = {"steps": 2, "reach": 1.0, "calibrations": data}
     masks = small.find_circuit("harmful", size=[0.005, 0.01], **options)
     assert len(masks[0]) <= round(0.005 * masks[0].n_weights)
     assert_same_weights(masks[1], small.find_circuit("harmful", size=0.01, **options))
@@ -245,7 +266,7 @@ def test_what_a_part_protects_does_not_hold_its_whole(small):
     expected = small.find_circuit(topic, protect="benign", calibrations=data, **options)
     assert_same_weights(others, expected)
     both = small.find_circuit(topic, protect=["benign", "harmful"], calibrations=data, **options)
-    assert len(both - others) > 0, "protecting the whole would matter"
+    assert len(others - both) > 0, "protecting the whole would matter"
 
 
 # Under a mask

@@ -220,7 +220,7 @@ def test_processes_run_every_batch_once_and_add_up_every_total(llama, monkeypatc
     for rank in range(3):
         monkeypatch.setattr(sharing.distributed, "get_rank", lambda rank=rank: rank)
         shared = sharing.shared_among_processes(accumulate)
-        shared(llama, batches, completion_loss, sites, totals, False)
+        shared(llama, batches, completion_loss, sites, totals, "signed")
 
     assert sorted(map(id, run)) == sorted(map(id, batches))
     assert [len(total) for total in reduced] == 3 * [0, 1, 2, 3], "the same calls, in one order"

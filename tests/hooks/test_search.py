@@ -13,19 +13,19 @@ import torch
 from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.protection import CHECKED_EVERY, split_by_request
 from harmcircuits.hooks.search import (
-    FACTORS,
-    MOST_TO_LEARN_FROM,
+    REACH,
     find_circuit,
     refusal_ablation,
     set_difference,
 )
+from harmcircuits.hooks.walk import FACTORS, MOST_TO_LEARN_FROM
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
@@ -148,6 +148,7 @@ def plain_walk(bridge, target, protect, size, budget, steps) -> WeightMask:
     benefit = {name: torch.zeros_like(weight) for name, weight in original.items()}
     price = {name: torch.zeros_like(weight) for name, weight in original.items()}
     accepted, refused, rung = nothing, None, FACTORS.index(1.0)
+    best, best_rung = (-1.0, nothing), rung
     for step in range(1, steps + 1):
         for priced, _ in shares:
             parts = gradient(token_price, priced, accepted if refused is None else refused)
@@ -159,8 +160,11 @@ def plain_walk(bridge, target, protect, size, budget, steps) -> WeightMask:
         accepted = accepted if mask is None else mask
         if refused is not None and rises(refused) > MOST_TO_LEARN_FROM:
             refused = None
-    mask, _, _ = search(round(size * n_weights), rung)
-    removed = {name: part.flatten().nonzero().flatten() for name, part in mask.items()}
+        mask, best_rung, _ = search(round(size * n_weights), best_rung)
+        if mask is not None:
+            loss = under(mask, lambda: completion_nll(bridge, target).mean().item())
+            best = max(best, (loss, mask), key=lambda pair: pair[0])
+    removed = {name: part.flatten().nonzero().flatten() for name, part in best[1].items()}
     shapes = {name: tuple(weight.shape) for name, weight in original.items()}
     return WeightMask(removed, shapes, Source(model_fingerprint(bridge), "plain"))
 
@@ -171,7 +175,7 @@ def test_the_walk_is_the_plain_one(open_model, name, budget):
     bridge = open_model(name)
     before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
     options = {"size": SIZE, "budget": budget, "steps": 3}
-    mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], **options)
+    mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], reach=1.0, **options)
     for weight_name, weight in named_weights(bridge).items():
         assert torch.equal(weight, before[weight_name])
 
@@ -191,7 +195,7 @@ def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
     first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
     with masked(llama, first):
         live = removal_effect(llama, TARGET)
-    both = find_circuit(llama, TARGET, size=SIZE, steps=2)
+    both = find_circuit(llama, TARGET, size=SIZE, steps=2, reach=1.0)
     assert all(
         (live.values[name].flatten()[index] == 0).all() for name, index in first.removed.items()
     )
@@ -207,15 +211,40 @@ def test_no_mask_exceeds_its_size_or_its_budget(llama):
         assert 0 < len(mask) <= round(size * mask.n_weights)
         rise = (completion_nll(llama, checked, mask=mask) - unpruned).mean().item()
         assert rise <= 0.02 + 1e-6
-        tried = mask.trace.where("protected_rise", step="end", share=size, outcome="accepted")
-        assert rise == pytest.approx(min(row.mean for row in tried), abs=1) or tried
-        assert mask.source.settings["factor"] == min(row.labels["factor"] for row in tried)
+        tried = mask.trace.where(
+            "protected_rise", step=mask.source.settings["step"], aim="size", share=size
+        )
+        cheapest = min(tried.where(outcome="accepted"), key=lambda row: row.labels["factor"])
+        assert rise == pytest.approx(cheapest.mean, abs=1e-5)
+        assert mask.source.settings["factor"] == cheapest.labels["factor"]
+
+
+def test_of_each_size_the_mask_is_kept_that_takes_most(llama):
+    """By how much of the target is left, then by its loss; each beside the trace."""
+    for renew in (None, lambda bridge: TARGET):
+        (mask,) = find_circuit(llama, TARGET, [SPARED], size=[0.05], steps=4, renew=renew)
+        losses = mask.trace.where("target_loss", aim="size")
+        assert len(losses) == 4
+        best = max(losses, key=lambda row: row.mean)
+        assert mask.source.settings["step"] == best.labels["step"]
+        assert completion_nll(llama, TARGET, mask=mask).mean() == pytest.approx(best.mean)
+    n_left = iter([5, 3, 1, 4, 4, 4, 4, 4])
+
+    def fewer_and_fewer(bridge) -> list[Batch]:
+        return [random_batch(next(n_left), 6, seed=9)]
+
+    options = {"steps": 4, "renew": fewer_and_fewer}
+    mask = find_circuit(llama, TARGET, [SPARED], size=0.05, **options)
+    left = mask.trace.where("target_left")
+    fewest = min(row.mean for row in left)
+    assert mask.trace.one("target_left", step=mask.source.settings["step"]).mean == fewest
 
 
 def test_a_tighter_budget_takes_less_of_the_target(llama):
     losses = {}
     for budget in (0.0, 0.05, 100.0):
-        mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, budget=budget, steps=3)
+        options = {"size": SIZE, "budget": budget, "steps": 3, "reach": 1.0}
+        mask = find_circuit(llama, TARGET, [SPARED], **options)
         losses[budget] = completion_nll(llama, TARGET, mask=mask).mean().item()
     assert losses[100.0] > losses[0.05]
     assert losses[100.0] > losses[0.0]
@@ -242,19 +271,19 @@ def test_where_no_factor_passes_nothing_is_removed(llama, monkeypatch):
 
 def test_the_trace_tells_what_was_tried(llama):
     mask = find_circuit(llama, TARGET, {"a": SPARED, "b": ALSO_SPARED}, size=SIZE, steps=2)
-    losses = mask.trace.where("target_loss")
+    losses = mask.trace.where("target_loss", aim="walk")
     assert [row.labels["step"] for row in losses] == [1, 2]
     unpruned = completion_nll(llama, TARGET).mean().item()
     first_change = mask.trace.one("measured_change", step=1).mean
     assert losses[0].mean - first_change == pytest.approx(unpruned, abs=1e-5)
     for row in mask.trace.where("weights_removed"):
-        where = {name: row.labels[name] for name in ("step", "factor", "outcome")}
+        where = {name: row.labels[name] for name in ("step", "aim", "factor", "outcome")}
         rises = mask.trace.where("protected_rise", **where)
         assert {rise.labels["protected"] for rise in rises} == {"a", "b"}
 
 
 def test_the_first_predicted_change_is_the_sum_of_removal_effects(llama):
-    mask = find_circuit(llama, TARGET, size=0.01, steps=1)
+    mask = find_circuit(llama, TARGET, size=0.01, steps=1, reach=1.0)
     predicted = mask.trace.one("predicted_change").mean
     assert predicted == pytest.approx(removal_effect(llama, TARGET).sum_over(mask), rel=1e-5)
 
@@ -266,6 +295,45 @@ def test_the_target_is_scored_by_its_objective(llama):
     mask = find_circuit(llama, TARGET, size=0.05, steps=1, objective=backwards)
     scores = removal_effect(llama, TARGET, completion_loss)
     assert_same_weights(mask, top_fraction(-scores, 0.05, within="model"))
+
+
+def test_the_walk_reaches_beyond_the_size_that_is_wanted(llama):
+    """To `reach` times the smallest size, and at least to the largest."""
+    cases = (([0.02], 3.0, 0.06), ([0.02, 0.1], 3.0, 0.1), ([0.4], 3.0, 1.0))
+    for size, reach, largest in cases:
+        masks = find_circuit(llama, TARGET, [SPARED], size=size, steps=2, reach=reach)
+        steps = [row.labels["share"] for row in masks[0].trace.where("target_loss", aim="walk")]
+        assert steps == [pytest.approx(largest / 2), pytest.approx(largest)]
+        for mask, share in zip(masks, size, strict=True):
+            assert len(mask) <= round(share * mask.n_weights)
+
+
+def test_what_the_target_becomes_is_scored_with_it(llama):
+    """From the second step on, with the model under the mask of the first."""
+    further = random_batch(2, 6, seed=9)
+    seen = []
+
+    def renew(bridge) -> list[Batch]:
+        seen.append(completion_nll(bridge, TARGET).mean().item())
+        return [further]
+
+    options = {"size": SIZE, "steps": 2, "reach": 1.0}
+    mask = find_circuit(llama, TARGET, renew=renew, **options)
+    first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
+    # After the first step, for the mask of the size wanted, then for the second step's sums.
+    assert seen[1] == pytest.approx(completion_nll(llama, TARGET, mask=first).mean().item())
+
+    benefit = removal_effect(llama, TARGET).values
+    weights = {name: weight.detach().clone() for name, weight in named_weights(llama).items()}
+    with masked(llama, first, scale=1e-30):  # nudged off zero, so that it can be divided by
+        again = removal_effect(llama, [*TARGET, further]).values
+        gradient = {name: again[name] / weight for name, weight in named_weights(llama).items()}
+    sums = {name: benefit[name] + gradient[name] * weights[name] for name in benefit}
+    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
+    expected = top_fraction(scores, SIZE, within="model")
+    assert mask.source.settings["step"] == 2
+    assert_same_weights(mask, expected)
+    assert len(mask - find_circuit(llama, TARGET, **options)) > 0, "further batches must matter"
 
 
 def test_the_choice_is_limited_to_layers_and_kinds(llama):
@@ -304,9 +372,9 @@ def test_a_walk_is_stopped(llama):
         seen.append(completion_nll(bridge, TARGET).mean().item())
         return len(seen) == 2
 
-    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=5, stop=stop)
-    assert len(mask) <= round(2 / 5 * SIZE * mask.n_weights)
-    assert seen[-1] == pytest.approx(mask.trace.one("target_loss", step=2).mean)
+    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=5, reach=1.0, stop=stop)
+    assert [row.labels["step"] for row in mask.trace.where("target_loss", aim="walk")] == [1, 2]
+    assert seen[-1] == pytest.approx(mask.trace.one("target_loss", aim="walk", step=2).mean)
 
 
 def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
@@ -340,8 +408,15 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
     assert mask.source.method == "circuit"
     settings = dict(mask.source.settings)
     assert settings.pop("factor") in FACTORS
-    n_wanted = round(0.05 * mask.n_weights)
-    assert settings == {"size": 0.05, "n_wanted": n_wanted, "budget": {"1": 0.2}, "steps": 2}
+    assert settings.pop("step") in (1, 2)
+    assert settings == {
+        "size": 0.05,
+        "n_allowed": round(0.05 * mask.n_weights),
+        "budget": {"1": 0.2},
+        "steps": 2,
+        "reach": REACH,
+        "renewed": False,
+    }
     assert [parent.method for parent in mask.source.parents] == ["removal_effect", "token_price"]
 
     mask.save(tmp_path / "mask.safetensors")
@@ -354,6 +429,7 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
     ("options", "names"),
     [
         ({"steps": 0}, ["steps=0"]),
+        ({"reach": 0.5}, ["reach=0.5"]),
         ({"size": 0}, ["size=0", "(0, 1]"]),
         ({"size": 1.5}, ["size=1.5"]),
         ({"size": []}, ["size=[]"]),

@@ -1,0 +1,390 @@
+"""A walk over masks on which the target pays and what is protected has a price.
+
+    benefit = price = 0                                  # one number for each weight
+    for step in 1 ... steps:
+        price   += |W| * mean over each protected behaviour of sum_t |g_t| |x_t|^T   # token_price
+        benefit += -W * mean over the target of sum_t g_t x_t^T                   # removal_effect
+        n      = round(reach * size * n_weights * step / steps)
+        factor = the smallest tried whose mask passes the check
+        mask   = the n largest of benefit - factor * price, as far as they are above zero
+
+The benefit is taken under the mask accepted so far, the price under the mask refused last: there
+the protected losses have risen, so the weights that broke them are dear. `W` are the weights before
+anything is removed, also where a mask has zeroed them: a removed weight goes on earning what it
+would if it were there, and may come back.
+
+The check is made on protected answers that the price has not seen (see `Protection`).
+
+The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
+sums in the same way, with a factor of its own, and the one that takes most of the target is kept.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.selection import largest
+from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.masking import masked_if_given
+from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.protection import Protection
+from harmcircuits.hooks.walk_files import KeptWalk, read_walk, write_walk
+from harmcircuits.hooks.weights import weight_sites, weights_digest
+from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.prompts import Batch
+
+# What the price may be multiplied by: from a quarter to 64, each 1.41 times the one before. A
+# larger stride would jump over the masks that break little, which teach most.
+FACTORS = tuple(2 ** (number / 2) for number in range(-4, 13))
+FIRST_RUNG = FACTORS.index(1.0)
+# A refused mask under which a loss rises further has broken everything: nothing is learned from it,
+# and its gradients would swamp the sums.
+MOST_TO_LEARN_FROM = 1.5  # nats per token
+
+Totals = dict[str, Float[Tensor, "..."]]
+
+
+class Try(NamedTuple):
+    """A mask that was checked: accepted if no protected loss rises beyond its budget."""
+
+    mask: WeightMask
+    rung: int  # of FACTORS
+    rises: Sequence[Measurement]
+    is_accepted: bool
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it was refused, and broke so little that it shows what broke."""
+        return not self.is_accepted and max(row.mean for row in self.rises) <= MOST_TO_LEARN_FROM
+
+
+@dataclass(frozen=True)
+class Best:
+    """Of the masks of one size, the one that takes most of the target.
+
+    Attributes:
+        mask: the mask; None where none has passed the check.
+        rung: where the next search for a factor starts.
+        factor: what the price was multiplied by.
+        step: the step whose sums chose it.
+        left: how many answers still show the target under it.
+        loss: the target's mean objective under it.
+    """
+
+    mask: WeightMask | None = None
+    rung: int = FIRST_RUNG
+    factor: float = 0.0
+    step: int = 0
+    left: int = 0
+    loss: float = 0.0
+
+
+@dataclass
+class Walk:
+    """A search under way: its sums, the masks that it stands on, and what it has tried."""
+
+    bridge: Bridge
+    target: Sequence[Batch]
+    renew: Callable[[Bridge], Sequence[Batch]] | None
+    objective: Objective
+    protection: Protection
+    sites: Mapping[str, Site]
+    source: Source
+    sizes: Sequence[float]
+    largest_size: float
+    max_memory: int | None
+    benefit: Totals = field(default_factory=dict)
+    price: Totals = field(default_factory=dict)
+    rung: int = FIRST_RUNG
+    accepted: WeightMask | None = None
+    refused: WeightMask | None = None
+    target_loss: float | None = None
+    best: list[Best] = field(default_factory=list)
+    trace: Rows = field(default_factory=Rows)
+
+    def __post_init__(self) -> None:
+        self.best = [Best() for _ in self.sizes]
+
+    def step(self, number: int, of: int) -> None:
+        """Add to the sums, move to the mask that they now say, and look at every size wanted."""
+        if self.target_loss is None:
+            self.target_loss = self._mean_loss(None)
+        self._add_price()
+        effect = self._add_benefit()
+
+        share = self.largest_size * number / of
+        labels: dict[str, Label] = {"step": number, "share": share, "aim": "walk"}
+        accepted, refused = self._cheapest(share, self.rung, labels)
+        before = self.accepted
+        if accepted is not None:
+            self.accepted = accepted.mask
+            self.rung = accepted.rung
+        else:
+            # Even the dearest fails: stay, and learn from what failed.
+            self.rung = len(FACTORS) - 1
+        self.refused = refused.mask if refused is not None and refused.teaches else None
+
+        loss = self._mean_loss(self.accepted)
+        predicted = _sum_over(effect, self.accepted) - _sum_over(effect, before)
+        self._note("target_loss", labels, loss)
+        self._note("predicted_change", labels, predicted)
+        self._note("measured_change", labels, loss - self.target_loss)
+        self.target_loss = loss
+
+        for place, size in enumerate(self.sizes):
+            self.best[place] = self._better(self.best[place], size, number)
+
+    def _better(self, best: Best, size: float, number: int) -> Best:
+        """The mask of a size that the sums say now, if it takes more of the target than before."""
+        labels: dict[str, Label] = {"step": number, "share": size, "aim": "size"}
+        accepted, _ = self._cheapest(size, best.rung, labels)
+        if accepted is None:
+            return replace(best, rung=len(FACTORS) - 1)
+        mask, rung = accepted.mask, accepted.rung
+
+        with masked_if_given(self.bridge, mask):
+            left = sum(map(len, self.renew(self.bridge))) if self.renew else 0
+        loss = self._mean_loss(mask)
+        self._note("target_left", labels, left)
+        self._note("target_loss", labels, loss)
+        takes_more = (-left, loss) > (-best.left, best.loss)
+        if best.mask is not None and not takes_more:
+            return replace(best, rung=rung)
+        return Best(mask, rung, FACTORS[rung], number, left, loss)
+
+    def masks(self) -> list[WeightMask]:
+        """The best mask of each size, with the trace; empty where none passed the check."""
+        masks = []
+        for best, size in zip(self.best, self.sizes, strict=True):
+            settings = {
+                "size": size,
+                "n_allowed": round(size * self.n_weights),
+                "factor": best.factor,
+                "step": best.step,
+                **self.source.settings,
+            }
+            mask = best.mask
+            if mask is None:
+                mask = WeightMask({}, self.shapes, self.source)
+            source = replace(mask.source, settings=settings)
+            masks.append(replace(mask, source=source, trace=self.trace))
+        return masks
+
+    def _note(self, metric: str, labels: Mapping[str, Label], value: float) -> None:
+        self.trace += [Measurement.exact(metric, labels, value)]
+
+    def _add_price(self) -> None:
+        """What removing each weight may cost, under the mask that was refused last."""
+        under = self.accepted if self.refused is None else self.refused
+        for batches in self.protection.priced.values():
+            with masked_if_given(self.bridge, under):
+                gradients = mean_gradients(
+                    self.bridge,
+                    batches,
+                    completion_loss,
+                    self.sites,
+                    _unchanged,
+                    kind="per token",
+                    max_memory=self.max_memory,
+                )
+            # Outside the mask: here the weights are whole.
+            for name, total in _multiplied(gradients, self.sites):
+                self._add(self.price, name, total.abs_())
+
+    def _add_benefit(self) -> Totals:
+        """What removing each weight does to the target, under the mask accepted so far."""
+        with masked_if_given(self.bridge, self.accepted):
+            batches = [*self.target, *self._renewed()]
+            gradients = mean_gradients(
+                self.bridge,
+                batches,
+                self.objective,
+                self.sites,
+                _unchanged,
+                max_memory=self.max_memory,
+            )
+        effect = {}
+        for name, total in _multiplied(gradients, self.sites):
+            effect[name] = total.neg_()
+            self._add(self.benefit, name, effect[name])
+        return effect
+
+    def _renewed(self) -> Sequence[Batch]:
+        """What the target has become; before anything is removed it is the target itself."""
+        if self.renew is None or self.accepted is None:
+            return []
+        return self.renew(self.bridge)
+
+    def _add(self, sums: Totals, name: str, values: Tensor) -> None:
+        if name in sums:
+            sums[name].add_(values)
+        else:
+            sums[name] = values.clone()
+
+    def _cheapest(
+        self, share: float, rung: int, labels: Mapping[str, Label]
+    ) -> tuple[Try | None, Try | None]:
+        """The mask with the smallest factor that passes the check, and the nearest that does not.
+
+        Factors are tried one by one from the last one: downwards while masks pass, or upwards until
+        one does. Nothing proves that a larger factor costs less, so it is the smallest *tried*.
+        """
+        first = self._try(share, rung, labels)
+        if not first.is_accepted:
+            rungs = range(rung + 1, len(FACTORS))
+        elif self.protection.priced:
+            rungs = range(rung - 1, -1, -1)
+        else:
+            rungs = range(0)  # without a price all factors give the same mask
+
+        last = first
+        for other in rungs:
+            current = self._try(share, other, labels)
+            if first.is_accepted and not current.is_accepted:
+                return last, current
+            if current.is_accepted and not first.is_accepted:
+                return current, last
+            last = current
+        return (last, None) if first.is_accepted else (None, last)
+
+    def _try(self, share: float, rung: int, labels: Mapping[str, Label]) -> Try:
+        mask = self._chosen(share, FACTORS[rung])
+        where = {**labels, "factor": FACTORS[rung]}
+        rises = self.protection.rises(self.bridge, mask, where)
+        is_accepted = self.protection.allows(rises)
+
+        outcome = "accepted" if is_accepted else "refused"
+        size = Measurement.exact("weights_removed", where, mask.n_removed)
+        self.trace += [row.labelled(outcome=outcome) for row in (size, *rises)]
+        return Try(mask, rung, rises, is_accepted)
+
+    def _chosen(self, share: float, factor: float) -> WeightMask:
+        """The largest of benefit - factor * price, but none that is zero or below."""
+        scores = _Difference(self.benefit, self.price, factor)
+        n_candidates = sum(value.numel() for value in self.benefit.values())
+        n = min(round(share * self.n_weights), n_candidates)
+        removed = {}
+        for name, index in largest(scores, n, {}).items():
+            chosen = scores[name].flatten()[index.to(scores[name].device)]
+            removed[name] = index[(chosen > 0).cpu()]
+        return WeightMask(removed, self.shapes, self.source)
+
+    def _mean_loss(self, mask: WeightMask | None) -> float:
+        """The target's mean objective under a mask."""
+        with torch.no_grad(), masked_if_given(self.bridge, mask):
+            losses = [self.objective(self.bridge, batch).float().cpu() for batch in self.target]
+        return torch.cat(losses).mean().item()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all block matrices: also of those from which nothing may be chosen."""
+        return {
+            name: tuple(site.parameter.shape) for name, site in weight_sites(self.bridge).items()
+        }
+
+    @property
+    def n_weights(self) -> int:
+        """How many block weights the model has."""
+        return sum(site.parameter.numel() for site in weight_sites(self.bridge).values())
+
+    def is_to_stop(self, stop: Callable[[Bridge], bool] | None) -> bool:
+        """What a caller's `stop` says of the model under the accepted mask."""
+        if stop is None:
+            return False
+        with masked_if_given(self.bridge, self.accepted) as bridge:
+            return stop(bridge)
+
+    def keep(self, folder: str | Path | None, step: int) -> None:
+        """Write everything into the folder, in place of the step before."""
+        if folder is None:
+            return
+        state = {
+            "step": step,
+            "rung": self.rung,
+            "target_loss": self.target_loss,
+            "best": [{**vars(best), "mask": None} for best in self.best],
+        }
+        sums = {"benefit": self.benefit, "price": self.price}
+        masks = {"accepted": self.accepted, "refused": self.refused}
+        for place, best in enumerate(self.best):
+            masks[f"best-{place}"] = best.mask
+        write_walk(folder, self._key, KeptWalk(state, sums, masks, self.trace))
+
+    def resume(self, folder: str | Path | None) -> int:
+        """Go on from what the folder holds; the steps that were done there."""
+        walk = read_walk(folder, self._key) if folder is not None else None
+        if walk is None:
+            return 0
+        self.rung = walk.state["rung"]
+        self.target_loss = walk.state["target_loss"]
+        self.accepted = walk.masks["accepted"]
+        self.refused = walk.masks["refused"]
+        self.best = []
+        for place, best in enumerate(walk.state["best"]):
+            self.best.append(Best(**{**best, "mask": walk.masks[f"best-{place}"]}))
+        self.trace = walk.trace
+        self.benefit = self._on_devices(walk.sums["benefit"])
+        self.price = self._on_devices(walk.sums["price"])
+        return walk.state["step"]
+
+    def _on_devices(self, sums: Mapping[str, Tensor]) -> Totals:
+        """Each matrix's sum beside its weight, or in host memory under a bound."""
+        if self.max_memory is not None:
+            return dict(sums)
+        return {name: sum.to(self.sites[name].parameter.device) for name, sum in sums.items()}
+
+    @property
+    def _key(self) -> str:
+        """What a walk must have in common with another to go on from it."""
+        digest = weights_digest(self.bridge)
+        return f"{self.source.to_json()} sizes={list(self.sizes)} weights={digest}"
+
+
+@dataclass(frozen=True)
+class _Difference(Mapping[str, Tensor]):
+    """benefit - factor * price, a matrix at a time: as a whole it never exists."""
+
+    benefit: Totals
+    price: Totals
+    factor: float
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self.price:
+            return self.benefit[name]
+        return torch.sub(self.benefit[name], self.price[name], alpha=self.factor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.benefit)
+
+    def __len__(self) -> int:
+        return len(self.benefit)
+
+
+def _multiplied(
+    gradients: Totals, sites: Mapping[str, Site]
+) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+    """Each gradient times its weight, in place."""
+    for name, gradient in gradients.items():
+        weight = sites[name].parameter.detach()
+        yield name, gradient.mul_(weight.to(gradient.device))
+
+
+def _unchanged(_: Site, gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _sum_over(values: Totals, mask: WeightMask | None) -> float:
+    total = 0.0
+    for name, index in mask.removed.items() if mask is not None else ():
+        chosen = values[name].flatten()[index.to(values[name].device)]
+        total += chosen.double().sum().item()
+    return total
