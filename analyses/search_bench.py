@@ -176,9 +176,31 @@ def table(rows: Rows) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def summary(rows: Rows) -> str:
+    """A line for each method in Markdown: on every model the area of the rate, and where harm ends."""
+    of_method: dict[str, list[str]] = {}
+    models = []
+    for line in table(rows).to_dict("records"):
+        name = line["model"]
+        if line["ladder"] != "shipped":
+            name = f"{name} of {line['ladder']}"
+        if name not in models:
+            models.append(name)
+        cell = f"{line['area, rate']:.2f}"
+        if line["ends at"] != "-":
+            cell += f", ends at {line['ends at']} ({line['degenerate']} degenerate)"
+        of_method.setdefault(line["method"], []).append(cell)
+    head = ["method", *models]
+    lines = [head, ["---"] * len(head)]
+    lines += [[method, *cells] for method, cells in of_method.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 # %%
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and table.txt; resumes.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for rows.jsonl, table.txt and summary.md; resumes.")
+    ],
     organisms: Annotated[
         list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")
     ] = None,
@@ -197,6 +219,7 @@ def main(
     rows = run_jobs(out, jobs, settings, workers=workers, name="search bench")
     text = table(rows).to_string(index=False)
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (out / "summary.md").write_text(summary(rows) + "\n", encoding="utf-8")
     print(text)
 
 

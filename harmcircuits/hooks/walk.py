@@ -13,10 +13,15 @@ the protected losses have risen, so the weights that broke them are dear. `W` ar
 anything is removed, also where a mask has zeroed them: a removed weight goes on earning what it
 would if it were there, and may come back.
 
+A model that loses the words of an answer may give it in others, and the loss on the first ones goes
+on rising while the behaviour is still there. So the target is renewed where a caller can do that:
+from the second step on it is what was given and what the model says now (`renew`).
+
 The check is made on protected answers that the price has not seen (see `Protection`).
 
 The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
-sums in the same way, with a factor of its own, and the one that takes most of the target is kept.
+sums in the same way, with a factor of its own, and the one that takes most of the target is kept:
+under which least of it is left to renew, and among equals its loss is highest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +105,7 @@ class Walk:
     sites: Mapping[str, Site]
     source: Source
     sizes: Sequence[float]
-    largest_size: float
+    largest_size: float  # where the walk ends, as a share of all block weights
     max_memory: int | None
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)

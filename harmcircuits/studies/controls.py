@@ -47,7 +47,7 @@ def controls(
     "random": as many weights in each matrix; "random magnitude": and of like magnitude; "opposite
     sign": weights whose removal should lower the loss; "second slice": the next in the ranking;
     "benign twin" (or another contrast's): the same search for the contrast instead, with the target
-    protected. The last is a search of its own.
+    protected. The last is a search of its own; `find_circuit` may give it fewer weights.
 
     >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=2)
     >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
@@ -61,7 +61,8 @@ def controls(
         protect: as in `Model.find_circuit`.
         contrast: the behaviour of the twin; without it, or where it is the target, there is none.
         protect_share: as in `Model.find_circuit`; the mask's own by default.
-        rounds: of the twin's search; the mask's own by default.
+        rounds: finds the twin in so many rounds. By default it is found as the mask was: by
+            `find_circuit` with the mask's settings, or in the mask's own rounds.
         n_random: masks of each random kind.
         seed: of the first random mask; the others follow.
         calibrations: data to score on, where it is there already.
@@ -73,6 +74,7 @@ def controls(
     """
     made_by = mask.source.settings
     within: Scope = made_by.get("within", "model")
+    is_by_walk = "reach" in made_by and rounds is None
     if protect_share is None:
         protect_share = float(made_by.get("protect_share", PROTECT_SHARE))
     if rounds is None:
@@ -88,20 +90,50 @@ def controls(
     twin = _twin_data(model, target, contrast, protected, calibrations)
     if twin is None:
         return Controls(masks, ())
-    spared = [other.batches for name, other in protected.items() if name != contrast]
+    spared = {name: other for name, other in protected.items() if name != contrast}
+    spared[target] = data
+    if is_by_walk:
+        circuit = _twin_by_walk(model, contrast, twin, spared, mask, max_memory)
+    else:
+        circuit = prune_in_rounds(
+            model.bridge,
+            twin.batches,
+            [other.batches for other in spared.values()],
+            size=mask.fraction,
+            protect_share=protect_share,
+            rounds=rounds,
+            within=within,
+            objective=model.behaviour(contrast).objective,
+            max_memory=max_memory,
+        )
     name = f"{contrast} twin"
-    circuit = prune_in_rounds(
-        model.bridge,
-        twin.batches,
-        [*spared, data.batches],
+    return Controls({**masks, name: [circuit]}, (name,))
+
+
+def _twin_by_walk(
+    model: Model,
+    contrast: str,
+    twin: Calibration,
+    spared: Mapping[str, Calibration],
+    mask: WeightMask,
+    max_memory: int | None,
+) -> WeightMask:
+    """The search of `find_circuit` for the contrast, with the settings of the mask's own."""
+    made_by = mask.source.settings
+    budget = {name: value for name, value in made_by["budget"].items() if name in spared}
+    return model.find_circuit(
+        contrast,
         size=mask.fraction,
-        protect_share=protect_share,
-        rounds=rounds,
-        within=within,
-        objective=model.behaviour(contrast).objective,
+        protect=list(spared),
+        budget=budget,
+        steps=made_by["steps"],
+        reach=made_by["reach"],
+        layers=made_by.get("layers"),
+        kinds=made_by.get("kinds"),
+        renew=made_by["renewed"],
+        calibrations={**spared, contrast: twin},
         max_memory=max_memory,
     )
-    return Controls({**masks, name: [circuit]}, (name,))
 
 
 def _scored(

@@ -147,3 +147,17 @@ def test_what_is_protected_may_be_left_out(model, data, circuit):
     assert free.searched == ("benign twin",)
     with pytest.raises(ValueError, match=r"'harmful'.*leave it out"):
         controls(model, "harmful", circuit, protect=["harmful"])
+
+
+def test_the_twin_of_a_circuit_that_a_walk_found_is_found_by_one(model, data):
+    """With its settings, the target protected, and the budget of what both spare."""
+    budget = {"benign": 0.5, "recognition": 0.2}
+    options = {"size": 0.01, "steps": 2, "reach": 2.0, "calibrations": data}
+    mask = model.find_circuit("harmful", budget=budget, **options)
+    (twin,) = controls(model, "harmful", mask, calibrations=data, n_random=1)["benign twin"]
+    options["size"] = mask.fraction
+    protect = ["recognition", "harmful"]
+    expected = model.find_circuit("benign", protect=protect, budget={"recognition": 0.2}, **options)
+    assert len(twin) > 0
+    assert same_weights(twin, expected)
+    assert twin.source.settings["steps"] == 2
