@@ -173,6 +173,15 @@ def table(rows: Rows) -> pd.DataFrame:
     lines = []
     for (ladder, model, method), of_method in rows.by("ladder", "model", "method").items():
         lines.append({"ladder": ladder, "model": model, "method": method, **taken(of_method)})
+    models, methods = list(LADDER), list(METHODS)
+    lines.sort(
+        key=lambda line: (
+            line["ladder"] != "shipped",
+            line["ladder"],
+            models.index(line["model"]),
+            methods.index(line["method"]),
+        )
+    )
     return pd.DataFrame(lines)
 
 

@@ -44,9 +44,10 @@ def measure_heldout(
     unmasked_nll = completion_nll(model.bridge, data.batches)
     share = float(chosen.labels["p"])
     first = (scores, protected[share])
-    circuits = _circuits(run, chosen, points, first, data, spared)
+    circuits = _circuits(run, chosen, points, first, calibrations, spared)
     matched = _controls(run, chosen, first, calibrations, spared)
-    advance = run.steps("held-out, with controls", 6 + 2 * settings.n_random)
+    n_masks = 6 + 2 * settings.n_random + bool(settings.search_size)
+    advance = run.steps("held-out, with controls", n_masks)
 
     # Each is measured and saved before the next is searched for.
     for name, mask, labels in chain(circuits, matched):
@@ -66,14 +67,27 @@ def _circuits(
     chosen: Point,
     points: Sequence[Point],
     first: tuple[WeightScores, Sequence[WeightMask]],
-    data: Calibration,
+    calibrations: Mapping[str, Calibration],
     spared: Mapping[str, Calibration],
 ) -> Iterator[NamedMask]:
-    """The circuit in rounds, in one shot, and with less protection."""
+    """The circuit by search, in rounds, in one shot, and with less protection."""
     settings, size = run.settings, chosen.mask.fraction
+    data = calibrations[settings.target]
     how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
     kind: dict[str, Label] = {"mask": "circuit"}
     selection = str(chosen.labels["selection"])
+
+    if settings.search_size:
+        by_search = run.model.find_circuit(
+            settings.target,
+            size=settings.search_size,
+            protect=list(spared),
+            calibrations=calibrations,
+            progress=run.progress,
+            max_memory=run.max_memory,
+        )
+        of_search: dict[str, Label] = {"q": settings.search_size, "protected": how["protected"]}
+        yield "circuit-search", by_search, {**kind, "selection": "search", **of_search}
 
     rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
     yield "circuit-rounds", rounds, {**kind, "selection": "rounds", **how}

@@ -24,6 +24,8 @@ class StudySettings:
         sizes: shares of the weights to remove.
         protect_shares: shares of the weights that each protected behaviour keeps out of reach.
         rounds: in how many steps a circuit grows to the largest size.
+        search_size: largest share of the weights for the circuit of `find_circuit`, which is
+            measured beside the others on held-out requests; 0 for none.
         within: what weights are ranked together: "model", "weight" or "row".
         seed: draws an organism's reference answers and the random masks.
         tolerance: how far a kept rate may fall at the operating point.
@@ -45,6 +47,7 @@ class StudySettings:
     sizes: tuple[float, ...] = (0.001, 0.002, 0.004, 0.006, 0.01)
     protect_shares: tuple[float, ...] = (0.005, 0.01, 0.02)
     rounds: int = 10
+    search_size: float = 0.002
     within: Scope = "model"
     seed: int = 0
     tolerance: float = TOLERANCE
@@ -60,6 +63,8 @@ class StudySettings:
         # A behaviour may protect nothing, but a mask must remove something.
         if min(self.sizes) == 0:
             raise ValueError(f"sizes={list(self.sizes)}; expected shares of the weights above 0")
+        if not 0 <= self.search_size <= 1:
+            raise ValueError(f"search_size={self.search_size}; expected a share in [0, 1]")
         for name in ("rounds", "n_random"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
@@ -83,6 +88,7 @@ FOR_REAL_MODELS = StudySettings(
     sizes=(1e-5, 3e-5, 6e-5),
     protect_shares=(0.1, 0.2),
     rounds=4,
+    search_size=0.0,  # it takes hours on two cores: `Model.find_circuit` keeps what it has done
     tolerance=0.05,
     budget=0.1,
 )

@@ -9,10 +9,9 @@ from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.examples import Examples, examples_of
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
+    CIRCUITS,
     DIAGNOSTICS,
     GROUND_TRUTH,
-    IN_ROUNDS,
-    ONE_SHOT,
     StudyLines,
     diagnostics_lines,
     tradeoff_lines,
@@ -102,7 +101,7 @@ def _panels(terms: Terms) -> dict[str, str]:
 def _figures(lines: StudyLines, terms: Terms) -> list[Figure]:
     """The comparison of masks, the trade-off, and where the removed weights sit."""
     # Few enough for bars side by side; the table has every line.
-    drawn = ("unpruned", IN_ROUNDS, ONE_SHOT, "random", terms.twin)
+    drawn = ("unpruned", *CIRCUITS, "random", terms.twin)
     compared = {name: lines.held_out[name] for name in drawn if name in lines.held_out}
     rates, panels, kept = terms.rates, _panels(terms), terms.kept_rates
     return [

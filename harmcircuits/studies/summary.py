@@ -11,7 +11,10 @@ from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.tables import DASH, line_table, text_table
 
-IN_ROUNDS, ONE_SHOT = "circuit, in rounds", "circuit, one shot"
+BY_SEARCH = "circuit, by search"
+IN_ROUNDS = "circuit, in rounds"
+ONE_SHOT = "circuit, one shot"
+CIRCUITS = (BY_SEARCH, IN_ROUNDS, ONE_SHOT)
 GROUND_TRUTH = {
     "recovery_auroc": "AUROC",
     "recovery_matched_auroc": "AUROC, same |W|",
@@ -87,6 +90,7 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
     twin = terms.twin.replace(" ", "_")
     lines = {
         "unpruned": measured.where(mask="none"),
+        BY_SEARCH: full.where(selection="search"),
         IN_ROUNDS: full.where(selection="rounds"),
         ONE_SHOT: full.where(selection="one shot"),
         f"circuit, only {contrast} protected": Rows() if is_all else contrast_only,
@@ -107,9 +111,10 @@ def result_tables(rows: Rows, terms: Terms) -> list[Table]:
         terms: what they are called.
     """
     lines = held_out_lines(rows, terms)
+    bold = next((name for name in CIRCUITS if name in lines), IN_ROUNDS)
     tables = [
-        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=IN_ROUNDS),
-        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=IN_ROUNDS),
+        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=bold),
+        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=bold),
     ]
     if rows.where("recovery_auroc"):
         tables.append(ground_truth_table(rows))
@@ -196,7 +201,7 @@ def summary(rows: Rows, terms: Terms) -> str:
         terms: what they are called.
     """
     lines = held_out_lines(rows, terms)
-    circuits = [name for name in (IN_ROUNDS, ONE_SHOT) if name in lines]
+    circuits = [name for name in CIRCUITS if name in lines]
     if not circuits:
         points = 100 * rows.one("tolerance").mean
         kept = (
@@ -212,10 +217,12 @@ def summary(rows: Rows, terms: Terms) -> str:
     after = lines[best]
     size = after.one("weights_removed").mean
     random = lines["random"].one(rate).mean
+    n_random = lines["random"].one("weights_removed").mean
+    cost = _cost(lines["unpruned"], after, terms)
     text = (
         f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {best}) takes "
         f"{_answers(terms)} from {before.mean:.0%} to {after.one(rate):.0%}; "
-        f"as many random weights leave {random:.0%}. {_cost(lines['unpruned'], after, terms)} "
+        f"{n_random:,.0f} random weights leave {random:.0%}. {cost} "
         f"{_loss_changes(lines['unpruned'], after, terms)}"
     )
     return "\n".join([text, *_warnings(rows)])

@@ -18,6 +18,7 @@ from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
         ({"protect_shares": (-0.1,)}, r"protect_shares=\[-0\.1\]; expected one or more shares"),
         ({"protect_shares": (1.5,)}, r"protect_shares=\[1\.5\]; expected one or more shares"),
         ({"rounds": 0}, "rounds=0; expected at least 1"),
+        ({"search_size": 1.5}, r"search_size=1\.5; expected a share"),
         ({"n_random": 0}, "n_random=0; expected at least 1"),
         ({"within": "layer"}, "within='layer'; expected"),
         ({"tolerance": -0.1}, r"tolerance=-0\.1; expected 0 or more"),

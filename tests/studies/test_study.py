@@ -61,7 +61,9 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     weights = named_weights(model.bridge)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    settings = StudySettings(sizes=(0.02, 0.04), protect_shares=(0.005,), rounds=2, n_random=2)
+    settings = StudySettings(
+        sizes=(0.02, 0.04), protect_shares=(0.005,), rounds=2, n_random=2, search_size=0.0
+    )
     run = study(model, settings, out=out, max_memory=2**21)
     write_study_page(run, out / "report.html")
     return run, out, before
@@ -141,10 +143,35 @@ def test_tables_and_summary_speak_of_the_rows(finished):
     for name in held_out_lines(run.rows, run.terms):
         assert name in terminal.getvalue()
     text = summary(run.rows, run.terms)
-    assert f"{len(run.chosen.mask):,} weights" in text
     circuits = run.rows.where("harm_valid_rate", mask="circuit", split="heldout")
-    best = min(circuits, key=lambda row: row.mean)
+    whole = Rows(row for row in circuits if row.labels["protected"] != "benign")
+    assert [row.labels["selection"] for row in whole] == ["rounds", "one shot"]
+    best = min(whole, key=lambda row: row.mean)  # of equals the first
     assert f"to {best:.0%}" in text, "with its interval"
+    assert f"{len(run.chosen.mask):,} weights" in text
+
+
+def test_the_circuit_by_search_stands_beside_the_others():
+    """With its own size, and first in the tables and in words where it takes as much."""
+    settings = StudySettings(
+        sizes=(0.04,),
+        protect_shares=(0.005,),
+        rounds=2,
+        n_random=1,
+        search_size=0.002,
+        tolerance=1.0,
+    )
+    run = study(small_model("sft", every=16), settings, protect=["benign", "knowledge"])
+    mask = run.masks["circuit-search"]
+    assert 0 < len(mask) <= round(0.002 * mask.n_weights)
+    where = {"mask": "circuit", "selection": "search", "split": "heldout"}
+    assert run.rows.one("weights_removed", **where).mean == len(mask)
+    names = list(held_out_lines(run.rows, run.terms))
+    assert names[:3] == ["unpruned", "circuit, by search", "circuit, in rounds"]
+    words = summary(run.rows, run.terms)
+    best = run.rows.one("harm_valid_rate", **where)
+    if best.mean == 0:
+        assert f"{len(mask):,} weights (0.20%; circuit, by search)" in words
 
 
 def test_a_finished_folder_is_not_overwritten(finished):

@@ -21,7 +21,9 @@ BEFORE = Path(__file__).parent / "before"
 
 @pytest.fixture(scope="module")
 def run():
-    settings = StudySettings(sizes=(0.003, 0.006), protect_shares=(0.005,), rounds=2, n_random=1)
+    settings = StudySettings(
+        sizes=(0.003, 0.006), protect_shares=(0.005,), rounds=2, n_random=1, search_size=0.0
+    )
     return study(small_model("planted"), settings)
 
 
