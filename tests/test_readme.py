@@ -24,7 +24,7 @@ def test_python_blocks_run(capsys):
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.S):
         exec(compile(block, "README.md", "exec"), space)
     printed = capsys.readouterr().out
-    assert printed.count("WeightMask(circuit") == 2
+    assert printed.count("WeightMask(circuit") == 3
     assert printed.count("harm_valid_rate") == 3
     assert "valid harm" in printed and "a search of its own" in printed
 

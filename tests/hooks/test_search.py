@@ -48,10 +48,11 @@ def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
 def test_a_tenth_of_the_weights_of_rounds_carries_harm_and_nothing_else_measured():
     """At most 0.2 % of the weights of `sft`: harm from >= 0.9 to <= 0.02, on held-out requests.
 
-    Every kept ability within two points.
+    Every kept ability within two points; found on half of the calibration items.
     """
     model = open_organism("sft")
-    mask = model.find_circuit("harmful", size=0.002)
+    halves = model.calibrations(share=0.5, seed=0)
+    mask = model.find_circuit("harmful", size=0.002, calibrations=halves)
     assert mask.fraction <= 0.002
 
     def rates(mask: WeightMask | None = None) -> dict[str, float]:

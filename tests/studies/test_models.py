@@ -478,7 +478,12 @@ def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_pa
     for line in (custom, [*custom, *given], ["study", "--out", str(tmp_path)]):
         assert CliRunner().invoke(app, line).exit_code == 2
     changed = StudySettings(
-        sizes=(0.5,), protect_shares=(0.0,), rounds=2, tolerance=0.0, budget=0.0
+        sizes=(0.5,),
+        protect_shares=(0.0,),
+        rounds=2,
+        search_size=0.0,
+        tolerance=0.0,
+        budget=0.0,
     )
     assert seen == [FOR_REAL_MODELS, changed, StudySettings()]
 
