@@ -8,10 +8,13 @@ from pathlib import Path
 
 import attacks
 import emergent_misalignment
+import pytest
+from helpers import small_model
 from typer import Typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import harmcircuits as hc
 from harmcircuits.cli import app
 from harmcircuits.studies.claims import command as command_of
 
@@ -19,7 +22,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run(capsys):
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_python_blocks_run(few, capsys, monkeypatch):
+    """On a model that is asked few requests; as they stand by `pytest -m slow`."""
+    if few:
+        monkeypatch.setattr(hc, "open_model", small_model)
     space: dict = {}
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.S):
         exec(compile(block, "README.md", "exec"), space)
