@@ -1,10 +1,11 @@
 """What a search must spare: a price is put on some of its answers, and the others check masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -58,21 +59,18 @@ class Protection:
         """
         by_name = _named(protect)
         budgets = _budgets(budget, by_name)
+
         priced = {}
-        rows: list[tuple[int, Tensor, Tensor]] = []  # behaviour, tokens, is_target
+        examples: list[_Example] = []
         for number, (name, batches) in enumerate(by_name.items()):
-            first, second = split_by_request(batches, CHECKED_EVERY)
-            priced[name] = first
-            rows += [(number, *example) for example in _examples(second or first)]
+            most, third = split_by_request(batches, CHECKED_EVERY)
+            priced[name] = most
+            examples += _examples(third or most, number)
 
         # Of like length together, since the shorter ones of a batch are padded.
-        rows.sort(key=lambda row: len(row[1]))
-        largest = max((len(batch) for batches in by_name.values() for batch in batches), default=1)
-        checked = []
-        for start in range(0, len(rows), largest):
-            group = rows[start : start + largest]
-            checked.append(_batch([(tokens, is_target) for _, tokens, is_target in group]))
-        behaviour = torch.tensor([number for number, _, _ in rows], dtype=torch.int64)
+        examples.sort(key=lambda example: len(example.tokens))
+        checked = _batched(examples, _largest_batch(by_name.values()))
+        behaviour = torch.tensor([example.behaviour for example in examples], dtype=torch.int64)
         unpruned = completion_nll(bridge, checked) if checked else torch.empty(0)
         return cls(priced, checked, behaviour, unpruned, budgets)
 
@@ -101,7 +99,25 @@ class Protection:
 
     def allows(self, rises: Sequence[Measurement]) -> bool:
         """Whether no behaviour's loss rises by more than its budget."""
-        return all(row.mean <= self.budgets[str(row.labels["protected"])] for row in rises)
+        for row in rises:
+            name = str(row.labels["protected"])
+            if row.mean > self.budgets[name]:
+                return False
+        return True
+
+
+class _Example(NamedTuple):
+    """An answer without padding, and the number of the behaviour that it shows."""
+
+    tokens: Int[Tensor, " pos"]
+    is_target: Bool[Tensor, " pos"]
+    behaviour: int = 0
+
+    @property
+    def request(self) -> tuple[int, ...]:
+        """The tokens before the first target."""
+        start = int(self.is_target.int().argmax())
+        return tuple(self.tokens[:start].tolist())
 
 
 def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
@@ -113,44 +129,61 @@ def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch],
         batches: the examples.
         every: 3 puts the third, sixth ... request into the second list.
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    first, second = [], []
+    numbers: dict[tuple[int, ...], int] = {}  # of each request, as they come
+    most, rest = [], []
     for batch in batches:
-        is_second = []
-        for tokens, is_target in _examples([batch]):
-            start = int(is_target.int().argmax())
-            request = tuple(tokens[:start].tolist())
-            number = numbers.setdefault(request, len(numbers))
-            is_second.append(number % every == every - 1)
-        for part, wanted in ((first, False), (second, True)):
-            rows = [row for row, belongs in enumerate(is_second) if belongs == wanted]
-            if rows:
-                part.append(Batch(batch.tokens[rows], batch.is_target[rows]))
-    return first, second
+        is_rest = []
+        for example in _examples([batch]):
+            number = numbers.setdefault(example.request, len(numbers))
+            is_rest.append(number % every == every - 1)
+        _add_rows(most, batch, [row for row, belongs in enumerate(is_rest) if not belongs])
+        _add_rows(rest, batch, [row for row, belongs in enumerate(is_rest) if belongs])
+    return most, rest
 
 
-def _examples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The tokens of each example and which of them are targets, without padding."""
+def _add_rows(batches: list[Batch], batch: Batch, rows: list[int]) -> None:
+    if rows:
+        part = Batch(batch.tokens[rows], batch.is_target[rows])
+        batches.append(part)
+
+
+def _examples(batches: Sequence[Batch], behaviour: int = 0) -> list[_Example]:
     examples = []
     for batch in batches:
         lengths = batch.is_token.sum(dim=1).tolist()
         for row, length in enumerate(lengths):
-            examples.append((batch.tokens[row, :length], batch.is_target[row, :length]))
+            tokens = batch.tokens[row, :length]
+            is_target = batch.is_target[row, :length]
+            examples.append(_Example(tokens, is_target, behaviour))
     return examples
 
 
-def _batch(examples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-    """Examples padded to one length. What stands in the padding reaches no target."""
-    tokens = pad_sequence([tokens for tokens, _ in examples], batch_first=True)
-    is_target = pad_sequence([is_target for _, is_target in examples], batch_first=True)
-    return Batch(tokens, is_target)
+def _largest_batch(protected: Iterable[Sequence[Batch]]) -> int:
+    sizes = [len(batch) for batches in protected for batch in batches]
+    return max(sizes, default=1)
+
+
+def _batched(examples: Sequence[_Example], size: int) -> list[Batch]:
+    """Some examples at a time, padded to one length; what stands there reaches no target."""
+    batches = []
+    for start in range(0, len(examples), size):
+        group = examples[start : start + size]
+        tokens = [example.tokens for example in group]
+        is_target = [example.is_target for example in group]
+        batch = Batch(
+            pad_sequence(tokens, batch_first=True),
+            pad_sequence(is_target, batch_first=True),
+        )
+        batches.append(batch)
+    return batches
 
 
 def _named(protect: Protect) -> dict[str, Sequence[Batch]]:
     if isinstance(protect, Mapping):
         by_name = dict(protect)
     else:
-        by_name = {str(number): batches for number, batches in enumerate(protect, start=1)}
+        numbers = map(str, range(1, len(protect) + 1))
+        by_name = dict(zip(numbers, protect, strict=True))
     for name, batches in by_name.items():
         if not batches:
             raise ValueError(
