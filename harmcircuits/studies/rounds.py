@@ -1,6 +1,6 @@
 """The search in rounds: score, remove a little, score again, and leave alone what others need.
 
-A baseline of `hc.find_circuit`, which takes a tenth of the weights for the same effect. The main
+A baseline of `hc.find_circuit`, which needs a third of the weights or less. The main
 job and the committed rows of the analyses rest on it.
 """
 
