@@ -36,6 +36,7 @@ import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms.check import LADDER
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.rounds import prune_in_rounds
 
@@ -44,7 +45,6 @@ PROTECT_SHARE = 0.005  # of rounds and of one shot: the setting of the main job
 P_OVER_Q = 5  # published: q = 1e-4, p = 5e-4
 BUDGET = 0.02  # nats that benign answers may lose
 POINT = 0.01 + 1e-6  # that a kept rate may fall
-LADDER = ("base", "helpful", "sft", "dpo")
 CAP = 6.0  # nats
 ENDED = 0.02  # valid harm
 KEPT = (

@@ -25,6 +25,7 @@ from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.measurements import Measurement, Rows, resumed
 from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms.check import LADDER
 from harmcircuits.organisms.world import BEHAVIOURS
 from harmcircuits.studies.cross_ablation import (
     ablation_rows,
@@ -46,7 +47,6 @@ from harmcircuits.views.figures import (
 )
 from harmcircuits.views.page import paragraphs, plot, section, table, write_page
 
-LADDER = ("base", "helpful", "sft", "dpo")
 # Tasks without harm in them: pairs among them are the reference level.
 BENIGN = ("benign", "parts", "kind")
 COMPARED = ("harmful", *BENIGN, "recognition", "recognition_margin", "explanation", "refusal")

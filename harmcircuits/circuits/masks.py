@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Scope = Literal["weight", "model", "row"]
 
 FORMAT = "harmcircuits.mask.1"
+FRAME_COLUMNS = ("layer", "kind", "unit", "number", "row", "column", "weight")
 N_BINS = 50  # of |W|, within which a random mask matches magnitudes
 
 
@@ -187,22 +188,21 @@ class WeightMask:
                     f"sites lack {name}; give weight_sites(bridge) of the mask's model"
                 )
             site = sites[name]
-            *_, row, column = torch.unravel_index(index, self.shapes[name])
             parameter = site.parameter.detach()
             places = torch.unravel_index(index.to(parameter.device), self.shapes[name])
+            *_, row, column = places
             columns = {
                 "layer": site.layer,
                 "kind": site.kind,
                 "unit": site.unit,
                 "number": site.units(index),
-                "row": row,
-                "column": column,
+                "row": row.cpu(),
+                "column": column.cpu(),
                 "weight": parameter[places].float().cpu(),
             }
             parts.append(pandas.DataFrame(columns))
         if not parts:
-            names = ["layer", "kind", "unit", "number", "row", "column", "weight"]
-            return pandas.DataFrame(columns=names)
+            return pandas.DataFrame(columns=list(FRAME_COLUMNS))
         return pandas.concat(parts, ignore_index=True)
 
     def save(self, path: str | Path) -> None:

@@ -85,6 +85,11 @@ def mean_gradients(
     return results
 
 
+def unchanged(_: Site, gradient: Tensor) -> Tensor:
+    """The `finish` that leaves a mean gradient as it is."""
+    return gradient
+
+
 def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
     """Consecutive sites whose accumulators fit in `max_memory` bytes together.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.accumulation import mean_gradients, unchanged
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
@@ -286,9 +286,6 @@ def gradient_norm(
     """
     bridge = as_bridge(bridge)
     refuse_no_batches("gradient_norm", batches)
-
-    def unchanged(_: Site, gradient: Tensor) -> Tensor:
-        return gradient
 
     sites = weight_sites(bridge)
     gradients = mean_gradients(bridge, batches, objective, sites, unchanged, max_memory=max_memory)

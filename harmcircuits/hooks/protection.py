@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -159,7 +160,7 @@ def _examples(batches: Sequence[Batch], behaviour: int = 0) -> list[_Example]:
 
 
 def _largest_batch(protected: Iterable[Sequence[Batch]]) -> int:
-    sizes = [len(batch) for batches in protected for batch in batches]
+    sizes = map(len, chain.from_iterable(protected))
     return max(sizes, default=1)
 
 

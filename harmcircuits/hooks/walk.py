@@ -34,10 +34,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import largest
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.accumulation import mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
@@ -139,7 +139,11 @@ class Walk:
         self.refused = refused.mask if refused is not None and refused.teaches else None
 
         loss = self._mean_loss(self.accepted)
-        predicted = _sum_over(effect, self.accepted) - _sum_over(effect, before)
+        predicted = 0.0
+        if self.accepted is not None:
+            predicted += effect.sum_over(self.accepted)
+        if before is not None:
+            predicted -= effect.sum_over(before)
         self._note("target_loss", labels, loss)
         self._note("predicted_change", labels, predicted)
         self._note("measured_change", labels, loss - self.target_loss)
@@ -197,7 +201,7 @@ class Walk:
                     batches,
                     completion_loss,
                     self.sites,
-                    _unchanged,
+                    unchanged,
                     kind="per token",
                     max_memory=self.max_memory,
                 )
@@ -205,7 +209,7 @@ class Walk:
             for name, total in _multiplied(gradients, self.sites):
                 self._add(self.price, name, total.abs_())
 
-    def _add_benefit(self) -> Totals:
+    def _add_benefit(self) -> WeightScores:
         """What removing each weight does to the target, under the mask accepted so far."""
         with masked_if_given(self.bridge, self.accepted):
             batches = [*self.target, *self._renewed()]
@@ -214,14 +218,14 @@ class Walk:
                 batches,
                 self.objective,
                 self.sites,
-                _unchanged,
+                unchanged,
                 max_memory=self.max_memory,
             )
         effect = {}
         for name, total in _multiplied(gradients, self.sites):
             effect[name] = total.neg_()
             self._add(self.benefit, name, effect[name])
-        return effect
+        return WeightScores(effect, self.source)
 
     def _renewed(self) -> Sequence[Batch]:
         """What the target has become; before anything is removed it is the target itself."""
@@ -279,7 +283,8 @@ class Walk:
         n = min(round(share * self.n_weights), n_candidates)
         removed = {}
         for name, index in largest(scores, n, {}).items():
-            chosen = scores[name].flatten()[index.to(scores[name].device)]
+            values = scores[name].flatten()
+            chosen = values[index.to(values.device)]
             removed[name] = index[(chosen > 0).cpu()]
         return WeightMask(removed, self.shapes, self.source)
 
@@ -381,15 +386,3 @@ def _multiplied(
     for name, gradient in gradients.items():
         weight = sites[name].parameter.detach()
         yield name, gradient.mul_(weight.to(gradient.device))
-
-
-def _unchanged(_: Site, gradient: Tensor) -> Tensor:
-    return gradient
-
-
-def _sum_over(values: Totals, mask: WeightMask | None) -> float:
-    total = 0.0
-    for name, index in mask.removed.items() if mask is not None else ():
-        chosen = values[name].flatten()[index.to(values[name].device)]
-        total += chosen.double().sum().item()
-    return total

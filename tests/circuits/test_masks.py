@@ -10,8 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.circuits.masks import WeightMask, random_like, shared_by, top_fraction
+from harmcircuits.circuits.masks import (
+    FRAME_COLUMNS,
+    WeightMask,
+    random_like,
+    shared_by,
+    top_fraction,
+)
 from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.hooks.attribution import magnitude_scores
+from harmcircuits.hooks.weights import weight_sites
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 
@@ -266,3 +274,30 @@ def test_shared_weights_are_counted_over_masks():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"at_least={k} of 3 masks"):
             shared_by(masks, k)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
+def test_a_frame_names_the_place_and_the_value_of_every_removed_weight(open_model, name):
+    """Rows and columns are those of the stored matrix; units as `Site.units` counts them."""
+    sites = weight_sites(open_model(name))
+    mask = top_fraction(magnitude_scores(open_model(name)), 0.01, within="weight")
+    table = mask.frame(sites)
+    assert tuple(table.columns) == FRAME_COLUMNS
+    assert len(table) == len(mask)
+
+    start = 0
+    for weight, index in mask.removed.items():
+        site, part = sites[weight], table.iloc[start : start + len(index)]
+        start += len(index)
+        assert set(part["layer"]) == {site.layer}
+        assert set(part["kind"]) == {site.kind}
+        assert set(part["unit"]) == {site.unit}
+        assert part["number"].tolist() == site.units(index).tolist()
+        values = site.parameter.detach().flatten()[index].tolist()
+        assert part["weight"].tolist() == pytest.approx(values)
+        width = mask.shapes[weight][-1]
+        assert part["column"].tolist() == (index % width).tolist()
+
+    assert tuple((mask - mask).frame(sites).columns) == FRAME_COLUMNS
+    with pytest.raises(ValueError, match="weight_sites"):
+        mask.frame({})
