@@ -305,6 +305,7 @@ class Model:
         reach: float = REACH,
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
+        exclude: WeightMask | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -325,6 +326,7 @@ class Model:
         reach: float = REACH,
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
+        exclude: WeightMask | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -344,6 +346,7 @@ class Model:
         reach: float = REACH,
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
+        exclude: WeightMask | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -365,6 +368,7 @@ class Model:
             reach: how far it grows, as in `hc.find_circuit`.
             layers: numbers of the blocks to choose from; all by default.
             kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
+            exclude: weights that cannot be chosen, such as those of a first circuit.
             calibrations: data to score on, where it is there already.
             renew: answer the target's requests again under each step's mask, and score the answers
                 that still show it as well: what was said in some words may come back in others.
@@ -401,6 +405,7 @@ class Model:
             objective=behaviour.objective,
             layers=layers,
             kinds=kinds,
+            exclude=exclude,
             renew=still_shown if renew else None,
             stop=stop,
             progress=progress,

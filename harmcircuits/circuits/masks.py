@@ -1,5 +1,6 @@
 """Sparse sets of weights: chosen from scores, combined, saved, loaded."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,16 @@ class WeightMask:
     def counts(self) -> dict[str, int]:
         """Number of removed weights in every matrix, zeros included."""
         return {name: self._index(name).numel() for name in self.shapes}
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits that another set of weights changes: SHA-256 of the indices."""
+        digest = hashlib.sha256()
+        for name in sorted(self.removed):
+            index = self.removed[name]
+            digest.update(f"{name} {len(index)} ".encode())
+            digest.update(index.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __and__(self, other: "WeightMask") -> "WeightMask":
         """Weights in both."""

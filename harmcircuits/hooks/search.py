@@ -37,6 +37,7 @@ def find_circuit(
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
+    exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
@@ -58,6 +59,7 @@ def find_circuit(
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
+    exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
@@ -78,6 +80,7 @@ def find_circuit(
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
+    exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
@@ -120,6 +123,8 @@ def find_circuit(
         objective: what the target is scored by; what is protected, always by `completion_loss`.
         layers: numbers of the blocks to choose from; all by default.
         kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
+        exclude: weights that cannot be chosen, so that a second circuit can be found beside a
+            first; `size` stays a share of all weights. The mask's settings keep their digest.
         renew: further batches of the target, from the model under the mask so far; each step scores
             `target` and these. A model that loses the words of an answer may go on in others, and
             these would never pay.
@@ -131,7 +136,8 @@ def find_circuit(
 
     Raises:
         ValueError: no batches, sizes outside (0, 1], a negative budget, fewer than one step, no
-            such layer or kind, a folder of another search, and as `named_weights`.
+            such layer or kind, an `exclude` of other weights, a folder of another search, and as
+            `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
@@ -139,6 +145,7 @@ def find_circuit(
     refuse_settings(sizes, steps, reach)
     refuse_no_batches("find_circuit", target)
     sites = _sites(bridge, layers, kinds)
+    _refuse_other_weights(bridge, exclude)
     protection = Protection.of(bridge, protect, budget)
 
     settings: dict[str, Any] = {
@@ -151,6 +158,8 @@ def find_circuit(
         settings["layers"] = list(layers)
     if kinds is not None:
         settings["kinds"] = list(kinds)
+    if exclude is not None:
+        settings["excluded"] = exclude.digest
     parents = [score_source(bridge, "removal_effect", target, objective)]
     for batches in protection.priced.values():
         parents.append(score_source(bridge, "token_price", batches, completion_loss))
@@ -158,7 +167,17 @@ def find_circuit(
 
     largest_size = min(1.0, max([*sizes, reach * min(sizes)]))
     walk = Walk(
-        bridge, target, renew, objective, protection, sites, source, sizes, largest_size, max_memory
+        bridge,
+        target,
+        renew,
+        objective,
+        protection,
+        sites,
+        {} if exclude is None else exclude.removed,
+        source,
+        sizes,
+        largest_size,
+        max_memory,
     )
     with _bars(progress) as bars:
         done = walk.resume(folder)
@@ -187,6 +206,18 @@ def _sites(
         if is_of_layers and is_of_kinds:
             chosen[name] = site
     return chosen
+
+
+def _refuse_other_weights(bridge: Bridge, exclude: WeightMask | None) -> None:
+    if exclude is None:
+        return
+    shapes = {name: tuple(site.parameter.shape) for name, site in weight_sites(bridge).items()}
+    if dict(exclude.shapes) != shapes:
+        odd = sorted(set(exclude.shapes.items()) ^ set(shapes.items()))[:2]
+        raise ValueError(
+            "find_circuit: `exclude` is a mask of other weights than this model's; "
+            f"they differ in {odd}; give a mask that was made on it"
+        )
 
 
 def _refuse_unknown(option: str, wanted: Sequence[Any] | None, known: Sequence[Any]) -> None:

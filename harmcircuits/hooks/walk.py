@@ -35,7 +35,7 @@ from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.circuits.selection import largest
+from harmcircuits.circuits.selection import Indices, largest
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
@@ -103,6 +103,7 @@ class Walk:
     objective: Objective
     protection: Protection
     sites: Mapping[str, Site]
+    excluded: Indices  # weights that may not be chosen
     source: Source
     sizes: Sequence[float]
     largest_size: float  # where the walk ends, as a share of all block weights
@@ -279,10 +280,9 @@ class Walk:
     def _chosen(self, share: float, factor: float) -> WeightMask:
         """The largest of benefit - factor * price, but none that is zero or below."""
         scores = _Difference(self.benefit, self.price, factor)
-        n_candidates = sum(value.numel() for value in self.benefit.values())
-        n = min(round(share * self.n_weights), n_candidates)
+        n = min(round(share * self.n_weights), self.n_candidates)
         removed = {}
-        for name, index in largest(scores, n, {}).items():
+        for name, index in largest(scores, n, self.excluded).items():
             values = scores[name].flatten()
             chosen = values[index.to(values.device)]
             removed[name] = index[(chosen > 0).cpu()]
@@ -305,6 +305,16 @@ class Walk:
     def n_weights(self) -> int:
         """How many block weights the model has."""
         return sum(site.parameter.numel() for site in weight_sites(self.bridge).values())
+
+    @property
+    def n_candidates(self) -> int:
+        """How many weights may be chosen."""
+        n_candidates = 0
+        for name, site in self.sites.items():
+            n_candidates += site.parameter.numel()
+            if name in self.excluded:
+                n_candidates -= len(self.excluded[name])
+        return n_candidates
 
     def is_to_stop(self, stop: Callable[[Bridge], bool] | None) -> bool:
         """What a caller's `stop` says of the model under the accepted mask."""

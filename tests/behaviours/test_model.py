@@ -204,6 +204,10 @@ def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
     assert_same_weights(given, expected)
     assert {row.labels.get("protected") for row in given.trace} == {None, *protect}
 
+    second = small.find_circuit("harmful", calibrations=data, exclude=given, **options)
+    assert len(second) > 0
+    assert len(second & given) == 0
+
     free = small.find_circuit("harmful", protect=(), calibrations=data, **options)
     assert len(free - expected) > 0, "the protection must have something to do"
     assert len(free.source.parents) == 1

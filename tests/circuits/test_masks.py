@@ -201,6 +201,19 @@ def test_a_mask_counts_itself():
     assert everything().fraction == 1
 
 
+def test_a_digest_tells_sets_of_weights_apart_whatever_made_them():
+    shapes = {"a": (3, 4), "b": (12,)}
+
+    def mask(removed: dict[str, list[int]], method: str = "test") -> WeightMask:
+        indices = {name: torch.tensor(index) for name, index in removed.items()}
+        return WeightMask(indices, shapes, Source("model", method))
+
+    digest = mask({"a": [1, 2], "b": [5]}).digest
+    assert mask({"b": [5], "a": [1, 2]}, "other").digest == digest
+    for other in ({"a": [1, 2, 5]}, {"a": [1, 2]}, {"a": [1, 3], "b": [5]}, {"b": [1, 2, 5]}):
+        assert mask(other).digest != digest
+
+
 def test_masks_of_different_models_do_not_combine():
     other = WeightMask({}, {"a": (3, 4), "b": (2, 5)}, Source("other", "test"))
     with pytest.raises(ValueError, match="two models"):

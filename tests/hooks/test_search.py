@@ -2,8 +2,8 @@
 
 Would catch: a price or a check on the wrong answers, scores taken under the wrong mask or times
 weights that the mask has zeroed, a factor that is not the smallest tried, a mask beyond its size or
-its budget, weights that are not worth their price, a walk that goes on otherwise after an
-interruption; of the set differences, the wrong sign, order or behaviour.
+its budget, weights that are not worth their price or are excluded, a walk that goes on otherwise
+after an interruption; of the set differences, the wrong sign, order or behaviour.
 """
 
 from itertools import count
@@ -14,7 +14,12 @@ from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
+from harmcircuits.hooks.attribution import (
+    magnitude_scores,
+    removal_effect,
+    snip_scores,
+    token_price,
+)
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
@@ -350,6 +355,36 @@ def test_the_choice_is_limited_to_layers_and_kinds(llama):
         find_circuit(llama, TARGET, layers=[7], **options)
     with pytest.raises(ValueError, match=r"kinds=\['attn'\].*attn\.q"):
         find_circuit(llama, TARGET, kinds=["attn"], **options)
+
+
+def test_a_second_circuit_is_found_beside_the_first(llama, tmp_path):
+    options = {"size": SIZE, "steps": 2}
+    first = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+    second = find_circuit(llama, TARGET, [SPARED], exclude=first, **options)
+    assert 0 < len(second) <= round(SIZE * second.n_weights)
+    assert len(first & second) == 0
+    assert second.source.settings["excluded"] == first.digest != second.digest
+    with pytest.raises(ValueError, match="holds the walk of another search"):
+        find_circuit(llama, TARGET, [SPARED], exclude=first, folder=tmp_path, **options)
+
+    third = find_circuit(llama, TARGET, exclude=first | second, size=1.0, steps=1)
+    scores = removal_effect(llama, TARGET)
+    rest = ~(first | second)
+    for name in third.shapes:
+        assert torch.equal(third.dense(name), rest.dense(name) & (scores.values[name] > 0))
+
+
+def test_without_excluded_weights_nothing_changes(llama):
+    options = {"size": SIZE, "steps": 2}
+    expected = find_circuit(llama, TARGET, [SPARED], **options)
+    nothing = expected - expected
+    assert_same_weights(find_circuit(llama, TARGET, [SPARED], exclude=nothing, **options), expected)
+
+
+def test_excluded_weights_of_another_model_are_refused(llama, open_model):
+    other = top_fraction(magnitude_scores(open_model("GPT2")), 0.1)
+    with pytest.raises(ValueError, match=r"`exclude` .*other weights.*blocks\.0.*made on it"):
+        find_circuit(llama, TARGET, exclude=other, size=SIZE)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Bloom"])
