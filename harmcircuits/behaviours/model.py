@@ -14,6 +14,7 @@ from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.units import Unit
 from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
@@ -303,6 +304,7 @@ class Model:
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
         reach: float = REACH,
+        unit: Unit = "weight",
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         exclude: WeightMask | None = None,
@@ -324,6 +326,7 @@ class Model:
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
         reach: float = REACH,
+        unit: Unit = "weight",
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         exclude: WeightMask | None = None,
@@ -344,6 +347,7 @@ class Model:
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
         reach: float = REACH,
+        unit: Unit = "weight",
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         exclude: WeightMask | None = None,
@@ -366,6 +370,7 @@ class Model:
                 them by name, the others keeping the default.
             steps: in how many steps the mask grows.
             reach: how far it grows, as in `hc.find_circuit`.
+            unit: what is chosen whole, as in `hc.find_circuit`: "weight", "neuron", "head", "row".
             layers: numbers of the blocks to choose from; all by default.
             kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
             exclude: weights that cannot be chosen, such as those of a first circuit.
@@ -382,7 +387,7 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach)
+        refuse_settings(sizes, steps, reach, unit)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
@@ -402,6 +407,7 @@ class Model:
             budget=budget,
             steps=steps,
             reach=reach,
+            unit=unit,
             objective=behaviour.objective,
             layers=layers,
             kinds=kinds,

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 from rich.progress import Progress
 
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
+from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import listed, progress_bar
 from harmcircuits.hooks.attribution import removal_effect, score_source, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
@@ -34,6 +35,7 @@ def find_circuit(
     budget: Budget = BUDGET,
     steps: int = STEPS,
     reach: float = REACH,
+    unit: Unit = "weight",
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
@@ -56,6 +58,7 @@ def find_circuit(
     budget: Budget = BUDGET,
     steps: int = STEPS,
     reach: float = REACH,
+    unit: Unit = "weight",
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
@@ -77,6 +80,7 @@ def find_circuit(
     budget: Budget = BUDGET,
     steps: int = STEPS,
     reach: float = REACH,
+    unit: Unit = "weight",
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
@@ -120,6 +124,13 @@ def find_circuit(
         steps: in how many steps the mask grows.
         reach: how far it grows: to so many times the smallest size, and at least to the largest.
             What is dear shows in larger masks, and a small one is then chosen with that knowledge.
+        unit: what is chosen whole: "weight"; "neuron" of the MLPs, its row of mlp.in and mlp.gate
+            and its column of mlp.out; "head" of attention, its rows of attn.q and its columns of
+            attn.o, and its rows of attn.k and attn.v where each head has its own (with grouped
+            queries a key-value head is a unit by itself); "row", what one output of a matrix is
+            computed with. Units are ranked by their mean score a weight and taken from the best
+            down while they are within the size; those with an excluded weight are not. The other
+            matrices stay whole. `hc.counts_by` reads the mask.
         objective: what the target is scored by; what is protected, always by `completion_loss`.
         layers: numbers of the blocks to choose from; all by default.
         kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
@@ -136,30 +147,29 @@ def find_circuit(
 
     Raises:
         ValueError: no batches, sizes outside (0, 1], a negative budget, fewer than one step, no
-            such layer or kind, an `exclude` of other weights, a folder of another search, and as
-            `named_weights`.
+            such unit, layer or kind, no units in these or parts of some, an `exclude` of other
+            weights, a folder of another search, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
-    refuse_settings(sizes, steps, reach)
+    refuse_settings(sizes, steps, reach, unit)
     refuse_no_batches("find_circuit", target)
     sites = _sites(bridge, layers, kinds)
+    units = None
+    if unit != "weight":
+        units = Units.of(weight_sites(bridge), unit, sites)
+        sites = {name: sites[name] for name in units.sites}
     _refuse_other_weights(bridge, exclude)
     protection = Protection.of(bridge, protect, budget)
 
-    settings: dict[str, Any] = {
+    settings = {
         "budget": dict(protection.budgets),
         "steps": steps,
         "reach": reach,
         "renewed": renew is not None,
+        **_limits(unit, layers, kinds, exclude),
     }
-    if layers is not None:
-        settings["layers"] = list(layers)
-    if kinds is not None:
-        settings["kinds"] = list(kinds)
-    if exclude is not None:
-        settings["excluded"] = exclude.digest
     parents = [score_source(bridge, "removal_effect", target, objective)]
     for batches in protection.priced.values():
         parents.append(score_source(bridge, "token_price", batches, completion_loss))
@@ -173,6 +183,7 @@ def find_circuit(
         objective,
         protection,
         sites,
+        units,
         {} if exclude is None else exclude.removed,
         source,
         sizes,
@@ -208,6 +219,25 @@ def _sites(
     return chosen
 
 
+def _limits(
+    unit: Unit,
+    layers: Sequence[int] | None,
+    kinds: Sequence[str] | None,
+    exclude: WeightMask | None,
+) -> dict[str, Any]:
+    """What the mask's settings say of the choice; nothing where all single weights are free."""
+    limits: dict[str, Any] = {}
+    if unit != "weight":
+        limits["unit"] = unit
+    if layers is not None:
+        limits["layers"] = list(layers)
+    if kinds is not None:
+        limits["kinds"] = list(kinds)
+    if exclude is not None:
+        limits["excluded"] = exclude.digest
+    return limits
+
+
 def _refuse_other_weights(bridge: Bridge, exclude: WeightMask | None) -> None:
     if exclude is None:
         return
@@ -238,8 +268,12 @@ def _bars(progress: bool | Progress) -> AbstractContextManager[Progress]:
     return progress_bar() if progress else Progress(disable=True)
 
 
-def refuse_settings(sizes: Sequence[float], steps: int, reach: float) -> None:
-    """Raises ValueError for a size, number of steps or reach that cannot be."""
+def refuse_settings(sizes: Sequence[float], steps: int, reach: float, unit: str) -> None:
+    """Raises ValueError for a size, number of steps, reach or unit that cannot be."""
+    if unit not in get_args(Unit):
+        raise ValueError(
+            f"find_circuit: unit={unit!r}; expected {listed(map(repr, get_args(Unit)))}"
+        )
     if reach < 1:
         raise ValueError(f"find_circuit: reach={reach}; expected 1 or more")
     if steps < 1:

@@ -128,6 +128,7 @@ def _twin_by_walk(
         budget=budget,
         steps=made_by["steps"],
         reach=made_by["reach"],
+        unit=made_by.get("unit", "weight"),
         layers=made_by.get("layers"),
         kinds=made_by.get("kinds"),
         renew=made_by["renewed"],

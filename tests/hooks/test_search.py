@@ -6,12 +6,14 @@ its budget, weights that are not worth their price or are excluded, a walk that 
 after an interruption; of the set differences, the wrong sign, order or behaviour.
 """
 
+from collections.abc import Callable
 from itertools import count
 
 import pytest
 import torch
 from helpers import random_batch
 
+from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import (
@@ -30,7 +32,7 @@ from harmcircuits.hooks.search import (
     refusal_ablation,
     set_difference,
 )
-from harmcircuits.hooks.walk import FACTORS, MOST_TO_LEARN_FROM
+from harmcircuits.hooks.walk import FACTORS, FIRST_UNIT_FACTOR, MOST_TO_LEARN_FROM, UNIT_FACTORS
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
@@ -39,6 +41,9 @@ SIZE = 0.1
 TARGET = [random_batch()]
 SPARED = [random_batch(6, 8, seed=1)]
 ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
+
+Weights = dict[str, torch.Tensor]
+Best = Callable[[Weights, int], Weights]
 
 
 def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
@@ -80,7 +85,47 @@ def test_a_fifth_of_a_per_cent_carries_harm_and_nothing_else_measured():
 # The walk
 
 
-def plain_walk(bridge, target, protect, size, budget, steps) -> WeightMask:
+def best_weights(scores: Weights, n: int) -> Weights:
+    """The n largest positive scores, as booleans."""
+    flat = torch.cat([value.flatten() for value in scores.values()])
+    best = flat.argsort(descending=True, stable=True)[:n]
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[best[flat[best] > 0]] = True
+    parts = chosen.split([value.numel() for value in scores.values()])
+    shaped = zip(scores.items(), parts, strict=True)
+    return {name: part.view(value.shape) for (name, value), part in shaped}
+
+
+def best_neurons(scores: Weights, n: int) -> Weights:
+    """The neurons of a Llama with the largest positive sums, one by one while n has room."""
+    neurons = []
+    for layer in range(2):
+        for number in range(40):
+            parts = {
+                f"blocks.{layer}.mlp.gate.weight": (number, slice(None)),
+                f"blocks.{layer}.mlp.in.weight": (number, slice(None)),
+                f"blocks.{layer}.mlp.out.weight": (slice(None), number),
+            }
+            total = sum(scores[name][where].sum().item() for name, where in parts.items())
+            neurons.append((total, parts))
+    chosen = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in scores.items()}
+    for total, parts in sorted(neurons, key=lambda neuron: -neuron[0])[: n // (3 * 24)]:
+        for name, where in parts.items():
+            chosen[name][where] = total > 0
+    return chosen
+
+
+def plain_walk(
+    bridge,
+    target,
+    protect,
+    size,
+    budget,
+    steps,
+    best_of: Best = best_weights,
+    factors=FACTORS,
+    first=1.0,
+) -> WeightMask:
     """The search on dense tensors: clones of the weights, a sort, no shared step with the library.
 
     But for the scores, which have tests of their own.
@@ -123,37 +168,31 @@ def plain_walk(bridge, target, protect, size, budget, steps) -> WeightMask:
         return max((now - before).item() for now, before in changes)
 
     def choose(n, factor):
-        flat = torch.cat([(benefit[name] - factor * price[name]).flatten() for name in original])
-        best = flat.argsort(descending=True, stable=True)[:n]
-        chosen = torch.zeros(n_weights, dtype=torch.bool)
-        chosen[best[flat[best] > 0]] = True
-        parts = chosen.split([weight.numel() for weight in original.values()])
-        shaped = zip(original.items(), parts, strict=True)
-        return {name: part.view(weight.shape) for (name, weight), part in shaped}
+        return best_of({name: benefit[name] - factor * price[name] for name in original}, n)
 
     def search(n, rung):
         """(accepted mask, its rung, refused mask)."""
-        mask = choose(n, FACTORS[rung])
+        mask = choose(n, factors[rung])
         if rises(mask) <= budget:
             for lower in range(rung - 1, -1, -1):
-                cheaper = choose(n, FACTORS[lower])
+                cheaper = choose(n, factors[lower])
                 if rises(cheaper) > budget:
                     return mask, lower + 1, cheaper
                 mask = cheaper
             return mask, 0, None
-        for higher in range(rung + 1, len(FACTORS)):
-            dearer = choose(n, FACTORS[higher])
+        for higher in range(rung + 1, len(factors)):
+            dearer = choose(n, factors[higher])
             if rises(dearer) <= budget:
                 return dearer, higher, mask
             mask = dearer
-        return None, len(FACTORS) - 1, mask
+        return None, len(factors) - 1, mask
 
     nothing = {
         name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in original.items()
     }
     benefit = {name: torch.zeros_like(weight) for name, weight in original.items()}
     price = {name: torch.zeros_like(weight) for name, weight in original.items()}
-    accepted, refused, rung = nothing, None, FACTORS.index(1.0)
+    accepted, refused, rung = nothing, None, factors.index(first)
     best, best_rung = (-1.0, nothing), rung
     for step in range(1, steps + 1):
         for priced, _ in shares:
@@ -188,6 +227,66 @@ def test_the_walk_is_the_plain_one(open_model, name, budget):
     expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], **options)
     # Sums in another order may swap weights whose scores are equal up to rounding.
     assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
+def test_the_walk_over_neurons_is_the_plain_one(llama, budget):
+    options = {"size": SIZE, "budget": budget, "steps": 3}
+    protect = [SPARED, ALSO_SPARED]
+    mask = find_circuit(llama, TARGET, protect, unit="neuron", reach=1.0, **options)
+    ladder = {"factors": UNIT_FACTORS, "first": FIRST_UNIT_FACTOR}
+    expected = plain_walk(llama, TARGET, protect, best_of=best_neurons, **ladder, **options)
+    assert len(expected) > 0
+    assert_same_weights(mask, expected)
+
+
+@pytest.mark.parametrize("unit", ["neuron", "head", "row"])
+def test_a_circuit_of_units_is_whole_and_within_its_size(llama, unit, tmp_path):
+    options = {"size": [0.05, 0.2], "steps": 3, "unit": unit, "budget": 0.5}
+    masks = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+    sites = weight_sites(llama)
+    for mask, size in zip(masks, options["size"], strict=True):
+        assert 0 < len(mask) <= round(size * mask.n_weights)
+        assert mask.shapes.keys() == sites.keys()
+        assert mask.source.settings["unit"] == unit
+        if unit == "row":
+            for name in mask.shapes:
+                assert (mask.dense(name).all(dim=1) == mask.dense(name).any(dim=1)).all()
+            continue
+        counts = counts_by(mask, sites, unit).values()
+        assert all(count.n_removed in (0, count.n_weights) for count in counts)
+        assert sum(count.n_removed for count in counts) == len(mask), "and nothing else"
+
+    (again,) = find_circuit(llama, TARGET, [SPARED], **{**options, "size": [0.2]}, exclude=masks[1])
+    assert len(again) > 0
+    assert len(again & masks[1]) == 0
+    with pytest.raises(ValueError, match="holds the walk of another search"):
+        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **{**options, "unit": "weight"})
+
+
+def test_units_are_limited_to_layers_and_to_kinds_that_leave_them_whole(llama):
+    options = {"size": 0.2, "steps": 2}
+    mask = find_circuit(llama, TARGET, unit="neuron", layers=[1], **options)
+    assert {weight_sites(llama)[name].layer for name in mask.removed} == {1}
+    mask = find_circuit(llama, TARGET, unit="row", kinds=["attn.q"], **options)
+    assert {weight_sites(llama)[name].kind for name in mask.removed} == {"attn.q"}
+    with pytest.raises(ValueError, match=r"mlp\.gate, mlp\.in, mlp\.out together"):
+        find_circuit(llama, TARGET, unit="neuron", kinds=["mlp.in"], **options)
+
+
+def test_single_weights_are_the_default_and_leave_no_trace_in_the_settings(llama):
+    options = {"size": SIZE, "steps": 2}
+    expected = find_circuit(llama, TARGET, [SPARED], **options)
+    mask = find_circuit(llama, TARGET, [SPARED], unit="weight", **options)
+    assert_same_weights(mask, expected)
+    assert mask.source == expected.source
+    assert "unit" not in mask.source.settings
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_unit_is_refused(llama):
+    with pytest.raises(ValueError, match=r"unit='layer'.*'neuron', 'head'"):
+        find_circuit(llama, TARGET, size=SIZE, unit="layer")
 
 
 def test_unprotected_a_step_takes_the_weights_with_the_largest_effect(llama):

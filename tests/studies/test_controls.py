@@ -7,9 +7,10 @@ protected ones, a twin that is searched for with other data, a search that is no
 import pytest
 from helpers import small_model
 
+from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.weights import named_weights
+from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.studies.controls import Controls, controls
 from harmcircuits.studies.rounds import circuit_in_rounds, protected_weights, prune_in_rounds
 
@@ -161,3 +162,14 @@ def test_the_twin_of_a_circuit_that_a_walk_found_is_found_by_one(model, data):
     assert len(twin) > 0
     assert same_weights(twin, expected)
     assert twin.source.settings["steps"] == 2
+
+
+def test_the_twin_of_a_circuit_of_neurons_is_one_of_neurons(model, data):
+    options = {"size": 0.01, "steps": 2, "calibrations": data}
+    mask = model.find_circuit("harmful", unit="neuron", **options)
+    (twin,) = controls(model, "harmful", mask, calibrations=data, n_random=1)["benign twin"]
+    assert twin.source.settings["unit"] == "neuron"
+    assert len(twin) > 0
+    counts = counts_by(twin, weight_sites(model.bridge), "neuron").values()
+    assert sum(count.n_removed for count in counts) == len(twin)
+    assert all(count.n_removed in (0, count.n_weights) for count in counts)

@@ -1,0 +1,183 @@
+"""Neurons, heads and rows: weights that are chosen together, so that a circuit can be read.
+
+A unit has one slice of each of several matrices, here as `nn.Linear` stores them:
+
+    neuron          its row of mlp.in (and of mlp.gate), its column of mlp.out
+    head            its rows of attn.q, its columns of attn.o
+    kv head         its rows of attn.k and of attn.v; part of the head where each head has its own
+    row             its row of any matrix: what one output is computed with
+
+All of them are numbered through, so slice i of a matrix belongs to unit `first + i`:
+
+    blocks.0.mlp.in.weight, blocks.0.mlp.out.weight of 512 neurons      first =   0
+    blocks.1.mlp.in.weight, blocks.1.mlp.out.weight of 512 neurons      first = 512
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from harmcircuits.circuits.selection import Index, Indices, Scores
+from harmcircuits.circuits.sites import Site
+from harmcircuits.display import listed
+
+Unit = Literal["weight", "neuron", "head", "row"]
+
+# What the matrices of a unit are cut into (`Site.unit`).
+CUT_INTO = {"neuron": ("neuron",), "head": ("head", "kv_head")}
+
+
+@dataclass(frozen=True)
+class Units:
+    """The neurons, heads or rows that a choice is made among.
+
+    Attributes:
+        sites: the matrices that they consist of, with the axis that is cut into slices.
+        first: of each matrix the number of the unit that its first slice belongs to.
+    """
+
+    sites: Mapping[str, Site]
+    first: Mapping[str, int]
+
+    @classmethod
+    def of(cls, sites: Mapping[str, Site], unit: Unit, within: Collection[str]) -> "Units":
+        """The units of some of a model's matrices.
+
+        Args:
+            sites: `weight_sites` of the model.
+            unit: "neuron", "head" or "row".
+            within: the names of the matrices to choose from; those that have no such units are
+                left out.
+
+        Raises:
+            ValueError: no such units there, some but not all matrices of a unit, and rows of
+                experts and routers.
+        """
+        chosen, first = {}, {}
+        n_units = 0
+        for family in _families(sites, unit, within):
+            if not _is_within(family, unit, within):
+                continue
+            chosen |= family
+            first |= dict.fromkeys(family, n_units)
+            n_units += next(iter(family.values())).n_units
+        if not chosen:
+            kinds = sorted({sites[name].kind for name in within})
+            raise ValueError(
+                f'unit="{unit}": there are none in {listed(kinds)}; give other layers or kinds, '
+                'or unit="weight"'
+            )
+        return cls(chosen, first)
+
+    @cached_property
+    def sizes(self) -> Int[Tensor, " unit"]:
+        """How many weights each unit has."""
+        last = list(self.sites)[-1]
+        sizes = torch.zeros(self.first[last] + self.sites[last].n_units, dtype=torch.int64)
+        for name, site in self.sites.items():
+            self._of(name, sizes).add_(site.parameter.numel() // site.n_units)
+        return sizes
+
+    def sums(self, scores: Scores) -> Float[Tensor, " unit"]:
+        """The sum of the scores of each unit's weights, in float64.
+
+        Args:
+            scores: of the weights of all `sites`.
+        """
+        sums = torch.zeros(len(self.sizes), dtype=torch.float64)
+        for name, site in self.sites.items():
+            along = scores[name].sum(dim=1 - site.unit_axis, dtype=torch.float64)
+            slices = along.view(site.n_units, -1)
+            self._of(name, sums).add_(slices.sum(dim=1).cpu())
+        return sums
+
+    def largest(self, scores: Scores, n: int, excluded: Indices) -> dict[str, Index]:
+        """The weights of the units with the highest mean score: whole ones, together at most n.
+
+        Taken from the best down until one is not above zero or would be too many; ties go to the
+        earlier unit.
+
+        Args:
+            scores: of the weights of all `sites`.
+            n: how many weights to choose, at most.
+            excluded: sorted flat indices of weights that cannot be chosen: no unit with one of
+                them is.
+
+        Returns:
+            Sorted flat indices into each weight.
+        """
+        means = self.sums(scores) / self.sizes
+        for name in excluded.keys() & self.sites.keys():
+            touched = self.sites[name].units(excluded[name])
+            self._of(name, means)[touched] = 0.0
+
+        order = means.argsort(descending=True, stable=True)
+        n_weights = self.sizes[order].cumsum(0)
+        is_taken = (means[order] > 0) & (n_weights <= n)
+        is_chosen = torch.zeros(len(means), dtype=torch.bool)
+        is_chosen[order[is_taken]] = True
+        return self._weights(is_chosen)
+
+    def _weights(self, is_chosen: Bool[Tensor, " unit"]) -> dict[str, Index]:
+        """The weights of these units."""
+        weights = {}
+        for name, site in self.sites.items():
+            # Two heads of three rows each, the second of them chosen:
+            #
+            #     slices    False                 True
+            #     rows      False False False     True True True
+            shape = site.parameter.shape
+            slices = self._of(name, is_chosen)
+            rows = slices.repeat_interleave(shape[site.unit_axis] // site.n_units)
+            is_removed = rows.unsqueeze(1 - site.unit_axis).expand(shape)
+            weights[name] = is_removed.flatten().nonzero().flatten()
+        return weights
+
+    def _of(self, name: str, values: Tensor) -> Tensor:
+        """Of one value a unit, those of a matrix's slices."""
+        first = self.first[name]
+        return values[first : first + self.sites[name].n_units]
+
+
+def _families(
+    sites: Mapping[str, Site], unit: Unit, within: Collection[str]
+) -> Iterable[Mapping[str, Site]]:
+    """The matrices that consist of the same units, together."""
+    if unit == "row":
+        return [{name: _cut_into_rows(sites[name])} for name in within]
+    families: dict[tuple[int, int], dict[str, Site]] = {}
+    for name, site in sites.items():
+        if site.unit in CUT_INTO[unit]:
+            # By number, since as many key-value heads as heads are the same heads.
+            family = families.setdefault((site.layer, site.n_units), {})
+            family[name] = site
+    return families.values()
+
+
+def _cut_into_rows(site: Site) -> Site:
+    """The matrix with its outputs for units."""
+    if not site.is_hooked:
+        raise ValueError(
+            f'unit="row": {site.name} {tuple(site.parameter.shape)} is of experts or their router, '
+            'which have no rows of their own; leave it out by kinds=, or choose unit="weight"'
+        )
+    output_axis = 0 if site.input_axis == 1 else 1
+    n_outputs = site.parameter.shape[output_axis]
+    return replace(site, unit_axis=output_axis, n_units=n_outputs)
+
+
+def _is_within(family: Mapping[str, Site], unit: Unit, within: Collection[str]) -> bool:
+    """Whether units may be chosen: all of their matrices may be, and not some."""
+    n_within = len(family.keys() & set(within))
+    if 0 < n_within < len(family):
+        kinds = [site.kind for site in family.values()]
+        raise ValueError(
+            f'unit="{unit}": each is in {listed(kinds)} together; name all of these kinds, '
+            "or none of them"
+        )
+    return n_within > 0
