@@ -3,7 +3,7 @@
 Would catch: a matrix that falls between two groups, scores that depend on the bound, processes that
 score the same batches or divide by their own count, a process without batches that fails or hangs,
 differences between processes that only one of them reports, a block of rows left out, one process
-that enters the code for several.
+that enters the code for several, a sum that is kept in less than float32.
 """
 
 import os
@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks import distributed as sharing
 from harmcircuits.hooks.absolute import add_absolute
-from harmcircuits.hooks.accumulation import memory_groups
+from harmcircuits.hooks.accumulation import _add_signed, memory_groups
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
@@ -93,6 +93,45 @@ def test_one_dense_set_of_scores_at_a_time(llama, monkeypatch):
     assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
     for name, index in expected.removed.items():
         assert torch.equal(mask.removed[name], index)
+
+
+def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(16, 40, 30, generator=generator).to(dtype)
+    second = torch.randn(16, 40, 50, generator=generator).to(dtype)
+    return first, second
+
+
+def test_float32_operands_are_added_up_in_the_product_itself():
+    first, second = operands(torch.float32)
+    total = torch.ones(30, 50)
+    _add_signed(first, second, total)
+    expected = torch.ones(30, 50)
+    expected.addmm_(first.flatten(0, 1).T, second.flatten(0, 1))
+    assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"),
+    [(torch.bfloat16, 1e-4, 2**-8), (torch.float16, 0.0, 1e-5)],
+    ids=str,
+)
+def test_a_batch_is_rounded_once_and_sums_are_not(dtype, least, most):
+    """300 times the same: rounded to bfloat16 the sum itself would stop growing at 256 of them."""
+    first, second = operands(dtype)
+    total = torch.zeros(30, 50)
+    for _ in range(300):
+        _add_signed(first, second, total)
+    expected = 300 * torch.einsum("bpi,bpj->ij", first.double(), second.double())
+    error = (total - expected).norm() / expected.norm()
+    assert least <= error <= most
+
+
+def test_float16_does_not_overflow():
+    first = torch.full((2, 100, 3), 200.0, dtype=torch.float16)
+    total = torch.zeros(3, 3)
+    _add_signed(first, first, total)
+    assert (total == 200 * 200.0**2).all()
 
 
 @pytest.mark.parametrize("scratch", [None, 1, 20, 150, 10_000])

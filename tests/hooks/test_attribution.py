@@ -170,6 +170,24 @@ def test_scores_do_not_depend_on_dtype_order_of_magnitude(open_model, batch):
         assert relative_error(coarse.values[name], value) < 0.1
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_scores_in_bfloat16_equal_autograd_in_float64(open_model, name):
+    """Of the same weights: what is between them is the arithmetic, of the model and of the sums."""
+    coarse = open_model(name, dtype=torch.bfloat16)
+    exact = open_model(name, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter, rounded in zip(exact.parameters(), coarse.parameters(), strict=True):
+            parameter.copy_(rounded)
+    batches = [random_batch(8, 12, seed=seed) for seed in range(4)]
+    scores = removal_effect(coarse, batches, completion_loss)
+
+    gradients = [autograd_per_example(exact, batch) for batch in batches]
+    for weight_name, weight in named_weights(exact).items():
+        gradient = torch.cat([of_batch[weight_name] for of_batch in gradients]).mean(0)
+        expected = -weight.detach() * gradient
+        assert relative_error(scores.values[weight_name], expected) < 0.05, weight_name
+
+
 def test_wanda_scores_by_hand(open_model):
     """Against the inputs cached by TransformerLens itself, padding left out.
 
