@@ -78,11 +78,20 @@ def mean_gradients(
         accumulate_batches(bridge, batches, objective, group, totals, kind)
 
         for name, site in group.items():
-            # Taken out of `totals`: its memory is free again once it is finished.
-            mean = totals.pop(name).div_(n_examples)
-            result = finish(site, mean)
-            results[name] = result if max_memory is None else result.cpu()
+            # Taken out of `totals`, and no variable holds it: its memory is free again once it is
+            # finished, before that of the next group is taken.
+            results[name] = _finished(
+                site,
+                totals.pop(name).div_(n_examples),
+                finish,
+                to_host=max_memory is not None,
+            )
     return results
+
+
+def _finished(site: Site, mean: Tensor, finish: Finish, *, to_host: bool) -> Tensor:
+    result = finish(site, mean)
+    return result.cpu() if to_host else result
 
 
 def unchanged(_: Site, gradient: Tensor) -> Tensor:

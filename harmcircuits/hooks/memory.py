@@ -1,4 +1,4 @@
-"""Estimate the memory of a scoring run from one and two examples."""
+"""Estimate the memory of a scoring run or a search from one and two examples."""
 
 import weakref
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import BYTES, Kind, accumulate, memory_groups
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.protection import Protect, priced_batches
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
 
@@ -23,28 +24,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of tensors at the peak of a scoring run, all devices together.
+    """Bytes of tensors at the peak of a scoring run or a search, all devices together.
 
     Attributes:
         weights: The model as it stands.
         accumulators: The float32 scores of the largest group of matrices.
         activations: All that comes and goes with a batch, scratch memory included.
+        sums: What a search holds from step to step, and under a bound on accumulators the scores
+            of a step, which are in host memory like the sums then.
     """
 
     weights: int
     accumulators: int
     activations: int
+    sums: int = 0
 
     @property
     def total(self) -> int:
-        """All three."""
-        return self.weights + self.accumulators + self.activations
+        """All of them."""
+        return self.weights + self.accumulators + self.activations + self.sums
 
     def __str__(self) -> str:
+        sums = f", {self.sums / GIB:.2f} GiB sums" if self.sums else ""
         return (
             f"{self.total / GIB:.2f} GiB: {self.weights / GIB:.2f} GiB weights, "
             f"{self.accumulators / GIB:.2f} GiB accumulators, "
-            f"{self.activations / GIB:.2f} GiB activations"
+            f"{self.activations / GIB:.2f} GiB activations{sums}"
         )
 
 
@@ -54,9 +59,12 @@ def estimate_memory(
     objective: Objective = completion_loss,
     *,
     absolute: bool = False,
+    protect: Protect | None = None,
     max_memory: int | None = None,
 ) -> MemoryEstimate:
     """The bytes that a scoring run needs on these batches: `removal_effect`, or absolute scores.
+
+    Or, with `protect`, those that `find_circuit` needs.
 
     The activations are those of the batch with the most tokens, extrapolated linearly from one and
     two of its examples. These run forward and backward; everything else is counted. Tensors only:
@@ -64,30 +72,47 @@ def estimate_memory(
 
     >>> print(hc.estimate_memory(bridge, harm))
     0.0... GiB: 0.00 GiB weights, 0.00 GiB accumulators, 0.0... GiB activations
+    >>> print(hc.estimate_memory(bridge, harm, protect=[benign]))
+    0.0... GiB: 0.00 GiB weights, 0.00 GiB accumulators, 0.0... GiB activations, 0.01 GiB sums
 
     Args:
         bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
         batches: The calibration data.
         objective: What the run explains.
         absolute: Whether the run takes the absolute gradient of every example.
+        protect: What a search for these batches' circuit protects, () for nothing; batches that
+            it has renewed count as no larger than these. Without it, the run is no search.
         max_memory: The run's bound on accumulators, in bytes.
 
     Raises:
-        ValueError: For no batches; as `memory_groups` and as `weight_sites`.
+        ValueError: For no batches; for an absolute search; as `memory_groups` and `weight_sites`.
     """
     if not batches:
         raise ValueError("estimate_memory: no batches; expected at least one (see tokenize)")
+    if absolute and protect is not None:
+        raise ValueError(
+            "estimate_memory: absolute=True with protect=...; a search takes no absolute gradients "
+            "of examples, so leave one of them out"
+        )
     bridge = as_bridge(bridge)
     sites = weight_sites(bridge)
     largest_group = max(_n_weights(group) for group in memory_groups(sites, max_memory))
 
-    largest_batch = max(batches, key=lambda batch: batch.tokens.numel())
-    kind = "per example" if absolute else "signed"
-    first, further = _activations(bridge, largest_batch, objective, kind)
+    activations = _activations(bridge, batches, objective, "per example" if absolute else "signed")
+    n_sums = 0
+    if protect is not None:
+        # The benefit, the price, and what a step adds to them, which a bound sends to the host too.
+        priced = priced_batches(protect)
+        for of_behaviour in priced:
+            of_price = _activations(bridge, of_behaviour, completion_loss, "per token")
+            activations = max(activations, of_price)
+        n_sums = 1 + bool(priced) + (max_memory is not None)
+
     return MemoryEstimate(
         weights=_stored_bytes(bridge),
         accumulators=BYTES * largest_group,
-        activations=first + (len(largest_batch) - 1) * further,
+        activations=activations,
+        sums=BYTES * n_sums * _n_weights(sites),
     )
 
 
@@ -106,11 +131,12 @@ def _stored_bytes(bridge: Bridge) -> int:
 
 def _activations(
     bridge: Bridge,
-    batch: Batch,
+    batches: Sequence[Batch],
     objective: Objective,
     kind: Kind,
-) -> tuple[int, int]:
-    """The bytes that one example takes on its way forward and back, and that each further adds."""
+) -> int:
+    """The bytes that the batch with the most tokens takes on its way forward and back."""
+    batch = max(batches, key=lambda batch: batch.tokens.numel())
     sites = weight_sites(bridge)
     totals = _shared_totals(sites)
 
@@ -122,7 +148,7 @@ def _activations(
         peaks.append(live.peak)
 
     peak_of_one, peak_of_two = peaks
-    return peak_of_one, peak_of_two - peak_of_one
+    return peak_of_one + (len(batch) - 1) * (peak_of_two - peak_of_one)
 
 
 def _shared_totals(sites: dict[str, Site]) -> dict[str, Tensor]:

@@ -121,6 +121,22 @@ class _Example(NamedTuple):
         return tuple(self.tokens[:start].tolist())
 
 
+def priced_batches(protect: Protect) -> list[list[Batch]]:
+    """Of each behaviour to spare, the batches that a price is put on.
+
+    Args:
+        protect: batches of each behaviour, by name or in order.
+
+    Raises:
+        ValueError: a behaviour without batches.
+    """
+    priced = []
+    for batches in _named(protect).values():
+        most, _ = split_by_request(batches, CHECKED_EVERY)
+        priced.append(most)
+    return priced
+
+
 def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
     """The examples of most requests, and those of every so many-th, in their order.
 

@@ -41,7 +41,7 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import Indices, largest
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.accumulation import mean_gradients, unchanged
+from harmcircuits.hooks.accumulation import Kind, mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
@@ -208,36 +208,38 @@ class Walk:
         under = self.accepted if self.refused is None else self.refused
         for batches in self.protection.priced.values():
             with masked_if_given(self.bridge, under):
-                gradients = mean_gradients(
-                    self.bridge,
-                    batches,
-                    completion_loss,
-                    self.sites,
-                    unchanged,
-                    kind="per token",
-                    max_memory=self.max_memory,
-                )
+                gradients = self._mean_gradients(batches, completion_loss, "per token")
             # Outside the mask: here the weights are whole.
-            for name, total in _multiplied(gradients, self.sites):
-                self._add(self.price, name, total.abs_())
+            for name in self.sites:
+                # Popped: the gradients of the next behaviour need their memory.
+                self._add(self.price, name, self._times_weight(name, gradients.pop(name)).abs_())
 
     def _add_benefit(self) -> WeightScores:
         """What removing each weight does to the target, under the mask accepted so far."""
         with masked_if_given(self.bridge, self.accepted):
             batches = [*self.target, *self._renewed()]
-            gradients = mean_gradients(
-                self.bridge,
-                batches,
-                self.objective,
-                self.sites,
-                unchanged,
-                max_memory=self.max_memory,
-            )
+            gradients = self._mean_gradients(batches, self.objective, "signed")
         effect = {}
-        for name, total in _multiplied(gradients, self.sites):
-            effect[name] = total.neg_()
+        for name, gradient in gradients.items():
+            effect[name] = self._times_weight(name, gradient).neg_()
             self._add(self.benefit, name, effect[name])
         return WeightScores(effect, self.source)
+
+    def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
+        return mean_gradients(
+            self.bridge,
+            batches,
+            objective,
+            self.sites,
+            unchanged,
+            kind=kind,
+            max_memory=self.max_memory,
+        )
+
+    def _times_weight(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient times its weight, in place."""
+        weight = self.sites[name].parameter.detach()
+        return gradient.mul_(weight.to(gradient.device))
 
     def _renewed(self) -> Sequence[Batch]:
         """What the target has become; before anything is removed it is the target itself."""
@@ -408,12 +410,3 @@ class _Difference(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.benefit)
-
-
-def _multiplied(
-    gradients: Totals, sites: Mapping[str, Site]
-) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-    """Each gradient times its weight, in place."""
-    for name, gradient in gradients.items():
-        weight = sites[name].parameter.detach()
-        yield name, gradient.mul_(weight.to(gradient.device))

@@ -1,10 +1,12 @@
 """The estimate against what a run takes.
 
 Would catch: activations that are not scaled to the batch, accumulators counted without the bound,
-weights counted twice, hooks or gradients left behind by the probe.
+weights counted twice, hooks or gradients left behind by the probe; scores of a step, a group or a
+behaviour that are still there when the next ones are made.
 """
 
 import gc
+import weakref
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.memory import _LiveBytes, estimate_memory
 from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.weights import weight_sites
 
 METHODS = {False: removal_effect, True: snip_scores}
@@ -67,9 +70,62 @@ def test_the_estimate_at_the_size_of_an_organism(open_model, absolute):
     assert estimate.accumulators + estimate.activations == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("protect", [(), [[random_batch(9, 16, seed=1)], [random_batch(12, 16)]]])
+def test_the_estimate_of_a_search_is_what_it_takes(open_model, protect):
+    bridge = open_model("Llama", **ORGANISM)
+    batches = [random_batch(8, 16), random_batch(3, 16)]
+    estimate = estimate_memory(bridge, batches, protect=protect)
+    with _LiveBytes() as live:
+        find_circuit(bridge, batches, protect, size=0.001, budget=1.0, steps=2)
+    searched = estimate.accumulators + estimate.activations + estimate.sums
+    assert searched == pytest.approx(live.peak, rel=0.1)
+
+    n_scored = sum(site.parameter.numel() for site in weight_sites(bridge).values())
+    assert estimate.accumulators == 4 * n_scored
+    assert estimate.sums == 4 * n_scored * (2 if protect else 1)
+    assert estimate.total == estimate.weights + searched
+
+    bounded = estimate_memory(bridge, batches, protect=protect, max_memory=500_000)
+    assert bounded.accumulators <= 500_000
+    assert bounded.sums == estimate.sums + estimate.accumulators, "all scores are in host memory"
+
+
+def test_a_bound_holds_for_all_that_a_search_has_on_the_device(llama, monkeypatch):
+    """On a CPU that stands for a device: what goes to the host is copied, as from a device."""
+    n_bytes = [4 * site.parameter.numel() for site in weight_sites(llama).values()]
+    bound = 2 * max(n_bytes)
+    alive: dict[int, int] = {}
+    peaks = []
+
+    def counted_zeros(site):
+        zeros = torch.zeros(site.parameter.shape)
+        storage = zeros.untyped_storage()
+        alive[storage._cdata] = storage.nbytes()
+        weakref.finalize(storage, alive.pop, storage._cdata)
+        peaks.append(sum(alive.values()))
+        return zeros
+
+    monkeypatch.setattr("harmcircuits.hooks.accumulation._zeros", counted_zeros)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    protect = [[random_batch(6, 8, seed=1)], [random_batch(6, 8, seed=2)]]
+    options = {"size": 0.05, "steps": 2}
+    find_circuit(llama, [random_batch()], protect, max_memory=bound, **options)
+    assert max(n_bytes) < max(peaks) <= bound
+    assert not alive
+
+    peaks.clear()
+    find_circuit(llama, [random_batch()], protect, **options)
+    assert max(peaks) > bound, "the bound must have something to do"
+
+
 def test_no_batches_are_refused(llama):
     with pytest.raises(ValueError, match="estimate_memory: no batches"):
         estimate_memory(llama, [])
+
+
+def test_a_search_is_not_absolute(llama, batch):
+    with pytest.raises(ValueError, match="absolute=True with protect"):
+        estimate_memory(llama, [batch], absolute=True, protect=())
 
 
 def test_live_bytes_by_hand():
