@@ -5,6 +5,7 @@ are measured on the choice split; a rule finds the best of each way; only these 
 the search's are measured on held-out requests.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rich.progress import Progress
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
+from harmcircuits.display import listed
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.weights import named_weights, weight_sites
@@ -163,31 +165,44 @@ def _check(run: Study) -> None:
     list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
     if run.max_memory is not None and run.out is None:
         raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
-    is_there = run.out is not None and (run.out / "rows.jsonl").exists()
-    if is_there and not _is_interrupted(run):
-        raise ValueError(
-            f"{run.out} already holds a study (rows.jsonl); give another folder or remove it"
-        )
+    if run.out is not None:
+        _refuse_another_study(run, run.out)
     if settings.tasks:
         task_manager(settings.tasks, settings.tasks_from)  # refuses unknown tasks
 
 
-def _is_interrupted(run: Study) -> bool:
-    """Whether the folder holds a study that did not come to its end."""
-    return run.walks is not None and run.walks.exists()
+def _refuse_another_study(run: Study, out: Path) -> None:
+    """Raises ValueError for a folder that holds a finished study, or the beginning of another."""
+    is_under_way = run.walks is not None and run.walks.exists()
+    if not is_under_way:
+        if (out / "rows.jsonl").exists():
+            raise ValueError(
+                f"{out} already holds a study (rows.jsonl); give another folder or remove it"
+            )
+        return
+    before = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    now = json.loads(json.dumps(_manifest_settings(run)))  # as they are in the file
+    if before != now:
+        changed = [name for name in now if before.get(name) != now[name]]
+        raise ValueError(
+            f"{out} holds an unfinished study with other settings ({listed(changed)}); "
+            "give another folder or remove it"
+        )
+
+
+def _manifest_settings(run: Study) -> dict[str, Any]:
+    return {"model": run.model.name, **vars(run.settings), **run.model.details}
 
 
 def _write_manifest(run: Study) -> None:
     if run.out is None or run.walks is None:
         return
-    if _is_interrupted(run):
-        # Its searches stay; what it measured is measured again.
-        (run.out / "rows.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(run.walks / "scores", ignore_errors=True)
-    run.walks.mkdir(parents=True, exist_ok=True)
-    (run.out / "masks").mkdir(exist_ok=True)
-    manifest = {"model": run.model.name, **vars(run.settings), **run.model.details}
-    Manifest(manifest).save(run.out / "manifest.json")
+    # Of an unfinished study the searches stay; what it measured is measured again.
+    (run.out / "rows.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(run.walks / "scores", ignore_errors=True)
+    (run.out / "masks").mkdir(parents=True, exist_ok=True)
+    Manifest(_manifest_settings(run)).save(run.out / "manifest.json")
+    run.walks.mkdir(exist_ok=True)
 
 
 def _calibrate(run: Study) -> dict[str, Calibration]:

@@ -225,8 +225,8 @@ def _cost(before: Rows, after: Rows, terms: Terms) -> str:
             rate_after = after.one(behaviour.metric).mean
             rate_before = before.one(behaviour.metric).mean
             changes[behaviour.title] = 100 * (rate_after - rate_before)
-    worst = min(changes, key=changes.__getitem__)
-    if changes[worst] >= 0:
+    worst = min(changes, key=changes.__getitem__, default=None)
+    if worst is None or changes[worst] >= 0:
         return f"None of the {len(changes)} kept abilities falls."
     return (
         f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'

@@ -233,6 +233,8 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     (priced,) = WeightScores.load(scores / "price").source.parents
     assert priced.method == "token_price"
 
+    with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\); give"):
+        study(model, replace(settings, steps=3), **options)
     with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)
         with pytest.raises(KeyboardInterrupt):
