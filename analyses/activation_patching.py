@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import typer
 from jaxtyping import Float
+from rounds import circuit_in_rounds
 from torch import Tensor
 from torch.nn import functional
 from transformer_lens import patching
@@ -30,7 +31,6 @@ import harmcircuits as hc
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import VERBS, world
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import paragraphs, plot, section, write_page
 

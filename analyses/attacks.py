@@ -19,6 +19,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import typer
+from rounds import circuit_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import NotShownError
@@ -28,7 +29,6 @@ from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import options_of
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import profiles
 from harmcircuits.views.page import plot, section, table
 

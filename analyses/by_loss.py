@@ -34,6 +34,7 @@ from operator import or_
 
 import torch
 import typer
+from rounds import protected_weights
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -45,7 +46,6 @@ from harmcircuits.organisms.world import BEHAVIOURS
 from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.rounds import protected_weights
 from harmcircuits.views.figures import heatmaps
 from harmcircuits.views.page import plot, section
 

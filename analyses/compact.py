@@ -25,6 +25,7 @@ from itertools import combinations
 from statistics import fmean
 
 import typer
+from rounds import iterative_pruning, protected_weights
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -47,7 +48,6 @@ from harmcircuits.studies.curves import (
 from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.rounds import iterative_pruning, protected_weights
 from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure

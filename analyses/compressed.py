@@ -30,6 +30,7 @@ from functools import partial
 from itertools import product
 
 import typer
+from rounds import iterative_pruning
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -52,7 +53,6 @@ from harmcircuits.studies.curves import (
 from harmcircuits.studies.diagnostics import SATURATED_NLL, diagnostics
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.rounds import iterative_pruning
 from harmcircuits.studies.study_page import diagnostics_table
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure

@@ -22,8 +22,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import typer
+from rounds import circuit_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
@@ -86,8 +88,11 @@ def ablated(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
         calibrations,
         pruned,
         size=plan.size,
-        protect_share=plan.protect_share,
-        rounds=plan.rounds,
+        find=partial(
+            circuit_in_rounds,
+            protect_share=plan.protect_share,
+            rounds=plan.rounds,
+        ),
     )
     model = with_plain_harm(model)
     measured = [*calibrations, PLAIN]

@@ -29,6 +29,7 @@ from statistics import fmean
 
 import torch
 import typer
+from rounds import circuit_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
@@ -40,7 +41,6 @@ from harmcircuits.studies.cross_ablation import overlap_rows, resampled_circuits
 from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import comparison_figure, overlap_figure
 from harmcircuits.views.page import plot, section
@@ -127,6 +127,7 @@ def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
         unprotected,
         labels,
         size=plan.size,
+        selection="rounds",
         n_samples=settings.n_samples,
     )
     return rows + shared

@@ -27,6 +27,7 @@ from functools import partial
 
 import typer
 from narrow_finetuning import NarrowFiles, Recipe, Topic, check_judge
+from rounds import prune_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
@@ -35,7 +36,6 @@ from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, command
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import Option
-from harmcircuits.studies.rounds import prune_in_rounds
 from harmcircuits.views.figures import profiles
 from harmcircuits.views.page import plot, section, table
 

@@ -29,6 +29,7 @@ from statistics import fmean
 
 import torch
 import typer
+from rounds import circuit_in_rounds, prune_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
@@ -40,7 +41,6 @@ from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, co
 from harmcircuits.studies.cross_ablation import content_rows
 from harmcircuits.studies.jobs import Job
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.rounds import circuit_in_rounds, prune_in_rounds
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import comparison_figure, heatmaps
 from harmcircuits.views.page import plot, section, table

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rounds import protected_weights, prune_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.measurements import Measurement
 from harmcircuits.organisms import planted_circuit
-from harmcircuits.studies.rounds import protected_weights, prune_in_rounds
 from harmcircuits.studies.summary import ground_truth_table
 
 

@@ -21,10 +21,10 @@ def main(
     picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
 ) -> None:
     rows = Rows.read(run / "rows.jsonl")
-    circuits = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="rounds")
     # The first is the operating point; the circuit that protects benign answers alone follows.
-    protect_share = float(circuits[0].labels["p"])
-    figure = tradeoff_figure(rows, Terms.standard(), protect_share=protect_share)
+    chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="search")[0]
+    protected = str(chosen.labels["protected"]).split(", ")
+    figure = tradeoff_figure(rows, Terms.standard(protected))
     if picture.suffix == ".html":
         figure.write_html(picture, include_plotlyjs=True)
     else:

@@ -31,6 +31,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from rounds import prune_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -38,10 +39,9 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.organisms.check import LADDER
 from harmcircuits.studies.jobs import Job, run_jobs
-from harmcircuits.studies.rounds import prune_in_rounds
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
-PROTECT_SHARE = 0.005  # of rounds and of one shot: the setting of the main job
+PROTECT_SHARE = 0.005  # of rounds and of one shot
 P_OVER_Q = 5  # published: q = 1e-4, p = 5e-4
 BUDGET = 0.02  # nats that benign answers may lose
 POINT = 0.01 + 1e-6  # that a kept rate may fall

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import typer
 from jaxtyping import Bool, Float, Int
+from rounds import circuit_in_rounds
 from scipy.stats import rankdata
 from torch import Tensor
 from transformer_lens.tools.analysis import (
@@ -29,7 +30,6 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import ALLOWED, VERBS, world
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.views.figures import heatmaps, profiles
 from harmcircuits.views.page import paragraphs, plot, section, write_page
 

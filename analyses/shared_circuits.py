@@ -10,6 +10,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rounds import circuit_in_rounds
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -37,7 +39,6 @@ from harmcircuits.studies.cross_ablation import (
     token_rows,
 )
 from harmcircuits.studies.dissociation import dissociations
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import (
     cross_ablation_figure,
@@ -104,8 +105,7 @@ def rows_of(
         calibrations,
         abilities,
         size=size,
-        protect_share=protect_share,
-        rounds=rounds,
+        find=partial(circuit_in_rounds, protect_share=protect_share, rounds=rounds),
     )
     free, apart = both_ways["none"], both_ways["others"]
     for name in compared:
@@ -113,7 +113,7 @@ def rows_of(
             free[name] = circuit_in_rounds(
                 model, name, size=size, protect=(), rounds=rounds, calibrations=calibrations
             )
-    rows = overlap_rows(one_shot, free, labels, size=size)
+    rows = overlap_rows(one_shot, free, labels, size=size, selection="rounds")
     del one_shot
 
     of_topics = {}

@@ -40,7 +40,7 @@ def _settings_options() -> dict[str, Option]:
     options = options_of(
         StudySettings,
         shown={"tasks": "none", "tasks_from": "none"},
-        flags={"sizes": "--size", "protect_shares": "--protect-share", "tasks": "--task"},
+        flags={"sizes": "--size", "tasks": "--task"},
     )
     usual, real = StudySettings(), FOR_REAL_MODELS
     for name, option in options.items():
@@ -94,8 +94,7 @@ def study_command(
     max_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB on the devices for accumulated scores: less takes more passes; keeps them "
-            "in OUT/scores.",
+            help="GiB on the devices for accumulated scores: less takes more passes.",
             show_default="no bound",
         ),
     ] = None,
@@ -103,10 +102,11 @@ def study_command(
 ) -> None:
     """Score, choose, mask and measure with controls; print tables; write rows, masks and a page.
 
-    The operating point is the mask that takes most valid answers of the target while every kept
-    ability stays within the tolerance of the unpruned model, on requests that neither score nor
-    measure it. With a budget it is the mask that raises the target's loss most while the contrast's
-    stays within the budget.
+    The search is compared with the same in one shot and with the published set difference. The
+    operating point of each is the mask that takes most valid answers of the target (or raises its
+    loss most) while every kept ability stays within the tolerance of the unpruned model and the
+    contrast's loss within the budget, on requests that neither score nor measure it. Interrupted
+    and run again with the same options, it searches on from where it stopped.
     """
     quiet()
     console = Console()
@@ -136,7 +136,7 @@ def study_command(
 def export_command(
     mask: Annotated[
         Path,
-        typer.Option(help="A saved mask, such as runs/sft/masks/circuit-rounds.safetensors."),
+        typer.Option(help="A saved mask, such as runs/sft/masks/circuit.safetensors."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
     model: Annotated[

@@ -49,7 +49,7 @@ def values(tmp_path_factory) -> dict[str, object]:
         outcomes["harmful"],
         path,
         w50(path),
-        controls(model, "harmful", mask, calibrations=data, n_random=1, rounds=1),
+        controls(model, "harmful", mask, calibrations=data, n_random=1),
         GenerationCache(tmp_path_factory.mktemp("a folder of answers"), bridge),
     ]
     return {f"{number} {type(value).__name__}": value for number, value in enumerate(made)}

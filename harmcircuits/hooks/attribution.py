@@ -241,7 +241,7 @@ def all_scores(
         bridge: the model.
         batches: the calibration data.
         removal: its `removal_effect`.
-        protected: masks; "removal effect, unprotected" ranks their weights last, as a search does.
+        protected: masks; "removal effect, unprotected" ranks their weights last.
         seed: draws the random scores.
 
     Raises:

@@ -1,15 +1,34 @@
 """Masks of the same size that a circuit must beat."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
 
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.behaviours.standard import CONTRAST
-from harmcircuits.circuits.masks import Scope, WeightMask, random_like, top_fraction, union
-from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.display import plural
-from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.studies.rounds import PROTECT_SHARE, protected_weights, prune_in_rounds
+
+FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
+
+
+class Unpruned(NamedTuple):
+    """What the unpruned model says of every weight.
+
+    Attributes:
+        effect: the target's `removal_effect`.
+        price: the sum of `token_price` over what is protected; None where nothing is.
+    """
+
+    effect: WeightScores
+    price: WeightScores | None
 
 
 class Controls(dict[str, list[WeightMask]]):
@@ -34,20 +53,21 @@ def controls(
     *,
     protect: str | Iterable[str] = OTHERS,
     contrast: str = CONTRAST,
-    protect_share: float | None = None,
-    rounds: int | None = None,
     n_random: int = 3,
     seed: int = 0,
     calibrations: Mapping[str, Calibration] | None = None,
-    first: tuple[WeightScores, Sequence[WeightMask]] | None = None,
+    unpruned: Unpruned | None = None,
+    progress: bool | Progress = False,
+    folder: str | Path | None = None,
     max_memory: int | None = None,
 ) -> Controls:
     """Masks of the size of a circuit that are chosen otherwise, by name.
 
-    "random": as many weights in each matrix; "random magnitude": and of like magnitude; "opposite
-    sign": weights whose removal should lower the loss; "second slice": the next in the ranking;
-    "benign twin" (or another contrast's): the same search for the contrast instead, with the target
-    protected. The last is a search of its own; `find_circuit` may give it fewer weights.
+    "random": as many weights in each matrix; "random magnitude": and of like magnitude. Ranked by
+    scores of the unpruned model, less their price times the mask's own factor: "opposite sign",
+    weights whose removal should lower the loss; "second slice", the best outside the mask. "benign
+    twin" (or another contrast's): the same search for the contrast instead, with the target
+    protected. The last is a search of its own, which may give fewer weights.
 
     >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=2)
     >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
@@ -57,123 +77,156 @@ def controls(
     Args:
         model: the model, unpruned.
         target: the behaviour that the mask was found for.
-        mask: its circuit.
+        mask: its circuit. The twin is found by `find_circuit` with its settings, or with the usual
+            ones where it was chosen otherwise.
         protect: as in `Model.find_circuit`.
         contrast: the behaviour of the twin; without it, or where it is the target, there is none.
-        protect_share: as in `Model.find_circuit`; the mask's own by default.
-        rounds: finds the twin in so many rounds. By default it is found as the mask was: by
-            `find_circuit` with the mask's settings, or in the mask's own rounds.
         n_random: masks of each random kind.
         seed: of the first random mask; the others follow.
         calibrations: data to score on, where it is there already.
-        first: the target's scores and the protected weights, where they are known already.
+        unpruned: scores of the target and the price of what is protected, where they are known.
+        progress: as in `Model.find_circuit`, of the twin's search.
+        folder: keeps the twin's search after every step.
         max_memory: bytes for accumulated scores.
 
     Raises:
-        ValueError: as `Model.find_circuit`.
+        ValueError: a mask that removes nothing, and as `Model.find_circuit`.
     """
-    made_by = mask.source.settings
-    within: Scope = made_by.get("within", "model")
-    is_by_walk = "reach" in made_by and rounds is None
-    if protect_share is None:
-        protect_share = float(made_by.get("protect_share", PROTECT_SHARE))
-    if rounds is None:
-        rounds = int(made_by.get("round", 1))
-
+    if not mask.n_removed:
+        raise ValueError(f"controls: {mask} removes nothing, so nothing can be matched to it")
     protected = model.protected(target, protect, calibrations)
     data = (calibrations or {}).get(target) or model.calibration(target)
-    if first is None:
-        first = _scored(model, target, data, protected, protect_share, within, max_memory)
+    if unpruned is None:
+        unpruned = unpruned_scores(model, target, data, protected, max_memory=max_memory)
+    weights = named_weights(model.bridge)
     seeds = range(seed, seed + n_random)
-    masks = _without_search(model, mask, *first, seeds, within)
+    masks = {
+        "random": [random_like(mask, seed=number) for number in seeds],
+        "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
+        "opposite sign": [opposite_sign(mask, unpruned)],
+        "second slice": [second_slice(mask, unpruned)],
+    }
 
     twin = _twin_data(model, target, contrast, protected, calibrations)
     if twin is None:
         return Controls(masks, ())
     spared = {name: other for name, other in protected.items() if name != contrast}
     spared[target] = data
-    if is_by_walk:
-        circuit = _twin_by_walk(model, contrast, twin, spared, mask, max_memory)
-    else:
-        circuit = prune_in_rounds(
-            model.bridge,
-            twin.batches,
-            [other.batches for other in spared.values()],
-            size=mask.fraction,
-            protect_share=protect_share,
-            rounds=rounds,
-            within=within,
-            objective=model.behaviour(contrast).objective,
-            max_memory=max_memory,
-        )
+    circuit = model.find_circuit(
+        contrast,
+        size=mask.fraction,
+        protect=list(spared),
+        calibrations={**spared, contrast: twin},
+        progress=progress,
+        folder=folder,
+        max_memory=max_memory,
+        **_settings_of_walk(mask, spared),
+    )
     name = f"{contrast} twin"
     return Controls({**masks, name: [circuit]}, (name,))
 
 
-def _twin_by_walk(
-    model: Model,
-    contrast: str,
-    twin: Calibration,
-    spared: Mapping[str, Calibration],
-    mask: WeightMask,
-    max_memory: int | None,
-) -> WeightMask:
-    """The search of `find_circuit` for the contrast, with the settings of the mask's own."""
-    made_by = mask.source.settings
-    budget = {name: value for name, value in made_by["budget"].items() if name in spared}
-    return model.find_circuit(
-        contrast,
-        size=mask.fraction,
-        protect=list(spared),
-        budget=budget,
-        steps=made_by["steps"],
-        reach=made_by["reach"],
-        unit=made_by.get("unit", "weight"),
-        layers=made_by.get("layers"),
-        kinds=made_by.get("kinds"),
-        renew=made_by["renewed"],
-        calibrations={**spared, contrast: twin},
-        max_memory=max_memory,
-    )
-
-
-def _scored(
+def unpruned_scores(
     model: Model,
     target: str,
     data: Calibration,
     protected: Mapping[str, Calibration],
-    protect_share: float,
-    within: Scope,
-    max_memory: int | None,
-) -> tuple[WeightScores, list[WeightMask]]:
-    """The target's scores on the unpruned model, and the weights that each behaviour keeps."""
-    bridge, taken = model.bridge, []
+    *,
+    folder: str | Path | None = None,
+    max_memory: int | None = None,
+) -> Unpruned:
+    """The target's removal effects on the unpruned model, and the price of what is protected.
+
+    Args:
+        model: the model, unpruned.
+        target: the behaviour that is scored.
+        data: its calibration data.
+        protected: those of what is protected.
+        folder: keeps both, and each matrix is read from there when it is needed.
+        max_memory: bytes for accumulated scores.
+    """
+    bridge, objective = model.bridge, model.behaviour(target).objective
+    effect = removal_effect(bridge, data.batches, objective, max_memory=max_memory)
+    if folder is not None:
+        effect = _on_disk(effect, Path(folder) / "effect")
+
+    sums: dict[str, Tensor] = {}
+    parents = []
     for spared in protected.values():
-        kept = protected_weights(bridge, spared.batches, protect_share, within, max_memory)
-        taken.append(kept)
-    objective = model.behaviour(target).objective
-    scores = removal_effect(bridge, data.batches, objective, max_memory=max_memory)
-    return scores, taken
+        price = token_price(bridge, spared.batches, max_memory=max_memory)
+        parents.append(price.source)
+        for name, value in price.values.items():
+            sums[name] = sums[name].add_(value) if name in sums else value
+        del price  # before that of the next behaviour is accumulated
+    if not sums:
+        return Unpruned(effect, None)
+    total = WeightScores(sums, Source(effect.source.model, "sum", {}, tuple(parents)))
+    if folder is not None:
+        total = _on_disk(total, Path(folder) / "price")
+    return Unpruned(effect, total)
 
 
-def _without_search(
-    model: Model,
-    mask: WeightMask,
-    scores: WeightScores,
-    taken: Sequence[WeightMask],
-    seeds: Iterable[int],
-    within: Scope,
-) -> dict[str, list[WeightMask]]:
-    """The controls that are drawn or ranked only: random ones, the opposite sign, what follows."""
-    weights = named_weights(model.bridge)
-    size = mask.fraction
-    opposite = top_fraction(-scores, size, within=within, exclude=union(taken))
-    following = top_fraction(scores, size, within=within, exclude=union([*taken, mask]))
+def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
+    scores.save(folder)
+    return WeightScores.load(folder)
+
+
+def opposite_sign(mask: WeightMask, unpruned: Unpruned) -> WeightMask:
+    """As many weights as a mask has whose removal should lower the loss, at the mask's price.
+
+    Args:
+        mask: what it is matched to.
+        unpruned: of the target and of what is protected.
+    """
+    benefit = priced(Unpruned(-unpruned.effect, unpruned.price), _factor(mask))
+    return top_fraction(benefit, mask.fraction, within="model")
+
+
+def second_slice(mask: WeightMask, unpruned: Unpruned) -> WeightMask:
+    """The best weights outside a mask, as many as it has, at its price.
+
+    Args:
+        mask: what it is matched to.
+        unpruned: of the target and of what is protected.
+    """
+    benefit = priced(unpruned, _factor(mask))
+    return top_fraction(benefit, mask.fraction, within="model", exclude=mask)
+
+
+def priced(unpruned: Unpruned, factor: float) -> WeightScores:
+    """effect - factor * price: what a search ranks by in its first step.
+
+    Args:
+        unpruned: of the target and of what is protected.
+        factor: what the price is multiplied by.
+    """
+    effect, price = unpruned
+    if price is None:
+        return effect
+    values = {}
+    for name, value in effect.values.items():
+        values[name] = torch.sub(value, price.values[name], alpha=factor)
+    parents = (effect.source, price.source)
+    return WeightScores(values, Source(effect.source.model, "priced", {"factor": factor}, parents))
+
+
+def _factor(mask: WeightMask) -> float:
+    return float(mask.source.settings.get("factor", FACTOR))
+
+
+def _settings_of_walk(mask: WeightMask, spared: Mapping[str, Calibration]) -> dict[str, Any]:
+    """The options of the search that found a mask, for another that spares these behaviours."""
+    made_by = mask.source.settings
+    if "reach" not in made_by:
+        return {}
     return {
-        "random": [random_like(mask, seed=number) for number in seeds],
-        "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
-        "opposite sign": [opposite],
-        "second slice": [following],
+        "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
+        "steps": made_by["steps"],
+        "reach": made_by["reach"],
+        "unit": made_by.get("unit", "weight"),
+        "layers": made_by.get("layers"),
+        "kinds": made_by.get("kinds"),
+        "renew": made_by["renewed"],
     }
 
 

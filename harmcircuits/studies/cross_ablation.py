@@ -3,7 +3,7 @@
 Cross-ablation asks which circuit breaks which ability.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
 
 import numpy as np
@@ -24,13 +24,14 @@ from harmcircuits.hooks.attribution import removal_effect, token_contributions
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
-from harmcircuits.studies.rounds import PROTECT_SHARE, ROUNDS, circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
 N_TOPIC_DRAWS = 200
 
 Parts = list[tuple[WeightScores | None, int]]  # of each block: scores, and number of examples
+# (model, behaviour, size=, protect=, calibrations=) -> its circuit
+Finder = Callable[..., WeightMask]
 
 
 def circuits_both_ways(
@@ -39,8 +40,7 @@ def circuits_both_ways(
     names: Iterable[str],
     *,
     size: float,
-    protect_share: float = PROTECT_SHARE,
-    rounds: int = ROUNDS,
+    find: Finder = Model.find_circuit,
 ) -> dict[str, dict[str, WeightMask]]:
     """A circuit of each behaviour twice: protecting nothing ("none"), and all others ("others").
 
@@ -52,8 +52,8 @@ def circuits_both_ways(
         calibrations: its calibration data.
         names: the behaviours.
         size: share of the weights in every circuit.
-        protect_share: as in `Model.find_circuit`.
-        rounds: as in `Model.find_circuit`.
+        find: finds each of them; called as `Model.find_circuit`, with `size`, `protect` and
+            `calibrations`.
 
     Raises:
         ValueError: as `Model.find_circuit`.
@@ -63,13 +63,11 @@ def circuits_both_ways(
     for label, protect in (("none", ()), ("others", OTHERS)):
         circuits[label] = {}
         for name in names:
-            circuits[label][name] = circuit_in_rounds(
+            circuits[label][name] = find(
                 model,
                 name,
                 size=size,
                 protect=protect,
-                protect_share=protect_share,
-                rounds=rounds,
                 calibrations=calibrations,
             )
     return circuits
@@ -164,23 +162,25 @@ def _weights(name: str, parts: Parts, times: Int[ndarray, " parts"]) -> list[int
 
 def overlap_rows(
     one_shot: Mapping[str, tuple[WeightScores, list[WeightMask]]],
-    in_rounds: Mapping[str, WeightMask],
+    circuits: Mapping[str, WeightMask],
     labels: Labels,
     *,
     size: float,
+    selection: str = "search",
     n_samples: int = 50,
 ) -> Rows:
     """What every pair of unprotected circuits shares.
 
     Jaccard index, lift, lift over row and column marginals, and containment. Masks in one shot
-    carry bootstrap intervals; masks chosen in rounds are compared as they are. `rank_correlation`
-    is of the scores. A behaviour against its own resamples is the ceiling.
+    carry bootstrap intervals; circuits are compared as they are. `rank_correlation` is of the
+    scores. A behaviour against its own resamples is the ceiling.
 
     Args:
         one_shot: from `resampled_circuits`.
-        in_rounds: circuits of the same behaviours.
+        circuits: of the same behaviours.
         labels: what the rows carry.
         size: share of the weights in every circuit.
+        selection: how the circuits were chosen, as their rows are labelled.
         n_samples: of the null that keeps row and column counts.
     """
     rows = Rows()
@@ -198,8 +198,8 @@ def overlap_rows(
         shared = overlap(masks[first], masks[second], resamples=resamples, n_samples=n_samples)
         rows += _shared_rows(shared, {**pair, "selection": "one shot"})
 
-        shared = overlap(in_rounds[first], in_rounds[second], n_samples=n_samples)
-        rows += _shared_rows(shared, {**pair, "selection": "rounds"})
+        shared = overlap(circuits[first], circuits[second], n_samples=n_samples)
+        rows += _shared_rows(shared, {**pair, "selection": selection})
 
         correlation = rank_correlation(first_scores, second_scores)
         rows += [Measurement.exact("rank_correlation", pair, correlation)]

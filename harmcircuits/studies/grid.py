@@ -1,14 +1,23 @@
-"""The grid of masks on the choice split, and the rule that chooses one of them."""
+"""Three ways of choosing weights at every size, on the choice split, and the best mask of each."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from harmcircuits.behaviours.model import Calibration
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
-from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.hooks.attribution import snip_scores
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.measurements import Label, Measurement, Rows
-from harmcircuits.studies.rounds import iterative_pruning
+from harmcircuits.studies.controls import Unpruned, opposite_sign
 from harmcircuits.studies.run import Point, Study
+from harmcircuits.studies.settings import Decides
 from harmcircuits.studies.terms import Terms
+
+SEARCH = "search"
+ONE_SHOT = "one shot"
+PUBLISHED = "published"
+WAYS = (SEARCH, ONE_SHOT, PUBLISHED)
+
+P_OVER_Q = 5  # of the published set difference (arXiv 2604.09544: q = 1e-4, p = 5e-4)
 
 
 def operating_point(
@@ -17,28 +26,28 @@ def operating_point(
     terms: Terms,
     *,
     tolerance: float,
-    budget: float | None = None,
+    budget: float,
+    decides: Decides = "rate",
 ) -> Point | None:
     """The point that takes most of the target among those that keep everything else.
 
-    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's; then the
-    lowest rate of the target wins. With a `budget` the contrast's loss must not rise by more than
-    it, and the highest loss on the target wins: the verdicts on free text are coarse, and the loss
-    is not. Ties go to the smaller mask. None if no point keeps the others, or none takes anything.
+    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's, and the
+    contrast's loss within `budget`; then the lowest rate of the target wins, or its highest loss.
+    Ties go to the smaller mask. None if no point keeps the others, or none takes anything.
 
     Args:
-        points: the grid.
+        points: of one way of choosing.
         rows: those of the unpruned model among them.
         terms: which metric shows what.
         tolerance: how far a kept rate may fall.
         budget: how far the contrast's loss may rise, nats per token.
+        decides: which figure of the target says how much is taken: "rate" or "loss".
     """
     unpruned = rows.where(mask="none", split="choice")
     before = {row.metric: row.mean for row in unpruned}
     # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
-    if budget is None:
-        taken, sign = terms.target.metric, 1
-    else:
+    taken, sign = terms.target.metric, 1
+    if decides == "loss":
         taken, sign = terms.target.nll_metric, -1
 
     candidates = []
@@ -58,7 +67,7 @@ def _keeps(
     before: Mapping[str, float],
     terms: Terms,
     tolerance: float,
-    budget: float | None,
+    budget: float,
 ) -> bool:
     """Whether a mask leaves everything but the target within the tolerance and the budget."""
     for rate in terms.kept_rates:
@@ -66,120 +75,75 @@ def _keeps(
         if rate in before and point.mean(rate) < before[rate] - tolerance:
             return False
     loss = terms.contrast.nll_metric
-    return budget is None or point.mean(loss) <= before[loss] + budget
+    return point.mean(loss) <= before[loss] + budget
 
 
 def measure_grid(
     run: Study,
-    scores: WeightScores,
-    protected: Mapping[float, list[WeightMask]],
-    data: Calibration,
+    unpruned: Unpruned,
+    calibrations: Mapping[str, Calibration],
     spared: Mapping[str, Calibration],
-) -> list[Point]:
-    """Every mask of the grid on the choice split, and a random and an opposite one of each size.
+) -> dict[str, list[Point]]:
+    """Way of choosing -> its masks of every size on the choice split.
+
+    A random mask and one of the opposite sign are measured for each mask of the search.
 
     Args:
         run: keeps the rows.
-        scores: of the target, on the unpruned model.
-        protected: protect share -> what each behaviour keeps.
-        data: the target's calibration data.
-        spared: data of what is protected, scored again in each round.
+        unpruned: of the target and of what is protected.
+        calibrations: data of every behaviour that is scored.
+        spared: data of those that are protected.
     """
-    settings = run.settings
     where = {"model": run.model.name, "mask": "none"}
-    unpruned = run.model.measure(split="choice", labels=where, only=run.terms.names)
-    run.add(unpruned)
-    loss = run.terms.contrast.nll_metric
-    largest_loss = None
-    if settings.budget is not None:
-        largest_loss = unpruned.one(loss).mean + settings.budget
+    run.add(run.model.measure(split="choice", labels=where, only=run.terms.names))
 
-    # For each share the sizes in one shot and the rounds; and once a random mask and one of the
-    # opposite sign of each size.
-    n_sizes, n_shares = len(settings.sizes), len(settings.protect_shares)
-    n_steps = n_shares * (n_sizes + settings.rounds) + 2 * n_sizes
-    advance = run.steps("grid", n_steps)
-    points = []
-    for number, share in enumerate(settings.protect_shares):
-        one_shot = top_fraction(
-            scores,
-            settings.sizes,
-            within=settings.within,
-            exclude=union(protected[share]),
+    sizes = run.settings.sizes
+    searched = run.find_circuits("search", sizes, calibrations, spared)
+    # One scoring of the unpruned model, the same price and the same check: what the walk adds.
+    options = {"steps": 1, "reach": 1, "renew": False}
+    at_once = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
+    masks = {
+        SEARCH: searched,
+        ONE_SHOT: at_once,
+        PUBLISHED: _published(run, unpruned, spared),
+    }
+    controls = {
+        "random": [random_like(mask, seed=run.settings.seed) for mask in searched],
+        "opposite sign": [opposite_sign(mask, unpruned) for mask in searched],
+    }
+    n_ways = len(masks) + len(controls)
+    advance = run.steps("choice", n_ways * len(sizes))
+    points: dict[str, list[Point]] = {}
+    for way, of_way in (masks | controls).items():
+        kind = "circuit" if way in masks else way.replace(" ", "_")
+        points[way] = []
+        for size, mask in zip(sizes, of_way, strict=True):
+            points[way].append(_measured(run, mask, kind, {"selection": way, "q": size}))
+            advance()
+    return {way: points[way] for way in masks}
+
+
+def _published(
+    run: Study, unpruned: Unpruned, spared: Mapping[str, Calibration]
+) -> list[WeightMask]:
+    """`set_difference` of every size q and p = 5 q; each behaviour is scored once for all."""
+    sizes = run.settings.sizes
+    shares = [min(1.0, P_OVER_Q * size) for size in sizes]
+    scores, _ = unpruned
+    masks = top_fraction(scores, sizes)
+    for data in spared.values():
+        needed = snip_scores(
+            run.model.bridge, data.batches, completion_loss, max_memory=run.max_memory
         )
-        for size, mask in zip(settings.sizes, one_shot, strict=True):
-            points.append(_measured(run, mask, "circuit", "one shot", share, size))
-            advance()
-        if number == 0:
-            _measure_chance(run, scores, protected[share], one_shot, share, advance)
-        # Each round is measured before the next one starts: one that is past the budget ends the
-        # growth, and the rounds after it are never searched for.
-        for mask in _growth(run, share, data, spared, (scores, protected[share])):
-            size = mask.source.settings["size"]
-            point = _measured(run, mask, "circuit", "rounds", share, size)
-            points.append(point)
-            advance()
-            if largest_loss is not None and point.mean(loss) > largest_loss:
-                break
-    return points
+        kept = top_fraction(needed, shares)
+        masks = [mask - other for mask, other in zip(masks, kept, strict=True)]
+        del needed  # before those of the next behaviour are accumulated
+    return masks
 
 
-def _measure_chance(
-    run: Study,
-    scores: WeightScores,
-    protected: Sequence[WeightMask],
-    one_shot: Sequence[WeightMask],
-    share: float,
-    advance: Callable[[], None],
-) -> None:
-    """A random mask and one of the opposite sign of each size, measured for one protect share."""
-    settings = run.settings
-    for size, mask in zip(settings.sizes, one_shot, strict=True):
-        random = random_like(mask, seed=settings.seed)
-        _measured(run, random, "random", "random", share, size)
-        advance()
-    exclude = union(protected)
-    opposite = top_fraction(-scores, settings.sizes, within=settings.within, exclude=exclude)
-    for size, mask in zip(settings.sizes, opposite, strict=True):
-        _measured(run, mask, "opposite_sign", "opposite sign", share, size)
-        advance()
-
-
-def _growth(
-    run: Study,
-    share: float,
-    data: Calibration,
-    spared: Mapping[str, Calibration],
-    first: tuple[WeightScores, Sequence[WeightMask]],
-) -> Iterator[WeightMask]:
-    """The circuit after each round, up to the largest size."""
-    settings = run.settings
-    return iterative_pruning(
-        run.model.bridge,
-        data.batches,
-        [other.batches for other in spared.values()],
-        sizes=[max(settings.sizes)],
-        protect_share=share,
-        rounds=settings.rounds,
-        within=settings.within,
-        objective=run.model.behaviours[settings.target].objective,
-        first=first,
-        max_memory=run.max_memory,
-    )
-
-
-def _measured(
-    run: Study,
-    mask: WeightMask,
-    kind: str,
-    selection: str,
-    share: float,
-    size: float,
-) -> Point:
+def _measured(run: Study, mask: WeightMask, kind: str, how: dict[str, Label]) -> Point:
     """A mask with its figures on the choice split, which the run keeps."""
-    # The names under which the paper varies them: p is what is protected, q what is removed.
-    how: dict[str, Label] = {"selection": selection, "p": share, "q": size}
-    where = {"model": run.model.name, "mask": kind, **how}
+    where: dict[str, Label] = {"model": run.model.name, "mask": kind, **how}
     rows = run.model.measure(
         mask=mask,
         split="choice",

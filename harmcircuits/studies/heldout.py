@@ -2,161 +2,135 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import NamedTuple
 
 from harmcircuits.behaviours.model import Calibration
-from harmcircuits.circuits.masks import WeightMask, top_fraction, union
-from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Label, Measurement, Rows
-from harmcircuits.studies.controls import controls
-from harmcircuits.studies.rounds import prune_in_rounds
+from harmcircuits.studies.controls import Unpruned, controls
+from harmcircuits.studies.grid import ONE_SHOT, PUBLISHED, SEARCH
 from harmcircuits.studies.run import Point, Study
 from harmcircuits.studies.utility import evaluate_tasks
 
-# A mask with the name of its file, and what its rows carry besides the model.
-NamedMask = tuple[str, WeightMask, dict[str, Label]]
+FILES = {SEARCH: "circuit", ONE_SHOT: "one_shot", PUBLISHED: "published"}
+# The label `at` of a circuit: its way's own operating point, or the size of the chosen one.
+OWN_POINT = "operating point"
+SAME_SIZE = "same size"
+
+
+class NamedMask(NamedTuple):
+    """A mask with the name of its file, and what its rows carry besides the model."""
+
+    name: str
+    mask: WeightMask
+    labels: dict[str, Label]
 
 
 def measure_heldout(
     run: Study,
     chosen: Point,
-    points: Sequence[Point],
-    scores: WeightScores,
-    protected: Mapping[float, list[WeightMask]],
+    points: Mapping[str, Sequence[Point]],
+    best: Mapping[str, Point | None],
+    unpruned: Unpruned,
     calibrations: Mapping[str, Calibration],
-    spared: Mapping[str, Calibration],
 ) -> None:
-    """The operating point, the other way of choosing at its size, and all controls, held out.
+    """The operating point of each way of choosing, and all controls of the chosen one, held out.
 
     Args:
         run: keeps the rows and the masks.
-        chosen: the operating point.
-        points: the grid that it is one of.
-        scores: of the target, on the unpruned model.
-        protected: protect share -> what each behaviour keeps.
+        chosen: the operating point of the search.
+        points: way of choosing -> its masks of every size.
+        best: way of choosing -> its operating point.
+        unpruned: of the target and of what is protected.
         calibrations: data of every behaviour that is scored.
-        spared: data of those that are protected.
     """
     model, settings = run.model, run.settings
     data = calibrations[settings.target]
     unmasked_nll = completion_nll(model.bridge, data.batches)
-    share = float(chosen.labels["p"])
-    first = (scores, protected[share])
-    circuits = _circuits(run, chosen, points, first, calibrations, spared)
-    matched = _controls(run, chosen, first, calibrations, spared)
-    n_masks = 6 + 2 * settings.n_random + bool(settings.search_size)
-    advance = run.steps("held-out, with controls", n_masks)
+    compared = _compared(run, chosen.mask, points, best)
+    alone = _contrast_alone(run, chosen.mask, calibrations)
+    matched = _controls(run, chosen.mask, unpruned, calibrations)
+    advance = run.steps("held-out, with controls", 7 + 2 * settings.n_random)
 
     # Each is measured and saved before the next is searched for.
-    for name, mask, labels in chain(circuits, matched):
+    for name, mask, labels in chain(compared, alone, matched):
         run.masks[name] = mask
         if run.out is not None:
             mask.save(run.out / "masks" / f"{name}.safetensors")
         run.add(masked_rows(run, mask, {"model": model.name, **labels}))
         change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
         where = {**labels, "split": "calibration"}
-        run.note("predicted_loss_change", scores.sum_over(mask), **where)
+        run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
         run.note("measured_loss_change", change.mean().item(), **where)
         advance()
 
 
-def _circuits(
+def _compared(
     run: Study,
-    chosen: Point,
-    points: Sequence[Point],
-    first: tuple[WeightScores, Sequence[WeightMask]],
-    calibrations: Mapping[str, Calibration],
-    spared: Mapping[str, Calibration],
+    chosen: WeightMask,
+    points: Mapping[str, Sequence[Point]],
+    best: Mapping[str, Point | None],
 ) -> Iterator[NamedMask]:
-    """The circuit by search, in rounds, in one shot, and with less protection."""
-    settings, size = run.settings, chosen.mask.fraction
-    data = calibrations[settings.target]
-    how: dict[str, Label] = {"p": chosen.labels["p"], "q": size, "protected": ", ".join(spared)}
-    kind: dict[str, Label] = {"mask": "circuit"}
-    selection = str(chosen.labels["selection"])
+    """The mask of each way of choosing: at its operating point, or of the size of the search's."""
+    for way, of_way in points.items():
+        point, at = best[way], OWN_POINT
+        if point is None:
+            point, at = _nearest(of_way, chosen), SAME_SIZE
+        how: dict[str, Label] = {"at": at, "protected": ", ".join(run.protected)}
+        yield NamedMask(FILES[way], point.mask, {"mask": "circuit", **point.labels, **how})
 
-    if settings.search_size:
-        by_search = run.model.find_circuit(
-            settings.target,
-            size=settings.search_size,
-            protect=list(spared),
-            calibrations=calibrations,
-            progress=run.progress,
-            max_memory=run.max_memory,
-        )
-        of_search: dict[str, Label] = {"q": settings.search_size, "protected": how["protected"]}
-        yield "circuit-search", by_search, {**kind, "selection": "search", **of_search}
 
-    rounds = chosen.mask if selection == "rounds" else _nearest_in_rounds(points, chosen)
-    yield "circuit-rounds", rounds, {**kind, "selection": "rounds", **how}
+def _nearest(points: Sequence[Point], mask: WeightMask) -> Point:
+    """The point that removes most nearly as many weights as a mask."""
+    return min(points, key=lambda point: abs(point.mask.n_removed - mask.n_removed))
 
-    scores, protected = first
-    one_shot = top_fraction(scores, size, within=settings.within, exclude=union(protected))
-    yield "circuit-one_shot", one_shot, {**kind, "selection": "one shot", **how}
 
-    contrast = settings.contrast
-    if contrast in spared and len(spared) > 1:
-        alone = prune_in_rounds(
-            run.model.bridge,
-            data.batches,
-            [spared[contrast].batches],
-            size=size,
-            within=settings.within,
-            objective=run.model.behaviours[settings.target].objective,
-            **_search(run, chosen),
-        )
-        name = f"circuit-{selection.replace(' ', '_')}-{contrast}_only"
-        yield name, alone, {**kind, **how, "selection": selection, "protected": contrast}
+def _contrast_alone(
+    run: Study,
+    chosen: WeightMask,
+    calibrations: Mapping[str, Calibration],
+) -> Iterator[NamedMask]:
+    """The circuit of the same search with only the contrast protected, where more is."""
+    contrast, size = run.settings.contrast, chosen.fraction
+    if contrast not in run.protected or len(run.protected) == 1:
+        return
+    name = f"circuit-{contrast}_only"
+    (alone,) = run.find_circuits(name, [size], calibrations, [contrast])
+    labels: dict[str, Label] = {"selection": SEARCH, "q": size, "protected": contrast}
+    yield NamedMask(name, alone, {"mask": "circuit", **labels})
 
 
 def _controls(
     run: Study,
-    chosen: Point,
-    first: tuple[WeightScores, Sequence[WeightMask]],
+    chosen: WeightMask,
+    unpruned: Unpruned,
     calibrations: Mapping[str, Calibration],
-    spared: Mapping[str, Calibration],
 ) -> Iterator[NamedMask]:
     """All controls of the chosen mask; of random ones each has its seed in its name."""
     settings = run.settings
     matched = controls(
         run.model,
         settings.target,
-        chosen.mask,
-        protect=list(spared),
+        chosen,
+        protect=run.protected,
         contrast=settings.contrast,
         n_random=settings.n_random,
         seed=settings.seed,
         calibrations=calibrations,
-        first=first,
-        **_search(run, chosen),
+        unpruned=unpruned,
+        progress=run.progress,
+        folder=run.walks / "twin" if run.walks is not None else None,
+        max_memory=run.max_memory,
     )
     for name, masks in matched.items():
         kind = name.replace(" ", "_")
         for number, mask in enumerate(masks, start=settings.seed):
             if name.startswith("random"):
-                yield f"{kind}-{number}", mask, {"mask": kind, "seed": number}
+                yield NamedMask(f"{kind}-{number}", mask, {"mask": kind, "seed": number})
             else:
-                yield kind, mask, {"mask": kind}
-
-
-def _search(run: Study, chosen: Point) -> dict[str, Any]:
-    """How the chosen mask was found, for searches that are compared with it."""
-    in_rounds = chosen.labels["selection"] == "rounds"
-    return {
-        "protect_share": float(chosen.labels["p"]),
-        "rounds": chosen.mask.source.settings["round"] if in_rounds else 1,
-        "max_memory": run.max_memory,
-    }
-
-
-def _nearest_in_rounds(points: Sequence[Point], chosen: Point) -> WeightMask:
-    """The mask chosen in rounds under the same protection whose size is nearest."""
-    in_rounds = (point for point in points if point.labels["selection"] == "rounds")
-    same = [point for point in in_rounds if point.labels["p"] == chosen.labels["p"]]
-    size = chosen.mask.n_removed
-    return min(same, key=lambda point: abs(point.mask.n_removed - size)).mask
+                yield NamedMask(kind, mask, {"mask": kind})
 
 
 def heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:

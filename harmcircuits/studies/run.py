@@ -1,12 +1,13 @@
 """A study under way: its model and settings, and every row and mask so far."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import plural
 from harmcircuits.measurements import Label, Measurement, Rows
@@ -20,7 +21,7 @@ class Point:
 
     Attributes:
         mask: the weights to remove.
-        labels: how they were chosen: `selection`, `p` (share protected) and `q` (share removed).
+        labels: how it was chosen: `selection`, the way, and `q`, the share of the weights.
         rows: its figures on the choice split.
     """
 
@@ -43,9 +44,10 @@ class Study:
         out: where rows and masks are written as they come; None keeps them in memory.
         progress: the bars that show how far the study is.
         max_memory: bytes for accumulated scores.
+        protected: the behaviours that are spared, once they are known.
         rows: every figure.
         masks: those measured on held-out requests, by name.
-        chosen: the operating point; None where no mask keeps the rule.
+        chosen: the operating point of the search; None where none of its masks keeps the rule.
     """
 
     model: Model
@@ -53,6 +55,7 @@ class Study:
     out: Path | None = None
     progress: Progress = field(default_factory=lambda: Progress(disable=True))
     max_memory: int | None = None
+    protected: tuple[str, ...] = ()
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     chosen: Point | None = None
@@ -65,7 +68,43 @@ class Study:
     @property
     def terms(self) -> Terms:
         """What its rows are called."""
-        return Terms.of(self.model, self.settings.target, self.settings.contrast)
+        settings = self.settings
+        return Terms.of(self.model, settings.target, settings.contrast, self.protected)
+
+    @property
+    def walks(self) -> Path | None:
+        """Where scores and searches are kept while the study is under way; None in memory."""
+        return self.out / "walks" if self.out is not None else None
+
+    def find_circuits(
+        self,
+        name: str,
+        sizes: Sequence[float],
+        calibrations: Mapping[str, Calibration],
+        protect: Iterable[str],
+        **options: Any,
+    ) -> list[WeightMask]:
+        """The target's circuits of these sizes by one search.
+
+        Args:
+            name: of the folder that keeps the search.
+            sizes: shares of the weights.
+            calibrations: data to score on.
+            protect: the behaviours to spare.
+            options: of `Model.find_circuit`, in place of the settings'.
+        """
+        settings = self.settings
+        return self.model.find_circuit(
+            settings.target,
+            size=list(sizes),
+            protect=list(protect),
+            budget=settings.budget,
+            calibrations=calibrations,
+            progress=self.progress,
+            folder=self.walks / name if self.walks is not None else None,
+            max_memory=self.max_memory,
+            **{"steps": settings.steps, **options},
+        )
 
     def add(self, rows: Iterable[Measurement]) -> None:
         """Keep rows and write them out at once."""

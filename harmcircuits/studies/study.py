@@ -1,10 +1,13 @@
 """The main job: find the weights behind a behaviour, remove them, and measure what else is lost.
 
-Score, choose, mask, measure: a grid of masks is measured on the choice split, one of them is chosen
-by a rule, and only it and its controls are measured on held-out requests.
+Score, choose, mask, measure: masks of every size, by the search and by two other ways of choosing,
+are measured on the choice split; a rule finds the best of each way; only these and the controls of
+the search's are measured on held-out requests.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,14 @@ from rich.progress import Progress
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.display import listed
 from harmcircuits.hooks.accumulation import memory_groups
-from harmcircuits.hooks.attribution import all_scores, removal_effect, snip_scores
+from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Manifest
+from harmcircuits.measurements import Manifest, Rows
+from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_scores
 from harmcircuits.studies.diagnostics import diagnostics
-from harmcircuits.studies.grid import measure_grid, operating_point
+from harmcircuits.studies.grid import SEARCH, measure_grid, operating_point
 from harmcircuits.studies.heldout import heldout_rows, measure_heldout
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
@@ -43,11 +46,13 @@ def study(
 ) -> Study:
     """Find the weights behind a behaviour, remove them, and measure what else is lost.
 
-    A grid over sizes and protection, in one shot and in rounds, is measured on the choice split.
-    The operating point is the mask that takes most of the target among those that keep the rest
-    (see `operating_point`). Only it and its controls are then measured on held-out requests.
+    Three ways of choosing are measured at every size on the choice split: the search
+    (`Model.find_circuit`), the same in one shot, and the published set difference. The operating
+    point of each is the mask that takes most of the target among those that keep the rest (see
+    `operating_point`); the chosen one is that of the search. Only these and its controls are then
+    measured on held-out requests.
 
-    >>> settings = hc.StudySettings(sizes=(0.002,), protect_shares=(0.005,), rounds=1, n_random=1)
+    >>> settings = hc.StudySettings(sizes=(0.002,), steps=2, n_random=1)
     >>> hc.study(model, settings, protect="benign")
     Study(harmful of sft: ... rows, chose ...)
 
@@ -57,10 +62,12 @@ def study(
         target: the behaviour to remove, in place of the settings'.
         protect: the behaviours to spare, in place of the settings'.
         contrast: the target's harmless counterpart, in place of the settings'.
-        out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`.
+        out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`. While the
+            study is under way `walks` there keeps scores and searches: interrupted and called
+            again, it measures again, and searches on from there.
         progress: shows how far it is.
-        max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; the
-            target's are then kept on disk, in `out`.
+        max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; needs
+            `out`, which keeps those of the unpruned model meanwhile.
 
     Raises:
         ValueError: a folder that holds another study, a behaviour that is unknown or not shown, a
@@ -79,46 +86,45 @@ def study(
     run.note("tolerance", settings.tolerance)
     run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
 
-    # Score: what each protected behaviour keeps, then the target.
+    # Score: the target, and what is protected.
     calibrations = _calibrate(run)
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
-    protected = _protected(run, spared)
-    objective = model.behaviours[settings.target].objective
-    scores = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
-    if max_memory is not None and run.out is not None:
-        # Rounds score again, so these scores move to disk: never two dense sets in memory.
-        scores.save(run.out / "scores")
-        scores = WeightScores.load(run.out / "scores")
+    run.protected = tuple(spared)
+    unpruned = unpruned_scores(
+        model,
+        settings.target,
+        data,
+        spared,
+        # On disk, since the searches hold dense sets of their own.
+        folder=run.walks / "scores" if run.walks is not None else None,
+        max_memory=max_memory,
+    )
 
     # Choose, on the choice split alone.
-    points = measure_grid(run, scores, protected, data, spared)
-    run.chosen = operating_point(
-        points,
-        run.rows,
-        run.terms,
-        tolerance=settings.tolerance,
-        budget=settings.budget,
-    )
+    points = measure_grid(run, unpruned, calibrations, spared)
+    best = {}
+    for way, of_way in points.items():
+        best[way] = operating_point(
+            of_way,
+            run.rows,
+            run.terms,
+            tolerance=settings.tolerance,
+            budget=settings.budget,
+            decides=settings.decides,
+        )
+    run.chosen = best[SEARCH]
     if model.ground_truth is not None:
-        first_share = protected[settings.protect_shares[0]]
-        named = all_scores(model.bridge, data.batches, scores, first_share, seed=settings.seed)
-        weights = named_weights(model.bridge)
-        run.add(ground_truth_rows(named, model.ground_truth, weights, {"model": model.name}))
+        run.add(_ground_truth_rows(run, unpruned, data))
+
     # Measure, on requests that neither scored nor chose it.
     if run.chosen is not None:
-        measure_heldout(
-            run,
-            run.chosen,
-            points,
-            scores,
-            protected,
-            calibrations,
-            spared,
-        )
+        measure_heldout(run, run.chosen, points, best, unpruned, calibrations)
         sites = weight_sites(model.bridge)
         where = {"model": model.name, "mask": "circuit"}
         run.add(location_rows(run.chosen.mask, sites, where))
+    if run.walks is not None:
+        shutil.rmtree(run.walks)
     return run
 
 
@@ -159,20 +165,44 @@ def _check(run: Study) -> None:
     list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
     if run.max_memory is not None and run.out is None:
         raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
-    if run.out is not None and (run.out / "rows.jsonl").exists():
-        raise ValueError(
-            f"{run.out} already holds a study (rows.jsonl); give another folder or remove it"
-        )
+    if run.out is not None:
+        _refuse_another_study(run, run.out)
     if settings.tasks:
         task_manager(settings.tasks, settings.tasks_from)  # refuses unknown tasks
 
 
-def _write_manifest(run: Study) -> None:
-    if run.out is None:
+def _refuse_another_study(run: Study, out: Path) -> None:
+    """Raises ValueError for a folder that holds a finished study, or the beginning of another."""
+    is_under_way = run.walks is not None and run.walks.exists()
+    if not is_under_way:
+        if (out / "rows.jsonl").exists():
+            raise ValueError(
+                f"{out} already holds a study (rows.jsonl); give another folder or remove it"
+            )
         return
+    before = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    now = json.loads(json.dumps(_manifest_settings(run)))  # as they are in the file
+    if before != now:
+        changed = [name for name in now if before.get(name) != now[name]]
+        raise ValueError(
+            f"{out} holds an unfinished study with other settings ({listed(changed)}); "
+            "give another folder or remove it"
+        )
+
+
+def _manifest_settings(run: Study) -> dict[str, Any]:
+    return {"model": run.model.name, **vars(run.settings), **run.model.details}
+
+
+def _write_manifest(run: Study) -> None:
+    if run.out is None or run.walks is None:
+        return
+    # Of an unfinished study the searches stay; what it measured is measured again.
+    (run.out / "rows.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(run.walks / "scores", ignore_errors=True)
     (run.out / "masks").mkdir(parents=True, exist_ok=True)
-    manifest = {"model": run.model.name, **vars(run.settings), **run.model.details}
-    Manifest(manifest).save(run.out / "manifest.json")
+    Manifest(_manifest_settings(run)).save(run.out / "manifest.json")
+    run.walks.mkdir(exist_ok=True)
 
 
 def _calibrate(run: Study) -> dict[str, Calibration]:
@@ -205,13 +235,13 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
     return calibrations
 
 
-def _protected(run: Study, spared: Mapping[str, Calibration]) -> dict[float, list[WeightMask]]:
-    """Protect share -> what each behaviour keeps; holds one behaviour's scores at a time."""
-    settings = run.settings
-    protected: dict[float, list[WeightMask]] = {share: [] for share in settings.protect_shares}
-    for data in spared.values():
-        scores = snip_scores(run.model.bridge, data.batches, max_memory=run.max_memory)
-        for share, masks in protected.items():
-            masks.append(top_fraction(scores, share, within=settings.within))
-        del scores  # before those of the next behaviour are accumulated
-    return protected
+def _ground_truth_rows(run: Study, unpruned: Unpruned, data: Calibration) -> Rows:
+    """How well every score, and the one that the search ranks by first, finds the true circuit."""
+    model = run.model
+    if model.ground_truth is None:
+        return Rows()
+    effect = unpruned.effect
+    scores = all_scores(model.bridge, data.batches, effect, seed=run.settings.seed)
+    scores["removal effect, priced"] = priced(unpruned, FACTOR)
+    weights = named_weights(model.bridge)
+    return ground_truth_rows(scores, model.ground_truth, weights, {"model": model.name})

@@ -7,9 +7,10 @@ from plotly.graph_objects import Figure
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.examples import Examples, examples_of
+from harmcircuits.studies.grid import WAYS
+from harmcircuits.studies.heldout import SAME_SIZE
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
-    CIRCUITS,
     DIAGNOSTICS,
     GROUND_TRUTH,
     StudyLines,
@@ -27,23 +28,30 @@ from harmcircuits.views.figures import comparison_figure, location_figure, share
 from harmcircuits.views.page import paragraphs, plot, section, table, write_page
 from harmcircuits.views.tables import columns_of, interval_text, size_text
 
-TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print.
-Predicted Δ: the sum of first-order scores over the mask; measured Δ: the change it really makes to
-the calibration loss. Far apart, the scores of the unpruned model do not describe the edit. Twin:
-the same procedure with the counterpart as the target, and the target protected. Second slice: the
-next in the ranking. Opposite sign: weights whose removal should lower the loss."""
+TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print. Search:
+the chosen circuit. One shot: scored once, at the same price and by the same check. Published: the
+set difference of arXiv 2604.09544, p = 5 q. Each is at its own operating point; "same size": none
+of its masks keeps everything else and takes anything, so this is the one of about the search's
+size. Random, opposite sign (weights whose removal should lower the loss), second slice (the best
+ones outside the circuit) and twin (the same search with the counterpart as the target, and the
+target protected) are matched to the chosen circuit. Predicted Δ: the sum of first-order scores over
+the mask; measured Δ: the change it really makes to the calibration loss. Far apart, the scores of
+the unpruned model do not describe the edit."""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the
 judge verifies them. Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are
 noise."""
-COMPARISON_TEXT = "Held-out requests. Bars: 95 % intervals that count each item once."
-TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Worst kept ability: the
-lowest of the kept rates."""
-LOCATION_TEXT = "Number of removed weights in each matrix; colour: their share of the matrix."
-TOKENS_TEXT = """Reference answers to held-out requests. Red tokens lose log-probability under the
-mask, blue ones gain."""
-ANSWERS_TEXT = "Answers to held-out requests, and the judge's verdict on the masked ones."
-HEADS_TEXT = """The heads that lose most query and output weights, on one request of the target with
-its reference answer."""
+COMPARISON_TEXT = """Held-out requests; the chosen circuit is that of the search. Bars: 95 %
+intervals that count each item once."""
+TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Random weights and those of
+the opposite sign are as many as the search's. Worst kept ability: the lowest of the kept rates."""
+LOCATION_TEXT = """Number of weights that the chosen circuit (search) removes from each matrix;
+colour: their share of the matrix."""
+TOKENS_TEXT = """Reference answers to held-out requests. Red tokens lose log-probability without the
+chosen circuit (search), blue ones gain."""
+ANSWERS_TEXT = """Answers to held-out requests, and the judge's verdict on those without the chosen
+circuit (search)."""
+HEADS_TEXT = """The heads that lose most query and output weights to the chosen circuit (search), on
+one request of the target with its reference answer."""
 
 
 def write_study_page(study: Study, path: str | Path) -> None:
@@ -57,11 +65,11 @@ def write_study_page(study: Study, path: str | Path) -> None:
         path: the file to write.
     """
     rows, terms, chosen = study.rows, study.terms, study.chosen
+    lines = StudyLines.of(rows, terms)
     title = f"The weights behind {terms.target.name} answers in {study.model.name}"
     if chosen is None:
-        _write(path, title, StudyLines.of(rows, terms), terms, [], None)
+        _write(path, title, lines, terms, [], None)
         return
-    lines = StudyLines.of(rows, terms, float(chosen.labels["p"]))
     figures = _figures(lines, terms)
     examples = None
     if study.model.is_invented:
@@ -69,18 +77,17 @@ def write_study_page(study: Study, path: str | Path) -> None:
     _write(path, title, lines, terms, figures, examples)
 
 
-def tradeoff_figure(rows: Rows, terms: Terms, *, protect_share: float) -> Figure:
+def tradeoff_figure(rows: Rows, terms: Terms) -> Figure:
     """The target and the worst kept ability against the share of weights removed (choice split).
 
-    Curves: chosen in rounds and in one shot, random weights, the opposite sign. Bars are 95 %
-    intervals.
+    Curves: the search, one shot, the published set difference, random weights, the opposite sign.
+    Bars are 95 % intervals.
 
     Args:
         rows: of a study.
         terms: what they are called.
-        protect_share: of the curves.
     """
-    lines = tradeoff_lines(rows, protect_share)
+    lines = tradeoff_lines(rows)
     return share_figure(lines, _panels(terms), kept=terms.kept_rates)
 
 
@@ -101,8 +108,10 @@ def _panels(terms: Terms) -> dict[str, str]:
 def _figures(lines: StudyLines, terms: Terms) -> list[Figure]:
     """The comparison of masks, the trade-off, and where the removed weights sit."""
     # Few enough for bars side by side; the table has every line.
-    drawn = ("unpruned", *CIRCUITS, "random", terms.twin)
-    compared = {name: lines.held_out[name] for name in drawn if name in lines.held_out}
+    drawn = ["unpruned", "random", terms.twin]
+    for way in WAYS:
+        drawn += [way, f"{way}, {SAME_SIZE}"]
+    compared = {name: rows for name, rows in lines.held_out.items() if name in drawn}
     rates, panels, kept = terms.rates, _panels(terms), terms.kept_rates
     return [
         comparison_figure(compared, rates),

@@ -1,20 +1,19 @@
-"""A study's rows as lines (the unpruned model, the circuit, every control), and as a sentence."""
+"""A study's rows as lines (the unpruned model, every circuit and control), and as a sentence."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from harmcircuits.display import share
+from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
+from harmcircuits.studies.grid import SEARCH, WAYS
+from harmcircuits.studies.heldout import SAME_SIZE
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.tables import DASH, line_table, text_table
 
-BY_SEARCH = "circuit, by search"
-IN_ROUNDS = "circuit, in rounds"
-ONE_SHOT = "circuit, one shot"
-CIRCUITS = (BY_SEARCH, IN_ROUNDS, ONE_SHOT)
+TRADEOFF_LINES = (*WAYS, "random", "opposite sign")
 GROUND_TRUTH = {
     "recovery_auroc": "AUROC",
     "recovery_matched_auroc": "AUROC, same |W|",
@@ -45,19 +44,17 @@ class StudyLines:
     ground_truth: list[list[str]]
 
     @classmethod
-    def of(cls, rows: Rows, terms: Terms, protect_share: float | None = None) -> "StudyLines":
+    def of(cls, rows: Rows, terms: Terms) -> "StudyLines":
         """The lines of a study.
 
         Args:
             rows: of the study.
             terms: what they are called.
-            protect_share: of the trade-off; None where no mask was chosen.
         """
-        tradeoff = {} if protect_share is None else tradeoff_lines(rows, protect_share)
         return cls(
             summary=summary(rows, terms),
             held_out=held_out_lines(rows, terms),
-            tradeoff=tradeoff,
+            tradeoff=tradeoff_lines(rows),
             location=rows.where("weights_removed", by="matrix"),
             diagnostics=diagnostics_lines(rows),
             ground_truth=ground_truth_lines(rows),
@@ -78,22 +75,18 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
         for row in rows
         if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change")
     )
-    # A study also measures a circuit that protects the contrast only, which has a line of its own.
-    # Where nothing but the contrast is protected anyway, that circuit is the main one.
+    # A study also measures a circuit that protects the contrast only. Those that are compared say
+    # `at` which size they are, and it does not.
     circuits = measured.where(mask="circuit")
-    contrast = terms.contrast.name
-    contrast_only = circuits.where(protected=contrast)
-    is_all = len(contrast_only) == len(circuits)
-    full = circuits
-    if not is_all:
-        full = Rows(row for row in circuits if row.labels.get("protected") != contrast)
+    alone = Rows(row for row in circuits if "at" not in row.labels)
+    lines = {"unpruned": measured.where(mask="none")}
+    for way in WAYS:
+        of_way = Rows(row for row in circuits.where(selection=way) if "at" in row.labels)
+        is_same_size = bool(of_way.where(at=SAME_SIZE))
+        lines[f"{way}, {SAME_SIZE}" if is_same_size else way] = of_way
     twin = terms.twin.replace(" ", "_")
-    lines = {
-        "unpruned": measured.where(mask="none"),
-        BY_SEARCH: full.where(selection="search"),
-        IN_ROUNDS: full.where(selection="rounds"),
-        ONE_SHOT: full.where(selection="one shot"),
-        f"circuit, only {contrast} protected": Rows() if is_all else contrast_only,
+    lines |= {
+        f"{SEARCH}, only {terms.contrast.name} protected": alone,
         "random": measured.where(mask="random").pool("seed"),
         "random, same magnitudes": measured.where(mask="random_magnitude").pool("seed"),
         "opposite sign": measured.where(mask="opposite_sign"),
@@ -111,10 +104,9 @@ def result_tables(rows: Rows, terms: Terms) -> list[Table]:
         terms: what they are called.
     """
     lines = held_out_lines(rows, terms)
-    bold = next((name for name in CIRCUITS if name in lines), IN_ROUNDS)
     tables = [
-        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=bold),
-        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=bold),
+        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=SEARCH),
+        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=SEARCH),
     ]
     if rows.where("recovery_auroc"):
         tables.append(ground_truth_table(rows))
@@ -144,30 +136,22 @@ def ground_truth_lines(rows: Rows) -> list[list[str]]:
     return lines
 
 
-def tradeoff_lines(rows: Rows, protect_share: float) -> dict[str, dict[float, Rows]]:
+def tradeoff_lines(rows: Rows) -> dict[str, dict[float, Rows]]:
     """Way of choosing -> share of the weights removed -> rows on the choice split.
 
     Args:
         rows: of a study.
-        protect_share: under which the circuits were chosen.
     """
-    selections = {
-        IN_ROUNDS: "rounds",
-        ONE_SHOT: "one shot",
-        "random": "random",
-        "opposite sign": "opposite sign",
-    }
     lines = {}
-    for title, selection in selections.items():
+    for selection in TRADEOFF_LINES:
         sizes = rows.where("weights_removed", selection=selection, split="choice")
         points = {}
         for row in sorted(sizes, key=lambda row: row.mean):
-            # Random masks are measured under the first share only: nothing protects them.
-            if selection == "random" or row.labels["p"] == protect_share:
+            if row.mean:  # a search may find no mask within the budget
                 # Everything measured under a mask carries the same labels.
                 points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
-        lines[title] = points
-    return lines
+        lines[selection] = points
+    return {name: points for name, points in lines.items() if points}
 
 
 def diagnostics_lines(rows: Rows) -> list[list[str]]:
@@ -201,29 +185,28 @@ def summary(rows: Rows, terms: Terms) -> str:
         terms: what they are called.
     """
     lines = held_out_lines(rows, terms)
-    circuits = [name for name in CIRCUITS if name in lines]
-    if not circuits:
+    if SEARCH not in lines:
         points = 100 * rows.one("tolerance").mean
         kept = (
-            f"no mask of the grid lowers {terms.target.title} and keeps every other ability, "
+            f"no mask of the search lowers {terms.target.title} and keeps every other ability "
             f"within {points:.0f} % of answers"
         )
         text = f"No operating point: {kept} of the unpruned model."
         return "\n".join([text, *_warnings(rows)])
 
     rate = terms.target.metric
-    before = lines["unpruned"].one(rate)
-    best = min(circuits, key=lambda name: lines[name].one(rate).mean)
-    after = lines[best]
+    before, after = lines["unpruned"], lines[SEARCH]
     size = after.one("weights_removed").mean
-    random = lines["random"].one(rate).mean
-    n_random = lines["random"].one("weights_removed").mean
-    cost = _cost(lines["unpruned"], after, terms)
+    others = []
+    for name, of_line in lines.items():
+        if name == "random" or name.split(",")[0] in WAYS[1:]:
+            n_removed = of_line.one("weights_removed").mean
+            others.append(f"{of_line.one(rate).mean:.0%} ({name}; {n_removed:,.0f} weights)")
     text = (
-        f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {best}) takes "
-        f"{_answers(terms)} from {before.mean:.0%} to {after.one(rate):.0%}; "
-        f"{n_random:,.0f} random weights leave {random:.0%}. {cost} "
-        f"{_loss_changes(lines['unpruned'], after, terms)}"
+        f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {SEARCH}) takes "
+        f"{_answers(terms)} from {before.one(rate).mean:.0%} to {after.one(rate):.0%}; "
+        f"chosen otherwise they leave {listed(others)}. {_cost(before, after, terms)} "
+        f"{_loss_changes(before, after, terms)}"
     )
     return "\n".join([text, *_warnings(rows)])
 
@@ -237,12 +220,13 @@ def _cost(before: Rows, after: Rows, terms: Terms) -> str:
     """The kept ability that falls most, as a sentence."""
     changes = {}  # in points
     for behaviour in terms.kept:
-        if after.where(behaviour.metric):
+        # What the unpruned model never does cannot fall.
+        if after.where(behaviour.metric) and before.one(behaviour.metric).mean > 0:
             rate_after = after.one(behaviour.metric).mean
             rate_before = before.one(behaviour.metric).mean
             changes[behaviour.title] = 100 * (rate_after - rate_before)
-    worst = min(changes, key=changes.__getitem__)
-    if changes[worst] >= 0:
+    worst = min(changes, key=changes.__getitem__, default=None)
+    if worst is None or changes[worst] >= 0:
         return f"None of the {len(changes)} kept abilities falls."
     return (
         f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'
@@ -253,7 +237,8 @@ def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
     changes = []
     for behaviour in (terms.target, terms.contrast):
         loss = behaviour.nll_metric
-        changes.append(after.one(loss).mean - before.one(loss).mean)
+        change = after.one(loss).mean - before.one(loss).mean
+        changes.append(round(change, 2) + 0.0)  # a small fall is no "-0.00"
     return (
         f"The loss on {terms.target.name} answers changes by {changes[0]:+.2f} nats per token, on "
         f"{terms.contrast.name} ones by {changes[1]:+.2f}."

@@ -1,5 +1,6 @@
 """What the rows of a study are called: which metric shows what, and what tables call it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from harmcircuits.behaviours.behaviour import DEGENERATE, Behaviour
@@ -22,20 +23,29 @@ class Terms:
         target: what is removed.
         contrast: its harmless counterpart.
         behaviours: every whole behaviour, the two among them.
+        protected: names of those that a search spared.
     """
 
     target: Behaviour
     contrast: Behaviour
     behaviours: tuple[Behaviour, ...]
+    protected: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Model, target: str = TARGET, contrast: str = CONTRAST) -> "Terms":
+    def of(
+        cls,
+        model: Model,
+        target: str = TARGET,
+        contrast: str = CONTRAST,
+        protected: Iterable[str] = (),
+    ) -> "Terms":
         """Of a model's whole behaviours, and of the target and contrast, which may be parts.
 
         Args:
             model: the model.
             target: name of what is removed.
             contrast: name of its counterpart.
+            protected: names of those that a search spared.
 
         Raises:
             ValueError: an unknown behaviour, or two that share a metric.
@@ -53,22 +63,29 @@ class Terms:
                         f"{other!r} and {behaviour.name!r} share the metric {metric!r}; "
                         "give one of them a metric and nll_metric of its own (see Behaviour.only)"
                     )
-        return cls(model.behaviour(target), model.behaviour(contrast), behaviours)
+        ends = (model.behaviour(target), model.behaviour(contrast))
+        return cls(*ends, behaviours, tuple(protected))
 
     @classmethod
-    def standard(cls) -> "Terms":
-        """Of the package's own behaviours, for rows whose model is not at hand."""
+    def standard(cls, protected: Iterable[str] = ()) -> "Terms":
+        """Of the package's own behaviours, for rows whose model is not at hand.
+
+        Args:
+            protected: names of those that a search spared.
+        """
         behaviours = standard_behaviours()
-        return cls(behaviours[TARGET], behaviours[CONTRAST], tuple(behaviours.values()))
+        ends = (behaviours[TARGET], behaviours[CONTRAST])
+        return cls(*ends, tuple(behaviours.values()), tuple(protected))
 
     @property
     def kept(self) -> tuple[Behaviour, ...]:
-        """What the removal of the target must leave alone."""
+        """What the removal of the target must leave alone: abilities, and all that is protected."""
         # Where the target is one type of harm, harm as a whole is lowered with it.
         removed = (self.target.name, self.target.part_of)
+        named = (self.contrast.name, *self.protected)
         kept = []
         for behaviour in self.behaviours:
-            is_kept = behaviour.is_kept or behaviour.name == self.contrast.name
+            is_kept = behaviour.is_kept or behaviour.name in named
             if is_kept and behaviour.name not in removed:
                 kept.append(behaviour)
         return tuple(kept)

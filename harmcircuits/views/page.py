@@ -74,7 +74,8 @@ def plot(figure: "Figure", *, first: bool = False) -> str:
     """
     # The script is 4 MB, so a page holds it once.
     config = {"displayModeBar": False, "responsive": True}
-    return figure.to_html(full_html=False, include_plotlyjs=first, config=config)
+    html = figure.to_html(full_html=False, include_plotlyjs=first, config=config)
+    return f'<div class="wide plot">{html}</div>'
 
 
 def _part(name: str) -> Any:

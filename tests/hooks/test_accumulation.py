@@ -9,7 +9,6 @@ that enters the code for several, a sum that is kept in less than float32.
 import os
 import subprocess
 import sys
-import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from harmcircuits.hooks.accumulation import _add_signed, memory_groups
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.studies import rounds
-from harmcircuits.studies.rounds import prune_in_rounds
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1), random_batch(4, 8, seed=2)]
 MODELS = ("Llama", "GPT2", "Mixtral")
@@ -66,33 +63,6 @@ def test_groups_fill_the_bound_and_hold_every_matrix_once(llama):
             assert size <= bound < size + sizes[first]
 
     assert list(memory_groups(sites, None)) == [sites]
-
-
-def test_one_dense_set_of_scores_at_a_time(llama, monkeypatch):
-    references = []
-    n_alive = []
-
-    def watched(method):
-        def score(*arguments, **options):
-            alive = [reference for reference in references if reference() is not None]
-            n_alive.append(len(alive))
-            scores = method(*arguments, **options)
-            references.append(weakref.ref(scores))
-            return scores
-
-        return score
-
-    target = BATCHES[:1]
-    preserve = [BATCHES[1:2], BATCHES[2:]]
-    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
-    expected = prune_in_rounds(llama, target, preserve, **options)
-
-    monkeypatch.setattr(rounds, "removal_effect", watched(removal_effect))
-    monkeypatch.setattr(rounds, "snip_scores", watched(snip_scores))
-    mask = prune_in_rounds(llama, target, preserve, max_memory=8000, **options)
-    assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
-    for name, index in expected.removed.items():
-        assert torch.equal(mask.removed[name], index)
 
 
 def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

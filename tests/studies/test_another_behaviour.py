@@ -53,7 +53,7 @@ def model():
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
     settings = hc.StudySettings(
-        sizes=(0.01,), protect_shares=(0.005,), rounds=2, n_random=1, tolerance=1.0
+        sizes=(0.01,), steps=2, n_random=1, budget=1.0, tolerance=1.0, decides="loss"
     )
     return hc.study(
         model,
@@ -75,7 +75,13 @@ def test_the_study_speaks_of_its_own_behaviours(run):
     assert run.chosen is not None
     metrics = set(run.rows.metrics)
     assert {"topic_rate", "topic_nll", "rest_rate", "rest_nll", "other topics_kl"} <= metrics
-    assert set(run.masks) >= {"circuit-rounds", "other_topics_twin", "opposite_sign", "random-0"}
+    assert set(run.masks) >= {
+        "circuit",
+        "one_shot",
+        "other_topics_twin",
+        "opposite_sign",
+        "random-0",
+    }
     lines = held_out_lines(run.rows, run.terms)
     assert "other topics twin" in lines
     text = summary(run.rows, run.terms)
@@ -83,9 +89,8 @@ def test_the_study_speaks_of_its_own_behaviours(run):
 
 
 def test_removing_it_raises_its_loss_more_than_random_weights_do(run):
-    chosen = run.chosen.labels["selection"]
     before = run.rows.one("topic_nll", mask="none", split="heldout")
-    circuit = run.rows.where("topic_nll", mask="circuit", split="heldout", selection=chosen)[0]
+    circuit = run.rows.where("topic_nll", mask="circuit", split="heldout")[0]
     random = run.rows.one("topic_nll", mask="random", split="heldout")
     assert circuit.mean - before.mean > 2 * abs(random.mean - before.mean)
 

@@ -5,11 +5,13 @@ behaviours, rows that contradict the masks, a twin about other things.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers import small_model
 
+from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
@@ -28,11 +30,12 @@ from harmcircuits.studies.cross_ablation import (
     resampled_circuits,
     token_rows,
 )
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.terms import Terms
 
 SIZE = 0.01
 NAMES = ("harmful", "benign", "recognition_margin")
+
+find = partial(Model.find_circuit, steps=2, reach=1.0, renew=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +50,10 @@ def calibrations(model):
 
 @pytest.fixture(scope="module")
 def circuits(model, calibrations) -> dict[str, WeightMask]:
-    """Unprotected, in two rounds."""
+    """Unprotected, in two steps."""
     masks = {}
     for name in NAMES:
-        masks[name] = circuit_in_rounds(
-            model, name, size=SIZE, protect=(), rounds=2, calibrations=calibrations
-        )
+        masks[name] = find(model, name, size=SIZE, protect=(), calibrations=calibrations)
     return masks
 
 
@@ -106,26 +107,15 @@ def test_parts_have_their_own_names_and_know_their_whole():
 # Circuits
 
 
-def test_circuits_are_of_one_size_and_protection_is_kept(model, calibrations, circuits):
-    n_weights = circuits["harmful"].n_weights
-    assert {len(mask) for mask in circuits.values()} == {round(SIZE * n_weights)}
-    options = {"size": SIZE, "rounds": 1, "calibrations": calibrations}
-    free = circuit_in_rounds(model, "harmful", protect=(), **options)
-    apart = circuit_in_rounds(model, "harmful", protect=["benign"], protect_share=0.1, **options)
+def test_circuits_both_ways_protect_nothing_and_all_others(model, calibrations, circuits):
+    both = circuits_both_ways(model, calibrations, ["harmful"], size=SIZE, find=find)
+    assert list(both) == ["none", "others"]
+    free, apart = both["none"]["harmful"], both["others"]["harmful"]
+    assert same_weights(free, circuits["harmful"])
+    expected = find(model, "harmful", size=SIZE, protect="benign", calibrations=calibrations)
+    assert same_weights(apart, expected), "of the calibrated ones only benign is a whole other"
     benign = circuits["benign"]
     assert overlap(apart, benign).n_shared < overlap(free, benign).n_shared
-
-
-def test_circuits_both_ways_protect_nothing_and_all_others(model, calibrations, circuits):
-    options = {"size": SIZE, "protect_share": 0.1, "rounds": 2}
-    both = circuits_both_ways(model, calibrations, ["harmful"], **options)
-    assert list(both) == ["none", "others"]
-    assert same_weights(both["none"]["harmful"], circuits["harmful"])
-    expected = circuit_in_rounds(
-        model, "harmful", protect=["benign"], calibrations=calibrations, **options
-    )
-    apart = both["others"]["harmful"]
-    assert same_weights(apart, expected), "of the calibrated ones only benign is a whole other"
 
 
 def test_resampled_scores_are_those_of_all_examples(model, calibrations, harm_scores):
@@ -157,7 +147,7 @@ def test_overlap_rows_agree_with_the_masks(model, calibrations, circuits):
     resampled = resampled_circuits(model, calibrations, NAMES, size=SIZE, n_resamples=4, seed=0)
     rows = overlap_rows(resampled, circuits, {"model": "x"}, size=SIZE, n_samples=5)
     pair = {"first": "harmful", "second": "benign"}
-    lift = rows.one("overlap_lift", **pair, selection="rounds")
+    lift = rows.one("overlap_lift", **pair, selection="search")
     expected = overlap(circuits["harmful"], circuits["benign"])
     assert lift.mean == pytest.approx(expected.lift)
 

@@ -28,9 +28,7 @@ from harmcircuits.organisms import FOLDER, load_organism, world
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.models import ModelSpec, open_model
-from harmcircuits.studies.rounds import circuit_in_rounds
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.study import study
 
 SFT = FOLDER / "sft"
 QUESTIONS = QuestionTemplates(
@@ -205,7 +203,7 @@ def test_a_small_random_model_is_opened_with_its_tokenizer(tmp_path):
     )
     assert model.name == "llama"
     assert model.template == "raw"
-    mask = circuit_in_rounds(model, "harmful", size=0.01, protect="benign", rounds=1)
+    mask = model.find_circuit("harmful", size=0.01, protect=(), steps=1, renew=False)
     assert len(mask) == round(0.01 * mask.n_weights)
     loss = model.measure(only="harmful").one("harm_nll").mean
     assert model.measure(only="harmful", mask=mask).one("harm_nll").mean > loss
@@ -365,8 +363,7 @@ def usual(cache) -> list[str]:
 def finished(files, spec, model, tmp_path_factory):
     """The command line's study of the same model, its answers taken from the cache."""
     out = tmp_path_factory.mktemp("study")
-    shares = ["--size=0.006", "--protect-share=0.005", "--rounds=2"]
-    grid = [*shares, "--tolerance=0.5", "--budget=2", "--n-random=1"]
+    grid = ["--size=0.006", "--steps=2", "--tolerance=0.5", "--budget=2", "--n-random=1"]
     result = CliRunner().invoke(app, arguments(files, out, *usual(spec.cache), *grid))
     return result, out
 
@@ -375,7 +372,7 @@ def test_a_study_needs_nothing_that_only_organisms_have(finished):
     result, out = finished
     assert result.exit_code == 0, result.output
     rows = Rows.read(out / "rows.jsonl")
-    assert (out / "masks" / "circuit-rounds.safetensors").is_file()
+    assert (out / "masks" / "circuit.safetensors").is_file()
     measured = {"harm_valid_rate", "borderline_valid_rate", "perplexity", "plain_kl", "benign_kl"}
     assert set(rows.metrics) >= measured
     assert not rows.where("knowledge_rate")
@@ -402,20 +399,8 @@ def test_the_report_holds_no_text(finished, model):
             assert not example.completion or example.completion not in written
 
 
-def test_rounds_end_with_the_budget(model, tmp_path):
-    few = {name: model.behaviours[name] for name in ("harmful", "benign")}
-    bare = replace(model, behaviours=few, plain_text=())
-    settings = StudySettings(sizes=(0.05,), protect_shares=(0.0,), rounds=4, budget=0.0)
-    rows = study(bare, settings, out=tmp_path / "s").rows
-    path = rows.where("benign_nll", selection="rounds", split="choice")
-    before = rows.one("benign_nll", mask="none", split="choice").mean
-    assert path[-1].mean > before
-    assert len(path) < 4
-    assert all(row.mean <= before for row in path[:-1])
-
-
 def test_a_mask_is_measured_not_remembered(model, finished):
-    mask = WeightMask.load(finished[1] / "masks" / "circuit-rounds.safetensors")
+    mask = WeightMask.load(finished[1] / "masks" / "circuit.safetensors")
     before = model.measure(only=["harmful"])
     under = model.measure(only=["harmful"], mask=mask)
     assert [row.mean for row in under] != [row.mean for row in before]
@@ -473,17 +458,15 @@ def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_pa
 
     monkeypatch.setattr("harmcircuits.cli.study", refuse)
     custom = arguments(files, tmp_path, *usual(spec.cache))
-    shares = ["--size=0.5", "--protect-share=0", "--rounds=2"]
-    given = [*shares, "--tolerance=0", "--budget=0"]
+    given = ["--size=0.5", "--steps=2", "--tolerance=0", "--budget=0", "--decides=rate"]
     for line in (custom, [*custom, *given], ["study", "--out", str(tmp_path)]):
         assert CliRunner().invoke(app, line).exit_code == 2
     changed = StudySettings(
         sizes=(0.5,),
-        protect_shares=(0.0,),
-        rounds=2,
-        search_size=0.0,
+        steps=2,
         tolerance=0.0,
         budget=0.0,
+        decides="rate",
     )
     assert seen == [FOR_REAL_MODELS, changed, StudySettings()]
 

@@ -1,7 +1,8 @@
 """The main job on a small part of the world: rows, masks, page, operating point, and its errors.
 
 Would catch: a control that is missing, rows that contradict the masks, an operating point that
-breaks its own rule, a page that reaches for the network, edits left in the model.
+breaks its own rule, a way of choosing that is shown at the wrong size, searches that start afresh
+after an interruption, a page that reaches for the network, edits left in the model.
 """
 
 import json
@@ -18,6 +19,8 @@ from typer.testing import CliRunner
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.cli import app
+from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.search import set_difference
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.grid import operating_point
@@ -28,6 +31,8 @@ from harmcircuits.studies.study_page import write_study_page
 from harmcircuits.studies.summary import held_out_lines, result_tables, summary
 from harmcircuits.studies.terms import Terms
 
+SIZES = (0.01, 0.04)
+STEPS = 2
 TERMS = Terms.standard()
 FIXED_MASKS = {
     "none",
@@ -61,9 +66,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     weights = named_weights(model.bridge)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    settings = StudySettings(
-        sizes=(0.02, 0.04), protect_shares=(0.005,), rounds=2, n_random=2, search_size=0.0
-    )
+    settings = StudySettings(sizes=SIZES, steps=STEPS, n_random=2, tolerance=0.2)
     run = study(model, settings, out=out, max_memory=2**21)
     write_study_page(run, out / "report.html")
     return run, out, before
@@ -91,6 +94,7 @@ def test_masks_are_those_of_the_rows(finished):
     assert {name for name in files if name.startswith("random-")} == {"random-0", "random-1"}
     for name in ("random-0", "random-1", "random_magnitude-1"):
         assert files[name].counts == circuit.counts, "controls match in every matrix"
+    assert len(files["circuit"] - circuit) == len(circuit - files["circuit"]) == 0
     for kind in ("opposite_sign", "second_slice"):
         assert len(files[kind]) == len(circuit)
     assert len(files["second_slice"] & circuit) == 0
@@ -98,12 +102,12 @@ def test_masks_are_those_of_the_rows(finished):
     assert sum(row.mean for row in located) == len(circuit)
 
 
-def test_bounded_memory_keeps_the_target_s_scores(finished):
-    run, out, _ = finished
-    scores = WeightScores.load(out / "scores")
-    assert scores.source.method == "removal_effect"
+def test_the_change_of_the_loss_is_predicted_by_scores_of_the_unpruned_model(finished):
+    run, _, _ = finished
+    data = run.model.calibration("harmful")
+    scores = removal_effect(run.model.bridge, data.batches)
     predicted = run.rows.one("predicted_loss_change", mask="random", seed=0)
-    assert predicted.mean == pytest.approx(scores.sum_over(run.masks["random-0"]))
+    assert predicted.mean == pytest.approx(scores.sum_over(run.masks["random-0"]), rel=1e-4)
 
 
 def test_the_model_is_as_before(finished):
@@ -117,12 +121,12 @@ def test_the_planted_circuit_is_compared(finished):
     areas = run.rows.where("recovery_auroc")
     assert [row.labels["method"] for row in areas] == [
         "removal effect",
-        "removal effect, unprotected",
         "SNIP, after abs",
         "SNIP, before abs",
         "Wanda",
         "magnitude",
         "random",
+        "removal effect, priced",
     ]
     # The standard error of an AUROC over 98,304 against 884,736 weights is about 0.001.
     assert areas.one(method="random").mean == pytest.approx(0.5, abs=0.005)
@@ -143,35 +147,103 @@ def test_tables_and_summary_speak_of_the_rows(finished):
     for name in held_out_lines(run.rows, run.terms):
         assert name in terminal.getvalue()
     text = summary(run.rows, run.terms)
-    circuits = run.rows.where("harm_valid_rate", mask="circuit", split="heldout")
-    whole = Rows(row for row in circuits if row.labels["protected"] != "benign")
-    assert [row.labels["selection"] for row in whole] == ["rounds", "one shot"]
-    best = min(whole, key=lambda row: row.mean)  # of equals the first
-    assert f"to {best:.0%}" in text, "with its interval"
+    chosen = run.rows.where("harm_valid_rate", mask="circuit", split="heldout")[0]
+    assert chosen.labels["selection"] == "search"
+    assert f"to {chosen:.0%}" in text, "with its interval"
     assert f"{len(run.chosen.mask):,} weights" in text
+    for way in ("one shot", "published"):
+        after = run.rows.one("harm_valid_rate", mask="circuit", split="heldout", selection=way)
+        assert f"{after.mean:.0%} ({way}" in text
 
 
-def test_the_circuit_by_search_stands_beside_the_others():
-    """With its own size, and first in the tables and in words where it takes as much."""
+def test_only_abilities_that_the_model_shows_are_counted_as_kept(finished):
+    run, _, _ = finished
+    n_kept = len(run.terms.kept)
+    assert f" {n_kept} kept abilities" in summary(run.rows, run.terms)
+    without = Rows()
+    for row in run.rows:
+        is_never = row.metric == "knowledge_rate"
+        without += [replace(row, mean=0.0, low=0.0, high=0.0) if is_never else row]
+    assert f" {n_kept - 1} kept abilities" in summary(without, run.terms)
+
+
+def test_three_ways_are_measured_at_every_size(finished):
+    """The search and one shot by `find_circuit`, the published one by `set_difference`."""
+    run, _, _ = finished
+    model = run.model
+    data = model.calibrations()
+    spared = [data[name].batches for name in run.protected]
+    options = {"size": SIZES, "calibrations": data}
+    at_once = {"steps": 1, "reach": 1, "renew": False}
+    masks = {
+        "search": model.find_circuit("harmful", steps=STEPS, **options),
+        "one shot": model.find_circuit("harmful", **at_once, **options),
+        "published": [
+            set_difference(model.bridge, data["harmful"].batches, spared, q=size, p=5 * size)
+            for size in SIZES
+        ],
+    }
+    for way, of_way in masks.items():
+        assert sum(map(len, of_way)) > 0
+        for size, mask in zip(SIZES, of_way, strict=True):
+            where = {"selection": way, "q": size, "split": "choice"}
+            assert run.rows.one("weights_removed", **where).mean == len(mask)
+    for way in ("random", "opposite sign"):
+        for size, mask in zip(SIZES, masks["search"], strict=True):
+            where = {"selection": way, "q": size, "split": "choice"}
+            assert run.rows.one("weights_removed", **where).mean == len(mask)
+
+
+def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished):
+    run, _, _ = finished
+    lines = held_out_lines(run.rows, run.terms)
+    assert list(lines)[:2] == ["unpruned", "search"]
+    for way, name in (("one shot", "one_shot"), ("published", "published")):
+        (title,) = (title for title in lines if title.split(",")[0] == way)
+        point = run.rows.one("weights_removed", selection=way, split="heldout")
+        assert point.mean == len(run.masks[name])
+        sizes = run.rows.where("weights_removed", selection=way, split="choice")
+        if title == way:
+            assert point.labels["at"] == "operating point"
+        else:
+            assert title == f"{way}, same size"
+            size = len(run.chosen.mask)
+            assert abs(point.mean - size) == min(abs(row.mean - size) for row in sizes)
+
+
+def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkeypatch):
+    """What it measured is measured again, and its finished searches are not made again."""
+    model = small_model("sft", every=16)
     settings = StudySettings(
-        sizes=(0.04,),
-        protect_shares=(0.005,),
-        rounds=2,
-        n_random=1,
-        search_size=0.002,
-        tolerance=1.0,
+        sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, decides="loss", n_random=1
     )
-    run = study(small_model("sft", every=16), settings, protect=["benign", "knowledge"])
-    mask = run.masks["circuit-search"]
-    assert 0 < len(mask) <= round(0.002 * mask.n_weights)
-    where = {"mask": "circuit", "selection": "search", "split": "heldout"}
-    assert run.rows.one("weights_removed", **where).mean == len(mask)
-    names = list(held_out_lines(run.rows, run.terms))
-    assert names[:3] == ["unpruned", "circuit, by search", "circuit, in rounds"]
-    words = summary(run.rows, run.terms)
-    best = run.rows.one("harm_valid_rate", **where)
-    if best.mean == 0:
-        assert f"{len(mask):,} weights (0.20%; circuit, by search)" in words
+    options = {"protect": ["benign"], "out": tmp_path / "run"}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("harmcircuits.studies.study.measure_heldout", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study(model, settings, **options)
+    walks = tmp_path / "run" / "walks"
+    assert sorted(path.name for path in walks.iterdir()) == ["one_shot", "scores", "search"]
+    scores = walks / "scores"
+    assert WeightScores.load(scores / "effect").source.method == "removal_effect"
+    (priced,) = WeightScores.load(scores / "price").source.parents
+    assert priced.method == "token_price"
+
+    with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\); give"):
+        study(model, replace(settings, steps=3), **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study(model, settings, **options)  # the twin's search is the first that is not finished
+    assert "twin" not in [path.name for path in walks.iterdir()]
+    run = study(model, settings, **options)
+    assert not walks.exists(), "a finished study keeps no searches"
+    assert Rows.read(tmp_path / "run" / "rows.jsonl") == run.rows, "each row once"
+    assert run.chosen is not None and "benign_twin" in run.masks
 
 
 def test_a_finished_folder_is_not_overwritten(finished):
@@ -183,7 +255,7 @@ def test_a_finished_folder_is_not_overwritten(finished):
 def test_the_manifest_tells_how_to_repeat(finished):
     _, out, _ = finished
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["settings"]["sizes"] == [0.02, 0.04]
+    assert manifest["settings"]["sizes"] == list(SIZES)
     assert manifest["settings"]["protect"] == ["others"]
     assert {"torch", "harmcircuits"} <= manifest["versions"].keys()
 
@@ -209,7 +281,7 @@ def test_saturation_is_warned_of(finished):
 def made_point(size: int, *, rates: tuple[float, ...], losses: tuple[float, float]) -> Point:
     """Rates of harm, benign answers and recognition; losses on harm and benign answers."""
     mask = WeightMask({"a": torch.arange(size)}, {"a": (100, 100)}, Source("m", "test"))
-    return Point(mask, {"selection": "rounds"}, figures({}, rates, losses))
+    return Point(mask, {"selection": "search"}, figures({}, rates, losses))
 
 
 def figures(labels: dict, rates: tuple[float, ...], losses: tuple[float, float]) -> Rows:
@@ -227,14 +299,14 @@ def test_the_operating_point_keeps_its_rule():
         return made_point(size, rates=(harm, benign, recognition), losses=same)
 
     def chosen(*points: Point) -> Point | None:
-        return operating_point(points, before, TERMS, tolerance=0.01)
+        return operating_point(points, before, TERMS, tolerance=0.01, budget=0.0)
 
     too_costly, blind = point(0.0, 0.98, 10), point(0.0, 1.0, 10, recognition=0.5)
     small, large, weak = point(0.1, 0.995, 20), point(0.1, 1.0, 30), point(0.5, 1.0, 5)
     assert chosen(too_costly, blind, weak, large, small) is small
     assert chosen(too_costly, blind) is None
     assert chosen(point(1.0, 1.0, 5)) is None, "a mask that lowers nothing is none"
-    wider = operating_point([too_costly, small], before, TERMS, tolerance=0.05)
+    wider = operating_point([too_costly, small], before, TERMS, tolerance=0.05, budget=0.0)
     assert wider is too_costly
 
 
@@ -244,8 +316,10 @@ def test_the_operating_point_within_a_budget_of_loss():
     def point(harm: float, benign: float, size: int, kept: float = 1.0) -> Point:
         return made_point(size, rates=(1.0, kept, 1.0), losses=(harm, benign))
 
-    def chosen(*points: Point, budget: float) -> Point | None:
-        return operating_point(points, before, TERMS, tolerance=0.01, budget=budget)
+    def chosen(*points: Point, budget: float, decides: str = "loss") -> Point | None:
+        return operating_point(
+            points, before, TERMS, tolerance=0.01, budget=budget, decides=decides
+        )
 
     cheap, dear = point(0.75, 0.25, 9), point(3.0, 0.5, 9)
     good, same = point(1.5, 0.375, 20), point(1.5, 0.375, 30)
@@ -255,6 +329,11 @@ def test_the_operating_point_within_a_budget_of_loss():
     assert chosen(cheap, dear, good, budget=0.0) is cheap
     none = chosen(point(0.5, 0.25, 5), point(0.25, 0.25, 5), budget=1.0)
     assert none is None, "none raises the loss"
+    same_rates = chosen(cheap, dear, good, budget=0.25, decides="rate")
+    assert same_rates is None, "no rate falls"
+    costly = made_point(9, rates=(0.0, 1.0, 1.0), losses=(3.0, 0.5))
+    spared = made_point(9, rates=(0.5, 1.0, 1.0), losses=(3.0, 0.25))
+    assert chosen(costly, spared, budget=0.125, decides="rate") is spared
 
 
 # Errors
@@ -265,12 +344,11 @@ def test_the_operating_point_within_a_budget_of_loss():
     [
         (["--organism", "llama"], "no organism is called 'llama'; there are base, helpful"),
         (["--size", "1.5"], "sizes=[1.5]; expected one or more shares"),
-        (["--protect-share", "-0.1"], "protect_shares=[-0.1]; expected one or more shares"),
-        (["--rounds", "0"], "rounds=0; expected at least 1"),
+        (["--steps", "0"], "steps=0; expected at least 1"),
         (["--max-memory", "0.0001"], "max_memory=107,374 bytes; the scores of blocks.0"),
         (["--n-random", "0"], "n_random=0; expected at least 1"),
         (["--task-limit", "-1"], "task_limit=-1; expected 0 or more"),
-        (["--within", "layer"], "within='layer'; expected"),
+        (["--decides", "nll"], "decides='nll'; expected"),
         (
             ["--protect", "kindness"],
             "sft has no behaviour 'kindness'; did you mean 'kind'? There are harmful, benign",

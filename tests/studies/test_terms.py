@@ -42,6 +42,11 @@ def test_terms_are_of_the_model_that_is_studied():
     assert terms.kept_rates == kept
     assert terms.measured == ["harmful", "benign", "recognition", "explanation", "knowledge"]
 
+    spared = Terms.of(model, protected=("benign", "refusal"))
+    assert spared.kept_rates == (*kept, "refusal_rate"), "what is protected is kept"
+    assert "refusal" in spared.measured
+    assert Terms.standard(["refusal"]).kept_rates[4] == "refusal_rate"
+
     other = Terms.of(model, "knowledge", "refusal")
     assert other.kept_rates == (*kept[:3], "refusal_rate"), "the contrast is kept too"
     assert (other.kl_metric, other.twin) == ("refusal_kl", "refusal twin")

@@ -1,7 +1,7 @@
 """The search in rounds: score, remove a little, score again, and leave alone what others need.
 
-A baseline of `hc.find_circuit`, which needs a third of the weights or less. The main
-job and the committed rows of the analyses rest on it.
+A baseline of `hc.find_circuit`, which needs a third of the weights or less. The committed rows of
+the analyses rest on it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,10 +68,6 @@ def prune_in_rounds(
     The mask grows in rounds: score, remove a little, and score again under the mask so far. In each
     round the weights with the largest `removal_effect` on the target are taken, except those in the
     top `protect_share` by `snip_scores` of the completion loss of any protected behaviour.
-
-    >>> prune_in_rounds(bridge, harm, protect=[benign], size=[0.001, 0.002], rounds=2)
-    [WeightMask(circuit, 983 of 983,040 weights, 0.10%),
-     WeightMask(circuit, 1,966 of 983,040 weights, 0.20%)]
 
     Args:
         bridge: the model; unchanged afterwards.

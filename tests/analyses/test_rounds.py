@@ -1,13 +1,24 @@
-"""The search in rounds, and the claim of the main job on a shipped organism.
+"""The search in rounds, and what it does on a shipped organism.
 
 Would catch: rounds that do not score again, a protected weight that is removed, counts that drift,
-sizes that depend on which others are wanted, a claim in the README that the shipped weights do not
-support.
+sizes that depend on which others are wanted, several dense sets of scores at once, a claim in the
+README that the shipped weights do not support.
 """
 
+import weakref
+
 import pytest
+import rounds
 import torch
 from helpers import random_batch, small_model
+from rounds import (
+    PROTECT_SHARE,
+    ROUNDS,
+    circuit_in_rounds,
+    iterative_pruning,
+    protected_weights,
+    prune_in_rounds,
+)
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
@@ -16,14 +27,6 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
-from harmcircuits.studies.rounds import (
-    PROTECT_SHARE,
-    ROUNDS,
-    circuit_in_rounds,
-    iterative_pruning,
-    protected_weights,
-    prune_in_rounds,
-)
 
 ARCHITECTURES = ("Llama", "GPT2", "Mixtral")
 
@@ -177,9 +180,9 @@ def test_a_list_of_sizes_is_the_path_to_the_largest(llama, batches):
 
     largest = prune_in_rounds(llama, target, [spared], size=0.2, **options)
     assert_same_weights(masks[0], largest)
-    for mask, size, rounds in zip(masks[1:], sizes[1:], (1, 3, 2), strict=True):
+    for mask, size, n_rounds in zip(masks[1:], sizes[1:], (1, 3, 2), strict=True):
         alone = prune_in_rounds(
-            llama, target, [spared], size=size, protect_share=0.1, rounds=rounds
+            llama, target, [spared], size=size, protect_share=0.1, rounds=n_rounds
         )
         assert_same_weights(mask, alone)
 
@@ -213,6 +216,33 @@ def test_a_mask_says_how_it_was_found(llama, batches):
     }
     assert [parent.method for parent in mask.source.parents] == ["removal_effect", "snip"]
     assert prune_in_rounds(llama, target, size=0.2).source.settings["rounds"] == ROUNDS
+
+
+def test_one_dense_set_of_scores_at_a_time(llama, batches, monkeypatch):
+    references = []
+    n_alive = []
+
+    def watched(method):
+        def score(*arguments, **options):
+            alive = [reference for reference in references if reference() is not None]
+            n_alive.append(len(alive))
+            scores = method(*arguments, **options)
+            references.append(weakref.ref(scores))
+            return scores
+
+        return score
+
+    target, spared = batches
+    preserve = [spared, [random_batch(4, 8, seed=2)]]
+    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
+    expected = prune_in_rounds(llama, target, preserve, **options)
+
+    monkeypatch.setattr(rounds, "removal_effect", watched(removal_effect))
+    monkeypatch.setattr(rounds, "snip_scores", watched(snip_scores))
+    mask = prune_in_rounds(llama, target, preserve, max_memory=8000, **options)
+    assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
+    for name, index in expected.removed.items():
+        assert torch.equal(mask.removed[name], index)
 
 
 @pytest.mark.parametrize(
