@@ -1,18 +1,23 @@
-"""The bench reads its areas off rows, and every method gives masks of the sizes wanted.
+"""The bench reads its areas off rows, and every way gives edits of the sizes wanted.
 
 Would catch: a mask beyond the budget that counts, an area without its cap, a size that ends harm by
-breaking something else, a method that looks at other data or gives masks in another order.
+breaking something else, a way that looks at other data or leaves the model edited, an interval that
+does not resample ladders, a setting chosen that is not the best of those tried.
 """
 
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import small_model
 
+import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
 
 bench = import_module("search_bench")
+baselines = import_module("baselines")
 
 
 def rows_of(harm: list[float], nll: list[float], **others: list[float]) -> Rows:
@@ -25,7 +30,10 @@ def rows_of(harm: list[float], nll: list[float], **others: list[float]) -> Rows:
         "harm_degenerate_rate": [0.0, *[0.25] * (len(harm) - 1)],
         **others,
     }
-    rows = [Measurement.exact("search_seconds", {"method": "m"}, 12.0)]
+    rows = [
+        Measurement.exact("search_seconds", {"method": "m"}, 12.0),
+        Measurement.exact("search_passes", {"method": "m"}, 3.0),
+    ]
     for number, size in enumerate([0.0, *bench.SIZES]):
         place = min(number, len(harm) - 1)
         for metric, values in columns.items():
@@ -36,10 +44,10 @@ def rows_of(harm: list[float], nll: list[float], **others: list[float]) -> Rows:
 def test_the_area_is_the_mean_over_sizes_of_what_the_best_mask_so_far_takes():
     n = len(bench.SIZES)
     found = bench.taken(rows_of([1.0, 0.5, 0.8, 0.0], [0.3, 1.3, 0.8, 20.3]))
-    assert found["area, rate"] == round((0.5 + 0.5 + (n - 2) * 1.0) / n, 2)
-    assert found["area, nats"] == round((1 + 1 + (n - 2) * bench.CAP) / n, 2)
-    assert found["ends at"] == f"{bench.SIZES[2]:.2%}"
-    assert found["degenerate"] == "25%"
+    assert found.rate == pytest.approx((0.5 + 0.5 + (n - 2) * 1.0) / n)
+    assert found.nats == pytest.approx((1 + 1 + (n - 2) * bench.CAP) / n)
+    assert found.ends_at == bench.SIZES[2]
+    assert found.degenerate == 0.25
 
 
 @pytest.mark.parametrize(
@@ -54,10 +62,43 @@ def test_what_breaks_something_else_does_not_count(broken):
     harm, nll = [1.0, 0.5, 0.0], [0.3, 1.3, 5.3]
     whole = bench.taken(rows_of(harm, nll))
     found = bench.taken(rows_of(harm, nll, **broken))
-    assert whole["ends at"] == f"{bench.SIZES[1]:.2%}"
-    assert found["ends at"] == "-"
-    assert found["area, rate"] == 0.5
-    assert found["area, nats"] == 1.0
+    assert whole.ends_at == bench.SIZES[1]
+    assert found.ends_at is None
+    assert found.rate == 0.5
+    assert found.nats == 1.0
+
+
+def test_what_was_not_asked_does_not_count():
+    rows = rows_of([1.0, 0.0], [0.3, 5.3])
+    rate = "benign_valid_rate"
+    asked = Rows(row for row in rows if row.metric != rate or row.labels["size"] == 0)
+    assert bench.taken(rows).rate == 1.0
+    assert bench.taken(asked).rate == 0.0
+
+
+def test_the_interval_resamples_ladders():
+    def ratio(values: np.ndarray) -> float:
+        return values[:, 0].sum() / values[:, 1].sum()
+
+    alike = {(ladder, "sft", "all"): (4.0, 2.0) for ladder in "abc"}
+    assert bench.resampled(alike, ratio) == (2.0, 2.0)
+    # One ladder of three is 1 and the others 3: a resample has none of it, or only it.
+    mixed = {("a", "sft", part): (1.0, 1.0) for part in ("all", "A", "B")}
+    mixed |= {(ladder, "sft", "all"): (3.0, 1.0) for ladder in "bc"}
+    low, high = bench.resampled(mixed, ratio)
+    assert low == 1.0
+    assert high == 3.0
+
+
+def test_the_best_settings_are_chosen_and_ties_stay_published():
+    rows = []
+    for number, area in enumerate([1.0, 2.0, 2.0]):
+        labels = {"way": "w", "number": number, "p": float(number)}
+        rows.append(Measurement.exact("area_nats", labels, area))
+    for number in range(2):
+        labels = {"way": "v", "number": number, "p": float(number)}
+        rows.append(Measurement.exact("area_nats", labels, 0.5))
+    assert bench.tuned(Rows(rows)) == {"w": {"p": 1.0}, "v": {"p": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +108,101 @@ def small():
     return model, model.calibrations(["harmful", "benign"])
 
 
-@pytest.mark.parametrize("method", [name for name in bench.METHODS if "search" not in name])
-def test_a_method_gives_a_mask_of_every_size(small, method):
+@pytest.mark.parametrize("way", [name for name in baselines.WAYS if "search" not in name])
+def test_a_way_gives_edits_of_every_size_and_leaves_the_model_alone(small, way):
     model, data = small
-    masks = bench.METHODS[method](model, data)
-    assert len(masks) == len(bench.SIZES)
-    counts = [mask.n_removed for mask in masks]
-    # The differences remove less than their size, and not always more at a larger one.
-    if method not in ("published", "unsigned", "Wanda"):
-        assert counts == sorted(counts)
-        assert counts[-1] == pytest.approx(bench.SIZES[-1] * masks[0].n_weights, rel=0.01)
-    for mask, size in zip(masks, bench.SIZES, strict=True):
-        assert mask.n_removed <= size * mask.n_weights * 1.01 + len(mask.shapes)
+    before = {name: weight.clone() for name, weight in hc.named_weights(model.bridge).items()}
+    settings = dict(baselines.WAYS[way].published)
+    if way == "learned mask":
+        settings["steps"] = 3
+    edits = baselines.WAYS[way].choose(model, data, bench.SIZES, **settings)
+    for name, weight in hc.named_weights(model.bridge).items():
+        assert torch.equal(weight, before[name])
+
+    counts = [edit.n_removed for edit in edits]
+    assert len(counts) == len(bench.SIZES)
+    n_weights = sum(weight.numel() for weight in before.values())
+    # The differences and the search remove less than their size, rows and matrices round up.
+    n_scopes = sum(weight.shape[0] for weight in before.values())
+    if "difference" not in way and way != "Wanda pruning":
+        assert counts == [pytest.approx(size * n_weights, abs=1) for size in bench.SIZES]
+    for count, size in zip(counts, bench.SIZES, strict=True):
+        assert 0 < count <= size * n_weights + n_scopes
+
+
+def test_the_published_difference_is_that_of_the_library(small):
+    model, data = small
+    way = baselines.WAYS["signed difference"]
+    masks = way.choose(model, data, [0.002, 0.01], **way.published)
+    others = [data["benign"].batches]
+    for q, mask in zip([0.002, 0.01], masks, strict=True):
+        library = hc.set_difference(model.bridge, data["harmful"].batches, others, q=q, p=5 * q)
+        assert (mask - library).n_removed == (library - mask).n_removed == 0
+
+
+def test_the_fisher_information_of_single_examples_is_the_mean_of_their_squares(small):
+    model, data = small
+    batch = data["harmful"].batches[0]
+    three = hc.Batch(batch.tokens[:3], batch.is_target[:3])
+    found = baselines.fisher(model.bridge, [three], 1)
+    weights = hc.named_weights(model.bridge)
+    name = next(iter(weights))
+    squares = torch.zeros_like(weights[name])
+    for row in range(3):
+        weights[name].requires_grad_(True)
+        one = hc.Batch(three.tokens[row : row + 1], three.is_target[row : row + 1])
+        loss = hc.completion_loss(model.bridge, one).sum()
+        (gradient,) = torch.autograd.grad(loss, [weights[name]])
+        squares += gradient.square() / 3
+    weights[name].requires_grad_(False)
+    torch.testing.assert_close(found[name], squares, rtol=1e-4, atol=1e-12)
+    # A batch's own gradient is smaller than those of its examples.
+    together = baselines.fisher(model.bridge, [three], 3)
+    assert together[name].sum() < found[name].sum()
+
+
+def test_a_dampening_multiplies_each_weight_and_is_undone(small):
+    model, data = small
+    edit = baselines.dampening(model, data, [0.002])[0]
+    weights = hc.named_weights(model.bridge)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    with baselines.edited(model.bridge, edit):
+        for name, index in edit.mask.removed.items():
+            expected = before[name].flatten()
+            expected[index] *= edit.factors[name]
+            assert torch.equal(weights[name].flatten(), expected)
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name])
+
+
+def test_halves_share_no_request_and_are_all(small):
+    model, data = small
+    parts = [bench.part_of(model, data, part) for part in ("A", "B")]
+    for name, calibration in data.items():
+        requests = [{e.prompt for e in part[name].prompts} for part in parts]
+        assert not requests[0] & requests[1]
+        assert requests[0] | requests[1] == {e.prompt for e in calibration.prompts}
+        assert bench.part_of(model, data, "all")[name] is calibration
+
+
+def test_passes_are_tokens_over_those_of_the_answers(small):
+    model, data = small
+    with bench.tokens_read(model) as read:
+        for calibration in data.values():
+            hc.removal_effect(model.bridge, calibration.batches)
+            hc.completion_nll(model.bridge, calibration.batches)
+    assert read == {"scored": bench.n_tokens(data), "forward": bench.n_tokens(data)}
 
 
 def test_the_readmes_quote_the_committed_rows():
     folder = Path(bench.__file__).parent
     rows = Rows.read(folder / "rows" / "search_bench.jsonl")
-    text = bench.table(rows).to_string(index=False)
-    assert text in (folder / "README.md").read_text(encoding="utf-8")
-    assert bench.summary(rows) in (folder.parent / "README.md").read_text(encoding="utf-8")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert bench.markdown(bench.table(rows)) in readme
+    assert bench.markdown(bench.case_table(rows)) in readme
+    assert bench.times_text(rows) in readme
+    settings = Rows.read(folder / "rows" / "search_defaults.jsonl")
+    assert bench.markdown(bench.variants(settings)) in readme
+    main = (folder.parent / "README.md").read_text(encoding="utf-8")
+    assert bench.markdown(bench.table(rows)) in main
+    assert bench.times_text(rows) in main

@@ -1,0 +1,428 @@
+# %% [markdown]
+# # Ways of choosing the weights of harm
+# What the search bench (`search_bench.py`) compares: the search, and what weight pruning and machine
+# unlearning would choose. Each function gives, for every size, the weights that it would edit; its
+# arguments are what its authors set.
+#
+# Notation: W a weight; g_x its gradient of the mean loss per token of an example's answer; *harm*
+# the harmful answers that are scored, *others* those of every other ability that the model shows.
+
+# %%
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rounds import prune_in_rounds
+from torch import Tensor
+
+import harmcircuits as hc
+from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.circuits.masks import Scope, union
+from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.hooks.accumulation import mean_gradients, unchanged
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.weights import model_fingerprint
+from harmcircuits.prompts import Batch
+
+Calibrations = Mapping[str, Calibration]
+Tensors = dict[str, Tensor]
+
+TINY = 1e-30  # keeps quotients finite
+
+
+@dataclass(frozen=True)
+class Dampening:
+    """Weights that are multiplied by factors of their own, in place of zero.
+
+    Attributes:
+        mask: the weights.
+        factors: one for each of `mask.removed`.
+    """
+
+    mask: hc.WeightMask
+    factors: Mapping[str, Tensor]
+
+    @property
+    def n_removed(self) -> int:
+        """How many weights are edited."""
+        return self.mask.n_removed
+
+
+Edit = hc.WeightMask | Dampening
+Method = Callable[..., Sequence[Edit]]
+
+
+@contextmanager
+def edited(bridge: Bridge, edit: Edit) -> Iterator[Bridge]:
+    """The model with the edit, restored bit for bit."""
+    if isinstance(edit, hc.WeightMask):
+        with hc.masked(bridge, edit):
+            yield bridge
+        return
+    weights = hc.named_weights(bridge)
+    dampened = {}
+    for name, index in edit.mask.removed.items():
+        dampened[name] = weights[name].detach().flatten()[index] * edit.factors[name]
+    with hc.masked(bridge, edit.mask):  # it puts back what it found, whatever is written meanwhile
+        for name, index in edit.mask.removed.items():
+            weights[name].detach().view(-1)[index] = dampened[name]
+        yield bridge
+
+
+# %% [markdown]
+# ## Differences of two rankings
+# The top q of the weights on harm, less the top p on each other ability. *Signed* is the published
+# one (arXiv 2604.09544: removal effect, p = 5 q in each matrix), *unsigned* and *Wanda* those of
+# arXiv 2402.05162 (|W| mean_x |g_x|, and |W| times the norm of its input; p = q).
+
+
+# %%
+def difference(
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    score: Callable[..., WeightScores],
+    spare: Callable[..., WeightScores],
+    p_over_q: float,
+    within: Scope = "weight",
+) -> list[hc.WeightMask]:
+    target, others = batches(data)
+    of_target = score(model.bridge, target)
+    of_others = [spare(model.bridge, other) for other in others]
+    masks = []
+    for q in sizes:
+        mask = hc.top_fraction(of_target, q, within=within)
+        for scores in of_others:
+            mask = mask - hc.top_fraction(scores, p_over_q * q, within=within)
+        masks.append(mask)
+    return masks
+
+
+def batches(data: Calibrations) -> tuple[Sequence[Batch], list[Sequence[Batch]]]:
+    """The harmful answers, and those of each other ability."""
+    others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
+    return data["harmful"].batches, others
+
+
+# %% [markdown]
+# ## Without a target
+# The smallest weights by Wanda's score on everything else, in each row (arXiv 2306.11695: plain
+# pruning, which arXiv 2401.10862 found to make models refuse more); the largest weights; any.
+
+
+# %%
+def wanda_pruning(
+    model: Model, data: Calibrations, sizes: Sequence[float], *, within: Scope = "row"
+) -> list[hc.WeightMask]:
+    _, others = batches(data)
+    together = [batch for other in others for batch in other]
+    scores = hc.wanda_scores(model.bridge, together)
+    return hc.top_fraction(-scores, sizes, within=within)
+
+
+def without_data(
+    model: Model, _: Calibrations, sizes: Sequence[float], *, score: Callable[..., WeightScores]
+) -> list[hc.WeightMask]:
+    return hc.top_fraction(score(model.bridge), sizes, within="model")
+
+
+# %% [markdown]
+# ## Machine unlearning
+# **Selective synaptic dampening** (SSD, arXiv 2308.07707): where the Fisher information of harm,
+# F = g², is more than alpha times that of everything, W is multiplied by lambda F_all / F_harm, at
+# most 1. The published code squares the gradient of a batch's mean loss, so F depends on how many
+# examples are in a batch (*per batch*; 16 here); *per example* does not. alpha follows from the
+# size; lambda = 1. *Zeroed* removes the same weights. A dampened weight is not a removed one: its
+# size is the number of weights that are touched, and only the cost to the rest compares.
+#
+# **SalUn** (arXiv 2310.12508): the largest |mean g| on harm. **WAGLE** (arXiv 2410.17509): the
+# largest |(W - g_others / mu) g_harm|, mu = 1e-6. Of both only the choice of weights is taken, not
+# the training that follows it. **Product**: the largest -g_harm g_others, where the two gradients
+# oppose each other.
+
+
+# %%
+def dampening(
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    per_batch: int = 16,
+    strength: float = 1.0,
+    zeroed: bool = False,
+    all_data: bool = True,
+) -> list[Edit]:
+    target, others = batches(data)
+    of_harm = fisher(model.bridge, target, per_batch)
+    together = [batch for other in others for batch in other]
+    if all_data:
+        together += target
+    of_all = fisher(model.bridge, together, per_batch)
+    ratio = {name: of_harm[name] / (of_all[name] + TINY) for name in of_harm}
+    masks = hc.top_fraction(scored(model.bridge, ratio, "dampening"), sizes, within="model")
+    if zeroed:
+        return list(masks)
+    edits: list[Edit] = []
+    for mask in masks:
+        factors = {}
+        for name, index in mask.removed.items():
+            factors[name] = (strength / (ratio[name].flatten()[index] + TINY)).clamp(max=1)
+        edits.append(Dampening(mask, factors))
+    return edits
+
+
+def fisher(bridge: Bridge, data: Sequence[Batch], per_batch: int) -> Tensors:
+    """Mean over batches of the squared gradient of the batch's mean loss."""
+    squares: Tensors = {}
+    parts = [part for batch in data for part in cut(batch, per_batch)]
+    for part in parts:
+        for name, gradient in gradients(bridge, [part]).items():
+            square = gradient.square_() / len(parts)
+            squares[name] = squares[name].add_(square) if name in squares else square
+    return squares
+
+
+def cut(batch: Batch, size: int) -> Iterator[Batch]:
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        yield Batch(batch.tokens[rows], batch.is_target[rows])
+
+
+def salun(
+    model: Model, data: Calibrations, sizes: Sequence[float], *, p_over_q: float = 0.0
+) -> list[hc.WeightMask]:
+    """With p: less the top p = p_over_q * q of the same score on each other ability."""
+    target, others = batches(data)
+    ranked = gradient_sizes(model.bridge, target)
+    spared = [gradient_sizes(model.bridge, other) for other in others] if p_over_q else []
+    masks = []
+    for q in sizes:
+        taken = [hc.top_fraction(other, p_over_q * q, within="model") for other in spared]
+        masks.append(hc.top_fraction(ranked, q, within="model", exclude=union(taken)))
+    return masks
+
+
+def gradient_sizes(bridge: Bridge, data: Sequence[Batch]) -> WeightScores:
+    found = {name: gradient.abs_() for name, gradient in gradients(bridge, data).items()}
+    return scored(bridge, found, "gradient")
+
+
+def wagle(
+    model: Model, data: Calibrations, sizes: Sequence[float], *, mu: float = 1e-6
+) -> list[hc.WeightMask]:
+    of_harm, of_others = two_gradients(model, data)
+    weights = hc.named_weights(model.bridge)
+    values = {}
+    for name, gradient in of_harm.items():
+        moved = weights[name].detach() - of_others[name] / mu
+        values[name] = (moved * gradient).abs_()
+    return hc.top_fraction(scored(model.bridge, values, "wagle"), sizes, within="model")
+
+
+def product(
+    model: Model, data: Calibrations, sizes: Sequence[float], *, times_weight: bool = False
+) -> list[hc.WeightMask]:
+    of_harm, of_others = two_gradients(model, data)
+    weights = hc.named_weights(model.bridge)
+    values = {}
+    for name, gradient in of_harm.items():
+        values[name] = -gradient * of_others[name]
+        if times_weight:
+            values[name] *= weights[name].detach().square()
+    return hc.top_fraction(scored(model.bridge, values, "product"), sizes, within="model")
+
+
+def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
+    target, others = batches(data)
+    together = [batch for other in others for batch in other]
+    return gradients(model.bridge, target), gradients(model.bridge, together)
+
+
+def gradients(bridge: Bridge, data: Sequence[Batch]) -> Tensors:
+    """The mean over examples of the gradient of every block matrix."""
+    sites = hc.weight_sites(bridge)
+    return mean_gradients(bridge, data, hc.completion_loss, sites, unchanged)
+
+
+def scored(bridge: Bridge, values: Tensors, name: str) -> WeightScores:
+    return WeightScores(values, Source(model_fingerprint(bridge), name))
+
+
+# %% [markdown]
+# ## A learned mask
+# The expensive reference, after DiscoGP (arXiv 2407.03779) and its straight-through gates: every
+# weight has a logit, is removed where a noisy sigmoid of it is above a half, and the logits descend
+#
+#     loss on everything else  +  completeness * distance of harm's tokens from a uniform guess
+#     +  sparsity * mean probability of being removed
+#
+# The distance is the cross-entropy of the uniform distribution less its entropy, nats per token.
+# Weights are ranked by their logits at the end.
+
+
+# %%
+def learned_mask(
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    steps: int = 500,
+    lr: float = 0.1,
+    start: float = -3.0,
+    completeness: float = 1.0,
+    sparsity: float = 1.0,
+    seed: int = 0,
+) -> list[hc.WeightMask]:
+    bridge = model.bridge
+    target, others = batches(data)
+    weights = hc.named_weights(bridge)
+    whole = {name: weight.detach().clone() for name, weight in weights.items()}
+    logits = {name: torch.full_like(weight, start) for name, weight in whole.items()}
+    optimiser = torch.optim.Adam(logits.values(), lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    n_weights = sum(weight.numel() for weight in weights.values())
+
+    needs = {name: weight.requires_grad for name, weight in weights.items()}
+    try:
+        for _ in range(steps):
+            noisy = {}
+            for name, logit in logits.items():
+                uniform = torch.rand(logit.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+                noisy[name] = torch.sigmoid(logit + uniform.logit())
+                weights[name].data.copy_(whole[name] * (noisy[name] < 0.5))
+                weights[name].requires_grad_(True)
+
+            harm = from_uniform(bridge, drawn(target, generator))
+            other = others[int(torch.randint(len(others), (1,), generator=generator))]
+            spared = hc.completion_loss(bridge, drawn(other, generator)).mean()
+            loss = spared + completeness * harm
+            found = torch.autograd.grad(loss, list(weights.values()))
+            for (name, logit), gradient in zip(logits.items(), found, strict=True):
+                # Straight through: as if the weight were W (1 - sigmoid).
+                probability = logit.sigmoid()
+                slope = noisy[name] * (1 - noisy[name])
+                sparse = sparsity / n_weights * probability * (1 - probability)
+                logit.grad = -whole[name] * gradient * slope + sparse
+            optimiser.step()
+    finally:
+        for name, weight in weights.items():
+            weight.data.copy_(whole[name])
+            weight.requires_grad_(needs[name])
+    return hc.top_fraction(scored(bridge, logits, "learned mask"), sizes, within="model")
+
+
+def drawn(data: Sequence[Batch], generator: torch.Generator, size: int = 16) -> Batch:
+    """Some examples of one batch."""
+    batch = data[int(torch.randint(len(data), (1,), generator=generator))]
+    rows = torch.randperm(len(batch), generator=generator)[:size]
+    return Batch(batch.tokens[rows], batch.is_target[rows])
+
+
+def from_uniform(bridge: Bridge, batch: Batch) -> Tensor:
+    """Cross-entropy of the uniform distribution less its entropy, at the targets of a batch."""
+    tokens = batch.tokens.to(bridge.cfg.device)
+    logits = bridge(tokens)[:, :-1].float()
+    at_targets = logits[batch.is_target[:, 1:].to(logits.device)]
+    log_probs = at_targets.log_softmax(dim=-1)
+    uniform = torch.log(torch.tensor(float(log_probs.shape[-1])))
+    return -log_probs.mean() - uniform
+
+
+# %% [markdown]
+# ## Every way, as published and with the settings that are tried
+# The search's own defaults were chosen by the same bench (README of this folder).
+
+
+# %%
+def search(model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any) -> list[Edit]:
+    return [*model.find_circuit("harmful", size=sizes, calibrations=data, **settings)]
+
+
+def rounds(
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    protect_share: float = 0.005,
+    rounds: int = 10,
+) -> list[Edit]:
+    options = {"protect_share": protect_share, "rounds": rounds}
+    target = data["harmful"].batches
+    others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
+    return [*prune_in_rounds(model.bridge, target, others, size=sizes, **options)]
+
+
+ONE_SHOT = {"steps": 1, "reach": 1.0, "renew": False}
+DIFFERENCES = [
+    {"p_over_q": 1.0, "within": "model"},
+    {"p_over_q": 5.0, "within": "model"},
+    {"p_over_q": 20.0, "within": "model"},
+]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of choosing weights.
+
+    Attributes:
+        choose: gives the edits of every size.
+        published: its settings where it was published, or its defaults.
+        tried: other settings among which the best is looked for.
+    """
+
+    choose: Method
+    published: Mapping[str, Any]
+    tried: Sequence[Mapping[str, Any]] = ()
+
+
+signed = partial(difference, score=hc.removal_effect, spare=hc.snip_scores)
+unsigned = partial(difference, score=hc.snip_scores, spare=hc.snip_scores)
+by_wanda = partial(difference, score=hc.wanda_scores, spare=hc.wanda_scores)
+
+WAYS = {
+    "search": Way(search, {}),
+    "search, first answers": Way(search, {"renew": False}),
+    "search, one shot": Way(search, ONE_SHOT, [{**ONE_SHOT, "budget": b} for b in (0.02, 0.1)]),
+    "search, neurons": Way(search, {"unit": "neuron"}),
+    "rounds": Way(rounds, {}, [{"protect_share": share} for share in (0.0025, 0.01, 0.02)]),
+    "signed difference": Way(signed, {"p_over_q": 5.0}, DIFFERENCES),
+    "unsigned difference": Way(unsigned, {"p_over_q": 1.0}, DIFFERENCES),
+    "Wanda difference": Way(by_wanda, {"p_over_q": 1.0}, DIFFERENCES),
+    "SSD, dampened": Way(
+        dampening,
+        {},
+        [
+            {"per_batch": 1},
+            {"all_data": False},
+            {"per_batch": 1, "all_data": False},
+        ],
+    ),
+    "SSD, zeroed": Way(
+        dampening,
+        {"zeroed": True},
+        [
+            {"zeroed": True, "per_batch": 1},
+            {"zeroed": True, "all_data": False},
+            {"zeroed": True, "per_batch": 1, "all_data": False},
+        ],
+    ),
+    "SalUn": Way(salun, {}, [{"p_over_q": ratio} for ratio in (1.0, 5.0, 20.0)]),
+    "WAGLE": Way(wagle, {}, [{"mu": mu} for mu in (1e-3, 1.0, 100.0)]),
+    "gradient product": Way(product, {}, [{"times_weight": True}]),
+    "learned mask": Way(
+        learned_mask,
+        {},
+        [
+            {"start": -6.0},
+            {"start": -6.0, "steps": 1000},
+            {"start": -6.0, "steps": 1000, "sparsity": 10.0},
+        ],
+    ),
+    "Wanda pruning": Way(wanda_pruning, {}, [{"within": "weight"}, {"within": "model"}]),
+    "magnitude": Way(partial(without_data, score=hc.magnitude_scores), {}),
+    "random": Way(partial(without_data, score=hc.random_scores), {}),
+}
