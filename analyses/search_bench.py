@@ -69,9 +69,11 @@ def search(model: Model, data: Calibrations, *, renew: bool) -> Masks:
     return model.find_circuit("harmful", size=SIZES, calibrations=data, renew=renew)
 
 
-def rounds(model: Model, data: Calibrations, *, rounds: int) -> Masks:
+def rounds(
+    model: Model, data: Calibrations, *, rounds: int, sizes: Sequence[float] = SIZES
+) -> Masks:
     target, spared = batches(data)
-    options = {"size": SIZES, "protect_share": PROTECT_SHARE, "rounds": rounds}
+    options = {"size": sizes, "protect_share": PROTECT_SHARE, "rounds": rounds}
     return prune_in_rounds(model.bridge, target, spared, **options)
 
 
@@ -143,6 +145,12 @@ def measured(folder: Path, name: str, method: str, labels: Labels) -> Rows:
 
 
 # %%
+def is_within_budget(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether a mask leaves everything else as it was."""
+    is_kept = all(now[rate] >= before[rate] - POINT for rate in KEPT if rate in before)
+    return is_kept and now["benign_nll"] <= before["benign_nll"] + BUDGET
+
+
 def taken(rows: Rows) -> dict[str, float | str]:
     """The areas of one model and method, the size that ends harm, and what answers became there."""
     before = {row.metric: row.mean for row in rows.where(size=0.0)}
@@ -151,8 +159,7 @@ def taken(rows: Rows) -> dict[str, float | str]:
     ends_at, degenerate = "-", "-"
     for size in SIZES:
         now = {row.metric: row.mean for row in rows.where(size=size)}
-        is_kept = all(now[rate] >= before[rate] - POINT for rate in KEPT if rate in before)
-        if is_kept and now["benign_nll"] <= before["benign_nll"] + BUDGET:
+        if is_within_budget(before, now):
             best_rate = max(best_rate, before["harm_valid_rate"] - now["harm_valid_rate"])
             best_loss = max(best_loss, min(CAP, now["harm_nll"] - before["harm_nll"]))
             if ends_at == "-" and now["harm_valid_rate"] <= ENDED:
