@@ -35,7 +35,7 @@ import random
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import typer
@@ -178,7 +178,7 @@ def jaccard(
 
 def shared(model: Model, mask: hc.WeightMask, other: hc.WeightMask, labels: Labels) -> Rows:
     sites, weights = hc.weight_sites(model.bridge), hc.named_weights(model.bridge)
-    pairs = {name: [] for name in MASKS}
+    pairs: dict[str, list[tuple[hc.WeightMask, hc.WeightMask]]] = {name: [] for name in MASKS}
     pairs["searched"].append((mask, other))
     for seed in range(N_RANDOM):
         for name, known in zip(MASKS[1:], (None, weights), strict=True):
@@ -188,7 +188,7 @@ def shared(model: Model, mask: hc.WeightMask, other: hc.WeightMask, labels: Labe
     rows = [Measurement.exact("overlap_lift", labels, hc.overlap(mask, other).lift)]
     for name, masks in pairs.items():
         for level in LEVELS:
-            values = [jaccard(*both, sites, level) for both in masks]
+            values = [jaccard(first, second, sites, level) for first, second in masks]
             where = {**labels, "masks": name, "level": level}
             rows.append(Measurement.exact("jaccard", where, sum(values) / len(values)))
     return Rows(rows)
@@ -244,7 +244,7 @@ def overlaps(rows: Rows) -> pd.DataFrame:
     names = ("ladder", "model", "method", "pair", "size")
     pairs = rows.where("jaccard") + rows.where("overlap_lift")
     for key, drawn in pairs.by(*names).items():
-        line = dict(zip(names, key, strict=True))
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
         line["size"] = f"{line['size']:.1%}"
         line["draws"] = len(drawn.where("overlap_lift"))
         for level in LEVELS:
@@ -267,7 +267,7 @@ def effects(rows: Rows) -> pd.DataFrame:
     names = ("ladder", "model", "method", "pair", "draw", "size", "mask")
     masks = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
     for key, done in masks.by(*names).items():
-        line = dict(zip(names, key, strict=True))
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
         unpruned = rows.where(ladder=line["ladder"], model=line["model"], mask="none")
         before = {row.metric: row.mean for row in unpruned}
         now = {row.metric: row.mean for row in done}
