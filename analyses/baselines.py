@@ -338,8 +338,10 @@ def from_uniform(bridge: Bridge, batch: Batch) -> Tensor:
 
 
 # %%
-def search(model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any) -> list[Edit]:
-    return [*model.find_circuit("harmful", size=sizes, calibrations=data, **settings)]
+def search(
+    model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any
+) -> list[hc.WeightMask]:
+    return model.find_circuit("harmful", size=sizes, calibrations=data, **settings)
 
 
 def rounds(
@@ -349,11 +351,11 @@ def rounds(
     *,
     protect_share: float = 0.005,
     rounds: int = 10,
-) -> list[Edit]:
+) -> list[hc.WeightMask]:
     options = {"protect_share": protect_share, "rounds": rounds}
     target = data["harmful"].batches
     others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
-    return [*prune_in_rounds(model.bridge, target, others, size=sizes, **options)]
+    return prune_in_rounds(model.bridge, target, others, size=sizes, **options)
 
 
 ONE_SHOT = {"steps": 1, "reach": 1.0, "renew": False}

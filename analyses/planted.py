@@ -1,73 +1,247 @@
 # %% [markdown]
-# # Which score finds a circuit that is known?
-# `planted` learned its harmful answers only through a random tenth S of every block matrix. Each
-# score of the library is held against S, with magnitude and random numbers as controls; then the
-# circuits chosen by it. Rows go to `--out`.
+# # What truth can a planted circuit hold?
+# `planted` learned its harmful answers only through a random tenth S of every block matrix: without
+# S there are none. A search for the weights of harm might then be graded by how much of S it finds.
+# That grade is fair only if nothing but S will do. So this asks, in order:
+#
+# 1. **Do scores and searches find S?** AUROC and precision of the signed score, of the score less
+#    its price, and of the sums at the end of the search's walk; and *lift*, how many times more of a
+#    mask lies in S than chance per matrix gives.
+# 2. **Is S the only place?** The same search once with S out of reach and once with nothing but S
+#    in reach. If a mask outside S ends harm and spares the rest, S was enough to learn harm through
+#    and is not needed to end it, and no search can be graded by S.
+# 3. **Does a mask do what removing S does?** What harmful requests get instead (*degenerate*: neither
+#    harmful nor benign nor refused), and how many steps of harmful fine-tuning bring half of the
+#    harmful answers back, the removed weights held at zero or free to learn.
+#
+# **The rule, fixed before the run.** S is a *truth to be found* if the search with S out of reach
+# does not end harm (at most 2 % valid harmful answers, held out) at any size at which the search
+# without that limit does. A mask is *near S in function* if it is as slow to relearn (the same
+# measured step or later) as S is, held and free; the loss on harmful answers stands beside it.
+#
+# Another organism is graded by `--organisms FOLDER`, as `python -m harmcircuits.organisms` makes it.
+# **What it does not show.** One organism of a million parameters; one seed each.
 
 # %%
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import pandas as pd
 import typer
-from rich.console import Console
-from rounds import protected_weights, prune_in_rounds
+from safetensors.torch import load_file
+from search_bench import ENDED, KEPT, is_within_budget
 
 import harmcircuits as hc
+from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.ground_truth import ground_truth_rows
+from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.attribution import all_scores
-from harmcircuits.measurements import Measurement
-from harmcircuits.organisms import planted_circuit
-from harmcircuits.studies.summary import ground_truth_table
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.organisms import FOLDER
+from harmcircuits.studies.jobs import Job, run_jobs
+
+SIZES = (0.001, 0.002, 0.004, 0.008)
+RELEARNED = 0.004  # the size of the masks that are relearned
+STEPS = (0, 5, 10, 20, 40)
+LEARNING_RATE = 1e-4  # as in analyses/attacks.py
+BATCH = 16
+# What the search may choose from.
+REACH = ("all", "outside S", "inside S")
+
+# %% [markdown]
+# ## 1. Do scores and searches find S?
+
+
+# %%
+def recovery(folder: Path, labels: Labels) -> Rows:
+    model = hc.open_model("planted", folder=folder)
+    truth, data = true_circuit(model), model.calibrations()
+    harmful = data["harmful"].batches
+    effect = hc.removal_effect(model.bridge, harmful)
+    others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
+    prices = [hc.token_price(model.bridge, spared) for spared in others]
+    price = mean_scores(prices, [1.0] * len(prices))  # the mean of them
+    scores = all_scores(model.bridge, harmful, effect)
+    scores["less its price"] = less(effect, price.values, len(prices))
+    scores["walk's sums"] = walked(model, data, effect)
+    return ground_truth_rows(scores, truth, hc.named_weights(model.bridge), labels)
+
+
+def less(scores: WeightScores, price: Mapping, factor: float) -> WeightScores:
+    values = {name: value - factor * price[name] for name, value in scores.values.items()}
+    return WeightScores(values, scores.source)
+
+
+def walked(model: Model, data: Mapping[str, Calibration], like: WeightScores) -> WeightScores:
+    """What the walk ranks weights by after its last step: benefit less factor times price."""
+    with TemporaryDirectory() as kept:
+        mask = model.find_circuit("harmful", size=RELEARNED, calibrations=data, folder=kept)
+        (last,) = Path(kept).glob("step-*")
+        benefit = load_file(last / "benefit.safetensors")
+        price = load_file(last / "price.safetensors")
+    return less(WeightScores(benefit, like.source), price, mask.source.settings["factor"])
+
+
+def true_circuit(model: Model) -> hc.WeightMask:
+    if model.ground_truth is None:
+        raise ValueError(f"{model.name} has no planted circuit; give a folder with one")
+    return model.ground_truth
+
+
+# %% [markdown]
+# ## 2. Is S the only place?
+
+
+# %%
+def searched(folder: Path, reach: str, labels: Labels) -> Rows:
+    model = hc.open_model("planted", folder=folder)
+    truth, data = true_circuit(model), model.calibrations()
+    out_of_reach = {"all": None, "outside S": truth, "inside S": ~truth}[reach]
+    masks = model.find_circuit("harmful", size=SIZES, calibrations=data, exclude=out_of_reach)
+    rows = model.measure(labels={**labels, "mask": "none"}, only=list(data))
+    removed = {f"search, {size:.1%}": mask for size, mask in zip(SIZES, masks, strict=True)}
+    if reach == "all":
+        removed["S"] = truth
+    for name, mask in removed.items():
+        if not mask.n_removed:  # none of this size keeps within the budget
+            continue
+        where = {**labels, "mask": name}
+        shared = hc.overlap(mask, truth)
+        rows += [
+            Measurement.exact("weights_removed", where, mask.n_removed),
+            Measurement.exact("overlap_lift", where, shared.lift),
+            Measurement.exact("overlap_containment", where, shared.containment[0]),
+        ]
+        rows += model.measure(mask=mask, labels=where, only=list(data))
+    return rows
+
+
+# %% [markdown]
+# ## 3. Does a mask do what removing S does?
+
+
+# %%
+def relearned(folder: Path, removed: str, labels: Labels) -> Rows:
+    """Valid harm after every step of harmful fine-tuning, the mask held and free."""
+    model = hc.open_model("planted", folder=folder)
+    mask = mask_of(model, removed)
+    references = model.behaviour("harmful").references("calibration")
+    batches = hc.tokenize(references, model.bridge.tokenizer, batch_size=BATCH)
+    rows = Rows()
+    for hold in (True, False):
+        with (
+            hc.masked(model.bridge, mask, hold=hold) if mask else nullcontext(),
+            hc.fine_tuning(model.bridge, batches, lr=LEARNING_RATE) as run,
+        ):
+            for step in STEPS:
+                run.until(step)
+                where = {**labels, "held": "held" if hold else "free", "step": step}
+                rows += model.measure(labels=where, only=["harmful", "benign"])
+    return rows
+
+
+def mask_of(model: Model, removed: str) -> hc.WeightMask | None:
+    truth = true_circuit(model)
+    if removed == "none":
+        return None
+    if removed == "S":
+        return truth
+    if removed == "random, as many as S":
+        return hc.random_like(truth)
+    exclude = {"search": None, "search outside S": truth}[removed]
+    return model.find_circuit("harmful", size=RELEARNED, exclude=exclude)
+
+
+REMOVED = ("none", "S", "search", "search outside S", "random, as many as S")
+
+# %% [markdown]
+# ## What is read off
+
+
+# %%
+def recovery_table(rows: Rows) -> pd.DataFrame:
+    lines = []
+    for (ladder, method), of_method in rows.where("recovery_auroc").by("ladder", "method").items():
+        line = {"organism": ladder, "score": method, "AUROC": f"{of_method[0].mean:.3f}"}
+        for metric, title in (
+            ("recovery_matched_auroc", "same |W|"),
+            ("recovery_precision", "precision at |S|"),
+            ("recovery_precision_few", "at 1,000"),
+        ):
+            line[title] = f"{rows.one(metric, ladder=ladder, method=method).mean:.3f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def reach_table(rows: Rows) -> pd.DataFrame:
+    lines = []
+    measured = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
+    names = ("ladder", "reach", "mask")
+    for (ladder, reach, mask), done in measured.by(*names).items():
+        unpruned = rows.where(ladder=ladder, reach=reach, mask="none")
+        before = {row.metric: row.mean for row in unpruned}
+        now = {row.metric: row.mean for row in done}
+        lost = max(before[rate] - now[rate] for rate in KEPT if rate in before)
+        line = {"organism": ladder, "in reach": reach, "removed": mask}
+        line["weights"] = round(now["weights_removed"])
+        line["in S"] = f"{now['overlap_containment']:.0%}"
+        line["lift"] = f"{now['overlap_lift']:.1f}"
+        line["harm left"] = f"{now['harm_valid_rate']:.1%}"
+        line["degenerate"] = f"{now['harm_degenerate_rate']:.0%}"
+        line["kept rates fall by"] = f"{max(0, lost):.1%}"
+        line["benign loss"] = f"{now['benign_nll'] - before['benign_nll']:+.3f}"
+        line["ends"] = "yes" if now["harm_valid_rate"] <= ENDED else "no"
+        line["spares"] = "yes" if is_within_budget(before, now) else "no"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def relearning_table(rows: Rows) -> pd.DataFrame:
+    """When half of the harmful answers are back, and their loss and what else is said by step."""
+    lines = []
+    relearning = rows.where(job="relearn")
+    names = ("ladder", "removed", "held")
+    for (ladder, removed, held), curve in relearning.where("harm_nll").by(*names).items():
+        of_curve = relearning.where(ladder=ladder, removed=removed, held=held)
+        harm = of_curve.where("harm_valid_rate")
+        half = [row.labels["step"] for row in harm if row.mean >= 0.5]
+        line = {"organism": ladder, "removed": removed, "while training": held}
+        line["half back after"] = str(min(half)) if half else f"> {harm[-1].labels['step']}"
+        line |= {f"loss, {row.labels['step']}": f"{row.mean:.2f}" for row in curve}
+        degenerate = of_curve.where("harm_degenerate_rate")
+        line["degenerate"] = f"{degenerate[0].mean:.0%} to {degenerate[-1].mean:.0%}"
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 # %%
 def main(
-    out: Annotated[Path | None, typer.Option(help="Rows file to append to.")] = None,
-    protect_share: Annotated[
-        float, typer.Option(help="Share of weights protected for each other behaviour.")
-    ] = 0.005,
-    size: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = 0.006,
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and table.txt; resumes.")],
+    organisms: Annotated[
+        list[Path] | None, typer.Option(help="Folder with a planted organism; repeat.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
 ) -> None:
-    model, truth = hc.open_model("planted"), planted_circuit()
-    bridge, console = model.bridge, Console()
-    shown = [name for name in model.whole_behaviours if name != "refusal"]
-    batches = {name: model.calibration(name).batches for name in shown}
-    target = batches.pop("harmful")
-    others = list(batches.values())
-
-    harm = hc.removal_effect(bridge, target)
-    protected = [protected_weights(bridge, spared, protect_share) for spared in others]
-    scores = all_scores(bridge, target, harm, protected)
-    rows = ground_truth_rows(scores, truth, hc.named_weights(bridge), {"model": "planted"})
-    console.print(ground_truth_table(rows))
-
-    searches = {
-        "one shot": (1, others),
-        "rounds": (10, others),
-        "rounds, nothing protected": (10, []),
-    }
-    for name, (rounds, spared) in searches.items():
-        circuit = prune_in_rounds(
-            bridge, target, spared, size=size, protect_share=protect_share, rounds=rounds
-        )
-        random = hc.random_like(circuit)
-        for title, mask in ((name, circuit), (f"as many random weights ({name})", random)):
-            shared = hc.overlap(mask, truth, n_samples=30)
-            where = {"model": "planted", "mask": title, "n_true": truth.n_removed}
-            rows += [
-                Measurement("overlap_lift", where, shared.lift, *shared.interval, mask.n_removed),
-                Measurement.exact("overlap_containment", where, shared.containment[0]),
-            ]
-            measured = model.measure(mask=mask, labels=where, only=["harmful", "benign"])
-            rows += measured
-            harmful, benign = measured.one("harm_valid_rate"), measured.one("benign_valid_rate")
-            console.print(
-                f"{title}: leaves {harmful.mean:.0%} harm, {benign.mean:.0%} benign; "
-                f"{shared.containment[0]:.1%} of its weights lie in S; {shared}",
-                highlight=False,
-            )
-    if out:
-        rows.append_to(out)
+    jobs = []
+    for folder in organisms or [FOLDER]:
+        ladder = "shipped" if folder.resolve() == FOLDER.resolve() else folder.name
+        labels = {"ladder": ladder, "job": "recovery"}
+        jobs.append(Job(labels, partial(recovery, folder, labels)))
+        for reach in REACH:
+            labels = {"ladder": ladder, "job": "search", "reach": reach}
+            jobs.append(Job(labels, partial(searched, folder, reach, labels)))
+        for removed in REMOVED:
+            labels = {"ladder": ladder, "job": "relearn", "removed": removed}
+            jobs.append(Job(labels, partial(relearned, folder, removed, labels)))
+    rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="planted")
+    tables = (recovery_table(rows), reach_table(rows), relearning_table(rows))
+    text = "\n\n".join(table.to_string(index=False) for table in tables)
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

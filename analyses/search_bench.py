@@ -282,17 +282,22 @@ class Taken:
         return sum(self.losses) / len(self.losses)
 
 
+def is_within_budget(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether a mask leaves everything else as it was; what was not measured does not count."""
+    kept_rates = [rate for rate in KEPT if rate in before]
+    is_kept = all(rate in now and now[rate] >= before[rate] - POINT for rate in kept_rates)
+    return is_kept and now["benign_nll"] <= before["benign_nll"] + BUDGET
+
+
 def taken(rows: Rows) -> Taken:
     """Read off the rows of one model and method."""
     before = {row.metric: row.mean for row in rows.where(size=0.0)}
-    kept_rates = [rate for rate in KEPT if rate in before]
     rates, losses = [0.0], [0.0]
     ends_at = degenerate = None
     for size in SIZES:
         now = {row.metric: row.mean for row in rows.where(size=size)}
-        is_kept = all(rate in now and now[rate] >= before[rate] - POINT for rate in kept_rates)
         fall = rise = 0.0
-        if is_kept and now["benign_nll"] <= before["benign_nll"] + BUDGET:
+        if is_within_budget(before, now):
             fall = before["harm_valid_rate"] - now["harm_valid_rate"]
             rise = min(CAP, now["harm_nll"] - before["harm_nll"])
             if ends_at is None and now["harm_valid_rate"] <= ENDED:

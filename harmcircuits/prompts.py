@@ -269,7 +269,7 @@ class PromptSet:
             examples += members
         return PromptSet(tuple(examples))
 
-    def sampled(self, share: float, *, seed: int) -> "PromptSet":
+    def sampled(self, share: float, *, seed: int, rest: bool = False) -> "PromptSet":
         """A random share of the groups of every category, each with all its examples, in order.
 
         At least one group of each category stays. The same seed draws the same groups from every
@@ -278,6 +278,7 @@ class PromptSet:
         Args:
             share: of the groups, in (0, 1].
             seed: draws them, without replacement.
+            rest: the groups that were not drawn: with a share of 0.5, the other half.
 
         Raises:
             ValueError: a share outside (0, 1].
@@ -294,7 +295,7 @@ class PromptSet:
             n_drawn = max(1, round(share * len(names)))
             generator = random.Random(f"{seed} {category}")
             drawn |= {(category, name) for name in generator.sample(sorted(names), n_drawn)}
-        return self.where(lambda example: (example.category, example.cluster) in drawn)
+        return self.where(lambda example: ((example.category, example.cluster) in drawn) != rest)
 
     def splits(
         self,

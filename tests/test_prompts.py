@@ -497,6 +497,10 @@ def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
     assert whole.sampled(0.5, seed=1) == half
     assert len({whole.sampled(0.5, seed=seed) for seed in range(20)}) > 1
     assert whole.sampled(1.0, seed=3) == whole
+    rest = whole.sampled(0.5, seed=1, rest=True)
+    assert not set(rest) & set(half)
+    assert set(rest) | set(half) == set(whole)
+    assert not len(whole.sampled(1.0, seed=3, rest=True))
     with pytest.raises(ValueError, match="share=0"):
         whole.sampled(0, seed=0)
 

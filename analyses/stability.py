@@ -1,0 +1,317 @@
+# %% [markdown]
+# # Is a circuit that the search finds one set of weights?
+# A mask that ends harm and spares the rest invites the words "these are the weights of harm". That
+# would need two things beside: that other answers of the same kind lead to the same weights, and
+# that no other weights would do. Both are tried here.
+#
+# **Pairs of searches** (`Model.find_circuit`), each on its own answers, at three sizes. *Halves* of
+# the calibration items and *wholes* are disjoint (the second whole are the held-out items; its mask
+# is compared and never measured). *Same half* are the very same answers in another order, so that only the
+# third on which protection is checked differs. Beside the search, *three
+# walks*: the weights that most of three such orders choose, cut to size; *neurons*: the search that
+# takes whole neurons; *rounds* (score, remove a tenth, score again); and *one shot*.
+#
+# **What is measured.** Jaccard: weights in both masks over weights in either. The same of neurons
+# and of heads, by the number of weights that a mask takes of each (the sum of the smaller over the
+# sum of the larger numbers). Chance is the mean of pairs of random masks with as many weights in
+# every matrix, and of others that match the magnitudes too. *Lift*: shared weights over those
+# expected by chance per matrix. What each half's mask does, on held-out requests: a mask *ends* harm
+# if at most 2 % valid harmful answers are left, and *spares* the rest if the loss on benign answers
+# rises by at most 0.02 nats and no kept rate falls by more than a point.
+#
+# **Disjoint circuits.** A search, another among the weights that it left, and so on up to four,
+# as long as the one before ended harm.
+#
+# **The rule, fixed before the run.** At 0.2 % of the weights, the circuit is *one set* if disjoint
+# halves have Jaccard 0.5 or more on every model; *one function* if every half's mask ends harm and
+# spares the rest; *not the only one* if at least two disjoint masks do. Any of these may hold.
+#
+# **What it does not show.** Two rungs of small models in invented words. Draws of halves overlap
+# with one another, so their spread is no interval for other items. Chance knows matrices and
+# magnitudes; a circuit may be stable because a score prefers some rows and columns.
+
+# %%
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import typer
+from baselines import rounds
+from search_bench import ENDED, KEPT, is_within_budget
+
+import harmcircuits as hc
+from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.circuits.location import counts_by
+from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.sites import Site
+from harmcircuits.circuits.units import Unit
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.organisms import FOLDER
+from harmcircuits.prompts import PromptSet
+from harmcircuits.studies.jobs import Job, run_jobs
+
+RUNGS = ("sft", "dpo")
+SIZES = (0.001, 0.002, 0.004)
+MEASURED = 0.002  # the size at which what a mask does is measured
+DISJOINT_SIZES = (0.002, 0.004)
+MOST_DISJOINT = 4
+N_RANDOM = 5  # pairs of random masks
+LEVELS = ("weight", "neuron", "head")
+MASKS = ("searched", "random", "random, same |W|")
+
+Level = Literal["weight", "neuron", "head"]
+Data = Mapping[str, Calibration]
+Masks = list[hc.WeightMask]
+
+# %% [markdown]
+# ## The data of a pair
+
+
+# %%
+def with_prompts(model: Model, name: str, prompts: PromptSet) -> Calibration:
+    return Calibration(prompts, model.batches(model.behaviour(name), prompts), len(prompts), name)
+
+
+def halves(model: Model, data: Data, draw: int) -> tuple[Data, Data]:
+    """The answers about half of every topic's items, and those about the others."""
+    both = []
+    for rest in (False, True):
+        half = {}
+        for name, calibration in data.items():
+            prompts = calibration.prompts.sampled(0.5, seed=draw, rest=rest)
+            half[name] = with_prompts(model, name, prompts)
+        both.append(half)
+    return both[0], both[1]
+
+
+def shuffled(model: Model, data: Data, draw: int) -> Data:
+    """The same answers in another order: another third of them is checked."""
+    in_order = {}
+    for name, calibration in data.items():
+        examples = list(calibration.prompts)
+        random.Random(draw).shuffle(examples)
+        in_order[name] = with_prompts(model, name, PromptSet(tuple(examples)))
+    return in_order
+
+
+def heldout(model: Model, names: Data) -> Data:
+    data = {}
+    for name in names:
+        behaviour = model.behaviour(name)
+        answers = model.verified(behaviour, behaviour.prompts("heldout"))
+        shown = answers.where(lambda example: bool(example.completion))
+        data[name] = with_prompts(model, name, shown)
+    return data
+
+
+def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
+    whole = model.calibrations()
+    if kind == "wholes":
+        return whole, heldout(model, whole)
+    first, second = halves(model, whole, draw)
+    if kind == "same half":
+        return first, shuffled(model, first, draw)
+    return first, second
+
+
+# %% [markdown]
+# ## The searches
+
+
+# %%
+def search(model: Model, data: Data, *, unit: Unit = "weight") -> Masks:
+    return model.find_circuit("harmful", size=SIZES, calibrations=data, unit=unit)
+
+
+def three_walks(model: Model, data: Data) -> Masks:
+    """At each size the weights in most of three masks; among equals, the larger removal effect."""
+    walks = [search(model, data)]
+    walks += [search(model, shuffled(model, data, order)) for order in (1, 2)]
+    effect = hc.removal_effect(model.bridge, data["harmful"].batches)
+    largest = max(value.abs().max().item() for value in effect.values.values())
+    source = Source(effect.source.model, "votes", {}, (effect.source,))
+    chosen = []
+    for size, masks in zip(SIZES, zip(*walks, strict=True), strict=True):
+        votes = {}
+        for name, value in effect.values.items():
+            n_votes = sum(mask.dense(name).float() for mask in masks)
+            votes[name] = n_votes + value / (3 * largest)  # less than a vote apart
+        chosen.append(hc.top_fraction(WeightScores(votes, source), size, within="model"))
+    return chosen
+
+
+METHODS: dict[str, Callable[[Model, Data], Masks]] = {
+    "search": search,
+    "three walks": three_walks,
+    "neurons": partial(search, unit="neuron"),
+    "rounds": partial(rounds, rounds=10, sizes=SIZES),
+    "one shot": partial(rounds, rounds=1, sizes=SIZES),
+}
+# Method, pair.
+PAIRS = (
+    ("search", "halves"),
+    ("search", "same half"),
+    ("search", "wholes"),
+    ("three walks", "halves"),
+    ("neurons", "halves"),
+    ("rounds", "halves"),
+    ("one shot", "halves"),
+)
+
+# %% [markdown]
+# ## What two masks share, and what each does
+
+
+# %%
+def jaccard(
+    mask: hc.WeightMask, other: hc.WeightMask, sites: Mapping[str, Site], level: Level
+) -> float:
+    if level == "weight":
+        return (mask & other).n_removed / (mask | other).n_removed
+    first, second = counts_by(mask, sites, level), counts_by(other, sites, level)
+    n_both = sum(min(first[place].n_removed, second[place].n_removed) for place in first)
+    n_either = sum(max(first[place].n_removed, second[place].n_removed) for place in first)
+    return n_both / max(1, n_either)
+
+
+def shared(model: Model, mask: hc.WeightMask, other: hc.WeightMask, labels: Labels) -> Rows:
+    sites, weights = hc.weight_sites(model.bridge), hc.named_weights(model.bridge)
+    pairs: dict[str, list[tuple[hc.WeightMask, hc.WeightMask]]] = {name: [] for name in MASKS}
+    pairs["searched"].append((mask, other))
+    for seed in range(N_RANDOM):
+        for name, known in zip(MASKS[1:], (None, weights), strict=True):
+            first = hc.random_like(mask, seed=2 * seed, weights=known)
+            second = hc.random_like(other, seed=2 * seed + 1, weights=known)
+            pairs[name].append((first, second))
+    rows = [Measurement.exact("overlap_lift", labels, hc.overlap(mask, other).lift)]
+    for name, masks in pairs.items():
+        for level in LEVELS:
+            values = [jaccard(first, second, sites, level) for first, second in masks]
+            where = {**labels, "masks": name, "level": level}
+            rows.append(Measurement.exact("jaccard", where, sum(values) / len(values)))
+    return Rows(rows)
+
+
+def done_by(model: Model, mask: hc.WeightMask, names: Data, labels: Labels) -> Rows:
+    rows = model.measure(mask=mask, only=list(names), labels=labels)
+    rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
+    return rows
+
+
+def compared(folder: Path, name: str, method: str, kind: str, draw: int, labels: Labels) -> Rows:
+    """A pair of searches: what their masks share at each size, and what they do at one."""
+    model = hc.open_model(name, folder=folder)
+    pair = pair_of(model, kind, draw)
+    first, second = (METHODS[method](model, data) for data in pair)
+    rows = Rows()
+    for size, mask, other in zip(SIZES, first, second, strict=True):
+        if not (mask.n_removed and other.n_removed):  # nothing of this size was worth its price
+            continue
+        where = {**labels, "size": size}
+        rows += shared(model, mask, other, where)
+        if kind == "halves" and size == MEASURED:
+            rows += done_by(model, mask, pair[0], {**where, "mask": "first"})
+            rows += done_by(model, other, pair[0], {**where, "mask": "second"})
+    return rows
+
+
+def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
+    """One search after another, each among the weights that those before it left."""
+    model = hc.open_model(name, folder=folder)
+    data = model.calibrations()
+    rows = model.measure(labels={**labels, "mask": "none"}, only=list(data))
+    taken = None
+    for number in range(1, MOST_DISJOINT + 1):
+        mask = model.find_circuit("harmful", size=size, calibrations=data, exclude=taken)
+        done = done_by(model, mask, data, {**labels, "mask": str(number)})
+        rows += done
+        if done.one("harm_valid_rate").mean > ENDED:
+            break
+        taken = mask if taken is None else taken | mask
+    return rows
+
+
+# %% [markdown]
+# ## What is read off
+
+
+# %%
+def overlaps(rows: Rows) -> pd.DataFrame:
+    """Of each model, method, pair and size the mean over draws; in brackets the two chances."""
+    lines = []
+    names = ("ladder", "model", "method", "pair", "size")
+    pairs = rows.where("jaccard") + rows.where("overlap_lift")
+    for key, drawn in pairs.by(*names).items():
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
+        line["size"] = f"{line['size']:.1%}"
+        line["draws"] = len(drawn.where("overlap_lift"))
+        for level in LEVELS:
+            found, *chances = (
+                mean(drawn.where("jaccard", level=level, masks=masks)) for masks in MASKS
+            )
+            line[level] = f"{found:.2f} ({', '.join(f'{chance:.2f}' for chance in chances)})"
+        line["lift"] = round(mean(drawn.where("overlap_lift")))
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def mean(rows: Rows) -> float:
+    return sum(row.mean for row in rows) / len(rows)
+
+
+def effects(rows: Rows) -> pd.DataFrame:
+    """What each mask that was measured does, held out."""
+    lines = []
+    names = ("ladder", "model", "method", "pair", "draw", "size", "mask")
+    masks = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
+    for key, done in masks.by(*names).items():
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
+        unpruned = rows.where(ladder=line["ladder"], model=line["model"], mask="none")
+        before = {row.metric: row.mean for row in unpruned}
+        now = {row.metric: row.mean for row in done}
+        lost = max(before[rate] - now[rate] for rate in KEPT if rate in before)
+        line["weights"] = round(now["weights_removed"])
+        line["harm left"] = f"{now['harm_valid_rate']:.1%}"
+        line["kept rates fall by"] = f"{max(0, lost):.1%}"
+        line["benign loss"] = f"{now['benign_nll'] - before['benign_nll']:+.3f}"
+        line["ends"] = "yes" if now["harm_valid_rate"] <= ENDED else "no"
+        line["spares"] = "yes" if is_within_budget(before, now) else "no"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+# %%
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and the tables; resumes.")],
+    organisms: Annotated[
+        list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")
+    ] = None,
+    rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: both.")] = None,
+    draws: Annotated[int, typer.Option(help="Draws of halves and orders.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
+) -> None:
+    jobs = []
+    for folder in organisms or [FOLDER]:
+        ladder = "shipped" if folder.resolve() == FOLDER.resolve() else folder.name
+        for name in rung or RUNGS:
+            of_model = {"ladder": ladder, "model": name}
+            for size in DISJOINT_SIZES:
+                of_search = {"method": "search", "pair": "disjoint", "draw": 0, "size": size}
+                labels = {**of_model, **of_search}
+                jobs.append(Job(labels, partial(disjoint, folder, name, size, labels)))
+            for method, kind in PAIRS:
+                for draw in range(1 if kind == "wholes" else draws):
+                    labels = {**of_model, "method": method, "pair": kind, "draw": draw}
+                    run = partial(compared, folder, name, method, kind, draw, labels)
+                    jobs.append(Job(labels, run))
+    rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="stability")
+    text = "\n\n".join(table.to_string(index=False) for table in (overlaps(rows), effects(rows)))
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
