@@ -346,7 +346,7 @@ class Walk:
         with masked_if_given(self.bridge, self.accepted) as bridge:
             return stop(bridge)
 
-    def keep(self, folder: str | Path | None, step: int) -> None:
+    def keep(self, folder: str | Path | None, step: int, of: int) -> None:
         """Write everything into the folder, in place of the step before."""
         if folder is None:
             return
@@ -356,7 +356,8 @@ class Walk:
             "target_loss": self.target_loss,
             "best": [{**vars(best), "mask": None} for best in self.best],
         }
-        sums = {"benefit": self.benefit, "price": self.price}
+        # A walk at its end needs its sums no more, and they are as large as the model.
+        sums = {"benefit": self.benefit, "price": self.price} if step < of else {}
         masks = {"accepted": self.accepted, "refused": self.refused}
         for place, best in enumerate(self.best):
             masks[f"best-{place}"] = best.mask
@@ -375,8 +376,8 @@ class Walk:
         for place, best in enumerate(walk.state["best"]):
             self.best.append(Best(**{**best, "mask": walk.masks[f"best-{place}"]}))
         self.trace = walk.trace
-        self.benefit = self._on_devices(walk.sums["benefit"])
-        self.price = self._on_devices(walk.sums["price"])
+        self.benefit = self._on_devices(walk.sums.get("benefit", {}))
+        self.price = self._on_devices(walk.sums.get("price", {}))
         return walk.state["step"]
 
     def _on_devices(self, sums: Mapping[str, Tensor]) -> Totals:

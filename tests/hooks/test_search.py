@@ -6,6 +6,7 @@ its budget, weights that are not worth their price or are excluded, a walk that 
 after an interruption; of the set differences, the wrong sign, order or behaviour.
 """
 
+import shutil
 from collections.abc import Callable
 from itertools import count
 
@@ -527,15 +528,24 @@ def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
         find_circuit(llama, TARGET, [SPARED], folder=tmp_path, stop=interrupt, **options)
     (kept,) = tmp_path.iterdir()
     assert kept.name == "step-003"
+    damaged = tmp_path.with_name("damaged")
+    shutil.copytree(tmp_path, damaged)
+    (damaged / "step-003" / "benefit.safetensors").write_bytes(b"torn")
+
     mask = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
     assert_same_weights(mask, expected)
     assert mask.trace == expected.trace
+    # At its end it keeps its masks, and not its sums, which are as large as the model.
+    (kept,) = tmp_path.iterdir()
+    assert not list(kept.glob("benefit*"))
+    again = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+    assert_same_weights(again, expected)
+    assert again.trace == expected.trace
 
     with pytest.raises(ValueError, match=f"{tmp_path} holds the walk of another search"):
         find_circuit(llama, TARGET, [SPARED], folder=tmp_path, size=SIZE, steps=3)
-    (tmp_path / "step-004" / "benefit.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"step-004.*damaged"):
-        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+    with pytest.raises(ValueError, match=r"step-003.*damaged"):
+        find_circuit(llama, TARGET, [SPARED], folder=damaged, **options)
 
 
 def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
