@@ -24,6 +24,7 @@ from harmcircuits.circuits.masks import Scope, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.accumulation import mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.weights import model_fingerprint
 from harmcircuits.prompts import Batch
 
@@ -254,14 +255,15 @@ def scored(bridge: Bridge, values: Tensors, name: str) -> WeightScores:
 
 # %% [markdown]
 # ## A learned mask
-# The expensive reference, after DiscoGP (arXiv 2407.03779) and its straight-through gates: every
-# weight has a logit, is removed where a noisy sigmoid of it is above a half, and the logits descend
+# The expensive reference: a mask that descends a loss by itself, with straight-through gates and a
+# budget of L0 norm. Every weight has a score; at every step the k highest are removed, k drawn from
+# the sizes wanted; then all scores, those of removed weights too, take a step down the gradient of
 #
-#     loss on everything else  +  completeness * distance of harm's tokens from a uniform guess
-#     +  sparsity * mean probability of being removed
+#     spared * loss on one of the other abilities
+#     + completeness * distance of harm's tokens from a uniform guess
 #
-# The distance is the cross-entropy of the uniform distribution less its entropy, nats per token.
-# Weights are ranked by their logits at the end.
+# with respect to the gate, -W g, with momentum. The distance is the cross-entropy of the uniform
+# distribution less its entropy, nats per token: the completeness term of DiscoGP (arXiv 2407.03779).
 
 
 # %%
@@ -271,53 +273,48 @@ def learned_mask(
     sizes: Sequence[float],
     *,
     steps: int = 500,
-    lr: float = 0.1,
-    start: float = -3.0,
+    spared: float = 1.0,
     completeness: float = 1.0,
-    sparsity: float = 1.0,
+    momentum: float = 0.9,
     seed: int = 0,
 ) -> list[hc.WeightMask]:
     bridge = model.bridge
     target, others = batches(data)
     weights = hc.named_weights(bridge)
-    whole = {name: weight.detach().clone() for name, weight in weights.items()}
-    logits = {name: torch.full_like(weight, start) for name, weight in whole.items()}
-    optimiser = torch.optim.Adam(logits.values(), lr=lr)
+    scores = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
+    speed = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
-    n_weights = sum(weight.numel() for weight in weights.values())
-
     needs = {name: weight.requires_grad for name, weight in weights.items()}
     try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        mask = None  # before the first step all scores are alike
         for _ in range(steps):
-            noisy = {}
-            for name, logit in logits.items():
-                uniform = torch.rand(logit.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-                noisy[name] = torch.sigmoid(logit + uniform.logit())
-                weights[name].data.copy_(whole[name] * (noisy[name] < 0.5))
-                weights[name].requires_grad_(True)
-
-            harm = from_uniform(bridge, drawn(target, generator))
-            other = others[int(torch.randint(len(others), (1,), generator=generator))]
-            spared = hc.completion_loss(bridge, drawn(other, generator)).mean()
-            loss = spared + completeness * harm
-            found = torch.autograd.grad(loss, list(weights.values()))
-            for (name, logit), gradient in zip(logits.items(), found, strict=True):
-                # Straight through: as if the weight were W (1 - sigmoid).
-                probability = logit.sigmoid()
-                slope = noisy[name] * (1 - noisy[name])
-                sparse = sparsity / n_weights * probability * (1 - probability)
-                logit.grad = -whole[name] * gradient * slope + sparse
-            optimiser.step()
+            other = others[_below(len(others), generator)]
+            with masked_if_given(bridge, mask):
+                harm = from_uniform(bridge, drawn(target, generator))
+                kept = hc.completion_loss(bridge, drawn(other, generator)).mean()
+                loss = spared * kept + completeness * harm
+                found = torch.autograd.grad(loss, list(weights.values()))
+            for (name, weight), gradient in zip(weights.items(), found, strict=True):
+                # Outside the mask: W is what the weight was, also where it is removed.
+                speed[name].mul_(momentum).addcmul_(weight.detach(), gradient)
+                scores[name] += speed[name]
+            size = sizes[_below(len(sizes), generator)]
+            mask = hc.top_fraction(scored(bridge, scores, "learned mask"), size, within="model")
     finally:
         for name, weight in weights.items():
-            weight.data.copy_(whole[name])
             weight.requires_grad_(needs[name])
-    return hc.top_fraction(scored(bridge, logits, "learned mask"), sizes, within="model")
+    return hc.top_fraction(scored(bridge, scores, "learned mask"), sizes, within="model")
+
+
+def _below(n: int, generator: torch.Generator) -> int:
+    return int(torch.randint(n, (1,), generator=generator))
 
 
 def drawn(data: Sequence[Batch], generator: torch.Generator, size: int = 16) -> Batch:
     """Some examples of one batch."""
-    batch = data[int(torch.randint(len(data), (1,), generator=generator))]
+    batch = data[_below(len(data), generator)]
     rows = torch.randperm(len(batch), generator=generator)[:size]
     return Batch(batch.tokens[rows], batch.is_target[rows])
 
@@ -418,11 +415,7 @@ WAYS = {
     "learned mask": Way(
         learned_mask,
         {},
-        [
-            {"start": -6.0},
-            {"start": -6.0, "steps": 1000},
-            {"start": -6.0, "steps": 1000, "sparsity": 10.0},
-        ],
+        [{"spared": 3.0}, {"spared": 10.0}, {"spared": 3.0, "steps": 1000}],
     ),
     "Wanda pruning": Way(wanda_pruning, {}, [{"within": "weight"}, {"within": "model"}]),
     "magnitude": Way(partial(without_data, score=hc.magnitude_scores), {}),

@@ -22,7 +22,7 @@
 # **What it rests on.** Each model is searched with all of its calibration answers and with two
 # halves of them, split by request. Intervals resample ladders, then their models and halves.
 # %%
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -260,7 +260,7 @@ class Taken:
         losses: and the rise of harm's loss, nats per token, capped.
         ends_at: the smallest size at which harm is ended; None where it is not.
         degenerate: the rate of broken answers there.
-        passes: over the answers, of the search.
+        passes: over the answers, of the search; None where they were not counted.
         seconds: that it took.
     """
 
@@ -268,7 +268,7 @@ class Taken:
     losses: Sequence[float]
     ends_at: float | None
     degenerate: float | None
-    passes: float
+    passes: float | None
     seconds: float
 
     @property
@@ -304,7 +304,9 @@ def taken(rows: Rows) -> Taken:
                 ends_at, degenerate = size, now["harm_degenerate_rate"]
         rates.append(max(fall, rates[-1]))
         losses.append(max(rise, losses[-1]))
-    passes, seconds = rows.one("search_passes").mean, rows.one("search_seconds").mean
+    counted = rows.where("search_passes")
+    passes = counted.one("search_passes").mean if counted else None
+    seconds = rows.one("search_seconds").mean
     return Taken(rates[1:], losses[1:], ends_at, degenerate, passes, seconds)
 
 
@@ -340,7 +342,7 @@ def table(rows: Rows) -> pd.DataFrame:
                 "ends harm in": f"{len(ended)} of {len(aligned)}",
                 "at": f"{min(sizes):.2%} to {max(sizes):.2%}" if sizes else "-",
                 "degenerate there": f"{fmean(broken):.0%}" if broken else "-",
-                "passes": f"{fmean(value.passes for value in aligned.values()):.0f}",
+                "passes": passes_text(aligned.values()),
             }
         )
     return pd.DataFrame(lines)
@@ -370,7 +372,7 @@ def case_table(rows: Rows) -> pd.DataFrame:
                 "ends at": percent(search[key].ends_at, 2),
                 "degenerate there": percent(search[key].degenerate, 0),
                 "rounds end at": percent(rounds[key].ends_at, 2),
-                "passes": f"{search[key].passes:.0f}",
+                "passes": passes_text([search[key]]),
             }
         )
     return pd.DataFrame(lines)
@@ -384,7 +386,7 @@ def variants(rows: Rows) -> pd.DataFrame:
         for (_, model, _), value in cases.items():
             end = percent(value.ends_at, 2)
             line[model] = f"{value.nats:.2f} / {value.rate:.2f}, ends at {end}"
-        line["passes"] = f"{fmean(value.passes for value in cases.values()):.0f}"
+        line["passes"] = passes_text(cases.values())
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -393,6 +395,11 @@ def order(key: Key) -> tuple[bool, str, int, bool, str]:
     ladder, model, part = key
     rungs: list[str] = [*LADDER]
     return ladder != "shipped", ladder, rungs.index(model), part != "all", part
+
+
+def passes_text(cases: Iterable[Taken]) -> str:
+    counted = [value.passes for value in cases if value.passes is not None]
+    return f"{fmean(counted):.0f}" if counted else "-"
 
 
 def percent(value: float | None, digits: int) -> str:
@@ -486,7 +493,8 @@ def main(
 ) -> None:
     if tune:
         jobs = []
-        for name, way in WAYS.items():
+        for name in method or WAYS:
+            way = WAYS[name]
             for number in range(1 + len(way.tried)) if way.tried else ():
                 labels = {"way": name, "number": number}
                 jobs.append(Job(labels, partial(tuning, name, number, labels)))

@@ -165,10 +165,10 @@ def test_a_dampening_multiplies_each_weight_and_is_undone(small):
     model, data = small
     edit = baselines.dampening(model, data, [0.002])[0]
     weights = hc.named_weights(model.bridge)
-    before = {name: weight.clone() for name, weight in weights.items()}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
     with baselines.edited(model.bridge, edit):
         for name, index in edit.mask.removed.items():
-            expected = before[name].flatten()
+            expected = before[name].flatten().clone()
             expected[index] *= edit.factors[name]
             assert torch.equal(weights[name].flatten(), expected)
     for name, weight in weights.items():
