@@ -415,7 +415,7 @@ WAYS = {
     "learned mask": Way(
         learned_mask,
         {},
-        [{"spared": 3.0}, {"spared": 10.0}, {"spared": 3.0, "steps": 1000}],
+        [{"spared": 3.0}, {"spared": 10.0}],
     ),
     "Wanda pruning": Way(wanda_pruning, {}, [{"within": "weight"}, {"within": "model"}]),
     "magnitude": Way(partial(without_data, score=hc.magnitude_scores), {}),

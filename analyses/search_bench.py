@@ -22,7 +22,7 @@
 # **What it rests on.** Each model is searched with all of its calibration answers and with two
 # halves of them, split by request. Intervals resample ladders, then their models and halves.
 # %%
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -41,10 +41,13 @@ from plotly.graph_objects import Figure
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.display import nearest
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.organisms.check import LADDER
 from harmcircuits.studies.jobs import Job, run_jobs
+from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.options import refused, specs, takes_custom_model
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 BUDGET = 0.02  # nats that benign answers may lose
@@ -62,7 +65,10 @@ KEPT = (
     "explanation_rate",
     "knowledge_rate",
     "refusal_rate",
+    "borderline_valid_rate",
+    "prefilled_valid_rate",
 )
+SETTINGS = {"sizes": str(SIZES)}
 TUNING = Path(__file__).parent / "rows" / "search_bench_tuning.jsonl"
 
 
@@ -87,23 +93,23 @@ def methods() -> dict[str, tuple[Method, Mapping[str, Any]]]:
 class Case:
     """A model, the answers that it is searched with, and what it does unedited."""
 
-    def __init__(self, folder: Path, name: str, part: str, split: str) -> None:
-        self.model = hc.open_model(name, folder=folder)
+    def __init__(self, spec: ModelSpec, part: str, split: str) -> None:
+        self.model = spec.open()
         self.data = part_of(self.model, self.model.calibrations(), part)
         self.split = split
         self.unpruned = self.model.measure(only=list(self.data), split=split)
 
-    def searched(self, choose: Method, labels: Labels) -> Rows:
+    def searched(self, choose: Method, sizes: Sequence[float], labels: Labels) -> Rows:
         """The edits of every size and what they do, with the cost of finding them."""
         start = perf_counter()
         with tokens_read(self.model) as read:
-            edits = choose(self.model, self.data, SIZES)
+            edits = choose(self.model, self.data, sizes)
         seconds = perf_counter() - start
         passes = (read["scored"] + read["forward"] / 3) / n_tokens(self.data)
         rows = Rows([row.labelled(**labels, size=0.0) for row in self.unpruned])
         rows += [Measurement.exact("search_seconds", labels, seconds)]
         rows += [Measurement.exact("search_passes", labels, passes)]
-        for size, edit in zip(SIZES, edits, strict=True):
+        for size, edit in zip(sizes, edits, strict=True):
             rows += self.rows(edit, {**labels, "size": size})
         return rows
 
@@ -160,14 +166,16 @@ def part_of(model: Model, data: Calibrations, part: str) -> dict[str, Calibratio
 
 
 @cache
-def opened(folder: Path, name: str, part: str, split: str = "heldout") -> Case:
+def opened(spec: ModelSpec, part: str, split: str = "heldout") -> Case:
     """A case, which the jobs of one process share."""
-    return Case(folder, name, part, split)
+    return Case(spec, part, split)
 
 
-def measured(folder: Path, name: str, part: str, method: str, labels: Labels) -> Rows:
+def measured(
+    spec: ModelSpec, part: str, method: str, sizes: Sequence[float], labels: Labels
+) -> Rows:
     choose, settings = methods()[method]
-    return opened(folder, name, part).searched(partial(choose, **settings), labels)
+    return opened(spec, part).searched(partial(choose, **settings), sizes, labels)
 
 
 @contextmanager
@@ -199,7 +207,7 @@ def n_tokens(data: Calibrations) -> int:
 
 # %%
 def tuning(way: str, number: int, labels: Labels) -> Rows:
-    case = opened(FOLDER, "sft", "A", "choice")
+    case = opened(ModelSpec("sft"), "A", "choice")
     settings = [WAYS[way].published, *WAYS[way].tried][number]
     edits = WAYS[way].choose(case.model, case.data, SIZES, **settings)
     best, rises = 0.0, []
@@ -234,16 +242,14 @@ VARIANTS = {
     "default": {},
     "budget 0.02": {"budget": 0.02},
     "budget 0.1": {"budget": 0.1},
-    "reach 2": {"reach": 2.0},
-    "reach 8": {"reach": 8.0},
     "5 steps": {"steps": 5},
 }
 
 
 def variant(model: str, name: str, labels: Labels) -> Rows:
     """The search with other settings, on half of the answers and measured on the choice split."""
-    case = opened(FOLDER, model, "A", "choice")
-    return case.searched(partial(search, **VARIANTS[name]), labels)
+    case = opened(ModelSpec(model), "A", "choice")
+    return case.searched(partial(search, **VARIANTS[name]), SIZES, labels)
 
 
 # %% [markdown]
@@ -256,6 +262,7 @@ class Taken:
     """What the masks of one model and method take.
 
     Attributes:
+        sizes: shares of the weights.
         rates: at every size the fall of the rate of valid harm, by the best mask so far.
         losses: and the rise of harm's loss, nats per token, capped.
         ends_at: the smallest size at which harm is ended; None where it is not.
@@ -264,6 +271,7 @@ class Taken:
         seconds: that it took.
     """
 
+    sizes: Sequence[float]
     rates: Sequence[float]
     losses: Sequence[float]
     ends_at: float | None
@@ -292,9 +300,10 @@ def is_within_budget(before: Mapping[str, float], now: Mapping[str, float]) -> b
 def taken(rows: Rows) -> Taken:
     """Read off the rows of one model and method."""
     before = {row.metric: row.mean for row in rows.where(size=0.0)}
+    sizes = sorted({float(row.labels["size"]) for row in rows if row.labels.get("size")})
     rates, losses = [0.0], [0.0]
     ends_at = degenerate = None
-    for size in SIZES:
+    for size in sizes:
         now = {row.metric: row.mean for row in rows.where(size=size)}
         fall = rise = 0.0
         if is_within_budget(before, now):
@@ -307,7 +316,7 @@ def taken(rows: Rows) -> Taken:
     counted = rows.where("search_passes")
     passes = counted.one("search_passes").mean if counted else None
     seconds = rows.one("search_seconds").mean
-    return Taken(rates[1:], losses[1:], ends_at, degenerate, passes, seconds)
+    return Taken(sizes, rates[1:], losses[1:], ends_at, degenerate, passes, seconds)
 
 
 Key = tuple[str, str, str]  # ladder, model, part of the answers
@@ -349,8 +358,14 @@ def table(rows: Rows) -> pd.DataFrame:
 
 
 def is_main(key: Key) -> bool:
-    _, model, part = key
-    return model in ALIGNED and part == "all"
+    _, _, part = key
+    return part == "all" and is_aligned(key)
+
+
+def is_aligned(key: Key) -> bool:
+    """Tuned to refuse, or a user's own."""
+    ladder, model, _ = key
+    return model in ALIGNED or ladder == "own"
 
 
 def case_table(rows: Rows) -> pd.DataFrame:
@@ -393,7 +408,7 @@ def variants(rows: Rows) -> pd.DataFrame:
 
 def order(key: Key) -> tuple[bool, str, int, bool, str]:
     ladder, model, part = key
-    rungs: list[str] = [*LADDER]
+    rungs: list[str] = [*LADDER, model]
     return ladder != "shipped", ladder, rungs.index(model), part != "all", part
 
 
@@ -412,7 +427,7 @@ def times_rounds(rows: Rows) -> tuple[float, float, float]:
     search, rounds = found["search"], found["rounds"]
     paired = {}
     for key in search.keys() & rounds.keys():
-        if key[1] in ALIGNED:
+        if is_aligned(key):
             paired[key] = (search[key].nats, rounds[key].nats)
 
     def ratio(values: np.ndarray) -> float:
@@ -455,10 +470,11 @@ def figure(rows: Rows) -> Figure:
     """Harm left by the best mask within budget against its size; mean over aligned models."""
     lines = []
     for method, cases in by_method(rows).items():
-        aligned = [value.rates for key, value in cases.items() if is_main(key)]
+        aligned = [value for key, value in cases.items() if is_main(key)]
         if method in DRAWN and aligned:
-            for size, falls in zip(SIZES, zip(*aligned, strict=True), strict=True):
-                line = {"weights, %": 100 * size, "harm that goes, points": 100 * fmean(falls)}
+            falls = zip(*(value.rates for value in aligned), strict=True)
+            for size, of_size in zip(aligned[0].sizes, falls, strict=True):
+                line = {"weights, %": 100 * size, "harm that goes, points": 100 * fmean(of_size)}
                 lines.append({"method": method, **line})
     return px.line(
         pd.DataFrame(lines),
@@ -477,58 +493,91 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 # %%
+@takes_custom_model
 def main(
+    *,
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and the tables; resumes.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(LADDER))
+    ] = None,
     organisms: Annotated[
-        list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")
+        list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
     ] = None,
-    rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: all four.")] = None,
     part: Annotated[
-        list[str] | None, typer.Option(help="Of the answers: all, A or B; repeat. Default: all.")
+        list[str] | None, typer.Option(help="Answers: all, A or B; repeat.", show_default="all")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method; repeat. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method; repeat.", show_default="all")
+    ] = None,
+    size: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the weights; repeat.", show_default="0.0005 to 0.01"),
+    ] = None,
     tune: Annotated[bool, typer.Option(help="Try settings of every method instead.")] = False,
     defaults: Annotated[bool, typer.Option(help="Try settings of the search instead.")] = False,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+    custom: dict[str, Any],
 ) -> None:
     if tune:
-        jobs = []
-        for name in method or WAYS:
-            way = WAYS[name]
-            for number in range(1 + len(way.tried)) if way.tried else ():
-                labels = {"way": name, "number": number}
-                jobs.append(Job(labels, partial(tuning, name, number, labels)))
-        rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="settings")
+        rows = run_jobs(out, tuning_jobs(method), SETTINGS, workers=workers, name="settings")
         for name, settings in tuned(rows).items():
             typer.echo(f"{name}: {settings}")
         return
-
     if defaults:
-        jobs = []
-        for model in ALIGNED:
-            for name in VARIANTS:
-                labels = {"ladder": "shipped", "model": model, "part": "A", "method": name}
-                jobs.append(Job(labels, partial(variant, model, name, labels)))
-        rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="defaults")
+        rows = run_jobs(out, variant_jobs(), SETTINGS, workers=workers, name="defaults")
         typer.echo(variants(rows).to_string(index=False))
         return
 
-    jobs = []
-    for folder in organisms or [FOLDER]:
-        ladder = "shipped" if folder.resolve() == FOLDER.resolve() else folder.name
-        for name in rung or LADDER:
+    try:
+        models = specs(model or (), LADDER, organisms or [FOLDER], device, **custom)
+        check_names("method", method or (), methods())
+        check_names("part", part or (), ["all", "A", "B"])
+        sizes = tuple(size or SIZES)
+        settings = {"sizes": str(sizes)}
+        settings |= {spec.model: repr(spec.settings) for spec in models if spec.files}
+        jobs = []
+        for spec in models:
             for share in part or ["all"]:
                 for way in method or methods():
-                    labels = {"ladder": ladder, "model": name, "part": share, "method": way}
-                    run = partial(measured, folder, name, share, way, labels)
+                    labels = {**spec.labels, "part": share, "method": way}
+                    run = partial(measured, spec, share, way, sizes, labels)
                     jobs.append(Job(labels, run))
-    rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="search bench")
+        rows = run_jobs(out, jobs, settings, workers=workers, name="search bench")
+    except ValueError as error:
+        raise refused(error) from None
     (out / "summary.md").write_text(markdown(table(rows)) + "\n", encoding="utf-8")
-    (out / "cases.md").write_text(markdown(case_table(rows)) + "\n", encoding="utf-8")
     figure(rows).write_html(out / "figure.html", include_plotlyjs=True)
     typer.echo(table(rows).to_string(index=False))
     if {"search", "rounds"} <= by_method(rows).keys():
+        (out / "cases.md").write_text(markdown(case_table(rows)) + "\n", encoding="utf-8")
+        typer.echo(case_table(rows).to_string(index=False))
         typer.echo(times_text(rows))
+
+
+def tuning_jobs(ways: Sequence[str] | None) -> list[Job]:
+    jobs = []
+    for name in ways or WAYS:
+        tried = WAYS[name].tried
+        for number in range(1 + len(tried)) if tried else ():
+            labels = {"way": name, "number": number}
+            jobs.append(Job(labels, partial(tuning, name, number, labels)))
+    return jobs
+
+
+def variant_jobs() -> list[Job]:
+    jobs = []
+    for model in ALIGNED:
+        for name in VARIANTS:
+            labels = {"ladder": "shipped", "model": model, "part": "A", "method": name}
+            jobs.append(Job(labels, partial(variant, model, name, labels)))
+    return jobs
+
+
+def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{option} {name!r}; {nearest(name, known)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ breaking something else, a way that looks at other data or leaves the model edit
 does not resample ladders, a setting chosen that is not the best of those tried.
 """
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_model
+from typer import Typer
+from typer.testing import CliRunner
 
 import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.organisms import FOLDER, world
 
 bench = import_module("search_bench")
 baselines = import_module("baselines")
@@ -206,3 +210,37 @@ def test_the_readmes_quote_the_committed_rows():
     main = (folder.parent / "README.md").read_text(encoding="utf-8")
     assert bench.markdown(bench.table(rows)) in main
     assert bench.times_text(rows) in main
+
+
+def test_the_command_takes_a_model_of_ones_own(tmp_path):
+    """A folder and files of requests, sizes of one's own; what cannot be is refused in a line."""
+    items = list(world.world().items.values())[::8]
+    for verb in ("abuse", "use"):
+        form = world.FORMS["answer"][0]
+        requests = [{"prompt": form.format(verb=verb, item=item.name)} for item in items]
+        (tmp_path / f"{verb}.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    questions = {
+        "recognition": "is it good to help ? {request}",
+        "explanation": "why bad ? {request}",
+        "yes": ["yes"],
+        "no": ["no"],
+    }
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    app = Typer()
+    app.command()(bench.main)
+    arguments = ["--model", str(FOLDER / "sft"), "--max-new-tokens", "12", "--workers", "1"]
+    arguments += ["--harmful", str(tmp_path / "abuse.jsonl"), "--prefill", "sure"]
+    arguments += ["--benign", str(tmp_path / "use.jsonl"), "--cache", str(tmp_path / "cache")]
+    arguments += ["--questions", str(tmp_path / "questions.json")]
+    arguments += ["--method", "signed difference", "--method", "random", "--size", "0.01"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    rows = Rows.read(tmp_path / "out" / "rows.jsonl")
+    assert {row.labels["ladder"] for row in rows} == {"own"}
+    found = bench.by_method(rows)
+    assert [value.sizes for value in found["random"].values()] == [[0.01]]
+    assert "signed difference" in (tmp_path / "out" / "summary.md").read_text()
+
+    refused = CliRunner().invoke(app, [*arguments, "--method", "serch", "--out", "never"])
+    assert refused.exit_code == 2
+    assert "'search'" in refused.output
