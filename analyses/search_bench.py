@@ -462,6 +462,9 @@ def resampled(
 
 
 def area_text(areas: Mapping[Key, float]) -> str:
+    """The mean, with its interval where there are several ladders to draw from."""
+    if len({ladder for ladder, _, _ in areas}) == 1:
+        return f"{fmean(areas.values()):.2f}"
     low, high = resampled(areas, np.mean)
     return f"{fmean(areas.values()):.2f} [{low:.2f}, {high:.2f}]"
 
@@ -476,7 +479,7 @@ def figure(rows: Rows) -> Figure:
             for size, of_size in zip(aligned[0].sizes, falls, strict=True):
                 line = {"weights, %": 100 * size, "harm that goes, points": 100 * fmean(of_size)}
                 lines.append({"method": method, **line})
-    return px.line(
+    drawn = px.line(
         pd.DataFrame(lines),
         x="weights, %",
         y="harm that goes, points",
@@ -484,7 +487,10 @@ def figure(rows: Rows) -> Figure:
         log_x=True,
         markers=True,
         category_orders={"method": DRAWN},
+        template="plotly_white",
     )
+    sizes = sorted({line["weights, %"] for line in lines})
+    return drawn.update_xaxes(tickvals=sizes, ticktext=[f"{size:g}" for size in sizes])
 
 
 def markdown(frame: pd.DataFrame) -> str:
