@@ -195,7 +195,7 @@ def find_circuit(
         task = bars.add_task("search", total=steps, completed=done)
         for step in range(done + 1, steps + 1):
             walk.step(step, steps)
-            walk.keep(folder, step, steps)
+            walk.keep(folder, step)
             bars.advance(task)
             if walk.is_to_stop(stop):
                 break

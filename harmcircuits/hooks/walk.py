@@ -346,7 +346,7 @@ class Walk:
         with masked_if_given(self.bridge, self.accepted) as bridge:
             return stop(bridge)
 
-    def keep(self, folder: str | Path | None, step: int, of: int) -> None:
+    def keep(self, folder: str | Path | None, step: int) -> None:
         """Write everything into the folder, in place of the step before."""
         if folder is None:
             return
@@ -356,8 +356,7 @@ class Walk:
             "target_loss": self.target_loss,
             "best": [{**vars(best), "mask": None} for best in self.best],
         }
-        # A walk at its end needs its sums no more, and they are as large as the model.
-        sums = {"benefit": self.benefit, "price": self.price} if step < of else {}
+        sums = {"benefit": self.benefit, "price": self.price}
         masks = {"accepted": self.accepted, "refused": self.refused}
         for place, best in enumerate(self.best):
             masks[f"best-{place}"] = best.mask

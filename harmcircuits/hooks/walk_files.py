@@ -75,6 +75,22 @@ def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
         shutil.rmtree(path)
 
 
+def forget_sums(folder: str | Path) -> None:
+    """Leave only the masks and the trace of a walk at its end: its sums are as large as the model.
+
+    The same search still gives its masks from there.
+
+    Args:
+        folder: given to `write_walk`.
+    """
+    for path in Path(folder).glob("step-*/walk.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        names, state["sums"] = state["sums"], []
+        path.write_text(json.dumps(state), encoding="utf-8")
+        for name in names:
+            path.with_name(f"{name}.safetensors").unlink()
+
+
 def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
     """The furthest walk that a folder holds; None where it holds none.
 

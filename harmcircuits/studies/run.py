@@ -10,6 +10,7 @@ from rich.progress import Progress
 from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import plural
+from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.terms import Terms
@@ -94,17 +95,21 @@ class Study:
             options: of `Model.find_circuit`, in place of the settings'.
         """
         settings = self.settings
-        return self.model.find_circuit(
+        folder = self.walks / name if self.walks is not None else None
+        masks = self.model.find_circuit(
             settings.target,
             size=list(sizes),
             protect=list(protect),
             budget=settings.budget,
             calibrations=calibrations,
             progress=self.progress,
-            folder=self.walks / name if self.walks is not None else None,
+            folder=folder,
             max_memory=self.max_memory,
             **{"steps": settings.steps, **options},
         )
+        if folder is not None:
+            forget_sums(folder)
+        return masks
 
     def add(self, rows: Iterable[Measurement]) -> None:
         """Keep rows and write them out at once."""
