@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def wanda_pruning(
     model: Model, data: Calibrations, sizes: Sequence[float], *, within: Scope = "row"
 ) -> list[hc.WeightMask]:
     _, others = batches(data)
-    together = [batch for other in others for batch in other]
+    together = [*chain.from_iterable(others)]
     scores = hc.wanda_scores(model.bridge, together)
     return hc.top_fraction(-scores, sizes, within=within)
 
@@ -159,7 +160,7 @@ def dampening(
 ) -> list[Edit]:
     target, others = batches(data)
     of_harm = fisher(model.bridge, target, per_batch)
-    together = [batch for other in others for batch in other]
+    together = [*chain.from_iterable(others)]
     if all_data:
         together += target
     of_all = fisher(model.bridge, together, per_batch)
@@ -239,7 +240,7 @@ def product(
 
 def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
     target, others = batches(data)
-    together = [batch for other in others for batch in other]
+    together = [*chain.from_iterable(others)]
     return gradients(model.bridge, target), gradients(model.bridge, together)
 
 
@@ -350,8 +351,7 @@ def rounds(
     rounds: int = 10,
 ) -> list[hc.WeightMask]:
     options = {"protect_share": protect_share, "rounds": rounds}
-    target = data["harmful"].batches
-    others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
+    target, others = batches(data)
     return prune_in_rounds(model.bridge, target, others, size=sizes, **options)
 
 

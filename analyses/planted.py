@@ -33,7 +33,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 from safetensors.torch import load_file
-from search_bench import ENDED, KEPT, is_within_budget
+from search_bench import cost_cells
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -43,6 +43,7 @@ from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.jobs import Job, run_jobs
+from harmcircuits.studies.models import ModelSpec
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
 RELEARNED = 0.004  # the size of the masks that are relearned
@@ -185,18 +186,13 @@ def reach_table(rows: Rows) -> pd.DataFrame:
         unpruned = rows.where(ladder=ladder, reach=reach, mask="none")
         before = {row.metric: row.mean for row in unpruned}
         now = {row.metric: row.mean for row in done}
-        lost = max(before[rate] - now[rate] for rate in KEPT if rate in before)
         line = {"organism": ladder, "in reach": reach, "removed": mask}
         line["weights"] = round(now["weights_removed"])
         line["in S"] = f"{now['overlap_containment']:.0%}"
         line["lift"] = f"{now['overlap_lift']:.1f}"
         line["harm left"] = f"{now['harm_valid_rate']:.1%}"
         line["degenerate"] = f"{now['harm_degenerate_rate']:.0%}"
-        line["kept rates fall by"] = f"{max(0, lost):.1%}"
-        line["benign loss"] = f"{now['benign_nll'] - before['benign_nll']:+.3f}"
-        line["ends"] = "yes" if now["harm_valid_rate"] <= ENDED else "no"
-        line["spares"] = "yes" if is_within_budget(before, now) else "no"
-        lines.append(line)
+        lines.append(line | cost_cells(before, now))
     return pd.DataFrame(lines)
 
 
@@ -228,7 +224,7 @@ def main(
 ) -> None:
     jobs = []
     for folder in organisms or [FOLDER]:
-        ladder = "shipped" if folder.resolve() == FOLDER.resolve() else folder.name
+        ladder = ModelSpec("planted", folder).labels["ladder"]
         labels = {"ladder": ladder, "job": "recovery"}
         jobs.append(Job(labels, partial(recovery, folder, labels)))
         for reach in REACH:

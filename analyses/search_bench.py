@@ -297,6 +297,17 @@ def is_within_budget(before: Mapping[str, float], now: Mapping[str, float]) -> b
     return is_kept and now["benign_nll"] <= before["benign_nll"] + BUDGET
 
 
+def cost_cells(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
+    """What a mask costs everything else, and whether it ends harm, as cells of a table."""
+    lost = max(before[rate] - now[rate] for rate in KEPT if rate in before)
+    return {
+        "kept rates fall by": f"{max(0, lost):.1%}",
+        "benign loss": f"{now['benign_nll'] - before['benign_nll']:+.3f}",
+        "ends": "yes" if now["harm_valid_rate"] <= ENDED else "no",
+        "spares": "yes" if is_within_budget(before, now) else "no",
+    }
+
+
 def taken(rows: Rows) -> Taken:
     """Read off the rows of one model and method."""
     before = {row.metric: row.mean for row in rows.where(size=0.0)}

@@ -40,7 +40,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import typer
 from baselines import rounds
-from search_bench import ENDED, KEPT, is_within_budget
+from search_bench import ENDED, cost_cells
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -52,6 +52,7 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.jobs import Job, run_jobs
+from harmcircuits.studies.models import ModelSpec
 
 RUNGS = ("sft", "dpo")
 SIZES = (0.001, 0.002, 0.004)
@@ -272,14 +273,9 @@ def effects(rows: Rows) -> pd.DataFrame:
         unpruned = rows.where(ladder=line["ladder"], model=line["model"], mask="none")
         before = {row.metric: row.mean for row in unpruned}
         now = {row.metric: row.mean for row in done}
-        lost = max(before[rate] - now[rate] for rate in KEPT if rate in before)
         line["weights"] = round(now["weights_removed"])
         line["harm left"] = f"{now['harm_valid_rate']:.1%}"
-        line["kept rates fall by"] = f"{max(0, lost):.1%}"
-        line["benign loss"] = f"{now['benign_nll'] - before['benign_nll']:+.3f}"
-        line["ends"] = "yes" if now["harm_valid_rate"] <= ENDED else "no"
-        line["spares"] = "yes" if is_within_budget(before, now) else "no"
-        lines.append(line)
+        lines.append(line | cost_cells(before, now))
     return pd.DataFrame(lines)
 
 
@@ -295,9 +291,8 @@ def main(
 ) -> None:
     jobs = []
     for folder in organisms or [FOLDER]:
-        ladder = "shipped" if folder.resolve() == FOLDER.resolve() else folder.name
         for name in rung or RUNGS:
-            of_model = {"ladder": ladder, "model": name}
+            of_model = ModelSpec(name, folder).labels
             for size in DISJOINT_SIZES:
                 of_search = {"method": "search", "pair": "disjoint", "draw": 0, "size": size}
                 labels = {**of_model, **of_search}
