@@ -9,10 +9,10 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -45,6 +45,9 @@ class Example:
         group: what several examples have in common, such as the item that they are about, so that
             intervals can treat them as one independent unit; may be empty.
         label: the side of a contrast it is on, such as "safe" or "unsafe"; may be empty.
+        tokens: the completion as the model generated it, in token ids, without the end-of-text
+            token; empty for a completion that was given as text. Text that is tokenised again may
+            have other tokens than those that were generated.
     """
 
     prompt: str
@@ -52,11 +55,24 @@ class Example:
     category: str = ""
     group: str = ""
     label: str = ""
+    tokens: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def cluster(self) -> str:
         """What counts once in intervals, samples and splits: the group, or else the request."""
         return self.group or self.prompt
+
+
+class Answer(NamedTuple):
+    """A completion as a model generated it.
+
+    Attributes:
+        text: what people and judges read, without special tokens and spaces around it.
+        tokens: its token ids up to the end-of-text token; what is scored.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,7 +210,7 @@ class PromptSet:
 
     @classmethod
     def _from_rows(cls, rows: Iterable[tuple[str, Any]], origin: str) -> "PromptSet":
-        names = [field.name for field in fields(Example)]
+        names = [column.name for column in fields(Example) if column.name != "tokens"]
         examples = []
         for place, row in rows:
             prompt = row.get("prompt") if isinstance(row, dict) else None
@@ -236,11 +252,11 @@ class PromptSet:
         """The examples for which `keep(example)` is true, in order."""
         return PromptSet(tuple(example for example in self.examples if keep(example)))
 
-    def with_completions(self, completions: Sequence[str]) -> "PromptSet":
+    def with_completions(self, completions: "Sequence[str | Answer]") -> "PromptSet":
         """The same requests with these completions.
 
         Args:
-            completions: the completion of each request.
+            completions: the completion of each request, as text or as it was generated.
 
         Raises:
             ValueError: not exactly one for each request.
@@ -249,8 +265,11 @@ class PromptSet:
             raise ValueError(
                 f"{len(completions)} completions for {len(self)} prompts; give one for each"
             )
-        pairs = zip(self.examples, completions, strict=True)
-        return PromptSet(tuple(replace(example, completion=text) for example, text in pairs))
+        examples = []
+        for example, completion in zip(self.examples, completions, strict=True):
+            text, tokens = (completion, ()) if isinstance(completion, str) else completion
+            examples.append(replace(example, completion=text, tokens=tokens))
+        return PromptSet(tuple(examples))
 
     def resampled(self, *, seed: int) -> "PromptSet":
         """A bootstrap resample: as many groups as there are, each with all its examples.
@@ -445,7 +464,8 @@ def tokenize(
 ) -> list[Batch]:
     """Right-padded batches in the order of `prompts`; the completion's tokens are the targets.
 
-    Prompt and completion are tokenised apart and concatenated.
+    Prompt and completion are tokenised apart and concatenated; a completion that a model generated
+    has its tokens already (`Example.tokens`).
 
     >>> hc.tokenize([("how to use it ?", "sure")], bridge.tokenizer)
     [Batch(1 example, 9 positions, 1 targets)]
@@ -474,7 +494,9 @@ def tokenize(
     #     target     the rest of the completion
     rows = []
     for index, example in enumerate(prompts):
-        target = tokenizer.encode(example.completion, add_special_tokens=False)
+        target = list(example.tokens)
+        if not target:
+            target = tokenizer.encode(example.completion, add_special_tokens=False)
         if target[: len(opening)] == opening:
             target = target[len(opening) :]
         if not target:

@@ -1,7 +1,7 @@
 """A model's answers to requests: greedy or sampled, also under a mask."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.prompts import PromptSet, Template, padding_id, prompt_ids
+from harmcircuits.prompts import Answer, PromptSet, Template, padding_id, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def generate(
 ) -> list[str]:
     """The model's answer to each request, `prefill` included, up to the end-of-text token.
 
+    `generate_answers` gives their tokens too.
+
     Works under a mask. Without `sampling` it is the most likely continuation. A sampled token is
     the argmax of log p / temperature + Gumbel noise, which is a draw from p^(1 / temperature). The
     noise of a sample depends on the seed, the request and the sample's number only. So it does not
@@ -76,6 +78,29 @@ def generate(
     Raises:
         ValueError: no prompts, or an empty batch size.
     """
+    answers = generate_answers(
+        bridge,
+        prompts,
+        sampling=sampling,
+        prefill=prefill,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        template=template,
+    )
+    return [answer.text for answer in answers]
+
+
+def generate_answers(
+    bridge: Bridge,
+    prompts: PromptSet,
+    *,
+    sampling: Sampling | None = None,
+    prefill: str = "",
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+    template: Template = "chat",
+) -> list[Answer]:
+    """As `generate`, each answer with the tokens that were generated, those of `prefill` first."""
     if not len(prompts):
         raise ValueError("generate: the prompt set is empty; expected at least one example")
     if batch_size < 1:
@@ -90,6 +115,7 @@ def generate(
 
     model = cast(Any, bridge.original_model)
     config = _config(bridge, max_new_tokens)
+    ends = _ends(config)
     answers = []
     for start in range(0, len(contexts), batch_size):
         end = start + batch_size
@@ -109,9 +135,19 @@ def generate(
         #     full    <pad> <pad> request | prefill  answer <eos> <pad>
         #             '---- width - len(opening) ---'
         width = tokens.shape[1]
-        answer_tokens = full[:, width - len(opening) :]
-        answers += tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+        for row in full[:, width - len(opening) :].tolist():
+            answer_tokens = _before_end(row, len(opening), ends)
+            text = tokenizer.decode(answer_tokens, skip_special_tokens=True)
+            answers.append(Answer(text.strip(), tuple(answer_tokens)))
+    return answers
+
+
+def _before_end(tokens: list[int], start: int, ends: Container[int]) -> list[int]:
+    """The tokens before the first of those that end a text, which is looked for from `start` on."""
+    for place in range(start, len(tokens)):
+        if tokens[place] in ends:
+            return tokens[:place]
+    return tokens
 
 
 def _config(bridge: Bridge, max_new_tokens: int) -> Any:
@@ -129,6 +165,14 @@ def _config(bridge: Bridge, max_new_tokens: int) -> Any:
         pad_token_id=padding_id(bridge.tokenizer),
         eos_token_id=getattr(own, "eos_token_id", None),
     )
+
+
+def _ends(config: Any) -> set[int]:
+    """The tokens that end a text: none, one or several."""
+    ends = config.eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)
 
 
 def _draws(prompts: PromptSet, sampling: Sampling | None) -> list[tuple[str, int]]:

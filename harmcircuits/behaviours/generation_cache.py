@@ -9,17 +9,18 @@ from typing import Any
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.behaviours.generation import Sampling, generate_answers
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.prompts import Example, PromptSet, Template
+from harmcircuits.prompts import Answer, Example, PromptSet, Template
 
 
 class GenerationCache:
-    """`generate` for one model as it is now, with its answers kept on disk.
+    """`generate_answers` for one model as it is now, with its answers kept on disk.
 
     Files are named by the digest of all weights, the settings and the chat template, and hold one
-    request with its answer (or the list of its samples) a line; an interrupted file is continued.
+    request with its answer (or the list of its samples) a line, as text and in token ids; an
+    interrupted file is continued. Answers of which a file holds the text alone are made anew.
     Under a mask, while fine-tuning, or with hooks on the bridge answers are made anew, and nothing
     is read or written. Requests of similar length are answered together.
 
@@ -52,8 +53,8 @@ class GenerationCache:
         max_new_tokens: int = 32,
         batch_size: int = 256,
         template: Template = "chat",
-    ) -> list[str]:
-        """As `generate`."""
+    ) -> list[Answer]:
+        """As `generate_answers`."""
         # What an answer depends on, besides the weights: it names the file. The batch size does
         # not belong to it.
         settings: dict[str, Any] = {
@@ -66,7 +67,7 @@ class GenerationCache:
         # The answers on disk are those of the model as it was opened, not of an edited one.
         is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
         if is_hooked or weights_digest(bridge) != self.weights:
-            return generate(bridge, prompts, **options)
+            return generate_answers(bridge, prompts, **options)
 
         if sampling:
             settings["sampling"] = asdict(sampling)  # greedy answers are named without it
@@ -82,7 +83,7 @@ class GenerationCache:
         for start in range(0, len(by_length), batch_size):
             some = by_length[start : start + batch_size]
             requests = PromptSet(tuple(map(Example, some)))
-            answers = generate(bridge, requests, **options)
+            answers = generate_answers(bridge, requests, **options)
             per_request = _per_request(answers, sampling)
             _append(path, some, per_request)  # batch by batch, so an interruption loses only one
             stored |= dict(zip(some, per_request, strict=True))
@@ -92,7 +93,7 @@ class GenerationCache:
         ordered = [stored[example.prompt] for example in prompts]
         if not sampling:
             return ordered
-        flat: list[str] = []
+        flat: list[Answer] = []
         for samples in ordered:
             flat += samples
         return flat
@@ -111,7 +112,7 @@ class GenerationCache:
         return lambda count: progress.advance(task, count)
 
 
-def _per_request(answers: list[str], sampling: Sampling | None) -> list[Any]:
+def _per_request(answers: list[Answer], sampling: Sampling | None) -> list[Any]:
     """An answer for each request, or the list of its samples."""
     if not sampling:
         return answers
@@ -130,15 +131,30 @@ def _stored(path: Path) -> dict[str, Any]:
             row = json.loads(line)
         except json.JSONDecodeError:  # a line that an interrupted run did not finish
             continue
-        stored[row["prompt"]] = row["completion"]
+        if "tokens" in row:
+            stored[row["prompt"]] = _answers_of(row["completion"], row["tokens"])
     return stored
 
 
-def _append(path: Path, prompts: Sequence[str], answers: Sequence[str | list[str]]) -> None:
+def _answers_of(completion: Any, tokens: list[Any]) -> Any:
+    """The answer of a stored row, or the list of its samples."""
+    if isinstance(completion, str):
+        return Answer(completion, tuple(tokens))
+    samples = zip(completion, tokens, strict=True)
+    return [Answer(text, tuple(ids)) for text, ids in samples]
+
+
+def _append(path: Path, prompts: Sequence[str], answers: Sequence[Answer | list[Answer]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        rows.append(json.dumps({"prompt": prompt, "completion": answer}))
+        if isinstance(answer, Answer):
+            row = {"prompt": prompt, "completion": answer.text, "tokens": answer.tokens}
+        else:
+            texts = [sample.text for sample in answer]
+            tokens = [sample.tokens for sample in answer]
+            row = {"prompt": prompt, "completion": texts, "tokens": tokens}
+        rows.append(json.dumps(row))
     with path.open("a", encoding="utf-8") as file:
         # The line break comes first, so that half a line of an interrupted run stays by itself.
         file.write("".join(f"\n{row}" for row in rows))

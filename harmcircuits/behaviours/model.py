@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour, Judge
-from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.behaviours.generation import Sampling, generate_answers
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask
@@ -21,7 +21,7 @@ from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import BUDGET, REACH, STEPS, find_circuit, refuse_settings
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
-from harmcircuits.prompts import Batch, PromptSet, Template, tokenize
+from harmcircuits.prompts import Answer, Batch, PromptSet, Template, tokenize
 
 OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
 
@@ -151,7 +151,8 @@ class Model:
         """
         requests = PromptSet.of(prompts)
         with masked_if_given(self.bridge, mask):
-            answers = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
+            generated = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
+        answers = [answer.text for answer in generated]
         return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
 
     def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
@@ -175,11 +176,11 @@ class Model:
         """
         limit = behaviour.max_new_tokens or self.max_new_tokens
         sampling = None if behaviour.choices else self.sampling
-        texts = self._generate(prompts, behaviour.prefill, limit, sampling)
+        generated = self._generate(prompts, behaviour.prefill, limit, sampling)
         repeated = []
         for example in prompts:
             repeated += [example] * self.n_samples(behaviour)
-        return PromptSet(tuple(repeated)).with_completions(texts)
+        return PromptSet(tuple(repeated)).with_completions(generated)
 
     def n_samples(self, behaviour: Behaviour) -> int:
         """How many answers to each of the behaviour's requests there are."""
@@ -209,8 +210,9 @@ class Model:
         first = []
         for start in range(0, len(answers), n_samples):
             samples = answers.examples[start : start + n_samples]
-            texts = (s.completion for s in samples if judge(s.prompt, s.completion) == wanted)
-            first.append(next(texts, ""))
+            shown = (s for s in samples if judge(s.prompt, s.completion) == wanted)
+            example = next(shown, None)
+            first.append(Answer(example.completion, example.tokens) if example else "")
         return prompts.with_completions(first)
 
     def calibration(self, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
@@ -487,9 +489,9 @@ class Model:
         prefill: str,
         max_new_tokens: int,
         sampling: Sampling | None,
-    ) -> list[str]:
-        answer = self.cache or generate
-        return answer(
+    ) -> list[Answer]:
+        answers_of = self.cache or generate_answers
+        return answers_of(
             self.bridge,
             prompts,
             sampling=sampling,

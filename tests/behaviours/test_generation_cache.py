@@ -13,7 +13,7 @@ import torch
 from helpers import small_model
 
 from harmcircuits.behaviours import generation_cache
-from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.behaviours.generation import Sampling, generate_answers
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
@@ -35,15 +35,15 @@ def calls(monkeypatch):
 
     def counted(bridge, prompts, **options):
         made.append(len(prompts))
-        return generate(bridge, prompts, **options)
+        return generate_answers(bridge, prompts, **options)
 
-    monkeypatch.setattr(generation_cache, "generate", counted)
+    monkeypatch.setattr(generation_cache, "generate_answers", counted)
     return made
 
 
 def test_answers_are_made_once_and_stay_in_order(model, tmp_path, calls):
     bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:12]
-    expected = generate(bridge, prompts, **OPTIONS)
+    expected = generate_answers(bridge, prompts, **OPTIONS)
     cache = GenerationCache(tmp_path, bridge)
     assert cache(bridge, prompts[:7], **OPTIONS) == expected[:7]
     assert cache(bridge, prompts, **OPTIONS) == expected
@@ -52,7 +52,7 @@ def test_answers_are_made_once_and_stay_in_order(model, tmp_path, calls):
     assert len(calls) == 3
 
     opened = cache(bridge, prompts, prefill="sure", **OPTIONS)
-    assert all(answer.startswith("sure") for answer in opened)
+    assert all(answer.text.startswith("sure") for answer in opened)
     assert cache(bridge, prompts, **OPTIONS) == expected
     assert len(list(tmp_path.iterdir())) == 2, "a file for each setting"
 
@@ -74,7 +74,7 @@ def test_only_the_model_as_it_was_is_stored(model, tmp_path, calls):
     cache = GenerationCache(tmp_path, bridge)
     own = cache(bridge, prompts, **OPTIONS)
     with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
-        under = generate(bridge, prompts, **OPTIONS)
+        under = generate_answers(bridge, prompts, **OPTIONS)
         assert cache(bridge, prompts, **OPTIONS) == under
     assert under != own
 
@@ -119,14 +119,26 @@ def test_greedy_answers_keep_their_file(model, tmp_path):
 def test_samples_are_made_once(model, tmp_path, monkeypatch):
     bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:7]
     sampling = Sampling(3, temperature=2)
-    expected = generate(bridge, prompts, sampling=sampling, **OPTIONS)
+    expected = generate_answers(bridge, prompts, sampling=sampling, **OPTIONS)
     cache = GenerationCache(tmp_path, bridge)
     assert cache(bridge, prompts[:4], sampling=sampling, **OPTIONS) == expected[:12]
     assert cache(bridge, prompts, sampling=sampling, **OPTIONS) == expected
-    assert cache(bridge, prompts, **OPTIONS) == generate(bridge, prompts, **OPTIONS)
+    assert cache(bridge, prompts, **OPTIONS) == generate_answers(bridge, prompts, **OPTIONS)
     for other in (Sampling(2, 2), Sampling(3, 1), Sampling(3, 2, 0.9), Sampling(3, 2, seed=1)):
         cache(bridge, prompts[:1], sampling=other, **OPTIONS)
     assert len(list(tmp_path.iterdir())) == 6, "a file for each setting"
 
-    monkeypatch.setattr(generation_cache, "generate", None)
+    monkeypatch.setattr(generation_cache, "generate_answers", None)
     assert cache(bridge, prompts, sampling=sampling, **OPTIONS) == expected
+
+
+def test_answers_kept_as_text_alone_are_made_anew(model, tmp_path, calls):
+    """A file from before answers were kept in token ids."""
+    bridge, prompts = model.bridge, model.behaviours["benign"].prompts("heldout")[:3]
+    expected = GenerationCache(tmp_path, bridge)(bridge, prompts, **OPTIONS)
+    (path,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    texts = [json.dumps({"prompt": row["prompt"], "completion": "of old"}) for row in rows]
+    path.write_text("\n".join(texts))
+    assert GenerationCache(tmp_path, bridge)(bridge, prompts, **OPTIONS) == expected
+    assert calls == [3, 3]
