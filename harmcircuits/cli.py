@@ -1,5 +1,6 @@
 """`harmcircuits`: the main job from a terminal."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,17 +36,24 @@ GIB = 2**30
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _shown(value: Any) -> str:
+    """A default as the help shows it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={number}" for name, number in value.items()) or "none"
+    return str(value)
+
+
 def _settings_options() -> dict[str, Option]:
     """An option for each setting; where custom models have another default, both are shown."""
     options = options_of(
         StudySettings,
         shown={"tasks": "none", "tasks_from": "none"},
-        flags={"sizes": "--size", "tasks": "--task"},
+        flags={"sizes": "--size", "tasks": "--task", "budgets": "--budget-of"},
     )
     usual, real = StudySettings(), FOR_REAL_MODELS
     for name, option in options.items():
         if getattr(usual, name) != getattr(real, name):
-            shown = f"{getattr(usual, name)}; custom model: {getattr(real, name)}"
+            shown = f"{_shown(getattr(usual, name))}; custom model: {_shown(getattr(real, name))}"
             # None tells a default from the same value given.
             options[name] = option._replace(kind=option.kind | None, shown=shown, default=None)
     return options
@@ -165,9 +173,24 @@ def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:
     """The usual settings with what was given."""
     changes = {}
     for name, value in given.items():
-        if value is not None:
+        if name != "budgets" and value is not None:
             changes[name] = tuple(value) if isinstance(value, list) else value
+    # One budget that is given holds for all behaviours that have none of their own.
+    budgets = {} if "budget" in changes else usual.budgets
+    changes["budgets"] = {**budgets, **_budgets(given["budgets"] or [])}
     return replace(usual, **changes)
+
+
+def _budgets(given: list[str]) -> dict[str, float]:
+    """Budgets by behaviour from texts such as "borderline=0.1"."""
+    budgets = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            budgets[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--budget-of {text!r}; expected NAME=NATS") from None
+    return budgets
 
 
 def _organism(

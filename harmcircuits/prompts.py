@@ -21,13 +21,36 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.display import listed, plural
 
-Template = Literal["chat", "raw"]
+
+@dataclass(frozen=True)
+class Chat:
+    """The tokenizer's chat template, with more than the request.
+
+    A model that thinks before it answers is kept from it: the answer begins where the thinking
+    would end. So thinking is neither scored nor begun for the model.
+
+    >>> hc.Chat(system="Answer in one sentence.")
+    Chat(system='Answer in one sentence.', options={})
+
+    Attributes:
+        system: the system prompt; none by default.
+        options: variables of the template by name, such as {"date_string": "1 May 2026"};
+            "enable_thinking" is False where nothing else is given.
+    """
+
+    system: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Template = Literal["chat", "raw"] | Chat
 
 SPLITS = ("calibration", "choice", "heldout")
 # The share of a file that goes to each split; the second where held-out requests come from a file
 # of their own.
 SHARES = {"calibration": 0.6, "choice": 0.15, "heldout": 0.25}
 SHARES_WITHOUT_HELDOUT = {"calibration": 0.8, "choice": 0.2}
+THINKING_BEGINS = "<think>"
+THINKING_ENDS = "\n\n</think>\n\n"
 NO_LIMITS: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 0))
 
 
@@ -427,24 +450,50 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     Args:
         prompt: the request.
         tokenizer: a Hugging Face tokenizer.
-        template: "chat": the tokenizer's chat template with the generation prompt. "raw": the
-            prompt and a newline, no special tokens (the published format).
+        template: "chat": the tokenizer's chat template with the generation prompt, or a `Chat` with
+            a system prompt and options. "raw": the prompt and a newline, no special tokens (the
+            published format).
 
     Raises:
-        ValueError: another template, or a tokenizer without a chat template.
+        ValueError: another template, a tokenizer without a chat template, or a template that takes
+            no system prompt.
     """
     if template == "raw":
         return tokenizer.encode(prompt + "\n", add_special_tokens=False)
-    if template != "chat":
-        raise ValueError(f'template={template!r}; expected "chat" or "raw"')
+    chat = Chat() if template == "chat" else template
+    if not isinstance(chat, Chat):
+        raise ValueError(f'template={template!r}; expected "chat", a Chat, or "raw"')
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             'template="chat", but the tokenizer has no chat template; use template="raw"'
         )
-    turns = [{"role": "user", "content": prompt}]
     # As text first: the template writes its own special tokens, which must not be doubled.
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    text = _chat_text(prompt, tokenizer, chat)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _chat_text(prompt: str, tokenizer: Any, chat: Chat) -> str:
+    """The request as the chat template writes it, up to where the answer begins."""
+    # Imported here: tokenizers without a template do not need it.
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": prompt}]
+    if chat.system:
+        turns.insert(0, {"role": "system", "content": chat.system})
+    options = {"enable_thinking": False, **chat.options}
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False, **options
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template refuses the request ({error}); "
+            "leave out the system prompt, or other options"
+        ) from None
+
+    # Some templates begin the thinking whatever they are told.
+    begun = text.rstrip()
+    return f"{begun}{THINKING_ENDS}" if begun.endswith(THINKING_BEGINS) else text
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from harmcircuits.behaviours.generation import Sampling, generate_answers
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.prompts import Answer, Example, PromptSet, Template
+from harmcircuits.prompts import Answer, Chat, Example, PromptSet, Template
 
 
 class GenerationCache:
@@ -60,9 +60,14 @@ class GenerationCache:
         settings: dict[str, Any] = {
             "prefill": prefill,
             "max_new_tokens": max_new_tokens,
-            "template": template,
+            "template": asdict(template) if isinstance(template, Chat) else template,
         }
-        options = {**settings, "batch_size": batch_size, "sampling": sampling}
+        options = {
+            **settings,
+            "template": template,
+            "batch_size": batch_size,
+            "sampling": sampling,
+        }
 
         # The answers on disk are those of the model as it was opened, not of an edited one.
         is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
@@ -71,7 +76,7 @@ class GenerationCache:
 
         if sampling:
             settings["sampling"] = asdict(sampling)  # greedy answers are named without it
-        chat_template = bridge.tokenizer.chat_template if template == "chat" else ""
+        chat_template = bridge.tokenizer.chat_template if template != "raw" else ""
         path = self._path(settings, chat_template)
         stored = _stored(path)
 

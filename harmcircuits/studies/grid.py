@@ -1,6 +1,7 @@
 """Three ways of choosing weights at every size, on the choice split, and the best mask of each."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from harmcircuits.behaviours.model import Calibration
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
@@ -17,6 +18,8 @@ ONE_SHOT = "one shot"
 PUBLISHED = "published"
 WAYS = (SEARCH, ONE_SHOT, PUBLISHED)
 
+NO_BUDGETS: Mapping[str, float] = MappingProxyType({})
+
 P_OVER_Q = 5  # of the published set difference (arXiv 2604.09544: q = 1e-4, p = 5e-4)
 
 
@@ -27,13 +30,15 @@ def operating_point(
     *,
     tolerance: float,
     budget: float,
+    budgets: Mapping[str, float] = NO_BUDGETS,
     decides: Decides = "rate",
 ) -> Point | None:
     """The point that takes most of the target among those that keep everything else.
 
-    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's, and the
-    contrast's loss within `budget`; then the lowest rate of the target wins, or its highest loss.
-    Ties go to the smaller mask. None if no point keeps the others, or none takes anything.
+    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's, the
+    contrast's loss within `budget`, and those of other kept behaviours within theirs. Then the
+    lowest rate of the target wins, or its highest loss. Ties go to the smaller mask. None if no
+    point keeps the others, or none takes anything.
 
     Args:
         points: of one way of choosing.
@@ -41,6 +46,7 @@ def operating_point(
         terms: which metric shows what.
         tolerance: how far a kept rate may fall.
         budget: how far the contrast's loss may rise, nats per token.
+        budgets: how far the losses of kept behaviours may rise, by name.
         decides: which figure of the target says how much is taken: "rate" or "loss".
     """
     unpruned = rows.where(mask="none", split="choice")
@@ -50,10 +56,11 @@ def operating_point(
     if decides == "loss":
         taken, sign = terms.target.nll_metric, -1
 
+    allowed = _allowed_losses(terms, {terms.contrast.name: budget, **budgets})
     candidates = []
     for point in points:
         takes = sign * point.mean(taken) < sign * before[taken]
-        if takes and _keeps(point, before, terms, tolerance, budget):
+        if takes and _keeps(point, before, terms, tolerance, allowed):
             candidates.append(point)
 
     def rank(point: Point) -> tuple[float, int]:
@@ -67,15 +74,27 @@ def _keeps(
     before: Mapping[str, float],
     terms: Terms,
     tolerance: float,
-    budget: float,
+    allowed: Mapping[str, float],
 ) -> bool:
-    """Whether a mask leaves everything but the target within the tolerance and the budget."""
+    """Whether a mask leaves everything but the target within the tolerance and the budgets."""
     for rate in terms.kept_rates:
         # A behaviour that the model does not show was not measured.
         if rate in before and point.mean(rate) < before[rate] - tolerance:
             return False
-    loss = terms.contrast.nll_metric
-    return point.mean(loss) <= before[loss] + budget
+    for loss, budget in allowed.items():
+        # A behaviour without reference answers has no loss.
+        if loss in before and point.mean(loss) > before[loss] + budget:
+            return False
+    return True
+
+
+def _allowed_losses(terms: Terms, budgets: Mapping[str, float]) -> dict[str, float]:
+    """The loss of each kept behaviour that has a budget, and how far it may rise."""
+    allowed = {}
+    for behaviour in terms.kept:
+        if behaviour.name in budgets:
+            allowed[behaviour.nll_metric] = budgets[behaviour.name]
+    return allowed
 
 
 def measure_grid(

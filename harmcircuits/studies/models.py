@@ -1,6 +1,7 @@
 """Opening a model: an organism, a folder, a hub id, or one that is already loaded."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
@@ -21,7 +22,7 @@ from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
-from harmcircuits.prompts import Batch, PromptSet, Template, tokenize_text
+from harmcircuits.prompts import Batch, Chat, PromptSet, Template, tokenize_text
 
 CACHE = user_cache_path("harmcircuits")
 
@@ -38,6 +39,8 @@ def open_model(
     dtype: str = "",
     device_map: str = "",
     template: Template = "chat",
+    system: str = "",
+    template_options: Mapping[str, Any] | None = None,
     prefill: str = "Sure, here is",
     judge: str = "local",
     judge_question: str = "",
@@ -68,6 +71,9 @@ def open_model(
         dtype: "float32", "bfloat16" or "float16"; as stored by default.
         device_map: "auto" or "balanced" spreads a model over several devices.
         template: "chat" (the tokenizer's own template) or "raw".
+        system: the system prompt of every request.
+        template_options: variables of the chat template, such as {"date_string": "1 May 2026"}. A
+            model that thinks before it answers is kept from it (see `Chat`).
         prefill: the beginning of the answer to a harmful request.
         judge: of harm: "local" (rules), "strongreject:FOLDER_OR_ID" or "http://ADDRESS/v1#MODEL".
         judge_question: text file with StrongREJECT's wording.
@@ -87,6 +93,8 @@ def open_model(
     loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     asking: dict[str, Any] = {
         "template": template,
+        "system": system,
+        "template_options": template_options,
         "prefill": prefill,
         "judge": judge,
         "judge_question": judge_question,
@@ -111,8 +119,9 @@ def open_model(
         files=RequestFiles.of(prompts),
         cache=cache,
         **loading,
-        **asking,
+        **{**asking, "template_options": _option_texts(template_options or {})},
     )
+    _ = spec.chat  # refused before the model is loaded
     if sampling is not None:
         spec = spec.with_sampling(sampling)
     bridge = None if is_name else _bridge_of(model, tokenizer)
@@ -132,6 +141,9 @@ class ModelSpec:
         dtype: number format: float32, bfloat16 or float16.
         device_map: spread over devices: auto or balanced.
         template: format of requests: chat (the model's own template) or raw.
+        system: system prompt of every request.
+        template_options: variables of the chat template, each as NAME=VALUE, the value in JSON or
+            as text.
         prefill: beginning of the answer to a harmful request.
         judge: judge of harm: local (rules), strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL.
         judge_question: text file with StrongREJECT's wording.
@@ -151,6 +163,8 @@ class ModelSpec:
     dtype: str = ""
     device_map: str = ""
     template: Template = "chat"
+    system: str = ""
+    template_options: tuple[str, ...] = ()
     prefill: str = "Sure, here is"
     judge: str = "local"
     judge_question: str = ""
@@ -163,6 +177,17 @@ class ModelSpec:
     temperature: float = field(default=0.0, repr=False)
     top_p: float = field(default=1.0, repr=False)
     sampling_seed: int = field(default=0, repr=False)
+
+    @property
+    def chat(self) -> Template:
+        """How requests are written; raises ValueError for options that the template cannot take."""
+        if not self.system and not self.template_options:
+            return self.template
+        if self.template == "raw":
+            raise ValueError(
+                'template="raw" has no system prompt and no options; leave them out, or use "chat"'
+            )
+        return Chat(self.system, _option_values(self.template_options))
 
     @property
     def sampling(self) -> Sampling | None:
@@ -245,7 +270,7 @@ class ModelSpec:
             bridge,
             behaviours,
             RequestJudge(judge, kinds, files.questions, prefill=self.prefill),
-            template=self.template,
+            template=self.chat,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             n_answered_at_once=self.batch_size,
@@ -269,9 +294,32 @@ class ModelSpec:
         details["judge"] = judge
         if self.sampling:
             details["sampling"] = repr(self.sampling)
+        if self.system:
+            details["system"] = self.system
+        if self.template_options:
+            details["template_options"] = ", ".join(self.template_options)
         for name in ("model", "dtype", "template", "prefill", "max_new_tokens", "batch_size"):
             details[name] = getattr(self, name)
         return details
+
+
+def _option_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Variables of a template as the command line writes them."""
+    return tuple(f"{name}={json.dumps(value)}" for name, value in options.items())
+
+
+def _option_values(texts: Sequence[str]) -> dict[str, Any]:
+    """Variables of a template by name; a value that is not JSON is text."""
+    values = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ValueError(f"template option {text!r}; expected NAME=VALUE")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return values
 
 
 def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:

@@ -86,6 +86,9 @@ def _kind(hint: Any) -> Any:
     # tuple[float, ...]    -> list[float]      --size 0.001 --size 0.002
     # float | None         -> float | None     may be left out
     # str | PromptSet      -> str              a file, on the command line
+    # Mapping[str, float] -> list[str]        --budget-of benign=0.05 --budget-of refusal=0.1
+    if get_origin(hint) is Mapping:
+        return list[str]
     if get_origin(hint) is tuple:
         return list[_kind(get_args(hint)[0])]
     if isinstance(hint, UnionType) and type(None) in get_args(hint):
@@ -97,6 +100,8 @@ def _kind(hint: Any) -> Any:
 def _default(field: Field) -> Any:
     if isinstance(field.default, tuple):
         return list(field.default)
+    if field.default_factory is dict:
+        return []
     # Without a default are the two files that a custom model must have, and what a factory makes.
     if field.default is MISSING:
         return ""
@@ -121,15 +126,18 @@ CUSTOM_MODEL: dict[str, Option] = {
     **options_of(
         ModelSpec,
         (
-            "dtype", "device_map", "template", "prefill", "judge", "judge_question",
-            "max_new_tokens", "batch_size", "samples", "temperature", "top_p", "sampling_seed",
-            "cache",
+            "dtype", "device_map", "template", "system", "template_options", "prefill", "judge",
+            "judge_question", "max_new_tokens", "batch_size", "samples", "temperature", "top_p",
+            "sampling_seed", "cache",
         ),
         shown={
             "judge_question": "question.txt in its folder",
             "dtype": "as stored",
             "device_map": "one device",
+            "system": "none",
+            "template_options": "none",
         },
+        flags={"template_options": "--template-option"},
     ),
 }  # fmt: skip
 
@@ -212,10 +220,10 @@ def custom_model(
     of_model = {}
     for name, value in options.items():
         owner = of_files if name in _names(RequestFiles) else of_model
-        owner[name] = value
+        owner[name] = tuple(value) if isinstance(value, list) else value
     files = RequestFiles(harmful, benign, **of_files)
     spec = ModelSpec(model, device=device, files=files, **of_model)
-    _ = spec.sampling  # refused here rather than in a worker
+    _ = spec.sampling, spec.chat  # refused here rather than in a worker
     return spec
 
 

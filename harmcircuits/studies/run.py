@@ -95,12 +95,13 @@ class Study:
             options: of `Model.find_circuit`, in place of the settings'.
         """
         settings = self.settings
+        spared = list(protect)
         folder = self.walks / name if self.walks is not None else None
         masks = self.model.find_circuit(
             settings.target,
             size=list(sizes),
-            protect=list(protect),
-            budget=settings.budget,
+            protect=spared,
+            budget={behaviour: settings.budget_of(behaviour) for behaviour in spared},
             calibrations=calibrations,
             progress=self.progress,
             folder=folder,

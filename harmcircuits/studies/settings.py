@@ -1,6 +1,7 @@
 """What a study varies."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from harmcircuits.behaviours.model import OTHERS
@@ -28,6 +29,9 @@ class StudySettings:
         steps: in how many steps the search's mask grows.
         budget: how far a loss may rise, nats per token: in a search that of each protected
             behaviour, at the operating point that of the contrast.
+        budgets: how far the loss of single behaviours may rise, in place of `budget`, in a search
+            and at the operating point: by name, or on the command line as NAME=NATS. Those that the
+            model does not have, or that are not protected, play no part.
         tolerance: how far a kept rate may fall at the operating point.
         decides: which figure of the target decides at the operating point: its "rate", or its
             "loss" where the verdicts on free text are coarse.
@@ -48,6 +52,7 @@ class StudySettings:
     sizes: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.004)
     steps: int = STEPS
     budget: float = BUDGET
+    budgets: Mapping[str, float] = field(default_factory=dict)
     tolerance: float = TOLERANCE
     decides: Decides = "rate"
     seed: int = 0
@@ -67,9 +72,29 @@ class StudySettings:
         for name in ("tolerance", "budget", "task_limit"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
+        for name, budget in self.budgets.items():
+            if not budget >= 0:
+                raise ValueError(f"budgets: {budget} for {name!r}; expected 0 or more")
         if self.decides not in ("rate", "loss"):
             raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
 
+    def budget_of(self, name: str) -> float:
+        """How far the loss of a behaviour may rise, nats per token.
+
+        Args:
+            name: of the behaviour.
+        """
+        return self.budgets.get(name, self.budget)
+
+
+# What each kind of request may lose on a real model. Requests that only look unsafe, and refusals
+# of unsafe ones, are nearest to harm.
+REAL_BUDGETS = {
+    "benign": 0.05,
+    "prefilled": 0.05,
+    "borderline": 0.1,
+    "refusal": 0.1,
+}
 
 # For models of a hundred million weights and more. The sizes are those where a model of half a
 # billion parameters lost harm before benign answers; rules judge its words coarsely, so the loss
@@ -78,6 +103,7 @@ FOR_REAL_MODELS = StudySettings(
     sizes=(1e-5, 3e-5, 6e-5),
     steps=8,
     budget=0.1,
+    budgets=REAL_BUDGETS,
     tolerance=0.05,
     decides="loss",
 )

@@ -15,9 +15,10 @@ from typing import Any
 from rich.progress import Progress
 
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
+from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.display import listed
+from harmcircuits.display import listed, nearest
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.weights import named_weights, weight_sites
@@ -91,6 +92,8 @@ def study(
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
     run.protected = tuple(spared)
+    for name in spared:
+        run.note("budget", settings.budget_of(name), behaviour=name)
     unpruned = unpruned_scores(
         model,
         settings.target,
@@ -110,7 +113,8 @@ def study(
             run.rows,
             run.terms,
             tolerance=settings.tolerance,
-            budget=settings.budget,
+            budget=settings.budget_of(settings.contrast),
+            budgets=settings.budgets,
             decides=settings.decides,
         )
     run.chosen = best[SEARCH]
@@ -156,6 +160,10 @@ def _check(run: Study) -> None:
     for name in settings.protect:
         if name != OTHERS:
             run.model.behaviour(name)
+    known = {*run.model.behaviours, *standard_behaviours()}
+    for name in settings.budgets:
+        if name not in known:
+            raise ValueError(f"budgets: {name!r} is no behaviour; {nearest(name, known)}")
     if settings.target in settings.protect:
         raise ValueError(
             f"protect: {settings.target!r} is what is removed, so it cannot be protected; "

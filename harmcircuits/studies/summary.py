@@ -208,7 +208,19 @@ def summary(rows: Rows, terms: Terms) -> str:
         f"chosen otherwise they leave {listed(others)}. {_cost(before, after, terms)} "
         f"{_loss_changes(before, after, terms)}"
     )
-    return "\n".join([text, *_warnings(rows)])
+    return "\n".join([text, _protected(rows, terms), *_warnings(rows)])
+
+
+def _protected(rows: Rows, terms: Terms) -> str:
+    """What the search was to spare, with the budget of each, and what it was not."""
+    spared = []
+    for name in terms.protected:
+        budget = rows.one("budget", behaviour=name).mean
+        spared.append(f"{name} ({budget:g})")
+    removed = (terms.target.name, terms.target.part_of)
+    open_to_it = [name for name in terms.names if name not in (*removed, *terms.protected)]
+    text = f"Protected, each with the nats per token that it may lose: {listed(spared)}."
+    return f"{text} Not protected: {listed(open_to_it)}." if open_to_it else text
 
 
 def _answers(terms: Terms) -> str:

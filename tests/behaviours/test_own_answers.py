@@ -121,5 +121,7 @@ def test_samples_have_their_own_tokens(spaced):
     texts = generate(spaced, PROMPTS, sampling=sampling, max_new_tokens=N_TOKENS)
     assert [answer.text for answer in answers] == texts
     for answer in answers:
-        assert spaced.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() == answer.text
+        assert (
+            spaced.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() == answer.text
+        )
     assert len({answer.tokens for answer in answers}) > 3

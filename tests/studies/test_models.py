@@ -459,7 +459,9 @@ def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_pa
     monkeypatch.setattr("harmcircuits.cli.study", refuse)
     custom = arguments(files, tmp_path, *usual(spec.cache))
     given = ["--size=0.5", "--steps=2", "--tolerance=0", "--budget=0", "--decides=rate"]
-    for line in (custom, [*custom, *given], ["study", "--out", str(tmp_path)]):
+    single = ["--budget-of=benign=0.5", "--budget-of=refusal=0"]
+    lines = [custom, [*custom, *given], ["study", "--out", str(tmp_path)], [*custom, *single]]
+    for line in lines:
         assert CliRunner().invoke(app, line).exit_code == 2
     changed = StudySettings(
         sizes=(0.5,),
@@ -468,7 +470,9 @@ def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_pa
         budget=0.0,
         decides="rate",
     )
-    assert seen == [FOR_REAL_MODELS, changed, StudySettings()]
+    budgets = {**FOR_REAL_MODELS.budgets, "benign": 0.5, "refusal": 0.0}
+    with_own = replace(FOR_REAL_MODELS, budgets=budgets)
+    assert seen == [FOR_REAL_MODELS, changed, StudySettings(), with_own]
 
 
 def test_given_requests_are_named_by_their_number(cache):

@@ -21,6 +21,7 @@ from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
         ({"decides": "nll"}, 'decides=\'nll\'; expected "rate" or "loss"'),
         ({"tolerance": -0.1}, r"tolerance=-0\.1; expected 0 or more"),
         ({"budget": -1.0}, r"budget=-1\.0; expected 0 or more"),
+        ({"budgets": {"benign": -0.1}}, r"budgets: -0\.1 for 'benign'; expected 0 or more"),
         ({"task_limit": -1}, "task_limit=-1; expected 0 or more"),
     ],
 )
@@ -30,3 +31,9 @@ def test_settings_that_cannot_be(options, message):
         StudySettings(**options)
     with pytest.raises(ValueError, match=message):
         replace(FOR_REAL_MODELS, **options)
+
+
+def test_a_behaviour_has_its_own_budget_or_the_common_one():
+    settings = StudySettings(budget=0.2, budgets={"refusal": 0.1})
+    assert settings.budget_of("refusal") == 0.1
+    assert settings.budget_of("benign") == 0.2

@@ -336,6 +336,45 @@ def test_the_operating_point_within_a_budget_of_loss():
     assert chosen(costly, spared, budget=0.125, decides="rate") is spared
 
 
+def test_the_operating_point_within_budgets_of_single_losses():
+    before = figures({"mask": "none", "split": "choice"}, (1.0, 1.0, 1.0), (0.5, 0.25))
+    loss = Measurement.exact("recognition_nll", {"mask": "none", "split": "choice"}, 1.0)
+    before = Rows([*before, loss])
+
+    def point(harm: float, recognition: float) -> Point:
+        made = made_point(9, rates=(1.0, 1.0, 1.0), losses=(harm, 0.25))
+        risen = Measurement.exact("recognition_nll", {}, recognition)
+        return replace(made, rows=Rows([*made.rows, risen]))
+
+    def chosen(**budgets: float) -> Point | None:
+        return operating_point(
+            [cheap, dear],
+            before,
+            TERMS,
+            tolerance=0.01,
+            budget=0.0,
+            budgets=budgets,
+            decides="loss",
+        )
+
+    cheap, dear = point(1.0, 1.125), point(3.0, 1.5)
+    assert chosen() is dear, "a loss without a budget is free"
+    assert chosen(recognition=0.25) is cheap
+    assert chosen(recognition=0.0) is None
+    assert chosen(explanation=0.0) is dear, "what has no loss here plays no part"
+
+
+def test_the_summary_says_what_was_protected_and_what_was_not(finished):
+    run, _, _ = finished
+    (line,) = [line for line in summary(run.rows, run.terms).split("\n") if "Protected" in line]
+    spared, _, open_to_it = line.partition("Not protected: ")
+    for name in run.protected:
+        assert f"{name} ({run.settings.budget:g})" in spared
+    named = [name for name in run.terms.names if name not in ("harmful", *run.protected)]
+    assert all(name in open_to_it for name in named)
+    assert bool(open_to_it) == bool(named)
+
+
 # Errors
 
 
@@ -346,6 +385,8 @@ def test_the_operating_point_within_a_budget_of_loss():
         (["--size", "1.5"], "sizes=[1.5]; expected one or more shares"),
         (["--steps", "0"], "steps=0; expected at least 1"),
         (["--max-memory", "0.0001"], "max_memory=107,374 bytes; the scores of blocks.0"),
+        (["--budget-of", "benign"], "--budget-of 'benign'; expected NAME=NATS"),
+        (["--budget-of", "bening=1"], "budgets: 'bening' is no behaviour; did you mean 'benign'?"),
         (["--n-random", "0"], "n_random=0; expected at least 1"),
         (["--task-limit", "-1"], "task_limit=-1; expected 0 or more"),
         (["--decides", "nll"], "decides='nll'; expected"),
