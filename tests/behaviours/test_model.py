@@ -20,7 +20,7 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.search import BUDGET, find_circuit
 from harmcircuits.measurements import wilson
-from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.prompts import Answer, Example, PromptSet
 
 REQUESTS = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
 ANSWERS = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in range(6)}
@@ -37,15 +37,15 @@ def scripted(monkeypatch) -> Model:
 
     def answers(bridge, prompts, *, sampling=None, **options):
         n_samples = sampling.samples if sampling else 1
-        texts = []
+        made = []
         for example in prompts:
-            texts += ANSWERS[example.prompt][:n_samples]
-        return texts
+            made += [Answer(text, ()) for text in ANSWERS[example.prompt][:n_samples]]
+        return made
 
     def nll(bridge, batches):
         return torch.arange(6.0)
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.generate", answers)
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate_answers", answers)
     monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", nll)
     monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
 
