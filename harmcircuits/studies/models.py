@@ -1,6 +1,6 @@
 """Opening a model: an organism, a folder, a hub id, or one that is already loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
@@ -21,7 +21,7 @@ from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
-from harmcircuits.prompts import Batch, PromptSet, Template, tokenize_text
+from harmcircuits.prompts import Batch, Template, tokenize_text
 
 CACHE = user_cache_path("harmcircuits")
 
@@ -30,6 +30,7 @@ def open_model(
     model: Any,
     *,
     prompts: RequestFiles | Mapping[str, Any] | None = None,
+    behaviours: Sequence[Any] = (),
     folder: Path = FOLDER,
     seed: int = 0,
     name: str = "",
@@ -60,6 +61,8 @@ def open_model(
             TransformerBridge or Hugging Face model that is already loaded.
         prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`,
             with files or lists of requests (see `RequestFiles`).
+        behaviours: further behaviours: JSON or TOML files, or dicts (see `OwnBehaviour`). With them
+            `prompts` may be left out.
         folder: of organisms that you trained; the shipped ones by default.
         seed: draws an organism's reference answers.
         name: what rows call a model; its folder's name by default.
@@ -95,6 +98,8 @@ def open_model(
     }
     if not is_name:
         _refuse_unused(loading, f"a {type(model).__name__} that is loaded already")
+    if behaviours:
+        prompts = _with_behaviours(prompts, behaviours)
     if prompts is None:
         named = {"name": name, "tokenizer": tokenizer}
         _refuse_without_prompts(model, {**loading, **named, **asking, "sampling": sampling})
@@ -263,7 +268,11 @@ class ModelSpec:
         for name, source in files.files.items():
             details[name] = source
             if name != "plain":
-                details[name] = f"{source} ({PromptSet.read(getattr(files, name)).digest})"
+                details[name] = f"{source} ({files.requests(name).digest})"
+        for own in files.behaviours:
+            details[f"behaviour {own.name}"] = own.digest
+        if files.columns:
+            details["columns"] = repr(dict(files.columns))
         details["limit"] = files.limit
         details["limit_measured"] = files.limit_measured
         details["judge"] = judge
@@ -272,6 +281,16 @@ class ModelSpec:
         for name in ("model", "dtype", "template", "prefill", "max_new_tokens", "batch_size"):
             details[name] = getattr(self, name)
         return details
+
+
+def _with_behaviours(
+    prompts: RequestFiles | Mapping[str, Any] | None, behaviours: Sequence[Any]
+) -> RequestFiles:
+    """The request files with further behaviours."""
+    if prompts is None:
+        return RequestFiles(behaviours=tuple(behaviours))
+    files = RequestFiles.of(prompts)
+    return replace(files, behaviours=(*files.behaviours, *behaviours))
 
 
 def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
