@@ -147,7 +147,8 @@ def test_a_dataset_is_read_by_its_folder(tmp_path):
     assert PromptSet.read(f"{folder}:train[1:]") == PromptSet(EXAMPLES[1:])
     assert PromptSet.read(f"{folder}:test") == PromptSet(EXAMPLES[:1])
     assert PromptSet.read(f"{folder}:default:train[1:3]") == PromptSet(EXAMPLES[1:])
-    assert PromptSet.read(folder, {"prompt": "group"}).examples[0].prompt == "one"
+    named = PromptSet.read(f"{folder}:train[:2]", {"prompt": "group"})
+    assert [example.prompt for example in named] == ["one", "two"]
     with pytest.raises(ValueError, match=r"data:dev: neither .*dev.*train"):
         PromptSet.read(f"{folder}:dev")
     with pytest.raises(ValueError, match=r"a:b:c:d: .*expected NAME, NAME:SPLIT"):

@@ -71,7 +71,7 @@ class RequestFiles:
     limit_measured: int = 0
     questions: QuestionTemplates = field(default_factory=QuestionTemplates)
     columns: Mapping[str, str] = field(default_factory=dict)
-    behaviours: Sequence[OwnBehaviour] = ()
+    behaviours: Sequence[Any] = ()  # made `OwnBehaviour`s of
 
     SOURCES = (
         "harmful", "benign", "harmful_heldout", "benign_heldout", "pairs", "borderline", "plain",
