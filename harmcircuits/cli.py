@@ -24,6 +24,7 @@ from harmcircuits.studies.options import (
     options_of,
     quiet,
     refused,
+    show_files,
     takes_custom_model,
     with_options,
 )
@@ -122,7 +123,9 @@ def study_command(
         chosen = _settings(settings, FOR_REAL_MODELS if model else StudySettings())
         with progress_bar() as progress:
             if model:
-                opened = custom_model(model, device, **custom).open(progress=progress)
+                spec = custom_model(model, device, **custom)
+                show_files([spec], console)
+                opened = spec.open(progress=progress)
             else:
                 opened = _organism(organism, organisms, chosen.seed, device, custom)
             bound = None if max_memory is None else round(max_memory * GIB)

@@ -4,12 +4,11 @@ An `Example` is a request with the completion to be explained. `tokenize` turns 
 right-padded `Batch`es whose `is_target` marks the completion: the only tokens that count in a loss.
 """
 
-import csv
 import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.display import listed, plural
+from harmcircuits.prompt_files import given_rows, read_requests, requests_of
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,14 @@ class PromptSet:
 
     >>> hc.PromptSet.of(["how to use it ?", ("how to clean it ?", "sure")])
     PromptSet(2 examples, 1 completion)
+
+    Attributes:
+        examples: in their order.
+        shape: how the file was read that they are from, in a line; empty where they are given.
     """
 
     examples: tuple[Example, ...]
+    shape: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, given: "PromptSet | Iterable[Example | str | tuple[str, str]]") -> "PromptSet":
@@ -144,108 +149,37 @@ class PromptSet:
         return cls(tuple(examples))
 
     @classmethod
-    def read(cls, source: "str | Path | PromptSet | Iterable[Example | str]") -> "PromptSet":
+    def read(
+        cls,
+        source: "str | Path | PromptSet | Iterable[Any]",
+        columns: Mapping[str, str] | None = None,
+    ) -> "PromptSet":
         """Requests of a file or dataset, or those given.
 
-        Args:
-            source: a .jsonl or .csv file, a Hugging Face dataset ("NAME" or "NAME:SPLIT"; hub id or
-                folder), or what `PromptSet.of` takes.
-
-        Raises:
-            ValueError: a missing or malformed file, or a dataset that cannot be opened.
-        """
-        if not isinstance(source, str | Path):
-            return cls.of(source)
-        suffix = Path(source).suffix.lower()
-        if suffix in (".jsonl", ".json"):
-            return cls.from_jsonl(source)
-        if suffix == ".csv":
-            return cls.from_csv(source)
-        name, _, split = str(source).partition(":")
-        try:
-            return cls.from_hub(name, split=split or "train")
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{source}: neither a .jsonl or .csv file nor a dataset that can be opened "
-                f"({error})"
-            ) from None
-
-    @classmethod
-    def from_jsonl(cls, path: str | Path) -> "PromptSet":
-        """Examples from a JSON Lines file of rows `{"prompt": ..., "completion": ...}`.
+        Files of AdvBench, HarmBench, JailbreakBench, StrongREJECT, XSTest and Alpaca, chat messages
+        and files with a `prompt` column are recognised; `shape` says as what. A row that repeats
+        an earlier one is left out.
 
         Args:
-            path: the file; its rows may have the other fields of `Example`, further keys are
-                ignored.
+            source: a .jsonl, .json, .csv, .tsv, .txt (a request a line) or .parquet file, a Hugging
+                Face dataset ("NAME", "NAME:SPLIT" or "NAME:CONFIG:SPLIT"; hub id or folder), rows
+                (a list of dicts, a loaded dataset, a DataFrame), or what `PromptSet.of` takes.
+            columns: which column holds what, such as {"prompt": "goal"}; our names are prompt,
+                completion, category, group and label.
 
         Raises:
-            ValueError: a missing file, a line that is not a JSON object, a row without "prompt", or
-                no rows.
+            ValueError: a missing or malformed file, columns that are not recognised, or a dataset
+                that cannot be opened (see `read_requests`).
         """
-        # Not by `splitlines`, which also splits at characters that a prompt may hold.
-        rows = []
-        lines = _existing(path).read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                rows.append((place, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{place}: not JSON ({error.msg}); expected one object a line"
-                ) from None
-        return cls._from_rows(rows, str(path))
-
-    @classmethod
-    def from_csv(cls, path: str | Path) -> "PromptSet":
-        """Examples from a CSV file with a header naming at least `prompt`.
-
-        Args:
-            path: the file.
-
-        Raises:
-            ValueError: as `from_jsonl`.
-        """
-        # utf-8-sig: spreadsheets begin a file with a byte order mark.
-        with _existing(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        placed = [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
-        return cls._from_rows(placed, str(path))
-
-    @classmethod
-    def from_hub(cls, name: str, *, split: str = "train", **load_options: Any) -> "PromptSet":
-        """Examples from a Hugging Face dataset with a `prompt` column.
-
-        Args:
-            name: hub id or local folder.
-            split: of the dataset.
-            load_options: further arguments of `datasets.load_dataset`.
-
-        Raises:
-            ValueError: a missing column or an empty split.
-        """
-        from datasets import load_dataset
-
-        rows = load_dataset(name, split=split, **load_options)
-        placed = [(f"{name}[{split}], row {number}", dict(row)) for number, row in enumerate(rows)]
-        return cls._from_rows(placed, name)
-
-    @classmethod
-    def _from_rows(cls, rows: Iterable[tuple[str, Any]], origin: str) -> "PromptSet":
-        names = [column.name for column in fields(Example) if column.name != "tokens"]
-        examples = []
-        for place, row in rows:
-            prompt = row.get("prompt") if isinstance(row, dict) else None
-            if not isinstance(prompt, str) or not prompt:
-                raise ValueError(
-                    f'{place}: no "prompt"; each row needs a prompt of text that is not empty'
-                )
-            given = {name: str(row[name]) for name in names if row.get(name) is not None}
-            examples.append(Example(**given))
-        if not examples:
-            raise ValueError(f"{origin}: no rows; expected at least one prompt")
-        return cls(tuple(examples))
+        if isinstance(source, str | Path):
+            requests = read_requests(source, columns)
+        else:
+            rows = given_rows(source)
+            if rows is None:
+                return cls.of(source)
+            requests = requests_of(rows, "the given rows", columns)
+        examples = [Example(**texts) for texts in requests.texts]
+        return cls(tuple(examples), requests.shape)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -690,10 +624,3 @@ def _limited(prompts: PromptSet, limit: int) -> PromptSet:
         return prompts
     end = hashes[limit]
     return prompts.where(lambda example: _hash(example) < end)
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of an existing prompt file")
-    return path

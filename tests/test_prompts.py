@@ -1,13 +1,10 @@
-"""Prompt files, splits and batches against hand-built rows and hand-computed token ids.
+"""Sets of prompts, splits and batches against hand-computed token ids.
 
 Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a
-file format that loses or reorders fields; an error in a user's file that passes in silence; a
 digest that misses a change of the data; a request in two splits, or one that moves when others are
 added.
 """
 
-import csv
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -43,142 +40,6 @@ def ids(tokenizer):
     """ids("<bos> yes") -> the ids of these words, looked up one by one in the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return lambda text: [vocabulary[word] for word in text.split()]
-
-
-def as_rows(examples) -> list[dict[str, str]]:
-    """Rows as a user would write them: with another key, without the empty fields."""
-    return [
-        {"id": "7", **{key: value for key, value in vars(example).items() if value}}
-        for example in examples
-    ]
-
-
-def write_jsonl(path, rows) -> None:
-    path.write_text(
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8"
-    )
-
-
-# Files
-
-
-def test_jsonl_round_trip(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", as_rows(EXAMPLES))
-    assert PromptSet.from_jsonl(tmp_path / "a.jsonl") == PromptSet(EXAMPLES)
-    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8").replace("\n", "\n\n")
-    (tmp_path / "blank.jsonl").write_text(text, encoding="utf-8")
-    assert PromptSet.from_jsonl(str(tmp_path / "blank.jsonl")) == PromptSet(EXAMPLES), (
-        "blank lines are no rows"
-    )
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
-def test_only_line_feeds_end_a_jsonl_row(tmp_path, separator):
-    """U+2028 and its like are ordinary characters of a JSON string.
-
-    Text from the web holds them.
-    """
-    example = Example(f"one{separator}two", "yes")
-    write_jsonl(tmp_path / "a.jsonl", as_rows([example]))
-    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (example,)
-
-
-def test_csv_round_trip(tmp_path):
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["id", "prompt", "completion", "category", "group"])
-        writer.writeheader()
-        writer.writerows(as_rows(EXAMPLES))
-    assert PromptSet.from_csv(tmp_path / "a.csv") == PromptSet(EXAMPLES)
-
-
-def test_hub_reads_a_local_folder(tmp_path):
-    rows = [{"completion": "", "category": "", "group": "", **row} for row in as_rows(EXAMPLES)]
-    (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
-    folder, options = str(tmp_path / "data"), {"cache_dir": str(tmp_path / "cache")}
-    assert PromptSet.from_hub(folder, **options) == PromptSet(EXAMPLES)
-    assert PromptSet.from_hub(folder, split="train[1:]", **options) == PromptSet(EXAMPLES[1:])
-    (tmp_path / "other").mkdir()
-    write_jsonl(tmp_path / "other" / "train.jsonl", [{"question": "a"}])
-    with pytest.raises(ValueError, match=r'row 0: no "prompt"'):
-        PromptSet.from_hub(str(tmp_path / "other"), **options)
-    with pytest.raises(
-        ValueError, match=r"no (rows|data)"
-    ):  # datasets itself refuses an empty slice
-        PromptSet.from_hub(folder, split="train[:0]", **options)
-
-
-def test_numbers_in_a_file_become_text(tmp_path):
-    """Zero too: an item numbered 0 is one group, not examples without a group."""
-    write_jsonl(
-        tmp_path / "a.jsonl",
-        [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}],
-    )
-    assert PromptSet.from_jsonl(tmp_path / "a.jsonl").examples == (
-        Example("a", "0", group="0"),
-        Example("b", group="1"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}\nhello\n', "line 2: not JSON"),
-        ('{"prompt": "a"}\n\n{"completion": "b"}\n', 'line 3: no "prompt"'),
-        ('{"prompt": ""}\n', 'line 1: no "prompt"'),
-        ('["prompt"]\n', 'line 1: no "prompt"'),
-        ("\n\n", "no rows"),
-        ("", "no rows"),
-    ],
-)
-def test_bad_jsonl_files_are_refused(tmp_path, text, message):
-    (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        PromptSet.from_jsonl(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("question\na\n", 'row 1: no "prompt"'),
-        ("prompt,group\na,b\n,b\n", 'row 2: no "prompt"'),
-        ("prompt\n", "no rows"),
-    ],
-)
-def test_bad_csv_files_are_refused(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        PromptSet.from_csv(tmp_path / "a.csv")
-
-
-@pytest.mark.parametrize("read", [PromptSet.from_jsonl, PromptSet.from_csv])
-def test_missing_files_are_refused(tmp_path, read):
-    with pytest.raises(ValueError, match=r"missing\.txt: no such file"):
-        read(tmp_path / "missing.txt")
-    with pytest.raises(ValueError, match="no such file"):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "JSONL"])
-def test_a_source_is_read_by_its_suffix(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    write_jsonl(path, as_rows(EXAMPLES))
-    assert PromptSet.read(path) == PromptSet.read(str(path)) == PromptSet(EXAMPLES)
-
-
-def test_other_sources_are_csv_files_datasets_and_sets(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,group\na,b\n")
-    assert PromptSet.read(tmp_path / "a.csv").examples == (Example("a", group="b"),)
-
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-    assert PromptSet.read(folder) == PromptSet.of(["a", "b"])
-    assert PromptSet.read(f"{folder}:train[1:]") == PromptSet.of(["b"])
-
-    assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
-    with pytest.raises(ValueError, match=r"no/such-data-set: neither a \.jsonl or \.csv file nor"):
-        PromptSet.read("no/such-data-set")
 
 
 # Sets

@@ -15,7 +15,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import harmcircuits as hc
+from harmcircuits.behaviours.own import OwnBehaviour
 from harmcircuits.cli import app
+from harmcircuits.prompt_files import SHAPES
 from harmcircuits.studies.claims import command as command_of
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,26 @@ def test_python_blocks_run(few, capsys, monkeypatch):
     assert printed.count("WeightMask(circuit") == 3
     assert printed.count("harm_valid_rate") == 3
     assert "valid harm" in printed and "a search of its own" in printed
+
+
+def test_the_behaviour_of_the_readme_is_read(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", README, flags=re.S)
+    (tmp_path / "flattery.toml").write_text(text)
+    rows = "\n".join(f"is wall {n} white ?" for n in range(40))
+    (tmp_path / "opinions.csv").write_text(f"prompt\n{rows}\n")
+    behaviour = OwnBehaviour.of(tmp_path / "flattery.toml").behaviour()
+    assert behaviour.judge is not None
+    assert behaviour.judge("is wall 3 white ?", "Great question!") == behaviour.wanted
+
+
+def test_the_shapes_of_the_readme_are_recognised():
+    table = README.split("| recognised by |")[1].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        recognised, name = line.split("|")[1].strip(), line.split(":")[0].strip("| ")
+        columns = re.findall(r"`([\w,]+)`", recognised)[0].split(",")
+        shape = next(shape for shape in SHAPES if shape.fits(columns))
+        assert shape.name in ("", name, "chat messages")
+        assert shape.name or columns == ["prompt"]
 
 
 def test_commands_exist():

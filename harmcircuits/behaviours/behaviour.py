@@ -37,6 +37,8 @@ class Behaviour:
         title: what tables call the rate; the name by default.
         is_kept: whether it is an ability that the removal of another behaviour must leave alone.
         is_loss_shown: whether tables show its loss in addition to its rate.
+        is_scored_on_references: whether it is scored on its reference answers as they are, not on
+            the model's own answers that the judge verified.
         part_of: the behaviour whose requests it takes some of; empty for a whole one.
         side_metrics: further verdicts that are counted, and the name of each one's rate.
     """
@@ -54,6 +56,7 @@ class Behaviour:
     title: str = ""
     is_kept: bool = False
     is_loss_shown: bool = False
+    is_scored_on_references: bool = False
     part_of: str = ""
     side_metrics: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

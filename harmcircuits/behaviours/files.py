@@ -2,21 +2,23 @@
 
 From harmful and benign requests come `harmful` (the answer is begun for the model), `benign`,
 `refusal` (harmful requests without that beginning), `recognition` and `explanation`; from requests
-that only look unsafe comes `borderline`.
+that only look unsafe comes `borderline`. Behaviours of one's own come from files of their own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.own import OwnBehaviour, of_split, split_requests, without_answers
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviour
 from harmcircuits.display import nearest
+from harmcircuits.prompt_files import COLUMNS
 from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 # Labels of the two sides of a pair, as published data sets write them.
@@ -29,16 +31,19 @@ Requests = str | PromptSet
 Pair = tuple[Example, Example]  # harmful, harmless
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RequestFiles:
     """Where a real model's requests come from.
 
     Each source is a file, a dataset, or a set of requests.
 
     Attributes:
-        harmful: harmful requests: a JSON Lines or CSV file with a `prompt` column, or a dataset id
-            or folder (ID:SPLIT). They are split into calibration, choice and held-out by the hash
-            of their `group` (or prompt), so a request stays where it is when others are added.
+        harmful: harmful requests: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or a dataset
+            id or folder (ID:SPLIT). AdvBench, HarmBench, JailbreakBench, StrongREJECT, XSTest,
+            Alpaca and chat messages are recognised, and files with a `prompt` column. They are
+            split into calibration, choice and held-out by the hash of their `group` (or prompt), so
+            a request stays where it is when others are added; a repeated one counts once. Targets
+            that a data set publishes are not scored: the model's own answers are.
         benign: benign requests, given and split in the same way.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
         benign_heldout: held-out benign requests, in place of a quarter of the others.
@@ -50,10 +55,13 @@ class RequestFiles:
         limit: the largest number of requests (pairs, windows) in a split; 0: all.
         limit_measured: the limit in choice and held-out, which only measure, where it differs.
         questions: the questions of recognition and explanation; on the command line a JSON file.
+        columns: which column holds what, as prompt=goal, in every file; harmful.prompt=goal in one.
+        behaviours: further behaviours, each a JSON or TOML file (see `OwnBehaviour`). With them
+            harmful and benign requests may be left out, both.
     """
 
-    harmful: Requests
-    benign: Requests
+    harmful: Requests = ""
+    benign: Requests = ""
     harmful_heldout: Requests = ""
     benign_heldout: Requests = ""
     pairs: Requests = ""
@@ -62,6 +70,8 @@ class RequestFiles:
     limit: int = 0
     limit_measured: int = 0
     questions: QuestionTemplates = field(default_factory=QuestionTemplates)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    behaviours: Sequence[Any] = ()  # made `OwnBehaviour`s of
 
     SOURCES = (
         "harmful", "benign", "harmful_heldout", "benign_heldout", "pairs", "borderline", "plain",
@@ -74,6 +84,22 @@ class RequestFiles:
                     f"{name}={getattr(self, name)}; "
                     "expected the number of requests a split, or 0 for all"
                 )
+        for name, other in ((TARGET, CONTRAST), (CONTRAST, TARGET)):
+            is_needed = bool(getattr(self, other)) or not self.behaviours
+            if is_needed and not getattr(self, name):
+                raise ValueError(f"prompts: no {name!r}; give a file or a list of requests for it")
+        _check_columns(self.columns)
+        given = [OwnBehaviour.of(behaviour) for behaviour in self.behaviours]
+        object.__setattr__(self, "behaviours", tuple(given))
+
+    def __repr__(self) -> str:
+        # Analyses are resumed by this text, those too that began before there were these fields.
+        shown = []
+        for known in fields(self):
+            value = getattr(self, known.name)
+            if value or known.name not in ("columns", "behaviours"):
+                shown.append(f"{known.name}={value!r}")
+        return f"RequestFiles({', '.join(shown)})"
 
     @classmethod
     def of(cls, given: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
@@ -92,16 +118,48 @@ class RequestFiles:
                 f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, "
                 f"got {type(given).__name__}"
             )
-        known = cls.__dataclass_fields__
+        known = [known.name for known in fields(cls)]
         for name in given:
             if name not in known:
                 raise ValueError(
                     f"prompts: {name!r} is no kind of requests; {nearest(name, known)}"
                 )
-        for name in (TARGET, CONTRAST):
-            if not given.get(name):
-                raise ValueError(f"prompts: no {name!r}; give a file or a list of requests for it")
-        return cls(**{name: _source(name, value) for name, value in given.items()})
+        columns = given.get("columns", {})
+        return cls(**{name: _source(name, value, columns) for name, value in given.items()})
+
+    def requests(self, name: str) -> PromptSet:
+        """The requests of a source, as they are in its file.
+
+        Args:
+            name: of the source, one that is given.
+
+        Raises:
+            ValueError: as `PromptSet.read`.
+        """
+        # Read once: a dataset takes seconds.
+        if name not in self._read:
+            source = getattr(self, name)
+            columns = _columns_of(name, self.columns) if isinstance(source, str) else None
+            self._read[name] = PromptSet.read(source, columns)
+        return self._read[name]
+
+    @cached_property
+    def _read(self) -> dict[str, PromptSet]:
+        return {}
+
+    @property
+    def shapes(self) -> list[str]:
+        """How each file was read, a line each: what it was recognised as, and its columns."""
+        lines = []
+        for name in self.files:
+            requests = self.requests(name) if name != "plain" else PromptSet(())
+            has_answers = any(example.completion for example in requests)
+            unused = "; its answers are not used" if has_answers else ""
+            if requests.shape:
+                lines.append(f"{name}: {requests.shape}{unused}")
+        for behaviour in self.behaviours:
+            lines += [f"{behaviour.name}: {shape}" for shape in behaviour.shapes]
+        return lines
 
     @property
     def limits(self) -> dict[str, int]:
@@ -122,13 +180,38 @@ class RequestFiles:
         return names
 
 
-def _source(name: str, given: Any) -> Any:
-    """A path as text, a list of requests as a set; anything else as it is."""
+def _source(name: str, given: Any, columns: Mapping[str, str]) -> Any:
+    """A path as text, given requests as a set; anything else as it is."""
     if isinstance(given, Path):
         return str(given)
-    if name in RequestFiles.SOURCES and isinstance(given, Sequence) and not isinstance(given, str):
-        return PromptSet.of(given)
-    return given
+    if name not in RequestFiles.SOURCES or isinstance(given, str):
+        return given
+    if isinstance(given, Sequence) and not given:
+        return ""
+    is_table = not isinstance(given, PromptSet)
+    return PromptSet.read(given, _columns_of(name, columns) if is_table else None)
+
+
+def _check_columns(columns: Mapping[str, str]) -> None:
+    """Raises ValueError for another key than prompt, or harmful.prompt."""
+    sources = [name for name in RequestFiles.SOURCES if name != "plain"]
+    for key in columns:
+        source, _, column = key.rpartition(".")
+        if source and source not in sources:
+            raise ValueError(f"columns: {key!r} names no file; {nearest(source, sources)}")
+        if column not in COLUMNS:
+            raise ValueError(f"columns: {column!r} is no column; {nearest(column, COLUMNS)}")
+
+
+def _columns_of(name: str, columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns of one source: those for all, and its own."""
+    of_all = {key: value for key, value in columns.items() if "." not in key}
+    own = {}
+    for key, value in columns.items():
+        source, _, column = key.rpartition(".")
+        if source == name:
+            own[column] = value
+    return of_all | own
 
 
 def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
@@ -200,30 +283,8 @@ def request_behaviours(
     Raises:
         ValueError: as `PromptSet.read`, `PromptSet.splits` and `request_pairs`.
     """
-    # Two files give most behaviours; they differ in how the same requests are put:
-    #
-    #                       harmful requests    benign requests
-    #     answer begun      harmful             prefilled
-    #     as they are       refusal             benign
-    #     in a question     explanation         .
-    #     in a question     recognition         recognition
     questions = files.questions
-    harmful, benign = _harmful_and_benign(files)
-    explanation = {}
-    for split, requests in harmful.items():
-        explanation[split] = _put_into(questions.explanation, requests)
-    sets: dict[str, Sets] = {
-        "harmful": harmful,
-        "benign": benign,
-        "recognition": _recognition(files, harmful, benign),
-        "explanation": explanation,
-        "refusal": harmful,
-    }
-    if prefill:
-        sets["prefilled"] = benign
-    if files.borderline:
-        sets["borderline"] = _borderline(files)
-
+    sets = _sets(files, prefill)
     behaviours = {}
     for name, by_split in sets.items():
         options: dict[str, Any] = {}
@@ -233,16 +294,50 @@ def request_behaviours(
             options["choices"] = (questions.yes, questions.no)
             options["max_new_tokens"] = YES_OR_NO_TOKENS
         # A partial of a function of this module, not a closure: behaviours go to other processes.
-        prompts = partial(_of_split, MappingProxyType(dict(by_split)))
+        prompts = partial(of_split, MappingProxyType(dict(by_split)))
         behaviours[name] = standard_behaviour(name, prompts, **options)
+    for own in files.behaviours:
+        if own.name in behaviours:
+            raise ValueError(f"behaviours: there is a {own.name!r} already; give another name")
+        behaviours[own.name] = own.behaviour(files.limits)
     return behaviours, _kinds(sets)
 
 
+def _sets(files: RequestFiles, prefill: str) -> dict[str, Sets]:
+    """The requests of each of the usual behaviours that has some."""
+    # Two files give most behaviours; they differ in how the same requests are put:
+    #
+    #                       harmful requests    benign requests
+    #     answer begun      harmful             prefilled
+    #     as they are       refusal             benign
+    #     in a question     explanation         .
+    #     in a question     recognition         recognition
+    questions = files.questions
+    sets: dict[str, Sets] = {}
+    if files.harmful:
+        harmful, benign = _harmful_and_benign(files)
+        explanation = {}
+        for split, requests in harmful.items():
+            explanation[split] = _put_into(questions.explanation, requests)
+        sets = {
+            "harmful": harmful,
+            "benign": benign,
+            "recognition": _recognition(files, harmful, benign),
+            "explanation": explanation,
+            "refusal": harmful,
+        }
+        if prefill:
+            sets["prefilled"] = benign
+    if files.borderline:
+        sets["borderline"] = _borderline(files)
+    return sets
+
+
 def _borderline(files: RequestFiles) -> Sets:
-    requests = PromptSet.read(files.borderline)
+    requests = files.requests("borderline")
     safe = requests.where(lambda example: example.label not in UNSAFE)
     origin = files.files["borderline"]
-    return _without_answers(safe).splits(limits=files.limits, origin=origin)
+    return split_requests(without_answers(safe), None, limits=files.limits, origin=origin)
 
 
 def with_references(model: Model) -> Model:
@@ -250,7 +345,7 @@ def with_references(model: Model) -> Model:
 
     Other requests keep an empty completion: they count in rates, not in losses (see
     `Behaviour.references`). The reference answers of yes-or-no questions are the right words
-    already.
+    already, and those that were given for a behaviour of one's own stay.
 
     Args:
         model: the model, unpruned.
@@ -260,13 +355,13 @@ def with_references(model: Model) -> Model:
     """
     behaviours = {}
     for name, behaviour in model.behaviours.items():
-        if not behaviour.choices:
+        if not behaviour.choices and not behaviour.is_scored_on_references:
             sets = {}
             for split in SPLITS:
                 sets[split] = model.verified(behaviour, behaviour.prompts(split))
             if name in (TARGET, CONTRAST):
                 _refuse_unanswered(model.name, name, sets)
-            behaviour = replace(behaviour, prompts=partial(_of_split, sets))
+            behaviour = replace(behaviour, prompts=partial(of_split, sets))
         behaviours[name] = behaviour
     return replace(model, behaviours=behaviours)
 
@@ -284,16 +379,12 @@ def _refuse_unanswered(model: str, name: str, sets: Sets) -> None:
 def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
     sets = []
     for name in ("harmful", "benign"):
-        requests = _without_answers(PromptSet.read(getattr(files, name)))
+        requests = without_answers(files.requests(name))
         heldout = None
-        heldout_source = getattr(files, f"{name}_heldout")
-        if heldout_source:
-            # A request that is in both files must not be scored.
-            heldout = _without_answers(PromptSet.read(heldout_source))
-            held_out = {example.prompt for example in heldout}
-            requests = requests.where(lambda example, out=held_out: example.prompt not in out)
+        if getattr(files, f"{name}_heldout"):
+            heldout = without_answers(files.requests(f"{name}_heldout"))
         origin = files.files[name]
-        sets.append(requests.splits(heldout, limits=files.limits, origin=origin))
+        sets.append(split_requests(requests, heldout, limits=files.limits, origin=origin))
     harmful, benign = sets
     shared = _prompts_of(harmful) & _prompts_of(benign)
     if shared:
@@ -318,7 +409,7 @@ def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Sets:
 def _given_pairs(files: RequestFiles) -> dict[str, list[Pair]]:
     """The pairs of a file by split, drawn by the hash of the harmful request."""
     origin = files.files["pairs"]
-    pairs = request_pairs(PromptSet.read(files.pairs), origin)
+    pairs = request_pairs(files.requests("pairs"), origin)
     # Splits are drawn of single requests, so each pair is drawn by its harmful one.
     by_prompt = {pair[0].prompt: pair for pair in pairs}
     unsafe = PromptSet(tuple(pair[0] for pair in pairs))
@@ -352,7 +443,7 @@ def _put_into(template: str, prompts: PromptSet) -> PromptSet:
 def _kinds(sets: Mapping[str, Sets]) -> dict[str, str]:
     """What kind of request each prompt is, for `RequestJudge`; recognition's are "no" and "yes"."""
     kinds = {}
-    for requests in sets["recognition"].values():
+    for requests in sets.get("recognition", {}).values():
         for number, example in enumerate(requests):
             kinds[example.prompt] = "yes" if number % 2 else "no"
     # A prompt that is in several sets has the kind of the last one: a borderline request that is in
@@ -369,13 +460,3 @@ def _prompts_of(sets: Sets) -> set[str]:
     for requests in sets.values():
         prompts |= {example.prompt for example in requests}
     return prompts
-
-
-def _without_answers(prompts: PromptSet) -> PromptSet:
-    return prompts.with_completions([""] * len(prompts))
-
-
-def _of_split(sets: Sets, split: str) -> PromptSet:
-    if split not in sets:
-        raise ValueError(f"split={split!r}; expected one of {', '.join(sets)}")
-    return sets[split]

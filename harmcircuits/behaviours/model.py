@@ -218,7 +218,8 @@ class Model:
     def calibration(self, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
         """The model's own answers to a behaviour's calibration requests that the judge verified.
 
-        Scoring on unverified answers can find another circuit: a refusal is no harmful completion.
+        Its reference answers as they are, where it is scored on these. Scoring on other unverified
+        answers can find another circuit: a refusal is no harmful completion.
 
         Args:
             name: of the behaviour.
@@ -233,7 +234,9 @@ class Model:
         requests = behaviour.prompts("calibration").sampled(share, seed=seed)
         if not len(requests):
             raise ValueError(f"{name!r} has no calibration requests; give it some, or leave it out")
-        answers = self.verified(behaviour, requests)
+        answers = requests
+        if not behaviour.is_scored_on_references:
+            answers = self.verified(behaviour, requests)
         verified = answers.where(lambda example: bool(example.completion))
         if not len(verified):
             raise NotShownError(
@@ -432,7 +435,8 @@ class Model:
             has_reference = torch.tensor([bool(example.completion) for example in prompts])
             nll[has_reference] = completion_nll(self.bridge, self.batches(behaviour, references))
         verdicts = tuple(self.verdicts(behaviour, answers))
-        return Outcomes(behaviour, answers, verdicts, nll, self.judge_name)
+        judge_name = getattr(behaviour.judge, "name", self.judge_name)
+        return Outcomes(behaviour, answers, verdicts, nll, judge_name)
 
     def measure(
         self,

@@ -18,6 +18,7 @@ from harmcircuits.studies.options import (
     Option,
     quiet,
     refused,
+    show_files,
     specs,
     takes_custom_model,
     with_options,
@@ -239,6 +240,7 @@ def command(*analyses: AnyAnalysis) -> Callable[..., None]:
 
         try:
             plans = [(analysis, plan(analysis)) for analysis in analyses]
+            show_files(plans[0][1].specs, Console())
             results = conclude(plans, out, workers=workers)
         except ValueError as error:
             raise refused(error) from None

@@ -22,7 +22,7 @@ from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
-from harmcircuits.prompts import Batch, Chat, PromptSet, Template, tokenize_text
+from harmcircuits.prompts import Batch, Chat, Template, tokenize_text
 
 CACHE = user_cache_path("harmcircuits")
 
@@ -31,6 +31,7 @@ def open_model(
     model: Any,
     *,
     prompts: RequestFiles | Mapping[str, Any] | None = None,
+    behaviours: Sequence[Any] = (),
     folder: Path = FOLDER,
     seed: int = 0,
     name: str = "",
@@ -63,6 +64,8 @@ def open_model(
             TransformerBridge or Hugging Face model that is already loaded.
         prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`,
             with files or lists of requests (see `RequestFiles`).
+        behaviours: further behaviours: JSON or TOML files, or dicts (see `OwnBehaviour`). With them
+            `prompts` may be left out.
         folder: of organisms that you trained; the shipped ones by default.
         seed: draws an organism's reference answers.
         name: what rows call a model; its folder's name by default.
@@ -103,6 +106,8 @@ def open_model(
     }
     if not is_name:
         _refuse_unused(loading, f"a {type(model).__name__} that is loaded already")
+    if behaviours:
+        prompts = _with_behaviours(prompts, behaviours)
     if prompts is None:
         named = {"name": name, "tokenizer": tokenizer}
         _refuse_without_prompts(model, {**loading, **named, **asking, "sampling": sampling})
@@ -288,7 +293,11 @@ class ModelSpec:
         for name, source in files.files.items():
             details[name] = source
             if name != "plain":
-                details[name] = f"{source} ({PromptSet.read(getattr(files, name)).digest})"
+                details[name] = f"{source} ({files.requests(name).digest})"
+        for own in files.behaviours:
+            details[f"behaviour {own.name}"] = own.digest
+        if files.columns:
+            details["columns"] = repr(dict(files.columns))
         details["limit"] = files.limit
         details["limit_measured"] = files.limit_measured
         details["judge"] = judge
@@ -320,6 +329,16 @@ def _option_values(texts: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             values[name] = value
     return values
+
+
+def _with_behaviours(
+    prompts: RequestFiles | Mapping[str, Any] | None, behaviours: Sequence[Any]
+) -> RequestFiles:
+    """The request files with further behaviours."""
+    if prompts is None:
+        return RequestFiles(behaviours=tuple(behaviours))
+    files = RequestFiles.of(prompts)
+    return replace(files, behaviours=(*files.behaviours, *behaviours))
 
 
 def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:

@@ -75,7 +75,7 @@ def options_of(
             kind,
             text,
             (shown or {}).get(name, True),
-            _default(field),
+            _default(field, kind),
             (flags or {}).get(name, ""),
         )
     return options
@@ -84,12 +84,10 @@ def options_of(
 def _kind(hint: Any) -> Any:
     """The type that typer reads: tuples become repeated options, anything unusual text."""
     # tuple[float, ...]    -> list[float]      --size 0.001 --size 0.002
+    # Mapping[str, str]    -> list[str]        --column prompt=goal --column category=theme
     # float | None         -> float | None     may be left out
     # str | PromptSet      -> str              a file, on the command line
-    # Mapping[str, float] -> list[str]        --budget-of benign=0.05 --budget-of refusal=0.1
-    if get_origin(hint) is Mapping:
-        return list[str]
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, Sequence, Mapping):
         return list[_kind(get_args(hint)[0])]
     if isinstance(hint, UnionType) and type(None) in get_args(hint):
         inner = next(kind for kind in get_args(hint) if kind is not type(None))
@@ -97,12 +95,12 @@ def _kind(hint: Any) -> Any:
     return hint if hint in PLAIN_TYPES else str
 
 
-def _default(field: Field) -> Any:
+def _default(field: Field, kind: Any) -> Any:
     if isinstance(field.default, tuple):
         return list(field.default)
-    if field.default_factory is dict:
+    # Without a default is what a factory makes.
+    if get_origin(kind) is list:
         return []
-    # Without a default are the two files that a custom model must have, and what a factory makes.
     if field.default is MISSING:
         return ""
     return field.default
@@ -121,7 +119,10 @@ CUSTOM_MODEL: dict[str, Option] = {
             "plain": "none",
             "limit_measured": "as --limit",
             "questions": "English",
+            "columns": "recognised",
+            "behaviours": "none",
         },
+        flags={"columns": "--column", "behaviours": "--behaviour"},
     ),
     **options_of(
         ModelSpec,
@@ -203,18 +204,11 @@ def custom_model(
         ValueError: a model without harmful and benign requests, a template or size that cannot be,
             and as `RequestFiles`.
     """
-    if not harmful or not benign:
-        raise ValueError(
-            f"model {model!r} needs its requests; give --harmful FILE and --benign FILE"
-        )
-    if options.get("template", "chat") not in ("chat", "raw"):
-        raise ValueError(f"template={options['template']!r}; expected chat or raw")
-    for name in ("max_new_tokens", "batch_size"):
-        if options.get(name, 1) < 1:
-            raise ValueError(f"{name}={options[name]}; expected at least 1")
+    _refuse_custom(model, harmful, benign, **options)
     path = options.pop("questions", "")
     if path:
         options["questions"] = QuestionTemplates.from_file(path)
+    options["columns"] = _columns(options.get("columns", []))
 
     of_files = {}
     of_model = {}
@@ -227,12 +221,56 @@ def custom_model(
     return spec
 
 
+def _refuse_custom(model: str, harmful: str, benign: str, **options: Any) -> None:
+    """Raises ValueError for requests that are missing and options that cannot be."""
+    is_own = bool(options.get("behaviours")) and not (harmful or benign)
+    if not is_own and not (harmful and benign):
+        raise ValueError(
+            f"model {model!r} needs its requests; give --harmful FILE and --benign FILE"
+        )
+    if options.get("template", "chat") not in ("chat", "raw"):
+        raise ValueError(f"template={options['template']!r}; expected chat or raw")
+    for name in ("max_new_tokens", "batch_size"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"{name}={options[name]}; expected at least 1")
+
+
+def _columns(texts: Sequence[str]) -> dict[str, str]:
+    """prompt=goal as what holds what."""
+    columns = {}
+    for text in texts:
+        ours, _, theirs = text.partition("=")
+        if not ours or not theirs:
+            raise ValueError(
+                f"--column {text!r}; expected OURS=NAME, such as prompt=goal, or for one file "
+                "harmful.prompt=goal"
+            )
+        columns[ours] = theirs
+    return columns
+
+
+def show_files(models: Sequence[ModelSpec], console: Console) -> None:
+    """Print how each file of requests was read, a line each.
+
+    Args:
+        models: specs that share their files.
+        console: where to print.
+
+    Raises:
+        ValueError: as `PromptSet.read`.
+    """
+    files = models[0].files if models else None
+    for line in files.shapes if files else ():
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def no_custom_model(**options: Any) -> None:
     """Raises ValueError for an option that is not as usual, which only a custom model takes."""
     for name, value in options.items():
-        if value != CUSTOM_MODEL[name].default:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is for a custom model; give --model FOLDER_OR_ID too")
+        option = CUSTOM_MODEL[name]
+        if value != option.default:
+            flag = option.flag or f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is for a custom model; give --model FOLDER_OR_ID too")
 
 
 def specs(

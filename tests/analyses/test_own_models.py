@@ -159,7 +159,7 @@ def test_narrow_texts_are_split(files, cache):
     prompts = {}
     for name in ("training", "scored", "inside", "outside"):
         prompts[name] = {example.prompt for example in getattr(topic, name)}
-    whole = {example.prompt for example in PromptSet.from_jsonl(files["narrow"])}
+    whole = {example.prompt for example in PromptSet.read(files["narrow"])}
     assert prompts["scored"] < prompts["training"]
     assert not prompts["training"] & prompts["inside"]
     assert {len(prompts[name]) for name in ("scored", "inside", "outside")} == {4}, "limited"

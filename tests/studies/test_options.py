@@ -76,7 +76,8 @@ def test_a_command_shows_the_options_of_a_custom_model_in_their_place(app):
     assert "--custom" not in text
     places = []
     for name in ("first", *CUSTOM_MODEL, "last"):
-        flag = getattr(CUSTOM_MODEL.get(name), "flag", "") or f"--{name.replace('_', '-')}"
+        option = CUSTOM_MODEL.get(name)
+        flag = (option and option.flag) or f"--{name.replace('_', '-')}"
         places.append(text.index(f"{flag} "))
     assert places == sorted(places)
 

@@ -1,0 +1,462 @@
+"""Files of requests in every format and published shape, written here in innocent words.
+
+Would catch: a file format that loses or reorders fields; a published shape read by the wrong column
+or without its context; an error in a user's file that passes in silence, or is told without its
+place; a chat whose earlier turns are dropped; a repeated request that counts twice.
+"""
+
+import csv
+import json
+
+import datasets
+import pandas
+import pytest
+
+from harmcircuits.prompt_files import COLUMNS, read_requests
+from harmcircuits.prompts import Example, PromptSet
+
+EXAMPLES = (
+    Example("how to use it ?", "sure yes", category="tools", group="one"),
+    Example("line one\nline two", 'quotes " and, commas', group="two"),
+    Example("ünïcode", ""),
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` keeps goes with the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def as_rows(examples) -> list[dict[str, str]]:
+    """Rows as a user would write them: with another key, without the empty fields."""
+    rows = []
+    for example in examples:
+        filled = {name: getattr(example, name) for name in COLUMNS if getattr(example, name)}
+        rows.append({"id": "7", **filled})
+    return rows
+
+
+def write_jsonl(path, rows) -> str:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def write_csv(path, rows, delimiter: str = ",") -> str:
+    names = dict.fromkeys(name for row in rows for name in row)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(names), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def write_json(path, rows) -> str:
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return str(path)
+
+
+def write_parquet(path, rows) -> str:
+    pandas.DataFrame(rows).to_parquet(path)
+    return str(path)
+
+
+# Formats
+
+
+FORMATS = {
+    "a.jsonl": write_jsonl,
+    "lines.json": write_jsonl,
+    "A.JSONL": write_jsonl,
+    "array.json": write_json,
+    "a.csv": write_csv,
+    "a.tsv": lambda path, rows: write_csv(path, rows, "\t"),
+    "spreadsheet.csv": lambda path, rows: write_csv(path, rows, ";"),
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_examples(tmp_path, name):
+    path = FORMATS[name](tmp_path / name, as_rows(EXAMPLES))
+    prompts = PromptSet.read(path)
+    assert prompts == PromptSet.read(tmp_path / name) == PromptSet(EXAMPLES)
+    assert prompts.shape == f"{path}: prompt, completion, category, group; 3 requests"
+
+
+def test_plain_text_is_a_request_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes('\ufeffwho ?\r\n\r\n  where ? \nquoted "so", with commas'.encode())
+    prompts = PromptSet.read(path)
+    assert prompts == PromptSet.of(["who ?", "where ?", 'quoted "so", with commas'])
+    assert prompts.shape == f"{path}: prompt; 3 requests"
+
+
+def test_an_array_may_hold_texts(tmp_path):
+    path = write_json(tmp_path / "a.json", ["who ?", "where ?"])
+    assert PromptSet.read(path) == PromptSet.of(["who ?", "where ?"])
+    lines = write_jsonl(tmp_path / "a.jsonl", ["who ?", "where ?"])
+    assert PromptSet.read(lines) == PromptSet.of(["who ?", "where ?"])
+    single = write_json(tmp_path / "one.json", {"prompt": "who ?"})
+    assert PromptSet.read(single) == PromptSet.of(["who ?"])
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", as_rows(EXAMPLES))
+    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8").replace("\n", "\n\n")
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+    assert PromptSet.read(path) == PromptSet(EXAMPLES)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_only_line_feeds_end_a_row(tmp_path, separator):
+    """U+2028 and its like are ordinary characters of a JSON string.
+
+    Text from the web holds them.
+    """
+    example = Example(f"one{separator}two", "yes")
+    path = write_jsonl(tmp_path / "a.jsonl", as_rows([example]))
+    assert PromptSet.read(path).examples == (example,)
+    (tmp_path / "a.txt").write_text(example.prompt, encoding="utf-8")
+    assert [each.prompt for each in PromptSet.read(tmp_path / "a.txt")] == [example.prompt]
+
+
+def test_line_ends_within_a_cell_stay(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'prompt,group\r\n"one\r\ntwo",1\r\n')
+    assert PromptSet.read(tmp_path / "a.csv").examples == (Example("one\r\ntwo", group="1"),)
+
+
+def test_numbers_in_a_file_become_text(tmp_path):
+    """Zero too: an item numbered 0 is one group, not examples without a group."""
+    rows = [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert PromptSet.read(path).examples == (Example("a", "0", group="0"), Example("b", group="1"))
+
+
+# Datasets
+
+
+def test_a_dataset_is_read_by_its_folder(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"completion": "", "category": "", "group": "", **row} for row in as_rows(EXAMPLES)]
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "test.jsonl", rows[:1])
+    assert PromptSet.read(folder) == PromptSet(EXAMPLES)
+    assert PromptSet.read(f"{folder}:train[1:]") == PromptSet(EXAMPLES[1:])
+    assert PromptSet.read(f"{folder}:test") == PromptSet(EXAMPLES[:1])
+    assert PromptSet.read(f"{folder}:default:train[1:3]") == PromptSet(EXAMPLES[1:])
+    named = PromptSet.read(f"{folder}:train[:2]", {"prompt": "group"})
+    assert [example.prompt for example in named] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"data:dev: neither .*dev.*train"):
+        PromptSet.read(f"{folder}:dev")
+    with pytest.raises(ValueError, match=r"a:b:c:d: .*expected NAME, NAME:SPLIT"):
+        PromptSet.read("a:b:c:d")
+    with pytest.raises(ValueError, match=r"no rows|no data"):
+        PromptSet.read(f"{folder}:train[:0]")
+
+
+def test_what_datasets_saved_is_read(tmp_path):
+    rows = datasets.Dataset.from_list([{"goal": "a", "target": "b"}, {"goal": "c", "target": "d"}])
+    rows.save_to_disk(str(tmp_path / "set"))
+    expected = PromptSet.of([("a", "b"), ("c", "d")])
+    assert PromptSet.read(tmp_path / "set") == expected
+    splits = datasets.DatasetDict({"train": rows, "dev": rows.select([1])})
+    splits.save_to_disk(str(tmp_path / "sets"))
+    assert PromptSet.read(tmp_path / "sets") == expected
+    assert PromptSet.read(f"{tmp_path / 'sets'}:dev") == expected[1:]
+    with pytest.raises(ValueError, match="sets:test: neither"):
+        PromptSet.read(f"{tmp_path / 'sets'}:test")
+
+
+def test_rows_in_memory_are_read_like_those_of_a_file():
+    rows = [{"goal": "a", "target": "b"}, {"goal": "c", "target": "d"}]
+    expected = PromptSet.of([("a", "b"), ("c", "d")])
+    for given in (rows, datasets.Dataset.from_list(rows), pandas.DataFrame(rows)):
+        prompts = PromptSet.read(given)
+        assert prompts == expected
+        assert prompts.shape.startswith("the given rows: AdvBench: prompt from goal")
+    named = PromptSet.read([{"text": "a"}], {"prompt": "text"})
+    assert named == PromptSet.of(["a"])
+    missing = pandas.DataFrame(
+        {"prompt": ["a", "b"], "category": [None, "c"], "group": [1.0, None]}
+    )
+    assert PromptSet.read(missing).examples[1] == Example("b", category="c")
+    assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
+    with pytest.raises(ValueError, match='given row 2: no "prompt"'):
+        PromptSet.read([{"prompt": "a"}, {"prompt": " "}])
+
+
+# Published shapes
+
+
+SHAPES = {
+    "AdvBench": (
+        write_csv,
+        {"goal": "paint it", "target": "Sure, here is how"},
+        Example("paint it", "Sure, here is how"),
+        "AdvBench: prompt from goal, completion from target; 1 request",
+    ),
+    "JailbreakBench": (
+        write_csv,
+        {
+            "Index": 0,
+            "Goal": "paint it",
+            "Target": "Sure, here",
+            "Behavior": "Paint",
+            "Category": "Walls",
+            "Source": "Original",
+        },
+        Example("paint it", "Sure, here", category="Walls"),
+        "JailbreakBench: prompt from Goal, completion from Target, category from Category; "
+        "1 request",
+    ),
+    "StrongREJECT": (
+        write_csv,
+        {"category": "walls", "source": "custom", "forbidden_prompt": "paint it"},
+        Example("paint it", category="walls"),
+        "StrongREJECT: prompt from forbidden_prompt, category; 1 request",
+    ),
+    "XSTest": (
+        write_csv,
+        {
+            "id": 1,
+            "prompt": "paint it",
+            "type": "contrast_walls",
+            "label": "unsafe",
+            "focus": "it",
+            "note": "",
+        },
+        Example("paint it", category="contrast_walls", label="unsafe"),
+        "XSTest: prompt, category from type, label; 1 request",
+    ),
+    "Alpaca array": (
+        write_json,
+        {"instruction": "translate it", "input": "the wall", "output": "le mur"},
+        Example("translate it\n\nthe wall", "le mur"),
+        "Alpaca: prompt from instruction + input, completion from output; 1 request",
+    ),
+    "Alpaca without input": (
+        write_json,
+        {"instruction": "name a wall", "input": "", "output": "mur"},
+        Example("name a wall", "mur"),
+        "Alpaca: prompt from instruction + input, completion from output; 1 request",
+    ),
+    "Alpaca lines": (
+        write_jsonl,
+        {"instruction": "name a wall", "output": "mur"},
+        Example("name a wall", "mur"),
+        "Alpaca: prompt from instruction, completion from output; 1 request",
+    ),
+    "chat": (
+        write_jsonl,
+        {
+            "messages": [
+                {"role": "user", "content": "who ?"},
+                {"role": "assistant", "content": "me"},
+            ]
+        },
+        Example("who ?", "me"),
+        "chat messages: prompt from messages; 1 request",
+    ),
+    "chat with a system turn": (
+        write_json,
+        {
+            "category": "walls",
+            "messages": [
+                {"role": "system", "content": "be short"},
+                {"role": "user", "content": "who ?"},
+            ],
+        },
+        Example("who ?", category="walls"),
+        "chat messages: prompt from messages, category; 1 request; 1 system turns left out",
+    ),
+    "chat in Parquet": (
+        write_parquet,
+        {"messages": [{"role": "user", "content": "who ?"}]},
+        Example("who ?"),
+        "chat messages: prompt from messages; 1 request",
+    ),
+}
+ENDINGS = {write_csv: "csv", write_json: "json", write_jsonl: "jsonl", write_parquet: "parquet"}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_are_recognised_and_say_so(tmp_path, name):
+    write, row, example, shape = SHAPES[name]
+    path = write(tmp_path / f"a.{ENDINGS[write]}", [row])
+    prompts = PromptSet.read(path)
+    assert prompts.examples == (example,)
+    assert prompts.shape == f"{path}: {shape}"
+
+
+def test_a_harmbench_context_goes_before_its_request(tmp_path):
+    common = {"FunctionalCategory": "standard", "SemanticCategory": "walls", "Tags": "context"}
+    rows = [
+        {"Behavior": "paint it", **common, "ContextString": "", "BehaviorID": "a"},
+        {"Behavior": "paint it", **common, "ContextString": "A wall,\nwhite.", "BehaviorID": "b"},
+    ]
+    prompts = PromptSet.read(write_csv(tmp_path / "a.csv", rows))
+    assert prompts.examples == (
+        Example("paint it", category="walls"),
+        Example("A wall,\nwhite.\n\n---\n\npaint it", category="walls"),
+    )
+    assert "HarmBench: prompt from ContextString + Behavior, category from" in prompts.shape
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "goal": "b", "target": "c"}, Example("a")),
+        (
+            {"prompt": "a", "type": "b", "label": "safe", "category": "c"},
+            Example("a", category="c", label="safe"),
+        ),
+        ({"goal": "a", "target": "b", "category": "c"}, Example("a", "b", category="c")),
+    ],
+)
+def test_our_own_names_come_first(tmp_path, row, expected):
+    assert PromptSet.read(write_csv(tmp_path / "a.csv", [row])).examples == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            ["user", "assistant", "user"],
+            r"turns of user, assistant, user; expected one of the user",
+        ),
+        (["assistant"], "turns of assistant; expected"),
+        (["system"], "turns of nobody"),
+        (["user", "tool"], "turns of user, tool"),
+    ],
+)
+def test_a_chat_of_several_turns_is_refused_with_its_row(tmp_path, turns, message):
+    chats = [["user"], turns]
+    rows = []
+    for chat in chats:
+        rows.append({"messages": [{"role": role, "content": "so"} for role in chat]})
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
+        PromptSet.read(write_jsonl(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("turn", ["who ?", {"from": "human", "value": "who ?"}, {"role": "user"}])
+def test_a_turn_of_another_form_is_refused(tmp_path, turn):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [turn]}])
+    with pytest.raises(ValueError, match=r'line 1: a turn of the chat is not \{"role"'):
+        PromptSet.read(path)
+
+
+# Columns that are named
+
+
+def test_columns_are_named(tmp_path):
+    rows = [{"question": "who ?", "theme": "people", "group": "1", "reply": "me"}]
+    path = write_csv(tmp_path / "a.csv", rows)
+    prompts = PromptSet.read(path, columns={"prompt": "question", "category": "theme"})
+    assert prompts.examples == (Example("who ?", category="people", group="1"),)
+    assert "prompt from question, category from theme, group; 1 request" in prompts.shape
+
+
+def test_named_columns_come_before_recognised_ones(tmp_path):
+    rows = [{"goal": "paint it", "target": "Sure", "theme": "walls"}]
+    path = write_csv(tmp_path / "a.csv", rows)
+    more = PromptSet.read(path, {"category": "theme"})
+    assert more.examples == (Example("paint it", "Sure", category="walls"),)
+    assert "AdvBench: prompt from goal" in more.shape
+    other = PromptSet.read(path, {"prompt": "target"})
+    assert other.examples == (Example("Sure"),)
+    chat = write_jsonl(tmp_path / "a.jsonl", [{"chat": [{"role": "user", "content": "who ?"}]}])
+    assert PromptSet.read(chat, {"prompt": "chat"}).examples == (Example("who ?"),)
+
+
+def test_an_unknown_shape_names_its_columns_and_the_remedy(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [{"question": "who ?", "reply": "me"}])
+    with pytest.raises(ValueError) as error:
+        PromptSet.read(path)
+    for words in (
+        path,
+        "It has question, reply",
+        "--column prompt=NAME",
+        "columns={'prompt': NAME}",
+    ):
+        assert words in str(error.value)
+
+
+def test_named_columns_that_are_not_there_are_refused(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [{"question": "who ?"}])
+    with pytest.raises(ValueError, match=r"a\.csv: no column 'qestion'; did you mean 'question'"):
+        PromptSet.read(path, {"prompt": "qestion"})
+    with pytest.raises(ValueError, match=r"'promt' is no column; did you mean 'prompt'"):
+        PromptSet.read(path, {"promt": "question"})
+
+
+# Repeated rows
+
+
+def test_a_row_that_repeats_another_is_left_out(tmp_path):
+    rows = [
+        {"id": 1, "prompt": "who ?", "completion": "me"},
+        {"id": 2, "prompt": "who ?", "completion": "you"},
+        {"id": 3, "prompt": "who ?", "completion": "me"},
+    ]
+    prompts = PromptSet.read(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert prompts == PromptSet.of([("who ?", "me"), ("who ?", "you")])
+    assert prompts.shape.endswith("2 requests; 1 that repeat another left out")
+    assert read_requests(tmp_path / "a.jsonl").shape == prompts.shape
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\nhello\n', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"completion": "b"}\n', r'line 3: no "prompt"'),
+        ("a.jsonl", '{"prompt": ""}\n', r'line 1: no "prompt"'),
+        ("a.jsonl", '{"prompt": 3}\n', r"line 1: 'prompt' is int; expected text"),
+        ("a.jsonl", '{"prompt": "a", "category": ["b"]}\n', "line 1: 'category' is list; expected"),
+        ("a.jsonl", '["prompt"]\n', "line 1: list; expected an object with the columns, or a text"),
+        ("a.jsonl", '[\n{"prompt": "a"}\n]', r"line 1: not JSON .*array in a file .*\.json"),
+        ("a.jsonl", "\n\n", r"a\.jsonl: no rows"),
+        ("a.jsonl", "", "no rows"),
+        ("a.json", "", "no rows"),
+        ("a.json", "[]", "no rows"),
+        ("a.json", '[{"prompt": "a"},\n{"prompt" "b"}]', r"a\.json, line 2: not JSON"),
+        ("a.json", '[{"prompt": "a"}, {"prompt": null}]', r'item 2: no "prompt"'),
+        ("a.json", '{"rows": [{"prompt": "a"}]}', r"It has rows; say which"),
+        ("a.csv", "prompt,group\na,b\n,b\n", r'row 2: no "prompt"'),
+        ("a.csv", "goal,target\na,b\n,b\n", r'row 2: no "goal"'),
+        ("a.csv", "prompt\n", "no rows"),
+        ("a.csv", "", "no rows"),
+        ("a.csv", "prompt,group\na,b,c\n", "row 1: more cells than the header has columns"),
+        ("a.csv", 'prompt,group\n"a,b\n', r"a\.csv, line 1: not CSV"),
+        ("a.txt", " \n", "no rows"),
+        ("a.parquet", "prompt", r"a\.parquet: cannot be read as Parquet"),
+        ("a.xlsx", "prompt", r"a\.xlsx: no format of requests; expected \.jsonl, \.json, \.csv"),
+    ],
+)
+def test_bad_files_are_refused_with_the_place(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PromptSet.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_another_encoding_is_refused_with_the_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b"prompt\nwho\n" + "grün".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}, line 3: not UTF-8 \(byte 0xfc\); save"):
+        PromptSet.read(tmp_path / name)
+    (tmp_path / name).write_text("who ?", encoding="utf-16")
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
+        PromptSet.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet"])
+def test_missing_files_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: no such file; give the path"):
+        PromptSet.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"no/such-data-set: neither a file of requests \(\.jsonl"):
+        PromptSet.read("no/such-data-set")
