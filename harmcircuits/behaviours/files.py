@@ -345,7 +345,8 @@ def _put_into(template: str, prompts: PromptSet) -> PromptSet:
     examples = []
     for example in prompts:
         question = template.replace("{request}", example.prompt)
-        examples.append(replace(example, prompt=question))
+        # A question about a request and the request itself count as one.
+        examples.append(replace(example, prompt=question, group=example.cluster))
     return PromptSet(tuple(examples))
 
 

@@ -59,9 +59,8 @@ def masked(
 
     # From the first write on, whatever happens ends in `_write_all`.
     hooks = []
-    active = _ACTIVE.setdefault(bridge, [])
     try:
-        active.append(edits)
+        _ACTIVE.setdefault(bridge, []).append(edits)
         if hold:
             # After the step, so that neither momentum nor weight decay moves what is held.
             hooks.append(register_optimizer_step_post_hook(write))
@@ -75,8 +74,7 @@ def masked(
         for hook in hooks:
             hook.remove()
         _write_all(edits, [edit.saved for edit in edits])
-        # By identity: two contexts may hold equal edits.
-        active[:] = [others for others in active if others is not edits]
+        _forget(bridge, edits)
 
 
 @contextmanager
@@ -145,6 +143,12 @@ class _Edit(NamedTuple):
 
 # The edits of every mask that is on, outermost first. Not on the bridge, which may be copied.
 _ACTIVE: WeakKeyDictionary[Bridge, list[list[_Edit]]] = WeakKeyDictionary()
+
+
+def _forget(bridge: Bridge, edits: list[_Edit]) -> None:
+    # By identity: two contexts may hold equal edits.
+    active = _ACTIVE.get(bridge, [])
+    active[:] = [others for others in active if others is not edits]
 
 
 def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, tuple[Tensor, ...]]:
