@@ -229,6 +229,8 @@ def request_behaviours(
         options: dict[str, Any] = {}
         if name in ("harmful", "prefilled"):
             options["prefill"] = prefill
+        if name == TARGET:
+            options["words_metric"] = "harm_kept_words_rate"
         if name == "recognition":
             options["choices"] = (questions.yes, questions.no)
             options["max_new_tokens"] = YES_OR_NO_TOKENS

@@ -433,7 +433,8 @@ class Model:
             has_reference = torch.tensor([bool(example.completion) for example in prompts])
             nll[has_reference] = completion_nll(self.bridge, self.batches(behaviour, references))
         verdicts = tuple(self.verdicts(behaviour, answers))
-        return Outcomes(behaviour, answers, verdicts, nll, self.judge_name)
+        references = tuple(example.completion for example in prompts)
+        return Outcomes(behaviour, answers, verdicts, nll, self.judge_name, references)
 
     def measure(
         self,

@@ -99,17 +99,9 @@ def mean_residual(
     """
     bridge = as_bridge(bridge)
     n_layers = len(bridge.blocks)
-    unknown = [layer for layer in layers if not 0 <= layer < n_layers]
-    if unknown or not layers:
-        raise ValueError(
-            f"mean_residual: layers={list(layers)}; expected some of 0 to {n_layers - 1}"
-        )
-    for number, row in enumerate(rows):
-        if len(row) <= skip:
-            raise ValueError(
-                f"mean_residual: text {number} has {len(row)} tokens; expected more than {skip}"
-            )
-
+    _refuse_unreadable(rows, layers, skip, n_layers)
+    if not rows:
+        return torch.empty(0, len(layers), bridge.cfg.d_model)
     residuals: dict[int, Tensor] = {}
 
     def keep(value: Tensor, hook: Any, layer: int) -> None:
@@ -131,13 +123,8 @@ def mean_residual(
         position = torch.arange(tokens.shape[1])
         counts = (position >= skip) & (position < lengths[:, None])  # [batch, pos]
         weights = counts / (lengths - skip)[:, None]
-        of_layers = []
-        for layer in layers:
-            residual = residuals[layer].float().cpu()
-            of_layers.append(einsum(residual, weights, "batch pos d, batch pos -> batch d"))
-        means.append(torch.stack(of_layers, dim=1))
-    if not means:
-        return torch.empty(0, len(layers), bridge.cfg.d_model)
+        stream = torch.stack([residuals[layer].float().cpu() for layer in layers])
+        means.append(einsum(stream, weights, "layer batch pos d, batch pos -> batch layer d"))
     return torch.cat(means)
 
 
@@ -146,6 +133,24 @@ def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
     is_token = batch.is_token[example]
     tokens = batch.tokens[example][is_token]
     return bridge.tokenizer.convert_ids_to_tokens(tokens.tolist())
+
+
+def _refuse_unreadable(
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    skip: int,
+    n_layers: int,
+) -> None:
+    unknown = [layer for layer in layers if not 0 <= layer < n_layers]
+    if unknown or not layers:
+        raise ValueError(
+            f"mean_residual: layers={list(layers)}; expected some of 0 to {n_layers - 1}"
+        )
+    for number, row in enumerate(rows):
+        if len(row) <= skip:
+            raise ValueError(
+                f"mean_residual: text {number} has {len(row)} tokens; expected more than {skip}"
+            )
 
 
 def _pattern_name(layer: int) -> str:

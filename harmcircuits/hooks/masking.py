@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
@@ -64,10 +65,7 @@ def masked(
         if hold:
             # After the step, so that neither momentum nor weight decay moves what is held.
             hooks.append(register_optimizer_step_post_hook(write))
-            learning = [edit for edit in edits if edit.parameter.requires_grad]
-            # Without this their gradients would count in a gradient norm that is clipped, and
-            # would train the factors of a low-rank adapter (see `fine_tuning`).
-            hooks += [edit.parameter.register_hook(edit.without) for edit in learning]
+            hooks += _without_gradients(edits)
         write()
         yield bridge
     finally:
@@ -143,6 +141,16 @@ class _Edit(NamedTuple):
 
 # The edits of every mask that is on, outermost first. Not on the bridge, which may be copied.
 _ACTIVE: WeakKeyDictionary[Bridge, list[list[_Edit]]] = WeakKeyDictionary()
+
+
+def _without_gradients(edits: Sequence[_Edit]) -> list[RemovableHandle]:
+    """Hooks that take the gradients of what is held, where it has any.
+
+    Else they would count in a gradient norm that is clipped, and would train the factors of a
+    low-rank adapter (see `fine_tuning`).
+    """
+    learning = [edit for edit in edits if edit.parameter.requires_grad]
+    return [edit.parameter.register_hook(edit.without) for edit in learning]
 
 
 def _forget(bridge: Bridge, edits: list[_Edit]) -> None:
