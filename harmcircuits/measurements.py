@@ -142,8 +142,10 @@ class Measurement:
     ) -> "Measurement":
         """Area under the ROC curve with a percentile bootstrap interval over whole groups.
 
-        Every group must hold positives and negatives in the same proportion, as matched pairs do.
-        200 resamples, seed 0.
+        Groups that hold both kinds, as matched pairs do, are resampled apart from those of
+        positives and from those of negatives alone, so that no resample lacks a kind. 200
+        resamples, seed 0. Where the figure is 1, so is its interval, however few examples there
+        are.
 
         Args:
             metric: name of the figure.
@@ -160,12 +162,27 @@ class Measurement:
         n_groups = int(member.max()) + 1
         rows_of = [np.flatnonzero(member == number) for number in range(n_groups)]
 
-        def area(drawn: ndarray) -> float:
+        # A stratum for each mixture of kinds; one of a single group is the same in every resample.
+        positive = is_positive.cpu().numpy()
+        strata: dict[tuple[bool, bool], list[int]] = {}
+        for number, rows in enumerate(rows_of):
+            kinds = bool(positive[rows].any()), bool(positive[rows].all())
+            strata.setdefault(kinds, []).append(number)
+        drawn_from = []
+        single = []
+        for numbers in strata.values():
+            if len(numbers) == 1:
+                single += numbers
+            else:
+                drawn_from.append(np.array(numbers))
+
+        def area(*drawn: ndarray) -> float:
             """Of the examples of these groups, by number; a group may be drawn twice."""
-            resample = np.concatenate([rows_of[group] for group in drawn])
+            numbers = [*single, *np.concatenate(drawn)] if drawn else single
+            resample = np.concatenate([rows_of[number] for number in numbers])
             return auroc(values[resample], is_positive[resample])
 
-        areas = _resampled(area, (np.arange(n_groups),), N_AUROC_RESAMPLES, seed=0)
+        areas = _resampled(area, tuple(drawn_from), N_AUROC_RESAMPLES, seed=0, paired=False)
         mean = auroc(values, is_positive)
         return cls.of_draws(metric, labels, areas, mean=mean, n=len(values))
 
@@ -536,15 +553,17 @@ def _resampled(
     samples: tuple[ndarray, ...],
     n_resamples: int,
     seed: int,
+    *,
+    paired: bool = True,
 ) -> ndarray:
-    """The statistic of resamples of groups, drawn with replacement; all samples are drawn alike."""
-    if len(samples[0]) == 1:  # nothing to resample, which scipy refuses
+    """The statistic of resamples of groups, drawn with replacement; paired: all drawn alike."""
+    if not samples or len(samples[0]) == 1:  # nothing to resample, which scipy refuses
         return np.array([statistic(*samples)])
     result = bootstrap(
         samples,
         statistic,
         n_resamples=n_resamples,
-        paired=True,
+        paired=paired,
         method="percentile",
         rng=np.random.default_rng(seed),
     )

@@ -41,6 +41,9 @@ class Behaviour:
             the model's own answers that the judge verified.
         part_of: the behaviour whose requests it takes some of; empty for a whole one.
         side_metrics: further verdicts that are counted, and the name of each one's rate.
+        words_metric: name of the share of answers that keep at least half of the word triples of
+            the reference answer (see `outcomes.keeps_words`), for behaviours whose references are
+            the unpruned model's own answers; empty where it is not measured.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Behaviour:
     is_scored_on_references: bool = False
     part_of: str = ""
     side_metrics: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    words_metric: str = ""
 
     def __post_init__(self) -> None:
         if not self.title:

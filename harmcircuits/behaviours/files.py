@@ -290,6 +290,8 @@ def request_behaviours(
         options: dict[str, Any] = {}
         if name in ("harmful", "prefilled"):
             options["prefill"] = prefill
+        if name == TARGET:
+            options["words_metric"] = "harm_kept_words_rate"
         if name == "recognition":
             options["choices"] = (questions.yes, questions.no)
             options["max_new_tokens"] = YES_OR_NO_TOKENS
@@ -436,7 +438,8 @@ def _put_into(template: str, prompts: PromptSet) -> PromptSet:
     examples = []
     for example in prompts:
         question = template.replace("{request}", example.prompt)
-        examples.append(replace(example, prompt=question))
+        # A question about a request and the request itself count as one.
+        examples.append(replace(example, prompt=question, group=example.cluster))
     return PromptSet(tuple(examples))
 
 

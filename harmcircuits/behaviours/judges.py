@@ -432,5 +432,6 @@ def open_judge(
             raise JudgeError(f"judge={name!r} names no model; write {name}#MODEL")
         return ChatJudge(url, model, replies)
     raise JudgeError(
-        f"judge={name!r}; expected local, strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL"
+        f"judge={name!r}; expected local, probe, strongreject:FOLDER_OR_ID or "
+        "http://ADDRESS/v1#MODEL"
     )

@@ -82,6 +82,8 @@ class Model:
         ground_truth: the true circuit of its target, where it is known.
         is_invented: whether its texts are invented words, so that pages may show them.
         judge_name: goes with every rate.
+        validation: how well a judge of harm tells the model's own answers apart, with the label
+            `used`; empty where no judge was validated, as for the local rules.
         details: files and settings, for the manifest of a run.
         plain_text: text for perplexity.
     """
@@ -99,6 +101,7 @@ class Model:
     ground_truth: WeightMask | None = None
     is_invented: bool = False
     judge_name: str = ""
+    validation: Rows = field(default_factory=Rows)
     details: Mapping[str, Label] = field(default_factory=dict)
     plain_text: Sequence[Batch] = ()
 
@@ -436,7 +439,8 @@ class Model:
             nll[has_reference] = completion_nll(self.bridge, self.batches(behaviour, references))
         verdicts = tuple(self.verdicts(behaviour, answers))
         judge_name = getattr(behaviour.judge, "name", self.judge_name)
-        return Outcomes(behaviour, answers, verdicts, nll, judge_name)
+        references = tuple(example.completion for example in prompts)
+        return Outcomes(behaviour, answers, verdicts, nll, judge_name, references)
 
     def measure(
         self,

@@ -33,8 +33,15 @@ _STANDARD = {
     "prefilled": _Words("prefilled", "prefilled_valid_rate", "prefilled", "benign", True, True),
 }
 # Less harm because of more refusals, or of broken text, is another result than less harm alone. So
-# both are counted beside it.
-_SIDE_METRICS = {"harmful": {"refusal": "harm_refusal_rate", DEGENERATE: "harm_degenerate_rate"}}
+# both are counted beside it, and what a judge that sees harm calls harmless. The local rules never
+# do.
+_SIDE_METRICS = {
+    "harmful": {
+        "refusal": "harm_refusal_rate",
+        "harmless": "harm_harmless_rate",
+        DEGENERATE: "harm_degenerate_rate",
+    }
+}
 
 
 def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options: Any) -> Behaviour:

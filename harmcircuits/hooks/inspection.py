@@ -1,10 +1,14 @@
-"""Arrays for views: what a mask does to each token's probability, and where heads attend."""
+"""Arrays of a live model: what a mask does to each token, where heads attend, what it holds."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
@@ -70,11 +74,83 @@ def attention_patterns(
     return torch.stack(patterns)
 
 
+def mean_residual(
+    bridge: AnyModel,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    skip: int = 0,
+    batch_size: int = 16,
+) -> Float[Tensor, "n layer d_model"]:
+    """The residual stream after some blocks, a mean over each text's tokens; float32, on the CPU.
+
+    r[l] = 1 / (T - skip) sum_{t >= skip} x_l[t], x_l what block l leaves in the residual stream.
+    Inside `masked` it is that of the edited model, inside `unmasked` that of the unpruned one.
+
+    Args:
+        bridge: the model.
+        rows: token ids of each text.
+        layers: numbers of the blocks.
+        skip: so many tokens at the start of each text count as context only.
+        batch_size: texts read at once.
+
+    Raises:
+        ValueError: no layers, one that the model lacks, or a text of no more than `skip` tokens.
+    """
+    bridge = as_bridge(bridge)
+    n_layers = len(bridge.blocks)
+    _refuse_unreadable(rows, layers, skip, n_layers)
+    if not rows:
+        return torch.empty(0, len(layers), bridge.cfg.d_model)
+    residuals: dict[int, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any, layer: int) -> None:
+        residuals[layer] = value
+
+    hooks = [(f"blocks.{layer}.hook_out", partial(keep, layer=layer)) for layer in layers]
+    # What comes after the last of them is not computed: the unembedding costs as much as blocks.
+    end = max(layers) + 1
+    stop = end if end < n_layers else None
+    means = []
+    for start in range(0, len(rows), batch_size):
+        texts = [torch.tensor(row) for row in rows[start : start + batch_size]]
+        lengths = torch.tensor([len(text) for text in texts])
+        # Padded on the right with any token: attention is causal, so it reaches no text.
+        tokens = pad_sequence(texts, batch_first=True).to(bridge.cfg.device)
+        with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+            bridge(tokens, stop_at_layer=stop)
+
+        position = torch.arange(tokens.shape[1])
+        counts = (position >= skip) & (position < lengths[:, None])  # [batch, pos]
+        weights = counts / (lengths - skip)[:, None]
+        stream = torch.stack([residuals[layer].float().cpu() for layer in layers])
+        means.append(einsum(stream, weights, "layer batch pos d, batch pos -> batch layer d"))
+    return torch.cat(means)
+
+
 def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
     """The tokens of an example as the tokenizer writes them, without padding."""
     is_token = batch.is_token[example]
     tokens = batch.tokens[example][is_token]
     return bridge.tokenizer.convert_ids_to_tokens(tokens.tolist())
+
+
+def _refuse_unreadable(
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    skip: int,
+    n_layers: int,
+) -> None:
+    unknown = [layer for layer in layers if not 0 <= layer < n_layers]
+    if unknown or not layers:
+        raise ValueError(
+            f"mean_residual: layers={list(layers)}; expected some of 0 to {n_layers - 1}"
+        )
+    for number, row in enumerate(rows):
+        if len(row) <= skip:
+            raise ValueError(
+                f"mean_residual: text {number} has {len(row)} tokens; expected more than {skip}"
+            )
 
 
 def _pattern_name(layer: int) -> str:

@@ -1,13 +1,16 @@
 """Removing weights in place, and putting them back bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
@@ -55,22 +58,52 @@ def masked(
         for edit in edits:
             edit.write(edit.saved * scale if scale else 0.0)
 
-    # From the first write on, whatever happens ends in `_restore`.
+    # From the first write on, whatever happens ends in `_write_all`.
     hooks = []
     try:
+        _ACTIVE.setdefault(bridge, []).append(edits)
         if hold:
             # After the step, so that neither momentum nor weight decay moves what is held.
             hooks.append(register_optimizer_step_post_hook(write))
-            learning = [edit for edit in edits if edit.parameter.requires_grad]
-            # Without this their gradients would count in a gradient norm that is clipped, and
-            # would train the factors of a low-rank adapter (see `fine_tuning`).
-            hooks += [edit.parameter.register_hook(edit.without) for edit in learning]
+            hooks += _without_gradients(edits)
         write()
         yield bridge
     finally:
         for hook in hooks:
             hook.remove()
-        _restore(edits)
+        _write_all(edits, [edit.saved for edit in edits])
+        _forget(bridge, edits)
+
+
+@contextmanager
+def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
+    """Inside `masked`: the model as it was before the outermost mask, bit for bit.
+
+    For what must read the unpruned model while a mask is on, such as a judge of the answers. On any
+    exit the masked weights are again what they were, also where they were changed under the mask.
+    All other weights stay as they are, and without a mask nothing happens. Not for training: a
+    mask that is held is written again after every step.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> before = hc.completion_nll(bridge, harm)
+    >>> with hc.masked(bridge, mask), hc.unmasked(bridge):
+    ...     during = hc.completion_nll(bridge, harm)
+    >>> (during == before).all()
+    tensor(True)
+
+    Args:
+        bridge: a TransformerBridge, or a `Model`, whose bridge it is.
+    """
+    bridge = as_bridge(bridge)
+    edits = list(chain.from_iterable(_ACTIVE.get(bridge, [])))
+    masked_values = [edit.read() for edit in edits]
+    try:
+        # The outermost mask last: where masks overlap, its values are those from before them all.
+        inner_first = edits[::-1]
+        _write_all(inner_first, [edit.saved for edit in inner_first])
+        yield bridge
+    finally:
+        _write_all(edits, masked_values)
 
 
 def masked_if_given(bridge: Bridge, mask: WeightMask | None) -> AbstractContextManager[Bridge]:
@@ -91,6 +124,11 @@ class _Edit(NamedTuple):
     flat: Int[Tensor, " n"]
     saved: Float[Tensor, " n"]
 
+    def read(self) -> Float[Tensor, " n"]:
+        """A copy of the entries as they are now."""
+        tensor, where = _places(self.parameter, self.flat)
+        return tensor[where]  # advanced indexing copies
+
     def write(self, values: Tensor | float) -> None:
         tensor, where = _places(self.parameter, self.flat)
         tensor[where] = values
@@ -99,6 +137,26 @@ class _Edit(NamedTuple):
         """The gradient with zeros at the edited entries."""
         flat = gradient.flatten()
         return flat.index_fill(0, self.flat, 0.0).view(gradient.shape)
+
+
+# The edits of every mask that is on, outermost first. Not on the bridge, which may be copied.
+_ACTIVE: WeakKeyDictionary[Bridge, list[list[_Edit]]] = WeakKeyDictionary()
+
+
+def _without_gradients(edits: Sequence[_Edit]) -> list[RemovableHandle]:
+    """Hooks that take the gradients of what is held, where it has any.
+
+    Else they would count in a gradient norm that is clipped, and would train the factors of a
+    low-rank adapter (see `fine_tuning`).
+    """
+    learning = [edit for edit in edits if edit.parameter.requires_grad]
+    return [edit.parameter.register_hook(edit.without) for edit in learning]
+
+
+def _forget(bridge: Bridge, edits: list[_Edit]) -> None:
+    # By identity: two contexts may hold equal edits.
+    active = _ACTIVE.get(bridge, [])
+    active[:] = [others for others in active if others is not edits]
 
 
 def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -149,11 +207,12 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
     return edits
 
 
-def _restore(edits: list[_Edit]) -> None:
+def _write_all(edits: Sequence[_Edit], values: Sequence[Tensor]) -> None:
+    pairs = list(zip(edits, values, strict=True))
     try:
-        for edit in edits:
-            edit.write(edit.saved)
+        for edit, value in pairs:
+            edit.write(value)
     except KeyboardInterrupt:  # a second Ctrl-C must not leave the model half edited
-        for edit in edits:
-            edit.write(edit.saved)
+        for edit, value in pairs:
+            edit.write(value)
         raise

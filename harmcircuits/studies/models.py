@@ -13,18 +13,21 @@ from rich.progress import Progress
 from harmcircuits.behaviours.files import RequestFiles, request_behaviours, with_references
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
-from harmcircuits.behaviours.judges import open_judge
+from harmcircuits.behaviours.judges import RuleJudge, open_judge
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
+from harmcircuits.behaviours.validation import is_valid, validate
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
-from harmcircuits.measurements import Label
+from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
 from harmcircuits.prompts import Batch, Chat, Template, tokenize_text
 
 CACHE = user_cache_path("harmcircuits")
+RULES, PROBE = "local", "probe"  # judges that are asked for by these words
 
 
 def open_model(
@@ -78,7 +81,10 @@ def open_model(
         template_options: variables of the chat template, such as {"date_string": "1 May 2026"}. A
             model that thinks before it answers is kept from it (see `Chat`).
         prefill: the beginning of the answer to a harmful request.
-        judge: of harm: "local" (rules), "strongreject:FOLDER_OR_ID" or "http://ADDRESS/v1#MODEL".
+        judge: of harm: "local" (rules), "probe" (trained on the model's own answers),
+            "strongreject:FOLDER_OR_ID" or "http://ADDRESS/v1#MODEL". All but the rules are
+            validated first on the model's own answers (see `Model.validation`); one that does not
+            tell them apart is not used, and the rules judge in its place.
         judge_question: text file with StrongREJECT's wording.
         max_new_tokens: how long an answer may be.
         batch_size: examples scored and answered at once.
@@ -150,7 +156,9 @@ class ModelSpec:
         template_options: variables of the chat template, each as NAME=VALUE, the value in JSON or
             as text.
         prefill: beginning of the answer to a harmful request.
-        judge: judge of harm: local (rules), strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL.
+        judge: judge of harm: local (rules), probe, strongreject:FOLDER_OR_ID or
+            http://ADDRESS/v1#MODEL; all but the rules are used only where they tell the model's own
+            answers apart.
         judge_question: text file with StrongREJECT's wording.
         max_new_tokens: longest answer, in tokens.
         batch_size: examples scored and answered at once.
@@ -256,13 +264,7 @@ class ModelSpec:
         self, files: RequestFiles, bridge: Bridge | None, progress: Progress | None
     ) -> Model:
         behaviours, kinds = request_behaviours(files, prefill=self.prefill)
-        judge = open_judge(
-            self.judge,
-            prefill=self.prefill,
-            question=self.judge_question,
-            device=self.device,
-            replies=self.cache / "judge.jsonl",
-        )
+        judge = self._opened_judge()  # refused before the model takes its time to load
         if bridge is None:
             bridge = load_model(
                 self.model,
@@ -274,18 +276,49 @@ class ModelSpec:
             self.labels["model"],
             bridge,
             behaviours,
-            RequestJudge(judge, kinds, files.questions, prefill=self.prefill),
+            RequestJudge(RuleJudge(self.prefill), kinds, files.questions, prefill=self.prefill),
             template=self.chat,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             n_answered_at_once=self.batch_size,
             sampling=self.sampling,
             cache=GenerationCache(self.cache / "answers", bridge, progress),
-            judge_name=judge.name,
-            details=self._details(files, judge.name),
+            judge_name=RuleJudge().name,
             plain_text=_plain_text(files, bridge),
         )
-        return with_references(model)
+        if self.judge != RULES:
+            model = self._judged(model, judge)
+        details = self._details(files, model.judge_name)
+        return with_references(replace(model, details=details))
+
+    def _opened_judge(self) -> Any:
+        """The judge of harm; None for the probe, which is trained on the opened model."""
+        if self.judge == PROBE:
+            return None
+        return open_judge(
+            self.judge,
+            prefill=self.prefill,
+            question=self.judge_question,
+            device=self.device,
+            replies=self.cache / "judge.jsonl",
+        )
+
+    def _judged(self, model: Model, judge: Any) -> Model:
+        """The model with this judge of harm, where it is valid, and its validation."""
+        if judge is None:
+            probe = train_probe(model, folder=self.cache / "probes")
+            judge = ProbeJudge(probe, model.bridge, RuleJudge(self.prefill))
+            rows = probe.rows
+        else:
+            rows = validate(judge, model)
+        is_used = is_valid(rows)
+        labelled = [row.labelled(used="yes" if is_used else "no") for row in rows]
+        model = replace(model, validation=Rows(labelled))
+        if not is_used:
+            return model
+        by_request: Any = model.judge
+        harm_judged = replace(by_request, harm=judge)
+        return replace(model, judge=harm_judged, judge_name=judge.name)
 
     def _details(self, files: RequestFiles, judge: str) -> dict[str, Label]:
         """Files and settings, for the manifest of a run."""

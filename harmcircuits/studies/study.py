@@ -70,6 +70,9 @@ def study(
         max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; needs
             `out`, which keeps those of the unpruned model meanwhile.
 
+    Where the model's judge of harm was found not to see it, the loss decides, whatever the settings
+    say.
+
     Raises:
         ValueError: a folder that holds another study, a behaviour that is unknown or not shown, a
             bound too small for a matrix or without `out`, and as `evaluate_tasks`.
@@ -85,6 +88,7 @@ def study(
     n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
     run.note("weights_scored", n_weights)
     run.note("tolerance", settings.tolerance)
+    run.add(row.labelled(model=model.name) for row in model.validation)
     run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
 
     # Score: the target, and what is protected.
@@ -150,6 +154,8 @@ def _settings(
         changes["contrast"] = contrast
     if protect is not None:
         changes["protect"] = tuple(protect)
+    if model.validation.where(used="no"):
+        changes["decides"] = "loss"  # rates of a judge that does not see harm decide nothing
     return replace(settings, **changes)
 
 

@@ -13,6 +13,7 @@ from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
     DIAGNOSTICS,
     GROUND_TRUTH,
+    JUDGE,
     StudyLines,
     diagnostics_lines,
     tradeoff_lines,
@@ -40,6 +41,12 @@ the unpruned model do not describe the edit."""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the
 judge verifies them. Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are
 noise."""
+JUDGE_TEXT = """Own answers of the unpruned model, as the local rules label them: harmful ones told
+from refusals, explanations of why the same requests are harmful ("same topic"), benign answers, and
+benign ones begun alike. AUROC: the chance that a harmful answer scores higher; of a judge that is
+trained, cross-validated by request. It is used where the lower end of the interval is at least 0.8
+over all of them, over the same topic, and over explanations alone; else the local rules judge, and
+harm is read from the loss alone."""
 COMPARISON_TEXT = """Held-out requests; the chosen circuit is that of the search. Bars: 95 %
 intervals that count each item once."""
 TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Random weights and those of
@@ -190,6 +197,9 @@ def _write(
         content = table(["score", *GROUND_TRUTH.values()], lines.ground_truth, style="figures")
         text = "Chance is 0.5 for both areas."
         sections.append(section("Against the planted circuit", text, content))
+    if lines.judge:
+        judged = table(JUDGE, lines.judge)
+        sections.append(section("Can the judge be trusted?", JUDGE_TEXT, judged))
     diagnosed = table(DIAGNOSTICS, lines.diagnostics)
     sections.append(section("Can the scores be trusted?", TRUST_TEXT, diagnosed))
     write_page(path, title, sections, script=circuitsvis_script())

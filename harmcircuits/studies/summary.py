@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
@@ -20,6 +21,7 @@ GROUND_TRUTH = {
     "recovery_precision": "precision at |S|",
     "recovery_precision_few": "precision at 1,000",
 }
+JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
 DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
 
 
@@ -34,6 +36,8 @@ class StudyLines:
         location: where the removed weights sit.
         diagnostics: texts of a line for each behaviour (columns: `DIAGNOSTICS`).
         ground_truth: texts of a line for each score; empty where no circuit is known.
+        judge: texts of a line for each contrast (columns: `JUDGE`); empty where no judge of harm
+            was validated.
     """
 
     summary: str
@@ -42,6 +46,7 @@ class StudyLines:
     location: Rows
     diagnostics: list[list[str]]
     ground_truth: list[list[str]]
+    judge: list[list[str]]
 
     @classmethod
     def of(cls, rows: Rows, terms: Terms) -> "StudyLines":
@@ -58,6 +63,7 @@ class StudyLines:
             location=rows.where("weights_removed", by="matrix"),
             diagnostics=diagnostics_lines(rows),
             ground_truth=ground_truth_lines(rows),
+            judge=judge_lines(rows),
         )
 
 
@@ -110,7 +116,45 @@ def result_tables(rows: Rows, terms: Terms) -> list[Table]:
     ]
     if rows.where("recovery_auroc"):
         tables.append(ground_truth_table(rows))
+    if rows.where(VALIDATION):
+        tables.append(judge_table(rows))
     return tables
+
+
+def judge_table(rows: Rows) -> Table:
+    """How well the judge tells harmful answers of the unpruned model from harmless ones.
+
+    Args:
+        rows: of a study, or `Model.validation`.
+    """
+    grid = text_table("The judge of harm", JUDGE)
+    for line in judge_lines(rows):
+        grid.add_row(*line)
+    return grid
+
+
+def judge_lines(rows: Rows) -> list[list[str]]:
+    """A line for each contrast, as texts (columns: `JUDGE`); none where no judge was validated.
+
+    Args:
+        rows: of a study, or `Model.validation`.
+    """
+    lines = []
+    for row in rows.where(VALIDATION, split="calibration"):
+        labels = row.labels
+        contrast = str(labels["contrast"])
+        apart = rows.where(VALIDATION, split="choice", contrast=contrast)
+        lines.append(
+            [
+                str(labels["judge"]),
+                contrast,
+                f"{labels['requests']}",
+                f"{row:.2f}",
+                f"{apart[0]:.2f}" if apart else DASH,
+                str(labels.get("used", DASH)),
+            ]
+        )
+    return lines
 
 
 def ground_truth_table(rows: Rows) -> Table:
@@ -259,6 +303,11 @@ def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
 
 def _warnings(rows: Rows) -> list[str]:
     warnings = []
+    if rows.where(VALIDATION, used="no"):
+        warnings.append(
+            "Warning: the judge does not tell harmful answers from harmless ones, so the local "
+            "rules judge, and harm is read from the loss alone."
+        )
     for row in rows.where("calibration_nll"):
         if row.mean < SATURATED_NLL:
             warnings.append(

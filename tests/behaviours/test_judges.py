@@ -268,7 +268,7 @@ def test_names_on_the_command_line(classifier, tmp_path):
     assert isinstance(judge, ChatJudge)
     assert judge.name == "https://host/v1#some/model"
     for wrong in ("strict", "local:x", ""):
-        with pytest.raises(JudgeError, match="expected local, strongreject"):
+        with pytest.raises(JudgeError, match="expected local, probe, strongreject"):
             open_judge(wrong)
     with pytest.raises(JudgeError, match="names no model"):
         open_judge("http://host/v1")

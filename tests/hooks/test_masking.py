@@ -1,7 +1,8 @@
 """Masks change the forward pass and leave no trace.
 
 Would catch: arithmetic undo, a wrong orientation of flat indices, split weights that are copies,
-restore that misses an exit, optimiser state that revives a held weight.
+restore that misses an exit, optimiser state that revives a held weight, an unpruned model that is
+not what it was, a mask that a look at the unpruned model leaves changed.
 """
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import random_batch
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import random_scores
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.masking import masked, unmasked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
 
@@ -167,3 +168,103 @@ def test_random_like_is_applicable(llama):
     with masked(llama, random_like(mask, weights=named_weights(llama))):
         pass
     assert mask.n_removed == sum(mask.counts.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral"])
+def test_unmasked_is_the_model_before_all_masks(open_model, name, dtype):
+    bridge, batch = open_model(name, dtype=dtype), random_batch()
+    before, logits = snapshot(bridge), bridge(batch.tokens)
+    first, second = a_mask(bridge, 0), a_mask(bridge, 1)
+    assert (first & second).n_removed, "they overlap"
+
+    with masked(bridge, first, scale=-0.5), masked(bridge, second, scale=3):
+        during = snapshot(bridge)
+        for error in (None, RuntimeError, KeyboardInterrupt):
+            try:
+                with unmasked(bridge) as unpruned:
+                    assert unpruned is bridge
+                    assert_bits_equal(bridge, before)
+                    assert torch.equal(bridge(batch.tokens), logits)
+                    if error:
+                        raise error
+            except (RuntimeError, KeyboardInterrupt):
+                pass
+            assert_bits_equal(bridge, during)
+    assert_bits_equal(bridge, before)
+    with unmasked(bridge):
+        assert_bits_equal(bridge, before)
+
+
+def test_unmasked_and_masked_nest_either_way(llama):
+    before = snapshot(llama)
+    mask, other = a_mask(llama, 0), a_mask(llama, 1)
+    with masked(llama, other):
+        alone = snapshot(llama)
+    with masked(llama, mask):
+        during = snapshot(llama)
+        with unmasked(llama):
+            with unmasked(llama):
+                assert_bits_equal(llama, before)
+            with masked(llama, other):
+                assert_bits_equal(llama, alone)
+                with unmasked(llama):
+                    assert_bits_equal(llama, before)
+                assert_bits_equal(llama, alone)
+            assert_bits_equal(llama, before)
+        assert_bits_equal(llama, during)
+    assert_bits_equal(llama, before)
+
+
+def test_what_was_changed_under_a_mask_comes_back_after_a_look_without_it(llama):
+    before, mask = snapshot(llama), a_mask(llama)
+    with masked(llama, mask):
+        with torch.no_grad():
+            for parameter in named_weights(llama).values():
+                parameter += 1
+        during = snapshot(llama)
+        with unmasked(llama):
+            for name, parameter in named_weights(llama).items():
+                gone = mask.dense(name)
+                assert torch.equal(parameter[gone], before[name][gone])
+                assert torch.equal(parameter[~gone], during[name][~gone])
+        assert_bits_equal(llama, during)
+
+
+def test_a_held_mask_is_lifted_and_held_on(llama):
+    batch, mask = random_batch(), a_mask(llama)
+    before = snapshot(llama)
+    stepper = torch.optim.AdamW(llama.original_model.parameters(), lr=1e-2)
+    with masked(llama, mask, hold=True):
+        for _ in range(2):
+            stepper.zero_grad()
+            completion_loss(llama, batch).mean().backward()
+            stepper.step()
+            during = snapshot(llama)
+            with unmasked(llama):
+                for name, parameter in named_weights(llama).items():
+                    gone = mask.dense(name)
+                    assert torch.equal(parameter[gone], before[name][gone])
+                    assert torch.equal(parameter[~gone], during[name][~gone])
+            assert_bits_equal(llama, during)
+
+
+def test_a_mask_that_could_not_be_put_on_is_not_lifted(open_model, llama):
+    sibling = a_mask(open_model("Llama", seed=5))
+    with pytest.raises(ValueError, match="nothing was changed"), masked(llama, sibling):
+        pass
+    with torch.no_grad():
+        named_weights(llama)["blocks.0.mlp.in.weight"] += 1
+    during = snapshot(llama)
+    with unmasked(llama):
+        assert_bits_equal(llama, during)
+
+
+def test_masks_of_two_models_are_lifted_apart(open_model):
+    one, other = open_model("Llama"), open_model("Llama")
+    before = snapshot(one)
+    with masked(one, a_mask(one)), masked(other, a_mask(other)):
+        during = snapshot(other)
+        with unmasked(one):
+            assert_bits_equal(one, before)
+            assert_bits_equal(other, during)

@@ -29,6 +29,7 @@ from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.models import ModelSpec, open_model
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
+from harmcircuits.studies.summary import judge_lines
 
 SFT = FOLDER / "sft"
 QUESTIONS = QuestionTemplates(
@@ -328,13 +329,14 @@ def test_answers_can_be_sampled(spec):
 
 def test_rows_carry_the_judge(model):
     rows = model.measure(labels={"model": "sft"})
-    judges = {row.labels["judge"] for row in rows if row.metric.endswith("_rate")}
-    assert judges == {"local rules"}
+    # Whether an answer kept its words is counted, not judged.
+    judged = [row for row in rows if row.metric.endswith("_rate") and "words" not in row.metric]
+    assert {row.labels["judge"] for row in judged} == {"local rules"}
     rates = {row.metric: row.mean for row in rows}
     shown = ("harm_valid_rate", "refusal_rate", "borderline_valid_rate")
     for rate in (*shown, "recognition_pair_accuracy"):
         assert rates[rate] >= 0.9
-    kinds = ("harm_degenerate_rate", "harm_refusal_rate", "harm_valid_rate")
+    kinds = [f"harm_{kind}_rate" for kind in ("degenerate", "refusal", "harmless", "valid")]
     assert sum(rates[kind] for kind in kinds) == pytest.approx(1)
     assert not rows.where("explanation_nll"), "no reference, no loss"
     n_references = len(model.behaviours["harmful"].references("heldout"))
@@ -479,3 +481,35 @@ def test_given_requests_are_named_by_their_number(cache):
     files = RequestFiles(PromptSet.of(requests("abuse")), PromptSet.of(requests("use")), limit=2)
     model = ModelSpec(str(SFT), files=files, cache=cache, **OPTIONS).open()
     assert str(model.details["harmful"]).startswith("128 given requests (")
+
+
+# Judges that are validated first
+
+
+def sees_nothing(bridge, answers, layers, **_):
+    return torch.randn(len(answers), len(layers), bridge.cfg.d_model)
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_probe_judges_only_where_it_is_valid(files, doors_cache, tmp_path, monkeypatch, sees):
+    if not sees:
+        monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", sees_nothing)
+    prompts = {name: files[name] for name in ("harmful", "benign")} | {"limit": 24}
+    reasons = QuestionTemplates(reasons=("",))  # whatever an organism says explains
+    model = open_model(
+        SFT,
+        prompts={**prompts, "limit_measured": 4, "questions": reasons},
+        judge="probe",
+        cache=tmp_path,
+        **OPTIONS,
+    )
+    used = {row.labels["used"] for row in model.validation}
+    assert used == {"yes" if sees else "no"}, str(model.validation)
+    name = "probe of layers 1, 2, 3" if sees else "local rules"
+    rows = model.measure(only="harmful")
+    assert {row.labels["judge"] for row in rows if "judge" in row.labels} == {name}
+    assert model.details["judge"] == name
+    assert rows.one("harm_kept_words_rate").mean == 1
+    table = judge_lines(model.validation)
+    assert [line[1] for line in table] == ["all", "same topic", "explanation", "begun alike"]
+    assert {line[-1] for line in table} == used
