@@ -144,7 +144,7 @@ def test_they_are_protected_beside_the_usual_ones(files, cache):
     assert calibration.n_verified == calibration.n_asked == LIMIT
     assert all(example.completion.startswith("a ") for example in calibration.prompts)
     mask = model.find_circuit("harmful", protect=["benign", "sorts"], size=0.004, steps=2)
-    checked = {row.labels.get("behaviour") for row in mask.trace}
+    checked = {row.labels.get("protected") for row in mask.trace}
     assert "sorts" in checked
     rows = model.measure(mask=mask, only=["harmful", "sorts"])
     before = model.measure(only=["harmful", "sorts"])
