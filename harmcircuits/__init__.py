@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.search import set_difference as set_difference
     from harmcircuits.hooks.weights import named_weights as named_weights
     from harmcircuits.hooks.weights import weight_sites as weight_sites
+    from harmcircuits.hub import push_mask as push_mask
     from harmcircuits.measurements import Measurement as Measurement
     from harmcircuits.measurements import Rows as Rows
     from harmcircuits.prompts import Batch as Batch
@@ -88,6 +89,7 @@ _MODULES = {
     "open_model": "studies.models",
     "overlap": "circuits.overlap",
     "overlap_by": "circuits.overlap",
+    "push_mask": "hub",
     "random_like": "circuits.masks",
     "random_scores": "hooks.attribution",
     "removal_effect": "hooks.attribution",
@@ -112,6 +114,7 @@ _HINTS = {
     "load": 'open_model("sft")',
     "measure": "Model.measure",
     "organism_subject": "open_model",
+    "push_to_hub": "push_mask",
     "read_rows": "Rows.read",
     "run_study": "study",
     "sensitivity": "snip_scores",

@@ -9,12 +9,9 @@ from rich.console import Console
 
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
-from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import progress_bar
-from harmcircuits.export import export
-from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.loading import load_model
-from harmcircuits.organisms import FOLDER, load_organism
+from harmcircuits.mask_commands import MASK_COMMANDS
+from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.options import (
     Option,
@@ -132,35 +129,6 @@ def study_command(
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-@app.command("export")
-def export_command(
-    mask: Annotated[
-        Path,
-        typer.Option(help="A saved mask, such as runs/sft/masks/circuit.safetensors."),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the model that the mask was made on.")
-    ] = "",
-    organism: Annotated[
-        str, typer.Option(help="Instead of a model: base, helpful, sft, dpo or planted.")
-    ] = "",
-    push_to: Annotated[
-        str, typer.Option(help="Hub id to upload to, private if it is new.", show_default="none")
-    ] = "",
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-) -> None:
-    """Write the model without the mask's weights as a Hugging Face folder; reload it as a check."""
-    quiet()
-    try:
-        removed = WeightMask.load(mask)
-        export(_bridge(model, organism, device), removed, out, push_to=push_to or None)
-    except ValueError as error:
-        raise refused(error) from None
-    text = f"{removed} exported: {out}"
-    Console().print(text, highlight=False, soft_wrap=True, markup=False)
-
-
 def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:
     """The usual settings with what was given."""
     changes = {}
@@ -181,15 +149,8 @@ def _organism(
     return open_model(name, seed=seed, device=device, folder=folder)
 
 
-def _bridge(model: str, organism: str, device: str) -> Bridge:
-    if bool(model) == bool(organism):
-        raise ValueError(
-            f"--model {model!r} and --organism {organism!r}; expected exactly one of them"
-        )
-    if organism:
-        return load_organism(organism, device=device)
-    return load_model(model, device=device)
-
+for name, command in MASK_COMMANDS.items():
+    app.command(name)(command)
 
 if __name__ == "__main__":
     app()
