@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.attribution import token_contributions as token_contributions
     from harmcircuits.hooks.attribution import token_price as token_price
     from harmcircuits.hooks.attribution import wanda_scores as wanda_scores
+    from harmcircuits.hooks.cost import estimate_search as estimate_search
     from harmcircuits.hooks.finetuning import Lora as Lora
     from harmcircuits.hooks.finetuning import fine_tuning as fine_tuning
     from harmcircuits.hooks.loading import load_model as load_model
@@ -78,6 +79,7 @@ _MODULES = {
     "concentration": "circuits.location",
     "controls": "studies.controls",
     "estimate_memory": "hooks.memory",
+    "estimate_search": "hooks.cost",
     "evaluate_tasks": "studies.utility",
     "find_circuit": "hooks.search",
     "fine_tuning": "hooks.finetuning",

@@ -1,6 +1,6 @@
 """What a study varies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from harmcircuits.behaviours.model import OTHERS
@@ -69,6 +69,25 @@ class StudySettings:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
         if self.decides not in ("rate", "loss"):
             raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
+
+
+QUICK_STEPS = 4
+QUICK_SHARE = 0.1  # of the requests
+QUICK_LIMIT = 20  # requests a split, where the share of no limit can be taken
+
+
+def quick(settings: StudySettings) -> StudySettings:
+    """A first look in place of a study: fewer steps, every second size, one random mask of a kind.
+
+    Args:
+        settings: of the study.
+    """
+    return replace(
+        settings,
+        steps=min(QUICK_STEPS, settings.steps),
+        sizes=settings.sizes[1::2] or settings.sizes,
+        n_random=1,
+    )
 
 
 # For models of a hundred million weights and more. The sizes are those where a model of half a
