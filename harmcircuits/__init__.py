@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.attribution import token_contributions as token_contributions
     from harmcircuits.hooks.attribution import token_price as token_price
     from harmcircuits.hooks.attribution import wanda_scores as wanda_scores
+    from harmcircuits.hooks.cost import estimate_search as estimate_search
     from harmcircuits.hooks.finetuning import Lora as Lora
     from harmcircuits.hooks.finetuning import fine_tuning as fine_tuning
     from harmcircuits.hooks.loading import load_model as load_model
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.search import set_difference as set_difference
     from harmcircuits.hooks.weights import named_weights as named_weights
     from harmcircuits.hooks.weights import weight_sites as weight_sites
+    from harmcircuits.hub import push_mask as push_mask
     from harmcircuits.measurements import Measurement as Measurement
     from harmcircuits.measurements import Rows as Rows
     from harmcircuits.prompts import Batch as Batch
@@ -78,6 +80,7 @@ _MODULES = {
     "concentration": "circuits.location",
     "controls": "studies.controls",
     "estimate_memory": "hooks.memory",
+    "estimate_search": "hooks.cost",
     "evaluate_tasks": "studies.utility",
     "find_circuit": "hooks.search",
     "fine_tuning": "hooks.finetuning",
@@ -89,6 +92,7 @@ _MODULES = {
     "open_model": "studies.models",
     "overlap": "circuits.overlap",
     "overlap_by": "circuits.overlap",
+    "push_mask": "hub",
     "random_like": "circuits.masks",
     "random_scores": "hooks.attribution",
     "removal_effect": "hooks.attribution",
@@ -114,6 +118,7 @@ _HINTS = {
     "load": 'open_model("sft")',
     "measure": "Model.measure",
     "organism_subject": "open_model",
+    "push_to_hub": "push_mask",
     "read_rows": "Rows.read",
     "run_study": "study",
     "sensitivity": "snip_scores",

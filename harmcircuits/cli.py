@@ -10,12 +10,11 @@ from rich.console import Console
 
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
-from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import progress_bar
-from harmcircuits.export import export
-from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.loading import load_model
-from harmcircuits.organisms import FOLDER, load_organism
+from harmcircuits.hooks.loading import load_outline
+from harmcircuits.mask_commands import MASK_COMMANDS
+from harmcircuits.organisms import FOLDER
+from harmcircuits.studies.cost import Workload, cost_table, estimate_outline, estimate_study
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.options import (
     Option,
@@ -28,8 +27,14 @@ from harmcircuits.studies.options import (
     takes_custom_model,
     with_options,
 )
-from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.study import study
+from harmcircuits.studies.settings import (
+    FOR_REAL_MODELS,
+    QUICK_LIMIT,
+    QUICK_SHARE,
+    StudySettings,
+    quick,
+)
+from harmcircuits.studies.study import study, with_share_of_requests
 from harmcircuits.studies.summary import result_tables, summary
 
 GIB = 2**30
@@ -108,6 +113,13 @@ def study_command(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+    is_quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look: a tenth of the requests, fewer steps, sizes and controls.",
+        ),
+    ] = False,
 ) -> None:
     """Score, choose, mask and measure with controls; print tables; write rows, masks and a page.
 
@@ -120,7 +132,11 @@ def study_command(
     quiet()
     console = Console()
     try:
-        chosen = _settings(settings, FOR_REAL_MODELS if model else StudySettings())
+        usual = FOR_REAL_MODELS if model else StudySettings()
+        chosen = _settings(settings, quick(usual) if is_quick else usual)
+        bound = None if max_memory is None else round(max_memory * GIB)
+        if is_quick and model:
+            custom = _fewer_requests(custom)
         with progress_bar() as progress:
             if model:
                 spec = custom_model(model, device, **custom)
@@ -128,7 +144,13 @@ def study_command(
                 opened = spec.open(progress=progress)
             else:
                 opened = _organism(organism, organisms, chosen.seed, device, custom)
-            bound = None if max_memory is None else round(max_memory * GIB)
+            if is_quick and not model:
+                opened = with_share_of_requests(opened, QUICK_SHARE)
+            if is_quick:
+                progress.console.print(_quick_text(chosen, usual, custom if model else {}))
+            if model:
+                estimate = estimate_study(opened, chosen, max_memory=bound)
+                progress.console.print(str(estimate), highlight=False, markup=False)
             run = study(opened, chosen, out=out, progress=progress, max_memory=bound)
     except ValueError as error:
         raise refused(error) from None
@@ -141,35 +163,6 @@ def study_command(
 
     write_study_page(run, out / "report.html")
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-@app.command("export")
-def export_command(
-    mask: Annotated[
-        Path,
-        typer.Option(help="A saved mask, such as runs/sft/masks/circuit.safetensors."),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the model that the mask was made on.")
-    ] = "",
-    organism: Annotated[
-        str, typer.Option(help="Instead of a model: base, helpful, sft, dpo or planted.")
-    ] = "",
-    push_to: Annotated[
-        str, typer.Option(help="Hub id to upload to, private if it is new.", show_default="none")
-    ] = "",
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-) -> None:
-    """Write the model without the mask's weights as a Hugging Face folder; reload it as a check."""
-    quiet()
-    try:
-        removed = WeightMask.load(mask)
-        export(_bridge(model, organism, device), removed, out, push_to=push_to or None)
-    except ValueError as error:
-        raise refused(error) from None
-    text = f"{removed} exported: {out}"
-    Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:
@@ -196,6 +189,35 @@ def _budgets(given: list[str]) -> dict[str, float]:
     return budgets
 
 
+def _fewer_requests(custom: dict[str, Any]) -> dict[str, Any]:
+    """The options of a custom model with a tenth of each limit."""
+    limits = {}
+    for name in ("limit", "limit_measured"):
+        given = custom[name]
+        limits[name] = max(1, round(QUICK_SHARE * given)) if given else 0
+    limits["limit"] = limits["limit"] or QUICK_LIMIT
+    return {**custom, **limits}
+
+
+def _quick_text(chosen: StudySettings, usual: StudySettings, custom: dict[str, Any]) -> str:
+    """What a first look changes, in a line."""
+    requests = "a tenth of the requests"
+    if custom:
+        requests = f"{custom['limit_measured'] or custom['limit']} requests a split at most"
+        if custom["limit_measured"]:
+            requests += f" ({custom['limit']} to score on)"
+    changes = [requests]
+    for name in ("steps", "sizes", "n_random"):
+        now, before = getattr(chosen, name), getattr(usual, name)
+        if now != before:
+            changes.append(f"{name} {_number_text(now)} in place of {_number_text(before)}")
+    return f"quick: {'; '.join(changes)}. A first look, and no result."
+
+
+def _number_text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _organism(
     name: str,
     folder: Path,
@@ -207,15 +229,88 @@ def _organism(
     return open_model(name, seed=seed, device=device, folder=folder)
 
 
-def _bridge(model: str, organism: str, device: str) -> Bridge:
-    if bool(model) == bool(organism):
-        raise ValueError(
-            f"--model {model!r} and --organism {organism!r}; expected exactly one of them"
-        )
-    if organism:
-        return load_organism(organism, device=device)
-    return load_model(model, device=device)
+@app.command("cost")
+def cost_command(
+    *,
+    model: Annotated[str, typer.Option(help="Folder, hub id or config.json of the model.")],
+    answers: Annotated[int, typer.Option(help="Answers of the target to score on.")] = 200,
+    protected: Annotated[int, typer.Option(help="Behaviours that are protected.")] = 4,
+    protected_answers: Annotated[
+        int, typer.Option(help="Answers of each of these to score on.")
+    ] = 100,
+    measured: Annotated[
+        int, typer.Option(help="Requests of each behaviour in the choice and held-out splits.")
+    ] = 100,
+    request_tokens: Annotated[
+        int, typer.Option(help="Tokens of a request, template and all.")
+    ] = 40,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Examples scored and answered at once.")] = 16,
+    steps: Annotated[
+        int, typer.Option(help="In how many steps the search's mask grows.")
+    ] = FOR_REAL_MODELS.steps,
+    sizes: Annotated[int, typer.Option(help="How many sizes are searched for.")] = len(
+        FOR_REAL_MODELS.sizes
+    ),
+    dtype: Annotated[
+        str,
+        typer.Option(help="Number format: float32, bfloat16 or float16.", show_default="as stored"),
+    ] = "",
+    max_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB on the devices for accumulated scores.", show_default="no bound"),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="Speed of the device, 10^12 operations a second.", show_default="timed on --device"
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            help="At which it reads weights, 10^9 bytes a second.", show_default="timed on --device"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Estimate memory and time of a search and a study from a model's configuration alone.
 
+    The model is not loaded. Memory is counted tensor by tensor on a model without values; time is
+    counted operations over the speed at which the device multiplies matrices of this model's
+    shapes, which a run does not reach: expect it to take longer.
+    """
+    quiet()
+    try:
+        workload = Workload(
+            answers,
+            protected,
+            protected_answers,
+            measured,
+            request_tokens,
+            max_new_tokens,
+            batch_size,
+        )
+        shares = (1e-5,) * sizes
+        settings = replace(FOR_REAL_MODELS, steps=steps, sizes=shares, n_random=3)
+        bound = None if max_memory is None else round(max_memory * GIB)
+        outline = load_outline(model, dtype=dtype)
+        estimate = estimate_outline(
+            outline,
+            workload,
+            settings,
+            max_memory=bound,
+            device=device,
+            tflops=tflops,
+            bandwidth=bandwidth,
+        )
+    except ValueError as error:
+        raise refused(error) from None
+    Console().print(cost_table(Path(model).name, outline, estimate))
+
+
+for name, command in MASK_COMMANDS.items():
+    app.command(name)(command)
 
 if __name__ == "__main__":
     app()

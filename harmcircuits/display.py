@@ -35,6 +35,22 @@ def share(part: float) -> str:
     return f"{percent:.2g}%"  # a few dozen of a billion weights are not 0.00%
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that a reader would choose, to two digits.
+
+    >>> duration(0.42), duration(47), duration(2300), duration(9000), duration(300_000)
+    ('0.4 s', '47 s', '38 min', '2.5 h', '3.5 days')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        number = seconds / size
+        if number < limit:
+            digits = 1 if number < 10 and unit != "s" else 0
+            return f"{number:.{digits}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
 def plural(number: int, noun: str) -> str:
     """A count with its noun.
 

@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from harmcircuits.circuits.hub import MASK_FILE
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import KINDS, Site
+from harmcircuits.display import plural
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.hub import refuse_repo, upload
 
-MASK_FILE = "mask.safetensors"
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
 N_COMPARED = 16  # positions of the text on which logits are compared
@@ -106,12 +108,14 @@ def export(
 
     Raises:
         ValueError: a folder that is not empty, a mask of another model, a source that cannot be
-            loaded or is not this bridge's model, logits that differ, and as `weight_sites`. Nothing
-            is written then.
+            loaded or is not this bridge's model, logits that differ, and as `weight_sites`; nothing
+            is written then. And a hub that cannot be written to, when the folder is there already.
     """
     bridge = as_bridge(bridge)
     folder = Path(folder)
     source = str(source or bridge.cfg.model_name)
+    if push_to:
+        refuse_repo(push_to)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(
             f"export: {folder} exists and is not empty; give a folder that does not exist yet"
@@ -124,10 +128,8 @@ def export(
         card = _card(mask, sites, source, difference)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     if push_to:
-        from huggingface_hub import HfApi
-
-        HfApi().create_repo(push_to, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=push_to, folder_path=folder)
+        removed = plural(mask.n_removed, "weight")
+        upload(folder, push_to, private=True, message=f"The model without {removed}")
     return folder
 
 

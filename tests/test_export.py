@@ -208,7 +208,8 @@ def test_push_uploads_the_finished_folder(llama, tmp_path, monkeypatch):
     def create(self, repo_id, **options):
         calls.append((repo_id, options))
 
-    def upload(self, *, repo_id, folder_path):
+    def upload(self, *, repo_id, folder_path, commit_message):
+        assert commit_message.startswith("The model without ")
         calls.append((repo_id, [path.name for path in folder_path.iterdir()]))
 
     monkeypatch.setattr(HfApi, "create_repo", create)

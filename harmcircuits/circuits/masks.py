@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harmcircuits.circuits.hub import MASK_FILE, mask_file
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site
@@ -264,6 +265,30 @@ class WeightMask:
         # Earlier versions wrote none.
         trace = Rows(Measurement(**row) for row in json.loads(metadata.get("trace", "[]")))
         return cls(removed, shapes, Source.from_json(metadata["source"]), trace)
+
+    @classmethod
+    def from_hub(
+        cls, source: str | Path, *, filename: str = MASK_FILE, revision: str | None = None
+    ) -> "WeightMask":
+        """The mask in a repository of the Hugging Face hub, where `push_mask` or `export` put it.
+
+        A folder or file of this machine is read as it is, without a network.
+
+        >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+        >>> folder = hc.push_mask(mask, "someone/mask", folder="look first")
+        >>> hc.WeightMask.from_hub(folder).digest == mask.digest
+        True
+
+        Args:
+            source: a hub id ("user/name"), a folder, or a file.
+            filename: the file's path in the repository or folder.
+            revision: branch, tag or commit of a repository; the newest by default.
+
+        Raises:
+            ValueError: no such repository, revision or file, no permission or no network, with the
+                remedy; and as `load`.
+        """
+        return cls.load(mask_file(source, filename, revision))
 
 
 @overload

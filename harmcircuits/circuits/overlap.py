@@ -257,6 +257,49 @@ def marginal_null(
     return np.array(n_shared, dtype=np.int64)
 
 
+def matched_null(
+    mask: WeightMask,
+    other: WeightMask,
+    *,
+    n_samples: int = 10_000,
+    seed: int = 0,
+) -> Int64[np.ndarray, " n_samples"]:
+    """Shared weights of random masks that keep the count of each matrix, and nothing else.
+
+    In a matrix of n weights the number shared is hypergeometric: n_second of the n are drawn, and
+    n_first of the n count. The sum over matrices has the mean `Overlap.n_expected`.
+
+    Args:
+        mask: the first mask.
+        other: the second.
+        n_samples: how many pairs of random masks.
+        seed: draws them.
+
+    Raises:
+        ValueError: as `overlap`.
+    """
+    _check(mask, other)
+    rng = np.random.default_rng(seed)
+    first, second = mask.counts, other.counts
+    n_shared = np.zeros(n_samples, dtype=np.int64)
+    for name, shape in mask.shapes.items():
+        if first[name] and second[name]:
+            n_others = prod(shape) - first[name]
+            n_shared += rng.hypergeometric(first[name], n_others, second[name], size=n_samples)
+    return n_shared
+
+
+def p_value(n_shared: int, null: Int64[np.ndarray, " n_samples"]) -> float:
+    """How probable it is that chance shares at least as many weights: (1 + hits) / (1 + samples).
+
+    Args:
+        n_shared: shared weights of two masks.
+        null: those of random masks, from `matched_null` or `marginal_null`.
+    """
+    n_hits = int((null >= n_shared).sum())
+    return (1 + n_hits) / (1 + len(null))
+
+
 def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
     """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes.
 

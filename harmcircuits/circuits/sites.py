@@ -82,3 +82,16 @@ class Site:
         position = torch.unravel_index(flat, shape)[self.unit_axis]
         unit_size = shape[self.unit_axis] // self.n_units
         return position // unit_size
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """The layer and the kind of a matrix, read off its name, where no model is at hand.
+
+    A router is called "mlp.gate", as it is named: only the model knows that it is one.
+
+    >>> place_of("blocks.3.mlp.in.weight")
+    (3, 'mlp.in')
+    """
+    _, layer, part = name.split(".", maxsplit=2)
+    kind = part.removesuffix(".weight")
+    return int(layer), kind

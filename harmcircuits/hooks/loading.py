@@ -65,6 +65,59 @@ def load_model(
     return bridge
 
 
+def load_outline(model: str, *, dtype: str = "") -> "TransformerBridge":
+    """A model's shapes without its weights, from its configuration alone.
+
+    On torch's "meta" device, where tensors have shapes and no values, so it takes no memory. It
+    cannot be run, and stands for the model in `estimate_memory` and `estimate_search`.
+
+    Args:
+        model: a folder, a hub id, or a `config.json`.
+        dtype: as in `load_model`.
+
+    Raises:
+        ValueError: another dtype, no configuration, matrices that are split by their values (of
+            GPT-2 and Phi-3), and weights that cannot be scored.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
+    try:
+        config = AutoConfig.from_pretrained(model)
+        chosen = DTYPES[dtype] if dtype else config.dtype or torch.float32
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(
+                config, dtype=chosen, attn_implementation="eager"
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {model!r} has no configuration of a language model; expected a folder, a hub "
+            f"id or a config.json ({reason})"
+        ) from None
+    # The bridge asks for a tokenizer, and nothing is tokenized.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_no_words())
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            model, hf_model=outline, tokenizer=tokenizer, dtype=chosen, device="meta"
+        )
+    except NotImplementedError:  # some fused matrices are split by their values
+        raise ValueError(
+            f"model {model!r} fuses matrices in a way that only a loaded model tells apart; "
+            "load it and use estimate_search"
+        ) from None
+    weight_sites(bridge)
+    return bridge
+
+
+def _no_words() -> Any:
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+
+
 def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
     """A Hugging Face model that is already loaded as a TransformerBridge over the same weights.
 

@@ -125,7 +125,8 @@ def _stored_bytes(bridge: Bridge) -> int:
     storages = {}
     for tensor in chain(bridge.parameters(), bridge.buffers()):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        # An outline's storages have no address.
+        storages[storage.data_ptr() or storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -138,7 +139,7 @@ def _activations(
     """The bytes that the batch with the most tokens takes on its way forward and back."""
     batch = max(batches, key=lambda batch: batch.tokens.numel())
     sites = weight_sites(bridge)
-    totals = _shared_totals(sites)
+    totals = shared_totals(sites)
 
     peaks = []
     for rows in ([0], [0, 1 % len(batch)]):
@@ -151,8 +152,12 @@ def _activations(
     return peak_of_one + (len(batch) - 1) * (peak_of_two - peak_of_one)
 
 
-def _shared_totals(sites: dict[str, Site]) -> dict[str, Tensor]:
-    """One accumulator for all matrices of a shape: what is added up in it is thrown away."""
+def shared_totals(sites: dict[str, Site]) -> dict[str, Tensor]:
+    """One accumulator for all matrices of a shape: what is added up in it is thrown away.
+
+    Args:
+        sites: The matrices.
+    """
     by_shape: dict[Any, Tensor] = {}
     totals = {}
     for name, site in sites.items():

@@ -35,27 +35,30 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
     #     position            0     1    2     3     4     5
     #     is_target           .     .    .     x     x     x
     #     predicted at        .     .    x     x     x     .
-    device = bridge.cfg.device
-    next_tokens = batch.tokens[:, 1:].to(device)
-    is_target = batch.is_target[:, 1:].to(device)
+    # Where they are is found before anything runs: a model's outline has no values to look at.
+    next_tokens = batch.tokens[:, 1:].cpu()
+    is_target = batch.is_target[:, 1:].cpu()
 
     # Only positions at which some example has a target: [batch, n] from here on.
     positions = is_target.any(dim=0).nonzero().flatten()
     next_tokens = next_tokens[:, positions]
     is_target = is_target[:, positions]
+    row, column = is_target.nonzero(as_tuple=True)
 
     # [batch, n, vocab], then [targets, vocab]: all targets in a row, example after example. The
     # name is used again, so that the larger tensor is free before it is turned into float32.
     logits = logits_at(bridge, batch.tokens, positions)
-    logits = logits[is_target]
+    row, column = row.to(logits.device), column.to(logits.device)
+    logits = logits[row, column]
     logits = logits.float()
-    targets = next_tokens.to(logits.device)[is_target]
+    targets = next_tokens[is_target].to(logits.device)
     losses = functional.cross_entropy(logits, targets, reduction="none")
 
     # Back to [batch, n], with zeros where an example has no target.
     zeros = losses.new_zeros(is_target.shape)
-    per_position = zeros.masked_scatter(is_target, losses)
-    return per_position.sum(dim=1) / is_target.sum(dim=1)
+    per_position = zeros.index_put((row, column), losses)
+    n_targets = is_target.sum(dim=1).to(losses.device)
+    return per_position.sum(dim=1) / n_targets
 
 
 def logits_at(

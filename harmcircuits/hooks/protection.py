@@ -58,7 +58,7 @@ class Protection:
             ValueError: a behaviour without batches, a negative budget, and a budget for a behaviour
                 that is not protected.
         """
-        by_name = _named(protect)
+        by_name = named(protect)
         budgets = _budgets(budget, by_name)
 
         priced = {}
@@ -68,8 +68,7 @@ class Protection:
             priced[name] = most
             examples += _examples(third or most, number)
 
-        # Of like length together, since the shorter ones of a batch are padded.
-        examples.sort(key=lambda example: len(example.tokens))
+        examples = _by_length(examples)
         checked = _batched(examples, _largest_batch(by_name.values()))
         behaviour = torch.tensor([example.behaviour for example in examples], dtype=torch.int64)
         unpruned = completion_nll(bridge, checked) if checked else torch.empty(0)
@@ -131,10 +130,27 @@ def priced_batches(protect: Protect) -> list[list[Batch]]:
         ValueError: a behaviour without batches.
     """
     priced = []
-    for batches in _named(protect).values():
+    for batches in named(protect).values():
         most, _ = split_by_request(batches, CHECKED_EVERY)
         priced.append(most)
     return priced
+
+
+def checked_batches(protect: Protect) -> list[Batch]:
+    """The batches on which masks are checked, of all behaviours to spare together.
+
+    Args:
+        protect: batches of each behaviour, by name or in order.
+
+    Raises:
+        ValueError: a behaviour without batches.
+    """
+    by_name = named(protect)
+    examples: list[_Example] = []
+    for number, batches in enumerate(by_name.values()):
+        most, third = split_by_request(batches, CHECKED_EVERY)
+        examples += _examples(third or most, number)
+    return _batched(_by_length(examples), _largest_batch(by_name.values()))
 
 
 def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
@@ -180,6 +196,11 @@ def _largest_batch(protected: Iterable[Sequence[Batch]]) -> int:
     return max(sizes, default=1)
 
 
+def _by_length(examples: list[_Example]) -> list[_Example]:
+    """Of like length together, since the shorter ones of a batch are padded."""
+    return sorted(examples, key=lambda example: len(example.tokens))
+
+
 def _batched(examples: Sequence[_Example], size: int) -> list[Batch]:
     """Some examples at a time, padded to one length; what stands there reaches no target."""
     batches = []
@@ -195,7 +216,15 @@ def _batched(examples: Sequence[_Example], size: int) -> list[Batch]:
     return batches
 
 
-def _named(protect: Protect) -> dict[str, Sequence[Batch]]:
+def named(protect: Protect) -> dict[str, Sequence[Batch]]:
+    """The batches of each behaviour to spare by name; those given in order are called 1, 2, ...
+
+    Args:
+        protect: batches of each behaviour, by name or in order.
+
+    Raises:
+        ValueError: a behaviour without batches.
+    """
     if isinstance(protect, Mapping):
         by_name = dict(protect)
     else:

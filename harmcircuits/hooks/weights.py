@@ -239,7 +239,8 @@ def _sites(bridge: Bridge) -> list[Site]:
 
     # All refusals before the first site: a score or mask that left something out would look whole.
     tensors = matrices | _block_tensors(bridge)
-    _refuse_offloaded(matrices)
+    if str(bridge.cfg.device) != "meta":  # where a model is an outline, all of it is
+        _refuse_offloaded(matrices)
     _refuse_quantised(tensors)
     _refuse_uncovered(tensors, matrices)
 

@@ -1,7 +1,7 @@
 """What a study varies."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from harmcircuits.behaviours.model import OTHERS
@@ -95,6 +95,25 @@ REAL_BUDGETS = {
     "borderline": 0.1,
     "refusal": 0.1,
 }
+
+QUICK_STEPS = 4
+QUICK_SHARE = 0.1  # of the requests
+QUICK_LIMIT = 20  # requests a split, where the share of no limit can be taken
+
+
+def quick(settings: StudySettings) -> StudySettings:
+    """A first look in place of a study: fewer steps, every second size, one random mask of a kind.
+
+    Args:
+        settings: of the study.
+    """
+    return replace(
+        settings,
+        steps=min(QUICK_STEPS, settings.steps),
+        sizes=settings.sizes[1::2] or settings.sizes,
+        n_random=1,
+    )
+
 
 # For models of a hundred million weights and more. The sizes are those where a model of half a
 # billion parameters lost harm before benign answers; rules judge its words coarsely, so the loss

@@ -1,0 +1,432 @@
+"""Commands on a mask that is there: compare it, answer and measure under it, give it away."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from harmcircuits.behaviours.model import Model
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.overlap import Overlap, matched_null, overlap, p_value
+from harmcircuits.circuits.sites import place_of
+from harmcircuits.display import listed, progress_bar
+from harmcircuits.export import export
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.loading import load_model
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hub import push_mask
+from harmcircuits.measurements import ENDS, Interval, Rows
+from harmcircuits.organisms import load_organism
+from harmcircuits.prompts import PromptSet
+from harmcircuits.studies.models import open_model
+from harmcircuits.studies.options import (
+    custom_model,
+    no_custom_model,
+    quiet,
+    refused,
+    takes_custom_model,
+)
+from harmcircuits.views.tables import text_table
+
+MASK_HELP = "The mask: a saved file, a folder with mask.safetensors, or a hub id."
+ORGANISM_HELP = "Instead of a model: base, helpful, sft, dpo or planted."
+DEVICE_HELP = "Torch device, such as cpu or cuda."
+
+MaskOption = Annotated[str, typer.Option(help=MASK_HELP)]
+ModelOption = Annotated[
+    str,
+    typer.Option(help="Folder or hub id of the model that the mask was made on."),
+]
+OrganismOption = Annotated[str, typer.Option(help=ORGANISM_HELP)]
+DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead.")]
+ScaleOption = Annotated[
+    float,
+    typer.Option(help="What the mask's weights are multiplied by; 0 removes them."),
+]
+
+
+def generate_command(
+    *,
+    model: ModelOption = "",
+    organism: OrganismOption = "",
+    mask: Annotated[str, typer.Option(help=MASK_HELP, show_default="none")] = "",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A request. Repeat for several.", show_default="none"),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(help="Instead: a file of requests (JSON Lines or CSV).", show_default="none"),
+    ] = "",
+    prefill: Annotated[
+        str,
+        typer.Option(help="How every answer begins, in the model's mouth.", show_default="none"),
+    ] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    scale: ScaleOption = 0.0,
+    template: Annotated[
+        str,
+        typer.Option(help="How requests are written: chat (the model's own template) or raw."),
+    ] = "chat",
+    batch_size: Annotated[int, typer.Option(help="Requests answered at once.")] = 16,
+    as_json: JsonOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Print the model's answer to each request: unpruned, and under the mask. Greedy."""
+    quiet()
+    try:
+        requests = _requests(prompt or [], prompts)
+        _refuse_answers(max_new_tokens, batch_size, template)
+        removed = WeightMask.from_hub(mask) if mask else None
+        answering = Model(
+            "",
+            _bridge(model, organism, device),
+            {},
+            _no_judge,
+            template="raw" if template == "raw" else "chat",
+            max_new_tokens=max_new_tokens,
+            n_answered_at_once=batch_size,
+        )
+        columns = {"unpruned": answering.generate(requests, prefill=prefill)}
+        if removed is not None:
+            with masked(answering.bridge, removed, scale=scale):
+                columns["masked"] = answering.generate(requests, prefill=prefill)
+    except ValueError as error:
+        raise refused(error) from None
+    for number, request in enumerate(requests):
+        answers = {name: texts[number] for name, texts in columns.items()}
+        if as_json:
+            typer.echo(json.dumps({"prompt": request.prompt, **answers}))
+        else:
+            typer.echo(_labelled({"request": request.prompt, **answers}))
+
+
+@takes_custom_model
+def measure_command(
+    *,
+    mask: MaskOption,
+    model: ModelOption = "",
+    organism: OrganismOption = "",
+    custom: dict[str, Any],
+    scale: ScaleOption = 0.0,
+    split: Annotated[
+        str, typer.Option(help="Requests to measure on: heldout, choice or calibration.")
+    ] = "heldout",
+    behaviour: Annotated[
+        list[str] | None,
+        typer.Option(help="A behaviour to measure. Repeat for several.", show_default="all"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A new file for the rows (JSON Lines).", show_default="none"),
+    ] = None,
+    as_json: JsonOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Measure a model as it is and under a mask, without a search: rates and losses with intervals.
+
+    For a mask that was found elsewhere or given to you, and for weights that are scaled rather than
+    removed. The model is not written; `export` does that.
+    """
+    quiet()
+    try:
+        if out is not None and out.exists():
+            raise ValueError(f"{out} exists; give a file that does not exist yet")
+        removed = WeightMask.from_hub(mask)
+        opened = _model(model, organism, device, custom)
+        rows = _measured(opened, removed, scale, split, behaviour or [])
+    except ValueError as error:
+        raise refused(error) from None
+    if out is not None:
+        rows.append_to(out)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(vars(row)))
+        return
+    grid = text_table(f"{opened.name}, {split}", ["figure", "unpruned", "masked"])
+    for metric in rows.metrics:
+        of_metric = rows.where(metric)
+        cells = [f"{row:.3g}" for row in of_metric]
+        grid.add_row(metric, *cells)
+    Console().print(grid)
+
+
+def overlap_command(
+    masks: Annotated[
+        list[str],
+        typer.Argument(help="Two masks or more: files, folders with mask.safetensors, or hub ids."),
+    ],
+    *,
+    by: Annotated[
+        str, typer.Option(help="Within each place: layer or kind.", show_default="the whole model")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what masks of one model share, pair by pair, against chance.
+
+    Chance keeps each mask's count in every matrix. "by chance" is where 95 % of 10,000 such random
+    pairs fall, p the share of them that have as many weights in common (never below 1 in 10,001),
+    and lift is what is shared over what chance shares, with its 95 % interval.
+    """
+    try:
+        if len(masks) < 2:
+            raise ValueError(f"{listed(masks)}: one mask; give two or more to compare")
+        if by not in ("", "layer", "kind"):
+            raise ValueError(f"by={by!r}; expected layer or kind")
+        opened = {name: WeightMask.from_hub(name) for name in masks}
+        names = _short_names(masks)
+        lines = []
+        for first, second in combinations(opened, 2):
+            pair = (names[first], names[second])
+            lines += _compared(pair, opened[first], opened[second], by)
+    except ValueError as error:
+        raise refused(error) from None
+    if as_json:
+        for line in lines:
+            typer.echo(json.dumps(line.as_json()))
+        return
+    columns = ["masks", "first", "second", "shared", "by chance", "p", "Jaccard", "lift"]
+    grid = text_table("Shared weights", columns)
+    for line in lines:
+        grid.add_row(*line.cells)
+    Console().print(grid)
+
+
+def export_command(
+    mask: MaskOption,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
+    model: ModelOption = "",
+    organism: OrganismOption = "",
+    push_to: Annotated[
+        str, typer.Option(help="Hub id to upload to, private if it is new.", show_default="none")
+    ] = "",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Write the model without the mask's weights as a Hugging Face folder; reload it as a check."""
+    quiet()
+    try:
+        removed = WeightMask.from_hub(mask)
+        export(_bridge(model, organism, device), removed, out, push_to=push_to or None)
+    except ValueError as error:
+        raise refused(error) from None
+    text = f"{removed} exported: {out}"
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def push_mask_command(
+    mask: Annotated[str, typer.Argument(help="A saved mask, such as masks/circuit.safetensors.")],
+    *,
+    to: Annotated[str, typer.Option(help="Hub id to upload to: user/name.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hub id of the model that it was made on, for the card.", show_default="not named"
+        ),
+    ] = "",
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out rows for the card: a study's rows.jsonl, or those of `measure --out`.",
+            show_default="none",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a repository that is new public.")
+    ] = False,
+    message: Annotated[
+        str, typer.Option(help="Of the commit.", show_default="made from the size")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the files to this folder and upload nothing: to look at the card first.",
+            show_default="none",
+        ),
+    ] = None,
+) -> None:
+    """Upload a mask with a card to the Hugging Face hub, private if it is new.
+
+    The token is that of `hf auth login`, or HF_TOKEN. `WeightMask.from_hub` loads it.
+    """
+    try:
+        removed = WeightMask.load(mask)
+        address = push_mask(
+            removed,
+            to,
+            model=model,
+            rows=Rows.read(rows) if rows is not None else None,
+            private=not public,
+            message=message,
+            folder=out,
+        )
+    except ValueError as error:
+        raise refused(error) from None
+    done = "written" if out is not None else "uploaded"
+    Console().print(f"{removed} {done}: {address}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _requests(texts: Sequence[str], file: str) -> PromptSet:
+    if bool(texts) == bool(file):
+        raise ValueError(
+            f"{len(texts)} of --prompt and --prompts {file!r}; expected one or more --prompt TEXT, "
+            "or --prompts FILE"
+        )
+    return PromptSet.read(file) if file else PromptSet.of(texts)
+
+
+def _refuse_answers(max_new_tokens: int, batch_size: int, template: str) -> None:
+    if template not in ("chat", "raw"):
+        raise ValueError(f"template={template!r}; expected chat or raw")
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; expected at least 1")
+
+
+def _no_judge(_prompt: str, _completion: str) -> str:
+    """Answers that are only shown get no verdict."""
+    return ""
+
+
+def _labelled(texts: dict[str, str]) -> str:
+    """A line for each text, its name before it; a line break in a text stays in its column."""
+    width = max(map(len, texts))
+    lines = []
+    for name, text in texts.items():
+        indented = text.replace("\n", "\n" + " " * (width + 2))
+        lines.append(f"{name:>{width}}: {indented}")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(
+    model: Model, mask: WeightMask, scale: float, split: str, only: Sequence[str]
+) -> Rows:
+    """The figures of the unpruned model and of the masked one, told apart by the label "mask"."""
+    rows = Rows()
+    for name in ("none", "given"):
+        labels: dict[str, Any] = {"model": model.name, "mask": name}
+        edited = nullcontext()
+        if name != "none":
+            labels["scale"] = scale
+            edited = masked(model.bridge, mask, scale=scale)
+        with edited:
+            rows += model.measure(split=split, only=only, labels=labels)
+    return rows
+
+
+class _Line(NamedTuple):
+    """A pair of masks, in the whole model or in one place, against chance."""
+
+    pair: tuple[str, str]
+    place: str
+    shared: Overlap
+    chance: Interval
+    p: float
+
+    @property
+    def cells(self) -> list[str]:
+        name = " / ".join(self.pair) + (f", {self.place}" if self.place else "")
+        low, high = self.shared.interval
+        return [
+            name,
+            f"{self.shared.n_first:,}",
+            f"{self.shared.n_second:,}",
+            f"{self.shared.n_shared:,}",
+            f"{self.chance[0]:,.0f} to {self.chance[1]:,.0f}",
+            f"{self.p:.2g}",
+            f"{self.shared.jaccard:.3f}",
+            f"{self.shared.lift:.2f} [{low:.2f}, {high:.2f}]",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Its figures by name; null where there is none."""
+        low, high = self.shared.interval
+        figures = {
+            "n_first": self.shared.n_first,
+            "n_second": self.shared.n_second,
+            "n_shared": self.shared.n_shared,
+            "n_expected": self.shared.n_expected,
+            "chance_low": self.chance[0],
+            "chance_high": self.chance[1],
+            "p": self.p,
+            "jaccard": self.shared.jaccard,
+            "lift": self.shared.lift,
+            "lift_low": low,
+            "lift_high": high,
+        }
+        known = {name: value if np.isfinite(value) else None for name, value in figures.items()}
+        first, second = self.pair
+        return {"first": first, "second": second, "place": self.place, **known}
+
+
+def _compared(
+    pair: tuple[str, str], first: WeightMask, second: WeightMask, by: str
+) -> Iterator[_Line]:
+    """A line for the whole model, or for each place from which both masks remove something."""
+    overlap(first, second)  # refuses masks of two models, whose places could still agree
+    places: dict[str, list[str]] = {}
+    for name in first.shapes:
+        layer, kind = place_of(name)
+        place = {"": "", "layer": f"layer {layer}", "kind": kind}[by]
+        places.setdefault(place, []).append(name)
+    for place, names in places.items():
+        of_first, of_second = _within(first, names), _within(second, names)
+        if of_first.n_removed and of_second.n_removed:
+            shared = overlap(of_first, of_second)
+            null = matched_null(of_first, of_second)
+            low, high = np.quantile(null, ENDS).tolist()
+            yield _Line(pair, place, shared, (low, high), p_value(shared.n_shared, null))
+
+
+def _within(mask: WeightMask, names: Sequence[str]) -> WeightMask:
+    """The part of a mask that lies in these matrices."""
+    removed = {name: mask.removed[name] for name in names if name in mask.removed}
+    shapes = {name: mask.shapes[name] for name in names}
+    return WeightMask(removed, shapes, mask.source)
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The files' own names where these tell the masks apart, else all of what was given."""
+    stems = {path: Path(path).stem for path in paths}
+    if len(set(stems.values())) == len(stems):
+        return stems
+    return {path: path for path in paths}
+
+
+def _refuse_both(model: str, organism: str) -> None:
+    if bool(model) == bool(organism):
+        raise ValueError(
+            f"--model {model!r} and --organism {organism!r}; expected exactly one of them"
+        )
+
+
+def _model(model: str, organism: str, device: str, custom: dict[str, Any]) -> Model:
+    _refuse_both(model, organism)
+    if organism:
+        no_custom_model(**custom)
+        return open_model(organism, device=device)
+    spec = custom_model(model, device, **custom)
+    with progress_bar() as progress:
+        return spec.open(progress=progress)
+
+
+def _bridge(model: str, organism: str, device: str) -> Bridge:
+    _refuse_both(model, organism)
+    if organism:
+        return load_organism(organism, device=device)
+    return load_model(model, device=device)
+
+
+MASK_COMMANDS = {
+    "generate": generate_command,
+    "measure": measure_command,
+    "overlap": overlap_command,
+    "export": export_command,
+    "push-mask": push_mask_command,
+}

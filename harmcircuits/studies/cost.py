@@ -1,0 +1,352 @@
+"""What a study costs before it starts: its searches, and the answers under every mask it measures.
+
+search      the main one, for all sizes
+searches    one shot; the contrast protected alone; the contrast's twin
+unpruned    the target's scores, the price of what is protected, the published scores
+measured    5 masks of every size on the choice split; 7 and the random ones held out:
+            every request answered as long as it may be, its reference answer read
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.standard import CONTRAST
+from harmcircuits.display import duration, plural
+from harmcircuits.hooks.bridge import AnyModel
+from harmcircuits.hooks.cost import (
+    SearchEstimate,
+    Speed,
+    Work,
+    estimate_search,
+    middle_batch,
+    n_passes,
+    n_tokens,
+    search_work,
+)
+from harmcircuits.hooks.memory import GIB
+from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.prompts import Batch, prompt_ids
+from harmcircuits.studies.settings import StudySettings
+from harmcircuits.views.tables import text_table
+
+N_WAYS = 5  # search, one shot, published, random and opposite sign: a mask of each size
+N_HELD_OUT = 7  # masks besides the random ones (see `measure_heldout`)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What it takes to measure the model once, on each of the two splits that are measured."""
+
+    choice: Work
+    heldout: Work
+
+
+@dataclass(frozen=True)
+class StudyEstimate:
+    """What a study takes, before it starts.
+
+    Attributes:
+        search: the main search.
+        others: seconds of the other searches.
+        unpruned: seconds of the scores of the unpruned model.
+        measuring: seconds of all answers and losses under masks.
+        n_masks: how many masks are measured.
+    """
+
+    search: SearchEstimate
+    others: float
+    unpruned: float
+    measuring: float
+    n_masks: int
+
+    @property
+    def seconds(self) -> float:
+        """From its start to its end, where a mask is chosen."""
+        return self.search.seconds + self.others + self.unpruned + self.measuring
+
+    def __str__(self) -> str:
+        return (
+            f"{self.search}\nstudy: about {duration(self.seconds)} (other searches "
+            f"{duration(self.others)}, scores of the unpruned model {duration(self.unpruned)}, "
+            f"{plural(self.n_masks, 'mask')} measured {duration(self.measuring)})"
+        )
+
+
+def estimate_study(
+    model: Model, settings: StudySettings, *, max_memory: int | None = None
+) -> StudyEstimate:
+    """What a study of a model takes, from one batch that is timed. Tasks come on top.
+
+    Args:
+        model: the model, whose own answers are made by then.
+        settings: of the study.
+        max_memory: of the study.
+
+    Raises:
+        ValueError: a behaviour that is unknown or not shown.
+    """
+    target = model.calibration(settings.target).batches
+    protected = model.protected(settings.target, settings.protect)
+    spared = {name: calibration.batches for name, calibration in protected.items()}
+    measured = [model.behaviour(name) for name in {settings.target, settings.contrast, *spared}]
+    return estimate_of_batches(
+        model,
+        target,
+        spared,
+        settings,
+        measuring=Measuring(
+            choice=_measuring(model, measured, "choice"),
+            heldout=_measuring(model, measured, "heldout"),
+        ),
+        longest_answer=model.max_new_tokens,
+        max_memory=max_memory,
+        speed=Speed.measured(model, middle_batch(target)),
+    )
+
+
+def estimate_of_batches(
+    bridge: AnyModel,
+    target: Sequence[Batch],
+    spared: Mapping[str, Sequence[Batch]],
+    settings: StudySettings,
+    *,
+    measuring: Measuring,
+    longest_answer: int,
+    max_memory: int | None,
+    speed: Speed,
+) -> StudyEstimate:
+    """What a study takes on given calibration data; of a model that is not loaded, on made-up ones.
+
+    Args:
+        bridge: the model, or its outline.
+        target: batches of the behaviour to remove.
+        spared: those of what is protected, by name.
+        settings: of the study.
+        measuring: what measuring the model once takes.
+        longest_answer: in tokens.
+        max_memory: of the study.
+        speed: of the model.
+    """
+
+    main = estimate_search(
+        bridge,
+        target,
+        spared,
+        size=settings.sizes,
+        steps=settings.steps,
+        renew=longest_answer,
+        max_memory=max_memory,
+        speed=speed,
+    )
+    passes = n_passes(bridge, max_memory)
+    n_sizes = len(settings.sizes)
+    others = search_work(target, spared, n_sizes=n_sizes, steps=1, renew=0, n_passes=passes)
+    contrast = spared.get(settings.contrast)
+    if contrast is not None:
+        usual = {
+            "n_sizes": 1,
+            "steps": settings.steps,
+            "renew": longest_answer,
+            "n_passes": passes,
+        }
+        twin = {name: batches for name, batches in spared.items() if name != settings.contrast}
+        twin[settings.target] = target
+        others += search_work(contrast, twin, **usual)
+        if len(spared) > 1:
+            others += search_work(target, {settings.contrast: contrast}, **usual)
+
+    # Prices and the published scores are of the same answers.
+    n_scored = passes * (n_tokens(target) + 2 * sum(map(n_tokens, spared.values())))
+    n_choice = N_WAYS * len(settings.sizes)
+    n_heldout = N_HELD_OUT + 2 * settings.n_random
+    measured = measuring.choice * n_choice + measuring.heldout * n_heldout
+    return StudyEstimate(
+        main,
+        speed.seconds(others),
+        speed.seconds(Work(scored=n_scored)),
+        speed.seconds(measured),
+        n_choice + n_heldout,
+    )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The data of a study that is only thought of.
+
+    Attributes:
+        answers: of the target, to score on.
+        n_protected: behaviours that are protected.
+        protected_answers: of each of these, to score on.
+        measured: requests of each behaviour in each of the other splits.
+        request_tokens: tokens of a request.
+        longest_answer: tokens of every answer.
+        batch_size: examples at once.
+
+    Raises:
+        ValueError: a number below 1 (below 0 of protected behaviours).
+    """
+
+    answers: int
+    n_protected: int
+    protected_answers: int
+    measured: int
+    request_tokens: int
+    longest_answer: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name == "n_protected" else 1
+            if value < least:
+                raise ValueError(f"{name}={value}; expected at least {least}")
+
+    @property
+    def target(self) -> list[Batch]:
+        """Batches of the target."""
+        return self._batches(self.answers)
+
+    @property
+    def spared(self) -> dict[str, list[Batch]]:
+        """Batches of what is protected, of which the first is the contrast."""
+        names = [CONTRAST, *(f"protected {number}" for number in range(2, self.n_protected + 1))]
+        return {name: self._batches(self.protected_answers) for name in names[: self.n_protected]}
+
+    @property
+    def measuring(self) -> Work:
+        """What measuring the model once takes."""
+        of_behaviour = measuring_work(
+            self.measured,
+            self.measured * self.request_tokens,
+            self.measured * (self.request_tokens + self.longest_answer),
+            self.longest_answer,
+            self.batch_size,
+        )
+        return of_behaviour * (1 + self.n_protected)
+
+    def _batches(self, n_examples: int) -> list[Batch]:
+        """Examples of equal length, each of a request of its own: its first token is its number."""
+        length = self.request_tokens + self.longest_answer
+        batches = []
+        for start in range(0, n_examples, self.batch_size):
+            end = min(n_examples, start + self.batch_size)
+            tokens = torch.ones(end - start, length, dtype=torch.int64)
+            tokens[:, 0] = torch.arange(start, end)
+            is_target = torch.zeros(tokens.shape, dtype=torch.bool)
+            is_target[:, self.request_tokens :] = True
+            batches.append(Batch(tokens, is_target))
+        return batches
+
+
+def estimate_outline(
+    outline: AnyModel,
+    workload: Workload,
+    settings: StudySettings,
+    *,
+    max_memory: int | None = None,
+    device: str = "cpu",
+    tflops: float | None = None,
+    bandwidth: float | None = None,
+) -> StudyEstimate:
+    """What a study of a model that is not loaded takes.
+
+    Args:
+        outline: from `load_outline`.
+        workload: the study's data.
+        settings: of the study.
+        max_memory: of the study.
+        device: as in `Speed.of_machine`.
+        tflops: as in `Speed.of_machine`.
+        bandwidth: as in `Speed.of_machine`.
+
+    Raises:
+        ValueError: as `estimate_search`.
+    """
+    target = workload.target
+    return estimate_of_batches(
+        outline,
+        target,
+        workload.spared,
+        settings,
+        measuring=Measuring(workload.measuring, workload.measuring),
+        longest_answer=workload.longest_answer,
+        max_memory=max_memory,
+        speed=Speed.of_machine(
+            outline, target[0], device=device, tflops=tflops, bandwidth=bandwidth
+        ),
+    )
+
+
+def cost_table(name: str, outline: AnyModel, estimate: StudyEstimate) -> Table:
+    """The estimate, a line for each thing that takes memory or time.
+
+    Args:
+        name: of the model.
+        outline: from `load_outline`.
+        estimate: of a study of it.
+    """
+    sites = weight_sites(outline)
+    n_block = sum(site.parameter.numel() for site in sites.values())
+    grid = text_table(f"{name}: {n_block:,} block weights (estimated)", ["", "memory", "time"])
+    memory = estimate.search.memory
+    for title, n_bytes in {
+        "the model": memory.weights,
+        "scores of a step": memory.accumulators,
+        "activations of a batch": memory.activations,
+        "sums of a search, in host memory under --max-memory": memory.sums,
+        "in all": memory.total,
+    }.items():
+        grid.add_row(title, f"{n_bytes / GIB:.2f} GiB", "")
+    grid.add_section()
+    for title, seconds in {
+        f"search, {plural(estimate.search.steps, 'step')}": estimate.search.seconds,
+        "other searches of a study": estimate.others,
+        "scores of the unpruned model": estimate.unpruned,
+        f"measuring {plural(estimate.n_masks, 'mask')}": estimate.measuring,
+        "study in all": estimate.seconds,
+    }.items():
+        grid.add_row(title, "", duration(seconds))
+    return grid
+
+
+def measuring_work(
+    n_requests: int,
+    request_tokens: int,
+    answer_tokens: int,
+    longest_answer: int,
+    at_once: int,
+) -> Work:
+    """Answering requests and reading their reference answers.
+
+    Args:
+        n_requests: how many answers there are.
+        request_tokens: of all requests together.
+        answer_tokens: of all reference answers together, their requests included.
+        longest_answer: in tokens.
+        at_once: requests answered together.
+    """
+    n_batches = -(-n_requests // at_once)
+    return Work(read=request_tokens + answer_tokens, decoded=n_batches * longest_answer)
+
+
+def _measuring(model: Model, behaviours: Sequence[Behaviour], split: str) -> Work:
+    work = Work()
+    for behaviour in behaviours:
+        requests = behaviour.prompts(split)
+        n_answers = len(requests) * model.n_samples(behaviour)
+        tokenizer = model.bridge.tokenizer
+        lengths = [len(prompt_ids(e.prompt, tokenizer, model.template)) for e in requests]
+        references = behaviour.references(split)
+        n_read = n_tokens(model.batches(behaviour, references)) if len(references) else 0
+        work += measuring_work(
+            n_answers,
+            sum(lengths) * model.n_samples(behaviour),
+            n_read,
+            behaviour.max_new_tokens or model.max_new_tokens,
+            model.n_answered_at_once,
+        )
+    return work

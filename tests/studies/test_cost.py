@@ -1,0 +1,116 @@
+"""What a study costs, and a first look: counts, what is printed, what is asked less.
+
+Would catch: a mask that is measured and not counted, a first look that is not smaller, or that a
+study goes on from, an estimate that needs the weights.
+"""
+
+from dataclasses import replace
+
+import pytest
+from helpers import small_model
+from typer.testing import CliRunner
+
+from harmcircuits.cli import app
+from harmcircuits.hooks.cost import Speed
+from harmcircuits.organisms import FOLDER
+from harmcircuits.studies.cost import Measuring, Workload, estimate_of_batches, estimate_study
+from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings, quick
+from harmcircuits.studies.study import study, with_share_of_requests
+
+WORKLOAD = Workload(
+    answers=40,
+    n_protected=2,
+    protected_answers=20,
+    measured=10,
+    request_tokens=12,
+    longest_answer=4,
+    batch_size=16,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model("sft")
+
+
+def test_every_mask_of_a_study_is_counted(model):
+    settings = StudySettings(sizes=(0.01, 0.04), steps=2, n_random=1, tolerance=0.5)
+    estimate = estimate_study(model, settings)
+    run = study(model, settings)
+    assert run.chosen is not None
+    measured = run.rows.where("benign_nll")
+    measured = [row for row in measured if row.labels["mask"] != "none"]
+    assert estimate.n_masks == len(measured)
+    assert estimate.seconds > estimate.search.seconds > 0
+    assert f"{estimate.n_masks} masks measured" in str(estimate)
+
+
+def test_a_workload_is_what_it_says():
+    assert sum(map(len, WORKLOAD.target)) == 40
+    assert [len(batch) for batch in WORKLOAD.target] == [16, 16, 8]
+    assert {batch.tokens.shape[1] for batch in WORKLOAD.target} == {12 + 4}
+    assert all(int(batch.is_target.sum()) == 4 * len(batch) for batch in WORKLOAD.target)
+    assert next(iter(WORKLOAD.spared)) == "benign"
+    assert len(WORKLOAD.spared) == 2
+    assert WORKLOAD.measuring.decoded == 3 * 4, "one batch of each behaviour"
+    with pytest.raises(ValueError, match="measured=0; expected at least 1"):
+        replace(WORKLOAD, measured=0)
+
+
+def test_nothing_protected_needs_no_twin(model):
+    alone = replace(WORKLOAD, n_protected=0)
+    speed = Speed(1.0, 1.0, 1.0, 1.0)
+    options = {
+        "measuring": Measuring(alone.measuring, alone.measuring),
+        "longest_answer": 4,
+        "max_memory": None,
+        "speed": speed,
+    }
+    settings = StudySettings(steps=1, sizes=(0.1,))
+    few = estimate_of_batches(model, alone.target, {}, settings, **options)
+    more = estimate_of_batches(model, alone.target, WORKLOAD.spared, settings, **options)
+    assert 0 < few.others < more.others
+    assert few.n_masks == more.n_masks
+
+
+def test_a_first_look_has_less_of_everything(model):
+    for settings in (StudySettings(), FOR_REAL_MODELS):
+        fewer = quick(settings)
+        assert fewer.steps == 4 and fewer.n_random == 1
+        assert set(fewer.sizes) < set(settings.sizes)
+    assert quick(StudySettings(sizes=(0.1,), steps=2)).sizes == (0.1,)
+    assert quick(StudySettings(sizes=(0.1,), steps=2)).steps == 2
+
+    tenth = with_share_of_requests(model, 0.5)
+    for name, behaviour in tenth.behaviours.items():
+        few, all_ = behaviour.prompts("heldout"), model.behaviours[name].prompts("heldout")
+        assert 0 < len(few) <= len(all_)
+    assert len(tenth.behaviours["benign"].prompts("heldout")) < len(
+        model.behaviours["benign"].prompts("heldout")
+    )
+    assert tenth.details["share_of_requests"] == 0.5
+
+
+def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
+    arguments = ["--answers", "4", "--protected-answers", "3", "--tflops", "1", "--bandwidth", "10"]
+    config = str(FOLDER / "sft" / "config.json")
+    result = CliRunner(env={"COLUMNS": "140"}).invoke(app, ["cost", "--model", config, *arguments])
+    assert result.exit_code == 0, result.output
+    assert "983,040 block weights" in result.stdout
+    for line in ("the model", "activations of a batch", "search, 8 steps", "study in all"):
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "no configuration of a language model"),
+        (["--model", str(FOLDER / "sft"), "--answers", "0"], "answers=0; expected at least 1"),
+        (["--model", str(FOLDER / "sft"), "--max-memory", "0.000001"], "give at least these"),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    result = CliRunner().invoke(app, ["cost", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
