@@ -29,7 +29,7 @@ class Chat:
     A model that thinks before it answers is kept from it: the answer begins where the thinking
     would end. So thinking is neither scored nor begun for the model.
 
-    >>> hc.Chat(system="Answer in one sentence.")
+    >>> Chat(system="Answer in one sentence.")
     Chat(system='Answer in one sentence.', options={})
 
     Attributes:
