@@ -40,7 +40,8 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import typer
 from baselines import rounds
-from search_bench import ENDED, cost_cells
+from search_bench import with_prompts
+from search_results import ENDED, cost_cells
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -72,40 +73,35 @@ Masks = list[hc.WeightMask]
 
 
 # %%
-def with_prompts(model: Model, name: str, prompts: PromptSet) -> Calibration:
-    return Calibration(prompts, model.batches(model.behaviour(name), prompts), len(prompts), name)
-
-
 def halves(model: Model, data: Data, draw: int) -> tuple[Data, Data]:
     """The answers about half of every topic's items, and those about the others."""
-    both = []
-    for rest in (False, True):
-        half = {}
-        for name, calibration in data.items():
-            prompts = calibration.prompts.sampled(0.5, seed=draw, rest=rest)
-            half[name] = with_prompts(model, name, prompts)
-        both.append(half)
-    return both[0], both[1]
+    drawn = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw))
+    rest = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw, rest=True))
+    return drawn, rest
 
 
 def shuffled(model: Model, data: Data, draw: int) -> Data:
     """The same answers in another order: another third of them is checked."""
-    in_order = {}
-    for name, calibration in data.items():
-        examples = list(calibration.prompts)
+
+    def reordered(prompts: PromptSet) -> PromptSet:
+        examples = list(prompts)
         random.Random(draw).shuffle(examples)
-        in_order[name] = with_prompts(model, name, PromptSet(tuple(examples)))
-    return in_order
+        return PromptSet(tuple(examples))
+
+    return with_prompts(model, data, reordered)
 
 
-def heldout(model: Model, names: Data) -> Data:
-    data = {}
-    for name in names:
+def heldout(model: Model, data: Data) -> Data:
+    """The same behaviours on the held-out items."""
+    shown = {}
+    for name in data:
         behaviour = model.behaviour(name)
-        answers = model.verified(behaviour, behaviour.prompts("heldout"))
-        shown = answers.where(lambda example: bool(example.completion))
-        data[name] = with_prompts(model, name, shown)
-    return data
+        requests = behaviour.prompts("heldout")
+        answers = model.verified(behaviour, requests)
+        verified = answers.where(lambda example: bool(example.completion))
+        batches = model.batches(behaviour, verified)
+        shown[name] = Calibration(verified, batches, len(requests), name)
+    return shown
 
 
 def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
