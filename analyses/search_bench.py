@@ -25,6 +25,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -305,17 +306,26 @@ def main(
         sizes = tuple(size or SIZES)
         settings = {"sizes": str(sizes)}
         settings |= {spec.model: repr(spec.settings) for spec in models if spec.files}
-        jobs = []
-        for spec in models:
-            for share in part or ["all"]:
-                for way in method or methods():
-                    labels = {**spec.labels, "part": share, "method": way}
-                    run = partial(measured, spec, share, way, sizes, labels)
-                    jobs.append(Job(labels, run))
+        jobs = bench_jobs(models, part or ["all"], method or methods(), sizes)
         rows = run_jobs(out, jobs, settings, workers=workers, name="search bench")
     except ValueError as error:
         raise refused(error) from None
     write(out, rows)
+
+
+def bench_jobs(
+    models: Iterable[ModelSpec],
+    parts: Iterable[str],
+    names: Iterable[str],
+    sizes: Sequence[float],
+) -> list[Job]:
+    """One for each model, part of its answers, and method."""
+    jobs = []
+    for spec, part, name in product(models, parts, names):
+        labels = {**spec.labels, "part": part, "method": name}
+        run = partial(measured, spec, part, name, sizes, labels)
+        jobs.append(Job(labels, run))
+    return jobs
 
 
 def write(out: Path, rows: Rows) -> None:
