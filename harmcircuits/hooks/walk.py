@@ -125,6 +125,10 @@ class Walk:
     target_loss: float | None = None
     best: list[Best] = field(default_factory=list)
     trace: Rows = field(default_factory=Rows)
+    # By the digest of the mask. Where few weights are worth their price, masks of several sizes and
+    # of several steps are the same, and each check reads a third of what is protected.
+    known_rises: dict[str, list[Measurement]] = field(default_factory=dict)
+    known_losses: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = FIRST_FACTOR if self.units is None else FIRST_UNIT_FACTOR
@@ -282,13 +286,20 @@ class Walk:
     def _try(self, share: float, rung: int, labels: Mapping[str, Label]) -> Try:
         mask = self._chosen(share, self.factors[rung])
         where = {**labels, "factor": self.factors[rung]}
-        rises = self.protection.rises(self.bridge, mask, where)
+        rises = self._rises(mask, where)
         is_accepted = self.protection.allows(rises)
 
         outcome = "accepted" if is_accepted else "refused"
         size = Measurement.exact("weights_removed", where, mask.n_removed)
         self.trace += [row.labelled(outcome=outcome) for row in (size, *rises)]
         return Try(mask, rung, rises, is_accepted)
+
+    def _rises(self, mask: WeightMask, labels: Mapping[str, Label]) -> list[Measurement]:
+        """What a mask costs what is protected."""
+        if mask.digest not in self.known_rises:
+            self.known_rises[mask.digest] = self.protection.rises(self.bridge, mask, {})
+        rises = self.known_rises[mask.digest]
+        return [replace(row, labels={**labels, **row.labels}) for row in rises]
 
     def _chosen(self, share: float, factor: float) -> WeightMask:
         """The largest of benefit - factor * price, but none that is zero or below."""
@@ -308,9 +319,12 @@ class Walk:
 
     def _mean_loss(self, mask: WeightMask | None) -> float:
         """The target's mean objective under a mask."""
-        with torch.no_grad(), masked_if_given(self.bridge, mask):
-            losses = [self.objective(self.bridge, batch).float().cpu() for batch in self.target]
-        return torch.cat(losses).mean().item()
+        name = mask.digest if mask is not None else ""
+        if name not in self.known_losses:
+            with torch.no_grad(), masked_if_given(self.bridge, mask):
+                losses = [self.objective(self.bridge, batch).float().cpu() for batch in self.target]
+            self.known_losses[name] = torch.cat(losses).mean().item()
+        return self.known_losses[name]
 
     @property
     def factors(self) -> tuple[float, ...]:

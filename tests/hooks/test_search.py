@@ -26,7 +26,7 @@ from harmcircuits.hooks.attribution import (
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.protection import CHECKED_EVERY, split_by_request
+from harmcircuits.hooks.protection import CHECKED_EVERY, Protection, split_by_request
 from harmcircuits.hooks.search import (
     REACH,
     find_circuit,
@@ -512,6 +512,31 @@ def test_a_walk_is_stopped(llama):
     mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=5, reach=1.0, stop=stop)
     assert [row.labels["step"] for row in mask.trace.where("target_loss", aim="walk")] == [1, 2]
     assert seen[-1] == pytest.approx(mask.trace.one("target_loss", aim="walk", step=2).mean)
+
+
+def test_a_mask_is_checked_once(llama, monkeypatch):
+    """Two equal sizes ask for the same masks, and get the same figures."""
+    checked = []
+    rises = Protection.rises
+
+    def counted(protection, bridge, mask, labels):
+        checked.append(mask.digest)
+        return rises(protection, bridge, mask, labels)
+
+    monkeypatch.setattr(Protection, "rises", counted)
+    options = {"steps": 2, "reach": 1.0}
+    once = find_circuit(llama, TARGET, [SPARED], size=SIZE, **options)
+    n_checked = len(checked)
+    assert n_checked == len(set(checked))
+    first, second = find_circuit(llama, TARGET, [SPARED], size=[SIZE, SIZE], **options)
+    assert len(checked) == 2 * n_checked
+    assert_same_weights(first, once)
+    assert_same_weights(second, once)
+    for metric in ("protected_rise", "target_loss"):
+        of_sizes = first.trace.where(metric, aim="size")
+        of_one = once.trace.where(metric, aim="size")
+        assert len(of_sizes) == 2 * len(of_one) > 0
+        assert {row.mean for row in of_sizes} == {row.mean for row in of_one}
 
 
 def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
