@@ -24,7 +24,13 @@ from torch import Tensor
 from harmcircuits.behaviours.judges import JudgeError, RuleJudge, Verdict
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
-from harmcircuits.behaviours.validation import METRIC, contrast_rows, is_valid, labelled_answers
+from harmcircuits.behaviours.validation import (
+    METRIC,
+    contrast_rows,
+    harmful_from,
+    is_valid,
+    labelled_answers,
+)
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.inspection import mean_residual
@@ -328,8 +334,7 @@ def probe_of(
     features = residuals.flatten(1).double().numpy()
     scores = torch.from_numpy(_out_of_fold(features, is_target, groups))
 
-    is_refusal = torch.tensor([example.label == "refusal" for example in answers])
-    threshold = _equal_error(scores[~is_refusal], torch.from_numpy(is_target)[~is_refusal])
+    threshold = harmful_from(scores, answers, target=target)
     direction, bias = _direction(_fitted(features, is_target))
     weights = torch.from_numpy(direction).view(residuals.shape[1:])
     bare = Probe(layers, weights, bias, threshold, Rows(), model)
@@ -380,20 +385,6 @@ def _direction(fitted: Any) -> tuple[ndarray, float]:
     direction = regression.coef_[0] / scaler.scale_
     bias = regression.intercept_[0] - direction @ scaler.mean_
     return direction, float(bias)
-
-
-def _equal_error(scores: Tensor, is_target: Tensor) -> float:
-    """The score at which the share of targets below it is nearest that of others above it."""
-    values = scores.unique()  # sorted
-    if len(values) == 1:
-        return float(values[0])
-    cuts = (values[1:] + values[:-1]) / 2
-    others, targets = scores[~is_target], scores[is_target]
-    missed = (targets[None, :] < cuts[:, None]).double().mean(dim=1)
-    false = (others[None, :] >= cuts[:, None]).double().mean(dim=1)
-    # Refusals alone may be what is harmless.
-    difference = (missed - false.nan_to_num()).abs()
-    return float(cuts[difference.argmin()])
 
 
 def _validation(
