@@ -8,7 +8,7 @@
 # the harmful answers that are scored, *others* those of every other ability that the model shows.
 
 # %%
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,14 +64,21 @@ def edited(bridge: Bridge, edit: Edit) -> Iterator[Bridge]:
         with hc.masked(bridge, edit):
             yield bridge
         return
-    weights = hc.named_weights(bridge)
+
+    weights = flat_weights(bridge)
     dampened = {}
     for name, index in edit.mask.removed.items():
-        dampened[name] = weights[name].detach().flatten()[index] * edit.factors[name]
+        dampened[name] = weights[name][index] * edit.factors[name]
     with hc.masked(bridge, edit.mask):  # it puts back what it found, whatever is written meanwhile
         for name, index in edit.mask.removed.items():
-            weights[name].detach().view(-1)[index] = dampened[name]
+            weights[name][index] = dampened[name]
         yield bridge
+
+
+def flat_weights(bridge: Bridge) -> Tensors:
+    """Every block matrix as a row of numbers, which can be written to."""
+    weights = hc.named_weights(bridge)
+    return {name: weight.detach().view(-1) for name, weight in weights.items()}
 
 
 # %% [markdown]
@@ -97,17 +104,26 @@ def difference(
     of_others = [spare(model.bridge, other) for other in others]
     masks = []
     for q in sizes:
+        p = p_over_q * q
         mask = hc.top_fraction(of_target, q, within=within)
         for scores in of_others:
-            mask = mask - hc.top_fraction(scores, p_over_q * q, within=within)
+            mask = mask - hc.top_fraction(scores, p, within=within)
         masks.append(mask)
     return masks
 
 
 def batches(data: Calibrations) -> tuple[Sequence[Batch], list[Sequence[Batch]]]:
     """The harmful answers, and those of each other ability."""
-    others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
+    others = []
+    for name, calibration in data.items():
+        if name != "harmful":
+            others.append(calibration.batches)
     return data["harmful"].batches, others
+
+
+def together(groups: Iterable[Sequence[Batch]]) -> list[Batch]:
+    """The batches of several abilities as those of one."""
+    return [*chain.from_iterable(groups)]
 
 
 # %% [markdown]
@@ -121,8 +137,7 @@ def wanda_pruning(
     model: Model, data: Calibrations, sizes: Sequence[float], *, within: Scope = "row"
 ) -> list[hc.WeightMask]:
     _, others = batches(data)
-    together = [*chain.from_iterable(others)]
-    scores = hc.wanda_scores(model.bridge, together)
+    scores = hc.wanda_scores(model.bridge, together(others))
     return hc.top_fraction(-scores, sizes, within=within)
 
 
@@ -159,33 +174,40 @@ def dampening(
     all_data: bool = True,
 ) -> list[Edit]:
     target, others = batches(data)
+    everything = together([*others, target]) if all_data else together(others)
     of_harm = fisher(model.bridge, target, per_batch)
-    together = [*chain.from_iterable(others)]
-    if all_data:
-        together += target
-    of_all = fisher(model.bridge, together, per_batch)
+    of_all = fisher(model.bridge, everything, per_batch)
     ratio = {name: of_harm[name] / (of_all[name] + TINY) for name in of_harm}
-    masks = hc.top_fraction(scored(model.bridge, ratio, "dampening"), sizes, within="model")
+
+    scores = scored(model.bridge, ratio, "dampening")
+    masks = hc.top_fraction(scores, sizes, within="model")
     if zeroed:
         return list(masks)
-    edits: list[Edit] = []
-    for mask in masks:
-        factors = {}
-        for name, index in mask.removed.items():
-            factors[name] = (strength / (ratio[name].flatten()[index] + TINY)).clamp(max=1)
-        edits.append(Dampening(mask, factors))
-    return edits
+    return [Dampening(mask, factors(mask, ratio, strength)) for mask in masks]
+
+
+def factors(mask: hc.WeightMask, ratio: Tensors, strength: float) -> Tensors:
+    """What each weight of a mask is multiplied by: less, the more it is harm's alone."""
+    found = {}
+    for name, index in mask.removed.items():
+        chosen = ratio[name].flatten()[index]
+        factor = strength / (chosen + TINY)
+        found[name] = factor.clamp(max=1)
+    return found
 
 
 def fisher(bridge: Bridge, data: Sequence[Batch], per_batch: int) -> Tensors:
     """Mean over batches of the squared gradient of the batch's mean loss."""
-    squares: Tensors = {}
-    parts = [part for batch in data for part in cut(batch, per_batch)]
+    parts = [*chain.from_iterable(cut(batch, per_batch) for batch in data)]
+    mean: Tensors = {}
     for part in parts:
         for name, gradient in gradients(bridge, [part]).items():
             square = gradient.square_() / len(parts)
-            squares[name] = squares[name].add_(square) if name in squares else square
-    return squares
+            if name in mean:
+                mean[name].add_(square)
+            else:
+                mean[name] = square
+    return mean
 
 
 def cut(batch: Batch, size: int) -> Iterator[Batch]:
@@ -199,18 +221,23 @@ def salun(
 ) -> list[hc.WeightMask]:
     """With p: less the top p = p_over_q * q of the same score on each other ability."""
     target, others = batches(data)
-    ranked = gradient_sizes(model.bridge, target)
-    spared = [gradient_sizes(model.bridge, other) for other in others] if p_over_q else []
+    of_harm = gradient_sizes(model.bridge, target)
+    if not p_over_q:
+        return hc.top_fraction(of_harm, sizes, within="model")
+
+    of_others = [gradient_sizes(model.bridge, other) for other in others]
     masks = []
     for q in sizes:
-        taken = [hc.top_fraction(other, p_over_q * q, within="model") for other in spared]
-        masks.append(hc.top_fraction(ranked, q, within="model", exclude=union(taken)))
+        p = p_over_q * q
+        spared = union([hc.top_fraction(scores, p, within="model") for scores in of_others])
+        masks.append(hc.top_fraction(of_harm, q, within="model", exclude=spared))
     return masks
 
 
 def gradient_sizes(bridge: Bridge, data: Sequence[Batch]) -> WeightScores:
-    found = {name: gradient.abs_() for name, gradient in gradients(bridge, data).items()}
-    return scored(bridge, found, "gradient")
+    mean = gradients(bridge, data)
+    sizes = {name: gradient.abs_() for name, gradient in mean.items()}
+    return scored(bridge, sizes, "gradient")
 
 
 def wagle(
@@ -222,7 +249,8 @@ def wagle(
     for name, gradient in of_harm.items():
         moved = weights[name].detach() - of_others[name] / mu
         values[name] = (moved * gradient).abs_()
-    return hc.top_fraction(scored(model.bridge, values, "wagle"), sizes, within="model")
+    scores = scored(model.bridge, values, "wagle")
+    return hc.top_fraction(scores, sizes, within="model")
 
 
 def product(
@@ -235,13 +263,16 @@ def product(
         values[name] = -gradient * of_others[name]
         if times_weight:
             values[name] *= weights[name].detach().square()
-    return hc.top_fraction(scored(model.bridge, values, "product"), sizes, within="model")
+    scores = scored(model.bridge, values, "product")
+    return hc.top_fraction(scores, sizes, within="model")
 
 
 def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
+    """Of harm, and of everything else."""
     target, others = batches(data)
-    together = [*chain.from_iterable(others)]
-    return gradients(model.bridge, target), gradients(model.bridge, together)
+    of_harm = gradients(model.bridge, target)
+    of_others = gradients(model.bridge, together(others))
+    return of_harm, of_others
 
 
 def gradients(bridge: Bridge, data: Sequence[Batch]) -> Tensors:
@@ -285,11 +316,9 @@ def learned_mask(
     scores = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
     speed = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
-    needs = {name: weight.requires_grad for name, weight in weights.items()}
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        mask = None  # before the first step all scores are alike
+
+    mask = None  # before the first step all scores are alike
+    with gradients_taken(weights.values()):
         for _ in range(steps):
             other = others[_below(len(others), generator)]
             with masked_if_given(bridge, mask):
@@ -297,16 +326,30 @@ def learned_mask(
                 kept = hc.completion_loss(bridge, drawn(other, generator)).mean()
                 loss = spared * kept + completeness * harm
                 found = torch.autograd.grad(loss, list(weights.values()))
+
+            # Outside the mask: W is what the weight was, also where it is removed.
             for (name, weight), gradient in zip(weights.items(), found, strict=True):
-                # Outside the mask: W is what the weight was, also where it is removed.
-                speed[name].mul_(momentum).addcmul_(weight.detach(), gradient)
+                speed[name].mul_(momentum)
+                speed[name].addcmul_(weight.detach(), gradient)
                 scores[name] += speed[name]
             size = sizes[_below(len(sizes), generator)]
-            mask = hc.top_fraction(scored(bridge, scores, "learned mask"), size, within="model")
+            ranked = scored(bridge, scores, "learned mask")
+            mask = hc.top_fraction(ranked, size, within="model")
+    ranked = scored(bridge, scores, "learned mask")
+    return hc.top_fraction(ranked, sizes, within="model")
+
+
+@contextmanager
+def gradients_taken(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Weights that gradients are taken with respect to; afterwards as they were."""
+    needed = [(weight, weight.requires_grad) for weight in weights]
+    try:
+        for weight, _ in needed:
+            weight.requires_grad_(True)
+        yield
     finally:
-        for name, weight in weights.items():
-            weight.requires_grad_(needs[name])
-    return hc.top_fraction(scored(bridge, scores, "learned mask"), sizes, within="model")
+        for weight, is_needed in needed:
+            weight.requires_grad_(is_needed)
 
 
 def _below(n: int, generator: torch.Generator) -> int:
@@ -350,12 +393,22 @@ def rounds(
     protect_share: float = 0.005,
     rounds: int = 10,
 ) -> list[hc.WeightMask]:
-    options = {"protect_share": protect_share, "rounds": rounds}
     target, others = batches(data)
-    return prune_in_rounds(model.bridge, target, others, size=sizes, **options)
+    return prune_in_rounds(
+        model.bridge,
+        target,
+        others,
+        size=sizes,
+        protect_share=protect_share,
+        rounds=rounds,
+    )
 
 
 ONE_SHOT = {"steps": 1, "reach": 1.0, "renew": False}
+ONE_SHOT_TRIED = [
+    {**ONE_SHOT, "budget": 0.02},
+    {**ONE_SHOT, "budget": 0.1},
+]
 DIFFERENCES = [
     {"p_over_q": 1.0, "within": "model"},
     {"p_over_q": 5.0, "within": "model"},
@@ -385,9 +438,17 @@ by_wanda = partial(difference, score=hc.wanda_scores, spare=hc.wanda_scores)
 WAYS = {
     "search": Way(search, {}),
     "search, first answers": Way(search, {"renew": False}),
-    "search, one shot": Way(search, ONE_SHOT, [{**ONE_SHOT, "budget": b} for b in (0.02, 0.1)]),
+    "search, one shot": Way(search, ONE_SHOT, ONE_SHOT_TRIED),
     "search, neurons": Way(search, {"unit": "neuron"}),
-    "rounds": Way(rounds, {}, [{"protect_share": share} for share in (0.0025, 0.01, 0.02)]),
+    "rounds": Way(
+        rounds,
+        {},
+        [
+            {"protect_share": 0.0025},
+            {"protect_share": 0.01},
+            {"protect_share": 0.02},
+        ],
+    ),
     "signed difference": Way(signed, {"p_over_q": 5.0}, DIFFERENCES),
     "unsigned difference": Way(unsigned, {"p_over_q": 1.0}, DIFFERENCES),
     "Wanda difference": Way(by_wanda, {"p_over_q": 1.0}, DIFFERENCES),
@@ -409,8 +470,24 @@ WAYS = {
             {"zeroed": True, "per_batch": 1, "all_data": False},
         ],
     ),
-    "SalUn": Way(salun, {}, [{"p_over_q": ratio} for ratio in (1.0, 5.0, 20.0)]),
-    "WAGLE": Way(wagle, {}, [{"mu": mu} for mu in (1e-3, 1.0, 100.0)]),
+    "SalUn": Way(
+        salun,
+        {},
+        [
+            {"p_over_q": 1.0},
+            {"p_over_q": 5.0},
+            {"p_over_q": 20.0},
+        ],
+    ),
+    "WAGLE": Way(
+        wagle,
+        {},
+        [
+            {"mu": 1e-3},
+            {"mu": 1.0},
+            {"mu": 100.0},
+        ],
+    ),
     "gradient product": Way(product, {}, [{"times_weight": True}]),
     "learned mask": Way(
         learned_mask,

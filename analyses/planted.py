@@ -33,7 +33,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 from safetensors.torch import load_file
-from search_bench import cost_cells
+from search_results import cost_cells
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model

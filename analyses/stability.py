@@ -32,15 +32,18 @@
 
 # %%
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import pandas as pd
 import typer
 from baselines import rounds
-from search_bench import ENDED, cost_cells
+from search_bench import with_prompts
+from search_results import ENDED, cost_cells
+from torch import Tensor
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -72,43 +75,39 @@ Masks = list[hc.WeightMask]
 
 
 # %%
-def with_prompts(model: Model, name: str, prompts: PromptSet) -> Calibration:
-    return Calibration(prompts, model.batches(model.behaviour(name), prompts), len(prompts), name)
-
-
 def halves(model: Model, data: Data, draw: int) -> tuple[Data, Data]:
     """The answers about half of every topic's items, and those about the others."""
-    both = []
-    for rest in (False, True):
-        half = {}
-        for name, calibration in data.items():
-            prompts = calibration.prompts.sampled(0.5, seed=draw, rest=rest)
-            half[name] = with_prompts(model, name, prompts)
-        both.append(half)
-    return both[0], both[1]
+    drawn = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw))
+    rest = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw, rest=True))
+    return drawn, rest
 
 
 def shuffled(model: Model, data: Data, draw: int) -> Data:
     """The same answers in another order: another third of them is checked."""
-    in_order = {}
-    for name, calibration in data.items():
-        examples = list(calibration.prompts)
+
+    def reordered(prompts: PromptSet) -> PromptSet:
+        examples = list(prompts)
         random.Random(draw).shuffle(examples)
-        in_order[name] = with_prompts(model, name, PromptSet(tuple(examples)))
-    return in_order
+        return PromptSet(tuple(examples))
+
+    return with_prompts(model, data, reordered)
 
 
-def heldout(model: Model, names: Data) -> Data:
-    data = {}
-    for name in names:
+def heldout(model: Model, data: Data) -> Data:
+    """The same behaviours on the held-out items."""
+    shown = {}
+    for name in data:
         behaviour = model.behaviour(name)
-        answers = model.verified(behaviour, behaviour.prompts("heldout"))
-        shown = answers.where(lambda example: bool(example.completion))
-        data[name] = with_prompts(model, name, shown)
-    return data
+        requests = behaviour.prompts("heldout")
+        answers = model.verified(behaviour, requests)
+        verified = answers.where(lambda example: bool(example.completion))
+        batches = model.batches(behaviour, verified)
+        shown[name] = Calibration(verified, batches, len(requests), name)
+    return shown
 
 
 def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
+    """The answers of two searches: "halves", "same half" or "wholes"."""
     whole = model.calibrations()
     if kind == "wholes":
         return whole, heldout(model, whole)
@@ -130,18 +129,25 @@ def search(model: Model, data: Data, *, unit: Unit = "weight") -> Masks:
 def three_walks(model: Model, data: Data) -> Masks:
     """At each size the weights in most of three masks; among equals, the larger removal effect."""
     walks = [search(model, data)]
-    walks += [search(model, shuffled(model, data, order)) for order in (1, 2)]
+    for order in (1, 2):
+        walks.append(search(model, shuffled(model, data, order)))
     effect = hc.removal_effect(model.bridge, data["harmful"].batches)
-    largest = max(value.abs().max().item() for value in effect.values.values())
-    source = Source(effect.source.model, "votes", {}, (effect.source,))
+    of_each_size = zip(*walks, strict=True)
     chosen = []
-    for size, masks in zip(SIZES, zip(*walks, strict=True), strict=True):
-        votes = {}
-        for name, value in effect.values.items():
-            n_votes = sum(mask.dense(name).float() for mask in masks)
-            votes[name] = n_votes + value / (3 * largest)  # less than a vote apart
-        chosen.append(hc.top_fraction(WeightScores(votes, source), size, within="model"))
+    for size, masks in zip(SIZES, of_each_size, strict=True):
+        chosen.append(hc.top_fraction(votes(masks, effect), size, within="model"))
     return chosen
+
+
+def votes(masks: Iterable[hc.WeightMask], effect: WeightScores) -> WeightScores:
+    """In how many masks each weight is, and its effect as less than a vote."""
+    largest = max(values.abs().max().item() for values in effect.values.values())
+    counted = {}
+    for name, values in effect.values.items():
+        n_votes = sum(mask.dense(name).float() for mask in masks)
+        counted[name] = n_votes + values / (3 * largest)
+    source = Source(effect.source.model, "votes", {}, (effect.source,))
+    return WeightScores(counted, source)
 
 
 METHODS: dict[str, Callable[[Model, Data], Masks]] = {
@@ -168,35 +174,60 @@ PAIRS = (
 
 # %%
 def jaccard(
-    mask: hc.WeightMask, other: hc.WeightMask, sites: Mapping[str, Site], level: Level
+    mask: hc.WeightMask,
+    other: hc.WeightMask,
+    sites: Mapping[str, Site],
+    level: Level,
 ) -> float:
     if level == "weight":
-        return (mask & other).n_removed / (mask | other).n_removed
-    first, second = counts_by(mask, sites, level), counts_by(other, sites, level)
-    n_both = sum(min(first[place].n_removed, second[place].n_removed) for place in first)
-    n_either = sum(max(first[place].n_removed, second[place].n_removed) for place in first)
+        n_both = (mask & other).n_removed
+        return n_both / (mask | other).n_removed
+
+    first = counts_by(mask, sites, level)
+    second = counts_by(other, sites, level)
+    n_both = n_either = 0
+    for place in first:
+        n_first = first[place].n_removed
+        n_second = second[place].n_removed
+        n_both += min(n_first, n_second)
+        n_either += max(n_first, n_second)
     return n_both / max(1, n_either)
 
 
 def shared(model: Model, mask: hc.WeightMask, other: hc.WeightMask, labels: Labels) -> Rows:
-    sites, weights = hc.weight_sites(model.bridge), hc.named_weights(model.bridge)
-    pairs: dict[str, list[tuple[hc.WeightMask, hc.WeightMask]]] = {name: [] for name in MASKS}
-    pairs["searched"].append((mask, other))
-    for seed in range(N_RANDOM):
-        for name, known in zip(MASKS[1:], (None, weights), strict=True):
-            first = hc.random_like(mask, seed=2 * seed, weights=known)
-            second = hc.random_like(other, seed=2 * seed + 1, weights=known)
-            pairs[name].append((first, second))
+    """What two masks share, beside what random ones do."""
+    sites = hc.weight_sites(model.bridge)
+    weights = hc.named_weights(model.bridge)
+    pairs = {
+        "searched": [(mask, other)],
+        "random": random_pairs(mask, other),
+        "random, same |W|": random_pairs(mask, other, weights),
+    }
     rows = [Measurement.exact("overlap_lift", labels, hc.overlap(mask, other).lift)]
-    for name, masks in pairs.items():
+    for name in MASKS:
         for level in LEVELS:
-            values = [jaccard(first, second, sites, level) for first, second in masks]
+            values = [jaccard(first, second, sites, level) for first, second in pairs[name]]
             where = {**labels, "masks": name, "level": level}
-            rows.append(Measurement.exact("jaccard", where, sum(values) / len(values)))
+            rows.append(Measurement.exact("jaccard", where, fmean(values)))
     return Rows(rows)
 
 
+def random_pairs(
+    mask: hc.WeightMask,
+    other: hc.WeightMask,
+    weights: Mapping[str, Tensor] | None = None,
+) -> list[tuple[hc.WeightMask, hc.WeightMask]]:
+    """Random masks like the one and like the other; with weights, of their magnitudes too."""
+    pairs = []
+    for number in range(N_RANDOM):
+        first = hc.random_like(mask, seed=2 * number, weights=weights)
+        second = hc.random_like(other, seed=2 * number + 1, weights=weights)
+        pairs.append((first, second))
+    return pairs
+
+
 def done_by(model: Model, mask: hc.WeightMask, names: Data, labels: Labels) -> Rows:
+    """Held out: how the model does without the mask's weights."""
     rows = model.measure(mask=mask, only=list(names), labels=labels)
     rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
     return rows
@@ -205,17 +236,19 @@ def done_by(model: Model, mask: hc.WeightMask, names: Data, labels: Labels) -> R
 def compared(folder: Path, name: str, method: str, kind: str, draw: int, labels: Labels) -> Rows:
     """A pair of searches: what their masks share at each size, and what they do at one."""
     model = hc.open_model(name, folder=folder)
-    pair = pair_of(model, kind, draw)
-    first, second = (METHODS[method](model, data) for data in pair)
+    search_for = METHODS[method]
+    data, other_data = pair_of(model, kind, draw)
+    masks = search_for(model, data)
+    others = search_for(model, other_data)
     rows = Rows()
-    for size, mask, other in zip(SIZES, first, second, strict=True):
+    for size, mask, other in zip(SIZES, masks, others, strict=True):
         if not (mask.n_removed and other.n_removed):  # nothing of this size was worth its price
             continue
         where = {**labels, "size": size}
         rows += shared(model, mask, other, where)
         if kind == "halves" and size == MEASURED:
-            rows += done_by(model, mask, pair[0], {**where, "mask": "first"})
-            rows += done_by(model, other, pair[0], {**where, "mask": "second"})
+            rows += done_by(model, mask, data, {**where, "mask": "first"})
+            rows += done_by(model, other, data, {**where, "mask": "second"})
     return rows
 
 
@@ -242,31 +275,34 @@ def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
 # %%
 def overlaps(rows: Rows) -> pd.DataFrame:
     """Of each model, method, pair and size the mean over draws; in brackets the two chances."""
-    lines = []
     names = ("ladder", "model", "method", "pair", "size")
     pairs = rows.where("jaccard") + rows.where("overlap_lift")
+    lines = []
     for key, drawn in pairs.by(*names).items():
         line: dict[str, Any] = dict(zip(names, key, strict=True))
+        lifts = drawn.where("overlap_lift")
         line["size"] = f"{line['size']:.1%}"
-        line["draws"] = len(drawn.where("overlap_lift"))
+        line["draws"] = len(lifts)
         for level in LEVELS:
-            found, *chances = (
-                mean(drawn.where("jaccard", level=level, masks=masks)) for masks in MASKS
-            )
-            line[level] = f"{found:.2f} ({', '.join(f'{chance:.2f}' for chance in chances)})"
-        line["lift"] = round(mean(drawn.where("overlap_lift")))
+            line[level] = jaccard_text(drawn.where("jaccard", level=level))
+        line["lift"] = round(mean(lifts))
         lines.append(line)
     return pd.DataFrame(lines)
 
 
+def jaccard_text(rows: Rows) -> str:
+    found, random, same_size = (f"{mean(rows.where(masks=masks)):.2f}" for masks in MASKS)
+    return f"{found} ({random}, {same_size})"
+
+
 def mean(rows: Rows) -> float:
-    return sum(row.mean for row in rows) / len(rows)
+    return fmean(row.mean for row in rows)
 
 
 def effects(rows: Rows) -> pd.DataFrame:
     """What each mask that was measured does, held out."""
-    lines = []
     names = ("ladder", "model", "method", "pair", "draw", "size", "mask")
+    lines = []
     masks = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
     for key, done in masks.by(*names).items():
         line: dict[str, Any] = dict(zip(names, key, strict=True))
@@ -280,6 +316,21 @@ def effects(rows: Rows) -> pd.DataFrame:
 
 
 # %%
+def jobs_of(folder: Path, name: str, draws: int) -> list[Job]:
+    """Every search of one model."""
+    of_model = ModelSpec(name, folder).labels
+    jobs = []
+    for size in DISJOINT_SIZES:
+        labels = {**of_model, "method": "search", "pair": "disjoint", "draw": 0, "size": size}
+        jobs.append(Job(labels, partial(disjoint, folder, name, size, labels)))
+    for method, kind in PAIRS:
+        for draw in range(1 if kind == "wholes" else draws):
+            labels = {**of_model, "method": method, "pair": kind, "draw": draw}
+            run = partial(compared, folder, name, method, kind, draw, labels)
+            jobs.append(Job(labels, run))
+    return jobs
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and the tables; resumes.")],
     organisms: Annotated[
@@ -292,16 +343,7 @@ def main(
     jobs = []
     for folder in organisms or [FOLDER]:
         for name in rung or RUNGS:
-            of_model = ModelSpec(name, folder).labels
-            for size in DISJOINT_SIZES:
-                of_search = {"method": "search", "pair": "disjoint", "draw": 0, "size": size}
-                labels = {**of_model, **of_search}
-                jobs.append(Job(labels, partial(disjoint, folder, name, size, labels)))
-            for method, kind in PAIRS:
-                for draw in range(1 if kind == "wholes" else draws):
-                    labels = {**of_model, "method": method, "pair": kind, "draw": draw}
-                    run = partial(compared, folder, name, method, kind, draw, labels)
-                    jobs.append(Job(labels, run))
+            jobs += jobs_of(folder, name, draws)
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="stability")
     text = "\n\n".join(table.to_string(index=False) for table in (overlaps(rows), effects(rows)))
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")

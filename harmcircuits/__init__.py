@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.losses import completion_nll as completion_nll
     from harmcircuits.hooks.losses import kl_under as kl_under
     from harmcircuits.hooks.masking import masked as masked
-    from harmcircuits.hooks.masking import unmasked as unmasked
     from harmcircuits.hooks.memory import estimate_memory as estimate_memory
     from harmcircuits.hooks.objectives import choice_margin as choice_margin
     from harmcircuits.hooks.objectives import completion_loss as completion_loss
@@ -103,7 +102,6 @@ _MODULES = {
     "token_price": "hooks.attribution",
     "tokenize": "prompts",
     "top_fraction": "circuits.masks",
-    "unmasked": "hooks.masking",
     "wanda_scores": "hooks.attribution",
     "weight_sites": "hooks.weights",
 }

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
@@ -144,13 +145,10 @@ def study_command(
                 opened = spec.open(progress=progress)
             else:
                 opened = _organism(organism, organisms, chosen.seed, device, custom)
-            if is_quick and not model:
-                opened = with_share_of_requests(opened, QUICK_SHARE)
             if is_quick:
+                opened = _fewer_items(opened)
                 progress.console.print(_quick_text(chosen, usual, custom if model else {}))
-            if model:
-                estimate = estimate_study(opened, chosen, max_memory=bound)
-                progress.console.print(str(estimate), highlight=False, markup=False)
+            _say_cost(progress, opened, chosen, bound)
             run = study(opened, chosen, out=out, progress=progress, max_memory=bound)
     except ValueError as error:
         raise refused(error) from None
@@ -187,6 +185,20 @@ def _budgets(given: list[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--budget-of {text!r}; expected NAME=NATS") from None
     return budgets
+
+
+def _say_cost(
+    progress: Progress, model: Model, settings: StudySettings, max_memory: int | None
+) -> None:
+    """What the study of a real model takes; organisms take minutes."""
+    if not model.is_invented:
+        estimate = estimate_study(model, settings, max_memory=max_memory)
+        progress.console.print(str(estimate), highlight=False, markup=False)
+
+
+def _fewer_items(model: Model) -> Model:
+    """An organism asked about a tenth of its items; a real model has been given few requests."""
+    return with_share_of_requests(model, QUICK_SHARE) if model.is_invented else model
 
 
 def _fewer_requests(custom: dict[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,32 @@ class Units:
         is_chosen[order[is_taken]] = True
         return self._weights(is_chosen)
 
+    def random(self, weights: Indices, *, seed: int) -> dict[str, Index]:
+        """The weights of as many units in every layer as some weights are of, drawn at random.
+
+        Key-value heads that are units by themselves are counted by themselves.
+
+        Args:
+            weights: flat indices into each weight; a unit with one of them counts.
+            seed: draws the units.
+
+        Returns:
+            Sorted flat indices into each weight.
+        """
+        is_given = torch.zeros(len(self.sizes), dtype=torch.bool)
+        for name in weights.keys() & self.sites.keys():
+            units = self.sites[name].units(weights[name])
+            self._of(name, is_given)[units] = True
+
+        generator = torch.Generator().manual_seed(seed)
+        is_drawn = torch.zeros(len(self.sizes), dtype=torch.bool)
+        matrices = {first: name for name, first in self.first.items()}  # one for each number
+        for name in matrices.values():
+            n_given = int(self._of(name, is_given).sum())
+            order = torch.randperm(self.sites[name].n_units, generator=generator)
+            self._of(name, is_drawn)[order[:n_given]] = True
+        return self._weights(is_drawn)
+
     def _weights(self, is_chosen: Bool[Tensor, " unit"]) -> dict[str, Index]:
         """The weights of these units."""
         weights = {}

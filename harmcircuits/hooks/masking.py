@@ -86,7 +86,7 @@ def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> before = hc.completion_nll(bridge, harm)
-    >>> with hc.masked(bridge, mask), hc.unmasked(bridge):
+    >>> with hc.masked(bridge, mask), unmasked(bridge):
     ...     during = hc.completion_nll(bridge, harm)
     >>> (during == before).all()
     tensor(True)

@@ -12,9 +12,10 @@ from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.weights import named_weights
+from harmcircuits.hooks.weights import named_weights, weight_sites
 
 FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
 
@@ -69,6 +70,10 @@ def controls(
     twin" (or another contrast's): the same search for the contrast instead, with the target
     protected. The last is a search of its own, which may give fewer weights.
 
+    A circuit of whole neurons, heads or rows has controls of these: "random" is of as many in each
+    layer, and there is no "random magnitude". The ranked ones are the units with the best means,
+    and, like the circuit, none that is zero or below.
+
     >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=2)
     >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
     Controls(random (2 masks), random magnitude (2 masks), opposite sign (1 mask),
@@ -98,14 +103,12 @@ def controls(
     data = (calibrations or {}).get(target) or model.calibration(target)
     if unpruned is None:
         unpruned = unpruned_scores(model, target, data, protected, max_memory=max_memory)
-    weights = named_weights(model.bridge)
+    unit = mask.source.settings.get("unit", "weight")
     seeds = range(seed, seed + n_random)
-    masks = {
-        "random": [random_like(mask, seed=number) for number in seeds],
-        "random magnitude": [random_like(mask, seed=number, weights=weights) for number in seeds],
-        "opposite sign": [opposite_sign(mask, unpruned)],
-        "second slice": [second_slice(mask, unpruned)],
-    }
+    if unit == "weight":
+        masks = _of_weights(model, mask, unpruned, seeds)
+    else:
+        masks = _of_units(model, mask, unpruned, seeds, unit)
 
     twin = _twin_data(model, target, contrast, protected, calibrations)
     if twin is None:
@@ -124,6 +127,50 @@ def controls(
     )
     name = f"{contrast} twin"
     return Controls({**masks, name: [circuit]}, (name,))
+
+
+def _of_weights(
+    model: Model, mask: WeightMask, unpruned: Unpruned, seeds: Iterable[int]
+) -> dict[str, list[WeightMask]]:
+    """The controls that are no searches."""
+    weights = named_weights(model.bridge)
+    return {
+        "random": [random_like(mask, seed=seed) for seed in seeds],
+        "random magnitude": [random_like(mask, seed=seed, weights=weights) for seed in seeds],
+        "opposite sign": [opposite_sign(mask, unpruned)],
+        "second slice": [second_slice(mask, unpruned)],
+    }
+
+
+def _of_units(
+    model: Model, mask: WeightMask, unpruned: Unpruned, seeds: Iterable[int], unit: Unit
+) -> dict[str, list[WeightMask]]:
+    """The same of whole units."""
+    sites = weight_sites(model.bridge)
+    # Experts and their routers have none.
+    units = Units.of(sites, unit, [name for name, site in sites.items() if site.is_hooked])
+
+    def as_mask(
+        name: str, removed: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> WeightMask:
+        source = Source(mask.source.model, name, {"unit": unit, **settings}, (mask.source,))
+        return WeightMask(removed, mask.shapes, source)
+
+    def best(ranked: Unpruned, excluded: Mapping[str, Tensor]) -> WeightMask:
+        scores = priced(ranked, _factor(mask))
+        removed = units.largest(scores.values, mask.n_removed, excluded)
+        return as_mask("best_units", removed, scores.source.settings)
+
+    random = []
+    for seed in seeds:
+        drawn = units.random(mask.removed, seed=seed)
+        random.append(as_mask("random_units", drawn, {"seed": seed}))
+    opposite = Unpruned(-unpruned.effect, unpruned.price)
+    return {
+        "random": random,
+        "opposite sign": [best(opposite, {})],
+        "second slice": [best(unpruned, mask.removed)],
+    }
 
 
 def unpruned_scores(

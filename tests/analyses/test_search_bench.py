@@ -21,6 +21,7 @@ from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms import FOLDER, world
 
 bench = import_module("search_bench")
+results = import_module("search_results")
 baselines = import_module("baselines")
 
 
@@ -47,9 +48,9 @@ def rows_of(harm: list[float], nll: list[float], **others: list[float]) -> Rows:
 
 def test_the_area_is_the_mean_over_sizes_of_what_the_best_mask_so_far_takes():
     n = len(bench.SIZES)
-    found = bench.taken(rows_of([1.0, 0.5, 0.8, 0.0], [0.3, 1.3, 0.8, 20.3]))
+    found = results.taken(rows_of([1.0, 0.5, 0.8, 0.0], [0.3, 1.3, 0.8, 20.3]))
     assert found.rate == pytest.approx((0.5 + 0.5 + (n - 2) * 1.0) / n)
-    assert found.nats == pytest.approx((1 + 1 + (n - 2) * bench.CAP) / n)
+    assert found.nats == pytest.approx((1 + 1 + (n - 2) * results.CAP) / n)
     assert found.ends_at == bench.SIZES[2]
     assert found.degenerate == 0.25
 
@@ -64,8 +65,8 @@ def test_the_area_is_the_mean_over_sizes_of_what_the_best_mask_so_far_takes():
 )
 def test_what_breaks_something_else_does_not_count(broken):
     harm, nll = [1.0, 0.5, 0.0], [0.3, 1.3, 5.3]
-    whole = bench.taken(rows_of(harm, nll))
-    found = bench.taken(rows_of(harm, nll, **broken))
+    whole = results.taken(rows_of(harm, nll))
+    found = results.taken(rows_of(harm, nll, **broken))
     assert whole.ends_at == bench.SIZES[1]
     assert found.ends_at is None
     assert found.rate == 0.5
@@ -76,8 +77,8 @@ def test_what_was_not_asked_does_not_count():
     rows = rows_of([1.0, 0.0], [0.3, 5.3])
     rate = "benign_valid_rate"
     asked = Rows(row for row in rows if row.metric != rate or row.labels["size"] == 0)
-    assert bench.taken(rows).rate == 1.0
-    assert bench.taken(asked).rate == 0.0
+    assert results.taken(rows).rate == 1.0
+    assert results.taken(asked).rate == 0.0
 
 
 def test_the_interval_resamples_ladders():
@@ -85,11 +86,11 @@ def test_the_interval_resamples_ladders():
         return values[:, 0].sum() / values[:, 1].sum()
 
     alike = {(ladder, "sft", "all"): (4.0, 2.0) for ladder in "abc"}
-    assert bench.resampled(alike, ratio) == (2.0, 2.0)
+    assert results.resampled(alike, ratio) == (2.0, 2.0)
     # One ladder of three is 1 and the others 3: a resample has none of it, or only it.
     mixed = {("a", "sft", part): (1.0, 1.0) for part in ("all", "A", "B")}
     mixed |= {(ladder, "sft", "all"): (3.0, 1.0) for ladder in "bc"}
-    low, high = bench.resampled(mixed, ratio)
+    low, high = results.resampled(mixed, ratio)
     assert low == 1.0
     assert high == 3.0
 
@@ -202,14 +203,12 @@ def test_the_readmes_quote_the_committed_rows():
     folder = Path(bench.__file__).parent
     rows = Rows.read(folder / "rows" / "search_bench.jsonl")
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert bench.markdown(bench.table(rows)) in readme
-    assert bench.markdown(bench.case_table(rows)) in readme
-    assert bench.times_text(rows) in readme
-    settings = Rows.read(folder / "rows" / "search_defaults.jsonl")
-    assert bench.markdown(bench.variants(settings)) in readme
+    assert results.markdown(results.table(rows, bench.methods())) in readme
+    assert results.markdown(results.case_table(rows)) in readme
+    assert results.times_text(rows) in readme
     main = (folder.parent / "README.md").read_text(encoding="utf-8")
-    assert bench.markdown(bench.table(rows)) in main
-    assert bench.times_text(rows) in main
+    assert results.markdown(results.table(rows, bench.methods())) in main
+    assert results.times_text(rows) in main
 
 
 def test_the_command_takes_a_model_of_ones_own(tmp_path):
@@ -237,7 +236,7 @@ def test_the_command_takes_a_model_of_ones_own(tmp_path):
     assert done.exit_code == 0, done.output
     rows = Rows.read(tmp_path / "out" / "rows.jsonl")
     assert {row.labels["ladder"] for row in rows} == {"own"}
-    found = bench.by_method(rows)
+    found = results.by_method(rows)
     assert [value.sizes for value in found["random"].values()] == [[0.01]]
     assert "signed difference" in (tmp_path / "out" / "summary.md").read_text()
 

@@ -95,6 +95,24 @@ def test_the_best_units_by_hand(unit, n, expected):
     assert chosen == {f"blocks.{name}.weight": index for name, index in expected.items()}
 
 
+def test_random_units_are_as_many_in_every_layer():
+    """Neurons of 3 weights: of two in layer 0 and of none in layer 1, as a part of each shows."""
+    units = Units.of(HAND, "neuron", HAND)
+    given = {"blocks.0.mlp.in.weight": torch.tensor([0, 2])}
+    assert as_mask(HAND, units.random(given, seed=0)).counts == {
+        **dict.fromkeys(HAND, 0),
+        "blocks.0.mlp.in.weight": 4,
+        "blocks.0.mlp.out.weight": 2,
+    }
+    one = {"blocks.1.mlp.out.weight": torch.tensor([1])}
+    drawn = [units.random(one, seed=seed) for seed in range(10)]
+    neurons = {int(removed["blocks.1.mlp.out.weight"]) for removed in drawn}
+    assert neurons == {0, 1}
+    for removed in drawn:
+        first = 2 * int(removed["blocks.1.mlp.out.weight"])
+        assert removed["blocks.1.mlp.in.weight"].tolist() == [first, first + 1]
+
+
 def test_units_of_several_sizes_are_ranked_by_their_means():
     """Rows of 2 and of 8: the longer has the larger sum, the shorter the larger mean."""
     sites = by_name(site(0, "mlp.in", (1, 8), 0, 1), site(0, "mlp.out", (1, 2), 1, 2))

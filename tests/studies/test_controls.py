@@ -1,7 +1,8 @@
 """Controls of a circuit: as many weights, chosen otherwise.
 
 Would catch: a control that is larger or smaller, that shares the circuit's weights or ignores the
-price, a twin that is searched for with other data or settings, a search that is not named as one.
+price, a twin that is searched for with other data or settings, a search that is not named as one,
+single weights where the circuit is of whole units.
 """
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import small_model
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import WeightScores
+from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.studies.controls import Controls, Unpruned, controls
@@ -156,6 +158,32 @@ def test_another_contrast_has_a_twin_of_its_name(model, data, circuit):
     )
     assert others.searched == ("recognition twin",)
     assert "benign twin" not in others
+
+
+@pytest.mark.parametrize("unit", ["neuron", "head", "row"])
+def test_those_of_whole_units_are_whole_units(model, data, unit):
+    """As many in every layer, and no head or neuron in part."""
+    mask = model.find_circuit("harmful", calibrations=data, **OPTIONS, unit=unit, budget=1.0)
+    others = controls(model, "harmful", mask, calibrations=data, n_random=2)
+    assert list(others) == ["random", "opposite sign", "second slice", "benign twin"]
+    random, second_random = others["random"]
+    assert random.counts == second_random.counts == mask.counts
+    if unit != "head":  # of four heads both may be the same
+        assert not same_weights(random, second_random)
+    assert not len(others["second slice"][0] & mask)
+
+    sites = weight_sites(model.bridge)
+    units = Units.of(sites, unit, sites)
+    for name, masks in others.items():
+        for other in masks:
+            assert 0 < len(other) <= len(mask), name
+            # The best by a score that is 1 on these weights and 0 elsewhere are the same weights.
+            ones = {weight: other.dense(weight).float() for weight in sites}
+            assert same_weights(other, as_mask(units.largest(ones, len(other), {}), other))
+
+
+def as_mask(removed, like: WeightMask) -> WeightMask:
+    return WeightMask(removed, like.shapes, like.source)
 
 
 def test_where_the_contrast_is_the_target_there_is_no_twin(model, data):
