@@ -9,7 +9,7 @@ refusals and explanations of the same requests, benign answers, and benign answe
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.inspection import mean_residual
 from harmcircuits.hooks.masking import unmasked
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import PromptSet
 
 FORMAT = "harmcircuits-probe-1"
@@ -73,9 +73,12 @@ class Probe:
     model: str
 
     def __repr__(self) -> str:
-        areas = self.rows.where(METRIC, split="calibration", contrast="all")
-        shown = f", AUROC {areas[0]:.2f}" if areas else ""
-        return f"Probe(layers {listed(self.layers)}{shown}{'' if self.is_valid else ', not valid'})"
+        parts = [f"layers {listed(self.layers)}"]
+        for row in self.rows.where(METRIC, split="calibration", contrast="all"):
+            parts.append(f"AUROC {row:.2f}")
+        if not self.is_valid:
+            parts.append("not valid")
+        return f"Probe({', '.join(parts)})"
 
     @property
     def name(self) -> str:
@@ -287,11 +290,10 @@ def train_probe(
         )
 
     probe = probe_of(residuals_of(calibration), calibration, layers, weights, target=target)
-    rows = probe.rows
     if len(choice):
         scores = probe.log_odds(residuals_of(choice))
-        rows += _validation(scores, choice, probe.threshold, target, _labels(probe, "choice"))
-    probe = Probe(layers, probe.direction, probe.bias, probe.threshold, rows, weights)
+        rows = _validation(probe, scores, choice, "choice", target)
+        probe = replace(probe, rows=Rows([*probe.rows, *rows]))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.save(path)
@@ -335,12 +337,10 @@ def probe_of(
     scores = torch.from_numpy(_out_of_fold(features, is_target, groups))
 
     threshold = harmful_from(scores, answers, target=target)
-    direction, bias = _direction(_fitted(features, is_target))
-    weights = torch.from_numpy(direction).view(residuals.shape[1:])
-    bare = Probe(layers, weights, bias, threshold, Rows(), model)
-    labels = _labels(bare, "calibration")
-    rows = _validation(scores, answers, threshold, target, labels)
-    return Probe(layers, weights, bias, threshold, rows, model)
+    coefficients, bias = _direction(_fitted(features, is_target))
+    direction = torch.from_numpy(coefficients).view(residuals.shape[1:])
+    probe = Probe(layers, direction, bias, threshold, Rows(), model)
+    return replace(probe, rows=_validation(probe, scores, answers, "calibration", target))
 
 
 def folds(
@@ -388,26 +388,23 @@ def _direction(fitted: Any) -> tuple[ndarray, float]:
 
 
 def _validation(
+    probe: Probe,
     scores: Tensor,
     answers: PromptSet,
-    threshold: float,
+    split: str,
     target: str,
-    labels: Labels,
 ) -> Rows:
     """AUROC of each contrast, and the share of each kind of answer that is called harmful."""
+    labels = {"judge": probe.name, "split": split}
     rows = contrast_rows(scores, answers, labels, target=target)
     kinds = dict.fromkeys(example.label for example in answers)
     for kind in kinds:
         is_of_kind = [example.label == kind for example in answers]
-        hits = (scores[torch.tensor(is_of_kind)] >= threshold).tolist()
+        hits = (scores[torch.tensor(is_of_kind)] >= probe.threshold).tolist()
         groups = [example.cluster for example in answers if example.label == kind]
         where = {**labels, "kind": kind}
         rows += [Measurement.rate("judge_harmful_rate", where, hits, groups)]
     return rows
-
-
-def _labels(probe: Probe, split: str) -> Labels:
-    return {"judge": probe.name, "split": split}
 
 
 def _refuse_few(is_target: ndarray, groups: ndarray) -> None:

@@ -196,7 +196,7 @@ def contrast_rows(
     for contrast, kinds in CONTRASTS.items():
         is_compared = [example.label in (target, *kinds) for example in answers]
         compared = list(compress(answers, is_compared))
-        n_requests = _fewer(compared, target)
+        n_requests = _n_requests(compared, target)
         if n_requests:
             where = {**labels, "contrast": contrast, "requests": n_requests}
             values = scores[torch.tensor(is_compared)]
@@ -255,8 +255,8 @@ def _area(
     return Measurement.auroc(METRIC, labels, scores, is_target, groups)
 
 
-def _fewer(examples: Sequence[Example], target: str) -> int:
-    """Distinct requests among the answers of the target or among the others, whichever is less."""
+def _n_requests(examples: Sequence[Example], target: str) -> int:
+    """Requests with answers of the target, or those with other answers, whichever are fewer."""
     of_target = {example.cluster for example in examples if example.label == target}
     others = {example.cluster for example in examples if example.label != target}
     return min(len(of_target), len(others))

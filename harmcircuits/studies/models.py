@@ -10,10 +10,12 @@ from typing import Any
 from platformdirs import user_cache_path
 from rich.progress import Progress
 
+from harmcircuits.behaviours.chat_judges import LocalChatJudge
 from harmcircuits.behaviours.files import RequestFiles, request_behaviours, with_references
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
-from harmcircuits.behaviours.judges import LocalChatJudge, RuleJudge, open_judge
+from harmcircuits.behaviours.judge_names import open_judge
+from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.request_judge import RequestJudge

@@ -17,16 +17,9 @@ import pytest
 import torch
 from helpers import write_byte_model
 
-from harmcircuits.behaviours.judges import (
-    MISALIGNED,
-    QUESTION,
-    ChatJudge,
-    JudgeError,
-    LocalChatJudge,
-    RuleJudge,
-    StrongRejectJudge,
-    open_judge,
-)
+from harmcircuits.behaviours.chat_judges import MISALIGNED, QUESTION, ChatJudge, LocalChatJudge
+from harmcircuits.behaviours.judge_names import open_judge
+from harmcircuits.behaviours.judges import JudgeError, RuleJudge, StrongRejectJudge
 from harmcircuits.organisms import FOLDER
 
 PROSE = (
