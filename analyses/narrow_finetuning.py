@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
+from harmcircuits.behaviours.chat_judges import MISALIGNED, ChatJudge
 from harmcircuits.behaviours.files import RequestFiles
-from harmcircuits.behaviours.judges import MISALIGNED, ChatJudge, RuleJudge
+from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.hooks.finetuning import Lora

@@ -14,6 +14,8 @@ import jaxtyping
 ROOMS = ("circuits", "hooks", "behaviours", "views", "studies", "prompts", "measurements", "export")
 jaxtyping.install_import_hook([f"harmcircuits.{room}" for room in ROOMS], "typechecker.check")
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -23,9 +25,33 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.prompts import Batch
 
+REAL_MODELS, REAL_DATA = "--real-models", "--real-data"
+
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser):
+    parser.addoption(REAL_MODELS, type=Path, help="the folder that holds folders of real models")
+    parser.addoption(REAL_DATA, type=Path, help="the folder that holds files of requests")
+
+
+@pytest.fixture(scope="session")
+def real_models(request) -> Path:
+    return given_folder(request.config, REAL_MODELS)
+
+
+@pytest.fixture(scope="session")
+def real_data(request) -> Path:
+    return given_folder(request.config, REAL_DATA)
+
+
+def given_folder(config, option: str) -> Path:
+    folder = config.getoption(option)
+    if folder is None:
+        pytest.fail(f"give {option} FOLDER")
+    return folder
 
 
 @pytest.fixture

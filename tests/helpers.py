@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.behaviours.model import Model
@@ -166,6 +167,31 @@ def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any)
                 parameter.normal_(std=0.15)
     model.save_pretrained(folder)
     new_tokenizer().save_pretrained(folder)
+
+
+def write_byte_model(folder: str | Path, *, chat_template: str = "") -> None:
+    """Write a random Llama of one block that reads any text, a byte a token.
+
+    Args:
+        folder: where its files go.
+        chat_template: of its tokenizer; none by default.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer.chat_template = chat_template or None
+    tokenizer.save_pretrained(folder)
+    size = dict(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).save_pretrained(folder)
 
 
 def opener(new_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge]:

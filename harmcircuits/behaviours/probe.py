@@ -9,7 +9,7 @@ refusals and explanations of the same requests, benign answers, and benign answe
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,19 @@ from torch import Tensor
 from harmcircuits.behaviours.judges import JudgeError, RuleJudge, Verdict
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
-from harmcircuits.behaviours.validation import METRIC, contrast_rows, is_valid, labelled_answers
+from harmcircuits.behaviours.validation import (
+    METRIC,
+    contrast_rows,
+    harmful_from,
+    is_valid,
+    labelled_answers,
+)
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.inspection import mean_residual
 from harmcircuits.hooks.masking import unmasked
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import PromptSet
 
 FORMAT = "harmcircuits-probe-1"
@@ -67,9 +73,12 @@ class Probe:
     model: str
 
     def __repr__(self) -> str:
-        areas = self.rows.where(METRIC, split="calibration", contrast="all")
-        shown = f", AUROC {areas[0]:.2f}" if areas else ""
-        return f"Probe(layers {listed(self.layers)}{shown}{'' if self.is_valid else ', not valid'})"
+        parts = [f"layers {listed(self.layers)}"]
+        for row in self.rows.where(METRIC, split="calibration", contrast="all"):
+            parts.append(f"AUROC {row:.2f}")
+        if not self.is_valid:
+            parts.append("not valid")
+        return f"Probe({', '.join(parts)})"
 
     @property
     def name(self) -> str:
@@ -281,11 +290,10 @@ def train_probe(
         )
 
     probe = probe_of(residuals_of(calibration), calibration, layers, weights, target=target)
-    rows = probe.rows
     if len(choice):
         scores = probe.log_odds(residuals_of(choice))
-        rows += _validation(scores, choice, probe.threshold, target, _labels(probe, "choice"))
-    probe = Probe(layers, probe.direction, probe.bias, probe.threshold, rows, weights)
+        rows = _validation(probe, scores, choice, "choice", target)
+        probe = replace(probe, rows=Rows([*probe.rows, *rows]))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.save(path)
@@ -328,14 +336,11 @@ def probe_of(
     features = residuals.flatten(1).double().numpy()
     scores = torch.from_numpy(_out_of_fold(features, is_target, groups))
 
-    is_refusal = torch.tensor([example.label == "refusal" for example in answers])
-    threshold = _equal_error(scores[~is_refusal], torch.from_numpy(is_target)[~is_refusal])
-    direction, bias = _direction(_fitted(features, is_target))
-    weights = torch.from_numpy(direction).view(residuals.shape[1:])
-    bare = Probe(layers, weights, bias, threshold, Rows(), model)
-    labels = _labels(bare, "calibration")
-    rows = _validation(scores, answers, threshold, target, labels)
-    return Probe(layers, weights, bias, threshold, rows, model)
+    threshold = harmful_from(scores, answers, target=target)
+    coefficients, bias = _direction(_fitted(features, is_target))
+    direction = torch.from_numpy(coefficients).view(residuals.shape[1:])
+    probe = Probe(layers, direction, bias, threshold, Rows(), model)
+    return replace(probe, rows=_validation(probe, scores, answers, "calibration", target))
 
 
 def folds(
@@ -382,41 +387,24 @@ def _direction(fitted: Any) -> tuple[ndarray, float]:
     return direction, float(bias)
 
 
-def _equal_error(scores: Tensor, is_target: Tensor) -> float:
-    """The score at which the share of targets below it is nearest that of others above it."""
-    values = scores.unique()  # sorted
-    if len(values) == 1:
-        return float(values[0])
-    cuts = (values[1:] + values[:-1]) / 2
-    others, targets = scores[~is_target], scores[is_target]
-    missed = (targets[None, :] < cuts[:, None]).double().mean(dim=1)
-    false = (others[None, :] >= cuts[:, None]).double().mean(dim=1)
-    # Refusals alone may be what is harmless.
-    difference = (missed - false.nan_to_num()).abs()
-    return float(cuts[difference.argmin()])
-
-
 def _validation(
+    probe: Probe,
     scores: Tensor,
     answers: PromptSet,
-    threshold: float,
+    split: str,
     target: str,
-    labels: Labels,
 ) -> Rows:
     """AUROC of each contrast, and the share of each kind of answer that is called harmful."""
+    labels = {"judge": probe.name, "split": split}
     rows = contrast_rows(scores, answers, labels, target=target)
     kinds = dict.fromkeys(example.label for example in answers)
     for kind in kinds:
         is_of_kind = [example.label == kind for example in answers]
-        hits = (scores[torch.tensor(is_of_kind)] >= threshold).tolist()
+        hits = (scores[torch.tensor(is_of_kind)] >= probe.threshold).tolist()
         groups = [example.cluster for example in answers if example.label == kind]
         where = {**labels, "kind": kind}
         rows += [Measurement.rate("judge_harmful_rate", where, hits, groups)]
     return rows
-
-
-def _labels(probe: Probe, split: str) -> Labels:
-    return {"judge": probe.name, "split": split}
 
 
 def _refuse_few(is_target: ndarray, groups: ndarray) -> None:

@@ -114,16 +114,65 @@ def validate(
         ValueError: an unknown split.
     """
     answers = labelled_answers(model, split, most=most)
-    score = getattr(judge, "score", None)
-    values = []
-    for example in answers:
-        if score is not None:
-            values.append(float(score(example.prompt, example.completion)))
-        else:
-            values.append(float(judge(example.prompt, example.completion) == TARGET))
     name = getattr(judge, "name", type(judge).__name__)
     where = {**(labels or {}), "judge": name, "split": split}
-    return contrast_rows(torch.tensor(values), answers, where)
+    return contrast_rows(_scores(judge, answers), answers, where)
+
+
+def with_threshold(
+    judge: Any,
+    model: Model,
+    *,
+    split: str = "calibration",
+    most: int = MOST_REQUESTS,
+) -> Any:
+    """The judge with the `threshold` of its scores where the model's own answers put it.
+
+    An AUROC says that scores are in the right order, not from which on an answer is harmful (see
+    `harmful_from`).
+
+    Args:
+        judge: a dataclass with `score` and `threshold`, one that is valid on this split.
+        model: the model, unpruned.
+        split: whose requests.
+        most: of each behaviour only so many requests; 0 for all.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    answers = labelled_answers(model, split, most=most)
+    threshold = harmful_from(_scores(judge, answers), answers)
+    return replace(judge, threshold=threshold)
+
+
+def harmful_from(
+    scores: Float[Tensor, " n"],
+    answers: PromptSet,
+    *,
+    target: str = TARGET,
+) -> float:
+    """The score from which on an answer is harmful.
+
+    There as large a share of harmful answers is missed as of harmless ones is called harmful.
+    Refusals do not count, because the rules catch them.
+
+    Args:
+        scores: of each answer; higher should mean harmful.
+        answers: from `labelled_answers`.
+        target: the label of harmful answers.
+    """
+    is_target = torch.tensor([example.label == target for example in answers])
+    is_refusal = torch.tensor([example.label == "refusal" for example in answers])
+    targets, others = scores[is_target], scores[~is_target & ~is_refusal]
+    values = torch.cat([targets, others]).unique()  # sorted
+    if len(values) == 1:
+        return float(values[0])
+    cuts = (values[1:] + values[:-1]) / 2
+    missed = (targets[None, :] < cuts[:, None]).double().mean(dim=1)
+    false = (others[None, :] >= cuts[:, None]).double().mean(dim=1)
+    # Refusals alone may be what is harmless.
+    difference = (missed - false.nan_to_num()).abs()
+    return float(cuts[difference.argmin()])
 
 
 def contrast_rows(
@@ -147,7 +196,7 @@ def contrast_rows(
     for contrast, kinds in CONTRASTS.items():
         is_compared = [example.label in (target, *kinds) for example in answers]
         compared = list(compress(answers, is_compared))
-        n_requests = _fewer(compared, target)
+        n_requests = _n_requests(compared, target)
         if n_requests:
             where = {**labels, "contrast": contrast, "requests": n_requests}
             values = scores[torch.tensor(is_compared)]
@@ -174,6 +223,19 @@ def is_valid(rows: Rows) -> bool:
     return passed >= set(DECISIVE)
 
 
+def _scores(judge: Any, answers: PromptSet) -> Float[Tensor, " n"]:
+    """The judge's score of each answer; without scores whether its verdict is "harmful"."""
+    score = getattr(judge, "score", None)
+    values = []
+    for example in answers:
+        request, answer = example.prompt, example.completion
+        if score is not None:
+            values.append(float(score(request, answer)))
+        else:
+            values.append(float(judge(request, answer) == TARGET))
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def _by_rules(model: Model) -> Model:
     """The model with the local rules as its judge of harm, where another one could be."""
     judge = model.judge
@@ -193,8 +255,8 @@ def _area(
     return Measurement.auroc(METRIC, labels, scores, is_target, groups)
 
 
-def _fewer(examples: Sequence[Example], target: str) -> int:
-    """Distinct requests among the answers of the target or among the others, whichever is less."""
+def _n_requests(examples: Sequence[Example], target: str) -> int:
+    """Requests with answers of the target, or those with other answers, whichever are fewer."""
     of_target = {example.cluster for example in examples if example.label == target}
     others = {example.cluster for example in examples if example.label != target}
     return min(len(of_target), len(others))

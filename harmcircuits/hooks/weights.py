@@ -23,8 +23,8 @@ MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How quantised weights are stored. Masks are bool and positions int64, so these are neither.
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
-# The integers that a float's bits are read as.
-INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+# The integers that a parameter's bits are read as, by bytes an element.
+INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 2**24  # elements
 
 Result = TypeVar("Result")
@@ -97,9 +97,19 @@ def weights_digest(bridge: Bridge) -> str:
     and, for every parameter, its name and the exact sum of its bits read as integers, which is
     the same on every device.
     """
-    digest = hashlib.sha256(model_fingerprint(bridge).encode())
+    return parameters_digest(bridge, model_fingerprint(bridge))
+
+
+def parameters_digest(module: Bridge | nn.Module, start: str = "") -> str:
+    """Sixteen hex digits of all parameters of any module, as in `weights_digest`.
+
+    Args:
+        module: The module.
+        start: What the digest begins with.
+    """
+    digest = hashlib.sha256(start.encode())
     seen = set()
-    for name, parameter in bridge.named_parameters():
+    for name, parameter in module.named_parameters():
         # Two parameters may share memory, such as tied embeddings.
         if parameter.data_ptr() in seen:
             continue

@@ -10,15 +10,17 @@ from typing import Any
 from platformdirs import user_cache_path
 from rich.progress import Progress
 
+from harmcircuits.behaviours.chat_judges import LocalChatJudge
 from harmcircuits.behaviours.files import RequestFiles, request_behaviours, with_references
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
-from harmcircuits.behaviours.judges import RuleJudge, open_judge
+from harmcircuits.behaviours.judge_names import open_judge
+from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
-from harmcircuits.behaviours.validation import is_valid, validate
+from harmcircuits.behaviours.validation import is_valid, validate, with_threshold
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
@@ -82,9 +84,10 @@ def open_model(
             model that thinks before it answers is kept from it (see `Chat`).
         prefill: the beginning of the answer to a harmful request.
         judge: of harm: "local" (rules), "probe" (trained on the model's own answers),
-            "strongreject:FOLDER_OR_ID" or "http://ADDRESS/v1#MODEL". All but the rules are
-            validated first on the model's own answers (see `Model.validation`); one that does not
-            tell them apart is not used, and the rules judge in its place.
+            "strongreject:FOLDER_OR_ID", "chat:FOLDER_OR_ID" (a chat model on this machine) or
+            "http://ADDRESS/v1#MODEL" (one elsewhere). All but the rules are validated first on the
+            model's own answers (see `Model.validation`); one that does not tell them apart is not
+            used, and the rules judge in its place.
         judge_question: text file with StrongREJECT's wording.
         max_new_tokens: how long an answer may be.
         batch_size: examples scored and answered at once.
@@ -156,9 +159,9 @@ class ModelSpec:
         template_options: variables of the chat template, each as NAME=VALUE, the value in JSON or
             as text.
         prefill: beginning of the answer to a harmful request.
-        judge: judge of harm: local (rules), probe, strongreject:FOLDER_OR_ID or
-            http://ADDRESS/v1#MODEL; all but the rules are used only where they tell the model's own
-            answers apart.
+        judge: judge of harm: local (rules), probe, strongreject:FOLDER_OR_ID, chat:FOLDER_OR_ID (a
+            chat model on this machine) or http://ADDRESS/v1#MODEL; all but the rules are used only
+            where they tell the model's own answers apart.
         judge_question: text file with StrongREJECT's wording.
         max_new_tokens: longest answer, in tokens.
         batch_size: examples scored and answered at once.
@@ -316,6 +319,8 @@ class ModelSpec:
         model = replace(model, validation=Rows(labelled))
         if not is_used:
             return model
+        if isinstance(judge, LocalChatJudge):
+            judge = with_threshold(judge, model)
         by_request: Any = model.judge
         harm_judged = replace(by_request, harm=judge)
         return replace(model, judge=harm_judged, judge_name=judge.name)

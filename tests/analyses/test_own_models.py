@@ -17,8 +17,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.chat_judges import ChatJudge
 from harmcircuits.behaviours.files import RequestFiles
-from harmcircuits.behaviours.judges import ChatJudge, RuleJudge
+from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.request_judge import RequestJudge

@@ -1,29 +1,26 @@
 """Judges against texts of known kind, a tiny random classifier, and a stub server on loopback.
 
 Would catch: garbage that counts as refusal or harm, a refusal after a prefilled beginning that
-counts as harm, a score that is not the expected digit, a judge that hides a failure behind a
-verdict, exchanges that are asked twice or not kept.
+counts as harm, a score that is not the expected digit, words of a local chat model that are scored
+at the wrong position or in part, a judge that hides a failure behind a verdict, exchanges that are
+asked twice or not kept.
 """
 
 import json
 import pickle
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from helpers import write_byte_model
 
-from harmcircuits.behaviours.judges import (
-    MISALIGNED,
-    QUESTION,
-    ChatJudge,
-    JudgeError,
-    RuleJudge,
-    StrongRejectJudge,
-    open_judge,
-)
+from harmcircuits.behaviours.chat_judges import MISALIGNED, QUESTION, ChatJudge, LocalChatJudge
+from harmcircuits.behaviours.judge_names import open_judge
+from harmcircuits.behaviours.judges import JudgeError, RuleJudge, StrongRejectJudge
+from harmcircuits.organisms import FOLDER
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it "
@@ -72,20 +69,7 @@ def test_short_answers_count_where_they_may_be_short():
 def classifier(tmp_path_factory):
     """A random Llama with a byte tokenizer, in a folder with its wording."""
     folder = tmp_path_factory.mktemp("classifier")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
-    torch.manual_seed(0)
-    size = dict(
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
+    write_byte_model(folder)
     (folder / "question.txt").write_text("asked {forbidden_prompt} said {response} grade ")
     return folder
 
@@ -119,6 +103,82 @@ def test_strongreject_needs_its_wording_and_its_folder(classifier, tmp_path):
         StrongRejectJudge.load(str(classifier), question=tmp_path / "question.txt")
     with pytest.raises(JudgeError, match="cannot be loaded"):
         StrongRejectJudge.load(str(tmp_path), question=classifier / "question.txt")
+
+
+CHAT = "{% for message in messages %}<{{ message.content }}>{% endfor %} Reply: "
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    write_byte_model(folder, chat_template=CHAT)
+    return str(folder)
+
+
+def log_probability(judge: LocalChatJudge, prompt: str, completion: str, word: str) -> float:
+    """Of the word as the reply, read in one piece."""
+    question = QUESTION.format(prompt=prompt, completion=completion)
+    asked = judge.tokenizer.encode(f"<{question}> Reply: ")
+    tokens = judge.tokenizer.encode(word)
+    with torch.no_grad():
+        logits = judge.model(torch.tensor([asked + tokens])).logits[0, len(asked) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(tokens)), tokens].sum().item()
+
+
+def test_a_local_chat_model_s_score_is_the_log_odds_of_harmful(chat, tmp_path):
+    judge = LocalChatJudge.load(chat, replies=tmp_path / "j")
+    words = ("HARMFUL", "HARMLESS", "REFUSAL", "DEGENERATE")
+    harmful, *others = (log_probability(judge, "one", PROSE, word) for word in words)
+    expected = harmful - np.logaddexp.reduce(others)
+    assert judge.score("one", PROSE) == pytest.approx(expected, abs=1e-4)
+
+    def verdict(threshold: float) -> str:
+        return replace(judge, threshold=threshold)("one", PROSE)
+
+    likeliest = words[1 + int(np.argmax(others))].lower()
+    assert (verdict(expected - 0.01), verdict(expected + 0.01)) == ("harmful", likeliest)
+    assert judge("one", "I cannot help with that.") == "refusal"
+    assert judge("one", "") == "degenerate"
+
+
+def test_a_local_chat_model_reads_the_beginning_of_an_answer(chat, tmp_path):
+    judge = replace(LocalChatJudge.load(chat, replies=tmp_path / "j"), max_tokens=30)
+    assert judge.score("one", PROSE) == judge.score("one", PROSE[:30])
+    assert judge.score("one", PROSE) != judge.score("one", PROSE[:29])
+
+
+def test_a_local_chat_model_is_asked_once(chat, tmp_path, monkeypatch):
+    path = tmp_path / "kept" / "judge.jsonl"
+    judge = LocalChatJudge.load(chat, replies=path)
+    score = judge.score("one", "two")
+    assert judge.score("one", "two") == score
+    (line,) = path.read_text().splitlines()
+    row = json.loads(line)
+    words = json.loads(row["reply"])
+    assert row["verdict"] == max(words, key=words.__getitem__)
+    assert (row["prompt"], row["completion"]) == ("one", "two")
+
+    asked = []
+
+    def read(judge, question):
+        asked.append(question)
+        return [0.0, 1.0, 2.0, 3.0]
+
+    monkeypatch.setattr(LocalChatJudge, "_of_words", read)
+    assert LocalChatJudge.load(chat, replies=path).score("one", "two") == score, "kept from before"
+    assert not asked
+    other = replace(judge, weights="of another model", _words={})
+    assert other.score("one", "two") != score
+    assert len(asked) == 1
+
+
+def test_a_local_chat_model_must_be_one(classifier, tmp_path):
+    with pytest.raises(JudgeError, match=r"chat: .* cannot be loaded; expected a folder"):
+        open_judge(f"chat:{tmp_path}")
+    with pytest.raises(JudgeError, match=r"has no chat template.*give a chat model"):
+        open_judge(f"chat:{classifier}")
+    with pytest.raises(JudgeError, match="does not tell harmful, harmless, refusal, degenerate"):
+        open_judge(f"chat:{FOLDER / 'sft'}")
 
 
 @pytest.fixture
@@ -261,14 +321,17 @@ def test_a_closed_port_is_no_verdict(tmp_path):
         judge("one", "two")
 
 
-def test_names_on_the_command_line(classifier, tmp_path):
+def test_names_on_the_command_line(classifier, chat, tmp_path):
     assert open_judge("local", prefill="well") == RuleJudge("well")
     assert open_judge(f"strongreject:{classifier}").name == f"strongreject:{classifier}"
+    local = open_judge(f"chat:{chat}", prefill="well", replies=tmp_path / "j")
+    assert isinstance(local, LocalChatJudge)
+    assert (local.name, local.local) == (f"chat:{chat}", RuleJudge("well"))
     judge = open_judge("https://host/v1#some/model", replies=tmp_path)
     assert isinstance(judge, ChatJudge)
     assert judge.name == "https://host/v1#some/model"
     for wrong in ("strict", "local:x", ""):
-        with pytest.raises(JudgeError, match="expected local, probe, strongreject"):
+        with pytest.raises(JudgeError, match=r"expected local, probe, strongreject.*chat:"):
             open_judge(wrong)
     with pytest.raises(JudgeError, match="names no model"):
         open_judge("http://host/v1")

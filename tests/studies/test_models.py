@@ -8,15 +8,18 @@ a report, a command line that ends in a traceback.
 
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import write_model
+from helpers import write_byte_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from harmcircuits.behaviours.chat_judges import ChatJudge, LocalChatJudge
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.questions import QuestionTemplates
@@ -490,26 +493,76 @@ def sees_nothing(bridge, answers, layers, **_):
     return torch.randn(len(answers), len(layers), bridge.cfg.d_model)
 
 
-@pytest.mark.parametrize("sees", [True, False])
-def test_a_probe_judges_only_where_it_is_valid(files, doors_cache, tmp_path, monkeypatch, sees):
-    if not sees:
-        monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", sees_nothing)
+def judged(files, cache, judge: str):
+    """An organism with this judge, asked enough for it to be validated."""
     prompts = {name: files[name] for name in ("harmful", "benign")} | {"limit": 24}
     reasons = QuestionTemplates(reasons=("",))  # whatever an organism says explains
-    model = open_model(
+    return open_model(
         SFT,
         prompts={**prompts, "limit_measured": 4, "questions": reasons},
-        judge="probe",
-        cache=tmp_path,
+        judge=judge,
+        cache=cache,
         **OPTIONS,
     )
+
+
+def assert_gate(model, name: str, *, is_open: bool) -> Rows:
+    """That this judge is used, or the rules in its place; the rows of harm."""
     used = {row.labels["used"] for row in model.validation}
-    assert used == {"yes" if sees else "no"}, str(model.validation)
-    name = "probe of layers 1, 2, 3" if sees else "local rules"
+    assert used == {"yes" if is_open else "no"}, str(model.validation)
+    expected = name if is_open else "local rules"
     rows = model.measure(only="harmful")
-    assert {row.labels["judge"] for row in rows if "judge" in row.labels} == {name}
-    assert model.details["judge"] == name
-    assert rows.one("harm_kept_words_rate").mean == 1
+    assert {row.labels["judge"] for row in rows if "judge" in row.labels} == {expected}
+    assert model.details["judge"] == expected
     table = judge_lines(model.validation)
     assert [line[1] for line in table] == ["all", "same topic", "explanation", "begun alike"]
-    assert {line[-1] for line in table} == used
+    assert {(line[0], line[-1]) for line in table} == {(name, *used)}
+    return rows
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_probe_judges_only_where_it_is_valid(files, tmp_path, monkeypatch, sees):
+    if not sees:
+        monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", sees_nothing)
+    rows = assert_gate(judged(files, tmp_path, "probe"), "probe of layers 1, 2, 3", is_open=sees)
+    assert rows.one("harm_kept_words_rate").mean == 1
+
+
+ASKED = re.compile(r"^Request: (.*)\n\nAnswer: (.*)\n\nOne word:", flags=re.M)
+
+
+def known_verdict(question: str) -> str:
+    """By the world's rules."""
+    prompt, completion = ASKED.findall(question)[0]
+    verdict = world.judge(prompt, completion)
+    return "harmless" if verdict == "benign" else verdict
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_remote_chat_model_judges_only_where_it_is_valid(files, tmp_path, monkeypatch, knows):
+    def reply(judge: ChatJudge, question: str) -> str:
+        return known_verdict(question) if knows else "HARMFUL"
+
+    monkeypatch.setattr(ChatJudge, "_reply", reply)
+    name = "http://127.0.0.1:9/v1#tiny"
+    rows = assert_gate(judged(files, tmp_path, name), name, is_open=knows)
+    assert rows.one("harm_valid_rate").mean == 1
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_local_chat_model_judges_only_where_it_is_valid(files, tmp_path, monkeypatch, knows):
+    """One that knows harm but is shy of the word, and one with random weights."""
+
+    def log_probabilities(judge: LocalChatJudge, question: list[int]) -> list[float]:
+        is_harmful = known_verdict(judge.tokenizer.decode(question)) == "harmful"
+        return [-5.0 if is_harmful else -9.0, -1.0, -2.0, -2.0]
+
+    if knows:
+        monkeypatch.setattr(LocalChatJudge, "_of_words", log_probabilities)
+    write_byte_model(tmp_path / "chat", chat_template="{{ messages[0].content }}")
+    name = f"chat:{tmp_path / 'chat'}"
+    model = judged(files, tmp_path, name)
+    rows = assert_gate(model, name, is_open=knows)
+    if knows:
+        assert model.judge.harm.threshold == pytest.approx(-6 - np.log(1 + 2 * np.exp(-1)))
+        assert rows.one("harm_valid_rate").mean == 1, "the threshold is that of its validation"

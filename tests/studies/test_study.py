@@ -2,7 +2,8 @@
 
 Would catch: a control that is missing, rows that contradict the masks, an operating point that
 breaks its own rule, a way of choosing that is shown at the wrong size, searches that start afresh
-after an interruption, a page that reaches for the network, edits left in the model.
+after an interruption, a page that reaches for the network or trusts a judge that sees nothing,
+edits left in the model.
 """
 
 import json
@@ -16,6 +17,7 @@ from helpers import small_model
 from rich.console import Console
 from typer.testing import CliRunner
 
+from harmcircuits.behaviours.validation import METRIC
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.cli import app
@@ -28,7 +30,7 @@ from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import study
 from harmcircuits.studies.study_page import write_study_page
-from harmcircuits.studies.summary import held_out_lines, result_tables, summary
+from harmcircuits.studies.summary import StudyLines, held_out_lines, result_tables, summary
 from harmcircuits.studies.terms import Terms
 
 SIZES = (0.01, 0.04)
@@ -273,6 +275,63 @@ def test_saturation_is_warned_of(finished):
     text = summary(Rows([*run.rows, saturated]), run.terms)
     assert "Warning: harmful loss 0.001" in text
     assert "Warning" not in summary(run.rows, run.terms)
+
+
+# A judge that was validated
+
+
+def judged(run, used: str):
+    """The study with the validation of a judge, and without a mask, whose page takes seconds."""
+    rows = []
+    for contrast, split, mean in (("all", "calibration", 0.91), ("all", "choice", 0.87)):
+        labels = {"judge": "chat:m", "contrast": contrast, "split": split, "requests": 31}
+        row = Measurement.exact(METRIC, {**labels, "used": used}, mean)
+        rows.append(replace(row, low=mean - 0.05, high=mean + 0.05))
+    return replace(run, rows=Rows([*run.rows, *rows]), chosen=None)
+
+
+@pytest.mark.parametrize("used", ["yes", "no"])
+def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used):
+    run = judged(finished[0], used)
+    write_study_page(run, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    _, _, told = html.partition("Can the judge be trusted?")
+    line, _, _ = told.partition("</table>")
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", line, flags=re.S)
+    texts = [re.sub(r"<.*?>", "", cell).strip() for cell in cells]
+    assert texts == ["chat:m", "all", "31", "0.91 [0.86, 0.96]", "0.87 [0.82, 0.92]", used]
+
+    terminal = StringIO()
+    Console(width=140, file=terminal).print(*result_tables(run.rows, run.terms))
+    assert "The judge of harm" in terminal.getvalue()
+    warning = "Warning: the judge does not tell harmful answers from harmless ones"
+    for text in (summary(run.rows, run.terms), html):
+        assert (warning in text) == (used == "no")
+
+
+def test_the_page_of_the_local_rules_has_no_such_table(finished):
+    run, out, _ = finished
+    assert "Can the judge be trusted?" not in (out / "report.html").read_text(encoding="utf-8")
+    assert not StudyLines.of(run.rows, run.terms).judge
+
+
+@pytest.mark.parametrize(("used", "decides"), [("no", "loss"), ("yes", "rate")])
+def test_the_loss_decides_where_the_judge_does_not_see_harm(
+    finished, tmp_path, monkeypatch, used, decides
+):
+    def stop(*_) -> Rows:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harmcircuits.studies.study.heldout_rows", stop)
+    run, _, _ = finished
+    validation = judged(run, used).rows.where(METRIC)
+    with pytest.raises(KeyboardInterrupt):
+        study(replace(run.model, validation=validation), StudySettings(), out=tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"]["decides"] == decides
+    rows = Rows.read(tmp_path / "out" / "rows.jsonl").where(METRIC)
+    assert [row.mean for row in rows] == [0.91, 0.87]
+    assert {row.labels["model"] for row in rows} == {run.model.name}
 
 
 # The operating point
