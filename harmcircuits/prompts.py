@@ -178,7 +178,7 @@ class PromptSet:
             if rows is None:
                 return cls.of(source)
             requests = requests_of(rows, "the given rows", columns)
-        examples = [Example(**texts) for texts in requests.texts]
+        examples = [Example(**texts, tokens=()) for texts in requests.texts]
         return cls(tuple(examples), requests.shape)
 
     def __len__(self) -> int:
