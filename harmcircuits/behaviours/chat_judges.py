@@ -151,8 +151,8 @@ class LocalChatJudge:
     def _log_probabilities(self, prompt: str, completion: str) -> dict[Verdict, float]:
         key = prompt, completion
         if key not in self._words:
-            read = beginning(completion, self.tokenizer, self.max_tokens)
-            question = QUESTION.format(prompt=prompt, completion=read)
+            text = beginning(completion, self.tokenizer, self.max_tokens)
+            question = QUESTION.format(prompt=prompt, completion=text)
             values = self._of_words(prompt_ids(question, self.tokenizer, "chat"))
             words = dict(zip(WORDS, values, strict=True))
             self._words[key] = words
