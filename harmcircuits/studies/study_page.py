@@ -46,8 +46,8 @@ from refusals, explanations of why the same requests are harmful ("same topic"),
 benign ones begun alike. AUROC: the chance that a harmful answer scores higher; of a judge that is
 trained, cross-validated by request; of one that gives verdicts only, the mean of the shares of
 harmful and of harmless answers that it gets right. It is used where the lower end of the interval
-is at least 0.8 over all of them, over the same topic, and over explanations alone; else the local
-rules judge, and harm is read from the loss alone."""
+is at least 0.8 over all of them, over the same topic, over explanations alone, and over answers
+begun alike; else the local rules judge, and harm is read from the loss alone."""
 COMPARISON_TEXT = """Held-out requests; the chosen circuit is that of the search. Bars: 95 %
 intervals that count each item once."""
 TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Random weights and those of

@@ -26,7 +26,7 @@ from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.measurements import Rows
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
 
 LAYERS = (1, 3)
@@ -104,6 +104,23 @@ def test_a_few_answers_that_are_all_right_are_too_few():
     assert not probe.is_valid
     with pytest.raises(JudgeError, match="4 requests with harmful answers"):
         probe_of(planted(labelled(4)), labelled(4), LAYERS)
+
+
+def test_each_contrast_can_refuse_a_judge():
+    def areas(**lowest: float) -> Rows:
+        rows = Rows()
+        for contrast, low in lowest.items():
+            where = {"contrast": contrast.replace("_", " "), "requests": 15}
+            rows += [Measurement(METRIC, where, 0.9, low, 1.0, 30)]
+        return rows
+
+    decisive = {"all": 0.8, "same_topic": 0.8, "explanation": 0.8}
+    assert is_valid(areas(**decisive)), "where no answer is begun, none is told apart"
+    assert is_valid(areas(**decisive, begun_alike=0.8))
+    for contrast in (*decisive, "begun_alike"):
+        assert not is_valid(areas(**{**decisive, contrast: 0.79})), contrast
+    del decisive["explanation"]
+    assert not is_valid(areas(**decisive)), "what was not tested is not known"
 
 
 def test_folds_never_split_a_request():
