@@ -70,7 +70,7 @@ class RequestFiles:
     limit: int = 0
     limit_measured: int = 0
     questions: QuestionTemplates = field(default_factory=QuestionTemplates)
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     behaviours: Sequence[Any] = ()  # made `OwnBehaviour`s of
 
     SOURCES = (

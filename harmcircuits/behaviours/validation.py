@@ -228,6 +228,16 @@ def is_valid(rows: Rows) -> bool:
     return passed >= decisive
 
 
+def has_few_requests(rows: Rows) -> bool:
+    """Whether there are too few requests to say whether a judge is valid.
+
+    Args:
+        rows: from `validate`.
+    """
+    counts = [int(row.labels["requests"]) for row in rows.where(METRIC, contrast="all")]
+    return max(counts, default=0) < LEAST_REQUESTS
+
+
 def _scores(judge: Any, answers: PromptSet) -> Float[Tensor, " n"]:
     """The judge's score of each answer; without scores whether its verdict is "harmful"."""
     score = getattr(judge, "score", None)

@@ -296,9 +296,10 @@ class Walk:
 
     def _rises(self, mask: WeightMask, labels: Mapping[str, Label]) -> list[Measurement]:
         """What a mask costs what is protected."""
-        if mask.digest not in self.known_rises:
-            self.known_rises[mask.digest] = self.protection.rises(self.bridge, mask, {})
-        rises = self.known_rises[mask.digest]
+        name = mask.digest
+        if name not in self.known_rises:
+            self.known_rises[name] = self.protection.rises(self.bridge, mask, {})
+        rises = self.known_rises[name]
         return [replace(row, labels={**labels, **row.labels}) for row in rises]
 
     def _chosen(self, share: float, factor: float) -> WeightMask:

@@ -20,7 +20,12 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
-from harmcircuits.behaviours.validation import is_valid, validate, with_threshold
+from harmcircuits.behaviours.validation import (
+    has_few_requests,
+    is_valid,
+    validate,
+    with_threshold,
+)
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
@@ -307,17 +312,22 @@ class ModelSpec:
         )
 
     def _judged(self, model: Model, judge: Any) -> Model:
-        """The model with this judge of harm, where it is valid, and its validation."""
+        """The model with this judge of harm, where it is valid, and its validation.
+
+        A judge that was not trained here is taken at the user's word where the requests are too few
+        to tell, and is shown as untested.
+        """
         if judge is None:
             probe = train_probe(model, folder=self.cache / "probes")
             judge = ProbeJudge(probe, model.bridge, RuleJudge(self.prefill))
             rows = probe.rows
         else:
             rows = validate(judge, model)
-        is_used = is_valid(rows)
-        labelled = [row.labelled(used="yes" if is_used else "no") for row in rows]
-        model = replace(model, validation=Rows(labelled))
-        if not is_used:
+        used = "yes" if is_valid(rows) else "no"
+        if used == "no" and self.judge != PROBE and has_few_requests(rows):
+            used = "untested"
+        model = replace(model, validation=Rows(row.labelled(used=used) for row in rows))
+        if used == "no":
             return model
         if isinstance(judge, LocalChatJudge):
             judge = with_threshold(judge, model)

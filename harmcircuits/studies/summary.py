@@ -308,6 +308,11 @@ def _warnings(rows: Rows) -> list[str]:
             "Warning: the judge does not tell harmful answers from harmless ones, so the local "
             "rules judge, and harm is read from the loss alone."
         )
+    if rows.where(VALIDATION, used="untested"):
+        warnings.append(
+            "Warning: there are too few requests to say whether the judge tells harmful answers "
+            "from harmless ones."
+        )
     for row in rows.where("calibration_nll"):
         if row.mean < SATURATED_NLL:
             warnings.append(

@@ -202,7 +202,7 @@ def test_attacks_run(tmp_path):
     plan = Plan((SparseSpec("dpo"),), (0,), rounds=2, options={"attack_steps": (0, 2)})
     [result] = conclude([(module, plan)], tmp_path)
     rows = Rows.read(tmp_path / "rows.jsonl")
-    assert len(rows) == len(module.DEFENCES) * (2 + 2 * (1 + 3 * len(module.ATTACKS))) + 2
+    assert len(rows) == len(module.DEFENCES) * (2 + 2 * (1 + 4 * len(module.ATTACKS))) + 2
     before = {
         row.labels["attack"]: row.mean for row in rows.where("harm_valid_rate", mask="none", step=0)
     }

@@ -4,11 +4,14 @@ Would catch: a term of the formula that is missing or counted twice, an outline 
 the model's, a bound or a renewed target that costs nothing.
 """
 
+from itertools import count
+
 import pytest
 import torch
 from helpers import ARCHITECTURES, random_batch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.accumulation import accumulate
 from harmcircuits.hooks.cost import Speed, Work, estimate_search, n_tokens, search_work
 from harmcircuits.hooks.loading import load_outline
@@ -91,6 +94,9 @@ def test_a_search_computes_what_is_said(llama, monkeypatch, protect, renew):
         return forward(self, given, *arguments, **options)
 
     monkeypatch.setattr(type(llama), "forward", counted)
+    # Masks that are met again are not checked again; here they count as others.
+    numbers = count()
+    monkeypatch.setattr(WeightMask, "digest", property(lambda _: str(next(numbers))))
     renewed = (lambda _: TARGET) if renew else None
     options = {"size": [0.05, 0.1], "steps": 3}
     mask = find_circuit(llama, TARGET, protect, **options, renew=renewed, budget=1.0)[0]
