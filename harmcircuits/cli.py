@@ -13,6 +13,7 @@ from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
 from harmcircuits.display import progress_bar
 from harmcircuits.hooks.loading import load_outline
+from harmcircuits.hooks.memory import GIB
 from harmcircuits.mask_commands import MASK_COMMANDS
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.cost import Workload, cost_table, estimate_outline, estimate_study
@@ -37,8 +38,6 @@ from harmcircuits.studies.settings import (
 )
 from harmcircuits.studies.study import study, with_share_of_requests
 from harmcircuits.studies.summary import result_tables, summary
-
-GIB = 2**30
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -135,7 +134,7 @@ def study_command(
     try:
         usual = FOR_REAL_MODELS if model else StudySettings()
         chosen = _settings(settings, quick(usual) if is_quick else usual)
-        bound = None if max_memory is None else round(max_memory * GIB)
+        bound = _in_bytes(max_memory)
         if is_quick and model:
             custom = _fewer_requests(custom)
         with progress_bar() as progress:
@@ -173,6 +172,11 @@ def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:
     budgets = {} if "budget" in changes else usual.budgets
     changes["budgets"] = {**budgets, **_budgets(given["budgets"] or [])}
     return replace(usual, **changes)
+
+
+def _in_bytes(gibibytes: float | None) -> int | None:
+    """A bound on memory, where there is one."""
+    return None if gibibytes is None else round(gibibytes * GIB)
 
 
 def _budgets(given: list[str]) -> dict[str, float]:
@@ -305,7 +309,7 @@ def cost_command(
         )
         shares = (1e-5,) * sizes
         settings = replace(FOR_REAL_MODELS, steps=steps, sizes=shares, n_random=3)
-        bound = None if max_memory is None else round(max_memory * GIB)
+        bound = _in_bytes(max_memory)
         outline = load_outline(model, dtype=dtype)
         estimate = estimate_outline(
             outline,

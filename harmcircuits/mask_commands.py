@@ -29,6 +29,7 @@ from harmcircuits.studies.options import (
     custom_model,
     no_custom_model,
     quiet,
+    refuse_answers,
     refused,
     takes_custom_model,
 )
@@ -83,7 +84,7 @@ def generate_command(
     quiet()
     try:
         requests = _requests(prompt or [], prompts)
-        _refuse_answers(max_new_tokens, batch_size, template)
+        refuse_answers(template, max_new_tokens=max_new_tokens, batch_size=batch_size)
         removed = WeightMask.from_hub(mask) if mask else None
         answering = Model(
             "",
@@ -279,14 +280,6 @@ def _requests(texts: Sequence[str], file: str) -> PromptSet:
             "or --prompts FILE"
         )
     return PromptSet.read(file) if file else PromptSet.of(texts)
-
-
-def _refuse_answers(max_new_tokens: int, batch_size: int, template: str) -> None:
-    if template not in ("chat", "raw"):
-        raise ValueError(f"template={template!r}; expected chat or raw")
-    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}; expected at least 1")
 
 
 def _no_judge(_prompt: str, _completion: str) -> str:

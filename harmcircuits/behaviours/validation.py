@@ -218,7 +218,7 @@ def is_valid(rows: Rows) -> bool:
             ones.
     """
     tested = rows.where(METRIC, split="calibration") or rows.where(METRIC)
-    decisive = set(DECISIVE)
+    decisive: set[str] = set(DECISIVE)
     passed = set()
     for row in tested:
         if row.labels["contrast"] == BEGUN_ALIKE:

@@ -228,11 +228,20 @@ def _refuse_custom(model: str, harmful: str, benign: str, **options: Any) -> Non
         raise ValueError(
             f"model {model!r} needs its requests; give --harmful FILE and --benign FILE"
         )
-    if options.get("template", "chat") not in ("chat", "raw"):
-        raise ValueError(f"template={options['template']!r}; expected chat or raw")
-    for name in ("max_new_tokens", "batch_size"):
-        if options.get(name, 1) < 1:
-            raise ValueError(f"{name}={options[name]}; expected at least 1")
+    refuse_answers(
+        options.get("template", "chat"),
+        max_new_tokens=options.get("max_new_tokens", 1),
+        batch_size=options.get("batch_size", 1),
+    )
+
+
+def refuse_answers(template: str, *, max_new_tokens: int, batch_size: int) -> None:
+    """Raises ValueError for a template or a size by which no model can answer."""
+    if template not in ("chat", "raw"):
+        raise ValueError(f"template={template!r}; expected chat or raw")
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; expected at least 1")
 
 
 def _columns(texts: Sequence[str]) -> dict[str, str]:
