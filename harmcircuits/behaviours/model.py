@@ -135,6 +135,21 @@ class Model:
         added = {behaviour.name: behaviour for behaviour in behaviours}
         return replace(self, behaviours={**self.behaviours, **added})
 
+    def asked_every(self, every: int) -> "Model":
+        """The same model, asked only every so-many-th request of each behaviour and split.
+
+        Args:
+            every: of an organism 16 leaves two items of each topic, with one request each.
+        """
+        few = []
+        for behaviour in self.behaviours.values():
+
+            def prompts(split: str, whole: Callable = behaviour.prompts) -> PromptSet:
+                return whole(split)[::every]
+
+            few.append(replace(behaviour, prompts=prompts))
+        return self.with_behaviours(*few)
+
     def generate(
         self,
         prompts: "str | Sequence[str] | PromptSet",

@@ -1,11 +1,18 @@
-"""From an analysis to its result: jobs, rows, an outcome by a rule fixed beforehand, a page."""
+"""A claim: the experiment that tests it, the rule that judges it, and the words that report it.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+An analysis of `analyses/` is a claim and text, and runs in three ways:
+
+    python analyses/compact.py --out DIR     as a script: runs what is missing, writes a page
+    opened as a notebook                     reads the rows that are committed beside it
+    claim.rows(small=True)                   from scratch on few requests, in a minute or two
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +23,7 @@ from harmcircuits.studies.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import (
     Option,
+    options_of_function,
     quiet,
     refused,
     show_files,
@@ -23,264 +31,411 @@ from harmcircuits.studies.options import (
     takes_custom_model,
     with_options,
 )
-from harmcircuits.views.page import paragraphs, write_page
+from harmcircuits.views.page import frame, paragraphs, plot, section, write_page
+
+if TYPE_CHECKING:
+    import pandas
+    from plotly.graph_objects import Figure
 
 Outcome = Literal["holds", "holds in part", "does not hold here"]
+HOLDS: Outcome = "holds"
+IN_PART: Outcome = "holds in part"
+FAILS: Outcome = "does not hold here"
+CASE = ("ladder", "model", "seed")
+SMALL_EVERY = 16  # of the requests are asked in a small run: two items of each topic of an organism
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an analysis is run on: models, seeds, and how circuits are chosen.
+def in_some(cases: Sequence[Outcome]) -> Outcome:
+    """Holds if it does in every case, in part if it does in some, wholly or in part."""
+    if not cases or set(cases) == {FAILS}:
+        return FAILS
+    return HOLDS if set(cases) == {HOLDS} else IN_PART
 
-    Attributes:
-        specs: the models.
-        seeds: each draws the calibration sample, reference answers, random masks, and training
-            texts and order.
-        size: share of the weights in a circuit; curves run around it.
-        protect_share: share of the weights that each protected behaviour keeps out of reach.
-        rounds: in how many steps a circuit grows.
-        options: settings of the analysis itself, by name; those that are as usual are left out.
-    """
 
-    specs: tuple[ModelSpec, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    size: float = 0.006
-    protect_share: float = 0.005
-    rounds: int = 10
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> dict[str, str | int | float]:
-        """What must not change when a run is resumed, but for `options`.
-
-        More models or seeds may be added.
-        """
-        texts = {}
-        custom = sorted({repr(spec.settings) for spec in self.specs if spec.files})
-        if custom:
-            texts["custom"] = "; ".join(custom)
-        sampled = sorted({repr(spec.sampling) for spec in self.specs if spec.sampling})
-        if sampled:
-            texts["sampling"] = "; ".join(sampled)
-        chosen = {
-            "size": self.size,
-            "protect_share": self.protect_share,
-            "rounds": self.rounds,
-        }
-        return {**chosen, **texts}
-
-    def jobs(self, run: Callable[[ModelSpec, "Plan", int], Rows]) -> list[Job]:
-        """`run(spec, plan, seed)` for every model and seed; see `Job` on what it may be."""
-        jobs = []
-        for spec in self.specs:
-            for seed in self.seeds:
-                jobs.append(Job({**spec.labels, "seed": seed}, partial(run, spec, self, seed)))
-        return jobs
+def in_all(cases: Sequence[Outcome]) -> Outcome:
+    """The worst of all cases."""
+    order = (FAILS, IN_PART, HOLDS)
+    return min(cases, key=order.index) if cases else FAILS
 
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What an analysis says of a claim.
+    """What its rows say of a claim.
 
     Attributes:
         name: of the claim, such as "F1".
-        claim: in a few words.
-        outcome: by the rule fixed beforehand.
-        words: a paragraph in plain words.
-        evidence: the figures in one line.
+        text: the claim in a few words.
+        outcome: of all cases together.
+        cases: a line for each case of the rule, with what the rule says of it.
+        words: what was measured, a paragraph for each model.
     """
 
     name: str
-    claim: str
+    text: str
     outcome: Outcome
-    words: str
-    evidence: str
+    cases: "pandas.DataFrame"
+    words: str = ""
+
+    @property
+    def title(self) -> str:
+        """The claim and its outcome in a line."""
+        return f"{self.name}. {self.text}: {self.outcome}"
+
+    def __repr__(self) -> str:
+        return f"{self.title}\n{self.cases.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return section(self.title, "", frame(self.cases))
 
 
-@runtime_checkable
-class Analysis(Protocol):
-    """A module of `analyses/`: one claim, and everything needed to judge it.
+@dataclass(frozen=True)
+class Experiment:
+    """A function of an analysis that measures one model, or every model of a ladder, and a seed.
 
-    `MODELS`: the organisms it is run on by default. `OPTIONS`, where there is one: those of its own
-    settings that its command line takes, by name. A setting that is for a small run only may be
-    given in `Plan.options` without being among them.
+    Attributes:
+        run: `run(model, seed, **options)`, or with `is_of_ladder` a dict of models by name.
+        is_of_ladder: whether it takes all models of a ladder at once.
     """
 
-    NAME: str
-    CLAIM: str
-    MODELS: tuple[str, ...]
+    run: Callable[..., Rows]
+    is_of_ladder: bool = False
 
-    def jobs(self, plan: Plan) -> list[Job]:
-        """The parts of the experiment."""
-        ...
+    @property
+    def options(self) -> dict[str, Option]:
+        """Its keyword-only parameters, as options of a command line."""
+        return options_of_function(self.run)
+
+    def jobs(
+        self, specs: Sequence[ModelSpec], seeds: Sequence[int], options: Mapping[str, Any]
+    ) -> Iterator[Job]:
+        """A job for every model, or ladder, and seed."""
+        own = {name: value for name, value in options.items() if name in self.options}
+        for together in self._groups(specs):
+            for seed in seeds:
+                labels: dict[str, Any] = {"ladder": together[0].labels["ladder"]}
+                if not self.is_of_ladder:
+                    labels["model"] = together[0].labels["model"]
+                labels |= {"seed": seed, "part": self.run.__name__}
+                yield Job(labels, partial(self.measured, together, seed, own, labels))
+
+    def measured(
+        self,
+        specs: Sequence[ModelSpec],
+        seed: int,
+        options: Mapping[str, Any],
+        labels: Mapping[str, Any],
+    ) -> Rows:
+        """The rows of one job, with its labels."""
+        models = {spec.labels["model"]: spec.open(seed=seed) for spec in specs}
+        subject = models if self.is_of_ladder else next(iter(models.values()))
+        rows = self.run(subject, seed, **options)
+        return Rows(row.labelled(**{**labels, **row.labels}) for row in rows)
+
+    def _groups(self, specs: Sequence[ModelSpec]) -> list[list[ModelSpec]]:
+        if not self.is_of_ladder:
+            return [[spec] for spec in specs]
+        ladders: dict[str, list[ModelSpec]] = {}
+        for spec in specs:
+            ladders.setdefault(spec.labels["ladder"], []).append(spec)
+        return list(ladders.values())
+
+
+@dataclass
+class Claim:
+    """A claim, and what an analysis registers with it.
+
+    ```python
+    claim = Claim("F1", "compact: a tiny share of the weights carries harm", models=("sft",))
+
+    @claim.job  # of one model and seed; keyword-only parameters are options of the command line
+    def measure(model, seed, *, size: float = 0.002): ...
+
+    rows = claim.rows()
+
+    @claim.rule  # of the rows of one ladder, model and seed
+    def is_borne_out(rows): ...
+
+    claim.result(rows)
+    claim.main()
+    ```
+
+    Attributes:
+        name: short, such as "F1"; its rows are committed as `rows/F1.jsonl`.
+        text: the claim in a few words.
+        models: organisms that it is tested on by default.
+        small: options of its jobs in a small run.
+        together: the outcome of all cases from those of each; `in_some` or `in_all`.
+        seeds: how many seeds it is run with by default.
+    """
+
+    name: str
+    text: str
+    models: Sequence[str]
+    small: Mapping[str, Any] = field(default_factory=dict)
+    together: Callable[[Sequence[Outcome]], Outcome] = in_some
+    seeds: int = 3
+    experiments: list[Experiment] = field(default_factory=list, init=False)
+    figures: dict[str, "Figure"] = field(default_factory=dict, init=False, repr=False)
+    _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
+    _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
+    _words: Callable[[Rows], str] | None = field(default=None, init=False, repr=False)
+    # Where a script's run is, and what it gave.
+    _out: Path | None = field(default=None, init=False, repr=False)
+    _rows: Rows = field(default_factory=Rows, init=False, repr=False)
+
+    def job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
+        """Decorates `run(model, seed, **options) -> Rows`, called for every model and seed.
+
+        Its rows get the labels `ladder`, `model`, `seed` and `part`, the function's name.
+        """
+        self.experiments.append(Experiment(run))
+        return run
+
+    def ladder_job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
+        """Decorates `run(models, seed, **options) -> Rows`, called for every ladder and seed.
+
+        `models` are by name. Its rows carry the label `model` themselves.
+        """
+        self.experiments.append(Experiment(run, is_of_ladder=True))
+        return run
+
+    def rule(self, *over: str) -> Callable:
+        """Decorates the rule, which was fixed before the experiment was run.
+
+        It takes the rows of one case and says True or False, or one of three outcomes.
+
+        Args:
+            over: labels that tell the cases apart.
+        """
+
+        def decorate(rule: Callable[[Rows], bool | Outcome]) -> Callable[[Rows], bool | Outcome]:
+            self._rule, self._over = rule, over or CASE
+            return rule
+
+        return decorate
+
+    def words(self, words: Callable[[Rows], str]) -> Callable[[Rows], str]:
+        """Decorates what reports the rows of one model (where the rule is of ladders: of one)."""
+        self._words = words
+        return words
+
+    def figure(self, title: str, figure: "Figure") -> "Figure":
+        """The same figure, kept for the page.
+
+        Args:
+            title: of its section.
+            figure: of plotly.
+        """
+        self.figures[title] = figure
+        return figure
+
+    def rows(
+        self,
+        out: str | Path | None = None,
+        *,
+        models: Sequence[str] = (),
+        folder: Path = FOLDER,
+        seeds: int | None = None,
+        small: bool = False,
+        workers: int = 1,
+        **options: Any,
+    ) -> Rows:
+        """The rows of the experiment: committed, or of a run.
+
+        A script takes all of this from its command line.
+
+        Args:
+            out: folder of a run, which goes on where it stopped. Without one, the rows committed
+                beside the analysis.
+            models: organisms; the claim's own by default.
+            folder: of organisms.
+            seeds: how many.
+            small: whether few requests are asked, with one seed and the claim's `small` options.
+            workers: processes.
+            options: of the jobs.
+
+        Raises:
+            ValueError: no committed rows, unknown options, and as `run_jobs`.
+        """
+        if self._is_script:
+            return self._of_command_line()
+        if out is None and not small:
+            return self._committed()
+        if out is None:
+            from tempfile import mkdtemp
+
+            out = mkdtemp(prefix=f"harmcircuits-{self.name}-")
+        of_models = specs(models, self.models, [folder], "cpu")
+        return self._run(Path(out), of_models, seeds, small, workers, options)
 
     def result(self, rows: Rows) -> ClaimResult:
-        """The outcome by the module's stated rule, from rows only."""
-        ...
+        """What the rule says of each case, and of all together.
 
-    def reported(self, rows: Rows) -> Rows:
-        """The few rows that `result` uses, which the README's table keeps."""
-        ...
+        Args:
+            rows: of the experiment.
 
-    def sections(self, rows: Rows) -> list[str]:
-        """The page's parts (see `page.section`)."""
-        ...
+        Raises:
+            ValueError: no rule.
+        """
+        import pandas
 
+        if self._rule is None:
+            raise ValueError(f"{self.name} has no rule; decorate one with @claim.rule()")
+        lines, outcomes = [], []
+        for values, of_case in self._cases(rows, self._over).items():
+            borne_out = self._rule(of_case)
+            if isinstance(borne_out, bool):
+                borne_out = HOLDS if borne_out else FAILS
+            outcomes.append(borne_out)
+            lines.append({**dict(zip(self._over, values, strict=True)), "outcome": borne_out})
+        outcome = self.together(outcomes)
+        return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), self.told(rows))
 
-AnyAnalysis = Analysis | ModuleType
+    def told(self, rows: Rows) -> str:
+        """The words of every model, a paragraph each."""
+        if self._words is None:
+            return ""
+        names = [name for name in self._over if name != "seed"]
+        paragraphs = []
+        for values, of_model in self._cases(rows, names).items():
+            of_shipped = values[:1] == ("shipped",) and len(values) > 1
+            name = " of ".join(reversed(values[1:] if of_shipped else values))
+            paragraphs.append(f"{name}: {self._words(of_model)}")
+        return "\n".join(paragraphs)
 
+    def main(self) -> None:
+        """As a script, print the result and write the page; else nothing."""
+        if self._out is None:
+            return
+        result = self.result(self._rows)
+        parts = [paragraphs(result.words)]
+        for number, (title, figure) in enumerate(self.figures.items()):
+            parts.append(section(title, "", plot(figure, first=number == 0)))
+        parts.append(section("Each case", "By the rule, fixed beforehand.", frame(result.cases)))
+        page = self._out / f"{self.name}.html"
+        write_page(page, result.title, parts)
 
-def conclude(
-    plans: Sequence[tuple[AnyAnalysis, Plan]], out: str | Path, *, workers: int = 1
-) -> list[ClaimResult]:
-    """Run what is missing of each analysis and write its page `NAME.html`; the results, in order.
+        console = Console()
+        console.print(f"[bold]{result.title}[/]", highlight=False)
+        console.print(result.words, highlight=False, markup=False)
+        console.print(f"Page: {page}", highlight=False, soft_wrap=True, markup=False)
 
-    The jobs of all analyses share the workers and one `rows.jsonl`; every row carries its analysis'
-    name as `finding`. `summary.jsonl` holds the rows that the results need, `summary.md` their
-    table.
+    @property
+    def _is_script(self) -> bool:
+        """Whether the analysis is what Python was told to run, outside a notebook."""
+        if not self.experiments or self.experiments[0].run.__module__ != "__main__":
+            return False
+        ipython = sys.modules.get("IPython")
+        return ipython is None or ipython.get_ipython() is None
 
-    Args:
-        plans: analyses, and what each is run on.
-        out: folder for all of it.
-        workers: processes.
+    @property
+    def _options(self) -> dict[str, Option]:
+        options: dict[str, Option] = {}
+        for experiment in self.experiments:
+            options |= experiment.options
+        return options
 
-    Raises:
-        ValueError: plans with different settings, and as `run_jobs`.
-    """
-    common = plans[0][1].settings
-    settings = dict(common)
-    for analysis, plan in plans:
-        if plan.settings != common:
-            raise ValueError(
-                f"conclude: plans with settings {common} and {plan.settings}; "
-                "give each an out folder of its own"
-            )
-        if plan.options:
-            settings[f"options of {analysis.NAME}"] = repr(dict(plan.options))
-    out = Path(out)
-    jobs = []
-    for analysis, plan in plans:
-        jobs += [_named(job, analysis.NAME) for job in analysis.jobs(plan)]
-    rows = run_jobs(out, jobs, settings, workers=workers)
+    def _cases(self, rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:
+        """The rows by the values of these labels; those that lack one belong to no case."""
+        labelled = Rows(row for row in rows if set(names) <= set(row.labels))
+        if len(names) > 1:
+            return labelled.by(*names)
+        return {(value,): of_case for value, of_case in labelled.by(*names).items()}
 
-    results, reported = [], Rows()
-    for analysis, _ in plans:
-        of_analysis = rows.where(finding=analysis.NAME)
-        measured = Rows(row for row in of_analysis if row.metric not in (DONE, CPU))
-        result = analysis.result(measured)
-        results.append(result)
-        reported += analysis.reported(measured)
-        title = f"{result.name}. {result.claim}: {result.outcome}"
-        sections = [paragraphs(result.words), *analysis.sections(measured)]
-        write_page(out / f"{result.name}.html", title, sections)
-    (out / "summary.jsonl").unlink(missing_ok=True)
-    reported.append_to(out / "summary.jsonl")
-    (out / "summary.md").write_text(summary_table(results) + "\n", encoding="utf-8")
-    return results
+    def _committed(self) -> Rows:
+        """The rows that are committed beside the analysis."""
+        # A notebook's functions lie in a temporary file, but it runs in the notebook's folder.
+        analysis = Path(self.experiments[0].run.__code__.co_filename)
+        folders = [analysis.parent, Path.cwd(), Path.cwd() / "analyses"]
+        for folder in folders:
+            path = folder / "rows" / f"{self.name}.jsonl"
+            if path.is_file():
+                return _measured(Rows.read(path))
+        raise ValueError(
+            f"{self.name}: no rows/{self.name}.jsonl in {folders[0]} or {folders[1]}; "
+            "give out=FOLDER to run the experiment, or small=True for a first look"
+        )
 
+    def _run(
+        self,
+        out: Path,
+        of_models: Sequence[ModelSpec],
+        seeds: int | None,
+        small: bool,
+        workers: int,
+        options: Mapping[str, Any],
+    ) -> Rows:
+        """Run what is missing in a folder."""
+        known = self._options
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(f"{self.name} has no option {unknown[0]!r}; it has {list(known)}")
+        if small:
+            of_models = [spec.asked_every(SMALL_EVERY) for spec in of_models]
+            options = {**self.small, **options}
+        n_seeds = seeds or (1 if small else self.seeds)
 
-def summary_table(results: Sequence[ClaimResult]) -> str:
-    """A Markdown table of results: claim, outcome, figures."""
-    lines = ["| | claim | outcome | measured |", "|---|---|---|---|"]
-    for result in results:
-        cells = (result.name, result.claim, f"**{result.outcome}**", result.evidence)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        jobs = []
+        for experiment in self.experiments:
+            jobs += experiment.jobs(of_models, range(n_seeds), options)
+        settings = {"claim": self.name, "small": small, "options": repr(sorted(options.items()))}
+        custom = sorted({repr(spec.settings) for spec in of_models if spec.files})
+        if custom:
+            settings["custom"] = "; ".join(custom)
+        return _measured(run_jobs(out, jobs, settings, workers=workers, name=self.name))
 
+    def _of_command_line(self) -> Rows:
+        """Run what the command line asks for; ends the script where it only asks for help."""
+        options = self._options
 
-def by_model(rows: Rows) -> dict[str, Rows]:
-    """The rows of each model, by its name; of a ladder not shipped, by "NAME of LADDER"."""
-    models = {}
-    for (model, ladder), of_model in rows.by("model", "ladder").items():
-        name = str(model) if ladder == "shipped" else f"{model} of {ladder}"
-        models[name] = of_model
-    return models
-
-
-def command(*analyses: AnyAnalysis) -> Callable[..., None]:
-    """The command line of these analyses, for `typer.run`."""
-    usual = [f"{analysis.NAME}: {', '.join(analysis.MODELS)}" for analysis in analyses]
-    options: dict[str, Option] = {}
-    for analysis in analyses:
-        options |= _options(analysis)
-
-    @takes_custom_model
-    @with_options("extra", options)
-    def main(
-        *,
-        out: Annotated[
-            Path, typer.Option(help="Folder for rows.jsonl, manifest.json, pages and the summary.")
-        ],
-        model: Annotated[
-            list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(usual))
-        ] = None,
-        organisms: Annotated[
-            list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
-        ] = None,
-        seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
-        size: Annotated[float, typer.Option(help="Share of weights in a circuit.")] = Plan.size,
-        protect_share: Annotated[
-            float, typer.Option(help="Share of weights protected for each other behaviour.")
-        ] = Plan.protect_share,
-        rounds: Annotated[
-            int, typer.Option(help="Rounds in which a circuit is chosen.")
-        ] = Plan.rounds,
-        workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
-        device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-        custom: dict[str, Any],
-        extra: dict[str, Any],
-    ) -> None:
-        quiet()
-
-        def plan(analysis: AnyAnalysis) -> Plan:
+        @takes_custom_model
+        @with_options("own", options)
+        def main(
+            *,
+            out: Annotated[
+                Path, typer.Option(help="Folder for rows.jsonl and the page; goes on there.")
+            ] = Path("runs") / self.name,
+            model: Annotated[
+                list[str] | None,
+                typer.Option(help="Model; repeat.", show_default=", ".join(self.models)),
+            ] = None,
+            organisms: Annotated[
+                list[Path] | None,
+                typer.Option(help="Folder of a ladder; repeat.", show_default="the shipped one"),
+            ] = None,
+            seeds: Annotated[
+                int | None, typer.Option(help="How many seeds.", show_default=str(self.seeds))
+            ] = None,
+            small: Annotated[
+                bool, typer.Option("--small", help="Few requests and one seed: a first look.")
+            ] = False,
+            workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+            device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+            own: dict[str, Any],
+            custom: dict[str, Any],
+        ) -> None:
+            quiet()
             folders = organisms or [FOLDER]
-            models = specs(model or (), analysis.MODELS, folders, device, **custom)
-            given = _given(_options(analysis), extra)
-            return Plan(models, tuple(range(seeds)), size, protect_share, rounds, given)
+            try:
+                of_models = specs(model or (), self.models, folders, device, **custom)
+                show_files(of_models, Console())
+                changed = {
+                    name: value for name, value in own.items() if value != options[name].default
+                }
+                self._rows = self._run(out, of_models, seeds, small, workers, changed)
+            except ValueError as error:
+                raise refused(error) from None
+            self._out = out
 
         try:
-            plans = [(analysis, plan(analysis)) for analysis in analyses]
-            show_files(plans[0][1].specs, Console())
-            results = conclude(plans, out, workers=workers)
-        except ValueError as error:
-            raise refused(error) from None
-        _print(results, out)
-
-    return main
+            typer.run(main)
+        except SystemExit:
+            # typer ends every command so; this one is a call in the middle of a script.
+            if self._out is None:
+                raise
+        return self._rows
 
 
-def _print(results: Sequence[ClaimResult], out: Path) -> None:
-    """Every outcome in words, and where the pages are."""
-    console = Console()
-    for result in results:
-        title = f"[bold]{result.name}[/]. {result.claim}: [bold]{result.outcome}[/]"
-        console.print(title, highlight=False)
-        console.print(result.words + "\n", highlight=False, markup=False)
-    text = f"Pages and summary: {out}"
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def _options(analysis: AnyAnalysis) -> Mapping[str, Option]:
-    """The options of its own that the analysis takes on the command line."""
-    return getattr(analysis, "OPTIONS", {})
-
-
-def _given(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an analysis that are not as usual."""
-    given = {}
-    for name, option in options.items():
-        value = values[name]
-        if value != option.default:
-            given[name] = tuple(value) if isinstance(value, list) else value
-    return given
-
-
-def _named(job: Job, name: str) -> Job:
-    return Job({"finding": name, **job.labels}, partial(_labelled, job.run, name))
-
-
-def _labelled(run: Callable[[], Rows], name: str) -> Rows:
-    labelled = []
-    for row in run():
-        labelled.append(replace(row, labels={"finding": name, **row.labels}))
-    return Rows(labelled)
+def _measured(rows: Rows) -> Rows:
+    """Without the times of jobs."""
+    return Rows(row for row in rows if row.metric not in (DONE, CPU))

@@ -81,6 +81,12 @@ class Curve:
     def __repr__(self) -> str:
         return f"Curve({self.target}: {len(self.shares)} shares up to {self.shares[-1]:.2%})"
 
+    def at(self, share: float) -> Mapping[str, Outcomes]:
+        """The point of a measured share; raises ValueError for another share."""
+        if share not in self.shares:
+            raise ValueError(f"Curve: share={share}; expected one of {self.shares}")
+        return self.points[self.shares.index(share)]
+
     def rows(self, labels: Labels) -> Rows:
         """The rates and losses of every point, labelled with its `share`."""
         rows = Rows()
@@ -333,13 +339,35 @@ def rate_at(
         seed: draws the resamples.
 
     Raises:
-        ValueError: another share.
+        ValueError: as `Curve.at`.
     """
-    if share not in curve.shares:
-        raise ValueError(f"rate_at: share={share}; expected one of {curve.shares}")
-    point = curve.points[curve.shares.index(share)]
-    hits = _mean_hits(curve, curve.target, [point], seed)
+    hits = _mean_hits(curve, curve.target, [curve.at(share)], seed)
     return _measured_estimate(curve, hits[:, 0], seed)
+
+
+def kept_fall(
+    curve: Curve, share: float, labels: Labels, budget: Budget | None = None
+) -> Measurement:
+    """How far the rate of the kept behaviour falls that falls most, labelled `behaviour`.
+
+    With a Newcombe interval; at a measured share, against the unpruned model.
+
+    Args:
+        curve: what is measured.
+        share: one of its shares.
+        labels: what the row carries besides.
+        budget: says what is kept; the usual one by default.
+    """
+    budget = budget or Budget()
+    unpruned, pruned = curve.points[0], curve.at(share)
+    falls = []
+    for name in budget.kept:
+        if name in pruned:
+            metric = pruned[name].behaviour.metric
+            before, after = (point[name].rows({}).one(metric) for point in (unpruned, pruned))
+            where = {**labels, "behaviour": name}
+            falls.append(Measurement.difference("kept_fall", where, before, after))
+    return max(falls, key=lambda fall: fall.mean)
 
 
 def by_share(rows: Rows) -> dict[float, Rows]:

@@ -175,6 +175,7 @@ class ModelSpec:
         temperature: temperature of sampled answers; 0: greedy ones.
         top_p: sample from the likeliest tokens with this share.
         sampling_seed: draws sampled answers.
+        every: ask only every so-many-th request, for a first look.
     """
 
     model: str
@@ -198,6 +199,7 @@ class ModelSpec:
     temperature: float = field(default=0.0, repr=False)
     top_p: float = field(default=1.0, repr=False)
     sampling_seed: int = field(default=0, repr=False)
+    every: int = field(default=1, repr=False)
 
     @property
     def chat(self) -> Template:
@@ -226,6 +228,10 @@ class ModelSpec:
             top_p=sampling.top_p,
             sampling_seed=sampling.seed,
         )
+
+    def asked_every(self, every: int) -> "ModelSpec":
+        """The same model, asked only every so-many-th request."""
+        return replace(self, every=every)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -259,14 +265,16 @@ class ModelSpec:
         Raises:
             ValueError: as `open_model`.
         """
-        if self.files is None:
-            return open_organism(
+        if self.files is not None:
+            model = self._open_with(self.files, bridge, progress)
+        else:
+            model = open_organism(
                 self.model,
                 seed=seed,
                 device=self.device,
                 folder=self.folder,
             )
-        return self._open_with(self.files, bridge, progress)
+        return model.asked_every(self.every) if self.every > 1 else model
 
     def _open_with(
         self, files: RequestFiles, bridge: Bridge | None, progress: Progress | None

@@ -56,11 +56,7 @@ def options_of(
         shown: how a default is shown, where its value says too little.
         flags: what an option is called, where it is not the field's name.
     """
-    texts = {}
-    for attribute in parse(record.__doc__ or "").params:
-        name = attribute.args[-1]
-        words = (attribute.description or "").split()
-        texts[name] = " ".join(words)
+    texts = _described(record)
     hints = get_type_hints(record)
     options = {}
     for field in fields(record):
@@ -68,17 +64,48 @@ def options_of(
         if names and name not in names:
             continue
         kind = _kind(hints[name])
-        text = texts[name][0].upper() + texts[name][1:]
-        if get_origin(kind) is list:
-            text += " Repeat for several."
         options[name] = Option(
             kind,
-            text,
+            _help(texts[name], kind),
             (shown or {}).get(name, True),
             _default(field, kind),
             (flags or {}).get(name, ""),
         )
     return options
+
+
+def options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
+    """An option for each keyword-only parameter; its help is what the docstring says of it.
+
+    Args:
+        function: its parameters have types and defaults, and its docstring an `Args:` section.
+    """
+    texts = _described(function)
+    hints = get_type_hints(function)
+    options = {}
+    for name, parameter in signature(function).parameters.items():
+        if parameter.kind is not Parameter.KEYWORD_ONLY:
+            continue
+        kind = _kind(hints[name])
+        default = parameter.default
+        if isinstance(default, tuple):
+            default = list(default)
+        options[name] = Option(kind, _help(texts.get(name, name), kind), default=default)
+    return options
+
+
+def _described(documented: Any) -> dict[str, str]:
+    """What a docstring says of each attribute or argument."""
+    texts = {}
+    for parameter in parse(documented.__doc__ or "").params:
+        words = (parameter.description or "").split()
+        texts[parameter.args[-1]] = " ".join(words)
+    return texts
+
+
+def _help(text: str, kind: Any) -> str:
+    text = text[0].upper() + text[1:]
+    return f"{text} Repeat for several." if get_origin(kind) is list else text
 
 
 def _kind(hint: Any) -> Any:

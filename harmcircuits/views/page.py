@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas
     from plotly.graph_objects import Figure
 
 
@@ -63,6 +64,12 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = ""
     """
     macro = _part("table")
     return str(macro(head, list(body), style))
+
+
+def frame(data: "pandas.DataFrame") -> str:
+    """A DataFrame as an HTML table; its index is left out."""
+    body = [[str(value) for value in line] for line in data.itertuples(index=False)]
+    return table([str(name) for name in data.columns], body)
 
 
 def plot(figure: "Figure", *, first: bool = False) -> str:
