@@ -289,9 +289,11 @@ class Claim:
             outcomes.append(borne_out)
             lines.append({**dict(zip(self._over, values, strict=True)), "outcome": borne_out})
         outcome = self.together(outcomes)
-        return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), self.told(rows))
+        return ClaimResult(
+            self.name, self.text, outcome, pandas.DataFrame(lines), self.report(rows)
+        )
 
-    def told(self, rows: Rows) -> str:
+    def report(self, rows: Rows) -> str:
         """The words of every model, a paragraph each."""
         if self._words is None:
             return ""
@@ -419,9 +421,7 @@ class Claim:
             try:
                 of_models = specs(model or (), self.models, folders, device, **custom)
                 show_files(of_models, Console())
-                changed = {
-                    name: value for name, value in own.items() if value != options[name].default
-                }
+                changed = _changed(own, options)
                 self._rows = self._run(out, of_models, seeds, small, workers, changed)
             except ValueError as error:
                 raise refused(error) from None
@@ -434,6 +434,15 @@ class Claim:
             if self._out is None:
                 raise
         return self._rows
+
+
+def _changed(values: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that are not as usual."""
+    changed = {}
+    for name, value in values.items():
+        if value != options[name].default:
+            changed[name] = tuple(value) if isinstance(value, list) else value
+    return changed
 
 
 def _measured(rows: Rows) -> Rows:

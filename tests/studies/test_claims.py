@@ -1,160 +1,151 @@
-"""The way from jobs to outcomes, pages and a table.
+"""A claim: its jobs, its rule, its words, and the three ways in which an analysis runs.
 
-Would catch: rows of one analysis read by another, a table that differs from the results, an option
-that is not passed on, models of two ladders taken for one.
+Would catch: rows without the labels that tell cases apart, a rule that sees the rows of two cases,
+an outcome that does not follow from the cases, options that are not passed on, a notebook that reads
+its command line, a script that runs what is there already.
 """
 
-from types import SimpleNamespace
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.claims import (
-    ClaimResult,
-    Plan,
-    by_model,
-    command,
-    conclude,
-    summary_table,
+from harmcircuits.studies.claims import Claim, in_all, in_some
+
+SCRIPT = '''
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.claims import Claim
+
+claim = Claim("X1", "a claim", models=("sft", "dpo"), seeds=2, small={"size": 0.5})
+
+@claim.job
+def figures(model, seed, *, size: float = 0.1, steps: tuple[int, ...] = (1, 2)):
+    """What is measured.
+
+    Args:
+        size: share of the weights.
+        steps: how many.
+    """
+    print("measured:", model.name, seed, size, steps)
+    return Rows([Measurement.exact("share", {}, size)])
+
+rows = claim.rows()
+
+@claim.rule()
+def is_borne_out(rows):
+    return rows.one("share").mean < 0.2
+
+@claim.words
+def words(rows):
+    return f"{len(rows)} rows <b>"
+
+claim.result(rows)
+claim.main()
+'''
+
+
+def share(value: float, **labels) -> Measurement:
+    return Measurement.exact("share", {"ladder": "shipped", **labels}, value)
+
+
+def claim_of_shares() -> Claim:
+    claim = Claim("X2", "a claim", models=("sft",))
+    claim.rule()(lambda rows: rows.one("share").mean < 0.2)
+    return claim
+
+
+def run(folder: Path, *options: str) -> str:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), "--out", str(folder / "run"), "--workers", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == (2 if "error" in done.stderr else 0), done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "cases, of_some, of_all",
+    [
+        (["holds", "holds"], "holds", "holds"),
+        (["holds", "does not hold here"], "holds in part", "does not hold here"),
+        (["holds in part", "holds"], "holds in part", "holds in part"),
+        (["does not hold here"], "does not hold here", "does not hold here"),
+        ([], "does not hold here", "does not hold here"),
+    ],
 )
-from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.options import Option
+def test_an_outcome_follows_from_the_cases(cases, of_some, of_all):
+    assert (in_some(cases), in_all(cases)) == (of_some, of_all)
 
 
-def two_figures(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
-    where = {**spec.labels, "seed": seed}
-    exact = Measurement.exact
-    return Rows([exact("share", where, plan.size), exact("other", where, plan.options.get("x", 1))])
+def test_the_rule_sees_one_case_at_a_time():
+    rows = Rows([share(0.1, model="sft", seed=0), share(0.3, model="sft", seed=1)])
+    result = claim_of_shares().result(rows)
+    assert result.outcome == "holds in part"
+    assert list(result.cases["outcome"]) == ["holds", "does not hold here"]
+    assert list(result.cases["seed"]) == [0, 1]
+    assert "holds in part" in result._repr_html_() and "holds in part" in repr(result)
 
 
-def made_analysis(name: str, **more) -> SimpleNamespace:
-    def result(rows: Rows) -> ClaimResult:
-        shares = [row.mean for row in rows.where("share")]
-        words = f"{len(shares)} shares <b>"
-        return ClaimResult(name, f"claim of {name}", "holds", words, f"{min(shares)}")
-
-    def jobs(plan: Plan) -> list[Job]:
-        return plan.jobs(two_figures)
-
-    return SimpleNamespace(
-        NAME=name,
-        CLAIM=f"claim of {name}",
-        MODELS=("sft",),
-        jobs=jobs,
-        result=result,
-        reported=lambda rows: rows.where("share"),
-        sections=lambda rows: [f"<p>{len(rows)} rows</p>"],
-        **more,
-    )
+def test_rows_that_lack_a_label_of_the_cases_belong_to_none():
+    rows = Rows([share(0.1, model="sft", seed=0), share(0.3, model="sft")])
+    assert claim_of_shares().result(rows).outcome == "holds"
 
 
-def test_each_analysis_sees_its_own_rows(tmp_path):
-    plan = Plan((ModelSpec("sft"), ModelSpec("dpo")), seeds=(0, 1))
-    results = conclude([(made_analysis("F1"), plan), (made_analysis("F2"), plan)], tmp_path)
-    assert [result.words for result in results] == ["4 shares <b>", "4 shares <b>"]
-    assert (tmp_path / "summary.md").read_text() == summary_table(results) + "\n"
+def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
+    first = run(tmp_path)
+    assert first.count("measured:") == 4, "two models with two seeds"
+    assert "measured: sft 0 0.1 (1, 2)" in first
+    assert "X1. a claim: holds" in first
 
-    page = (tmp_path / "F1.html").read_text()
-    assert "4 shares &lt;b&gt;" in page
-    assert "8 rows" in page, "two figures of each of four jobs, without the times"
-    reported = Rows.read(tmp_path / "summary.jsonl")
-    assert len(reported.where("share", finding="F1")) == 4
-    assert len(reported.where("share", finding="F2")) == 4
-    assert not reported.where("other")
+    rows = Rows.read(tmp_path / "run" / "rows.jsonl").where("share")
+    labels = {"ladder": "shipped", "model": "dpo", "seed": 1, "part": "figures"}
+    assert rows.where(**labels)
+    page = (tmp_path / "run" / "X1.html").read_text()
+    assert "2 rows &lt;b&gt;" in page
 
-
-def test_a_table_has_a_line_a_result():
-    results = [
-        ClaimResult("F1", "harm is compact", "holds", "in words", "0.40% [0.30%, 0.60%]"),
-        ClaimResult("F2", "harm is distinct", "does not hold here", "in words", "1.2"),
-    ]
-    *_, first, second = summary_table(results).splitlines()
-    assert first == "| F1 | harm is compact | **holds** | 0.40% [0.30%, 0.60%] |"
-    assert second == "| F2 | harm is distinct | **does not hold here** | 1.2 |"
+    again = run(tmp_path, "--seeds", "3")
+    assert again.count("measured:") == 2, "only the new seed"
 
 
-def test_different_settings_do_not_mix(tmp_path):
-    specs = (ModelSpec("sft"),)
-    first = (made_analysis("F1"), Plan(specs))
-    second = (made_analysis("F2"), Plan(specs, size=0.1))
-    with pytest.raises(ValueError, match=r"plans with settings.*0\.006.*0\.1.*folder of its own"):
-        conclude([first, second], tmp_path)
-    conclude([first], tmp_path)
-    with pytest.raises(ValueError, match="give another folder"):
-        conclude([second], tmp_path)
+def test_a_script_takes_the_options_of_its_jobs(tmp_path):
+    printed = run(tmp_path, "--size", "0.3", "--steps", "4", "--model", "sft", "--seeds", "1")
+    assert "measured: sft 0 0.3 (4,)" in printed
+    assert "X1. a claim: does not hold here" in printed
+    refused = run(tmp_path, "--size", "0.4")
+    assert "error" in refused and "0.4" in refused, "another setting in the same folder"
 
 
-def test_the_usual_settings_name_no_options(tmp_path):
-    """Runs from before an analysis had options can be resumed."""
-    specs = (ModelSpec("sft"),)
-    usual = {"size": 0.006, "protect_share": 0.005, "rounds": 10}
-    assert Plan(specs).settings == usual
-    conclude([(made_analysis("F1"), Plan(specs))], tmp_path)
-    with pytest.raises(ValueError, match="give another folder"):
-        conclude([(made_analysis("F1"), Plan(specs, options={"x": 2}))], tmp_path)
+def test_a_small_run_has_one_seed_and_the_small_options(tmp_path):
+    printed = run(tmp_path, "--small", "--model", "sft")
+    assert printed.count("measured:") == 1 and "0.5" in printed
 
 
-def test_other_requests_are_other_settings():
-    def settings(limit: int, **more) -> dict:
-        files = RequestFiles("a.jsonl", "b.jsonl", limit=limit)
-        return Plan((ModelSpec("m", files=files, **more),)).settings
-
-    assert settings(3) == settings(3, device="cuda", cache=FOLDER)
-    assert settings(3) != settings(4)
-    assert settings(3) != settings(3, judge="http://host/v1#m")
-    assert settings(3, samples=4, temperature=0.7) != settings(3)
-    assert "samples" not in str(settings(3)), "a run from before there was sampling can be resumed"
-    assert "custom" not in Plan((ModelSpec("sft"),)).settings
+def test_help_runs_nothing(tmp_path):
+    printed = run(tmp_path, "--help")
+    assert "Share of the weights." in printed and "measured:" not in printed
 
 
-def test_rows_are_told_apart_by_model_and_ladder():
-    rows = Rows()
-    for model, ladder in [("sft", "shipped"), ("sft", "seed-1"), ("dpo", "shipped")] * 2:
-        rows += [Measurement.exact("a", {"model": model, "ladder": ladder}, 1.0)]
-    models = by_model(rows)
-    assert list(models) == ["sft", "sft of seed-1", "dpo"]
-    assert [len(of_model) for of_model in models.values()] == [2, 2, 2]
-    assert models["sft of seed-1"][0].labels["ladder"] == "seed-1"
+def test_an_imported_analysis_reads_committed_rows_and_runs_on_request(tmp_path, monkeypatch):
+    script = tmp_path / "analysis.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "rows").mkdir()
+    kept = Rows([share(0.1, model="sft", seed=0, part="figures")])
+    kept.append_to(tmp_path / "rows" / "X1.jsonl")
+    monkeypatch.syspath_prepend(tmp_path)
+    import analysis  # pyright: ignore[reportMissingImports]
+
+    assert analysis.rows == kept
+    rows = analysis.claim.rows(tmp_path / "run", models=["sft"], seeds=1, size=0.4)
+    assert rows.one("share").mean == 0.4
+    with pytest.raises(ValueError, match="'sise'"):
+        analysis.claim.rows(tmp_path / "run", sise=0.4)
 
 
-# The command line
-
-
-def run(out, *arguments: str):
-    app = typer.Typer()
-    option = Option(int, "A number.", default=1)
-    app.command()(command(made_analysis("F1", OPTIONS={"x": option})))
-    return CliRunner().invoke(app, ["--out", str(out), *arguments])
-
-
-def test_the_command_passes_its_options_on(tmp_path):
-    models = ["--model", "dpo", "--model", "base"]
-    result = run(tmp_path, *models, "--seeds=2", "--size=0.25", "--workers=1", "--x=3")
-    assert result.exit_code == 0, result.output
-    assert "F1. claim of F1: holds" in result.output
-    rows = Rows.read(tmp_path / "rows.jsonl")
-    names = {(row.labels["model"], row.labels["seed"]) for row in rows.where("share")}
-    assert names == {("dpo", 0), ("dpo", 1), ("base", 0), ("base", 1)}
-    assert {row.mean for row in rows.where("share")} == {0.25}
-    assert {row.mean for row in rows.where("other")} == {3}
-
-
-def test_the_usual_models_are_those_of_the_analysis(tmp_path):
-    assert run(tmp_path, "--seeds=1", "--workers=1").exit_code == 0
-    (row,) = Rows.read(tmp_path / "rows.jsonl").where("share")
-    assert row.labels == {"finding": "F1", "model": "sft", "ladder": "shipped", "seed": 0}
-
-
-def test_command_line_errors_are_sentences(tmp_path):
-    assert run(tmp_path, "--seeds=1", "--workers=1").exit_code == 0
-    again = run(tmp_path, "--size=0.5")
-    assert again.exit_code == 2
-    assert "give another folder" in " ".join(again.output.split())
-    lost = run(tmp_path, "--harmful=a.jsonl")
-    assert lost.exit_code == 2
-    assert "--harmful is for a custom model; give --model" in " ".join(lost.output.split())
+def test_missing_rows_are_named_with_what_to_do(tmp_path, monkeypatch):
+    claim = Claim("X3", "a claim", models=("sft",))
+    claim.job(lambda model, seed: Rows())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="X3.jsonl.*out="):
+        claim.rows()
