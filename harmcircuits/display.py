@@ -94,4 +94,13 @@ def progress_bar() -> "Progress":
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    console = Console(stderr=True)
+    # A kernel flushes both streams whenever something is displayed; redirected to the bars, which
+    # are displayed themselves, that never ends.
+    is_redirected = not console.is_jupyter
+    return Progress(
+        *columns,
+        console=console,
+        redirect_stdout=is_redirected,
+        redirect_stderr=is_redirected,
+    )

@@ -368,6 +368,7 @@ class Claim:
         options: Mapping[str, Any],
     ) -> Rows:
         """Run what is missing in a folder."""
+        quiet()
         known = self._options
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -416,7 +417,6 @@ class Claim:
             own: dict[str, Any],
             custom: dict[str, Any],
         ) -> None:
-            quiet()
             folders = organisms or [FOLDER]
             try:
                 of_models = specs(model or (), self.models, folders, device, **custom)

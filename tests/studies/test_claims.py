@@ -147,5 +147,5 @@ def test_missing_rows_are_named_with_what_to_do(tmp_path, monkeypatch):
     claim = Claim("X3", "a claim", models=("sft",))
     claim.job(lambda model, seed: Rows())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="X3.jsonl.*out="):
+    with pytest.raises(ValueError, match=r"X3\.jsonl.*out="):
         claim.rows()
