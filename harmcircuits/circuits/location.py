@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask, random_like
+from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
 from harmcircuits.measurements import Labels, Measurement, Rows
 
@@ -105,6 +106,50 @@ def pieces(
         # What is left is "head", which only attention has, and "neuron", which only the MLP has.
         elif is_attention == (by == "head"):
             yield from _unit_pieces(site, index)
+
+
+def parts_of(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: Literal["layer", "matrix", "unit"],
+) -> dict[Place, WeightMask]:
+    """The mask cut by where its weights sit; together the parts are the mask.
+
+    >>> parts = parts_of(mask, hc.weight_sites(bridge), "layer")
+    >>> sum(part.n_removed for part in parts.values()) == mask.n_removed
+    True
+
+    Args:
+        mask: the weights.
+        sites: `weight_sites` of the mask's model.
+        by: "layer", "matrix", or "unit": heads (apart by query and key-value), neurons and experts.
+
+    Raises:
+        ValueError: another `by`, or sites that lack a matrix of the mask.
+    """
+    if by not in ("layer", "matrix", "unit"):
+        raise ValueError(f'by={by!r}; expected "layer", "matrix" or "unit"')
+    removed: dict[Place, dict[str, Tensor]] = {}
+    for name, index in mask.removed.items():
+        if name not in sites:
+            raise ValueError(f"sites lack {name}; give weight_sites(bridge) of the mask's model")
+        site = sites[name]
+        if by == "layer":
+            removed.setdefault(Place(site.layer), {})[name] = index
+        elif by == "matrix":
+            removed.setdefault(Place(site.layer, site.kind), {})[name] = index
+        else:
+            unit = site.units(index)
+            for number in unit.unique().tolist():
+                place = Place(site.layer, site.unit, number)
+                removed.setdefault(place, {})[name] = index[unit == number]
+
+    parts = {}
+    for place, of_place in removed.items():
+        settings = {"by": by, "place": list(place)}
+        source = Source(mask.source.model, "part", settings, (mask.source,))
+        parts[place] = WeightMask(of_place, mask.shapes, source)
+    return parts
 
 
 def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[Piece]:

@@ -7,8 +7,8 @@ coefficient that chance inflates.
 import pytest
 import torch
 
-from harmcircuits.circuits.location import Place, concentration, counts_by, gini
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.location import Place, concentration, counts_by, gini, parts_of
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
@@ -86,3 +86,30 @@ def test_errors_name_what_is_wrong(llama):
     for bad in (torch.tensor([]), torch.tensor([0.0, 0.0]), torch.tensor([-1.0, 2.0])):
         with pytest.raises(ValueError, match="gini"):
             gini(bad)
+
+
+@pytest.mark.parametrize("by", ["layer", "matrix", "unit"])
+def test_the_parts_of_a_mask_are_disjoint_and_make_it_up(open_model, by):
+    bridge = open_model("Llama")
+    sites = weight_sites(bridge)
+    mask = top_fraction(random_scores(bridge), 0.02, within="model")
+    parts = parts_of(mask, sites, by)
+    assert sum(part.n_removed for part in parts.values()) == mask.n_removed
+    assert union(list(parts.values())).digest == mask.digest
+
+    counted = {"layer": ["layer"], "matrix": ["matrix"], "unit": ["head", "neuron"]}[by]
+    counts = {}
+    for kind in counted:
+        counts |= counts_by(mask, sites, kind)
+    of_parts = {place: part.n_removed for place, part in parts.items()}
+    assert of_parts == {place: count.n_removed for place, count in counts.items() if count[0]}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_parts_refuse_another_way_of_cutting(open_model):
+    bridge = open_model("Llama")
+    mask = top_fraction(random_scores(bridge), 0.02)
+    with pytest.raises(ValueError, match=r"'head'.*unit"):
+        parts_of(mask, weight_sites(bridge), "head")
+    with pytest.raises(ValueError, match="sites lack blocks"):
+        parts_of(mask, {}, "layer")
