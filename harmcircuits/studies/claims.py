@@ -81,6 +81,11 @@ class ClaimResult:
         """The claim and its outcome in a line."""
         return f"{self.name}. {self.text}: {self.outcome}"
 
+    @property
+    def line(self) -> str:
+        """The claim and its outcome as a line of a Markdown table."""
+        return f"| {self.name} | {self.text} | **{self.outcome}** |"
+
     def __repr__(self) -> str:
         return f"{self.title}\n{self.cases.to_string(index=False)}"
 
@@ -316,6 +321,7 @@ class Claim:
         parts.append(section("Each case", "By the rule, fixed beforehand.", frame(result.cases)))
         page = self._out / f"{self.name}.html"
         write_page(page, result.title, parts)
+        (self._out / "summary.md").write_text(result.line + "\n", encoding="utf-8")
 
         console = Console()
         console.print(f"[bold]{result.title}[/]", highlight=False)
