@@ -1,89 +1,101 @@
-"""The README runs: its Python, its commands' names, its figures of the planted bench.
+"""The README is short and true: its code prints what it shows, its claims and commands are ours.
 
-Would catch: an example that no longer works, a file map that names what is gone.
+Would catch: an example that no longer works or prints something else, a verdict typed in, a figure
+that the results page does not have, a link to nowhere, a room that is gone.
 """
 
 import re
-from pathlib import Path
+from itertools import pairwise
 
-import attacks
-import emergent_misalignment
 import pytest
-from helpers import small_model
-from typer import Typer
-from typer.main import get_command
-from typer.testing import CliRunner
+import six_findings
+from pages import README, ROOT, anchors, blocks, text_of
 
-import harmcircuits as hc
-from harmcircuits.behaviours.own import OwnBehaviour
-from harmcircuits.cli import app
-from harmcircuits.prompt_files import SHAPES
-from harmcircuits.studies.claims import command as command_of
+from harmcircuits.measurements import Rows
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = README.read_text(encoding="utf-8")
+NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_python_blocks_run(few, capsys, monkeypatch):
-    """On a model that is asked few requests; as they stand by `pytest -m slow`."""
-    if few:
-        monkeypatch.setattr(hc, "open_model", small_model)
-    space: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", README, flags=re.S):
-        exec(compile(block, "README.md", "exec"), space)
-    printed = capsys.readouterr().out
-    assert printed.count("WeightMask(circuit") == 3
-    assert printed.count("harm_valid_rate") == 3
-    assert "valid harm" in printed and "a search of its own" in printed
+def test_it_fits_three_screens():
+    assert len(TEXT.splitlines()) <= 120
 
 
-def test_the_behaviour_of_the_readme_is_read(tmp_path):
-    (text,) = re.findall(r"```toml\n(.*?)```", README, flags=re.S)
-    (tmp_path / "flattery.toml").write_text(text)
-    rows = "\n".join(f"is wall {n} white ?" for n in range(40))
-    (tmp_path / "opinions.csv").write_text(f"prompt\n{rows}\n")
-    behaviour = OwnBehaviour.of(tmp_path / "flattery.toml").behaviour()
-    assert behaviour.judge is not None
-    assert behaviour.judge("is wall 3 white ?", "Great question!") == behaviour.wanted
+def test_the_code_prints_what_is_shown(capsys):
+    """Words exactly, figures within a tenth; what a masked model says is another matter."""
+    (code,), (shown,) = blocks(TEXT, "python"), blocks(TEXT, "text")
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    expected = shown.splitlines()
+    assert len(printed) == len(expected)
+
+    # Greedy words of a broken model turn on the last bit, so on the machine.
+    says = [line for line in printed if " -> " in line]
+    assert says[0] != says[1], "another answer under the mask"
+    broken = printed.index(says[1])
+    for number, (line, wanted) in enumerate(zip(printed, expected, strict=True)):
+        if number == broken:
+            line, wanted = (text.split(" -> ")[0] for text in (line, wanted))
+        assert NUMBER.sub("#", line) == NUMBER.sub("#", wanted)
+        assert figures(line) == pytest.approx(figures(wanted), rel=0.1, abs=2)
 
 
-def test_the_shapes_of_the_readme_are_recognised():
-    table = README.split("| recognised by |")[1].split("\n\n")[0]
-    for line in table.splitlines()[2:]:
-        recognised, name = line.split("|")[1].strip(), line.split(":")[0].strip("| ")
-        columns = re.findall(r"`([\w,]+)`", recognised)[0].split(",")
-        shape = next(shape for shape in SHAPES if shape.fits(columns))
-        assert shape.name in ("", name, "chat messages")
-        assert shape.name or columns == ["prompt"]
+def figures(line: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(line)]
 
 
-def test_commands_exist():
-    known: set[str] = set()
-    for name, command in get_command(app).commands.items():
-        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
-        options = {option for parameter in command.params for option in parameter.opts}
-        shown = re.findall(rf"harmcircuits {name} (.*)", README)
-        assert (
-            shown
-            and {option for line in shown for option in re.findall(r"--[\w-]+", line)} <= options
-        )
-        known |= options
-    analysis = Typer()
-    analysis.command()(command_of(attacks, emergent_misalignment))
-    known |= {name for option in get_command(analysis).params for name in option.opts}
-    own = README.split("## On your own model")[1].split("\n## ")[0]
-    assert set(re.findall(r"--[\w-]+", own)) <= known
-    for path in re.findall(r"python (analyses/\S+\.py)", README):
-        assert (ROOT / path).is_file()
-    for module in re.findall(r"python -m\s+(harmcircuits[.\w]+)", README):
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+def test_the_verdicts_are_those_that_the_rows_give():
+    rows = Rows.read(ROOT / "analyses" / "rows" / "six_findings.jsonl")
+    lines = ["| | claim | verdict |", "|---|---|---|"]
+    for analysis in six_findings.ANALYSES:
+        result = analysis.result(rows.where(finding=analysis.NAME))
+        link = f"[{result.name}](docs/claims.md#{result.name.lower()})"
+        lines.append(f"| {link} | {result.claim} | **{result.outcome}** |")
+    assert "\n".join(lines) in TEXT
 
 
-def test_the_file_map_names_the_rooms_and_nothing_else():
-    listed = set(re.findall(r"^  (\w+(?:\.py|/))", README.split("## Files")[1], flags=re.M))
-    package = ROOT / "harmcircuits"
-    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    assert listed == rooms | files
+def test_the_table_is_a_part_of_the_one_on_the_results_page():
+    """Line by line, column by column; the names of lines may be shorter or longer."""
+    here, there = (table_of(text) for text in (TEXT, text_of("results.md")))
+    assert len(here) == 5
+    names = {"published set difference": "published, same size"}
+    for name, cells in here.items():
+        whole = there[names.get(name, name)]
+        assert cells.items() <= whole.items()
+
+
+def table_of(text: str) -> dict[str, dict[str, str]]:
+    """Line -> column -> cell, of the table of masks on `sft`."""
+    lines = text.split("| mask on `sft` |")[1].split("\n\n")[0].splitlines()
+    columns = cells_of(lines[0])
+    return {
+        cells[0].strip("*"): dict(zip(columns, cells[1:], strict=True))
+        for cells in map(cells_of, lines[2:])
+    }
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def test_the_tests_command_is_one_line():
+    """`.ci/run` takes it from this file."""
+    assert len(re.findall(r"^pip install -e .*pytest.*$", TEXT, flags=re.M)) == 1
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        assert not anchor or anchor in anchors((ROOT / path).read_text(encoding="utf-8")), target
+
+
+def test_every_room_is_named_in_order():
+    """Each room imports only from those before it."""
+    where = TEXT.split("## Where things are")[1].split("\n## ")[0]
+    rooms = {path.parent.name for path in (ROOT / "harmcircuits").glob("*/__init__.py")}
+    named = [name for name in re.findall(r"(\w+)/`", where) if name in rooms]
+    assert set(named) == rooms
+    order = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("layers = [")[1]
+    for above, below in pairwise(named):
+        assert order.index(below) < order.index(above)

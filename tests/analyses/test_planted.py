@@ -1,7 +1,7 @@
 """Recovery, reach and relearning of the planted organism, on few requests.
 
 Would catch: a search with S out of reach that may take S, a score without its price, the walk's
-sums of another factor, a curve measured under the wrong mask, a README that quotes other rows.
+sums of another factor, a curve measured under the wrong mask, a page that quotes other rows.
 """
 
 from importlib import import_module
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import small_model
+from pages import markdown, text_of
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
@@ -87,10 +88,10 @@ def test_relearning_starts_where_the_mask_leaves_the_model(monkeypatch):
     assert list(table["half back after"]) == ["0", "0", "> 1", "> 1"]
 
 
-def test_the_readme_quotes_the_committed_rows():
+def test_the_page_quotes_the_committed_rows():
     folder = Path(analysis.__file__).parent
     rows = Rows.read(folder / "rows" / "planted.jsonl")
-    text = (folder / "README.md").read_text(encoding="utf-8")
+    text = text_of("planted.md")
     tables = (analysis.recovery_table, analysis.reach_table, analysis.relearning_table)
     for table in tables:
-        assert table(rows).to_string(index=False) in text
+        assert markdown(table(rows)) in text

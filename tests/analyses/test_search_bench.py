@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_model
+from pages import markdown, text_of
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -199,16 +200,14 @@ def test_passes_are_tokens_over_those_of_the_answers(small):
     assert read == {"scored": bench.n_tokens(data), "forward": bench.n_tokens(data)}
 
 
-def test_the_readmes_quote_the_committed_rows():
+def test_the_pages_quote_the_committed_rows():
     folder = Path(bench.__file__).parent
     rows = Rows.read(folder / "rows" / "search_bench.jsonl")
-    readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert results.markdown(results.table(rows, bench.methods())) in readme
-    assert results.markdown(results.case_table(rows)) in readme
-    assert results.times_text(rows) in readme
-    main = (folder.parent / "README.md").read_text(encoding="utf-8")
-    assert results.markdown(results.table(rows, bench.methods())) in main
-    assert results.times_text(rows) in main
+    overview, cases = text_of("results.md"), text_of("search_bench.md")
+    assert markdown(results.table(rows, bench.methods())) in overview
+    assert results.times_text(rows) in overview
+    assert markdown(results.case_table(rows)) in cases
+    assert results.times_text(rows) in cases
 
 
 def test_the_command_takes_a_model_of_ones_own(tmp_path):

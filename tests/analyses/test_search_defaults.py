@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import small_model
-from search_results import markdown
+from pages import markdown, text_of
 
 import harmcircuits as hc
 from harmcircuits.measurements import Rows
@@ -94,8 +94,7 @@ def test_losses_of_the_target_grow_less_where_it_is_lost(small):
     assert torch.equal(capped, lost.clamp(max=defaults.CAP))
 
 
-def test_the_readme_quotes_the_committed_rows():
+def test_the_page_quotes_the_committed_rows():
     folder = Path(defaults.__file__).parent
     rows = Rows.read(folder / "rows" / "search_defaults.jsonl")
-    readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert markdown(defaults.variants(rows)) in readme
+    assert markdown(defaults.variants(rows)) in text_of("search_bench.md")

@@ -1,4 +1,4 @@
-"""The comparison of circuits, and the README's table of it.
+"""The comparison of circuits, and the page's table of it.
 
 Would catch: a table that its rows do not give, a model whose rows are lost.
 """
@@ -6,6 +6,7 @@ Would catch: a table that its rows do not give, a model whose rows are lost.
 from pathlib import Path
 
 import shared_circuits as analysis
+from pages import text_of
 
 from harmcircuits.measurements import Rows
 
@@ -13,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 ROWS = Rows.read(ROOT / "analyses" / "rows" / "shared_circuits.jsonl")
 
 
-def test_the_readme_holds_the_table_that_the_rows_give():
+def test_the_page_holds_the_table_that_the_rows_give():
     table = analysis.summary(ROWS, *analysis.covered(ROWS))
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in text_of("results.md")
 
 
 def test_the_table_needs_only_the_rows_that_are_kept():

@@ -1,4 +1,4 @@
-"""The README's table of findings is what the committed rows give.
+"""The table of claims is what the committed rows give.
 
 Would catch: an outcome or a figure typed in, rows that no longer fit their analysis, an analysis
 left out of the table.
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import six_findings
+from pages import text_of
 
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.claims import summary_table
@@ -16,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 ROWS = Rows.read(ROOT / "analyses" / "rows" / "six_findings.jsonl")
 
 
-def test_the_readme_holds_the_table_that_the_rows_give():
+def test_the_page_holds_the_table_that_the_rows_give():
     results = []
     for analysis in six_findings.ANALYSES:
         results.append(analysis.result(ROWS.where(finding=analysis.NAME)))
-    assert summary_table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert summary_table(results) in text_of("claims.md")
 
 
 @pytest.mark.parametrize("analysis", six_findings.ANALYSES, ids=lambda analysis: analysis.NAME)

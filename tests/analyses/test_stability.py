@@ -2,7 +2,7 @@
 
 Would catch: halves that share an item, a shuffle that loses answers, a Jaccard of neurons that
 counts weights, votes that a lone walk wins, a disjoint search that is offered what was taken, a
-series that goes on after harm has outlived a mask, a README that quotes other rows.
+series that goes on after harm has outlived a mask, a page that quotes other rows.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import small_model
+from pages import markdown, text_of
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
@@ -160,9 +161,9 @@ def test_what_counts_as_ending_and_sparing(harm, benign_nll, known, ends, spares
     assert (line["ends"], line["spares"]) == (ends, spares)
 
 
-def test_the_readme_quotes_the_committed_rows():
+def test_the_page_quotes_the_committed_rows():
     folder = Path(stability.__file__).parent
     rows = Rows.read(folder / "rows" / "stability.jsonl")
-    text = (folder / "README.md").read_text(encoding="utf-8")
+    text = text_of("stability.md")
     for table in (stability.overlaps(rows), stability.effects(rows)):
-        assert table.to_string(index=False) in text
+        assert markdown(table) in text

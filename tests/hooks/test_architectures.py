@@ -1,4 +1,4 @@
-"""The table `analyses/architectures.md`: what is scored and how, what is exact, what is refused.
+"""The table `docs/architectures.md`: what is scored and how, what is exact, what is refused.
 
 Its rows are the models that the tests of scores and of export are parametrised by;
 `PYTHONPATH=tests python tests/hooks/test_architectures.py` writes it anew. Would catch: a table
@@ -19,7 +19,7 @@ from torch import nn
 from harmcircuits.hooks.attribution import wanda_scores
 from harmcircuits.hooks.weights import weight_sites
 
-FILE = Path(__file__).parents[2] / "analyses" / "architectures.md"
+FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TEXT = """# Architectures
 
 Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test fails when it is out

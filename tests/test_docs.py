@@ -1,0 +1,145 @@
+"""The pages of docs/ run and are true: their Python, commands, files, links.
+
+Would catch: an example that no longer works, an option or file that is gone, a link to nowhere, a
+page that nothing links to. Figures are held to committed rows beside the tests of their analyses.
+"""
+
+import re
+from functools import partial
+
+import attacks
+import emergent_misalignment
+import pytest
+from helpers import asked_few, small_model
+from pages import DOCS, PAGES, README, ROOT, anchors, blocks, text_of
+from typer import Typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import harmcircuits as hc
+from harmcircuits.behaviours.own import OwnBehaviour
+from harmcircuits.cli import app
+from harmcircuits.organisms import FOLDER, ORGANISMS, world
+from harmcircuits.prompt_files import SHAPES
+from harmcircuits.studies.claims import command as command_of
+
+WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")]
+ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Few requests; for a model and files of the reader's own, an organism and its requests."""
+    really_open = partial(hc.open_model, cache=tmp_path / "cache")
+
+    def open_model(name, **options):
+        if name in ORGANISMS:
+            return small_model(name, every=16)
+        return asked_few(really_open(str(FOLDER / "sft"), **options), first=8)
+
+    monkeypatch.setattr(hc, "open_model", open_model)
+    monkeypatch.setattr(hc, "load_model", lambda *_, **__: small_model("sft").bridge)
+    monkeypatch.chdir(tmp_path)
+    items = list(world.world().items.values())
+    for name, verb in {"harmful": "abuse", "benign": "use"}.items():
+        form = world.FORMS["answer"][0]
+        requests = [form.format(verb=verb, item=item.name) for item in items]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt", *requests]))
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
+def test_python_runs(path, stand_ins):
+    space: dict = {}
+    for block in blocks(path.read_text(encoding="utf-8"), "python"):
+        exec(compile(block, path.name, "exec"), space)
+
+
+def test_every_python_block_is_one_that_runs():
+    """Also those that are indented, in a tab or a list."""
+    for name, text in ALL.items():
+        opened = re.findall(r"^\s*```\s*py\w*", text, flags=re.M)
+        assert len(opened) == len(blocks(text, "python")), name
+
+
+def test_the_behaviour_of_a_file_is_read(tmp_path):
+    (text,) = blocks(text_of("own_model.md"), "toml")
+    (tmp_path / "flattery.toml").write_text(text)
+    rows = "\n".join(f"is wall {n} white ?" for n in range(40))
+    (tmp_path / "opinions.csv").write_text(f"prompt\n{rows}\n")
+    behaviour = OwnBehaviour.of(tmp_path / "flattery.toml").behaviour()
+    assert behaviour.judge is not None
+    assert behaviour.judge("is wall 3 white ?", "Great question!") == behaviour.wanted
+
+
+def test_the_shapes_of_files_are_recognised():
+    table = text_of("own_model.md").split("| recognised by |")[1].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        recognised, name = line.split("|")[1].strip(), line.split(":")[0].strip("| ")
+        columns = re.findall(r"`([\w,]+)`", recognised)[0].split(",")
+        shape = next(shape for shape in SHAPES if shape.fits(columns))
+        assert shape.name in ("", name, "chat messages")
+        assert shape.name or columns == ["prompt"]
+
+
+def test_commands_and_their_options_exist():
+    shell = "\n".join(block for text in ALL.values() for block in blocks(text, "bash"))
+    known: set[str] = set()
+    for name, command in get_command(app).commands.items():
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+        options = {option for parameter in command.params for option in parameter.opts}
+        shown = re.findall(rf"^harmcircuits {name}\b(.*)", shell, flags=re.M)
+        assert shown, f"no page shows harmcircuits {name}"
+        for line in shown:
+            assert set(re.findall(r"--[\w-]+", line)) <= options
+        known |= options
+    analysis = Typer()
+    analysis.command()(command_of(attacks, emergent_misalignment))
+    known |= {name for option in get_command(analysis).params for name in option.opts}
+    assert set(re.findall(r"--[a-z][\w-]*", text_of("own_model.md"))) <= known
+
+
+def test_scripts_and_modules_exist():
+    for text in ALL.values():
+        for path in re.findall(r"`((?:analyses|harmcircuits|tests)/[\w/.]+)`", text):
+            assert (ROOT / path).exists(), path
+        for path in re.findall(r"python ((?:analyses|tests)/\S+\.py)", text):
+            assert (ROOT / path).is_file(), path
+        for module in re.findall(r"python -m\s+(harmcircuits[.\w]+)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "analyses" / "README.md"], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other.read_text(encoding="utf-8")), target
+
+
+def test_public_names_of_the_glossary_are_public():
+    for name in re.findall(r"`hc\.(\w+)", "\n".join(ALL.values())):
+        assert name in hc.__all__, name
+
+
+def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
+    import six_findings
+
+    from harmcircuits.measurements import Rows
+
+    folder = ROOT / "analyses"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for script in folder.glob("*.py"):
+        assert f"`{script.name}`" in text
+    rows = Rows.read(folder / "rows" / "six_findings.jsonl")
+    for analysis in six_findings.ANALYSES:
+        outcome = analysis.result(rows.where(finding=analysis.NAME)).outcome
+        (line,) = re.findall(rf"^\| `{analysis.__name__}\.py`.*$", text, flags=re.M)
+        assert f"| {outcome} |" in line
+
+
+def test_figures_are_there():
+    for path in DOCS.glob("figures/*.png"):
+        assert any(f"figures/{path.name}" in text for text in ALL.values()), path
