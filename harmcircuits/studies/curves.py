@@ -215,11 +215,12 @@ def outcomes_of(
 
 def curve(
     model: Model,
-    masks: Iterable[WeightMask],
+    masks: Sequence[WeightMask],
     unpruned: Mapping[str, Outcomes],
     *,
     target: str = TARGET,
     split: str = "heldout",
+    shares: Sequence[float] = (),
 ) -> Curve:
     """The behaviours of `unpruned` under each mask, by its share of weights.
 
@@ -229,18 +230,19 @@ def curve(
         unpruned: `outcomes_of` the model without a mask.
         target: what is removed.
         split: what is measured.
+        shares: what each mask counts as; its own share by default. A search may give fewer weights
+            than a size allows; curves that are compared are then measured at the same sizes.
 
     Raises:
         ValueError: as `Curve`.
     """
     by_share: dict[float, Mapping[str, Outcomes]] = {0.0: unpruned}
-    for mask in masks:
+    for share, mask in zip(shares or [mask.fraction for mask in masks], masks, strict=True):
         with masked(model.bridge, mask):
-            by_share[mask.fraction] = outcomes_of(model, unpruned, split=split)
+            by_share[share] = outcomes_of(model, unpruned, split=split)
 
-    shares = sorted(by_share)
-    points = [by_share[share] for share in shares]
-    return Curve(tuple(shares), tuple(points), target)
+    points = [by_share[share] for share in sorted(by_share)]
+    return Curve(tuple(sorted(by_share)), tuple(points), target)
 
 
 def w50(
@@ -300,31 +302,6 @@ def _is_within(budget: Budget, curve: Curve, seed: int) -> Bool[ndarray, "draws 
     return is_within
 
 
-def area(curve: Curve, *, seed: int = 0) -> Estimate:
-    """Mean rate of valid answers of the target over the logarithm of the share.
-
-    From the smallest to the largest measured, straight between points. 0: gone at the smallest
-    share; the unpruned rate: never touched. The budget plays no part.
-
-    Args:
-        curve: what is measured.
-        seed: draws the resamples.
-
-    Raises:
-        ValueError: fewer than two masks.
-    """
-    if len(curve.shares) < 3:
-        raise ValueError(
-            f"area: shares {curve.shares}; expected the unpruned model and at least two masks"
-        )
-    # Without the unpruned model, whose share 0 has no logarithm.
-    hits = _mean_hits(curve, curve.target, curve.points[1:], seed)
-    x = np.log(curve.shares[1:])
-    width = x[-1] - x[0]
-    values = np.trapezoid(hits, x, axis=1) / width
-    return _measured_estimate(curve, values, seed)
-
-
 def rate_at(
     curve: Curve,
     share: float,
@@ -343,6 +320,26 @@ def rate_at(
     """
     hits = _mean_hits(curve, curve.target, [curve.at(share)], seed)
     return _measured_estimate(curve, hits[:, 0], seed)
+
+
+def gap(model: Model, mask: WeightMask, curve: Curve, share: float, *, seed: int = 0) -> Estimate:
+    """How much more of the target another mask leaves than the curve at a share, paired by items.
+
+    Args:
+        model: the model of the curve.
+        mask: such as as many random weights.
+        curve: what is measured.
+        share: one of its shares.
+        seed: draws the resamples.
+
+    Raises:
+        ValueError: as `Curve.at`.
+    """
+    unpruned = {curve.target: curve.points[0][curve.target]}
+    with masked(model.bridge, mask):
+        pruned = outcomes_of(model, unpruned)
+    other = replace(curve, shares=(0.0, share), points=(unpruned, pruned))
+    return rate_at(other, share, seed=seed).minus(rate_at(curve, share, seed=seed))
 
 
 def kept_fall(
@@ -396,11 +393,12 @@ def share_text(rows: Rows) -> str:
     return f"over {together:.2%}" if is_bound else f"{together:.2%}"
 
 
-def log_spaced(last: int, n: int) -> tuple[int, ...]:
-    """At most `n` whole numbers from 1 to `last`, evenly on a logarithmic scale, each once."""
-    # Small ones may round to the same number: 8 up to 10 are 1, 2, 3, 4, 5, 7 and 10.
-    numbers = {round(number) for number in np.geomspace(1, last, n)}
-    return tuple(sorted(numbers))
+def share_texts(rows: Rows, by: str = "model") -> str:
+    """`share_text` of every model, or other label, in a line."""
+    texts = []
+    for name, of_name in rows.where("w50").by(by).items():
+        texts.append(f"{name} {share_text(of_name)}")
+    return ", ".join(texts)
 
 
 def _items(curve: Curve) -> tuple[str, ...]:

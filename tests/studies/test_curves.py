@@ -1,7 +1,7 @@
-"""Curves by hand: `w50`, its censoring, the budget, the area, and comparisons paired by items.
+"""Curves by hand: `w50`, its censoring, the budget, and comparisons paired by items.
 
 Would catch: a size that breaks kept abilities counted as `w50`, an unreached size taken for a
-reached one, curves that are resampled apart, an area that is not over the logarithm, protection of
+reached one, curves that are resampled apart, protection of
 a part of the target.
 """
 
@@ -23,14 +23,14 @@ from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.curves import (
     Budget,
     Curve,
-    area,
     by_share,
     curve,
-    log_spaced,
+    gap,
     outcomes_of,
     rate_at,
     restricted,
     share_text,
+    share_texts,
     w50,
 )
 
@@ -111,25 +111,17 @@ def test_shares_over_seeds_are_written_with_the_widest_ends():
     assert share_text(both) == "0.50% [0.30%, 0.80%]"
     bounded = Rows([*both, row(0.005, 0.005, 0.005, "yes")])
     assert share_text(bounded).startswith("over 0.50% [")
+    models = Rows(row.labelled(model=name) for name, row in zip("ab", both, strict=True))
+    assert share_texts(models) == "a 0.40% [0.30%, 0.60%], b 0.60% [0.50%, 0.80%]"
 
 
 # Other figures of a curve
-
-
-def test_the_area_is_a_mean_over_the_logarithm():
-    assert area(by_hand(SHARES, [20, 20, 20, 20])).values[0] == pytest.approx(1)
-    assert area(by_hand(SHARES, [20, 0, 0, 0])).values[0] == 0
-    assert area(by_hand(SHARES, [20, 20, 10, 0])).values[0] == pytest.approx((0.75 + 0.25) / 2)
-    uneven = by_hand((0.0, 0.001, 0.01, 0.1, 0.2), [20, 20, 0, 0, 0])
-    assert area(uneven).values[0] == pytest.approx(0.5 / (2 + math.log10(2)))
 
 
 def test_comparisons_are_paired_by_items():
     first, second = by_hand(SHARES, [20, 12, 8, 0]), by_hand(SHARES, [20, 20, 12, 6])
     ratio = w50(first).over(w50(first)).row("r", {})
     assert (ratio.mean, ratio.low, ratio.high) == (1, 1, 1)
-    change = area(first).minus(area(first)).row("d", {})
-    assert (change.mean, change.low, change.high) == (0, 0, 0)
     assert w50(first).over(w50(second)).values[0] == pytest.approx(0.1)
 
     rates = rate_at(second, 0.01), rate_at(first, 0.01)
@@ -158,11 +150,6 @@ def test_rows_are_pooled_at_every_share():
     assert points[0.1].one("harm_valid_rate").mean == pytest.approx(0.6)
 
 
-def test_sizes_on_a_logarithmic_scale():
-    assert log_spaced(16, 5) == (1, 2, 4, 8, 16)
-    assert log_spaced(3, 9) == (1, 2, 3)
-
-
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="increasing strictly"):
         by_hand((0.01, 0.1), [20, 10])
@@ -170,8 +157,6 @@ def test_errors_name_what_is_wrong():
         Curve((0.0,), ({"benign": made("benign", 3)},))
     with pytest.raises(ValueError, match="same requests"):
         Curve((0.0, 0.1), ({"harmful": made("harmful", 3)}, {"harmful": made("harmful", 3, n=5)}))
-    with pytest.raises(ValueError, match="at least two masks"):
-        area(by_hand((0.0, 0.1), [20, 0]))
     with pytest.raises(ValueError, match=r"share=0\.5"):
         rate_at(by_hand(SHARES, [20, 0, 0, 0]), 0.5)
     longer = by_hand((*SHARES, 0.2), [20, 0, 0, 0, 0])
@@ -198,6 +183,29 @@ def test_a_curve_measures_what_masks_do(model):
     assert w50(path, Budget(rate=1.0, nll=100.0)).values[0] == large.fraction
     assert not w50(path).is_reached[0], "the language is gone too"
     assert set(named_weights(bridge)) == set(large.shapes)
+
+
+def test_curves_may_be_measured_at_the_sizes_asked_for(model):
+    """A search may give fewer weights than a size allows: another largest share, not paired."""
+    mask = top_fraction(magnitude_scores(model.bridge), 0.001, within="model")
+    unpruned = outcomes_of(model, ["harmful"])
+    path = curve(model, [mask, mask], unpruned, shares=(0.002, 0.004))
+    assert path.shares == (0.0, 0.002, 0.004)
+    with pytest.raises(ValueError, match="zip"):
+        curve(model, [mask], unpruned, shares=(0.002, 0.004))
+
+
+def test_a_gap_is_what_another_mask_leaves_beyond_the_curve(model):
+    large = top_fraction(magnitude_scores(model.bridge), 0.3, within="model")
+    small = random_like(top_fraction(magnitude_scores(model.bridge), 0.001, within="model"))
+    path = curve(model, [large], outcomes_of(model, ["harmful"]), shares=(0.3,))
+    under = model.measure(mask=small, only="harmful").one("harm_valid_rate").mean
+    left = path.at(0.3)["harmful"].hits
+    assert gap(model, small, path, 0.3).row("gap", {}).mean == pytest.approx(
+        under - sum(left) / len(left)
+    )
+    same = gap(model, large, path, 0.3).row("gap", {})
+    assert (same.mean, same.low, same.high) == (0, 0, 0), "paired by items"
 
 
 def test_outcomes_are_per_request(model):
