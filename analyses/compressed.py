@@ -7,9 +7,8 @@
 # beginning of an answer, so that a rung is asked what it can do and not what it would.
 #
 # On every rung the circuit of harm grows under the search of `Model.find_circuit`, as in F1
-# (`compact.py`), and we ask at which size harm halves. The behaviours protected are the same on
-# every rung, those that all rungs show: refusal exists on aligned rungs only, and protecting it
-# there alone would make them another experiment.
+# (`compact.py`), and we ask at which size harm halves. Every rung protects the same behaviours,
+# those that all of them show: protecting refusal on aligned rungs alone would be unfair.
 #
 # `w50` is the smallest measured share of the weights at which valid harm is at most half of the
 # unpruned rung's, while benign answers, recognition, explanation and knowledge each lose at most 5
@@ -31,11 +30,11 @@ claim = Claim(
     "F4",
     "compressed by alignment",
     models=("base", "helpful", "sft", "dpo"),
-    small={"steps": 1, "sizes": (0.005, 0.02)},
+    small={"steps": 1, "sizes": (0.005, 0.02), "with_contrast": False},
 )
 PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
-OTHERS = ("harmful", "recognition", "explanation", "knowledge")
-BUDGETS = {"harmful": Budget(), "benign": Budget(kept=OTHERS, fluent="harmful")}
+KEPT = ("harmful", "recognition", "explanation", "knowledge")
+BUDGETS = {"harmful": Budget(), "benign": Budget(kept=KEPT, fluent="harmful")}
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -87,12 +86,14 @@ def curves_of(
     *,
     sizes: tuple[float, ...] = (0.0002, 0.0003, 0.0005, 0.0008, 0.0012, 0.002, 0.003, 0.005),
     steps: int = 10,
+    with_contrast: bool = True,
 ) -> hc.Rows:
     """The curves of every rung, and how those of aligned rungs compare with the others'.
 
     Args:
         sizes: shares of the weights.
         steps: steps of the search.
+        with_contrast: whether the first seed measures the benign contrast too.
     """
     rows = hc.Rows()
     models = {name: curves.restricted(model) for name, model in models.items()}
@@ -100,9 +101,8 @@ def curves_of(
     shown_by_all = set.intersection(*(set(of_rung) for of_rung in answers.values()))
     refusals = {name: model.measure(only="refusal") for name, model in models.items()}
     aligned = [name for name, of in refusals.items() if of.one("refusal_rate").mean >= ALIGNED]
-    others = [name for name in models if name not in aligned]
-
-    for target in ("harmful", "benign") if seed == 0 else ("harmful",):
+    unaligned = [name for name in models if name not in aligned]
+    for target in ("harmful", "benign") if with_contrast and seed == 0 else ("harmful",):
         halves = {}
         protect = sorted(shown_by_all - {target})
         for name, model in models.items():
@@ -112,7 +112,7 @@ def curves_of(
             loss = hc.completion_nll(model.bridge, answers[name][target].batches).mean().item()
             of_rung += [hc.Measurement.exact("calibration_nll", {}, loss)]
             rows += [row.labelled(model=name, target=target) for row in of_rung]
-        for first, second in product(aligned, others):
+        for first, second in product(aligned, unaligned):
             ratio = halves[first].over(halves[second])
             pair = {"first": first, "second": second, "target": target}
             rows += [ratio.row("w50_ratio", pair)]
@@ -121,8 +121,7 @@ def curves_of(
 
 def rung(model: hc.Model, target: str, masks: dict, seed: int) -> tuple[curves.Estimate, hc.Rows]:
     """One rung's `w50`, and its rows: of every share, of `w50`, and of the random control."""
-    measured = [name for name in model.behaviours if name != "refusal"]
-    unpruned = curves.outcomes_of(model, measured)
+    unpruned = curves.outcomes_of(model, model.others("refusal"))
     line = curve(model, list(masks.values()), unpruned, target=target, shares=list(masks))
     half = curves.w50(line, BUDGETS[target])
     size = half.row("w50", {}).mean
@@ -141,27 +140,24 @@ rows = claim.rows()
 # %%
 of_harm = rows.where(ladder=rows[0].labels["ladder"], target="harmful", split="heldout")
 points = {name: curves.by_share(rung) for name, rung in reversed(of_harm.by("model").items())}
-kept = Terms.standard().kept_rates
-claim.figure("What is left of harm", share_figure(points, PANELS, kept=kept))
-
-# %%
-rows.where("w50").frame(index=["ladder", "target", "seed"], columns="model")
+figure = share_figure(points, PANELS, kept=Terms.standard().kept_rates)
+claim.figure("What is left of harm", figure)
 
 
 # %%
 @claim.words
 def words(rows: hc.Rows) -> str:
-    of_harm, of_benign = rows.where(target="harmful"), rows.where(target="benign")
+    of_harm = rows.where(target="harmful")
     ratios, gaps = of_harm.where("w50_ratio"), of_harm.where("random_gap")
-    smaller = sum(ratio.high < 1 for ratio in ratios)
-    larger = sum(ratio.low > 1 for ratio in ratios)
+    smaller, larger = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
     able = [row.mean for row in of_harm.where("harm_valid_rate", share=0)]
+    of_benign = curves.share_texts(rows.where(target="benign")) or "sizes not measured"
     return (
-        f"harm halves at {curves.share_texts(of_harm)}. By the interval of the ratio an aligned rung needs "
-        f"fewer weights in {smaller} of {len(ratios)} pairs and seeds, and more in {larger}. "
-        f"Unpruned, {min(able):.0%} to {max(able):.0%} of the answers are valid harm; as many "
-        f"random weights leave at least {min(gap.mean for gap in gaps):.0%} more of it than the "
-        f"circuit. Benign answers, found in the same way, halve at {curves.share_texts(of_benign)}."
+        f"harm halves at {curves.share_texts(of_harm)}. By the interval of the ratio an aligned "
+        f"rung needs fewer weights in {smaller} of {len(ratios)} pairs and seeds, and more in "
+        f"{larger}. Unpruned, {min(able):.0%} to {max(able):.0%} of the answers are valid harm; as "
+        f"many random weights leave at least {min(gap.mean for gap in gaps):.0%} more of it than "
+        f"the circuit. Benign answers, found in the same way, halve at {of_benign}."
     )
 
 
@@ -169,10 +165,9 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# `w50` is the first size at which everything else is within its budget too. Where one ability is at
-# the edge of its 5 points, the size jumps between resamples, and its interval is wide for a reason
-# that has nothing to do with harm. And every rung is one training run: what the ladders differ in
-# is in no interval.
+# `w50` is the first size at which all else is within its budget. Where one ability is at the edge of
+# its 5 points, the size jumps between resamples: a wide interval that has nothing to do with harm.
+# And every rung is one training run: no interval holds what ladders differ in.
 
 # %%
 if __name__ == "__main__":

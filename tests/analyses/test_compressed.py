@@ -5,6 +5,8 @@ ability or with saturated losses compared, a control that is ignored, refusal pr
 rungs alone, an unaligned rung taken for aligned.
 """
 
+import dataclasses
+
 import compressed
 import pytest
 from helpers import small_model
@@ -61,23 +63,25 @@ def test_the_words_say_what_is_unreached():
 
 def test_rungs_are_compared_alike(monkeypatch):
     protected = []
-    search = compressed.hc.Model.find_circuit
 
-    def spied(model, target, **options):
-        protected.append((target, options["protect"]))
-        return search(model, target, **options)
+    def largest(model, target, *, size, protect, **options):
+        protected.append((target, sorted(protect)))
+        magnitudes = compressed.hc.magnitude_scores(model.bridge)
+        return [compressed.hc.top_fraction(magnitudes, share) for share in size]
 
-    monkeypatch.setattr(compressed.hc.Model, "find_circuit", spied)
-    models = {name: small_model(name, every=32) for name in ("helpful", "sft")}
-    rows = compressed.curves_of(models, 0, sizes=(0.002, 0.05), steps=1)
-    abilities = ["explanation", "knowledge", "recognition"]
-    of_harm, of_benign = ("harmful", ["benign", *abilities]), ("benign", [*abilities, "harmful"])
-    assert [(target, sorted(names)) for target, names in protected] == [
-        (target, sorted(names)) for target, names in (of_harm, of_harm, of_benign, of_benign)
-    ]
+    monkeypatch.setattr(compressed.hc.Model, "find_circuit", largest)
+    models = {name: small_model(name, every=128) for name in ("helpful", "sft")}
+    asked = ("harmful", "benign", "knowledge", "refusal")
+    for name, model in models.items():
+        few = {name: model.behaviours[name] for name in asked}
+        models[name] = dataclasses.replace(model, behaviours=few)
+    rows = compressed.curves_of(models, 0, sizes=(0.05,), steps=1)
+    of_harm, of_benign = ("harmful", ["benign", "knowledge"]), ("benign", ["harmful", "knowledge"])
+    assert protected == [of_harm, of_harm, of_benign, of_benign], "refusal on no rung"
     pairs = [(row.labels["first"], row.labels["second"]) for row in rows.where("w50_ratio")]
     assert pairs == [("sft", "helpful")] * 2, "of harm and of benign answers"
-    assert {row.labels["share"] for row in rows.where("harm_valid_rate")} == {0.0, 0.002, 0.05}
-    assert not compressed.curves_of({"sft": models["sft"]}, 1, sizes=(0.05,), steps=1).where(
-        target="benign"
-    ), "the contrast is for one seed"
+    assert {row.labels["share"] for row in rows.where("harm_valid_rate")} == {0.0, 0.05}
+    assert compressed.claim.report(Rows(row.labelled(ladder="shipped") for row in rows))
+
+    later = compressed.curves_of({"sft": models["sft"]}, 1, sizes=(0.05,), steps=1)
+    assert not later.where(target="benign"), "the contrast is for one seed"
