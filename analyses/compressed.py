@@ -84,7 +84,7 @@ def curves_of(
     models: dict[str, hc.Model],
     seed: int,
     *,
-    sizes: tuple[float, ...] = (0.0002, 0.0003, 0.0005, 0.0008, 0.0012, 0.002, 0.003, 0.005),
+    sizes: tuple[float, ...] = (0.0001, 0.0002, 0.0003, 0.0005, 0.0008, 0.0012, 0.002, 0.005),
     steps: int = 10,
     with_contrast: bool = True,
 ) -> hc.Rows:
