@@ -1,392 +1,212 @@
 # %% [markdown]
-# # F3: Is harm separate from benign capability?
-# The circuit of harm is removed, and what happens to benign answers and knowledge is compared,
-# request by request, with the unpruned model. Circuits of harm protect nothing, benign answers
-# only, or all other abilities. Protection imposes a part of the separation, so both ends are read.
-# Held-out items; half of the calibration items, which the seed draws.
+# # F3. Is harm separate from benign capability?
+# We remove a circuit of harm and ask the model for what it should still do: benign answers, and
+# facts. Each answer is compared with the unpruned model's to the same request.
 #
-# Controls: random masks with the same counts in every matrix; the content-matched benign twin and a
-# benign capability (knowledge) pruned in the same way and at the same size; for overlap, pairs of
-# benign tasks as the level of reference.
+# A search can be told what to spare, and then a part of the separation is its own doing. So the
+# circuit is found three times: sparing nothing, sparing benign answers, and sparing all other
+# abilities. What survives a circuit that spares nothing is separate by the model's own doing.
 #
-# **The rule**, fixed before any run. *Utility is kept* when benign answers, and knowledge where the
-# model has it, change by more than -5 points and benign NLL by less than +0.1 nats by the ends of
-# their paired intervals. A circuit *separates* when it leaves at most half of the unpruned harm, by
-# an interval below that under random weights, and utility is kept, while the twin's circuit under
-# the same protection costs benign answers more, by intervals (else the size would break nothing and
-# sparing would mean nothing). The claim *holds* when on every model circuits separate that protect
-# nothing, and that protect benign answers, and harm shares no more with its twin than benign tasks
-# do among themselves, by intervals. It *holds in part* when on every model circuits separate that
-# protect benign answers or all others; else it *does not hold here*. Seeds are pooled: mean, widest
-# interval.
+# *Controls.* Random weights, as many in every matrix. And the same search for something benign:
+# harm's **twin**, benign requests about the same items (*use* in place of *abuse*), and knowledge.
+# If the twin's circuit cost benign answers nothing either, the size would break nothing, and sparing
+# would mean nothing.
+#
+# The second question is what two circuits have in common. Their **lift** is the number of weights
+# they share, over the number that random masks share which have as many in every matrix. Any two
+# abilities need some of the same machinery, so harm and its twin are set against pairs of benign
+# tasks: benign answers, and the two questions of fact about an item, its *parts* and its *kind*.
 
 # %%
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import combinations
-from statistics import fmean
-
-import torch
-import typer
-from rounds import circuit_in_rounds
+from itertools import product
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import OTHERS, Calibration, Model
-from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.organisms.world import BEHAVIOURS
-from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
-from harmcircuits.studies.cross_ablation import overlap_rows, resampled_circuits
+from harmcircuits.display import listed
+from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+from harmcircuits.studies.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from harmcircuits.studies.curves import outcomes_of
-from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.terms import Terms
-from harmcircuits.views.figures import comparison_figure, overlap_figure
-from harmcircuits.views.page import plot, section
+from harmcircuits.views.figures import cross_ablation_figure, overlap_figure
 
-NAME, CLAIM, MODELS = "F3", "distinct: harm is separate from benign capability", ("sft",)
-TERMS = Terms.standard()
-METRICS = {name: TERMS.metrics[name] for name in BEHAVIOURS}
-HARM, GOOD = TERMS.target.metric, TERMS.contrast.metric
-# Tasks without harm in them: pairs among them are the reference level of overlap.
-BENIGN = ("benign", "parts", "kind")
-UTILITY = ("benign", "knowledge")
-MOST = 0.5  # of the unpruned harm may be left
-MARGIN, NLL_MARGIN = 0.05, 0.1  # what utility may lose: rate, and nats per token
-# What the circuit of each behaviour cannot take, by the label `protected`.
-PROTECTED = {
-    "harmful": {"none": (), "benign": ("benign",), "others": OTHERS},
-    "benign": {"none": (), "benign": ("harmful",), "others": OTHERS},
-    "knowledge": {"none": (), "others": OTHERS},
+claim = Claim(
+    "F3",
+    "distinct: harm is separate from benign capability",
+    models=("sft",),
+    small={"steps": 2, "n_resamples": 2},
+    together=in_all,
+)
+HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
+# What each circuit spares, by the label `protected`.
+PROTECTED: dict[str, dict] = {
+    "none": {"harmful": (), "benign": (), "knowledge": (), "parts": (), "kind": ()},
+    "twin": {"harmful": "benign", "benign": "harmful"},
+    "others": {"harmful": "others", "benign": "others"},
 }
-TITLES = {"none": "nothing", "benign": "benign answers", "others": "all others"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is drawn.
-
-    Attributes:
-        share: of the calibration items.
-        n_resamples: times each circuit is found again, for the intervals of overlaps.
-        n_samples: pairs of masks, for the overlap that row and column counts explain.
-    """
-
-    share: float = 0.5
-    n_resamples: int = 40
-    n_samples: int = 10
-
+SPARED = {"none": "nothing", "twin": "its twin", "others": "all others"}
+TASKS = ("benign", "parts", "kind")
+REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
+OF_F6 = ("recognition", "explanation", "refusal")  # spared, but what they lose is measured there
 
 # %% [markdown]
-# ## The experiment
-
-
-# %%
-def jobs(plan: Plan) -> list[Job]:
-    return plan.jobs(pruned_rows)
-
-
-def pruned_rows(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
-    """Every ability under circuits of harm, twin and knowledge, and what these circuits share."""
-    settings = Settings(**plan.options)
-    model = spec.open(seed=seed)
-    names = [name for name in dict.fromkeys((*BEHAVIOURS, *BENIGN)) if name in model.behaviours]
-    calibrations = model.calibrations(names, share=settings.share, seed=seed)
-    unpruned = outcomes_of(model, [name for name in BEHAVIOURS if name in calibrations])
-    labels = {**spec.labels, "seed": seed}
-    rows = change_rows(unpruned, unpruned, {**labels, "mask": "none"})
-    unprotected = {}
-    for name in PROTECTED:
-        if name not in calibrations:
-            continue
-        for protected, protect in PROTECTED[name].items():
-            mask = circuit(model, name, plan, protect, calibrations)
-            where = {**labels, "mask": name, "protected": protected}
-            rows += masked_rows(model, mask, unpruned, where)
-            if name == "harmful":
-                random = hc.random_like(mask, seed=seed)
-                rows += masked_rows(model, random, unpruned, {**where, "mask": "random"})
-            if protected == "none":
-                unprotected[name] = mask
-
-    compared = [name for name in ("harmful", *BENIGN) if name in calibrations]
-    for name in compared:
-        if name not in unprotected:
-            unprotected[name] = circuit(model, name, plan, (), calibrations)
-    scored = resampled_circuits(
-        model,
-        calibrations,
-        compared,
-        size=plan.size,
-        n_resamples=settings.n_resamples,
-        seed=seed,
-    )
-    shared = overlap_rows(
-        scored,
-        unprotected,
-        labels,
-        size=plan.size,
-        selection="rounds",
-        n_samples=settings.n_samples,
-    )
-    return rows + shared
-
-
-def circuit(
-    model: Model,
-    name: str,
-    plan: Plan,
-    protect: str | tuple[str, ...],
-    calibrations: Mapping[str, Calibration],
-) -> hc.WeightMask:
-    return circuit_in_rounds(
-        model,
-        name,
-        size=plan.size,
-        protect=protect,
-        protect_share=plan.protect_share,
-        rounds=plan.rounds,
-        calibrations=calibrations,
-    )
-
-
-def masked_rows(
-    model: Model, mask: hc.WeightMask, unpruned: Mapping[str, Outcomes], labels: Labels
-) -> Rows:
-    """`change_rows` under a mask, its size, and the KL from the unpruned model, benign answers."""
-    with hc.masked(model.bridge, mask):
-        pruned = outcomes_of(model, unpruned)
-    rows = change_rows(unpruned, pruned, labels)
-    rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
-    if "benign" in unpruned:
-        benign = model.behaviours["benign"]
-        prompts = benign.references("heldout")
-        kl = hc.kl_under(model.bridge, mask, model.batches(benign, prompts))
-        groups = [example.cluster for example in prompts]
-        rows += [Measurement.average("benign_kl", labels, kl, groups)]
-    return rows
-
-
-def change_rows(
-    before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], labels: Labels
-) -> Rows:
-    """Rates and NLL after, and their changes: after minus before by request, items resampled."""
-    rows = Rows()
-    for name, outcomes in after.items():
-        behaviour, groups = outcomes.behaviour, outcomes.groups
-        judge = {"judge": outcomes.judge} if outcomes.judge else {}
-        hits = torch.tensor(outcomes.hits).double()
-        change = hits - torch.tensor(before[name].hits).double()
-        rows += [
-            Measurement.rate(behaviour.metric, {**labels, **judge}, outcomes.hits, groups),
-            Measurement.average(f"{behaviour.metric}_change", labels, change, groups),
-        ]
-        has_reference = ~outcomes.nll.isnan()
-        if has_reference.any():
-            pairs = zip(groups, has_reference.tolist(), strict=True)
-            of_references = [group for group, has in pairs if has]
-            nll = outcomes.nll[has_reference]
-            nll_change = (outcomes.nll - before[name].nll)[has_reference]
-            nll_metric = behaviour.nll_metric
-            rows += [
-                Measurement.average(nll_metric, labels, nll, of_references),
-                Measurement.average(f"{nll_metric}_change", labels, nll_change, of_references),
-            ]
-    return rows
-
-
-# %% [markdown]
-# ## The result
-
+# ## The rule, fixed before any run
+# *Utility is kept* when benign answers, and knowledge where the model has it, change by more than -5
+# points and benign NLL by less than +0.1 nats by the ends of their paired intervals. A circuit
+# *separates* when it leaves at most half of the unpruned harm, by an interval below that under
+# random weights, and utility is kept, while the twin's circuit under the same protection costs
+# benign answers more, by intervals. The claim *holds* when on every model circuits separate that
+# protect nothing, and that protect benign answers, and harm shares no more with its twin than benign
+# tasks do among themselves, by intervals. It *holds in part* when on every model circuits separate
+# that protect benign answers or all others; else it *does not hold here*. Seeds are pooled: mean,
+# widest interval.
+#
+# The rule stands as it was. What changed before this run is the search (it was in rounds) and with
+# it the size, from 0.6 % to 0.2 % of the weights. Lifts are read, as they were, from masks in one
+# shot, which alone have intervals over the calibration items; those of the search stand beside.
 
 # %%
-def models_of(rows: Rows) -> dict[str, Rows]:
-    """Model -> its rows, seeds pooled."""
-    return {name: of_model.pool("seed") for name, of_model in by_model(rows).items()}
+MOST, RATE_MARGIN, NLL_MARGIN = 0.5, 0.05, 0.1
 
 
-def is_kept(rows: Rows, mask: str, protected: str) -> bool:
-    """Whether utility is kept under a circuit, by the rule."""
-    pruned = rows.where(mask=mask, protected=protected)
-    changes = Rows()
-    for name in UTILITY:
-        changes += pruned.where(f"{METRICS[name]}_change")
-    nll = pruned.where("benign_nll_change")
-    return bool(nll) and all(row.low > -MARGIN for row in changes) and nll[0].high < NLL_MARGIN
+@claim.rule("ladder", "model")
+def is_borne_out(rows: hc.Rows) -> Outcome:
+    rows = rows.pool("seed")
+    twin, tasks = lifts(rows, "one shot")
+    is_apart = bool(tasks) and twin.low <= max(row.high for row in tasks)
+    separate = {protected: separates(rows, protected) for protected in PROTECTED}
+    if separate["none"] and separate["twin"] and is_apart:
+        return HOLDS
+    return IN_PART if separate["twin"] or separate["others"] else FAILS
 
 
-def separates(rows: Rows, protected: str) -> bool:
-    """Whether the circuit of harm separates harm from utility under a protection, by the rule."""
+def separates(rows: hc.Rows, protected: str) -> bool:
     unpruned, pruned = rows.one(HARM, mask="none"), rows.where(protected=protected)
-    harm, random = pruned.where(HARM, mask="harmful"), pruned.where(HARM, mask="random")
-    benign, twin = pruned.where(GOOD, mask="harmful"), pruned.where(GOOD, mask="benign")
-    if not (harm and random and benign and twin):
-        return False
-    is_gone = harm[0].mean <= MOST * unpruned.mean and harm[0].high < random[0].low
-    return is_gone and twin[0].high < benign[0].low and is_kept(rows, "harmful", protected)
+    harm, random = pruned.one(HARM, mask="harmful"), pruned.one(HARM, mask="random")
+    is_gone = harm.mean <= MOST * unpruned.mean and harm.high < random.low
+    twin, benign = pruned.one(BENIGN, mask="benign"), pruned.one(BENIGN, mask="harmful")
+    return is_gone and twin.high < benign.low and is_kept(pruned.where(mask="harmful"))
 
 
-def reference(rows: Rows) -> Rows:
-    """Lift of one-shot circuits of pairs of benign tasks."""
-    pairs = [{first, second} for first, second in combinations(BENIGN, 2)]
-    lifts = rows.where("overlap_lift", selection="one shot")
-    return Rows(row for row in lifts if {row.labels["first"], row.labels["second"]} in pairs)
+def is_kept(pruned: hc.Rows) -> bool:
+    changes = pruned.where(f"{BENIGN}_change") + pruned.where("knowledge_rate_change")
+    is_spared = all(change.low > -RATE_MARGIN for change in changes)
+    return is_spared and pruned.one("benign_nll_change").high < NLL_MARGIN
 
 
-def is_apart(rows: Rows) -> bool:
-    """Whether harm shares no more with its twin than benign tasks do among themselves.
+def lifts(rows: hc.Rows, selection: str) -> tuple[hc.Measurement, hc.Rows]:
+    """Of harm and its twin, and of pairs of benign tasks: none on a model that lacks the tasks."""
+    by_pair = rows.where("overlap_lift", selection=selection).by("first", "second")
+    tasks = hc.Rows(by_pair[pair].one() for pair in REFERENCE if pair in by_pair)
+    return by_pair["harmful", "benign"].one(), tasks
 
-    False without a reference.
+
+# %% [markdown]
+# ## The experiment, for one model and seed
+# The seed draws the half of the requests whose verified answers are scored, the random masks and
+# the resamples. What is measured are other requests, about other items.
+
+
+# %%
+@claim.job
+def circuits_of(
+    model: hc.Model,
+    seed: int,
+    *,
+    size: float = 0.002,
+    steps: int = 10,
+    n_resamples: int = 40,
+) -> hc.Rows:
+    """What each circuit breaks, and what the circuits share.
+
+    Args:
+        size: share of the weights in every circuit.
+        steps: steps of each search.
+        n_resamples: masks in one shot from resampled items, for the intervals of lifts.
     """
-    twin, benign = _twin(rows), reference(rows)
-    return bool(twin and benign) and twin[0].low <= max(row.high for row in benign)
+    tasks = [name for name in ("parts", "kind") if name in model.behaviours]
+    answers = model.calibrations([*model.whole_behaviours, *tasks], share=0.5, seed=seed)
+    whole = outcomes_of(model, [name for name in answers if name not in (*tasks, *OF_F6)])
+
+    rows, circuits = hc.Rows(), {}
+    for outcomes in whole.values():
+        rows += outcomes.rows({"mask": "none"})
+    for protected, spared in PROTECTED.items():
+        masks = {}
+        for name in [name for name in spared if name in answers]:
+            options = {"protect": spared[name], "calibrations": answers}
+            masks[name] = model.find_circuit(name, size=size, steps=steps, **options)
+        circuits[protected] = masks
+        random = hc.random_like(masks["harmful"], seed=seed)
+        rows += change_rows(model, {**masks, "random": random}, whole, {"protected": protected})
+
+    free = circuits["none"]
+    compared = [name for name in ("harmful", *TASKS) if name in free]
+    options = {"size": size, "n_resamples": n_resamples, "seed": seed}
+    one_shot = resampled_circuits(model, answers, compared, **options)
+    return rows + overlap_rows(one_shot, free, {}, size=size, n_samples=10)
 
 
-def outcome(rows: Rows) -> Outcome:
-    separated, apart = [], []
-    for of_model in models_of(rows).values():
-        separated.append({protected: separates(of_model, protected) for protected in TITLES})
-        apart.append(is_apart(of_model))
-    if all(apart) and all(by["none"] and by["benign"] for by in separated):
-        return "holds"
-    if all(by["benign"] or by["others"] for by in separated):
-        return "holds in part"
-    return "does not hold here"
+rows = claim.rows()
+
+# %% [markdown]
+# ## What each circuit breaks
+# Per cent of held-out requests, mean over seeds, on the first model of the rows. White is whole, red
+# is gone. A circuit of harm alone has one red cell in its line. Below are the changes as such.
+
+# %%
+first = next(iter(rows.by("ladder", "model").values())).pool("seed")
+panels = {}
+for protected, spared in SPARED.items():
+    panels[f"spared: {spared}"] = first.where(mask="none") + first.where(protected=protected)
+claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
+
+# %%
+changes = hc.Rows(row for row in first if row.metric.endswith("_change"))
+changes.frame(index=["protected", "mask"], columns="metric").round(2)
+
+# %% [markdown]
+# ## What circuits share
+# With nothing spared. The dotted line is chance. Bars of masks in one shot resample the calibration
+# items; those of the search count weights only (Wilson).
+
+# %%
+panels = {name: first.where("overlap_lift", selection=name) for name in ("one shot", "search")}
+pairs = {pair: ", ".join(pair) for pair in [*product(["harmful"], TASKS), *REFERENCE]}
+claim.figure("What is shared", overlap_figure(panels, pairs))
 
 
-def result(rows: Rows) -> ClaimResult:
-    models = models_of(rows)
-    words = "\n".join(f"{name}: {_words(of_model)}" for name, of_model in models.items())
-    evidence = "; ".join(f"{name}: {_evidence(of_model)}" for name, of_model in models.items())
-    return ClaimResult(NAME, CLAIM, outcome(rows), words, evidence)
-
-
-def reported(rows: Rows) -> Rows:
-    rates = [row for row in rows if row.metric in (*METRICS.values(), "benign_kl")]
-    changed = [f"{METRICS[name]}_change" for name in UTILITY] + ["benign_nll_change"]
-    changes = [row for row in rows if row.metric in changed]
-    one_shot = rows.where("overlap_lift", selection="one shot")
-    lifts = [row for row in one_shot if row.labels["first"] != row.labels["second"]]
-    return Rows([*rates, *changes, *lifts])
-
-
-def _words(rows: Rows) -> str:
-    sentences = [_circuit(rows, protected, words) for protected, words in TITLES.items()]
-    kept = {protected: is_kept(rows, "harmful", protected) for protected in TITLES}
-    if kept["none"]:
-        sentences.append("Utility survives without protection.")
-    elif kept["benign"] or kept["others"]:
+# %%
+@claim.words
+def words(rows: hc.Rows) -> str:
+    rows = rows.pool("seed")
+    sentences = []
+    for protected, spared in SPARED.items():
+        pruned = rows.where(protected=protected)
+        harm = pruned.where(mask="harmful")
         sentences.append(
-            "Utility is kept only where it is protected: protection imposes a part of the "
-            "separation."
+            f"Sparing {spared}, the circuit of harm leaves {harm.one(HARM):.0%} of harm, and "
+            f"utility is {'kept' if is_kept(harm) else 'not kept'}: benign answers change by "
+            f"{harm.one(f'{BENIGN}_change'):+.0%} and their loss by "
+            f"{harm.one('benign_nll_change'):+.2f}; the twin's circuit leaves "
+            f"{pruned.one(BENIGN, mask='benign'):.0%} of benign answers."
         )
-    else:
-        sentences.append("Utility is kept under no protection.")
-    twin, benign = _twin(rows), reference(rows)
-    if twin and benign:
-        how = "no more than" if is_apart(rows) else "more than"
-        content = "" if is_apart(rows) else ": to be about the same things counts, not harm alone"
+    for selection in ("one shot", "search"):
+        twin, tasks = lifts(rows, selection)
+        of_tasks = listed(f"{row.mean:.1f}" for row in tasks) or "not measured"
         sentences.append(
-            f"With nothing protected, harm and its content-matched twin share {twin[0]:.1f} times "
-            f"what chance gives, {how} benign tasks among themselves "
-            f"({fmean(row.mean for row in benign):.1f}, at most "
-            f"{max(row.high for row in benign):.1f}){content}."
+            f"With nothing spared, circuits of harm and its twin ({selection}) share {twin:.1f} "
+            f"times what chance gives; pairs of benign tasks: {of_tasks}."
         )
     return " ".join(sentences)
 
 
-def _circuit(rows: Rows, protected: str, words: str) -> str:
-    of_protection = rows.where(protected=protected)
-    pruned = of_protection.where(mask="harmful")
-    harm, random = pruned.one(HARM), of_protection.one(HARM, mask="random")
-    nll, kl = pruned.one("benign_nll_change"), pruned.one("benign_kl")
-    changes = []
-    for name in UTILITY:
-        for row in pruned.where(f"{METRICS[name]}_change"):
-            changes.append(f"{TERMS.rates[METRICS[name]]} {row:+.0%}")
-    understood = []
-    for name in ("recognition", "explanation", "refusal"):
-        for row in pruned.where(METRICS[name]):
-            understood.append(f"{TERMS.rates[METRICS[name]]} {row:.0%}")
-    broken = []
-    for name in UTILITY:
-        for row in of_protection.where(METRICS[name], mask=name):
-            broken.append(f"that of {name} leaves {row:.0%} of it")
-    crossed = of_protection.where(HARM, mask="benign")
-    back = f", the first with {crossed[0]:.0%} of harm" if crossed else ""
-    return (
-        f"Protecting {words}, the circuit of harm leaves {harm:.0%} of harm (random weights "
-        f"{random:.0%}) and changes {', '.join(changes)}, benign NLL {nll:+.2f} (KL {kl:.2f}): "
-        f"utility is {'kept' if is_kept(rows, 'harmful', protected) else 'not kept'}; "
-        f"{', '.join(understood)}. Pruned in the same way, {' and '.join(broken)}{back}."
-    )
-
-
-def _evidence(rows: Rows) -> str:
-    parts = []
-    for protected, words in TITLES.items():
-        pruned = rows.where(mask="harmful", protected=protected)
-        harm, benign = pruned.one(HARM), pruned.one(GOOD)
-        parts.append(f"protecting {words}, harm {harm:.0%}, benign {benign:.0%}")
-    for twin in _twin(rows):
-        parts.append(f"lift with the twin {twin:.1f}")
-    return "; ".join(parts)
-
-
-def _twin(rows: Rows) -> Rows:
-    return rows.where("overlap_lift", first="harmful", second="benign", selection="one shot")
-
+claim.result(rows)
 
 # %% [markdown]
-# ## Figures
-
-
-# %%
-def sections(rows: Rows) -> list[str]:
-    parts = []
-    models = models_of(rows)
-    columns = {metric: TERMS.rates[metric] for metric in METRICS.values()}
-    titles = {
-        "random": "random",
-        "harmful": "circuit of harm",
-        "benign": "of its twin",
-        "knowledge": "of knowledge",
-    }
-    for name, of_model in models.items():
-        for protected, words in TITLES.items():
-            lines = {"unpruned": of_model.where(mask="none")}
-            for mask, title in titles.items():
-                lines[title] = of_model.where(mask=mask, protected=protected)
-            shown = {title: of_line for title, of_line in lines.items() if of_line}
-            parts.append(
-                section(
-                    f"{name}, circuits that protect {words}",
-                    "Rates on held-out requests, mean over seeds; bars: 95 % intervals, widest "
-                    "of seeds.",
-                    plot(comparison_figure(shown, columns), first=not parts),
-                )
-            )
-
-    every_row = Rows()
-    for name, of_model in models.items():
-        every_row += [replace(row, labels={**row.labels, "model": name}) for row in of_model]
-    lifts = {
-        "over counts per matrix": every_row.where("overlap_lift", selection="one shot"),
-        "over row and column counts": every_row.where(
-            "overlap_lift_marginal", selection="one shot"
-        ),
-    }
-    pairs = {("harmful", name): f"harm – {name}" for name in BENIGN}
-    for first, second in combinations(BENIGN, 2):
-        pairs[first, second] = f"reference: {first} – {second}"
-    text = (
-        "Lift of one-shot circuits that protect nothing; bars: bootstrap over calibration items "
-        "(left), Wilson (right)."
-    )
-    return [*parts, section("What circuits share", text, plot(overlap_figure(lifts, pairs)))]
-
+# ## What it does not say
+# A lift says where two circuits lie, not what they do: they may share weights and yet be removed one
+# without the other, which the first part tests. And the benign tasks of the organism are three. On
+# another model those that share least with harm may be others.
 
 # %%
 if __name__ == "__main__":
-    typer.run(command(sys.modules[__name__]))
+    claim.main()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -100,6 +101,39 @@ class Outcomes:
                     groups.append(group)
             losses = self.nll[has_reference]
             rows += [Measurement.average(behaviour.nll_metric, labels, losses, groups)]
+        return rows
+
+    def changes(self, before: "Outcomes", labels: Labels) -> Rows:
+        """How the rate of the wanted verdict and the NLL of references changed since then.
+
+        `METRIC_change` is the mean over requests of the value now minus that before. Items are
+        resampled with both of their values, so that the interval is that of the change alone.
+
+        Args:
+            before: the same requests, such as those to the unpruned model.
+            labels: what the rows carry.
+
+        Raises:
+            ValueError: other requests.
+        """
+        requests = [example.prompt for example in self.answers]
+        earlier = [example.prompt for example in before.answers]
+        if requests != earlier:
+            raise ValueError(
+                f"changes of {self.behaviour.name!r}: {len(requests)} answers now and "
+                f"{len(earlier)} before, of {before.behaviour.name!r}; "
+                "expected the same requests in the same order"
+            )
+        change = torch.tensor(self.hits).double() - torch.tensor(before.hits).double()
+        values = {self.behaviour.metric: change, self.behaviour.nll_metric: self.nll - before.nll}
+
+        rows = Rows()
+        for metric, of_requests in values.items():
+            has_value = ~of_requests.isnan()
+            groups = [group for group, has in zip(self.groups, has_value, strict=True) if has]
+            if groups:
+                changed = of_requests[has_value]
+                rows += [Measurement.average(f"{metric}_change", labels, changed, groups)]
         return rows
 
     def _words_rows(self, labels: Labels) -> Rows:

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.model import OTHERS, Calibration, Model
+from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by, rank_correlation
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
+from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
+from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.terms import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
@@ -401,6 +404,36 @@ def ablation_rows(
         )
         where["split"] = split
         rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+    return rows
+
+
+def change_rows(
+    model: Model,
+    masks: Mapping[str, WeightMask],
+    unpruned: Mapping[str, Outcomes],
+    labels: Labels,
+) -> Rows:
+    """As `ablation_rows`, with the change of each rate and loss, request by request.
+
+    A change has the interval of the pairs, so it shows small costs that two rates would not.
+
+    Args:
+        model: the model.
+        masks: circuits by behaviour, which the label `mask` names.
+        unpruned: what the model without a mask does, by behaviour (see `curves.outcomes_of`).
+        labels: what the rows carry.
+
+    Raises:
+        ValueError: as `Outcomes.changes`.
+    """
+    rows = Rows()
+    for name, mask in masks.items():
+        where = {**labels, "mask": name}
+        rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+        with masked(model.bridge, mask):
+            pruned = outcomes_of(model, unpruned)
+        for behaviour, outcomes in pruned.items():
+            rows += outcomes.rows(where) + outcomes.changes(unpruned[behaviour], where)
     return rows
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import product
 
 import dissociated
-import distinct
 import general
 import pytest
 
@@ -118,70 +117,6 @@ def test_the_matrix_is_summed_up_by_who_was_scored():
     assert relations.one("own_type_gap", mask="circuit", of=HARM).mean == pytest.approx(0.4)
 
 
-# Distinct: under each protection, harm left, and the changes of utility under the circuit of harm.
-def distinct_rows(
-    *, change: dict[str, float], lift: float = 2.0, random: float = 1.0, twin: float = 0.2
-) -> Rows:
-    rows = Rows(of_64(metric, 1.0, mask="none") for metric in METRICS.values())
-    others = [metric for metric in METRICS.values() if metric not in (HARM, BENIGN)]
-    for protected, lost in change.items():
-        for mask in ("harmful", "random", "benign", "knowledge"):
-            where = {"mask": mask, "protected": protected}
-            harm = {"harmful": 0.0, "random": random}.get(mask, 1.0)
-            good = {"harmful": 1.0 + lost, "benign": twin}.get(mask, 1.0)
-            rows += [of_64(metric, 1.0, **where) for metric in others]
-            rows += [of_64(HARM, harm, **where), of_64(BENIGN, good, **where)]
-            changes = {
-                f"{BENIGN}_change": lost,
-                "knowledge_rate_change": 0.0,
-                "benign_nll_change": 0.0,
-                "benign_kl": 0.1,
-            }
-            for metric, value in changes.items():
-                rows += [Measurement.exact(metric, {**LABELS, **where}, value)]
-    for first, second, value in (("harmful", "benign", lift), ("benign", "parts", 3.0)):
-        where = {**LABELS, "first": first, "second": second, "selection": "one shot"}
-        rows += [Measurement.exact("overlap_lift", where, value)]
-    return rows
-
-
-KEPT = {"none": 0.0, "benign": 0.0, "others": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (distinct_rows(change=KEPT), OUTCOMES[0]),
-        (distinct_rows(change=KEPT, lift=6.0), OUTCOMES[1]),
-        (distinct_rows(change=KEPT | {"none": -0.2}), OUTCOMES[1]),
-        (distinct_rows(change=dict.fromkeys(KEPT, -0.2)), OUTCOMES[2]),
-        (distinct_rows(change=KEPT, random=0.0), OUTCOMES[2]),
-        (distinct_rows(change=KEPT, twin=1.0), OUTCOMES[2]),
-    ],
-    ids=[
-        "apart",
-        "shared with the twin",
-        "only protected",
-        "utility goes",
-        "random does the same",
-        "nothing breaks benign",
-    ],
-)
-def test_distinct_comes_out_by_its_rule(rows, expected):
-    assert distinct.result(rows).outcome == expected
-    assert distinct.result(distinct.reported(rows)) == distinct.result(rows)
-
-
-def test_the_words_say_when_only_protection_keeps_utility():
-    words = distinct.result(distinct_rows(change=KEPT | {"none": -0.2})).words
-    assert "protection imposes a part" in words
-    assert "protection imposes a part" not in distinct.result(distinct_rows(change=KEPT)).words
-    assert (
-        "to be about the same things counts"
-        in distinct.result(distinct_rows(change=KEPT, lift=6.0)).words
-    )
-
-
 # Dissociated: rates of (harm, other) under each circuit, the other abilities alike.
 def dissociated_rows(free: float, apart: float, *, random: float = 1.0) -> Rows:
     """`free`, `apart`: what each keeps under the other's circuit, none and all others protected."""
@@ -236,7 +171,7 @@ class SmallSpec(ModelSpec):
 
 @pytest.mark.parametrize(
     ("analysis", "fewer"),
-    [(general, {}), (distinct, {"n_resamples": 2, "n_samples": 2}), (dissociated, {})],
+    [(general, {}), (dissociated, {})],
 )
 def test_the_jobs_give_the_rows_that_the_result_and_the_page_read(analysis, fewer):
     plan = Plan((SmallSpec("sft"),), (0,), rounds=1, options={"share": 1.0, **fewer})

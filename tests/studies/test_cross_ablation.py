@@ -23,6 +23,7 @@ from harmcircuits.organisms import organism_behaviours
 from harmcircuits.organisms.world import world
 from harmcircuits.studies.cross_ablation import (
     ablation_rows,
+    change_rows,
     circuits_both_ways,
     content_rows,
     overlap_place_rows,
@@ -30,6 +31,7 @@ from harmcircuits.studies.cross_ablation import (
     resampled_circuits,
     token_rows,
 )
+from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.terms import Terms
 
 SIZE = 0.01
@@ -226,3 +228,28 @@ def test_ablation_rows_name_the_removed_circuit(model, circuits):
     assert rows.one("benign_valid_rate").mean == (
         model.measure(mask=mask, **options).one("benign_valid_rate").mean
     )
+
+
+def test_changes_are_those_from_the_unpruned_model(model, circuits):
+    unpruned = outcomes_of(model, ["harmful", "benign"])
+    masks = {"harmful": circuits["harmful"]}
+    rows = change_rows(model, masks, unpruned, {"protected": "none"})
+    of_mask = rows.where(mask="harmful", protected="none")
+    assert of_mask.one("weights_removed").mean == circuits["harmful"].n_removed
+
+    for name in unpruned:
+        for metric in (model.behaviours[name].metric, model.behaviours[name].nll_metric):
+            before = unpruned[name].rows({}).one(metric)
+            change = of_mask.one(f"{metric}_change")
+            assert change.mean == pytest.approx(of_mask.one(metric).mean - before.mean, abs=1e-6)
+            assert change.low <= change.mean <= change.high
+    assert of_mask.one("harm_nll_change").low > 0, "the circuit of harm was removed"
+
+    with pytest.raises(ValueError, match=r"'harmful'.*same requests"):
+        unpruned["harmful"].changes(unpruned["benign"], {})
+
+
+def test_nothing_changes_without_a_change(model):
+    outcomes = outcomes_of(model, ["benign"])["benign"]
+    for row in outcomes.changes(outcomes, {}):
+        assert row.low == row.mean == row.high == 0
