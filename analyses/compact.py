@@ -21,6 +21,7 @@ from harmcircuits.studies import curves
 from harmcircuits.studies.claims import Claim
 from harmcircuits.studies.controls import unpruned_scores
 from harmcircuits.studies.curves import curve
+from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure
 
 claim = Claim(
@@ -34,7 +35,6 @@ PANELS = {
     "harm_nll": "harm NLL",
     "benign_nll": "benign NLL",
 }
-KEPT = ("benign_valid_rate", "recognition_accuracy", "explanation_accuracy", "knowledge_accuracy")
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -137,7 +137,7 @@ rows = claim.rows()
 # %%
 lines = rows.where(split="heldout", ladder="shipped").by("mask")
 points = {name: curves.by_share(line) for name, line in reversed(lines.items())}
-claim.figure("What is left", share_figure(points, PANELS, kept=KEPT))
+claim.figure("What is left", share_figure(points, PANELS, kept=Terms.standard().kept_rates))
 
 
 # %%
