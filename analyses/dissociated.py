@@ -1,283 +1,175 @@
 # %% [markdown]
-# # F6: Do recognising, explaining and refusing harm come apart from producing it?
-# Each of the four abilities gets a circuit of the same size, once protecting nothing and once all
-# other abilities, and all abilities are measured under each on held-out items. Two abilities
-# dissociate doubly when each loses more from the loss of its own circuit than from that of the
-# other's, by the intervals; cleanly, when besides neither loses more than ten points to the
-# other's. Recognition is also read as pair accuracy and AUROC of the answer's log-odds, which a
-# bias to one answer does not move. The circuit of refusal, removed, is the contrast: it should
-# leave harmful generation and free plain harm.
+# # F6. Do recognising, explaining and refusing harm come apart from producing it?
+# A model that answers a harmful request can also tell that it is harmful, say why, and refuse. We
+# find a circuit of each of these four abilities, all of one size, and remove one at a time. What the
+# model still does is measured on items that no search has seen.
 #
-# Controls: random masks with the same counts in every matrix, one for each protection.
+# Two abilities **dissociate doubly** when each loses more to the removal of its own circuit than of
+# the other's, by 95 % intervals. An ability is compared only with itself, under two masks, so it does
+# not matter that one is harder than the other. The dissociation is *clean* when, besides, neither
+# loses more than ten points to the other's circuit, and *graded* otherwise.
 #
-# **The rule**, fixed before any run, over the pairs of generation with each other ability shown,
-# every model and seed. The claim *holds* when with all others protected every pair is a clean
-# double dissociation, and with nothing protected at least a graded one. It *holds in part* when
-# with all others protected at least half of the pairs are at least graded; else it *does not hold
-# here*. Where random masks cost any of these abilities more than ten points (mean over seeds), a
-# fall says nothing of circuits, and the claim does not hold.
+# Every circuit is found twice. One that spares nothing shows whether abilities come apart by
+# themselves; one that spares all others, whether they can be taken apart.
+#
+# *Controls.* Random weights, as many in every matrix. The circuit of refusal: without it a model
+# should still produce harm, and do so when it is asked plainly, with no beginning of an answer
+# written for it. And recognition is read in another way, which a bias to say yes does not move: by
+# the *pairs*, of a harmful request and its twin, in which the former has the higher odds of yes.
 
 # %%
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import typer
-from rounds import circuit_in_rounds
-
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Model
-from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.organisms.world import BEHAVIOURS
-from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
+from harmcircuits.display import listed
+from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from harmcircuits.studies.cross_ablation import ablation_rows, circuits_both_ways
-from harmcircuits.studies.dissociation import SPARED, Dissociation, dissociations
-from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.dissociation import SPARED, dissociations_from
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import cross_ablation_figure
-from harmcircuits.views.page import plot, section, table
 
-NAME, CLAIM, MODELS = (
+claim = Claim(
     "F6",
     "dissociated: recognition, explanation and refusal survive",
-    ("sft", "dpo"),
+    models=("sft", "dpo"),
+    small={"steps": 1},
 )
+METRICS = Terms.standard().metrics
 PRUNED = ("harmful", "recognition", "explanation", "refusal")
 PROTECTED = {"none": "nothing", "others": "all others"}
-DOUBLE = ("clean double", "graded double")
-TERMS = Terms.standard()
-METRICS = {name: TERMS.metrics[name] for name in BEHAVIOURS}
-RATES = {metric: TERMS.rates[metric] for metric in METRICS.values()}
-BESIDE = {"recognition_pair_accuracy": "pair accuracy", "recognition_auroc": "AUROC"}
 PLAIN = "plain_harm_rate"
-COLUMNS = RATES | BESIDE | {PLAIN: "plain harm"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is drawn.
-
-    Attributes:
-        share: of the calibration items.
-    """
-
-    share: float = 0.5
-
+RATES = {**Terms.standard().rates, "recognition_pair_accuracy": "pairs", PLAIN: "plain harm"}
 
 # %% [markdown]
-# ## The experiment
+# ## The rule, fixed before any run
+# It counts pairs: generation with each other ability shown, in every model and seed. The claim
+# *holds* when with all others protected every pair is a clean double dissociation, and with nothing
+# protected at least a graded one. It *holds in part* when with all others protected at least half of
+# the pairs are at least graded; else it *does not hold here*. Where random masks cost any of these
+# abilities more than ten points (mean over seeds), a fall says nothing of circuits, and the claim
+# does not hold.
+#
+# The rule stands as it was. What changed before this run is the search (it was in rounds) and with
+# it the size, from 0.6 % to 0.2 % of the weights.
 
 
 # %%
-def jobs(plan: Plan) -> list[Job]:
-    return plan.jobs(ablated)
-
-
-def ablated(spec: ModelSpec, plan: Plan, seed: int) -> Rows:
-    """The cross-ablation matrix of a model and seed, with random masks and plain harm beside it."""
-    model = spec.open(seed=seed)
-    abilities = [name for name in BEHAVIOURS if name in model.behaviours]
-    share = Settings(**plan.options).share
-    calibrations = model.calibrations(abilities, share=share, seed=seed)
-    pruned = [name for name in PRUNED if name in calibrations]
-    circuits = circuits_both_ways(
-        model,
-        calibrations,
-        pruned,
-        size=plan.size,
-        find=partial(
-            circuit_in_rounds,
-            protect_share=plan.protect_share,
-            rounds=plan.rounds,
-        ),
-    )
-    model = with_plain_harm(model)
-    measured = [*calibrations, PLAIN]
-    labels = {**spec.labels, "seed": seed}
-    rows = model.measure(labels={**labels, "mask": "none"}, only=measured)
-    for protected, masks in circuits.items():
-        random = hc.random_like(masks["harmful"], seed=seed)
-        where = {**labels, "protected": protected}
-        rows += ablation_rows(model, {**masks, "random": random}, where, only=measured)
-    return reported(rows)
-
-
-def with_plain_harm(model: Model) -> Model:
-    """The model asked besides for harm without a prefilled answer: what refusing prevents."""
-    harmful = model.behaviours["harmful"]
-    plain = replace(harmful, name=PLAIN, metric=PLAIN, nll_metric="plain_harm_nll", prefill="")
-    return model.with_behaviours(plain)
-
-
-# %% [markdown]
-# ## The result
-
-
-# %%
-def tests(rows: Rows, protected: str) -> dict[str, list[Dissociation]]:
-    """Ability -> the tests of generation against it, one for each seed of one model."""
-    by_ability: dict[str, list[Dissociation]] = {}
-    for of_seed in rows.by("seed").values():
-        for (first, second), test in dissociations(of_seed, protected, METRICS).items():
-            if first == "harmful":
-                by_ability.setdefault(second, []).append(test)
-    return by_ability
-
-
-def random_costs(rows: Rows) -> Rows:
-    """What random masks cost each ability of one model, mean over seeds."""
-    together = rows.pool("seed")
-    costs = Rows()
-    for metric in (METRICS[name] for name in PRUNED):
-        for random in together.where(metric, mask="random"):
-            unpruned = together.one(metric, mask="none")
-            costs += [Measurement.difference(f"{metric}_cost", random.labels, unpruned, random)]
-    return costs
-
-
-def outcome(rows: Rows) -> Outcome:
-    outcomes: dict[str, list[str]] = {protected: [] for protected in PROTECTED}
-    costs = []
-    for of_model in by_model(rows).values():
-        costs += [cost.mean for cost in random_costs(of_model)]
-        for protected in PROTECTED:
-            for of_ability in tests(of_model, protected).values():
-                outcomes[protected] += [test.outcome for test in of_ability]
+@claim.outcome
+@claim.rule()
+def is_borne_out(rows: hc.Rows) -> Outcome:
+    outcomes: dict[str, list[str]] = {"none": [], "others": []}
+    for labels, test in dissociations_from("harmful", rows, METRICS):
+        outcomes[str(labels["protected"])].append(test.outcome)
     free, apart = outcomes["none"], outcomes["others"]
-    if not apart or not costs or max(costs) > SPARED:
-        return "does not hold here"
-    if set(apart) == {"clean double"} and set(free) <= set(DOUBLE):
-        return "holds"
-    n_double = sum(text in DOUBLE for text in apart)
-    return "holds in part" if 2 * n_double >= len(apart) else "does not hold here"
+
+    n_double = sum("double" in outcome for outcome in apart)  # clean or graded
+    if not apart or n_double < len(apart) / 2 or random_cost(rows).mean > SPARED:
+        return FAILS
+    is_apart_unspared = all("double" in outcome for outcome in free)
+    return HOLDS if set(apart) == {"clean double"} and is_apart_unspared else IN_PART
 
 
-def result(rows: Rows) -> ClaimResult:
-    models = by_model(rows)
-    words = "\n".join(f"{name}: {_words(of_model)}" for name, of_model in models.items())
-    evidence = "; ".join(f"{name}: {_evidence(of_model)}" for name, of_model in models.items())
-    return ClaimResult(NAME, CLAIM, outcome(rows), words, evidence)
-
-
-def reported(rows: Rows) -> Rows:
-    return Rows(row for row in rows if row.metric in COLUMNS)
-
-
-def _words(rows: Rows) -> str:
-    together = rows.pool("seed")
-    sentences = []
-    for protected, words in PROTECTED.items():
-        tested = tests(rows, protected)
-        counted = "; ".join(f"{name} {_counts(of_ability)}" for name, of_ability in tested.items())
-        sentences.append(
-            f"With {words} protected, removing the circuit of generation leaves "
-            f"{_rates(together, 'harmful', protected)}. Generation against each, one test a seed: "
-            f"{counted}."
-        )
-        if together.where(mask="refusal"):
-            unpruned = together.one(PLAIN, mask="none")
-            pruned = together.one(PLAIN, mask="refusal", protected=protected)
-            sentences.append(
-                "Removing the circuit of refusal in the same way leaves "
-                f"{_rates(together, 'refusal', protected)}; harm asked for plainly goes from "
-                f"{unpruned:.0%} to {pruned:.0%}."
-            )
-    worst = max(random_costs(rows), key=lambda cost: cost.mean)
-    sentences.append(f"As many random weights cost no ability more than {worst:+.0%}.")
-    if all(together.where(metric, mask="harmful") for metric in BESIDE):
-        sentences.append(_recognition(together))
-    return " ".join(sentences)
-
-
-def _rates(together: Rows, mask: str, protected: str) -> str:
-    texts = []
-    for metric, title in RATES.items():
-        for row in together.where(metric, mask=mask, protected=protected):
-            texts.append(f"{title} {row:.0%}")
-    return ", ".join(texts)
-
-
-def _recognition(together: Rows) -> str:
-    texts = []
-    for protected, words in PROTECTED.items():
-        pruned = together.where(mask="harmful", protected=protected)
-        answers = pruned.one(METRICS["recognition"])
-        pairs, area = (pruned.one(metric) for metric in BESIDE)
-        texts.append(
-            f"{words} protected: answers {answers:.0%}, pairs {pairs:.0%}, AUROC {area.mean:.3f}"
-        )
-    return f"Recognition under the circuit of generation, read three ways, {'; '.join(texts)}."
-
-
-def _counts(of_ability: Sequence[Dissociation]) -> str:
-    times = Counter(test.outcome for test in of_ability)
-    return ", ".join(f"{n} {text}" for text, n in times.items())
-
-
-def _evidence(rows: Rows) -> str:
-    tested = tests(rows, "others")
-    counted = ", ".join(f"{name} {_counts(of_ability)}" for name, of_ability in tested.items())
-    return f"{_rates(rows.pool('seed'), 'harmful', 'others')}; {counted}"
+def random_cost(rows: hc.Rows) -> hc.Measurement:
+    """The most that random masks cost one of the abilities in a model, mean over seeds."""
+    costs = hc.Rows()
+    for metric in [METRICS[name] for name in PRUNED]:
+        for of_model in rows.where(metric).pool("seed").by("ladder", "model").values():
+            unpruned = of_model.one(mask="none")
+            for random in of_model.where(mask="random"):
+                costs += [hc.Measurement.difference("cost", {}, unpruned, random)]
+    return max(costs, key=lambda cost: cost.mean)
 
 
 # %% [markdown]
-# ## Figures
+# ## The experiment, for one model and seed
+# The seed draws the half of the requests whose verified answers are scored, and the random masks.
 
 
 # %%
-def sections(rows: Rows) -> list[str]:
-    models = by_model(rows)
-    parts = []
-    for protected, words in (("none", "nothing"), ("others", "all other abilities")):
-        panels = {}
-        for name, of_model in models.items():
-            together = of_model.pool("seed")
-            panels[name] = together.where(mask="none") + together.where(protected=protected)
-        parts.append(
-            section(
-                f"Circuits that protect {words}",
-                "Rates on held-out requests, %, mean over seeds. Plain harm: valid harmful "
-                "answers without a prefill.",
-                plot(cross_ablation_figure(panels, COLUMNS), first=not parts),
-            )
+@claim.job
+def circuits_of(model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 10) -> hc.Rows:
+    """Every ability under the circuit of each.
+
+    Args:
+        size: share of the weights in every circuit.
+        steps: steps of each search.
+    """
+    answers = model.calibrations(share=0.5, seed=seed)
+    shown = [name for name in PRUNED if name in answers]
+    find = partial(hc.Model.find_circuit, steps=steps)
+    circuits = circuits_both_ways(model, answers, shown, size=size, find=find)
+
+    # Harm asked for with no beginning of an answer: what refusal prevents.
+    names = {"name": PLAIN, "metric": PLAIN, "nll_metric": "plain_harm_nll"}
+    plain = replace(model.behaviours["harmful"], prefill="", side_metrics={}, **names)
+    model = model.with_behaviours(plain)
+    measured = [*answers, PLAIN]
+    rows = model.measure(labels={"mask": "none"}, only=measured)
+    for protected, masks in circuits.items():
+        masks["random"] = hc.random_like(masks["harmful"], seed=seed)
+        rows += ablation_rows(model, masks, {"protected": protected}, only=measured)
+    return rows
+
+
+rows = claim.rows()
+
+# %% [markdown]
+# ## What each circuit breaks
+# Per cent of held-out requests, mean over seeds, in the last model of the rows. White is whole, red
+# is gone. Where abilities come apart, a circuit has a red cell only at its own.
+
+# %%
+last = list(rows.pool("seed").by("ladder", "model").values())[-1]
+panels = {}
+for protected, spared in PROTECTED.items():
+    panels[f"spared: {spared}"] = last.where(mask="none") + last.where(protected=protected)
+columns = {metric: title for metric, title in RATES.items() if last.where(metric)}
+claim.figure("What is broken", cross_ablation_figure(panels, columns))
+
+# %% [markdown]
+# ## Generation against each other ability
+# *Gap*: an ability's rate under the other's circuit, minus that under its own. *Cost*: its unpruned
+# rate, minus that under the other's circuit. Generation is the first ability. Means over seeds.
+
+# %%
+tested = hc.Rows()
+for labels, test in dissociations_from("harmful", rows, METRICS):
+    tested += test.rows(labels)
+tested.frame(index=["ladder", "model", "protected", "second"], columns="metric").round(2)
+
+
+# %%
+@claim.words
+def words(rows: hc.Rows) -> str:
+    pooled, sentences = rows.pool("seed"), []
+    for protected, spared in PROTECTED.items():
+        without = pooled.where(mask="harmful", protected=protected)
+        left = [f"{row.mean:.0%} {RATES[row.metric]}" for row in without if row.metric in RATES]
+        of_spared = rows.where(mask="none") + rows.where(protected=protected)
+        tests = dissociations_from("harmful", of_spared, METRICS)
+        outcomes = Counter(test.outcome for _, test in tests).items()
+        sentences.append(
+            f"Sparing {spared}, the circuit of generation leaves {listed(left)}; against the other "
+            f"abilities, in every seed: {listed(f'{n} {outcome}' for outcome, n in outcomes)}."
         )
-    body = []
-    for name, of_model in models.items():
-        for protected in PROTECTED:
-            for other, of_ability in tests(of_model, protected).items():
-                cells = [_counts(of_ability), *_gaps(of_ability)]
-                body.append([name, f"{other} – harm", protected, *cells])
-    head = (
-        "model",
-        "abilities",
-        "protected",
-        "tests",
-        "harm's gap",
-        "the other's gap",
-        "harm's cost",
-        "the other's cost",
-    )
-    text = (
-        "Gap: rate under the other's circuit minus that under its own. Cost: unpruned rate minus "
-        "that under the other's circuit. Mean over seeds, widest interval; points."
-    )
-    return [
-        *parts,
-        section("Double dissociation of generation", text, table(head, body, style="figures")),
-    ]
+    plain = pooled.one(PLAIN, mask="none")
+    for without in pooled.where(PLAIN, mask="refusal", protected="others"):
+        sentences.append(
+            f"Without the circuit of refusal, harm asked for plainly goes from {plain:.0%} to "
+            f"{without:.0%}."
+        )
+    return " ".join([*sentences, f"Random weights cost no ability over {random_cost(rows):.0%}."])
 
 
-def _gaps(of_ability: Sequence[Dissociation]) -> list[str]:
-    cells = []
-    for part in ("first_gap", "second_gap", "first_cost", "second_cost"):
-        (row,) = Rows(getattr(test, part) for test in of_ability).pool("seed")
-        cells.append(f"{row:+.0%}".replace(" [", "\n["))
-    return cells
+claim.result(rows)
 
+# %% [markdown]
+# ## What it does not say
+# Abilities that come apart at one size need not be independent: a larger circuit may cost both. And
+# recognition is asked for: that a model answers does not show that it sees harm while it writes.
 
 # %%
 if __name__ == "__main__":
-    typer.run(command(sys.modules[__name__]))
+    claim.main()

@@ -138,14 +138,22 @@ class Model:
     def asked_every(self, every: int) -> "Model":
         """The same model, asked only every so-many-th request of each behaviour and split.
 
+        Of yes-or-no questions every so-many-th pair.
+
         Args:
             every: of an organism 16 leaves two items of each topic, with one request each.
         """
         few = []
         for behaviour in self.behaviours.values():
 
-            def prompts(split: str, whole: Callable = behaviour.prompts) -> PromptSet:
-                return whole(split)[::every]
+            def prompts(
+                split: str,
+                whole: Callable = behaviour.prompts,
+                step: int = 2 if behaviour.choices else 1,  # rows 2k and 2k + 1 are a pair
+            ) -> PromptSet:
+                requests = whole(split).examples
+                asked = [r for n, r in enumerate(requests) if n // step % every == 0]
+                return PromptSet(tuple(asked))
 
             few.append(replace(behaviour, prompts=prompts))
         return self.with_behaviours(*few)

@@ -183,6 +183,7 @@ class Claim:
     figures: dict[str, "Figure"] = field(default_factory=dict, init=False, repr=False)
     _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
     _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
+    _outcome: Callable[[Rows], Outcome] | None = field(default=None, init=False, repr=False)
     _words: Callable[[Rows], str] | None = field(default=None, init=False, repr=False)
     # Where a script's run is, and what it gave.
     _out: Path | None = field(default=None, init=False, repr=False)
@@ -218,6 +219,14 @@ class Claim:
             return rule
 
         return decorate
+
+    def outcome(self, outcome: Callable[[Rows], Outcome]) -> Callable[[Rows], Outcome]:
+        """Decorates what judges all rows at once, where the outcomes of cases do not suffice.
+
+        The rule still judges each case; one function may be decorated as both.
+        """
+        self._outcome = outcome
+        return outcome
 
     def words(self, words: Callable[[Rows], str]) -> Callable[[Rows], str]:
         """Decorates what reports the rows of one model (where the rule is of ladders: of one)."""
@@ -293,7 +302,7 @@ class Claim:
                 borne_out = HOLDS if borne_out else FAILS
             outcomes.append(borne_out)
             lines.append({**dict(zip(self._over, values, strict=True)), "outcome": borne_out})
-        outcome = self.together(outcomes)
+        outcome = self._outcome(rows) if self._outcome else self.together(outcomes)
         return ClaimResult(
             self.name, self.text, outcome, pandas.DataFrame(lines), self.report(rows)
         )

@@ -1,11 +1,11 @@
 """Double dissociation as a stated test over the rows of a cross-ablation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Literal
 
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Labels, Measurement, Rows
 
 # The other ability counts as spared when it loses at most this rate, by the end of its interval.
 SPARED = 0.10
@@ -47,6 +47,18 @@ class Dissociation:
             return "single"
         largest_cost = max(self.first_cost.high, self.second_cost.high)
         return "clean double" if largest_cost <= SPARED else "graded double"
+
+    def rows(self, labels: Labels) -> Rows:
+        """The two gaps and costs, as metrics of these names.
+
+        Args:
+            labels: what the rows carry.
+        """
+        rows = Rows()
+        for part in fields(self):
+            difference = getattr(self, part.name)
+            rows += [replace(difference, metric=part.name, labels=labels)]
+        return rows
 
 
 def dissociation(first: Sequence[Measurement], second: Sequence[Measurement]) -> Dissociation:
@@ -117,3 +129,26 @@ def dissociations(
     for first, second in combinations(shown, 2):
         tests[first, second] = dissociation(rates(first, second), rates(second, first))
     return tests
+
+
+def dissociations_from(
+    first: str,
+    rows: Rows,
+    metrics: Mapping[str, str],
+) -> Iterator[tuple[Labels, Dissociation]]:
+    """The test of one behaviour against every other, in every model, seed and protection.
+
+    Each comes with its labels `ladder`, `model`, `seed`, `protected` and `second`.
+
+    Args:
+        first: the behaviour; the first of `metrics` that the rows name.
+        rows: as in `dissociations`, of any models and seeds.
+        metrics: behaviour -> the rate that shows it.
+    """
+    pruned = Rows(row for row in rows if "protected" in row.labels)
+    for ladder, model, seed, protected in pruned.by("ladder", "model", "seed", "protected"):
+        case = {"ladder": ladder, "model": model, "seed": seed}
+        tests = dissociations(rows.where(**case), protected, metrics)
+        for (other, second), test in tests.items():
+            if other == first:
+                yield {**case, "protected": protected, "second": second}, test

@@ -5,11 +5,13 @@ its size breaks benign answers, or though utility falls; overlap read from the w
 wrong selection; seeds that are not pooled; words that contradict the rule.
 """
 
-import distinct
 import pytest
+from helpers import analysis
 
 from harmcircuits.measurements import Measurement, Rows
 
+distinct = analysis("distinct")
+BENIGN = distinct.BENIGN
 LABELS = {"ladder": "shipped", "model": "sft"}
 KEPT = {"none": 0.0, "twin": 0.0, "others": 0.0}
 
@@ -57,9 +59,6 @@ def made(
             pair = {"first": first, "second": second, "selection": selection, "seed": seed}
             rows += [Measurement.exact("overlap_lift", {**LABELS, **pair}, of_selection)]
     return rows
-
-
-BENIGN = distinct.BENIGN
 
 
 @pytest.mark.parametrize(

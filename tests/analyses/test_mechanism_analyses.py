@@ -1,4 +1,4 @@
-"""The three claims about the mechanism of harm: general, distinct, dissociated.
+"""The claim that harm has one mechanism: general.
 
 Would catch: an outcome that cannot come out otherwise, one that ignores a control, words that
 contradict the rows, a job whose rows the result cannot read.
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
-import dissociated
 import general
 import pytest
 
@@ -117,35 +116,6 @@ def test_the_matrix_is_summed_up_by_who_was_scored():
     assert relations.one("own_type_gap", mask="circuit", of=HARM).mean == pytest.approx(0.4)
 
 
-# Dissociated: rates of (harm, other) under each circuit, the other abilities alike.
-def dissociated_rows(free: float, apart: float, *, random: float = 1.0) -> Rows:
-    """`free`, `apart`: what each keeps under the other's circuit, none and all others protected."""
-    rows = Rows(of_64(metric, 1.0, mask="none") for metric in dissociated.COLUMNS)
-    for protected, kept in (("none", free), ("others", apart)):
-        for metric in dissociated.COLUMNS:
-            for mask in dissociated.PRUNED:
-                left = 0.3 if METRICS[mask] == metric else kept
-                rows += [of_64(metric, left, mask=mask, protected=protected)]
-            rows += [of_64(metric, random, mask="random", protected=protected)]
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (dissociated_rows(0.7, 1.0), OUTCOMES[0]),
-        (dissociated_rows(0.3, 1.0), OUTCOMES[1]),
-        (dissociated_rows(0.7, 0.7), OUTCOMES[1]),
-        (dissociated_rows(0.7, 0.3), OUTCOMES[2]),
-        (dissociated_rows(0.7, 1.0, random=0.5), OUTCOMES[2]),
-    ],
-    ids=["clean", "not without protection", "graded", "none", "random does the same"],
-)
-def test_dissociated_comes_out_by_its_rule(rows, expected):
-    assert dissociated.result(rows).outcome == expected
-    assert dissociated.reported(rows) == rows
-
-
 @dataclass(frozen=True)
 class SmallSpec(ModelSpec):
     """Two items of each of two topics."""
@@ -171,7 +141,7 @@ class SmallSpec(ModelSpec):
 
 @pytest.mark.parametrize(
     ("analysis", "fewer"),
-    [(general, {}), (dissociated, {})],
+    [(general, {})],
 )
 def test_the_jobs_give_the_rows_that_the_result_and_the_page_read(analysis, fewer):
     plan = Plan((SmallSpec("sft"),), (0,), rounds=1, options={"share": 1.0, **fewer})

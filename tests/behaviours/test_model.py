@@ -135,6 +135,15 @@ def test_behaviours_can_be_added_and_replaced(scripted):
     assert scripted.behaviours["asked"].wanted == "no"
 
 
+def test_fewer_requests_keep_matched_pairs_together(small):
+    few = small.asked_every(4)
+    harmful = small.behaviours["harmful"].prompts("heldout").examples
+    assert few.behaviours["harmful"].prompts("heldout").examples == harmful[::4]
+    questions = small.behaviours["recognition"].prompts("heldout").examples
+    pairs = few.behaviours["recognition"].prompts("heldout").examples
+    assert pairs[:4] == (*questions[:2], *questions[8:10])
+
+
 def test_the_others_leave_out_the_target_its_whole_and_all_parts(small):
     whole = small.whole_behaviours
     assert whole == ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]

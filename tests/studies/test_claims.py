@@ -88,6 +88,16 @@ def test_the_rule_sees_one_case_at_a_time():
     assert "holds in part" in result._repr_html_() and "holds in part" in repr(result)
 
 
+def test_an_outcome_of_its_own_judges_all_rows_at_once():
+    claim = claim_of_shares()
+    claim.outcome(lambda rows: "holds" if len(rows) == 2 else "does not hold here")
+    two = Rows([share(0.1, model="sft", seed=0), share(0.3, model="sft", seed=1)])
+    result = claim.result(two)
+    assert result.outcome == "holds"
+    assert list(result.cases["outcome"]) == ["holds", "does not hold here"]
+    assert claim.result(two[:1]).outcome == "does not hold here", "though its only case holds"
+
+
 def test_rows_that_lack_a_label_of_the_cases_belong_to_none():
     rows = Rows([share(0.1, model="sft", seed=0), share(0.3, model="sft")])
     assert claim_of_shares().result(rows).outcome == "holds"

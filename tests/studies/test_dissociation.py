@@ -7,7 +7,11 @@ of intervals, a cost that is read under the wrong mask.
 import pytest
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.dissociation import dissociation, dissociations
+from harmcircuits.studies.dissociation import (
+    dissociation,
+    dissociations,
+    dissociations_from,
+)
 
 HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 METRICS = {"harmful": HARM, "benign": BENIGN}
@@ -46,6 +50,10 @@ def test_gaps_and_costs_compare_one_ability_with_itself():
     costs = (test.first_cost.mean, test.second_cost.mean)
     assert costs == pytest.approx(((64 - 48) / 64, (60 - 50) / 64))
     assert test.first_gap.metric == "a_gap"
+    rows = test.rows({"model": "m"})
+    assert rows.metrics == ["first_gap", "second_gap", "first_cost", "second_cost"]
+    second_cost = rows.one("second_cost", model="m")
+    assert (second_cost.mean, second_cost.high) == (test.second_cost.mean, test.second_cost.high)
 
 
 def test_errors_name_what_is_wrong():
@@ -83,3 +91,21 @@ def test_a_behaviour_without_a_circuit_is_left_out():
     metrics = {**METRICS, "refusal": "refusal_rate"}
     assert list(dissociations(rows, "none", metrics)) == [("harmful", "benign")]
     assert dissociations(rows, "others", metrics) == {}
+
+
+def test_one_behaviour_against_the_others_in_every_model_seed_and_protection():
+    rows = ablated("none", none=(64, 64), harmful=(0, 64), benign=(60, 2))
+    rows += ablated("others", harmful=(0, 64), benign=(64, 2))
+    unpruned = {row.metric: row for row in rows if row.labels["mask"] == "none"}
+    rows = Rows(row for row in rows if row.labels["mask"] != "none")
+    rows += [rate(metric, 64, {"mask": "none"}) for metric in unpruned]
+    case = {"ladder": "shipped", "model": "sft"}
+    of_seeds = [Rows(row.labelled(**case, seed=seed) for row in rows) for seed in (0, 1)]
+
+    tests = list(dissociations_from("harmful", of_seeds[0] + of_seeds[1], METRICS))
+    labels = [(where["seed"], where["protected"], where["second"]) for where, _ in tests]
+    expected = [(seed, spared, "benign") for seed in (0, 1) for spared in ("none", "others")]
+    assert labels == expected
+    costs = [test.first_cost.mean for _, test in tests]
+    assert costs == pytest.approx([4 / 64, 0, 4 / 64, 0])
+    assert not list(dissociations_from("benign", of_seeds[0], METRICS)), "it is never the first"
