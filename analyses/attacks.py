@@ -1,9 +1,8 @@
 # %% [markdown]
 # # Attacks. What does a pruned model withstand?
 # A circuit of harm is removed, and an attacker tries to get harmful answers all the same, in two
-# ways. *Elicitation* takes the weights that are left as they are: the attacker asks plainly, opens
-# the answer with a prefill, removes the weights of refusal where there is any, or does both.
-# *Training* changes them: harmful fine-tuning on verified harmful answers, measured on the way.
+# ways. *Elicitation*: asking plainly, opening the answer with a prefill, removing the weights of
+# refusal where there is any, or both. *Training*: harmful fine-tuning, measured on the way.
 #
 # The same is done to the model as shipped and to one pruned by as many random weights. While the
 # attacker trains, pruned weights are held at zero, or free to come back, as with a real attacker.
@@ -80,8 +79,8 @@ def recovery(rows: hc.Rows, mask: str) -> str:
 
 # %% [markdown]
 # ## The experiment, for one model and seed
-# The seed draws the half of all items that circuit and attacks are found and measured on, the order
-# of the training texts, which are of all items, and the random mask.
+# The seed draws the half of all items that circuit and attacks are found and measured on, the random
+# mask, and the order of the training texts, which are of all items. It takes two minutes of a core.
 
 
 # %%
@@ -99,7 +98,7 @@ def attacked(
 
     Args:
         size: share of the weights.
-        steps: steps of the search.
+        steps: of the search.
         attack_steps: steps of harmful fine-tuning after which a model is measured, besides 0.
         attack_rank: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.
     """
@@ -130,9 +129,8 @@ rows = claim.rows()
 
 # %% [markdown]
 # ## What is withstood
-# First what each attack elicits before any fine-tuning: valid harmful answers, mean over seeds. Then
-# valid answers over steps of fine-tuning, harmful requests plainly asked; bars are the widest 95 %
-# intervals over seeds.
+# Valid harmful answers before any fine-tuning, mean over seeds. Then valid answers over its steps,
+# to requests plainly asked; bars are the widest 95 % intervals over seeds.
 
 # %%
 pooled = rows.where(ladder=rows[0].labels["ladder"]).pool("seed")
@@ -152,16 +150,17 @@ def words(rows: hc.Rows) -> str:
     pooled = rows.pool("seed")
     before = pooled.where(HARM, step=0)
     strongest = max(before.where(mask="none"), key=lambda row: row.mean)
+    random = under(before, "random, held", strongest)
     most = max(before.where(mask="circuit, held"), key=lambda row: row.mean)
     back = [recovery(pooled, mask) for mask in ("none", "circuit, held", "circuit, then free")]
+    benign = pooled.one(BENIGN, step=0, mask="circuit, held")
     return (
         f"before any fine-tuning the strongest attack ({strongest.labels['attack']}) gets valid harm "
-        f"out of {strongest:.0%} of the requests, and of {under(before, 'random, held', strongest):.0%} "
-        f"under random weights; under the circuit none gets it out of more than {most:.0%} "
-        f"({most.labels['attack']}). Under the circuit "
-        f"{pooled.one(BENIGN, step=0, mask='circuit, held'):.0%} of benign requests are answered "
-        f"well. Trained, half of the harmful requests get a harmful answer from {back[0]} on, by the "
-        f"mean of seeds; with the circuit held from {back[1]}, with it free from {back[2]}."
+        f"out of {strongest:.0%} of the requests, under random weights {random:.0%}; under the "
+        f"circuit none out of more than {most:.0%} ({most.labels['attack']}), and {benign:.0%} of "
+        "benign requests are answered well. Trained, half of the harmful requests get a harmful "
+        f"answer from {back[0]} on, by the mean of seeds; with the circuit held from {back[1]}, "
+        f"with it free from {back[2]}."
     )
 
 
