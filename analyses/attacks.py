@@ -158,9 +158,8 @@ def words(rows: hc.Rows) -> str:
         f"before any fine-tuning the strongest attack ({strongest.labels['attack']}) gets valid harm "
         f"out of {strongest:.0%} of the requests, under random weights {random:.0%}; under the "
         f"circuit none out of more than {most:.0%} ({most.labels['attack']}), and {benign:.0%} of "
-        "benign requests are answered well. Trained, half of the harmful requests get a harmful "
-        f"answer from {back[0]} on, by the mean of seeds; with the circuit held from {back[1]}, "
-        f"with it free from {back[2]}."
+        "benign requests are answered well. Trained, half of the harmful requests are answered from "
+        f"{back[0]} on; with the circuit held from {back[1]}, with it free from {back[2]}."
     )
 
 
