@@ -158,6 +158,25 @@ class Model:
             few.append(replace(behaviour, prompts=prompts))
         return self.with_behaviours(*few)
 
+    def sampled(self, share: float, *, seed: int) -> "Model":
+        """The same model, asked about a random share of the items of every category and split.
+
+        Args:
+            share: of the items, in (0, 1], each with all its requests.
+            seed: draws them.
+
+        Raises:
+            ValueError: as `PromptSet.sampled`, when requests are asked for.
+        """
+        few = []
+        for behaviour in self.behaviours.values():
+
+            def prompts(split: str, whole: Callable = behaviour.prompts) -> PromptSet:
+                return whole(split).sampled(share, seed=seed)
+
+            few.append(replace(behaviour, prompts=prompts))
+        return self.with_behaviours(*few)
+
     def generate(
         self,
         prompts: "str | Sequence[str] | PromptSet",

@@ -7,11 +7,12 @@ rungs alone, an unaligned rung taken for aligned.
 
 import dataclasses
 
-import compressed
 import pytest
-from helpers import small_model
+from helpers import analysis, small_model
 
 from harmcircuits.measurements import Measurement, Rows
+
+compressed = analysis("compressed")
 
 
 def a_ladder(ladder="shipped", *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2, pairs=("sft", "dpo")):

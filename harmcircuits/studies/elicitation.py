@@ -1,0 +1,78 @@
+"""Getting out of a model what it holds back, with its weights as they are."""
+
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+
+from harmcircuits.behaviours.model import Model, NotShownError
+from harmcircuits.behaviours.standard import CONTRAST, TARGET
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.hooks.masking import masked, masked_if_given
+from harmcircuits.hooks.search import refusal_ablation
+from harmcircuits.measurements import Rows
+
+PLAIN = "plain"
+
+
+def refusals_removed(
+    model: Model,
+    *,
+    mask: WeightMask | None = None,
+    refusal: str = "refusal",
+    spared: str = CONTRAST,
+) -> WeightMask | None:
+    """The refusal ablation of a model; None where it refuses nothing or answers nothing benign.
+
+    Args:
+        model: the model.
+        mask: weights removed before the attacker scores what is left.
+        refusal: the behaviour of which the attacker removes the weights.
+        spared: the behaviour of which the attacker leaves the weights alone.
+
+    Raises:
+        ValueError: as `masked`.
+    """
+    if not {refusal, spared} <= set(model.behaviours):
+        return None
+    with masked_if_given(model.bridge, mask), suppress(NotShownError):
+        refusals, others = model.calibration(refusal), model.calibration(spared)
+        return refusal_ablation(model.bridge, refusals.batches, others.batches)
+    return None
+
+
+def elicited(
+    model: Model,
+    *,
+    target: str = TARGET,
+    unrefusing: WeightMask | None = None,
+    only_plain: bool = False,
+) -> Rows:
+    """What a model as it stands answers to held-out requests under every attack.
+
+    Rows carry the label `attack`: "plain", "prefill", "refusal ablation" or "prefill + refusal
+    ablation".
+
+    Args:
+        model: the model, pruned or fine-tuned where it is.
+        target: the behaviour that is elicited, whose prefill is the attacker's.
+        unrefusing: weights that the attacker removes; without them, the attacks that do are left
+            out.
+        only_plain: whether the requests are only asked as they are.
+
+    Raises:
+        ValueError: an unknown behaviour, and as `masked`.
+    """
+    plain = model.with_behaviours(replace(model.behaviour(target), prefill=""))
+    attacks: dict[str, tuple[Model, WeightMask | None]] = {PLAIN: (plain, None)}
+    if not only_plain:
+        attacks["prefill"] = (model, None)
+        if unrefusing is not None:
+            attacks["refusal ablation"] = (plain, unrefusing)
+            attacks["prefill + refusal ablation"] = (model, unrefusing)
+
+    rows = Rows()
+    for attack, (asked, removed) in attacks.items():
+        # What is fine-tuned or pruned is no longer the model on which the attacker's mask was made.
+        edit = masked(model.bridge, removed, same_model=False) if removed else nullcontext()
+        with edit:
+            rows += [row.labelled(attack=attack) for row in asked.measure(only=target)]
+    return rows
