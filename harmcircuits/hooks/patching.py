@@ -5,9 +5,9 @@ Both runs read the same tokens; only the weights differ. Every sweep is Transfor
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pandas
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, progress_bar
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
-from harmcircuits.measurements import Label, Labels, Measurement, Rows
+from harmcircuits.measurements import N_RESAMPLES, Label, Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
 
 PARTS = ("residual", "attention", "mlp", "head")
@@ -92,8 +92,8 @@ def activation_patching(
         nll_gap: how much the mask raises it.
         patch_change: L_patched - L_start, in nats a token, by `component`, `layer`, `position` (its
             number, or "all" at once; see `position_names`) and `head`.
-        patch_share: the same as a share; none where the gap is below `least_gap`. Intervals
-            resample groups with the gap held fixed.
+        patch_share: the same as a share, whose interval resamples it with the gap; none where the
+            gap is below `least_gap`.
 
     Positions count from the start of the text, so they should mean the same in every example: give
     one request, or several whose requests and answers are equally long (see `aligned`). What is
@@ -156,8 +156,16 @@ def activation_patching(
         rows += [Measurement.average("reference_nll", where, losses, groups)]
     gap = Measurement.average("nll_gap", labels, after - before, groups)
     rows += [gap]
-    rows += _rows(restore, {**labels, "direction": "restore"}, groups, -gap.mean, least_gap)
-    rows += _rows(destroy, {**labels, "direction": "destroy"}, groups, gap.mean, least_gap)
+    has_gap = abs(gap.mean) >= least_gap
+    for direction, changes, whole in (
+        ("restore", restore, before - after),
+        ("destroy", destroy, after - before),
+    ):
+        where = {**labels, "direction": direction}
+        for place, values in changes:
+            rows += [Measurement.average("patch_change", {**where, **place}, values, groups)]
+            if has_gap:
+                rows += [_share({**where, **place}, values, whole, groups)]
     return rows
 
 
@@ -343,21 +351,18 @@ def _whole_layer_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) 
     return corrupted
 
 
-def _rows(
-    changes: Sequence[Change],
+def _share(
     labels: Labels,
+    change: Float[Tensor, " batch"],
+    whole: Float[Tensor, " batch"],
     groups: Sequence[Hashable],
-    whole: float,
-    least_gap: float,
-) -> Rows:
-    rows = []
-    for place, values in changes:
-        change = Measurement.average("patch_change", {**labels, **place}, values, groups)
-        rows.append(change)
-        if abs(whole) >= least_gap:
-            # The whole change may be negative: then the ends of the interval change places, and a
-            # zero would be shown as -0.
-            low, high = sorted((change.low / whole, change.high / whole))
-            mean = change.mean / whole + 0.0
-            rows.append(replace(change, metric="patch_share", mean=mean, low=low, high=high))
-    return Rows(rows)
+) -> Measurement:
+    """A change as a share of the whole change, a ratio of means, with its bootstrap interval."""
+    _, member = np.unique([str(group) for group in groups], return_inverse=True)
+    changes = np.bincount(member, change.cpu().double())
+    wholes = np.bincount(member, whole.cpu().double())
+    mean = float(changes.sum() / wholes.sum()) + 0.0  # a negative zero would be shown as -0
+
+    drawn = np.random.default_rng(0).integers(len(wholes), size=(N_RESAMPLES, len(wholes)))
+    draws = changes[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
+    return Measurement.of_draws("patch_share", labels, draws, mean=mean, n=len(change))
