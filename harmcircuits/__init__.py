@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from harmcircuits.circuits.masks import WeightMask as WeightMask
     from harmcircuits.circuits.masks import random_like as random_like
     from harmcircuits.circuits.masks import top_fraction as top_fraction
-    from harmcircuits.circuits.overlap import Overlap as Overlap
     from harmcircuits.circuits.overlap import overlap as overlap
     from harmcircuits.circuits.overlap import overlap_by as overlap_by
     from harmcircuits.circuits.scores import WeightScores as WeightScores
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.memory import estimate_memory as estimate_memory
     from harmcircuits.hooks.objectives import choice_margin as choice_margin
     from harmcircuits.hooks.objectives import completion_loss as completion_loss
+    from harmcircuits.hooks.patching import activation_patching as activation_patching
     from harmcircuits.hooks.search import find_circuit as find_circuit
     from harmcircuits.hooks.search import set_difference as set_difference
     from harmcircuits.hooks.weights import named_weights as named_weights
@@ -66,13 +66,13 @@ _MODULES = {
     "Lora": "hooks.finetuning",
     "Measurement": "measurements",
     "Model": "behaviours.model",
-    "Overlap": "circuits.overlap",
     "PromptSet": "prompts",
     "Rows": "measurements",
     "Sampling": "behaviours.generation",
     "StudySettings": "studies.settings",
     "WeightMask": "circuits.masks",
     "WeightScores": "circuits.scores",
+    "activation_patching": "hooks.patching",
     "choice_margin": "hooks.objectives",
     "completion_loss": "hooks.objectives",
     "completion_nll": "hooks.losses",

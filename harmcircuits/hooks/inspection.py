@@ -135,6 +135,24 @@ def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
     return bridge.tokenizer.convert_ids_to_tokens(tokens.tolist())
 
 
+def position_names(bridge: AnyModel, batch: Batch) -> list[str]:
+    """The number of each position, and the token there where it is the same in every example.
+
+    >>> position_names(bridge, harm[0])[:6]
+    ['0 <bos>', '1 <user>', ...]
+
+    Args:
+        bridge: the model.
+        batch: the texts.
+    """
+    bridge = as_bridge(bridge)
+    names = []
+    for number, column in enumerate(batch.tokens.T.tolist()):
+        (token,) = bridge.tokenizer.convert_ids_to_tokens(column[:1])
+        names.append(f"{number} {token}" if len(set(column)) == 1 else f"{number} …")
+    return names
+
+
 def _refuse_unreadable(
     rows: Sequence[Sequence[int]],
     layers: Sequence[int],

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+from plotly.graph_objects import Figure
 from rich.console import Console
 
 from harmcircuits.measurements import Rows
@@ -31,11 +32,13 @@ from harmcircuits.studies.options import (
     takes_custom_model,
     with_options,
 )
+from harmcircuits.views.circuitsvis import Visual, circuitsvis_script
 from harmcircuits.views.page import frame, paragraphs, plot, section, write_page
 
 if TYPE_CHECKING:
     import pandas
-    from plotly.graph_objects import Figure
+
+AnyFigure = TypeVar("AnyFigure", Figure, Visual)
 
 Outcome = Literal["holds", "holds in part", "does not hold here"]
 HOLDS: Outcome = "holds"
@@ -149,6 +152,8 @@ class Experiment:
 class Claim:
     """A claim, and what an analysis registers with it.
 
+    Without a rule it is a question: its page has words and figures, and no outcome.
+
     ```python
     claim = Claim("F1", "compact: a tiny share of the weights carries harm", models=("sft",))
 
@@ -180,7 +185,7 @@ class Claim:
     together: Callable[[Sequence[Outcome]], Outcome] = in_some
     seeds: int = 3
     experiments: list[Experiment] = field(default_factory=list, init=False)
-    figures: dict[str, "Figure"] = field(default_factory=dict, init=False, repr=False)
+    figures: dict[str, Figure | Visual] = field(default_factory=dict, init=False, repr=False)
     _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
     _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
     _outcome: Callable[[Rows], Outcome] | None = field(default=None, init=False, repr=False)
@@ -233,12 +238,12 @@ class Claim:
         self._words = words
         return words
 
-    def figure(self, title: str, figure: "Figure") -> "Figure":
+    def figure(self, title: str, figure: AnyFigure) -> AnyFigure:
         """The same figure, kept for the page.
 
         Args:
             title: of its section.
-            figure: of plotly.
+            figure: of plotly or circuitsvis.
         """
         self.figures[title] = figure
         return figure
@@ -323,19 +328,42 @@ class Claim:
         """As a script, print the result and write the page; else nothing."""
         if self._out is None:
             return
-        result = self.result(self._rows)
-        parts = [paragraphs(result.words)]
-        for number, (title, figure) in enumerate(self.figures.items()):
-            parts.append(section(title, "", plot(figure, first=number == 0)))
-        parts.append(section("Each case", "By the rule, fixed beforehand.", frame(result.cases)))
+        result = self.result(self._rows) if self._rule else None
+        title = result.title if result else f"{self.name}. {self.text}"
+        words = self.report(self._rows)
+
+        parts = [paragraphs(words), *self._sections()]
+        if result:
+            cases = frame(result.cases)
+            parts.append(section("Each case", "By the rule, fixed beforehand.", cases))
         page = self._out / f"{self.name}.html"
-        write_page(page, result.title, parts)
-        (self._out / "summary.md").write_text(result.line + "\n", encoding="utf-8")
+        write_page(page, title, parts, script=self._script)
+        if result:
+            (self._out / "summary.md").write_text(result.line + "\n", encoding="utf-8")
 
         console = Console()
-        console.print(f"[bold]{result.title}[/]", highlight=False)
-        console.print(result.words, highlight=False, markup=False)
+        console.print(f"[bold]{title}[/]", highlight=False)
+        console.print(words, highlight=False, markup=False)
         console.print(f"Page: {page}", highlight=False, soft_wrap=True, markup=False)
+
+    def _sections(self) -> list[str]:
+        """The figures as parts of the page."""
+        sections = []
+        is_first = True
+        for title, figure in self.figures.items():
+            if isinstance(figure, Visual):
+                content = figure.html()
+            else:
+                content = plot(figure, first=is_first)
+                is_first = False
+            sections.append(section(title, "", content))
+        return sections
+
+    @property
+    def _script(self) -> str:
+        """circuitsvis' own, where a figure needs it."""
+        needs_it = any(isinstance(figure, Visual) for figure in self.figures.values())
+        return circuitsvis_script() if needs_it else ""
 
     @property
     def _is_script(self) -> bool:

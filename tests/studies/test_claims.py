@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from plotly.graph_objects import Figure
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.claims import Claim, in_all, in_some
+from harmcircuits.views.circuitsvis import circuitsvis_script, coloured_tokens
 
 SCRIPT = '''
 from harmcircuits.measurements import Measurement, Rows
@@ -151,6 +154,26 @@ def test_an_imported_analysis_reads_committed_rows_and_runs_on_request(tmp_path,
     assert rows.one("share").mean == 0.4
     with pytest.raises(ValueError, match="'sise'"):
         analysis.claim.rows(tmp_path / "run", sise=0.4)
+
+
+def test_a_question_has_words_and_figures_and_no_outcome(tmp_path, capsys):
+    claim = Claim("X4", "a question", models=("sft",))
+    claim.words(lambda rows: f"{len(rows)} rows <b>")
+    claim.figure("Tokens", coloured_tokens(["a", "b"], torch.tensor([0.5, 1.0])))
+    claim.figure("Figure", Figure())
+    with pytest.raises(ValueError, match="X4 has no rule"):
+        claim.result(Rows())
+
+    # As a script that has run.
+    claim._out, claim._rows = tmp_path, Rows([share(0.1, model="sft", seed=0)])
+    claim.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("X4. a question\n") and "sft: 1 rows <b>" in printed
+    page = (tmp_path / "X4.html").read_text()
+    assert "1 rows &lt;b&gt;" in page and "Each case" not in page
+    assert page.count("Plotly.newPlot(") == page.count("CircuitsVis.ColoredTokens") == 1
+    assert circuitsvis_script() in page
+    assert list(tmp_path.iterdir()) == [tmp_path / "X4.html"], "no line for a table of outcomes"
 
 
 def test_missing_rows_are_named_with_what_to_do(tmp_path, monkeypatch):
