@@ -4,12 +4,10 @@ Models are random ones of every architecture, written as ordinary Hugging Face f
 offline; organisms are asked a few requests only.
 """
 
-import ast
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -279,27 +277,3 @@ class SparseSpec(ModelSpec):
 
     def open(self, **options: Any) -> Model:
         return asked_few(super().open(**options), every=self.every)
-
-
-ANALYSES = Path(__file__).parents[1] / "analyses"
-
-
-def analysis(name: str) -> ModuleType:
-    """What an analysis defines: its claim with jobs, rule and words, and what these call.
-
-    It reads no rows and shows none: of what follows `rows = claim.rows()`, definitions alone are
-    executed. So an analysis can be tested before its rows are there.
-
-    Args:
-        name: of its file, without the ending.
-    """
-    path = ANALYSES / f"{name}.py"
-    defined, has_rows = [], False
-    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-        has_rows = has_rows or ast.unparse(statement) == "rows = claim.rows()"
-        if not has_rows or isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            defined.append(statement)
-    assert has_rows, f"{path} has no line `rows = claim.rows()`"
-    module = ModuleType(name)
-    exec(compile(ast.Module(defined, []), str(path), "exec"), module.__dict__)
-    return module
