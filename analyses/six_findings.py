@@ -1,15 +1,19 @@
 # %% [markdown]
 # # The six findings of arXiv 2604.09544, and what a pruned model withstands
+# `python analyses/six_findings.py` prints what the committed rows say, as `docs/claims.md` quotes it.
+#
 # `python analyses/six_findings.py --out DIR` runs the analyses below, one after the other, each in a
-# folder of its own, and prints what came out. Other options go to all of them (`--seeds 1`,
-# `--organisms LADDER`, `--small`, `--workers`); run again, it goes on where it stopped. Each is also
-# a script and a notebook of its own.
+# folder of its own. Other options go to all of them (`--seeds 1`, `--organisms LADDER`, `--small`,
+# `--workers 2`); run again, it goes on where it stopped. Each is also a script and a notebook.
 
 # %%
 import argparse
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+from harmcircuits.studies.claims import ClaimResult
 
 ANALYSES = Path(__file__).parent
 FINDINGS = {
@@ -24,19 +28,36 @@ FINDINGS = {
 
 
 # %%
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Run every finding; other options go to each.")
-    parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="folder of all")
-    options, passed_on = parser.parse_known_args()
+def committed() -> list[ClaimResult]:
+    """The result of every finding, from its committed rows."""
+    results = []
+    for name in FINDINGS.values():
+        analysis = import_module(name)  # which reads them
+        results.append(analysis.claim.result(analysis.rows))
+    return results
+
+
+def run(out: Path, options: list[str]) -> None:
+    """Run what is missing of every finding; prints the table of their outcomes."""
     lines = ["| | claim | outcome |", "|---|---|---|"]
     for name, analysis in FINDINGS.items():
-        folder = options.out / name
-        command = [sys.executable, str(ANALYSES / f"{analysis}.py"), "--out", str(folder)]
-        subprocess.run([*command, *passed_on], check=True)
-        lines.append((folder / "summary.md").read_text(encoding="utf-8").strip())
+        command = [sys.executable, str(ANALYSES / f"{analysis}.py"), "--out", str(out / name)]
+        subprocess.run([*command, *options], check=True)
+        lines.append((out / name / "summary.md").read_text(encoding="utf-8").strip())
     table = "\n".join(lines)
-    (options.out / "summary.md").write_text(table + "\n", encoding="utf-8")
+    (out / "summary.md").write_text(table + "\n", encoding="utf-8")
     print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Other options go to every analysis.")
+    parser.add_argument("--out", type=Path, help="folder of all runs; without it nothing is run")
+    options, passed_on = parser.parse_known_args()
+    if options.out:
+        run(options.out, passed_on)
+        return
+    for result in committed():
+        print(f"{result.line}\n\n{result.words}\n")
 
 
 if __name__ == "__main__":
