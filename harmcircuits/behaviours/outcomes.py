@@ -1,6 +1,7 @@
 """What a model does with each request of a behaviour, and the rates and losses that follow."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import PromptSet
+from harmcircuits.prompts import Example, PromptSet
 
 MIN_KEPT = 0.5  # share of the reference's triples of words, from which on its words are kept
 
@@ -62,10 +63,21 @@ class Outcomes:
         return shares
 
     @property
+    def requests(self) -> tuple[Example, ...]:
+        """Each request once, with its first answer."""
+        return self.answers.examples[:: self.n_samples]
+
+    @property
     def groups(self) -> list[str]:
         """What each request is about; intervals resample whole groups."""
-        first_samples = self.answers.examples[:: self.n_samples]
-        return [example.cluster for example in first_samples]
+        return [example.cluster for example in self.requests]
+
+    def by_category(self) -> "dict[str, Outcomes]":
+        """What it does with the requests of each category."""
+        places: dict[str, list[int]] = {}
+        for place, request in enumerate(self.requests):
+            places.setdefault(request.category, []).append(place)
+        return {category: self._only(chosen) for category, chosen in places.items()}
 
     def rows(self, labels: Labels) -> Rows:
         """The rate of the wanted verdict, the side metrics, and the NLL of references.
@@ -135,6 +147,19 @@ class Outcomes:
                 changed = of_requests[has_value]
                 rows += [Measurement.average(f"{metric}_change", labels, changed, groups)]
         return rows
+
+    def _only(self, places: Sequence[int]) -> "Outcomes":
+        """What it does with these requests, by their places."""
+        # The samples of a request follow each other.
+        samples = []
+        for place in places:
+            first = place * self.n_samples
+            samples += range(first, first + self.n_samples)
+        answers = PromptSet(tuple(self.answers.examples[sample] for sample in samples))
+        verdicts = tuple(self.verdicts[sample] for sample in samples)
+        references = tuple(self.references[place] for place in places if self.references)
+        nll = self.nll[list(places)]
+        return replace(self, answers=answers, verdicts=verdicts, nll=nll, references=references)
 
     def _words_rows(self, labels: Labels) -> Rows:
         """The share of answers that keep the words of the reference, where that is measured."""

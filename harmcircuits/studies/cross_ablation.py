@@ -22,7 +22,6 @@ from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by, rank_cor
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
-from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
@@ -430,8 +429,7 @@ def change_rows(
     for name, mask in masks.items():
         where = {**labels, "mask": name}
         rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
-        with masked(model.bridge, mask):
-            pruned = outcomes_of(model, unpruned)
+        pruned = outcomes_of(model, unpruned, mask=mask)
         for behaviour, outcomes in pruned.items():
             rows += outcomes.rows(where) + outcomes.changes(unpruned[behaviour], where)
     return rows

@@ -12,7 +12,7 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Labels, Measurement, Rows
 
 N_DRAWS = 2000
@@ -208,9 +208,11 @@ def outcomes_of(
     names: Iterable[str],
     *,
     split: str = "heldout",
+    mask: WeightMask | None = None,
 ) -> dict[str, Outcomes]:
-    """What the model as it stands does with these behaviours."""
-    return {name: model.outcomes(name, split) for name in names}
+    """What the model does with these behaviours: as it stands, or under a mask."""
+    with masked_if_given(model.bridge, mask):
+        return {name: model.outcomes(name, split) for name in names}
 
 
 def curve(
@@ -238,8 +240,7 @@ def curve(
     """
     by_share: dict[float, Mapping[str, Outcomes]] = {0.0: unpruned}
     for share, mask in zip(shares or [mask.fraction for mask in masks], masks, strict=True):
-        with masked(model.bridge, mask):
-            by_share[share] = outcomes_of(model, unpruned, split=split)
+        by_share[share] = outcomes_of(model, unpruned, split=split, mask=mask)
 
     points = [by_share[share] for share in sorted(by_share)]
     return Curve(tuple(sorted(by_share)), tuple(points), target)
@@ -336,8 +337,7 @@ def gap(model: Model, mask: WeightMask, curve: Curve, share: float, *, seed: int
         ValueError: as `Curve.at`.
     """
     unpruned = {curve.target: curve.points[0][curve.target]}
-    with masked(model.bridge, mask):
-        pruned = outcomes_of(model, unpruned)
+    pruned = outcomes_of(model, unpruned, mask=mask)
     other = replace(curve, shares=(0.0, share), points=(unpruned, pruned))
     return rate_at(other, share, seed=seed).minus(rate_at(curve, share, seed=seed))
 
