@@ -4,18 +4,17 @@
 # facts. Each answer is compared with the unpruned model's to the same request.
 #
 # A search can be told what to spare, and then a part of the separation is its own doing. So the
-# circuit is found three times: sparing nothing, sparing benign answers, and sparing all other
-# abilities. What survives a circuit that spares nothing is separate by the model's own doing.
+# circuit is found three times: sparing nothing, benign answers, and all other abilities. What
+# survives a circuit that spares nothing is separate by the model's own doing.
 #
-# *Controls.* Random weights, as many in every matrix. And the same search for something benign:
-# harm's **twin**, benign requests about the same items (*use* in place of *abuse*), and knowledge.
-# If the twin's circuit cost benign answers nothing either, the size would break nothing, and sparing
-# would mean nothing.
+# *Controls.* Random weights, as many in every matrix. And the same search for knowledge, and for
+# harm's **twin**: benign requests about the same items (*use* in place of *abuse*). If the twin's
+# circuit cost benign answers nothing either, the size would break nothing, and sparing mean nothing.
 #
 # The second question is what two circuits have in common. Their **lift** is the number of weights
-# they share, over the number that random masks share which have as many in every matrix. Any two
-# abilities need some of the same machinery, so harm and its twin are set against pairs of benign
-# tasks: benign answers, and the two questions of fact about an item, its *parts* and its *kind*.
+# they share, over the number that random masks share which have as many in every matrix. Harm and
+# its twin are set against pairs of benign tasks, for any two abilities share some machinery: benign
+# answers, and the two questions of fact about an item, its *parts* and its *kind*.
 
 # %%
 from itertools import product
@@ -59,9 +58,9 @@ OF_F6 = ("recognition", "explanation", "refusal")  # spared, but what they lose 
 # that protect benign answers or all others; else it *does not hold here*. Seeds are pooled: mean,
 # widest interval.
 #
-# The rule stands as it was. What changed before this run is the search (it was in rounds) and with
-# it the size, from 0.6 % to 0.2 % of the weights. Lifts are read, as they were, from masks in one
-# shot, which alone have intervals over the calibration items; those of the search stand beside.
+# The rule stands as it was. What changed before this run is the search (it was in rounds) and the
+# size, from 0.6 % to 0.2 % of the weights. Lifts are read, as before, from masks in one shot, which
+# alone have intervals over the calibration items.
 
 # %%
 MOST, RATE_MARGIN, NLL_MARGIN = 0.5, 0.05, 0.1
@@ -70,7 +69,7 @@ MOST, RATE_MARGIN, NLL_MARGIN = 0.5, 0.05, 0.1
 @claim.rule("ladder", "model")
 def is_borne_out(rows: hc.Rows) -> Outcome:
     rows = rows.pool("seed")
-    twin, tasks = lifts(rows, "one shot")
+    twin, tasks = lifts(rows)
     is_apart = bool(tasks) and twin.low <= max(row.high for row in tasks)
     separate = {protected: separates(rows, protected) for protected in PROTECTED}
     if separate["none"] and separate["twin"] and is_apart:
@@ -92,28 +91,22 @@ def is_kept(pruned: hc.Rows) -> bool:
     return is_spared and pruned.one("benign_nll_change").high < NLL_MARGIN
 
 
-def lifts(rows: hc.Rows, selection: str) -> tuple[hc.Measurement, hc.Rows]:
+def lifts(rows: hc.Rows) -> tuple[hc.Measurement, hc.Rows]:
     """Of harm and its twin, and of pairs of benign tasks: none on a model that lacks the tasks."""
-    by_pair = rows.where("overlap_lift", selection=selection).by("first", "second")
+    by_pair = rows.where("overlap_lift", selection="one shot").by("first", "second")
     tasks = hc.Rows(by_pair[pair].one() for pair in REFERENCE if pair in by_pair)
     return by_pair["harmful", "benign"].one(), tasks
 
 
 # %% [markdown]
 # ## The experiment, for one model and seed
-# The seed draws the half of the requests whose verified answers are scored, the random masks and
-# the resamples. What is measured are other requests, about other items.
+# The seed draws the half of the requests whose answers are scored, the random masks, the resamples.
 
 
 # %%
 @claim.job
 def circuits_of(
-    model: hc.Model,
-    seed: int,
-    *,
-    size: float = 0.002,
-    steps: int = 10,
-    n_resamples: int = 40,
+    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 10, n_resamples: int = 40
 ) -> hc.Rows:
     """What each circuit breaks, and what the circuits share.
 
@@ -177,26 +170,21 @@ claim.figure("What is shared", overlap_figure(panels, pairs))
 # %%
 @claim.words
 def words(rows: hc.Rows) -> str:
-    rows = rows.pool("seed")
-    sentences = []
+    rows, sentences = rows.pool("seed"), []
     for protected, spared in SPARED.items():
         pruned = rows.where(protected=protected)
         harm = pruned.where(mask="harmful")
         sentences.append(
-            f"Sparing {spared}, the circuit of harm leaves {harm.one(HARM):.0%} of harm, and "
-            f"utility is {'kept' if is_kept(harm) else 'not kept'}: benign answers change by "
-            f"{harm.one(f'{BENIGN}_change'):+.0%} and their loss by "
-            f"{harm.one('benign_nll_change'):+.2f}; the twin's circuit leaves "
+            f"Sparing {spared}, the circuit leaves {harm.one(HARM):.0%} of harm, and utility is "
+            f"{'kept' if is_kept(harm) else 'not kept'}; that of the twin leaves "
             f"{pruned.one(BENIGN, mask='benign'):.0%} of benign answers."
         )
-    for selection in ("one shot", "search"):
-        twin, tasks = lifts(rows, selection)
-        of_tasks = listed(f"{row.mean:.1f}" for row in tasks) or "not measured"
-        sentences.append(
-            f"With nothing spared, circuits of harm and its twin ({selection}) share {twin:.1f} "
-            f"times what chance gives; pairs of benign tasks: {of_tasks}."
-        )
-    return " ".join(sentences)
+    twin, tasks = lifts(rows)
+    of_tasks = listed(f"{row.mean:.1f}" for row in tasks) or "not measured"
+    return (
+        f"{' '.join(sentences)} Sparing nothing, circuits of harm and its twin share {twin:.1f} "
+        f"times what chance gives; pairs of benign tasks: {of_tasks}."
+    )
 
 
 claim.result(rows)
@@ -204,8 +192,7 @@ claim.result(rows)
 # %% [markdown]
 # ## What it does not say
 # A lift says where two circuits lie, not what they do: they may share weights and yet be removed one
-# without the other, which the first part tests. And the benign tasks of the organism are three. On
-# another model those that share least with harm may be others.
+# without the other, which the first part tests. And the organism has only three benign tasks.
 
 # %%
 if __name__ == "__main__":
