@@ -136,7 +136,8 @@ rows = claim.rows()
 
 # %%
 lines = rows.where(split="heldout", ladder="shipped").by("mask")
-points = {name: curves.by_share(line) for name, line in reversed(lines.items())}
+names = sorted(lines, key=lambda name: name not in ("search", "one shot"))
+points = {name: curves.by_share(lines[name]) for name in names}
 claim.figure("What is left", share_figure(points, PANELS, kept=Terms.standard().kept_rates))
 
 
