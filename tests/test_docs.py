@@ -5,7 +5,7 @@ page that nothing links to. Figures are held to committed rows beside the tests 
 """
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import attacks
 import emergent_misalignment
@@ -27,6 +27,10 @@ WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), 
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
 
 
+# Opened once: every page leaves a model as it was.
+opened = cache(partial(small_model, every=16))
+
+
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     """Few requests; for a model and files of the reader's own, an organism and its requests."""
@@ -34,11 +38,11 @@ def stand_ins(tmp_path, monkeypatch):
 
     def open_model(name, **options):
         if name in ORGANISMS:
-            return small_model(name, every=16)
+            return opened(name)
         return asked_few(really_open(str(FOLDER / "sft"), **options), first=8)
 
     monkeypatch.setattr(hc, "open_model", open_model)
-    monkeypatch.setattr(hc, "load_model", lambda *_, **__: small_model("sft").bridge)
+    monkeypatch.setattr(hc, "load_model", lambda *_, **__: opened("sft").bridge)
     monkeypatch.chdir(tmp_path)
     items = list(world.world().items.values())
     for name, verb in {"harmful": "abuse", "benign": "use"}.items():

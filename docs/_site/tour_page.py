@@ -1,0 +1,113 @@
+"""The tour as a page: `docs/tour.py` runs as a notebook, and what each cell shows stands below it.
+
+`mkdocs build` runs it (half a minute); `mkdocs serve` shows its code alone.
+"""
+
+import html
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jupytext
+from mkdocs.structure.files import File, Files
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+TOUR = Path(__file__).parents[1] / "tour.py"
+PLOTLY = "application/vnd.plotly.v1+json"
+SCRIPT = "assets/plotly.min.js"
+INTRODUCTION = '<a href="tour.py" download>Download as a notebook (py:percent)</a>'
+
+is_run = True
+# What Markdown must not touch, by the comment that holds its place until the page is HTML.
+shown: dict[str, str] = {}
+
+
+def executed(path: Path) -> NotebookNode:
+    """A py:percent script as a notebook that has been run, from the folder it is in."""
+    notebook = jupytext.read(path, fmt="py:percent")
+    place = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+    return notebook
+
+
+def on_startup(*, command: str, **_: object) -> None:
+    """A page that is written again at every keystroke is not run again."""
+    global is_run
+    is_run = command == "build"
+
+
+def on_files(site: Files, *, config: Any) -> Files:
+    """Add the page, and the script that draws its figures."""
+    notebook = executed(TOUR) if is_run else jupytext.read(TOUR, fmt="py:percent")
+    site.append(File.generated(config, "tour.md", content=page(notebook)))
+    site.append(File.generated(config, SCRIPT, content=plotly_script()))
+    return site
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Pages link to the notebook, which a repository has; the site has its page."""
+    return markdown.replace("](tour.py)", "](tour.md)").replace("](../tour.py)", "](../tour.md)")
+
+
+def on_post_page(output: str, *, page: Any, **_: object) -> str:
+    """Put what the cells show in its place."""
+    if page.file.src_uri == "tour.md":
+        for place, content in shown.items():
+            output = output.replace(place, content)
+    return output
+
+
+def plotly_script() -> str:
+    """Plotly's JavaScript, as the package brings it."""
+    script = files("plotly").joinpath("package_data", "plotly.min.js")
+    return script.read_text(encoding="utf-8")
+
+
+def page(notebook: NotebookNode) -> str:
+    """A notebook as Markdown; pictures and tables are held back in `shown`."""
+    parts = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        parts += [output_text(output) for output in cell.get("outputs", [])]
+    title, *rest = parts
+    script = held_back(f'<script src="{SCRIPT}"></script>')
+    return "\n\n".join([title, INTRODUCTION, script, *rest])
+
+
+def output_text(output: NotebookNode) -> str:
+    """What one output of a cell shows, as Markdown."""
+    if output.output_type == "stream":
+        if output.name == "stderr":  # bars
+            return ""
+        return f"```text\n{output.text.rstrip()}\n```"
+    data = output.get("data", {})
+    if PLOTLY in data:
+        return held_back(figure(data[PLOTLY]))
+    if "text/html" in data:
+        table = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+        # The site styles tables that have no class.
+        table = table.replace('<table border="1" class="dataframe">', "<table>")
+        return held_back(f'<div class="md-typeset__scrollwrap">{table}</div>')
+    return f"```text\n{data.get('text/plain', '')}\n```"
+
+
+def figure(data: Any) -> str:
+    """A plotly figure, drawn by the page's own copy of plotly."""
+    name = f"figure-{len(shown)}"
+    drawn = json.dumps({"data": data["data"], "layout": data["layout"]}).replace("<", "\\u003c")
+    options = {"displayModeBar": False, "responsive": True}
+    call = f'Plotly.newPlot("{name}", {drawn[:-1]}, "config": {json.dumps(options)}}})'
+    return f'<div id="{html.escape(name)}"></div><script>{call}</script>'
+
+
+def held_back(content: str) -> str:
+    """A comment in place of HTML."""
+    place = f"<!-- shown {len(shown)} -->"
+    shown[place] = content
+    return place

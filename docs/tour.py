@@ -1,0 +1,286 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Tour
+# From prompts to an edited model, to what its circuits share, to activation patching: half a
+# minute on one core. The model is `sft`, a Llama of a million parameters that ships with the
+# package. It speaks invented words, so what is harmful here harms nobody. To keep this short, few
+# requests are asked and searches take few steps; [results](results.md) has the figures that
+# count.
+
+# %%
+import pandas as pd
+import plotly.express as px
+import torch
+from plotly.graph_objects import Figure
+
+import harmcircuits as hc
+from harmcircuits.circuits.location import location_rows
+from harmcircuits.hooks.inspection import token_changes, token_texts
+from harmcircuits.studies.study import with_share_of_requests
+from harmcircuits.views.circuitsvis import coloured_tokens
+from harmcircuits.views.figures import location_figure
+
+torch.set_num_threads(1)  # the model is tiny
+px.defaults.template = "simple_white"
+model = with_share_of_requests(hc.open_model("sft"), 0.5)
+bridge = model.bridge
+model
+
+# %% [markdown]
+# ## An edit
+# A circuit is a mask over single weights. `find_circuit` finds the weights that harm needs and
+# nothing else does; `masked` multiplies them by zero in place. The model is tuned to refuse, so
+# harmful answers are begun for it, with "sure".
+
+# %%
+mask = model.find_circuit("harmful", protect="others", size=0.002, steps=4)
+request = model.behaviours["harmful"].prompts("heldout").examples[0].prompt
+
+print(mask)
+print(f"before  {request} -> {model.generate(request, prefill='sure')}")
+with hc.masked(bridge, mask):
+    print(f"after   {request} -> {model.generate(request, prefill='sure')}")
+print(f"again   {request} -> {model.generate(request, prefill='sure')}")
+
+# %% [markdown]
+# Restored, bit for bit. What did the edit do, on requests that it never saw? Every figure is a
+# row with a 95 % interval. *Degenerate* is broken text: harm is gone because its answers are
+# garbage, not because they are refused.
+
+# %%
+asked = ["harmful", "benign", "refusal", "knowledge"]
+rows = model.measure(labels={"mask": "none"}, only=asked)
+rows += model.measure(mask=mask, labels={"mask": "circuit"}, only=asked)
+
+
+def rates(rows: hc.Rows) -> pd.DataFrame:
+    """A line a metric, a column a mask; every rate with its interval."""
+    cells = []
+    for row in rows:
+        if row.metric.endswith("_rate"):
+            cells.append({"metric": row.metric, "mask": row.labels["mask"], "rate": f"{row:.0%}"})
+    return pd.DataFrame(cells).pivot(index="metric", columns="mask", values="rate")
+
+
+rates(rows)
+
+# %% [markdown]
+# ## From prompts to scores
+# A behaviour is its requests and the verdict that shows it. Everything the model can be asked is
+# one, harm among them:
+
+# %%
+lines = []
+for name in model.whole_behaviours:
+    behaviour = model.behaviours[name]
+    example = behaviour.prompts("heldout").examples[0]
+    answer = model.generate(example.prompt, prefill=behaviour.prefill)
+    lines.append({"behaviour": name, "request": example.prompt, "answer": answer})
+pd.DataFrame(lines).set_index("behaviour")
+
+# %% [markdown]
+# Weights are scored on the model's *own* answers, those that the judge verified. They are token
+# batches; the loss is taken on the answers alone.
+
+# %%
+harm = model.calibration("harmful")
+benign = model.calibration("benign")
+print(harm)
+print(harm.batches[0])
+
+# %% [markdown]
+# `removal_effect` says what the loss does, to first order, when a weight is removed; one backward
+# pass gives it for all of them. Few weights have a large one:
+
+# %%
+effect = hc.removal_effect(bridge, harm.batches)
+largest = torch.cat([values.flatten() for values in effect.values.values()]).sort(descending=True)
+ranks = [1, 10, 100, 1_000, 10_000, 100_000]
+figure = px.line(
+    x=ranks,
+    y=[largest.values[rank - 1].item() for rank in ranks],
+    log_x=True,
+    log_y=True,
+    markers=True,
+    labels={"x": "rank of the weight", "y": "removal effect, nats per token"},
+    height=320,
+)
+figure
+
+# %% [markdown]
+# ## Choosing
+# The published way is a set difference: the weights that harm needs most, less those that benign
+# answers need most. Masks are sets, so it is one line. The search scores again after every step,
+# and takes far more harm with about as many weights; random ones take none.
+
+# %%
+keep = hc.snip_scores(bridge, benign.batches)
+published = hc.top_fraction(effect, 0.0025) - hc.top_fraction(keep, 0.0025)
+chance = hc.random_like(mask, seed=0)
+masks = {"search": mask, "published": published, "random": chance}
+losses = []
+for name, chosen in masks.items():
+    for behaviour in (harm, benign):
+        before = hc.completion_nll(bridge, behaviour.batches).mean().item()
+        after = hc.completion_nll(bridge, behaviour.batches, mask=chosen).mean().item()
+        losses.append({"mask": name, "of": behaviour.behaviour, "rise": after - before})
+rises = pd.DataFrame(losses).pivot(index="mask", columns="of", values="rise").loc[list(masks)]
+rises.assign(weights=[f"{chosen.n_removed:,}" for chosen in masks.values()]).round(3)
+
+# %% [markdown]
+# The search kept a diary. What each step's scores predicted for the loss on harm, and what it
+# did: scores are of first order and many weights go at once, which is why the search scores
+# again.
+
+# %%
+walk = mask.trace.where(aim="walk")
+steps = []
+for step, of_step in walk.by("step").items():
+    predicted = of_step.one("predicted_change").mean
+    measured = of_step.one("measured_change").mean
+    steps.append({"step": step, "predicted": predicted, "measured": measured})
+pd.DataFrame(steps).set_index("step").round(3)
+
+# %% [markdown]
+# ## Where it sits
+# How many weights of each matrix the circuit takes:
+
+# %%
+sites = hc.weight_sites(bridge)
+location_figure(location_rows(mask, sites, {}))
+
+# %% [markdown]
+# And at which tokens it acts. Red tokens lose log-probability without the circuit: the operators
+# of a harmful answer. Of a benign answer about the same things hardly any does.
+
+# %%
+batch = harm.batches[0]
+words = token_texts(bridge, batch)
+change = token_changes(bridge, mask, batch)[0][batch.is_token[0]]
+coloured_tokens(words, change)
+
+# %% [markdown]
+# ## What circuits share
+# The circuit of benign answers is found in the same way, with harm protected.
+
+# %%
+twin = model.find_circuit("benign", protect=["harmful"], size=0.002, steps=2)
+shared = hc.overlap(mask, twin)
+print(shared)
+print(f"{len((mask & twin).removed)} matrices hold shared weights")
+
+# %% [markdown]
+# *Lift* is how many times more weights two circuits share than masks would that fall at random
+# with the same counts in every matrix. Layer by layer:
+
+# %%
+layers = []
+for place, part in hc.overlap_by(mask, twin, sites, "layer").items():
+    low, high = part.interval
+    lift = f"{part.lift:.1f} [{low:.1f}, {high:.1f}]"
+    layers.append({"layer": place.layer, "shared": part.n_shared, "lift": lift})
+pd.DataFrame(layers).set_index("layer")
+
+# %% [markdown]
+# Sharing weights is one thing, breaking each other another. Cross-ablation removes each circuit
+# and measures both abilities: on the diagonal an ability loses its own circuit.
+
+# %%
+circuits = {"harmful": mask, "benign": twin}
+names = list(circuits)
+valid = []
+for circuit in circuits.values():
+    measured = model.measure(mask=circuit, only=names)
+    valid.append([100 * measured.one(model.behaviours[name].metric).mean for name in names])
+figure = px.imshow(
+    valid,
+    x=[f"{name} answers" for name in names],
+    y=[f"{name} circuit removed" for name in names],
+    color_continuous_scale=["#b3261e", "#ffffff"],
+    range_color=[0, 100],
+    text_auto=".0f",
+    aspect="auto",
+    height=320,
+)
+figure.update_coloraxes(showscale=False)
+
+# %% [markdown]
+# ## Activation patching on top
+# The edit is in the weights, so everything TransformerLens does with activations works on the
+# edited model. Here the masked model gets one residual stream of the unpruned one, at one
+# position and layer; the colour is the share of the lost loss that comes back.
+
+# %%
+one = hc.Batch(batch.tokens[:1, : len(words)], batch.is_target[:1, : len(words)])
+
+
+def loss() -> float:
+    """Of the one answer, in nats per token, of the bridge as it stands."""
+    return hc.completion_nll(bridge, [one]).mean().item()
+
+
+with torch.no_grad():
+    _, clean = bridge.run_with_cache(one.tokens)
+    whole = loss()
+n_layers, n_positions = len(bridge.blocks), one.tokens.shape[1]
+restored = torch.zeros(n_layers, n_positions)
+with hc.masked(bridge, mask):
+    gap = loss() - whole
+    for layer in range(n_layers):
+        name = f"blocks.{layer}.hook_in"
+        for position in range(n_positions):
+
+            def patch(stream, hook, name=name, position=position):  # noqa: ARG001
+                stream[:, position] = clean[name][:, position]
+                return stream
+
+            with bridge.hooks(fwd_hooks=[(name, patch)]):
+                restored[layer, position] = 1 - (loss() - whole) / gap
+
+
+def patching_figure(shares: torch.Tensor) -> Figure:
+    """Layers by tokens; blue: the loss is back."""
+    figure = px.imshow(
+        shares,
+        y=[f"layer {layer}" for layer in range(len(shares))],
+        color_continuous_scale=["#b3261e", "#ffffff", "#1f5fa8"],
+        range_color=[-1, 1],
+        aspect="auto",
+        height=320,
+    )
+    return figure.update_xaxes(tickvals=list(range(len(words))), ticktext=words)
+
+
+patching_figure(restored)
+
+# %% [markdown]
+# ## Keeping it
+# A mask is a small file that knows its model; an export is the edited model as an ordinary
+# Hugging Face folder, reloaded and compared before it is done.
+
+# %%
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+with TemporaryDirectory() as folder:
+    mask.save(Path(folder) / "mask.safetensors")
+    same = hc.WeightMask.load(Path(folder) / "mask.safetensors")
+    hc.export(model, same, Path(folder) / "edited")
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size / 1e6:6.2f} MB  {path.relative_to(folder)}")
+
+# %% [markdown]
+# From here: [your own model](own_model.md), the [guides](guides/score.md), the
+# [reference](reference/index.md).
