@@ -18,6 +18,7 @@ from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
 from harmcircuits.hooks.search import find_circuit
+from harmcircuits.measurements import Labels, Rows
 from harmcircuits.organisms.world import answer, world
 from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
 
@@ -114,6 +115,50 @@ class Topic:
         texts = tokenize(self.training, model.bridge.tokenizer, **options)
         return fine_tuning(model.bridge, texts, lr=recipe.lr, lora=recipe.lora, seed=seed)
 
+    def curve(self, model: Model, training: str, labels: Labels, seed: int) -> Rows:
+        """What is answered harmfully while the model as it stands is fine-tuned, by step.
+
+        Args:
+            model: as before when the run is over.
+            training: name of a recipe.
+            labels: what the rows carry besides the topic, the training and the step.
+            seed: draws the order and the adapters.
+        """
+        recipe, rows = self.recipes[training], Rows()
+        where = {**labels, "topic": self.name, "training": training}
+        asked = self.asked(model)
+        with self.fine_tuning(model, recipe, seed) as run:
+            for step in recipe.steps:
+                run.until(step)
+                rows += asked.measure(labels={**where, "step": step})
+        return rows
+
+
+def masks_of(
+    model: Model, topics: Sequence[Topic], *, size: float, steps: int, seed: int
+) -> list[tuple[Topic, dict[str, WeightMask | None]]]:
+    """Every topic with its masks: "none", `narrow_masks`, and the narrow circuit of the next topic.
+
+    Args:
+        model: the original model.
+        topics: the topics.
+        size: share of the weights.
+        steps: of each search.
+        seed: as in `narrow_masks`.
+    """
+    own = []
+    for topic in topics:
+        own.append(narrow_masks(model, topic, size=size, steps=steps, seed=seed))
+
+    topics_with_masks = []
+    for number, topic in enumerate(topics):
+        masks: dict[str, WeightMask | None] = {"none": None, **own[number]}
+        of_next = own[(number + 1) % len(topics)]
+        if len(topics) > 1 and own[number] and of_next:
+            masks["another topic's, held"] = of_next["narrow, held"]
+        topics_with_masks.append((topic, masks))
+    return topics_with_masks
+
 
 def narrow_masks(
     model: Model, topic: Topic, *, size: float, steps: int, seed: int
@@ -171,7 +216,6 @@ def opened(
     files: "NarrowFiles",
     *,
     n_topics: int,
-    training: Sequence[str],
     steps: Sequence[int],
     seed: int,
 ) -> tuple[Model, list[Topic]]:
@@ -181,7 +225,6 @@ def opened(
         model: an organism or a custom model.
         files: of a custom model; as they are by default for an organism.
         n_topics: how many topics of an organism.
-        training: ways of fine-tuning an organism.
         steps: those after which an organism is measured.
         seed: as in `organism_topics` and `NarrowFiles.opened`.
 
@@ -189,21 +232,19 @@ def opened(
         ValueError: as these.
     """
     if files == NarrowFiles():
-        options = {"n_topics": n_topics, "training": training, "steps": steps}
-        return model, organism_topics(model, **options, seed=seed)
+        return model, organism_topics(model, n_topics=n_topics, steps=steps, seed=seed)
     model, topic = files.opened(model, seed=seed)
     return model, [topic]
 
 
 # Learning rates at which unmasked runs take some ten steps to learn.
-RATES = {"full": 2e-4, "low_rank": 2e-3}
+RATES = {"full": 2e-4, "low rank": 2e-3}
 
 
 def organism_topics(
     model: Model,
     *,
     n_topics: int,
-    training: Sequence[str],
     steps: Sequence[int],
     seed: int,
 ) -> list[Topic]:
@@ -212,21 +253,17 @@ def organism_topics(
     Args:
         model: an organism.
         n_topics: how many.
-        training: ways of fine-tuning: "full" or "low_rank".
         steps: those after which the model is measured.
         seed: draws the topics, the answers and their order, and the items that are asked.
 
     Raises:
-        ValueError: a model for which no narrow texts can be made, or an unknown way.
+        ValueError: a model for which no narrow texts can be made.
     """
-    unknown = [name for name in training if name not in RATES]
-    if unknown:
-        raise ValueError(f"training={unknown[0]!r}; expected {' or '.join(RATES)}")
-    recipes = {}
-    for name in training:
-        lora = Lora() if name == "low_rank" else None
-        recipes[name] = Recipe(RATES[name], lora, tuple(sorted({0, *steps})))
-
+    measured = tuple(sorted({0, *steps}))
+    recipes = {
+        "full": Recipe(RATES["full"], None, measured),
+        "low rank": Recipe(RATES["low rank"], Lora(), measured),
+    }
     names = topics_of(model)
     first = n_topics * seed
     drawn = [names[number % len(names)] for number in range(first, first + n_topics)]
@@ -369,7 +406,7 @@ class NarrowFiles:
             others=model.behaviours["benign"].prompts("calibration"),
             inside=_once(bounded["heldout"]),
             outside=elsewhere[:measured] if measured else elsewhere,
-            recipes={"low_rank": recipe},
+            recipes={"low rank": recipe},
             batch_size=model.batch_size,
         )
         judge_name = getattr(judge.innocent, "name", "")
