@@ -130,9 +130,9 @@ def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
     for script in folder.glob("*.py"):
         assert f"`{script.name}`" in text
     rows = Rows.read(folder / "rows" / "six_findings.jsonl")
-    for analysis in six_findings.ANALYSES:
-        outcome = analysis.result(rows.where(finding=analysis.NAME)).outcome
-        (line,) = re.findall(rf"^\| `{analysis.__name__}\.py`.*$", text, flags=re.M)
+    for finding in six_findings.ANALYSES:
+        outcome = finding.result(rows.where(finding=finding.NAME)).outcome
+        (line,) = re.findall(rf"^\| `{finding.__name__}\.py`.*$", text, flags=re.M)
         assert f"| {outcome} |" in line
 
 
