@@ -7,12 +7,9 @@ page that nothing links to. Figures are held to committed rows beside the tests 
 import re
 from functools import cache, partial
 
-import attacks
-import emergent_misalignment
 import pytest
-from helpers import asked_few, small_model
+from helpers import analysis, asked_few, small_model
 from pages import DOCS, PAGES, README, ROOT, anchors, blocks, text_of
-from typer import Typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -21,7 +18,6 @@ from harmcircuits.behaviours.own import OwnBehaviour
 from harmcircuits.cli import app
 from harmcircuits.organisms import FOLDER, ORGANISMS, world
 from harmcircuits.prompt_files import SHAPES
-from harmcircuits.studies.claims import command as command_of
 
 WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")]
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
@@ -96,9 +92,9 @@ def test_commands_and_their_options_exist():
         for line in shown:
             assert set(re.findall(r"--[\w-]+", line)) <= options
         known |= options
-    analysis = Typer()
-    analysis.command()(command_of(attacks, emergent_misalignment))
-    known |= {name for option in get_command(analysis).params for name in option.opts}
+    for experiment in ("attacks", "emergent_misalignment"):
+        for run in analysis(experiment).claim.experiments:
+            known |= {f"--{name.replace('_', '-')}" for name in run.options}
     assert set(re.findall(r"--[a-z][\w-]*", text_of("own_model.md"))) <= known
 
 
@@ -138,9 +134,9 @@ def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
     for script in folder.glob("*.py"):
         assert f"`{script.name}`" in text
     rows = Rows.read(folder / "rows" / "six_findings.jsonl")
-    for analysis in six_findings.ANALYSES:
-        outcome = analysis.result(rows.where(finding=analysis.NAME)).outcome
-        (line,) = re.findall(rf"^\| `{analysis.__name__}\.py`.*$", text, flags=re.M)
+    for finding in six_findings.ANALYSES:
+        outcome = finding.result(rows.where(finding=finding.NAME)).outcome
+        (line,) = re.findall(rf"^\| `{finding.__name__}\.py`.*$", text, flags=re.M)
         assert f"| {outcome} |" in line
 
 

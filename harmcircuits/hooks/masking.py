@@ -106,9 +106,11 @@ def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
         _write_all(edits, masked_values)
 
 
-def masked_if_given(bridge: Bridge, mask: WeightMask | None) -> AbstractContextManager[Bridge]:
+def masked_if_given(
+    bridge: Bridge, mask: WeightMask | None, *, hold: bool = False
+) -> AbstractContextManager[Bridge]:
     """`masked`, or the model as it is where there is no mask."""
-    return nullcontext(bridge) if mask is None else masked(bridge, mask)
+    return nullcontext(bridge) if mask is None else masked(bridge, mask, hold=hold)
 
 
 class _Edit(NamedTuple):

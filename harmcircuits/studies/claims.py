@@ -316,7 +316,7 @@ class Claim:
         """The words of every model, a paragraph each."""
         if self._words is None:
             return ""
-        names = [name for name in self._over if name != "seed"]
+        names = [name for name in self._over if name in ("ladder", "model")]
         paragraphs = []
         for values, of_model in self._cases(rows, names).items():
             of_shipped = values[:1] == ("shipped",) and len(values) > 1

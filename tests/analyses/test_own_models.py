@@ -7,28 +7,26 @@ misalignment, an option of one analysis that another takes and does not use.
 
 import json
 import re
+import runpy
+import sys
 from dataclasses import replace
-from importlib import import_module
+from typing import NamedTuple
 
 import pytest
-from helpers import StubBridge
+from helpers import ANALYSES, StubBridge
 from narrow_finetuning import NarrowFiles
-from typer import Typer
-from typer.testing import CliRunner
 
+import harmcircuits as hc
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.chat_judges import ChatJudge
-from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.measurements import Rows, wilson
-from harmcircuits.organisms import FOLDER, world
+from harmcircuits.organisms import FOLDER, open_organism, world
 from harmcircuits.prompts import PromptSet
-from harmcircuits.studies.claims import Plan, command
-from harmcircuits.studies.models import ModelSpec
 
 TOPIC = world.world().topics[0]
 
@@ -83,69 +81,63 @@ def exact_judge(monkeypatch):
     monkeypatch.setattr(ChatJudge, "_reply", reply)
 
 
-def run(name: str, files: dict[str, str], cache, out, *more: str):
-    app = Typer()
-    app.command()(command(import_module(name)))
-    model = ["--model", str(FOLDER / "sft"), "--prefill=sure", "--max-new-tokens=9"]
-    model += ["--batch-size=16", f"--cache={cache}", "--judge=http://localhost/v1#exact"]
-    given = [f"--{key}={path}" for key, path in files.items()]
-    few = ["--seeds=1", "--workers=1", "--limit=8", "--rounds=2"]
-    return CliRunner().invoke(app, ["--out", str(out), *model, *given, *few, *more])
+class Ended(NamedTuple):
+    """How a script ended, and what it printed, without line breaks."""
+
+    code: int
+    text: str
 
 
-def plain_text(result) -> str:
-    """The output of a command without line breaks, and without the box around typer's errors."""
-    return " ".join(result.output.replace("│", " ").split())
+@pytest.fixture
+def run(files, cache, monkeypatch, capsys):
+    """run("attacks", ("harmful", "benign"), out, "--size=0.01") -> how the script ended."""
+
+    def script(name: str, given: tuple[str, ...], out, *more: str) -> Ended:
+        model = ["--model", str(FOLDER / "sft"), "--prefill=sure", "--max-new-tokens=9"]
+        model += ["--batch-size=16", f"--cache={cache}", "--judge=http://localhost/v1#exact"]
+        requests = [f"--{key}={files[key]}" for key in given]
+        few = ["--seeds=1", "--workers=1", "--limit=8", "--steps=1"]
+        path = str(ANALYSES / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, "--out", str(out), *model, *requests, *few, *more])
+        # Other tests may have imported IPython, whose shell would make the script a notebook.
+        monkeypatch.delitem(sys.modules, "IPython", raising=False)
+        code = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return Ended(code, " ".join((printed.out + printed.err).replace("│", " ").split()))
+
+    return script
 
 
-def test_misaligned_by_its_own_files(files, cache, tmp_path, exact_judge):
-    options = ["--lr=2e-3", "--rank=8", "--alpha=16", "--epochs=8", "--protect-share=0.005"]
-    result = run("emergent_misalignment", files, cache, tmp_path, *options)
-    assert result.exit_code == 0, result.output
+def test_misaligned_by_its_own_files(files, run, tmp_path, exact_judge):
+    options = ["--lr=2e-3", "--rank=8", "--alpha=16", "--epochs=8"]
+    ended = run("emergent_misalignment", tuple(files), tmp_path, *options)
+    assert ended.code == 0, ended.text
     rows = Rows.read(tmp_path / "rows.jsonl")
-    masks = {"none", "narrow", "narrow_released", "random", "benign"}
-    assert {row.labels["mask"] for row in rows if "mask" in row.labels} == masks
-    assert {row.labels["topic"] for row in rows if "topic" in row.labels} == {"narrow"}
-    assert {row.labels["judge"].split()[0] for row in rows if "judge" in row.labels} == {
-        "http://localhost/v1#exact"
-    }
-    assert (
-        len({row.mean for row in rows.where("weights_removed") if row.labels["mask"] != "none"})
-        == 1
-    )
+    masks = {"none", "narrow, held", "narrow, then free", "random, held", "benign, held"}
+    assert set(rows.where("misaligned_rate").by("mask")) == masks
+    assert set(rows.where("misaligned_rate").by("topic")) == {"narrow"}
+    judges = {row.labels["judge"].split()[0] for row in rows.where("misaligned_rate")}
+    assert judges == {"http://localhost/v1#exact"}
     spread = rows.where("misaligned_rate", mask="none")
-    assert [row.labels["step"] for row in spread] == [0, 1, 2, 4, 8], (
-        "parts of the eight steps of eight epochs"
-    )
+    steps = [row.labels["step"] for row in spread]
+    assert steps == [0, 1, 2, 4, 8], "parts of the eight steps of eight epochs"
     assert spread[0].mean == 0 and spread[-1].mean >= 0.9
     assert rows.where("benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
-    trained = {row.labels["mask"]: row.mean for row in rows.where("training_nll", step=8)}
-    assert trained["narrow"] > trained["none"]
-    said = plain_text(result)
-    assert (
-        "misalignment spreads without a mask in 1 of 1 runs" in said and "another topic" not in said
-    )
-    before = (tmp_path / "rows.jsonl").read_text()
-    again = run("emergent_misalignment", files, cache, tmp_path, *options)
-    assert again.output.split("F5. ")[1] == result.output.split("F5. ")[1]
-    assert (tmp_path / "rows.jsonl").read_text() == before, "finished jobs are not run again"
-    other = run("emergent_misalignment", files, cache, tmp_path, *options, "--epochs=9")
-    assert other.exit_code == 2 and "holds a run with" in plain_text(other)
+    assert "of 1 runs" in ended.text and "another topic" not in ended.text
 
 
-def test_never_misaligned_is_said(files, cache, tmp_path, exact_judge):
-    result = run(
-        "emergent_misalignment", files, cache, tmp_path
-    )  # one epoch at the published rate: a step of 1e-5
-    assert result.exit_code == 0, result.output
-    rows = Rows.read(tmp_path / "rows.jsonl")
-    assert {row.labels["mask"] for row in rows if "mask" in row.labels} == {"none"}, (
-        "no narrow circuit to hold"
-    )
-    assert {row.mean for row in rows.where("misaligned_rate")} == {0}
-    said = plain_text(result)
-    assert "'never misaligned' in 1" in said and "the claim is not tested" in said
-    assert "no misalignment to protect from" in (tmp_path / "summary.md").read_text()
+def test_never_misaligned_is_said(files, run, tmp_path, exact_judge):
+    # One epoch at the published rate: a step of 1e-5.
+    ended = run("emergent_misalignment", tuple(files), tmp_path)
+    assert ended.code == 0, ended.text
+    rows = Rows.read(tmp_path / "rows.jsonl").where("misaligned_rate")
+    assert set(rows.by("mask")) == {"none"}, "no narrow circuit to hold"
+    assert {row.mean for row in rows} == {0}
+    assert "'never misaligned' in 1" in ended.text and "the claim is not tested" in ended.text
     assert (tmp_path / "F5.html").stat().st_size > 10_000
 
 
@@ -153,10 +145,10 @@ def test_narrow_texts_are_split(files, cache):
     benign = Behaviour("benign", "", "", "benign", lambda split: PromptSet(()))
     harm = ChatJudge("http://localhost/v1", "exact", cache / "judge.jsonl")
     judge = RequestJudge(harm, {}, QuestionTemplates())
-    model = Model("m", StubBridge(), {"benign": benign}, judge, batch_size=3)
-    requests = RequestFiles("a", "b", limit=4)
+    limits = {"limit": 4, "limit_measured": 0}
+    model = Model("m", StubBridge(), {"benign": benign}, judge, batch_size=3, details=limits)
     trained = NarrowFiles(files["narrow"], files["elsewhere"], epochs=2)
-    opened, topic = trained.opened(model, requests, seed=1)
+    opened, topic = trained.opened(model, seed=1)
     prompts = {}
     for name in ("training", "scored", "inside", "outside"):
         prompts[name] = {example.prompt for example in getattr(topic, name)}
@@ -165,89 +157,73 @@ def test_narrow_texts_are_split(files, cache):
     assert not prompts["training"] & prompts["inside"]
     assert {len(prompts[name]) for name in ("scored", "inside", "outside")} == {4}, "limited"
     assert len(topic.training) > len(whole) / 2, "not limited"
-    assert topic.teacher.steps[-1] == 2 * -(-len(topic.training) // 3)
-    _, other = trained.opened(model, requests, seed=2)
+    assert topic.recipes["low rank"].steps[-1] == 2 * -(-len(topic.training) // 3)
+    _, other = trained.opened(model, seed=2)
     assert set(other.training) == set(topic.training) and other.training != topic.training
     assert set(opened.judge.kinds.values()) == {"innocent"}
     with pytest.raises(ValueError, match="requests are in another file as well"):
-        replace(trained, elsewhere=files["narrow"]).opened(model, requests)
+        replace(trained, elsewhere=files["narrow"]).opened(model)
     with pytest.raises(ValueError, match="rows have no completion"):
-        replace(trained, narrow=files["elsewhere"]).opened(model, requests)
+        replace(trained, narrow=files["elsewhere"]).opened(model)
     by_rules = replace(model, judge=RequestJudge(RuleJudge(), {}, QuestionTemplates()))
     with pytest.raises(ValueError, match=r"judge='local' .* give --judge"):
-        trained.opened(by_rules, requests)
+        trained.opened(by_rules)
     with pytest.raises(ValueError, match="m is no custom model"):
-        trained.opened(replace(model, judge=harm), requests)
+        trained.opened(replace(model, judge=harm))
 
 
 @pytest.mark.parametrize(
     ("leave_out", "more", "message"),
     [
-        (("narrow", "elsewhere"), [], "give --narrow FILE and --elsewhere FILE"),
-        (("elsewhere",), [], "elsewhere=''; give both files"),
+        (("narrow", "elsewhere"), [], "give texts to be fine-tuned on: --narrow FILE"),
+        (("elsewhere",), [], "elsewhere=''"),
         ((), ["--judge=local"], "judge='local' tells only answered and refused apart"),
         ((), ["--rank=0"], "rank=0; expected more than 0"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(
-    files, cache, tmp_path, leave_out, more, message
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    files, run, tmp_path, exact_judge, leave_out, more, message
 ):
-    given = {name: path for name, path in files.items() if name not in leave_out}
-    result = run("emergent_misalignment", given, cache, tmp_path / "out", *more)
-    assert result.exit_code == 2
-    assert message in plain_text(result)
-    assert not (tmp_path / "out").exists()
+    given = tuple(name for name in files if name not in leave_out)
+    ended = run("emergent_misalignment", given, tmp_path / "out", *more)
+    assert ended.code == 2
+    assert message in ended.text
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
 
 
-@pytest.mark.parametrize("options", [{"narrow": "a", "elsewhere": "b"}, {"rank": 4}])
-def test_organisms_make_their_own_narrow_texts(options):
-    plan = Plan((ModelSpec("sft"),), options=options)
-    message = f"--{next(iter(options))} is for a custom model, not sft; give --harmful"
-    with pytest.raises(ValueError, match=message):
-        import_module("emergent_misalignment").jobs(plan)
+@pytest.mark.parametrize("option", [{"narrow": "a", "elsewhere": "b"}, {"rank": 4}])
+def test_organisms_make_their_own_narrow_texts(files, option):
+    named = {**option, **{name: files[name] for name in option if name in files}}
+    with pytest.raises(ValueError, match=r"is no custom model|give --narrow and --elsewhere"):
+        NarrowFiles(**named).opened(open_organism("sft"))
 
 
-def test_attacks_on_a_custom_model(files, cache, tmp_path, exact_judge):
-    module = import_module("attacks")
-    given = {name: files[name] for name in ("harmful", "benign")}
-    options = ["--protect-share=0.005", "--samples=2", "--temperature=0.1"]
-    options += ["--attack-steps=0", "--attack-steps=2"]
-    result = run("attacks", given, cache, tmp_path, *options)
-    assert result.exit_code == 0, result.output
+def test_attacks_on_a_custom_model(run, tmp_path, exact_judge, monkeypatch):
+    adapters = []
+
+    def spied(*args, lora, **options):
+        adapters.append(lora)
+        return fine_tuning(*args, lora=lora, **options)
+
+    monkeypatch.setattr(hc, "fine_tuning", spied)
+    options = ["--samples=2", "--temperature=0.1", "--attack-steps=2", "--attack-rank=4"]
+    ended = run("attacks", ("harmful", "benign"), tmp_path, *options)
+    assert ended.code == 0, ended.text
     rows = Rows.read(tmp_path / "rows.jsonl")
+    assert adapters == [Lora(4, 8.0)] * len(rows.where("harm_valid_rate").by("mask"))
     unpruned = rows.where("harm_valid_rate", mask="none", step=0)
     before = {row.labels["attack"]: row for row in unpruned}
-    assert list(before) == list(module.ATTACKS)
+    assert len(before) == 4
     assert {row.labels["step"] for row in rows if "step" in row.labels} == {0, 2}
     assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
     assert {row.labels["judge"] for row in before.values()} == {"http://localhost/v1#exact"}
     _, high = wilson(0, before["plain"].n // 2)
     assert before["plain"].high == pytest.approx(high), "two samples count as one request"
     assert rows.one("benign_valid_rate", mask="none", step=0).mean >= 0.9
-    assert {row.labels["mask"] for row in rows if "mask" in row.labels} == set(module.DEFENCES)
-    refused = run("attacks", files, cache, tmp_path / "other")
-    assert refused.exit_code == 2 and "No such option: --narrow" in plain_text(refused)
 
 
-def test_an_attacker_may_train_adapters(files, cache, tmp_path, exact_judge, monkeypatch):
-    module, adapters = import_module("attacks"), []
-
-    def spied(*args, lora, **options):
-        adapters.append(lora)
-        return fine_tuning(*args, lora=lora, **options)
-
-    monkeypatch.setattr(module.hc, "fine_tuning", spied)
-    given = {name: files[name] for name in ("harmful", "benign")}
-    options = ["--protect-share=0.005", "--attack-steps=0", "--attack-steps=1"]
-    result = run("attacks", given, cache, tmp_path, *options, "--attack-rank=4")
-    assert result.exit_code == 0, result.output
-    assert adapters == [Lora(4, 8.0)] * len(module.DEFENCES)
-    other = run("attacks", given, cache, tmp_path, *options)
-    assert other.exit_code == 2 and "holds a run with" in plain_text(other)
-    elsewhere = run("compact", given, cache, tmp_path / "other", "--attack-rank=4")
-    assert elsewhere.exit_code == 2 and "No such option: --attack-rank" in plain_text(elsewhere)
-    negative = run("attacks", given, cache, tmp_path / "other", "--attack-rank=-1")
-    assert negative.exit_code == 2 and "expected a rank of at least 1" in plain_text(negative)
-    late = run("attacks", given, cache, tmp_path / "other", "--attack-steps=5")
-    assert late.exit_code == 2 and "attack_steps=(5,); expected" in plain_text(late)
-    assert not (tmp_path / "other").exists()
+def test_an_analysis_takes_its_own_options_only(run, tmp_path):
+    narrow = run("attacks", ("harmful", "benign", "narrow"), tmp_path)
+    assert narrow.code == 2 and "No such option: --narrow" in narrow.text
+    rank = run("compact", ("harmful", "benign"), tmp_path, "--attack-rank=4")
+    assert rank.code == 2 and "No such option: --attack-rank" in rank.text

@@ -106,6 +106,15 @@ def test_rows_that_lack_a_label_of_the_cases_belong_to_none():
     assert claim_of_shares().result(rows).outcome == "holds"
 
 
+def test_words_are_of_a_model_whatever_the_cases_are():
+    claim = Claim("X4", "a claim", models=("sft",))
+    claim.rule("ladder", "model", "topic", "seed")(lambda rows: True)
+    claim.words(lambda rows: f"{len(rows)} rows")
+    rows = Rows(share(0.1, model="sft", seed=0, topic=topic) for topic in "ab")
+    assert claim.report(rows) == "sft: 2 rows"
+    assert len(claim.result(rows).cases) == 2
+
+
 def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
     first = run(tmp_path)
     assert first.count("measured:") == 4, "two models with two seeds"
