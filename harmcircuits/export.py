@@ -21,6 +21,7 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.hub import refuse_repo, upload
+from harmcircuits.storage.writing import refuse_filled, write_text
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
@@ -116,17 +117,14 @@ def export(
     source = str(source or bridge.cfg.model_name)
     if push_to:
         refuse_repo(push_to)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f"export: {folder} exists and is not empty; give a folder that does not exist yet"
-        )
+    refuse_filled(folder)
     with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
         sites = weight_sites(bridge)
         _write_model(bridge, mask, sites, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source)
         mask.save(unfinished / MASK_FILE)
         card = _card(mask, sites, source, difference)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        write_text(unfinished / "README.md", card)
     if push_to:
         removed = plural(mask.n_removed, "weight")
         upload(folder, push_to, private=True, message=f"The model without {removed}")

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from harmcircuits.storage.text import read_text
+
 Verdict = Literal["harmful", "harmless", "refusal", "degenerate", "unclear"]
 
 OPENING_WORDS = 40  # a refusal shows by then, also after a prefilled beginning
@@ -201,7 +203,10 @@ def _wording(file: Path) -> str:
             "(judge_templates.json of the StrongREJECT repository), with {forbidden_prompt} and "
             "{response} in it"
         )
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = read_text(file, "the wording of StrongREJECT's classifier")
+    except ValueError as error:
+        raise JudgeError(f"strongreject: {error}") from None
     if "{forbidden_prompt}" not in text or "{response}" not in text:
         raise JudgeError(
             f"strongreject: {file} lacks {{forbidden_prompt}} or {{response}}, "

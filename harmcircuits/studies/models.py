@@ -32,6 +32,7 @@ from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
 from harmcircuits.prompts import Batch, Chat, Template, tokenize_text
+from harmcircuits.storage.text import read_text
 
 CACHE = user_cache_path("harmcircuits")
 RULES, PROBE = "local", "probe"  # judges that are asked for by these words
@@ -392,10 +393,8 @@ def _with_behaviours(
 def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
     if not files.plain:
         return []
-    path = Path(files.plain)
-    if not path.is_file():
-        raise ValueError(f"{files.plain}: no such file; give a text for perplexity, or none")
-    windows = tokenize_text(path.read_text(encoding="utf-8"), bridge.tokenizer, batch_size=1)
+    text = read_text(files.plain, "a text for perplexity, or none")
+    windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
     limit = files.limits["heldout"]
     return windows[:limit] if limit else windows
 

@@ -219,7 +219,7 @@ def _refuse_another_study(run: Study, out: Path) -> None:
                 f"{out} already holds a study (rows.jsonl); give another folder or remove it"
             )
         return
-    before = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    before = Manifest.settings_of(out / "manifest.json")
     now = json.loads(json.dumps(_manifest_settings(run)))  # as they are in the file
     if before != now:
         changed = [name for name in now if before.get(name) != now[name]]
