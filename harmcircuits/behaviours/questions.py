@@ -73,4 +73,7 @@ class QuestionTemplates:
                 kind = "a list of texts" if is_list else "a text"
                 raise ValueError(f"questions: {name} in {path} is {value!r}; expected {kind}")
             values[name] = tuple(texts) if is_list else value
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

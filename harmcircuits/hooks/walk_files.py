@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.display import listed
 from harmcircuits.measurements import Rows
 from harmcircuits.storage.tensors import open_tensors, write_tensors
 from harmcircuits.storage.text import read_json, write_json
@@ -19,6 +20,7 @@ Masks = Mapping[str, WeightMask | None]
 
 
 FORMAT = "harmcircuits.sums.1"
+ENTRIES = {"key", "state", "masks", "sums", "trace"}  # of walk.json
 EXPECTED = "the walk of a search; remove its folder to start afresh"
 
 
@@ -84,11 +86,19 @@ def forget_sums(folder: str | Path) -> None:
         folder: given to `write_walk`.
     """
     for path in Path(folder).glob("step-*/walk.json"):
-        state = read_json(path, EXPECTED, checksum_required=True)
+        state = _state(path)
         names, state["sums"] = state["sums"], []
         write_json(path, state)
         for name in names:
             path.with_name(f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What `write_walk` wrote into walk.json; raises ValueError for anything else."""
+    state = read_json(path, EXPECTED, checksum_required=True)
+    if state.keys() != ENTRIES:
+        raise ValueError(f"{path}: it holds {listed(state)}; expected {EXPECTED}")
+    return state
 
 
 def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
@@ -105,7 +115,7 @@ def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
     if not steps:
         return None
     latest = steps[-1]
-    kept = read_json(latest / "walk.json", EXPECTED, checksum_required=True)
+    kept = _state(latest / "walk.json")
     if kept["key"] != key:
         raise ValueError(
             f"{folder} holds the walk of another search (other data, weights or options); "
