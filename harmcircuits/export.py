@@ -84,6 +84,7 @@ def export(
     *,
     source: str | Path | None = None,
     push_to: str | None = None,
+    force: bool = False,
 ) -> Path:
     """The model without the mask's weights as a Hugging Face folder, checked by reloading it.
 
@@ -103,6 +104,7 @@ def export(
         folder: a new or empty one.
         source: a folder or hub id; what the bridge was booted from by default.
         push_to: uploads the folder to this hub id, which is made private if it is new.
+        force: replace a folder that this function wrote, once the new one is checked.
 
     Returns:
         The folder.
@@ -117,7 +119,10 @@ def export(
     source = str(source or bridge.cfg.model_name)
     if push_to:
         refuse_repo(push_to)
-    refuse_filled(folder)
+    if force:
+        _refuse_another_kind(folder)
+    else:
+        refuse_filled(folder)
     with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
         sites = weight_sites(bridge)
         _write_model(bridge, mask, sites, source, unfinished)
@@ -131,6 +136,13 @@ def export(
     return folder
 
 
+def _refuse_another_kind(folder: Path) -> None:
+    """Raises ValueError for a folder with something else in it than what `export` writes."""
+    has_model = (folder / MASK_FILE).is_file() and (folder / "config.json").is_file()
+    if not has_model:
+        refuse_filled(folder)
+
+
 @contextmanager
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A sibling that takes the place of `folder` on a clean exit and is gone on any other."""
@@ -138,9 +150,11 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        before = folder.with_name(f"{unfinished.name}-before")
         if folder.is_dir():
-            folder.rmdir()  # it is empty
+            folder.rename(before)
         unfinished.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

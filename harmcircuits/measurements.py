@@ -651,7 +651,7 @@ def _distinct(path: str | Path, lines: Sequence[Line]) -> list[Measurement]:
     Raises ValueError for a line that is none, and for a checked one that repeats another.
     """
     rows = []
-    first: dict[tuple[str, Any], int] = {}
+    first: dict[tuple[str, Any], Line] = {}
     for line in lines:
         try:
             row = _measurement(line.row, f"line {line.number}")
@@ -661,12 +661,13 @@ def _distinct(path: str | Path, lines: Sequence[Line]) -> list[Measurement]:
         if not line.is_checked:  # earlier versions repeated some
             continue
         key = (row.metric, frozenset(row.labels.items()))
-        if key in first:
+        before = first.setdefault(key, line)
+        # What was written together may repeat a figure; what was written again is a slip.
+        if before.block != line.block:
             raise ValueError(
                 f"{path}: not a file of measurements (line {line.number} is the row of line "
-                f"{first[key]} again, {row.metric}); leave each once"
+                f"{before.number} again, {row.metric}); leave each once"
             )
-        first[key] = line.number
     return rows
 
 

@@ -19,7 +19,7 @@ from harmcircuits.display import listed, nearest, plural
 from harmcircuits.storage.text import read_text
 
 COLUMNS = ("prompt", "completion", "category", "group", "label")
-REMEDY = "--column prompt=NAME (in Python columns={'prompt': NAME})"
+REMEDY = "columns={'prompt': 'NAME'}"
 
 Row = Any  # as it is stored: a mapping, if the file is well made
 Placed = tuple[str, Row]  # with its place in the file, for error messages

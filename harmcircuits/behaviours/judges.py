@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from harmcircuits.hooks.loading import refuse_device
 from harmcircuits.storage.text import read_text
 
 Verdict = Literal["harmful", "harmless", "refusal", "degenerate", "unclear"]
@@ -229,6 +230,7 @@ def loaded(kind: str, path: str, device: str) -> tuple[Any, Any]:
     # Imported here: other judges run no model of their own.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    refuse_device(device)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         model.to(device).eval()

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
-from harmcircuits.display import listed, progress_bar
+from harmcircuits.display import listed
 from harmcircuits.hooks.attribution import removal_effect, score_source, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
@@ -18,6 +18,7 @@ from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.walk import Walk
 from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch, refuse_no_batches
 
 STEPS = 10

@@ -32,11 +32,13 @@ class Line(NamedTuple):
         number: from 1.
         row: the object in it, without its check.
         is_checked: whether it had one.
+        block: the number of the first line of its block.
     """
 
     number: int
     row: dict[str, Any]
     is_checked: bool
+    block: int
 
 
 class _Check(NamedTuple):
@@ -157,7 +159,7 @@ def _checked(text: str, is_resumed: bool) -> list[Line]:
         body, check = _body_and_check(stored)
         line = _line(number, body, check, is_resumed)
         if line is not None and _continues(body, check, before):
-            block.append(line)
+            block.append(line._replace(block=block[0].block if block else number))
         elif line is None or _starts(body, check):
             if before is not None and not is_resumed:
                 raise ValueError(_unfinished(number, before))
@@ -165,7 +167,7 @@ def _checked(text: str, is_resumed: bool) -> list[Line]:
         else:
             raise ValueError(f"line {number}: damaged, moved or changed by hand, as its check says")
 
-        before = check if check is not None and check.n_left else None
+        before = check if line is not None and check is not None and check.n_left else None
         if before is None:
             _refuse_unchecked(lines, block)
             lines += block
@@ -205,7 +207,7 @@ def _line(number: int, body: str, check: _Check | None, is_resumed: bool) -> Lin
         raise ValueError(f"line {number}: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"line {number}: {type(row).__name__}; expected an object")
-    return Line(number, row, check is not None)
+    return Line(number, row, check is not None, block=number)
 
 
 def _refuse_unchecked(lines: Sequence[Line], block: Sequence[Line]) -> None:

@@ -104,7 +104,9 @@ def write_answers(path: Path) -> None:
 
 
 FORMATS = {
-    "mask": Format(lambda path: mask().save(path), lambda path: mask_content(WeightMask.load(path))),
+    "mask": Format(
+        lambda path: mask().save(path), lambda path: mask_content(WeightMask.load(path))
+    ),
     "scores": Format(lambda path: scores().save(path, shard_bytes=1), scores_content),
     "probe": Format(lambda path: a_probe().save(path), probe_content),
     "walk": Format(write_a_walk, walk_content),
@@ -202,7 +204,9 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(
         path.parent.mkdir()
         (shutil.copytree if written[name].is_dir() else shutil.copy)(written[name], path)
         file = draw.choice(members(path))
-        others = [member for other in written if other != name for member in members(written[other])]
+        others = [
+            member for other in written if other != name for member in members(written[other])
+        ]
         file.write_bytes(fault(file.read_bytes(), draw, draw.choice(others).read_bytes()))
         outcomes[fault.__name__, outcome(name, path, expected)] += 1
         shutil.rmtree(path.parent)
@@ -224,7 +228,9 @@ def test_files_that_grow_are_refused_in_part_and_resumed_without_it(tmp_path):
     raw = path.read_bytes()
     for end in range(whole + 1, len(raw) - 1, 17):
         path.write_bytes(raw[:end])
-        with pytest.raises(ValueError, match=r"rows\.jsonl: not a file of measurements \((before )?line"):
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl: not a file of measurements \((before )?line"
+        ):
             Rows.read(path)
         assert resumed(folder, {"size": 0.1}) == ROWS[:4]
         assert Rows.read(path) == ROWS[:4], "what was cut off is gone"
@@ -236,5 +242,7 @@ def test_a_row_that_is_there_twice_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     ROWS.append_to(path)
     ROWS[2:3].append_to(path)
-    with pytest.raises(ValueError, match=r"rows\.jsonl.*line 10 is the row of line 3 again, harm_nll"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl.*line 10 is the row of line 3 again, harm_nll"
+    ):
         Rows.read(path)

@@ -219,7 +219,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     settings = StudySettings(
         sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, decides="loss", n_random=1
     )
-    options = {"protect": ["benign"], "out": tmp_path / "run"}
+    options = {"protect": ["benign"], "out": tmp_path / "run", "resume": True}
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -235,6 +235,8 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     (priced,) = WeightScores.load(scores / "price").source.parents
     assert priced.method == "token_price"
 
+    with pytest.raises(ValueError, match=r"run holds an unfinished study.*resume=True.*force=True"):
+        study(model, settings, **{**options, "resume": False})
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\); give"):
         study(model, replace(settings, steps=3), **options)
     with monkeypatch.context() as patch:
