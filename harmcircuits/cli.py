@@ -226,7 +226,7 @@ def _budgets(given: list[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(
                 f"budgets='{name}={value}': {value!r} is no number; expected nats per token, such "
-                f"as {name}=0.1"
+                f"as '{name}=0.1'"
             ) from None
     return budgets
 

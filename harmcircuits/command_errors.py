@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 try:  # typer brings its own click from 0.20 on
-    from typer._click import get_current_context
+    from typer._click.globals import get_current_context
 except ImportError:
     from click import get_current_context
 
@@ -87,11 +87,11 @@ def in_options(text: str, flags: Mapping[str, str]) -> str:
     """
     text = FUNCTIONS.sub("", text)
     for name, flag in flags.items():
-        pair = rf"(?<![\w.-]){name}=\{{'([\w.]+)': '?(\w+)'?\}}"
+        pair = rf"(?<![\w.'-]){name}=\{{'([\w.]+)': '?(\w+)'?\}}"
         text = re.sub(pair, rf"{flag} \1=\2", text)
-        text = re.sub(rf"(?<![\w.-]){name}=True\b", flag, text)
-        text = re.sub(rf"(?<![\w.-]){name}= ?(?![=\s])", f"{flag} ", text)
-        text = re.sub(rf"(?<![\w.-]){name}=(?=[\s,;)])", flag, text)
+        text = re.sub(rf"(?<![\w.'-]){name}=True\b", flag, text)
+        text = re.sub(rf"(?<![\w.'-]){name}= ?(?![=\s])", f"{flag} ", text)
+        text = re.sub(rf"(?<![\w.'-]){name}=(?=[\s,;)])", flag, text)
         text = re.sub(rf"^{name}(?=: )", flag, text)
     return text
 

@@ -210,7 +210,7 @@ def custom_model(
     if path:
         options["questions"] = QuestionTemplates.from_file(path)
     columns = options.get("columns", [])
-    options["columns"] = values_by_name(columns, "columns", "prompt=goal or harmful.prompt=goal")
+    options["columns"] = values_by_name(columns, "columns", "prompt=goal")
 
     of_files = {}
     of_model = {}

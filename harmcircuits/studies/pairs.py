@@ -24,7 +24,7 @@ def values_by_name(
     for text in texts:
         name, sign, value = text.partition("=")
         if not name or not sign or not (value or may_be_empty):
-            raise ValueError(f"{option}={text!r}; expected NAME=VALUE, such as {example}")
+            raise ValueError(f"{option}={text!r}; expected NAME=VALUE, such as {example!r}")
         if values.get(name, value) != value:
             raise ValueError(
                 f"{option}={text!r}, and {values[name]!r} before; give {name!r} one value"

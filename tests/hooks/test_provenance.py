@@ -67,9 +67,9 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path):
     named_weights(tuned)[NAME].data[3, 5] *= 2
     now = values_digest(tuned)
     loaded = WeightMask.load(path)
-    with pytest.warns(UserWarning, match=rf"m\.safetensors.*on weights {made_on}.*has {now}.*find"):
-        with masked(tuned, loaded):
-            pass
+    message = rf"m\.safetensors.*on weights {made_on}.*has {now}.*find"
+    with pytest.warns(UserWarning, match=message), masked(tuned, loaded):
+        pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with masked(tuned, loaded), masked(tuned, mask, same_model=False):
