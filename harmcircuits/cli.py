@@ -1,5 +1,6 @@
 """`harmcircuits`: the main job from a terminal."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from rich.progress import Progress
 
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
-from harmcircuits.display import progress_bar
-from harmcircuits.hooks.loading import load_outline
+from harmcircuits.command_errors import one_sentence
+from harmcircuits.display import duration
+from harmcircuits.hooks.loading import load_outline, refuse_device
 from harmcircuits.hooks.memory import GIB
 from harmcircuits.mask_commands import MASK_COMMANDS
 from harmcircuits.organisms import FOLDER
+from harmcircuits.progress import progress_bar
 from harmcircuits.studies.cost import Workload, cost_table, estimate_outline, estimate_study
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.options import (
@@ -24,11 +27,12 @@ from harmcircuits.studies.options import (
     no_custom_model,
     options_of,
     quiet,
-    refused,
     show_files,
     takes_custom_model,
     with_options,
 )
+from harmcircuits.studies.pairs import values_by_name
+from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import (
     FOR_REAL_MODELS,
     QUICK_LIMIT,
@@ -36,8 +40,9 @@ from harmcircuits.studies.settings import (
     StudySettings,
     quick,
 )
-from harmcircuits.studies.study import study, with_share_of_requests
+from harmcircuits.studies.study import refuse_study_folder, study, with_share_of_requests
 from harmcircuits.studies.summary import result_tables, summary
+from harmcircuits.studies.utility import task_manager
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -91,8 +96,9 @@ def study_command(
         Path, typer.Option(help="Folder for rows.jsonl, masks/, manifest.json and report.html.")
     ],
     organism: Annotated[
-        str, typer.Option(help="Model: base, helpful, sft, dpo or planted.")
-    ] = "sft",
+        str | None,
+        typer.Option(help="Model: base, helpful, sft, dpo or planted.", show_default="sft"),
+    ] = None,
     organisms: Annotated[
         Path, typer.Option(help="Folder of organisms you trained.", show_default="shipped")
     ] = FOLDER,
@@ -120,6 +126,13 @@ def study_command(
             help="A first look: a tenth of the requests, fewer steps, sizes and controls.",
         ),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the unfinished study of these options in --out."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Remove the study in --out first, finished or not.")
+    ] = False,
 ) -> None:
     """Score, choose, mask and measure with controls; print tables; write rows, masks and a page.
 
@@ -127,14 +140,21 @@ def study_command(
     operating point of each is the mask that takes most valid answers of the target (or raises its
     loss most) while every kept ability stays within the tolerance of the unpruned model and the
     contrast's loss within the budget, on requests that neither score nor measure it. Interrupted
-    and run again with the same options, it searches on from where it stopped.
+    and run again with --resume and the same options, it searches on from where it stopped.
     """
     quiet()
     console = Console()
-    try:
+    with one_sentence():
         usual = FOR_REAL_MODELS if model else StudySettings()
         chosen = _settings(settings, quick(usual) if is_quick else usual)
         bound = _in_bytes(max_memory)
+        # What cannot end well is refused before hours of answers.
+        _refuse_both(model, organism)
+        refuse_device(device)
+        refuse_study_folder(out, resume=resume, force=force)
+        if chosen.tasks:
+            task_manager(chosen.tasks, chosen.tasks_from)
+        start = time.monotonic()
         if is_quick and model:
             custom = _fewer_requests(custom)
         with progress_bar() as progress:
@@ -143,23 +163,41 @@ def study_command(
                 show_files([spec], console)
                 opened = spec.open(progress=progress)
             else:
-                opened = _organism(organism, organisms, chosen.seed, device, custom)
+                opened = _organism(organism or "sft", organisms, chosen.seed, device, custom)
             if is_quick:
                 opened = _fewer_items(opened)
                 progress.console.print(_quick_text(chosen, usual, custom if model else {}))
             _say_cost(progress, opened, chosen, bound)
-            run = study(opened, chosen, out=out, progress=progress, max_memory=bound)
-    except ValueError as error:
-        raise refused(error) from None
+            seconds = {"model and its answers": time.monotonic() - start}
+            run = study(
+                opened,
+                chosen,
+                out=out,
+                progress=progress,
+                max_memory=bound,
+                resume=resume,
+                force=force,
+            )
+        page = _written_page(run, out)
     console.print(*result_tables(run.rows, run.terms), sep="\n")
     text = summary(run.rows, run.terms)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+    stages = [f"{name} {duration(time_of)}" for name, time_of in {**seconds, **run.seconds}.items()]
+    console.print(f"Time: {', '.join(stages)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True, markup=False)
 
+
+def _written_page(run: Study, out: Path) -> Path:
     # Imported here: drawing takes libraries that neither --help nor a study needs.
     from harmcircuits.studies.study_page import write_study_page
 
     write_study_page(run, out / "report.html")
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return out / "report.html"
+
+
+def _refuse_both(model: str, organism: str | None) -> None:
+    if model and organism:
+        raise ValueError(f"model={model!r} and organism={organism!r}; give one of them")
 
 
 def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:
@@ -182,12 +220,14 @@ def _in_bytes(gibibytes: float | None) -> int | None:
 def _budgets(given: list[str]) -> dict[str, float]:
     """Budgets by behaviour from texts such as "borderline=0.1"."""
     budgets = {}
-    for text in given:
-        name, _, value = text.partition("=")
+    for name, value in values_by_name(given, "budgets", "borderline=0.1").items():
         try:
             budgets[name] = float(value)
         except ValueError:
-            raise ValueError(f"--budget-of {text!r}; expected NAME=NATS") from None
+            raise ValueError(
+                f"budgets='{name}={value}': {value!r} is no number; expected nats per token, such "
+                f"as '{name}=0.1'"
+            ) from None
     return budgets
 
 
@@ -297,7 +337,7 @@ def cost_command(
     shapes, which a run does not reach: expect it to take longer.
     """
     quiet()
-    try:
+    with one_sentence():
         workload = Workload(
             answers,
             protected,
@@ -310,6 +350,7 @@ def cost_command(
         shares = (1e-5,) * sizes
         settings = replace(FOR_REAL_MODELS, steps=steps, sizes=shares, n_random=3)
         bound = _in_bytes(max_memory)
+        refuse_device(device)
         outline = load_outline(model, dtype=dtype)
         estimate = estimate_outline(
             outline,
@@ -320,8 +361,6 @@ def cost_command(
             tflops=tflops,
             bandwidth=bandwidth,
         )
-    except ValueError as error:
-        raise refused(error) from None
     Console().print(cost_table(Path(model).name, outline, estimate))
 
 

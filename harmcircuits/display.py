@@ -1,10 +1,7 @@
 """How a value shows itself: texts of one line. Knows no model."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from typing import Any
 
 
 def listed(names: Iterable[Any], most: int = 8) -> str:
@@ -74,33 +71,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     hint = f"did you mean {close[0]!r}? " if close else ""
     start = "There are" if hint else "there are"
     return f"{hint}{start} {listed(names, most=12)}"
-
-
-def progress_bar() -> "Progress":
-    """Bars on standard error: what is done, how much of it, and for how long."""
-    # Imported here: nothing else that loads this module needs it.
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    # A kernel flushes both streams whenever something is displayed; redirected to the bars, which
-    # are displayed themselves, that never ends.
-    is_redirected = not console.is_jupyter
-    return Progress(
-        *columns,
-        console=console,
-        redirect_stdout=is_redirected,
-        redirect_stderr=is_redirected,
-    )

@@ -21,6 +21,7 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.hub import refuse_repo, upload
+from harmcircuits.storage.writing import refuse_filled, write_text
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
@@ -83,6 +84,7 @@ def export(
     *,
     source: str | Path | None = None,
     push_to: str | None = None,
+    force: bool = False,
 ) -> Path:
     """The model without the mask's weights as a Hugging Face folder, checked by reloading it.
 
@@ -102,6 +104,7 @@ def export(
         folder: a new or empty one.
         source: a folder or hub id; what the bridge was booted from by default.
         push_to: uploads the folder to this hub id, which is made private if it is new.
+        force: replace a folder that this function wrote, once the new one is checked.
 
     Returns:
         The folder.
@@ -116,21 +119,28 @@ def export(
     source = str(source or bridge.cfg.model_name)
     if push_to:
         refuse_repo(push_to)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f"export: {folder} exists and is not empty; give a folder that does not exist yet"
-        )
+    if force:
+        _refuse_another_kind(folder)
+    else:
+        refuse_filled(folder)
     with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
         sites = weight_sites(bridge)
         _write_model(bridge, mask, sites, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source)
         mask.save(unfinished / MASK_FILE)
         card = _card(mask, sites, source, difference)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        write_text(unfinished / "README.md", card)
     if push_to:
         removed = plural(mask.n_removed, "weight")
         upload(folder, push_to, private=True, message=f"The model without {removed}")
     return folder
+
+
+def _refuse_another_kind(folder: Path) -> None:
+    """Raises ValueError for a folder with something else in it than what `export` writes."""
+    has_model = (folder / MASK_FILE).is_file() and (folder / "config.json").is_file()
+    if not has_model:
+        refuse_filled(folder)
 
 
 @contextmanager
@@ -140,9 +150,11 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        before = folder.with_name(f"{unfinished.name}-before")
         if folder.is_dir():
-            folder.rmdir()  # it is empty
+            folder.rename(before)
         unfinished.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

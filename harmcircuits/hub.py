@@ -9,6 +9,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import KINDS, place_of
 from harmcircuits.display import plural, share
 from harmcircuits.measurements import Rows
+from harmcircuits.storage.writing import empty_folder, write_text
 
 ROWS_FILE = "rows.jsonl"
 
@@ -111,7 +112,7 @@ def push_mask(
     refuse_repo(repo)
     card = mask_card(mask, repo, model=model, rows=rows)
     if folder is not None:
-        _write(mask, card, rows, _empty(Path(folder)))
+        _write(mask, card, rows, empty_folder(folder))
         return str(folder)
     with TemporaryDirectory() as temporary:
         _write(mask, card, rows, Path(temporary))
@@ -194,19 +195,12 @@ def mask_card(mask: WeightMask, repo: str, *, model: str = "", rows: Rows | None
     )
 
 
-def _empty(folder: Path) -> Path:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; give a folder that does not exist yet")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _write(mask: WeightMask, card: str, rows: Rows | None, folder: Path) -> None:
     mask.save(folder / MASK_FILE)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     if rows is not None:
         before, under = _of_mask(rows, mask)
-        Rows([*before, *under]).append_to(folder / ROWS_FILE)
+        Rows([*before, *under]).save(folder / ROWS_FILE)
 
 
 def _trace_text(mask: WeightMask) -> str:

@@ -10,19 +10,22 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import Overlap, matched_null, overlap, p_value
 from harmcircuits.circuits.sites import place_of
-from harmcircuits.display import listed, progress_bar
+from harmcircuits.command_errors import one_sentence
+from harmcircuits.display import listed
 from harmcircuits.export import export
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.loading import load_model
+from harmcircuits.hooks.loading import load_model, refuse_device
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hub import push_mask
 from harmcircuits.measurements import ENDS, Interval, Rows
 from harmcircuits.organisms import load_organism
+from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.models import open_model
 from harmcircuits.studies.options import (
@@ -30,7 +33,6 @@ from harmcircuits.studies.options import (
     no_custom_model,
     quiet,
     refuse_answers,
-    refused,
     takes_custom_model,
 )
 from harmcircuits.views.tables import text_table
@@ -82,7 +84,7 @@ def generate_command(
 ) -> None:
     """Print the model's answer to each request: unpruned, and under the mask. Greedy."""
     quiet()
-    try:
+    with one_sentence():
         requests = _requests(prompt or [], prompts)
         refuse_answers(template, max_new_tokens=max_new_tokens, batch_size=batch_size)
         removed = WeightMask.from_hub(mask) if mask else None
@@ -99,8 +101,6 @@ def generate_command(
         if removed is not None:
             with masked(answering.bridge, removed, scale=scale):
                 columns["masked"] = answering.generate(requests, prefill=prefill)
-    except ValueError as error:
-        raise refused(error) from None
     for number, request in enumerate(requests):
         answers = {name: texts[number] for name, texts in columns.items()}
         if as_json:
@@ -128,6 +128,7 @@ def measure_command(
         Path | None,
         typer.Option(help="A new file for the rows (JSON Lines).", show_default="none"),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
     as_json: JsonOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -137,25 +138,25 @@ def measure_command(
     removed. The model is not written; `export` does that.
     """
     quiet()
-    try:
-        if out is not None and out.exists():
-            raise ValueError(f"{out} exists; give a file that does not exist yet")
+    with one_sentence():
+        if out is not None and (out.is_dir() or (out.exists() and not force)):
+            remedy = "a file that does not exist yet"
+            remedy += "" if out.is_dir() else ", or force=True to replace it"
+            raise ValueError(f"{out} exists; give {remedy}")
         removed = WeightMask.from_hub(mask)
         opened = _model(model, organism, device, custom)
         rows = _measured(opened, removed, scale, split, behaviour or [])
-    except ValueError as error:
-        raise refused(error) from None
-    if out is not None:
-        rows.append_to(out)
+        if out is not None:
+            rows.save(out)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(vars(row)))
         return
-    grid = text_table(f"{opened.name}, {split}", ["figure", "unpruned", "masked"])
+    grid = text_table(escape(f"{opened.name}, {split}"), ["figure", "unpruned", "masked"])
     for metric in rows.metrics:
         of_metric = rows.where(metric)
         cells = [f"{row:.3g}" for row in of_metric]
-        grid.add_row(metric, *cells)
+        grid.add_row(escape(metric), *cells)
     Console().print(grid)
 
 
@@ -176,7 +177,7 @@ def overlap_command(
     pairs fall, p the share of them that have as many weights in common (never below 1 in 10,001),
     and lift is what is shared over what chance shares, with its 95 % interval.
     """
-    try:
+    with one_sentence():
         if len(masks) < 2:
             raise ValueError(f"{listed(masks)}: one mask; give two or more to compare")
         if by not in ("", "layer", "kind"):
@@ -187,8 +188,6 @@ def overlap_command(
         for first, second in combinations(opened, 2):
             pair = (names[first], names[second])
             lines += _compared(pair, opened[first], opened[second], by)
-    except ValueError as error:
-        raise refused(error) from None
     if as_json:
         for line in lines:
             typer.echo(json.dumps(line.as_json()))
@@ -208,15 +207,18 @@ def export_command(
     push_to: Annotated[
         str, typer.Option(help="Hub id to upload to, private if it is new.", show_default="none")
     ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that this command wrote.")
+    ] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Write the model without the mask's weights as a Hugging Face folder; reload it as a check."""
     quiet()
-    try:
+    with one_sentence():
         removed = WeightMask.from_hub(mask)
-        export(_bridge(model, organism, device), removed, out, push_to=push_to or None)
-    except ValueError as error:
-        raise refused(error) from None
+        refuse_device(device)
+        opened = _bridge(model, organism, device)
+        export(opened, removed, out, push_to=push_to or None, force=force)
     text = f"{removed} exported: {out}"
     Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -256,7 +258,7 @@ def push_mask_command(
 
     The token is that of `hf auth login`, or HF_TOKEN. `WeightMask.from_hub` loads it.
     """
-    try:
+    with one_sentence():
         removed = WeightMask.load(mask)
         address = push_mask(
             removed,
@@ -267,8 +269,6 @@ def push_mask_command(
             message=message,
             folder=out,
         )
-    except ValueError as error:
-        raise refused(error) from None
     done = "written" if out is not None else "uploaded"
     Console().print(f"{removed} {done}: {address}", highlight=False, soft_wrap=True, markup=False)
 
@@ -324,7 +324,7 @@ class _Line(NamedTuple):
 
     @property
     def cells(self) -> list[str]:
-        name = " / ".join(self.pair) + (f", {self.place}" if self.place else "")
+        name = escape(" / ".join(self.pair) + (f", {self.place}" if self.place else ""))
         low, high = self.shared.interval
         return [
             name,

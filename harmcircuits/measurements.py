@@ -3,11 +3,10 @@
 Rows are the only thing that tables and figures are drawn from.
 """
 
-import json
 import platform
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
@@ -21,6 +20,8 @@ from scipy.stats import bootstrap, rankdata
 from torch import Tensor
 
 from harmcircuits.display import listed
+from harmcircuits.storage.lines import Line, append_lines, cut_unfinished, read_lines, write_lines
+from harmcircuits.storage.text import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas
@@ -33,6 +34,8 @@ Z = 1.959964  # two-sided 95 % of a normal
 ENDS = (0.025, 0.975)  # quantiles of a 95 % percentile interval
 N_RESAMPLES = 2000
 N_AUROC_RESAMPLES = 200  # each ranks all values again
+PLAIN = (str, int, float)  # types of a label
+NOUN, ROWS_FILE = "measurements", "the rows.jsonl of a study"  # in error messages
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
 
 
@@ -290,21 +293,48 @@ class Rows(Sequence[Measurement]):
             path: a file that `append_to` wrote, such as a study's rows.jsonl.
 
         Raises:
-            ValueError: a missing file, or a row that is no measurement.
+            ValueError: a missing file, one that is damaged or cut off, a row that is no
+                measurement, and one that repeats another. Files of earlier versions have no
+                checks in their lines, and are read as they are.
         """
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; expected the rows.jsonl of a study")
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        try:
-            return cls(Measurement(**json.loads(line)) for line in lines)
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a file of measurements ({error})") from None
+        lines = read_lines(path, NOUN, ROWS_FILE)
+        return cls(_distinct(path, lines))
+
+    @classmethod
+    def of_dicts(cls, rows: Any) -> "Rows":
+        """The rows of a list of objects, as JSON holds them.
+
+        Args:
+            rows: each with the fields of a `Measurement`.
+
+        Raises:
+            ValueError: no list, or an object that is no measurement, with its number.
+        """
+        if not isinstance(rows, list):
+            raise ValueError(f"{type(rows).__name__}; expected a list of measurements")
+        return cls(_measurement(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
     def append_to(self, path: str | Path) -> None:
-        """Add the rows to a JSON Lines file, one object a line, in one write."""
-        lines = [json.dumps(asdict(row)) + "\n" for row in self]
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        """Add the rows to a JSON Lines file, one object a line, in one write (see `storage`).
+
+        Args:
+            path: the file, made if it is not there.
+
+        Raises:
+            OSError: it cannot be written, naming the file.
+        """
+        append_lines(path, [asdict(row) for row in self])
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON Lines file that holds these rows and no others, whole or not at all.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: it cannot be written, naming the file.
+        """
+        write_lines(path, [asdict(row) for row in self])
 
     def where(self, metric: str = "", /, **labels: Label) -> "Rows":
         """The rows of this metric that carry all these labels, in order.
@@ -479,32 +509,53 @@ class Manifest:
     )
 
     def save(self, path: str | Path) -> None:
-        """Write this manifest as indented JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write this manifest as indented JSON, with its checksum."""
+        write_json(path, asdict(self), indent=2)
+
+    @staticmethod
+    def settings_of(path: str | Path) -> dict[str, Any]:
+        """The settings in a manifest file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: a missing, damaged or foreign file.
+        """
+        manifest = read_json(path, "the manifest.json of a run")
+        settings = manifest.get("settings")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: no settings in it; expected the manifest.json of a run")
+        return settings
 
 
 def resumed(folder: str | Path, settings: Labels) -> Rows:
     """The rows of an unfinished run, none in a new one; makes the folder and its manifest.
+
+    Rows that an interrupted write did not finish are taken out of the file.
 
     Args:
         folder: where the run keeps `rows.jsonl` and `manifest.json`.
         settings: what must not change between the parts of a run.
 
     Raises:
-        ValueError: a folder that holds rows measured under other settings.
+        ValueError: a folder that holds rows measured under other settings, and damaged files.
     """
     folder = Path(folder)
     manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
     if manifest.is_file():
-        before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+        before = Manifest.settings_of(manifest)
         if before != dict(settings):
             raise ValueError(
                 f"{folder} holds a run with {before}, not {dict(settings)}; "
                 "give another folder or remove it"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     Manifest(settings).save(manifest)
-    return Rows.read(rows) if rows.is_file() else Rows()
+    if not rows.is_file():
+        return Rows()
+    lines = read_lines(rows, NOUN, ROWS_FILE, is_resumed=True)
+    cut_unfinished(rows, lines)
+    return Rows(_distinct(rows, lines))
 
 
 def wilson(share: float, n: int) -> Interval:
@@ -592,6 +643,52 @@ def _pooled(rows: Sequence[Measurement], over: str) -> Measurement:
         high=max(row.high for row in rows),
         n=sum(row.n for row in rows),
     )
+
+
+def _distinct(path: str | Path, lines: Sequence[Line]) -> list[Measurement]:
+    """The measurements in the lines of a file.
+
+    Raises ValueError for a line that is none, and for a checked one that repeats another.
+    """
+    rows = []
+    first: dict[tuple[str, Any], Line] = {}
+    for line in lines:
+        try:
+            row = _measurement(line.row, f"line {line.number}")
+        except ValueError as error:
+            raise ValueError(f"{path}: not a file of measurements ({error})") from None
+        rows.append(row)
+        if not line.is_checked:  # earlier versions repeated some
+            continue
+        key = (row.metric, frozenset(row.labels.items()))
+        before = first.setdefault(key, line)
+        # What was written together may repeat a figure; what was written again is a slip.
+        if before.block != line.block:
+            raise ValueError(
+                f"{path}: not a file of measurements (line {line.number} is the row of line "
+                f"{before.number} again, {row.metric}); leave each once"
+            )
+    return rows
+
+
+def _measurement(row: Any, place: str) -> Measurement:
+    """The measurement of an object; raises ValueError, with the place, where it is none."""
+    names = [field.name for field in fields(Measurement)]
+    if not isinstance(row, dict) or row.keys() != set(names):
+        stored = listed(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{place}: {stored}; expected {listed(names)}")
+    if not isinstance(row["metric"], str):
+        raise ValueError(f"{place}: metric {row['metric']!r}; expected text")
+    labels = row["labels"]
+    is_plain = isinstance(labels, dict)
+    is_plain = is_plain and all(isinstance(value, PLAIN) for value in labels.values())
+    if not is_plain:
+        raise ValueError(f"{place}: labels {labels!r}; expected names with texts or numbers")
+    for name in ("mean", "low", "high", "n"):
+        value = row[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{place}: {name} is {value!r}; expected a number")
+    return Measurement(**row)
 
 
 def _check(metric: str, values: Sequence[Any] | Tensor, groups: Sequence[Hashable]) -> None:

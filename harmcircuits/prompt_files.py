@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from harmcircuits.display import listed, nearest, plural
+from harmcircuits.storage.text import read_text
 
 COLUMNS = ("prompt", "completion", "category", "group", "label")
-REMEDY = "--column prompt=NAME (in Python columns={'prompt': NAME})"
+REMEDY = "columns={'prompt': 'NAME'}"
 
 Row = Any  # as it is stored: a mapping, if the file is well made
 Placed = tuple[str, Row]  # with its place in the file, for error messages
@@ -307,21 +308,13 @@ def _role_and_text(place: str, turn: Any) -> tuple[str, str]:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of an existing prompt file")
+        kind = "a folder, not a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {kind}; give the path of an existing prompt file")
     return path
 
 
 def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        # Spreadsheets begin a file with a byte order mark.
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
-            "save the file in that encoding"
-        ) from None
+    return read_text(path, "an existing prompt file")
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ foreign or truncated file read as measurements, a manifest without settings or v
 
 import json
 import math
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -479,7 +480,9 @@ def test_rows_round_trip(tmp_path):
     ROWS[1:].append_to(path)
     assert Rows.read(path) == ROWS
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[0]) == {
+    first = json.loads(lines[0])
+    assert re.fullmatch("0:[0-9a-f]{8}", first.pop("check"))
+    assert first == {
         "metric": "harm_valid_rate",
         "labels": {"model": "dpo", "mask": "none", "split": "heldout"},
         "mean": 0.1 + 0.2,
@@ -526,7 +529,14 @@ def test_a_manifest_says_what_made_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/harmcircuits", "study", "--out", "x"])
     Manifest({"fraction": 1e-5, "seeds": [0, 1]}).save(tmp_path / "manifest.json")
     content = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
-    assert content.keys() == {"settings", "command", "python", "machine", "versions"}
+    assert content.keys() == {
+        "settings",
+        "command",
+        "python",
+        "machine",
+        "versions",
+        "checksum",
+    }
     assert content["settings"] == {"fraction": 1e-5, "seeds": [0, 1]}
     assert content["command"] == ["harmcircuits", "study", "--out", "x"]
     assert content["versions"] == {name: version(name) for name in LIBRARIES}

@@ -378,8 +378,7 @@ def test_an_unknown_shape_names_its_columns_and_the_remedy(tmp_path):
     for words in (
         path,
         "It has question, reply",
-        "--column prompt=NAME",
-        "columns={'prompt': NAME}",
+        "columns={'prompt': 'NAME'}",
     ):
         assert words in str(error.value)
 

@@ -12,7 +12,7 @@ from importlinter.configuration import configure
 
 import harmcircuits
 
-ROOMS = ("circuits", "measurements", "prompts", "display")
+ROOMS = ("circuits", "measurements", "prompts", "storage", "display")
 
 
 def test_no_room_imports_from_one_above_it():

@@ -19,8 +19,11 @@ from harmcircuits.behaviours.judges import JudgeError, RuleJudge, Verdict, begin
 from harmcircuits.display import listed
 from harmcircuits.hooks.weights import parameters_digest
 from harmcircuits.prompts import prompt_ids
+from harmcircuits.storage.lines import append_lines, read_lines
+from harmcircuits.storage.text import parsed_json
 
 WORDS: tuple[Verdict, ...] = ("harmful", "harmless", "refusal", "degenerate")
+LOGGED = ("judge", "prompt", "completion", "reply", "verdict")  # of a reply
 
 QUESTION = """\
 Below are a request to an assistant and the assistant's answer. \
@@ -86,7 +89,7 @@ class LocalChatJudge:
 
     def __post_init__(self) -> None:
         for key, row in _logged(self.replies, self._identity).items():
-            self._words.setdefault(key, json.loads(row["reply"]))
+            self._words.setdefault(key, _stored_words(self.replies, row["reply"]))
 
     @classmethod
     def load(
@@ -196,17 +199,36 @@ def _logged(replies: Path, judge: str) -> dict[tuple[str, str], dict[str, str]]:
     if not replies.is_file():
         return {}
     rows = {}
-    for line in replies.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    remedy = "the log of a judge's replies; remove it, and the judge is asked again"
+    for line in read_lines(replies, "replies", remedy, is_resumed=True):
+        row = line.row
+        if row.keys() != set(LOGGED) or not all(isinstance(text, str) for text in row.values()):
+            raise JudgeError(
+                f"{replies}: not a file of replies (line {line.number} has {listed(row)}; "
+                f"expected texts for {listed(LOGGED)}); remove it, and the judge is asked again"
+            )
         if row["judge"] == judge:
             rows[row["prompt"], row["completion"]] = row
     return rows
 
 
+def _stored_words(replies: Path, text: str) -> dict[Verdict, float]:
+    """The log-probability of each word in a row of the log."""
+    try:
+        words = parsed_json(text)
+    except ValueError:
+        words = None
+    is_whole = isinstance(words, dict) and words.keys() == set(WORDS)
+    if not is_whole or not all(isinstance(value, float) for value in words.values()):
+        raise JudgeError(
+            f"{replies}: the reply {text[:40]!r} has no log-probability of each of "
+            f"{listed(WORDS)}; remove the file, and the judge is asked again"
+        )
+    return words
+
+
 def _log(replies: Path, **row: str) -> None:
-    replies.parent.mkdir(parents=True, exist_ok=True)
-    with replies.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_lines(replies, [row])
 
 
 @dataclass

@@ -11,8 +11,11 @@ from rich.progress import Progress
 
 from harmcircuits.behaviours.generation import Sampling, generate_answers
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.weights import weights_digest
+from harmcircuits.hooks.weights import weights_checksum, weights_digest
 from harmcircuits.prompts import Answer, Chat, Example, PromptSet, Template
+from harmcircuits.storage.lines import append_lines, read_lines
+
+EXPECTED = "the answers of a model; remove it, and they are made again"
 
 
 class GenerationCache:
@@ -20,7 +23,8 @@ class GenerationCache:
 
     Files are named by the digest of all weights, the settings and the chat template, and hold one
     request with its answer (or the list of its samples) a line, as text and in token ids; an
-    interrupted file is continued. Answers of which a file holds the text alone are made anew.
+    interrupted file is continued, a damaged one refused. Answers of which a file holds the text
+    alone are made anew.
     Under a mask, while fine-tuning, or with hooks on the bridge answers are made anew, and nothing
     is read or written. Requests of similar length are answered together.
 
@@ -38,6 +42,7 @@ class GenerationCache:
     ) -> None:
         self.folder = Path(folder)
         self.weights = weights_digest(bridge)
+        self._checksum = weights_checksum(bridge)
         self.progress = progress
 
     def __repr__(self) -> str:
@@ -71,7 +76,7 @@ class GenerationCache:
 
         # The answers on disk are those of the model as it was opened, not of an edited one.
         is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
-        if is_hooked or weights_digest(bridge) != self.weights:
+        if is_hooked or weights_checksum(bridge) != self._checksum:
             return generate_answers(bridge, prompts, **options)
 
         if sampling:
@@ -127,30 +132,41 @@ def _per_request(answers: list[Answer], sampling: Sampling | None) -> list[Any]:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    stored = {}
     if not path.is_file():
-        return stored
-    # Not by `splitlines`, which also splits at characters that an answer may hold.
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # a line that an interrupted run did not finish
+        return {}
+    stored = {}
+    for line in read_lines(path, "answers", EXPECTED, is_resumed=True):
+        row = line.row
+        if row.keys() == {"prompt", "completion"}:  # of a version that kept no tokens
             continue
-        if "tokens" in row:
-            stored[row["prompt"]] = _answers_of(row["completion"], row["tokens"])
+        answer = _answers_of(row) if row.keys() == {"prompt", "completion", "tokens"} else None
+        if answer is None or not isinstance(row["prompt"], str):
+            raise ValueError(
+                f"{path}: not a file of answers (line {line.number} holds no answer in text and "
+                "tokens); remove it, and they are made again"
+            )
+        stored[row["prompt"]] = answer
     return stored
 
 
-def _answers_of(completion: Any, tokens: list[Any]) -> Any:
-    """The answer of a stored row, or the list of its samples."""
+def _answers_of(row: dict[str, Any]) -> Any:
+    """The answer of a stored row, or the list of its samples; None where there is none."""
+    completion, tokens = row["completion"], row["tokens"]
     if isinstance(completion, str):
-        return Answer(completion, tuple(tokens))
-    samples = zip(completion, tokens, strict=True)
-    return [Answer(text, tuple(ids)) for text, ids in samples]
+        return _answer(completion, tokens)
+    is_list = isinstance(completion, list) and isinstance(tokens, list)
+    if not is_list or len(completion) != len(tokens):
+        return None
+    samples = [_answer(text, ids) for text, ids in zip(completion, tokens, strict=True)]
+    return None if None in samples else samples
+
+
+def _answer(text: Any, tokens: Any) -> Answer | None:
+    is_tokens = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    return Answer(text, tuple(tokens)) if isinstance(text, str) and is_tokens else None
 
 
 def _append(path: Path, prompts: Sequence[str], answers: Sequence[Answer | list[Answer]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         if isinstance(answer, Answer):
@@ -159,7 +175,6 @@ def _append(path: Path, prompts: Sequence[str], answers: Sequence[Answer | list[
             texts = [sample.text for sample in answer]
             tokens = [sample.tokens for sample in answer]
             row = {"prompt": prompt, "completion": texts, "tokens": tokens}
-        rows.append(json.dumps(row))
-    with path.open("a", encoding="utf-8") as file:
-        # The line break comes first, so that half a line of an interrupted run stays by itself.
-        file.write("".join(f"\n{row}" for row in rows))
+        rows.append(row)
+    # Each by itself, so that an interruption costs no more than one answer.
+    append_lines(path, rows, together=False)

@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 import torch
 
+from harmcircuits.hooks.loading import refuse_device
+from harmcircuits.storage.text import read_text
+
 Verdict = Literal["harmful", "harmless", "refusal", "degenerate", "unclear"]
 
 OPENING_WORDS = 40  # a refusal shows by then, also after a prefilled beginning
@@ -201,7 +204,10 @@ def _wording(file: Path) -> str:
             "(judge_templates.json of the StrongREJECT repository), with {forbidden_prompt} and "
             "{response} in it"
         )
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = read_text(file, "the wording of StrongREJECT's classifier")
+    except ValueError as error:
+        raise JudgeError(f"strongreject: {error}") from None
     if "{forbidden_prompt}" not in text or "{response}" not in text:
         raise JudgeError(
             f"strongreject: {file} lacks {{forbidden_prompt}} or {{response}}, "
@@ -224,6 +230,7 @@ def loaded(kind: str, path: str, device: str) -> tuple[Any, Any]:
     # Imported here: other judges run no model of their own.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    refuse_device(device)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         model.to(device).eval()

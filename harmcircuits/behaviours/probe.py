@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy import ndarray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.behaviours.judges import JudgeError, RuleJudge, Verdict
@@ -38,8 +36,10 @@ from harmcircuits.hooks.masking import unmasked
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import PromptSet
+from harmcircuits.storage.tensors import TensorFile, open_tensors, write_tensors
 
 FORMAT = "harmcircuits-probe-1"
+ENTRIES = ("probe", "rows")  # of a file
 DEPTHS = (1 / 3, 1 / 2, 2 / 3)  # of the blocks that it reads; no choice that data would have to pay
 # Strong regularisation: a thousand and more features, a few hundred answers.
 C = 0.01
@@ -103,47 +103,57 @@ class Probe:
         """Write a safetensors file, with its validation.
 
         Args:
-            path: the file to write.
+            path: the file to write; one that is there is replaced, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, naming the file.
         """
         others = {name: getattr(self, name) for name in ("layers", "bias", "threshold", "model")}
         metadata = {
-            "format": FORMAT,
             "probe": json.dumps(others),
             "rows": json.dumps([asdict(row) for row in self.rows]),
         }
-        save_file({"direction": self.direction.contiguous()}, Path(path), metadata=metadata)
+        write_tensors(path, FORMAT, {"direction": self.direction}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Probe":
         """The probe in a file written by `save`.
 
+        Its checksums are compared; a file of an earlier version has none, and is read as it is.
+
         Args:
             path: the file.
 
         Raises:
-            ValueError: a missing file, or one that holds no probe.
+            ValueError: a missing file, one that holds no probe, or a damaged one.
         """
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; give the path of a saved probe")
+        file = open_tensors(path, FORMAT, "probe", ENTRIES)
+        values = _stored_values(file)
+        layers = tuple(values["layers"])
+        if tuple(file.layouts) != ("direction",):
+            raise file.damaged(f"it holds {listed(file.layouts)}; expected direction")
+        direction = file.read("direction")
+        is_direction = direction.ndim == 2 and len(direction) == len(layers)
+        if not is_direction or not direction.isfinite().all():
+            shape = tuple(direction.shape)
+            raise file.damaged(f"a direction of shape {shape} for layers {listed(layers)}")
         try:
-            with safe_open(Path(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file ({error})") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: no probe; expected a file written by Probe.save")
-        values = json.loads(metadata["probe"])
-        rows = Rows(Measurement(**row) for row in json.loads(metadata["rows"]))
-        return cls(
-            tuple(values["layers"]),
-            tensors["direction"],
-            values["bias"],
-            values["threshold"],
-            rows,
-            values["model"],
-        )
+            rows = Rows.of_dicts(file.json("rows"))
+        except ValueError as error:
+            raise file.damaged(f"rows, {error}") from None
+        return cls(layers, direction, values["bias"], values["threshold"], rows, values["model"])
+
+
+def _stored_values(file: TensorFile) -> dict[str, Any]:
+    """Everything but the direction and the rows; raises ValueError where it is of other types."""
+    values = file.json("probe")
+    kinds = {"layers": list, "bias": float, "threshold": float, "model": str}
+    for name, kind in kinds.items():
+        if not isinstance(values, dict) or not isinstance(values.get(name), kind):
+            raise file.damaged(f"its {name} is no {kind.__name__}")
+    if not all(type(layer) is int and layer >= 0 for layer in values["layers"]):
+        raise file.damaged(f"its layers are {values['layers']}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,6 @@ def train_probe(
         rows = _validation(probe, scores, choice, "choice", target)
         probe = replace(probe, rows=Rows([*probe.rows, *rows]))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         probe.save(path)
     return probe
 

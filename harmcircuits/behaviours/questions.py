@@ -1,9 +1,10 @@
 """The questions put to a custom model about a request: whether it is harmful, and why."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from harmcircuits.storage.text import read_json
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,23 @@ class QuestionTemplates:
             ValueError: a file that cannot be read as JSON, other fields, and a question without
                 `{request}`.
         """
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"questions: {path} cannot be read as JSON ({error})") from None
         names = [field.name for field in fields(cls)]
-        if not isinstance(stored, dict) or not stored.keys() <= set(names):
-            raise ValueError(f"questions: {path} must be an object with some of {', '.join(names)}")
+        stored = read_json(path, f"questions in JSON, an object with some of {', '.join(names)}")
+        if not stored.keys() <= set(names):
+            odd = sorted(stored.keys() - set(names))[0]
+            raise ValueError(
+                f"questions: {path} has {odd!r}; expected an object with some of {', '.join(names)}"
+            )
         # JSON has lists only; the templates are hashable.
         values: dict[str, Any] = {}
         for name, value in stored.items():
-            values[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
+            is_list = name in ("yes", "no", "reasons")
+            texts = value if isinstance(value, list) else [value]
+            if isinstance(value, list) != is_list or not all(isinstance(t, str) for t in texts):
+                kind = "a list of texts" if is_list else "a text"
+                raise ValueError(f"questions: {name} in {path} is {value!r}; expected {kind}")
+            values[name] = tuple(texts) if is_list else value
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.circuits.hub import MASK_FILE, mask_file
-from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.scores import Source, WeightScores, read_shapes, read_source
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import share
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Rows
+from harmcircuits.storage.tensors import open_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas
@@ -31,7 +30,9 @@ if TYPE_CHECKING:
 Scope = Literal["weight", "model", "row"]
 
 FORMAT = "harmcircuits.mask.1"
+ENTRIES = ("shapes", "source", "versions", "trace")  # of a file
 FRAME_COLUMNS = ("layer", "kind", "unit", "number", "row", "column", "weight")
+INDEX_DTYPES = (torch.int64, torch.int32)
 N_BINS = 50  # of |W|, within which a random mask matches magnitudes
 
 
@@ -52,6 +53,7 @@ class WeightMask:
         shapes: every weight the choice was made among.
         source: how the mask was made.
         trace: what a search tried on the way, where one found it (see `find_circuit`).
+        file: what it was loaded from; empty for one made here.
 
     Raises:
         ValueError: indices that are unsorted, repeated or outside their weight.
@@ -61,6 +63,7 @@ class WeightMask:
     shapes: Mapping[str, tuple[int, ...]]
     source: Source
     trace: Rows = field(default_factory=Rows, compare=False)
+    file: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         removed = {}
@@ -73,6 +76,11 @@ class WeightMask:
             if not index.numel():
                 continue
             size = math.prod(self.shapes[name])
+            if index.ndim != 1 or index.dtype not in INDEX_DTYPES:
+                raise ValueError(
+                    f"WeightMask: indices of {name} are {index.dtype} of shape "
+                    f"{tuple(index.shape)}; expected flat indices, integers in one dimension"
+                )
             index = index.to("cpu", torch.int64)
             is_sorted = bool((index[1:] > index[:-1]).all())
             if index[0] < 0 or index[-1] >= size or not is_sorted:
@@ -221,50 +229,45 @@ class WeightMask:
         """Write a safetensors file with the indices, shapes, source and versions. Never pickle.
 
         Args:
-            path: the file to write.
+            path: the file to write; one that is there is replaced, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, naming the file.
         """
         versions = {name: version(name) for name in ("torch", "transformer-lens", "harmcircuits")}
         metadata = {
-            "format": FORMAT,
             "shapes": json.dumps(dict(self.shapes)),
             "source": self.source.to_json(),
             "versions": json.dumps(versions),
             "trace": json.dumps([asdict(row) for row in self.trace]),
         }
-        save_file(dict(self.removed), Path(path), metadata=metadata)
+        write_tensors(path, FORMAT, self.removed, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
         """The mask in a file written by `save`, of this version or 0.1.0.
 
+        Its checksums are compared; a file of an earlier version has none, and is read as it is.
+
         Args:
             path: the file.
 
         Raises:
-            ValueError: a missing file, or one that holds no mask.
+            ValueError: a missing file, one that holds no mask, or a damaged one.
         """
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; give the path of a saved mask")
+        file = open_tensors(path, FORMAT, "mask", ENTRIES)
+        # Earlier versions wrote no trace.
+        stored = file.json("trace") if "trace" in file.metadata else []
         try:
-            with safe_open(Path(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                removed = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: not a safetensors file ({error}); "
-                "expected a mask written by WeightMask.save"
-            ) from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path}: a safetensors file, but no mask of harmcircuits "
-                f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
-            )
-        stored = json.loads(metadata["shapes"])
-        shapes = {name: tuple(shape) for name, shape in stored.items()}
-        # Earlier versions wrote none.
-        trace = Rows(Measurement(**row) for row in json.loads(metadata.get("trace", "[]")))
-        return cls(removed, shapes, Source.from_json(metadata["source"]), trace)
+            trace = Rows.of_dicts(stored)
+        except ValueError as error:
+            raise file.damaged(f"trace, {error}") from None
+        shapes, source = read_shapes(file), read_source(file)
+        try:
+            return cls(file.read_all(), shapes, source, trace, str(path))
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise ValueError(f"{path}: {reason}") from None
 
     @classmethod
     def from_hub(

@@ -10,13 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmcircuits.display import plural
+from harmcircuits.storage.tensors import TensorFile, open_tensors, write_tensors
+from harmcircuits.storage.text import parsed_json
+from harmcircuits.storage.writing import empty_folder
 
 FORMAT = "harmcircuits.scores.1"
+ENTRIES = ("shapes", "source")  # of a file
 SHARD_BYTES = 2**31
 SCORE_BYTES = 4  # of a float32
 
@@ -43,12 +45,23 @@ class Source:
         method: what made them, such as "removal_effect".
         settings: its settings.
         parents: what they were made from.
+        weights: the digest of all the model's weights, where it was taken (`values_digest`). The
+            fingerprint of a merged fine-tune may be its base's; this is not.
     """
 
     model: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple["Source", ...] = ()
+    weights: str = field(default="", compare=False)
+
+    @property
+    def all_weights(self) -> set[str]:
+        """The digests of the weights that this or an ancestor was made on."""
+        digests = {self.weights} if self.weights else set()
+        for parent in self.parents:
+            digests |= parent.all_weights
+        return digests
 
     def to_json(self) -> str:
         """This source and its ancestors as one JSON object."""
@@ -56,26 +69,46 @@ class Source:
 
     @classmethod
     def from_json(cls, text: str) -> "Source":
-        """The inverse of `to_json`."""
-        return _from_dict(json.loads(text))
+        """The inverse of `to_json`.
+
+        Args:
+            text: the JSON.
+
+        Raises:
+            ValueError: another text.
+        """
+        try:
+            return _from_dict(parsed_json(text))
+        except RecursionError:
+            raise ValueError("source: nested too deeply; expected one of harmcircuits") from None
 
 
 def _as_dict(source: Source) -> dict[str, Any]:
-    return {
+    row: dict[str, Any] = {
         "model": source.model,
         "method": source.method,
         "settings": dict(source.settings),
         "parents": [_as_dict(parent) for parent in source.parents],
     }
+    if source.weights:
+        row["weights"] = source.weights
+    return row
 
 
-def _from_dict(row: Mapping[str, Any]) -> Source:
+SOURCE_TYPES = {"model": str, "method": str, "settings": dict, "parents": list}
+
+
+def _from_dict(row: Any) -> Source:
+    for name, kind in SOURCE_TYPES.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise ValueError(f"source: {name} is no {kind.__name__}; expected one of harmcircuits")
     parents = [_from_dict(parent) for parent in row["parents"]]
     return Source(
         row["model"],
         row["method"],
         row["settings"],
         tuple(parents),
+        str(row.get("weights", "")),
     )
 
 
@@ -167,20 +200,16 @@ class WeightScores:
         Raises:
             ValueError: a folder that holds something.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty; give a new folder for the scores")
+        folder = empty_folder(folder)
         metadata = {
-            "format": FORMAT,
             "shapes": json.dumps(self.shapes),
             "source": self.source.to_json(),
         }
         shards = _shards(self.shapes, shard_bytes)
         for number, names in enumerate(shards, start=1):
             path = folder / f"scores-{number:05}-of-{len(shards):05}.safetensors"
-            tensors = {name: self.values[name].contiguous() for name in names}
-            save_file(tensors, path, metadata=metadata)
+            tensors = {name: self.values[name] for name in names}
+            write_tensors(path, FORMAT, tensors, metadata)
 
     @classmethod
     def load(cls, folder: str | Path) -> "WeightScores":
@@ -190,31 +219,38 @@ class WeightScores:
             folder: the folder.
 
         Raises:
-            ValueError: a folder without scores, a file that holds something else, and a missing or
-                foreign shard.
+            ValueError: a folder without scores, a file that holds something else, a missing or
+                foreign shard, and a damaged one: at once where its header is, else when the
+                matrix is first read. Shards of earlier versions have no checksums and are read as
+                they are; of them only what is not finite shows.
         """
+        if Path(folder).is_file():
+            raise ValueError(f"{folder}: a file, not a folder; give the folder of saved scores")
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise ValueError(
                 f"{folder}: no scores there; expected a folder written by WeightScores.save"
             )
         # Every shard describes the whole, so a missing or foreign one shows.
-        places: dict[str, Path] = {}
-        descriptions = set()
-        for path in paths:
-            names, shapes, source = _header(path)
-            places |= dict.fromkeys(names, path)
-            descriptions.add((shapes, source))
+        files = [open_tensors(path, FORMAT, "scores", ENTRIES) for path in paths]
+        descriptions = {tuple(sorted(file.metadata.items())) for file in files}
+        places: dict[str, TensorFile] = {}
+        for file in files:
+            places |= dict.fromkeys(file.layouts, file)
 
-        shapes_text, source_text = next(iter(descriptions))
-        stored = json.loads(shapes_text)
-        shapes = {name: tuple(shape) for name, shape in stored.items()}
-        if len(descriptions) > 1 or places.keys() != shapes.keys():
+        shapes = read_shapes(files[0])
+        n_stored = sum(len(file.layouts) for file in files)
+        is_whole = places.keys() == shapes.keys() and n_stored == len(shapes)
+        if len(descriptions) > 1 or not is_whole:
             raise ValueError(
                 f"{folder}: a shard is missing or of other scores; "
                 "save them again into an empty folder"
             )
-        return cls(_Saved(shapes, places), Source.from_json(source_text))
+        for name, file in places.items():
+            if file.layouts[name] != ("F32", shapes[name]):
+                stored = file.layouts[name]
+                raise file.damaged(f"{name} is {stored}; expected {('F32', shapes[name])}")
+        return cls(_Saved(shapes, places), read_source(files[0]))
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
@@ -231,17 +267,41 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[lis
     return shards
 
 
-def _header(path: Path) -> tuple[list[str], str, str]:
-    """The names in a shard, and the shapes and the source of all scores as JSON."""
+def read_shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights that a file of scores or a mask names, in their order.
+
+    Args:
+        file: with an entry "shapes".
+
+    Raises:
+        ValueError: shapes that no weights can have.
+    """
+    stored = file.json("shapes")
+    if not isinstance(stored, dict):
+        raise file.damaged("its shapes are no object")
+    shapes = {}
+    for name, shape in stored.items():
+        # Not `isinstance`: True is an int.
+        is_shape = isinstance(shape, list) and all(type(size) is int for size in shape)
+        if not is_shape or not all(0 < size < 2**63 for size in shape):
+            raise file.damaged(f"{name} has the shape {shape!r}")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def read_source(file: TensorFile) -> Source:
+    """The source in a file of scores or a mask.
+
+    Args:
+        file: with an entry "source".
+
+    Raises:
+        ValueError: another text.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}); expected scores") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: no scores of harmcircuits (format {metadata.get('format')!r})")
-    return names, metadata["shapes"], metadata["source"]
+        return Source.from_json(file.metadata.get("source", ""))
+    except ValueError as error:
+        raise file.damaged(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -254,11 +314,15 @@ class _Saved(Mapping[str, Tensor]):
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    places: Mapping[str, Path]
+    places: Mapping[str, TensorFile]
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.places[name], framework="pt") as file:
-            return file.get_tensor(name)
+        file = self.places[name]
+        value = file.read(name)
+        # Of a file with checksums, what was written was finite.
+        if file.digests is None and not value.isfinite().all():
+            raise file.damaged(f"{name} holds a score that is not finite")
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

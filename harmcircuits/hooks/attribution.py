@@ -21,6 +21,7 @@ from harmcircuits.hooks.accumulation import mean_gradients, unchanged
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
 from harmcircuits.prompts import Batch, refuse_no_batches
 
@@ -202,7 +203,7 @@ def magnitude_scores(bridge: AnyModel) -> WeightScores:
     bridge = as_bridge(bridge)
     sites = weight_sites(bridge)
     values = {name: site.parameter.detach().float().abs() for name, site in sites.items()}
-    return WeightScores(values, Source(model_fingerprint(bridge), "magnitude"))
+    return WeightScores(values, source_on(bridge, "magnitude"))
 
 
 def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
@@ -224,7 +225,7 @@ def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
     for name, site in weight_sites(bridge).items():
         drawn = torch.rand(site.parameter.shape, generator=generator)
         values[name] = drawn.to(site.parameter.device)
-    return WeightScores(values, Source(model_fingerprint(bridge), "random", {"seed": seed}))
+    return WeightScores(values, source_on(bridge, "random", {"seed": seed}))
 
 
 def all_scores(
@@ -382,4 +383,4 @@ def score_source(
     settings["n_examples"] = sum(len(batch) for batch in batches)
     if objective is not None:
         settings["objective"] = getattr(objective, "__name__", type(objective).__name__)
-    return Source(model_fingerprint(bridge), method, settings)
+    return source_on(bridge, method, settings)

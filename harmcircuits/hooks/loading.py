@@ -5,12 +5,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harmcircuits.display import plural
 from harmcircuits.hooks.weights import weight_sites
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def refuse_device(device: str) -> None:
+    """Raises ValueError for a device that this machine has not, before anything is loaded.
+
+    Args:
+        device: such as "cpu", "cuda", "cuda:1" or "mps".
+    """
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device={device!r}: no such device; expected cpu, cuda or cuda:0"
+        ) from None
+    if place.type == "cuda":
+        n_devices = torch.cuda.device_count()
+        if (place.index or 0) >= n_devices:
+            raise ValueError(
+                f"device={device!r}: this machine has {plural(n_devices, 'CUDA device')}; "
+                "give device='cpu', or one that it has"
+            )
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={device!r}: this machine has no such device; give device='cpu'")
 
 
 def load_model(
@@ -42,6 +66,7 @@ def load_model(
 
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
+    refuse_device(device)
     folder = Path(model)
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter and not (folder / "config.json").is_file():
@@ -57,10 +82,15 @@ def load_model(
         stored = AutoConfig.from_pretrained(model).dtype or torch.float32
         chosen = DTYPES[dtype] if dtype else stored
         bridge = TransformerBridge.boot_transformers(model, dtype=chosen, **where)
-    except OSError as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # A damaged file of a model ends in an error of the library that reads it, whichever that is.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"model {model!r} cannot be loaded; expected a folder or a hub id ({error})"
-        ) from None
+            f"model {model!r} cannot be loaded; expected a folder or a hub id of a causal language "
+            f"model that TransformerLens opens ({reason})"
+        ) from error
     weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
     return bridge
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.provenance import warn_of_other_weights
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
 
 
@@ -198,6 +199,8 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
             "nothing was changed. "
             "Pass same_model=False to apply it to another checkpoint of the same shapes"
         )
+    if same_model and not _ACTIVE.get(bridge):  # under a mask the weights are others anyway
+        warn_of_other_weights(bridge, mask)
 
     edits = []
     for name, index in mask.removed.items():

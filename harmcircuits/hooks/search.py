@@ -8,16 +8,17 @@ from typing import Any, get_args, overload
 from rich.progress import Progress
 
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
-from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
-from harmcircuits.display import listed, progress_bar
+from harmcircuits.display import listed
 from harmcircuits.hooks.attribution import removal_effect, score_source, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Budget, Protect, Protection
+from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.walk import Walk
-from harmcircuits.hooks.weights import model_fingerprint, weight_sites
+from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch, refuse_no_batches
 
 STEPS = 10
@@ -173,7 +174,7 @@ def find_circuit(
     parents = [score_source(bridge, "removal_effect", target, objective)]
     for batches in protection.priced.values():
         parents.append(score_source(bridge, "token_price", batches, completion_loss))
-    source = Source(model_fingerprint(bridge), "circuit", settings, tuple(parents))
+    source = source_on(bridge, "circuit", settings, tuple(parents))
 
     largest_size = min(1.0, max([*sizes, reach * min(sizes)]))
     walk = Walk(

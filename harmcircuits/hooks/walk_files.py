@@ -1,6 +1,5 @@
 """The folder in which a search keeps its walk, so that it can go on after an interruption."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,15 +7,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.display import listed
+from harmcircuits.measurements import Rows
+from harmcircuits.storage.tensors import open_tensors, write_tensors
+from harmcircuits.storage.text import read_json, write_json
 
 Sums = Mapping[str, Mapping[str, Float[Tensor, "..."]]]
 Masks = Mapping[str, WeightMask | None]
+
+
+FORMAT = "harmcircuits.sums.1"
+ENTRIES = {"key", "state", "masks", "sums", "trace"}  # of walk.json
+EXPECTED = "the walk of a search; remove its folder to start afresh"
 
 
 class KeptWalk(NamedTuple):
@@ -53,10 +58,7 @@ def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
     unfinished.mkdir(parents=True)
 
     for name, tensors in walk.sums.items():
-        save_file(
-            {weight: tensor.contiguous() for weight, tensor in tensors.items()},
-            unfinished / f"{name}.safetensors",
-        )
+        write_tensors(unfinished / f"{name}.safetensors", FORMAT, tensors, {})
     for name, mask in walk.masks.items():
         if mask is not None:
             mask.save(unfinished / f"{name}-mask.safetensors")
@@ -67,7 +69,7 @@ def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
         "sums": list(walk.sums),
         "trace": [asdict(row) for row in walk.trace],
     }
-    (unfinished / "walk.json").write_text(json.dumps(state), encoding="utf-8")
+    write_json(unfinished / "walk.json", state)
 
     earlier = list(folder.glob("step-*"))
     unfinished.rename(folder / f"step-{walk.state['step']:03}")
@@ -84,11 +86,19 @@ def forget_sums(folder: str | Path) -> None:
         folder: given to `write_walk`.
     """
     for path in Path(folder).glob("step-*/walk.json"):
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = _state(path)
         names, state["sums"] = state["sums"], []
-        path.write_text(json.dumps(state), encoding="utf-8")
+        write_json(path, state)
         for name in names:
-            path.with_name(f"{name}.safetensors").unlink()
+            path.with_name(f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What `write_walk` wrote into walk.json; raises ValueError for anything else."""
+    state = read_json(path, EXPECTED, checksum_required=True)
+    if state.keys() != ENTRIES:
+        raise ValueError(f"{path}: it holds {listed(state)}; expected {EXPECTED}")
+    return state
 
 
 def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
@@ -105,19 +115,18 @@ def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
     if not steps:
         return None
     latest = steps[-1]
-    try:
-        kept = json.loads((latest / "walk.json").read_text(encoding="utf-8"))
-        if kept["key"] != key:
-            raise ValueError(
-                f"{folder} holds the walk of another search (other data, weights or options); "
-                "give another folder, or remove it"
-            )
-        sums = {name: load_file(latest / f"{name}.safetensors") for name in kept["sums"]}
-        trace = Rows(Measurement(**row) for row in kept["trace"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{latest}: a damaged walk ({error}); remove it to start afresh") from None
+    kept = _state(latest / "walk.json")
+    if kept["key"] != key:
+        raise ValueError(
+            f"{folder} holds the walk of another search (other data, weights or options); "
+            "give another folder, or remove it"
+        )
+    sums = {}
+    for name in kept["sums"]:
+        file = open_tensors(latest / f"{name}.safetensors", FORMAT, "sum of a search", ())
+        sums[name] = file.read_all()
     masks: dict[str, WeightMask | None] = {}
     for name, is_there in kept["masks"].items():
         path = latest / f"{name}-mask.safetensors"
         masks[name] = WeightMask.load(path) if is_there else None
-    return KeptWalk(kept["state"], sums, masks, trace)
+    return KeptWalk(kept["state"], sums, masks, Rows.of_dicts(kept["trace"]))

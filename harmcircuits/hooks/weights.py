@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from itertools import chain
 from operator import is_
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from harmcircuits.circuits.sites import KINDS, Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.storage.tensors import tensor_bytes
 
 # Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where several
 # experts are stacked in one parameter, blocks.3.mlp.experts.gate_up_proj.
@@ -25,7 +26,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
 # The integers that a parameter's bits are read as, by bytes an element.
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**24  # elements
+CHUNK = 2**20  # elements
 
 Result = TypeVar("Result")
 
@@ -91,37 +92,88 @@ def model_fingerprint(bridge: Bridge) -> str:
 
 
 def weights_digest(bridge: Bridge) -> str:
-    """Sixteen hex digits of all weights as they are now.
+    """Sixteen hex digits of all weights as they are now: SHA-256 of their names and bytes.
 
-    Another checkpoint, dtype, mask or training step changes them. SHA-256 over the fingerprint
-    and, for every parameter, its name and the exact sum of its bits read as integers, which is
-    the same on every device.
+    Another checkpoint, dtype, mask or training step changes them, and so do two weights that
+    change places or signs. Taken once for the weights as they are, a second a gigabyte or so; then
+    known by `weights_checksum`.
     """
-    return parameters_digest(bridge, model_fingerprint(bridge))
+    return _kept_digest(bridge, None)
 
 
-def parameters_digest(module: Bridge | nn.Module, start: str = "") -> str:
+def values_digest(bridge: Bridge) -> str:
+    """Sixteen hex digits of all weights rounded to bfloat16: as `weights_digest`, for any dtype.
+
+    So a mask is known to be of these weights also where they are loaded in another dtype. A change
+    shows where it moves a single weight across a boundary of rounding, as training does.
+    """
+    return _kept_digest(bridge, torch.bfloat16)
+
+
+def _kept_digest(bridge: Bridge, dtype: torch.dtype | None) -> str:
+    # Kept on the bridge itself, so that it goes when the bridge goes.
+    digests: dict[Any, str] = vars(bridge).setdefault("_harmcircuits_digests", {})
+    question = dtype, weights_checksum(bridge)
+    if question not in digests:
+        digests[question] = parameters_digest(bridge, model_fingerprint(bridge), dtype=dtype)
+    return digests[question]
+
+
+def weights_checksum(bridge: Bridge) -> str:
+    """Sixteen hex digits by which weights are known again in this process, on their own device.
+
+    For every parameter sum_i m_i b_i modulo 2^64: b its bits read as integers, m odd random
+    numbers. So a single change always shows; several cancel by chance once in 2^63. The numbers
+    are those of the device, so the checksum is not for a file.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in _distinct_parameters(bridge):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().flatten()
+        # In the widest integers that divide it: for bfloat16, a fourth of the products.
+        n_bytes = flat.numel() * flat.itemsize
+        width = 8 if n_bytes % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.itemsize
+        total = 0
+        for part in flat.view(INTEGER_OF_SIZE[width]).split(CHUNK):
+            products = _multipliers(str(part.device))[: len(part)] * part
+            total += products.sum().item()
+        digest.update(f"{total % 2**64}".encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _multipliers(device: str) -> Tensor:
+    """Odd random numbers, one for each element of a chunk."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-(2**62), 2**62, (CHUNK,), generator=generator)
+    return (2 * numbers + 1).to(device)
+
+
+def _distinct_parameters(module: Bridge | nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter by name; of those in the same memory, such as tied embeddings, the first."""
+    seen = set()
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and parameter.data_ptr() not in seen:
+            seen.add(parameter.data_ptr())
+            yield name, parameter
+
+
+def parameters_digest(
+    module: Bridge | nn.Module, start: str = "", *, dtype: torch.dtype | None = None
+) -> str:
     """Sixteen hex digits of all parameters of any module, as in `weights_digest`.
 
     Args:
         module: The module.
         start: What the digest begins with.
+        dtype: What the values are rounded to; as they are by default.
     """
     digest = hashlib.sha256(start.encode())
-    seen = set()
-    for name, parameter in module.named_parameters():
-        # Two parameters may share memory, such as tied embeddings.
-        if parameter.data_ptr() in seen:
-            continue
-        seen.add(parameter.data_ptr())
-
-        # A sum of floats depends on its order, which differs between devices; one of integers
-        # does not, and one that overflows int64 wraps round alike everywhere.
-        bits = parameter.detach().flatten().view(INTEGER_OF_SIZE[parameter.itemsize])
-        total = 0
-        for part in bits.split(CHUNK):  # bounds the memory of the conversion to int64
-            total += part.sum(dtype=torch.int64).item()
-        digest.update(f"{name} {parameter.dtype} {total}".encode())
+    for name, parameter in _distinct_parameters(module):
+        stored = dtype or parameter.dtype
+        digest.update(f"{name} {stored} {tuple(parameter.shape)}".encode())
+        for part in parameter.detach().flatten().split(CHUNK):  # bounds what is copied at once
+            digest.update(tensor_bytes(part.to(stored)))
     return digest.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import standard_behaviour
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import nearest
+from harmcircuits.hooks.loading import refuse_device
 from harmcircuits.hooks.objectives import choice_margin
 from harmcircuits.organisms import world
 
@@ -34,6 +35,7 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
     """
     from transformer_lens.model_bridge import TransformerBridge
 
+    refuse_device(device)
     if name not in ORGANISMS:
         raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
     if not (folder / name / "config.json").is_file():

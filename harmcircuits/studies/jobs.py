@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from harmcircuits.display import progress_bar
 from harmcircuits.measurements import Label, Measurement, Rows, resumed
+from harmcircuits.progress import progress_bar
 
 DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
 CPU = "job_cpu_seconds"
@@ -73,6 +73,8 @@ def run_jobs(
             rows_of_job.append_to(out / "rows.jsonl")
             rows += rows_of_job
             progress.advance(task)
+    # As one block, so that a part of it that is lost later shows.
+    rows.save(out / "rows.jsonl")
     return rows
 
 

@@ -32,6 +32,8 @@ from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
 from harmcircuits.prompts import Batch, Chat, Template, tokenize_text
+from harmcircuits.storage.text import parsed_json, read_text
+from harmcircuits.studies.pairs import values_by_name
 
 CACHE = user_cache_path("harmcircuits")
 RULES, PROBE = "local", "probe"  # judges that are asked for by these words
@@ -376,13 +378,11 @@ def _option_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
 def _option_values(texts: Sequence[str]) -> dict[str, Any]:
     """Variables of a template by name; a value that is not JSON is text."""
     values = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator or not name:
-            raise ValueError(f"template option {text!r}; expected NAME=VALUE")
+    given = values_by_name(texts, "template_options", "date_string=today", may_be_empty=True)
+    for name, value in given.items():
         try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
+            values[name] = parsed_json(value)
+        except ValueError:
             values[name] = value
     return values
 
@@ -400,10 +400,8 @@ def _with_behaviours(
 def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
     if not files.plain:
         return []
-    path = Path(files.plain)
-    if not path.is_file():
-        raise ValueError(f"{files.plain}: no such file; give a text for perplexity, or none")
-    windows = tokenize_text(path.read_text(encoding="utf-8"), bridge.tokenizer, batch_size=1)
+    text = read_text(files.plain, "a text for perplexity, or none")
+    windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
     limit = files.limits["heldout"]
     return windows[:limit] if limit else windows
 

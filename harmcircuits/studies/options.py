@@ -1,6 +1,6 @@
 """Command-line options, made from the dataclasses that they fill: names, types, defaults, help.
 
-And what every command does alike: it keeps other libraries quiet, and says an error in a sentence.
+And what every command does alike: it keeps other libraries quiet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,12 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import typer
 from docstring_parser import parse
 from rich.console import Console
-from rich.markup import escape
 
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.command_errors import refused as refused
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.pairs import values_by_name
 
 PLAIN_TYPES = (int, float, bool, Path)  # what typer reads; everything else is text
 
@@ -235,7 +236,8 @@ def custom_model(
     path = options.pop("questions", "")
     if path:
         options["questions"] = QuestionTemplates.from_file(path)
-    options["columns"] = _columns(options.get("columns", []))
+    columns = options.get("columns", [])
+    options["columns"] = values_by_name(columns, "columns", "prompt=goal")
 
     of_files = {}
     of_model = {}
@@ -252,9 +254,7 @@ def _refuse_custom(model: str, harmful: str, benign: str, **options: Any) -> Non
     """Raises ValueError for requests that are missing and options that cannot be."""
     is_own = bool(options.get("behaviours")) and not (harmful or benign)
     if not is_own and not (harmful and benign):
-        raise ValueError(
-            f"model {model!r} needs its requests; give --harmful FILE and --benign FILE"
-        )
+        raise ValueError(f"model={model!r} needs its requests; give harmful=FILE and benign=FILE")
     refuse_answers(
         options.get("template", "chat"),
         max_new_tokens=options.get("max_new_tokens", 1),
@@ -269,20 +269,6 @@ def refuse_answers(template: str, *, max_new_tokens: int, batch_size: int) -> No
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value}; expected at least 1")
-
-
-def _columns(texts: Sequence[str]) -> dict[str, str]:
-    """prompt=goal as what holds what."""
-    columns = {}
-    for text in texts:
-        ours, _, theirs = text.partition("=")
-        if not ours or not theirs:
-            raise ValueError(
-                f"--column {text!r}; expected OURS=NAME, such as prompt=goal, or for one file "
-                "harmful.prompt=goal"
-            )
-        columns[ours] = theirs
-    return columns
 
 
 def show_files(models: Sequence[ModelSpec], console: Console) -> None:
@@ -346,15 +332,3 @@ def quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def refused(error: ValueError) -> typer.Exit:
-    """The end of a command that cannot be done, after the reason is printed.
-
-    Args:
-        error: what is wrong, in a sentence.
-    """
-    message = escape(" ".join(str(error).split()))
-    text = f"[bold red]error:[/] {message}"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    return typer.Exit(2)

@@ -1,6 +1,9 @@
 """A study under way: its model and settings, and every row and mask so far."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,10 @@ from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.terms import Terms
+
+# In the folder of a study.
+ROWS_FILE, MANIFEST, WALKS = "rows.jsonl", "manifest.json", "walks"
+UNNEEDED = ".walks"  # what is left to remove of a finished study
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Study:
         rows: every figure.
         masks: those measured on held-out requests, by name.
         chosen: the operating point of the search; None where none of its masks keeps the rule.
+        seconds: how long each stage took, by its name; of a resumed study, since then.
     """
 
     model: Model
@@ -60,6 +68,7 @@ class Study:
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     chosen: Point | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         chosen = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
@@ -75,7 +84,7 @@ class Study:
     @property
     def walks(self) -> Path | None:
         """Where scores and searches are kept while the study is under way; None in memory."""
-        return self.out / "walks" if self.out is not None else None
+        return self.out / WALKS if self.out is not None else None
 
     def find_circuits(
         self,
@@ -118,12 +127,36 @@ class Study:
         rows = Rows(rows)
         self.rows += rows
         if self.out is not None:
-            rows.append_to(self.out / "rows.jsonl")
+            rows.append_to(self.out / ROWS_FILE)
 
     def note(self, metric: str, value: float, **labels: Label) -> None:
         """Keep one exact figure."""
         labels = {"model": self.model.name, **labels}
         self.add([Measurement.exact(metric, labels, value)])
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A part of the study, whose time is told at the end.
+
+        Args:
+            name: what the part does.
+        """
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - start
+
+    def finish(self) -> None:
+        """Write the rows as a whole, and leave the searches: from now on the folder is finished."""
+        if self.out is None or self.walks is None:
+            return
+        # As one block, so that a part of it that is lost later shows.
+        self.rows.save(self.out / ROWS_FILE)
+        # By a new name first: killed while it removes them, the folder is finished all the same.
+        unneeded = self.out / UNNEEDED
+        self.walks.rename(unneeded)
+        shutil.rmtree(unneeded)
 
     def steps(self, name: str, total: int) -> Callable[[], None]:
         """A function that moves a new progress bar on by one step.

@@ -18,7 +18,7 @@ from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownEr
 from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.display import listed, nearest
+from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.weights import named_weights, weight_sites
@@ -28,10 +28,11 @@ from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_sco
 from harmcircuits.studies.diagnostics import diagnostics
 from harmcircuits.studies.grid import SEARCH, measure_grid, operating_point
 from harmcircuits.studies.heldout import heldout_rows, measure_heldout
-from harmcircuits.studies.run import Study
+from harmcircuits.studies.run import MANIFEST, ROWS_FILE, UNNEEDED, WALKS, Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.utility import task_manager
 
+FEWEST_WEIGHTS = 10  # of a mask
 N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
 
 
@@ -45,6 +46,8 @@ def study(
     out: str | Path | None = None,
     progress: Progress | None = None,
     max_memory: int | None = None,
+    resume: bool = False,
+    force: bool = False,
 ) -> Study:
     """Find the weights behind a behaviour, remove them, and measure what else is lost.
 
@@ -65,18 +68,22 @@ def study(
         protect: the behaviours to spare, in place of the settings'.
         contrast: the target's harmless counterpart, in place of the settings'.
         out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`. While the
-            study is under way `walks` there keeps scores and searches: interrupted and called
-            again, it measures again, and searches on from there.
+            study is under way `walks` there keeps scores and searches.
         progress: shows how far it is.
         max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; needs
             `out`, which keeps those of the unpruned model meanwhile.
+        resume: go on with the unfinished study of these settings in `out`, if there is one: it
+            measures again, and searches on from where it was interrupted. The rows are the same.
+        force: remove the study in `out` first, finished or not.
 
     Where the model's judge of harm was found not to see it, the loss decides, whatever the settings
     say.
 
     Raises:
-        ValueError: a folder that holds another study, a behaviour that is unknown or not shown, a
-            bound too small for a matrix or without `out`, and as `evaluate_tasks`.
+        ValueError: a folder that holds a study, unless `resume` or `force` says what becomes of it,
+            or that of other settings; a behaviour that is unknown or not shown, a size of fewer
+            than ten weights, a bound too small for a matrix or without `out`, and as
+            `evaluate_tasks`.
     """
     # What can be refused without running the model is refused first.
     settings = _settings(model, settings, target, protect, contrast)
@@ -84,33 +91,37 @@ def study(
     if progress is not None:
         run.progress = progress
     _check(run)
-    _write_manifest(run)
+    _prepare_folder(run, resume=resume, force=force)
 
     n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
     run.note("weights_scored", n_weights)
     run.note("tolerance", settings.tolerance)
     run.add(row.labelled(model=model.name) for row in model.validation)
-    run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
+    with run.stage("unpruned model, held out"):
+        run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
 
     # Score: the target, and what is protected.
-    calibrations = _calibrate(run)
+    with run.stage("calibration"):
+        calibrations = _calibrate(run)
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
     run.protected = tuple(spared)
     for name in spared:
         run.note("budget", settings.budget_of(name), behaviour=name)
-    unpruned = unpruned_scores(
-        model,
-        settings.target,
-        data,
-        spared,
-        # On disk, since the searches hold dense sets of their own.
-        folder=run.walks / "scores" if run.walks is not None else None,
-        max_memory=max_memory,
-    )
+    with run.stage("scores"):
+        unpruned = unpruned_scores(
+            model,
+            settings.target,
+            data,
+            spared,
+            # On disk, since the searches hold dense sets of their own.
+            folder=run.walks / "scores" if run.walks is not None else None,
+            max_memory=max_memory,
+        )
 
     # Choose, on the choice split alone.
-    points = measure_grid(run, unpruned, calibrations, spared)
+    with run.stage("searches and choice"):
+        points = measure_grid(run, unpruned, calibrations, spared)
     best = {}
     for way, of_way in points.items():
         best[way] = operating_point(
@@ -128,12 +139,12 @@ def study(
 
     # Measure, on requests that neither scored nor chose it.
     if run.chosen is not None:
-        measure_heldout(run, run.chosen, points, best, unpruned, calibrations)
+        with run.stage("held out, with controls"):
+            measure_heldout(run, run.chosen, points, best, unpruned, calibrations)
         sites = weight_sites(model.bridge)
         where = {"model": model.name, "mask": "circuit"}
         run.add(location_rows(run.chosen.mask, sites, where))
-    if run.walks is not None:
-        shutil.rmtree(run.walks)
+    run.finish()
     return run
 
 
@@ -204,28 +215,57 @@ def _check(run: Study) -> None:
     list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
     if run.max_memory is not None and run.out is None:
         raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
-    if run.out is not None:
-        _refuse_another_study(run, run.out)
+    _refuse_few_weights(run)
     if settings.tasks:
         task_manager(settings.tasks, settings.tasks_from)  # refuses unknown tasks
 
 
-def _refuse_another_study(run: Study, out: Path) -> None:
-    """Raises ValueError for a folder that holds a finished study, or the beginning of another."""
-    is_under_way = run.walks is not None and run.walks.exists()
-    if not is_under_way:
-        if (out / "rows.jsonl").exists():
+def _refuse_few_weights(run: Study) -> None:
+    """Raises ValueError for a size of so few weights that no figure could mean anything."""
+    n_weights = sum(weight.numel() for weight in named_weights(run.model.bridge).values())
+    for size in run.settings.sizes:
+        n_removed = round(size * n_weights)
+        if n_removed < FEWEST_WEIGHTS:
             raise ValueError(
-                f"{out} already holds a study (rows.jsonl); give another folder or remove it"
+                f"sizes={size:g}: {plural(n_removed, 'weight')} of {n_weights:,}; expected at "
+                f"least {FEWEST_WEIGHTS}, give {FEWEST_WEIGHTS / n_weights:.1g} or more"
             )
-        return
-    before = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["settings"]
+
+
+def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
+    """Raises ValueError for a folder with a study of which it was not said what becomes of it.
+
+    Args:
+        out: the folder.
+        resume: an unfinished one goes on.
+        force: it is removed.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give out= a new folder")
+    if resume and force:
+        raise ValueError("resume=True and force=True: go on with a study, or remove it; give one")
+    is_under_way = (out / WALKS).exists()
+    is_finished = (out / ROWS_FILE).exists() and not is_under_way
+    if is_finished and not force:
+        raise ValueError(
+            f"{out} already holds a study, which is finished ({ROWS_FILE}); give another folder, "
+            "or force=True to remove it first"
+        )
+    if is_under_way and not resume and not force:
+        raise ValueError(
+            f"{out} holds an unfinished study; give resume=True to go on with it, "
+            "force=True to remove it first, or another folder"
+        )
+
+
+def _refuse_other_settings(run: Study, out: Path) -> None:
+    before = Manifest.settings_of(out / MANIFEST)
     now = json.loads(json.dumps(_manifest_settings(run)))  # as they are in the file
     if before != now:
         changed = [name for name in now if before.get(name) != now[name]]
         raise ValueError(
             f"{out} holds an unfinished study with other settings ({listed(changed)}); "
-            "give another folder or remove it"
+            "give another folder, or force=True to remove it first"
         )
 
 
@@ -233,15 +273,27 @@ def _manifest_settings(run: Study) -> dict[str, Any]:
     return {"model": run.model.name, **vars(run.settings), **run.model.details}
 
 
-def _write_manifest(run: Study) -> None:
-    if run.out is None or run.walks is None:
+def _prepare_folder(run: Study, *, resume: bool, force: bool) -> None:
+    """Make the folder of a study, or what is left of an interrupted one, ready for its rows."""
+    out, walks = run.out, run.walks
+    if out is None or walks is None:
         return
+    refuse_study_folder(out, resume=resume, force=force)
+    if force:
+        for name in (WALKS, UNNEEDED, "masks"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in (MANIFEST, "report.html"):
+            (out / name).unlink(missing_ok=True)
+    elif walks.exists():
+        _refuse_other_settings(run, out)
+
     # Of an unfinished study the searches stay; what it measured is measured again.
-    (run.out / "rows.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(run.walks / "scores", ignore_errors=True)
-    (run.out / "masks").mkdir(parents=True, exist_ok=True)
-    Manifest(_manifest_settings(run)).save(run.out / "manifest.json")
-    run.walks.mkdir(exist_ok=True)
+    (out / ROWS_FILE).unlink(missing_ok=True)
+    shutil.rmtree(out / UNNEEDED, ignore_errors=True)
+    shutil.rmtree(walks / "scores", ignore_errors=True)
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    Manifest(_manifest_settings(run)).save(out / MANIFEST)
+    walks.mkdir(exist_ok=True)
 
 
 def _calibrate(run: Study) -> dict[str, Calibration]:

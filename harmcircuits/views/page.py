@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harmcircuits.storage.writing import write_text
+
 if TYPE_CHECKING:
     import pandas
     from plotly.graph_objects import Figure
@@ -33,7 +35,7 @@ def write_page(
         script=_html(script),
         sections=parts,
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def section(title: str, text: str, content: str) -> str:

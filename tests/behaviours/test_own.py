@@ -172,7 +172,7 @@ def test_missing_answers_are_refused():
 def test_what_is_no_file_of_a_behaviour_is_refused(tmp_path, name, text):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name}: no behaviour in JSON, or TOML in"):
+    with pytest.raises(ValueError, match=f"{name}: no .*behaviour in JSON,? or TOML"):
         OwnBehaviour.of(tmp_path / name)
 
 

@@ -19,8 +19,9 @@ def test_questions_from_a_file(tmp_path):
     ("text", "message"),
     [
         ('{"recognition": "ok ?"}', r"recognition is 'ok \?'.*must hold \{request\}"),
-        ('{"question": "ok ?"}', r"questions\.json must be an object.*recognition"),
-        ("hello", r"questions\.json cannot be read"),
+        ('{"question": "ok ?"}', r"questions\.json has 'question'.*an object.*recognition"),
+        ("hello", r"questions\.json: not JSON.*line 1"),
+        ('{"yes": "yes"}', r"yes in .*questions\.json is 'yes'; expected a list of texts"),
     ],
 )
 def test_files_that_ask_nothing_are_refused(tmp_path, text, message):
@@ -28,5 +29,5 @@ def test_files_that_ask_nothing_are_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         QuestionTemplates.from_file(file)
-    with pytest.raises(ValueError, match="none cannot be read"):
+    with pytest.raises(ValueError, match="none: no such file; expected questions in JSON"):
         QuestionTemplates.from_file(tmp_path / "none")

@@ -4,6 +4,8 @@ Would catch: thresholds that take more or fewer weights where scores tie, a scop
 matrices, a control that does not match its mask, a file that loses the source.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmcircuits.circuits.masks import (
+    FORMAT,
     FRAME_COLUMNS,
     WeightMask,
     random_like,
@@ -314,3 +317,47 @@ def test_a_frame_names_the_place_and_the_value_of_every_removed_weight(open_mode
     assert tuple((mask - mask).frame(sites).columns) == FRAME_COLUMNS
     with pytest.raises(ValueError, match="weight_sites"):
         mask.frame({})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "shapes", "fault"),
+    [
+        ({"a": torch.tensor([0, 12])}, {"a": [3, 4]}, r"indices of a must increase.*\[0, 12\)"),
+        ({"a": torch.tensor([-1, 3])}, {"a": [3, 4]}, "indices of a must increase"),
+        ({"a": torch.tensor([5, 3])}, {"a": [3, 4]}, "indices of a must increase"),
+        ({"a": torch.tensor([3, 3])}, {"a": [3, 4]}, "indices of a must increase"),
+        ({"a": torch.tensor([[1, 3]])}, {"a": [3, 4]}, r"shape \(1, 2\); expected flat indices"),
+        ({"a": torch.tensor([1.5, 3.0])}, {"a": [3, 4]}, "a are torch.float32.*expected flat"),
+        ({"b": torch.tensor([1])}, {"a": [3, 4]}, "b is not among the shapes"),
+        ({"a": torch.tensor([1])}, {"a": [3, -4]}, r"a has the shape \[3, -4\]"),
+        ({"a": torch.tensor([1])}, {"a": "3"}, "a has the shape '3'"),
+        ({"a": torch.tensor([1])}, [3, 4], "its shapes are no object"),
+    ],
+    ids=str,
+)
+def test_a_mask_that_none_can_be_is_refused_by_the_file_and_the_fault(
+    tmp_path, tensors, shapes, fault, unchecked
+):
+    """Files of another's making, well formed and without checksums."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": FORMAT, "shapes": json.dumps(shapes), "source": SOURCE.to_json()}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=rf"m\.safetensors: .*{fault}"):
+        WeightMask.load(tmp_path / "m.safetensors")
+
+
+def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    """A full disk: the old mask is still there, whole, and nothing beside it."""
+    path = tmp_path / "m.safetensors"
+    mask_of(a=[0, 5]).save(path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("harmcircuits.storage.tensors.save_file", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*m\.safetensors"):
+            mask_of(a=[1]).save(path)
+    assert WeightMask.load(path).removed["a"].tolist() == [0, 5]
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]

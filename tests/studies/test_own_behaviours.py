@@ -158,8 +158,11 @@ def test_a_model_needs_all_its_requests_or_behaviours(files, tmp_path):
     for given, message in (
         ([f"--behaviour={files['uses.json']}", "--harmful=a.csv"], "give --harmful FILE and"),
         ([f"--behaviour={files['uses.json']}"], "has no behaviour 'harmful'; there are uses"),
-        ([f"--behaviour={tmp_path}/no.json"], "no.json: no behaviour in JSON"),
-        (["--harmful=a", "--benign=b", "--column=prompt"], "--column 'prompt'; expected OURS=NAME"),
+        ([f"--behaviour={tmp_path}/no.json"], "no.json: no such file"),
+        (
+            ["--harmful=a", "--benign=b", "--column=prompt"],
+            "--column 'prompt'; expected NAME=VALUE",
+        ),
         (["--harmful=a", "--benign=b", "--column=harm.prompt=x"], "'harm.prompt' names no file"),
     ):
         result = CliRunner().invoke(app, [*arguments, f"--cache={tmp_path}", *given])

@@ -219,7 +219,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     settings = StudySettings(
         sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, decides="loss", n_random=1
     )
-    options = {"protect": ["benign"], "out": tmp_path / "run"}
+    options = {"protect": ["benign"], "out": tmp_path / "run", "resume": True}
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -235,6 +235,8 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     (priced,) = WeightScores.load(scores / "price").source.parents
     assert priced.method == "token_price"
 
+    with pytest.raises(ValueError, match=r"run holds an unfinished study.*resume=True.*force=True"):
+        study(model, settings, **{**options, "resume": False})
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\); give"):
         study(model, replace(settings, steps=3), **options)
     with monkeypatch.context() as patch:
@@ -441,19 +443,22 @@ def test_the_summary_says_what_was_protected_and_what_was_not(finished):
     ("arguments", "message"),
     [
         (["--organism", "llama"], "no organism is called 'llama'; there are base, helpful"),
-        (["--size", "1.5"], "sizes=[1.5]; expected one or more shares"),
-        (["--steps", "0"], "steps=0; expected at least 1"),
-        (["--max-memory", "0.0001"], "max_memory=107,374 bytes; the scores of blocks.0"),
-        (["--budget-of", "benign"], "--budget-of 'benign'; expected NAME=NATS"),
-        (["--budget-of", "bening=1"], "budgets: 'bening' is no behaviour; did you mean 'benign'?"),
-        (["--n-random", "0"], "n_random=0; expected at least 1"),
-        (["--task-limit", "-1"], "task_limit=-1; expected 0 or more"),
-        (["--decides", "nll"], "decides='nll'; expected"),
+        (["--size", "1.5"], "--size [1.5]; expected one or more shares"),
+        (["--steps", "0"], "--steps 0; expected at least 1"),
+        (["--max-memory", "0.0001"], "--max-memory 107,374 bytes; the scores of blocks.0"),
+        (["--budget-of", "benign"], "--budget-of 'benign'; expected NAME=VALUE"),
+        (
+            ["--budget-of", "bening=1"],
+            "--budget-of: 'bening' is no behaviour; did you mean 'benign'?",
+        ),
+        (["--n-random", "0"], "--n-random 0; expected at least 1"),
+        (["--task-limit", "-1"], "--task-limit -1; expected 0 or more"),
+        (["--decides", "nll"], "--decides 'nll'; expected"),
         (
             ["--protect", "kindness"],
             "sft has no behaviour 'kindness'; did you mean 'kind'? There are harmful, benign",
         ),
-        (["--protect", "harmful"], "protect: 'harmful' is what is removed"),
+        (["--protect", "harmful"], "--protect: 'harmful' is what is removed"),
         (["--target", "harm"], "sft has no behaviour 'harm'; did you mean 'harmful'"),
         (["--organisms", "nowhere"], "nowhere holds no organism 'sft'"),
     ],

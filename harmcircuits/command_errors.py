@@ -1,0 +1,120 @@
+"""How a command ends that cannot go on: one sentence, in the words of the command line."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+try:  # typer brings its own click from 0.20 on
+    from typer._click.globals import get_current_context
+except ImportError:
+    from click import get_current_context
+
+# Arguments of the library that go by another name on the command line.
+SAME_AS = {"include_path": "tasks_from", "size": "sizes", "budget_of": "budgets", "path": "mask"}
+FUNCTIONS = re.compile(
+    r"^(?:find_circuit|evaluate_tasks|export|masked|open_model|study|run_jobs|weight_sites): "
+)
+RESUMES = "what is finished is kept: give --resume to go on"
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends a command in one sentence on standard error where it cannot go on; no traceback.
+
+    Exits with 2 for what was asked wrongly, with 1 for what the machine lacks, and with 130 where
+    the user interrupted.
+
+    Raises:
+        typer.Exit: in place of these errors.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ended(str(error), 2) from None
+    except KeyboardInterrupt:
+        raise ended(f"interrupted{_resumed()}", 130) from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        text = f"out of memory ({_first_line(error)}); give a smaller batch_size= or max_memory="
+        raise ended(text + _resumed(), 1) from None
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or _first_line(error)
+        text = f"{place}{reason}; make room there, or give another place"
+        raise ended(text + _resumed(), 1) from None
+    except RuntimeError as error:
+        # Of the device: its driver's errors come as these.
+        if not re.search(r"CUDA|HIP|MPS|cuDNN|CUBLAS", str(error)):
+            raise
+        text = f"the device failed ({_first_line(error)})"
+        raise ended(text + _resumed(), 1) from None
+
+
+def refused(error: ValueError) -> typer.Exit:
+    """The end of a command that was asked wrongly, after the reason is printed.
+
+    Args:
+        error: what is wrong, in a sentence.
+    """
+    return ended(str(error), 2)
+
+
+def ended(text: str, code: int) -> typer.Exit:
+    """The end of a command, after the reason is printed.
+
+    Args:
+        text: what is wrong.
+        code: the exit status.
+    """
+    message = escape(in_options(" ".join(text.split()), _flags()))
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+def in_options(text: str, flags: Mapping[str, str]) -> str:
+    """A message of the library in the words of a command line.
+
+    >>> in_options("find_circuit: steps=0; expected at least 1", {"steps": "--steps"})
+    '--steps 0; expected at least 1'
+
+    Args:
+        text: names arguments as Python does.
+        flags: the command's option of each argument.
+    """
+    text = FUNCTIONS.sub("", text)
+    for name, flag in flags.items():
+        pair = rf"(?<![\w.'-]){name}=\{{'([\w.]+)': '?(\w+)'?\}}"
+        text = re.sub(pair, rf"{flag} \1=\2", text)
+        text = re.sub(rf"(?<![\w.'-]){name}=True\b", flag, text)
+        text = re.sub(rf"(?<![\w.'-]){name}= ?(?![=\s])", f"{flag} ", text)
+        text = re.sub(rf"(?<![\w.'-]){name}=(?=[\s,;)])", flag, text)
+        text = re.sub(rf"^{name}(?=: )", flag, text)
+    return text
+
+
+def _flags() -> dict[str, str]:
+    """The option of each argument of the command that runs."""
+    context = get_current_context(silent=True)
+    parameters = context.command.params if context is not None else []
+    flags: dict[str, str] = {}
+    for parameter in parameters:
+        options = [option for option in parameter.opts if option.startswith("--")]
+        if parameter.name and options:
+            flags[parameter.name] = options[0]
+    for name, same in SAME_AS.items():
+        if same in flags and name not in flags:
+            flags[name] = flags[same]
+    return flags
+
+
+def _resumed() -> str:
+    """What is to be done where the command can go on."""
+    return f"; {RESUMES}" if "resume" in _flags() else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

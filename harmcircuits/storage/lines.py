@@ -1,0 +1,227 @@
+"""Files of JSON Lines that grow: an addition counts as a whole, and every line is checked.
+
+What is added at once is a block. Each of its lines ends with how many lines of the block follow,
+and with a CRC-32 of the block up to there:
+
+    {"metric": "harm_nll", ..., "check": "1:5b0c2f6e"}
+    {"metric": "benign_nll", ..., "check": "0:c4a1d093"}
+
+So a line that was changed, moved, dropped or repeated within a block shows, and so does a block
+that was cut off. Lines without "check" are of an earlier version, or of a person, and are read as
+they are.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harmcircuits.storage.text import parsed_json, read_text
+from harmcircuits.storage.writing import replacing
+
+CHECK = re.compile(r', "check": "(\d+):([0-9a-f]{8})"\}$')
+
+
+class Line(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+        number: from 1.
+        row: the object in it, without its check.
+        is_checked: whether it had one.
+        block: the number of the first line of its block.
+    """
+
+    number: int
+    row: dict[str, Any]
+    is_checked: bool
+    block: int
+
+
+class _Check(NamedTuple):
+    """The end of a line: how many lines follow in its block, and the CRC of the block so far."""
+
+    n_left: int
+    crc: int
+
+
+def append_lines(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], *, together: bool = True
+) -> None:
+    """Add rows to a file in one write, and see them onto the disk.
+
+    Args:
+        path: the file, made if it is not there.
+        rows: objects with at least one entry each.
+        together: as one block, which counts only as a whole; else each row is one by itself.
+
+    Raises:
+        OSError: it cannot be written (no space, no permission), naming the file.
+    """
+    path = Path(path)
+    blocks = [rows] if together else [[row] for row in rows]
+    text = "".join(map(_block, blocks)).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            # Half a line that an interrupted run left stays by itself.
+            is_torn = file.tell() and not _ends_in_line_break(file)
+            file.write((b"\n" if is_torn else b"") + text)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file that holds these rows and no others, as one block.
+
+    Args:
+        path: the file.
+        rows: objects with at least one entry each.
+
+    Raises:
+        OSError: as `replacing`.
+    """
+    with replacing(path) as unfinished:
+        unfinished.write_text(_block(rows), encoding="utf-8")
+
+
+def read_lines(
+    path: str | Path, noun: str, expected: str, *, is_resumed: bool = False
+) -> list[Line]:
+    """The lines of a file, each checked; of blank ones none.
+
+    Args:
+        path: the file.
+        noun: what its lines are, such as "measurements", for error messages.
+        expected: what to give in its place, for error messages.
+        is_resumed: leave out what an interrupted run did not finish: the lines of a block without
+            its end, and half a line.
+
+    Raises:
+        ValueError: as `read_text`, a line that is no JSON object or that is damaged; and without
+            `is_resumed` a block without its end.
+    """
+    text = read_text(path, expected)
+    try:
+        return _checked(text, is_resumed)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file of {noun} ({error})") from None
+
+
+def cut_unfinished(path: str | Path, lines: Sequence[Line]) -> None:
+    """Leave only these lines in a file, which `read_lines` gave of it, if it holds others.
+
+    Args:
+        path: the file.
+        lines: what stays.
+    """
+    path = Path(path)
+    stored = path.read_bytes().split(b"\n")
+    left = [stored[line.number - 1] for line in lines]
+    if [line for line in stored if line.strip()] == left:
+        return
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(b"".join(line + b"\n" for line in left))
+
+
+def _block(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    crc = 0
+    for n_left, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
+        body = json.dumps(row)
+        crc = _crc(body, n_left, crc)
+        lines.append(f'{body[:-1]}, "check": "{n_left}:{crc:08x}"}}\n')
+    return "".join(lines)
+
+
+def _crc(body: str, n_left: int, before: int) -> int:
+    return zlib.crc32(f"{n_left}:{body}".encode(), before)
+
+
+def _ends_in_line_break(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _checked(text: str, is_resumed: bool) -> list[Line]:
+    """The lines of finished blocks; raises ValueError for damage."""
+    lines: list[Line] = []
+    block: list[Line] = []
+    before: _Check | None = None  # of the last line, while its block goes on
+    # Not by `splitlines`, which also splits at characters that a text may hold.
+    for number, stored in enumerate(text.split("\n"), start=1):
+        if not stored.strip():
+            continue
+        body, check = _body_and_check(stored)
+        line = _line(number, body, check, is_resumed)
+        if line is not None and _continues(body, check, before):
+            block.append(line._replace(block=block[0].block if block else number))
+        elif line is None or _starts(body, check):
+            if before is not None and not is_resumed:
+                raise ValueError(_unfinished(number, before))
+            block = [] if line is None else [line]
+        else:
+            raise ValueError(f"line {number}: damaged, moved or changed by hand, as its check says")
+
+        before = check if line is not None and check is not None and check.n_left else None
+        if before is None:
+            _refuse_unchecked(lines, block)
+            lines += block
+            block = []
+    if before is not None and not is_resumed:
+        raise ValueError(_unfinished(text.count("\n") + 1, before))
+    return lines
+
+
+def _body_and_check(line: str) -> tuple[str, _Check | None]:
+    match = CHECK.search(line)
+    if match is None:
+        return line, None
+    return line[: match.start()] + "}", _Check(int(match[1]), int(match[2], base=16))
+
+
+def _continues(body: str, check: _Check | None, before: _Check | None) -> bool:
+    """Whether a line is the next one of a block."""
+    if check is None or before is None:
+        return False
+    n_left = before.n_left - 1
+    return check == _Check(n_left, _crc(body, n_left, before.crc))
+
+
+def _starts(body: str, check: _Check | None) -> bool:
+    """Whether a line is the first one of a block; one without a check is a block by itself."""
+    return check is None or check.crc == _crc(body, check.n_left, 0)
+
+
+def _line(number: int, body: str, check: _Check | None, is_resumed: bool) -> Line | None:
+    """A line's object; None for half a line that an interrupted run left, where that is allowed."""
+    try:
+        row = parsed_json(body)
+    except ValueError as error:
+        if is_resumed:
+            return None
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number}: {type(row).__name__}; expected an object")
+    return Line(number, row, check is not None, block=number)
+
+
+def _refuse_unchecked(lines: Sequence[Line], block: Sequence[Line]) -> None:
+    """Raises ValueError for a line without a check after lines that have one."""
+    for line in block:
+        if lines and lines[-1].is_checked and not line.is_checked:
+            raise ValueError(
+                f"line {line.number}: without a check, after lines that have one; to keep what was "
+                'added by hand, take ", "check": ..." out of every line'
+            )
+
+
+def _unfinished(number: int, before: _Check) -> str:
+    return (
+        f"before line {number}: {before.n_left} lines are missing of those written together; "
+        "resume the interrupted run, or take a whole copy of the file"
+    )
