@@ -37,6 +37,9 @@ def pytest_addoption(parser):
     parser.addoption(REAL_MODELS, type=Path, help="the folder that holds folders of real models")
     parser.addoption(REAL_DATA, type=Path, help="the folder that holds files of requests")
     parser.addoption(DAMAGED, type=int, default=200, help="how many files are damaged at random")
+    parser.addoption(
+        "--sequences", type=int, default=6, help="how many random sequences of edits are tried"
+    )
 
 
 @pytest.fixture(scope="session")

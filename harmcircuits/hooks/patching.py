@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.display import listed, progress_bar
+from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.measurements import N_RESAMPLES, Label, Labels, Measurement, Rows
+from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch
 
 PARTS = ("residual", "attention", "mlp", "head")
