@@ -105,8 +105,9 @@ def masked_if_given(
 def restore(bridge: AnyModel) -> None:
     """Take off every mask that is still on a model, and end every `fine_tuning` of it.
 
-    Then it is as it was before them all. Never needed after a `with` that has ended, unless several interrupts in a row have stopped it,
-    or torch could not write (then it says so). May be called at any time, any number of times.
+    Then it is as it was before them all. Never needed after a `with` that has ended, unless several
+    interrupts in a row have stopped it, or torch could not write (then it says so). May be called
+    at any time, any number of times.
 
     >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
     >>> with hc.masked(bridge, mask):
@@ -152,7 +153,7 @@ def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> 
             "nothing was changed. "
             "Pass same_model=False to apply it to another checkpoint of the same shapes"
         )
-    if same_model and not _ACTIVE.get(bridge):  # under a mask the weights are others anyway
+    if same_model and not layers_on(bridge):  # under a mask the weights are others anyway
         warn_of_other_weights(bridge, mask)
 
     edits = []
