@@ -206,7 +206,5 @@ def test_arguments_become_options():
 def test_values_by_name():
     assert values_by_name(["a=b=c", "d="], "o", "a=b", may_be_empty=True) == {"a": "b=c", "d": ""}
     for texts in (["a"], ["=b"], ["a="], ["a=1", "a=2"]):
-        with pytest.raises(
-            ValueError, match=r"o='.*'(; expected NAME=VALUE|, and '1' before)"
-        ):
+        with pytest.raises(ValueError, match=r"o='.*'(; expected NAME=VALUE|, and '1' before)"):
             values_by_name(texts, "o", "a=b")
