@@ -13,11 +13,11 @@ from rich.progress import Progress
 from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
 from harmcircuits.command_errors import one_sentence
-from harmcircuits.display import duration
+from harmcircuits.display import duration, nearest
 from harmcircuits.hooks.loading import load_outline, refuse_device
 from harmcircuits.hooks.memory import GIB
 from harmcircuits.mask_commands import MASK_COMMANDS
-from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms import FOLDER, ORGANISMS
 from harmcircuits.progress import progress_bar
 from harmcircuits.studies.cost import Workload, cost_table, estimate_outline, estimate_study
 from harmcircuits.studies.models import open_model
@@ -282,6 +282,9 @@ def _organism(
     custom: dict[str, Any],
 ) -> Model:
     no_custom_model(**custom)
+    if name not in ORGANISMS:
+        hint = nearest(name, ORGANISMS)
+        raise ValueError(f"no organism is called {name!r}; {hint}. For another model give model=")
     return open_model(name, seed=seed, device=device, folder=folder)
 
 

@@ -139,10 +139,7 @@ def measure_command(
     """
     quiet()
     with one_sentence():
-        if out is not None and (out.is_dir() or (out.exists() and not force)):
-            remedy = "a file that does not exist yet"
-            remedy += "" if out.is_dir() else ", or force=True to replace it"
-            raise ValueError(f"{out} exists; give {remedy}")
+        _refuse_existing(out, force)
         removed = WeightMask.from_hub(mask)
         opened = _model(model, organism, device, custom)
         rows = _measured(opened, removed, scale, split, behaviour or [])
@@ -271,6 +268,16 @@ def push_mask_command(
         )
     done = "written" if out is not None else "uploaded"
     Console().print(f"{removed} {done}: {address}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _refuse_existing(out: Path | None, force: bool) -> None:
+    """Raises ValueError for a file that is there and may not be replaced, and for a folder."""
+    if out is None or not out.exists():
+        return
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give a file that does not exist yet")
+    if not force:
+        raise ValueError(f"{out} exists; give a file that does not exist yet, or force=True")
 
 
 def _requests(texts: Sequence[str], file: str) -> PromptSet:

@@ -67,13 +67,19 @@ class QuestionTemplates:
         # JSON has lists only; the templates are hashable.
         values: dict[str, Any] = {}
         for name, value in stored.items():
-            is_list = name in ("yes", "no", "reasons")
-            texts = value if isinstance(value, list) else [value]
-            if isinstance(value, list) != is_list or not all(isinstance(t, str) for t in texts):
-                kind = "a list of texts" if is_list else "a text"
-                raise ValueError(f"questions: {name} in {path} is {value!r}; expected {kind}")
-            values[name] = tuple(texts) if is_list else value
+            values[name] = _texts(path, name, value)
         try:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _texts(path: str | Path, name: str, value: Any) -> str | tuple[str, ...]:
+    """A field as it is stored: a question is a text, the others are lists."""
+    is_list = name in ("yes", "no", "reasons")
+    texts = value if isinstance(value, list) else [value]
+    is_text = all(isinstance(text, str) for text in texts)
+    if isinstance(value, list) != is_list or not is_text:
+        kind = "a list of texts" if is_list else "a text"
+        raise ValueError(f"questions: {name} in {path} is {value!r}; expected {kind}")
+    return tuple(texts) if is_list else value

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from torch import nn
 
+from harmcircuits.command_errors import one_sentence
 from harmcircuits.organisms.check import check_all
 from harmcircuits.organisms.routing import planted
 from harmcircuits.organisms.train import (
@@ -20,6 +21,7 @@ from harmcircuits.organisms.train import (
     save,
     sft,
 )
+from harmcircuits.storage.writing import refuse_filled
 
 
 def main(
@@ -31,11 +33,17 @@ def main(
     with_planted: Annotated[
         bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")
     ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over the organisms that are in --out.")
+    ] = False,
 ) -> None:
     """Train the ladder and the planted organism, then check every condition.
 
     Exits with 1 if one does not hold.
     """
+    if not force:
+        with one_sentence():
+            refuse_filled(out)
     tokenizer = new_tokenizer()
     seeds = itertools.count(10 * seed + 1)
     samplers = (Sampler(tokenizer, sampler_seed, device) for sampler_seed in seeds)

@@ -149,32 +149,57 @@ def _ends_in_line_break(file: Any) -> bool:
 
 def _checked(text: str, is_resumed: bool) -> list[Line]:
     """The lines of finished blocks; raises ValueError for damage."""
-    lines: list[Line] = []
-    block: list[Line] = []
-    before: _Check | None = None  # of the last line, while its block goes on
+    blocks = _Blocks(is_resumed)
     # Not by `splitlines`, which also splits at characters that a text may hold.
-    for number, stored in enumerate(text.split("\n"), start=1):
-        if not stored.strip():
-            continue
-        body, check = _body_and_check(stored)
-        line = _line(number, body, check, is_resumed)
-        if line is not None and _continues(body, check, before):
-            block.append(line._replace(block=block[0].block if block else number))
-        elif line is None or _starts(body, check):
-            if before is not None and not is_resumed:
-                raise ValueError(_unfinished(number, before))
-            block = [] if line is None else [line]
-        else:
-            raise ValueError(f"line {number}: damaged, moved or changed by hand, as its check says")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            blocks.take(number, line)
+    blocks.refuse_unfinished(text.count("\n") + 1)
+    return blocks.lines
 
-        before = check if line is not None and check is not None and check.n_left else None
-        if before is None:
-            _refuse_unchecked(lines, block)
-            lines += block
-            block = []
-    if before is not None and not is_resumed:
-        raise ValueError(_unfinished(text.count("\n") + 1, before))
-    return lines
+
+class _Blocks:
+    """What has been read of a file.
+
+    Attributes:
+        is_resumed: whether what an interrupted run did not finish is left out, not refused.
+        lines: of finished blocks.
+        block: lines of one whose end is still to come.
+        before: check of its last line.
+    """
+
+    def __init__(self, is_resumed: bool) -> None:
+        self.is_resumed = is_resumed
+        self.lines: list[Line] = []
+        self.block: list[Line] = []
+        self.before: _Check | None = None
+
+    def take(self, number: int, text: str) -> None:
+        """Read one line more; raises ValueError where it is damaged."""
+        body, check = _body_and_check(text)
+        line = _line(number, body, check, self.is_resumed)
+        if line is not None and _continues(body, check, self.before):
+            self.block.append(line._replace(block=self.block[0].block))
+        else:
+            self._begin(number, line, body, check)
+
+        is_open = line is not None and check is not None and check.n_left > 0
+        self.before = check if is_open else None
+        if not is_open:
+            _refuse_unchecked(self.lines, self.block)
+            self.lines += self.block
+            self.block = []
+
+    def _begin(self, number: int, line: Line | None, body: str, check: _Check | None) -> None:
+        if line is not None and not _starts(body, check):
+            raise ValueError(f"line {number}: damaged, moved or changed by hand, as its check says")
+        self.refuse_unfinished(number)
+        self.block = [] if line is None else [line]
+
+    def refuse_unfinished(self, number: int) -> None:
+        """Raises ValueError where a block should go on at this line, and does not."""
+        if self.before is not None and not self.is_resumed:
+            raise ValueError(_unfinished(number, self.before))
 
 
 def _body_and_check(line: str) -> tuple[str, _Check | None]:
