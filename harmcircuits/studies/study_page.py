@@ -1,9 +1,14 @@
 """A study's page: from rows to lines, from lines to figures and tables, from these to HTML."""
 
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from plotly.graph_objects import Figure
 
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.overlap import overlap
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.examples import Examples, examples_of
@@ -18,6 +23,7 @@ from harmcircuits.studies.summary import (
     diagnostics_lines,
     tradeoff_lines,
 )
+from harmcircuits.studies.summary import headline as headline_lines
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.circuitsvis import (
     Visual,
@@ -26,8 +32,19 @@ from harmcircuits.views.circuitsvis import (
     coloured_tokens,
 )
 from harmcircuits.views.figures import comparison_figure, location_figure, share_figure
-from harmcircuits.views.page import paragraphs, plot, section, table, write_page
-from harmcircuits.views.tables import columns_of, interval_text, size_text
+from harmcircuits.views.page import (
+    contents,
+    download,
+    headline,
+    missing,
+    paragraphs,
+    plot,
+    preformatted,
+    section,
+    table,
+    write_page,
+)
+from harmcircuits.views.tables import DASH, columns_of, interval_text, size_text
 
 TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print. Search:
 the chosen circuit. One shot: scored once, at the same price and by the same check. Published: the
@@ -48,6 +65,7 @@ trained, cross-validated by request; of one that gives verdicts only, the mean o
 harmful and of harmless answers that it gets right. It is used where the lower end of the interval
 is at least 0.8 over all of them, over the same topic, over explanations alone, and over answers
 begun alike; else the local rules judge, and harm is read from the loss alone."""
+NOTE = "Rates with 95 % intervals, by ability and mask."
 COMPARISON_TEXT = """Held-out requests; the chosen circuit is that of the search. Bars: 95 %
 intervals that count each item once."""
 TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Random weights and those of
@@ -58,15 +76,55 @@ TOKENS_TEXT = """Reference answers to held-out requests. Red tokens lose log-pro
 chosen circuit (search), blue ones gain."""
 ANSWERS_TEXT = """Answers to held-out requests, and the judge's verdict on those without the chosen
 circuit (search)."""
+SHARED = ("mask", "weights", "shared", "Jaccard", "lift")
+SHARED_TEXT = """Weights that the chosen circuit has in common with other masks. Lift: how many
+times more than chance gives with the same counts in every matrix, so 1 is chance. The twin is
+the counterpart's own circuit, found with the target protected: what the two share was chosen
+for both. Sharing little does not show that two behaviours are separate; the tables above say
+what each mask breaks."""
+NO_MASK = """No mask of the search met the rule (see the first lines), so there is no circuit to
+show."""
+NO_TEXTS = """Not shown on a model of your own: its requests and answers may be harmful, and
+this page may be passed on. In a notebook, hc.masked and harmcircuits.views show the same for
+requests of your choice."""
+EXACT_JUDGE = """Not validated: the words of this model are invented, and its judge knows their
+world."""
+NO_VALIDATION = """Not validated: the local rules judge, which see refusals and broken text but
+cannot tell harmful answers from harmless ones. Read the rate together with the losses, or
+choose a judge that can be validated (--judge)."""
+CITE_TEXT = """The package, and the papers whose method it follows. Say which model, which seed,
+what was protected, and what the answers became: manifest.json and rows.jsonl beside this page
+hold all of it."""
+CITATION = """@software{harmcircuits,
+  title   = {harmcircuits: find, mask and measure the weights behind harmful generation},
+  author  = {The harmcircuits authors},
+  version = {VERSION},
+  year    = {2026},
+}
+@article{orgad2026,
+  title  = {Large Language Models Generate Harmful Content Using a Distinct, Unified Mechanism},
+  author = {Orgad and Wei and Zheng and Wattenberg and Henderson and Goldfarb-Tarrant and Belinkov},
+  year   = {2026},
+  eprint = {2604.09544},
+}
+@article{wei2024,
+  title  = {Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications},
+  author = {Wei and others},
+  year   = {2024},
+  eprint = {2402.05162},
+}"""
 HEADS_TEXT = """The heads that lose most query and output weights to the chosen circuit (search), on
 one request of the target with its reference answer."""
+
+Part = tuple[str, str, str]  # title, text, HTML
 
 
 def write_study_page(study: Study, path: str | Path) -> None:
     """Write the page of a finished study.
 
-    Summary, comparison, every figure, trade-off, location, tokens, answers, attention, diagnostics.
-    Texts of examples are shown only where the model's words are invented.
+    The result first, then comparison, every figure, trade-off, overlap, location, tokens, answers,
+    attention, diagnostics, and how to cite. A section that has nothing to show says why. Texts of
+    examples are shown only where the model's words are invented.
 
     Args:
         study: what to show.
@@ -74,15 +132,23 @@ def write_study_page(study: Study, path: str | Path) -> None:
     """
     rows, terms, chosen = study.rows, study.terms, study.chosen
     lines = StudyLines.of(rows, terms)
-    title = f"The weights behind {terms.target.name} answers in {study.model.name}"
-    if chosen is None:
-        _write(path, title, lines, terms, [], None)
-        return
-    figures = _figures(lines, terms)
     examples = None
-    if study.model.is_invented:
+    if chosen is not None and study.model.is_invented:
         examples = examples_of(study.model, chosen.mask, terms, rows)
-    _write(path, title, lines, terms, figures, examples)
+
+    # In the order in which a reader asks.
+    parts = [
+        *_measured(study, lines),
+        *_of_circuit(study, lines),
+        *_of_examples(study, examples),
+        *_trust(study, lines),
+        ("How to cite", CITE_TEXT, preformatted(_citation())),
+    ]
+    sections = [headline(headline_lines(rows, terms)), paragraphs(lines.summary)]
+    sections.append(contents([title for title, _, _ in parts]))
+    sections += [section(*part) for part in parts]
+    title = f"The weights behind {terms.target.name} answers in {study.model.name}"
+    write_page(path, title, sections, script=circuitsvis_script())
 
 
 def tradeoff_figure(rows: Rows, terms: Terms) -> Figure:
@@ -113,32 +179,131 @@ def _panels(terms: Terms) -> dict[str, str]:
     }
 
 
-def _figures(lines: StudyLines, terms: Terms) -> list[Figure]:
-    """The comparison of masks, the trade-off, and where the removed weights sit."""
-    # Few enough for bars side by side; the table has every line.
+def _measured(study: Study, lines: StudyLines) -> list[Part]:
+    """The comparison of masks, as a figure and as tables, and the trade-off."""
+    terms = study.terms
+    # Few enough for bars side by side; the tables have every line.
     drawn = ["unpruned", "random", terms.twin]
     for way in WAYS:
         drawn += [way, f"{way}, {SAME_SIZE}"]
     compared = {name: rows for name, rows in lines.held_out.items() if name in drawn}
-    rates, panels, kept = terms.rates, _panels(terms), terms.kept_rates
+    comparison = comparison_figure(compared, terms.rates)
+
+    # Two tables, as in a terminal: one would be wider than a page.
+    tables = ""
+    for titles, is_rate in ((terms.rates, True), (terms.losses, False)):
+        head, body = _cells(lines, titles, is_rate=is_rate)
+        label = "Held-out rates, per cent" if is_rate else "Losses, nats per token"
+        tables += table(head, body, style="figures", label=label)
+
+    if lines.tradeoff:
+        figure = share_figure(lines.tradeoff, _panels(terms), kept=terms.kept_rates)
+        tradeoff = plot(figure, label=f"Curves against size. {TRADEOFF_TEXT}")
+    else:
+        tradeoff = missing("No mask removes anything within the budget, so there is no curve.")
+    bars = plot(comparison, first=True, label=f"Bars; every figure is in the table below. {NOTE}")
     return [
-        comparison_figure(compared, rates),
-        share_figure(lines.tradeoff, panels, kept=kept),
-        location_figure(lines.location),
+        ("What goes and what stays", COMPARISON_TEXT, bars),
+        ("Every figure", TABLE_TEXT, tables),
+        ("The trade-off", TRADEOFF_TEXT, tradeoff),
     ]
 
 
-def _cells(lines: StudyLines, terms: Terms) -> tuple[list[str], list[list[str]]]:
-    """Titles of columns, and a line of texts for each mask: every held-out figure."""
-    rates = columns_of(lines.held_out, terms.rates)
-    losses = columns_of(lines.held_out, terms.losses)
+def _of_circuit(study: Study, lines: StudyLines) -> list[Part]:
+    """What the chosen circuit shares with other masks, and where it sits."""
+    if study.chosen is None:
+        shared = located = missing(NO_MASK)
+    else:
+        shared = table(SHARED, _shared_lines(study), style="figures", label="Shared weights")
+        label = f"{LOCATION_TEXT} The numbers are in rows.jsonl, metric weights_removed."
+        located = plot(location_figure(lines.location), label=label)
+        located += _mask_file(study.chosen.mask)
+    return [
+        ("What the circuit shares", SHARED_TEXT, shared),
+        ("Where the removed weights sit", LOCATION_TEXT, located),
+    ]
+
+
+def _of_examples(study: Study, examples: Examples | None) -> list[Part]:
+    """Tokens, answers and attention, or why there are none."""
+    if examples is not None:
+        columns = ("request", "unpruned", "masked", "verdict")
+        tokens, attention = _tokens_html(examples), _attention_html(examples)
+        answers = table(columns, examples.answers, label="Answers")
+    else:
+        tokens = answers = attention = missing(NO_MASK if study.chosen is None else NO_TEXTS)
+    return [
+        ("Which tokens lose probability", TOKENS_TEXT, tokens),
+        ("What the model says", ANSWERS_TEXT, answers),
+        ("Attention of the most pruned heads", HEADS_TEXT, attention),
+    ]
+
+
+def _trust(study: Study, lines: StudyLines) -> list[Part]:
+    """Whether the true circuit is met, and whether the judge and the scores can be trusted."""
+    known = missing("Only known of a model in which a circuit was planted.")
+    if lines.ground_truth:
+        head = ["score", *GROUND_TRUTH.values()]
+        known = table(head, lines.ground_truth, style="figures", label="Recovery")
+    judged = missing(EXACT_JUDGE if study.model.is_invented else NO_VALIDATION)
+    if lines.judge:
+        judged = table(JUDGE, lines.judge, label="Judge")
+    diagnosed = table(DIAGNOSTICS, lines.diagnostics, label="Diagnostics of the scores")
+    return [
+        ("Against the planted circuit", "Chance is 0.5 for both areas.", known),
+        ("Can the judge be trusted?", JUDGE_TEXT, judged),
+        ("Can the scores be trusted?", TRUST_TEXT, diagnosed),
+    ]
+
+
+def _shared_lines(study: Study) -> list[list[str]]:
+    """Name, size, shared weights, Jaccard and lift of each mask beside the chosen one."""
+    circuit = study.masks["circuit"]
+    lines = []
+    for name, mask in study.masks.items():
+        # The other controls are disjoint from the circuit, or like random ones.
+        if name == "circuit" or name.startswith(("opposite", "second", "random_magnitude")):
+            continue
+        title = name.removeprefix("circuit-").replace("_only", " only protected").replace("_", " ")
+        size = f"{mask.n_removed:,}"
+        if not mask.n_removed:
+            lines.append([title, size, DASH, DASH, "the mask is empty"])
+            continue
+        both = overlap(circuit, mask)
+        low, high = both.interval
+        lift = f"{both.lift:.1f}\n{low:.1f} – {high:.1f}"
+        lines.append([title, size, f"{both.n_shared:,}", f"{both.jaccard:.3f}", lift])
+    return lines
+
+
+def _mask_file(mask: WeightMask) -> str:
+    """The mask as a file within the page."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "circuit.safetensors"
+        mask.save(path)
+        content = path.read_bytes()
+    text = "Download the mask (hc.WeightMask.load reads it)"
+    return download("circuit.safetensors", content, text)
+
+
+def _citation() -> str:
+    """The package, and the papers whose method it follows, as BibTeX."""
+    return CITATION.replace("VERSION", version("harmcircuits"))
+
+
+def _cells(
+    lines: StudyLines,
+    titles: Mapping[str, str],
+    *,
+    is_rate: bool,
+) -> tuple[list[str], list[list[str]]]:
+    """Titles of columns, and a line of texts for each mask, of these metrics."""
+    columns = columns_of(lines.held_out, titles)
     body = []
     for name, rows in lines.held_out.items():
-        cells = [name, size_text(rows)]
-        cells += [interval_text(rows, metric, is_rate=True) for metric in rates]
-        cells += [interval_text(rows, metric, is_rate=False) for metric in losses]
-        body.append(cells)
-    return ["mask", "weights", *rates.values(), *losses.values()], body
+        figures = [interval_text(rows, metric, is_rate=is_rate) for metric in columns]
+        body.append([name, size_text(rows), *figures])
+    return ["mask", "weights", *columns.values()], body
 
 
 def _token_views(examples: Examples) -> dict[str, list[Visual]]:
@@ -162,60 +327,16 @@ def _attention(examples: Examples) -> dict[str, Visual]:
     }
 
 
-def _write(
-    path: str | Path,
-    title: str,
-    lines: StudyLines,
-    terms: Terms,
-    figures: list[Figure],
-    examples: Examples | None,
-) -> None:
-    """Everything as one HTML file, in the order in which a reader asks."""
-    head, body = _cells(lines, terms)
-    tokens = attention = ""
-    if examples is not None:
-        tokens, attention = _tokens_html(examples), _attention_html(examples)
-
-    # Where no mask was chosen, only the summary and the diagnostics are left.
-    sections = [paragraphs(lines.summary)]
-    if figures:
-        comparison, tradeoff, location = figures
-        sections += [
-            section("What goes and what stays", COMPARISON_TEXT, plot(comparison, first=True)),
-            section("Every figure", TABLE_TEXT, table(head, body, style="figures")),
-            section("The trade-off", TRADEOFF_TEXT, plot(tradeoff)),
-            section("Where the removed weights sit", LOCATION_TEXT, plot(location)),
-        ]
-    if examples is not None:
-        columns = ("request", "unpruned", "masked", "verdict")
-        answers = table(columns, examples.answers)
-        sections += [
-            section("Which tokens lose probability", TOKENS_TEXT, tokens),
-            section("What the model says", ANSWERS_TEXT, answers),
-            section("Attention of the most pruned heads", HEADS_TEXT, attention),
-        ]
-    if lines.ground_truth:
-        content = table(["score", *GROUND_TRUTH.values()], lines.ground_truth, style="figures")
-        text = "Chance is 0.5 for both areas."
-        sections.append(section("Against the planted circuit", text, content))
-    if lines.judge:
-        judged = table(JUDGE, lines.judge)
-        sections.append(section("Can the judge be trusted?", JUDGE_TEXT, judged))
-    diagnosed = table(DIAGNOSTICS, lines.diagnostics)
-    sections.append(section("Can the scores be trusted?", TRUST_TEXT, diagnosed))
-    write_page(path, title, sections, script=circuitsvis_script())
-
-
 def _tokens_html(examples: Examples) -> str:
     html = ""
     for name, views in _token_views(examples).items():
         html += f"<h3>{name} answers</h3>"
         html += "".join(view.html() for view in views)
-    return html
+    return f'<div class="drawn">{html}</div>'
 
 
 def _attention_html(examples: Examples) -> str:
     panels = []
     for title, view in _attention(examples).items():
-        panels.append(f"<div><h3>{title}</h3>{view.html()}</div>")
-    return f'<div class="pair">{"".join(panels)}</div>'
+        panels.append(f'<div tabindex="0"><h3>{title}</h3>{view.html()}</div>')
+    return f'<div class="pair drawn">{"".join(panels)}</div>'

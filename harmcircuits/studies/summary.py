@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from harmcircuits.behaviours.behaviour import DEGENERATE
 from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
@@ -249,10 +250,67 @@ def summary(rows: Rows, terms: Terms) -> str:
     text = (
         f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {SEARCH}) takes "
         f"{_answers(terms)} from {before.one(rate).mean:.0%} to {after.one(rate):.0%}; "
-        f"chosen otherwise they leave {listed(others)}. {_cost(before, after, terms)} "
+        f"chosen otherwise they leave {listed(others)}. {_became(before, after, terms)}"
+        f"{_cost(before, after, terms)} "
         f"{_loss_changes(before, after, terms)}"
     )
     return "\n".join([text, _protected(rows, terms), *_warnings(rows)])
+
+
+def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
+    """What a reader takes away: name, figure, and interval or explanation of each.
+
+    The target, what its answers became, the worst kept ability, and how many weights it takes; of
+    a study that chose no mask, what the unpruned model does.
+
+    Args:
+        rows: of a study.
+        terms: what they are called.
+    """
+    lines = held_out_lines(rows, terms)
+    before, target = lines["unpruned"], terms.target
+    after = lines.get(SEARCH)
+    names = {target.metric: _answers(terms)}
+    for verdict, metric in target.side_metrics.items():
+        measured = [*before.where(metric), *(after or Rows()).where(metric)]
+        # Broken text always, since it may pass for success; the others where there are any.
+        if verdict == DEGENERATE or any(row.mean for row in measured):
+            names[metric] = f"{verdict} instead"
+    figures = []
+    for metric, name in names.items():
+        if not before.where(metric):
+            continue
+        start = before.one(metric)
+        if after is None or not after.where(metric):
+            figures.append((name, f"{start.mean:.0%}", f"{start:.0%}, unpruned"))
+            continue
+        end = after.one(metric)
+        figures.append((name, f"{start.mean:.0%} → {end.mean:.0%}", f"{end:.0%}"))
+    if not target.side_metrics:
+        note = "this behaviour counts no other verdicts"
+        figures.append(("what answers become", DASH, note))
+    if after is None:
+        return [*figures, ("weights removed", DASH, "no mask was chosen")]
+
+    changes = _changes(before, after, terms)
+    worst = min(changes, key=changes.__getitem__, default=None)
+    if worst is not None:
+        figures.append(("worst kept ability", f"{changes[worst]:+.1f} points", worst))
+    size = after.one("weights_removed").mean
+    figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
+    return figures
+
+
+def _became(before: Rows, after: Rows, terms: Terms) -> str:
+    """What the target's answers turned into, as a sentence; empty where nothing rises."""
+    risen = []
+    for verdict, metric in terms.target.side_metrics.items():
+        if not before.where(metric) or not after.where(metric):
+            continue
+        end = after.one(metric)
+        if end.mean > before.one(metric).mean:
+            risen.append(f"{verdict} {end:.0%}")
+    return f"In their place: {listed(risen)}. " if risen else ""
 
 
 def _protected(rows: Rows, terms: Terms) -> str:
@@ -274,19 +332,25 @@ def _answers(terms: Terms) -> str:
 
 def _cost(before: Rows, after: Rows, terms: Terms) -> str:
     """The kept ability that falls most, as a sentence."""
-    changes = {}  # in points
-    for behaviour in terms.kept:
-        # What the unpruned model never does cannot fall.
-        if after.where(behaviour.metric) and before.one(behaviour.metric).mean > 0:
-            rate_after = after.one(behaviour.metric).mean
-            rate_before = before.one(behaviour.metric).mean
-            changes[behaviour.title] = 100 * (rate_after - rate_before)
+    changes = _changes(before, after, terms)
     worst = min(changes, key=changes.__getitem__, default=None)
     if worst is None or changes[worst] >= 0:
         return f"None of the {len(changes)} kept abilities falls."
     return (
         f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'
     )
+
+
+def _changes(before: Rows, after: Rows, terms: Terms) -> dict[str, float]:
+    """Title of each kept ability -> how far its rate changes, in points."""
+    changes = {}
+    for behaviour in terms.kept:
+        # What the unpruned model never does cannot fall.
+        if after.where(behaviour.metric) and before.one(behaviour.metric).mean > 0:
+            rate_after = after.one(behaviour.metric).mean
+            rate_before = before.one(behaviour.metric).mean
+            changes[behaviour.title] = 100 * (rate_after - rate_before)
+    return changes
 
 
 def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:

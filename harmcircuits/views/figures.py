@@ -54,6 +54,8 @@ LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
 WORST_KEPT = "worst kept ability"
 N_SOLID = 2  # of the lines of a share figure
 LINE_SPREAD = 0.16  # between models that share a line of an overlap figure
+SCREEN = 600  # pixels
+LEAST_LINE = 18  # pixels, for a number
 MANY_COLUMNS = 6  # from which on labels are slanted
 
 
@@ -124,7 +126,7 @@ def share_figure(
     for column, is_rate in enumerate([*are_rates, True], start=1):
         if is_rate:
             figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
-    return _styled(figure, height=360)
+    return _styled(figure, height=380).update_layout(legend={"y": -0.3})
 
 
 def location_figure(rows: Rows) -> go.Figure:
@@ -159,7 +161,9 @@ def location_figure(rows: Rows) -> go.Figure:
         aspect="auto",
     )
     figure.update_traces(text=count.map(_whole_number), texttemplate="%{text}")
-    return _styled(figure, height=110 + 48 * len(layers))
+    # Of many layers lines are lower, so that the figure fits a screen as long as they can be read.
+    line_height = max(LEAST_LINE, min(48, SCREEN // max(1, len(layers))))
+    return _styled(figure, height=110 + line_height * len(layers))
 
 
 def cross_ablation_figure(

@@ -1,5 +1,6 @@
 """One HTML file that needs no network, and the parts it is made of."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -56,16 +57,63 @@ def paragraphs(text: str) -> str:
     return str(macro(text.splitlines()))
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]], *, style: str = "") -> str:
+def contents(titles: Sequence[str]) -> str:
+    """Links to the sections with these titles."""
+    macro = _part("contents")
+    return str(macro(titles))
+
+
+def headline(figures: Sequence[tuple[str, str, str]]) -> str:
+    """The figures that a reader takes away.
+
+    Args:
+        figures: name, value and what is set small below it, of each.
+    """
+    macro = _part("headline")
+    return str(macro(figures))
+
+
+def missing(reason: str) -> str:
+    """What stands where a section has nothing to show: a plain sentence that says why."""
+    macro = _part("missing")
+    return str(macro(reason))
+
+
+def preformatted(text: str) -> str:
+    """Plain text with its line breaks."""
+    macro = _part("preformatted")
+    return str(macro(text))
+
+
+def download(name: str, content: bytes, text: str) -> str:
+    """A link to a file that the page itself holds.
+
+    Args:
+        name: of the file.
+        content: of the file.
+        text: of the link, plain.
+    """
+    macro = _part("download")
+    return str(macro(name, b64encode(content).decode(), text))
+
+
+def table(
+    head: Sequence[str],
+    body: Iterable[Sequence[str]],
+    *,
+    style: str = "",
+    label: str = "Table",
+) -> str:
     """An HTML table of plain texts; what follows a line break in a cell is set small below it.
 
     Args:
         head: titles of the columns.
         body: lines of cells.
         style: "figures" aligns numbers.
+        label: what a screen reader calls it.
     """
     macro = _part("table")
-    return str(macro(head, list(body), style))
+    return str(macro(head, list(body), style, label))
 
 
 def frame(data: "pandas.DataFrame") -> str:
@@ -74,17 +122,19 @@ def frame(data: "pandas.DataFrame") -> str:
     return table([str(name) for name in data.columns], body)
 
 
-def plot(figure: "Figure", *, first: bool = False) -> str:
+def plot(figure: "Figure", *, first: bool = False, label: str = "Figure") -> str:
     """A figure as HTML.
 
     Args:
         figure: the figure.
         first: whether it is the page's first figure, which brings the plotting script.
+        label: what it shows, for those who do not see it.
     """
     # The script is 4 MB, so a page holds it once.
     config = {"displayModeBar": False, "responsive": True}
     html = figure.to_html(full_html=False, include_plotlyjs=first, config=config)
-    return f'<div class="wide plot">{html}</div>'
+    macro = _part("plot")
+    return str(macro(_html(html), " ".join(label.split())))
 
 
 def _part(name: str) -> Any:

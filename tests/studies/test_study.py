@@ -30,7 +30,13 @@ from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import study
 from harmcircuits.studies.study_page import write_study_page
-from harmcircuits.studies.summary import StudyLines, held_out_lines, result_tables, summary
+from harmcircuits.studies.summary import (
+    StudyLines,
+    headline,
+    held_out_lines,
+    result_tables,
+    summary,
+)
 from harmcircuits.studies.terms import Terms
 
 SIZES = (0.01, 0.04)
@@ -279,6 +285,24 @@ def test_saturation_is_warned_of(finished):
     assert "Warning" not in summary(run.rows, run.terms)
 
 
+def test_the_headline_says_what_answers_became(finished):
+    run, out, _ = finished
+    figures = {name: value for name, value, _ in headline(run.rows, run.terms)}
+    where = {"split": "heldout"}
+    for metric, name in (("harm_valid_rate", "valid harmful answers"),):
+        before = run.rows.one(metric, mask="none", **where).mean
+        after = run.rows.one(
+            metric, mask="circuit", selection="search", at="operating point", **where
+        )
+        assert figures[name] == f"{before:.0%} → {after.mean:.0%}"
+    assert "degenerate instead" in figures
+    assert f"{len(run.chosen.mask):,} weights" in [
+        note for _, _, note in headline(run.rows, run.terms)
+    ]
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert html.index("degenerate instead") < html.index("What goes and what stays")
+
+
 # A judge that was validated
 
 
@@ -297,7 +321,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
     run = judged(finished[0], used)
     write_study_page(run, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    _, _, told = html.partition("Can the judge be trusted?")
+    _, _, told = html.partition("<h2>Can the judge be trusted?")
     line, _, _ = told.partition("</table>")
     cells = re.findall(r"<td[^>]*>(.*?)</td>", line, flags=re.S)
     texts = [re.sub(r"<.*?>", "", cell).strip() for cell in cells]
@@ -311,9 +335,13 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
         assert (warning in text) == (used == "no")
 
 
-def test_the_page_of_the_local_rules_has_no_such_table(finished):
+def test_the_page_of_the_local_rules_says_why_it_has_no_such_table(finished):
     run, out, _ = finished
-    assert "Can the judge be trusted?" not in (out / "report.html").read_text(encoding="utf-8")
+    html = (out / "report.html").read_text(encoding="utf-8")
+    _, _, section = html.partition("<h2>Can the judge be trusted?")
+    section, _, _ = section.partition("</section>")
+    assert "Not validated" in section
+    assert "<table" not in section
     assert not StudyLines.of(run.rows, run.terms).judge
 
 
