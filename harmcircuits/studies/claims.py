@@ -176,6 +176,7 @@ class Claim:
         small: options of its jobs in a small run.
         together: the outcome of all cases from those of each; `in_some` or `in_all`.
         seeds: how many seeds it is run with by default.
+        small_models: organisms of a small run; `models` by default.
     """
 
     name: str
@@ -184,6 +185,7 @@ class Claim:
     small: Mapping[str, Any] = field(default_factory=dict)
     together: Callable[[Sequence[Outcome]], Outcome] = in_some
     seeds: int = 3
+    small_models: Sequence[str] = ()
     experiments: list[Experiment] = field(default_factory=list, init=False)
     figures: dict[str, Figure | Visual] = field(default_factory=dict, init=False, repr=False)
     _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
@@ -284,7 +286,7 @@ class Claim:
             from tempfile import mkdtemp
 
             out = mkdtemp(prefix=f"harmcircuits-{self.name}-")
-        of_models = specs(models, self.models, [folder], "cpu")
+        of_models = specs(models, self._organisms(small), [folder], "cpu")
         return self._run(Path(out), of_models, seeds, small, workers, options)
 
     def result(self, rows: Rows) -> ClaimResult:
@@ -372,6 +374,9 @@ class Claim:
             return False
         ipython = sys.modules.get("IPython")
         return ipython is None or ipython.get_ipython() is None
+
+    def _organisms(self, small: bool) -> Sequence[str]:
+        return (small and self.small_models) or self.models
 
     @property
     def _options(self) -> dict[str, Option]:
@@ -462,7 +467,7 @@ class Claim:
         ) -> None:
             folders = organisms or [FOLDER]
             try:
-                of_models = specs(model or (), self.models, folders, device, **custom)
+                of_models = specs(model or (), self._organisms(small), folders, device, **custom)
                 show_files(of_models, Console())
                 changed = _changed(own, options)
                 self._rows = self._run(out, of_models, seeds, small, workers, changed)

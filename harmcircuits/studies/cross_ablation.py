@@ -170,6 +170,7 @@ def overlap_rows(
     size: float,
     selection: str = "search",
     n_samples: int = 50,
+    pairs: Iterable[tuple[str, str]] | None = None,
 ) -> Rows:
     """What every pair of unprotected circuits shares.
 
@@ -184,13 +185,14 @@ def overlap_rows(
         size: share of the weights in every circuit.
         selection: how the circuits were chosen, as their rows are labelled.
         n_samples: of the null that keeps row and column counts.
+        pairs: of behaviours that are compared; all by default.
     """
     rows = Rows()
     masks = {}
     for name, (scores, _) in one_shot.items():
         masks[name] = top_fraction(scores, size, within="model")
 
-    for first, second in combinations(masks, 2):
+    for first, second in combinations(masks, 2) if pairs is None else pairs:
         first_scores, first_masks = one_shot[first]
         second_scores, second_masks = one_shot[second]
         pair = {**labels, "first": first, "second": second}
@@ -198,10 +200,10 @@ def overlap_rows(
         # Resample i of both drew the same items, so they are compared with each other.
         resamples = list(zip(first_masks, second_masks, strict=True))
         shared = overlap(masks[first], masks[second], resamples=resamples, n_samples=n_samples)
-        rows += _shared_rows(shared, {**pair, "selection": "one shot"})
+        rows += shared_rows(shared, {**pair, "selection": "one shot"})
 
         shared = overlap(circuits[first], circuits[second], n_samples=n_samples)
-        rows += _shared_rows(shared, {**pair, "selection": selection})
+        rows += shared_rows(shared, {**pair, "selection": selection})
 
         correlation = rank_correlation(first_scores, second_scores)
         rows += [Measurement.exact("rank_correlation", pair, correlation)]
@@ -219,7 +221,13 @@ def overlap_rows(
     return rows
 
 
-def _shared_rows(shared: Overlap, labels: Labels) -> Rows:
+def shared_rows(shared: Overlap, labels: Labels) -> Rows:
+    """What two circuits share, as rows: both lifts, Jaccard index, containment of the first.
+
+    Args:
+        shared: the overlap, with samples of the stricter null.
+        labels: what the rows carry.
+    """
     lift = (shared.lift, *shared.interval)
     marginal = (shared.lift_marginal, *shared.interval_marginal)
     return Rows(
@@ -230,6 +238,43 @@ def _shared_rows(shared: Overlap, labels: Labels) -> Rows:
             Measurement.exact("overlap_containment", labels, shared.containment[0]),
         ]
     )
+
+
+def topic_masks(
+    model: Model,
+    calibrations: Mapping[str, Calibration],
+    *,
+    size: float,
+    terms: Terms | None = None,
+) -> dict[str, WeightMask]:
+    """Masks in one shot of TARGET/TOPIC and CONTRAST/TOPIC, for the topics that both have.
+
+    Empty where these are fewer than two.
+
+    Args:
+        model: the model.
+        calibrations: its calibration data, parts of behaviours among them.
+        size: share of the weights in every mask.
+        terms: names the target and the contrast; the usual ones by default.
+    """
+    terms = terms or Terms.standard()
+    roles = (terms.target.name, terms.contrast.name)
+    of_role = {role: set() for role in roles}
+    for name in calibrations:
+        role, _, topic = name.partition("/")
+        if topic and role in of_role:
+            of_role[role].add(topic)
+    topics = sorted(set.intersection(*of_role.values()))
+    if len(topics) < 2:
+        return {}
+
+    masks = {}
+    for role, topic in product(roles, topics):
+        name = f"{role}/{topic}"
+        objective = model.behaviours[name].objective
+        scores = removal_effect(model.bridge, calibrations[name].batches, objective)
+        masks[name] = top_fraction(scores, size, within="model")
+    return masks
 
 
 def content_rows(

@@ -1,31 +1,42 @@
 """The comparison of circuits, and the page's table of it.
 
-Would catch: a table that its rows do not give, a model whose rows are lost.
+Would catch: a table that its rows do not give, a model whose rows are lost, words without their
+figures.
 """
 
-from pathlib import Path
-
-import shared_circuits as analysis
-from pages import text_of
+import pytest
+from helpers import ANALYSES, analysis
+from pages import markdown, text_of
 
 from harmcircuits.measurements import Rows
+from harmcircuits.studies.shared_table import shared_table
 
-ROOT = Path(__file__).parents[2]
-ROWS = Rows.read(ROOT / "analyses" / "rows" / "shared_circuits.jsonl")
-
-
-def test_the_page_holds_the_table_that_the_rows_give():
-    table = analysis.summary(ROWS, *analysis.covered(ROWS))
-    assert table in text_of("results.md")
+ROWS = ANALYSES / "rows" / "shared.jsonl"
+shared = analysis("shared_circuits")
 
 
-def test_the_table_needs_only_the_rows_that_are_kept():
-    assert analysis.reported(ROWS) == ROWS
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    if not ROWS.is_file():
+        pytest.skip(f"{ROWS.name} is not committed yet: run analyses/shared_circuits.py")
+    return shared.claim.rows()
 
 
-def test_the_committed_rows_are_of_finished_models():
-    for row in ROWS.where("compared"):
-        of_model = ROWS.where("harm_valid_rate", **row.labels)
-        assert of_model.one(mask="none").mean >= 0.9, "a rung that can do harm at all"
-        for protected in ("none", "others"):
-            assert of_model.one(mask="harmful", protected=protected)
+def test_the_page_holds_the_table_that_the_rows_give(rows):
+    table = shared_table(rows, shared.TASKS, shared.PROTECTED)
+    assert markdown(table) in text_of("results.md")
+
+
+def test_every_rung_can_do_harm_and_has_a_circuit_of_it_both_ways(rows):
+    models = rows.by("model")
+    assert set(models) == set(shared.claim.models)
+    for of_model in models.values():
+        assert of_model.one("harm_valid_rate", mask="none").mean >= 0.9
+        for protected in shared.PROTECTED:
+            assert of_model.one("harm_valid_rate", mask="harmful", protected=protected)
+
+
+def test_words_name_the_lift_of_the_twin(rows):
+    for of_model in rows.by("model").values():
+        twin = of_model.one("overlap_lift", first="harmful", second="benign", selection="one shot")
+        assert f"share {twin:.1f} times" in shared.words(of_model)

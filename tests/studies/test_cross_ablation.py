@@ -30,6 +30,7 @@ from harmcircuits.studies.cross_ablation import (
     overlap_rows,
     resampled_circuits,
     token_rows,
+    topic_masks,
 )
 from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.terms import Terms
@@ -156,6 +157,11 @@ def test_overlap_rows_agree_with_the_masks(model, calibrations, circuits):
     harm, benign = (top(resampled[name][0]) for name in ("harmful", "benign"))
     jaccard = rows.one("overlap_jaccard", **pair, selection="one shot")
     assert jaccard.mean == pytest.approx(overlap(harm, benign).jaccard)
+    few = overlap_rows(
+        resampled, circuits, {}, size=SIZE, n_samples=5, pairs=[("harmful", "benign")]
+    )
+    assert few.one("rank_correlation").labels == pair
+
     ceiling = rows.one("overlap_jaccard", first="harmful", second="harmful")
     assert ceiling.low > jaccard.mean, "a circuit is nearer to itself on other data than to another"
     assert all(row.low <= row.mean <= row.high for row in rows)
@@ -253,3 +259,17 @@ def test_nothing_changes_without_a_change(model):
     outcomes = outcomes_of(model, ["benign"])["benign"]
     for row in outcomes.changes(outcomes, {}):
         assert row.low == row.mean == row.high == 0
+
+
+def test_topic_masks_are_of_topics_that_both_have(model):
+    first, second, third = world().topics[:3]
+    names = [f"{role}/{topic}" for role in ("harmful", "benign") for topic in (first, second)]
+    answers = model.calibrations([*names, f"harmful/{third}"])
+    masks = topic_masks(model, answers, size=SIZE)
+    assert list(masks) == [
+        f"{role}/{topic}" for role in ("harmful", "benign") for topic in sorted((first, second))
+    ]
+    batches = answers[names[0]].batches
+    expected = top(removal_effect(model.bridge, batches, completion_loss))
+    assert same_weights(masks[names[0]], expected)
+    assert not topic_masks(model, {names[0]: answers[names[0]]}, size=SIZE), "one topic is too few"

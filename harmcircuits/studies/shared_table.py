@@ -1,0 +1,81 @@
+"""What circuits share and break as a table: a line a figure, a column a model."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import pandas
+
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.dissociation import dissociations
+from harmcircuits.studies.terms import Terms
+from harmcircuits.views.tables import DASH
+
+LIFTS = {"overlap_lift": "lift", "overlap_lift_marginal": "lift over rows and columns"}
+
+
+def shared_table(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> pandas.DataFrame:
+    """A column for every model, ladders and seeds pooled; a dash where there is nothing.
+
+    Args:
+        rows: of `cross_ablation`, with the labels `ladder`, `model` and `seed`.
+        tasks: behaviours whose circuits are the reference.
+        protected: values of that label, such as "others".
+    """
+    columns = {}
+    for model, of_model in rows.pool("ladder").pool("seed").by("model").items():
+        columns[model] = shared_lines(of_model, tasks, protected)
+    return pandas.DataFrame(columns).fillna(DASH).rename_axis(" ").reset_index()
+
+
+def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> dict[str, str]:
+    """What one model has in each line of the table, by the line's title.
+
+    Args:
+        rows: of one model.
+        tasks: as in `shared_table`.
+        protected: as in `shared_table`.
+    """
+    terms = Terms.standard()
+    target, twin = terms.target.name, terms.contrast.name
+    one_shot = rows.where(selection="one shot")
+    lines = {}
+    for metric, null in LIFTS.items():
+        for lift in one_shot.where(metric, first=target):
+            if lift.labels["second"] != target:
+                lines[f"{target} and {lift.labels['second']}, {null}"] = f"{lift:.1f}"
+        for lift in _mean_of(one_shot.where(metric), list(combinations(tasks, 2))):
+            lines[f"{', '.join(tasks)} among themselves, {null}"] = f"{lift:.1f}"
+    for row in rows.where("content_lift"):
+        lines[f"topics: {row.labels['relation']}, lift"] = f"{row:.1f}"
+    for second, title in ((twin, twin), (target, "itself, found again")):
+        for row in rows.where("overlap_jaccard", first=target, second=second, selection="search"):
+            lines[f"{target} and {title}, Jaccard"] = f"{row:.2f}"
+
+    for spared in protected:
+        without = rows.where(mask=target, protected=spared)
+        rates = {title: without.where(metric) for metric, title in terms.rates.items()}
+        left = [f"{title} {of[0].mean:.0%}" for title, of in rates.items() if of]
+        lines[f"left without {target}, sparing {spared}"] = ", ".join(left)
+        tested = [f"{second}: {outcome}" for second, outcome in _outcomes(rows, spared, terms)]
+        lines[f"{target} dissociates, sparing {spared}"] = ", ".join(tested)
+    for row in rows.where("top_share", mask=target, by="neuron"):
+        title = "by chance" if row.labels["chance"] == "yes" else f"of {target}"
+        lines[f"MLP weights in a twentieth of the neurons, {title}"] = f"{row.mean:.0%}"
+    return lines
+
+
+def _mean_of(lifts: Rows, pairs: Sequence[tuple[str, str]]) -> Rows:
+    """One row: the mean over pairs with the widest ends; none where no pair was compared."""
+    of_pairs: list[Measurement] = []
+    for row in lifts:
+        if (row.labels["first"], row.labels["second"]) in pairs:
+            of_pairs.append(row.labelled(first="", second=""))
+    return Rows(of_pairs).pool("seed")
+
+
+def _outcomes(rows: Rows, protected: str, terms: Terms) -> Iterator[tuple[str, str]]:
+    """Every other behaviour, and how the target dissociates from it."""
+    tests = dissociations(rows, protected, terms.metrics)
+    for (first, second), test in tests.items():
+        if first == terms.target.name:
+            yield second, test.outcome
