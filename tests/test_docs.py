@@ -127,17 +127,14 @@ def test_public_names_of_the_glossary_are_public():
 def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
     import six_findings
 
-    from harmcircuits.measurements import Rows
-
     folder = ROOT / "analyses"
     text = (folder / "README.md").read_text(encoding="utf-8")
     for script in folder.glob("*.py"):
         assert f"`{script.name}`" in text
-    rows = Rows.read(folder / "rows" / "six_findings.jsonl")
-    for finding in six_findings.ANALYSES:
-        outcome = finding.result(rows.where(finding=finding.NAME)).outcome
-        (line,) = re.findall(rf"^\| `{finding.__name__}\.py`.*$", text, flags=re.M)
-        assert f"| {outcome} |" in line
+    for result in six_findings.committed():
+        script = six_findings.FINDINGS[result.name]
+        (line,) = re.findall(rf"^\| `{script}\.py`.*$", text, flags=re.M)
+        assert f"| {result.outcome} |" in line
 
 
 def test_figures_are_there():
