@@ -270,16 +270,8 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
     lines = held_out_lines(rows, terms)
     before, target = lines["unpruned"], terms.target
     after = lines.get(SEARCH)
-    names = {target.metric: _answers(terms)}
-    for verdict, metric in target.side_metrics.items():
-        measured = [*before.where(metric), *(after or Rows()).where(metric)]
-        # Broken text always, since it may pass for success; the others where there are any.
-        if verdict == DEGENERATE or any(row.mean for row in measured):
-            names[metric] = f"{verdict} instead"
     figures = []
-    for metric, name in names.items():
-        if not before.where(metric):
-            continue
+    for metric, name in _titles(before, after or Rows(), terms).items():
         start = before.one(metric)
         if after is None or not after.where(metric):
             figures.append((name, f"{start.mean:.0%}", f"{start:.0%}, unpruned"))
@@ -299,6 +291,18 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
     size = after.one("weights_removed").mean
     figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
     return figures
+
+
+def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
+    """Metric -> its title in the headline: the target, and what its answers became."""
+    target = terms.target
+    titles = {target.metric: _answers(terms)}
+    for verdict, metric in target.side_metrics.items():
+        measured = [*before.where(metric), *after.where(metric)]
+        # Broken text always, since it may pass for success; the others where there are any.
+        if verdict == DEGENERATE or any(row.mean for row in measured):
+            titles[metric] = f"{verdict} instead"
+    return {metric: title for metric, title in titles.items() if before.where(metric)}
 
 
 def _became(before: Rows, after: Rows, terms: Terms) -> str:
