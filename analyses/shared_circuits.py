@@ -101,8 +101,7 @@ def circuits_of(
     where = {"mask": "harmful", "protected": "others"}
     rows += location_rows(apart["harmful"], hc.weight_sites(model.bridge), where)
     for text in ("harmful", "benign"):
-        of_text = {**where, "text": text}
-        rows += token_rows(model, text, answers[text], apart["harmful"], of_text)
+        rows += token_rows(model, text, answers[text], apart["harmful"], {**where, "text": text})
     return rows
 
 
@@ -114,11 +113,12 @@ together = rows.pool("ladder").pool("seed")
 # With nothing spared; the dotted line is chance. Bars of `lift, one shot` resample calibration items.
 
 # %%
-titles = {pair: ", ".join(pair) for pair in PAIRS}
 one_shot, search = (together.where(selection=name) for name in ("one shot", "search"))
 panels = {f"{title}, one shot": one_shot.where(metric) for metric, title in LIFTS.items()}
 panels["lift, search"] = search.where("overlap_lift")
-claim.figure("What is shared", figures.overlap_figure(panels, titles))
+claim.figure(
+    "What is shared", figures.overlap_figure(panels, {pair: ", ".join(pair) for pair in PAIRS})
+)
 
 # %%
 # Rank correlation of how many weights two circuits take from each head, and from each neuron.
@@ -148,8 +148,7 @@ tokens = harm.where("token_contribution").by("text")
 claim.figure("At which tokens it acts", figures.token_figure(tokens))
 
 # %% [markdown]
-# ## Model by model
-# Lifts are of masks in one shot, Jaccard indices of circuits of the search, both with nothing spared.
+# ## Model by model, lifts of masks in one shot
 
 # %%
 shared_table(rows, TASKS, PROTECTED)
@@ -172,8 +171,7 @@ claim.report(rows)
 # %% [markdown]
 # ## What it does not say
 # A lift says where two circuits lie, not what they do: they may share weights and yet be removed one
-# without the other. And there is one seed of the search on one set of models: intervals are over the
-# choice of calibration items or of held-out requests, not over models.
+# without the other. And there is one seed on one set of models: no interval is over models.
 
 # %%
 if __name__ == "__main__":

@@ -128,6 +128,35 @@ def mean_residual(
     return torch.cat(means)
 
 
+def streams_before_answers(
+    bridge: AnyModel, batches: Sequence[Batch]
+) -> dict[str, Float[Tensor, "n d_model"]]:
+    """The residual stream at the token before the first target, by depth; on the CPU.
+
+    Depths are "0 pre", "1 pre" and so on, before each block, and "3 post" after the last of four.
+
+    Args:
+        bridge: the model.
+        batches: the texts.
+    """
+    bridge = as_bridge(bridge)
+    last = len(bridge.blocks) - 1
+    depths = {f"{layer} pre": f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)}
+    depths[f"{last} post"] = f"blocks.{last}.hook_resid_post"
+    # A bridge's own hooks go by another name than the one that is asked for.
+    hooks = {bridge.hook_dict[name].name for name in depths.values()} | set(depths.values())
+
+    streams: dict[str, list[Tensor]] = {depth: [] for depth in depths}
+    for batch in batches:
+        tokens = batch.tokens.to(bridge.cfg.device)
+        with torch.no_grad():
+            _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in hooks)
+        before = batch.is_target.int().argmax(1) - 1
+        for depth, name in depths.items():
+            streams[depth].append(cache[name][torch.arange(len(batch)), before].cpu())
+    return {depth: torch.cat(values) for depth, values in streams.items()}
+
+
 def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
     """The tokens of an example as the tokenizer writes them, without padding."""
     is_token = batch.is_token[example]
