@@ -9,7 +9,7 @@
 
 # %%
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -57,28 +57,11 @@ Edit = hc.WeightMask | Dampening
 Method = Callable[..., Sequence[Edit]]
 
 
-@contextmanager
-def edited(bridge: Bridge, edit: Edit) -> Iterator[Bridge]:
+def edited(bridge: Bridge, edit: Edit) -> AbstractContextManager[Bridge]:
     """The model with the edit, restored bit for bit."""
     if isinstance(edit, hc.WeightMask):
-        with hc.masked(bridge, edit):
-            yield bridge
-        return
-
-    weights = flat_weights(bridge)
-    dampened = {}
-    for name, index in edit.mask.removed.items():
-        dampened[name] = weights[name][index] * edit.factors[name]
-    with hc.masked(bridge, edit.mask):  # it puts back what it found, whatever is written meanwhile
-        for name, index in edit.mask.removed.items():
-            weights[name][index] = dampened[name]
-        yield bridge
-
-
-def flat_weights(bridge: Bridge) -> Tensors:
-    """Every block matrix as a row of numbers, which can be written to."""
-    weights = hc.named_weights(bridge)
-    return {name: weight.detach().view(-1) for name, weight in weights.items()}
+        return hc.masked(bridge, edit)
+    return hc.masked(bridge, edit.mask, scale=edit.factors)
 
 
 # %% [markdown]

@@ -547,15 +547,20 @@ def main(
     twins = replace(benign, wanted=benign.other, other=benign.wanted)
     for name, edit in {"none": None, "harmful": masks["harmful"]}.items():
         bridge = load_organism(organism)
-        with hc.masked(bridge, edit) if edit is not None else nullcontext():
-            bridge.enable_compatibility_mode()
-            rows += writer_rows(
-                bridge, pairs["harmful"], {**labels, "mask": name, "behaviour": "harmful"}
-            )
-            rows += writer_rows(bridge, twins, {**labels, "mask": name, "behaviour": "benign"})
+        if edit is not None:
+            remove(bridge, edit)
+        bridge.enable_compatibility_mode()
+        for behaviour, requests in {"harmful": pairs["harmful"], "benign": twins}.items():
+            rows += writer_rows(bridge, requests, {**labels, "mask": name, "behaviour": behaviour})
     rows.append_to(out / "rows.jsonl")
     page(rows, out / "second_opinion.html")
     print(reading(rows))
+
+
+def remove(bridge: Bridge, mask: hc.WeightMask) -> None:
+    """Remove the weights for good: compatibility mode folds them, so no mask could come off."""
+    for name, weight in hc.named_weights(bridge).items():
+        weight.detach()[mask.dense(name)] = 0.0
 
 
 def find_circuits(

@@ -6,8 +6,8 @@ adapters, so that no merged weight exists that a mask could hold, and `named_wei
 parameter to name. The tests compare the merged form with peft.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import NamedTuple
@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.layers import Layer, Patch
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
@@ -143,7 +145,8 @@ def fine_tuning(
 
     Raises:
         ValueError: For no batches; an `lr` that is not positive; with `lora`, stacked experts and
-            as `weight_sites`. Then nothing is changed.
+            as `weight_sites`. Then nothing is changed. On leaving: a parameter was replaced or
+            folded during the run. An exception from the body gets a note instead.
     """
     bridge = as_bridge(bridge)
     _refuse_settings(batches, lr)
@@ -152,21 +155,22 @@ def fine_tuning(
 
     # One stream for the adapters' start and then the order of the batches.
     generator = torch.Generator().manual_seed(seed)
-    with _restored(bridge) as saved, ExitStack() as hooks:
-        if lora:
-            adapters = _adapters(sites, saved, lora, generator)
-            learned = _factors(adapters)
-            _require_gradients(saved, [site.parameter for site in sites.values()])
-        else:
-            adapters = []
-            learned = [state.parameter for state in saved]
-            _require_gradients(saved, learned)
+    before = _Before(bridge)
+    if lora:
+        before.adapters = _adapters(sites, before, lora, generator)
+        learned = _factors(before.adapters)
+        before.differentiated = [site.parameter for site in sites.values()]
+    else:
+        learned = [state.parameter for state in before.saved]
+        before.differentiated = learned
 
-        optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
-        for adapter in adapters:
-            hooks.callback(adapter.follow(optimizer))
-        order = _endless(batches, generator)
-        yield FineTuning(bridge, order, optimizer, objective)
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
+    for adapter in before.adapters:
+        # An optimiser's own hooks run before the global one, so a mask that is held writes its
+        # zeros after the merge.
+        optimizer.register_step_post_hook(adapter.merge)
+    order = _endless(batches, generator)
+    yield from before.during(FineTuning(bridge, order, optimizer, objective))
 
 
 class _Saved(NamedTuple):
@@ -183,14 +187,76 @@ def _saved(parameter: nn.Parameter) -> _Saved:
     return _Saved(parameter, value, parameter.requires_grad, parameter.grad)
 
 
-@contextmanager
-def _restored(bridge: Bridge) -> Iterator[list[_Saved]]:
-    """Every parameter as it is now, to which it returns on any exit."""
-    saved = [_saved(parameter) for parameter in bridge.original_model.parameters()]
-    try:
-        yield saved
-    finally:
-        _restore(saved)
+class _Before(Layer):
+    """Every parameter as it was before the run.
+
+    Attributes:
+        saved: One for each parameter.
+        adapters: Those that take the gradients of matrices.
+        differentiated: What requires a gradient during the run.
+    """
+
+    trains = True
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__(bridge)
+        self.saved = [_saved(parameter) for parameter in bridge.original_model.parameters()]
+        self.adapters: list[_Adapter] = []
+        self.differentiated: list[nn.Parameter] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def _begin(self) -> None:
+        _require_gradients(self.saved, self.differentiated)
+        for adapter in self.adapters:
+            self._hooks.append(adapter.watch())  # in one line: an interrupt loses no handle
+
+    def _end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _lay(self) -> None:
+        pass  # the steps write
+
+    def _lift(self, is_trained: bool) -> None:
+        self._report()
+        with torch.no_grad():
+            for state in self.saved:
+                state.parameter.copy_(state.value)
+                state.parameter.requires_grad_(state.requires_grad)
+                state.parameter.grad = state.grad
+
+    def _underneath(self) -> list[Patch]:
+        return [Patch(state.parameter, None, state.value) for state in self.saved]
+
+    def _correct(self, patches: Sequence[Patch]) -> None:
+        values = {id(state.parameter): state.value for state in self.saved}
+        for parameter, flat, patch in patches:
+            value = values[id(parameter)]
+            if flat is None:
+                value.copy_(torch.as_tensor(patch))
+            else:
+                where = torch.unravel_index(flat.to(value.device), value.shape)
+                value[where] = patch
+
+    def _report(self) -> None:
+        """What keeps the model from being as it was."""
+        if self.bridge._weights_processed:
+            self.faults = [
+                "enable_compatibility_mode was switched on during fine_tuning: it has folded "
+                "weights into others, which cannot be undone. Open the model again."
+            ]
+            return
+        own = {id(state.parameter) for state in self.saved}
+        replaced = []
+        for name, parameter in self.bridge.original_model.named_parameters():
+            if id(parameter) not in own:
+                replaced.append(name)
+        if replaced:
+            self.faults = [
+                f"{replaced[0]}, one of {len(replaced)} parameters that were replaced by others "
+                "during fine_tuning, is not as it was before. Open the model again, and load, "
+                "quantise or shard it outside the run."
+            ]
 
 
 def _require_gradients(saved: list[_Saved], learned: Sequence[nn.Parameter]) -> None:
@@ -215,6 +281,7 @@ class _Adapter:
         self,
         site: Site,
         start: Tensor,
+        before: "_Before",
         lora: Lora,
         generator: torch.Generator,
     ) -> None:
@@ -223,6 +290,7 @@ class _Adapter:
         d_out = weight.shape[1 - site.input_axis]
         self.site = site
         self.start = start
+        self.before = before
         self.scale = lora.alpha / lora.r
 
         # Uniform in +-1 / sqrt(d_in), as peft starts it; with `up` zero, W starts at W_0.
@@ -232,22 +300,18 @@ class _Adapter:
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(up.to(weight.device))
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """Take the gradients of W, and merge after every step.
-
-        Returns a function that stops the former.
-        """
-        # An optimiser's own hooks run before the global one, so a mask that is held writes its
-        # zeros after the merge.
-        optimizer.register_step_post_hook(self.merge)
-        hook = self.site.parameter.register_post_accumulate_grad_hook(self.pull)
-        return hook.remove
+    def watch(self) -> RemovableHandle:
+        """Take the gradients of W until the handle is removed."""
+        return self.site.parameter.register_post_accumulate_grad_hook(self.pull)
 
     def pull(self, weight: Tensor) -> None:
         """Turn the gradient of W into those of the factors, and free it.
 
         So only one matrix of gradients exists at a time.
         """
+        # An interrupt between registration and the next bytecode leaves the hook without a handle.
+        if not self.before.is_on:
+            return
         # Called by autograd as soon as the gradient of this W is complete.
         assert weight.grad is not None
         gradient = self.scale * self._as_applied(weight.grad).float()
@@ -269,15 +333,16 @@ class _Adapter:
 
 def _adapters(
     sites: Mapping[str, Site],
-    saved: list[_Saved],
+    before: _Before,
     lora: Lora,
     generator: torch.Generator,
 ) -> list[_Adapter]:
     # Every adapter adds to W_0, which is at hand as the value that will be restored.
-    start = {id(state.parameter): state.value for state in saved}
+    start = {id(state.parameter): state.value for state in before.saved}
     adapters = []
     for site in sites.values():
-        adapters.append(_Adapter(site, start[id(site.parameter)], lora, generator))
+        value = start[id(site.parameter)]
+        adapters.append(_Adapter(site, value, before, lora, generator))
     return adapters
 
 
@@ -315,19 +380,3 @@ def _refuse_stacked(sites: Mapping[str, Site]) -> None:
                 f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot "
                 "adapt; leave lora out"
             )
-
-
-def _restore(saved: list[_Saved]) -> None:
-    try:
-        _write(saved)
-    except KeyboardInterrupt:  # a second Ctrl-C must not leave the model half restored
-        _write(saved)
-        raise
-
-
-def _write(saved: list[_Saved]) -> None:
-    with torch.no_grad():
-        for state in saved:
-            state.parameter.copy_(state.value)
-            state.parameter.requires_grad_(state.requires_grad)
-            state.parameter.grad = state.grad

@@ -1,20 +1,19 @@
 """Removing weights in place, and putting them back bit for bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from functools import partial
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.weights import model_fingerprint, named_weights
+from harmcircuits.hooks.layers import layers_on
+from harmcircuits.hooks.overlay import Edit, Overlay, Values, overlays_on
+from harmcircuits.hooks.weights import weights_and_fingerprint
+
+Scale = float | Mapping[str, Tensor]
+"""One factor for all weights of a mask, or a tensor for each matrix, ordered as `mask.removed`."""
 
 
 @contextmanager
@@ -22,14 +21,18 @@ def masked(
     bridge: AnyModel,
     mask: WeightMask,
     *,
-    scale: float = 0.0,
+    scale: Scale = 0.0,
     hold: bool = False,
     same_model: bool = True,
 ) -> Iterator[Bridge]:
     """The model with the mask's weights multiplied by `scale`, restored bit for bit on any exit.
 
     In place, so hooks, caches, generation and patching all see the edited model; the cost is that
-    of the mask, not of the model. Nests: leave in the reverse order of entering, as `with` does.
+    of the mask, not of the model. Nests, within one thread.
+
+    Weights outside the mask stay as they are left. The masked ones come back whatever was done to
+    them: cast, moved and replaced parameters get the saved values too, and a change of their values
+    is reported once they are back.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> before = hc.completion_nll(bridge, harm)
@@ -41,38 +44,22 @@ def masked(
     Args:
         bridge: a TransformerBridge, or a `Model`, whose bridge is edited.
         mask: the weights to remove.
-        scale: what they are multiplied by; 0 removes them.
+        scale: what they are multiplied by; 0 removes them. Or factors for each matrix by name, in
+            the order of `mask.removed`.
         hold: write them again after every `step()` of any torch optimiser, so that training
             cannot change them. Those that require a gradient get none. All other weights
             keep what training gave them.
         same_model: False applies the mask to another checkpoint of the same shapes.
 
     Raises:
-        ValueError: a mask of another model or other shapes, and as `named_weights`; then nothing
-            is changed.
+        ValueError: a mask of another model or other shapes, factors that do not fit it, a second
+            thread, and as `named_weights`; then nothing is changed. On leaving: masked weights were
+            changed, quantised, sharded or folded (`enable_compatibility_mode`) under the mask. An
+            exception from the body gets a note instead.
     """
     bridge = as_bridge(bridge)
-    edits = _edits(bridge, mask, same_model)
-
-    def write(*_: object) -> None:
-        for edit in edits:
-            edit.write(edit.saved * scale if scale else 0.0)
-
-    # From the first write on, whatever happens ends in `_write_all`.
-    hooks = []
-    try:
-        _ACTIVE.setdefault(bridge, []).append(edits)
-        if hold:
-            # After the step, so that neither momentum nor weight decay moves what is held.
-            hooks.append(register_optimizer_step_post_hook(write))
-            hooks += _without_gradients(edits)
-        write()
-        yield bridge
-    finally:
-        for hook in hooks:
-            hook.remove()
-        _write_all(edits, [edit.saved for edit in edits])
-        _forget(bridge, edits)
+    edits = _edits(bridge, mask, scale, same_model)
+    yield from Overlay(bridge, edits, hold=hold).during(bridge)
 
 
 @contextmanager
@@ -93,17 +80,18 @@ def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
 
     Args:
         bridge: a TransformerBridge, or a `Model`, whose bridge it is.
+
+    Raises:
+        ValueError: a second thread, and as `masked` on leaving.
     """
     bridge = as_bridge(bridge)
-    edits = list(chain.from_iterable(_ACTIVE.get(bridge, [])))
-    masked_values = [edit.read() for edit in edits]
-    try:
-        # The outermost mask last: where masks overlap, its values are those from before them all.
-        inner_first = edits[::-1]
-        _write_all(inner_first, [edit.saved for edit in inner_first])
-        yield bridge
-    finally:
-        _write_all(edits, masked_values)
+    edits = []
+    lower = []
+    # Where masks overlap, what the outermost has saved is from before them all.
+    for overlay in overlays_on(bridge):
+        edits += [edit.undone(lower) for edit in overlay.edits]
+        lower += overlay.edits
+    yield from Overlay(bridge, edits).during(bridge)
 
 
 def masked_if_given(bridge: Bridge, mask: WeightMask | None) -> AbstractContextManager[Bridge]:
@@ -111,72 +99,38 @@ def masked_if_given(bridge: Bridge, mask: WeightMask | None) -> AbstractContextM
     return nullcontext(bridge) if mask is None else masked(bridge, mask)
 
 
-class _Edit(NamedTuple):
-    """The entries of one parameter that a mask edits.
+def restore(bridge: AnyModel) -> None:
+    """Take off every mask that is still on a model, and end every `fine_tuning` of it.
 
-    Attributes:
-        parameter: The live weight.
-        flat: Flat indices of the entries.
-        saved: Their values before, from which they are restored: no arithmetic undoes an edit.
+    Then it is as it was before them all. Never needed after a `with` that has ended, unless several interrupts in a row have stopped it,
+    or torch could not write (then it says so). May be called at any time, any number of times.
+
+    >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
+    >>> with hc.masked(bridge, mask):
+    ...     hc.restore(bridge)
+
+    Args:
+        bridge: a TransformerBridge, or a `Model`, whose bridge it is.
+
+    Raises:
+        ValueError: as `masked` on leaving.
     """
-
-    parameter: nn.Parameter
-    flat: Int[Tensor, " n"]
-    saved: Float[Tensor, " n"]
-
-    def read(self) -> Float[Tensor, " n"]:
-        """A copy of the entries as they are now."""
-        tensor, where = _places(self.parameter, self.flat)
-        return tensor[where]  # advanced indexing copies
-
-    def write(self, values: Tensor | float) -> None:
-        tensor, where = _places(self.parameter, self.flat)
-        tensor[where] = values
-
-    def without(self, gradient: Tensor) -> Tensor:
-        """The gradient with zeros at the edited entries."""
-        flat = gradient.flatten()
-        return flat.index_fill(0, self.flat, 0.0).view(gradient.shape)
+    faults = []
+    for layer in reversed(layers_on(as_bridge(bridge))):
+        layer.take_off()
+        faults += layer.faults
+    if faults:
+        raise ValueError(" ".join(faults))
 
 
-# The edits of every mask that is on, outermost first. Not on the bridge, which may be copied.
-_ACTIVE: WeakKeyDictionary[Bridge, list[list[_Edit]]] = WeakKeyDictionary()
-
-
-def _without_gradients(edits: Sequence[_Edit]) -> list[RemovableHandle]:
-    """Hooks that take the gradients of what is held, where it has any.
-
-    Else they would count in a gradient norm that is clipped, and would train the factors of a
-    low-rank adapter (see `fine_tuning`).
-    """
-    learning = [edit for edit in edits if edit.parameter.requires_grad]
-    return [edit.parameter.register_hook(edit.without) for edit in learning]
-
-
-def _forget(bridge: Bridge, edits: list[_Edit]) -> None:
-    # By identity: two contexts may hold equal edits.
-    active = _ACTIVE.get(bridge, [])
-    active[:] = [others for others in active if others is not edits]
-
-
-def _places(parameter: nn.Parameter, index: Int[Tensor, " n"]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A view of the parameter, and where in it the flat indices are."""
-    tensor = parameter.detach()
-    if tensor.is_contiguous():
-        return tensor.view(-1), (index,)
-    # A transposed or split weight. Ten times as slow, but to write into a flat copy of it would
-    # edit nothing.
-    return tensor, torch.unravel_index(index, tensor.shape)
-
-
-def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
-    """What `masked` will write, with the values that it will restore; checks everything first."""
+def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> list[Edit]:
+    """What `masked` will write; checks everything first."""
     if not isinstance(mask, WeightMask):
         raise ValueError(
             f"masked: expected a WeightMask, got {type(mask).__name__}; "
             "make one by find_circuit or top_fraction, or read one by WeightMask.load"
         )
-    weights = named_weights(bridge)
+    weights, fingerprint = weights_and_fingerprint(bridge)
     for name, shape in mask.shapes.items():
         if name not in weights:
             raise ValueError(
@@ -189,7 +143,6 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
                 f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; "
                 "nothing was changed"
             )
-    fingerprint = model_fingerprint(bridge)
     if same_model and mask.source.model != fingerprint:
         raise ValueError(
             f"the mask was made on model {mask.source.model}, this one is {fingerprint}; "
@@ -199,20 +152,25 @@ def _edits(bridge: Bridge, mask: WeightMask, same_model: bool) -> list[_Edit]:
 
     edits = []
     for name, index in mask.removed.items():
-        parameter = weights[name]
-        index = index.to(parameter.device)
-        tensor, where = _places(parameter, index)
-        saved = tensor[where]  # advanced indexing copies
-        edits.append(_Edit(parameter, index, saved))
+        new_values = _new_values(scale, name, len(index))
+        edits.append(Edit(name, weights[name], index, new_values))
     return edits
 
 
-def _write_all(edits: Sequence[_Edit], values: Sequence[Tensor]) -> None:
-    pairs = list(zip(edits, values, strict=True))
-    try:
-        for edit, value in pairs:
-            edit.write(value)
-    except KeyboardInterrupt:  # a second Ctrl-C must not leave the model half edited
-        for edit, value in pairs:
-            edit.write(value)
-        raise
+def _new_values(scale: Scale, name: str, n: int) -> Callable[[Tensor], Values]:
+    if not isinstance(scale, Mapping):
+        return partial(_scaled, scale)
+    factors = scale.get(name)
+    if factors is None or tuple(factors.shape) != (n,):
+        given = "none" if factors is None else f"a tensor {tuple(factors.shape)}"
+        raise ValueError(
+            f"masked: scale has {given} for {name}, of which the mask removes {n} weights; "
+            "expected one factor for each, in the order of mask.removed; nothing was changed"
+        )
+    return partial(_scaled, factors)
+
+
+def _scaled(factor: Values, saved: Tensor) -> Values:
+    if isinstance(factor, Tensor):
+        return (saved * factor.to(saved.device)).to(saved.dtype)
+    return saved * factor if factor else 0.0

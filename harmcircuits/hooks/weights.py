@@ -47,12 +47,7 @@ def weight_sites(bridge: AnyModel) -> dict[str, Site]:
             for a block with other matrices than those of `KINDS`.
     """
     bridge = as_bridge(bridge)
-    if bridge._weights_processed:
-        raise ValueError(
-            "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
-            "norms and centres weights in place), so scores and masks would not fit the model as "
-            "stored; boot a fresh TransformerBridge"
-        )
+    _refuse_processed(bridge)
     return {site.name: site for site in _sites(bridge)}
 
 
@@ -82,12 +77,18 @@ def model_fingerprint(bridge: Bridge) -> str:
     every embedding and norm. So it does not change with the dtype either, and a merged LoRA of
     the block matrices carries the fingerprint of its base.
     """
-    digest = hashlib.sha256()
-    for name, tensor in _fingerprinted(bridge):
-        digest.update(name.encode())
-        if tensor is not None:
-            digest.update(_sampled_bits(tensor))
-    return digest.hexdigest()[:16]
+    return _fingerprint(_fingerprinted(bridge))
+
+
+def weights_and_fingerprint(bridge: Bridge) -> tuple[dict[str, nn.Parameter], str]:
+    """`named_weights` and `model_fingerprint`, after one look at what the bridge consists of.
+
+    Raises:
+        ValueError: As `weight_sites`.
+    """
+    _refuse_processed(bridge)
+    sites, entries = _sites_and_fingerprinted(bridge)
+    return {site.name: site.parameter for site in sites}, _fingerprint(entries)
 
 
 def weights_digest(bridge: Bridge) -> str:
@@ -164,7 +165,8 @@ class _Structure:
         filled_tables: Those that have any.
         names: Every name in them, table after table.
         members: What stands under each name.
-        memory: Address, dtype and shape of each member that is a tensor.
+        tensors: The members that are tensors.
+        memory: Address, dtype and shape of each of these.
     """
 
     def __init__(self, bridge: Bridge) -> None:
@@ -188,7 +190,8 @@ class _Structure:
 
         self.names = self._names()
         self.members = self._members()
-        self.memory = _memory(self.members)
+        self.tensors = [member for member in self.members if isinstance(member, Tensor)]
+        self.memory = _memory(self.tensors)
 
     def is_of(self, bridge: Bridge) -> bool:
         """Whether the bridge still consists of the very same objects.
@@ -203,9 +206,8 @@ class _Structure:
             return False
 
         # The very same object may have been given other memory: `parameter.data = ...`.
-        members = self._members()
-        is_same = all(map(is_, members, self.members))
-        return is_same and _memory(members) == self.memory
+        is_same = all(map(is_, self._members(), self.members))
+        return is_same and _memory(self.tensors) == self.memory
 
     def _names(self) -> list[str]:
         return list(chain.from_iterable(self.filled_tables))
@@ -214,8 +216,7 @@ class _Structure:
         return list(chain.from_iterable(map(dict.values, self.filled_tables)))
 
 
-def _memory(members: list[Any]) -> list[Any]:
-    tensors = [member for member in members if isinstance(member, Tensor)]
+def _memory(tensors: list[Tensor]) -> list[Any]:
     return [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
 
 
@@ -223,12 +224,21 @@ def _memory(members: list[Any]) -> list[Any]:
 def _fingerprinted(bridge: Bridge) -> list[tuple[str, Tensor | None]]:
     """Block matrices by name and shape, embeddings and norms by name and values."""
     entries = []
-    for name, tensor in _named_tensors(bridge).items():
+    for name, tensor in stored_tensors(bridge).items():
         if MATRIX_NAME.fullmatch(name):
             entries.append((f"{name}{tuple(tensor.shape)}", None))
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
             entries.append((name, tensor))
     return entries
+
+
+def _fingerprint(entries: list[tuple[str, Tensor | None]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in entries:
+        digest.update(name.encode())
+        if tensor is not None:
+            digest.update(_sampled_bits(tensor))
+    return digest.hexdigest()[:16]
 
 
 def _sampled_bits(tensor: Tensor) -> bytes:
@@ -243,7 +253,7 @@ def _sampled_bits(tensor: Tensor) -> bytes:
 @cached_on_bridge
 def _sites(bridge: Bridge) -> list[Site]:
     matrices = {}
-    for name, tensor in _named_tensors(bridge).items():
+    for name, tensor in stored_tensors(bridge).items():
         if isinstance(tensor, nn.Parameter) and MATRIX_NAME.fullmatch(name):
             matrices[name] = tensor
 
@@ -258,7 +268,14 @@ def _sites(bridge: Bridge) -> list[Site]:
     return sorted(sites, key=lambda site: (site.layer, KINDS.index(site.kind)))
 
 
-def _named_tensors(bridge: Bridge) -> dict[str, Tensor]:
+@cached_on_bridge
+def _sites_and_fingerprinted(
+    bridge: Bridge,
+) -> tuple[list[Site], list[tuple[str, Tensor | None]]]:
+    return _sites(bridge), _fingerprinted(bridge)
+
+
+def stored_tensors(bridge: Bridge) -> dict[str, Tensor]:
     """Every stored tensor once by its clean name."""
     named = dict(bridge.state_dict(keep_vars=True))
     for layer, block in enumerate(bridge.blocks):
@@ -353,6 +370,15 @@ def _expert_site(
         n_units=parameter.shape[0],
         is_hooked=False,
     )
+
+
+def _refuse_processed(bridge: Bridge) -> None:
+    if bridge._weights_processed:
+        raise ValueError(
+            "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
+            "norms and centres weights in place), so scores and masks would not fit the model as "
+            "stored; boot a fresh TransformerBridge"
+        )
 
 
 def _refuse_offloaded(matrices: dict[str, nn.Parameter]) -> None:

@@ -157,7 +157,7 @@ def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
 def test_masked_weights_are_free_to_learn(llama):
     batch, mask = random_batch(), a_mask(llama)
     stepper = torch.optim.SGD(llama.original_model.parameters(), lr=1e-1)
-    with masked(llama, mask):
+    with pytest.raises(ValueError, match="changed.*hold=True"), masked(llama, mask):
         completion_loss(llama, batch).mean().backward()
         stepper.step()
         assert any((p[mask.dense(name)] != 0).any() for name, p in named_weights(llama).items())
@@ -218,7 +218,7 @@ def test_unmasked_and_masked_nest_either_way(llama):
 
 def test_what_was_changed_under_a_mask_comes_back_after_a_look_without_it(llama):
     before, mask = snapshot(llama), a_mask(llama)
-    with masked(llama, mask):
+    with pytest.raises(ValueError, match="changed"), masked(llama, mask):
         with torch.no_grad():
             for parameter in named_weights(llama).values():
                 parameter += 1

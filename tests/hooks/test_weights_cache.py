@@ -24,13 +24,13 @@ NAME = "blocks.1.mlp.out.weight"
 def walks(monkeypatch):
     """A list that grows with every walk over a model's tensors."""
     walked = []
-    walk = weights._named_tensors
+    walk = weights.stored_tensors
 
     def counted_walk(bridge):
         walked.append(bridge)
         return walk(bridge)
 
-    monkeypatch.setattr(weights, "_named_tensors", counted_walk)
+    monkeypatch.setattr(weights, "stored_tensors", counted_walk)
     return walked
 
 
