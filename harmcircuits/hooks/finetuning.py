@@ -217,7 +217,7 @@ class _Before(Layer):
     def _lay(self) -> None:
         pass  # the steps write
 
-    def _lift(self, is_trained: bool) -> None:  # noqa: ARG002
+    def _lift(self, _is_trained: bool, /) -> None:
         self._report()
         with torch.no_grad():
             for state in self.saved:

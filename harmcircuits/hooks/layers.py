@@ -133,7 +133,7 @@ class Layer:
         """Save what is there, and write over it."""
 
     @abstractmethod
-    def _lift(self, is_trained: bool) -> None:
+    def _lift(self, is_trained: bool, /) -> None:
         """Write what was there; where nothing trains, report what no longer lay over it."""
 
     @abstractmethod

@@ -105,13 +105,13 @@ def masked_if_given(
 def restore(bridge: AnyModel) -> None:
     """Take off every mask that is still on a model, and end every `fine_tuning` of it.
 
-    Then it is as it was before them all. Never needed after a `with` that has ended, unless several
-    interrupts in a row have stopped it, or torch could not write (then it says so). May be called
-    at any time, any number of times.
+    Then it is as it was before them all. Needed only where several interrupts in a row, or an error
+    of torch (which says so), have stopped what a `with` does on leaving. May be called at any time,
+    any number of times.
 
     >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
     >>> with hc.masked(bridge, mask):
-    ...     hc.restore(bridge)
+    ...     restore(bridge)
 
     Args:
         bridge: a TransformerBridge, or a `Model`, whose bridge it is.

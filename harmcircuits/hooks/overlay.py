@@ -179,7 +179,7 @@ class Overlay(Layer):
             edit.lay()
         self._is_laid = True
 
-    def _lift(self, is_trained: bool) -> None:
+    def _lift(self, is_trained: bool, /) -> None:
         if self._is_laid:
             self._follow()
 
@@ -191,7 +191,7 @@ class Overlay(Layer):
                 failure = failure or error
                 failure.add_note(
                     f"{edit.name}: what was under a mask could not be written back; "
-                    "harmcircuits.restore(bridge) tries again"
+                    "harmcircuits.hooks.masking.restore(bridge) tries again"
                 )
         if failure:
             raise failure
