@@ -27,13 +27,11 @@
 # beginning, had found a circuit of the beginning.
 
 # %%
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
 from operator import or_
 
 import torch
-import typer
 from rounds import protected_weights
 
 import harmcircuits as hc
@@ -43,13 +41,17 @@ from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.world import BEHAVIOURS
-from harmcircuits.studies.claims import ClaimResult, Outcome, Plan, by_model, command
-from harmcircuits.studies.jobs import Job
-from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
 from harmcircuits.views.figures import heatmaps
-from harmcircuits.views.page import plot, section
 
-NAME, CLAIM, MODELS = "Loss", "general and distinct: harm's circuit by loss", ("sft",)
+claim = Claim(
+    "loss",
+    "general and distinct: harm's circuit by loss",
+    models=("sft",),
+    small={"n_random": 1},
+    together=in_all,
+    seeds=1,
+)
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
 HARM = "harmful"
 # Benign answers, begun in their own way and as the harmful ones are.
@@ -67,13 +69,23 @@ Losses = Mapping[str, torch.Tensor]  # behaviour -> nats per token of each held-
 
 
 # %%
-def jobs(plan: Plan) -> list[Job]:
-    return [Job(spec.labels, partial(measured, spec, plan)) for spec in plan.specs]
+@claim.job
+def measured(
+    model: Model,
+    seed: int,
+    *,
+    size: float = 0.006,
+    protect_share: float = 0.005,
+    n_random: int = 3,
+) -> Rows:
+    """Rises of every loss under every circuit, gaps between circuits, and what circuits share.
 
-
-def measured(spec: ModelSpec, plan: Plan) -> Rows:
-    """Rises of every loss under every circuit, gaps between circuits, and what circuits share."""
-    model = typed(spec.open(seed=plan.seeds[0]))
+    Args:
+        size: share of the weights in a circuit.
+        protect_share: share of the weights that each protected behaviour keeps out of reach.
+        n_random: random masks.
+    """
+    model = typed(model)
     calibrations = calibrations_of(model)
     types = shown_types(model, calibrations)
     names = [name for name in (*BEHAVIOURS, "prefilled") if name in calibrations]
@@ -81,13 +93,16 @@ def measured(spec: ModelSpec, plan: Plan) -> Rows:
     unpruned = losses(model, names)
     rows = Rows()
     for name, nll in unpruned.items():
-        where = {**spec.labels, "mask": "none", "of": name}
+        where = {"mask": "none", "of": name}
         rows += [Measurement.average(UNPRUNED, where, nll, groups(model, name))]
 
-    masks = every_mask(model, calibrations, types, abilities, plan)
+    shares = {"size": size, "protect_share": protect_share}
+    masks = every_mask(model, calibrations, types, abilities, **shares)
+    for number in range(seed, seed + n_random):
+        masks["benign", f"random {number}"] = hc.random_like(masks["benign", HARM], seed=number)
     for other in abilities:
         shared = overlap(masks["none", HARM], masks["none", other])
-        where = {**spec.labels, "mask": HARM, "of": other, "protected": "none"}
+        where = {"mask": HARM, "of": other, "protected": "none"}
         rows += [
             Measurement("lift", where, shared.lift, *shared.interval, shared.n_shared),
             Measurement.exact("jaccard", where, shared.jaccard),
@@ -99,7 +114,7 @@ def measured(spec: ModelSpec, plan: Plan) -> Rows:
                 with hc.masked(model.bridge, mask):
                     pruned = losses(model, names)
                 rises[name] = {of: nll - unpruned[of] for of, nll in pruned.items()}
-        where = {**spec.labels, "protected": protected}
+        where = {"protected": protected}
         rows += [Measurement.exact("weights_removed", where, masks[protected, HARM].n_removed)]
         rows += rise_rows(model, rises, types, where)
         rows += gap_rows(model, rises, abilities, where)
@@ -149,14 +164,16 @@ def every_mask(
     calibrations: Mapping[str, Calibration],
     types: Sequence[str],
     abilities: Sequence[str],
-    plan: Plan,
+    *,
+    size: float,
+    protect_share: float,
 ) -> dict[tuple[str, str], hc.WeightMask]:
     """(protected, name) -> mask. Names: each type, "all but" each type, all harm, each other
     ability, and the controls.
     """
 
     def needed(name: str) -> hc.WeightMask:
-        return protected_weights(model.bridge, calibrations[name].batches, plan.protect_share)
+        return protected_weights(model.bridge, calibrations[name].batches, protect_share)
 
     of_harm = needed(HARM)
     of_benign = reduce(or_, [needed(name) for name in BENIGN if name in calibrations])
@@ -170,7 +187,7 @@ def every_mask(
     ) -> None:
         for protected in protections:
             exclude = spared if protected != "none" else None
-            mask = hc.top_fraction(scores, plan.size, within="model", exclude=exclude)
+            mask = hc.top_fraction(scores, size, within="model", exclude=exclude)
             masks[protected, name] = mask
 
     def scored(name: str) -> WeightScores:
@@ -190,8 +207,6 @@ def every_mask(
     del harm
     for name in abilities:
         choose(name, scored(name), of_harm)
-    for seed in plan.seeds:
-        masks["benign", f"random {seed}"] = hc.random_like(masks["benign", HARM], seed=seed)
     return masks
 
 
@@ -255,6 +270,8 @@ def gap_rows(
     return rows
 
 
+rows = claim.rows()
+
 # %% [markdown]
 # ## The result
 
@@ -289,15 +306,12 @@ def distinct_from(rows: Rows, protected: str = "benign") -> dict[str, bool]:
     return distinct
 
 
-def outcome(rows: Rows) -> Outcome:
-    judged = [
-        (is_general(of_model), distinct_from(of_model)) for of_model in by_model(rows).values()
-    ]
-    if all(general and all(distinct.values()) for general, distinct in judged):
-        return "holds"
-    if all(general or _is_mostly(distinct) for general, distinct in judged):
-        return "holds in part"
-    return "does not hold here"
+@claim.rule("ladder", "model")
+def is_borne_out(rows: Rows) -> Outcome:
+    general, distinct = is_general(rows), distinct_from(rows)
+    if general and all(distinct.values()):
+        return HOLDS
+    return IN_PART if general or _is_mostly(distinct) else FAILS
 
 
 def _is_mostly(distinct: Mapping[str, bool]) -> bool:
@@ -305,21 +319,8 @@ def _is_mostly(distinct: Mapping[str, bool]) -> bool:
     return distinct["benign"] and 2 * sum(distinct.values()) >= len(distinct)
 
 
-def result(rows: Rows) -> ClaimResult:
-    models = by_model(rows)
-    lines = []
-    for name, of_model in models.items():
-        first, *others = _words(of_model)
-        lines += [f"{name}: {first}", *others]
-    evidence = "; ".join(f"{name}: {_evidence(of_model)}" for name, of_model in models.items())
-    return ClaimResult(NAME, CLAIM, outcome(rows), "\n".join(lines), evidence)
-
-
-def reported(rows: Rows) -> Rows:
-    return rows
-
-
-def _words(rows: Rows) -> list[str]:
+@claim.words
+def words(rows: Rows) -> str:
     n_removed = rows.one("weights_removed", protected="benign").mean
     random = max(randoms(rows), key=lambda row: row.mean)
     sentences = [
@@ -331,12 +332,12 @@ def _words(rows: Rows) -> list[str]:
         f"{rise(rows, UNSEEN, 'benign'):+.2f} under the first two. Harm is "
         f"{'general' if is_general(rows) else 'not general'} by the rule."
     ]
-    for protected, words in TITLES.items():
+    for protected, title in TITLES.items():
         for other, is_apart in distinct_from(rows, protected).items():
             harm = [rise(rows, mask, HARM, protected) for mask in (HARM, other)]
             of_other = [rise(rows, mask, other, protected) for mask in (other, HARM)]
             sentences.append(
-                f"Harm and {other}, {words}: {'distinct' if is_apart else 'not distinct'}. Harm "
+                f"Harm and {other}, {title}: {'distinct' if is_apart else 'not distinct'}. Harm "
                 f"loses {harm[0]:+.2f} to its own circuit and {harm[1]:+.2f} to the other's; "
                 f"{other} {of_other[0]:+.2f} and {of_other[1]:+.2f}."
             )
@@ -345,40 +346,23 @@ def _words(rows: Rows) -> list[str]:
         "With nothing protected, harm's circuit shares so many times what chance gives with "
         f"those of: {lifts}."
     )
-    return sentences
+    return " ".join(sentences)
 
 
-def _evidence(rows: Rows) -> str:
-    distinct = [name for name, is_apart in distinct_from(rows).items() if is_apart]
-    return (
-        f"harm {rise(rows, HARM, HARM):+.2f}, of types not seen {rise(rows, UNSEEN, HARM):+.2f}, "
-        f"benign {rise(rows, HARM, 'benign'):+.2f}; distinct from {', '.join(distinct) or 'none'}"
-    )
-
+claim.result(rows)
 
 # %% [markdown]
-# ## Figures
-
+# ## Every loss under every circuit
+# Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; columns:
+# whose loss.
 
 # %%
-def sections(rows: Rows) -> list[str]:
-    text = (
-        "Rise of the loss on held-out reference answers, nats per token. Lines: circuits removed; "
-        "columns: whose loss."
-    )
-    models = by_model(rows)
-    parts = []
-    for protected, words in TITLES.items():
-        panels = {
-            name: of_model.where(RISE, protected=protected) for name, of_model in models.items()
-        }
-        figure = heatmaps(panels, x="of", y="mask")
-        parts.append(
-            section(f"Every loss under every circuit, {words}", text, plot(figure, first=not parts))
-        )
-    return parts
-
+for protected, title in TITLES.items():
+    of_title = rows.where(RISE, protected=protected)
+    panels = {str(name): of_model for name, of_model in of_title.by("model").items()}
+    claim.figure(title.capitalize(), heatmaps(panels, x="of", y="mask"))
+claim.figures["Nothing protected"]
 
 # %%
 if __name__ == "__main__":
-    typer.run(command(sys.modules[__name__]))
+    claim.main()

@@ -87,14 +87,13 @@ def curves_of(
     search = model.find_circuit("harmful", steps=steps, **options)
     one_shot = model.find_circuit("harmful", steps=1, reach=1, renew=False, **options)
     rows = hc.Rows()
-    for name, masks in {"one shot": one_shot, "search": search}.items():
-        line = curve(model, masks, whole)
-        half = curves.w50(line)
+    lines = {"search": curve(model, search, whole), "one shot": curve(model, one_shot, whole)}
+    for name, line in lines.items():
         where = {"mask": name, "split": "heldout"}
-        rows += line.rows(where) + half.rows("w50", where)
+        rows += line.rows(where) + curves.w50(line).rows("w50", where)
 
-    # `line` and `half` are those of the search, which came last.
-    size = half.row("w50", {}).mean
+    line = lines["search"]
+    size = rows.one("w50", mask="search").mean
     rows += [curves.kept_fall(line, size, {}), *line.at(size)["harmful"].rows({"at": "w50"})]
     at_half = next(mask for mask in search if mask.fraction == size)
     largest = controls(model, search[-1], answers, seed)

@@ -16,12 +16,13 @@
 
 # %%
 import random
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows, parts_of
-from harmcircuits.circuits.masks import union
 from harmcircuits.measurements import Measurement
 from harmcircuits.studies.claims import Claim
 from harmcircuits.views.figures import heatmaps, profiles
@@ -95,7 +96,7 @@ def parts_back(
     for order, numbers in orders.items():
         for share in shares:
             n_back = max(1, round(share * len(units)))
-            part = union([units[number] for number in numbers[:n_back]])
+            part = reduce(or_, [units[number] for number in numbers[:n_back]])
             rows += [held_out.row(part, {"order": order, "share": share})]
     return rows
 

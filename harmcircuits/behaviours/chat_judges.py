@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -214,12 +215,11 @@ def _logged(replies: Path, judge: str) -> dict[tuple[str, str], dict[str, str]]:
 
 def _stored_words(replies: Path, text: str) -> dict[Verdict, float]:
     """The log-probability of each word in a row of the log."""
-    try:
+    words: Any = None
+    with suppress(ValueError):
         words = parsed_json(text)
-    except ValueError:
-        words = None
     is_whole = isinstance(words, dict) and words.keys() == set(WORDS)
-    if not is_whole or not all(isinstance(value, float) for value in words.values()):
+    if not is_whole or not all(isinstance(words[word], float) for word in WORDS):
         raise JudgeError(
             f"{replies}: the reply {text[:40]!r} has no log-probability of each of "
             f"{listed(WORDS)}; remove the file, and the judge is asked again"

@@ -82,4 +82,4 @@ def _texts(path: str | Path, name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, list) != is_list or not is_text:
         kind = "a list of texts" if is_list else "a text"
         raise ValueError(f"questions: {name} in {path} is {value!r}; expected {kind}")
-    return tuple(texts) if is_list else value
+    return tuple(texts) if is_list else texts[0]

@@ -155,7 +155,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
     """The bytes of a tensor as they are stored, without a copy where it lies in order on a CPU."""
     flat = tensor.detach().to("cpu").contiguous().flatten()
     # numpy has no bfloat16, so the values are handed over as bytes.
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _layout(file: Any, name: str) -> tuple[str, tuple[int, ...]]:

@@ -126,17 +126,18 @@ def rank_correlations(rankings: Mapping[str, Rows], labels: Labels) -> Rows:
     """
     rows = Rows()
     for (name, ranking), (other, against) in combinations(rankings.items(), 2):
-        values = {}
-        for row in against:
-            values[row.labels["layer"], row.labels["node"]] = row.mean
-        for among in ("all nodes", "heads"):
-            pairs = []
-            for row in ranking:
-                if among == "all nodes" or row.labels["node"] != "mlp":
-                    pairs.append((row.mean, values[row.labels["layer"], row.labels["node"]]))
+        heads = Rows(row for row in ranking if row.labels["node"] != "mlp")
+        for among, nodes in {"all nodes": ranking, "heads": heads}.items():
             where = {**labels, "ranking": name, "against": other, "among": among}
-            rows += _correlation(np.array(pairs, dtype=float).T, where)
+            rows += _correlation(_paired(nodes, against), where)
     return rows
+
+
+def _paired(nodes: Rows, against: Rows) -> Float[ndarray, "2 n"]:
+    """Each node's figure in both rankings."""
+    others = {(row.labels["layer"], row.labels["node"]): row.mean for row in against}
+    pairs = [(row.mean, others[row.labels["layer"], row.labels["node"]]) for row in nodes]
+    return np.array(pairs, dtype=float).T
 
 
 def _correlation(pairs: Float[ndarray, "2 n"], labels: Labels) -> Rows:

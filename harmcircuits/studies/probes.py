@@ -4,10 +4,11 @@ Probes are TransformerLens' own. Splits leave out whole groups, and a probe is s
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
@@ -51,24 +52,28 @@ def probe_rows(
     for name, mask in {"none": None, **masks}.items():
         with masked_if_given(bridge, mask):
             streams = streams_before_answers(bridge, batches)
-        for depth, features in streams.items():
-            for split, groups in unseen.items():
-                numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-                probe = fit_sparse_probe(
-                    features,
-                    is_positive,
-                    k=features.shape[1],
-                    groups=torch.tensor([numbers[group] for group in groups]),
-                    test_fraction=0.5,
-                    preprocess="standardize",
-                )
-                first = unpruned.setdefault((depth, split), probe)
-                where = {**labels, "unseen": split, "mask": name, "depth": depth}
-                for metric, used in (("probe_accuracy", probe), ("probe_transfer", first)):
-                    tested = [clusters[number] for number in used.test_indices.tolist()]
-                    hits = _hits(used, features, is_positive)
-                    rows += [Measurement.rate(metric, where, hits, tested)]
+        for (depth, features), (split, groups) in product(streams.items(), unseen.items()):
+            probe = fit_sparse_probe(
+                features,
+                is_positive,
+                k=features.shape[1],
+                groups=_numbered(groups),
+                test_fraction=0.5,
+                preprocess="standardize",
+            )
+            first = unpruned.setdefault((depth, split), probe)
+            where = {**labels, "unseen": split, "mask": name, "depth": depth}
+            for metric, used in (("probe_accuracy", probe), ("probe_transfer", first)):
+                tested = [clusters[number] for number in used.test_indices.tolist()]
+                hits = _hits(used, features, is_positive)
+                rows += [Measurement.rate(metric, where, hits, tested)]
     return rows
+
+
+def _numbered(groups: Sequence[Hashable]) -> Int[Tensor, " n"]:
+    """A number for each distinct group, in the order in which they come."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return torch.tensor([numbers[group] for group in groups])
 
 
 def _hits(

@@ -36,6 +36,15 @@ def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> 
         protected: as in `shared_table`.
     """
     terms = Terms.standard()
+    return {
+        **_overlap_lines(rows, tasks, terms),
+        **_ablation_lines(rows, protected, terms),
+        **_place_lines(rows, terms),
+    }
+
+
+def _overlap_lines(rows: Rows, tasks: Sequence[str], terms: Terms) -> dict[str, str]:
+    """What the target's circuit shares with others, and with itself found again."""
     target, twin = terms.target.name, terms.contrast.name
     one_shot = rows.where(selection="one shot")
     lines = {}
@@ -50,7 +59,13 @@ def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> 
     for second, title in ((twin, twin), (target, "itself, found again")):
         for row in rows.where("overlap_jaccard", first=target, second=second, selection="search"):
             lines[f"{target} and {title}, Jaccard"] = f"{row:.2f}"
+    return lines
 
+
+def _ablation_lines(rows: Rows, protected: Sequence[str], terms: Terms) -> dict[str, str]:
+    """What is left without the target's circuit, and from what the target dissociates."""
+    target = terms.target.name
+    lines = {}
     for spared in protected:
         without = rows.where(mask=target, protected=spared)
         rates = {title: without.where(metric) for metric, title in terms.rates.items()}
@@ -58,6 +73,13 @@ def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> 
         lines[f"left without {target}, sparing {spared}"] = ", ".join(left)
         tested = [f"{second}: {outcome}" for second, outcome in _outcomes(rows, spared, terms)]
         lines[f"{target} dissociates, sparing {spared}"] = ", ".join(tested)
+    return lines
+
+
+def _place_lines(rows: Rows, terms: Terms) -> dict[str, str]:
+    """How much of the circuit lies in few neurons."""
+    target = terms.target.name
+    lines = {}
     for row in rows.where("top_share", mask=target, by="neuron"):
         title = "by chance" if row.labels["chance"] == "yes" else f"of {target}"
         lines[f"MLP weights in a twentieth of the neurons, {title}"] = f"{row.mean:.0%}"
