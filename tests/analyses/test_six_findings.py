@@ -5,6 +5,7 @@ left out of the page.
 """
 
 from functools import cache
+from importlib import import_module
 
 import pytest
 import six_findings
@@ -21,7 +22,7 @@ def results() -> dict[str, ClaimResult]:
 @pytest.mark.parametrize("name", six_findings.FINDINGS)
 def test_the_page_holds_outcome_and_words(name):
     result = results()[name]
-    page = " ".join(text_of("claims.md").split())
+    page = " ".join(text_of("claims.md").replace("\n>", "\n").split())
     assert f"| {result.text} | **{result.outcome}** |" in page
     for paragraph in result.words.splitlines():
         assert " ".join(paragraph.split()) in page
@@ -33,3 +34,11 @@ def test_three_seeds_of_the_shipped_ladder_are_committed(name):
     assert "shipped" in set(cases["ladder"])
     if "seed" in cases:
         assert set(cases.loc[cases["ladder"] == "shipped", "seed"]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["put_back", "activation_patching"])
+def test_the_results_quote_what_brings_harm_back(name):
+    analysis = import_module(name)
+    page = " ".join(text_of("results.md").replace("\n>", "\n").split())
+    for paragraph in analysis.claim.report(analysis.rows).splitlines():
+        assert " ".join(paragraph.split()) in page
