@@ -133,6 +133,7 @@ def coloured_tokens(
 ) -> Visual:
     """The tokens of a text coloured by a value: red below zero, blue above.
 
+    >>> from harmcircuits.hooks.inspection import token_changes, token_texts
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> words = token_texts(bridge, harm[0])
     >>> coloured_tokens(words, token_changes(bridge, mask, harm[0])[0][: len(words)])  # lost, red
@@ -192,6 +193,8 @@ def attention_pairs(
 
     Every head by itself with the tokens on its axes, a line a head; long texts scroll.
 
+    >>> from harmcircuits.circuits.location import most_removed
+    >>> from harmcircuits.hooks.inspection import attention_patterns, token_texts
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> heads = most_removed(mask, hc.weight_sites(bridge), "head", 2)
     >>> before = attention_patterns(bridge, harm[0], heads)
@@ -233,6 +236,8 @@ def activated_tokens(
     A menu chooses the neuron, and says its largest magnitude in the two texts: full colour, red
     below zero and blue above. The first token of each text says which of the two it is.
 
+    >>> from harmcircuits.circuits.location import most_removed
+    >>> from harmcircuits.hooks.inspection import neuron_activations, token_texts
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> neurons = most_removed(mask, hc.weight_sites(bridge), "neuron", 5)
     >>> before = neuron_activations(bridge, harm[0], neurons)
@@ -285,6 +290,7 @@ def gained_tokens(
     beside it says how much: sum_v |change| / 2. Above the dots the tokens that gain most, below
     those that lose most, the last of them most; the bluer, the more.
 
+    >>> from harmcircuits.hooks.inspection import prediction_changes, token_texts, vocabulary
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> changes = prediction_changes(bridge, mask, harm[0])
     >>> gained_tokens(token_texts(bridge, harm[0]), changes, vocabulary(bridge))

@@ -192,6 +192,7 @@ def component_map(rows: Rows) -> Picture:
     red more and blue fewer. Chance is a mask that falls evenly on all weights; within a matrix, one
     that falls evenly on it.
 
+    >>> from harmcircuits.circuits.location import component_rows
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> figure = component_map(component_rows(mask, hc.weight_sites(bridge)))
     >>> figure.save("map.html")
