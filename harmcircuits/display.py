@@ -111,7 +111,7 @@ def settings_text(settings: Mapping[str, Any], longest: int = 40) -> str:
     """Settings in one line, long ones cut.
 
     >>> settings_text({"within": "model", "sizes": list(range(40))}, longest=12)
-    'within model, sizes [0, 1, 2, 3…'
+    'within model, sizes [0, 1, 2, 3,…'
     """
     parts = []
     for name, value in settings.items():

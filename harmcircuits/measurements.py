@@ -468,14 +468,8 @@ class Rows(Sequence[Measurement]):
     def _card(self, title: str) -> str:
         """The first rows as a table; what they have in common stands above it."""
         shown = self[:SHOWN_ROWS]
-        values = self._values()
-        # A label that some rows lack tells them apart too.
-        common = {}
-        for name, of_name in values.items():
-            if len(of_name) == 1 and all(name in row.labels for row in self):
-                (common[name],) = of_name
-        differing = [name for name in values if name not in common]
-
+        common = self._common()
+        differing = [name for name in self._values() if name not in common]
         ends = {metric: _ends(self.where(metric)) for metric in shown.metrics}
         body = []
         for row in shown:
@@ -486,6 +480,15 @@ class Rows(Sequence[Measurement]):
         everywhere = ", ".join(f"{name} {value}" for name, value in common.items())
         n_left = len(self) - len(shown)
         return card(title, note(everywhere), table, note(f"and {n_left:,} more" if n_left else ""))
+
+    def _common(self) -> dict[str, Label]:
+        """The labels that every row carries with the same value."""
+        common = {}
+        for name, values in self._values().items():
+            # One that some rows lack tells them apart too.
+            if len(values) == 1 and all(name in row.labels for row in self):
+                (common[name],) = values
+        return common
 
     def _values(self) -> dict[str, dict[Label, None]]:
         """The values of every label, as they come."""

@@ -53,6 +53,7 @@ INTERVAL = {"thickness": 1, "width": 2}
 SHARE_TICKS = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]  # per cent
 LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
 LIFT_RANGE = 4.0  # of log2: from a sixteenth of chance to sixteen times chance
+MAP_FIGURES = ["mean", "of", "chance"]  # weights removed, weights, weights removed by chance
 COUNTS_TEXT = (
     "%{customdata[0]:,.0f} of %{customdata[1]:,.0f} weights removed<br>"
     "%{customdata[2]:,.1f} by chance<extra></extra>"
@@ -214,7 +215,7 @@ def component_map(rows: Rows) -> Picture:
     kinds = [kind for kind in KINDS if kind in present]
     place: dict[str, Any] = {"index": layers, "columns": kinds}
     grids = {}
-    for column in ("mean", "of", "chance"):
+    for column in MAP_FIGURES:
         grids[column] = _grid(matrices, y="layer", x="kind", values=column).reindex(**place)
 
     figure = make_subplots(
@@ -231,7 +232,7 @@ def component_map(rows: Rows) -> Picture:
         y=[f"layer {layer}" for layer in layers],
         text=grids["mean"].map(_whole_number),
         texttemplate="%{text}",
-        customdata=np.stack([grids[column] for column in ("mean", "of", "chance")], axis=-1),
+        customdata=np.stack([grids[column] for column in MAP_FIGURES], axis=-1),
         hovertemplate="%{y} %{x}<br>" + COUNTS_TEXT,
         coloraxis="coloraxis",
         xgap=1,
@@ -261,35 +262,7 @@ def component_map(rows: Rows) -> Picture:
 
 def _treemap(matrices: pandas.DataFrame, units: Rows) -> go.Treemap:
     """Layers, in these matrices, in these heads or neurons; areas are weights removed."""
-    columns = ["mean", "of", "chance"]
-    nodes = [{"id": "model", "label": "model", "parent": "", **matrices[columns].sum()}]
-    for layer, of_layer in matrices.groupby("layer"):
-        name = f"layer {layer}"
-        nodes.append({"id": name, "label": name, "parent": "model", **of_layer[columns].sum()})
-    for line in matrices.to_dict("records"):
-        above = f"layer {line['layer']}"
-        name = f"{above} {line['kind']}"
-        figures = {column: line[column] for column in columns}
-        nodes.append({"id": name, "label": line["kind"], "parent": above, **figures})
-
-    of_matrices = {(node["parent"], node["label"]): node for node in nodes}
-    for (layer, kind), of_matrix in units.by("layer", "kind").items():
-        matrix = of_matrices[f"layer {layer}", kind]
-        rest = {column: matrix[column] for column in columns}
-        rest["chance"] = matrix["mean"]
-        for row in of_matrix:
-            of = float(row.labels["of"])
-            figures = {"mean": row.mean, "of": of, "chance": matrix["mean"] * of / matrix["of"]}
-            label = f"{row.labels['unit']} {row.labels['index']}"
-            nodes.append({"id": f"{matrix['id']} {label}", "label": label, **figures})
-            nodes[-1]["parent"] = matrix["id"]
-            rest = {column: rest[column] - figures[column] for column in columns}
-        if rest["mean"] > 0:
-            label = f"other {of_matrix[0].labels['unit']}s"
-            nodes.append({"id": f"{matrix['id']} {label}", "label": label, **rest})
-            nodes[-1]["parent"] = matrix["id"]
-
-    table = pandas.DataFrame(nodes)
+    table = pandas.concat([_levels(matrices), _unit_nodes(matrices, units)], ignore_index=True)
     table = table[table["mean"] > 0]
     return go.Treemap(
         ids=table["id"],
@@ -302,9 +275,42 @@ def _treemap(matrices: pandas.DataFrame, units: Rows) -> go.Treemap:
             "colors": _log_lift(table["mean"], table["chance"]),
             "coloraxis": "coloraxis",
         },
-        customdata=table[columns],
+        customdata=table[MAP_FIGURES],
         texttemplate="%{label}<br>%{value}",
     )
+
+
+def _levels(matrices: pandas.DataFrame) -> pandas.DataFrame:
+    """The nodes of the whole model, of its layers, and of their matrices."""
+    whole = matrices[MAP_FIGURES].sum().to_frame().T
+    layers = matrices.groupby("layer", as_index=False)[MAP_FIGURES].sum()
+    names = "layer " + layers["layer"].astype(str)
+    above = "layer " + matrices["layer"].astype(str)
+    levels = [
+        whole.assign(id="model", label="model", parent=""),
+        layers.assign(id=names, label=names, parent="model"),
+        matrices.assign(id=above + " " + matrices["kind"], label=matrices["kind"], parent=above),
+    ]
+    return pandas.concat([level[["id", "label", "parent", *MAP_FIGURES]] for level in levels])
+
+
+def _unit_nodes(matrices: pandas.DataFrame, units: Rows) -> pandas.DataFrame:
+    """The nodes of heads or neurons; those of a matrix that have no row are one node together."""
+    of_matrices = matrices.set_index(["layer", "kind"])
+    nodes = []
+    for (layer, kind), rows in units.by("layer", "kind").items():
+        matrix = of_matrices.loc[(layer, kind)]
+        evenly = matrix["mean"] / matrix["of"]
+        name = f"layer {layer} {kind}"
+        unit = rows[0].labels["unit"]
+        sizes = {f"{unit} {row.labels['index']}": (row.mean, row.labels["of"]) for row in rows}
+        n_removed = matrix["mean"] - sum(removed for removed, _ in sizes.values())
+        n_weights = matrix["of"] - sum(of for _, of in sizes.values())
+        sizes[f"other {unit}s"] = (n_removed, n_weights)
+        for label, (removed, of) in sizes.items():
+            figures = {"mean": removed, "of": of, "chance": of * evenly}
+            nodes.append({"id": f"{name} {label}", "label": label, "parent": name, **figures})
+    return pandas.DataFrame(nodes, columns=["id", "label", "parent", *MAP_FIGURES])
 
 
 def _log_lift(removed: Any, chance: Any) -> Any:
