@@ -116,6 +116,7 @@ def parts_of(
 ) -> dict[Place, WeightMask]:
     """The mask cut by where its weights sit; together the parts are the mask.
 
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> parts = parts_of(mask, hc.weight_sites(bridge), "layer")
     >>> sum(part.n_removed for part in parts.values()) == mask.n_removed
     True
