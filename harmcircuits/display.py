@@ -1,7 +1,31 @@
-"""How a value shows itself: texts of one line. Knows no model."""
+"""How a value shows itself: texts of one line, small HTML and SVG. Knows no model.
 
-from collections.abc import Iterable
+HTML is for notebooks, light or dark: it has the notebook's own text colour and background, asks no
+network, and runs no script. It is put together as `Markup`, which escapes every text that it takes
+in.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
 from typing import Any
+
+from markupsafe import Markup
+
+# Both are legible on white and on black.
+RED = "#d0543f"
+BLUE = "#4a86c8"
+
+CARD = "font-size:13px;line-height:1.5;color:inherit;margin:2px 0 6px"
+NOTE = "opacity:.7;font-size:12px"
+# A notebook has colours and alignment of its own for tables.
+LINE = "background:none;border:0;border-top:1px solid rgba(128,128,128,.3)"
+CELL = "border:0;padding:2px 14px 2px 0;text-align:left;vertical-align:top;color:inherit"
+
+CELL_HEIGHT = 14
+LABEL_WIDTH = 96
+N_TICKS = 8
+MARK_WIDTH = 110
+BAR_WIDTH = 240
 
 
 def listed(names: Iterable[Any], most: int = 8) -> str:
@@ -71,3 +95,203 @@ def nearest(name: str, known: Iterable[str]) -> str:
     hint = f"did you mean {close[0]!r}? " if close else ""
     start = "There are" if hint else "there are"
     return f"{hint}{start} {listed(names, most=12)}"
+
+
+def number_text(value: float) -> str:
+    """A figure of any size: a whole number in full, others to three digits.
+
+    >>> number_text(1966.0), number_text(0.0123456), number_text(123456.7)
+    ('1,966', '0.0123', '123,457')
+    """
+    is_whole = value == round(value) if abs(value) < 1e15 else False
+    return f"{value:,.0f}" if is_whole or 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+
+
+def settings_text(settings: Mapping[str, Any], longest: int = 40) -> str:
+    """Settings in one line, long ones cut.
+
+    >>> settings_text({"within": "model", "sizes": list(range(40))}, longest=12)
+    'within model, sizes [0, 1, 2, 3,…'
+    """
+    parts = []
+    for name, value in settings.items():
+        text = str(value)
+        parts.append(f"{name} {text if len(text) <= longest else text[:longest] + '…'}")
+    return listed(parts)
+
+
+# HTML
+
+
+def card(title: str, *parts: str) -> str:
+    """A value in a notebook: its title, and its parts below each other.
+
+    Args:
+        title: plain text; none is left out.
+        parts: HTML made by the functions below, or plain texts.
+    """
+    inner = [Markup("<div>{}</div>").format(part) for part in parts if part]
+    heading = Markup('<div style="font-weight:600">{}</div>').format(title) if title else ""
+    return str(Markup('<div style="{}">{}{}</div>').format(CARD, heading, Markup("").join(inner)))
+
+
+def note(text: str) -> Markup:
+    """A caption; nothing where there is no text."""
+    if not text:
+        return Markup("")
+    return Markup('<div style="{}">{}</div>').format(NOTE, text)
+
+
+def facts(values: Mapping[str, str]) -> Markup:
+    """A table of two columns, without lines that say nothing.
+
+    Args:
+        values: name -> plain text.
+    """
+    return html_table([], [[name, text] for name, text in values.items() if text])
+
+
+def html_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Markup:
+    """A table.
+
+    Args:
+        head: titles of the columns; none for a table without.
+        body: lines of cells: plain texts, or pictures made by the functions below.
+    """
+    lines = []
+    if head:
+        titles = [Markup('<th style="{}">{}</th>').format(CELL, title) for title in head]
+        lines.append(_line(titles))
+    for cells in body:
+        texts = [Markup('<td style="{}">{}</td>').format(CELL, cell) for cell in cells]
+        lines.append(_line(texts))
+    table = Markup(
+        '<table style="border-collapse:collapse;border:0;margin:2px 0;font-size:13px">{}</table>'
+    )
+    return table.format(Markup("").join(lines))
+
+
+def heat_strip(
+    values: Mapping[tuple[int, str], float], texts: Mapping[tuple[int, str], str]
+) -> Markup:
+    """A picture of a value for every layer and kind: a column a layer, a line a kind.
+
+    Args:
+        values: (layer, kind) -> a value; the largest has full colour, zero and less none.
+        texts: (layer, kind) -> what is shown on hovering.
+    """
+    if not values:
+        return Markup("")
+    layers = sorted({layer for layer, _ in values})
+    kinds = list(dict.fromkeys(kind for _, kind in values))
+    largest = max(max(values.values()), 0.0)
+    width = min(28, max(7, 360 // len(layers)))
+
+    shapes = []
+    for line, kind in enumerate(kinds):
+        middle = line * CELL_HEIGHT + CELL_HEIGHT - 4
+        shapes.append(_svg_text(LABEL_WIDTH - 6, middle, kind, "end"))
+    for (layer, kind), value in values.items():
+        strength = max(value, 0.0) / largest if largest else 0.0
+        x = LABEL_WIDTH + layers.index(layer) * width
+        y = kinds.index(kind) * CELL_HEIGHT
+        shapes.append(_cell(x, y, width, strength, texts[layer, kind]))
+    below = len(kinds) * CELL_HEIGHT + 11
+    for layer in layers[:: ceil(len(layers) / N_TICKS)]:
+        middle = LABEL_WIDTH + layers.index(layer) * width + width / 2
+        shapes.append(_svg_text(middle, below, str(layer), "middle"))
+    size = (LABEL_WIDTH + len(layers) * width + 12, below + 4)
+    return _svg(size, f"{len(layers)} layers by {len(kinds)} kinds of matrix", shapes)
+
+
+def interval_mark(low: float, mean: float, high: float, ends: tuple[float, float]) -> Markup:
+    """A figure and its interval as a dot on a line.
+
+    Args:
+        low: lower end of the interval.
+        mean: the figure.
+        high: upper end.
+        ends: the values at the ends of the line.
+    """
+    start, end = ends
+    span = end - start or 1.0
+
+    def place(value: float) -> float:
+        share_of_line = min(max((value - start) / span, 0.0), 1.0)
+        return round(4 + share_of_line * (MARK_WIDTH - 8), 1)
+
+    shapes = [
+        _stroke(place(start), place(end), "currentColor", opacity=0.25, thickness=1),
+        _stroke(place(low), place(high), BLUE, opacity=0.7, thickness=4),
+        Markup('<circle cx="{}" cy="7" r="3.5" fill="{}"/>').format(place(mean), BLUE),
+    ]
+    return _svg((MARK_WIDTH, 14), f"{mean:.3g}, from {low:.3g} to {high:.3g}", shapes)
+
+
+def two_bars(first: float, second: float, shared: float) -> Markup:
+    """Two sets as bars, one above the other, that lie over each other where they share members.
+
+    Args:
+        first: how many members the first has.
+        second: how many the second has.
+        shared: how many both have.
+    """
+    either = first + second - shared or 1.0
+    scale = 300 / either
+    bars = [(0.0, 0, first, BLUE), (first - shared, 16, second, RED)]
+    shapes = []
+    for begin, y, length, colour in bars:
+        shape = '<rect x="{:.1f}" y="{}" width="{:.1f}" height="14" fill="{}" fill-opacity=".75"/>'
+        shapes.append(Markup(shape).format(begin * scale, y, length * scale, colour))
+    frame = '<rect x="{:.1f}" y="0" width="{:.1f}" height="30" fill="none" stroke="currentColor"/>'
+    if shared:
+        shapes.append(Markup(frame).format((first - shared) * scale, shared * scale))
+    return _svg((302, 31), f"{shared:,} shared of {first:,} and {second:,}", shapes)
+
+
+def bar(done: float) -> Markup:
+    """How much of something is done, as a bar.
+
+    Args:
+        done: a share in [0, 1].
+    """
+    shape = '<rect y="4" width="{:.1f}" height="6" rx="3" fill="{}" fill-opacity="{}"/>'
+    shapes = [
+        Markup(shape).format(BAR_WIDTH, "currentColor", 0.2),
+        Markup(shape).format(BAR_WIDTH * min(done, 1.0), BLUE, 1),
+    ]
+    return _svg((BAR_WIDTH, 14), f"{done:.0%}", shapes)
+
+
+def _line(cells: Sequence[Markup]) -> Markup:
+    return Markup('<tr style="{}">{}</tr>').format(LINE, Markup("").join(cells))
+
+
+def _svg(size: tuple[float, float], label: str, shapes: Sequence[Markup]) -> Markup:
+    width, height = size
+    opening = Markup(
+        '<svg role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}" '
+        'style="max-width:100%;vertical-align:middle;overflow:visible">'
+    ).format(label, width, height, width, height)
+    return opening + Markup("").join(shapes) + Markup("</svg>")
+
+
+def _svg_text(x: float, y: float, text: str, anchor: str) -> Markup:
+    shape = '<text x="{}" y="{}" font-size="10" fill="currentColor" text-anchor="{}">{}</text>'
+    return Markup(shape).format(x, y, anchor, text)
+
+
+def _cell(x: int, y: int, width: int, strength: float, text: str) -> Markup:
+    """A square of a heat strip; the outline is there even where nothing is."""
+    shape = (
+        '<rect x="{}" y="{}" width="{}" height="{}" fill="{}" fill-opacity="{:.3f}" '
+        'stroke="currentColor" stroke-opacity=".18"><title>{}</title></rect>'
+    )
+    return Markup(shape).format(x, y, width - 1, CELL_HEIGHT - 1, RED, strength, text)
+
+
+def _stroke(start: float, end: float, colour: str, *, opacity: float, thickness: int) -> Markup:
+    shape = (
+        '<line x1="{}" x2="{}" y1="7" y2="7" stroke="{}" stroke-opacity="{}" stroke-width="{}"/>'
+    )
+    return Markup(shape).format(start, end, colour, opacity, thickness)

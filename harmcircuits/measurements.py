@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -19,7 +19,7 @@ from numpy import ndarray
 from scipy.stats import bootstrap, rankdata
 from torch import Tensor
 
-from harmcircuits.display import listed
+from harmcircuits.display import card, html_table, interval_mark, listed, note, number_text, plural
 from harmcircuits.storage.lines import Line, append_lines, cut_unfinished, read_lines, write_lines
 from harmcircuits.storage.text import read_json, write_json
 
@@ -36,6 +36,8 @@ N_RESAMPLES = 2000
 N_AUROC_RESAMPLES = 200  # each ranks all values again
 PLAIN = (str, int, float)  # types of a label
 NOUN, ROWS_FILE = "measurements", "the rows.jsonl of a study"  # in error messages
+RATES = ("_rate", "_accuracy")  # how the names of shares end
+SHOWN_ROWS = 20  # in a notebook
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
 
 
@@ -271,6 +273,16 @@ class Measurement:
         labels = ", ".join(f"{name}={value!r}" for name, value in self.labels.items())
         return f"Measurement({self}{', ' if labels else ''}{labels})"
 
+    def _repr_html_(self) -> str:
+        return Rows([self])._card("Measurement")
+
+    @property
+    def _text(self) -> str:
+        """The figure with its interval, in the unit of its metric."""
+        if self.metric.endswith(RATES):
+            return f"{self:.0%}"
+        return number_text(self.mean) if self.is_exact else f"{self:.3g}"
+
 
 class Rows(Sequence[Measurement]):
     """Measurements in order, to select, pool, group and tabulate.
@@ -450,15 +462,47 @@ class Rows(Sequence[Measurement]):
         """The names of the metrics, as they come."""
         return list(dict.fromkeys(row.metric for row in self))
 
-    def _differences(self) -> str:
-        """The labels in which these rows differ, with their values."""
+    def _repr_html_(self) -> str:
+        return self._card(plural(len(self), "row"))
+
+    def _card(self, title: str) -> str:
+        """The first rows as a table; what they have in common stands above it."""
+        shown = self[:SHOWN_ROWS]
+        common = self._common()
+        differing = [name for name in self._values() if name not in common]
+        ends = {metric: _ends(self.where(metric)) for metric in shown.metrics}
+        body = []
+        for row in shown:
+            labels = [str(row.labels.get(name, "")) for name in differing]
+            mark = _mark(row, *ends[row.metric])
+            body.append([row.metric, *labels, row._text, mark, f"{row.n:,}"])
+        table = html_table(["metric", *differing, "mean [95 %]", "", "n"], body) if body else ""
+        everywhere = ", ".join(f"{name} {value}" for name, value in common.items())
+        n_left = len(self) - len(shown)
+        return card(title, note(everywhere), table, note(f"and {n_left:,} more" if n_left else ""))
+
+    def _common(self) -> dict[str, Label]:
+        """The labels that every row carries with the same value."""
+        common = {}
+        for name, values in self._values().items():
+            # One that some rows lack tells them apart too.
+            if len(values) == 1 and all(name in row.labels for row in self):
+                (common[name],) = values
+        return common
+
+    def _values(self) -> dict[str, dict[Label, None]]:
+        """The values of every label, as they come."""
         # Dictionaries as sets that keep their order.
         values: dict[str, dict[Label, None]] = {}
         for row in self:
             for name, value in row.labels.items():
                 values.setdefault(name, {})[value] = None
+        return values
+
+    def _differences(self) -> str:
+        """The labels in which these rows differ, with their values."""
         differing = []
-        for name, of_name in values.items():
+        for name, of_name in self._values().items():
             if len(of_name) > 1:
                 differing.append(f"{name} ({listed(of_name)})")
         return "; ".join(differing)
@@ -628,6 +672,22 @@ def _ratio(sums: ndarray, sizes: ndarray, axis: int = -1) -> Any:
 
 def _figures(row: Measurement) -> dict[str, float]:
     return {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
+
+
+def _mark(row: Measurement, start: float, end: float) -> str:
+    """The figure and its interval on a line; nothing for what is exact or not a number."""
+    if row.is_exact or not isfinite(row.low + row.mean + row.high):
+        return ""
+    return interval_mark(row.low, row.mean, row.high, (start, end))
+
+
+def _ends(rows: Rows) -> Interval:
+    """Where a line begins and ends on which these figures of one metric are drawn."""
+    if rows[0].metric.endswith(RATES):
+        return 0.0, 1.0
+    lows = [row.low for row in rows]
+    highs = [row.high for row in rows]
+    return min(0.0, *lows), max(0.0, *highs)
 
 
 def _without(labels: Labels, name: str) -> dict[str, Label]:

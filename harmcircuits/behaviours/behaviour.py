@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from harmcircuits.display import card, facts
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import Example, PromptSet
 
@@ -70,6 +71,18 @@ class Behaviour:
 
     def __repr__(self) -> str:
         return f"Behaviour({self.name}: {self.metric}, shown by {self.wanted!r})"
+
+    def _repr_html_(self) -> str:
+        # Its requests are not shown: they may be harmful.
+        values = {
+            "rate": self.metric,
+            "loss": self.nll_metric,
+            "shown by": f"the verdict {self.wanted!r}",
+            "begun with": self.prefill,
+            "counted too": ", ".join(self.side_metrics),
+            "part of": self.part_of,
+        }
+        return card(f"Behaviour: {self.name}", facts(values))
 
     def references(self, split: str) -> PromptSet:
         """The requests of a split that have a reference answer."""

@@ -1,5 +1,6 @@
 """A model with all it can be asked: its own answers to score on, what it does, and its circuits."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.units import Unit
-from harmcircuits.display import listed, nearest, plural
+from harmcircuits.display import card, facts, html_table, listed, nearest, note, plural, share
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
@@ -50,6 +51,15 @@ class Calibration:
         return (
             f"Calibration({self.behaviour}: {self.n_verified} of {self.n_asked} answers verified)"
         )
+
+    def _repr_html_(self) -> str:
+        n_targets = sum(int(batch.is_target.sum()) for batch in self.batches)
+        of_asked = share(self.n_verified / self.n_asked) if self.n_asked else "none"
+        values = {
+            "verified": f"{self.n_verified} of {self.n_asked} answers, {of_asked}",
+            "scored on": f"{n_targets:,} tokens of answers",
+        }
+        return card(f"Calibration: {self.behaviour}", facts(values))
 
     @property
     def n_verified(self) -> int:
@@ -110,6 +120,21 @@ class Model:
         n_parts = len(self.behaviours) - len(whole)
         parts = f" and {plural(n_parts, 'part')}" if n_parts else ""
         return f"Model({self.name}: {listed(whole)}{parts})"
+
+    def _repr_html_(self) -> str:
+        cfg = self.bridge.cfg
+        # Requests are not shown: they may be harmful.
+        parts = Counter(behaviour.part_of for behaviour in self.behaviours.values())
+        body = []
+        for name in self.whole_behaviours:
+            behaviour = self.behaviours[name]
+            shown_by = f"the verdict {behaviour.wanted!r}"
+            n_parts = str(parts[name]) if parts[name] else ""
+            body.append([name, behaviour.metric, shown_by, behaviour.prefill, n_parts])
+        table = html_table(["behaviour", "rate", "shown by", "begun with", "parts"], body)
+        size = f"{cfg.n_layers} layers of {cfg.n_heads} heads, width {cfg.d_model}"
+        about = f"{size}; template {self.template}; judge {self.judge_name or 'unnamed'}"
+        return card(f"Model {self.name}", note(about), table)
 
     @property
     def whole_behaviours(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Where a mask's weights sit: by layer, matrix, head and neuron, and how concentrated they are."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -115,6 +116,7 @@ def parts_of(
 ) -> dict[Place, WeightMask]:
     """The mask cut by where its weights sit; together the parts are the mask.
 
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> parts = parts_of(mask, hc.weight_sites(bridge), "layer")
     >>> sum(part.n_removed for part in parts.values()) == mask.n_removed
     True
@@ -167,6 +169,46 @@ def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[Piece]:
     n_weights = site.parameter.numel() // site.n_units
     for number, n_removed in enumerate(n_removed_of):
         yield Place(site.layer, site.unit, number), n_removed, n_weights
+
+
+def most_removed(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    by: Literal["head", "neuron"],
+    n: int,
+) -> list[tuple[int, int]]:
+    """(layer, number) of the heads or neurons that lose most weights, the most first.
+
+    A head loses its query and output weights, and the key and value weights of its key-value head.
+    Those that lose none are left out; ties go to the earlier one.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> len(most_removed(mask, hc.weight_sites(bridge), "head", 3))
+    3
+
+    Args:
+        mask: as in `counts_by`.
+        sites: as in `counts_by`.
+        by: "head" or "neuron".
+        n: how many, at most.
+
+    Raises:
+        ValueError: as `counts_by`.
+    """
+    removed = {place: count.n_removed for place, count in counts_by(mask, sites, by).items()}
+    n_units = Counter((place.layer, place.part) for place in removed)
+    lost: dict[tuple[int, int], int] = {}
+    for place, n_removed in removed.items():
+        if place.part != by:
+            continue
+        if by == "head":
+            # Of 4 heads and 2 key-value heads, heads 0 and 1 read key-value head 0.
+            n_heads, n_kv_heads = n_units[place.layer, "head"], n_units[place.layer, "kv_head"]
+            read = Place(place.layer, "kv_head", place.number * n_kv_heads // n_heads)
+            n_removed += removed.get(read, 0)
+        if n_removed:
+            lost[place.layer, place.number] = n_removed
+    return sorted(lost, key=lambda unit: -lost[unit])[:n]
 
 
 class Concentration(NamedTuple):
@@ -272,6 +314,49 @@ def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -
         counts = counts_by(mask, sites, by).values()
         if any(count.n_removed for count in counts):
             rows += _concentration_rows(mask, random, sites, by, labels)
+    return rows
+
+
+def component_rows(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    labels: Labels | None = None,
+    *,
+    n_units: int = 8,
+) -> Rows:
+    """How many weights each matrix loses, and those of its heads or neurons that lose most.
+
+    `weights_removed` by "matrix", and by "unit" with what the unit is and its number in the matrix;
+    labelled `of` with the size of the place. What `component_map` draws.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> rows = component_rows(mask, hc.weight_sites(bridge))
+    >>> sum(row.mean for row in rows.where(by="matrix")) == len(mask)
+    True
+
+    Args:
+        mask: the weights.
+        sites: `weight_sites` of the mask's model.
+        labels: what the rows carry besides.
+        n_units: of each matrix, at most; those that lose nothing are left out.
+
+    Raises:
+        ValueError: as `counts_by`.
+    """
+    rows = Rows()
+    for place, count in counts_by(mask, sites, "matrix").items():
+        where = {**(labels or {}), "layer": place.layer, "kind": place.part}
+        of_matrix = {**where, "by": "matrix", "of": count.n_weights}
+        rows += [Measurement.exact("weights_removed", of_matrix, count.n_removed)]
+    for name, index in mask.removed.items():
+        site = sites[name]
+        where = {**(labels or {}), "layer": site.layer, "kind": site.kind, "unit": site.unit}
+        removed = site.units(index).bincount(minlength=site.n_units)
+        order = removed.argsort(descending=True, stable=True)[:n_units]
+        of = site.parameter.numel() // site.n_units
+        for number in order[removed[order] > 0].tolist():
+            of_unit = {**where, "by": "unit", "index": number, "of": of}
+            rows += [Measurement.exact("weights_removed", of_unit, int(removed[number]))]
     return rows
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from harmcircuits.circuits.hub import MASK_FILE, mask_file
 from harmcircuits.circuits.scores import Source, WeightScores, read_shapes, read_source
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
-from harmcircuits.circuits.sites import Site
-from harmcircuits.display import share
+from harmcircuits.circuits.sites import Site, by_place
+from harmcircuits.display import card, facts, heat_strip, listed, note, plural, settings_text, share
 from harmcircuits.measurements import Rows
 from harmcircuits.storage.tensors import open_tensors, write_tensors
 
@@ -96,6 +96,35 @@ class WeightMask:
         allowed = self.source.settings.get("n_allowed", self.n_removed)
         fewer = f"; of {allowed:,} allowed" if allowed > self.n_removed else ""
         return f"WeightMask({self.source.method}, {counts}{fewer})"
+
+    def _repr_html_(self) -> str:
+        counts = by_place(self.counts)
+        shapes = by_place(self.shapes)
+        shares, texts = {}, {}
+        for place, n_removed in counts.items():
+            n_weights = math.prod(shapes[place])
+            shares[place] = n_removed / n_weights if n_weights else 0.0
+            layer, kind = place
+            which = f"layer {layer} {kind}: {n_removed:,} of {n_weights:,}"
+            texts[place] = f"{which}, {share(shares[place])}"
+        caption = ""
+        if shares:
+            most = share(max(shares.values()))
+            caption = note(f"share of each matrix that is removed; the most: {most}")
+        source = self.source
+        table = facts(
+            {
+                "removed": f"{self.n_removed:,} of {self.n_weights:,} weights",
+                "settings": settings_text(source.settings),
+                "from": listed(parent.method for parent in source.parents),
+                "model": source.model,
+                "trace": plural(len(self.trace), "row") if len(self.trace) else "",
+            }
+        )
+        size = share(self.fraction) if self.n_weights else "nothing"
+        return card(
+            f"WeightMask: {source.method}, {size}", table, heat_strip(shares, texts), caption
+        )
 
     def __len__(self) -> int:
         return self.n_removed

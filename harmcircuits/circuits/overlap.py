@@ -7,7 +7,7 @@ matrix.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import nan, prod
+from math import isnan, nan, prod
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from harmcircuits.circuits.location import By, Place, pieces
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
+from harmcircuits.display import card, facts, number_text, share, two_bars
 from harmcircuits.measurements import ENDS, Interval, wilson
 
 BURN_IN = 20  # rounds of trades before the first sample of the stricter null
@@ -123,6 +124,23 @@ class Overlap:
 
     def __repr__(self) -> str:
         return f"Overlap({self})"
+
+    def _repr_html_(self) -> str:
+        of_first, of_second = self.containment
+        low, high = self.interval
+        values = {
+            "shared": f"{self.n_shared:,}; by chance {number_text(self.n_expected)}",
+            "first": f"{self.n_first:,}, of which {share(of_first)} are in the second",
+            "second": f"{self.n_second:,}, of which {share(of_second)} are in the first",
+            "Jaccard": f"{self.jaccard:.3f}",
+            "lift": f"{self.lift:.2f} [{low:.2f}, {high:.2f}] against chance in each matrix",
+        }
+        if not isnan(self.n_expected_marginal):
+            low, high = self.interval_marginal
+            interval = f"{self.lift_marginal:.2f} [{low:.2f}, {high:.2f}]"
+            values["lift, stricter"] = f"{interval} against chance in each row and column"
+        picture = two_bars(self.n_first, self.n_second, self.n_shared)
+        return card("Overlap of two masks", facts(values), picture)
 
 
 def overlap(

@@ -12,7 +12,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.display import plural
+from harmcircuits.circuits.sites import by_place
+from harmcircuits.display import (
+    card,
+    facts,
+    heat_strip,
+    html_table,
+    listed,
+    note,
+    number_text,
+    plural,
+    settings_text,
+)
 from harmcircuits.storage.tensors import TensorFile, open_tensors, write_tensors
 from harmcircuits.storage.text import parsed_json
 from harmcircuits.storage.writing import empty_folder
@@ -21,6 +32,8 @@ FORMAT = "harmcircuits.scores.1"
 ENTRIES = ("shapes", "source")  # of a file
 SHARD_BYTES = 2**31
 SCORE_BYTES = 4  # of a float32
+SHOWN_WEIGHTS = 2**30  # more are not read for a picture: it would take seconds
+SHOWN_MATRICES = 5
 
 
 @runtime_checkable
@@ -155,6 +168,44 @@ class WeightScores:
         examples = self.source.settings.get("n_examples")
         data = f" of {plural(examples, 'example')}" if examples else ""
         return f"WeightScores({self.source.method}{data}, {sum(sizes):,} weights)"
+
+    def _repr_html_(self) -> str:
+        n_weights = sum(map(math.prod, self.shapes.values()))
+        source = self.source
+        table = facts(
+            {
+                "weights": f"{n_weights:,} in {len(self.shapes)} matrices",
+                "settings": settings_text(source.settings),
+                "from": listed(parent.method for parent in source.parents),
+                "model": source.model,
+            }
+        )
+        title = f"WeightScores: {source.method}"
+        if isinstance(self.values, _Saved):
+            return card(title, table, note("in a file, read as they are used"))
+        if n_weights > SHOWN_WEIGHTS:
+            return card(title, table, note("too many to read for a picture"))
+        return card(title, table, *self._largest())
+
+    def _largest(self) -> list[str]:
+        """The largest score of every matrix as a picture, and the largest of them as a table."""
+        largest, places = {}, {}
+        for name, value in self.values.items():
+            if not value.numel():
+                continue
+            flat = value.flatten()
+            index = flat.argmax()
+            largest[name] = flat[index].item()
+            places[name] = [int(axis) for axis in torch.unravel_index(index, value.shape)]
+        ordered = sorted(largest, key=lambda name: -largest[name])[:SHOWN_MATRICES]
+        body = [[name, number_text(largest[name]), str(places[name])] for name in ordered]
+        by_kind = by_place(largest)
+        texts = {}
+        for (layer, kind), value in by_kind.items():
+            texts[layer, kind] = f"layer {layer} {kind}: at most {value:.3g}"
+        caption = note("largest score of each matrix") if by_kind else ""
+        head = ["largest in", "score", "at"]
+        return [heat_strip(by_kind, texts), caption, html_table(head, body)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

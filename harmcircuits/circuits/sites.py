@@ -1,7 +1,8 @@
 """Sites: what the axes of a block matrix mean."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -21,6 +22,8 @@ KINDS = (
     "mlp.experts.down_proj",
 )
 MLP_MATRICES = ("mlp.gate", "mlp.in", "mlp.out")
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,27 @@ def place_of(name: str) -> tuple[int, str]:
     _, layer, part = name.split(".", maxsplit=2)
     kind = part.removesuffix(".weight")
     return int(layer), kind
+
+
+def by_place(values: Mapping[str, Value]) -> dict[tuple[int, str], Value]:
+    """The values of matrices by layer and kind, in the order of `KINDS` and then of layers.
+
+    Matrices whose names say neither are left out.
+
+    >>> by_place({"blocks.1.mlp.in.weight": 5, "blocks.0.mlp.in.weight": 3, "head": 2})
+    {(0, 'mlp.in'): 3, (1, 'mlp.in'): 5}
+
+    Args:
+        values: name of a matrix -> its value.
+    """
+    places = {}
+    for name, value in values.items():
+        parts = name.split(".")
+        if len(parts) >= 3 and parts[1].isdigit():
+            places[place_of(name)] = value
+
+    def in_order(place: tuple[int, str]) -> tuple[int, str, int]:
+        layer, kind = place
+        return (KINDS.index(kind) if kind in KINDS else len(KINDS)), kind, layer
+
+    return {place: places[place] for place in sorted(places, key=in_order)}

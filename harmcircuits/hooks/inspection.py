@@ -1,4 +1,4 @@
-"""Arrays of a live model: what a mask does to each token, where heads attend, what it holds."""
+"""Arrays of a live model: what a mask does to each token, where heads attend, what neurons do."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -60,8 +60,7 @@ def attention_patterns(
         heads: (layer, head) of each.
     """
     bridge = as_bridge(bridge)
-    n_tokens = int(batch.is_token[0].sum())
-    tokens = batch.tokens[:1, :n_tokens].to(bridge.cfg.device)
+    tokens = _first_text(bridge, batch)
     names = {_pattern_name(layer) for layer, _ in heads}
     with torch.no_grad():
         # Only these are kept: all activations of a large model would not fit in memory.
@@ -72,6 +71,79 @@ def attention_patterns(
         pattern = cache[_pattern_name(layer)]  # [batch, head, pos, pos]
         patterns.append(pattern[0, head].cpu())
     return torch.stack(patterns)
+
+
+def neuron_activations(
+    bridge: AnyModel,
+    batch: Batch,
+    neurons: Sequence[tuple[int, int]],
+) -> Float[Tensor, "neuron pos"]:
+    """What some neurons hand to the output weights, on the first example without padding.
+
+    a_t = act(W_gate x_t) * (W_in x_t), or act(W_in x_t) without a gate; float32, on the CPU. Inside
+    `masked` it is that of the edited model.
+
+    >>> neuron_activations(bridge, harm[0], [(0, 3), (2, 17)]).shape[0]
+    2
+
+    Args:
+        bridge: the model.
+        batch: the texts.
+        neurons: (layer, neuron) of each, such as those of `most_removed`.
+
+    Raises:
+        ValueError: no neurons, one that the model lacks, or a layer of experts.
+    """
+    bridge = as_bridge(bridge)
+    hooks = {layer: _neurons_hook(bridge, layer) for layer, _ in neurons}
+    if not neurons:
+        raise ValueError("neuron_activations: no neurons; expected at least one")
+    tokens = _first_text(bridge, batch)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in hooks.values())
+
+    activations = []
+    for layer, neuron in neurons:
+        of_layer = cache[hooks[layer]][0]  # [pos, d_mlp]
+        if not 0 <= neuron < of_layer.shape[1]:
+            raise ValueError(
+                f"neuron_activations: ({layer}, {neuron}); layer {layer} has neurons 0 to "
+                f"{of_layer.shape[1] - 1}"
+            )
+        activations.append(of_layer[:, neuron].float().cpu())
+    return torch.stack(activations)
+
+
+def prediction_changes(
+    bridge: AnyModel,
+    mask: WeightMask,
+    batch: Batch,
+) -> Float[Tensor, "pos vocab"]:
+    """The change that the mask makes to what is predicted after each token of the first example.
+
+    p_masked - p_unpruned of every token of the vocabulary, so each line adds up to 0; float32, on
+    the CPU.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> changes = prediction_changes(bridge, mask, harm[0])
+    >>> bool(changes.sum(dim=1).abs().max() < 1e-4)
+    True
+
+    Args:
+        bridge: the model.
+        mask: the weights to remove.
+        batch: the texts.
+
+    Raises:
+        ValueError: as `masked`.
+    """
+    bridge = as_bridge(bridge)
+    tokens = _first_text(bridge, batch)
+    with torch.no_grad():
+        before = bridge(tokens)[0].float().softmax(dim=-1)
+        with masked(bridge, mask):
+            after = bridge(tokens)[0].float().softmax(dim=-1)
+    return (after - before).cpu()
 
 
 def mean_residual(
@@ -164,6 +236,23 @@ def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
     return bridge.tokenizer.convert_ids_to_tokens(tokens.tolist())
 
 
+def vocabulary(bridge: AnyModel) -> list[str]:
+    """Every token that the model predicts, as the tokenizer writes it.
+
+    >>> len(vocabulary(bridge)) == bridge.cfg.d_vocab
+    True
+
+    Args:
+        bridge: the model.
+    """
+    bridge = as_bridge(bridge)
+    n_known = len(bridge.tokenizer)
+    # Embeddings are often padded to a round number.
+    unknown = [f"[{number}]" for number in range(n_known, bridge.cfg.d_vocab)]
+    known = range(min(n_known, bridge.cfg.d_vocab))
+    return [*bridge.tokenizer.convert_ids_to_tokens(list(known)), *unknown]
+
+
 def position_names(bridge: AnyModel, batch: Batch) -> list[str]:
     """The number of each position, and the token there where it is the same in every example.
 
@@ -198,6 +287,23 @@ def _refuse_unreadable(
             raise ValueError(
                 f"mean_residual: text {number} has {len(row)} tokens; expected more than {skip}"
             )
+
+
+def _first_text(bridge: Bridge, batch: Batch) -> Int[Tensor, "1 pos"]:
+    """The tokens of the first example without padding, where the model is."""
+    n_tokens = int(batch.is_token[0].sum())
+    return batch.tokens[:1, :n_tokens].to(bridge.cfg.device)
+
+
+def _neurons_hook(bridge: Bridge, layer: int) -> str:
+    """Where a layer's neurons are read; raises ValueError where it has none."""
+    name = f"blocks.{layer}.mlp.out.hook_in"
+    if name not in bridge.hook_dict:
+        raise ValueError(
+            f"neuron_activations: layer {layer} has no neurons (no {name}); expected a layer with "
+            f"an MLP, 0 to {len(bridge.blocks) - 1}, that is not of experts"
+        )
+    return name
 
 
 def _pattern_name(layer: int) -> str:

@@ -1,4 +1,8 @@
-"""circuitsvis views of arrays: tokens coloured by a value, attention of heads.
+"""circuitsvis views of arrays: tokens coloured by a value, attention, neurons, tokens gained.
+
+A view shows itself in a notebook and saves to a file of its own. The arrays are those of
+`harmcircuits.hooks.inspection`. Everything that the components need is in circuitsvis' own script,
+so all of them work without a network.
 
 Importing circuitsvis is enough for its JavaScript; its own renderer is not used, because it probes
 the network at each display, inlines 1.3 MB a figure, and escapes neither `</script>` nor NaN.
@@ -11,18 +15,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import torch
 from circuitsvis.utils.convert_props import convert_prop_type
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn import functional
 
+from harmcircuits.display import listed
 from harmcircuits.views.figures import BLUE, RED
+from harmcircuits.views.page import write_view
+
+PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
+TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
 
 
 @dataclass(frozen=True, repr=False)
 class Visual:
     """A circuitsvis element; shows itself in a notebook.
+
+    >>> view = coloured_tokens(["a", "b"], torch.tensor([0.5, -1.0]))
+    >>> view.save("tokens.html")
 
     Attributes:
         element: the name of the component.
@@ -49,6 +64,59 @@ class Visual:
         call = f'CircuitsVis.render("{name}", CircuitsVis.{self.element}, {props})'
         return f'<div id="{name}"></div><script>{call}</script>'
 
+    def save(self, path: str | Path, title: str = "") -> None:
+        """Write it as one HTML file that needs no network.
+
+        Args:
+            path: the file.
+            title: stands above it; plain text.
+        """
+        write_view(path, title or self.element, self.html(), script=circuitsvis_script())
+
+    def _repr_html_(self) -> str:
+        return circuitsvis_script() + self.html()
+
+
+@dataclass(frozen=True, repr=False)
+class Panels:
+    """Views side by side, each under its title; shows itself in a notebook.
+
+    Attributes:
+        views: title -> view, line by line.
+        columns: how many stand in a line.
+        width: of each at least, in pixels; where there is no room, lines scroll.
+    """
+
+    views: Mapping[str, Visual]
+    columns: int = 2
+    width: int = PATTERN_WIDTH
+
+    def __repr__(self) -> str:
+        return f"Panels({listed(self.views)})"
+
+    def html(self) -> str:
+        """The elements alone, for a page that holds `circuitsvis_script()` once."""
+        panels = []
+        for title, view in self.views.items():
+            heading = f'<div style="font-weight:600">{escape(title)}</div>'
+            # circuitsvis writes axes in dark grey, which a dark page would swallow.
+            card = "background:#fff;color:#222;border-radius:6px;padding:8px 12px"
+            # Its rows reach 15 pixels beyond what they stand in.
+            body = f'<div style="padding:0 15px">{view.html()}</div>'
+            panels.append(f'<div style="{card}">{heading}{body}</div>')
+        columns = f"repeat({self.columns},minmax({self.width}px,{2 * self.width}px))"
+        grid = f"display:grid;gap:12px;grid-template-columns:{columns}"
+        return f'<div style="overflow-x:auto"><div style="{grid}">{"".join(panels)}</div></div>'
+
+    def save(self, path: str | Path, title: str = "") -> None:
+        """Write them as one HTML file that needs no network.
+
+        Args:
+            path: the file.
+            title: stands above them; plain text.
+        """
+        write_view(path, title or repr(self), self.html(), script=circuitsvis_script())
+
     def _repr_html_(self) -> str:
         return circuitsvis_script() + self.html()
 
@@ -65,18 +133,24 @@ def coloured_tokens(
 ) -> Visual:
     """The tokens of a text coloured by a value: red below zero, blue above.
 
+    >>> from harmcircuits.hooks.inspection import token_changes, token_texts
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> words = token_texts(bridge, harm[0])
+    >>> coloured_tokens(words, token_changes(bridge, mask, harm[0])[0][: len(words)])  # lost, red
+    Visual(ColoredTokens)
+    >>> coloured_tokens(words, hc.token_contributions(bridge, mask, harm)[0][0][: len(words)])
+    Visual(ColoredTokens)
+
     Args:
         tokens: as the tokenizer writes them.
         values: the value of each token, such as `token_changes`.
         largest: the magnitude of full colour; that of the values by default.
     """
-    # The element takes tokens as HTML, in which <bos> would vanish.
-    words = [f" {escape(token)}" for token in tokens]
     # The same for both signs, so that white is zero; and above zero, where nothing changes.
     if largest is None:
         largest = max(values.abs().max().item(), 1e-6)
     props = {
-        "tokens": words,
+        "tokens": _words(tokens),
         "values": values,
         "negativeColor": RED,
         "positiveColor": BLUE,
@@ -107,6 +181,169 @@ def attention_heads(
         "maskUpperTri": True,
     }
     return Visual("AttentionHeads", props)
+
+
+def attention_pairs(
+    tokens: Sequence[str],
+    unpruned: Float[Tensor, "head pos pos"],
+    masked: Float[Tensor, "head pos pos"],
+    heads: Sequence[tuple[int, int]],
+) -> Panels:
+    """Attention of some heads on a text, unpruned to the left and under a mask to the right.
+
+    Every head by itself with the tokens on its axes, a line a head; long texts scroll.
+
+    >>> from harmcircuits.circuits.location import most_removed
+    >>> from harmcircuits.hooks.inspection import attention_patterns, token_texts
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> heads = most_removed(mask, hc.weight_sites(bridge), "head", 2)
+    >>> before = attention_patterns(bridge, harm[0], heads)
+    >>> with hc.masked(bridge, mask):
+    ...     after = attention_patterns(bridge, harm[0], heads)
+    >>> attention_pairs(token_texts(bridge, harm[0]), before, after, heads)
+    Panels(L... H... unpruned, L... H... masked, L... H... unpruned, L... H... masked)
+
+    Args:
+        tokens: of the text.
+        unpruned: from `attention_patterns`.
+        masked: the same, inside `masked`.
+        heads: (layer, head) of each.
+    """
+    views = {}
+    for (layer, head), before, after in zip(heads, unpruned, masked, strict=True):
+        for state, pattern in {"unpruned": before, "masked": after}.items():
+            props = {
+                "tokens": list(tokens),
+                "attention": pattern,
+                "minValue": 0.0,
+                "maxValue": 1.0,
+                "positiveColor": BLUE,
+                "showAxisLabels": True,
+                "maskUpperTri": True,
+            }
+            views[f"L{layer} H{head} {state}"] = Visual("AttentionPattern", props)
+    return Panels(views, width=max(PATTERN_WIDTH, TOKEN_WIDTH * len(tokens)))
+
+
+def activated_tokens(
+    tokens: Sequence[str],
+    unpruned: Float[Tensor, "neuron pos"],
+    masked: Float[Tensor, "neuron pos"],
+    neurons: Sequence[tuple[int, int]],
+) -> Visual:
+    """A text coloured by a neuron's activations, unpruned and, below it, under a mask.
+
+    A menu chooses the neuron, and says its largest magnitude in the two texts: full colour, red
+    below zero and blue above. The first token of each text says which of the two it is.
+
+    >>> from harmcircuits.circuits.location import most_removed
+    >>> from harmcircuits.hooks.inspection import neuron_activations, token_texts
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> neurons = most_removed(mask, hc.weight_sites(bridge), "neuron", 5)
+    >>> before = neuron_activations(bridge, harm[0], neurons)
+    >>> with hc.masked(bridge, mask):
+    ...     after = neuron_activations(bridge, harm[0], neurons)
+    >>> activated_tokens(token_texts(bridge, harm[0]), before, after, neurons)
+    Visual(TextNeuronActivations)
+
+    Args:
+        tokens: of the text.
+        unpruned: from `neuron_activations`.
+        masked: the same, inside `masked`.
+        neurons: (layer, neuron) of each.
+    """
+    both = torch.cat([unpruned, masked], dim=1)
+    largest = both.abs().amax(dim=1)
+    labels = []
+    for (layer, neuron), most in zip(neurons, largest.tolist(), strict=True):
+        labels.append(f"L{layer} N{neuron} (largest {most:.3g})")
+
+    texts, activations = [], []
+    for state, values in {"unpruned": unpruned, "masked": masked}.items():
+        texts.append([f"{state}:", *_words(tokens)])
+        shares = values / largest[:, None].clamp_min(1e-12)
+        with_title = functional.pad(shares, (1, 0))  # a token before the first, of 0
+        # circuitsvis' axes are [token, layer, neuron]; neurons stand where layers do, because those
+        # of a mask are of many layers, and not as many of each.
+        activations.append(with_title.T.unsqueeze(2).tolist())
+    props = {
+        "tokens": texts,
+        "activations": activations,
+        "firstDimensionName": "Neuron",
+        "firstDimensionLabels": labels,
+        "secondDimensionName": "Activation",
+        "secondDimensionLabels": ["share of its largest"],
+    }
+    return Visual("TextNeuronActivations", props)
+
+
+def gained_tokens(
+    tokens: Sequence[str],
+    changes: Float[Tensor, "pos vocab"],
+    vocabulary: Sequence[str],
+    *,
+    k: int = 5,
+) -> Visual:
+    """The tokens that become likelier and unlikelier at each position, as a table.
+
+    A menu chooses the position; the one where most probability moves comes first, and the number
+    beside it says how much: sum_v |change| / 2. Above the dots the tokens that gain most, below
+    those that lose most, the last of them most; the bluer, the more.
+
+    >>> from harmcircuits.hooks.inspection import prediction_changes, token_texts, vocabulary
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> changes = prediction_changes(bridge, mask, harm[0])
+    >>> gained_tokens(token_texts(bridge, harm[0]), changes, vocabulary(bridge))
+    Visual(TopkTokens)
+
+    Args:
+        tokens: of the text.
+        changes: of each token's probability at each position, from `prediction_changes`.
+        vocabulary: every token as the tokenizer writes it.
+        k: how many of each.
+    """
+    moved = changes.abs().sum(dim=1) / 2
+    positions = moved.argsort(descending=True, stable=True)
+    k = min(k, len(vocabulary))
+    gained, gained_ids = changes[positions].topk(k, dim=1)
+    lost, lost_ids = changes[positions].topk(k, dim=1, largest=False)
+    lost, lost_ids = lost.flip(1), lost_ids.flip(1)
+
+    # circuitsvis leaves losses white and figures to the mouse, so a cell has its figure in its
+    # text: every cell is a token of its own, and its index the number of the cell.
+    cells = []
+    for values, ids in ((gained, gained_ids), (lost, lost_ids)):
+        for value, number in zip(values.flatten().tolist(), ids.flatten().tolist(), strict=True):
+            cells.append(f"{vocabulary[number]} {value:+.3f}")
+    index = torch.arange(len(cells)).view(2, *gained.shape)
+
+    labels = []
+    following = [*tokens[1:], "…"]
+    for position in positions.tolist():
+        context = f"{position} {tokens[position]} → {following[position]}"
+        labels.append(f"{context} ({moved[position]:.2f})")
+    props = {
+        "tokens": [_words(cells)],
+        "topkVals": _columns(gained.abs()),
+        "topkIdxs": _columns(index[0]),
+        "bottomkVals": _columns(lost.abs()),
+        "bottomkIdxs": _columns(index[1]),
+        "firstDimensionName": "Position",
+        "firstDimensionLabels": labels,
+        "thirdDimensionName": "Mask",
+        "sampleLabels": ["change of probability"],
+    }
+    return Visual("TopkTokens", props)
+
+
+def _words(tokens: Sequence[str]) -> list[str]:
+    """Tokens for an element that takes them as HTML, in which <bos> would vanish."""
+    return [f" {escape(token)}" for token in tokens]
+
+
+def _columns(values: Shaped[Tensor, "pos k"]) -> list:
+    """As circuitsvis' [sample, position, k, column], of one sample and one column."""
+    return values[None, :, :, None].tolist()
 
 
 def _finite(value: Any) -> Any:

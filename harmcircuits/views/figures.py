@@ -6,6 +6,7 @@ Each but `heatmaps` is a call of `plotly.express` on a table of the rows, and th
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, isnan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,12 @@ TITLE_SIZE = 16  # of a panel
 INTERVAL = {"thickness": 1, "width": 2}
 SHARE_TICKS = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]  # per cent
 LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
+LIFT_RANGE = 4.0  # of log2: from a sixteenth of chance to sixteen times chance
+MAP_FIGURES = ["mean", "of", "chance"]  # weights removed, weights, weights removed by chance
+COUNTS_TEXT = (
+    "%{customdata[0]:,.0f} of %{customdata[1]:,.0f} weights removed<br>"
+    "%{customdata[2]:,.1f} by chance<extra></extra>"
+)
 WORST_KEPT = "worst kept ability"
 N_SOLID = 2  # of the lines of a share figure
 LINE_SPREAD = 0.16  # between models that share a line of an overlap figure
@@ -164,6 +171,152 @@ def location_figure(rows: Rows) -> go.Figure:
     # Of many layers lines are lower, so that the figure fits a screen as long as they can be read.
     line_height = max(LEAST_LINE, min(48, SCREEN // max(1, len(layers))))
     return _styled(figure, height=110 + line_height * len(layers))
+
+
+class Picture(go.Figure):
+    """A plotly figure that saves itself."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as one HTML file that needs no network (5 MB: plotly's script).
+
+        Args:
+            path: the file.
+        """
+        self.write_html(path, include_plotlyjs=True)
+
+
+def component_map(rows: Rows) -> Picture:
+    """Where a mask's weights sit, against chance: layers by kinds, opening into heads and neurons.
+
+    Left, every matrix and how many weights it loses. Right, the same as areas: a click opens a
+    layer, then a matrix, down to its heads or neurons. Colour: how many times as many as by chance,
+    red more and blue fewer. Chance is a mask that falls evenly on all weights; within a matrix, one
+    that falls evenly on it.
+
+    >>> from harmcircuits.circuits.location import component_rows
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> figure = component_map(component_rows(mask, hc.weight_sites(bridge)))
+    >>> figure.save("map.html")
+
+    Args:
+        rows: from `component_rows`, of one mask.
+
+    Raises:
+        ValueError: a mask that removes nothing.
+    """
+    matrices = _table(rows.where("weights_removed", by="matrix"), "layer", "kind", "of")
+    if not matrices["mean"].sum():
+        raise ValueError("component_map: the mask removes nothing; expected rows of one that does")
+    matrices["layer"] = matrices["layer"].astype(int)
+    evenly = matrices["mean"].sum() / matrices["of"].sum()
+    matrices["chance"] = matrices["of"] * evenly
+    layers = sorted(matrices["layer"].unique())
+    present = set(matrices["kind"])
+    kinds = [kind for kind in KINDS if kind in present]
+    place: dict[str, Any] = {"index": layers, "columns": kinds}
+    grids = {}
+    for column in MAP_FIGURES:
+        grids[column] = _grid(matrices, y="layer", x="kind", values=column).reindex(**place)
+
+    figure = make_subplots(
+        1,
+        2,
+        specs=[[{"type": "xy"}, {"type": "domain"}]],
+        subplot_titles=["weights removed", "click to open"],
+        horizontal_spacing=0.04,
+        column_widths=[0.5, 0.5],
+    )
+    heatmap = go.Heatmap(
+        z=_log_lift(grids["mean"], grids["chance"]),
+        x=kinds,
+        y=[f"layer {layer}" for layer in layers],
+        text=grids["mean"].map(_whole_number),
+        texttemplate="%{text}",
+        customdata=np.stack([grids[column] for column in MAP_FIGURES], axis=-1),
+        hovertemplate="%{y} %{x}<br>" + COUNTS_TEXT,
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+    )
+    figure.add_trace(heatmap, row=1, col=1)
+    figure.add_trace(_treemap(matrices, rows.where("weights_removed", by="unit")), row=1, col=2)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(showgrid=False, tickangle=-40)
+    figure.update_coloraxes(
+        colorscale=[BLUE, WHITE, RED],
+        cmin=-LIFT_RANGE,
+        cmax=LIFT_RANGE,
+        colorbar={
+            "thickness": 12,
+            "title": "times<br>chance",
+            "tickvals": [-4, -2, 0, 2, 4],
+            "ticktext": ["1/16", "1/4", "1", "4", "16"],
+        },
+    )
+    figure = _styled(figure, height=max(420, 150 + 26 * len(layers)))
+    figure.update_traces(hovertemplate="%{y} %{x}<br>" + COUNTS_TEXT, selector={"type": "heatmap"})
+    figure.update_traces(hovertemplate="%{label}<br>" + COUNTS_TEXT, selector={"type": "treemap"})
+    figure.update_layout(margin={"l": 70, "b": 90}, plot_bgcolor=NO_DATA)
+    return Picture(figure)
+
+
+def _treemap(matrices: pandas.DataFrame, units: Rows) -> go.Treemap:
+    """Layers, in these matrices, in these heads or neurons; areas are weights removed."""
+    table = pandas.concat([_levels(matrices), _unit_nodes(matrices, units)], ignore_index=True)
+    table = table[table["mean"] > 0]
+    return go.Treemap(
+        ids=table["id"],
+        labels=table["label"],
+        parents=table["parent"],
+        values=table["mean"],
+        branchvalues="total",
+        maxdepth=3,
+        marker={
+            "colors": _log_lift(table["mean"], table["chance"]),
+            "coloraxis": "coloraxis",
+        },
+        customdata=table[MAP_FIGURES],
+        texttemplate="%{label}<br>%{value}",
+    )
+
+
+def _levels(matrices: pandas.DataFrame) -> pandas.DataFrame:
+    """The nodes of the whole model, of its layers, and of their matrices."""
+    whole = matrices[MAP_FIGURES].sum().to_frame().T
+    layers = matrices.groupby("layer", as_index=False)[MAP_FIGURES].sum()
+    names = "layer " + layers["layer"].astype(str)
+    above = "layer " + matrices["layer"].astype(str)
+    levels = [
+        whole.assign(id="model", label="model", parent=""),
+        layers.assign(id=names, label=names, parent="model"),
+        matrices.assign(id=above + " " + matrices["kind"], label=matrices["kind"], parent=above),
+    ]
+    return pandas.concat([level[["id", "label", "parent", *MAP_FIGURES]] for level in levels])
+
+
+def _unit_nodes(matrices: pandas.DataFrame, units: Rows) -> pandas.DataFrame:
+    """The nodes of heads or neurons; those of a matrix that have no row are one node together."""
+    of_matrices = matrices.set_index(["layer", "kind"])
+    nodes = []
+    for (layer, kind), rows in units.by("layer", "kind").items():
+        matrix = of_matrices.loc[(layer, kind)]
+        evenly = matrix["mean"] / matrix["of"]
+        name = f"layer {layer} {kind}"
+        unit = rows[0].labels["unit"]
+        sizes = {f"{unit} {row.labels['index']}": (row.mean, row.labels["of"]) for row in rows}
+        n_removed = matrix["mean"] - sum(removed for removed, _ in sizes.values())
+        n_weights = matrix["of"] - sum(of for _, of in sizes.values())
+        sizes[f"other {unit}s"] = (n_removed, n_weights)
+        for label, (removed, of) in sizes.items():
+            figures = {"mean": removed, "of": of, "chance": of * evenly}
+            nodes.append({"id": f"{name} {label}", "label": label, "parent": name, **figures})
+    return pandas.DataFrame(nodes, columns=["id", "label", "parent", *MAP_FIGURES])
+
+
+def _log_lift(removed: Any, chance: Any) -> Any:
+    """log2 of removed over chance, within what the colours show; none removed is the lowest."""
+    with np.errstate(divide="ignore"):
+        return np.log2(removed / chance).clip(-LIFT_RANGE, LIFT_RANGE)
 
 
 def cross_ablation_figure(

@@ -39,6 +39,20 @@ def write_page(
     write_text(path, page)
 
 
+def write_view(path: str | Path, title: str, content: str, *, script: str = "") -> None:
+    """Write one view as one HTML file, light or dark as the reader has it.
+
+    Args:
+        path: the file to write.
+        title: plain text.
+        content: HTML.
+        script: inline script tags that it uses.
+    """
+    template = _templates().get_template("view.html")
+    page = template.render(title=title, content=_html(content), script=_html(script))
+    Path(path).write_text(page, encoding="utf-8")
+
+
 def section(title: str, text: str, content: str) -> str:
     """A titled part of a page.
 

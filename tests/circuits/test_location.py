@@ -7,7 +7,15 @@ coefficient that chance inflates.
 import pytest
 import torch
 
-from harmcircuits.circuits.location import Place, concentration, counts_by, gini, parts_of
+from harmcircuits.circuits.location import (
+    Place,
+    component_rows,
+    concentration,
+    counts_by,
+    gini,
+    most_removed,
+    parts_of,
+)
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import random_scores
@@ -113,3 +121,41 @@ def test_parts_refuse_another_way_of_cutting(open_model):
         parts_of(mask, weight_sites(bridge), "head")
     with pytest.raises(ValueError, match="sites lack blocks"):
         parts_of(mask, {}, "layer")
+
+
+# What a view opens into
+
+
+def test_the_most_removed_come_first_and_heads_bear_what_they_read(llama):
+    """Four heads of six rows, two key-value heads: 0 and 1 read the first."""
+    sites = weight_sites(llama)
+    dense = {
+        name: torch.zeros_like(site.parameter, dtype=torch.bool) for name, site in sites.items()
+    }
+    dense["blocks.0.attn.q.weight"][6:8] = True  # 48 weights of head 1
+    dense["blocks.0.attn.v.weight"][0] = True  # 24 of key-value head 0: heads 0 and 1
+    dense["blocks.1.attn.o.weight"][:, 18] = True  # 24 of head 3
+    dense["blocks.1.mlp.in.weight"][4, :3] = True
+    dense["blocks.0.mlp.out.weight"][:4, 9] = True
+    mask = mask_from(llama, dense)
+    assert most_removed(mask, sites, "head", 9) == [(0, 1), (0, 0), (1, 3)]
+    assert most_removed(mask, sites, "head", 1) == [(0, 1)]
+    assert most_removed(mask, sites, "neuron", 9) == [(0, 9), (1, 4)]
+
+
+def test_component_rows_add_up(llama):
+    sites = weight_sites(llama)
+    mask = top_fraction(random_scores(llama), 0.05, within="model")
+    rows = component_rows(mask, sites, {"model": "m"}, n_units=1000)
+    matrices, units = rows.where(by="matrix"), rows.where(by="unit")
+    assert len(matrices) == len(mask.shapes)
+    assert sum(row.mean for row in matrices) == mask.n_removed
+    for (layer, kind), of_matrix in units.by("layer", "kind").items():
+        whole = matrices.one(layer=layer, kind=kind)
+        assert sum(row.mean for row in of_matrix) == whole.mean
+        n_units = sites[f"blocks.{layer}.{kind}.weight"].n_units
+        assert {row.labels["of"] * n_units for row in of_matrix} == {whole.labels["of"]}
+    few = component_rows(mask, sites, n_units=2).where(by="unit")
+    for of_matrix in few.by("layer", "kind").values():
+        first, second = of_matrix
+        assert first.mean >= second.mean

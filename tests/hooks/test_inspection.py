@@ -1,20 +1,26 @@
-"""Arrays for views: what a mask does to each token, and where heads attend.
+"""Arrays for views: what a mask does to each token, where heads attend, what neurons do.
 
-Would catch: a change of the wrong sign, a view of the unpruned model twice, padding that is shown.
+Would catch: a change of the wrong sign, a view of the unpruned model twice, padding that is shown, a
+neuron read before its activation function, a prediction under the wrong token.
 """
 
 import pytest
 import torch
 
-from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.inspection import (
     attention_patterns,
     mean_residual,
+    neuron_activations,
+    prediction_changes,
     token_changes,
     token_texts,
+    vocabulary,
 )
 from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import model_fingerprint, named_weights
 
 HEADS = [(0, 1), (1, 3)]
 
@@ -87,3 +93,83 @@ def test_what_has_no_mean_residual_is_refused(llama):
             mean_residual(llama, [[1, 2]], layers)
     with pytest.raises(ValueError, match="text 1 has 1 tokens; expected more than 1"):
         mean_residual(llama, [[1, 2], [1]], [0], skip=1)
+
+
+# Neurons
+
+
+def test_neurons_are_read_after_their_activation_function(llama, batch):
+    """By hand, from the raw model's weights: silu(W_gate x) * (W_up x)."""
+    neurons = [(1, 5), (0, 39), (1, 0)]
+    inputs = {}
+
+    def keep(module, arguments, layer):
+        inputs[layer] = arguments[0][0]
+
+    mlps = {layer: llama.original_model.model.layers[layer].mlp for layer in (0, 1)}
+    handles = []
+    for layer, mlp in mlps.items():
+        hook = lambda module, arguments, layer=layer: keep(module, arguments, layer)  # noqa: E731
+        handles.append(mlp.register_forward_pre_hook(hook))
+    activations = neuron_activations(llama, batch, neurons)
+    for handle in handles:
+        handle.remove()
+
+    weights = named_weights(llama)
+    assert activations.shape == (3, int(batch.is_token[0].sum()))
+    for (layer, neuron), values in zip(neurons, activations, strict=True):
+        gate = weights[f"blocks.{layer}.mlp.gate.weight"][neuron]
+        up = weights[f"blocks.{layer}.mlp.in.weight"][neuron]
+        x = inputs[layer].detach()
+        expected = torch.nn.functional.silu(x @ gate) * (x @ up)
+        torch.testing.assert_close(values, expected.detach())
+
+
+def test_a_neuron_without_its_weights_is_silent(llama, batch):
+    name = "blocks.1.mlp.in.weight"
+    shapes = {key: tuple(value.shape) for key, value in named_weights(llama).items()}
+    row = torch.arange(5 * 24, 6 * 24)
+    mask = WeightMask({name: row}, shapes, Source(model_fingerprint(llama), "test"))
+    with masked(llama, mask):
+        silent, other = neuron_activations(llama, batch, [(1, 5), (1, 6)])
+    assert not silent.any() and other.any()
+
+
+def test_neurons_are_named_where_there_are_none(llama, batch, open_model):
+    with pytest.raises(ValueError, match=r"\(1, 40\).*0 to 39"):
+        neuron_activations(llama, batch, [(1, 40)])
+    with pytest.raises(ValueError, match=r"layer 2 has no neurons.*0 to 1"):
+        neuron_activations(llama, batch, [(2, 0)])
+    with pytest.raises(ValueError, match="no neurons; expected at least one"):
+        neuron_activations(llama, batch, [])
+    with pytest.raises(ValueError, match=r"layer 0 has no neurons.*not of experts"):
+        neuron_activations(open_model("Mixtral"), batch, [(0, 0)])
+
+
+# Predictions
+
+
+def test_prediction_changes_are_those_of_probabilities(llama, batch):
+    mask = top_fraction(random_scores(llama), 0.5)
+    changes = prediction_changes(llama, mask, batch)
+    n_tokens = int(batch.is_token[0].sum())
+    assert changes.shape == (n_tokens, llama.cfg.d_vocab)
+    torch.testing.assert_close(changes.sum(dim=1), torch.zeros(n_tokens), atol=1e-5, rtol=0)
+
+    # What is gained at position t belongs to token t + 1: as `token_changes`, in probabilities.
+    with torch.no_grad():
+        before = llama(batch.tokens[:1, :n_tokens])[0].softmax(-1)
+    following = batch.tokens[0, 1:n_tokens]
+    log_changes = token_changes(llama, mask, batch)[0, 1:n_tokens]
+    p = before[:-1].gather(1, following[:, None])[:, 0]
+    expected = p * (log_changes.exp() - 1)
+    actual = changes[:-1].gather(1, following[:, None])[:, 0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_every_prediction_has_a_name(llama):
+    names = vocabulary(llama)
+    assert len(names) == llama.cfg.d_vocab
+    known = min(len(llama.tokenizer), llama.cfg.d_vocab)
+    assert names[:known] == llama.tokenizer.convert_ids_to_tokens(list(range(known)))
+    assert all(isinstance(name, str) for name in names)

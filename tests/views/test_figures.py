@@ -2,7 +2,7 @@
 
 Would catch: a row in another cell or on another line, a curve without its interval, panels whose
 lines or colours do not belong together, a worst ability that is not the worst, a line left out
-because the colours ran out.
+because the colours ran out, chance of another place.
 """
 
 import plotly.graph_objects as go
@@ -16,6 +16,7 @@ from harmcircuits.views.figures import (
     PALETTE,
     TEXT_COLOURS,
     comparison_figure,
+    component_map,
     cross_ablation_figure,
     heatmaps,
     location_figure,
@@ -213,3 +214,48 @@ def test_figures_without_rows_are_empty():
         heatmaps({"a": Rows()}, x="head", y="layer"),
     ):
         assert not figure.data[0].z.size
+
+
+def removed(layer: int, kind: str, n: int, of: int, **unit) -> Rows:
+    labels = {"layer": layer, "kind": kind, "of": of, "by": "unit" if unit else "matrix", **unit}
+    return Rows([Measurement.exact("weights_removed", labels, n)])
+
+
+def test_a_component_map_is_against_chance(tmp_path):
+    """30 of 400 weights go: by chance 7.5 of every 100."""
+    rows = removed(0, "attn.q", 15, 100) + removed(1, "attn.q", 0, 100)
+    rows += removed(0, "mlp.in", 15, 200)
+    rows += removed(0, "attn.q", 9, 25, unit="head", index=2)
+    rows += removed(0, "attn.q", 3, 25, unit="head", index=0)
+    figure = component_map(rows)
+    heatmap, treemap = figure.data
+    assert cells(heatmap) == [[1.0, 0.0], [-4.0, None]], "log2 of 2, 1, none and no matrix"
+    assert heatmap.text.tolist() == [["15", "15"], ["0", ""]]
+
+    nodes = {}
+    for name, parent, value, counts, colour in zip(
+        treemap.ids,
+        treemap.parents,
+        treemap["values"],
+        treemap.customdata,
+        treemap.marker.colors,
+        strict=True,
+    ):
+        nodes[name] = (parent, value, list(counts), round(2**colour, 2))
+    assert nodes["model"] == ("", 30, [30, 400, 30], 1.0)
+    assert nodes["layer 0"] == ("model", 30, [30, 300, 22.5], 1.33)
+    assert "layer 1" not in nodes, "nothing is removed there"
+    above = "layer 0 attn.q"
+    assert nodes[above] == ("layer 0", 15, [15, 100, 7.5], 2.0)
+    assert nodes[f"{above} head 2"] == (above, 9, [9, 25, 3.75], 2.4)
+    assert nodes[f"{above} head 0"] == (above, 3, [3, 25, 3.75], 0.8)
+    assert nodes[f"{above} other heads"] == (above, 3, [3, 50, 7.5], 0.4)
+
+    figure.save(tmp_path / "map.html")
+    page = (tmp_path / "map.html").read_text()
+    assert len(page) > 1_000_000 and "cdn.plot.ly" not in page.split("Plotly.newPlot")[-1]
+
+
+def test_a_component_map_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"component_map.*removes nothing"):
+        component_map(removed(0, "attn.q", 0, 100))
