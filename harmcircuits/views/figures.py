@@ -204,11 +204,13 @@ def component_map(rows: Rows) -> Picture:
     Raises:
         ValueError: a mask that removes nothing.
     """
-    matrices = _table(rows.where("weights_removed", by="matrix"), "layer", "kind", "of")
-    if not matrices["mean"].sum():
+    of_matrices = rows.where("weights_removed", by="matrix")
+    n_removed = sum(row.mean for row in of_matrices)
+    if not n_removed:
         raise ValueError("component_map: the mask removes nothing; expected rows of one that does")
+    matrices = _table(of_matrices, "layer", "kind", "of")
     matrices["layer"] = matrices["layer"].astype(int)
-    evenly = matrices["mean"].sum() / matrices["of"].sum()
+    evenly = n_removed / matrices["of"].sum()
     matrices["chance"] = matrices["of"] * evenly
     layers = sorted(matrices["layer"].unique())
     present = set(matrices["kind"])
@@ -282,8 +284,8 @@ def _treemap(matrices: pandas.DataFrame, units: Rows) -> go.Treemap:
 
 def _levels(matrices: pandas.DataFrame) -> pandas.DataFrame:
     """The nodes of the whole model, of its layers, and of their matrices."""
-    whole = matrices[MAP_FIGURES].sum().to_frame().T
-    layers = matrices.groupby("layer", as_index=False)[MAP_FIGURES].sum()
+    whole = pandas.DataFrame([{name: matrices[name].sum() for name in MAP_FIGURES}])
+    layers = matrices.pivot_table(index="layer", values=MAP_FIGURES, aggfunc="sum").reset_index()
     names = "layer " + layers["layer"].astype(str)
     above = "layer " + matrices["layer"].astype(str)
     levels = [
@@ -291,7 +293,7 @@ def _levels(matrices: pandas.DataFrame) -> pandas.DataFrame:
         layers.assign(id=names, label=names, parent="model"),
         matrices.assign(id=above + " " + matrices["kind"], label=matrices["kind"], parent=above),
     ]
-    return pandas.concat([level[["id", "label", "parent", *MAP_FIGURES]] for level in levels])
+    return pandas.concat(levels).filter(["id", "label", "parent", *MAP_FIGURES])
 
 
 def _unit_nodes(matrices: pandas.DataFrame, units: Rows) -> pandas.DataFrame:
@@ -303,7 +305,9 @@ def _unit_nodes(matrices: pandas.DataFrame, units: Rows) -> pandas.DataFrame:
         evenly = matrix["mean"] / matrix["of"]
         name = f"layer {layer} {kind}"
         unit = rows[0].labels["unit"]
-        sizes = {f"{unit} {row.labels['index']}": (row.mean, row.labels["of"]) for row in rows}
+        sizes = {
+            f"{unit} {row.labels['index']}": (row.mean, float(row.labels["of"])) for row in rows
+        }
         n_removed = matrix["mean"] - sum(removed for removed, _ in sizes.values())
         n_weights = matrix["of"] - sum(of for _, of in sizes.values())
         sizes[f"other {unit}s"] = (n_removed, n_weights)
