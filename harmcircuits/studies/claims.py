@@ -162,7 +162,7 @@ class Claim:
 
     rows = claim.rows()
 
-    @claim.rule  # of the rows of one ladder, model and seed
+    @claim.rule()  # of the rows of one ladder, model and seed
     def is_borne_out(rows): ...
 
     claim.result(rows)
