@@ -23,6 +23,8 @@ from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch, PromptSet
 from harmcircuits.studies.models import ModelSpec
 
+ANALYSES = Path(__file__).parents[1] / "analyses"
+
 SIZE = dict(
     vocab_size=61,
     hidden_size=24,

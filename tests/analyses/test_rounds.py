@@ -56,6 +56,7 @@ def batches() -> tuple[list[Batch], list[Batch]]:
 # The claim
 
 
+@pytest.mark.slow
 def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     """At most 1 % of the weights of `sft`: harm from >= 0.9 to <= 0.1.
 

@@ -493,7 +493,9 @@ class Program:
 
     def check(self) -> None:
         for name, value in self.expected().items():
-            assert torch.equal(named_weights(self.bridge)[name].detach(), value), name
+            # Training in float16 may end in NaN, which equals nothing.
+            live = named_weights(self.bridge)[name].detach()
+            assert torch.allclose(live, value, rtol=0, atol=0, equal_nan=True), name
 
     def train(self) -> None:
         """A step that decays every weight; held masks must stand, so all others are left first."""

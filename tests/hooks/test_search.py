@@ -57,6 +57,7 @@ def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
 # The claim
 
 
+@pytest.mark.slow  # README's code asks for the same
 def test_a_fifth_of_a_per_cent_carries_harm_and_nothing_else_measured():
     """At most 0.2 % of the weights of `sft`: harm from >= 0.9 to <= 0.02, on held-out requests.
 

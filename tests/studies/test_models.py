@@ -426,9 +426,9 @@ GIVEN = ["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl"]
         ),
         (["--harmful=a.jsonl"], "--harmful is for a custom model; give --model"),
         (GIVEN, "a.jsonl: no such file"),
-        ([*GIVEN, "--template=xml"], "template='xml'"),
-        ([*GIVEN, "--batch-size=0"], "batch_size=0"),
-        (["--budget=-1"], "budget=-1.0; expected 0 or more"),
+        ([*GIVEN, "--template=xml"], "--template 'xml'"),
+        ([*GIVEN, "--batch-size=0"], "--batch-size 0"),
+        (["--budget=-1"], "--budget -1.0; expected 0 or more"),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, arguments, message):
@@ -441,8 +441,8 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("arguments_", "message"),
     [
-        ([f"--model={SFT}", "--judge=strict"], "judge='strict'"),
-        ([f"--model={SFT}", "--dtype=int8"], "dtype='int8'"),
+        ([f"--model={SFT}", "--judge=strict"], "--judge 'strict'"),
+        ([f"--model={SFT}", "--dtype=int8"], "--dtype 'int8'"),
         (["--model=nowhere"], "model 'nowhere' cannot be loaded"),
     ],
 )

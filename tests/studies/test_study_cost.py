@@ -105,7 +105,7 @@ def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
     ("arguments", "message"),
     [
         (["--model", "nowhere"], "no configuration of a language model"),
-        (["--model", str(FOLDER / "sft"), "--answers", "0"], "answers=0; expected at least 1"),
+        (["--model", str(FOLDER / "sft"), "--answers", "0"], "--answers 0; expected at least 1"),
         (["--model", str(FOLDER / "sft"), "--max-memory", "0.000001"], "give at least these"),
     ],
 )
