@@ -56,6 +56,8 @@ def test_a_model_s_own_code_is_not_run(tmp_path):
     assert not proof.exists()
 
 
+# torch's own word on the pickle that is refused.
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickled_weights_are_not_unpickled(tmp_path):
     folder, proof = tmp_path / "model", tmp_path / "was-run"
     write_byte_model(folder)

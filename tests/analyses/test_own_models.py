@@ -175,10 +175,9 @@ def test_narrow_texts_are_split(files, cache):
 @pytest.mark.parametrize(
     ("leave_out", "more", "message"),
     [
-        (("narrow", "elsewhere"), [], "give texts to be fine-tuned on: --narrow FILE"),
-        (("elsewhere",), [], "elsewhere=''"),
-        ((), ["--judge=local"], "judge='local' tells only answered and refused apart"),
-        ((), ["--rank=0"], "rank=0; expected more than 0"),
+        (("elsewhere",), [], "--elsewhere ''"),
+        ((), ["--judge=local"], "--judge 'local' tells only answered and refused apart"),
+        ((), ["--rank=0"], "--rank 0; expected more than 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(

@@ -556,8 +556,10 @@ def test_any_sequence_of_edits_can_be_undone(open_model, dtype, request):
                 low_rank, error = arguments
                 lora = Lora(r=2) if low_rank else None
                 options = {"lr": 1e-2, "objective": norm, "lora": lora}
+                # In float16 earlier training may have ended in NaN, which fine_tuning refuses.
+                refusals = [ValueError] if dtype == torch.float16 else []
                 with (
-                    contextlib.suppress(error or ()),
+                    contextlib.suppress(*refusals, *([error] if error else [])),
                     fine_tuning(bridge, [random_batch(2)], **options) as run,
                 ):
                     run.until(1)

@@ -49,7 +49,7 @@ def test_requests_need_a_model_and_a_model_needs_requests():
         specs([], ["sft"], [FOLDER], "cpu", **FILES)
     with pytest.raises(ValueError, match="--benign-heldout is for a custom model"):
         no_custom_model(harmful="", benign_heldout="b.csv")
-    with pytest.raises(ValueError, match="'m' needs its requests; give harmful=.* benign="):
+    with pytest.raises(ValueError, match=r"'m' needs its requests; give harmful=.* benign="):
         specs(["m"], ["sft"], [FOLDER], "cpu", harmful="", benign="b.csv")
     with pytest.raises(ValueError, match="--temperature is for a custom model"):
         specs(["dpo"], ["sft"], [FOLDER], "cpu", temperature=0.7)
