@@ -5,20 +5,17 @@ figures.
 """
 
 import pytest
-from helpers import ANALYSES, analysis
+from helpers import analysis
 from pages import markdown, text_of
 
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.shared_table import shared_table
 
-ROWS = ANALYSES / "rows" / "shared.jsonl"
 shared = analysis("shared_circuits")
 
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    if not ROWS.is_file():
-        pytest.skip(f"{ROWS.name} is not committed yet: run analyses/shared_circuits.py")
     return shared.claim.rows()
 
 
