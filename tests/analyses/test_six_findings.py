@@ -36,8 +36,8 @@ def test_three_seeds_of_the_shipped_ladder_are_committed(name):
         assert set(cases.loc[cases["ladder"] == "shipped", "seed"]) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("name", ["put_back", "activation_patching"])
-def test_the_results_quote_what_brings_harm_back(name):
+@pytest.mark.parametrize("name", ["put_back", "activation_patching", "second_opinion"])
+def test_the_results_quote_these_in_words(name):
     analysis = import_module(name)
     page = " ".join(text_of("results.md").replace("\n>", "\n").split())
     for paragraph in analysis.claim.report(analysis.rows).splitlines():
