@@ -611,7 +611,8 @@ def wilson(share: float, n: int) -> Interval:
     variance = share * (1 - share) / n + Z**2 / (4 * n**2)
     centre = (share + Z**2 / (2 * n)) / scale
     half = Z / scale * sqrt(variance)
-    return centre - half, centre + half
+    # The share lies within by definition; of 0 and 1 the ends are so only up to rounding.
+    return min(share, centre - half), max(share, centre + half)
 
 
 def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float:

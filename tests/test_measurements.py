@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from harmcircuits.measurements import LIBRARIES, Manifest, Measurement, Rows, auroc, resumed
+from harmcircuits.measurements import LIBRARIES, Manifest, Measurement, Rows, auroc, resumed, wilson
 
 LABELS = {"model": "x"}
 
@@ -568,3 +568,11 @@ def test_areas_are_those_of_the_mann_whitney_test():
     u = mannwhitneyu(values[is_positive], values[~is_positive]).statistic
     n_pairs = int(is_positive.sum()) * int((~is_positive).sum())
     assert auroc(values, is_positive) == pytest.approx(u / n_pairs, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 7, 60, 1966])
+def test_a_wilson_interval_holds_its_share(n):
+    """Of 0 and 1 too, where rounding would leave it outside by the last bit."""
+    for hits in (0, n // 3, n):
+        low, high = wilson(hits / n, n)
+        assert low <= hits / n <= high
