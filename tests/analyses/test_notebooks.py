@@ -43,13 +43,13 @@ def test_committed_rows_are_judged_and_shown(name):
     assert module.claim.figures
 
 
-@pytest.mark.parametrize("name", CLAIMS)
-def test_an_analysis_runs_from_scratch_as_a_notebook(name, monkeypatch):
+def run_from_scratch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TEXTS[name].count("claim.rows()") == 1
     notebook = jupytext.reads(
         TEXTS[name].replace("claim.rows()", "claim.rows(small=True)"), "py:percent"
     )
     monkeypatch.setenv("PYTHONPATH", str(ANALYSES.parent), prepend=":")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the models are tiny, and the workers are two
     client = NotebookClient(
         notebook,
         timeout=300,
@@ -61,3 +61,17 @@ def test_an_analysis_runs_from_scratch_as_a_notebook(name, monkeypatch):
     kinds = {kind for output in shown for kind in output.get("data", {})}
     assert "application/vnd.plotly.v1+json" in kinds, "a figure"
     assert "text/html" in kinds, "a table"
+
+
+def class_of(name: str) -> type:
+    """A class of its own for each analysis, so that workers share them out."""
+
+    class OfOne:
+        def test_it_runs_from_scratch_as_a_notebook(self, monkeypatch):
+            run_from_scratch(name, monkeypatch)
+
+    return OfOne
+
+
+for name in CLAIMS:
+    globals()[f"Test_{name}"] = class_of(name)
