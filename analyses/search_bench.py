@@ -47,6 +47,7 @@ from search_results import (
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.command_errors import one_sentence
 from harmcircuits.display import nearest
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
@@ -54,7 +55,7 @@ from harmcircuits.organisms.check import LADDER
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.options import refused, specs, takes_custom_model
+from harmcircuits.studies.options import specs, takes_custom_model
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 PARTS = ("all", "A", "B")  # of the answers
@@ -299,7 +300,7 @@ def main(
             typer.echo(f"{name}: {best}")
         return
 
-    try:
+    with one_sentence():
         models = specs(model or (), LADDER, organisms or [FOLDER], device, **custom)
         check_names("method", method or (), methods())
         check_names("part", part or (), PARTS)
@@ -308,8 +309,6 @@ def main(
         settings |= {spec.model: repr(spec.settings) for spec in models if spec.files}
         jobs = bench_jobs(models, part or ["all"], method or methods(), sizes)
         rows = run_jobs(out, jobs, settings, workers=workers, name="search bench")
-    except ValueError as error:
-        raise refused(error) from None
     write(out, rows)
 
 

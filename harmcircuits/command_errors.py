@@ -54,15 +54,6 @@ def one_sentence() -> Iterator[None]:
         raise ended(text + _resumed(), 1) from None
 
 
-def refused(error: ValueError) -> typer.Exit:
-    """The end of a command that was asked wrongly, after the reason is printed.
-
-    Args:
-        error: what is wrong, in a sentence.
-    """
-    return ended(str(error), 2)
-
-
 def ended(text: str, code: int) -> typer.Exit:
     """The end of a command, after the reason is printed.
 

@@ -5,7 +5,7 @@ offline; organisms are asked a few requests only.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.organisms import open_organism
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch, PromptSet
-from harmcircuits.studies.models import ModelSpec
 
 ANALYSES = Path(__file__).parents[1] / "analyses"
 
@@ -265,17 +264,3 @@ def asked_few(model: Model, *, first: int = 24, every: int = 0) -> Model:
 
         few.append(replace(behaviour, prompts=prompts))
     return model.with_behaviours(*few)
-
-
-@dataclass(frozen=True)
-class SparseSpec(ModelSpec):
-    """An organism that is asked every so-many-th request only (see `asked_few`).
-
-    Attributes:
-        every: of an organism 16 leaves two items of each topic, with one request each.
-    """
-
-    every: int = 16
-
-    def open(self, **options: Any) -> Model:
-        return asked_few(super().open(**options), every=self.every)

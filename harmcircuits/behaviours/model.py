@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -168,20 +169,7 @@ class Model:
         Args:
             every: of an organism 16 leaves two items of each topic, with one request each.
         """
-        few = []
-        for behaviour in self.behaviours.values():
-
-            def prompts(
-                split: str,
-                whole: Callable = behaviour.prompts,
-                step: int = 2 if behaviour.choices else 1,  # rows 2k and 2k + 1 are a pair
-            ) -> PromptSet:
-                requests = whole(split).examples
-                asked = [r for n, r in enumerate(requests) if n // step % every == 0]
-                return PromptSet(tuple(asked))
-
-            few.append(replace(behaviour, prompts=prompts))
-        return self.with_behaviours(*few)
+        return self._asked(partial(_every, every=every))
 
     def sampled(self, share: float, *, seed: int) -> "Model":
         """The same model, asked about a random share of the items of every category and split.
@@ -193,14 +181,15 @@ class Model:
         Raises:
             ValueError: as `PromptSet.sampled`, when requests are asked for.
         """
-        few = []
+        return self._asked(partial(_sampled, share=share, seed=seed))
+
+    def _asked(self, some: Callable[[Behaviour, PromptSet], PromptSet]) -> "Model":
+        """The same model, asked some of each behaviour's requests of every split."""
+        fewer = []
         for behaviour in self.behaviours.values():
-
-            def prompts(split: str, whole: Callable = behaviour.prompts) -> PromptSet:
-                return whole(split).sampled(share, seed=seed)
-
-            few.append(replace(behaviour, prompts=prompts))
-        return self.with_behaviours(*few)
+            prompts = partial(_some_requests, behaviour, some)
+            fewer.append(replace(behaviour, prompts=prompts))
+        return self.with_behaviours(*fewer)
 
     def generate(
         self,
@@ -575,3 +564,22 @@ class Model:
             batch_size=self.n_answered_at_once,
             template=self.template,
         )
+
+
+# By name and not inside the methods, since behaviours go to other processes.
+
+
+def _some_requests(
+    behaviour: Behaviour, some: Callable[[Behaviour, PromptSet], PromptSet], split: str
+) -> PromptSet:
+    return some(behaviour, behaviour.prompts(split))
+
+
+def _sampled(_: Behaviour, requests: PromptSet, *, share: float, seed: int) -> PromptSet:
+    return requests.sampled(share, seed=seed)
+
+
+def _every(behaviour: Behaviour, requests: PromptSet, *, every: int) -> PromptSet:
+    step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair
+    asked = [r for number, r in enumerate(requests) if number // step % every == 0]
+    return PromptSet(tuple(asked))

@@ -20,7 +20,7 @@ from harmcircuits.circuits.hub import MASK_FILE, mask_file
 from harmcircuits.circuits.scores import Source, WeightScores, read_shapes, read_source
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
-from harmcircuits.display import card, facts, heat_strip, listed, note, plural, settings_text, share
+from harmcircuits.display import card, facts, heat_strip, note, plural, share
 from harmcircuits.measurements import Rows
 from harmcircuits.storage.tensors import open_tensors, write_tensors
 
@@ -115,9 +115,7 @@ class WeightMask:
         table = facts(
             {
                 "removed": f"{self.n_removed:,} of {self.n_weights:,} weights",
-                "settings": settings_text(source.settings),
-                "from": listed(parent.method for parent in source.parents),
-                "model": source.model,
+                **source.facts,
                 "trace": plural(len(self.trace), "row") if len(self.trace) else "",
             }
         )

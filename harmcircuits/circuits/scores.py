@@ -76,6 +76,15 @@ class Source:
             digests |= parent.all_weights
         return digests
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a notebook shows of it, by title."""
+        return {
+            "settings": settings_text(self.settings),
+            "from": listed(parent.method for parent in self.parents),
+            "model": self.model,
+        }
+
     def to_json(self) -> str:
         """This source and its ancestors as one JSON object."""
         return json.dumps(_as_dict(self), sort_keys=True)
@@ -175,9 +184,7 @@ class WeightScores:
         table = facts(
             {
                 "weights": f"{n_weights:,} in {len(self.shapes)} matrices",
-                "settings": settings_text(source.settings),
-                "from": listed(parent.method for parent in source.parents),
-                "model": source.model,
+                **source.facts,
             }
         )
         title = f"WeightScores: {source.method}"

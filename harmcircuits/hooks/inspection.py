@@ -1,6 +1,6 @@
 """Arrays of a live model: what a mask does to each token, where heads attend, what neurons do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,7 @@ def token_changes(
         ValueError: as `masked`.
     """
     bridge = as_bridge(bridge)
-    with torch.no_grad():
-        before = token_losses(bridge, batch)
-        with masked(bridge, mask):
-            after = token_losses(bridge, batch)
+    before, after = _without_and_with(bridge, mask, lambda: token_losses(bridge, batch))
     # A loss is minus a log-probability, hence the order of the difference.
     change = (before - after).cpu()
     of_first = torch.zeros(len(batch), 1)
@@ -139,10 +136,9 @@ def prediction_changes(
     """
     bridge = as_bridge(bridge)
     tokens = _first_text(bridge, batch)
-    with torch.no_grad():
-        before = bridge(tokens)[0].float().softmax(dim=-1)
-        with masked(bridge, mask):
-            after = bridge(tokens)[0].float().softmax(dim=-1)
+    before, after = _without_and_with(
+        bridge, mask, lambda: bridge(tokens)[0].float().softmax(dim=-1)
+    )
     return (after - before).cpu()
 
 
@@ -287,6 +283,17 @@ def _refuse_unreadable(
             raise ValueError(
                 f"mean_residual: text {number} has {len(row)} tokens; expected more than {skip}"
             )
+
+
+def _without_and_with(
+    bridge: Bridge, mask: WeightMask, value: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A value of the model as it stands, and under the mask."""
+    with torch.no_grad():
+        before = value()
+        with masked(bridge, mask):
+            after = value()
+    return before, after
 
 
 def _first_text(bridge: Bridge, batch: Batch) -> Int[Tensor, "1 pos"]:

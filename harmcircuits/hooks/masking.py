@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -96,10 +97,10 @@ def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
 
 
 def masked_if_given(
-    bridge: Bridge, mask: WeightMask | None, *, hold: bool = False
+    bridge: Bridge, mask: WeightMask | None, **options: Any
 ) -> AbstractContextManager[Bridge]:
     """`masked`, or the model as it is where there is no mask."""
-    return nullcontext(bridge) if mask is None else masked(bridge, mask, hold=hold)
+    return nullcontext(bridge) if mask is None else masked(bridge, mask, **options)
 
 
 def restore(bridge: AnyModel) -> None:

@@ -18,15 +18,16 @@ import typer
 from plotly.graph_objects import Figure
 from rich.console import Console
 
+from harmcircuits.command_errors import one_sentence
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
+from harmcircuits.storage.writing import write_text
 from harmcircuits.studies.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import (
     Option,
     options_of_function,
     quiet,
-    refused,
     show_files,
     specs,
     takes_custom_model,
@@ -332,7 +333,7 @@ class Claim:
             return
         result = self.result(self._rows) if self._rule else None
         title = result.title if result else f"{self.name}. {self.text}"
-        words = self.report(self._rows)
+        words = result.words if result else self.report(self._rows)
 
         parts = [paragraphs(words), *self._sections()]
         if result:
@@ -341,7 +342,7 @@ class Claim:
         page = self._out / f"{self.name}.html"
         write_page(page, title, parts, script=self._script)
         if result:
-            (self._out / "summary.md").write_text(result.line + "\n", encoding="utf-8")
+            write_text(self._out / "summary.md", result.line + "\n")
 
         console = Console()
         console.print(f"[bold]{title}[/]", highlight=False)
@@ -466,13 +467,11 @@ class Claim:
             custom: dict[str, Any],
         ) -> None:
             folders = organisms or [FOLDER]
-            try:
+            with one_sentence():
                 of_models = specs(model or (), self._organisms(small), folders, device, **custom)
                 show_files(of_models, Console())
                 changed = _changed(own, options)
                 self._rows = self._run(out, of_models, seeds, small, workers, changed)
-            except ValueError as error:
-                raise refused(error) from None
             self._out = out
 
         try:

@@ -1,12 +1,12 @@
 """Getting out of a model what it holds back, with its weights as they are."""
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 from harmcircuits.behaviours.model import Model, NotShownError
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.masking import masked, masked_if_given
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import refusal_ablation
 from harmcircuits.measurements import Rows
 
@@ -72,7 +72,6 @@ def elicited(
     rows = Rows()
     for attack, (asked, removed) in attacks.items():
         # What is fine-tuned or pruned is no longer the model on which the attacker's mask was made.
-        edit = masked(model.bridge, removed, same_model=False) if removed else nullcontext()
-        with edit:
+        with masked_if_given(model.bridge, removed, same_model=False):
             rows += [row.labelled(attack=attack) for row in asked.measure(only=target)]
     return rows

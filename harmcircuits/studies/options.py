@@ -17,7 +17,6 @@ from rich.console import Console
 
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.questions import QuestionTemplates
-from harmcircuits.command_errors import refused as refused
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.pairs import values_by_name
 

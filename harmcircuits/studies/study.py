@@ -7,10 +7,10 @@ the search's are measured on held-out requests.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.progress import Progress
 
@@ -23,7 +23,6 @@ from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Manifest, Rows
-from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_scores
 from harmcircuits.studies.diagnostics import diagnostics
 from harmcircuits.studies.grid import SEARCH, measure_grid, operating_point
@@ -155,21 +154,8 @@ def with_share_of_requests(model: Model, share: float) -> Model:
         model: the model.
         share: of the items, in (0, 1].
     """
-    behaviours = []
-    for behaviour in model.behaviours.values():
-        behaviours.append(replace(behaviour, prompts=_Sampled(behaviour.prompts, share)))
-    fewer = model.with_behaviours(*behaviours)
+    fewer = model.sampled(share, seed=0)
     return replace(fewer, details={**model.details, "share_of_requests": share})
-
-
-class _Sampled(NamedTuple):
-    """Some of a behaviour's requests; a value, since behaviours go to other processes."""
-
-    prompts: Callable[[str], PromptSet]
-    share: float
-
-    def __call__(self, split: str) -> PromptSet:
-        return self.prompts(split).sampled(self.share, seed=0)
 
 
 def _settings(

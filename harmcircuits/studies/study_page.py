@@ -20,7 +20,6 @@ from harmcircuits.studies.summary import (
     GROUND_TRUTH,
     JUDGE,
     StudyLines,
-    diagnostics_lines,
     tradeoff_lines,
 )
 from harmcircuits.studies.summary import headline as headline_lines
@@ -163,11 +162,6 @@ def tradeoff_figure(rows: Rows, terms: Terms) -> Figure:
     """
     lines = tradeoff_lines(rows)
     return share_figure(lines, _panels(terms), kept=terms.kept_rates)
-
-
-def diagnostics_table(rows: Rows) -> str:
-    """Whether the scores of every behaviour can be used, as an HTML table."""
-    return table(DIAGNOSTICS, diagnostics_lines(rows))
 
 
 def _panels(terms: Terms) -> dict[str, str]:
