@@ -49,6 +49,7 @@ import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
 from harmcircuits.command_errors import one_sentence
 from harmcircuits.display import nearest
+from harmcircuits.hooks.cost import n_tokens
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.organisms.check import LADDER
@@ -99,7 +100,8 @@ class Case:
         with tokens_read(self.model) as read:
             edits = choose(self.model, self.data, sizes)
         seconds = perf_counter() - start
-        passes = (read["scored"] + read["forward"] / 3) / n_tokens(self.data)
+        of_answers = sum(n_tokens(calibration.batches) for calibration in self.data.values())
+        passes = (read["scored"] + read["forward"] / 3) / of_answers
 
         rows = Rows(row.labelled(**labels, size=0.0) for row in self.unpruned)
         rows += [Measurement.exact("search_seconds", labels, seconds)]
@@ -209,13 +211,6 @@ def tokens_read(model: Model) -> Iterator[dict[str, int]]:
         yield count
     finally:
         hook.remove()
-
-
-def n_tokens(data: Calibrations) -> int:
-    n = 0
-    for calibration in data.values():
-        n += sum(batch.tokens.numel() for batch in calibration.batches)
-    return n
 
 
 # %% [markdown]

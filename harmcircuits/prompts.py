@@ -377,6 +377,14 @@ class Batch:
         n_from_here = self.is_target.flip(1).cumsum(dim=1).flip(1)
         return n_from_here > 0
 
+    @property
+    def n_read(self) -> int:
+        """How many positions a model must read to predict every target.
+
+        Those before the last target: it predicts no other token, and what follows is padding.
+        """
+        return int(self.is_target.any(dim=0).nonzero().max())
+
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     """Token ids of a request, up to where the answer begins.

@@ -341,7 +341,10 @@ def token_contributions(
         # The stored weight's rows are outputs, or inputs where it is stored as (d_in, d_out).
         of_rows, of_columns = (g, x) if site.input_axis == 1 else (x, g)
         through_block = of_rows[..., rows].float() @ block
-        contributions.sub_((through_block * of_columns[..., columns].float()).sum(dim=-1))
+        effect = (through_block * of_columns[..., columns].float()).sum(dim=-1)  # [batch, read]
+        # An objective need not read what follows the last target.
+        n_read = effect.shape[1]
+        contributions[:, :n_read].sub_(effect)
 
     per_batch = []
     with torch.enable_grad(), hook_pairs(bridge, {name: sites[name] for name in blocks}, add):

@@ -107,7 +107,7 @@ class Speed:
         bridge = as_bridge(bridge)
         sites = weight_sites(bridge)
         totals = shared_totals(sites)
-        n_tokens = batch.tokens.numel()
+        n_read = n_tokens([batch])
         read = _fastest(lambda: completion_nll(bridge, [batch]), 2, bridge.cfg.device)
         score = _fastest(
             lambda: accumulate(bridge, [batch], completion_loss, sites, totals, "per token"),
@@ -117,8 +117,8 @@ class Speed:
         decode = _fastest(lambda: _decode(bridge, len(batch)), 1, bridge.cfg.device)
         widest = max((site.parameter for site in sites.values()), key=Tensor.numel)
         return cls(
-            score / n_tokens,
-            read / n_tokens,
+            score / n_read,
+            read / n_read,
             decode / N_DECODED,
             _seconds_to_choose(widest.shape, widest.device, _n_weights(bridge)),
         )
@@ -149,9 +149,10 @@ class Speed:
         n_block = _n_weights(bridge)
         n_output = _n_output(bridge)
         n_answers = len(batch)
-        share = batch.is_target.any(dim=0).float().mean().item()
+        n_answer = batch.is_target.any(dim=0).sum().item()
+        share = n_answer / batch.n_read
 
-        product = _seconds_a_product(widest, batch.tokens.numel(), device, tflops)
+        product = _seconds_a_product(widest, n_tokens([batch]), device, tflops)
         product_of_step = _seconds_a_product(widest, n_answers, device, tflops)
         step = (n_block + n_output) * n_answers * product_of_step
         if bandwidth is not None:
@@ -317,8 +318,8 @@ def search_work(
 
 
 def n_tokens(batches: Any) -> int:
-    """The tokens that a pass over some batches computes, padding included."""
-    return sum(batch.tokens.numel() for batch in batches)
+    """The tokens that a pass over some batches reads, padding included."""
+    return sum(len(batch) * batch.n_read for batch in batches)
 
 
 def middle_batch(batches: Sequence[Batch]) -> Batch:

@@ -69,14 +69,16 @@ def logits_at(
     """The logits at these positions only.
 
     The logits at other positions are not computed if the model can leave them out: with a large
-    vocabulary they cost as much as several blocks.
+    vocabulary they cost as much as several blocks. Tokens after the last position are not read:
+    attention looks back, so they reach none of these logits.
 
     Args:
         bridge: the model.
         tokens: token ids.
         positions: the same positions for every row.
     """
-    tokens = tokens.to(bridge.cfg.device)
+    n_read = int(positions.max()) + 1
+    tokens = tokens[:, :n_read].to(bridge.cfg.device)
     # Not every model of transformers takes this argument.
     arguments = inspect.signature(bridge.original_model.forward).parameters
     if "logits_to_keep" in arguments:

@@ -102,11 +102,11 @@ def test_only_targets_count():
 def test_every_example_weighs_the_same():
     """d(sum of losses)/d logits = (softmax - one-hot) / T_x just before each target.
 
-    Zero elsewhere.
+    Zero elsewhere; the last token is predicted and not read.
     """
     model = MarkovModel()
     (gradient,) = torch.autograd.grad(completion_loss(model, BATCH).sum(), model.logits)
-    expected = torch.zeros(3, 5, 4)
+    expected = torch.zeros(3, 4, 4)
     for row in range(3):
         for position in BATCH.is_target[row].nonzero().flatten().tolist():
             expected[row, position - 1] = CHAIN[BATCH.tokens[row, position - 1]]
