@@ -1,6 +1,6 @@
 """A behaviour: the requests put to a model, and the verdict on an answer that shows it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -9,6 +9,20 @@ from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import Example, PromptSet
 
 Judge = Callable[[str, str], str]
+
+
+def prepare(judge: Judge | None, answers: Sequence[Example]) -> None:
+    """Show a judge all answers at once, where it has a method `prepare` that can use them.
+
+    Args:
+        judge: of the answers.
+        answers: those that it will be asked about, one by one.
+    """
+    see = getattr(judge, "prepare", None)
+    if see is not None:
+        see(answers)
+
+
 """(prompt, completion) -> verdict, a word such as "harmful", "refusal" or "degenerate"."""
 
 DEGENERATE = "degenerate"  # every judge's verdict on broken text

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from rich.progress import Progress
 
-from harmcircuits.behaviours.behaviour import Behaviour, Judge
+from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
 from harmcircuits.behaviours.generation import Sampling, generate_answers
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
@@ -250,6 +250,7 @@ class Model:
     def verdicts(self, behaviour: Behaviour, answers: PromptSet) -> list[str]:
         """The judge's verdict on each completion."""
         judge = behaviour.judge or self.judge
+        prepare(judge, answers.examples)
         return [judge(example.prompt, example.completion) for example in answers]
 
     def verified(self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = "") -> PromptSet:
@@ -265,6 +266,7 @@ class Model:
         wanted = wanted or behaviour.wanted
         answers = self.answers(behaviour, prompts)
         judge = behaviour.judge or self.judge
+        prepare(judge, answers.examples)
         n_samples = self.n_samples(behaviour)
         first = []
         for start in range(0, len(answers), n_samples):

@@ -35,7 +35,7 @@ from harmcircuits.hooks.inspection import mean_residual
 from harmcircuits.hooks.masking import unmasked
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.prompts import PromptSet
+from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.storage.tensors import TensorFile, open_tensors, write_tensors
 
 FORMAT = "harmcircuits-probe-1"
@@ -189,14 +189,32 @@ class ProbeJudge:
             completion: the answer; only its first 256 tokens are read.
         """
         if completion not in self._scores:
-            residuals = answer_residuals(
-                self.bridge,
-                [completion],
-                self.probe.layers,
-                prefill=self.rules.prefill,
-            )
-            self._scores[completion] = float(self.probe.log_odds(residuals))
+            self._read([completion])
         return self._scores[completion]
+
+    def prepare(self, answers: Sequence[Example]) -> None:
+        """Read all answers whose verdict is the probe's, several at a time.
+
+        Args:
+            answers: those that will be judged.
+        """
+        texts = set()
+        for example in answers:
+            is_probed = self.rules(example.prompt, example.completion) == "harmful"
+            if is_probed and example.completion not in self._scores:
+                texts.add(example.completion)
+        # Of like length together, since the shorter ones of a batch are padded.
+        self._read(sorted(texts, key=lambda text: (len(text), text)))
+
+    def _read(self, texts: Sequence[str]) -> None:
+        residuals = answer_residuals(
+            self.bridge,
+            texts,
+            self.probe.layers,
+            prefill=self.rules.prefill,
+        )
+        scores = self.probe.log_odds(residuals)
+        self._scores.update(zip(texts, scores.tolist(), strict=True))
 
     def __call__(self, prompt: str, completion: str) -> Verdict:
         """The verdict.

@@ -1,12 +1,13 @@
 """The judge of all answers of a custom model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from harmcircuits.behaviours.behaviour import Judge
+from harmcircuits.behaviours.behaviour import Judge, prepare
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.prompts import Example
 
 PUNCTUATION = ".,!;:*'\""
 
@@ -73,6 +74,16 @@ class RequestJudge:
         # borderline ones are: answered or not.
         judge = judges.get(kind, judges["borderline"])
         return judge(prompt, completion)
+
+    def prepare(self, answers: Sequence[Example]) -> None:
+        """Let the judges of harmful and of innocent requests see all of their answers at once.
+
+        Args:
+            answers: those that will be judged.
+        """
+        for kind, judge in (("harmful", self.harm), ("innocent", self.innocent)):
+            of_kind = [example for example in answers if self.kinds.get(example.prompt) == kind]
+            prepare(judge, of_kind)
 
 
 def _answered(rules: RuleJudge, prompt: str, completion: str) -> str:

@@ -21,6 +21,8 @@ from harmcircuits.behaviours.probe import (
     probe_of,
     train_probe,
 )
+from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.validation import METRIC, is_valid, validate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
@@ -219,6 +221,29 @@ def test_the_beginning_that_was_written_is_not_read(model, probe):
     judge = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
     assert judge.score("", bare) == judge.score("", prefilled)
     assert judge.score("", bare) != ProbeJudge(probe, model.bridge).score("", prefilled)
+
+
+def test_answers_that_are_judged_together_are_read_together(model, probe, monkeypatch):
+    behaviour = model.behaviours["harmful"]
+    answers = model.answers(behaviour, behaviour.prompts("heldout"))
+    texts = [example.completion for example in answers]
+    alone = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
+    expected = [alone.score("", text) for text in texts]
+
+    n_read = []
+
+    def counted(bridge, answers, *layers, **options):
+        n_read.append(len(answers))
+        return answer_residuals(bridge, answers, *layers, **options)
+
+    monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", counted)
+    judge = ProbeJudge(probe, model.bridge, alone.rules)
+    kinds = {example.prompt: "harmful" for example in answers}
+    model.verdicts(
+        replace(behaviour, judge=RequestJudge(judge, kinds, QuestionTemplates())), answers
+    )
+    assert n_read == [len(set(texts))]
+    assert [judge.score("", text) for text in texts] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_rules_come_first(model, probe):
