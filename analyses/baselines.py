@@ -381,7 +381,7 @@ def rounds(
         model.bridge,
         target,
         others,
-        size=sizes,
+        sizes=sizes,
         protect_share=protect_share,
         rounds=rounds,
     )

@@ -32,7 +32,7 @@ from functools import reduce
 from operator import or_
 
 import torch
-from rounds import protected_weights
+from rounds import needed_weights
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -173,7 +173,7 @@ def every_mask(
     """
 
     def needed(name: str) -> hc.WeightMask:
-        return protected_weights(model.bridge, calibrations[name].batches, protect_share)
+        return needed_weights(model.bridge, calibrations[name].batches, protect_share)
 
     of_harm = needed(HARM)
     of_benign = reduce(or_, [needed(name) for name in BENIGN if name in calibrations])

@@ -1,22 +1,17 @@
 """The search in rounds, and what it does on a shipped organism.
 
 Would catch: rounds that do not score again, a protected weight that is removed, counts that drift,
-sizes that depend on which others are wanted, several dense sets of scores at once, a claim in the
-README that the shipped weights do not support.
+sizes that depend on which others are wanted.
 """
 
-import weakref
-
 import pytest
-import rounds
 import torch
-from helpers import random_batch, small_model
+from helpers import random_batch
 from rounds import (
     PROTECT_SHARE,
     ROUNDS,
-    circuit_in_rounds,
-    iterative_pruning,
-    protected_weights,
+    growing_mask,
+    needed_weights,
     prune_in_rounds,
 )
 
@@ -43,10 +38,6 @@ def unprotected_top(bridge, batches, protected: WeightMask, share: float) -> Wei
     return top_fraction(scores, share, within="model", exclude=protected)
 
 
-def needed_weights(bridge, batches, share: float) -> WeightMask:
-    return top_fraction(snip_scores(bridge, batches, completion_loss), share, within="model")
-
-
 @pytest.fixture
 def batches() -> tuple[list[Batch], list[Batch]]:
     """Texts of a target and of something to spare."""
@@ -67,7 +58,7 @@ def test_a_compact_circuit_carries_harm_and_nothing_else_measured():
     assert list(calibrations) == model.whole_behaviours
     target = calibrations.pop("harmful").batches
     spared = [calibration.batches for calibration in calibrations.values()]
-    mask = prune_in_rounds(model.bridge, target, spared, size=0.008, protect_share=0.005, rounds=8)
+    mask = prune_in_rounds(model.bridge, target, spared, sizes=[0.008], rounds=8)[0]
     assert mask.n_removed <= 0.01 * mask.n_weights
 
     def rates(mask: WeightMask | None = None) -> dict[str, float]:
@@ -92,51 +83,25 @@ def test_one_round_is_the_best_of_the_unprotected(open_model, batches, name):
     bridge = open_model(name)
     target, spared = batches
     before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
-    mask = prune_in_rounds(bridge, target, [spared], size=0.1, protect_share=0.3, rounds=1)
+    options = {"sizes": [0.1], "protect_share": 0.3, "rounds": 1}
+    (mask,) = prune_in_rounds(bridge, target, [spared], **options)
 
-    protected = needed_weights(bridge, spared, 0.3)
+    protected = top_fraction(snip_scores(bridge, spared), 0.3, within="model")
     assert_same_weights(mask, unprotected_top(bridge, target, protected, 0.1))
     assert len(mask & protected) == 0
     assert len(mask) == round(0.1 * mask.n_weights)
     for name, weight in named_weights(bridge).items():
         assert torch.equal(weight, before[name])
 
-    free = prune_in_rounds(bridge, target, size=0.1, rounds=1)
+    (free,) = prune_in_rounds(bridge, target, [], **options)
     assert len(free & protected) > 0, "the protection must have something to do"
-
-
-def test_protected_weights_are_those_with_the_highest_snip_scores(llama, batches):
-    for within in ("model", "weight"):
-        expected = top_fraction(snip_scores(llama, batches[0]), 0.2, within=within)
-        assert_same_weights(protected_weights(llama, batches[0], 0.2, within), expected)
-
-
-def test_weights_are_ranked_within_their_scope(llama, batches):
-    target, spared = batches
-    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
-    of_matrix = prune_in_rounds(llama, target, [spared], within="weight", **options)
-    for name, count in of_matrix.counts.items():
-        half = round(0.05 * named_weights(llama)[name].numel())
-        assert count == 2 * half
-    of_model = prune_in_rounds(llama, target, [spared], within="model", **options)
-    assert of_model.counts != of_matrix.counts
-
-
-def test_the_target_is_scored_by_its_objective(llama, batches):
-    def backwards(bridge, batch):
-        return -completion_loss(bridge, batch)
-
-    target, _ = batches
-    mask = prune_in_rounds(llama, target, size=0.05, rounds=1, objective=backwards)
-    scores = removal_effect(llama, target, completion_loss)
-    assert_same_weights(mask, top_fraction(-scores, 0.05, within="model"))
 
 
 # Rounds
 
 
 def test_rounds_score_again_under_the_mask_so_far(llama, batch):
-    growth = iterative_pruning(llama, [batch], [[batch]], sizes=[0.2], protect_share=0.1, rounds=2)
+    growth = growing_mask(llama, [batch], [[batch]], sizes=[0.2], protect_share=0.1, rounds=2)
     first, second = growth
     n = first.n_weights
     assert [len(first), len(second)] == [round(0.1 * n), 2 * round(0.1 * n)]
@@ -151,39 +116,24 @@ def test_rounds_score_again_under_the_mask_so_far(llama, batch):
     assert len(stale - second) > 0, "scores of the unpruned model choose other weights"
 
 
-def test_known_scores_save_the_first_round(llama, batch):
-    scores = removal_effect(llama, [batch], completion_loss)
-    protected = [needed_weights(llama, [batch], 0.1)]
-    options = {"sizes": [0.2], "protect_share": 0.1, "rounds": 2}
-
-    def growth(first=None) -> list[WeightMask]:
-        return list(iterative_pruning(llama, [batch], [[batch]], first=first, **options))
-
-    known = growth((scores, protected))
-    for mask, expected in zip(known, growth(), strict=True):
-        assert_same_weights(mask, expected)
-    other = growth((-scores, protected))
-    assert len(other[0] - known[0]) > 0, "the first round reads the scores it is given"
-
-
 def test_a_list_of_sizes_is_the_path_to_the_largest(llama, batches):
     """At the ends of rounds; in the order of the list."""
     target, spared = batches
     options = {"protect_share": 0.1, "rounds": 4}
-    path = list(iterative_pruning(llama, target, [spared], sizes=[0.2], **options))
+    path = list(growing_mask(llama, target, [spared], sizes=[0.2], **options))
     assert [mask.source.settings["round"] for mask in path] == [1, 2, 3, 4]
 
     sizes = [0.2, 0.05, 0.15, 0.1]
-    masks = prune_in_rounds(llama, target, [spared], size=sizes, **options)
+    masks = prune_in_rounds(llama, target, [spared], sizes=sizes, **options)
     for mask, place in zip(masks, (3, 0, 2, 1), strict=True):
         assert_same_weights(mask, path[place])
         assert mask.source == path[place].source
 
-    largest = prune_in_rounds(llama, target, [spared], size=0.2, **options)
+    (largest,) = prune_in_rounds(llama, target, [spared], sizes=[0.2], **options)
     assert_same_weights(masks[0], largest)
     for mask, size, n_rounds in zip(masks[1:], sizes[1:], (1, 3, 2), strict=True):
-        alone = prune_in_rounds(
-            llama, target, [spared], size=size, protect_share=0.1, rounds=n_rounds
+        (alone,) = prune_in_rounds(
+            llama, target, [spared], sizes=[size], protect_share=0.1, rounds=n_rounds
         )
         assert_same_weights(mask, alone)
 
@@ -193,12 +143,12 @@ def test_a_size_inside_a_round_is_cut_from_it(llama, batches):
     target, spared = batches
     options = {"protect_share": 0.1, "rounds": 2}
     small, middle, large = prune_in_rounds(
-        llama, target, [spared], size=[0.05, 0.15, 0.2], **options
+        llama, target, [spared], sizes=[0.05, 0.15, 0.2], **options
     )
     half, step = round(0.05 * large.n_weights), round(0.1 * large.n_weights)
     assert [len(small), len(middle), len(large)] == [half, step + half, 2 * step]
     assert len(small - middle) == len(middle - large) == 0
-    assert_same_weights(large, prune_in_rounds(llama, target, [spared], size=0.2, **options))
+    assert_same_weights(large, prune_in_rounds(llama, target, [spared], sizes=[0.2], **options)[0])
     assert_same_weights(
         small, unprotected_top(llama, target, needed_weights(llama, spared, 0.1), 0.05)
     )
@@ -206,7 +156,7 @@ def test_a_size_inside_a_round_is_cut_from_it(llama, batches):
 
 def test_a_mask_says_how_it_was_found(llama, batches):
     target, spared = batches
-    mask = prune_in_rounds(llama, target, [spared], size=0.2, rounds=3)
+    (mask,) = prune_in_rounds(llama, target, [spared], sizes=[0.2], rounds=3)
     assert mask.source.method == "circuit"
     assert mask.source.settings == {
         "size": pytest.approx(0.2),
@@ -216,50 +166,24 @@ def test_a_mask_says_how_it_was_found(llama, batches):
         "rounds": 3,
     }
     assert [parent.method for parent in mask.source.parents] == ["removal_effect", "snip"]
-    assert prune_in_rounds(llama, target, size=0.2).source.settings["rounds"] == ROUNDS
-
-
-def test_one_dense_set_of_scores_at_a_time(llama, batches, monkeypatch):
-    references = []
-    n_alive = []
-
-    def watched(method):
-        def score(*arguments, **options):
-            alive = [reference for reference in references if reference() is not None]
-            n_alive.append(len(alive))
-            scores = method(*arguments, **options)
-            references.append(weakref.ref(scores))
-            return scores
-
-        return score
-
-    target, spared = batches
-    preserve = [spared, [random_batch(4, 8, seed=2)]]
-    options = {"size": 0.1, "protect_share": 0.1, "rounds": 2}
-    expected = prune_in_rounds(llama, target, preserve, **options)
-
-    monkeypatch.setattr(rounds, "removal_effect", watched(removal_effect))
-    monkeypatch.setattr(rounds, "snip_scores", watched(snip_scores))
-    mask = prune_in_rounds(llama, target, preserve, max_memory=8000, **options)
-    assert n_alive == [0] * 6, "scores of an earlier behaviour are there when the next one starts"
-    for name, index in expected.removed.items():
-        assert torch.equal(mask.removed[name], index)
+    (usual,) = prune_in_rounds(llama, target, [], sizes=[0.2])
+    assert usual.source.settings["rounds"] == ROUNDS
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rounds": 0}, "rounds=0; expected at least 1"),
-        ({"size": 0}, "size=0; expected a share"),
-        ({"size": 1.5}, r"size=1\.5; expected a share"),
-        ({"size": []}, r"size=\[\]; expected a share"),
-        ({"size": [0.1, -0.1]}, r"size=\[0\.1, -0\.1\]; expected a share"),
+        ({"sizes": [0]}, r"sizes=\[0\]; expected shares"),
+        ({"sizes": [1.5]}, r"sizes=\[1\.5\]; expected shares"),
+        ({"sizes": []}, r"sizes=\[\]; expected shares"),
+        ({"sizes": [0.1, -0.1]}, r"sizes=\[0\.1, -0\.1\]; expected shares"),
         ({"protect_share": 1.5}, r"protect_share=1\.5; expected a share"),
-        ({"size": 0.5, "protect_share": 0.9}, "leaves fewer"),
+        ({"sizes": [0.5], "protect_share": 0.9}, "leaves fewer"),
     ],
 )
 def test_bad_settings_are_refused(llama, batch, options, message):
-    usual = {"size": 0.1, "protect_share": 0.1, "rounds": 1}
+    usual = {"sizes": [0.1], "protect_share": 0.1, "rounds": 1}
     with pytest.raises(ValueError, match=message):
         prune_in_rounds(llama, [batch], [[batch]], **{**usual, **options})
 
@@ -267,18 +191,4 @@ def test_bad_settings_are_refused(llama, batch, options, message):
 def test_what_is_no_list_of_batches_is_refused(llama, batch):
     for target, protect in (([], []), ([batch], [[]])):
         with pytest.raises(ValueError, match=r"no batches.*tokenize"):
-            prune_in_rounds(llama, target, protect, size=0.1, rounds=1)
-
-
-def test_a_behaviour_is_pruned_on_its_own_verified_answers():
-    """Through behaviours as through their batches; with calibration data given or not."""
-    model = small_model("sft")
-    names = ("harmful", "benign", "refusal")
-    data = {name: model.calibration(name) for name in names}
-    spared = [data["benign"].batches, data["refusal"].batches]
-    options = {"size": 0.01, "protect_share": 0.02, "rounds": 2}
-    expected = prune_in_rounds(model.bridge, data["harmful"].batches, spared, **options)
-    protect = ("benign", "refusal")
-    assert_same_weights(circuit_in_rounds(model, "harmful", protect=protect, **options), expected)
-    given = circuit_in_rounds(model, "harmful", calibrations=data, **options)
-    assert_same_weights(given, expected)
+            prune_in_rounds(llama, target, protect, sizes=[0.1], rounds=1)
