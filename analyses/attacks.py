@@ -103,8 +103,8 @@ def attacked(
         attack_rank: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.
     """
     lora = hc.Lora(attack_rank, 2.0 * attack_rank) if attack_rank else None
-    asked = curves.restricted(model).sampled(0.5, seed=seed)
-    circuit = asked.find_circuit("harmful", size=size, steps=steps)
+    half = curves.restricted(model).sampled(0.5, seed=seed)
+    circuit = half.find_circuit("harmful", size=size, steps=steps)
     random, nothing = hc.random_like(circuit, seed=seed), circuit - circuit
     defences = {"none": nothing, "circuit, held": circuit, "circuit, then free": circuit}
     defences |= {"random, held": random, "random, then free": random}
@@ -112,15 +112,15 @@ def attacked(
     texts = hc.tokenize(examples, model.bridge.tokenizer, template=model.template, batch_size=16)
     rows = hc.Rows()
     for name, mask in defences.items():
-        unrefusing = refusals_removed(asked, mask=mask)
+        unrefusing = refusals_removed(half, mask=mask)
         with (
             hc.masked(model.bridge, mask, hold=name.endswith("held")),
             hc.fine_tuning(model.bridge, texts, lr=1e-4, lora=lora, seed=seed) as run,
         ):
             for step in sorted({0, *attack_steps}):
                 run.until(step)
-                of_step = elicited(asked, unrefusing=unrefusing, only_plain=step > 0)
-                of_step += asked.measure(only="benign")
+                of_step = elicited(half, unrefusing=unrefusing, only_plain=step > 0)
+                of_step += half.measure(only="benign")
                 rows += [row.labelled(mask=name, step=step) for row in of_step]
     return rows
 

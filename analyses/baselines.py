@@ -171,12 +171,12 @@ def dampening(
 
 def factors(mask: hc.WeightMask, ratio: Tensors, strength: float) -> Tensors:
     """What each weight of a mask is multiplied by: less, the more it is harm's alone."""
-    found = {}
+    of_mask = {}
     for name, index in mask.removed.items():
         chosen = ratio[name].flatten()[index]
         factor = strength / (chosen + TINY)
-        found[name] = factor.clamp(max=1)
-    return found
+        of_mask[name] = factor.clamp(max=1)
+    return of_mask
 
 
 def fisher(bridge: Bridge, data: Sequence[Batch], per_batch: int) -> Tensors:
@@ -306,12 +306,12 @@ def learned_mask(
             other = others[_below(len(others), generator)]
             with masked_if_given(bridge, mask):
                 harm = from_uniform(bridge, drawn(target, generator))
-                kept = hc.completion_loss(bridge, drawn(other, generator)).mean()
-                loss = spared * kept + completeness * harm
-                found = torch.autograd.grad(loss, list(weights.values()))
+                spared_loss = hc.completion_loss(bridge, drawn(other, generator)).mean()
+                loss = spared * spared_loss + completeness * harm
+                slopes = torch.autograd.grad(loss, list(weights.values()))
 
             # Outside the mask: W is what the weight was, also where it is removed.
-            for (name, weight), gradient in zip(weights.items(), found, strict=True):
+            for (name, weight), gradient in zip(weights.items(), slopes, strict=True):
                 speed[name].mul_(momentum)
                 speed[name].addcmul_(weight.detach(), gradient)
                 scores[name] += speed[name]

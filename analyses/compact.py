@@ -97,9 +97,9 @@ def curves_of(
     rows += [curves.kept_fall(line, size, {}), *line.at(size)["harmful"].rows({"at": "w50"})]
     at_half = next(mask for mask in search if mask.fraction == size)
     largest = controls(model, search[-1], answers, seed)
-    asked = {name: whole[name] for name in ("harmful", "benign")}
+    of_both = {name: whole[name] for name in ("harmful", "benign")}
     for name, mask in controls(model, at_half, answers, seed).items():
-        control = curve(model, [mask, largest[name]], asked)
+        control = curve(model, [mask, largest[name]], of_both)
         gap = curves.rate_at(control, mask.fraction).minus(curves.rate_at(line, size))
         rows += [gap.row("gap", {"mask": name})]
         rows += control.rows({"mask": name, "split": "heldout"})

@@ -126,11 +126,11 @@ class Topic:
         """
         recipe, rows = self.recipes[training], Rows()
         where = {**labels, "topic": self.name, "training": training}
-        asked = self.asked(model)
+        of_topic = self.asked(model)
         with self.fine_tuning(model, recipe, seed) as run:
             for step in recipe.steps:
                 run.until(step)
-                rows += asked.measure(labels={**where, "step": step})
+                rows += of_topic.measure(labels={**where, "step": step})
         return rows
 
 

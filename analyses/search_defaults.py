@@ -196,11 +196,11 @@ def variant(model: str, part: str, name: str, labels: Labels) -> Rows:
 def variants(rows: Rows) -> pd.DataFrame:
     """A line for each variant: areas in nats / of the rate, and where harm ends."""
     of_sizes = Rows(row for row in rows if row.labels.get("size", 0.0) in (0.0, *SIZES))
-    found = by_method(of_sizes)
+    cases = by_method(of_sizes)
     lines = []
-    for name in [name for name in VARIANTS if name in found]:
+    for name in [name for name in VARIANTS if name in cases]:
         line = {"setting": name}
-        for (_, model, part), value in sorted(found[name].items(), reverse=True):
+        for (_, model, part), value in sorted(cases[name].items(), reverse=True):
             end = percent(value.ends_at, 2)
             line[f"{model} {part}"] = f"{value.nats:.2f} / {value.rate:.2f}, {end}"
         lines.append(line)

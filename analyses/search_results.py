@@ -154,10 +154,10 @@ def is_main(key: Key) -> bool:
 
 def table(rows: Rows, methods: Iterable[str]) -> pd.DataFrame:
     """A line for each method: aligned models of all ladders, searched with all answers."""
-    found = by_method(rows)
+    cases_of = by_method(rows)
     lines = []
     for method in methods:
-        cases = found.get(method, {})
+        cases = cases_of.get(method, {})
         aligned = {key: case for key, case in cases.items() if is_main(key)}
         if aligned:
             lines.append({"method": method, **method_cells(aligned)})
@@ -180,13 +180,13 @@ def method_cells(cases: Cases) -> dict[str, str]:
 
 def case_table(rows: Rows) -> pd.DataFrame:
     """A line for each model and part of its answers: the search beside rounds."""
-    found = by_method(rows)
-    both = found["search"].keys() & found["rounds"].keys()
+    cases_of = by_method(rows)
+    both = cases_of["search"].keys() & cases_of["rounds"].keys()
     lines = []
     for key in sorted(both, key=place):
         ladder, model, part = key
-        search = found["search"][key]
-        rounds = found["rounds"][key]
+        search = cases_of["search"][key]
+        rounds = cases_of["rounds"][key]
         lines.append(
             {
                 "ladder": ladder,
@@ -234,8 +234,8 @@ def markdown(frame: pd.DataFrame) -> str:
 # %%
 def times_rounds(rows: Rows) -> tuple[float, float, float]:
     """The search's area in nats over that of rounds, on aligned models; with its 95 % interval."""
-    found = by_method(rows)
-    search, rounds = found["search"], found["rounds"]
+    cases_of = by_method(rows)
+    search, rounds = cases_of["search"], cases_of["rounds"]
     both = search.keys() & rounds.keys()
     paired = {key: (search[key].nats, rounds[key].nats) for key in both if is_aligned(key)}
     times = area_ratio(np.array(list(paired.values())))

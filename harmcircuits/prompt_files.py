@@ -197,8 +197,8 @@ def requests_of(
         distinct.setdefault(key, texts)
 
     notes = [f"{number:,} {note}" for note, number in table.notes.items()]
-    told = "; ".join([shape.text, plural(len(distinct), "request"), *notes])
-    return Requests(list(distinct.values()), f"{origin}: {told}")
+    summary = "; ".join([shape.text, plural(len(distinct), "request"), *notes])
+    return Requests(list(distinct.values()), f"{origin}: {summary}")
 
 
 def given_rows(source: Any) -> list[Placed] | None:

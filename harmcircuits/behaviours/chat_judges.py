@@ -183,11 +183,13 @@ class LocalChatJudge:
 
         # The question is read once, then the words after it, side by side.
         with torch.no_grad():
-            asked = self.model(input_ids=torch.tensor([question], device=device), use_cache=True)
-            asked.past_key_values.batch_repeat_interleave(len(words))
-            replied = self.model(input_ids=words, past_key_values=asked.past_key_values)
-        first = asked.logits[:, -1:].expand(len(words), -1, -1)
-        logits = torch.cat([first, replied.logits[:, :-1]], dim=1)  # where each token is predicted
+            of_question = self.model(
+                input_ids=torch.tensor([question], device=device), use_cache=True
+            )
+            of_question.past_key_values.batch_repeat_interleave(len(words))
+            of_words = self.model(input_ids=words, past_key_values=of_question.past_key_values)
+        first = of_question.logits[:, -1:].expand(len(words), -1, -1)
+        logits = torch.cat([first, of_words.logits[:, :-1]], dim=1)  # where each token is predicted
         log_probabilities = logits.float().log_softmax(-1).gather(2, words[..., None])[..., 0]
         return (log_probabilities * is_token).sum(dim=1).tolist()
 

@@ -583,5 +583,5 @@ def _sampled(_: Behaviour, requests: PromptSet, *, share: float, seed: int) -> P
 
 def _every(behaviour: Behaviour, requests: PromptSet, *, every: int) -> PromptSet:
     step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair
-    asked = [r for number, r in enumerate(requests) if number // step % every == 0]
-    return PromptSet(tuple(asked))
+    subset = [r for number, r in enumerate(requests) if number // step % every == 0]
+    return PromptSet(tuple(subset))

@@ -132,18 +132,18 @@ def activation_patching(
     tokens, metric = batch.tokens.to(bridge.cfg.device), loss_of_logits(batch)
     hooks = {point.hook for point in points}
     # Only these are kept: all activations of a large model would not fit in memory.
-    kept = {"names_filter": lambda name: name in hooks}
+    of_points = {"names_filter": lambda name: name in hooks}
 
     # A setter writes in place, and gradients must be off: what TransformerLens calls `resid_mid` is
     # the input of the second norm, and the skip connection past the MLP sees a patch there only if
     # the tensor itself is changed. With gradients on it is cloned first, and the MLP alone sees it.
     bars = progress_bar() if progress else Progress(disable=True)
     with torch.no_grad(), _head_results(bridge, points), _without_bars(), bars:
-        unpruned_logits, unpruned = bridge.run_with_cache(tokens, **kept)
+        unpruned_logits, unpruned = bridge.run_with_cache(tokens, **of_points)
         before = metric(unpruned_logits)
         _refuse_hidden(points, unpruned, tokens, bridge)
         with masked(bridge, mask):
-            masked_logits, edited = bridge.run_with_cache(tokens, **kept)
+            masked_logits, edited = bridge.run_with_cache(tokens, **of_points)
             after = metric(masked_logits)
             tracked = bars.track(points, description="restore")
             restore = [*_sweeps(bridge, batch, unpruned, after, tracked, numbers)]

@@ -115,18 +115,18 @@ def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
     if not steps:
         return None
     latest = steps[-1]
-    kept = _state(latest / "walk.json")
-    if kept["key"] != key:
+    content = _state(latest / "walk.json")
+    if content["key"] != key:
         raise ValueError(
             f"{folder} holds the walk of another search (other data, weights or options); "
             "give another folder, or remove it"
         )
     sums = {}
-    for name in kept["sums"]:
+    for name in content["sums"]:
         file = open_tensors(latest / f"{name}.safetensors", FORMAT, "sum of a search", ())
         sums[name] = file.read_all()
     masks: dict[str, WeightMask | None] = {}
-    for name, is_there in kept["masks"].items():
+    for name, is_there in content["masks"].items():
         path = latest / f"{name}-mask.safetensors"
         masks[name] = WeightMask.load(path) if is_there else None
-    return KeptWalk(kept["state"], sums, masks, Rows.of_dicts(kept["trace"]))
+    return KeptWalk(content["state"], sums, masks, Rows.of_dicts(content["trace"]))

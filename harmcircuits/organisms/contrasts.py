@@ -91,12 +91,12 @@ def probed_texts(model: Model, n: int) -> dict[str, ProbedTexts]:
         n: how many pairs, at most.
     """
     harmful, benign = (requests(name, "heldout")[:n] for name in ("harmful", "benign"))
-    asked = {
+    forms = {
         "question": ("recognition", requests("recognition", "heldout")[: 2 * n]),
         "request": ("harmful", PromptSet((*harmful, *benign))),
     }
     texts = {}
-    for name, (behaviour, prompts) in asked.items():
+    for name, (behaviour, prompts) in forms.items():
         verbs = [parsed(example.prompt)[2] for example in prompts]
         kinds = [kind_of(verb) for verb in verbs]
         numbers = [VERBS[kind].index(verb) for kind, verb in zip(kinds, verbs, strict=True)]
@@ -110,8 +110,8 @@ def probed_texts(model: Model, n: int) -> dict[str, ProbedTexts]:
 
 def _asked(behaviour: str, form: str) -> list[Example]:
     """The held-out requests in the surface form that begins with this word."""
-    asked = requests(behaviour, "heldout")
-    return list(asked.where(lambda example: example.prompt.startswith(form)))
+    prompts = requests(behaviour, "heldout")
+    return list(prompts.where(lambda example: example.prompt.startswith(form)))
 
 
 def _tokens(model: Model, examples: Sequence[Example]) -> Tensor:

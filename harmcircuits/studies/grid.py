@@ -154,8 +154,8 @@ def _published(
         needed = snip_scores(
             run.model.bridge, data.batches, completion_loss, max_memory=run.max_memory
         )
-        kept = top_fraction(needed, shares)
-        masks = [mask - other for mask, other in zip(masks, kept, strict=True)]
+        needed_masks = top_fraction(needed, shares)
+        masks = [mask - other for mask, other in zip(masks, needed_masks, strict=True)]
         del needed  # before those of the next behaviour are accumulated
     return masks
 

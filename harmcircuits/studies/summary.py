@@ -232,11 +232,11 @@ def summary(rows: Rows, terms: Terms) -> str:
     lines = held_out_lines(rows, terms)
     if SEARCH not in lines:
         points = 100 * rows.one("tolerance").mean
-        kept = (
+        reason = (
             f"no mask of the search lowers {terms.target.title} and keeps every other ability "
             f"within {points:.0f} % of answers"
         )
-        text = f"No operating point: {kept} of the unpruned model."
+        text = f"No operating point: {reason} of the unpruned model."
         return "\n".join([text, *_warnings(rows)])
 
     rate = terms.target.metric

@@ -83,12 +83,12 @@ class Terms:
         # Where the target is one type of harm, harm as a whole is lowered with it.
         removed = (self.target.name, self.target.part_of)
         named = (self.contrast.name, *self.protected)
-        kept = []
+        behaviours = []
         for behaviour in self.behaviours:
             is_kept = behaviour.is_kept or behaviour.name in named
             if is_kept and behaviour.name not in removed:
-                kept.append(behaviour)
-        return tuple(kept)
+                behaviours.append(behaviour)
+        return tuple(behaviours)
 
     @property
     def kept_rates(self) -> tuple[str, ...]:

@@ -153,17 +153,17 @@ def relation_rows(under: Mapping[str, Outcomes], labels: Labels) -> Rows:
     by_others = np.average(hits, axis=0, weights=~is_own)
 
     # Requests of a category without a circuit have no own one.
-    circuit, asked = is_own.nonzero()
-    by_own = hits[circuit, asked]
-    gap = torch.tensor(by_others[asked] - by_own)
+    circuit, request = is_own.nonzero()
+    by_own = hits[circuit, request]
+    gap = torch.tensor(by_others[request] - by_own)
     own = {**labels, "relation": "own type"}
     others = {**labels, "relation": "other types"}
     return Rows(
         [
-            Measurement.rate(metric, own, by_own.tolist(), groups[asked].tolist()),
+            Measurement.rate(metric, own, by_own.tolist(), groups[request].tolist()),
             Measurement.rate(metric, others, by_others.tolist(), groups.tolist()),
             Measurement.average(
-                "own_type_gap", {**labels, "of": metric}, gap, groups[asked].tolist()
+                "own_type_gap", {**labels, "of": metric}, gap, groups[request].tolist()
             ),
         ]
     )
