@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
@@ -283,12 +284,11 @@ class Claim:
             return self._of_command_line()
         if out is None and not small:
             return self._committed()
-        if out is None:
-            from tempfile import mkdtemp
-
-            out = mkdtemp(prefix=f"harmcircuits-{self.name}-")
         of_models = specs(models, self._organisms(small), [folder], "cpu")
-        return self._run(Path(out), of_models, seeds, small, workers, options)
+        if out is not None:
+            return self._run(Path(out), of_models, seeds, small, workers, options)
+        with TemporaryDirectory() as temporary:
+            return self._run(Path(temporary), of_models, seeds, small, workers, options)
 
     def result(self, rows: Rows) -> ClaimResult:
         """What the rule says of each case, and of all together.
