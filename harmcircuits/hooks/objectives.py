@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,11 +80,15 @@ def logits_at(
     """
     n_read = int(positions.max()) + 1
     tokens = tokens[:, :n_read].to(bridge.cfg.device)
-    # Not every model of transformers takes this argument.
-    arguments = inspect.signature(bridge.original_model.forward).parameters
-    if "logits_to_keep" in arguments:
+    if _can_leave_logits_out(type(bridge.original_model)):
         return bridge(tokens, logits_to_keep=positions.to(tokens.device))
     return bridge(tokens)[:, positions]
+
+
+@cache
+def _can_leave_logits_out(model_class: type) -> bool:
+    """Whether its `forward` takes the positions; not every model of transformers does."""
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def logits_at_own_position(
