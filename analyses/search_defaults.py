@@ -21,6 +21,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,7 @@ from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 
 SIZES = (0.0005, 0.001, 0.002, 0.004)
-MODELS = ("dpo", "sft")
+MODELS = ("sft", "dpo")
 HALVES = ("A", "B")
 MULTIPLIERS = (1 / 4, 4.0)  # the least and the greatest
 MOST_MOVED = 0.5  # powers of two, in a step
@@ -198,11 +199,15 @@ def variants(rows: Rows) -> pd.DataFrame:
     of_sizes = Rows(row for row in rows if row.labels.get("size", 0.0) in (0.0, *SIZES))
     cases = by_method(of_sizes)
     lines = []
-    for name in [name for name in VARIANTS if name in cases]:
+    for name in VARIANTS:
+        if name not in cases:
+            continue
         line = {"setting": name}
-        for (_, model, part), value in sorted(cases[name].items(), reverse=True):
-            end = percent(value.ends_at, 2)
-            line[f"{model} {part}"] = f"{value.nats:.2f} / {value.rate:.2f}, {end}"
+        for model, part in product(MODELS, HALVES):
+            value = cases[name].get(("shipped", model, part))
+            if value is not None:
+                end = percent(value.ends_at, 2)
+                line[f"{model} {part}"] = f"{value.nats:.2f} / {value.rate:.2f}, {end}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("-")
 
