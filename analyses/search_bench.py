@@ -325,9 +325,10 @@ def bench_jobs(
 def write(out: Path, rows: Rows) -> None:
     """The tables and the figure, as files; the tables on the screen too."""
     summary = table(rows, methods())
-    (out / "summary.md").write_text(markdown(summary) + "\n", encoding="utf-8")
-    typer.echo(summary.to_string(index=False))
-    figure(rows).write_html(out / "figure.html", include_plotlyjs=True)
+    if not summary.empty:  # as with halves of the answers alone
+        (out / "summary.md").write_text(markdown(summary) + "\n", encoding="utf-8")
+        typer.echo(summary.to_string(index=False))
+        figure(rows).write_html(out / "figure.html", include_plotlyjs=True)
     if {"search", "rounds"} <= by_method(rows).keys():
         cases = case_table(rows)
         (out / "cases.md").write_text(markdown(cases) + "\n", encoding="utf-8")

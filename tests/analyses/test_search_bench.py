@@ -212,6 +212,14 @@ def test_the_pages_quote_the_committed_rows():
     assert results.times_text(rows) in cases
 
 
+def test_a_run_of_halves_alone_has_a_table_of_cases_only(tmp_path):
+    rows = Rows.read(Path(bench.__file__).parent / "rows" / "search_bench.jsonl")
+    halves = Rows(row for row in rows.where(ladder="seed1") if row.labels["part"] != "all")
+    bench.write(tmp_path, halves)
+    assert [path.name for path in tmp_path.iterdir()] == ["cases.md"]
+    assert markdown(results.case_table(halves)) in (tmp_path / "cases.md").read_text()
+
+
 def test_the_command_takes_a_model_of_ones_own(tmp_path):
     """A folder and files of requests, sizes of one's own; what cannot be is refused in a line."""
     items = list(world.world().items.values())[::8]
