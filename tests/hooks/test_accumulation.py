@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,10 @@ def join(rank: int, n_processes: int, folder: str) -> None:
 def start(target, n_processes: int, folder: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     arguments = (n_processes, str(folder))
-    multiprocessing.start_processes(target, arguments, n_processes, start_method="fork")
+    # Not "fork": this process has threads, whose locks a fork would take along. The server has
+    # imported what the processes need, once for all of them.
+    set_forkserver_preload([__name__])
+    multiprocessing.start_processes(target, arguments, n_processes, start_method="forkserver")
 
 
 def boot(folder: str | Path, name: str) -> TransformerBridge:
