@@ -444,6 +444,28 @@ def padding_id(tokenizer: Any) -> int:
     return next((token for token in candidates if token is not None), 0)
 
 
+def opening_ids(prefill: str, tokenizer: Any) -> list[int]:
+    """Token ids of what opens an answer; none where nothing does."""
+    return tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
+
+
+def target_ids(example: Example, tokenizer: Any, prefill: str = "") -> list[int]:
+    """Token ids of a completion that are predicted: what follows the prefill.
+
+    None where the completion is empty or nothing but the prefill.
+
+    Args:
+        example: a request with its completion.
+        tokenizer: a Hugging Face tokenizer.
+        prefill: opens the completion.
+    """
+    opening = opening_ids(prefill, tokenizer)
+    target = list(example.tokens)
+    if not target:
+        target = tokenizer.encode(example.completion, add_special_tokens=False)
+    return target[len(opening) :] if target[: len(opening)] == opening else target
+
+
 def tokenize(
     prompts: "PromptSet | Iterable[Example | tuple[str, str]]",
     tokenizer: Any,
@@ -471,34 +493,38 @@ def tokenize(
             not begin with them is taken to follow them.
 
     Raises:
-        ValueError: no prompts, an empty batch size, a completion without tokens, or an example
-            longer than `max_tokens`.
+        ValueError: no prompts, an empty batch size, no tokenizer, an example whose request or
+            completion has no tokens, or one longer than `max_tokens`. Whether a model can read the
+            batches is looked at where one is given them.
     """
     prompts = PromptSet.of(prompts)
     if not len(prompts):
         raise ValueError("tokenize: the prompt set is empty; expected at least one example")
     if batch_size < 1:
         raise ValueError(f"tokenize: batch_size={batch_size}; expected at least 1")
+    if tokenizer is None:
+        raise ValueError("tokenize: tokenizer=None; give the model's, such as bridge.tokenizer")
 
-    opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
     #     context    request, and the prefill where there is one
     #     target     the rest of the completion
+    opening = opening_ids(prefill, tokenizer)
     rows = []
     for index, example in enumerate(prompts):
-        target = list(example.tokens)
-        if not target:
-            target = tokenizer.encode(example.completion, add_special_tokens=False)
-        if target[: len(opening)] == opening:
-            target = target[len(opening) :]
+        target = target_ids(example, tokenizer, prefill)
         if not target:
             raise ValueError(
-                f"tokenize: example {index} has a completion with no tokens to predict; "
+                f"tokenize: {_named(index, example)} has a completion with no tokens to predict; "
                 "drop or fill it"
             )
         context = prompt_ids(example.prompt, tokenizer, template) + opening
+        if not context:
+            raise ValueError(
+                f"tokenize: {_named(index, example)} has no tokens before its completion, to "
+                "predict it from; give it a request, or a template that begins with a token"
+            )
         rows.append((context, target))
 
-    _refuse_long(rows, max_tokens)
+    _refuse_long(prompts, rows, max_tokens)
     groups = _groups(rows, batch_size, max_tokens)
     return [_padded(group, tokenizer) for group in groups]
 
@@ -579,13 +605,21 @@ def refuse_no_batches(function: str, batches: Any) -> None:
 Row = tuple[list[int], list[int]]  # context, target
 
 
-def _refuse_long(rows: list[Row], max_tokens: int | None) -> None:
+def _named(index: int, example: Example) -> str:
+    """An example in an error message. Its text is not shown: it may be harmful."""
+    facts = [f"category {example.category!r}"] * bool(example.category)
+    facts += [f"label {example.label!r}"] * bool(example.label)
+    return f"example {index} ({', '.join(facts)})" if facts else f"example {index}"
+
+
+def _refuse_long(prompts: PromptSet, rows: list[Row], max_tokens: int | None) -> None:
     lengths = [len(context) + len(target) for context, target in rows]
     longest = max(lengths)
     if max_tokens is not None and longest > max_tokens:
         index = lengths.index(longest)
         raise ValueError(
-            f"tokenize: example {index} has {longest} tokens, max_tokens={max_tokens}; "
+            f"tokenize: {_named(index, prompts.examples[index])} has {longest} tokens, "
+            f"max_tokens={max_tokens}; "
             "raise it or drop it"
         )
 

@@ -353,8 +353,11 @@ def with_references(model: Model) -> Model:
         model: the model, unpruned.
 
     Raises:
-        ValueError: no verified answer to harmful or to benign requests in a split.
+        ValueError: no verified answer to harmful or to benign requests in a split; a request that
+            is too long for the model, or has a token that it lacks, before any is answered.
     """
+    for behaviour in model.behaviours.values():
+        model.refuse_unreadable(behaviour)
     behaviours = {}
     for name, behaviour in model.behaviours.items():
         if not behaviour.choices and not behaviour.is_scored_on_references:

@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.prompts import Answer, PromptSet, Template, padding_id, prompt_ids
+from harmcircuits.hooks.capacity import refuse_requests
+from harmcircuits.hooks.finite import refuse_not_finite_answers
+from harmcircuits.prompts import (
+    Answer,
+    PromptSet,
+    Template,
+    opening_ids,
+    padding_id,
+    prompt_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ def generate(
         template: how a request is written (see `prompt_ids`).
 
     Raises:
-        ValueError: no prompts, or an empty batch size.
+        ValueError: no prompts, an empty batch size, logits that are not finite, and as
+            `request_ids`.
     """
     answers = generate_answers(
         bridge,
@@ -106,12 +116,17 @@ def generate_answers(
     if batch_size < 1:
         raise ValueError(f"generate: batch_size={batch_size}; expected at least 1")
     tokenizer = bridge.tokenizer
-    opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
+    requests = request_ids(
+        bridge,
+        prompts,
+        prefill=prefill,
+        max_new_tokens=max_new_tokens,
+        template=template,
+    )
+    n_opening = len(opening_ids(prefill, tokenizer))
     draws = _draws(prompts, sampling)
-    contexts = []
-    for prompt, _ in draws:
-        request = prompt_ids(prompt, tokenizer, template)
-        contexts.append(request + opening)
+    n_samples = len(draws) // len(prompts)
+    contexts = [request for request in requests for _ in range(n_samples)]
 
     model = cast(Any, bridge.original_model)
     config = _config(bridge, max_new_tokens)
@@ -120,26 +135,70 @@ def generate_answers(
     for start in range(0, len(contexts), batch_size):
         end = start + batch_size
         tokens, attended = _left_padded(contexts[start:end], padding_id(tokenizer))
-        noise = {}
-        if sampling is not None:
-            noise["logits_processor"] = _sampler(sampling, draws[start:end])
+        logits = _Finite()
         with torch.no_grad():
             full = model.generate(
                 input_ids=tokens.to(bridge.cfg.device),
                 attention_mask=attended.to(bridge.cfg.device),
                 generation_config=config,
-                **noise,
-            )
+                logits_processor=_processors(logits, sampling, draws[start:end]),
+            ).tolist()
+        # A likeliest token of logits that are NaN is no answer, and looks like one.
+        n_padding = (tokens.shape[1] - attended.sum(dim=1)).tolist()
+        refuse_not_finite_answers(
+            "generate: request",
+            bridge,
+            [row[skip:] for row, skip in zip(full, n_padding, strict=True)],
+            logits.is_finite,
+            first=start,
+            each=n_samples,
+        )
         # Decoded with the prefill, because the space between them may belong to a token.
         #
         #     full    <pad> <pad> request | prefill  answer <eos> <pad>
-        #             '---- width - len(opening) ---'
+        #             '------ width - n_opening ----'
         width = tokens.shape[1]
-        for row in full[:, width - len(opening) :].tolist():
-            answer_tokens = _before_end(row, len(opening), ends)
+        for row in full:
+            answer_tokens = _before_end(row[width - n_opening :], n_opening, ends)
             text = tokenizer.decode(answer_tokens, skip_special_tokens=True)
             answers.append(Answer(text.strip(), tuple(answer_tokens)))
     return answers
+
+
+def request_ids(
+    bridge: Bridge,
+    prompts: PromptSet,
+    *,
+    prefill: str = "",
+    max_new_tokens: int = 32,
+    template: Template = "chat",
+    place: str = "generate: request",
+) -> list[list[int]]:
+    """The token ids of each request and the prefill: what the model goes on from.
+
+    Args:
+        bridge: the model.
+        prompts: the requests.
+        prefill: the beginning of the answer.
+        max_new_tokens: how long an answer may be.
+        template: how a request is written (see `prompt_ids`).
+        place: what error messages call a request; its number follows.
+
+    Raises:
+        ValueError: a request that the model cannot read or answer within its context (see
+            `refuse_requests`), a model without a tokenizer, or one whose answers have no end.
+    """
+    tokenizer = bridge.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{place}: the model has no tokenizer; open it with one (tokenizer=...)")
+    _refuse_endless(bridge)
+    opening = opening_ids(prefill, tokenizer)
+    requests = []
+    for example in prompts:
+        request = prompt_ids(example.prompt, tokenizer, template)
+        requests.append(request + opening)
+    refuse_requests(place, bridge, requests, max_new_tokens)
+    return requests
 
 
 def _before_end(tokens: list[int], start: int, ends: Container[int]) -> list[int]:
@@ -157,14 +216,30 @@ def _config(bridge: Bridge, max_new_tokens: int) -> Any:
     """
     from transformers import GenerationConfig
 
-    own = getattr(bridge.original_model, "generation_config", None)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,
         pad_token_id=padding_id(bridge.tokenizer),
-        eos_token_id=getattr(own, "eos_token_id", None),
+        eos_token_id=_end_of_text(bridge),
     )
+
+
+def _end_of_text(bridge: Bridge) -> Any:
+    """The token that ends an answer, or several: the model's own, else the tokenizer's."""
+    own = getattr(bridge.original_model, "generation_config", None)
+    of_model = getattr(own, "eos_token_id", None)
+    return bridge.tokenizer.eos_token_id if of_model is None else of_model
+
+
+def _refuse_endless(bridge: Bridge) -> None:
+    """Raises ValueError where nothing ends an answer: each would run on to its largest length."""
+    if _end_of_text(bridge) is None:
+        raise ValueError(
+            "neither the tokenizer (eos_token) nor the model (generation_config.eos_token_id) has "
+            "an end-of-text token, so no answer would end; name one of the tokenizer's tokens by "
+            "tokenizer.eos_token = ..."
+        )
 
 
 def _ends(config: Any) -> set[int]:
@@ -202,17 +277,49 @@ def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, T
     return torch.tensor(tokens), torch.tensor(attended)
 
 
-def _sampler(sampling: Sampling, draws: Sequence[tuple[str, int]]) -> list[Any]:
-    """What turns the most likely token of each row into a draw."""
+def _processors(
+    logits: "_Finite",
+    sampling: Sampling | None,
+    draws: Sequence[tuple[str, int]],
+) -> list[Any]:
+    """What looks at the logits of each token and, in sampling, turns the likeliest into a draw."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+    steps: list[Any] = [logits]
+    if sampling is None:
+        return LogitsProcessorList(steps)
     # In this order: the noise falls on what temperature and top_p leave.
-    steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(float(sampling.top_p)))
     names = [f"{sampling.seed} {number} {prompt}" for prompt, number in draws]
     steps.append(_Gumbel(names))
     return LogitsProcessorList(steps)
+
+
+class _Finite:
+    """Notes of each row whether all its logits so far are finite, and leaves them as they are.
+
+    The largest of a row is NaN if any is, and infinite if any is plus infinity. Minus infinity
+    takes a token out, and may stand there. Read at the end only: a look would wait for the device
+    at every token.
+    """
+
+    def __init__(self) -> None:
+        self._is_finite: Tensor | None = None
+
+    def __call__(
+        self, _input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
+    ) -> Float[Tensor, "row vocab"]:
+        is_finite = scores.amax(dim=1).isfinite()
+        self._is_finite = is_finite if self._is_finite is None else self._is_finite & is_finite
+        return scores
+
+    @property
+    def is_finite(self) -> Bool[Tensor, " row"]:
+        """Whether all logits of each row were finite."""
+        assert self._is_finite is not None
+        return self._is_finite.cpu()
 
 
 class _Gumbel:

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.generation import Sampling, generate_answers
+from harmcircuits.behaviours.generation import Sampling, generate_answers, request_ids
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.finite import NotFiniteError
 from harmcircuits.hooks.weights import weights_checksum, weights_digest
 from harmcircuits.prompts import Answer, Chat, Example, PromptSet, Template
 from harmcircuits.storage.lines import append_lines, read_lines
@@ -85,15 +87,26 @@ class GenerationCache:
         path = self._path(settings, chat_template)
         stored = _stored(path)
 
+        missing = {example.prompt for example in prompts} - stored.keys()
+        if missing:
+            # Refused before the first is answered: the longest come last.
+            request_ids(
+                bridge,
+                prompts,
+                prefill=prefill,
+                max_new_tokens=max_new_tokens,
+                template=template,
+            )
+
         # Each request once, in an order that does not depend on who asks; and those of similar
         # length together, so that little is padded.
-        missing = {example.prompt for example in prompts} - stored.keys()
         by_length = sorted(missing, key=lambda prompt: (len(prompt), prompt))
         advance = self._bar(len(by_length))
         for start in range(0, len(by_length), batch_size):
             some = by_length[start : start + batch_size]
             requests = PromptSet(tuple(map(Example, some)))
-            answers = generate_answers(bridge, requests, **options)
+            with _numbered_as(prompts, requests):
+                answers = generate_answers(bridge, requests, **options)
             per_request = _per_request(answers, sampling)
             _append(path, some, per_request)  # batch by batch, so an interruption loses only one
             stored |= dict(zip(some, per_request, strict=True))
@@ -120,6 +133,20 @@ class GenerationCache:
             return lambda _: None
         task = progress.add_task("own answers", total=total)
         return lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def _numbered_as(prompts: PromptSet, requests: PromptSet) -> Iterator[None]:
+    """While open, an error about one of the requests has its number among the prompts."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if error.index is None:
+            raise
+        asked = [example.prompt for example in prompts]
+        number = asked.index(requests.examples[error.index].prompt)
+        text = str(error).replace(f"request {error.index}:", f"request {number}:", 1)
+        raise NotFiniteError(text, number) from None
 
 
 def _per_request(answers: list[Answer], sampling: Sampling | None) -> list[Any]:

@@ -12,18 +12,29 @@ import torch
 from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
-from harmcircuits.behaviours.generation import Sampling, generate_answers
+from harmcircuits.behaviours.generation import Sampling, generate_answers, request_ids
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.units import Unit
 from harmcircuits.display import card, facts, html_table, listed, nearest, note, plural, share
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.capacity import refuse_batches
+from harmcircuits.hooks.finite import of_data
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import BUDGET, REACH, STEPS, find_circuit, refuse_settings
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
-from harmcircuits.prompts import Answer, Batch, PromptSet, Template, tokenize
+from harmcircuits.prompts import (
+    SPLITS,
+    Answer,
+    Batch,
+    Example,
+    PromptSet,
+    Template,
+    target_ids,
+    tokenize,
+)
 
 OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
 
@@ -235,11 +246,36 @@ class Model:
         """
         limit = behaviour.max_new_tokens or self.max_new_tokens
         sampling = None if behaviour.choices else self.sampling
-        generated = self._generate(prompts, behaviour.prefill, limit, sampling)
+        with of_data(behaviour.name):
+            generated = self._generate(prompts, behaviour.prefill, limit, sampling)
         repeated = []
         for example in prompts:
             repeated += [example] * self.n_samples(behaviour)
         return PromptSet(tuple(repeated)).with_completions(generated)
+
+    def refuse_unreadable(self, behaviour: Behaviour) -> None:
+        """Check that the model can read a behaviour's requests and has room for its answers.
+
+        Args:
+            behaviour: what is asked.
+
+        Raises:
+            ValueError: a request, or a reference answer that is scored as it is, that is too long
+                for the model's context or has a token that its embedding lacks.
+        """
+        for split in SPLITS:
+            prompts = behaviour.prompts(split)
+            place = f"{behaviour.name}, {split}"
+            request_ids(
+                self.bridge,
+                prompts,
+                prefill=behaviour.prefill,
+                max_new_tokens=behaviour.max_new_tokens or self.max_new_tokens,
+                template=self.template,
+                place=f"{place}: request",
+            )
+            if behaviour.is_scored_on_references and len(prompts):
+                refuse_batches(place, self.bridge, self.batches(behaviour, prompts))
 
     def n_samples(self, behaviour: Behaviour) -> int:
         """How many answers to each of the behaviour's requests there are."""
@@ -256,7 +292,8 @@ class Model:
     def verified(self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = "") -> PromptSet:
         """The same requests with the first of the model's own answers that shows the behaviour.
 
-        An empty completion where none does.
+        An empty completion where none does. An answer that says nothing beyond the prefill has
+        nothing to score, and shows none.
 
         Args:
             behaviour: what is asked.
@@ -270,11 +307,21 @@ class Model:
         n_samples = self.n_samples(behaviour)
         first = []
         for start in range(0, len(answers), n_samples):
-            samples = answers.examples[start : start + n_samples]
-            shown = (s for s in samples if judge(s.prompt, s.completion) == wanted)
+            shown = (
+                sample
+                for sample in answers.examples[start : start + n_samples]
+                if judge(sample.prompt, sample.completion) == wanted
+                and self._says_something(behaviour, sample)
+            )
             example = next(shown, None)
             first.append(Answer(example.completion, example.tokens) if example else "")
         return prompts.with_completions(first)
+
+    def _says_something(self, behaviour: Behaviour, answer: Example) -> bool:
+        """Whether an answer has a token beyond what was put into the model's mouth."""
+        if not behaviour.prefill:
+            return bool(answer.completion)
+        return bool(target_ids(answer, self.bridge.tokenizer, behaviour.prefill))
 
     def calibration(self, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
         """The model's own answers to a behaviour's calibration requests that the judge verified.
@@ -494,7 +541,9 @@ class Model:
         references = behaviour.references(split)
         if len(references):
             has_reference = torch.tensor([bool(example.completion) for example in prompts])
-            nll[has_reference] = completion_nll(self.bridge, self.batches(behaviour, references))
+            with of_data(f"{name}, reference answers"):
+                batches = self.batches(behaviour, references)
+                nll[has_reference] = completion_nll(self.bridge, batches)
         verdicts = tuple(self.verdicts(behaviour, answers))
         judge_name = getattr(behaviour.judge, "name", self.judge_name)
         references = tuple(example.completion for example in prompts)

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.absolute import add_absolute
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.finite import refuse_not_finite_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.prompts import Batch
@@ -61,6 +62,8 @@ def mean_gradients(
         ValueError: For a matrix larger than `max_memory`; for an objective of the wrong shape; for
             a matrix that no gradient reached; in every process, if some were given other batches,
             weights or options.
+        NotFiniteError: For a value or gradient that is NaN or infinite, with its example and its
+            place in the model (a ValueError).
     """
     accumulate_batches = accumulate
     if distributed.is_available() and distributed.is_initialized():
@@ -75,7 +78,8 @@ def mean_gradients(
     results = {}
     for group in memory_groups(sites, max_memory):
         totals = {name: _zeros(site) for name, site in group.items()}
-        accumulate_batches(bridge, batches, objective, group, totals, kind)
+        loss = accumulate_batches(bridge, batches, objective, group, totals, kind)
+        refuse_not_finite_gradients(bridge, batches, objective, group, loss.item(), totals)
 
         for name, site in group.items():
             # Taken out of `totals`, and no variable holds it: its memory is free again once it is
@@ -138,8 +142,8 @@ def accumulate(
     sites: Mapping[str, Site],
     totals: Mapping[str, Tensor],
     kind: Kind,
-) -> None:
-    """Add the gradients of these batches, summed over examples, to `totals`.
+) -> Float[Tensor, ""]:
+    """Add the gradients of these batches, summed over examples, to `totals`; the objective's sum.
 
     Args:
         bridge: The model.
@@ -160,6 +164,7 @@ def accumulate(
 
     add_pair = partial(_add_pair, totals=totals, kind=kind)
     add_gradient = partial(_add_gradient, totals=totals, kind=kind)
+    losses = []
     with (
         torch.enable_grad(),
         hook_pairs(bridge, hooked, add_pair),
@@ -168,7 +173,11 @@ def accumulate(
         for batch in batches:
             values = objective(bridge, batch)
             _check_values(values, batch)
-            values.sum().backward()
+            loss = values.sum()
+            loss.backward()
+            losses.append(loss.detach().float())
+    # Not read before the end: that would wait for the device after every batch.
+    return torch.stack(losses).sum()
 
 
 def _add_pair(

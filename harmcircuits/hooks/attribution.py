@@ -19,11 +19,13 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.accumulation import mean_gradients, unchanged
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.capacity import refuse_batches
+from harmcircuits.hooks.finite import refuse_not_finite_gradients, refuse_not_finite_inputs
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
-from harmcircuits.prompts import Batch, refuse_no_batches
+from harmcircuits.prompts import Batch
 
 Average = Literal["after_abs", "before_abs"]
 
@@ -57,7 +59,7 @@ def removal_effect(
         ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("removal_effect", batches)
+    refuse_batches("removal_effect", bridge, batches)
 
     def finish(site: Site, gradient: Tensor) -> Tensor:
         return gradient.mul_(site.parameter.detach()).neg_()
@@ -94,7 +96,7 @@ def snip_scores(
         ValueError: another `average`, and as `removal_effect`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("snip_scores", batches)
+    refuse_batches("snip_scores", bridge, batches)
     if average not in ("after_abs", "before_abs"):
         raise ValueError(f'snip_scores: average={average!r}; expected "after_abs" or "before_abs"')
 
@@ -142,7 +144,7 @@ def token_price(
         ValueError: as `removal_effect`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("token_price", batches)
+    refuse_batches("token_price", bridge, batches)
 
     def finish(site: Site, gradient: Tensor) -> Tensor:
         return gradient.mul_(site.parameter.detach()).abs_()
@@ -171,7 +173,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
             `named_weights`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("wanda_scores", batches)
+    refuse_batches("wanda_scores", bridge, batches)
     sites = weight_sites(bridge)
     squares: dict[str, Tensor] = {}
     is_token = torch.empty(0)
@@ -185,6 +187,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
             is_token = batch.is_token
             bridge(batch.tokens.to(bridge.cfg.device))
 
+    refuse_not_finite_inputs(bridge, batches, squares)
     n_tokens = sum(int(batch.is_token.sum()) for batch in batches)
     values = {}
     for name, site in sites.items():
@@ -286,7 +289,7 @@ def gradient_norm(
         ValueError: as `removal_effect`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("gradient_norm", batches)
+    refuse_batches("gradient_norm", bridge, batches)
 
     sites = weight_sites(bridge)
     gradients = mean_gradients(bridge, batches, objective, sites, unchanged, max_memory=max_memory)
@@ -323,7 +326,7 @@ def token_contributions(
         ValueError: no batches, an empty mask, a mask of another model, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("token_contributions", batches)
+    refuse_batches("token_contributions", bridge, batches)
     if not mask.n_removed:
         raise ValueError(f"token_contributions: {mask} removes nothing; choose at least one weight")
     fingerprint = model_fingerprint(bridge)
@@ -352,6 +355,9 @@ def token_contributions(
             contributions = torch.zeros(batch.tokens.shape, device=bridge.cfg.device)
             objective(bridge, batch).sum().backward()
             per_batch.append(contributions.cpu())
+    removed = {name: sites[name] for name in blocks}
+    sums = {"the mask": torch.stack([values.sum() for values in per_batch])}
+    refuse_not_finite_gradients(bridge, batches, objective, removed, 0.0, sums)
     return per_batch
 
 

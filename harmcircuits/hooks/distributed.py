@@ -20,14 +20,15 @@ from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.prompts import Batch
 
 
-def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., None]:
-    """`accumulate` with the batches shared out: afterwards every process has the totals over all.
+def shared_among_processes(accumulate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`accumulate` with the batches shared out: afterwards every process has the sums over all.
 
     Of n processes, the r-th runs batches r, r + n, r + 2n and so on. All must call it with the
     same arguments, and with `totals` of zeros.
 
     Args:
-        accumulate: Adds the gradients of the batches that it is given.
+        accumulate: Adds the gradients of the batches that it is given, and returns the sum of the
+            objective.
     """
 
     def accumulate_share(
@@ -37,7 +38,7 @@ def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., Non
         sites: Mapping[str, Site],
         totals: Mapping[str, Tensor],
         kind: Kind,
-    ) -> None:
+    ) -> Tensor:
         # Dealt out like cards. Seven batches among three processes:
         #
         #     rank 0    0  3  6
@@ -46,12 +47,15 @@ def shared_among_processes(accumulate: Callable[..., None]) -> Callable[..., Non
         share = batches[distributed.get_rank() :: distributed.get_world_size()]
         # A process without a batch contributes zeros. It must still take part in every all_reduce
         # below, or the others would wait for it forever.
+        loss = torch.zeros((), device=bridge.cfg.device)
         if share:
-            accumulate(bridge, share, objective, sites, totals, kind)
+            loss += accumulate(bridge, share, objective, sites, totals, kind)
 
         # Every process walks the sites in this order, so the sums meet their like.
+        distributed.all_reduce(loss)
         for name in sites:
             distributed.all_reduce(totals[name])
+        return loss
 
     return accumulate_share
 

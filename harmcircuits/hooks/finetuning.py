@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.capacity import refuse_batches
+from harmcircuits.hooks.finite import of_data, refuse_not_finite
 from harmcircuits.hooks.layers import Layer, Patch
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
@@ -95,15 +97,17 @@ class FineTuning:
     def _take_step(self, batch: Batch) -> None:
         self._optimizer.zero_grad()
         with torch.enable_grad():
-            loss = self._objective(self._bridge, batch).mean()
+            losses = self._objective(self._bridge, batch)
+            loss = losses.mean()
             loss.backward()
 
         # Before the step, so that the weights stay as they were at the last finite loss.
         value = loss.item()
         if not isfinite(value):
-            raise ValueError(
-                f"the loss is {value} at step {self.step}; lower lr or look at the batches"
-            )
+            with of_data(
+                f"the loss is {value} at step {self.step}; lower lr, or look at the batch"
+            ):
+                refuse_not_finite(self._bridge, [batch], losses.detach().cpu(), self._objective)
         self._optimizer.step()
         self.losses.append(value)
 
@@ -150,6 +154,7 @@ def fine_tuning(
     """
     bridge = as_bridge(bridge)
     _refuse_settings(batches, lr)
+    refuse_batches("fine_tuning", bridge, batches)
     sites = weight_sites(bridge) if lora else {}
     _refuse_stacked(sites)
 

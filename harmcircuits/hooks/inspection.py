@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.capacity import refuse_batches, refuse_requests
+from harmcircuits.hooks.finite import refuse_not_finite_answers
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import token_losses
 from harmcircuits.prompts import Batch
@@ -163,13 +165,15 @@ def mean_residual(
         batch_size: texts read at once.
 
     Raises:
-        ValueError: no layers, one that the model lacks, or a text of no more than `skip` tokens.
+        ValueError: no layers, one that the model lacks, a text of no more than `skip` tokens or one
+            that the model cannot read, and a mean that is not finite.
     """
     bridge = as_bridge(bridge)
     n_layers = len(bridge.blocks)
     _refuse_unreadable(rows, layers, skip, n_layers)
     if not rows:
         return torch.empty(0, len(layers), bridge.cfg.d_model)
+    refuse_requests("mean_residual: text", bridge, rows, max_new_tokens=0)
     residuals: dict[int, Tensor] = {}
 
     def keep(value: Tensor, hook: Any, layer: int) -> None:
@@ -193,7 +197,10 @@ def mean_residual(
         weights = counts / (lengths - skip)[:, None]
         stream = torch.stack([residuals[layer].float().cpu() for layer in layers])
         means.append(einsum(stream, weights, "layer batch pos d, batch pos -> batch layer d"))
-    return torch.cat(means)
+    residual = torch.cat(means)
+    is_finite = residual.flatten(1).isfinite().all(dim=1)
+    refuse_not_finite_answers("mean_residual: text", bridge, rows, is_finite)
+    return residual
 
 
 def streams_before_answers(
@@ -214,6 +221,7 @@ def streams_before_answers(
     # A bridge's own hooks go by another name than the one that is asked for.
     hooks = {bridge.hook_dict[name].name for name in depths.values()} | set(depths.values())
 
+    refuse_batches("streams_before_answers", bridge, batches)
     streams: dict[str, list[Tensor]] = {depth: [] for depth in depths}
     for batch in batches:
         tokens = batch.tokens.to(bridge.cfg.device)
@@ -298,6 +306,7 @@ def _without_and_with(
 
 def _first_text(bridge: Bridge, batch: Batch) -> Int[Tensor, "1 pos"]:
     """The tokens of the first example without padding, where the model is."""
+    refuse_batches("the first example", bridge, [batch])
     n_tokens = int(batch.is_token[0].sum())
     return batch.tokens[:1, :n_tokens].to(bridge.cfg.device)
 

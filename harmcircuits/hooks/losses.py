@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import exp
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.capacity import refuse_batches, refuse_requests
+from harmcircuits.hooks.finite import refuse_not_finite, refuse_not_finite_answers
 from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import (
     choice_tokens,
@@ -19,7 +22,7 @@ from harmcircuits.hooks.objectives import (
     logits_at_own_position,
 )
 from harmcircuits.measurements import Labels, Measurement
-from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids, refuse_no_batches
+from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids
 
 N_TOGETHER = 64  # requests whose log-odds are read in one pass
 
@@ -38,15 +41,18 @@ def completion_nll(
         mask: weights removed while it reads them.
 
     Raises:
-        ValueError: no batches, and as `masked`.
+        ValueError: no batches, a loss that is not finite, with its example and its place in the
+            model, and as `masked`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("completion_nll", batches)
+    refuse_batches("completion_nll", bridge, batches)
     losses = []
     with torch.no_grad(), masked_if_given(bridge, mask):
         for batch in batches:
             losses.append(completion_loss(bridge, batch).cpu())
-    return torch.cat(losses)
+        nll = torch.cat(losses)
+        refuse_not_finite(bridge, batches, nll, completion_loss)
+    return nll
 
 
 def kl_under(
@@ -68,28 +74,16 @@ def kl_under(
         batches: the texts.
 
     Raises:
-        ValueError: no batches, and as `masked`.
+        ValueError: no batches, a divergence that is not finite, with its example and its place in
+            the model, and as `masked`.
     """
     bridge = as_bridge(bridge)
-    refuse_no_batches("kl_under", batches)
-    values = []
+    refuse_batches("kl_under", bridge, batches)
+    divergence = partial(_mean_divergence, mask)
     with torch.no_grad():
-        for batch in batches:
-            tokens = batch.tokens.to(bridge.cfg.device)
-            before = bridge(tokens)
-            with masked(bridge, mask):
-                after = bridge(tokens)
-
-            # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
-            per_example = []
-            for unpruned, pruned in zip(before, after, strict=True):
-                per_example.append(_divergence(unpruned, pruned))
-            divergence = torch.stack(per_example).cpu()  # [batch, pos]
-
-            # Padding has a divergence too, which does not count.
-            total = (divergence * batch.is_token).sum(dim=1)
-            values.append(total / batch.is_token.sum(dim=1))
-    return torch.cat(values)
+        values = torch.cat([divergence(bridge, batch) for batch in batches])
+    refuse_not_finite(bridge, batches, values, divergence)
+    return values
 
 
 def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Measurement:
@@ -133,7 +127,7 @@ def answer_log_odds(
         template: how a request is written.
 
     Raises:
-        ValueError: no prompts, and as `choice_tokens`.
+        ValueError: no prompts, logits that are not finite, and as `choice_tokens`.
     """
     bridge = as_bridge(bridge)
     if not len(prompts):
@@ -142,18 +136,43 @@ def answer_log_odds(
     contexts = []
     for example in prompts:
         context = prompt_ids(example.prompt, bridge.tokenizer, template)
-        contexts.append(torch.tensor(context))
+        contexts.append(context)
+    refuse_requests("answer_log_odds: request", bridge, contexts, max_new_tokens=0)
 
     values = []
     for start in range(0, len(contexts), N_TOGETHER):
-        rows = contexts[start : start + N_TOGETHER]
+        rows = [torch.tensor(context) for context in contexts[start : start + N_TOGETHER]]
         # Padded on the right with any token: attention is causal, so it reaches no answer.
         tokens = pad_sequence(rows, batch_first=True).to(bridge.cfg.device)
         last = torch.tensor([len(row) - 1 for row in rows])  # where the answer is predicted
         with torch.no_grad():
             logits = logits_at_own_position(bridge, tokens, last)
         values.append(log_odds(logits, yes_ids, no_ids))
-    return torch.cat(values).cpu()
+    odds = torch.cat(values).cpu()
+    refuse_not_finite_answers("answer_log_odds: request", bridge, contexts, odds.isfinite())
+    return odds
+
+
+def _mean_divergence(
+    mask: WeightMask,
+    bridge: Bridge,
+    batch: Batch,
+) -> Float[Tensor, " batch"]:
+    """`kl_under` of one batch."""
+    tokens = batch.tokens.to(bridge.cfg.device)
+    before = bridge(tokens)
+    with masked(bridge, mask):
+        after = bridge(tokens)
+
+    # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
+    per_example = []
+    for unpruned, pruned in zip(before, after, strict=True):
+        per_example.append(_divergence(unpruned, pruned))
+    divergence = torch.stack(per_example).cpu()  # [batch, pos]
+
+    # Padding has a divergence too, which does not count.
+    total = divergence.where(batch.is_token, 0).sum(dim=1)
+    return total / batch.is_token.sum(dim=1)
 
 
 def _divergence(

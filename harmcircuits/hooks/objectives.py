@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.prompts import Batch
 
@@ -178,9 +179,12 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
         target = batch.tokens[row, first]
         is_yes = torch.isin(target, torch.tensor(yes_ids))
         is_no = torch.isin(target, torch.tensor(no_ids))
-        if not (is_yes | is_no).all():
+        is_neither = ~(is_yes | is_no)
+        if is_neither.any():
+            rows = is_neither.nonzero().flatten().tolist()
             raise ValueError(
-                f"choice_margin: an answer opens with none of {[*yes, *no]}; keep only such answers"
+                f"choice_margin: the answers in rows {listed(rows)} of the batch open with none of "
+                f"{[*yes, *no]}; keep only answers that do"
             )
 
         logits = logits_at_own_position(bridge, batch.tokens, first - 1)

@@ -18,7 +18,10 @@ from torch.nn import functional
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.capacity import refuse_batches
+from harmcircuits.hooks.finite import refuse_not_finite
 from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.measurements import N_RESAMPLES, Label, Labels, Measurement, Rows
 from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch
@@ -126,6 +129,7 @@ def activation_patching(
             does not show, not exactly one group for each example, and as `masked`.
     """
     bridge = as_bridge(bridge)
+    refuse_batches("activation_patching", bridge, [batch])
     groups = list(groups) or list(range(len(batch)))
     points = _points(bridge, list(parts), layers)
     numbers = _among(batch.tokens.shape[1], positions, "positions")
@@ -141,10 +145,12 @@ def activation_patching(
     with torch.no_grad(), _head_results(bridge, points), _without_bars(), bars:
         unpruned_logits, unpruned = bridge.run_with_cache(tokens, **of_points)
         before = metric(unpruned_logits)
+        refuse_not_finite(bridge, [batch], before, completion_loss)
         _refuse_hidden(points, unpruned, tokens, bridge)
         with masked(bridge, mask):
             masked_logits, edited = bridge.run_with_cache(tokens, **of_points)
             after = metric(masked_logits)
+            refuse_not_finite(bridge, [batch], after, completion_loss)
             tracked = bars.track(points, description="restore")
             restore = [*_sweeps(bridge, batch, unpruned, after, tracked, numbers)]
         tracked = bars.track(points, description="destroy")

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, nearest
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.capacity import refuse_batches
+from harmcircuits.hooks.finite import NotFiniteError
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Label, Measurement, Z
 from harmcircuits.prompts import Batch
@@ -64,6 +66,7 @@ class Protection:
         priced = {}
         examples: list[_Example] = []
         for number, (name, batches) in enumerate(by_name.items()):
+            refuse_batches(f"find_circuit: protected {name}", bridge, batches)
             most, third = split_by_request(batches, CHECKED_EVERY)
             priced[name] = most
             examples += _examples(third or most, number)
@@ -71,7 +74,8 @@ class Protection:
         examples = _by_length(examples)
         checked = _batched(examples, _largest_batch(by_name.values()))
         behaviour = torch.tensor([example.behaviour for example in examples], dtype=torch.int64)
-        unpruned = completion_nll(bridge, checked) if checked else torch.empty(0)
+        names = [list(priced)[number] for number in behaviour.tolist()]
+        unpruned = _losses(bridge, checked, names)
         return cls(priced, checked, behaviour, unpruned, budgets)
 
     def rises(
@@ -89,7 +93,8 @@ class Protection:
         """
         if not self.checked:
             return []
-        change = completion_nll(bridge, self.checked, mask=mask) - self.unpruned
+        names = [list(self.priced)[number] for number in self.behaviour.tolist()]
+        change = _losses(bridge, self.checked, names, mask) - self.unpruned
         rows = []
         for number, name in enumerate(self.priced):
             of_behaviour = change[self.behaviour == number]
@@ -101,9 +106,27 @@ class Protection:
         """Whether no behaviour's loss rises by more than its budget."""
         for row in rises:
             name = str(row.labels["protected"])
-            if row.mean > self.budgets[name]:
+            if not row.mean <= self.budgets[name]:
                 return False
         return True
+
+
+def _losses(
+    bridge: Bridge,
+    checked: Sequence[Batch],
+    names: Sequence[str],
+    mask: WeightMask | None = None,
+) -> Float[Tensor, " n"]:
+    """The loss of every checked example; an error says to which behaviour it belongs."""
+    if not checked:
+        return torch.empty(0)
+    try:
+        return completion_nll(bridge, checked, mask=mask)
+    except NotFiniteError as error:
+        if error.index is None:
+            raise
+        text = f"{names[error.index]}, checked from the shortest answer on: {error}"
+        raise NotFiniteError(text, error.index) from None
 
 
 class _Example(NamedTuple):

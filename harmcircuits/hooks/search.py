@@ -13,13 +13,14 @@ from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import listed
 from harmcircuits.hooks.attribution import removal_effect, score_source, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.walk import Walk
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.progress import progress_bar
-from harmcircuits.prompts import Batch, refuse_no_batches
+from harmcircuits.prompts import Batch
 
 STEPS = 10
 BUDGET = 0.05  # nats per token
@@ -155,7 +156,7 @@ def find_circuit(
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
     refuse_settings(sizes, steps, reach, unit)
-    refuse_no_batches("find_circuit", target)
+    refuse_batches("find_circuit", bridge, target)
     sites = _sites(bridge, layers, kinds)
     units = None
     if unit != "weight":

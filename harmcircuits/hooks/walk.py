@@ -43,6 +43,7 @@ from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.accumulation import Kind, mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.finite import of_data, refuse_not_finite
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
@@ -210,8 +211,8 @@ class Walk:
     def _add_price(self) -> None:
         """What removing each weight may cost, under the mask that was refused last."""
         under = self.accepted if self.refused is None else self.refused
-        for batches in self.protection.priced.values():
-            with masked_if_given(self.bridge, under):
+        for behaviour, batches in self.protection.priced.items():
+            with masked_if_given(self.bridge, under), of_data(f"{behaviour}, priced"):
                 gradients = self._mean_gradients(batches, completion_loss, "per token")
             # Outside the mask: here the weights are whole.
             for name in self.sites:
@@ -220,7 +221,7 @@ class Walk:
 
     def _add_benefit(self) -> WeightScores:
         """What removing each weight does to the target, under the mask accepted so far."""
-        with masked_if_given(self.bridge, self.accepted):
+        with masked_if_given(self.bridge, self.accepted), of_data("target"):
             batches = [*self.target, *self._renewed()]
             gradients = self._mean_gradients(batches, self.objective, "signed")
         effect = {}
@@ -322,9 +323,11 @@ class Walk:
         """The target's mean objective under a mask."""
         name = mask.digest if mask is not None else ""
         if name not in self.known_losses:
-            with torch.no_grad(), masked_if_given(self.bridge, mask):
+            with torch.no_grad(), masked_if_given(self.bridge, mask), of_data("target"):
                 losses = [self.objective(self.bridge, batch).float().cpu() for batch in self.target]
-            self.known_losses[name] = torch.cat(losses).mean().item()
+                values = torch.cat(losses)
+                refuse_not_finite(self.bridge, self.target, values, self.objective)
+            self.known_losses[name] = values.mean().item()
         return self.known_losses[name]
 
     @property

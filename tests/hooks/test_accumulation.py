@@ -227,6 +227,7 @@ def test_processes_run_every_batch_once_and_add_up_every_total(llama, monkeypatc
     def accumulate(bridge, share, objective, sites, totals, absolute):
         assert share, "nothing to run, and no gradient would be reached"
         run.extend(share)
+        return torch.tensor(1.0 * len(share))
 
     monkeypatch.setattr(sharing.distributed, "all_reduce", reduced.append)
     monkeypatch.setattr(sharing.distributed, "get_world_size", lambda: 3)
@@ -236,7 +237,9 @@ def test_processes_run_every_batch_once_and_add_up_every_total(llama, monkeypatc
         shared(llama, batches, completion_loss, sites, totals, "signed")
 
     assert sorted(map(id, run)) == sorted(map(id, batches))
-    assert [len(total) for total in reduced] == 3 * [0, 1, 2, 3], "the same calls, in one order"
+    losses, sums = reduced[::5], [total for total in reduced if total.ndim]
+    assert sum(losses) == n_batches, "the objective's sum comes first"
+    assert [len(total) for total in sums] == 3 * [0, 1, 2, 3], "the same calls, in one order"
 
 
 def test_one_process_does_not_enter_the_code_for_several(llama):

@@ -1,0 +1,310 @@
+"""Numbers that are NaN or infinite: which example they come from, and where in the model.
+
+Such a number spreads to everything that is computed from it, so one sum over the results of a whole
+run shows whether there was any. Only then is the model run again, one example at a time, to find
+the first.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from harmcircuits.circuits.sites import Site
+from harmcircuits.display import plural
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.gradients import hook_pairs, parameter_gradients
+from harmcircuits.hooks.objectives import Objective
+from harmcircuits.prompts import Batch
+
+# Before the softmax, a position that may not be looked at has minus infinity in some architectures.
+MAY_BE_INFINITE = "hook_attn_scores"
+
+
+class NotFiniteError(ValueError):
+    """A number that is NaN or infinite, where the result would be wrong.
+
+    Attributes:
+        index: the number of the example, from 0; None where no single one is to blame.
+    """
+
+    def __init__(self, text: str, index: int | None = None) -> None:
+        super().__init__(text)
+        self.index = index
+
+
+def refuse_not_finite(
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    values: Float[Tensor, " n"],
+    objective: Objective,
+) -> None:
+    """Check the values of an objective.
+
+    Args:
+        bridge: the model as it was when it gave them.
+        batches: the texts.
+        values: the value of each example, in the order of the batches.
+        objective: what gave them.
+
+    Raises:
+        NotFiniteError: a value that is not finite, with its example, and where in the model the
+            first such number stands.
+    """
+    if values.isfinite().all():
+        return
+    index = int((~values.isfinite()).int().argmax())
+    example, place = _example(batches, index)
+    _refuse_value(bridge, example, values[index].item(), objective, place, index)
+
+
+def refuse_not_finite_gradients(
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    objective: Objective,
+    sites: Mapping[str, Site],
+    loss: float,
+    totals: Mapping[str, Tensor],
+) -> None:
+    """Check what was summed over all examples: the objective, and the gradient of every matrix.
+
+    Args:
+        bridge: the model as it was when it gave them.
+        batches: the texts.
+        objective: what gave them.
+        sites: the matrices.
+        loss: the sum of the objective.
+        totals: the sum of the gradients of each matrix, or of their absolute values.
+
+    Raises:
+        NotFiniteError: a value or gradient that is not finite, with the first example that has one,
+            and where in the model it stands.
+    """
+    overflown = [name for name, total in totals.items() if not _is_finite(total)]
+    if isfinite(loss) and not overflown:
+        return
+    n_examples = sum(map(len, batches))
+    for index in range(n_examples):
+        example, place = _example(batches, index)
+        with torch.no_grad():
+            value = objective(bridge, example)
+        _refuse_value(bridge, example, value[0].item(), objective, place, index)
+
+        name = _in_backward(bridge, example, objective, sites)
+        if name:
+            # What stands in padding reaches no loss, but does reach the gradient's product.
+            found = _in_forward(bridge, partial(objective, bridge, example))
+            at_output = f"first at the output of {name}{_remedy(bridge)}"
+            raise NotFiniteError(
+                f"{place}: the gradient of {_name(objective)} is not finite; {found or at_output}",
+                index,
+            )
+    # Each is finite, and only their sum is too large.
+    if overflown:
+        raise NotFiniteError(
+            f"the gradients of {plural(n_examples, 'example')} at {overflown[0]} are finite, "
+            f"their sum in float32 is not; make the objective {_name(objective)} smaller"
+        )
+
+
+def refuse_not_finite_inputs(
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    squares: Mapping[str, Tensor],
+) -> None:
+    """Check what was summed over all tokens of the inputs of matrices.
+
+    Args:
+        bridge: the model as it was when it gave them.
+        batches: the texts.
+        squares: the sum of squares of each matrix's inputs.
+
+    Raises:
+        NotFiniteError: an input that is not finite, with the first example that has one, and where
+            in the model the first such number stands.
+    """
+    names = [name for name, values in squares.items() if not _is_finite(values)]
+    if not names:
+        return
+    for index in range(sum(map(len, batches))):
+        example, place = _example(batches, index)
+        tokens = example.tokens.to(bridge.cfg.device)
+        found = _in_forward(bridge, partial(bridge, tokens))
+        if found:
+            raise NotFiniteError(f"{place}: the input of {names[0]} is not finite; {found}", index)
+    raise NotFiniteError(f"the inputs of {names[0]} are finite, their squares in float32 are not")
+
+
+def refuse_not_finite_answers(
+    place: str,
+    bridge: Bridge,
+    rows: Sequence[Sequence[int]],
+    is_finite: Bool[Tensor, " n"],
+    *,
+    first: int = 0,
+    each: int = 1,
+) -> None:
+    """Check that the logits by which something was chosen were finite.
+
+    Args:
+        place: what the message calls a row; its number follows.
+        bridge: the model.
+        rows: the tokens of each, the answer's included where there is one.
+        is_finite: whether its logits were.
+        first: the number of the first row.
+        each: so many rows that follow each other belong together, and are counted as one.
+
+    Raises:
+        NotFiniteError: logits that are not finite.
+    """
+    if is_finite.all():
+        return
+    row = int((~is_finite).int().argmax())
+    index = (first + row) // each
+    tokens = torch.tensor([rows[row]], device=bridge.cfg.device)
+    found = _in_forward(bridge, partial(bridge, tokens))
+    elsewhere = "in a pass over the whole text they are, so look at the cache of keys and values"
+    raise NotFiniteError(
+        f"{place} {index}: logits are not finite; {found or elsewhere}",
+        index,
+    )
+
+
+@contextmanager
+def of_data(name: str) -> Iterator[None]:
+    """While open, an error about an example says whose it is.
+
+    Args:
+        name: of the data, such as a behaviour.
+
+    Raises:
+        NotFiniteError: as the body, the name before its text.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{name}: {error}", error.index) from None
+
+
+def _refuse_value(
+    bridge: Bridge,
+    example: Batch,
+    value: float,
+    objective: Objective,
+    place: str,
+    index: int,
+) -> None:
+    if isfinite(value):
+        return
+    found = _in_forward(bridge, partial(objective, bridge, example))
+    itself = f"every activation of the model is finite, so look at {_name(objective)} itself"
+    raise NotFiniteError(f"{place}: {_name(objective)} is {value}; {found or itself}", index)
+
+
+def _is_finite(values: Tensor) -> bool:
+    # A sum is finite only if every term is, and needs no copy; that of finite terms may overflow.
+    total = values.sum(dtype=torch.float32).item()
+    return isfinite(total) or bool(values.isfinite().all())
+
+
+def _example(batches: Sequence[Batch], index: int) -> tuple[Batch, str]:
+    """An example by its number among all, as a batch of its own, and what to call it."""
+    row = index
+    for number, batch in enumerate(batches):
+        if row < len(batch):
+            single = Batch(batch.tokens[row : row + 1], batch.is_target[row : row + 1])
+            n_tokens = int(single.is_token.sum())
+            place = f"example {index} (row {row} of batch {number}, {plural(n_tokens, 'token')})"
+            return single, place
+        row -= len(batch)
+    raise IndexError(f"example {index} of {sum(map(len, batches))}")
+
+
+def _in_forward(bridge: Bridge, run: Callable[[], Any]) -> str:
+    """The first place where a pass has a number that is not finite, and what to do; or nothing."""
+    of_weights = _in_weights(bridge)
+    if of_weights:
+        return of_weights
+
+    names: list[str] = []
+
+    def look(value: Any, hook: Any) -> None:
+        if names or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        is_scores = hook.name.endswith(MAY_BE_INFINITE)
+        is_bad = value.isnan() if is_scores else ~value.isfinite()
+        if is_bad.any():
+            names.append(hook.name)
+
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(lambda _: True, look)]):
+        run()
+    if not names:
+        return ""
+    return f"the first activation that is not finite is {names[0]}{_remedy(bridge)}"
+
+
+def _in_weights(bridge: Bridge) -> str:
+    """The first weight that is not finite; nothing where all are."""
+    for name, value in bridge.state_dict(keep_vars=True).items():
+        is_weight = isinstance(value, torch.nn.Parameter) and value.is_floating_point()
+        if not is_weight or value.is_meta or _is_finite(value.detach()):
+            continue
+        n_bad = int((~value.isfinite()).sum())
+        kind = _dtype(value.dtype)
+        other = " in bfloat16 or float32" if value.dtype == torch.float16 else ""
+        return (
+            f"{name} holds {plural(n_bad, 'value')} that {'is' if n_bad == 1 else 'are'} NaN or "
+            f"infinite ({kind}); open the model again{other}, from a file that is whole"
+        )
+    return ""
+
+
+def _in_backward(
+    bridge: Bridge,
+    example: Batch,
+    objective: Objective,
+    sites: Mapping[str, Site],
+) -> str:
+    """The matrix at which the backward pass first meets a gradient that is not finite; or none."""
+    names: list[str] = []
+
+    def look(site: Site, *values: Tensor) -> None:
+        if not all(value.isfinite().all() for value in values):
+            names.append(site.name)
+
+    hooked = {name: site for name, site in sites.items() if site.is_hooked}
+    unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
+    with (
+        torch.enable_grad(),
+        hook_pairs(bridge, hooked, look),
+        parameter_gradients(unhooked, look),
+    ):
+        objective(bridge, example).sum().backward()
+    return names[0] if names else ""
+
+
+def _name(objective: Objective) -> str:
+    function = objective.func if isinstance(objective, partial) else objective
+    return getattr(function, "__name__", type(function).__name__).removeprefix("_")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _remedy(bridge: Bridge) -> str:
+    """In which dtype it happened, and what to do about it."""
+    dtype = next(bridge.parameters()).dtype
+    if dtype == torch.float16:
+        return (
+            ", in float16, which ends at 65,504; open the model with dtype='bfloat16' or 'float32'"
+        )
+    return (
+        f", in {_dtype(dtype)}; numbers of this size come of weights that are damaged, or that "
+        "training has driven away: open the model again"
+    )
