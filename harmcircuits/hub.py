@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from harmcircuits.behaviours.model import few_answers
 from harmcircuits.circuits.hub import MASK_FILE
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import KINDS, place_of
-from harmcircuits.display import plural, share
+from harmcircuits.display import listed, plural, share
 from harmcircuits.measurements import Rows
 from harmcircuits.storage.writing import empty_folder, write_text
 
@@ -219,8 +220,21 @@ def _trace_text(mask: WeightMask) -> str:
     return (
         f"By a search of {plural(len(losses), 'step')}; protected, with the nats per token that "
         f"each may lose: {protected}. Losses are nats per token, on the answers that were scored; "
-        "rises, on protected answers that were not.\n\n" + _markdown(lines)
+        "rises, on protected answers that were not."
+        f"{_scored_text(mask)}\n\n" + _markdown(lines)
     )
+
+
+def _scored_text(mask: WeightMask) -> str:
+    """On how many answers the search scored; masks of earlier versions do not say."""
+    counts = {}
+    for row in mask.trace.where("examples_scored"):
+        counts[str(row.labels["data"])] = int(row.mean)
+    if not counts:
+        return ""
+    text = f" Scored on {listed(f'{name} {count:,}' for name, count in counts.items())} answers."
+    few = few_answers({"target": counts["target"]})
+    return f"{text} Warning: {few}." if few else text
 
 
 def _step_cells(trace: Rows, step: object, loss: float) -> list[str]:

@@ -77,6 +77,8 @@ class Shape:
         return f"{self.name}: {columns}" if self.name else columns
 
 
+REPEATED = "that repeat another left out"
+
 OWN = Shape("", {"prompt": ("prompt",)})
 SHAPES = (
     Shape("AdvBench", {"prompt": ("goal",), "completion": ("target",)}),
@@ -109,10 +111,12 @@ class Requests:
     Attributes:
         texts: of each request.
         shape: the file, what it was recognised as, and what was left out, in a line.
+        n_left_out: how many rows repeat another.
     """
 
     texts: list[Texts]
     shape: str
+    n_left_out: int = 0
 
 
 @dataclass
@@ -193,12 +197,13 @@ def requests_of(
         texts = _texts(table, shape, place, row)
         key = tuple(texts.get(name, "") for name in COLUMNS)
         if key in distinct:
-            table.note("that repeat another left out")
+            table.note(REPEATED)
         distinct.setdefault(key, texts)
 
     notes = [f"{number:,} {note}" for note, number in table.notes.items()]
     summary = "; ".join([shape.text, plural(len(distinct), "request"), *notes])
-    return Requests(list(distinct.values()), f"{origin}: {summary}")
+    n_left_out = table.notes.get(REPEATED, 0)
+    return Requests(list(distinct.values()), f"{origin}: {summary}", n_left_out)
 
 
 def given_rows(source: Any) -> list[Placed] | None:

@@ -7,6 +7,8 @@ right-padded `Batch`es whose `is_target` marks the completion: the only tokens t
 import hashlib
 import json
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,10 +110,12 @@ class PromptSet:
     Attributes:
         examples: in their order.
         shape: how the file was read that they are from, in a line; empty where they are given.
+        n_left_out: how many rows of the file repeat another and are not among them.
     """
 
     examples: tuple[Example, ...]
     shape: str = field(default="", compare=False)
+    n_left_out: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, given: "PromptSet | Iterable[Example | str | tuple[str, str]]") -> "PromptSet":
@@ -179,7 +183,7 @@ class PromptSet:
                 return cls.of(source)
             requests = requests_of(rows, "the given rows", columns)
         examples = [Example(**texts, tokens=()) for texts in requests.texts]
-        return cls(tuple(examples), requests.shape)
+        return cls(tuple(examples), requests.shape, requests.n_left_out)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -273,6 +277,19 @@ class PromptSet:
             drawn |= {(category, name) for name in generator.sample(sorted(names), n_drawn)}
         return self.where(lambda example: ((example.category, example.cluster) in drawn) != rest)
 
+    def joined(self) -> "PromptSet":
+        """The same examples; those that ask the same (see `plain_text`) share a group.
+
+        So do all of two groups that have such a request in common. A group keeps the name that it
+        has where it is met first.
+        """
+        keys = [(example.cluster, plain_text(example.prompt)) for example in self]
+        examples = []
+        for example, cluster in zip(self, joined_clusters(keys), strict=True):
+            is_moved = cluster != example.cluster
+            examples.append(replace(example, group=cluster) if is_moved else example)
+        return replace(self, examples=tuple(examples))
+
     def splits(
         self,
         heldout: "PromptSet | None" = None,
@@ -282,10 +299,12 @@ class PromptSet:
     ) -> "dict[str, PromptSet]":
         """The requests by split, drawn by the hash of their group.
 
-        A request therefore stays where it is when others are added.
+        A request therefore stays where it is when others are added. What asks the same as another
+        (see `plain_text`) is in one split with it, as one group.
 
         Args:
-            heldout: requests that are held out as they are; then none of these are.
+            heldout: requests that are held out as they are. Then none of these are, and those that
+                ask the same as one of them are left out.
             limits: the largest number of groups by split; 0 for all. Those with the lowest hashes
                 stay.
             origin: what error messages call these requests.
@@ -297,26 +316,32 @@ class PromptSet:
         #
         #     0              0.6            0.75          1
         #     | calibration  |    choice     |   heldout  |
-        shares = SHARES_WITHOUT_HELDOUT if heldout is not None else SHARES
-        place = {example: _hash(example) for example in self}
+        shares = SHARES if heldout is None else SHARES_WITHOUT_HELDOUT
+        requests = self._not_in(heldout).joined()
+        place = {example: _hash(example) for example in requests}
         sets = {}
         end = 0.0
         for split, share in shares.items():
             # The start is taken from the end, not from the end before: sums of floats differ.
             end += share
             start = end - share
-            members = [example for example in self if start <= place[example] < end]
+            members = [example for example in requests if start <= place[example] < end]
             sets[split] = PromptSet(tuple(members))
         if heldout is not None:
-            sets["heldout"] = heldout
+            sets["heldout"] = heldout.joined()
 
         for split, members in sets.items():
             if not len(members):
                 raise ValueError(
-                    f"{origin}: {plural(len(self), 'request')} cannot fill the {split} split; "
+                    f"{origin}: {plural(len(requests), 'request')} cannot fill the {split} split; "
                     "give more"
                 )
         return {split: _limited(members, limits[split]) for split, members in sets.items()}
+
+    def _not_in(self, others: "PromptSet | None") -> "PromptSet":
+        """Those that ask the same as none of the others."""
+        asked = {plain_text(example.prompt) for example in others or ()}
+        return self.where(lambda example: plain_text(example.prompt) not in asked)
 
     @property
     def digest(self) -> str:
@@ -384,6 +409,53 @@ class Batch:
         Those before the last target: it predicts no other token, and what follows is padding.
         """
         return int(self.is_target.any(dim=0).nonzero().max())
+
+
+def plain_text(text: str) -> str:
+    """A text as it is compared: without capitals, punctuation and spaces other than single ones.
+
+    >>> plain_text("How do I  use it?") == plain_text("how do I use it")
+    True
+
+    Args:
+        text: the text; one of symbols alone is compared as it is.
+    """
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(words) or text.strip()
+
+
+def joined_clusters(keys: Sequence[tuple[str, ...]]) -> list[str]:
+    """The cluster of each item: those that have a key in common are in one.
+
+    >>> joined_clusters([("a", "1"), ("b", "2"), ("c", "1")])
+    ['a', 'b', 'a']
+
+    Args:
+        keys: of each item, the first of them its own cluster. A cluster goes by the name that it
+            has where it is met first.
+    """
+    # A name and a text may read alike, so each key goes with its place. A key's number is lower the
+    # earlier it is met, and the lowest of a cluster is always a name.
+    numbers: dict[tuple[int, str], int] = {}
+    parents: list[int] = []
+
+    def root(number: int) -> int:
+        while parents[number] != number:
+            number = parents[number]
+        return number
+
+    for item in keys:
+        roots = []
+        for key in enumerate(item):
+            if key not in numbers:
+                numbers[key] = len(parents)
+                parents.append(len(parents))
+            roots.append(root(numbers[key]))
+        for number in roots:
+            parents[number] = min(roots)
+
+    names = [key for _, key in numbers]
+    return [names[root(numbers[0, item[0]])] for item in keys]
 
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:

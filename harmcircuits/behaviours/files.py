@@ -16,10 +16,12 @@ from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.own import OwnBehaviour, of_split, split_requests, without_answers
 from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.behaviours.repeats import plain_texts, repeat_rows, shared_rows
 from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviour
 from harmcircuits.display import nearest
+from harmcircuits.measurements import Rows
 from harmcircuits.prompt_files import COLUMNS
-from harmcircuits.prompts import SPLITS, Example, PromptSet
+from harmcircuits.prompts import SPLITS, Example, PromptSet, joined_clusters, plain_text
 
 # Labels of the two sides of a pair, as published data sets write them.
 UNSAFE = ("unsafe", "harmful")
@@ -342,6 +344,28 @@ def _borderline(files: RequestFiles) -> Sets:
     return split_requests(without_answers(safe), None, limits=files.limits, origin=origin)
 
 
+def repeats_of(files: RequestFiles, behaviours: Mapping[str, Behaviour]) -> Rows:
+    """How many requests ask the same as others (see `harmcircuits.behaviours.repeats`).
+
+    Args:
+        files: the requests.
+        behaviours: what became of them, by name.
+
+    Raises:
+        ValueError: as `PromptSet.read`.
+    """
+    rows = Rows()
+    for name in (TARGET, CONTRAST, "borderline"):
+        if getattr(files, name):
+            heldout = f"{name}_heldout"
+            has_heldout = bool(getattr(files, heldout, ""))
+            measured = files.requests(heldout) if has_heldout else None
+            rows += repeat_rows(name, files.requests(name), measured)
+    for own in files.behaviours:
+        rows += repeat_rows(own.name, *own.sources)
+    return rows + shared_rows(behaviours)
+
+
 def with_references(model: Model) -> Model:
     """The model with its own current answers as reference answers, where the judge verified them.
 
@@ -391,7 +415,7 @@ def _harmful_and_benign(files: RequestFiles) -> tuple[Sets, Sets]:
         origin = files.files[name]
         sets.append(split_requests(requests, heldout, limits=files.limits, origin=origin))
     harmful, benign = sets
-    shared = _prompts_of(harmful) & _prompts_of(benign)
+    shared = plain_texts(harmful, SPLITS) & plain_texts(benign, SPLITS)
     if shared:
         names = files.files
         raise ValueError(
@@ -415,9 +439,14 @@ def _given_pairs(files: RequestFiles) -> dict[str, list[Pair]]:
     """The pairs of a file by split, drawn by the hash of the harmful request."""
     origin = files.files["pairs"]
     pairs = request_pairs(files.requests("pairs"), origin)
-    # Splits are drawn of single requests, so each pair is drawn by its harmful one.
-    by_prompt = {pair[0].prompt: pair for pair in pairs}
-    unsafe = PromptSet(tuple(pair[0] for pair in pairs))
+    # Splits are drawn of single requests, so each pair is drawn by its harmful one. Pairs that have
+    # a request in common go together.
+    keys = [(bad.cluster, plain_text(bad.prompt), plain_text(good.prompt)) for bad, good in pairs]
+    by_prompt = {}
+    for (bad, good), cluster in zip(pairs, joined_clusters(keys), strict=True):
+        is_moved = bad.cluster != cluster
+        by_prompt[bad.prompt] = (replace(bad, group=cluster) if is_moved else bad, good)
+    unsafe = PromptSet(tuple(bad for bad, _ in by_prompt.values()))
     by_split = {}
     for split, requests in unsafe.splits(limits=files.limits, origin=origin).items():
         by_split[split] = [by_prompt[example.prompt] for example in requests]

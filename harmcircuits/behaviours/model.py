@@ -1,5 +1,6 @@
 """A model with all it can be asked: its own answers to score on, what it does, and its circuits."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
 from harmcircuits.behaviours.generation import Sampling, generate_answers, request_ids
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.units import Unit
 from harmcircuits.display import card, facts, html_table, listed, nearest, note, plural, share
@@ -36,6 +38,7 @@ from harmcircuits.prompts import (
     tokenize,
 )
 
+FEW_ANSWERS = 20  # verified, below which another sample of them may well give another circuit
 OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
 
 
@@ -106,6 +109,8 @@ class Model:
         judge_name: goes with every rate.
         validation: how well a judge of harm tells the model's own answers apart, with the label
             `used`; empty where no judge was validated, as for the local rules.
+        repeats: of requests of one's own, how many ask the same as others, and what became of them
+            (see `harmcircuits.behaviours.repeats`).
         details: files and settings, for the manifest of a run.
         plain_text: text for perplexity.
     """
@@ -124,6 +129,7 @@ class Model:
     is_invented: bool = False
     judge_name: str = ""
     validation: Rows = field(default_factory=Rows)
+    repeats: Rows = field(default_factory=Rows)
     details: Mapping[str, Label] = field(default_factory=dict)
     plain_text: Sequence[Batch] = ()
 
@@ -146,7 +152,10 @@ class Model:
         table = html_table(["behaviour", "rate", "shown by", "begun with", "parts"], body)
         size = f"{cfg.n_layers} layers of {cfg.n_heads} heads, width {cfg.d_model}"
         about = f"{size}; template {self.template}; judge {self.judge_name or 'unnamed'}"
-        return card(f"Model {self.name}", note(about), table)
+        repeated = repeats_text(self.repeats)
+        return card(
+            f"Model {self.name}", note(about), table, *([note(repeated)] if repeated else [])
+        )
 
     @property
     def whole_behaviours(self) -> list[str]:
@@ -473,7 +482,9 @@ class Model:
     ) -> WeightMask | list[WeightMask]:
         """The weights that carry a behaviour, found on its own verified answers.
 
-        `hc.find_circuit` does the search, with the behaviours' names in the mask's trace.
+        `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. A warning
+        says where fewer than 20 answers of a behaviour were verified: another sample of so few may
+        give another circuit.
 
         Args:
             target: the behaviour.
@@ -506,6 +517,7 @@ class Model:
         data = (calibrations or {}).get(target) or self.calibration(target)
         if isinstance(budget, Mapping):
             budget = {**dict.fromkeys(protected, BUDGET), **budget}
+        _warn_of_few({target: data, **protected})
 
         def still_shown(_: Bridge) -> list[Batch]:
             answers = self.verified(behaviour, data.prompts)
@@ -618,6 +630,30 @@ class Model:
 
 
 # By name and not inside the methods, since behaviours go to other processes.
+
+
+def _warn_of_few(data: Mapping[str, Calibration]) -> None:
+    few = few_answers({name: of_behaviour.n_verified for name, of_behaviour in data.items()})
+    if few:
+        warnings.warn(f"find_circuit: {few}", stacklevel=3)
+
+
+def few_answers(n_verified: Mapping[str, int]) -> str:
+    """What is to be said of behaviours that are scored on few answers; empty where none is.
+
+    >>> few_answers({"harmful": 7, "benign": 64})
+    'scored on fewer than 20 verified answers: harmful 7; another sample may give another circuit'
+
+    Args:
+        n_verified: how many answers of each were verified.
+    """
+    few = [f"{name} {number}" for name, number in n_verified.items() if number < FEW_ANSWERS]
+    if not few:
+        return ""
+    return (
+        f"scored on fewer than {FEW_ANSWERS} verified answers: {listed(few)}; another sample may "
+        "give another circuit"
+    )
 
 
 def _some_requests(

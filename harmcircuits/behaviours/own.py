@@ -166,6 +166,15 @@ class OwnBehaviour:
         return cls(**values)
 
     @property
+    def sources(self) -> tuple[PromptSet, PromptSet | None]:
+        """Its requests as they are in the files, and those held out; None without a file of these.
+
+        Raises:
+            ValueError: as `PromptSet.read`.
+        """
+        return self._requests, self._heldout
+
+    @property
     def shapes(self) -> list[str]:
         """How its files were read, a line each."""
         sets = (self._requests, self._heldout)
@@ -275,8 +284,9 @@ def split_requests(
 ) -> dict[str, PromptSet]:
     """Each request once, by split.
 
-    Of a request that occurs several times the first stays: its group decides on the split, and a
-    request must not be scored under one group and measured under another.
+    Of a request that occurs several times, letter by letter, the first stays: its group decides on
+    the split, and a request must not be scored under one group and measured under another. What
+    else asks the same is in one split with it (see `PromptSet.splits`).
 
     Args:
         requests: to be split by hash.
@@ -287,12 +297,9 @@ def split_requests(
     Raises:
         ValueError: as `PromptSet.splits`.
     """
-    requests = _first_of_each(requests)
     if heldout is not None:
         heldout = _first_of_each(heldout)
-        held_out = {example.prompt for example in heldout}
-        requests = requests.where(lambda example: example.prompt not in held_out)
-    return requests.splits(heldout, limits=limits, origin=origin)
+    return _first_of_each(requests).splits(heldout, limits=limits, origin=origin)
 
 
 def without_answers(prompts: PromptSet) -> PromptSet:

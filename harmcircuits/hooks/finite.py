@@ -6,7 +6,7 @@ the first.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -20,6 +20,7 @@ from harmcircuits.display import plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.gradients import hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
+from harmcircuits.hooks.weights import named_weights
 from harmcircuits.prompts import Batch
 
 # Before the softmax, a position that may not be looked at has minus infinity in some architectures.
@@ -250,7 +251,10 @@ def _in_forward(bridge: Bridge, run: Callable[[], Any]) -> str:
 
 def _in_weights(bridge: Bridge) -> str:
     """The first weight that is not finite; nothing where all are."""
-    for name, value in bridge.state_dict(keep_vars=True).items():
+    values = {**bridge.state_dict(keep_vars=True), **dict(bridge.named_parameters())}
+    with suppress(ValueError):  # of a model that cannot be scored
+        values = {**named_weights(bridge), **values}  # first by the names that scores give them
+    for name, value in values.items():
         is_weight = isinstance(value, torch.nn.Parameter) and value.is_floating_point()
         if not is_weight or value.is_meta or _is_finite(value.detach()):
             continue

@@ -110,7 +110,8 @@ def find_circuit(
     outcome ("accepted" or "refused"), `weights_removed` and for each protected behaviour
     `protected_rise`; the `target_loss` under what was accepted; for sizes `target_left`, the number
     of examples that `renew` gave; for the walk `predicted_change` (of first order) and
-    `measured_change` of the loss.
+    `measured_change` of the loss; and on how many examples the target and each protected behaviour
+    were scored, `examples_scored` by `data`.
 
     >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=2)
     [WeightMask(circuit, 492 of 983,040 weights, 0.05%),

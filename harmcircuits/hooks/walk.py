@@ -139,6 +139,7 @@ class Walk:
     def step(self, number: int, of: int) -> None:
         """Add to the sums, move to the mask that they now say, and look at every size wanted."""
         if self.target_loss is None:
+            self._note_data()
             self.target_loss = self._mean_loss(None)
         self._add_price()
         effect = self._add_benefit()
@@ -204,6 +205,12 @@ class Walk:
             source = replace(mask.source, settings=settings)
             masks.append(replace(mask, source=source, trace=self.trace))
         return masks
+
+    def _note_data(self) -> None:
+        """On how many examples the sums are taken: of few, another sample gives another mask."""
+        data = {"target": self.target, **self.protection.priced}
+        for name, batches in data.items():
+            self._note("examples_scored", {"data": name}, sum(map(len, batches)))
 
     def _note(self, metric: str, labels: Mapping[str, Label], value: float) -> None:
         self.trace += [Measurement.exact(metric, labels, value)]

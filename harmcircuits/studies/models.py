@@ -1,6 +1,7 @@
 """Opening a model: an organism, a folder, a hub id, or one that is already loaded."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -11,13 +12,19 @@ from platformdirs import user_cache_path
 from rich.progress import Progress
 
 from harmcircuits.behaviours.chat_judges import LocalChatJudge
-from harmcircuits.behaviours.files import RequestFiles, request_behaviours, with_references
+from harmcircuits.behaviours.files import (
+    RequestFiles,
+    repeats_of,
+    request_behaviours,
+    with_references,
+)
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.judge_names import open_judge
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
+from harmcircuits.behaviours.repeats import IN_TWO_SPLITS
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.behaviours.validation import (
@@ -26,7 +33,7 @@ from harmcircuits.behaviours.validation import (
     validate,
     with_threshold,
 )
-from harmcircuits.display import nearest
+from harmcircuits.display import nearest, plural
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
@@ -282,6 +289,8 @@ class ModelSpec:
         self, files: RequestFiles, bridge: Bridge | None, progress: Progress | None
     ) -> Model:
         behaviours, kinds = request_behaviours(files, prefill=self.prefill)
+        repeats = repeats_of(files, behaviours)
+        _warn_of_shared(repeats)
         judge = self._opened_judge()  # refused before the model takes its time to load
         if bridge is None:
             bridge = load_model(
@@ -302,6 +311,7 @@ class ModelSpec:
             sampling=self.sampling,
             cache=GenerationCache(self.cache / "answers", bridge, progress),
             judge_name=RuleJudge().name,
+            repeats=repeats,
             plain_text=_plain_text(files, bridge),
         )
         if self.judge != RULES:
@@ -395,6 +405,18 @@ def _with_behaviours(
         return RequestFiles(behaviours=tuple(behaviours))
     files = RequestFiles.of(prompts)
     return replace(files, behaviours=(*files.behaviours, *behaviours))
+
+
+def _warn_of_shared(repeats: Rows) -> None:
+    """A warning where one behaviour scores or chooses on requests that another is measured on."""
+    for row in repeats.where(IN_TWO_SPLITS):
+        labels = row.labels
+        warnings.warn(
+            f"open_model: {plural(int(row.mean), 'request')} that {labels['behaviour']!r} is "
+            f"scored or chosen on are held out for {labels['measured']!r}; leave each in one "
+            "file, or give both the same held-out ones",
+            stacklevel=4,
+        )
 
 
 def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:

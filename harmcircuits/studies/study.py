@@ -95,7 +95,7 @@ def study(
     n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
     run.note("weights_scored", n_weights)
     run.note("tolerance", settings.tolerance)
-    run.add(row.labelled(model=model.name) for row in model.validation)
+    run.add(row.labelled(model=model.name) for row in (*model.validation, *model.repeats))
     with run.stage("unpruned model, held out"):
         run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
 

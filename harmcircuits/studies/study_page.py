@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from plotly.graph_objects import Figure
 
+from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.measurements import Rows
@@ -246,8 +247,13 @@ def _trust(study: Study, lines: StudyLines) -> list[Part]:
     return [
         ("Against the planted circuit", "Chance is 0.5 for both areas.", known),
         ("Can the judge be trusted?", JUDGE_TEXT, judged),
-        ("Can the scores be trusted?", TRUST_TEXT, diagnosed),
+        ("Can the scores be trusted?", _trust_text(study.rows), diagnosed),
     ]
+
+
+def _trust_text(rows: Rows) -> str:
+    """How scores are made, and which requests repeat others where they are a user's own."""
+    return f"{TRUST_TEXT} {repeats_text(rows)}".rstrip()
 
 
 def _shared_lines(study: Study) -> list[list[str]]:

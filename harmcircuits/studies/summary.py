@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import DEGENERATE
+from harmcircuits.behaviours.model import FEW_ANSWERS, few_answers
+from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
@@ -210,7 +212,12 @@ def diagnostics_lines(rows: Rows) -> list[list[str]]:
             continue
         loss = nll[0].mean
         norm = rows.where("gradient_norm", behaviour=name)[0].mean
-        state = "saturated" if loss < SATURATED_NLL else "usable"
+        examples = rows.where("calibration_examples", behaviour=name)
+        state = "usable"
+        if loss < SATURATED_NLL:
+            state = "saturated"
+        elif examples and examples[0].mean < FEW_ANSWERS:
+            state = f"few answers ({examples[0].mean:.0f})"
         lines.append([name, f"{row.mean:.0%}", f"{loss:.3f}", f"{norm:.3f}", state])
     return lines
 
@@ -237,7 +244,7 @@ def summary(rows: Rows, terms: Terms) -> str:
             f"within {points:.0f} % of answers"
         )
         text = f"No operating point: {reason} of the unpruned model."
-        return "\n".join([text, *_warnings(rows)])
+        return "\n".join([text, *_warnings(rows, terms)])
 
     rate = terms.target.metric
     before, after = lines["unpruned"], lines[SEARCH]
@@ -254,7 +261,7 @@ def summary(rows: Rows, terms: Terms) -> str:
         f"{_cost(before, after, terms)} "
         f"{_loss_changes(before, after, terms)}"
     )
-    return "\n".join([text, _protected(rows, terms), *_warnings(rows)])
+    return "\n".join([text, _protected(rows, terms), *_warnings(rows, terms)])
 
 
 def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
@@ -369,8 +376,19 @@ def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
     )
 
 
-def _warnings(rows: Rows) -> list[str]:
+def _warnings(rows: Rows, terms: Terms) -> list[str]:
     warnings = []
+    n_verified = {}
+    for row in rows.where("calibration_examples"):
+        name = str(row.labels["behaviour"])
+        if name in (terms.target.name, *terms.protected):
+            n_verified[name] = int(row.mean)
+    few = few_answers(n_verified)
+    if few:
+        warnings.append(f"Warning: {few}.")
+    repeated = repeats_text(rows)
+    if repeated:
+        warnings.append(repeated)
     if rows.where(VALIDATION, used="no"):
         warnings.append(
             "Warning: the judge does not tell harmful answers from harmless ones, so the local "
