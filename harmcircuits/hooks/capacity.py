@@ -90,24 +90,32 @@ def refuse_requests(
         ValueError: a request that is longer than the context with its answer, one without tokens,
             or a token that the embedding lacks, padding included.
     """
-    context, vocabulary = context_of(bridge), vocabulary_of(bridge)
+    vocabulary = vocabulary_of(bridge)
     for number, request in enumerate(requests):
-        if not request:
-            raise ValueError(
-                f"{place} {number} has no tokens, so there is nothing to answer; leave it out"
-            )
-        if context is not None and len(request) + max_new_tokens > context:
-            raise ValueError(
-                f"{place} {number} has {plural(len(request), 'token')} and its answer up to "
-                f"max_new_tokens={max_new_tokens}, {_too_long(context)}; give a smaller "
-                "max_new_tokens, shorten the request, or leave it out"
-            )
-        if vocabulary is not None and max(request) >= vocabulary:
-            fault = _unknown_token(bridge, max(request), vocabulary)
+        fault = _request_fault(bridge, request, max_new_tokens)
+        if fault:
             raise ValueError(f"{place} {number} has {fault}")
     padding = padding_id(bridge.tokenizer)
     if vocabulary is not None and padding >= vocabulary:
         raise ValueError(f"the tokenizer pads with {_unknown_token(bridge, padding, vocabulary)}")
+
+
+def _request_fault(bridge: Bridge, request: Sequence[int], max_new_tokens: int) -> str:
+    """Why the model cannot read a request or has no room for its answer; nothing where it can."""
+    context, vocabulary = context_of(bridge), vocabulary_of(bridge)
+    length = plural(len(request), "token")
+    if not request:
+        return "no tokens, so there is nothing to answer; leave it out"
+    if context is not None and len(request) > context:
+        return f"{length}, {_too_long(context)}; shorten it, or leave it out"
+    if context is not None and len(request) + max_new_tokens > context:
+        return (
+            f"{length} and its answer up to max_new_tokens={max_new_tokens}, {_too_long(context)}; "
+            "give a smaller max_new_tokens, shorten the request, or leave it out"
+        )
+    if vocabulary is not None and max(request) >= vocabulary:
+        return _unknown_token(bridge, max(request), vocabulary)
+    return ""
 
 
 def _too_long(context: int) -> str:

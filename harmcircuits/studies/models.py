@@ -35,6 +35,7 @@ from harmcircuits.behaviours.validation import (
 )
 from harmcircuits.display import nearest, plural
 from harmcircuits.hooks.bridge import Bridge, as_bridge
+from harmcircuits.hooks.capacity import context_of
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
@@ -43,6 +44,7 @@ from harmcircuits.storage.text import parsed_json, read_text
 from harmcircuits.studies.pairs import values_by_name
 
 CACHE = user_cache_path("harmcircuits")
+WINDOW = 256  # tokens of text for perplexity, in models whose context has as many
 RULES, PROBE = "local", "probe"  # judges that are asked for by these words
 
 
@@ -423,7 +425,9 @@ def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
     if not files.plain:
         return []
     text = read_text(files.plain, "a text for perplexity, or none")
-    windows = tokenize_text(text, bridge.tokenizer, batch_size=1)
+    context = context_of(bridge)
+    n_tokens = WINDOW if context is None else min(WINDOW, context)
+    windows = tokenize_text(text, bridge.tokenizer, n_tokens=n_tokens, batch_size=1)
     limit = files.limits["heldout"]
     return windows[:limit] if limit else windows
 
