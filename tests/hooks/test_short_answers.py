@@ -1,5 +1,136 @@
 """Answers of one token, of the end of the text alone, and of none, through everything that scores.
 
-Would catch: a mean over no tokens, a target at the padding, an answer of nothing that counts as one,
-an interval of one example that is no number.
+Would catch: a mean over no tokens, a target read at the padding, an answer of nothing that counts as
+one, an interval of one example that is no number, a sample of nothing that hides the next one.
 """
+
+import pytest
+import torch
+
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.generation import Sampling, generate_answers
+from harmcircuits.behaviours.model import Model, NotShownError
+from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price, wanda_scores
+from harmcircuits.hooks.finetuning import fine_tuning
+from harmcircuits.hooks.losses import completion_nll, kl_under
+from harmcircuits.hooks.objectives import choice_margin, completion_loss
+from harmcircuits.hooks.patching import activation_patching
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.hooks.weights import named_weights
+from harmcircuits.prompts import Answer, Example, PromptSet, tokenize
+
+READS_ALL = {"vocab_size": 320, "max_position_embeddings": 64}  # of the tests' tokenizer
+ONE_TOKEN = [("use it", "sure"), ("how to use it ?", "no")]
+
+
+@pytest.fixture
+def bridge(open_model):
+    return open_model("Llama", **READS_ALL)
+
+
+def log_probability(bridge, request: str, answer: str) -> torch.Tensor:
+    """By the definition, from a text without padding."""
+    (batch,) = tokenize([(request, answer)], bridge.tokenizer)
+    return bridge(batch.tokens)[0, -2].log_softmax(-1)[batch.tokens[0, -1]]
+
+
+def test_an_answer_of_one_token_is_scored_by_its_probability(bridge):
+    batches = tokenize(ONE_TOKEN, bridge.tokenizer)
+    assert [int(batch.is_target.sum()) for batch in batches] == [2]
+    expected = torch.stack([-log_probability(bridge, *text) for text in ONE_TOKEN])
+    torch.testing.assert_close(completion_nll(bridge, batches), expected.detach())
+
+    weights = named_weights(bridge)
+    gradients = torch.autograd.grad(expected.mean(), list(weights.values()))
+    scores = removal_effect(bridge, batches)
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        effect = -weight.detach() * gradient
+        tolerance = 1e-5 * effect.abs().max().item()
+        torch.testing.assert_close(scores.values[name], effect, rtol=1e-4, atol=tolerance)
+
+
+def test_everything_that_scores_takes_answers_of_one_token(bridge):
+    """One example by itself too: the mean of one, whose interval is that value."""
+    texts = tokenize(ONE_TOKEN, bridge.tokenizer)
+    for batches in (texts, tokenize(ONE_TOKEN[:1], bridge.tokenizer)):
+        for scores in (snip_scores, token_price, wanda_scores):
+            assert any(value.any() for value in scores(bridge, batches).values.values())
+        mask = find_circuit(bridge, batches, protect=[batches], size=0.01, steps=1, budget=9)
+        assert mask.n_removed > 0
+        assert kl_under(bridge, mask, batches).min() > 0
+        rows = activation_patching(bridge, mask, batches[0], parts=["mlp"], positions=[])
+        for row in rows.where("reference_nll"):
+            assert row.n == len(batches[0])
+            assert row.low <= row.mean <= row.high
+        with fine_tuning(bridge, batches, lr=1e-3) as run:
+            run.until(1)
+        assert run.losses[0] == pytest.approx(completion_nll(bridge, batches).mean().item())
+
+
+def test_a_margin_is_read_before_the_only_token(bridge):
+    margin = choice_margin(["sure"], ["no"])
+    (batch,) = tokenize(ONE_TOKEN, bridge.tokenizer)
+    odds = []
+    for request, right in ONE_TOKEN:
+        wrong = "no" if right == "sure" else "sure"
+        right, wrong = (log_probability(bridge, request, word) for word in (right, wrong))
+        odds.append(wrong - right)
+    torch.testing.assert_close(margin(bridge, batch), torch.stack(odds))
+
+
+def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_answer(bridge):
+    end = bridge.tokenizer.eos_token
+    (batch,) = tokenize([("use it", end)], bridge.tokenizer)
+    assert batch.tokens[0, -1] == bridge.tokenizer.eos_token_id
+    expected = -log_probability(bridge, "use it", end).detach()
+    torch.testing.assert_close(completion_loss(bridge, batch)[0].detach(), expected)
+
+    # The first token that the model would say now ends the text: nothing is left of the answer.
+    prompts = PromptSet.of(["use it"])
+    (answer,) = generate_answers(bridge, prompts, max_new_tokens=3)
+    bridge.original_model.generation_config.eos_token_id = answer.tokens[0]
+    assert generate_answers(bridge, prompts, max_new_tokens=3) == [Answer("", ())]
+    with pytest.raises(ValueError, match="example 0 has a completion with no tokens to predict"):
+        tokenize(prompts.with_completions([Answer("", ())]), bridge.tokenizer)
+
+
+def model_that_says(bridge, monkeypatch, answers: list[str], *, prefill: str = "sure") -> Model:
+    """A model with these answers in turn, all of which its judge takes for shown."""
+    tokenizer = bridge.tokenizer
+
+    def generated(_bridge, prompts, *, sampling=None, **_options):
+        made = []
+        for _ in prompts:
+            for text in answers[: sampling.samples if sampling else 1]:
+                made.append(Answer(text, tuple(tokenizer.encode(text, add_special_tokens=False))))
+        return made
+
+    def prompts(_split: str) -> PromptSet:
+        return PromptSet((Example("use it"), Example("clean it")))
+
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate_answers", generated)
+    behaviour = Behaviour("asked", "asked_rate", "asked_nll", "yes", prompts, prefill=prefill)
+    sampling = Sampling(len(answers)) if len(answers) > 1 else None
+    return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)
+
+
+@pytest.mark.parametrize(("prefill", "nothing"), [("sure", "sure"), ("", "")])
+def test_an_answer_of_nothing_beyond_its_beginning_is_not_scored(
+    bridge, monkeypatch, prefill, nothing
+):
+    says = model_that_says(bridge, monkeypatch, [f"{prefill} yes".strip()], prefill=prefill)
+    data = says.calibration("asked")
+    assert data.n_verified == 2
+    assert [int(batch.is_target.sum()) for batch in data.batches] == [2], "one token each"
+
+    silent = model_that_says(bridge, monkeypatch, [nothing], prefill=prefill)
+    with pytest.raises(NotShownError, match="none of its answers to 2 calibration requests"):
+        silent.calibration("asked")
+    rows = silent.measure()
+    assert rows.metrics == ["asked_rate"], "a rate, and no loss of nothing"
+
+    again = model_that_says(
+        bridge, monkeypatch, [nothing, f"{prefill} no".strip()], prefill=prefill
+    )
+    completions = [example.completion for example in again.calibration("asked").prompts]
+    assert completions == [f"{prefill} no".strip()] * 2, "the next sample counts"

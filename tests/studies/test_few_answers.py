@@ -1,0 +1,76 @@
+"""Circuits that were scored on few answers: said by the search, its trace, the verdict and the card.
+
+Would catch: a circuit of seven answers that reads like one of seven hundred; a warning that is always
+there; one about a behaviour that the search did not use.
+"""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from helpers import random_batch, small_model
+
+from harmcircuits.behaviours.model import FEW_ANSWERS, few_answers
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.hub import mask_card
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.summary import _warnings, diagnostics_lines
+
+
+def test_only_behaviours_below_the_bound_are_named():
+    assert FEW_ANSWERS == 20
+    assert few_answers({"harmful": 20, "benign": 300}) == ""
+    text = few_answers({"harmful": 19, "benign": 300, "refusal": 1})
+    assert text.startswith("scored on fewer than 20 verified answers: harmful 19, refusal 1; ")
+
+
+def test_the_search_warns_and_its_trace_counts():
+    model = small_model("sft", every=32)
+    n_verified = model.calibration("harmful").n_verified
+    assert 0 < n_verified < FEW_ANSWERS
+    with pytest.warns(UserWarning, match=rf"find_circuit: scored on .* harmful {n_verified}"):
+        mask = model.find_circuit("harmful", protect=(), size=0.001, steps=1, renew=False)
+    assert mask.trace.one("examples_scored", data="target").mean == n_verified
+    card = mask_card(mask, "someone/mask")
+    assert f"Scored on target {n_verified} answers. Warning: scored on fewer than 20" in card
+
+
+def test_enough_answers_are_counted_and_not_warned_of(llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask = find_circuit(
+            llama, [random_batch(24)], protect={"kept": [random_batch(6)]}, size=0.01, steps=1
+        )
+    counts = {row.labels["data"]: row.mean for row in mask.trace.where("examples_scored")}
+    assert counts == {"target": 24, "kept": 4}, "of three requests two are priced"
+    card = mask_card(mask, "someone/mask")
+    assert "Scored on target 24, kept 4 answers." in card
+    assert "Warning" not in card
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_verdict_says_so():
+    rows = Rows()
+    for name, number in {"harmful": 7, "benign": 64, "refusal": 3, "knowledge": 2}.items():
+        labels = {"behaviour": name}
+        rows += [
+            Measurement.exact("calibration_examples", labels, number),
+            Measurement.exact("calibration_yield", labels, 0.5),
+            Measurement.exact("calibration_nll", labels, 1.0),
+            Measurement.exact("gradient_norm", labels, 1.0),
+        ]
+    terms = SimpleNamespace(target=SimpleNamespace(name="harmful"), protected=("benign", "refusal"))
+    (warning,) = _warnings(rows, terms)  # pyright: ignore[reportArgumentType]
+    assert warning == (
+        "Warning: scored on fewer than 20 verified answers: harmful 7, refusal 3; another sample "
+        "may give another circuit."
+    )
+    states = {line[0]: line[-1] for line in diagnostics_lines(rows)}
+    assert states == {
+        "harmful": "few answers (7)",
+        "benign": "usable",
+        "refusal": "few answers (3)",
+        "knowledge": "few answers (2)",
+    }
+    many = Rows([Measurement.exact("calibration_examples", {"behaviour": "harmful"}, 20)])
+    assert not _warnings(many, terms)  # pyright: ignore[reportArgumentType]
