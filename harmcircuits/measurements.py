@@ -122,9 +122,10 @@ class Measurement:
             seed: draws the 2,000 resamples.
 
         Raises:
-            ValueError: no examples, or not exactly one group for each.
+            ValueError: no examples, not exactly one group for each, or a value that is not finite.
         """
         _check(metric, values, groups)
+        _refuse_not_finite(metric, values)
         # Groups are resampled by their sums and sizes:
         #
         #     groups    a  a  b        member    0  0  1
@@ -160,9 +161,11 @@ class Measurement:
             groups: what each example is about.
 
         Raises:
-            ValueError: no examples, not exactly one group for each, or examples of one kind only.
+            ValueError: no examples, not exactly one group for each, a value that is not finite, or
+                examples of one kind only.
         """
         _check(metric, values, groups)
+        _refuse_not_finite(metric, values)
         _, member = np.unique([str(group) for group in groups], return_inverse=True)
         n_groups = int(member.max()) + 1
         rows_of = [np.flatnonzero(member == number) for number in range(n_groups)]
@@ -758,4 +761,14 @@ def _check(metric: str, values: Sequence[Any] | Tensor, groups: Sequence[Hashabl
     if len(groups) != len(values):
         raise ValueError(
             f"{metric}: {len(groups)} groups for {len(values)} values; give one for each"
+        )
+
+
+def _refuse_not_finite(metric: str, values: Tensor) -> None:
+    is_bad = ~values.isfinite()
+    if is_bad.any():
+        places = is_bad.nonzero().flatten().tolist()
+        raise ValueError(
+            f"{metric}: the values of examples {listed(places)} are NaN or infinite, of "
+            f"{len(values)}; leave these examples out, or look at where the values come from"
         )

@@ -576,3 +576,15 @@ def test_a_wilson_interval_holds_its_share(n):
     for hits in (0, n // 3, n):
         low, high = wilson(hits / n, n)
         assert low <= hits / n <= high
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_no_figure(value):
+    values = torch.tensor([1.0, value, 2.0, value])
+    message = (
+        "loss: the values of examples 1, 3 are NaN or infinite, of 4; leave these examples out"
+    )
+    with pytest.raises(ValueError, match=message):
+        Measurement.average("loss", {}, values, range(4))
+    with pytest.raises(ValueError, match=message):
+        Measurement.auroc("loss", {}, values, torch.tensor([True, False] * 2), range(4))

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from harmcircuits.behaviours.judges import JudgeError, RuleJudge, Verdict, beginning, loaded
+from harmcircuits.behaviours.judges import (
+    JudgeError,
+    RuleJudge,
+    Verdict,
+    beginning,
+    loaded,
+    refuse_not_finite,
+)
 from harmcircuits.display import listed
 from harmcircuits.hooks.weights import parameters_digest
 from harmcircuits.prompts import prompt_ids
@@ -191,7 +198,9 @@ class LocalChatJudge:
         first = of_question.logits[:, -1:].expand(len(words), -1, -1)
         logits = torch.cat([first, of_words.logits[:, :-1]], dim=1)  # where each token is predicted
         log_probabilities = logits.float().log_softmax(-1).gather(2, words[..., None])[..., 0]
-        return (log_probabilities * is_token).sum(dim=1).tolist()
+        of_words = log_probabilities.where(is_token, 0).sum(dim=1)
+        refuse_not_finite(self.name, self.model, of_words)
+        return of_words.tolist()
 
     def _word_tokens(self) -> list[list[int]]:
         return [self.tokenizer.encode(word.upper(), add_special_tokens=False) for word in WORDS]

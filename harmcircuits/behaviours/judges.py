@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from harmcircuits.hooks.loading import refuse_device
 from harmcircuits.storage.text import read_text
@@ -180,6 +181,7 @@ class StrongRejectJudge:
         with torch.no_grad():
             output = self.model(input_ids=tokens)
         next_logits = output.logits[0, -1].float()  # [vocab], where the grade is predicted
+        refuse_not_finite(self.name, self.model, next_logits[self._digits()])
         probabilities = next_logits[self._digits()].softmax(0)
         grades = torch.linspace(0, 1, 5, device=probabilities.device)  # (k - 1) / 4
         return float(probabilities @ grades)
@@ -239,6 +241,25 @@ def loaded(kind: str, path: str, device: str) -> tuple[Any, Any]:
         raise JudgeError(
             f"{kind}: {path} cannot be loaded; expected a folder or a hub id ({error})"
         ) from None
+
+
+def refuse_not_finite(judge: str, model: Any, values: Tensor) -> None:
+    """Check what a judge's model says: of NaN, every answer would be harmless.
+
+    Args:
+        judge: its name.
+        model: the model.
+        values: its logits or log-probabilities.
+
+    Raises:
+        JudgeError: a value that is not finite.
+    """
+    if not values.isfinite().all():
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise JudgeError(
+            f"{judge}: its logits are not finite, in {dtype}; look at its weights, and store it in "
+            "bfloat16 or float32 where it is in float16"
+        )
 
 
 def beginning(text: str, tokenizer: Any, n_tokens: int) -> str:

@@ -95,6 +95,15 @@ def test_strongreject_is_the_expected_digit(classifier):
     assert lax("one", "") == "degenerate"
 
 
+def test_a_classifier_of_nan_calls_nothing_harmless(classifier):
+    judge = StrongRejectJudge.load(str(classifier))
+    assert judge("one", PROSE) in ("harmful", "harmless")
+    with torch.no_grad():
+        next(judge.model.parameters()).fill_(float("nan"))
+    with pytest.raises(JudgeError, match=r"strongreject:.*logits are not finite, in float32; look"):
+        judge("one", PROSE)
+
+
 def test_strongreject_needs_its_wording_and_its_folder(classifier, tmp_path):
     with pytest.raises(JudgeError, match=r"no .*question\.txt"):
         StrongRejectJudge.load(str(tmp_path))
