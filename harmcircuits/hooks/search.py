@@ -149,15 +149,17 @@ def find_circuit(
             are then in host memory.
 
     Raises:
-        ValueError: no batches, sizes outside (0, 1], a negative budget, fewer than one step, no
-            such unit, layer or kind, no units in these or parts of some, an `exclude` of other
-            weights, a folder of another search, and as `named_weights`.
+        ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
+            than a weight, a negative budget, fewer than one step, no such unit, layer or kind, no
+            units in these or parts of some, an `exclude` of other weights, a folder of another
+            search, a loss or gradient that is not finite, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
     refuse_settings(sizes, steps, reach, unit)
     refuse_batches("find_circuit", bridge, target)
+    _refuse_no_weights(bridge, sizes)
     sites = _sites(bridge, layers, kinds)
     units = None
     if unit != "weight":
@@ -220,6 +222,17 @@ def _sites(
         if is_of_layers and is_of_kinds:
             chosen[name] = site
     return chosen
+
+
+def _refuse_no_weights(bridge: Bridge, sizes: Sequence[float]) -> None:
+    """Raises ValueError for a share of the weights that is less than one of them."""
+    n_weights = sum(site.parameter.numel() for site in weight_sites(bridge).values())
+    for size in sizes:
+        if round(size * n_weights) < 1:
+            raise ValueError(
+                f"find_circuit: size={size:g}: not one of {n_weights:,} weights; give "
+                f"{1 / n_weights:.1g} or more"
+            )
 
 
 def _limits(
