@@ -24,7 +24,7 @@ def context_of(bridge: Bridge) -> int | None:
 
 def vocabulary_of(bridge: Bridge) -> int | None:
     """How many tokens the model's embedding has; None where there is no embedding to look at."""
-    model = getattr(bridge, "original_model", None)
+    model: Any = getattr(bridge, "original_model", None)
     if not hasattr(model, "get_input_embeddings"):
         return None
     return model.get_input_embeddings().weight.shape[0]

@@ -607,6 +607,7 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
         ({"size": 0}, ["size=0", "(0, 1]"]),
         ({"size": 1.5}, ["size=1.5"]),
         ({"size": []}, ["size=[]"]),
+        ({"size": 1e-9}, ["size=1e-09", "not one of", "weights; give", "or more"]),
         ({"size": [0.1, -0.1]}, ["size=[0.1, -0.1]"]),
         ({"budget": -1.0}, ["budget=-1.0"]),
         ({"budget": {"2": 0.1}}, ["'2'", "not protected"]),
