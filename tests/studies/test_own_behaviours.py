@@ -157,7 +157,12 @@ def test_a_model_needs_all_its_requests_or_behaviours(files, tmp_path):
     arguments = ["study", f"--out={tmp_path / 'out'}", f"--model={SFT}"]
     for given, message in (
         ([f"--behaviour={files['uses.json']}", "--harmful=a.csv"], "give --harmful FILE and"),
-        ([f"--behaviour={files['uses.json']}"], "has no behaviour 'harmful'; there are uses"),
+        (
+            [f"--behaviour={files['uses.json']}", "--max-new-tokens=9"],
+            "has no behaviour 'harmful'; there are uses",
+        ),
+        # The answers may be as long as the whole context.
+        ([f"--behaviour={files['uses.json']}"], "context is 64; give a smaller --max-new-tokens,"),
         ([f"--behaviour={tmp_path}/no.json"], "no.json: no such file"),
         (
             ["--harmful=a", "--benign=b", "--column=prompt"],
