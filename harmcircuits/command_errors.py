@@ -82,7 +82,7 @@ def in_options(text: str, flags: Mapping[str, str]) -> str:
         text = re.sub(pair, rf"{flag} \1=\2", text)
         text = re.sub(rf"(?<![\w.'-]){name}=True\b", flag, text)
         text = re.sub(rf"(?<![\w.'-]){name}= ?(?![=\s])", f"{flag} ", text)
-        text = re.sub(rf"(?<![\w.'-]){name}=(?=[\s,;)])", flag, text)
+        text = re.sub(rf"(?<![\w.'-]){name}=(?=[\s,;)]|$)", flag, text)
         text = re.sub(rf"^{name}(?=: )", flag, text)
     return text
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from harmcircuits.behaviours.generation import request_ids
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import Overlap, matched_null, overlap, p_value
@@ -20,6 +22,7 @@ from harmcircuits.command_errors import one_sentence
 from harmcircuits.display import listed
 from harmcircuits.export import export
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.capacity import context_of
 from harmcircuits.hooks.loading import load_model, refuse_device
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hub import push_mask
@@ -39,6 +42,7 @@ from harmcircuits.views.tables import text_table
 
 MASK_HELP = "The mask: a saved file, a folder with mask.safetensors, or a hub id."
 ORGANISM_HELP = "Instead of a model: base, helpful, sft, dpo or planted."
+LONGEST_ANSWER = 64  # tokens, where nothing else is given
 DEVICE_HELP = "Torch device, such as cpu or cuda."
 
 MaskOption = Annotated[str, typer.Option(help=MASK_HELP)]
@@ -72,7 +76,13 @@ def generate_command(
         str,
         typer.Option(help="How every answer begins, in the model's mouth.", show_default="none"),
     ] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer, in tokens.",
+            show_default=f"{LONGEST_ANSWER}, or what the model's context leaves",
+        ),
+    ] = None,
     scale: ScaleOption = 0.0,
     template: Annotated[
         str,
@@ -86,7 +96,8 @@ def generate_command(
     quiet()
     with one_sentence():
         requests = _requests(prompt or [], prompts)
-        refuse_answers(template, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        limit = LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
+        refuse_answers(template, max_new_tokens=limit, batch_size=batch_size)
         removed = WeightMask.from_hub(mask) if mask else None
         answering = Model(
             "",
@@ -94,9 +105,11 @@ def generate_command(
             {},
             _no_judge,
             template="raw" if template == "raw" else "chat",
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limit,
             n_answered_at_once=batch_size,
         )
+        if max_new_tokens is None:
+            answering = _within_context(answering, requests, prefill)
         columns = {"unpruned": answering.generate(requests, prefill=prefill)}
         if removed is not None:
             with masked(answering.bridge, removed, scale=scale):
@@ -287,6 +300,22 @@ def _requests(texts: Sequence[str], file: str) -> PromptSet:
             "or --prompts FILE"
         )
     return PromptSet.read(file) if file else PromptSet.of(texts)
+
+
+def _within_context(model: Model, requests: PromptSet, prefill: str) -> Model:
+    """The model with answers that its context has room for behind the longest request."""
+    context = context_of(model.bridge)
+    ids = request_ids(
+        model.bridge,
+        requests,
+        prefill=prefill,
+        max_new_tokens=0,
+        template=model.template,
+    )
+    if context is None:
+        return model
+    room = max(1, context - max(map(len, ids)))
+    return replace(model, max_new_tokens=min(model.max_new_tokens, room))
 
 
 def _no_judge(_prompt: str, _completion: str) -> str:

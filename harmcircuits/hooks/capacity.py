@@ -111,7 +111,7 @@ def _request_fault(bridge: Bridge, request: Sequence[int], max_new_tokens: int) 
     if context is not None and len(request) + max_new_tokens > context:
         return (
             f"{length} and its answer up to max_new_tokens={max_new_tokens}, {_too_long(context)}; "
-            "give a smaller max_new_tokens=, shorten the request, or leave it out"
+            "shorten the request, leave it out, or give a smaller max_new_tokens="
         )
     if vocabulary is not None and max(request) >= vocabulary:
         return _unknown_token(bridge, max(request), vocabulary)

@@ -92,7 +92,7 @@ def test_an_answer_must_fit_behind_its_request(open_model, monkeypatch, tmp_path
     assert len(generate(bridge, prompts, max_new_tokens=room)) == 2
     expected = (
         rf"request 1 has {length} tokens and its answer up to max_new_tokens={room + 1}, the "
-        "model's context is 32; give a smaller max_new_tokens=, shorten the request"
+        "model's context is 32; shorten the request, leave it out, or give a smaller max_new_tokens="
     )
     cache = GenerationCache(tmp_path, bridge)
     with pytest.raises(ValueError, match=r"request 0 has .* tokens and its answer"):

@@ -162,7 +162,7 @@ def test_a_model_needs_all_its_requests_or_behaviours(files, tmp_path):
             "has no behaviour 'harmful'; there are uses",
         ),
         # The answers may be as long as the whole context.
-        ([f"--behaviour={files['uses.json']}"], "context is 64; give a smaller --max-new-tokens,"),
+        ([f"--behaviour={files['uses.json']}"], "context is 64; shorten the request"),
         ([f"--behaviour={tmp_path}/no.json"], "no.json: no such file"),
         (
             ["--harmful=a", "--benign=b", "--column=prompt"],
