@@ -32,7 +32,7 @@ from harmcircuits.studies.options import (
     with_options,
 )
 from harmcircuits.studies.pairs import values_by_name
-from harmcircuits.studies.run import Study
+from harmcircuits.studies.run import PAGE
 from harmcircuits.studies.settings import (
     FOR_REAL_MODELS,
     QUICK_LIMIT,
@@ -175,24 +175,16 @@ def study_command(
                 out=out,
                 progress=progress,
                 max_memory=bound,
+                page=True,
                 resume=resume,
                 force=force,
             )
-        page = _written_page(run, out)
     console.print(*result_tables(run.rows, run.terms), sep="\n")
     text = summary(run.rows, run.terms)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     stages = [f"{name} {duration(time_of)}" for name, time_of in {**seconds, **run.seconds}.items()]
     console.print(f"Time: {', '.join(stages)}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _written_page(run: Study, out: Path) -> Path:
-    # Imported here: drawing takes libraries that neither --help nor a study needs.
-    from harmcircuits.studies.study_page import write_study_page
-
-    write_study_page(run, out / "report.html")
-    return out / "report.html"
+    console.print(f"Report: {out / PAGE}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _refuse_both(model: str, organism: str | None) -> None:

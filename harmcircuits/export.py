@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from harmcircuits.circuits.hub import MASK_FILE
@@ -113,6 +114,7 @@ def export(
         ValueError: a folder that is not empty, a mask of another model, a source that cannot be
             loaded or is not this bridge's model, logits that differ, and as `weight_sites`; nothing
             is written then. And a hub that cannot be written to, when the folder is there already.
+        OSError: it cannot be written (no space, no permission); nothing is left of it then.
     """
     bridge = as_bridge(bridge)
     folder = Path(folder)
@@ -155,6 +157,9 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
             folder.rename(before)
         unfinished.rename(folder)
         shutil.rmtree(before, ignore_errors=True)
+    # Other libraries do not name the folder, and safetensors has its own name for a full disk.
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -151,7 +151,7 @@ class WeightScores:
         source: how they were made.
 
     Raises:
-        ValueError: a score that is not finite, with the name of the weight.
+        ValueError: scores of another dtype, or one that is not finite, with the name of the weight.
     """
 
     values: Mapping[str, Float[Tensor, "..."]]
@@ -161,6 +161,12 @@ class WeightScores:
         if isinstance(self.values, _Saved):  # checked before they were written
             return
         for name, value in self.values.items():
+            # The selection reads their bits.
+            if value.dtype != torch.float32:
+                raise ValueError(
+                    f"WeightScores: {name} is {value.dtype}; expected torch.float32: "
+                    "give its .float()"
+                )
             # A sum is finite only if every term is, and it needs no copy of the tensor. Finite
             # terms can overflow to an infinite sum, so then each of them is checked.
             total = value.sum(dtype=value.dtype).item()

@@ -69,7 +69,7 @@ def append_lines(
         with path.open("ab+", buffering=0) as file:
             # Half a line that an interrupted run left stays by itself.
             is_torn = file.tell() and not _ends_in_line_break(file)
-            file.write((b"\n" if is_torn else b"") + text)
+            _write_all(file, (b"\n" if is_torn else b"") + text)
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -140,6 +140,12 @@ def _block(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _crc(body: str, n_left: int, before: int) -> int:
     return zlib.crc32(f"{n_left}:{body}".encode(), before)
+
+
+def _write_all(file: Any, raw: bytes) -> None:
+    """Write every byte; where a disk fills up, a write takes a part, and only the next fails."""
+    while raw:
+        raw = raw[file.write(raw) :]
 
 
 def _ends_in_line_break(file: Any) -> bool:

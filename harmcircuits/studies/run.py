@@ -20,6 +20,7 @@ from harmcircuits.studies.terms import Terms
 
 # In the folder of a study.
 ROWS_FILE, MANIFEST, WALKS = "rows.jsonl", "manifest.json", "walks"
+PAGE = "report.html"
 UNNEEDED = ".walks"  # what is left to remove of a finished study
 
 

@@ -27,7 +27,7 @@ from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_sco
 from harmcircuits.studies.diagnostics import diagnostics
 from harmcircuits.studies.grid import SEARCH, measure_grid, operating_point
 from harmcircuits.studies.heldout import heldout_rows, measure_heldout
-from harmcircuits.studies.run import MANIFEST, ROWS_FILE, UNNEEDED, WALKS, Study
+from harmcircuits.studies.run import MANIFEST, PAGE, ROWS_FILE, UNNEEDED, WALKS, Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.utility import task_manager
 
@@ -45,6 +45,7 @@ def study(
     out: str | Path | None = None,
     progress: Progress | None = None,
     max_memory: int | None = None,
+    page: bool = False,
     resume: bool = False,
     force: bool = False,
 ) -> Study:
@@ -71,6 +72,7 @@ def study(
         progress: shows how far it is.
         max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; needs
             `out`, which keeps those of the unpruned model meanwhile.
+        page: write `report.html` into `out` too, before the study counts as finished.
         resume: go on with the unfinished study of these settings in `out`, if there is one: it
             measures again, and searches on from where it was interrupted. The rows are the same.
         force: remove the study in `out` first, finished or not.
@@ -81,14 +83,17 @@ def study(
     Raises:
         ValueError: a folder that holds a study, unless `resume` or `force` says what becomes of it,
             or that of other settings; a behaviour that is unknown or not shown, a size of fewer
-            than ten weights, a bound too small for a matrix or without `out`, and as
-            `evaluate_tasks`.
+            than ten weights, a bound too small for a matrix, a bound or a page without `out`, and
+            as `evaluate_tasks`.
+        OSError: `out` cannot be written. What is in it goes on with `resume`.
     """
     # What can be refused without running the model is refused first.
     settings = _settings(model, settings, target, protect, contrast)
     run = Study(model, settings, Path(out) if out else None, max_memory=max_memory)
     if progress is not None:
         run.progress = progress
+    if page and out is None:
+        raise ValueError("page=True writes report.html into a folder; give out=FOLDER too")
     _check(run)
     _prepare_folder(run, resume=resume, force=force)
 
@@ -143,6 +148,9 @@ def study(
         sites = weight_sites(model.bridge)
         where = {"model": model.name, "mask": "circuit"}
         run.add(location_rows(run.chosen.mask, sites, where))
+    if run.out is not None and page:
+        with run.stage("page"):
+            _write_page(run, run.out / PAGE)
     run.finish()
     return run
 
@@ -156,6 +164,13 @@ def with_share_of_requests(model: Model, share: float) -> Model:
     """
     fewer = model.sampled(share, seed=0)
     return replace(fewer, details={**model.details, "share_of_requests": share})
+
+
+def _write_page(run: Study, path: Path) -> None:
+    # Imported here: drawing takes libraries that a study without a page does not need.
+    from harmcircuits.studies.study_page import write_study_page
+
+    write_study_page(run, path)
 
 
 def _settings(
@@ -268,7 +283,7 @@ def _prepare_folder(run: Study, *, resume: bool, force: bool) -> None:
     if force:
         for name in (WALKS, UNNEEDED, "masks"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in (MANIFEST, "report.html"):
+        for name in (MANIFEST, PAGE):
             (out / name).unlink(missing_ok=True)
     elif walks.exists():
         _refuse_other_settings(run, out)

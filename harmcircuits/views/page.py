@@ -50,7 +50,7 @@ def write_view(path: str | Path, title: str, content: str, *, script: str = "") 
     """
     template = _templates().get_template("view.html")
     page = template.render(title=title, content=_html(content), script=_html(script))
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def section(title: str, text: str, content: str) -> str:

@@ -40,6 +40,14 @@ def test_scores_that_are_not_finite_are_refused_by_name():
             WeightScores({"w0": torch.zeros(2), "w1": torch.tensor([1.0, value])}, SOURCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.usefixtures("unchecked")
+def test_scores_of_another_dtype_are_refused_by_name(dtype):
+    """The selection reads their bits as those of float32: it would choose other weights."""
+    with pytest.raises(ValueError, match=r"w1 is torch\.\w+; expected torch\.float32"):
+        WeightScores({"w0": torch.zeros(2), "w1": torch.zeros(2, dtype=dtype)}, SOURCE)
+
+
 def test_the_sum_over_a_mask_by_hand():
     values = {"a": torch.tensor([[1.0, 2.0], [-4.0, 8.0]]), "b": torch.tensor([[0.5, 100.0]])}
     scores = WeightScores(values, SOURCE)

@@ -6,6 +6,7 @@ after an interruption, a page that reaches for the network or trusts a judge tha
 edits left in the model.
 """
 
+import errno
 import json
 import re
 from dataclasses import replace
@@ -230,6 +231,9 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.studies.study.measure_heldout", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -250,7 +254,14 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             study(model, settings, **options)  # the twin's search is the first that is not finished
     assert "twin" not in [path.name for path in walks.iterdir()]
-    run = study(model, settings, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("harmcircuits.studies.study_page.write_study_page", no_room)
+        with pytest.raises(OSError, match="No space"):
+            study(model, settings, page=True, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)  # all are made
+        run = study(model, settings, page=True, **options)
+    assert (tmp_path / "run" / "report.html").is_file()
     assert not walks.exists(), "a finished study keeps no searches"
     assert Rows.read(tmp_path / "run" / "rows.jsonl") == run.rows, "each row once"
     assert run.chosen is not None and "benign_twin" in run.masks
@@ -498,6 +509,11 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
     assert message in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists(), "nothing is left behind by a refused call"
+
+
+def test_a_page_needs_a_folder(finished):
+    with pytest.raises(ValueError, match=r"page=True writes report\.html.*out=FOLDER"):
+        study(finished[0].model, StudySettings(), page=True)
 
 
 def test_a_bound_on_memory_needs_a_folder(finished):
