@@ -1,10 +1,12 @@
 """Simulations of every kind of interval that the package writes: data whose truth is known.
 
 Each kind draws data of `n` independent items, has the package make its interval of them, and says
-what the interval should hold.
+what the interval should hold. The table of docs/trusted.md, in a quarter of an hour:
+
+    PYTHONPATH=.:analyses python tests/simulations.py
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from math import asin, erf, exp, pi, sqrt
 from typing import NamedTuple
@@ -30,6 +32,7 @@ from harmcircuits.studies.curves import Curve, rate_at, w50
 from harmcircuits.studies.nodes import _correlation, importance_rows
 from harmcircuits.studies.utility import _rows as task_rows
 
+N_ITEMS = (16, 32, 64)
 PER_GROUP = 4  # answers about one item
 SOURCE = Source("model", "simulated")
 
@@ -393,6 +396,8 @@ def ladders(rng: Generator, n: int) -> Interval:
     return Interval(low, area_ratio(areas.reshape(-1, 2)), high, 2.0)
 
 
+SOME, FEW = 300, 100  # trials of what takes longer
+
 KINDS = {
     "Wilson, rate 0.5": Kind(rate(0.5, 1.0), 0.92),
     "Wilson, rate 0.9": Kind(rate(0.9, 1.0), 0.92),
@@ -408,24 +413,26 @@ KINDS = {
     "perplexity": Kind(perplexity, 0.91),
     "change of a rate, paired": Kind(paired_change, 0.9),
     "share of a patched change, ratio of means": Kind(patch_share, 0.9),
-    "AUROC, matched pairs": Kind(area_of_pairs, 0.9, n_full=300),
-    "AUROC, kinds in items of their own": Kind(area_of_apart, 0.87, n_full=300),
-    "rate of a curve": Kind(measured_rate, 0.89),
-    "gap of two curves, paired": Kind(gap_of_curves, 0.88),
-    "w50": Kind(half_size),
-    "w50, exactly half left": Kind(half_size_on_the_edge),
-    "ratio of two w50, paired": Kind(ratio_of_sizes),
-    "lift 1": Kind(lift(1.0)),
-    "lift 4": Kind(lift(4.0)),
-    "lift over rows and columns": Kind(lift_over_rows_and_columns, n_full=300),
-    "lift, resampled items": Kind(lift_of_resampled_items, 0.55, is_told=False, n_full=200),
-    "twin topics": Kind(topic_mean(is_same=True)),
-    "other topics": Kind(topic_mean(is_same=False), 0.89),
-    "importance of a node": Kind(importance((0.8, -0.6, 0.4)), 0.91),
-    "importance of a node without any": Kind(importance((0.0, 0.0, 0.0)), 0.0, is_told=False),
-    "rank correlation of nodes": Kind(rank_correlation, 0.91),
+    "AUROC, matched pairs": Kind(area_of_pairs, 0.9, n_full=FEW),
+    "AUROC, kinds in items of their own": Kind(area_of_apart, 0.87, n_full=FEW),
+    "rate of a curve": Kind(measured_rate, 0.89, n_full=SOME),
+    "gap of two curves, paired": Kind(gap_of_curves, 0.88, n_full=SOME),
+    "w50": Kind(half_size, n_full=SOME),
+    "w50, exactly half left": Kind(half_size_on_the_edge, n_full=SOME),
+    "ratio of two w50, paired": Kind(ratio_of_sizes, n_full=SOME),
+    "lift 1": Kind(lift(1.0), n_full=SOME),
+    "lift 4": Kind(lift(4.0), n_full=SOME),
+    "lift over rows and columns": Kind(lift_over_rows_and_columns, n_full=FEW),
+    "lift, resampled items": Kind(lift_of_resampled_items, 0.55, is_told=False, n_full=FEW),
+    "twin topics": Kind(topic_mean(is_same=True), n_full=SOME),
+    "other topics": Kind(topic_mean(is_same=False), 0.89, n_full=SOME),
+    "importance of a node": Kind(importance((0.8, -0.6, 0.4)), 0.91, n_full=SOME),
+    "importance of a node without any": Kind(
+        importance((0.0, 0.0, 0.0)), 0.0, is_told=False, n_full=SOME
+    ),
+    "rank correlation of nodes": Kind(rank_correlation, 0.91, n_full=SOME),
     "seeds pooled": Kind(pooled_seeds),
-    "area over ladders": Kind(ladders, 0.88, n_full=300),
+    "area over ladders": Kind(ladders, 0.88, n_full=FEW),
 }
 
 
@@ -439,3 +446,20 @@ def trials(name: str, n: int, n_trials: int) -> list[Interval]:
     """
     rng = np.random.default_rng([n, *name.encode()])
     return [KINDS[name].trial(rng, n) for _ in range(n_trials)]
+
+
+def table() -> Iterator[str]:
+    """A line for each kind: in how many of 100 trials its interval holds the truth."""
+    for name, kind in KINDS.items():
+        cells = []
+        for n in N_ITEMS:
+            intervals = trials(name, n, kind.n_full)
+            share = np.mean([interval.holds() for interval in intervals])
+            cells.append(f"{100 * share:.1f}")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in table():
+        print(line, flush=True)
