@@ -430,9 +430,9 @@ KINDS = {
     "importance of a node without any": Kind(
         importance((0.0, 0.0, 0.0)), 0.0, is_told=False, n_full=SOME
     ),
-    "rank correlation of nodes": Kind(rank_correlation, 0.91, n_full=SOME),
+    "rank correlation of nodes": Kind(rank_correlation, n_full=SOME),
     "seeds pooled": Kind(pooled_seeds),
-    "area over ladders": Kind(ladders, 0.88, n_full=FEW),
+    "area over ladders": Kind(ladders, n_full=FEW),
 }
 
 
