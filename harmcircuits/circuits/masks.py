@@ -88,7 +88,10 @@ class WeightMask:
                     f"WeightMask: indices of {name} must increase strictly within [0, {size})"
                 )
             removed[name] = index
-        object.__setattr__(self, "removed", MappingProxyType(removed))
+        # In the order of the shapes: a file sorts them by name, and random masks that are drawn
+        # like this one would be others.
+        ordered = {name: removed[name] for name in self.shapes if name in removed}
+        object.__setattr__(self, "removed", MappingProxyType(ordered))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:

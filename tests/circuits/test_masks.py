@@ -263,6 +263,20 @@ def test_file_round_trip(tmp_path):
     assert WeightMask.load(tmp_path / "empty.safetensors").n_removed == 0
 
 
+def test_a_mask_from_a_file_draws_the_same_random_masks(tmp_path):
+    """A file sorts matrices by name: w10 before w2. Would make a resumed study's controls others."""
+    shapes = {"w2": (20, 30), "w10": (30, 20)}
+    weights = {name: torch.linspace(-1, 1, 600).view(shape) for name, shape in shapes.items()}
+    mask = WeightMask({name: torch.arange(5) for name in shapes}, shapes, Source("m", "test"))
+    mask.save(tmp_path / "mask")
+    loaded = WeightMask.load(tmp_path / "mask")
+    assert list(loaded.removed) == list(shapes)
+    for options in ({}, {"weights": weights}):
+        expected = random_like(mask, seed=3, **options)
+        assert random_like(loaded, seed=3, **options).digest == expected.digest
+        assert random_like(loaded, seed=4, **options).digest != expected.digest
+
+
 def test_files_that_are_no_mask_are_refused(tmp_path):
     from safetensors.torch import save_file
 
