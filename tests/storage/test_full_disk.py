@@ -201,7 +201,7 @@ def test_a_study_without_room_goes_on_to_the_same_rows(tmp_path):
     options = {"protect": ["benign"], "page": True}
     expected = study(model, settings, out=tmp_path / "whole", **options)
     named = set()
-    for n_bytes in (500, 20_000, 200_000):
+    for n_bytes in (500, 5_000, 200_000):
         with room_for(n_bytes), pytest.raises(OSError) as error:
             study(model, settings, out=tmp_path / "full", resume=True, **options)
         named.add(Path(error.value.filename or str(error.value).split(":")[0]).name)
