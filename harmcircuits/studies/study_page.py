@@ -26,7 +26,7 @@ from harmcircuits.studies.summary import headline as headline_lines
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.circuitsvis import (
     Visual,
-    attention_heads,
+    attention_pairs,
     circuitsvis_script,
     coloured_tokens,
 )
@@ -313,14 +313,6 @@ def _token_views(examples: Examples) -> dict[str, list[Visual]]:
     return views
 
 
-def _attention(examples: Examples) -> dict[str, Visual]:
-    text, heads = examples.text, examples.heads
-    return {
-        "unpruned": attention_heads(text, examples.unpruned, heads),
-        "masked": attention_heads(text, examples.pruned, heads),
-    }
-
-
 def _tokens_html(examples: Examples) -> str:
     html = ""
     for name, views in _token_views(examples).items():
@@ -330,7 +322,5 @@ def _tokens_html(examples: Examples) -> str:
 
 
 def _attention_html(examples: Examples) -> str:
-    panels = []
-    for title, view in _attention(examples).items():
-        panels.append(f'<div tabindex="0"><h3>{title}</h3>{view.html()}</div>')
-    return f'<div class="pair drawn">{"".join(panels)}</div>'
+    view = attention_pairs(examples.text, examples.unpruned, examples.pruned, examples.heads)
+    return f'<div class="drawn">{view.html()}</div>'

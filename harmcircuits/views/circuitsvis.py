@@ -160,29 +160,6 @@ def coloured_tokens(
     return Visual("ColoredTokens", props)
 
 
-def attention_heads(
-    tokens: Sequence[str],
-    patterns: Float[Tensor, "head pos pos"],
-    heads: Sequence[tuple[int, int]],
-) -> Visual:
-    """Attention of some heads on a text.
-
-    Args:
-        tokens: of the text.
-        patterns: from `attention_patterns`.
-        heads: (layer, head) of each.
-    """
-    props = {
-        "tokens": list(tokens),
-        "attention": patterns,
-        "attentionHeadNames": [f"L{layer} H{head}" for layer, head in heads],
-        "minValue": 0.0,
-        "maxValue": 1.0,
-        "maskUpperTri": True,
-    }
-    return Visual("AttentionHeads", props)
-
-
 def attention_pairs(
     tokens: Sequence[str],
     unpruned: Float[Tensor, "head pos pos"],
