@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The picture of the README
 # `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished
-# study. Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go
-# without.
+# study.
 
 # %%
 from pathlib import Path
@@ -24,11 +23,7 @@ def main(
     # The first is the operating point; the circuit that protects benign answers alone follows.
     chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="search")[0]
     protected = str(chosen.labels["protected"]).split(", ")
-    figure = tradeoff_figure(rows, Terms.standard(protected))
-    if picture.suffix == ".html":
-        figure.write_html(picture, include_plotlyjs=True)
-    else:
-        figure.write_image(picture, width=1100, height=360, scale=2)
+    tradeoff_figure(rows, Terms.standard(protected)).save(picture)
 
 
 if __name__ == "__main__":

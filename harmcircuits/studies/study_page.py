@@ -5,8 +5,6 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from plotly.graph_objects import Figure
-
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.measurements import Rows
@@ -30,7 +28,7 @@ from harmcircuits.views.circuitsvis import (
     circuitsvis_script,
     coloured_tokens,
 )
-from harmcircuits.views.figures import comparison_figure, location_figure, share_figure
+from harmcircuits.views.figures import Picture, comparison_figure, location_figure, share_figure
 from harmcircuits.views.page import (
     contents,
     download,
@@ -150,7 +148,7 @@ def write_study_page(study: Study, path: str | Path) -> None:
     write_page(path, title, sections, script=circuitsvis_script())
 
 
-def tradeoff_figure(rows: Rows, terms: Terms) -> Figure:
+def tradeoff_figure(rows: Rows, terms: Terms) -> Picture:
     """The target and the worst kept ability against the share of weights removed (choice split).
 
     Curves: the search, one shot, the published set difference, random weights, the opposite sign.

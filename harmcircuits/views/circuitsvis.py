@@ -21,12 +21,15 @@ from typing import Any
 import torch
 from circuitsvis.utils.convert_props import convert_prop_type
 from jaxtyping import Float, Shaped
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
 from harmcircuits.display import listed
 from harmcircuits.views.figures import BLUE, RED
 from harmcircuits.views.page import write_view
+from harmcircuits.views.stills import ending, until_script, write_still
+from harmcircuits.views.token_stills import DRAWINGS, element_still, panels_still
 
 PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
 TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
@@ -65,16 +68,27 @@ class Visual:
         return f'<div id="{name}"></div><script>{call}</script>'
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write it as one HTML file that needs no network.
+        """Write it as one page that needs no network, or as a still.
 
         Args:
-            path: the file.
+            path: the file, ending in .html, .svg or .png.
             title: stands above it; plain text.
+
+        Raises:
+            ValueError: another ending, or a still of an element that only circuitsvis draws.
         """
-        write_view(path, title or self.element, self.html(), script=circuitsvis_script())
+        if ending(path) == ".html":
+            write_view(path, title or self.element, self.html(), script=circuitsvis_script())
+            return
+        _refuse_still(path, [self])
+        write_still(path, self._still, title)
+
+    def _still(self) -> Figure:
+        return element_still(self.element, self.props)
 
     def _repr_html_(self) -> str:
-        return circuitsvis_script() + self.html()
+        image = until_script(self._still, self.element) if self.element in DRAWINGS else ""
+        return image + circuitsvis_script() + self.html()
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,19 +120,36 @@ class Panels:
             panels.append(f'<div style="{card}">{heading}{body}</div>')
         columns = f"repeat({self.columns},minmax({self.width}px,{2 * self.width}px))"
         grid = f"display:grid;gap:12px;grid-template-columns:{columns}"
-        return f'<div style="overflow-x:auto"><div style="{grid}">{"".join(panels)}</div></div>'
+        inner = f'<div style="{grid}">{"".join(panels)}</div>'
+        # It can be reached and scrolled by keyboard.
+        label = escape(listed(self.views))
+        outer = f'tabindex="0" role="region" aria-label="{label}" style="overflow-x:auto"'
+        return f"<div {outer}>{inner}</div>"
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write them as one HTML file that needs no network.
+        """Write them as one page that needs no network, or as a still.
 
         Args:
-            path: the file.
+            path: the file, ending in .html, .svg or .png.
             title: stands above them; plain text.
+
+        Raises:
+            ValueError: another ending, or a still of an element that only circuitsvis draws.
         """
-        write_view(path, title or repr(self), self.html(), script=circuitsvis_script())
+        if ending(path) == ".html":
+            write_view(path, title or repr(self), self.html(), script=circuitsvis_script())
+            return
+        _refuse_still(path, list(self.views.values()))
+        write_still(path, self._still, title)
+
+    def _still(self) -> Figure:
+        panels = [(title, view.element, view.props) for title, view in self.views.items()]
+        return panels_still(panels, self.columns)
 
     def _repr_html_(self) -> str:
-        return circuitsvis_script() + self.html()
+        are_drawn = all(view.element in DRAWINGS for view in self.views.values())
+        image = until_script(self._still, repr(self)) if are_drawn else ""
+        return image + circuitsvis_script() + self.html()
 
 
 def circuitsvis_script() -> str:
@@ -311,6 +342,15 @@ def gained_tokens(
         "sampleLabels": ["change of probability"],
     }
     return Visual("TopkTokens", props)
+
+
+def _refuse_still(path: str | Path, views: Sequence[Visual]) -> None:
+    for view in views:
+        if view.element not in DRAWINGS:
+            raise ValueError(
+                f"{path}: {view.element} has no still, only {listed(DRAWINGS)} have; end the name "
+                "in .html"
+            )
 
 
 def _words(tokens: Sequence[str]) -> list[str]:
