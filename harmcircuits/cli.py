@@ -181,9 +181,9 @@ def study_command(
         page = _written_page(run, out)
     console.print(*result_tables(run.rows, run.terms), sep="\n")
     text = summary(run.rows, run.terms)
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(text, highlight=False, markup=False)
     stages = [f"{name} {duration(time_of)}" for name, time_of in {**seconds, **run.seconds}.items()]
-    console.print(f"Time: {', '.join(stages)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Time: {', '.join(stages)}", highlight=False, markup=False)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True, markup=False)
 
 

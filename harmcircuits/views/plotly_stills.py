@@ -20,6 +20,8 @@ from harmcircuits.views.stills import CLICK, LEAST_TEXT, PIXELS, ink, text_size
 from harmcircuits.views.treemap_still import draw_treemap
 
 WIDTH = 1100  # pixels, where a figure names none
+HEIGHT = 450
+MARGIN = 60
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 MARKED = 20  # plotly marks the points of a line that has fewer
 
@@ -61,7 +63,7 @@ def plotly_still(figure: go.Figure) -> Figure:
         figure: with traces of `scatter`, `bar`, `heatmap` and `treemap`.
     """
     layout = figure.layout
-    size = ((layout.width or WIDTH) / PIXELS, (layout.height or WIDTH / 2) / PIXELS)
+    size = ((layout.width or WIDTH) / PIXELS, (layout.height or HEIGHT) / PIXELS)
     still = Figure(figsize=size)
     panels: dict[str, Axes] = {}
     for (x_name, y_name), traces in _by_axes(figure).items():
@@ -112,14 +114,16 @@ def _scales(figure: go.Figure, x_name: str, y_name: str) -> tuple[Scale, Scale]:
 
 def _place(layout: Any, x: Sequence[float] | None, y: Sequence[float] | None) -> list[float]:
     """Left, bottom, width and height of a part of the figure, as shares of it."""
-    margin = layout.margin
-    width, height = layout.width or WIDTH, layout.height or WIDTH / 2
+    edges = {
+        side: MARGIN if layout.margin[side] is None else layout.margin[side] for side in "lrtb"
+    }
+    width, height = layout.width or WIDTH, layout.height or HEIGHT
     (left, right), (bottom, top) = x or (0, 1), y or (0, 1)
-    across = (width - margin.l - margin.r) / width
-    along = (height - margin.t - margin.b) / height
+    across = (width - edges["l"] - edges["r"]) / width
+    along = (height - edges["t"] - edges["b"]) / height
     return [
-        margin.l / width + across * left,
-        margin.b / height + along * bottom,
+        edges["l"] / width + across * left,
+        edges["b"] / height + along * bottom,
         across * (right - left),
         along * (top - bottom),
     ]
