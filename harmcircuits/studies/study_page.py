@@ -257,6 +257,7 @@ def _shared_lines(study: Study) -> list[list[str]]:
         if name == "circuit" or name.startswith(("opposite", "second", "random_magnitude")):
             continue
         title = name.removeprefix("circuit-").replace("_only", " only protected").replace("_", " ")
+        title = title.replace("random-", "random, seed ")
         size = f"{mask.n_removed:,}"
         if not mask.n_removed:
             lines.append([title, size, DASH, DASH, "the mask is empty"])

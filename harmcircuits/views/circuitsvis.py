@@ -32,7 +32,15 @@ from harmcircuits.views.stills import ending, until_script, write_still
 from harmcircuits.views.token_stills import DRAWINGS, element_still, panels_still
 
 PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
+GAP = 12  # between panels, in pixels
 TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
+
+TITLES = {
+    "ColoredTokens": "Tokens",
+    "AttentionPattern": "Attention",
+    "TextNeuronActivations": "Neurons over a text",
+    "TopkTokens": "Tokens gained and lost",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +86,8 @@ class Visual:
             ValueError: another ending, or a still of an element that only circuitsvis draws.
         """
         if ending(path) == ".html":
-            write_view(path, title or self.element, self.html(), script=circuitsvis_script())
+            title = title or TITLES.get(self.element, self.element)
+            write_view(path, title, self.html(), script=circuitsvis_script())
             return
         _refuse_still(path, [self])
         write_still(path, self._still, title)
@@ -97,8 +106,8 @@ class Panels:
 
     Attributes:
         views: title -> view, line by line.
-        columns: how many stand in a line.
-        width: of each at least, in pixels; where there is no room, lines scroll.
+        columns: how many stand in a line at most.
+        width: of each at least, in pixels; where there is no room for one, it scrolls.
     """
 
     views: Mapping[str, Visual]
@@ -118,8 +127,11 @@ class Panels:
             # Its rows reach 15 pixels beyond what they stand in.
             body = f'<div style="padding:0 15px">{view.html()}</div>'
             panels.append(f'<div style="{card}">{heading}{body}</div>')
-        columns = f"repeat({self.columns},minmax({self.width}px,{2 * self.width}px))"
-        grid = f"display:grid;gap:12px;grid-template-columns:{columns}"
+        # As many columns as there is room for, and no more than asked for.
+        least = f"max({self.width}px,{100 / self.columns:g}% - {GAP}px)"
+        columns = f"repeat(auto-fit,minmax({least},1fr))"
+        widest = f"max-width:{2 * self.columns * self.width}px"
+        grid = f"display:grid;gap:{GAP}px;grid-template-columns:{columns};{widest}"
         inner = f'<div style="{grid}">{"".join(panels)}</div>'
         # It can be reached and scrolled by keyboard.
         label = escape(listed(self.views))
@@ -137,7 +149,9 @@ class Panels:
             ValueError: another ending, or a still of an element that only circuitsvis draws.
         """
         if ending(path) == ".html":
-            write_view(path, title or repr(self), self.html(), script=circuitsvis_script())
+            titles = (TITLES.get(view.element, view.element) for view in self.views.values())
+            title = title or listed(dict.fromkeys(titles))
+            write_view(path, title, self.html(), script=circuitsvis_script())
             return
         _refuse_still(path, list(self.views.values()))
         write_still(path, self._still, title)

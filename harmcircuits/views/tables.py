@@ -1,11 +1,11 @@
 """Rows as tables: for a terminal, and as cells of a page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -113,7 +113,9 @@ class TextTable(Table):
         for number, name in enumerate(columns):
             self.add_column(name, justify="left" if number < n_names else "right")
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Table | Text | str]:
         """The title, and each part under it."""
         if self.title:
             yield Text(str(self.title), style="table.title")

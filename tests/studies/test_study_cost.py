@@ -99,6 +99,8 @@ def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
     assert "983,040 block weights" in result.stdout
     for line in ("the model", "activations of a batch", "search, 8 steps", "study in all"):
         assert line in result.stdout
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
