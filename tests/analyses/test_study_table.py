@@ -40,7 +40,7 @@ def test_what_the_results_page_says_of_losses_is_in_the_rows():
 
     alone = "search, only benign protected"
     kl = (of(alone, "benign_kl"), of("search", "benign_kl"))
-    assert f"(KL {kl[0]:.2f} instead of {kl[1]:.2f})" in text
+    assert f"(KL {kl[0]:.3f} instead of {kl[1]:.3f})" in text
     predicted, measured = (
         of("search", f"{kind}_loss_change") for kind in ("predicted", "measured")
     )
