@@ -28,13 +28,14 @@ from torch.nn import functional
 from harmcircuits.display import listed
 from harmcircuits.views.figures import BLUE, RED
 from harmcircuits.views.page import write_view
-from harmcircuits.views.stills import ending, until_script, write_still
+from harmcircuits.views.stills import ending, with_still, write_still
 from harmcircuits.views.token_stills import DRAWINGS, element_still, panels_still
 
 PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
 GAP = 12  # between panels, in pixels
 TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
 
+LIBRARY = "CircuitsVis"  # as scripts know it
 TITLES = {
     "ColoredTokens": "Tokens",
     "AttentionPattern": "Attention",
@@ -96,8 +97,10 @@ class Visual:
         return element_still(self.element, self.props)
 
     def _repr_html_(self) -> str:
-        image = until_script(self._still, self.element) if self.element in DRAWINGS else ""
-        return image + circuitsvis_script() + self.html()
+        html = circuitsvis_script() + self.html()
+        if self.element not in DRAWINGS:
+            return html
+        return with_still(html, LIBRARY, self._still, repr(self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,9 +164,10 @@ class Panels:
         return panels_still(panels, self.columns)
 
     def _repr_html_(self) -> str:
-        are_drawn = all(view.element in DRAWINGS for view in self.views.values())
-        image = until_script(self._still, repr(self)) if are_drawn else ""
-        return image + circuitsvis_script() + self.html()
+        html = circuitsvis_script() + self.html()
+        if any(view.element not in DRAWINGS for view in self.views.values()):
+            return html
+        return with_still(html, LIBRARY, self._still, repr(self))
 
 
 def circuitsvis_script() -> str:

@@ -21,7 +21,7 @@ from harmcircuits.circuits.sites import KINDS
 from harmcircuits.measurements import Rows
 from harmcircuits.views.page import write_view
 from harmcircuits.views.plotly_stills import plotly_still
-from harmcircuits.views.stills import CLICK, ending, still, until_script, write_still
+from harmcircuits.views.stills import CLICK, ending, still, with_still, write_still
 
 RED = "#b3261e"
 BLUE = "#1f5fa8"
@@ -116,7 +116,7 @@ class Picture(go.Figure):
     def _repr_mimebundle_(self, *args: Any, **options: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(*args, **options)
         if "text/html" in bundle:
-            bundle["text/html"] = until_script(self._still, "Figure") + bundle["text/html"]
+            bundle["text/html"] = with_still(bundle["text/html"], "Plotly", self._still, "Figure")
         image = still(self._still, "png")
         return {**bundle, "image/png": b64encode(image).decode()}
 

@@ -104,18 +104,26 @@ def still(draw: Draw, kind: str, *, title: str = "", scale: int = 1) -> bytes:
     return content.getvalue()
 
 
-def until_script(draw: Draw, label: str) -> str:
-    """A still that the first script to run takes away: what remains where none does.
+def with_still(html: str, library: str, draw: Draw, label: str) -> str:
+    """HTML that a script draws, with a still in its place where none is run or none can draw.
 
     Args:
-        draw: draws it.
+        html: the HTML, scripts and all.
+        library: the name by which scripts know what draws, such as "Plotly".
+        draw: draws the still.
         label: what it shows, for those who do not see it.
     """
-    name = f"still-{uuid4().hex[:12]}"
+    name = uuid4().hex[:12]
     source = f"data:image/png;base64,{b64encode(still(draw, 'png')).decode()}"
     image = f'<img style="max-width:100%" alt="{escape(label)}" src="{source}">'
-    script = f'<script>document.getElementById("{name}").remove()</script>'
-    return f'<div id="{name}">{image}</div>{script}'
+    # Drawn while it is shown, since what is hidden has no size.
+    shown = f'<script>document.getElementById("live-{name}").style.display = ""</script>'
+    other = f'(window.{library} ? "still-" : "live-") + "{name}"'
+    return (
+        f'<div id="still-{name}">{image}</div>'
+        f'<div id="live-{name}" style="display:none">{shown}{html}</div>'
+        f"<script>document.getElementById({other}).remove()</script>"
+    )
 
 
 def ink(colour: Any) -> str:

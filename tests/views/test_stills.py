@@ -6,7 +6,6 @@ that becomes markup or a formula, a file that differs from run to run, an ending
 a notebook that is blank where scripts are stripped.
 """
 
-import re
 import socket
 import subprocess
 from io import BytesIO
@@ -289,13 +288,13 @@ def test_what_only_circuitsvis_draws_has_no_still(tmp_path):
     assert "<img" not in view._repr_html_()
 
 
-def test_a_notebook_has_a_still_that_the_first_script_takes_away():
+def test_a_notebook_has_a_still_before_what_scripts_draw():
     for view in VIEWS.values():
-        html = view()._repr_html_()
-        image, script = html.split("</div>", 1)
-        (name,) = re.findall(r'^<div id="(still-\w+)"', image)
-        assert f'getElementById("{name}").remove()' in script
+        image, live = view()._repr_html_().split('<div id="live-')
+        assert image.startswith('<div id="still-')
         assert image.count('src="data:image/png;base64,') == 1
+        assert "<script" not in image and live.count("CircuitsVis.render(") >= 1
+        assert 'style="display:none"' in live, "titles without what they name"
     bundle = FIGURES["location"]()._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     if "text/html" in bundle:

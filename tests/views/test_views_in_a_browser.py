@@ -14,6 +14,7 @@ from harmcircuits.views.circuitsvis import (
     coloured_tokens,
     gained_tokens,
 )
+from harmcircuits.views.stills import with_still
 
 pytestmark = pytest.mark.slow
 
@@ -88,15 +89,29 @@ def test_a_view_is_dark_on_a_dark_page(opened, tmp_path):
     assert "invert" in page.evaluate("getComputedStyle(document.querySelector('.drawn')).filter")
 
 
-@pytest.mark.parametrize("are_run", [True, False])
-def test_a_still_stands_where_scripts_are_not_run(opened, tmp_path, are_run):
+def written(path, html: str):
     """What a notebook holds, as a page."""
-    path = tmp_path / "output.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8>{VIEWS['tokens']()._repr_html_()}")
+    path.write_text(f"<!doctype html><meta charset=utf-8>{html}", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("are_run", [True, False])
+def test_a_still_stands_where_scripts_are_not_run(opened, tmp_path, are_run, name):
+    path = written(tmp_path / "output.html", VIEWS[name]()._repr_html_())
     page, errors = opened(path, java_script_enabled=are_run)
     assert not errors
-    assert page.locator("img").count() == (0 if are_run else 1)
+    stills = page.locator("img[src^='data:image/png']")
+    assert stills.count() == (0 if are_run else 1)
     if are_run:
-        page.get_by_text("sure").first.wait_for()
+        page.locator("[id^=circuits-vis] *").first.wait_for()
     else:
-        assert page.locator("img").bounding_box()["height"] > 20
+        assert stills.bounding_box()["height"] > 20
+        assert not page.locator("[id^=live]").is_visible()
+
+
+def test_a_still_stands_where_the_library_cannot_be_fetched(opened, tmp_path):
+    html = with_still("<p>drawn</p>", "Plotly", VIEWS["tokens"]()._still, "tokens")
+    page, _ = opened(written(tmp_path / "output.html", html))
+    assert page.locator("img").count() == 1
+    assert page.get_by_text("drawn").count() == 0
