@@ -92,7 +92,7 @@ class Picture(go.Figure):
     """A plotly figure that saves itself, and that notebooks show where no script runs as well."""
 
     # IPython would show it by this before it asks for `_repr_mimebundle_`.
-    _ipython_display_ = None
+    _ipython_display_: Any = None
 
     def save(self, path: str | Path, title: str = "") -> None:
         """Write it as a page that needs no network (5 MB: plotly's script), or as a still.

@@ -22,8 +22,10 @@ from harmcircuits.views.treemap_still import draw_treemap
 WIDTH = 1100  # pixels, where a figure names none
 HEIGHT = 450
 MARGIN = 60
-DASHES = {"solid": "-", "dot": ":", "dash": "--"}
+DASHES: dict[str, Any] = {"solid": "-", "dot": ":", "dash": "--"}
 MARKED = 20  # plotly marks the points of a line that has fewer
+
+Place = tuple[float, float, float, float]  # left, bottom, width and height, as shares of a figure
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def plotly_still(figure: go.Figure) -> Figure:
         panels[y_name] = axes
         _draw(axes, traces, scales, layout)
         _finish(axes, scales)
-    for trace in figure.select_traces({"type": "treemap"}):
+    for trace in _traces(figure):
+        if trace.type != "treemap":
+            continue
         axes = still.add_axes(_place(layout, trace.domain.x, trace.domain.y))
         values = np.array(trace.marker.colors, dtype=float)
         colours, norm = _colours(layout, values)
@@ -85,10 +89,15 @@ def plotly_still(figure: go.Figure) -> Figure:
     return still
 
 
+def _traces(figure: go.Figure) -> list[Any]:
+    """The traces, whose classes plotly does not tell."""
+    return list(figure.data)
+
+
 def _by_axes(figure: go.Figure) -> dict[tuple[str, str], list[Any]]:
     """Names of a panel's axes -> its traces."""
     panels: dict[tuple[str, str], list[Any]] = {}
-    for trace in figure.data:
+    for trace in _traces(figure):
         if trace.type != "treemap":
             panels.setdefault((trace.xaxis or "x", trace.yaxis or "y"), []).append(trace)
     return panels
@@ -104,7 +113,7 @@ def _scales(figure: go.Figure, x_name: str, y_name: str) -> tuple[Scale, Scale]:
     scales = []
     for name in (x_name, y_name):
         values: list[Any] = []
-        for trace in figure.data:
+        for trace in _traces(figure):
             on_it = trace.type != "treemap" and (trace[f"{name[0]}axis"] or name[0]) == name
             of_trace = trace[name[0]] if on_it else None
             values += [] if of_trace is None else list(of_trace)
@@ -112,7 +121,7 @@ def _scales(figure: go.Figure, x_name: str, y_name: str) -> tuple[Scale, Scale]:
     return scales[0], scales[1]
 
 
-def _place(layout: Any, x: Sequence[float] | None, y: Sequence[float] | None) -> list[float]:
+def _place(layout: Any, x: Sequence[float] | None, y: Sequence[float] | None) -> Place:
     """Left, bottom, width and height of a part of the figure, as shares of it."""
     edges = {
         side: MARGIN if layout.margin[side] is None else layout.margin[side] for side in "lrtb"
@@ -121,12 +130,12 @@ def _place(layout: Any, x: Sequence[float] | None, y: Sequence[float] | None) ->
     (left, right), (bottom, top) = x or (0, 1), y or (0, 1)
     across = (width - edges["l"] - edges["r"]) / width
     along = (height - edges["t"] - edges["b"]) / height
-    return [
+    return (
         edges["l"] / width + across * left,
         edges["b"] / height + along * bottom,
         across * (right - left),
         along * (top - bottom),
-    ]
+    )
 
 
 def _draw(axes: Axes, traces: Sequence[Any], scales: tuple[Scale, Scale], layout: Any) -> None:
@@ -215,8 +224,15 @@ def _draw_heatmap(axes: Axes, trace: Any, scales: tuple[Scale, Scale], layout: A
     for (line, column), text in np.ndenumerate(texts):
         if text:
             colour = ink(colours(norm(values[line, column])))
-            place = {"ha": "center", "va": "center"}
-            axes.text(x[column], y[line], text, color=colour, size=size, **place)
+            axes.text(
+                float(x[column]),
+                float(y[line]),
+                str(text),
+                ha="center",
+                va="center",
+                color=colour,
+                size=size,
+            )
 
 
 def _edges(middles: np.ndarray) -> np.ndarray:
@@ -249,7 +265,7 @@ def _finish(axes: Axes, scales: tuple[Scale, Scale]) -> None:
         _set_ticks(axes, name, scale)
         getattr(axes, f"set_{name}label")(_plain(axis.title.text or ""))
         if axis.gridcolor and axis.showgrid is not False:
-            axes.grid(axis=name, color=axis.gridcolor)
+            getattr(axes, f"{name}axis").grid(visible=True, color=axis.gridcolor)
         if axis.showline:
             axes.spines[:].set_visible(True)
             axes.spines[:].set_color(axis.linecolor)
@@ -349,7 +365,7 @@ def _add_colour_bar(still: Figure, layout: Any) -> None:
 def _add_legend(still: Figure, figure: go.Figure) -> None:
     """The names of lines and bars, each once, below everything else."""
     entries = {}
-    for trace in figure.data:
+    for trace in _traces(figure):
         if trace.type in ("scatter", "scattergl", "bar") and trace.name:
             entries.setdefault(trace.name, trace)
     if len(entries) < 2:

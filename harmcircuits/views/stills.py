@@ -29,7 +29,7 @@ CLICK = "; click to open"  # what a title says on a page alone
 
 BLACK = "#20242a"
 FAINT = "#6b727c"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "harmcircuits",  # names in the file are not drawn anew

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from harmcircuits.views.figures import BLUE, RED, SILVER
@@ -84,7 +84,7 @@ def panels_still(
     return still
 
 
-def _axes(still: FigureBase, size: tuple[float, float], corner: tuple[float, float]) -> Axes:
+def _axes(still: Figure, size: tuple[float, float], corner: tuple[float, float]) -> Axes:
     """Axes that count inches to the right and down."""
     whole_width, whole_height = still.get_size_inches()
     (width, height), (left, top) = size, corner
@@ -248,7 +248,7 @@ def _scale_bar(axes: Axes, colours: Colormap, norm: Normalize) -> None:
     """The colours from one end to the other, with their values."""
     bar = axes.figure.colorbar(ScalarMappable(norm, colours), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
-    ends = [norm.vmin, norm.vmax]
+    ends = [float(norm.inverse(share)) for share in (0.0, 1.0)]
     bar.set_ticks(ends, labels=[f"{end:g}" for end in ends])
     axes.tick_params(length=0, labelsize=7)
 

@@ -53,7 +53,8 @@ def draw_treemap(axes: Axes, trace: Any, colours: np.ndarray) -> None:
         trace: plotly's; of one root, whose name is left out.
         colours: of each box.
     """
-    size = axes.get_window_extent().size / axes.figure.dpi
+    extent = axes.get_window_extent()
+    size = (extent.width / axes.figure.dpi, extent.height / axes.figure.dpi)
     axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
     axes.axis("off")
     children: dict[str, list[int]] = {}
