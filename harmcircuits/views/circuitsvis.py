@@ -126,7 +126,7 @@ class Panels:
         for title, view in self.views.items():
             heading = f'<div style="font-weight:600">{escape(title)}</div>'
             # circuitsvis writes axes in dark grey, which a dark page would swallow.
-            card = "background:#fff;color:#222;border-radius:6px;padding:8px 12px"
+            card = "background:#fff;color:#222;border-radius:6px;padding:8px 12px;min-width:0"
             # Its rows reach 15 pixels beyond what they stand in.
             body = f'<div style="padding:0 15px">{view.html()}</div>'
             panels.append(f'<div style="{card}">{heading}{body}</div>')
