@@ -329,8 +329,7 @@ def write(out: Path, rows: Rows) -> None:
     summary = table(rows, methods())
     console = Console()
     if not summary.empty:  # as with halves of the answers alone
-        (out / "summary.md").write_text(markdown(summary) + "
-", encoding="utf-8")
+        (out / "summary.md").write_text(markdown(summary) + "\n", encoding="utf-8")
         console.print(frame_table(summary))
         figure(rows).save(out / "figure.html")
     if {"search", "rounds"} <= by_method(rows).keys():
