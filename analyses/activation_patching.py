@@ -110,11 +110,7 @@ claim.figure("Heads", heatmaps(heads, x="head", y="layer"))
 
 # %%
 # Where the heads that restore most attend, in one request: without the mask, and with it.
-attended = circuit.where("attention").by("state")
-claim.figure("Attention of the strongest heads", attention_view(attended["unpruned"]))
-
-# %%
-claim.figure("Their attention under the mask", attention_view(attended["masked"]))
+claim.figure("Attention of the strongest heads", attention_view(circuit.where("attention")))
 
 # %% [markdown]
 # ## The controls

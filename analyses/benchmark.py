@@ -36,7 +36,6 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
@@ -46,6 +45,7 @@ from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch
 from harmcircuits.views.page import plot, section, table, write_page
+from harmcircuits.views.tables import text_table
 
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
@@ -451,7 +451,7 @@ HEAD = ["", "seconds [range]", "× plain", "tokens/s", "peak MiB", "estimated Mi
 
 
 def show(rows: Rows, page: Path | None) -> None:
-    shown = Table(*HEAD)
+    shown = text_table("", HEAD)
     for line in lines(rows):
         shown.add_row(*line)
     speed = rows.one("flop_per_second", grown="none", method="plain")

@@ -32,6 +32,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from rich.console import Console
 from safetensors.torch import load_file
 from search_results import cost_cells
 
@@ -44,6 +45,7 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.views.tables import frame_table
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
 RELEARNED = 0.004  # the size of the masks that are relearned
@@ -237,7 +239,8 @@ def main(
     tables = (recovery_table(rows), reach_table(rows), relearning_table(rows))
     text = "\n\n".join(table.to_string(index=False) for table in tables)
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    for table, n_names in zip(tables, (2, 3, 3), strict=True):
+        Console().print(frame_table(table, n_names=n_names))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,28 @@
 # %% [markdown]
 # # The picture of the README
-# `python analyses/readme_figure.py RUN PICTURE.png` draws the trade-off from the rows of a finished
-# study. Writing a PNG needs kaleido and a Chrome or Chromium; give a name ending in .html to go
-# without.
+# `python analyses/readme_figure.py docs/figures/tradeoff.png` draws the trade-off from the committed
+# rows of the study on `sft`.
 
 # %%
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from study_table import ROWS, terms_of
 
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.study_page import tradeoff_figure
-from harmcircuits.studies.terms import Terms
 
 
 # %%
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of a study.")],
     picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
+    rows_of_study: Annotated[
+        Path, typer.Option("--rows", help="The rows.jsonl of a study.")
+    ] = ROWS,
 ) -> None:
-    rows = Rows.read(run / "rows.jsonl")
-    # The first is the operating point; the circuit that protects benign answers alone follows.
-    chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="search")[0]
-    protected = str(chosen.labels["protected"]).split(", ")
-    figure = tradeoff_figure(rows, Terms.standard(protected))
-    if picture.suffix == ".html":
-        figure.write_html(picture, include_plotlyjs=True)
-    else:
-        figure.write_image(picture, width=1100, height=360, scale=2)
+    rows = Rows.read(rows_of_study)
+    tradeoff_figure(rows, terms_of(rows)).save(picture)
 
 
 if __name__ == "__main__":

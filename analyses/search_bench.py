@@ -34,6 +34,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from baselines import WAYS, Calibrations, Edit, Method, edited
+from rich.console import Console
 from search_results import (
     BUDGET,
     CAP,
@@ -57,6 +58,7 @@ from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import specs, takes_custom_model
+from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 PARTS = ("all", "A", "B")  # of the answers
@@ -325,14 +327,15 @@ def bench_jobs(
 def write(out: Path, rows: Rows) -> None:
     """The tables and the figure, as files; the tables on the screen too."""
     summary = table(rows, methods())
+    console = Console()
     if not summary.empty:  # as with halves of the answers alone
         (out / "summary.md").write_text(markdown(summary) + "\n", encoding="utf-8")
-        typer.echo(summary.to_string(index=False))
-        figure(rows).write_html(out / "figure.html", include_plotlyjs=True)
+        console.print(frame_table(summary))
+        figure(rows).save(out / "figure.html")
     if {"search", "rounds"} <= by_method(rows).keys():
         cases = case_table(rows)
         (out / "cases.md").write_text(markdown(cases) + "\n", encoding="utf-8")
-        typer.echo(cases.to_string(index=False))
+        console.print(frame_table(cases, n_names=3))
         typer.echo(times_text(rows))
 
 

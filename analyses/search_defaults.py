@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 import typer
 from baselines import Calibrations, Method
+from rich.console import Console
 from search_bench import SIZES as BENCH_SIZES
 from search_bench import opened
 from search_results import CAP, by_method, percent
@@ -46,6 +47,7 @@ from harmcircuits.measurements import Labels, Rows
 from harmcircuits.prompts import Batch
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.002, 0.004)
 MODELS = ("sft", "dpo")
@@ -230,7 +232,7 @@ def main(
                 labels = {"ladder": "shipped", "model": model, "part": half, "method": name}
                 jobs.append(Job(labels, partial(variant, model, half, name, labels)))
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="defaults")
-    print(variants(rows).to_string(index=False))
+    Console().print(frame_table(variants(rows)))
 
 
 if __name__ == "__main__":

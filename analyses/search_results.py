@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.express as px
-from plotly.graph_objects import Figure
 
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms.check import LADDER
+from harmcircuits.views.figures import Picture
 
 BUDGET = 0.02  # nats that benign answers may lose
 POINT = 0.01 + 1e-6  # that a kept rate may fall
@@ -291,7 +291,7 @@ def resampled(
 
 
 # %%
-def figure(rows: Rows) -> Figure:
+def figure(rows: Rows) -> Picture:
     """Harm that goes by the best mask within budget against its size; mean of aligned models."""
     x, y = "weights, %", "harm that goes, points"
     points = []
@@ -313,4 +313,5 @@ def figure(rows: Rows) -> Figure:
         template="plotly_white",
     )
     sizes = sorted({point[x] for point in points})
-    return drawn.update_xaxes(tickvals=sizes, ticktext=[f"{size:g}" for size in sizes])
+    drawn.update_xaxes(tickvals=sizes, ticktext=[f"{size:g}" for size in sizes])
+    return Picture(drawn)

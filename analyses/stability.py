@@ -41,6 +41,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import typer
 from baselines import rounds
+from rich.console import Console
 from search_bench import with_prompts
 from search_results import ENDED, cost_cells
 from torch import Tensor
@@ -56,6 +57,7 @@ from harmcircuits.organisms import FOLDER
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
+from harmcircuits.views.tables import frame_table
 
 RUNGS = ("sft", "dpo")
 SIZES = (0.001, 0.002, 0.004)
@@ -345,9 +347,11 @@ def main(
         for name in rung or RUNGS:
             jobs += jobs_of(folder, name, draws)
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="stability")
-    text = "\n\n".join(table.to_string(index=False) for table in (overlaps(rows), effects(rows)))
+    tables = (overlaps(rows), effects(rows))
+    text = "\n\n".join(table.to_string(index=False) for table in tables)
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    for table in tables:
+        Console().print(frame_table(table, n_names=5))
 
 
 if __name__ == "__main__":

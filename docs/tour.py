@@ -233,7 +233,8 @@ def loss() -> float:
 with torch.no_grad():
     _, clean = bridge.run_with_cache(one.tokens)
     whole = loss()
-n_layers, n_positions = len(bridge.blocks), one.tokens.shape[1]
+n_layers = len(bridge.blocks)
+n_positions = one.tokens.shape[1] - 1  # the last token is predicted, and not read
 restored = torch.zeros(n_layers, n_positions)
 with hc.masked(bridge, mask):
     gap = loss() - whole
@@ -259,7 +260,7 @@ def patching_figure(shares: torch.Tensor) -> Figure:
         aspect="auto",
         height=320,
     )
-    return figure.update_xaxes(tickvals=list(range(len(words))), ticktext=words)
+    return figure.update_xaxes(tickvals=list(range(n_positions)), ticktext=words[:n_positions])
 
 
 patching_figure(restored)

@@ -181,9 +181,9 @@ def study_command(
             )
     console.print(*result_tables(run.rows, run.terms), sep="\n")
     text = summary(run.rows, run.terms)
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(text, highlight=False, markup=False)
     stages = [f"{name} {duration(time_of)}" for name, time_of in {**seconds, **run.seconds}.items()]
-    console.print(f"Time: {', '.join(stages)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Time: {', '.join(stages)}", highlight=False, markup=False)
     console.print(f"Report: {out / PAGE}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -14,6 +14,7 @@ import jaxtyping
 ROOMS = ("circuits", "hooks", "behaviours", "views", "studies", "prompts", "measurements", "export")
 jaxtyping.install_import_hook([f"harmcircuits.{room}" for room in ROOMS], "typechecker.check")
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, where there is one; of a module, since its event loop must not outlive it."""
+    driver = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with driver.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

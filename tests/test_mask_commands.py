@@ -24,7 +24,7 @@ REQUEST = "what is it ?"
 
 
 def run(*arguments: str):
-    return CliRunner(env={"COLUMNS": "140"}).invoke(app, [*map(str, arguments)])
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [*map(str, arguments)])
 
 
 def lines_of(result) -> list[dict]:
@@ -129,6 +129,7 @@ def test_figures_are_those_of_the_model_and_of_the_masked_model(masks, tmp_path,
     removed = model.measure(mask=WeightMask.load(file), only="benign").one("benign_nll").mean
     assert rows.one("benign_nll", mask="none").mean < under.mean < removed
     assert f"{under:.3g}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert "rows.jsonl exists" in run(*arguments).stderr
 
 

@@ -34,13 +34,13 @@ from harmcircuits.studies.options import (
     takes_custom_model,
     with_options,
 )
-from harmcircuits.views.circuitsvis import Visual, circuitsvis_script
+from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
 from harmcircuits.views.page import frame, paragraphs, plot, section, write_page
 
 if TYPE_CHECKING:
     import pandas
 
-AnyFigure = TypeVar("AnyFigure", Figure, Visual)
+AnyFigure = TypeVar("AnyFigure", Figure, Visual, Panels)
 
 Outcome = Literal["holds", "holds in part", "does not hold here"]
 HOLDS: Outcome = "holds"
@@ -189,7 +189,9 @@ class Claim:
     seeds: int = 3
     small_models: Sequence[str] = ()
     experiments: list[Experiment] = field(default_factory=list, init=False)
-    figures: dict[str, Figure | Visual] = field(default_factory=dict, init=False, repr=False)
+    figures: dict[str, Figure | Visual | Panels] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
     _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
     _outcome: Callable[[Rows], Outcome] | None = field(default=None, init=False, repr=False)
@@ -354,7 +356,7 @@ class Claim:
         sections = []
         is_first = True
         for title, figure in self.figures.items():
-            if isinstance(figure, Visual):
+            if isinstance(figure, Visual | Panels):
                 content = figure.html()
             else:
                 content = plot(figure, first=is_first)
@@ -365,7 +367,7 @@ class Claim:
     @property
     def _script(self) -> str:
         """circuitsvis' own, where a figure needs it."""
-        needs_it = any(isinstance(figure, Visual) for figure in self.figures.values())
+        needs_it = any(isinstance(figure, Visual | Panels) for figure in self.figures.values())
         return circuitsvis_script() if needs_it else ""
 
     @property

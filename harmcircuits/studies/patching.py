@@ -17,7 +17,7 @@ from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.patching import activation_patching, aligned
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch, PromptSet
-from harmcircuits.views.circuitsvis import Visual, attention_heads, coloured_tokens
+from harmcircuits.views.circuitsvis import Panels, Visual, attention_pairs, coloured_tokens
 
 LEAST_ATTENTION = 0.02  # less is left out of rows
 
@@ -126,23 +126,24 @@ def attention_rows(
     return attended
 
 
-def attention_view(rows: Rows) -> Visual:
-    """The attention of a text's heads, from the `attention` rows of one state.
+def attention_view(rows: Rows) -> Panels:
+    """The attention of a text's heads, unpruned to the left and masked to the right.
 
     Args:
         rows: from `attention_rows`.
     """
     # Every token attends to something, so it has a row.
     tokens = list(rows.by("position"))
-    patterns = []
-    heads = rows.by("layer", "head")
-    for of_head in heads.values():
-        pattern = torch.zeros(len(tokens), len(tokens))
-        for row in of_head:
-            place = tokens.index(row.labels["position"]), tokens.index(row.labels["to"])
-            pattern[place] = row.mean
-        patterns.append(pattern)
-    return attention_heads(tokens, torch.stack(patterns), list(heads))
+    heads = list(rows.by("layer", "head"))
+    patterns = {}
+    for state, of_state in rows.by("state").items():
+        patterns[state] = torch.zeros(len(heads), len(tokens), len(tokens))
+        for row in of_state:
+            head = heads.index((row.labels["layer"], row.labels["head"]))
+            position = tokens.index(row.labels["position"])
+            to = tokens.index(row.labels["to"])
+            patterns[state][head, position, to] = row.mean
+    return attention_pairs(tokens, patterns["unpruned"], patterns["masked"], heads)
 
 
 def token_view(rows: Rows) -> Visual:

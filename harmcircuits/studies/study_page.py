@@ -5,8 +5,6 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from plotly.graph_objects import Figure
-
 from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import overlap
@@ -27,11 +25,11 @@ from harmcircuits.studies.summary import headline as headline_lines
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.circuitsvis import (
     Visual,
-    attention_heads,
+    attention_pairs,
     circuitsvis_script,
     coloured_tokens,
 )
-from harmcircuits.views.figures import comparison_figure, location_figure, share_figure
+from harmcircuits.views.figures import Picture, comparison_figure, location_figure, share_figure
 from harmcircuits.views.page import (
     contents,
     download,
@@ -151,7 +149,7 @@ def write_study_page(study: Study, path: str | Path) -> None:
     write_page(path, title, sections, script=circuitsvis_script())
 
 
-def tradeoff_figure(rows: Rows, terms: Terms) -> Figure:
+def tradeoff_figure(rows: Rows, terms: Terms) -> Picture:
     """The target and the worst kept ability against the share of weights removed (choice split).
 
     Curves: the search, one shot, the published set difference, random weights, the opposite sign.
@@ -265,6 +263,7 @@ def _shared_lines(study: Study) -> list[list[str]]:
         if name == "circuit" or name.startswith(("opposite", "second", "random_magnitude")):
             continue
         title = name.removeprefix("circuit-").replace("_only", " only protected").replace("_", " ")
+        title = title.replace("random-", "random, seed ")
         size = f"{mask.n_removed:,}"
         if not mask.n_removed:
             lines.append([title, size, DASH, DASH, "the mask is empty"])
@@ -319,14 +318,6 @@ def _token_views(examples: Examples) -> dict[str, list[Visual]]:
     return views
 
 
-def _attention(examples: Examples) -> dict[str, Visual]:
-    text, heads = examples.text, examples.heads
-    return {
-        "unpruned": attention_heads(text, examples.unpruned, heads),
-        "masked": attention_heads(text, examples.pruned, heads),
-    }
-
-
 def _tokens_html(examples: Examples) -> str:
     html = ""
     for name, views in _token_views(examples).items():
@@ -336,7 +327,5 @@ def _tokens_html(examples: Examples) -> str:
 
 
 def _attention_html(examples: Examples) -> str:
-    panels = []
-    for title, view in _attention(examples).items():
-        panels.append(f'<div tabindex="0"><h3>{title}</h3>{view.html()}</div>')
-    return f'<div class="pair drawn">{"".join(panels)}</div>'
+    view = attention_pairs(examples.text, examples.unpruned, examples.pruned, examples.heads)
+    return f'<div class="drawn">{view.html()}</div>'

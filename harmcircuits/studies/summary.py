@@ -130,7 +130,7 @@ def judge_table(rows: Rows) -> Table:
     Args:
         rows: of a study, or `Model.validation`.
     """
-    grid = text_table("The judge of harm", JUDGE)
+    grid = text_table("The judge of harm", JUDGE, n_names=2)
     for line in judge_lines(rows):
         grid.add_row(*line)
     return grid

@@ -21,15 +21,27 @@ from typing import Any
 import torch
 from circuitsvis.utils.convert_props import convert_prop_type
 from jaxtyping import Float, Shaped
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
 from harmcircuits.display import listed
 from harmcircuits.views.figures import BLUE, RED
 from harmcircuits.views.page import write_view
+from harmcircuits.views.stills import ending, with_still, write_still
+from harmcircuits.views.token_stills import DRAWINGS, element_still, panels_still
 
 PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
+GAP = 12  # between panels, in pixels
 TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
+
+LIBRARY = "CircuitsVis"  # as scripts know it
+TITLES = {
+    "ColoredTokens": "Tokens",
+    "AttentionPattern": "Attention",
+    "TextNeuronActivations": "Neurons over a text",
+    "TopkTokens": "Tokens gained and lost",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,16 +77,30 @@ class Visual:
         return f'<div id="{name}"></div><script>{call}</script>'
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write it as one HTML file that needs no network.
+        """Write it as one page that needs no network, or as a still.
 
         Args:
-            path: the file.
+            path: the file, ending in .html, .svg or .png.
             title: stands above it; plain text.
+
+        Raises:
+            ValueError: another ending, or a still of an element that only circuitsvis draws.
         """
-        write_view(path, title or self.element, self.html(), script=circuitsvis_script())
+        if ending(path) == ".html":
+            title = title or TITLES.get(self.element, self.element)
+            write_view(path, title, self.html(), script=circuitsvis_script())
+            return
+        _refuse_still(path, [self])
+        write_still(path, self._still, title)
+
+    def _still(self) -> Figure:
+        return element_still(self.element, self.props)
 
     def _repr_html_(self) -> str:
-        return circuitsvis_script() + self.html()
+        html = circuitsvis_script() + self.html()
+        if self.element not in DRAWINGS:
+            return html
+        return with_still(html, LIBRARY, self._still, repr(self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,8 +109,8 @@ class Panels:
 
     Attributes:
         views: title -> view, line by line.
-        columns: how many stand in a line.
-        width: of each at least, in pixels; where there is no room, lines scroll.
+        columns: how many stand in a line at most.
+        width: of each at least, in pixels; where there is no room for one, it scrolls.
     """
 
     views: Mapping[str, Visual]
@@ -100,25 +126,48 @@ class Panels:
         for title, view in self.views.items():
             heading = f'<div style="font-weight:600">{escape(title)}</div>'
             # circuitsvis writes axes in dark grey, which a dark page would swallow.
-            card = "background:#fff;color:#222;border-radius:6px;padding:8px 12px"
+            card = "background:#fff;color:#222;border-radius:6px;padding:8px 12px;min-width:0"
             # Its rows reach 15 pixels beyond what they stand in.
             body = f'<div style="padding:0 15px">{view.html()}</div>'
             panels.append(f'<div style="{card}">{heading}{body}</div>')
-        columns = f"repeat({self.columns},minmax({self.width}px,{2 * self.width}px))"
-        grid = f"display:grid;gap:12px;grid-template-columns:{columns}"
-        return f'<div style="overflow-x:auto"><div style="{grid}">{"".join(panels)}</div></div>'
+        # As many columns as there is room for, and no more than asked for.
+        least = f"max({self.width}px,{100 / self.columns:g}% - {GAP}px)"
+        columns = f"repeat(auto-fit,minmax({least},1fr))"
+        widest = f"max-width:{2 * self.columns * self.width}px"
+        grid = f"display:grid;gap:{GAP}px;grid-template-columns:{columns};{widest}"
+        inner = f'<div style="{grid}">{"".join(panels)}</div>'
+        # It can be reached and scrolled by keyboard.
+        label = escape(listed(self.views))
+        outer = f'tabindex="0" role="region" aria-label="{label}" style="overflow-x:auto"'
+        return f"<div {outer}>{inner}</div>"
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write them as one HTML file that needs no network.
+        """Write them as one page that needs no network, or as a still.
 
         Args:
-            path: the file.
+            path: the file, ending in .html, .svg or .png.
             title: stands above them; plain text.
+
+        Raises:
+            ValueError: another ending, or a still of an element that only circuitsvis draws.
         """
-        write_view(path, title or repr(self), self.html(), script=circuitsvis_script())
+        if ending(path) == ".html":
+            titles = (TITLES.get(view.element, view.element) for view in self.views.values())
+            title = title or listed(dict.fromkeys(titles))
+            write_view(path, title, self.html(), script=circuitsvis_script())
+            return
+        _refuse_still(path, list(self.views.values()))
+        write_still(path, self._still, title)
+
+    def _still(self) -> Figure:
+        panels = [(title, view.element, view.props) for title, view in self.views.items()]
+        return panels_still(panels, self.columns)
 
     def _repr_html_(self) -> str:
-        return circuitsvis_script() + self.html()
+        html = circuitsvis_script() + self.html()
+        if any(view.element not in DRAWINGS for view in self.views.values()):
+            return html
+        return with_still(html, LIBRARY, self._still, repr(self))
 
 
 def circuitsvis_script() -> str:
@@ -158,29 +207,6 @@ def coloured_tokens(
         "maxValue": largest,
     }
     return Visual("ColoredTokens", props)
-
-
-def attention_heads(
-    tokens: Sequence[str],
-    patterns: Float[Tensor, "head pos pos"],
-    heads: Sequence[tuple[int, int]],
-) -> Visual:
-    """Attention of some heads on a text.
-
-    Args:
-        tokens: of the text.
-        patterns: from `attention_patterns`.
-        heads: (layer, head) of each.
-    """
-    props = {
-        "tokens": list(tokens),
-        "attention": patterns,
-        "attentionHeadNames": [f"L{layer} H{head}" for layer, head in heads],
-        "minValue": 0.0,
-        "maxValue": 1.0,
-        "maskUpperTri": True,
-    }
-    return Visual("AttentionHeads", props)
 
 
 def attention_pairs(
@@ -334,6 +360,15 @@ def gained_tokens(
         "sampleLabels": ["change of probability"],
     }
     return Visual("TopkTokens", props)
+
+
+def _refuse_still(path: str | Path, views: Sequence[Visual]) -> None:
+    for view in views:
+        if view.element not in DRAWINGS:
+            raise ValueError(
+                f"{path}: {view.element} has no still, only {listed(DRAWINGS)} have; end the name "
+                "in .html"
+            )
 
 
 def _words(tokens: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 Each but `heatmaps` is a call of `plotly.express` on a table of the rows, and then its axes.
 """
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, isnan
@@ -13,10 +14,14 @@ import numpy as np
 import pandas
 import plotly.express as px
 import plotly.graph_objects as go
+from matplotlib.figure import Figure as MatplotlibFigure
 from plotly.subplots import make_subplots
 
 from harmcircuits.circuits.sites import KINDS
 from harmcircuits.measurements import Rows
+from harmcircuits.views.page import write_view
+from harmcircuits.views.plotly_stills import plotly_still
+from harmcircuits.views.stills import CLICK, ending, still, with_still, write_still
 
 RED = "#b3261e"
 BLUE = "#1f5fa8"
@@ -50,7 +55,24 @@ FONT = {
 }
 TITLE_SIZE = 16  # of a panel
 INTERVAL = {"thickness": 1, "width": 2}
-SHARE_TICKS = [0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]  # per cent
+SHARE_TICKS = [
+    0.0001,
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1,
+    2,
+    5,
+    10,
+]  # per cent
 LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
 LIFT_RANGE = 4.0  # of log2: from a sixteenth of chance to sixteen times chance
 MAP_FIGURES = ["mean", "of", "chance"]  # weights removed, weights, weights removed by chance
@@ -66,12 +88,45 @@ LEAST_LINE = 18  # pixels, for a number
 MANY_COLUMNS = 6  # from which on labels are slanted
 
 
+class Picture(go.Figure):
+    """A plotly figure that saves itself, and that notebooks show where no script runs as well."""
+
+    # IPython would show it by this before it asks for `_repr_mimebundle_`.
+    _ipython_display_: Any = None
+
+    def save(self, path: str | Path, title: str = "") -> None:
+        """Write it as a page that needs no network (5 MB: plotly's script), or as a still.
+
+        Args:
+            path: the file, ending in .html, .svg or .png.
+            title: stands above it; plain text.
+
+        Raises:
+            ValueError: another ending.
+        """
+        if ending(path) == ".html":
+            content = self.to_html(full_html=False, include_plotlyjs=True)
+            write_view(path, title or "Figure", content)
+        else:
+            write_still(path, self._still, title)
+
+    def _still(self) -> MatplotlibFigure:
+        return plotly_still(self)
+
+    def _repr_mimebundle_(self, *args: Any, **options: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(*args, **options)
+        if "text/html" in bundle:
+            bundle["text/html"] = with_still(bundle["text/html"], "Plotly", self._still, "Figure")
+        image = still(self._still, "png")
+        return {**bundle, "image/png": b64encode(image).decode()}
+
+
 def share_figure(
     lines: Mapping[str, Mapping[float, Rows]],
     panels: Mapping[str, str],
     *,
     kept: Sequence[str],
-) -> go.Figure:
+) -> Picture:
     """Figures against the share of weights removed, in per cent, with 95 % intervals.
 
     One panel for each metric, and one for the worst kept ability. The first two lines are solid,
@@ -133,10 +188,12 @@ def share_figure(
     for column, is_rate in enumerate([*are_rates, True], start=1):
         if is_rate:
             figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", col=column)
-    return _styled(figure, height=380).update_layout(legend={"y": -0.3})
+    figure = _styled(figure, height=380)
+    figure.update_layout(legend={"y": -0.3})
+    return figure
 
 
-def location_figure(rows: Rows) -> go.Figure:
+def location_figure(rows: Rows) -> Picture:
     """Share of each block matrix that a mask takes (%), by layer and kind.
 
     The cell says how many weights.
@@ -171,18 +228,6 @@ def location_figure(rows: Rows) -> go.Figure:
     # Of many layers lines are lower, so that the figure fits a screen as long as they can be read.
     line_height = max(LEAST_LINE, min(48, SCREEN // max(1, len(layers))))
     return _styled(figure, height=110 + line_height * len(layers))
-
-
-class Picture(go.Figure):
-    """A plotly figure that saves itself."""
-
-    def save(self, path: str | Path) -> None:
-        """Write it as one HTML file that needs no network (5 MB: plotly's script).
-
-        Args:
-            path: the file.
-        """
-        self.write_html(path, include_plotlyjs=True)
 
 
 def component_map(rows: Rows) -> Picture:
@@ -224,7 +269,7 @@ def component_map(rows: Rows) -> Picture:
         1,
         2,
         specs=[[{"type": "xy"}, {"type": "domain"}]],
-        subplot_titles=["weights removed", "click to open"],
+        subplot_titles=["weights removed", f"the same as areas{CLICK}"],
         horizontal_spacing=0.04,
         column_widths=[0.5, 0.5],
     )
@@ -259,7 +304,7 @@ def component_map(rows: Rows) -> Picture:
     figure.update_traces(hovertemplate="%{y} %{x}<br>" + COUNTS_TEXT, selector={"type": "heatmap"})
     figure.update_traces(hovertemplate="%{label}<br>" + COUNTS_TEXT, selector={"type": "treemap"})
     figure.update_layout(margin={"l": 70, "b": 90}, plot_bgcolor=NO_DATA)
-    return Picture(figure)
+    return figure
 
 
 def _treemap(matrices: pandas.DataFrame, units: Rows) -> go.Treemap:
@@ -326,7 +371,7 @@ def _log_lift(removed: Any, chance: Any) -> Any:
 def cross_ablation_figure(
     panels: Mapping[str, Rows],
     rates: Mapping[str, str],
-) -> go.Figure:
+) -> Picture:
     """Rates under every removed circuit, in per cent.
 
     White: the ability is whole; red: it is gone.
@@ -365,13 +410,14 @@ def cross_ablation_figure(
     figure.update_yaxes(showgrid=False)
     figure.update_xaxes(tickangle=-40, showgrid=False)
     figure = _styled(figure, height=150 + 30 * len(masks))
-    return figure.update_layout(margin={"b": 95, "l": 150}, plot_bgcolor=NO_DATA)
+    figure.update_layout(margin={"b": 95, "l": 150}, plot_bgcolor=NO_DATA)
+    return figure
 
 
 def overlap_figure(
     panels: Mapping[str, Rows],
     pairs: Mapping[tuple[str, str], str],
-) -> go.Figure:
+) -> Picture:
     """Lift of pairs of circuits with 95 % intervals; one panel a null, one colour a model.
 
     The dotted line is chance.
@@ -419,10 +465,11 @@ def overlap_figure(
     )
     figure.update_xaxes(matches=None, gridcolor=GRID, tickvals=LIFT_TICKS)
     figure = _styled(figure, height=150 + 44 * len(pairs))
-    return figure.update_layout(margin={"l": 230})
+    figure.update_layout(margin={"l": 230})
+    return figure
 
 
-def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
+def token_figure(lines: Mapping[str, Rows]) -> Picture:
     """What each position adds to a mask's score, in nats.
 
     By its distance from the first answer token.
@@ -455,7 +502,7 @@ def token_figure(lines: Mapping[str, Rows]) -> go.Figure:
 def comparison_figure(
     lines: Mapping[str, Rows],
     columns: Mapping[str, str],
-) -> go.Figure:
+) -> Picture:
     """Rates of several masks as bars with 95 % intervals.
 
     Args:
@@ -493,7 +540,7 @@ def heatmaps(
     x: str,
     y: str,
     widest: float | None = None,
-) -> go.Figure:
+) -> Picture:
     """One heatmap for each panel, two a line; the mean is in the cell unless it rounds to 0.00.
 
     Columns and lines stand in the order of the rows. All panels share a colour scale.
@@ -561,7 +608,8 @@ def heatmaps(
         colorbar={"thickness": 12},
     )
     figure = _styled(figure, height=height + 150)
-    return figure.update_layout(margin={"l": 80, "b": 100})
+    figure.update_layout(margin={"l": 80, "b": 100})
+    return figure
 
 
 def profiles(
@@ -569,7 +617,7 @@ def profiles(
     *,
     x: str,
     title: str = "",
-) -> go.Figure:
+) -> Picture:
     """One panel for each title, two a line, with a curve for each name and 95 % intervals.
 
     Args:
@@ -616,7 +664,8 @@ def profiles(
         name = left.plotly_name.replace("axis", "")
         figure.update_yaxes(matches=name, row=line, col=2)
     figure = _styled(figure, height=height + 130)
-    return figure.update_layout(legend={"y": -45 / height}, margin={"b": 80})
+    figure.update_layout(legend={"y": -45 / height}, margin={"b": 80})
+    return figure
 
 
 def _lines(
@@ -690,7 +739,7 @@ def _two_places(value: float) -> str:
     return f"{value:.2f}"
 
 
-def _styled(figure: go.Figure, *, height: int) -> go.Figure:
+def _styled(figure: go.Figure, *, height: int) -> Picture:
     # px writes "panel=title" above a panel, "line" above a legend, and column names on hovering.
     for annotation in figure.select_annotations():
         title = annotation.text.removeprefix("panel=")
@@ -705,4 +754,4 @@ def _styled(figure: go.Figure, *, height: int) -> go.Figure:
         legend={"orientation": "h", "y": -0.22},
         legend_title="",
     )
-    return figure
+    return Picture(figure)

@@ -5,7 +5,6 @@ laptop, a section that is empty, a table that the keyboard does not reach, a dar
 text, a mask that cannot be downloaded.
 """
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,6 @@ from harmcircuits.studies.study_page import write_study_page
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WIDTHS = (390, 1280)
 OVERFLOWING = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 CLIPPED = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth + 1)"
@@ -36,17 +34,6 @@ def pages(tmp_path_factory):
         write_study_page(shown, folder / f"{name}.html")
     assert run.chosen is not None
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with driver.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -116,9 +103,26 @@ def test_the_keyboard_reaches_every_table_and_figure(open_page):
 def test_a_bar_is_hovered_and_the_mask_downloaded(open_page, tmp_path):
     page, errors = open_page("shipped", 1280)
     page.locator(".bars .point").first.hover(force=True)
-    page.locator(".hoverlayer .hovertext").first.wait_for(timeout=10_000)
+    page.locator(".hoverlayer .hovertext").first.wait_for(timeout=30_000)
     with page.expect_download() as download:
         page.get_by_text("Download the mask").click()
     download.value.save_as(tmp_path / "circuit.safetensors")
     assert WeightMask.load(tmp_path / "circuit.safetensors").n_removed > 0
     assert not errors
+
+
+def test_a_line_of_the_legend_is_switched_off(open_page):
+    page, errors = open_page("shipped", 1280)
+    bars = page.locator(".bars .point path")
+    whole = bars.count()
+    page.locator(".legendtoggle").first.click(force=True)
+    page.wait_for_function(
+        f"document.querySelectorAll('.bars .point path').length < {whole}", timeout=30_000
+    )
+    assert not errors
+
+
+def test_a_phone_shows_the_heads_below_each_other(open_page):
+    page, _ = open_page("shipped", 390)
+    panels = page.get_by_role("region", name="unpruned")
+    assert panels.evaluate("e => e.scrollWidth - e.clientWidth") <= 1

@@ -152,7 +152,7 @@ def test_the_page_needs_no_network(finished):
 def test_tables_and_summary_speak_of_the_rows(finished):
     run, _, _ = finished
     terminal = StringIO()
-    Console(width=140, file=terminal).print(*result_tables(run.rows, run.terms))
+    Console(width=80, file=terminal).print(*result_tables(run.rows, run.terms))
     for name in held_out_lines(run.rows, run.terms):
         assert name in terminal.getvalue()
     text = summary(run.rows, run.terms)
@@ -339,7 +339,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
     assert texts == ["chat:m", "all", "31", "0.91 [0.86, 0.96]", "0.87 [0.82, 0.92]", used]
 
     terminal = StringIO()
-    Console(width=140, file=terminal).print(*result_tables(run.rows, run.terms))
+    Console(width=80, file=terminal).print(*result_tables(run.rows, run.terms))
     assert "The judge of harm" in terminal.getvalue()
     warning = "Warning: the judge does not tell harmful answers from harmless ones"
     for text in (summary(run.rows, run.terms), html):

@@ -94,11 +94,13 @@ def test_a_first_look_has_less_of_everything(model):
 def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
     arguments = ["--answers", "4", "--protected-answers", "3", "--tflops", "1", "--bandwidth", "10"]
     config = str(FOLDER / "sft" / "config.json")
-    result = CliRunner(env={"COLUMNS": "140"}).invoke(app, ["cost", "--model", config, *arguments])
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["cost", "--model", config, *arguments])
     assert result.exit_code == 0, result.output
     assert "983,040 block weights" in result.stdout
     for line in ("the model", "activations of a batch", "search, 8 steps", "study in all"):
         assert line in result.stdout
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.views.circuitsvis import (
     Visual,
     activated_tokens,
-    attention_heads,
     attention_pairs,
     coloured_tokens,
     gained_tokens,
@@ -63,13 +62,6 @@ def test_properties_are_those_of_circuitsvis():
     )
     assert tokens.props.keys() == props_of_theirs("ColoredTokens", theirs).keys()
 
-    heads = attention_heads(["a"], torch.ones(1, 1, 1), [(0, 1)])
-    options = {"attention_head_names": ["a"], "min_value": 0.0, "max_value": 1.0}
-    theirs = cv.attention.attention_heads(
-        torch.ones(1, 1, 1), ["a"], mask_upper_tri=True, **options
-    )
-    assert heads.props.keys() == props_of_theirs("AttentionHeads", theirs).keys()
-
 
 def test_colours_are_full_at_the_largest_magnitude():
     values = torch.tensor([0.5, -2.0, 1.0])
@@ -94,13 +86,14 @@ def test_a_text_is_drawn_from_a_model(llama, batch):
 
 def test_attention_is_drawn_before_and_under_a_mask(llama, batch):
     heads, texts = [(0, 1), (1, 3)], token_texts(llama, batch)
-    before = attention_heads(texts, attention_patterns(llama, batch, heads), heads)
+    before = attention_patterns(llama, batch, heads)
     with masked(llama, top_fraction(random_scores(llama), 0.5)):
-        under = attention_heads(texts, attention_patterns(llama, batch, heads), heads)
-    for view in (before, under):
-        assert view.props["attentionHeadNames"] == ["L0 H1", "L1 H3"]
-        assert view.props["attention"].shape == (2, len(texts), len(texts))
-    assert not torch.allclose(before.props["attention"], under.props["attention"])
+        under = attention_patterns(llama, batch, heads)
+    views = attention_pairs(texts, before, under, heads).views
+    for view in views.values():
+        assert view.props["attention"].shape == (len(texts), len(texts))
+    unpruned, pruned = (views[f"L1 H3 {state}"] for state in ("unpruned", "masked"))
+    assert not torch.allclose(unpruned.props["attention"], pruned.props["attention"])
 
 
 def changes_of(*lines: list[float]) -> torch.Tensor:
