@@ -73,21 +73,8 @@ class WeightMask:
                     f"WeightMask: {name} is not among the shapes; "
                     f"expected one of {sorted(self.shapes)[:3]} ..."
                 )
-            if not index.numel():
-                continue
-            size = math.prod(self.shapes[name])
-            if index.ndim != 1 or index.dtype not in INDEX_DTYPES:
-                raise ValueError(
-                    f"WeightMask: indices of {name} are {index.dtype} of shape "
-                    f"{tuple(index.shape)}; expected flat indices, integers in one dimension"
-                )
-            index = index.to("cpu", torch.int64)
-            is_sorted = bool((index[1:] > index[:-1]).all())
-            if index[0] < 0 or index[-1] >= size or not is_sorted:
-                raise ValueError(
-                    f"WeightMask: indices of {name} must increase strictly within [0, {size})"
-                )
-            removed[name] = index
+            if index.numel():
+                removed[name] = _checked(name, index, math.prod(self.shapes[name]))
         # In the order of the shapes: a file sorts them by name, and random masks that are drawn
         # like this one would be others.
         ordered = {name: removed[name] for name in self.shapes if name in removed}
@@ -322,6 +309,20 @@ class WeightMask:
                 remedy; and as `load`.
         """
         return cls.load(mask_file(source, filename, revision))
+
+
+def _checked(name: str, index: Tensor, size: int) -> Int[Tensor, " n"]:
+    """The indices of a matrix on the CPU. Raises ValueError for any that are none of its places."""
+    if index.ndim != 1 or index.dtype not in INDEX_DTYPES:
+        raise ValueError(
+            f"WeightMask: indices of {name} are {index.dtype} of shape {tuple(index.shape)}; "
+            "expected flat indices, integers in one dimension"
+        )
+    index = index.to("cpu", torch.int64)
+    is_sorted = bool((index[1:] > index[:-1]).all())
+    if index[0] < 0 or index[-1] >= size or not is_sorted:
+        raise ValueError(f"WeightMask: indices of {name} must increase strictly within [0, {size})")
+    return index
 
 
 @overload

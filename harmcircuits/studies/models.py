@@ -69,7 +69,7 @@ def open_model(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     sampling: Sampling | None = None,
-    cache: Path = CACHE,
+    cache: str | Path = CACHE,
     progress: Progress | None = None,
 ) -> Model:
     """A model with everything it can be asked.
@@ -147,7 +147,7 @@ def open_model(
         str(model) if is_name else name or _name_of(model),
         device=device,
         files=RequestFiles.of(prompts),
-        cache=cache,
+        cache=Path(cache),
         **loading,
         **{**asking, "template_options": _option_texts(template_options or {})},
     )

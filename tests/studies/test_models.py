@@ -179,7 +179,7 @@ def test_every_door_leads_to_the_same_model(files, doors_cache, door):
 def test_a_loaded_model_stays_the_same_object(files, doors_cache):
     bridge = loaded_bridge()
     prompts = {name: files[name] for name in ("harmful", "benign")} | {"limit": LIMIT}
-    model = open_model(bridge, prompts=prompts, cache=doors_cache, name="mine", **OPTIONS)
+    model = open_model(bridge, prompts=prompts, cache=str(doors_cache), name="mine", **OPTIONS)
     assert model.bridge is bridge
     assert model.name == "mine"
     weights = loaded_hugging_face_model()
