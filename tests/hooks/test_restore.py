@@ -27,6 +27,7 @@ from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.generation import generate
 from harmcircuits.hooks import finetuning, layers, masking, overlay
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
+from harmcircuits.hooks.finite import NotFiniteError
 from harmcircuits.hooks.layers import layers_on
 from harmcircuits.hooks.masking import masked, restore, unmasked
 from harmcircuits.hooks.overlay import Edit
@@ -568,7 +569,8 @@ def test_any_sequence_of_edits_can_be_undone(open_model, dtype, request):
             elif step == "train":
                 program.train()
             elif step == "generate":
-                generate(bridge, requests, max_new_tokens=1, template="raw")
+                with contextlib.suppress(NotFiniteError):  # float16 may have been trained to NaN
+                    generate(bridge, requests, max_new_tokens=1, template="raw")
             program.check()
         while program.open:
             program.leave(len(steps), None)

@@ -385,7 +385,8 @@ def test_a_study_needs_nothing_that_only_organisms_have(finished):
     unpruned = rows.one("perplexity", mask="none").mean
     random = rows.one("perplexity", mask="random", seed=0).mean
     assert random == pytest.approx(unpruned, rel=0.2)
-    assert "The loss on harmful answers changes by" in result.stdout
+    words = " ".join(result.stdout.split())
+    assert "The loss on harmful answers changes by" in words
 
     manifest = json.loads((out / "manifest.json").read_text())["settings"]
     named = (manifest["judge"], manifest["prefill"], manifest["limit"])
