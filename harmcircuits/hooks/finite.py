@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from math import isfinite
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from jaxtyping import Bool, Float
@@ -242,8 +243,11 @@ def _in_forward(bridge: Bridge, run: Callable[[], Any]) -> str:
         if is_bad.any():
             names.append(hook.name)
 
-    with torch.no_grad(), bridge.hooks(fwd_hooks=[(lambda _: True, look)]):
-        run()
+    with torch.no_grad(), catch_warnings():
+        # TransformerLens warns of points that the model's settings keep silent.
+        simplefilter("ignore", UserWarning)
+        with bridge.hooks(fwd_hooks=[(lambda _: True, look)]):
+            run()
     if not names:
         return ""
     return f"the first activation that is not finite is {names[0]}{_remedy(bridge)}"

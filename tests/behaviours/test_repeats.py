@@ -175,8 +175,10 @@ def test_requests_that_two_behaviours_share_are_counted_and_warned_of():
         scored = plain_texts({s: behaviours["benign"].prompts(s) for s in SPLITS}, SPLITS[:2])
         expected = scored & {plain_text(text) for text in things("mend", 30)}
         assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="paints").mean == len(expected)
-        with pytest.warns(UserWarning, match=rf"{len(expected)} requests that 'benign' is scored"):
+        with pytest.warns(UserWarning) as warned:
             _warn_of_shared(rows)
+        sentence = f"{len(expected)} requests that 'benign' is scored"
+        assert any(sentence in str(warning.message) for warning in warned)
         assert f"Warning: {len(expected)} requests that benign was scored" in repeats_text(
             repeats_of(files, behaviours)
         )
