@@ -9,6 +9,9 @@ from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import Example, PromptSet
 
 Judge = Callable[[str, str], str]
+"""(prompt, completion) -> verdict, a word such as "harmful", "refusal" or "degenerate"."""
+
+DEGENERATE = "degenerate"  # every judge's verdict on broken text
 
 
 def prepare(judge: Judge | None, answers: Sequence[Example]) -> None:
@@ -21,11 +24,6 @@ def prepare(judge: Judge | None, answers: Sequence[Example]) -> None:
     see = getattr(judge, "prepare", None)
     if see is not None:
         see(answers)
-
-
-"""(prompt, completion) -> verdict, a word such as "harmful", "refusal" or "degenerate"."""
-
-DEGENERATE = "degenerate"  # every judge's verdict on broken text
 
 
 @dataclass(frozen=True, repr=False)

@@ -198,9 +198,9 @@ class LocalChatJudge:
         first = of_question.logits[:, -1:].expand(len(words), -1, -1)
         logits = torch.cat([first, of_words.logits[:, :-1]], dim=1)  # where each token is predicted
         log_probabilities = logits.float().log_softmax(-1).gather(2, words[..., None])[..., 0]
-        of_words = log_probabilities.where(is_token, 0).sum(dim=1)
-        refuse_not_finite(self.name, self.model, of_words)
-        return of_words.tolist()
+        scores = log_probabilities.where(is_token, 0).sum(dim=1)
+        refuse_not_finite(self.name, self.model, scores)
+        return scores.tolist()
 
     def _word_tokens(self) -> list[list[int]]:
         return [self.tokenizer.encode(word.upper(), add_special_tokens=False) for word in WORDS]

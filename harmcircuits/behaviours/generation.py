@@ -126,7 +126,9 @@ def generate_answers(
     n_opening = len(opening_ids(prefill, tokenizer))
     draws = _draws(prompts, sampling)
     n_samples = len(draws) // len(prompts)
-    contexts = [request for request in requests for _ in range(n_samples)]
+    contexts = []
+    for request in requests:
+        contexts += [request] * n_samples
 
     model = cast(Any, bridge.original_model)
     config = _config(bridge, max_new_tokens)

@@ -90,9 +90,9 @@ def refuse_requests(
         ValueError: a request that is longer than the context with its answer, one without tokens,
             or a token that the embedding lacks, padding included.
     """
-    vocabulary = vocabulary_of(bridge)
+    context, vocabulary = context_of(bridge), vocabulary_of(bridge)
     for number, request in enumerate(requests):
-        fault = _request_fault(bridge, request, max_new_tokens)
+        fault = _request_fault(bridge, request, max_new_tokens, context, vocabulary)
         if fault:
             raise ValueError(f"{place} {number} has {fault}")
     padding = padding_id(bridge.tokenizer)
@@ -100,9 +100,14 @@ def refuse_requests(
         raise ValueError(f"the tokenizer pads with {_unknown_token(bridge, padding, vocabulary)}")
 
 
-def _request_fault(bridge: Bridge, request: Sequence[int], max_new_tokens: int) -> str:
+def _request_fault(
+    bridge: Bridge,
+    request: Sequence[int],
+    max_new_tokens: int,
+    context: int | None,
+    vocabulary: int | None,
+) -> str:
     """Why the model cannot read a request or has no room for its answer; nothing where it can."""
-    context, vocabulary = context_of(bridge), vocabulary_of(bridge)
     length = plural(len(request), "token")
     if not request:
         return "no tokens, so there is nothing to answer; leave it out"
