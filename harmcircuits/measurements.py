@@ -5,10 +5,11 @@ Rows are the only thing that tables and figures are drawn from.
 
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
-from math import isfinite, sqrt
+from math import inf, isfinite, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy.stats import bootstrap, rankdata
+from scipy.stats import t as student
 from torch import Tensor
 
 from harmcircuits.display import card, html_table, interval_mark, listed, note, number_text, plural
@@ -82,8 +84,10 @@ class Measurement:
     ) -> "Measurement":
         """Share of hits with its Wilson interval, which counts each group once.
 
-        Answers about one item are not independent, so the interval is that of n = number of
-        groups: conservative where examples within a group disagree.
+        Answers about one item are not independent, so the interval is that of as many examples as
+        there are groups: conservative where examples within a group disagree. Where groups differ
+        in size, the large ones decide, and it is that of (sum of sizes)^2 / sum of sizes^2
+        examples. Source: Kish 1965, on weights.
 
         Args:
             metric: name of the rate.
@@ -96,7 +100,9 @@ class Measurement:
         """
         _check(metric, hits, groups)
         mean = float(np.mean(hits))
-        low, high = wilson(mean, len(set(groups)))
+        sizes = np.array([*Counter(groups).values()])
+        n_effective = float(sizes.sum() ** 2 / (sizes**2).sum())
+        low, high = wilson(mean, n_effective)
         # By rounding, an end can pass the mean or leave [0, 1].
         low = max(0.0, min(mean, low))
         high = min(1.0, max(mean, high))
@@ -112,7 +118,7 @@ class Measurement:
         *,
         seed: int = 0,
     ) -> "Measurement":
-        """Mean of the values with a percentile bootstrap interval that resamples whole groups.
+        """Mean of the values with a bootstrap interval that resamples whole groups.
 
         Args:
             metric: name of the figure.
@@ -135,7 +141,7 @@ class Measurement:
         sizes = np.bincount(member)
         mean = float(sums.sum() / sizes.sum())
         means = _resampled(_ratio, (sums, sizes), N_RESAMPLES, seed)
-        return cls.of_draws(metric, labels, means, mean=mean, n=len(values))
+        return cls.of_draws(metric, labels, means, mean=mean, n=len(values), n_groups=len(sizes))
 
     @classmethod
     def auroc(
@@ -146,7 +152,7 @@ class Measurement:
         is_positive: Bool[Tensor, " n"],
         groups: Sequence[Hashable],
     ) -> "Measurement":
-        """Area under the ROC curve with a percentile bootstrap interval over whole groups.
+        """Area under the ROC curve with a bootstrap interval over whole groups.
 
         Groups that hold both kinds, as matched pairs do, are resampled apart from those of
         positives and from those of negatives alone, so that no resample lacks a kind. 200
@@ -192,7 +198,15 @@ class Measurement:
 
         areas = _resampled(area, tuple(drawn_from), N_AUROC_RESAMPLES, seed=0, paired=False)
         mean = auroc(values, is_positive)
-        return cls.of_draws(metric, labels, areas, mean=mean, n=len(values))
+        return cls.of_draws(
+            metric,
+            labels,
+            areas,
+            mean=mean,
+            n=len(values),
+            n_groups=n_groups,
+            bounds=(0.0, 1.0),
+        )
 
     @classmethod
     def difference(
@@ -230,9 +244,15 @@ class Measurement:
         *,
         mean: float | None = None,
         n: int | None = None,
+        n_groups: int = 0,
+        bounds: Interval = (-inf, inf),
         method: Literal["linear", "inverted_cdf"] = "linear",
     ) -> "Measurement":
         """A figure whose 95 % interval is that of its draws, such as resamples or random masks.
+
+        Resamples of few groups vary too little. Around a mean of them the interval is therefore
+        wider than their quantiles by `student_widening`: 18 % for 8 groups, 12 % for 16, 6 % for
+        32.
 
         Args:
             metric: name of the figure.
@@ -240,6 +260,9 @@ class Measurement:
             draws: the figure on each resample.
             mean: the figure itself; the mean of the draws by default. The interval holds it.
             n: how many examples are behind it; the number of draws by default.
+            n_groups: how many groups each draw resamples; 0 for draws that are no resamples of a
+                mean.
+            bounds: what the interval cannot pass, such as 0 and 1.
             method: of `numpy.quantile`.
         """
         low, high = np.quantile(np.asarray(draws), ENDS, method=method)
@@ -247,6 +270,10 @@ class Measurement:
             mean = float(np.mean(draws))
         if n is None:
             n = len(draws)
+        if n_groups:
+            widening = student_widening(n_groups)
+            low = max(bounds[0], mean - widening * (mean - low))
+            high = min(bounds[1], mean + widening * (high - mean))
         # Resamples may all lie on one side of the figure; the interval still holds it.
         low = min(mean, float(low))
         high = max(mean, float(high))
@@ -605,7 +632,26 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
     return Rows(_distinct(rows, lines))
 
 
-def wilson(share: float, n: int) -> Interval:
+def student_widening(n_groups: int) -> float:
+    """By how much Student's 95 % interval of a mean is wider than that of its resamples.
+
+    The mean of n values has a standard error of s / sqrt(n), where s divides by n - 1; resamples
+    spread as if it divided by n. And for s the interval takes a quantile of Student's distribution,
+    for their spread one of the normal.
+
+    >>> round(student_widening(16), 3)
+    1.123
+
+    Args:
+        n_groups: n. Of a single group there are no resamples: 1.
+    """
+    if n_groups == 1:
+        return 1.0
+    quantile = float(student.ppf(ENDS[1], n_groups - 1))
+    return quantile / Z * sqrt(n_groups / (n_groups - 1))
+
+
+def wilson(share: float, n: float) -> Interval:
     """Wilson's 95 % score interval of a share among n."""
     # The shares p for which |share - p| is at most Z standard errors of p, sqrt(p (1 - p) / n).
     # Written out, because scipy takes a whole number of hits, and answers sampled several times

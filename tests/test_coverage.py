@@ -30,6 +30,7 @@ MAKERS = {
     "measurements.auroc": "AUROC, matched pairs",
     "measurements.difference": "Newcombe, 0.7 and 0.4",
     "measurements.of_draws": "average, normal",
+    "measurements.student_widening": "average, normal",
     "measurements._pooled": "seeds pooled",
     "hooks.losses.perplexity": "perplexity",
     "hooks.patching._share": "share of a patched change, ratio of means",
@@ -46,10 +47,10 @@ MAKERS = {
     "studies.curves.share_text": "seeds pooled",
     "studies.nodes.importance_rows": "importance of a node",
     "studies.nodes._correlation": "rank correlation of nodes",
-    "studies.utility._rows": "harness, mean ± 1.96 standard errors",
+    "studies.utility._rows": "harness, Student's by its standard error",
 }
 READERS = {"measurements._measurement"}
-CALLS = {"of_draws", "quantile", "wilson", "Measurement"}
+CALLS = {"of_draws", "quantile", "wilson", "ppf", "Measurement"}
 
 
 def coverage_bound(least: float, n_trials: int) -> float:

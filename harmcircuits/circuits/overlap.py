@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int64
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 from torch import Tensor
 
 from harmcircuits.circuits.location import By, Place, pieces
@@ -85,15 +86,18 @@ class Overlap:
     def interval(self) -> Interval:
         """95 % interval of `lift`.
 
-        With resamples: their percentiles, widened to hold the lift itself, which repeated examples
-        pull down. Without: Wilson's interval of the share of the smaller mask, over the expected
-        share; it describes these two masks and not the calibration data behind them.
+        With two resamples or more: Student's around the lift, by their standard deviation. Without:
+        Wilson's interval of the share of the smaller mask, over the expected share; it describes
+        these two masks and not the calibration data behind them.
         """
-        if not self.resampled:
+        n = len(self.resampled)
+        if n < 2:
             return self._wilson(self.n_expected)
-        # A resample repeats examples, so its masks agree less than those of all examples do.
-        low, high = np.quantile(self.resampled, ENDS).tolist()
-        return min(low, self.lift), max(high, self.lift)
+        # Not their quantiles: a resample repeats examples, so its masks agree less than those of
+        # all examples do. How far resamples differ from each other is what those of other examples
+        # would.
+        half = float(student.ppf(ENDS[1], n - 1) * np.std(self.resampled, ddof=1))
+        return max(0.0, self.lift - half), self.lift + half
 
     @property
     def interval_marginal(self) -> Interval:

@@ -1,6 +1,9 @@
 """A TransformerBridge from a folder or hub id."""
 
+import warnings
+from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +15,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Below, a slow number format is not felt.
+LARGE = 10_000_000  # weights
+SLOW = 3.0  # times as long as float32
+WIDTH = 256  # of the matrices that a number format is timed on
+N_TIMES = 5
 
 
 def refuse_device(device: str) -> None:
@@ -92,7 +100,48 @@ def load_model(
             f"model that TransformerLens opens ({reason})"
         ) from error
     weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
+    _warn_of_slow_dtype(bridge)
     return bridge
+
+
+def _warn_of_slow_dtype(bridge: "TransformerBridge") -> None:
+    """A warning where this processor computes much slower in the model's dtype than in float32."""
+    weights = [site.parameter for site in weight_sites(bridge).values()]
+    dtype, device = weights[0].dtype, weights[0].device
+    if device.type != "cpu" or sum(weight.numel() for weight in weights) < LARGE:
+        return
+    times = slowdown(dtype)
+    if times > SLOW:
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"load_model: this processor takes {times:.0f} times as long in {name} as in float32; "
+            "give dtype='float32' (--dtype float32), for which there must be twice the memory",
+            stacklevel=3,
+        )
+
+
+@cache
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 a matrix takes on the CPU, forward and backward.
+
+    About once where the processor has instructions for the dtype, and tens of times where not.
+    """
+    if dtype == torch.float32:
+        return 1.0
+    return _seconds(dtype) / _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Of the products that a linear layer makes of its weight, the fastest of some times."""
+    weight = torch.ones(WIDTH, WIDTH, dtype=dtype)
+    values = torch.ones(WIDTH, WIDTH, dtype=dtype)
+    times = []
+    for _ in range(N_TIMES):
+        start = perf_counter()
+        _ = values @ weight.T  # the output
+        _ = values @ weight  # of the output's gradient, the input's
+        times.append(perf_counter() - start)
+    return min(times)
 
 
 def load_outline(model: str, *, dtype: str = "") -> "TransformerBridge":

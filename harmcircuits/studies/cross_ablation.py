@@ -365,9 +365,9 @@ def _topic_mean(
         resample = counted[np.ix_(draw, draw)]
         if not np.isnan(resample).all():
             means.append(np.nanmean(resample))
-    low, high = np.quantile(means, [0.025, 0.975])
+    n = len(values)
     mean = float(np.nanmean(counted))
-    return Measurement(metric, labels, mean, float(low), float(high), len(values))
+    return Measurement.of_draws(metric, labels, means, mean=mean, n=n, n_groups=n)
 
 
 def overlap_place_rows(

@@ -13,7 +13,7 @@ from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.measurements import Interval, Labels, Measurement, Rows
 
 N_DRAWS = 2000
 # Rates on resampled items are quotients: a fall of exactly the budget must not depend on their last
@@ -110,6 +110,8 @@ class Estimate:
         items: what is resampled.
         seed: draws the resamples.
         largest: the largest share measured.
+        bounds: of a mean over items, or of a difference of two: what it cannot pass. None for a
+            size or a ratio.
     """
 
     values: Float[ndarray, " draws"]
@@ -117,6 +119,7 @@ class Estimate:
     items: tuple[str, ...]
     seed: int
     largest: float = np.inf
+    bounds: Interval | None = None
 
     def __repr__(self) -> str:
         return f"Estimate({self.row('value', {}):.3g})"
@@ -127,16 +130,14 @@ class Estimate:
         return float(self.is_reached[1:].mean())
 
     def row(self, metric: str, labels: Labels) -> Measurement:
-        """The figure with its 95 % percentile interval."""
+        """The figure with its 95 % interval: percentiles, and of a mean as wide as Student's."""
+        draws, mean, n = self.values[1:], float(self.values[0]), len(self.items)
+        if self.bounds is not None:
+            return Measurement.of_draws(
+                metric, labels, draws, mean=mean, n=n, n_groups=n, bounds=self.bounds
+            )
         # "inverted_cdf" gives a value that a resample really had, so an end is a measured share.
-        return Measurement.of_draws(
-            metric,
-            labels,
-            self.values[1:],
-            mean=float(self.values[0]),
-            n=len(self.items),
-            method="inverted_cdf",
-        )
+        return Measurement.of_draws(metric, labels, draws, mean=mean, n=n, method="inverted_cdf")
 
     def rows(self, metric: str, labels: Labels) -> Rows:
         """`row`, labelled `censored` where the figure is only bounded; and `METRIC_reached`."""
@@ -153,7 +154,11 @@ class Estimate:
         Raises:
             ValueError: as `over`.
         """
-        return self._paired(other, self.values - other.values)
+        difference = self._paired(other, self.values - other.values)
+        if self.bounds is None or other.bounds is None:
+            return difference
+        bounds = (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0])
+        return replace(difference, bounds=bounds)
 
     def over(self, other: "Estimate") -> "Estimate":
         """This figure as a multiple of another, paired by items.
@@ -319,8 +324,9 @@ def rate_at(
     Raises:
         ValueError: as `Curve.at`.
     """
-    hits = _mean_hits(curve, curve.target, [curve.at(share)], seed)
-    return _measured_estimate(curve, hits[:, 0], seed)
+    hits = _mean_hits(curve, curve.target, [curve.at(share)], seed)[:, 0]
+    is_reached = np.ones(len(hits), dtype=bool)  # within what was measured, on every resample
+    return Estimate(hits, is_reached, _items(curve), seed, bounds=(0.0, 1.0))
 
 
 def gap(model: Model, mask: WeightMask, curve: Curve, share: float, *, seed: int = 0) -> Estimate:
@@ -404,12 +410,6 @@ def share_texts(rows: Rows, by: str = "model") -> str:
 def _items(curve: Curve) -> tuple[str, ...]:
     groups = curve.points[0][curve.target].groups
     return tuple(sorted(set(groups)))
-
-
-def _measured_estimate(curve: Curve, values: Float[ndarray, " draws"], seed: int) -> Estimate:
-    """A figure that lies within what was measured, on every resample."""
-    is_reached = np.ones(len(values), dtype=bool)
-    return Estimate(values, is_reached, _items(curve), seed)
 
 
 def _mean_hits(

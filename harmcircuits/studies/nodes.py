@@ -5,6 +5,7 @@ A node is a head or an MLP of one layer, the labels `layer` and `node`.
 
 from collections.abc import Mapping
 from itertools import combinations
+from math import inf
 
 import numpy as np
 import torch
@@ -41,7 +42,11 @@ def importance_rows(effects: Float[Tensor, "n layer node pos"], labels: Labels) 
         where = {**labels, **_place(layer, node, value.shape[1])}
         mean = float(value[layer, node])
         of_node = resampled[:, layer, node]
-        rows += [Measurement.of_draws("node_importance", where, of_node, mean=mean, n=len(effects))]
+        n = len(effects)
+        row = Measurement.of_draws(
+            "node_importance", where, of_node, mean=mean, n=n, n_groups=n, bounds=(0.0, inf)
+        )
+        rows += [row]
     return rows
 
 

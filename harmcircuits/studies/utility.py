@@ -6,9 +6,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
+
 from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 from harmcircuits.hooks.gradients import frozen
-from harmcircuits.measurements import Labels, Measurement, Rows, Z
+from harmcircuits.measurements import ENDS, Labels, Measurement, Rows
 
 
 def evaluate_tasks(
@@ -23,8 +25,8 @@ def evaluate_tasks(
     """A row for each metric of each of these tasks; within `masked`, of the edited model.
 
     A row's metric is "task_" and the harness's name for it (`task_acc`); its labels add `task` and,
-    where the task has several, `filter`. Its mean is the harness's, its interval mean ± 1.96
-    standard errors, which may leave the metric's range; where the harness gives no standard error,
+    where the task has several, `filter`. Its mean is the harness's, its interval Student's around
+    it by the harness's standard error, which may leave the metric's range; where it gives none,
     low = mean = high and the label `interval` is "none". A group of tasks gets a row in addition to
     those of its tasks.
 
@@ -144,8 +146,9 @@ def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
         # A group of tasks, and some metrics, come without a standard error.
         half = 0.0
         error = figures.get(f"{metric}_stderr,{variant}")
-        if isinstance(error, float):
-            half = Z * error
+        n = figures["sample_len"]
+        if isinstance(error, float) and n > 1:
+            half = float(student.ppf(ENDS[1], n - 1)) * error
         else:
             where["interval"] = "none"
         row = Measurement(
@@ -154,7 +157,7 @@ def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
             float(mean),
             low=mean - half,
             high=mean + half,
-            n=figures["sample_len"],
+            n=n,
         )
         rows.append(row)
     return Rows(rows)

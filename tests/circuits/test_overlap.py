@@ -165,9 +165,12 @@ def test_resamples_make_the_interval():
     resamples = [(random_mask(seed), random_mask(seed + 50)) for seed in range(2, 12)]
     shared = overlap(mask, other, resamples=resamples)
     lifts = [overlap(*pair).lift for pair in resamples]
-    low, high = np.quantile(lifts, [0.025, 0.975])
-    assert shared.interval == pytest.approx((min(low, shared.lift), max(high, shared.lift)))
-    assert shared.interval != overlap(mask, other).interval
+    half = 2.262157 * np.std(lifts, ddof=1)  # Student's quantile for 9 degrees of freedom
+    assert shared.interval == pytest.approx((shared.lift - half, shared.lift + half))
+
+    without = overlap(mask, other).interval
+    assert shared.interval != without
+    assert overlap(mask, other, resamples=resamples[:1]).interval == without, "one has no spread"
 
 
 def test_places_add_up(llama):

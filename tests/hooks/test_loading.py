@@ -1,7 +1,8 @@
 """A bridge from a folder, and from a Hugging Face model that is already loaded.
 
 Would catch: weights that are copied or changed on the way, a dtype other than the stored one, a
-folder that is opened as something it is not.
+folder that is opened as something it is not, a number format that the processor is slow in and
+nobody says so.
 """
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from helpers import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmcircuits.hooks.loading import load_model, wrap_model
+from harmcircuits.hooks import loading
+from harmcircuits.hooks.loading import load_model, slowdown, wrap_model
 from harmcircuits.hooks.weights import named_weights, weights_digest
 
 
@@ -46,6 +48,22 @@ def test_a_tokenizer_is_given_or_stored_with_the_model(folder, tmp_path):
         wrap_model(loaded)
     loaded.config._name_or_path = folder
     assert wrap_model(loaded, tokenizer).tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_slow_number_format_is_said_with_the_faster_one(folder, monkeypatch, recwarn):
+    monkeypatch.setattr(loading, "LARGE", 1)
+    monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
+    with pytest.warns(UserWarning, match=r"40 times .* bfloat16 .* float32; give dtype='float32'"):
+        load_model(folder, dtype="bfloat16")
+    load_model(folder, dtype="float32")
+    monkeypatch.setattr(loading, "LARGE", 10**9)
+    load_model(folder, dtype="bfloat16")
+    assert not recwarn.list, "nothing is said of float32, or of a small model"
+
+
+def test_a_slowdown_is_a_ratio():
+    assert slowdown(torch.float32) == 1
+    assert 0.1 < slowdown(torch.bfloat16) < 1000
 
 
 def test_adapters_are_to_be_merged(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import harmcircuits as hc
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Measurement, Rows, student_widening
 from harmcircuits.studies.nodes import importance_rows, node_share_rows, rank_correlations
 
 PLACES = [
@@ -48,7 +48,8 @@ def test_importance_sums_positions_and_averages_pairs():
     head, mlp = importance_rows(effects, {})
     assert (head.labels["node"], head.mean) == ("head 0", 0)
     assert (mlp.labels["node"], mlp.mean, mlp.low, mlp.high) == ("mlp", 5, 5, 5)
-    assert head.high == 1, "a resample of one pair twice"
+    assert head.low == 0, "a sum of magnitudes"
+    assert head.high == student_widening(2), "a resample of one pair twice"
 
 
 def test_rank_correlation_has_its_closed_form_and_matches_nodes_by_name():

@@ -6,6 +6,7 @@ text, a mask that cannot be downloaded.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from helpers import small_model
@@ -125,4 +126,16 @@ def test_a_line_of_the_legend_is_switched_off(open_page):
 def test_a_phone_shows_the_heads_below_each_other(open_page):
     page, _ = open_page("shipped", 390)
     panels = page.get_by_role("region", name="unpruned")
-    assert panels.evaluate("e => e.scrollWidth - e.clientWidth") <= 1
+    panels.locator("svg, canvas").first.wait_for()
+    titles = panels.evaluate(
+        """region => [...region.querySelectorAll("div")]
+            .filter(e => !e.children.length && /(unpruned|masked)$/.test(e.textContent))
+            .map(e => e.getBoundingClientRect())
+            .map(box => [box.left, box.top])"""
+    )
+    assert len(titles) >= 2
+    lefts, tops = zip(*titles, strict=True)
+    assert len(set(lefts)) == 1
+    assert all(before < after for before, after in pairwise(tops))
+    # A long text keeps its size and scrolls within its region; the page around it stays.
+    assert page.evaluate(OVERFLOWING) == 0

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import asked_few
+from scipy.stats import t as student
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from harmcircuits.export import export
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.measurements import Rows, Z
+from harmcircuits.measurements import Rows
 from harmcircuits.organisms import open_organism, world
 from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.studies import utility
@@ -133,7 +134,7 @@ def test_the_edited_model_is_measured_and_restored(
     assert figures == (1, 1, 1), "right is what the unmasked model chooses"
     assert under.mean == share < 1
     # The standard error of a mean of N numbers, from their sample variance.
-    half = Z * (share * (1 - share) / (N - 1)) ** 0.5
+    half = student.ppf(0.975, N - 1) * (share * (1 - share) / (N - 1)) ** 0.5
     assert (under.low, under.high) == pytest.approx((share - half, share + half))
     expected = ("task_acc", {"mask": "x", "task": name}, N)
     assert (under.metric, under.labels, under.n) == expected
@@ -195,7 +196,8 @@ def test_filters_groups_and_metrics_without_an_error_are_rows():
     first, second = rows
     named = (first.metric, first.n, dict(first.labels))
     assert named == ("task_f1", 9, {"mask": "none", "task": "x"})
-    assert (first.low, first.high) == pytest.approx((0.5 - 0.1 * Z, 0.5 + 0.1 * Z))
+    # Student's quantile for 8 degrees of freedom is 2.306.
+    assert (first.low, first.high) == pytest.approx((0.5 - 0.2306, 0.5 + 0.2306), abs=1e-5)
     expected = {"mask": "none", "task": "x", "filter": "strict", "interval": "none"}
     assert second.labels == expected
     assert second.low == second.mean == second.high == 0.25
