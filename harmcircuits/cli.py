@@ -14,7 +14,7 @@ from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
 from harmcircuits.command_errors import one_sentence
 from harmcircuits.display import duration, nearest
-from harmcircuits.hooks.loading import load_outline, refuse_device
+from harmcircuits.hooks.loading import load_outline, refuse_device, slow_dtype
 from harmcircuits.hooks.memory import GIB
 from harmcircuits.mask_commands import MASK_COMMANDS
 from harmcircuits.organisms import FOLDER, ORGANISMS
@@ -356,7 +356,11 @@ def cost_command(
             tflops=tflops,
             bandwidth=bandwidth,
         )
-    Console().print(cost_table(Path(model).name, outline, estimate))
+    console = Console()
+    console.print(cost_table(Path(model).name, outline, estimate))
+    slow = slow_dtype(outline, device)
+    if slow:
+        console.print(slow)
 
 
 for name, command in MASK_COMMANDS.items():

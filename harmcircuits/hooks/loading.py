@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harmcircuits.display import plural
+from harmcircuits.hooks.bridge import AnyModel
 from harmcircuits.hooks.weights import weight_sites
 
 if TYPE_CHECKING:
@@ -100,24 +101,34 @@ def load_model(
             f"model that TransformerLens opens ({reason})"
         ) from error
     weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
-    _warn_of_slow_dtype(bridge)
+    slow = "" if device_map else slow_dtype(bridge, device)
+    if slow:
+        warnings.warn(f"load_model: {slow}", stacklevel=2)
     return bridge
 
 
-def _warn_of_slow_dtype(bridge: "TransformerBridge") -> None:
-    """A warning where this processor computes much slower in the model's dtype than in float32."""
+def slow_dtype(bridge: AnyModel, device: str | torch.device) -> str:
+    """A sentence where this processor computes much slower in the model's dtype than in float32.
+
+    Empty for another device, and for a model of less than ten million weights.
+
+    Args:
+        bridge: the model, or its outline.
+        device: where it is to run.
+    """
     weights = [site.parameter for site in weight_sites(bridge).values()]
-    dtype, device = weights[0].dtype, weights[0].device
-    if device.type != "cpu" or sum(weight.numel() for weight in weights) < LARGE:
-        return
+    is_small = sum(weight.numel() for weight in weights) < LARGE
+    if is_small or torch.device(device).type != "cpu":
+        return ""
+    dtype = weights[0].dtype
     times = slowdown(dtype)
-    if times > SLOW:
-        name = str(dtype).removeprefix("torch.")
-        warnings.warn(
-            f"load_model: this processor takes {times:.0f} times as long in {name} as in float32; "
-            "give dtype='float32' (--dtype float32), for which there must be twice the memory",
-            stacklevel=3,
-        )
+    if times < SLOW:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"this processor takes {times:.0f} times as long in {name} as in float32; "
+        "give float32 as dtype where there is twice the memory"
+    )
 
 
 @cache

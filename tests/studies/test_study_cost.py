@@ -7,10 +7,12 @@ study goes on from, an estimate that needs the weights.
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import small_model
 from typer.testing import CliRunner
 
 from harmcircuits.cli import app
+from harmcircuits.hooks import loading
 from harmcircuits.hooks.cost import Speed
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.cost import Measuring, Workload, estimate_of_batches, estimate_study
@@ -101,6 +103,15 @@ def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
         assert line in result.stdout
     assert "…" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_the_cost_of_a_slow_number_format_names_the_faster_one(monkeypatch):
+    monkeypatch.setattr(loading, "LARGE", 1)
+    monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
+    arguments = ["cost", "--model", str(FOLDER / "sft"), "--tflops", "1", "--bandwidth", "10"]
+    result = CliRunner().invoke(app, [*arguments, "--dtype", "bfloat16"])
+    assert "40 times as long in bfloat16" in result.stdout
+    assert "as long in" not in CliRunner().invoke(app, arguments).stdout
 
 
 @pytest.mark.parametrize(
