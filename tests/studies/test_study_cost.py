@@ -109,9 +109,12 @@ def test_the_cost_of_a_slow_number_format_names_the_faster_one(monkeypatch):
     monkeypatch.setattr(loading, "LARGE", 1)
     monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
     arguments = ["cost", "--model", str(FOLDER / "sft"), "--tflops", "1", "--bandwidth", "10"]
-    result = CliRunner().invoke(app, [*arguments, "--dtype", "bfloat16"])
-    assert "40 times as long in bfloat16" in " ".join(result.stdout.split())
-    assert "as long in" not in CliRunner().invoke(app, arguments).stdout
+    slow, fast = (
+        CliRunner().invoke(app, [*arguments, "--dtype", dtype]).stdout
+        for dtype in ("bfloat16", "float32")
+    )
+    assert "40 times as long in bfloat16" in " ".join(slow.split())
+    assert "as long in" not in fast
 
 
 @pytest.mark.parametrize(
