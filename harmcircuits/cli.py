@@ -14,7 +14,7 @@ from harmcircuits import __version__
 from harmcircuits.behaviours.model import Model
 from harmcircuits.command_errors import one_sentence
 from harmcircuits.display import duration, nearest
-from harmcircuits.hooks.loading import load_outline, refuse_device, slow_dtype
+from harmcircuits.hooks.loading import load_outline, refuse_device, slow_dtype, usual_dtype
 from harmcircuits.hooks.memory import GIB
 from harmcircuits.mask_commands import MASK_COMMANDS
 from harmcircuits.organisms import FOLDER, ORGANISMS
@@ -305,7 +305,10 @@ def cost_command(
     ),
     dtype: Annotated[
         str,
-        typer.Option(help="Number format: float32, bfloat16 or float16.", show_default="as stored"),
+        typer.Option(
+            help="Number format: float32, bfloat16 or float16.",
+            show_default="as stored, or float32 where that is much faster",
+        ),
     ] = "",
     max_memory: Annotated[
         float | None,
@@ -346,7 +349,7 @@ def cost_command(
         settings = replace(FOR_REAL_MODELS, steps=steps, sizes=shares, n_random=3)
         bound = _in_bytes(max_memory)
         refuse_device(device)
-        outline = load_outline(model, dtype=dtype)
+        outline = load_outline(model, dtype=dtype or usual_dtype(model, device))
         estimate = estimate_outline(
             outline,
             workload,

@@ -1,6 +1,7 @@
-"""How a command ends that cannot go on: one sentence, in the words of the command line."""
+"""How a command warns, and how it ends early: by a sentence, in the words of the command line."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,7 +18,8 @@ except ImportError:
 # Arguments of the library that go by another name on the command line.
 SAME_AS = {"include_path": "tasks_from", "size": "sizes", "budget_of": "budgets", "path": "mask"}
 FUNCTIONS = re.compile(
-    r"^(?:find_circuit|evaluate_tasks|export|masked|open_model|study|run_jobs|weight_sites): "
+    r"^(?:find_circuit|evaluate_tasks|export|masked|load_model|open_model|study|run_jobs"
+    r"|weight_sites): "
 )
 RESUMES = "what is finished is kept: give --resume to go on"
 
@@ -26,14 +28,16 @@ RESUMES = "what is finished is kept: give --resume to go on"
 def one_sentence() -> Iterator[None]:
     """Ends a command in one sentence on standard error where it cannot go on; no traceback.
 
-    Exits with 2 for what was asked wrongly, with 1 for what the machine lacks, and with 130 where
-    the user interrupted.
+    Warnings are sentences too, without the place in the code that gave them. Exits with 2 for what
+    was asked wrongly, with 1 for what the machine lacks, and with 130 where the user interrupted.
 
     Raises:
         typer.Exit: in place of these errors.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except ValueError as error:
         raise ended(str(error), 2) from None
     except KeyboardInterrupt:
@@ -61,9 +65,17 @@ def ended(text: str, code: int) -> typer.Exit:
         text: what is wrong.
         code: the exit status.
     """
-    message = escape(in_options(" ".join(text.split()), _flags()))
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    _print_sentence("[bold red]error:[/]", text)
     return typer.Exit(code)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _print_sentence("[bold yellow]warning:[/]", str(message))
+
+
+def _print_sentence(start: str, text: str) -> None:
+    sentence = escape(in_options(" ".join(text.split()), _flags()))
+    Console(stderr=True).print(f"{start} {sentence}", highlight=False, soft_wrap=True)
 
 
 def in_options(text: str, flags: Mapping[str, str]) -> str:

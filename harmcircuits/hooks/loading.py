@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Below, a slow number format is not felt.
-LARGE = 10_000_000  # weights
+WIDE = 512  # a model's width, below which a slow number format is not felt
 SLOW = 3.0  # times as long as float32
-WIDTH = 256  # of the matrices that a number format is timed on
+TIMED = 256  # width of the matrices that a number format is timed on
 N_TIMES = 5
 
 
@@ -110,25 +109,54 @@ def load_model(
 def slow_dtype(bridge: AnyModel, device: str | torch.device) -> str:
     """A sentence where this processor computes much slower in the model's dtype than in float32.
 
-    Empty for another device, and for a model of less than ten million weights.
+    Empty for another device, and for a narrow model.
 
     Args:
         bridge: the model, or its outline.
         device: where it is to run.
     """
-    weights = [site.parameter for site in weight_sites(bridge).values()]
-    is_small = sum(weight.numel() for weight in weights) < LARGE
-    if is_small or torch.device(device).type != "cpu":
+    weight = next(iter(weight_sites(bridge).values())).parameter
+    if not _is_slow(bridge.cfg.d_model, weight.dtype, device):
         return ""
-    dtype = weights[0].dtype
-    times = slowdown(dtype)
-    if times < SLOW:
+    return f"{_slowness(weight.dtype)}; give dtype='float32' where there is twice the memory"
+
+
+def usual_dtype(model: str, device: str) -> str:
+    """The number format to work in where none is given: float32 where that is much faster.
+
+    As stored otherwise, which is "". A warning says where it is not as stored.
+
+    Args:
+        model: a folder or hub id.
+        device: where it is to run.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):  # said by `load_model`
         return ""
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"this processor takes {times:.0f} times as long in {name} as in float32; "
-        "give float32 as dtype where there is twice the memory"
+    width = getattr(config.get_text_config(), "hidden_size", 0)
+    stored = config.dtype or torch.float32
+    if not _is_slow(width, stored, device):
+        return ""
+    name = str(stored).removeprefix("torch.")
+    warnings.warn(
+        f"{model} is opened in float32, in twice the memory, since {_slowness(stored)}; give "
+        f"dtype={name!r} to leave it as it is stored",
+        stacklevel=2,
     )
+    return "float32"
+
+
+def _is_slow(width: int, dtype: torch.dtype, device: str | torch.device) -> bool:
+    is_felt = width >= WIDE and torch.device(device).type == "cpu"
+    return is_felt and slowdown(dtype) >= SLOW
+
+
+def _slowness(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"this processor takes {slowdown(dtype):.0f} times as long in {name} as in float32"
 
 
 @cache
@@ -144,8 +172,8 @@ def slowdown(dtype: torch.dtype) -> float:
 
 def _seconds(dtype: torch.dtype) -> float:
     """Of the products that a linear layer makes of its weight, the fastest of some times."""
-    weight = torch.ones(WIDTH, WIDTH, dtype=dtype)
-    values = torch.ones(WIDTH, WIDTH, dtype=dtype)
+    weight = torch.ones(TIMED, TIMED, dtype=dtype)
+    values = torch.ones(TIMED, TIMED, dtype=dtype)
     times = []
     for _ in range(N_TIMES):
         start = perf_counter()

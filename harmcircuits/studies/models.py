@@ -36,7 +36,7 @@ from harmcircuits.behaviours.validation import (
 from harmcircuits.display import nearest, plural
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.capacity import context_of
-from harmcircuits.hooks.loading import load_model, wrap_model
+from harmcircuits.hooks.loading import load_model, usual_dtype, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
 from harmcircuits.prompts import Batch, Chat, Template, tokenize_text
@@ -92,7 +92,8 @@ def open_model(
         name: what rows call a model; its folder's name by default.
         tokenizer: of a Hugging Face model; read from where the model came from by default.
         device: a torch device, such as "cuda".
-        dtype: "float32", "bfloat16" or "float16"; as stored by default.
+        dtype: "float32", "bfloat16" or "float16"; by default as stored, or float32 on a processor
+            that is much slower in what is stored, with a warning.
         device_map: "auto" or "balanced" spreads a model over several devices.
         template: "chat" (the tokenizer's own template) or "raw".
         system: the system prompt of every request.
@@ -297,7 +298,7 @@ class ModelSpec:
         if bridge is None:
             bridge = load_model(
                 self.model,
-                dtype=self.dtype,
+                dtype=self._working_dtype(),
                 device=self.device,
                 device_map=self.device_map,
             )
@@ -320,6 +321,12 @@ class ModelSpec:
             model = self._judged(model, judge)
         details = self._details(files, model.judge_name)
         return with_references(replace(model, details=details))
+
+    def _working_dtype(self) -> str:
+        """As given; else as stored, or float32 on a processor that is slow in what is stored."""
+        if self.dtype or self.device_map:
+            return self.dtype
+        return usual_dtype(self.model, self.device)
 
     def _opened_judge(self) -> Any:
         """The judge of harm; None for the probe, which is trained on the opened model."""

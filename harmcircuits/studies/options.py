@@ -160,7 +160,7 @@ CUSTOM_MODEL: dict[str, Option] = {
         ),
         shown={
             "judge_question": "question.txt in its folder",
-            "dtype": "as stored",
+            "dtype": "as stored, or float32 where that is much faster",
             "device_map": "one device",
             "system": "none",
             "template_options": "none",

@@ -11,7 +11,7 @@ from helpers import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.hooks import loading
-from harmcircuits.hooks.loading import load_model, slowdown, wrap_model
+from harmcircuits.hooks.loading import load_model, slowdown, usual_dtype, wrap_model
 from harmcircuits.hooks.weights import named_weights, weights_digest
 
 
@@ -50,15 +50,33 @@ def test_a_tokenizer_is_given_or_stored_with_the_model(folder, tmp_path):
     assert wrap_model(loaded, tokenizer).tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-def test_a_slow_number_format_is_said_with_the_faster_one(folder, monkeypatch, recwarn):
-    monkeypatch.setattr(loading, "LARGE", 1)
+@pytest.fixture
+def slow_in_bfloat16(monkeypatch):
+    """A processor that is, and models that are wide enough for it to matter."""
+    monkeypatch.setattr(loading, "WIDE", 1)
     monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
-    with pytest.warns(UserWarning, match=r"40 times .* bfloat16 .* float32; give float32 as dtype"):
+
+
+@pytest.mark.usefixtures("slow_in_bfloat16")
+def test_a_slow_number_format_is_said_with_the_faster_one(folder, monkeypatch, recwarn):
+    with pytest.warns(UserWarning, match=r"40 times .* bfloat16 .* float32; give dtype='float32'"):
         load_model(folder, dtype="bfloat16")
     load_model(folder, dtype="float32")
-    monkeypatch.setattr(loading, "LARGE", 10**9)
+    monkeypatch.setattr(loading, "WIDE", 10**9)
     load_model(folder, dtype="bfloat16")
     assert not recwarn.list, "nothing is said of float32, or of a small model"
+
+
+@pytest.mark.usefixtures("slow_in_bfloat16")
+def test_the_usual_number_format_is_the_stored_one_unless_that_is_slow(folder, tmp_path, recwarn):
+    assert usual_dtype(folder, "cpu") == "", "stored in float32"
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    assert usual_dtype(str(tmp_path / "half"), "cuda") == ""
+    assert usual_dtype(str(tmp_path / "nowhere"), "cpu") == "", "an error that loading gives"
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="opened in float32, in twice the memory.*'bfloat16'"):
+        assert usual_dtype(str(tmp_path / "half"), "cpu") == "float32"
 
 
 def test_a_slowdown_is_a_ratio():

@@ -106,7 +106,7 @@ def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
 
 
 def test_the_cost_of_a_slow_number_format_names_the_faster_one(monkeypatch):
-    monkeypatch.setattr(loading, "LARGE", 1)
+    monkeypatch.setattr(loading, "WIDE", 1)
     monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
     arguments = ["cost", "--model", str(FOLDER / "sft"), "--tflops", "1", "--bandwidth", "10"]
     slow, fast = (
