@@ -144,7 +144,7 @@ def usual_dtype(model: str, device: str) -> str:
     warnings.warn(
         f"{model} is opened in float32, in twice the memory, since {_slowness(stored)}; give "
         f"dtype={name!r} to leave it as it is stored",
-        stacklevel=2,
+        stacklevel=6,  # who calls `open_model`
     )
     return "float32"
 
