@@ -18,8 +18,7 @@ except ImportError:
 # Arguments of the library that go by another name on the command line.
 SAME_AS = {"include_path": "tasks_from", "size": "sizes", "budget_of": "budgets", "path": "mask"}
 FUNCTIONS = re.compile(
-    r"^(?:find_circuit|evaluate_tasks|export|masked|load_model|open_model|study|run_jobs"
-    r"|weight_sites): "
+    r"^(?:find_circuit|evaluate_tasks|export|masked|open_model|study|run_jobs|weight_sites): "
 )
 RESUMES = "what is finished is kept: give --resume to go on"
 

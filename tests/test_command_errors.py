@@ -5,6 +5,7 @@ the model was loaded, a folder or a file that is there after a call that was ref
 """
 
 import errno
+import warnings
 
 import pytest
 import torch
@@ -208,3 +209,9 @@ def test_values_by_name():
     for texts in (["a"], ["=b"], ["a="], ["a=1", "a=2"]):
         with pytest.raises(ValueError, match=r"o='.*'(; expected NAME=VALUE|, and '1' before)"):
             values_by_name(texts, "o", "a=b")
+
+
+def test_a_warning_is_a_sentence_without_its_place(capsys):
+    with one_sentence():
+        warnings.warn("find_circuit: scored on few answers", stacklevel=1)
+    assert capsys.readouterr().err == "warning: scored on few answers\n"

@@ -5,13 +5,15 @@ folder that is opened as something it is not, a number format that the processor
 nobody says so.
 """
 
+import re
+
 import pytest
 import torch
 from helpers import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.hooks import loading
-from harmcircuits.hooks.loading import load_model, slowdown, usual_dtype, wrap_model
+from harmcircuits.hooks.loading import load_model, slow_dtype, slowdown, usual_dtype, wrap_model
 from harmcircuits.hooks.weights import named_weights, weights_digest
 
 
@@ -58,13 +60,13 @@ def slow_in_bfloat16(monkeypatch):
 
 
 @pytest.mark.usefixtures("slow_in_bfloat16")
-def test_a_slow_number_format_is_said_with_the_faster_one(folder, monkeypatch, recwarn):
-    with pytest.warns(UserWarning, match=r"40 times .* bfloat16 .* float32; give dtype='float32'"):
-        load_model(folder, dtype="bfloat16")
-    load_model(folder, dtype="float32")
+def test_a_slow_number_format_is_said_with_the_faster_one(folder, monkeypatch):
+    whole, half = load_model(folder), load_model(folder, dtype="bfloat16")
+    said = slow_dtype(half, "cpu")
+    assert re.search(r"40 times .* bfloat16 .* float32; give dtype='float32'", said)
+    assert slow_dtype(whole, "cpu") == slow_dtype(half, "cuda") == ""
     monkeypatch.setattr(loading, "WIDE", 10**9)
-    load_model(folder, dtype="bfloat16")
-    assert not recwarn.list, "nothing is said of float32, or of a small model"
+    assert not slow_dtype(half, "cpu"), "a narrow model is fast anyhow"
 
 
 @pytest.mark.usefixtures("slow_in_bfloat16")
