@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harmcircuits.display import plural
-from harmcircuits.hooks.bridge import AnyModel
+from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import weight_sites
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def load_model(
     return bridge
 
 
-def slow_dtype(bridge: AnyModel, device: str | torch.device) -> str:
+def slow_dtype(bridge: Bridge, device: str | torch.device) -> str:
     """A sentence where this processor computes much slower in the model's dtype than in float32.
 
     Empty for another device, and for a narrow model.
@@ -134,7 +134,7 @@ def usual_dtype(model: str, device: str) -> str:
     except (OSError, ValueError):  # said by `load_model`
         return ""
     width = getattr(config.get_text_config(), "hidden_size", 0)
-    stored = config.dtype or torch.float32
+    stored: Any = config.dtype or torch.float32
     if not _is_slow(width, stored, device):
         return ""
     name = str(stored).removeprefix("torch.")
