@@ -28,6 +28,11 @@ MARK_WIDTH = 110
 BAR_WIDTH = 240
 
 
+def dtype_name(dtype: object) -> str:
+    """A number format as torch names it, such as bfloat16, without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
 def listed(names: Iterable[Any], most: int = 8) -> str:
     """Names with commas between them; of more than `most` only the first, and how many follow.
 

@@ -647,8 +647,12 @@ def student_widening(n_groups: int) -> float:
     """
     if n_groups == 1:
         return 1.0
-    quantile = float(student.ppf(ENDS[1], n_groups - 1))
-    return quantile / Z * sqrt(n_groups / (n_groups - 1))
+    return student_quantile(n_groups) / Z * sqrt(n_groups / (n_groups - 1))
+
+
+def student_quantile(n: int) -> float:
+    """Half of Student's 95 % interval of a mean of n values, two or more, in standard errors."""
+    return float(student.ppf(ENDS[1], n - 1))
 
 
 def wilson(share: float, n: float) -> Interval:

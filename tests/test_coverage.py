@@ -31,6 +31,7 @@ MAKERS = {
     "measurements.difference": "Newcombe, 0.7 and 0.4",
     "measurements.of_draws": "average, normal",
     "measurements.student_widening": "average, normal",
+    "measurements.student_quantile": "harness, Student's by its standard error",
     "measurements._pooled": "seeds pooled",
     "hooks.losses.perplexity": "perplexity",
     "hooks.patching._share": "share of a patched change, ratio of means",
@@ -50,7 +51,7 @@ MAKERS = {
     "studies.utility._rows": "harness, Student's by its standard error",
 }
 READERS = {"measurements._measurement"}
-CALLS = {"of_draws", "quantile", "wilson", "ppf", "Measurement"}
+CALLS = {"of_draws", "quantile", "wilson", "ppf", "student_quantile", "Measurement"}
 
 
 def coverage_bound(least: float, n_trials: int) -> float:

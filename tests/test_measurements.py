@@ -127,8 +127,8 @@ def test_average_of_independent_values_has_the_normal_interval():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
     average = Measurement.average("nll", LABELS, values, range(400))
     half = 1.959964 * values.std().item() / 20
-    # Student's is 0.4 % wider. A quantile of 2,000 resamples at 2.5 % is off by a standard error of 0.06 sd, that is 3 % of
-    # the half-width.
+    # Student's is 0.4 % wider. A quantile of 2,000 resamples at 2.5 % is off by a standard error of
+    # 0.06 sd, that is 3 % of the half-width.
     assert average.high - average.mean == pytest.approx(half, rel=0.12)
     assert average.mean - average.low == pytest.approx(half, rel=0.12)
 

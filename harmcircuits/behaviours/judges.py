@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from harmcircuits.display import dtype_name
 from harmcircuits.hooks.loading import refuse_device
 from harmcircuits.storage.text import read_text
 
@@ -255,7 +256,7 @@ def refuse_not_finite(judge: str, model: Any, values: Tensor) -> None:
         JudgeError: a value that is not finite.
     """
     if not values.isfinite().all():
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        dtype = dtype_name(next(model.parameters()).dtype)
         raise JudgeError(
             f"{judge}: its logits are not finite, in {dtype}; look at its weights, and store it in "
             "bfloat16 or float32 where it is in float16"

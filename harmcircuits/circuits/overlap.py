@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int64
 from scipy.stats import spearmanr
-from scipy.stats import t as student
 from torch import Tensor
 
 from harmcircuits.circuits.location import By, Place, pieces
@@ -21,7 +20,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import card, facts, number_text, share, two_bars
-from harmcircuits.measurements import ENDS, Interval, wilson
+from harmcircuits.measurements import Interval, student_quantile, wilson
 
 BURN_IN = 20  # rounds of trades before the first sample of the stricter null
 THINNING = 4  # rounds of trades between two samples
@@ -96,7 +95,7 @@ class Overlap:
         # Not their quantiles: a resample repeats examples, so its masks agree less than those of
         # all examples do. How far resamples differ from each other is what those of other examples
         # would.
-        half = float(student.ppf(ENDS[1], n - 1) * np.std(self.resampled, ddof=1))
+        half = student_quantile(n) * float(np.std(self.resampled, ddof=1))
         return max(0.0, self.lift - half), self.lift + half
 
     @property

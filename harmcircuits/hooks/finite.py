@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harmcircuits.circuits.sites import Site
-from harmcircuits.display import plural
+from harmcircuits.display import dtype_name, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.gradients import hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
@@ -263,7 +263,7 @@ def _in_weights(bridge: Bridge) -> str:
         if not is_weight or value.is_meta or _is_finite(value.detach()):
             continue
         n_bad = int((~value.isfinite()).sum())
-        kind = _dtype(value.dtype)
+        kind = dtype_name(value.dtype)
         other = " in bfloat16 or float32" if value.dtype == torch.float16 else ""
         return (
             f"{name} holds {plural(n_bad, 'value')} that {'is' if n_bad == 1 else 'are'} NaN or "
@@ -301,10 +301,6 @@ def _name(objective: Objective) -> str:
     return getattr(function, "__name__", type(function).__name__).removeprefix("_")
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _remedy(bridge: Bridge) -> str:
     """In which dtype it happened, and what to do about it."""
     dtype = next(bridge.parameters()).dtype
@@ -313,6 +309,6 @@ def _remedy(bridge: Bridge) -> str:
             ", in float16, which ends at 65,504; open the model with dtype='bfloat16' or 'float32'"
         )
     return (
-        f", in {_dtype(dtype)}; numbers of this size come of weights that are damaged, or that "
+        f", in {dtype_name(dtype)}; numbers of this size come of weights that are damaged, or that "
         "training has driven away: open the model again"
     )

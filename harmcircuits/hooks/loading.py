@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harmcircuits.display import plural
+from harmcircuits.display import dtype_name, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import weight_sites
 
@@ -137,10 +137,9 @@ def usual_dtype(model: str, device: str) -> str:
     stored: Any = config.dtype or torch.float32
     if not _is_slow(width, stored, device):
         return ""
-    name = str(stored).removeprefix("torch.")
     warnings.warn(
         f"{model} is opened in float32, in twice the memory, since {_slowness(stored)}; give "
-        f"dtype={name!r} to leave it as it is stored",
+        f"dtype={dtype_name(stored)!r} to leave it as it is stored",
         stacklevel=6,  # who calls `open_model`
     )
     return "float32"
@@ -152,8 +151,8 @@ def _is_slow(width: int, dtype: torch.dtype, device: str | torch.device) -> bool
 
 
 def _slowness(dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return f"this processor takes {slowdown(dtype):.0f} times as long in {name} as in float32"
+    times = f"{slowdown(dtype):.0f} times"
+    return f"this processor takes {times} as long in {dtype_name(dtype)} as in float32"
 
 
 @cache

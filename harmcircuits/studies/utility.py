@@ -6,11 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from harmcircuits.hooks.bridge import Bridge, HasBridge, as_bridge
 from harmcircuits.hooks.gradients import frozen
-from harmcircuits.measurements import ENDS, Labels, Measurement, Rows
+from harmcircuits.measurements import Labels, Measurement, Rows, student_quantile
 
 
 def evaluate_tasks(
@@ -148,7 +146,7 @@ def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
         error = figures.get(f"{metric}_stderr,{variant}")
         n = figures["sample_len"]
         if isinstance(error, float) and n > 1:
-            half = float(student.ppf(ENDS[1], n - 1)) * error
+            half = student_quantile(n) * error
         else:
             where["interval"] = "none"
         row = Measurement(
