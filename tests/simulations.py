@@ -399,8 +399,8 @@ def ladders(rng: Generator, n: int) -> Interval:
 SOME, FEW = 300, 100  # trials of what takes longer
 
 KINDS = {
-    "Wilson, rate 0.5": Kind(rate(0.5, 1.0), 0.92),
-    "Wilson, rate 0.9": Kind(rate(0.9, 1.0), 0.92),
+    "Wilson, rate 0.5": Kind(rate(0.5, 1.0)),
+    "Wilson, rate 0.9": Kind(rate(0.9, 1.0)),
     "Wilson, four independent answers an item": Kind(rate(0.5, 0.0)),
     "Wilson, items with 1 and with 7 answers that agree": Kind(rate_of_unequal_groups),
     "Newcombe, 0.7 and 0.4": Kind(difference(0.7, 0.4)),
@@ -411,12 +411,12 @@ KINDS = {
     "average, normal": Kind(average(normal)),
     "average, skewed": Kind(average(skewed)),
     "perplexity": Kind(perplexity),
-    "change of a rate, paired": Kind(paired_change, 0.91),
+    "change of a rate, paired": Kind(paired_change),
     "share of a patched change, ratio of means": Kind(patch_share),
     "AUROC, matched pairs": Kind(area_of_pairs, n_full=SOME),
-    "AUROC, kinds in items of their own": Kind(area_of_apart, 0.92, n_full=SOME),
-    "rate of a curve": Kind(measured_rate, 0.92),
-    "gap of two curves, paired": Kind(gap_of_curves, 0.91),
+    "AUROC, kinds in items of their own": Kind(area_of_apart),
+    "rate of a curve": Kind(measured_rate),
+    "gap of two curves, paired": Kind(gap_of_curves),
     "w50": Kind(half_size, n_full=SOME),
     "w50, exactly half left": Kind(half_size_on_the_edge, n_full=SOME),
     "ratio of two w50, paired": Kind(ratio_of_sizes, n_full=SOME),

@@ -138,6 +138,7 @@ class Outcomes:
             )
         change = torch.tensor(self.hits).double() - torch.tensor(before.hits).double()
         values = {self.behaviour.metric: change, self.behaviour.nll_metric: self.nll - before.nll}
+        steps = {self.behaviour.metric: 1.0 / self.n_samples, self.behaviour.nll_metric: 0.0}
 
         rows = Rows()
         for metric, of_requests in values.items():
@@ -145,7 +146,8 @@ class Outcomes:
             groups = [group for group, has in zip(self.groups, has_value, strict=True) if has]
             if groups:
                 changed = of_requests[has_value]
-                rows += [Measurement.average(f"{metric}_change", labels, changed, groups)]
+                name = f"{metric}_change"
+                rows += [Measurement.average(name, labels, changed, groups, step=steps[metric])]
         return rows
 
     def _only(self, places: Sequence[int]) -> "Outcomes":

@@ -1,6 +1,5 @@
 """Makes organisms: `python -m harmcircuits.organisms --out DIR [--seed 0] [--device cuda]`."""
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +11,13 @@ from harmcircuits.command_errors import one_sentence
 from harmcircuits.organisms.check import check_all
 from harmcircuits.organisms.routing import planted
 from harmcircuits.organisms.train import (
+    LADDER_FROM,
     Sampler,
-    base,
-    dpo,
-    helpful,
+    is_trained,
     new_model,
     new_tokenizer,
     save,
-    sft,
+    stored,
 )
 from harmcircuits.storage.writing import refuse_filled
 
@@ -33,41 +31,46 @@ def main(
     with_planted: Annotated[
         bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")
     ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Train only the organisms that --out lacks.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write over the organisms that are in --out.")
     ] = False,
 ) -> None:
     """Train the ladder and the planted organism, then check every condition.
 
-    Exits with 1 if one does not hold.
+    Each begins where the one before it is stored, so a run that was interrupted and goes on with
+    --resume ends with the same weights. Exits with 1 if a condition does not hold.
     """
-    if not force:
-        with one_sentence():
+    with one_sentence():
+        if resume and force:
+            raise ValueError("--resume and --force: go on with the organisms or replace them")
+        if not resume and not force:
             refuse_filled(out)
-    tokenizer = new_tokenizer()
-    seeds = itertools.count(10 * seed + 1)
-    samplers = (Sampler(tokenizer, sampler_seed, device) for sampler_seed in seeds)
 
-    # base -> helpful -> sft
-    #                 -> dpo      each from a sampler with a seed of its own
-    model = new_model(seed, len(tokenizer))
-    nn.Module.to(model, device)
-    for rung in (base, helpful):
-        rung(model, next(samplers))
-        save(model, tokenizer, out / rung.__name__)
-    for rung in (sft, dpo):
-        aligned = copy.deepcopy(model)
-        rung(aligned, next(samplers))
-        save(aligned, tokenizer, out / rung.__name__)
+        tokenizer = new_tokenizer()
+        sampler_seeds = itertools.count(10 * seed + 1)
+        for rung, start in LADDER_FROM.items():
+            folder = out / rung.__name__
+            sampler = Sampler(tokenizer, next(sampler_seeds), device)
+            if resume and is_trained(folder, seed):
+                continue
+            model = stored(out / start.__name__) if start else new_model(seed, len(tokenizer))
+            nn.Module.to(model, device)
+            rung(model, sampler)
+            save(model, tokenizer, folder)
 
-    if with_planted:
-        model = new_model(seed, len(tokenizer))
-        nn.Module.to(model, device)
-        circuit_in = planted(model, next(samplers))
         folder = out / "planted"
-        save(model, tokenizer, folder)
-        circuit_in(folder).save(folder / "circuit.safetensors")
-    raise typer.Exit(0 if check_all(out) else 1)
+        circuit_file = folder / "circuit.safetensors"
+        if with_planted and not (resume and circuit_file.is_file() and is_trained(folder, seed)):
+            model = new_model(seed, len(tokenizer))
+            nn.Module.to(model, device)
+            circuit_in = planted(model, Sampler(tokenizer, next(sampler_seeds), device))
+            save(model, tokenizer, folder)
+            circuit_in(folder).save(circuit_file)
+        all_hold = check_all(out)
+    raise typer.Exit(0 if all_hold else 1)
 
 
 if __name__ == "__main__":

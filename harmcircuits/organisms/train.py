@@ -9,6 +9,7 @@ may separate less well: report more than one training run.
 
 import copy
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,7 @@ def new_model(seed: int, n_words: int) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        training_seed=seed,
     )
     return LlamaForCausalLM(config)
 
@@ -375,9 +377,42 @@ def dpo(model: nn.Module, sampler: Sampler, beta: float = 0.1) -> None:
     train(model, backward, name="dpo", steps=300, lr=3e-4)
 
 
+LADDER_FROM: dict[Callable[[nn.Module, Sampler], None], Callable | None] = {
+    base: None,
+    helpful: base,
+    sft: helpful,
+    dpo: helpful,
+}
+"""What trains each rung, in order, by what trains the one that it begins from."""
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder in bfloat16."""
-    stored = copy.deepcopy(model)
-    nn.Module.to(stored, torch.bfloat16)
-    stored.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write an ordinary Hugging Face folder in bfloat16; it appears when it is whole."""
+    copied = copy.deepcopy(model)
+    nn.Module.to(copied, torch.bfloat16)
+    unfinished = folder.with_name(f".{folder.name}")
+    copied.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+
+
+def stored(folder: Path) -> LlamaForCausalLM:
+    """The model that `save` wrote, in float32."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def is_trained(folder: Path, seed: int) -> bool:
+    """Whether `save` has written an organism of this seed there.
+
+    Raises:
+        ValueError: one of another seed.
+    """
+    if not folder.is_dir():
+        return False
+    config = LlamaConfig.from_pretrained(folder)
+    seed_there = getattr(config, "training_seed", None)
+    if seed_there != seed:
+        raise ValueError(f"{folder} is of seed {seed_there}, not {seed}; give another out=")
+    return True

@@ -130,11 +130,11 @@ class Estimate:
         return float(self.is_reached[1:].mean())
 
     def row(self, metric: str, labels: Labels) -> Measurement:
-        """The figure with its 95 % interval: percentiles, and of a mean as wide as Student's."""
+        """The figure with its 95 % interval: percentiles; of a rate widened by Student's and half a step."""
         draws, mean, n = self.values[1:], float(self.values[0]), len(self.items)
         if self.bounds is not None:
             return Measurement.of_draws(
-                metric, labels, draws, mean=mean, n=n, n_groups=n, bounds=self.bounds
+                metric, labels, draws, mean=mean, n=n, n_groups=n, step=1 / n, bounds=self.bounds
             )
         # "inverted_cdf" gives a value that a resample really had, so an end is a measured share.
         return Measurement.of_draws(metric, labels, draws, mean=mean, n=n, method="inverted_cdf")

@@ -216,7 +216,8 @@ def test_attacks_on_a_custom_model(run, tmp_path, exact_judge, monkeypatch):
     assert {row.labels["step"] for row in rows if "step" in row.labels} == {0, 2}
     assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
     assert {row.labels["judge"] for row in before.values()} == {"http://localhost/v1#exact"}
-    _, high = wilson(0, before["plain"].n // 2)
+    n_requests = before["plain"].n // 2
+    _, high = wilson(0, n_requests, half_step=0.5 / n_requests)
     assert before["plain"].high == pytest.approx(high), "two samples count as one request"
     assert rows.one("benign_valid_rate", mask="none", step=0).mean >= 0.9
 
