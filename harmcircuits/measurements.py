@@ -279,8 +279,7 @@ class Measurement:
             n_groups: how many groups each draw resamples; 0 for draws that are no resamples of a
                 mean.
             n_strata: of how many kinds the groups are that are resampled apart.
-            step: how far apart two values of the figure are at least, such as 1 / n for a rate among
-                n groups.
+            step: how far apart two values of the figure are at least: 1 / n for a rate among n.
             bounds: what the interval cannot pass, such as 0 and 1.
             method: of `numpy.quantile`.
         """

@@ -130,7 +130,10 @@ class Estimate:
         return float(self.is_reached[1:].mean())
 
     def row(self, metric: str, labels: Labels) -> Measurement:
-        """The figure with its 95 % interval: percentiles; of a rate widened by Student's and half a step."""
+        """The figure with its 95 % interval of percentiles.
+
+        That of a rate is wider, by Student's factor and half a step at either end.
+        """
         draws, mean, n = self.values[1:], float(self.values[0]), len(self.items)
         if self.bounds is not None:
             return Measurement.of_draws(
