@@ -34,7 +34,6 @@ import pandas as pd
 import typer
 from rich.console import Console
 from safetensors.torch import load_file
-from search_results import cost_cells
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
@@ -43,6 +42,7 @@ from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
+from harmcircuits.studies.bench.results import cost_cells
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table

@@ -28,11 +28,8 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from baselines import Calibrations, Method
 from rich.console import Console
 from search_bench import SIZES as BENCH_SIZES
-from search_bench import opened
-from search_results import CAP, by_method, percent
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
@@ -45,6 +42,9 @@ from harmcircuits.hooks.walk import FACTORS, Totals, Walk
 from harmcircuits.hooks.weights import model_fingerprint
 from harmcircuits.measurements import Labels, Rows
 from harmcircuits.prompts import Batch
+from harmcircuits.studies.bench.cases import opened
+from harmcircuits.studies.bench.methods import Calibrations, Method
+from harmcircuits.studies.bench.results import CAP, by_method, percent
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table

@@ -31,134 +31,25 @@
 # magnitudes; a circuit may be stable because a score prefers some rows and columns.
 
 # %%
-import random
-from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from baselines import rounds
 from rich.console import Console
-from search_bench import with_prompts
-from search_results import ENDED, cost_cells
-from torch import Tensor
 
-import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Model
-from harmcircuits.circuits.location import counts_by
-from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.circuits.sites import Site
-from harmcircuits.circuits.units import Unit
-from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.prompts import PromptSet
+from harmcircuits.studies.bench.results import cost_cells
+from harmcircuits.studies.bench.stability import LEVELS, MASKS, SIZES, compared, disjoint
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table
 
 RUNGS = ("sft", "dpo")
-SIZES = (0.001, 0.002, 0.004)
-MEASURED = 0.002  # the size at which what a mask does is measured
 DISJOINT_SIZES = (0.002, 0.004)
-MOST_DISJOINT = 4
-N_RANDOM = 5  # pairs of random masks
-LEVELS = ("weight", "neuron", "head")
-MASKS = ("searched", "random", "random, same |W|")
-
-Level = Literal["weight", "neuron", "head"]
-Data = Mapping[str, Calibration]
-Masks = list[hc.WeightMask]
-
-# %% [markdown]
-# ## The data of a pair
-
-
-# %%
-def halves(model: Model, data: Data, draw: int) -> tuple[Data, Data]:
-    """The answers about half of every topic's items, and those about the others."""
-    drawn = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw))
-    rest = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw, rest=True))
-    return drawn, rest
-
-
-def shuffled(model: Model, data: Data, draw: int) -> Data:
-    """The same answers in another order: another third of them is checked."""
-
-    def reordered(prompts: PromptSet) -> PromptSet:
-        examples = list(prompts)
-        random.Random(draw).shuffle(examples)
-        return PromptSet(tuple(examples))
-
-    return with_prompts(model, data, reordered)
-
-
-def heldout(model: Model, data: Data) -> Data:
-    """The same behaviours on the held-out items."""
-    shown = {}
-    for name in data:
-        behaviour = model.behaviour(name)
-        requests = behaviour.prompts("heldout")
-        answers = model.verified(behaviour, requests)
-        verified = answers.where(lambda example: bool(example.completion))
-        batches = model.batches(behaviour, verified)
-        shown[name] = Calibration(verified, batches, len(requests), name)
-    return shown
-
-
-def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
-    """The answers of two searches: "halves", "same half" or "wholes"."""
-    whole = model.calibrations()
-    if kind == "wholes":
-        return whole, heldout(model, whole)
-    first, second = halves(model, whole, draw)
-    if kind == "same half":
-        return first, shuffled(model, first, draw)
-    return first, second
-
-
-# %% [markdown]
-# ## The searches
-
-
-# %%
-def search(model: Model, data: Data, *, unit: Unit = "weight") -> Masks:
-    return model.find_circuit("harmful", size=SIZES, calibrations=data, unit=unit)
-
-
-def three_walks(model: Model, data: Data) -> Masks:
-    """At each size the weights in most of three masks; among equals, the larger removal effect."""
-    walks = [search(model, data)]
-    for order in (1, 2):
-        walks.append(search(model, shuffled(model, data, order)))
-    effect = hc.removal_effect(model.bridge, data["harmful"].batches)
-    of_each_size = zip(*walks, strict=True)
-    chosen = []
-    for size, masks in zip(SIZES, of_each_size, strict=True):
-        chosen.append(hc.top_fraction(votes(masks, effect), size, within="model"))
-    return chosen
-
-
-def votes(masks: Iterable[hc.WeightMask], effect: WeightScores) -> WeightScores:
-    """In how many masks each weight is, and its effect as less than a vote."""
-    largest = max(values.abs().max().item() for values in effect.values.values())
-    counted = {}
-    for name, values in effect.values.items():
-        n_votes = sum(mask.dense(name).float() for mask in masks)
-        counted[name] = n_votes + values / (3 * largest)
-    source = Source(effect.source.model, "votes", {}, (effect.source,))
-    return WeightScores(counted, source)
-
-
-METHODS: dict[str, Callable[[Model, Data], Masks]] = {
-    "search": search,
-    "three walks": three_walks,
-    "neurons": partial(search, unit="neuron"),
-    "rounds": partial(rounds, rounds=10, sizes=SIZES),
-    "one shot": partial(rounds, rounds=1, sizes=SIZES),
-}
 # Method, pair.
 PAIRS = (
     ("search", "halves"),
@@ -169,106 +60,6 @@ PAIRS = (
     ("rounds", "halves"),
     ("one shot", "halves"),
 )
-
-# %% [markdown]
-# ## What two masks share, and what each does
-
-
-# %%
-def jaccard(
-    mask: hc.WeightMask,
-    other: hc.WeightMask,
-    sites: Mapping[str, Site],
-    level: Level,
-) -> float:
-    if level == "weight":
-        n_both = (mask & other).n_removed
-        return n_both / (mask | other).n_removed
-
-    first = counts_by(mask, sites, level)
-    second = counts_by(other, sites, level)
-    n_both = n_either = 0
-    for place in first:
-        n_first = first[place].n_removed
-        n_second = second[place].n_removed
-        n_both += min(n_first, n_second)
-        n_either += max(n_first, n_second)
-    return n_both / max(1, n_either)
-
-
-def shared(model: Model, mask: hc.WeightMask, other: hc.WeightMask, labels: Labels) -> Rows:
-    """What two masks share, beside what random ones do."""
-    sites = hc.weight_sites(model.bridge)
-    weights = hc.named_weights(model.bridge)
-    pairs = {
-        "searched": [(mask, other)],
-        "random": random_pairs(mask, other),
-        "random, same |W|": random_pairs(mask, other, weights),
-    }
-    rows = [Measurement.exact("overlap_lift", labels, hc.overlap(mask, other).lift)]
-    for name in MASKS:
-        for level in LEVELS:
-            values = [jaccard(first, second, sites, level) for first, second in pairs[name]]
-            where = {**labels, "masks": name, "level": level}
-            rows.append(Measurement.exact("jaccard", where, fmean(values)))
-    return Rows(rows)
-
-
-def random_pairs(
-    mask: hc.WeightMask,
-    other: hc.WeightMask,
-    weights: Mapping[str, Tensor] | None = None,
-) -> list[tuple[hc.WeightMask, hc.WeightMask]]:
-    """Random masks like the one and like the other; with weights, of their magnitudes too."""
-    pairs = []
-    for number in range(N_RANDOM):
-        first = hc.random_like(mask, seed=2 * number, weights=weights)
-        second = hc.random_like(other, seed=2 * number + 1, weights=weights)
-        pairs.append((first, second))
-    return pairs
-
-
-def done_by(model: Model, mask: hc.WeightMask, names: Data, labels: Labels) -> Rows:
-    """Held out: how the model does without the mask's weights."""
-    rows = model.measure(mask=mask, only=list(names), labels=labels)
-    rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
-    return rows
-
-
-def compared(folder: Path, name: str, method: str, kind: str, draw: int, labels: Labels) -> Rows:
-    """A pair of searches: what their masks share at each size, and what they do at one."""
-    model = hc.open_model(name, folder=folder)
-    search_for = METHODS[method]
-    data, other_data = pair_of(model, kind, draw)
-    masks = search_for(model, data)
-    others = search_for(model, other_data)
-    rows = Rows()
-    for size, mask, other in zip(SIZES, masks, others, strict=True):
-        if not (mask.n_removed and other.n_removed):  # nothing of this size was worth its price
-            continue
-        where = {**labels, "size": size}
-        rows += shared(model, mask, other, where)
-        if kind == "halves" and size == MEASURED:
-            rows += done_by(model, mask, data, {**where, "mask": "first"})
-            rows += done_by(model, other, data, {**where, "mask": "second"})
-    return rows
-
-
-def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
-    """One search after another, each among the weights that those before it left."""
-    model = hc.open_model(name, folder=folder)
-    data = model.calibrations()
-    rows = model.measure(labels={**labels, "mask": "none"}, only=list(data))
-    taken = None
-    for number in range(1, MOST_DISJOINT + 1):
-        mask = model.find_circuit("harmful", size=size, calibrations=data, exclude=taken)
-        done = done_by(model, mask, data, {**labels, "mask": str(number)})
-        rows += done
-        if done.one("harm_valid_rate").mean > ENDED:
-            break
-        taken = mask if taken is None else taken | mask
-    return rows
-
 
 # %% [markdown]
 # ## What is read off

@@ -3,7 +3,7 @@
 Each kind draws data of `n` independent items, has the package make its interval of them, and says
 what the interval should hold. The table of docs/trusted.md, in a quarter of an hour:
 
-    PYTHONPATH=.:analyses python tests/simulations.py
+    PYTHONPATH=. python tests/simulations.py
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from numpy.random import Generator
-from search_results import area_ratio
-from search_results import resampled as resampled_ladders
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
@@ -27,6 +25,8 @@ from harmcircuits.hooks.patching import _share
 from harmcircuits.hooks.protection import _with_normal_interval
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.studies.bench.results import area_ratio
+from harmcircuits.studies.bench.results import resampled as resampled_ladders
 from harmcircuits.studies.cross_ablation import N_TOPIC_DRAWS, _topic_mean
 from harmcircuits.studies.curves import Curve, rate_at, w50
 from harmcircuits.studies.nodes import _correlation, importance_rows
@@ -391,7 +391,9 @@ def ladders(rng: Generator, n: int) -> Interval:
     height = rng.normal(size=(n, 1, 1)) + rng.normal(size=(n, 3, 2))
     areas = np.array([2.0, 1.0]) * (5 + height)
     values = {(f"{i:03}", str(j), ""): tuple(areas[i, j]) for i in range(n) for j in range(3)}
-    with patch("search_results.N_RESAMPLES", 300):  # of 10,000, which take a second
+    with patch(
+        "harmcircuits.studies.bench.results.N_RESAMPLES", 300
+    ):  # of 10,000, which take a second
         low, high = resampled_ladders(values, area_ratio)
     return Interval(low, area_ratio(areas.reshape(-1, 2)), high, 2.0)
 

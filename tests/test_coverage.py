@@ -40,6 +40,8 @@ MAKERS = {
     "circuits.overlap._wilson": "lift 1",
     "circuits.location._concentration_rows": DRAWS,
     "mask_commands._compared": DRAWS,
+    "studies.bench.results.resampled": "area over ladders",
+    "studies.by_loss.shared_rows": "lift 1",
     "studies.cross_ablation.overlap_rows": DRAWS,
     "studies.cross_ablation.shared_rows": "lift 1",
     "studies.cross_ablation._place_rows": "lift 1",

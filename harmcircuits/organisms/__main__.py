@@ -1,6 +1,5 @@
 """Makes organisms: `python -m harmcircuits.organisms --out DIR [--seed 0] [--device cuda]`."""
 
-import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -49,28 +48,62 @@ def main(
         if not resume and not force:
             refuse_filled(out)
 
-        tokenizer = new_tokenizer()
-        sampler_seeds = itertools.count(10 * seed + 1)
-        for rung, start in LADDER_FROM.items():
-            folder = out / rung.__name__
-            sampler = Sampler(tokenizer, next(sampler_seeds), device)
-            if resume and is_trained(folder, seed):
-                continue
-            model = stored(out / start.__name__) if start else new_model(seed, len(tokenizer))
-            nn.Module.to(model, device)
-            rung(model, sampler)
-            save(model, tokenizer, folder)
-
-        folder = out / "planted"
-        circuit_file = folder / "circuit.safetensors"
-        if with_planted and not (resume and circuit_file.is_file() and is_trained(folder, seed)):
-            model = new_model(seed, len(tokenizer))
-            nn.Module.to(model, device)
-            circuit_in = planted(model, Sampler(tokenizer, next(sampler_seeds), device))
-            save(model, tokenizer, folder)
-            circuit_in(folder).save(circuit_file)
+        train_ladder(out, seed, device, resume=resume)
+        if with_planted:
+            train_planted(out / "planted", seed, device, resume=resume)
         all_hold = check_all(out)
     raise typer.Exit(0 if all_hold else 1)
+
+
+def train_ladder(out: Path, seed: int, device: str, *, resume: bool) -> None:
+    """Train each rung from the one that it begins from, as that is stored.
+
+    Args:
+        out: folder of the ladder.
+        seed: of the initial weights and of every training text.
+        device: of the training.
+        resume: leave rungs that are there as they are.
+    """
+    tokenizer = new_tokenizer()
+    for number, (rung, start) in enumerate(LADDER_FROM.items()):
+        folder = out / rung.__name__
+        if resume and is_trained(folder, seed):
+            continue
+        model = stored(out / start.__name__) if start else new_model(seed, len(tokenizer))
+        nn.Module.to(model, device)
+        rung(model, Sampler(tokenizer, sampler_seed(seed, number), device))
+        save(model, tokenizer, folder)
+
+
+def train_planted(folder: Path, seed: int, device: str, *, resume: bool) -> None:
+    """Train the organism whose harm was learned through a random tenth of its weights.
+
+    Args:
+        folder: for it.
+        seed: as in `train_ladder`.
+        device: as in `train_ladder`.
+        resume: leave one that is there as it is.
+    """
+    circuit_file = folder / "circuit.safetensors"
+    if resume and circuit_file.is_file() and is_trained(folder, seed):
+        return
+    tokenizer = new_tokenizer()
+    model = new_model(seed, len(tokenizer))
+    nn.Module.to(model, device)
+    sampler = Sampler(tokenizer, sampler_seed(seed, len(LADDER_FROM)), device)
+    circuit_in = planted(model, sampler)
+    save(model, tokenizer, folder)
+    circuit_in(folder).save(circuit_file)
+
+
+def sampler_seed(seed: int, number: int) -> int:
+    """A seed of its own for the texts of each organism.
+
+    Args:
+        seed: of the run.
+        number: of the organism, in the order of training.
+    """
+    return 10 * seed + 1 + number
 
 
 if __name__ == "__main__":

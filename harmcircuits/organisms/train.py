@@ -86,8 +86,8 @@ def new_model(seed: int, n_words: int) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        training_seed=seed,
     )
+    config.training_seed = seed  # is stored with the model; see `is_trained`
     return LlamaForCausalLM(config)
 
 

@@ -5,13 +5,13 @@ model that was harmful before taken for misaligned, a seed that draws the topics
 that are trained and measured on alike, a circuit of another topic that is the topic's own.
 """
 
-import narrow_finetuning
 import pytest
 from helpers import analysis, small_model
-from narrow_finetuning import masks_of, organism_topics
 
 import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies import narrow_finetuning
+from harmcircuits.studies.narrow_finetuning import masks_of, organism_topics
 
 f5 = analysis("emergent_misalignment")
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"

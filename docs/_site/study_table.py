@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The tables of the study on `sft`
 # `harmcircuits study --out DIR` on the shipped `sft` measures what the README and the results page
-# show. Its `DIR/rows.jsonl` is kept as `rows/study_sft.jsonl`, and `python analyses/study_table.py`
+# show. Its `DIR/rows.jsonl` is kept as `rows/study_sft.jsonl`, and `python docs/_site/study_table.py`
 # writes the tables of both pages from it; a test holds them to the rows.
 
 # %%
@@ -13,7 +13,7 @@ from harmcircuits.studies.summary import held_out_lines
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.tables import figure_text, size_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "analyses" / "rows" / "study_sft.jsonl"
 START = "| mask on `sft` |"
 BOLD = "search"

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The picture of the README
-# `python analyses/readme_figure.py docs/figures/tradeoff.png` draws the trade-off from the committed
+# `python docs/_site/readme_figure.py docs/figures/tradeoff.png` draws the trade-off from the committed
 # rows of the study on `sft`.
 
 # %%

@@ -7,13 +7,6 @@ sizes that depend on which others are wanted.
 import pytest
 import torch
 from helpers import random_batch
-from rounds import (
-    PROTECT_SHARE,
-    ROUNDS,
-    growing_mask,
-    needed_weights,
-    prune_in_rounds,
-)
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
@@ -22,6 +15,13 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
+from harmcircuits.studies.bench.rounds import (
+    PROTECT_SHARE,
+    ROUNDS,
+    growing_mask,
+    needed_weights,
+    prune_in_rounds,
+)
 
 ARCHITECTURES = ("Llama", "GPT2", "Mixtral")
 

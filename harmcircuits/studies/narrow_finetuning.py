@@ -88,7 +88,7 @@ class Topic:
             name="inside",
             metric="in_domain_rate",
             nll_metric="in_domain_nll",
-            prompts=lambda split: self.inside,
+            prompts=lambda _: self.inside,
             **shown,
         )
         outside = replace(
@@ -96,7 +96,7 @@ class Topic:
             name="outside",
             metric="misaligned_rate",
             nll_metric="benign_nll",
-            prompts=lambda split: self.outside,
+            prompts=lambda _: self.outside,
             side_metrics={"benign": benign.metric},
         )
         return replace(model, behaviours={"inside": inside, "outside": outside})

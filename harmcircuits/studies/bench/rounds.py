@@ -5,9 +5,10 @@ A baseline of `hc.find_circuit`, which needs a third of the weights or less.
 
 from collections.abc import Iterator, Sequence
 from math import isclose
+from typing import Any
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction, union
-from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked_if_given
@@ -79,29 +80,37 @@ def growing_mask(
             scores = removal_effect(bridge, target)
         taken = [*protected, mask] if mask is not None else protected
 
-        # The weights of one round, cut where a size lies inside it.
         start = largest * (number - 1) / rounds
-        end = largest * number / rounds
-        stops = [size for size in sorted(set(sizes)) if _is_between(start, size, end)]
-        parts = [stop - start for stop in stops]
-        added = top_fraction(
-            scores, [*parts, largest / rounds], within="model", exclude=union(taken)
-        )
+        stops = _stops(sizes, start, end=largest * number / rounds)
+        # The last part is the whole round, without the rounding of a difference.
+        parts = [*(stop - start for stop in stops[:-1]), largest / rounds]
+        added = top_fraction(scores, parts, within="model", exclude=union(taken))
 
         before = mask
-        origins = [needed.source.parents[0] for needed in protected]
-        for size, part in zip([*stops, end], added, strict=True):
-            settings = {
-                "size": size,
-                "protect_share": protect_share,
-                "within": "model",
-                "round": number,
-                "rounds": rounds,
-            }
-            source = Source(scores.source.model, "circuit", settings, (scores.source, *origins))
+        settings = {
+            "protect_share": protect_share,
+            "within": "model",
+            "round": number,
+            "rounds": rounds,
+        }
+        for size, part in zip(stops, added, strict=True):
             removed = part if before is None else before | part
+            source = _source(scores, protected, {"size": size, **settings})
             mask = WeightMask(removed.removed, scores.shapes, source)
             yield mask
+
+
+def _stops(sizes: Sequence[float], start: float, end: float) -> list[float]:
+    """The sizes that lie inside a round, and its end."""
+    inside = [size for size in sorted(set(sizes)) if _is_between(start, size, end)]
+    return [*inside, end]
+
+
+def _source(
+    scores: WeightScores, protected: Sequence[WeightMask], settings: dict[str, Any]
+) -> Source:
+    origins = [needed.source.parents[0] for needed in protected]
+    return Source(scores.source.model, "circuit", settings, (scores.source, *origins))
 
 
 def needed_weights(bridge: Bridge, batches: Sequence[Batch], share: float) -> WeightMask:

@@ -1,13 +1,13 @@
-# %% [markdown]
-# # Ways of choosing the weights of harm
-# What the search bench (`search_bench.py`) compares: the search, and what weight pruning and machine
-# unlearning would choose. Each function gives, for every size, the weights that it would edit; its
-# arguments are what its authors set.
-#
-# Notation: W a weight; g_x its gradient of the mean loss per token of an example's answer; *harm*
-# the harmful answers that are scored, *others* those of every other ability that the model shows.
+"""Ways of choosing the weights of harm: the search, weight pruning, machine unlearning.
 
-# %%
+Each function gives, for every size, the weights that it would edit. It takes the model, its
+calibration data by behaviour, and the sizes; what follows are settings of its authors. A method of
+your own is one more such function.
+
+Notation: W a weight; g_x its gradient of the mean loss per token of an example's answer; *harm* the
+harmful answers that are scored, *others* those of every other ability that the model shows.
+"""
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,18 +16,26 @@ from itertools import chain
 from typing import Any
 
 import torch
-from rounds import prune_in_rounds
 from torch import Tensor
 
-import harmcircuits as hc
 from harmcircuits.behaviours.model import Calibration, Model
-from harmcircuits.circuits.masks import Scope, union
+from harmcircuits.behaviours.standard import TARGET
+from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.accumulation import mean_gradients, unchanged
+from harmcircuits.hooks.attribution import (
+    magnitude_scores,
+    random_scores,
+    removal_effect,
+    snip_scores,
+    wanda_scores,
+)
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.weights import model_fingerprint
+from harmcircuits.hooks.masking import masked, masked_if_given
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
 from harmcircuits.prompts import Batch
+from harmcircuits.studies.bench.rounds import prune_in_rounds
 
 Calibrations = Mapping[str, Calibration]
 Tensors = dict[str, Tensor]
@@ -44,7 +52,7 @@ class Dampening:
         factors: one for each of `mask.removed`.
     """
 
-    mask: hc.WeightMask
+    mask: WeightMask
     factors: Mapping[str, Tensor]
 
     @property
@@ -53,25 +61,25 @@ class Dampening:
         return self.mask.n_removed
 
 
-Edit = hc.WeightMask | Dampening
+Edit = WeightMask | Dampening
 Method = Callable[..., Sequence[Edit]]
 
 
 def edited(bridge: Bridge, edit: Edit) -> AbstractContextManager[Bridge]:
-    """The model with the edit, restored bit for bit."""
-    if isinstance(edit, hc.WeightMask):
-        return hc.masked(bridge, edit)
-    return hc.masked(bridge, edit.mask, scale=edit.factors)
+    """The model with the edit, restored bit for bit.
+
+    Args:
+        bridge: the model.
+        edit: what a method gave.
+    """
+    if isinstance(edit, WeightMask):
+        return masked(bridge, edit)
+    return masked(bridge, edit.mask, scale=edit.factors)
 
 
-# %% [markdown]
-# ## Differences of two rankings
-# The top q of the weights on harm, less the top p on each other ability. *Signed* is the published
-# one (arXiv 2604.09544: removal effect, p = 5 q in each matrix), *unsigned* and *Wanda* those of
-# arXiv 2402.05162 (|W| mean_x |g_x|, and |W| times the norm of its input; p = q).
+# Differences of two rankings
 
 
-# %%
 def difference(
     model: Model,
     data: Calibrations,
@@ -81,71 +89,95 @@ def difference(
     spare: Callable[..., WeightScores],
     p_over_q: float,
     within: Scope = "weight",
-) -> list[hc.WeightMask]:
+) -> list[WeightMask]:
+    """The top q of the weights on harm, less the top p on each other ability.
+
+    *Signed* is the published one (arXiv 2604.09544: removal effect, p = 5 q in each matrix),
+    *unsigned* and *Wanda* those of arXiv 2402.05162 (|W| mean_x |g_x|, and |W| times the norm of
+    its input; p = q).
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: q.
+        score: of harm.
+        spare: of each other ability.
+        p_over_q: p / q.
+        within: what is ranked together.
+    """
     target, others = batches(data)
     of_target = score(model.bridge, target)
     of_others = [spare(model.bridge, other) for other in others]
     masks = []
     for q in sizes:
         p = p_over_q * q
-        mask = hc.top_fraction(of_target, q, within=within)
+        mask = top_fraction(of_target, q, within=within)
         for scores in of_others:
-            mask = mask - hc.top_fraction(scores, p, within=within)
+            mask = mask - top_fraction(scores, p, within=within)
         masks.append(mask)
     return masks
 
 
 def batches(data: Calibrations) -> tuple[Sequence[Batch], list[Sequence[Batch]]]:
-    """The harmful answers, and those of each other ability."""
+    """The harmful answers, and those of each other ability.
+
+    Args:
+        data: calibration data by behaviour.
+    """
     others = []
     for name, calibration in data.items():
-        if name != "harmful":
+        if name != TARGET:
             others.append(calibration.batches)
-    return data["harmful"].batches, others
+    return data[TARGET].batches, others
 
 
 def together(groups: Iterable[Sequence[Batch]]) -> list[Batch]:
-    """The batches of several abilities as those of one."""
+    """The batches of several abilities as those of one.
+
+    Args:
+        groups: of each.
+    """
     return [*chain.from_iterable(groups)]
 
 
-# %% [markdown]
-# ## Without a target
-# The smallest weights by Wanda's score on everything else, in each row (arXiv 2306.11695: plain
-# pruning, which arXiv 2401.10862 found to make models refuse more); the largest weights; any.
+# Without a target
 
 
-# %%
 def wanda_pruning(
     model: Model, data: Calibrations, sizes: Sequence[float], *, within: Scope = "row"
-) -> list[hc.WeightMask]:
+) -> list[WeightMask]:
+    """The smallest weights by Wanda's score on everything else, in each row (arXiv 2306.11695).
+
+    Plain pruning, which arXiv 2401.10862 found to make models refuse more.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        within: what is ranked together.
+    """
     _, others = batches(data)
-    scores = hc.wanda_scores(model.bridge, together(others))
-    return hc.top_fraction(-scores, sizes, within=within)
+    scores = wanda_scores(model.bridge, together(others))
+    return top_fraction(-scores, sizes, within=within)
 
 
 def without_data(
     model: Model, _: Calibrations, sizes: Sequence[float], *, score: Callable[..., WeightScores]
-) -> list[hc.WeightMask]:
-    return hc.top_fraction(score(model.bridge), sizes, within="model")
+) -> list[WeightMask]:
+    """The largest weights by a score that reads no answers.
+
+    Args:
+        model: the model.
+        _: calibration data, which every method is given.
+        sizes: shares of the weights.
+        score: such as `magnitude_scores`.
+    """
+    return top_fraction(score(model.bridge), sizes, within="model")
 
 
-# %% [markdown]
-# ## Machine unlearning
-# **Selective synaptic dampening** (SSD, arXiv 2308.07707): where the Fisher information of harm,
-# F = g², is more than alpha times that of everything, W is multiplied by lambda F_all / F_harm, at
-# most 1. The published code squares the gradient of a batch's mean loss, so F depends on how many
-# examples are in a batch (*per batch*; 16 here); *per example* does not. alpha follows from the
-# size; lambda = 1. *Zeroed* removes the same weights. A dampened weight is not a removed one: its
-# size is the number of weights that are touched, and only the cost to the rest compares.
-#
-# **SalUn** (arXiv 2310.12508): the largest |mean g| on harm. **WAGLE** (arXiv 2410.17509): the
-# largest |(W - g_others / mu) g_harm|, mu = 1e-6. Of both only the choice of weights is taken, not
-# the training that follows it. **Product**: the largest -g_harm g_others, where the two gradients
-# oppose each other.
+# Machine unlearning
 
 
-# %%
 def dampening(
     model: Model,
     data: Calibrations,
@@ -156,6 +188,23 @@ def dampening(
     zeroed: bool = False,
     all_data: bool = True,
 ) -> list[Edit]:
+    """Selective synaptic dampening (SSD, arXiv 2308.07707).
+
+    Where the Fisher information of harm, F = g², is more than alpha times that of everything, W is
+    multiplied by lambda F_all / F_harm, at most 1; alpha follows from the size. A dampened weight
+    is not a removed one: its size is the number of weights that are touched, and only the cost to
+    the rest compares.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        per_batch: examples whose mean loss has its gradient squared, as the published code does;
+            with 1, F does not depend on how answers are batched.
+        strength: lambda.
+        zeroed: remove the same weights instead.
+        all_data: count harm as a part of everything.
+    """
     target, others = batches(data)
     everything = together([*others, target]) if all_data else together(others)
     of_harm = fisher(model.bridge, target, per_batch)
@@ -163,14 +212,20 @@ def dampening(
     ratio = {name: of_harm[name] / (of_all[name] + TINY) for name in of_harm}
 
     scores = scored(model.bridge, ratio, "dampening")
-    masks = hc.top_fraction(scores, sizes, within="model")
+    masks = top_fraction(scores, sizes, within="model")
     if zeroed:
         return list(masks)
     return [Dampening(mask, factors(mask, ratio, strength)) for mask in masks]
 
 
-def factors(mask: hc.WeightMask, ratio: Tensors, strength: float) -> Tensors:
-    """What each weight of a mask is multiplied by: less, the more it is harm's alone."""
+def factors(mask: WeightMask, ratio: Tensors, strength: float) -> Tensors:
+    """What each weight of a mask is multiplied by: less, the more it is harm's alone.
+
+    Args:
+        mask: the weights.
+        ratio: F_harm / F_all of every weight.
+        strength: lambda.
+    """
     of_mask = {}
     for name, index in mask.removed.items():
         chosen = ratio[name].flatten()[index]
@@ -180,7 +235,13 @@ def factors(mask: hc.WeightMask, ratio: Tensors, strength: float) -> Tensors:
 
 
 def fisher(bridge: Bridge, data: Sequence[Batch], per_batch: int) -> Tensors:
-    """Mean over batches of the squared gradient of the batch's mean loss."""
+    """Mean over batches of the squared gradient of the batch's mean loss.
+
+    Args:
+        bridge: the model.
+        data: answers.
+        per_batch: how many are a batch.
+    """
     parts = [*chain.from_iterable(cut(batch, per_batch) for batch in data)]
     mean: Tensors = {}
     for part in parts:
@@ -194,6 +255,12 @@ def fisher(bridge: Bridge, data: Sequence[Batch], per_batch: int) -> Tensors:
 
 
 def cut(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch as several.
+
+    Args:
+        batch: the batch.
+        size: examples in each.
+    """
     for start in range(0, len(batch), size):
         rows = slice(start, start + size)
         yield Batch(batch.tokens[rows], batch.is_target[rows])
@@ -201,23 +268,38 @@ def cut(batch: Batch, size: int) -> Iterator[Batch]:
 
 def salun(
     model: Model, data: Calibrations, sizes: Sequence[float], *, p_over_q: float = 0.0
-) -> list[hc.WeightMask]:
-    """With p: less the top p = p_over_q * q of the same score on each other ability."""
+) -> list[WeightMask]:
+    """SalUn (arXiv 2310.12508): the largest |mean g| on harm.
+
+    Only its choice of weights is taken, not the training that follows it.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: q, shares of the weights.
+        p_over_q: leave out the top p of the same score on each other ability; p / q.
+    """
     target, others = batches(data)
     of_harm = gradient_sizes(model.bridge, target)
     if not p_over_q:
-        return hc.top_fraction(of_harm, sizes, within="model")
+        return top_fraction(of_harm, sizes, within="model")
 
     of_others = [gradient_sizes(model.bridge, other) for other in others]
     masks = []
     for q in sizes:
         p = p_over_q * q
-        spared = union([hc.top_fraction(scores, p, within="model") for scores in of_others])
-        masks.append(hc.top_fraction(of_harm, q, within="model", exclude=spared))
+        spared = union([top_fraction(scores, p, within="model") for scores in of_others])
+        masks.append(top_fraction(of_harm, q, within="model", exclude=spared))
     return masks
 
 
 def gradient_sizes(bridge: Bridge, data: Sequence[Batch]) -> WeightScores:
+    """|mean g| of every weight.
+
+    Args:
+        bridge: the model.
+        data: answers.
+    """
     mean = gradients(bridge, data)
     sizes = {name: gradient.abs_() for name, gradient in mean.items()}
     return scored(bridge, sizes, "gradient")
@@ -225,33 +307,56 @@ def gradient_sizes(bridge: Bridge, data: Sequence[Batch]) -> WeightScores:
 
 def wagle(
     model: Model, data: Calibrations, sizes: Sequence[float], *, mu: float = 1e-6
-) -> list[hc.WeightMask]:
+) -> list[WeightMask]:
+    """WAGLE (arXiv 2410.17509): the largest |(W - g_others / mu) g_harm|.
+
+    Only its choice of weights is taken, not the training that follows it.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        mu: how strongly the others' gradient counts: less, the larger it is.
+    """
     of_harm, of_others = two_gradients(model, data)
-    weights = hc.named_weights(model.bridge)
+    weights = named_weights(model.bridge)
     values = {}
     for name, gradient in of_harm.items():
         moved = weights[name].detach() - of_others[name] / mu
         values[name] = (moved * gradient).abs_()
     scores = scored(model.bridge, values, "wagle")
-    return hc.top_fraction(scores, sizes, within="model")
+    return top_fraction(scores, sizes, within="model")
 
 
 def product(
     model: Model, data: Calibrations, sizes: Sequence[float], *, times_weight: bool = False
-) -> list[hc.WeightMask]:
+) -> list[WeightMask]:
+    """The largest -g_harm g_others, where the two gradients oppose each other.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        times_weight: multiply by W².
+    """
     of_harm, of_others = two_gradients(model, data)
-    weights = hc.named_weights(model.bridge)
+    weights = named_weights(model.bridge)
     values = {}
     for name, gradient in of_harm.items():
         values[name] = -gradient * of_others[name]
         if times_weight:
             values[name] *= weights[name].detach().square()
     scores = scored(model.bridge, values, "product")
-    return hc.top_fraction(scores, sizes, within="model")
+    return top_fraction(scores, sizes, within="model")
 
 
 def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
-    """Of harm, and of everything else."""
+    """Mean gradients on harm, and on everything else.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+    """
     target, others = batches(data)
     of_harm = gradients(model.bridge, target)
     of_others = gradients(model.bridge, together(others))
@@ -259,29 +364,30 @@ def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
 
 
 def gradients(bridge: Bridge, data: Sequence[Batch]) -> Tensors:
-    """The mean over examples of the gradient of every block matrix."""
-    sites = hc.weight_sites(bridge)
-    return mean_gradients(bridge, data, hc.completion_loss, sites, unchanged)
+    """The mean over examples of the gradient of every block matrix.
+
+    Args:
+        bridge: the model.
+        data: answers.
+    """
+    sites = weight_sites(bridge)
+    return mean_gradients(bridge, data, completion_loss, sites, unchanged)
 
 
 def scored(bridge: Bridge, values: Tensors, name: str) -> WeightScores:
+    """Values as scores of this model.
+
+    Args:
+        bridge: the model.
+        values: of every weight.
+        name: of the score.
+    """
     return WeightScores(values, Source(model_fingerprint(bridge), name))
 
 
-# %% [markdown]
-# ## A learned mask
-# The expensive reference: a mask that descends a loss by itself, with straight-through gates and a
-# budget of L0 norm. Every weight has a score; at every step the k highest are removed, k drawn from
-# the sizes wanted; then all scores, those of removed weights too, take a step down the gradient of
-#
-#     spared * loss on one of the other abilities
-#     + completeness * distance of harm's tokens from a uniform guess
-#
-# with respect to the gate, -W g, with momentum. The distance is the cross-entropy of the uniform
-# distribution less its entropy, nats per token: the completeness term of DiscoGP (arXiv 2407.03779).
+# A learned mask
 
 
-# %%
 def learned_mask(
     model: Model,
     data: Calibrations,
@@ -292,10 +398,30 @@ def learned_mask(
     completeness: float = 1.0,
     momentum: float = 0.9,
     seed: int = 0,
-) -> list[hc.WeightMask]:
+) -> list[WeightMask]:
+    """The expensive reference: a mask that descends a loss by itself, with straight-through gates.
+
+    Every weight has a score; at every step the k highest are removed, k drawn from the sizes; then
+    all scores, those of removed weights too, take a step down the gradient with respect to the gate
+    (-W g, with momentum) of
+
+        spared * loss on one of the other abilities + completeness * `from_uniform` of harm
+
+    Source: the completeness term of DiscoGP, arXiv 2407.03779.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        steps: how many.
+        spared: weight of the first term.
+        completeness: weight of the second.
+        momentum: of the scores.
+        seed: draws sizes, abilities and examples.
+    """
     bridge = model.bridge
     target, others = batches(data)
-    weights = hc.named_weights(bridge)
+    weights = named_weights(bridge)
     scores = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
     speed = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -306,7 +432,7 @@ def learned_mask(
             other = others[_below(len(others), generator)]
             with masked_if_given(bridge, mask):
                 harm = from_uniform(bridge, drawn(target, generator))
-                spared_loss = hc.completion_loss(bridge, drawn(other, generator)).mean()
+                spared_loss = completion_loss(bridge, drawn(other, generator)).mean()
                 loss = spared * spared_loss + completeness * harm
                 slopes = torch.autograd.grad(loss, list(weights.values()))
 
@@ -317,14 +443,18 @@ def learned_mask(
                 scores[name] += speed[name]
             size = sizes[_below(len(sizes), generator)]
             ranked = scored(bridge, scores, "learned mask")
-            mask = hc.top_fraction(ranked, size, within="model")
+            mask = top_fraction(ranked, size, within="model")
     ranked = scored(bridge, scores, "learned mask")
-    return hc.top_fraction(ranked, sizes, within="model")
+    return top_fraction(ranked, sizes, within="model")
 
 
 @contextmanager
 def gradients_taken(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Weights that gradients are taken with respect to; afterwards as they were."""
+    """Weights that gradients are taken with respect to; afterwards as they were.
+
+    Args:
+        weights: live parameters.
+    """
     needed = [(weight, weight.requires_grad) for weight in weights]
     try:
         for weight, _ in needed:
@@ -340,14 +470,25 @@ def _below(n: int, generator: torch.Generator) -> int:
 
 
 def drawn(data: Sequence[Batch], generator: torch.Generator, size: int = 16) -> Batch:
-    """Some examples of one batch."""
+    """Some examples of one batch.
+
+    Args:
+        data: batches, one of which is drawn.
+        generator: draws.
+        size: how many examples, at most.
+    """
     batch = data[_below(len(data), generator)]
     rows = torch.randperm(len(batch), generator=generator)[:size]
     return Batch(batch.tokens[rows], batch.is_target[rows])
 
 
 def from_uniform(bridge: Bridge, batch: Batch) -> Tensor:
-    """Cross-entropy of the uniform distribution less its entropy, at the targets of a batch."""
+    """Cross-entropy of the uniform distribution less its entropy, at the targets; nats a token.
+
+    Args:
+        bridge: the model.
+        batch: answers.
+    """
     tokens = batch.tokens.to(bridge.cfg.device)
     logits = bridge(tokens)[:, :-1].float()
     at_targets = logits[batch.is_target[:, 1:].to(logits.device)]
@@ -356,16 +497,23 @@ def from_uniform(bridge: Bridge, batch: Batch) -> Tensor:
     return -log_probs.mean() - uniform
 
 
-# %% [markdown]
-# ## Every way, as published and with the settings that are tried
-# The search's own defaults were chosen by the same bench (README of this folder).
+# The search, and the one before it
 
 
-# %%
 def search(
     model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any
-) -> list[hc.WeightMask]:
-    return model.find_circuit("harmful", size=sizes, calibrations=data, **settings)
+) -> list[WeightMask]:
+    """What `Model.find_circuit` finds.
+
+    Its defaults were chosen by the same bench (docs/search_bench.md).
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        **settings: as `Model.find_circuit`.
+    """
+    return model.find_circuit(TARGET, size=sizes, calibrations=data, **settings)
 
 
 def rounds(
@@ -375,7 +523,16 @@ def rounds(
     *,
     protect_share: float = 0.005,
     rounds: int = 10,
-) -> list[hc.WeightMask]:
+) -> list[WeightMask]:
+    """What `prune_in_rounds` finds.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        protect_share: as there.
+        rounds: as there.
+    """
     target, others = batches(data)
     return prune_in_rounds(
         model.bridge,
@@ -386,6 +543,8 @@ def rounds(
         rounds=rounds,
     )
 
+
+# Every way, as published and with the settings that are tried
 
 ONE_SHOT = {"steps": 1, "reach": 1.0, "renew": False}
 ONE_SHOT_TRIED = [
@@ -414,9 +573,9 @@ class Way:
     tried: Sequence[Mapping[str, Any]] = ()
 
 
-signed = partial(difference, score=hc.removal_effect, spare=hc.snip_scores)
-unsigned = partial(difference, score=hc.snip_scores, spare=hc.snip_scores)
-by_wanda = partial(difference, score=hc.wanda_scores, spare=hc.wanda_scores)
+signed = partial(difference, score=removal_effect, spare=snip_scores)
+unsigned = partial(difference, score=snip_scores, spare=snip_scores)
+by_wanda = partial(difference, score=wanda_scores, spare=wanda_scores)
 
 WAYS = {
     "search": Way(search, {}),
@@ -478,6 +637,6 @@ WAYS = {
         [{"spared": 3.0}, {"spared": 10.0}],
     ),
     "Wanda pruning": Way(wanda_pruning, {}, [{"within": "weight"}, {"within": "model"}]),
-    "magnitude": Way(partial(without_data, score=hc.magnitude_scores), {}),
-    "random": Way(partial(without_data, score=hc.random_scores), {}),
+    "magnitude": Way(partial(without_data, score=magnitude_scores), {}),
+    "random": Way(partial(without_data, score=random_scores), {}),
 }

@@ -1,21 +1,24 @@
-# %% [markdown]
-# # What the rows of a search bench say
-# Areas, tables, the interval and the figure of `search_bench.py`, whose head says what they mean.
+"""What the rows of a search bench say: areas, tables, the interval and the figure.
 
-# %%
+`analyses/search_bench.py` says at its head what they mean.
+"""
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.express as px
+from rich.console import Console
 
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms.check import LADDER
 from harmcircuits.views.figures import Picture
+from harmcircuits.views.tables import frame_table
 
 BUDGET = 0.02  # nats that benign answers may lose
 POINT = 0.01 + 1e-6  # that a kept rate may fall
@@ -34,11 +37,9 @@ KEPT = (
     "prefilled_valid_rate",
 )
 
-# %% [markdown]
-# ## One model and method
+# One model and method
 
 
-# %%
 @dataclass(frozen=True)
 class Taken:
     """What the masks of one model and method take.
@@ -71,7 +72,11 @@ class Taken:
 
 
 def taken(rows: Rows) -> Taken:
-    """Read off the rows of one model and method."""
+    """What the masks of one model and method take.
+
+    Args:
+        rows: of these.
+    """
     sizes = sorted({float(row.labels["size"]) for row in rows if row.labels.get("size")})
     before = means(rows, 0.0)
     falls, rises = [], []
@@ -97,12 +102,22 @@ def taken(rows: Rows) -> Taken:
 
 
 def means(rows: Rows, size: float) -> dict[str, float]:
-    """Every metric of the mask of a size; 0: of the unedited model."""
+    """Every metric of the mask of a size.
+
+    Args:
+        rows: of one model and method.
+        size: share of the weights; 0 for the unedited model.
+    """
     return {row.metric: row.mean for row in rows.where(size=size)}
 
 
 def is_within_budget(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Whether a mask leaves everything else as it was; what was not measured is not kept."""
+    """Whether a mask leaves everything else as it was; what was not measured is not kept.
+
+    Args:
+        before: every metric of the unedited model.
+        now: under the mask.
+    """
     for rate in KEPT:
         if rate not in before:
             continue
@@ -112,7 +127,12 @@ def is_within_budget(before: Mapping[str, float], now: Mapping[str, float]) -> b
 
 
 def cost_cells(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
-    """What a mask costs everything else, and whether it ends harm, as cells of a table."""
+    """What a mask costs everything else, and whether it ends harm, as cells of a table.
+
+    Args:
+        before: every metric of the unedited model.
+        now: under the mask.
+    """
     lost = max(before[rate] - now[rate] for rate in KEPT if rate in before)
     return {
         "kept rates fall by": f"{max(0, lost):.1%}",
@@ -122,16 +142,18 @@ def cost_cells(before: Mapping[str, float], now: Mapping[str, float]) -> dict[st
     }
 
 
-# %% [markdown]
-# ## All of them
+# All of them
 
-# %%
 Key = tuple[str, str, str]  # ladder, model, part of the answers
 Cases = dict[Key, Taken]
 
 
 def by_method(rows: Rows) -> dict[str, Cases]:
-    """Method -> case -> what its masks take."""
+    """Method -> case -> what its masks take.
+
+    Args:
+        rows: of the bench.
+    """
     cases: dict[str, Cases] = {}
     for (method, *key), of_case in rows.by("method", "ladder", "model", "part").items():
         ladder, model, part = map(str, key)
@@ -141,19 +163,32 @@ def by_method(rows: Rows) -> dict[str, Cases]:
 
 
 def is_aligned(key: Key) -> bool:
-    """Tuned to refuse, or a user's own."""
+    """Whether the model is tuned to refuse, or a user's own.
+
+    Args:
+        key: a case.
+    """
     ladder, model, _ = key
     return model in ALIGNED or ladder == "own"
 
 
 def is_main(key: Key) -> bool:
-    """Aligned, and searched with all of its answers."""
+    """Whether the model is aligned, and searched with all of its answers.
+
+    Args:
+        key: a case.
+    """
     _, _, part = key
     return part == "all" and is_aligned(key)
 
 
 def table(rows: Rows, methods: Iterable[str]) -> pd.DataFrame:
-    """A line for each method: aligned models of all ladders, searched with all answers."""
+    """A line for each method: aligned models of all ladders, searched with all answers.
+
+    Args:
+        rows: of the bench.
+        methods: in their order.
+    """
     cases_of = by_method(rows)
     lines = []
     for method in methods:
@@ -165,6 +200,11 @@ def table(rows: Rows, methods: Iterable[str]) -> pd.DataFrame:
 
 
 def method_cells(cases: Cases) -> dict[str, str]:
+    """The cells of a method.
+
+    Args:
+        cases: what its masks take.
+    """
     ended = [case for case in cases.values() if case.ends_at is not None]
     sizes = [case.ends_at for case in ended if case.ends_at is not None]
     broken = [case.degenerate for case in ended if case.degenerate is not None]
@@ -179,7 +219,11 @@ def method_cells(cases: Cases) -> dict[str, str]:
 
 
 def case_table(rows: Rows) -> pd.DataFrame:
-    """A line for each model and part of its answers: the search beside rounds."""
+    """A line for each model and part of its answers: the search beside rounds.
+
+    Args:
+        rows: of the bench.
+    """
     cases_of = by_method(rows)
     both = cases_of["search"].keys() & cases_of["rounds"].keys()
     lines = []
@@ -206,34 +250,56 @@ def case_table(rows: Rows) -> pd.DataFrame:
 
 
 def place(key: Key) -> tuple[bool, str, int, bool, str]:
-    """Where a case stands: the shipped ladder first, in its order, all answers before halves."""
+    """Where a case stands: the shipped ladder first, in its order, all answers before halves.
+
+    Args:
+        key: a case.
+    """
     ladder, model, part = key
     rungs: list[str] = [*LADDER, model]
     return ladder != "shipped", ladder, rungs.index(model), part != "all", part
 
 
 def passes_text(cases: Iterable[Taken]) -> str:
+    """The mean number of passes.
+
+    Args:
+        cases: of a method.
+    """
     counted = [case.passes for case in cases if case.passes is not None]
     return f"{fmean(counted):.0f}" if counted else "-"
 
 
 def percent(value: float | None, digits: int) -> str:
+    """A share as a percentage; a dash where there is none.
+
+    Args:
+        value: the share.
+        digits: after the point.
+    """
     return "-" if value is None else f"{value:.{digits}%}"
 
 
 def markdown(frame: pd.DataFrame) -> str:
+    """A table as Markdown.
+
+    Args:
+        frame: the table.
+    """
     rule = ["---"] * len(frame.columns)
     lines = [list(frame.columns), rule, *frame.astype(str).to_numpy()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-# %% [markdown]
-# ## Intervals
+# Intervals
 
 
-# %%
 def times_rounds(rows: Rows) -> tuple[float, float, float]:
-    """The search's area in nats over that of rounds, on aligned models; with its 95 % interval."""
+    """The search's area in nats over that of rounds, on aligned models; with its 95 % interval.
+
+    Args:
+        rows: of the bench.
+    """
     cases_of = by_method(rows)
     search, rounds = cases_of["search"], cases_of["rounds"]
     both = search.keys() & rounds.keys()
@@ -244,18 +310,31 @@ def times_rounds(rows: Rows) -> tuple[float, float, float]:
 
 
 def area_ratio(areas: np.ndarray) -> float:
-    """The sum of the first column over that of the second."""
+    """The sum of the first column over that of the second.
+
+    Args:
+        areas: a line for each case.
+    """
     first, second = areas.sum(axis=0)
     return first / second
 
 
 def times_text(rows: Rows) -> str:
+    """`times_rounds` in words.
+
+    Args:
+        rows: of the bench.
+    """
     times, low, high = times_rounds(rows)
     return f"{times:.1f} [{low:.1f}, {high:.1f}] times the area of rounds"
 
 
 def area_text(areas: Mapping[Key, float]) -> str:
-    """The mean, with its interval where there are several ladders to draw from."""
+    """The mean, with its interval where there are several ladders to draw from.
+
+    Args:
+        areas: of every case.
+    """
     mean = f"{fmean(areas.values()):.2f}"
     if len({ladder for ladder, _, _ in areas}) == 1:
         return mean
@@ -267,7 +346,12 @@ def resampled(
     values: Mapping[Key, Any],
     statistic: Callable[[np.ndarray], Any],
 ) -> tuple[float, float]:
-    """95 % interval: ladders are drawn anew, and of each its models and parts."""
+    """95 % interval: ladders are drawn anew, and of each its models and parts.
+
+    Args:
+        values: of every case.
+        statistic: of the values of a resample.
+    """
     by_ladder: dict[str, list[Any]] = {}
     for (ladder, _, _), value in sorted(values.items()):
         by_ladder.setdefault(ladder, []).append(value)
@@ -286,22 +370,21 @@ def resampled(
     return float(low), float(high)
 
 
-# %% [markdown]
-# ## The figure
+# The figure, and the files
 
 
-# %%
 def figure(rows: Rows) -> Picture:
-    """Harm that goes by the best mask within budget against its size; mean of aligned models."""
+    """Harm that goes by the best mask within budget against its size; mean of aligned models.
+
+    Args:
+        rows: of the bench.
+    """
     x, y = "weights, %", "harm that goes, points"
     points = []
     for method, cases in by_method(rows).items():
-        aligned = [case for key, case in cases.items() if is_main(key)]
-        if method not in DRAWN or not aligned:
-            continue
-        for number, size in enumerate(aligned[0].sizes):
-            fall = fmean(case.rates[number] for case in aligned)
-            points.append({"method": method, x: 100 * size, y: 100 * fall})
+        if method in DRAWN:
+            for size, fall in _falls(cases):
+                points.append({"method": method, x: 100 * size, y: 100 * fall})
     drawn = px.line(
         pd.DataFrame(points),
         x=x,
@@ -315,3 +398,34 @@ def figure(rows: Rows) -> Picture:
     sizes = sorted({point[x] for point in points})
     drawn.update_xaxes(tickvals=sizes, ticktext=[f"{size:g}" for size in sizes])
     return Picture(drawn)
+
+
+def _falls(cases: Cases) -> list[tuple[float, float]]:
+    """The sizes, and by how much valid harm falls at each; mean of aligned models."""
+    aligned = [case for key, case in cases.items() if is_main(key)]
+    sizes = aligned[0].sizes if aligned else ()
+    falls = []
+    for number, size in enumerate(sizes):
+        falls.append((size, fmean(case.rates[number] for case in aligned)))
+    return falls
+
+
+def write_results(out: Path, rows: Rows, methods: Iterable[str], console: Console) -> None:
+    """The tables and the figure as files, and the tables on a screen.
+
+    Args:
+        out: folder for them.
+        rows: of the bench.
+        methods: in their order.
+        console: the screen.
+    """
+    summary = table(rows, methods)
+    if not summary.empty:  # as with halves of the answers alone
+        (out / "summary.md").write_text(markdown(summary) + "\n", encoding="utf-8")
+        console.print(frame_table(summary))
+        figure(rows).save(out / "figure.html")
+    if {"search", "rounds"} <= by_method(rows).keys():
+        cases = case_table(rows)
+        (out / "cases.md").write_text(markdown(cases) + "\n", encoding="utf-8")
+        console.print(frame_table(cases, n_names=3))
+        console.print(times_text(rows), highlight=False)
