@@ -23,25 +23,20 @@
 # **What it does not show.** One organism of a million parameters; one seed each.
 
 # %%
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import pandas as pd
 import typer
 from rich.console import Console
-from safetensors.torch import load_file
 
 import harmcircuits as hc
-from harmcircuits.behaviours.model import Calibration, Model
-from harmcircuits.circuits.ground_truth import ground_truth_rows
-from harmcircuits.circuits.scores import WeightScores, mean_scores
-from harmcircuits.hooks.attribution import all_scores
+from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
+from harmcircuits.studies.bench.recovery import recovery, true_circuit
 from harmcircuits.studies.bench.results import cost_cells
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
@@ -60,39 +55,9 @@ REACH = ("all", "outside S", "inside S")
 
 
 # %%
-def recovery(folder: Path, labels: Labels) -> Rows:
+def recovered(folder: Path, labels: Labels) -> Rows:
     model = hc.open_model("planted", folder=folder)
-    truth, data = true_circuit(model), model.calibrations()
-    harmful = data["harmful"].batches
-    effect = hc.removal_effect(model.bridge, harmful)
-    others = [calibration.batches for name, calibration in data.items() if name != "harmful"]
-    prices = [hc.token_price(model.bridge, spared) for spared in others]
-    price = mean_scores(prices, [1.0] * len(prices))  # the mean of them
-    scores = all_scores(model.bridge, harmful, effect)
-    scores["less its price"] = less(effect, price.values, len(prices))
-    scores["walk's sums"] = walked(model, data, effect)
-    return ground_truth_rows(scores, truth, hc.named_weights(model.bridge), labels)
-
-
-def less(scores: WeightScores, price: Mapping, factor: float) -> WeightScores:
-    values = {name: value - factor * price[name] for name, value in scores.values.items()}
-    return WeightScores(values, scores.source)
-
-
-def walked(model: Model, data: Mapping[str, Calibration], like: WeightScores) -> WeightScores:
-    """What the walk ranks weights by after its last step: benefit less factor times price."""
-    with TemporaryDirectory() as kept:
-        mask = model.find_circuit("harmful", size=RELEARNED, calibrations=data, folder=kept)
-        (last,) = Path(kept).glob("step-*")
-        benefit = load_file(last / "benefit.safetensors")
-        price = load_file(last / "price.safetensors")
-    return less(WeightScores(benefit, like.source), price, mask.source.settings["factor"])
-
-
-def true_circuit(model: Model) -> hc.WeightMask:
-    if model.ground_truth is None:
-        raise ValueError(f"{model.name} has no planted circuit; give a folder with one")
-    return model.ground_truth
+    return recovery(model, model.calibrations(), labels)
 
 
 # %% [markdown]
@@ -228,7 +193,7 @@ def main(
     for folder in organisms or [FOLDER]:
         ladder = ModelSpec("planted", folder).labels["ladder"]
         labels = {"ladder": ladder, "job": "recovery"}
-        jobs.append(Job(labels, partial(recovery, folder, labels)))
+        jobs.append(Job(labels, partial(recovered, folder, labels)))
         for reach in REACH:
             labels = {"ladder": ladder, "job": "search", "reach": reach}
             jobs.append(Job(labels, partial(searched, folder, reach, labels)))

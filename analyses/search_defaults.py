@@ -18,33 +18,27 @@
 # the default if it takes no less of either in any of the four cases, and more in some.
 
 # %%
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
-import torch
 import typer
 from rich.console import Console
-from search_bench import SIZES as BENCH_SIZES
 
-import harmcircuits as hc
-from harmcircuits.behaviours.model import Model
-from harmcircuits.circuits.scores import Source
-from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.objectives import Objective
-from harmcircuits.hooks.protection import Protection
-from harmcircuits.hooks.search import BUDGET, STEPS
-from harmcircuits.hooks.walk import FACTORS, Totals, Walk
-from harmcircuits.hooks.weights import model_fingerprint
 from harmcircuits.measurements import Labels, Rows
-from harmcircuits.prompts import Batch
 from harmcircuits.studies.bench.cases import opened
-from harmcircuits.studies.bench.methods import Calibrations, Method
-from harmcircuits.studies.bench.results import CAP, by_method, percent
+from harmcircuits.studies.bench.methods import Method
+from harmcircuits.studies.bench.results import by_method, percent
+from harmcircuits.studies.bench.variants import (
+    FactorForEach,
+    capped_loss,
+    factors,
+    log_loss,
+    walked,
+)
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table
@@ -52,121 +46,6 @@ from harmcircuits.views.tables import frame_table
 SIZES = (0.0005, 0.001, 0.002, 0.004)
 MODELS = ("sft", "dpo")
 HALVES = ("A", "B")
-MULTIPLIERS = (1 / 4, 4.0)  # the least and the greatest
-MOST_MOVED = 0.5  # powers of two, in a step
-
-# %% [markdown]
-# ## Walks that differ
-
-
-# %%
-@dataclass
-class OtherFactors(Walk):
-    """A walk that may multiply the price by other factors."""
-
-    tried: tuple[float, ...] = FACTORS
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        return self.tried
-
-
-@dataclass
-class FactorForEach(Walk):
-    """A walk whose price is a sum with a multiplier for each protected behaviour."""
-
-    prices: dict[str, Totals] = field(default_factory=dict)
-    multipliers: dict[str, float] = field(default_factory=dict)
-
-    def _add_price(self) -> None:
-        protection = self.protection
-        for name, batches in protection.priced.items():
-            self.protection = replace(protection, priced={name: batches})
-            self.price = self.prices.setdefault(name, {})
-            super()._add_price()
-        self.protection = protection
-
-        self.price = {}
-        for name, price in self.prices.items():
-            multiplier = self.multipliers.setdefault(name, 1.0)
-            for site, values in price.items():
-                self._add(self.price, site, values * multiplier)
-
-    def step(self, number: int, of: int) -> None:
-        super().step(number, of)
-        rises = self.trace.where("protected_rise", aim="walk", step=number)
-        # The last mask that passed; where none did, the last of all.
-        counted = rises.where(outcome="accepted") or rises
-        for name, budget in self.protection.budgets.items():
-            rise = counted.where(protected=name)[-1].mean
-            self.multipliers[name] = moved(self.multipliers[name], rise / budget)
-
-
-def moved(multiplier: float, spent: float) -> float:
-    """What a multiplier becomes where a loss has risen by this share of its budget."""
-    power = min(MOST_MOVED, max(-MOST_MOVED, spent - 0.5))
-    least, greatest = MULTIPLIERS
-    return min(greatest, max(least, multiplier * 2**power))
-
-
-def log_loss(bridge: Bridge, batch: Batch) -> torch.Tensor:
-    return hc.completion_loss(bridge, batch).log1p()
-
-
-def capped_loss(bridge: Bridge, batch: Batch) -> torch.Tensor:
-    return hc.completion_loss(bridge, batch).clamp(max=CAP)
-
-
-def walked(
-    model: Model,
-    data: Calibrations,
-    sizes: Sequence[float],
-    *,
-    kind: type[Walk] = Walk,
-    budget: float = BUDGET,
-    steps: int = STEPS,
-    laps: int = 1,
-    objective: Objective = hc.completion_loss,
-    renew: bool = True,
-    **options: Any,
-) -> list[hc.WeightMask]:
-    """The masks of `Model.find_circuit`, of a walk of another kind."""
-    harmful = model.behaviour("harmful")
-    target = data["harmful"]
-
-    def still_shown(_: Bridge) -> list[Batch]:
-        answers = model.verified(harmful, target.prompts)
-        shown = answers.where(lambda example: bool(example.completion))
-        return model.batches(harmful, shown) if len(shown) else []
-
-    protect = {name: other.batches for name, other in data.items() if name != "harmful"}
-    walk = kind(
-        model.bridge,
-        target.batches,
-        still_shown if renew else None,
-        objective,
-        Protection.of(model.bridge, protect, budget),
-        hc.weight_sites(model.bridge),
-        units=None,
-        excluded={},
-        source=Source(model_fingerprint(model.bridge), "circuit"),
-        sizes=sizes,
-        largest_size=max(BENCH_SIZES),
-        max_memory=None,
-        **options,
-    )
-    for _ in range(laps):
-        for step in range(1, steps + 1):
-            walk.step(step, steps)
-    return walk.masks()
-
-
-def factors(lowest: int, highest: int, per_doubling: int) -> Method:
-    """Walks whose factors go from one power of two to another, so many of them to a doubling."""
-    numbers = range(lowest * per_doubling, highest * per_doubling + 1)
-    tried = tuple(2 ** (number / per_doubling) for number in numbers)
-    return partial(walked, kind=OtherFactors, tried=tried)
-
 
 VARIANTS: Mapping[str, Method] = {
     "default": walked,

@@ -15,6 +15,7 @@ import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
+from harmcircuits.studies.bench import recovery
 
 analysis = import_module("planted")
 
@@ -40,7 +41,7 @@ def test_every_score_is_held_against_s(model, monkeypatch, opened):
     monkeypatch.setattr(
         Model, "find_circuit", lambda *args, **options: real(*args, **{**options, **settings})
     )
-    rows = analysis.recovery(FOLDER, {"ladder": "shipped", "job": "recovery"})
+    rows = analysis.recovered(FOLDER, {"ladder": "shipped", "job": "recovery"})
     table = analysis.recovery_table(rows).set_index("score")
     assert {"removal effect", "less its price", "walk's sums", "magnitude"} < set(table.index)
     assert float(table.loc["random", "AUROC"]) == pytest.approx(0.5, abs=0.01)
@@ -48,7 +49,7 @@ def test_every_score_is_held_against_s(model, monkeypatch, opened):
 
     # After one step the sums are the scores of the unpruned model.
     effect = hc.removal_effect(model.bridge, opened["harmful"].batches)
-    sums = analysis.walked(model, opened, effect)
+    sums = recovery.walked(model, opened, effect)
     name = "blocks.1.mlp.in.weight"
     price = effect.values[name] - sums.values[name]
     assert price.min() >= -1e-6 and price.max() > 0

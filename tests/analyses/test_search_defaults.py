@@ -1,97 +1,11 @@
-"""Walks that differ from the search in one thing each.
+"""The page that quotes the committed rows of the search's settings."""
 
-Would catch: a variant that differs from the search in more than that, one that does not differ at
-all, a multiplier that moves the wrong way or out of its range, a table that is not of the rows.
-"""
-
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 
-import pytest
-import torch
-from helpers import small_model
+import search_defaults as defaults
 from pages import markdown, text_of
 
-import harmcircuits as hc
 from harmcircuits.measurements import Rows
-
-defaults = import_module("search_defaults")
-
-SIZES = [0.001, 0.004]
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A model that is asked few requests, and three of its abilities."""
-    model = small_model("sft")
-    return model, model.calibrations(["harmful", "benign", "recognition"])
-
-
-@pytest.fixture(scope="module")
-def masks(small) -> list[hc.WeightMask]:
-    return defaults.walked(*small, SIZES, steps=3)
-
-
-def test_the_walk_is_that_of_the_search(small, masks):
-    """To 1 %, as the bench: 20 times the smallest of its sizes."""
-    model, data = small
-    reach = max(defaults.BENCH_SIZES) / min(SIZES)
-    library = model.find_circuit("harmful", size=SIZES, calibrations=data, steps=3, reach=reach)
-    assert [mask.digest for mask in masks] == [mask.digest for mask in library]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kind": defaults.FactorForEach},
-        {"objective": defaults.log_loss},
-        {"renew": False},
-        {"laps": 2},
-        {"kind": defaults.OtherFactors, "tried": (1.0, 8.0)},
-    ],
-)
-def test_a_variant_chooses_other_weights_of_the_same_number(small, masks, options):
-    others = defaults.walked(*small, SIZES, **{"steps": 3, **options})
-    assert [mask.digest for mask in others] != [mask.digest for mask in masks]
-    for mask, other in zip(masks, others, strict=True):
-        assert 0 < other.n_removed <= mask.source.settings["n_allowed"]
-
-
-def test_with_equal_multipliers_the_price_is_the_sum(small):
-    """Before anything has moved them, a step is that of the usual walk."""
-    one_step = partial(defaults.walked, *small, SIZES, steps=1)
-    each, usual = one_step(kind=defaults.FactorForEach), one_step()
-    for mask, other in zip(each, usual, strict=True):
-        assert (mask - other).n_removed <= 0.001 * mask.n_removed  # sums in another order
-
-
-def test_a_multiplier_follows_what_is_spent():
-    assert defaults.moved(1.0, 0.5) == 1.0
-    assert defaults.moved(1.0, 1.0) == pytest.approx(2**0.5)
-    assert defaults.moved(1.0, 30.0) == pytest.approx(2**0.5)
-    assert defaults.moved(1.0, -30.0) == pytest.approx(2**-0.5)
-    assert defaults.moved(4.0, 1.0) == 4.0
-    assert defaults.moved(0.25, 0.0) == 0.25
-
-
-def test_factors_are_powers_of_two_in_their_range():
-    tried = defaults.factors(-2, 6, per_doubling=2).keywords["tried"]
-    assert tried == defaults.FACTORS
-    assert defaults.factors(-1, 1, per_doubling=1).keywords["tried"] == (0.5, 1.0, 2.0)
-
-
-def test_losses_of_the_target_grow_less_where_it_is_lost(small):
-    model, data = small
-    batch = data["harmful"].batches[0]
-    loss = hc.completion_loss(model.bridge, batch)
-    torch.testing.assert_close(defaults.log_loss(model.bridge, batch), torch.log(1 + loss))
-    assert torch.equal(defaults.capped_loss(model.bridge, batch), loss)
-    with hc.masked(model.bridge, hc.top_fraction(hc.magnitude_scores(model.bridge), 0.2)):
-        lost = hc.completion_loss(model.bridge, batch)
-        capped = defaults.capped_loss(model.bridge, batch)
-    assert lost.max() > defaults.CAP
-    assert torch.equal(capped, lost.clamp(max=defaults.CAP))
 
 
 def test_the_page_quotes_the_committed_rows():

@@ -1,0 +1,189 @@
+"""Walks that differ from the search in one thing each: price, factors, loss, laps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.standard import TARGET
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.protection import Protection
+from harmcircuits.hooks.search import BUDGET, STEPS
+from harmcircuits.hooks.walk import FACTORS, Totals, Walk
+from harmcircuits.hooks.weights import model_fingerprint, weight_sites
+from harmcircuits.prompts import Batch
+from harmcircuits.studies.bench.methods import Calibrations, Method
+from harmcircuits.studies.bench.results import CAP
+
+LARGEST = 0.01  # share of the weights to which a walk goes on
+MULTIPLIERS = (1 / 4, 4.0)  # the least and the greatest
+MOST_MOVED = 0.5  # powers of two, in a step
+
+
+@dataclass
+class OtherFactors(Walk):
+    """A walk that may multiply the price by other factors.
+
+    Attributes:
+        tried: the factors.
+    """
+
+    tried: tuple[float, ...] = FACTORS
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Those that are tried."""
+        return self.tried
+
+
+@dataclass
+class FactorForEach(Walk):
+    """A walk whose price is a sum with a multiplier for each protected behaviour.
+
+    After every step a multiplier becomes dearer where the behaviour's loss is near its budget, and
+    cheaper where it is far from it (`moved`).
+
+    Attributes:
+        prices: of each behaviour, summed over the steps.
+        multipliers: of each behaviour.
+    """
+
+    prices: dict[str, Totals] = field(default_factory=dict)
+    multipliers: dict[str, float] = field(default_factory=dict)
+
+    def _add_price(self) -> None:
+        protection = self.protection
+        for name, batches in protection.priced.items():
+            self.protection = replace(protection, priced={name: batches})
+            self.price = self.prices.setdefault(name, {})
+            super()._add_price()
+        self.protection = protection
+
+        self.price = {}
+        for name, price in self.prices.items():
+            multiplier = self.multipliers.setdefault(name, 1.0)
+            for site, values in price.items():
+                self._add(self.price, site, values * multiplier)
+
+    def step(self, number: int, of: int) -> None:
+        """A step of the walk, after which the multipliers move.
+
+        Args:
+            number: of the step, from 1.
+            of: how many there are.
+        """
+        super().step(number, of)
+        rises = self.trace.where("protected_rise", aim="walk", step=number)
+        # The last mask that passed; where none did, the last of all.
+        counted = rises.where(outcome="accepted") or rises
+        for name, budget in self.protection.budgets.items():
+            rise = counted.where(protected=name)[-1].mean
+            self.multipliers[name] = moved(self.multipliers[name], rise / budget)
+
+
+def moved(multiplier: float, spent: float) -> float:
+    """What a multiplier becomes: times 2^(spent - 1/2), within one half of a power either way.
+
+    Args:
+        multiplier: what it was.
+        spent: by which share of its budget the loss has risen.
+    """
+    power = min(MOST_MOVED, max(-MOST_MOVED, spent - 0.5))
+    least, greatest = MULTIPLIERS
+    return min(greatest, max(least, multiplier * 2**power))
+
+
+def log_loss(bridge: Bridge, batch: Batch) -> torch.Tensor:
+    """log(1 + loss) of every answer.
+
+    Args:
+        bridge: the model.
+        batch: answers.
+    """
+    return completion_loss(bridge, batch).log1p()
+
+
+def capped_loss(bridge: Bridge, batch: Batch) -> torch.Tensor:
+    """The loss of every answer, up to 6 nats.
+
+    Args:
+        bridge: the model.
+        batch: answers.
+    """
+    return completion_loss(bridge, batch).clamp(max=CAP)
+
+
+def walked(
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    kind: type[Walk] = Walk,
+    budget: float = BUDGET,
+    steps: int = STEPS,
+    laps: int = 1,
+    objective: Objective = completion_loss,
+    renew: bool = True,
+    **options: Any,
+) -> list[WeightMask]:
+    """The masks of `Model.find_circuit`, of a walk of another kind.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        kind: of walk.
+        budget: as `find_circuit`.
+        steps: of each lap.
+        laps: how many times the sizes are walked through; sums and mask go on.
+        objective: the loss of the target.
+        renew: answer the target's requests again under every mask.
+        **options: fields of the walk.
+    """
+    behaviour = model.behaviour(TARGET)
+    target = data[TARGET]
+
+    def still_shown(_: Bridge) -> list[Batch]:
+        answers = model.verified(behaviour, target.prompts)
+        shown = answers.where(lambda example: bool(example.completion))
+        return model.batches(behaviour, shown) if len(shown) else []
+
+    protect = {name: other.batches for name, other in data.items() if name != TARGET}
+    walk = kind(
+        model.bridge,
+        target.batches,
+        still_shown if renew else None,
+        objective,
+        Protection.of(model.bridge, protect, budget),
+        weight_sites(model.bridge),
+        units=None,
+        excluded={},
+        source=Source(model_fingerprint(model.bridge), "circuit"),
+        sizes=sizes,
+        largest_size=LARGEST,
+        max_memory=None,
+        **options,
+    )
+    for _ in range(laps):
+        for step in range(1, steps + 1):
+            walk.step(step, steps)
+    return walk.masks()
+
+
+def factors(lowest: int, highest: int, per_doubling: int) -> Method:
+    """Walks whose factors go from one power of two to another.
+
+    Args:
+        lowest: the first power.
+        highest: the last.
+        per_doubling: how many factors to a doubling.
+    """
+    numbers = range(lowest * per_doubling, highest * per_doubling + 1)
+    tried = tuple(2 ** (number / per_doubling) for number in numbers)
+    return partial(walked, kind=OtherFactors, tried=tried)
