@@ -1,6 +1,7 @@
 """`harmcircuits`: the main job from a terminal."""
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -359,11 +360,10 @@ def cost_command(
             tflops=tflops,
             bandwidth=bandwidth,
         )
-    console = Console()
-    console.print(cost_table(Path(model).name, outline, estimate))
-    slow = slow_dtype(outline, device)
-    if slow:
-        console.print(slow)
+        Console().print(cost_table(Path(model).name, outline, estimate))
+        slow = slow_dtype(outline, device)
+        if slow:
+            warnings.warn(slow, stacklevel=1)
 
 
 for name, command in MASK_COMMANDS.items():

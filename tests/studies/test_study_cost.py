@@ -105,15 +105,17 @@ def test_the_table_of_a_model_that_is_not_loaded(tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.filterwarnings("default")
 def test_the_cost_of_a_slow_number_format_names_the_faster_one(monkeypatch):
     monkeypatch.setattr(loading, "WIDE", 1)
     monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
     arguments = ["cost", "--model", str(FOLDER / "sft"), "--tflops", "1", "--bandwidth", "10"]
     slow, fast = (
-        CliRunner().invoke(app, [*arguments, "--dtype", dtype]).stdout
+        CliRunner().invoke(app, [*arguments, "--dtype", dtype]).stderr
         for dtype in ("bfloat16", "float32")
     )
     assert "40 times as long in bfloat16" in " ".join(slow.split())
+    assert "--dtype 'float32'" in " ".join(slow.split()) and "dtype=" not in slow
     assert "as long in" not in fast
 
 
