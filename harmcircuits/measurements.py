@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from scipy.stats import bootstrap, rankdata
 from scipy.stats import t as student
@@ -119,7 +119,7 @@ class Measurement:
         values: Float[Tensor, " n"],
         groups: Sequence[Hashable],
         *,
-        step: float = 0.0,
+        are_counts: bool = False,
         seed: int = 0,
     ) -> "Measurement":
         """Mean of the values with a bootstrap interval that resamples whole groups.
@@ -129,7 +129,7 @@ class Measurement:
             labels: what it was measured on.
             values: the value of each example.
             groups: what each example is about.
-            step: how far apart two values are at least, such as 1 for hits; 0 for real numbers.
+            are_counts: of hits, or differences of such, so that the mean moves in steps.
             seed: draws the 2,000 resamples.
 
         Raises:
@@ -146,6 +146,7 @@ class Measurement:
         sizes = np.bincount(member)
         mean = float(sums.sum() / sizes.sum())
         means = _resampled(_ratio, (sums, sizes), N_RESAMPLES, seed)
+        step = step_of_means(sums, sizes) if are_counts else 0.0
         return cls.of_draws(
             metric,
             labels,
@@ -153,7 +154,7 @@ class Measurement:
             mean=mean,
             n=len(values),
             n_groups=len(sizes),
-            step=step / len(sizes),
+            step=step,
         )
 
     @classmethod
@@ -339,7 +340,7 @@ class Rows(Sequence[Measurement]):
     >>> rows.where("benign_nll")
     Rows(1: benign_nll)
     >>> f"{rows.one('recognition_accuracy'):.0%}"
-    '100% [44%, 100%]'
+    '100% [31%, 100%]'
     """
 
     def __init__(self, rows: Iterable[Measurement] = ()) -> None:
@@ -648,6 +649,23 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
     lines = read_lines(rows, NOUN, ROWS_FILE, is_resumed=True)
     cut_unfinished(rows, lines)
     return Rows(_distinct(rows, lines))
+
+
+def step_of_means(sums: Float[ndarray, " groups"], sizes: Int[ndarray, " groups"]) -> float:
+    """How far apart the means of two resamples of groups are at least, if they differ.
+
+    >>> step_of_means(np.array([0.0, 1.0, 4.0]), np.array([4, 4, 4]))  # one answer of twelve
+    0.08333333333333333
+    >>> step_of_means(np.array([0.0, 4.0, 4.0]), np.array([4, 4, 4]))  # answers of a group agree
+    0.3333333333333333
+
+    Args:
+        sums: of the values of each group.
+        sizes: how many values each has. Where all sums are alike, a group counts as one value.
+    """
+    gaps = np.diff(np.unique(sums.round(9)))  # shares of hits are off by the last bit
+    smallest = gaps.min() if len(gaps) else sizes.max()
+    return float(smallest / sizes.sum())
 
 
 def student_widening(n_groups: int, n_strata: int = 1) -> float:

@@ -20,7 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from harmcircuits.measurements import LIBRARIES, Manifest, Measurement, Rows, auroc, resumed, wilson
+from harmcircuits.measurements import (
+    LIBRARIES,
+    Manifest,
+    Measurement,
+    Rows,
+    auroc,
+    resumed,
+    step_of_means,
+    wilson,
+)
 
 LABELS = {"model": "x"}
 
@@ -198,6 +207,28 @@ def test_newcombe_s_own_example():
 
     reverse = Measurement.difference("d", LABELS, second, first)
     assert (reverse.low, reverse.high) == pytest.approx((-difference.high, -difference.low))
+
+
+# Steps
+
+
+def test_counts_end_half_a_step_further_out():
+    """One answer of twelve where answers about an item differ, one item of three where they agree."""
+    groups = ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    differ = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]).double()
+    agree = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]).double()
+    for values, step in ((differ, 1 / 12), (agree, 1 / 3), (0 * agree, 1 / 3)):
+        plain = Measurement.average("x", LABELS, values, groups)
+        counted = Measurement.average("x", LABELS, values, groups, are_counts=True)
+        assert counted.low == pytest.approx(plain.low - step / 2)
+        assert counted.high == pytest.approx(plain.high + step / 2)
+
+
+def test_a_step_is_none_of_the_last_bit():
+    """Thirds of an item's samples, summed in another order."""
+    sums = np.array([0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1, 0.9])
+    assert sums[0] != sums[1]
+    assert step_of_means(sums, np.array([3, 3, 3])) == pytest.approx(0.3 / 9)
 
 
 # Ranking

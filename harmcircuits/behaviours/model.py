@@ -90,7 +90,7 @@ class Model:
     Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
     >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=4)
     >>> print(model.measure(mask=mask, only="benign"))
-    benign_valid_rate 1 [0.61, 1]
+    benign_valid_rate 1 [0.517, 1]
     benign_nll ...
 
     Attributes:

@@ -138,7 +138,6 @@ class Outcomes:
             )
         change = torch.tensor(self.hits).double() - torch.tensor(before.hits).double()
         values = {self.behaviour.metric: change, self.behaviour.nll_metric: self.nll - before.nll}
-        steps = {self.behaviour.metric: 1.0 / self.n_samples, self.behaviour.nll_metric: 0.0}
 
         rows = Rows()
         for metric, of_requests in values.items():
@@ -147,7 +146,8 @@ class Outcomes:
             if groups:
                 changed = of_requests[has_value]
                 name = f"{metric}_change"
-                rows += [Measurement.average(name, labels, changed, groups, step=steps[metric])]
+                is_rate = metric == self.behaviour.metric
+                rows += [Measurement.average(name, labels, changed, groups, are_counts=is_rate)]
         return rows
 
     def _only(self, places: Sequence[int]) -> "Outcomes":

@@ -13,7 +13,7 @@ from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.measurements import Interval, Labels, Measurement, Rows
+from harmcircuits.measurements import Interval, Labels, Measurement, Rows, step_of_means
 
 N_DRAWS = 2000
 # Rates on resampled items are quotients: a fall of exactly the budget must not depend on their last
@@ -112,6 +112,7 @@ class Estimate:
         largest: the largest share measured.
         bounds: of a mean over items, or of a difference of two: what it cannot pass. None for a
             size or a ratio.
+        step: of such a mean: how far apart two of its values are at least.
     """
 
     values: Float[ndarray, " draws"]
@@ -120,6 +121,7 @@ class Estimate:
     seed: int
     largest: float = np.inf
     bounds: Interval | None = None
+    step: float = 0.0
 
     def __repr__(self) -> str:
         return f"Estimate({self.row('value', {}):.3g})"
@@ -137,7 +139,14 @@ class Estimate:
         draws, mean, n = self.values[1:], float(self.values[0]), len(self.items)
         if self.bounds is not None:
             return Measurement.of_draws(
-                metric, labels, draws, mean=mean, n=n, n_groups=n, step=1 / n, bounds=self.bounds
+                metric,
+                labels,
+                draws,
+                mean=mean,
+                n=n,
+                n_groups=n,
+                step=self.step,
+                bounds=self.bounds,
             )
         # "inverted_cdf" gives a value that a resample really had, so an end is a measured share.
         return Measurement.of_draws(metric, labels, draws, mean=mean, n=n, method="inverted_cdf")
@@ -161,7 +170,7 @@ class Estimate:
         if self.bounds is None or other.bounds is None:
             return difference
         bounds = (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0])
-        return replace(difference, bounds=bounds)
+        return replace(difference, bounds=bounds, step=max(self.step, other.step))
 
     def over(self, other: "Estimate") -> "Estimate":
         """This figure as a multiple of another, paired by items.
@@ -327,9 +336,12 @@ def rate_at(
     Raises:
         ValueError: as `Curve.at`.
     """
-    hits = _mean_hits(curve, curve.target, [curve.at(share)], seed)[:, 0]
+    point = curve.at(share)
+    hits = _mean_hits(curve, curve.target, [point], seed)[:, 0]
     is_reached = np.ones(len(hits), dtype=bool)  # within what was measured, on every resample
-    return Estimate(hits, is_reached, _items(curve), seed, bounds=(0.0, 1.0))
+    _, member = np.unique(curve.points[0][curve.target].groups, return_inverse=True)
+    step = step_of_means(np.bincount(member, point[curve.target].hits), np.bincount(member))
+    return Estimate(hits, is_reached, _items(curve), seed, bounds=(0.0, 1.0), step=step)
 
 
 def gap(model: Model, mask: WeightMask, curve: Curve, share: float, *, seed: int = 0) -> Estimate:
