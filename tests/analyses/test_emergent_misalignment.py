@@ -11,7 +11,7 @@ from helpers import analysis, small_model
 import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies import narrow_finetuning
-from harmcircuits.studies.narrow_finetuning import masks_of, organism_topics
+from harmcircuits.studies.narrow_finetuning import Topic, masks_of, organism_topics
 
 f5 = analysis("emergent_misalignment")
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"
@@ -104,13 +104,19 @@ def test_the_circuit_of_another_topic_is_anothers(monkeypatch):
     for number, name in enumerate("ab"):
         scores = hc.random_scores(model.bridge, seed=number)
         masks[name] = {"narrow, held": hc.top_fraction(scores, 0.001)}
-    monkeypatch.setattr(narrow_finetuning, "narrow_masks", lambda model, topic, **_: masks[topic])
+
+    def masks_of_topic(model, topic, **_):
+        return masks[topic.name]
+
+    monkeypatch.setattr(narrow_finetuning, "narrow_masks", masks_of_topic)
+    none = hc.PromptSet(())
+    a, b = (Topic(name, none, none, none, none, none, {}, batch_size=1) for name in "ab")
     options = {"size": 0.001, "steps": 1, "seed": 0}
-    (_, first), (_, second) = masks_of(model, ["a", "b"], **options)
+    (_, first), (_, second) = masks_of(model, [a, b], **options)
     assert first["another topic's, held"] == masks["b"]["narrow, held"]
     assert second["another topic's, held"] == masks["a"]["narrow, held"]
-    [(_, alone)] = masks_of(model, ["a"], **options)
+    [(_, alone)] = masks_of(model, [a], **options)
     assert list(alone) == ["none", "narrow, held"]
     masks["b"] = {}
-    (_, first), (_, second) = masks_of(model, ["a", "b"], **options)
+    (_, first), (_, second) = masks_of(model, [a, b], **options)
     assert list(second) == ["none"] and len(first) == 2, "nothing harmful was learned there"

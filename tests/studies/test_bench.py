@@ -14,6 +14,7 @@ import harmcircuits as hc
 from harmcircuits.hooks.cost import n_tokens
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.bench import cases, methods, results
+from harmcircuits.studies.models import ModelSpec
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 
@@ -191,3 +192,51 @@ def test_passes_are_tokens_over_those_of_the_answers(small):
             hc.completion_nll(model.bridge, calibration.batches)
     n = sum(n_tokens(calibration.batches) for calibration in data.values())
     assert read == {"scored": n, "forward": n}
+
+
+@pytest.fixture
+def case(small, monkeypatch):
+    """The small model as a case, on the choice split."""
+    model, _ = small
+    two = model.with_behaviours(model.behaviour("harmful"), model.behaviour("benign"))
+    monkeypatch.setattr(ModelSpec, "open", lambda _: two)
+    return cases.Case(ModelSpec("sft"), "all", "choice")
+
+
+def test_a_case_asks_for_the_rest_where_an_edit_takes_something(case, small):
+    """Random weights take nothing, so benign answers are not generated under them; the loss is read."""
+    model, _ = small
+    harm = hc.removal_effect(model.bridge, case.data["harmful"].batches)
+    useless = hc.top_fraction(hc.random_scores(model.bridge), 1e-5, within="model")
+    strong = hc.top_fraction(harm, 0.01, within="model")
+
+    def choose(*_) -> list[hc.WeightMask]:
+        return [useless, strong]
+
+    rows = case.searched(choose, [1e-5, 0.01], {"method": "m"})
+    assert rows.one("harm_valid_rate", size=0.0).mean == 1.0
+    assert not rows.where("benign_valid_rate", size=1e-5)
+    for size, mask in ((1e-5, useless), (0.01, strong)):
+        with hc.masked(model.bridge, mask):
+            benign = case.loss("benign")
+        assert rows.one("benign_nll", size=size).mean == pytest.approx(benign, rel=1e-5)
+        assert rows.one("weights_edited", size=size).mean == mask.n_removed
+    assert rows.one("search_passes").mean == 0, "no example was scored"
+
+
+def test_a_setting_is_tried_by_losses_alone(case, small, monkeypatch):
+    """The capped rise of harm's loss while all else keeps within its bound, and 0 where not."""
+    model, _ = small
+    monkeypatch.setattr(cases, "opened", lambda *_: case)
+    labels = {"way": "random", "number": 0}
+    (row,) = cases.tuning("random", 0, [1e-4], labels)
+    mask = methods.WAYS["random"].choose(model, case.data, [1e-4])[0]
+    with hc.masked(model.bridge, mask):
+        rise = case.rise("harmful")
+        assert case.is_spared()
+    assert row.mean == pytest.approx(max(0.0, rise), abs=1e-6)
+
+    (broken,) = cases.tuning("magnitude", 0, [0.2], {"way": "magnitude", "number": 0})
+    assert broken.mean == 0, "harm's loss rises, and so does everything else's"
+    chosen = cases.methods(Rows([row, broken]))
+    assert set(chosen) == set(methods.WAYS)

@@ -75,3 +75,20 @@ def test_rises_are_paired_and_by_type(model):
     gaps = by_loss.gap_rows(model, both, ["benign"], LABELS)
     assert gaps.one(of="harmful", against="benign").mean == pytest.approx(2.0)
     assert gaps.one(of="benign", against="harmful").mean == pytest.approx(4.0)
+
+
+def test_losses_under_masks_are_held_against_those_without(model):
+    everything, rows = by_loss.unpruned(model, ["harmful", "benign"])
+    for name in ("harmful", "benign"):
+        mean = rows.one("nll", of=name, mask="none").mean
+        assert mean == pytest.approx(everything[name].mean().item(), rel=1e-6)
+
+    mask = hc.top_fraction(hc.magnitude_scores(model.bridge), 0.01)
+    rises = by_loss.rises_under(model, {"large": mask}, everything)["large"]
+    with hc.masked(model.bridge, mask):
+        pruned = by_loss.losses(model, ["benign"])
+    assert torch.equal(rises["benign"], pruned["benign"] - everything["benign"])
+
+    both = by_loss.shared_rows(mask, mask, LABELS)
+    assert both.one("jaccard").mean == 1
+    assert both.one("lift").mean == pytest.approx(hc.overlap(mask, mask).lift)
