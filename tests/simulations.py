@@ -33,6 +33,7 @@ from harmcircuits.studies.nodes import _correlation, importance_rows
 from harmcircuits.studies.utility import _rows as task_rows
 
 N_ITEMS = (16, 32, 64)
+LEAST = 0.93  # how often in the long run a 95 % interval holds the truth
 PER_GROUP = 4  # answers about one item
 SOURCE = Source("model", "simulated")
 
@@ -61,15 +62,10 @@ class Kind(NamedTuple):
 
     Attributes:
         trial: draws data of so many items, and gives the interval of them.
-        least: how often in the long run it holds the truth of 16 items, at least. 0.93 for what is
-            called a 95 % interval; another figure says that it falls short, by how much.
-        is_told: whether a third of the interval would fall below that, as it should.
         n_full: how many trials there are in the long run; fewer where one takes long.
     """
 
     trial: Trial
-    least: float = 0.93
-    is_told: bool = True
     n_full: int = 1000
 
 
@@ -429,9 +425,7 @@ KINDS = {
     "twin topics": Kind(topic_mean(is_same=True), n_full=SOME),
     "other topics": Kind(topic_mean(is_same=False)),
     "importance of a node": Kind(importance((0.8, -0.6, 0.4)), n_full=SOME),
-    "importance of a node without any": Kind(
-        importance((0.0, 0.0, 0.0)), 0.0, is_told=False, n_full=SOME
-    ),
+    "importance of a node without any": Kind(importance((0.0, 0.0, 0.0)), n_full=SOME),
     "rank correlation of nodes": Kind(rank_correlation, n_full=SOME),
     "seeds pooled": Kind(pooled_seeds),
     "area over ladders": Kind(ladders, n_full=FEW),

@@ -4,6 +4,7 @@ A node is a head or an MLP of one layer, the labels `layer` and `node`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
 from math import inf
 
@@ -18,7 +19,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.contrasts import Contrast, written_logits
-from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.measurements import ENDS, Labels, Measurement, Rows, student_widening
 
 N_RESAMPLES = 200  # of the pairs, for the importance of nodes
 N_NODE_RESAMPLES = 1000  # of the nodes, for a rank correlation
@@ -27,7 +28,9 @@ N_NODE_RESAMPLES = 1000  # of the nodes, for a rank correlation
 def importance_rows(effects: Float[Tensor, "n layer node pos"], labels: Labels) -> Rows:
     """`node_importance`: sum over positions of |mean over pairs of the effect|, in logits.
 
-    Intervals resample the pairs.
+    Intervals resample the pairs. A sum of absolute values is never 0, so the lower end is 0 where
+    the figure is no more than what pairs give whose mean effect is 0 (97.5 % of resamples of the
+    effects less their mean).
 
     Args:
         effects: from `node_effects`.
@@ -37,15 +40,21 @@ def importance_rows(effects: Float[Tensor, "n layer node pos"], labels: Labels) 
     draws = torch.randint(len(effects), (N_RESAMPLES, len(effects)), generator=generator)
     resampled = np.stack([_importance(effects[draw]) for draw in draws])
     value = _importance(effects)
+    n = len(effects)
+    noise = effects - effects.mean(0)
+    of_noise = np.stack([_importance(noise[draw]) for draw in draws])
+    by_chance = student_widening(n) * np.quantile(of_noise, ENDS[1], axis=0)
+
     rows = Rows()
     for layer, node in np.ndindex(*value.shape):
         where = {**labels, **_place(layer, node, value.shape[1])}
         mean = float(value[layer, node])
         of_node = resampled[:, layer, node]
-        n = len(effects)
         row = Measurement.of_draws(
             "node_importance", where, of_node, mean=mean, n=n, n_groups=n, bounds=(0.0, inf)
         )
+        if mean <= by_chance[layer, node]:
+            row = replace(row, low=0.0)
         rows += [row]
     return rows
 
