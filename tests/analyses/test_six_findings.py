@@ -7,9 +7,10 @@ left out of the page.
 from functools import cache
 from importlib import import_module
 
+import claims_page
 import pytest
 import six_findings
-from pages import text_of
+from pages import README, text_of
 
 from harmcircuits.studies.claims import ClaimResult
 
@@ -26,6 +27,18 @@ def test_the_page_holds_outcome_and_words(name):
     assert f"| {result.text} | **{result.outcome}** |" in page
     for paragraph in result.words.splitlines():
         assert " ".join(paragraph.split()) in page
+
+
+def test_the_command_writes_the_pages_as_they_are():
+    """And sets right what is wrong."""
+    page, readme = text_of("claims.md"), README.read_text(encoding="utf-8")
+    changed = page.replace("**holds**", "**fails**").replace("> sft", "> SFT")
+    assert changed != page
+    for result in results().values():
+        assert claims_page.with_result(page, result) == page
+        changed = claims_page.with_result(changed, result)
+    assert changed == page
+    assert claims_page.with_verdicts(readme, results().values()) == readme
 
 
 @pytest.mark.parametrize("name", six_findings.FINDINGS)
