@@ -134,7 +134,7 @@ rows = claim.rows()
 # recognition, explanation and knowledge; along controls only benign answers were asked for.
 
 # %%
-lines = rows.where(split="heldout", ladder="shipped").by("mask")
+lines = rows.where(split="heldout", ladder=rows[0].labels["ladder"]).by("mask")
 names = sorted(lines, key=lambda name: name not in ("search", "one shot"))
 points = {name: curves.by_share(lines[name]) for name in names}
 claim.figure("What is left", share_figure(points, PANELS, kept=Terms.standard().kept_rates))

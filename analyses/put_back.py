@@ -126,16 +126,16 @@ rows = claim.rows()
 
 # %% [markdown]
 # ## One part at a time, and more and more of them
-# Left: how far the loss comes back with one matrix put back (mean over seeds). Below: the share of
+# Of the first ladder. Left: how far the loss comes back with one matrix put back (mean over seeds). Below: the share of
 # heads and neurons put back, the best first and at random.
 
 # %%
-shipped = rows.where(ladder="shipped").pool("seed")
-matrices = {name: of_model for name, of_model in shipped.where(back="matrix").by("model").items()}
+first = rows.where(ladder=rows[0].labels["ladder"]).pool("seed")
+matrices = {name: of_model for name, of_model in first.where(back="matrix").by("model").items()}
 claim.figure("One matrix put back", heatmaps(matrices, x="kind", y="layer"))
 
 # %%
-together = hc.Rows(row for row in shipped if "order" in row.labels)
+together = hc.Rows(row for row in first if "order" in row.labels)
 lines = {name: of_model.by("order") for name, of_model in together.by("model").items()}
 claim.figure("Heads and neurons put back", profiles(lines, x="share", title="restored"))
 

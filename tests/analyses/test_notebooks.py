@@ -7,10 +7,14 @@ that are committed but can no longer be judged, a figure that a notebook would n
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import jupytext
 import pytest
 from nbclient import NotebookClient
+
+from harmcircuits.measurements import Rows
+from harmcircuits.studies.claims import Claim
 
 ANALYSES = Path(__file__).parents[2] / "analyses"
 TEXTS = {path.stem: path.read_text() for path in sorted(ANALYSES.glob("*.py"))}
@@ -35,12 +39,34 @@ def test_an_analysis_is_a_page_and_a_half(name):
 @pytest.mark.parametrize("name", WITH_ROWS)
 def test_committed_rows_are_judged_and_shown(name):
     """What a notebook does with them, without a kernel."""
+    module = module_of(name)
+    assert module.claim.report(module.rows)
+    assert module.claim.figures
+
+
+def module_of(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"notebook_of_{name}", ANALYSES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", WITH_ROWS)
+def test_rows_of_another_ladder_alone_are_shown_too(name, monkeypatch):
+    """As of a run with `--organisms DIR`, or on a model of one's own."""
+    read = Claim.rows
+
+    def renamed(claim: Claim) -> Rows:
+        rows = read(claim)
+        of_first = rows.where(ladder=rows[0].labels["ladder"])
+        return Rows(row.labelled(ladder="another") for row in of_first)
+
+    monkeypatch.setattr(Claim, "rows", renamed)
+    module = module_of(name)
     assert module.claim.report(module.rows)
-    assert module.claim.figures
+    for figure in module.claim.figures.values():
+        assert getattr(figure, "data", True), "something is drawn"
 
 
 def run_from_scratch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
