@@ -141,12 +141,16 @@ claim.figure("Heads and neurons put back", profiles(lines, x="share", title="res
 
 # %% [markdown]
 # ## Do circuits of different models sit in the same places?
-# The share of each matrix that the circuit takes, correlated between models, ladders and seeds: does
-# a circuit found in one model say anything about another's?
+# The share of each matrix that the circuit takes, and its rank correlation between models and
+# ladders (means over seeds): does a circuit found in one model say anything about another's?
 
 # %%
-places = rows.where("weights_removed", by="matrix")
-shares = places.frame(index=["layer", "kind"], columns=["ladder", "model", "seed"])
+places = rows.where("weights_removed", by="matrix").pool("seed")
+counts = places.frame(index=["layer", "kind", "of"], columns=["ladder", "model"])
+shares = counts.div(counts.index.get_level_values("of").to_numpy(), axis=0)
+(100 * shares).round(2)
+
+# %%
 shares.corr(method="spearman").round(2)
 
 
