@@ -75,6 +75,6 @@ def test_seeds_are_pooled_and_the_worst_model_counts():
 
 def test_the_words_count_the_types_that_transfer():
     words = general.words(made(0.75, [0.0, 0.75]))
-    assert "leave 0% [0%, 6%] of its harm and 75%" in words
+    assert "leave 0% [0%, 7%] of its harm and 75%" in words
     assert "transfer to it in 1 of 2" in words
     assert "of all types leaves 41%" in words, "26 of 64"

@@ -256,9 +256,14 @@ def test_changes_are_those_from_the_unpruned_model(model, circuits):
 
 
 def test_nothing_changes_without_a_change(model):
+    """A rate moves in steps: no change among n items holds half an item either way."""
     outcomes = outcomes_of(model, ["benign"])["benign"]
-    for row in outcomes.changes(outcomes, {}):
-        assert row.low == row.mean == row.high == 0
+    changes = outcomes.changes(outcomes, {})
+    loss = changes.one("benign_nll_change")
+    assert loss.low == loss.mean == loss.high == 0
+    rate = changes.one("benign_valid_rate_change")
+    half_item = 1 / (2 * len(set(outcomes.groups)))
+    assert (rate.low, rate.mean, rate.high) == pytest.approx((-half_item, 0, half_item))
 
 
 def test_topic_masks_are_of_topics_that_both_have(model):
