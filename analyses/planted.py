@@ -36,14 +36,14 @@ import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench.recovery import recovery, true_circuit
+from harmcircuits.studies.bench.recovery import SIZE, recovery, true_circuit
 from harmcircuits.studies.bench.results import cost_cells
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
-RELEARNED = 0.004  # the size of the masks that are relearned
+RELEARNED = SIZE  # of the masks that are relearned
 STEPS = (0, 5, 10, 20, 40)
 LEARNING_RATE = 1e-4  # as in analyses/attacks.py
 BATCH = 16

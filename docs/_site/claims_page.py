@@ -29,8 +29,7 @@ def quote(words: str) -> str:
 
 def with_result(page: str, result: ClaimResult) -> str:
     """The page of claims with this outcome in its table, and outcome and words in its section."""
-    row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
-    page = re.sub(row, rf"\g<1>**{result.outcome}**", page)
+    page = with_outcome(page, result)
     section = rf"(\{{ #{result.name.lower()} \}}\n.*?\*\*Result\.\*\* )[^\n]*\n\n(?:>[^\n]*\n)+"
     outcome = f"{result.outcome.capitalize()}.\n\n{quote(result.words)}\n"
     return re.sub(section, lambda match: match[1] + outcome, page, count=1, flags=re.DOTALL)
@@ -39,9 +38,14 @@ def with_result(page: str, result: ClaimResult) -> str:
 def with_verdicts(readme: str, results: Iterable[ClaimResult]) -> str:
     """The README with these outcomes in its table."""
     for result in results:
-        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
-        readme = re.sub(row, rf"\g<1>**{result.outcome}**", readme)
+        readme = with_outcome(readme, result)
     return readme
+
+
+def with_outcome(page: str, result: ClaimResult) -> str:
+    """A page with this outcome in the line of a table that names its claim."""
+    row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
+    return re.sub(row, rf"\g<1>**{result.outcome}**", page)
 
 
 # %%

@@ -35,7 +35,7 @@ from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
 from harmcircuits.prompts import Batch
-from harmcircuits.studies.bench.rounds import prune_in_rounds
+from harmcircuits.studies.bench.rounds import PROTECT_SHARE, ROUNDS, prune_in_rounds
 
 Calibrations = Mapping[str, Calibration]
 Tensors = dict[str, Tensor]
@@ -521,8 +521,8 @@ def rounds(
     data: Calibrations,
     sizes: Sequence[float],
     *,
-    protect_share: float = 0.005,
-    rounds: int = 10,
+    protect_share: float = PROTECT_SHARE,
+    rounds: int = ROUNDS,
 ) -> list[WeightMask]:
     """What `prune_in_rounds` finds.
 

@@ -14,7 +14,7 @@ from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.attribution import all_scores, removal_effect, token_price
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Labels, Rows
-from harmcircuits.studies.bench.methods import Calibrations
+from harmcircuits.studies.bench.methods import Calibrations, batches
 
 SIZE = 0.004  # share of the weights up to which the search walks
 
@@ -34,9 +34,8 @@ def recovery(model: Model, data: Calibrations, labels: Labels) -> Rows:
         ValueError: a model without one.
     """
     truth = true_circuit(model)
-    target = data[TARGET].batches
+    target, others = batches(data)
     effect = removal_effect(model.bridge, target)
-    others = [calibration.batches for name, calibration in data.items() if name != TARGET]
     prices = [token_price(model.bridge, spared) for spared in others]
     price = mean_scores(prices, [1.0] * len(prices))  # the mean of them
     scores = all_scores(model.bridge, target, effect)
