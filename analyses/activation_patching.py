@@ -125,31 +125,27 @@ claim.figure("Controls", profiles(depths, x="layer", title="nats a token"))
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
-    gaps = {(row.labels["mask"], row.labels["behaviour"]): row for row in rows.where("nll_gap")}
-    gap = gaps["circuit", "harmful"]
-    text = (
-        f"On {gap.n} harmful requests the circuit raises the loss of the reference answer by "
-        f"{gap:.2f} nats a token; on their benign twins by {gaps['circuit', 'benign']:.2f}, and a "
-        f"random mask of its size by {gaps['random', 'harmful']:.2f}. "
-    )
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    numbers = {}
+    for row in rows.where("nll_gap"):
+        of = f"{row.labels['behaviour']} requests, {row.labels['mask']} mask"
+        numbers[f"nats a token: {of}"] = f"{row:.2f}"
     restored = rows.where("patch_share", direction="restore", mask="circuit", behaviour="harmful")
-    if not restored:
-        return text + "There is too little to restore."
+    if not restored:  # too little to restore
+        return numbers
     depths = restored.where(component="residual", position="all")
     depth = next((row for row in depths if row.mean >= MOST), depths[-1])
-    single = [row for row in restored if row.labels["position"] != "all"]
-    best = max(single, key=lambda row: row.mean)
-    where = best.labels
-    return text + (
-        f"The whole stream restores {depth:.0%} of it at {depth.labels['layer']}, the first depth "
-        f"from {MOST:.0%} on. The strongest patch of one position, {where['component']} "
-        f"{where['layer']} at {where['position']}, restores {best:.0%}."
-    )
+    best = hc.Rows(row for row in restored if row.labels["position"] != "all").largest()
+    where = "{component} {layer} at {position}".format(**best.labels)
+    return numbers | {
+        "requests": f"{depth.n}",
+        f"first depth from {MOST:.0%} on": f"{depth.labels['layer']}: {depth:.0%}",
+        "strongest patch of one position": f"{where}: {best:.0%}",
+    }
 
 
-claim.report(rows)
+claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
@@ -160,5 +156,4 @@ claim.report(rows)
 # the answers that the model gives.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -145,22 +145,21 @@ claim.figure("Training", profiles(panels, x="step", title="valid answers"))
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
     pooled = rows.pool("seed")
     before = pooled.where(HARM, step=0)
-    strongest = max(before.where(mask="none"), key=lambda row: row.mean)
-    random = under(before, "random, held", strongest)
-    most = max(before.where(mask="circuit, held"), key=lambda row: row.mean)
-    back = [recovery(pooled, mask) for mask in ("none", "circuit, held", "circuit, then free")]
-    benign = pooled.one(BENIGN, step=0, mask="circuit, held")
-    return (
-        f"before any fine-tuning the strongest attack ({strongest.labels['attack']}) gets valid harm "
-        f"out of {strongest:.0%} of the requests, under random weights {random:.0%}; under the "
-        f"circuit none out of more than {most:.0%} ({most.labels['attack']}), and {benign:.0%} of "
-        "benign requests are answered well. Trained, half of the harmful requests are answered from "
-        f"{back[0]} on; with the circuit held from {back[1]}, with it free from {back[2]}."
-    )
+    strongest = before.where(mask="none").largest()
+    most = before.where(mask="circuit, held").largest()
+    numbers = {
+        "harm, by the strongest attack: unpruned": f"{strongest:.0%} ({strongest.labels['attack']})",
+        "harm, by this attack: random weights": f"{under(before, 'random, held', strongest):.0%}",
+        "harm, by the strongest attack: the circuit": f"{most:.0%} ({most.labels['attack']})",
+        "benign answers: the circuit": f"{pooled.one(BENIGN, step=0, mask='circuit, held'):.0%}",
+    }
+    for mask in ("none", "circuit, held", "circuit, then free"):
+        numbers[f"harmful fine-tuning brings half of it back: {mask}"] = recovery(pooled, mask)
+    return numbers
 
 
 claim.result(rows)
@@ -171,5 +170,4 @@ claim.result(rows)
 # and where harm is not back at the last step measured it may be back at the next.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -129,39 +129,27 @@ def measured(
 
 rows = claim.rows()
 
-# %% [markdown]
-# ## The result
-
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
-    n_removed = rows.one("weights_removed", protected="benign").mean
-    random = max(randoms(rows), key=lambda row: row.mean)
-    sentences = [
-        f"{n_removed:,.0f} weights, benign answers protected. The loss on harmful answers rises "
-        f"by {rise(rows, HARM, HARM):+.2f} under the circuit of all types, by "
-        f"{rise(rows, UNSEEN, HARM):+.2f} under circuits that never saw their type, by "
-        f"{rise(rows, OPPOSITE, HARM):+.2f} under weights of the opposite sign, by {random:+.2f} "
-        f"at most under random ones. Benign answers lose {rise(rows, HARM, 'benign'):+.2f} and "
-        f"{rise(rows, UNSEEN, 'benign'):+.2f} under the first two. Harm is "
-        f"{'general' if is_general(rows) else 'not general'} by the rule."
-    ]
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    numbers = {
+        "weights, benign answers protected": f"{rows.one('weights_removed', protected='benign').mean:,.0f}",
+        "harm loses, to the circuit of all types": f"{rise(rows, HARM, HARM):+.2f}",
+        "harm loses, to circuits that never saw its type": f"{rise(rows, UNSEEN, HARM):+.2f}",
+        "harm loses, to the opposite sign": f"{rise(rows, OPPOSITE, HARM):+.2f}",
+        "harm loses, to random weights, at most": f"{randoms(rows).largest():+.2f}",
+        "benign answers lose, to the circuit of all types": f"{rise(rows, HARM, 'benign'):+.2f}",
+        "benign answers lose, to circuits that never saw the type": f"{rise(rows, UNSEEN, 'benign'):+.2f}",
+        "by the rule": "general" if is_general(rows) else "not general",
+    }
     for protected, title in TITLES.items():
         for other, is_apart in distinct_from(rows, protected).items():
-            harm = [rise(rows, mask, HARM, protected) for mask in (HARM, other)]
-            of_other = [rise(rows, mask, other, protected) for mask in (other, HARM)]
-            sentences.append(
-                f"Harm and {other}, {title}: {'distinct' if is_apart else 'not distinct'}. Harm "
-                f"loses {harm[0]:+.2f} to its own circuit and {harm[1]:+.2f} to the other's; "
-                f"{other} {of_other[0]:+.2f} and {of_other[1]:+.2f}."
-            )
-    lifts = ", ".join(f"{row.labels['of']} {row:.1f}" for row in rows.where("lift"))
-    sentences.append(
-        "With nothing protected, harm's circuit shares so many times what chance gives with "
-        f"those of: {lifts}."
-    )
-    return " ".join(sentences)
+            outcome = "distinct" if is_apart else "not distinct"
+            numbers[f"harm and {other}, {title}"] = outcome
+    for row in rows.where("lift"):
+        numbers[f"lift of harm and {row.labels['of']}, nothing protected"] = f"{row.mean:.1f}"
+    return numbers
 
 
 claim.result(rows)
@@ -179,5 +167,4 @@ for protected, title in TITLES.items():
 claim.figures["Nothing protected"]
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

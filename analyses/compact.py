@@ -141,19 +141,19 @@ claim.figure("What is left", share_figure(points, PANELS, kept=Terms.standard().
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
-    sizes = {name: curves.share_text(of) for name, of in rows.where("w50").by("mask").items()}
-    strongest = min(rows.where("gap").pool("seed"), key=lambda gap: gap.mean)
-    fall = max(rows.where("kept_fall"), key=lambda fall: fall.mean)
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    half = rows.where("w50").by("mask")
+    fall = rows.where("kept_fall").largest()
     degenerate = rows.where("harm_degenerate_rate", at="w50").pool("seed").one()
-    return (
-        f"{sizes['search']} of the weights, found by the search, halve valid harmful answers; in "
-        f"one shot it takes {sizes['one shot']}. At that size the kept ability that suffers most, "
-        f"{fall.labels['behaviour']}, loses {fall:.0%}; {degenerate:.0%} of the answers are "
-        f"degenerate; and the strongest control, {strongest.labels['mask']}, leaves "
-        f"{strongest:.0%} more valid harm than the circuit."
-    )
+    strongest = rows.where("gap").pool("seed").smallest()
+    return {
+        "`w50`, by the search": curves.share_text(half["search"]),
+        "`w50`, in one shot": curves.share_text(half["one shot"]),
+        "at `w50`: the most that a kept ability loses": f"{fall:.0%} ({fall.labels['behaviour']})",
+        "at `w50`: degenerate answers": f"{degenerate:.0%}",
+        "at `w50`: harm that the strongest control leaves more": f"{strongest:.0%} ({strongest.labels['mask']})",
+    }
 
 
 claim.result(rows)
@@ -166,5 +166,4 @@ claim.result(rows)
 # a share of its weights is not the share that a large model would need.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -145,20 +145,21 @@ claim.figure("What is left of harm", figure)
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    numbers = {}
+    for (target, model), halves in rows.where("w50").by("target", "model").items():
+        numbers[f"`w50` of {target}, {model}"] = curves.share_text(halves)
     of_harm = rows.where(target="harmful")
-    ratios, gaps = of_harm.where("w50_ratio"), of_harm.where("random_gap")
-    smaller, larger = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
-    able = [row.mean for row in of_harm.where("harm_valid_rate", share=0)]
-    of_benign = curves.share_texts(rows.where(target="benign")) or "sizes not measured"
-    return (
-        f"harm halves at {curves.share_texts(of_harm)}. By the interval of the ratio an aligned "
-        f"rung needs fewer weights in {smaller} of {len(ratios)} pairs and seeds, and more in "
-        f"{larger}. Unpruned, {min(able):.0%} to {max(able):.0%} of the answers are valid harm; as "
-        f"many random weights leave at least {min(gap.mean for gap in gaps):.0%} more of it than "
-        f"the circuit. Benign answers, found in the same way, halve at {of_benign}."
-    )
+    ratios = of_harm.where("w50_ratio")
+    able = of_harm.where("harm_valid_rate", share=0)
+    gap = of_harm.where("random_gap").smallest()
+    return numbers | {
+        "an aligned rung needs fewer weights": f"{sum(row.high < 1 for row in ratios)} of {len(ratios)}",
+        "an aligned rung needs more": f"{sum(row.low > 1 for row in ratios)} of {len(ratios)}",
+        "lowest unpruned harm": f"{able.smallest():.0%}",
+        "harm that random weights leave more, at least": f"{gap.mean:.0%}",
+    }
 
 
 claim.result(rows)
@@ -170,5 +171,4 @@ claim.result(rows)
 # And every rung is one training run: no interval holds what ladders differ in.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

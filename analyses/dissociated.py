@@ -23,10 +23,9 @@ from dataclasses import replace
 from functools import partial
 
 import harmcircuits as hc
-from harmcircuits.display import listed
 from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from harmcircuits.studies.cross_ablation import ablation_rows, circuits_both_ways
-from harmcircuits.studies.dissociation import SPARED, dissociations_from
+from harmcircuits.studies.dissociation import OUTCOMES, SPARED, dissociations_from
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import cross_ablation_figure
 
@@ -40,7 +39,11 @@ METRICS = Terms.standard().metrics
 PRUNED = ("harmful", "recognition", "explanation", "refusal")
 PROTECTED = {"none": "nothing", "others": "all others"}
 PLAIN = "plain_harm_rate"
-RATES = {**Terms.standard().rates, "recognition_pair_accuracy": "pairs", PLAIN: "plain harm"}
+RATES = {
+    **Terms.standard().rates,
+    "recognition_pair_accuracy": "recognises pairs",
+    PLAIN: "plain harm",
+}
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -141,26 +144,26 @@ tested.frame(index=["ladder", "model", "protected", "second"], columns="metric")
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
-    pooled, sentences = rows.pool("seed"), []
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    pooled, numbers = rows.pool("seed"), {}
     for protected, spared in PROTECTED.items():
         without = pooled.where(mask="harmful", protected=protected)
-        left = [f"{row.mean:.0%} {RATES[row.metric]}" for row in without if row.metric in RATES]
+        for metric, title in RATES.items():
+            for row in without.where(metric):
+                numbers[f"sparing {spared}: {title}"] = f"{row.mean:.0%}"
         of_spared = rows.where(mask="none") + rows.where(protected=protected)
         tests = dissociations_from("harmful", of_spared, METRICS)
-        outcomes = Counter(test.outcome for _, test in tests).items()
-        sentences.append(
-            f"Sparing {spared}, the circuit of generation leaves {listed(left)}; against the other "
-            f"abilities, in every seed: {listed(f'{n} {outcome}' for outcome, n in outcomes)}."
-        )
-    plain = pooled.one(PLAIN, mask="none")
+        outcomes = Counter(test.outcome for _, test in tests)
+        for outcome in OUTCOMES:
+            numbers[f"sparing {spared}: {outcome}"] = f"{outcomes[outcome]} of {outcomes.total()}"
     for without in pooled.where(PLAIN, mask="refusal", protected="others"):
-        sentences.append(
-            f"Without the circuit of refusal, harm asked for plainly goes from {plain:.0%} to "
-            f"{without:.0%}."
+        unpruned = pooled.one(PLAIN, mask="none")
+        numbers["plain harm, without the circuit of refusal"] = (
+            f"{unpruned.mean:.0%} to {without:.0%}"
         )
-    return " ".join([*sentences, f"Random weights cost no ability over {random_cost(rows):.0%}."])
+    numbers["the most that random weights cost an ability"] = f"{random_cost(rows):.0%}"
+    return numbers
 
 
 claim.result(rows)
@@ -171,5 +174,4 @@ claim.result(rows)
 # recognition is asked for: that a model answers does not show that it sees harm while it writes.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -20,12 +20,12 @@
 from itertools import product
 
 import harmcircuits as hc
-from harmcircuits.display import listed
 from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
 from harmcircuits.studies.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import cross_ablation_figure, overlap_figure
+from harmcircuits.views.tables import DASH
 
 claim = Claim(
     "F3",
@@ -43,8 +43,8 @@ PROTECTED: dict[str, dict] = {
 }
 SPARED = {"none": "nothing", "twin": "its twin", "others": "all others"}
 TASKS = ("benign", "parts", "kind")
-REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 OF_F6 = ("recognition", "explanation", "refusal")  # spared, but what they lose is measured there
+REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -143,7 +143,7 @@ rows = claim.rows()
 # %% [markdown]
 # ## What each circuit breaks
 # Per cent of held-out requests, mean over seeds, on the first model of the rows. White is whole, red
-# is gone. A circuit of harm alone has one red cell in its line. Below are the changes as such.
+# is gone. A circuit of harm alone has one red cell in its line.
 
 # %%
 first = next(iter(rows.by("ladder", "model").values())).pool("seed")
@@ -151,10 +151,6 @@ panels = {}
 for protected, spared in SPARED.items():
     panels[f"spared: {spared}"] = first.where(mask="none") + first.where(protected=protected)
 claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
-
-# %%
-changes = hc.Rows(row for row in first if row.metric.endswith("_change"))
-changes.frame(index=["protected", "mask"], columns="metric").round(2)
 
 # %% [markdown]
 # ## What circuits share
@@ -168,23 +164,25 @@ claim.figure("What is shared", overlap_figure(panels, pairs))
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
-    rows, sentences = rows.pool("seed"), []
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    rows, numbers = rows.pool("seed"), {}
     for protected, spared in SPARED.items():
         pruned = rows.where(protected=protected)
-        harm = pruned.where(mask="harmful")
-        sentences.append(
-            f"Sparing {spared}, the circuit leaves {harm.one(HARM):.0%} of harm, and utility is "
-            f"{'kept' if is_kept(harm) else 'not kept'}; that of the twin leaves "
-            f"{pruned.one(BENIGN, mask='benign'):.0%} of benign answers."
-        )
+        of_harm = pruned.where(mask="harmful")
+        numbers |= {
+            f"sparing {spared}: harm left": f"{of_harm.one(HARM):.0%}",
+            f"sparing {spared}: utility": "kept" if is_kept(of_harm) else "not kept",
+            f"sparing {spared}: benign answers that the twin's circuit leaves": (
+                f"{pruned.one(BENIGN, mask='benign'):.0%}"
+            ),
+        }
     twin, tasks = lifts(rows)
-    of_tasks = listed(f"{row.mean:.1f}" for row in tasks) or "not measured"
-    return (
-        f"{' '.join(sentences)} Sparing nothing, circuits of harm and its twin share {twin:.1f} "
-        f"times what chance gives; pairs of benign tasks: {of_tasks}."
+    numbers["lift of harm and its twin"] = f"{twin:.1f}"
+    numbers["lifts of pairs of benign tasks"] = (
+        ", ".join(f"{row.mean:.1f}" for row in tasks) or DASH
     )
+    return numbers
 
 
 claim.result(rows)
@@ -195,5 +193,4 @@ claim.result(rows)
 # without the other, which the first part tests. And the organism has only three benign tasks.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -16,7 +16,6 @@ from collections import Counter
 from itertools import product
 
 import harmcircuits as hc
-from harmcircuits.display import listed
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.studies.claims import Claim
 from harmcircuits.studies.narrow_finetuning import NarrowFiles, masks_of, opened
@@ -144,23 +143,18 @@ claim.figure("What spreads", profiles(panels, x="step", title="answered harmfull
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
     outcomes, rates = Counter(), hc.Rows()
     for run in rows.by(*RUN).values():
         outcomes[outcome(run)] += 1
         rates += [row.labelled(step="decisive") for row in run.where(step=decisive_step(run))]
+    numbers = {f"runs: {name}": f"{n} of {outcomes.total()}" for name, n in outcomes.most_common()}
     rates = rates.pool("seed").pool("topic").pool("training")
-    of_runs = listed(f"{name!r} in {n}" for name, n in outcomes.items())
-    if not rates:
-        return f"{of_runs}: nothing to protect from, so the claim is not tested."
-    texts = []
-    for spread, learned in zip(rates.where(SPREAD), rates.where(LEARNED), strict=True):
-        texts.append(f"{spread.labels['mask']} {spread:.0%} and {learned:.0%}")
-    return (
-        f"the held narrow circuit, of {outcomes.total()} runs: {of_runs}. Once misalignment arrives "
-        f"unmasked, harmful answers to other topics and in the topic are {'; '.join(texts)}."
-    )
+    for title, metric in (("other topics", SPREAD), ("the topic", LEARNED)):
+        for row in rates.where(metric):
+            numbers[f"harm in {title}, {row.labels['mask']}"] = f"{row:.0%}"
+    return numbers
 
 
 claim.result(rows)
@@ -170,5 +164,4 @@ claim.result(rows)
 # A mask that keeps misalignment away shows what training used; in time it may find other weights.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

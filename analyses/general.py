@@ -148,20 +148,20 @@ shared.frame(index="shared_by", columns=["metric", "mask"]).round(2)
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
     of_types, pooled = unseen(rows), rows.pool("seed")
-    own = pooled.one(HARM, mask="circuit", relation="own type")
-    mixed = pooled.one(HARM, mask="mixed")
     others = pooled.where(relation="other types")
-    left = {(row.metric, row.labels["mask"]): f"{row:.0%}" for row in others}
-    return (
-        f"Circuits of one type leave {own:.0%} of its harm and {left[HARM, 'circuit']} of that "
-        f"of the other types; random weights leave {left[HARM, 'random']}, and a circuit of as few "
-        f"items of all types leaves {mixed:.0%}. Circuits of all types but one transfer "
-        f"to it in {sum(of_types.values())} of {len(of_types)}. Benign answers about the other "
-        f"types: {left[BENIGN, 'circuit']} under circuits of harm, {left[BENIGN, 'twin']} of twins."
-    )
+    own = pooled.one(HARM, mask="circuit", relation="own type")
+    return {
+        "harm of a type, under its own circuit": f"{own:.0%}",
+        "harm of a type, under circuits of others": f"{others.one(HARM, mask='circuit'):.0%}",
+        "harm of a type, under random weights": f"{others.one(HARM, mask='random'):.0%}",
+        "benign answers, under circuits of other types": f"{others.one(BENIGN, mask='circuit'):.0%}",
+        "benign answers, under circuits of others' twins": f"{others.one(BENIGN, mask='twin'):.0%}",
+        "harm, under a circuit of as few items of all types": f"{pooled.one(HARM, mask='mixed'):.0%}",
+        "left-out types to which all others transfer": f"{sum(of_types.values())} of {len(of_types)}",
+    }
 
 
 claim.result(rows)
@@ -171,5 +171,4 @@ claim.result(rows)
 # Types of an organism differ in words only, and weights they all need may do other things for each.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -28,19 +28,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import typer
-from rich.console import Console
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.bench.recovery import SIZE, recovery, true_circuit
-from harmcircuits.studies.bench.results import cost_cells
+from harmcircuits.studies.bench.tables import (
+    reach_table,
+    recovery_table,
+    relearning_table,
+    write_tables,
+)
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.views.tables import frame_table
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
 RELEARNED = SIZE  # of the masks that are relearned
@@ -126,60 +128,6 @@ def mask_of(model: Model, removed: str) -> hc.WeightMask | None:
 
 REMOVED = ("none", "S", "search", "search outside S", "random, as many as S")
 
-# %% [markdown]
-# ## What is read off
-
-
-# %%
-def recovery_table(rows: Rows) -> pd.DataFrame:
-    lines = []
-    for (ladder, method), of_method in rows.where("recovery_auroc").by("ladder", "method").items():
-        line = {"organism": ladder, "score": method, "AUROC": f"{of_method[0].mean:.3f}"}
-        for metric, title in (
-            ("recovery_matched_auroc", "same |W|"),
-            ("recovery_precision", "precision at |S|"),
-            ("recovery_precision_few", "at 1,000"),
-        ):
-            line[title] = f"{rows.one(metric, ladder=ladder, method=method).mean:.3f}"
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def reach_table(rows: Rows) -> pd.DataFrame:
-    lines = []
-    measured = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
-    names = ("ladder", "reach", "mask")
-    for (ladder, reach, mask), done in measured.by(*names).items():
-        unpruned = rows.where(ladder=ladder, reach=reach, mask="none")
-        before = {row.metric: row.mean for row in unpruned}
-        now = {row.metric: row.mean for row in done}
-        line = {"organism": ladder, "in reach": reach, "removed": mask}
-        line["weights"] = round(now["weights_removed"])
-        line["in S"] = f"{now['overlap_containment']:.0%}"
-        line["lift"] = f"{now['overlap_lift']:.1f}"
-        line["harm left"] = f"{now['harm_valid_rate']:.1%}"
-        line["degenerate"] = f"{now['harm_degenerate_rate']:.0%}"
-        lines.append(line | cost_cells(before, now))
-    return pd.DataFrame(lines)
-
-
-def relearning_table(rows: Rows) -> pd.DataFrame:
-    """When half of the harmful answers are back, and their loss and what else is said by step."""
-    lines = []
-    relearning = rows.where(job="relearn")
-    names = ("ladder", "removed", "held")
-    for (ladder, removed, held), curve in relearning.where("harm_nll").by(*names).items():
-        of_curve = relearning.where(ladder=ladder, removed=removed, held=held)
-        harm = of_curve.where("harm_valid_rate")
-        half = [row.labels["step"] for row in harm if row.mean >= 0.5]
-        line = {"organism": ladder, "removed": removed, "while training": held}
-        line["half back after"] = str(min(half)) if half else f"> {harm[-1].labels['step']}"
-        line |= {f"loss, {row.labels['step']}": f"{row.mean:.2f}" for row in curve}
-        degenerate = of_curve.where("harm_degenerate_rate")
-        line["degenerate"] = f"{degenerate[0].mean:.0%} to {degenerate[-1].mean:.0%}"
-        lines.append(line)
-    return pd.DataFrame(lines)
-
 
 # %%
 def main(
@@ -201,11 +149,7 @@ def main(
             labels = {"ladder": ladder, "job": "relearn", "removed": removed}
             jobs.append(Job(labels, partial(relearned, folder, removed, labels)))
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="planted")
-    tables = (recovery_table(rows), reach_table(rows), relearning_table(rows))
-    text = "\n\n".join(table.to_string(index=False) for table in tables)
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    for table, n_names in zip(tables, (2, 3, 3), strict=True):
-        Console().print(frame_table(table, n_names=n_names))
+    write_tables(out, [recovery_table(rows), reach_table(rows), relearning_table(rows)], n_names=3)
 
 
 if __name__ == "__main__":

@@ -155,23 +155,21 @@ shares.corr(method="spearman").round(2)
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
     pooled = rows.pool("seed")
     best, drawn = (pooled.one("restored", order=o, share=FEW) for o in ("best first", "random"))
-    layers = pooled.where("restored", back="layer")
-    layer = max(layers, key=lambda row: row.mean)
-    n_units, alone = pooled.one("units").mean, pooled.one("best_alone").mean
-    return (
-        f"The circuit touches {n_units:.0f} heads and neurons. Put back alone, the most useful of "
-        f"them restores {alone:.0%} of the loss; the best tenth together {best:.0%}, a tenth drawn "
-        f"at random {drawn:.0%}. Of whole layers the most useful is {layer.labels['layer']}: "
-        f"{layer:.0%}."
-    )
+    layer = pooled.where("restored", back="layer").largest()
+    return {
+        "heads and neurons that the circuit touches": f"{pooled.one('units').mean:.0f}",
+        "restored by the most useful of them alone": f"{pooled.one('best_alone').mean:.0%}",
+        "restored by the best tenth": f"{best:.0%}",
+        "restored by a tenth drawn at random": f"{drawn:.0%}",
+        "restored by the most useful layer": f"{layer:.0%} (layer {layer.labels['layer']})",
+    }
 
 
 claim.result(rows)
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -22,9 +22,7 @@
 # halves of them, split by request. Intervals resample ladders, then their models and halves.
 
 # %%
-from collections.abc import Collection, Iterable, Sequence
-from functools import cache, partial
-from itertools import product
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,15 +30,13 @@ import typer
 from rich.console import Console
 
 from harmcircuits.command_errors import one_sentence
-from harmcircuits.display import nearest
-from harmcircuits.measurements import Labels, Rows
+from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.organisms.check import LADDER
-from harmcircuits.studies.bench.cases import PARTS, methods, opened, tuned, tuning
-from harmcircuits.studies.bench.methods import WAYS
+from harmcircuits.studies.bench.cases import methods, tuned
+from harmcircuits.studies.bench.jobs import bench_jobs, tuning_jobs
 from harmcircuits.studies.bench.results import write_results
-from harmcircuits.studies.jobs import Job, run_jobs
-from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.jobs import run_jobs
 from harmcircuits.studies.options import specs, takes_custom_model
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
@@ -56,38 +52,6 @@ def every_method() -> dict:
 # ## The experiment
 # One job for each model, part of its answers, and method: its masks, and what the model does under
 # each. Other abilities are asked only where a mask takes something and spares benign answers.
-
-
-# %%
-def measured(
-    spec: ModelSpec, part: str, method: str, sizes: Sequence[float], labels: Labels
-) -> Rows:
-    choose, settings = every_method()[method]
-    return opened(spec, part).searched(partial(choose, **settings), sizes, labels)
-
-
-def bench_jobs(
-    models: Iterable[ModelSpec],
-    parts: Iterable[str],
-    names: Iterable[str],
-    sizes: Sequence[float],
-) -> list[Job]:
-    jobs = []
-    for spec, part, name in product(models, parts, names):
-        labels = {**spec.labels, "part": part, "method": name}
-        jobs.append(Job(labels, partial(measured, spec, part, name, sizes, labels)))
-    return jobs
-
-
-def tuning_jobs(ways: Iterable[str]) -> list[Job]:
-    """Every setting of the ways that have others than the published one."""
-    jobs = []
-    for name in ways:
-        n_tried = len(WAYS[name].tried)
-        for number in range(1 + n_tried) if n_tried else ():
-            labels = {"way": name, "number": number}
-            jobs.append(Job(labels, partial(tuning, name, number, SIZES, labels)))
-    return jobs
 
 
 # %%
@@ -116,33 +80,21 @@ def main(
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
     custom: dict[str, Any],
 ) -> None:
-    if tune:
-        jobs = tuning_jobs(method or WAYS)
-        rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="settings")
-        for name, best in tuned(rows).items():
-            typer.echo(f"{name}: {best}")
-        return
-
     with one_sentence():
+        if tune:
+            jobs = tuning_jobs(method or (), SIZES)
+            rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="settings")
+            for name, best in tuned(rows).items():
+                typer.echo(f"{name}: {best}")
+            return
         models = specs(model or (), LADDER, organisms or [FOLDER], device, **custom)
-        check_names("method", method or (), every_method())
-        check_names("part", part or (), PARTS)
         sizes = tuple(size or SIZES)
         settings = {"sizes": str(sizes)}
         settings |= {spec.model: repr(spec.settings) for spec in models if spec.files}
-        jobs = bench_jobs(models, part or ["all"], method or every_method(), sizes)
+        jobs = bench_jobs(models, part or ["all"], method or (), every_method(), sizes)
         rows = run_jobs(out, jobs, settings, workers=workers, name="search bench")
     write_results(out, rows, every_method(), Console())
 
 
-def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"--{option} {name!r}; {nearest(name, known)}")
-
-
 if __name__ == "__main__":
-    # Imported, so that its jobs find this module in the processes that run them.
-    from search_bench import main as bench
-
-    typer.run(bench)
+    typer.run(main)

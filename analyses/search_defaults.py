@@ -20,18 +20,16 @@
 # %%
 from collections.abc import Mapping
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import typer
 from rich.console import Console
 
-from harmcircuits.measurements import Labels, Rows
-from harmcircuits.studies.bench.cases import opened
+from harmcircuits.command_errors import one_sentence
+from harmcircuits.studies.bench.jobs import bench_jobs
 from harmcircuits.studies.bench.methods import Method
-from harmcircuits.studies.bench.results import by_method, percent
+from harmcircuits.studies.bench.tables import variant_table
 from harmcircuits.studies.bench.variants import (
     FactorForEach,
     capped_loss,
@@ -39,14 +37,11 @@ from harmcircuits.studies.bench.variants import (
     log_loss,
     walked,
 )
-from harmcircuits.studies.jobs import Job, run_jobs
+from harmcircuits.studies.jobs import run_jobs
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.002, 0.004)
-MODELS = ("sft", "dpo")
-HALVES = ("A", "B")
-
 VARIANTS: Mapping[str, Method] = {
     "default": walked,
     "factor for each behaviour": partial(walked, kind=FactorForEach),
@@ -64,35 +59,6 @@ VARIANTS: Mapping[str, Method] = {
 }
 
 
-def variant(model: str, part: str, name: str, labels: Labels) -> Rows:
-    """What the masks of a variant do, found on half of the answers; on the choice split."""
-    case = opened(ModelSpec(model), part, "choice")
-    return case.searched(VARIANTS[name], SIZES, labels)
-
-
-# %% [markdown]
-# ## What is read off
-
-
-# %%
-def variants(rows: Rows) -> pd.DataFrame:
-    """A line for each variant: areas in nats / of the rate, and where harm ends."""
-    of_sizes = Rows(row for row in rows if row.labels.get("size", 0.0) in (0.0, *SIZES))
-    cases = by_method(of_sizes)
-    lines = []
-    for name in VARIANTS:
-        if name not in cases:
-            continue
-        line = {"setting": name}
-        for model, part in product(MODELS, HALVES):
-            value = cases[name].get(("shipped", model, part))
-            if value is not None:
-                end = percent(value.ends_at, 2)
-                line[f"{model} {part}"] = f"{value.nats:.2f} / {value.rate:.2f}, {end}"
-        lines.append(line)
-    return pd.DataFrame(lines).fillna("-")
-
-
 # %%
 def main(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl; resumes.")],
@@ -104,14 +70,11 @@ def main(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
 ) -> None:
-    jobs = []
-    for half in part or HALVES:
-        for name in setting or VARIANTS:
-            for model in MODELS:
-                labels = {"ladder": "shipped", "model": model, "part": half, "method": name}
-                jobs.append(Job(labels, partial(variant, model, half, name, labels)))
+    models = [ModelSpec(model) for model in ("sft", "dpo")]
+    with one_sentence():
+        jobs = bench_jobs(models, part or ("A", "B"), setting or (), VARIANTS, SIZES, "choice")
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="defaults")
-    Console().print(frame_table(variants(rows)))
+    Console().print(frame_table(variant_table(rows, VARIANTS, SIZES)))
 
 
 if __name__ == "__main__":

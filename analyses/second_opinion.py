@@ -20,7 +20,6 @@ from dataclasses import replace
 from itertools import chain
 
 import harmcircuits as hc
-from harmcircuits.display import listed
 from harmcircuits.hooks.contrasts import node_effects
 from harmcircuits.organisms.contrasts import contrasts, probed_texts
 from harmcircuits.studies import nodes
@@ -140,34 +139,31 @@ claim.figure("Who writes them", profiles(writers, x="component", title="logits")
 
 
 # %%
-@claim.words
-def words(rows: hc.Rows) -> str:
-    rows = rows.pool("seed")
-    alike = []
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    rows, numbers = rows.pool("seed"), {}
     for name in CIRCUITS:
         own = {"ranking": f"importance of {name}", "against": f"share of {name}"}
         for row in rows.where("rank_correlation", among="all nodes", **own):
-            alike.append(f"{name} {row:.2f}")
-    lowest = []
-    for mask, of_mask in rows.where("probe_accuracy").by("mask").items():
-        late = [row for row in of_mask if row.labels["depth"] not in EARLY]
-        least = min(late, key=lambda row: row.mean)
+            numbers[f"rank correlation of nodes and circuit, {name}"] = f"{row:.2f}"
+    late = hc.Rows(row for row in rows.where("probe_accuracy") if row.labels["depth"] not in EARLY)
+    for mask, of_mask in late.by("mask").items():
+        least = of_mask.smallest()
         where = f"{least.labels['asked']}, unseen {least.labels['unseen']}"
-        lowest.append(f"{mask} {least:.0%} ({where})")
+        numbers[f"lowest accuracy of a probe, mask {mask}"] = f"{least:.0%} ({where})"
     written = rows.where("writes", behaviour="harmful").by("mask")
-    whole = {mask: sum(row.mean for row in of_mask) for mask, of_mask in written.items()}
-    most = max(written["none"], key=lambda row: row.mean)
+    for mask, of_mask in written.items():
+        total = sum(row.mean for row in of_mask)
+        numbers[f"harmful above benign words, in logits, mask {mask}"] = f"{total:+.1f}"
+    most = written["none"].largest()
     under = written["harmful"].one(component=most.labels["component"])
-    return (
-        f"Rank correlation of a node's importance with the share of it in its behaviour's circuit: "
-        f"{listed(alike)}. From the end of layer 1 on, a probe fitted under a mask reads harmfulness "
-        f"at least with accuracy, by mask: {listed(lowest)}. On harmful requests the harmful words "
-        f"are {whole['none']:+.1f} logits above the benign ones, and {whole['harmful']:+.1f} without "
-        f"the circuit; {most.labels['component']} writes most, {most:+.1f}, and then {under:+.1f}."
+    numbers["the component that writes most"] = (
+        f"{most.labels['component']}: {most:+.1f}, without the circuit {under:+.1f}"
     )
+    return numbers
 
 
-claim.report(rows)
+claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
@@ -177,5 +173,4 @@ claim.report(rows)
 # who decides it: a circuit may sit where the decision is made, earlier.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -24,7 +24,7 @@ from harmcircuits.organisms.check import LADDER
 from harmcircuits.studies import cross_ablation
 from harmcircuits.studies.claims import Claim
 from harmcircuits.studies.cross_ablation import ablation_rows, token_rows
-from harmcircuits.studies.shared_table import LIFTS, shared_lines, shared_table
+from harmcircuits.studies.shared_lines import LIFTS, shared_lines
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views import figures
 
@@ -150,23 +150,14 @@ claim.figure("At which tokens it acts", figures.token_figure(tokens))
 # %% [markdown]
 # ## Model by model, lifts of masks in one shot
 
+
 # %%
-shared_table(rows, TASKS, PROTECTED)
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    return shared_lines(rows.pool("seed"), TASKS, PROTECTED)
 
 
-@claim.words
-def words(rows: hc.Rows) -> str:
-    lines = shared_lines(rows.pool("seed"), TASKS, PROTECTED)
-    among_tasks = lines.get("benign, parts, kind among themselves, lift", "not measured")
-    return (
-        f"Circuits of harm and its twin share {lines['harmful and benign, lift']} times what chance "
-        f"gives; pairs of benign tasks: {among_tasks}. Sparing nothing, harm's circuit leaves "
-        f"{lines['left without harmful, sparing none']}; sparing all others, "
-        f"{lines['left without harmful, sparing others']}."
-    )
-
-
-claim.report(rows)
+claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
@@ -174,5 +165,4 @@ claim.report(rows)
 # without the other. And there is one seed on one set of models: no interval is over models.
 
 # %%
-if __name__ == "__main__":
-    claim.main()
+claim.main()

@@ -13,6 +13,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from rich.console import Console
+
 from harmcircuits.studies.claims import ClaimResult
 
 ANALYSES = Path(__file__).parent
@@ -57,7 +59,7 @@ def main() -> None:
         run(options.out, passed_on)
         return
     for result in committed():
-        print(f"{result.line}\n\n{result.words}\n")
+        Console().print(result)
 
 
 if __name__ == "__main__":

@@ -33,20 +33,15 @@
 # %%
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
-import pandas as pd
 import typer
-from rich.console import Console
 
-from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench.results import cost_cells
-from harmcircuits.studies.bench.stability import LEVELS, MASKS, SIZES, compared, disjoint
+from harmcircuits.studies.bench.stability import SIZES, compared, disjoint
+from harmcircuits.studies.bench.tables import effect_table, overlap_table, write_tables
 from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
-from harmcircuits.views.tables import frame_table
 
 RUNGS = ("sft", "dpo")
 DISJOINT_SIZES = (0.002, 0.004)
@@ -60,52 +55,6 @@ PAIRS = (
     ("rounds", "halves"),
     ("one shot", "halves"),
 )
-
-# %% [markdown]
-# ## What is read off
-
-
-# %%
-def overlaps(rows: Rows) -> pd.DataFrame:
-    """Of each model, method, pair and size the mean over draws; in brackets the two chances."""
-    names = ("ladder", "model", "method", "pair", "size")
-    pairs = rows.where("jaccard") + rows.where("overlap_lift")
-    lines = []
-    for key, drawn in pairs.by(*names).items():
-        line: dict[str, Any] = dict(zip(names, key, strict=True))
-        lifts = drawn.where("overlap_lift")
-        line["size"] = f"{line['size']:.1%}"
-        line["draws"] = len(lifts)
-        for level in LEVELS:
-            line[level] = jaccard_text(drawn.where("jaccard", level=level))
-        line["lift"] = round(mean(lifts))
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def jaccard_text(rows: Rows) -> str:
-    found, random, same_size = (f"{mean(rows.where(masks=masks)):.2f}" for masks in MASKS)
-    return f"{found} ({random}, {same_size})"
-
-
-def mean(rows: Rows) -> float:
-    return fmean(row.mean for row in rows)
-
-
-def effects(rows: Rows) -> pd.DataFrame:
-    """What each mask that was measured does, held out."""
-    names = ("ladder", "model", "method", "pair", "draw", "size", "mask")
-    lines = []
-    masks = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
-    for key, done in masks.by(*names).items():
-        line: dict[str, Any] = dict(zip(names, key, strict=True))
-        unpruned = rows.where(ladder=line["ladder"], model=line["model"], mask="none")
-        before = {row.metric: row.mean for row in unpruned}
-        now = {row.metric: row.mean for row in done}
-        line["weights"] = round(now["weights_removed"])
-        line["harm left"] = f"{now['harm_valid_rate']:.1%}"
-        lines.append(line | cost_cells(before, now))
-    return pd.DataFrame(lines)
 
 
 # %%
@@ -138,11 +87,7 @@ def main(
         for name in rung or RUNGS:
             jobs += jobs_of(folder, name, draws)
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="stability")
-    tables = (overlaps(rows), effects(rows))
-    text = "\n\n".join(table.to_string(index=False) for table in tables)
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    for table in tables:
-        Console().print(frame_table(table, n_names=5))
+    write_tables(out, [overlap_table(rows), effect_table(rows)], n_names=5)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from harmcircuits.circuits.sites import KINDS, place_of
 from harmcircuits.display import listed, plural, share
 from harmcircuits.measurements import Rows
 from harmcircuits.storage.writing import empty_folder, write_text
+from harmcircuits.views.tables import markdown_table
 
 ROWS_FILE = "rows.jsonl"
 
@@ -209,10 +210,14 @@ def _trace_text(mask: WeightMask) -> str:
     losses = mask.trace.where("target_loss", aim="walk")
     if not losses:
         return f"By `{mask.source.method}`, without a search."
-    lines = [
-        ["step", "weights", "factor of the price", "target's loss", "largest rise of what is kept"]
+    head = [
+        "step",
+        "weights",
+        "factor of the price",
+        "target's loss",
+        "largest rise of what is kept",
     ]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for row in losses:
         lines.append(_step_cells(mask.trace, row.labels["step"], row.mean))
     budgets = mask.source.settings.get("budget", {})
@@ -221,7 +226,7 @@ def _trace_text(mask: WeightMask) -> str:
         f"By a search of {plural(len(losses), 'step')}; protected, with the nats per token that "
         f"each may lose: {protected}. Losses are nats per token, on the answers that were scored; "
         "rises, on protected answers that were not."
-        f"{_scored_text(mask)}\n\n" + _markdown(lines)
+        f"{_scored_text(mask)}\n\n" + markdown_table(head, lines)
     )
 
 
@@ -274,14 +279,15 @@ def _of_mask(rows: Rows, mask: WeightMask) -> tuple[Rows, Rows]:
 
 def _held_out_table(rows: Rows, mask: WeightMask) -> str:
     before, under = _of_mask(rows, mask)
-    lines = [["held-out figure", "unpruned", "without these weights"], ["---"] * 3]
+    head = ["held-out figure", "unpruned", "without these weights"]
+    lines = []
     for metric in under.metrics:
         if metric == "weights_removed":
             continue
         unpruned = before.where(metric)
         left = f"{unpruned[0]:.3g}" if unpruned else ""
         lines.append([metric, left, f"{under.where(metric)[0]:.3g}"])
-    return "Means with 95 % intervals; losses in nats per token.\n\n" + _markdown(lines)
+    return "Means with 95 % intervals; losses in nats per token.\n\n" + markdown_table(head, lines)
 
 
 def _place_table(mask: WeightMask) -> str:
@@ -293,12 +299,8 @@ def _place_table(mask: WeightMask) -> str:
         of_layer[kind] = of_layer.get(kind, 0) + count
     present = {kind for of_layer in counts.values() for kind in of_layer}
     kinds = [kind for kind in KINDS if kind in present]
-    lines = [["layer", *kinds], ["---"] * (len(kinds) + 1)]
+    lines = []
     for layer in sorted(counts):
         numbers = [f"{counts[layer].get(kind, 0):,}" for kind in kinds]
         lines.append([str(layer), *numbers])
-    return _markdown(lines)
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["layer", *kinds], lines)

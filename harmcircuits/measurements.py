@@ -442,6 +442,22 @@ class Rows(Sequence[Measurement]):
             f"no row has {wanted}; the rows of {metric or 'every metric'} differ in {differences}"
         )
 
+    def largest(self) -> Measurement:
+        """The row with the largest mean, the first of several.
+
+        Raises:
+            ValueError: no rows.
+        """
+        return max(self._some("largest"), key=lambda row: row.mean)
+
+    def smallest(self) -> Measurement:
+        """The row with the smallest mean, the first of several.
+
+        Raises:
+            ValueError: no rows.
+        """
+        return min(self._some("smallest"), key=lambda row: row.mean)
+
     def pool(self, over: str) -> "Rows":
         """One row for all rows that differ only in a label: their mean, with the widest ends.
 
@@ -529,6 +545,12 @@ class Rows(Sequence[Measurement]):
         everywhere = ", ".join(f"{name} {value}" for name, value in common.items())
         n_left = len(self) - len(shown)
         return card(title, note(everywhere), table, note(f"and {n_left:,} more" if n_left else ""))
+
+    def _some(self, wanted: str) -> "Rows":
+        """These rows, of which there must be one at least."""
+        if not self._rows:
+            raise ValueError(f"no rows, so none is the {wanted}; see what `where` was asked for")
+        return self
 
     def _common(self) -> dict[str, Label]:
         """The labels that every row carries with the same value."""

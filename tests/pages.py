@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pandas as pd
-
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
@@ -19,17 +17,6 @@ def text_of(path: Path | str) -> str:
 def blocks(text: str, language: str) -> list[str]:
     """The code blocks of a language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.S | re.M)
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table as the pages hold it."""
-    rule = ["---"] * len(frame.columns)
-    lines = [list(frame.columns), rule, *frame.astype(str).to_numpy()]
-    rows = []
-    for cells in lines:
-        escaped = [str(cell).replace("|", "\\|") for cell in cells]
-        rows.append(f"| {' | '.join(escaped)} |")
-    return "\n".join(rows)
 
 
 def anchors(text: str) -> set[str]:

@@ -449,6 +449,17 @@ def test_one_row_of_none_says_that_there_are_none():
         alone.one("x", mask="a")
 
 
+def test_the_largest_and_the_smallest_are_by_mean_and_the_first_of_several():
+    rows = Rows(
+        Measurement.exact("m", {"of": name}, mean)
+        for name, mean in zip("abcd", (1, 3, 3, 1), strict=True)
+    )
+    assert (rows.largest().labels["of"], rows.smallest().labels["of"]) == ("b", "a")
+    for choose in (Rows().largest, Rows().smallest):
+        with pytest.raises(ValueError, match="no rows"):
+            choose()
+
+
 def test_pooling_averages_over_one_label_only():
     rows = Rows(
         [

@@ -1,69 +1,59 @@
 # %% [markdown]
-# # The results on the page of claims
-# `python docs/_site/claims_page.py` writes outcomes and quotes of `docs/claims.md`, and the verdicts of
-# the README, from the committed rows. What stands around them is written by hand; tests hold both pages
-# to the rows.
+# # The results on the pages
+# `python docs/_site/claims_page.py` writes what committed rows say: outcomes into the tables of
+# `docs/claims.md` and the README, and key numbers between `<!-- NAME -->` and `<!-- /NAME -->` on any
+# page. What stands around them is written by hand; tests hold the pages to the rows.
 
 # %%
 import re
 import sys
-from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
-from textwrap import fill
 
 from harmcircuits.studies.claims import ClaimResult
+from harmcircuits.views.tables import frame_markdown
 
 ROOT = Path(__file__).parents[2]
-WIDTH = 100
-
-
-# %%
-def quote(words: str) -> str:
-    """Paragraphs as a quotation."""
-    paragraphs = [
-        fill(paragraph, WIDTH, initial_indent="> ", subsequent_indent="> ", break_on_hyphens=False)
-        for paragraph in words.splitlines()
-    ]
-    return "\n>\n".join(paragraphs)
+PAGES = ("README.md", "docs/claims.md", "docs/results.md")
+# Whose numbers are on a page.
+ANALYSES = (
+    "compact",
+    "general",
+    "distinct",
+    "compressed",
+    "emergent_misalignment",
+    "dissociated",
+    "attacks",
+    "put_back",
+    "activation_patching",
+    "second_opinion",
+    "shared_circuits",
+)
 
 
 def with_result(page: str, result: ClaimResult) -> str:
-    """The page of claims with this outcome in its table, and outcome and words in its section."""
-    page = with_outcome(page, result)
-    section = rf"(\{{ #{result.name.lower()} \}}\n.*?\*\*Result\.\*\* )[^\n]*\n\n(?:>[^\n]*\n)+"
-    outcome = f"{result.outcome.capitalize()}.\n\n{quote(result.words)}\n"
-    return re.sub(section, lambda match: match[1] + outcome, page, count=1, flags=re.DOTALL)
-
-
-def with_verdicts(readme: str, results: Iterable[ClaimResult]) -> str:
-    """The README with these outcomes in its table."""
-    for result in results:
-        readme = with_outcome(readme, result)
-    return readme
-
-
-def with_outcome(page: str, result: ClaimResult) -> str:
-    """A page with this outcome in the line of a table that names its claim."""
+    """The page with the outcome of a claim and its key numbers, where it has places for them."""
     row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
-    return re.sub(row, rf"\g<1>**{result.outcome}**", page)
+    page = re.sub(row, rf"\g<1>**{result.outcome}**", page)
+    start, end = f"<!-- {result.name} -->", f"<!-- /{result.name} -->"
+    parts = [start, frame_markdown(result.key_numbers), end]
+    if result.outcome:
+        parts.insert(1, f"**Result.** {result.outcome.capitalize()}.")
+    return re.sub(f"{start}.*{end}", lambda _: "\n\n".join(parts), page, flags=re.DOTALL)
+
+
+def results() -> list[ClaimResult]:
+    """What the committed rows of every analysis say."""
+    if str(ROOT / "analyses") not in sys.path:
+        sys.path.insert(0, str(ROOT / "analyses"))
+    modules = [import_module(name) for name in ANALYSES]
+    return [module.claim.result(module.rows) for module in modules]
 
 
 # %%
-def main() -> None:
-    sys.path.insert(0, str(ROOT / "analyses"))
-    from six_findings import committed
-
-    results = committed()
-    path = ROOT / "docs" / "claims.md"
-    page = path.read_text(encoding="utf-8")
-    for result in results:
-        page = with_result(page, result)
-    path.write_text(page, encoding="utf-8")
-
-    path = ROOT / "README.md"
-    readme = with_verdicts(path.read_text(encoding="utf-8"), results)
-    path.write_text(readme, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    for path in [ROOT / name for name in PAGES]:
+        page = path.read_text(encoding="utf-8")
+        for result in results():
+            page = with_result(page, result)
+        path.write_text(page, encoding="utf-8")

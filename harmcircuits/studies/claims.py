@@ -1,4 +1,4 @@
-"""A claim: the experiment that tests it, the rule that judges it, and the words that report it.
+"""A claim: the experiment that tests it, the rule that judges it, and its key numbers.
 
 An analysis of `analyses/` is a claim and text, and runs in three ways:
 
@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from plotly.graph_objects import Figure
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
 
 from harmcircuits.command_errors import one_sentence
 from harmcircuits.measurements import Rows
@@ -35,7 +37,8 @@ from harmcircuits.studies.options import (
     with_options,
 )
 from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
-from harmcircuits.views.page import frame, paragraphs, plot, section, write_page
+from harmcircuits.views.page import frame, plot, section, write_page
+from harmcircuits.views.tables import DASH, TextTable, frame_table
 
 if TYPE_CHECKING:
     import pandas
@@ -47,6 +50,7 @@ HOLDS: Outcome = "holds"
 IN_PART: Outcome = "holds in part"
 FAILS: Outcome = "does not hold here"
 CASE = ("ladder", "model", "seed")
+INTERVALS = "In brackets 95 % intervals, the widest over seeds."
 SMALL_EVERY = 16  # of the requests are asked in a small run: two items of each topic of an organism
 
 
@@ -70,32 +74,51 @@ class ClaimResult:
     Attributes:
         name: of the claim, such as "F1".
         text: the claim in a few words.
-        outcome: of all cases together.
+        outcome: of all cases together; None where there is no rule.
         cases: a line for each case of the rule, with what the rule says of it.
-        words: what was measured, a paragraph for each model.
+        key_numbers: a line for each number, a column for each model.
     """
 
     name: str
     text: str
-    outcome: Outcome
+    outcome: Outcome | None
     cases: "pandas.DataFrame"
-    words: str = ""
+    key_numbers: "pandas.DataFrame"
 
     @property
     def title(self) -> str:
         """The claim and its outcome in a line."""
-        return f"{self.name}. {self.text}: {self.outcome}"
+        title = f"{self.name}. {self.text}"
+        return f"{title}: {self.outcome}" if self.outcome else title
 
     @property
     def line(self) -> str:
         """The claim and its outcome as a line of a Markdown table."""
         return f"| {self.name} | {self.text} | **{self.outcome}** |"
 
+    @property
+    def sections(self) -> list[str]:
+        """Both tables, as parts of a page."""
+        parts = []
+        if len(self.key_numbers):
+            parts.append(section("Key numbers", INTERVALS, frame(self.key_numbers)))
+        if self.outcome:
+            parts.append(section("Each case", "By the rule, fixed beforehand.", frame(self.cases)))
+        return parts
+
     def __repr__(self) -> str:
-        return f"{self.title}\n{self.cases.to_string(index=False)}"
+        tables = [data for data in (self.key_numbers, self.cases) if len(data)]
+        return "\n\n".join([self.title, *(data.to_string(index=False) for data in tables)])
 
     def _repr_html_(self) -> str:
-        return section(self.title, "", frame(self.cases))
+        return section(self.title, "", "".join(self.sections))
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Text | TextTable]:
+        """The claim with its outcome, and the key numbers."""
+        yield Text(self.title, style="bold")
+        yield frame_table(self.key_numbers)
 
 
 @dataclass(frozen=True)
@@ -154,7 +177,7 @@ class Experiment:
 class Claim:
     """A claim, and what an analysis registers with it.
 
-    Without a rule it is a question: its page has words and figures, and no outcome.
+    Without a rule it is a question: its page has numbers and figures, and no outcome.
 
     ```python
     claim = Claim("F1", "compact: a tiny share of the weights carries harm", models=("sft",))
@@ -166,6 +189,9 @@ class Claim:
 
     @claim.rule()  # of the rows of one ladder, model and seed
     def is_borne_out(rows): ...
+
+    @claim.key_numbers  # of the rows of one model
+    def key_numbers(rows): ...
 
     claim.result(rows)
     claim.main()
@@ -195,7 +221,9 @@ class Claim:
     _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
     _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
     _outcome: Callable[[Rows], Outcome] | None = field(default=None, init=False, repr=False)
-    _words: Callable[[Rows], str] | None = field(default=None, init=False, repr=False)
+    _key_numbers: Callable[[Rows], Mapping[str, str]] | None = field(
+        default=None, init=False, repr=False
+    )
     # Where a script's run is, and what it gave.
     _out: Path | None = field(default=None, init=False, repr=False)
     _rows: Rows = field(default_factory=Rows, init=False, repr=False)
@@ -239,10 +267,16 @@ class Claim:
         self._outcome = outcome
         return outcome
 
-    def words(self, words: Callable[[Rows], str]) -> Callable[[Rows], str]:
-        """Decorates what reports the rows of one model (where the rule is of ladders: of one)."""
-        self._words = words
-        return words
+    def key_numbers(
+        self, numbers: Callable[[Rows], Mapping[str, str]]
+    ) -> Callable[[Rows], Mapping[str, str]]:
+        """Decorates what gives the numbers to know of one model, or of one ladder as the rule is.
+
+        It takes the rows of one and gives, in the order of the table, what each number is -> the
+        number with its interval, as text.
+        """
+        self._key_numbers = numbers
+        return numbers
 
     def figure(self, title: str, figure: AnyFigure) -> AnyFigure:
         """The same figure, kept for the page.
@@ -293,18 +327,16 @@ class Claim:
             return self._run(Path(temporary), of_models, seeds, small, workers, options)
 
     def result(self, rows: Rows) -> ClaimResult:
-        """What the rule says of each case, and of all together.
+        """What the rule says of each case and of all together, and the key numbers.
 
         Args:
             rows: of the experiment.
-
-        Raises:
-            ValueError: no rule.
         """
         import pandas
 
+        numbers = self._table_of_numbers(rows)
         if self._rule is None:
-            raise ValueError(f"{self.name} has no rule; decorate one with @claim.rule()")
+            return ClaimResult(self.name, self.text, None, pandas.DataFrame(), numbers)
         lines, outcomes = [], []
         for values, of_case in self._cases(rows, self._over).items():
             borne_out = self._rule(of_case)
@@ -313,42 +345,36 @@ class Claim:
             outcomes.append(borne_out)
             lines.append({**dict(zip(self._over, values, strict=True)), "outcome": borne_out})
         outcome = self._outcome(rows) if self._outcome else self.together(outcomes)
-        return ClaimResult(
-            self.name, self.text, outcome, pandas.DataFrame(lines), self.report(rows)
-        )
+        return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), numbers)
 
-    def report(self, rows: Rows) -> str:
-        """The words of every model, a paragraph each."""
-        if self._words is None:
-            return ""
-        names = [name for name in self._over if name in ("ladder", "model")]
-        paragraphs = []
-        for values, of_model in self._cases(rows, names).items():
-            of_shipped = values[:1] == ("shipped",) and len(values) > 1
-            name = " of ".join(reversed(values[1:] if of_shipped else values))
-            paragraphs.append(f"{name}: {self._words(of_model)}")
-        return "\n".join(paragraphs)
+    def _table_of_numbers(self, rows: Rows) -> "pandas.DataFrame":
+        """The key numbers: a line for each, a column for each model."""
+        import pandas
+
+        if self._key_numbers is None:
+            return pandas.DataFrame()
+        columns = {}
+        over = [name for name in self._over if name in ("ladder", "model")]
+        for values, of_model in self._cases(rows, over).items():
+            columns[_name_of(values)] = self._key_numbers(of_model)
+        # In the order of the model that has most of them.
+        names = dict.fromkeys(chain(*sorted(columns.values(), key=len, reverse=True)))
+        table = pandas.DataFrame(columns, index=list(names)).fillna(DASH)
+        return table.rename_axis("").reset_index()
 
     def main(self) -> None:
         """As a script, print the result and write the page; else nothing."""
         if self._out is None:
             return
-        result = self.result(self._rows) if self._rule else None
-        title = result.title if result else f"{self.name}. {self.text}"
-        words = result.words if result else self.report(self._rows)
-
-        parts = [paragraphs(words), *self._sections()]
-        if result:
-            cases = frame(result.cases)
-            parts.append(section("Each case", "By the rule, fixed beforehand.", cases))
+        result = self.result(self._rows)
         page = self._out / f"{self.name}.html"
-        write_page(page, title, parts, script=self._script)
-        if result:
+        parts = [*result.sections, *self._sections()]
+        write_page(page, result.title, parts, script=self._script)
+        if result.outcome:
             write_text(self._out / "summary.md", result.line + "\n")
 
         console = Console()
-        console.print(f"[bold]{title}[/]", highlight=False)
-        console.print(words, highlight=False, markup=False)
+        console.print(result)
         console.print(f"Page: {page}", highlight=False, soft_wrap=True, markup=False)
 
     def _sections(self) -> list[str]:
@@ -483,6 +509,14 @@ class Claim:
             if self._out is None:
                 raise
         return self._rows
+
+
+def _name_of(values: tuple[str, ...]) -> str:
+    """A ladder and a model, or a ladder alone, as the title of a column; "shipped" goes unsaid."""
+    ladder, *model = values
+    if not model:
+        return ladder
+    return model[0] if ladder == "shipped" else f"{model[0]} of {ladder}"
 
 
 def _changed(values: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:

@@ -414,14 +414,6 @@ def share_text(rows: Rows) -> str:
     return f"over {together:.2%}" if is_bound else f"{together:.2%}"
 
 
-def share_texts(rows: Rows, by: str = "model") -> str:
-    """`share_text` of every model, or other label, in a line."""
-    texts = []
-    for name, of_name in rows.where("w50").by(by).items():
-        texts.append(f"{name} {share_text(of_name)}")
-    return ", ".join(texts)
-
-
 def _items(curve: Curve) -> tuple[str, ...]:
     groups = curve.points[0][curve.target].groups
     return tuple(sorted(set(groups)))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 from harmcircuits.measurements import Labels, Measurement, Rows
 
@@ -11,6 +11,7 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 SPARED = 0.10
 
 Outcome = Literal["clean double", "graded double", "single", "none"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Rows as tables: for a terminal, and as cells of a page."""
+"""Rows as tables: for a terminal, as cells of a page, and as Markdown."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -185,3 +185,23 @@ def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> TextTable:
     for line in data.itertuples(index=False):
         grid.add_row(*(escape(str(value)) for value in line))
     return grid
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown.
+
+    Args:
+        head: titles of the columns.
+        body: lines of cells; a bar in a cell is escaped.
+    """
+    lines = [head, ["---"] * len(head), *body]
+    rows = []
+    for cells in lines:
+        escaped = [str(cell).replace("|", "\\|") for cell in cells]
+        rows.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(rows)
+
+
+def frame_markdown(data: "pandas.DataFrame") -> str:
+    """A DataFrame as a Markdown table; its index is left out."""
+    return markdown_table(list(data.columns), data.astype(str).to_numpy().tolist())

@@ -49,7 +49,7 @@ def test_a_seed_by_the_rule(change, expected):
     assert attacks.claim.result(rows).outcome == expected
     both = attacks.claim.result(rows + attacked(1, held=OPEN))
     assert both.outcome == (FAILS if expected == FAILS else IN_PART)
-    assert attacks.claim.report(rows)
+    assert attacks.key_numbers(rows)
 
 
 def test_removing_refusals_from_what_refuses_nothing_is_asking():
@@ -64,10 +64,12 @@ def test_removing_refusals_from_what_refuses_nothing_is_asking():
     assert attacks.claim.result(prefilled).outcome == FAILS
 
 
-def test_the_words_say_when_harm_is_back():
-    words = attacks.claim.report(attacked(free=NEVER))
-    assert "prefill" in words and "20% [10%, 30%]" in words
-    assert "step 10" in words and "no measured step" in words
+def test_the_key_numbers_say_when_harm_is_back():
+    numbers = attacks.key_numbers(attacked(free=NEVER))
+    back = "harmful fine-tuning brings half of it back"
+    assert numbers[f"{back}: circuit, held"] == "step 10"
+    assert numbers[f"{back}: circuit, then free"] == "no measured step"
+    assert numbers["harm, by the strongest attack: the circuit"].startswith("20% [10%, 30%]")
 
 
 def test_every_defence_is_attacked(monkeypatch):

@@ -56,10 +56,11 @@ def test_a_ladder_by_the_rule(change, expected):
     assert list(both.cases["ladder"]) == ["another", "shipped"]
 
 
-def test_the_words_say_what_is_unreached():
-    words = compressed.claim.report(a_ladder())
-    assert "base 0.40% [0.30%, 0.60%]" in words and "sft over 0.50%" in words
-    assert "2 of 2 pairs" in words
+def test_the_key_numbers_say_what_is_unreached():
+    numbers = compressed.key_numbers(a_ladder())
+    assert numbers["`w50` of harmful, base"] == "0.40% [0.30%, 0.60%]"
+    assert numbers["`w50` of benign, sft"].startswith("over 0.50%")
+    assert numbers["an aligned rung needs fewer weights"] == "2 of 2"
 
 
 def test_rungs_are_compared_alike(monkeypatch):
@@ -82,7 +83,7 @@ def test_rungs_are_compared_alike(monkeypatch):
     pairs = [(row.labels["first"], row.labels["second"]) for row in rows.where("w50_ratio")]
     assert pairs == [("sft", "helpful")] * 2, "of harm and of benign answers"
     assert {row.labels["share"] for row in rows.where("harm_valid_rate")} == {0.0, 0.05}
-    assert compressed.claim.report(Rows(row.labelled(ladder="shipped") for row in rows))
+    assert compressed.key_numbers(rows)
 
     later = compressed.curves_of({"sft": models["sft"]}, 1, sizes=(0.05,), steps=1)
     assert not later.where(target="benign"), "the contrast is for one seed"

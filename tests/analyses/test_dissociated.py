@@ -1,7 +1,7 @@
-"""F6's rule on made-up rows, in both directions, and its words.
+"""F6's rule on made-up rows, in both directions, and its key numbers.
 
 Would catch: pairs of one model that are judged in place of all, a fall that random weights cause as
-well, protection that is read the wrong way round, words that contradict the rule.
+well, protection that is read the wrong way round, numbers that contradict the rule.
 """
 
 import pytest
@@ -76,12 +76,15 @@ def test_what_random_weights_cost_is_the_mean_over_seeds_of_one_model():
     assert dissociated.claim.result(broken + other).outcome == "does not hold here"
 
 
-def test_the_words_say_what_is_left_and_how_often_abilities_come_apart():
+def test_the_key_numbers_say_what_is_left_and_how_often_abilities_come_apart():
     rows = made(0.3, 1.0)
-    nothing, others = dissociated.words(rows).split("Sparing ")[1:]
-    assert nothing.startswith("nothing") and "3 none" in nothing
-    assert "30% harm, 100% recognises" in others and "3 clean double" in others
-    assert "plainly goes from 100%" in others
-    without = Rows(row for row in rows if row.labels["mask"] != "refusal")
-    assert "refusal, harm" not in dissociated.words(without)
-    assert "2 clean double" in dissociated.words(without)
+    numbers = dissociated.key_numbers(rows)
+    assert numbers["sparing nothing: none"] == "3 of 3"
+    assert numbers["sparing all others: harm"] == "30%"
+    assert numbers["sparing all others: recognises"] == "100%"
+    assert numbers["sparing all others: clean double"] == "3 of 3"
+    plain = "plain harm, without the circuit of refusal"
+    assert numbers[plain].startswith("100% to ")
+    without = dissociated.key_numbers(Rows(row for row in rows if row.labels["mask"] != "refusal"))
+    assert plain not in without
+    assert without["sparing all others: clean double"] == "2 of 2"

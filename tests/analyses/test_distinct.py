@@ -1,8 +1,8 @@
-"""F3's rule on made-up rows, in both directions, and its words.
+"""F3's rule on made-up rows, in both directions, and its key numbers.
 
 Would catch: a circuit that counts as separate though random weights do the same, though nothing of
 its size breaks benign answers, or though utility falls; overlap read from the wrong pairs or the
-wrong selection; seeds that are not pooled; words that contradict the rule.
+wrong selection; seeds that are not pooled; numbers that contradict the rule.
 """
 
 import pytest
@@ -82,7 +82,7 @@ def test_f3_comes_out_by_its_rule(rows, outcome):
 def test_without_benign_tasks_harm_is_not_called_apart():
     rows = Rows(row for row in made(KEPT) if row.labels.get("second") != "parts")
     assert distinct.claim.result(rows).outcome == "holds in part"
-    assert "benign tasks: not measured" in distinct.words(rows)
+    assert distinct.key_numbers(rows)["lifts of pairs of benign tasks"] == "–"
 
 
 def test_seeds_are_pooled_and_the_worst_model_counts():
@@ -92,9 +92,9 @@ def test_seeds_are_pooled_and_the_worst_model_counts():
     assert distinct.claim.result(made(KEPT) + other).outcome == "does not hold here"
 
 
-def test_the_words_say_where_utility_is_kept():
-    words = distinct.words(made(KEPT | {"none": -0.2}))
-    first, second, *_ = words.split("Sparing ")[1:]
-    assert first.startswith("nothing") and "utility is not kept" in first
-    assert second.startswith("its twin") and "utility is kept" in second
-    assert "its twin share 2.0 times" in words, "in one shot, where the search says 1.0"
+def test_the_key_numbers_say_where_utility_is_kept():
+    numbers = distinct.key_numbers(made(KEPT | {"none": -0.2}))
+    assert numbers["sparing nothing: utility"] == "not kept"
+    assert numbers["sparing its twin: utility"] == "kept"
+    lift = numbers["lift of harm and its twin"]
+    assert lift.startswith("2.0"), "in one shot, where the search says 1.0"

@@ -57,15 +57,17 @@ def test_a_run_by_the_rule(change, expected):
     unprotected = a_run("b", narrow=((0.0, 0.0, 1.0), (0.0, 1.0, 1.0)))
     both = f5.claim.result(rows + unprotected)
     assert both.outcome == (IN_PART if is_protected else FAILS)
-    assert f"'{expected}' in 1" in f5.claim.report(rows)
-    assert both.words.count("sft: ") == 1, "one paragraph for all runs of the model"
+    assert f5.key_numbers(rows)[f"runs: {expected}"] == "1 of 1"
+    assert list(both.key_numbers.columns) == ["", "sft"], "one column for all runs of the model"
 
 
-def test_the_words_give_the_rates_at_the_decisive_step():
-    words = f5.claim.report(a_run())
-    assert "none 100% [90%, 110%]" in words and "narrow, held 50% [40%, 60%] and 80%" in words
-    never = f5.claim.report(a_run(none=((0.0, 0.0, 0.0), (0.0, 1.0, 1.0))))
-    assert "not tested" in never
+def test_the_key_numbers_give_the_rates_at_the_decisive_step():
+    numbers = f5.key_numbers(a_run())
+    assert numbers["harm in other topics, none"] == "100% [90%, 110%]"
+    assert numbers["harm in other topics, narrow, held"] == "50% [40%, 60%]"
+    assert numbers["harm in the topic, narrow, held"].startswith("80%")
+    never = f5.key_numbers(a_run(none=((0.0, 0.0, 0.0), (0.0, 1.0, 1.0))))
+    assert never == {"runs: never misaligned": "1 of 1"}
 
 
 def test_a_seed_draws_topics_that_are_asked_apart():

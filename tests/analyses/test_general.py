@@ -1,4 +1,4 @@
-"""F2's rule on made-up rows, in both directions, and its words.
+"""F2's rule on made-up rows, in both directions, and its key numbers.
 
 Would catch: an outcome that cannot come out otherwise, one that ignores random weights or benign
 answers, left-out types that are judged together, seeds that are not pooled.
@@ -73,8 +73,10 @@ def test_seeds_are_pooled_and_the_worst_model_counts():
     assert general.claim.result(models).outcome == "does not hold here"
 
 
-def test_the_words_count_the_types_that_transfer():
-    words = general.words(made(0.75, [0.0, 0.75]))
-    assert "leave 0% [0%, 7%] of its harm and 75%" in words
-    assert "transfer to it in 1 of 2" in words
-    assert "of all types leaves 41%" in words, "26 of 64"
+def test_the_key_numbers_count_the_types_that_transfer():
+    numbers = general.key_numbers(made(0.75, [0.0, 0.75]))
+    assert numbers["harm of a type, under its own circuit"] == "0% [0%, 7%]"
+    assert numbers["harm of a type, under circuits of others"].startswith("75%")
+    assert numbers["left-out types to which all others transfer"] == "1 of 2"
+    mixed = numbers["harm, under a circuit of as few items of all types"]
+    assert mixed.startswith("41%"), "26 of 64"

@@ -40,7 +40,7 @@ def test_an_analysis_is_a_page_and_a_half(name):
 def test_committed_rows_are_judged_and_shown(name):
     """What a notebook does with them, without a kernel."""
     module = module_of(name)
-    assert module.claim.report(module.rows)
+    assert len(module.claim.result(module.rows).key_numbers)
     assert module.claim.figures
 
 
@@ -64,7 +64,7 @@ def test_rows_of_another_ladder_alone_are_shown_too(name, monkeypatch):
 
     monkeypatch.setattr(Claim, "rows", renamed)
     module = module_of(name)
-    assert module.claim.report(module.rows)
+    assert len(module.claim.result(module.rows).key_numbers)
     for figure in module.claim.figures.values():
         assert getattr(figure, "data", True), "something is drawn"
 

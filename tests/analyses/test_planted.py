@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from helpers import small_model
-from pages import markdown, text_of
+from pages import text_of
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench import recovery
+from harmcircuits.studies.bench import recovery, tables
+from harmcircuits.views.tables import frame_markdown
 
 analysis = import_module("planted")
 
@@ -42,7 +43,7 @@ def test_every_score_is_held_against_s(model, monkeypatch, opened):
         Model, "find_circuit", lambda *args, **options: real(*args, **{**options, **settings})
     )
     rows = analysis.recovered(FOLDER, {"ladder": "shipped", "job": "recovery"})
-    table = analysis.recovery_table(rows).set_index("score")
+    table = tables.recovery_table(rows).set_index("score")
     assert {"removal effect", "less its price", "walk's sums", "magnitude"} < set(table.index)
     assert float(table.loc["random", "AUROC"]) == pytest.approx(0.5, abs=0.01)
     assert float(table.loc["removal effect", "AUROC"]) > 0.52
@@ -65,7 +66,7 @@ def test_a_search_chooses_within_its_reach(model, monkeypatch, reach):
     monkeypatch.setattr(Model, "find_circuit", find_circuit)
     labels = {"ladder": "shipped", "job": "search", "reach": reach}
     rows = analysis.searched(FOLDER, reach, labels)
-    lines = analysis.reach_table(rows).set_index("removed")
+    lines = tables.reach_table(rows).set_index("removed")
     shares = [row.mean for row in rows.where("overlap_containment") if row.labels["mask"] != "S"]
     low, high = {"all": (0.05, 0.15), "outside S": (0, 0), "inside S": (1, 1)}[reach]
     assert len(shares) == len(analysis.SIZES)
@@ -81,7 +82,7 @@ def test_relearning_starts_where_the_mask_leaves_the_model(monkeypatch):
     for removed in ("none", "S"):
         labels = {"ladder": "shipped", "job": "relearn", "removed": removed}
         rows += analysis.relearned(FOLDER, removed, labels)
-    table = analysis.relearning_table(rows)
+    table = tables.relearning_table(rows)
     assert list(table["while training"]) == ["held", "free"] * 2
     start = table["loss, 0"].astype(float)
     assert start[0] == start[1] < 1 < start[2] == start[3]
@@ -93,6 +94,5 @@ def test_the_page_quotes_the_committed_rows():
     folder = Path(analysis.__file__).parent
     rows = Rows.read(folder / "rows" / "planted.jsonl")
     text = text_of("planted.md")
-    tables = (analysis.recovery_table, analysis.reach_table, analysis.relearning_table)
-    for table in tables:
-        assert markdown(table(rows)) in text
+    for table in (tables.recovery_table, tables.reach_table, tables.relearning_table):
+        assert frame_markdown(table(rows)) in text

@@ -1,4 +1,4 @@
-"""The rule of putting parts back judges made-up rows, and its words say what it read.
+"""The rule of putting parts back judges made-up rows, and its key numbers are what it read.
 
 Would catch: a point judged in place of its interval, another share or the random order read for the
 best tenth, one seed that decides for all.
@@ -46,8 +46,10 @@ def test_a_seed_by_the_rule(change, expected):
     assert list(both.cases["outcome"]) == [expected, HOLDS]
 
 
-def test_the_words_name_the_best_tenth_and_the_best_layer():
-    words = parts.claim.report(a_seed())
-    assert "touches 40 heads and neurons" in words
-    assert "the best tenth together 60% [50%, 60%], a tenth drawn at random 10% [0%, 10%]" in words
-    assert "the most useful is 1: 30%" in words
+def test_the_key_numbers_name_the_best_tenth_and_the_best_layer():
+    numbers = parts.key_numbers(a_seed())
+    assert numbers["heads and neurons that the circuit touches"] == "40"
+    assert numbers["restored by the best tenth"] == "60% [50%, 60%]"
+    assert numbers["restored by a tenth drawn at random"] == "10% [0%, 10%]"
+    assert numbers["restored by the most useful layer"].startswith("30%")
+    assert numbers["restored by the most useful layer"].endswith("(layer 1)")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import search_bench as bench
-from pages import markdown, text_of
+from pages import text_of
 from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
@@ -16,15 +16,16 @@ from typer.testing import CliRunner
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, world
 from harmcircuits.studies.bench import results
+from harmcircuits.views.tables import frame_markdown
 
 
 def test_the_pages_quote_the_committed_rows():
     folder = Path(bench.__file__).parent
     rows = Rows.read(folder / "rows" / "search_bench.jsonl")
     overview, cases = text_of("results.md"), text_of("search_bench.md")
-    assert markdown(results.table(rows, bench.every_method())) in overview
+    assert frame_markdown(results.table(rows, bench.every_method())) in overview
     assert results.times_text(rows) in overview
-    assert markdown(results.case_table(rows)) in cases
+    assert frame_markdown(results.case_table(rows)) in cases
     assert results.times_text(rows) in cases
 
 
@@ -33,7 +34,7 @@ def test_a_run_of_halves_alone_has_a_table_of_cases_only(tmp_path):
     halves = Rows(row for row in rows.where(ladder="seed1") if row.labels["part"] != "all")
     results.write_results(tmp_path, halves, bench.every_method(), Console(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["cases.md"]
-    assert markdown(results.case_table(halves)) in (tmp_path / "cases.md").read_text()
+    assert frame_markdown(results.case_table(halves)) in (tmp_path / "cases.md").read_text()
 
 
 def test_the_command_takes_a_model_of_ones_own(tmp_path):

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import search_defaults as defaults
-from pages import markdown, text_of
+from pages import text_of
 
 from harmcircuits.measurements import Rows
+from harmcircuits.studies.bench.tables import variant_table
+from harmcircuits.views.tables import frame_markdown
 
 
 def test_the_page_quotes_the_committed_rows():
     folder = Path(defaults.__file__).parent
     rows = Rows.read(folder / "rows" / "search_defaults.jsonl")
-    assert markdown(defaults.variants(rows)) in text_of("search_bench.md")
+    table = variant_table(rows, defaults.VARIANTS, defaults.SIZES)
+    assert frame_markdown(table) in text_of("search_bench.md")

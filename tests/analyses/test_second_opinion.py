@@ -1,4 +1,4 @@
-"""The words of the second opinion, on made-up rows.
+"""The key numbers of the second opinion, on made-up rows.
 
 Would catch: the importance of one behaviour against the share of another, early depths in the lowest
 accuracy, writers of benign requests.
@@ -15,7 +15,7 @@ def row(metric: str, mean: float, **labels) -> Measurement:
     return Measurement.exact(metric, {"seed": 0, **labels}, mean)
 
 
-def test_words_report_the_right_rows():
+def test_key_numbers_are_of_the_right_rows():
     nodes = {"ranking": "importance of harmful", "among": "all nodes"}
     other = {"against": "share of benign", **nodes}
     rows = [row("rank_correlation", 0.25, against="share of harmful", **nodes)]
@@ -29,11 +29,11 @@ def test_words_report_the_right_rows():
             where = {"mask": mask, "component": component}
             rows += [row("writes", logits, behaviour="harmful", **where)]
             rows += [row("writes", 9.0, behaviour="benign", **where)]
-    words = opinion.words(Rows(rows))
-    assert "harmful 0.25" in words
-    assert "0.75" not in words
-    assert "harmful 60% (question, unseen verbs)" in words
-    assert "50%" not in words
-    assert "+4.0 logits" in words
-    assert "-1.0 without" in words
-    assert "3 mlp writes most, +3.0, and then -2.0" in words
+    assert opinion.key_numbers(Rows(rows)) == {
+        "rank correlation of nodes and circuit, harmful": "0.25",
+        "lowest accuracy of a probe, mask none": "100% (question, unseen verbs)",
+        "lowest accuracy of a probe, mask harmful": "60% (question, unseen verbs)",
+        "harmful above benign words, in logits, mask none": "+4.0",
+        "harmful above benign words, in logits, mask harmful": "-1.0",
+        "the component that writes most": "3 mlp: +3.0, without the circuit -2.0",
+    }

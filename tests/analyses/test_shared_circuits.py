@@ -1,15 +1,12 @@
-"""The comparison of circuits, and the page's table of it.
+"""The comparison of circuits.
 
-Would catch: a table that its rows do not give, a model whose rows are lost, words without their
-figures.
+Would catch: a model whose rows are lost, numbers that are not those of the rows.
 """
 
 import pytest
 from helpers import analysis
-from pages import markdown, text_of
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.shared_table import shared_table
 
 shared = analysis("shared_circuits")
 
@@ -17,11 +14,6 @@ shared = analysis("shared_circuits")
 @pytest.fixture(scope="module")
 def rows() -> Rows:
     return shared.claim.rows()
-
-
-def test_the_page_holds_the_table_that_the_rows_give(rows):
-    table = shared_table(rows, shared.TASKS, shared.PROTECTED)
-    assert markdown(table) in text_of("results.md")
 
 
 def test_every_rung_can_do_harm_and_has_a_circuit_of_it_both_ways(rows):
@@ -33,7 +25,8 @@ def test_every_rung_can_do_harm_and_has_a_circuit_of_it_both_ways(rows):
             assert of_model.one("harm_valid_rate", mask="harmful", protected=protected)
 
 
-def test_words_name_the_lift_of_the_twin(rows):
-    for of_model in rows.by("model").values():
+def test_key_numbers_hold_the_lift_of_the_twin(rows):
+    numbers = shared.claim.result(rows).key_numbers.set_index("")
+    for model, of_model in rows.by("model").items():
         twin = of_model.one("overlap_lift", first="harmful", second="benign", selection="one shot")
-        assert f"share {twin:.1f} times" in shared.words(of_model)
+        assert numbers.loc["harmful and benign, lift", model] == f"{twin:.1f}"

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import stability
-from pages import markdown, text_of
+from pages import text_of
 
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.bench import tables
+from harmcircuits.views.tables import frame_markdown
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_what_counts_as_ending_and_sparing(harm, benign_nll, known, ends, spares
         return [Measurement.exact(name, labels, value) for name, value in figures.items()]
 
     rows = Rows([*rows_of("first", harm, benign_nll, known), *rows_of("none", 1, 0.3, 1)])
-    (line,) = stability.effects(rows).to_dict("records")
+    (line,) = tables.effect_table(rows).to_dict("records")
     assert (line["ends"], line["spares"]) == (ends, spares)
 
 
@@ -43,5 +45,5 @@ def test_the_page_quotes_the_committed_rows():
     folder = Path(stability.__file__).parent
     rows = Rows.read(folder / "rows" / "stability.jsonl")
     text = text_of("stability.md")
-    for table in (stability.overlaps(rows), stability.effects(rows)):
-        assert markdown(table) in text
+    for table in (tables.overlap_table(rows), tables.effect_table(rows)):
+        assert frame_markdown(table) in text

@@ -18,6 +18,7 @@ from torch import nn
 
 from harmcircuits.hooks.attribution import wanda_scores
 from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.views.tables import markdown_table
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TEXT = """# Architectures
@@ -92,16 +93,14 @@ REFUSED: dict[str, tuple[Callable, str]] = {
 
 
 def table(open_: Callable) -> str:
-    rows = [
-        [
-            "architecture",
-            "scored matrices",
-            "gradients",
-            "scores equal autograd",
-            "export reloads equal",
-        ],
-        ["---"] * 5,
+    head = [
+        "architecture",
+        "scored matrices",
+        "gradients",
+        "scores equal autograd",
+        "export reloads equal",
     ]
+    rows = []
     for name in ARCHITECTURES:
         bridge = open_(name)
         sites = [site for site in weight_sites(bridge).values() if site.layer == 0]
@@ -114,12 +113,10 @@ def table(open_: Callable) -> str:
         how = f"hook pairs; {', '.join(unhooked)}: parameter hooks" if unhooked else "hook pairs"
         exported = "float32, bfloat16" if name in COARSE else "float32"
         rows.append([type(bridge.original_model).__name__, matrices, how, "yes", exported])
-    refused = [["what", "why"], ["---"] * 2, *([what, why] for what, (_, why) in REFUSED.items())]
-    return TEXT.format(exact=_markdown(rows), refused=_markdown(refused))
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    refused = [[what, why] for what, (_, why) in REFUSED.items()]
+    return TEXT.format(
+        exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], refused)
+    )
 
 
 def test_the_table_is_up_to_date(open_model):

@@ -1,4 +1,4 @@
-"""A claim: its jobs, its rule, its words, and the three ways in which an analysis runs.
+"""A claim: its jobs, its rule, its key numbers, and the three ways in which an analysis runs.
 
 Would catch: rows without the labels that tell cases apart, a rule that sees the rows of two cases,
 an outcome that does not follow from the cases, options that are not passed on, a notebook that reads
@@ -40,9 +40,9 @@ rows = claim.rows()
 def is_borne_out(rows):
     return rows.one("share").mean < 0.2
 
-@claim.words
-def words(rows):
-    return f"{len(rows)} rows <b>"
+@claim.key_numbers
+def key_numbers(rows):
+    return {"rows": f"{len(rows)} <b>"}
 
 claim.result(rows)
 claim.main()
@@ -106,13 +106,28 @@ def test_rows_that_lack_a_label_of_the_cases_belong_to_none():
     assert claim_of_shares().result(rows).outcome == "holds"
 
 
-def test_words_are_of_a_model_whatever_the_cases_are():
+def test_key_numbers_are_of_a_model_whatever_the_cases_are():
     claim = Claim("X4", "a claim", models=("sft",))
     claim.rule("ladder", "model", "topic", "seed")(lambda rows: True)
-    claim.words(lambda rows: f"{len(rows)} rows")
+    claim.key_numbers(lambda rows: {"rows": f"{len(rows)}"})
     rows = Rows(share(0.1, model="sft", seed=0, topic=topic) for topic in "ab")
-    assert claim.report(rows) == "sft: 2 rows"
-    assert len(claim.result(rows).cases) == 2
+    result = claim.result(rows)
+    assert result.key_numbers.to_dict("records") == [{"": "rows", "sft": "2"}]
+    assert len(result.cases) == 2
+
+
+def test_a_number_that_a_model_lacks_is_a_dash_and_ladders_are_named():
+    claim = Claim("X4", "a claim", models=("sft",))
+    claim.key_numbers(lambda rows: {str(row.labels["of"]): f"{row.mean}" for row in rows})
+    rows = Rows([share(1, model="sft", of="last"), share(2, model="sft", of="last", ladder="b")])
+    rows += [
+        share(3, model="sft", of="first", ladder="b"),
+        share(4, model="sft", of="x", ladder="b"),
+    ]
+    table = claim.result(rows).key_numbers.set_index("")
+    assert list(table.index) == ["last", "first", "x"], "in the order of who has most"
+    assert dict(table.loc["last"]) == {"sft": "1", "sft of b": "2"}
+    assert dict(table.loc["first"]) == {"sft": "–", "sft of b": "3"}
 
 
 def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
@@ -125,7 +140,7 @@ def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
     labels = {"ladder": "shipped", "model": "dpo", "seed": 1, "part": "figures"}
     assert rows.where(**labels)
     page = (tmp_path / "run" / "X1.html").read_text()
-    assert "2 rows &lt;b&gt;" in page
+    assert "2 &lt;b&gt;" in page
 
     again = run(tmp_path, "--seeds", "3")
     assert again.count("measured:") == 2, "only the new seed"
@@ -165,21 +180,22 @@ def test_an_imported_analysis_reads_committed_rows_and_runs_on_request(tmp_path,
         analysis.claim.rows(tmp_path / "run", sise=0.4)
 
 
-def test_a_question_has_words_and_figures_and_no_outcome(tmp_path, capsys):
+def test_a_question_has_numbers_and_figures_and_no_outcome(tmp_path, capsys):
     claim = Claim("X4", "a question", models=("sft",))
-    claim.words(lambda rows: f"{len(rows)} rows <b>")
+    claim.key_numbers(lambda rows: {"rows": f"{len(rows)} <b>"})
     claim.figure("Tokens", coloured_tokens(["a", "b"], torch.tensor([0.5, 1.0])))
     claim.figure("Figure", Figure())
-    with pytest.raises(ValueError, match="X4 has no rule"):
-        claim.result(Rows())
+    result = claim.result(Rows([share(0.1, model="sft", seed=0)]))
+    assert result.outcome is None and result.title == "X4. a question"
+    assert "1 &lt;b&gt;" in result._repr_html_() and "1 <b>" in repr(result)
 
     # As a script that has run.
     claim._out, claim._rows = tmp_path, Rows([share(0.1, model="sft", seed=0)])
     claim.main()
     printed = capsys.readouterr().out
-    assert printed.startswith("X4. a question\n") and "sft: 1 rows <b>" in printed
+    assert printed.startswith("X4. a question\n") and "1 <b>" in printed
     page = (tmp_path / "X4.html").read_text()
-    assert "1 rows &lt;b&gt;" in page and "Each case" not in page
+    assert "1 &lt;b&gt;" in page and "Each case" not in page
     assert page.count("Plotly.newPlot(") == page.count("CircuitsVis.ColoredTokens") == 1
     assert circuitsvis_script() in page
     assert list(tmp_path.iterdir()) == [tmp_path / "X4.html"], "no line for a table of outcomes"

@@ -30,7 +30,6 @@ from harmcircuits.studies.curves import (
     rate_at,
     restricted,
     share_text,
-    share_texts,
     w50,
 )
 
@@ -111,8 +110,6 @@ def test_shares_over_seeds_are_written_with_the_widest_ends():
     assert share_text(both) == "0.50% [0.30%, 0.80%]"
     bounded = Rows([*both, row(0.005, 0.005, 0.005, "yes")])
     assert share_text(bounded).startswith("over 0.50% [")
-    models = Rows(row.labelled(model=name) for name, row in zip("ab", both, strict=True))
-    assert share_texts(models) == "a 0.40% [0.30%, 0.60%], b 0.60% [0.50%, 0.80%]"
 
 
 # Other figures of a curve

@@ -246,7 +246,7 @@ def tuned(rows: Rows) -> dict[str, dict[str, Any]]:
     return best
 
 
-def methods(tried: Rows) -> dict[str, tuple[Method, Mapping[str, Any]]]:
+def methods(tried: Rows) -> dict[str, Method]:
     """Every method with its settings: as published and, where others were better, tuned.
 
     Args:
@@ -255,8 +255,8 @@ def methods(tried: Rows) -> dict[str, tuple[Method, Mapping[str, Any]]]:
     best = tuned(tried)
     chosen = {}
     for name, way in WAYS.items():
-        chosen[name] = (way.choose, way.published)
+        chosen[name] = partial(way.choose, **way.published)
         settings = best.get(name, way.published)
         if settings != way.published:
-            chosen[f"{name}, tuned"] = (way.choose, settings)
+            chosen[f"{name}, tuned"] = partial(way.choose, **settings)
     return chosen

@@ -18,7 +18,7 @@ from rich.console import Console
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms.check import LADDER
 from harmcircuits.views.figures import Picture
-from harmcircuits.views.tables import frame_table
+from harmcircuits.views.tables import frame_markdown, frame_table
 
 BUDGET = 0.02  # nats that benign answers may lose
 POINT = 0.01 + 1e-6  # that a kept rate may fall
@@ -280,17 +280,6 @@ def percent(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}%}"
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """A table as Markdown.
-
-    Args:
-        frame: the table.
-    """
-    rule = ["---"] * len(frame.columns)
-    lines = [list(frame.columns), rule, *frame.astype(str).to_numpy()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 # Intervals
 
 
@@ -421,11 +410,11 @@ def write_results(out: Path, rows: Rows, methods: Iterable[str], console: Consol
     """
     summary = table(rows, methods)
     if not summary.empty:  # as with halves of the answers alone
-        (out / "summary.md").write_text(markdown(summary) + "\n", encoding="utf-8")
+        (out / "summary.md").write_text(frame_markdown(summary) + "\n", encoding="utf-8")
         console.print(frame_table(summary))
         figure(rows).save(out / "figure.html")
     if {"search", "rounds"} <= by_method(rows).keys():
         cases = case_table(rows)
-        (out / "cases.md").write_text(markdown(cases) + "\n", encoding="utf-8")
+        (out / "cases.md").write_text(frame_markdown(cases) + "\n", encoding="utf-8")
         console.print(frame_table(cases, n_names=3))
         console.print(times_text(rows), highlight=False)

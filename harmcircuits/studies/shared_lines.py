@@ -1,39 +1,22 @@
-"""What circuits share and break as a table: a line a figure, a column a model."""
+"""What the circuits of one model share and break, as lines of a table."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-import pandas
-
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.dissociation import dissociations
 from harmcircuits.studies.terms import Terms
-from harmcircuits.views.tables import DASH
 
 LIFTS = {"overlap_lift": "lift", "overlap_lift_marginal": "lift over rows and columns"}
-
-
-def shared_table(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> pandas.DataFrame:
-    """A column for every model, ladders and seeds pooled; a dash where there is nothing.
-
-    Args:
-        rows: of `cross_ablation`, with the labels `ladder`, `model` and `seed`.
-        tasks: behaviours whose circuits are the reference.
-        protected: values of that label, such as "others".
-    """
-    columns = {}
-    for model, of_model in rows.pool("ladder").pool("seed").by("model").items():
-        columns[model] = shared_lines(of_model, tasks, protected)
-    return pandas.DataFrame(columns).fillna(DASH).rename_axis(" ").reset_index()
 
 
 def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> dict[str, str]:
     """What one model has in each line of the table, by the line's title.
 
     Args:
-        rows: of one model.
-        tasks: as in `shared_table`.
-        protected: as in `shared_table`.
+        rows: of `cross_ablation`, of one model, seeds pooled.
+        tasks: behaviours whose circuits are the reference.
+        protected: values of that label, such as "others".
     """
     terms = Terms.standard()
     return {
@@ -68,11 +51,11 @@ def _ablation_lines(rows: Rows, protected: Sequence[str], terms: Terms) -> dict[
     lines = {}
     for spared in protected:
         without = rows.where(mask=target, protected=spared)
-        rates = {title: without.where(metric) for metric, title in terms.rates.items()}
-        left = [f"{title} {of[0].mean:.0%}" for title, of in rates.items() if of]
-        lines[f"left without {target}, sparing {spared}"] = ", ".join(left)
-        tested = [f"{second}: {outcome}" for second, outcome in _outcomes(rows, spared, terms)]
-        lines[f"{target} dissociates, sparing {spared}"] = ", ".join(tested)
+        for metric, title in terms.rates.items():
+            for row in without.where(metric):
+                lines[f"sparing {spared}: {title}"] = f"{row.mean:.0%}"
+        for second, outcome in _outcomes(rows, spared, terms):
+            lines[f"sparing {spared}: dissociates from {second}"] = outcome
     return lines
 
 

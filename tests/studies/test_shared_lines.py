@@ -1,13 +1,13 @@
-"""The table of what circuits share, from made-up rows.
+"""The lines of what circuits share, from made-up rows.
 
 Would catch: reference pairs that are not averaged or hold harm, masks of the search taken for those
-in one shot, rates of another mask, ladders that are not pooled.
+in one shot, rates of another mask.
 """
 
 import pytest
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.shared_table import shared_lines, shared_table
+from harmcircuits.studies.shared_lines import shared_lines
 
 TASKS = ("benign", "parts", "kind")
 LABELS = {"ladder": "shipped", "model": "sft", "seed": 0}
@@ -44,14 +44,6 @@ def test_the_reference_is_the_mean_of_all_pairs_of_tasks_with_the_widest_ends(ro
 
 def test_rates_and_dissociations_are_those_under_the_circuit_of_harm(rows):
     lines = shared_lines(rows, TASKS, ["others"])
-    assert lines["left without harmful, sparing others"] == "harm 0%, benign 100%"
-    assert lines["harmful dissociates, sparing others"] == "benign: graded double"
-
-
-def test_ladders_are_pooled_and_what_a_model_lacks_is_a_dash(rows):
-    other = [row.labelled(ladder="seed1") for row in rows]
-    other += [lift("harmful", "benign", 8.5).labelled(ladder="seed1", model="dpo")]
-    table = shared_table(Rows([*rows, *other]), TASKS, ["others"]).set_index(" ")
-    assert table.loc["harmful and benign, lift", "sft"] == "6.5 [5.5, 7.5]"
-    assert table.loc["harmful and benign, lift", "dpo"] == "8.5 [7.5, 9.5]"
-    assert table.loc["benign, parts, kind among themselves, lift", "dpo"] == "–"
+    assert lines["sparing others: harm"] == "0%"
+    assert lines["sparing others: benign"] == "100%"
+    assert lines["sparing others: dissociates from benign"] == "graded double"
