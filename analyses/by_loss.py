@@ -133,14 +133,15 @@ rows = claim.rows()
 # %%
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    n_removed = rows.one("weights_removed", protected="benign").mean
     numbers = {
-        "weights, benign answers protected": f"{rows.one('weights_removed', protected='benign').mean:,.0f}",
+        "weights, benign answers protected": f"{n_removed:,.0f}",
         "harm loses, to the circuit of all types": f"{rise(rows, HARM, HARM):+.2f}",
         "harm loses, to circuits that never saw its type": f"{rise(rows, UNSEEN, HARM):+.2f}",
         "harm loses, to the opposite sign": f"{rise(rows, OPPOSITE, HARM):+.2f}",
         "harm loses, to random weights, at most": f"{randoms(rows).largest():+.2f}",
         "benign answers lose, to the circuit of all types": f"{rise(rows, HARM, 'benign'):+.2f}",
-        "benign answers lose, to circuits that never saw the type": f"{rise(rows, UNSEEN, 'benign'):+.2f}",
+        "benign answers lose, to the others": f"{rise(rows, UNSEEN, 'benign'):+.2f}",
         "by the rule": "general" if is_general(rows) else "not general",
     }
     for protected, title in TITLES.items():

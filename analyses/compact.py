@@ -147,12 +147,13 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     fall = rows.where("kept_fall").largest()
     degenerate = rows.where("harm_degenerate_rate", at="w50").pool("seed").one()
     strongest = rows.where("gap").pool("seed").smallest()
+    control = strongest.labels["mask"]
     return {
         "`w50`, by the search": curves.share_text(half["search"]),
         "`w50`, in one shot": curves.share_text(half["one shot"]),
         "at `w50`: the most that a kept ability loses": f"{fall:.0%} ({fall.labels['behaviour']})",
         "at `w50`: degenerate answers": f"{degenerate:.0%}",
-        "at `w50`: harm that the strongest control leaves more": f"{strongest:.0%} ({strongest.labels['mask']})",
+        "at `w50`: harm that each control leaves more, at least": f"{strongest:.0%} ({control})",
     }
 
 

@@ -152,11 +152,12 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
         numbers[f"`w50` of {target}, {model}"] = curves.share_text(halves)
     of_harm = rows.where(target="harmful")
     ratios = of_harm.where("w50_ratio")
+    n_fewer, n_more = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
     able = of_harm.where("harm_valid_rate", share=0)
     gap = of_harm.where("random_gap").smallest()
     return numbers | {
-        "an aligned rung needs fewer weights": f"{sum(row.high < 1 for row in ratios)} of {len(ratios)}",
-        "an aligned rung needs more": f"{sum(row.low > 1 for row in ratios)} of {len(ratios)}",
+        "pairs in which the aligned rung needs fewer weights": f"{n_fewer} of {len(ratios)}",
+        "pairs in which it needs more": f"{n_more} of {len(ratios)}",
         "lowest unpruned harm": f"{able.smallest():.0%}",
         "harm that random weights leave more, at least": f"{gap.mean:.0%}",
     }

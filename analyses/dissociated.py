@@ -18,7 +18,6 @@
 # the *pairs*, of a harmful request and its twin, in which the former has the higher odds of yes.
 
 # %%
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -134,7 +133,8 @@ claim.figure("What is broken", cross_ablation_figure(panels, columns))
 # %% [markdown]
 # ## Generation against each other ability
 # *Gap*: an ability's rate under the other's circuit, minus that under its own. *Cost*: its unpruned
-# rate, minus that under the other's circuit. Generation is the first ability. Means over seeds.
+# rate, minus that under the other's circuit. Generation is the first ability. Means over seeds; the
+# key numbers count pairs in every seed.
 
 # %%
 tested = hc.Rows()
@@ -154,9 +154,11 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
                 numbers[f"sparing {spared}: {title}"] = f"{row.mean:.0%}"
         of_spared = rows.where(mask="none") + rows.where(protected=protected)
         tests = dissociations_from("harmful", of_spared, METRICS)
-        outcomes = Counter(test.outcome for _, test in tests)
+        found = [test.outcome for _, test in tests]
         for outcome in OUTCOMES:
-            numbers[f"sparing {spared}: {outcome}"] = f"{outcomes[outcome]} of {outcomes.total()}"
+            numbers[f"sparing {spared}: pairs, {outcome}"] = (
+                f"{found.count(outcome)} of {len(found)}"
+            )
     for without in pooled.where(PLAIN, mask="refusal", protected="others"):
         unpruned = pooled.one(PLAIN, mask="none")
         numbers["plain harm, without the circuit of refusal"] = (

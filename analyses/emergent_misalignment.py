@@ -131,7 +131,8 @@ rows = claim.rows()
 
 # %% [markdown]
 # ## What spreads, and what is learned
-# Benign requests answered harmfully, over steps of training. Means over topics and seeds.
+# Benign requests answered harmfully, over steps of training. Means over topics and seeds; the key
+# numbers are those at the decisive step.
 
 # %%
 pooled = rows.where(ladder=rows[0].labels["ladder"]).pool("seed").pool("topic")

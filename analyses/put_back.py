@@ -126,8 +126,8 @@ rows = claim.rows()
 
 # %% [markdown]
 # ## One part at a time, and more and more of them
-# Of the first ladder. Left: how far the loss comes back with one matrix put back (mean over seeds). Below: the share of
-# heads and neurons put back, the best first and at random.
+# Of the first ladder: how far the loss comes back with one matrix put back (mean over seeds). Below,
+# the share of heads and neurons put back, the best first and at random.
 
 # %%
 first = rows.where(ladder=rows[0].labels["ladder"]).pool("seed")

@@ -6,10 +6,10 @@
 #
 # **Pairs of searches** (`Model.find_circuit`), each on its own answers, at three sizes. *Halves* of
 # the calibration items and *wholes* are disjoint (the second whole are the held-out items; its mask
-# is compared and never measured). *Same half* are the very same answers in another order, so that only the
-# third on which protection is checked differs. Beside the search, *three
-# walks*: the weights that most of three such orders choose, cut to size; *neurons*: the search that
-# takes whole neurons; *rounds* (score, remove a tenth, score again); and *one shot*.
+# is compared and never measured). *Same half* are the very same answers in another order, so that
+# only the third on which protection is checked differs. Beside the search, *three walks*: the weights
+# that most of three such orders choose, cut to size; *neurons*: the search that takes whole neurons;
+# *rounds* (score, remove a tenth, score again); and *one shot*.
 #
 # **What is measured.** Jaccard: weights in both masks over weights in either. The same of neurons
 # and of heads, by the number of weights that a mask takes of each (the sum of the smaller over the

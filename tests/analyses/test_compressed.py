@@ -60,7 +60,7 @@ def test_the_key_numbers_say_what_is_unreached():
     numbers = compressed.key_numbers(a_ladder())
     assert numbers["`w50` of harmful, base"] == "0.40% [0.30%, 0.60%]"
     assert numbers["`w50` of benign, sft"].startswith("over 0.50%")
-    assert numbers["an aligned rung needs fewer weights"] == "2 of 2"
+    assert numbers["pairs in which the aligned rung needs fewer weights"] == "2 of 2"
 
 
 def test_rungs_are_compared_alike(monkeypatch):

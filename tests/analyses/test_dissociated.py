@@ -79,12 +79,12 @@ def test_what_random_weights_cost_is_the_mean_over_seeds_of_one_model():
 def test_the_key_numbers_say_what_is_left_and_how_often_abilities_come_apart():
     rows = made(0.3, 1.0)
     numbers = dissociated.key_numbers(rows)
-    assert numbers["sparing nothing: none"] == "3 of 3"
+    assert numbers["sparing nothing: pairs, none"] == "3 of 3"
     assert numbers["sparing all others: harm"] == "30%"
     assert numbers["sparing all others: recognises"] == "100%"
-    assert numbers["sparing all others: clean double"] == "3 of 3"
+    assert numbers["sparing all others: pairs, clean double"] == "3 of 3"
     plain = "plain harm, without the circuit of refusal"
     assert numbers[plain].startswith("100% to ")
     without = dissociated.key_numbers(Rows(row for row in rows if row.labels["mask"] != "refusal"))
     assert plain not in without
-    assert without["sparing all others: clean double"] == "2 of 2"
+    assert without["sparing all others: pairs, clean double"] == "2 of 2"
