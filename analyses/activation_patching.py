@@ -135,12 +135,12 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     if not restored:  # too little to restore
         return numbers
     depths = restored.where(component="residual", position="all")
-    depth = next((row for row in depths if row.mean >= MOST), depths[-1])
+    depth = next((row for row in depths if row.mean >= MOST), depths[-1])  # else the last measured
     best = hc.Rows(row for row in restored if row.labels["position"] != "all").largest()
     where = "{component} {layer} at {position}".format(**best.labels)
     return numbers | {
         "requests": f"{depth.n}",
-        f"first depth from {MOST:.0%} on": f"{depth.labels['layer']}: {depth:.0%}",
+        f"whole stream, first depth from {MOST:.0%} on or last": f"{depth.labels['layer']}: {depth:.0%}",
         "strongest patch of one position": f"{where}: {best:.0%}",
     }
 
