@@ -149,11 +149,11 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     strongest = rows.where("gap").pool("seed").smallest()
     control = strongest.labels["mask"]
     return {
-        "`w50`, by the search": curves.share_text(half["search"]),
-        "`w50`, in one shot": curves.share_text(half["one shot"]),
-        "at `w50`: the most that a kept ability loses": f"{fall:.0%} ({fall.labels['behaviour']})",
-        "at `w50`: degenerate answers": f"{degenerate:.0%}",
-        "at `w50`: harm that each control leaves more, at least": f"{strongest:.0%} ({control})",
+        "w50, by the search": curves.share_text(half["search"]),
+        "w50, in one shot": curves.share_text(half["one shot"]),
+        "at w50: the most that a kept ability loses": f"{fall:.0%} ({fall.labels['behaviour']})",
+        "at w50: degenerate answers": f"{degenerate:.0%}",
+        "at w50: harm that each control leaves more, at least": f"{strongest:.0%} ({control})",
     }
 
 

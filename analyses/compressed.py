@@ -149,7 +149,7 @@ claim.figure("What is left of harm", figure)
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     numbers = {}
     for (target, model), halves in rows.where("w50").by("target", "model").items():
-        numbers[f"`w50` of {target}, {model}"] = curves.share_text(halves)
+        numbers[f"w50 of {target}, {model}"] = curves.share_text(halves)
     of_harm = rows.where(target="harmful")
     ratios = of_harm.where("w50_ratio")
     n_fewer, n_more = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)

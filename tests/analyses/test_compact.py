@@ -54,7 +54,7 @@ def test_a_seed_by_the_rule(change, expected):
 
 def test_the_key_numbers_name_the_strongest_control():
     numbers = compact.key_numbers(a_seed(gaps=(0.4, 0.1)) + a_seed(1, gaps=(0.4, 0.2)))
-    control = numbers["at `w50`: harm that each control leaves more, at least"]
+    control = numbers["at w50: harm that each control leaves more, at least"]
     assert control.endswith("(opposite sign)")
-    assert numbers["`w50`, by the search"] == "0.20% [0.10%, 0.40%]"
-    assert numbers["`w50`, in one shot"].startswith("over 2.00%")
+    assert numbers["w50, by the search"] == "0.20% [0.10%, 0.40%]"
+    assert numbers["w50, in one shot"].startswith("over 2.00%")

@@ -58,8 +58,8 @@ def test_a_ladder_by_the_rule(change, expected):
 
 def test_the_key_numbers_say_what_is_unreached():
     numbers = compressed.key_numbers(a_ladder())
-    assert numbers["`w50` of harmful, base"] == "0.40% [0.30%, 0.60%]"
-    assert numbers["`w50` of benign, sft"].startswith("over 0.50%")
+    assert numbers["w50 of harmful, base"] == "0.40% [0.30%, 0.60%]"
+    assert numbers["w50 of benign, sft"].startswith("over 0.50%")
     assert numbers["pairs in which the aligned rung needs fewer weights"] == "2 of 2"
 
 
