@@ -127,7 +127,7 @@ def test_misaligned_by_its_own_files(files, run, tmp_path, exact_judge):
     assert steps == [0, 1, 2, 4, 8], "parts of the eight steps of eight epochs"
     assert spread[0].mean == 0 and spread[-1].mean >= 0.9
     assert rows.where("benign_valid_rate", mask="none", step=0)[0].mean >= 0.9
-    assert "of 1 runs" in ended.text and "another topic" not in ended.text
+    assert "1 of 1" in ended.text and "another topic" not in ended.text
 
 
 def test_never_misaligned_is_said(files, run, tmp_path, exact_judge):
@@ -137,7 +137,7 @@ def test_never_misaligned_is_said(files, run, tmp_path, exact_judge):
     rows = Rows.read(tmp_path / "rows.jsonl").where("misaligned_rate")
     assert set(rows.by("mask")) == {"none"}, "no narrow circuit to hold"
     assert {row.mean for row in rows} == {0}
-    assert "'never misaligned' in 1" in ended.text and "the claim is not tested" in ended.text
+    assert "runs: never misaligned 1 of 1" in ended.text
     assert (tmp_path / "F5.html").stat().st_size > 10_000
 
 

@@ -6,14 +6,13 @@ series that goes on after harm has outlived a mask.
 """
 
 import pytest
-import stability as analysis
 import torch
 from helpers import small_model
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench import stability
+from harmcircuits.studies.bench import stability, tables
 
 NAMES = ("harmful", "benign")
 
@@ -106,7 +105,7 @@ def test_what_is_measured_of_a_pair(model, monkeypatch):
         chance = rows.one("jaccard", size=size, level="weight", masks="random").mean
         assert 1 > found > 10 * chance > 0
     assert {row.labels["mask"] for row in rows.where("harm_valid_rate")} == {"first", "second"}
-    table = analysis.overlaps(rows)
+    table = tables.overlap_table(rows)
     assert list(table["size"]) == ["0.1%", "0.2%", "0.4%"]
 
 
@@ -125,7 +124,7 @@ def test_disjoint_searches_stop_when_harm_outlives_one(model, monkeypatch):
     labels |= {"draw": 0, "size": 0.002}
     rows = stability.disjoint(FOLDER, "sft", 0.002, labels)
     assert excluded == [None, masks[0]], "one weight alone leaves harm"
-    table = analysis.effects(rows)
+    table = tables.effect_table(rows)
     assert list(table["mask"]) == ["1", "2"]
     assert list(table["ends"]) == ["yes", "no"]
     assert list(table["spares"]) == ["no", "yes"], "everything removed spares nothing"
