@@ -73,7 +73,7 @@ def main(
     models = [ModelSpec(model) for model in ("sft", "dpo")]
     with one_sentence():
         jobs = bench_jobs(models, part or ("A", "B"), setting or (), VARIANTS, SIZES, "choice")
-    rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="defaults")
+        rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="defaults")
     Console().print(frame_table(variant_table(rows, VARIANTS, SIZES)))
 
 

@@ -10,6 +10,7 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -30,13 +31,10 @@ FINDINGS = {
 
 
 # %%
-def committed() -> list[ClaimResult]:
-    """The result of every finding, from its committed rows."""
-    results = []
-    for name in FINDINGS.values():
-        analysis = import_module(name)  # which reads them
-        results.append(analysis.claim.result(analysis.rows))
-    return results
+def committed(analyses: Iterable[str]) -> list[ClaimResult]:
+    """The result of every analysis, from its committed rows."""
+    modules = [import_module(name) for name in analyses]  # which reads them
+    return [module.claim.result(module.rows) for module in modules]
 
 
 def run(out: Path, options: list[str]) -> None:
@@ -58,7 +56,7 @@ def main() -> None:
     if options.out:
         run(options.out, passed_on)
         return
-    for result in committed():
+    for result in committed(FINDINGS.values()):
         Console().print(result)
 
 

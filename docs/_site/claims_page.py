@@ -7,7 +7,6 @@
 # %%
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from harmcircuits.studies.claims import ClaimResult
@@ -15,45 +14,35 @@ from harmcircuits.views.tables import frame_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/claims.md", "docs/results.md")
-# Whose numbers are on a page.
-ANALYSES = (
-    "compact",
-    "general",
-    "distinct",
-    "compressed",
-    "emergent_misalignment",
-    "dissociated",
-    "attacks",
-    "put_back",
-    "activation_patching",
-    "second_opinion",
-    "shared_circuits",
-)
+# Whose numbers are on a page besides those of the findings.
+QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circuits")
 
 
 def with_result(page: str, result: ClaimResult) -> str:
     """The page with the outcome of a claim and its key numbers, where it has places for them."""
-    row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
-    page = re.sub(row, rf"\g<1>**{result.outcome}**", page)
     start, end = f"<!-- {result.name} -->", f"<!-- /{result.name} -->"
     parts = [start, frame_markdown(result.key_numbers), end]
     if result.outcome:
+        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
+        page = re.sub(row, rf"\g<1>**{result.outcome}**", page)
         parts.insert(1, f"**Result.** {result.outcome.capitalize()}.")
     return re.sub(f"{start}.*{end}", lambda _: "\n\n".join(parts), page, flags=re.DOTALL)
 
 
 def results() -> list[ClaimResult]:
-    """What the committed rows of every analysis say."""
+    """What the committed rows of the findings and the questions say."""
     if str(ROOT / "analyses") not in sys.path:
         sys.path.insert(0, str(ROOT / "analyses"))
-    modules = [import_module(name) for name in ANALYSES]
-    return [module.claim.result(module.rows) for module in modules]
+    from six_findings import FINDINGS, committed
+
+    return committed([*FINDINGS.values(), *QUESTIONS])
 
 
 # %%
 if __name__ == "__main__":
+    every_result = results()
     for path in [ROOT / name for name in PAGES]:
         page = path.read_text(encoding="utf-8")
-        for result in results():
+        for result in every_result:
             page = with_result(page, result)
         path.write_text(page, encoding="utf-8")
