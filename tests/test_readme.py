@@ -44,7 +44,7 @@ def figures(line: str) -> list[float]:
 
 def test_the_verdicts_are_those_that_the_rows_give():
     lines = ["| | claim | verdict |", "|---|---|---|"]
-    for result in six_findings.committed():
+    for result in six_findings.committed(six_findings.FINDINGS.values()):
         link = f"[{result.name}](docs/claims.md#{result.name.lower()})"
         lines.append(f"| {link} | {result.text} | **{result.outcome}** |")
     assert "\n".join(lines) in TEXT
