@@ -139,6 +139,7 @@ def estimate_of_batches(
         spared,
         size=settings.sizes,
         steps=settings.steps,
+        parts=settings.parts,
         renew=longest_answer,
         max_memory=max_memory,
         speed=speed,
@@ -151,6 +152,7 @@ def estimate_of_batches(
         usual = {
             "n_sizes": 1,
             "steps": settings.steps,
+            "parts": settings.parts,
             "renew": longest_answer,
             "n_passes": passes,
         }

@@ -119,7 +119,7 @@ def measure_grid(
     sizes = run.settings.sizes
     searched = run.find_circuits("search", sizes, calibrations, spared)
     # One scoring of the unpruned model, the same price and the same check: what the walk adds.
-    options = {"steps": 1, "reach": 1, "renew": False}
+    options = {"steps": 1, "reach": 1, "parts": 1, "renew": False}
     at_once = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
     masks = {
         SEARCH: searched,
