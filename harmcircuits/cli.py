@@ -124,7 +124,7 @@ def study_command(
         bool,
         typer.Option(
             "--quick",
-            help="A first look: a tenth of the requests, fewer steps, sizes and controls.",
+            help="A first look: a tenth of the requests, fewer steps, sizes and masks, one search.",
         ),
     ] = False,
     resume: Annotated[
@@ -260,6 +260,8 @@ def _quick_text(chosen: StudySettings, usual: StudySettings, custom: dict[str, A
         now, before = getattr(chosen, name), getattr(usual, name)
         if now != before:
             changes.append(f"{name} {_number_text(now)} in place of {_number_text(before)}")
+    if usual.compare and not chosen.compare:
+        changes.append("no other searches to compare with")
     return f"quick: {'; '.join(changes)}. A first look, and no result."
 
 

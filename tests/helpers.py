@@ -4,7 +4,7 @@ Models are random ones of every architecture, written as ordinary Hugging Face f
 offline; organisms are asked a few requests only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -240,9 +240,12 @@ def analysis(name: str) -> Any:
         pytest.skip(str(error), allow_module_level=True)
 
 
-def small_model(name: str, *, every: int = 0) -> Model:
-    """An organism that is asked few requests (see `asked_few`)."""
-    return asked_few(open_organism(name), every=every)
+def small_model(name: str, *, every: int = 0, only: Sequence[str] = ()) -> Model:
+    """An organism that is asked few requests (see `asked_few`), of `only` some behaviours."""
+    model = asked_few(open_organism(name), every=every)
+    if not only:
+        return model
+    return replace(model, behaviours={name: model.behaviours[name] for name in only})
 
 
 def asked_few(model: Model, *, first: int = 24, every: int = 0) -> Model:

@@ -5,6 +5,8 @@ searches    one shot; the contrast protected alone; the contrast's twin
 unpruned    the target's scores, the price of what is protected, the published scores
 measured    5 masks of every size on the choice split; 7 and the random ones held out:
             every request answered as long as it may be, its reference answer read
+
+Where nothing is compared there are no other searches and no published scores, and 3 masks each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,8 +36,10 @@ from harmcircuits.prompts import Batch, prompt_ids
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.views.tables import text_table
 
-N_WAYS = 5  # search, one shot, published, random and opposite sign: a mask of each size
-N_HELD_OUT = 7  # masks besides the random ones (see `measure_heldout`)
+N_WAYS = 3  # search, random and opposite sign: a mask of each size
+N_COMPARED = 2  # one shot and published
+N_HELD_OUT = 3  # search, opposite sign and second slice, besides the random ones
+N_SEARCHED = 2  # the contrast alone protected, and its twin
 
 
 @dataclass(frozen=True)
@@ -145,35 +149,52 @@ def estimate_of_batches(
         speed=speed,
     )
     passes = n_passes(bridge, max_memory)
-    n_sizes = len(settings.sizes)
-    others = search_work(target, spared, n_sizes=n_sizes, steps=1, renew=0, n_passes=passes)
-    contrast = spared.get(settings.contrast)
-    if contrast is not None:
-        usual = {
-            "n_sizes": 1,
-            "steps": settings.steps,
-            "parts": settings.parts,
-            "renew": longest_answer,
-            "n_passes": passes,
-        }
-        twin = {name: batches for name, batches in spared.items() if name != settings.contrast}
-        twin[settings.target] = target
-        others += search_work(contrast, twin, **usual)
-        if len(spared) > 1:
-            others += search_work(target, {settings.contrast: contrast}, **usual)
+    n_scored = n_tokens(target) + sum(map(n_tokens, spared.values()))
+    n_ways, n_heldout = N_WAYS, N_HELD_OUT + 2 * settings.n_random
+    others = Work()
+    if settings.compare:
+        others = _other_searches(target, spared, settings, longest_answer, passes)
+        n_scored += sum(map(n_tokens, spared.values()))  # the published scores
+        n_ways += N_COMPARED
+        n_heldout += N_COMPARED + N_SEARCHED
 
-    # Prices and the published scores are of the same answers.
-    n_scored = passes * (n_tokens(target) + 2 * sum(map(n_tokens, spared.values())))
-    n_choice = N_WAYS * len(settings.sizes)
-    n_heldout = N_HELD_OUT + 2 * settings.n_random
+    n_choice = n_ways * len(settings.sizes)
     measured = measuring.choice * n_choice + measuring.heldout * n_heldout
     return StudyEstimate(
         main,
         speed.seconds(others),
-        speed.seconds(Work(scored=n_scored)),
+        speed.seconds(Work(scored=n_scored) * passes),
         speed.seconds(measured),
         n_choice + n_heldout,
     )
+
+
+def _other_searches(
+    target: Sequence[Batch],
+    spared: Mapping[str, Sequence[Batch]],
+    settings: StudySettings,
+    longest_answer: int,
+    passes: int,
+) -> Work:
+    """One shot; the contrast protected alone, where more is; and the contrast's twin."""
+    n_sizes = len(settings.sizes)
+    work = search_work(target, spared, n_sizes=n_sizes, steps=1, renew=0, n_passes=passes)
+    contrast = spared.get(settings.contrast)
+    if contrast is None:
+        return work
+    usual = {
+        "n_sizes": 1,
+        "steps": settings.steps,
+        "parts": settings.parts,
+        "renew": longest_answer,
+        "n_passes": passes,
+    }
+    twin = {name: batches for name, batches in spared.items() if name != settings.contrast}
+    twin[settings.target] = target
+    work += search_work(contrast, twin, **usual)
+    if len(spared) > 1:
+        work += search_work(target, {settings.contrast: contrast}, **usual)
+    return work
 
 
 @dataclass(frozen=True)

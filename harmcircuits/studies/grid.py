@@ -105,7 +105,8 @@ def measure_grid(
 ) -> dict[str, list[Point]]:
     """Way of choosing -> its masks of every size on the choice split.
 
-    A random mask and one of the opposite sign are measured for each mask of the search.
+    The search alone where nothing is to be compared with it. A random mask and one of the opposite
+    sign are measured for each mask of the search.
 
     Args:
         run: keeps the rows.
@@ -118,14 +119,12 @@ def measure_grid(
 
     sizes = run.settings.sizes
     searched = run.find_circuits("search", sizes, calibrations, spared)
-    # One scoring of the unpruned model, the same price and the same check: what the walk adds.
-    options = {"steps": 1, "reach": 1, "parts": 1, "renew": False}
-    at_once = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
-    masks = {
-        SEARCH: searched,
-        ONE_SHOT: at_once,
-        PUBLISHED: _published(run, unpruned, spared),
-    }
+    masks = {SEARCH: searched}
+    if run.settings.compare:
+        # One scoring of the unpruned model, the same price and check: what the walk adds.
+        options = {"steps": 1, "reach": 1, "parts": 1, "renew": False}
+        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
+        masks[PUBLISHED] = _published(run, unpruned, spared)
     controls = {
         "random": [random_like(mask, seed=run.settings.seed) for mask in searched],
         "opposite sign": [opposite_sign(mask, unpruned) for mask in searched],

@@ -52,7 +52,8 @@ def measure_heldout(
     compared = _compared(run, chosen.mask, points, best)
     alone = _contrast_alone(run, chosen.mask, calibrations)
     matched = _controls(run, chosen.mask, unpruned, calibrations)
-    advance = run.steps("held-out, with controls", 7 + 2 * settings.n_random)
+    n_masks = (7 if settings.compare else 3) + 2 * settings.n_random
+    advance = run.steps("held-out, with controls", n_masks)
 
     # Each is measured and saved before the next is searched for.
     for name, mask, labels in chain(compared, alone, matched):
@@ -92,9 +93,10 @@ def _contrast_alone(
     chosen: WeightMask,
     calibrations: Mapping[str, Calibration],
 ) -> Iterator[NamedMask]:
-    """The circuit of the same search with only the contrast protected, where more is."""
+    """The circuit of the same search with only the contrast protected, where that is another."""
     contrast, size = run.settings.contrast, chosen.fraction
-    if contrast not in run.protected or len(run.protected) == 1:
+    is_same = len(run.protected) == 1
+    if not run.settings.compare or contrast not in run.protected or is_same:
         return
     name = f"circuit-{contrast}_only"
     (alone,) = run.find_circuits(name, [size], calibrations, [contrast])
@@ -110,12 +112,14 @@ def _controls(
 ) -> Iterator[NamedMask]:
     """All controls of the chosen mask; of random ones each has its seed in its name."""
     settings = run.settings
+    # The target has no twin, and a twin is a search.
+    contrast = settings.contrast if settings.compare else settings.target
     matched = controls(
         run.model,
         settings.target,
         chosen,
         protect=run.protected,
-        contrast=settings.contrast,
+        contrast=contrast,
         n_random=settings.n_random,
         seed=settings.seed,
         calibrations=calibrations,

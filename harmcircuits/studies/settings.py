@@ -39,6 +39,9 @@ class StudySettings:
             "loss" where the verdicts on free text are coarse.
         seed: draws an organism's reference answers and the random masks.
         n_random: random masks of each kind.
+        compare: whether the circuit is compared with other ways of choosing and with circuits of
+            further searches (the contrast alone protected, the contrast's twin). The controls that
+            are no searches are measured in any case.
         tasks: of lm-evaluation-harness, measured with every held-out row.
         task_limit: first examples of each task; 0 for all.
         tasks_from: folder of further task files.
@@ -61,6 +64,7 @@ class StudySettings:
     decides: Decides = "rate"
     seed: int = 0
     n_random: int = 3
+    compare: bool = True
     tasks: tuple[str, ...] = ()
     task_limit: int = 0
     tasks_from: str = ""
@@ -110,7 +114,9 @@ QUICK_LIMIT = 20  # requests a split, where the share of no limit can be taken
 
 
 def quick(settings: StudySettings) -> StudySettings:
-    """A first look in place of a study: fewer steps, every second size, one random mask of a kind.
+    """A first look in place of a study: fewer steps, every second size, no other searches.
+
+    Of the controls those remain that are no searches, with one random mask of a kind.
 
     Args:
         settings: of the study.
@@ -121,6 +127,7 @@ def quick(settings: StudySettings) -> StudySettings:
         parts=1,  # of a tenth of the requests a part would be too few
         sizes=settings.sizes[1::2] or settings.sizes,
         n_random=1,
+        compare=False,
     )
 
 

@@ -222,7 +222,7 @@ def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished
 
 def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkeypatch):
     """What it measured is measured again, and its finished searches are not made again."""
-    model = small_model("sft", every=16)
+    model = small_model("sft", every=16, only=["harmful", "benign"])
     settings = StudySettings(
         sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, decides="loss", n_random=1
     )

@@ -32,19 +32,26 @@ WORKLOAD = Workload(
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model("sft")
+    return small_model("sft", only=["harmful", "benign", "refusal"])
 
 
-def test_every_mask_of_a_study_is_counted(model):
-    settings = StudySettings(sizes=(0.01, 0.04), steps=2, n_random=1, tolerance=0.5)
+@pytest.mark.parametrize("compare", [True, False])
+def test_every_mask_of_a_study_is_counted(model, compare, tmp_path):
+    settings = StudySettings(
+        sizes=(0.01, 0.04), steps=2, n_random=1, tolerance=0.5, compare=compare
+    )
     estimate = estimate_study(model, settings)
-    run = study(model, settings)
+    run = study(model, settings, out=tmp_path / "study", page=not compare)
     assert run.chosen is not None
     measured = run.rows.where("benign_nll")
     measured = [row for row in measured if row.labels["mask"] != "none"]
     assert estimate.n_masks == len(measured)
     assert estimate.seconds > estimate.search.seconds > 0
     assert f"{estimate.n_masks} masks measured" in str(estimate)
+    alone = {"circuit", "random-0", "random_magnitude-0", "opposite_sign", "second_slice"}
+    others = {"one_shot", "published", "circuit-benign_only", "benign_twin"}
+    assert set(run.masks) == (alone | others if compare else alone)
+    assert (estimate.others > 0) == compare
 
 
 def test_a_workload_is_what_it_says():
@@ -78,7 +85,7 @@ def test_nothing_protected_needs_no_twin(model):
 def test_a_first_look_has_less_of_everything(model):
     for settings in (StudySettings(), FOR_REAL_MODELS):
         fewer = quick(settings)
-        assert fewer.steps == 4 and fewer.n_random == 1
+        assert fewer.steps == 4 and fewer.n_random == 1 and not fewer.compare
         assert set(fewer.sizes) < set(settings.sizes)
     assert quick(StudySettings(sizes=(0.1,), steps=2)).sizes == (0.1,)
     assert quick(StudySettings(sizes=(0.1,), steps=2)).steps == 2
