@@ -9,7 +9,6 @@ may separate less well: report more than one training run.
 
 import copy
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harmcircuits.organisms import world
+from harmcircuits.storage.writing import replacing_folder
 
 LENGTH = 18  # tokens; every training text fits
 BATCH_SIZE = 256
@@ -390,12 +390,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """Write an ordinary Hugging Face folder in bfloat16; it appears when it is whole."""
     copied = copy.deepcopy(model)
     nn.Module.to(copied, torch.bfloat16)
-    unfinished = folder.with_name(f".{folder.name}")
-    copied.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    with replacing_folder(folder) as unfinished:
+        copied.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def stored(folder: Path) -> LlamaForCausalLM:
