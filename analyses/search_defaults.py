@@ -5,8 +5,7 @@
 # is that of `search_bench.py`; the sizes are four of its eight, chosen along the same walk to 1 %.
 #
 # **What is changed.** *Budget* and *steps*; *first answers*: the target is not answered again under
-# each mask. *Answers in 3 parts*: a step scores one of them, so scores cost a third (added later, and
-# judged by the same rule). *Factors*: other ranges, and other strides between them. *Factor for each behaviour*:
+# each mask. *Factors*: other ranges, and other strides between them. *Factor for each behaviour*:
 # besides the common factor, which is found by the check as ever, each protected behaviour's price
 # has a multiplier of its own, from 1/4 to 4. After every step it is multiplied by 2 to the power of
 # (rise of its loss / budget - 1/2), within one half either way, so that who is near its budget
@@ -50,7 +49,6 @@ VARIANTS: Mapping[str, Method] = {
     "loss up to 6": partial(walked, objective=capped_loss),
     "two laps of 5 steps": partial(walked, steps=5, laps=2),
     "first answers": partial(walked, renew=False),
-    "answers in 3 parts": partial(walked, parts=3),
     "factors 1/64 to 256": factors(-6, 8, per_doubling=2),
     "factors 1/4 to 64, a doubling apart": factors(-2, 6, per_doubling=1),
     "factors 1/4 to 4": factors(-2, 2, per_doubling=2),

@@ -303,9 +303,6 @@ def cost_command(
     steps: Annotated[
         int, typer.Option(help="In how many steps the search's mask grows.")
     ] = FOR_REAL_MODELS.steps,
-    parts: Annotated[
-        int, typer.Option(help="In how many parts the answers are shared out: a step scores one.")
-    ] = FOR_REAL_MODELS.parts,
     sizes: Annotated[int, typer.Option(help="How many sizes are searched for.")] = len(
         FOR_REAL_MODELS.sizes
     ),
@@ -352,7 +349,7 @@ def cost_command(
             batch_size,
         )
         shares = (1e-5,) * sizes
-        settings = replace(FOR_REAL_MODELS, steps=steps, parts=parts, sizes=shares, n_random=3)
+        settings = replace(FOR_REAL_MODELS, steps=steps, sizes=shares, n_random=3)
         bound = _in_bytes(max_memory)
         refuse_device(device)
         outline = load_outline(model, dtype=dtype or usual_dtype(model, device))

@@ -426,7 +426,6 @@ class Model:
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
         reach: float = REACH,
-        parts: int = 1,
         unit: Unit = "weight",
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
@@ -449,7 +448,6 @@ class Model:
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
         reach: float = REACH,
-        parts: int = 1,
         unit: Unit = "weight",
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
@@ -471,7 +469,6 @@ class Model:
         budget: float | Mapping[str, float] = BUDGET,
         steps: int = STEPS,
         reach: float = REACH,
-        parts: int = 1,
         unit: Unit = "weight",
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
@@ -497,7 +494,6 @@ class Model:
                 them by name, the others keeping the default.
             steps: in how many steps the mask grows.
             reach: how far it grows, as in `hc.find_circuit`.
-            parts: in how many parts the answers are shared out, as in `hc.find_circuit`.
             unit: what is chosen whole, as in `hc.find_circuit`: "weight", "neuron", "head", "row".
             layers: numbers of the blocks to choose from; all by default.
             kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
@@ -515,7 +511,7 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach, unit, parts)
+        refuse_settings(sizes, steps, reach, unit)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
@@ -536,7 +532,6 @@ class Model:
             budget=budget,
             steps=steps,
             reach=reach,
-            parts=parts,
             unit=unit,
             objective=behaviour.objective,
             layers=layers,

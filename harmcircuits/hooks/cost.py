@@ -11,8 +11,7 @@ share a is answers, in products of one number with another (two floating-point o
 So scores cost 3 N T + 2 a U T, three times a pass forward. What attention does beside its matrices
 is left out: at d dimensions and texts of L tokens about L / 6d of a pass. A step of a search is
 
-    scores     of the target, of what it has become, and of two thirds of what is protected; where
-               answers are shared out in parts, of one part of the target and of what is protected
+    scores     of the target, of what it has become, and of two thirds of what is protected
     checks     3 masks and 3 of each size: the other third forward under each; the target under one
     answers    the target's requests answered again under the mask and under one of each size
     choices    the largest of all N weights, for each mask that is checked
@@ -223,7 +222,6 @@ def estimate_search(
     *,
     size: float | Sequence[float],
     steps: int = STEPS,
-    parts: int = 1,
     objective: Objective = completion_loss,
     renew: int = 0,
     max_memory: int | None = None,
@@ -243,7 +241,6 @@ def estimate_search(
         protect: as in `find_circuit`.
         size: as in `find_circuit`.
         steps: as in `find_circuit`.
-        parts: as in `find_circuit`.
         objective: as in `find_circuit`; for the memory.
         renew: how many tokens an answer may have where the target is answered again (as
             `Model.find_circuit` does); 0 where it is not.
@@ -265,7 +262,6 @@ def estimate_search(
             protect,
             n_sizes=n_sizes,
             steps=steps,
-            parts=parts,
             renew=renew,
             n_passes=n_passes(bridge, max_memory),
         ),
@@ -285,7 +281,6 @@ def search_work(
     *,
     n_sizes: int,
     steps: int,
-    parts: int = 1,
     renew: int,
     n_passes: int,
 ) -> Work:
@@ -296,7 +291,6 @@ def search_work(
         protect: as in `estimate_search`.
         n_sizes: how many sizes are wanted.
         steps: as in `estimate_search`.
-        parts: as in `estimate_search`.
         renew: as in `estimate_search`.
         n_passes: that a score takes.
 
@@ -309,7 +303,7 @@ def search_work(
     n_tries = TRIES if named(protect) else 1  # without a price all factors give the same mask
     n_aims = 1 + n_sizes  # the walk, and each size
 
-    scored = (n_target + n_priced) * steps / parts
+    scored = n_target * steps + n_priced * steps
     answered = Work()
     if renew:
         scored += n_target * (steps - 1)  # nothing is renewed before a mask is accepted
@@ -318,9 +312,8 @@ def search_work(
         requests -= sum(batch.is_target.sum().item() for batch in target)
         answered = Work(read=requests, decoded=renew * len(target)) * n_renewed
 
-    n_read = n_target / parts  # for the target's loss
-    unpruned = Work(read=n_checked + n_read)
-    checks = Work(read=n_tries * n_checked + n_read, chosen=n_tries) * (n_aims * steps)
+    unpruned = Work(read=n_checked + n_target)
+    checks = Work(read=n_tries * n_checked + n_target, chosen=n_tries) * (n_aims * steps)
     return Work(scored=scored * n_passes) + unpruned + checks + answered
 
 

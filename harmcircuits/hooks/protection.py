@@ -1,6 +1,6 @@
 """What a search must spare: a price is put on some of its answers, and the others check masks."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -185,41 +185,16 @@ def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch],
         batches: the examples.
         every: 3 puts the third, sixth ... request into the second list.
     """
+    numbers: dict[tuple[int, ...], int] = {}  # of each request, as they come
     most, rest = [], []
-    for batch, numbers in _by_request(batches):
-        is_rest = [number % every == every - 1 for number in numbers]
+    for batch in batches:
+        is_rest = []
+        for example in _examples([batch]):
+            number = numbers.setdefault(example.request, len(numbers))
+            is_rest.append(number % every == every - 1)
         _add_rows(most, batch, [row for row, belongs in enumerate(is_rest) if not belongs])
         _add_rows(rest, batch, [row for row, belongs in enumerate(is_rest) if belongs])
     return most, rest
-
-
-def shared_out(batches: Sequence[Batch], parts: int) -> list[list[Batch]]:
-    """The examples in so many parts, request by request: the first to the first, and so on.
-
-    Examples of one request stay together. Of fewer requests than parts every part has all of them.
-
-    Args:
-        batches: the examples.
-        parts: how many.
-    """
-    numbered = list(_by_request(batches))
-    n_requests = 1 + max(max(numbers) for _, numbers in numbered)
-    if parts == 1 or n_requests < parts:
-        return [list(batches)] * parts
-    shares: list[list[Batch]] = [[] for _ in range(parts)]
-    for batch, numbers in numbered:
-        for part, share in enumerate(shares):
-            rows = [row for row, number in enumerate(numbers) if number % parts == part]
-            _add_rows(share, batch, rows)
-    return shares
-
-
-def _by_request(batches: Sequence[Batch]) -> Iterator[tuple[Batch, list[int]]]:
-    """Each batch with the number of each example's request, in the order in which they come."""
-    numbers: dict[tuple[int, ...], int] = {}
-    for batch in batches:
-        examples = _examples([batch])
-        yield batch, [numbers.setdefault(example.request, len(numbers)) for example in examples]
 
 
 def _add_rows(batches: list[Batch], batch: Batch, rows: list[int]) -> None:

@@ -37,7 +37,6 @@ def find_circuit(
     budget: Budget = BUDGET,
     steps: int = STEPS,
     reach: float = REACH,
-    parts: int = 1,
     unit: Unit = "weight",
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
@@ -61,7 +60,6 @@ def find_circuit(
     budget: Budget = BUDGET,
     steps: int = STEPS,
     reach: float = REACH,
-    parts: int = 1,
     unit: Unit = "weight",
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
@@ -84,7 +82,6 @@ def find_circuit(
     budget: Budget = BUDGET,
     steps: int = STEPS,
     reach: float = REACH,
-    parts: int = 1,
     unit: Unit = "weight",
     objective: Objective = completion_loss,
     layers: Sequence[int] | None = None,
@@ -130,10 +127,6 @@ def find_circuit(
         steps: in how many steps the mask grows.
         reach: how far it grows: to so many times the smallest size, and at least to the largest.
             What is dear shows in larger masks, and a small one is then chosen with that knowledge.
-        parts: in how many parts, by request, the target's and the priced answers are shared out. A
-            step scores one of them, in turn, at a fraction of the cost; the sums over the steps
-            hold all. The target's loss is read on the first. For large models: 3, say, and three
-            times as many steps.
         unit: what is chosen whole: "weight"; "neuron" of the MLPs, its row of mlp.in and mlp.gate
             and its column of mlp.out; "head" of attention, its rows of attn.q and its columns of
             attn.o, and its rows of attn.k and attn.v where each head has its own (with grouped
@@ -157,15 +150,14 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, a negative budget, fewer than one step, fewer than one part or more than
-            steps, no such unit, layer or kind, no units in these or parts of some, an `exclude` of
-            other weights, a folder of another search, a loss or gradient that is not finite, and as
-            `named_weights`.
+            than a weight, a negative budget, fewer than one step, no such unit, layer or kind, no
+            units in these or parts of some, an `exclude` of other weights, a folder of another
+            search, a loss or gradient that is not finite, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
-    refuse_settings(sizes, steps, reach, unit, parts)
+    refuse_settings(sizes, steps, reach, unit)
     refuse_batches("find_circuit", bridge, target)
     _refuse_no_weights(bridge, sizes)
     sites = _sites(bridge, layers, kinds)
@@ -181,7 +173,6 @@ def find_circuit(
         "steps": steps,
         "reach": reach,
         "renewed": renew is not None,
-        **({"parts": parts} if parts > 1 else {}),
         **_limits(unit, layers, kinds, exclude),
     }
     parents = [score_source(bridge, "removal_effect", target, objective)]
@@ -203,7 +194,6 @@ def find_circuit(
         sizes,
         largest_size,
         max_memory,
-        parts,
     )
     with _bars(progress) as bars:
         done = walk.resume(folder)
@@ -294,10 +284,8 @@ def _bars(progress: bool | Progress) -> AbstractContextManager[Progress]:
     return progress_bar() if progress else Progress(disable=True)
 
 
-def refuse_settings(
-    sizes: Sequence[float], steps: int, reach: float, unit: str, parts: int
-) -> None:
-    """Raises ValueError for a size, number of steps or parts, reach or unit that cannot be."""
+def refuse_settings(sizes: Sequence[float], steps: int, reach: float, unit: str) -> None:
+    """Raises ValueError for a size, number of steps, reach or unit that cannot be."""
     if unit not in get_args(Unit):
         raise ValueError(
             f"find_circuit: unit={unit!r}; expected {listed(map(repr, get_args(Unit)))}"
@@ -306,10 +294,6 @@ def refuse_settings(
         raise ValueError(f"find_circuit: reach={reach}; expected 1 or more")
     if steps < 1:
         raise ValueError(f"find_circuit: steps={steps}; expected at least 1")
-    if not 1 <= parts <= steps:
-        raise ValueError(
-            f"find_circuit: parts={parts}; expected 1 to {steps}, the steps: each scores one part"
-        )
     if not sizes or not all(0 < size <= 1 for size in sizes):
         shown = sizes[0] if len(sizes) == 1 else list(sizes)
         raise ValueError(f"find_circuit: size={shown}; expected a share of the weights in (0, 1]")

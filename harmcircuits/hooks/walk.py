@@ -20,9 +20,6 @@ from the second step on it is what was given and what the model says now (`renew
 Whole neurons, heads or rows are chosen in the same way, by the mean score of their weights (see
 `harmcircuits.circuits.units`).
 
-Answers may be shared out in parts. Every step then scores one of them, in turn, at a fraction of
-the cost, and the sums over the steps hold them all.
-
 The check is made on protected answers that the price has not seen (see `Protection`).
 
 The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
@@ -49,7 +46,7 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.finite import of_data, refuse_not_finite
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.protection import Protection, shared_out
+from harmcircuits.hooks.protection import Protection
 from harmcircuits.hooks.walk_files import KeptWalk, read_walk, write_walk
 from harmcircuits.hooks.weights import weight_sites, weights_digest
 from harmcircuits.measurements import Label, Measurement, Rows
@@ -121,7 +118,6 @@ class Walk:
     sizes: Sequence[float]
     largest_size: float  # where the walk ends, as a share of all block weights
     max_memory: int | None
-    parts: int = 1  # in how many parts the answers are shared out; a step scores one
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
     rung: int = 0
@@ -145,9 +141,8 @@ class Walk:
         if self.target_loss is None:
             self._note_data()
             self.target_loss = self._mean_loss(None)
-        part = (number - 1) % self.parts
-        self._add_price(part)
-        effect = self._add_benefit(part)
+        self._add_price()
+        effect = self._add_benefit()
 
         share = self.largest_size * number / of
         labels: dict[str, Label] = {"step": number, "share": share, "aim": "walk"}
@@ -220,32 +215,27 @@ class Walk:
     def _note(self, metric: str, labels: Mapping[str, Label], value: float) -> None:
         self.trace += [Measurement.exact(metric, labels, value)]
 
-    def _add_price(self, part: int) -> None:
+    def _add_price(self) -> None:
         """What removing each weight may cost, under the mask that was refused last."""
         under = self.accepted if self.refused is None else self.refused
         for behaviour, batches in self.protection.priced.items():
-            scored = self._part(batches, part)
             with masked_if_given(self.bridge, under), of_data(f"{behaviour}, priced"):
-                gradients = self._mean_gradients(scored, completion_loss, "per token")
+                gradients = self._mean_gradients(batches, completion_loss, "per token")
             # Outside the mask: here the weights are whole.
             for name in self.sites:
                 # Popped: the gradients of the next behaviour need their memory.
                 self._add(self.price, name, self._times_weight(name, gradients.pop(name)).abs_())
 
-    def _add_benefit(self, part: int) -> WeightScores:
+    def _add_benefit(self) -> WeightScores:
         """What removing each weight does to the target, under the mask accepted so far."""
         with masked_if_given(self.bridge, self.accepted), of_data("target"):
-            batches = [*self._part(self.target, part), *self._renewed()]
+            batches = [*self.target, *self._renewed()]
             gradients = self._mean_gradients(batches, self.objective, "signed")
         effect = {}
         for name, gradient in gradients.items():
             effect[name] = self._times_weight(name, gradient).neg_()
             self._add(self.benefit, name, effect[name])
         return WeightScores(effect, self.source)
-
-    def _part(self, batches: Sequence[Batch], number: int) -> list[Batch]:
-        """The share of the answers that one step scores; all of them where there is one part."""
-        return shared_out(batches, self.parts)[number]
 
     def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
         return mean_gradients(
@@ -337,14 +327,13 @@ class Walk:
         return WeightMask(removed, self.shapes, self.source)
 
     def _mean_loss(self, mask: WeightMask | None) -> float:
-        """The target's mean objective under a mask, always on the first part."""
-        batches = self._part(self.target, 0)
+        """The target's mean objective under a mask."""
         name = mask.digest if mask is not None else ""
         if name not in self.known_losses:
             with torch.no_grad(), masked_if_given(self.bridge, mask), of_data("target"):
-                losses = [self.objective(self.bridge, batch).float().cpu() for batch in batches]
+                losses = [self.objective(self.bridge, batch).float().cpu() for batch in self.target]
                 values = torch.cat(losses)
-                refuse_not_finite(self.bridge, batches, values, self.objective)
+                refuse_not_finite(self.bridge, self.target, values, self.objective)
             self.known_losses[name] = values.mean().item()
         return self.known_losses[name]
 

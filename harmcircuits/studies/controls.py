@@ -270,7 +270,6 @@ def _settings_of_walk(mask: WeightMask, spared: Mapping[str, Calibration]) -> di
         "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
         "steps": made_by["steps"],
         "reach": made_by["reach"],
-        "parts": made_by.get("parts", 1),
         "unit": made_by.get("unit", "weight"),
         "layers": made_by.get("layers"),
         "kinds": made_by.get("kinds"),

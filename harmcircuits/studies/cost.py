@@ -143,7 +143,6 @@ def estimate_of_batches(
         spared,
         size=settings.sizes,
         steps=settings.steps,
-        parts=settings.parts,
         renew=longest_answer,
         max_memory=max_memory,
         speed=speed,
@@ -185,7 +184,6 @@ def _other_searches(
     usual = {
         "n_sizes": 1,
         "steps": settings.steps,
-        "parts": settings.parts,
         "renew": longest_answer,
         "n_passes": passes,
     }

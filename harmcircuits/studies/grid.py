@@ -122,7 +122,7 @@ def measure_grid(
     masks = {SEARCH: searched}
     if run.settings.compare:
         # One scoring of the unpruned model, the same price and check: what the walk adds.
-        options = {"steps": 1, "reach": 1, "parts": 1, "renew": False}
+        options = {"steps": 1, "reach": 1, "renew": False}
         masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
         masks[PUBLISHED] = _published(run, unpruned, spared)
     controls = {

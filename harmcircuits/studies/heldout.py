@@ -95,8 +95,8 @@ def _contrast_alone(
 ) -> Iterator[NamedMask]:
     """The circuit of the same search with only the contrast protected, where that is another."""
     contrast, size = run.settings.contrast, chosen.fraction
-    is_same = len(run.protected) == 1
-    if not run.settings.compare or contrast not in run.protected or is_same:
+    is_another = contrast in run.protected and len(run.protected) > 1
+    if not run.settings.compare or not is_another:
         return
     name = f"circuit-{contrast}_only"
     (alone,) = run.find_circuits(name, [size], calibrations, [contrast])

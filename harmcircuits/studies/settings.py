@@ -27,8 +27,6 @@ class StudySettings:
             for it is a control.
         sizes: shares of the weights to remove, at most.
         steps: in how many steps the search's mask grows.
-        parts: in how many parts the answers to score on are shared out: each step scores one, in
-            turn, at a fraction of the cost.
         budget: how far a loss may rise, nats per token: in a search that of each protected
             behaviour, at the operating point that of the contrast.
         budgets: how far the loss of single behaviours may rise, in place of `budget`, in a search
@@ -47,8 +45,7 @@ class StudySettings:
         tasks_from: folder of further task files.
 
     Raises:
-        ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, fewer than one
-            part or more than steps, a negative
+        ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, a negative
             tolerance, budget or limit, or another figure that decides.
     """
 
@@ -57,7 +54,6 @@ class StudySettings:
     contrast: str = CONTRAST
     sizes: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.004)
     steps: int = STEPS
-    parts: int = 1
     budget: float = BUDGET
     budgets: Mapping[str, float] = field(default_factory=dict)
     tolerance: float = TOLERANCE
@@ -77,10 +73,6 @@ class StudySettings:
         for name in ("steps", "n_random"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if not 1 <= self.parts <= self.steps:
-            raise ValueError(
-                f"parts={self.parts}; expected 1 to {self.steps}, the steps: each scores one part"
-            )
         for name in ("tolerance", "budget", "task_limit"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
@@ -124,7 +116,6 @@ def quick(settings: StudySettings) -> StudySettings:
     return replace(
         settings,
         steps=min(QUICK_STEPS, settings.steps),
-        parts=1,  # of a tenth of the requests a part would be too few
         sizes=settings.sizes[1::2] or settings.sizes,
         n_random=1,
         compare=False,

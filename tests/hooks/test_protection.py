@@ -11,7 +11,7 @@ from helpers import random_batch
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.protection import Protection, shared_out, split_by_request
+from harmcircuits.hooks.protection import Protection, split_by_request
 from harmcircuits.prompts import Batch
 
 FIRST = [random_batch(7, 8, seed=1)]
@@ -40,25 +40,6 @@ def test_answers_to_one_request_stay_together():
     most, third = split_by_request([Batch(tokens, is_target)], 3)
     assert rows(most) == [(5, 6, 7), (5, 6, 8), (9, 6, 7)]
     assert rows(third) == [(3, 6, 7), (3, 6, 8)]
-
-
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_parts_hold_every_answer_once_and_requests_in_turn(parts):
-    shares = shared_out(SECOND, parts)
-    examples = rows(SECOND)
-    assert [rows(share) for share in shares] == [examples[part::parts] for part in range(parts)]
-
-
-def test_parts_keep_answers_to_one_request_together():
-    tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 7], [3, 6, 7], [3, 6, 8]])
-    is_target = torch.tensor([[False, False, True]]).expand(5, 3)
-    first, second = shared_out([Batch(tokens, is_target)], 2)
-    assert rows(first) == [(5, 6, 7), (5, 6, 8), (3, 6, 7), (3, 6, 8)]
-    assert rows(second) == [(9, 6, 7)]
-
-
-def test_of_fewer_requests_than_parts_every_part_has_all():
-    assert [rows(share) for share in shared_out(SECOND, 7)] == [rows(SECOND)] * 7
 
 
 def test_rises_are_those_of_each_behaviour_by_itself(llama):

@@ -26,7 +26,7 @@ from harmcircuits.hooks.attribution import (
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.protection import CHECKED_EVERY, Protection, shared_out, split_by_request
+from harmcircuits.hooks.protection import CHECKED_EVERY, Protection, split_by_request
 from harmcircuits.hooks.search import (
     REACH,
     find_circuit,
@@ -128,7 +128,6 @@ def plain_walk(
     best_of: Best = best_weights,
     factors=FACTORS,
     first=1.0,
-    parts=1,
 ) -> WeightMask:
     """The search on dense tensors: clones of the weights, a sort, no shared step with the library.
 
@@ -198,36 +197,32 @@ def plain_walk(
     price = {name: torch.zeros_like(weight) for name, weight in original.items()}
     accepted, refused, rung = nothing, None, factors.index(first)
     best, best_rung = (-1.0, nothing), rung
-    first_part = shared_out(target, parts)[0]
     for step in range(1, steps + 1):
-        part = (step - 1) % parts
         for priced, _ in shares:
-            scored = shared_out(priced, parts)[part]
-            under_mask = accepted if refused is None else refused
-            for name, value in gradient(token_price, scored, under_mask).items():
-                price[name] += value.abs() * original[name].abs()
-        scored = shared_out(target, parts)[part]
-        for name, value in gradient(removal_effect, scored, accepted).items():
-            benefit[name] += value * original[name]
+            parts = gradient(token_price, priced, accepted if refused is None else refused)
+            for name, part in parts.items():
+                price[name] += part.abs() * original[name].abs()
+        for name, part in gradient(removal_effect, target, accepted).items():
+            benefit[name] += part * original[name]
         mask, rung, refused = search(round(size * n_weights * step / steps), rung)
         accepted = accepted if mask is None else mask
         if refused is not None and rises(refused) > MOST_TO_LEARN_FROM:
             refused = None
         mask, best_rung, _ = search(round(size * n_weights), best_rung)
         if mask is not None:
-            loss = under(mask, lambda: completion_nll(bridge, first_part).mean().item())
+            loss = under(mask, lambda: completion_nll(bridge, target).mean().item())
             best = max(best, (loss, mask), key=lambda pair: pair[0])
     removed = {name: part.flatten().nonzero().flatten() for name, part in best[1].items()}
     shapes = {name: tuple(weight.shape) for name, weight in original.items()}
     return WeightMask(removed, shapes, Source(model_fingerprint(bridge), "plain"))
 
 
-@pytest.mark.parametrize(("budget", "parts"), [(0.01, 1), (0.1, 1), (100.0, 1), (0.1, 2)])
+@pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_the_walk_is_the_plain_one(open_model, name, budget, parts):
+def test_the_walk_is_the_plain_one(open_model, name, budget):
     bridge = open_model(name)
     before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
-    options = {"size": SIZE, "budget": budget, "steps": 3, "parts": parts}
+    options = {"size": SIZE, "budget": budget, "steps": 3}
     mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], reach=1.0, **options)
     for weight_name, weight in named_weights(bridge).items():
         assert torch.equal(weight, before[weight_name])
@@ -608,8 +603,6 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
     ("options", "names"),
     [
         ({"steps": 0}, ["steps=0"]),
-        ({"parts": 0}, ["parts=0", "expected 1 to"]),
-        ({"steps": 2, "parts": 3}, ["parts=3", "expected 1 to 2"]),
         ({"reach": 0.5}, ["reach=0.5"]),
         ({"size": 0}, ["size=0", "(0, 1]"]),
         ({"size": 1.5}, ["size=1.5"]),

@@ -17,7 +17,6 @@ from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
         ({"sizes": (0.0, 0.1)}, r"sizes=\[0\.0, 0\.1\]; expected .* in \(0, 1\]"),
         ({"sizes": (0.1, 1.5)}, r"sizes=\[0\.1, 1\.5\]; expected .* in \(0, 1\]"),
         ({"steps": 0}, "steps=0; expected at least 1"),
-        ({"steps": 2, "parts": 3}, "parts=3; expected 1 to 2"),
         ({"n_random": 0}, "n_random=0; expected at least 1"),
         ({"decides": "nll"}, 'decides=\'nll\'; expected "rate" or "loss"'),
         ({"tolerance": -0.1}, r"tolerance=-0\.1; expected 0 or more"),

@@ -57,12 +57,12 @@ class FactorForEach(Walk):
     prices: dict[str, Totals] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)
 
-    def _add_price(self, part: int) -> None:
+    def _add_price(self) -> None:
         protection = self.protection
         for name, batches in protection.priced.items():
             self.protection = replace(protection, priced={name: batches})
             self.price = self.prices.setdefault(name, {})
-            super()._add_price(part)
+            super()._add_price()
         self.protection = protection
 
         self.price = {}
