@@ -86,7 +86,9 @@ def test_commands_and_their_options_exist():
     known: set[str] = set()
     for name, command in get_command(app).commands.items():
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
-        options = {option for parameter in command.params for option in parameter.opts}
+        options = set()
+        for parameter in command.params:
+            options |= {*parameter.opts, *parameter.secondary_opts}
         shown = re.findall(rf"^harmcircuits {name}\b(.*)", shell, flags=re.M)
         assert shown, f"no page shows harmcircuits {name}"
         for line in shown:
