@@ -51,7 +51,8 @@ def row(parameter, option: str, words: str) -> str:
     if default.startswith("(") and default.endswith(")"):
         default = default[1:-1]
     default = default.replace(str(CACHE), "the user's cache folder")
-    name = option.split(" ")[0].rstrip(",")
+    is_switch = " / " in option  # on, and off: both names are shown
+    name = option if is_switch else option.split(" ")[0].rstrip(",")
     return f"| `{name}` | {escaped(plain(default))} | {escaped(plain(words))} |"
 
 
