@@ -2,12 +2,16 @@
 
 import copy
 import json
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from harmcircuits.circuits.hub import MASK_FILE
@@ -18,7 +22,7 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.hub import refuse_repo, upload
-from harmcircuits.storage.writing import refuse_filled, replacing_folder, write_text
+from harmcircuits.storage.writing import refuse_filled, write_text
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
@@ -121,7 +125,7 @@ def export(
         _refuse_another_kind(folder)
     else:
         refuse_filled(folder)
-    with masked(bridge, mask), replacing_folder(folder) as unfinished:
+    with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
         sites = weight_sites(bridge)
         _write_model(bridge, mask, sites, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source)
@@ -139,6 +143,25 @@ def _refuse_another_kind(folder: Path) -> None:
     has_model = (folder / MASK_FILE).is_file() and (folder / "config.json").is_file()
     if not has_model:
         refuse_filled(folder)
+
+
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A sibling that takes the place of `folder` on a clean exit and is gone on any other."""
+    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        before = folder.with_name(f"{unfinished.name}-before")
+        if folder.is_dir():
+            folder.rename(before)
+        unfinished.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    # Other libraries do not name the folder, and safetensors has its own name for a full disk.
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_model(

@@ -297,7 +297,7 @@ def _place_table(mask: WeightMask) -> str:
         layer, kind = place_of(name)
         of_layer = counts.setdefault(layer, {})
         of_layer[kind] = of_layer.get(kind, 0) + count
-    present: set[str] = set().union(*counts.values())
+    present = {kind for of_layer in counts.values() for kind in of_layer}
     kinds = [kind for kind in KINDS if kind in present]
     lines = []
     for layer in sorted(counts):

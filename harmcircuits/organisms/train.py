@@ -9,6 +9,7 @@ may separate less well: report more than one training run.
 
 import copy
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,6 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harmcircuits.organisms import world
-from harmcircuits.storage.writing import replacing_folder
 
 LENGTH = 18  # tokens; every training text fits
 BATCH_SIZE = 256
@@ -390,9 +390,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """Write an ordinary Hugging Face folder in bfloat16; it appears when it is whole."""
     copied = copy.deepcopy(model)
     nn.Module.to(copied, torch.bfloat16)
-    with replacing_folder(folder) as unfinished:
-        copied.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+    unfinished = folder.with_name(f".{folder.name}")
+    copied.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
 
 
 def stored(folder: Path) -> LlamaForCausalLM:

@@ -1,13 +1,10 @@
-"""Writing: a file or folder is there whole or not at all; nothing unnamed is overwritten."""
+"""Writing: a file is there whole or not at all, and nothing is overwritten that was not named."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
-
-from safetensors import SafetensorError
 
 
 @contextmanager
@@ -41,32 +38,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` on a clean exit and is gone on any other.
-
-    Args:
-        folder: its path; the folder that it is in is made if it is not there.
-
-    Raises:
-        OSError: it cannot be written, naming the folder; what was there before is unchanged.
-    """
-    unfinished = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        before = folder.with_name(f"{unfinished.name}-before")
-        if folder.is_dir():
-            folder.rename(before)
-        unfinished.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
-    # Other libraries do not name the folder, and safetensors has its own name for a full disk.
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
