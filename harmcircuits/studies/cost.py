@@ -33,13 +33,12 @@ from harmcircuits.hooks.cost import (
 from harmcircuits.hooks.memory import GIB
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch, prompt_ids
+from harmcircuits.studies.heldout import n_heldout_masks
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.views.tables import text_table
 
 N_WAYS = 3  # search, random and opposite sign: a mask of each size
 N_COMPARED = 2  # one shot and published
-N_HELD_OUT = 3  # search, opposite sign and second slice, besides the random ones
-N_SEARCHED = 2  # the contrast alone protected, and its twin
 
 
 @dataclass(frozen=True)
@@ -149,15 +148,15 @@ def estimate_of_batches(
     )
     passes = n_passes(bridge, max_memory)
     n_scored = n_tokens(target) + sum(map(n_tokens, spared.values()))
-    n_ways, n_heldout = N_WAYS, N_HELD_OUT + 2 * settings.n_random
+    n_ways = N_WAYS
     others = Work()
     if settings.compare:
         others = _other_searches(target, spared, settings, longest_answer, passes)
         n_scored += sum(map(n_tokens, spared.values()))  # the published scores
         n_ways += N_COMPARED
-        n_heldout += N_COMPARED + N_SEARCHED
 
     n_choice = n_ways * len(settings.sizes)
+    n_heldout = n_heldout_masks(settings)
     measured = measuring.choice * n_choice + measuring.heldout * n_heldout
     return StudyEstimate(
         main,

@@ -12,6 +12,7 @@ from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.studies.controls import Unpruned, controls
 from harmcircuits.studies.grid import ONE_SHOT, PUBLISHED, SEARCH
 from harmcircuits.studies.run import Point, Study
+from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.utility import evaluate_tasks
 
 FILES = {SEARCH: "circuit", ONE_SHOT: "one_shot", PUBLISHED: "published"}
@@ -52,8 +53,7 @@ def measure_heldout(
     compared = _compared(run, chosen.mask, points, best)
     alone = _contrast_alone(run, chosen.mask, calibrations)
     matched = _controls(run, chosen.mask, unpruned, calibrations)
-    n_masks = (7 if settings.compare else 3) + 2 * settings.n_random
-    advance = run.steps("held-out, with controls", n_masks)
+    advance = run.steps("held-out, with controls", n_heldout_masks(settings))
 
     # Each is measured and saved before the next is searched for.
     for name, mask, labels in chain(compared, alone, matched):
@@ -66,6 +66,18 @@ def measure_heldout(
         run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
         run.note("measured_loss_change", change.mean().item(), **where)
         advance()
+
+
+def n_heldout_masks(settings: StudySettings) -> int:
+    """How many masks `measure_heldout` measures, where more than the contrast is protected.
+
+    Args:
+        settings: of the study.
+    """
+    n_masks = 3 + 2 * settings.n_random  # search, opposite sign, second slice; both random kinds
+    if settings.compare:
+        n_masks += 4  # one shot, published, the contrast alone protected, and its twin
+    return n_masks
 
 
 def _compared(
