@@ -7,10 +7,9 @@
 # over examples, so those of all types of harm together, and of all but one, are means of the scores
 # of the types, and one pass over each type's answers serves them all.
 #
-# With `protected` "benign", a circuit of harm cannot take the weights that benign answers need most
-# (on your own model also those begun as the harmful ones are), nor can that of another
-# ability take those that harm needs most; with "none" nothing is protected, and only this measures
-# overlap.
+# With `protected` "benign", a circuit of harm pays the price of benign answers (on your own model also
+# of those begun as the harmful ones are), and that of another ability the price of harm; with "none"
+# nothing is protected, and only this measures overlap.
 #
 # Controls: random weights of the same count in every matrix, one mask a seed; the weights of the
 # opposite sign; the circuit of benign answers; on your own model, benign answers begun as the
@@ -24,7 +23,8 @@
 # claim *holds* when harm is general and distinct from every other ability shown; *in part* when it
 # is general, or distinct from at least half of them, benign answers included; else it *does not
 # hold here*. "Begun either way" was added when a study of a real model, whose benign answers had no
-# beginning, had found a circuit of the beginning.
+# beginning, had found a circuit of the beginning. Until then what is protected kept its dearest
+# weights out of reach; now it has a price, as in the search.
 
 # %%
 import harmcircuits as hc
@@ -94,14 +94,14 @@ def measured(
     seed: int,
     *,
     size: float = 0.006,
-    protect_share: float = 0.005,
+    factor: float = 1.0,
     n_random: int = 3,
 ) -> hc.Rows:
     """Rises of every loss under every circuit, gaps between circuits, and what circuits share.
 
     Args:
-        size: share of the weights in a circuit.
-        protect_share: share of the weights that each protected behaviour keeps out of reach.
+        size: share of the weights in a circuit, at most.
+        factor: what the price of what is protected is multiplied by.
         n_random: random masks.
     """
     model = by_loss.typed(model)
@@ -110,8 +110,8 @@ def measured(
     abilities = [name for name in ABILITIES if name in calibrations]
     unpruned, rows = by_loss.unpruned(model, [HARM, *abilities])
 
-    shares = {"size": size, "protect_share": protect_share}
-    masks = by_loss.every_mask(model, calibrations, types, abilities, **shares)
+    choice = {"size": size, "factor": factor}
+    masks = by_loss.every_mask(model, calibrations, types, abilities, **choice)
     for number in range(seed, seed + n_random):
         masks["benign", f"random {number}"] = hc.random_like(masks["benign", HARM], seed=number)
     for other in abilities:
@@ -121,7 +121,9 @@ def measured(
         where = {"protected": protected}
         of_title = {name: mask for (kind, name), mask in masks.items() if kind == protected}
         rises = by_loss.rises_under(model, of_title, unpruned)
-        rows += [hc.Measurement.exact("weights_removed", where, of_title[HARM].n_removed)]
+        for name, mask in of_title.items():
+            of_mask = {**where, "mask": name}
+            rows += [hc.Measurement.exact("weights_removed", of_mask, mask.n_removed)]
         rows += by_loss.rise_rows(model, rises, types, where)
         rows += by_loss.gap_rows(model, rises, abilities, where)
     return rows
@@ -133,7 +135,7 @@ rows = claim.rows()
 # %%
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
-    n_removed = rows.one("weights_removed", protected="benign").mean
+    n_removed = rows.one("weights_removed", protected="benign", mask=HARM).mean
     numbers = {
         "weights, benign answers protected": f"{n_removed:,.0f}",
         "harm loses, to the circuit of all types": f"{rise(rows, HARM, HARM):+.2f}",

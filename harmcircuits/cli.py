@@ -39,6 +39,7 @@ from harmcircuits.studies.settings import (
     QUICK_LIMIT,
     QUICK_SHARE,
     StudySettings,
+    as_published,
     quick,
 )
 from harmcircuits.studies.study import refuse_study_folder, study, with_share_of_requests
@@ -48,26 +49,28 @@ from harmcircuits.studies.utility import task_manager
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     """A default as the help shows it."""
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={number}" for name, number in value.items()) or "none"
-    return str(value)
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value) or "none"
 
 
 def _settings_options() -> dict[str, Option]:
     """An option for each setting; where custom models have another default, both are shown."""
-    options = options_of(
-        StudySettings,
-        shown={"tasks": "none", "tasks_from": "none"},
-        flags={"sizes": "--size", "tasks": "--task", "budgets": "--budget-of"},
-    )
-    usual, real = StudySettings(), FOR_REAL_MODELS
+    flags = {"sizes": "--size", "tasks": "--task", "budgets": "--budget-of"}
+    options = options_of(StudySettings, flags=flags)
     for name, option in options.items():
-        if getattr(usual, name) != getattr(real, name):
-            shown = f"{_shown(getattr(usual, name))}; custom model: {_shown(getattr(real, name))}"
-            # None tells a default from the same value given.
-            options[name] = option._replace(kind=option.kind | None, shown=shown, default=None)
+        usual, real = getattr(StudySettings(), name), getattr(FOR_REAL_MODELS, name)
+        shown = _shown(name, usual)
+        if usual != real:
+            shown += f"; custom model: {_shown(name, real)}"
+        # None where it is not given: --quick and --published have defaults of their own.
+        options[name] = option._replace(kind=option.kind | None, shown=shown, default=None)
     return options
 
 
@@ -147,6 +150,8 @@ def study_command(
     console = Console()
     with one_sentence():
         usual = FOR_REAL_MODELS if model else StudySettings()
+        if settings["published"]:
+            usual = as_published(usual)
         chosen = _settings(settings, quick(usual) if is_quick else usual)
         bound = _in_bytes(max_memory)
         # What cannot end well is refused before hours of answers.

@@ -36,11 +36,12 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 N_BINS = 50  # of |W|, within which a random mask matches magnitudes
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class WeightMask:
     """A set of weights to remove.
 
-    `a & b`, `a | b`, `a - b` and `~a` are set algebra; `len(a)` counts the weights.
+    `a & b`, `a | b`, `a - b` and `~a` are set algebra; `len(a)` counts the weights; `a == b` says
+    whether they are the same weights of the same model, however they were chosen.
 
     >>> scores = hc.removal_effect(bridge, harm)
     >>> first, second = hc.top_fraction(scores, [0.01, 0.02], within="model")
@@ -62,8 +63,8 @@ class WeightMask:
     removed: Mapping[str, Int[Tensor, " _"]]
     shapes: Mapping[str, tuple[int, ...]]
     source: Source
-    trace: Rows = field(default_factory=Rows, compare=False)
-    file: str = field(default="", compare=False)
+    trace: Rows = field(default_factory=Rows)
+    file: str = ""
 
     def __post_init__(self) -> None:
         removed = {}
@@ -116,6 +117,18 @@ class WeightMask:
 
     def __len__(self) -> int:
         return self.n_removed
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightMask):
+            return NotImplemented
+        return self._identity == other._identity and self.shapes == other.shapes
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, str]:
+        return self.source.model, self.digest
 
     @property
     def n_removed(self) -> int:

@@ -1,13 +1,11 @@
 """What circuits do to losses, item by item: rises under every mask, and gaps between circuits.
 
-Circuits are chosen in one shot. Scores are means over examples, so those of all types of a target
-together, and of all but one, are means of the scores of the types: one pass over each type's
-answers serves them all.
+Circuits are chosen in one shot, as a search does in its first step. Scores are means over
+examples, so those of all types of a target together, and of all but one, are means of the scores
+of the types: one pass over each type's answers serves them all.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
-from operator import or_
 
 import torch
 
@@ -21,7 +19,7 @@ from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.world import BEHAVIOURS
-from harmcircuits.studies.bench.rounds import needed_weights
+from harmcircuits.studies.controls import Unpruned, above_zero, price_of, priced
 
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
 ABILITIES = tuple(name for name in (*BEHAVIOURS, "prefilled") if name != TARGET)
@@ -155,25 +153,26 @@ def every_mask(
     abilities: Sequence[str],
     *,
     size: float,
-    protect_share: float,
+    factor: float,
 ) -> dict[tuple[str, str], WeightMask]:
     """(protected, name) -> mask.
 
     Names: each type, "all but" each type, the whole target, each other ability, the controls.
+    With "benign" protected, circuits of the target pay the price of benign answers, begun either
+    way, and those of other abilities that of the target; only weights that are worth it are taken.
 
     Args:
         model: the model.
         calibrations: its answers, by behaviour.
         types: of the target.
         abilities: the others.
-        size: share of the weights in a mask.
-        protect_share: share of the weights that each protected behaviour keeps out of reach.
+        size: share of the weights in a mask, at most.
+        factor: what the price is multiplied by.
     """
-
     masks: dict[tuple[str, str], WeightMask] = {}
-    rankings = _rankings(model, calibrations, types, abilities, protect_share)
-    for name, scores, spared in rankings:
-        masks["benign", name] = top_fraction(scores, size, within="model", exclude=spared)
+    for name, unpruned in _rankings(model, calibrations, types, abilities):
+        scores = unpruned.effect
+        masks["benign", name] = above_zero(priced(unpruned, factor), size)
         if name == TARGET or name in abilities:
             masks["none", name] = top_fraction(scores, size, within="model")
     return masks
@@ -184,34 +183,29 @@ def _rankings(
     calibrations: Mapping[str, Calibration],
     types: Sequence[str],
     abilities: Sequence[str],
-    protect_share: float,
-) -> Iterator[tuple[str, WeightScores, WeightMask]]:
-    """Name, scores, and what is out of reach, of every circuit; few scores at a time."""
-    spared = {}
-    for name in (TARGET, *BENIGN):
-        if name in calibrations:
-            batches = calibrations[name].batches
-            spared[name] = needed_weights(model.bridge, batches, protect_share)
-    of_target = spared.pop(TARGET)
-    of_benign = reduce(or_, spared.values())
+) -> Iterator[tuple[str, Unpruned]]:
+    """Name, effect and price of every circuit; few scores at a time."""
 
     def scored(name: str) -> WeightScores:
         batches, objective = calibrations[name].batches, model.behaviours[name].objective
         return removal_effect(model.bridge, batches, objective)
 
+    benign = {name: calibrations[name] for name in BENIGN if name in calibrations}
+    price = price_of(model, benign)
     of_types = [scored(type_) for type_ in types]
     sizes = [calibrations[type_].n_verified for type_ in types]
     for number, type_ in enumerate(types):
         others = [*sizes[:number], 0, *sizes[number + 1 :]]
-        yield type_, of_types[number], of_benign
-        yield f"all but {type_}", mean_scores(of_types, others), of_benign
+        yield type_, Unpruned(of_types[number], price)
+        yield f"all but {type_}", Unpruned(mean_scores(of_types, others), price)
     target = mean_scores(of_types, sizes)
     del of_types
-    yield TARGET, target, of_benign
-    yield OPPOSITE, -target, of_benign
+    yield TARGET, Unpruned(target, price)
+    yield OPPOSITE, Unpruned(-target, price)
     del target
+    price = price_of(model, {TARGET: calibrations[TARGET]})
     for name in abilities:
-        yield name, scored(name), of_target
+        yield name, Unpruned(scored(name), price)
 
 
 def rise_rows(

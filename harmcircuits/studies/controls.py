@@ -197,20 +197,33 @@ def unpruned_scores(
     if folder is not None:
         effect = _on_disk(effect, Path(folder) / "effect")
 
+    price = price_of(model, protected, max_memory=max_memory)
+    if price is not None and folder is not None:
+        price = _on_disk(price, Path(folder) / "price")
+    return Unpruned(effect, price)
+
+
+def price_of(
+    model: Model, protected: Mapping[str, Calibration], *, max_memory: int | None = None
+) -> WeightScores | None:
+    """The sum of `token_price` over what is protected; None where nothing is.
+
+    Args:
+        model: the model, unpruned.
+        protected: calibration data of what is protected.
+        max_memory: bytes for accumulated scores.
+    """
     sums: dict[str, Tensor] = {}
     parents = []
     for spared in protected.values():
-        price = token_price(bridge, spared.batches, max_memory=max_memory)
+        price = token_price(model.bridge, spared.batches, max_memory=max_memory)
         parents.append(price.source)
         for name, value in price.values.items():
             sums[name] = sums[name].add_(value) if name in sums else value
         del price  # before that of the next behaviour is accumulated
     if not sums:
-        return Unpruned(effect, None)
-    total = WeightScores(sums, Source(effect.source.model, "sum", {}, tuple(parents)))
-    if folder is not None:
-        total = _on_disk(total, Path(folder) / "price")
-    return Unpruned(effect, total)
+        return None
+    return WeightScores(sums, Source(parents[0].model, "sum", {}, tuple(parents)))
 
 
 def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
@@ -255,6 +268,21 @@ def priced(unpruned: Unpruned, factor: float) -> WeightScores:
         values[name] = torch.sub(value, price.values[name], alpha=factor)
     parents = (effect.source, price.source)
     return WeightScores(values, Source(effect.source.model, "priced", {"factor": factor}, parents))
+
+
+def above_zero(scores: WeightScores, size: float) -> WeightMask:
+    """The largest scores, as far as they are above zero.
+
+    Args:
+        scores: of every weight, such as those of `priced`.
+        size: share of the weights, at most.
+    """
+    largest = top_fraction(scores, size, within="model")
+    removed = {}
+    for name, index in largest.removed.items():
+        values = scores.values[name].flatten()[index]
+        removed[name] = index[(values > 0).cpu()]
+    return WeightMask(removed, largest.shapes, scores.source)
 
 
 def _factor(mask: WeightMask) -> float:

@@ -6,11 +6,12 @@ unpruned    the target's scores, the price of what is protected, the published s
 measured    5 masks of every size on the choice split; 7 and the random ones held out:
             every request answered as long as it may be, its reference answer read
 
-Where nothing is compared there are no other searches and no published scores, and 3 masks each.
+Where nothing is compared there are no other searches and no published scores, and 3 masks each. The
+published protocol is one scoring in place of all searches.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
@@ -148,6 +149,8 @@ def estimate_of_batches(
     )
     passes = n_passes(bridge, max_memory)
     n_scored = n_tokens(target) + sum(map(n_tokens, spared.values()))
+    if settings.published:
+        main = replace(main, work=Work(scored=n_scored) * passes, steps=1)
     n_ways = N_WAYS
     others = Work()
     if settings.compare:

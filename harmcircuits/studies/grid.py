@@ -1,4 +1,4 @@
-"""Three ways of choosing weights at every size, on the choice split, and the best mask of each."""
+"""The ways of choosing weights at every size, on the choice split, and the best mask of each."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -105,8 +105,8 @@ def measure_grid(
 ) -> dict[str, list[Point]]:
     """Way of choosing -> its masks of every size on the choice split.
 
-    The search alone where nothing is to be compared with it. A random mask and one of the opposite
-    sign are measured for each mask of the search.
+    The search alone where nothing is to be compared with it, or the published protocol alone. A
+    random mask and one of the opposite sign are measured for each mask of the first way.
 
     Args:
         run: keeps the rows.
@@ -118,16 +118,11 @@ def measure_grid(
     run.add(run.model.measure(split="choice", labels=where, only=run.terms.names))
 
     sizes = run.settings.sizes
-    searched = run.find_circuits("search", sizes, calibrations, spared)
-    masks = {SEARCH: searched}
-    if run.settings.compare:
-        # One scoring of the unpruned model, the same price and check: what the walk adds.
-        options = {"steps": 1, "reach": 1, "renew": False}
-        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
-        masks[PUBLISHED] = _published(run, unpruned, spared)
+    masks = _masks(run, unpruned, calibrations, spared)
+    first = next(iter(masks.values()))
     controls = {
-        "random": [random_like(mask, seed=run.settings.seed) for mask in searched],
-        "opposite sign": [opposite_sign(mask, unpruned) for mask in searched],
+        "random": [random_like(mask, seed=run.settings.seed) for mask in first],
+        "opposite sign": [opposite_sign(mask, unpruned) for mask in first],
     }
     n_ways = len(masks) + len(controls)
     advance = run.steps("choice", n_ways * len(sizes))
@@ -139,6 +134,25 @@ def measure_grid(
             points[way].append(_measured(run, mask, kind, {"selection": way, "q": size}))
             advance()
     return {way: points[way] for way in masks}
+
+
+def _masks(
+    run: Study,
+    unpruned: Unpruned,
+    calibrations: Mapping[str, Calibration],
+    spared: Mapping[str, Calibration],
+) -> dict[str, list[WeightMask]]:
+    """Way of choosing -> its masks, of every size; first the one that is studied."""
+    sizes = run.settings.sizes
+    if run.settings.published:
+        return {PUBLISHED: _published(run, unpruned, spared)}
+    masks = {SEARCH: run.find_circuits("search", sizes, calibrations, spared)}
+    if run.settings.compare:
+        # One scoring of the unpruned model, the same price and check: what the walk adds.
+        options = {"steps": 1, "reach": 1, "renew": False}
+        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
+        masks[PUBLISHED] = _published(run, unpruned, spared)
+    return masks
 
 
 def _published(

@@ -15,7 +15,9 @@ from harmcircuits.studies.run import Point, Study
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.utility import evaluate_tasks
 
-FILES = {SEARCH: "circuit", ONE_SHOT: "one_shot", PUBLISHED: "published"}
+# The way that is studied gives the circuit; what it is compared with has files of these names.
+CIRCUIT = "circuit"
+FILES = {ONE_SHOT: "one_shot", PUBLISHED: "published"}
 # The label `at` of a circuit: its way's own operating point, or the size of the chosen one.
 OWN_POINT = "operating point"
 SAME_SIZE = "same size"
@@ -87,12 +89,14 @@ def _compared(
     best: Mapping[str, Point | None],
 ) -> Iterator[NamedMask]:
     """The mask of each way of choosing: at its operating point, or of the size of the search's."""
+    studied = next(iter(points))
     for way, of_way in points.items():
         point, at = best[way], OWN_POINT
         if point is None:
             point, at = _nearest(of_way, chosen), SAME_SIZE
         how: dict[str, Label] = {"at": at, "protected": ", ".join(run.protected)}
-        yield NamedMask(FILES[way], point.mask, {"mask": "circuit", **point.labels, **how})
+        file = CIRCUIT if way == studied else FILES[way]
+        yield NamedMask(file, point.mask, {"mask": CIRCUIT, **point.labels, **how})
 
 
 def _nearest(points: Sequence[Point], mask: WeightMask) -> Point:
@@ -113,7 +117,7 @@ def _contrast_alone(
     name = f"circuit-{contrast}_only"
     (alone,) = run.find_circuits(name, [size], calibrations, [contrast])
     labels: dict[str, Label] = {"selection": SEARCH, "q": size, "protected": contrast}
-    yield NamedMask(name, alone, {"mask": "circuit", **labels})
+    yield NamedMask(name, alone, {"mask": CIRCUIT, **labels})
 
 
 def _controls(

@@ -40,13 +40,18 @@ class StudySettings:
         compare: whether the circuit is compared with other ways of choosing and with circuits of
             further searches (the contrast alone protected, the contrast's twin). The controls that
             are no searches are measured in any case.
+        published: whether the protocol of arXiv 2604.09544 is run as published, in place of the
+            search: in every matrix the best `size` of the weights on the target less the best five
+            times as many on the contrast, scored on raw text (request, newline, answer). Nothing
+            else is spared, and nothing compared.
         tasks: of lm-evaluation-harness, measured with every held-out row.
         task_limit: first examples of each task; 0 for all.
         tasks_from: folder of further task files.
 
     Raises:
         ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, a negative
-            tolerance, budget or limit, or another figure that decides.
+            tolerance, budget or limit, another figure that decides, or the published protocol with
+            something to compare or protecting anything but the contrast.
     """
 
     target: str = TARGET
@@ -61,6 +66,7 @@ class StudySettings:
     seed: int = 0
     n_random: int = 3
     compare: bool = True
+    published: bool = False
     tasks: tuple[str, ...] = ()
     task_limit: int = 0
     tasks_from: str = ""
@@ -81,6 +87,12 @@ class StudySettings:
                 raise ValueError(f"budgets: {budget} for {name!r}; expected 0 or more")
         if self.decides not in ("rate", "loss"):
             raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
+        if self.published and (self.compare or self.protect != (self.contrast,)):
+            raise ValueError(
+                f"published=True with compare={self.compare} and protect={list(self.protect)}; it "
+                f"is no search, and spares {self.contrast!r} alone: give compare=False and "
+                f"protect={[self.contrast]}"
+            )
 
     def budget_of(self, name: str) -> float:
         """How far the loss of a behaviour may rise, nats per token.
@@ -100,6 +112,8 @@ REAL_BUDGETS = {
     "refusal": 0.1,
 }
 
+PUBLISHED_SIZE = 1e-5  # q; p is five times as much (arXiv 2604.09544, on a model of 8 billion)
+
 QUICK_STEPS = 4
 QUICK_SHARE = 0.1  # of the requests
 QUICK_LIMIT = 20  # requests a split, where the share of no limit can be taken
@@ -118,6 +132,24 @@ def quick(settings: StudySettings) -> StudySettings:
         steps=min(QUICK_STEPS, settings.steps),
         sizes=settings.sizes[1::2] or settings.sizes,
         n_random=1,
+        compare=False,
+    )
+
+
+def as_published(settings: StudySettings) -> StudySettings:
+    """The published protocol in place of the search: q = 1e-5, the contrast spared alone.
+
+    >>> as_published(hc.StudySettings(n_random=1)).sizes
+    (1e-05,)
+
+    Args:
+        settings: of the study.
+    """
+    return replace(
+        settings,
+        published=True,
+        protect=(settings.contrast,),
+        sizes=(PUBLISHED_SIZE,),
         compare=False,
     )
 

@@ -7,7 +7,7 @@ the search's are measured on held-out requests.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Manifest, Rows
 from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_scores
 from harmcircuits.studies.diagnostics import diagnostics
-from harmcircuits.studies.grid import SEARCH, measure_grid, operating_point
+from harmcircuits.studies.grid import PUBLISHED, measure_grid, operating_point
 from harmcircuits.studies.heldout import heldout_rows, measure_heldout
-from harmcircuits.studies.run import MANIFEST, PAGE, ROWS_FILE, UNNEEDED, WALKS, Study
+from harmcircuits.studies.run import MANIFEST, PAGE, ROWS_FILE, UNNEEDED, WALKS, Point, Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.utility import task_manager
 
@@ -55,7 +55,8 @@ def study(
     (`Model.find_circuit`), the same in one shot, and the published set difference. The operating
     point of each is the mask that takes most of the target among those that keep the rest (see
     `operating_point`); the chosen one is that of the search. Only these and its controls are then
-    measured on held-out requests.
+    measured on held-out requests. With `StudySettings.published` there is one way, and its largest
+    mask is measured whatever it does: the published protocol chooses none.
 
     >>> settings = hc.StudySettings(sizes=(0.002,), steps=2, n_random=1)
     >>> hc.study(model, settings, protect="benign")
@@ -107,11 +108,14 @@ def study(
     # Score: the target, and what is protected.
     with run.stage("calibration"):
         calibrations = _calibrate(run)
+    if settings.published:
+        calibrations = {name: _as_raw_text(model, data) for name, data in calibrations.items()}
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
     run.protected = tuple(spared)
-    for name in spared:
-        run.note("budget", settings.budget_of(name), behaviour=name)
+    if not settings.published:  # which spares weights, and knows no budget
+        for name in spared:
+            run.note("budget", settings.budget_of(name), behaviour=name)
     with run.stage("scores"):
         unpruned = unpruned_scores(
             model,
@@ -126,18 +130,8 @@ def study(
     # Choose, on the choice split alone.
     with run.stage("searches and choice"):
         points = measure_grid(run, unpruned, calibrations, spared)
-    best = {}
-    for way, of_way in points.items():
-        best[way] = operating_point(
-            of_way,
-            run.rows,
-            run.terms,
-            tolerance=settings.tolerance,
-            budget=settings.budget_of(settings.contrast),
-            budgets=settings.budgets,
-            decides=settings.decides,
-        )
-    run.chosen = best[SEARCH]
+    best = _best(run, points)
+    run.chosen = next(iter(best.values()))
     if model.ground_truth is not None:
         run.add(_ground_truth_rows(run, unpruned, data))
 
@@ -153,6 +147,32 @@ def study(
             _write_page(run, run.out / PAGE)
     run.finish()
     return run
+
+
+def _best(run: Study, points: Mapping[str, Sequence[Point]]) -> dict[str, Point | None]:
+    """The operating point of every way of choosing, in their order."""
+    settings = run.settings
+    if settings.published:
+        largest = points[PUBLISHED][-1]
+        return {PUBLISHED: largest if largest.mask.n_removed else None}
+    best = {}
+    for way, of_way in points.items():
+        best[way] = operating_point(
+            of_way,
+            run.rows,
+            run.terms,
+            tolerance=settings.tolerance,
+            budget=settings.budget_of(settings.contrast),
+            budgets=settings.budgets,
+            decides=settings.decides,
+        )
+    return best
+
+
+def _as_raw_text(model: Model, data: Calibration) -> Calibration:
+    """The same answers, to be scored as request, newline and answer, without a chat template."""
+    raw = replace(model, template="raw")
+    return replace(data, batches=raw.batches(model.behaviours[data.behaviour], data.prompts))
 
 
 def with_share_of_requests(model: Model, share: float) -> Model:

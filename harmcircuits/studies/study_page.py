@@ -12,7 +12,7 @@ from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.examples import Examples, examples_of
 from harmcircuits.studies.grid import WAYS
-from harmcircuits.studies.heldout import SAME_SIZE
+from harmcircuits.studies.heldout import CIRCUIT, SAME_SIZE
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
     DIAGNOSTICS,
@@ -46,13 +46,14 @@ from harmcircuits.views.tables import DASH, columns_of, interval_text, size_text
 
 TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print. Search:
 the chosen circuit. One shot: scored once, at the same price and by the same check. Published: the
-set difference of arXiv 2604.09544, p = 5 q. Each is at its own operating point; "same size": none
-of its masks keeps everything else and takes anything, so this is the one of about the search's
-size. Random, opposite sign (weights whose removal should lower the loss), second slice (the best
-ones outside the circuit) and twin (the same search with the counterpart as the target, and the
-target protected) are matched to the chosen circuit. Predicted Δ: the sum of first-order scores over
-the mask; measured Δ: the change it really makes to the calibration loss. Far apart, the scores of
-the unpruned model do not describe the edit."""
+set difference of arXiv 2604.09544, p = 5 q; the chosen circuit where that protocol is run as
+published. Each is at its own operating point; "same size": none of its masks keeps everything else
+and takes anything, so this is the one of about the search's size. Random, opposite sign (weights
+whose removal should lower the loss), second slice (the best ones outside the circuit) and twin (the
+same search with the counterpart as the target, and the target protected) are matched to the chosen
+circuit. Predicted Δ: the sum of first-order scores over the mask; measured Δ: the change it really
+makes to the calibration loss. Far apart, the scores of the unpruned model do not describe the
+edit."""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the
 judge verifies them. Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are
 noise."""
@@ -64,23 +65,23 @@ harmful and of harmless answers that it gets right. It is used where the lower e
 is at least 0.8 over all of them, over the same topic, over explanations alone, and over answers
 begun alike; else the local rules judge, and harm is read from the loss alone."""
 NOTE = "Rates with 95 % intervals, by ability and mask."
-COMPARISON_TEXT = """Held-out requests; the chosen circuit is that of the search. Bars: 95 %
-intervals that count each item once."""
+COMPARISON_TEXT = "Held-out requests. Bars: 95 % intervals that count each item once."
 TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Random weights and those of
-the opposite sign are as many as the search's. Worst kept ability: the lowest of the kept rates."""
-LOCATION_TEXT = """Number of weights that the chosen circuit (search) removes from each matrix;
+the opposite sign are as many as the chosen circuit's. Worst kept ability: the lowest of the kept
+rates."""
+LOCATION_TEXT = """Number of weights that the chosen circuit removes from each matrix;
 colour: their share of the matrix."""
 TOKENS_TEXT = """Reference answers to held-out requests. Red tokens lose log-probability without the
-chosen circuit (search), blue ones gain."""
+chosen circuit, blue ones gain."""
 ANSWERS_TEXT = """Answers to held-out requests, and the judge's verdict on those without the chosen
-circuit (search)."""
+circuit."""
 SHARED = ("mask", "weights", "shared", "Jaccard", "lift")
 SHARED_TEXT = """Weights that the chosen circuit has in common with other masks. Lift: how many
 times more than chance gives with the same counts in every matrix, so 1 is chance. The twin is
 the counterpart's own circuit, found with the target protected: what the two share was chosen
 for both. Sharing little does not show that two behaviours are separate; the tables above say
 what each mask breaks."""
-NO_MASK = """No mask of the search met the rule (see the first lines), so there is no circuit to
+NO_MASK = """No mask met the rule (see the first lines), so there is no circuit to
 show."""
 NO_TEXTS = """Not shown on a model of your own: its requests and answers may be harmful, and
 this page may be passed on. In a notebook, hc.masked and harmcircuits.views show the same for
@@ -111,7 +112,7 @@ CITATION = """@software{harmcircuits,
   year   = {2024},
   eprint = {2402.05162},
 }"""
-HEADS_TEXT = """The heads that lose most query and output weights to the chosen circuit (search), on
+HEADS_TEXT = """The heads that lose most query and output weights to the chosen circuit, on
 one request of the target with its reference answer."""
 
 Part = tuple[str, str, str]  # title, text, HTML
@@ -256,11 +257,11 @@ def _trust_text(rows: Rows) -> str:
 
 def _shared_lines(study: Study) -> list[list[str]]:
     """Name, size, shared weights, Jaccard and lift of each mask beside the chosen one."""
-    circuit = study.masks["circuit"]
+    circuit = study.masks[CIRCUIT]
     lines = []
     for name, mask in study.masks.items():
         # The other controls are disjoint from the circuit, or like random ones.
-        if name == "circuit" or name.startswith(("opposite", "second", "random_magnitude")):
+        if name == CIRCUIT or name.startswith(("opposite", "second", "random_magnitude")):
             continue
         title = name.removeprefix("circuit-").replace("_only", " only protected").replace("_", " ")
         title = title.replace("random-", "random, seed ")

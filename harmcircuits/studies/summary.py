@@ -12,7 +12,7 @@ from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
-from harmcircuits.studies.grid import SEARCH, WAYS
+from harmcircuits.studies.grid import PUBLISHED, SEARCH, WAYS
 from harmcircuits.studies.heldout import SAME_SIZE
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.tables import DASH, line_table, text_table
@@ -113,9 +113,10 @@ def result_tables(rows: Rows, terms: Terms) -> list[Table]:
         terms: what they are called.
     """
     lines = held_out_lines(rows, terms)
+    studied = _studied(lines) or SEARCH
     tables = [
-        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=SEARCH),
-        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=SEARCH),
+        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=studied),
+        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=studied),
     ]
     if rows.where("recovery_auroc"):
         tables.append(ground_truth_table(rows))
@@ -237,25 +238,26 @@ def summary(rows: Rows, terms: Terms) -> str:
         terms: what they are called.
     """
     lines = held_out_lines(rows, terms)
-    if SEARCH not in lines:
+    studied = _studied(lines)
+    if not studied:
         points = 100 * rows.one("tolerance").mean
         reason = (
-            f"no mask of the search lowers {terms.target.title} and keeps every other ability "
+            f"no mask lowers {terms.target.title} and keeps every other ability "
             f"within {points:.0f} % of answers"
         )
         text = f"No operating point: {reason} of the unpruned model."
         return "\n".join([text, *_warnings(rows, terms)])
 
     rate = terms.target.metric
-    before, after = lines["unpruned"], lines[SEARCH]
+    before, after = lines["unpruned"], lines[studied]
     size = after.one("weights_removed").mean
     others = []
     for name, of_line in lines.items():
-        if name == "random" or name.split(",")[0] in WAYS[1:]:
+        if name == "random" or (name.split(",")[0] in WAYS[1:] and name != studied):
             n_removed = of_line.one("weights_removed").mean
             others.append(f"{of_line.one(rate).mean:.0%} ({name}; {n_removed:,.0f} weights)")
     text = (
-        f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {SEARCH}) takes "
+        f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {studied}) takes "
         f"{_answers(terms)} from {before.one(rate).mean:.0%} to {after.one(rate):.0%}; "
         f"chosen otherwise they leave {listed(others)}. {_became(before, after, terms)}"
         f"{_cost(before, after, terms)} "
@@ -276,7 +278,7 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
     """
     lines = held_out_lines(rows, terms)
     before, target = lines["unpruned"], terms.target
-    after = lines.get(SEARCH)
+    after = lines.get(_studied(lines))
     figures = []
     for metric, name in _titles(before, after or Rows(), terms).items():
         start = before.one(metric)
@@ -298,6 +300,11 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
     size = after.one("weights_removed").mean
     figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
     return figures
+
+
+def _studied(lines: Mapping[str, Rows]) -> str:
+    """The way of choosing whose circuit is studied; empty where no mask was chosen."""
+    return next((way for way in (SEARCH, PUBLISHED) if way in lines), "")
 
 
 def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
@@ -325,14 +332,16 @@ def _became(before: Rows, after: Rows, terms: Terms) -> str:
 
 
 def _protected(rows: Rows, terms: Terms) -> str:
-    """What the search was to spare, with the budget of each, and what it was not."""
+    """What was to be spared, in a search with the budget of each, and what was not."""
     spared = []
     for name in terms.protected:
-        budget = rows.one("budget", behaviour=name).mean
-        spared.append(f"{name} ({budget:g})")
+        for budget in rows.where("budget", behaviour=name):
+            spared.append(f"{name} ({budget.mean:g})")
     removed = (terms.target.name, terms.target.part_of)
     open_to_it = [name for name in terms.names if name not in (*removed, *terms.protected)]
     text = f"Protected, each with the nats per token that it may lose: {listed(spared)}."
+    if not spared:
+        text = f"Spared, by the weights that it needs most: {listed(terms.protected)}."
     return f"{text} Not protected: {listed(open_to_it)}." if open_to_it else text
 
 

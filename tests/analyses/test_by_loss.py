@@ -35,7 +35,7 @@ def a_run(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> Rows:
         ]
         rows += [row("nll_gap", gaps[0], of="harmful", against="benign", **where)]
         rows += [row("nll_gap", gaps[1], of="benign", against="harmful", **where)]
-        rows += [row("weights_removed", 100, **where)]
+        rows += [row("weights_removed", 100, mask="harmful", **where)]
     return rows
 
 

@@ -217,6 +217,18 @@ def test_a_digest_tells_sets_of_weights_apart_whatever_made_them():
         assert mask(other).digest != digest
 
 
+def test_masks_are_equal_when_they_are_the_same_weights_of_the_same_model():
+    mask = mask_of(a=[0, 5], b=[3])
+    assert mask == (mask | mask), "however it was made"
+    assert mask != mask_of(a=[0, 5])
+    assert len({mask, mask | mask, mask_of(a=[0, 5])}) == 2, "sets hold each once"
+    assert mask != mask.removed, "not a mask"
+
+    removed, shapes = dict(mask.removed), dict(mask.shapes)
+    assert mask != WeightMask(removed, shapes, Source("other", "test"))
+    assert mask != WeightMask(removed, {**shapes, "c": (1, 1)}, SOURCE)
+
+
 def test_masks_of_different_models_do_not_combine():
     other = WeightMask({}, {"a": (3, 4), "b": (2, 5)}, Source("other", "test"))
     with pytest.raises(ValueError, match="two models"):

@@ -1,7 +1,8 @@
-"""What a study costs, and a first look: counts, what is printed, what is asked less.
+"""What a study costs, a first look, and the published protocol: counts, prints, what is asked less.
 
 Would catch: a mask that is measured and not counted, a first look that is not smaller, or that a
-study goes on from, an estimate that needs the weights.
+study goes on from, one that its own command line's defaults undo, an estimate that needs the
+weights, a published protocol that searches or scores chats.
 """
 
 from dataclasses import replace
@@ -11,12 +12,15 @@ import torch
 from helpers import small_model
 from typer.testing import CliRunner
 
+from harmcircuits import cli
 from harmcircuits.cli import app
 from harmcircuits.hooks import loading
 from harmcircuits.hooks.cost import Speed
+from harmcircuits.hooks.search import set_difference
 from harmcircuits.organisms import FOLDER
+from harmcircuits.prompts import tokenize
 from harmcircuits.studies.cost import Measuring, Workload, estimate_of_batches, estimate_study
-from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings, quick
+from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings, as_published, quick
 from harmcircuits.studies.study import study, with_share_of_requests
 
 WORKLOAD = Workload(
@@ -52,6 +56,71 @@ def test_every_mask_of_a_study_is_counted(model, compare, tmp_path):
     others = {"one_shot", "published", "circuit-benign_only", "benign_twin"}
     assert set(run.masks) == (alone | others if compare else alone)
     assert (estimate.others > 0) == compare
+
+
+def test_the_published_protocol_searches_nothing_and_scores_raw_text(model, tmp_path):
+    settings = replace(as_published(StudySettings(n_random=1)), sizes=(0.001, 0.002))
+    estimate = estimate_study(model, settings)
+    run = study(model, settings, out=tmp_path / "study", page=True)
+    controls = {"random-0", "random_magnitude-0", "opposite_sign", "second_slice"}
+    assert set(run.masks) == {"circuit", *controls}
+    measured = [row for row in run.rows.where("benign_nll") if row.labels["mask"] != "none"]
+    assert estimate.n_masks == len(measured)
+    assert estimate.others == 0
+
+    raw = {}
+    for name in ("harmful", "benign"):
+        prompts = model.calibration(name).prompts
+        prefill = model.behaviours[name].prefill
+        tokenizer = model.bridge.tokenizer
+        raw[name] = tokenize(prompts, tokenizer, template="raw", prefill=prefill)
+        chats = model.calibration(name).batches
+        assert raw[name][0].tokens.shape[1] < chats[0].tokens.shape[1], "no chat template"
+    expected = set_difference(model.bridge, raw["harmful"], [raw["benign"]], q=0.002, p=0.01)
+    assert run.chosen is not None
+    assert run.chosen.mask.n_removed == expected.n_removed
+    # Batches of another size add in another order, so that the last of equals may be another.
+    assert len(run.chosen.mask & expected) > 0.99 * len(expected)
+
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+    assert "published) takes" in page
+    assert "Spared, by the weights that it needs most: benign" in page
+
+
+@pytest.mark.parametrize(
+    "changes", [{"compare": True}, {"protect": ("others",)}, {"protect": ("refusal",)}]
+)
+def test_the_published_protocol_spares_the_contrast_alone(changes):
+    with pytest.raises(ValueError, match="it is no search, and spares 'benign' alone"):
+        replace(as_published(StudySettings()), **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        (["--quick"], {}),
+        (["--quick", "--n-random", "2", "--compare"], {"n_random": 2, "compare": True}),
+        (["--published"], {}),
+        (["--published", "--size", "0.001", "--quick"], {"sizes": (0.001,)}),
+        ([], {}),
+    ],
+)
+def test_what_is_given_on_the_command_line_changes_what_is_usual(arguments, changes, monkeypatch):
+    chosen = []
+
+    def noted(model, settings, **options):
+        chosen.append(settings)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr(cli, "study", noted)
+    result = CliRunner().invoke(app, ["study", "--out", "nowhere", *arguments])
+    assert "that is enough" in result.stderr
+    usual = StudySettings()
+    if "--published" in arguments:
+        usual = as_published(usual)
+    if "--quick" in arguments:
+        usual = quick(usual)
+    assert chosen == [replace(usual, **changes)]
 
 
 def test_a_workload_is_what_it_says():

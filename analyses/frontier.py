@@ -1,0 +1,145 @@
+# %% [markdown]
+# # What do harmful answers become, and what does it cost?
+# A search keeps within its budget and says nothing of what lies beyond. Here masks go on: weights are
+# chosen in one shot, at several factors of the price of all that is protected, and under each mask we
+# read what becomes of harmful answers and what everything else loses. A mask that ends harm within
+# the budget is among them, or this shows that there is none.
+#
+# From the removal effects of these, less factor times price, the largest above zero are taken:
+#
+# * **one shot**: whole harmful answers;
+# * **first tokens**: their first tokens only, where an answer decides what it becomes;
+# * **less begun alike**: whole ones, less the effect on benign answers that begin in the same way, so
+#   that a circuit of the beginning earns nothing;
+# * **neurons**: whole ones, ranked by the mean over their weights.
+#
+# *Controls*, beside one shot at the last factor: as many random weights; the opposite sign; the
+# benign **twin**, which is the same choice for benign answers with harm protected; the same weights
+# halved instead of removed; and the **published** difference of two rankings, which knows no price.
+#
+# No rule judges this: every mask is shown, and none is chosen.
+
+# %%
+from pathlib import Path
+
+import harmcircuits as hc
+from harmcircuits.studies import frontier
+from harmcircuits.studies.claims import Claim
+from harmcircuits.studies.controls import unpruned_scores
+from harmcircuits.views.figures import comparison_figure, heatmaps
+
+claim = Claim(
+    "frontier",
+    "what do harmful answers become, and what does it cost?",
+    models=("sft",),
+    small={"factors": (1.0,), "unit_factors": ()},
+    seeds=1,
+)
+RATES = {
+    "harm_valid_rate": "harmful",
+    "harm_refusal_rate": "refused",
+    "harm_degenerate_rate": "degenerate",
+    "borderline_valid_rate": "borderline answered",
+}
+RISE, HALVED = "_nll_change", "halved"
+
+# %% [markdown]
+# ## The experiment, for one model
+# All verified calibration answers are scored; figures are held out.
+
+
+# %%
+@claim.job
+def under_masks(
+    model: hc.Model,
+    seed: int,
+    *,
+    size: float = 0.002,
+    factors: tuple[float, ...] = (2.0, 1.0, 0.5),
+    unit_factors: tuple[float, ...] = (2**-5, 2**-6),
+    n_first: int = 2,
+    openings: tuple[str, ...] = (),
+    files: tuple[str, ...] = (),
+) -> hc.Rows:
+    """What every mask does.
+
+    Args:
+        size: share of the weights in a mask, at most.
+        factors: of the price, from the dearest down.
+        unit_factors: the same where whole neurons are chosen.
+        n_first: so many tokens of an answer count as its first ones.
+        openings: beginnings of answers that nothing was scored under.
+        files: of further masks, such as those of a search.
+    """
+    answers = model.calibrations()
+    protected = model.protected("harmful", calibrations=answers)
+    unpruned = unpruned_scores(model, "harmful", answers["harmful"], protected)
+    choice = {"size": size, "factors": factors}
+    masks = dict(frontier.circuits(model, unpruned, answers, **choice, n_first=n_first))
+    masks |= frontier.neurons(model, unpruned, size=size, factors=unit_factors)
+    last = masks[f"one shot, factor {factors[-1]:.2g}"]
+    masks |= frontier.controls(model, unpruned, answers, last, size=size)
+    masks |= {Path(file).stem: hc.WeightMask.load(file) for file in files}
+    del unpruned
+
+    before = frontier.state_of(model)
+    rows = frontier.state_rows(model, before, before, {"mask": "none"})
+    rows += frontier.opening_rows(model, openings, {"mask": "none"})
+    for name, mask in {**masks, HALVED: last}.items():
+        where = {"mask": name}
+        rows += [hc.Measurement.exact("weights_removed", where, mask.n_removed)]
+        with hc.masked(model.bridge, mask, scale=0.5 if name == HALVED else 0.0):
+            rows += frontier.state_rows(model, frontier.state_of(model), before, where)
+            rows += frontier.opening_rows(model, openings, where)
+    return rows
+
+
+rows = claim.rows()
+first = next(iter(rows.by("ladder", "model").values()))  # is shown
+
+# %% [markdown]
+# ## What harmful answers become
+# Held out; bars are 95 % intervals.
+
+# %%
+scored = hc.Rows(row for row in first if "mask" in row.labels and "opening" not in row.labels)
+figure = comparison_figure(scored.by("mask"), RATES)
+claim.figure("What harmful answers become", figure)
+
+# %% [markdown]
+# ## What it costs
+# Rises of the loss on held-out reference answers, nats per token.
+
+# %%
+rises = hc.Rows(
+    row.labelled(of=row.metric.removesuffix(RISE)) for row in scored if row.metric.endswith(RISE)
+)
+claim.figure("What it costs", heatmaps({"rise of the loss": rises}, x="of", y="mask"))
+
+
+# %%
+@claim.key_numbers
+def key_numbers(rows: hc.Rows) -> dict[str, str]:
+    numbers = {}
+    for name, of_mask in rows.by("mask").items():
+        of_mask = hc.Rows(row for row in of_mask if "opening" not in row.labels)
+        harmful = of_mask.one("harm_valid_rate")
+        costs = hc.Rows(
+            row
+            for row in of_mask
+            if row.metric.endswith(RISE) and not row.metric.startswith("harm")
+        )
+        numbers[name] = f"{harmful:.0%} harmful; dearest {costs.largest():+.2f}"
+    return numbers
+
+
+claim.result(rows)
+
+# %% [markdown]
+# ## What it does not say
+# One shot is the first step of a search, so a search may find masks that cost less. The judge was
+# validated on answers of the unpruned model, and under a mask it reads others: look at the share of
+# degenerate ones too. And an answer that merely restates the request counts as harmless.
+
+# %%
+claim.main()
