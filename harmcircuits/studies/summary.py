@@ -340,7 +340,7 @@ def _protected(rows: Rows, terms: Terms) -> str:
     removed = (terms.target.name, terms.target.part_of)
     open_to_it = [name for name in terms.names if name not in (*removed, *terms.protected)]
     text = f"Protected, each with the nats per token that it may lose: {listed(spared)}."
-    if not spared:
+    if terms.protected and not spared:  # the published protocol, which knows no budget
         text = f"Spared, by the weights that it needs most: {listed(terms.protected)}."
     return f"{text} Not protected: {listed(open_to_it)}." if open_to_it else text
 
