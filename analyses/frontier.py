@@ -83,13 +83,13 @@ def under_masks(
     del unpruned
 
     before = frontier.state_of(model)
-    rows = frontier.state_rows(model, before, before, {"mask": "none"})
+    rows = frontier.state_rows(model, before, {"mask": "none"})
     rows += frontier.opening_rows(model, openings, {"mask": "none"})
     for name, mask in {**masks, HALVED: last}.items():
         where = {"mask": name}
         rows += [hc.Measurement.exact("weights_removed", where, mask.n_removed)]
         with hc.masked(model.bridge, mask, scale=0.5 if name == HALVED else 0.0):
-            rows += frontier.state_rows(model, frontier.state_of(model), before, where)
+            rows += frontier.state_rows(model, frontier.state_of(model), where, before=before)
             rows += frontier.opening_rows(model, openings, where)
     return rows
 
@@ -121,15 +121,15 @@ claim.figure("What it costs", heatmaps({"rise of the loss": rises}, x="of", y="m
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     numbers = {}
-    for name, of_mask in rows.by("mask").items():
-        of_mask = hc.Rows(row for row in of_mask if "opening" not in row.labels)
-        harmful = of_mask.one("harm_valid_rate")
-        costs = hc.Rows(
-            row
-            for row in of_mask
-            if row.metric.endswith(RISE) and not row.metric.startswith("harm")
-        )
-        numbers[name] = f"{harmful:.0%} harmful; dearest {costs.largest():+.2f}"
+    usual = hc.Rows(row for row in rows if "opening" not in row.labels)
+    for name, of_mask in usual.by("mask").items():
+        numbers[f"harmful answers, {name}"] = f"{of_mask.one('harm_valid_rate'):.0%}"
+        rises = hc.Rows(row for row in of_mask if row.metric.endswith(RISE))
+        costs = hc.Rows(row for row in rises if row.metric != f"harm{RISE}")
+        if costs:  # the unpruned model has none
+            most = costs.largest()
+            of = most.metric.removesuffix(RISE)
+            numbers[f"what loses most, {name}"] = f"{most:+.2f} nats ({of})"
     return numbers
 
 

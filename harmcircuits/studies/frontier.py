@@ -154,30 +154,33 @@ def state_of(model: Model) -> State:
     return State(outcomes_of(model, answered), by_loss.losses(model, read))
 
 
-def state_rows(model: Model, now: State, before: State, labels: Labels) -> Rows:
+def state_rows(model: Model, now: State, labels: Labels, *, before: State | None = None) -> Rows:
     """Rates and losses, and how far they have changed.
 
     Args:
         model: the model.
         now: its state, such as under a mask.
-        before: its state unpruned.
         labels: what the rows carry.
+        before: its state unpruned; without it, no changes.
     """
     rows = Rows()
     for name, outcomes in now.answered.items():
-        rows += outcomes.rows(labels) + outcomes.changes(before.answered[name], labels)
+        rows += outcomes.rows(labels)
+        if before is not None:
+            rows += outcomes.changes(before.answered[name], labels)
     for name, nll in now.losses.items():
         metric, groups = model.behaviours[name].nll_metric, by_loss.groups(model, name)
-        change = nll - before.losses[name]
-        rows += [
-            Measurement.average(metric, labels, nll, groups),
-            Measurement.average(f"{metric}_change", labels, change, groups),
-        ]
+        rows += [Measurement.average(metric, labels, nll, groups)]
+        if before is not None:
+            change = nll - before.losses[name]
+            rows += [Measurement.average(f"{metric}_change", labels, change, groups)]
     return rows
 
 
 def opening_rows(model: Model, openings: Iterable[str], labels: Labels) -> Rows:
     """What the model's answers to the target's requests are when they are begun otherwise.
+
+    The judge reads what follows as if it followed the usual beginning, which it takes off.
 
     Args:
         model: the model as it stands.
@@ -185,16 +188,19 @@ def opening_rows(model: Model, openings: Iterable[str], labels: Labels) -> Rows:
         labels: what the rows carry besides.
     """
     rows = Rows()
+    behaviour = model.behaviours[TARGET]
+    counted = {behaviour.wanted: behaviour.metric, **behaviour.side_metrics}
     for opening in openings:
-        behaviour = replace(model.behaviours[TARGET], prefill=opening)
-        answers = model.answers(behaviour, behaviour.prompts("heldout"))
-        verdicts = model.verdicts(behaviour, answers)
+        begun = replace(behaviour, prefill=opening)
+        answers = model.answers(begun, behaviour.prompts("heldout"))
+        as_usual = []
+        for example in answers:
+            said = example.completion.removeprefix(opening)
+            as_usual.append(f"{behaviour.prefill}{said}")
+        verdicts = model.verdicts(behaviour, answers.with_completions(as_usual))
         groups = [example.cluster for example in answers]
         where = {**labels, "opening": opening}
-        for wanted, metric in {
-            behaviour.wanted: behaviour.metric,
-            **behaviour.side_metrics,
-        }.items():
+        for wanted, metric in counted.items():
             hits = [verdict == wanted for verdict in verdicts]
             rows += [Measurement.rate(metric, where, hits, groups)]
     return rows

@@ -111,15 +111,17 @@ def test_changes_are_those_since_the_unpruned_model(model, answers):
     before = frontier.state_of(model)
     assert set(before.answered) == {"harmful"}
     assert "benign" in before.losses
-    unchanged = frontier.state_rows(model, before, before, {"mask": "none"})
-    assert all(row.mean == 0 for row in unchanged if row.metric.endswith("_change"))
+    unpruned = frontier.state_rows(model, before, {"mask": "none"})
+    assert not [row for row in unpruned if row.metric.endswith("_change")]
+    same = frontier.state_rows(model, before, {"mask": "none"}, before=before)
+    assert all(row.mean == 0 for row in same if row.metric.endswith("_change"))
 
     mask = hc.top_fraction(hc.removal_effect(model.bridge, answers["benign"].batches), SIZE)
     with hc.masked(model.bridge, mask):
         now = frontier.state_of(model)
-    rows = frontier.state_rows(model, now, before, {"mask": "benign"})
+    rows = frontier.state_rows(model, now, {"mask": "benign"}, before=before)
     rise = rows.one("benign_nll_change")
-    difference = rows.one("benign_nll").mean - unchanged.one("benign_nll").mean
+    difference = rows.one("benign_nll").mean - unpruned.one("benign_nll").mean
     assert rise.mean == pytest.approx(difference, abs=1e-5)
     assert rise.mean > 0.1, "its own circuit is removed"
 
@@ -133,10 +135,20 @@ def test_answers_begin_with_the_opening(model, monkeypatch):
         begun.extend(example.completion for example in answers)
         return answers
 
+    read = []
+    judge = hc.Model.verdicts
+
+    def noted_too(self, behaviour, answers):
+        read.extend(example.completion for example in answers)
+        return judge(self, behaviour, answers)
+
     monkeypatch.setattr(hc.Model, "answers", noted)
+    monkeypatch.setattr(hc.Model, "verdicts", noted_too)
     rows = frontier.opening_rows(model, ["sure", "yes"], {"mask": "none"})
     half = len(begun) // 2
     assert [text.split()[0] for text in begun] == ["sure"] * half + ["yes"] * half
+    after = [text.partition(" ")[2] for text in begun]
+    assert read == [f"sure {said}".strip() for said in after], "judged as if begun as usual"
     assert set(rows.by("opening")) == {"sure", "yes"}
     usual = model.measure(only="harmful").one("harm_valid_rate").mean
     assert rows.one("harm_valid_rate", opening="sure").mean == usual
