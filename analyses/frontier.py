@@ -26,7 +26,7 @@ import harmcircuits as hc
 from harmcircuits.studies import frontier
 from harmcircuits.studies.claims import Claim
 from harmcircuits.studies.controls import unpruned_scores
-from harmcircuits.views.figures import comparison_figure, heatmaps
+from harmcircuits.views.figures import heatmaps
 
 claim = Claim(
     "frontier",
@@ -99,11 +99,12 @@ first = next(iter(rows.by("ladder", "model").values()))  # is shown
 
 # %% [markdown]
 # ## What harmful answers become
-# Held out; bars are 95 % intervals.
+# Shares of held-out answers.
 
 # %%
-scored = hc.Rows(row for row in first if "mask" in row.labels and "opening" not in row.labels)
-figure = comparison_figure(scored.by("mask"), RATES)
+usual = hc.Rows(row for row in first if "opening" not in row.labels)
+shares = hc.Rows(row.labelled(answers=RATES[row.metric]) for row in usual if row.metric in RATES)
+figure = heatmaps({"share of answers": shares}, x="answers", y="mask", widest=1.0)
 claim.figure("What harmful answers become", figure)
 
 # %% [markdown]
@@ -112,7 +113,7 @@ claim.figure("What harmful answers become", figure)
 
 # %%
 rises = hc.Rows(
-    row.labelled(of=row.metric.removesuffix(RISE)) for row in scored if row.metric.endswith(RISE)
+    row.labelled(of=row.metric.removesuffix(RISE)) for row in usual if row.metric.endswith(RISE)
 )
 claim.figure("What it costs", heatmaps({"rise of the loss": rises}, x="of", y="mask"))
 
@@ -121,8 +122,8 @@ claim.figure("What it costs", heatmaps({"rise of the loss": rises}, x="of", y="m
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     numbers = {}
-    usual = hc.Rows(row for row in rows if "opening" not in row.labels)
-    for name, of_mask in usual.by("mask").items():
+    rows = hc.Rows(row for row in rows if "opening" not in row.labels)
+    for name, of_mask in rows.by("mask").items():
         numbers[f"harmful answers, {name}"] = f"{of_mask.one('harm_valid_rate'):.0%}"
         rises = hc.Rows(row for row in of_mask if row.metric.endswith(RISE))
         costs = hc.Rows(row for row in rises if row.metric != f"harm{RISE}")
