@@ -23,8 +23,8 @@
 # claim *holds* when harm is general and distinct from every other ability shown; *in part* when it
 # is general, or distinct from at least half of them, benign answers included; else it *does not
 # hold here*. "Begun either way" was added when a study of a real model, whose benign answers had no
-# beginning, had found a circuit of the beginning. Until then what is protected kept its dearest
-# weights out of reach; now it has a price, as in the search.
+# beginning, had found a circuit of the beginning. When the committed rows were made, what is
+# protected kept its dearest weights out of reach; since then it has a price, as in the search.
 
 # %%
 import harmcircuits as hc

@@ -88,6 +88,21 @@ def largest(
     return removed
 
 
+def positive(scores: Scores, chosen: Indices) -> dict[str, Index]:
+    """Of some weights those whose score is above zero.
+
+    Args:
+        scores: of every weight.
+        chosen: sorted flat indices, in host memory.
+    """
+    above = {}
+    for name, index in chosen.items():
+        values = scores[name].flatten()
+        is_above = values[index.to(values.device)] > 0
+        above[name] = index[is_above.cpu()]
+    return above
+
+
 def largest_of_rows(
     value: Float[Tensor, "... columns"],
     k: int,

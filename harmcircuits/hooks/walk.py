@@ -38,7 +38,7 @@ from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.circuits.selection import Indices, largest
+from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.accumulation import Kind, mean_gradients, unchanged
@@ -319,11 +319,7 @@ class Walk:
             return WeightMask(removed, self.shapes, self.source)
 
         n = min(round(share * self.n_weights), self.n_candidates)
-        removed = {}
-        for name, index in largest(scores, n, self.excluded).items():
-            values = scores[name].flatten()
-            chosen = values[index.to(values.device)]
-            removed[name] = index[(chosen > 0).cpu()]
+        removed = positive(scores, largest(scores, n, self.excluded))
         return WeightMask(removed, self.shapes, self.source)
 
     def _mean_loss(self, mask: WeightMask | None) -> float:

@@ -12,6 +12,7 @@ from harmcircuits.behaviours.model import OTHERS, Calibration, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.selection import positive
 from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
@@ -278,10 +279,7 @@ def above_zero(scores: WeightScores, size: float) -> WeightMask:
         size: share of the weights, at most.
     """
     largest = top_fraction(scores, size, within="model")
-    removed = {}
-    for name, index in largest.removed.items():
-        values = scores.values[name].flatten()[index]
-        removed[name] = index[(values > 0).cpu()]
+    removed = positive(scores.values, largest.removed)
     return WeightMask(removed, largest.shapes, scores.source)
 
 

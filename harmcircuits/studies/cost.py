@@ -7,7 +7,7 @@ measured    5 masks of every size on the choice split; 7 and the random ones hel
             every request answered as long as it may be, its reference answer read
 
 Where nothing is compared there are no other searches and no published scores, and 3 masks each. The
-published protocol is one scoring in place of all searches.
+published protocol is one scoring of what is spared in place of all searches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -148,14 +148,16 @@ def estimate_of_batches(
         speed=speed,
     )
     passes = n_passes(bridge, max_memory)
-    n_scored = n_tokens(target) + sum(map(n_tokens, spared.values()))
+    n_spared = sum(map(n_tokens, spared.values()))
+    n_scored = n_tokens(target) + n_spared
     if settings.published:
-        main = replace(main, work=Work(scored=n_scored) * passes, steps=1)
+        # The target's scores are those of the unpruned model, which are counted there.
+        main = replace(main, work=Work(scored=n_spared) * passes, steps=1)
     n_ways = N_WAYS
     others = Work()
     if settings.compare:
         others = _other_searches(target, spared, settings, longest_answer, passes)
-        n_scored += sum(map(n_tokens, spared.values()))  # the published scores
+        n_scored += n_spared  # the published scores
         n_ways += N_COMPARED
 
     n_choice = n_ways * len(settings.sizes)

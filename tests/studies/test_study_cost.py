@@ -73,14 +73,13 @@ def test_the_published_protocol_searches_nothing_and_scores_raw_text(model, tmp_
         prompts = model.calibration(name).prompts
         prefill = model.behaviours[name].prefill
         tokenizer = model.bridge.tokenizer
-        raw[name] = tokenize(prompts, tokenizer, template="raw", prefill=prefill)
+        options = {"template": "raw", "prefill": prefill, "batch_size": model.batch_size}
+        raw[name] = tokenize(prompts, tokenizer, **options)
         chats = model.calibration(name).batches
         assert raw[name][0].tokens.shape[1] < chats[0].tokens.shape[1], "no chat template"
     expected = set_difference(model.bridge, raw["harmful"], [raw["benign"]], q=0.002, p=0.01)
     assert run.chosen is not None
-    assert run.chosen.mask.n_removed == expected.n_removed
-    # Batches of another size add in another order, so that the last of equals may be another.
-    assert len(run.chosen.mask & expected) > 0.99 * len(expected)
+    assert run.chosen.mask == expected
 
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     assert "published) takes" in page
