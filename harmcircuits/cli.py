@@ -149,9 +149,7 @@ def study_command(
     quiet()
     console = Console()
     with one_sentence():
-        usual = FOR_REAL_MODELS if model else StudySettings()
-        if settings["published"]:
-            usual = as_published(usual)
+        usual = _usual_settings(model, is_published=settings["published"])
         chosen = _settings(settings, quick(usual) if is_quick else usual)
         bound = _in_bytes(max_memory)
         # What cannot end well is refused before hours of answers.
@@ -196,6 +194,12 @@ def study_command(
 def _refuse_both(model: str, organism: str | None) -> None:
     if model and organism:
         raise ValueError(f"model={model!r} and organism={organism!r}; give one of them")
+
+
+def _usual_settings(model: str, *, is_published: bool | None) -> StudySettings:
+    """The settings before any of them is given."""
+    usual = FOR_REAL_MODELS if model else StudySettings()
+    return as_published(usual) if is_published else usual
 
 
 def _settings(given: dict[str, Any], usual: StudySettings) -> StudySettings:

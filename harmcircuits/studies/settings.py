@@ -72,6 +72,17 @@ class StudySettings:
     tasks_from: str = ""
 
     def __post_init__(self) -> None:
+        self._refuse_numbers()
+        if self.decides not in ("rate", "loss"):
+            raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
+        if self.published and (self.compare or self.protect != (self.contrast,)):
+            raise ValueError(
+                f"published=True with compare={self.compare} and protect={list(self.protect)}; it "
+                f"is no search, and spares {self.contrast!r} alone: give compare=False and "
+                f"protect={[self.contrast]}"
+            )
+
+    def _refuse_numbers(self) -> None:
         if not self.sizes or any(not 0 < size <= 1 for size in self.sizes):
             raise ValueError(
                 f"sizes={list(self.sizes)}; expected one or more shares of the weights in (0, 1]"
@@ -85,14 +96,6 @@ class StudySettings:
         for name, budget in self.budgets.items():
             if not budget >= 0:
                 raise ValueError(f"budgets: {budget} for {name!r}; expected 0 or more")
-        if self.decides not in ("rate", "loss"):
-            raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
-        if self.published and (self.compare or self.protect != (self.contrast,)):
-            raise ValueError(
-                f"published=True with compare={self.compare} and protect={list(self.protect)}; it "
-                f"is no search, and spares {self.contrast!r} alone: give compare=False and "
-                f"protect={[self.contrast]}"
-            )
 
     def budget_of(self, name: str) -> float:
         """How far the loss of a behaviour may rise, nats per token.

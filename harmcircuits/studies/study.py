@@ -108,14 +108,10 @@ def study(
     # Score: the target, and what is protected.
     with run.stage("calibration"):
         calibrations = _calibrate(run)
-    if settings.published:
-        calibrations = {name: _as_raw_text(model, data) for name, data in calibrations.items()}
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
     run.protected = tuple(spared)
-    if not settings.published:  # which spares weights, and knows no budget
-        for name in spared:
-            run.note("budget", settings.budget_of(name), behaviour=name)
+    _note_budgets(run)
     with run.stage("scores"):
         unpruned = unpruned_scores(
             model,
@@ -320,10 +316,7 @@ def _prepare_folder(run: Study, *, resume: bool, force: bool) -> None:
 def _calibrate(run: Study) -> dict[str, Calibration]:
     """Own verified answers of every behaviour that is scored and shown, with their diagnostics."""
     model, settings = run.model, run.settings
-    scored = {settings.target, settings.contrast, *settings.protect}
-    if OTHERS in settings.protect:
-        scored |= set(model.others(settings.target))
-    names = [name for name in model.behaviours if name in scored]
+    names = _scored(run)
     advance = run.steps("calibrate", len(names))
     calibrations = {}
     for name in names:
@@ -344,7 +337,25 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
             )
             run.add(rows)
         advance()
+    if settings.published:
+        return {name: _as_raw_text(model, data) for name, data in calibrations.items()}
     return calibrations
+
+
+def _scored(run: Study) -> list[str]:
+    """The behaviours that are scored if they are shown, in the model's order."""
+    model, settings = run.model, run.settings
+    scored = {settings.target, settings.contrast, *settings.protect}
+    if OTHERS in settings.protect:
+        scored |= set(model.others(settings.target))
+    return [name for name in model.behaviours if name in scored]
+
+
+def _note_budgets(run: Study) -> None:
+    """What each protected behaviour may lose; the published protocol knows no budget."""
+    if not run.settings.published:
+        for name in run.protected:
+            run.note("budget", run.settings.budget_of(name), behaviour=name)
 
 
 def _ground_truth_rows(run: Study, unpruned: Unpruned, data: Calibration) -> Rows:
