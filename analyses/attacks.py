@@ -91,38 +91,54 @@ def attacked(
     *,
     size: float = 0.002,
     steps: int = 10,
+    circuit: str = "",
+    share: float = 0.5,
     attack_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60),
     attack_rank: int = 0,
+    attack_share: float = 1.0,
 ) -> hc.Rows:
     """Every attack against every defence.
 
     Args:
         size: share of the weights.
         steps: of the search.
+        circuit: file of a mask to attack, in place of a search.
+        share: of all items, that circuit and attacks are found and measured on.
         attack_steps: steps of harmful fine-tuning after which a model is measured, besides 0.
         attack_rank: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.
+        attack_share: of the harmful answers, that the attacker trains on.
     """
-    lora = hc.Lora(attack_rank, 2.0 * attack_rank) if attack_rank else None
-    half = curves.restricted(model).sampled(0.5, seed=seed)
-    circuit = half.find_circuit("harmful", size=size, steps=steps)
-    random, nothing = hc.random_like(circuit, seed=seed), circuit - circuit
-    defences = {"none": nothing, "circuit, held": circuit, "circuit, then free": circuit}
+    asked = curves.restricted(model).sampled(share, seed=seed)
+    found = hc.WeightMask.load(circuit) if circuit else None
+    found = found or asked.find_circuit("harmful", size=size, steps=steps)
+    random, nothing = hc.random_like(found, seed=seed), found - found
+    defences = {"none": nothing, "circuit, held": found, "circuit, then free": found}
     defences |= {"random, held": random, "random, then free": random}
+
     examples = model.behaviours["harmful"].references("calibration")
+    examples = examples.sampled(attack_share, seed=seed)
     texts = hc.tokenize(examples, model.bridge.tokenizer, template=model.template, batch_size=16)
+    lora = hc.Lora(attack_rank, 2.0 * attack_rank) if attack_rank else None
+    untrained = {mask: elicited_under(mask, asked) for mask in (nothing, found, random)}
     rows = hc.Rows()
     for name, mask in defences.items():
-        unrefusing = refusals_removed(half, mask=mask)
+        rows += [row.labelled(mask=name, step=0) for row in untrained[mask]]
         with (
             hc.masked(model.bridge, mask, hold=name.endswith("held")),
             hc.fine_tuning(model.bridge, texts, lr=1e-4, lora=lora, seed=seed) as run,
         ):
-            for step in sorted({0, *attack_steps}):
+            for step in sorted({*attack_steps} - {0}):
                 run.until(step)
-                of_step = elicited(half, unrefusing=unrefusing, only_plain=step > 0)
-                of_step += half.measure(only="benign")
+                of_step = elicited(asked, only_plain=True) + asked.measure(only="benign")
                 rows += [row.labelled(mask=name, step=step) for row in of_step]
     return rows
+
+
+def elicited_under(mask: hc.WeightMask, model: hc.Model) -> hc.Rows:
+    """What all attacks but training get out of a model under a mask, and its benign answers."""
+    unrefusing = refusals_removed(model, mask=mask)
+    with hc.masked(model.bridge, mask):
+        return elicited(model, unrefusing=unrefusing) + model.measure(only="benign")
 
 
 rows = claim.rows()
