@@ -94,6 +94,7 @@ def attacked(
     circuit: str = "",
     share: float = 0.5,
     attack_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60),
+    attack_lr: float = 1e-4,
     attack_rank: int = 0,
     attack_share: float = 1.0,
 ) -> hc.Rows:
@@ -105,6 +106,7 @@ def attacked(
         circuit: file of a mask to attack, in place of a search.
         share: of all items, that circuit and attacks are found and measured on.
         attack_steps: steps of harmful fine-tuning after which a model is measured, besides 0.
+        attack_lr: learning rate.
         attack_rank: rank of the attacker's adapters (alpha twice that); 0: every parameter learns.
         attack_share: of the harmful answers, that the attacker trains on.
     """
@@ -125,7 +127,7 @@ def attacked(
         rows += [row.labelled(mask=name, step=0) for row in untrained[mask]]
         with (
             hc.masked(model.bridge, mask, hold=name.endswith("held")),
-            hc.fine_tuning(model.bridge, texts, lr=1e-4, lora=lora, seed=seed) as run,
+            hc.fine_tuning(model.bridge, texts, lr=attack_lr, lora=lora, seed=seed) as run,
         ):
             for step in sorted({*attack_steps} - {0}):
                 run.until(step)

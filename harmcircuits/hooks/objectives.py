@@ -31,6 +31,50 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
         bridge: the model.
         batch: the texts.
     """
+    return _mean_over_targets(bridge, batch, _cross_entropy)
+
+
+def token_error(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
+    """Mean over the target tokens of each example of 1 - p: how often a draw would miss them.
+
+    E_x = (1/T_x) sum_{t target} (1 - p(token_t | tokens before t)), from 0 to 1. Unlike the loss it
+    is bounded, so a few answers that have broken cannot pay for all others, and a token that is
+    lost already earns nothing more.
+
+    >>> token_error(bridge, harm[0]).max() < 1
+    tensor(True)
+
+    Args:
+        bridge: the model.
+        batch: the texts.
+    """
+    return _mean_over_targets(bridge, batch, _error)
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "targets vocab"], targets: Int[Tensor, " targets"]
+) -> Float[Tensor, " targets"]:
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _error(
+    logits: Float[Tensor, "targets vocab"], targets: Int[Tensor, " targets"]
+) -> Float[Tensor, " targets"]:
+    return 1 - _cross_entropy(logits, targets).neg().exp()
+
+
+def _mean_over_targets(
+    bridge: Bridge,
+    batch: Batch,
+    value: Callable[[Tensor, Tensor], Float[Tensor, " targets"]],
+) -> Float[Tensor, " batch"]:
+    """The mean of a value over the target tokens of each example.
+
+    Args:
+        bridge: the model.
+        batch: the texts.
+        value: of logits in float32 and targets, a number for each target.
+    """
     # A token is predicted at the position before it, so the targets move one to the left:
     #
     #     tokens            <bos>  how   ?   sure   it  <eos>
@@ -54,12 +98,12 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
     logits = logits[row, column]
     logits = logits.float()
     targets = next_tokens[is_target].to(logits.device)
-    losses = functional.cross_entropy(logits, targets, reduction="none")
+    values = value(logits, targets)
 
     # Back to [batch, n], with zeros where an example has no target.
-    zeros = losses.new_zeros(is_target.shape)
-    per_position = zeros.index_put((row, column), losses)
-    n_targets = is_target.sum(dim=1).to(losses.device)
+    zeros = values.new_zeros(is_target.shape)
+    per_position = zeros.index_put((row, column), values)
+    n_targets = is_target.sum(dim=1).to(values.device)
     return per_position.sum(dim=1) / n_targets
 
 

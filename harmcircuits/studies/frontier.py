@@ -18,6 +18,7 @@ from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.attribution import removal_effect, token_price
+from harmcircuits.hooks.objectives import token_error
 from harmcircuits.hooks.search import set_difference
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
@@ -42,7 +43,7 @@ def circuits(
     factors: Sequence[float],
     n_first: int,
 ) -> Masks:
-    """Single weights, by three rankings at every factor; scores of one ranking at a time.
+    """Single weights, by four rankings at every factor; scores of one ranking at a time.
 
     Args:
         model: the model, unpruned.
@@ -60,7 +61,9 @@ def circuits(
             yield f"{ranking}, factor {factor:.2g}", above_zero(scores, size)
 
     yield from at_factors("one shot", unpruned.effect)
-    begun = [beginning(batch, n_first) for batch in answers[TARGET].batches]
+    harm = answers[TARGET].batches
+    yield from at_factors("token error", removal_effect(bridge, harm, token_error))
+    begun = [beginning(batch, n_first) for batch in harm]
     yield from at_factors("first tokens", removal_effect(bridge, begun))
     alike = removal_effect(bridge, answers.get(ALIKE, answers[CONTRAST]).batches)
     yield from at_factors("less begun alike", priced(Unpruned(unpruned.effect, alike), 1.0))

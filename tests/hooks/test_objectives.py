@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_losses
+from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_error, token_losses
 from harmcircuits.prompts import Batch
 
 LOG2 = math.log(2)
@@ -78,6 +78,12 @@ def test_loss_by_hand():
     torch.testing.assert_close(
         completion_loss(MarkovModel(), BATCH), expected
     )  # default float32 tolerance: rounding only
+
+
+def test_token_error_by_hand():
+    # Row 0: two of 1/4. Row 1: 1/8. Row 2: 1/2, four times.
+    expected = torch.tensor([3 / 4, 7 / 8, 1 / 2])
+    torch.testing.assert_close(token_error(MarkovModel(), BATCH), expected)
 
 
 def test_a_model_that_leaves_logits_out_has_the_same_losses():

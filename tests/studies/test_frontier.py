@@ -36,7 +36,7 @@ def unpruned(model, answers):
 def test_every_ranking_is_taken_at_every_factor(model, answers, unpruned):
     options = {"size": SIZE, "factors": (4.0, 1.0), "n_first": 1}
     masks = dict(frontier.circuits(model, unpruned, answers, **options))
-    rankings = ("one shot", "first tokens", "less begun alike")
+    rankings = ("one shot", "token error", "first tokens", "less begun alike")
     assert list(masks) == [f"{name}, factor {factor}" for name in rankings for factor in (4, 1)]
     for ranking in rankings:
         dear, cheap = masks[f"{ranking}, factor 4"], masks[f"{ranking}, factor 1"]
