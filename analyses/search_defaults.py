@@ -27,6 +27,7 @@ import typer
 from rich.console import Console
 
 from harmcircuits.command_errors import one_sentence
+from harmcircuits.hooks.objectives import token_error
 from harmcircuits.studies.bench.jobs import bench_jobs
 from harmcircuits.studies.bench.methods import Method
 from harmcircuits.studies.bench.tables import variant_table
@@ -47,6 +48,7 @@ VARIANTS: Mapping[str, Method] = {
     "factor for each behaviour": partial(walked, kind=FactorForEach),
     "log(1 + loss)": partial(walked, objective=log_loss),
     "loss up to 6": partial(walked, objective=capped_loss),
+    "token error": partial(walked, objective=token_error),
     "two laps of 5 steps": partial(walked, steps=5, laps=2),
     "first answers": partial(walked, renew=False),
     "factors 1/64 to 256": factors(-6, 8, per_doubling=2),

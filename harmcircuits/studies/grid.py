@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from harmcircuits.behaviours.model import Calibration
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.hooks.attribution import snip_scores
+from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.studies.controls import Unpruned, opposite_sign
@@ -144,24 +144,30 @@ def _masks(
 ) -> dict[str, list[WeightMask]]:
     """Way of choosing -> its masks, of every size; first the one that is studied."""
     sizes = run.settings.sizes
+    target = calibrations[run.settings.target]
     if run.settings.published:
-        return {PUBLISHED: _published(run, unpruned, spared)}
+        return {PUBLISHED: _published(run, unpruned, target, spared)}
     masks = {SEARCH: run.find_circuits("search", sizes, calibrations, spared)}
     if run.settings.compare:
         # One scoring of the unpruned model, the same price and check: what the walk adds.
         options = {"steps": 1, "reach": 1, "renew": False}
         masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
-        masks[PUBLISHED] = _published(run, unpruned, spared)
+        masks[PUBLISHED] = _published(run, unpruned, target, spared)
     return masks
 
 
 def _published(
-    run: Study, unpruned: Unpruned, spared: Mapping[str, Calibration]
+    run: Study,
+    unpruned: Unpruned,
+    target: Calibration,
+    spared: Mapping[str, Calibration],
 ) -> list[WeightMask]:
-    """`set_difference` of every size q and p = 5 q; each behaviour is scored once for all."""
+    """`set_difference` of every size q and p = 5 q, by the loss; each behaviour is scored once."""
     sizes = run.settings.sizes
     shares = [min(1.0, P_OVER_Q * size) for size in sizes]
-    scores, _ = unpruned
+    scores = unpruned.effect
+    if run.settings.scored_by != "loss":
+        scores = removal_effect(run.model.bridge, target.batches, max_memory=run.max_memory)
     masks = top_fraction(scores, sizes)
     for data in spared.values():
         needed = snip_scores(

@@ -63,10 +63,11 @@ def measure_heldout(
         if run.out is not None:
             mask.save(run.out / "masks" / f"{name}.safetensors")
         run.add(masked_rows(run, mask, {"model": model.name, **labels}))
-        change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
-        where = {**labels, "split": "calibration"}
-        run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
-        run.note("measured_loss_change", change.mean().item(), **where)
+        if settings.scored_by == "loss":  # else the scores predict another figure
+            change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
+            where = {**labels, "split": "calibration"}
+            run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
+            run.note("measured_loss_change", change.mean().item(), **where)
         advance()
 
 

@@ -11,6 +11,7 @@ from harmcircuits.hooks.search import BUDGET, STEPS
 TOLERANCE = 0.01  # how far a kept rate may fall at the operating point
 
 Decides = Literal["rate", "loss"]
+ScoredBy = Literal["loss", "error"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class StudySettings:
         tolerance: how far a kept rate may fall at the operating point.
         decides: which figure of the target decides at the operating point: its "rate", or its
             "loss" where the verdicts on free text are coarse.
+        scored_by: what answers of the target are scored by: their "loss", or their "error", the
+            share of their tokens that a draw would miss (`token_error`), which is bounded: no few
+            broken answers can pay for the others. What is protected is priced by its loss in any
+            case.
         seed: draws an organism's reference answers and the random masks.
         n_random: random masks of each kind.
         compare: whether the circuit is compared with other ways of choosing and with circuits of
@@ -50,8 +55,9 @@ class StudySettings:
 
     Raises:
         ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, a negative
-            tolerance, budget or limit, another figure that decides, or the published protocol with
-            something to compare or protecting anything but the contrast.
+            tolerance, budget or limit, another figure that decides or scores, or the published
+            protocol with something to compare, protecting anything but the contrast, or by the
+            error.
     """
 
     target: str = TARGET
@@ -63,6 +69,7 @@ class StudySettings:
     budgets: Mapping[str, float] = field(default_factory=dict)
     tolerance: float = TOLERANCE
     decides: Decides = "rate"
+    scored_by: ScoredBy = "loss"
     seed: int = 0
     n_random: int = 3
     compare: bool = True
@@ -73,14 +80,9 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         self._refuse_numbers()
-        if self.decides not in ("rate", "loss"):
-            raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
-        if self.published and (self.compare or self.protect != (self.contrast,)):
-            raise ValueError(
-                f"published=True with compare={self.compare} and protect={list(self.protect)}; it "
-                f"is no search, and spares {self.contrast!r} alone: give compare=False and "
-                f"protect={[self.contrast]}"
-            )
+        self._refuse_figures()
+        if self.published:
+            self._refuse_other_protocol()
 
     def _refuse_numbers(self) -> None:
         if not self.sizes or any(not 0 < size <= 1 for size in self.sizes):
@@ -96,6 +98,25 @@ class StudySettings:
         for name, budget in self.budgets.items():
             if not budget >= 0:
                 raise ValueError(f"budgets: {budget} for {name!r}; expected 0 or more")
+
+    def _refuse_figures(self) -> None:
+        if self.decides not in ("rate", "loss"):
+            raise ValueError(f'decides={self.decides!r}; expected "rate" or "loss"')
+        if self.scored_by not in ("loss", "error"):
+            raise ValueError(f'scored_by={self.scored_by!r}; expected "loss" or "error"')
+
+    def _refuse_other_protocol(self) -> None:
+        if self.scored_by != "loss":
+            raise ValueError(
+                f"published=True with scored_by={self.scored_by!r}; the published protocol scores "
+                "by the loss: leave scored_by out"
+            )
+        if self.compare or self.protect != (self.contrast,):
+            raise ValueError(
+                f"published=True with compare={self.compare} and protect={list(self.protect)}; it "
+                f"is no search, and spares {self.contrast!r} alone: give compare=False and "
+                f"protect={[self.contrast]}"
+            )
 
     def budget_of(self, name: str) -> float:
         """How far the loss of a behaviour may rise, nats per token.

@@ -21,6 +21,7 @@ from harmcircuits.circuits.location import location_rows
 from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import all_scores
+from harmcircuits.hooks.objectives import token_error
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Manifest, Rows
 from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_scores
@@ -90,6 +91,7 @@ def study(
     """
     # What can be refused without running the model is refused first.
     settings = _settings(model, settings, target, protect, contrast)
+    model = _with_objectives(model, settings)
     run = Study(model, settings, Path(out) if out else None, max_memory=max_memory)
     if progress is not None:
         run.progress = progress
@@ -143,6 +145,17 @@ def study(
             _write_page(run, run.out / PAGE)
     run.finish()
     return run
+
+
+def _with_objectives(model: Model, settings: StudySettings) -> Model:
+    """The model with the target, and the contrast for its twin, scored as the settings say."""
+    if settings.scored_by == "loss":
+        return model
+    scored = []
+    for name in (settings.target, settings.contrast):
+        if name in model.behaviours and not model.behaviours[name].choices:
+            scored.append(replace(model.behaviours[name], objective=token_error))
+    return model.with_behaviours(*scored)
 
 
 def _best(run: Study, points: Mapping[str, Sequence[Point]]) -> dict[str, Point | None]:

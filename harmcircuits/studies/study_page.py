@@ -51,12 +51,14 @@ published. Each is at its own operating point; "same size": none of its masks ke
 and takes anything, so this is the one of about the search's size. Random, opposite sign (weights
 whose removal should lower the loss), second slice (the best ones outside the circuit) and twin (the
 same search with the counterpart as the target, and the target protected) are matched to the chosen
-circuit. Predicted Δ: the sum of first-order scores over the mask; measured Δ: the change it really
-makes to the calibration loss. Far apart, the scores of the unpruned model do not describe the
-edit."""
+circuit. Predicted Δ, where answers are scored by their loss: the sum of first-order scores over the
+mask; measured Δ: the change it really makes to the calibration loss. Far apart, the scores of the
+unpruned model do not describe the edit."""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the
 judge verifies them. Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are
 noise."""
+ERROR_TEXT = """Those of the target, and of the counterpart's twin, are scored by the share of their
+tokens that a draw would miss, in place of the loss."""
 JUDGE_TEXT = """Own answers of the unpruned model, as the local rules label them: harmful ones told
 from refusals, explanations of why the same requests are harmful ("same topic"), benign answers, and
 benign ones begun alike. AUROC: the chance that a harmful answer scores higher; of a judge that is
@@ -246,13 +248,16 @@ def _trust(study: Study, lines: StudyLines) -> list[Part]:
     return [
         ("Against the planted circuit", "Chance is 0.5 for both areas.", known),
         ("Can the judge be trusted?", JUDGE_TEXT, judged),
-        ("Can the scores be trusted?", _trust_text(study.rows), diagnosed),
+        ("Can the scores be trusted?", _trust_text(study), diagnosed),
     ]
 
 
-def _trust_text(rows: Rows) -> str:
+def _trust_text(study: Study) -> str:
     """How scores are made, and which requests repeat others where they are a user's own."""
-    return f"{TRUST_TEXT} {repeats_text(rows)}".rstrip()
+    texts = [TRUST_TEXT, repeats_text(study.rows)]
+    if study.settings.scored_by == "error":
+        texts.insert(1, ERROR_TEXT)
+    return " ".join(filter(None, texts))
 
 
 def _shared_lines(study: Study) -> list[list[str]]:

@@ -16,6 +16,7 @@ from harmcircuits import cli
 from harmcircuits.cli import app
 from harmcircuits.hooks import loading
 from harmcircuits.hooks.cost import Speed
+from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.hooks.search import set_difference
 from harmcircuits.organisms import FOLDER
 from harmcircuits.prompts import tokenize
@@ -84,6 +85,43 @@ def test_the_published_protocol_searches_nothing_and_scores_raw_text(model, tmp_
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     assert "published) takes" in page
     assert "Spared, by the weights that it needs most: benign" in page
+
+
+def test_a_study_by_the_error_searches_by_it_and_compares_with_the_published_loss(model, tmp_path):
+    settings = StudySettings(
+        sizes=(0.01, 0.04), steps=2, n_random=1, tolerance=0.5, scored_by="error"
+    )
+    run = study(model, settings, out=tmp_path / "study", page=True)
+    answers = model.calibrations()
+    target = answers["harmful"].batches
+    assert run.chosen is not None
+    searched = run.chosen.mask
+    by_error = model.with_behaviours(replace(model.behaviours["harmful"], objective=token_error))
+    options = {"size": settings.sizes, "steps": 2, "calibrations": answers}
+    assert searched in by_error.find_circuit("harmful", **options)
+    assert searched not in model.find_circuit("harmful", **options)
+
+    assert run.masks["one_shot"].source.parents[0].settings["objective"] == "token_error"
+    assert run.masks["benign_twin"].source.parents[0].settings["objective"] == "token_error"
+    published = []
+    for q in settings.sizes:
+        spared = [answers[name].batches for name in run.protected]
+        published.append(set_difference(model.bridge, target, spared, q=q, p=5 * q))
+    assert run.masks["published"] in published
+
+    assert not run.rows.where("predicted_loss_change"), "the scores predict no loss"
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+    assert "tokens that a draw would miss" in page
+    assert model.behaviours["harmful"].objective is completion_loss
+
+
+def test_what_answers_cannot_be_scored_by_is_refused():
+    settings = StudySettings()
+    object.__setattr__(settings, "scored_by", "rate")  # past the types, which only tests check
+    with pytest.raises(ValueError, match='scored_by=\'rate\'; expected "loss" or "error"'):
+        settings.__post_init__()
+    with pytest.raises(ValueError, match="the published protocol scores by the loss"):
+        replace(as_published(StudySettings()), scored_by="error")
 
 
 @pytest.mark.parametrize(
