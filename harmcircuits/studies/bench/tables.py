@@ -158,6 +158,8 @@ def effect_table(rows: Rows) -> pd.DataFrame:
 def variant_table(rows: Rows, names: Iterable[str], sizes: Sequence[float]) -> pd.DataFrame:
     """A line for each variant of the search: areas in nats / of the rate, and where harm ends.
 
+    In brackets the share of degenerate answers there.
+
     Args:
         rows: of the shipped `sft` and `dpo`, on both halves of the answers.
         names: of the variants, in their order.
@@ -174,6 +176,8 @@ def variant_table(rows: Rows, names: Iterable[str], sizes: Sequence[float]) -> p
             value = cases[name].get(("shipped", model, part))
             if value is not None:
                 end = percent(value.ends_at, 2)
+                if value.degenerate is not None:
+                    end += f" ({value.degenerate:.0%})"
                 line[f"{model} {part}"] = f"{value.nats:.2f} / {value.rate:.2f}, {end}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("-")
