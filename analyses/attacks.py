@@ -111,8 +111,10 @@ def attacked(
         attack_share: of the harmful answers, that the attacker trains on.
     """
     asked = curves.restricted(model).sampled(share, seed=seed)
-    found = hc.WeightMask.load(circuit) if circuit else None
-    found = found or asked.find_circuit("harmful", size=size, steps=steps)
+    if circuit:
+        found = hc.WeightMask.load(circuit)
+    else:
+        found = asked.find_circuit("harmful", size=size, steps=steps)
     random, nothing = hc.random_like(found, seed=seed), found - found
     defences = {"none": nothing, "circuit, held": found, "circuit, then free": found}
     defences |= {"random, held": random, "random, then free": random}

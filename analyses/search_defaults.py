@@ -11,8 +11,9 @@
 # (rise of its loss / budget - 1/2), within one half either way, so that who is near its budget
 # becomes dearer and who is far from it cheaper. *log(1 + loss)* and *loss up to 6*: another loss of
 # every harmful answer. *Token error*: the share of its tokens that a draw would miss (`token_error`),
-# tried after all others, when a real model had shown a mean loss that few answers carry. *Two laps of 5 steps*: a second walk, from 0.2 % on, that begins with the
-# sums and under the mask of the first; as many steps in all as the default.
+# tried after all others, when a real model had shown a mean loss that few answers carry. *Two laps
+# of 5 steps*: a second walk, from 0.2 % on, that begins with the sums and under the mask of the
+# first; as many steps in all as the default.
 #
 # **The rule, fixed before the run.** All variants are tried on half A. One that takes less of both, the
 # loss and the rate, on both models has lost; the others are tried on half B too. One is better than
