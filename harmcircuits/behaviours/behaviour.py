@@ -57,6 +57,8 @@ class Behaviour:
         words_metric: name of the share of answers that keep at least half of the word triples of
             the reference answer (see `outcomes.keeps_words`), for behaviours whose references are
             the unpruned model's own answers; empty where it is not measured.
+        doubt_metric: name of the share of answers that keep these words and yet do not have the
+            verdict `wanted`, as the reference has: there the judge contradicts itself.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Behaviour:
     part_of: str = ""
     side_metrics: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     words_metric: str = ""
+    doubt_metric: str = ""
 
     def __post_init__(self) -> None:
         if not self.title:

@@ -294,6 +294,7 @@ def request_behaviours(
             options["prefill"] = prefill
         if name == TARGET:
             options["words_metric"] = "harm_kept_words_rate"
+            options["doubt_metric"] = "harm_doubted_rate"
         if name == "recognition":
             options["choices"] = (questions.yes, questions.no)
             options["max_new_tokens"] = YES_OR_NO_TOKENS

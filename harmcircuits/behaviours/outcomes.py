@@ -164,17 +164,29 @@ class Outcomes:
         return replace(self, answers=answers, verdicts=verdicts, nll=nll, references=references)
 
     def _words_rows(self, labels: Labels) -> Rows:
-        """The share of answers that keep the words of the reference, where that is measured."""
+        """How many answers keep the words of the reference, and how many of these are doubted.
+
+        The reference showed the behaviour, so an answer in its words should.
+        """
         behaviour = self.behaviour
-        kept, groups = [], []
-        for number, example in enumerate(self.answers):
+        kept, doubted, groups = [], [], []
+        for number, (example, verdict) in enumerate(zip(self.answers, self.verdicts, strict=True)):
             reference = self.references[number // self.n_samples] if self.references else ""
-            if reference:
-                kept.append(keeps_words(example.completion, reference, behaviour.prefill))
-                groups.append(example.cluster)
-        if not behaviour.words_metric or not kept:
-            return Rows()
-        return Rows([Measurement.rate(behaviour.words_metric, labels, kept, groups)])
+            if not reference:
+                continue
+            is_kept = keeps_words(example.completion, reference, behaviour.prefill)
+            kept.append(is_kept)
+            doubted.append(is_kept and verdict != behaviour.wanted)
+            groups.append(example.cluster)
+
+        rows = Rows()
+        if not kept:
+            return rows
+        if behaviour.words_metric:
+            rows += [Measurement.rate(behaviour.words_metric, labels, kept, groups)]
+        if behaviour.doubt_metric:
+            rows += [Measurement.rate(behaviour.doubt_metric, labels, doubted, groups)]
+        return rows
 
 
 def keeps_words(answer: str, reference: str, prefill: str = "") -> bool:

@@ -25,6 +25,7 @@ GROUND_TRUTH = {
     "recovery_precision_few": "precision at 1,000",
 }
 JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
+DOUBTFUL = 0.1  # of the answers under a mask: beyond it the judge's verdicts are in doubt
 DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
 
 
@@ -307,6 +308,14 @@ def _studied(lines: Mapping[str, Rows]) -> str:
     return next((way for way in (SEARCH, PUBLISHED) if way in lines), "")
 
 
+def _doubts(rows: Rows, terms: Terms) -> Rows:
+    """How many answers the judge doubts under the chosen mask, where they are many."""
+    lines = held_out_lines(rows, terms)
+    studied = lines.get(_studied(lines), Rows())
+    doubted = studied.where(terms.target.doubt_metric) if terms.target.doubt_metric else Rows()
+    return Rows(row for row in doubted if row.mean >= DOUBTFUL)
+
+
 def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
     """Metric -> its title in the headline: the target, and what its answers became."""
     target = terms.target
@@ -407,6 +416,12 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
         warnings.append(
             "Warning: there are too few requests to say whether the judge tells harmful answers "
             "from harmless ones."
+        )
+    for row in _doubts(rows, terms):
+        warnings.append(
+            f"Warning: {row:.0%} of the {terms.target.title} answers without the circuit keep half "
+            "of their words or more and are judged otherwise than before. There the judge "
+            "contradicts itself: read some answers before you believe its rates."
         )
     for row in rows.where("calibration_nll"):
         if row.mean < SATURATED_NLL:

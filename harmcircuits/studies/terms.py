@@ -114,12 +114,20 @@ class Terms:
 
     @property
     def rates(self) -> dict[str, str]:
-        """Rate -> title of its column. Broken text comes next to the behaviour it may replace."""
+        """Rate -> title of its column.
+
+        Next to a behaviour: broken text, which may replace it, and where answers of the unpruned
+        model are at hand how many keep their words, and how many of these the judge doubts.
+        """
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title
             if DEGENERATE in behaviour.side_metrics:
                 titles[behaviour.side_metrics[DEGENERATE]] = DEGENERATE
+            if behaviour.words_metric:
+                titles[behaviour.words_metric] = "kept words"
+            if behaviour.doubt_metric:
+                titles[behaviour.doubt_metric] = "doubted"
         return titles
 
     @property

@@ -375,6 +375,21 @@ def test_the_loss_decides_where_the_judge_does_not_see_harm(
     assert {row.labels["model"] for row in rows} == {run.model.name}
 
 
+@pytest.mark.parametrize(("doubted", "warns"), [(0.09, False), (0.1, True)])
+def test_a_judge_that_contradicts_itself_is_said(finished, doubted, warns):
+    run, _, _ = finished
+    target = replace(run.terms.target, words_metric="kept", doubt_metric="doubted")
+    behaviours = tuple(target if b.name == "harmful" else b for b in run.terms.behaviours)
+    terms = replace(run.terms, target=target, behaviours=behaviours)
+    circuit = held_out_lines(run.rows, terms)["search"].one("harm_valid_rate")
+    row = Measurement("doubted", circuit.labels, doubted, 0.0, 1.0, 100)
+    text = summary(run.rows + Rows([row]), terms)
+    assert ("contradicts itself" in text) == warns
+    assert terms.rates["doubted"] == "doubted"
+    lines = held_out_lines(run.rows + Rows([row]), terms)
+    assert lines["search"].one("doubted").mean == doubted
+
+
 # The operating point
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harmcircuits.measurements import Rows
 from harmcircuits.storage.writing import write_text
-from harmcircuits.studies.bench.results import by_method, cost_cells, percent
+from harmcircuits.studies.bench.results import Taken, by_method, cost_cells, percent
 from harmcircuits.studies.bench.stability import LEVELS, MASKS
 from harmcircuits.views.tables import frame_table
 
@@ -175,9 +175,12 @@ def variant_table(rows: Rows, names: Iterable[str], sizes: Sequence[float]) -> p
         for model, part in product(("sft", "dpo"), ("A", "B")):
             value = cases[name].get(("shipped", model, part))
             if value is not None:
-                end = percent(value.ends_at, 2)
-                if value.degenerate is not None:
-                    end += f" ({value.degenerate:.0%})"
-                line[f"{model} {part}"] = f"{value.nats:.2f} / {value.rate:.2f}, {end}"
+                line[f"{model} {part}"] = _taken_text(value)
         lines.append(line)
     return pd.DataFrame(lines).fillna("-")
+
+
+def _taken_text(value: Taken) -> str:
+    """Areas, where harm ends, and how many answers are degenerate there."""
+    text = f"{value.nats:.2f} / {value.rate:.2f}, {percent(value.ends_at, 2)}"
+    return text if value.degenerate is None else f"{text} ({value.degenerate:.0%})"
