@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.memory import estimate_memory as estimate_memory
     from harmcircuits.hooks.objectives import choice_margin as choice_margin
     from harmcircuits.hooks.objectives import completion_loss as completion_loss
-    from harmcircuits.hooks.objectives import token_error as token_error
     from harmcircuits.hooks.patching import activation_patching as activation_patching
     from harmcircuits.hooks.search import find_circuit as find_circuit
     from harmcircuits.hooks.search import set_difference as set_difference
@@ -100,7 +99,6 @@ _MODULES = {
     "snip_scores": "hooks.attribution",
     "study": "studies.study",
     "token_contributions": "hooks.attribution",
-    "token_error": "hooks.objectives",
     "token_price": "hooks.attribution",
     "tokenize": "prompts",
     "top_fraction": "circuits.masks",

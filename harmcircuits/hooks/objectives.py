@@ -41,7 +41,7 @@ def token_error(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
     is bounded, so a few answers that have broken cannot pay for all others, and a token that is
     lost already earns nothing more.
 
-    >>> hc.token_error(bridge, harm[0]).max() < 1
+    >>> token_error(bridge, harm[0]).max() < 1
     tensor(True)
 
     Args:
