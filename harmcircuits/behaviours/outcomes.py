@@ -185,7 +185,8 @@ class Outcomes:
         if behaviour.words_metric:
             rows += [Measurement.rate(behaviour.words_metric, labels, kept, groups)]
         if behaviour.doubt_metric:
-            rows += [Measurement.rate(behaviour.doubt_metric, labels, doubted, groups)]
+            where = {**labels, "judge": self.judge} if self.judge else labels
+            rows += [Measurement.rate(behaviour.doubt_metric, where, doubted, groups)]
         return rows
 
 

@@ -310,10 +310,12 @@ def _studied(lines: Mapping[str, Rows]) -> str:
 
 def _doubts(rows: Rows, terms: Terms) -> Rows:
     """How many answers the judge doubts under the chosen mask, where they are many."""
+    metric = terms.target.doubt_metric
+    if not metric:
+        return Rows()
     lines = held_out_lines(rows, terms)
     studied = lines.get(_studied(lines), Rows())
-    doubted = studied.where(terms.target.doubt_metric) if terms.target.doubt_metric else Rows()
-    return Rows(row for row in doubted if row.mean >= DOUBTFUL)
+    return Rows(row for row in studied.where(metric) if row.mean >= DOUBTFUL)
 
 
 def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:

@@ -59,7 +59,8 @@ def test_the_verdict_says_so():
             Measurement.exact("calibration_nll", labels, 1.0),
             Measurement.exact("gradient_norm", labels, 1.0),
         ]
-    terms = SimpleNamespace(target=SimpleNamespace(name="harmful"), protected=("benign", "refusal"))
+    target = SimpleNamespace(name="harmful", doubt_metric="")
+    terms = SimpleNamespace(target=target, protected=("benign", "refusal"))
     (warning,) = _warnings(rows, terms)  # pyright: ignore[reportArgumentType]
     assert warning == (
         "Warning: scored on fewer than 20 verified answers: harmful 7, refusal 3; another sample "
