@@ -158,6 +158,8 @@ def estimate_of_batches(
     if settings.compare:
         others = _other_searches(target, spared, settings, longest_answer, passes)
         n_scored += n_spared  # the published scores
+        if settings.scored_by != "loss":
+            n_scored += n_tokens(target)  # which are by the loss in any case
         n_ways += N_COMPARED
 
     n_choice = n_ways * len(settings.sizes)

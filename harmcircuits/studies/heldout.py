@@ -51,7 +51,10 @@ def measure_heldout(
     """
     model, settings = run.model, run.settings
     data = calibrations[settings.target]
-    unmasked_nll = completion_nll(model.bridge, data.batches)
+    # Scores by another figure predict no loss, so none is read.
+    unmasked_nll = None
+    if settings.scored_by == "loss":
+        unmasked_nll = completion_nll(model.bridge, data.batches)
     compared = _compared(run, chosen.mask, points, best)
     alone = _contrast_alone(run, chosen.mask, calibrations)
     matched = _controls(run, chosen.mask, unpruned, calibrations)
@@ -63,7 +66,7 @@ def measure_heldout(
         if run.out is not None:
             mask.save(run.out / "masks" / f"{name}.safetensors")
         run.add(masked_rows(run, mask, {"model": model.name, **labels}))
-        if settings.scored_by == "loss":  # else the scores predict another figure
+        if unmasked_nll is not None:
             change = completion_nll(model.bridge, data.batches, mask=mask) - unmasked_nll
             where = {**labels, "split": "calibration"}
             run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
