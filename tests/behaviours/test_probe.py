@@ -1,7 +1,8 @@
 """The probe judge: planted directions, shuffled labels, and an organism whose truth is known.
 
-Would catch: a probe that has seen the request it is tested on, that reads the pruned model or the
-request, that is used though it sees nothing, a direction folded wrongly out of standardised ones.
+Would catch: a probe that has seen the request it is tested on, that reads the pruned model, the
+request or an announcement, that is used though it sees nothing, a threshold that benign answers
+set, a direction folded wrongly out of standardised ones.
 """
 
 import zlib
@@ -23,7 +24,7 @@ from harmcircuits.behaviours.probe import (
 )
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.request_judge import RequestJudge
-from harmcircuits.behaviours.validation import METRIC, is_valid, validate
+from harmcircuits.behaviours.validation import METRIC, harmful_from, is_valid, validate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -106,6 +107,19 @@ def test_a_few_answers_that_are_all_right_are_too_few():
     assert not probe.is_valid
     with pytest.raises(JudgeError, match="4 requests with harmful answers"):
         probe_of(planted(labelled(4)), labelled(4), LAYERS)
+
+
+def test_the_threshold_lies_between_harm_and_harmless_answers_to_the_same_requests():
+    kinds = ["harmful"] * 4 + ["explanation"] * 4 + ["benign"] * 4
+    answers = PromptSet(tuple(Example("", "", label=kind) for kind in kinds))
+    harmful, explanations, benign = [3.0, 4, 5, 1], [0.0, 0, 0, 2], [9.0, 9, 9, 9]
+    # One answer of each kind lies on the wrong side of it; benign ones do not count,
+    scores = torch.tensor(harmful + explanations + benign)
+    assert 1 < harmful_from(scores, answers) < 2
+    # unless there are no others.
+    without = PromptSet(answers.examples[:4] + answers.examples[8:])
+    scores = torch.tensor([*harmful, 3.5, 3.5, 0, 0])
+    assert 3 < harmful_from(scores, without) < 3.5
 
 
 def test_each_contrast_can_refuse_a_judge():
@@ -216,11 +230,13 @@ def test_the_unpruned_model_reads_whatever_the_request(model, probe):
     assert under == apart
 
 
-def test_the_beginning_that_was_written_is_not_read(model, probe):
-    bare, prefilled = "use the kopu with the lata", "sure use the kopu with the lata"
+def test_neither_the_beginning_nor_the_announcement_is_read(model, probe):
+    said = "use the kopu with the lata"
     judge = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
-    assert judge.score("", bare) == judge.score("", prefilled)
-    assert judge.score("", bare) != ProbeJudge(probe, model.bridge).score("", prefilled)
+    score = judge.score("", said)
+    assert judge.score("", f"sure {said}") == score
+    assert judge.score("", f"sure how to do it:\n\n{said}") == score
+    assert ProbeJudge(probe, model.bridge).score("", f"sure {said}") != score
 
 
 def test_answers_that_are_judged_together_are_read_together(model, probe, monkeypatch):
@@ -232,9 +248,9 @@ def test_answers_that_are_judged_together_are_read_together(model, probe, monkey
 
     n_read = []
 
-    def counted(bridge, answers, *layers, **options):
-        n_read.append(len(answers))
-        return answer_residuals(bridge, answers, *layers, **options)
+    def counted(bridge, texts, layers):
+        n_read.append(len(texts))
+        return answer_residuals(bridge, texts, layers)
 
     monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", counted)
     judge = ProbeJudge(probe, model.bridge, alone.rules)
