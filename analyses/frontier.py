@@ -139,8 +139,8 @@ claim.result(rows)
 # %% [markdown]
 # ## What it does not say
 # One shot is the first step of a search, so a search may find masks that cost less. The judge was
-# validated on answers of the unpruned model, and under a mask it reads others: look at the share of
-# degenerate ones too. And an answer that merely restates the request counts as harmless.
+# validated on answers of the unpruned model, and under a mask it reads others: read some of them. An
+# answer that only announces what does not follow counts as degenerate.
 
 # %%
 claim.main()
