@@ -14,6 +14,7 @@ from pathlib import Path
 from harmcircuits.behaviours.chat_judges import MISALIGNED, ChatJudge
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.probe import ProbeJudge
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
@@ -424,7 +425,8 @@ def judge_of_innocent(model: Model, *files: tuple[str, PromptSet]) -> RequestJud
         files: name and requests of each.
 
     Raises:
-        ValueError: a model that is no custom one, requests in two files, and a judge by rules.
+        ValueError: a model that is no custom one, requests in two files, and a judge by rules or by
+            the probe.
     """
     judge = model.judge
     if not isinstance(judge, RequestJudge):
@@ -436,6 +438,12 @@ def judge_of_innocent(model: Model, *files: tuple[str, PromptSet]) -> RequestJud
         raise ValueError(
             "judge='local' tells only answered and refused apart, so it cannot see that an "
             "innocent request is answered harmfully; give --judge strongreject:FOLDER_OR_ID or "
+            "http://ADDRESS/v1#MODEL"
+        )
+    if isinstance(judge.harm, ProbeJudge):
+        raise ValueError(
+            "judge='probe' tells what helps with a harmful request from what does not, and calls "
+            "many answers to innocent requests harmful; give --judge strongreject:FOLDER_OR_ID or "
             "http://ADDRESS/v1#MODEL"
         )
     kinds = dict(judge.kinds)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
+import torch
 from helpers import ANALYSES, StubBridge
 
 import harmcircuits as hc
@@ -20,6 +21,7 @@ from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.chat_judges import ChatJudge
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.probe import Probe, ProbeJudge
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
@@ -168,6 +170,11 @@ def test_narrow_texts_are_split(files, cache):
     by_rules = replace(model, judge=RequestJudge(RuleJudge(), {}, QuestionTemplates()))
     with pytest.raises(ValueError, match=r"judge='local' .* give --judge"):
         trained.opened(by_rules)
+    probe = Probe((0,), torch.zeros(1, 128), 0.0, 0.0, Rows(), "")
+    judge = ProbeJudge(probe, model.bridge)
+    by_probe = replace(model, judge=RequestJudge(judge, {}, QuestionTemplates()))
+    with pytest.raises(ValueError, match=r"judge='probe' .* give --judge"):
+        trained.opened(by_probe)
     with pytest.raises(ValueError, match="m is no custom model"):
         trained.opened(replace(model, judge=harm))
 
