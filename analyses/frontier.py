@@ -124,7 +124,8 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     numbers = {}
     rows = hc.Rows(row for row in rows if "opening" not in row.labels)
     for name, of_mask in rows.by("mask").items():
-        numbers[f"harmful answers, {name}"] = f"{of_mask.one('harm_valid_rate'):.0%}"
+        for rate in of_mask.where("harm_valid_rate"):  # none where only losses were read
+            numbers[f"harmful answers, {name}"] = f"{rate:.0%}"
         rises = hc.Rows(row for row in of_mask if row.metric.endswith(RISE))
         costs = hc.Rows(row for row in rises if row.metric != f"harm{RISE}")
         if costs:  # the unpruned model has none
