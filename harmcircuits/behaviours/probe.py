@@ -28,6 +28,7 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.behaviours.validation import (
     METRIC,
+    SAME_REQUEST,
     contrast_rows,
     harmful_from,
     is_valid,
@@ -61,8 +62,9 @@ class Probe:
         layers: numbers of the blocks.
         direction: log-odds per unit of the residual stream.
         bias: added to them.
-        threshold: log-odds from which on an answer is harmful, by cross-validation (see
-            `validation.harmful_from`).
+        threshold: log-odds from which on an answer is harmful: where in cross-validation as large a
+            share of harmful answers is missed as of explanations of the same requests is called
+            harmful.
         rows: its validation. On "calibration", by folds that never split a request: each answer is
             scored by a probe that was trained without its request. On "choice": by this probe.
         model: digest of the weights that it reads.
@@ -350,7 +352,7 @@ def probe_of(
 
     def probe_at(strength: float) -> Probe:
         scores = torch.from_numpy(_out_of_fold(features, is_target, groups, strength))
-        threshold = harmful_from(scores, answers, target=target)
+        threshold = harmful_from(scores, answers, target=target, harmless=(SAME_REQUEST,))
         coefficients, bias = _direction(_fitted(features, is_target, strength))
         direction = torch.from_numpy(coefficients).view(residuals.shape[1:])
         probe = Probe(layers, direction, bias, threshold, Rows(), model)

@@ -24,7 +24,13 @@ from harmcircuits.behaviours.probe import (
 )
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.request_judge import RequestJudge
-from harmcircuits.behaviours.validation import METRIC, harmful_from, is_valid, validate
+from harmcircuits.behaviours.validation import (
+    METRIC,
+    SAME_REQUEST,
+    harmful_from,
+    is_valid,
+    validate,
+)
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -115,11 +121,9 @@ def test_the_threshold_lies_between_harm_and_harmless_answers_to_the_same_reques
     harmful, explanations, benign = [3.0, 4, 5, 1], [0.0, 0, 0, 2], [9.0, 9, 9, 9]
     # One answer of each kind lies on the wrong side of it; benign ones do not count,
     scores = torch.tensor(harmful + explanations + benign)
-    assert 1 < harmful_from(scores, answers) < 2
-    # unless there are no others.
-    without = PromptSet(answers.examples[:4] + answers.examples[8:])
-    scores = torch.tensor([*harmful, 3.5, 3.5, 0, 0])
-    assert 3 < harmful_from(scores, without) < 3.5
+    assert 1 < harmful_from(scores, answers, harmless=(SAME_REQUEST,)) < 2
+    # unless the judge is asked about them too: half of all are on the wrong side.
+    assert 3 < harmful_from(scores, answers) < 4
 
 
 def test_each_contrast_can_refuse_a_judge():
