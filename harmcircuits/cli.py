@@ -308,7 +308,9 @@ def cost_command(
         int, typer.Option(help="Tokens of a request, template and all.")
     ] = 40,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Examples scored and answered at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples scored at once; answered are four times as many.")
+    ] = 16,
     steps: Annotated[
         int, typer.Option(help="In how many steps the search's mask grows.")
     ] = FOR_REAL_MODELS.steps,

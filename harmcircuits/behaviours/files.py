@@ -383,17 +383,20 @@ def with_references(model: Model) -> Model:
     """
     for behaviour in model.behaviours.values():
         model.refuse_unreadable(behaviour)
-    behaviours = {}
-    for name, behaviour in model.behaviours.items():
+    scored = []
+    for behaviour in model.behaviours.values():
         if not behaviour.choices and not behaviour.is_scored_on_references:
-            sets = {}
-            for split in SPLITS:
-                sets[split] = model.verified(behaviour, behaviour.prompts(split))
-            if name in (TARGET, CONTRAST):
-                _refuse_unanswered(model.name, name, sets)
-            behaviour = replace(behaviour, prompts=partial(of_split, sets))
-        behaviours[name] = behaviour
-    return replace(model, behaviours=behaviours)
+            scored.append(behaviour)
+    asked = [(behaviour, behaviour.prompts(split)) for behaviour in scored for split in SPLITS]
+    verified = iter(model.verified_together(asked))
+
+    behaviours = []
+    for behaviour in scored:
+        sets = {split: next(verified) for split in SPLITS}
+        if behaviour.name in (TARGET, CONTRAST):
+            _refuse_unanswered(model.name, behaviour.name, sets)
+        behaviours.append(replace(behaviour, prompts=partial(of_split, sets)))
+    return model.with_behaviours(*behaviours)
 
 
 def _refuse_unanswered(model: str, name: str, sets: Sets) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.capacity import refuse_requests
-from harmcircuits.hooks.finite import refuse_not_finite_answers
+from harmcircuits.hooks.finite import about_requests, refuse_not_finite_answers
 from harmcircuits.prompts import (
     Answer,
     PromptSet,
@@ -100,6 +100,23 @@ def generate(
     return [answer.text for answer in answers]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Requests whose answers begin alike.
+
+    Attributes:
+        prompts: the requests.
+        prefill: the beginning of every answer.
+        name: of what is asked, for error messages.
+        numbers: of the requests, for error messages; from 0 by default.
+    """
+
+    prompts: PromptSet
+    prefill: str = ""
+    name: str = ""
+    numbers: Sequence[int] = ()
+
+
 def generate_answers(
     bridge: Bridge,
     prompts: PromptSet,
@@ -111,59 +128,142 @@ def generate_answers(
     template: Template = "chat",
 ) -> list[Answer]:
     """As `generate`, each answer with the tokens that were generated, those of `prefill` first."""
-    if not len(prompts):
-        raise ValueError("generate: the prompt set is empty; expected at least one example")
-    if batch_size < 1:
-        raise ValueError(f"generate: batch_size={batch_size}; expected at least 1")
-    tokenizer = bridge.tokenizer
-    requests = request_ids(
+    (answers,) = generate_together(
         bridge,
-        prompts,
-        prefill=prefill,
+        [Asked(prompts, prefill)],
+        sampling=sampling,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         template=template,
     )
-    n_opening = len(opening_ids(prefill, tokenizer))
-    draws = _draws(prompts, sampling)
-    n_samples = len(draws) // len(prompts)
-    contexts = []
-    for request in requests:
-        contexts += [request] * n_samples
+    return answers
 
-    model = cast(Any, bridge.original_model)
+
+def generate_together(
+    bridge: Bridge,
+    asked: Sequence[Asked],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+    template: Template = "chat",
+) -> list[list[Answer]]:
+    """`generate_answers` of several sets of requests, which share batches.
+
+    A token costs a batch little more than a single answer, since all weights are read for either.
+
+    Args:
+        bridge: the model.
+        asked: the sets.
+        sampling: as in `generate`.
+        max_new_tokens: as in `generate`.
+        batch_size: as in `generate`.
+        template: as in `generate`.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"generate: batch_size={batch_size}; expected at least 1")
+    rows = []
+    for of, one_set in enumerate(asked):
+        rows += _rows(bridge, one_set, of, sampling, max_new_tokens, template)
+
+    answers: list[list[Answer]] = [[] for _ in asked]
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        generated = _answers_of_batch(bridge, batch, asked, sampling, max_new_tokens)
+        for row, answer in zip(batch, generated, strict=True):
+            answers[row.of].append(answer)
+    return answers
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An answer to be.
+
+    Attributes:
+        of: the number of the set that its request is of.
+        request: the number of the request there.
+        context: the tokens that the model goes on from.
+        n_opening: so many of these, at the end, are the beginning of the answer.
+        noise: names what its tokens are drawn with.
+    """
+
+    of: int
+    request: int
+    context: list[int]
+    n_opening: int
+    noise: str
+
+
+def _rows(
+    bridge: Bridge,
+    asked: Asked,
+    of: int,
+    sampling: Sampling | None,
+    max_new_tokens: int,
+    template: Template,
+) -> list[_Row]:
+    """The answers to be of a set; the samples of a request follow each other."""
+    prompts, prefill = asked.prompts, asked.prefill
+    if not len(prompts):
+        raise ValueError("generate: the prompt set is empty; expected at least one example")
+    contexts = request_ids(
+        bridge, prompts, prefill=prefill, max_new_tokens=max_new_tokens, template=template
+    )
+    n_opening = len(opening_ids(prefill, bridge.tokenizer))
+    sampling = sampling or Sampling()
+    rows = []
+    numbers = asked.numbers or range(len(prompts))
+    for request, example, context in zip(numbers, prompts, contexts, strict=True):
+        for sample in range(sampling.samples):
+            noise = f"{sampling.seed} {sample} {example.prompt}"
+            rows.append(_Row(of, request, context, n_opening, noise))
+    return rows
+
+
+def _answers_of_batch(
+    bridge: Bridge,
+    batch: Sequence[_Row],
+    asked: Sequence[Asked],
+    sampling: Sampling | None,
+    max_new_tokens: int,
+) -> list[Answer]:
+    model, tokenizer = cast(Any, bridge.original_model), bridge.tokenizer
     config = _config(bridge, max_new_tokens)
     ends = _ends(config)
-    answers = []
-    for start in range(0, len(contexts), batch_size):
-        end = start + batch_size
-        tokens, attended = _left_padded(contexts[start:end], padding_id(tokenizer))
-        logits = _Finite()
-        with torch.no_grad():
-            full = model.generate(
-                input_ids=tokens.to(bridge.cfg.device),
-                attention_mask=attended.to(bridge.cfg.device),
-                generation_config=config,
-                logits_processor=_processors(logits, sampling, draws[start:end]),
-            ).tolist()
-        # A likeliest token of logits that are NaN is no answer, and looks like one.
-        n_padding = (tokens.shape[1] - attended.sum(dim=1)).tolist()
+    tokens, attended = _left_padded([row.context for row in batch], padding_id(tokenizer))
+    logits = _Finite()
+    with torch.no_grad():
+        full = model.generate(
+            input_ids=tokens.to(bridge.cfg.device),
+            attention_mask=attended.to(bridge.cfg.device),
+            generation_config=config,
+            logits_processor=_processors(logits, sampling, [row.noise for row in batch]),
+        ).tolist()
+
+    # A likeliest token of logits that are NaN is no answer, and looks like one.
+    n_padding = (tokens.shape[1] - attended.sum(dim=1)).tolist()
+    with about_requests([(asked[row.of].name, row.request) for row in batch]):
         refuse_not_finite_answers(
             "generate: request",
             bridge,
-            [row[skip:] for row, skip in zip(full, n_padding, strict=True)],
+            [generated[skip:] for generated, skip in zip(full, n_padding, strict=True)],
             logits.is_finite,
-            first=start,
-            each=n_samples,
         )
-        # Decoded with the prefill, because the space between them may belong to a token.
-        #
-        #     full    <pad> <pad> request | prefill  answer <eos> <pad>
-        #             '------ width - n_opening ----'
-        width = tokens.shape[1]
-        for row in full:
-            answer_tokens = _before_end(row[width - n_opening :], n_opening, ends)
-            text = tokenizer.decode(answer_tokens, skip_special_tokens=True)
-            answers.append(Answer(text.strip(), tuple(answer_tokens)))
+
+    # Decoded with the prefill, because the space between them may belong to a token.
+    #
+    #     generated    <pad> <pad> request | prefill  answer <eos> <pad>
+    #                  '------ width - n_opening ----'
+    width = tokens.shape[1]
+    answers = []
+    for row, generated in zip(batch, full, strict=True):
+        answer_tokens = generated[width - row.n_opening :]
+        answer_tokens = _before_end(answer_tokens, row.n_opening, ends)
+        text = tokenizer.decode(answer_tokens, skip_special_tokens=True)
+        answers.append(Answer(text.strip(), tuple(answer_tokens)))
     return answers
 
 
@@ -252,15 +352,6 @@ def _ends(config: Any) -> set[int]:
     return {ends} if isinstance(ends, int) else set(ends)
 
 
-def _draws(prompts: PromptSet, sampling: Sampling | None) -> list[tuple[str, int]]:
-    """(request, number of the sample) of each answer, a request's samples in a row."""
-    n_samples = sampling.samples if sampling else 1
-    draws = []
-    for example in prompts:
-        draws += [(example.prompt, number) for number in range(n_samples)]
-    return draws
-
-
 def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
     """Token ids, and 1 for those that are no padding; left-padded, so that all answers start alike.
 
@@ -282,7 +373,7 @@ def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, T
 def _processors(
     logits: "_Finite",
     sampling: Sampling | None,
-    draws: Sequence[tuple[str, int]],
+    noises: Sequence[str],
 ) -> list[Any]:
     """What looks at the logits of each token and, in sampling, turns the likeliest into a draw."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -294,8 +385,7 @@ def _processors(
     steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(float(sampling.top_p)))
-    names = [f"{sampling.seed} {number} {prompt}" for prompt, number in draws]
-    steps.append(_Gumbel(names))
+    steps.append(_Gumbel(noises))
     return LogitsProcessorList(steps)
 
 

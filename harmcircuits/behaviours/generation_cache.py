@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.generation import Sampling, generate_answers, request_ids
+from harmcircuits.behaviours.generation import Asked, Sampling, generate_together, request_ids
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.finite import NotFiniteError
 from harmcircuits.hooks.weights import weights_checksum, weights_digest
 from harmcircuits.prompts import Answer, Chat, Example, PromptSet, Template
 from harmcircuits.storage.lines import append_lines, read_lines
@@ -62,66 +60,82 @@ class GenerationCache:
         template: Template = "chat",
     ) -> list[Answer]:
         """As `generate_answers`."""
-        # What an answer depends on, besides the weights: it names the file. The batch size does
-        # not belong to it.
+        (answers,) = self.together(
+            bridge,
+            [Asked(prompts, prefill)],
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            template=template,
+        )
+        return answers
+
+    def together(
+        self,
+        bridge: Bridge,
+        asked: Sequence[Asked],
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 32,
+        batch_size: int = 256,
+        template: Template = "chat",
+    ) -> list[list[Answer]]:
+        """As `generate_together`."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "template": template}
+        how = {**options, "sampling": sampling, "batch_size": batch_size}
+
+        # The answers on disk are those of the model as it was opened, not of an edited one.
+        is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
+        if is_hooked or weights_checksum(bridge) != self._checksum:
+            return generate_together(bridge, asked, **how)
+
+        paths = [self._path(bridge, one_set.prefill, sampling, **options) for one_set in asked]
+        stored = {path: _stored(path) for path in paths}
+        missing: list[_Missing] = []
+        for path, one_set in zip(paths, asked, strict=True):
+            of_set = _missing(one_set, path, stored[path])
+            if of_set:
+                # Refused before the first is answered: the longest come last.
+                request_ids(bridge, one_set.prompts, prefill=one_set.prefill, **options)
+            missing += of_set
+
+        by_length = _once_by_length(missing)
+        advance = self._bar(len(by_length))
+        for start in range(0, len(by_length), batch_size):
+            some = by_length[start : start + batch_size]
+            for path, made in _answered(bridge, some, how).items():
+                _append(path, made)  # batch by batch, so an interruption loses only one
+                stored[path] |= made
+            advance(len(some))
+
+        # Back into the order of the prompts, in which a request may occur more than once.
+        ordered = []
+        for path, one_set in zip(paths, asked, strict=True):
+            ordered.append(_in_order(one_set.prompts, stored[path]))
+        return ordered
+
+    def _path(
+        self,
+        bridge: Bridge,
+        prefill: str,
+        sampling: Sampling | None,
+        *,
+        max_new_tokens: int,
+        template: Template,
+    ) -> Path:
+        """The file of the answers that begin like this.
+
+        What an answer depends on, besides the weights, names it. The batch size does not belong
+        to it.
+        """
         settings: dict[str, Any] = {
             "prefill": prefill,
             "max_new_tokens": max_new_tokens,
             "template": asdict(template) if isinstance(template, Chat) else template,
         }
-        options = {
-            **settings,
-            "template": template,
-            "batch_size": batch_size,
-            "sampling": sampling,
-        }
-
-        # The answers on disk are those of the model as it was opened, not of an edited one.
-        is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
-        if is_hooked or weights_checksum(bridge) != self._checksum:
-            return generate_answers(bridge, prompts, **options)
-
         if sampling:
             settings["sampling"] = asdict(sampling)  # greedy answers are named without it
         chat_template = bridge.tokenizer.chat_template if template != "raw" else ""
-        path = self._path(settings, chat_template)
-        stored = _stored(path)
-
-        missing = {example.prompt for example in prompts} - stored.keys()
-        if missing:
-            # Refused before the first is answered: the longest come last.
-            request_ids(
-                bridge,
-                prompts,
-                prefill=prefill,
-                max_new_tokens=max_new_tokens,
-                template=template,
-            )
-
-        # Each request once, in an order that does not depend on who asks; and those of similar
-        # length together, so that little is padded.
-        by_length = sorted(missing, key=lambda prompt: (len(prompt), prompt))
-        advance = self._bar(len(by_length))
-        for start in range(0, len(by_length), batch_size):
-            some = by_length[start : start + batch_size]
-            requests = PromptSet(tuple(map(Example, some)))
-            with _numbered_as(prompts, requests):
-                answers = generate_answers(bridge, requests, **options)
-            per_request = _per_request(answers, sampling)
-            _append(path, some, per_request)  # batch by batch, so an interruption loses only one
-            stored |= dict(zip(some, per_request, strict=True))
-            advance(len(some))
-
-        # Back into the order of the prompts, in which a request may occur more than once.
-        ordered = [stored[example.prompt] for example in prompts]
-        if not sampling:
-            return ordered
-        flat: list[Answer] = []
-        for samples in ordered:
-            flat += samples
-        return flat
-
-    def _path(self, settings: dict[str, Any], chat_template: str) -> Path:
         named = json.dumps([self.weights, settings, chat_template], sort_keys=True)
         digest = hashlib.sha256(named.encode()).hexdigest()[:16]
         return self.folder / f"{self.weights}-{digest}.jsonl"
@@ -135,27 +149,68 @@ class GenerationCache:
         return lambda count: progress.advance(task, count)
 
 
-@contextmanager
-def _numbered_as(prompts: PromptSet, requests: PromptSet) -> Iterator[None]:
-    """While open, an error about one of the requests has its number among the prompts."""
-    try:
-        yield
-    except NotFiniteError as error:
-        if error.index is None:
-            raise
-        asked = [example.prompt for example in prompts]
-        number = asked.index(requests.examples[error.index].prompt)
-        text = str(error).replace(f"request {error.index}:", f"request {number}:", 1)
-        raise NotFiniteError(text, number) from None
+@dataclass(frozen=True)
+class _Missing:
+    """A request without a stored answer.
+
+    Attributes:
+        prompt: the request.
+        prefill: the beginning of its answer.
+        path: the file that its answer belongs in.
+        name: of the set that asks for it, for error messages.
+        number: of the request there.
+    """
+
+    prompt: str
+    prefill: str
+    path: Path
+    name: str
+    number: int
+
+    def order(self) -> tuple[int, str, str]:
+        return len(self.prompt), self.prompt, self.prefill
 
 
-def _per_request(answers: list[Answer], sampling: Sampling | None) -> list[Any]:
-    """An answer for each request, or the list of its samples."""
-    if not sampling:
-        return answers
-    size = sampling.samples
-    starts = range(0, len(answers), size)
-    return [answers[start : start + size] for start in starts]
+def _missing(asked: Asked, path: Path, stored: dict[str, Any]) -> list[_Missing]:
+    missing = []
+    for number, example in enumerate(asked.prompts):
+        if example.prompt not in stored:
+            missing.append(_Missing(example.prompt, asked.prefill, path, asked.name, number))
+    return missing
+
+
+def _once_by_length(missing: Sequence[_Missing]) -> list[_Missing]:
+    """Each request of a file once, those of similar length together, so that little is padded.
+
+    In an order that does not depend on who asks.
+    """
+    once = {(request.path, request.prompt): request for request in reversed(missing)}
+    return sorted(once.values(), key=_Missing.order)
+
+
+def _in_order(prompts: PromptSet, stored: Mapping[str, Any]) -> list[Answer]:
+    """The answer of each request, or all of its samples."""
+    answers: list[Answer] = []
+    for example in prompts:
+        answer = stored[example.prompt]
+        answers += answer if isinstance(answer, list) else [answer]
+    return answers
+
+
+def _answered(
+    bridge: Bridge, requests: Sequence[_Missing], how: dict[str, Any]
+) -> dict[Path, dict[str, Any]]:
+    """By file and request an answer, or the list of its samples."""
+    asked = []
+    for request in requests:
+        prompts = PromptSet((Example(request.prompt),))
+        asked.append(Asked(prompts, request.prefill, request.name, (request.number,)))
+    generated = generate_together(bridge, asked, **how)
+
+    answers: dict[Path, dict[str, Any]] = {request.path: {} for request in requests}
+    for request, samples in zip(requests, generated, strict=True):
+        answers[request.path][request.prompt] = samples if how["sampling"] else samples[0]
+    return answers
 
 
 def _stored(path: Path) -> dict[str, Any]:
@@ -193,9 +248,9 @@ def _answer(text: Any, tokens: Any) -> Answer | None:
     return Answer(text, tuple(tokens)) if isinstance(text, str) and is_tokens else None
 
 
-def _append(path: Path, prompts: Sequence[str], answers: Sequence[Answer | list[Answer]]) -> None:
+def _append(path: Path, answers: dict[str, Any]) -> None:
     rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in answers.items():
         if isinstance(answer, Answer):
             row = {"prompt": prompt, "completion": answer.text, "tokens": answer.tokens}
         else:

@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
-from harmcircuits.behaviours.generation import Sampling, generate_answers, request_ids
+from harmcircuits.behaviours.generation import Asked, Sampling, generate_together, request_ids
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.repeats import repeats_text
@@ -39,6 +39,9 @@ from harmcircuits.prompts import (
 )
 
 FEW_ANSWERS = 20  # verified, below which another sample of them may well give another circuit
+# Requests answered at once for each example that is scored at once: an answer keeps no activations
+# for a way back, and its next token costs a large batch little more than a small one.
+ANSWERED_PER_SCORED = 4
 OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
 
 
@@ -122,7 +125,7 @@ class Model:
     template: Template = "chat"
     max_new_tokens: int = 32
     batch_size: int = 64
-    n_answered_at_once: int = 256
+    n_answered_at_once: int = ANSWERED_PER_SCORED * 64
     sampling: Sampling | None = None
     cache: GenerationCache | None = None
     ground_truth: WeightMask | None = None
@@ -230,7 +233,8 @@ class Model:
         """
         requests = PromptSet.of(prompts)
         with masked_if_given(self.bridge, mask):
-            generated = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
+            asked = [Asked(requests, prefill)]
+            (generated,) = self._generate(asked, self.max_new_tokens, self.sampling)
         answers = [answer.text for answer in generated]
         return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
 
@@ -253,14 +257,41 @@ class Model:
             behaviour: says how answers begin and how long they are.
             prompts: the requests.
         """
-        limit = behaviour.max_new_tokens or self.max_new_tokens
-        sampling = None if behaviour.choices else self.sampling
-        with of_data(behaviour.name):
-            generated = self._generate(prompts, behaviour.prefill, limit, sampling)
+        (answers,) = self.answers_together([(behaviour, prompts)])
+        return answers
+
+    def answers_together(self, asked: Sequence[tuple[Behaviour, PromptSet]]) -> list[PromptSet]:
+        """`answers` to several sets of requests, which is faster than one after the other.
+
+        Args:
+            asked: each behaviour with requests of it.
+        """
+        # Those whose answers are as long, and drawn alike, share batches.
+        kinds = [self._kind(behaviour) for behaviour, _ in asked]
+        answers: dict[int, PromptSet] = {}
+        for kind in dict.fromkeys(kinds):
+            places = [place for place, other in enumerate(kinds) if other == kind]
+            sets = []
+            for place in places:
+                behaviour, prompts = asked[place]
+                sets.append(Asked(prompts, behaviour.prefill, behaviour.name))
+            for place, generated in zip(places, self._generate(sets, *kind), strict=True):
+                answers[place] = self._with_samples(*asked[place], generated)
+        return [answers[place] for place in range(len(asked))]
+
+    def _with_samples(
+        self, behaviour: Behaviour, prompts: PromptSet, answers: Sequence[Answer]
+    ) -> PromptSet:
+        """Each request with its answers, as many times as it has some."""
         repeated = []
         for example in prompts:
             repeated += [example] * self.n_samples(behaviour)
-        return PromptSet(tuple(repeated)).with_completions(generated)
+        return PromptSet(tuple(repeated)).with_completions(answers)
+
+    def _kind(self, behaviour: Behaviour) -> tuple[int, Sampling | None]:
+        """How long the answers to a behaviour's requests may be, and how they are drawn."""
+        limit = behaviour.max_new_tokens or self.max_new_tokens
+        return limit, None if behaviour.choices else self.sampling
 
     def refuse_unreadable(self, behaviour: Behaviour) -> None:
         """Check that the model can read a behaviour's requests and has room for its answers.
@@ -309,8 +340,28 @@ class Model:
             prompts: the requests.
             wanted: the verdict that counts, in place of the behaviour's.
         """
+        (verified,) = self.verified_together([(behaviour, prompts)], wanted=wanted)
+        return verified
+
+    def verified_together(
+        self, asked: Sequence[tuple[Behaviour, PromptSet]], *, wanted: str = ""
+    ) -> list[PromptSet]:
+        """`verified` of several sets of requests, which are answered together.
+
+        Args:
+            asked: each behaviour with requests of it.
+            wanted: as in `verified`.
+        """
+        verified = []
+        for (behaviour, prompts), answers in zip(asked, self.answers_together(asked), strict=True):
+            verified.append(self._first_shown(behaviour, prompts, answers, wanted))
+        return verified
+
+    def _first_shown(
+        self, behaviour: Behaviour, prompts: PromptSet, answers: PromptSet, wanted: str
+    ) -> PromptSet:
+        """Each request with the first of its answers that shows the behaviour."""
         wanted = wanted or behaviour.wanted
-        answers = self.answers(behaviour, prompts)
         judge = behaviour.judge or self.judge
         prepare(judge, answers.examples)
         n_samples = self.n_samples(behaviour)
@@ -546,20 +597,38 @@ class Model:
 
     def outcomes(self, name: str, split: str = "heldout") -> Outcomes:
         """What the model as it stands does with every request of a behaviour in a split."""
-        behaviour = self.behaviour(name)
-        prompts = behaviour.prompts(split)
-        answers = self.answers(behaviour, prompts)
+        return self.outcomes_of([name], split)[name]
+
+    def outcomes_of(self, names: Iterable[str], split: str = "heldout") -> dict[str, Outcomes]:
+        """`outcomes` of several behaviours, by name, which are answered together.
+
+        Args:
+            names: of the behaviours.
+            split: "heldout", "choice" or "calibration".
+
+        Raises:
+            ValueError: an unknown behaviour or split.
+        """
+        behaviours = {name: self.behaviour(name) for name in names}
+        asked = [(behaviour, behaviour.prompts(split)) for behaviour in behaviours.values()]
+        answers = self.answers_together(asked)
+        outcomes = {}
+        for name, (behaviour, prompts), of_prompts in zip(behaviours, asked, answers, strict=True):
+            outcomes[name] = self._outcomes(behaviour, prompts, of_prompts)
+        return outcomes
+
+    def _outcomes(self, behaviour: Behaviour, prompts: PromptSet, answers: PromptSet) -> Outcomes:
         nll = torch.full((len(prompts),), torch.nan)
-        references = behaviour.references(split)
-        if len(references):
-            has_reference = torch.tensor([bool(example.completion) for example in prompts])
-            with of_data(f"{name}, reference answers"):
+        has_reference = torch.tensor([bool(example.completion) for example in prompts])
+        if has_reference.any():
+            references = prompts.where(lambda example: bool(example.completion))
+            with of_data(f"{behaviour.name}, reference answers"):
                 batches = self.batches(behaviour, references)
                 nll[has_reference] = completion_nll(self.bridge, batches)
         verdicts = tuple(self.verdicts(behaviour, answers))
         judge_name = getattr(behaviour.judge, "name", self.judge_name)
-        references = tuple(example.completion for example in prompts)
-        return Outcomes(behaviour, answers, verdicts, nll, judge_name, references)
+        texts = tuple(example.completion for example in prompts)
+        return Outcomes(behaviour, answers, verdicts, nll, judge_name, texts)
 
     def measure(
         self,
@@ -588,8 +657,8 @@ class Model:
         where = {**(labels or {}), "split": split}
         rows = Rows()
         with masked_if_given(self.bridge, mask):
-            for name in names or self.whole_behaviours:
-                outcomes = self.outcomes(name, split)
+            measured = self.outcomes_of(names or self.whole_behaviours, split)
+            for outcomes in measured.values():
                 rows += outcomes.rows(where)
                 if outcomes.behaviour.choices:
                     rows += self._choice_rows(outcomes, where)
@@ -612,17 +681,15 @@ class Model:
 
     def _generate(
         self,
-        prompts: PromptSet,
-        prefill: str,
+        asked: Sequence[Asked],
         max_new_tokens: int,
         sampling: Sampling | None,
-    ) -> list[Answer]:
-        answers_of = self.cache or generate_answers
+    ) -> list[list[Answer]]:
+        answers_of = self.cache.together if self.cache else generate_together
         return answers_of(
             self.bridge,
-            prompts,
+            asked,
             sampling=sampling,
-            prefill=prefill,
             max_new_tokens=max_new_tokens,
             batch_size=self.n_answered_at_once,
             template=self.template,

@@ -23,6 +23,7 @@ a search that takes it soon costs less.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -97,12 +98,14 @@ class Speed:
     choose: float
 
     @classmethod
-    def measured(cls, bridge: AnyModel, batch: Batch) -> "Speed":
+    def measured(cls, bridge: AnyModel, batch: Batch, *, at_once: int = 0) -> "Speed":
         """The speed of a model where it is, timed on one batch.
 
         Args:
             bridge: the model.
             batch: as large as those that it will work on.
+            at_once: answers that get their next token together; as many as the batch has examples
+                by default.
         """
         bridge = as_bridge(bridge)
         sites = weight_sites(bridge)
@@ -114,7 +117,7 @@ class Speed:
             1,
             bridge.cfg.device,
         )
-        decode = _fastest(lambda: _decode(bridge, len(batch)), 1, bridge.cfg.device)
+        decode = _fastest(lambda: _decode(bridge, at_once or len(batch)), 1, bridge.cfg.device)
         widest = max((site.parameter for site in sites.values()), key=Tensor.numel)
         return cls(
             score / n_read,
@@ -129,6 +132,7 @@ class Speed:
         bridge: AnyModel,
         batch: Batch,
         *,
+        at_once: int = 0,
         device: str = "cpu",
         tflops: float | None = None,
         bandwidth: float | None = None,
@@ -138,8 +142,9 @@ class Speed:
         Args:
             bridge: the model, which may be an outline (see `load_outline`).
             batch: as large as those that it will work on.
+            at_once: as in `measured`.
             device: where the product of the widest matrix is timed, with the tokens of the batch
-                and with one token of each of its examples.
+                and with one token of each answer.
             tflops: what the device does in 10^12 operations a second instead.
             bandwidth: at which it reads weights instead, in 10^9 bytes a second.
         """
@@ -148,7 +153,7 @@ class Speed:
         widest = max((site.parameter for site in sites.values()), key=Tensor.numel)
         n_block = _n_weights(bridge)
         n_output = _n_output(bridge)
-        n_answers = len(batch)
+        n_answers = at_once or len(batch)
         n_answer = batch.is_target.any(dim=0).sum().item()
         share = n_answer / batch.n_read
 
@@ -224,6 +229,7 @@ def estimate_search(
     steps: int = STEPS,
     objective: Objective = completion_loss,
     renew: int = 0,
+    at_once: int = 0,
     max_memory: int | None = None,
     speed: Speed | None = None,
 ) -> SearchEstimate:
@@ -244,6 +250,7 @@ def estimate_search(
         objective: as in `find_circuit`; for the memory.
         renew: how many tokens an answer may have where the target is answered again (as
             `Model.find_circuit` does); 0 where it is not.
+        at_once: how many answers are made at once; as many as a batch holds by default.
         max_memory: as in `find_circuit`.
         speed: of the model, where it is known.
 
@@ -253,7 +260,7 @@ def estimate_search(
     refuse_no_batches("estimate_search", target)
     bridge = as_bridge(bridge)
     if speed is None:
-        speed = Speed.measured(bridge, middle_batch(target))
+        speed = Speed.measured(bridge, middle_batch(target), at_once=at_once)
     n_sizes = len(size) if isinstance(size, Sequence) else 1
     return SearchEstimate(
         estimate_memory(bridge, target, objective, protect=protect, max_memory=max_memory),
@@ -263,6 +270,7 @@ def estimate_search(
             n_sizes=n_sizes,
             steps=steps,
             renew=renew,
+            at_once=at_once,
             n_passes=n_passes(bridge, max_memory),
         ),
         speed,
@@ -283,6 +291,7 @@ def search_work(
     steps: int,
     renew: int,
     n_passes: int,
+    at_once: int = 0,
 ) -> Work:
     """What a search computes (see the head of this file).
 
@@ -293,6 +302,7 @@ def search_work(
         steps: as in `estimate_search`.
         renew: as in `estimate_search`.
         n_passes: that a score takes.
+        at_once: as in `estimate_search`.
 
     Raises:
         ValueError: a protected behaviour without batches.
@@ -310,7 +320,8 @@ def search_work(
         n_renewed = steps - 1 + n_sizes * steps
         requests = sum(batch.is_token.sum().item() for batch in target)
         requests -= sum(batch.is_target.sum().item() for batch in target)
-        answered = Work(read=requests, decoded=renew * len(target)) * n_renewed
+        n_batches = ceil(sum(map(len, target)) / at_once) if at_once else len(target)
+        answered = Work(read=requests, decoded=renew * n_batches) * n_renewed
 
     unpruned = Work(read=n_checked + n_target)
     checks = Work(read=n_tries * n_checked + n_target, chosen=n_tries) * (n_aims * steps)

@@ -147,9 +147,6 @@ def refuse_not_finite_answers(
     bridge: Bridge,
     rows: Sequence[Sequence[int]],
     is_finite: Bool[Tensor, " n"],
-    *,
-    first: int = 0,
-    each: int = 1,
 ) -> None:
     """Check that the logits by which something was chosen were finite.
 
@@ -158,17 +155,14 @@ def refuse_not_finite_answers(
         bridge: the model.
         rows: the tokens of each, the answer's included where there is one.
         is_finite: whether its logits were.
-        first: the number of the first row.
-        each: so many rows that follow each other belong together, and are counted as one.
 
     Raises:
         NotFiniteError: logits that are not finite.
     """
     if is_finite.all():
         return
-    row = int((~is_finite).int().argmax())
-    index = (first + row) // each
-    tokens = torch.tensor([rows[row]], device=bridge.cfg.device)
+    index = int((~is_finite).int().argmax())
+    tokens = torch.tensor([rows[index]], device=bridge.cfg.device)
     found = _in_forward(bridge, partial(bridge, tokens))
     elsewhere = "in a pass over the whole text they are, so look at the cache of keys and values"
     raise NotFiniteError(
@@ -191,6 +185,27 @@ def of_data(name: str) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise NotFiniteError(f"{name}: {error}", error.index) from None
+
+
+@contextmanager
+def about_requests(requests: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """While open, an error about a row is about the request that the row is of.
+
+    Args:
+        requests: of each row the name of the data that its request is of, or "", and the number
+            of the request there.
+
+    Raises:
+        NotFiniteError: as the body, with the request's number, the name before its text.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        if error.index is None:
+            raise
+        name, number = requests[error.index]
+        text = str(error).replace(f"request {error.index}:", f"request {number}:", 1)
+        raise NotFiniteError(f"{name}: {text}" if name else text, number) from None
 
 
 def _refuse_value(

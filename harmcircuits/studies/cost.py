@@ -10,14 +10,16 @@ Where nothing is compared there are no other searches and no published scores, a
 published protocol is one scoring of what is spared in place of all searches.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.display import duration, plural
 from harmcircuits.hooks.bridge import AnyModel
@@ -108,8 +110,9 @@ def estimate_study(
             heldout=_measuring(model, measured, "heldout"),
         ),
         longest_answer=model.max_new_tokens,
+        at_once=model.n_answered_at_once,
         max_memory=max_memory,
-        speed=Speed.measured(model, middle_batch(target)),
+        speed=Speed.measured(model, middle_batch(target), at_once=model.n_answered_at_once),
     )
 
 
@@ -121,6 +124,7 @@ def estimate_of_batches(
     *,
     measuring: Measuring,
     longest_answer: int,
+    at_once: int,
     max_memory: int | None,
     speed: Speed,
 ) -> StudyEstimate:
@@ -133,6 +137,7 @@ def estimate_of_batches(
         settings: of the study.
         measuring: what measuring the model once takes.
         longest_answer: in tokens.
+        at_once: how many answers are made at once.
         max_memory: of the study.
         speed: of the model.
     """
@@ -144,6 +149,7 @@ def estimate_of_batches(
         size=settings.sizes,
         steps=settings.steps,
         renew=longest_answer,
+        at_once=at_once,
         max_memory=max_memory,
         speed=speed,
     )
@@ -156,7 +162,7 @@ def estimate_of_batches(
     n_ways = N_WAYS
     others = Work()
     if settings.compare:
-        others = _other_searches(target, spared, settings, longest_answer, passes)
+        others = _other_searches(target, spared, settings, longest_answer, at_once, passes)
         n_scored += n_spared  # the published scores
         if settings.scored_by != "loss":
             n_scored += n_tokens(target)  # which are by the loss in any case
@@ -179,6 +185,7 @@ def _other_searches(
     spared: Mapping[str, Sequence[Batch]],
     settings: StudySettings,
     longest_answer: int,
+    at_once: int,
     passes: int,
 ) -> Work:
     """One shot; the contrast protected alone, where more is; and the contrast's twin."""
@@ -191,6 +198,7 @@ def _other_searches(
         "n_sizes": 1,
         "steps": settings.steps,
         "renew": longest_answer,
+        "at_once": at_once,
         "n_passes": passes,
     }
     twin = {name: batches for name, batches in spared.items() if name != settings.contrast}
@@ -212,7 +220,7 @@ class Workload:
         measured: requests of each behaviour in each of the other splits.
         request_tokens: tokens of a request.
         longest_answer: tokens of every answer.
-        batch_size: examples at once.
+        batch_size: examples scored at once; answered are four times as many.
 
     Raises:
         ValueError: a number below 1 (below 0 of protected behaviours).
@@ -244,16 +252,17 @@ class Workload:
         return {name: self._batches(self.protected_answers) for name in names[: self.n_protected]}
 
     @property
+    def answered_at_once(self) -> int:
+        """How many answers are made at once."""
+        return ANSWERED_PER_SCORED * self.batch_size
+
+    @property
     def measuring(self) -> Work:
         """What measuring the model once takes."""
-        of_behaviour = measuring_work(
-            self.measured,
-            self.measured * self.request_tokens,
-            self.measured * (self.request_tokens + self.longest_answer),
-            self.longest_answer,
-            self.batch_size,
-        )
-        return of_behaviour * (1 + self.n_protected)
+        n_requests = self.measured * (1 + self.n_protected)
+        n_batches = ceil(n_requests / self.answered_at_once)
+        request_and_answer = 2 * self.request_tokens + self.longest_answer
+        return Work(read=n_requests * request_and_answer, decoded=n_batches * self.longest_answer)
 
     def _batches(self, n_examples: int) -> list[Batch]:
         """Examples of equal length, each of a request of its own: its first token is its number."""
@@ -301,9 +310,15 @@ def estimate_outline(
         settings,
         measuring=Measuring(workload.measuring, workload.measuring),
         longest_answer=workload.longest_answer,
+        at_once=workload.answered_at_once,
         max_memory=max_memory,
         speed=Speed.of_machine(
-            outline, target[0], device=device, tflops=tflops, bandwidth=bandwidth
+            outline,
+            target[0],
+            at_once=workload.answered_at_once,
+            device=device,
+            tflops=tflops,
+            bandwidth=bandwidth,
         ),
     )
 
@@ -340,40 +355,25 @@ def cost_table(name: str, outline: AnyModel, estimate: StudyEstimate) -> Table:
     return grid
 
 
-def measuring_work(
-    n_requests: int,
-    request_tokens: int,
-    answer_tokens: int,
-    longest_answer: int,
-    at_once: int,
-) -> Work:
-    """Answering requests and reading their reference answers.
-
-    Args:
-        n_requests: how many answers there are.
-        request_tokens: of all requests together.
-        answer_tokens: of all reference answers together, their requests included.
-        longest_answer: in tokens.
-        at_once: requests answered together.
-    """
-    n_batches = -(-n_requests // at_once)
-    return Work(read=request_tokens + answer_tokens, decoded=n_batches * longest_answer)
-
-
 def _measuring(model: Model, behaviours: Sequence[Behaviour], split: str) -> Work:
-    work = Work()
+    """Answering the requests of a split, those of all behaviours together, and reading references.
+
+    Those whose answers may be equally long share batches.
+    """
+    n_read = 0
+    n_answers: Counter[int] = Counter()  # by how long they may be
     for behaviour in behaviours:
         requests = behaviour.prompts(split)
-        n_answers = len(requests) * model.n_samples(behaviour)
+        n_samples = model.n_samples(behaviour)
         tokenizer = model.bridge.tokenizer
         lengths = [len(prompt_ids(e.prompt, tokenizer, model.template)) for e in requests]
+        n_read += sum(lengths) * n_samples
         references = behaviour.references(split)
-        n_read = n_tokens(model.batches(behaviour, references)) if len(references) else 0
-        work += measuring_work(
-            n_answers,
-            sum(lengths) * model.n_samples(behaviour),
-            n_read,
-            behaviour.max_new_tokens or model.max_new_tokens,
-            model.n_answered_at_once,
-        )
-    return work
+        if len(references):
+            n_read += n_tokens(model.batches(behaviour, references))
+        n_answers[behaviour.max_new_tokens or model.max_new_tokens] += len(requests) * n_samples
+
+    decoded = 0
+    for longest, number in n_answers.items():
+        decoded += longest * ceil(number / model.n_answered_at_once)
+    return Work(read=n_read, decoded=decoded)

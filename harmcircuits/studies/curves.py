@@ -229,7 +229,7 @@ def outcomes_of(
 ) -> dict[str, Outcomes]:
     """What the model does with these behaviours: as it stands, or under a mask."""
     with masked_if_given(model.bridge, mask):
-        return {name: model.outcomes(name, split) for name in names}
+        return model.outcomes_of(names, split)
 
 
 def curve(

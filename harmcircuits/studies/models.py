@@ -22,7 +22,7 @@ from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.judge_names import open_judge
 from harmcircuits.behaviours.judges import RuleJudge
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.repeats import IN_TWO_SPLITS
 from harmcircuits.behaviours.request_judge import RequestJudge
@@ -107,7 +107,7 @@ def open_model(
             used, and the rules judge in its place.
         judge_question: text file with StrongREJECT's wording.
         max_new_tokens: how long an answer may be.
-        batch_size: examples scored and answered at once.
+        batch_size: examples scored at once; answered are four times as many.
         sampling: how answers are drawn; greedily by default.
         cache: folder that keeps the model's own answers and a judge's replies.
         progress: shows how far its answers are.
@@ -181,7 +181,7 @@ class ModelSpec:
             where they tell the model's own answers apart.
         judge_question: text file with StrongREJECT's wording.
         max_new_tokens: longest answer, in tokens.
-        batch_size: examples scored and answered at once.
+        batch_size: examples scored at once; answered are four times as many.
         cache: folder that keeps the model's own answers and a judge's replies.
         samples: answers sampled a request, at a temperature above 0.
         temperature: temperature of sampled answers; 0: greedy ones.
@@ -310,7 +310,7 @@ class ModelSpec:
             template=self.chat,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            n_answered_at_once=self.batch_size,
+            n_answered_at_once=ANSWERED_PER_SCORED * self.batch_size,
             sampling=self.sampling,
             cache=GenerationCache(self.cache / "answers", bridge, progress),
             judge_name=RuleJudge().name,

@@ -13,7 +13,12 @@ import torch
 from helpers import small_model
 
 from harmcircuits.behaviours import generation_cache
-from harmcircuits.behaviours.generation import Sampling, generate_answers
+from harmcircuits.behaviours.generation import (
+    Asked,
+    Sampling,
+    generate_answers,
+    generate_together,
+)
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
@@ -33,11 +38,11 @@ def calls(monkeypatch):
     """How many requests were answered anew, batch by batch."""
     made = []
 
-    def counted(bridge, prompts, **options):
-        made.append(len(prompts))
-        return generate_answers(bridge, prompts, **options)
+    def counted(bridge, asked, **options):
+        made.append(sum(len(one_set.prompts) for one_set in asked))
+        return generate_together(bridge, asked, **options)
 
-    monkeypatch.setattr(generation_cache, "generate_answers", counted)
+    monkeypatch.setattr(generation_cache, "generate_together", counted)
     return made
 
 
@@ -55,6 +60,28 @@ def test_answers_are_made_once_and_stay_in_order(model, tmp_path, calls):
     assert all(answer.text.startswith("sure") for answer in opened)
     assert cache(bridge, prompts, **OPTIONS) == expected
     assert len(list(tmp_path.iterdir())) == 2, "a file for each setting"
+
+
+def test_sets_that_are_answered_together_are_kept_as_if_each_were_alone(model, tmp_path, calls):
+    bridge = model.bridge
+    harmful = model.behaviours["harmful"].prompts("heldout")[:4]
+    benign = model.behaviours["benign"].prompts("heldout")[:3]
+    asked = [Asked(harmful, "sure"), Asked(benign), Asked(harmful[2:]), Asked(benign[:1])]
+    expected = []
+    for one_set in asked:
+        options = {"prefill": one_set.prefill, **OPTIONS}
+        expected.append(generate_answers(bridge, one_set.prompts, **options))
+    cache = GenerationCache(tmp_path, bridge)
+    assert cache.together(bridge, asked, **OPTIONS) == expected
+    assert calls == [5, 4], "nine requests, of which one is asked twice"
+    assert len(list(tmp_path.iterdir())) == 2, "a file for each beginning"
+    assert cache(bridge, harmful, prefill="sure", **OPTIONS) == expected[0]
+    assert cache.together(bridge, asked[1:], **OPTIONS) == expected[1:]
+    assert len(calls) == 2
+    with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
+        anew = cache.together(bridge, asked, **OPTIONS)
+        assert anew == generate_together(bridge, asked, **OPTIONS)
+    assert anew != expected
 
 
 def test_an_unfinished_line_is_left_out(model, tmp_path, calls):
@@ -128,7 +155,7 @@ def test_samples_are_made_once(model, tmp_path, monkeypatch):
         cache(bridge, prompts[:1], sampling=other, **OPTIONS)
     assert len(list(tmp_path.iterdir())) == 6, "a file for each setting"
 
-    monkeypatch.setattr(generation_cache, "generate_answers", None)
+    monkeypatch.setattr(generation_cache, "generate_together", None)
     assert cache(bridge, prompts, sampling=sampling, **OPTIONS) == expected
 
 

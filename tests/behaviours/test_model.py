@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import StubBridge, small_model
 
+from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.model import Model, NotShownError
@@ -35,17 +36,20 @@ def small() -> Model:
 def scripted(monkeypatch) -> Model:
     """Three samples a request: the last is right, for every other request the second too."""
 
-    def answers(bridge, prompts, *, sampling=None, **options):
+    def answers(bridge, asked, *, sampling=None, **options):
         n_samples = sampling.samples if sampling else 1
-        made = []
-        for example in prompts:
-            made += [Answer(text, ()) for text in ANSWERS[example.prompt][:n_samples]]
-        return made
+        sets = []
+        for one_set in asked:
+            made = []
+            for example in one_set.prompts:
+                made += [Answer(text, ()) for text in ANSWERS[example.prompt][:n_samples]]
+            sets.append(made)
+        return sets
 
     def nll(bridge, batches):
         return torch.arange(6.0)
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.generate_answers", answers)
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate_together", answers)
     monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", nll)
     monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
 
@@ -99,6 +103,34 @@ def test_questions_are_answered_once(scripted):
     outcomes = scripted.outcomes("asked", "heldout")
     assert (outcomes.n_samples, len(outcomes.verdicts)) == (1, 6)
     assert outcomes.hits == [1] * 6
+
+
+def test_several_behaviours_are_answered_together_as_each_is_alone(small, monkeypatch):
+    """In as few batches as lengths and ways of drawing allow."""
+    model = replace(small, sampling=Sampling(2), n_answered_at_once=1000)
+    names = ["harmful", "benign", "recognition", "explanation"]
+    alone = {}
+    for name in names:
+        behaviour = model.behaviours[name]
+        alone[name] = model.answers(behaviour, behaviour.prompts("heldout"))
+
+    batches = []
+    answered = generation._answers_of_batch
+
+    def noted(bridge, batch, *options):
+        batches.append(len(batch))
+        return answered(bridge, batch, *options)
+
+    monkeypatch.setattr(generation, "_answers_of_batch", noted)
+    together = model.outcomes_of(names)
+    assert {name: outcomes.answers for name, outcomes in together.items()} == alone
+    kinds = {(b.max_new_tokens, bool(b.choices)) for b in map(model.behaviour, names)}
+    assert len(batches) == len(kinds) < len(names)
+    assert sum(batches) == sum(map(len, alone.values()))
+
+    batches.clear()
+    assert len(model.measure(only=names).metrics) > len(names)
+    assert len(batches) == len(kinds)
 
 
 def test_an_organism_sampled(small):

@@ -4,6 +4,7 @@ Would catch: a term of the formula that is missing or counted twice, an outline 
 the model's, a bound or a renewed target that costs nothing.
 """
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -113,6 +114,9 @@ def test_a_search_computes_what_is_said(llama, monkeypatch, protect, renew):
         said += n_checked * (tried - work.chosen)
     assert said == tokens[False]
     assert work.decoded == n_renewed * renew * len(TARGET)
+    options = {"n_sizes": 2, "steps": 3, "renew": renew, "n_passes": 1}
+    together = search_work(TARGET, protect, **options, at_once=sum(map(len, TARGET)))
+    assert together == replace(work, decoded=n_renewed * renew), "all answers in one batch"
 
 
 def test_a_bound_takes_more_passes_and_less_memory(llama):

@@ -98,17 +98,16 @@ def model_that_says(bridge, monkeypatch, answers: list[str], *, prefill: str = "
     """A model with these answers in turn, all of which its judge takes for shown."""
     tokenizer = bridge.tokenizer
 
-    def generated(_bridge, prompts, *, sampling=None, **_options):
-        made = []
-        for _ in prompts:
-            for text in answers[: sampling.samples if sampling else 1]:
-                made.append(Answer(text, tuple(tokenizer.encode(text, add_special_tokens=False))))
-        return made
+    def generated(_bridge, asked, *, sampling=None, **_options):
+        samples = []
+        for text in answers[: sampling.samples if sampling else 1]:
+            samples.append(Answer(text, tuple(tokenizer.encode(text, add_special_tokens=False))))
+        return [samples * len(one_set.prompts) for one_set in asked]
 
     def prompts(_split: str) -> PromptSet:
         return PromptSet((Example("use it"), Example("clean it")))
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.generate_answers", generated)
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate_together", generated)
     behaviour = Behaviour("asked", "asked_rate", "asked_nll", "yes", prompts, prefill=prefill)
     sampling = Sampling(len(answers)) if len(answers) > 1 else None
     return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)

@@ -128,12 +128,13 @@ def test_changes_are_those_since_the_unpruned_model(model, answers):
 
 def test_answers_begin_with_the_opening(model, monkeypatch):
     begun = []
-    answer = hc.Model.answers
+    answer = hc.Model.answers_together
 
-    def noted(self, behaviour, prompts):
-        answers = answer(self, behaviour, prompts)
-        begun.extend(example.completion for example in answers)
-        return answers
+    def noted(self, asked):
+        together = answer(self, asked)
+        for answers in together:
+            begun.extend(example.completion for example in answers)
+        return together
 
     read = []
     judge = hc.Model.verdicts
@@ -142,7 +143,7 @@ def test_answers_begin_with_the_opening(model, monkeypatch):
         read.extend(example.completion for example in answers)
         return judge(self, behaviour, answers)
 
-    monkeypatch.setattr(hc.Model, "answers", noted)
+    monkeypatch.setattr(hc.Model, "answers_together", noted)
     monkeypatch.setattr(hc.Model, "verdicts", noted_too)
     rows = frontier.opening_rows(model, ["sure", "yes"], {"mask": "none"})
     half = len(begun) // 2

@@ -167,7 +167,7 @@ def test_a_workload_is_what_it_says():
     assert all(int(batch.is_target.sum()) == 4 * len(batch) for batch in WORKLOAD.target)
     assert next(iter(WORKLOAD.spared)) == "benign"
     assert len(WORKLOAD.spared) == 2
-    assert WORKLOAD.measuring.decoded == 3 * 4, "one batch of each behaviour"
+    assert WORKLOAD.measuring.decoded == 4, "all thirty answers in one batch"
     with pytest.raises(ValueError, match="measured=0; expected at least 1"):
         replace(WORKLOAD, measured=0)
 
@@ -178,6 +178,7 @@ def test_nothing_protected_needs_no_twin(model):
     options = {
         "measuring": Measuring(alone.measuring, alone.measuring),
         "longest_answer": 4,
+        "at_once": alone.answered_at_once,
         "max_memory": None,
         "speed": speed,
     }
