@@ -293,11 +293,12 @@ def _held_out_table(rows: Rows, mask: WeightMask) -> str:
 def _place_table(mask: WeightMask) -> str:
     """The mask's weights by layer and kind of matrix."""
     counts: dict[int, dict[str, int]] = {}
+    present = set()
     for name, count in mask.counts.items():
         layer, kind = place_of(name)
+        present.add(kind)
         of_layer = counts.setdefault(layer, {})
         of_layer[kind] = of_layer.get(kind, 0) + count
-    present = {kind for of_layer in counts.values() for kind in of_layer}
     kinds = [kind for kind in KINDS if kind in present]
     lines = []
     for layer in sorted(counts):

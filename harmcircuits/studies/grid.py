@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from harmcircuits.behaviours.model import Calibration
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
@@ -49,18 +50,17 @@ def operating_point(
         budgets: how far the losses of kept behaviours may rise, by name.
         decides: which figure of the target says how much is taken: "rate" or "loss".
     """
-    unpruned = rows.where(mask="none", split="choice")
-    before = {row.metric: row.mean for row in unpruned}
+    before = _unpruned(rows)
     # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
     taken, sign = terms.target.metric, 1
     if decides == "loss":
         taken, sign = terms.target.nll_metric, -1
 
-    allowed = _allowed_losses(terms, {terms.contrast.name: budget, **budgets})
+    budgets = {terms.contrast.name: budget, **budgets}
     candidates = []
     for point in points:
         takes = sign * point.mean(taken) < sign * before[taken]
-        if takes and _keeps(point, before, terms, tolerance, allowed):
+        if takes and not _not_kept(point, before, terms, tolerance, budgets):
             candidates.append(point)
 
     def rank(point: Point) -> tuple[float, int]:
@@ -69,32 +69,62 @@ def operating_point(
     return min(candidates, key=rank, default=None)
 
 
-def _keeps(
+def not_kept_rows(run: Study, points: Sequence[Point]) -> Rows:
+    """What each mask does not keep, by the rule of `operating_point`: `not_kept` is the change.
+
+    Of a rate or a loss (`figure`), by `behaviour`. Nothing of a mask that keeps everything.
+
+    Args:
+        run: with the rows of the unpruned model.
+        points: of one way of choosing.
+    """
+    settings, terms = run.settings, run.terms
+    before = _unpruned(run.rows)
+    budgets = {terms.contrast.name: settings.budget_of(terms.contrast.name), **settings.budgets}
+    rows = Rows()
+    for point in points:
+        where: dict[str, Label] = {"model": run.model.name, "mask": "circuit", **point.labels}
+        where["split"] = "choice"
+        for lost in _not_kept(point, before, terms, settings.tolerance, budgets):
+            labels = {**where, "behaviour": lost.behaviour, "figure": lost.figure}
+            rows += [Measurement.exact("not_kept", labels, lost.change)]
+    return rows
+
+
+class _NotKept(NamedTuple):
+    """A figure of a kept behaviour that changes by more than it may."""
+
+    behaviour: str
+    figure: Literal["rate", "loss"]
+    change: float
+
+
+def _unpruned(rows: Rows) -> dict[str, float]:
+    """The unpruned model's figures on the choice split."""
+    return {row.metric: row.mean for row in rows.where(mask="none", split="choice")}
+
+
+def _not_kept(
     point: Point,
     before: Mapping[str, float],
     terms: Terms,
     tolerance: float,
-    allowed: Mapping[str, float],
-) -> bool:
-    """Whether a mask leaves everything but the target within the tolerance and the budgets."""
-    for rate in terms.kept_rates:
-        # A behaviour that the model does not show was not measured.
-        if rate in before and point.mean(rate) < before[rate] - tolerance:
-            return False
-    for loss, budget in allowed.items():
-        # A behaviour without reference answers has no loss.
-        if loss in before and point.mean(loss) > before[loss] + budget:
-            return False
-    return True
-
-
-def _allowed_losses(terms: Terms, budgets: Mapping[str, float]) -> dict[str, float]:
-    """The loss of each kept behaviour that has a budget, and how far it may rise."""
-    allowed = {}
+    budgets: Mapping[str, float],
+) -> list[_NotKept]:
+    """What a mask does not leave within the tolerance and the budgets."""
+    lost = []
     for behaviour in terms.kept:
-        if behaviour.name in budgets:
-            allowed[behaviour.nll_metric] = budgets[behaviour.name]
-    return allowed
+        # A behaviour that the model does not show was not measured.
+        if behaviour.metric in before:
+            change = point.mean(behaviour.metric) - before[behaviour.metric]
+            if change < -tolerance:
+                lost.append(_NotKept(behaviour.name, "rate", change))
+        # Nor is there a loss of one without reference answers.
+        if behaviour.name in budgets and behaviour.nll_metric in before:
+            change = point.mean(behaviour.nll_metric) - before[behaviour.nll_metric]
+            if change > budgets[behaviour.name]:
+                lost.append(_NotKept(behaviour.name, "loss", change))
+    return lost
 
 
 def measure_grid(

@@ -31,6 +31,8 @@ SHARE = 0.25  # of the items of every topic on which protected behaviours are sc
 SHARE_MEASURED = 0.5
 # Parts of the training after which a custom model is measured.
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 1)
+# What to judge innocent requests by.
+OTHER_JUDGES = "give --judge strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL"
 
 
 @dataclass(frozen=True)
@@ -437,14 +439,12 @@ def judge_of_innocent(model: Model, *files: tuple[str, PromptSet]) -> RequestJud
     if isinstance(judge.harm, RuleJudge):
         raise ValueError(
             "judge='local' tells only answered and refused apart, so it cannot see that an "
-            "innocent request is answered harmfully; give --judge strongreject:FOLDER_OR_ID or "
-            "http://ADDRESS/v1#MODEL"
+            f"innocent request is answered harmfully; {OTHER_JUDGES}"
         )
     if isinstance(judge.harm, ProbeJudge):
         raise ValueError(
             "judge='probe' tells what helps with a harmful request from what does not, and calls "
-            "many answers to innocent requests harmful; give --judge strongreject:FOLDER_OR_ID or "
-            "http://ADDRESS/v1#MODEL"
+            f"many answers to innocent requests harmful; {OTHER_JUDGES}"
         )
     kinds = dict(judge.kinds)
     for source, prompts in files:

@@ -55,7 +55,8 @@ class Study:
         max_memory: bytes for accumulated scores.
         protected: the behaviours that are spared, once they are known.
         rows: every figure.
-        masks: those measured on held-out requests, by name.
+        masks: those measured on held-out requests, by name; where no mask was chosen, those that
+            were tried, "tried-" and their size.
         chosen: the operating point of the search; None where none of its masks keeps the rule.
         seconds: how long each stage took, by its name; of a resumed study, since then.
     """

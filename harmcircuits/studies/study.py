@@ -26,7 +26,7 @@ from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Manifest, Rows
 from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_scores
 from harmcircuits.studies.diagnostics import diagnostics
-from harmcircuits.studies.grid import PUBLISHED, measure_grid, operating_point
+from harmcircuits.studies.grid import PUBLISHED, measure_grid, not_kept_rows, operating_point
 from harmcircuits.studies.heldout import heldout_rows, measure_heldout
 from harmcircuits.studies.run import MANIFEST, PAGE, ROWS_FILE, UNNEEDED, WALKS, Point, Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
@@ -140,6 +140,8 @@ def study(
         sites = weight_sites(model.bridge)
         where = {"model": model.name, "mask": "circuit"}
         run.add(location_rows(run.chosen.mask, sites, where))
+    else:
+        _keep_tried(run, next(iter(points.values())))
     if run.out is not None and page:
         with run.stage("page"):
             _write_page(run, run.out / PAGE)
@@ -176,6 +178,18 @@ def _best(run: Study, points: Mapping[str, Sequence[Point]]) -> dict[str, Point 
             decides=settings.decides,
         )
     return best
+
+
+def _keep_tried(run: Study, points: Sequence[Point]) -> None:
+    """Keep the masks of a search that has no operating point, and what is against each."""
+    run.add(not_kept_rows(run, points))
+    for point in points:
+        if not point.mask.n_removed:
+            continue
+        name = f"tried-{point.labels['q']:g}"
+        run.masks[name] = point.mask
+        if run.out is not None:
+            point.mask.save(run.out / "masks" / f"{name}.safetensors")
 
 
 def _as_raw_text(model: Model, data: Calibration) -> Calibration:

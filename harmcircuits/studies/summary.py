@@ -7,7 +7,7 @@ from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import DEGENERATE
 from harmcircuits.behaviours.model import FEW_ANSWERS, few_answers
-from harmcircuits.behaviours.repeats import repeats_text
+from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, REPEATED, repeats_text
 from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
@@ -242,12 +242,12 @@ def summary(rows: Rows, terms: Terms) -> str:
     studied = _studied(lines)
     if not studied:
         points = 100 * rows.one("tolerance").mean
-        reason = (
-            f"no mask lowers {terms.target.title} and keeps every other ability "
-            f"within {points:.0f} % of answers"
+        text = (
+            f"No operating point: no mask lowers {terms.target.title} and keeps the rate of every "
+            f"other ability within {points:.0f} points of the unpruned model's, and its loss "
+            "within its budget."
         )
-        text = f"No operating point: {reason} of the unpruned model."
-        return "\n".join([text, *_warnings(rows, terms)])
+        return "\n".join([text, *_tried(rows, terms), *_warnings(rows, terms)])
 
     rate = terms.target.metric
     before, after = lines["unpruned"], lines[studied]
@@ -301,6 +301,37 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
     size = after.one("weights_removed").mean
     figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
     return figures
+
+
+def _tried(rows: Rows, terms: Terms) -> list[str]:
+    """A line for each mask of a search without an operating point: what it does and does not keep.
+
+    On the requests that an operating point is chosen by.
+    """
+    before = rows.where(mask="none", split="choice")
+    rate, loss = terms.target.metric, terms.target.nll_metric
+    tried = []
+    for of_mask in tradeoff_lines(rows).get(SEARCH, {}).values():
+        size = of_mask.one("weights_removed")
+        change = of_mask.one(loss).mean - before.one(loss).mean
+        tried.append(
+            f"Tried {size.mean:,.0f} weights (masks/tried-{size.labels['q']:g}): "
+            f"{_answers(terms)} {before.one(rate).mean:.0%} → {of_mask.one(rate).mean:.0%}, their "
+            f"loss {change:+.3f} nats; not kept: {_not_kept(of_mask)}."
+        )
+    return tried or ["The search removes no weight within the budgets."]
+
+
+def _not_kept(of_mask: Rows) -> str:
+    """Each figure that a mask does not keep, with its change."""
+    lost = []
+    for row in of_mask.where("not_kept"):
+        behaviour, is_rate = row.labels["behaviour"], row.labels["figure"] == "rate"
+        if is_rate:
+            lost.append(f"{behaviour} {100 * row.mean:+.1f} points")
+        else:
+            lost.append(f"{behaviour} loss {row.mean:+.3f} nats")
+    return listed(lost) or "nothing"
 
 
 def _studied(lines: Mapping[str, Rows]) -> str:
@@ -406,9 +437,8 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
     few = few_answers(n_verified)
     if few:
         warnings.append(f"Warning: {few}.")
-    repeated = repeats_text(rows)
-    if repeated:
-        warnings.append(repeated)
+    if any(row.mean for row in (*rows.where(REPEATED), *rows.where(IN_TWO_SPLITS))):
+        warnings.append(repeats_text(rows))
     if rows.where(VALIDATION, used="no"):
         warnings.append(
             "Warning: the judge does not tell harmful answers from harmless ones, so the local "

@@ -176,7 +176,8 @@ def share_figure(
     )
     # Markers as plotly has them by default: on lines of fewer than 20 points.
     figure.update_traces(mode=None, line_width=2.5, marker_size=6, error_y=INTERVAL)
-    figure.update_xaxes(matches=None, tickvals=SHARE_TICKS, gridcolor=GRID)
+    # Without prefixes: 0.0002 % and not 200µ %.
+    figure.update_xaxes(matches=None, tickvals=SHARE_TICKS, gridcolor=GRID, exponentformat="none")
     figure.update_yaxes(
         matches=None,
         showticklabels=True,

@@ -288,6 +288,41 @@ def test_no_operating_point_is_said_plainly(finished):
     assert text.startswith("No operating point")
 
 
+def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
+    """Benign answers are not protected, and go with the others."""
+    model = small_model("sft", only=["harmful", "benign", "refusal"])
+    settings = StudySettings(
+        sizes=SIZES, steps=1, n_random=1, tolerance=0.0, protect=("refusal",), compare=False
+    )
+    run = study(model, settings, out=tmp_path / "run", page=True)
+    assert run.chosen is None
+    assert set(run.masks) == {"tried-0.01", "tried-0.04"}
+    before = run.rows.where(mask="none", split="choice")
+    text = summary(run.rows, run.terms)
+    for size in SIZES:
+        mask = run.masks[f"tried-{size}"]
+        assert WeightMask.load(tmp_path / "run" / "masks" / f"tried-{size}.safetensors") == mask
+        assert f"Tried {mask.n_removed:,} weights (masks/tried-{size}): " in text
+        under = run.rows.where(mask="circuit", split="choice", q=size)
+        lost = under.where("not_kept")
+        for row in lost:
+            behaviour = model.behaviours[row.labels["behaviour"]]
+            is_rate = row.labels["figure"] == "rate"
+            metric = behaviour.metric if is_rate else behaviour.nll_metric
+            change = under.one(metric).mean - before.one(metric).mean
+            assert row.mean == change
+            assert row.mean < 0 if is_rate else row.mean > settings.budget
+        changes = {"benign_valid_rate": -1, "benign_nll": 1}
+        n_worse = 0
+        for metric, sign in changes.items():
+            allowed = 0 if metric.endswith("rate") else settings.budget
+            change = under.one(metric).mean - before.one(metric).mean
+            n_worse += sign * change > allowed
+        assert len(lost.where(behaviour="benign")) == n_worse > 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "not kept: benign" in text and "not kept: benign" in page
+
+
 def test_saturation_is_warned_of(finished):
     run, _, _ = finished
     saturated = Measurement.exact("calibration_nll", {"behaviour": "harmful"}, 0.001)
