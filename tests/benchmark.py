@@ -12,6 +12,9 @@
 #   layer, a pass for each example with gradients for that layer only, added in bfloat16. Timed on a
 #   few examples and multiplied, its cost being linear in them.
 #
+# Beside them stand selection, a mask put on and taken off, and the answers to six sets of requests,
+# set by set and together.
+#
 # Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike;
 # figures are medians over turns, bars the whole range. `--grow` repeats the scores with twice the
 # layers, width, examples and length, and masks of as many weights on the larger models. The share
@@ -39,6 +42,8 @@ from rich.console import Console
 from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
+from harmcircuits.behaviours.generation import Asked, generate_together
+from harmcircuits.behaviours.model import ANSWERED_PER_SCORED
 from harmcircuits.hooks.gradients import frozen
 from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.measurements import Measurement, Rows
@@ -343,6 +348,50 @@ def mask_rows(
     return rows
 
 
+def answer_rows(
+    bridge: TransformerBridge,
+    labels: dict,
+    device: str,
+    turns: int,
+    *,
+    n_sets: int = 6,
+    n_requests: int = 20,
+    batch_size: int = 16,
+    max_new_tokens: int = 8,
+) -> Rows:
+    """Answers to sets of requests, set by set in batches as scores take, and as `Model` makes them.
+
+    That is together, in batches of `ANSWERED_PER_SCORED` times as many.
+    """
+    sets = []
+    for number in range(n_sets):
+        texts = [f"how to use {number} {request}" for request in range(n_requests)]
+        sets.append(Asked(hc.PromptSet.of(texts)))
+    answered = partial(generate_together, bridge, max_new_tokens=max_new_tokens, template="raw")
+
+    def set_by_set() -> None:
+        for one_set in sets:
+            answered([one_set], batch_size=batch_size)
+
+    runs = {
+        "answers, set by set": set_by_set,
+        "answers, together": partial(answered, sets, batch_size=ANSWERED_PER_SCORED * batch_size),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():  # warms up
+        run()
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+
+    rows = Rows()
+    for name, of_turns in times.items():
+        where = {**labels, "method": name, "answers": n_sets * n_requests}
+        ratios = [a / b for a, b in zip(of_turns, times["answers, together"], strict=True)]
+        rows += [middle("seconds", where, of_turns), middle("ratio_to_together", where, ratios)]
+    return rows
+
+
 # %% Growth
 def grown(shape: Shape) -> dict[str, Shape]:
     """Twice as much of one thing at a time."""
@@ -523,6 +572,8 @@ def main(
         rows += compared(bridge, grown_shape, where, device, turns, few, only)
         if what in ("none", "layers", "width"):
             rows += mask_rows(bridge, where, device, turns, weights)
+        if what == "none":
+            rows += answer_rows(bridge, where, device, turns)
         del bridge
     rows += growth_rows(rows)
     peak = peak_flops or matmul_flops(device, getattr(torch, dtype))

@@ -47,6 +47,10 @@ def test_a_run_gives_every_figure(bridge, tmp_path):
     rows = benchmark.compared(bridge, TINY, labels, "cpu", turns=2, few=1)
     rows += benchmark.mask_rows(bridge, labels, "cpu", 2, n_weights=100)
     assert rows.one(method="mask").labels["weights"] == 100
+    sizes = {"n_sets": 2, "n_requests": 3, "max_new_tokens": 2}
+    rows += benchmark.answer_rows(bridge, labels, "cpu", turns=2, **sizes)
+    assert rows.one("ratio_to_together", method="answers, together").mean == 1
+    assert {row.labels["answers"] for row in rows.where("ratio_to_together")} == {6}
     rows += benchmark.peak_rows(rows, labels, 1e12, is_given=True)
     methods = ["plain", "removal effect", "SNIP", "bounded", "one by one", "layer by layer"]
     for metric in ("seconds", "ratio_to_plain", "tokens_per_second", "peak_bytes"):

@@ -1,5 +1,6 @@
 """Masks of the same size that a circuit must beat."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,37 +199,47 @@ def unpruned_scores(
     if folder is not None:
         effect = _on_disk(effect, Path(folder) / "effect")
 
-    price = price_of(model, protected, max_memory=max_memory)
-    if price is not None and folder is not None:
-        price = _on_disk(price, Path(folder) / "price")
-    return Unpruned(effect, price)
+    at = Path(folder) / "price" if folder is not None else None
+    return Unpruned(effect, price_of(model, protected, folder=at, max_memory=max_memory))
 
 
 def price_of(
-    model: Model, protected: Mapping[str, Calibration], *, max_memory: int | None = None
+    model: Model,
+    protected: Mapping[str, Calibration],
+    *,
+    folder: str | Path | None = None,
+    max_memory: int | None = None,
 ) -> WeightScores | None:
     """The sum of `token_price` over what is protected; None where nothing is.
 
     Args:
         model: the model, unpruned.
         protected: calibration data of what is protected.
+        folder: a new one; keeps the sum, so that memory holds the price of one behaviour at a time,
+            and each matrix is read from there when it is needed.
         max_memory: bytes for accumulated scores.
     """
-    sums: dict[str, Tensor] = {}
-    parents = []
+    total: WeightScores | None = None
+    parents: list[Source] = []
     for spared in protected.values():
         price = token_price(model.bridge, spared.batches, max_memory=max_memory)
         parents.append(price.source)
-        for name, value in price.values.items():
-            sums[name] = sums[name].add_(value) if name in sums else value
+        if total is not None:
+            for name, value in price.values.items():
+                value.add_(total.values[name])
+        total = WeightScores(price.values, Source(price.source.model, "sum", {}, tuple(parents)))
         del price  # before that of the next behaviour is accumulated
-    if not sums:
-        return None
-    return WeightScores(sums, Source(parents[0].model, "sum", {}, tuple(parents)))
+        if folder is not None:
+            total = _on_disk(total, Path(folder))
+    return total
 
 
 def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
-    scores.save(folder)
+    """The same scores, written into a folder in place of what it held, and read from there."""
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    scores.save(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
     return WeightScores.load(folder)
 
 

@@ -114,16 +114,14 @@ def _not_kept(
     """What a mask does not leave within the tolerance and the budgets."""
     lost = []
     for behaviour in terms.kept:
+        name, rate, loss = behaviour.name, behaviour.metric, behaviour.nll_metric
         # A behaviour that the model does not show was not measured.
-        if behaviour.metric in before:
-            change = point.mean(behaviour.metric) - before[behaviour.metric]
-            if change < -tolerance:
-                lost.append(_NotKept(behaviour.name, "rate", change))
+        if rate in before and point.mean(rate) < before[rate] - tolerance:
+            lost.append(_NotKept(name, "rate", point.mean(rate) - before[rate]))
         # Nor is there a loss of one without reference answers.
-        if behaviour.name in budgets and behaviour.nll_metric in before:
-            change = point.mean(behaviour.nll_metric) - before[behaviour.nll_metric]
-            if change > budgets[behaviour.name]:
-                lost.append(_NotKept(behaviour.name, "loss", change))
+        has_budget = name in budgets and loss in before
+        if has_budget and point.mean(loss) > before[loss] + budgets[name]:
+            lost.append(_NotKept(name, "loss", point.mean(loss) - before[loss]))
     return lost
 
 

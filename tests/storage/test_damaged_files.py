@@ -100,7 +100,7 @@ def a_probe() -> Probe:
 
 
 def write_answers(path: Path) -> None:
-    generation_cache._append(path, list(ANSWERS), list(ANSWERS.values()))
+    generation_cache._append(path, ANSWERS)
 
 
 FORMATS = {

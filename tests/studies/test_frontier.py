@@ -84,6 +84,16 @@ def test_the_price_of_several_is_their_sum(model, answers, unpruned):
         torch.testing.assert_close(value, both[0].values[name] + both[1].values[name])
 
 
+def test_scores_that_a_folder_keeps_are_the_same(model, answers, unpruned, tmp_path):
+    spared = {name: answers[name] for name in ("benign", "refusal")}
+    kept = unpruned_scores(model, "harmful", answers["harmful"], spared, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["effect", "price"]
+    for scores, of_memory in zip(kept, unpruned, strict=True):
+        assert scores.source == of_memory.source
+        for name, value in of_memory.values.items():
+            assert torch.equal(scores.values[name], value)
+
+
 def test_neurons_are_whole(model, unpruned):
     masks = dict(frontier.neurons(model, unpruned, size=0.01, factors=(2**-9,)))
     mask = masks["neurons, factor 0.002"]
