@@ -383,20 +383,23 @@ def with_references(model: Model) -> Model:
     """
     for behaviour in model.behaviours.values():
         model.refuse_unreadable(behaviour)
-    scored = []
-    for behaviour in model.behaviours.values():
-        if not behaviour.choices and not behaviour.is_scored_on_references:
-            scored.append(behaviour)
-    asked = [(behaviour, behaviour.prompts(split)) for behaviour in scored for split in SPLITS]
+    own = [behaviour for behaviour in model.behaviours.values() if _is_scored_on_own(behaviour)]
+    asked = []
+    for behaviour in own:
+        asked += [(behaviour, behaviour.prompts(split)) for split in SPLITS]
     verified = iter(model.verified_together(asked))
 
     behaviours = []
-    for behaviour in scored:
+    for behaviour in own:
         sets = {split: next(verified) for split in SPLITS}
         if behaviour.name in (TARGET, CONTRAST):
             _refuse_unanswered(model.name, behaviour.name, sets)
         behaviours.append(replace(behaviour, prompts=partial(of_split, sets)))
     return model.with_behaviours(*behaviours)
+
+
+def _is_scored_on_own(behaviour: Behaviour) -> bool:
+    return not behaviour.choices and not behaviour.is_scored_on_references
 
 
 def _refuse_unanswered(model: str, name: str, sets: Sets) -> None:

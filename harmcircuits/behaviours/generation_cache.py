@@ -49,25 +49,10 @@ class GenerationCache:
         return f"GenerationCache({str(self.folder)!r}, weights {self.weights})"
 
     def __call__(
-        self,
-        bridge: Bridge,
-        prompts: PromptSet,
-        *,
-        sampling: Sampling | None = None,
-        prefill: str = "",
-        max_new_tokens: int = 32,
-        batch_size: int = 256,
-        template: Template = "chat",
+        self, bridge: Bridge, prompts: PromptSet, *, prefill: str = "", **options: Any
     ) -> list[Answer]:
-        """As `generate_answers`."""
-        (answers,) = self.together(
-            bridge,
-            [Asked(prompts, prefill)],
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            template=template,
-        )
+        """As `generate_answers`: `together` of one set."""
+        (answers,) = self.together(bridge, [Asked(prompts, prefill)], **options)
         return answers
 
     def together(

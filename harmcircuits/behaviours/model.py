@@ -266,8 +266,7 @@ class Model:
         Args:
             asked: each behaviour with requests of it.
         """
-        # Those whose answers are as long, and drawn alike, share batches.
-        kinds = [self._kind(behaviour) for behaviour, _ in asked]
+        kinds = [self.answer_kind(behaviour) for behaviour, _ in asked]
         answers: dict[int, PromptSet] = {}
         for kind in dict.fromkeys(kinds):
             places = [place for place, other in enumerate(kinds) if other == kind]
@@ -288,11 +287,6 @@ class Model:
             repeated += [example] * self.n_samples(behaviour)
         return PromptSet(tuple(repeated)).with_completions(answers)
 
-    def _kind(self, behaviour: Behaviour) -> tuple[int, Sampling | None]:
-        """How long the answers to a behaviour's requests may be, and how they are drawn."""
-        limit = behaviour.max_new_tokens or self.max_new_tokens
-        return limit, None if behaviour.choices else self.sampling
-
     def refuse_unreadable(self, behaviour: Behaviour) -> None:
         """Check that the model can read a behaviour's requests and has room for its answers.
 
@@ -303,6 +297,7 @@ class Model:
             ValueError: a request, or a reference answer that is scored as it is, that is too long
                 for the model's context or has a token that its embedding lacks.
         """
+        longest, _ = self.answer_kind(behaviour)
         for split in SPLITS:
             prompts = behaviour.prompts(split)
             place = f"{behaviour.name}, {split}"
@@ -310,18 +305,25 @@ class Model:
                 self.bridge,
                 prompts,
                 prefill=behaviour.prefill,
-                max_new_tokens=behaviour.max_new_tokens or self.max_new_tokens,
+                max_new_tokens=longest,
                 template=self.template,
                 place=f"{place}: request",
             )
             if behaviour.is_scored_on_references and len(prompts):
                 refuse_batches(place, self.bridge, self.batches(behaviour, prompts))
 
+    def answer_kind(self, behaviour: Behaviour) -> tuple[int, Sampling | None]:
+        """How long the answers to a behaviour's requests may be, and how they are drawn.
+
+        Those of behaviours that have both in common share batches.
+        """
+        limit = behaviour.max_new_tokens or self.max_new_tokens
+        return limit, None if behaviour.choices else self.sampling
+
     def n_samples(self, behaviour: Behaviour) -> int:
         """How many answers to each of the behaviour's requests there are."""
-        if self.sampling is None or behaviour.choices:
-            return 1
-        return self.sampling.samples
+        _, sampling = self.answer_kind(behaviour)
+        return sampling.samples if sampling else 1
 
     def verdicts(self, behaviour: Behaviour, answers: PromptSet) -> list[str]:
         """The judge's verdict on each completion."""

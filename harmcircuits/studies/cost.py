@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.display import duration, plural
@@ -356,12 +357,9 @@ def cost_table(name: str, outline: AnyModel, estimate: StudyEstimate) -> Table:
 
 
 def _measuring(model: Model, behaviours: Sequence[Behaviour], split: str) -> Work:
-    """Answering the requests of a split, those of all behaviours together, and reading references.
-
-    Those whose answers may be equally long share batches.
-    """
+    """Answering the requests of a split, all behaviours together, and reading references."""
     n_read = 0
-    n_answers: Counter[int] = Counter()  # by how long they may be
+    n_answers: Counter[tuple[int, Sampling | None]] = Counter()  # by what shares batches
     for behaviour in behaviours:
         requests = behaviour.prompts(split)
         n_samples = model.n_samples(behaviour)
@@ -371,9 +369,9 @@ def _measuring(model: Model, behaviours: Sequence[Behaviour], split: str) -> Wor
         references = behaviour.references(split)
         if len(references):
             n_read += n_tokens(model.batches(behaviour, references))
-        n_answers[behaviour.max_new_tokens or model.max_new_tokens] += len(requests) * n_samples
+        n_answers[model.answer_kind(behaviour)] += len(requests) * n_samples
 
     decoded = 0
-    for longest, number in n_answers.items():
+    for (longest, _), number in n_answers.items():
         decoded += longest * ceil(number / model.n_answered_at_once)
     return Work(read=n_read, decoded=decoded)
