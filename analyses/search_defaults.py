@@ -11,7 +11,9 @@
 # (rise of its loss / budget - 1/2), within one half either way, so that who is near its budget
 # becomes dearer and who is far from it cheaper. *log(1 + loss)* and *loss up to 6*: another loss of
 # every harmful answer. *Token error*: the share of its tokens that a draw would miss (`token_error`),
-# tried after all others, when a real model had shown a mean loss that few answers carry. *Two laps
+# tried after all others, when a real model had shown a mean loss that few answers carry. *Refusals
+# preferred*: weights whose removal makes refusals likelier behind "sure" earn as well, by three tenths
+# or a tenth of their loss; tried last, after a search of six steps on `sft` had been seen. *Two laps
 # of 5 steps*: a second walk, from 0.2 % on, that begins with the sums and under the mask of the
 # first; as many steps in all as the default.
 #
@@ -38,6 +40,7 @@ from harmcircuits.studies.bench.variants import (
     capped_loss,
     factors,
     log_loss,
+    preferring,
     walked,
 )
 from harmcircuits.studies.jobs import run_jobs
@@ -51,6 +54,8 @@ VARIANTS: Mapping[str, Method] = {
     "log(1 + loss)": partial(walked, objective=log_loss),
     "loss up to 6": partial(walked, objective=capped_loss),
     "token error": partial(walked, objective=token_error),
+    "refusals preferred": partial(preferring, prefer="refusal", preference=0.3),
+    "refusals preferred, 0.1": partial(preferring, prefer="refusal", preference=0.1),
     "two laps of 5 steps": partial(walked, steps=5, laps=2),
     "first answers": partial(walked, renew=False),
     "factors 1/64 to 256": factors(-6, 8, per_doubling=2),

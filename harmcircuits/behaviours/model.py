@@ -25,7 +25,14 @@ from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.finite import of_data
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import BUDGET, REACH, STEPS, find_circuit, refuse_settings
+from harmcircuits.hooks.search import (
+    BUDGET,
+    PREFERENCE,
+    REACH,
+    STEPS,
+    find_circuit,
+    refuse_settings,
+)
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import (
     SPLITS,
@@ -469,6 +476,34 @@ class Model:
         known = calibrations or {}
         return {name: known.get(name) or self.calibration(name) for name in names}
 
+    def preferred(
+        self, target: str, prefer: str, calibrations: Mapping[str, Calibration] | None = None
+    ) -> list[Batch]:
+        """Verified answers of another behaviour, behind the beginning of the target's answers.
+
+        What `find_circuit` makes likelier with `prefer`: of refusals, say, what follows "sure" in
+        "sure sorry i will not use it".
+
+        Args:
+            target: the behaviour that is searched for, whose prefill opens these answers.
+            prefer: the behaviour that should take its place.
+            calibrations: data that is there already.
+
+        Raises:
+            ValueError: an unknown behaviour, the target itself, or one that is not shown.
+        """
+        if prefer == target:
+            raise ValueError(
+                f"prefer={prefer!r} is what is searched for; name what should take its place"
+            )
+        data = (calibrations or {}).get(prefer) or self.calibration(prefer)
+        opened = self.behaviour(target)
+        if not opened.prefill:
+            return list(data.batches)
+        # As text: how an answer's first word is tokenized depends on what stands before it.
+        begun = [f"{opened.prefill} {example.completion}" for example in data.prompts]
+        return self.batches(opened, data.prompts.with_completions(begun))
+
     @overload
     def find_circuit(
         self,
@@ -483,6 +518,8 @@ class Model:
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         exclude: WeightMask | None = None,
+        prefer: str = "",
+        preference: float = PREFERENCE,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -505,6 +542,8 @@ class Model:
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         exclude: WeightMask | None = None,
+        prefer: str = "",
+        preference: float = PREFERENCE,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -526,6 +565,8 @@ class Model:
         layers: Sequence[int] | None = None,
         kinds: Sequence[str] | None = None,
         exclude: WeightMask | None = None,
+        prefer: str = "",
+        preference: float = PREFERENCE,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -551,6 +592,10 @@ class Model:
             layers: numbers of the blocks to choose from; all by default.
             kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
             exclude: weights that cannot be chosen, such as those of a first circuit.
+            prefer: the behaviour that should take the target's place, such as "refusal": weights
+                whose removal makes its answers likelier, behind the target's own beginning, earn
+                as well.
+            preference: what a nat of their loss counts beside one of the target's.
             calibrations: data to score on, where it is there already.
             renew: answer the target's requests again under each step's mask, and score the answers
                 that still show it as well: what was said in some words may come back in others.
@@ -564,7 +609,7 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach, unit)
+        refuse_settings(sizes, steps, reach, unit, preference)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
@@ -591,6 +636,8 @@ class Model:
             kinds=kinds,
             exclude=exclude,
             renew=still_shown if renew else None,
+            prefer=self.preferred(target, prefer, calibrations) if prefer else (),
+            preference=preference,
             stop=stop,
             progress=progress,
             folder=folder,

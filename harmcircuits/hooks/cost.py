@@ -11,7 +11,8 @@ share a is answers, in products of one number with another (two floating-point o
 So scores cost 3 N T + 2 a U T, three times a pass forward. What attention does beside its matrices
 is left out: at d dimensions and texts of L tokens about L / 6d of a pass. A step of a search is
 
-    scores     of the target, of what it has become, and of two thirds of what is protected
+    scores     of the target, of what it has become, of what is preferred to it, and of two thirds
+               of what is protected
     checks     3 masks and 3 of each size: the other third forward under each; the target under one
     answers    the target's requests answered again under the mask and under one of each size
     choices    the largest of all N weights, for each mask that is checked
@@ -229,6 +230,7 @@ def estimate_search(
     steps: int = STEPS,
     objective: Objective = completion_loss,
     renew: int = 0,
+    prefer: Sequence[Batch] = (),
     at_once: int = 0,
     max_memory: int | None = None,
     speed: Speed | None = None,
@@ -250,6 +252,7 @@ def estimate_search(
         objective: as in `find_circuit`; for the memory.
         renew: how many tokens an answer may have where the target is answered again (as
             `Model.find_circuit` does); 0 where it is not.
+        prefer: as in `find_circuit`.
         at_once: how many answers are made at once; as many as a batch holds by default.
         max_memory: as in `find_circuit`.
         speed: of the model, where it is known.
@@ -270,6 +273,7 @@ def estimate_search(
             n_sizes=n_sizes,
             steps=steps,
             renew=renew,
+            prefer=prefer,
             at_once=at_once,
             n_passes=n_passes(bridge, max_memory),
         ),
@@ -291,6 +295,7 @@ def search_work(
     steps: int,
     renew: int,
     n_passes: int,
+    prefer: Sequence[Batch] = (),
     at_once: int = 0,
 ) -> Work:
     """What a search computes (see the head of this file).
@@ -302,6 +307,7 @@ def search_work(
         steps: as in `estimate_search`.
         renew: as in `estimate_search`.
         n_passes: that a score takes.
+        prefer: as in `estimate_search`.
         at_once: as in `estimate_search`.
 
     Raises:
@@ -313,7 +319,8 @@ def search_work(
     n_tries = TRIES if named(protect) else 1  # without a price all factors give the same mask
     n_aims = 1 + n_sizes  # the walk, and each size
 
-    scored = n_target * steps + n_priced * steps
+    n_preferred = n_tokens(prefer)
+    scored = (n_target + n_priced + n_preferred) * steps
     answered = Work()
     if renew:
         scored += n_target * (steps - 1)  # nothing is renewed before a mask is accepted
@@ -325,7 +332,8 @@ def search_work(
 
     unpruned = Work(read=n_checked + n_target)
     checks = Work(read=n_tries * n_checked + n_target, chosen=n_tries) * (n_aims * steps)
-    return Work(scored=scored * n_passes) + unpruned + checks + answered
+    preferred = Work(read=n_preferred * steps)
+    return Work(scored=scored * n_passes) + unpruned + checks + preferred + answered
 
 
 def n_tokens(batches: Any) -> int:

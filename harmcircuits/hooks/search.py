@@ -25,6 +25,7 @@ from harmcircuits.prompts import Batch
 STEPS = 10
 BUDGET = 0.05  # nats per token
 REACH = 4.0
+PREFERENCE = 0.3  # of a nat of the target's loss
 
 
 @overload
@@ -43,6 +44,8 @@ def find_circuit(
     kinds: Sequence[str] | None = None,
     exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
+    prefer: Sequence[Batch] = (),
+    preference: float = PREFERENCE,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -66,6 +69,8 @@ def find_circuit(
     kinds: Sequence[str] | None = None,
     exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
+    prefer: Sequence[Batch] = (),
+    preference: float = PREFERENCE,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -88,6 +93,8 @@ def find_circuit(
     kinds: Sequence[str] | None = None,
     exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
+    prefer: Sequence[Batch] = (),
+    preference: float = PREFERENCE,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -142,6 +149,10 @@ def find_circuit(
         renew: further batches of the target, from the model under the mask so far; each step scores
             `target` and these. A model that loses the words of an answer may go on in others, and
             these would never pay.
+        prefer: batches of what the model should say instead, such as refusals behind the beginning
+            of the target's answers. Weights whose removal makes them likelier earn as well: the
+            search raises `objective` of the target less `preference` times their `completion_loss`.
+        preference: what a nat of the loss of preferred answers counts beside one of the target's.
         stop: asked after every step, with the model under the accepted mask; True ends the walk.
         progress: whether to show a bar; or the bars to add one to.
         folder: keeps the walk after every step; the same search goes on from there.
@@ -150,15 +161,17 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, a negative budget, fewer than one step, no such unit, layer or kind, no
-            units in these or parts of some, an `exclude` of other weights, a folder of another
-            search, a loss or gradient that is not finite, and as `named_weights`.
+            than a weight, a negative budget or preference, fewer than one step, no such unit, layer
+            or kind, no units in these or parts of some, an `exclude` of other weights, a folder of
+            another search, a loss or gradient that is not finite, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
-    refuse_settings(sizes, steps, reach, unit)
+    refuse_settings(sizes, steps, reach, unit, preference)
     refuse_batches("find_circuit", bridge, target)
+    if prefer:
+        refuse_batches("find_circuit: preferred", bridge, prefer)
     _refuse_no_weights(bridge, sizes)
     sites = _sites(bridge, layers, kinds)
     units = None
@@ -176,6 +189,9 @@ def find_circuit(
         **_limits(unit, layers, kinds, exclude),
     }
     parents = [score_source(bridge, "removal_effect", target, objective)]
+    if prefer:
+        settings["preference"] = preference
+        parents.append(score_source(bridge, "removal_effect", prefer, completion_loss))
     for batches in protection.priced.values():
         parents.append(score_source(bridge, "token_price", batches, completion_loss))
     source = source_on(bridge, "circuit", settings, tuple(parents))
@@ -194,6 +210,8 @@ def find_circuit(
         sizes,
         largest_size,
         max_memory,
+        prefer,
+        preference,
     )
     with _bars(progress) as bars:
         done = walk.resume(folder)
@@ -284,8 +302,12 @@ def _bars(progress: bool | Progress) -> AbstractContextManager[Progress]:
     return progress_bar() if progress else Progress(disable=True)
 
 
-def refuse_settings(sizes: Sequence[float], steps: int, reach: float, unit: str) -> None:
-    """Raises ValueError for a size, number of steps, reach or unit that cannot be."""
+def refuse_settings(
+    sizes: Sequence[float], steps: int, reach: float, unit: str, preference: float
+) -> None:
+    """Raises ValueError for a size, number of steps, reach, unit or preference that cannot be."""
+    if not preference >= 0:
+        raise ValueError(f"find_circuit: preference={preference}; expected 0 or more")
     if unit not in get_args(Unit):
         raise ValueError(
             f"find_circuit: unit={unit!r}; expected {listed(map(repr, get_args(Unit)))}"

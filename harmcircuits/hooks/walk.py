@@ -13,6 +13,11 @@ the protected losses have risen, so the weights that broke them are dear. `W` ar
 anything is removed, also where a mask has zeroed them: a removed weight goes on earning what it
 would if it were there, and may come back.
 
+Where it is known what the model should say instead of the target (`prefer`), weights whose removal
+makes that likelier earn as well:
+
+        benefit += preference * W * mean over what is preferred of sum_t g_t x_t^T
+
 A model that loses the words of an answer may give it in others, and the loss on the first ones goes
 on rising while the behaviour is still there. So the target is renewed where a caller can do that:
 from the second step on it is what was given and what the model says now (`renew`).
@@ -44,6 +49,7 @@ from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.accumulation import Kind, mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.finite import of_data, refuse_not_finite
+from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
@@ -118,6 +124,8 @@ class Walk:
     sizes: Sequence[float]
     largest_size: float  # where the walk ends, as a share of all block weights
     max_memory: int | None
+    prefer: Sequence[Batch] = ()  # what the model should say instead of the target
+    preference: float = 0.0  # what the loss of that counts beside the target's
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
     rung: int = 0
@@ -166,6 +174,8 @@ class Walk:
         self._note("predicted_change", labels, predicted)
         self._note("measured_change", labels, loss - self.target_loss)
         self.target_loss = loss
+        if self.prefer:
+            self._note("preferred_loss", labels, self._preferred_loss())
 
         for place, size in enumerate(self.sizes):
             self.best[place] = self._better(self.best[place], size, number)
@@ -209,6 +219,8 @@ class Walk:
     def _note_data(self) -> None:
         """On how many examples the sums are taken: of few, another sample gives another mask."""
         data = {"target": self.target, **self.protection.priced}
+        if self.prefer:
+            data["preferred"] = self.prefer
         for name, batches in data.items():
             self._note("examples_scored", {"data": name}, sum(map(len, batches)))
 
@@ -235,7 +247,17 @@ class Walk:
         for name, gradient in gradients.items():
             effect[name] = self._times_weight(name, gradient).neg_()
             self._add(self.benefit, name, effect[name])
+        if self.prefer:
+            self._add_preference()
         return WeightScores(effect, self.source)
+
+    def _add_preference(self) -> None:
+        """What removing each weight does for what is preferred, under the mask accepted so far."""
+        with masked_if_given(self.bridge, self.accepted), of_data("preferred"):
+            gradients = self._mean_gradients(self.prefer, completion_loss, "signed")
+        for name, gradient in gradients.items():
+            gain = self._times_weight(name, gradient).mul_(self.preference)
+            self._add(self.benefit, name, gain)
 
     def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
         return mean_gradients(
@@ -332,6 +354,11 @@ class Walk:
                 refuse_not_finite(self.bridge, self.target, values, self.objective)
             self.known_losses[name] = values.mean().item()
         return self.known_losses[name]
+
+    def _preferred_loss(self) -> float:
+        """The mean loss of what is preferred, under the mask accepted so far."""
+        with masked_if_given(self.bridge, self.accepted), of_data("preferred"):
+            return completion_nll(self.bridge, self.prefer).mean().item()
 
     @property
     def factors(self) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -114,6 +115,7 @@ def estimate_study(
         at_once=model.n_answered_at_once,
         max_memory=max_memory,
         speed=Speed.measured(model, middle_batch(target), at_once=model.n_answered_at_once),
+        prefer=model.preferred(settings.target, settings.prefer) if settings.prefer else (),
     )
 
 
@@ -128,6 +130,7 @@ def estimate_of_batches(
     at_once: int,
     max_memory: int | None,
     speed: Speed,
+    prefer: Sequence[Batch] = (),
 ) -> StudyEstimate:
     """What a study takes on given calibration data; of a model that is not loaded, on made-up ones.
 
@@ -141,6 +144,7 @@ def estimate_of_batches(
         at_once: how many answers are made at once.
         max_memory: of the study.
         speed: of the model.
+        prefer: batches of what should take the target's place.
     """
 
     main = estimate_search(
@@ -150,6 +154,7 @@ def estimate_of_batches(
         size=settings.sizes,
         steps=settings.steps,
         renew=longest_answer,
+        prefer=prefer,
         at_once=at_once,
         max_memory=max_memory,
         speed=speed,
@@ -163,7 +168,13 @@ def estimate_of_batches(
     n_ways = N_WAYS
     others = Work()
     if settings.compare:
-        others = _other_searches(target, spared, settings, longest_answer, at_once, passes)
+        usual = {
+            "steps": settings.steps,
+            "renew": longest_answer,
+            "at_once": at_once,
+            "n_passes": passes,
+        }
+        others = _other_searches(target, spared, settings, prefer, usual)
         n_scored += n_spared  # the published scores
         if settings.scored_by != "loss":
             n_scored += n_tokens(target)  # which are by the loss in any case
@@ -185,28 +196,21 @@ def _other_searches(
     target: Sequence[Batch],
     spared: Mapping[str, Sequence[Batch]],
     settings: StudySettings,
-    longest_answer: int,
-    at_once: int,
-    passes: int,
+    prefer: Sequence[Batch],
+    usual: Mapping[str, Any],
 ) -> Work:
     """One shot; the contrast protected alone, where more is; and the contrast's twin."""
-    n_sizes = len(settings.sizes)
-    work = search_work(target, spared, n_sizes=n_sizes, steps=1, renew=0, n_passes=passes)
+    once = {**usual, "steps": 1, "renew": 0, "prefer": prefer}
+    work = search_work(target, spared, n_sizes=len(settings.sizes), **once)
     contrast = spared.get(settings.contrast)
     if contrast is None:
         return work
-    usual = {
-        "n_sizes": 1,
-        "steps": settings.steps,
-        "renew": longest_answer,
-        "at_once": at_once,
-        "n_passes": passes,
-    }
     twin = {name: batches for name, batches in spared.items() if name != settings.contrast}
     twin[settings.target] = target
-    work += search_work(contrast, twin, **usual)
+    work += search_work(contrast, twin, n_sizes=1, **usual)
     if len(spared) > 1:
-        work += search_work(target, {settings.contrast: contrast}, **usual)
+        alone = {settings.contrast: contrast}
+        work += search_work(target, alone, n_sizes=1, prefer=prefer, **usual)
     return work
 
 

@@ -113,6 +113,7 @@ class Study:
             size=list(sizes),
             protect=spared,
             budget={behaviour: settings.budget_of(behaviour) for behaviour in spared},
+            prefer=settings.prefer,
             calibrations=calibrations,
             progress=self.progress,
             folder=folder,

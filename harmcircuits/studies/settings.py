@@ -40,6 +40,9 @@ class StudySettings:
             share of their tokens that a draw would miss (`token_error`), which is bounded: no few
             broken answers can pay for the others. What is protected is priced by its loss in any
             case.
+        prefer: the behaviour that should take the target's place, such as "refusal" (see
+            `Model.find_circuit`); none by default. Controls that are no searches are ranked by the
+            target alone.
         seed: draws an organism's reference answers and the random masks.
         n_random: random masks of each kind.
         compare: whether the circuit is compared with other ways of choosing and with circuits of
@@ -56,8 +59,8 @@ class StudySettings:
     Raises:
         ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, a negative
             tolerance, budget or limit, another figure that decides or scores, or the published
-            protocol with something to compare, protecting anything but the contrast, or by the
-            error.
+            protocol with something to compare, protecting anything but the contrast, by the error,
+            or with something to prefer.
     """
 
     target: str = TARGET
@@ -70,6 +73,7 @@ class StudySettings:
     tolerance: float = TOLERANCE
     decides: Decides = "rate"
     scored_by: ScoredBy = "loss"
+    prefer: str = ""
     seed: int = 0
     n_random: int = 3
     compare: bool = True
@@ -110,6 +114,11 @@ class StudySettings:
             raise ValueError(
                 f"published=True with scored_by={self.scored_by!r}; the published protocol scores "
                 "by the loss: leave scored_by out"
+            )
+        if self.prefer:
+            raise ValueError(
+                f"published=True with prefer={self.prefer!r}; the published protocol scores the "
+                "target alone: leave prefer out"
             )
         if self.compare or self.protect != (self.contrast,):
             raise ValueError(

@@ -61,6 +61,8 @@ judge verifies them. Below {SATURATED_NLL} nats per token a loss is saturated an
 noise."""
 ERROR_TEXT = """Those of the target, and of the counterpart's twin, are scored by the share of their
 tokens that a draw would miss, in place of the loss."""
+PREFER_TEXT = """Weights whose removal makes {prefer} likelier, behind the beginning of the target's
+answers, earned as well."""
 JUDGE_TEXT = """Own answers of the unpruned model, as the local rules label them: harmful ones told
 from refusals, explanations of why the same requests are harmful ("same topic"), benign answers, and
 benign ones begun alike. AUROC: the chance that a harmful answer scores higher; of a judge that is
@@ -259,6 +261,8 @@ def _trust_text(study: Study) -> str:
     texts = [TRUST_TEXT, repeats_text(study.rows)]
     if study.settings.scored_by == "error":
         texts.insert(1, ERROR_TEXT)
+    if study.settings.prefer:
+        texts.insert(1, PREFER_TEXT.format(prefer=study.settings.prefer))
     return " ".join(filter(None, texts))
 
 

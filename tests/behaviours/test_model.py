@@ -302,6 +302,39 @@ def test_a_circuit_is_scored_by_the_behaviour_s_own_objective(small):
     assert objectives == ["completion_loss", "margin"]
 
 
+def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small):
+    names = ("harmful", "benign", "refusal")
+    data = {name: small.calibration(name) for name in names}
+    batches = small.preferred("harmful", "refusal", data)
+    tokenizer, said = small.bridge.tokenizer, []
+    for batch in batches:
+        for tokens, is_target in zip(batch.tokens, batch.is_target, strict=True):
+            said.append(tokenizer.decode(tokens[is_target]))
+            before = tokens[int(is_target.int().argmax()) - 1]
+            assert tokenizer.decode([before]) == small.behaviours["harmful"].prefill
+    assert said == [example.completion for example in data["refusal"].prompts]
+
+    options = {"size": 0.01, "steps": 2}
+    spared = {name: data[name].batches for name in ("benign", "refusal")}
+    harm = data["harmful"].batches
+    expected = find_circuit(small.bridge, harm, spared, prefer=batches, preference=0.5, **options)
+    options |= {"calibrations": data, "renew": False}
+    mask = small.find_circuit("harmful", prefer="refusal", preference=0.5, **options)
+    assert_same_weights(mask, expected)
+    assert len(mask - small.find_circuit("harmful", **options)) > 0, "what is preferred must matter"
+
+    # Without a beginning they stay as they were generated.
+    plain = small.with_behaviours(replace(small.behaviours["harmful"], prefill=""))
+    assert plain.preferred("harmful", "refusal", data) == list(data["refusal"].batches)
+
+
+def test_what_cannot_be_preferred_is_refused(small):
+    with pytest.raises(ValueError, match=r"prefer='harmful'.*name what should take its place"):
+        small.find_circuit("harmful", size=0.01, prefer="harmful")
+    with pytest.raises(ValueError, match="no behaviour 'kindness'"):
+        small.find_circuit("harmful", size=0.01, prefer="kindness")
+
+
 def test_what_a_part_protects_does_not_hold_its_whole(small):
     """A topic of harm is searched for while the whole of harm is left within reach."""
     topic = next(name for name in small.behaviours if name.startswith("harmful/"))

@@ -444,6 +444,45 @@ def test_what_the_target_becomes_is_scored_with_it(llama):
     assert len(mask - find_circuit(llama, TARGET, **options)) > 0, "further batches must matter"
 
 
+def test_what_is_preferred_earns_with_the_target(llama):
+    """The benefit is the target's effect less `preference` times that on what is preferred."""
+    options = {"size": SIZE, "steps": 1, "reach": 1.0}
+    mask = find_circuit(llama, TARGET, prefer=SPARED, preference=0.5, **options)
+    effect, preferred = removal_effect(llama, TARGET), removal_effect(llama, SPARED)
+    sums = {name: value - 0.5 * preferred.values[name] for name, value in effect.values.items()}
+    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
+    assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
+
+    # What is predicted and measured is the target's alone.
+    assert mask.trace.one("predicted_change").mean == pytest.approx(effect.sum_over(mask), rel=1e-5)
+    loss = completion_nll(llama, SPARED, mask=mask).mean().item()
+    assert mask.trace.one("preferred_loss").mean == pytest.approx(loss, rel=1e-5)
+    assert mask.trace.one("examples_scored", data="preferred").mean == len(SPARED[0])
+    assert mask.source.settings["preference"] == 0.5
+    assert [parent.method for parent in mask.source.parents] == ["removal_effect"] * 2
+
+
+def test_what_is_preferred_is_scored_under_the_mask_so_far(llama):
+    """In the second step with the weights of the first one gone, times what they were."""
+    options = {"size": SIZE, "reach": 1.0, "prefer": SPARED, "preference": 2.0}
+    mask = find_circuit(llama, TARGET, steps=2, **options)
+    first = find_circuit(llama, TARGET, steps=1, **{**options, "size": SIZE / 2})
+    assert mask.source.settings["step"] == 2
+
+    sums: Weights = {}
+    weights = {name: weight.detach().clone() for name, weight in named_weights(llama).items()}
+    for batches, sign in ((TARGET, 1.0), (SPARED, -2.0)):
+        before = removal_effect(llama, batches).values
+        with masked(llama, first, scale=1e-30):  # nudged off zero, so that it can be divided by
+            now = removal_effect(llama, batches).values
+            gradient = {name: now[name] / weight for name, weight in named_weights(llama).items()}
+        for name, weight in weights.items():
+            part = sign * (before[name] + gradient[name] * weight)
+            sums[name] = sums[name] + part if name in sums else part
+    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
+    assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
+
+
 def test_the_choice_is_limited_to_layers_and_kinds(llama):
     sites = weight_sites(llama)
     options = {"size": 0.05, "steps": 2}
@@ -612,6 +651,7 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
         ({"budget": -1.0}, ["budget=-1.0"]),
         ({"budget": {"2": 0.1}}, ["'2'", "not protected"]),
         ({"budget": {}}, ["no budget for 1"]),
+        ({"preference": -0.5}, ["preference=-0.5"]),
     ],
 )
 def test_bad_settings_are_refused(llama, options, names):

@@ -115,6 +115,39 @@ def test_a_study_by_the_error_searches_by_it_and_compares_with_the_published_los
     assert model.behaviours["harmful"].objective is completion_loss
 
 
+def test_a_study_that_prefers_refusals_searches_so_and_counts_them(model, tmp_path):
+    settings = StudySettings(sizes=(0.01, 0.04), steps=2, n_random=1, tolerance=0.5, budget=0.5)
+    preferring = replace(settings, prefer="refusal")
+    n_tokens_more = sum(map(n_read, model.preferred("harmful", "refusal")))
+    works = [estimate_study(model, each).search.work for each in (preferring, settings)]
+    assert works[0].scored - works[1].scored == 2 * n_tokens_more
+    assert works[0].read - works[1].read == 2 * n_tokens_more
+
+    run = study(model, preferring, out=tmp_path / "study", page=True)
+    assert run.chosen is not None
+    options = {"size": settings.sizes, "steps": 2, "budget": 0.5}
+    options["calibrations"] = model.calibrations()
+    assert run.chosen.mask in model.find_circuit("harmful", prefer="refusal", **options)
+    for name in ("one_shot", "circuit-benign_only"):
+        assert run.masks[name].source.settings["preference"] > 0
+    assert "preference" not in run.masks["benign_twin"].source.settings
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+    assert "removal makes refusal likelier" in page
+
+
+def n_read(batch):
+    return len(batch) * batch.n_read
+
+
+def test_what_cannot_be_preferred_is_refused_before_anything_is_written(model, tmp_path):
+    for name, text in (("harmful", "name what should take its place"), ("kindness", "'kindness'")):
+        with pytest.raises(ValueError, match=text):
+            study(model, StudySettings(prefer=name), out=tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(ValueError, match="the published protocol scores the target alone"):
+        replace(as_published(StudySettings()), prefer="refusal")
+
+
 def test_what_answers_cannot_be_scored_by_is_refused():
     settings = StudySettings()
     object.__setattr__(settings, "scored_by", "rate")  # past the types, which only tests check

@@ -176,6 +176,22 @@ def walked(
     return walk.masks()
 
 
+def preferring(
+    model: Model, data: Calibrations, sizes: Sequence[float], *, prefer: str, preference: float
+) -> list[WeightMask]:
+    """The masks of a walk on which another behaviour is preferred to the target.
+
+    Args:
+        model: the model.
+        data: calibration data by behaviour.
+        sizes: shares of the weights.
+        prefer: as `Model.find_circuit`.
+        preference: as `Model.find_circuit`.
+    """
+    batches = model.preferred(TARGET, prefer, data)
+    return walked(model, data, sizes, prefer=batches, preference=preference)
+
+
 def factors(lowest: int, highest: int, per_doubling: int) -> Method:
     """Walks whose factors go from one power of two to another.
 
