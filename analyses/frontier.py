@@ -11,6 +11,8 @@
 # * **first tokens**: their first tokens only, where an answer decides what it becomes;
 # * **less begun alike**: whole ones, less the effect on benign answers that begin in the same way, so
 #   that a circuit of the beginning earns nothing;
+# * **refusals preferred**: whole ones, less three tenths of the effect on refusals behind the harmful
+#   beginning, so that weights earn whose removal makes these likelier;
 # * **neurons**: whole ones, ranked by the mean over their weights.
 #
 # *Controls*, beside one shot at the last factor: as many random weights; the opposite sign; the

@@ -109,13 +109,15 @@ def find_circuit(
 
     with the smallest factor tried under which no protected loss rises by more than its budget, on
     answers that the price has not seen. After each step a mask of every size is chosen in the same
-    way; of each size the one is returned that takes most of the target.
+    way; of each size the one is returned that takes most of the target (with `prefer`: that raises
+    most of the target's loss less that of what is preferred).
 
     A mask has at most `size` of the weights: fewer where fewer are worth their price, none where no
     mask keeps within the budget. `mask.trace` holds what was tried, as rows labelled by step, aim
     ("walk", or "size" for masks of the sizes wanted) and share: for every mask, by factor and
     outcome ("accepted" or "refused"), `weights_removed` and for each protected behaviour
-    `protected_rise`; the `target_loss` under what was accepted; for sizes `target_left`, the number
+    `protected_rise`; the `target_loss`, and with `prefer` the `preferred_loss`, under what was
+    accepted; for sizes `target_left`, the number
     of examples that `renew` gave; for the walk `predicted_change` (of first order) and
     `measured_change` of the loss; and on how many examples the target and each protected behaviour
     were scored, `examples_scored` by `data`.

@@ -29,7 +29,8 @@ The check is made on protected answers that the price has not seen (see `Protect
 
 The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
 sums in the same way, with a factor of its own, and the one that takes most of the target is kept:
-under which least of it is left to renew, and among equals its loss is highest.
+under which least of it is left to renew, and among equals its loss, less that of what is preferred,
+is highest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ class Best:
         factor: what the price was multiplied by.
         step: the step whose sums chose it.
         left: how many answers still show the target under it.
-        loss: the target's mean objective under it.
+        loss: the target's mean objective under it, less that of what is preferred as it counts.
     """
 
     rung: int
@@ -175,7 +176,7 @@ class Walk:
         self._note("measured_change", labels, loss - self.target_loss)
         self.target_loss = loss
         if self.prefer:
-            self._note("preferred_loss", labels, self._preferred_loss())
+            self._note("preferred_loss", labels, self._preferred_loss(self.accepted))
 
         for place, size in enumerate(self.sizes):
             self.best[place] = self._better(self.best[place], size, number)
@@ -193,6 +194,10 @@ class Walk:
         loss = self._mean_loss(mask)
         self._note("target_left", labels, left)
         self._note("target_loss", labels, loss)
+        if self.prefer:
+            preferred = self._preferred_loss(mask)
+            self._note("preferred_loss", labels, preferred)
+            loss -= self.preference * preferred
         takes_more = (-left, loss) > (-best.left, best.loss)
         if best.mask is not None and not takes_more:
             return replace(best, rung=rung)
@@ -355,9 +360,9 @@ class Walk:
             self.known_losses[name] = values.mean().item()
         return self.known_losses[name]
 
-    def _preferred_loss(self) -> float:
-        """The mean loss of what is preferred, under the mask accepted so far."""
-        with masked_if_given(self.bridge, self.accepted), of_data("preferred"):
+    def _preferred_loss(self, mask: WeightMask | None) -> float:
+        """The mean loss of what is preferred, under a mask."""
+        with masked_if_given(self.bridge, mask), of_data("preferred"):
             return completion_nll(self.bridge, self.prefer).mean().item()
 
     @property

@@ -19,7 +19,7 @@ from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.objectives import token_error
-from harmcircuits.hooks.search import set_difference
+from harmcircuits.hooks.search import PREFERENCE, set_difference
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
@@ -29,6 +29,7 @@ from harmcircuits.studies.curves import outcomes_of
 from harmcircuits.studies.grid import P_OVER_Q
 
 ALIKE = "prefilled"  # benign answers that begin as the harmful ones do
+REFUSAL = "refusal"
 ANSWERED = (TARGET, "borderline")  # the others are read by their losses, which need no answers
 
 Masks = Iterator[tuple[str, WeightMask]]
@@ -43,12 +44,15 @@ def circuits(
     factors: Sequence[float],
     n_first: int,
 ) -> Masks:
-    """Single weights, by four rankings at every factor; scores of one ranking at a time.
+    """Single weights, by five rankings at every factor; scores of one ranking at a time.
+
+    The last, "refusals preferred", is the first step of a search that prefers refusals, where the
+    model refuses anything.
 
     Args:
         model: the model, unpruned.
         unpruned: the target's effect, and the price of what is protected.
-        answers: calibration data of the target and of benign answers.
+        answers: calibration data of the target and of benign answers, and of refusals if any.
         size: share of the weights in a mask, at most.
         factors: what the price is multiplied by.
         n_first: so many tokens of an answer count as its first ones.
@@ -67,6 +71,11 @@ def circuits(
     yield from at_factors("first tokens", removal_effect(bridge, begun))
     alike = removal_effect(bridge, answers.get(ALIKE, answers[CONTRAST]).batches)
     yield from at_factors("less begun alike", priced(Unpruned(unpruned.effect, alike), 1.0))
+    del alike
+    if REFUSAL in answers:
+        refusals = removal_effect(bridge, model.preferred(TARGET, REFUSAL, answers))
+        benefit = priced(Unpruned(unpruned.effect, refusals), PREFERENCE)
+        yield from at_factors("refusals preferred", benefit)
 
 
 def neurons(model: Model, unpruned: Unpruned, *, size: float, factors: Sequence[float]) -> Masks:

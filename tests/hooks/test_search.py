@@ -456,7 +456,7 @@ def test_what_is_preferred_earns_with_the_target(llama):
     # What is predicted and measured is the target's alone.
     assert mask.trace.one("predicted_change").mean == pytest.approx(effect.sum_over(mask), rel=1e-5)
     loss = completion_nll(llama, SPARED, mask=mask).mean().item()
-    assert mask.trace.one("preferred_loss").mean == pytest.approx(loss, rel=1e-5)
+    assert mask.trace.one("preferred_loss", aim="walk").mean == pytest.approx(loss, rel=1e-5)
     assert mask.trace.one("examples_scored", data="preferred").mean == len(SPARED[0])
     assert mask.source.settings["preference"] == 0.5
     assert [parent.method for parent in mask.source.parents] == ["removal_effect"] * 2
@@ -481,6 +481,17 @@ def test_what_is_preferred_is_scored_under_the_mask_so_far(llama):
             sums[name] = sums[name] + part if name in sums else part
     scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
     assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
+
+
+def test_of_each_size_the_mask_is_kept_that_does_most_for_what_is_preferred_too(llama):
+    """By the loss of the target less `preference` times that of what is preferred."""
+    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, prefer=SPARED, preference=3.0)
+    of_size = mask.trace.where(aim="size")
+    raised = {}
+    for row in of_size.where("target_loss"):
+        step = row.labels["step"]
+        raised[step] = row.mean - 3.0 * of_size.one("preferred_loss", step=step).mean
+    assert mask.source.settings["step"] == max(raised, key=lambda step: raised[step])
 
 
 def test_the_choice_is_limited_to_layers_and_kinds(llama):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import harmcircuits as hc
+from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.search import PREFERENCE
 from harmcircuits.prompts import Batch
 from harmcircuits.studies import frontier
 from harmcircuits.studies.controls import above_zero, price_of, unpruned_scores
@@ -36,7 +38,13 @@ def unpruned(model, answers):
 def test_every_ranking_is_taken_at_every_factor(model, answers, unpruned):
     options = {"size": SIZE, "factors": (4.0, 1.0), "n_first": 1}
     masks = dict(frontier.circuits(model, unpruned, answers, **options))
-    rankings = ("one shot", "token error", "first tokens", "less begun alike")
+    rankings = (
+        "one shot",
+        "token error",
+        "first tokens",
+        "less begun alike",
+        "refusals preferred",
+    )
     assert list(masks) == [f"{name}, factor {factor}" for name in rankings for factor in (4, 1)]
     for ranking in rankings:
         dear, cheap = masks[f"{ranking}, factor 4"], masks[f"{ranking}, factor 1"]
@@ -48,6 +56,26 @@ def test_every_ranking_is_taken_at_every_factor(model, answers, unpruned):
         effect = unpruned.effect.values[name].flatten()[index]
         price = unpruned.price.values[name].flatten()[index]
         assert (effect > price).all()
+
+
+def test_refusals_are_preferred_where_the_model_has_any(model, answers, unpruned):
+    """The scores of a weight: its effect on harm less 0.3 of that on refusals behind "sure"."""
+    options = {"size": SIZE, "factors": (1.0,), "n_first": 1}
+    mask = dict(frontier.circuits(model, unpruned, answers, **options))[
+        "refusals preferred, factor 1"
+    ]
+    refusals = removal_effect(model.bridge, model.preferred("harmful", "refusal", answers))
+    for name, index in mask.removed.items():
+        harm, begun, price = (
+            scores.values[name].flatten()[index]
+            for scores in (unpruned.effect, refusals, unpruned.price)
+        )
+        assert (harm - PREFERENCE * begun > price).all()
+
+    without = {name: data for name, data in answers.items() if name != "refusal"}
+    assert "refusals preferred, factor 1" not in dict(
+        frontier.circuits(model, unpruned, without, **options)
+    )
 
 
 def test_the_target_less_itself_earns_nothing(model, answers, unpruned):
