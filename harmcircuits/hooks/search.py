@@ -117,10 +117,9 @@ def find_circuit(
     ("walk", or "size" for masks of the sizes wanted) and share: for every mask, by factor and
     outcome ("accepted" or "refused"), `weights_removed` and for each protected behaviour
     `protected_rise`; the `target_loss`, and with `prefer` the `preferred_loss`, under what was
-    accepted; for sizes `target_left`, the number
-    of examples that `renew` gave; for the walk `predicted_change` (of first order) and
-    `measured_change` of the loss; and on how many examples the target and each protected behaviour
-    were scored, `examples_scored` by `data`.
+    accepted; for sizes `target_left`, the number of examples that `renew` gave; for the walk
+    `predicted_change` (of first order) and `measured_change` of the loss; and on how many examples
+    the target and each protected behaviour were scored, `examples_scored` by `data`.
 
     >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=2)
     [WeightMask(circuit, 492 of 983,040 weights, 0.05%),
@@ -154,6 +153,7 @@ def find_circuit(
         prefer: batches of what the model should say instead, such as refusals behind the beginning
             of the target's answers. Weights whose removal makes them likelier earn as well: the
             search raises `objective` of the target less `preference` times their `completion_loss`.
+            A mean loss hardly shows that protected answers came to refuse, too: look at their rates.
         preference: what a nat of the loss of preferred answers counts beside one of the target's.
         stop: asked after every step, with the model under the accepted mask; True ends the walk.
         progress: whether to show a bar; or the bars to add one to.
