@@ -153,7 +153,7 @@ def find_circuit(
         prefer: batches of what the model should say instead, such as refusals behind the beginning
             of the target's answers. Weights whose removal makes them likelier earn as well: the
             search raises `objective` of the target less `preference` times their `completion_loss`.
-            A mean loss hardly shows that protected answers came to refuse, too: look at their rates.
+            A mean loss hardly shows that protected answers came to refuse: look at their rates.
         preference: what a nat of the loss of preferred answers counts beside one of the target's.
         stop: asked after every step, with the model under the accepted mask; True ends the walk.
         progress: whether to show a bar; or the bars to add one to.
