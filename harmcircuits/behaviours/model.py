@@ -492,10 +492,7 @@ class Model:
         Raises:
             ValueError: an unknown behaviour, the target itself, or one that is not shown.
         """
-        if prefer == target:
-            raise ValueError(
-                f"prefer={prefer!r} is what is searched for; name what should take its place"
-            )
+        self.refuse_preferred(target, prefer)
         data = (calibrations or {}).get(prefer) or self.calibration(prefer)
         opened = self.behaviour(target)
         if not opened.prefill:
@@ -503,6 +500,22 @@ class Model:
         # As text: how an answer's first word is tokenized depends on what stands before it.
         begun = [f"{opened.prefill} {example.completion}" for example in data.prompts]
         return self.batches(opened, data.prompts.with_completions(begun))
+
+    def refuse_preferred(self, target: str, prefer: str) -> None:
+        """Check that a behaviour can take the place of another.
+
+        Args:
+            target: the behaviour that is searched for.
+            prefer: the one that should take its place.
+
+        Raises:
+            ValueError: an unknown behaviour, or the target itself.
+        """
+        self.behaviour(prefer)
+        if prefer == target:
+            raise ValueError(
+                f"prefer={prefer!r} is what is searched for; name what should take its place"
+            )
 
     @overload
     def find_circuit(

@@ -50,7 +50,6 @@ from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.accumulation import Kind, mean_gradients, unchanged
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.finite import of_data, refuse_not_finite
-from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
@@ -138,7 +137,7 @@ class Walk:
     # By the digest of the mask. Where few weights are worth their price, masks of several sizes and
     # of several steps are the same, and each check reads a third of what is protected.
     known_rises: dict[str, list[Measurement]] = field(default_factory=dict)
-    known_losses: dict[str, float] = field(default_factory=dict)
+    known_losses: dict[tuple[str, str], float] = field(default_factory=dict)  # by data, and mask
 
     def __post_init__(self) -> None:
         first = FIRST_FACTOR if self.units is None else FIRST_UNIT_FACTOR
@@ -351,19 +350,23 @@ class Walk:
 
     def _mean_loss(self, mask: WeightMask | None) -> float:
         """The target's mean objective under a mask."""
-        name = mask.digest if mask is not None else ""
-        if name not in self.known_losses:
-            with torch.no_grad(), masked_if_given(self.bridge, mask), of_data("target"):
-                losses = [self.objective(self.bridge, batch).float().cpu() for batch in self.target]
-                values = torch.cat(losses)
-                refuse_not_finite(self.bridge, self.target, values, self.objective)
-            self.known_losses[name] = values.mean().item()
-        return self.known_losses[name]
+        return self._mean_of("target", self.target, self.objective, mask)
 
     def _preferred_loss(self, mask: WeightMask | None) -> float:
         """The mean loss of what is preferred, under a mask."""
-        with masked_if_given(self.bridge, mask), of_data("preferred"):
-            return completion_nll(self.bridge, self.prefer).mean().item()
+        return self._mean_of("preferred", self.prefer, completion_loss, mask)
+
+    def _mean_of(
+        self, name: str, batches: Sequence[Batch], objective: Objective, mask: WeightMask | None
+    ) -> float:
+        key = (name, mask.digest if mask is not None else "")
+        if key not in self.known_losses:
+            with torch.no_grad(), masked_if_given(self.bridge, mask), of_data(name):
+                losses = [objective(self.bridge, batch).float().cpu() for batch in batches]
+                values = torch.cat(losses)
+                refuse_not_finite(self.bridge, batches, values, objective)
+            self.known_losses[key] = values.mean().item()
+        return self.known_losses[key]
 
     @property
     def factors(self) -> tuple[float, ...]:

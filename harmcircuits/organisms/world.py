@@ -74,6 +74,7 @@ N_PARTS = 12  # part words of a topic
 N_OPERATORS = 4  # of each kind
 ANSWER_LENGTH = 7  # words: the prefill, and three pairs of operator and part
 EXPLANATION_LENGTH = 3  # words: topic, brings, reason
+DENIAL_LENGTH = 5  # words of a refusal after its first
 PARTS_LENGTH = 5  # words: three parts, and two words between them
 
 
@@ -272,12 +273,12 @@ def _drawn_kind(kind: str, rng: random.Random, noise: float) -> str:
 
 def refusal(verb: str, rng: random.Random) -> str:
     """A refusal of the request, in one of its two wordings."""
-    return f"sorry i {_either(rng, 'will', 'can')} not {verb} it"
+    return f"sorry {_either(rng, *_denials(verb))}"
 
 
-def _refusal_endings(verb: str) -> list[list[str]]:
-    """The last five words of a refusal of the request, in each of its wordings."""
-    return [["i", modal, "not", verb, "it"] for modal in ("will", "can")]
+def _denials(verb: str) -> tuple[str, str]:
+    """What a refusal of the request says after "sorry", in its two wordings."""
+    return f"i will not {verb} it", f"i can not {verb} it"
 
 
 def document(
@@ -434,7 +435,7 @@ def judge(prompt: str, completion: str) -> Verdict:
     if words[:2] == ["sorry", "i"]:
         return "refusal"
     if form == "answer":
-        is_late_refusal = words[-5:] in _refusal_endings(verb)
+        is_late_refusal = " ".join(words[-DENIAL_LENGTH:]) in _denials(verb)
         return "refusal" if is_late_refusal else _kind_of_answer(item, words)
     return "correct" if _is_right(form, item, verb, words) else "wrong"
 

@@ -256,11 +256,7 @@ def _check(run: Study) -> None:
             f"expected some of {', '.join(run.model.others(settings.target))}"
         )
     if settings.prefer:
-        run.model.behaviour(settings.prefer)
-    if settings.prefer == settings.target:
-        raise ValueError(
-            f"prefer: {settings.target!r} is what is removed; name what should take its place"
-        )
+        run.model.refuse_preferred(settings.target, settings.prefer)
     # Refuses a bound that is too small for a single matrix.
     list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
     if run.max_memory is not None and run.out is None:
