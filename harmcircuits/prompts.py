@@ -410,6 +410,15 @@ class Batch:
         """
         return int(self.is_target.any(dim=0).nonzero().max())
 
+    def beginning(self, n_first: int) -> "Batch":
+        """The same texts, of whose targets only the first count.
+
+        Args:
+            n_first: how many of each text's targets.
+        """
+        number = self.is_target.cumsum(dim=1)  # that of the first target is 1
+        return Batch(self.tokens, self.is_target & (number <= n_first))
+
 
 def plain_text(text: str) -> str:
     """A text as it is compared: without capitals, punctuation and spaces other than single ones.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -497,9 +498,42 @@ class Model:
         opened = self.behaviour(target)
         if not opened.prefill:
             return list(data.batches)
+        return self._behind(opened, data.prompts, data.prompts)
+
+    def avoided(
+        self, target: str, prefer: str, protected: Mapping[str, Calibration]
+    ) -> list[Batch]:
+        """The answers of `preferred` to requests that they do not belong to.
+
+        To those of protected behaviours whose answers begin as the target's do, such as refusals
+        of benign requests behind "sure": each request with the next of the answers in turn. Empty
+        where no answers begin so.
+
+        Args:
+            target: the behaviour that is searched for.
+            prefer: the behaviour that should take its place.
+            protected: calibration data of what is protected; that of `prefer` is used if it is
+                there. The target and `prefer` play no part.
+
+        Raises:
+            ValueError: as `preferred`.
+        """
+        self.refuse_preferred(target, prefer)
+        opened = self.behaviour(target)
+        data = protected.get(prefer) or self.calibration(prefer)
+        batches = []
+        for name, calibration in protected.items():
+            is_other = name not in (target, prefer)
+            if opened.prefill and is_other and self.behaviour(name).prefill == opened.prefill:
+                batches += self._behind(opened, calibration.prompts, data.prompts)
+        return batches
+
+    def _behind(self, opened: Behaviour, requests: PromptSet, answers: PromptSet) -> list[Batch]:
+        """Requests with others' answers, in turn, behind the beginning of a behaviour."""
         # As text: how an answer's first word is tokenized depends on what stands before it.
-        begun = [f"{opened.prefill} {example.completion}" for example in data.prompts]
-        return self.batches(opened, data.prompts.with_completions(begun))
+        begun = [f"{opened.prefill} {example.completion}" for example in answers]
+        in_turn = list(islice(cycle(begun), len(requests)))
+        return self.batches(opened, requests.with_completions(in_turn))
 
     def refuse_preferred(self, target: str, prefer: str) -> None:
         """Check that a behaviour can take the place of another.
@@ -533,6 +567,7 @@ class Model:
         exclude: WeightMask | None = None,
         prefer: str = "",
         preference: float = PREFERENCE,
+        protect_first: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -557,6 +592,7 @@ class Model:
         exclude: WeightMask | None = None,
         prefer: str = "",
         preference: float = PREFERENCE,
+        protect_first: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -580,6 +616,7 @@ class Model:
         exclude: WeightMask | None = None,
         prefer: str = "",
         preference: float = PREFERENCE,
+        protect_first: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -607,8 +644,11 @@ class Model:
             exclude: weights that cannot be chosen, such as those of a first circuit.
             prefer: the behaviour that should take the target's place, such as "refusal": weights
                 whose removal makes its answers likelier, behind the target's own beginning, earn
-                as well.
+                as well; those that make them likelier where protected answers begin alike, lose.
             preference: what a nat of their loss counts beside one of the target's.
+            protect_first: protect the first so many tokens of every protected answer by themselves
+                as well, as in `hc.find_circuit`; a budget for them is named "benign, first 8
+                tokens".
             calibrations: data to score on, where it is there already.
             renew: answer the target's requests again under each step's mask, and score the answers
                 that still show it as well: what was said in some words may come back in others.
@@ -622,7 +662,7 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach, unit, preference)
+        refuse_settings(sizes, steps, reach, unit, preference, protect_first)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
@@ -650,7 +690,9 @@ class Model:
             exclude=exclude,
             renew=still_shown if renew else None,
             prefer=self.preferred(target, prefer, calibrations) if prefer else (),
+            avoid=self.avoided(target, prefer, protected) if prefer else (),
             preference=preference,
+            protect_first=protect_first,
             stop=stop,
             progress=progress,
             folder=folder,

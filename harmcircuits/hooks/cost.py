@@ -11,8 +11,8 @@ share a is answers, in products of one number with another (two floating-point o
 So scores cost 3 N T + 2 a U T, three times a pass forward. What attention does beside its matrices
 is left out: at d dimensions and texts of L tokens about L / 6d of a pass. A step of a search is
 
-    scores     of the target, of what it has become, of what is preferred to it, and of two thirds
-               of what is protected
+    scores     of the target, of what it has become, of what is preferred or avoided, and of two
+               thirds of what is protected
     checks     3 masks and 3 of each size: the other third forward under each; the target under one
     answers    the target's requests answered again under the mask and under one of each size
     choices    the largest of all N weights, for each mask that is checked
@@ -38,7 +38,13 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.memory import GIB, MemoryEstimate, estimate_memory, shared_totals
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.protection import Protect, checked_batches, named, priced_batches
+from harmcircuits.hooks.protection import (
+    Protect,
+    checked_batches,
+    named,
+    priced_batches,
+    with_first_tokens,
+)
 from harmcircuits.hooks.search import STEPS
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch, refuse_no_batches
@@ -231,6 +237,8 @@ def estimate_search(
     objective: Objective = completion_loss,
     renew: int = 0,
     prefer: Sequence[Batch] = (),
+    avoid: Sequence[Batch] = (),
+    protect_first: int = 0,
     at_once: int = 0,
     max_memory: int | None = None,
     speed: Speed | None = None,
@@ -253,6 +261,8 @@ def estimate_search(
         renew: how many tokens an answer may have where the target is answered again (as
             `Model.find_circuit` does); 0 where it is not.
         prefer: as in `find_circuit`.
+        avoid: as in `find_circuit`.
+        protect_first: as in `find_circuit`.
         at_once: how many answers are made at once; as many as a batch holds by default.
         max_memory: as in `find_circuit`.
         speed: of the model, where it is known.
@@ -274,6 +284,8 @@ def estimate_search(
             steps=steps,
             renew=renew,
             prefer=prefer,
+            avoid=avoid,
+            protect_first=protect_first,
             at_once=at_once,
             n_passes=n_passes(bridge, max_memory),
         ),
@@ -296,6 +308,8 @@ def search_work(
     renew: int,
     n_passes: int,
     prefer: Sequence[Batch] = (),
+    avoid: Sequence[Batch] = (),
+    protect_first: int = 0,
     at_once: int = 0,
 ) -> Work:
     """What a search computes (see the head of this file).
@@ -308,18 +322,21 @@ def search_work(
         renew: as in `estimate_search`.
         n_passes: that a score takes.
         prefer: as in `estimate_search`.
+        avoid: as in `estimate_search`.
+        protect_first: as in `estimate_search`.
         at_once: as in `estimate_search`.
 
     Raises:
         ValueError: a protected behaviour without batches.
     """
+    protect = with_first_tokens(protect, protect_first)
     n_target = n_tokens(target)
     n_priced = n_tokens(chain.from_iterable(priced_batches(protect)))
     n_checked = n_tokens(checked_batches(protect))
     n_tries = TRIES if named(protect) else 1  # without a price all factors give the same mask
     n_aims = 1 + n_sizes  # the walk, and each size
 
-    n_preferred = n_tokens(prefer)
+    n_preferred = n_tokens(prefer) + n_tokens(avoid)
     scored = (n_target + n_priced + n_preferred) * steps
     answered = Work()
     if renew:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.display import listed, nearest
+from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.finite import NotFiniteError
@@ -141,6 +141,48 @@ class _Example(NamedTuple):
         """The tokens before the first target."""
         start = int(self.is_target.int().argmax())
         return tuple(self.tokens[:start].tolist())
+
+
+def with_first_tokens(protect: Protect, n_first: int) -> dict[str, Sequence[Batch]]:
+    """What is protected, and the first tokens of its answers as behaviours of their own.
+
+    An answer whose first token changes may be another answer, and its mean loss hardly shows it.
+
+    Args:
+        protect: batches of each behaviour, by name or in order.
+        n_first: how many tokens of each answer count as its first ones; 0 adds nothing.
+
+    Raises:
+        ValueError: a behaviour without batches.
+    """
+    by_name = named(protect)
+    both = dict(by_name)
+    if n_first:
+        for name, batches in by_name.items():
+            both[_of_first(name, n_first)] = [batch.beginning(n_first) for batch in batches]
+    return both
+
+
+def budget_with_first_tokens(budget: Budget, names: Iterable[str], n_first: int) -> Budget:
+    """The budget of each behaviour also for the first tokens of its answers, without one of theirs.
+
+    Args:
+        budget: for all behaviours, or for each by name.
+        names: of the behaviours that are protected.
+        n_first: as in `with_first_tokens`.
+    """
+    if not isinstance(budget, Mapping):
+        return budget
+    budgets = dict(budget)
+    if n_first:
+        for name in names:
+            if name in budget:
+                budgets.setdefault(_of_first(name, n_first), budget[name])
+    return budgets
+
+
+def _of_first(name: str, n_first: int) -> str:
+    return f"{name}, first {plural(n_first, 'token')}"
 
 
 def priced_batches(protect: Protect) -> list[list[Batch]]:

@@ -15,9 +15,16 @@ from harmcircuits.hooks.attribution import removal_effect, score_source, snip_sc
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.protection import Budget, Protect, Protection
+from harmcircuits.hooks.protection import (
+    Budget,
+    Protect,
+    Protection,
+    budget_with_first_tokens,
+    named,
+    with_first_tokens,
+)
 from harmcircuits.hooks.provenance import source_on
-from harmcircuits.hooks.walk import Walk
+from harmcircuits.hooks.walk import Walk, Wish
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch
@@ -45,7 +52,9 @@ def find_circuit(
     exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
     prefer: Sequence[Batch] = (),
+    avoid: Sequence[Batch] = (),
     preference: float = PREFERENCE,
+    protect_first: int = 0,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -70,7 +79,9 @@ def find_circuit(
     exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
     prefer: Sequence[Batch] = (),
+    avoid: Sequence[Batch] = (),
     preference: float = PREFERENCE,
+    protect_first: int = 0,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -94,7 +105,9 @@ def find_circuit(
     exclude: WeightMask | None = None,
     renew: Callable[[Bridge], Sequence[Batch]] | None = None,
     prefer: Sequence[Batch] = (),
+    avoid: Sequence[Batch] = (),
     preference: float = PREFERENCE,
+    protect_first: int = 0,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -110,16 +123,18 @@ def find_circuit(
     with the smallest factor tried under which no protected loss rises by more than its budget, on
     answers that the price has not seen. After each step a mask of every size is chosen in the same
     way; of each size the one is returned that takes most of the target (with `prefer`: that raises
-    most of the target's loss less that of what is preferred).
+    most of the target's loss less that of what is preferred; with `avoid`: and more that of what is
+    avoided).
 
     A mask has at most `size` of the weights: fewer where fewer are worth their price, none where no
     mask keeps within the budget. `mask.trace` holds what was tried, as rows labelled by step, aim
     ("walk", or "size" for masks of the sizes wanted) and share: for every mask, by factor and
     outcome ("accepted" or "refused"), `weights_removed` and for each protected behaviour
-    `protected_rise`; the `target_loss`, and with `prefer` the `preferred_loss`, under what was
-    accepted; for sizes `target_left`, the number of examples that `renew` gave; for the walk
-    `predicted_change` (of first order) and `measured_change` of the loss; and on how many examples
-    the target and each protected behaviour were scored, `examples_scored` by `data`.
+    `protected_rise`; the `target_loss`, and with `prefer` and `avoid` the `preferred_loss` and
+    `avoided_loss`, under what was accepted; for sizes `target_left`, the number of examples that
+    `renew` gave; for the walk `predicted_change` (of first order) and `measured_change` of the
+    loss; and on how many examples the target and each protected behaviour were scored,
+    `examples_scored` by `data`.
 
     >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=2)
     [WeightMask(circuit, 492 of 983,040 weights, 0.05%),
@@ -153,8 +168,15 @@ def find_circuit(
         prefer: batches of what the model should say instead, such as refusals behind the beginning
             of the target's answers. Weights whose removal makes them likelier earn as well: the
             search raises `objective` of the target less `preference` times their `completion_loss`.
-            A mean loss hardly shows that protected answers came to refuse: look at their rates.
-        preference: what a nat of the loss of preferred answers counts beside one of the target's.
+        avoid: batches of what may not become likelier with that, such as the same refusals of
+            benign requests, behind the same beginning: `preference` times their loss is raised.
+            Without them, what makes the target refuse makes all else refuse that begins alike.
+        preference: what a nat of the loss of preferred or avoided answers counts beside one of the
+            target's.
+        protect_first: protect the first so many tokens of every protected answer by themselves as
+            well, with the budget of the whole or one of their own, as "benign, first 8 tokens".
+            They decide whether an answer refuses, and the mean over a long answer hides them. 0:
+            do not.
         stop: asked after every step, with the model under the accepted mask; True ends the walk.
         progress: whether to show a bar; or the bars to add one to.
         folder: keeps the walk after every step; the same search goes on from there.
@@ -163,17 +185,21 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, a negative budget or preference, fewer than one step, no such unit, layer
-            or kind, no units in these or parts of some, an `exclude` of other weights, a folder of
-            another search, a loss or gradient that is not finite, and as `named_weights`.
+            than a weight, a negative budget, preference or number of tokens, fewer than one step,
+            no such unit, layer or kind, no units in these or parts of some, an `exclude` of other
+            weights, a folder of another search, a loss or gradient that is not finite, and as
+            `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
-    refuse_settings(sizes, steps, reach, unit, preference)
+    refuse_settings(sizes, steps, reach, unit, preference, protect_first)
     refuse_batches("find_circuit", bridge, target)
-    if prefer:
-        refuse_batches("find_circuit: preferred", bridge, prefer)
+    wishes = [Wish("preferred", prefer, 1.0)] if prefer else []
+    if avoid:
+        wishes.append(Wish("avoided", avoid, -1.0))
+    for wish in wishes:
+        refuse_batches(f"find_circuit: {wish.name}", bridge, wish.batches)
     _refuse_no_weights(bridge, sizes)
     sites = _sites(bridge, layers, kinds)
     units = None
@@ -181,7 +207,11 @@ def find_circuit(
         units = Units.of(weight_sites(bridge), unit, sites)
         sites = {name: sites[name] for name in units.sites}
     _refuse_other_weights(bridge, exclude)
-    protection = Protection.of(bridge, protect, budget)
+    protection = Protection.of(
+        bridge,
+        with_first_tokens(protect, protect_first),
+        budget_with_first_tokens(budget, named(protect), protect_first),
+    )
 
     settings = {
         "budget": dict(protection.budgets),
@@ -191,9 +221,12 @@ def find_circuit(
         **_limits(unit, layers, kinds, exclude),
     }
     parents = [score_source(bridge, "removal_effect", target, objective)]
-    if prefer:
+    if wishes:
         settings["preference"] = preference
-        parents.append(score_source(bridge, "removal_effect", prefer, completion_loss))
+    if protect_first:
+        settings["protect_first"] = protect_first
+    for wish in wishes:
+        parents.append(score_source(bridge, "removal_effect", wish.batches, completion_loss))
     for batches in protection.priced.values():
         parents.append(score_source(bridge, "token_price", batches, completion_loss))
     source = source_on(bridge, "circuit", settings, tuple(parents))
@@ -212,7 +245,7 @@ def find_circuit(
         sizes,
         largest_size,
         max_memory,
-        prefer,
+        wishes,
         preference,
     )
     with _bars(progress) as bars:
@@ -305,11 +338,18 @@ def _bars(progress: bool | Progress) -> AbstractContextManager[Progress]:
 
 
 def refuse_settings(
-    sizes: Sequence[float], steps: int, reach: float, unit: str, preference: float
+    sizes: Sequence[float],
+    steps: int,
+    reach: float,
+    unit: str,
+    preference: float,
+    protect_first: int,
 ) -> None:
-    """Raises ValueError for a size, number of steps, reach, unit or preference that cannot be."""
+    """Raises ValueError for a size, number or unit that cannot be."""
     if not preference >= 0:
         raise ValueError(f"find_circuit: preference={preference}; expected 0 or more")
+    if protect_first < 0:
+        raise ValueError(f"find_circuit: protect_first={protect_first}; expected 0 or more tokens")
     if unit not in get_args(Unit):
         raise ValueError(
             f"find_circuit: unit={unit!r}; expected {listed(map(repr, get_args(Unit)))}"

@@ -18,6 +18,10 @@ makes that likelier earn as well:
 
         benefit += preference * W * mean over what is preferred of sum_t g_t x_t^T
 
+and where it is known what may not become likelier with it (`avoid`), the same with the sign turned:
+
+        benefit -= preference * W * mean over what is avoided of sum_t g_t x_t^T
+
 A model that loses the words of an answer may give it in others, and the loss on the first ones goes
 on rising while the behaviour is still there. So the target is renewed where a caller can do that:
 from the second step on it is what was given and what the model says now (`renew`).
@@ -29,8 +33,8 @@ The check is made on protected answers that the price has not seen (see `Protect
 
 The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
 sums in the same way, with a factor of its own, and the one that takes most of the target is kept:
-under which least of it is left to renew, and among equals its loss, less that of what is preferred,
-is highest.
+under which least of it is left to renew, and among equals its loss is highest, with `prefer` less
+that of what is preferred, and more that of what is avoided.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +77,20 @@ MOST_TO_LEARN_FROM = 1.5  # nats per token
 Totals = dict[str, Float[Tensor, "..."]]
 
 
+class Wish(NamedTuple):
+    """What the model should say, or should not.
+
+    Attributes:
+        name: "preferred" or "avoided".
+        batches: texts that say it.
+        sign: 1 where their loss is to fall, -1 where it is to rise.
+    """
+
+    name: str
+    batches: Sequence[Batch]
+    sign: float
+
+
 class Try(NamedTuple):
     """A mask that was checked: accepted if no protected loss rises beyond its budget."""
 
@@ -97,7 +115,8 @@ class Best:
         factor: what the price was multiplied by.
         step: the step whose sums chose it.
         left: how many answers still show the target under it.
-        loss: the target's mean objective under it, less that of what is preferred as it counts.
+        loss: the target's mean objective under it, less that of what is preferred and more that of
+            what is avoided, as these count.
     """
 
     rung: int
@@ -124,7 +143,7 @@ class Walk:
     sizes: Sequence[float]
     largest_size: float  # where the walk ends, as a share of all block weights
     max_memory: int | None
-    prefer: Sequence[Batch] = ()  # what the model should say instead of the target
+    wishes: Sequence[Wish] = ()  # what the model should say instead of the target
     preference: float = 0.0  # what the loss of that counts beside the target's
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
@@ -174,8 +193,7 @@ class Walk:
         self._note("predicted_change", labels, predicted)
         self._note("measured_change", labels, loss - self.target_loss)
         self.target_loss = loss
-        if self.prefer:
-            self._note("preferred_loss", labels, self._preferred_loss(self.accepted))
+        self._note_wishes(labels, self.accepted)
 
         for place, size in enumerate(self.sizes):
             self.best[place] = self._better(self.best[place], size, number)
@@ -193,10 +211,7 @@ class Walk:
         loss = self._mean_loss(mask)
         self._note("target_left", labels, left)
         self._note("target_loss", labels, loss)
-        if self.prefer:
-            preferred = self._preferred_loss(mask)
-            self._note("preferred_loss", labels, preferred)
-            loss -= self.preference * preferred
+        loss -= self.preference * self._note_wishes(labels, mask)
         takes_more = (-left, loss) > (-best.left, best.loss)
         if best.mask is not None and not takes_more:
             return replace(best, rung=rung)
@@ -223,8 +238,7 @@ class Walk:
     def _note_data(self) -> None:
         """On how many examples the sums are taken: of few, another sample gives another mask."""
         data = {"target": self.target, **self.protection.priced}
-        if self.prefer:
-            data["preferred"] = self.prefer
+        data |= {wish.name: wish.batches for wish in self.wishes}
         for name, batches in data.items():
             self._note("examples_scored", {"data": name}, sum(map(len, batches)))
 
@@ -251,16 +265,16 @@ class Walk:
         for name, gradient in gradients.items():
             effect[name] = self._times_weight(name, gradient).neg_()
             self._add(self.benefit, name, effect[name])
-        if self.prefer:
-            self._add_preference()
+        for wish in self.wishes:
+            self._add_wish(wish)
         return WeightScores(effect, self.source)
 
-    def _add_preference(self) -> None:
-        """What removing each weight does for what is preferred, under the mask accepted so far."""
-        with masked_if_given(self.bridge, self.accepted), of_data("preferred"):
-            gradients = self._mean_gradients(self.prefer, completion_loss, "signed")
+    def _add_wish(self, wish: Wish) -> None:
+        """What removing each weight does for a wish, under the mask accepted so far."""
+        with masked_if_given(self.bridge, self.accepted), of_data(wish.name):
+            gradients = self._mean_gradients(wish.batches, completion_loss, "signed")
         for name, gradient in gradients.items():
-            gain = self._times_weight(name, gradient).mul_(self.preference)
+            gain = self._times_weight(name, gradient).mul_(wish.sign * self.preference)
             self._add(self.benefit, name, gain)
 
     def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
@@ -352,9 +366,14 @@ class Walk:
         """The target's mean objective under a mask."""
         return self._mean_of("target", self.target, self.objective, mask)
 
-    def _preferred_loss(self, mask: WeightMask | None) -> float:
-        """The mean loss of what is preferred, under a mask."""
-        return self._mean_of("preferred", self.prefer, completion_loss, mask)
+    def _note_wishes(self, labels: Mapping[str, Label], mask: WeightMask | None) -> float:
+        """Note the mean loss of what is preferred and avoided under a mask; their difference."""
+        wanted = 0.0
+        for wish in self.wishes:
+            loss = self._mean_of(wish.name, wish.batches, completion_loss, mask)
+            self._note(f"{wish.name}_loss", labels, loss)
+            wanted += wish.sign * loss
+        return wanted
 
     def _mean_of(
         self, name: str, batches: Sequence[Batch], objective: Objective, mask: WeightMask | None

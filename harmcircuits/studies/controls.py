@@ -311,6 +311,7 @@ def _settings_of_walk(mask: WeightMask, spared: Mapping[str, Calibration]) -> di
         "layers": made_by.get("layers"),
         "kinds": made_by.get("kinds"),
         "renew": made_by["renewed"],
+        "protect_first": made_by.get("protect_first", 0),
     }
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
+from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Calibration, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.display import duration, plural
 from harmcircuits.hooks.bridge import AnyModel
@@ -115,8 +115,18 @@ def estimate_study(
         at_once=model.n_answered_at_once,
         max_memory=max_memory,
         speed=Speed.measured(model, middle_batch(target), at_once=model.n_answered_at_once),
-        prefer=model.preferred(settings.target, settings.prefer) if settings.prefer else (),
+        wishes=_wishes(model, settings, protected) if settings.prefer else {},
     )
+
+
+def _wishes(
+    model: Model, settings: StudySettings, protected: Mapping[str, Calibration]
+) -> dict[str, Sequence[Batch]]:
+    """What the searches prefer and avoid, as options of `estimate_search`."""
+    return {
+        "prefer": model.preferred(settings.target, settings.prefer, protected),
+        "avoid": model.avoided(settings.target, settings.prefer, protected),
+    }
 
 
 def estimate_of_batches(
@@ -130,7 +140,7 @@ def estimate_of_batches(
     at_once: int,
     max_memory: int | None,
     speed: Speed,
-    prefer: Sequence[Batch] = (),
+    wishes: Mapping[str, Sequence[Batch]] | None = None,
 ) -> StudyEstimate:
     """What a study takes on given calibration data; of a model that is not loaded, on made-up ones.
 
@@ -144,7 +154,8 @@ def estimate_of_batches(
         at_once: how many answers are made at once.
         max_memory: of the study.
         speed: of the model.
-        prefer: batches of what should take the target's place.
+        wishes: batches of what should take the target's place, and of what should not be said
+            elsewhere: `prefer` and `avoid` of `estimate_search`.
     """
 
     main = estimate_search(
@@ -154,7 +165,8 @@ def estimate_of_batches(
         size=settings.sizes,
         steps=settings.steps,
         renew=longest_answer,
-        prefer=prefer,
+        protect_first=settings.protect_first,
+        **(wishes or {}),
         at_once=at_once,
         max_memory=max_memory,
         speed=speed,
@@ -173,8 +185,9 @@ def estimate_of_batches(
             "renew": longest_answer,
             "at_once": at_once,
             "n_passes": passes,
+            "protect_first": settings.protect_first,
         }
-        others = _other_searches(target, spared, settings, prefer, usual)
+        others = _other_searches(target, spared, settings, wishes or {}, usual)
         n_scored += n_spared  # the published scores
         if settings.scored_by != "loss":
             n_scored += n_tokens(target)  # which are by the loss in any case
@@ -196,11 +209,11 @@ def _other_searches(
     target: Sequence[Batch],
     spared: Mapping[str, Sequence[Batch]],
     settings: StudySettings,
-    prefer: Sequence[Batch],
+    wishes: Mapping[str, Sequence[Batch]],
     usual: Mapping[str, Any],
 ) -> Work:
     """One shot; the contrast protected alone, where more is; and the contrast's twin."""
-    once = {**usual, "steps": 1, "renew": 0, "prefer": prefer}
+    once = {**usual, "steps": 1, "renew": 0, **wishes}
     work = search_work(target, spared, n_sizes=len(settings.sizes), **once)
     contrast = spared.get(settings.contrast)
     if contrast is None:
@@ -210,7 +223,7 @@ def _other_searches(
     work += search_work(contrast, twin, n_sizes=1, **usual)
     if len(spared) > 1:
         alone = {settings.contrast: contrast}
-        work += search_work(target, alone, n_sizes=1, prefer=prefer, **usual)
+        work += search_work(target, alone, n_sizes=1, **wishes, **usual)
     return work
 
 

@@ -22,7 +22,6 @@ from harmcircuits.hooks.objectives import token_error
 from harmcircuits.hooks.search import PREFERENCE, set_difference
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Batch
 from harmcircuits.studies import by_loss
 from harmcircuits.studies.controls import Unpruned, above_zero, opposite_sign, priced
 from harmcircuits.studies.curves import outcomes_of
@@ -67,7 +66,7 @@ def circuits(
     yield from at_factors("one shot", unpruned.effect)
     harm = answers[TARGET].batches
     yield from at_factors("token error", removal_effect(bridge, harm, token_error))
-    begun = [beginning(batch, n_first) for batch in harm]
+    begun = [batch.beginning(n_first) for batch in harm]
     yield from at_factors("first tokens", removal_effect(bridge, begun))
     alike = removal_effect(bridge, answers.get(ALIKE, answers[CONTRAST]).batches)
     yield from at_factors("less begun alike", priced(Unpruned(unpruned.effect, alike), 1.0))
@@ -127,17 +126,6 @@ def controls(
     yield "benign twin", above_zero(scores, mask.fraction)
     del twin, scores
     yield "published", set_difference(bridge, harm, [benign], q=size, p=P_OVER_Q * size)
-
-
-def beginning(batch: Batch, n_first: int) -> Batch:
-    """The same texts, of whose targets only the first count.
-
-    Args:
-        batch: the texts.
-        n_first: how many of each text's targets.
-    """
-    number = batch.is_target.cumsum(dim=1)  # that of the first target is 1
-    return Batch(batch.tokens, batch.is_target & (number <= n_first))
 
 
 class State(NamedTuple):

@@ -114,6 +114,7 @@ class Study:
             protect=spared,
             budget={behaviour: settings.budget_of(behaviour) for behaviour in spared},
             prefer=settings.prefer,
+            protect_first=settings.protect_first,
             calibrations=calibrations,
             progress=self.progress,
             folder=folder,

@@ -43,6 +43,8 @@ class StudySettings:
         prefer: the behaviour that should take the target's place, such as "refusal" (see
             `Model.find_circuit`); none by default. Controls that are no searches are ranked by the
             target alone.
+        protect_first: protect the first so many tokens of every protected answer by themselves as
+            well: they decide whether it refuses, and its mean loss hardly shows them. 0: do not.
         seed: draws an organism's reference answers and the random masks.
         n_random: random masks of each kind.
         compare: whether the circuit is compared with other ways of choosing and with circuits of
@@ -74,6 +76,7 @@ class StudySettings:
     decides: Decides = "rate"
     scored_by: ScoredBy = "loss"
     prefer: str = ""
+    protect_first: int = 0
     seed: int = 0
     n_random: int = 3
     compare: bool = True
@@ -96,7 +99,7 @@ class StudySettings:
         for name in ("steps", "n_random"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("tolerance", "budget", "task_limit"):
+        for name in ("tolerance", "budget", "protect_first", "task_limit"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
         for name, budget in self.budgets.items():

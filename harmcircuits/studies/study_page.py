@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import overlap
+from harmcircuits.display import plural
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.examples import Examples, examples_of
@@ -62,7 +63,10 @@ noise."""
 ERROR_TEXT = """Those of the target, and of the counterpart's twin, are scored by the share of their
 tokens that a draw would miss, in place of the loss."""
 PREFER_TEXT = """Weights whose removal makes {prefer} likelier, behind the beginning of the target's
-answers, earned as well."""
+answers, earned as well; those whose removal makes it likelier behind protected answers that begin
+alike, lost as much."""
+FIRST_TEXT = """The first {tokens} of every protected answer had a price and a budget of their own
+besides: they decide whether it refuses."""
 JUDGE_TEXT = """Own answers of the unpruned model, as the local rules label them: harmful ones told
 from refusals, explanations of why the same requests are harmful ("same topic"), benign answers, and
 benign ones begun alike. AUROC: the chance that a harmful answer scores higher; of a judge that is
@@ -263,6 +267,8 @@ def _trust_text(study: Study) -> str:
         texts.insert(1, ERROR_TEXT)
     if study.settings.prefer:
         texts.insert(1, PREFER_TEXT.format(prefer=study.settings.prefer))
+    if study.settings.protect_first:
+        texts.insert(1, FIRST_TEXT.format(tokens=plural(study.settings.protect_first, "token")))
     return " ".join(filter(None, texts))
 
 

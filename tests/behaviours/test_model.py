@@ -317,7 +317,8 @@ def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small
     options = {"size": 0.01, "steps": 2}
     spared = {name: data[name].batches for name in ("benign", "refusal")}
     harm = data["harmful"].batches
-    expected = find_circuit(small.bridge, harm, spared, prefer=batches, preference=0.5, **options)
+    wishes = {"prefer": batches, "avoid": small.avoided("harmful", "refusal", data)}
+    expected = find_circuit(small.bridge, harm, spared, preference=0.5, **wishes, **options)
     options |= {"calibrations": data, "renew": False}
     mask = small.find_circuit("harmful", prefer="refusal", preference=0.5, **options)
     assert_same_weights(mask, expected)
@@ -326,6 +327,29 @@ def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small
     # Without a beginning they stay as they were generated.
     plain = small.with_behaviours(replace(small.behaviours["harmful"], prefill=""))
     assert plain.preferred("harmful", "refusal", data) == list(data["refusal"].batches)
+
+
+def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small):
+    """Each of their requests with the next refusal in turn, behind the target's beginning."""
+    opening = small.behaviours["harmful"].prefill
+    alike = replace(small.behaviours["benign"], name="alike", prefill=opening)
+    model = small.with_behaviours(alike)
+    data = {name: model.calibration(name) for name in ("harmful", "benign", "refusal")}
+    data["alike"] = replace(data["benign"], behaviour="alike")
+
+    requests, refusals = data["alike"].prompts, data["refusal"].prompts
+    said = [refusals.examples[place % len(refusals)].completion for place in range(len(requests))]
+    texts = requests.with_completions([f"{opening} {text}" for text in said])
+    expected = model.batches(model.behaviours["harmful"], texts)
+    is_alike = model.behaviours["benign"].prefill == opening
+    for ours, theirs in zip(
+        model.avoided("harmful", "refusal", data), expected * (1 + is_alike), strict=True
+    ):
+        assert ours.tokens.equal(theirs.tokens)
+        assert ours.is_target.equal(theirs.is_target)
+
+    del data["alike"], data["benign"]
+    assert model.avoided("harmful", "refusal", data) == []
 
 
 def test_what_cannot_be_preferred_is_refused(small):

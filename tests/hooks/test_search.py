@@ -483,15 +483,57 @@ def test_what_is_preferred_is_scored_under_the_mask_so_far(llama):
     assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
 
 
-def test_of_each_size_the_mask_is_kept_that_does_most_for_what_is_preferred_too(llama):
-    """By the loss of the target less `preference` times that of what is preferred."""
-    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, prefer=SPARED, preference=3.0)
+@pytest.mark.parametrize("wish", ["prefer", "avoid"])
+def test_of_each_size_the_mask_is_kept_that_does_most_for_the_wish_too(llama, wish):
+    """By the loss of the target less `preference` times that of what is preferred, or more."""
+    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, preference=3.0, **{wish: SPARED})
+    name, sign = {"prefer": ("preferred", -1.0), "avoid": ("avoided", 1.0)}[wish]
     of_size = mask.trace.where(aim="size")
     raised = {}
     for row in of_size.where("target_loss"):
         step = row.labels["step"]
-        raised[step] = row.mean - 3.0 * of_size.one("preferred_loss", step=step).mean
+        raised[step] = row.mean + sign * 3.0 * of_size.one(f"{name}_loss", step=step).mean
     assert mask.source.settings["step"] == max(raised, key=lambda step: raised[step])
+
+
+def test_what_is_avoided_costs_what_it_would_earn(llama):
+    """The benefit is the target's effect more `preference` times that on what is avoided."""
+    options = {"size": SIZE, "steps": 1, "reach": 1.0}
+    mask = find_circuit(llama, TARGET, avoid=SPARED, preference=0.5, **options)
+    effect, avoided = removal_effect(llama, TARGET), removal_effect(llama, SPARED)
+    sums = {name: value + 0.5 * avoided.values[name] for name, value in effect.values.items()}
+    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
+    assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
+    loss = completion_nll(llama, SPARED, mask=mask).mean().item()
+    assert mask.trace.one("avoided_loss", aim="walk").mean == pytest.approx(loss, rel=1e-5)
+    assert mask.source.settings["preference"] == 0.5
+
+    # What is preferred and avoided at once is neither.
+    both = find_circuit(llama, TARGET, prefer=SPARED, avoid=SPARED, **options)
+    assert_same_weights(both, find_circuit(llama, TARGET, **options))
+
+
+def test_first_tokens_are_protected_by_themselves(llama):
+    """They are priced and checked as a behaviour of their own whose answers end there."""
+    first = [batch.beginning(1) for batch in SPARED]
+    options = {"size": SIZE, "steps": 2}
+    by_hand = {"benign": SPARED, "benign, first 1 token": first}
+    budget = {"benign": 0.05, "benign, first 1 token": 0.002}
+    expected = find_circuit(llama, TARGET, by_hand, budget=budget, **options)
+    mask = find_circuit(
+        llama, TARGET, {"benign": SPARED}, budget=budget, protect_first=1, **options
+    )
+    assert_same_weights(mask, expected)
+    assert mask.trace.where("protected_rise", protected="benign, first 1 token")
+    assert mask.source.settings["protect_first"] == 1
+    assert mask.source.settings["budget"] == budget
+
+    # Without a budget of their own they have that of the whole.
+    same = find_circuit(
+        llama, TARGET, {"benign": SPARED}, budget={"benign": 0.03}, protect_first=1, **options
+    )
+    assert set(same.source.settings["budget"].values()) == {0.03}
+    assert len(same - find_circuit(llama, TARGET, {"benign": SPARED}, budget=0.03, **options)) > 0
 
 
 def test_the_choice_is_limited_to_layers_and_kinds(llama):
@@ -663,6 +705,7 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
         ({"budget": {"2": 0.1}}, ["'2'", "not protected"]),
         ({"budget": {}}, ["no budget for 1"]),
         ({"preference": -0.5}, ["preference=-0.5"]),
+        ({"protect_first": -1}, ["protect_first=-1", "0 or more tokens"]),
     ],
 )
 def test_bad_settings_are_refused(llama, options, names):

@@ -89,7 +89,7 @@ def test_the_target_less_itself_earns_nothing(model, answers, unpruned):
 def test_only_the_first_targets_count():
     tokens = torch.arange(10).view(2, 5) + 1
     is_target = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
-    first = frontier.beginning(Batch(tokens, is_target), 2)
+    first = Batch(tokens, is_target).beginning(2)
     expected = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
     assert torch.equal(first.is_target, expected)
     assert torch.equal(first.tokens, tokens)

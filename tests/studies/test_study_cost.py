@@ -118,7 +118,9 @@ def test_a_study_by_the_error_searches_by_it_and_compares_with_the_published_los
 def test_a_study_that_prefers_refusals_searches_so_and_counts_them(model, tmp_path):
     settings = StudySettings(sizes=(0.01, 0.04), steps=2, n_random=1, tolerance=0.5, budget=0.5)
     preferring = replace(settings, prefer="refusal")
-    n_tokens_more = sum(map(n_read, model.preferred("harmful", "refusal")))
+    protected = model.protected("harmful", "others")
+    batches = model.preferred("harmful", "refusal") + model.avoided("harmful", "refusal", protected)
+    n_tokens_more = sum(map(n_read, batches))
     works = [estimate_study(model, each).search.work for each in (preferring, settings)]
     assert works[0].scored - works[1].scored == 2 * n_tokens_more
     assert works[0].read - works[1].read == 2 * n_tokens_more
@@ -133,6 +135,24 @@ def test_a_study_that_prefers_refusals_searches_so_and_counts_them(model, tmp_pa
     assert "preference" not in run.masks["benign_twin"].source.settings
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     assert "removal makes refusal likelier" in page
+
+
+def test_a_study_protects_first_tokens_by_themselves_and_counts_them(model, tmp_path):
+    settings = StudySettings(sizes=(0.04,), steps=1, n_random=1, tolerance=0.5, budget=0.5)
+    first = replace(settings, protect_first=2)
+    works = [estimate_study(model, each).search.work for each in (first, settings)]
+    assert works[0].scored > works[1].scored
+    assert works[0].read > works[1].read
+
+    run = study(model, first, out=tmp_path / "study", page=True)
+    assert run.chosen is not None
+    assert run.chosen.mask.source.settings["protect_first"] == 2
+    tried = run.chosen.mask.trace.where("protected_rise")
+    names = {str(row.labels["protected"]) for row in tried}
+    assert names == {*run.protected, *(f"{name}, first 2 tokens" for name in run.protected)}
+    assert run.masks["benign_twin"].source.settings["protect_first"] == 2
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+    assert "The first 2 tokens of every protected answer" in page
 
 
 def n_read(batch):

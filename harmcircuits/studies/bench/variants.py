@@ -15,7 +15,7 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
 from harmcircuits.hooks.search import BUDGET, STEPS
-from harmcircuits.hooks.walk import FACTORS, Totals, Walk
+from harmcircuits.hooks.walk import FACTORS, Totals, Walk, Wish
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
 from harmcircuits.prompts import Batch
 from harmcircuits.studies.bench.methods import Calibrations, Method
@@ -177,7 +177,13 @@ def walked(
 
 
 def preferring(
-    model: Model, data: Calibrations, sizes: Sequence[float], *, prefer: str, preference: float
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    prefer: str,
+    preference: float,
+    contrast: bool = False,
 ) -> list[WeightMask]:
     """The masks of a walk on which another behaviour is preferred to the target.
 
@@ -187,9 +193,12 @@ def preferring(
         sizes: shares of the weights.
         prefer: as `Model.find_circuit`.
         preference: as `Model.find_circuit`.
+        contrast: whether the same answers are avoided where others begin as the target's do.
     """
-    batches = model.preferred(TARGET, prefer, data)
-    return walked(model, data, sizes, prefer=batches, preference=preference)
+    wishes = [Wish("preferred", model.preferred(TARGET, prefer, data), 1.0)]
+    if contrast:
+        wishes.append(Wish("avoided", model.avoided(TARGET, prefer, data), -1.0))
+    return walked(model, data, sizes, wishes=wishes, preference=preference)
 
 
 def factors(lowest: int, highest: int, per_doubling: int) -> Method:
