@@ -501,7 +501,11 @@ class Model:
         return self._behind(opened, data.prompts, data.prompts)
 
     def avoided(
-        self, target: str, prefer: str, protected: Mapping[str, Calibration]
+        self,
+        target: str,
+        prefer: str,
+        protected: Mapping[str, Calibration],
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> list[Batch]:
         """The answers of `preferred` to requests that they do not belong to.
 
@@ -512,19 +516,20 @@ class Model:
         Args:
             target: the behaviour that is searched for.
             prefer: the behaviour that should take its place.
-            protected: calibration data of what is protected; that of `prefer` is used if it is
-                there. The target and `prefer` play no part.
+            protected: calibration data of what is protected.
+            calibrations: data that is there already, for `prefer` where it is not protected.
 
         Raises:
             ValueError: as `preferred`.
         """
         self.refuse_preferred(target, prefer)
         opened = self.behaviour(target)
-        data = protected.get(prefer) or self.calibration(prefer)
+        known = {**(calibrations or {}), **protected}
+        data = known.get(prefer) or self.calibration(prefer)
         batches = []
         for name, calibration in protected.items():
-            is_other = name not in (target, prefer)
-            if opened.prefill and is_other and self.behaviour(name).prefill == opened.prefill:
+            begins_alike = self.behaviour(name).prefill == opened.prefill
+            if opened.prefill and begins_alike and name not in (target, prefer):
                 batches += self._behind(opened, calibration.prompts, data.prompts)
         return batches
 
@@ -568,6 +573,7 @@ class Model:
         prefer: str = "",
         preference: float = PREFERENCE,
         protect_first: int = 0,
+        cuts: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -593,6 +599,7 @@ class Model:
         prefer: str = "",
         preference: float = PREFERENCE,
         protect_first: int = 0,
+        cuts: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -617,6 +624,7 @@ class Model:
         prefer: str = "",
         preference: float = PREFERENCE,
         protect_first: int = 0,
+        cuts: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -649,6 +657,8 @@ class Model:
             protect_first: protect the first so many tokens of every protected answer by themselves
                 as well, as in `hc.find_circuit`; a budget for them is named "benign, first 8
                 tokens".
+            cuts: of how many refused masks something is learned before a step goes on, as in
+                `hc.find_circuit`.
             calibrations: data to score on, where it is there already.
             renew: answer the target's requests again under each step's mask, and score the answers
                 that still show it as well: what was said in some words may come back in others.
@@ -662,7 +672,7 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach, unit, preference, protect_first)
+        refuse_settings(sizes, steps, reach, unit, preference, protect_first, cuts)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
@@ -690,9 +700,10 @@ class Model:
             exclude=exclude,
             renew=still_shown if renew else None,
             prefer=self.preferred(target, prefer, calibrations) if prefer else (),
-            avoid=self.avoided(target, prefer, protected) if prefer else (),
+            avoid=self.avoided(target, prefer, protected, calibrations) if prefer else (),
             preference=preference,
             protect_first=protect_first,
+            cuts=cuts,
             stop=stop,
             progress=progress,
             folder=folder,

@@ -177,13 +177,7 @@ def walked(
 
 
 def preferring(
-    model: Model,
-    data: Calibrations,
-    sizes: Sequence[float],
-    *,
-    prefer: str,
-    preference: float,
-    contrast: bool = False,
+    model: Model, data: Calibrations, sizes: Sequence[float], *, prefer: str, preference: float
 ) -> list[WeightMask]:
     """The masks of a walk on which another behaviour is preferred to the target.
 
@@ -193,11 +187,8 @@ def preferring(
         sizes: shares of the weights.
         prefer: as `Model.find_circuit`.
         preference: as `Model.find_circuit`.
-        contrast: whether the same answers are avoided where others begin as the target's do.
     """
     wishes = [Wish("preferred", model.preferred(TARGET, prefer, data), 1.0)]
-    if contrast:
-        wishes.append(Wish("avoided", model.avoided(TARGET, prefer, data), -1.0))
     return walked(model, data, sizes, wishes=wishes, preference=preference)
 
 
