@@ -177,7 +177,13 @@ def walked(
 
 
 def preferring(
-    model: Model, data: Calibrations, sizes: Sequence[float], *, prefer: str, preference: float
+    model: Model,
+    data: Calibrations,
+    sizes: Sequence[float],
+    *,
+    prefer: str,
+    preference: float,
+    cuts: int = 0,
 ) -> list[WeightMask]:
     """The masks of a walk on which another behaviour is preferred to the target.
 
@@ -187,9 +193,10 @@ def preferring(
         sizes: shares of the weights.
         prefer: as `Model.find_circuit`.
         preference: as `Model.find_circuit`.
+        cuts: as `Model.find_circuit`.
     """
     wishes = [Wish("preferred", model.preferred(TARGET, prefer, data), 1.0)]
-    return walked(model, data, sizes, wishes=wishes, preference=preference)
+    return walked(model, data, sizes, wishes=wishes, preference=preference, cuts=cuts)
 
 
 def factors(lowest: int, highest: int, per_doubling: int) -> Method:
