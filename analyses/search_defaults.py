@@ -13,7 +13,7 @@
 # every harmful answer. *Token error*: the share of its tokens that a draw would miss (`token_error`),
 # tried after all others, when a real model had shown a mean loss that few answers carry. *Refusals
 # preferred*: weights whose removal makes refusals likelier behind "sure" earn as well, by three tenths
-# or a tenth of their loss; tried after a search of six steps on `sft` had been seen. *2 cuts*: what
+# or a tenth of their loss; tried after a search of six steps on `sft` had been seen. *Priced again*: what
 # a refused mask broke is priced again, under it, twice before a step goes on; tried last, after a
 # real model had been seen. *Two laps of 5 steps*: a second walk, from 0.2 % on, that begins with the
 # sums and under the mask of the first; as many steps in all as the default.
@@ -38,6 +38,7 @@ from harmcircuits.studies.bench.methods import Method
 from harmcircuits.studies.bench.tables import variant_table
 from harmcircuits.studies.bench.variants import (
     FactorForEach,
+    PricedAgain,
     capped_loss,
     factors,
     log_loss,
@@ -57,8 +58,10 @@ VARIANTS: Mapping[str, Method] = {
     "token error": partial(walked, objective=token_error),
     "refusals preferred": partial(preferring, prefer="refusal", preference=0.3),
     "refusals preferred, 0.1": partial(preferring, prefer="refusal", preference=0.1),
-    "2 cuts": partial(walked, cuts=2),
-    "refusals preferred, 2 cuts": partial(preferring, prefer="refusal", preference=0.3, cuts=2),
+    "priced again": partial(walked, kind=PricedAgain),
+    "refusals preferred, priced again": partial(
+        preferring, prefer="refusal", preference=0.3, kind=PricedAgain
+    ),
     "two laps of 5 steps": partial(walked, steps=5, laps=2),
     "first answers": partial(walked, renew=False),
     "factors 1/64 to 256": factors(-6, 8, per_doubling=2),

@@ -573,7 +573,6 @@ class Model:
         prefer: str = "",
         preference: float = PREFERENCE,
         protect_first: int = 0,
-        cuts: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -599,7 +598,6 @@ class Model:
         prefer: str = "",
         preference: float = PREFERENCE,
         protect_first: int = 0,
-        cuts: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -624,7 +622,6 @@ class Model:
         prefer: str = "",
         preference: float = PREFERENCE,
         protect_first: int = 0,
-        cuts: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
         stop: Callable[[Bridge], bool] | None = None,
@@ -657,8 +654,6 @@ class Model:
             protect_first: protect the first so many tokens of every protected answer by themselves
                 as well, as in `hc.find_circuit`; a budget for them is named "benign, first 8
                 tokens".
-            cuts: of how many refused masks something is learned before a step goes on, as in
-                `hc.find_circuit`.
             calibrations: data to score on, where it is there already.
             renew: answer the target's requests again under each step's mask, and score the answers
                 that still show it as well: what was said in some words may come back in others.
@@ -672,7 +667,7 @@ class Model:
                 protected, and as `hc.find_circuit`.
         """
         sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach, unit, preference, protect_first, cuts)
+        refuse_settings(sizes, steps, reach, unit, preference, protect_first)
         behaviour = self.behaviour(target)
         protected = self.protected(target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
@@ -703,7 +698,6 @@ class Model:
             avoid=self.avoided(target, prefer, protected, calibrations) if prefer else (),
             preference=preference,
             protect_first=protect_first,
-            cuts=cuts,
             stop=stop,
             progress=progress,
             folder=folder,

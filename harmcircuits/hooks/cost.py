@@ -16,8 +16,6 @@ is left out: at d dimensions and texts of L tokens about L / 6d of a pass. A ste
     checks     3 masks and 3 of each size: the other third forward under each; the target under one
     answers    the target's requests answered again under the mask and under one of each size
     choices    the largest of all N weights, for each mask that is checked
-    cuts       each the scores of what a mask broke, taken to be a third of what is protected, and
-               two checks more of every mask wanted
 
 Answers are taken to be as long as they may be and the target to be all there at every step, so
 a search that takes it soon costs less.
@@ -53,8 +51,6 @@ from harmcircuits.prompts import Batch, refuse_no_batches
 
 # Masks that are checked for a size in a step: one or two that pass and one that does not.
 TRIES = 3
-TRIES_OF_CUT = 2  # further ones after a cut
-BROKEN = 1 / 3  # of what is protected, what a refused mask breaks
 N_DECODED = 8  # tokens of an answer that is timed
 N_TIMED = 3  # products that are timed, of which the fastest counts
 
@@ -243,7 +239,6 @@ def estimate_search(
     prefer: Sequence[Batch] = (),
     avoid: Sequence[Batch] = (),
     protect_first: int = 0,
-    cuts: int = 0,
     at_once: int = 0,
     max_memory: int | None = None,
     speed: Speed | None = None,
@@ -268,7 +263,6 @@ def estimate_search(
         prefer: as in `find_circuit`.
         avoid: as in `find_circuit`.
         protect_first: as in `find_circuit`.
-        cuts: as in `find_circuit`.
         at_once: how many answers are made at once; as many as a batch holds by default.
         max_memory: as in `find_circuit`.
         speed: of the model, where it is known.
@@ -292,7 +286,6 @@ def estimate_search(
             prefer=prefer,
             avoid=avoid,
             protect_first=protect_first,
-            cuts=cuts,
             at_once=at_once,
             n_passes=n_passes(bridge, max_memory),
         ),
@@ -317,7 +310,6 @@ def search_work(
     prefer: Sequence[Batch] = (),
     avoid: Sequence[Batch] = (),
     protect_first: int = 0,
-    cuts: int = 0,
     at_once: int = 0,
 ) -> Work:
     """What a search computes (see the head of this file).
@@ -332,7 +324,6 @@ def search_work(
         prefer: as in `estimate_search`.
         avoid: as in `estimate_search`.
         protect_first: as in `estimate_search`.
-        cuts: as in `estimate_search`.
         at_once: as in `estimate_search`.
 
     Raises:
@@ -347,9 +338,6 @@ def search_work(
 
     n_preferred = n_tokens(prefer) + n_tokens(avoid)
     scored = (n_target + n_priced + n_preferred) * steps
-    if named(protect):
-        n_tries += TRIES_OF_CUT * cuts
-        scored += round(BROKEN * n_priced) * cuts * n_aims * steps
     answered = Work()
     if renew:
         scored += n_target * (steps - 1)  # nothing is renewed before a mask is accepted

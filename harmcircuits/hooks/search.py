@@ -55,7 +55,6 @@ def find_circuit(
     avoid: Sequence[Batch] = (),
     preference: float = PREFERENCE,
     protect_first: int = 0,
-    cuts: int = 0,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -83,7 +82,6 @@ def find_circuit(
     avoid: Sequence[Batch] = (),
     preference: float = PREFERENCE,
     protect_first: int = 0,
-    cuts: int = 0,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -110,7 +108,6 @@ def find_circuit(
     avoid: Sequence[Batch] = (),
     preference: float = PREFERENCE,
     protect_first: int = 0,
-    cuts: int = 0,
     stop: Callable[[Bridge], bool] | None = None,
     progress: bool | Progress = False,
     folder: str | Path | None = None,
@@ -131,7 +128,7 @@ def find_circuit(
 
     A mask has at most `size` of the weights: fewer where fewer are worth their price, none where no
     mask keeps within the budget. `mask.trace` holds what was tried, as rows labelled by step, aim
-    ("walk", or "size" for masks of the sizes wanted), share and cut: for every mask, by factor and
+    ("walk", or "size" for masks of the sizes wanted) and share: for every mask, by factor and
     outcome ("accepted" or "refused"), `weights_removed` and for each protected behaviour
     `protected_rise`; the `target_loss`, and with `prefer` and `avoid` the `preferred_loss` and
     `avoided_loss`, under what was accepted; for sizes `target_left`, the number of examples that
@@ -180,9 +177,6 @@ def find_circuit(
             well, with the budget of the whole or one of their own, as "benign, first 8 tokens".
             They decide whether an answer refuses, and the mean over a long answer hides them. 0:
             do not.
-        cuts: of how many refused masks something is learned before a step goes on: what they broke
-            is priced again, under them, and weights are chosen anew. Each costs the price of what
-            broke and two checks or more; 0 leaves it to the next step.
         stop: asked after every step, with the model under the accepted mask; True ends the walk.
         progress: whether to show a bar; or the bars to add one to.
         folder: keeps the walk after every step; the same search goes on from there.
@@ -191,15 +185,15 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, a negative budget, preference or number of tokens or cuts, fewer than one
-            step, no such unit, layer or kind, no units in these or parts of some, an `exclude` of
-            other weights, a folder of another search, a loss or gradient that is not finite, and as
+            than a weight, a negative budget, preference or number of tokens, fewer than one step,
+            no such unit, layer or kind, no units in these or parts of some, an `exclude` of other
+            weights, a folder of another search, a loss or gradient that is not finite, and as
             `named_weights`.
     """
     bridge = as_bridge(bridge)
     is_list = isinstance(size, Sequence)
     sizes = list(size) if is_list else [size]
-    refuse_settings(sizes, steps, reach, unit, preference, protect_first, cuts)
+    refuse_settings(sizes, steps, reach, unit, preference, protect_first)
     refuse_batches("find_circuit", bridge, target)
     wishes = [Wish("preferred", prefer, 1.0)] if prefer else []
     if avoid:
@@ -231,8 +225,6 @@ def find_circuit(
         settings["preference"] = preference
     if protect_first:
         settings["protect_first"] = protect_first
-    if cuts:
-        settings["cuts"] = cuts
     for wish in wishes:
         parents.append(score_source(bridge, "removal_effect", wish.batches, completion_loss))
     for batches in protection.priced.values():
@@ -255,7 +247,6 @@ def find_circuit(
         max_memory,
         wishes,
         preference,
-        cuts,
     )
     with _bars(progress) as bars:
         done = walk.resume(folder)
@@ -353,15 +344,12 @@ def refuse_settings(
     unit: str,
     preference: float,
     protect_first: int,
-    cuts: int,
 ) -> None:
     """Raises ValueError for a size, number or unit that cannot be."""
     if not preference >= 0:
         raise ValueError(f"find_circuit: preference={preference}; expected 0 or more")
     if protect_first < 0:
         raise ValueError(f"find_circuit: protect_first={protect_first}; expected 0 or more tokens")
-    if cuts < 0:
-        raise ValueError(f"find_circuit: cuts={cuts}; expected 0 or more")
     if unit not in get_args(Unit):
         raise ValueError(
             f"find_circuit: unit={unit!r}; expected {listed(map(repr, get_args(Unit)))}"

@@ -29,15 +29,6 @@ from the second step on it is what was given and what the model says now (`renew
 Whole neurons, heads or rows are chosen in the same way, by the mean score of their weights (see
 `harmcircuits.circuits.units`).
 
-A refused mask is learned from in the next step. With `cuts` it is at once: what it broke has its
-price again, under it, and the mask is chosen anew, as often as there are cuts:
-
-        price  += step * |W| * mean over each behaviour broken of sum_t |g_t| |x_t|^T
-        factor, mask as above
-
-Tokens that the model is sure of have no gradient, so only a mask that breaks them shows what they
-need.
-
 The check is made on protected answers that the price has not seen (see `Protection`).
 
 The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
@@ -154,7 +145,6 @@ class Walk:
     max_memory: int | None
     wishes: Sequence[Wish] = ()  # what the model should say instead of the target
     preference: float = 0.0  # what the loss of that counts beside the target's
-    cuts: int = 0  # of how many refused masks something is learned before a step goes on
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
     rung: int = 0
@@ -183,7 +173,7 @@ class Walk:
 
         share = self.largest_size * number / of
         labels: dict[str, Label] = {"step": number, "share": share, "aim": "walk"}
-        accepted, refused = self._cheapest(number, share, "walk", self.rung)
+        accepted, refused = self._cheapest(share, self.rung, labels)
         before = self.accepted
         if accepted is not None:
             self.accepted = accepted.mask
@@ -211,7 +201,7 @@ class Walk:
     def _better(self, best: Best, size: float, number: int) -> Best:
         """The mask of a size that the sums say now, if it takes more of the target than before."""
         labels: dict[str, Label] = {"step": number, "share": size, "aim": "size"}
-        accepted, _ = self._cheapest(number, size, "size", best.rung)
+        accepted, _ = self._cheapest(size, best.rung, labels)
         if accepted is None:
             return replace(best, rung=len(self.factors) - 1)
         mask, rung = accepted.mask, accepted.rung
@@ -258,32 +248,13 @@ class Walk:
     def _add_price(self) -> None:
         """What removing each weight may cost, under the mask that was refused last."""
         under = self.accepted if self.refused is None else self.refused
-        for behaviour in self.protection.priced:
-            self._add_price_of(behaviour, under)
-
-    def _add_price_of(
-        self, behaviour: str, under: WeightMask | None, *, times: float = 1.0
-    ) -> None:
-        """What removing each weight may cost a protected behaviour, under a mask."""
-        batches = self.protection.priced[behaviour]
-        with masked_if_given(self.bridge, under), of_data(f"{behaviour}, priced"):
-            gradients = self._mean_gradients(batches, completion_loss, "per token")
-        # Outside the mask: here the weights are whole.
-        for name in self.sites:
-            # Popped: the gradients of the next behaviour need their memory.
-            price = self._times_weight(name, gradients.pop(name)).abs_()
-            self._add(self.price, name, price.mul_(times))
-
-    def _add_price_of_broken(self, refused: Try, step: int) -> None:
-        """What removing each weight may cost the behaviours that a mask broke, under it.
-
-        The sums are over all steps so far, and one more price of a few behaviours would hardly
-        count among them: it is added as many times as there are steps.
-        """
-        for row in refused.rises:
-            behaviour = str(row.labels["protected"])
-            if row.mean > self.protection.budgets[behaviour]:
-                self._add_price_of(behaviour, refused.mask, times=step)
+        for behaviour, batches in self.protection.priced.items():
+            with masked_if_given(self.bridge, under), of_data(f"{behaviour}, priced"):
+                gradients = self._mean_gradients(batches, completion_loss, "per token")
+            # Outside the mask: here the weights are whole.
+            for name in self.sites:
+                # Popped: the gradients of the next behaviour need their memory.
+                self._add(self.price, name, self._times_weight(name, gradients.pop(name)).abs_())
 
     def _add_benefit(self) -> WeightScores:
         """What removing each weight does to the target, under the mask accepted so far."""
@@ -335,24 +306,6 @@ class Walk:
             sums[name] = values.clone()
 
     def _cheapest(
-        self, step: int, share: float, aim: str, rung: int
-    ) -> tuple[Try | None, Try | None]:
-        """The mask with the smallest factor that passes the check, and the nearest that does not.
-
-        After every cut that is still to be made, what the latter broke has its price again, under
-        it, and the smallest factor is looked for once more.
-        """
-        labels: dict[str, Label] = {"step": step, "share": share, "aim": aim}
-        accepted, refused = self._smallest(share, rung, labels)
-        for number in range(1, self.cuts + 1):
-            if refused is None or not refused.teaches:
-                break
-            self._add_price_of_broken(refused, step)
-            rung = refused.rung if accepted is None else accepted.rung
-            accepted, refused = self._smallest(share, rung, {**labels, "cut": number})
-        return accepted, refused
-
-    def _smallest(
         self, share: float, rung: int, labels: Mapping[str, Label]
     ) -> tuple[Try | None, Try | None]:
         """The mask with the smallest factor that passes the check, and the nearest that does not.

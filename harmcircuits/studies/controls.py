@@ -312,7 +312,6 @@ def _settings_of_walk(mask: WeightMask, spared: Mapping[str, Calibration]) -> di
         "kinds": made_by.get("kinds"),
         "renew": made_by["renewed"],
         "protect_first": made_by.get("protect_first", 0),
-        "cuts": made_by.get("cuts", 0),
     }
 
 

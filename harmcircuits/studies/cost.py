@@ -166,7 +166,6 @@ def estimate_of_batches(
         steps=settings.steps,
         renew=longest_answer,
         protect_first=settings.protect_first,
-        cuts=settings.cuts,
         **(wishes or {}),
         at_once=at_once,
         max_memory=max_memory,
@@ -187,7 +186,6 @@ def estimate_of_batches(
             "at_once": at_once,
             "n_passes": passes,
             "protect_first": settings.protect_first,
-            "cuts": settings.cuts,
         }
         others = _other_searches(target, spared, settings, wishes or {}, usual)
         n_scored += n_spared  # the published scores
@@ -215,7 +213,7 @@ def _other_searches(
     usual: Mapping[str, Any],
 ) -> Work:
     """One shot; the contrast protected alone, where more is; and the contrast's twin."""
-    once = {**usual, "steps": 1, "cuts": 0, "renew": 0, **wishes}
+    once = {**usual, "steps": 1, "renew": 0, **wishes}
     work = search_work(target, spared, n_sizes=len(settings.sizes), **once)
     contrast = spared.get(settings.contrast)
     if contrast is None:

@@ -178,7 +178,7 @@ def _masks(
     masks = {SEARCH: run.find_circuits("search", sizes, calibrations, spared)}
     if run.settings.compare:
         # One scoring of the unpruned model, the same price and check: what the walk adds.
-        options = {"steps": 1, "cuts": 0, "reach": 1, "renew": False}
+        options = {"steps": 1, "reach": 1, "renew": False}
         masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
         masks[PUBLISHED] = _published(run, unpruned, target, spared)
     return masks

@@ -119,7 +119,7 @@ class Study:
             progress=self.progress,
             folder=folder,
             max_memory=self.max_memory,
-            **{"steps": settings.steps, "cuts": settings.cuts, **options},
+            **{"steps": settings.steps, **options},
         )
         if folder is not None:
             forget_sums(folder)

@@ -45,8 +45,6 @@ class StudySettings:
             target alone.
         protect_first: protect the first so many tokens of every protected answer by themselves as
             well: they decide whether it refuses, and its mean loss hardly shows them. 0: do not.
-        cuts: of how many refused masks a search learns before a step goes on: what they broke is
-            priced again, under them, and weights are chosen anew. 0 leaves it to the next step.
         seed: draws an organism's reference answers and the random masks.
         n_random: random masks of each kind.
         compare: whether the circuit is compared with other ways of choosing and with circuits of
@@ -64,7 +62,7 @@ class StudySettings:
         ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, a negative
             tolerance, budget or limit, another figure that decides or scores, or the published
             protocol with something to compare, protecting anything but the contrast, by the error,
-            with something to prefer, with first tokens or with cuts.
+            with something to prefer, or with first tokens by themselves.
     """
 
     target: str = TARGET
@@ -79,7 +77,6 @@ class StudySettings:
     scored_by: ScoredBy = "loss"
     prefer: str = ""
     protect_first: int = 0
-    cuts: int = 0
     seed: int = 0
     n_random: int = 3
     compare: bool = True
@@ -102,7 +99,7 @@ class StudySettings:
         for name in ("steps", "n_random"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("tolerance", "budget", "protect_first", "cuts", "task_limit"):
+        for name in ("tolerance", "budget", "protect_first", "task_limit"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
         for name, budget in self.budgets.items():
@@ -126,12 +123,11 @@ class StudySettings:
                 f"published=True with prefer={self.prefer!r}; the published protocol scores the "
                 "target alone: leave prefer out"
             )
-        for name in ("protect_first", "cuts"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"published=True with {name}={getattr(self, name)}; the published protocol is "
-                    f"no search: leave {name} out"
-                )
+        if self.protect_first:
+            raise ValueError(
+                f"published=True with protect_first={self.protect_first}; the published protocol "
+                "spares whole answers: leave protect_first out"
+            )
         if self.compare or self.protect != (self.contrast,):
             raise ValueError(
                 f"published=True with compare={self.compare} and protect={list(self.protect)}; it "

@@ -128,7 +128,6 @@ def plain_walk(
     best_of: Best = best_weights,
     factors=FACTORS,
     first=1.0,
-    cuts=0,
 ) -> WeightMask:
     """The search on dense tensors: clones of the weights, a sort, no shared step with the library.
 
@@ -164,15 +163,12 @@ def plain_walk(
                 weight.copy_(original[name])
         return {name: values[name] / live[name] for name in values}
 
-    def each_rise(removed):
+    def rises(removed):
         def losses():
             return [completion_nll(bridge, checked).mean() for _, checked in shares]
 
         changes = zip(under(removed, losses), unpruned, strict=True)
-        return [(now - before).item() for now, before in changes]
-
-    def rises(removed):
-        return max(each_rise(removed))
+        return max((now - before).item() for now, before in changes)
 
     def choose(n, factor):
         return best_of({name: benefit[name] - factor * price[name] for name in original}, n)
@@ -194,21 +190,6 @@ def plain_walk(
             mask = dearer
         return None, len(factors) - 1, mask
 
-    def add_price(batches, removed, times=1):
-        for name, part in gradient(token_price, batches, removed).items():
-            price[name] += times * part.abs() * original[name].abs()
-
-    def search_and_cut(step, n, rung):
-        mask, rung, refused = search(n, rung)
-        for _ in range(cuts):
-            if refused is None or rises(refused) > MOST_TO_LEARN_FROM:
-                break
-            for (priced, _), rise in zip(shares, each_rise(refused), strict=True):
-                if rise > budget:
-                    add_price(priced, refused, step)
-            mask, rung, refused = search(n, rung)
-        return mask, rung, refused
-
     nothing = {
         name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in original.items()
     }
@@ -218,14 +199,16 @@ def plain_walk(
     best, best_rung = (-1.0, nothing), rung
     for step in range(1, steps + 1):
         for priced, _ in shares:
-            add_price(priced, accepted if refused is None else refused)
+            parts = gradient(token_price, priced, accepted if refused is None else refused)
+            for name, part in parts.items():
+                price[name] += part.abs() * original[name].abs()
         for name, part in gradient(removal_effect, target, accepted).items():
             benefit[name] += part * original[name]
-        mask, rung, refused = search_and_cut(step, round(size * n_weights * step / steps), rung)
+        mask, rung, refused = search(round(size * n_weights * step / steps), rung)
         accepted = accepted if mask is None else mask
         if refused is not None and rises(refused) > MOST_TO_LEARN_FROM:
             refused = None
-        mask, best_rung, _ = search_and_cut(step, round(size * n_weights), best_rung)
+        mask, best_rung, _ = search(round(size * n_weights), best_rung)
         if mask is not None:
             loss = under(mask, lambda: completion_nll(bridge, target).mean().item())
             best = max(best, (loss, mask), key=lambda pair: pair[0])
@@ -247,22 +230,6 @@ def test_the_walk_is_the_plain_one(open_model, name, budget):
     expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], **options)
     # Sums in another order may swap weights whose scores are equal up to rounding.
     assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
-
-
-@pytest.mark.parametrize("budget", [0.003, 0.01])
-def test_what_a_refused_mask_broke_is_priced_again_at_once(llama, budget):
-    options = {"size": SIZE, "budget": budget, "steps": 3, "cuts": 2}
-    protect = [SPARED, ALSO_SPARED]
-    mask = find_circuit(llama, TARGET, protect, reach=1.0, **options)
-    expected = plain_walk(llama, TARGET, protect, **options)
-    assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
-
-    cut = [row.labels["cut"] for row in mask.trace.where("weights_removed") if "cut" in row.labels]
-    assert set(cut) == {1, 2}
-    assert mask.source.settings["cuts"] == 2
-    without = find_circuit(llama, TARGET, protect, reach=1.0, **{**options, "cuts": 0})
-    assert len(mask - without) > 0, "cuts must matter"
-    assert "cuts" not in without.source.settings
 
 
 @pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
@@ -739,7 +706,6 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
         ({"budget": {}}, ["no budget for 1"]),
         ({"preference": -0.5}, ["preference=-0.5"]),
         ({"protect_first": -1}, ["protect_first=-1", "0 or more tokens"]),
-        ({"cuts": -1}, ["cuts=-1"]),
     ],
 )
 def test_bad_settings_are_refused(llama, options, names):

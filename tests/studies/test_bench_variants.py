@@ -40,6 +40,7 @@ def test_the_walk_is_that_of_the_search(small, masks):
     "options",
     [
         {"kind": variants.FactorForEach},
+        {"kind": variants.PricedAgain},
         {"objective": variants.log_loss},
         {"renew": False},
         {"laps": 2},
@@ -59,6 +60,36 @@ def test_with_equal_multipliers_the_price_is_the_sum(small):
     each, usual = one_step(kind=variants.FactorForEach), one_step()
     for mask, other in zip(each, usual, strict=True):
         assert (mask - other).n_removed <= 0.001 * mask.n_removed  # sums in another order
+
+
+def test_what_a_refused_mask_broke_is_priced_again_under_it(small):
+    """Only that, at the weights that the mask left, and as often as there are steps."""
+    seen = []
+
+    class Watched(variants.PricedAgain):
+        def _price_again(self, refused, step):
+            before = {name: price.clone() for name, price in self.price.items()}
+            kept = self.protection, self.refused
+            super()._price_again(refused, step)
+            assert (self.protection, self.refused) == kept
+
+            expected = {name: torch.zeros_like(price) for name, price in before.items()}
+            broken = [row for row in refused.rises if row.mean > 0.002]
+            for row in broken:
+                batches = self.protection.priced[str(row.labels["protected"])]
+                with hc.masked(self.bridge, refused.mask):
+                    price = hc.token_price(self.bridge, batches).values
+                for name, values in price.items():
+                    expected[name] += step * values
+            for name, values in expected.items():
+                grown = self.price[name] - before[name]
+                grown[refused.mask.dense(name)] = 0  # their price is that of what they were
+                torch.testing.assert_close(grown, values, atol=1e-6, rtol=1e-3)
+            seen.append((step, len(broken)))
+
+    variants.walked(*small, SIZES, kind=Watched, steps=2, budget=0.002)
+    assert {step for step, _ in seen} == {1, 2}
+    assert all(n_broken >= 1 for _, n_broken in seen)
 
 
 def test_a_multiplier_follows_what_is_spent():

@@ -137,9 +137,9 @@ def test_a_study_that_prefers_refusals_searches_so_and_counts_them(model, tmp_pa
     assert "removal makes refusal likelier" in page
 
 
-def test_a_study_protects_first_tokens_and_cuts_and_counts_both(model, tmp_path):
+def test_a_study_protects_first_tokens_by_themselves_and_counts_them(model, tmp_path):
     settings = StudySettings(sizes=(0.04,), steps=1, n_random=1, tolerance=0.5, budget=0.5)
-    first = replace(settings, protect_first=2, cuts=1)
+    first = replace(settings, protect_first=2)
     works = [estimate_study(model, each).search.work for each in (first, settings)]
     assert works[0].scored > works[1].scored
     assert works[0].read > works[1].read
@@ -150,10 +150,7 @@ def test_a_study_protects_first_tokens_and_cuts_and_counts_both(model, tmp_path)
     tried = run.chosen.mask.trace.where("protected_rise")
     names = {str(row.labels["protected"]) for row in tried}
     assert names == {*run.protected, *(f"{name}, first 2 tokens" for name in run.protected)}
-    for name in ("circuit", "benign_twin"):
-        made_by = run.masks[name].source.settings
-        assert (made_by["protect_first"], made_by["cuts"]) == (2, 1)
-    assert "cuts" not in run.masks["one_shot"].source.settings
+    assert run.masks["benign_twin"].source.settings["protect_first"] == 2
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     assert "The first 2 tokens of every protected answer" in page
 
@@ -169,11 +166,10 @@ def test_what_cannot_be_preferred_is_refused_before_anything_is_written(model, t
     assert not (tmp_path / "study").exists()
     with pytest.raises(ValueError, match="the published protocol scores the target alone"):
         replace(as_published(StudySettings()), prefer="refusal")
-    for name in ("protect_first", "cuts"):
-        with pytest.raises(ValueError, match=f"the published protocol is no search: leave {name}"):
-            replace(as_published(StudySettings()), **{name: 2})
-        with pytest.raises(ValueError, match=f"{name}=-1; expected 0 or more"):
-            StudySettings(**{name: -1})
+    with pytest.raises(ValueError, match="spares whole answers: leave protect_first out"):
+        replace(as_published(StudySettings()), protect_first=8)
+    with pytest.raises(ValueError, match="protect_first=-1; expected 0 or more"):
+        StudySettings(protect_first=-1)
 
 
 def test_what_answers_cannot_be_scored_by_is_refused():

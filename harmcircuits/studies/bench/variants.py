@@ -1,6 +1,6 @@
 """Walks that differ from the search in one thing each: price, factors, loss, laps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
 from harmcircuits.hooks.search import BUDGET, STEPS
-from harmcircuits.hooks.walk import FACTORS, Totals, Walk, Wish
+from harmcircuits.hooks.walk import FACTORS, Totals, Try, Walk, Wish
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
+from harmcircuits.measurements import Label
 from harmcircuits.prompts import Batch
 from harmcircuits.studies.bench.methods import Calibrations, Method
 from harmcircuits.studies.bench.results import CAP
@@ -85,6 +86,49 @@ class FactorForEach(Walk):
         for name, budget in self.protection.budgets.items():
             rise = counted.where(protected=name)[-1].mean
             self.multipliers[name] = moved(self.multipliers[name], rise / budget)
+
+
+@dataclass
+class PricedAgain(Walk):
+    """A walk that learns from a refused mask before the step goes on.
+
+    What the mask broke is priced again, under it, and the smallest factor is looked for once more.
+    The sums are over all steps so far, so the new price counts as many times as there are steps.
+
+    Attributes:
+        times: how often, for each mask that is wanted.
+    """
+
+    times: int = 2
+
+    def _cheapest(
+        self, share: float, rung: int, labels: Mapping[str, Label]
+    ) -> tuple[Try | None, Try | None]:
+        accepted, refused = super()._cheapest(share, rung, labels)
+        for _ in range(self.times):
+            if refused is None or not refused.teaches:
+                break
+            self._price_again(refused, int(str(labels["step"])))
+            rung = refused.rung if accepted is None else accepted.rung
+            accepted, refused = super()._cheapest(share, rung, labels)
+        return accepted, refused
+
+    def _price_again(self, refused: Try, step: int) -> None:
+        broken = []
+        for row in refused.rises:
+            behaviour = str(row.labels["protected"])
+            if row.mean > self.protection.budgets[behaviour]:
+                broken.append(behaviour)
+
+        kept = self.protection, self.price, self.refused
+        priced = {name: self.protection.priced[name] for name in broken}
+        self.protection = replace(self.protection, priced=priced)
+        self.price, self.refused = {}, refused.mask
+        self._add_price()
+        again = self.price
+        self.protection, self.price, self.refused = kept
+        for site, values in again.items():
+            self._add(self.price, site, values * step)
 
 
 def moved(multiplier: float, spent: float) -> float:
@@ -183,7 +227,7 @@ def preferring(
     *,
     prefer: str,
     preference: float,
-    cuts: int = 0,
+    kind: type[Walk] = Walk,
 ) -> list[WeightMask]:
     """The masks of a walk on which another behaviour is preferred to the target.
 
@@ -193,10 +237,10 @@ def preferring(
         sizes: shares of the weights.
         prefer: as `Model.find_circuit`.
         preference: as `Model.find_circuit`.
-        cuts: as `Model.find_circuit`.
+        kind: of walk.
     """
     wishes = [Wish("preferred", model.preferred(TARGET, prefer, data), 1.0)]
-    return walked(model, data, sizes, wishes=wishes, preference=preference, cuts=cuts)
+    return walked(model, data, sizes, kind=kind, wishes=wishes, preference=preference)
 
 
 def factors(lowest: int, highest: int, per_doubling: int) -> Method:
