@@ -195,11 +195,7 @@ def find_circuit(
     sizes = list(size) if is_list else [size]
     refuse_settings(sizes, steps, reach, unit, preference, protect_first)
     refuse_batches("find_circuit", bridge, target)
-    wishes = [Wish("preferred", prefer, 1.0)] if prefer else []
-    if avoid:
-        wishes.append(Wish("avoided", avoid, -1.0))
-    for wish in wishes:
-        refuse_batches(f"find_circuit: {wish.name}", bridge, wish.batches)
+    wishes = _wishes(bridge, prefer, avoid)
     _refuse_no_weights(bridge, sizes)
     sites = _sites(bridge, layers, kinds)
     units = None
@@ -218,13 +214,11 @@ def find_circuit(
         "steps": steps,
         "reach": reach,
         "renewed": renew is not None,
-        **_limits(unit, layers, kinds, exclude),
+        **_limits(unit, layers, kinds, exclude, protect_first),
     }
     parents = [score_source(bridge, "removal_effect", target, objective)]
     if wishes:
         settings["preference"] = preference
-    if protect_first:
-        settings["protect_first"] = protect_first
     for wish in wishes:
         parents.append(score_source(bridge, "removal_effect", wish.batches, completion_loss))
     for batches in protection.priced.values():
@@ -261,6 +255,15 @@ def find_circuit(
     return masks if is_list else masks[0]
 
 
+def _wishes(bridge: Bridge, prefer: Sequence[Batch], avoid: Sequence[Batch]) -> list[Wish]:
+    """What is preferred, and what is avoided, as far as there is any."""
+    wishes = [Wish("preferred", prefer, 1.0), Wish("avoided", avoid, -1.0)]
+    wishes = [wish for wish in wishes if wish.batches]
+    for wish in wishes:
+        refuse_batches(f"find_circuit: {wish.name}", bridge, wish.batches)
+    return wishes
+
+
 def _sites(
     bridge: Bridge, layers: Sequence[int] | None, kinds: Sequence[str] | None
 ) -> dict[str, Site]:
@@ -293,8 +296,9 @@ def _limits(
     layers: Sequence[int] | None,
     kinds: Sequence[str] | None,
     exclude: WeightMask | None,
+    protect_first: int,
 ) -> dict[str, Any]:
-    """What the mask's settings say of the choice; nothing where all single weights are free."""
+    """What the mask's settings say of the choice; nothing where all is as it is by default."""
     limits: dict[str, Any] = {}
     if unit != "weight":
         limits["unit"] = unit
@@ -304,6 +308,8 @@ def _limits(
         limits["kinds"] = list(kinds)
     if exclude is not None:
         limits["excluded"] = exclude.digest
+    if protect_first:
+        limits["protect_first"] = protect_first
     return limits
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -85,6 +85,21 @@ class StudyEstimate:
         )
 
 
+class Wishes(NamedTuple):
+    """What the searches of a study prefer and avoid.
+
+    Attributes:
+        prefer: batches of what should take the target's place.
+        avoid: batches of the same where it does not belong.
+    """
+
+    prefer: Sequence[Batch] = ()
+    avoid: Sequence[Batch] = ()
+
+
+NO_WISHES = Wishes()
+
+
 def estimate_study(
     model: Model, settings: StudySettings, *, max_memory: int | None = None
 ) -> StudyEstimate:
@@ -115,18 +130,15 @@ def estimate_study(
         at_once=model.n_answered_at_once,
         max_memory=max_memory,
         speed=Speed.measured(model, middle_batch(target), at_once=model.n_answered_at_once),
-        wishes=_wishes(model, settings, protected) if settings.prefer else {},
+        wishes=_wishes(model, settings, protected) if settings.prefer else NO_WISHES,
     )
 
 
-def _wishes(
-    model: Model, settings: StudySettings, protected: Mapping[str, Calibration]
-) -> dict[str, Sequence[Batch]]:
-    """What the searches prefer and avoid, as options of `estimate_search`."""
-    return {
-        "prefer": model.preferred(settings.target, settings.prefer, protected),
-        "avoid": model.avoided(settings.target, settings.prefer, protected),
-    }
+def _wishes(model: Model, settings: StudySettings, protected: Mapping[str, Calibration]) -> Wishes:
+    return Wishes(
+        model.preferred(settings.target, settings.prefer, protected),
+        model.avoided(settings.target, settings.prefer, protected),
+    )
 
 
 def estimate_of_batches(
@@ -140,7 +152,7 @@ def estimate_of_batches(
     at_once: int,
     max_memory: int | None,
     speed: Speed,
-    wishes: Mapping[str, Sequence[Batch]] | None = None,
+    wishes: Wishes = NO_WISHES,
 ) -> StudyEstimate:
     """What a study takes on given calibration data; of a model that is not loaded, on made-up ones.
 
@@ -154,8 +166,7 @@ def estimate_of_batches(
         at_once: how many answers are made at once.
         max_memory: of the study.
         speed: of the model.
-        wishes: batches of what should take the target's place, and of what should not be said
-            elsewhere: `prefer` and `avoid` of `estimate_search`.
+        wishes: what its searches prefer and avoid.
     """
 
     main = estimate_search(
@@ -166,7 +177,8 @@ def estimate_of_batches(
         steps=settings.steps,
         renew=longest_answer,
         protect_first=settings.protect_first,
-        **(wishes or {}),
+        prefer=wishes.prefer,
+        avoid=wishes.avoid,
         at_once=at_once,
         max_memory=max_memory,
         speed=speed,
@@ -187,7 +199,7 @@ def estimate_of_batches(
             "n_passes": passes,
             "protect_first": settings.protect_first,
         }
-        others = _other_searches(target, spared, settings, wishes or {}, usual)
+        others = _other_searches(target, spared, settings, wishes, usual)
         n_scored += n_spared  # the published scores
         if settings.scored_by != "loss":
             n_scored += n_tokens(target)  # which are by the loss in any case
@@ -209,11 +221,12 @@ def _other_searches(
     target: Sequence[Batch],
     spared: Mapping[str, Sequence[Batch]],
     settings: StudySettings,
-    wishes: Mapping[str, Sequence[Batch]],
+    wishes: Wishes,
     usual: Mapping[str, Any],
 ) -> Work:
     """One shot; the contrast protected alone, where more is; and the contrast's twin."""
-    once = {**usual, "steps": 1, "renew": 0, **wishes}
+    wished = wishes._asdict()
+    once = {**usual, "steps": 1, "renew": 0, **wished}
     work = search_work(target, spared, n_sizes=len(settings.sizes), **once)
     contrast = spared.get(settings.contrast)
     if contrast is None:
@@ -223,7 +236,7 @@ def _other_searches(
     work += search_work(contrast, twin, n_sizes=1, **usual)
     if len(spared) > 1:
         alone = {settings.contrast: contrast}
-        work += search_work(target, alone, n_sizes=1, **wishes, **usual)
+        work += search_work(target, alone, n_sizes=1, **wished, **usual)
     return work
 
 
