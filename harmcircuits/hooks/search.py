@@ -24,7 +24,7 @@ from harmcircuits.hooks.protection import (
     with_first_tokens,
 )
 from harmcircuits.hooks.provenance import source_on
-from harmcircuits.hooks.walk import Walk, Wish
+from harmcircuits.hooks.walk import AuxiliaryLoss, Walk
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch
@@ -195,7 +195,7 @@ def find_circuit(
     sizes = list(size) if is_list else [size]
     refuse_settings(sizes, steps, reach, unit, preference, protect_first)
     refuse_batches("find_circuit", bridge, target)
-    wishes = _wishes(bridge, prefer, avoid)
+    auxiliaries = _auxiliaries(bridge, prefer, avoid)
     _refuse_no_weights(bridge, sizes)
     sites = _sites(bridge, layers, kinds)
     units = None
@@ -217,10 +217,10 @@ def find_circuit(
         **_limits(unit, layers, kinds, exclude, protect_first),
     }
     parents = [score_source(bridge, "removal_effect", target, objective)]
-    if wishes:
+    if auxiliaries:
         settings["preference"] = preference
-    for wish in wishes:
-        parents.append(score_source(bridge, "removal_effect", wish.batches, completion_loss))
+    for auxiliary in auxiliaries:
+        parents.append(score_source(bridge, "removal_effect", auxiliary.batches, completion_loss))
     for batches in protection.priced.values():
         parents.append(score_source(bridge, "token_price", batches, completion_loss))
     source = source_on(bridge, "circuit", settings, tuple(parents))
@@ -239,7 +239,7 @@ def find_circuit(
         sizes,
         largest_size,
         max_memory,
-        wishes,
+        auxiliaries,
         preference,
     )
     with _bars(progress) as bars:
@@ -255,13 +255,15 @@ def find_circuit(
     return masks if is_list else masks[0]
 
 
-def _wishes(bridge: Bridge, prefer: Sequence[Batch], avoid: Sequence[Batch]) -> list[Wish]:
+def _auxiliaries(
+    bridge: Bridge, prefer: Sequence[Batch], avoid: Sequence[Batch]
+) -> list[AuxiliaryLoss]:
     """What is preferred, and what is avoided, as far as there is any."""
-    wishes = [Wish("preferred", prefer, 1.0), Wish("avoided", avoid, -1.0)]
-    wishes = [wish for wish in wishes if wish.batches]
-    for wish in wishes:
-        refuse_batches(f"find_circuit: {wish.name}", bridge, wish.batches)
-    return wishes
+    auxiliaries = [AuxiliaryLoss("preferred", prefer, 1.0), AuxiliaryLoss("avoided", avoid, -1.0)]
+    auxiliaries = [auxiliary for auxiliary in auxiliaries if auxiliary.batches]
+    for auxiliary in auxiliaries:
+        refuse_batches(f"find_circuit: {auxiliary.name}", bridge, auxiliary.batches)
+    return auxiliaries
 
 
 def _sites(

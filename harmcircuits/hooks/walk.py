@@ -77,8 +77,8 @@ MOST_TO_LEARN_FROM = 1.5  # nats per token
 Totals = dict[str, Float[Tensor, "..."]]
 
 
-class Wish(NamedTuple):
-    """What the model should say, or should not.
+class AuxiliaryLoss(NamedTuple):
+    """A loss that counts beside the target's: of what the model should say, or should not.
 
     Attributes:
         name: "preferred" or "avoided".
@@ -143,7 +143,7 @@ class Walk:
     sizes: Sequence[float]
     largest_size: float  # where the walk ends, as a share of all block weights
     max_memory: int | None
-    wishes: Sequence[Wish] = ()  # what the model should say instead of the target
+    auxiliaries: Sequence[AuxiliaryLoss] = ()  # of what the model should say instead
     preference: float = 0.0  # what the loss of that counts beside the target's
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
@@ -193,7 +193,7 @@ class Walk:
         self._note("predicted_change", labels, predicted)
         self._note("measured_change", labels, loss - self.target_loss)
         self.target_loss = loss
-        self._note_wishes(labels, self.accepted)
+        self._note_auxiliaries(labels, self.accepted)
 
         for place, size in enumerate(self.sizes):
             self.best[place] = self._better(self.best[place], size, number)
@@ -211,7 +211,7 @@ class Walk:
         loss = self._mean_loss(mask)
         self._note("target_left", labels, left)
         self._note("target_loss", labels, loss)
-        loss -= self.preference * self._note_wishes(labels, mask)
+        loss -= self.preference * self._note_auxiliaries(labels, mask)
         takes_more = (-left, loss) > (-best.left, best.loss)
         if best.mask is not None and not takes_more:
             return replace(best, rung=rung)
@@ -238,7 +238,7 @@ class Walk:
     def _note_data(self) -> None:
         """On how many examples the sums are taken: of few, another sample gives another mask."""
         data = {"target": self.target, **self.protection.priced}
-        data |= {wish.name: wish.batches for wish in self.wishes}
+        data |= {auxiliary.name: auxiliary.batches for auxiliary in self.auxiliaries}
         for name, batches in data.items():
             self._note("examples_scored", {"data": name}, sum(map(len, batches)))
 
@@ -265,16 +265,16 @@ class Walk:
         for name, gradient in gradients.items():
             effect[name] = self._times_weight(name, gradient).neg_()
             self._add(self.benefit, name, effect[name])
-        for wish in self.wishes:
-            self._add_wish(wish)
+        for auxiliary in self.auxiliaries:
+            self._add_auxiliary(auxiliary)
         return WeightScores(effect, self.source)
 
-    def _add_wish(self, wish: Wish) -> None:
-        """What removing each weight does for a wish, under the mask accepted so far."""
-        with masked_if_given(self.bridge, self.accepted), of_data(wish.name):
-            gradients = self._mean_gradients(wish.batches, completion_loss, "signed")
+    def _add_auxiliary(self, auxiliary: AuxiliaryLoss) -> None:
+        """What removing each weight does for an auxiliary loss, under the mask accepted so far."""
+        with masked_if_given(self.bridge, self.accepted), of_data(auxiliary.name):
+            gradients = self._mean_gradients(auxiliary.batches, completion_loss, "signed")
         for name, gradient in gradients.items():
-            gain = self._times_weight(name, gradient).mul_(wish.sign * self.preference)
+            gain = self._times_weight(name, gradient).mul_(auxiliary.sign * self.preference)
             self._add(self.benefit, name, gain)
 
     def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
@@ -366,13 +366,13 @@ class Walk:
         """The target's mean objective under a mask."""
         return self._mean_of("target", self.target, self.objective, mask)
 
-    def _note_wishes(self, labels: Mapping[str, Label], mask: WeightMask | None) -> float:
+    def _note_auxiliaries(self, labels: Mapping[str, Label], mask: WeightMask | None) -> float:
         """Note the mean loss of what is preferred and avoided under a mask; their difference."""
         wanted = 0.0
-        for wish in self.wishes:
-            loss = self._mean_of(wish.name, wish.batches, completion_loss, mask)
-            self._note(f"{wish.name}_loss", labels, loss)
-            wanted += wish.sign * loss
+        for auxiliary in self.auxiliaries:
+            loss = self._mean_of(auxiliary.name, auxiliary.batches, completion_loss, mask)
+            self._note(f"{auxiliary.name}_loss", labels, loss)
+            wanted += auxiliary.sign * loss
         return wanted
 
     def _mean_of(

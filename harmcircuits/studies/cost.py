@@ -85,7 +85,7 @@ class StudyEstimate:
         )
 
 
-class Wishes(NamedTuple):
+class Auxiliaries(NamedTuple):
     """What the searches of a study prefer and avoid.
 
     Attributes:
@@ -97,7 +97,7 @@ class Wishes(NamedTuple):
     avoid: Sequence[Batch] = ()
 
 
-NO_WISHES = Wishes()
+NO_AUXILIARIES = Auxiliaries()
 
 
 def estimate_study(
@@ -130,12 +130,14 @@ def estimate_study(
         at_once=model.n_answered_at_once,
         max_memory=max_memory,
         speed=Speed.measured(model, middle_batch(target), at_once=model.n_answered_at_once),
-        wishes=_wishes(model, settings, protected) if settings.prefer else NO_WISHES,
+        auxiliaries=_auxiliaries(model, settings, protected) if settings.prefer else NO_AUXILIARIES,
     )
 
 
-def _wishes(model: Model, settings: StudySettings, protected: Mapping[str, Calibration]) -> Wishes:
-    return Wishes(
+def _auxiliaries(
+    model: Model, settings: StudySettings, protected: Mapping[str, Calibration]
+) -> Auxiliaries:
+    return Auxiliaries(
         model.preferred(settings.target, settings.prefer, protected),
         model.avoided(settings.target, settings.prefer, protected),
     )
@@ -152,7 +154,7 @@ def estimate_of_batches(
     at_once: int,
     max_memory: int | None,
     speed: Speed,
-    wishes: Wishes = NO_WISHES,
+    auxiliaries: Auxiliaries = NO_AUXILIARIES,
 ) -> StudyEstimate:
     """What a study takes on given calibration data; of a model that is not loaded, on made-up ones.
 
@@ -166,7 +168,7 @@ def estimate_of_batches(
         at_once: how many answers are made at once.
         max_memory: of the study.
         speed: of the model.
-        wishes: what its searches prefer and avoid.
+        auxiliaries: what its searches prefer and avoid.
     """
 
     main = estimate_search(
@@ -177,8 +179,8 @@ def estimate_of_batches(
         steps=settings.steps,
         renew=longest_answer,
         protect_first=settings.protect_first,
-        prefer=wishes.prefer,
-        avoid=wishes.avoid,
+        prefer=auxiliaries.prefer,
+        avoid=auxiliaries.avoid,
         at_once=at_once,
         max_memory=max_memory,
         speed=speed,
@@ -199,7 +201,7 @@ def estimate_of_batches(
             "n_passes": passes,
             "protect_first": settings.protect_first,
         }
-        others = _other_searches(target, spared, settings, wishes, usual)
+        others = _other_searches(target, spared, settings, auxiliaries, usual)
         n_scored += n_spared  # the published scores
         if settings.scored_by != "loss":
             n_scored += n_tokens(target)  # which are by the loss in any case
@@ -221,12 +223,12 @@ def _other_searches(
     target: Sequence[Batch],
     spared: Mapping[str, Sequence[Batch]],
     settings: StudySettings,
-    wishes: Wishes,
+    auxiliaries: Auxiliaries,
     usual: Mapping[str, Any],
 ) -> Work:
     """One shot; the contrast protected alone, where more is; and the contrast's twin."""
-    wished = wishes._asdict()
-    once = {**usual, "steps": 1, "renew": 0, **wished}
+    also = auxiliaries._asdict()
+    once = {**usual, "steps": 1, "renew": 0, **also}
     work = search_work(target, spared, n_sizes=len(settings.sizes), **once)
     contrast = spared.get(settings.contrast)
     if contrast is None:
@@ -236,7 +238,7 @@ def _other_searches(
     work += search_work(contrast, twin, n_sizes=1, **usual)
     if len(spared) > 1:
         alone = {settings.contrast: contrast}
-        work += search_work(target, alone, n_sizes=1, **wished, **usual)
+        work += search_work(target, alone, n_sizes=1, **also, **usual)
     return work
 
 

@@ -317,8 +317,8 @@ def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small
     options = {"size": 0.01, "steps": 2}
     spared = {name: data[name].batches for name in ("benign", "refusal")}
     harm = data["harmful"].batches
-    wishes = {"prefer": batches, "avoid": small.avoided("harmful", "refusal", data)}
-    expected = find_circuit(small.bridge, harm, spared, preference=0.5, **wishes, **options)
+    auxiliaries = {"prefer": batches, "avoid": small.avoided("harmful", "refusal", data)}
+    expected = find_circuit(small.bridge, harm, spared, preference=0.5, **auxiliaries, **options)
     options |= {"calibrations": data, "renew": False}
     mask = small.find_circuit("harmful", prefer="refusal", preference=0.5, **options)
     assert_same_weights(mask, expected)

@@ -483,11 +483,11 @@ def test_what_is_preferred_is_scored_under_the_mask_so_far(llama):
     assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
 
 
-@pytest.mark.parametrize("wish", ["prefer", "avoid"])
-def test_of_each_size_the_mask_is_kept_that_does_most_for_the_wish_too(llama, wish):
+@pytest.mark.parametrize("auxiliary", ["prefer", "avoid"])
+def test_of_each_size_the_mask_is_kept_that_does_most_for_the_auxiliary_loss_too(llama, auxiliary):
     """By the loss of the target less `preference` times that of what is preferred, or more."""
-    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, preference=3.0, **{wish: SPARED})
-    name, sign = {"prefer": ("preferred", -1.0), "avoid": ("avoided", 1.0)}[wish]
+    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, preference=3.0, **{auxiliary: SPARED})
+    name, sign = {"prefer": ("preferred", -1.0), "avoid": ("avoided", 1.0)}[auxiliary]
     of_size = mask.trace.where(aim="size")
     raised = {}
     for row in of_size.where("target_loss"):

@@ -15,7 +15,7 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
 from harmcircuits.hooks.search import BUDGET, STEPS
-from harmcircuits.hooks.walk import FACTORS, Totals, Try, Walk, Wish
+from harmcircuits.hooks.walk import FACTORS, AuxiliaryLoss, Totals, Try, Walk
 from harmcircuits.hooks.weights import model_fingerprint, weight_sites
 from harmcircuits.measurements import Label
 from harmcircuits.prompts import Batch
@@ -239,8 +239,8 @@ def preferring(
         preference: as `Model.find_circuit`.
         kind: of walk.
     """
-    wishes = [Wish("preferred", model.preferred(TARGET, prefer, data), 1.0)]
-    return walked(model, data, sizes, kind=kind, wishes=wishes, preference=preference)
+    auxiliaries = [AuxiliaryLoss("preferred", model.preferred(TARGET, prefer, data), 1.0)]
+    return walked(model, data, sizes, kind=kind, auxiliaries=auxiliaries, preference=preference)
 
 
 def factors(lowest: int, highest: int, per_doubling: int) -> Method:
