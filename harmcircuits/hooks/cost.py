@@ -41,7 +41,6 @@ from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import (
     Protect,
     checked_batches,
-    named,
     priced_batches,
     with_first_tokens,
 )
@@ -333,7 +332,7 @@ def search_work(
     n_target = n_tokens(target)
     n_priced = n_tokens(chain.from_iterable(priced_batches(protect)))
     n_checked = n_tokens(checked_batches(protect))
-    n_tries = TRIES if named(protect) else 1  # without a price all factors give the same mask
+    n_tries = TRIES if protect else 1  # without a price all factors give the same mask
     n_aims = 1 + n_sizes  # the walk, and each size
 
     n_preferred = n_tokens(prefer) + n_tokens(avoid)

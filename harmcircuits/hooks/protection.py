@@ -104,11 +104,16 @@ class Protection:
 
     def allows(self, rises: Sequence[Measurement]) -> bool:
         """Whether no behaviour's loss rises by more than its budget."""
+        return not self.broken(rises)
+
+    def broken(self, rises: Sequence[Measurement]) -> list[str]:
+        """The behaviours whose loss rises by more than their budget."""
+        names = []
         for row in rises:
             name = str(row.labels["protected"])
             if not row.mean <= self.budgets[name]:
-                return False
-        return True
+                names.append(name)
+        return names
 
 
 def _losses(

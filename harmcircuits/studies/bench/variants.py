@@ -114,12 +114,7 @@ class PricedAgain(Walk):
         return accepted, refused
 
     def _price_again(self, refused: Try, step: int) -> None:
-        broken = []
-        for row in refused.rises:
-            behaviour = str(row.labels["protected"])
-            if row.mean > self.protection.budgets[behaviour]:
-                broken.append(behaviour)
-
+        broken = self.protection.broken(refused.rises)
         kept = self.protection, self.price, self.refused
         priced = {name: self.protection.priced[name] for name in broken}
         self.protection = replace(self.protection, priced=priced)
