@@ -391,7 +391,8 @@ def _sample(trace: Any) -> Any:
     colour = trace.line.color or trace.marker.color
     is_joined = trace.mode != "markers"
     style = DASHES[trace.line.dash or "solid"] if is_joined else "none"
-    return Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4)
+    marker = "none" if trace.mode == "lines" else "o"
+    return Line2D([], [], color=colour, linestyle=style, marker=marker, markersize=4)
 
 
 def _plain(text: str) -> str:
