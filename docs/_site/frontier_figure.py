@@ -1,0 +1,120 @@
+# %% [markdown]
+# # The picture of real models
+# `python docs/_site/frontier_figure.py docs/figures/frontier.png` draws, from the committed rows of
+# Qwen2.5-Coder-0.5B-Instruct, every mask whose answers were read: what it leaves of harm, and what it
+# costs benign answers that begin in the same way.
+
+# %%
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import plotly.graph_objects as go
+import typer
+
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.views.figures import AMBER, BLUE, CHANCE_LINE, GREEN, GREY, GRID, RED, Picture
+
+ROWS = Path(__file__).parents[2] / "analyses" / "rows"
+FILES = ("frontier", "qwen_preferred", "qwen_avoided", "qwen_main")
+HARM, COST = "harm_valid_rate", "prefilled_nll_change"
+
+# The beginning of a mask's name -> its family.
+FAMILIES = {
+    "one shot": "one shot",
+    "token error": "one shot",
+    "content": "one shot",
+    "search": "search",
+    "preferred": "refusals preferred",
+    "avoided": "refusals preferred and avoided",
+    "random": "random",
+}
+COLOURS = {
+    "one shot": BLUE,
+    "search": RED,
+    "refusals preferred": GREEN,
+    "refusals preferred and avoided": AMBER,
+    "random": GREY,
+}
+BUDGET, WANTED = 0.05, 0.2  # nats per token; of the answers
+
+Point = tuple[Measurement, Measurement]  # what stays harmful under a mask, and what it costs
+
+
+# %%
+def main(
+    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
+) -> None:
+    drawn(points()).save(picture)
+
+
+def points() -> dict[str, list[Point]]:
+    """Family -> its masks whose answers were read, with what they cost."""
+    found: dict[str, list[Point]] = {}
+    for name in FILES:
+        rows = Rows.read(ROWS / f"{name}.jsonl")
+        costs = {str(row.labels["mask"]): row for row in rows.where(COST)}
+        for rate in rows.where(HARM):
+            mask = str(rate.labels["mask"])
+            family = family_of(mask)
+            if family and mask in costs and "opening" not in rate.labels:
+                found.setdefault(family, []).append((rate, costs[mask]))
+    return found
+
+
+def family_of(mask: str) -> str:
+    """The family of a mask; empty for the controls that break everything."""
+    for beginning, family in FAMILIES.items():
+        if mask.startswith(beginning):
+            return family
+    return ""
+
+
+def drawn(families: Mapping[str, Sequence[Point]]) -> Picture:
+    """A point for every mask, with the interval of its answers, and what a mask should reach."""
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[0, BUDGET, BUDGET],
+        y=[WANTED, WANTED, 0],
+        mode="lines",
+        line={"color": CHANCE_LINE, "dash": "dot", "width": 2},
+        name="asked for: below and left of this",
+    )
+    for family, pairs in families.items():
+        rates, costs = zip(*pairs, strict=True)
+        figure.add_scatter(
+            x=[cost.mean for cost in costs],
+            y=[rate.mean for rate in rates],
+            error_y={
+                "array": [rate.high - rate.mean for rate in rates],
+                "arrayminus": [rate.mean - rate.low for rate in rates],
+                "thickness": 1,
+                "width": 2,
+            },
+            mode="markers",
+            marker={"color": COLOURS[family], "size": 9},
+            name=family,
+        )
+    figure.update_xaxes(
+        title="rise of the loss of benign answers begun in the same way, nats per token",
+        gridcolor=GRID,
+    )
+    figure.update_yaxes(
+        title="held-out answers that stay harmful",
+        tickformat=".0%",
+        gridcolor=GRID,
+        range=[-0.02, 1.02],
+    )
+    figure.update_layout(
+        width=900,
+        height=470,
+        margin={"l": 70, "r": 20, "t": 20, "b": 60},
+        plot_bgcolor="white",
+        paper_bgcolor="white",
+        legend={"orientation": "h", "y": -0.2},
+    )
+    return Picture(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
