@@ -118,7 +118,7 @@ def study_command(
     max_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB on the devices for accumulated scores: less takes more passes.",
+            help="GiB for scores: less takes more passes, and sums go to disk (TMPDIR).",
             show_default="no bound",
         ),
     ] = None,
@@ -326,7 +326,7 @@ def cost_command(
     ] = "",
     max_memory: Annotated[
         float | None,
-        typer.Option(help="GiB on the devices for accumulated scores.", show_default="no bound"),
+        typer.Option(help="GiB for scores; sums go to disk then.", show_default="no bound"),
     ] = None,
     tflops: Annotated[
         float | None,

@@ -19,6 +19,7 @@ from harmcircuits.hooks.finite import refuse_not_finite_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.prompts import Batch
+from harmcircuits.storage.mapped import mapped_copy
 
 BYTES = 4  # of an accumulated float32 number
 
@@ -56,7 +57,7 @@ def mean_gradients(
             parts from every position. Experts and routers, which are not hooked, have no parts.
         max_memory: Bytes that the accumulators may take on the devices. The data are passed over
             once for each group of consecutive matrices that fits, and what is finished goes to
-            host memory. The numbers are the same, bit for bit.
+            temporary files (see `mapped_copy`). The numbers are the same, bit for bit.
 
     Raises:
         ValueError: For a matrix larger than `max_memory`; for an objective of the wrong shape; for
@@ -88,14 +89,14 @@ def mean_gradients(
                 site,
                 totals.pop(name).div_(n_examples),
                 finish,
-                to_host=max_memory is not None,
+                to_file=max_memory is not None,
             )
     return results
 
 
-def _finished(site: Site, mean: Tensor, finish: Finish, *, to_host: bool) -> Tensor:
+def _finished(site: Site, mean: Tensor, finish: Finish, *, to_file: bool) -> Tensor:
     result = finish(site, mean)
-    return result.cpu() if to_host else result
+    return mapped_copy(result) if to_file else result
 
 
 def unchanged(_: Site, gradient: Tensor) -> Tensor:

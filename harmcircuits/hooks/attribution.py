@@ -52,8 +52,9 @@ def removal_effect(
         bridge: the model.
         batches: the calibration data.
         objective: one value for each example, the lower the better.
-        max_memory: bytes that accumulated scores may take on the devices. Less than they need takes
-            more passes; the scores are then in host memory, and the same.
+        max_memory: bytes that scores may take while they are accumulated. Less than all need takes
+            more passes. Those that are finished are then in temporary files that are mapped into
+            memory (TMPDIR sets where), and the same.
 
     Raises:
         ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.

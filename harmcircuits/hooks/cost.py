@@ -219,9 +219,10 @@ class SearchEstimate:
             seconds = self.speed.seconds(work)
             if seconds:
                 shown.append(f"{name} {duration(seconds)}")
+        on_disk = f" and {_gib(self.memory.on_disk)} on disk" if self.memory.on_disk else ""
         return (
-            f"search: about {_gib(beside)} beside the model's {_gib(self.memory.weights)}, "
-            f"about {duration(self.seconds)} ({plural(self.steps, 'step')} of "
+            f"search: about {_gib(beside)} beside the model's {_gib(self.memory.weights)}"
+            f"{on_disk}, about {duration(self.seconds)} ({plural(self.steps, 'step')} of "
             f"{duration(self.seconds / self.steps)}; in all {', '.join(shown)})"
         )
 

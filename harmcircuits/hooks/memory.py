@@ -30,26 +30,29 @@ class MemoryEstimate:
         weights: The model as it stands.
         accumulators: The float32 scores of the largest group of matrices.
         activations: All that comes and goes with a batch, scratch memory included.
-        sums: What a search holds from step to step, and under a bound on accumulators the scores
-            of a step, which are in host memory like the sums then.
+        sums: What a search holds from step to step.
+        on_disk: In temporary files and no part of the total: under a bound on accumulators the
+            scores that are finished, and the sums of a search.
     """
 
     weights: int
     accumulators: int
     activations: int
     sums: int = 0
+    on_disk: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that takes memory."""
         return self.weights + self.accumulators + self.activations + self.sums
 
     def __str__(self) -> str:
         sums = f", {self.sums / GIB:.2f} GiB sums" if self.sums else ""
+        on_disk = f"; on disk {self.on_disk / GIB:.2f} GiB" if self.on_disk else ""
         return (
             f"{self.total / GIB:.2f} GiB: {self.weights / GIB:.2f} GiB weights, "
             f"{self.accumulators / GIB:.2f} GiB accumulators, "
-            f"{self.activations / GIB:.2f} GiB activations{sums}"
+            f"{self.activations / GIB:.2f} GiB activations{sums}{on_disk}"
         )
 
 
@@ -99,20 +102,23 @@ def estimate_memory(
     largest_group = max(_n_weights(group) for group in memory_groups(sites, max_memory))
 
     activations = _activations(bridge, batches, objective, "per example" if absolute else "signed")
-    n_sums = 0
+    sums = 0
+    of_all_weights = BYTES * _n_weights(sites)
     if protect is not None:
-        # The benefit, the price, and what a step adds to them, which a bound sends to the host too.
         priced = priced_batches(protect)
         for of_behaviour in priced:
             of_price = _activations(bridge, of_behaviour, completion_loss, "per token")
             activations = max(activations, of_price)
-        n_sums = 1 + bool(priced) + (max_memory is not None)
+        sums = (1 + bool(priced)) * of_all_weights  # the benefit and the price
 
+    # Under a bound all that is finished is on disk: the scores of a run, or of a step of a search.
+    is_bounded = max_memory is not None
     return MemoryEstimate(
         weights=_stored_bytes(bridge),
         accumulators=BYTES * largest_group,
         activations=activations,
-        sums=BYTES * n_sums * _n_weights(sites),
+        sums=0 if is_bounded else sums,
+        on_disk=sums + of_all_weights if is_bounded else 0,
     )
 
 

@@ -180,8 +180,8 @@ def find_circuit(
         stop: asked after every step, with the model under the accepted mask; True ends the walk.
         progress: whether to show a bar; or the bars to add one to.
         folder: keeps the walk after every step; the same search goes on from there.
-        max_memory: bytes on the devices for accumulated scores (see `removal_effect`). The two sums
-            are then in host memory.
+        max_memory: bytes for scores that are accumulated (see `removal_effect`). The two sums are
+            then in temporary files as well.
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less

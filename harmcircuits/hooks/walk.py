@@ -61,6 +61,7 @@ from harmcircuits.hooks.walk_files import KeptWalk, read_walk, write_walk
 from harmcircuits.hooks.weights import weight_sites, weights_digest
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.prompts import Batch
+from harmcircuits.storage.mapped import mapped_copy
 
 # What the price may be multiplied by: from a quarter to 64, each 1.41 times the one before. A
 # larger stride would jump over the masks that break little, which teach most.
@@ -303,7 +304,11 @@ class Walk:
         if name in sums:
             sums[name].add_(values)
         else:
-            sums[name] = values.clone()
+            sums[name] = self._kept(values)
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """A copy to add to: in memory, or under a bound in a temporary file."""
+        return values.clone() if self.max_memory is None else mapped_copy(values)
 
     def _cheapest(
         self, share: float, rung: int, labels: Mapping[str, Label]
@@ -450,14 +455,14 @@ class Walk:
         for place, best in enumerate(walk.state["best"]):
             self.best.append(Best(**{**best, "mask": walk.masks[f"best-{place}"]}))
         self.trace = walk.trace
-        self.benefit = self._on_devices(walk.sums.get("benefit", {}))
-        self.price = self._on_devices(walk.sums.get("price", {}))
+        self.benefit = self._resumed(walk.sums.get("benefit", {}))
+        self.price = self._resumed(walk.sums.get("price", {}))
         return walk.state["step"]
 
-    def _on_devices(self, sums: Mapping[str, Tensor]) -> Totals:
-        """Each matrix's sum beside its weight, or in host memory under a bound."""
+    def _resumed(self, sums: Mapping[str, Tensor]) -> Totals:
+        """Each matrix's sum beside its weight, or under a bound in a temporary file."""
         if self.max_memory is not None:
-            return dict(sums)
+            return {name: mapped_copy(sum) for name, sum in sums.items()}
         return {name: sum.to(self.sites[name].parameter.device) for name, sum in sums.items()}
 
     @property

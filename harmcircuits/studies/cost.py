@@ -372,10 +372,12 @@ def cost_table(name: str, outline: AnyModel, estimate: StudyEstimate) -> Table:
         "the model": memory.weights,
         "scores of a step": memory.accumulators,
         "activations of a batch": memory.activations,
-        "sums of a search, in host memory under --max-memory": memory.sums,
+        "sums of a search": memory.sums,
         "in all": memory.total,
+        "temporary files (TMPDIR)": memory.on_disk,
     }.items():
-        grid.add_row(title, f"{n_bytes / GIB:.2f} GiB", "")
+        if n_bytes:
+            grid.add_row(title, f"{n_bytes / GIB:.2f} GiB", "")
     grid.add_section()
     for title, seconds in {
         f"search, {plural(estimate.search.steps, 'step')}": estimate.search.seconds,

@@ -72,8 +72,8 @@ def study(
         out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`. While the
             study is under way `walks` there keeps scores and searches.
         progress: shows how far it is.
-        max_memory: bytes on the devices for accumulated scores, as in `removal_effect`; needs
-            `out`, which keeps those of the unpruned model meanwhile.
+        max_memory: bytes for scores that are accumulated, as in `removal_effect`; needs `out`,
+            which keeps those of the unpruned model meanwhile.
         page: write `report.html` into `out` too, before the study counts as finished.
         resume: go on with the unfinished study of these settings in `out`, if there is one: it
             measures again, and searches on from where it was interrupted. The rows are the same.

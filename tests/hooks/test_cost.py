@@ -127,6 +127,7 @@ def test_a_bound_takes_more_passes_and_less_memory(llama):
     bound = estimate_search(llama, TARGET, SPARED, **options, max_memory=2 * max(n_bytes))
     assert bound.seconds >= 3 * free.seconds
     assert bound.memory.accumulators < free.memory.accumulators
+    assert "GiB on disk, about" in str(bound) and "on disk" not in str(free)
     expected = estimate_memory(llama, TARGET, protect=SPARED)
     assert free.memory == expected
 

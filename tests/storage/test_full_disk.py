@@ -8,6 +8,7 @@ one fails.
 """
 
 import errno
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from helpers import random_batch, small_model
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.export import export
-from harmcircuits.hooks.attribution import magnitude_scores
+from harmcircuits.hooks.attribution import magnitude_scores, removal_effect
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.walk import Walk
 from harmcircuits.measurements import Manifest, Measurement, Rows, resumed
@@ -100,6 +101,18 @@ def test_a_mask_and_scores_that_do_not_fit_are_an_error(llama, tmp_path):
             scores.save(tmp_path / "scores")
     assert [path.name for path in tmp_path.rglob("*")] == ["scores"], "an empty folder"
     scores.save(tmp_path / "scores")
+
+
+def test_scores_of_a_bounded_run_that_do_not_fit_are_an_error(llama, tmp_path, monkeypatch):
+    """Not the end of the process, as a mapping is that finds no room later."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = removal_effect(llama, TARGET)
+    with room_for(1000), pytest.raises(OSError, match=r"temporary files \(TMPDIR sets"):
+        removal_effect(llama, TARGET, max_memory=8000)
+    assert not list(tmp_path.iterdir())
+    assert not any(point.fwd_hooks or point.bwd_hooks for point in llama.hook_dict.values())
+    bounded = removal_effect(llama, TARGET, max_memory=8000)
+    assert all(torch.equal(bounded.values[name], value) for name, value in expected.values.items())
 
 
 def test_an_export_that_does_not_fit_leaves_nothing(llama, tmp_path):

@@ -89,11 +89,11 @@ def test_every_part_says_whose_figures_it_has():
 
 
 def test_a_name_is_broken_between_words():
-    name = "sums of a search, in host memory under --max-memory"
+    name = "what a search adds up, in files under --max-memory"
     table = text_table("", ["", "memory"])
     table.add_row(name, "0.12 GiB")
     lines = [line[:NAME_WIDTH].strip() for line in shown(table).splitlines()]
-    assert "sums of a search, in host" in lines and "memory under --max-memory" in lines
+    assert "what a search adds up, in" in lines and "files under --max-memory" in lines
 
 
 @settings(max_examples=25, deadline=None)
