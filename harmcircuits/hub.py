@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from harmcircuits.behaviours.model import few_answers
+from harmcircuits.behaviours.calibration import few_answers
 from harmcircuits.circuits.hub import MASK_FILE
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import KINDS, place_of

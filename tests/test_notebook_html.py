@@ -17,7 +17,7 @@ from helpers import random_batch, small_model
 from nbclient import NotebookClient
 
 from harmcircuits import progress
-from harmcircuits.behaviours.model import Calibration
+from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import Source, WeightScores

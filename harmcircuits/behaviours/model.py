@@ -14,13 +14,14 @@ import torch
 from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
+from harmcircuits.behaviours.calibration import Calibration, NotShownError, few_answers
 from harmcircuits.behaviours.generation import Asked, Sampling, generate_together, request_ids
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.units import Unit
-from harmcircuits.display import card, facts, html_table, listed, nearest, note, plural, share
+from harmcircuits.display import card, html_table, listed, nearest, note, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.finite import of_data
@@ -46,51 +47,10 @@ from harmcircuits.prompts import (
     tokenize,
 )
 
-FEW_ANSWERS = 20  # verified, below which another sample of them may well give another circuit
 # Requests answered at once for each example that is scored at once: an answer keeps no activations
 # for a way back, and its next token costs a large batch little more than a small one.
 ANSWERED_PER_SCORED = 4
 OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
-
-
-class NotShownError(ValueError):
-    """The model shows a behaviour in none of its answers."""
-
-
-@dataclass(frozen=True, repr=False)
-class Calibration:
-    """What a behaviour is scored on: the model's own answers that the judge verified.
-
-    Attributes:
-        prompts: requests with the verified answers.
-        batches: the same as token batches.
-        n_asked: how many requests were answered.
-        behaviour: its name.
-    """
-
-    prompts: PromptSet
-    batches: Sequence[Batch]
-    n_asked: int
-    behaviour: str = ""
-
-    def __repr__(self) -> str:
-        return (
-            f"Calibration({self.behaviour}: {self.n_verified} of {self.n_asked} answers verified)"
-        )
-
-    def _repr_html_(self) -> str:
-        n_targets = sum(int(batch.is_target.sum()) for batch in self.batches)
-        of_asked = share(self.n_verified / self.n_asked) if self.n_asked else "none"
-        values = {
-            "verified": f"{self.n_verified} of {self.n_asked} answers, {of_asked}",
-            "scored on": f"{n_targets:,} tokens of answers",
-        }
-        return card(f"Calibration: {self.behaviour}", facts(values))
-
-    @property
-    def n_verified(self) -> int:
-        """How many answers the judge verified."""
-        return len(self.prompts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -812,24 +772,6 @@ def _warn_of_few(data: Mapping[str, Calibration]) -> None:
     few = few_answers({name: of_behaviour.n_verified for name, of_behaviour in data.items()})
     if few:
         warnings.warn(f"find_circuit: {few}", stacklevel=3)
-
-
-def few_answers(n_verified: Mapping[str, int]) -> str:
-    """What is to be said of behaviours that are scored on few answers; empty where none is.
-
-    >>> few_answers({"harmful": 7, "benign": 64})
-    'scored on fewer than 20 verified answers: harmful 7; another sample may give another circuit'
-
-    Args:
-        n_verified: how many answers of each were verified.
-    """
-    few = [f"{name} {number}" for name, number in n_verified.items() if number < FEW_ANSWERS]
-    if not few:
-        return ""
-    return (
-        f"scored on fewer than {FEW_ANSWERS} verified answers: {listed(few)}; another sample may "
-        "give another circuit"
-    )
 
 
 def _some_requests(

@@ -9,7 +9,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from harmcircuits.behaviours.model import OTHERS, Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores

@@ -20,8 +20,9 @@ import torch
 from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Calibration, Model
+from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
 from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.display import duration, plural
 from harmcircuits.hooks.bridge import AnyModel

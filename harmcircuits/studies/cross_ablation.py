@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.model import OTHERS, Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction

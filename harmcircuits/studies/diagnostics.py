@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.attribution import gradient_norm
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Labels, Measurement, Rows

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask, random_like

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from harmcircuits.behaviours.model import Calibration
+from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.objectives import completion_loss

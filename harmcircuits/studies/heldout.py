@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from harmcircuits.behaviours.model import Calibration
+from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import plural
 from harmcircuits.hooks.walk_files import forget_sums

@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from harmcircuits.behaviours.model import OTHERS, Calibration, Model, NotShownError
+from harmcircuits.behaviours.calibration import Calibration, NotShownError
+from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows

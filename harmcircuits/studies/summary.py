@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import DEGENERATE
-from harmcircuits.behaviours.model import FEW_ANSWERS, few_answers
+from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
 from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, REPEATED, repeats_text
 from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share

@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask, shared_by
 from harmcircuits.measurements import Labels, Measurement, Rows

@@ -14,8 +14,9 @@ from helpers import StubBridge, small_model
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import Model, NotShownError
+from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked

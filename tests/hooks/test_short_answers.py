@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.generation import Sampling, generate_answers
-from harmcircuits.behaviours.model import Model, NotShownError
+from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price, wanda_scores
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.losses import completion_nll, kl_under

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import random_batch, small_model
 
-from harmcircuits.behaviours.model import FEW_ANSWERS, few_answers
+from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hub import mask_card
 from harmcircuits.measurements import Measurement, Rows

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.hooks.cost import n_tokens
 from harmcircuits.hooks.losses import completion_nll

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores

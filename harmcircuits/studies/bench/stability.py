@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from harmcircuits.behaviours.model import Calibration, Model
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
