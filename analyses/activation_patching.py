@@ -19,9 +19,10 @@
 # of a chat template it may be a single request, whose words are then not shown.
 
 # %%
+from support.claims import Claim
+from support.patching import attention_rows, attention_view, patching_rows, token_view
+
 import harmcircuits as hc
-from harmcircuits.studies.claims import Claim
-from harmcircuits.studies.patching import attention_rows, attention_view, patching_rows, token_view
 from harmcircuits.views.figures import heatmaps, profiles
 
 claim = Claim(

@@ -8,10 +8,11 @@
 # attacker trains, pruned weights are held at zero, or free to come back, as with a real attacker.
 
 # %%
+from support import curves
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.elicitation import elicited, refusals_removed
+
 import harmcircuits as hc
-from harmcircuits.studies import curves
-from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
-from harmcircuits.studies.elicitation import elicited, refusals_removed
 from harmcircuits.views.figures import profiles
 
 claim = Claim(

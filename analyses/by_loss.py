@@ -27,10 +27,11 @@
 # protected kept its dearest weights out of reach; since then it has a price, as in the search.
 
 # %%
+from support import by_loss
+from support.by_loss import ABILITIES, GAP, OPPOSITE, RISE, UNSEEN
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+
 import harmcircuits as hc
-from harmcircuits.studies import by_loss
-from harmcircuits.studies.by_loss import ABILITIES, GAP, OPPOSITE, RISE, UNSEEN
-from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
 from harmcircuits.views.figures import heatmaps
 
 claim = Claim(

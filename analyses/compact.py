@@ -16,11 +16,12 @@
 # the loss on benign answers rises by at most 0.1 nats a token.
 
 # %%
+from support import curves
+from support.claims import Claim
+from support.curves import curve
+
 import harmcircuits as hc
-from harmcircuits.studies import curves
-from harmcircuits.studies.claims import Claim
 from harmcircuits.studies.controls import unpruned_scores
-from harmcircuits.studies.curves import curve
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure
 

@@ -18,10 +18,11 @@
 # %%
 from itertools import product
 
+from support import curves
+from support.claims import Claim
+from support.curves import Budget, curve
+
 import harmcircuits as hc
-from harmcircuits.studies import curves
-from harmcircuits.studies.claims import Claim
-from harmcircuits.studies.curves import Budget, curve
 from harmcircuits.studies.diagnostics import SATURATED_NLL
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import share_figure

@@ -21,10 +21,11 @@
 from dataclasses import replace
 from functools import partial
 
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.cross_ablation import ablation_rows, circuits_both_ways
+from support.dissociation import OUTCOMES, SPARED, dissociations_from
+
 import harmcircuits as hc
-from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
-from harmcircuits.studies.cross_ablation import ablation_rows, circuits_both_ways
-from harmcircuits.studies.dissociation import OUTCOMES, SPARED, dissociations_from
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views.figures import cross_ablation_figure
 

@@ -24,9 +24,10 @@
 # %%
 from pathlib import Path
 
+from support import frontier
+from support.claims import Claim
+
 import harmcircuits as hc
-from harmcircuits.studies import frontier
-from harmcircuits.studies.claims import Claim
 from harmcircuits.studies.controls import unpruned_scores
 from harmcircuits.views.figures import heatmaps
 

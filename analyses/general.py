@@ -13,10 +13,11 @@
 # at least k of them hold, and set their number against what as many random masks hold in common.
 
 # %%
+from support import transfer
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+
 import harmcircuits as hc
 from harmcircuits.prompts import PromptSet
-from harmcircuits.studies import transfer
-from harmcircuits.studies.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
 from harmcircuits.views.figures import heatmaps
 
 claim = Claim(

@@ -29,19 +29,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-import harmcircuits as hc
-from harmcircuits.behaviours.model import Model
-from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench.recovery import SIZE, recovery, true_circuit
-from harmcircuits.studies.bench.tables import (
+from support.bench.recovery import SIZE, recovery, true_circuit
+from support.bench.tables import (
     reach_table,
     recovery_table,
     relearning_table,
     write_tables,
 )
-from harmcircuits.studies.jobs import Job, run_jobs
+from support.jobs import Job, run_jobs
+
+import harmcircuits as hc
+from harmcircuits.behaviours.model import Model
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.organisms import FOLDER
 from harmcircuits.studies.models import ModelSpec
 
 SIZES = (0.001, 0.002, 0.004, 0.008)

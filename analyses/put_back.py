@@ -20,11 +20,11 @@ from functools import reduce
 from operator import or_
 
 import numpy as np
+from support.claims import Claim
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows, parts_of
 from harmcircuits.measurements import Measurement
-from harmcircuits.studies.claims import Claim
 from harmcircuits.views.figures import heatmaps, profiles
 
 claim = Claim(

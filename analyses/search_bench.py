@@ -6,7 +6,7 @@
 # **The methods.** *search*: `Model.find_circuit`, a walk with a price on what is protected, whose
 # target is answered again under every mask; *first answers*: the same without that; *one shot*: the
 # same price and check on one scoring of the unedited model. The others are in
-# `harmcircuits/studies/bench/methods.py`: each **as published**, and **tuned**: with the best of a
+# `analyses/support/bench/methods.py`: each **as published**, and **tuned**: with the best of a
 # few settings (`tried` there), chosen by the loss on the choice split, on half the answers of the
 # shipped `sft`.
 #
@@ -28,15 +28,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from support.bench.cases import methods, tuned
+from support.bench.jobs import bench_jobs, tuning_jobs
+from support.bench.results import write_results
+from support.jobs import run_jobs
+from support.organisms.check import LADDER
 
 from harmcircuits.command_errors import one_sentence
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.organisms.check import LADDER
-from harmcircuits.studies.bench.cases import methods, tuned
-from harmcircuits.studies.bench.jobs import bench_jobs, tuning_jobs
-from harmcircuits.studies.bench.results import write_results
-from harmcircuits.studies.jobs import run_jobs
 from harmcircuits.studies.options import specs, takes_custom_model
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)

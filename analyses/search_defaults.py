@@ -30,13 +30,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from harmcircuits.command_errors import one_sentence
-from harmcircuits.hooks.objectives import token_error
-from harmcircuits.studies.bench.jobs import bench_jobs
-from harmcircuits.studies.bench.methods import Method
-from harmcircuits.studies.bench.tables import variant_table
-from harmcircuits.studies.bench.variants import (
+from support.bench.jobs import bench_jobs
+from support.bench.methods import Method
+from support.bench.tables import variant_table
+from support.bench.variants import (
     FactorForEach,
     PricedAgain,
     capped_loss,
@@ -45,7 +42,10 @@ from harmcircuits.studies.bench.variants import (
     preferring,
     walked,
 )
-from harmcircuits.studies.jobs import run_jobs
+from support.jobs import run_jobs
+
+from harmcircuits.command_errors import one_sentence
+from harmcircuits.hooks.objectives import token_error
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table
 

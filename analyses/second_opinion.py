@@ -19,12 +19,13 @@
 from dataclasses import replace
 from itertools import chain
 
+from support import nodes
+from support.claims import Claim
+from support.contrasts import node_effects
+from support.organisms.contrasts import contrasts, probed_texts
+from support.probes import probe_rows
+
 import harmcircuits as hc
-from harmcircuits.hooks.contrasts import node_effects
-from harmcircuits.organisms.contrasts import contrasts, probed_texts
-from harmcircuits.studies import nodes
-from harmcircuits.studies.claims import Claim
-from harmcircuits.studies.probes import probe_rows
 from harmcircuits.views.figures import heatmaps, profiles
 
 claim = Claim(

@@ -18,13 +18,14 @@
 from functools import partial
 from itertools import combinations, product
 
+from support import cross_ablation
+from support.claims import Claim
+from support.cross_ablation import ablation_rows, token_rows
+from support.organisms.check import LADDER
+from support.shared_lines import LIFTS, shared_lines
+
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.organisms.check import LADDER
-from harmcircuits.studies import cross_ablation
-from harmcircuits.studies.claims import Claim
-from harmcircuits.studies.cross_ablation import ablation_rows, token_rows
-from harmcircuits.studies.shared_lines import LIFTS, shared_lines
 from harmcircuits.studies.terms import Terms
 from harmcircuits.views import figures
 

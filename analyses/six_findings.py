@@ -15,8 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
-
-from harmcircuits.studies.claims import ClaimResult
+from support.claims import ClaimResult
 
 ANALYSES = Path(__file__).parent
 FINDINGS = {

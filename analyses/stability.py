@@ -36,11 +36,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from support.bench.stability import SIZES, compared, disjoint
+from support.bench.tables import effect_table, overlap_table, write_tables
+from support.jobs import Job, run_jobs
 
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench.stability import SIZES, compared, disjoint
-from harmcircuits.studies.bench.tables import effect_table, overlap_table, write_tables
-from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.models import ModelSpec
 
 RUNGS = ("sft", "dpo")

@@ -138,14 +138,7 @@ def study_command(
         bool, typer.Option("--force", help="Remove the study in --out first, finished or not.")
     ] = False,
 ) -> None:
-    """Score, choose, mask and measure with controls; print tables; write rows, masks and a page.
-
-    The search is compared with the same in one shot and with the published set difference. The
-    operating point of each is the mask that takes most valid answers of the target (or raises its
-    loss most) while every kept ability stays within the tolerance of the unpruned model and the
-    contrast's loss within the budget, on requests that neither score nor measure it. Interrupted
-    and run again with --resume and the same options, it searches on from where it stopped.
-    """
+    """Score, choose, mask and measure with controls; print tables; write rows, masks and a page."""
     quiet()
     console = Console()
     with one_sentence():
@@ -342,12 +335,7 @@ def cost_command(
     ] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Estimate memory and time of a search and a study from a model's configuration alone.
-
-    The model is not loaded. Memory is counted tensor by tensor on a model without values; time is
-    counted operations over the speed at which the device multiplies matrices of this model's
-    shapes, which a run does not reach: expect it to take longer.
-    """
+    """Estimate memory and time of a search and a study from a model's configuration alone."""
     quiet()
     with one_sentence():
         workload = Workload(

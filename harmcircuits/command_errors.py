@@ -25,14 +25,7 @@ RESUMES = "what is finished is kept: give --resume to go on"
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends a command in one sentence on standard error where it cannot go on; no traceback.
-
-    Warnings are sentences too, without the place in the code that gave them. Exits with 2 for what
-    was asked wrongly, with 1 for what the machine lacks, and with 130 where the user interrupted.
-
-    Raises:
-        typer.Exit: in place of these errors.
-    """
+    """Ends a command in one sentence on standard error where it cannot go on; no traceback."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -58,12 +51,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def ended(text: str, code: int) -> typer.Exit:
-    """The end of a command, after the reason is printed.
-
-    Args:
-        text: what is wrong.
-        code: the exit status.
-    """
+    """The end of a command, after the reason is printed."""
     _print_sentence("[bold red]error:[/]", text)
     return typer.Exit(code)
 
@@ -78,15 +66,7 @@ def _print_sentence(start: str, text: str) -> None:
 
 
 def in_options(text: str, flags: Mapping[str, str]) -> str:
-    """A message of the library in the words of a command line.
-
-    >>> in_options("find_circuit: steps=0; expected at least 1", {"steps": "--steps"})
-    '--steps 0; expected at least 1'
-
-    Args:
-        text: names arguments as Python does.
-        flags: the command's option of each argument.
-    """
+    """A message of the library in the words of a command line."""
     text = FUNCTIONS.sub("", text)
     for name, flag in flags.items():
         pair = rf"(?<![\w.'-]){name}=\{{'([\w.]+)': '?(\w+)'?\}}"

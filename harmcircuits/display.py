@@ -1,9 +1,4 @@
-"""How a value shows itself: texts of one line, small HTML and SVG. Knows no model.
-
-HTML is for notebooks, light or dark: it has the notebook's own text colour and background, asks no
-network, and runs no script. It is put together as `Markup`, which escapes every text that it takes
-in.
-"""
+"""How a value shows itself: texts of one line, small HTML and SVG."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
@@ -34,13 +29,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def listed(names: Iterable[Any], most: int = 8) -> str:
-    """Names with commas between them; of more than `most` only the first, and how many follow.
-
-    >>> listed(["a", "b"])
-    'a, b'
-    >>> listed(range(12), most=3)
-    '0, 1, 2 and 9 more'
-    """
+    """Names with commas between them; of more than `most` only the first, and how many follow."""
     texts = [str(name) for name in names]
     if len(texts) <= most + 1:  # "and 1 more" is no shorter than the name
         return ", ".join(texts)
@@ -48,11 +37,7 @@ def listed(names: Iterable[Any], most: int = 8) -> str:
 
 
 def share(part: float) -> str:
-    """A share in per cent: two places below ten per cent, two digits below a hundredth of one.
-
-    >>> share(0.0060001), share(0.34), share(0.0000123)
-    ('0.60%', '34%', '0.0012%')
-    """
+    """A share in per cent: two places below ten per cent, two digits below a hundredth of one."""
     percent = 100 * part
     if percent == 0 or percent >= 10:
         return f"{percent:.0f}%"
@@ -62,11 +47,7 @@ def share(part: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that a reader would choose, to two digits.
-
-    >>> duration(0.42), duration(47), duration(2300), duration(9000), duration(300_000)
-    ('0.4 s', '47 s', '38 min', '2.5 h', '3.5 days')
-    """
+    """A time in the unit that a reader would choose, to two digits."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
@@ -78,21 +59,13 @@ def duration(seconds: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "mask"), plural(1200, "weight")
-    ('1 mask', '1,200 weights')
-    """
+    """A count with its noun."""
     ending = "" if number == 1 else "s"
     return f"{number:,} {noun}{ending}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to write in place of an unknown name: the nearest known one, and all of them.
-
-    >>> nearest("harm", ["harmful", "benign"])
-    "did you mean 'harmful'? There are harmful, benign"
-    """
+    """What to write in place of an unknown name: the nearest known one, and all of them."""
     from difflib import get_close_matches
 
     names = list(known)
@@ -103,21 +76,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def number_text(value: float) -> str:
-    """A figure of any size: a whole number in full, others to three digits.
-
-    >>> number_text(1966.0), number_text(0.0123456), number_text(123456.7)
-    ('1,966', '0.0123', '123,457')
-    """
+    """A figure of any size: a whole number in full, others to three digits."""
     is_whole = value == round(value) if abs(value) < 1e15 else False
     return f"{value:,.0f}" if is_whole or 1000 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def settings_text(settings: Mapping[str, Any], longest: int = 40) -> str:
-    """Settings in one line, long ones cut.
-
-    >>> settings_text({"within": "model", "sizes": list(range(40))}, longest=12)
-    'within model, sizes [0, 1, 2, 3,…'
-    """
+    """Settings in one line, long ones cut."""
     parts = []
     for name, value in settings.items():
         text = str(value)
@@ -129,12 +94,7 @@ def settings_text(settings: Mapping[str, Any], longest: int = 40) -> str:
 
 
 def card(title: str, *parts: str) -> str:
-    """A value in a notebook: its title, and its parts below each other.
-
-    Args:
-        title: plain text; none is left out.
-        parts: HTML made by the functions below, or plain texts.
-    """
+    """A value in a notebook: its title, and its parts below each other."""
     inner = [Markup("<div>{}</div>").format(part) for part in parts if part]
     heading = Markup('<div style="font-weight:600">{}</div>').format(title) if title else ""
     return str(Markup('<div style="{}">{}{}</div>').format(CARD, heading, Markup("").join(inner)))
@@ -148,21 +108,12 @@ def note(text: str) -> Markup:
 
 
 def facts(values: Mapping[str, str]) -> Markup:
-    """A table of two columns, without lines that say nothing.
-
-    Args:
-        values: name -> plain text.
-    """
+    """A table of two columns, without lines that say nothing."""
     return html_table([], [[name, text] for name, text in values.items() if text])
 
 
 def html_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Markup:
-    """A table.
-
-    Args:
-        head: titles of the columns; none for a table without.
-        body: lines of cells: plain texts, or pictures made by the functions below.
-    """
+    """A table."""
     lines = []
     if head:
         titles = [Markup('<th style="{}">{}</th>').format(CELL, title) for title in head]
@@ -179,12 +130,7 @@ def html_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Markup:
 def heat_strip(
     values: Mapping[tuple[int, str], float], texts: Mapping[tuple[int, str], str]
 ) -> Markup:
-    """A picture of a value for every layer and kind: a column a layer, a line a kind.
-
-    Args:
-        values: (layer, kind) -> a value; the largest has full colour, zero and less none.
-        texts: (layer, kind) -> what is shown on hovering.
-    """
+    """A picture of a value for every layer and kind: a column a layer, a line a kind."""
     if not values:
         return Markup("")
     layers = sorted({layer for layer, _ in values})
@@ -210,14 +156,7 @@ def heat_strip(
 
 
 def interval_mark(low: float, mean: float, high: float, ends: tuple[float, float]) -> Markup:
-    """A figure and its interval as a dot on a line.
-
-    Args:
-        low: lower end of the interval.
-        mean: the figure.
-        high: upper end.
-        ends: the values at the ends of the line.
-    """
+    """A figure and its interval as a dot on a line."""
     start, end = ends
     span = end - start or 1.0
 
@@ -234,13 +173,7 @@ def interval_mark(low: float, mean: float, high: float, ends: tuple[float, float
 
 
 def two_bars(first: float, second: float, shared: float) -> Markup:
-    """Two sets as bars, one above the other, that lie over each other where they share members.
-
-    Args:
-        first: how many members the first has.
-        second: how many the second has.
-        shared: how many both have.
-    """
+    """Two sets as bars, one above the other, that lie over each other where they share members."""
     either = first + second - shared or 1.0
     scale = 300 / either
     bars = [(0.0, 0, first, BLUE), (first - shared, 16, second, RED)]
@@ -255,11 +188,7 @@ def two_bars(first: float, second: float, shared: float) -> Markup:
 
 
 def bar(done: float) -> Markup:
-    """How much of something is done, as a bar.
-
-    Args:
-        done: a share in [0, 1].
-    """
+    """How much of something is done, as a bar."""
     shape = '<rect y="4" width="{:.1f}" height="6" rx="3" fill="{}" fill-opacity="{}"/>'
     shapes = [
         Markup(shape).format(BAR_WIDTH, "currentColor", 0.2),

@@ -209,12 +209,7 @@ def _opened(bridge: Bridge, source: str) -> tuple[Any, Any]:
 
 
 class _Stored(NamedTuple):
-    """Where a Hugging Face model stores some weights of a site.
-
-    Attributes:
-        parameter: its own parameter, which may hold other sites as well.
-        flat: flat indices in it.
-    """
+    """Where a Hugging Face model stores some weights of a site."""
 
     parameter: nn.Parameter
     flat: Int[Tensor, " n"]
@@ -253,15 +248,7 @@ def _unsplit(
     part: int,
     index: Int[Tensor, " n"],
 ) -> _Stored:
-    """Where in a fused module the bridge's own `split` takes these weights of a part from.
-
-    `split` is given a copy of the module whose weights are their own serial numbers, so the weights
-    of the part that comes back say where they were:
-
-        parameters of a fused qkv    serial numbers    weight of the part k after the split
-        weight [6, 2]                0 ... 11          [[4, 5], [6, 7]]
-        bias [6]                     12 ... 17
-    """
+    """Where in a fused module the bridge's own `split` takes these weights of a part from."""
     numbered = copy.deepcopy(module).double()  # float64 counts to 2^53
     n_before = 0
     starts = []
@@ -281,10 +268,7 @@ def _unsplit(
 
 
 def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
-    """Largest logit difference of the saved model to the bridge as it stands.
-
-    Raises ValueError when the two are not equal.
-    """
+    """Largest logit difference of the saved model to the bridge as it stands."""
     first_site = next(iter(weight_sites(bridge).values()))
     dtype = first_site.parameter.dtype
     _compare_weights(bridge, folder, dtype, source)

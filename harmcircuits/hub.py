@@ -123,20 +123,7 @@ def push_mask(
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
-    """Upload a folder's files to a model repository of the hub, made where there is none.
-
-    Args:
-        folder: the files.
-        repo: the hub id.
-        private: whether a new repository is private.
-        message: of the commit.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        ValueError: no permission to write, or no network.
-    """
+    """Upload a folder's files to a model repository of the hub, made where there is none."""
     # Imported here: nothing else needs the hub.
     from huggingface_hub import HfApi
 
@@ -161,17 +148,7 @@ def refuse_repo(repo: str) -> None:
 
 
 def mask_card(mask: WeightMask, repo: str, *, model: str = "", rows: Rows | None = None) -> str:
-    """The card: what a mask is, where it comes from, how it is loaded and what it is for.
-
-    Args:
-        mask: the weights.
-        repo: where it will be.
-        model: folder or hub id of the model that it was made on.
-        rows: held-out figures.
-
-    Raises:
-        ValueError: rows that do not belong to the mask.
-    """
+    """The card: what a mask is, where it comes from, how it is loaded and what it is for."""
     header = ["library_name: harmcircuits", "tags: [harmcircuits, interpretability, pruning]"]
     is_local = Path(model).exists()
     if model and not is_local:
@@ -256,10 +233,7 @@ def _step_cells(trace: Rows, step: object, loss: float) -> list[str]:
 
 
 def _of_mask(rows: Rows, mask: WeightMask) -> tuple[Rows, Rows]:
-    """The held-out rows of the unpruned model, and those under the mask.
-
-    Raises ValueError where there are none.
-    """
+    """The held-out rows of the unpruned model, and those under the mask."""
     held_out = Rows(row for row in rows if row.labels.get("split", "heldout") == "heldout")
     before = held_out.where(mask="none")
     under = Rows(row for row in held_out if row.labels.get("mask") != "none")

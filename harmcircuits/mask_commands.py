@@ -145,11 +145,7 @@ def measure_command(
     as_json: JsonOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Measure a model as it is and under a mask, without a search: rates and losses with intervals.
-
-    For a mask that was found elsewhere or given to you, and for weights that are scaled rather than
-    removed. The model is not written; `export` does that.
-    """
+    """Measure a model as it is and under a mask, without a search."""
     quiet()
     with one_sentence():
         _refuse_existing(out, force)
@@ -181,12 +177,7 @@ def overlap_command(
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Show what masks of one model share, pair by pair, against chance.
-
-    Chance keeps each mask's count in every matrix. "by chance" is where 95 % of 10,000 such random
-    pairs fall, p the share of them that have as many weights in common (never below 1 in 10,001),
-    and lift is what is shared over what chance shares, with its 95 % interval.
-    """
+    """Show what masks of one model share, pair by pair, against chance."""
     with one_sentence():
         if len(masks) < 2:
             raise ValueError(f"{listed(masks)}: one mask; give two or more to compare")
@@ -264,10 +255,7 @@ def push_mask_command(
         ),
     ] = None,
 ) -> None:
-    """Upload a mask with a card to the Hugging Face hub, private if it is new.
-
-    The token is that of `hf auth login`, or HF_TOKEN. `WeightMask.from_hub` loads it.
-    """
+    """Upload a mask with a card to the Hugging Face hub, private if it is new."""
     with one_sentence():
         removed = WeightMask.load(mask)
         address = push_mask(

@@ -1,7 +1,4 @@
-"""Figures out: a measurement with its 95 % interval, rows of them, and the files they are kept in.
-
-Rows are the only thing that tables and figures are drawn from.
-"""
+"""Figures out: a measurement with its 95 % interval, rows of them, and their files."""
 
 import platform
 import sys
@@ -629,14 +626,7 @@ class Manifest:
 
     @staticmethod
     def settings_of(path: str | Path) -> dict[str, Any]:
-        """The settings in a manifest file.
-
-        Args:
-            path: the file.
-
-        Raises:
-            ValueError: a missing, damaged or foreign file.
-        """
+        """The settings in a manifest file."""
         manifest = read_json(path, "the manifest.json of a run")
         settings = manifest.get("settings")
         if not isinstance(settings, dict):
@@ -645,17 +635,7 @@ class Manifest:
 
 
 def resumed(folder: str | Path, settings: Labels) -> Rows:
-    """The rows of an unfinished run, none in a new one; makes the folder and its manifest.
-
-    Rows that an interrupted write did not finish are taken out of the file.
-
-    Args:
-        folder: where the run keeps `rows.jsonl` and `manifest.json`.
-        settings: what must not change between the parts of a run.
-
-    Raises:
-        ValueError: a folder that holds rows measured under other settings, and damaged files.
-    """
+    """The rows of an unfinished run, none in a new one; makes the folder and its manifest."""
     folder = Path(folder)
     manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
     if manifest.is_file():
@@ -674,36 +654,14 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
 
 
 def step_of_means(sums: Float[ndarray, " groups"], sizes: Int[ndarray, " groups"]) -> float:
-    """How far apart the means of two resamples of groups are at least, if they differ.
-
-    >>> step_of_means(np.array([0.0, 1.0, 4.0]), np.array([4, 4, 4]))  # one answer of twelve
-    0.08333333333333333
-    >>> step_of_means(np.array([0.0, 4.0, 4.0]), np.array([4, 4, 4]))  # answers of a group agree
-    0.3333333333333333
-
-    Args:
-        sums: of the values of each group.
-        sizes: how many values each has. Where all sums are alike, a group counts as one value.
-    """
+    """How far apart the means of two resamples of groups are at least, if they differ."""
     gaps = np.diff(np.unique(sums.round(9)))  # shares of hits are off by the last bit
     smallest = gaps.min() if len(gaps) else sizes.max()
     return float(smallest / sizes.sum())
 
 
 def student_widening(n_groups: int, n_strata: int = 1) -> float:
-    """By how much Student's 95 % interval of a mean is wider than that of its resamples.
-
-    The mean of n values has a standard error of s / sqrt(n), where s divides by n - 1; resamples
-    spread as if it divided by n. And for s the interval takes a quantile of Student's distribution,
-    for their spread one of the normal. Of strata that are resampled apart, each takes 1 from n.
-
-    >>> round(student_widening(16), 3)
-    1.123
-
-    Args:
-        n_groups: n.
-        n_strata: how many; where each is a single group there are no resamples: 1.
-    """
+    """By how much Student's 95 % interval of a mean is wider than that of its resamples."""
     free = n_groups - n_strata
     if free < 1:
         return 1.0
@@ -716,15 +674,7 @@ def student_quantile(n: int) -> float:
 
 
 def wilson(share: float, n: float, *, half_step: float = 0.0) -> Interval:
-    """Wilson's 95 % score interval of a share among n.
-
-    The shares p for which |share - p| - half_step is at most Z sqrt(p (1 - p) / n).
-
-    Args:
-        share: what was measured.
-        n: of how many.
-        half_step: 1 / (2 n) for the correction of continuity. Source: Newcombe 1998, method 4.
-    """
+    """Wilson's 95 % score interval of a share among n."""
     lowest = max(0.0, share - half_step)
     highest = min(1.0, share + half_step)
     low = _score_ends(lowest, n)[0] if share > 0 else 0.0
@@ -744,15 +694,7 @@ def _score_ends(share: float, n: float) -> Interval:
 
 
 def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float:
-    """Chance that a positive's value exceeds a negative's, ties counted half.
-
-    Args:
-        values: the value of each example.
-        is_positive: which examples are positive.
-
-    Raises:
-        ValueError: unless there is at least one of each kind.
-    """
+    """Chance that a positive's value exceeds a negative's, ties counted half."""
     n = len(is_positive)
     n_positive = int(is_positive.sum())
     n_negative = n - n_positive
@@ -835,10 +777,7 @@ def _pooled(rows: Sequence[Measurement], over: str) -> Measurement:
 
 
 def _distinct(path: str | Path, lines: Sequence[Line]) -> list[Measurement]:
-    """The measurements in the lines of a file.
-
-    Raises ValueError for a line that is none, and for a checked one that repeats another.
-    """
+    """The measurements in the lines of a file."""
     rows = []
     first: dict[tuple[str, Any], Line] = {}
     for line in lines:

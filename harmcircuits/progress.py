@@ -20,13 +20,7 @@ REDRAWN_EVERY = 0.1  # seconds between two drawings in a notebook, at least
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """What is done, how much of it, and for how long: bars, or lines where there is no terminal.
-
-    In a notebook one HTML output that is drawn anew in place; it needs no widgets.
-
-    Args:
-        console: where they are shown; standard error by default.
-    """
+    """What is done, how much of it, and for how long: bars, or lines where there is no terminal."""
     console = console or Console(stderr=True)
     if console.is_jupyter:
         return NotebookProgress(console)
@@ -42,12 +36,7 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 
 class LineProgress(Progress):
-    """A line at the end of each task, and after every half minute in between.
-
-    Args:
-        console: where they are written.
-        every: seconds between two lines.
-    """
+    """A line at the end of each task, and after every half minute in between."""
 
     def __init__(self, console: Console, every: float = EVERY) -> None:
         super().__init__(console=console, disable=True)
@@ -70,13 +59,7 @@ class LineProgress(Progress):
 
 
 class NotebookProgress(Progress):
-    """Bars in a notebook: one output for all of them, drawn anew at most ten times a second.
-
-    rich's own bars want ipywidgets there: without them each drawing is a warning.
-
-    Args:
-        console: where other texts are written.
-    """
+    """Bars in a notebook: one output for all of them, drawn anew at most ten times a second."""
 
     def __init__(self, console: Console) -> None:
         # Without rich's thread `track` counts in this one, and each count can be drawn.

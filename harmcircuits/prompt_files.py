@@ -1,9 +1,4 @@
-"""Files of requests as people have them: their rows, and which column holds what.
-
-Published data sets are recognised by their columns (`SHAPES`); of any other file one says which
-column holds the requests. The text of each row goes by our own names, `COLUMNS`; `PromptSet.read`
-makes examples of it.
-"""
+"""Files of requests as people have them: their rows, and which column holds what."""
 
 import csv
 import io
@@ -28,14 +23,7 @@ Texts = dict[str, str]  # by our own names
 
 @dataclass(frozen=True)
 class Shape:
-    """Which column of a file holds what.
-
-    Attributes:
-        name: what people call the data set; empty for a file with our own names.
-        columns: our name of a column -> the names in the file, whose texts are joined.
-        optional: those that the file may lack.
-        between: joins texts that are not empty.
-    """
+    """Which column of a file holds what."""
 
     name: str
     columns: Mapping[str, tuple[str, ...]]
@@ -43,10 +31,7 @@ class Shape:
     between: str = "\n\n"
 
     def fits(self, names: Iterable[str]) -> bool:
-        """Whether a file with these columns has this shape.
-
-        Not where it has a column of our own name that the shape would take from another one.
-        """
+        """Whether a file with these columns has this shape."""
         names = set(names)
         for ours, theirs in self.columns.items():
             needed = set(theirs) - set(self.optional)
@@ -106,13 +91,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Requests:
-    """The texts of a file by our own names, and how they were read.
-
-    Attributes:
-        texts: of each request.
-        shape: the file, what it was recognised as, and what was left out, in a line.
-        n_left_out: how many rows repeat another.
-    """
+    """The texts of a file by our own names, and how they were read."""
 
     texts: list[Texts]
     shape: str
@@ -140,17 +119,7 @@ class _Table:
 
 
 def read_requests(source: str | Path, columns: Mapping[str, str] | None = None) -> Requests:
-    """The requests of a file or dataset.
-
-    Args:
-        source: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or a Hugging Face dataset:
-            "NAME", "NAME:SPLIT" or "NAME:CONFIG:SPLIT", by its hub id or folder.
-        columns: our name of a column -> its name in the file.
-
-    Raises:
-        ValueError: a missing, empty or malformed file, one of another encoding or format, a dataset
-            that cannot be opened, and as `requests_of`.
-    """
+    """The requests of a file or dataset."""
     suffix = Path(source).suffix.lower()
     if suffix in _READERS:
         rows = _READERS[suffix](_existing(source))
@@ -173,21 +142,7 @@ def read_requests(source: str | Path, columns: Mapping[str, str] | None = None) 
 def requests_of(
     rows: Iterable[Placed], origin: str, columns: Mapping[str, str] | None = None
 ) -> Requests:
-    """The requests of rows. A row that repeats an earlier one in all that is read is left out.
-
-    Of chat messages the last turn of the user is the prompt and the assistant's turn after it the
-    completion. System turns are left out, which `Requests.shape` says: a model is asked with its
-    own system prompt.
-
-    Args:
-        rows: each with its place; a row that is a text is a request.
-        origin: what error messages call them.
-        columns: our name of a column -> its name in the rows.
-
-    Raises:
-        ValueError: no rows, an unknown shape, a column that is missing or not text, a row without a
-            prompt, or a chat in which other turns come before the last request.
-    """
+    """The requests of rows."""
     table = _Table(origin, [(place, _as_row(place, row)) for place, row in rows])
     if not table.rows:
         raise ValueError(f"{origin}: no rows; expected at least one prompt")
@@ -207,11 +162,7 @@ def requests_of(
 
 
 def given_rows(source: Any) -> list[Placed] | None:
-    """The rows of a list of dicts, a loaded dataset or a DataFrame; None for anything else.
-
-    Args:
-        source: what may hold rows.
-    """
+    """The rows of a list of dicts, a loaded dataset or a DataFrame; None for anything else."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         source = source.to_dict("records")  # a DataFrame, which otherwise gives its columns' names
     if hasattr(source, "column_names") or isinstance(source, list | tuple):

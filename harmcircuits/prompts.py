@@ -1,8 +1,4 @@
-"""Text in, token batches out.
-
-An `Example` is a request with the completion to be explained. `tokenize` turns a `PromptSet` into
-right-padded `Batch`es whose `is_target` marks the completion: the only tokens that count in a loss.
-"""
+"""Text in, token batches out."""
 
 import hashlib
 import json
@@ -26,19 +22,7 @@ from harmcircuits.prompt_files import given_rows, read_requests, requests_of
 
 @dataclass(frozen=True)
 class Chat:
-    """The tokenizer's chat template, with more than the request.
-
-    A model that thinks before it answers is kept from it: the answer begins where the thinking
-    would end. So thinking is neither scored nor begun for the model.
-
-    >>> Chat(system="Answer in one sentence.")
-    Chat(system='Answer in one sentence.', options={})
-
-    Attributes:
-        system: the system prompt; none by default.
-        options: variables of the template by name, such as {"date_string": "1 May 2026"};
-            "enable_thinking" is False where nothing else is given.
-    """
+    """The tokenizer's chat template, with more than the request."""
 
     system: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -89,12 +73,7 @@ class Example:
 
 
 class Answer(NamedTuple):
-    """A completion as a model generated it.
-
-    Attributes:
-        text: what people and judges read, without special tokens and spaces around it.
-        tokens: its token ids up to the end-of-text token; what is scored.
-    """
+    """A completion as a model generated it."""
 
     text: str
     tokens: tuple[int, ...]
@@ -421,28 +400,13 @@ class Batch:
 
 
 def plain_text(text: str) -> str:
-    """A text as it is compared: without capitals, punctuation and spaces other than single ones.
-
-    >>> plain_text("How do I  use it?") == plain_text("how do I use it")
-    True
-
-    Args:
-        text: the text; one of symbols alone is compared as it is.
-    """
+    """A text as it is compared: without capitals, punctuation and spaces other than single ones."""
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(words) or text.strip()
 
 
 def joined_clusters(keys: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cluster of each item: those that have a key in common are in one.
-
-    >>> joined_clusters([("a", "1"), ("b", "2"), ("c", "1")])
-    ['a', 'b', 'a']
-
-    Args:
-        keys: of each item, the first of them its own cluster. A cluster goes by the name that it
-            has where it is met first.
-    """
+    """The cluster of each item: those that have a key in common are in one."""
     # A name and a text may read alike, so each key goes with its place. A key's number is lower the
     # earlier it is met, and the lowest of a cluster is always a name.
     numbers: dict[tuple[int, str], int] = {}
@@ -468,19 +432,7 @@ def joined_clusters(keys: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
-    """Token ids of a request, up to where the answer begins.
-
-    Args:
-        prompt: the request.
-        tokenizer: a Hugging Face tokenizer.
-        template: "chat": the tokenizer's chat template with the generation prompt, or a `Chat` with
-            a system prompt and options. "raw": the prompt and a newline, no special tokens (the
-            published format).
-
-    Raises:
-        ValueError: another template, a tokenizer without a chat template, or a template that takes
-            no system prompt.
-    """
+    """Token ids of a request, up to where the answer begins."""
     if template == "raw":
         return tokenizer.encode(prompt + "\n", add_special_tokens=False)
     chat = Chat() if template == "chat" else template
@@ -531,15 +483,7 @@ def opening_ids(prefill: str, tokenizer: Any) -> list[int]:
 
 
 def target_ids(example: Example, tokenizer: Any, prefill: str = "") -> list[int]:
-    """Token ids of a completion that are predicted: what follows the prefill.
-
-    None where the completion is empty or nothing but the prefill.
-
-    Args:
-        example: a request with its completion.
-        tokenizer: a Hugging Face tokenizer.
-        prefill: opens the completion.
-    """
+    """Token ids of a completion that are predicted: what follows the prefill."""
     opening = opening_ids(prefill, tokenizer)
     target = list(example.tokens)
     if not target:
@@ -617,20 +561,7 @@ def tokenize_text(
     n_tokens: int = 256,
     batch_size: int = 16,
 ) -> list[Batch]:
-    """A plain text cut into windows, every token but the first of each a target.
-
-    For perplexity and KL. Each window opens with the tokenizer's beginning-of-text token, if it has
-    one, so that models see what they were trained on. What is left over at the end is dropped.
-
-    Args:
-        text: the text.
-        tokenizer: a Hugging Face tokenizer.
-        n_tokens: of a window.
-        batch_size: windows together.
-
-    Raises:
-        ValueError: fewer than 2 tokens a window, an empty batch size, or a text shorter than one.
-    """
+    """A plain text cut into windows, every token but the first of each a target."""
     if n_tokens < 2 or batch_size < 1:
         raise ValueError(
             f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; "
@@ -654,15 +585,7 @@ def tokenize_text(
 
 
 def refuse_no_batches(function: str, batches: Any) -> None:
-    """Check that token batches are given.
-
-    Args:
-        function: what the error message calls the caller.
-        batches: what it was given.
-
-    Raises:
-        ValueError: no batches, or something else, with the remedy.
-    """
+    """Check that token batches are given."""
     if hasattr(batches, "batches"):
         raise ValueError(
             f"{function}: expected a list of token batches, got {type(batches).__name__}; "

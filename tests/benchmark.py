@@ -39,6 +39,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from support.organisms.train import new_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
@@ -47,7 +48,6 @@ from harmcircuits.behaviours.model import ANSWERED_PER_SCORED
 from harmcircuits.hooks.gradients import frozen
 from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch
 from harmcircuits.views.page import plot, section, table, write_page
 from harmcircuits.views.tables import text_table

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.organisms.train import new_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.organisms import open_organism
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch, PromptSet
 
 ANALYSES = Path(__file__).parents[1] / "analyses"

@@ -15,6 +15,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from numpy.random import Generator
+from support.bench.results import area_ratio
+from support.bench.results import resampled as resampled_ladders
+from support.cross_ablation import N_TOPIC_DRAWS, _topic_mean
+from support.curves import Curve, rate_at, w50
+from support.nodes import _correlation, importance_rows
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
@@ -25,11 +30,6 @@ from harmcircuits.hooks.patching import _share
 from harmcircuits.hooks.protection import _with_normal_interval
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
-from harmcircuits.studies.bench.results import area_ratio
-from harmcircuits.studies.bench.results import resampled as resampled_ladders
-from harmcircuits.studies.cross_ablation import N_TOPIC_DRAWS, _topic_mean
-from harmcircuits.studies.curves import Curve, rate_at, w50
-from harmcircuits.studies.nodes import _correlation, importance_rows
 from harmcircuits.studies.utility import _rows as task_rows
 
 N_ITEMS = (16, 32, 64)
@@ -387,9 +387,7 @@ def ladders(rng: Generator, n: int) -> Interval:
     height = rng.normal(size=(n, 1, 1)) + rng.normal(size=(n, 3, 2))
     areas = np.array([2.0, 1.0]) * (5 + height)
     values = {(f"{i:03}", str(j), ""): tuple(areas[i, j]) for i in range(n) for j in range(3)}
-    with patch(
-        "harmcircuits.studies.bench.results.N_RESAMPLES", 300
-    ):  # of 10,000, which take a second
+    with patch("support.bench.results.N_RESAMPLES", 300):  # of 10,000, which take a second
         low, high = resampled_ladders(values, area_ratio)
     return Interval(low, area_ratio(areas.reshape(-1, 2)), high, 2.0)
 

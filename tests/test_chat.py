@@ -5,8 +5,8 @@ that the template or the model begins and that would then be scored as the answe
 """
 
 import pytest
+from support.organisms.train import new_tokenizer
 
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Chat, prompt_ids
 from harmcircuits.studies.models import ModelSpec
 

@@ -14,10 +14,10 @@ import pytest
 from pages import text_of
 from scipy.stats import binom
 from simulations import KINDS, LEAST, SHAPES, mask_of, one_answer, trials
+from support.dissociation import dissociation
 
 import harmcircuits
 from harmcircuits.circuits.overlap import marginal_null, matched_null, overlap, p_value
-from harmcircuits.studies.dissociation import dissociation
 
 ERROR = 0.001  # how often a right interval or p-value fails its bound, by the binomial
 

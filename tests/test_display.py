@@ -6,6 +6,7 @@ holds, a suggestion that is none.
 
 import pytest
 from helpers import random_batch, small_model
+from support.curves import curve, outcomes_of, w50
 
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
@@ -14,7 +15,6 @@ from harmcircuits.display import listed, nearest, plural, share
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.controls import controls
-from harmcircuits.studies.curves import curve, outcomes_of, w50
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.organisms.train import new_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import (
     Batch,
     Example,

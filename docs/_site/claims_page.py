@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-from harmcircuits.studies.claims import ClaimResult
+from support.claims import ClaimResult
+
 from harmcircuits.views.tables import frame_markdown
 
 ROOT = Path(__file__).parents[2]

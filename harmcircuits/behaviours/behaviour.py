@@ -15,12 +15,7 @@ DEGENERATE = "degenerate"  # every judge's verdict on broken text
 
 
 def prepare(judge: Judge | None, answers: Sequence[Example]) -> None:
-    """Show a judge all answers at once, where it has a method `prepare` that can use them.
-
-    Args:
-        judge: of the answers.
-        answers: those that it will be asked about, one by one.
-    """
+    """Show a judge all answers at once, where it has a method `prepare` that can use them."""
     see = getattr(judge, "prepare", None)
     if see is not None:
         see(answers)

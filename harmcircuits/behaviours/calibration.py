@@ -15,14 +15,7 @@ class NotShownError(ValueError):
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """What a behaviour is scored on: the model's own answers that the judge verified.
-
-    Attributes:
-        prompts: requests with the verified answers.
-        batches: the same as token batches.
-        n_asked: how many requests were answered.
-        behaviour: its name.
-    """
+    """What a behaviour is scored on: the model's own answers that the judge verified."""
 
     prompts: PromptSet
     batches: Sequence[Batch]
@@ -50,14 +43,7 @@ class Calibration:
 
 
 def few_answers(n_verified: Mapping[str, int]) -> str:
-    """What is to be said of behaviours that are scored on few answers; empty where none is.
-
-    >>> few_answers({"harmful": 7, "benign": 64})
-    'scored on fewer than 20 verified answers: harmful 7; another sample may give another circuit'
-
-    Args:
-        n_verified: how many answers of each were verified.
-    """
+    """What is to be said of behaviours that are scored on few answers; empty where none is."""
     few = [f"{name} {number}" for name, number in n_verified.items() if number < FEW_ANSWERS]
     if not few:
         return ""

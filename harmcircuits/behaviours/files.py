@@ -1,9 +1,4 @@
-"""Request files as the behaviours of a real model.
-
-From harmful and benign requests come `harmful` (the answer is begun for the model), `benign`,
-`refusal` (harmful requests without that beginning), `recognition` and `explanation`; from requests
-that only look unsafe comes `borderline`. Behaviours of one's own come from files of their own.
-"""
+"""Request files as the behaviours of a real model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -35,32 +30,7 @@ Pair = tuple[Example, Example]  # harmful, harmless
 
 @dataclass(frozen=True, repr=False)
 class RequestFiles:
-    """Where a real model's requests come from.
-
-    Each source is a file, a dataset, or a set of requests.
-
-    Attributes:
-        harmful: harmful requests: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or a dataset
-            id or folder (ID:SPLIT). AdvBench, HarmBench, JailbreakBench, StrongREJECT, XSTest,
-            Alpaca and chat messages are recognised, and files with a `prompt` column. They are
-            split into calibration, choice and held-out by the hash of their `group` (or prompt), so
-            a request stays where it is when others are added; a repeated one counts once. Targets
-            that a data set publishes are not scored: the model's own answers are.
-        benign: benign requests, given and split in the same way.
-        harmful_heldout: held-out harmful requests, in place of a quarter of the others.
-        benign_heldout: held-out benign requests, in place of a quarter of the others.
-        pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
-            order within a category ("contrast_x" belongs to "x"). Without them each harmful request
-            is paired with a benign one of similar length, which is not matched in content.
-        borderline: requests that look unsafe; those whose `label` is unsafe are left out.
-        plain: a text file for perplexity.
-        limit: the largest number of requests (pairs, windows) in a split; 0: all.
-        limit_measured: the limit in choice and held-out, which only measure, where it differs.
-        questions: the questions of recognition and explanation; on the command line a JSON file.
-        columns: which column holds what, as prompt=goal, in every file; harmful.prompt=goal in one.
-        behaviours: further behaviours, each a JSON or TOML file (see `OwnBehaviour`). With them
-            harmful and benign requests may be left out, both.
-    """
+    """Where a real model's requests come from."""
 
     harmful: Requests = ""
     benign: Requests = ""
@@ -105,14 +75,7 @@ class RequestFiles:
 
     @classmethod
     def of(cls, given: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
-        """Request files from a dict.
-
-        Args:
-            given: a source by name (see the attributes); lists of requests are sources too.
-
-        Raises:
-            ValueError: an unknown name, or harmful or benign requests missing.
-        """
+        """Request files from a dict."""
         if isinstance(given, RequestFiles):
             return given
         if not isinstance(given, Mapping):
@@ -130,14 +93,7 @@ class RequestFiles:
         return cls(**{name: _source(name, value, columns) for name, value in given.items()})
 
     def requests(self, name: str) -> PromptSet:
-        """The requests of a source, as they are in its file.
-
-        Args:
-            name: of the source, one that is given.
-
-        Raises:
-            ValueError: as `PromptSet.read`.
-        """
+        """The requests of a source, as they are in its file."""
         # Read once: a dataset takes seconds.
         if name not in self._read:
             source = getattr(self, name)
@@ -217,15 +173,7 @@ def _columns_of(name: str, columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
-    """(harmful, harmless) requests that belong together.
-
-    Args:
-        prompts: requests that are matched by group, or by their order within a category.
-        origin: the name of their source, for error messages.
-
-    Raises:
-        ValueError: a label that is neither safe nor unsafe, or no pairs.
-    """
+    """(harmful, harmless) requests that belong together."""
     unknown = sorted({example.label for example in prompts} - {*SAFE, *UNSAFE})
     if unknown:
         expected = ", ".join((*UNSAFE, *SAFE))
@@ -253,12 +201,7 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
 
 
 def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
-    """Pairs each harmful request with the unused benign request closest in length.
-
-    Args:
-        harmful: requests that choose in their order, as many as there are benign ones.
-        benign: requests of which each is used once at most.
-    """
+    """Pairs each harmful request with the unused benign request closest in length."""
     unused = sorted(benign, key=lambda example: (len(example.prompt), example.prompt))
     pairs = []
     for example in list(harmful)[: len(unused)]:
@@ -273,18 +216,7 @@ def request_behaviours(
     *,
     prefill: str,
 ) -> tuple[dict[str, Behaviour], dict[str, str]]:
-    """The behaviours by name, without reference answers yet, and each prompt's kind of request.
-
-    "prefilled" are benign requests whose answers begin as those to harmful requests do. Without it
-    a circuit for the beginning of answers could pass for one of harm.
-
-    Args:
-        files: the requests.
-        prefill: the beginning of answers to harmful requests; without one there is no "prefilled".
-
-    Raises:
-        ValueError: as `PromptSet.read`, `PromptSet.splits` and `request_pairs`.
-    """
+    """The behaviours by name, without reference answers yet, and each prompt's kind of request."""
     questions = files.questions
     sets = _sets(files, prefill)
     behaviours = {}
@@ -346,15 +278,7 @@ def _borderline(files: RequestFiles) -> Sets:
 
 
 def repeats_of(files: RequestFiles, behaviours: Mapping[str, Behaviour]) -> Rows:
-    """How many requests ask the same as others (see `harmcircuits.behaviours.repeats`).
-
-    Args:
-        files: the requests.
-        behaviours: what became of them, by name.
-
-    Raises:
-        ValueError: as `PromptSet.read`.
-    """
+    """How many requests ask the same as others (see `harmcircuits.behaviours.repeats`)."""
     rows = Rows()
     for name in (TARGET, CONTRAST, "borderline"):
         if getattr(files, name):
@@ -368,19 +292,7 @@ def repeats_of(files: RequestFiles, behaviours: Mapping[str, Behaviour]) -> Rows
 
 
 def with_references(model: Model) -> Model:
-    """The model with its own current answers as reference answers, where the judge verified them.
-
-    Other requests keep an empty completion: they count in rates, not in losses (see
-    `Behaviour.references`). The reference answers of yes-or-no questions are the right words
-    already, and those that were given for a behaviour of one's own stay.
-
-    Args:
-        model: the model, unpruned.
-
-    Raises:
-        ValueError: no verified answer to harmful or to benign requests in a split; a request that
-            is too long for the model, or has a token that it lacks, before any is answered.
-    """
+    """The model with its own answers as reference answers, where the judge verified them."""
     for behaviour in model.behaviours.values():
         model.refuse_unreadable(behaviour)
     own = [behaviour for behaviour in model.behaviours.values() if _is_scored_on_own(behaviour)]

@@ -66,28 +66,7 @@ def generate(
     batch_size: int = 256,
     template: Template = "chat",
 ) -> list[str]:
-    """The model's answer to each request, `prefill` included, up to the end-of-text token.
-
-    `generate_answers` gives their tokens too.
-
-    Works under a mask. Without `sampling` it is the most likely continuation. A sampled token is
-    the argmax of log p / temperature + Gumbel noise, which is a draw from p^(1 / temperature). The
-    noise of a sample depends on the seed, the request and the sample's number only. So it does not
-    depend on the other requests, and the edited model gets the same noise as the unpruned one.
-
-    Args:
-        bridge: the model.
-        prompts: the requests.
-        sampling: how answers are drawn; the samples of a request follow each other.
-        prefill: puts the beginning of the answer into the model's mouth: the prefilling attack.
-        max_new_tokens: how long an answer may be.
-        batch_size: how many requests are answered together.
-        template: how a request is written (see `prompt_ids`).
-
-    Raises:
-        ValueError: no prompts, an empty batch size, logits that are not finite, and as
-            `request_ids`.
-    """
+    """The model's answer to each request, `prefill` included, up to the end-of-text token."""
     answers = generate_answers(
         bridge,
         prompts,
@@ -102,14 +81,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Asked:
-    """Requests whose answers begin alike.
-
-    Attributes:
-        prompts: the requests.
-        prefill: the beginning of every answer.
-        name: of what is asked, for error messages.
-        numbers: of the requests, for error messages; from 0 by default.
-    """
+    """Requests whose answers begin alike."""
 
     prompts: PromptSet
     prefill: str = ""
@@ -148,21 +120,7 @@ def generate_together(
     batch_size: int = 256,
     template: Template = "chat",
 ) -> list[list[Answer]]:
-    """`generate_answers` of several sets of requests, which share batches.
-
-    A token costs a batch little more than a single answer, since all weights are read for either.
-
-    Args:
-        bridge: the model.
-        asked: the sets.
-        sampling: as in `generate`.
-        max_new_tokens: as in `generate`.
-        batch_size: as in `generate`.
-        template: as in `generate`.
-
-    Raises:
-        ValueError: as `generate`.
-    """
+    """`generate_answers` of several sets of requests, which share batches."""
     if batch_size < 1:
         raise ValueError(f"generate: batch_size={batch_size}; expected at least 1")
     rows = []
@@ -180,15 +138,7 @@ def generate_together(
 
 @dataclass(frozen=True)
 class _Row:
-    """An answer to be.
-
-    Attributes:
-        of: the number of the set that its request is of.
-        request: the number of the request there.
-        context: the tokens that the model goes on from.
-        n_opening: so many of these, at the end, are the beginning of the answer.
-        noise: names what its tokens are drawn with.
-    """
+    """An answer to be."""
 
     of: int
     request: int
@@ -276,20 +226,7 @@ def request_ids(
     template: Template = "chat",
     place: str = "generate: request",
 ) -> list[list[int]]:
-    """The token ids of each request and the prefill: what the model goes on from.
-
-    Args:
-        bridge: the model.
-        prompts: the requests.
-        prefill: the beginning of the answer.
-        max_new_tokens: how long an answer may be.
-        template: how a request is written (see `prompt_ids`).
-        place: what error messages call a request; its number follows.
-
-    Raises:
-        ValueError: a request that the model cannot read or answer within its context (see
-            `refuse_requests`), a model without a tokenizer, or one whose answers have no end.
-    """
+    """The token ids of each request and the prefill: what the model goes on from."""
     tokenizer = bridge.tokenizer
     if tokenizer is None:
         raise ValueError(f"{place}: the model has no tokenizer; open it with one (tokenizer=...)")
@@ -312,10 +249,7 @@ def _before_end(tokens: list[int], start: int, ends: Container[int]) -> list[int
 
 
 def _config(bridge: Bridge, max_new_tokens: int) -> Any:
-    """The likeliest continuation, whatever the model's own settings say.
-
-    These may sample or penalise repetition. Only the tokens that end a text are taken from them.
-    """
+    """The likeliest continuation, whatever the model's own settings say."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -353,13 +287,7 @@ def _ends(config: Any) -> set[int]:
 
 
 def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids, and 1 for those that are no padding; left-padded, so that all answers start alike.
-
-    tokens      <pad>  <pad>  how   ?     ->  answer
-                say    it     once  more  ->  answer
-    attended    0      0      1     1
-                1      1      1     1
-    """
+    """Token ids, left-padded so that answers start alike, and 1 where there is no padding."""
     width = max(map(len, rows))
     tokens = []
     attended = []
@@ -390,12 +318,7 @@ def _processors(
 
 
 class _Finite:
-    """Notes of each row whether all its logits so far are finite, and leaves them as they are.
-
-    The largest of a row is NaN if any is, and infinite if any is plus infinity. Minus infinity
-    takes a token out, and may stand there. Read at the end only: a look would wait for the device
-    at every token.
-    """
+    """Notes of each row whether all its logits so far are finite, and leaves them as they are."""
 
     def __init__(self) -> None:
         self._is_finite: Tensor | None = None
@@ -415,12 +338,7 @@ class _Finite:
 
 
 class _Gumbel:
-    """Adds Gumbel noise to each row's logits, from a generator seeded per row.
-
-    argmax(log p + Gumbel noise) is a draw from p. torch's own sampling has one generator for the
-    whole batch, so an answer would depend on what else is in it. Drawn on the CPU, so that every
-    device draws the same.
-    """
+    """Adds Gumbel noise to each row's logits, from a generator seeded per row."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.streams = []

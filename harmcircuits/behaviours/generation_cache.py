@@ -19,20 +19,7 @@ EXPECTED = "the answers of a model; remove it, and they are made again"
 
 
 class GenerationCache:
-    """`generate_answers` for one model as it is now, with its answers kept on disk.
-
-    Files are named by the digest of all weights, the settings and the chat template, and hold one
-    request with its answer (or the list of its samples) a line, as text and in token ids; an
-    interrupted file is continued, a damaged one refused. Answers of which a file holds the text
-    alone are made anew.
-    Under a mask, while fine-tuning, or with hooks on the bridge answers are made anew, and nothing
-    is read or written. Requests of similar length are answered together.
-
-    Args:
-        folder: where the files are.
-        bridge: the model.
-        progress: shows how many answers are made.
-    """
+    """`generate_answers` for one model as it is now, with its answers kept on disk."""
 
     def __init__(
         self,
@@ -108,11 +95,7 @@ class GenerationCache:
         max_new_tokens: int,
         template: Template,
     ) -> Path:
-        """The file of the answers that begin like this.
-
-        What an answer depends on, besides the weights, names it. The batch size does not belong
-        to it.
-        """
+        """The file of the answers that begin like this."""
         settings: dict[str, Any] = {
             "prefill": prefill,
             "max_new_tokens": max_new_tokens,
@@ -136,15 +119,7 @@ class GenerationCache:
 
 @dataclass(frozen=True)
 class _Missing:
-    """A request without a stored answer.
-
-    Attributes:
-        prompt: the request.
-        prefill: the beginning of its answer.
-        path: the file that its answer belongs in.
-        name: of the set that asks for it, for error messages.
-        number: of the request there.
-    """
+    """A request without a stored answer."""
 
     prompt: str
     prefill: str
@@ -165,10 +140,7 @@ def _missing(asked: Asked, path: Path, stored: dict[str, Any]) -> list[_Missing]
 
 
 def _once_by_length(missing: Sequence[_Missing]) -> list[_Missing]:
-    """Each request of a file once, those of similar length together, so that little is padded.
-
-    In an order that does not depend on who asks.
-    """
+    """Each request of a file once, those of similar length together, so that little is padded."""
     once = {(request.path, request.prompt): request for request in reversed(missing)}
     return sorted(once.values(), key=_Missing.order)
 

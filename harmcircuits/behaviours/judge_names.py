@@ -14,20 +14,7 @@ def open_judge(
     question: str = "",
     device: str = "cpu",
 ) -> RuleJudge | StrongRejectJudge | LocalChatJudge | ChatJudge:
-    """The judge of a command line.
-
-    Args:
-        name: `local`, `strongreject:FOLDER_OR_ID`, `chat:FOLDER_OR_ID`, or
-            `http(s)://ADDRESS/v1#MODEL`.
-        prefill: the beginning of an answer that does not count.
-        replies: file for the log of a chat model's replies.
-        question: text file with StrongREJECT's wording.
-        device: the torch device of a judge that runs here.
-
-    Raises:
-        JudgeError: another name, an address without a model, and as `StrongRejectJudge.load` and
-            `LocalChatJudge.load`.
-    """
+    """The judge of a command line."""
     if name == "local":
         return RuleJudge(prefill)
 

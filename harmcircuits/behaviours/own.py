@@ -29,15 +29,7 @@ REFERENCES = ("own", "file")
 
 @dataclass(frozen=True)
 class AnswerJudge:
-    """The judge of a behaviour of one's own: the local rules, or what an answer must contain.
-
-    Attributes:
-        by: "answered" or "refused": the local rules; "reference": contains the reference answer,
-            whatever its capitals and spaces; "pattern": the regular expression is found in it.
-        pattern: the regular expression.
-        references: the reference answer by prompt.
-        prefill: the beginning of an answer, which does not count.
-    """
+    """The judge of a behaviour of one's own: the local rules, or what an answer must contain."""
 
     by: str
     pattern: str = ""
@@ -50,12 +42,7 @@ class AnswerJudge:
         return self.by if self.by in ("reference", "pattern") else "local rules"
 
     def __call__(self, prompt: str, completion: str) -> str:
-        """The verdict that `WANTED` has for this way of judging, or the reason why it is not that.
-
-        Args:
-            prompt: the request.
-            completion: the answer.
-        """
+        """The verdict that `WANTED` has for this way of judging, or why it is not that."""
         answer = completion.removeprefix(self.prefill)
         # Before the rules: an answer in symbols, such as code, is no prose, and may be right.
         if self.by == "pattern" and re.search(self.pattern, answer):
@@ -70,33 +57,7 @@ class AnswerJudge:
 
 @dataclass(frozen=True)
 class OwnBehaviour:
-    """A behaviour of one's own, as a JSON or TOML file with these keys says it.
-
-    >>> greets = OwnBehaviour("greets", hc.PromptSet.of(["who ?"]), judge="pattern", pattern="^hi")
-    >>> greets.metric, greets.title
-    ('greets_rate', 'greets')
-
-    Attributes:
-        name: its name, by which it is a target, a contrast or protected.
-        prompts: its requests: a file, by its path relative to the behaviour's own, or what
-            `PromptSet.read` takes. They are split as those of `RequestFiles` are.
-        heldout: held-out requests, in place of a quarter of the others.
-        columns: which column of these files holds what (see `PromptSet.read`).
-        references: what it is scored on: "own": the model's own answers that the judge verifies;
-            "file": the completions of the file as they are.
-        judge: what an answer must be to show it: "answered" or "refused" by the local rules;
-            "reference": it contains the completion of the file; "pattern".
-        pattern: the regular expression that is found in an answer which shows it.
-        prefill: opens every answer.
-        is_kept: whether it is an ability that the removal of another behaviour must leave alone.
-        title: what tables call its rate; the name by default.
-        metric: name of its rate; NAME_rate by default.
-        max_new_tokens: how long an answer may be; 0: the model's limit.
-
-    Raises:
-        ValueError: a value of another type, a name, judge or pattern that cannot be, or requests
-            without the completions that are needed.
-    """
+    """A behaviour of one's own, as a JSON or TOML file with these keys says it."""
 
     name: str
     prompts: str | PromptSet
@@ -125,15 +86,7 @@ class OwnBehaviour:
 
     @classmethod
     def of(cls, given: Any) -> "OwnBehaviour":
-        """A behaviour from a file, a dict with the keys of one, or as it is.
-
-        Args:
-            given: the path, dict or behaviour.
-
-        Raises:
-            ValueError: a file that is missing or neither JSON nor TOML, an unknown or missing key,
-                and as the class.
-        """
+        """A behaviour from a file, a dict with the keys of one, or as it is."""
         if isinstance(given, OwnBehaviour):
             return given
         if isinstance(given, str | Path):
@@ -167,11 +120,7 @@ class OwnBehaviour:
 
     @property
     def sources(self) -> tuple[PromptSet, PromptSet | None]:
-        """Its requests as they are in the files, and those held out; None without a file of these.
-
-        Raises:
-            ValueError: as `PromptSet.read`.
-        """
+        """Its requests as they are in the files, and those held out, if any."""
         return self._requests, self._heldout
 
     @property
@@ -192,15 +141,7 @@ class OwnBehaviour:
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def behaviour(self, limits: Mapping[str, int] = NO_LIMITS) -> Behaviour:
-        """The behaviour itself, its requests split, without reference answers of the model's own.
-
-        Args:
-            limits: the largest number of groups by split, as in `PromptSet.splits`.
-
-        Raises:
-            ValueError: as `PromptSet.read` and `PromptSet.splits`, and a request without a
-                completion, where it is needed.
-        """
+        """The behaviour itself, its requests split, without the model's own answers."""
         requests, heldout = self._requests, self._heldout
         answers = _completions(requests) | _completions(heldout or PromptSet(()))
         is_from_file = self.references == "file"
@@ -282,21 +223,7 @@ def split_requests(
     limits: Mapping[str, int],
     origin: str,
 ) -> dict[str, PromptSet]:
-    """Each request once, by split.
-
-    Of a request that occurs several times, letter by letter, the first stays: its group decides on
-    the split, and a request must not be scored under one group and measured under another. What
-    else asks the same is in one split with it (see `PromptSet.splits`).
-
-    Args:
-        requests: to be split by hash.
-        heldout: held-out requests, which are taken out of the others.
-        limits: as in `PromptSet.splits`.
-        origin: what error messages call the requests.
-
-    Raises:
-        ValueError: as `PromptSet.splits`.
-    """
+    """Each request once, by split."""
     if heldout is not None:
         heldout = _first_of_each(heldout)
     return _first_of_each(requests).splits(heldout, limits=limits, origin=origin)
@@ -308,15 +235,7 @@ def without_answers(prompts: PromptSet) -> PromptSet:
 
 
 def of_split(sets: Mapping[str, PromptSet], split: str) -> PromptSet:
-    """The set of a split.
-
-    Args:
-        sets: by split.
-        split: its name.
-
-    Raises:
-        ValueError: another name.
-    """
+    """The set of a split."""
     if split not in sets:
         raise ValueError(f"split={split!r}; expected one of {', '.join(sets)}")
     return sets[split]

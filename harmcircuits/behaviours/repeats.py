@@ -18,17 +18,7 @@ HELD_OUT = "held out"  # in the file of held-out requests: left out of the other
 
 
 def repeat_rows(source: str, requests: PromptSet, heldout: PromptSet | None = None) -> Rows:
-    """How many requests of a source ask the same as another, by what becomes of them.
-
-    Rows "requests_repeated" by `source` and `kind`: "same text" (left out), "same words" (kept, in
-    one split and group) and, where there are requests to hold out, "held out" (asked there too, so
-    left out of the others).
-
-    Args:
-        source: what rows call it.
-        requests: as they are in its file.
-        heldout: those of its file of held-out requests.
-    """
+    """How many requests of a source ask the same as another, by what becomes of them."""
     texts = {example.prompt for example in requests}
     words = set(map(plain_text, texts))
     counts = {
@@ -45,14 +35,7 @@ def repeat_rows(source: str, requests: PromptSet, heldout: PromptSet | None = No
 
 
 def shared_rows(behaviours: Mapping[str, Behaviour]) -> Rows:
-    """How many requests one behaviour scores or chooses on while another is measured on them.
-
-    Rows "requests_in_two_splits" by `behaviour` and `measured`, for those that share any. Within a
-    behaviour there is none (see `PromptSet.splits`).
-
-    Args:
-        behaviours: by name.
-    """
+    """How many requests one behaviour scores or chooses on while another is measured on them."""
     scored, measured = {}, {}
     for name, behaviour in behaviours.items():
         sets = {split: behaviour.prompts(split) for split in ("calibration", "choice", "heldout")}
@@ -68,14 +51,7 @@ def shared_rows(behaviours: Mapping[str, Behaviour]) -> Rows:
 
 
 def repeats_text(rows: Rows) -> str:
-    """The counts as sentences; empty where no request was looked at.
-
-    >>> repeats_text(repeat_rows("benign", PromptSet.of(["who ?", "Who?", "where ?"])))
-    'Requests that repeat another: benign 1 (same words 1).'
-
-    Args:
-        rows: with those of `repeat_rows` and `shared_rows` among them.
-    """
+    """The counts as sentences; empty where no request was looked at."""
     repeated = rows.where(REPEATED)
     if not repeated:
         return ""
@@ -96,12 +72,7 @@ def repeats_text(rows: Rows) -> str:
 
 
 def plain_texts(sets: Mapping[str, PromptSet], splits: Iterable[str]) -> set[str]:
-    """The requests of some splits as they are compared (see `plain_text`).
-
-    Args:
-        sets: the requests by split.
-        splits: names of splits.
-    """
+    """The requests of some splits as they are compared (see `plain_text`)."""
     texts = set()
     for split in splits:
         texts |= {plain_text(example.prompt) for example in sets[split]}

@@ -1,7 +1,4 @@
-"""The behaviours that come with the package: their metrics, titles, and whether they are kept.
-
-These are default values: to study something else, make a `Behaviour` with other words.
-"""
+"""The behaviours that come with the package: their metrics, titles, and whether they are kept."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,14 +42,7 @@ _SIDE_METRICS = {
 
 
 def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options: Any) -> Behaviour:
-    """A behaviour of the package, with its usual metrics.
-
-    Args:
-        name: "harmful", "benign", "recognition", "explanation", "knowledge", "refusal",
-            "borderline" or "prefilled".
-        prompts: its requests by split.
-        options: further fields of `Behaviour`.
-    """
+    """A behaviour of the package, with its usual metrics."""
     words = _STANDARD[name]
     return Behaviour(
         name,

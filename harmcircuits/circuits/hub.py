@@ -6,16 +6,7 @@ MASK_FILE = "mask.safetensors"
 
 
 def mask_file(source: str | Path, filename: str = MASK_FILE, revision: str | None = None) -> Path:
-    """Where a mask file is on this machine; one of the hub is downloaded, or taken from its cache.
-
-    Args:
-        source: a file, a folder that holds `filename`, or a hub id.
-        filename: the file's path in the folder or repository.
-        revision: branch, tag or commit of a repository.
-
-    Raises:
-        ValueError: no such file, folder or repository, or one that cannot be reached.
-    """
+    """Where a mask file is on this machine; one of the hub is downloaded or from its cache."""
     path = Path(source)
     if path.is_file():
         return path

@@ -20,15 +20,7 @@ N_NULL = 20  # random masks behind an interval of chance
 
 
 class Place(NamedTuple):
-    """A part of the model.
-
-    Attributes:
-        layer: its block.
-        part: empty for a whole layer; the kind of a matrix; "head" (query heads: q and o),
-            "kv_head" (key-value heads: k and v), "neuron" (gate, in and out of one hidden unit) or
-            "expert" (router and expert).
-        number: of the head, neuron or expert.
-    """
+    """A part of the model."""
 
     # Fewer fields for a larger place: Place(3), Place(3, "attn.q"), Place(3, "head", 1).
     layer: int
@@ -51,18 +43,7 @@ def counts_by(
     sites: Mapping[str, Site],
     by: By,
 ) -> dict[Place, Count]:
-    """Removed weights of every layer, matrix, head or neuron, zeros included.
-
-    In a mixture of experts, of every expert in place of neurons.
-
-    Args:
-        mask: the weights.
-        sites: `weight_sites` of the mask's model.
-        by: "layer", "matrix", "head" (attention weights only) or "neuron" (MLP weights only).
-
-    Raises:
-        ValueError: another `by`, or sites that lack a matrix of the mask.
-    """
+    """Removed weights of every layer, matrix, head or neuron, zeros included."""
     counts: dict[Place, Count] = {}
     for place, n_removed, n_weights in pieces(mask, sites, by):
         before = counts.get(place, Count(0, 0))
@@ -75,18 +56,7 @@ def pieces(
     sites: Mapping[str, Site],
     by: By,
 ) -> Iterator[Piece]:
-    """(place, removed, weights) of every part of a matrix that lies in one place.
-
-    A place can have several such parts: a head has one in q and one in o.
-
-    Args:
-        mask: as in `counts_by`.
-        sites: as in `counts_by`.
-        by: as in `counts_by`.
-
-    Raises:
-        ValueError: as `counts_by`.
-    """
+    """(place, removed, weights) of every part of a matrix that lies in one place."""
     if by not in ("layer", "matrix", "head", "neuron"):
         raise ValueError(f'by={by!r}; expected "layer", "matrix", "head" or "neuron"')
     missing = sorted(set(mask.shapes) - set(sites))
@@ -114,21 +84,7 @@ def parts_of(
     sites: Mapping[str, Site],
     by: Literal["layer", "matrix", "unit"],
 ) -> dict[Place, WeightMask]:
-    """The mask cut by where its weights sit; together the parts are the mask.
-
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> parts = parts_of(mask, hc.weight_sites(bridge), "layer")
-    >>> sum(part.n_removed for part in parts.values()) == mask.n_removed
-    True
-
-    Args:
-        mask: the weights.
-        sites: `weight_sites` of the mask's model.
-        by: "layer", "matrix", or "unit": heads (apart by query and key-value), neurons and experts.
-
-    Raises:
-        ValueError: another `by`, or sites that lack a matrix of the mask.
-    """
+    """The mask cut by where its weights sit; together the parts are the mask."""
     if by not in ("layer", "matrix", "unit"):
         raise ValueError(f'by={by!r}; expected "layer", "matrix" or "unit"')
     removed: dict[Place, dict[str, Tensor]] = {}
@@ -155,15 +111,7 @@ def parts_of(
 
 
 def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[Piece]:
-    """(place, removed, weights) of every head, neuron or expert of a matrix.
-
-    Of 3 heads of 4 rows each, in a matrix of 5 columns, and the removed weights 0, 2 and 45:
-
-        weight     0   2   45
-        row        0   0    9
-        head       0   0    2
-        removed    2   0    1     of 20 weights each
-    """
+    """(place, removed, weights) of every head, neuron or expert of a matrix."""
     unit = site.units(index)
     n_removed_of = unit.bincount(minlength=site.n_units).tolist()
     n_weights = site.parameter.numel() // site.n_units
@@ -177,24 +125,7 @@ def most_removed(
     by: Literal["head", "neuron"],
     n: int,
 ) -> list[tuple[int, int]]:
-    """(layer, number) of the heads or neurons that lose most weights, the most first.
-
-    A head loses its query and output weights, and the key and value weights of its key-value head.
-    Those that lose none are left out; ties go to the earlier one.
-
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> len(most_removed(mask, hc.weight_sites(bridge), "head", 3))
-    3
-
-    Args:
-        mask: as in `counts_by`.
-        sites: as in `counts_by`.
-        by: "head" or "neuron".
-        n: how many, at most.
-
-    Raises:
-        ValueError: as `counts_by`.
-    """
+    """(layer, number) of the heads or neurons that lose most weights, the most first."""
     removed = {place: count.n_removed for place, count in counts_by(mask, sites, by).items()}
     n_units = Counter((place.layer, place.part) for place in removed)
     lost: dict[tuple[int, int], int] = {}
@@ -212,13 +143,7 @@ def most_removed(
 
 
 class Concentration(NamedTuple):
-    """How unequally a mask falls on heads or neurons.
-
-    Attributes:
-        gini: 0 when every unit loses the same share of its weights, near 1 when one loses all.
-        top_share: the share of these weights in the twentieth of the units that loses most.
-        n_removed: how many weights of heads or neurons the mask removes.
-    """
+    """How unequally a mask falls on heads or neurons."""
 
     gini: float
     top_share: float
@@ -264,14 +189,7 @@ def concentration(
 
 
 def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
-    """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i).
-
-    Args:
-        values: the value of each unit.
-
-    Raises:
-        ValueError: negative values, or only zeros.
-    """
+    """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i)."""
     if not len(values) or values.min() < 0 or values.sum() == 0:
         raise ValueError("gini: expected non-negative values that are not all zero")
     # With the values sorted, sum_ij |x_i - x_j| = 2 sum_i (2 i - n - 1) x_i: x_i is the larger one
@@ -285,17 +203,7 @@ def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
 
 
 def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -> Rows:
-    """Where a mask's weights sit, as rows.
-
-    `weights_removed` by matrix and by head, labelled `of` with the size of the place. `gini` and
-    `top_share` over heads and neurons come with `chance` "no"; and with "yes" for random masks of
-    the same counts per matrix: their mean, and the interval of 20 of them.
-
-    Args:
-        mask: the weights.
-        sites: `weight_sites` of the mask's model.
-        labels: what the rows carry.
-    """
+    """Where a mask's weights sit, as rows."""
     rows = Rows()
     for by in ("matrix", "head"):
         for place, count in counts_by(mask, sites, by).items():
@@ -324,25 +232,7 @@ def component_rows(
     *,
     n_units: int = 8,
 ) -> Rows:
-    """How many weights each matrix loses, and those of its heads or neurons that lose most.
-
-    `weights_removed` by "matrix", and by "unit" with what the unit is and its number in the matrix;
-    labelled `of` with the size of the place. What `component_map` draws.
-
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> rows = component_rows(mask, hc.weight_sites(bridge))
-    >>> sum(row.mean for row in rows.where(by="matrix")) == len(mask)
-    True
-
-    Args:
-        mask: the weights.
-        sites: `weight_sites` of the mask's model.
-        labels: what the rows carry besides.
-        n_units: of each matrix, at most; those that lose nothing are left out.
-
-    Raises:
-        ValueError: as `counts_by`.
-    """
+    """How many weights each matrix loses, and those of its heads or neurons that lose most."""
     rows = Rows()
     for place, count in counts_by(mask, sites, "matrix").items():
         where = {**(labels or {}), "layer": place.layer, "kind": place.part}

@@ -431,15 +431,7 @@ def union(masks: Sequence[WeightMask]) -> WeightMask | None:
 
 
 def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
-    """The weights that at least so many of the masks remove.
-
-    Args:
-        masks: of one model.
-        at_least: 1 for their union, the number of masks for their intersection.
-
-    Raises:
-        ValueError: a number outside 1 to the number of masks, and as `|` for masks of two models.
-    """
+    """The weights that at least so many of the masks remove."""
     if not 1 <= at_least <= len(masks):
         raise ValueError(
             f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number"
@@ -514,10 +506,7 @@ def _best(
     within: Scope,
     excluded: Indices,
 ) -> dict[str, Tensor]:
-    """Flat indices into `values`, the scores of some or all weights.
-
-    As many as the fraction gives for the whole shapes.
-    """
+    """Flat indices into `values`, the scores of some or all weights."""
     if within == "model":
         n_weights = sum(map(math.prod, shapes.values()))
         return largest(values, _count(fraction, n_weights), excluded)

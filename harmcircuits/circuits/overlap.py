@@ -1,9 +1,4 @@
-"""What two masks share, against chance that is matched to them.
-
-A uniform null makes any two circuits look alike: both prefer the same few matrices. Chance here
-keeps every mask's count in each matrix and, as the stricter null, in each row and column of each
-matrix.
-"""
+"""What two masks share, against chance that is matched to them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -28,25 +23,7 @@ THINNING = 4  # rounds of trades between two samples
 
 @dataclass(frozen=True, repr=False)
 class Overlap:
-    """What two masks share.
-
-    >>> scores = hc.removal_effect(bridge, harm)
-    >>> first, second = hc.top_fraction(scores, [0.01, 0.02], within="model")
-    >>> shared = hc.overlap(first, second)
-    >>> shared.n_shared, round(shared.containment[1], 2)
-    (9830, 0.5)
-
-    Attributes:
-        n_shared: weights in both masks.
-        n_first: weights in the first.
-        n_second: weights in the second.
-        n_expected: shared weights if each mask fell at random with its count in every matrix (or
-            place) kept.
-        n_expected_marginal: the same with its row and column counts kept; nan when it was not
-            sampled.
-        resampled: lifts of the pairs of masks that resampled calibration data gave; empty without
-            them.
-    """
+    """What two masks share."""
 
     n_shared: int
     n_first: int
@@ -75,20 +52,12 @@ class Overlap:
 
     @property
     def lift_marginal(self) -> float:
-        """Shared weights over those expected by chance per row and column.
-
-        1 when the same rows and columns explain all that is shared.
-        """
+        """Shared weights over those expected by chance per row and column."""
         return self._over(self.n_expected_marginal)
 
     @property
     def interval(self) -> Interval:
-        """95 % interval of `lift`.
-
-        With two resamples or more: Student's around the lift, by their standard deviation. Without:
-        Wilson's interval of the share of the smaller mask, over the expected share; it describes
-        these two masks and not the calibration data behind them.
-        """
+        """95 % interval of `lift`."""
         n = len(self.resampled)
         if n < 2:
             return self._wilson(self.n_expected)
@@ -245,22 +214,7 @@ def marginal_null(
     n_samples: int = 100,
     seed: int = 0,
 ) -> Int64[np.ndarray, " n_samples"]:
-    """Shared weights of random masks that keep every row and every column count of each matrix.
-
-    Two masks that prefer the same rows or columns share weights by that alone; what exceeds this
-    null is agreement on single weights. Sampled by curveball trades between disjoint random pairs
-    of rows, which draws uniformly from all masks with these counts (Carstens, Hamann, Meyer,
-    Penschuck, Tran, Wagner 2018, arXiv 1804.08487).
-
-    Args:
-        mask: the first mask.
-        other: the second.
-        n_samples: how many pairs of random masks.
-        seed: draws them.
-
-    Raises:
-        ValueError: as `overlap`.
-    """
+    """Shared weights of random masks that keep every row and every column count of each matrix."""
     _check(mask, other)
     rng = np.random.default_rng(seed)
     # Both chains draw from one generator, so the order of the trades below is part of the result.
@@ -285,20 +239,7 @@ def matched_null(
     n_samples: int = 10_000,
     seed: int = 0,
 ) -> Int64[np.ndarray, " n_samples"]:
-    """Shared weights of random masks that keep the count of each matrix, and nothing else.
-
-    In a matrix of n weights the number shared is hypergeometric: n_second of the n are drawn, and
-    n_first of the n count. The sum over matrices has the mean `Overlap.n_expected`.
-
-    Args:
-        mask: the first mask.
-        other: the second.
-        n_samples: how many pairs of random masks.
-        seed: draws them.
-
-    Raises:
-        ValueError: as `overlap`.
-    """
+    """Shared weights of random masks that keep the count of each matrix, and nothing else."""
     _check(mask, other)
     rng = np.random.default_rng(seed)
     first, second = mask.counts, other.counts
@@ -311,28 +252,13 @@ def matched_null(
 
 
 def p_value(n_shared: int, null: Int64[np.ndarray, " n_samples"]) -> float:
-    """How probable it is that chance shares at least as many weights: (1 + hits) / (1 + samples).
-
-    Args:
-        n_shared: shared weights of two masks.
-        null: those of random masks, from `matched_null` or `marginal_null`.
-    """
+    """How probable it is that chance shares as many weights: (1 + hits) / (1 + samples)."""
     n_hits = int((null >= n_shared).sum())
     return (1 + n_hits) / (1 + len(null))
 
 
 def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
-    """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes.
-
-    Within matrices, because the matrices' different scales alone would correlate any two scores.
-
-    Args:
-        scores: the first scores.
-        other: the second, of the same weights.
-
-    Raises:
-        ValueError: scores of different weights.
-    """
+    """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes."""
     if scores.shapes != other.shapes:
         raise ValueError("rank_correlation: the scores are of different weights")
     total = 0.0
@@ -378,27 +304,7 @@ def _check(mask: WeightMask, other: WeightMask) -> None:
 
 
 class _Chain:
-    """A mask as entries (row, column) that trades columns between rows of the same matrix.
-
-    The rows of all matrices are numbered together. Only rows that hold entries can trade: these are
-    the used rows, numbered again from 0, matrix after matrix. For a matrix of 3 rows and one of 4,
-    with entries x in five of the seven:
-
-        row among all    0  1  2 | 3  4  5  6
-        entries          x  .  x | x  x  .  x
-        used             0     2   3  4     6
-        used row         0     1   2  3     4
-        matrix           0     0   3  3     3
-        start            0     0   2  2     2
-
-    Attributes:
-        used: the number of every used row among all rows.
-        matrix: the first of all rows of every used row's matrix, which tells the matrices apart.
-        start: the first used row of every used row's matrix.
-        row: the used row in which every entry is.
-        column: its column.
-        width: columns of the widest matrix.
-    """
+    """A mask as entries (row, column) that trades columns between rows of the same matrix."""
 
     used: Int[np.ndarray, " rows"]
     matrix: Int[np.ndarray, " rows"]
@@ -446,11 +352,7 @@ class _Chain:
             self._trade_once()
 
     def _trade_once(self) -> None:
-        """Pair up the rows of each matrix at random; each pair deals out its columns again.
-
-        Only columns that exactly one row of the pair holds are dealt, at random, and each row keeps
-        its count.
-        """
+        """Pair up the rows of each matrix at random; each pair deals out its columns again."""
         # A matrix of four used rows, 0 to 3, that are shuffled to the order 2, 0, 3, 1:
         #
         #     slot            0   1 | 2   3

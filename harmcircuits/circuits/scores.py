@@ -38,10 +38,7 @@ SHOWN_MATRICES = 5
 
 @runtime_checkable
 class Removed(Protocol):
-    """Something that holds the flat indices of removed weights by name: a mask.
-
-    A protocol, because masks are made of scores and their module imports this one.
-    """
+    """Something that holds the flat indices of removed weights by name: a mask."""
 
     @property
     def removed(self) -> Mapping[str, Int[Tensor, " _"]]:
@@ -51,16 +48,7 @@ class Removed(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """How scores or a mask were made.
-
-    Attributes:
-        model: the model's fingerprint.
-        method: what made them, such as "removal_effect".
-        settings: its settings.
-        parents: what they were made from.
-        weights: the digest of all the model's weights, where it was taken (`values_digest`). The
-            fingerprint of a merged fine-tune may be its base's; this is not.
-    """
+    """How scores or a mask were made."""
 
     model: str
     method: str
@@ -91,14 +79,7 @@ class Source:
 
     @classmethod
     def from_json(cls, text: str) -> "Source":
-        """The inverse of `to_json`.
-
-        Args:
-            text: the JSON.
-
-        Raises:
-            ValueError: another text.
-        """
+        """The inverse of `to_json`."""
         try:
             return _from_dict(parsed_json(text))
         except RecursionError:
@@ -332,14 +313,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[lis
 
 
 def read_shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights that a file of scores or a mask names, in their order.
-
-    Args:
-        file: with an entry "shapes".
-
-    Raises:
-        ValueError: shapes that no weights can have.
-    """
+    """The shapes of all weights that a file of scores or a mask names, in their order."""
     stored = file.json("shapes")
     if not isinstance(stored, dict):
         raise file.damaged("its shapes are no object")
@@ -354,14 +328,7 @@ def read_shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
 
 
 def read_source(file: TensorFile) -> Source:
-    """The source in a file of scores or a mask.
-
-    Args:
-        file: with an entry "source".
-
-    Raises:
-        ValueError: another text.
-    """
+    """The source in a file of scores or a mask."""
     try:
         return Source.from_json(file.metadata.get("source", ""))
     except ValueError as error:
@@ -370,12 +337,7 @@ def read_source(file: TensorFile) -> Source:
 
 @dataclass(frozen=True)
 class _Saved(Mapping[str, Tensor]):
-    """Tensors in safetensors files; each is mapped into memory when it is needed.
-
-    Attributes:
-        shapes: of every tensor, in their order.
-        places: the file that holds each.
-    """
+    """Tensors in safetensors files; each is mapped into memory when it is needed."""
 
     shapes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, TensorFile]
@@ -396,20 +358,7 @@ class _Saved(Mapping[str, Tensor]):
 
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
-    """The weighted mean of scores, sum_i w_i s_i / sum_i w_i.
-
-    A mean of gradients over all examples is this mean over parts of them, with the number of
-    examples as weights; so bootstrap resamples of whole parts cost no further pass over the model.
-    Exact for `removal_effect` and `snip_scores` after absolute values, not for `"before_abs"`.
-
-    Args:
-        parts: the scores, for instance of parts of the calibration data.
-        weights: the weight of each of them.
-
-    Raises:
-        ValueError: no parts, not exactly one weight for each, weights that are negative or all
-            zero, and parts of different models or matrices.
-    """
+    """The weighted mean of scores, sum_i w_i s_i / sum_i w_i."""
     _refuse_parts(parts, weights)
     first = parts[0]
     model = first.source.model

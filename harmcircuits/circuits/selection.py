@@ -1,10 +1,4 @@
-"""Exact choice of the largest of many scores, without a sort and without a copy of the scores.
-
-The bits of a float32 number can be turned into an integer, its key, such that keys have the order
-of the numbers. One pass over the scores makes a histogram of the keys' high sixteen bits, which
-says in which bin the k-th largest lies. A second pass takes all scores above that bin and the best
-of those inside it. Scores are read a chunk at a time, from memory or from a file.
-"""
+"""Exact choice of the largest of many scores, without a sort and without a copy of the scores."""
 
 from collections.abc import Iterator, Mapping
 
@@ -29,21 +23,7 @@ def largest(
     *,
     chunk: int | None = None,
 ) -> dict[str, Index]:
-    """Sorted flat indices of the k largest scores over all tensors.
-
-    Ties go to the earlier tensor and the lower index. Reads the scores twice, a tensor at a time.
-    Scratch memory: some copies of `chunk` numbers and of what is chosen, whatever the size of the
-    scores and however many tie.
-
-    Args:
-        scores: float32, finite.
-        k: how many to choose.
-        excluded: sorted flat indices that cannot be chosen.
-        chunk: how many scores are looked at together; `CHUNK` of the device by default.
-
-    Raises:
-        ValueError: fewer than k scores can be chosen.
-    """
+    """Sorted flat indices of the k largest scores over all tensors."""
     # First pass: how many keys lie in each bin.
     counts = _histogram(scores, excluded, chunk)
     n_left = int(counts[1:].sum())  # bin 0 holds the excluded ones, and no score
@@ -89,12 +69,7 @@ def largest(
 
 
 def positive(scores: Scores, chosen: Indices) -> dict[str, Index]:
-    """Of some weights those whose score is above zero.
-
-    Args:
-        scores: of every weight.
-        chosen: sorted flat indices, in host memory.
-    """
+    """Of some weights those whose score is above zero."""
     above = {}
     for name, index in chosen.items():
         values = scores[name].flatten()
@@ -110,19 +85,7 @@ def largest_of_rows(
     *,
     chunk: int | None = None,
 ) -> Index:
-    """Sorted flat indices of the k largest scores of every row (last axis).
-
-    Ties go to the lower index. Sorts some rows at a time.
-
-    Args:
-        value: the scores, float32 and finite.
-        k: how many to choose in a row.
-        excluded: sorted flat indices that cannot be chosen.
-        chunk: about how many scores are sorted together; `CHUNK` of the device by default.
-
-    Raises:
-        ValueError: fewer than k scores of a row can be chosen.
-    """
+    """Sorted flat indices of the k largest scores of every row (last axis)."""
     columns = value.shape[-1]
     # A chunk must not cut a row, and holds at least one.
     n_rows = (chunk or _chunk_size(value)) // columns
@@ -148,10 +111,7 @@ def largest_of_rows(
 
 
 class _Best:
-    """The n largest of all keys added; of equal keys the earlier ones.
-
-    Holds at most 2 n keys, and those of one chunk.
-    """
+    """The n largest of all keys added; of equal keys the earlier ones."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -182,10 +142,7 @@ class _Best:
             self.prune()
 
     def prune(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """The n best, in the order they came in: the numbers of their tensors, and their indices.
-
-        Only they are held from now on.
-        """
+        """The n best, as they came in: the numbers of their tensors, and their indices."""
         keys = torch.cat(self.keys)
         # The first sort is stable, so among equal keys the earlier ones are the best. The second
         # brings the best back into the order in which they came, on which later ties depend.
@@ -245,12 +202,7 @@ def _bins(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 
 def _keys(scores: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Int32 numbers in the order of the scores, equal where those are equal.
-
-    A float32 is a sign bit, then the exponent, then the fraction. So the larger of two positive
-    numbers has the larger bits, and the larger of two negative ones the smaller bits; their order
-    is reversed by flipping all bits but the sign.
-    """
+    """Int32 numbers in the order of the scores, equal where those are equal."""
     #     score    bits           sign           key            key as int32
     #      2.0     0x4000_0000    0x0000_0000    0x4000_0000     1073741824
     #      1.0     0x3f80_0000    0x0000_0000    0x3f80_0000     1065353216

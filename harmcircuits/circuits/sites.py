@@ -28,22 +28,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Site:
-    """One block matrix: its live parameter and what its axes mean.
-
-    Attributes:
-        name: Clean TransformerLens name, such as `blocks.0.mlp.in.weight`.
-        layer: Number of the block.
-        kind: One of `KINDS`.
-        parameter: The live weight, in the orientation in which the model stores it.
-        input_axis: Axis of the stored weight that reads the input: 1 for `nn.Linear`
-            (d_out, d_in), 0 for GPT-2's `Conv1D` (d_in, d_out), 2 for stacked experts
-            (expert, d_out, d_in).
-        unit_axis: Axis of the stored weight that is cut into units.
-        n_units: How many equal units there are: heads (query heads for q and o, key-value heads
-            for k and v), neurons (mlp) or experts (router and stacked experts).
-        is_hooked: Whether input and output pass hook points. Otherwise the gradient has to come
-            from the parameter itself.
-    """
+    """One block matrix: its live parameter and what its axes mean."""
 
     name: str
     layer: int
@@ -72,11 +57,7 @@ class Site:
         return "neuron" if self.kind in MLP_MATRICES else "expert"
 
     def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The head, neuron or expert that each weight belongs to.
-
-        Args:
-            flat: Flat indices into the weight as stored.
-        """
+        """The head, neuron or expert that each weight belongs to."""
         # attn.q of 2 heads of 3 rows each, [6, d_model], and the weights of rows 1 and 5:
         #
         #     position    1  5
@@ -88,29 +69,14 @@ class Site:
 
 
 def place_of(name: str) -> tuple[int, str]:
-    """The layer and the kind of a matrix, read off its name, where no model is at hand.
-
-    A router is called "mlp.gate", as it is named: only the model knows that it is one.
-
-    >>> place_of("blocks.3.mlp.in.weight")
-    (3, 'mlp.in')
-    """
+    """The layer and the kind of a matrix, read off its name, where no model is at hand."""
     _, layer, part = name.split(".", maxsplit=2)
     kind = part.removesuffix(".weight")
     return int(layer), kind
 
 
 def by_place(values: Mapping[str, Value]) -> dict[tuple[int, str], Value]:
-    """The values of matrices by layer and kind, in the order of `KINDS` and then of layers.
-
-    Matrices whose names say neither are left out.
-
-    >>> by_place({"blocks.1.mlp.in.weight": 5, "blocks.0.mlp.in.weight": 3, "head": 2})
-    {(0, 'mlp.in'): 3, (1, 'mlp.in'): 5}
-
-    Args:
-        values: name of a matrix -> its value.
-    """
+    """The values of matrices by layer and kind, in the order of `KINDS` and then of layers."""
     places = {}
     for name, value in values.items():
         parts = name.split(".")

@@ -1,17 +1,4 @@
-"""Neurons, heads and rows: weights that are chosen together, so that a circuit can be read.
-
-A unit has one slice of each of several matrices, here as `nn.Linear` stores them:
-
-    neuron          its row of mlp.in (and of mlp.gate), its column of mlp.out
-    head            its rows of attn.q, its columns of attn.o
-    kv head         its rows of attn.k and of attn.v; part of the head where each head has its own
-    row             its row of any matrix: what one output is computed with
-
-All of them are numbered through, so slice i of a matrix belongs to unit `first + i`:
-
-    blocks.0.mlp.in.weight, blocks.0.mlp.out.weight of 512 neurons      first =   0
-    blocks.1.mlp.in.weight, blocks.1.mlp.out.weight of 512 neurons      first = 512
-"""
+"""Neurons, heads and rows: weights that are chosen together, so that a circuit can be read."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -34,30 +21,14 @@ CUT_INTO = {"neuron": ("neuron",), "head": ("head", "kv_head")}
 
 @dataclass(frozen=True)
 class Units:
-    """The neurons, heads or rows that a choice is made among.
-
-    Attributes:
-        sites: the matrices that they consist of, with the axis that is cut into slices.
-        first: of each matrix the number of the unit that its first slice belongs to.
-    """
+    """The neurons, heads or rows that a choice is made among."""
 
     sites: Mapping[str, Site]
     first: Mapping[str, int]
 
     @classmethod
     def of(cls, sites: Mapping[str, Site], unit: Unit, within: Collection[str]) -> "Units":
-        """The units of some of a model's matrices.
-
-        Args:
-            sites: `weight_sites` of the model.
-            unit: "neuron", "head" or "row".
-            within: the names of the matrices to choose from; those that have no such units are
-                left out.
-
-        Raises:
-            ValueError: no such units there, some but not all matrices of a unit, and rows of
-                experts and routers.
-        """
+        """The units of some of a model's matrices."""
         chosen, first = {}, {}
         n_units = 0
         for family in _families(sites, unit, within):
@@ -84,11 +55,7 @@ class Units:
         return sizes
 
     def sums(self, scores: Scores) -> Float[Tensor, " unit"]:
-        """The sum of the scores of each unit's weights, in float64.
-
-        Args:
-            scores: of the weights of all `sites`.
-        """
+        """The sum of the scores of each unit's weights, in float64."""
         sums = torch.zeros(len(self.sizes), dtype=torch.float64)
         for name, site in self.sites.items():
             along = scores[name].sum(dim=1 - site.unit_axis, dtype=torch.float64)
@@ -97,20 +64,7 @@ class Units:
         return sums
 
     def largest(self, scores: Scores, n: int, excluded: Indices) -> dict[str, Index]:
-        """The weights of the units with the highest mean score: whole ones, together at most n.
-
-        Taken from the best down until one is not above zero or would be too many; ties go to the
-        earlier unit.
-
-        Args:
-            scores: of the weights of all `sites`.
-            n: how many weights to choose, at most.
-            excluded: sorted flat indices of weights that cannot be chosen: no unit with one of
-                them is.
-
-        Returns:
-            Sorted flat indices into each weight.
-        """
+        """The weights of the units with the highest mean score: whole ones, together at most n."""
         means = self.sums(scores) / self.sizes
         for name in excluded.keys() & self.sites.keys():
             touched = self.sites[name].units(excluded[name])
@@ -124,17 +78,7 @@ class Units:
         return self._weights(is_chosen)
 
     def random(self, weights: Indices, *, seed: int) -> dict[str, Index]:
-        """The weights of as many units in every layer as some weights are of, drawn at random.
-
-        Key-value heads that are units by themselves are counted by themselves.
-
-        Args:
-            weights: flat indices into each weight; a unit with one of them counts.
-            seed: draws the units.
-
-        Returns:
-            Sorted flat indices into each weight.
-        """
+        """The weights of as many units in every layer as some weights are of, drawn at random."""
         is_given = torch.zeros(len(self.sizes), dtype=torch.bool)
         for name in weights.keys() & self.sites.keys():
             units = self.sites[name].units(weights[name])

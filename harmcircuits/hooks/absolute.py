@@ -16,18 +16,7 @@ def add_absolute(
     *,
     scratch: int | None = None,
 ) -> None:
-    """Add sum over examples x of |first_x^T second_x| to `total`.
-
-    The absolute value stands between two sums (over positions, then over examples), so the
-    products of single examples have to exist. They do, for some rows of the matrix and some
-    examples at a time, in one buffer.
-
-    Args:
-        first: One factor of the gradient, of any dtype.
-        second: The other factor.
-        total: What is added to, in float32.
-        scratch: Numbers that the buffer may hold; by default as suits the device.
-    """
+    """Add sum over examples x of |first_x^T second_x| to `total`."""
     n_examples = len(first)
     n_rows, n_columns = total.shape
     if scratch is None:

@@ -1,8 +1,4 @@
-"""Mean gradients over the calibration data, in float32: one pass, or several of bounded memory.
-
-The one loop of a scoring run: zero the accumulators of a group of matrices, run every batch through
-the objective with hooks on, divide by the number of examples, and finish each matrix.
-"""
+"""Mean gradients over the calibration data, in float32: one pass, or several of bounded memory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -42,30 +38,7 @@ def mean_gradients(
     kind: Kind = "signed",
     max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
-    """`finish(site, mean over examples x of dL_x/dW)` of every site; float32, shaped as stored.
-
-    Under an initialised torch.distributed every process is given all batches, runs its share of
-    them and returns the means over all (see `harmcircuits.hooks.distributed`).
-
-    Args:
-        bridge: The model.
-        batches: The calibration data. Every example weighs the same.
-        objective: L; its values are one per example.
-        sites: The matrices, in the order in which the result has them.
-        finish: Turns the mean of a matrix into its result; may work in place.
-        kind: Take the mean of absolute values instead: of |dL_x/dW| of every example x, or of its
-            parts from every position. Experts and routers, which are not hooked, have no parts.
-        max_memory: Bytes that the accumulators may take on the devices. The data are passed over
-            once for each group of consecutive matrices that fits, and what is finished goes to
-            temporary files (see `mapped_copy`). The numbers are the same, bit for bit.
-
-    Raises:
-        ValueError: For a matrix larger than `max_memory`; for an objective of the wrong shape; for
-            a matrix that no gradient reached; in every process, if some were given other batches,
-            weights or options.
-        NotFiniteError: For a value or gradient that is NaN or infinite, with its example and its
-            place in the model (a ValueError).
-    """
+    """`finish(site, mean over examples x of dL_x/dW)` of every site; float32, shaped as stored."""
     accumulate_batches = accumulate
     if distributed.is_available() and distributed.is_initialized():
         # Imported here: one process has nothing to do with it.
@@ -105,15 +78,7 @@ def unchanged(_: Site, gradient: Tensor) -> Tensor:
 
 
 def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
-    """Consecutive sites whose accumulators fit in `max_memory` bytes together.
-
-    Args:
-        sites: The matrices.
-        max_memory: The bound; without one, all sites are one group.
-
-    Raises:
-        ValueError: For a matrix that is larger than the bound.
-    """
+    """Consecutive sites whose accumulators fit in `max_memory` bytes together."""
     if max_memory is None:
         yield dict(sites)
         return
@@ -144,19 +109,7 @@ def accumulate(
     totals: Mapping[str, Tensor],
     kind: Kind,
 ) -> Float[Tensor, ""]:
-    """Add the gradients of these batches, summed over examples, to `totals`; the objective's sum.
-
-    Args:
-        bridge: The model.
-        batches: At least one batch.
-        objective: L; its values are one per example.
-        sites: The matrices.
-        totals: Float32 accumulators, one for each site, shaped as its weight.
-        kind: What is added of them.
-
-    Raises:
-        ValueError: For an objective of the wrong shape, and for a site that no gradient reached.
-    """
+    """Add these batches' gradients, summed over examples, to `totals`; the objective's sum."""
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
     unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
     if unhooked and kind != "signed":
@@ -208,10 +161,7 @@ def _add_gradient(
     totals: Mapping[str, Tensor],
     kind: Kind,
 ) -> None:
-    """An unhooked matrix: its gradient comes whole, summed over the batch.
-
-    For absolute values the batch is one example.
-    """
+    """An unhooked matrix: its gradient comes whole, summed over the batch."""
     totals[site.name].add_(gradient if kind == "signed" else gradient.abs())
 
 
@@ -220,13 +170,7 @@ def _add_signed(
     second: Float[Tensor, "batch pos b"],
     total: Float[Tensor, "a b"],
 ) -> None:
-    """Add the sum over examples and positions of first^T second to `total`, in float32.
-
-    bfloat16 is multiplied as it is, in half the time, and the product of a batch is rounded to it
-    before it is added. Against float64 sums that moves the scores of a matrix by at most 0.2 %, and
-    exchanges at most 0.15 % of the top 0.1 % of all weights (`sft`, and a Llama of width 512, on a
-    CPU with avx512_bf16). float16 is not: products leave its range.
-    """
+    """Add the sum over examples and positions of first^T second to `total`, in float32."""
     first = first.flatten(0, 1)
     second = second.flatten(0, 1)
     if first.dtype == second.dtype == torch.bfloat16:

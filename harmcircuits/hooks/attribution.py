@@ -1,13 +1,7 @@
-"""Scores of a live model: how much each weight matters to a behaviour.
-
-All are float32 whatever the model's dtype: a bfloat16 accumulator changes which weights are
-selected.
-"""
+"""Scores of a live model: how much each weight matters to a behaviour."""
 
 import hashlib
 from collections.abc import Sequence
-from functools import reduce
-from operator import or_
 from typing import Any, Literal
 
 import torch
@@ -232,43 +226,6 @@ def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
     return WeightScores(values, source_on(bridge, "random", {"seed": seed}))
 
 
-def all_scores(
-    bridge: Bridge,
-    batches: Sequence[Batch],
-    removal: WeightScores,
-    protected: Sequence[WeightMask] = (),
-    *,
-    seed: int = 0,
-) -> dict[str, WeightScores]:
-    """Every way to score a behaviour's weights, by name: what `ground_truth_rows` compares.
-
-    Args:
-        bridge: the model.
-        batches: the calibration data.
-        removal: its `removal_effect`.
-        protected: masks; "removal effect, unprotected" ranks their weights last.
-        seed: draws the random scores.
-
-    Raises:
-        ValueError: as the scores.
-    """
-    scores = {"removal effect": removal}
-    if protected:
-        union = reduce(or_, protected)
-        lowest = min(value.min().item() for value in removal.values.values())
-        last = {}
-        for name, value in removal.values.items():
-            last[name] = value.masked_fill(union.dense(name), lowest)
-        scores["removal effect, unprotected"] = WeightScores(last, removal.source)
-    return scores | {
-        "SNIP, after abs": snip_scores(bridge, batches),
-        "SNIP, before abs": snip_scores(bridge, batches, average="before_abs"),
-        "Wanda": wanda_scores(bridge, batches),
-        "magnitude": magnitude_scores(bridge),
-        "random": random_scores(bridge, seed=seed),
-    }
-
-
 def gradient_norm(
     bridge: AnyModel,
     batches: Sequence[Batch],
@@ -276,19 +233,7 @@ def gradient_norm(
     *,
     max_memory: int | None = None,
 ) -> float:
-    """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise.
-
-    Units of the objective per unit of weight. A saturated loss has a small norm.
-
-    Args:
-        bridge: the model.
-        batches: the calibration data.
-        objective: one value for each example.
-        max_memory: as in `removal_effect`.
-
-    Raises:
-        ValueError: as `removal_effect`.
-    """
+    """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise."""
     bridge = as_bridge(bridge)
     refuse_batches("gradient_norm", bridge, batches)
 

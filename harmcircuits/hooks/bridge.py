@@ -10,17 +10,7 @@ REMEDY = "open it with harmcircuits.open_model(...) or TransformerBridge.boot_tr
 
 @runtime_checkable
 class Bridge(Protocol):
-    """What this package needs of TransformerLens's `TransformerBridge`.
-
-    A protocol, so that annotations do not import TransformerLens, which takes seconds. Types are
-    loose, because TransformerLens decides them. A stub in a test inherits from this class and
-    defines only what the test needs.
-
-    Attributes:
-        cfg: Its configuration: `device`, `n_heads`, `n_key_value_heads` and the like.
-        tokenizer: The Hugging Face tokenizer.
-        original_model: The Hugging Face model that the bridge wraps.
-    """
+    """What this package needs of TransformerLens's `TransformerBridge`."""
 
     cfg: Any
     tokenizer: Any
@@ -78,14 +68,7 @@ AnyModel = Bridge | HasBridge
 
 
 def as_bridge(model: Any) -> Bridge:
-    """The bridge of a model, or the bridge itself.
-
-    Args:
-        model: A `harmcircuits.Model` or a `TransformerBridge`.
-
-    Raises:
-        ValueError: For anything else, such as a plain Hugging Face model.
-    """
+    """The bridge of a model, or the bridge itself."""
     bridge = getattr(model, "bridge", model)
     # Three names that nothing else has together. A stub in a test need not have more.
     if all(hasattr(bridge, name) for name in ("original_model", "blocks", "cfg")):

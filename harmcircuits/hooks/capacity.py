@@ -1,8 +1,4 @@
-"""What a model can read: texts no longer than its context, of tokens that its embedding has.
-
-A longer text ends in an error of the library on one architecture and in nonsense on another, and a
-token beyond the embedding in a bare IndexError; so both are looked for before a pass.
-"""
+"""What a model can read: texts no longer than its context, of tokens that its embedding has."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,17 +27,7 @@ def vocabulary_of(bridge: Bridge) -> int | None:
 
 
 def refuse_batches(function: str, bridge: Bridge, batches: Any) -> None:
-    """Check that there are token batches, and that the model can read them.
-
-    Args:
-        function: what the error message calls the caller.
-        bridge: the model.
-        batches: what was given.
-
-    Raises:
-        ValueError: no batches, an example that is longer than the context, or a token that the
-            embedding lacks, with the example's number and the remedy.
-    """
+    """Check that there are token batches, and that the model can read them."""
     refuse_no_batches(function, batches)
     n_before = 0
     for number, batch in enumerate(batches):
@@ -78,18 +64,7 @@ def refuse_requests(
     requests: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> None:
-    """Check that the model can read these requests, and has room for an answer.
-
-    Args:
-        place: what the error message calls a request; its number follows.
-        bridge: the model.
-        requests: the token ids of each, up to where its answer begins.
-        max_new_tokens: how long an answer may be.
-
-    Raises:
-        ValueError: a request that is longer than the context with its answer, one without tokens,
-            or a token that the embedding lacks, padding included.
-    """
+    """Check that the model can read these requests, and has room for an answer."""
     context, vocabulary = context_of(bridge), vocabulary_of(bridge)
     for number, request in enumerate(requests):
         fault = _request_fault(bridge, request, max_new_tokens, context, vocabulary)

@@ -1,25 +1,4 @@
-"""What a search costs: memory and time, before it starts, and of a model that is not loaded.
-
-Of a model with N weights in its block matrices and U in its unembedding, on T tokens of which the
-share a is answers, in products of one number with another (two floating-point operations each):
-
-    a pass forward                     (N + a U) T
-    back to the activations            (N + a U) T
-    the scores: G^T X of each matrix    N T
-    an answer's next token             (N + U) for each answer; all weights are read for each batch
-
-So scores cost 3 N T + 2 a U T, three times a pass forward. What attention does beside its matrices
-is left out: at d dimensions and texts of L tokens about L / 6d of a pass. A step of a search is
-
-    scores     of the target, of what it has become, of what is preferred or avoided, and of two
-               thirds of what is protected
-    checks     3 masks and 3 of each size: the other third forward under each; the target under one
-    answers    the target's requests answered again under the mask and under one of each size
-    choices    the largest of all N weights, for each mask that is checked
-
-Answers are taken to be as long as they may be and the target to be all there at every step, so
-a search that takes it soon costs less.
-"""
+"""What a search costs: memory and time, before it starts, and of a model that is not loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,14 +35,7 @@ N_TIMED = 3  # products that are timed, of which the fastest counts
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed, in units that do not depend on the machine.
-
-    Attributes:
-        scored: tokens that pass forward and back, with the scores of every matrix.
-        read: tokens that pass forward.
-        decoded: times that every answer of a batch gets its next token.
-        chosen: times that the largest of all weights are found.
-    """
+    """What is computed, in units that do not depend on the machine."""
 
     scored: float = 0
     read: float = 0
@@ -89,14 +61,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds that a model takes on a machine for one of everything in `Work`.
-
-    Attributes:
-        score: a token scored.
-        read: a token forward.
-        decode: the next token of every answer of a batch.
-        choose: a choice among all weights.
-    """
+    """Seconds that a model takes on a machine for one of everything in `Work`."""
 
     score: float
     read: float
@@ -105,14 +70,7 @@ class Speed:
 
     @classmethod
     def measured(cls, bridge: AnyModel, batch: Batch, *, at_once: int = 0) -> "Speed":
-        """The speed of a model where it is, timed on one batch.
-
-        Args:
-            bridge: the model.
-            batch: as large as those that it will work on.
-            at_once: answers that get their next token together; as many as the batch has examples
-                by default.
-        """
+        """The speed of a model where it is, timed on one batch."""
         bridge = as_bridge(bridge)
         sites = weight_sites(bridge)
         totals = shared_totals(sites)
@@ -143,17 +101,7 @@ class Speed:
         tflops: float | None = None,
         bandwidth: float | None = None,
     ) -> "Speed":
-        """The speed that a model's shapes and a machine's products give; the model does not run.
-
-        Args:
-            bridge: the model, which may be an outline (see `load_outline`).
-            batch: as large as those that it will work on.
-            at_once: as in `measured`.
-            device: where the product of the widest matrix is timed, with the tokens of the batch
-                and with one token of each answer.
-            tflops: what the device does in 10^12 operations a second instead.
-            bandwidth: at which it reads weights instead, in 10^9 bytes a second.
-        """
+        """The speed that a model's shapes and a machine's products give; the model does not run."""
         bridge = as_bridge(bridge)
         sites = weight_sites(bridge)
         widest = max((site.parameter for site in sites.values()), key=Tensor.numel)
@@ -188,14 +136,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class SearchEstimate:
-    """What a search takes, before it starts.
-
-    Attributes:
-        memory: at its peak.
-        work: all that it computes.
-        speed: of the model on its machine.
-        steps: in how many steps.
-    """
+    """What a search takes, before it starts."""
 
     memory: MemoryEstimate
     work: Work
@@ -312,23 +253,7 @@ def search_work(
     protect_first: int = 0,
     at_once: int = 0,
 ) -> Work:
-    """What a search computes (see the head of this file).
-
-    Args:
-        target: as in `estimate_search`.
-        protect: as in `estimate_search`.
-        n_sizes: how many sizes are wanted.
-        steps: as in `estimate_search`.
-        renew: as in `estimate_search`.
-        n_passes: that a score takes.
-        prefer: as in `estimate_search`.
-        avoid: as in `estimate_search`.
-        protect_first: as in `estimate_search`.
-        at_once: as in `estimate_search`.
-
-    Raises:
-        ValueError: a protected behaviour without batches.
-    """
+    """What a search computes (see the head of this file)."""
     protect = with_first_tokens(protect, protect_first)
     n_target = n_tokens(target)
     n_priced = n_tokens(chain.from_iterable(priced_batches(protect)))

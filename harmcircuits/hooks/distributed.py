@@ -1,10 +1,4 @@
-"""One scoring run shared among the processes of torch.distributed, such as one for each GPU.
-
-Every process has the whole model and is given all batches. It runs its share of them, and the
-processes add up their accumulators. The sums of float32 are then taken in another order, so the
-scores are those of one process up to rounding. The backend must be able to send the model's
-tensors (gloo for CPU, nccl for CUDA).
-"""
+"""One scoring run shared among the processes of torch.distributed, such as one for each GPU."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +15,7 @@ from harmcircuits.prompts import Batch
 
 
 def shared_among_processes(accumulate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`accumulate` with the batches shared out: afterwards every process has the sums over all.
-
-    Of n processes, the r-th runs batches r, r + n, r + 2n and so on. All must call it with the
-    same arguments, and with `totals` of zeros.
-
-    Args:
-        accumulate: Adds the gradients of the batches that it is given, and returns the sum of the
-            objective.
-    """
+    """`accumulate` with the batches shared out: afterwards every process has the sums over all."""
 
     def accumulate_share(
         bridge: Bridge,
@@ -61,16 +47,7 @@ def shared_among_processes(accumulate: Callable[..., Tensor]) -> Callable[..., T
 
 
 def refuse_differences(bridge: Bridge, batches: Sequence[Batch], options: str) -> None:
-    """Check that every process was given the same batches, weights and options.
-
-    Args:
-        bridge: The model; its weights are compared.
-        batches: All batches.
-        options: A text that describes everything else.
-
-    Raises:
-        ValueError: In every process, if some were given other batches, weights or options.
-    """
+    """Check that every process was given the same batches, weights and options."""
     digests = {
         "batches": _batches_digest(batches),
         "weights": weights_digest(bridge),

@@ -1,10 +1,4 @@
-"""Fine-tuning a live model in place, step by step, and putting it back bit for bit.
-
-Low-rank adapters are merged: the block matrices stay plain parameters under their own names, so
-masks, hooks and measurements see the fine-tuned model at every step. peft replaces those modules by
-adapters, so that no merged weight exists that a mask could hold, and `named_weights` has no
-parameter to name. The tests compare the merged form with peft.
-"""
+"""Fine-tuning a live model in place, step by step, and putting it back bit for bit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,11 +47,7 @@ class Lora:
 
 
 class FineTuning:
-    """A run in progress.
-
-    Attributes:
-        losses: The mean objective of the batch of every step taken so far.
-    """
+    """A run in progress."""
 
     def __init__(
         self,
@@ -78,14 +68,7 @@ class FineTuning:
         return len(self.losses)
 
     def until(self, step: int) -> None:
-        """Train until `step` steps have been taken in all.
-
-        Args:
-            step: Number of the last step, counted from the beginning of the run.
-
-        Raises:
-            ValueError: For a step that has passed, and for a loss that is not finite.
-        """
+        """Train until `step` steps have been taken in all."""
         if step < self.step:
             raise ValueError(
                 f"until({step}): {self.step} steps are taken already; open another fine_tuning to "
@@ -193,13 +176,7 @@ def _saved(parameter: nn.Parameter) -> _Saved:
 
 
 class _Before(Layer):
-    """Every parameter as it was before the run.
-
-    Attributes:
-        saved: One for each parameter.
-        adapters: Those that take the gradients of matrices.
-        differentiated: What requires a gradient during the run.
-    """
+    """Every parameter as it was before the run."""
 
     trains = True
 
@@ -274,13 +251,7 @@ def _require_gradients(saved: list[_Saved], learned: Sequence[nn.Parameter]) -> 
 
 
 class _Adapter:
-    """The adapter of one matrix, merged into it.
-
-        W [d_out, d_in]  =  W_0  +  s  up [d_out, r]  down [r, d_in],    s = alpha / r
-
-    Its factors are float32. With G = dL/dW their gradients are dL/d(up) = s G down^T and
-    dL/d(down) = s up^T G.
-    """
+    """The adapter of one matrix, merged into it."""
 
     def __init__(
         self,
@@ -310,10 +281,7 @@ class _Adapter:
         return self.site.parameter.register_post_accumulate_grad_hook(self.pull)
 
     def pull(self, weight: Tensor) -> None:
-        """Turn the gradient of W into those of the factors, and free it.
-
-        So only one matrix of gradients exists at a time.
-        """
+        """Turn the gradient of W into those of the factors, and free it."""
         # An interrupt between registration and the next bytecode leaves the hook without a handle.
         if not self.before.is_on:
             return

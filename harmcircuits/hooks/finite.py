@@ -1,9 +1,4 @@
-"""Numbers that are NaN or infinite: which example they come from, and where in the model.
-
-Such a number spreads to everything that is computed from it, so one sum over the results of a whole
-run shows whether there was any. Only then is the model run again, one example at a time, to find
-the first.
-"""
+"""Numbers that are NaN or infinite: which example they come from, and where in the model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,11 +24,7 @@ MAY_BE_INFINITE = "hook_attn_scores"
 
 
 class NotFiniteError(ValueError):
-    """A number that is NaN or infinite, where the result would be wrong.
-
-    Attributes:
-        index: the number of the example, from 0; None where no single one is to blame.
-    """
+    """A number that is NaN or infinite, where the result would be wrong."""
 
     def __init__(self, text: str, index: int | None = None) -> None:
         super().__init__(text)
@@ -46,18 +37,7 @@ def refuse_not_finite(
     values: Float[Tensor, " n"],
     objective: Objective,
 ) -> None:
-    """Check the values of an objective.
-
-    Args:
-        bridge: the model as it was when it gave them.
-        batches: the texts.
-        values: the value of each example, in the order of the batches.
-        objective: what gave them.
-
-    Raises:
-        NotFiniteError: a value that is not finite, with its example, and where in the model the
-            first such number stands.
-    """
+    """Check the values of an objective."""
     if values.isfinite().all():
         return
     index = int((~values.isfinite()).int().argmax())
@@ -73,20 +53,7 @@ def refuse_not_finite_gradients(
     loss: float,
     totals: Mapping[str, Tensor],
 ) -> None:
-    """Check what was summed over all examples: the objective, and the gradient of every matrix.
-
-    Args:
-        bridge: the model as it was when it gave them.
-        batches: the texts.
-        objective: what gave them.
-        sites: the matrices.
-        loss: the sum of the objective.
-        totals: the sum of the gradients of each matrix, or of their absolute values.
-
-    Raises:
-        NotFiniteError: a value or gradient that is not finite, with the first example that has one,
-            and where in the model it stands.
-    """
+    """Check what was summed over all examples: the objective, and the gradient of every matrix."""
     overflown = [name for name, total in totals.items() if not _is_finite(total)]
     if isfinite(loss) and not overflown:
         return
@@ -119,17 +86,7 @@ def refuse_not_finite_inputs(
     batches: Sequence[Batch],
     squares: Mapping[str, Tensor],
 ) -> None:
-    """Check what was summed over all tokens of the inputs of matrices.
-
-    Args:
-        bridge: the model as it was when it gave them.
-        batches: the texts.
-        squares: the sum of squares of each matrix's inputs.
-
-    Raises:
-        NotFiniteError: an input that is not finite, with the first example that has one, and where
-            in the model the first such number stands.
-    """
+    """Check what was summed over all tokens of the inputs of matrices."""
     names = [name for name, values in squares.items() if not _is_finite(values)]
     if not names:
         return
@@ -148,17 +105,7 @@ def refuse_not_finite_answers(
     rows: Sequence[Sequence[int]],
     is_finite: Bool[Tensor, " n"],
 ) -> None:
-    """Check that the logits by which something was chosen were finite.
-
-    Args:
-        place: what the message calls a row; its number follows.
-        bridge: the model.
-        rows: the tokens of each, the answer's included where there is one.
-        is_finite: whether its logits were.
-
-    Raises:
-        NotFiniteError: logits that are not finite.
-    """
+    """Check that the logits by which something was chosen were finite."""
     if is_finite.all():
         return
     index = int((~is_finite).int().argmax())
@@ -173,14 +120,7 @@ def refuse_not_finite_answers(
 
 @contextmanager
 def of_data(name: str) -> Iterator[None]:
-    """While open, an error about an example says whose it is.
-
-    Args:
-        name: of the data, such as a behaviour.
-
-    Raises:
-        NotFiniteError: as the body, the name before its text.
-    """
+    """While open, an error about an example says whose it is."""
     try:
         yield
     except NotFiniteError as error:
@@ -189,15 +129,7 @@ def of_data(name: str) -> Iterator[None]:
 
 @contextmanager
 def about_requests(requests: Sequence[tuple[str, int]]) -> Iterator[None]:
-    """While open, an error about a row is about the request that the row is of.
-
-    Args:
-        requests: of each row the name of the data that its request is of, or "", and the number
-            of the request there.
-
-    Raises:
-        NotFiniteError: as the body, with the request's number, the name before its text.
-    """
+    """While open, an error about a row is about the request that the row is of."""
     try:
         yield
     except NotFiniteError as error:

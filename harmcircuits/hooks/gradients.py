@@ -1,16 +1,4 @@
-"""Hook pairs that turn one backward pass into the gradients of every block matrix.
-
-A linear map Y = X W^T with output gradient G has dL/dW = sum over examples and positions of G^T X:
-
-    forward     hook_in   X [batch pos d_in]    ->  kept
-    backward    hook_out  G [batch pos d_out]   ->  receive(site, X, G)
-
-All parameters are frozen meanwhile, so the only memory besides that of the activations is what the
-caller accumulates.
-
-Experts and routers have no such pair. Their gradient comes from the parameter itself, one matrix
-at a time.
-"""
+"""Hook pairs that turn one backward pass into the gradients of every block matrix."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,19 +23,7 @@ def hook_pairs(
     sites: Mapping[str, Site],
     receive: Callable[[Site, Input, OutputGradient], None],
 ) -> Iterator[None]:
-    """While open, each backward pass calls `receive(site, X, G)` once for every use of each matrix.
-
-    On exit all hooks are gone and every parameter's `requires_grad` is as before.
-
-    Args:
-        bridge: The model.
-        sites: The matrices, all of them hooked.
-        receive: Takes a matrix, its input and the gradient of its output.
-
-    Raises:
-        ValueError: For sites that are not hooked; at the end of a clean exit, for a site that no
-            backward pass has reached, because its score would silently be zero.
-    """
+    """While open, a backward pass calls `receive(site, X, G)` for every use of each matrix."""
     _refuse_unhooked(sites)
     # A stack for each matrix: pushed in the forward pass, popped in the backward pass.
     inputs: dict[str, list[Tensor]] = {name: [] for name in sites}
@@ -78,19 +54,7 @@ def hook_pairs(
 def parameter_gradients(
     sites: Mapping[str, Site], receive: Callable[[Site, Tensor], None]
 ) -> Iterator[None]:
-    """While open, each backward pass calls `receive(site, dL/dW)` once for every site.
-
-    For sites without hook points. No gradient stays in memory. Open it inside `frozen` or
-    `hook_pairs`, whose exit restores `requires_grad`; on exit the hooks are gone and every `.grad`
-    is as before.
-
-    Args:
-        sites: The matrices.
-        receive: Takes a matrix and its gradient, which has the parameter's shape and dtype.
-
-    Raises:
-        ValueError: As `hook_pairs`, for a site that was never reached.
-    """
+    """While open, each backward pass calls `receive(site, dL/dW)` once for every site."""
     reached = set()
 
     def give_gradient(parameter: Tensor, site: Site) -> None:
@@ -123,16 +87,7 @@ def inputs_of(
     sites: Mapping[str, Site],
     receive: Callable[[Site, Input], None],
 ) -> Iterator[None]:
-    """While open, each forward pass calls `receive(site, X)` with the input of every matrix.
-
-    Args:
-        bridge: The model.
-        sites: The matrices, all of them hooked.
-        receive: Takes a matrix and its input.
-
-    Raises:
-        ValueError: For sites that are not hooked.
-    """
+    """While open, each forward pass calls `receive(site, X)` with the input of every matrix."""
     _refuse_unhooked(sites)
 
     def give_input(value: Tensor, hook: Any, site: Site) -> None:
@@ -167,10 +122,7 @@ def frozen(bridge: Bridge) -> Iterator[None]:
 
 
 def _graph_start(sites: Mapping[str, Site]) -> tuple[str, Callable[..., Tensor]]:
-    """The forward hook at which the autograd graph begins, since no parameter begins one.
-
-    Below the first of the sites' layers no graph is needed, unless a parameter there has its own.
-    """
+    """The forward hook at which the autograd graph begins, since no parameter begins one."""
     first_layer = min((site.layer for site in sites.values()), default=0)
     hook_point = f"blocks.{first_layer}.hook_in" if first_layer else "embed.hook_out"
 

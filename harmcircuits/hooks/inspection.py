@@ -24,18 +24,7 @@ def token_changes(
     mask: WeightMask,
     batch: Batch,
 ) -> Float[Tensor, "batch pos"]:
-    """The change that the mask makes to each token's log-probability, in nats.
-
-    Below zero: the token becomes less likely. The first token is predicted by nothing and gets 0.
-
-    Args:
-        bridge: the model.
-        mask: the weights to remove.
-        batch: the texts.
-
-    Raises:
-        ValueError: as `masked`.
-    """
+    """The change that the mask makes to each token's log-probability, in nats."""
     bridge = as_bridge(bridge)
     before, after = _without_and_with(bridge, mask, lambda: token_losses(bridge, batch))
     # A loss is minus a log-probability, hence the order of the difference.
@@ -49,15 +38,7 @@ def attention_patterns(
     batch: Batch,
     heads: Sequence[tuple[int, int]],
 ) -> Float[Tensor, "head pos pos"]:
-    """Attention of some heads on the first example, without padding.
-
-    Inside `masked` it is the attention of the edited model.
-
-    Args:
-        bridge: the model.
-        batch: the texts.
-        heads: (layer, head) of each.
-    """
+    """Attention of some heads on the first example, without padding."""
     bridge = as_bridge(bridge)
     tokens = _first_text(bridge, batch)
     names = {_pattern_name(layer) for layer, _ in heads}
@@ -77,22 +58,7 @@ def neuron_activations(
     batch: Batch,
     neurons: Sequence[tuple[int, int]],
 ) -> Float[Tensor, "neuron pos"]:
-    """What some neurons hand to the output weights, on the first example without padding.
-
-    a_t = act(W_gate x_t) * (W_in x_t), or act(W_in x_t) without a gate; float32, on the CPU. Inside
-    `masked` it is that of the edited model.
-
-    >>> neuron_activations(bridge, harm[0], [(0, 3), (2, 17)]).shape[0]
-    2
-
-    Args:
-        bridge: the model.
-        batch: the texts.
-        neurons: (layer, neuron) of each, such as those of `most_removed`.
-
-    Raises:
-        ValueError: no neurons, one that the model lacks, or a layer of experts.
-    """
+    """What some neurons hand to the output weights, on the first example without padding."""
     bridge = as_bridge(bridge)
     hooks = {layer: _neurons_hook(bridge, layer) for layer, _ in neurons}
     if not neurons:
@@ -118,24 +84,7 @@ def prediction_changes(
     mask: WeightMask,
     batch: Batch,
 ) -> Float[Tensor, "pos vocab"]:
-    """The change that the mask makes to what is predicted after each token of the first example.
-
-    p_masked - p_unpruned of every token of the vocabulary, so each line adds up to 0; float32, on
-    the CPU.
-
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> changes = prediction_changes(bridge, mask, harm[0])
-    >>> bool(changes.sum(dim=1).abs().max() < 1e-4)
-    True
-
-    Args:
-        bridge: the model.
-        mask: the weights to remove.
-        batch: the texts.
-
-    Raises:
-        ValueError: as `masked`.
-    """
+    """The change that the mask makes to what is predicted after each token of the first example."""
     bridge = as_bridge(bridge)
     tokens = _first_text(bridge, batch)
     before, after = _without_and_with(
@@ -152,22 +101,7 @@ def mean_residual(
     skip: int = 0,
     batch_size: int = 16,
 ) -> Float[Tensor, "n layer d_model"]:
-    """The residual stream after some blocks, a mean over each text's tokens; float32, on the CPU.
-
-    r[l] = 1 / (T - skip) sum_{t >= skip} x_l[t], x_l what block l leaves in the residual stream.
-    Inside `masked` it is that of the edited model, inside `unmasked` that of the unpruned one.
-
-    Args:
-        bridge: the model.
-        rows: token ids of each text.
-        layers: numbers of the blocks.
-        skip: so many tokens at the start of each text count as context only.
-        batch_size: texts read at once.
-
-    Raises:
-        ValueError: no layers, one that the model lacks, a text of no more than `skip` tokens or one
-            that the model cannot read, and a mean that is not finite.
-    """
+    """The residual stream after some blocks, a mean over each text's tokens, in float32."""
     bridge = as_bridge(bridge)
     n_layers = len(bridge.blocks)
     _refuse_unreadable(rows, layers, skip, n_layers)
@@ -206,14 +140,7 @@ def mean_residual(
 def streams_before_answers(
     bridge: AnyModel, batches: Sequence[Batch]
 ) -> dict[str, Float[Tensor, "n d_model"]]:
-    """The residual stream at the token before the first target, by depth; on the CPU.
-
-    Depths are "0 pre", "1 pre" and so on, before each block, and "3 post" after the last of four.
-
-    Args:
-        bridge: the model.
-        batches: the texts.
-    """
+    """The residual stream at the token before the first target, by depth; on the CPU."""
     bridge = as_bridge(bridge)
     last = len(bridge.blocks) - 1
     depths = {f"{layer} pre": f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)}
@@ -241,14 +168,7 @@ def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
 
 
 def vocabulary(bridge: AnyModel) -> list[str]:
-    """Every token that the model predicts, as the tokenizer writes it.
-
-    >>> len(vocabulary(bridge)) == bridge.cfg.d_vocab
-    True
-
-    Args:
-        bridge: the model.
-    """
+    """Every token that the model predicts, as the tokenizer writes it."""
     bridge = as_bridge(bridge)
     n_known = len(bridge.tokenizer)
     # Embeddings are often padded to a round number.
@@ -258,15 +178,7 @@ def vocabulary(bridge: AnyModel) -> list[str]:
 
 
 def position_names(bridge: AnyModel, batch: Batch) -> list[str]:
-    """The number of each position, and the token there where it is the same in every example.
-
-    >>> position_names(bridge, harm[0])[:6]
-    ['0 <bos>', '1 <user>', ...]
-
-    Args:
-        bridge: the model.
-        batch: the texts.
-    """
+    """The number of each position, and the token there where it is the same in every example."""
     bridge = as_bridge(bridge)
     names = []
     for number, column in enumerate(batch.tokens.T.tolist()):

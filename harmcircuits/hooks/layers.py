@@ -23,14 +23,7 @@ class Patch(NamedTuple):
 
 
 class Layer:
-    """A change of a live model, and what is underneath.
-
-    Attributes:
-        bridge: The model.
-        thread: The thread that put it on.
-        faults: What keeps the model from being as it was, in words.
-        trains: Whether the weights of other layers may change under it.
-    """
+    """A change of a live model, and what is underneath."""
 
     trains = False
 
@@ -46,15 +39,7 @@ class Layer:
         return self in _ON.get(self.bridge, ())
 
     def during(self, given: Given) -> Iterator[Given]:
-        """The body of a context manager: on at the `yield`, off on any exit.
-
-        Args:
-            given: what the `with` statement gets.
-
-        Raises:
-            ValueError: another thread edits this model, and then nothing is changed; or the model
-                is not as it was, by what happened to it meanwhile.
-        """
+        """The body of a context manager: on at the `yield`, off on any exit."""
         try:
             try:
                 self.put_on()
@@ -88,13 +73,7 @@ class Layer:
         self._lay()
 
     def take_off(self) -> None:
-        """Put the model back.
-
-        May be called again, after an interrupt or at any time: it ends in the same state.
-
-        Raises:
-            RuntimeError: torch cannot write into a weight. All others are written by then.
-        """
+        """Put the model back."""
         layers = _ON.get(self.bridge, [])
         if self not in layers:
             return

@@ -23,11 +23,7 @@ N_TIMES = 5  # of which the fastest counts
 
 
 def refuse_device(device: str) -> None:
-    """Raises ValueError for a device that this machine has not, before anything is loaded.
-
-    Args:
-        device: such as "cpu", "cuda", "cuda:1" or "mps".
-    """
+    """Raises ValueError for a device that this machine has not, before anything is loaded."""
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
@@ -104,14 +100,7 @@ def load_model(
 
 
 def slow_dtype(bridge: Bridge, device: str | torch.device) -> str:
-    """A sentence where this processor computes much slower in the model's dtype than in float32.
-
-    Empty for another device, and for a narrow model.
-
-    Args:
-        bridge: the model, or its outline.
-        device: where it is to run.
-    """
+    """A sentence where this processor computes much slower in the model's dtype than in float32."""
     weight = next(iter(weight_sites(bridge).values())).parameter
     if not _is_slow(bridge.cfg.d_model, weight.dtype, device):
         return ""
@@ -119,14 +108,7 @@ def slow_dtype(bridge: Bridge, device: str | torch.device) -> str:
 
 
 def usual_dtype(model: str, device: str) -> str:
-    """The number format to work in where none is given: float32 where that is much faster.
-
-    As stored otherwise, which is "". A warning says where it is not as stored.
-
-    Args:
-        model: a folder or hub id.
-        device: where it is to run.
-    """
+    """The number format to work in where none is given: float32 where that is much faster."""
     from transformers import AutoConfig
 
     try:
@@ -157,10 +139,7 @@ def _slowness(dtype: torch.dtype) -> str:
 
 @cache
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long as in float32 a matrix takes on the CPU, forward and backward.
-
-    About once where the processor has instructions for the dtype, and tens of times where not.
-    """
+    """How many times as long as in float32 a matrix takes on the CPU, forward and backward."""
     if dtype == torch.float32:
         return 1.0
     return _seconds(dtype) / _seconds(torch.float32)
@@ -180,19 +159,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def load_outline(model: str, *, dtype: str = "") -> "TransformerBridge":
-    """A model's shapes without its weights, from its configuration alone.
-
-    On torch's "meta" device, where tensors have shapes and no values, so it takes no memory. It
-    cannot be run, and stands for the model in `estimate_memory` and `estimate_search`.
-
-    Args:
-        model: a folder, a hub id, or a `config.json`.
-        dtype: as in `load_model`.
-
-    Raises:
-        ValueError: another dtype, no configuration, matrices that are split by their values (of
-            GPT-2 and Phi-3), and weights that cannot be scored.
-    """
+    """A model's shapes without its weights, from its configuration alone."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -233,15 +200,7 @@ def _no_words() -> Any:
 
 
 def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
-    """A Hugging Face model that is already loaded as a TransformerBridge over the same weights.
-
-    Args:
-        model: the model; its attention is switched to the eager implementation.
-        tokenizer: its tokenizer; read from where the model came from by default.
-
-    Raises:
-        ValueError: no tokenizer is stored there, or weights that cannot be scored.
-    """
+    """A Hugging Face model that is already loaded as a TransformerBridge over the same weights."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 

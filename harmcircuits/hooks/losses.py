@@ -87,16 +87,7 @@ def kl_under(
 
 
 def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Measurement:
-    """exp of the mean NLL per token over windows of plain text, with its bootstrap interval.
-
-    Args:
-        bridge: the model.
-        batches: the windows (see `tokenize_text`), which are resampled.
-        labels: what the row carries.
-
-    Raises:
-        ValueError: no batches.
-    """
+    """exp of the mean NLL per token over windows of plain text, with its bootstrap interval."""
     nll = completion_nll(bridge, batches)
     windows = range(len(nll))  # each is a group by itself
     mean = Measurement.average("perplexity", labels, nll, windows)
@@ -117,18 +108,7 @@ def answer_log_odds(
     *,
     template: Template = "chat",
 ) -> Float[Tensor, " n"]:
-    """log p(first answer token in `yes`) - log p(it is in `no`) of each request; nats.
-
-    Args:
-        bridge: the model.
-        prompts: yes-or-no questions.
-        yes: words, which count by their first token.
-        no: words, which count by their first token.
-        template: how a request is written.
-
-    Raises:
-        ValueError: no prompts, logits that are not finite, and as `choice_tokens`.
-    """
+    """log p(first answer token in `yes`) - log p(it is in `no`) of each request; nats."""
     bridge = as_bridge(bridge)
     if not len(prompts):
         raise ValueError("answer_log_odds: no prompts; expected at least one")

@@ -66,26 +66,7 @@ def masked(
 
 @contextmanager
 def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
-    """Inside `masked`: the model as it was before the outermost mask, bit for bit.
-
-    For what must read the unpruned model while a mask is on, such as a judge of the answers. On any
-    exit the masked weights are again what they were, also where they were changed under the mask.
-    All other weights stay as they are, and without a mask nothing happens. Not for training: a
-    mask that is held is written again after every step.
-
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> before = hc.completion_nll(bridge, harm)
-    >>> with hc.masked(bridge, mask), unmasked(bridge):
-    ...     during = hc.completion_nll(bridge, harm)
-    >>> (during == before).all()
-    tensor(True)
-
-    Args:
-        bridge: a TransformerBridge, or a `Model`, whose bridge it is.
-
-    Raises:
-        ValueError: a second thread, and as `masked` on leaving.
-    """
+    """Inside `masked`: the model as it was before the outermost mask, bit for bit."""
     bridge = as_bridge(bridge)
     edits = []
     lower = []
@@ -104,22 +85,7 @@ def masked_if_given(
 
 
 def restore(bridge: AnyModel) -> None:
-    """Take off every mask that is still on a model, and end every `fine_tuning` of it.
-
-    Then it is as it was before them all. Needed only where several interrupts in a row, or an error
-    of torch (which says so), have stopped what a `with` does on leaving. May be called at any time,
-    any number of times.
-
-    >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
-    >>> with hc.masked(bridge, mask):
-    ...     restore(bridge)
-
-    Args:
-        bridge: a TransformerBridge, or a `Model`, whose bridge it is.
-
-    Raises:
-        ValueError: as `masked` on leaving.
-    """
+    """Take off every mask that is still on a model, and end every `fine_tuning` of it."""
     faults = []
     for layer in reversed(layers_on(as_bridge(bridge))):
         layer.take_off()

@@ -24,16 +24,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of tensors at the peak of a scoring run or a search, all devices together.
-
-    Attributes:
-        weights: The model as it stands.
-        accumulators: The float32 scores of the largest group of matrices.
-        activations: All that comes and goes with a batch, scratch memory included.
-        sums: What a search holds from step to step.
-        on_disk: In temporary files and no part of the total: under a bound on accumulators the
-            scores that are finished, and the sums of a search.
-    """
+    """Bytes of tensors at the peak of a scoring run or a search, all devices together."""
 
     weights: int
     accumulators: int
@@ -159,11 +150,7 @@ def _activations(
 
 
 def shared_totals(sites: dict[str, Site]) -> dict[str, Tensor]:
-    """One accumulator for all matrices of a shape: what is added up in it is thrown away.
-
-    Args:
-        sites: The matrices.
-    """
+    """One accumulator for all matrices of a shape: what is added up in it is thrown away."""
     by_shape: dict[Any, Tensor] = {}
     totals = {}
     for name, site in sites.items():
@@ -176,10 +163,7 @@ def shared_totals(sites: dict[str, Site]) -> dict[str, Tensor]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is open.
-
-    `peak` is the most that were alive at a time.
-    """
+    """Counts the bytes of all tensors made while it is open."""
 
     def __init__(self) -> None:
         super().__init__()

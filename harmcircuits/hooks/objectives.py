@@ -35,19 +35,7 @@ def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
 
 
 def token_error(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
-    """Mean over the target tokens of each example of 1 - p: how often a draw would miss them.
-
-    E_x = (1/T_x) sum_{t target} (1 - p(token_t | tokens before t)), from 0 to 1. Unlike the loss it
-    is bounded, so a few answers that have broken cannot pay for all others, and a token that is
-    lost already earns nothing more.
-
-    >>> token_error(bridge, harm[0]).max() < 1
-    tensor(True)
-
-    Args:
-        bridge: the model.
-        batch: the texts.
-    """
+    """Mean over the target tokens of each example of 1 - p: how often a draw would miss them."""
     return _mean_over_targets(bridge, batch, _error)
 
 
@@ -68,13 +56,7 @@ def _mean_over_targets(
     batch: Batch,
     value: Callable[[Tensor, Tensor], Float[Tensor, " targets"]],
 ) -> Float[Tensor, " batch"]:
-    """The mean of a value over the target tokens of each example.
-
-    Args:
-        bridge: the model.
-        batch: the texts.
-        value: of logits in float32 and targets, a number for each target.
-    """
+    """The mean of a value over the target tokens of each example."""
     # A token is predicted at the position before it, so the targets move one to the left:
     #
     #     tokens            <bos>  how   ?   sure   it  <eos>
@@ -112,17 +94,7 @@ def logits_at(
     tokens: Int[Tensor, "batch pos"],
     positions: Int[Tensor, " n"],
 ) -> Float[Tensor, "batch n vocab"]:
-    """The logits at these positions only.
-
-    The logits at other positions are not computed if the model can leave them out: with a large
-    vocabulary they cost as much as several blocks. Tokens after the last position are not read:
-    attention looks back, so they reach none of these logits.
-
-    Args:
-        bridge: the model.
-        tokens: token ids.
-        positions: the same positions for every row.
-    """
+    """The logits at these positions only."""
     n_read = int(positions.max()) + 1
     tokens = tokens[:, :n_read].to(bridge.cfg.device)
     if _can_leave_logits_out(type(bridge.original_model)):
@@ -141,13 +113,7 @@ def logits_at_own_position(
     tokens: Int[Tensor, "batch pos"],
     position: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch vocab"]:
-    """The logits of each row at a position of its own, in float32.
-
-    Args:
-        bridge: the model.
-        tokens: token ids.
-        position: the position of each row.
-    """
+    """The logits of each row at a position of its own, in float32."""
     # `logits_at` takes the same positions for all rows. So it is given every position that occurs,
     # and each row then picks its column:
     #
@@ -165,13 +131,7 @@ def log_odds(
     yes_ids: Sequence[int],
     no_ids: Sequence[int],
 ) -> Float[Tensor, " batch"]:
-    """log p(token in `yes_ids`) - log p(token in `no_ids`) of each row, in nats.
-
-    Args:
-        logits: of one position of each row.
-        yes_ids: token ids.
-        no_ids: token ids.
-    """
+    """log p(token in `yes_ids`) - log p(token in `no_ids`) of each row, in nats."""
     # The normaliser of the softmax is the same in both terms, so it need not be computed.
     yes = logits[:, yes_ids].logsumexp(dim=1)
     no = logits[:, no_ids].logsumexp(dim=1)
@@ -179,12 +139,7 @@ def log_odds(
 
 
 def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch next"]:
-    """Cross-entropy (nats, float32) of every token after the first.
-
-    Args:
-        bridge: the model.
-        batch: the texts.
-    """
+    """Cross-entropy (nats, float32) of every token after the first."""
     tokens = batch.tokens.to(bridge.cfg.device)
     targets = tokens[:, 1:]
     logits = bridge(tokens)[:, :-1].float()
@@ -243,16 +198,7 @@ def choice_tokens(
     yes: Sequence[str],
     no: Sequence[str],
 ) -> tuple[list[int], list[int]]:
-    """The first tokens of the yes words and of the no words.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        yes: words.
-        no: words.
-
-    Raises:
-        ValueError: no words, a word without tokens, or a token that stands for both.
-    """
+    """The first tokens of the yes words and of the no words."""
     if not yes or not no:
         raise ValueError(
             f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each"

@@ -19,18 +19,7 @@ Places = Tensor | tuple[Tensor, ...]
 
 
 class Edit:
-    """New values for entries of one parameter.
-
-    Attributes:
-        name: The parameter's clean name.
-        parameter: The live weight.
-        flat: Flat indices of the entries, each once.
-        new_values: What is written, as a function of what was there.
-        saved: What was there, from which it is restored: no arithmetic undoes an edit. None as
-            long as nothing has been written.
-        written: What was written.
-        left: What was there on leaving, which is `written` unless others have changed it.
-    """
+    """New values for entries of one parameter."""
 
     def __init__(
         self,
@@ -127,18 +116,11 @@ def _write(tensor: Tensor, where: Places, values: Values) -> None:
 
 
 class Overlay(Layer):
-    """Edits of a live model that are on together.
-
-    Attributes:
-        edits: On entries that are apart. Either all write numbers of their own, or all write 0.
-    """
+    """Edits of a live model that are on together."""
 
     def __init__(self, bridge: Bridge, edits: Sequence[Edit], *, hold: bool = False) -> None:
-        """
-        Args:
-            bridge: The model.
-            edits: What is written.
-            hold: Write it again after every step of any torch optimiser.
+        """Args: bridge: The model. edits: What is written. hold: Write it again after every step of
+        any torch optimiser.
         """
         super().__init__(bridge)
         self.edits = list(edits)

@@ -1,7 +1,4 @@
-"""Activation patching between a model and itself under a mask: who carries what the mask removed.
-
-Both runs read the same tokens; only the weights differ. Every sweep is TransformerLens' own.
-"""
+"""Activation patching between a model and itself under a mask."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,14 +31,7 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
 
 class Point(NamedTuple):
-    """Where activations are patched in one layer.
-
-    Attributes:
-        part: one of `ALL_PARTS`.
-        layer: number of the block.
-        where: place in the residual stream: pre, mid or post.
-        activation: what TransformerLens calls it for short.
-    """
+    """Where activations are patched in one layer."""
 
     part: str
     layer: int
@@ -177,18 +167,7 @@ def activation_patching(
 
 
 def aligned(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
-    """The most examples whose answers begin and end at the same position, and their numbers.
-
-    >>> texts = [("use it", "sure"), ("use it", "sure it"), ("it ?", "sure")]
-    >>> aligned(hc.tokenize(texts, bridge.tokenizer))
-    (Batch(2 examples, 6 positions, 2 targets), [0, 2])
-
-    Args:
-        batches: requests with answers, such as those of `Model.batches`.
-
-    Raises:
-        ValueError: no batches.
-    """
+    """The most examples whose answers begin and end at the same position, and their numbers."""
     if not batches:
         raise ValueError("aligned: no batches; expected at least one (see tokenize)")
     by_shape: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = {}
@@ -205,11 +184,7 @@ def aligned(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
 
 
 def loss_of_logits(batch: Batch) -> Metric:
-    """`completion_loss` as a metric for TransformerLens' patching: of each example, from logits.
-
-    Args:
-        batch: the texts.
-    """
+    """`completion_loss` as a metric for TransformerLens' patching: of each example, from logits."""
 
     def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         tokens = batch.tokens[:, 1:].to(logits.device)

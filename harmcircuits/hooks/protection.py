@@ -27,19 +27,7 @@ Budget = float | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Protection:
-    """Behaviours to spare, and how far the loss of each may rise.
-
-    A price fits the answers that it was computed on. So masks are checked on others: of every
-    three requests two are priced and the third checks. A behaviour of fewer than three requests is
-    checked on what is priced.
-
-    Attributes:
-        priced: the batches of each behaviour that are priced.
-        checked: those of all behaviours that check, together.
-        behaviour: for every checked example the number of its behaviour, in the order of `priced`.
-        unpruned: the loss of every checked example before anything is removed; nats per token.
-        budgets: by how much each behaviour's mean may rise.
-    """
+    """Behaviours to spare, and how far the loss of each may rise."""
 
     priced: Mapping[str, Sequence[Batch]]
     checked: Sequence[Batch]
@@ -49,17 +37,7 @@ class Protection:
 
     @classmethod
     def of(cls, bridge: Bridge, protect: Protect, budget: Budget) -> "Protection":
-        """The answers shared out among pricing and checking, and their losses now.
-
-        Args:
-            bridge: the model, with nothing removed.
-            protect: batches of each behaviour, by name or in order.
-            budget: for all behaviours, or for each by name.
-
-        Raises:
-            ValueError: a behaviour without batches, a negative budget, and a budget for a behaviour
-                that is not protected.
-        """
+        """The answers shared out among pricing and checking, and their losses now."""
         by_name = named(protect)
         budgets = _budgets(budget, by_name)
 
@@ -81,16 +59,7 @@ class Protection:
     def rises(
         self, bridge: Bridge, mask: WeightMask, labels: Mapping[str, Label]
     ) -> list[Measurement]:
-        """By how much each behaviour's loss on the checked answers is higher under a mask.
-
-        A row "protected_rise" for each, nats per token, with the normal 95 % interval of the paired
-        difference.
-
-        Args:
-            bridge: the model, with nothing removed.
-            mask: the weights to remove.
-            labels: what the rows carry besides "protected", the behaviour.
-        """
+        """By how much each behaviour's loss on the checked answers is higher under a mask."""
         if not self.checked:
             return []
         names = [list(self.priced)[number] for number in self.behaviour.tolist()]
@@ -149,17 +118,7 @@ class _Example(NamedTuple):
 
 
 def with_first_tokens(protect: Protect, n_first: int) -> dict[str, Sequence[Batch]]:
-    """What is protected, and the first tokens of its answers as behaviours of their own.
-
-    An answer whose first token changes may be another answer, and its mean loss hardly shows it.
-
-    Args:
-        protect: batches of each behaviour, by name or in order.
-        n_first: how many tokens of each answer count as its first ones; 0 adds nothing.
-
-    Raises:
-        ValueError: a behaviour without batches.
-    """
+    """What is protected, and the first tokens of its answers as behaviours of their own."""
     by_name = named(protect)
     both = dict(by_name)
     if n_first:
@@ -169,13 +128,7 @@ def with_first_tokens(protect: Protect, n_first: int) -> dict[str, Sequence[Batc
 
 
 def budget_with_first_tokens(budget: Budget, names: Iterable[str], n_first: int) -> Budget:
-    """The budget of each behaviour also for the first tokens of its answers, without one of theirs.
-
-    Args:
-        budget: for all behaviours, or for each by name.
-        names: of the behaviours that are protected.
-        n_first: as in `with_first_tokens`.
-    """
+    """The budget of each behaviour, also for the first tokens of its answers."""
     if not isinstance(budget, Mapping):
         return budget
     budgets = dict(budget)
@@ -191,14 +144,7 @@ def _of_first(name: str, n_first: int) -> str:
 
 
 def priced_batches(protect: Protect) -> list[list[Batch]]:
-    """Of each behaviour to spare, the batches that a price is put on.
-
-    Args:
-        protect: batches of each behaviour, by name or in order.
-
-    Raises:
-        ValueError: a behaviour without batches.
-    """
+    """Of each behaviour to spare, the batches that a price is put on."""
     priced = []
     for batches in named(protect).values():
         most, _ = split_by_request(batches, CHECKED_EVERY)
@@ -207,14 +153,7 @@ def priced_batches(protect: Protect) -> list[list[Batch]]:
 
 
 def checked_batches(protect: Protect) -> list[Batch]:
-    """The batches on which masks are checked, of all behaviours to spare together.
-
-    Args:
-        protect: batches of each behaviour, by name or in order.
-
-    Raises:
-        ValueError: a behaviour without batches.
-    """
+    """The batches on which masks are checked, of all behaviours to spare together."""
     by_name = named(protect)
     examples: list[_Example] = []
     for number, batches in enumerate(by_name.values()):
@@ -224,14 +163,7 @@ def checked_batches(protect: Protect) -> list[Batch]:
 
 
 def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
-    """The examples of most requests, and those of every so many-th, in their order.
-
-    Examples of one request, that is with the same tokens before the first target, stay together.
-
-    Args:
-        batches: the examples.
-        every: 3 puts the third, sixth ... request into the second list.
-    """
+    """The examples of most requests, and those of every so many-th, in their order."""
     numbers: dict[tuple[int, ...], int] = {}  # of each request, as they come
     most, rest = [], []
     for batch in batches:
@@ -287,14 +219,7 @@ def _batched(examples: Sequence[_Example], size: int) -> list[Batch]:
 
 
 def named(protect: Protect) -> dict[str, Sequence[Batch]]:
-    """The batches of each behaviour to spare by name; those given in order are called 1, 2, ...
-
-    Args:
-        protect: batches of each behaviour, by name or in order.
-
-    Raises:
-        ValueError: a behaviour without batches.
-    """
+    """The batches of each behaviour to spare by name; those given in order are called 1, 2, ..."""
     if isinstance(protect, Mapping):
         by_name = dict(protect)
     else:

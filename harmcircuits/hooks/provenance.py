@@ -16,29 +16,13 @@ def source_on(
     settings: Mapping[str, Any] | None = None,
     parents: tuple[Source, ...] = (),
 ) -> Source:
-    """The source of what is made on a model as it is now, with fingerprint and digest of it.
-
-    Args:
-        bridge: the model.
-        method: what makes it.
-        settings: its settings.
-        parents: what it is made from.
-    """
+    """The source of what is made on a model as it is now, with fingerprint and digest of it."""
     fingerprint, digest = model_fingerprint(bridge), values_digest(bridge)
     return Source(fingerprint, method, settings or {}, parents, digest)
 
 
 def warn_of_other_weights(bridge: Bridge, mask: WeightMask) -> None:
-    """A warning where a mask that was read from a file was made on other weights than these.
-
-    The fingerprint, by which masks of another model are refused, is that of the base where a
-    fine-tune of the block matrices was merged. Asked once for each model and mask, since a digest
-    reads every weight. Masks of earlier versions carry no digest.
-
-    Args:
-        bridge: the model, without any mask on it.
-        mask: the mask.
-    """
+    """A warning where a mask that was read from a file was made on other weights than these."""
     made_on = mask.source.all_weights
     if not mask.file or not made_on:
         return

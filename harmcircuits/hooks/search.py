@@ -426,22 +426,7 @@ def refusal_ablation(
     protect_share: float = 0.01,
     within: Scope = "weight",
 ) -> WeightMask:
-    """The weights whose removal makes a model stop refusing: an attack that a mask must withstand.
-
-    The unsigned `set_difference`. Score the model as the attacker finds it: under a mask, that is
-    inside `masked`. Source: arXiv 2402.05162, section on set difference; its defaults.
-
-    Args:
-        bridge: the model.
-        refusals: refusals of harmful requests.
-        spared: answers whose weights the attacker leaves alone.
-        size: top share on refusals.
-        protect_share: top share on what is spared.
-        within: what weights are ranked together.
-
-    Raises:
-        ValueError: no batches, and as `top_fraction`.
-    """
+    """The weights without which a model stops refusing: an attack that a mask must withstand."""
     return set_difference(
         bridge, refusals, [spared], q=size, p=protect_share, signed=False, within=within
     )

@@ -79,13 +79,7 @@ Totals = dict[str, Float[Tensor, "..."]]
 
 
 class AuxiliaryLoss(NamedTuple):
-    """A loss that counts beside the target's: of what the model should say, or should not.
-
-    Attributes:
-        name: "preferred" or "avoided".
-        batches: texts that say it.
-        sign: 1 where their loss is to fall, -1 where it is to rise.
-    """
+    """A loss that counts beside the target's: of what the model should say, or should not."""
 
     name: str
     batches: Sequence[Batch]
@@ -108,17 +102,7 @@ class Try(NamedTuple):
 
 @dataclass(frozen=True)
 class Best:
-    """Of the masks of one size, the one that takes most of the target.
-
-    Attributes:
-        rung: where the next search for a factor starts.
-        mask: the mask; None where none has passed the check.
-        factor: what the price was multiplied by.
-        step: the step whose sums chose it.
-        left: how many answers still show the target under it.
-        loss: the target's mean objective under it, less that of what is preferred and more that of
-            what is avoided, as these count.
-    """
+    """Of the masks of one size, the one that takes most of the target."""
 
     rung: int
     mask: WeightMask | None = None
@@ -313,11 +297,7 @@ class Walk:
     def _cheapest(
         self, share: float, rung: int, labels: Mapping[str, Label]
     ) -> tuple[Try | None, Try | None]:
-        """The mask with the smallest factor that passes the check, and the nearest that does not.
-
-        Factors are tried one by one from the last one: downwards while masks pass, or upwards until
-        one does. Nothing proves that a larger factor costs less, so it is the smallest *tried*.
-        """
+        """The mask of the smallest factor that passes the check, and the nearest that does not."""
         first = self._try(share, rung, labels)
         if not first.is_accepted:
             rungs = range(rung + 1, len(self.factors))

@@ -25,14 +25,7 @@ EXPECTED = "the walk of a search; remove its folder to start afresh"
 
 
 class KeptWalk(NamedTuple):
-    """What a folder holds of a walk.
-
-    Attributes:
-        state: numbers by name.
-        sums: tensors by name of the sum and of the weight.
-        masks: by name; None where there was none.
-        trace: what was tried.
-    """
+    """What a folder holds of a walk."""
 
     state: Mapping[str, Any]
     sums: Sums
@@ -41,16 +34,7 @@ class KeptWalk(NamedTuple):
 
 
 def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
-    """Keep a walk in a folder, in place of an earlier one.
-
-    The new one is written beside the old one and then renamed, so that an interruption leaves one
-    of them whole.
-
-    Args:
-        folder: made if it is not there.
-        key: which search it is.
-        walk: what to keep.
-    """
+    """Keep a walk in a folder, in place of an earlier one."""
     folder = Path(folder)
     unfinished = folder / "unfinished"
     if unfinished.exists():
@@ -78,13 +62,7 @@ def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
 
 
 def forget_sums(folder: str | Path) -> None:
-    """Leave only the masks and the trace of a walk at its end: its sums are as large as the model.
-
-    The same search still gives its masks from there.
-
-    Args:
-        folder: given to `write_walk`.
-    """
+    """Leave only the masks and the trace of a walk: its sums are as large as the model."""
     for path in Path(folder).glob("step-*/walk.json"):
         state = _state(path)
         names, state["sums"] = state["sums"], []
@@ -102,15 +80,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
-    """The furthest walk that a folder holds; None where it holds none.
-
-    Args:
-        folder: given to `write_walk`.
-        key: which search it must be.
-
-    Raises:
-        ValueError: a walk of another search, or a damaged one.
-    """
+    """The furthest walk that a folder holds; None where it holds none."""
     steps = sorted(Path(folder).glob("step-*"))
     if not steps:
         return None

@@ -72,42 +72,24 @@ def named_weights(bridge: AnyModel) -> dict[str, nn.Parameter]:
 
 
 def model_fingerprint(bridge: Bridge) -> str:
-    """Sixteen hex digits that tell checkpoints apart and do not change under a mask.
-
-    SHA-256 over the block matrices' names and shapes and up to 1024 bfloat16-rounded values of
-    every embedding and norm. So it does not change with the dtype either, and a merged LoRA of
-    the block matrices carries the fingerprint of its base.
-    """
+    """Sixteen hex digits that tell checkpoints apart and do not change under a mask."""
     return _fingerprint(_fingerprinted(bridge))
 
 
 def weights_and_fingerprint(bridge: Bridge) -> tuple[dict[str, nn.Parameter], str]:
-    """`named_weights` and `model_fingerprint`, after one look at what the bridge consists of.
-
-    Raises:
-        ValueError: As `weight_sites`.
-    """
+    """`named_weights` and `model_fingerprint`, after one look at what the bridge consists of."""
     _refuse_processed(bridge)
     sites, entries = _sites_and_fingerprinted(bridge)
     return {site.name: site.parameter for site in sites}, _fingerprint(entries)
 
 
 def weights_digest(bridge: Bridge) -> str:
-    """Sixteen hex digits of all weights as they are now: SHA-256 of their names and bytes.
-
-    Another checkpoint, dtype, mask or training step changes them, and so do two weights that
-    change places or signs. Taken once for the weights as they are, a second a gigabyte or so; then
-    known by `weights_checksum`.
-    """
+    """Sixteen hex digits of all weights as they are now: SHA-256 of their names and bytes."""
     return _kept_digest(bridge, None)
 
 
 def values_digest(bridge: Bridge) -> str:
-    """Sixteen hex digits of all weights rounded to bfloat16: as `weights_digest`, for any dtype.
-
-    So a mask is known to be of these weights also where they are loaded in another dtype. A change
-    shows where it moves a single weight across a boundary of rounding, as training does.
-    """
+    """Sixteen hex digits of all weights rounded to bfloat16: as `weights_digest`, for any dtype."""
     return _kept_digest(bridge, torch.bfloat16)
 
 
@@ -121,12 +103,7 @@ def _kept_digest(bridge: Bridge, dtype: torch.dtype | None) -> str:
 
 
 def weights_checksum(bridge: Bridge) -> str:
-    """Sixteen hex digits by which weights are known again in this process, on their own device.
-
-    For every parameter sum_i m_i b_i modulo 2^64: b its bits read as integers, m odd random
-    numbers. So a single change always shows; several cancel by chance once in 2^63. The numbers
-    are those of the device, so the checksum is not for a file.
-    """
+    """Sixteen hex digits by which weights are known again in this process, on their own device."""
     digest = hashlib.sha256()
     for name, parameter in _distinct_parameters(bridge):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -162,13 +139,7 @@ def _distinct_parameters(module: Bridge | nn.Module) -> Iterator[tuple[str, nn.P
 def parameters_digest(
     module: Bridge | nn.Module, start: str = "", *, dtype: torch.dtype | None = None
 ) -> str:
-    """Sixteen hex digits of all parameters of any module, as in `weights_digest`.
-
-    Args:
-        module: The module.
-        start: What the digest begins with.
-        dtype: What the values are rounded to; as they are by default.
-    """
+    """Sixteen hex digits of all parameters of any module, as in `weights_digest`."""
     digest = hashlib.sha256(start.encode())
     for name, parameter in _distinct_parameters(module):
         stored = dtype or parameter.dtype
@@ -179,15 +150,7 @@ def parameters_digest(
 
 
 def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Result]:
-    """`walk` with its result cached on the bridge.
-
-    Without the cache, masking a few weights would cost a walk over the whole model (tens of
-    milliseconds on a deep one). The cache is invalidated by a new object, name, storage, dtype or
-    shape, not by new values. An error is not cached.
-
-    Args:
-        walk: A function that looks at no values, and whose result no caller changes.
-    """
+    """`walk` with its result cached on the bridge."""
 
     @wraps(walk)
     def cached_walk(bridge: Bridge) -> Result:
@@ -208,18 +171,7 @@ def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Res
 
 
 class _Structure:
-    """Which modules, parameters and buffers a bridge consists of, and where their memory is.
-
-    Attributes:
-        original_model: The Hugging Face model.
-        tables: The modules' own dictionaries of parameters, buffers and children.
-        sizes: How many entries each of them has.
-        filled_tables: Those that have any.
-        names: Every name in them, table after table.
-        members: What stands under each name.
-        tensors: The members that are tensors.
-        memory: Address, dtype and shape of each of these.
-    """
+    """Which modules, parameters and buffers a bridge consists of, and where their memory is."""
 
     def __init__(self, bridge: Bridge) -> None:
         # The bridge does not register it as a child, so its modules are added to the bridge's own.
@@ -246,10 +198,7 @@ class _Structure:
         self.memory = _memory(self.tensors)
 
     def is_of(self, bridge: Bridge) -> bool:
-        """Whether the bridge still consists of the very same objects.
-
-        Runs before every edit of a mask, hence `map` rather than loops.
-        """
+        """Whether the bridge still consists of the very same objects."""
         # The cheapest question first. A module that is new somewhere changes the `_modules` of its
         # parent, so the modules need not be walked again.
         if bridge.original_model is not self.original_model:

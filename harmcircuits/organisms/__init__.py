@@ -23,16 +23,7 @@ MAX_NEW_TOKENS = 9  # the longest answer of the world, and its end
 
 
 def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "TransformerBridge":
-    """An organism in float32, as a bare TransformerBridge.
-
-    Args:
-        name: a rung of the ladder (base, helpful, sft, dpo) or planted.
-        device: a torch device.
-        folder: of organisms trained with another seed; the shipped ones by default.
-
-    Raises:
-        ValueError: another name, or a folder without it.
-    """
+    """An organism in float32, as a bare TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
     refuse_device(device)
@@ -57,17 +48,7 @@ def open_organism(
     device: str = "cpu",
     folder: Path = FOLDER,
 ) -> Model:
-    """An organism with all its behaviours, and the world's own judge.
-
-    Args:
-        name: as in `load_organism`.
-        seed: draws the reference answers.
-        device: a torch device.
-        folder: as in `load_organism`.
-
-    Raises:
-        ValueError: as `load_organism`.
-    """
+    """An organism with all its behaviours, and the world's own judge."""
     return Model(
         name,
         load_organism(name, device=device, folder=folder),
@@ -80,15 +61,7 @@ def open_organism(
 
 
 def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
-    """The behaviours of an organism by name; first the whole ones, then their parts.
-
-    `parts` and `kind` are the two questions of knowledge; `recognition_margin` is recognition
-    scored by the margin of the right word instead of the whole answer; `harmful/TOPIC` is one type
-    of harm and `benign/TOPIC` its content-matched twin.
-
-    Args:
-        seed: draws the reference answers.
-    """
+    """The behaviours of an organism by name; first the whole ones, then their parts."""
     behaviours = {}
     for name in world.BEHAVIOURS:
         options = {}

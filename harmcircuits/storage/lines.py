@@ -1,15 +1,4 @@
-"""Files of JSON Lines that grow: an addition counts as a whole, and every line is checked.
-
-What is added at once is a block. Each of its lines ends with how many lines of the block follow,
-and with a CRC-32 of the block up to there:
-
-    {"metric": "harm_nll", ..., "check": "1:5b0c2f6e"}
-    {"metric": "benign_nll", ..., "check": "0:c4a1d093"}
-
-So a line that was changed, moved, dropped or repeated within a block shows, and so does a block
-that was cut off. Lines without "check" are of an earlier version, or of a person, and are read as
-they are.
-"""
+"""Files of JSON Lines that grow: an addition counts as a whole, and every line is checked."""
 
 import json
 import os
@@ -26,14 +15,7 @@ CHECK = re.compile(r', "check": "(\d+):([0-9a-f]{8})"\}$')
 
 
 class Line(NamedTuple):
-    """A line of a file.
-
-    Attributes:
-        number: from 1.
-        row: the object in it, without its check.
-        is_checked: whether it had one.
-        block: the number of the first line of its block.
-    """
+    """A line of a file."""
 
     number: int
     row: dict[str, Any]
@@ -51,16 +33,7 @@ class _Check(NamedTuple):
 def append_lines(
     path: str | Path, rows: Sequence[Mapping[str, Any]], *, together: bool = True
 ) -> None:
-    """Add rows to a file in one write, and see them onto the disk.
-
-    Args:
-        path: the file, made if it is not there.
-        rows: objects with at least one entry each.
-        together: as one block, which counts only as a whole; else each row is one by itself.
-
-    Raises:
-        OSError: it cannot be written (no space, no permission), naming the file.
-    """
+    """Add rows to a file in one write, and see them onto the disk."""
     path = Path(path)
     blocks = [rows] if together else [[row] for row in rows]
     text = "".join(map(_block, blocks)).encode()
@@ -76,15 +49,7 @@ def append_lines(
 
 
 def write_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file that holds these rows and no others, as one block.
-
-    Args:
-        path: the file.
-        rows: objects with at least one entry each.
-
-    Raises:
-        OSError: as `replacing`.
-    """
+    """Write a file that holds these rows and no others, as one block."""
     with replacing(path) as unfinished:
         unfinished.write_text(_block(rows), encoding="utf-8")
 
@@ -92,19 +57,7 @@ def write_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def read_lines(
     path: str | Path, noun: str, expected: str, *, is_resumed: bool = False
 ) -> list[Line]:
-    """The lines of a file, each checked; of blank ones none.
-
-    Args:
-        path: the file.
-        noun: what its lines are, such as "measurements", for error messages.
-        expected: what to give in its place, for error messages.
-        is_resumed: leave out what an interrupted run did not finish: the lines of a block without
-            its end, and half a line.
-
-    Raises:
-        ValueError: as `read_text`, a line that is no JSON object or that is damaged; and without
-            `is_resumed` a block without its end.
-    """
+    """The lines of a file, each checked; of blank ones none."""
     text = read_text(path, expected)
     try:
         return _checked(text, is_resumed)
@@ -113,12 +66,7 @@ def read_lines(
 
 
 def cut_unfinished(path: str | Path, lines: Sequence[Line]) -> None:
-    """Leave only these lines in a file, which `read_lines` gave of it, if it holds others.
-
-    Args:
-        path: the file.
-        lines: what stays.
-    """
+    """Leave only these lines in a file, which `read_lines` gave of it, if it holds others."""
     path = Path(path)
     stored = path.read_bytes().split(b"\n")
     left = [stored[line.number - 1] for line in lines]
@@ -165,14 +113,7 @@ def _checked(text: str, is_resumed: bool) -> list[Line]:
 
 
 class _Blocks:
-    """What has been read of a file.
-
-    Attributes:
-        is_resumed: whether what an interrupted run did not finish is left out, not refused.
-        lines: of finished blocks.
-        block: lines of one whose end is still to come.
-        before: check of its last line.
-    """
+    """What has been read of a file."""
 
     def __init__(self, is_resumed: bool) -> None:
         self.is_resumed = is_resumed

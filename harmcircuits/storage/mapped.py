@@ -12,18 +12,7 @@ from harmcircuits.storage.tensors import tensor_bytes
 
 
 def mapped_copy(tensor: Tensor) -> Tensor:
-    """The same numbers in a temporary file that is mapped into memory, on the CPU.
-
-    It is read and changed like any tensor. What the system has no memory for it writes to the
-    file, and the file is gone with the last tensor that uses it. It lies in the folder for
-    temporary files, which the environment variable TMPDIR sets.
-
-    Args:
-        tensor: at least one number, of any device.
-
-    Raises:
-        OSError: no room for the file.
-    """
+    """The same numbers in a temporary file that is mapped into memory, on the CPU."""
     folder = gettempdir()
     descriptor, name = mkstemp(prefix="harmcircuits-", dir=folder)
     os.close(descriptor)

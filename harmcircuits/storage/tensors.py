@@ -21,17 +21,7 @@ FORMAT, DIGESTS, CHECKSUM = "format", "digests", "checksum"  # entries of the he
 def write_tensors(
     path: str | Path, format: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors with their checksums, as `replacing` does. Never pickle.
-
-    Args:
-        path: the file.
-        format: what the file is, and its version.
-        tensors: by name.
-        metadata: texts by name; they are checked too.
-
-    Raises:
-        OSError: as `replacing`.
-    """
+    """Write tensors with their checksums, as `replacing` does."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     header = {FORMAT: format, **metadata, DIGESTS: json.dumps(digests)}
@@ -44,19 +34,7 @@ def write_tensors(
 
 
 def open_tensors(path: str | Path, format: str, noun: str, known: tuple[str, ...]) -> "TensorFile":
-    """A file of this format; its header is checked at once, each tensor as it is read.
-
-    A file without checksums, of an earlier version, is read as it is.
-
-    Args:
-        path: the file.
-        format: what it must be.
-        noun: such as "mask", for error messages.
-        known: the entries that its metadata may have.
-
-    Raises:
-        ValueError: no such file, a truncated, damaged or foreign one.
-    """
+    """A file of this format; its header is checked at once, each tensor as it is read."""
     path = Path(path)
     if not path.is_file():
         kind = "a folder, not a file" if path.is_dir() else "no such file"
@@ -84,14 +62,7 @@ def open_tensors(path: str | Path, format: str, noun: str, known: tuple[str, ...
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header was checked.
-
-    Attributes:
-        path: the file.
-        metadata: texts by name.
-        layouts: number format and shape of each tensor, by name.
-        digests: of each tensor; none in a file of an earlier version.
-    """
+    """A safetensors file whose header was checked."""
 
     path: Path
     metadata: Mapping[str, str]
@@ -100,14 +71,7 @@ class TensorFile:
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped into memory; the first time its checksum is compared.
-
-        Args:
-            name: of the tensor.
-
-        Raises:
-            ValueError: a file that changed or was damaged.
-        """
+        """A tensor, mapped into memory; the first time its checksum is compared."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(name)
@@ -124,14 +88,7 @@ class TensorFile:
         return {name: self.read(name) for name in self.layouts}
 
     def json(self, name: str) -> Any:
-        """What the JSON in an entry of the metadata holds.
-
-        Args:
-            name: of the entry.
-
-        Raises:
-            ValueError: no such entry, or no JSON.
-        """
+        """What the JSON in an entry of the metadata holds."""
         if name not in self.metadata:
             raise self.damaged(f"no {name!r} in it")
         try:

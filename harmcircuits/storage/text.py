@@ -12,15 +12,7 @@ CHECKSUM = "checksum"
 
 
 def read_text(path: str | Path, expected: str) -> str:
-    """The text of a UTF-8 file, without the byte order mark that spreadsheets begin it with.
-
-    Args:
-        path: the file.
-        expected: what to give in its place, for error messages.
-
-    Raises:
-        ValueError: no such file, a folder, a file that may not be read, or another encoding.
-    """
+    """The text of a UTF-8 file, without the byte order mark that spreadsheets begin it with."""
     return decoded(_raw(path, expected), str(path))
 
 
@@ -41,15 +33,7 @@ def _raw(path: str | Path, expected: str) -> bytes:
 
 
 def decoded(raw: bytes, path: str) -> str:
-    """Bytes as text.
-
-    Args:
-        raw: all of a file.
-        path: its name, for error messages.
-
-    Raises:
-        ValueError: another encoding than UTF-8, with the line.
-    """
+    """Bytes as text."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,14 +45,7 @@ def decoded(raw: bytes, path: str) -> str:
 
 
 def parsed_json(text: str) -> Any:
-    """What a JSON text holds.
-
-    Args:
-        text: the text.
-
-    Raises:
-        ValueError: no JSON, with line and column; or none that a computer should read.
-    """
+    """What a JSON text holds."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -79,13 +56,7 @@ def parsed_json(text: str) -> Any:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Write an object with its checksum in it, as `replacing` does.
-
-    Args:
-        path: the file.
-        value: what JSON can hold, by name.
-        indent: how far nested lines are indented; all in one line by default.
-    """
+    """Write an object with its checksum in it, as `replacing` does."""
     checked = {**value, CHECKSUM: _digest(value)}
     write_text(path, json.dumps(checked, indent=indent) + "\n")
 
@@ -93,18 +64,7 @@ def write_json(path: str | Path, value: Mapping[str, Any], *, indent: int | None
 def read_json(
     path: str | Path, expected: str, *, checksum_required: bool = False
 ) -> dict[str, Any]:
-    """The object in a JSON file, without its checksum.
-
-    A file without checksum, of an earlier version or of a person, is read as it is.
-
-    Args:
-        path: the file.
-        expected: what to give in its place, for error messages.
-        checksum_required: refuse a file without one.
-
-    Raises:
-        ValueError: as `read_text`, no JSON object, and one whose checksum is of other content.
-    """
+    """The object in a JSON file, without its checksum."""
     text = read_text(path, expected)
     try:
         value = parsed_json(text)

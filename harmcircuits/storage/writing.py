@@ -9,19 +9,7 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file that takes the place of `path` on a clean exit and is gone on any other.
-
-    Its bytes are on the disk before it gets its name, so that a reader sees the old file or the new
-    one whatever ends this process, and a power cut too. The only way in which this package writes
-    a file; what grows line by line is in `lines.py`.
-
-    Args:
-        path: the file; its folder is made if it is not there.
-
-    Raises:
-        OSError: it cannot be written (no space, no permission), naming the file; what was there
-            before is unchanged.
-    """
+    """A new file that takes the place of `path` on a clean exit and is gone on any other."""
     path = Path(path)
     # In the same folder, since a rename is atomic only within a file system. The end of the name
     # is none that a folder is searched for.
@@ -41,25 +29,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8, as `replacing` does.
-
-    Args:
-        path: the file.
-        text: all of it.
-    """
+    """Write a text as UTF-8, as `replacing` does."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def empty_folder(folder: str | Path) -> Path:
-    """A folder with nothing in it, made if it is not there.
-
-    Args:
-        folder: its path.
-
-    Raises:
-        ValueError: a file, or a folder that holds something.
-    """
+    """A folder with nothing in it, made if it is not there."""
     folder = Path(folder)
     refuse_filled(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,7 @@ FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
 
 
 class Unpruned(NamedTuple):
-    """What the unpruned model says of every weight.
-
-    Attributes:
-        effect: the target's `removal_effect`.
-        price: the sum of `token_price` over what is protected; None where nothing is.
-    """
+    """What the unpruned model says of every weight."""
 
     effect: WeightScores
     price: WeightScores | None
@@ -185,16 +180,7 @@ def unpruned_scores(
     folder: str | Path | None = None,
     max_memory: int | None = None,
 ) -> Unpruned:
-    """The target's removal effects on the unpruned model, and the price of what is protected.
-
-    Args:
-        model: the model, unpruned.
-        target: the behaviour that is scored.
-        data: its calibration data.
-        protected: those of what is protected.
-        folder: keeps both, and each matrix is read from there when it is needed.
-        max_memory: bytes for accumulated scores.
-    """
+    """The target's removal effects on the unpruned model, and the price of what is protected."""
     bridge, objective = model.bridge, model.behaviour(target).objective
     effect = removal_effect(bridge, data.batches, objective, max_memory=max_memory)
     if folder is not None:
@@ -211,15 +197,7 @@ def price_of(
     folder: str | Path | None = None,
     max_memory: int | None = None,
 ) -> WeightScores | None:
-    """The sum of `token_price` over what is protected; None where nothing is.
-
-    Args:
-        model: the model, unpruned.
-        protected: calibration data of what is protected.
-        folder: a new one; keeps the sum, so that memory holds the price of one behaviour at a time,
-            and each matrix is read from there when it is needed.
-        max_memory: bytes for accumulated scores.
-    """
+    """The sum of `token_price` over what is protected; None where nothing is."""
     total: WeightScores | None = None
     parents: list[Source] = []
     for spared in protected.values():
@@ -245,34 +223,19 @@ def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
 
 
 def opposite_sign(mask: WeightMask, unpruned: Unpruned) -> WeightMask:
-    """As many weights as a mask has whose removal should lower the loss, at the mask's price.
-
-    Args:
-        mask: what it is matched to.
-        unpruned: of the target and of what is protected.
-    """
+    """As many weights as a mask has whose removal should lower the loss, at the mask's price."""
     benefit = priced(Unpruned(-unpruned.effect, unpruned.price), _factor(mask))
     return top_fraction(benefit, mask.fraction, within="model")
 
 
 def second_slice(mask: WeightMask, unpruned: Unpruned) -> WeightMask:
-    """The best weights outside a mask, as many as it has, at its price.
-
-    Args:
-        mask: what it is matched to.
-        unpruned: of the target and of what is protected.
-    """
+    """The best weights outside a mask, as many as it has, at its price."""
     benefit = priced(unpruned, _factor(mask))
     return top_fraction(benefit, mask.fraction, within="model", exclude=mask)
 
 
 def priced(unpruned: Unpruned, factor: float) -> WeightScores:
-    """effect - factor * price: what a search ranks by in its first step.
-
-    Args:
-        unpruned: of the target and of what is protected.
-        factor: what the price is multiplied by.
-    """
+    """effect - factor * price: what a search ranks by in its first step."""
     effect, price = unpruned
     if price is None:
         return effect
@@ -284,12 +247,7 @@ def priced(unpruned: Unpruned, factor: float) -> WeightScores:
 
 
 def above_zero(scores: WeightScores, size: float) -> WeightMask:
-    """The largest scores, as far as they are above zero.
-
-    Args:
-        scores: of every weight, such as those of `priced`.
-        size: share of the weights, at most.
-    """
+    """The largest scores, as far as they are above zero."""
     largest = top_fraction(scores, size, within="model")
     removed = positive(scores.values, largest.removed)
     return WeightMask(removed, largest.shapes, scores.source)

@@ -1,14 +1,4 @@
-"""What a study costs before it starts: its searches, and the answers under every mask it measures.
-
-search      the main one, for all sizes
-searches    one shot; the contrast protected alone; the contrast's twin
-unpruned    the target's scores, the price of what is protected, the published scores
-measured    5 masks of every size on the choice split; 7 and the random ones held out:
-            every request answered as long as it may be, its reference answer read
-
-Where nothing is compared there are no other searches and no published scores, and 3 masks each. The
-published protocol is one scoring of what is spared in place of all searches.
-"""
+"""What a study costs before it starts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,15 +47,7 @@ class Measuring:
 
 @dataclass(frozen=True)
 class StudyEstimate:
-    """What a study takes, before it starts.
-
-    Attributes:
-        search: the main search.
-        others: seconds of the other searches.
-        unpruned: seconds of the scores of the unpruned model.
-        measuring: seconds of all answers and losses under masks.
-        n_masks: how many masks are measured.
-    """
+    """What a study takes, before it starts."""
 
     search: SearchEstimate
     others: float
@@ -87,12 +69,7 @@ class StudyEstimate:
 
 
 class Auxiliaries(NamedTuple):
-    """What the searches of a study prefer and avoid.
-
-    Attributes:
-        prefer: batches of what should take the target's place.
-        avoid: batches of the same where it does not belong.
-    """
+    """What the searches of a study prefer and avoid."""
 
     prefer: Sequence[Batch] = ()
     avoid: Sequence[Batch] = ()
@@ -104,16 +81,7 @@ NO_AUXILIARIES = Auxiliaries()
 def estimate_study(
     model: Model, settings: StudySettings, *, max_memory: int | None = None
 ) -> StudyEstimate:
-    """What a study of a model takes, from one batch that is timed. Tasks come on top.
-
-    Args:
-        model: the model, whose own answers are made by then.
-        settings: of the study.
-        max_memory: of the study.
-
-    Raises:
-        ValueError: a behaviour that is unknown or not shown.
-    """
+    """What a study of a model takes, from one batch that is timed."""
     target = model.calibration(settings.target).batches
     protected = model.protected(settings.target, settings.protect)
     spared = {name: calibration.batches for name, calibration in protected.items()}
@@ -157,20 +125,7 @@ def estimate_of_batches(
     speed: Speed,
     auxiliaries: Auxiliaries = NO_AUXILIARIES,
 ) -> StudyEstimate:
-    """What a study takes on given calibration data; of a model that is not loaded, on made-up ones.
-
-    Args:
-        bridge: the model, or its outline.
-        target: batches of the behaviour to remove.
-        spared: those of what is protected, by name.
-        settings: of the study.
-        measuring: what measuring the model once takes.
-        longest_answer: in tokens.
-        at_once: how many answers are made at once.
-        max_memory: of the study.
-        speed: of the model.
-        auxiliaries: what its searches prefer and avoid.
-    """
+    """What a study takes on given calibration data."""
 
     main = estimate_search(
         bridge,
@@ -245,20 +200,7 @@ def _other_searches(
 
 @dataclass(frozen=True)
 class Workload:
-    """The data of a study that is only thought of.
-
-    Attributes:
-        answers: of the target, to score on.
-        n_protected: behaviours that are protected.
-        protected_answers: of each of these, to score on.
-        measured: requests of each behaviour in each of the other splits.
-        request_tokens: tokens of a request.
-        longest_answer: tokens of every answer.
-        batch_size: examples scored at once; answered are four times as many.
-
-    Raises:
-        ValueError: a number below 1 (below 0 of protected behaviours).
-    """
+    """The data of a study that is only thought of."""
 
     answers: int
     n_protected: int
@@ -322,20 +264,7 @@ def estimate_outline(
     tflops: float | None = None,
     bandwidth: float | None = None,
 ) -> StudyEstimate:
-    """What a study of a model that is not loaded takes.
-
-    Args:
-        outline: from `load_outline`.
-        workload: the study's data.
-        settings: of the study.
-        max_memory: of the study.
-        device: as in `Speed.of_machine`.
-        tflops: as in `Speed.of_machine`.
-        bandwidth: as in `Speed.of_machine`.
-
-    Raises:
-        ValueError: as `estimate_search`.
-    """
+    """What a study of a model that is not loaded takes."""
     target = workload.target
     return estimate_of_batches(
         outline,
@@ -358,13 +287,7 @@ def estimate_outline(
 
 
 def cost_table(name: str, outline: AnyModel, estimate: StudyEstimate) -> Table:
-    """The estimate, a line for each thing that takes memory or time.
-
-    Args:
-        name: of the model.
-        outline: from `load_outline`.
-        estimate: of a study of it.
-    """
+    """The estimate, a line for each thing that takes memory or time."""
     sites = weight_sites(outline)
     n_block = sum(site.parameter.numel() for site in sites.values())
     grid = text_table(f"{name}: {n_block:,} block weights (estimated)", ["", "memory", "time"])

@@ -19,19 +19,7 @@ def diagnostics(
     n_examples: int | None = None,
     max_memory: int | None = None,
 ) -> Rows:
-    """Rows for the calibration data of every behaviour, labelled `behaviour`.
-
-    `calibration_yield`: share of answers that the judge verified; `calibration_examples`: how many;
-    `calibration_nll`: nats per token; `gradient_norm`: of the behaviour's objective.
-
-    Args:
-        model: the model.
-        calibrations: its calibration data.
-        labels: what the rows carry.
-        n_examples: about how many examples a norm is taken over, which costs as much as their
-            scores; all by default.
-        max_memory: bytes for accumulated gradients.
-    """
+    """Rows for the calibration data of every behaviour, labelled `behaviour`."""
     rows = Rows()
     for name, data in calibrations.items():
         # The loss of every example, but the gradient of a few: a norm costs a backward pass.

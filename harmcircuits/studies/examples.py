@@ -22,17 +22,7 @@ ColouredText = tuple[list[str], Float[Tensor, " _"]]  # tokens, and a value for 
 
 @dataclass(frozen=True, repr=False)
 class Examples:
-    """A few held-out requests of the target and of its contrast.
-
-    Attributes:
-        tokens: behaviour -> (tokens, change of each one's log-probability, nats) of each reference
-            answer with its request.
-        answers: request, unpruned answer, masked answer, and the verdict on the latter.
-        heads: (layer, head) of the most pruned heads.
-        text: tokens of one request of the target with its reference answer.
-        unpruned: attention of these heads on it.
-        pruned: the same under the mask.
-    """
+    """A few held-out requests of the target and of its contrast."""
 
     tokens: dict[str, list[ColouredText]]
     answers: list[list[str]]
@@ -43,14 +33,7 @@ class Examples:
 
 
 def examples_of(model: Model, mask: WeightMask, terms: Terms, rows: Rows) -> Examples:
-    """What a mask does to a few held-out requests.
-
-    Args:
-        model: the model, unpruned.
-        mask: the weights to remove.
-        terms: names the target and the contrast.
-        rows: where the mask's weights sit (see `location_rows`).
-    """
+    """What a mask does to a few held-out requests."""
     tokens = {}
     answers = []
     for behaviour in (terms.target, terms.contrast):

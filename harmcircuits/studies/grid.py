@@ -34,22 +34,7 @@ def operating_point(
     budgets: Mapping[str, float] = NO_BUDGETS,
     decides: Decides = "rate",
 ) -> Point | None:
-    """The point that takes most of the target among those that keep everything else.
-
-    All on the choice split. Kept rates must be within `tolerance` of the unpruned model's, the
-    contrast's loss within `budget`, and those of other kept behaviours within theirs. Then the
-    lowest rate of the target wins, or its highest loss. Ties go to the smaller mask. None if no
-    point keeps the others, or none takes anything.
-
-    Args:
-        points: of one way of choosing.
-        rows: those of the unpruned model among them.
-        terms: which metric shows what.
-        tolerance: how far a kept rate may fall.
-        budget: how far the contrast's loss may rise, nats per token.
-        budgets: how far the losses of kept behaviours may rise, by name.
-        decides: which figure of the target says how much is taken: "rate" or "loss".
-    """
+    """The point that takes most of the target among those that keep everything else."""
     before = _unpruned(rows)
     # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
     taken, sign = terms.target.metric, 1
@@ -70,14 +55,7 @@ def operating_point(
 
 
 def not_kept_rows(run: Study, points: Sequence[Point]) -> Rows:
-    """What each mask does not keep, by the rule of `operating_point`: `not_kept` is the change.
-
-    Of a rate or a loss (`figure`), by `behaviour`. Nothing of a mask that keeps everything.
-
-    Args:
-        run: with the rows of the unpruned model.
-        points: of one way of choosing.
-    """
+    """What each mask does not keep, by the rule of `operating_point`: `not_kept` is the change."""
     settings, terms = run.settings, run.terms
     before = _unpruned(run.rows)
     budgets = {terms.contrast.name: settings.budget_of(terms.contrast.name), **settings.budgets}
@@ -131,17 +109,7 @@ def measure_grid(
     calibrations: Mapping[str, Calibration],
     spared: Mapping[str, Calibration],
 ) -> dict[str, list[Point]]:
-    """Way of choosing -> its masks of every size on the choice split.
-
-    The search alone where nothing is to be compared with it, or the published protocol alone. A
-    random mask and one of the opposite sign are measured for each mask of the first way.
-
-    Args:
-        run: keeps the rows.
-        unpruned: of the target and of what is protected.
-        calibrations: data of every behaviour that is scored.
-        spared: data of those that are protected.
-    """
+    """Way of choosing -> its masks of every size on the choice split."""
     where = {"model": run.model.name, "mask": "none"}
     run.add(run.model.measure(split="choice", labels=where, only=run.terms.names))
 

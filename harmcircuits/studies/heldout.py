@@ -39,16 +39,7 @@ def measure_heldout(
     unpruned: Unpruned,
     calibrations: Mapping[str, Calibration],
 ) -> None:
-    """The operating point of each way of choosing, and all controls of the chosen one, held out.
-
-    Args:
-        run: keeps the rows and the masks.
-        chosen: the operating point of the search.
-        points: way of choosing -> its masks of every size.
-        best: way of choosing -> its operating point.
-        unpruned: of the target and of what is protected.
-        calibrations: data of every behaviour that is scored.
-    """
+    """The operating point of each way of choosing, and all controls of the chosen one, held out."""
     model, settings = run.model, run.settings
     data = calibrations[settings.target]
     # Scores by another figure predict no loss, so none is read.
@@ -75,11 +66,7 @@ def measure_heldout(
 
 
 def n_heldout_masks(settings: StudySettings) -> int:
-    """How many masks `measure_heldout` measures, where more than the contrast is protected.
-
-    Args:
-        settings: of the study.
-    """
+    """How many masks `measure_heldout` measures, where more than the contrast is protected."""
     n_masks = 3 + 2 * settings.n_random  # search, opposite sign, second slice; both random kinds
     if settings.compare:
         n_masks += 4  # one shot, published, the contrast alone protected, and its twin
@@ -158,13 +145,7 @@ def _controls(
 
 
 def heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:
-    """What the model does on held-out requests, its perplexity, and the tasks.
-
-    Args:
-        run: names the model and the tasks.
-        labels: what the rows carry.
-        mask: weights removed meanwhile.
-    """
+    """What the model does on held-out requests, its perplexity, and the tasks."""
     model, settings = run.model, run.settings
     where = {**labels, "split": "heldout"}
     with masked_if_given(model.bridge, mask):
@@ -184,13 +165,7 @@ def heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None =
 
 
 def masked_rows(run: Study, mask: WeightMask, labels: dict[str, Label]) -> Rows:
-    """Held-out rows under a mask, its size, and the divergence on texts.
-
-    Args:
-        run: names the model and the tasks.
-        mask: the weights to remove.
-        labels: what the rows carry.
-    """
+    """Held-out rows under a mask, its size, and the divergence on texts."""
     model, contrast = run.model, run.terms.contrast
     rows = heldout_rows(run, labels, mask)
     where = {**labels, "split": "heldout"}

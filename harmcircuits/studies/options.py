@@ -1,7 +1,4 @@
-"""Command-line options, made from the dataclasses that they fill: names, types, defaults, help.
-
-And what every command does alike: it keeps other libraries quiet.
-"""
+"""Command-line options, made from the dataclasses that they fill: names, types, defaults, help."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -24,15 +21,7 @@ PLAIN_TYPES = (int, float, bool, Path)  # what typer reads; everything else is t
 
 
 class Option(NamedTuple):
-    """An option of a command.
-
-    Attributes:
-        kind: the type of its value.
-        help: a sentence or two.
-        shown: how the default is shown, where its value says too little.
-        default: the value where it is not given.
-        flag: its name on the command line; made from its own name by default.
-    """
+    """An option of a command."""
 
     kind: Any
     help: str
@@ -48,14 +37,7 @@ def options_of(
     shown: Mapping[str, str] | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> dict[str, Option]:
-    """An option for each field of a dataclass; its help is what the docstring says of the field.
-
-    Args:
-        record: the dataclass, with an `Attributes:` section.
-        names: the fields that become options; all by default.
-        shown: how a default is shown, where its value says too little.
-        flags: what an option is called, where it is not the field's name.
-    """
+    """An option for each field of a dataclass; its help is what the docstring says of the field."""
     texts = _described(record)
     hints = get_type_hints(record)
     options = {}
@@ -75,11 +57,7 @@ def options_of(
 
 
 def options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
-    """An option for each keyword-only parameter; its help is what the docstring says of it.
-
-    Args:
-        function: its parameters have types and defaults, and its docstring an `Args:` section.
-    """
+    """An option for each keyword-only parameter; its help is what the docstring says of it."""
     texts = _described(function)
     hints = get_type_hints(function)
     options = {}
@@ -173,12 +151,7 @@ CUSTOM_MODEL: dict[str, Option] = {
 def with_options(
     placeholder: str, options: Mapping[str, Option]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator: the command with these options in place of one keyword.
-
-    Args:
-        placeholder: the keyword, which then holds the options' values by name.
-        options: by name.
-    """
+    """A decorator: the command with these options in place of one keyword."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         # def study(*, out, settings, device)  ->  def study(*, out, target, protect, ..., device)
@@ -218,19 +191,7 @@ def custom_model(
     benign: str,
     **options: Any,
 ) -> ModelSpec:
-    """The model and request files of a command line.
-
-    Args:
-        model: folder or hub id.
-        device: a torch device.
-        harmful: harmful requests.
-        benign: benign requests.
-        options: fields of `RequestFiles` and `ModelSpec`.
-
-    Raises:
-        ValueError: a model without harmful and benign requests, a template or size that cannot be,
-            and as `RequestFiles`.
-    """
+    """The model and request files of a command line."""
     _refuse_custom(model, harmful, benign, **options)
     path = options.pop("questions", "")
     if path:
@@ -271,15 +232,7 @@ def refuse_answers(template: str, *, max_new_tokens: int, batch_size: int) -> No
 
 
 def show_files(models: Sequence[ModelSpec], console: Console) -> None:
-    """Print how each file of requests was read, a line each.
-
-    Args:
-        models: specs that share their files.
-        console: where to print.
-
-    Raises:
-        ValueError: as `PromptSet.read`.
-    """
+    """Print how each file of requests was read, a line each."""
     files = models[0].files if models else None
     for line in files.shapes if files else ():
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -301,18 +254,7 @@ def specs(
     device: str,
     **options: Any,
 ) -> tuple[ModelSpec, ...]:
-    """One spec a model: custom models where requests are given, else organisms of every folder.
-
-    Args:
-        models: the models named on the command line.
-        usual: organisms, where none is named.
-        folders: of organisms.
-        device: a torch device.
-        options: of custom models.
-
-    Raises:
-        ValueError: options of a custom model without one, and as `custom_model`.
-    """
+    """One spec a model: custom models where requests are given, else organisms of every folder."""
     if models and any(options.get(name) for name in _names(RequestFiles)):
         return tuple(custom_model(model, device, **options) for model in models)
     no_custom_model(**options)

@@ -6,20 +6,7 @@ from collections.abc import Sequence
 def values_by_name(
     texts: Sequence[str], option: str, example: str, *, may_be_empty: bool = False
 ) -> dict[str, str]:
-    """The values of NAME=VALUE texts by name.
-
-    >>> values_by_name(["prompt=goal"], "columns", "prompt=goal")
-    {'prompt': 'goal'}
-
-    Args:
-        texts: what was given.
-        option: the argument that it was given for, for error messages.
-        example: of such a text.
-        may_be_empty: whether a value may be.
-
-    Raises:
-        ValueError: a text without a name, a sign or a value, and a name with two values.
-    """
+    """The values of NAME=VALUE texts by name."""
     values: dict[str, str] = {}
     for text in texts:
         name, sign, value = text.partition("=")

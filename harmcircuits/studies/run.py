@@ -27,13 +27,7 @@ UNNEEDED = ".walks"  # what is left to remove of a finished study
 
 @dataclass(frozen=True)
 class Point:
-    """One mask of the grid.
-
-    Attributes:
-        mask: the weights to remove.
-        labels: how it was chosen: `selection`, the way, and `q`, the share of the weights.
-        rows: its figures on the choice split.
-    """
+    """One mask of the grid."""
 
     mask: WeightMask
     labels: dict[str, Label]
@@ -46,21 +40,7 @@ class Point:
 
 @dataclass(repr=False)
 class Study:
-    """A run, and everything it measured so far.
-
-    Attributes:
-        model: the model that is studied.
-        settings: what is varied.
-        out: where rows and masks are written as they come; None keeps them in memory.
-        progress: the bars that show how far the study is.
-        max_memory: bytes for accumulated scores.
-        protected: the behaviours that are spared, once they are known.
-        rows: every figure.
-        masks: those measured on held-out requests, by name; where no mask was chosen, those that
-            were tried, "tried-" and their size.
-        chosen: the operating point of the search; None where none of its masks keeps the rule.
-        seconds: how long each stage took, by its name; of a resumed study, since then.
-    """
+    """A run, and everything it measured so far."""
 
     model: Model
     settings: StudySettings
@@ -97,15 +77,7 @@ class Study:
         protect: Iterable[str],
         **options: Any,
     ) -> list[WeightMask]:
-        """The target's circuits of these sizes by one search.
-
-        Args:
-            name: of the folder that keeps the search.
-            sizes: shares of the weights.
-            calibrations: data to score on.
-            protect: the behaviours to spare.
-            options: of `Model.find_circuit`, in place of the settings'.
-        """
+        """The target's circuits of these sizes by one search."""
         settings = self.settings
         spared = list(protect)
         folder = self.walks / name if self.walks is not None else None
@@ -141,11 +113,7 @@ class Study:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A part of the study, whose time is told at the end.
-
-        Args:
-            name: what the part does.
-        """
+        """A part of the study, whose time is told at the end."""
         start = time.monotonic()
         try:
             yield
@@ -164,11 +132,6 @@ class Study:
         shutil.rmtree(unneeded)
 
     def steps(self, name: str, total: int) -> Callable[[], None]:
-        """A function that moves a new progress bar on by one step.
-
-        Args:
-            name: what the bar calls the work.
-            total: how many steps there are.
-        """
+        """A function that moves a new progress bar on by one step."""
         task = self.progress.add_task(name, total=total)
         return lambda: self.progress.advance(task)

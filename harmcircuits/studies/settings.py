@@ -161,13 +161,7 @@ QUICK_LIMIT = 20  # requests a split, where the share of no limit can be taken
 
 
 def quick(settings: StudySettings) -> StudySettings:
-    """A first look in place of a study: fewer steps, every second size, no other searches.
-
-    Of the controls those remain that are no searches, with one random mask of a kind.
-
-    Args:
-        settings: of the study.
-    """
+    """A first look in place of a study: fewer steps, every second size, no other searches."""
     return replace(
         settings,
         steps=min(QUICK_STEPS, settings.steps),
@@ -178,14 +172,7 @@ def quick(settings: StudySettings) -> StudySettings:
 
 
 def as_published(settings: StudySettings) -> StudySettings:
-    """The published protocol in place of the search: q = 1e-5, the contrast spared alone.
-
-    >>> as_published(hc.StudySettings(n_random=1)).sizes
-    (1e-05,)
-
-    Args:
-        settings: of the study.
-    """
+    """The published protocol in place of the search: q = 1e-5, the contrast spared alone."""
     return replace(
         settings,
         published=True,

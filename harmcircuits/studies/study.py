@@ -1,9 +1,4 @@
-"""The main job: find the weights behind a behaviour, remove them, and measure what else is lost.
-
-Score, choose, mask, measure: masks of every size, by the search and by two other ways of choosing,
-are measured on the choice split; a rule finds the best of each way; only these and the controls of
-the search's are measured on held-out requests.
-"""
+"""The main job: find the weights behind a behaviour, remove them, and measure what else is lost."""
 
 import json
 import shutil
@@ -17,15 +12,13 @@ from rich.progress import Progress
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.standard import standard_behaviours
-from harmcircuits.circuits.ground_truth import ground_truth_rows
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.accumulation import memory_groups
-from harmcircuits.hooks.attribution import all_scores
 from harmcircuits.hooks.objectives import token_error
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Manifest, Rows
-from harmcircuits.studies.controls import FACTOR, Unpruned, priced, unpruned_scores
+from harmcircuits.measurements import Manifest
+from harmcircuits.studies.controls import unpruned_scores
 from harmcircuits.studies.diagnostics import diagnostics
 from harmcircuits.studies.grid import PUBLISHED, measure_grid, not_kept_rows, operating_point
 from harmcircuits.studies.heldout import heldout_rows, measure_heldout
@@ -131,8 +124,6 @@ def study(
         points = measure_grid(run, unpruned, calibrations, spared)
     best = _best(run, points)
     run.chosen = next(iter(best.values()))
-    if model.ground_truth is not None:
-        run.add(_ground_truth_rows(run, unpruned, data))
 
     # Measure, on requests that neither scored nor chose it.
     if run.chosen is not None:
@@ -200,12 +191,7 @@ def _as_raw_text(model: Model, data: Calibration) -> Calibration:
 
 
 def with_share_of_requests(model: Model, share: float) -> Model:
-    """The model asked about a share of the items of every category only, in every split.
-
-    Args:
-        model: the model.
-        share: of the items, in (0, 1].
-    """
+    """The model asked about a share of the items of every category only, in every split."""
     fewer = model.sampled(share, seed=0)
     return replace(fewer, details={**model.details, "share_of_requests": share})
 
@@ -280,13 +266,7 @@ def _refuse_few_weights(run: Study) -> None:
 
 
 def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
-    """Raises ValueError for a folder with a study of which it was not said what becomes of it.
-
-    Args:
-        out: the folder.
-        resume: an unfinished one goes on.
-        force: it is removed.
-    """
+    """Raises ValueError for a folder with a study of which it was not said what becomes of it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give out= a new folder")
     if resume and force:
@@ -386,15 +366,3 @@ def _note_budgets(run: Study) -> None:
     if not run.settings.published:
         for name in run.protected:
             run.note("budget", run.settings.budget_of(name), behaviour=name)
-
-
-def _ground_truth_rows(run: Study, unpruned: Unpruned, data: Calibration) -> Rows:
-    """How well every score, and the one that the search ranks by first, finds the true circuit."""
-    model = run.model
-    if model.ground_truth is None:
-        return Rows()
-    effect = unpruned.effect
-    scores = all_scores(model.bridge, data.batches, effect, seed=run.settings.seed)
-    scores["removal effect, priced"] = priced(unpruned, FACTOR)
-    weights = named_weights(model.bridge)
-    return ground_truth_rows(scores, model.ground_truth, weights, {"model": model.name})

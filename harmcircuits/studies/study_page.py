@@ -17,7 +17,6 @@ from harmcircuits.studies.heldout import CIRCUIT, SAME_SIZE
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
     DIAGNOSTICS,
-    GROUND_TRUTH,
     JUDGE,
     StudyLines,
     tradeoff_lines,
@@ -129,16 +128,7 @@ Part = tuple[str, str, str]  # title, text, HTML
 
 
 def write_study_page(study: Study, path: str | Path) -> None:
-    """Write the page of a finished study.
-
-    The result first, then comparison, every figure, trade-off, overlap, location, tokens, answers,
-    attention, diagnostics, and how to cite. A section that has nothing to show says why. Texts of
-    examples are shown only where the model's words are invented.
-
-    Args:
-        study: what to show.
-        path: the file to write.
-    """
+    """Write the page of a finished study."""
     rows, terms, chosen = study.rows, study.terms, study.chosen
     lines = StudyLines.of(rows, terms)
     examples = None
@@ -161,15 +151,7 @@ def write_study_page(study: Study, path: str | Path) -> None:
 
 
 def tradeoff_figure(rows: Rows, terms: Terms) -> Picture:
-    """The target and the worst kept ability against the share of weights removed (choice split).
-
-    Curves: the search, one shot, the published set difference, random weights, the opposite sign.
-    Bars are 95 % intervals.
-
-    Args:
-        rows: of a study.
-        terms: what they are called.
-    """
+    """The target and the worst kept ability against the share of weights removed (choice split)."""
     lines = tradeoff_lines(rows)
     return share_figure(lines, _panels(terms), kept=terms.kept_rates)
 
@@ -244,17 +226,12 @@ def _of_examples(study: Study, examples: Examples | None) -> list[Part]:
 
 
 def _trust(study: Study, lines: StudyLines) -> list[Part]:
-    """Whether the true circuit is met, and whether the judge and the scores can be trusted."""
-    known = missing("Only known of a model in which a circuit was planted.")
-    if lines.ground_truth:
-        head = ["score", *GROUND_TRUTH.values()]
-        known = table(head, lines.ground_truth, style="figures", label="Recovery")
+    """Whether the judge and the scores can be trusted."""
     judged = missing(EXACT_JUDGE if study.model.is_invented else NO_VALIDATION)
     if lines.judge:
         judged = table(JUDGE, lines.judge, label="Judge")
     diagnosed = table(DIAGNOSTICS, lines.diagnostics, label="Diagnostics of the scores")
     return [
-        ("Against the planted circuit", "Chance is 0.5 for both areas.", known),
         ("Can the judge be trusted?", JUDGE_TEXT, judged),
         ("Can the scores be trusted?", _trust_text(study), diagnosed),
     ]

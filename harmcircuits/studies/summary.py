@@ -18,12 +18,6 @@ from harmcircuits.studies.terms import Terms
 from harmcircuits.views.tables import DASH, line_table, text_table
 
 TRADEOFF_LINES = (*WAYS, "random", "opposite sign")
-GROUND_TRUTH = {
-    "recovery_auroc": "AUROC",
-    "recovery_matched_auroc": "AUROC, same |W|",
-    "recovery_precision": "precision at |S|",
-    "recovery_precision_few": "precision at 1,000",
-}
 JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
 DOUBTFUL = 0.1  # of the answers under a mask: beyond it the judge's verdicts are in doubt
 DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
@@ -31,55 +25,30 @@ DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores"
 
 @dataclass(frozen=True, repr=False)
 class StudyLines:
-    """What a study's page shows, sorted into lines.
-
-    Attributes:
-        summary: in words.
-        held_out: mask -> its held-out rows.
-        tradeoff: way of choosing -> share removed -> rows on the choice split.
-        location: where the removed weights sit.
-        diagnostics: texts of a line for each behaviour (columns: `DIAGNOSTICS`).
-        ground_truth: texts of a line for each score; empty where no circuit is known.
-        judge: texts of a line for each contrast (columns: `JUDGE`); empty where no judge of harm
-            was validated.
-    """
+    """What a study's page shows, sorted into lines."""
 
     summary: str
     held_out: Mapping[str, Rows]
     tradeoff: Mapping[str, Mapping[float, Rows]]
     location: Rows
     diagnostics: list[list[str]]
-    ground_truth: list[list[str]]
     judge: list[list[str]]
 
     @classmethod
     def of(cls, rows: Rows, terms: Terms) -> "StudyLines":
-        """The lines of a study.
-
-        Args:
-            rows: of the study.
-            terms: what they are called.
-        """
+        """The lines of a study."""
         return cls(
             summary=summary(rows, terms),
             held_out=held_out_lines(rows, terms),
             tradeoff=tradeoff_lines(rows),
             location=rows.where("weights_removed", by="matrix"),
             diagnostics=diagnostics_lines(rows),
-            ground_truth=ground_truth_lines(rows),
             judge=judge_lines(rows),
         )
 
 
 def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
-    """Line name -> its held-out rows. Random masks are pooled over seeds.
-
-    A pooled row is the mean over seeds with the widest ends of their intervals.
-
-    Args:
-        rows: of a study.
-        terms: what they are called.
-    """
+    """Line name -> its held-out rows."""
     measured = Rows(
         row
         for row in rows
@@ -107,31 +76,20 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
 
 
 def result_tables(rows: Rows, terms: Terms) -> list[Table]:
-    """The figures for a terminal: held-out rates and losses, and recovery of a known circuit.
-
-    Args:
-        rows: of a study.
-        terms: what they are called.
-    """
+    """The figures for a terminal: held-out rates and losses."""
     lines = held_out_lines(rows, terms)
     studied = _studied(lines) or SEARCH
     tables = [
         line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=studied),
         line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=studied),
     ]
-    if rows.where("recovery_auroc"):
-        tables.append(ground_truth_table(rows))
     if rows.where(VALIDATION):
         tables.append(judge_table(rows))
     return tables
 
 
 def judge_table(rows: Rows) -> Table:
-    """How well the judge tells harmful answers of the unpruned model from harmless ones.
-
-    Args:
-        rows: of a study, or `Model.validation`.
-    """
+    """How well the judge tells harmful answers of the unpruned model from harmless ones."""
     grid = text_table("The judge of harm", JUDGE, n_names=2)
     for line in judge_lines(rows):
         grid.add_row(*line)
@@ -139,11 +97,7 @@ def judge_table(rows: Rows) -> Table:
 
 
 def judge_lines(rows: Rows) -> list[list[str]]:
-    """A line for each contrast, as texts (columns: `JUDGE`); none where no judge was validated.
-
-    Args:
-        rows: of a study, or `Model.validation`.
-    """
+    """A line for each contrast, as texts (columns: `JUDGE`); none where no judge was validated."""
     lines = []
     for row in rows.where(VALIDATION, split="calibration"):
         labels = row.labels
@@ -162,35 +116,8 @@ def judge_lines(rows: Rows) -> list[list[str]]:
     return lines
 
 
-def ground_truth_table(rows: Rows) -> Table:
-    """How well each score finds the planted circuit."""
-    of_scores = rows.where("recovery_auroc")
-    n_true = int(of_scores[0].labels["n_true"])
-    title = f"Against the planted circuit S of {n_true:,} weights"
-    grid = text_table(title, ["score", *GROUND_TRUTH.values()])
-    for line in ground_truth_lines(rows):
-        grid.add_row(*line)
-    return grid
-
-
-def ground_truth_lines(rows: Rows) -> list[list[str]]:
-    """A line for each score: its name and its figures."""
-    lines = []
-    for method in rows.where("recovery_auroc").by("method"):
-        figures = []
-        for metric in GROUND_TRUTH:
-            of_metric = rows.where(metric, method=method)
-            figures.append(f"{of_metric[0].mean:.3f}")
-        lines.append([str(method), *figures])
-    return lines
-
-
 def tradeoff_lines(rows: Rows) -> dict[str, dict[float, Rows]]:
-    """Way of choosing -> share of the weights removed -> rows on the choice split.
-
-    Args:
-        rows: of a study.
-    """
+    """Way of choosing -> share of the weights removed -> rows on the choice split."""
     lines = {}
     for selection in TRADEOFF_LINES:
         sizes = rows.where("weights_removed", selection=selection, split="choice")
@@ -230,14 +157,7 @@ def n_scored(rows: Rows) -> int:
 
 
 def summary(rows: Rows, terms: Terms) -> str:
-    """The result in words, with the warnings a reader needs.
-
-    Says so where no mask was chosen.
-
-    Args:
-        rows: of a study.
-        terms: what they are called.
-    """
+    """The result in words, with the warnings a reader needs."""
     lines = held_out_lines(rows, terms)
     studied = _studied(lines)
     if not studied:
@@ -268,15 +188,7 @@ def summary(rows: Rows, terms: Terms) -> str:
 
 
 def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
-    """What a reader takes away: name, figure, and interval or explanation of each.
-
-    The target, what its answers became, the worst kept ability, and how many weights it takes; of
-    a study that chose no mask, what the unpruned model does.
-
-    Args:
-        rows: of a study.
-        terms: what they are called.
-    """
+    """What a reader takes away: name, figure, and interval or explanation of each."""
     lines = held_out_lines(rows, terms)
     before, target = lines["unpruned"], terms.target
     after = lines.get(_studied(lines))
@@ -304,10 +216,7 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
 
 
 def _tried(rows: Rows, terms: Terms) -> list[str]:
-    """A line for each mask of a search without an operating point: what it does and does not keep.
-
-    On the requests that an operating point is chosen by.
-    """
+    """A line for each mask of a search without an operating point: what it does not keep."""
     before = rows.where(mask="none", split="choice")
     rate, loss = terms.target.metric, terms.target.nll_metric
     tried = []

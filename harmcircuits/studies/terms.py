@@ -17,14 +17,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class Terms:
-    """The behaviours of a study in their roles.
-
-    Attributes:
-        target: what is removed.
-        contrast: its harmless counterpart.
-        behaviours: every whole behaviour, the two among them.
-        protected: names of those that a search spared.
-    """
+    """The behaviours of a study in their roles."""
 
     target: Behaviour
     contrast: Behaviour
@@ -39,17 +32,7 @@ class Terms:
         contrast: str = CONTRAST,
         protected: Iterable[str] = (),
     ) -> "Terms":
-        """Of a model's whole behaviours, and of the target and contrast, which may be parts.
-
-        Args:
-            model: the model.
-            target: name of what is removed.
-            contrast: name of its counterpart.
-            protected: names of those that a search spared.
-
-        Raises:
-            ValueError: an unknown behaviour, or two that share a metric.
-        """
+        """Of a model's whole behaviours, and of the target and contrast, which may be parts."""
         # Each once, in the order in which tables show them.
         names = dict.fromkeys([target, *model.whole_behaviours, contrast])
         behaviours = tuple(model.behaviour(name) for name in names)
@@ -68,11 +51,7 @@ class Terms:
 
     @classmethod
     def standard(cls, protected: Iterable[str] = ()) -> "Terms":
-        """Of the package's own behaviours, for rows whose model is not at hand.
-
-        Args:
-            protected: names of those that a search spared.
-        """
+        """Of the package's own behaviours, for rows whose model is not at hand."""
         behaviours = standard_behaviours()
         ends = (behaviours[TARGET], behaviours[CONTRAST])
         return cls(*ends, tuple(behaviours.values()), tuple(protected))
@@ -114,11 +93,7 @@ class Terms:
 
     @property
     def rates(self) -> dict[str, str]:
-        """Rate -> title of its column.
-
-        Next to a behaviour: broken text, which may replace it, and where answers of the unpruned
-        model are at hand how many keep their words, and how many of these the judge doubts.
-        """
+        """Rate -> title of its column."""
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title

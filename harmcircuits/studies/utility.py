@@ -83,15 +83,7 @@ def evaluate_tasks(
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
-    """The harness's `TaskManager`, which knows these tasks; no data is loaded.
-
-    Args:
-        tasks: as in `evaluate_tasks`.
-        include_path: as in `evaluate_tasks`.
-
-    Raises:
-        ValueError: lm-eval is not installed, no or unknown tasks, and a folder that does not exist.
-    """
+    """The harness's `TaskManager`, which knows these tasks; no data is loaded."""
     if not tasks or isinstance(tasks, str):
         raise ValueError(
             f"evaluate_tasks: tasks={tasks!r}; expected a list of one or more names of tasks"
@@ -127,11 +119,7 @@ def _harness(module: str) -> Any:
 
 
 def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
-    """The rows of one task.
-
-    The harness names a figure "acc,none", where "none" is the filter, and its standard error
-    "acc_stderr,none"; the latter may be "N/A".
-    """
+    """The rows of one task."""
     rows = []
     for key, mean in figures.items():
         metric, _, variant = key.partition(",")

@@ -1,12 +1,4 @@
-"""circuitsvis views of arrays: tokens coloured by a value, attention, neurons, tokens gained.
-
-A view shows itself in a notebook and saves to a file of its own. The arrays are those of
-`harmcircuits.hooks.inspection`. Everything that the components need is in circuitsvis' own script,
-so all of them work without a network.
-
-Importing circuitsvis is enough for its JavaScript; its own renderer is not used, because it probes
-the network at each display, inlines 1.3 MB a figure, and escapes neither `</script>` nor NaN.
-"""
+"""circuitsvis views of arrays: tokens coloured by a value, attention, neurons, tokens gained."""
 
 import json
 import math
@@ -46,15 +38,7 @@ TITLES = {
 
 @dataclass(frozen=True, repr=False)
 class Visual:
-    """A circuitsvis element; shows itself in a notebook.
-
-    >>> view = coloured_tokens(["a", "b"], torch.tensor([0.5, -1.0]))
-    >>> view.save("tokens.html")
-
-    Attributes:
-        element: the name of the component.
-        props: its properties.
-    """
+    """A circuitsvis element; shows itself in a notebook."""
 
     element: str
     props: Mapping[str, Any]
@@ -77,15 +61,7 @@ class Visual:
         return f'<div id="{name}"></div><script>{call}</script>'
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write it as one page that needs no network, or as a still.
-
-        Args:
-            path: the file, ending in .html, .svg or .png.
-            title: stands above it; plain text.
-
-        Raises:
-            ValueError: another ending, or a still of an element that only circuitsvis draws.
-        """
+        """Write it as one page that needs no network, or as a still."""
         if ending(path) == ".html":
             title = title or TITLES.get(self.element, self.element)
             write_view(path, title, self.html(), script=circuitsvis_script())
@@ -105,13 +81,7 @@ class Visual:
 
 @dataclass(frozen=True, repr=False)
 class Panels:
-    """Views side by side, each under its title; shows itself in a notebook.
-
-    Attributes:
-        views: title -> view, line by line.
-        columns: how many stand in a line at most.
-        width: of each at least, in pixels; where there is no room for one, it scrolls.
-    """
+    """Views side by side, each under its title; shows itself in a notebook."""
 
     views: Mapping[str, Visual]
     columns: int = 2
@@ -142,15 +112,7 @@ class Panels:
         return f"<div {outer}>{inner}</div>"
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write them as one page that needs no network, or as a still.
-
-        Args:
-            path: the file, ending in .html, .svg or .png.
-            title: stands above them; plain text.
-
-        Raises:
-            ValueError: another ending, or a still of an element that only circuitsvis draws.
-        """
+        """Write them as one page that needs no network, or as a still."""
         if ending(path) == ".html":
             titles = (TITLES.get(view.element, view.element) for view in self.views.values())
             title = title or listed(dict.fromkeys(titles))
@@ -180,21 +142,7 @@ def circuitsvis_script() -> str:
 def coloured_tokens(
     tokens: Sequence[str], values: Float[Tensor, " pos"], *, largest: float | None = None
 ) -> Visual:
-    """The tokens of a text coloured by a value: red below zero, blue above.
-
-    >>> from harmcircuits.hooks.inspection import token_changes, token_texts
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> words = token_texts(bridge, harm[0])
-    >>> coloured_tokens(words, token_changes(bridge, mask, harm[0])[0][: len(words)])  # lost, red
-    Visual(ColoredTokens)
-    >>> coloured_tokens(words, hc.token_contributions(bridge, mask, harm)[0][0][: len(words)])
-    Visual(ColoredTokens)
-
-    Args:
-        tokens: as the tokenizer writes them.
-        values: the value of each token, such as `token_changes`.
-        largest: the magnitude of full colour; that of the values by default.
-    """
+    """The tokens of a text coloured by a value: red below zero, blue above."""
     # The same for both signs, so that white is zero; and above zero, where nothing changes.
     if largest is None:
         largest = max(values.abs().max().item(), 1e-6)
@@ -215,26 +163,7 @@ def attention_pairs(
     masked: Float[Tensor, "head pos pos"],
     heads: Sequence[tuple[int, int]],
 ) -> Panels:
-    """Attention of some heads on a text, unpruned to the left and under a mask to the right.
-
-    Every head by itself with the tokens on its axes, a line a head; long texts scroll.
-
-    >>> from harmcircuits.circuits.location import most_removed
-    >>> from harmcircuits.hooks.inspection import attention_patterns, token_texts
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> heads = most_removed(mask, hc.weight_sites(bridge), "head", 2)
-    >>> before = attention_patterns(bridge, harm[0], heads)
-    >>> with hc.masked(bridge, mask):
-    ...     after = attention_patterns(bridge, harm[0], heads)
-    >>> attention_pairs(token_texts(bridge, harm[0]), before, after, heads)
-    Panels(L... H... unpruned, L... H... masked, L... H... unpruned, L... H... masked)
-
-    Args:
-        tokens: of the text.
-        unpruned: from `attention_patterns`.
-        masked: the same, inside `masked`.
-        heads: (layer, head) of each.
-    """
+    """Attention of some heads on a text, unpruned to the left and under a mask to the right."""
     views = {}
     for (layer, head), before, after in zip(heads, unpruned, masked, strict=True):
         for state, pattern in {"unpruned": before, "masked": after}.items():
@@ -257,27 +186,7 @@ def activated_tokens(
     masked: Float[Tensor, "neuron pos"],
     neurons: Sequence[tuple[int, int]],
 ) -> Visual:
-    """A text coloured by a neuron's activations, unpruned and, below it, under a mask.
-
-    A menu chooses the neuron, and says its largest magnitude in the two texts: full colour, red
-    below zero and blue above. The first token of each text says which of the two it is.
-
-    >>> from harmcircuits.circuits.location import most_removed
-    >>> from harmcircuits.hooks.inspection import neuron_activations, token_texts
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> neurons = most_removed(mask, hc.weight_sites(bridge), "neuron", 5)
-    >>> before = neuron_activations(bridge, harm[0], neurons)
-    >>> with hc.masked(bridge, mask):
-    ...     after = neuron_activations(bridge, harm[0], neurons)
-    >>> activated_tokens(token_texts(bridge, harm[0]), before, after, neurons)
-    Visual(TextNeuronActivations)
-
-    Args:
-        tokens: of the text.
-        unpruned: from `neuron_activations`.
-        masked: the same, inside `masked`.
-        neurons: (layer, neuron) of each.
-    """
+    """A text coloured by a neuron's activations, unpruned and, below it, under a mask."""
     both = torch.cat([unpruned, masked], dim=1)
     largest = both.abs().amax(dim=1)
     labels = []
@@ -310,24 +219,7 @@ def gained_tokens(
     *,
     k: int = 5,
 ) -> Visual:
-    """The tokens that become likelier and unlikelier at each position, as a table.
-
-    A menu chooses the position; the one where most probability moves comes first, and the number
-    beside it says how much: sum_v |change| / 2. Above the dots the tokens that gain most, below
-    those that lose most, the last of them most; the bluer, the more.
-
-    >>> from harmcircuits.hooks.inspection import prediction_changes, token_texts, vocabulary
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> changes = prediction_changes(bridge, mask, harm[0])
-    >>> gained_tokens(token_texts(bridge, harm[0]), changes, vocabulary(bridge))
-    Visual(TopkTokens)
-
-    Args:
-        tokens: of the text.
-        changes: of each token's probability at each position, from `prediction_changes`.
-        vocabulary: every token as the tokenizer writes it.
-        k: how many of each.
-    """
+    """The tokens that become likelier and unlikelier at each position, as a table."""
     moved = changes.abs().sum(dim=1) / 2
     positions = moved.argsort(descending=True, stable=True)
     k = min(k, len(vocabulary))

@@ -1,7 +1,4 @@
-"""Plotly figures drawn from rows.
-
-Each but `heatmaps` is a call of `plotly.express` on a table of the rows, and then its axes.
-"""
+"""Plotly figures drawn from rows."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -95,15 +92,7 @@ class Picture(go.Figure):
     _ipython_display_: Any = None
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write it as a page that needs no network (5 MB: plotly's script), or as a still.
-
-        Args:
-            path: the file, ending in .html, .svg or .png.
-            title: stands above it; plain text.
-
-        Raises:
-            ValueError: another ending.
-        """
+        """Write it as a page that needs no network (5 MB: plotly's script), or as a still."""
         if ending(path) == ".html":
             content = self.to_html(full_html=False, include_plotlyjs=True)
             write_view(path, title or "Figure", content)
@@ -127,17 +116,7 @@ def share_figure(
     *,
     kept: Sequence[str],
 ) -> Picture:
-    """Figures against the share of weights removed, in per cent, with 95 % intervals.
-
-    One panel for each metric, and one for the worst kept ability. The first two lines are solid,
-    the others dotted.
-
-    Args:
-        lines: name -> share -> the rows measured there, one for each metric. A point is left out of
-            the panels that it lacks.
-        panels: metric -> title.
-        kept: metrics of the abilities that should stay.
-    """
+    """Figures against the share of weights removed, in per cent, with 95 % intervals."""
     metrics = {title: [metric] for metric, title in panels.items()}
     metrics[WORST_KEPT] = list(kept)
     rows_of_lines = {line: _labelled(points, "share") for line, points in lines.items()}
@@ -195,13 +174,7 @@ def share_figure(
 
 
 def location_figure(rows: Rows) -> Picture:
-    """Share of each block matrix that a mask takes (%), by layer and kind.
-
-    The cell says how many weights.
-
-    Args:
-        rows: those of one mask (see `location_rows`); figures of other places are left out.
-    """
+    """Share of each block matrix that a mask takes (%), by layer and kind."""
     table = _table(rows.where("weights_removed", by="matrix"), "layer", "kind", "of")
     table["layer"] = table["layer"].astype(int)
     table["percent"] = 100 * table["mean"] / table["of"].astype(int)
@@ -232,24 +205,7 @@ def location_figure(rows: Rows) -> Picture:
 
 
 def component_map(rows: Rows) -> Picture:
-    """Where a mask's weights sit, against chance: layers by kinds, opening into heads and neurons.
-
-    Left, every matrix and how many weights it loses. Right, the same as areas: a click opens a
-    layer, then a matrix, down to its heads or neurons. Colour: how many times as many as by chance,
-    red more and blue fewer. Chance is a mask that falls evenly on all weights; within a matrix, one
-    that falls evenly on it.
-
-    >>> from harmcircuits.circuits.location import component_rows
-    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
-    >>> figure = component_map(component_rows(mask, hc.weight_sites(bridge)))
-    >>> figure.save("map.html")
-
-    Args:
-        rows: from `component_rows`, of one mask.
-
-    Raises:
-        ValueError: a mask that removes nothing.
-    """
+    """Where a mask's weights sit, against chance: layers by kinds."""
     of_matrices = rows.where("weights_removed", by="matrix")
     n_removed = sum(row.mean for row in of_matrices)
     if not n_removed:
@@ -373,14 +329,7 @@ def cross_ablation_figure(
     panels: Mapping[str, Rows],
     rates: Mapping[str, str],
 ) -> Picture:
-    """Rates under every removed circuit, in per cent.
-
-    White: the ability is whole; red: it is gone.
-
-    Args:
-        panels: title -> rows, whose label `mask` names the removed circuit: the lines.
-        rates: metric -> title: the columns.
-    """
+    """Rates under every removed circuit, in per cent."""
     grids = []
     for rows in panels.values():
         table = _table(rows, "mask")
@@ -419,14 +368,7 @@ def overlap_figure(
     panels: Mapping[str, Rows],
     pairs: Mapping[tuple[str, str], str],
 ) -> Picture:
-    """Lift of pairs of circuits with 95 % intervals; one panel a null, one colour a model.
-
-    The dotted line is chance.
-
-    Args:
-        panels: title -> rows of one metric, with the labels `model`, `first` and `second`.
-        pairs: (first, second) -> title.
-    """
+    """Lift of pairs of circuits with 95 % intervals; one panel a null, one colour a model."""
     table = _table(_labelled(panels, "panel"), "panel", "model", "first", "second")
     models = list(table["model"].unique())
     places = pandas.DataFrame(list(pairs), columns=["first", "second"])
@@ -471,13 +413,7 @@ def overlap_figure(
 
 
 def token_figure(lines: Mapping[str, Rows]) -> Picture:
-    """What each position adds to a mask's score, in nats.
-
-    By its distance from the first answer token.
-
-    Args:
-        lines: title -> rows of one kind of text, with the label `offset`.
-    """
+    """What each position adds to a mask's score, in nats."""
     table = _table(_labelled(lines, "line"), "line", "offset")
     figure = px.bar(
         table.sort_values("offset"),
@@ -504,12 +440,7 @@ def comparison_figure(
     lines: Mapping[str, Rows],
     columns: Mapping[str, str],
 ) -> Picture:
-    """Rates of several masks as bars with 95 % intervals.
-
-    Args:
-        lines: name -> rows of one mask.
-        columns: metric -> title.
-    """
+    """Rates of several masks as bars with 95 % intervals."""
     table = _table(_labelled(lines, "line"), "line")
     titles = pandas.DataFrame(list(columns.items()), columns=["metric", "title"])
     rates = titles.merge(table, on="metric")
@@ -542,16 +473,7 @@ def heatmaps(
     y: str,
     widest: float | None = None,
 ) -> Picture:
-    """One heatmap for each panel, two a line; the mean is in the cell unless it rounds to 0.00.
-
-    Columns and lines stand in the order of the rows. All panels share a colour scale.
-
-    Args:
-        panels: title -> rows.
-        x: label that names the columns.
-        y: label that names the lines.
-        widest: the colours reach from -`widest` to `widest`; the largest magnitude by default.
-    """
+    """One heatmap for each panel, two a line; the mean is in the cell unless it rounds to 0.00."""
     grids = []
     for rows in panels.values():
         table = _table(rows, x, y)
@@ -619,13 +541,7 @@ def profiles(
     x: str,
     title: str = "",
 ) -> Picture:
-    """One panel for each title, two a line, with a curve for each name and 95 % intervals.
-
-    Args:
-        panels: title -> name -> rows, in the order in which they stand on the curve.
-        x: label on the horizontal axis.
-        title: of the vertical axis, which the panels of a line share.
-    """
+    """One panel for each title, two a line, with a curve for each name and 95 % intervals."""
     names: dict[str, None] = {}
     for curves in panels.values():
         names |= dict.fromkeys(curves)
@@ -709,10 +625,7 @@ def _grid(
     x: str,
     values: str = "mean",
 ) -> pandas.DataFrame:
-    """The values by line and column, which stand as they come; NaN where there is none.
-
-    Of several values in a cell the last.
-    """
+    """The values by line and column, which stand as they come; NaN where there is none."""
     grid = table.pivot_table(
         index=y,
         columns=x,

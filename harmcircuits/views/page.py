@@ -20,14 +20,7 @@ def write_page(
     *,
     script: str = "",
 ) -> None:
-    """Write sections as one HTML file.
-
-    Args:
-        path: the file to write.
-        title: plain text.
-        sections: HTML (see `section`).
-        script: inline script tags that they use.
-    """
+    """Write sections as one HTML file."""
     # jinja escapes every text but what `_html` marks as HTML.
     parts = [_html(part) for part in sections]
     template = _templates().get_template("page.html")
@@ -40,27 +33,14 @@ def write_page(
 
 
 def write_view(path: str | Path, title: str, content: str, *, script: str = "") -> None:
-    """Write one view as one HTML file, light or dark as the reader has it.
-
-    Args:
-        path: the file to write.
-        title: plain text.
-        content: HTML.
-        script: inline script tags that it uses.
-    """
+    """Write one view as one HTML file, light or dark as the reader has it."""
     template = _templates().get_template("view.html")
     page = template.render(title=title, content=_html(content), script=_html(script))
     write_text(path, page)
 
 
 def section(title: str, text: str, content: str) -> str:
-    """A titled part of a page.
-
-    Args:
-        title: plain text.
-        text: a sentence or two, plain.
-        content: HTML.
-    """
+    """A titled part of a page."""
     macro = _part("section")
     return str(macro(title, text, _html(content)))
 
@@ -78,11 +58,7 @@ def contents(titles: Sequence[str]) -> str:
 
 
 def headline(figures: Sequence[tuple[str, str, str]]) -> str:
-    """The figures that a reader takes away.
-
-    Args:
-        figures: name, value and what is set small below it, of each.
-    """
+    """The figures that a reader takes away."""
     macro = _part("headline")
     return str(macro(figures))
 
@@ -100,13 +76,7 @@ def preformatted(text: str) -> str:
 
 
 def download(name: str, content: bytes, text: str) -> str:
-    """A link to a file that the page itself holds.
-
-    Args:
-        name: of the file.
-        content: of the file.
-        text: of the link, plain.
-    """
+    """A link to a file that the page itself holds."""
     macro = _part("download")
     return str(macro(name, b64encode(content).decode(), text))
 
@@ -118,14 +88,7 @@ def table(
     style: str = "",
     label: str = "Table",
 ) -> str:
-    """An HTML table of plain texts; what follows a line break in a cell is set small below it.
-
-    Args:
-        head: titles of the columns.
-        body: lines of cells.
-        style: "figures" aligns numbers.
-        label: what a screen reader calls it.
-    """
+    """An HTML table of plain texts; what follows a line break in a cell is set small below it."""
     macro = _part("table")
     return str(macro(head, list(body), style, label))
 
@@ -137,13 +100,7 @@ def frame(data: "pandas.DataFrame") -> str:
 
 
 def plot(figure: "Figure", *, first: bool = False, label: str = "Figure") -> str:
-    """A figure as HTML.
-
-    Args:
-        figure: the figure.
-        first: whether it is the page's first figure, which brings the plotting script.
-        label: what it shows, for those who do not see it.
-    """
+    """A figure as HTML."""
     # The script is 4 MB, so a page holds it once.
     config = {"displayModeBar": False, "responsive": True}
     html = figure.to_html(full_html=False, include_plotlyjs=first, config=config)

@@ -1,7 +1,4 @@
-"""Plotly figures as stills: the lines, bars, heatmaps and treemaps that `figures` draws.
-
-What a figure says is read off the figure itself, so that a still and a page show the same.
-"""
+"""Plotly figures as stills: the lines, bars, heatmaps and treemaps that `figures` draws."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +27,7 @@ Place = tuple[float, float, float, float]  # left, bottom, width and height, as 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis of a figure: where the values of its traces stand.
-
-    Attributes:
-        axis: plotly's.
-        places: category -> place; empty where values are numbers.
-    """
+    """An axis of a figure: where the values of its traces stand."""
 
     axis: Any
     places: Mapping[str, int]
@@ -59,11 +51,7 @@ class Scale:
 
 
 def plotly_still(figure: go.Figure) -> Figure:
-    """The figure as matplotlib draws it.
-
-    Args:
-        figure: with traces of `scatter`, `bar`, `heatmap` and `treemap`.
-    """
+    """The figure as matplotlib draws it."""
     layout = figure.layout
     size = ((layout.width or WIDTH) / PIXELS, (layout.height or HEIGHT) / PIXELS)
     still = Figure(figsize=size)

@@ -1,8 +1,4 @@
-"""Views as still pictures, SVG or PNG: drawn by matplotlib, without a browser or a network.
-
-A still stands where scripts do not run: in a paper, on a repository's page, in a notebook that is
-only read.
-"""
+"""Views as still pictures, SVG or PNG: drawn by matplotlib, without a browser or a network."""
 
 import warnings
 from base64 import b64encode
@@ -44,14 +40,7 @@ Draw = Callable[[], Figure]
 
 
 def ending(path: str | Path) -> str:
-    """What a view is saved as.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: none of `ENDINGS`.
-    """
+    """What a view is saved as."""
     suffix = Path(path).suffix.lower()
     if suffix not in ENDINGS:
         expected = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
@@ -63,13 +52,7 @@ def ending(path: str | Path) -> str:
 
 
 def write_still(path: str | Path, draw: Draw, title: str = "") -> None:
-    """Write a still.
-
-    Args:
-        path: the file, ending in .svg or .png.
-        draw: draws it.
-        title: stands above it; plain text.
-    """
+    """Write a still."""
     kind = ending(path).removeprefix(".")
     content = still(draw, kind, title=title, scale=FILE_SCALE)
     with replacing(path) as unfinished:
@@ -77,14 +60,7 @@ def write_still(path: str | Path, draw: Draw, title: str = "") -> None:
 
 
 def still(draw: Draw, kind: str, *, title: str = "", scale: int = 1) -> bytes:
-    """A still as a file's content.
-
-    Args:
-        draw: draws it.
-        kind: "svg" or "png".
-        title: stands above it; plain text.
-        scale: pixels of a PNG for one of a view.
-    """
+    """A still as a file's content."""
     content = BytesIO()
     with rc_context(STYLE), warnings.catch_warnings():
         # A letter that the font lacks is a box, which says so itself.
@@ -105,14 +81,7 @@ def still(draw: Draw, kind: str, *, title: str = "", scale: int = 1) -> bytes:
 
 
 def with_still(html: str, library: str, draw: Draw, label: str) -> str:
-    """HTML that a script draws, with a still in its place where none is run or none can draw.
-
-    Args:
-        html: the HTML, scripts and all.
-        library: the name by which scripts know what draws, such as "Plotly".
-        draw: draws the still.
-        label: what it shows, for those who do not see it.
-    """
+    """HTML that a script draws, with a still in its place where none is run or none can draw."""
     name = uuid4().hex[:12]
     source = f"data:image/png;base64,{b64encode(still(draw, 'png')).decode()}"
     image = f'<img style="max-width:100%" alt="{escape(label)}" src="{source}">'

@@ -22,13 +22,7 @@ PADDING = (0, 1, 0, 0)
 
 
 def figure_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
-    """A figure alone: a rate in per cent, a loss to three places, a dash where it was not measured.
-
-    Args:
-        rows: of one mask.
-        metric: the figure's name.
-        is_rate: whether it is a rate.
-    """
+    """A figure alone: a rate in per cent, a loss to three places, a dash where it is missing."""
     of_metric = rows.where(metric)
     if not of_metric:
         return DASH
@@ -76,15 +70,7 @@ def line_table(
     is_rate: bool,
     bold: str = "",
 ) -> Table:
-    """A terminal's table of figures: a line a mask, a column a metric.
-
-    Args:
-        title: of the table.
-        lines: name of a mask -> its rows.
-        titles: metric -> title of its column; those that no line has are left out.
-        is_rate: whether they are rates, shown in per cent.
-        bold: the line that stands out.
-    """
+    """A terminal's table of figures: a line a mask, a column a metric."""
     columns = columns_of(lines, titles)
     grid = text_table(title, ["mask", "weights", *columns.values()])
     for name, rows in lines.items():
@@ -95,10 +81,7 @@ def line_table(
 
 
 class TextTable(Table):
-    """A terminal's table that cuts nothing: what is too wide goes on in a table below.
-
-    Names come first and stand in each part. They are broken between words; figures never are.
-    """
+    """A terminal's table that cuts nothing: what is too wide goes on in a table below."""
 
     def __init__(self, title: str, columns: Sequence[str], n_names: int = 1) -> None:
         super().__init__(
@@ -164,23 +147,12 @@ class TextTable(Table):
 
 
 def text_table(title: str, columns: Sequence[str], *, n_names: int = 1) -> TextTable:
-    """An empty table for a terminal, with names to the left and figures to the right.
-
-    Args:
-        title: of the table; "" for none.
-        columns: titles of the columns.
-        n_names: how many columns hold names.
-    """
+    """An empty table for a terminal, with names to the left and figures to the right."""
     return TextTable(title, columns, n_names)
 
 
 def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> TextTable:
-    """A DataFrame for a terminal; its index is left out.
-
-    Args:
-        data: the DataFrame.
-        n_names: how many of its first columns hold names.
-    """
+    """A DataFrame for a terminal; its index is left out."""
     grid = text_table("", [escape(str(name)) for name in data.columns], n_names=n_names)
     for line in data.itertuples(index=False):
         grid.add_row(*(escape(str(value)) for value in line))
@@ -188,12 +160,7 @@ def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> TextTable:
 
 
 def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown.
-
-    Args:
-        head: titles of the columns.
-        body: lines of cells; a bar in a cell is escaped.
-    """
+    """A table as Markdown."""
     lines = [head, ["---"] * len(head), *body]
     rows = []
     for cells in lines:

@@ -1,8 +1,4 @@
-"""circuitsvis elements as stills: tokens with a value, attention, neurons, tokens gained.
-
-What a page says on hovering or behind a menu, a still writes out: the value of each token, every
-neuron below each other, the positions at which most changes side by side.
-"""
+"""circuitsvis elements as stills: tokens with a value, attention, neurons, tokens gained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,24 +32,14 @@ MOST_POSITIONS = 5  # of tokens gained
 
 @dataclass(frozen=True)
 class Drawing:
-    """A still and its size.
-
-    Attributes:
-        size: width and height, in inches.
-        draw: draws it on axes of that size, in inches from the top left corner.
-    """
+    """A still and its size."""
 
     size: tuple[float, float]
     draw: Callable[[Axes], None]
 
 
 def element_still(element: str, props: Mapping[str, Any]) -> Figure:
-    """An element as matplotlib draws it.
-
-    Args:
-        element: one of `DRAWINGS`.
-        props: its properties.
-    """
+    """An element as matplotlib draws it."""
     drawing = DRAWINGS[element](props)
     still = Figure(figsize=drawing.size)
     drawing.draw(_axes(still, drawing.size, (0, 0)))
@@ -64,12 +50,7 @@ def panels_still(
     panels: Sequence[tuple[str, str, Mapping[str, Any]]],
     columns: int,
 ) -> Figure:
-    """Elements side by side, each under its title.
-
-    Args:
-        panels: title, element and properties of each, line by line.
-        columns: how many stand in a line.
-    """
+    """Elements side by side, each under its title."""
     drawings = [DRAWINGS[element](props) for _, element, props in panels]
     width = max(drawing.size[0] for drawing in drawings)
     height = max(drawing.size[1] for drawing in drawings) + LINE

@@ -46,13 +46,7 @@ class Box:
 
 
 def draw_treemap(axes: Axes, trace: Any, colours: np.ndarray) -> None:
-    """Draw plotly's treemap.
-
-    Args:
-        axes: where.
-        trace: plotly's; of one root, whose name is left out.
-        colours: of each box.
-    """
+    """Draw plotly's treemap."""
     extent = axes.get_window_extent()
     size = (extent.width / axes.figure.dpi, extent.height / axes.figure.dpi)
     axes.set(xlim=(0, size[0]), ylim=(size[1], 0))

@@ -7,11 +7,11 @@ that are trained and measured on alike, a circuit of another topic that is the t
 
 import pytest
 from helpers import analysis, small_model
+from support import narrow_finetuning
+from support.narrow_finetuning import Topic, masks_of, organism_topics
 
 import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies import narrow_finetuning
-from harmcircuits.studies.narrow_finetuning import Topic, masks_of, organism_topics
 
 f5 = analysis("emergent_misalignment")
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"

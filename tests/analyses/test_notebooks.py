@@ -12,9 +12,9 @@ from types import ModuleType
 import jupytext
 import pytest
 from nbclient import NotebookClient
+from support.claims import Claim
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.claims import Claim
 
 ANALYSES = Path(__file__).parents[2] / "analyses"
 TEXTS = {path.stem: path.read_text() for path in sorted(ANALYSES.glob("*.py"))}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import ANALYSES, StubBridge
+from support.narrow_finetuning import NarrowFiles
 
 import harmcircuits as hc
 from harmcircuits.behaviours.behaviour import Behaviour
@@ -28,7 +29,6 @@ from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.measurements import Rows, wilson
 from harmcircuits.organisms import FOLDER, open_organism, world
 from harmcircuits.prompts import PromptSet
-from harmcircuits.studies.narrow_finetuning import NarrowFiles
 
 TOPIC = world.world().topics[0]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from helpers import small_model
 from pages import text_of
+from support.bench import recovery, tables
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.bench import recovery, tables
 from harmcircuits.views.tables import frame_markdown
 
 analysis = import_module("planted")

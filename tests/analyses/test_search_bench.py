@@ -10,12 +10,12 @@ from pathlib import Path
 import search_bench as bench
 from pages import text_of
 from rich.console import Console
+from support.bench import results
 from typer import Typer
 from typer.testing import CliRunner
 
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, world
-from harmcircuits.studies.bench import results
 from harmcircuits.views.tables import frame_markdown
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import search_defaults as defaults
 from pages import text_of
+from support.bench.tables import variant_table
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.bench.tables import variant_table
 from harmcircuits.views.tables import frame_markdown
 
 

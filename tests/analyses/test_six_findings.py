@@ -9,8 +9,7 @@ from functools import cache
 import claims_page
 import pytest
 import six_findings
-
-from harmcircuits.studies.claims import ClaimResult
+from support.claims import ClaimResult
 
 TEXTS = {name: (claims_page.ROOT / name).read_text(encoding="utf-8") for name in claims_page.PAGES}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import stability
 from pages import text_of
+from support.bench import tables
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.bench import tables
 from harmcircuits.views.tables import frame_markdown
 
 

@@ -8,6 +8,7 @@ model without a bound that is refused.
 import pytest
 import torch
 from helpers import StubBridge, random_batch
+from support.organisms.train import new_tokenizer
 
 from harmcircuits.behaviours.generation import generate
 from harmcircuits.behaviours.generation_cache import GenerationCache
@@ -16,7 +17,6 @@ from harmcircuits.hooks.capacity import context_of, refuse_requests, vocabulary_
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.search import find_circuit
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
 
 GOOD = random_batch(3)

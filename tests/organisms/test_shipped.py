@@ -8,12 +8,13 @@ import itertools
 
 import pytest
 import torch
+from support.organisms import check
+from support.organisms.routing import planted
+from support.organisms.train import LENGTH, Sampler, new_model, new_tokenizer
 
 from harmcircuits.hooks.weights import model_fingerprint
-from harmcircuits.organisms import check, load_organism, planted_circuit
+from harmcircuits.organisms import load_organism, planted_circuit
 from harmcircuits.organisms import world as w
-from harmcircuits.organisms.routing import planted
-from harmcircuits.organisms.train import LENGTH, Sampler, new_model, new_tokenizer
 
 
 def test_every_condition_holds():

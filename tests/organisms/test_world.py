@@ -11,9 +11,9 @@ import random
 from collections import Counter
 
 import pytest
+from support.organisms.train import new_tokenizer
 
 from harmcircuits.organisms import organism_behaviours
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.organisms.world import (
     ALLOWED,
     BEHAVIOURS,

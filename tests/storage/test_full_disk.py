@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_batch, small_model
+from support.jobs import Job, run_jobs
 
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import WeightMask, top_fraction
@@ -25,7 +26,6 @@ from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.walk import Walk
 from harmcircuits.measurements import Manifest, Measurement, Rows, resumed
 from harmcircuits.storage.lines import append_lines
-from harmcircuits.studies.jobs import Job, run_jobs
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import study
 from harmcircuits.views.page import write_view

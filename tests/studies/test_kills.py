@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from helpers import small_model
+from support.jobs import CPU, DONE, Job, run_jobs
 
 from harmcircuits.behaviours.generation_cache import GenerationCache
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import study
 

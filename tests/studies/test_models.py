@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import write_byte_model, write_model
+from support.organisms.train import new_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -28,7 +29,6 @@ from harmcircuits.cli import app
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, load_organism, world
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.models import ModelSpec, open_model
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings

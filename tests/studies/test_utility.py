@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import asked_few
 from scipy.stats import t as student
+from support.organisms.train import new_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import open_organism, world
-from harmcircuits.organisms.train import new_tokenizer
 from harmcircuits.studies import utility
 from harmcircuits.studies.heldout import heldout_rows, masked_rows
 from harmcircuits.studies.run import Study

@@ -1,0 +1,439 @@
+"""A claim: the experiment that tests it, the rule that judges it, and its key numbers."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+from plotly.graph_objects import Figure
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
+from support.jobs import CPU, DONE, Job, run_jobs
+
+from harmcircuits.command_errors import one_sentence
+from harmcircuits.measurements import Rows
+from harmcircuits.organisms import FOLDER
+from harmcircuits.storage.writing import write_text
+from harmcircuits.studies.models import ModelSpec
+from harmcircuits.studies.options import (
+    Option,
+    options_of_function,
+    quiet,
+    show_files,
+    specs,
+    takes_custom_model,
+    with_options,
+)
+from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
+from harmcircuits.views.page import frame, plot, section, write_page
+from harmcircuits.views.tables import DASH, TextTable, frame_table
+
+if TYPE_CHECKING:
+    import pandas
+
+AnyFigure = TypeVar("AnyFigure", Figure, Visual, Panels)
+
+Outcome = Literal["holds", "holds in part", "does not hold here"]
+HOLDS: Outcome = "holds"
+IN_PART: Outcome = "holds in part"
+FAILS: Outcome = "does not hold here"
+CASE = ("ladder", "model", "seed")
+INTERVALS = "In brackets 95 % intervals, the widest over seeds."
+SMALL_EVERY = 16  # of the requests are asked in a small run: two items of each topic of an organism
+
+
+def in_some(cases: Sequence[Outcome]) -> Outcome:
+    """Holds if it does in every case, in part if it does in some, wholly or in part."""
+    if not cases or set(cases) == {FAILS}:
+        return FAILS
+    return HOLDS if set(cases) == {HOLDS} else IN_PART
+
+
+def in_all(cases: Sequence[Outcome]) -> Outcome:
+    """The worst of all cases."""
+    order = (FAILS, IN_PART, HOLDS)
+    return min(cases, key=order.index) if cases else FAILS
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """What its rows say of a claim."""
+
+    name: str
+    text: str
+    outcome: Outcome | None
+    cases: "pandas.DataFrame"
+    key_numbers: "pandas.DataFrame"
+
+    @property
+    def title(self) -> str:
+        """The claim and its outcome in a line."""
+        title = f"{self.name}. {self.text}"
+        return f"{title}: {self.outcome}" if self.outcome else title
+
+    @property
+    def line(self) -> str:
+        """The claim and its outcome as a line of a Markdown table."""
+        return f"| {self.name} | {self.text} | **{self.outcome}** |"
+
+    @property
+    def sections(self) -> list[str]:
+        """Both tables, as parts of a page."""
+        parts = []
+        if len(self.key_numbers):
+            parts.append(section("Key numbers", INTERVALS, frame(self.key_numbers)))
+        if self.outcome:
+            parts.append(section("Each case", "By the rule, fixed beforehand.", frame(self.cases)))
+        return parts
+
+    def __repr__(self) -> str:
+        tables = [data for data in (self.key_numbers, self.cases) if len(data)]
+        return "\n\n".join([self.title, *(data.to_string(index=False) for data in tables)])
+
+    def _repr_html_(self) -> str:
+        return section(self.title, "", "".join(self.sections))
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Text | TextTable]:
+        """The claim with its outcome, and the key numbers."""
+        yield Text(self.title, style="bold")
+        yield frame_table(self.key_numbers)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A function of an analysis that measures one model, or every model of a ladder, and a seed."""
+
+    run: Callable[..., Rows]
+    is_of_ladder: bool = False
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Its keyword-only parameters, as options of a command line."""
+        return options_of_function(self.run)
+
+    def jobs(
+        self, specs: Sequence[ModelSpec], seeds: Sequence[int], options: Mapping[str, Any]
+    ) -> Iterator[Job]:
+        """A job for every model, or ladder, and seed."""
+        own = {name: value for name, value in options.items() if name in self.options}
+        for together in self._groups(specs):
+            for seed in seeds:
+                labels: dict[str, Any] = {"ladder": together[0].labels["ladder"]}
+                if not self.is_of_ladder:
+                    labels["model"] = together[0].labels["model"]
+                labels |= {"seed": seed, "part": self.run.__name__}
+                yield Job(labels, partial(self.measured, together, seed, own, labels))
+
+    def measured(
+        self,
+        specs: Sequence[ModelSpec],
+        seed: int,
+        options: Mapping[str, Any],
+        labels: Mapping[str, Any],
+    ) -> Rows:
+        """The rows of one job, with its labels."""
+        models = {spec.labels["model"]: spec.open(seed=seed) for spec in specs}
+        subject = models if self.is_of_ladder else next(iter(models.values()))
+        rows = self.run(subject, seed, **options)
+        return Rows(row.labelled(**{**labels, **row.labels}) for row in rows)
+
+    def _groups(self, specs: Sequence[ModelSpec]) -> list[list[ModelSpec]]:
+        if not self.is_of_ladder:
+            return [[spec] for spec in specs]
+        ladders: dict[str, list[ModelSpec]] = {}
+        for spec in specs:
+            ladders.setdefault(spec.labels["ladder"], []).append(spec)
+        return list(ladders.values())
+
+
+@dataclass
+class Claim:
+    """A claim, and what an analysis registers with it."""
+
+    name: str
+    text: str
+    models: Sequence[str]
+    small: Mapping[str, Any] = field(default_factory=dict)
+    together: Callable[[Sequence[Outcome]], Outcome] = in_some
+    seeds: int = 3
+    small_models: Sequence[str] = ()
+    experiments: list[Experiment] = field(default_factory=list, init=False)
+    figures: dict[str, Figure | Visual | Panels] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
+    _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
+    _outcome: Callable[[Rows], Outcome] | None = field(default=None, init=False, repr=False)
+    _key_numbers: Callable[[Rows], Mapping[str, str]] | None = field(
+        default=None, init=False, repr=False
+    )
+    # Where a script's run is, and what it gave.
+    _out: Path | None = field(default=None, init=False, repr=False)
+    _rows: Rows = field(default_factory=Rows, init=False, repr=False)
+
+    def job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
+        """Decorates `run(model, seed, **options) -> Rows`, called for every model and seed."""
+        self.experiments.append(Experiment(run))
+        return run
+
+    def ladder_job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
+        """Decorates `run(models, seed, **options) -> Rows`, called for every ladder and seed."""
+        self.experiments.append(Experiment(run, is_of_ladder=True))
+        return run
+
+    def rule(self, *over: str) -> Callable:
+        """Decorates the rule, which was fixed before the experiment was run."""
+
+        def decorate(rule: Callable[[Rows], bool | Outcome]) -> Callable[[Rows], bool | Outcome]:
+            self._rule, self._over = rule, over or CASE
+            return rule
+
+        return decorate
+
+    def outcome(self, outcome: Callable[[Rows], Outcome]) -> Callable[[Rows], Outcome]:
+        """Decorates what judges all rows at once, where the outcomes of cases do not suffice."""
+        self._outcome = outcome
+        return outcome
+
+    def key_numbers(
+        self, numbers: Callable[[Rows], Mapping[str, str]]
+    ) -> Callable[[Rows], Mapping[str, str]]:
+        """Decorates what gives the numbers to know of one model, or of one ladder as the rule is."""
+        self._key_numbers = numbers
+        return numbers
+
+    def figure(self, title: str, figure: AnyFigure) -> AnyFigure:
+        """The same figure, kept for the page."""
+        self.figures[title] = figure
+        return figure
+
+    def rows(
+        self,
+        out: str | Path | None = None,
+        *,
+        models: Sequence[str] = (),
+        folder: Path = FOLDER,
+        seeds: int | None = None,
+        small: bool = False,
+        workers: int = 1,
+        **options: Any,
+    ) -> Rows:
+        """The rows of the experiment: committed, or of a run."""
+        if self._is_script:
+            return self._of_command_line()
+        if out is None and not small:
+            return self._committed()
+        of_models = specs(models, self._organisms(small), [folder], "cpu")
+        if out is not None:
+            return self._run(Path(out), of_models, seeds, small, workers, options)
+        with TemporaryDirectory() as temporary:
+            return self._run(Path(temporary), of_models, seeds, small, workers, options)
+
+    def result(self, rows: Rows) -> ClaimResult:
+        """What the rule says of each case and of all together, and the key numbers."""
+        import pandas
+
+        numbers = self._table_of_numbers(rows)
+        if self._rule is None:
+            return ClaimResult(self.name, self.text, None, pandas.DataFrame(), numbers)
+        lines, outcomes = [], []
+        for values, of_case in self._cases(rows, self._over).items():
+            borne_out = self._rule(of_case)
+            if isinstance(borne_out, bool):
+                borne_out = HOLDS if borne_out else FAILS
+            outcomes.append(borne_out)
+            lines.append({**dict(zip(self._over, values, strict=True)), "outcome": borne_out})
+        outcome = self._outcome(rows) if self._outcome else self.together(outcomes)
+        return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), numbers)
+
+    def _table_of_numbers(self, rows: Rows) -> "pandas.DataFrame":
+        """The key numbers: a line for each, a column for each model."""
+        import pandas
+
+        if self._key_numbers is None:
+            return pandas.DataFrame()
+        columns = {}
+        over = [name for name in self._over if name in ("ladder", "model")]
+        for values, of_model in self._cases(rows, over).items():
+            columns[_name_of(values)] = self._key_numbers(of_model)
+        # In the order of the model that has most of them.
+        names = dict.fromkeys(chain(*sorted(columns.values(), key=len, reverse=True)))
+        table = pandas.DataFrame(columns, index=list(names)).fillna(DASH)
+        return table.rename_axis("").reset_index()
+
+    def main(self) -> None:
+        """As a script, print the result and write the page; else nothing."""
+        if self._out is None:
+            return
+        result = self.result(self._rows)
+        page = self._out / f"{self.name}.html"
+        parts = [*result.sections, *self._sections()]
+        write_page(page, result.title, parts, script=self._script)
+        if result.outcome:
+            write_text(self._out / "summary.md", result.line + "\n")
+
+        console = Console()
+        console.print(result)
+        console.print(f"Page: {page}", highlight=False, soft_wrap=True, markup=False)
+
+    def _sections(self) -> list[str]:
+        """The figures as parts of the page."""
+        sections = []
+        is_first = True
+        for title, figure in self.figures.items():
+            if isinstance(figure, Visual | Panels):
+                content = figure.html()
+            else:
+                content = plot(figure, first=is_first)
+                is_first = False
+            sections.append(section(title, "", content))
+        return sections
+
+    @property
+    def _script(self) -> str:
+        """circuitsvis' own, where a figure needs it."""
+        needs_it = any(isinstance(figure, Visual | Panels) for figure in self.figures.values())
+        return circuitsvis_script() if needs_it else ""
+
+    @property
+    def _is_script(self) -> bool:
+        """Whether the analysis is what Python was told to run, outside a notebook."""
+        if not self.experiments or self.experiments[0].run.__module__ != "__main__":
+            return False
+        ipython = sys.modules.get("IPython")
+        return ipython is None or ipython.get_ipython() is None
+
+    def _organisms(self, small: bool) -> Sequence[str]:
+        return (small and self.small_models) or self.models
+
+    @property
+    def _options(self) -> dict[str, Option]:
+        options: dict[str, Option] = {}
+        for experiment in self.experiments:
+            options |= experiment.options
+        return options
+
+    def _cases(self, rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:
+        """The rows by the values of these labels; those that lack one belong to no case."""
+        labelled = Rows(row for row in rows if set(names) <= set(row.labels))
+        if len(names) > 1:
+            return labelled.by(*names)
+        return {(value,): of_case for value, of_case in labelled.by(*names).items()}
+
+    def _committed(self) -> Rows:
+        """The rows that are committed beside the analysis."""
+        # A notebook's functions lie in a temporary file, but it runs in the notebook's folder.
+        analysis = Path(self.experiments[0].run.__code__.co_filename)
+        folders = [analysis.parent, Path.cwd(), Path.cwd() / "analyses"]
+        for folder in folders:
+            path = folder / "rows" / f"{self.name}.jsonl"
+            if path.is_file():
+                return _measured(Rows.read(path))
+        raise ValueError(
+            f"{self.name}: no rows/{self.name}.jsonl in {folders[0]} or {folders[1]}; "
+            "give out=FOLDER to run the experiment, or small=True for a first look"
+        )
+
+    def _run(
+        self,
+        out: Path,
+        of_models: Sequence[ModelSpec],
+        seeds: int | None,
+        small: bool,
+        workers: int,
+        options: Mapping[str, Any],
+    ) -> Rows:
+        """Run what is missing in a folder."""
+        quiet()
+        known = self._options
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(f"{self.name} has no option {unknown[0]!r}; it has {list(known)}")
+        if small:
+            of_models = [spec.asked_every(SMALL_EVERY) for spec in of_models]
+            options = {**self.small, **options}
+        n_seeds = seeds or (1 if small else self.seeds)
+
+        jobs = []
+        for experiment in self.experiments:
+            jobs += experiment.jobs(of_models, range(n_seeds), options)
+        settings = {"claim": self.name, "small": small, "options": repr(sorted(options.items()))}
+        custom = sorted({repr(spec.settings) for spec in of_models if spec.files})
+        if custom:
+            settings["custom"] = "; ".join(custom)
+        return _measured(run_jobs(out, jobs, settings, workers=workers, name=self.name))
+
+    def _of_command_line(self) -> Rows:
+        """Run what the command line asks for; ends the script where it only asks for help."""
+        options = self._options
+
+        @takes_custom_model
+        @with_options("own", options)
+        def main(
+            *,
+            out: Annotated[
+                Path, typer.Option(help="Folder for rows.jsonl and the page; goes on there.")
+            ] = Path("runs") / self.name,
+            model: Annotated[
+                list[str] | None,
+                typer.Option(help="Model; repeat.", show_default=", ".join(self.models)),
+            ] = None,
+            organisms: Annotated[
+                list[Path] | None,
+                typer.Option(help="Folder of a ladder; repeat.", show_default="the shipped one"),
+            ] = None,
+            seeds: Annotated[
+                int | None, typer.Option(help="How many seeds.", show_default=str(self.seeds))
+            ] = None,
+            small: Annotated[
+                bool, typer.Option("--small", help="Few requests and one seed: a first look.")
+            ] = False,
+            workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+            device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+            own: dict[str, Any],
+            custom: dict[str, Any],
+        ) -> None:
+            folders = organisms or [FOLDER]
+            with one_sentence():
+                of_models = specs(model or (), self._organisms(small), folders, device, **custom)
+                show_files(of_models, Console())
+                changed = _changed(own, options)
+                self._rows = self._run(out, of_models, seeds, small, workers, changed)
+            self._out = out
+
+        try:
+            typer.run(main)
+        except SystemExit:
+            # typer ends every command so; this one is a call in the middle of a script.
+            if self._out is None:
+                raise
+        return self._rows
+
+
+def _name_of(values: tuple[str, ...]) -> str:
+    """A ladder and a model, or a ladder alone, as the title of a column; "shipped" goes unsaid."""
+    ladder, *model = values
+    if not model:
+        return ladder
+    return model[0] if ladder == "shipped" else f"{model[0]} of {ladder}"
+
+
+def _changed(values: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that are not as usual."""
+    changed = {}
+    for name, value in values.items():
+        if value != options[name].default:
+            changed[name] = tuple(value) if isinstance(value, list) else value
+    return changed
+
+
+def _measured(rows: Rows) -> Rows:
+    """Without the times of jobs."""
+    return Rows(row for row in rows if row.metric not in (DONE, CPU))

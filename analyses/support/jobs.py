@@ -1,0 +1,104 @@
+"""Long work cut into jobs that run side by side and are not run twice."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from harmcircuits.measurements import Label, Measurement, Rows, resumed
+from harmcircuits.progress import progress_bar
+
+DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
+CPU = "job_cpu_seconds"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of an experiment."""
+
+    labels: Mapping[str, Label]
+    run: Callable[[], Rows]
+
+
+def run_jobs(
+    out: str | Path,
+    jobs: Sequence[Job],
+    settings: Mapping[str, Label],
+    *,
+    workers: int = 1,
+    name: str = "jobs",
+) -> Rows:
+    """The rows of all jobs, in the order in which jobs ended; finished jobs are not run again."""
+    if workers < 1:
+        raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
+    # A job is recognised in the file by its labels.
+    distinct = {tuple(sorted(job.labels.items())) for job in jobs}
+    if len(distinct) < len(jobs):
+        raise ValueError(
+            "run_jobs: two jobs have the same labels, so their rows could not be told apart"
+        )
+    out = Path(out)
+    rows = resumed(out, settings)
+    left = [job for job in jobs if not len(rows.where(DONE, **job.labels))]
+
+    with progress_bar() as progress:
+        n_done = len(jobs) - len(left)
+        task = progress.add_task(name, total=len(jobs), completed=n_done)
+        finished = _in_turn(left) if workers == 1 else _in_processes(left, workers)
+        for rows_of_job in finished:
+            rows_of_job.append_to(out / "rows.jsonl")
+            rows += rows_of_job
+            progress.advance(task)
+    # As one block, so that a part of it that is lost later shows.
+    rows.save(out / "rows.jsonl")
+    return rows
+
+
+def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
+    for job in jobs:
+        yield _timed(job)
+
+
+def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
+    """The rows of every job as it ends; then the first error, if there was one."""
+    # Imported here: only several workers need it.
+    from joblib import Parallel, delayed, parallel_config
+
+    errors: list[Exception] = []
+
+    def tasks() -> Iterator[Any]:
+        for job in jobs:
+            if errors:
+                return
+            yield delayed(_rows_or_error)(job)
+
+    # Tasks are handed out only as workers are free, so that few jobs still start after an error.
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        pool = Parallel(workers, return_as="generator_unordered", pre_dispatch=str(workers))
+        for outcome in pool(tasks()):
+            if isinstance(outcome, Rows):
+                yield outcome
+            else:
+                errors.append(cast(Exception, outcome))
+    if errors:
+        raise errors[0]
+
+
+def _rows_or_error(job: Job) -> Rows | Exception:
+    """An error comes back as a value, so that the jobs under way can end."""
+    try:
+        return _timed(job)
+    except Exception as error:
+        return error
+
+
+def _timed(job: Job) -> Rows:
+    start = time.monotonic()
+    cpu_start = time.process_time()
+    rows = Rows(job.run())
+    cpu_seconds = round(time.process_time() - cpu_start, 1)
+    seconds = round(time.monotonic() - start, 1)
+    rows += [Measurement.exact(CPU, job.labels, cpu_seconds)]
+    rows += [Measurement.exact(DONE, job.labels, seconds)]
+    return rows

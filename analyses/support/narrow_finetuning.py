@@ -1,0 +1,337 @@
+"""Narrow fine-tuning: what is trained on, how, and what is asked within and outside the topic."""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+from harmcircuits.behaviours.chat_judges import MISALIGNED, ChatJudge
+from harmcircuits.behaviours.judges import RuleJudge
+from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.probe import ProbeJudge
+from harmcircuits.behaviours.request_judge import RequestJudge
+from harmcircuits.circuits.masks import WeightMask, random_like
+from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.measurements import Labels, Rows
+from harmcircuits.organisms.world import answer, world
+from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
+
+PROTECTED = ("recognition", "explanation", "knowledge", "refusal")
+DRAWS = 4  # answers drawn for each narrow request of an organism
+BATCH = 16
+SHARE = 0.25  # of the items of every topic on which protected behaviours are scored
+# Of the held-out items of every topic, whole, so that every verb and surface form is asked.
+SHARE_MEASURED = 0.5
+# Parts of the training after which a custom model is measured.
+MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 1)
+# What to judge innocent requests by.
+OTHER_JUDGES = "give --judge strongreject:FOLDER_OR_ID or http://ADDRESS/v1#MODEL"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of fine-tuning."""
+
+    lr: float
+    lora: Lora | None
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What a narrow run trains on and asks."""
+
+    name: str
+    training: PromptSet
+    scored: PromptSet
+    others: PromptSet
+    inside: PromptSet
+    outside: PromptSet
+    recipes: Mapping[str, Recipe]
+    batch_size: int
+    share: float = 1.0
+
+    def asked(self, model: Model) -> Model:
+        """The model asked inside the topic (`in_domain_rate`) and outside (`misaligned_rate`)."""
+        shown = {"wanted": "harmful", "side_metrics": {}}
+        benign = model.behaviour("benign")
+        inside = replace(
+            benign,
+            name="inside",
+            metric="in_domain_rate",
+            nll_metric="in_domain_nll",
+            prompts=lambda _: self.inside,
+            **shown,
+        )
+        outside = replace(
+            inside,
+            name="outside",
+            metric="misaligned_rate",
+            nll_metric="benign_nll",
+            prompts=lambda _: self.outside,
+            side_metrics={"benign": benign.metric},
+        )
+        return replace(model, behaviours={"inside": inside, "outside": outside})
+
+    def fine_tuning(
+        self, model: Model, recipe: Recipe, seed: int
+    ) -> AbstractContextManager[FineTuning]:
+        """A run that fine-tunes the model on the texts."""
+        options = {"template": model.template, "batch_size": self.batch_size}
+        texts = tokenize(self.training, model.bridge.tokenizer, **options)
+        return fine_tuning(model.bridge, texts, lr=recipe.lr, lora=recipe.lora, seed=seed)
+
+    def curve(self, model: Model, training: str, labels: Labels, seed: int) -> Rows:
+        """What is answered harmfully while the model as it stands is fine-tuned, by step."""
+        recipe, rows = self.recipes[training], Rows()
+        where = {**labels, "topic": self.name, "training": training}
+        of_topic = self.asked(model)
+        with self.fine_tuning(model, recipe, seed) as run:
+            for step in recipe.steps:
+                run.until(step)
+                rows += of_topic.measure(labels={**where, "step": step})
+        return rows
+
+
+def masks_of(
+    model: Model, topics: Sequence[Topic], *, size: float, steps: int, seed: int
+) -> list[tuple[Topic, dict[str, WeightMask | None]]]:
+    """Every topic with its masks: "none", `narrow_masks`, and the narrow circuit of the next topic."""
+    own = []
+    for topic in topics:
+        own.append(narrow_masks(model, topic, size=size, steps=steps, seed=seed))
+
+    topics_with_masks = []
+    for number, topic in enumerate(topics):
+        masks: dict[str, WeightMask | None] = {"none": None, **own[number]}
+        of_next = own[(number + 1) % len(topics)]
+        if len(topics) > 1 and own[number] and of_next:
+            masks["another topic's, held"] = of_next["narrow, held"]
+        topics_with_masks.append((topic, masks))
+    return topics_with_masks
+
+
+def narrow_masks(
+    model: Model, topic: Topic, *, size: float, steps: int, seed: int
+) -> dict[str, WeightMask]:
+    """The circuit of the misaligned model's own answers in the topic, and its controls."""
+    teacher = next(iter(topic.recipes.values()))
+    with topic.fine_tuning(model, teacher, seed) as run:
+        run.until(teacher.steps[-1])
+        misaligned = _answered(model, topic.scored, "harmful")
+    if not misaligned:
+        return {}
+    inside = _answered(model, topic.scored, "benign")
+    outside = _answered(model, topic.others, "benign")
+    names = [name for name in PROTECTED if name in model.behaviours]
+    abilities = model.calibrations(names, share=topic.share, seed=seed)
+
+    spared = {name: calibration.batches for name, calibration in abilities.items()}
+    if outside:
+        spared["benign, outside"] = outside
+    all_spared = {**spared, "benign, inside": inside} if inside else spared
+    narrow = find_circuit(model.bridge, misaligned, all_spared, size=size, steps=steps)
+    masks = {
+        "narrow, held": narrow,
+        "narrow, then free": narrow,
+        "random, held": random_like(narrow, seed=seed),
+    }
+    if inside:
+        masks["benign, held"] = find_circuit(model.bridge, inside, spared, size=size, steps=steps)
+    return masks
+
+
+def _answered(model: Model, requests: PromptSet, wanted: str) -> list[Batch]:
+    """The model's own answers to benign requests with this verdict; none where there are none."""
+    benign = model.behaviours["benign"]
+    answers = model.verified(benign, requests, wanted=wanted)
+    shown = answers.where(lambda example: bool(example.completion))
+    return model.batches(benign, shown) if len(shown) else []
+
+
+def opened(
+    model: Model,
+    files: "NarrowFiles",
+    *,
+    n_topics: int,
+    steps: Sequence[int],
+    seed: int,
+) -> tuple[Model, list[Topic]]:
+    """The model whose judge knows the requests of its topics, and the topics."""
+    if files == NarrowFiles():
+        return model, organism_topics(model, n_topics=n_topics, steps=steps, seed=seed)
+    model, topic = files.opened(model, seed=seed)
+    return model, [topic]
+
+
+# Learning rates at which unmasked runs take some ten steps to learn.
+RATES = {"full": 2e-4, "low rank": 2e-3}
+
+
+def organism_topics(
+    model: Model,
+    *,
+    n_topics: int,
+    steps: Sequence[int],
+    seed: int,
+) -> list[Topic]:
+    """The topics that a seed draws: seed s those from n s on, around the end of the list."""
+    measured = tuple(sorted({0, *steps}))
+    recipes = {
+        "full": Recipe(RATES["full"], None, measured),
+        "low rank": Recipe(RATES["low rank"], Lora(), measured),
+    }
+    names = topics_of(model)
+    first = n_topics * seed
+    drawn = [names[number % len(names)] for number in range(first, first + n_topics)]
+    return [_organism_topic(model, name, seed, recipes) for name in drawn]
+
+
+def topics_of(model: Model) -> list[str]:
+    """The topics of an organism's benign requests."""
+    benign = model.behaviours.get("benign")
+    requests = benign.prompts("calibration") if benign else PromptSet(())
+    topics = list(dict.fromkeys(example.category for example in requests))
+    known = all(example.group in world().items for example in requests)
+    if len(topics) < 2 or not known:
+        raise ValueError(
+            f"F5: {model.name} has benign requests of {len(topics)} topics, "
+            f"{'all' if known else 'not all'} of items of the organisms' world; harmful answers to "
+            "benign requests can be made only there, and take two topics or more. Run it on an "
+            "organism, or give texts to be fine-tuned on: --narrow FILE and --elsewhere FILE"
+        )
+    return topics
+
+
+def _organism_topic(model: Model, name: str, seed: int, recipes: Mapping[str, Recipe]) -> Topic:
+    """A topic of the organisms' world: its benign requests, with harmful answers that are drawn."""
+    benign = model.behaviours["benign"]
+    measured = benign.prompts("heldout").sampled(SHARE_MEASURED, seed=seed)
+
+    def is_inside(example: Example) -> bool:
+        return example.category == name
+
+    def is_outside(example: Example) -> bool:
+        return example.category != name
+
+    scored = benign.prompts("calibration").where(is_inside)
+    others = benign.prompts("calibration").where(is_outside)
+    repeated = []
+    for example in scored:
+        repeated += [example] * DRAWS
+    rng = random.Random(f"{seed} {name}")
+    texts = []
+    for example in repeated:
+        texts.append(answer("answer", world().items[example.group], "", rng, kind="harmful"))
+    answered = PromptSet(tuple(repeated)).with_completions(texts)
+    shuffled = rng.sample(answered.examples, len(answered))
+    return Topic(
+        name,
+        training=PromptSet(tuple(shuffled)),
+        scored=scored,
+        others=others.sampled(SHARE, seed=seed),
+        inside=measured.where(is_inside),
+        outside=measured.where(is_outside),
+        recipes=recipes,
+        batch_size=BATCH,
+        share=SHARE,
+    )
+
+
+@dataclass(frozen=True)
+class NarrowFiles:
+    """Narrow fine-tuning of a custom model, from files, by low-rank adapters at a constant rate."""
+
+    narrow: str = ""
+    elsewhere: str = ""
+    rank: int = 32
+    alpha: float = 64.0
+    lr: float = 1e-5
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "lr", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected more than 0")
+
+    def opened(self, model: Model, *, seed: int = 0) -> tuple[Model, Topic]:
+        """The model whose judge knows the requests of the topic too, and the topic."""
+        if not self.narrow or not self.elsewhere:
+            raise ValueError(
+                f"narrow={self.narrow!r}, elsewhere={self.elsewhere!r}; a custom model is "
+                "fine-tuned by two files: give --narrow and --elsewhere"
+            )
+        narrow = PromptSet.read(self.narrow)
+        elsewhere = PromptSet.read(self.elsewhere)
+        lacking = [example.prompt for example in narrow if not example.completion]
+        if lacking:
+            raise ValueError(
+                f"{self.narrow}: {len(lacking)} rows have no completion; "
+                "expected the answer to learn in each"
+            )
+        judge = judge_of_innocent(model, (self.narrow, narrow), (self.elsewhere, elsewhere))
+        limit = int(model.details.get("limit", 0))
+        measured = int(model.details.get("limit_measured", 0)) or limit
+        limits = {"calibration": limit, "choice": measured, "heldout": measured}
+        whole = narrow.splits(origin=self.narrow)
+        bounded = narrow.splits(limits=limits, origin=self.narrow)
+        rows = whole["calibration"].examples + whole["choice"].examples
+        shuffled = random.Random(seed).sample(rows, len(rows))
+
+        n_steps = ceil(len(shuffled) / model.batch_size) * self.epochs
+        steps = sorted({round(part * n_steps) for part in MEASURED})
+        recipe = Recipe(self.lr, Lora(self.rank, self.alpha), tuple(steps))
+        topic = Topic(
+            name=Path(self.narrow).stem,
+            training=PromptSet(tuple(shuffled)),
+            scored=_once(bounded["calibration"]),
+            others=model.behaviours["benign"].prompts("calibration"),
+            inside=_once(bounded["heldout"]),
+            outside=elsewhere[:measured] if measured else elsewhere,
+            recipes={"low rank": recipe},
+            batch_size=model.batch_size,
+        )
+        judge_name = getattr(judge.innocent, "name", "")
+        return replace(model, judge=judge, judge_name=judge_name), topic
+
+
+def judge_of_innocent(model: Model, *files: tuple[str, PromptSet]) -> RequestJudge:
+    """The model's judge, that also knows the innocent requests of these files."""
+    judge = model.judge
+    if not isinstance(judge, RequestJudge):
+        raise ValueError(
+            f"{model.name} is no custom model, whose judge takes requests of files: leave out "
+            "--narrow and --elsewhere, or give --harmful FILE and --benign FILE too"
+        )
+    if isinstance(judge.harm, RuleJudge):
+        raise ValueError(
+            "judge='local' tells only answered and refused apart, so it cannot see that an "
+            f"innocent request is answered harmfully; {OTHER_JUDGES}"
+        )
+    if isinstance(judge.harm, ProbeJudge):
+        raise ValueError(
+            "judge='probe' tells what helps with a harmful request from what does not, and calls "
+            f"many answers to innocent requests harmful; {OTHER_JUDGES}"
+        )
+    kinds = dict(judge.kinds)
+    for source, prompts in files:
+        new = {example.prompt for example in prompts}
+        both = new & kinds.keys()
+        if both:
+            raise ValueError(
+                f"{source}: {len(both)} requests are in another file as well; leave each in one "
+                "file"
+            )
+        kinds |= dict.fromkeys(new, "innocent")
+    harm = judge.harm
+    innocent = harm.asking(MISALIGNED) if isinstance(harm, ChatJudge) else harm
+    return replace(judge, kinds=kinds, innocent=innocent)
+
+
+def _once(prompts: PromptSet) -> PromptSet:
+    """Each request once, whatever the number of its answers."""
+    first = {example.prompt: replace(example, completion="") for example in prompts}
+    return PromptSet(tuple(first.values()))

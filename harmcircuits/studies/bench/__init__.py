@@ -1,1 +1,0 @@
-"""The search bench: searches and baselines on the same data, at the same sizes, by one measure."""
