@@ -30,7 +30,32 @@ Pair = tuple[Example, Example]  # harmful, harmless
 
 @dataclass(frozen=True, repr=False)
 class RequestFiles:
-    """Where a real model's requests come from."""
+    """Where a real model's requests come from.
+
+    Each source is a file, a dataset, or a set of requests.
+
+    Attributes:
+        harmful: harmful requests: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or a dataset
+            id or folder (ID:SPLIT). AdvBench, HarmBench, JailbreakBench, StrongREJECT, XSTest,
+            Alpaca and chat messages are recognised, and files with a `prompt` column. They are
+            split into calibration, choice and held-out by the hash of their `group` (or prompt), so
+            a request stays where it is when others are added; a repeated one counts once. Targets
+            that a data set publishes are not scored: the model's own answers are.
+        benign: benign requests, given and split in the same way.
+        harmful_heldout: held-out harmful requests, in place of a quarter of the others.
+        benign_heldout: held-out benign requests, in place of a quarter of the others.
+        pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
+            order within a category ("contrast_x" belongs to "x"). Without them each harmful request
+            is paired with a benign one of similar length, which is not matched in content.
+        borderline: requests that look unsafe; those whose `label` is unsafe are left out.
+        plain: a text file for perplexity.
+        limit: the largest number of requests (pairs, windows) in a split; 0: all.
+        limit_measured: the limit in choice and held-out, which only measure, where it differs.
+        questions: the questions of recognition and explanation; on the command line a JSON file.
+        columns: which column holds what, as prompt=goal, in every file; harmful.prompt=goal in one.
+        behaviours: further behaviours, each a JSON or TOML file (see `OwnBehaviour`). With them
+            harmful and benign requests may be left out, both.
+    """
 
     harmful: Requests = ""
     benign: Requests = ""

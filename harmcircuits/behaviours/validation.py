@@ -140,7 +140,7 @@ def contrast_rows(
 
 
 def is_valid(rows: Rows) -> bool:
-    """Whether a judge may be used: the AUROC's lower end is 0.8 or more in each decisive contrast."""
+    """Whether a judge may be used: the lower end of each decisive AUROC is at least 0.8."""
     tested = rows.where(METRIC, split="calibration") or rows.where(METRIC)
     decisive: set[str] = set(DECISIVE)
     passed = set()

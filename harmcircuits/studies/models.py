@@ -162,7 +162,33 @@ def open_model(
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model to open, as a value that a command line can name and a worker process can open."""
+    """A model to open, as a value that a command line can name and a worker process can open.
+
+    Attributes:
+        model: without `files` an organism's name; with them a folder or hub id.
+        folder: of organisms.
+        device: a torch device.
+        files: the requests of a model that is no organism.
+        dtype: number format: float32, bfloat16 or float16.
+        device_map: spread over devices: auto or balanced.
+        template: format of requests: chat (the model's own template) or raw.
+        system: system prompt of every request.
+        template_options: variables of the chat template, each as NAME=VALUE, the value in JSON or
+            as text.
+        prefill: beginning of the answer to a harmful request.
+        judge: judge of harm: local (rules), probe, strongreject:FOLDER_OR_ID, chat:FOLDER_OR_ID (a
+            chat model on this machine) or http://ADDRESS/v1#MODEL; all but the rules are used only
+            where they tell the model's own answers apart.
+        judge_question: text file with StrongREJECT's wording.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: examples scored at once; answered are four times as many.
+        cache: folder that keeps the model's own answers and a judge's replies.
+        samples: answers sampled a request, at a temperature above 0.
+        temperature: temperature of sampled answers; 0: greedy ones.
+        top_p: sample from the likeliest tokens with this share.
+        sampling_seed: draws sampled answers.
+        every: ask only every so-many-th request, for a first look.
+    """
 
     model: str
     folder: Path = FOLDER
