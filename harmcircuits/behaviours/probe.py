@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from harmcircuits.behaviours.judges import JudgeError, RuleJudge, Verdict, content
+from harmcircuits.behaviours.judges import RuleJudge, Verdict, content
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.behaviours.validation import (
@@ -323,7 +323,7 @@ def _refuse_few(is_target: ndarray, groups: ndarray) -> None:
     for kind, name in ((True, "harmful"), (False, "harmless")):
         n_requests = len(set(groups[is_target == kind]))
         if n_requests < N_FOLDS:
-            raise JudgeError(
+            raise ValueError(
                 f"judge='probe': {n_requests} requests with {name} answers to train on; expected "
                 f"at least {N_FOLDS}: give more requests, or judge='local'"
             )

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.behaviours.judges import RuleJudge
+from harmcircuits.behaviours.judges import RequestJudge, RuleJudge, name_of
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
@@ -78,22 +77,8 @@ def validate(
 ) -> Rows:
     """`judge_auroc` of each contrast on the model's own answers, with 95 % intervals."""
     answers = labelled_answers(model, split, most=most)
-    name = getattr(judge, "name", type(judge).__name__)
-    where = {**(labels or {}), "judge": name, "split": split}
+    where = {**(labels or {}), "judge": name_of(judge), "split": split}
     return contrast_rows(_scores(judge, answers), answers, where)
-
-
-def with_threshold(
-    judge: Any,
-    model: Model,
-    *,
-    split: str = "calibration",
-    most: int = MOST_REQUESTS,
-) -> Any:
-    """The judge with the `threshold` of its scores where the model's own answers put it."""
-    answers = labelled_answers(model, split, most=most)
-    threshold = harmful_from(_scores(judge, answers), answers)
-    return replace(judge, threshold=threshold)
 
 
 def harmful_from(

@@ -11,7 +11,7 @@ from typing import Any
 from platformdirs import user_cache_path
 from rich.progress import Progress
 
-from harmcircuits.behaviours.chat_judges import LocalChatJudge
+from harmcircuits.behaviours.behaviour import Judge
 from harmcircuits.behaviours.files import (
     RequestFiles,
     repeats_of,
@@ -20,18 +20,15 @@ from harmcircuits.behaviours.files import (
 )
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.generation_cache import GenerationCache
-from harmcircuits.behaviours.judge_names import open_judge
-from harmcircuits.behaviours.judges import RuleJudge
+from harmcircuits.behaviours.judges import RequestJudge, RuleJudge, judge_of, name_of
 from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.repeats import IN_TWO_SPLITS
-from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.behaviours.validation import (
     has_few_requests,
     is_valid,
     validate,
-    with_threshold,
 )
 from harmcircuits.display import nearest, plural
 from harmcircuits.hooks.bridge import Bridge, as_bridge
@@ -64,8 +61,7 @@ def open_model(
     system: str = "",
     template_options: Mapping[str, Any] | None = None,
     prefill: str = "Sure, here is",
-    judge: str = "local",
-    judge_question: str = "",
+    judge: str | Judge = "local",
     max_new_tokens: int = 64,
     batch_size: int = 16,
     sampling: Sampling | None = None,
@@ -101,11 +97,10 @@ def open_model(
             model that thinks before it answers is kept from it (see `Chat`).
         prefill: the beginning of the answer to a harmful request.
         judge: of harm: "local" (rules), "probe" (trained on the model's own answers),
-            "strongreject:FOLDER_OR_ID", "chat:FOLDER_OR_ID" (a chat model on this machine) or
-            "http://ADDRESS/v1#MODEL" (one elsewhere). All but the rules are validated first on the
-            model's own answers (see `Model.validation`); one that does not tell them apart is not
-            used, and the rules judge in its place.
-        judge_question: text file with StrongREJECT's wording.
+            "http://ADDRESS/v1#MODEL" (a chat model), or a function (request, answer) -> verdict:
+            "harmful", "harmless", "refusal", "degenerate" or "unclear". All but the rules are
+            validated first on the model's own answers (see `Model.validation`); one that does not
+            tell them apart is not used, and the rules judge in its place.
         max_new_tokens: how long an answer may be.
         batch_size: examples scored at once; answered are four times as many.
         sampling: how answers are drawn; greedily by default.
@@ -114,7 +109,7 @@ def open_model(
 
     Raises:
         ValueError: an unknown organism, prompts that are missing or malformed, and as `load_model`
-            and `open_judge`.
+            and `judge_of`.
     """
     if isinstance(model, Model):
         raise ValueError(f"open_model: {model!r} is open already; use it as it is")
@@ -126,7 +121,6 @@ def open_model(
         "template_options": template_options,
         "prefill": prefill,
         "judge": judge,
-        "judge_question": judge_question,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
@@ -176,10 +170,8 @@ class ModelSpec:
         template_options: variables of the chat template, each as NAME=VALUE, the value in JSON or
             as text.
         prefill: beginning of the answer to a harmful request.
-        judge: judge of harm: local (rules), probe, strongreject:FOLDER_OR_ID, chat:FOLDER_OR_ID (a
-            chat model on this machine) or http://ADDRESS/v1#MODEL; all but the rules are used only
-            where they tell the model's own answers apart.
-        judge_question: text file with StrongREJECT's wording.
+        judge: judge of harm: local (rules), probe or http://ADDRESS/v1#MODEL (a chat model); all
+            but the rules are used only where they tell the model's own answers apart.
         max_new_tokens: longest answer, in tokens.
         batch_size: examples scored at once; answered are four times as many.
         cache: folder that keeps the model's own answers and a judge's replies.
@@ -201,7 +193,6 @@ class ModelSpec:
     template_options: tuple[str, ...] = ()
     prefill: str = "Sure, here is"
     judge: str = "local"
-    judge_question: str = ""
     max_new_tokens: int = 64
     batch_size: int = 16
     cache: Path = CACHE
@@ -323,13 +314,7 @@ class ModelSpec:
         """The judge of harm; None for the probe, which is trained on the opened model."""
         if self.judge == PROBE:
             return None
-        return open_judge(
-            self.judge,
-            prefill=self.prefill,
-            question=self.judge_question,
-            device=self.device,
-            replies=self.cache / "judge.jsonl",
-        )
+        return judge_of(self.judge, prefill=self.prefill, replies=self.cache / "judge.jsonl")
 
     def _judged(self, model: Model, judge: Any) -> Model:
         """The model with this judge of harm, where it is valid, and its validation."""
@@ -345,11 +330,9 @@ class ModelSpec:
         model = replace(model, validation=Rows(row.labelled(used=used) for row in rows))
         if used == "no":
             return model
-        if isinstance(judge, LocalChatJudge):
-            judge = with_threshold(judge, model)
         by_request: Any = model.judge
         harm_judged = replace(by_request, harm=judge)
-        return replace(model, judge=harm_judged, judge_name=judge.name)
+        return replace(model, judge=harm_judged, judge_name=name_of(judge))
 
     def _details(self, files: RequestFiles, judge: str) -> dict[str, Label]:
         """Files and settings, for the manifest of a run."""

@@ -133,11 +133,10 @@ CUSTOM_MODEL: dict[str, Option] = {
         ModelSpec,
         (
             "dtype", "device_map", "template", "system", "template_options", "prefill", "judge",
-            "judge_question", "max_new_tokens", "batch_size", "samples", "temperature", "top_p",
-            "sampling_seed", "cache",
+            "max_new_tokens", "batch_size", "samples", "temperature", "top_p", "sampling_seed",
+            "cache",
         ),
         shown={
-            "judge_question": "question.txt in its folder",
             "dtype": "as stored, or float32 where that is much faster",
             "device_map": "one device",
             "system": "none",

@@ -19,12 +19,10 @@ from support.narrow_finetuning import NarrowFiles
 
 import harmcircuits as hc
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.chat_judges import ChatJudge
-from harmcircuits.behaviours.judges import RuleJudge
+from harmcircuits.behaviours.judges import ChatJudge, RequestJudge, RuleJudge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import Probe, ProbeJudge
 from harmcircuits.behaviours.questions import QuestionTemplates
-from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.measurements import Rows, wilson
 from harmcircuits.organisms import FOLDER, open_organism, world

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import small_model
 
-from harmcircuits.behaviours.judges import JudgeError, RuleJudge
+from harmcircuits.behaviours.judges import RequestJudge, RuleJudge
 from harmcircuits.behaviours.probe import (
     Probe,
     ProbeJudge,
@@ -23,7 +23,6 @@ from harmcircuits.behaviours.probe import (
     train_probe,
 )
 from harmcircuits.behaviours.questions import QuestionTemplates
-from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.behaviours.validation import (
     METRIC,
     SAME_REQUEST,
@@ -111,7 +110,7 @@ def test_a_few_answers_that_are_all_right_are_too_few():
     probe = probe_of(planted(answers), answers, LAYERS)
     assert probe.rows.one(METRIC, contrast="all").low == 1
     assert not probe.is_valid
-    with pytest.raises(JudgeError, match="4 requests with harmful answers"):
+    with pytest.raises(ValueError, match="4 requests with harmful answers"):
         probe_of(planted(labelled(4)), labelled(4), LAYERS)
 
 

@@ -16,20 +16,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from harmcircuits.behaviours import chat_judges, generation_cache
 from harmcircuits.behaviours.probe import Probe
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.walk_files import KeptWalk, read_walk, write_walk
 from harmcircuits.measurements import Manifest, Measurement, Rows
-from harmcircuits.prompts import Answer
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),), "0123456789abcdef")
 SHAPES = {"a": (3, 4), "b": (2, 5)}
 TRACE = Rows([Measurement.exact("weights_removed", {"step": step}, 3 * step) for step in range(4)])
 ROWS = Rows([Measurement("harm_nll", {"split": f"{n}é"}, n / 7, n / 8, n / 6, 9) for n in range(9)])
-ANSWERS = {f"request {n}": Answer(f"answer {n} \u2028 é", (n, 7, 2)) for n in range(6)}
-JUDGE = "chat:judge"
 
 
 class Format(NamedTuple):
@@ -38,12 +34,10 @@ class Format(NamedTuple):
     Attributes:
         write: writes one, given its path.
         read: what is in it, in a form that can be compared.
-        is_log: whether single entries may be lost, since they are made again.
     """
 
     write: Callable[[Path], Any]
     read: Callable[[Path], Any]
-    is_log: bool = False
 
 
 def mask() -> WeightMask:
@@ -88,19 +82,9 @@ def walk_content(folder: Path) -> Any:
     return walk.state, sums, masks, walk.trace
 
 
-def write_replies(path: Path) -> None:
-    for prompt, answer in ANSWERS.items():
-        row = {"completion": answer.text, "reply": "HARMFUL", "verdict": "harmful"}
-        chat_judges._log(path, judge=JUDGE, prompt=prompt, **row)
-
-
 def a_probe() -> Probe:
     direction = torch.linspace(-1, 1, 12).view(2, 6)
     return Probe((1, 3), direction, 0.5, 0.25, TRACE, "0123")
-
-
-def write_answers(path: Path) -> None:
-    generation_cache._append(path, ANSWERS)
 
 
 FORMATS = {
@@ -114,8 +98,6 @@ FORMATS = {
     "manifest": Format(
         lambda path: Manifest({"size": 0.1, "seeds": [0, 1]}).save(path), Manifest.settings_of
     ),
-    "answers": Format(write_answers, generation_cache._stored, is_log=True),
-    "replies": Format(write_replies, lambda path: chat_judges._logged(path, JUDGE), is_log=True),
 }
 
 
@@ -184,9 +166,7 @@ def outcome(name: str, path: Path, expected: Any) -> str:
         return "refused"
     if content == expected:
         return "harmless"  # such as another blank
-    assert FORMATS[name].is_log, f"{name}: read otherwise than it was written"
-    assert content.items() <= expected.items(), f"{name}: an entry is read wrong"
-    return "entries lost, made again"
+    raise AssertionError(f"{name}: read otherwise than it was written")
 
 
 @pytest.mark.parametrize("name", FORMATS)

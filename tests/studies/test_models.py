@@ -12,17 +12,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import write_byte_model, write_model
+from helpers import write_model
 from support.organisms.train import new_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from harmcircuits.behaviours.chat_judges import ChatJudge, LocalChatJudge
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.generation import Sampling
+from harmcircuits.behaviours.judges import ChatJudge
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.cli import app
@@ -548,22 +547,3 @@ def test_a_remote_chat_model_judges_only_where_it_is_valid(files, tmp_path, monk
     name = "http://127.0.0.1:9/v1#tiny"
     rows = assert_gate(judged(files, tmp_path, name), name, is_open=knows)
     assert rows.one("harm_valid_rate").mean == 1
-
-
-@pytest.mark.parametrize("knows", [True, False])
-def test_a_local_chat_model_judges_only_where_it_is_valid(files, tmp_path, monkeypatch, knows):
-    """One that knows harm but is shy of the word, and one with random weights."""
-
-    def log_probabilities(judge: LocalChatJudge, question: list[int]) -> list[float]:
-        is_harmful = known_verdict(judge.tokenizer.decode(question)) == "harmful"
-        return [-5.0 if is_harmful else -9.0, -1.0, -2.0, -2.0]
-
-    if knows:
-        monkeypatch.setattr(LocalChatJudge, "_of_words", log_probabilities)
-    write_byte_model(tmp_path / "chat", chat_template="{{ messages[0].content }}")
-    name = f"chat:{tmp_path / 'chat'}"
-    model = judged(files, tmp_path, name)
-    rows = assert_gate(model, name, is_open=knows)
-    if knows:
-        assert model.judge.harm.threshold == pytest.approx(-6 - np.log(1 + 2 * np.exp(-1)))
-        assert rows.one("harm_valid_rate").mean == 1, "the threshold is that of its validation"
