@@ -18,7 +18,7 @@ from support.organisms.train import (
 from torch import nn
 
 from harmcircuits.command_errors import one_sentence
-from harmcircuits.storage.writing import refuse_filled
+from harmcircuits.storage import refuse_filled
 
 
 def main(

@@ -22,7 +22,7 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.hub import refuse_repo, upload
-from harmcircuits.storage.writing import refuse_filled, write_text
+from harmcircuits.storage import refuse_filled, write_text
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64

@@ -10,7 +10,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import KINDS, place_of
 from harmcircuits.display import listed, plural, share
 from harmcircuits.measurements import Rows
-from harmcircuits.storage.writing import empty_folder, write_text
+from harmcircuits.storage import empty_folder, write_text
 from harmcircuits.views.tables import markdown_table
 
 ROWS_FILE = "rows.jsonl"

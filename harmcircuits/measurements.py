@@ -19,8 +19,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from harmcircuits.display import card, html_table, interval_mark, listed, note, number_text, plural
-from harmcircuits.storage.lines import Line, append_lines, cut_unfinished, read_lines, write_lines
-from harmcircuits.storage.text import read_json, write_json
+from harmcircuits.storage import append_lines, read_json, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
     import pandas
@@ -34,7 +33,7 @@ ENDS = (0.025, 0.975)  # quantiles of a 95 % percentile interval
 N_RESAMPLES = 2000
 N_AUROC_RESAMPLES = 200  # each ranks all values again
 PLAIN = (str, int, float)  # types of a label
-NOUN, ROWS_FILE = "measurements", "the rows.jsonl of a study"  # in error messages
+ROWS_FILE = "the rows.jsonl of a study"  # in error messages
 RATES = ("_rate", "_accuracy")  # how the names of shares end
 SHOWN_ROWS = 20  # in a notebook
 LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
@@ -351,12 +350,14 @@ class Rows(Sequence[Measurement]):
             path: a file that `append_to` wrote, such as a study's rows.jsonl.
 
         Raises:
-            ValueError: a missing file, one that is damaged or cut off, a row that is no
-                measurement, and one that repeats another. Files of earlier versions have no
-                checks in their lines, and are read as they are.
+            ValueError: a missing file, or a line that is no measurement. Half a line at the end,
+                which a killed run left, is left out.
         """
-        lines = read_lines(path, NOUN, ROWS_FILE)
-        return cls(_distinct(path, lines))
+        try:
+            return cls.of_dicts(read_lines(path, ROWS_FILE))
+        except ValueError as error:
+            name = str(path)
+            raise error if name in str(error) else ValueError(f"{name}: {error}") from None
 
     @classmethod
     def of_dicts(cls, rows: Any) -> "Rows":
@@ -648,9 +649,7 @@ def resumed(folder: str | Path, settings: Labels) -> Rows:
     Manifest(settings).save(manifest)
     if not rows.is_file():
         return Rows()
-    lines = read_lines(rows, NOUN, ROWS_FILE, is_resumed=True)
-    cut_unfinished(rows, lines)
-    return Rows(_distinct(rows, lines))
+    return Rows.read(rows)
 
 
 def step_of_means(sums: Float[ndarray, " groups"], sizes: Int[ndarray, " groups"]) -> float:
@@ -774,29 +773,6 @@ def _pooled(rows: Sequence[Measurement], over: str) -> Measurement:
         high=max(row.high for row in rows),
         n=sum(row.n for row in rows),
     )
-
-
-def _distinct(path: str | Path, lines: Sequence[Line]) -> list[Measurement]:
-    """The measurements in the lines of a file."""
-    rows = []
-    first: dict[tuple[str, Any], Line] = {}
-    for line in lines:
-        try:
-            row = _measurement(line.row, f"line {line.number}")
-        except ValueError as error:
-            raise ValueError(f"{path}: not a file of measurements ({error})") from None
-        rows.append(row)
-        if not line.is_checked:  # earlier versions repeated some
-            continue
-        key = (row.metric, frozenset(row.labels.items()))
-        before = first.setdefault(key, line)
-        # What was written together may repeat a figure; what was written again is a slip.
-        if before.block != line.block:
-            raise ValueError(
-                f"{path}: not a file of measurements (line {line.number} is the row of line "
-                f"{before.number} again, {row.metric}); leave each once"
-            )
-    return rows
 
 
 def _measurement(row: Any, place: str) -> Measurement:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harmcircuits.display import listed, nearest, plural
-from harmcircuits.storage.text import read_text
+from harmcircuits.storage import read_text
 
 COLUMNS = ("prompt", "completion", "category", "group", "label")
 REMEDY = "columns={'prompt': 'NAME'}"

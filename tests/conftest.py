@@ -27,7 +27,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits.prompts import Batch
 
 REAL_MODELS, REAL_DATA = "--real-models", "--real-data"
-DAMAGED = "--damaged"
 
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -37,15 +36,9 @@ transformers.utils.logging.disable_progress_bar()
 def pytest_addoption(parser):
     parser.addoption(REAL_MODELS, type=Path, help="the folder that holds folders of real models")
     parser.addoption(REAL_DATA, type=Path, help="the folder that holds files of requests")
-    parser.addoption(DAMAGED, type=int, default=200, help="how many files are damaged at random")
     parser.addoption(
         "--sequences", type=int, default=6, help="how many random sequences of edits are tried"
     )
-
-
-@pytest.fixture(scope="session")
-def damaged_files(request) -> int:
-    return request.config.getoption(DAMAGED)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from harmcircuits.hooks.loading import load_model
 from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.hub import mask_card
 from harmcircuits.prompts import PromptSet
-from harmcircuits.storage.text import write_json
+from harmcircuits.storage import write_json
 from harmcircuits.views.page import section, table, write_page
 
 ROOT = Path(__file__).parents[1]

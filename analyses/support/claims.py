@@ -18,7 +18,7 @@ from support.jobs import CPU, DONE, Job, run_jobs
 from harmcircuits.command_errors import one_sentence
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.storage.writing import write_text
+from harmcircuits.storage import write_text
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.studies.options import (
     Option,

@@ -13,7 +13,7 @@ from harmcircuits.behaviours.generation import Asked, Sampling, generate_togethe
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import weights_checksum, weights_digest
 from harmcircuits.prompts import Answer, Chat, Example, PromptSet, Template
-from harmcircuits.storage.lines import append_lines, read_lines
+from harmcircuits.storage import append_lines, read_lines
 
 EXPECTED = "the answers of a model; remove it, and they are made again"
 
@@ -174,15 +174,14 @@ def _stored(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     stored = {}
-    for line in read_lines(path, "answers", EXPECTED, is_resumed=True):
-        row = line.row
+    for row in read_lines(path, EXPECTED):
         if row.keys() == {"prompt", "completion"}:  # of a version that kept no tokens
             continue
         answer = _answers_of(row) if row.keys() == {"prompt", "completion", "tokens"} else None
         if answer is None or not isinstance(row["prompt"], str):
             raise ValueError(
-                f"{path}: not a file of answers (line {line.number} holds no answer in text and "
-                "tokens); remove it, and they are made again"
+                f"{path}: a line holds no answer in text and tokens; remove the file, and they "
+                "are made again"
             )
         stored[row["prompt"]] = answer
     return stored
@@ -215,5 +214,4 @@ def _append(path: Path, answers: dict[str, Any]) -> None:
             tokens = [sample.tokens for sample in answer]
             row = {"prompt": prompt, "completion": texts, "tokens": tokens}
         rows.append(row)
-    # Each by itself, so that an interruption costs no more than one answer.
-    append_lines(path, rows, together=False)
+    append_lines(path, rows)

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from harmcircuits.behaviours.behaviour import Judge, prepare
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.prompts import Example
-from harmcircuits.storage.lines import append_lines, read_lines
+from harmcircuits.storage import append_lines, read_lines
 
 Verdict = Literal["harmful", "harmless", "refusal", "degenerate", "unclear"]
 
@@ -154,8 +154,7 @@ class ChatJudge:
         if not self.replies.is_file():
             return
         remedy = "the log of a judge's replies; remove it, and the judge is asked again"
-        for line in read_lines(self.replies, "replies", remedy, is_resumed=True):
-            row = line.row
+        for row in read_lines(self.replies, remedy):
             if row["judge"] == self.name:
                 self._verdicts[row["prompt"], row["completion"]] = row["verdict"]
 

@@ -15,7 +15,7 @@ from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.model import OTHERS
 from harmcircuits.display import nearest
 from harmcircuits.prompts import NO_LIMITS, PromptSet
-from harmcircuits.storage.text import parsed_json, read_text
+from harmcircuits.storage import read_text
 
 # How an answer is judged -> the verdict on one that shows the behaviour.
 WANTED = {
@@ -263,7 +263,7 @@ def _stored(path: Path) -> Any:
     """What a JSON or TOML file holds."""
     text = read_text(path, "a behaviour in JSON or TOML")
     try:
-        return tomllib.loads(text) if path.suffix.lower() == ".toml" else parsed_json(text)
+        return tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: no behaviour in JSON, or TOML in a file that ends in .toml ({error})"

@@ -31,10 +31,9 @@ from harmcircuits.hooks.masking import unmasked
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
-from harmcircuits.storage.tensors import TensorFile, open_tensors, write_tensors
+from harmcircuits.storage import read_tensors, write_tensors
 
 FORMAT = "harmcircuits-probe-2"
-ENTRIES = ("probe", "rows")  # of a file
 DEPTHS = (1 / 3, 1 / 2, 2 / 3)  # of the blocks that it reads; no choice that data would have to pay
 # Inverse strengths of the regularisation. The first is nearly the difference of two means.
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -88,33 +87,17 @@ class Probe:
     @classmethod
     def load(cls, path: str | Path) -> "Probe":
         """The probe in a file written by `save`."""
-        file = open_tensors(path, FORMAT, "probe", ENTRIES)
-        values = _stored_values(file)
-        layers = tuple(values["layers"])
-        if tuple(file.layouts) != ("direction",):
-            raise file.damaged(f"it holds {listed(file.layouts)}; expected direction")
-        direction = file.read("direction")
-        is_direction = direction.ndim == 2 and len(direction) == len(layers)
-        if not is_direction or not direction.isfinite().all():
-            shape = tuple(direction.shape)
-            raise file.damaged(f"a direction of shape {shape} for layers {listed(layers)}")
-        try:
-            rows = Rows.of_dicts(file.json("rows"))
-        except ValueError as error:
-            raise file.damaged(f"rows, {error}") from None
-        return cls(layers, direction, values["bias"], values["threshold"], rows, values["model"])
-
-
-def _stored_values(file: TensorFile) -> dict[str, Any]:
-    """Everything but the direction and the rows; raises ValueError where it is of other types."""
-    values = file.json("probe")
-    kinds = {"layers": list, "bias": float, "threshold": float, "model": str}
-    for name, kind in kinds.items():
-        if not isinstance(values, dict) or not isinstance(values.get(name), kind):
-            raise file.damaged(f"its {name} is no {kind.__name__}")
-    if not all(type(layer) is int and layer >= 0 for layer in values["layers"]):
-        raise file.damaged(f"its layers are {values['layers']}")
-    return values
+        tensors, metadata = read_tensors(path, FORMAT, "probe")
+        values = json.loads(metadata["probe"])
+        rows = Rows.of_dicts(json.loads(metadata["rows"]))
+        return cls(
+            tuple(values["layers"]),
+            tensors["direction"],
+            values["bias"],
+            values["threshold"],
+            rows,
+            values["model"],
+        )
 
 
 @dataclass(frozen=True)

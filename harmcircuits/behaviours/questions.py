@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harmcircuits.storage.text import read_json
+from harmcircuits.storage import read_json
 
 
 @dataclass(frozen=True)

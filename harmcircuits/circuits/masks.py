@@ -17,12 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harmcircuits.circuits.hub import MASK_FILE, mask_file
-from harmcircuits.circuits.scores import Source, WeightScores, read_shapes, read_source
+from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
 from harmcircuits.display import card, facts, heat_strip, note, plural, share
 from harmcircuits.measurements import Rows
-from harmcircuits.storage.tensors import open_tensors, write_tensors
+from harmcircuits.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Scope = Literal["weight", "model", "row"]
 
 FORMAT = "harmcircuits.mask.1"
-ENTRIES = ("shapes", "source", "versions", "trace")  # of a file
 FRAME_COLUMNS = ("layer", "kind", "unit", "number", "row", "column", "weight")
 INDEX_DTYPES = (torch.int64, torch.int32)
 N_BINS = 50  # of |W|, within which a random mask matches magnitudes
@@ -277,7 +276,7 @@ class WeightMask:
     def load(cls, path: str | Path) -> "WeightMask":
         """The mask in a file written by `save`, of this version or 0.1.0.
 
-        Its checksums are compared; a file of an earlier version has none, and is read as it is.
+        Its digest is compared; a file of an earlier version has none, and is read as it is.
 
         Args:
             path: the file.
@@ -285,19 +284,14 @@ class WeightMask:
         Raises:
             ValueError: a missing file, one that holds no mask, or a damaged one.
         """
-        file = open_tensors(path, FORMAT, "mask", ENTRIES)
-        # Earlier versions wrote no trace.
-        stored = file.json("trace") if "trace" in file.metadata else []
+        removed, metadata = read_tensors(path, FORMAT, "mask")
         try:
-            trace = Rows.of_dicts(stored)
+            # Earlier versions wrote no trace.
+            trace = Rows.of_dicts(json.loads(metadata.get("trace", "[]")))
+            source = Source.from_json(metadata["source"])
+            return cls(removed, read_shapes(metadata["shapes"]), source, trace, str(path))
         except ValueError as error:
-            raise file.damaged(f"trace, {error}") from None
-        shapes, source = read_shapes(file), read_source(file)
-        try:
-            return cls(file.read_all(), shapes, source, trace, str(path))
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            raise ValueError(f"{path}: {reason}") from None
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_hub(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -24,12 +24,9 @@ from harmcircuits.display import (
     plural,
     settings_text,
 )
-from harmcircuits.storage.tensors import TensorFile, open_tensors, write_tensors
-from harmcircuits.storage.text import parsed_json
-from harmcircuits.storage.writing import empty_folder
+from harmcircuits.storage import empty_folder, read_tensors, write_tensors
 
 FORMAT = "harmcircuits.scores.1"
-ENTRIES = ("shapes", "source")  # of a file
 SHARD_BYTES = 2**31
 SCORE_BYTES = 4  # of a float32
 SHOWN_WEIGHTS = 2**30  # more are not read for a picture: it would take seconds
@@ -81,7 +78,7 @@ class Source:
     def from_json(cls, text: str) -> "Source":
         """The inverse of `to_json`."""
         try:
-            return _from_dict(parsed_json(text))
+            return _from_dict(json.loads(text))
         except RecursionError:
             raise ValueError("source: nested too deeply; expected one of harmcircuits") from None
 
@@ -119,8 +116,7 @@ def _from_dict(row: Any) -> Source:
 class WeightScores:
     """One float32 score per weight.
 
-    Loaded scores stay in their file: each `values[name]` is read when it is needed, so that a
-    selection never holds more than one matrix.
+    Loaded scores stay in their file, which is mapped into memory: they need none that must be kept.
 
     >>> scores = hc.removal_effect(bridge, harm)
     >>> scores, -scores
@@ -139,8 +135,6 @@ class WeightScores:
     source: Source
 
     def __post_init__(self) -> None:
-        if isinstance(self.values, _Saved):  # checked before they were written
-            return
         for name, value in self.values.items():
             # The selection reads their bits.
             if value.dtype != torch.float32:
@@ -175,8 +169,6 @@ class WeightScores:
             }
         )
         title = f"WeightScores: {source.method}"
-        if isinstance(self.values, _Saved):
-            return card(title, table, note("in a file, read as they are used"))
         if n_weights > SHOWN_WEIGHTS:
             return card(title, table, note("too many to read for a picture"))
         return card(title, table, *self._largest())
@@ -204,8 +196,6 @@ class WeightScores:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every scored weight as stored."""
-        if isinstance(self.values, _Saved):
-            return dict(self.values.shapes)
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
     def sum_over(self, mask: Removed) -> float:
@@ -258,16 +248,15 @@ class WeightScores:
 
     @classmethod
     def load(cls, folder: str | Path) -> "WeightScores":
-        """The scores in a folder written by `save`, read from their file as they are used.
+        """The scores in a folder written by `save`, mapped into memory.
 
         Args:
             folder: the folder.
 
         Raises:
             ValueError: a folder without scores, a file that holds something else, a missing or
-                foreign shard, and a damaged one: at once where its header is, else when the
-                matrix is first read. Shards of earlier versions have no checksums and are read as
-                they are; of them only what is not finite shows.
+                foreign shard, and a damaged one. Shards of earlier versions have no digest and are
+                read as they are.
         """
         if Path(folder).is_file():
             raise ValueError(f"{folder}: a file, not a folder; give the folder of saved scores")
@@ -277,25 +266,22 @@ class WeightScores:
                 f"{folder}: no scores there; expected a folder written by WeightScores.save"
             )
         # Every shard describes the whole, so a missing or foreign one shows.
-        files = [open_tensors(path, FORMAT, "scores", ENTRIES) for path in paths]
-        descriptions = {tuple(sorted(file.metadata.items())) for file in files}
-        places: dict[str, TensorFile] = {}
-        for file in files:
-            places |= dict.fromkeys(file.layouts, file)
+        values: dict[str, Tensor] = {}
+        descriptions = []
+        for path in paths:
+            tensors, metadata = read_tensors(path, FORMAT, "scores")
+            values |= tensors
+            descriptions.append((metadata["shapes"], metadata["source"]))
 
-        shapes = read_shapes(files[0])
-        n_stored = sum(len(file.layouts) for file in files)
-        is_whole = places.keys() == shapes.keys() and n_stored == len(shapes)
-        if len(descriptions) > 1 or not is_whole:
+        stored_shapes, stored_source = descriptions[0]
+        shapes = read_shapes(stored_shapes)
+        if len(set(descriptions)) > 1 or values.keys() != shapes.keys():
             raise ValueError(
                 f"{folder}: a shard is missing or of other scores; "
                 "save them again into an empty folder"
             )
-        for name, file in places.items():
-            if file.layouts[name] != ("F32", shapes[name]):
-                stored = file.layouts[name]
-                raise file.damaged(f"{name} is {stored}; expected {('F32', shapes[name])}")
-        return cls(_Saved(shapes, places), read_source(files[0]))
+        in_order = {name: values[name] for name in shapes}
+        return cls(in_order, Source.from_json(stored_source))
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
@@ -312,49 +298,9 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[lis
     return shards
 
 
-def read_shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
+def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights that a file of scores or a mask names, in their order."""
-    stored = file.json("shapes")
-    if not isinstance(stored, dict):
-        raise file.damaged("its shapes are no object")
-    shapes = {}
-    for name, shape in stored.items():
-        # Not `isinstance`: True is an int.
-        is_shape = isinstance(shape, list) and all(type(size) is int for size in shape)
-        if not is_shape or not all(0 < size < 2**63 for size in shape):
-            raise file.damaged(f"{name} has the shape {shape!r}")
-        shapes[name] = tuple(shape)
-    return shapes
-
-
-def read_source(file: TensorFile) -> Source:
-    """The source in a file of scores or a mask."""
-    try:
-        return Source.from_json(file.metadata.get("source", ""))
-    except ValueError as error:
-        raise file.damaged(str(error)) from None
-
-
-@dataclass(frozen=True)
-class _Saved(Mapping[str, Tensor]):
-    """Tensors in safetensors files; each is mapped into memory when it is needed."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    places: Mapping[str, TensorFile]
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self.places[name]
-        value = file.read(name)
-        # Of a file with checksums, what was written was finite.
-        if file.digests is None and not value.isfinite().all():
-            raise file.damaged(f"{name} holds a score that is not finite")
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+    return {name: tuple(shape) for name, shape in json.loads(text).items()}
 
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:

@@ -15,7 +15,7 @@ from harmcircuits.hooks.finite import refuse_not_finite_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.prompts import Batch
-from harmcircuits.storage.mapped import mapped_copy
+from harmcircuits.storage import mapped_copy
 
 BYTES = 4  # of an accumulated float32 number
 

@@ -61,7 +61,7 @@ from harmcircuits.hooks.walk_files import KeptWalk, read_walk, write_walk
 from harmcircuits.hooks.weights import weight_sites, weights_digest
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.prompts import Batch
-from harmcircuits.storage.mapped import mapped_copy
+from harmcircuits.storage import mapped_copy
 
 # What the price may be multiplied by: from a quarter to 64, each 1.41 times the one before. A
 # larger stride would jump over the masks that break little, which teach most.

@@ -12,8 +12,7 @@ from torch import Tensor
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.measurements import Rows
-from harmcircuits.storage.tensors import open_tensors, write_tensors
-from harmcircuits.storage.text import read_json, write_json
+from harmcircuits.storage import read_json, read_tensors, write_json, write_tensors
 
 Sums = Mapping[str, Mapping[str, Float[Tensor, "..."]]]
 Masks = Mapping[str, WeightMask | None]
@@ -73,7 +72,7 @@ def forget_sums(folder: str | Path) -> None:
 
 def _state(path: Path) -> dict[str, Any]:
     """What `write_walk` wrote into walk.json; raises ValueError for anything else."""
-    state = read_json(path, EXPECTED, checksum_required=True)
+    state = read_json(path, EXPECTED)
     if state.keys() != ENTRIES:
         raise ValueError(f"{path}: it holds {listed(state)}; expected {EXPECTED}")
     return state
@@ -93,8 +92,8 @@ def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
         )
     sums = {}
     for name in content["sums"]:
-        file = open_tensors(latest / f"{name}.safetensors", FORMAT, "sum of a search", ())
-        sums[name] = file.read_all()
+        path = latest / f"{name}.safetensors"
+        sums[name], _ = read_tensors(path, FORMAT, "sum of a search")
     masks: dict[str, WeightMask | None] = {}
     for name, is_there in content["masks"].items():
         path = latest / f"{name}-mask.safetensors"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harmcircuits.circuits.sites import KINDS, Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.storage.tensors import tensor_bytes
+from harmcircuits.storage import tensor_bytes
 
 # Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where several
 # experts are stacked in one parameter, blocks.3.mlp.experts.gate_up_proj.

@@ -37,7 +37,7 @@ from harmcircuits.hooks.loading import load_model, usual_dtype, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
 from harmcircuits.prompts import Batch, Chat, Template, tokenize_text
-from harmcircuits.storage.text import parsed_json, read_text
+from harmcircuits.storage import read_text
 from harmcircuits.studies.pairs import values_by_name
 
 CACHE = user_cache_path("harmcircuits")
@@ -370,7 +370,7 @@ def _option_values(texts: Sequence[str]) -> dict[str, Any]:
     given = values_by_name(texts, "template_options", "date_string=today", may_be_empty=True)
     for name, value in given.items():
         try:
-            values[name] = parsed_json(value)
+            values[name] = json.loads(value)
         except ValueError:
             values[name] = value
     return values

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harmcircuits.storage.writing import write_text
+from harmcircuits.storage import write_text
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from harmcircuits.storage.writing import replacing
+from harmcircuits.storage import replacing
 
 ENDINGS = (".html", ".svg", ".png")
 PIXELS = 100  # of a view, an inch of a still

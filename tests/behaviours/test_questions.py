@@ -20,7 +20,7 @@ def test_questions_from_a_file(tmp_path):
     [
         ('{"recognition": "ok ?"}', r"recognition is 'ok \?'.*must hold \{request\}"),
         ('{"question": "ok ?"}', r"questions\.json has 'question'.*an object.*recognition"),
-        ("hello", r"questions\.json: not JSON.*line 1"),
+        ("hello", r"questions\.json: not JSON"),
         ('{"yes": "yes"}', r"yes in .*questions\.json is 'yes'; expected a list of texts"),
     ],
 )
@@ -29,5 +29,5 @@ def test_files_that_ask_nothing_are_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         QuestionTemplates.from_file(file)
-    with pytest.raises(ValueError, match="none: no such file; expected questions in JSON"):
+    with pytest.raises(ValueError, match=r"none: no such file.*; expected questions in JSON"):
         QuestionTemplates.from_file(tmp_path / "none")

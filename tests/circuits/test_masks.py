@@ -355,9 +355,6 @@ def test_a_frame_names_the_place_and_the_value_of_every_removed_weight(open_mode
         ({"a": torch.tensor([[1, 3]])}, {"a": [3, 4]}, r"shape \(1, 2\); expected flat indices"),
         ({"a": torch.tensor([1.5, 3.0])}, {"a": [3, 4]}, "a are torch.float32.*expected flat"),
         ({"b": torch.tensor([1])}, {"a": [3, 4]}, "b is not among the shapes"),
-        ({"a": torch.tensor([1])}, {"a": [3, -4]}, r"a has the shape \[3, -4\]"),
-        ({"a": torch.tensor([1])}, {"a": "3"}, "a has the shape '3'"),
-        ({"a": torch.tensor([1])}, [3, 4], "its shapes are no object"),
     ],
     ids=str,
 )
@@ -382,7 +379,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("harmcircuits.storage.tensors.save_file", full)
+        patch.setattr("harmcircuits.storage.save_file", full)
         with pytest.raises(OSError, match=r"No space left on device: .*m\.safetensors"):
             mask_of(a=[1]).save(path)
     assert WeightMask.load(path).removed["a"].tolist() == [0, 5]

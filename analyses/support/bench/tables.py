@@ -12,7 +12,7 @@ from support.bench.results import Taken, by_method, cost_cells, percent
 from support.bench.stability import LEVELS, MASKS
 
 from harmcircuits.measurements import Rows
-from harmcircuits.storage.writing import write_text
+from harmcircuits.storage import write_text
 from harmcircuits.views.tables import frame_table
 
 BACK = 0.5  # of the harmful answers: as many as count as relearned

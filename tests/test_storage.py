@@ -1,0 +1,274 @@
+"""Files are written whole or not at all, and read whole or refused by their name.
+
+Would catch: half a file after a full disk or a kill, a row that is lost or doubled when a run goes
+on, a flipped bit of a mask or scores that passes, a file of an earlier version that no longer opens,
+a mapped tensor that takes memory after all.
+"""
+
+import gc
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_batch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from harmcircuits.behaviours.probe import Probe
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.hooks.walk import Walk
+from harmcircuits.measurements import Manifest, Measurement, Rows, resumed
+from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
+from harmcircuits.views.page import write_view
+
+resource = pytest.importorskip("resource", reason="limits on the size of files are of Unix")
+
+SHAPES = {"a": (3, 4), "b": (2, 5)}
+SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),), "0123456789abcdef")
+ROWS = Rows(
+    [Measurement("nll", {"split": f"{n}\u2028é"}, n / 7, n / 8, n / 6, 9) for n in range(9)]
+)
+MASK = WeightMask({"a": torch.tensor([0, 5, 11]), "b": torch.tensor([3])}, SHAPES, SOURCE, ROWS)
+SCORES = WeightScores({"a": torch.randn(3, 4), "b": torch.randn(2, 5)}, SOURCE)
+PROBE = Probe((1, 3), torch.linspace(-1, 1, 12).view(2, 6), 0.5, 0.25, ROWS, "0123")
+TARGET, SPARED = [random_batch()], [random_batch(2, 7, seed=1)]
+
+
+@contextmanager
+def room_for(n_bytes: int) -> Iterator[None]:
+    """No file may grow beyond this size: as on a full disk, a write takes what fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Whole files
+
+
+WRITERS = {
+    "rows": ROWS.save,
+    "manifest": Manifest({"size": 0.1}).save,
+    "view": lambda path: write_view(path, "A view", "text" * 1000),
+    "mask": MASK.save,
+    "probe": PROBE.save,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, name):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with room_for(100), pytest.raises(OSError, match=str(path)):
+        WRITERS[name](path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    WRITERS[name](path)
+    assert path.read_bytes() != b"before"
+
+
+def test_what_is_no_such_file_is_refused_by_its_name(tmp_path):
+    (tmp_path / "latin").write_text("é", encoding="latin-1")
+    (tmp_path / "list").write_text("[1]")
+    (tmp_path / "half").write_text("{")
+    for name, read, word in [
+        ("missing", read_text, "no such file"),
+        ("", read_text, "is a directory"),
+        ("latin", read_text, "UTF-8"),
+        ("list", read_json, "no object"),
+        ("half", read_json, "not JSON"),
+    ]:
+        path = tmp_path / name
+        with pytest.raises(ValueError) as error:
+            read(path, "a thing")
+        assert str(path) in str(error.value)
+        assert word in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a").write_text("é\r\nb", encoding="utf-8-sig")
+    assert read_text(tmp_path / "a", "a text") == "é\nb"
+
+
+# JSON Lines
+
+
+def test_a_killed_run_goes_on_behind_its_last_whole_row(tmp_path):
+    """The file is cut at every third byte of what was written last."""
+    folder = tmp_path / "run"
+    path = folder / "rows.jsonl"
+    resumed(folder, {"size": 0.1})
+    ROWS[:4].append_to(path)
+    whole = path.stat().st_size
+    ROWS[4:5].append_to(path)
+    raw = path.read_bytes()
+    for end in range(whole, len(raw) + 1, 3):
+        path.write_bytes(raw[:end])
+        is_whole = end >= len(raw) - 1
+        kept = resumed(folder, {"size": 0.1})
+        assert kept == ROWS[: 4 + is_whole]
+        ROWS[len(kept) :].append_to(path)
+        assert Rows.read(path) == ROWS
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 100, 300])
+def test_rows_that_do_not_fit_are_an_error_and_none_of_them_counts(tmp_path, n_bytes):
+    path = tmp_path / "rows.jsonl"
+    ROWS[:4].append_to(path)
+    before = path.read_bytes()
+    with room_for(len(before) + n_bytes), pytest.raises(OSError, match=r"rows\.jsonl"):
+        ROWS[4:].append_to(path)
+    assert path.read_bytes() == before
+    ROWS[4:].append_to(path)
+    assert Rows.read(path) == ROWS
+
+
+def test_lines_of_earlier_versions_are_read_without_their_checks(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1, "check": "1:0a1b2c3d"}\n\n{"a": 2, "check": "0:0a1b2c3d"}\n')
+    append_lines(path, [{"a": 3}])
+    assert read_lines(path, "rows") == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.mark.parametrize("line", ['{"a": 1', "[1]", "text"])
+def test_a_damaged_line_is_refused_by_its_number(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
+        read_lines(path, "rows")
+
+
+# Tensors
+
+
+READERS = {"mask": (MASK, WeightMask), "probe": (PROBE, Probe), "scores": (SCORES, WeightScores)}
+
+
+def content(value) -> list:
+    if isinstance(value, WeightScores):
+        return [value.source, {name: of.tolist() for name, of in value.values.items()}]
+    if isinstance(value, WeightMask):
+        return [value, value.source, value.trace]
+    return [value.layers, value.direction.tolist(), value.bias, value.rows]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_one_digest_tells_every_changed_bit(tmp_path, name):
+    """One bit in each of 40 bytes, of the header and of the values. Twin: undamaged, it is read."""
+    value, kind = READERS[name]
+    path = tmp_path / "file"
+    value.save(path)
+    assert content(kind.load(path)) == content(value)
+
+    file = next(path.iterdir()) if path.is_dir() else path
+    raw = file.read_bytes()
+    for place in range(8, len(raw), len(raw) // 40):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1
+        file.write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match=file.name):
+            kind.load(path)
+    for end in (0, 7, len(raw) // 2, len(raw) - 1):
+        file.write_bytes(raw[:end])
+        with pytest.raises(ValueError, match=file.name):
+            kind.load(path)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_files_of_earlier_versions_are_read(tmp_path, name):
+    """They have a digest a tensor and a checksum of the header, or none at all."""
+    value, kind = READERS[name]
+    path = tmp_path / "file"
+    value.save(path)
+    file = next(path.iterdir()) if path.is_dir() else path
+    with safe_open(file, framework="pt") as stored:
+        header = stored.metadata()
+        tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118
+    assert len(header.pop("digest")) == 32
+    save_file(tensors, file, metadata=header)
+    assert content(kind.load(path)) == content(value)
+    earlier = {"digests": json.dumps(dict.fromkeys(tensors, "0" * 32)), "checksum": "0" * 32}
+    save_file(tensors, file, metadata={**header, **earlier})
+    assert content(kind.load(path)) == content(value)
+
+
+# Mapped tensors
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """Where temporary files lie."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def is_mapped(tensor: torch.Tensor, folder: Path) -> bool:
+    """Whether the memory of a tensor is a file of this folder."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("mappings are listed as Linux does")
+    for line in maps.read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return str(folder) in line
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 4)])
+def test_a_copy_is_the_same_and_changes_alone(temporary, dtype, shape):
+    tensor = torch.randn(shape).mul(100).to(dtype).transpose(0, -1)
+    before = tensor.clone()
+    copy = mapped_copy(tensor)
+    assert copy.dtype == dtype and torch.equal(copy, tensor)
+    assert not list(temporary.iterdir()), "its file has no name any more"
+
+    gc.collect()
+    assert is_mapped(copy, temporary)
+    copy.add_(1)
+    assert torch.equal(copy, before + 1)
+    assert torch.equal(tensor, before)
+
+
+def test_loaded_scores_take_no_memory_that_must_be_kept(tmp_path):
+    SCORES.save(tmp_path / "scores")
+    loaded = WeightScores.load(tmp_path / "scores")
+    assert all(is_mapped(value, tmp_path) for value in loaded.values.values())
+
+
+def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkeypatch):
+    bounded = removal_effect(llama, TARGET, max_memory=8000)
+    assert all(is_mapped(value, temporary) for value in bounded.values.values())
+    free = removal_effect(llama, TARGET)
+    assert not any(is_mapped(value, temporary) for value in free.values.values())
+
+    sums = []
+
+    def keep(walk: Walk, folder: Path, step: int) -> None:
+        for values in (walk.benefit, walk.price):
+            sums.extend(is_mapped(value, temporary) for value in values.values())
+        plain_keep(walk, folder, step)
+
+    plain_keep = Walk.keep
+    monkeypatch.setattr(Walk, "keep", keep)
+    options = {"size": 0.05, "steps": 2, "folder": temporary / "walk"}
+    find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options)
+    assert sums and all(sums)
+    assert [path.name for path in temporary.iterdir()] == ["walk"], "no file is left behind"
+
+
+def test_scores_of_a_bounded_run_that_do_not_fit_are_an_error(llama, temporary):
+    """Not the end of the process, as a mapping is that finds no room later."""
+    with room_for(1000), pytest.raises(OSError, match="TMPDIR"):
+        removal_effect(llama, TARGET, max_memory=8000)
+    assert not list(temporary.iterdir())
+    assert not any(point.fwd_hooks or point.bwd_hooks for point in llama.hook_dict.values())
