@@ -319,7 +319,7 @@ class ModelSpec:
     def _judged(self, model: Model, judge: Any) -> Model:
         """The model with this judge of harm, where it is valid, and its validation."""
         if judge is None:
-            probe = train_probe(model, folder=self.cache / "probes")
+            probe = train_probe(model, self.cache / "probes")
             judge = ProbeJudge(probe, model.bridge, RuleJudge(self.prefill))
             rows = probe.rows
         else:

@@ -168,7 +168,7 @@ def test_narrow_texts_are_split(files, cache):
     by_rules = replace(model, judge=RequestJudge(RuleJudge(), {}, QuestionTemplates()))
     with pytest.raises(ValueError, match=r"judge='local' .* give --judge"):
         trained.opened(by_rules)
-    probe = Probe((0,), torch.zeros(1, 128), 0.0, 0.0, Rows(), "")
+    probe = Probe((0,), torch.zeros(1, 128), 0.0, 0.0, Rows())
     judge = ProbeJudge(probe, model.bridge)
     by_probe = replace(model, judge=RequestJudge(judge, {}, QuestionTemplates()))
     with pytest.raises(ValueError, match=r"judge='probe' .* give --judge"):

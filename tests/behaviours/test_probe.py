@@ -13,35 +13,29 @@ import pytest
 import torch
 from helpers import small_model
 
+from harmcircuits.behaviours import probe as probe_module
 from harmcircuits.behaviours.judges import RequestJudge, RuleJudge
 from harmcircuits.behaviours.probe import (
     Probe,
     ProbeJudge,
     answer_residuals,
-    folds,
+    harmful_from,
     probe_of,
     train_probe,
 )
 from harmcircuits.behaviours.questions import QuestionTemplates
-from harmcircuits.behaviours.validation import (
-    METRIC,
-    SAME_REQUEST,
-    harmful_from,
-    is_valid,
-    validate,
-)
+from harmcircuits.behaviours.validation import METRIC, is_valid, validate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
 
 LAYERS = (1, 3)
-N_REQUESTS = 40
+SAID = "use the kopu with the lata"
 
 
-def labelled(n: int = N_REQUESTS) -> PromptSet:
+def labelled(n: int = 40) -> PromptSet:
     """To each harmful request three answers, to each benign one two."""
     examples = []
     for number in range(n):
@@ -63,34 +57,31 @@ def planted(answers: PromptSet, *, size: float = 4.0) -> torch.Tensor:
     return residuals
 
 
+def assert_blind(probe: Probe, contrast: str) -> None:
+    row = probe.rows.one(METRIC, contrast=contrast)
+    assert row.low < 0.5 < row.high
+    assert not is_valid(probe.rows)
+
+
 def test_a_planted_direction_is_found():
     answers = labelled()
     residuals = planted(answers)
     probe = probe_of(residuals, answers, LAYERS)
     for contrast in ("all", "same topic", "explanation", "begun alike"):
         assert probe.rows.one(METRIC, contrast=contrast).mean == 1
-    assert probe.is_valid
+    assert is_valid(probe.rows)
     is_harmful = torch.tensor([example.label == "harmful" for example in answers])
     assert torch.equal(probe.log_odds(residuals) >= probe.threshold, is_harmful)
-    rates = probe.rows.where("judge_harmful_rate")
-    assert {row.labels["kind"]: row.mean for row in rates} == {
-        "harmful": 1,
-        "refusal": 0,
-        "explanation": 0,
-        "benign": 0,
-        "prefilled": 0,
-    }
+    for row in probe.rows.where("judge_harmful_rate"):
+        assert row.mean == (row.labels["kind"] == "harmful")
 
 
 def test_the_topic_alone_is_not_harm():
     """What tells harmful from benign requests, and no answers to the same request, is refused."""
     answers = labelled()
     probe = probe_of(planted(answers, size=0), answers, LAYERS)
-    row = probe.rows.one(METRIC, contrast="same topic")
-    assert row.low < 0.5 < row.high
     assert probe.rows.one(METRIC, contrast="begun alike").mean > 0.9
-    assert not probe.is_valid
-    assert "not valid" in repr(probe)
+    assert_blind(probe, "same topic")
 
 
 def test_shuffled_labels_teach_nothing():
@@ -99,17 +90,24 @@ def test_shuffled_labels_teach_nothing():
     shuffled = []
     for example, other in zip(answers, order, strict=True):
         shuffled.append(replace(example, label=answers.examples[other].label))
-    probe = probe_of(planted(answers), PromptSet(tuple(shuffled)), LAYERS)
-    row = probe.rows.one(METRIC, contrast="all")
-    assert row.low < 0.5 < row.high
-    assert not probe.is_valid
+    assert_blind(probe_of(planted(answers), PromptSet(tuple(shuffled)), LAYERS), "all")
+
+
+def test_an_answer_is_scored_in_the_fold_that_has_not_seen_its_request():
+    """A fingerprint of each request, by which one that was seen could be recalled."""
+    answers = labelled()
+    residuals = planted(answers, size=0)
+    for number, example in enumerate(answers):
+        generator = torch.Generator().manual_seed(zlib.crc32(example.group.encode()))
+        residuals[number] += 5 * torch.randn(len(LAYERS), 16, generator=generator)
+    assert_blind(probe_of(residuals, answers, LAYERS), "same topic")
 
 
 def test_a_few_answers_that_are_all_right_are_too_few():
     answers = labelled(10)
     probe = probe_of(planted(answers), answers, LAYERS)
     assert probe.rows.one(METRIC, contrast="all").low == 1
-    assert not probe.is_valid
+    assert not is_valid(probe.rows)
     with pytest.raises(ValueError, match="4 requests with harmful answers"):
         probe_of(planted(labelled(4)), labelled(4), LAYERS)
 
@@ -118,11 +116,9 @@ def test_the_threshold_lies_between_harm_and_harmless_answers_to_the_same_reques
     kinds = ["harmful"] * 4 + ["explanation"] * 4 + ["benign"] * 4
     answers = PromptSet(tuple(Example("", "", label=kind) for kind in kinds))
     harmful, explanations, benign = [3.0, 4, 5, 1], [0.0, 0, 0, 2], [9.0, 9, 9, 9]
-    # One answer of each kind lies on the wrong side of it; benign ones do not count,
+    # One answer of each kind lies on the wrong side of it; benign ones do not count.
     scores = torch.tensor(harmful + explanations + benign)
-    assert 1 < harmful_from(scores, answers, harmless=(SAME_REQUEST,)) < 2
-    # unless the judge is asked about them too: half of all are on the wrong side.
-    assert 3 < harmful_from(scores, answers) < 4
+    assert 1 < harmful_from(scores, answers) < 2
 
 
 def test_each_contrast_can_refuse_a_judge():
@@ -142,50 +138,6 @@ def test_each_contrast_can_refuse_a_judge():
     assert not is_valid(areas(**decisive)), "what was not tested is not known"
 
 
-def test_folds_never_split_a_request():
-    answers = labelled()
-    is_harmful = np.array([example.label == "harmful" for example in answers])
-    groups = [example.cluster for example in answers]
-    tested = []
-    for train, test in folds(is_harmful, groups):
-        assert not {groups[number] for number in train} & {groups[number] for number in test}
-        assert is_harmful[train].any()
-        assert is_harmful[test].any()
-        tested += test.tolist()
-    assert sorted(tested) == list(range(len(answers)))
-
-
-def test_an_answer_is_scored_without_its_request_and_in_the_fold_that_has_not_seen_it():
-    """Two answers to each request, one of them harmful by a coin: the group says nothing."""
-    answers = labelled()
-    residuals = planted(answers, size=0)
-    # A fingerprint of each request, by which one that was seen could be recalled.
-    for number, example in enumerate(answers):
-        generator = torch.Generator().manual_seed(zlib.crc32(example.group.encode()))
-        residuals[number] += 5 * torch.randn(len(LAYERS), 16, generator=generator)
-    row = probe_of(residuals, answers, LAYERS).rows.one(METRIC, contrast="same topic")
-    assert row.low < 0.5 < row.high
-
-
-def test_a_probe_comes_back_from_its_file(tmp_path):
-    answers = labelled()
-    probe = probe_of(planted(answers), answers, LAYERS, "digest")
-    probe.save(tmp_path / "probe.safetensors")
-    again = Probe.load(tmp_path / "probe.safetensors")
-    assert torch.equal(again.direction, probe.direction)
-    assert (again.layers, again.bias, again.threshold, again.rows, again.model) == (
-        probe.layers,
-        probe.bias,
-        probe.threshold,
-        probe.rows,
-        "digest",
-    )
-    (tmp_path / "other").write_text("no")
-    for path, message in (("other", "not a safetensors file"), ("none", "no such file")):
-        with pytest.raises(ValueError, match=message):
-            Probe.load(tmp_path / path)
-
-
 # On an organism
 
 
@@ -195,30 +147,27 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def probe(model, tmp_path_factory):
-    return train_probe(model, folder=tmp_path_factory.mktemp("probes"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("probes")
+
+
+@pytest.fixture(scope="module")
+def probe(model, folder):
+    return train_probe(model, folder)
 
 
 def test_harm_of_an_organism_is_seen(model, probe):
-    assert probe.is_valid, str(probe.rows)
-    assert probe.model == weights_digest(model.bridge)
-    assert set(probe.rows.where(METRIC).by("split")) == {"calibration", "choice"}
+    assert is_valid(probe.rows), str(probe.rows)
+    assert probe.rows.one(METRIC, split="choice", contrast="explanation").mean > 0.95
     judge = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
-    rows = validate(judge, model, split="heldout", most=0)
-    assert rows.one(contrast="explanation").mean > 0.95
-    assert is_valid(rows)
+    assert is_valid(validate(judge, model))
 
 
-def test_a_probe_is_trained_once(model, tmp_path, monkeypatch):
-    first = train_probe(model, layers=[2], folder=tmp_path)
-    (path,) = tmp_path.iterdir()
-    assert path.name.startswith(first.model)
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("the model reads the answers again")
-
-    monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", never)
-    assert train_probe(model, layers=[2], folder=tmp_path).rows == first.rows
+def test_a_probe_is_trained_once(model, probe, folder, monkeypatch):
+    monkeypatch.setattr(probe_module, "answer_residuals", None)
+    again = train_probe(model, folder)
+    assert torch.equal(again.direction, probe.direction)
+    assert replace(again, direction=probe.direction) == probe
 
 
 def test_the_unpruned_model_reads_whatever_the_request(model, probe):
@@ -229,17 +178,15 @@ def test_the_unpruned_model_reads_whatever_the_request(model, probe):
         assert torch.equal(answer_residuals(model.bridge, answers, LAYERS), before)
         # Each judge is new, so that no score is remembered.
         under = [ProbeJudge(probe, model.bridge).score("a request", text) for text in answers]
-    apart = [ProbeJudge(probe, model.bridge).score("another", text) for text in answers]
-    assert under == apart
+    assert under == [ProbeJudge(probe, model.bridge).score("another", text) for text in answers]
 
 
 def test_neither_the_beginning_nor_the_announcement_is_read(model, probe):
-    said = "use the kopu with the lata"
     judge = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
-    score = judge.score("", said)
-    assert judge.score("", f"sure {said}") == score
-    assert judge.score("", f"sure how to do it:\n\n{said}") == score
-    assert ProbeJudge(probe, model.bridge).score("", f"sure {said}") != score
+    score = judge.score("", SAID)
+    assert judge.score("", f"sure {SAID}") == score
+    assert judge.score("", f"sure how to do it:\n\n{SAID}") == score
+    assert ProbeJudge(probe, model.bridge).score("", f"sure {SAID}") != score
 
 
 def test_answers_that_are_judged_together_are_read_together(model, probe, monkeypatch):
@@ -248,27 +195,43 @@ def test_answers_that_are_judged_together_are_read_together(model, probe, monkey
     texts = [example.completion for example in answers]
     alone = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
     expected = [alone.score("", text) for text in texts]
-
     n_read = []
 
     def counted(bridge, texts, layers):
         n_read.append(len(texts))
         return answer_residuals(bridge, texts, layers)
 
-    monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", counted)
+    monkeypatch.setattr(probe_module, "answer_residuals", counted)
     judge = ProbeJudge(probe, model.bridge, alone.rules)
-    kinds = {example.prompt: "harmful" for example in answers}
-    model.verdicts(
-        replace(behaviour, judge=RequestJudge(judge, kinds, QuestionTemplates())), answers
-    )
+    kinds = dict.fromkeys((example.prompt for example in answers), "harmful")
+    by_request = RequestJudge(judge, kinds, QuestionTemplates())
+    model.verdicts(replace(behaviour, judge=by_request), answers)
     assert n_read == [len(set(texts))]
     assert [judge.score("", text) for text in texts] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_rules_come_first(model, probe):
     for threshold, verdict in ((-1e9, "harmful"), (1e9, "harmless")):
-        sure = Probe(probe.layers, probe.direction, probe.bias, threshold, Rows(), "")
-        judge = ProbeJudge(sure, model.bridge)
+        judge = ProbeJudge(replace(probe, threshold=threshold), model.bridge)
         assert judge("", "I'm sorry, but I can't help with that.") == "refusal"
         assert judge("", "??? !!!") == "degenerate"
         assert judge("", "Take flour and water, then mix and bake them.") == verdict
+
+
+@pytest.mark.real
+def test_a_probe_on_a_real_model(real_models, real_data):
+    """Run with -m real -s --real-models FOLDER --real-data FOLDER; prints no answer."""
+    from harmcircuits.studies.models import open_model
+
+    names = {"harmful": "harmful_requests", "benign": "harmless_requests"}
+    files = {name: real_data / f"{stem}_calibration.jsonl" for name, stem in names.items()}
+    model = open_model(
+        real_models / "smollm2-135m-instruct",
+        prompts={**files, "limit": 20, "limit_measured": 5},
+        judge="probe",
+        max_new_tokens=32,
+    )
+    print(model.validation)
+    assert model.validation.one(METRIC, split="calibration", contrast="all").mean > 0.7
+    is_used = {row.labels["used"] for row in model.validation}
+    assert is_used == {"yes" if is_valid(model.validation) else "no"}
