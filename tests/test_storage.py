@@ -37,7 +37,7 @@ ROWS = Rows(
 )
 MASK = WeightMask({"a": torch.tensor([0, 5, 11]), "b": torch.tensor([3])}, SHAPES, SOURCE, ROWS)
 SCORES = WeightScores({"a": torch.randn(3, 4), "b": torch.randn(2, 5)}, SOURCE)
-PROBE = Probe((1, 3), torch.linspace(-1, 1, 12).view(2, 6), 0.5, 0.25, ROWS, "0123")
+PROBE = Probe((1, 3), torch.linspace(-1, 1, 12).view(2, 6), 0.5, 0.25, ROWS)
 TARGET, SPARED = [random_batch()], [random_batch(2, 7, seed=1)]
 
 
