@@ -3,10 +3,10 @@
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from math import inf, isfinite, sqrt
+from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import rankdata
 from scipy.stats import t as student
 from torch import Tensor
 
-from harmcircuits.display import card, html_table, interval_mark, listed, note, number_text, plural
-from harmcircuits.storage import append_lines, read_json, read_lines, write_json, write_lines
+from harmcircuits.display import card, html_table, listed, note, number_text, plural
+from harmcircuits.storage import append_lines, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
     import pandas
@@ -32,11 +32,9 @@ Z = 1.959964  # two-sided 95 % of a normal
 ENDS = (0.025, 0.975)  # quantiles of a 95 % percentile interval
 N_RESAMPLES = 2000
 N_AUROC_RESAMPLES = 200  # each ranks all values again
-PLAIN = (str, int, float)  # types of a label
-ROWS_FILE = "the rows.jsonl of a study"  # in error messages
 RATES = ("_rate", "_accuracy")  # how the names of shares end
 SHOWN_ROWS = 20  # in a notebook
-LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis", "plotly")
+LIBRARIES = ("harmcircuits", "torch", "transformers", "transformer-lens", "circuitsvis")
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,7 @@ class Measurement:
 
     @classmethod
     def rate(
-        cls,
-        metric: str,
-        labels: Labels,
-        hits: Sequence[float],
-        groups: Sequence[Hashable],
+        cls, metric: str, labels: Labels, hits: Sequence[float], groups: Sequence[Hashable]
     ) -> "Measurement":
         """Share of hits with its Wilson interval, which counts each group once.
 
@@ -84,9 +78,8 @@ class Measurement:
         falls to 92 % and less at some rates.
 
         Answers about one item are not independent, so the interval is that of as many examples as
-        there are groups: conservative where examples within a group disagree. Where groups differ
-        in size, the large ones decide, and it is that of (sum of sizes)^2 / sum of sizes^2
-        examples. Source: Kish 1965, on weights.
+        there are groups; where these differ in size, of (sum of sizes)^2 / sum of sizes^2. Source:
+        Kish 1965, on weights.
 
         Args:
             metric: name of the rate.
@@ -102,9 +95,6 @@ class Measurement:
         sizes = np.array([*Counter(groups).values()])
         n_effective = float(sizes.sum() ** 2 / (sizes**2).sum())
         low, high = wilson(mean, n_effective, half_step=0.5 / n_effective)
-        # By rounding, an end can pass the mean or leave [0, 1].
-        low = max(0.0, min(mean, low))
-        high = min(1.0, max(mean, high))
         return cls(metric, labels, mean, low, high, len(hits))
 
     @classmethod
@@ -116,9 +106,8 @@ class Measurement:
         groups: Sequence[Hashable],
         *,
         are_counts: bool = False,
-        seed: int = 0,
     ) -> "Measurement":
-        """Mean of the values with a bootstrap interval that resamples whole groups.
+        """Mean of the values with a bootstrap interval: 2,000 resamples of whole groups, seed 0.
 
         Args:
             metric: name of the figure.
@@ -126,31 +115,28 @@ class Measurement:
             values: the value of each example.
             groups: what each example is about.
             are_counts: of hits, or differences of such, so that the mean moves in steps.
-            seed: draws the 2,000 resamples.
 
         Raises:
             ValueError: no examples, not exactly one group for each, or a value that is not finite.
         """
         _check(metric, values, groups)
-        _refuse_not_finite(metric, values)
         # Groups are resampled by their sums and sizes:
         #
         #     groups    a  a  b        member    0  0  1
         #     values    1  3  5        sums      4  5        sizes    2  1
-        _, member = np.unique([str(group) for group in groups], return_inverse=True)
+        member = _members(groups)
         sums = np.bincount(member, values.cpu().double().numpy())
         sizes = np.bincount(member)
-        mean = float(sums.sum() / sizes.sum())
-        means = _resampled(_ratio, (sums, sizes), N_RESAMPLES, seed)
-        step = step_of_means(sums, sizes) if are_counts else 0.0
+        n_groups = len(sizes)
+        drawn = np.random.default_rng(0).integers(n_groups, size=(N_RESAMPLES, n_groups))
         return cls.of_draws(
             metric,
             labels,
-            means,
-            mean=mean,
+            sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1),
+            mean=float(sums.sum() / sizes.sum()),
             n=len(values),
-            n_groups=len(sizes),
-            step=step,
+            n_groups=n_groups,
+            step=step_of_means(sums, sizes) if are_counts else 0.0,
         )
 
     @classmethod
@@ -162,12 +148,11 @@ class Measurement:
         is_positive: Bool[Tensor, " n"],
         groups: Sequence[Hashable],
     ) -> "Measurement":
-        """Area under the ROC curve with a bootstrap interval over whole groups.
+        """Area under the ROC curve with a bootstrap interval: 200 resamples of groups, seed 0.
 
         Groups that hold both kinds, as matched pairs do, are resampled apart from those of
-        positives and from those of negatives alone, so that no resample lacks a kind. 200
-        resamples, seed 0. Where the figure is 1, so is its interval, however few examples there
-        are.
+        positives and from those of negatives alone, so that no resample lacks a kind. Where the
+        figure is 1, so is its interval, however few examples there are.
 
         Args:
             metric: name of the figure.
@@ -181,51 +166,42 @@ class Measurement:
                 examples of one kind only.
         """
         _check(metric, values, groups)
-        _refuse_not_finite(metric, values)
-        _, member = np.unique([str(group) for group in groups], return_inverse=True)
-        n_groups = int(member.max()) + 1
-        rows_of = [np.flatnonzero(member == number) for number in range(n_groups)]
+        member = _members(groups)
+        strata: dict[tuple[bool, bool], list[ndarray]] = {}
+        for number in range(member.max() + 1):
+            rows = np.flatnonzero(member == number)
+            kinds = bool(is_positive[rows].any()), bool(is_positive[rows].all())
+            strata.setdefault(kinds, []).append(rows)
 
-        # A stratum for each mixture of kinds; one of a single group is the same in every resample.
-        positive = is_positive.cpu().numpy()
-        strata: dict[tuple[bool, bool], list[int]] = {}
-        for number, rows in enumerate(rows_of):
-            kinds = bool(positive[rows].any()), bool(positive[rows].all())
-            strata.setdefault(kinds, []).append(number)
-        drawn_from = []
-        single = []
-        for numbers in strata.values():
-            if len(numbers) == 1:
-                single += numbers
-            else:
-                drawn_from.append(np.array(numbers))
+        generator = np.random.default_rng(0)
+        draws = []
+        for of_kind in strata.values():
+            size = (N_AUROC_RESAMPLES, len(of_kind))
+            draws.append(generator.integers(len(of_kind), size=size))
+        areas = []
+        for number in range(N_AUROC_RESAMPLES):
+            resample = []
+            for of_kind, drawn in zip(strata.values(), draws, strict=True):
+                resample += [of_kind[group] for group in drawn[number]]
+            rows = np.concatenate(resample)
+            areas.append(auroc(values[rows], is_positive[rows]))
 
-        def area(*drawn: ndarray) -> float:
-            """Of the examples of these groups, by number; a group may be drawn twice."""
-            numbers = [*single, *np.concatenate(drawn)] if drawn else single
-            resample = np.concatenate([rows_of[number] for number in numbers])
-            return auroc(values[resample], is_positive[resample])
-
-        areas = _resampled(area, tuple(drawn_from), N_AUROC_RESAMPLES, seed=0, paired=False)
-        mean = auroc(values, is_positive)
-        return cls.of_draws(
+        # A stratum of one group is the same in every resample.
+        sizes = [len(of_kind) for of_kind in strata.values() if len(of_kind) > 1]
+        row = cls.of_draws(
             metric,
             labels,
             areas,
-            mean=mean,
+            mean=auroc(values, is_positive),
             n=len(values),
-            n_groups=sum(map(len, drawn_from)),
-            n_strata=len(drawn_from),
-            bounds=(0.0, 1.0),
+            n_groups=sum(sizes),
+            n_strata=len(sizes),
         )
+        return replace(row, low=max(0.0, row.low), high=min(1.0, row.high))
 
     @classmethod
     def difference(
-        cls,
-        metric: str,
-        labels: Labels,
-        first: "Measurement",
-        second: "Measurement",
+        cls, metric: str, labels: Labels, first: "Measurement", second: "Measurement"
     ) -> "Measurement":
         """How much higher the first rate is than the second, with Newcombe's hybrid-score interval.
 
@@ -258,7 +234,6 @@ class Measurement:
         n_groups: int = 0,
         n_strata: int = 1,
         step: float = 0.0,
-        bounds: Interval = (-inf, inf),
         method: Literal["linear", "inverted_cdf"] = "linear",
     ) -> "Measurement":
         """A figure whose 95 % interval is that of its draws, such as resamples or random masks.
@@ -277,22 +252,17 @@ class Measurement:
                 mean.
             n_strata: of how many kinds the groups are that are resampled apart.
             step: how far apart two values of the figure are at least: 1 / n for a rate among n.
-            bounds: what the interval cannot pass, such as 0 and 1.
             method: of `numpy.quantile`.
         """
-        low, high = np.quantile(np.asarray(draws), ENDS, method=method)
+        low, high = np.quantile(np.asarray(draws), ENDS, method=method).tolist()
         if mean is None:
             mean = float(np.mean(draws))
-        if n is None:
-            n = len(draws)
         if n_groups:
             widening = student_widening(n_groups, n_strata)
-            low = max(bounds[0], mean - widening * (mean - low) - step / 2)
-            high = min(bounds[1], mean + widening * (high - mean) + step / 2)
+            low = mean - widening * (mean - low) - step / 2
+            high = mean + widening * (high - mean) + step / 2
         # Resamples may all lie on one side of the figure; the interval still holds it.
-        low = min(mean, float(low))
-        high = max(mean, float(high))
-        return cls(metric, labels, mean, low, high, n)
+        return cls(metric, labels, mean, min(mean, low), max(mean, high), n or len(draws))
 
     def labelled(self, **labels: Label) -> "Measurement":
         """The same figure with further labels, or other values of them."""
@@ -319,7 +289,7 @@ class Measurement:
         return f"Measurement({self}{', ' if labels else ''}{labels})"
 
     def _repr_html_(self) -> str:
-        return Rows([self])._card("Measurement")
+        return Rows([self])._repr_html_()
 
     @property
     def _text(self) -> str:
@@ -353,28 +323,32 @@ class Rows(Sequence[Measurement]):
             ValueError: a missing file, or a line that is no measurement. Half a line at the end,
                 which a killed run left, is left out.
         """
+        lines = read_lines(path, "the rows.jsonl of a study")
         try:
-            return cls.of_dicts(read_lines(path, ROWS_FILE))
+            return cls.of_dicts(lines)
         except ValueError as error:
-            name = str(path)
-            raise error if name in str(error) else ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def of_dicts(cls, rows: Any) -> "Rows":
-        """The rows of a list of objects, as JSON holds them.
+    def of_dicts(cls, rows: Iterable[Mapping[str, Any]]) -> "Rows":
+        """The rows of objects, as JSON holds them.
 
         Args:
             rows: each with the fields of a `Measurement`.
 
         Raises:
-            ValueError: no list, or an object that is no measurement, with its number.
+            ValueError: an object that is no measurement, with its number.
         """
-        if not isinstance(rows, list):
-            raise ValueError(f"{type(rows).__name__}; expected a list of measurements")
-        return cls(_measurement(row, f"row {number}") for number, row in enumerate(rows, start=1))
+        measurements = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                measurements.append(Measurement(**row))
+            except TypeError as error:
+                raise ValueError(f"row {number} is no measurement ({error})") from None
+        return cls(measurements)
 
     def append_to(self, path: str | Path) -> None:
-        """Add the rows to a JSON Lines file, one object a line, in one write (see `storage`).
+        """Add the rows to a JSON Lines file, one object a line, all or none.
 
         Args:
             path: the file, made if it is not there.
@@ -423,38 +397,23 @@ class Rows(Sequence[Measurement]):
         rows = self.where(metric, **labels)
         if len(rows) == 1:
             return rows[0]
-
-        conditions = [metric] if metric else []
-        conditions += [f"{name}={value!r}" for name, value in labels.items()]
-        wanted = ", ".join(conditions)
-        if len(rows) > 1:
-            raise ValueError(
-                f"{len(rows)} rows have {wanted}; they differ in {rows._differences()}"
-            )
-        of_metric = self.where(metric)
-        if not len(of_metric):
-            metrics = listed(self.metrics) or "none"
-            raise ValueError(f"no row has {wanted}; the metrics are {metrics}")
-        differences = of_metric._differences() or "nothing"
+        wanted = listed([metric or "any metric", *(f"{k}={v!r}" for k, v in labels.items())])
+        nearest = rows or self.where(metric)
+        if not nearest:
+            raise ValueError(f"no row has {wanted}; the metrics are {listed(self.metrics)}")
+        values = nearest._values()
+        apart = [f"{k} ({listed(of)})" for k, of in values.items() if len(of) > 1]
         raise ValueError(
-            f"no row has {wanted}; the rows of {metric or 'every metric'} differ in {differences}"
+            f"{len(rows)} rows have {wanted}; the nearest differ in {listed(apart) or 'nothing'}"
         )
 
     def largest(self) -> Measurement:
-        """The row with the largest mean, the first of several.
-
-        Raises:
-            ValueError: no rows.
-        """
-        return max(self._some("largest"), key=lambda row: row.mean)
+        """The row with the largest mean, the first of several; ValueError where there is none."""
+        return max(self, key=lambda row: row.mean)
 
     def smallest(self) -> Measurement:
-        """The row with the smallest mean, the first of several.
-
-        Raises:
-            ValueError: no rows.
-        """
-        return min(self._some("smallest"), key=lambda row: row.mean)
+        """The row with the smallest mean, the first of several; ValueError where there is none."""
+        return min(self, key=lambda row: row.mean)
 
     def pool(self, over: str) -> "Rows":
         """One row for all rows that differ only in a label: their mean, with the widest ends.
@@ -464,9 +423,7 @@ class Rows(Sequence[Measurement]):
         """
         together: dict[tuple, list[Measurement]] = {}
         for row in self:
-            others = _without(row.labels, over)
-            in_order = sorted(others.items(), key=str)
-            key = (row.metric, *in_order)
+            key = (row.metric, frozenset(_without(row.labels, over).items()))
             together.setdefault(key, []).append(row)
         return Rows(_pooled(rows, over) for rows in together.values())
 
@@ -481,12 +438,12 @@ class Rows(Sequence[Measurement]):
         """
         together: dict[Any, list[Measurement]] = {}
         for row in self:
-            lacking = [name for name in names if name not in row.labels]
-            if lacking:
+            try:
+                values = tuple(row.labels[name] for name in names)
+            except KeyError as error:
                 raise ValueError(
-                    f"{row!r} has no label {lacking[0]!r}; select rows that have it first"
-                )
-            values = tuple(row.labels[name] for name in names)
+                    f"{row!r} has no label {error}; select rows that have it"
+                ) from None
             key = values if len(names) > 1 else values[0]
             together.setdefault(key, []).append(row)
         return {key: Rows(rows) for key, rows in together.items()}
@@ -509,7 +466,8 @@ class Rows(Sequence[Measurement]):
 
         lines = []
         for row in self:
-            lines.append({"metric": row.metric, **row.labels, **_figures(row)})
+            figures = {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
+            lines.append({"metric": row.metric, **row.labels, **figures})
         table = pandas.DataFrame(lines)
         if not index and not columns:
             return table
@@ -525,56 +483,24 @@ class Rows(Sequence[Measurement]):
         """The names of the metrics, as they come."""
         return list(dict.fromkeys(row.metric for row in self))
 
+    def _values(self) -> dict[str, list[Label]]:
+        """The values of every label, as they come; "" where a row lacks it."""
+        names = dict.fromkeys(name for row in self for name in row.labels)
+        return {name: list({row.labels.get(name, ""): None for row in self}) for name in names}
+
     def _repr_html_(self) -> str:
-        return self._card(plural(len(self), "row"))
-
-    def _card(self, title: str) -> str:
-        """The first rows as a table; what they have in common stands above it."""
-        shown = self[:SHOWN_ROWS]
-        common = self._common()
-        differing = [name for name in self._values() if name not in common]
-        ends = {metric: _ends(self.where(metric)) for metric in shown.metrics}
+        """The first rows as a table; what all have in common stands above it."""
+        values = self._values()
+        differing = [name for name, of_name in values.items() if len(of_name) > 1]
+        common = [f"{name} {values[name][0]}" for name in values if name not in differing]
         body = []
-        for row in shown:
+        for row in self[:SHOWN_ROWS]:
             labels = [str(row.labels.get(name, "")) for name in differing]
-            mark = _mark(row, *ends[row.metric])
-            body.append([row.metric, *labels, row._text, mark, f"{row.n:,}"])
-        table = html_table(["metric", *differing, "mean [95 %]", "", "n"], body) if body else ""
-        everywhere = ", ".join(f"{name} {value}" for name, value in common.items())
-        n_left = len(self) - len(shown)
-        return card(title, note(everywhere), table, note(f"and {n_left:,} more" if n_left else ""))
-
-    def _some(self, wanted: str) -> "Rows":
-        """These rows, of which there must be one at least."""
-        if not self._rows:
-            raise ValueError(f"no rows, so none is the {wanted}; see what `where` was asked for")
-        return self
-
-    def _common(self) -> dict[str, Label]:
-        """The labels that every row carries with the same value."""
-        common = {}
-        for name, values in self._values().items():
-            # One that some rows lack tells them apart too.
-            if len(values) == 1 and all(name in row.labels for row in self):
-                (common[name],) = values
-        return common
-
-    def _values(self) -> dict[str, dict[Label, None]]:
-        """The values of every label, as they come."""
-        # Dictionaries as sets that keep their order.
-        values: dict[str, dict[Label, None]] = {}
-        for row in self:
-            for name, value in row.labels.items():
-                values.setdefault(name, {})[value] = None
-        return values
-
-    def _differences(self) -> str:
-        """The labels in which these rows differ, with their values."""
-        differing = []
-        for name, of_name in self._values().items():
-            if len(of_name) > 1:
-                differing.append(f"{name} ({listed(of_name)})")
-        return "; ".join(differing)
+            body.append([row.metric, *labels, row._text, f"{row.n:,}"])
+        table = html_table(["metric", *differing, "mean [95 %]", "n"], body)
+        n_left = len(self) - len(body)
+        more = note(f"and {n_left:,} more" if n_left else "")
+        return card(plural(len(self), "row"), note(", ".join(common)), table, more)
 
     @overload
     def __getitem__(self, index: int) -> Measurement: ...
@@ -609,47 +535,16 @@ class Rows(Sequence[Measurement]):
         return "\n".join(str(row) for row in self)
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What made a set of rows: command, settings, versions and machine."""
-
-    settings: Mapping[str, Any]
-    command: tuple[str, ...] = field(default_factory=lambda: ("harmcircuits", *sys.argv[1:]))
-    python: str = platform.python_version()
-    machine: str = f"{platform.system()} {platform.machine()}"
-    versions: Mapping[str, str] = field(
-        default_factory=lambda: {name: version(name) for name in LIBRARIES}
-    )
-
-    def save(self, path: str | Path) -> None:
-        """Write this manifest as indented JSON, with its checksum."""
-        write_json(path, asdict(self), indent=2)
-
-    @staticmethod
-    def settings_of(path: str | Path) -> dict[str, Any]:
-        """The settings in a manifest file."""
-        manifest = read_json(path, "the manifest.json of a run")
-        settings = manifest.get("settings")
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path}: no settings in it; expected the manifest.json of a run")
-        return settings
-
-
-def resumed(folder: str | Path, settings: Labels) -> Rows:
-    """The rows of an unfinished run, none in a new one; makes the folder and its manifest."""
-    folder = Path(folder)
-    manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
-    if manifest.is_file():
-        before = Manifest.settings_of(manifest)
-        if before != dict(settings):
-            raise ValueError(
-                f"{folder} holds a run with {before}, not {dict(settings)}; "
-                "give another folder or remove it"
-            )
-    Manifest(settings).save(manifest)
-    if not rows.is_file():
-        return Rows()
-    return Rows.read(rows)
+def write_manifest(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Say what made a set of rows: command, settings, versions and machine."""
+    manifest = {
+        "settings": settings,
+        "command": ["harmcircuits", *sys.argv[1:]],
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    write_json(path, manifest, indent=2)
 
 
 def step_of_means(sums: Float[ndarray, " groups"], sizes: Int[ndarray, " groups"]) -> float:
@@ -673,91 +568,41 @@ def student_quantile(n: int) -> float:
 
 
 def wilson(share: float, n: float, *, half_step: float = 0.0) -> Interval:
-    """Wilson's 95 % score interval of a share among n."""
-    lowest = max(0.0, share - half_step)
-    highest = min(1.0, share + half_step)
-    low = _score_ends(lowest, n)[0] if share > 0 else 0.0
-    high = _score_ends(highest, n)[1] if share < 1 else 1.0
-    # The share lies within by definition; of 0 and 1 the ends are so only up to rounding.
-    return min(share, low), max(share, high)
+    """Wilson's 95 % score interval of a share among n.
 
-
-def _score_ends(share: float, n: float) -> Interval:
-    # Written out, because scipy takes a whole number of hits, and answers sampled several times
-    # count as fractions.
-    scale = 1 + Z**2 / n
-    variance = share * (1 - share) / n + Z**2 / (4 * n**2)
-    centre = (share + Z**2 / (2 * n)) / scale
-    half = Z / scale * sqrt(variance)
-    return centre - half, centre + half
+    Written out, because scipy takes a whole number of hits, and answers sampled several times count
+    as fractions.
+    """
+    ends = []
+    for value, sign in ((max(0.0, share - half_step), -1), (min(1.0, share + half_step), 1)):
+        scale = 1 + Z**2 / n
+        variance = value * (1 - value) / n + Z**2 / (4 * n**2)
+        ends.append((value + Z**2 / (2 * n)) / scale + sign * (Z / scale * sqrt(variance)))
+    low = ends[0] if share > 0 else 0.0
+    high = ends[1] if share < 1 else 1.0
+    # By rounding, an end can pass the share or leave [0, 1].
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
 
 
 def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float:
     """Chance that a positive's value exceeds a negative's, ties counted half."""
-    n = len(is_positive)
     n_positive = int(is_positive.sum())
-    n_negative = n - n_positive
+    n_negative = len(is_positive) - n_positive
     if not n_positive or not n_negative:
         raise ValueError(
-            f"auroc: {n_positive} positives among {n}; expected at least one of each kind"
+            f"auroc: {n_positive} positives among {len(is_positive)}; expected some of each kind"
         )
-    # The rank of a positive counts the examples up to it, of both kinds. Without the ranks that the
-    # positives have among themselves, the pairs are left in which a positive exceeds a negative.
-    # scipy's mannwhitneyu gives the same, ten times slower: a bootstrap asks 200 times.
-    #
-    #     values    .2  .5  .9  .4        ranks of the positives    3 + 4 = 7
-    #     kind       -   +   +   -        among themselves          1 + 2 = 3        4 of 4 pairs
+    # By ranks: sklearn's roc_auc_score takes ten times as long, and a bootstrap asks 200 times.
     ranks = rankdata(values.cpu().numpy())
     rank_sum = ranks[is_positive.cpu().numpy()].sum()
-    own_rank_sum = n_positive * (n_positive + 1) / 2
+    own_rank_sum = n_positive * (n_positive + 1) / 2  # of the positives among themselves
     return float((rank_sum - own_rank_sum) / (n_positive * n_negative))
 
 
-def _resampled(
-    statistic: Callable[..., Any],
-    samples: tuple[ndarray, ...],
-    n_resamples: int,
-    seed: int,
-    *,
-    paired: bool = True,
-) -> ndarray:
-    """The statistic of resamples of groups, drawn with replacement; paired: all drawn alike."""
-    if not samples or len(samples[0]) == 1:  # nothing to resample, which scipy refuses
-        return np.array([statistic(*samples)])
-    result = bootstrap(
-        samples,
-        statistic,
-        n_resamples=n_resamples,
-        paired=paired,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return result.bootstrap_distribution
-
-
-def _ratio(sums: ndarray, sizes: ndarray, axis: int = -1) -> Any:
-    """Mean of groups of different sizes."""
-    return sums.sum(axis=axis) / sizes.sum(axis=axis)
-
-
-def _figures(row: Measurement) -> dict[str, float]:
-    return {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
-
-
-def _mark(row: Measurement, start: float, end: float) -> str:
-    """The figure and its interval on a line; nothing for what is exact or not a number."""
-    if row.is_exact or not isfinite(row.low + row.mean + row.high):
-        return ""
-    return interval_mark(row.low, row.mean, row.high, (start, end))
-
-
-def _ends(rows: Rows) -> Interval:
-    """Where a line begins and ends on which these figures of one metric are drawn."""
-    if rows[0].metric.endswith(RATES):
-        return 0.0, 1.0
-    lows = [row.low for row in rows]
-    highs = [row.high for row in rows]
-    return min(0.0, *lows), max(0.0, *highs)
+def _members(groups: Sequence[Hashable]) -> Int[ndarray, " n"]:
+    """The number of each example's group."""
+    _, member = np.unique([str(group) for group in groups], return_inverse=True)
+    return member
 
 
 def _without(labels: Labels, name: str) -> dict[str, Label]:
@@ -775,39 +620,14 @@ def _pooled(rows: Sequence[Measurement], over: str) -> Measurement:
     )
 
 
-def _measurement(row: Any, place: str) -> Measurement:
-    """The measurement of an object; raises ValueError, with the place, where it is none."""
-    names = [field.name for field in fields(Measurement)]
-    if not isinstance(row, dict) or row.keys() != set(names):
-        stored = listed(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{place}: {stored}; expected {listed(names)}")
-    if not isinstance(row["metric"], str):
-        raise ValueError(f"{place}: metric {row['metric']!r}; expected text")
-    labels = row["labels"]
-    is_plain = isinstance(labels, dict)
-    is_plain = is_plain and all(isinstance(value, PLAIN) for value in labels.values())
-    if not is_plain:
-        raise ValueError(f"{place}: labels {labels!r}; expected names with texts or numbers")
-    for name in ("mean", "low", "high", "n"):
-        value = row[name]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{place}: {name} is {value!r}; expected a number")
-    return Measurement(**row)
-
-
 def _check(metric: str, values: Sequence[Any] | Tensor, groups: Sequence[Hashable]) -> None:
-    if not len(values):
-        raise ValueError(f"{metric}: no examples to measure; expected at least one")
-    if len(groups) != len(values):
+    if not len(values) or len(groups) != len(values):
         raise ValueError(
-            f"{metric}: {len(groups)} groups for {len(values)} values; give one for each"
+            f"{metric}: {len(groups)} groups for {len(values)} values; "
+            "expected at least one value, and a group for each"
         )
-
-
-def _refuse_not_finite(metric: str, values: Tensor) -> None:
-    is_bad = ~values.isfinite()
-    if is_bad.any():
-        places = is_bad.nonzero().flatten().tolist()
+    if isinstance(values, Tensor) and not values.isfinite().all():
+        places = (~values.isfinite()).nonzero().flatten().tolist()
         raise ValueError(
             f"{metric}: the values of examples {listed(places)} are NaN or infinite, of "
             f"{len(values)}; leave these examples out, or look at where the values come from"

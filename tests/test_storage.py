@@ -24,7 +24,7 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.walk import Walk
-from harmcircuits.measurements import Manifest, Measurement, Rows, resumed
+from harmcircuits.measurements import Measurement, Rows, write_manifest
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
 from harmcircuits.views.page import write_view
 
@@ -57,7 +57,7 @@ def room_for(n_bytes: int) -> Iterator[None]:
 
 WRITERS = {
     "rows": ROWS.save,
-    "manifest": Manifest({"size": 0.1}).save,
+    "manifest": lambda path: write_manifest(path, {"size": 0.1}),
     "view": lambda path: write_view(path, "A view", "text" * 1000),
     "mask": MASK.save,
     "probe": PROBE.save,
@@ -104,9 +104,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 def test_a_killed_run_goes_on_behind_its_last_whole_row(tmp_path):
     """The file is cut at every third byte of what was written last."""
-    folder = tmp_path / "run"
-    path = folder / "rows.jsonl"
-    resumed(folder, {"size": 0.1})
+    path = tmp_path / "rows.jsonl"
     ROWS[:4].append_to(path)
     whole = path.stat().st_size
     ROWS[4:5].append_to(path)
@@ -114,7 +112,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_row(tmp_path):
     for end in range(whole, len(raw) + 1, 3):
         path.write_bytes(raw[:end])
         is_whole = end >= len(raw) - 1
-        kept = resumed(folder, {"size": 0.1})
+        kept = Rows.read(path)
         assert kept == ROWS[: 4 + is_whole]
         ROWS[len(kept) :].append_to(path)
         assert Rows.read(path) == ROWS

@@ -102,16 +102,11 @@ class Estimate:
         """The figure with its 95 % interval of percentiles."""
         draws, mean, n = self.values[1:], float(self.values[0]), len(self.items)
         if self.bounds is not None:
-            return Measurement.of_draws(
-                metric,
-                labels,
-                draws,
-                mean=mean,
-                n=n,
-                n_groups=n,
-                step=self.step,
-                bounds=self.bounds,
+            lowest, highest = self.bounds
+            row = Measurement.of_draws(
+                metric, labels, draws, mean=mean, n=n, n_groups=n, step=self.step
             )
+            return replace(row, low=max(lowest, row.low), high=min(highest, row.high))
         # "inverted_cdf" gives a value that a resample really had, so an end is a measured share.
         return Measurement.of_draws(metric, labels, draws, mean=mean, n=n, method="inverted_cdf")
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from harmcircuits.measurements import Label, Measurement, Rows, resumed
+from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
 from harmcircuits.progress import progress_bar
+from harmcircuits.storage import read_json
 
 DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
 CPU = "job_cpu_seconds"
@@ -39,7 +40,7 @@ def run_jobs(
             "run_jobs: two jobs have the same labels, so their rows could not be told apart"
         )
     out = Path(out)
-    rows = resumed(out, settings)
+    rows = _resumed(out, settings)
     left = [job for job in jobs if not len(rows.where(DONE, **job.labels))]
 
     with progress_bar() as progress:
@@ -50,9 +51,21 @@ def run_jobs(
             rows_of_job.append_to(out / "rows.jsonl")
             rows += rows_of_job
             progress.advance(task)
-    # As one block, so that a part of it that is lost later shows.
-    rows.save(out / "rows.jsonl")
     return rows
+
+
+def _resumed(folder: Path, settings: Mapping[str, Label]) -> Rows:
+    """The rows of an unfinished run, none in a new one; makes the folder and its manifest."""
+    manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
+    if manifest.is_file():
+        before = read_json(manifest, "the manifest of a run")["settings"]
+        if before != dict(settings):
+            raise ValueError(
+                f"{folder} holds a run with {before}, not {dict(settings)}; "
+                "give another folder or remove it"
+            )
+    write_manifest(manifest, settings)
+    return Rows.read(rows) if rows.is_file() else Rows()
 
 
 def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:

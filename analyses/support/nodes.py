@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
-from math import inf
 
 import numpy as np
 import torch
@@ -38,9 +37,8 @@ def importance_rows(effects: Float[Tensor, "n layer node pos"], labels: Labels) 
         where = {**labels, **_place(layer, node, value.shape[1])}
         mean = float(value[layer, node])
         of_node = resampled[:, layer, node]
-        row = Measurement.of_draws(
-            "node_importance", where, of_node, mean=mean, n=n, n_groups=n, bounds=(0.0, inf)
-        )
+        row = Measurement.of_draws("node_importance", where, of_node, mean=mean, n=n, n_groups=n)
+        row = replace(row, low=max(0.0, row.low))
         if mean <= by_chance[layer, node]:
             row = replace(row, low=0.0)
         rows += [row]

@@ -17,7 +17,8 @@ from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.objectives import token_error
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Manifest
+from harmcircuits.measurements import write_manifest
+from harmcircuits.storage import read_json
 from harmcircuits.studies.controls import unpruned_scores
 from harmcircuits.studies.diagnostics import diagnostics
 from harmcircuits.studies.grid import PUBLISHED, measure_grid, not_kept_rows, operating_point
@@ -286,7 +287,7 @@ def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
 
 
 def _refuse_other_settings(run: Study, out: Path) -> None:
-    before = Manifest.settings_of(out / MANIFEST)
+    before = read_json(out / MANIFEST, "the manifest of a study")["settings"]
     now = json.loads(json.dumps(_manifest_settings(run)))  # as they are in the file
     if before != now:
         changed = [name for name in now if before.get(name) != now[name]]
@@ -319,7 +320,7 @@ def _prepare_folder(run: Study, *, resume: bool, force: bool) -> None:
     shutil.rmtree(out / UNNEEDED, ignore_errors=True)
     shutil.rmtree(walks / "scores", ignore_errors=True)
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    Manifest(_manifest_settings(run)).save(out / MANIFEST)
+    write_manifest(out / MANIFEST, _manifest_settings(run))
     walks.mkdir(exist_ok=True)
 
 
