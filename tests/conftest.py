@@ -36,9 +36,6 @@ transformers.utils.logging.disable_progress_bar()
 def pytest_addoption(parser):
     parser.addoption(REAL_MODELS, type=Path, help="the folder that holds folders of real models")
     parser.addoption(REAL_DATA, type=Path, help="the folder that holds files of requests")
-    parser.addoption(
-        "--sequences", type=int, default=6, help="how many random sequences of edits are tried"
-    )
 
 
 @pytest.fixture(scope="session")

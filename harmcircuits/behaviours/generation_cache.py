@@ -11,7 +11,8 @@ from rich.progress import Progress
 
 from harmcircuits.behaviours.generation import Asked, Sampling, generate_together, request_ids
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.weights import weights_checksum, weights_digest
+from harmcircuits.hooks.masking import is_edited
+from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.prompts import Answer, Chat, Example, PromptSet, Template
 from harmcircuits.storage import append_lines, read_lines
 
@@ -29,7 +30,6 @@ class GenerationCache:
     ) -> None:
         self.folder = Path(folder)
         self.weights = weights_digest(bridge)
-        self._checksum = weights_checksum(bridge)
         self.progress = progress
 
     def __repr__(self) -> str:
@@ -58,7 +58,7 @@ class GenerationCache:
 
         # The answers on disk are those of the model as it was opened, not of an edited one.
         is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
-        if is_hooked or weights_checksum(bridge) != self._checksum:
+        if is_hooked or is_edited(bridge) or weights_digest(bridge) != self.weights:
             return generate_together(bridge, asked, **how)
 
         paths = [self._path(bridge, one_set.prefill, sampling, **options) for one_set in asked]

@@ -17,8 +17,7 @@ from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.finite import refuse_not_finite_gradients, refuse_not_finite_inputs
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.provenance import source_on
-from harmcircuits.hooks.weights import model_fingerprint, weight_sites
+from harmcircuits.hooks.weights import model_fingerprint, source_on, weight_sites
 from harmcircuits.prompts import Batch
 
 Average = Literal["after_abs", "before_abs"]

@@ -1,6 +1,6 @@
 """Fine-tuning a live model in place, step by step, and putting it back bit for bit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -15,7 +15,7 @@ from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.capacity import refuse_batches
 from harmcircuits.hooks.finite import of_data, refuse_not_finite
-from harmcircuits.hooks.layers import Layer, Patch
+from harmcircuits.hooks.masking import during
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
@@ -132,33 +132,43 @@ def fine_tuning(
 
     Raises:
         ValueError: For no batches; an `lr` that is not positive; with `lora`, stacked experts and
-            as `weight_sites`. Then nothing is changed. On leaving: a parameter was replaced or
-            folded during the run. An exception from the body gets a note instead.
+            as `weight_sites`. Then nothing is changed.
     """
     bridge = as_bridge(bridge)
-    _refuse_settings(batches, lr)
+    if not batches or not lr > 0:
+        raise ValueError(
+            f"fine_tuning: {len(batches)} batches, lr={lr}; expected at least one batch (see "
+            "tokenize) and a positive learning rate"
+        )
     refuse_batches("fine_tuning", bridge, batches)
-    sites = weight_sites(bridge) if lora else {}
-    _refuse_stacked(sites)
+    sites = weight_sites(bridge).values() if lora else ()
+    for site in sites:
+        if site.parameter.ndim != 2:
+            raise ValueError(
+                f"fine_tuning: {site.name} stacks the matrices of several experts, which lora "
+                "cannot adapt; leave lora out"
+            )
 
     # One stream for the adapters' start and then the order of the batches.
     generator = torch.Generator().manual_seed(seed)
-    before = _Before(bridge)
+    before = [_Saved.of(parameter) for parameter in bridge.original_model.parameters()]
     if lora:
-        before.adapters = _adapters(sites, before, lora, generator)
-        learned = _factors(before.adapters)
-        before.differentiated = [site.parameter for site in sites.values()]
+        # Every adapter adds to W_0, which is at hand as the value that will be restored.
+        start = {id(state.parameter): state.value for state in before}
+        adapters = [_Adapter(site, start[id(site.parameter)], lora, generator) for site in sites]
+        trained = [site.parameter for site in sites]
+        learned = [factor for adapter in adapters for factor in (adapter.up, adapter.down)]
     else:
-        learned = [state.parameter for state in before.saved]
-        before.differentiated = learned
+        adapters = []
+        trained = learned = [state.parameter for state in before]
 
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
-    for adapter in before.adapters:
+    for adapter in adapters:
         # An optimiser's own hooks run before the global one, so a mask that is held writes its
         # zeros after the merge.
         optimizer.register_step_post_hook(adapter.merge)
-    order = _endless(batches, generator)
-    yield from before.during(FineTuning(bridge, order, optimizer, objective))
+    run = FineTuning(bridge, _endless(batches, generator), optimizer, objective)
+    yield from during(bridge, _Training(before, trained, adapters), run)
 
 
 class _Saved(NamedTuple):
@@ -169,104 +179,57 @@ class _Saved(NamedTuple):
     requires_grad: bool
     grad: Tensor | None
 
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> "_Saved":
+        value = parameter.detach().clone()
+        return cls(parameter, value, parameter.requires_grad, parameter.grad)
 
-def _saved(parameter: nn.Parameter) -> _Saved:
-    value = parameter.detach().clone()
-    return _Saved(parameter, value, parameter.requires_grad, parameter.grad)
 
+class _Training:
+    """Gradients of some parameters; when it comes off, everything is as it was before."""
 
-class _Before(Layer):
-    """Every parameter as it was before the run."""
+    fault = ""
 
-    trains = True
-
-    def __init__(self, bridge: Bridge) -> None:
-        super().__init__(bridge)
-        self.saved = [_saved(parameter) for parameter in bridge.original_model.parameters()]
-        self.adapters: list[_Adapter] = []
-        self.differentiated: list[nn.Parameter] = []
+    def __init__(
+        self,
+        before: Sequence[_Saved],
+        trained: Sequence[nn.Parameter],
+        adapters: "Sequence[_Adapter]",
+    ) -> None:
+        self.before = before
+        self.trained = trained
+        self.adapters = adapters
         self._hooks: list[RemovableHandle] = []
 
-    def _begin(self) -> None:
-        _require_gradients(self.saved, self.differentiated)
+    def put_on(self) -> None:
+        for state in self.before:
+            state.parameter.grad = None
+            state.parameter.requires_grad_(False)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
         for adapter in self.adapters:
-            self._hooks.append(adapter.watch())  # in one line: an interrupt loses no handle
+            weight = adapter.site.parameter
+            self._hooks.append(weight.register_post_accumulate_grad_hook(adapter.pull))
 
-    def _end(self) -> None:
+    def take_off(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-    def _lay(self) -> None:
-        pass  # the steps write
-
-    def _lift(self, _is_trained: bool, /) -> None:
-        self._report()
         with torch.no_grad():
-            for state in self.saved:
+            for state in self.before:
                 state.parameter.copy_(state.value)
                 state.parameter.requires_grad_(state.requires_grad)
                 state.parameter.grad = state.grad
-
-    def _underneath(self) -> list[Patch]:
-        return [Patch(state.parameter, None, state.value) for state in self.saved]
-
-    def _correct(self, patches: Sequence[Patch]) -> None:
-        values = {id(state.parameter): state.value for state in self.saved}
-        for parameter, flat, patch in patches:
-            value = values[id(parameter)]
-            if flat is None:
-                value.copy_(torch.as_tensor(patch))
-            else:
-                where = torch.unravel_index(flat.to(value.device), value.shape)
-                value[where] = patch
-
-    def _report(self) -> None:
-        """What keeps the model from being as it was."""
-        if self.bridge._weights_processed:
-            self.faults = [
-                "enable_compatibility_mode was switched on during fine_tuning: it has folded "
-                "weights into others, which cannot be undone. Open the model again."
-            ]
-            return
-        own = {id(state.parameter) for state in self.saved}
-        replaced = []
-        for name, parameter in self.bridge.original_model.named_parameters():
-            if id(parameter) not in own:
-                replaced.append(name)
-        if replaced:
-            self.faults = [
-                f"{replaced[0]}, one of {len(replaced)} parameters that were replaced by others "
-                "during fine_tuning, is not as it was before. Open the model again, and load, "
-                "quantise or shard it outside the run."
-            ]
-
-
-def _require_gradients(saved: list[_Saved], learned: Sequence[nn.Parameter]) -> None:
-    """Let exactly these parameters require a gradient, and drop the gradients from before."""
-    # By identity: `in` would compare tensors entry by entry.
-    ids = {id(parameter) for parameter in learned}
-    for state in saved:
-        state.parameter.grad = None
-        state.parameter.requires_grad_(id(state.parameter) in ids)
 
 
 class _Adapter:
     """The adapter of one matrix, merged into it."""
 
-    def __init__(
-        self,
-        site: Site,
-        start: Tensor,
-        before: "_Before",
-        lora: Lora,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
         weight = site.parameter
         d_in = weight.shape[site.input_axis]
         d_out = weight.shape[1 - site.input_axis]
         self.site = site
         self.start = start
-        self.before = before
         self.scale = lora.alpha / lora.r
 
         # Uniform in +-1 / sqrt(d_in), as peft starts it; with `up` zero, W starts at W_0.
@@ -276,15 +239,8 @@ class _Adapter:
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(up.to(weight.device))
 
-    def watch(self) -> RemovableHandle:
-        """Take the gradients of W until the handle is removed."""
-        return self.site.parameter.register_post_accumulate_grad_hook(self.pull)
-
     def pull(self, weight: Tensor) -> None:
         """Turn the gradient of W into those of the factors, and free it."""
-        # An interrupt between registration and the next bytecode leaves the hook without a handle.
-        if not self.before.is_on:
-            return
         # Called by autograd as soon as the gradient of this W is complete.
         assert weight.grad is not None
         gradient = self.scale * self._as_applied(weight.grad).float()
@@ -304,28 +260,6 @@ class _Adapter:
         return weight if self.site.input_axis == 1 else weight.T  # Conv1D stores W^T
 
 
-def _adapters(
-    sites: Mapping[str, Site],
-    before: _Before,
-    lora: Lora,
-    generator: torch.Generator,
-) -> list[_Adapter]:
-    # Every adapter adds to W_0, which is at hand as the value that will be restored.
-    start = {id(state.parameter): state.value for state in before.saved}
-    adapters = []
-    for site in sites.values():
-        value = start[id(site.parameter)]
-        adapters.append(_Adapter(site, value, before, lora, generator))
-    return adapters
-
-
-def _factors(adapters: list[_Adapter]) -> list[nn.Parameter]:
-    factors = []
-    for adapter in adapters:
-        factors += [adapter.up, adapter.down]
-    return factors
-
-
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
@@ -335,21 +269,3 @@ def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[B
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
-
-
-def _refuse_settings(batches: Sequence[Batch], lr: float) -> None:
-    if not batches:
-        raise ValueError(
-            "fine_tuning: no batches to train on; expected at least one (see tokenize)"
-        )
-    if not lr > 0:
-        raise ValueError(f"fine_tuning: lr={lr}; expected a positive learning rate")
-
-
-def _refuse_stacked(sites: Mapping[str, Site]) -> None:
-    for name, site in sites.items():
-        if site.parameter.ndim != 2:
-            raise ValueError(
-                f"fine_tuning: {name} stacks the matrices of several experts, which lora cannot "
-                "adapt; leave lora out"
-            )

@@ -1,21 +1,27 @@
 """Removing weights in place, and putting them back bit for bit."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.layers import layers_on
-from harmcircuits.hooks.overlay import Edit, Overlay, Values, overlays_on
-from harmcircuits.hooks.provenance import warn_of_other_weights
-from harmcircuits.hooks.weights import weights_and_fingerprint
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, warn_of_other_weights
 
 Scale = float | Mapping[str, Tensor]
 """One factor for all weights of a mask, or a tensor for each matrix, ordered as `mask.removed`."""
+
+Places = tuple[Tensor, ...]
+Given = TypeVar("Given")
 
 
 @contextmanager
@@ -33,8 +39,7 @@ def masked(
     of the mask, not of the model. Nests, within one thread.
 
     Weights outside the mask stay as they are left. The masked ones come back whatever was done to
-    them: cast, moved and replaced parameters get the saved values too, and a change of their values
-    is reported once they are back.
+    their values, and a change of them is reported once they are back.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> before = hc.completion_nll(bridge, harm)
@@ -54,14 +59,13 @@ def masked(
         same_model: False applies the mask to another checkpoint of the same shapes.
 
     Raises:
-        ValueError: a mask of another model or other shapes, factors that do not fit it, a second
-            thread, and as `named_weights`; then nothing is changed. On leaving: masked weights were
-            changed, quantised, sharded or folded (`enable_compatibility_mode`) under the mask. An
-            exception from the body gets a note instead.
+        ValueError: a mask of another model or other shapes, factors that do not fit it, and as
+            `named_weights`; then nothing is changed. On leaving: masked weights were changed or
+            replaced under the mask. An exception from the body gets a note instead.
     """
     bridge = as_bridge(bridge)
     edits = _edits(bridge, mask, scale, same_model)
-    yield from Overlay(bridge, edits, hold=hold).during(bridge)
+    yield from during(bridge, Edits(bridge, edits, hold=hold), bridge)
 
 
 @contextmanager
@@ -69,12 +73,10 @@ def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
     """Inside `masked`: the model as it was before the outermost mask, bit for bit."""
     bridge = as_bridge(bridge)
     edits = []
-    lower = []
-    # Where masks overlap, what the outermost has saved is from before them all.
-    for overlay in overlays_on(bridge):
-        edits += [edit.undone(lower) for edit in overlay.edits]
-        lower += overlay.edits
-    yield from Overlay(bridge, edits).during(bridge)
+    for layer in reversed(_ON.get(bridge, [])):
+        if isinstance(layer, Edits):
+            edits += [edit.undone() for edit in reversed(layer.edits)]
+    yield from during(bridge, Edits(bridge, edits), bridge)
 
 
 def masked_if_given(
@@ -85,65 +87,215 @@ def masked_if_given(
 
 
 def restore(bridge: AnyModel) -> None:
-    """Take off every mask that is still on a model, and end every `fine_tuning` of it."""
-    faults = []
-    for layer in reversed(layers_on(as_bridge(bridge))):
-        layer.take_off()
-        faults += layer.faults
-    if faults:
-        raise ValueError(" ".join(faults))
+    """Take off whatever an interrupt has left on a model: masks and fine-tuning."""
+    layers = _ON.get(as_bridge(bridge), [])
+    if layers:
+        _take_off(layers, layers[0])
+
+
+def is_edited(bridge: Bridge) -> bool:
+    """Whether a mask or a fine-tuning is on."""
+    return bool(_ON.get(bridge))
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """A change of a live model that lies over those that were made before it."""
+
+    def put_on(self) -> None:
+        """Change the model. All is checked before."""
+
+    def take_off(self) -> None:
+        """Put it back, as often as it is called; also where `put_on` was cut short."""
+
+    @property
+    def fault(self) -> str:
+        """What keeps the model from being as it was."""
+        ...
+
+
+# The layers of every model, the lowest first. Not kept on the bridge itself, which may be copied.
+_ON: WeakKeyDictionary[Bridge, list[Layer]] = WeakKeyDictionary()
+
+
+def during(bridge: Bridge, layer: Layer, given: Given) -> Iterator[Given]:
+    """The body of a context manager: the layer is on at the `yield`, and off on any exit."""
+    layers = _ON.setdefault(bridge, [])
+    try:
+        try:
+            layers.append(layer)
+            layer.put_on()
+            yield given
+            if layer not in layers:
+                raise ValueError(
+                    "a mask or fine-tuning came off before its end, since one below it was left: "
+                    "leave those of one model in the order of `with`, the last one first"
+                )
+        finally:
+            _take_off(layers, layer)
+    except BaseException as error:
+        _take_off(layers, layer)  # again, where an interrupt has cut the first one short
+        if layer.fault:
+            error.add_note(layer.fault)
+        raise
+    if layer.fault:
+        raise ValueError(layer.fault)
+
+
+def _take_off(layers: list[Layer], layer: Layer) -> None:
+    # Those above it have saved what this one wrote, so they come off first.
+    while layer in layers:
+        layers[-1].take_off()
+        layers.pop()
+
+
+class Edit:
+    """New values over some entries of a parameter."""
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        index: Int[Tensor, " n"],
+        new_values: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.index = index
+        self.new_values = new_values
+        self.saved: Tensor | None = None
+        self.new = torch.empty(0)
+
+    def lay(self) -> None:
+        """Save what is there, and write over it."""
+        weight, places = self._places()
+        saved = weight[places]
+        self.new = self.new_values(saved)
+        self.saved = saved  # from now on it can be lifted
+        weight[places] = self.new
+
+    def lay_again(self) -> None:
+        """Write over what has changed since, if it lies there still."""
+        if self.saved is not None:
+            weight, places = self._places()
+            weight[places] = self.new.to(weight)
+
+    def lift(self) -> bool:
+        """Write back what was there. Returns whether others had changed what lay over it."""
+        if self.saved is None:
+            return False
+        weight, places = self._places()
+        is_changed = not torch.equal(weight[places], self.new.to(weight))
+        weight[places] = self.saved.to(weight)
+        self.saved = None
+        return is_changed
+
+    def undone(self) -> "Edit":
+        """An edit that writes what was there before this one."""
+        saved = self.saved
+        assert saved is not None
+        return Edit(self.name, self.parameter, self.index, lambda _: saved)
+
+    def without(self, gradient: Tensor) -> Tensor:
+        """The gradient with zeros at the entries."""
+        index = self.index.to(gradient.device)
+        return gradient.flatten().index_fill(0, index, 0.0).view(gradient.shape)
+
+    def _places(self) -> tuple[Tensor, Places]:
+        """The parameter, and where in it the entries are."""
+        weight = self.parameter.detach()
+        index = self.index.to(weight.device)  # the model may have been moved meanwhile
+        if weight.is_contiguous():
+            return weight.view(-1), (index,)
+        # A split weight. Five times as slow, but to write into a flat copy would edit nothing.
+        return weight, torch.unravel_index(index, weight.shape)
+
+
+class Edits:
+    """Edits of a live model that are on together."""
+
+    def __init__(self, bridge: Bridge, edits: Sequence[Edit], *, hold: bool = False) -> None:
+        self.bridge = bridge
+        self.edits = edits
+        self.hold = hold
+        self.changed: set[str] = set()
+        self._hooks: list[RemovableHandle] = []
+
+    def put_on(self) -> None:
+        for edit in self.edits:
+            edit.lay()
+        if not self.hold:
+            return
+        # After the step, so that neither momentum nor weight decay moves what is held.
+        self._hooks.append(register_optimizer_step_post_hook(self._lay_again))
+        # Gradients of what is held would count in a gradient norm that is clipped, and would train
+        # the factors of a low-rank adapter (see `fine_tuning`).
+        for edit in self.edits:
+            if edit.parameter.requires_grad:
+                self._hooks.append(edit.parameter.register_hook(edit.without))
+
+    def take_off(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        live = {id(parameter) for parameter in self.bridge.blocks.parameters()}
+        for edit in reversed(self.edits):
+            is_changed = edit.lift()
+            if is_changed or id(edit.parameter) not in live:
+                self.changed.add(edit.name)
+
+    @property
+    def fault(self) -> str:
+        if not self.changed:
+            return ""
+        names = listed(sorted(self.changed))
+        return (
+            f"masked weights of {names} were changed or replaced while the mask was on. What was "
+            "changed is again as before the mask, what was replaced is not. Train under "
+            "masked(..., hold=True) or by fine_tuning; load, merge, fold and quantise weights "
+            "outside the mask."
+        )
+
+    def _lay_again(self, *_: object) -> None:
+        for edit in self.edits:
+            edit.lay_again()
 
 
 def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> list[Edit]:
     """What `masked` will write; checks everything first."""
     if not isinstance(mask, WeightMask):
-        raise ValueError(
-            f"masked: expected a WeightMask, got {type(mask).__name__}; "
-            "make one by find_circuit or top_fraction, or read one by WeightMask.load"
-        )
-    weights, fingerprint = weights_and_fingerprint(bridge)
+        raise ValueError(f"masked: expected a WeightMask, got {type(mask).__name__}")
+    weights = named_weights(bridge)
     for name, shape in mask.shapes.items():
-        if name not in weights:
-            raise ValueError(
-                f"the mask is of another model: it has {name}, which this model lacks; "
-                "nothing was changed"
-            )
-        actual = tuple(weights[name].shape)
+        actual = tuple(weights[name].shape) if name in weights else "not there"
         if actual != tuple(shape):
             raise ValueError(
-                f"the mask is of another model: {name} is {actual}, the mask's {tuple(shape)}; "
-                "nothing was changed"
+                f"the mask is of another model: {name} is {actual} in this one, in the mask "
+                f"{tuple(shape)}; nothing was changed"
             )
-    if same_model and mask.source.model != fingerprint:
-        raise ValueError(
-            f"the mask was made on model {mask.source.model}, this one is {fingerprint}; "
-            "nothing was changed. "
-            "Pass same_model=False to apply it to another checkpoint of the same shapes"
-        )
-    if same_model and not layers_on(bridge):  # under a mask the weights are others anyway
-        warn_of_other_weights(bridge, mask)
+    if same_model:
+        fingerprint = model_fingerprint(bridge)
+        if mask.source.model != fingerprint:
+            raise ValueError(
+                f"the mask was made on model {mask.source.model}, this one is {fingerprint}; "
+                "nothing was changed. Pass same_model=False to apply it to another checkpoint"
+            )
+        if not is_edited(bridge):  # under a mask the weights are others anyway
+            warn_of_other_weights(bridge, mask)
 
     edits = []
     for name, index in mask.removed.items():
-        new_values = _new_values(scale, name, len(index))
-        edits.append(Edit(name, weights[name], index, new_values))
+        factor = scale.get(name) if isinstance(scale, Mapping) else scale
+        if isinstance(scale, Mapping) and (factor is None or len(factor) != len(index)):
+            raise ValueError(
+                f"masked: scale has not one factor for each of the {len(index)} weights that the "
+                f"mask removes of {name}; nothing was changed"
+            )
+        edits.append(Edit(name, weights[name], index, partial(_scaled, factor)))
     return edits
 
 
-def _new_values(scale: Scale, name: str, n: int) -> Callable[[Tensor], Values]:
-    if not isinstance(scale, Mapping):
-        return partial(_scaled, scale)
-    factors = scale.get(name)
-    if factors is None or tuple(factors.shape) != (n,):
-        given = "none" if factors is None else f"a tensor {tuple(factors.shape)}"
-        raise ValueError(
-            f"masked: scale has {given} for {name}, of which the mask removes {n} weights; "
-            "expected one factor for each, in the order of mask.removed; nothing was changed"
-        )
-    return partial(_scaled, factors)
-
-
-def _scaled(factor: Values, saved: Tensor) -> Values:
+def _scaled(factor: float | Tensor, saved: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     if isinstance(factor, Tensor):
         return (saved * factor.to(saved.device)).to(saved.dtype)
-    return saved * factor if factor else 0.0
+    # Not a product: -1 times 0 is -0, and infinity times 0 is NaN.
+    return saved * factor if factor else torch.zeros_like(saved)

@@ -23,9 +23,8 @@ from harmcircuits.hooks.protection import (
     named,
     with_first_tokens,
 )
-from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.walk import AuxiliaryLoss, Walk
-from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.hooks.weights import source_on, weight_sites
 from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch
 

@@ -1,17 +1,18 @@
-"""Which tensors are the weights: clean TransformerLens names, live parameters, each once."""
+"""Which tensors are the weights, each once by its clean TransformerLens name, and their digests."""
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from functools import cache, wraps
+import warnings
+from collections.abc import Mapping
 from itertools import chain
-from operator import is_
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmcircuits.circuits.sites import KINDS, Site
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.sites import KINDS, Site, place_of
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.storage import tensor_bytes
 
@@ -24,11 +25,9 @@ MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How quantised weights are stored. Masks are bool and positions int64, so these are neither.
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
-# The integers that a parameter's bits are read as, by bytes an element.
-INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What masks say of the weights they were made on holds for a model that is opened in any dtype.
+PROVENANCE_DTYPE = torch.bfloat16
 CHUNK = 2**20  # elements
-
-Result = TypeVar("Result")
 
 
 def weight_sites(bridge: AnyModel) -> dict[str, Site]:
@@ -48,8 +47,19 @@ def weight_sites(bridge: AnyModel) -> dict[str, Site]:
             for a block with other matrices than those of `KINDS`.
     """
     bridge = as_bridge(bridge)
-    _refuse_processed(bridge)
-    return {site.name: site for site in _sites(bridge)}
+    if bridge._weights_processed:
+        raise ValueError(
+            "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
+            "norms and centres weights in place), so scores and masks would not fit the model as "
+            "stored; boot a fresh TransformerBridge"
+        )
+    matrices = _matrices(bridge)
+    _refuse_offloaded(bridge, matrices)
+    _refuse_unusual(bridge, matrices)
+
+    sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
+    sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
+    return {site.name: site for site in sites}
 
 
 def named_weights(bridge: AnyModel) -> dict[str, nn.Parameter]:
@@ -73,75 +83,29 @@ def named_weights(bridge: AnyModel) -> dict[str, nn.Parameter]:
 
 def model_fingerprint(bridge: Bridge) -> str:
     """Sixteen hex digits that tell checkpoints apart and do not change under a mask."""
-    return _fingerprint(_fingerprinted(bridge))
-
-
-def weights_and_fingerprint(bridge: Bridge) -> tuple[dict[str, nn.Parameter], str]:
-    """`named_weights` and `model_fingerprint`, after one look at what the bridge consists of."""
-    _refuse_processed(bridge)
-    sites, entries = _sites_and_fingerprinted(bridge)
-    return {site.name: site.parameter for site in sites}, _fingerprint(entries)
-
-
-def weights_digest(bridge: Bridge) -> str:
-    """Sixteen hex digits of all weights as they are now: SHA-256 of their names and bytes."""
-    return _kept_digest(bridge, None)
-
-
-def values_digest(bridge: Bridge) -> str:
-    """Sixteen hex digits of all weights rounded to bfloat16: as `weights_digest`, for any dtype."""
-    return _kept_digest(bridge, torch.bfloat16)
-
-
-def _kept_digest(bridge: Bridge, dtype: torch.dtype | None) -> str:
-    # Kept on the bridge itself, so that it goes when the bridge goes.
-    digests: dict[Any, str] = vars(bridge).setdefault("_harmcircuits_digests", {})
-    question = dtype, weights_checksum(bridge)
-    if question not in digests:
-        digests[question] = parameters_digest(bridge, model_fingerprint(bridge), dtype=dtype)
-    return digests[question]
-
-
-def weights_checksum(bridge: Bridge) -> str:
-    """Sixteen hex digits by which weights are known again in this process, on their own device."""
+    # Matrices by name and shape; embeddings and norms by name and up to 1024 of their values,
+    # rounded to bfloat16.
     digest = hashlib.sha256()
-    for name, parameter in _distinct_parameters(bridge):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        # In the widest integers that divide it: for bfloat16, a fourth of the products.
-        n_bytes = flat.numel() * flat.itemsize
-        width = 8 if n_bytes % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.itemsize
-        total = 0
-        for part in flat.view(INTEGER_OF_SIZE[width]).split(CHUNK):
-            products = _multipliers(str(part.device))[: len(part)] * part
-            total += products.sum().item()
-        digest.update(f"{total % 2**64}".encode())
+    for name, tensor in _stored_tensors(bridge).items():
+        if MATRIX_NAME.fullmatch(name):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
+            flat = tensor.detach().flatten()
+            step = max(1, flat.numel() // 1024)
+            sample = flat[::step][:1024].to("cpu", torch.bfloat16)
+            digest.update(name.encode())
+            digest.update(tensor_bytes(sample))
     return digest.hexdigest()[:16]
 
 
-@cache
-def _multipliers(device: str) -> Tensor:
-    """Odd random numbers, one for each element of a chunk."""
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(2**62), 2**62, (CHUNK,), generator=generator)
-    return (2 * numbers + 1).to(device)
-
-
-def _distinct_parameters(module: Bridge | nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter by name; of those in the same memory, such as tied embeddings, the first."""
+def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
+    """Sixteen hex digits of all weights as they are now, or as they are in another dtype."""
+    digest = hashlib.sha256(model_fingerprint(bridge).encode())
     seen = set()
-    for name, parameter in module.named_parameters():
-        if not parameter.is_meta and parameter.data_ptr() not in seen:
-            seen.add(parameter.data_ptr())
-            yield name, parameter
-
-
-def parameters_digest(
-    module: Bridge | nn.Module, start: str = "", *, dtype: torch.dtype | None = None
-) -> str:
-    """Sixteen hex digits of all parameters of any module, as in `weights_digest`."""
-    digest = hashlib.sha256(start.encode())
-    for name, parameter in _distinct_parameters(module):
+    for name, parameter in bridge.named_parameters():
+        if parameter.is_meta or parameter.data_ptr() in seen:  # tied embeddings
+            continue
+        seen.add(parameter.data_ptr())
         stored = dtype or parameter.dtype
         digest.update(f"{name} {stored} {tuple(parameter.shape)}".encode())
         for part in parameter.detach().flatten().split(CHUNK):  # bounds what is copied at once
@@ -149,173 +113,61 @@ def parameters_digest(
     return digest.hexdigest()[:16]
 
 
-def cached_on_bridge(walk: Callable[[Bridge], Result]) -> Callable[[Bridge], Result]:
-    """`walk` with its result cached on the bridge."""
-
-    @wraps(walk)
-    def cached_walk(bridge: Bridge) -> Result:
-        # Kept on the bridge itself, so that it goes when the bridge goes.
-        cache = vars(bridge).setdefault("_harmcircuits_cache", {})
-        if walk in cache:
-            structure, result = cache[walk]
-            if structure.is_of(bridge):
-                return result
-            del cache[walk]
-
-        structure = _Structure(bridge)
-        result = walk(bridge)
-        cache[walk] = structure, result
-        return result
-
-    return cached_walk
-
-
-class _Structure:
-    """Which modules, parameters and buffers a bridge consists of, and where their memory is."""
-
-    def __init__(self, bridge: Bridge) -> None:
-        # The bridge does not register it as a child, so its modules are added to the bridge's own.
-        # Most are in both, hence the keys.
-        self.original_model = bridge.original_model
-        modules = {}
-        for module in chain(bridge.modules(), self.original_model.modules()):
-            modules[id(module)] = module
-
-        # Three dictionaries of each module. Held by reference: whoever replaces a weight or a
-        # child writes into them, so reading them again shows what the model consists of by then.
-        #
-        #     a Linear     _parameters {"weight": W, "bias": b}   _buffers {}   _modules {}
-        #     a block      _parameters {}   _buffers {}   _modules {"attn": A, "mlp": M}
-        self.tables: list[dict[str, Any]] = []
-        for module in modules.values():
-            self.tables += [module._parameters, module._buffers, module._modules]
-        self.sizes = list(map(len, self.tables))
-        self.filled_tables = [table for table in self.tables if table]  # most are empty
-
-        self.names = self._names()
-        self.members = self._members()
-        self.tensors = [member for member in self.members if isinstance(member, Tensor)]
-        self.memory = _memory(self.tensors)
-
-    def is_of(self, bridge: Bridge) -> bool:
-        """Whether the bridge still consists of the very same objects."""
-        # The cheapest question first. A module that is new somewhere changes the `_modules` of its
-        # parent, so the modules need not be walked again.
-        if bridge.original_model is not self.original_model:
-            return False
-        if list(map(len, self.tables)) != self.sizes or self._names() != self.names:
-            return False
-
-        # The very same object may have been given other memory: `parameter.data = ...`.
-        is_same = all(map(is_, self._members(), self.members))
-        return is_same and _memory(self.tensors) == self.memory
-
-    def _names(self) -> list[str]:
-        return list(chain.from_iterable(self.filled_tables))
-
-    def _members(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self.filled_tables)))
-
-
-def _memory(tensors: list[Tensor]) -> list[Any]:
-    return [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
-
-
-@cached_on_bridge
-def _fingerprinted(bridge: Bridge) -> list[tuple[str, Tensor | None]]:
-    """Block matrices by name and shape, embeddings and norms by name and values."""
-    entries = []
-    for name, tensor in stored_tensors(bridge).items():
-        if MATRIX_NAME.fullmatch(name):
-            entries.append((f"{name}{tuple(tensor.shape)}", None))
-        elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
-            entries.append((name, tensor))
-    return entries
-
-
-def _fingerprint(entries: list[tuple[str, Tensor | None]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in entries:
-        digest.update(name.encode())
-        if tensor is not None:
-            digest.update(_sampled_bits(tensor))
-    return digest.hexdigest()[:16]
-
-
-def _sampled_bits(tensor: Tensor) -> bytes:
-    """Up to 1024 values, evenly over the tensor, as bfloat16."""
-    flat = tensor.detach().flatten()
-    step = max(1, flat.numel() // 1024)
-    sample = flat[::step][:1024].to("cpu", torch.bfloat16)
-    # numpy has no bfloat16, so the bits are handed over as integers.
-    return sample.view(torch.int16).numpy().tobytes()
-
-
-@cached_on_bridge
-def _sites(bridge: Bridge) -> list[Site]:
-    matrices = {}
-    for name, tensor in stored_tensors(bridge).items():
-        if isinstance(tensor, nn.Parameter) and MATRIX_NAME.fullmatch(name):
-            matrices[name] = tensor
-
-    # All refusals before the first site: a score or mask that left something out would look whole.
-    tensors = matrices | _block_tensors(bridge)
-    if str(bridge.cfg.device) != "meta":  # where a model is an outline, all of it is
-        _refuse_offloaded(matrices)
-    _refuse_quantised(tensors)
-    _refuse_uncovered(tensors, matrices)
-
-    sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
-    return sorted(sites, key=lambda site: (site.layer, KINDS.index(site.kind)))
-
-
-@cached_on_bridge
-def _sites_and_fingerprinted(
+def source_on(
     bridge: Bridge,
-) -> tuple[list[Site], list[tuple[str, Tensor | None]]]:
-    return _sites(bridge), _fingerprinted(bridge)
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    parents: tuple[Source, ...] = (),
+) -> Source:
+    """The source of what is made on a model as it is now."""
+    digest = weights_digest(bridge, PROVENANCE_DTYPE)
+    return Source(model_fingerprint(bridge), method, settings or {}, parents, digest)
 
 
-def stored_tensors(bridge: Bridge) -> dict[str, Tensor]:
+def warn_of_other_weights(bridge: Bridge, mask: WeightMask) -> None:
+    """A warning where a mask that was read from a file was made on other weights than these."""
+    made_on = mask.source.all_weights
+    # Said, and the weights read, once for a model and a file.
+    compared: set[str] = vars(bridge).setdefault("_harmcircuits_masks", set())
+    if not made_on or not mask.file or mask.file in compared:
+        return
+    compared.add(mask.file)
+    digest = weights_digest(bridge, PROVENANCE_DTYPE)
+    if digest not in made_on:
+        warnings.warn(
+            f"{mask.file}: the mask was made on weights {', '.join(sorted(made_on))}, this model "
+            f"has {digest}: another checkpoint, or one that was trained further; find the "
+            "mask on these weights, or say that it is meant by same_model=False",
+            stacklevel=5,  # masked, its context manager, and whoever enters it
+        )
+
+
+def _stored_tensors(bridge: Bridge) -> dict[str, Tensor]:
     """Every stored tensor once by its clean name."""
-    named = dict(bridge.state_dict(keep_vars=True))
-    for layer, block in enumerate(bridge.blocks):
-        if not _has_experts(block):
-            continue
-        # The bridge's state dict leaves out stacked experts, which its MLP holds as
-        # _original_component.experts.gate_up_proj.
-        for name, parameter in block.mlp.named_parameters():
-            part = name.replace("_original_component.", "")
-            clean_name = f"blocks.{layer}.mlp.{part}"
-            if MATRIX_NAME.fullmatch(clean_name):
-                named[clean_name] = parameter
-    return named
+    # The bridge's state dict leaves out stacked experts.
+    return dict(bridge.state_dict(keep_vars=True)) | _matrices(bridge)
 
 
-def _block_tensors(bridge: Bridge) -> dict[str, Tensor]:
-    """Every parameter and buffer of the blocks, by the name under which the bridge holds it."""
-    tensors = {}
-    named = chain(bridge.blocks.named_parameters(), bridge.blocks.named_buffers())
-    for name, tensor in named:
-        clean_name = name.replace("._original_component", "")
-        tensors[f"blocks.{clean_name}"] = tensor
-    return tensors
-
-
-def _has_experts(block: Any) -> bool:
-    # Imported late: whoever has a bridge has loaded TransformerLens already, and scores and masks
-    # alone do not need the seconds that it takes.
-    from transformer_lens.model_bridge.generalized_components import MoEBridge
-
-    return isinstance(getattr(block, "mlp", None), MoEBridge)
+def _matrices(bridge: Bridge) -> dict[str, nn.Parameter]:
+    """The block matrices by clean name."""
+    # A bridge wraps the modules of the Hugging Face model, and holds each weight under several
+    # names, of which one is clean:
+    #
+    #     0.mlp._original_component.gate_proj._original_component.weight
+    #     0.mlp.gate._original_component.weight
+    matrices = {}
+    for name, parameter in bridge.blocks.named_parameters(remove_duplicate=False):
+        clean_name = "blocks." + name.replace("._original_component", "")
+        if MATRIX_NAME.fullmatch(clean_name):
+            matrices[clean_name] = parameter
+    return matrices
 
 
 def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
-    _, layer, part = name.split(".", maxsplit=2)
-    part = part.removesuffix(".weight")
-    block = bridge.blocks[int(layer)]
-    if part.startswith("mlp") and _has_experts(block):
-        return _expert_site(name, int(layer), part, parameter)
+    layer, kind = place_of(name)
+    block = bridge.blocks[layer]
+    if kind.startswith("mlp") and hasattr(block.mlp, "experts"):
+        return _expert_site(name, layer, kind, parameter)
 
     # What the axes of a weight mean depends on how it is stored and on what it does:
     #
@@ -324,47 +176,31 @@ def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
     #     mlp.gate, in              [neurons, d_model]    [d_model, neurons]
     #     attn.o                    [d_model, heads]      [heads, d_model]
     #     mlp.out                   [d_model, neurons]    [neurons, d_model]
-    component = block.get_submodule(part)
+    component = block.get_submodule(kind)
     stored_type = type(component.original_component).__name__
     input_axis = 0 if stored_type == "Conv1D" else 1
-    reads_units = part in ("attn.o", "mlp.out")  # the others write to them
+    reads_units = kind in ("attn.o", "mlp.out")  # the others write to them
     unit_axis = input_axis if reads_units else 1 - input_axis
-    return Site(
-        name=name,
-        layer=int(layer),
-        kind=part,
-        parameter=parameter,
-        input_axis=input_axis,
-        unit_axis=unit_axis,
-        n_units=_n_units(bridge, part, parameter.shape[unit_axis]),
-    )
+
+    n_units = bridge.cfg.n_heads
+    if kind.startswith("mlp"):
+        n_units = parameter.shape[unit_axis]  # a neuron is a single row or column
+    elif kind in ("attn.k", "attn.v") and bridge.cfg.n_key_value_heads:
+        n_units = bridge.cfg.n_key_value_heads  # each is read by several query heads
+    return Site(name, layer, kind, parameter, input_axis, unit_axis, n_units)
 
 
-def _n_units(bridge: Bridge, part: str, size: int) -> int:
-    if part.startswith("mlp"):
-        return size  # a neuron is a single row or column
-    # With grouped queries several query heads share one head of keys and values.
-    if part in ("attn.k", "attn.v") and bridge.cfg.n_key_value_heads:
-        return bridge.cfg.n_key_value_heads
-    return bridge.cfg.n_heads
-
-
-def _expert_site(
-    name: str,
-    layer: int,
-    part: str,
-    parameter: nn.Parameter,
-) -> Site:
+def _expert_site(name: str, layer: int, kind: str, parameter: nn.Parameter) -> Site:
     # A unit is an expert, and experts come first on every axis order:
     #
     #     router          [expert, d_model]          mlp.gate in a sparse block
     #     gate_up_proj    [expert, 2 d_mlp, d_model]
     #     down_proj       [expert, d_model, d_mlp]
-    is_router = part == "mlp.gate"
+    is_router = kind == "mlp.gate"
     return Site(
         name=name,
         layer=layer,
-        kind="mlp.router" if is_router else part,
+        kind="mlp.router" if is_router else kind,
         parameter=parameter,
         input_axis=1 if is_router else 2,
         unit_axis=0,
@@ -373,16 +209,9 @@ def _expert_site(
     )
 
 
-def _refuse_processed(bridge: Bridge) -> None:
-    if bridge._weights_processed:
-        raise ValueError(
-            "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
-            "norms and centres weights in place), so scores and masks would not fit the model as "
-            "stored; boot a fresh TransformerBridge"
-        )
-
-
-def _refuse_offloaded(matrices: dict[str, nn.Parameter]) -> None:
+def _refuse_offloaded(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> None:
+    if str(bridge.cfg.device) == "meta":  # where a model is an outline, all of it is
+        return
     for name, parameter in matrices.items():
         if parameter.is_meta:  # a shape without values
             raise ValueError(
@@ -392,33 +221,32 @@ def _refuse_offloaded(matrices: dict[str, nn.Parameter]) -> None:
             )
 
 
-def _refuse_quantised(tensors: dict[str, Tensor]) -> None:
+def _refuse_unusual(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError for blocks of which scores and masks would leave something out."""
+    # By memory, not by name: the gate and up parts of a fused matrix (Phi-3) are views of it, so
+    # the fused original counts as covered.
+    covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
+    tensors: dict[str, Tensor] = dict(matrices)
+    for name, tensor in chain(bridge.blocks.named_parameters(), bridge.blocks.named_buffers()):
+        tensors["blocks." + name.replace("._original_component", "")] = tensor
+
     for name, tensor in tensors.items():
+        if tensor.ndim < 2:
+            continue
+        is_parameter = isinstance(tensor, nn.Parameter)
         is_quantised = tensor.dtype in QUANTISED_DTYPES
-        if isinstance(tensor, nn.Parameter) and tensor.dtype not in FLOAT_DTYPES:
-            is_quantised = True
-        if tensor.ndim >= 2 and is_quantised:
+        if is_quantised or (is_parameter and tensor.dtype not in FLOAT_DTYPES):
             raise ValueError(
                 f"weight_sites: {name} {tuple(tensor.shape)} is {tensor.dtype}: quantised weights "
                 "have no gradient and cannot be zeroed one by one; load the model in float32, "
                 "bfloat16 or float16"
             )
-
-
-def _refuse_uncovered(tensors: dict[str, Tensor], matrices: dict[str, nn.Parameter]) -> None:
-    # By memory, not by name: the gate and up parts of a fused matrix (Phi-3) are views of it, so
-    # the fused original counts as covered.
-    covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
-            continue
         # GPT-NeoX, Falcon, BLOOM: the bridge computes with the parts that it has split off, and
         # the fused original takes no part.
         is_fused = ".qkv." in name
-        if not is_fused and tensor.untyped_storage().data_ptr() not in covered:
+        if is_parameter and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
             raise ValueError(
                 f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds "
                 f"{', '.join(KINDS)}, so scores and masks would silently leave it out; this block "
-                "(shared experts, dense layers among sparse ones, or another unusual one) is not "
-                "supported"
+                "(shared experts, dense layers among sparse ones, or another) is not supported"
             )

@@ -34,9 +34,8 @@ from harmcircuits.hooks.inspection import mean_residual
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.patching import activation_patching
-from harmcircuits.hooks.provenance import source_on
 from harmcircuits.hooks.search import find_circuit
-from harmcircuits.hooks.weights import named_weights
+from harmcircuits.hooks.weights import named_weights, source_on
 from harmcircuits.prompts import Batch, PromptSet
 
 BATCHES = [random_batch(3, seed=1), random_batch(3, seed=2)]

@@ -1,27 +1,33 @@
 """Masks change the forward pass and leave no trace.
 
 Would catch: arithmetic undo, a wrong orientation of flat indices, split weights that are copies,
-restore that misses an exit, optimiser state that revives a held weight, an unpruned model that is
-not what it was, a mask that a look at the unpruned model leaves changed.
+an exit that restores nothing, optimiser state that revives a held weight, an unpruned model that is
+not what it was, weights that were changed under a mask and stay so in silence.
 """
+
+from contextlib import suppress
 
 import pytest
 import torch
 from helpers import random_batch
+from torch.optim import optimizer as torch_optimizer
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.hooks.attribution import random_scores
-from harmcircuits.hooks.masking import masked, unmasked
+from harmcircuits.hooks.finetuning import fine_tuning
+from harmcircuits.hooks.masking import Edit, is_edited, masked, restore, unmasked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.weights import model_fingerprint, named_weights
+from harmcircuits.hooks.weights import named_weights
 
-DTYPES = [torch.float32, torch.bfloat16]
+NAME = "blocks.0.mlp.in.weight"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# None, or how the body ends.
+ERRORS = (None, RuntimeError, KeyboardInterrupt)
 
 
 def tensors(bridge) -> dict[str, torch.Tensor]:
-    return bridge.state_dict(keep_vars=True) | named_weights(
-        bridge
-    )  # the former lacks stacked experts
+    # The state dict lacks stacked experts.
+    return bridge.state_dict(keep_vars=True) | named_weights(bridge)
 
 
 def snapshot(bridge) -> dict[str, torch.Tensor]:
@@ -31,34 +37,37 @@ def snapshot(bridge) -> dict[str, torch.Tensor]:
 def assert_bits_equal(bridge, before: dict[str, torch.Tensor]) -> None:
     for name, value in tensors(bridge).items():
         bits = torch.int16 if value.dtype == torch.bfloat16 else torch.int32
-        assert torch.equal(
-            value.detach().contiguous().view(bits), before[name].contiguous().view(bits)
-        ), name
+        now = value.detach().contiguous().view(bits)
+        assert torch.equal(now, before[name].contiguous().view(bits)), name
+
+
+def assert_removed(bridge, mask) -> None:
+    for name, weight in named_weights(bridge).items():
+        assert (weight[mask.dense(name)] == 0).all(), name
 
 
 def a_mask(bridge, seed: int = 0, fraction: float = 0.2) -> WeightMask:
     return top_fraction(random_scores(bridge, seed=seed), fraction)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@DTYPES
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral", "Qwen3Moe"])
-def test_masked_removes_and_restores_bit_for_bit(open_model, name, dtype):
+def test_masks_remove_nest_and_restore_bit_for_bit(open_model, name, dtype):
     bridge, batch = open_model(name, dtype=dtype), random_batch()
     before, logits = snapshot(bridge), bridge(batch.tokens)
     first, second = a_mask(bridge, 0), a_mask(bridge, 1)
+    assert (first & second).n_removed, "they overlap"
 
-    for error in (None, RuntimeError, KeyboardInterrupt):
-        try:
-            with masked(bridge, first), masked(bridge, second):  # nested, overlapping
-                for weight, parameter in named_weights(bridge).items():
-                    gone = (first | second).dense(weight)
-                    assert (parameter[gone] == 0).all()
-                    assert torch.equal(parameter[~gone], before[weight][~gone])
-                assert not torch.equal(bridge(batch.tokens), logits)
-                if error:
-                    raise error
-        except (RuntimeError, KeyboardInterrupt):
-            pass
+    for error in ERRORS:
+        passed = suppress(RuntimeError, KeyboardInterrupt)
+        with passed, masked(bridge, first), masked(bridge, second):
+            for weight, parameter in named_weights(bridge).items():
+                gone = (first | second).dense(weight)
+                assert (parameter[gone] == 0).all()
+                assert torch.equal(parameter[~gone], before[weight][~gone])
+            assert not torch.equal(bridge(batch.tokens), logits)
+            if error:
+                raise error
         assert_bits_equal(bridge, before)
     assert torch.equal(bridge(batch.tokens), logits)
 
@@ -74,59 +83,62 @@ def test_every_matrix_reaches_the_logits(open_model, name):
             assert not torch.allclose(bridge(batch.tokens), logits), weight
 
 
-def test_scale_multiplies(llama):
-    mask = a_mask(llama)
-    before = snapshot(llama)
-    with masked(llama, mask, scale=-0.5):
-        for weight, parameter in named_weights(llama).items():
-            gone = mask.dense(weight)
-            assert torch.equal(parameter[gone], before[weight][gone] * -0.5)
-    assert_bits_equal(llama, before)
+def test_a_scale_multiplies_all_weights_or_each_by_its_own(llama):
+    mask, before = a_mask(llama), snapshot(llama)
+    own = {name: torch.rand(len(index)) for name, index in mask.removed.items()}
+    for scale in (-0.5, own):
+        with masked(llama, mask, scale=scale):
+            for name, parameter in named_weights(llama).items():
+                gone = mask.dense(name)
+                factor = scale[name] if scale is own else scale
+                assert torch.equal(parameter[gone], before[name][gone] * factor)
+        assert_bits_equal(llama, before)
 
 
-def test_masks_of_another_model_are_refused_and_change_nothing(open_model, llama):
-    before = snapshot(llama)
-    deeper, wider = (
-        open_model("Llama", num_hidden_layers=3),
-        open_model("Llama", intermediate_size=32),
-    )
-    with (
-        pytest.raises(ValueError, match="this model lacks; nothing was changed"),
-        masked(llama, a_mask(deeper)),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match=r"is \(40, 24\), the mask's \(32, 24\)"),
-        masked(llama, a_mask(wider)),
-    ):
-        pass
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_refused_and_changes_nothing(open_model, llama):
+    before, mask = snapshot(llama), a_mask(llama)
     sibling = a_mask(open_model("Llama", seed=5))
-    with pytest.raises(ValueError, match="same_model=False"), masked(llama, sibling):
-        pass
-    assert_bits_equal(llama, before)
+    factors = {name: torch.ones(2) for name in mask.removed}
+    refusals = [
+        ({"mask": a_mask(open_model("Llama", num_hidden_layers=3))}, "blocks.2.attn.q"),
+        ({"mask": a_mask(open_model("Llama", intermediate_size=32))}, "(40, 24)"),
+        ({"mask": sibling}, "same_model=False"),
+        ({"mask": mask, "scale": factors}, "blocks.0.attn.q.weight"),
+        ({"mask": mask, "scale": {}}, "factor"),
+        ({"mask": "mask.safetensors"}, "WeightMask"),
+    ]
+    for options, word in refusals:
+        with pytest.raises(ValueError) as error, masked(llama, **options):
+            pass
+        assert word in str(error.value)
+        assert not is_edited(llama)
+        assert_bits_equal(llama, before)
+
     with masked(llama, sibling, same_model=False):
-        assert snapshot(llama).keys() == before.keys()
-        assert any(not torch.equal(value, before[name]) for name, value in snapshot(llama).items())
+        assert_removed(llama, sibling)
     assert_bits_equal(llama, before)
 
 
-def test_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_model, llama):
-    fingerprint = model_fingerprint(llama)
-    with masked(llama, a_mask(llama)):
-        assert model_fingerprint(llama) == fingerprint
-    assert model_fingerprint(open_model("Llama", dtype=torch.bfloat16)) == fingerprint
-    assert model_fingerprint(open_model("Llama", seed=5)) != fingerprint
+def test_random_like_is_applicable(llama):
+    mask = a_mask(llama, fraction=0.01)
+    with masked(llama, random_like(mask, weights=named_weights(llama))):
+        pass
 
 
-@pytest.mark.parametrize(
-    "optimiser", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)]
-)
+# Training under a mask
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9], ids=["AdamW", "SGD with momentum"])
 @pytest.mark.parametrize("name", ["Llama", "Mixtral"])
-def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
+def test_held_weights_stay_zero_while_others_learn(open_model, name, momentum):
     bridge, batch = open_model(name), random_batch()
     mask = a_mask(bridge)
-    before = snapshot(bridge)
-    stepper = optimiser(bridge.original_model.parameters(), lr=1e-2)
+    parameters = bridge.original_model.parameters()
+    if momentum:
+        stepper = torch.optim.SGD(parameters, lr=1e-2, momentum=momentum)
+    else:
+        stepper = torch.optim.AdamW(parameters, lr=1e-2)
 
     def step() -> None:
         stepper.zero_grad()
@@ -135,129 +147,74 @@ def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
 
     step()  # momentum from before the mask must not revive the weights
     trained = snapshot(bridge)
-    with masked(
-        bridge, mask, same_model=False, hold=True
-    ):  # one step of training has moved the embedding
+    # One step of training has moved the embedding, so the fingerprint is another.
+    with masked(bridge, mask, same_model=False, hold=True):
         for _ in range(3):
             step()
-            assert all(
-                (p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items()
-            )
-    for name, parameter in named_weights(bridge).items():
-        gone = mask.dense(name)
-        assert torch.equal(parameter[gone], trained[name][gone]), "the saved values come back"
-        assert not torch.equal(parameter[~gone], trained[name][~gone]), "the rest has learned"
-    assert not torch.equal(trained["embed.weight"], before["embed.weight"])
+            assert_removed(bridge, mask)
+        during = snapshot(bridge)
+        with unmasked(bridge):
+            for weight, parameter in named_weights(bridge).items():
+                gone = mask.dense(weight)
+                assert torch.equal(parameter[gone], trained[weight][gone])
+                assert torch.equal(parameter[~gone], during[weight][~gone])
+        assert_bits_equal(bridge, during)
+    for weight, parameter in named_weights(bridge).items():
+        gone = mask.dense(weight)
+        assert torch.equal(parameter[gone], trained[weight][gone]), "the saved values come back"
+        assert not torch.equal(parameter[~gone], trained[weight][~gone]), "the rest has learned"
+
+    assert not torch_optimizer._global_optimizer_post_hooks, "no hook outlives the mask"
+    assert not any(parameter._backward_hooks for parameter in named_weights(bridge).values())
     step()
-    assert not any((p[mask.dense(name)] == 0).all() for name, p in named_weights(bridge).items()), (
-        "no hook outlives held"
-    )
+    for weight, parameter in named_weights(bridge).items():
+        assert not torch.equal(parameter[mask.dense(weight)], trained[weight][mask.dense(weight)])
 
 
 def test_masked_weights_are_free_to_learn(llama):
-    batch, mask = random_batch(), a_mask(llama)
+    batch, mask, before = random_batch(), a_mask(llama), snapshot(llama)
     stepper = torch.optim.SGD(llama.original_model.parameters(), lr=1e-1)
-    with pytest.raises(ValueError, match=r"changed.*hold=True"), masked(llama, mask):
+    with pytest.raises(ValueError, match="hold=True"), masked(llama, mask):
         completion_loss(llama, batch).mean().backward()
         stepper.step()
         assert any((p[mask.dense(name)] != 0).any() for name, p in named_weights(llama).items())
+    for name, parameter in named_weights(llama).items():
+        assert torch.equal(parameter[mask.dense(name)], before[name][mask.dense(name)])
 
 
-def test_random_like_is_applicable(llama):
-    mask = a_mask(llama, fraction=0.01)
-    with masked(llama, random_like(mask, weights=named_weights(llama))):
-        pass
-    assert mask.n_removed == sum(mask.counts.values())
+# The model without its masks
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@DTYPES
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral"])
 def test_unmasked_is_the_model_before_all_masks(open_model, name, dtype):
     bridge, batch = open_model(name, dtype=dtype), random_batch()
     before, logits = snapshot(bridge), bridge(batch.tokens)
-    first, second = a_mask(bridge, 0), a_mask(bridge, 1)
-    assert (first & second).n_removed, "they overlap"
+    first, second, third = (a_mask(bridge, seed) for seed in range(3))
+    with masked(bridge, third):
+        alone = snapshot(bridge)
 
     with masked(bridge, first, scale=-0.5), masked(bridge, second, scale=3):
         during = snapshot(bridge)
-        for error in (None, RuntimeError, KeyboardInterrupt):
-            try:
-                with unmasked(bridge) as unpruned:
-                    assert unpruned is bridge
+        for error in ERRORS:
+            with suppress(RuntimeError, KeyboardInterrupt), unmasked(bridge) as unpruned:
+                assert unpruned is bridge
+                assert_bits_equal(bridge, before)
+                assert torch.equal(bridge(batch.tokens), logits)
+                with unmasked(bridge):
                     assert_bits_equal(bridge, before)
-                    assert torch.equal(bridge(batch.tokens), logits)
-                    if error:
-                        raise error
-            except (RuntimeError, KeyboardInterrupt):
-                pass
+                with masked(bridge, third):
+                    assert_bits_equal(bridge, alone)
+                    with unmasked(bridge):
+                        assert_bits_equal(bridge, before)
+                    assert_bits_equal(bridge, alone)
+                assert_bits_equal(bridge, before)
+                if error:
+                    raise error
             assert_bits_equal(bridge, during)
     assert_bits_equal(bridge, before)
     with unmasked(bridge):
         assert_bits_equal(bridge, before)
-
-
-def test_unmasked_and_masked_nest_either_way(llama):
-    before = snapshot(llama)
-    mask, other = a_mask(llama, 0), a_mask(llama, 1)
-    with masked(llama, other):
-        alone = snapshot(llama)
-    with masked(llama, mask):
-        during = snapshot(llama)
-        with unmasked(llama):
-            with unmasked(llama):
-                assert_bits_equal(llama, before)
-            with masked(llama, other):
-                assert_bits_equal(llama, alone)
-                with unmasked(llama):
-                    assert_bits_equal(llama, before)
-                assert_bits_equal(llama, alone)
-            assert_bits_equal(llama, before)
-        assert_bits_equal(llama, during)
-    assert_bits_equal(llama, before)
-
-
-def test_what_was_changed_under_a_mask_comes_back_after_a_look_without_it(llama):
-    before, mask = snapshot(llama), a_mask(llama)
-    with pytest.raises(ValueError, match="changed"), masked(llama, mask):
-        with torch.no_grad():
-            for parameter in named_weights(llama).values():
-                parameter += 1
-        during = snapshot(llama)
-        with unmasked(llama):
-            for name, parameter in named_weights(llama).items():
-                gone = mask.dense(name)
-                assert torch.equal(parameter[gone], before[name][gone])
-                assert torch.equal(parameter[~gone], during[name][~gone])
-        assert_bits_equal(llama, during)
-
-
-def test_a_held_mask_is_lifted_and_held_on(llama):
-    batch, mask = random_batch(), a_mask(llama)
-    before = snapshot(llama)
-    stepper = torch.optim.AdamW(llama.original_model.parameters(), lr=1e-2)
-    with masked(llama, mask, hold=True):
-        for _ in range(2):
-            stepper.zero_grad()
-            completion_loss(llama, batch).mean().backward()
-            stepper.step()
-            during = snapshot(llama)
-            with unmasked(llama):
-                for name, parameter in named_weights(llama).items():
-                    gone = mask.dense(name)
-                    assert torch.equal(parameter[gone], before[name][gone])
-                    assert torch.equal(parameter[~gone], during[name][~gone])
-            assert_bits_equal(llama, during)
-
-
-def test_a_mask_that_could_not_be_put_on_is_not_lifted(open_model, llama):
-    sibling = a_mask(open_model("Llama", seed=5))
-    with pytest.raises(ValueError, match="nothing was changed"), masked(llama, sibling):
-        pass
-    with torch.no_grad():
-        named_weights(llama)["blocks.0.mlp.in.weight"] += 1
-    during = snapshot(llama)
-    with unmasked(llama):
-        assert_bits_equal(llama, during)
 
 
 def test_masks_of_two_models_are_lifted_apart(open_model):
@@ -268,3 +225,105 @@ def test_masks_of_two_models_are_lifted_apart(open_model):
         with unmasked(one):
             assert_bits_equal(one, before)
             assert_bits_equal(other, during)
+
+
+# What is done to the weights under a mask
+
+
+def replace_parameters(bridge, change) -> None:
+    """Every parameter by another object, as `load_state_dict(assign=True)` and quantisers do."""
+    for module in bridge.original_model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = change(parameter.detach().clone())
+                is_float = value.is_floating_point()
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=is_float)
+
+
+def load_another(bridge) -> None:
+    state = bridge.original_model.state_dict()
+    ones = {name: torch.ones_like(value) for name, value in state.items()}
+    bridge.original_model.load_state_dict(ones)
+
+
+CHANGES = {
+    "written": lambda bridge: named_weights(bridge)[NAME].data.fill_(1.0),
+    "loaded": load_another,
+    "replaced": lambda bridge: replace_parameters(bridge, lambda value: value),
+    "quantised": lambda bridge: replace_parameters(bridge, lambda value: value.to(torch.int8)),
+    "folded": lambda bridge: bridge.enable_compatibility_mode(),
+}
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_others_do_to_masked_weights_is_reported(llama, change, hold):
+    mask, before, weights = a_mask(llama), snapshot(llama), named_weights(llama)
+    with pytest.raises(ValueError) as error, masked(llama, mask, hold=hold):
+        CHANGES[change](llama)
+    assert NAME in str(error.value)
+    assert "outside the mask" in str(error.value)
+    assert not is_edited(llama)
+    for name, weight in weights.items():
+        gone = mask.dense(name)
+        assert torch.equal(weight.detach()[gone], before[name][gone]), "the old ones come back"
+
+    twin = masked(llama, mask, same_model=False)
+    if change in ("written", "loaded"):
+        with pytest.raises(RuntimeError, match="of the body") as caught, twin:
+            CHANGES[change](llama)
+            raise RuntimeError("of the body")
+        assert NAME in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_that_is_cast_under_a_mask_comes_back_cast(llama, dtype):
+    mask, before = a_mask(llama), snapshot(llama)
+    with masked(llama, mask, scale=-0.5):
+        llama.original_model.to(dtype)
+    for name, weight in named_weights(llama).items():
+        gone = mask.dense(name)
+        assert torch.equal(weight[gone], before[name][gone].to(dtype))
+
+
+# Interrupts while a mask comes off
+
+
+@pytest.mark.parametrize("n_interrupts", [1, 3, 4, 5])
+def test_interrupts_in_a_row_leave_what_restore_finishes(llama, monkeypatch, n_interrupts):
+    """Each of two contexts tries twice on its way out."""
+    before, mask = snapshot(llama), a_mask(llama)
+    lift, n_left = Edit.lift, n_interrupts
+
+    def interrupted_lift(edit):
+        nonlocal n_left
+        if n_left and edit.name == "blocks.1.attn.q.weight":
+            n_left -= 1
+            raise KeyboardInterrupt
+        return lift(edit)
+
+    monkeypatch.setattr(Edit, "lift", interrupted_lift)
+    with pytest.raises(KeyboardInterrupt), masked(llama, mask, hold=True), masked(llama, mask):
+        pass
+    assert is_edited(llama) == (n_interrupts > 3)
+    with suppress(KeyboardInterrupt):
+        restore(llama)
+    restore(llama)
+    assert not is_edited(llama)
+    assert not torch_optimizer._global_optimizer_post_hooks
+    assert_bits_equal(llama, before)
+
+
+def test_what_is_left_before_its_time_takes_those_above_with_it(llama):
+    before = snapshot(llama)
+    lower, upper = masked(llama, a_mask(llama, 0)), masked(llama, a_mask(llama, 1))
+    tuning = fine_tuning(llama, [random_batch()], lr=1e-2)
+    lower.__enter__()
+    upper.__enter__()
+    tuning.__enter__().until(1)
+    lower.__exit__(None, None, None)
+    assert_bits_equal(llama, before)
+    for context in (tuning, upper):
+        with pytest.raises(ValueError, match="order"):
+            context.__exit__(None, None, None)
+    assert_bits_equal(llama, before)

@@ -1,19 +1,33 @@
-"""Names, kinds and units of the weights, and refusals of blocks that would be covered in part.
+"""Names, kinds and units of the weights, refusals of blocks that would be covered in part, and which
+model and weights a mask was made on.
 
 Would catch: a router taken for a dense gate, units read off the wrong axis, quantised or unnamed
-matrices left out.
+matrices left out, masks of earlier versions that are no longer known to be of their model, a merged
+fine-tune that passes for its base.
 """
+
+import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
+from harmcircuits.hooks.attribution import magnitude_scores, random_scores
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.hooks.weights import (
+    model_fingerprint,
+    named_weights,
+    source_on,
+    weight_sites,
+    weights_digest,
+)
+from harmcircuits.organisms import FOLDER, load_organism
 
 D_HEAD = 6  # as in helpers
+NAME = "blocks.1.mlp.in.weight"
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
@@ -84,34 +98,149 @@ def test_removing_an_expert_that_no_token_visits_changes_nothing(open_model):
         assert torch.equal(change > 1e-5, visited)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("Llama", torch.int8), ("GPT2", torch.uint8), ("Mixtral", torch.float8_e4m3fn)],
-)
-def test_quantised_weights_are_refused_by_name(open_model, name, dtype):
-    bridge = open_model(name)
+def test_weights_are_those_that_the_model_now_has(open_model, llama):
+    """Also in a copy, and where a weight was replaced since they were last asked for."""
+    named_weights(llama)
+    twin = copy.deepcopy(llama)
+    layer = llama.get_submodule(NAME.removesuffix(".weight")).original_component
+    layer.weight = nn.Parameter(torch.ones_like(layer.weight))
+    assert named_weights(llama)[NAME] is layer.weight
+
+    live = {id(parameter) for parameter in twin.original_model.parameters()}
+    for name, parameter in named_weights(twin).items():
+        assert id(parameter) in live
+        assert parameter is not named_weights(llama)[name]
+
+
+# Refusals
+
+
+def quantised(bridge, dtype=torch.int8) -> None:
     layer = bridge.blocks[1].attn.o.original_component
     layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
-    reason = rf"blocks\.1\.attn\.o\.weight .*{dtype}.*quantised.*load the model in float32"
-    with pytest.raises(ValueError, match=reason):
-        weight_sites(bridge)
 
 
-def test_packed_weights_in_buffers_are_refused_by_name(llama):
+def packed(bridge) -> None:
     """GPTQ and AWQ keep integers in buffers and have no weight parameter at all."""
-    layer = llama.blocks[1].mlp.out.original_component
+    layer = bridge.blocks[1].mlp.out.original_component
     del layer.weight
     layer.register_buffer("qweight", torch.zeros(3, 40, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"blocks\.1\..*qweight \(3, 40\) .*int32.*quantised"):
-        weight_sites(llama)
 
 
-def test_blocks_with_other_matrices_are_refused(open_model):
-    mixed = open_model("Qwen3Moe", decoder_sparse_step=2)  # a dense layer among sparse ones
-    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\..*attn\.q, .*not supported"):
+def odd(bridge) -> None:
+    bridge.blocks[1].register_parameter("extra", nn.Parameter(torch.zeros(3, 4)))
+
+
+def folded(bridge) -> None:
+    bridge.enable_compatibility_mode()
+
+
+REFUSALS = [
+    ("Llama", quantised, ["blocks.1.attn.o.weight", "int8", "load the model in float32"]),
+    ("GPT2", quantised, ["blocks.1.attn.o.weight", "quantised"]),
+    ("Llama", packed, ["blocks.1.", "qweight (3, 40)", "int32", "quantised"]),
+    ("Llama", odd, ["blocks.1.extra (3, 4)", "attn.q, ", "not supported"]),
+    ("Llama", folded, ["enable_compatibility_mode", "fresh"]),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), REFUSALS)
+def test_what_scores_and_masks_would_leave_out_is_refused_by_name(open_model, name, change, words):
+    bridge = open_model(name)
+    weight_sites(bridge)
+    change(bridge)
+    with pytest.raises(ValueError) as error:
+        weight_sites(bridge)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_dense_layers_among_sparse_ones_are_refused(open_model):
+    mixed = open_model("Qwen3Moe", decoder_sparse_step=2)
+    with pytest.raises(ValueError, match="not supported"):
         weight_sites(mixed)
 
-    odd = open_model("Llama")
-    odd.blocks[1].register_parameter("extra", nn.Parameter(torch.zeros(3, 4)))
-    with pytest.raises(ValueError, match=r"blocks\.1\.extra \(3, 4\) .*not supported"):
-        weight_sites(odd)
+
+# Which model, and which weights of it
+
+
+def test_the_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_model, llama):
+    fingerprint = model_fingerprint(llama)
+    sibling = open_model("Llama", seed=5)
+    with masked(llama, top_fraction(random_scores(llama), 0.2)):
+        assert model_fingerprint(llama) == fingerprint
+    assert model_fingerprint(open_model("Llama", dtype=torch.bfloat16)) == fingerprint
+    assert model_fingerprint(sibling) != fingerprint
+    llama.original_model.load_state_dict(sibling.original_model.state_dict())
+    assert model_fingerprint(llama) == model_fingerprint(sibling)
+
+
+def test_fingerprints_and_digests_are_those_that_files_hold():
+    """Of the shipped models, as masks of earlier versions name them."""
+    mask = WeightMask.load(FOLDER / "planted" / "circuit.safetensors")
+    bridge = load_organism("planted")
+    assert mask.source.model == model_fingerprint(bridge) == "d56587129d1d509a"
+    assert weights_digest(bridge) == "00787ef86bc792f4"
+    assert source_on(bridge, "test").weights == "9a530716eef473d9"
+
+
+CHANGES = {
+    "two signs": lambda weight: weight[:2, 0].neg_(),
+    "rows reversed": lambda weight: weight.copy_(weight.flip(0).clone()),
+    "two weights swapped": lambda weight: weight[0].copy_(weight[0].roll(1)),
+    "one bit": lambda weight: weight.view(torch.int32)[3, 5].bitwise_xor_(1),
+    "another value": lambda weight: weight[3, 5].mul_(1.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_digest_sees_order_sign_and_every_bit(llama, change):
+    def digests() -> list[str]:
+        return [weights_digest(llama), source_on(llama, "test").weights]
+
+    before, fingerprint = digests(), model_fingerprint(llama)
+    weight = named_weights(llama)[NAME].data
+    saved = weight.clone()
+    CHANGES[change](weight)
+    after = digests()
+    assert model_fingerprint(llama) == fingerprint, "which does not see it"
+    assert before[0] != after[0]
+    if change != "one bit":  # below what bfloat16 holds
+        assert before[1] != after[1]
+    weight.copy_(saved)
+    assert digests() == before
+
+
+def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path):
+    """Twins: the same weights, the same in another dtype, a mask made here, or one that is meant."""
+    bridge, path = open_model("Llama"), tmp_path / "m.safetensors"
+    mask = top_fraction(magnitude_scores(bridge), 0.01) & top_fraction(random_scores(bridge), 0.5)
+    mask.save(path)
+    made_on = source_on(bridge, "test").weights
+    assert mask.source.all_weights == {made_on}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (bridge, open_model("Llama", dtype=torch.bfloat16)):
+            with masked(other, WeightMask.load(path)):
+                pass
+
+    tuned = open_model("Llama")  # as a fine-tune that was merged: fingerprint of its base
+    named_weights(tuned)[NAME].data[3, 5] *= 2
+    loaded = WeightMask.load(path)
+    with pytest.warns(UserWarning) as warned, masked(tuned, loaded):
+        pass
+    for word in ("m.safetensors", made_on, source_on(tuned, "test").weights, "same_model=False"):
+        assert word in str(warned[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with masked(tuned, loaded), masked(tuned, mask, same_model=False):
+            pass  # said once for a model and a file
+
+
+def test_sources_of_earlier_versions_have_no_digest():
+    source = Source("model", "test")
+    assert "weights" not in source.to_json()
+    assert Source.from_json(source.to_json()).all_weights == set()
+    parents = (Source("model", "a", weights="1"), Source("model", "b", weights="2"))
+    assert Source.from_json(Source("model", "c", {}, parents).to_json()).all_weights == {"1", "2"}
