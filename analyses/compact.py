@@ -22,7 +22,7 @@ from support.curves import curve
 
 import harmcircuits as hc
 from harmcircuits.studies.controls import unpruned_scores
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import share_figure
 
 claim = Claim(

@@ -23,8 +23,7 @@ from support.claims import Claim
 from support.curves import Budget, curve
 
 import harmcircuits as hc
-from harmcircuits.studies.diagnostics import SATURATED_NLL
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import SATURATED_NLL, Terms
 from harmcircuits.views.figures import share_figure
 
 claim = Claim(

@@ -26,7 +26,7 @@ from support.cross_ablation import ablation_rows, circuits_both_ways
 from support.dissociation import OUTCOMES, SPARED, dissociations_from
 
 import harmcircuits as hc
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import cross_ablation_figure
 
 claim = Claim(

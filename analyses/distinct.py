@@ -24,7 +24,7 @@ from support.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from support.curves import outcomes_of
 
 import harmcircuits as hc
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import cross_ablation_figure, overlap_figure
 from harmcircuits.views.tables import DASH
 

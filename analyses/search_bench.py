@@ -31,13 +31,13 @@ from rich.console import Console
 from support.bench.cases import methods, tuned
 from support.bench.jobs import bench_jobs, tuning_jobs
 from support.bench.results import write_results
+from support.command_errors import one_sentence
 from support.jobs import run_jobs
+from support.options import specs, takes_custom_model
 from support.organisms.check import LADDER
 
-from harmcircuits.command_errors import one_sentence
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.options import specs, takes_custom_model
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 ROWS = Path(__file__).parent / "rows"

@@ -42,9 +42,9 @@ from support.bench.variants import (
     preferring,
     walked,
 )
+from support.command_errors import one_sentence
 from support.jobs import run_jobs
 
-from harmcircuits.command_errors import one_sentence
 from harmcircuits.hooks.objectives import token_error
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.tables import frame_table

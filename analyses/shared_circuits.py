@@ -26,7 +26,7 @@ from support.shared_lines import LIFTS, shared_lines
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 from harmcircuits.views import figures
 
 claim = Claim(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from support.command_errors import one_sentence
 from support.organisms.check import check_all
 from support.organisms.routing import planted
 from support.organisms.train import (
@@ -17,7 +18,6 @@ from support.organisms.train import (
 )
 from torch import nn
 
-from harmcircuits.command_errors import one_sentence
 from harmcircuits.storage import refuse_filled
 
 

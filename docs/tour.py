@@ -27,13 +27,12 @@ from plotly.graph_objects import Figure
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.hooks.inspection import token_changes, token_texts
-from harmcircuits.studies.study import with_share_of_requests
 from harmcircuits.views.circuitsvis import coloured_tokens
 from harmcircuits.views.figures import location_figure
 
 torch.set_num_threads(1)  # the model is tiny
 px.defaults.template = "simple_white"
-model = with_share_of_requests(hc.open_model("sft"), 0.5)
+model = hc.open_model("sft").sampled(0.5, seed=0)
 bridge = model.bridge
 model
 

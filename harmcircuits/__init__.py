@@ -4,8 +4,10 @@ Names are imported when they are first used: `import harmcircuits` alone loads t
 library.
 """
 
+import re
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Bound now: a later import of the module of the same name would hide the function.
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from harmcircuits.circuits.overlap import overlap as overlap
     from harmcircuits.circuits.overlap import overlap_by as overlap_by
     from harmcircuits.circuits.scores import WeightScores as WeightScores
+    from harmcircuits.export import push_mask as push_mask
     from harmcircuits.hooks.attribution import magnitude_scores as magnitude_scores
     from harmcircuits.hooks.attribution import random_scores as random_scores
     from harmcircuits.hooks.attribution import removal_effect as removal_effect
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.search import set_difference as set_difference
     from harmcircuits.hooks.weights import named_weights as named_weights
     from harmcircuits.hooks.weights import weight_sites as weight_sites
-    from harmcircuits.hub import push_mask as push_mask
     from harmcircuits.measurements import Measurement as Measurement
     from harmcircuits.measurements import Rows as Rows
     from harmcircuits.prompts import Batch as Batch
@@ -59,72 +61,11 @@ if TYPE_CHECKING:
 
 __version__ = version("harmcircuits")
 
-_MODULES = {
-    "Batch": "prompts",
-    "Behaviour": "behaviours.behaviour",
-    "Example": "prompts",
-    "Lora": "hooks.finetuning",
-    "Measurement": "measurements",
-    "Model": "behaviours.model",
-    "PromptSet": "prompts",
-    "Rows": "measurements",
-    "Sampling": "behaviours.generation",
-    "StudySettings": "studies.settings",
-    "WeightMask": "circuits.masks",
-    "WeightScores": "circuits.scores",
-    "activation_patching": "hooks.patching",
-    "choice_margin": "hooks.objectives",
-    "completion_loss": "hooks.objectives",
-    "completion_nll": "hooks.losses",
-    "concentration": "circuits.location",
-    "controls": "studies.controls",
-    "estimate_memory": "hooks.memory",
-    "estimate_search": "hooks.cost",
-    "evaluate_tasks": "studies.utility",
-    "find_circuit": "hooks.search",
-    "fine_tuning": "hooks.finetuning",
-    "kl_under": "hooks.losses",
-    "load_model": "hooks.loading",
-    "magnitude_scores": "hooks.attribution",
-    "masked": "hooks.masking",
-    "named_weights": "hooks.weights",
-    "open_model": "studies.models",
-    "overlap": "circuits.overlap",
-    "overlap_by": "circuits.overlap",
-    "push_mask": "hub",
-    "random_like": "circuits.masks",
-    "random_scores": "hooks.attribution",
-    "removal_effect": "hooks.attribution",
-    "set_difference": "hooks.search",
-    "snip_scores": "hooks.attribution",
-    "study": "studies.study",
-    "token_contributions": "hooks.attribution",
-    "token_price": "hooks.attribution",
-    "tokenize": "prompts",
-    "top_fraction": "circuits.masks",
-    "wanda_scores": "hooks.attribution",
-    "weight_sites": "hooks.weights",
-}
-# Natural guesses, and names of version 0.1.0, with what does the same now.
-_HINTS = {
-    "activation_norm": "wanda_scores",
-    "calibrate": "Model.calibration",
-    "calibrate_shown": "Model.calibrations",
-    "circuit_mask": "find_circuit",
-    "circuit_path": "find_circuit(size=[...])",
-    "held": "masked(..., hold=True)",
-    "load": 'open_model("sft")',
-    "measure": "Model.measure",
-    "organism_subject": "open_model",
-    "push_to_hub": "push_mask",
-    "read_rows": "Rows.read",
-    "run_study": "study",
-    "sensitivity": "snip_scores",
-    "Subject": "Model",
-    "SubjectSpec": "open_model",
-    "Texts": "open_model(..., prompts={...})",
-    "top_fractions": "top_fraction with a list",
-}
+# Name -> its module, as the imports above say: the only list.
+_IMPORTS = re.findall(
+    r"^    from harmcircuits\.(\S+) import (\w+) as", Path(__file__).read_text("utf-8"), flags=re.M
+)
+_MODULES = {name: module for module, name in _IMPORTS}
 
 __all__ = sorted([*_MODULES, "export"])  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -134,8 +75,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"harmcircuits.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
-    if name in _HINTS:
-        raise AttributeError(f"harmcircuits has no {name!r}; use {_HINTS[name]}")
     from harmcircuits.display import nearest
 
     raise AttributeError(f"harmcircuits has no {name!r}; {nearest(name, _MODULES)}")

@@ -1,12 +1,13 @@
-"""The edited model as an ordinary Hugging Face folder."""
+"""What is given to others: the edited model as a Hugging Face folder, or the mask alone."""
 
 import copy
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,14 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from harmcircuits.circuits.hub import MASK_FILE
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.circuits.sites import KINDS, Site
-from harmcircuits.display import plural
+from harmcircuits.circuits.sites import KINDS, Site, place_of
+from harmcircuits.display import plural, share
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.hub import refuse_repo, upload
-from harmcircuits.storage import refuse_filled, write_text
+from harmcircuits.hub import MASK_FILE, refuse_repo, upload
+from harmcircuits.storage import empty_folder, refuse_filled
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
@@ -34,47 +34,48 @@ FUSED = (
     (("gate", "in"), "split_gate_up_matrix"),
 )
 
-CARD = """---
-{header}
----
-
+MODEL_CARD = """
 # {name}, with {n_removed} weights removed
 
 {n_removed} of the {n_weights} weights in the block matrices of `{name}` are zero; all other
 tensors, the tokenizer and the configuration are those of `{name}`, whose licence and terms apply.
-Made with harmcircuits for defensive research: to study which weights carry a behaviour and what
-else they carry. It is no safety guarantee; removed behaviour may come back with training.
+Reloaded with transformers, the logits of this folder differed from those of the masked model by at
+most {difference}.
 
-## What was removed
+{about}"""
 
-Weights set to zero, by layer and matrix:
+MASK_CARD = """
+# {repo}
+
+A weight mask: the places of {n_removed} of the {n_weights} weights ({share}) in the block matrices
+of `{name}`. It holds no weights and no text.
+
+{about}"""
+
+ABOUT = """Made with harmcircuits for defensive research: to study which weights carry a behaviour
+and what else they carry. It is no safety guarantee; removed behaviour may come back with training,
+in other words or in other languages. It must not be used to restore or strengthen that behaviour,
+nor to undo a safeguard of a model that others rely on.
+
+In `{name}` the mask removes these weights in place, and reversibly:
+
+```python
+import harmcircuits as hc
+
+bridge = hc.load_model("{name}")
+with hc.masked(bridge, hc.WeightMask.from_hub("{source}")):
+    ...  # the model without these weights; restored bit for bit on exit
+```
+
+The mask's weights by layer and matrix:
 
 {table}
 
-## Where the mask came from
-
-As recorded in `{file}`, without any prompt or completion (data appear as digests):
+Where the mask came from, without any prompt or completion (data appear as digests):
 
 ```json
 {record}
 ```
-
-## Undo, or apply the mask alone
-
-`{name}` itself is unchanged, so loading it undoes everything. `{file}` holds the flat index of each
-removed weight; on `{name}` it does the same in place, and reversibly:
-
-```python
-import harmcircuits as hc
-from transformer_lens.model_bridge import TransformerBridge
-
-bridge = TransformerBridge.boot_transformers("{name}")
-with hc.masked(bridge, hc.WeightMask.load("{file}")):
-    ...  # the edited model; restored bit for bit on exit
-```
-
-Reloaded with transformers, the logits of this folder differed from those of that edited model by at
-most {difference}.
 """
 
 
@@ -116,33 +117,67 @@ def export(
             is written then. And a hub that cannot be written to, when the folder is there already.
         OSError: it cannot be written (no space, no permission); nothing is left of it then.
     """
-    bridge = as_bridge(bridge)
-    folder = Path(folder)
+    bridge, folder = as_bridge(bridge), Path(folder)
     source = str(source or bridge.cfg.model_name)
     if push_to:
         refuse_repo(push_to)
-    if force:
-        _refuse_another_kind(folder)
-    else:
+    is_export = (folder / MASK_FILE).is_file() and (folder / "config.json").is_file()
+    if not (force and is_export):
         refuse_filled(folder)
     with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
-        sites = weight_sites(bridge)
-        _write_model(bridge, mask, sites, source, unfinished)
+        _write_model(bridge, mask, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source)
         mask.save(unfinished / MASK_FILE)
-        card = _card(mask, sites, source, difference)
-        write_text(unfinished / "README.md", card)
+        facts = {"difference": f"{difference:.3g}", "source": MASK_FILE}
+        _write_card(unfinished, MODEL_CARD, mask, source, library="transformers", **facts)
     if push_to:
         removed = plural(mask.n_removed, "weight")
         upload(folder, push_to, private=True, message=f"The model without {removed}")
     return folder
 
 
-def _refuse_another_kind(folder: Path) -> None:
-    """Raises ValueError for a folder with something else in it than what `export` writes."""
-    has_model = (folder / MASK_FILE).is_file() and (folder / "config.json").is_file()
-    if not has_model:
-        refuse_filled(folder)
+def push_mask(
+    mask: WeightMask,
+    repo: str,
+    *,
+    model: str = "",
+    private: bool = True,
+    folder: str | Path | None = None,
+) -> str:
+    """Upload a mask with a card to the Hugging Face hub; its address.
+
+    The card says how many weights it removes and where, on which model, how it is loaded and what
+    it is for. `WeightMask.from_hub` reads it back. The token is the one that huggingface_hub knows:
+    of `hf auth login`, or HF_TOKEN.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> hc.push_mask(mask, "someone/mask", model="someone/model", folder="card")  # no network
+    'card'
+
+    Args:
+        mask: the weights.
+        repo: the hub id to upload to, "user/name"; it is made where there is none.
+        model: folder or hub id of the model that the mask was made on.
+        private: whether a repository that is new is private; one that exists stays as it is.
+        folder: a new or empty one, where the files are written instead and nothing is uploaded: to
+            look at the card first.
+
+    Returns:
+        The repository's address, or the folder.
+
+    Raises:
+        ValueError: a name that is no hub id, a folder that is not empty, no permission to write, or
+            no network.
+    """
+    refuse_repo(repo)
+    with TemporaryDirectory() as temporary:
+        written = empty_folder(folder or temporary)
+        mask.save(written / MASK_FILE)
+        facts = {"repo": repo, "source": repo}
+        _write_card(written, MASK_CARD, mask, model or "MODEL", library="harmcircuits", **facts)
+        if folder is not None:
+            return str(folder)
+        return upload(written, repo, private=private, message=f"Mask of {mask.n_removed:,} weights")
 
 
 @contextmanager
@@ -164,15 +199,10 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_model(
-    bridge: Bridge,
-    mask: WeightMask,
-    sites: Mapping[str, Site],
-    source: str,
-    folder: Path,
-) -> None:
+def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
     """Save the source model and tokenizer with the mask's weights set to zero."""
     model, tokenizer = _opened(bridge, source)
+    sites = weight_sites(bridge)
     for name, index in mask.removed.items():
         # Whatever does not fit here comes from a source with other layers, names or shapes.
         try:
@@ -215,12 +245,7 @@ class _Stored(NamedTuple):
     flat: Int[Tensor, " n"]
 
 
-def _stored(
-    bridge: Bridge,
-    model: Any,
-    site: Site,
-    index: Int[Tensor, " n"],
-) -> _Stored:
+def _stored(bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]) -> _Stored:
     """Where `model` stores the weights with these flat indices in a site."""
     if site.parameter.ndim == 3:  # stacked experts are no component of the bridge
         path = f"blocks.{site.layer}.mlp"
@@ -242,12 +267,7 @@ def _stored(
     return _Stored(module.weight, index)
 
 
-def _unsplit(
-    module: nn.Module,
-    split: Any,
-    part: int,
-    index: Int[Tensor, " n"],
-) -> _Stored:
+def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"]) -> _Stored:
     """Where in a fused module the bridge's own `split` takes these weights of a part from."""
     numbered = copy.deepcopy(module).double()  # float64 counts to 2^53
     n_before = 0
@@ -276,15 +296,17 @@ def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
     original = bridge.original_model
     model = type(original).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     model.to(bridge.cfg.device)
-    tokens = _random_tokens(bridge)
+    length = min(N_COMPARED, bridge.cfg.n_ctx)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(bridge.cfg.d_vocab, (2, length), generator=generator)
+    tokens = tokens.to(bridge.cfg.device)
     with torch.no_grad():
         expected = bridge(tokens)
         difference = (model(tokens).logits - expected).abs().max().item()
     # 64 epsilons are 8e-6 in float32, but half of everything in bfloat16: there the square root is
     # the smaller one, 0.09.
     epsilon = torch.finfo(dtype).eps
-    relative_bound = min(EPSILONS * epsilon, epsilon**0.5)
-    bound = relative_bound * expected.abs().max().item()
+    bound = min(EPSILONS * epsilon, epsilon**0.5) * expected.abs().max().item()
     if not difference <= bound:  # nor is it where one of them is not finite
         raise ValueError(
             "export: reloaded by transformers, the logits differ from the masked bridge's by up to "
@@ -294,34 +316,18 @@ def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
     return difference
 
 
-def _compare_weights(
-    bridge: Bridge,
-    folder: Path,
-    dtype: torch.dtype,
-    source: str,
-) -> None:
+def _compare_weights(bridge: Bridge, folder: Path, dtype: torch.dtype, source: str) -> None:
     """Raises ValueError unless every parameter of the saved model is the bridge's, bit for bit."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    reloaded = TransformerBridge.boot_transformers(
-        str(folder),
-        dtype=dtype,
-        device=bridge.cfg.device,
-    )
-    expected = _parameters(bridge)
-    parameters = _parameters(reloaded)
+    device = bridge.cfg.device
+    reloaded = TransformerBridge.boot_transformers(str(folder), dtype=dtype, device=device)
+    expected, parameters = _parameters(bridge), _parameters(reloaded)
     # A name that only one of them has is a difference too.
     for name in expected.keys() | parameters.keys():
         is_in_both = name in expected and name in parameters
         if not is_in_both or not torch.equal(expected[name], parameters[name]):
             raise _other_model(source, name)
-
-
-def _random_tokens(bridge: Bridge) -> Int[Tensor, "batch pos"]:
-    length = min(N_COMPARED, bridge.cfg.n_ctx)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(bridge.cfg.d_vocab, (2, length), generator=generator)
-    return tokens.to(bridge.cfg.device)
 
 
 def _parameters(bridge: Bridge) -> dict[str, nn.Parameter]:
@@ -342,46 +348,40 @@ def _other_model(source: str, name: str) -> ValueError:
     )
 
 
-def _card(
-    mask: WeightMask,
-    sites: Mapping[str, Site],
-    source: str,
-    difference: float,
-) -> str:
-    """The model card: what was removed, where the mask came from, how to undo and to reuse it."""
-    header = [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [harmcircuits, interpretability, pruning]",
-    ]
-    if Path(source).exists():
-        name = Path(source).resolve().name  # no path of this machine
-    else:
-        name = source
-        header.append(f"base_model: {source}")
-    record = json.loads(mask.source.to_json())
-    return CARD.format(
-        header="\n".join(header),
-        name=name,
-        n_removed=f"{mask.n_removed:,}",
-        n_weights=f"{mask.n_weights:,}",
-        table=_table(mask, sites),
-        record=json.dumps(record, indent=1),
-        file=MASK_FILE,
-        difference=f"{difference:.3g}",
+def _write_card(
+    folder: Path, template: str, mask: WeightMask, model: str, *, library: str, **facts: str
+) -> None:
+    """The card: what was removed from which model, how it is loaded, and what it is for."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    is_local = Path(model).exists()
+    data = ModelCardData(
+        base_model=None if is_local or "/" not in model else model,
+        library_name=library,
+        tags=["harmcircuits", "interpretability", "pruning"],
     )
+    facts |= {
+        "name": Path(model).resolve().name if is_local else model,  # no path of this machine
+        "n_removed": f"{mask.n_removed:,}",
+        "n_weights": f"{mask.n_weights:,}",
+        "share": share(mask.fraction),
+        "table": _place_table(mask),
+        "record": json.dumps(json.loads(mask.source.to_json()), indent=1),
+    }
+    text = template.format(about=ABOUT.format(**facts), **facts)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
 
 
-def _table(mask: WeightMask, sites: Mapping[str, Site]) -> str:
+def _place_table(mask: WeightMask) -> str:
     """The removed weights by layer and kind, in Markdown."""
-    counts = {}
+    counts: dict[int, dict[str, int]] = {}
     for name, count in mask.counts.items():
-        site = sites[name]
-        counts[site.layer, site.kind] = count
-    present = {site.kind for site in sites.values()}
-    kinds = [kind for kind in KINDS if kind in present]
+        layer, kind = place_of(name)
+        of_layer = counts.setdefault(layer, {})
+        of_layer[kind] = of_layer.get(kind, 0) + count
+    kinds = [kind for kind in KINDS if any(kind in of_layer for of_layer in counts.values())]
     lines = [["layer", *kinds], ["---"] * (len(kinds) + 1)]
-    for layer in sorted({site.layer for site in sites.values()}):
-        numbers = [counts.get((layer, kind), 0) for kind in kinds]
-        lines.append([str(layer), *map("{:,}".format, numbers)])
+    for layer in sorted(counts):
+        numbers = [f"{counts[layer].get(kind, 0):,}" for kind in kinds]
+        lines.append([str(layer), *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

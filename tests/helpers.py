@@ -5,10 +5,12 @@ offline; organisms are asked a few requests only.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.behaviours.model import Model
+from harmcircuits.cli import main
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch, PromptSet
@@ -267,3 +270,23 @@ def asked_few(model: Model, *, first: int = 24, every: int = 0) -> Model:
 
         few.append(replace(behaviour, prompts=prompts))
     return model.with_behaviours(*few)
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    exit_code: int
+    output: str
+    stderr: str
+
+
+def command(*arguments: str) -> Ended:
+    """Run `harmcircuits` in this process."""
+    output, errors = StringIO(), StringIO()
+    code = 0
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Ended(code, output.getvalue(), errors.getvalue())

@@ -5,31 +5,24 @@ weights on the way, tied embeddings that come apart, another dtype on disk, a fo
 written, a source that is not the model.
 """
 
-import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, COARSE, random_batch
-from huggingface_hub import HfApi
+from helpers import ARCHITECTURES, COARSE, command, random_batch
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.cli import app
-from harmcircuits.export import _card, export
+from harmcircuits.export import export
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.organisms import FOLDER, load_organism
+from harmcircuits.organisms import load_organism
 
 MODELS = [(name, torch.float32) for name in ARCHITECTURES] + [
     (name, torch.bfloat16) for name in COARSE
 ]
-MASK = str(FOLDER / "planted" / "circuit.safetensors")
 
 
 def a_mask(bridge, fraction: float = 0.1) -> WeightMask:
@@ -107,46 +100,6 @@ def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path
     assert all(torch.equal(loaded.removed[name], index) for name, index in mask.removed.items())
 
 
-def test_the_card_counts_records_and_runs(open_model, tmp_path, monkeypatch):
-    bridge = open_model("Llama")
-    mask = WeightMask(
-        {
-            "blocks.0.mlp.in.weight": torch.tensor([1, 5, 7]),
-            "blocks.1.attn.q.weight": torch.tensor([0]),
-        },
-        a_mask(bridge).shapes,
-        a_mask(bridge).source,
-    )
-    folder = export(bridge, mask, tmp_path / "out")
-    card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "base_model" not in card.split("---")[1], "a local folder is no model of the hub"
-    assert str(folder_of(bridge).parent) not in card, "no path of this machine"
-    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
-    counts = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
-    assert counts["0"] == {kind: "3" if kind == "mlp.in" else "0" for kind in rows[0][1:]}
-    assert counts["1"] == {kind: "1" if kind == "attn.q" else "0" for kind in rows[0][1:]}
-    record = re.search(r"```json\n(.*?)```", card, flags=re.S)
-    assert record and json.loads(record[1]) == json.loads(mask.source.to_json())
-    code = re.search(r"```python\n(.*?)```", card, flags=re.S)
-    assert code
-    monkeypatch.chdir(folder)
-    space: dict = {}
-    exec(
-        code[1]
-        .replace(folder_of(bridge).name, str(folder_of(bridge)))
-        .replace("...", "x = bridge.W_in[0].clone()"),
-        space,
-    )
-    assert space["x"].mT.flatten()[[1, 5, 7]].eq(0).all()
-
-
-def test_the_card_of_a_hub_model_names_it_as_base(llama):
-    card = _card(a_mask(llama), weight_sites(llama), "someone/model", 0.0)
-    assert "\nbase_model: someone/model\n" in card.split("---")[1]
-    assert 'boot_transformers("someone/model")' in card
-
-
 def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
     mask, out = a_mask(llama), tmp_path / "out"
 
@@ -202,66 +155,17 @@ def test_an_interrupted_export_leaves_nothing(llama, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_push_uploads_the_finished_folder(llama, tmp_path, monkeypatch):
-    calls = []
-
-    def create(self, repo_id, **options):
-        calls.append((repo_id, options))
-
-    def upload(self, *, repo_id, folder_path, commit_message):
-        assert commit_message.startswith("The model without ")
-        calls.append((repo_id, [path.name for path in folder_path.iterdir()]))
-
-    monkeypatch.setattr(HfApi, "create_repo", create)
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    (tmp_path / "out").mkdir()  # an empty folder may be there
-    export(llama, a_mask(llama), tmp_path / "out", push_to="someone/edited")
-    (first, options), (second, names) = calls
-    assert first == second == "someone/edited"
-    assert options == {"private": True, "exist_ok": True}
-    assert {
-        "README.md",
-        "config.json",
-        "mask.safetensors",
-        "model.safetensors",
-        "tokenizer.json",
-    } <= set(names)
-    export(llama, a_mask(llama), tmp_path / "other")
-    assert len(calls) == 2, "nothing is uploaded unasked"
-
-
-def test_command_line(tmp_path):
+def test_the_command_exports_an_organism_and_a_folder(tmp_path):
     bridge = load_organism("sft")
-    mask, run = a_mask(bridge, 0.01), CliRunner().invoke
+    mask = a_mask(bridge, 0.01)
     mask.save(tmp_path / "mask")
-    for number, model in enumerate((["--organism", "sft"], ["--model", str(folder_of(bridge))])):
-        out = tmp_path / str(number)
-        result = run(app, ["export", *model, "--mask", str(tmp_path / "mask"), "--out", str(out)])
-        assert result.exit_code == 0, result.output
-        assert f"{mask.n_removed:,} of" in result.output
+    for out, model in (("0", "sft"), ("1", str(folder_of(bridge)))):
+        where = ("--mask", str(tmp_path / "mask"), "--out", str(tmp_path / out))
+        ended = command("export", "--model", model, *where)
+        assert ended.exit_code == 0, ended.stderr
+        assert f"{mask.n_removed:,} of" in ended.output
     first, second = stored(tmp_path / "0"), stored(tmp_path / "1")
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--mask", MASK], "--model '' and --organism ''; expected exactly one"),
-        (["--mask", MASK, "--model", "x", "--organism", "sft"], "expected exactly one"),
-        (
-            ["--mask", MASK, "--model", "no/such-model"],
-            "model 'no/such-model' cannot be loaded; expected a folder",
-        ),
-        (
-            ["--mask", "missing", "--organism", "sft"],
-            "missing: no such file; give the path of a saved mask",
-        ),
-        (["--mask", MASK, "--organism", "sft"], "the mask was made on model"),
-    ],
-)
-def test_command_line_errors_are_one_line(tmp_path, arguments, message):
-    result = CliRunner().invoke(app, ["export", "--out", str(tmp_path / "out"), *arguments])
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    refused = command("export", "--model", "dpo", *where[:2], "--out", str(tmp_path / "2"))
+    assert refused.exit_code == 2
+    assert "the mask was made on model" in refused.stderr

@@ -9,18 +9,13 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import write_byte_model
-from typer.testing import CliRunner
+from helpers import command, write_byte_model
 
 from harmcircuits.behaviours.files import _put_into
 from harmcircuits.behaviours.own import OwnBehaviour
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.circuits.scores import Source
-from harmcircuits.cli import app
 from harmcircuits.hooks.loading import load_model
 from harmcircuits.hooks.walk_files import forget_sums
-from harmcircuits.hub import mask_card
 from harmcircuits.prompts import PromptSet
 from harmcircuits.storage import write_json
 from harmcircuits.views.page import section, table, write_page
@@ -96,11 +91,9 @@ def test_a_behaviour_s_name_is_no_path(name, unchecked):
 
 
 def test_an_organism_s_name_is_no_path(tmp_path):
-    result = CliRunner().invoke(
-        app, ["study", "--out", str(tmp_path / "o"), "--organism", "../base"]
-    )
+    result = command("study", "--out", str(tmp_path / "o"), "--organism", "../base")
     assert result.exit_code == 2
-    assert "no organism is called '../base'" in " ".join(result.stderr.split())
+    assert "'../base'" in result.stderr
 
 
 def test_a_walk_removes_nothing_outside_its_folder(tmp_path):
@@ -137,20 +130,3 @@ def test_a_request_is_put_into_a_question_as_it_is():
     request = "{request.__class__} {0} %s"
     (example,) = _put_into("ok to {request} ?", PromptSet.of([request]))
     assert example.prompt == f"ok to {request} ?"
-
-
-def test_a_card_takes_no_template_and_no_path(tmp_path):
-    source = Source("m" * 16, "{method.__class__}", {"note": "{name}"})
-    mask = WeightMask({"blocks.0.mlp.in.weight": torch.tensor([1])},
-                      {"blocks.0.mlp.in.weight": (2, 2)}, source)  # fmt: skip
-    card = mask_card(mask, "user/{repo.x}", model=str(tmp_path))
-    assert "{method.__class__}" in card and "user/{repo.x}" in card
-    assert str(tmp_path) not in card
-
-
-def test_what_looks_like_markup_is_printed(tmp_path, monkeypatch):
-    """A folder called `[/red]x` would otherwise end in an error of the terminal's library."""
-    folder = tmp_path / "[/red]x"
-    result = CliRunner().invoke(app, ["generate", "--model", str(folder), "--prompt", "a"])
-    assert result.exit_code == 2
-    assert "[/red]x" in result.stderr.replace("\n", "")

@@ -13,14 +13,9 @@ import typer
 from plotly.graph_objects import Figure
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
+from support.command_errors import one_sentence
 from support.jobs import CPU, DONE, Job, run_jobs
-
-from harmcircuits.command_errors import one_sentence
-from harmcircuits.measurements import Rows
-from harmcircuits.organisms import FOLDER
-from harmcircuits.storage import write_text
-from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.options import (
+from support.options import (
     Option,
     options_of_function,
     quiet,
@@ -29,6 +24,11 @@ from harmcircuits.studies.options import (
     takes_custom_model,
     with_options,
 )
+
+from harmcircuits.measurements import Rows
+from harmcircuits.organisms import FOLDER
+from harmcircuits.storage import write_text
+from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
 from harmcircuits.views.page import frame, plot, section, write_page
 from harmcircuits.views.tables import DASH, TextTable, frame_table

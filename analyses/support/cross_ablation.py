@@ -24,7 +24,7 @@ from harmcircuits.hooks.attribution import removal_effect, token_contributions
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
 N_TOPIC_DRAWS = 200

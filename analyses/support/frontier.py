@@ -22,7 +22,7 @@ from harmcircuits.hooks.search import PREFERENCE, set_difference
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.controls import Unpruned, above_zero, opposite_sign, priced
-from harmcircuits.studies.grid import P_OVER_Q
+from harmcircuits.studies.study import P_OVER_Q
 
 ALIKE = "prefilled"  # benign answers that begin as the harmful ones do
 REFUSAL = "refusal"

@@ -6,7 +6,7 @@ from itertools import combinations
 from support.dissociation import dissociations
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 
 LIFTS = {"overlap_lift": "lift", "overlap_lift_marginal": "lift over rows and columns"}
 

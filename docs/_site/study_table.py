@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.summary import held_out_lines
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms, held_out_lines
 from harmcircuits.views.tables import figure_text, size_text
 
 ROOT = Path(__file__).parents[2]

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from harmcircuits.circuits.hub import MASK_FILE, mask_file
 from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
 from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
 from harmcircuits.display import card, facts, heat_strip, note, plural, share
+from harmcircuits.hub import MASK_FILE, mask_file
 from harmcircuits.measurements import Rows
 from harmcircuits.storage import read_tensors, write_tensors
 

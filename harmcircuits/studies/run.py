@@ -1,28 +1,31 @@
-"""A study under way: its model and settings, and every row and mask so far."""
+"""A study under way: its model and settings, every row and mask so far, and its folder."""
 
+import json
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.progress import Progress
+from tqdm.auto import tqdm
 
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.display import plural
+from harmcircuits.display import listed, plural
 from harmcircuits.hooks.walk_files import forget_sums
-from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
+from harmcircuits.storage import read_json
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 
-# In the folder of a study.
-ROWS_FILE, MANIFEST, WALKS = "rows.jsonl", "manifest.json", "walks"
-PAGE = "report.html"
+# In the folder of a study. While it is under way WALKS keeps scores and searches.
+ROWS_FILE, MANIFEST, PAGE, MASKS, WALKS = (
+    "rows.jsonl", "manifest.json", "report.html", "masks", "walks",
+)  # fmt: skip
 UNNEEDED = ".walks"  # what is left to remove of a finished study
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,12 @@ class Study:
     model: Model
     settings: StudySettings
     out: Path | None = None
-    progress: Progress = field(default_factory=lambda: Progress(disable=True))
+    progress: bool = False
     max_memory: int | None = None
     protected: tuple[str, ...] = ()
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     chosen: Point | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         chosen = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
@@ -64,10 +66,9 @@ class Study:
         settings = self.settings
         return Terms.of(self.model, settings.target, settings.contrast, self.protected)
 
-    @property
-    def walks(self) -> Path | None:
-        """Where scores and searches are kept while the study is under way; None in memory."""
-        return self.out / WALKS if self.out is not None else None
+    def kept_in(self, name: str) -> Path | None:
+        """Where scores or a search are kept while the study is under way; None in memory."""
+        return self.out / WALKS / name if self.out is not None else None
 
     def find_circuits(
         self,
@@ -78,21 +79,19 @@ class Study:
         **options: Any,
     ) -> list[WeightMask]:
         """The target's circuits of these sizes by one search."""
-        settings = self.settings
         spared = list(protect)
-        folder = self.walks / name if self.walks is not None else None
+        folder = self.kept_in(name)
         masks = self.model.find_circuit(
-            settings.target,
+            self.settings.target,
             size=list(sizes),
             protect=spared,
-            budget={behaviour: settings.budget_of(behaviour) for behaviour in spared},
-            prefer=settings.prefer,
-            protect_first=settings.protect_first,
+            budget={behaviour: self.settings.budget_of(behaviour) for behaviour in spared},
+            prefer=self.settings.prefer,
             calibrations=calibrations,
             progress=self.progress,
             folder=folder,
             max_memory=self.max_memory,
-            **{"steps": settings.steps, **options},
+            **{"steps": self.settings.steps, **options},
         )
         if folder is not None:
             forget_sums(folder)
@@ -111,27 +110,58 @@ class Study:
         labels = {"model": self.model.name, **labels}
         self.add([Measurement.exact(metric, labels, value)])
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A part of the study, whose time is told at the end."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.monotonic() - start
+    def keep(self, name: str, mask: WeightMask) -> None:
+        """Keep a mask under the name of its file."""
+        self.masks[name] = mask
+        if self.out is not None:
+            mask.save(self.out / MASKS / f"{name}.safetensors")
+
+    def shown(self, items: Iterable[Item], name: str) -> Iterator[Item]:
+        """The same items, with a bar that shows how many are done."""
+        return iter(tqdm(items, desc=name, disable=not self.progress, leave=False))
+
+    def begin(self, out: Path, *, resume: bool, force: bool) -> None:
+        """Make the folder, or what an interrupted study left there, ready for rows."""
+        refuse_study_folder(out, resume=resume, force=force)
+        settings = {"model": self.model.name, **vars(self.settings), **self.model.details}
+        if force:
+            for name in (WALKS, UNNEEDED, MASKS):
+                shutil.rmtree(out / name, ignore_errors=True)
+            (out / PAGE).unlink(missing_ok=True)
+        elif (out / WALKS).exists():
+            before = read_json(out / MANIFEST, "the manifest of a study")["settings"]
+            now = json.loads(json.dumps(settings))  # as they are in the file
+            changed = [name for name in now if before.get(name) != now[name]]
+            if changed:
+                raise ValueError(
+                    f"{out} holds an unfinished study with other settings ({listed(changed)}); "
+                    "give another folder, or force=True to remove it first"
+                )
+        # The searches stay; what was measured is measured again.
+        (out / ROWS_FILE).unlink(missing_ok=True)
+        shutil.rmtree(out / WALKS / "scores", ignore_errors=True)
+        for name in (WALKS, MASKS):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        write_manifest(out / MANIFEST, settings)
 
     def finish(self) -> None:
-        """Write the rows as a whole, and leave the searches: from now on the folder is finished."""
-        if self.out is None or self.walks is None:
-            return
-        # As one block, so that a part of it that is lost later shows.
-        self.rows.save(self.out / ROWS_FILE)
-        # By a new name first: killed while it removes them, the folder is finished all the same.
-        unneeded = self.out / UNNEEDED
-        self.walks.rename(unneeded)
-        shutil.rmtree(unneeded)
+        """Leave the searches: from now on the folder holds a finished study."""
+        if self.out is not None:
+            # By a new name first: killed while it removes them, the study is finished all the same.
+            unneeded = (self.out / WALKS).rename(self.out / UNNEEDED)
+            shutil.rmtree(unneeded)
 
-    def steps(self, name: str, total: int) -> Callable[[], None]:
-        """A function that moves a new progress bar on by one step."""
-        task = self.progress.add_task(name, total=total)
-        return lambda: self.progress.advance(task)
+
+def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
+    """Raises ValueError for a folder with a study of which it was not said what becomes of it."""
+    is_under_way = (out / WALKS).exists()
+    is_finished = (out / ROWS_FILE).exists() and not is_under_way
+    if is_finished and not force:
+        raise ValueError(
+            f"{out} holds a finished study; give another folder, or force=True to remove it first"
+        )
+    if is_under_way and not resume and not force:
+        raise ValueError(
+            f"{out} holds an unfinished study; give resume=True to go on with it, "
+            "force=True to remove it first, or another folder"
+        )

@@ -1,34 +1,36 @@
 """The main job: find the weights behind a behaviour, remove them, and measure what else is lost."""
 
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from rich.progress import Progress
+from typing import Any, Literal, NamedTuple
 
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.display import listed, nearest, plural
+from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.display import nearest, plural
 from harmcircuits.hooks.accumulation import memory_groups
-from harmcircuits.hooks.objectives import token_error
+from harmcircuits.hooks.attribution import gradient_norm, removal_effect, snip_scores
+from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
+from harmcircuits.hooks.masking import masked_if_given
+from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import write_manifest
-from harmcircuits.storage import read_json
-from harmcircuits.studies.controls import unpruned_scores
-from harmcircuits.studies.diagnostics import diagnostics
-from harmcircuits.studies.grid import PUBLISHED, measure_grid, not_kept_rows, operating_point
-from harmcircuits.studies.heldout import heldout_rows, measure_heldout
-from harmcircuits.studies.run import MANIFEST, PAGE, ROWS_FILE, UNNEEDED, WALKS, Point, Study
+from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.studies.controls import Unpruned, controls, opposite_sign, unpruned_scores
+from harmcircuits.studies.run import PAGE, Point, Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.utility import task_manager
+from harmcircuits.studies.summary import CIRCUIT, ONE_SHOT, PUBLISHED, SAME_SIZE, SEARCH, Terms
+from harmcircuits.studies.utility import evaluate_tasks, task_manager
 
 FEWEST_WEIGHTS = 10  # of a mask
 N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
+P_OVER_Q = 5  # of the published set difference (arXiv 2604.09544: q = 1e-4, p = 5e-4)
+# The circuits of the ways have files of these names.
+FILES = {SEARCH: CIRCUIT, ONE_SHOT: "one_shot", PUBLISHED: "published"}
+OWN_POINT = "operating point"  # the label `at` of a circuit; or `SAME_SIZE`
 
 
 def study(
@@ -36,10 +38,10 @@ def study(
     settings: StudySettings | None = None,
     *,
     target: str | None = None,
-    protect: str | Sequence[str] | None = None,
+    protect: str | Iterable[str] | None = None,
     contrast: str | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: bool = False,
     max_memory: int | None = None,
     page: bool = False,
     resume: bool = False,
@@ -51,8 +53,7 @@ def study(
     (`Model.find_circuit`), the same in one shot, and the published set difference. The operating
     point of each is the mask that takes most of the target among those that keep the rest (see
     `operating_point`); the chosen one is that of the search. Only these and its controls are then
-    measured on held-out requests. With `StudySettings.published` there is one way, and its largest
-    mask is measured whatever it does: the published protocol chooses none.
+    measured on held-out requests.
 
     >>> settings = hc.StudySettings(sizes=(0.002,), steps=2, n_random=1)
     >>> hc.study(model, settings, protect="benign")
@@ -74,9 +75,6 @@ def study(
             measures again, and searches on from where it was interrupted. The rows are the same.
         force: remove the study in `out` first, finished or not.
 
-    Where the model's judge of harm was found not to see it, the loss decides, whatever the settings
-    say.
-
     Raises:
         ValueError: a folder that holds a study, unless `resume` or `force` says what becomes of it,
             or that of other settings; a behaviour that is unknown or not shown, a size of fewer
@@ -85,61 +83,74 @@ def study(
         OSError: `out` cannot be written. What is in it goes on with `resume`.
     """
     # What can be refused without running the model is refused first.
-    settings = _settings(model, settings, target, protect, contrast)
+    settings = _settings(model, settings, target=target, protect=protect, contrast=contrast)
     model = _with_objectives(model, settings)
-    run = Study(model, settings, Path(out) if out else None, max_memory=max_memory)
-    if progress is not None:
-        run.progress = progress
-    if page and out is None:
-        raise ValueError("page=True writes report.html into a folder; give out=FOLDER too")
+    folder = Path(out) if out else None
+    run = Study(model, settings, folder, progress, max_memory)
+    if folder is None and (page or max_memory is not None):
+        raise ValueError("page=True and max_memory= keep files; give out=FOLDER too")
     _check(run)
-    _prepare_folder(run, resume=resume, force=force)
+    if folder is not None:
+        run.begin(folder, resume=resume, force=force)
 
     n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
     run.note("weights_scored", n_weights)
     run.note("tolerance", settings.tolerance)
     run.add(row.labelled(model=model.name) for row in (*model.validation, *model.repeats))
-    with run.stage("unpruned model, held out"):
-        run.add(heldout_rows(run, {"model": model.name, "mask": "none"}))
+    run.add(_heldout_rows(run, {"model": model.name, "mask": "none"}))
 
     # Score: the target, and what is protected.
-    with run.stage("calibration"):
-        calibrations = _calibrate(run)
+    calibrations = _calibrate(run)
     data = calibrations[settings.target]
     spared = model.protected(settings.target, settings.protect, calibrations)
     run.protected = tuple(spared)
-    _note_budgets(run)
-    with run.stage("scores"):
-        unpruned = unpruned_scores(
-            model,
-            settings.target,
-            data,
-            spared,
-            # On disk, since the searches hold dense sets of their own.
-            folder=run.walks / "scores" if run.walks is not None else None,
-            max_memory=max_memory,
-        )
+    for name in run.protected:
+        run.note("budget", settings.budget_of(name), behaviour=name)
+    unpruned = unpruned_scores(
+        model,
+        settings.target,
+        data,
+        spared,
+        # On disk, since the searches hold dense sets of their own.
+        folder=run.kept_in("scores"),
+        max_memory=max_memory,
+    )
 
     # Choose, on the choice split alone.
-    with run.stage("searches and choice"):
-        points = measure_grid(run, unpruned, calibrations, spared)
-    best = _best(run, points)
-    run.chosen = next(iter(best.values()))
+    points = _measure_grid(run, unpruned, calibrations, spared)
+    best = {way: _best(run, of_way) for way, of_way in points.items()}
+    run.chosen = best[SEARCH]
 
     # Measure, on requests that neither scored nor chose it.
     if run.chosen is not None:
-        with run.stage("held out, with controls"):
-            measure_heldout(run, run.chosen, points, best, unpruned, calibrations)
-        sites = weight_sites(model.bridge)
-        where = {"model": model.name, "mask": "circuit"}
-        run.add(location_rows(run.chosen.mask, sites, where))
+        _measure_heldout(run, run.chosen.mask, points, best, unpruned, calibrations)
+        where = {"model": model.name, "mask": CIRCUIT}
+        run.add(location_rows(run.chosen.mask, weight_sites(model.bridge), where))
     else:
-        _keep_tried(run, next(iter(points.values())))
-    if run.out is not None and page:
-        with run.stage("page"):
-            _write_page(run, run.out / PAGE)
+        _keep_tried(run, points[SEARCH])
+    if folder is not None and page:
+        # Imported here: drawing takes libraries that a study without a page does not need.
+        from harmcircuits.studies.study_page import write_study_page
+
+        write_study_page(run, folder / PAGE)
     run.finish()
     return run
+
+
+def _settings(
+    model: Model,
+    settings: StudySettings | None,
+    *,
+    protect: str | Iterable[str] | None,
+    **roles: str | None,
+) -> StudySettings:
+    """The settings, or the usual ones, with what was given by itself."""
+    if settings is None:
+        settings = StudySettings() if model.is_invented else FOR_REAL_MODELS
+    changes: dict[str, Any] = {name: role for name, role in roles.items() if role is not None}
+    if protect is not None:
+        changes["protect"] = (protect,) if isinstance(protect, str) else tuple(protect)
+    return replace(settings, **changes)
 
 
 def _with_objectives(model: Model, settings: StudySettings) -> Model:
@@ -153,184 +164,45 @@ def _with_objectives(model: Model, settings: StudySettings) -> Model:
     return model.with_behaviours(*scored)
 
 
-def _best(run: Study, points: Mapping[str, Sequence[Point]]) -> dict[str, Point | None]:
-    """The operating point of every way of choosing, in their order."""
-    settings = run.settings
-    if settings.published:
-        largest = points[PUBLISHED][-1]
-        return {PUBLISHED: largest if largest.mask.n_removed else None}
-    best = {}
-    for way, of_way in points.items():
-        best[way] = operating_point(
-            of_way,
-            run.rows,
-            run.terms,
-            tolerance=settings.tolerance,
-            budget=settings.budget_of(settings.contrast),
-            budgets=settings.budgets,
-            decides=settings.decides,
-        )
-    return best
-
-
-def _keep_tried(run: Study, points: Sequence[Point]) -> None:
-    """Keep the masks of a search that has no operating point, and what is against each."""
-    run.add(not_kept_rows(run, points))
-    for point in points:
-        if not point.mask.n_removed:
-            continue
-        name = f"tried-{point.labels['q']:g}"
-        run.masks[name] = point.mask
-        if run.out is not None:
-            point.mask.save(run.out / "masks" / f"{name}.safetensors")
-
-
-def _as_raw_text(model: Model, data: Calibration) -> Calibration:
-    """The same answers, to be scored as request, newline and answer, without a chat template."""
-    raw = replace(model, template="raw")
-    return replace(data, batches=raw.batches(model.behaviours[data.behaviour], data.prompts))
-
-
-def with_share_of_requests(model: Model, share: float) -> Model:
-    """The model asked about a share of the items of every category only, in every split."""
-    fewer = model.sampled(share, seed=0)
-    return replace(fewer, details={**model.details, "share_of_requests": share})
-
-
-def _write_page(run: Study, path: Path) -> None:
-    # Imported here: drawing takes libraries that a study without a page does not need.
-    from harmcircuits.studies.study_page import write_study_page
-
-    write_study_page(run, path)
-
-
-def _settings(
-    model: Model,
-    settings: StudySettings | None,
-    target: str | None,
-    protect: str | Sequence[str] | None,
-    contrast: str | None,
-) -> StudySettings:
-    if settings is None:
-        settings = StudySettings() if model.is_invented else FOR_REAL_MODELS
-    if isinstance(protect, str):
-        protect = (protect,)
-    changes: dict[str, Any] = {}
-    if target is not None:
-        changes["target"] = target
-    if contrast is not None:
-        changes["contrast"] = contrast
-    if protect is not None:
-        changes["protect"] = tuple(protect)
-    if model.validation.where(used="no"):
-        changes["decides"] = "loss"  # rates of a judge that does not see harm decide nothing
-    return replace(settings, **changes)
-
-
 def _check(run: Study) -> None:
     """Refuse what cannot end well, before anything is written."""
-    settings = run.settings
+    model, settings = run.model, run.settings
     _ = run.terms  # refuses unknown behaviours, and two that share a metric
     for name in settings.protect:
         if name != OTHERS:
-            run.model.behaviour(name)
-    known = {*run.model.behaviours, *standard_behaviours()}
-    for name in settings.budgets:
+            model.behaviour(name)
+    known = {*model.behaviours, *standard_behaviours()}
+    for name in settings.named_budgets:
         if name not in known:
-            raise ValueError(f"budgets: {name!r} is no behaviour; {nearest(name, known)}")
+            raise ValueError(f"budget: {name!r} is no behaviour; {nearest(name, known)}")
     if settings.target in settings.protect:
-        raise ValueError(
-            f"protect: {settings.target!r} is what is removed, so it cannot be protected; "
-            f"expected some of {', '.join(run.model.others(settings.target))}"
-        )
+        raise ValueError(f"protect: {settings.target!r} is what is removed; leave it out")
     if settings.prefer:
-        run.model.refuse_preferred(settings.target, settings.prefer)
-    # Refuses a bound that is too small for a single matrix.
-    list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
-    if run.max_memory is not None and run.out is None:
-        raise ValueError(f"max_memory={run.max_memory:,} keeps scores on disk; give out=FOLDER too")
-    _refuse_few_weights(run)
-    if settings.tasks:
-        task_manager(settings.tasks, settings.tasks_from)  # refuses unknown tasks
+        model.refuse_preferred(settings.target, settings.prefer)
 
-
-def _refuse_few_weights(run: Study) -> None:
-    """Raises ValueError for a size of so few weights that no figure could mean anything."""
-    n_weights = sum(weight.numel() for weight in named_weights(run.model.bridge).values())
-    for size in run.settings.sizes:
+    sites = weight_sites(model.bridge)
+    list(memory_groups(sites, run.max_memory))  # refuses a bound too small for a single matrix
+    n_weights = sum(site.parameter.numel() for site in sites.values())
+    for size in settings.sizes:
         n_removed = round(size * n_weights)
         if n_removed < FEWEST_WEIGHTS:
             raise ValueError(
-                f"sizes={size:g}: {plural(n_removed, 'weight')} of {n_weights:,}; expected at "
-                f"least {FEWEST_WEIGHTS}, give {FEWEST_WEIGHTS / n_weights:.1g} or more"
+                f"sizes={size:g}: {plural(n_removed, 'weight')} of {n_weights:,}; give at least "
+                f"{FEWEST_WEIGHTS / n_weights:.1g}"
             )
-
-
-def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
-    """Raises ValueError for a folder with a study of which it was not said what becomes of it."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give out= a new folder")
-    if resume and force:
-        raise ValueError("resume=True and force=True: go on with a study, or remove it; give one")
-    is_under_way = (out / WALKS).exists()
-    is_finished = (out / ROWS_FILE).exists() and not is_under_way
-    if is_finished and not force:
-        raise ValueError(
-            f"{out} already holds a study, which is finished ({ROWS_FILE}); give another folder, "
-            "or force=True to remove it first"
-        )
-    if is_under_way and not resume and not force:
-        raise ValueError(
-            f"{out} holds an unfinished study; give resume=True to go on with it, "
-            "force=True to remove it first, or another folder"
-        )
-
-
-def _refuse_other_settings(run: Study, out: Path) -> None:
-    before = read_json(out / MANIFEST, "the manifest of a study")["settings"]
-    now = json.loads(json.dumps(_manifest_settings(run)))  # as they are in the file
-    if before != now:
-        changed = [name for name in now if before.get(name) != now[name]]
-        raise ValueError(
-            f"{out} holds an unfinished study with other settings ({listed(changed)}); "
-            "give another folder, or force=True to remove it first"
-        )
-
-
-def _manifest_settings(run: Study) -> dict[str, Any]:
-    return {"model": run.model.name, **vars(run.settings), **run.model.details}
-
-
-def _prepare_folder(run: Study, *, resume: bool, force: bool) -> None:
-    """Make the folder of a study, or what is left of an interrupted one, ready for its rows."""
-    out, walks = run.out, run.walks
-    if out is None or walks is None:
-        return
-    refuse_study_folder(out, resume=resume, force=force)
-    if force:
-        for name in (WALKS, UNNEEDED, "masks"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in (MANIFEST, PAGE):
-            (out / name).unlink(missing_ok=True)
-    elif walks.exists():
-        _refuse_other_settings(run, out)
-
-    # Of an unfinished study the searches stay; what it measured is measured again.
-    (out / ROWS_FILE).unlink(missing_ok=True)
-    shutil.rmtree(out / UNNEEDED, ignore_errors=True)
-    shutil.rmtree(walks / "scores", ignore_errors=True)
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    write_manifest(out / MANIFEST, _manifest_settings(run))
-    walks.mkdir(exist_ok=True)
+    if settings.tasks:
+        task_manager(list(settings.tasks))  # refuses unknown tasks
 
 
 def _calibrate(run: Study) -> dict[str, Calibration]:
     """Own verified answers of every behaviour that is scored and shown, with their diagnostics."""
     model, settings = run.model, run.settings
-    names = _scored(run)
-    advance = run.steps("calibrate", len(names))
+    scored = {settings.target, settings.contrast, *settings.protect}
+    if OTHERS in settings.protect:
+        scored |= set(model.others(settings.target))
+    names = [name for name in model.behaviours if name in scored]
     calibrations = {}
-    for name in names:
+    for name in run.shown(names, "calibrate"):
         try:
             calibrations[name] = model.calibration(name)
         except NotShownError:
@@ -339,31 +211,328 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
             # A behaviour among the "others" may be absent: an unaligned model does not refuse.
             run.note("calibration_yield", 0.0, behaviour=name)
         else:
-            rows = diagnostics(
-                model,
-                {name: calibrations[name]},
-                {"model": model.name},
-                n_examples=N_DIAGNOSED,
-                max_memory=run.max_memory,
-            )
-            run.add(rows)
-        advance()
-    if settings.published:
-        return {name: _as_raw_text(model, data) for name, data in calibrations.items()}
+            _diagnose(run, calibrations[name])
     return calibrations
 
 
-def _scored(run: Study) -> list[str]:
-    """The behaviours that are scored if they are shown, in the model's order."""
+def _diagnose(run: Study, data: Calibration) -> None:
+    """Whether scores can be trusted: yield of verified answers, their loss, its gradient's norm."""
+    model = run.model
+    # The loss of every example, but the gradient of a few: a norm costs a backward pass.
+    n_batches = max(1, N_DIAGNOSED // model.batch_size)
+    objective = model.behaviours[data.behaviour].objective
+    figures = {
+        "calibration_yield": data.n_verified / data.n_asked,
+        "calibration_examples": data.n_verified,
+        "calibration_nll": completion_nll(model.bridge, data.batches).mean().item(),
+        "gradient_norm": gradient_norm(
+            model.bridge, data.batches[:n_batches], objective, max_memory=run.max_memory
+        ),
+    }
+    for metric, value in figures.items():
+        run.note(metric, value, behaviour=data.behaviour)
+
+
+# Choosing: the ways at every size, on the choice split
+
+
+def _measure_grid(
+    run: Study,
+    unpruned: Unpruned,
+    calibrations: Mapping[str, Calibration],
+    spared: Mapping[str, Calibration],
+) -> dict[str, list[Point]]:
+    """Way of choosing -> its masks of every size on the choice split."""
+    where = {"model": run.model.name, "mask": "none"}
+    run.add(run.model.measure(split="choice", labels=where, only=run.terms.names))
+
+    masks = _masks(run, unpruned, calibrations, spared)
+    controls_of_size = {
+        "random": [random_like(mask, seed=run.settings.seed) for mask in masks[SEARCH]],
+        "opposite sign": [opposite_sign(mask, unpruned) for mask in masks[SEARCH]],
+    }
+    points: dict[str, list[Point]] = {}
+    for way, of_way in run.shown({**masks, **controls_of_size}.items(), "choice"):
+        kind = CIRCUIT if way in masks else way.replace(" ", "_")
+        points[way] = []
+        for size, mask in zip(run.settings.sizes, of_way, strict=True):
+            points[way].append(_measured(run, mask, kind, {"selection": way, "q": size}))
+    return {way: points[way] for way in masks}
+
+
+def _masks(
+    run: Study,
+    unpruned: Unpruned,
+    calibrations: Mapping[str, Calibration],
+    spared: Mapping[str, Calibration],
+) -> dict[str, list[WeightMask]]:
+    """Way of choosing -> its masks, of every size."""
+    sizes = run.settings.sizes
+    masks = {SEARCH: run.find_circuits("search", sizes, calibrations, spared)}
+    if run.settings.compare:
+        # One scoring of the unpruned model, the same price and check: what the walk adds.
+        options = {"steps": 1, "reach": 1, "renew": False}
+        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
+        target = calibrations[run.settings.target]
+        masks[PUBLISHED] = _published(run, unpruned, target, spared)
+    return masks
+
+
+def _published(
+    run: Study,
+    unpruned: Unpruned,
+    target: Calibration,
+    spared: Mapping[str, Calibration],
+) -> list[WeightMask]:
+    """`set_difference` of every size q and p = 5 q, by the loss; each behaviour is scored once."""
+    bridge, sizes = run.model.bridge, run.settings.sizes
+    shares = [min(1.0, P_OVER_Q * size) for size in sizes]
+    scores = unpruned.effect
+    if run.settings.scored_by != "loss":
+        scores = removal_effect(bridge, target.batches, max_memory=run.max_memory)
+    masks = top_fraction(scores, sizes)
+    for data in spared.values():
+        needed = snip_scores(bridge, data.batches, completion_loss, max_memory=run.max_memory)
+        needed_masks = top_fraction(needed, shares)
+        masks = [mask - other for mask, other in zip(masks, needed_masks, strict=True)]
+        del needed  # before those of the next behaviour are accumulated
+    return masks
+
+
+def _measured(run: Study, mask: WeightMask, kind: str, how: dict[str, Label]) -> Point:
+    """A mask with its figures on the choice split, which the run keeps."""
+    where: dict[str, Label] = {"model": run.model.name, "mask": kind, **how}
+    rows = run.model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
+    where["split"] = "choice"
+    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+    run.add(rows)
+    return Point(mask, how, rows)
+
+
+def _best(run: Study, points: Sequence[Point]) -> Point | None:
+    """The operating point of a way of choosing."""
+    settings = run.settings
+    return operating_point(
+        points,
+        _unpruned(run),
+        run.terms,
+        tolerance=settings.tolerance,
+        budgets=settings.named_budgets,
+        # Verdicts on free text are coarse; those on invented words are exact.
+        decides="rate" if run.model.is_invented else "loss",
+    )
+
+
+def _unpruned(run: Study) -> dict[str, float]:
+    """The unpruned model's figures on the choice split."""
+    return {row.metric: row.mean for row in run.rows.where(mask="none", split="choice")}
+
+
+def operating_point(
+    points: Sequence[Point],
+    before: Mapping[str, float],
+    terms: Terms,
+    *,
+    tolerance: float,
+    budgets: Mapping[str, float],
+    decides: Literal["rate", "loss"],
+) -> Point | None:
+    """The point that takes most of the target among those that keep everything else."""
+    # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
+    taken, sign = terms.target.metric, 1
+    if decides == "loss":
+        taken, sign = terms.target.nll_metric, -1
+
+    candidates = []
+    for point in points:
+        takes = sign * point.mean(taken) < sign * before[taken]
+        if takes and not _not_kept(point, before, terms, tolerance, budgets):
+            candidates.append(point)
+
+    def rank(point: Point) -> tuple[float, int]:
+        return sign * point.mean(taken), point.mask.n_removed
+
+    return min(candidates, key=rank, default=None)
+
+
+class _NotKept(NamedTuple):
+    """A figure of a kept behaviour that changes by more than it may."""
+
+    behaviour: str
+    figure: Literal["rate", "loss"]
+    change: float
+
+
+def _not_kept(
+    point: Point,
+    before: Mapping[str, float],
+    terms: Terms,
+    tolerance: float,
+    budgets: Mapping[str, float],
+) -> list[_NotKept]:
+    """What a mask does not leave within the tolerance and the budgets."""
+    lost = []
+    for behaviour in terms.kept:
+        name, rate, loss = behaviour.name, behaviour.metric, behaviour.nll_metric
+        # A behaviour that the model does not show was not measured.
+        if rate in before and point.mean(rate) < before[rate] - tolerance:
+            lost.append(_NotKept(name, "rate", point.mean(rate) - before[rate]))
+        # Nor is there a loss of one without reference answers.
+        has_budget = name in budgets and loss in before
+        if has_budget and point.mean(loss) > before[loss] + budgets[name]:
+            lost.append(_NotKept(name, "loss", point.mean(loss) - before[loss]))
+    return lost
+
+
+def _keep_tried(run: Study, points: Sequence[Point]) -> None:
+    """Keep the masks of a search that has no operating point, and what is against each."""
+    settings = run.settings
+    for point in points:
+        where = {"mask": CIRCUIT, **point.labels, "split": "choice"}
+        budgets = settings.named_budgets
+        for lost in _not_kept(point, _unpruned(run), run.terms, settings.tolerance, budgets):
+            labels = {**where, "behaviour": lost.behaviour, "figure": lost.figure}
+            run.note("not_kept", lost.change, **labels)
+        if point.mask.n_removed:
+            run.keep(f"tried-{point.labels['q']:g}", point.mask)
+
+
+# Measuring: the chosen mask, and everything it is compared with, on held-out requests
+
+
+class _Named(NamedTuple):
+    """A mask with the name of its file, and what its rows carry besides the model."""
+
+    name: str
+    mask: WeightMask
+    labels: dict[str, Label]
+
+
+def _measure_heldout(
+    run: Study,
+    chosen: WeightMask,
+    points: Mapping[str, Sequence[Point]],
+    best: Mapping[str, Point | None],
+    unpruned: Unpruned,
+    calibrations: Mapping[str, Calibration],
+) -> None:
+    """The operating point of each way of choosing, and all controls of the chosen one, held out."""
     model, settings = run.model, run.settings
-    scored = {settings.target, settings.contrast, *settings.protect}
-    if OTHERS in settings.protect:
-        scored |= set(model.others(settings.target))
-    return [name for name in model.behaviours if name in scored]
+    batches = calibrations[settings.target].batches
+    unmasked_nll = completion_nll(model.bridge, batches)
+    compared = _compared(run, chosen, points, best)
+    alone = _contrast_alone(run, chosen, calibrations)
+    matched = _controls(run, chosen, unpruned, calibrations)
+
+    # Each is measured and saved before the next is searched for.
+    for name, mask, labels in run.shown(chain(compared, alone, matched), "held out"):
+        run.keep(name, mask)
+        run.add(_masked_rows(run, mask, {"model": model.name, **labels}))
+        # Scores by another figure predict no loss.
+        if settings.scored_by == "loss":
+            change = completion_nll(model.bridge, batches, mask=mask) - unmasked_nll
+            where = {**labels, "split": "calibration"}
+            run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
+            run.note("measured_loss_change", change.mean().item(), **where)
 
 
-def _note_budgets(run: Study) -> None:
-    """What each protected behaviour may lose; the published protocol knows no budget."""
-    if not run.settings.published:
-        for name in run.protected:
-            run.note("budget", run.settings.budget_of(name), behaviour=name)
+def _compared(
+    run: Study,
+    chosen: WeightMask,
+    points: Mapping[str, Sequence[Point]],
+    best: Mapping[str, Point | None],
+) -> Iterator[_Named]:
+    """The mask of each way of choosing: at its operating point, or of the size of the search's."""
+
+    def distance(point: Point) -> int:
+        return abs(point.mask.n_removed - chosen.n_removed)
+
+    for way, of_way in points.items():
+        point, at = best[way], OWN_POINT
+        if point is None:
+            point, at = min(of_way, key=distance), SAME_SIZE
+        how: dict[str, Label] = {"at": at, "protected": ", ".join(run.protected)}
+        yield _Named(FILES[way], point.mask, {"mask": CIRCUIT, **point.labels, **how})
+
+
+def _contrast_alone(
+    run: Study,
+    chosen: WeightMask,
+    calibrations: Mapping[str, Calibration],
+) -> Iterator[_Named]:
+    """The circuit of the same search with only the contrast protected, where that is another."""
+    contrast, size = run.settings.contrast, chosen.fraction
+    is_another = contrast in run.protected and len(run.protected) > 1
+    if not run.settings.compare or not is_another:
+        return
+    name = f"circuit-{contrast}_only"
+    (alone,) = run.find_circuits(name, [size], calibrations, [contrast])
+    labels: dict[str, Label] = {"selection": SEARCH, "q": size, "protected": contrast}
+    yield _Named(name, alone, {"mask": CIRCUIT, **labels})
+
+
+def _controls(
+    run: Study,
+    chosen: WeightMask,
+    unpruned: Unpruned,
+    calibrations: Mapping[str, Calibration],
+) -> Iterator[_Named]:
+    """All controls of the chosen mask; of random ones each has its seed in its name."""
+    settings = run.settings
+    matched = controls(
+        run.model,
+        settings.target,
+        chosen,
+        protect=run.protected,
+        # The target has no twin, and a twin is a search.
+        contrast=settings.contrast if settings.compare else settings.target,
+        n_random=settings.n_random,
+        seed=settings.seed,
+        calibrations=calibrations,
+        unpruned=unpruned,
+        progress=run.progress,
+        folder=run.kept_in("twin"),
+        max_memory=run.max_memory,
+    )
+    for name, masks in matched.items():
+        kind = name.replace(" ", "_")
+        for number, mask in enumerate(masks, start=settings.seed):
+            if name.startswith("random"):
+                yield _Named(f"{kind}-{number}", mask, {"mask": kind, "seed": number})
+            else:
+                yield _Named(kind, mask, {"mask": kind})
+
+
+def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:
+    """What the model does on held-out requests, its perplexity, and the tasks."""
+    model = run.model
+    where = {**labels, "split": "heldout"}
+    with masked_if_given(model.bridge, mask):
+        rows = model.measure(labels=labels, only=run.terms.names)
+        if model.plain_text:
+            rows += [perplexity(model.bridge, model.plain_text, where)]
+        for task, limit in run.settings.tasks.items():
+            rows += evaluate_tasks(
+                model.bridge,
+                [task],
+                batch_size=model.batch_size,
+                limit=limit or None,
+                labels=where,
+            )
+    return rows
+
+
+def _masked_rows(run: Study, mask: WeightMask, labels: dict[str, Label]) -> Rows:
+    """Held-out rows under a mask, its size, and the divergence on texts."""
+    model, contrast = run.model, run.terms.contrast
+    rows = _heldout_rows(run, labels, mask)
+    where = {**labels, "split": "heldout"}
+    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+    references = contrast.references("heldout")
+    divergence = kl_under(model.bridge, mask, model.batches(contrast, references))
+    groups = [example.cluster for example in references]
+    rows += [Measurement.average(run.terms.kl_metric, where, divergence, groups)]
+    if model.plain_text:
+        divergence = kl_under(model.bridge, mask, model.plain_text)
+        rows += [Measurement.average("plain_kl", where, divergence, range(len(divergence)))]
+    return rows

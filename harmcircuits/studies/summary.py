@@ -1,50 +1,149 @@
-"""A study's rows as lines (the unpruned model, every circuit and control), and as a sentence."""
+"""A study in words: what its rows are called, and what they say, as lines and as sentences."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from harmcircuits.behaviours.behaviour import DEGENERATE
+from harmcircuits.behaviours.behaviour import DEGENERATE, Behaviour
 from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, REPEATED, repeats_text
+from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviours
 from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.diagnostics import SATURATED_NLL
-from harmcircuits.studies.grid import PUBLISHED, SEARCH, WAYS
-from harmcircuits.studies.heldout import SAME_SIZE
-from harmcircuits.studies.terms import Terms
 from harmcircuits.views.tables import DASH, line_table, text_table
 
+SEARCH, ONE_SHOT, PUBLISHED = "search", "one shot", "published"
+WAYS = (SEARCH, ONE_SHOT, PUBLISHED)  # of choosing
+CIRCUIT = "circuit"  # what a mask is called that one of them chose
+SAME_SIZE = "same size"  # of a way that has no operating point of its own
 TRADEOFF_LINES = (*WAYS, "random", "opposite sign")
-JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
-DOUBTFUL = 0.1  # of the answers under a mask: beyond it the judge's verdicts are in doubt
-DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
+
+CHANGES = {
+    "plain_kl": "plain text KL",
+    "perplexity": "perplexity",
+    "predicted_loss_change": "predicted Δ",
+    "measured_loss_change": "measured Δ",
+}
 
 
-@dataclass(frozen=True, repr=False)
-class StudyLines:
-    """What a study's page shows, sorted into lines."""
+@dataclass(frozen=True)
+class Terms:
+    """The behaviours of a study in their roles."""
 
-    summary: str
-    held_out: Mapping[str, Rows]
-    tradeoff: Mapping[str, Mapping[float, Rows]]
-    location: Rows
-    diagnostics: list[list[str]]
-    judge: list[list[str]]
+    target: Behaviour
+    contrast: Behaviour
+    behaviours: tuple[Behaviour, ...]
+    protected: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Rows, terms: Terms) -> "StudyLines":
-        """The lines of a study."""
-        return cls(
-            summary=summary(rows, terms),
-            held_out=held_out_lines(rows, terms),
-            tradeoff=tradeoff_lines(rows),
-            location=rows.where("weights_removed", by="matrix"),
-            diagnostics=diagnostics_lines(rows),
-            judge=judge_lines(rows),
-        )
+    def of(
+        cls,
+        model: Model,
+        target: str = TARGET,
+        contrast: str = CONTRAST,
+        protected: Iterable[str] = (),
+    ) -> "Terms":
+        """Of a model's whole behaviours, and of the target and contrast, which may be parts."""
+        # Each once, in the order in which tables show them.
+        names = dict.fromkeys([target, *model.whole_behaviours, contrast])
+        behaviours = tuple(model.behaviour(name) for name in names)
+        # Rows are told apart by their metric alone, not by a behaviour.
+        named: dict[str, str] = {}
+        for behaviour in behaviours:
+            for metric in (behaviour.metric, behaviour.nll_metric):
+                other = named.setdefault(metric, behaviour.name)
+                if other != behaviour.name:
+                    raise ValueError(
+                        f"{other!r} and {behaviour.name!r} share the metric {metric!r}; "
+                        "give one of them a metric and nll_metric of its own (see Behaviour.only)"
+                    )
+        ends = (model.behaviour(target), model.behaviour(contrast))
+        return cls(*ends, behaviours, tuple(protected))
+
+    @classmethod
+    def standard(cls, protected: Iterable[str] = ()) -> "Terms":
+        """Of the package's own behaviours, for rows whose model is not at hand."""
+        behaviours = standard_behaviours()
+        ends = (behaviours[TARGET], behaviours[CONTRAST])
+        return cls(*ends, tuple(behaviours.values()), tuple(protected))
+
+    @property
+    def kept(self) -> tuple[Behaviour, ...]:
+        """What the removal of the target must leave alone: abilities, and all that is protected."""
+        # Where the target is one type of harm, harm as a whole is lowered with it.
+        removed = (self.target.name, self.target.part_of)
+        named = (self.contrast.name, *self.protected)
+        behaviours = []
+        for behaviour in self.behaviours:
+            is_kept = behaviour.is_kept or behaviour.name in named
+            if is_kept and behaviour.name not in removed:
+                behaviours.append(behaviour)
+        return tuple(behaviours)
+
+    @property
+    def kept_rates(self) -> tuple[str, ...]:
+        """The metrics of `kept`."""
+        return tuple(behaviour.metric for behaviour in self.kept)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the behaviours."""
+        return [behaviour.name for behaviour in self.behaviours]
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the behaviours that a mask is chosen by: the target and what is kept."""
+        chosen_by = {behaviour.name for behaviour in self.kept}
+        chosen_by.add(self.target.name)
+        return [name for name in self.names if name in chosen_by]
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Behaviour -> the rate that shows it."""
+        return {behaviour.name: behaviour.metric for behaviour in self.behaviours}
+
+    @property
+    def rates(self) -> dict[str, str]:
+        """Rate -> title of its column."""
+        titles = {}
+        for behaviour in self.behaviours:
+            titles[behaviour.metric] = behaviour.title
+            if DEGENERATE in behaviour.side_metrics:
+                titles[behaviour.side_metrics[DEGENERATE]] = DEGENERATE
+            if behaviour.words_metric:
+                titles[behaviour.words_metric] = "kept words"
+            if behaviour.doubt_metric:
+                titles[behaviour.doubt_metric] = "doubted"
+        return titles
+
+    @property
+    def losses(self) -> dict[str, str]:
+        """Loss or divergence -> title of its column."""
+        roles = (self.target.name, self.contrast.name)
+        titles = {}
+        for behaviour in self.behaviours:
+            if behaviour.is_loss_shown or behaviour.name in roles:
+                titles[behaviour.nll_metric] = f"{behaviour.title} NLL"
+        return {**titles, self.kl_metric: f"{self.contrast.title} KL", **CHANGES}
+
+    @property
+    def kl_metric(self) -> str:
+        """Name of the divergence on the contrast's reference answers."""
+        return f"{self.contrast.name}_kl"
+
+    @property
+    def twin(self) -> str:
+        """What tables call the mask of the same search with the contrast as the target."""
+        return f"{self.contrast.name} twin"
+
+
+JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
+DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
+DOUBTFUL = 0.1  # of the answers under a mask: beyond it the judge's verdicts are in doubt
+SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
 
 
 def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
@@ -56,44 +155,37 @@ def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
     )
     # A study also measures a circuit that protects the contrast only. Those that are compared say
     # `at` which size they are, and it does not.
-    circuits = measured.where(mask="circuit")
+    circuits = measured.where(mask=CIRCUIT)
+    compared = Rows(row for row in circuits if "at" in row.labels)
     alone = Rows(row for row in circuits if "at" not in row.labels)
     lines = {"unpruned": measured.where(mask="none")}
     for way in WAYS:
-        of_way = Rows(row for row in circuits.where(selection=way) if "at" in row.labels)
+        of_way = compared.where(selection=way)
         is_same_size = bool(of_way.where(at=SAME_SIZE))
         lines[f"{way}, {SAME_SIZE}" if is_same_size else way] = of_way
-    twin = terms.twin.replace(" ", "_")
     lines |= {
         f"{SEARCH}, only {terms.contrast.name} protected": alone,
         "random": measured.where(mask="random").pool("seed"),
         "random, same magnitudes": measured.where(mask="random_magnitude").pool("seed"),
         "opposite sign": measured.where(mask="opposite_sign"),
         "second slice": measured.where(mask="second_slice"),
-        terms.twin: measured.where(mask=twin),
+        terms.twin: measured.where(mask=terms.twin.replace(" ", "_")),
     }
     return {name: of_line for name, of_line in lines.items() if of_line}
 
 
-def result_tables(rows: Rows, terms: Terms) -> list[Table]:
-    """The figures for a terminal: held-out rates and losses."""
-    lines = held_out_lines(rows, terms)
-    studied = _studied(lines) or SEARCH
-    tables = [
-        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=studied),
-        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=studied),
-    ]
-    if rows.where(VALIDATION):
-        tables.append(judge_table(rows))
-    return tables
-
-
-def judge_table(rows: Rows) -> Table:
-    """How well the judge tells harmful answers of the unpruned model from harmless ones."""
-    grid = text_table("The judge of harm", JUDGE, n_names=2)
-    for line in judge_lines(rows):
-        grid.add_row(*line)
-    return grid
+def tradeoff_lines(rows: Rows) -> dict[str, dict[float, Rows]]:
+    """Way of choosing -> share of the weights removed -> rows on the choice split."""
+    lines = {}
+    for selection in TRADEOFF_LINES:
+        sizes = rows.where("weights_removed", selection=selection, split="choice")
+        points = {}
+        for row in sorted(sizes, key=lambda row: row.mean):
+            if row.mean:  # a search may find no mask within the budget
+                # Everything measured under a mask carries the same labels.
+                points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
+        lines[selection] = points
+    return {name: points for name, points in lines.items() if points}
 
 
 def judge_lines(rows: Rows) -> list[list[str]]:
@@ -116,39 +208,41 @@ def judge_lines(rows: Rows) -> list[list[str]]:
     return lines
 
 
-def tradeoff_lines(rows: Rows) -> dict[str, dict[float, Rows]]:
-    """Way of choosing -> share of the weights removed -> rows on the choice split."""
-    lines = {}
-    for selection in TRADEOFF_LINES:
-        sizes = rows.where("weights_removed", selection=selection, split="choice")
-        points = {}
-        for row in sorted(sizes, key=lambda row: row.mean):
-            if row.mean:  # a search may find no mask within the budget
-                # Everything measured under a mask carries the same labels.
-                points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
-        lines[selection] = points
-    return {name: points for name, points in lines.items() if points}
-
-
 def diagnostics_lines(rows: Rows) -> list[list[str]]:
     """Yield, loss and gradient norm of every behaviour's calibration answers, as texts."""
     lines = []
     for row in rows.where("calibration_yield"):
         name = str(row.labels["behaviour"])
-        nll = rows.where("calibration_nll", behaviour=name)
-        if not nll:  # no verified answer, so nothing to take a loss of
+        of_behaviour = rows.where("", behaviour=name)
+        if not of_behaviour.where("calibration_nll"):  # no verified answer to take a loss of
             lines.append([name, f"{row.mean:.0%}", DASH, DASH, "not shown by this model"])
             continue
-        loss = nll[0].mean
-        norm = rows.where("gradient_norm", behaviour=name)[0].mean
-        examples = rows.where("calibration_examples", behaviour=name)
+        loss = of_behaviour.one("calibration_nll").mean
+        norm = of_behaviour.one("gradient_norm").mean
+        n_examples = of_behaviour.one("calibration_examples").mean
         state = "usable"
         if loss < SATURATED_NLL:
             state = "saturated"
-        elif examples and examples[0].mean < FEW_ANSWERS:
-            state = f"few answers ({examples[0].mean:.0f})"
+        elif n_examples < FEW_ANSWERS:
+            state = f"few answers ({n_examples:.0f})"
         lines.append([name, f"{row.mean:.0%}", f"{loss:.3f}", f"{norm:.3f}", state])
     return lines
+
+
+def result_tables(rows: Rows, terms: Terms) -> list[Table]:
+    """The figures for a terminal: held-out rates and losses, and how well the judge sees harm."""
+    lines = held_out_lines(rows, terms)
+    tables = [
+        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=SEARCH),
+        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=SEARCH),
+    ]
+    judged = judge_lines(rows)
+    if judged:
+        grid = text_table("The judge of harm", JUDGE, n_names=2)
+        for line in judged:
+            grid.add_row(*line)
+        tables.append(grid)
+    return tables
 
 
 def n_scored(rows: Rows) -> int:
@@ -159,8 +253,7 @@ def n_scored(rows: Rows) -> int:
 def summary(rows: Rows, terms: Terms) -> str:
     """The result in words, with the warnings a reader needs."""
     lines = held_out_lines(rows, terms)
-    studied = _studied(lines)
-    if not studied:
+    if SEARCH not in lines:
         points = 100 * rows.one("tolerance").mean
         text = (
             f"No operating point: no mask lowers {terms.target.title} and keeps the rate of every "
@@ -169,20 +262,19 @@ def summary(rows: Rows, terms: Terms) -> str:
         )
         return "\n".join([text, *_tried(rows, terms), *_warnings(rows, terms)])
 
+    before, after = lines["unpruned"], lines[SEARCH]
     rate = terms.target.metric
-    before, after = lines["unpruned"], lines[studied]
-    size = after.one("weights_removed").mean
+    n_removed = after.one("weights_removed").mean
     others = []
     for name, of_line in lines.items():
-        if name == "random" or (name.split(",")[0] in WAYS[1:] and name != studied):
-            n_removed = of_line.one("weights_removed").mean
-            others.append(f"{of_line.one(rate).mean:.0%} ({name}; {n_removed:,.0f} weights)")
+        if name == "random" or name.split(",")[0] in (ONE_SHOT, PUBLISHED):
+            size = of_line.one("weights_removed").mean
+            others.append(f"{of_line.one(rate).mean:.0%} ({name}; {size:,.0f} weights)")
     text = (
-        f"Removing {size:,.0f} weights ({share(size / n_scored(rows))}; {studied}) takes "
+        f"Removing {n_removed:,.0f} weights ({share(n_removed / n_scored(rows))}; {SEARCH}) takes "
         f"{_answers(terms)} from {before.one(rate).mean:.0%} to {after.one(rate):.0%}; "
         f"chosen otherwise they leave {listed(others)}. {_became(before, after, terms)}"
-        f"{_cost(before, after, terms)} "
-        f"{_loss_changes(before, after, terms)}"
+        f"{_cost(before, after, terms)} {_loss_changes(before, after, terms)}"
     )
     return "\n".join([text, _protected(rows, terms), *_warnings(rows, terms)])
 
@@ -190,72 +282,28 @@ def summary(rows: Rows, terms: Terms) -> str:
 def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
     """What a reader takes away: name, figure, and interval or explanation of each."""
     lines = held_out_lines(rows, terms)
-    before, target = lines["unpruned"], terms.target
-    after = lines.get(_studied(lines))
+    before, after = lines["unpruned"], lines.get(SEARCH, Rows())
     figures = []
-    for metric, name in _titles(before, after or Rows(), terms).items():
+    for metric, name in _titles(before, after, terms).items():
         start = before.one(metric)
-        if after is None or not after.where(metric):
+        if after.where(metric):
+            end = after.one(metric)
+            figures.append((name, f"{start.mean:.0%} → {end.mean:.0%}", f"{end:.0%}"))
+        else:
             figures.append((name, f"{start.mean:.0%}", f"{start:.0%}, unpruned"))
-            continue
-        end = after.one(metric)
-        figures.append((name, f"{start.mean:.0%} → {end.mean:.0%}", f"{end:.0%}"))
-    if not target.side_metrics:
+    if not terms.target.side_metrics:
         note = "this behaviour counts no other verdicts"
         figures.append(("what answers become", DASH, note))
-    if after is None:
+    if not after:
         return [*figures, ("weights removed", DASH, "no mask was chosen")]
 
     changes = _changes(before, after, terms)
-    worst = min(changes, key=changes.__getitem__, default=None)
-    if worst is not None:
+    if changes:
+        worst = min(changes, key=changes.__getitem__)
         figures.append(("worst kept ability", f"{changes[worst]:+.1f} points", worst))
     size = after.one("weights_removed").mean
     figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
     return figures
-
-
-def _tried(rows: Rows, terms: Terms) -> list[str]:
-    """A line for each mask of a search without an operating point: what it does not keep."""
-    before = rows.where(mask="none", split="choice")
-    rate, loss = terms.target.metric, terms.target.nll_metric
-    tried = []
-    for of_mask in tradeoff_lines(rows).get(SEARCH, {}).values():
-        size = of_mask.one("weights_removed")
-        change = of_mask.one(loss).mean - before.one(loss).mean
-        tried.append(
-            f"Tried {size.mean:,.0f} weights (masks/tried-{size.labels['q']:g}): "
-            f"{_answers(terms)} {before.one(rate).mean:.0%} → {of_mask.one(rate).mean:.0%}, their "
-            f"loss {change:+.3f} nats; not kept: {_not_kept(of_mask)}."
-        )
-    return tried or ["The search removes no weight within the budgets."]
-
-
-def _not_kept(of_mask: Rows) -> str:
-    """Each figure that a mask does not keep, with its change."""
-    lost = []
-    for row in of_mask.where("not_kept"):
-        behaviour, is_rate = row.labels["behaviour"], row.labels["figure"] == "rate"
-        if is_rate:
-            lost.append(f"{behaviour} {100 * row.mean:+.1f} points")
-        else:
-            lost.append(f"{behaviour} loss {row.mean:+.3f} nats")
-    return listed(lost) or "nothing"
-
-
-def _studied(lines: Mapping[str, Rows]) -> str:
-    """The way of choosing whose circuit is studied; empty where no mask was chosen."""
-    return next((way for way in (SEARCH, PUBLISHED) if way in lines), "")
-
-
-def _doubts(rows: Rows, terms: Terms) -> Rows:
-    """How many answers the judge doubts under the chosen mask, where they are many."""
-    metric = terms.target.doubt_metric
-    if not metric:
-        return Rows()
-    lines = held_out_lines(rows, terms)
-    studied = lines.get(_studied(lines), Rows())
-    return Rows(row for row in studied.where(metric) if row.mean >= DOUBTFUL)
 
 
 def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
@@ -270,6 +318,34 @@ def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
     return {metric: title for metric, title in titles.items() if before.where(metric)}
 
 
+def _tried(rows: Rows, terms: Terms) -> list[str]:
+    """A line for each mask of a search without an operating point: what it does not keep."""
+    before = rows.where(mask="none", split="choice")
+    rate, loss = terms.target.metric, terms.target.nll_metric
+    tried = []
+    for of_mask in tradeoff_lines(rows).get(SEARCH, {}).values():
+        lost = []
+        for row in of_mask.where("not_kept"):
+            behaviour = row.labels["behaviour"]
+            if row.labels["figure"] == "rate":
+                lost.append(f"{behaviour} {100 * row.mean:+.1f} points")
+            else:
+                lost.append(f"{behaviour} loss {row.mean:+.3f} nats")
+        size = of_mask.one("weights_removed")
+        change = of_mask.one(loss).mean - before.one(loss).mean
+        tried.append(
+            f"Tried {size.mean:,.0f} weights (masks/tried-{size.labels['q']:g}): "
+            f"{_answers(terms)} {before.one(rate).mean:.0%} → {of_mask.one(rate).mean:.0%}, their "
+            f"loss {change:+.3f} nats; not kept: {listed(lost) or 'nothing'}."
+        )
+    return tried or ["The search removes no weight within the budgets."]
+
+
+def _answers(terms: Terms) -> str:
+    """The target's answers that count."""
+    return f"valid {terms.target.name} answers"
+
+
 def _became(before: Rows, after: Rows, terms: Terms) -> str:
     """What the target's answers turned into, as a sentence; empty where nothing rises."""
     risen = []
@@ -282,23 +358,15 @@ def _became(before: Rows, after: Rows, terms: Terms) -> str:
     return f"In their place: {listed(risen)}. " if risen else ""
 
 
-def _protected(rows: Rows, terms: Terms) -> str:
-    """What was to be spared, in a search with the budget of each, and what was not."""
-    spared = []
-    for name in terms.protected:
-        for budget in rows.where("budget", behaviour=name):
-            spared.append(f"{name} ({budget.mean:g})")
-    removed = (terms.target.name, terms.target.part_of)
-    open_to_it = [name for name in terms.names if name not in (*removed, *terms.protected)]
-    text = f"Protected, each with the nats per token that it may lose: {listed(spared)}."
-    if terms.protected and not spared:  # the published protocol, which knows no budget
-        text = f"Spared, by the weights that it needs most: {listed(terms.protected)}."
-    return f"{text} Not protected: {listed(open_to_it)}." if open_to_it else text
-
-
-def _answers(terms: Terms) -> str:
-    """The target's answers that count."""
-    return f"valid {terms.target.name} answers"
+def _changes(before: Rows, after: Rows, terms: Terms) -> dict[str, float]:
+    """Title of each kept ability -> how far its rate changes, in points."""
+    changes = {}
+    for behaviour in terms.kept:
+        # What the unpruned model never does cannot fall.
+        if after.where(behaviour.metric) and before.one(behaviour.metric).mean > 0:
+            change = after.one(behaviour.metric).mean - before.one(behaviour.metric).mean
+            changes[behaviour.title] = 100 * change
+    return changes
 
 
 def _cost(before: Rows, after: Rows, terms: Terms) -> str:
@@ -312,18 +380,6 @@ def _cost(before: Rows, after: Rows, terms: Terms) -> str:
     )
 
 
-def _changes(before: Rows, after: Rows, terms: Terms) -> dict[str, float]:
-    """Title of each kept ability -> how far its rate changes, in points."""
-    changes = {}
-    for behaviour in terms.kept:
-        # What the unpruned model never does cannot fall.
-        if after.where(behaviour.metric) and before.one(behaviour.metric).mean > 0:
-            rate_after = after.one(behaviour.metric).mean
-            rate_before = before.one(behaviour.metric).mean
-            changes[behaviour.title] = 100 * (rate_after - rate_before)
-    return changes
-
-
 def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
     changes = []
     for behaviour in (terms.target, terms.contrast):
@@ -334,6 +390,18 @@ def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
         f"The loss on {terms.target.name} answers changes by {changes[0]:+.2f} nats per token, on "
         f"{terms.contrast.name} ones by {changes[1]:+.2f}."
     )
+
+
+def _protected(rows: Rows, terms: Terms) -> str:
+    """What was to be spared, with the budget of each, and what was not."""
+    spared = []
+    for name in terms.protected:
+        budget = rows.one("budget", behaviour=name).mean
+        spared.append(f"{name} ({budget:g})")
+    text = f"Protected, each with the nats per token that it may lose: {listed(spared)}."
+    removed = (terms.target.name, terms.target.part_of)
+    open_to_it = [name for name in terms.names if name not in (*removed, *terms.protected)]
+    return f"{text} Not protected: {listed(open_to_it)}." if open_to_it else text
 
 
 def _warnings(rows: Rows, terms: Terms) -> list[str]:
@@ -371,3 +439,12 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
                 "saturated, so its scores are noise."
             )
     return warnings
+
+
+def _doubts(rows: Rows, terms: Terms) -> Rows:
+    """How many answers the judge doubts under the chosen mask, where they are many."""
+    metric = terms.target.doubt_metric
+    if not metric:
+        return Rows()
+    studied = held_out_lines(rows, terms).get(SEARCH, Rows())
+    return Rows(row for row in studied.where(metric) if row.mean >= DOUBTFUL)

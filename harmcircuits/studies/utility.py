@@ -1,7 +1,6 @@
 """What a model can still do: tasks of lm-evaluation-harness, on the bridge as it stands."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,17 +43,12 @@ def evaluate_tasks(
         labels: what the rows carry.
 
     Raises:
-        ValueError: lm-eval is not installed, no or unknown tasks, a limit below 1, and data that
-            cannot be loaded.
+        ValueError: lm-eval is not installed, an unknown task, and data that cannot be loaded.
     """
-    bridge = as_bridge(bridge)
-    manager = task_manager(tasks, include_path)
-    if limit is not None and limit < 1:
-        raise ValueError(
-            f"evaluate_tasks: limit={limit}; expected at least 1, or None for all examples"
-        )
     from transformers import AutoTokenizer
 
+    bridge = as_bridge(bridge)
+    manager = task_manager(tasks, include_path)
     wrap = _harness("lm_eval.models.huggingface").HFLM
     evaluate = _harness("lm_eval").simple_evaluate
     tokenizer = AutoTokenizer.from_pretrained(bridge.tokenizer.name_or_path)
@@ -73,9 +67,7 @@ def evaluate_tasks(
                 log_samples=False,
             )
         except OSError as error:
-            raise ValueError(
-                f"evaluate_tasks: the data of {list(tasks)} cannot be loaded ({error})"
-            ) from None
+            raise ValueError(f"tasks={list(tasks)}: data cannot be loaded ({error})") from None
     rows = Rows()
     for name, figures in evaluation["results"].items():
         rows += _rows(name, figures, labels or {})
@@ -84,28 +76,15 @@ def evaluate_tasks(
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
     """The harness's `TaskManager`, which knows these tasks; no data is loaded."""
-    if not tasks or isinstance(tasks, str):
-        raise ValueError(
-            f"evaluate_tasks: tasks={tasks!r}; expected a list of one or more names of tasks"
-        )
-    if include_path and not Path(include_path).is_dir():
-        raise ValueError(
-            f"evaluate_tasks: include_path={str(include_path)!r} is no folder; "
-            "give one with task files"
-        )
-    manager = _manager(str(include_path or ""))
+    folder = str(include_path) if include_path else None
+    manager = _harness("lm_eval.tasks").TaskManager(include_path=folder)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ValueError(
-            f"evaluate_tasks: the harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` "
-            "lists what it knows, and include_path (--tasks-from) adds a folder of further tasks"
+            f"the harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it "
+            "knows, and include_path= adds a folder of further tasks"
         )
     return manager
-
-
-@cache  # it reads thousands of files
-def _manager(include_path: str) -> Any:
-    return _harness("lm_eval.tasks").TaskManager(include_path=include_path or None)
 
 
 def _harness(module: str) -> Any:
@@ -113,8 +92,7 @@ def _harness(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"evaluate_tasks: lm-evaluation-harness is not installed ({error}); "
-            "pip install 'harmcircuits[real]'"
+            f"lm-evaluation-harness is not installed ({error}); pip install 'harmcircuits[real]'"
         ) from None
 
 
@@ -130,20 +108,12 @@ def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
         if variant != "none":  # how the answer is read out of the text
             where["filter"] = variant
         # A group of tasks, and some metrics, come without a standard error.
-        half = 0.0
+        half, n = 0.0, figures["sample_len"]
         error = figures.get(f"{metric}_stderr,{variant}")
-        n = figures["sample_len"]
         if isinstance(error, float) and n > 1:
             half = student_quantile(n) * error
         else:
             where["interval"] = "none"
-        row = Measurement(
-            f"task_{metric}",
-            where,
-            float(mean),
-            low=mean - half,
-            high=mean + half,
-            n=n,
-        )
-        rows.append(row)
+        mean = float(mean)
+        rows.append(Measurement(f"task_{metric}", where, mean, mean - half, mean + half, n))
     return Rows(rows)

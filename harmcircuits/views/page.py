@@ -45,6 +45,12 @@ def section(title: str, text: str, content: str) -> str:
     return str(macro(title, text, _html(content)))
 
 
+def subsection(title: str, text: str, content: str) -> str:
+    """A titled part of a section."""
+    macro = _part("subsection")
+    return str(macro(title, text, _html(content)))
+
+
 def paragraphs(text: str) -> str:
     """Plain text as the result that opens a page: one paragraph a line."""
     macro = _part("paragraphs")

@@ -11,8 +11,7 @@ import pytest
 import harmcircuits as hc
 from harmcircuits.organisms.world import world
 from harmcircuits.studies.study_page import write_study_page
-from harmcircuits.studies.summary import held_out_lines, summary
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms, held_out_lines, summary
 
 TOPIC = world().topics[0]
 
@@ -52,9 +51,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    settings = hc.StudySettings(
-        sizes=(0.01,), steps=2, n_random=1, budget=1.0, tolerance=1.0, decides="loss"
-    )
+    settings = hc.StudySettings(sizes=(0.01,), steps=2, n_random=1, budget=1.0, tolerance=1.0)
     return hc.study(
         model,
         settings,

@@ -174,9 +174,7 @@ def test_the_padding_side_of_a_tokenizer_changes_nothing(model):
 
 @pytest.mark.slow
 def test_a_study_gives_the_same_rows_and_masks_again(model):
-    settings = StudySettings(
-        sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, decides="loss", n_random=1
-    )
+    settings = StudySettings(sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, n_random=1)
     first, second = (study(model, settings, protect=["benign"]) for _ in range(2))
     assert first.rows == second.rows
     masks = [{name: mask.digest for name, mask in run.masks.items()} for run in (first, second)]

@@ -12,7 +12,6 @@ from helpers import random_batch, small_model
 
 from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
 from harmcircuits.hooks.search import find_circuit
-from harmcircuits.hub import mask_card
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.summary import _warnings, diagnostics_lines
 
@@ -31,8 +30,6 @@ def test_the_search_warns_and_its_trace_counts():
     with pytest.warns(UserWarning, match=rf"find_circuit: scored on .* harmful {n_verified}"):
         mask = model.find_circuit("harmful", protect=(), size=0.001, steps=1, renew=False)
     assert mask.trace.one("examples_scored", data="target").mean == n_verified
-    card = mask_card(mask, "someone/mask")
-    assert f"Scored on target {n_verified} answers. Warning: scored on fewer than 20" in card
 
 
 def test_enough_answers_are_counted_and_not_warned_of(llama):
@@ -43,9 +40,6 @@ def test_enough_answers_are_counted_and_not_warned_of(llama):
         )
     counts = {row.labels["data"]: row.mean for row in mask.trace.where("examples_scored")}
     assert counts == {"target": 24, "kept": 4}, "of three requests two are priced"
-    card = mask_card(mask, "someone/mask")
-    assert "Scored on target 24, kept 4 answers." in card
-    assert "Warning" not in card
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -14,23 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_model
+from helpers import command, write_model
 from support.organisms.train import new_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.judges import ChatJudge
 from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.cli import app
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, load_organism, world
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.models import ModelSpec, open_model
-from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.summary import judge_lines
 
 SFT = FOLDER / "sft"
@@ -354,7 +351,8 @@ def test_a_model_that_shows_nothing_is_refused(spec):
 
 
 def arguments(files: dict[str, str], out, *more: str) -> list[str]:
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
+    requests = {name: file for name, file in files.items() if name != "questions"}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in requests.items()]
     return ["study", "--out", str(out), *given, *more]
 
 
@@ -367,8 +365,8 @@ def usual(cache) -> list[str]:
 def finished(files, spec, model, tmp_path_factory):
     """The command line's study of the same model, its answers taken from the cache."""
     out = tmp_path_factory.mktemp("study")
-    grid = ["--size=0.006", "--steps=2", "--tolerance=0.5", "--budget=2", "--n-random=1"]
-    result = CliRunner().invoke(app, arguments(files, out, *usual(spec.cache), *grid))
+    grid = ["--sizes=0.006", "--steps=2", "--tolerance=0.5", "--budget=2", "--n-random=1"]
+    result = command(*arguments(files, out, *usual(spec.cache), *grid))
     return result, out
 
 
@@ -410,74 +408,6 @@ def test_a_mask_is_measured_not_remembered(model, finished):
     under = model.measure(only=["harmful"], mask=mask)
     assert [row.mean for row in under] != [row.mean for row in before]
     assert model.measure(only=["harmful"]) == before
-
-
-# Its command line
-
-GIVEN = ["--model=m", "--harmful=a.jsonl", "--benign=b.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--model=nowhere"],
-            "'nowhere' needs its requests; give --harmful FILE and --benign FILE",
-        ),
-        (["--harmful=a.jsonl"], "--harmful is for a custom model; give --model"),
-        (GIVEN, "a.jsonl: no such file"),
-        ([*GIVEN, "--template=xml"], "--template 'xml'"),
-        ([*GIVEN, "--batch-size=0"], "--batch-size 0"),
-        (["--budget=-1"], "--budget -1.0; expected 0 or more"),
-    ],
-)
-def test_command_line_errors_are_one_line(tmp_path, arguments, message):
-    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "out"), *arguments])
-    assert result.exit_code == 2
-    assert message in result.stderr.replace("\n", " ")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments_", "message"),
-    [
-        ([f"--model={SFT}", "--judge=strict"], "--judge 'strict'"),
-        ([f"--model={SFT}", "--dtype=int8"], "--dtype 'int8'"),
-        (["--model=nowhere"], "model 'nowhere' cannot be loaded"),
-    ],
-)
-def test_a_model_that_cannot_be_opened_is_one_line(files, tmp_path, arguments_, message):
-    some = {name: files[name] for name in ("harmful", "benign")}
-    given = arguments(some, tmp_path / "out", *arguments_, f"--cache={tmp_path / 'c'}")
-    result = CliRunner().invoke(app, given)
-    assert result.exit_code == 2
-    assert message in result.stderr.replace("\n", " ")
-
-
-def test_what_is_not_given_is_as_usual_for_the_kind_of_model(files, spec, tmp_path, monkeypatch):
-    seen = []
-
-    def refuse(model, settings, **options):
-        seen.append(settings)
-        raise ValueError("enough")
-
-    monkeypatch.setattr("harmcircuits.cli.study", refuse)
-    custom = arguments(files, tmp_path, *usual(spec.cache))
-    given = ["--size=0.5", "--steps=2", "--tolerance=0", "--budget=0", "--decides=rate"]
-    single = ["--budget-of=benign=0.5", "--budget-of=refusal=0"]
-    lines = [custom, [*custom, *given], ["study", "--out", str(tmp_path)], [*custom, *single]]
-    for line in lines:
-        assert CliRunner().invoke(app, line).exit_code == 2
-    changed = StudySettings(
-        sizes=(0.5,),
-        steps=2,
-        tolerance=0.0,
-        budget=0.0,
-        decides="rate",
-    )
-    budgets = {**FOR_REAL_MODELS.budgets, "benign": 0.5, "refusal": 0.0}
-    with_own = replace(FOR_REAL_MODELS, budgets=budgets)
-    assert seen == [FOR_REAL_MODELS, changed, StudySettings(), with_own]
 
 
 def test_given_requests_are_named_by_their_number(cache):

@@ -8,10 +8,7 @@ file that are not scored, a study that needs harmful and benign requests whateve
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from harmcircuits.cli import app
-from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, world
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.models import open_model
@@ -73,61 +70,6 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module")
-def finished(files, cache, tmp_path_factory):
-    """A study of three behaviours from files, without harmful and benign requests."""
-    out = tmp_path_factory.mktemp("study")
-    own = [f"--behaviour={files[name]}" for name in ("abuses.toml", "uses.json", "sorts.json")]
-    roles = ["--target=abuses", "--contrast=uses", "--protect=uses", "--protect=sorts"]
-    model = [f"--model={SFT}", f"--cache={cache}", f"--limit={LIMIT}", "--max-new-tokens=9"]
-    grid = ["--size=0.006", "--steps=2", "--tolerance=0.5", "--budget=2", "--n-random=1"]
-    result = CliRunner().invoke(app, ["study", f"--out={out}", *own, *roles, *model, *grid])
-    return result, out
-
-
-def test_a_study_removes_and_protects_behaviours_from_files(finished):
-    result, out = finished
-    assert result.exit_code == 0, result.output
-    rows = Rows.read(out / "rows.jsonl")
-    unpruned = rows.where(mask="none", split="heldout")
-    for metric in ("abuses_rate", "use_share", "sorts_rate"):
-        assert unpruned.one(metric).mean >= 0.75
-    assert unpruned.one("abuses_refusal_rate").mean == 0
-    assert unpruned.one("sorts_nll").n == LIMIT, "scored on the references of its file"
-    circuit = rows.where(mask="circuit", split="heldout", at="operating point", selection="search")
-    assert circuit.one("abuses_nll").mean > unpruned.one("abuses_nll").mean
-    assert circuit[0].labels["protected"] == "uses, sorts"
-    assert {"uses_kl", "uses_nll"} <= set(rows.metrics)
-    judges = {row.metric: row.labels.get("judge") for row in unpruned}
-    assert (judges["abuses_rate"], judges["use_share"]) == ("pattern", "local rules")
-    assert (out / "masks" / "uses_twin.safetensors").is_file()
-
-
-def test_the_command_says_how_each_file_was_read(finished, files):
-    result, _ = finished
-    lines = [line for line in result.output.splitlines() if "request" in line]
-    n = len(ITEMS)
-    assert [line.split(": ", 1)[0] for line in lines[:3]] == ["abuses", "uses", "sorts"]
-    assert (
-        f"{files['abuse.csv']}: AdvBench: prompt from goal, completion from target; {n} "
-        in lines[0]
-    )
-    assert "Alpaca: prompt from instruction + input, completion from output" in lines[1]
-    assert "chat messages: prompt from messages" in lines[2]
-
-
-def test_tables_and_page_speak_of_them(finished):
-    result, out = finished
-    assert "valid abuses answers" in result.output
-    html = (out / "report.html").read_text(encoding="utf-8")
-    for words in ("The weights behind abuses answers", "tells sorts", "uses twin", "uses NLL"):
-        assert words in html
-    settings = json.loads((out / "manifest.json").read_text())["settings"]
-    assert {"behaviour abuses", "behaviour uses", "behaviour sorts"} <= set(settings)
-    written = html + (out / "rows.jsonl").read_text() + (out / "manifest.json").read_text()
-    assert not any(request in written for request in asked("abuse"))
-
-
 def test_they_are_protected_beside_the_usual_ones(files, cache):
     harmful, benign = PromptSet.of(asked("exploit")), PromptSet.of(asked("clean"))
     model = open_model(
@@ -153,28 +95,6 @@ def test_they_are_protected_beside_the_usual_ones(files, cache):
     assert risen < rows.one("harm_nll").mean - before.one("harm_nll").mean
 
 
-def test_a_model_needs_all_its_requests_or_behaviours(files, tmp_path):
-    arguments = ["study", f"--out={tmp_path / 'out'}", f"--model={SFT}"]
-    for given, message in (
-        ([f"--behaviour={files['uses.json']}", "--harmful=a.csv"], "give --harmful FILE and"),
-        (
-            [f"--behaviour={files['uses.json']}", "--max-new-tokens=9"],
-            "has no behaviour 'harmful'; there are uses",
-        ),
-        # The answers may be as long as the whole context.
-        ([f"--behaviour={files['uses.json']}"], "context is 64; shorten the request"),
-        ([f"--behaviour={tmp_path}/no.json"], "no.json: no such file"),
-        (
-            ["--harmful=a", "--benign=b", "--column=prompt"],
-            "--column 'prompt'; expected NAME=VALUE",
-        ),
-        (["--harmful=a", "--benign=b", "--column=harm.prompt=x"], "'harm.prompt' names no file"),
-    ):
-        result = CliRunner().invoke(app, [*arguments, f"--cache={tmp_path}", *given])
-        assert result.exit_code == 2
-        assert message in " ".join(result.output.split())
-    for option in ("--column=prompt=goal", "--behaviour=a.json"):
-        result = CliRunner().invoke(app, ["study", f"--out={tmp_path / 'out'}", option])
-        assert f"{option.split('=')[0]} is for a custom model" in " ".join(result.output.split())
+def test_a_model_needs_all_its_requests_or_behaviours(files):
     with pytest.raises(ValueError, match="no 'harmful'; give a file"):
         open_model(SFT, prompts={"benign": ["a"]}, behaviours=[files["uses.json"]])

@@ -8,6 +8,7 @@ silently left out.
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,8 @@ from helpers import asked_few
 from scipy.stats import t as student
 from support.organisms.train import new_tokenizer
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.cli import app
 from harmcircuits.export import export
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -26,9 +25,9 @@ from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import open_organism, world
 from harmcircuits.studies import utility
-from harmcircuits.studies.heldout import heldout_rows, masked_rows
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
+from harmcircuits.studies.study import _heldout_rows, _masked_rows, study
 from harmcircuits.studies.utility import evaluate_tasks
 
 TASK = """
@@ -162,13 +161,14 @@ def test_a_limit_takes_the_first_examples(open_reader, tasks_from, examples):
     assert single.labels["interval"] == "none"
 
 
-def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_from):
+def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_from, monkeypatch):
+    measured = partial(evaluate_tasks, include_path=tasks_from)
+    monkeypatch.setattr("harmcircuits.studies.study.evaluate_tasks", measured)
     model = asked_few(replace(open_organism("sft"), bridge=open_reader("Llama")), first=4)
-    settings = StudySettings(tasks=("Llama",), task_limit=20, tasks_from=str(tasks_from))
-    run = Study(model, settings)
+    run = Study(model, StudySettings(tasks={"Llama": 20}))
     mask = top_fraction(random_scores(model.bridge), 0.3)
-    before = heldout_rows(run, {"mask": "none"}).one("task_acc")
-    rows = masked_rows(run, mask, {"mask": "random"})
+    before = _heldout_rows(run, {"mask": "none"}).one("task_acc")
+    rows = _masked_rows(run, mask, {"mask": "random"})
     under = rows.one("task_acc")
     assert before.mean == 1 > under.mean
     assert before.n == under.n == 20
@@ -178,10 +178,8 @@ def test_a_study_measures_them_without_and_under_each_mask(open_reader, tasks_fr
 
 
 def test_an_unknown_task_ends_a_study_before_it_begins(tasks_from, tmp_path):
-    arguments = ["--out", str(tmp_path / "out"), "--task=zzx", f"--tasks-from={tasks_from}"]
-    result = CliRunner().invoke(app, ["study", *arguments])
-    assert result.exit_code == 2
-    assert "the harness knows no task zzx" in result.stderr.replace("\n", " ")
+    with pytest.raises(ValueError, match="the harness knows no task zzx"):
+        study(open_organism("sft"), StudySettings(tasks={"zzx": 0}), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -204,22 +202,13 @@ def test_filters_groups_and_metrics_without_an_error_are_rows():
 
 
 def test_what_cannot_be_measured_is_refused(llama, tasks_from):
-    options = {"include_path": tasks_from, "labels": {}}
-    for tasks in ([], "Llama"):
-        with pytest.raises(ValueError, match=r"tasks=.*expected a list of one or more"):
-            evaluate_tasks(llama, tasks, **options)
-    with pytest.raises(ValueError, match=r"knows no task bloriv, zzx; `lm-eval ls tasks` lists"):
-        evaluate_tasks(llama, ["zzx", "Llama", "bloriv"], **options)
-    with pytest.raises(ValueError, match="limit=0; expected at least 1"):
-        evaluate_tasks(llama, ["Llama"], limit=0, **options)
-    with pytest.raises(ValueError, match="include_path='nowhere' is no folder"):
-        evaluate_tasks(llama, ["Llama"], include_path="nowhere", labels={})
-    with pytest.raises(ValueError, match=r"\['absent'\] cannot be loaded \(.*absent\.jsonl"):
-        evaluate_tasks(llama, ["absent"], **options)
+    with pytest.raises(ValueError, match=r"knows no task bloriv, zzx"):
+        evaluate_tasks(llama, ["zzx", "Llama", "bloriv"], include_path=tasks_from)
+    with pytest.raises(ValueError, match=r"\['absent'\].*cannot be loaded \(.*absent\.jsonl"):
+        evaluate_tasks(llama, ["absent"], include_path=tasks_from)
 
 
 def test_without_lm_eval_the_extra_is_named(llama, monkeypatch):
-    utility._manager.cache_clear()
     loaded = [name for name in sys.modules if name.split(".")[0] == "lm_eval"]
     for name in [*loaded, "lm_eval", "lm_eval.tasks"]:
         monkeypatch.setitem(sys.modules, name, None)

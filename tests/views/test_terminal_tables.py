@@ -9,19 +9,13 @@ from io import StringIO
 
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from typer.testing import CliRunner
 
-from harmcircuits.circuits.masks import WeightMask, random_like
-from harmcircuits.circuits.scores import Source
-from harmcircuits.cli import app
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.summary import result_tables
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms, result_tables
 from harmcircuits.views.tables import NAME_WIDTH, TextTable, frame_table, text_table
 
 WIDTH = 80
@@ -106,23 +100,3 @@ def test_any_table_is_whole_at_any_width(cells, width):
     table = frame_table(frame)
     refuse_cuts(shown(table, width), width)
     refuse_losses(table, shown(table, width))
-
-
-def printed(*arguments: str) -> str:
-    result = CliRunner(env={"COLUMNS": str(WIDTH)}).invoke(app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def test_overlaps_fit(tmp_path):
-    shapes = {f"blocks.{layer}.mlp.in.weight": (90, 90) for layer in range(2)}
-    removed = {name: torch.arange(2000) for name in shapes}
-    mask = WeightMask(removed, shapes, Source("m", "by hand"))
-    files = []
-    for seed, name in enumerate(("harmful-only-benign-protected", "recognition-others-protected")):
-        files.append(str(tmp_path / f"{name}.safetensors"))
-        random_like(mask, seed=seed).save(files[-1])
-    text = printed("overlap", *files, "--by", "layer")
-    refuse_cuts(text)
-    assert text.count("2,000") >= 4
-    assert len(re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", text)) == 2, "lift, in one piece"

@@ -33,7 +33,7 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.organisms import organism_behaviours
 from harmcircuits.organisms.world import world
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 
 SIZE = 0.01
 NAMES = ("harmful", "benign", "recognition_margin")

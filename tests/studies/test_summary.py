@@ -8,7 +8,7 @@ import pytest
 from helpers import small_model
 
 from harmcircuits.behaviours.standard import standard_behaviours
-from harmcircuits.studies.terms import Terms
+from harmcircuits.studies.summary import Terms
 
 
 def test_the_standard_terms_are_those_of_the_committed_rows():

@@ -1,0 +1,29 @@
+"""One finished study, which every test of rows, masks, words and the page reads."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import small_model
+
+from harmcircuits.hooks.weights import named_weights
+from harmcircuits.studies.run import Study
+from harmcircuits.studies.settings import StudySettings
+from harmcircuits.studies.study import study
+
+
+class Finished(NamedTuple):
+    """A study of a small `planted`, and the model's weights before it."""
+
+    run: Study
+    before: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Finished:
+    model = small_model("planted")
+    weights = named_weights(model.bridge)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    settings = StudySettings(sizes=(0.01, 0.04), steps=2, n_random=2, tolerance=0.2)
+    out = tmp_path_factory.mktemp("study") / "run"
+    return Finished(study(model, settings, out=out, max_memory=2**21, page=True), before)
