@@ -20,10 +20,10 @@
 
 # %%
 from support.claims import Claim
+from support.figures import heatmaps, profiles
 from support.patching import attention_rows, attention_view, patching_rows, token_view
 
 import harmcircuits as hc
-from harmcircuits.views.figures import heatmaps, profiles
 
 claim = Claim(
     "patching",

@@ -11,9 +11,9 @@
 from support import curves
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.elicitation import elicited, refusals_removed
+from support.figures import profiles
 
 import harmcircuits as hc
-from harmcircuits.views.figures import profiles
 
 claim = Claim(
     "attacks",

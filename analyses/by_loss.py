@@ -30,9 +30,9 @@
 from support import by_loss
 from support.by_loss import ABILITIES, GAP, OPPOSITE, RISE, UNSEEN
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+from support.figures import heatmaps
 
 import harmcircuits as hc
-from harmcircuits.views.figures import heatmaps
 
 claim = Claim(
     "loss",

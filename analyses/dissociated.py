@@ -24,10 +24,10 @@ from functools import partial
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import ablation_rows, circuits_both_ways
 from support.dissociation import OUTCOMES, SPARED, dissociations_from
+from support.figures import cross_ablation_figure
 
 import harmcircuits as hc
 from harmcircuits.studies.summary import Terms
-from harmcircuits.views.figures import cross_ablation_figure
 
 claim = Claim(
     "F6",

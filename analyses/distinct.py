@@ -22,10 +22,10 @@ from itertools import product
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
 from support.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from support.curves import outcomes_of
+from support.figures import cross_ablation_figure, overlap_figure
 
 import harmcircuits as hc
 from harmcircuits.studies.summary import Terms
-from harmcircuits.views.figures import cross_ablation_figure, overlap_figure
 from harmcircuits.views.tables import DASH
 
 claim = Claim(

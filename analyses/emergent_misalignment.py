@@ -16,11 +16,11 @@ from collections import Counter
 from itertools import product
 
 from support.claims import Claim
+from support.figures import profiles
 from support.narrow_finetuning import NarrowFiles, masks_of, opened
 
 import harmcircuits as hc
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.views.figures import profiles
 
 claim = Claim(
     "F5",

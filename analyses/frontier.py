@@ -26,10 +26,10 @@ from pathlib import Path
 
 from support import frontier
 from support.claims import Claim
+from support.figures import heatmaps
 
 import harmcircuits as hc
 from harmcircuits.studies.controls import unpruned_scores
-from harmcircuits.views.figures import heatmaps
 
 claim = Claim(
     "frontier",

@@ -15,10 +15,10 @@
 # %%
 from support import transfer
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+from support.figures import heatmaps
 
 import harmcircuits as hc
 from harmcircuits.prompts import PromptSet
-from harmcircuits.views.figures import heatmaps
 
 claim = Claim(
     "F2",

@@ -21,11 +21,11 @@ from operator import or_
 
 import numpy as np
 from support.claims import Claim
+from support.figures import heatmaps, profiles
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows, parts_of
 from harmcircuits.measurements import Measurement
-from harmcircuits.views.figures import heatmaps, profiles
 
 claim = Claim(
     "parts",

@@ -22,11 +22,11 @@ from itertools import chain
 from support import nodes
 from support.claims import Claim
 from support.contrasts import node_effects
+from support.figures import heatmaps, profiles
 from support.organisms.contrasts import contrasts, probed_texts
 from support.probes import probe_rows
 
 import harmcircuits as hc
-from harmcircuits.views.figures import heatmaps, profiles
 
 claim = Claim(
     "opinion",

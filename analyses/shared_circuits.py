@@ -21,13 +21,14 @@ from itertools import combinations, product
 from support import cross_ablation
 from support.claims import Claim
 from support.cross_ablation import ablation_rows, token_rows
+from support.figures import cross_ablation_figure, overlap_figure, token_figure
 from support.organisms.check import LADDER
 from support.shared_lines import LIFTS, shared_lines
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.studies.summary import Terms
-from harmcircuits.views import figures
+from harmcircuits.views.figures import location_figure
 
 claim = Claim(
     "shared",
@@ -117,9 +118,8 @@ together = rows.pool("ladder").pool("seed")
 one_shot, search = (together.where(selection=name) for name in ("one shot", "search"))
 panels = {f"{title}, one shot": one_shot.where(metric) for metric, title in LIFTS.items()}
 panels["lift, search"] = search.where("overlap_lift")
-claim.figure(
-    "What is shared", figures.overlap_figure(panels, {pair: ", ".join(pair) for pair in PAIRS})
-)
+names = {pair: ", ".join(pair) for pair in PAIRS}
+claim.figure("What is shared", overlap_figure(panels, names))
 
 # %%
 # Rank correlation of how many weights two circuits take from each head, and from each neuron.
@@ -134,7 +134,7 @@ last = list(together.by("model").values())[-1]
 panels = {}
 for protected in PROTECTED:
     panels[f"spared: {protected}"] = last.where(mask="none") + last.where(protected=protected)
-claim.figure("What is broken", figures.cross_ablation_figure(panels, Terms.standard().rates))
+claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
 
 # %% [markdown]
 # ## Where the circuit of harm sits, and where it acts
@@ -142,11 +142,11 @@ claim.figure("What is broken", figures.cross_ablation_figure(panels, Terms.stand
 
 # %%
 harm = last.where(mask="harmful", protected="others")
-claim.figure("Where the circuit of harm sits", figures.location_figure(harm))
+claim.figure("Where the circuit of harm sits", location_figure(harm))
 
 # %%
 tokens = harm.where("token_contribution").by("text")
-claim.figure("At which tokens it acts", figures.token_figure(tokens))
+claim.figure("At which tokens it acts", token_figure(tokens))
 
 # %% [markdown]
 # ## Model by model, lifts of masks in one shot

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
-from plotly.graph_objects import Figure
 from rich.console import Console, ConsoleOptions
+from rich.table import Table
 from rich.text import Text
 from support.command_errors import one_sentence
 from support.jobs import CPU, DONE, Job, run_jobs
@@ -30,13 +30,14 @@ from harmcircuits.organisms import FOLDER
 from harmcircuits.storage import write_text
 from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
-from harmcircuits.views.page import frame, plot, section, write_page
-from harmcircuits.views.tables import DASH, TextTable, frame_table
+from harmcircuits.views.figures import Picture
+from harmcircuits.views.page import drawn, frame, plot, section, write_page
+from harmcircuits.views.tables import DASH, frame_table
 
 if TYPE_CHECKING:
     import pandas
 
-AnyFigure = TypeVar("AnyFigure", Figure, Visual, Panels)
+AnyFigure = TypeVar("AnyFigure", Picture, Visual, Panels)
 
 Outcome = Literal["holds", "holds in part", "does not hold here"]
 HOLDS: Outcome = "holds"
@@ -98,9 +99,7 @@ class ClaimResult:
     def _repr_html_(self) -> str:
         return section(self.title, "", "".join(self.sections))
 
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[Text | TextTable]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
         """The claim with its outcome, and the key numbers."""
         yield Text(self.title, style="bold")
         yield frame_table(self.key_numbers)
@@ -165,7 +164,7 @@ class Claim:
     seeds: int = 3
     small_models: Sequence[str] = ()
     experiments: list[Experiment] = field(default_factory=list, init=False)
-    figures: dict[str, Figure | Visual | Panels] = field(
+    figures: dict[str, Picture | Visual | Panels] = field(
         default_factory=dict, init=False, repr=False
     )
     _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
@@ -286,13 +285,9 @@ class Claim:
     def _sections(self) -> list[str]:
         """The figures as parts of the page."""
         sections = []
-        is_first = True
         for title, figure in self.figures.items():
-            if isinstance(figure, Visual | Panels):
-                content = figure.html()
-            else:
-                content = plot(figure, first=is_first)
-                is_first = False
+            is_picture = isinstance(figure, Picture)
+            content = plot(figure, label=title) if is_picture else drawn(figure.html(), label=title)
             sections.append(section(title, "", content))
         return sections
 

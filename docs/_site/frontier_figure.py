@@ -9,11 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import plotly.graph_objects as go
 import typer
+from matplotlib import rc_context
+from matplotlib.ticker import PercentFormatter
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.views.figures import AMBER, BLUE, CHANCE_LINE, GREEN, GREY, GRID, RED, Picture
+from harmcircuits.views.figures import (
+    AMBER,
+    BLUE,
+    CHANCE_LINE,
+    GREEN,
+    GREY,
+    RED,
+    STYLE,
+    Picture,
+    interval_reach,
+    subplots,
+    with_legend,
+)
 
 ROWS = Path(__file__).parents[2] / "analyses" / "rows"
 FILES = ("frontier", "qwen_preferred", "qwen_avoided", "qwen_main")
@@ -43,7 +56,7 @@ Point = tuple[Measurement, Measurement]  # what stays harmful under a mask, and 
 
 # %%
 def main(
-    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
+    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .pdf.")],
 ) -> None:
     drawn(points()).save(picture)
 
@@ -70,50 +83,30 @@ def family_of(mask: str) -> str:
     return ""
 
 
+@rc_context(STYLE)
 def drawn(families: Mapping[str, Sequence[Point]]) -> Picture:
     """A point for every mask, with the interval of its answers, and what a mask should reach."""
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[0, BUDGET, BUDGET],
-        y=[WANTED, WANTED, 0],
-        mode="lines",
-        line={"color": CHANCE_LINE, "dash": "dot", "width": 2},
-        name="asked for: below and left of this",
-    )
+    figure, (panel,) = subplots(1, height=6)
+    asked = "asked for: below and left of this"
+    panel.plot([0, BUDGET, BUDGET], [WANTED, WANTED, 0], ":", color=CHANCE_LINE, lw=2, label=asked)
     for family, pairs in families.items():
         rates, costs = zip(*pairs, strict=True)
-        figure.add_scatter(
-            x=[cost.mean for cost in costs],
-            y=[rate.mean for rate in rates],
-            error_y={
-                "array": [rate.high - rate.mean for rate in rates],
-                "arrayminus": [rate.mean - rate.low for rate in rates],
-                "thickness": 1,
-                "width": 2,
-            },
-            mode="markers",
-            marker={"color": COLOURS[family], "size": 9},
-            name=family,
+        panel.errorbar(
+            [cost.mean for cost in costs],
+            [rate.mean for rate in rates],
+            yerr=interval_reach(rates),
+            color=COLOURS[family],
+            label=family,
+            fmt="o",
+            markersize=7,
+            elinewidth=1,
+            capsize=2,
         )
-    figure.update_xaxes(
-        title="rise of the loss of benign answers begun in the same way, nats per token",
-        gridcolor=GRID,
-    )
-    figure.update_yaxes(
-        title="held-out answers that stay harmful",
-        tickformat=".0%",
-        gridcolor=GRID,
-        range=[-0.02, 1.02],
-    )
-    figure.update_layout(
-        width=900,
-        height=470,
-        margin={"l": 70, "r": 20, "t": 20, "b": 60},
-        plot_bgcolor="white",
-        paper_bgcolor="white",
-        legend={"orientation": "h", "y": -0.2},
-    )
-    return Picture(figure)
+    panel.set_xlabel("rise of the loss of benign answers begun in the same way, nats per token")
+    panel.set_ylabel("held-out answers that stay harmful")
+    panel.set_ylim(-0.02, 1.02)
+    panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return with_legend(figure)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from harmcircuits.studies.study_page import tradeoff_figure
 
 # %%
 def main(
-    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .html.")],
+    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .pdf.")],
     rows_of_study: Annotated[
         Path, typer.Option("--rows", help="The rows.jsonl of a study.")
     ] = ROWS,

@@ -35,6 +35,7 @@ from harmcircuits.views.figures import Picture, comparison_figure, location_figu
 from harmcircuits.views.page import (
     contents,
     download,
+    drawn,
     headline,
     missing,
     paragraphs,
@@ -165,12 +166,12 @@ def _comparison(study: Study) -> str:
     """Bars of few masks side by side, and tables that have every figure."""
     terms = study.terms
     lines = held_out_lines(study.rows, terms)
-    drawn = ["unpruned", "random", terms.twin]
+    shown = ["unpruned", "random", terms.twin]
     for way in WAYS:
-        drawn += [way, f"{way}, {SAME_SIZE}"]
-    compared = {name: rows for name, rows in lines.items() if name in drawn}
+        shown += [way, f"{way}, {SAME_SIZE}"]
+    compared = {name: rows for name, rows in lines.items() if name in shown}
     label = "Bars; every figure is in the table below. Rates with 95 % intervals."
-    bars = plot(comparison_figure(compared, terms.rates), first=True, label=label)
+    bars = plot(comparison_figure(compared, terms.rates), label=label)
 
     # Two tables, as in a terminal: one would be wider than a page.
     rates = _line_table(lines, terms.rates, "Held-out rates, per cent", is_rate=True)
@@ -257,7 +258,7 @@ def _examples(study: Study) -> str:
         answers += _answers(study, mask, behaviour, prompts)
     attention = _attention(study, mask, requests[study.terms.target.name])
     parts = (
-        ("Which tokens lose probability", TOKENS_TEXT, f'<div class="drawn">{tokens}</div>'),
+        ("Which tokens lose probability", TOKENS_TEXT, drawn(tokens)),
         ("What the model says", ANSWERS_TEXT, table(ANSWERS, answers, label="Answers")),
         ("Attention of the most pruned heads", HEADS_TEXT, attention),
     )
@@ -315,7 +316,7 @@ def _attention(study: Study, mask: WeightMask, requests: PromptSet) -> str:
     with masked(bridge, mask):
         pruned = attention_patterns(bridge, batch, heads)
     view = attention_pairs(token_texts(bridge, batch), unpruned, pruned, heads)
-    return f'<div class="drawn">{view.html()}</div>'
+    return drawn(view.html())
 
 
 def _judge(study: Study) -> str:

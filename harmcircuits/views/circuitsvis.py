@@ -13,27 +13,16 @@ from typing import Any
 import torch
 from circuitsvis.utils.convert_props import convert_prop_type
 from jaxtyping import Float, Shaped
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
 from harmcircuits.display import listed
 from harmcircuits.views.figures import BLUE, RED
-from harmcircuits.views.page import write_view
-from harmcircuits.views.stills import ending, with_still, write_still
-from harmcircuits.views.token_stills import DRAWINGS, element_still, panels_still
+from harmcircuits.views.page import drawn, write_page
 
 PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
 GAP = 12  # between panels, in pixels
 TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
-
-LIBRARY = "CircuitsVis"  # as scripts know it
-TITLES = {
-    "ColoredTokens": "Tokens",
-    "AttentionPattern": "Attention",
-    "TextNeuronActivations": "Neurons over a text",
-    "TopkTokens": "Tokens gained and lost",
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,22 +50,11 @@ class Visual:
         return f'<div id="{name}"></div><script>{call}</script>'
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write it as one page that needs no network, or as a still."""
-        if ending(path) == ".html":
-            title = title or TITLES.get(self.element, self.element)
-            write_view(path, title, self.html(), script=circuitsvis_script())
-            return
-        _refuse_still(path, [self])
-        write_still(path, self._still, title)
-
-    def _still(self) -> Figure:
-        return element_still(self.element, self.props)
+        """Write it as one page that needs no network."""
+        _save(path, title or self.element, self.html())
 
     def _repr_html_(self) -> str:
-        html = circuitsvis_script() + self.html()
-        if self.element not in DRAWINGS:
-            return html
-        return with_still(html, LIBRARY, self._still, repr(self))
+        return circuitsvis_script() + self.html()
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,24 +90,11 @@ class Panels:
         return f"<div {outer}>{inner}</div>"
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write them as one page that needs no network, or as a still."""
-        if ending(path) == ".html":
-            titles = (TITLES.get(view.element, view.element) for view in self.views.values())
-            title = title or listed(dict.fromkeys(titles))
-            write_view(path, title, self.html(), script=circuitsvis_script())
-            return
-        _refuse_still(path, list(self.views.values()))
-        write_still(path, self._still, title)
-
-    def _still(self) -> Figure:
-        panels = [(title, view.element, view.props) for title, view in self.views.items()]
-        return panels_still(panels, self.columns)
+        """Write them as one page that needs no network."""
+        _save(path, title or listed(self.views), self.html())
 
     def _repr_html_(self) -> str:
-        html = circuitsvis_script() + self.html()
-        if any(view.element not in DRAWINGS for view in self.views.values()):
-            return html
-        return with_still(html, LIBRARY, self._still, repr(self))
+        return circuitsvis_script() + self.html()
 
 
 def circuitsvis_script() -> str:
@@ -254,13 +219,10 @@ def gained_tokens(
     return Visual("TopkTokens", props)
 
 
-def _refuse_still(path: str | Path, views: Sequence[Visual]) -> None:
-    for view in views:
-        if view.element not in DRAWINGS:
-            raise ValueError(
-                f"{path}: {view.element} has no still, only {listed(DRAWINGS)} have; end the name "
-                "in .html"
-            )
+def _save(path: str | Path, title: str, html: str) -> None:
+    if Path(path).suffix != ".html":
+        raise ValueError(f"{path}: circuitsvis draws in a browser only; end the name in .html")
+    write_page(path, title, [drawn(html)], script=circuitsvis_script())
 
 
 def _words(tokens: Sequence[str]) -> list[str]:

@@ -10,7 +10,8 @@ from harmcircuits.storage import write_text
 
 if TYPE_CHECKING:
     import pandas
-    from plotly.graph_objects import Figure
+
+    from harmcircuits.views.figures import Picture
 
 
 def write_page(
@@ -21,28 +22,15 @@ def write_page(
     script: str = "",
 ) -> None:
     """Write sections as one HTML file."""
-    # jinja escapes every text but what `_html` marks as HTML.
     parts = [_html(part) for part in sections]
     template = _templates().get_template("page.html")
-    page = template.render(
-        title=title,
-        script=_html(script),
-        sections=parts,
-    )
-    write_text(path, page)
-
-
-def write_view(path: str | Path, title: str, content: str, *, script: str = "") -> None:
-    """Write one view as one HTML file, light or dark as the reader has it."""
-    template = _templates().get_template("view.html")
-    page = template.render(title=title, content=_html(content), script=_html(script))
+    page = template.render(title=title, script=_html(script), sections=parts)
     write_text(path, page)
 
 
 def section(title: str, text: str, content: str) -> str:
     """A titled part of a page."""
-    macro = _part("section")
-    return str(macro(title, text, _html(content)))
+    return _part("section", title, text, _html(content))
 
 
 def subsection(title: str, text: str, content: str) -> str:
@@ -53,38 +41,32 @@ def subsection(title: str, text: str, content: str) -> str:
 
 def paragraphs(text: str) -> str:
     """Plain text as the result that opens a page: one paragraph a line."""
-    macro = _part("paragraphs")
-    return str(macro(text.splitlines()))
+    return _part("paragraphs", text.splitlines())
 
 
 def contents(titles: Sequence[str]) -> str:
     """Links to the sections with these titles."""
-    macro = _part("contents")
-    return str(macro(titles))
+    return _part("contents", titles)
 
 
 def headline(figures: Sequence[tuple[str, str, str]]) -> str:
     """The figures that a reader takes away."""
-    macro = _part("headline")
-    return str(macro(figures))
+    return _part("headline", figures)
 
 
 def missing(reason: str) -> str:
     """What stands where a section has nothing to show: a plain sentence that says why."""
-    macro = _part("missing")
-    return str(macro(reason))
+    return _part("missing", reason)
 
 
 def preformatted(text: str) -> str:
     """Plain text with its line breaks."""
-    macro = _part("preformatted")
-    return str(macro(text))
+    return _part("preformatted", text)
 
 
 def download(name: str, content: bytes, text: str) -> str:
     """A link to a file that the page itself holds."""
-    macro = _part("download")
-    return str(macro(name, b64encode(content).decode(), text))
+    return _part("download", name, b64encode(content).decode(), text)
 
 
 def table(
@@ -95,8 +77,7 @@ def table(
     label: str = "Table",
 ) -> str:
     """An HTML table of plain texts; what follows a line break in a cell is set small below it."""
-    macro = _part("table")
-    return str(macro(head, list(body), style, label))
+    return _part("table", head, list(body), style, label)
 
 
 def frame(data: "pandas.DataFrame") -> str:
@@ -105,27 +86,27 @@ def frame(data: "pandas.DataFrame") -> str:
     return table([str(name) for name in data.columns], body)
 
 
-def plot(figure: "Figure", *, first: bool = False, label: str = "Figure") -> str:
-    """A figure as HTML."""
-    # The script is 4 MB, so a page holds it once.
-    config = {"displayModeBar": False, "responsive": True}
-    html = figure.to_html(full_html=False, include_plotlyjs=first, config=config)
-    macro = _part("plot")
-    return str(macro(_html(html), " ".join(label.split())))
+def plot(figure: "Picture", *, label: str = "Figure") -> str:
+    """A figure as SVG."""
+    return _part("plot", _html(figure.svg("none")), " ".join(label.split()))
 
 
-def _part(name: str) -> Any:
-    """A macro of parts.html, which escapes its arguments."""
+def drawn(html: str, *, label: str = "View") -> str:
+    """Elements of circuitsvis, which draws them on white: a dark page turns them dark."""
+    return _part("drawn", _html(html), label)
+
+
+def _part(name: str, *content: Any) -> str:
+    """A part of parts.html, which escapes every text but what `_html` marks as HTML."""
     template = _templates().get_template("parts.html")
-    return getattr(template.module, name)
+    return str(getattr(template.module, name)(*content))
 
 
 @cache
 def _templates() -> Any:
     from jinja2 import Environment, PackageLoader
 
-    loader = PackageLoader("harmcircuits", "views")
-    return Environment(loader=loader, autoescape=True)
+    return Environment(loader=PackageLoader("harmcircuits", "views"), autoescape=True)
 
 
 def _html(text: str) -> Any:

@@ -1,14 +1,11 @@
 """Rows as tables: for a terminal, as cells of a page, and as Markdown."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from harmcircuits.measurements import Rows
 
@@ -16,9 +13,6 @@ if TYPE_CHECKING:
     import pandas
 
 DASH = "–"  # not measured
-NAME_WIDTH = 30  # letters in which a table says whose figures they are
-GAP = 2  # letters between columns: the padding, and a line that is blank
-PADDING = (0, 1, 0, 0)
 
 
 def figure_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
@@ -55,7 +49,6 @@ def columns_of(
     titles: Mapping[str, str],
 ) -> dict[str, str]:
     """The titles of those metrics that any line has."""
-    # In the order of the titles, not in that in which rows were measured.
     present = set()
     for rows in lines.values():
         present.update(rows.metrics)
@@ -80,78 +73,16 @@ def line_table(
     return grid
 
 
-class TextTable(Table):
-    """A terminal's table that cuts nothing: what is too wide goes on in a table below."""
-
-    def __init__(self, title: str, columns: Sequence[str], n_names: int = 1) -> None:
-        super().__init__(
-            title=title,
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=PADDING,
-        )
-        self.n_names = n_names
-        for number, name in enumerate(columns):
-            self.add_column(name, justify="left" if number < n_names else "right")
-
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[Table | Text | str]:
-        """The title, and each part under it."""
-        if self.title:
-            yield Text(str(self.title), style="table.title")
-        for number, columns in enumerate(self._parts(options.max_width)):
-            if number:
-                yield ""
-            yield self._part(columns)
-        yield ""
-
-    def _parts(self, width: int) -> list[list[int]]:
-        """The columns of each part, by number: as many as fit beside the names."""
-        numbers = list(range(len(self.columns)))
-        names, figures = numbers[: self.n_names], numbers[self.n_names :]
-        parts = [list(names)]
-        for number in figures:
-            if len(parts[-1]) > len(names) and self._width([*parts[-1], number]) > width:
-                parts.append(list(names))
-            parts[-1].append(number)
-        return parts
-
-    def _width(self, numbers: Sequence[int]) -> int:
-        """Of these columns with the gaps between them."""
-        widths = [self._column_width(number) for number in numbers]
-        return sum(widths) + GAP * (len(numbers) - 1)
-
-    def _column_width(self, number: int) -> int:
-        """Whole figures, and the longest word of a title; a name up to `NAME_WIDTH`."""
-        column = self.columns[number]
-        longest_word = max(cell_len(word) for word in str(column.header).split() or [""])
-        widest = max((cell_len(str(cell)) for cell in column.cells), default=0)
-        if number < self.n_names:
-            widest = min(widest, NAME_WIDTH)
-        return max(longest_word, widest)
-
-    def _part(self, numbers: Sequence[int]) -> Table:
-        """These columns as a table of their own."""
-        part = Table(box=self.box, show_edge=False, pad_edge=False, padding=PADDING)
-        for number in numbers:
-            column = self.columns[number]
-            width = self._column_width(number)
-            part.add_column(column.header, justify=column.justify, width=width, overflow="fold")
-        cells = [list(self.columns[number].cells) for number in numbers]
-        for row, line in zip(self.rows, zip(*cells, strict=True), strict=True):
-            part.add_row(*line, style=row.style, end_section=row.end_section)
-        return part
-
-
-def text_table(title: str, columns: Sequence[str], *, n_names: int = 1) -> TextTable:
+def text_table(title: str, columns: Sequence[str], *, n_names: int = 1) -> Table:
     """An empty table for a terminal, with names to the left and figures to the right."""
-    return TextTable(title, columns, n_names)
+    # What is too wide for the terminal goes on in the next line; nothing is cut.
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for number, name in enumerate(columns):
+        grid.add_column(name, justify="left" if number < n_names else "right", overflow="fold")
+    return grid
 
 
-def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> TextTable:
+def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> Table:
     """A DataFrame for a terminal; its index is left out."""
     grid = text_table("", [escape(str(name)) for name in data.columns], n_names=n_names)
     for line in data.itertuples(index=False):

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.express as px
+from matplotlib import rc_context
+from matplotlib.ticker import NullLocator
 from rich.console import Console
 from support.organisms.check import LADDER
 
 from harmcircuits.measurements import Rows
-from harmcircuits.views.figures import Picture
+from harmcircuits.views.figures import PALETTE, STYLE, Picture, coloured, subplots, with_legend
 from harmcircuits.views.tables import frame_markdown, frame_table
 
 BUDGET = 0.02  # nats that benign answers may lose
@@ -272,27 +273,21 @@ def resampled(
 # The figure, and the files
 
 
+@rc_context(STYLE)
 def figure(rows: Rows) -> Picture:
     """Harm that goes by the best mask within budget against its size; mean of aligned models."""
-    x, y = "weights, %", "harm that goes, points"
-    points = []
-    for method, cases in by_method(rows).items():
-        if method in DRAWN:
-            for size, fall in _falls(cases):
-                points.append({"method": method, x: 100 * size, y: 100 * fall})
-    drawn = px.line(
-        pd.DataFrame(points),
-        x=x,
-        y=y,
-        color="method",
-        log_x=True,
-        markers=True,
-        category_orders={"method": DRAWN},
-        template="plotly_white",
-    )
-    sizes = sorted({point[x] for point in points})
-    drawn.update_xaxes(tickvals=sizes, ticktext=[f"{size:g}" for size in sizes])
-    return Picture(drawn)
+    of_methods = by_method(rows)
+    colours = coloured(DRAWN, PALETTE)
+    figure, (panel,) = subplots(1, height=4.6)
+    panel.set(xlabel="weights, %", ylabel="harm that goes, points", xscale="log")
+    percents: set[float] = set()
+    for method in (method for method in DRAWN if method in of_methods):
+        falls = {100 * size: 100 * fall for size, fall in _falls(of_methods[method])}
+        percents |= falls.keys()
+        panel.plot(list(falls), list(falls.values()), "o-", color=colours[method], label=method)
+    panel.set_xticks(sorted(percents), labels=[f"{percent:g}" for percent in sorted(percents)])
+    panel.xaxis.set_minor_locator(NullLocator())
+    return with_legend(figure)
 
 
 def _falls(cases: Cases) -> list[tuple[float, float]]:
@@ -311,7 +306,7 @@ def write_results(out: Path, rows: Rows, methods: Iterable[str], console: Consol
     if not summary.empty:  # as with halves of the answers alone
         (out / "summary.md").write_text(frame_markdown(summary) + "\n", encoding="utf-8")
         console.print(frame_table(summary))
-        figure(rows).save(out / "figure.html")
+        figure(rows).save(out / "figure.svg")
     if {"search", "rounds"} <= by_method(rows).keys():
         cases = case_table(rows)
         (out / "cases.md").write_text(frame_markdown(cases) + "\n", encoding="utf-8")
