@@ -19,10 +19,9 @@
 # count.
 
 # %%
+import matplotlib.pyplot as plt
 import pandas as pd
-import plotly.express as px
 import torch
-from plotly.graph_objects import Figure
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
@@ -31,7 +30,6 @@ from harmcircuits.views.circuitsvis import coloured_tokens
 from harmcircuits.views.figures import location_figure
 
 torch.set_num_threads(1)  # the model is tiny
-px.defaults.template = "simple_white"
 model = hc.open_model("sft").sampled(0.5, seed=0)
 bridge = model.bridge
 model
@@ -106,16 +104,10 @@ print(harm.batches[0])
 effect = hc.removal_effect(bridge, harm.batches)
 largest = torch.cat([values.flatten() for values in effect.values.values()]).sort(descending=True)
 ranks = [1, 10, 100, 1_000, 10_000, 100_000]
-figure = px.line(
-    x=ranks,
-    y=[largest.values[rank - 1].item() for rank in ranks],
-    log_x=True,
-    log_y=True,
-    markers=True,
-    labels={"x": "rank of the weight", "y": "removal effect, nats per token"},
-    height=320,
-)
-figure
+figure, axes = plt.subplots(figsize=(8, 3))
+axes.loglog(ranks, [largest.values[rank - 1].item() for rank in ranks], "o-")
+axes.set(xlabel="rank of the weight", ylabel="removal effect, nats per token")
+plt.show()
 
 # %% [markdown]
 # ## Choosing
@@ -201,24 +193,18 @@ names = list(circuits)
 valid = []
 for circuit in circuits.values():
     measured = model.measure(mask=circuit, only=names)
-    valid.append([100 * measured.one(model.behaviours[name].metric).mean for name in names])
-figure = px.imshow(
+    valid.append([f"{measured.one(model.behaviours[name].metric):.0%}" for name in names])
+pd.DataFrame(
     valid,
-    x=[f"{name} answers" for name in names],
-    y=[f"{name} circuit removed" for name in names],
-    color_continuous_scale=["#b3261e", "#ffffff"],
-    range_color=[0, 100],
-    text_auto=".0f",
-    aspect="auto",
-    height=320,
+    index=[f"{name} circuit removed" for name in names],
+    columns=[f"valid {name} answers" for name in names],
 )
-figure.update_coloraxes(showscale=False)
 
 # %% [markdown]
 # ## Activation patching on top
 # The edit is in the weights, so everything TransformerLens does with activations works on the
 # edited model. Here the masked model gets one residual stream of the unpruned one, at one
-# position and layer; the colour is the share of the lost loss that comes back.
+# position and layer; the colour is the share of the lost loss that comes back, blue where it does.
 
 # %%
 one = hc.Batch(batch.tokens[:1, : len(words)], batch.is_target[:1, : len(words)])
@@ -249,20 +235,12 @@ with hc.masked(bridge, mask):
                 restored[layer, position] = 1 - (loss() - whole) / gap
 
 
-def patching_figure(shares: torch.Tensor) -> Figure:
-    """Layers by tokens; blue: the loss is back."""
-    figure = px.imshow(
-        shares,
-        y=[f"layer {layer}" for layer in range(len(shares))],
-        color_continuous_scale=["#b3261e", "#ffffff", "#1f5fa8"],
-        range_color=[-1, 1],
-        aspect="auto",
-        height=320,
-    )
-    return figure.update_xaxes(tickvals=list(range(n_positions)), ticktext=words[:n_positions])
-
-
-patching_figure(restored)
+figure, axes = plt.subplots(figsize=(9, 3))
+shares = axes.imshow(restored, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+axes.set_xticks(range(n_positions), words[:n_positions], rotation=40, ha="right")
+axes.set_yticks(range(n_layers), [f"layer {layer}" for layer in range(n_layers)])
+figure.colorbar(shares)
+plt.show()
 
 # %% [markdown]
 # ## Keeping it

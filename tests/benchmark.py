@@ -34,10 +34,10 @@ from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
 
-import plotly.graph_objects as go
 import torch
 import transformers
 import typer
+from matplotlib import rc_context
 from rich.console import Console
 from support.organisms.train import new_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
@@ -49,6 +49,17 @@ from harmcircuits.hooks.gradients import frozen
 from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Batch
+from harmcircuits.views.figures import (
+    BLUE,
+    CHANCE_LINE,
+    PALETTE,
+    STYLE,
+    Picture,
+    coloured,
+    draw_bars,
+    subplots,
+    with_legend,
+)
 from harmcircuits.views.page import plot, section, table, write_page
 from harmcircuits.views.tables import text_table
 
@@ -424,50 +435,31 @@ def _wider(settings: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]
 
 
 # %% What is shown
-def figure(rows: Rows) -> go.Figure:
+@rc_context(STYLE)
+def figure(rows: Rows) -> Picture:
     """Time of every contender in units of plain forward and backward, on a logarithmic axis."""
     every_ratio = rows.where("ratio_to_plain", grown="none")
-    ratios = [row for row in every_ratio if row.labels["method"] != "plain"]
-    picture = go.Figure()
-    picture.add_bar(
-        x=[row.mean for row in ratios],
-        y=[row.labels["method"] for row in ratios],
-        orientation="h",
-        marker_color="#3b6fb6",
-        text=[f"{row.mean:.2f}×" for row in ratios],
-        textposition="outside",
-        error_x={
-            "array": [row.high - row.mean for row in ratios],
-            "arrayminus": [row.mean - row.low for row in ratios],
-            "symmetric": False,
-            "color": "#6b7280",
-        },
-    )
-    picture.add_vline(x=1, line={"color": "#9ca3af", "dash": "dot"})
-    picture.update_xaxes(
-        type="log", title="time, in units of one plain forward and backward", gridcolor="#eceef1"
-    )
-    picture.update_yaxes(autorange="reversed")
-    return picture.update_layout(
-        template="plotly_white", height=360, margin={"l": 110, "r": 40, "t": 20, "b": 50}
-    )
+    ratios = {str(row.labels["method"]): row for row in every_ratio}
+    del ratios["plain"]
+    drawn, (panel,) = subplots(1, height=3.75)
+    draw_bars(panel, list(ratios), {"": ratios}, {"": BLUE})
+    panel.axhline(1, color=CHANCE_LINE, linestyle=":")
+    panel.set(yscale="log", ylabel="time, in units of one plain forward and backward")
+    return Picture(drawn)
 
 
-def growth_figure(rows: Rows) -> go.Figure:
+@rc_context(STYLE)
+def growth_figure(rows: Rows) -> Picture:
     """Time of each contender after one thing is doubled, in units of before; the line is linear."""
-    picture = go.Figure()
+    bars = {}
     for method, growths in rows.where("growth").by("method").items():
-        above = [row.high - row.mean for row in growths]
-        below = [row.mean - row.low for row in growths]
-        error = {"array": above, "arrayminus": below, "symmetric": False, "color": "#6b7280"}
-        x, y = [row.labels["grown"] for row in growths], [row.mean for row in growths]
-        picture.add_bar(x=x, y=y, name=str(method), error_y=error)
-    picture.add_hline(y=2, line={"color": "#9ca3af", "dash": "dot"})
-    picture.update_xaxes(title="twice the")
-    picture.update_yaxes(title="time, in units of before", gridcolor="#eceef1")
-    return picture.update_layout(
-        template="plotly_white", height=360, margin={"l": 60, "r": 40, "t": 20, "b": 50}
-    )
+        bars[str(method)] = {str(row.labels["grown"]): row for row in growths}
+    every_thing = dict.fromkeys(thing for things in bars.values() for thing in things)
+    drawn, (panel,) = subplots(1, height=3.75)
+    draw_bars(panel, list(every_thing), bars, coloured(bars, PALETTE))
+    panel.axhline(2, color=CHANCE_LINE, linestyle=":")
+    panel.set(xlabel="twice the", ylabel="time, in units of before")
+    return with_legend(drawn)
 
 
 def lines(rows: Rows) -> list[list[str]]:
@@ -516,7 +508,7 @@ def show(rows: Rows, page: Path | None) -> None:
     console.print(note, highlight=False)
     if page:
         title = f"What scores cost: {speed.labels['shape']}, {speed.labels['machine']}"
-        sections = [section(title, note, plot(figure(rows), first=True) + table(HEAD, lines(rows)))]
+        sections = [section(title, note, plot(figure(rows)) + table(HEAD, lines(rows)))]
         if rows.where("growth"):
             note = "Bars: the whole range of the one over that of the other."
             sections.append(

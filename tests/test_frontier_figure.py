@@ -31,8 +31,8 @@ def test_none_stands_where_a_mask_is_wanted():
 
 def test_every_family_has_a_colour_and_is_drawn():
     families = frontier_figure.points()
-    figure = frontier_figure.drawn(families)
-    traces = {trace.name: trace for trace in figure.data}
-    for family, pairs in families.items():
-        assert list(traces[family].y) == pytest.approx([rate.mean for rate, _ in pairs])
-        assert traces[family].marker.color == frontier_figure.COLOURS[family]
+    (panel,) = frontier_figure.drawn(families).figure.axes
+    for points, (family, pairs) in zip(panel.containers, families.items(), strict=True):
+        line = points.lines[0]
+        assert list(line.get_ydata()) == pytest.approx([rate.mean for rate, _ in pairs])
+        assert line.get_color() == frontier_figure.COLOURS[family]

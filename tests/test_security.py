@@ -16,9 +16,11 @@ from harmcircuits.behaviours.own import OwnBehaviour
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.loading import load_model
 from harmcircuits.hooks.walk_files import forget_sums
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import PromptSet
 from harmcircuits.storage import write_json
-from harmcircuits.views.page import section, table, write_page
+from harmcircuits.views.figures import comparison_figure
+from harmcircuits.views.page import plot, section, table, write_page
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "<script>alert(1)</script>"
@@ -117,13 +119,10 @@ def test_text_in_a_page_is_text(tmp_path):
     assert "{{ 7 * 7 }}" in html and "49" not in html
 
 
-def test_a_figure_s_labels_do_not_end_its_script():
-    from plotly.graph_objects import Figure
-
-    from harmcircuits.views.page import plot
-
-    html = plot(Figure(layout={"title": {"text": f"</script>{SCRIPT}"}}))
-    assert SCRIPT not in html and "</script><script>alert" not in html
+def test_a_figure_s_labels_are_text():
+    rates = Rows([Measurement("harm_valid_rate", {}, 0.5, 0.4, 0.7)])
+    html = plot(comparison_figure({SCRIPT: rates}, {"harm_valid_rate": f"</text>{SCRIPT}"}))
+    assert SCRIPT not in html and "&lt;script&gt;" in html
 
 
 def test_a_request_is_put_into_a_question_as_it_is():

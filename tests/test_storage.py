@@ -26,7 +26,7 @@ from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.walk import Walk
 from harmcircuits.measurements import Measurement, Rows, write_manifest
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
-from harmcircuits.views.page import write_view
+from harmcircuits.views.page import write_page
 
 resource = pytest.importorskip("resource", reason="limits on the size of files are of Unix")
 
@@ -58,7 +58,7 @@ def room_for(n_bytes: int) -> Iterator[None]:
 WRITERS = {
     "rows": ROWS.save,
     "manifest": lambda path: write_manifest(path, {"size": 0.1}),
-    "view": lambda path: write_view(path, "A view", "text" * 1000),
+    "page": lambda path: write_page(path, "A page", ["text" * 1000]),
     "mask": MASK.save,
     "probe": PROBE.save,
 }

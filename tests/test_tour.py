@@ -44,7 +44,7 @@ def test_every_cell_shows_something(cells):
 
 def test_there_are_tables_and_pictures(cells):
     kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
-    assert {"text/html", "application/vnd.plotly.v1+json"} <= kinds
+    assert {"text/html", "image/png", "image/svg+xml"} <= kinds
 
 
 def test_the_second_cell_edits_the_model_and_undoes_it(cells):

@@ -3,10 +3,8 @@
 `mkdocs build` runs it (half a minute); `mkdocs serve` shows its code alone.
 """
 
-import html
-import json
 import re
-from importlib.resources import files
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 TOUR = Path(__file__).parents[1] / "tour.py"
-PLOTLY = "application/vnd.plotly.v1+json"
-SCRIPT = "assets/plotly.min.js"
+SVG, PNG = "image/svg+xml", "image/png"
 INTRODUCTION = '<a href="tour.py" download>Download as a notebook (py:percent)</a>'
 
 is_run = True
@@ -40,10 +37,9 @@ def on_startup(*, command: str, **_: object) -> None:
 
 
 def on_files(site: Files, *, config: Any) -> Files:
-    """Add the page, and the script that draws its figures."""
+    """Add the page."""
     notebook = executed(TOUR) if is_run else jupytext.read(TOUR, fmt="py:percent")
     site.append(File.generated(config, "tour.md", content=page(notebook)))
-    site.append(File.generated(config, SCRIPT, content=plotly_script()))
     return site
 
 
@@ -60,12 +56,6 @@ def on_post_page(output: str, *, page: Any, **_: object) -> str:
     return output
 
 
-def plotly_script() -> str:
-    """Plotly's JavaScript, as the package brings it."""
-    script = files("plotly").joinpath("package_data", "plotly.min.js")
-    return script.read_text(encoding="utf-8")
-
-
 def page(notebook: NotebookNode) -> str:
     """A notebook as Markdown; pictures and tables are held back in `shown`."""
     parts = []
@@ -76,8 +66,7 @@ def page(notebook: NotebookNode) -> str:
         parts.append(f"```python\n{cell.source}\n```")
         parts += [output_text(output) for output in cell.get("outputs", [])]
     title, *rest = parts
-    script = held_back(f'<script src="{SCRIPT}"></script>')
-    return "\n\n".join([title, INTRODUCTION, script, *rest])
+    return "\n\n".join([title, INTRODUCTION, *rest])
 
 
 def output_text(output: NotebookNode) -> str:
@@ -87,8 +76,10 @@ def output_text(output: NotebookNode) -> str:
             return ""
         return f"```text\n{output.text.rstrip()}\n```"
     data = output.get("data", {})
-    if PLOTLY in data:
-        return held_back(figure(data[PLOTLY]))
+    if SVG in data:
+        return image(SVG, b64encode(data[SVG].encode()).decode())
+    if PNG in data:
+        return image(PNG, data[PNG])
     if "text/html" in data:
         table = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
         # The site styles tables that have no class.
@@ -97,13 +88,9 @@ def output_text(output: NotebookNode) -> str:
     return f"```text\n{data.get('text/plain', '')}\n```"
 
 
-def figure(data: Any) -> str:
-    """A plotly figure, drawn by the page's own copy of plotly."""
-    name = f"figure-{len(shown)}"
-    drawn = json.dumps({"data": data["data"], "layout": data["layout"]}).replace("<", "\\u003c")
-    options = {"displayModeBar": False, "responsive": True}
-    call = f'Plotly.newPlot("{name}", {drawn[:-1]}, "config": {json.dumps(options)}}})'
-    return f'<div id="{html.escape(name)}"></div><script>{call}</script>'
+def image(kind: str, content: str) -> str:
+    """A picture that the page itself holds."""
+    return held_back(f'<img alt="What the cell draws" src="data:{kind};base64,{content}">')
 
 
 def held_back(content: str) -> str:

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMeth
 
 from harmcircuits.circuits.sites import KINDS
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.storage.writing import replacing
+from harmcircuits.storage import replacing, write_text
 
 RED = "#b3261e"
 BLUE = "#1f5fa8"
@@ -96,15 +96,19 @@ class Picture:
     def save(self, path: str | Path) -> None:
         """Write it on white as the ending says: .svg, .png or .pdf."""
         kind = Path(path).suffix.removeprefix(".")
+        if kind == "svg":
+            write_text(path, self.svg())
+            return
         with replacing(path) as unfinished, rc_context(STYLE):
             self.figure.savefig(unfinished, format=kind, dpi=FILE_DPI, facecolor=WHITE)
 
     def svg(self, background: str = WHITE) -> str:
         """As an SVG element; on "none" it takes the background of its page."""
         content = StringIO()
-        without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        # Nothing that differs from run to run.
+        unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with rc_context(STYLE):
-            self.figure.savefig(content, format="svg", facecolor=background, metadata=without)
+            self.figure.savefig(content, format="svg", facecolor=background, metadata=unsaid)
         declared = content.getvalue()
         return declared[declared.index("<svg") :]
 
@@ -310,11 +314,9 @@ def draw_cells(
     if size < LEAST_TEXT:
         return
     place = {"ha": "center", "va": "center", "size": min(MOST_TEXT, size)}
-    for (line, column), value in np.ndenumerate(values):
-        if value is not np.ma.masked:
-            colour = _ink(colours(scale(value)))
-            text = texts.iat[line, column]
-            axes.text(column + 0.5, line + 0.5, text, color=colour, **place)
+    for (line, column), value in np.ma.ndenumerate(values):
+        colour = _ink(colours(scale(value)))
+        axes.text(column + 0.5, line + 0.5, texts.iat[line, column], color=colour, **place)
 
 
 def draw_scale(

@@ -35,8 +35,7 @@ def section(title: str, text: str, content: str) -> str:
 
 def subsection(title: str, text: str, content: str) -> str:
     """A titled part of a section."""
-    macro = _part("subsection")
-    return str(macro(title, text, _html(content)))
+    return _part("subsection", title, text, _html(content))
 
 
 def paragraphs(text: str) -> str:

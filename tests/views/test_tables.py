@@ -1,22 +1,24 @@
-"""Rows as tables of a terminal and cells of a page.
+"""Rows as tables of a terminal, cells of a page and Markdown.
 
 Would catch: a scale that is lost, a figure that was not measured shown as one, an interval of
-another figure, a column that no line has.
+another figure, a column that no line has, a figure that a narrow terminal cuts, markup in a cell.
 """
 
 from io import StringIO
 
+import pandas
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.tables import (
     DASH,
-    columns_of,
     figure_text,
+    frame_markdown,
+    frame_table,
     interval_text,
     line_table,
-    size_text,
 )
 
 ROWS = Rows(
@@ -26,6 +28,12 @@ ROWS = Rows(
         Measurement.exact("weights_removed", {}, 42_000),
     ]
 )
+
+
+def shown(table: Table, width: int = 80) -> str:
+    terminal = StringIO()
+    Console(width=width, file=terminal).print(table)
+    return terminal.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -42,27 +50,27 @@ def test_rates_are_in_per_cent_and_losses_to_three_places(metric, is_rate, alone
     assert interval_text(ROWS, metric, is_rate=is_rate) == with_interval
 
 
-def test_a_mask_s_size_is_a_count():
-    assert size_text(ROWS) == "42,000"
-    assert size_text(ROWS[:2]) == DASH
-
-
-def test_columns_are_those_that_a_line_has():
-    titles = {"harm_nll": "harm NLL", "benign_nll": "benign NLL", "harm_valid_rate": "harm"}
-    lines = {"unpruned": ROWS[:1], "circuit": ROWS[1:]}
-    assert columns_of(lines, titles) == {"harm_nll": "harm NLL", "harm_valid_rate": "harm"}
-    assert columns_of({}, titles) == {}
-
-
-def test_a_terminal_s_table_has_a_line_a_mask():
+def test_a_terminal_s_table_has_a_line_a_mask_and_the_columns_that_a_line_has():
     lines = {"unpruned": ROWS[:1], "circuit": ROWS}
     titles = {"harm_valid_rate": "harm", "benign_valid_rate": "benign"}
     table = line_table("Rates, %", lines, titles, is_rate=True, bold="circuit")
-    terminal = StringIO()
-    Console(width=80, file=terminal).print(table)
-    title, head, _, *body, _ = terminal.getvalue().splitlines()
-    assert title.strip() == "Rates, %"
-    assert head.split() == ["mask", "weights", "harm"]
+    title, head, _, *body = shown(table).splitlines()
+    assert (title.strip(), head.split()) == ("Rates, %", ["mask", "weights", "harm"])
     cells = [line.split() for line in body]
     assert cells == [["unpruned", DASH, "76.8"], ["circuit", "42,000", "76.8"]]
     assert [row.style for row in table.rows] == [None, "bold"]
+
+
+def test_what_is_too_wide_for_a_terminal_is_folded_and_not_cut():
+    values = ["a name of words", *(f"{number}.25" for number in range(10))]
+    frame = pandas.DataFrame([values], columns=[f"column {number}" for number in range(11)])
+    narrow = shown(frame_table(frame), 72)
+    assert "…" not in narrow and max(map(len, narrow.splitlines())) <= 72
+    for value in " ".join(values).split():
+        assert value in narrow
+
+
+def test_cells_are_plain_text():
+    frame = pandas.DataFrame({"[red]a": ["[b]x"], "b|c": ["1|2"]})
+    assert {"[red]a", "[b]x"} <= set(shown(frame_table(frame)).split())
+    assert frame_markdown(frame) == "| [red]a | b\\|c |\n| --- | --- |\n| [b]x | 1\\|2 |"

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from plotly.graph_objects import Figure
+from matplotlib.figure import Figure
 from support.claims import Claim, in_all, in_some
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.circuitsvis import circuitsvis_script, coloured_tokens
+from harmcircuits.views.figures import Picture
 
 SCRIPT = '''
 from harmcircuits.measurements import Measurement, Rows
@@ -184,7 +185,7 @@ def test_a_question_has_numbers_and_figures_and_no_outcome(tmp_path, capsys):
     claim = Claim("X4", "a question", models=("sft",))
     claim.key_numbers(lambda rows: {"rows": f"{len(rows)} <b>"})
     claim.figure("Tokens", coloured_tokens(["a", "b"], torch.tensor([0.5, 1.0])))
-    claim.figure("Figure", Figure())
+    claim.figure("Figure", Picture(Figure()))
     result = claim.result(Rows([share(0.1, model="sft", seed=0)]))
     assert result.outcome is None and result.title == "X4. a question"
     assert "1 &lt;b&gt;" in result._repr_html_() and "1 <b>" in repr(result)
@@ -196,7 +197,7 @@ def test_a_question_has_numbers_and_figures_and_no_outcome(tmp_path, capsys):
     assert printed.startswith("X4. a question\n") and "1 <b>" in printed
     page = (tmp_path / "X4.html").read_text()
     assert "1 &lt;b&gt;" in page and "Each case" not in page
-    assert page.count("Plotly.newPlot(") == page.count("CircuitsVis.ColoredTokens") == 1
+    assert page.count("<svg ") == page.count("CircuitsVis.ColoredTokens") == 1
     assert circuitsvis_script() in page
     assert list(tmp_path.iterdir()) == [tmp_path / "X4.html"], "no line for a table of outcomes"
 
