@@ -78,7 +78,8 @@ def test_growth_is_the_time_in_units_of_before():
     (row,) = benchmark.growth_rows(Rows([before, after]))
     assert (row.mean, row.low, row.high) == (2.5, 0.75, 8.0)
     assert row.labels == {**labels, "grown": "layers"}
-    assert benchmark.growth_figure(Rows([row])).data[0].y == (2.5,)
+    (panel,) = benchmark.growth_figure(Rows([row])).figure.axes
+    assert [bar.get_height() for bar in panel.patches] == [2.5]
 
 
 def test_matrix_products_have_a_speed():
