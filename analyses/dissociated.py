@@ -35,7 +35,7 @@ claim = Claim(
     models=("sft", "dpo"),
     small={"steps": 1},
 )
-METRICS = Terms.standard().metrics
+METRICS = {behaviour.name: behaviour.metric for behaviour in Terms.standard().behaviours}
 PRUNED = ("harmful", "recognition", "explanation", "refusal")
 PROTECTED = {"none": "nothing", "others": "all others"}
 PLAIN = "plain_harm_rate"

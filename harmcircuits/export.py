@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.circuits.sites import KINDS, Site, place_of
-from harmcircuits.display import plural, share
+from harmcircuits.circuits.sites import Site
+from harmcircuits.display import plural
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
@@ -34,28 +33,16 @@ FUSED = (
     (("gate", "in"), "split_gate_up_matrix"),
 )
 
-MODEL_CARD = """
-# {name}, with {n_removed} weights removed
+CARD = """---
+{header}
+---
 
-{n_removed} of the {n_weights} weights in the block matrices of `{name}` are zero; all other
-tensors, the tokenizer and the configuration are those of `{name}`, whose licence and terms apply.
-Reloaded with transformers, the logits of this folder differed from those of the masked model by at
-most {difference}.
+# {name} without {n_removed} weights
 
-{about}"""
-
-MASK_CARD = """
-# {repo}
-
-A weight mask: the places of {n_removed} of the {n_weights} weights ({share}) in the block matrices
-of `{name}`. It holds no weights and no text.
-
-{about}"""
-
-ABOUT = """Made with harmcircuits for defensive research: to study which weights carry a behaviour
-and what else they carry. It is no safety guarantee; removed behaviour may come back with training,
-in other words or in other languages. It must not be used to restore or strengthen that behaviour,
-nor to undo a safeguard of a model that others rely on.
+{text} Made with harmcircuits for defensive research: to study which weights carry a behaviour and
+what else they carry. It is no safety guarantee; removed behaviour may come back with training, in
+other words or in other languages. It must not be used to restore or strengthen that behaviour, nor
+to undo a safeguard of a model that others rely on.
 
 In `{name}` the mask removes these weights in place, and reversibly:
 
@@ -67,16 +54,17 @@ with hc.masked(bridge, hc.WeightMask.from_hub("{source}")):
     ...  # the model without these weights; restored bit for bit on exit
 ```
 
-The mask's weights by layer and matrix:
-
-{table}
-
 Where the mask came from, without any prompt or completion (data appear as digests):
 
 ```json
 {record}
 ```
 """
+MODEL_TEXT = """`{name}` with {n_removed} of the {n_weights} weights in its block matrices set to
+zero. All else is as in `{name}`, whose licence and terms apply. Reloaded with transformers, the
+logits differ from those of the masked model by at most {difference}."""
+MASK_TEXT = """The places of {n_removed} of the {n_weights} weights in the block matrices of
+`{name}`: no weights and no text."""
 
 
 def export(
@@ -128,8 +116,8 @@ def export(
         _write_model(bridge, mask, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source)
         mask.save(unfinished / MASK_FILE)
-        facts = {"difference": f"{difference:.3g}", "source": MASK_FILE}
-        _write_card(unfinished, MODEL_CARD, mask, source, library="transformers", **facts)
+        card = _card(mask, source, MODEL_TEXT, "transformers", MASK_FILE, difference)
+        card.save(unfinished / "README.md")
     if push_to:
         removed = plural(mask.n_removed, "weight")
         upload(folder, push_to, private=True, message=f"The model without {removed}")
@@ -173,8 +161,8 @@ def push_mask(
     with TemporaryDirectory() as temporary:
         written = empty_folder(folder or temporary)
         mask.save(written / MASK_FILE)
-        facts = {"repo": repo, "source": repo}
-        _write_card(written, MASK_CARD, mask, model or "MODEL", library="harmcircuits", **facts)
+        card = _card(mask, model or "MODEL", MASK_TEXT, "harmcircuits", repo)
+        card.save(written / "README.md")
         if folder is not None:
             return str(folder)
         return upload(written, repo, private=private, message=f"Mask of {mask.n_removed:,} weights")
@@ -182,21 +170,18 @@ def push_mask(
 
 @contextmanager
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A sibling that takes the place of `folder` on a clean exit and is gone on any other."""
-    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    unfinished.mkdir(parents=True)
+    """A folder that takes the place of `folder` on a clean exit and is gone on any other."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield unfinished
-        before = folder.with_name(f"{unfinished.name}-before")
-        if folder.is_dir():
-            folder.rename(before)
-        unfinished.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        with TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / folder.name
+            unfinished.mkdir()
+            yield unfinished
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     # Other libraries do not name the folder, and safetensors has its own name for a full disk.
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
@@ -348,40 +333,29 @@ def _other_model(source: str, name: str) -> ValueError:
     )
 
 
-def _write_card(
-    folder: Path, template: str, mask: WeightMask, model: str, *, library: str, **facts: str
-) -> None:
+def _card(
+    mask: WeightMask, model: str, text: str, library: str, source: str, difference: float = 0.0
+) -> Any:
     """The card: what was removed from which model, how it is loaded, and what it is for."""
     from huggingface_hub import ModelCard, ModelCardData
 
     is_local = Path(model).exists()
-    data = ModelCardData(
-        base_model=None if is_local or "/" not in model else model,
+    header = ModelCardData(
+        base_model=model if "/" in model and not is_local else None,
         library_name=library,
         tags=["harmcircuits", "interpretability", "pruning"],
     )
-    facts |= {
+    facts = {
         "name": Path(model).resolve().name if is_local else model,  # no path of this machine
         "n_removed": f"{mask.n_removed:,}",
         "n_weights": f"{mask.n_weights:,}",
-        "share": share(mask.fraction),
-        "table": _place_table(mask),
-        "record": json.dumps(json.loads(mask.source.to_json()), indent=1),
+        "difference": f"{difference:.3g}",
     }
-    text = template.format(about=ABOUT.format(**facts), **facts)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
-
-
-def _place_table(mask: WeightMask) -> str:
-    """The removed weights by layer and kind, in Markdown."""
-    counts: dict[int, dict[str, int]] = {}
-    for name, count in mask.counts.items():
-        layer, kind = place_of(name)
-        of_layer = counts.setdefault(layer, {})
-        of_layer[kind] = of_layer.get(kind, 0) + count
-    kinds = [kind for kind in KINDS if any(kind in of_layer for of_layer in counts.values())]
-    lines = [["layer", *kinds], ["---"] * (len(kinds) + 1)]
-    for layer in sorted(counts):
-        numbers = [f"{counts[layer].get(kind, 0):,}" for kind in kinds]
-        lines.append([str(layer), *numbers])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    filled = CARD.format(
+        header=header.to_yaml(),
+        text=text.format(**facts),
+        source=source,
+        record=json.dumps(json.loads(mask.source.to_json()), indent=1),
+        **facts,
+    )
+    return ModelCard(filled)

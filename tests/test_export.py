@@ -80,7 +80,7 @@ def test_a_mask_of_nothing_exports_the_original(open_model, tmp_path):
     assert (folder / "generation_config.json").read_text() == (
         original / "generation_config.json"
     ).read_text()
-    assert "with 0 weights removed" in (folder / "README.md").read_text()
+    assert "without 0 weights" in (folder / "README.md").read_text()
 
 
 def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path):

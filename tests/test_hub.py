@@ -90,11 +90,6 @@ def test_a_card_counts_records_and_runs(llama, tmp_path, monkeypatch, kind):
     record = re.search(r"```json\n(.*?)```", card, flags=re.S)
     assert record and json.loads(record[1]) == json.loads(mask.source.to_json())
 
-    cells = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
-    (kinds, counts) = cells[0][1:], {line[0]: line[1:] for line in cells[2:]}
-    assert counts["0"] == ["3" if kind == "mlp.in" else "0" for kind in kinds]
-    assert counts["1"] == ["1" if kind == "attn.q" else "0" for kind in kinds]
-
     code = re.search(r"```python\n(.*?)```", card, flags=re.S)
     assert code
     lines = code[1].replace(f'load_model("{model.name}")', f'load_model("{model}")')

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from harmcircuits.display import listed, plural
 from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json
+from harmcircuits.studies.controls import Unpruned
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.summary import Terms
 
@@ -50,7 +51,9 @@ class Study:
     out: Path | None = None
     progress: bool = False
     max_memory: int | None = None
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
     protected: tuple[str, ...] = ()
+    unpruned: Unpruned = field(init=False)  # while it is under way
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     chosen: Point | None = None
@@ -71,23 +74,17 @@ class Study:
         return self.out / WALKS / name if self.out is not None else None
 
     def find_circuits(
-        self,
-        name: str,
-        sizes: Sequence[float],
-        calibrations: Mapping[str, Calibration],
-        protect: Iterable[str],
-        **options: Any,
+        self, name: str, sizes: Sequence[float], protect: Sequence[str], **options: Any
     ) -> list[WeightMask]:
         """The target's circuits of these sizes by one search."""
-        spared = list(protect)
         folder = self.kept_in(name)
         masks = self.model.find_circuit(
             self.settings.target,
             size=list(sizes),
-            protect=spared,
-            budget={behaviour: self.settings.budget_of(behaviour) for behaviour in spared},
+            protect=protect,
+            budget={behaviour: self.settings.budget_of(behaviour) for behaviour in protect},
             prefer=self.settings.prefer,
-            calibrations=calibrations,
+            calibrations=self.calibrations,
             progress=self.progress,
             folder=folder,
             max_memory=self.max_memory,
@@ -145,7 +142,8 @@ class Study:
         write_manifest(out / MANIFEST, settings)
 
     def finish(self) -> None:
-        """Leave the searches: from now on the folder holds a finished study."""
+        """Leave the scores and searches: from now on the folder holds a finished study."""
+        del self.unpruned
         if self.out is not None:
             # By a new name first: killed while it removes them, the study is finished all the same.
             unneeded = (self.out / WALKS).rename(self.out / UNNEEDED)

@@ -4,28 +4,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.display import nearest, plural
+from harmcircuits.display import nearest
 from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import gradient_norm, removal_effect, snip_scores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Label, Measurement, Rows
-from harmcircuits.studies.controls import Unpruned, controls, opposite_sign, unpruned_scores
+from harmcircuits.measurements import Label, Labels, Measurement, Rows
+from harmcircuits.studies.controls import controls, opposite_sign, unpruned_scores
 from harmcircuits.studies.run import PAGE, Point, Study
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.summary import CIRCUIT, ONE_SHOT, PUBLISHED, SAME_SIZE, SEARCH, Terms
 from harmcircuits.studies.utility import evaluate_tasks, task_manager
 
-FEWEST_WEIGHTS = 10  # of a mask
 N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
 P_OVER_Q = 5  # of the published set difference (arXiv 2604.09544: q = 1e-4, p = 5e-4)
 # The circuits of the ways have files of these names.
@@ -77,9 +76,8 @@ def study(
 
     Raises:
         ValueError: a folder that holds a study, unless `resume` or `force` says what becomes of it,
-            or that of other settings; a behaviour that is unknown or not shown, a size of fewer
-            than ten weights, a bound too small for a matrix, a bound or a page without `out`, and
-            as `evaluate_tasks`.
+            or that of other settings; a behaviour that is unknown or not shown, a bound too small
+            for a matrix, a bound or a page without `out`, and as `evaluate_tasks`.
         OSError: `out` cannot be written. What is in it goes on with `resume`.
     """
     # What can be refused without running the model is refused first.
@@ -100,16 +98,15 @@ def study(
     run.add(_heldout_rows(run, {"model": model.name, "mask": "none"}))
 
     # Score: the target, and what is protected.
-    calibrations = _calibrate(run)
-    data = calibrations[settings.target]
-    spared = model.protected(settings.target, settings.protect, calibrations)
+    run.calibrations = _calibrate(run)
+    spared = model.protected(settings.target, settings.protect, run.calibrations)
     run.protected = tuple(spared)
     for name in run.protected:
         run.note("budget", settings.budget_of(name), behaviour=name)
-    unpruned = unpruned_scores(
+    run.unpruned = unpruned_scores(
         model,
         settings.target,
-        data,
+        run.calibrations[settings.target],
         spared,
         # On disk, since the searches hold dense sets of their own.
         folder=run.kept_in("scores"),
@@ -117,13 +114,13 @@ def study(
     )
 
     # Choose, on the choice split alone.
-    points = _measure_grid(run, unpruned, calibrations, spared)
+    points = _measure_grid(run)
     best = {way: _best(run, of_way) for way, of_way in points.items()}
     run.chosen = best[SEARCH]
 
     # Measure, on requests that neither scored nor chose it.
     if run.chosen is not None:
-        _measure_heldout(run, run.chosen.mask, points, best, unpruned, calibrations)
+        _measure_heldout(run, run.chosen.mask, points, best)
         where = {"model": model.name, "mask": CIRCUIT}
         run.add(location_rows(run.chosen.mask, weight_sites(model.bridge), where))
     else:
@@ -180,16 +177,8 @@ def _check(run: Study) -> None:
     if settings.prefer:
         model.refuse_preferred(settings.target, settings.prefer)
 
-    sites = weight_sites(model.bridge)
-    list(memory_groups(sites, run.max_memory))  # refuses a bound too small for a single matrix
-    n_weights = sum(site.parameter.numel() for site in sites.values())
-    for size in settings.sizes:
-        n_removed = round(size * n_weights)
-        if n_removed < FEWEST_WEIGHTS:
-            raise ValueError(
-                f"sizes={size:g}: {plural(n_removed, 'weight')} of {n_weights:,}; give at least "
-                f"{FEWEST_WEIGHTS / n_weights:.1g}"
-            )
+    # Refuses a bound too small for a single matrix.
+    list(memory_groups(weight_sites(model.bridge), run.max_memory))
     if settings.tasks:
         task_manager(list(settings.tasks))  # refuses unknown tasks
 
@@ -236,23 +225,18 @@ def _diagnose(run: Study, data: Calibration) -> None:
 # Choosing: the ways at every size, on the choice split
 
 
-def _measure_grid(
-    run: Study,
-    unpruned: Unpruned,
-    calibrations: Mapping[str, Calibration],
-    spared: Mapping[str, Calibration],
-) -> dict[str, list[Point]]:
+def _measure_grid(run: Study) -> dict[str, list[Point]]:
     """Way of choosing -> its masks of every size on the choice split."""
     where = {"model": run.model.name, "mask": "none"}
     run.add(run.model.measure(split="choice", labels=where, only=run.terms.names))
 
-    masks = _masks(run, unpruned, calibrations, spared)
-    controls_of_size = {
+    masks = _masks(run)
+    matched = {
         "random": [random_like(mask, seed=run.settings.seed) for mask in masks[SEARCH]],
-        "opposite sign": [opposite_sign(mask, unpruned) for mask in masks[SEARCH]],
+        "opposite sign": [opposite_sign(mask, run.unpruned) for mask in masks[SEARCH]],
     }
     points: dict[str, list[Point]] = {}
-    for way, of_way in run.shown({**masks, **controls_of_size}.items(), "choice"):
+    for way, of_way in run.shown({**masks, **matched}.items(), "choice"):
         kind = CIRCUIT if way in masks else way.replace(" ", "_")
         points[way] = []
         for size, mask in zip(run.settings.sizes, of_way, strict=True):
@@ -260,39 +244,30 @@ def _measure_grid(
     return {way: points[way] for way in masks}
 
 
-def _masks(
-    run: Study,
-    unpruned: Unpruned,
-    calibrations: Mapping[str, Calibration],
-    spared: Mapping[str, Calibration],
-) -> dict[str, list[WeightMask]]:
+def _masks(run: Study) -> dict[str, list[WeightMask]]:
     """Way of choosing -> its masks, of every size."""
     sizes = run.settings.sizes
-    masks = {SEARCH: run.find_circuits("search", sizes, calibrations, spared)}
+    masks = {SEARCH: run.find_circuits("search", sizes, run.protected)}
     if run.settings.compare:
         # One scoring of the unpruned model, the same price and check: what the walk adds.
-        options = {"steps": 1, "reach": 1, "renew": False}
-        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, calibrations, spared, **options)
-        target = calibrations[run.settings.target]
-        masks[PUBLISHED] = _published(run, unpruned, target, spared)
+        at_once = {"steps": 1, "reach": 1, "renew": False}
+        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, run.protected, **at_once)
+        masks[PUBLISHED] = _published(run)
     return masks
 
 
-def _published(
-    run: Study,
-    unpruned: Unpruned,
-    target: Calibration,
-    spared: Mapping[str, Calibration],
-) -> list[WeightMask]:
+def _published(run: Study) -> list[WeightMask]:
     """`set_difference` of every size q and p = 5 q, by the loss; each behaviour is scored once."""
-    bridge, sizes = run.model.bridge, run.settings.sizes
-    shares = [min(1.0, P_OVER_Q * size) for size in sizes]
-    scores = unpruned.effect
-    if run.settings.scored_by != "loss":
-        scores = removal_effect(bridge, target.batches, max_memory=run.max_memory)
-    masks = top_fraction(scores, sizes)
-    for data in spared.values():
-        needed = snip_scores(bridge, data.batches, completion_loss, max_memory=run.max_memory)
+    bridge, settings = run.model.bridge, run.settings
+    scores = run.unpruned.effect
+    if settings.scored_by != "loss":
+        batches = run.calibrations[settings.target].batches
+        scores = removal_effect(bridge, batches, max_memory=run.max_memory)
+    masks = top_fraction(scores, settings.sizes)
+    shares = [min(1.0, P_OVER_Q * size) for size in settings.sizes]
+    for name in run.protected:
+        batches = run.calibrations[name].batches
+        needed = snip_scores(bridge, batches, completion_loss, max_memory=run.max_memory)
         needed_masks = top_fraction(needed, shares)
         masks = [mask - other for mask, other in zip(masks, needed_masks, strict=True)]
         del needed  # before those of the next behaviour are accumulated
@@ -311,16 +286,9 @@ def _measured(run: Study, mask: WeightMask, kind: str, how: dict[str, Label]) ->
 
 def _best(run: Study, points: Sequence[Point]) -> Point | None:
     """The operating point of a way of choosing."""
-    settings = run.settings
-    return operating_point(
-        points,
-        _unpruned(run),
-        run.terms,
-        tolerance=settings.tolerance,
-        budgets=settings.named_budgets,
-        # Verdicts on free text are coarse; those on invented words are exact.
-        decides="rate" if run.model.is_invented else "loss",
-    )
+    # Verdicts on free text are coarse; those on invented words are exact.
+    decides = "rate" if run.model.is_invented else "loss"
+    return operating_point(points, _unpruned(run), run.terms, run.settings, decides)
 
 
 def _unpruned(run: Study) -> dict[str, float]:
@@ -332,9 +300,7 @@ def operating_point(
     points: Sequence[Point],
     before: Mapping[str, float],
     terms: Terms,
-    *,
-    tolerance: float,
-    budgets: Mapping[str, float],
+    settings: StudySettings,
     decides: Literal["rate", "loss"],
 ) -> Point | None:
     """The point that takes most of the target among those that keep everything else."""
@@ -346,7 +312,7 @@ def operating_point(
     candidates = []
     for point in points:
         takes = sign * point.mean(taken) < sign * before[taken]
-        if takes and not _not_kept(point, before, terms, tolerance, budgets):
+        if takes and not _not_kept(point, before, terms, settings):
             candidates.append(point)
 
     def rank(point: Point) -> tuple[float, int]:
@@ -355,57 +321,37 @@ def operating_point(
     return min(candidates, key=rank, default=None)
 
 
-class _NotKept(NamedTuple):
-    """A figure of a kept behaviour that changes by more than it may."""
-
-    behaviour: str
-    figure: Literal["rate", "loss"]
-    change: float
-
-
 def _not_kept(
-    point: Point,
-    before: Mapping[str, float],
-    terms: Terms,
-    tolerance: float,
-    budgets: Mapping[str, float],
-) -> list[_NotKept]:
-    """What a mask does not leave within the tolerance and the budgets."""
+    point: Point, before: Mapping[str, float], terms: Terms, settings: StudySettings
+) -> list[tuple[str, str, float]]:
+    """Behaviour, figure and change of what a mask does not leave within tolerance and budgets."""
+    budgets = settings.named_budgets
     lost = []
     for behaviour in terms.kept:
         name, rate, loss = behaviour.name, behaviour.metric, behaviour.nll_metric
         # A behaviour that the model does not show was not measured.
-        if rate in before and point.mean(rate) < before[rate] - tolerance:
-            lost.append(_NotKept(name, "rate", point.mean(rate) - before[rate]))
+        if rate in before and point.mean(rate) < before[rate] - settings.tolerance:
+            lost.append((name, "rate", point.mean(rate) - before[rate]))
         # Nor is there a loss of one without reference answers.
         has_budget = name in budgets and loss in before
         if has_budget and point.mean(loss) > before[loss] + budgets[name]:
-            lost.append(_NotKept(name, "loss", point.mean(loss) - before[loss]))
+            lost.append((name, "loss", point.mean(loss) - before[loss]))
     return lost
 
 
 def _keep_tried(run: Study, points: Sequence[Point]) -> None:
     """Keep the masks of a search that has no operating point, and what is against each."""
-    settings = run.settings
     for point in points:
         where = {"mask": CIRCUIT, **point.labels, "split": "choice"}
-        budgets = settings.named_budgets
-        for lost in _not_kept(point, _unpruned(run), run.terms, settings.tolerance, budgets):
-            labels = {**where, "behaviour": lost.behaviour, "figure": lost.figure}
-            run.note("not_kept", lost.change, **labels)
+        for behaviour, figure, change in _not_kept(point, _unpruned(run), run.terms, run.settings):
+            run.note("not_kept", change, **where, behaviour=behaviour, figure=figure)
         if point.mask.n_removed:
             run.keep(f"tried-{point.labels['q']:g}", point.mask)
 
 
 # Measuring: the chosen mask, and everything it is compared with, on held-out requests
 
-
-class _Named(NamedTuple):
-    """A mask with the name of its file, and what its rows carry besides the model."""
-
-    name: str
-    mask: WeightMask
-    labels: dict[str, Label]
+Named = tuple[str, WeightMask, Labels]  # name of its file, and what its rows carry
 
 
 def _measure_heldout(
@@ -413,26 +359,23 @@ def _measure_heldout(
     chosen: WeightMask,
     points: Mapping[str, Sequence[Point]],
     best: Mapping[str, Point | None],
-    unpruned: Unpruned,
-    calibrations: Mapping[str, Calibration],
 ) -> None:
     """The operating point of each way of choosing, and all controls of the chosen one, held out."""
     model, settings = run.model, run.settings
-    batches = calibrations[settings.target].batches
+    batches = run.calibrations[settings.target].batches
     unmasked_nll = completion_nll(model.bridge, batches)
     compared = _compared(run, chosen, points, best)
-    alone = _contrast_alone(run, chosen, calibrations)
-    matched = _controls(run, chosen, unpruned, calibrations)
 
     # Each is measured and saved before the next is searched for.
-    for name, mask, labels in run.shown(chain(compared, alone, matched), "held out"):
+    masks = chain(compared, _contrast_alone(run, chosen), _controls(run, chosen))
+    for name, mask, labels in run.shown(masks, "held out"):
         run.keep(name, mask)
         run.add(_masked_rows(run, mask, {"model": model.name, **labels}))
         # Scores by another figure predict no loss.
         if settings.scored_by == "loss":
             change = completion_nll(model.bridge, batches, mask=mask) - unmasked_nll
             where = {**labels, "split": "calibration"}
-            run.note("predicted_loss_change", unpruned.effect.sum_over(mask), **where)
+            run.note("predicted_loss_change", run.unpruned.effect.sum_over(mask), **where)
             run.note("measured_loss_change", change.mean().item(), **where)
 
 
@@ -441,7 +384,7 @@ def _compared(
     chosen: WeightMask,
     points: Mapping[str, Sequence[Point]],
     best: Mapping[str, Point | None],
-) -> Iterator[_Named]:
+) -> Iterator[Named]:
     """The mask of each way of choosing: at its operating point, or of the size of the search's."""
 
     def distance(point: Point) -> int:
@@ -451,32 +394,21 @@ def _compared(
         point, at = best[way], OWN_POINT
         if point is None:
             point, at = min(of_way, key=distance), SAME_SIZE
-        how: dict[str, Label] = {"at": at, "protected": ", ".join(run.protected)}
-        yield _Named(FILES[way], point.mask, {"mask": CIRCUIT, **point.labels, **how})
+        how: Labels = {"at": at, "protected": ", ".join(run.protected)}
+        yield FILES[way], point.mask, {"mask": CIRCUIT, **point.labels, **how}
 
 
-def _contrast_alone(
-    run: Study,
-    chosen: WeightMask,
-    calibrations: Mapping[str, Calibration],
-) -> Iterator[_Named]:
+def _contrast_alone(run: Study, chosen: WeightMask) -> Iterator[Named]:
     """The circuit of the same search with only the contrast protected, where that is another."""
     contrast, size = run.settings.contrast, chosen.fraction
-    is_another = contrast in run.protected and len(run.protected) > 1
-    if not run.settings.compare or not is_another:
-        return
-    name = f"circuit-{contrast}_only"
-    (alone,) = run.find_circuits(name, [size], calibrations, [contrast])
-    labels: dict[str, Label] = {"selection": SEARCH, "q": size, "protected": contrast}
-    yield _Named(name, alone, {"mask": CIRCUIT, **labels})
+    if run.settings.compare and contrast in run.protected and len(run.protected) > 1:
+        name = f"circuit-{contrast}_only"
+        (alone,) = run.find_circuits(name, [size], [contrast])
+        how: Labels = {"selection": SEARCH, "q": size, "protected": contrast}
+        yield name, alone, {"mask": CIRCUIT, **how}
 
 
-def _controls(
-    run: Study,
-    chosen: WeightMask,
-    unpruned: Unpruned,
-    calibrations: Mapping[str, Calibration],
-) -> Iterator[_Named]:
+def _controls(run: Study, chosen: WeightMask) -> Iterator[Named]:
     """All controls of the chosen mask; of random ones each has its seed in its name."""
     settings = run.settings
     matched = controls(
@@ -488,8 +420,8 @@ def _controls(
         contrast=settings.contrast if settings.compare else settings.target,
         n_random=settings.n_random,
         seed=settings.seed,
-        calibrations=calibrations,
-        unpruned=unpruned,
+        calibrations=run.calibrations,
+        unpruned=run.unpruned,
         progress=run.progress,
         folder=run.kept_in("twin"),
         max_memory=run.max_memory,
@@ -498,9 +430,9 @@ def _controls(
         kind = name.replace(" ", "_")
         for number, mask in enumerate(masks, start=settings.seed):
             if name.startswith("random"):
-                yield _Named(f"{kind}-{number}", mask, {"mask": kind, "seed": number})
+                yield f"{kind}-{number}", mask, {"mask": kind, "seed": number}
             else:
-                yield _Named(kind, mask, {"mask": kind})
+                yield kind, mask, {"mask": kind}
 
 
 def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:

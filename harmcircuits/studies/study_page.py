@@ -40,7 +40,6 @@ from harmcircuits.views.page import (
     missing,
     paragraphs,
     plot,
-    preformatted,
     section,
     subsection,
     table,
@@ -96,9 +95,10 @@ answers, earned as well; those whose removal makes it likelier behind protected 
 alike, lost as much."""
 ERROR_TEXT = """Those of the target, and of the counterpart's twin, are scored by the share of their
 tokens that a draw would miss, in place of the loss."""
-CITE_TEXT = """The package, and the papers whose method it follows. Say which model, which seed,
-what was protected, and what the answers became: manifest.json and rows.jsonl beside this page
-hold all of it."""
+CITE_TEXT = """harmcircuits {version} (CITATION.cff), and the papers whose method it follows:
+arXiv 2604.09544 (Orgad and others, 2026), arXiv 2402.05162 (Wei and others, 2024). Say which model,
+which seed, what was protected, and what the answers became: manifest.json and rows.jsonl beside
+this page hold all of it."""
 NO_CURVE = "No mask removes anything within the budget, so there is no curve."
 NO_MASK = "No mask met the rule (see the first lines), so there is no circuit to show."
 NO_TEXTS = """Not shown on a model of your own: its requests and answers may be harmful, and
@@ -109,30 +109,11 @@ world."""
 NO_VALIDATION = """Not validated: the local rules judge, which see refusals and broken text but
 cannot tell harmful answers from harmless ones. Read the rate together with the losses, or
 choose a judge that can be validated (--judge)."""
-CITATION = """@software{harmcircuits,
-  title   = {harmcircuits: find, mask and measure the weights behind harmful generation},
-  author  = {The harmcircuits authors},
-  version = {VERSION},
-  year    = {2026},
-}
-@article{orgad2026,
-  title  = {Large Language Models Generate Harmful Content Using a Distinct, Unified Mechanism},
-  author = {Orgad and Wei and Zheng and Wattenberg and Henderson and Goldfarb-Tarrant and Belinkov},
-  year   = {2026},
-  eprint = {2604.09544},
-}
-@article{wei2024,
-  title  = {Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications},
-  author = {Wei and others},
-  year   = {2024},
-  eprint = {2402.05162},
-}"""
 
 
 def write_study_page(study: Study, path: str | Path) -> None:
     """Write the page of a finished study, in the order in which a reader asks."""
     terms = study.terms
-    citation = preformatted(CITATION.replace("VERSION", version("harmcircuits")))
     parts = {
         "What goes and what stays": (COMPARISON_TEXT, _comparison(study)),
         "The trade-off": (TRADEOFF_TEXT, _tradeoff(study)),
@@ -140,7 +121,7 @@ def write_study_page(study: Study, path: str | Path) -> None:
         "Examples": (EXAMPLES_TEXT, _examples(study)),
         "Can the judge be trusted?": (JUDGE_TEXT, _judge(study)),
         "Can the scores be trusted?": (_trust_text(study), _diagnostics(study)),
-        "How to cite": (CITE_TEXT, citation),
+        "How to cite": (CITE_TEXT.format(version=version("harmcircuits")), ""),
     }
     sections = [
         headline(headline_lines(study.rows, terms)),

@@ -101,11 +101,6 @@ class Terms:
         return [name for name in self.names if name in chosen_by]
 
     @property
-    def metrics(self) -> dict[str, str]:
-        """Behaviour -> the rate that shows it."""
-        return {behaviour.name: behaviour.metric for behaviour in self.behaviours}
-
-    @property
     def rates(self) -> dict[str, str]:
         """Rate -> title of its column."""
         titles = {}
@@ -372,12 +367,11 @@ def _changes(before: Rows, after: Rows, terms: Terms) -> dict[str, float]:
 def _cost(before: Rows, after: Rows, terms: Terms) -> str:
     """The kept ability that falls most, as a sentence."""
     changes = _changes(before, after, terms)
-    worst = min(changes, key=changes.__getitem__, default=None)
-    if worst is None or changes[worst] >= 0:
+    falls = {change: title for title, change in changes.items() if change < 0}
+    if not falls:
         return f"None of the {len(changes)} kept abilities falls."
-    return (
-        f'Of {len(changes)} kept abilities, "{worst}" suffers most: {changes[worst]:+.1f} points.'
-    )
+    worst = min(falls)
+    return f'Of {len(changes)} kept abilities, "{falls[worst]}" suffers most: {worst:+.1f} points.'
 
 
 def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:

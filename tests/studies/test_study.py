@@ -318,8 +318,8 @@ def point(size: int, **figures: float) -> Point:
 
 
 def chosen(*points: Point, decides: str, tolerance: float = 0.01, **budgets: float) -> Point | None:
-    options = {"tolerance": tolerance, "budgets": budgets, "decides": decides}
-    return operating_point(points, BEFORE, Terms.standard(), **options)
+    settings = StudySettings(tolerance=tolerance, budget=budgets)
+    return operating_point(points, BEFORE, Terms.standard(), settings, decides)
 
 
 def test_the_operating_point_keeps_its_rule():
@@ -361,7 +361,6 @@ def test_the_operating_point_within_budgets_of_losses():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"sizes": (1e-6,)}, "give at least 1e-05"),
         ({"protect": ("kindness",)}, "did you mean 'kind'"),
         ({"protect": ("harmful",)}, "is what is removed"),
         ({"target": "harm"}, "did you mean 'harmful'"),

@@ -29,7 +29,6 @@ def test_the_standard_terms_are_those_of_the_committed_rows():
     ]
     assert list(terms.losses)[:4] == ["harm_nll", "benign_nll", "prefilled_nll", "benign_kl"]
     assert terms.losses["harm_nll"] == "harm NLL"
-    assert terms.metrics["refusal"] == "refusal_rate"
     assert (terms.kl_metric, terms.twin) == ("benign_kl", "benign twin")
     assert list(standard_behaviours()) == [behaviour.name for behaviour in terms.behaviours]
 
