@@ -22,9 +22,10 @@ from operator import or_
 import numpy as np
 from support.claims import Claim
 from support.figures import heatmaps, profiles
+from support.parts import parts_of
 
 import harmcircuits as hc
-from harmcircuits.circuits.location import location_rows, parts_of
+from harmcircuits.circuits.location import location_rows
 from harmcircuits.measurements import Measurement
 
 claim = Claim(

@@ -9,7 +9,8 @@ from support.curves import outcomes_of
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.circuits.masks import WeightMask, shared_by
+from harmcircuits.circuits.masks import WeightMask, union
+from harmcircuits.circuits.scores import Source
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import PromptSet
 
@@ -145,3 +146,17 @@ def shared_rows(
         if mask.n_removed:
             rows += rate_rows(model, names, where, mask=mask)
     return rows
+
+
+def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
+    """The weights that at least so many of the masks remove."""
+    together = union(masks)
+    assert together is not None
+    removed = {}
+    for name in together.removed:
+        indices = torch.cat([mask.removed[name] for mask in masks if name in mask.removed])
+        index, times = indices.unique(return_counts=True)
+        removed[name] = index[times >= at_least]
+    parents = tuple(mask.source for mask in masks)
+    source = Source(together.source.model, "shared_by", {"at_least": at_least}, parents)
+    return WeightMask(removed, together.shapes, source)

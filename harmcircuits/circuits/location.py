@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask, random_like
-from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
 from harmcircuits.measurements import Labels, Measurement, Rows
 
 By = Literal["layer", "matrix", "head", "neuron"]
 
+NONE = torch.empty(0, dtype=torch.int64)
 N_NULL = 20  # random masks behind an interval of chance
 
 
@@ -59,15 +59,8 @@ def pieces(
     """(place, removed, weights) of every part of a matrix that lies in one place."""
     if by not in ("layer", "matrix", "head", "neuron"):
         raise ValueError(f'by={by!r}; expected "layer", "matrix", "head" or "neuron"')
-    missing = sorted(set(mask.shapes) - set(sites))
-    if missing:
-        raise ValueError(f"sites lack {missing[0]}; give weight_sites(bridge) of the mask's model")
-
-    none = torch.empty(0, dtype=torch.int64)
-    for name in mask.shapes:
+    for name, n_removed in mask.counts.items():
         site = sites[name]
-        index = mask.removed.get(name, none)
-        n_removed = index.numel()
         n_weights = site.parameter.numel()
         is_attention = site.kind.startswith("attn")
         if by == "layer":
@@ -76,47 +69,10 @@ def pieces(
             yield Place(site.layer, site.kind), n_removed, n_weights
         # What is left is "head", which only attention has, and "neuron", which only the MLP has.
         elif is_attention == (by == "head"):
-            yield from _unit_pieces(site, index)
-
-
-def parts_of(
-    mask: WeightMask,
-    sites: Mapping[str, Site],
-    by: Literal["layer", "matrix", "unit"],
-) -> dict[Place, WeightMask]:
-    """The mask cut by where its weights sit; together the parts are the mask."""
-    if by not in ("layer", "matrix", "unit"):
-        raise ValueError(f'by={by!r}; expected "layer", "matrix" or "unit"')
-    removed: dict[Place, dict[str, Tensor]] = {}
-    for name, index in mask.removed.items():
-        if name not in sites:
-            raise ValueError(f"sites lack {name}; give weight_sites(bridge) of the mask's model")
-        site = sites[name]
-        if by == "layer":
-            removed.setdefault(Place(site.layer), {})[name] = index
-        elif by == "matrix":
-            removed.setdefault(Place(site.layer, site.kind), {})[name] = index
-        else:
-            unit = site.units(index)
-            for number in unit.unique().tolist():
+            units = site.units(mask.removed.get(name, NONE))
+            for number, n_of_unit in enumerate(units.bincount(minlength=site.n_units).tolist()):
                 place = Place(site.layer, site.unit, number)
-                removed.setdefault(place, {})[name] = index[unit == number]
-
-    parts = {}
-    for place, of_place in removed.items():
-        settings = {"by": by, "place": list(place)}
-        source = Source(mask.source.model, "part", settings, (mask.source,))
-        parts[place] = WeightMask(of_place, mask.shapes, source)
-    return parts
-
-
-def _unit_pieces(site: Site, index: Int[Tensor, " _"]) -> Iterator[Piece]:
-    """(place, removed, weights) of every head, neuron or expert of a matrix."""
-    unit = site.units(index)
-    n_removed_of = unit.bincount(minlength=site.n_units).tolist()
-    n_weights = site.parameter.numel() // site.n_units
-    for number, n_removed in enumerate(n_removed_of):
-        yield Place(site.layer, site.unit, number), n_removed, n_weights
+                yield place, n_of_unit, n_weights // site.n_units
 
 
 def most_removed(
@@ -190,8 +146,6 @@ def concentration(
 
 def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
     """Gini coefficient of non-negative values: sum_ij |x_i - x_j| / (2 n sum_i x_i)."""
-    if not len(values) or values.min() < 0 or values.sum() == 0:
-        raise ValueError("gini: expected non-negative values that are not all zero")
     # With the values sorted, sum_ij |x_i - x_j| = 2 sum_i (2 i - n - 1) x_i: x_i is the larger one
     # of i - 1 pairs and the smaller one of n - i. Divided by 2 n sum_i x_i this gives
     # 2 sum_i i x_i / (n sum_i x_i) - (n + 1) / n.

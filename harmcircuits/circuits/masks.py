@@ -4,22 +4,22 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
-from harmcircuits.circuits.selection import Indices, largest, largest_of_rows
+from harmcircuits.circuits.selection import largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
-from harmcircuits.display import card, facts, heat_strip, note, plural, share
+from harmcircuits.display import card, facts, heat_strip, note, share
 from harmcircuits.hub import MASK_FILE, mask_file
 from harmcircuits.measurements import Rows
 from harmcircuits.storage import read_tensors, write_tensors
@@ -31,7 +31,6 @@ Scope = Literal["weight", "model", "row"]
 
 FORMAT = "harmcircuits.mask.1"
 FRAME_COLUMNS = ("layer", "kind", "unit", "number", "row", "column", "weight")
-INDEX_DTYPES = (torch.int64, torch.int32)
 N_BINS = 50  # of |W|, within which a random mask matches magnitudes
 
 
@@ -43,7 +42,7 @@ class WeightMask:
     whether they are the same weights of the same model, however they were chosen.
 
     >>> scores = hc.removal_effect(bridge, harm)
-    >>> first, second = hc.top_fraction(scores, [0.01, 0.02], within="model")
+    >>> first, second = (hc.top_fraction(scores, q, within="model") for q in (0.01, 0.02))
     >>> first, len(second - first), (first & ~second).fraction
     (WeightMask(top_fraction, 9,830 of 983,040 weights, 1.00%), 9831, 0.0)
 
@@ -66,19 +65,24 @@ class WeightMask:
     file: str = ""
 
     def __post_init__(self) -> None:
-        removed = {}
-        for name, index in self.removed.items():
-            if name not in self.shapes:
-                raise ValueError(
-                    f"WeightMask: {name} is not among the shapes; "
-                    f"expected one of {sorted(self.shapes)[:3]} ..."
-                )
-            if index.numel():
-                removed[name] = _checked(name, index, math.prod(self.shapes[name]))
+        foreign = self.removed.keys() - self.shapes.keys()
+        if foreign:
+            raise ValueError(f"WeightMask: {min(foreign)} is not among the shapes")
         # In the order of the shapes: a file sorts them by name, and random masks that are drawn
         # like this one would be others.
-        ordered = {name: removed[name] for name in self.shapes if name in removed}
-        object.__setattr__(self, "removed", MappingProxyType(ordered))
+        removed = {}
+        for name, shape in self.shapes.items():
+            index = self._index(name).to("cpu", torch.int64)
+            if not len(index):
+                continue
+            size = math.prod(shape)
+            is_sorted = bool((index.diff() > 0).all())
+            if index[0] < 0 or index[-1] >= size or not is_sorted:
+                raise ValueError(
+                    f"WeightMask: indices of {name} must increase strictly within [0, {size})"
+                )
+            removed[name] = index
+        object.__setattr__(self, "removed", MappingProxyType(removed))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:
@@ -88,30 +92,21 @@ class WeightMask:
         return f"WeightMask({self.source.method}, {counts}{fewer})"
 
     def _repr_html_(self) -> str:
-        counts = by_place(self.counts)
-        shapes = by_place(self.shapes)
+        counts, shapes = by_place(self.counts), by_place(self.shapes)
         shares, texts = {}, {}
         for place, n_removed in counts.items():
-            n_weights = math.prod(shapes[place])
-            shares[place] = n_removed / n_weights if n_weights else 0.0
             layer, kind = place
-            which = f"layer {layer} {kind}: {n_removed:,} of {n_weights:,}"
-            texts[place] = f"{which}, {share(shares[place])}"
-        caption = ""
-        if shares:
-            most = share(max(shares.values()))
-            caption = note(f"share of each matrix that is removed; the most: {most}")
-        source = self.source
-        table = facts(
-            {
-                "removed": f"{self.n_removed:,} of {self.n_weights:,} weights",
-                **source.facts,
-                "trace": plural(len(self.trace), "row") if len(self.trace) else "",
-            }
-        )
-        size = share(self.fraction) if self.n_weights else "nothing"
+            n_weights = math.prod(shapes[place])
+            shares[place] = n_removed / n_weights
+            text = f"{n_removed:,} of {n_weights:,}, {share(shares[place])}"
+            texts[place] = f"layer {layer} {kind}: {text}"
+        most = share(max(shares.values(), default=0.0))
+        removed = f"{self.n_removed:,} of {self.n_weights:,} weights"
         return card(
-            f"WeightMask: {source.method}, {size}", table, heat_strip(shares, texts), caption
+            f"WeightMask: {self.source.method}, {share(self.fraction)}",
+            facts({"removed": removed, **self.source.facts}),
+            heat_strip(shares, texts),
+            note(f"share of each matrix that is removed; the most: {most}"),
         )
 
     def __len__(self) -> int:
@@ -183,16 +178,7 @@ class WeightMask:
     def _combined(
         self, other: "WeightMask", method: str, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> "WeightMask":
-        if self.shapes != other.shapes:
-            odd = sorted(set(self.shapes.items()) ^ set(other.shapes.items()))[:2]
-            raise ValueError(
-                f"masks of different models or weights cannot be combined; they differ in {odd}"
-            )
-        if self.source.model != other.source.model:
-            raise ValueError(
-                f"masks of two models ({self.source.model}, {other.source.model}) "
-                "cannot be combined"
-            )
+        refuse_others(self, other)
         removed = {name: combine(self._index(name), other._index(name)) for name in self.shapes}
         source = Source(self.source.model, method, {}, (self.source, other.source))
         return WeightMask(removed, self.shapes, source)
@@ -226,16 +212,12 @@ class WeightMask:
                 "weight" is its value now.
 
         Raises:
-            ValueError: sites that lack a matrix of the mask.
+            KeyError: sites that lack a matrix of the mask.
         """
         import pandas
 
         parts = []
         for name, index in self.removed.items():
-            if name not in sites:
-                raise ValueError(
-                    f"sites lack {name}; give weight_sites(bridge) of the mask's model"
-                )
             site = sites[name]
             parameter = site.parameter.detach()
             places = torch.unravel_index(index.to(parameter.device), self.shapes[name])
@@ -312,53 +294,19 @@ class WeightMask:
             revision: branch, tag or commit of a repository; the newest by default.
 
         Raises:
-            ValueError: no such repository, revision or file, no permission or no network, with the
-                remedy; and as `load`.
+            ValueError: no such repository, revision or file, no permission or no network; and as
+                `load`.
         """
         return cls.load(mask_file(source, filename, revision))
 
 
-def _checked(name: str, index: Tensor, size: int) -> Int[Tensor, " n"]:
-    """The indices of a matrix on the CPU. Raises ValueError for any that are none of its places."""
-    if index.ndim != 1 or index.dtype not in INDEX_DTYPES:
-        raise ValueError(
-            f"WeightMask: indices of {name} are {index.dtype} of shape {tuple(index.shape)}; "
-            "expected flat indices, integers in one dimension"
-        )
-    index = index.to("cpu", torch.int64)
-    is_sorted = bool((index[1:] > index[:-1]).all())
-    if index[0] < 0 or index[-1] >= size or not is_sorted:
-        raise ValueError(f"WeightMask: indices of {name} must increase strictly within [0, {size})")
-    return index
-
-
-@overload
 def top_fraction(
     scores: WeightScores,
     fraction: float,
     *,
     within: Scope = "weight",
     exclude: WeightMask | None = None,
-) -> WeightMask: ...
-
-
-@overload
-def top_fraction(
-    scores: WeightScores,
-    fraction: Sequence[float],
-    *,
-    within: Scope = "weight",
-    exclude: WeightMask | None = None,
-) -> list[WeightMask]: ...
-
-
-def top_fraction(
-    scores: WeightScores,
-    fraction: float | Sequence[float],
-    *,
-    within: Scope = "weight",
-    exclude: WeightMask | None = None,
-) -> WeightMask | list[WeightMask]:
+) -> WeightMask:
     """The weights with the highest scores: exactly `round(fraction * n)` of each scope's n weights.
 
     Halves are rounded up, and a positive fraction takes at least one weight of every scope, so that
@@ -369,76 +317,59 @@ def top_fraction(
 
     Args:
         scores: of every weight.
-        fraction: share of the weights; a list of shares gives a list of masks, for one reading of
-            the scores.
+        fraction: share of the weights.
         within: the scope. "weight": each matrix by itself (the published code). "model": all
             matrices ranked together. "row": each row (last axis) of the stored weight, as Wanda.
         exclude: weights that cannot be chosen; the count stays that of the whole scope.
 
     Raises:
-        ValueError: a fraction outside [0, 1], no fractions, another scope, an `exclude` of other
-            weights, or fewer weights left in a scope than are to be chosen.
+        ValueError: a fraction outside [0, 1], another scope, an `exclude` of other weights, or
+            fewer weights left in a scope than are to be chosen.
     """
-    if within not in ("weight", "model", "row"):
-        raise ValueError(f'top_fraction: within={within!r}; expected "weight", "model" or "row"')
-    if exclude is not None and exclude.shapes != scores.shapes:
+    if within not in ("weight", "model", "row") or not 0 <= fraction <= 1:
+        raise ValueError(
+            f"top_fraction: fraction={fraction}, within={within!r}; expected a share in [0, 1] "
+            'and "weight", "model" or "row"'
+        )
+    shapes = scores.shapes
+    if exclude is not None and exclude.shapes != shapes:
         raise ValueError("top_fraction: `exclude` is a mask over other weights than the scores")
-    if isinstance(fraction, Sequence):
-        return _top_fractions(scores, fraction, within, exclude)
     excluded = exclude.removed if exclude is not None else {}
-    removed = _best(scores.values, scores.shapes, fraction, within, excluded)
+
+    removed: dict[str, Tensor] = {}
+    if within == "model":
+        n_weights = sum(map(math.prod, shapes.values()))
+        removed = largest(scores.values, _count(fraction, n_weights), excluded)
+    elif within == "weight":
+        for name, value in scores.values.items():
+            count = _count(fraction, value.numel())
+            removed |= largest({name: value}, count, excluded)
+    else:
+        for name, value in scores.values.items():
+            count = _count(fraction, shapes[name][-1])
+            removed[name] = largest_of_rows(value, count, excluded.get(name))
+
     settings = {"fraction": fraction, "within": within}
     parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
     source = Source(scores.source.model, "top_fraction", settings, parents)
-    return WeightMask(removed, scores.shapes, source)
+    return WeightMask(removed, shapes, source)
 
 
-def _top_fractions(
-    scores: WeightScores,
-    fractions: Sequence[float],
-    within: Scope,
-    exclude: WeightMask | None,
-) -> list[WeightMask]:
-    """The largest is chosen among all scores, the others among what it chose."""
-    if not fractions:
-        raise ValueError("top_fraction: no fractions; expected at least one")
-    widest = top_fraction(scores, max(fractions), within=within, exclude=exclude)
-    best = {}
-    for name, index in widest.removed.items():
-        best[name] = scores.values[name].flatten()[index]
-        if within == "row":
-            n_rows = math.prod(widest.shapes[name][:-1])
-            best[name] = best[name].view(n_rows, -1)
+def _count(fraction: float, n: int) -> int:
+    return max(1, int(fraction * n + 0.5)) if fraction else 0
 
-    masks = []
-    for fraction in fractions:
-        places = _best(best, widest.shapes, fraction, within, {})
-        removed = {name: widest.removed[name][place.cpu()] for name, place in places.items()}
-        source = replace(widest.source, settings={"fraction": fraction, "within": within})
-        masks.append(WeightMask(removed, widest.shapes, source))
-    return masks
+
+def refuse_others(mask: WeightMask, other: WeightMask) -> None:
+    """Raises ValueError for masks of two models, or of other weights of the same."""
+    models = mask.source.model, other.source.model
+    if models[0] != models[1] or mask.shapes != other.shapes:
+        odd = sorted(set(mask.shapes.items()) ^ set(other.shapes.items()))[:2]
+        raise ValueError(f"masks of different models or weights: {', '.join(models)}, {odd}")
 
 
 def union(masks: Sequence[WeightMask]) -> WeightMask | None:
     """The weights in any of the masks; None for no masks."""
     return reduce(or_, masks) if masks else None
-
-
-def shared_by(masks: Sequence[WeightMask], at_least: int) -> WeightMask:
-    """The weights that at least so many of the masks remove."""
-    if not 1 <= at_least <= len(masks):
-        raise ValueError(
-            f"shared_by: at_least={at_least} of {len(masks)} masks; expected 1 to their number"
-        )
-    together = reduce(or_, masks)
-    removed = {}
-    for name in together.removed:
-        indices = torch.cat([mask.removed[name] for mask in masks if name in mask.removed])
-        index, times = indices.unique(return_counts=True)
-        removed[name] = index[times >= at_least]
-    parents = tuple(mask.source for mask in masks)
-    source = Source(together.source.model, "shared_by", {"at_least": at_least}, parents)
-    return WeightMask(removed, together.shapes, source)
 
 
 def random_like(
@@ -457,7 +388,7 @@ def random_like(
             each of 50 equal-sized bins of |W| of the matrix.
 
     Raises:
-        ValueError: `weights` lack a matrix of the mask.
+        KeyError: `weights` lack a matrix of the mask.
     """
     generator = torch.Generator().manual_seed(seed)
     removed = {}
@@ -465,10 +396,6 @@ def random_like(
         size = math.prod(mask.shapes[name])
         if weights is None:
             drawn = torch.randperm(size, generator=generator)[: index.numel()]
-        elif name not in weights:
-            raise ValueError(
-                f"random_like: weights lack {name}; give named_weights of the mask's model"
-            )
         else:
             magnitude = weights[name].detach().abs().flatten().cpu()
             drawn = _matched(magnitude, index, generator)
@@ -491,31 +418,3 @@ def _matched(
         members = order[bins[order] == number]
         drawn.append(members[:count])
     return torch.cat(drawn)
-
-
-def _best(
-    values: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    fraction: float,
-    within: Scope,
-    excluded: Indices,
-) -> dict[str, Tensor]:
-    """Flat indices into `values`, the scores of some or all weights."""
-    if within == "model":
-        n_weights = sum(map(math.prod, shapes.values()))
-        return largest(values, _count(fraction, n_weights), excluded)
-    best = {}
-    for name, value in values.items():
-        if within == "row":
-            count = _count(fraction, shapes[name][-1])
-            best[name] = largest_of_rows(value, count, excluded.get(name))
-        else:
-            count = _count(fraction, math.prod(shapes[name]))
-            best |= largest({name: value}, count, excluded)
-    return best
-
-
-def _count(fraction: float, n: int) -> int:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"top_fraction: fraction={fraction}; expected a share in [0, 1]")
-    return max(1, int(fraction * n + 0.5)) if fraction > 0 else 0

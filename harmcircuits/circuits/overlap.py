@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int64
 from scipy.stats import spearmanr
-from torch import Tensor
 
 from harmcircuits.circuits.location import By, Place, pieces
-from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.masks import WeightMask, refuse_others
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.display import card, facts, number_text, share, two_bars
+from harmcircuits.display import card, facts, number_text, share
 from harmcircuits.measurements import Interval, student_quantile, wilson
 
 BURN_IN = 20  # rounds of trades before the first sample of the stricter null
@@ -88,31 +87,31 @@ class Overlap:
         return max(0.0, low_lift), high_lift
 
     def __str__(self) -> str:
-        low, high = self.interval
-        shared = f"{self.n_shared:,} shared"
-        jaccard = f"Jaccard {self.jaccard:.3f}"
-        lift = f"lift {self.lift:.2f} [{low:.2f}, {high:.2f}]"
-        return f"{shared}, {jaccard}, {lift}"
+        lift = _with_interval(self.lift, self.interval)
+        return f"{self.n_shared:,} shared, Jaccard {self.jaccard:.3f}, lift {lift}"
 
     def __repr__(self) -> str:
         return f"Overlap({self})"
 
     def _repr_html_(self) -> str:
         of_first, of_second = self.containment
-        low, high = self.interval
+        stricter = ""
+        if not isnan(self.n_expected_marginal):
+            stricter = _with_interval(self.lift_marginal, self.interval_marginal)
         values = {
             "shared": f"{self.n_shared:,}; by chance {number_text(self.n_expected)}",
             "first": f"{self.n_first:,}, of which {share(of_first)} are in the second",
             "second": f"{self.n_second:,}, of which {share(of_second)} are in the first",
             "Jaccard": f"{self.jaccard:.3f}",
-            "lift": f"{self.lift:.2f} [{low:.2f}, {high:.2f}] against chance in each matrix",
+            "lift against chance in each matrix": _with_interval(self.lift, self.interval),
+            "against chance in each row and column": stricter,
         }
-        if not isnan(self.n_expected_marginal):
-            low, high = self.interval_marginal
-            interval = f"{self.lift_marginal:.2f} [{low:.2f}, {high:.2f}]"
-            values["lift, stricter"] = f"{interval} against chance in each row and column"
-        picture = two_bars(self.n_first, self.n_second, self.n_shared)
-        return card("Overlap of two masks", facts(values), picture)
+        return card("Overlap of two masks", facts(values))
+
+
+def _with_interval(value: float, interval: Interval) -> str:
+    low, high = interval
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def overlap(
@@ -142,17 +141,11 @@ def overlap(
     Raises:
         ValueError: masks of different models or weights, and a mask that removes nothing.
     """
-    counts = _counted(mask, other)
     lifts = [_counted(first, second).lift for first, second in resamples]
     n_expected = nan
     if n_samples:
-        null = marginal_null(mask, other, n_samples=n_samples, seed=seed)
-        n_expected = float(null.mean())
-    return replace(
-        counts,
-        n_expected_marginal=n_expected,
-        resampled=tuple(lifts),
-    )
+        n_expected = float(marginal_null(mask, other, n_samples=n_samples, seed=seed).mean())
+    return replace(_counted(mask, other), n_expected_marginal=n_expected, resampled=tuple(lifts))
 
 
 def overlap_by(
@@ -183,13 +176,9 @@ def overlap_by(
     _check(mask, other)
     # The same pieces in the same order for all three, so that they can be read side by side.
     parts: dict[Place, Overlap] = {}
-    pieces_of_each = zip(
-        pieces(mask, sites, by),
-        pieces(other, sites, by),
-        pieces(mask & other, sites, by),
-        strict=True,
-    )
-    for first, second, both in pieces_of_each:
+    masks = (mask, other, mask & other)
+    of_masks = [pieces(each, sites, by) for each in masks]
+    for first, second, both in zip(*of_masks, strict=True):
         place, n_first, n_weights = first
         _, n_second, _ = second
         _, n_shared, _ = both
@@ -200,19 +189,11 @@ def overlap_by(
             before.n_second + n_second,
             before.n_expected + n_first * n_second / n_weights,
         )
-    in_both = {}
-    for place, part in parts.items():
-        if part.n_first and part.n_second:
-            in_both[place] = part
-    return in_both
+    return {place: part for place, part in parts.items() if part.n_first and part.n_second}
 
 
 def marginal_null(
-    mask: WeightMask,
-    other: WeightMask,
-    *,
-    n_samples: int = 100,
-    seed: int = 0,
+    mask: WeightMask, other: WeightMask, *, n_samples: int = 100, seed: int = 0
 ) -> Int64[np.ndarray, " n_samples"]:
     """Shared weights of random masks that keep every row and every column count of each matrix."""
     _check(mask, other)
@@ -232,31 +213,6 @@ def marginal_null(
     return np.array(n_shared, dtype=np.int64)
 
 
-def matched_null(
-    mask: WeightMask,
-    other: WeightMask,
-    *,
-    n_samples: int = 10_000,
-    seed: int = 0,
-) -> Int64[np.ndarray, " n_samples"]:
-    """Shared weights of random masks that keep the count of each matrix, and nothing else."""
-    _check(mask, other)
-    rng = np.random.default_rng(seed)
-    first, second = mask.counts, other.counts
-    n_shared = np.zeros(n_samples, dtype=np.int64)
-    for name, shape in mask.shapes.items():
-        if first[name] and second[name]:
-            n_others = prod(shape) - first[name]
-            n_shared += rng.hypergeometric(first[name], n_others, second[name], size=n_samples)
-    return n_shared
-
-
-def p_value(n_shared: int, null: Int64[np.ndarray, " n_samples"]) -> float:
-    """How probable it is that chance shares as many weights: (1 + hits) / (1 + samples)."""
-    n_hits = int((null >= n_shared).sum())
-    return (1 + n_hits) / (1 + len(null))
-
-
 def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
     """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes."""
     if scores.shapes != other.shapes:
@@ -265,14 +221,11 @@ def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
     n_weights = 0
     for name, first in scores.values.items():
         second = other.values[name]
-        result: Any = spearmanr(_flat(first), _flat(second))  # scipy does not declare its type
+        ranks = [value.flatten().cpu().numpy() for value in (first, second)]
+        result: Any = spearmanr(*ranks)  # scipy does not declare its type
         total += first.numel() * float(result.statistic)
         n_weights += first.numel()
     return total / n_weights
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.flatten().cpu().numpy()
 
 
 def _counted(mask: WeightMask, other: WeightMask) -> Overlap:
@@ -295,23 +248,11 @@ def _check(mask: WeightMask, other: WeightMask) -> None:
     for each in (mask, other):
         if not each.n_removed:
             raise ValueError(f"overlap: {each} removes nothing; choose at least one weight")
-    is_same_model = mask.source.model == other.source.model
-    if mask.shapes != other.shapes or not is_same_model:
-        raise ValueError(
-            "overlap: the masks are of different models or weights "
-            f"({mask.source.model}, {other.source.model})"
-        )
+    refuse_others(mask, other)
 
 
 class _Chain:
     """A mask as entries (row, column) that trades columns between rows of the same matrix."""
-
-    used: Int[np.ndarray, " rows"]
-    matrix: Int[np.ndarray, " rows"]
-    start: Int[np.ndarray, " rows"]
-    row: Int[np.ndarray, " entries"]
-    column: Int[np.ndarray, " entries"]
-    width: int
 
     def __init__(self, mask: WeightMask, rng: np.random.Generator) -> None:
         self.rng = rng

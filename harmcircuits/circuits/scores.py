@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -12,25 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.circuits.sites import by_place
-from harmcircuits.display import (
-    card,
-    facts,
-    heat_strip,
-    html_table,
-    listed,
-    note,
-    number_text,
-    plural,
-    settings_text,
-)
+from harmcircuits.display import card, facts, listed, plural, settings_text
 from harmcircuits.storage import empty_folder, read_tensors, write_tensors
 
 FORMAT = "harmcircuits.scores.1"
-SHARD_BYTES = 2**31
+SHARD_BYTES = 2**31  # a file is copied in memory before it is written
 SCORE_BYTES = 4  # of a float32
-SHOWN_WEIGHTS = 2**30  # more are not read for a picture: it would take seconds
-SHOWN_MATRICES = 5
 
 
 @runtime_checkable
@@ -72,44 +59,26 @@ class Source:
 
     def to_json(self) -> str:
         """This source and its ancestors as one JSON object."""
-        return json.dumps(_as_dict(self), sort_keys=True)
+        row = asdict(self, dict_factory=_without_empty_weights)
+        return json.dumps(row, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Source":
         """The inverse of `to_json`."""
-        try:
-            return _from_dict(json.loads(text))
-        except RecursionError:
-            raise ValueError("source: nested too deeply; expected one of harmcircuits") from None
+        return _from_row(json.loads(text))
 
 
-def _as_dict(source: Source) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "model": source.model,
-        "method": source.method,
-        "settings": dict(source.settings),
-        "parents": [_as_dict(parent) for parent in source.parents],
-    }
-    if source.weights:
-        row["weights"] = source.weights
-    return row
+def _without_empty_weights(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Files of before the digest have none, and stay as they are.
+    return {name: value for name, value in items if (name, value) != ("weights", "")}
 
 
-SOURCE_TYPES = {"model": str, "method": str, "settings": dict, "parents": list}
-
-
-def _from_dict(row: Any) -> Source:
-    for name, kind in SOURCE_TYPES.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise ValueError(f"source: {name} is no {kind.__name__}; expected one of harmcircuits")
-    parents = [_from_dict(parent) for parent in row["parents"]]
-    return Source(
-        row["model"],
-        row["method"],
-        row["settings"],
-        tuple(parents),
-        str(row.get("weights", "")),
-    )
+def _from_row(row: Any) -> Source:
+    try:
+        parents = tuple(_from_row(parent) for parent in row["parents"])
+        return Source(**{**row, "parents": parents})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"no source of harmcircuits ({error})") from None
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,37 +130,9 @@ class WeightScores:
 
     def _repr_html_(self) -> str:
         n_weights = sum(map(math.prod, self.shapes.values()))
-        source = self.source
-        table = facts(
-            {
-                "weights": f"{n_weights:,} in {len(self.shapes)} matrices",
-                **source.facts,
-            }
-        )
-        title = f"WeightScores: {source.method}"
-        if n_weights > SHOWN_WEIGHTS:
-            return card(title, table, note("too many to read for a picture"))
-        return card(title, table, *self._largest())
-
-    def _largest(self) -> list[str]:
-        """The largest score of every matrix as a picture, and the largest of them as a table."""
-        largest, places = {}, {}
-        for name, value in self.values.items():
-            if not value.numel():
-                continue
-            flat = value.flatten()
-            index = flat.argmax()
-            largest[name] = flat[index].item()
-            places[name] = [int(axis) for axis in torch.unravel_index(index, value.shape)]
-        ordered = sorted(largest, key=lambda name: -largest[name])[:SHOWN_MATRICES]
-        body = [[name, number_text(largest[name]), str(places[name])] for name in ordered]
-        by_kind = by_place(largest)
-        texts = {}
-        for (layer, kind), value in by_kind.items():
-            texts[layer, kind] = f"layer {layer} {kind}: at most {value:.3g}"
-        caption = note("largest score of each matrix") if by_kind else ""
-        head = ["largest in", "score", "at"]
-        return [heat_strip(by_kind, texts), caption, html_table(head, body)]
+        weights = f"{n_weights:,} in {len(self.shapes)} matrices"
+        table = facts({"weights": weights, **self.source.facts})
+        return card(f"WeightScores: {self.source.method}", table)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -220,27 +161,18 @@ class WeightScores:
         source = Source(self.source.model, "negative", {}, (self.source,))
         return WeightScores(values, source)
 
-    def save(
-        self,
-        folder: str | Path,
-        *,
-        shard_bytes: int = SHARD_BYTES,
-    ) -> None:
-        """Write safetensors shards with the shapes and the source into a folder. Never pickle.
+    def save(self, folder: str | Path) -> None:
+        """Write safetensors files with the shapes and the source into a folder. Never pickle.
 
         Args:
             folder: a new or empty one.
-            shard_bytes: about how large a shard is; each holds whole matrices.
 
         Raises:
             ValueError: a folder that holds something.
         """
         folder = empty_folder(folder)
-        metadata = {
-            "shapes": json.dumps(self.shapes),
-            "source": self.source.to_json(),
-        }
-        shards = _shards(self.shapes, shard_bytes)
+        metadata = {"shapes": json.dumps(self.shapes), "source": self.source.to_json()}
+        shards = _shards(self.shapes)
         for number, names in enumerate(shards, start=1):
             path = folder / f"scores-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {name: self.values[name] for name in names}
@@ -258,8 +190,6 @@ class WeightScores:
                 foreign shard, and a damaged one. Shards of earlier versions have no digest and are
                 read as they are.
         """
-        if Path(folder).is_file():
-            raise ValueError(f"{folder}: a file, not a folder; give the folder of saved scores")
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise ValueError(
@@ -284,13 +214,13 @@ class WeightScores:
         return cls(in_order, Source.from_json(stored_source))
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
-    """The names that each shard holds, in order."""
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names that each file holds, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
         n_bytes = SCORE_BYTES * math.prod(shape)
-        if shards[-1] and size + n_bytes > shard_bytes:
+        if shards[-1] and size + n_bytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
@@ -305,9 +235,16 @@ def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
     """The weighted mean of scores, sum_i w_i s_i / sum_i w_i."""
-    _refuse_parts(parts, weights)
+    if not parts or len(parts) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(
+            f"mean_scores: {len(parts)} scores and weights {list(weights)[:8]}; give each a "
+            "weight, none negative and not all zero"
+        )
     first = parts[0]
     model = first.source.model
+    for part in parts:
+        if part.shapes != first.shapes or part.source.model != model:
+            raise ValueError("mean_scores: the scores are of different models or weights")
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
     for part, weight in zip(parts, weights, strict=True):
         if not weight:  # a part that a resample did not draw need not be read
@@ -317,20 +254,3 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
     settings = {"weights": [float(weight) for weight in weights]}
     parents = tuple(part.source for part in parts)
     return WeightScores(values, Source(model, "mean", settings, parents))
-
-
-def _refuse_parts(parts: Sequence[WeightScores], weights: Sequence[float]) -> None:
-    if not parts or len(parts) != len(weights):
-        raise ValueError(
-            f"mean_scores: {len(parts)} scores and {len(weights)} weights; "
-            "give one weight for each score"
-        )
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(
-            f"mean_scores: weights {list(weights)[:8]}; expected non-negative ones, not all zero"
-        )
-    first = parts[0]
-    model = first.source.model
-    is_same = [part.shapes == first.shapes and part.source.model == model for part in parts]
-    if not all(is_same):
-        raise ValueError("mean_scores: the scores are of different models or weights")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Scores looked at together: what stays in the cache of a CPU core, and what fills a GPU.
@@ -33,7 +33,7 @@ def largest(
             "lower the fractions"
         )
     if k == 0:
-        return {name: _none() for name in scores}
+        return {name: torch.empty(0, dtype=torch.int64) for name in scores}
 
     # Second pass. A key above the edge bin is chosen, one below it is not, and those inside it
     # compete for the places that are left:
@@ -47,10 +47,10 @@ def largest(
         value = scores[name]
         for start, keys in _chunks(value, excluded.get(name), chunk):
             bins = _bins(keys)
-            above = _places(bins > edge)
+            above = (bins > edge).nonzero().flatten()
             chosen[name].append(start + above.cpu())
 
-            inside = _places(bins == edge)
+            inside = (bins == edge).nonzero().flatten()
             best.add(
                 number,
                 start + inside.cpu(),
@@ -91,7 +91,7 @@ def largest_of_rows(
     n_rows = (chunk or _chunk_size(value)) // columns
     whole_rows = max(1, n_rows) * columns
 
-    chosen = [_none(value.device)]
+    chosen = []
     for start, keys in _chunks(value, excluded, whole_rows):
         rows = keys.view(-1, columns)
         # Stable, so that of equal keys the one with the lower index comes first.
@@ -243,12 +243,3 @@ def _chunks(
 def _chunk_size(value: Tensor) -> int:
     kind = value.device.type
     return CHUNK.get(kind, CHUNK["cpu"])
-
-
-def _places(is_chosen: Bool[Tensor, " n"]) -> Index:
-    """The indices of the Trues."""
-    return is_chosen.nonzero().flatten()
-
-
-def _none(device: torch.device | str = "cpu") -> Index:
-    return torch.empty(0, dtype=torch.int64, device=device)

@@ -1,9 +1,9 @@
 """Neurons, heads and rows: weights that are chosen together, so that a circuit can be read."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,20 +29,32 @@ class Units:
     @classmethod
     def of(cls, sites: Mapping[str, Site], unit: Unit, within: Collection[str]) -> "Units":
         """The units of some of a model's matrices."""
+        # The matrices that consist of the same units, together.
+        families: dict[Any, dict[str, Site]] = {}
+        if unit == "row":
+            for name in within:
+                families[name] = {name: _cut_into_rows(sites[name])}
+        else:
+            for name, site in sites.items():
+                if site.unit in CUT_INTO[unit]:
+                    # By number, since as many key-value heads as heads are the same heads.
+                    families.setdefault((site.layer, site.n_units), {})[name] = site
+
         chosen, first = {}, {}
         n_units = 0
-        for family in _families(sites, unit, within):
-            if not _is_within(family, unit, within):
+        for family in families.values():
+            names = family.keys() & set(within)
+            if not names:
                 continue
+            if len(names) < len(family):
+                kinds = listed(site.kind for site in family.values())
+                raise ValueError(f'unit="{unit}": each is in {kinds} together; name all or none')
             chosen |= family
             first |= dict.fromkeys(family, n_units)
             n_units += next(iter(family.values())).n_units
         if not chosen:
-            kinds = sorted({sites[name].kind for name in within})
-            raise ValueError(
-                f'unit="{unit}": there are none in {listed(kinds)}; give other layers or kinds, '
-                'or unit="weight"'
-            )
+            kinds = listed(sorted({sites[name].kind for name in within}))
+            raise ValueError(f'unit="{unit}": there are none in {kinds}; choose unit="weight"')
         return cls(chosen, first)
 
     @cached_property
@@ -114,40 +126,10 @@ class Units:
         return values[first : first + self.sites[name].n_units]
 
 
-def _families(
-    sites: Mapping[str, Site], unit: Unit, within: Collection[str]
-) -> Iterable[Mapping[str, Site]]:
-    """The matrices that consist of the same units, together."""
-    if unit == "row":
-        return [{name: _cut_into_rows(sites[name])} for name in within]
-    families: dict[tuple[int, int], dict[str, Site]] = {}
-    for name, site in sites.items():
-        if site.unit in CUT_INTO[unit]:
-            # By number, since as many key-value heads as heads are the same heads.
-            family = families.setdefault((site.layer, site.n_units), {})
-            family[name] = site
-    return families.values()
-
-
 def _cut_into_rows(site: Site) -> Site:
     """The matrix with its outputs for units."""
     if not site.is_hooked:
-        raise ValueError(
-            f'unit="row": {site.name} {tuple(site.parameter.shape)} is of experts or their router, '
-            'which have no rows of their own; leave it out by kinds=, or choose unit="weight"'
-        )
+        raise ValueError(f'unit="row": {site.name} is of experts or their router; leave it out')
     output_axis = 0 if site.input_axis == 1 else 1
     n_outputs = site.parameter.shape[output_axis]
     return replace(site, unit_axis=output_axis, n_units=n_outputs)
-
-
-def _is_within(family: Mapping[str, Site], unit: Unit, within: Collection[str]) -> bool:
-    """Whether units may be chosen: all of their matrices may be, and not some."""
-    n_within = len(family.keys() & set(within))
-    if 0 < n_within < len(family):
-        kinds = [site.kind for site in family.values()]
-        raise ValueError(
-            f'unit="{unit}": each is in {listed(kinds)} together; name all of these kinds, '
-            "or none of them"
-        )
-    return n_within > 0

@@ -263,12 +263,12 @@ def _published(run: Study) -> list[WeightMask]:
     if settings.scored_by != "loss":
         batches = run.calibrations[settings.target].batches
         scores = removal_effect(bridge, batches, max_memory=run.max_memory)
-    masks = top_fraction(scores, settings.sizes)
+    masks = [top_fraction(scores, size) for size in settings.sizes]
     shares = [min(1.0, P_OVER_Q * size) for size in settings.sizes]
     for name in run.protected:
         batches = run.calibrations[name].batches
         needed = snip_scores(bridge, batches, completion_loss, max_memory=run.max_memory)
-        needed_masks = top_fraction(needed, shares)
+        needed_masks = [top_fraction(needed, share) for share in shares]
         masks = [mask - other for mask, other in zip(masks, needed_masks, strict=True)]
         del needed  # before those of the next behaviour are accumulated
     return masks

@@ -1,15 +1,17 @@
-"""Overlap of masks against closed forms and full enumeration.
+"""Overlap of masks against closed forms and full enumeration (`tests/oracle.py`).
 
 Would catch: chance pooled over matrices, a null that ignores rows and columns, biased trades, an
 interval that misses its own figure, places whose parts do not add up to the whole.
 """
 
-import itertools
 from collections import Counter
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare, hypergeom, spearmanr
 
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
@@ -26,48 +28,88 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.weights import weight_sites
 
 SHAPES = {f"blocks.{layer}.mlp.in.weight": (128, 64) for layer in range(4)}
+SMALL = {"a": (3, 4), "b": (2, 5)}
 
 
 def mask_of(removed, shapes=SHAPES, model="m") -> WeightMask:
-    removed = {
-        name: torch.as_tensor(sorted(index), dtype=torch.int64) for name, index in removed.items()
-    }
-    return WeightMask(removed, shapes, Source(model, "test"))
+    indices = {}
+    for name, index in removed.items():
+        indices[name] = torch.as_tensor(sorted(index), dtype=torch.int64)
+    return WeightMask(indices, shapes, Source(model, "test"))
 
 
 def random_mask(seed: int, *, n: int = 200, rows: int = 128, matrices: int = 4) -> WeightMask:
     """`n` random weights in the first `rows` rows of each of the first matrices."""
     rng = np.random.default_rng(seed)
-    return mask_of(
-        {name: rng.choice(rows * 64, n, replace=False).tolist() for name in list(SHAPES)[:matrices]}
-    )
+    removed = {}
+    for name in list(SHAPES)[:matrices]:
+        removed[name] = rng.choice(rows * 64, n, replace=False).tolist()
+    return mask_of(removed)
 
 
-def test_counts_by_hand():
-    first = mask_of({"blocks.0.mlp.in.weight": [0, 1, 2, 3], "blocks.1.mlp.in.weight": [5, 6]})
-    second = mask_of({"blocks.0.mlp.in.weight": [2, 3, 4], "blocks.2.mlp.in.weight": [5]})
+indices = st.fixed_dictionaries(
+    {"a": st.sets(st.integers(0, 11), min_size=1), "b": st.sets(st.integers(0, 9))}
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(indices, indices)
+def test_an_overlap_is_what_sets_and_enumeration_say(first_indices, second_indices):
+    first, second = mask_of(first_indices, SMALL), mask_of(second_indices, SMALL)
     shared = overlap(first, second)
-    assert (shared.n_shared, shared.n_first, shared.n_second) == (2, 6, 4)
-    assert shared.n_expected == pytest.approx(4 * 3 / (128 * 64))
-    assert shared.jaccard == 2 / 8
-    assert shared.containment == (2 / 6, 2 / 4)
-    assert shared.lift == pytest.approx(2 * 128 * 64 / 12)
-    assert "2 shared" in str(shared)
-
-
-def test_a_mask_with_itself():
-    mask = random_mask(0)
-    shared = overlap(mask, mask)
-    assert shared.jaccard == 1
-    assert shared.containment == (1, 1)
-    assert shared.lift == pytest.approx(mask.n_removed / shared.n_expected)
+    in_first, in_second = oracle.removed_weights(first), oracle.removed_weights(second)
+    in_both, in_either = in_first & in_second, in_first | in_second
+    assert shared.n_shared == len(in_both)
+    assert shared.jaccard == len(in_both) / len(in_either)
+    assert shared.containment == (len(in_both) / len(in_first), len(in_both) / len(in_second))
+    expected = oracle.shared_by_chance(first, second)
+    assert shared.n_expected == pytest.approx(expected)
+    assert shared.lift == pytest.approx(len(in_both) / expected)
+    assert f"{len(in_both)} shared" in str(shared)
 
 
 def test_chance_is_the_mean_of_the_hypergeometric():
     first, second = random_mask(0, n=300), random_mask(1, n=500)
-    assert overlap(first, second).n_expected == pytest.approx(
-        4 * hypergeom(128 * 64, 300, 500).mean()
-    )
+    expected = 4 * hypergeom(128 * 64, 300, 500).mean()
+    assert overlap(first, second).n_expected == pytest.approx(expected)
+
+
+def test_the_stricter_null_is_the_mean_over_all_masks_of_the_same_rows_and_columns():
+    """To three standard errors of 2,000 samples; twin: chance in each matrix says another figure."""
+    first = mask_of({"a": [0, 1, 5, 6, 8, 9], "b": [0, 5, 6]}, SMALL)
+    second = mask_of({"a": [0, 1, 4, 9], "b": [0, 1, 5, 7]}, SMALL)
+    expected = oracle.shared_by_rows_and_columns(first, second)
+    null = marginal_null(first, second, n_samples=2000)
+    error = null.std() / np.sqrt(len(null))
+    assert abs(null.mean() - expected) < 3 * error
+    assert abs(oracle.shared_by_chance(first, second) - expected) > 3 * error
+
+
+def test_trades_draw_uniformly():
+    """A p-value of 0.001 fails a right sampler once in a thousand seeds."""
+    start = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
+    mask = mask_of({"w": start.flatten().nonzero().flatten().tolist()}, {"w": (3, 4)})
+    chain = _Chain(mask, np.random.default_rng(0))
+    seen = Counter()
+    for _ in range(3000):
+        chain.trade(3)
+        seen[tuple(np.sort(chain.cells).tolist())] += 1
+    assert len(seen) == len(oracle.all_like(start))
+    assert chisquare(list(seen.values())).pvalue > 0.001
+
+
+def test_trades_keep_rows_and_columns():
+    mask = random_mask(0, n=700)
+    chain = _Chain(mask, np.random.default_rng(0))
+    together = torch.cat([mask.dense(name) for name in mask.shapes])
+    chain.trade(5)
+    cells = torch.from_numpy(np.sort(chain.cells))
+    assert len(cells.unique()) == mask.n_removed
+    traded = torch.zeros_like(together).flatten().index_fill(0, cells, True).view_as(together)
+    assert (traded.sum(1) == together.sum(1)).all()
+    for before, after in zip(together.split(128), traded.split(128), strict=True):
+        assert (after.sum(0) == before.sum(0)).all()
+    assert not (traded == together).all()
 
 
 @pytest.mark.parametrize(
@@ -83,28 +125,25 @@ def test_random_masks_have_lift_one(confined):
         covered += low <= 1 <= high
         lifts.append(shared.lift_marginal)
         ratios.append(shared.n_expected_marginal / shared.n_expected)
+        if "rows" in confined:
+            assert shared.interval[0] > 1, "in the same rows, matched by matrices alone"
     assert covered >= 16
     assert np.mean(lifts) == pytest.approx(1, abs=0.07)
     if "rows" not in confined:
-        assert np.mean(ratios) == pytest.approx(1, abs=0.07), (
-            "without structure the two nulls agree"
-        )
+        assert np.mean(ratios) == pytest.approx(1, abs=0.07), "without structure both nulls agree"
 
-
-def test_counts_per_matrix_are_fooled_by_rows_and_the_stricter_null_is_not():
-    shared = overlap(random_mask(0, rows=12), random_mask(1, rows=12), n_samples=30)
-    assert shared.interval[0] > 5, (
-        "masks in the same rows look alike when only matrices are matched"
-    )
-    assert shared.interval_marginal[0] < 1 < shared.interval_marginal[1]
+    mask = random_mask(0, **confined)
+    low, high = overlap(mask, random_like(mask, seed=1)).interval
+    assert low < 1 < high
 
 
 def test_planted_overlap_is_found_beyond_rows_and_columns():
     rng = np.random.default_rng(0)
     common = set(rng.choice(128 * 64, 100, replace=False).tolist())
+    others = sorted(set(range(128 * 64)) - common)
     masks = []
     for _ in range(2):
-        rest = rng.choice(sorted(set(range(128 * 64)) - common), 300, replace=False).tolist()
+        rest = rng.choice(others, 300, replace=False).tolist()
         masks.append(mask_of({"blocks.0.mlp.in.weight": common | set(rest)}))
     shared = overlap(*masks, n_samples=30)
     assert shared.n_shared >= 100
@@ -112,52 +151,11 @@ def test_planted_overlap_is_found_beyond_rows_and_columns():
     assert shared.interval_marginal[0] > 3
 
 
-def test_trades_keep_rows_and_columns():
-    mask = random_mask(0, n=700)
-    chain = _Chain(mask, np.random.default_rng(0))
-    before = {name: mask.dense(name) for name in mask.shapes}
-    chain.trade(5)
-    cells = torch.from_numpy(np.sort(chain.cells))
-    assert len(cells.unique()) == mask.n_removed
-    together = torch.cat(list(before.values()))
-    traded = torch.zeros_like(together).flatten().index_fill(0, cells, True).view_as(together)
-    assert (traded.sum(1) == together.sum(1)).all()
-    for number, dense in enumerate(before.values()):
-        assert (traded[128 * number : 128 * (number + 1)].sum(0) == dense.sum(0)).all()
-    assert not (traded == together).all()
-
-
-def test_trades_draw_uniformly():
-    """All 3 x 4 zero-one matrices with these sums, enumerated.
-
-    A p-value of 0.001 fails a right sampler once in a thousand seeds.
-    """
-    start = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
-    rows, columns = start.sum(1), start.sum(0)
-    every = [
-        matrix
-        for bits in itertools.product((0, 1), repeat=12)
-        if ((matrix := np.array(bits).reshape(3, 4)).sum(1) == rows).all()
-        and (matrix.sum(0) == columns).all()
-    ]
-    mask = mask_of({"w": np.flatnonzero(start).tolist()}, {"w": (3, 4)})
-    chain = _Chain(mask, np.random.default_rng(0))
-    seen = Counter()
-    for _ in range(3000):
-        chain.trade(3)
-        seen[tuple(np.sort(chain.cells).tolist())] += 1
-    assert len(seen) == len(every)
-    assert chisquare(list(seen.values())).pvalue > 0.001
-
-
-def test_marginal_null_is_reproducible():
+def test_the_stricter_null_is_the_seed_s():
     masks = random_mask(0), random_mask(1)
-    assert (
-        marginal_null(*masks, n_samples=5, seed=3) == marginal_null(*masks, n_samples=5, seed=3)
-    ).all()
-    assert (
-        marginal_null(*masks, n_samples=5, seed=3) != marginal_null(*masks, n_samples=5, seed=4)
-    ).any()
+    samples = marginal_null(*masks, n_samples=5, seed=3)
+    assert samples.tolist() == [12, 18, 21, 19, 20]
+    assert (samples != marginal_null(*masks, n_samples=5, seed=4)).any()
 
 
 def test_resamples_make_the_interval():
@@ -184,52 +182,39 @@ def test_places_add_up(llama):
         assert sum(part.n_expected for part in places.values()) == pytest.approx(whole.n_expected)
     heads, neurons = (overlap_by(first, second, sites, by) for by in ("head", "neuron"))
     assert sum(part.n_shared for part in (*heads.values(), *neurons.values())) == whole.n_shared
-    by_matrix = overlap_by(first, second, sites, "matrix")
-    assert {(place.layer, place.part) for place in by_matrix} == {
-        (site.layer, site.kind) for site in sites.values()
-    }
+    places = overlap_by(first, second, sites, "matrix")
+    of_sites = {(site.layer, site.kind) for site in sites.values()}
+    assert {(place.layer, place.part) for place in places} == of_sites
 
 
 def test_rank_correlation_is_spearman_within_matrices():
     generator = torch.Generator().manual_seed(0)
-    values = [
-        {n: torch.rand(s, generator=generator) for n, s in {"a": (5, 4), "b": (10, 8)}.items()}
-        for _ in range(2)
-    ]
-    first, second = (WeightScores(each, Source("m", "test")) for each in values)
-    each = [
-        spearmanr(values[0][name].flatten(), values[1][name].flatten()).statistic
-        for name in ("a", "b")
-    ]
-    assert rank_correlation(first, second) == pytest.approx((20 * each[0] + 80 * each[1]) / 100)
-    assert rank_correlation(first, first) == pytest.approx(1)
-    assert rank_correlation(first, -first) == pytest.approx(-1)
-    scaled = WeightScores(
-        {name: 4 * value for name, value in values[0].items()}, Source("m", "test")
+    scores, values = [], []
+    for _ in range(2):
+        drawn = {name: torch.rand(s, generator=generator) for name, s in SMALL.items()}
+        values.append(drawn)
+        scores.append(WeightScores(drawn, Source("m", "test")))
+    first, second = scores
+    of_a, of_b = (
+        spearmanr(values[0][name].flatten(), values[1][name].flatten()).statistic for name in SMALL
     )
-    assert rank_correlation(first, scaled) == pytest.approx(1), "a scale of its own must not matter"
+    assert rank_correlation(first, second) == pytest.approx((12 * of_a + 10 * of_b) / 22)
+    assert rank_correlation(first, -first) == pytest.approx(-1)
 
 
-def test_a_random_control_of_a_mask_has_lift_one():
+def test_what_cannot_be_compared_is_refused():
     mask = random_mask(0)
-    low, high = overlap(mask, random_like(mask, seed=1)).interval
-    assert low < 1 < high
-
-
-def test_errors_name_what_is_wrong():
-    mask, empty = random_mask(0), mask_of({})
-    with pytest.raises(ValueError, match="removes nothing"):
-        overlap(mask, empty)
-    with pytest.raises(ValueError, match="different models"):
-        overlap(mask, mask_of({"blocks.0.mlp.in.weight": [1]}, model="other"))
-    with pytest.raises(ValueError, match="different models or weights"):
-        marginal_null(mask, mask_of({"w": [1]}, {"w": (3, 4)}))
-    with pytest.raises(ValueError, match="different weights"):
-        values = {"a": torch.ones(2, 2)}
-        rank_correlation(
-            WeightScores(values, Source("m", "t")),
-            WeightScores({"b": torch.ones(2, 2)}, Source("m", "t")),
-        )
+    ones = WeightScores({"a": torch.ones(2, 2)}, Source("m", "t"))
+    refusals = [
+        (lambda: overlap(mask, mask_of({})), "removes nothing"),
+        (lambda: overlap(mask, mask_of({"blocks.0.mlp.in.weight": [1]}, model="x")), "m, x"),
+        (lambda: marginal_null(mask, mask_of({"w": [1]}, {"w": (3, 4)})), "different models"),
+        (lambda: rank_correlation(ones, WeightScores({}, Source("m", "t"))), "different weights"),
+    ]
+    for call, word in refusals:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert word in str(error.value)
 
 
 def test_without_expectation_lift_is_not_a_number():

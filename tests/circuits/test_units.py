@@ -129,13 +129,6 @@ def test_units_of_several_sizes_are_ranked_by_their_means():
     }
 
 
-def test_of_equal_units_the_earlier_is_chosen():
-    scores = {name: torch.ones_like(value) for name, value in SCORES.items()}
-    removed = Units.of(HAND, "neuron", HAND).largest(scores, 3, {})
-    assert removed["blocks.0.mlp.in.weight"].tolist() == [0, 1]
-    assert as_mask(HAND, removed).n_removed == 3
-
-
 def test_a_unit_with_an_excluded_weight_is_not_chosen():
     excluded = {
         "blocks.0.attn.q.weight": torch.tensor([0]),  # of no neuron
@@ -151,7 +144,7 @@ def test_a_unit_with_an_excluded_weight_is_not_chosen():
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Phi", "GPTBigCode", "Phi3"])
 @pytest.mark.parametrize("unit", ["neuron", "head", "row"])
-@pytest.mark.parametrize("n", [0, 100, 577, 4000, 10**6])
+@pytest.mark.parametrize("n", [0, 577, 10**6])
 def test_units_are_whole_and_together_within_the_size(open_model, name, unit, n):
     sites = weight_sites(open_model(name))
     units = Units.of(sites, unit, sites)
@@ -219,18 +212,21 @@ def test_a_head_takes_its_keys_and_values_along_where_it_has_its_own(
 
 
 @pytest.mark.parametrize(
-    ("unit", "kinds", "words"),
+    ("name", "unit", "kinds", "word"),
     [
-        ("neuron", ["mlp.in", "mlp.gate"], "mlp.gate, mlp.in, mlp.out together"),
-        ("head", ["attn.q"], "attn.q, attn.o together"),
-        ("head", ["mlp.in", "mlp.out"], "none in mlp.in, mlp.out"),
+        ("Llama", "neuron", ["mlp.in", "mlp.gate"], "mlp.gate, mlp.in, mlp.out together"),
+        ("Llama", "head", ["attn.q"], "attn.q, attn.o together"),
+        ("Llama", "head", ["mlp.in", "mlp.out"], "none in mlp.in, mlp.out"),
+        ("Mixtral", "neuron", ["mlp.router"], "none in mlp.router"),
+        ("Mixtral", "row", ["mlp.router"], "mlp.gate.weight is of experts"),
     ],
 )
-def test_parts_of_units_are_refused(open_model, unit, kinds, words):
-    sites = weight_sites(open_model("Llama"))
-    within = [name for name, site in sites.items() if site.kind in kinds]
-    with pytest.raises(ValueError, match=f'unit="{unit}".*{words}'):
+def test_parts_of_units_are_refused(open_model, name, unit, kinds, word):
+    sites = weight_sites(open_model(name))
+    within = [weight for weight, site in sites.items() if site.kind in kinds]
+    with pytest.raises(ValueError) as error:
         Units.of(sites, unit, within)
+    assert word in str(error.value)
 
 
 def test_query_heads_can_be_chosen_without_those_of_keys_and_values(open_model):
@@ -238,13 +234,3 @@ def test_query_heads_can_be_chosen_without_those_of_keys_and_values(open_model):
     within = [name for name, site in sites.items() if site.kind in ("attn.q", "attn.o")]
     assert Units.of(sites, "head", within).sites.keys() == set(within)
     assert len(Units.of(sites, "head", sites).sites) == 2 * len(within)
-
-
-def test_experts_have_neither_neurons_nor_rows_of_their_own(open_model):
-    sites = weight_sites(open_model("Mixtral"))
-    with pytest.raises(ValueError, match=r'unit="neuron": there are none in .*experts'):
-        Units.of(sites, "neuron", sites)
-    with pytest.raises(ValueError, match=r'unit="row": .*experts.*kinds='):
-        Units.of(sites, "row", sites)
-    heads = Units.of(sites, "head", sites)
-    assert {sites[name].kind for name in heads.sites} == {"attn.q", "attn.k", "attn.v", "attn.o"}

@@ -110,14 +110,15 @@ def wanda_pruning(
     """The smallest weights by Wanda's score on everything else, in each row (arXiv 2306.11695)."""
     _, others = batches(data)
     scores = wanda_scores(model.bridge, together(others))
-    return top_fraction(-scores, sizes, within=within)
+    return [top_fraction(-scores, size, within=within) for size in sizes]
 
 
 def without_data(
     model: Model, _: Calibrations, sizes: Sequence[float], *, score: Callable[..., WeightScores]
 ) -> list[WeightMask]:
     """The largest weights by a score that reads no answers."""
-    return top_fraction(score(model.bridge), sizes, within="model")
+    scores = score(model.bridge)
+    return [top_fraction(scores, size, within="model") for size in sizes]
 
 
 # Machine unlearning
@@ -141,9 +142,9 @@ def dampening(
     ratio = {name: of_harm[name] / (of_all[name] + TINY) for name in of_harm}
 
     scores = scored(model.bridge, ratio, "dampening")
-    masks = top_fraction(scores, sizes, within="model")
+    masks = [top_fraction(scores, size, within="model") for size in sizes]
     if zeroed:
-        return list(masks)
+        return masks
     return [Dampening(mask, factors(mask, ratio, strength)) for mask in masks]
 
 
@@ -185,7 +186,7 @@ def salun(
     target, others = batches(data)
     of_harm = gradient_sizes(model.bridge, target)
     if not p_over_q:
-        return top_fraction(of_harm, sizes, within="model")
+        return [top_fraction(of_harm, size, within="model") for size in sizes]
 
     of_others = [gradient_sizes(model.bridge, other) for other in others]
     masks = []
@@ -214,7 +215,7 @@ def wagle(
         moved = weights[name].detach() - of_others[name] / mu
         values[name] = (moved * gradient).abs_()
     scores = scored(model.bridge, values, "wagle")
-    return top_fraction(scores, sizes, within="model")
+    return [top_fraction(scores, size, within="model") for size in sizes]
 
 
 def product(
@@ -229,7 +230,7 @@ def product(
         if times_weight:
             values[name] *= weights[name].detach().square()
     scores = scored(model.bridge, values, "product")
-    return top_fraction(scores, sizes, within="model")
+    return [top_fraction(scores, size, within="model") for size in sizes]
 
 
 def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
@@ -292,7 +293,7 @@ def learned_mask(
             ranked = scored(bridge, scores, "learned mask")
             mask = top_fraction(ranked, size, within="model")
     ranked = scored(bridge, scores, "learned mask")
-    return top_fraction(ranked, sizes, within="model")
+    return [top_fraction(ranked, size, within="model") for size in sizes]
 
 
 @contextmanager

@@ -64,7 +64,8 @@ def growing_mask(
         stops = _stops(sizes, start, end=largest * number / rounds)
         # The last part is the whole round, without the rounding of a difference.
         parts = [*(stop - start for stop in stops[:-1]), largest / rounds]
-        added = top_fraction(scores, parts, within="model", exclude=union(taken))
+        exclude = union(taken)
+        added = [top_fraction(scores, part, within="model", exclude=exclude) for part in parts]
 
         before = mask
         settings = {
