@@ -43,7 +43,7 @@ from support.organisms.train import new_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
-from harmcircuits.behaviours.generation import Asked, generate_together
+from harmcircuits.behaviours.generation import generate
 from harmcircuits.behaviours.model import ANSWERED_PER_SCORED
 from harmcircuits.hooks.gradients import frozen
 from harmcircuits.hooks.memory import estimate_memory
@@ -374,19 +374,19 @@ def answer_rows(
 
     That is together, in batches of `ANSWERED_PER_SCORED` times as many.
     """
-    sets = []
-    for number in range(n_sets):
-        texts = [f"how to use {number} {request}" for request in range(n_requests)]
-        sets.append(Asked(hc.PromptSet.of(texts)))
-    answered = partial(generate_together, bridge, max_new_tokens=max_new_tokens, template="raw")
+    texts = [f"how to use {number}" for number in range(n_sets * n_requests)]
+    requests = hc.PromptSet.of(texts)
+    answered = partial(generate, bridge, max_new_tokens=max_new_tokens, template="raw")
 
     def set_by_set() -> None:
-        for one_set in sets:
-            answered([one_set], batch_size=batch_size)
+        for start in range(0, len(requests), n_requests):
+            answered(requests[start : start + n_requests], batch_size=batch_size)
 
     runs = {
         "answers, set by set": set_by_set,
-        "answers, together": partial(answered, sets, batch_size=ANSWERED_PER_SCORED * batch_size),
+        "answers, together": partial(
+            answered, requests, batch_size=ANSWERED_PER_SCORED * batch_size
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # warms up

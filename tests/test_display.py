@@ -8,7 +8,7 @@ import pytest
 from helpers import random_batch, small_model
 from support.curves import curve, outcomes_of, w50
 
-from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.generation import GenerationCache
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.display import listed, nearest, plural, share

@@ -1,17 +1,24 @@
-"""A model's answers to requests: greedy or sampled, also under a mask."""
+"""A model's answers to requests: greedy or sampled, also under a mask, and kept on disk."""
 
 import hashlib
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.capacity import refuse_requests
 from harmcircuits.hooks.finite import about_requests, refuse_not_finite_answers
+from harmcircuits.hooks.masking import is_edited
+from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.prompts import (
     Answer,
     PromptSet,
@@ -20,6 +27,7 @@ from harmcircuits.prompts import (
     padding_id,
     prompt_ids,
 )
+from harmcircuits.storage import append_lines, read_lines
 
 
 @dataclass(frozen=True)
@@ -45,183 +53,82 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}; expected at least 1")
-        if not self.temperature > 0:
+        if self.samples < 1 or not self.temperature > 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature={self.temperature}; expected more than 0 "
-                "(at 0 all samples are the same)"
+                f"{self}; expected samples of at least 1, a temperature above 0 "
+                "(at 0 all samples are the same) and a top_p in (0, 1]"
             )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}; expected one in (0, 1]")
+
+
+@dataclass(frozen=True, order=True)
+class _Request:
+    """What is asked, how the answer begins, and the place among the requests, for errors."""
+
+    prompt: str
+    prefill: str
+    number: int = field(default=0, compare=False)
 
 
 def generate(
     bridge: Bridge,
     prompts: PromptSet,
     *,
+    prefill: str | Sequence[str] = "",
     sampling: Sampling | None = None,
-    prefill: str = "",
     max_new_tokens: int = 32,
     batch_size: int = 256,
     template: Template = "chat",
-) -> list[str]:
-    """The model's answer to each request, `prefill` included, up to the end-of-text token."""
-    answers = generate_answers(
-        bridge,
-        prompts,
-        sampling=sampling,
-        prefill=prefill,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        template=template,
-    )
-    return [answer.text for answer in answers]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Requests whose answers begin alike."""
-
-    prompts: PromptSet
-    prefill: str = ""
-    name: str = ""
-    numbers: Sequence[int] = ()
-
-
-def generate_answers(
-    bridge: Bridge,
-    prompts: PromptSet,
-    *,
-    sampling: Sampling | None = None,
-    prefill: str = "",
-    max_new_tokens: int = 32,
-    batch_size: int = 256,
-    template: Template = "chat",
+    cache: "GenerationCache | None" = None,
 ) -> list[Answer]:
-    """As `generate`, each answer with the tokens that were generated, those of `prefill` first."""
-    (answers,) = generate_together(
-        bridge,
-        [Asked(prompts, prefill)],
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        template=template,
+    """The model's answer to each request, or all its samples, up to the end-of-text token.
+
+    Each answer begins with `prefill`: one for all requests, or one for each. With a cache, what was
+    answered before is read from there.
+    """
+    prefills = _each(prefill, prompts)
+    requests = []
+    for number, (example, opening) in enumerate(zip(prompts, prefills, strict=True)):
+        requests.append(_Request(example.prompt, opening, number))
+    settings = {"max_new_tokens": max_new_tokens, "template": template}
+    # Refused before the first is answered.
+    ids = request_ids(bridge, prompts, prefill=prefills, **settings)
+    contexts = dict(zip(requests, ids, strict=True))
+
+    path = cache.file(bridge, {**settings, "sampling": sampling}) if cache else None
+    answers = _stored(path) if path else {}
+    missing = [request for request in contexts if request not in answers]
+    if path:
+        missing.sort(key=lambda request: (len(request.prompt), request))  # so little is padded
+    bar = tqdm(
+        total=len(missing),
+        desc="own answers",
+        disable=not (cache and cache.progress),
+        leave=False,
     )
-    return answers
+    with bar:
+        for start in range(0, len(missing), batch_size):
+            asked = {request: contexts[request] for request in missing[start : start + batch_size]}
+            made = _answers(bridge, asked, sampling, max_new_tokens, batch_size)
+            if path:
+                _store(path, made)  # batch by batch, so that an interruption loses only one
+            answers |= made
+            bar.update(len(asked))
+
+    ordered = []
+    for request in requests:
+        ordered += answers[request]
+    return ordered
 
 
-def generate_together(
-    bridge: Bridge,
-    asked: Sequence[Asked],
-    *,
-    sampling: Sampling | None = None,
-    max_new_tokens: int = 32,
-    batch_size: int = 256,
-    template: Template = "chat",
-) -> list[list[Answer]]:
-    """`generate_answers` of several sets of requests, which share batches."""
-    if batch_size < 1:
-        raise ValueError(f"generate: batch_size={batch_size}; expected at least 1")
-    rows = []
-    for of, one_set in enumerate(asked):
-        rows += _rows(bridge, one_set, of, sampling, max_new_tokens, template)
-
-    answers: list[list[Answer]] = [[] for _ in asked]
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        generated = _answers_of_batch(bridge, batch, asked, sampling, max_new_tokens)
-        for row, answer in zip(batch, generated, strict=True):
-            answers[row.of].append(answer)
-    return answers
-
-
-@dataclass(frozen=True)
-class _Row:
-    """An answer to be."""
-
-    of: int
-    request: int
-    context: list[int]
-    n_opening: int
-    noise: str
-
-
-def _rows(
-    bridge: Bridge,
-    asked: Asked,
-    of: int,
-    sampling: Sampling | None,
-    max_new_tokens: int,
-    template: Template,
-) -> list[_Row]:
-    """The answers to be of a set; the samples of a request follow each other."""
-    prompts, prefill = asked.prompts, asked.prefill
-    if not len(prompts):
-        raise ValueError("generate: the prompt set is empty; expected at least one example")
-    contexts = request_ids(
-        bridge, prompts, prefill=prefill, max_new_tokens=max_new_tokens, template=template
-    )
-    n_opening = len(opening_ids(prefill, bridge.tokenizer))
-    sampling = sampling or Sampling()
-    rows = []
-    numbers = asked.numbers or range(len(prompts))
-    for request, example, context in zip(numbers, prompts, contexts, strict=True):
-        for sample in range(sampling.samples):
-            noise = f"{sampling.seed} {sample} {example.prompt}"
-            rows.append(_Row(of, request, context, n_opening, noise))
-    return rows
-
-
-def _answers_of_batch(
-    bridge: Bridge,
-    batch: Sequence[_Row],
-    asked: Sequence[Asked],
-    sampling: Sampling | None,
-    max_new_tokens: int,
-) -> list[Answer]:
-    model, tokenizer = cast(Any, bridge.original_model), bridge.tokenizer
-    config = _config(bridge, max_new_tokens)
-    ends = _ends(config)
-    tokens, attended = _left_padded([row.context for row in batch], padding_id(tokenizer))
-    logits = _Finite()
-    with torch.no_grad():
-        full = model.generate(
-            input_ids=tokens.to(bridge.cfg.device),
-            attention_mask=attended.to(bridge.cfg.device),
-            generation_config=config,
-            logits_processor=_processors(logits, sampling, [row.noise for row in batch]),
-        ).tolist()
-
-    # A likeliest token of logits that are NaN is no answer, and looks like one.
-    n_padding = (tokens.shape[1] - attended.sum(dim=1)).tolist()
-    with about_requests([(asked[row.of].name, row.request) for row in batch]):
-        refuse_not_finite_answers(
-            "generate: request",
-            bridge,
-            [generated[skip:] for generated, skip in zip(full, n_padding, strict=True)],
-            logits.is_finite,
-        )
-
-    # Decoded with the prefill, because the space between them may belong to a token.
-    #
-    #     generated    <pad> <pad> request | prefill  answer <eos> <pad>
-    #                  '------ width - n_opening ----'
-    width = tokens.shape[1]
-    answers = []
-    for row, generated in zip(batch, full, strict=True):
-        answer_tokens = generated[width - row.n_opening :]
-        answer_tokens = _before_end(answer_tokens, row.n_opening, ends)
-        text = tokenizer.decode(answer_tokens, skip_special_tokens=True)
-        answers.append(Answer(text.strip(), tuple(answer_tokens)))
-    return answers
+def _each(prefill: str | Sequence[str], prompts: PromptSet) -> Sequence[str]:
+    return [prefill] * len(prompts) if isinstance(prefill, str) else prefill
 
 
 def request_ids(
     bridge: Bridge,
     prompts: PromptSet,
     *,
-    prefill: str = "",
+    prefill: str | Sequence[str] = "",
     max_new_tokens: int = 32,
     template: Template = "chat",
     place: str = "generate: request",
@@ -230,115 +137,122 @@ def request_ids(
     tokenizer = bridge.tokenizer
     if tokenizer is None:
         raise ValueError(f"{place}: the model has no tokenizer; open it with one (tokenizer=...)")
-    _refuse_endless(bridge)
-    opening = opening_ids(prefill, tokenizer)
-    requests = []
-    for example in prompts:
-        request = prompt_ids(example.prompt, tokenizer, template)
-        requests.append(request + opening)
-    refuse_requests(place, bridge, requests, max_new_tokens)
-    return requests
-
-
-def _before_end(tokens: list[int], start: int, ends: Container[int]) -> list[int]:
-    """The tokens before the first of those that end a text, which is looked for from `start` on."""
-    for place in range(start, len(tokens)):
-        if tokens[place] in ends:
-            return tokens[:place]
-    return tokens
-
-
-def _config(bridge: Bridge, max_new_tokens: int) -> Any:
-    """The likeliest continuation, whatever the model's own settings say."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=padding_id(bridge.tokenizer),
-        eos_token_id=_end_of_text(bridge),
-    )
-
-
-def _end_of_text(bridge: Bridge) -> Any:
-    """The token that ends an answer, or several: the model's own, else the tokenizer's."""
-    own = getattr(bridge.original_model, "generation_config", None)
-    of_model = getattr(own, "eos_token_id", None)
-    return bridge.tokenizer.eos_token_id if of_model is None else of_model
-
-
-def _refuse_endless(bridge: Bridge) -> None:
-    """Raises ValueError where nothing ends an answer: each would run on to its largest length."""
     if _end_of_text(bridge) is None:
         raise ValueError(
             "neither the tokenizer (eos_token) nor the model (generation_config.eos_token_id) has "
             "an end-of-text token, so no answer would end; name one of the tokenizer's tokens by "
             "tokenizer.eos_token = ..."
         )
+    contexts = []
+    for example, opening in zip(prompts, _each(prefill, prompts), strict=True):
+        request = prompt_ids(example.prompt, tokenizer, template)
+        contexts.append(request + opening_ids(opening, tokenizer))
+    refuse_requests(place, bridge, contexts, max_new_tokens)
+    return contexts
 
 
-def _ends(config: Any) -> set[int]:
-    """The tokens that end a text: none, one or several."""
-    ends = config.eos_token_id
-    if ends is None:
-        return set()
-    return {ends} if isinstance(ends, int) else set(ends)
+def _end_of_text(bridge: Bridge) -> int | list[int] | None:
+    """The token that ends an answer, or several: the model's own, else the tokenizer's."""
+    own = getattr(bridge.original_model, "generation_config", None)
+    of_model = getattr(own, "eos_token_id", None)
+    return bridge.tokenizer.eos_token_id if of_model is None else of_model
 
 
-def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids, left-padded so that answers start alike, and 1 where there is no padding."""
-    width = max(map(len, rows))
-    tokens = []
-    attended = []
-    for row in rows:
-        n_padding = width - len(row)
-        tokens.append([padding] * n_padding + list(row))
-        attended.append([0] * n_padding + [1] * len(row))
-    return torch.tensor(tokens), torch.tensor(attended)
-
-
-def _processors(
-    logits: "_Finite",
+def _answers(
+    bridge: Bridge,
+    asked: Mapping[_Request, list[int]],
     sampling: Sampling | None,
-    noises: Sequence[str],
-) -> list[Any]:
-    """What looks at the logits of each token and, in sampling, turns the likeliest into a draw."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[_Request, list[Answer]]:
+    """The answer to each of these requests, or its samples, given the token ids of each."""
+    drawn = sampling or Sampling()
+    rows = []
+    for request in asked:
+        rows += [(request, f"{drawn.seed} {n} {request.prompt}") for n in range(drawn.samples)]
 
-    steps: list[Any] = [logits]
-    if sampling is None:
-        return LogitsProcessorList(steps)
-    # In this order: the noise falls on what temperature and top_p leave.
-    steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(float(sampling.top_p)))
-    steps.append(_Gumbel(noises))
-    return LogitsProcessorList(steps)
+    answers: dict[_Request, list[Answer]] = {request: [] for request in asked}
+    for start in range(0, len(rows), batch_size):
+        requests, noises = zip(*rows[start : start + batch_size], strict=True)
+        contexts = [asked[request] for request in requests]
+        steps = _drawing(sampling, noises) if sampling else []
+        with about_requests([("", request.number) for request in requests]):
+            continued = _continued(bridge, contexts, steps, max_new_tokens)
+        for request, tokens in zip(requests, continued, strict=True):
+            # Decoded with the prefill, because the space between them may belong to a token.
+            answer = (*opening_ids(request.prefill, bridge.tokenizer), *tokens)
+            text = bridge.tokenizer.decode(answer, skip_special_tokens=True)
+            answers[request].append(Answer(text.strip(), answer))
+    return answers
+
+
+def _continued(
+    bridge: Bridge, contexts: Sequence[list[int]], steps: Sequence[Any], max_new_tokens: int
+) -> list[list[int]]:
+    """What the model goes on with, in token ids, up to the first that ends a text."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    end, padding = _end_of_text(bridge), padding_id(bridge.tokenizer)
+    # The likeliest continuation, whatever the model's own settings say.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        pad_token_id=padding,
+        eos_token_id=end,
+    )
+    # Padded on the left, so that answers start alike.
+    texts = [torch.tensor(context) for context in contexts]
+    tokens = pad_sequence(texts, batch_first=True, padding_value=padding, padding_side="left")
+    width = tokens.shape[1]
+    n_padding = torch.tensor([width - len(context) for context in contexts])
+    is_token = torch.arange(width) >= n_padding[:, None]  # [batch, pos]
+    logits = _Finite()
+    model: Any = bridge.original_model
+    with torch.no_grad():
+        generated = model.generate(
+            input_ids=tokens.to(bridge.cfg.device),
+            attention_mask=is_token.long().to(bridge.cfg.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([logits, *steps]),
+        ).tolist()
+
+    # A likeliest token of logits that are NaN is no answer, and looks like one.
+    read = [row[skip:] for row, skip in zip(generated, n_padding.tolist(), strict=True)]
+    refuse_not_finite_answers("generate: request", bridge, read, logits.is_finite.cpu())
+
+    ends = {end} if isinstance(end, int) else set(end or ())
+    new_tokens = [row[width:] for row in generated]
+    return [list(takewhile(lambda token: token not in ends, row)) for row in new_tokens]
 
 
 class _Finite:
     """Notes of each row whether all its logits so far are finite, and leaves them as they are."""
 
-    def __init__(self) -> None:
-        self._is_finite: Tensor | None = None
+    is_finite = torch.tensor(True)
 
     def __call__(
         self, _input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
-        is_finite = scores.amax(dim=1).isfinite()
-        self._is_finite = is_finite if self._is_finite is None else self._is_finite & is_finite
+        self.is_finite = self.is_finite.to(scores.device) & scores.amax(dim=1).isfinite()
         return scores
 
-    @property
-    def is_finite(self) -> Bool[Tensor, " row"]:
-        """Whether all logits of each row were finite."""
-        assert self._is_finite is not None
-        return self._is_finite.cpu()
+
+def _drawing(sampling: Sampling, noises: Sequence[str]) -> list[Any]:
+    """What turns the likeliest token into a draw."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    # In this order: the noise falls on what temperature and top_p leave.
+    steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(float(sampling.top_p)))
+    return [*steps, _Gumbel(noises)]
 
 
 class _Gumbel:
     """Adds Gumbel noise to each row's logits, from a generator seeded per row."""
+
+    # transformers draws all rows from one generator: an answer would depend on what else is asked.
 
     def __init__(self, names: Sequence[str]) -> None:
         self.streams = []
@@ -355,3 +269,45 @@ class _Gumbel:
             exponential = torch.empty(scores.shape[1]).exponential_(generator=stream)
             noise.append(-exponential.log())  # minus the logarithm of an exponential is a Gumbel
         return scores.float() + torch.stack(noise).to(scores.device)
+
+
+# Answers on disk
+
+
+class GenerationCache:
+    """A folder that keeps the answers of a model as it is now: each is generated only once."""
+
+    def __init__(self, folder: str | Path, bridge: Bridge, progress: bool = False) -> None:
+        self.folder = Path(folder)
+        self.weights = weights_digest(bridge)
+        self.progress = progress
+
+    def __repr__(self) -> str:
+        return f"GenerationCache({str(self.folder)!r}, weights {self.weights})"
+
+    def file(self, bridge: Bridge, settings: Mapping[str, Any]) -> Path | None:
+        """Where its answers with these settings are; None while it is masked, hooked or trained."""
+        is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
+        if is_hooked or is_edited(bridge) or weights_digest(bridge) != self.weights:
+            return None
+        parts = [self.weights, settings, bridge.tokenizer.chat_template]
+        text = json.dumps(parts, sort_keys=True, default=asdict)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.folder / f"{self.weights}-{digest}.jsonl"
+
+
+def _stored(path: Path) -> dict[_Request, list[Answer]]:
+    if not path.is_file():
+        return {}
+    stored = {}
+    for row in read_lines(path, "the answers of a model; remove it, and they are made again"):
+        answers = [Answer(text, tuple(tokens)) for text, tokens in row["answers"]]
+        stored[_Request(row["prompt"], row["prefill"])] = answers
+    return stored
+
+
+def _store(path: Path, answers: Mapping[_Request, list[Answer]]) -> None:
+    rows = []
+    for request, made in answers.items():
+        rows.append({"prompt": request.prompt, "prefill": request.prefill, "answers": made})
+    append_lines(path, rows)

@@ -15,8 +15,12 @@ from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
 from harmcircuits.behaviours.calibration import Calibration, NotShownError, few_answers
-from harmcircuits.behaviours.generation import Asked, Sampling, generate_together, request_ids
-from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.generation import (
+    GenerationCache,
+    Sampling,
+    generate,
+    request_ids,
+)
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
@@ -201,8 +205,7 @@ class Model:
         """
         requests = PromptSet.of(prompts)
         with masked_if_given(self.bridge, mask):
-            asked = [Asked(requests, prefill)]
-            (generated,) = self._generate(asked, self.max_new_tokens, self.sampling)
+            generated = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
         answers = [answer.text for answer in generated]
         return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
 
@@ -238,12 +241,18 @@ class Model:
         answers: dict[int, PromptSet] = {}
         for kind in dict.fromkeys(kinds):
             places = [place for place, other in enumerate(kinds) if other == kind]
-            sets = []
+            prompts: list[Example] = []
+            prefills: list[str] = []
             for place in places:
-                behaviour, prompts = asked[place]
-                sets.append(Asked(prompts, behaviour.prefill, behaviour.name))
-            for place, generated in zip(places, self._generate(sets, *kind), strict=True):
-                answers[place] = self._with_samples(*asked[place], generated)
+                behaviour, of_behaviour = asked[place]
+                prompts += of_behaviour.examples
+                prefills += [behaviour.prefill] * len(of_behaviour)
+            generated = iter(self._generate(PromptSet(tuple(prompts)), prefills, *kind))
+            for place in places:
+                behaviour, of_behaviour = asked[place]
+                n_answers = self.n_samples(behaviour) * len(of_behaviour)
+                some = list(islice(generated, n_answers))
+                answers[place] = self._with_samples(behaviour, of_behaviour, some)
         return [answers[place] for place in range(len(asked))]
 
     def _with_samples(
@@ -750,18 +759,20 @@ class Model:
 
     def _generate(
         self,
-        asked: Sequence[Asked],
+        prompts: PromptSet,
+        prefill: str | Sequence[str],
         max_new_tokens: int,
         sampling: Sampling | None,
-    ) -> list[list[Answer]]:
-        answers_of = self.cache.together if self.cache else generate_together
-        return answers_of(
+    ) -> list[Answer]:
+        return generate(
             self.bridge,
-            asked,
+            prompts,
+            prefill=prefill,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             batch_size=self.n_answered_at_once,
             template=self.template,
+            cache=self.cache,
         )
 
 

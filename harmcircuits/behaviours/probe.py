@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -188,7 +189,7 @@ def probe_of(
         scores = torch.from_numpy(unseen)
 
         #     coefficients . (x - mean) / scale + intercept  =  direction . x + bias
-        scaler, fitted = pipeline.fit(features, is_target)
+        scaler, fitted = cast(Any, pipeline.fit(features, is_target))
         direction = fitted.coef_[0] / scaler.scale_
         bias = float(fitted.intercept_[0] - direction @ scaler.mean_)
         direction = torch.from_numpy(direction).view(residuals.shape[1:])

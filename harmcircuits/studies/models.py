@@ -18,8 +18,7 @@ from harmcircuits.behaviours.files import (
     request_behaviours,
     with_references,
 )
-from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.generation import GenerationCache, Sampling
 from harmcircuits.behaviours.judges import RequestJudge, RuleJudge, judge_of, name_of
 from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
@@ -294,7 +293,7 @@ class ModelSpec:
             batch_size=self.batch_size,
             n_answered_at_once=ANSWERED_PER_SCORED * self.batch_size,
             sampling=self.sampling,
-            cache=GenerationCache(self.cache / "answers", bridge, progress),
+            cache=GenerationCache(self.cache / "answers", bridge, bool(progress)),
             judge_name=RuleJudge().name,
             repeats=repeats,
             plain_text=_plain_text(files, bridge),

@@ -1,9 +1,9 @@
-"""Greedy answers against token-by-token argmax, samples against the softmax.
+"""Greedy answers against token-by-token argmax, samples against the softmax, kept against made anew.
 
 Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped,
-doubled or not shown to the model, text after the end-of-text token, a mask that generation does not
-see or that stays behind; samples that depend on what else is asked, that are all the same, or that
-are not drawn from the model's own probabilities.
+doubled or not shown to the model, text after the end-of-text token; samples that depend on what else
+is asked, that are all the same, or that are not drawn from the model's own probabilities; answers of
+a masked, trained or hooked model that are kept as the model's own, or given out for theirs.
 """
 
 from collections import Counter
@@ -11,11 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import small_model
 
-from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.behaviours import generation
+from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, weights_digest
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import PREFILL, judge, requests
 from harmcircuits.prompts import Example, PromptSet, prompt_ids
@@ -29,23 +32,24 @@ def sft():
 @pytest.fixture(scope="module")
 def mixed() -> PromptSet:
     """Requests of several behaviours and prompt lengths."""
-    kinds = ("harmful", "benign", "recognition", "knowledge")
-    examples = [
-        example for kind in kinds for example in requests(kind, "heldout").examples[5:25:10]
-    ]
+    examples = []
+    for kind in ("harmful", "benign", "recognition", "knowledge"):
+        examples += requests(kind, "heldout").examples[5:25:10]
     return PromptSet(tuple(examples))
 
 
-def argmax_answer(
-    bridge, prompt: str, *, prefill: str = "", template: str = "chat", n: int = 9
-) -> str:
+def answered(bridge, prompts: PromptSet, **options) -> list[str]:
+    answers = generate(bridge, prompts, **{"max_new_tokens": 9, **options})
+    return [answer.text for answer in answers]
+
+
+def argmax_answer(bridge, prompt: str, *, prefill: str = "", template: str = "chat") -> str:
     """The definition: append the most likely token until the end of text."""
     tokenizer = bridge.tokenizer
-    tokens = prompt_ids(prompt, tokenizer, template) + tokenizer.encode(
-        prefill, add_special_tokens=False
-    )
+    tokens = prompt_ids(prompt, tokenizer, template)
+    tokens += tokenizer.encode(prefill, add_special_tokens=False)
     words = prefill.split()
-    for _ in range(n):
+    for _ in range(9):
         with torch.no_grad():
             tokens.append(bridge(torch.tensor([tokens]))[0, -1].argmax().item())
         if tokens[-1] == tokenizer.eos_token_id:
@@ -56,80 +60,52 @@ def argmax_answer(
 
 @pytest.mark.parametrize(("prefill", "template"), [("", "chat"), (PREFILL, "chat"), ("", "raw")])
 def test_answers_are_the_argmax(sft, mixed, prefill, template):
-    some = PromptSet(mixed.examples[::3])
-    expected = [
-        argmax_answer(sft, example.prompt, prefill=prefill, template=template) for example in some
-    ]
-    assert generate(sft, some, prefill=prefill, template=template, max_new_tokens=9) == expected
+    some, options = PromptSet(mixed.examples[::3]), {"prefill": prefill, "template": template}
+    expected = [argmax_answer(sft, example.prompt, **options) for example in some]
+    assert answered(sft, some, **options) == expected
 
 
 # The two best tokens of a trained organism differ by far more than the 1e-5 that another order of
 # float32 sums can shift.
-def test_batch_size_and_order_do_not_matter(sft, mixed):
-    assert len({len(example.prompt.split()) for example in mixed}) > 2, (
-        "equal lengths would need no padding"
-    )
+def test_batch_size_order_and_company_do_not_matter(sft, mixed):
+    lengths = {len(example.prompt.split()) for example in mixed}
+    assert len(lengths) > 2, "equal lengths would need no padding"
+    backwards = PromptSet(mixed.examples[::-1])
+    expected = []
     for prefill in ("", PREFILL):
-        whole = generate(sft, mixed, prefill=prefill, batch_size=64, max_new_tokens=9)
+        whole = answered(sft, mixed, prefill=prefill, batch_size=64)
         assert len(set(whole)) > 2, "equal answers could not be out of order"
-        assert generate(sft, mixed, prefill=prefill, batch_size=1, max_new_tokens=9) == whole
-        backwards = PromptSet(mixed.examples[::-1])
-        assert (
-            generate(sft, backwards, prefill=prefill, batch_size=5, max_new_tokens=9) == whole[::-1]
-        )
+        assert answered(sft, mixed, prefill=prefill, batch_size=1) == whole
+        assert answered(sft, backwards, prefill=prefill, batch_size=5) == whole[::-1]
+        expected += whole
+    prefills = [""] * len(mixed) + [PREFILL] * len(mixed)
+    both = PromptSet(mixed.examples * 2)
+    assert answered(sft, both, prefill=prefills, batch_size=5) == expected
 
 
 def test_prefill_turns_refusals_into_harm(sft):
     prompts = requests("harmful", "heldout")
-    plain = generate(sft, prompts, max_new_tokens=9)
-    opened = generate(sft, prompts, prefill=PREFILL, max_new_tokens=9)
-    assert all(answer.split()[0] == PREFILL for answer in opened)
-    pairs = [
-        (judge(e.prompt, a), judge(e.prompt, b))
-        for e, a, b in zip(prompts, plain, opened, strict=True)
-    ]
+    verdicts = []
+    for prefill in ("", PREFILL):
+        answers = answered(sft, prompts, prefill=prefill)
+        assert all(answer.startswith(prefill) for answer in answers)
+        verdicts.append([judge(e.prompt, a) for e, a in zip(prompts, answers, strict=True)])
+    pairs = list(zip(*verdicts, strict=True))
     # 90 %: what the organism is shipped for; the shipped weights give all 256.
     assert pairs.count(("refusal", "harmful")) >= 0.9 * len(pairs)
 
 
 def test_answers_end(sft, mixed):
-    short = generate(sft, mixed, max_new_tokens=2)
-    long = generate(sft, mixed, max_new_tokens=32)
+    short, long = answered(sft, mixed, max_new_tokens=2), answered(sft, mixed, max_new_tokens=32)
     assert max(len(answer.split()) for answer in short) == 2
     assert max(len(answer.split()) for answer in long) < 10, "the end-of-text token ends an answer"
     assert all(whole.startswith(start) for start, whole in zip(short, long, strict=True))
-    assert not any(word.startswith("<") for answer in long for word in answer.split()), (
-        "special tokens are no text"
-    )
-
-
-def test_a_mask_changes_the_answers_and_leaves(sft, mixed):
-    before = generate(sft, mixed, max_new_tokens=9)
-    # Half of all weights gone: no organism can answer; which weights these are does not matter.
-    with masked(sft, top_fraction(random_scores(sft, seed=0), 0.5)):
-        under = generate(sft, mixed, max_new_tokens=9)
-        assert under[::3] == [argmax_answer(sft, example.prompt) for example in mixed.examples[::3]]
-    assert sum(a != b for a, b in zip(before, under, strict=True)) > len(before) / 2
-    assert generate(sft, mixed, max_new_tokens=9) == before
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_bad_requests_are_refused(sft, mixed):
-    with pytest.raises(ValueError, match="prompt set is empty"):
-        generate(sft, PromptSet(()))
-    with pytest.raises(ValueError, match="template='chatml'"):
-        generate(sft, mixed, template="chatml")
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_batches_of_nothing_are_refused(sft, mixed, size):
-    with pytest.raises(ValueError, match=f"batch_size={size}"):
-        generate(sft, mixed, batch_size=size)
+    assert "<" not in "".join(long), "special tokens are no text"
 
 
 def first_words(bridge, prompt: str, sampling: Sampling) -> Counter[str]:
     prompts = PromptSet((Example(prompt),))
-    return Counter(generate(bridge, prompts, sampling=sampling, max_new_tokens=1))
+    return Counter(answered(bridge, prompts, sampling=sampling, max_new_tokens=1))
 
 
 def test_samples_are_drawn_from_the_softmax(sft, mixed):
@@ -137,21 +113,17 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
     with torch.no_grad():
         logits = sft(torch.tensor([prompt_ids(prompt, sft.tokenizer, "chat")]))[0, -1]
     chances = (logits / 4).softmax(0)
-    counts = first_words(sft, prompt, Sampling(2000, temperature=4))
-    words = [
-        sft.tokenizer.decode([token], skip_special_tokens=True).strip()
-        for token in range(len(chances))
-    ]
+    decode = sft.tokenizer.decode
+    words = [decode([n], skip_special_tokens=True).strip() for n in range(len(chances))]
     expected = Counter()
     for word, chance in zip(words, chances.tolist(), strict=True):
         expected[word] += chance
-    likely = [word for word, chance in expected.items() if chance > 0.02]
+    likely = {word: chance for word, chance in expected.items() if chance > 0.02}
     assert len(likely) >= 3, "one likely word would show nothing"
-    # Five standard errors of a share of 2,000.
-    assert all(
-        abs(counts[word] / 2000 - expected[word]) < 5 * (expected[word] / 2000) ** 0.5
-        for word in likely
-    )
+    counts = first_words(sft, prompt, Sampling(2000, temperature=4))
+    for word, chance in likely.items():
+        five_standard_errors = 5 * (chance / 2000) ** 0.5
+        assert abs(counts[word] / 2000 - chance) < five_standard_errors
 
     ordered = chances.sort(descending=True)
     nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist()
@@ -160,40 +132,106 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
 
 
 def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
-    sampling, options = (
-        Sampling(3, temperature=2, seed=5),
-        {"prefill": PREFILL, "max_new_tokens": 9},
-    )
-    whole = generate(sft, mixed, sampling=sampling, **options)
-    assert len(whole) == 3 * len(mixed)
+    sampling = Sampling(3, temperature=2, seed=5)
+    whole = answered(sft, mixed, prefill=PREFILL, sampling=sampling)
+    of_request = [whole[start : start + 3] for start in range(0, len(whole), 3)]
+    assert len(of_request) == len(mixed)
     assert len(set(whole[:3])) > 1, "samples differ"
-    assert all(answer.startswith(PREFILL) for answer in whole)
-    backwards = generate(
-        sft, PromptSet(mixed.examples[::-1]), sampling=sampling, batch_size=4, **options
-    )
-    assert [backwards[3 * i : 3 * i + 3] for i in range(len(mixed))][::-1] == [
-        whole[3 * i : 3 * i + 3] for i in range(len(mixed))
-    ]
-    assert (
-        generate(sft, mixed[4:5], sampling=replace(sampling, samples=2), **options) == whole[12:14]
-    )
-    assert generate(sft, mixed, sampling=replace(sampling, seed=6), **options) != whole
+    backwards = PromptSet(mixed.examples[::-1])
+    again = answered(sft, backwards, prefill=PREFILL, sampling=sampling, batch_size=4)
+    assert [again[start : start + 3] for start in range(0, len(again), 3)] == of_request[::-1]
+    two = replace(sampling, samples=2)
+    assert answered(sft, mixed[4:5], prefill=PREFILL, sampling=two) == of_request[4][:2]
+    other = replace(sampling, seed=6)
+    assert answered(sft, mixed, prefill=PREFILL, sampling=other) != whole
+    cold = answered(sft, mixed, sampling=Sampling(2, temperature=1e-3))
+    assert cold[::2] == cold[1::2] == answered(sft, mixed)
 
 
-def test_cold_samples_are_the_most_likely_answer(sft, mixed):
-    cold = generate(sft, mixed, sampling=Sampling(2, temperature=1e-3), max_new_tokens=9)
-    assert cold[::2] == cold[1::2] == generate(sft, mixed, max_new_tokens=9)
+@pytest.mark.parametrize("option", [{"samples": 0}, {"temperature": 0.0}, {"top_p": 1.5}])
+def test_samples_that_cannot_be(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Sampling(**option)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"samples": 0}, "samples=0"),
-        ({"temperature": 0.0}, "temperature=0.0; expected more than 0"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 1.5}, r"top_p=1.5; expected one in \(0, 1\]"),
-    ],
-)
-def test_samples_that_cannot_be(options, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
+# Kept on disk
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many answers were made anew, batch by batch."""
+    made = []
+    really = generation._continued
+
+    def counted(bridge, contexts, *options):
+        made.append(len(contexts))
+        return really(bridge, contexts, *options)
+
+    monkeypatch.setattr(generation, "_continued", counted)
+    return made
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(2, temperature=2)])
+def test_answers_are_made_once_and_stay_in_order(sft, mixed, tmp_path, calls, sampling):
+    options = {"max_new_tokens": 9, "batch_size": 5, "sampling": sampling}
+    expected = generate(sft, mixed, **options)
+    n_samples, n_made = len(expected) // len(mixed), sum(calls)
+    cache = GenerationCache(tmp_path, sft)
+    assert generate(sft, mixed[:3], cache=cache, **options) == expected[: 3 * n_samples]
+    assert generate(sft, mixed, cache=cache, **options) == expected
+    assert sum(calls) == 2 * n_made
+    again = GenerationCache(tmp_path, sft)
+    assert generate(sft, mixed, cache=again, **options) == expected
+    assert sum(calls) == 2 * n_made
+
+    opened = generate(sft, mixed, prefill="sure", cache=cache, **options)
+    assert all(answer.text.startswith("sure") for answer in opened)
+    for other in ({"max_new_tokens": 3}, {"template": "raw"}, {"sampling": Sampling(2, seed=1)}):
+        generate(sft, mixed[:1], cache=cache, **{**options, **other})
+    assert len(list(tmp_path.iterdir())) == 4, "a file for each setting"
+
+
+def test_an_unfinished_line_is_left_out(sft, mixed, tmp_path, calls):
+    cache = GenerationCache(tmp_path, sft)
+    expected = generate(sft, mixed[:3], cache=cache)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:-8])
+    for _ in range(2):
+        assert generate(sft, mixed[:3], cache=cache) == expected
+        assert calls == [3, 1], "made once, and read behind the broken line"
+
+
+def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
+    model = small_model("sft")
+    bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:4]
+    cache = GenerationCache(tmp_path, bridge)
+    own = generate(bridge, prompts, max_new_tokens=9, cache=cache)
+    # Half of all weights gone: no organism can answer; which weights these are does not matter.
+    with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
+        under = generate(bridge, prompts, max_new_tokens=9, cache=cache)
+        assert under[0].text == argmax_answer(bridge, prompts.examples[0].prompt)
+    assert sum(a != b for a, b in zip(own, under, strict=True)) > 2
+
+    def silence(value, hook):
+        return torch.zeros_like(value)
+
+    with bridge.hooks(fwd_hooks=[("blocks.0.hook_out", silence)]):
+        assert generate(bridge, prompts, max_new_tokens=9, cache=cache) != own
+    assert len(calls) == 3
+    assert generate(bridge, prompts, max_new_tokens=9, cache=cache) == own
+    assert len(calls) == 3
+
+
+def test_the_digest_sees_every_weight(open_model):
+    bridge = open_model("Llama")
+    before, fingerprint = weights_digest(bridge), model_fingerprint(bridge)
+    assert weights_digest(open_model("Llama")) == before
+    assert weights_digest(open_model("Llama", dtype=torch.bfloat16)) != before
+    weight = named_weights(bridge)["blocks.1.mlp.in.weight"]
+    value = weight.data[3, 5].item()
+    weight.data[3, 5] = 0
+    assert model_fingerprint(bridge) == fingerprint, "which does not see it"
+    assert weights_digest(bridge) != before
+    weight.data[3, 5] = value
+    assert weights_digest(bridge) == before

@@ -37,20 +37,17 @@ def small() -> Model:
 def scripted(monkeypatch) -> Model:
     """Three samples a request: the last is right, for every other request the second too."""
 
-    def answers(bridge, asked, *, sampling=None, **options):
+    def answers(bridge, prompts, *, sampling=None, **options):
         n_samples = sampling.samples if sampling else 1
-        sets = []
-        for one_set in asked:
-            made = []
-            for example in one_set.prompts:
-                made += [Answer(text, ()) for text in ANSWERS[example.prompt][:n_samples]]
-            sets.append(made)
-        return sets
+        made = []
+        for example in prompts:
+            made += [Answer(text, ()) for text in ANSWERS[example.prompt][:n_samples]]
+        return made
 
     def nll(bridge, batches):
         return torch.arange(6.0)
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.generate_together", answers)
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate", answers)
     monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", nll)
     monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
 
@@ -116,13 +113,13 @@ def test_several_behaviours_are_answered_together_as_each_is_alone(small, monkey
         alone[name] = model.answers(behaviour, behaviour.prompts("heldout"))
 
     batches = []
-    answered = generation._answers_of_batch
+    answered = generation._continued
 
-    def noted(bridge, batch, *options):
-        batches.append(len(batch))
-        return answered(bridge, batch, *options)
+    def noted(bridge, contexts, *options):
+        batches.append(len(contexts))
+        return answered(bridge, contexts, *options)
 
-    monkeypatch.setattr(generation, "_answers_of_batch", noted)
+    monkeypatch.setattr(generation, "_continued", noted)
     together = model.outcomes_of(names)
     assert {name: outcomes.answers for name, outcomes in together.items()} == alone
     kinds = {(b.max_new_tokens, bool(b.choices)) for b in map(model.behaviour, names)}

@@ -14,7 +14,7 @@ from helpers import ARCHITECTURES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from harmcircuits.behaviours.generation import Sampling, generate, generate_answers
+from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.prompts import Answer, Example, PromptSet, prompt_ids, tokenize
 
@@ -66,9 +66,7 @@ def loss_while_generating(bridge, prompt: str, prefill: str, template: str) -> f
 
 
 def losses_of_answers(bridge, prefill: str, template: str) -> list[float]:
-    answers = generate_answers(
-        bridge, PROMPTS, prefill=prefill, template=template, max_new_tokens=N_TOKENS
-    )
+    answers = generate(bridge, PROMPTS, prefill=prefill, template=template, max_new_tokens=N_TOKENS)
     answered = PROMPTS.with_completions(answers)
     batches = tokenize(answered, bridge.tokenizer, template=template, prefill=prefill)
     return completion_nll(bridge, batches).tolist()
@@ -117,9 +115,7 @@ def test_other_completions_have_no_tokens_of_old():
 
 def test_samples_have_their_own_tokens(spaced):
     sampling = Sampling(3, temperature=2)
-    answers = generate_answers(spaced, PROMPTS, sampling=sampling, max_new_tokens=N_TOKENS)
-    texts = generate(spaced, PROMPTS, sampling=sampling, max_new_tokens=N_TOKENS)
-    assert [answer.text for answer in answers] == texts
+    answers = generate(spaced, PROMPTS, sampling=sampling, max_new_tokens=N_TOKENS)
     for answer in answers:
         assert (
             spaced.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() == answer.text

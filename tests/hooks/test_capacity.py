@@ -10,8 +10,7 @@ import torch
 from helpers import StubBridge, random_batch
 from support.organisms.train import new_tokenizer
 
-from harmcircuits.behaviours.generation import generate
-from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.generation import GenerationCache, generate
 from harmcircuits.hooks.attribution import removal_effect, wanda_scores
 from harmcircuits.hooks.capacity import context_of, refuse_requests, vocabulary_of
 from harmcircuits.hooks.finetuning import fine_tuning
@@ -98,9 +97,9 @@ def test_an_answer_must_fit_behind_its_request(open_model, monkeypatch, tmp_path
     with pytest.raises(ValueError, match=r"request 0 has .* tokens and its answer"):
         generate(bridge, prompts, prefill="sure", max_new_tokens=40)
     refuse_a_pass(bridge, monkeypatch)
-    for answers_of in (generate, cache):
+    for kept in (None, cache):
         with pytest.raises(ValueError, match=expected) as caught:
-            answers_of(bridge, prompts, max_new_tokens=room + 1, batch_size=1)
+            generate(bridge, prompts, max_new_tokens=room + 1, batch_size=1, cache=kept)
         assert "use" not in str(caught.value).split("; ")[0]
     with pytest.raises(ValueError, match=r"answer_log_odds: request 1 has 4\d tokens, the mod"):
         answer_log_odds(bridge, PromptSet.of(["use it", f"{long} {long}"]), ["yes"], ["no"])
@@ -128,13 +127,12 @@ def test_a_token_that_the_embedding_lacks_is_named_before_a_pass(bridge, monkeyp
         READERS[name](bridge, [GOOD, other])
 
 
-def test_requests_in_words_that_the_model_lacks_are_refused(bridge, tmp_path):
+def test_requests_in_words_that_the_model_lacks_are_refused(bridge):
     last = bridge.tokenizer.convert_ids_to_tokens(319)
     prompts = PromptSet.of([last])
     expected = rf"request 0 has token 319 \('{last}'\); the tokenizer has 320 .* embedding has 61"
-    for answers_of in (generate, GenerationCache(tmp_path, bridge)):
-        with pytest.raises(ValueError, match=expected):
-            answers_of(bridge, prompts, max_new_tokens=3)
+    with pytest.raises(ValueError, match=expected):
+        generate(bridge, prompts, max_new_tokens=3)
     with pytest.raises(ValueError, match=f"answer_log_odds: {expected}"):
         answer_log_odds(bridge, prompts, ["yes"], ["no"])
 

@@ -16,7 +16,7 @@ from test_accumulation import BATCHES as SHARED
 from test_accumulation import boot, join, start
 from torch import distributed
 
-from harmcircuits.behaviours.generation import Asked, Sampling, generate, generate_together
+from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks import finite
 from harmcircuits.hooks.attribution import (
@@ -283,10 +283,6 @@ def test_answers_of_logits_that_are_nan_are_refused(open_model, sampling):
         generate(bridge, TEXTS, sampling=sampling, max_new_tokens=5, batch_size=2)
     assert caught.value.index == 2
     assert "how to use" not in str(caught.value), "requests are not shown"
-    asked = [Asked(TEXTS[:2], name="first"), Asked(TEXTS[1:], "sure", name="second")]
-    with pytest.raises(NotFiniteError, match=r"^second: generate: request 1: logits") as caught:
-        generate_together(bridge, asked, sampling=sampling, max_new_tokens=5)
-    assert caught.value.index == 1
     n_of_two = 2 * (sampling.samples if sampling else 1)
     others = generate(bridge, TEXTS[:2], sampling=sampling, max_new_tokens=5)
     assert others == answers[:n_of_two]

@@ -9,7 +9,7 @@ import torch
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import NotShownError
-from harmcircuits.behaviours.generation import Sampling, generate_answers
+from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price, wanda_scores
 from harmcircuits.hooks.finetuning import fine_tuning
@@ -88,9 +88,9 @@ def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_an
 
     # The first token that the model would say now ends the text: nothing is left of the answer.
     prompts = PromptSet.of(["use it"])
-    (answer,) = generate_answers(bridge, prompts, max_new_tokens=3)
+    (answer,) = generate(bridge, prompts, max_new_tokens=3)
     bridge.original_model.generation_config.eos_token_id = answer.tokens[0]
-    assert generate_answers(bridge, prompts, max_new_tokens=3) == [Answer("", ())]
+    assert generate(bridge, prompts, max_new_tokens=3) == [Answer("", ())]
     with pytest.raises(ValueError, match="example 0 has a completion with no tokens to predict"):
         tokenize(prompts.with_completions([Answer("", ())]), bridge.tokenizer)
 
@@ -99,16 +99,16 @@ def model_that_says(bridge, monkeypatch, answers: list[str], *, prefill: str = "
     """A model with these answers in turn, all of which its judge takes for shown."""
     tokenizer = bridge.tokenizer
 
-    def generated(_bridge, asked, *, sampling=None, **_options):
+    def generated(_bridge, prompts, *, sampling=None, **_options):
         samples = []
         for text in answers[: sampling.samples if sampling else 1]:
             samples.append(Answer(text, tuple(tokenizer.encode(text, add_special_tokens=False))))
-        return [samples * len(one_set.prompts) for one_set in asked]
+        return samples * len(prompts)
 
     def prompts(_split: str) -> PromptSet:
         return PromptSet((Example("use it"), Example("clean it")))
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.generate_together", generated)
+    monkeypatch.setattr("harmcircuits.behaviours.model.generate", generated)
     behaviour = Behaviour("asked", "asked_rate", "asked_nll", "yes", prompts, prefill=prefill)
     sampling = Sampling(len(answers)) if len(answers) > 1 else None
     return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)

@@ -17,7 +17,7 @@ import pytest
 from helpers import small_model
 from support.jobs import CPU, DONE, Job, run_jobs
 
-from harmcircuits.behaviours.generation_cache import GenerationCache
+from harmcircuits.behaviours.generation import GenerationCache, generate
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Measurement, Rows
@@ -95,7 +95,7 @@ def of_answers() -> Work:
 
     def answers(folder):
         cache = GenerationCache(folder, model.bridge)
-        return cache(model.bridge, prompts, max_new_tokens=9, batch_size=8)
+        return generate(model.bridge, prompts, max_new_tokens=9, batch_size=8, cache=cache)
 
     return Work(answers, answers)
 
