@@ -306,7 +306,7 @@ class NarrowFiles:
             recipes={"low rank": recipe},
             batch_size=model.batch_size,
         )
-        judge_name = name_of(judge.innocent)
+        judge_name = name_of(judge.innocent or judge.harm)
         return replace(model, judge=judge, judge_name=judge_name), topic
 
 
