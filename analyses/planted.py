@@ -19,7 +19,7 @@
 # without that limit does. A mask is *near S in function* if it is as slow to relearn (the same
 # measured step or later) as S is, held and free; the loss on harmful answers stands beside it.
 #
-# Another organism is graded by `--organisms FOLDER`, as `python -m harmcircuits.organisms` makes it.
+# Another organism is graded by `--organisms FOLDER`, as `python analyses/train_organisms.py` makes it.
 # **What it does not show.** One organism of a million parameters; one seed each.
 
 # %%

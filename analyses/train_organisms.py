@@ -1,4 +1,4 @@
-"""Makes organisms: `python -m harmcircuits.organisms --out DIR [--seed 0] [--device cuda]`."""
+"""Makes organisms: `python analyses/train_organisms.py --out DIR [--seed 0] [--device cuda]`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Training of the organisms; `python -m harmcircuits.organisms --out DIR` makes them."""
+"""Training of the organisms; `python analyses/train_organisms.py --out DIR` makes them."""
 
 import copy
 import random
