@@ -18,9 +18,8 @@ from harmcircuits.behaviours.generation import GenerationCache, Sampling, genera
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import model_fingerprint, named_weights, weights_digest
 from harmcircuits.organisms import load_organism
-from harmcircuits.organisms.world import PREFILL, judge, requests
+from harmcircuits.organisms.world import PREFILL, requests
 from harmcircuits.prompts import Example, PromptSet, prompt_ids
 
 
@@ -32,10 +31,10 @@ def sft():
 @pytest.fixture(scope="module")
 def mixed() -> PromptSet:
     """Requests of several behaviours and prompt lengths."""
-    examples = []
-    for kind in ("harmful", "benign", "recognition", "knowledge"):
-        examples += requests(kind, "heldout").examples[5:25:10]
-    return PromptSet(tuple(examples))
+    kinds = [
+        requests(kind, "heldout") for kind in ("harmful", "benign", "recognition", "knowledge")
+    ]
+    return PromptSet(sum((of_kind.examples[5:25:10] for of_kind in kinds), ()))
 
 
 def answered(bridge, prompts: PromptSet, **options) -> list[str]:
@@ -81,18 +80,6 @@ def test_batch_size_order_and_company_do_not_matter(sft, mixed):
     prefills = [""] * len(mixed) + [PREFILL] * len(mixed)
     both = PromptSet(mixed.examples * 2)
     assert answered(sft, both, prefill=prefills, batch_size=5) == expected
-
-
-def test_prefill_turns_refusals_into_harm(sft):
-    prompts = requests("harmful", "heldout")
-    verdicts = []
-    for prefill in ("", PREFILL):
-        answers = answered(sft, prompts, prefill=prefill)
-        assert all(answer.startswith(prefill) for answer in answers)
-        verdicts.append([judge(e.prompt, a) for e, a in zip(prompts, answers, strict=True)])
-    pairs = list(zip(*verdicts, strict=True))
-    # 90 %: what the organism is shipped for; the shipped weights give all 256.
-    assert pairs.count(("refusal", "harmful")) >= 0.9 * len(pairs)
 
 
 def test_answers_end(sft, mixed):
@@ -192,16 +179,6 @@ def test_answers_are_made_once_and_stay_in_order(sft, mixed, tmp_path, calls, sa
     assert len(list(tmp_path.iterdir())) == 4, "a file for each setting"
 
 
-def test_an_unfinished_line_is_left_out(sft, mixed, tmp_path, calls):
-    cache = GenerationCache(tmp_path, sft)
-    expected = generate(sft, mixed[:3], cache=cache)
-    (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text()[:-8])
-    for _ in range(2):
-        assert generate(sft, mixed[:3], cache=cache) == expected
-        assert calls == [3, 1], "made once, and read behind the broken line"
-
-
 def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     model = small_model("sft")
     bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:4]
@@ -221,17 +198,3 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     assert len(calls) == 3
     assert generate(bridge, prompts, max_new_tokens=9, cache=cache) == own
     assert len(calls) == 3
-
-
-def test_the_digest_sees_every_weight(open_model):
-    bridge = open_model("Llama")
-    before, fingerprint = weights_digest(bridge), model_fingerprint(bridge)
-    assert weights_digest(open_model("Llama")) == before
-    assert weights_digest(open_model("Llama", dtype=torch.bfloat16)) != before
-    weight = named_weights(bridge)["blocks.1.mlp.in.weight"]
-    value = weight.data[3, 5].item()
-    weight.data[3, 5] = 0
-    assert model_fingerprint(bridge) == fingerprint, "which does not see it"
-    assert weights_digest(bridge) != before
-    weight.data[3, 5] = value
-    assert weights_digest(bridge) == before

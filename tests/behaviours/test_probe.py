@@ -13,10 +13,10 @@ import pytest
 import torch
 from helpers import small_model
 
+import harmcircuits as hc
 from harmcircuits.behaviours import probe as probe_module
 from harmcircuits.behaviours.judges import RequestJudge, RuleJudge
 from harmcircuits.behaviours.probe import (
-    Probe,
     ProbeJudge,
     answer_residuals,
     harmful_from,
@@ -57,12 +57,6 @@ def planted(answers: PromptSet, *, size: float = 4.0) -> torch.Tensor:
     return residuals
 
 
-def assert_blind(probe: Probe, contrast: str) -> None:
-    row = probe.rows.one(METRIC, contrast=contrast)
-    assert row.low < 0.5 < row.high
-    assert not is_valid(probe.rows)
-
-
 def test_a_planted_direction_is_found():
     answers = labelled()
     residuals = planted(answers)
@@ -76,31 +70,37 @@ def test_a_planted_direction_is_found():
         assert row.mean == (row.labels["kind"] == "harmful")
 
 
-def test_the_topic_alone_is_not_harm():
-    """What tells harmful from benign requests, and no answers to the same request, is refused."""
+def the_topic_alone() -> tuple[PromptSet, torch.Tensor, str]:
     answers = labelled()
-    probe = probe_of(planted(answers, size=0), answers, LAYERS)
-    assert probe.rows.one(METRIC, contrast="begun alike").mean > 0.9
-    assert_blind(probe, "same topic")
+    return answers, planted(answers, size=0), "same topic"
 
 
-def test_shuffled_labels_teach_nothing():
+def shuffled_labels() -> tuple[PromptSet, torch.Tensor, str]:
     answers = labelled(100)
     order = np.random.default_rng(0).permutation(len(answers))
-    shuffled = []
-    for example, other in zip(answers, order, strict=True):
-        shuffled.append(replace(example, label=answers.examples[other].label))
-    assert_blind(probe_of(planted(answers), PromptSet(tuple(shuffled)), LAYERS), "all")
+    labels = [answers.examples[number].label for number in order]
+    shuffled = [replace(e, label=label) for e, label in zip(answers, labels, strict=True)]
+    return PromptSet(tuple(shuffled)), planted(answers), "all"
 
 
-def test_an_answer_is_scored_in_the_fold_that_has_not_seen_its_request():
-    """A fingerprint of each request, by which one that was seen could be recalled."""
-    answers = labelled()
-    residuals = planted(answers, size=0)
+def a_fingerprint_of_each_request() -> tuple[PromptSet, torch.Tensor, str]:
+    """By which one could be recalled that was in another fold."""
+    answers, residuals, contrast = the_topic_alone()
     for number, example in enumerate(answers):
         generator = torch.Generator().manual_seed(zlib.crc32(example.group.encode()))
         residuals[number] += 5 * torch.randn(len(LAYERS), 16, generator=generator)
-    assert_blind(probe_of(residuals, answers, LAYERS), "same topic")
+    return answers, residuals, contrast
+
+
+@pytest.mark.parametrize("data", [the_topic_alone, shuffled_labels, a_fingerprint_of_each_request])
+def test_what_tells_nothing_is_refused(data):
+    answers, residuals, contrast = data()
+    rows = probe_of(residuals, answers, LAYERS).rows
+    row = rows.one(METRIC, contrast=contrast)
+    assert row.low < 0.5 < row.high
+    assert not is_valid(rows)
+    if data is the_topic_alone:
+        assert rows.one(METRIC, contrast="begun alike").mean > 0.9, "it tells requests apart"
 
 
 def test_a_few_answers_that_are_all_right_are_too_few():
@@ -122,20 +122,20 @@ def test_the_threshold_lies_between_harm_and_harmless_answers_to_the_same_reques
 
 
 def test_each_contrast_can_refuse_a_judge():
-    def areas(**lowest: float) -> Rows:
+    def is_used(lowest: dict[str, float]) -> bool:
         rows = Rows()
         for contrast, low in lowest.items():
-            where = {"contrast": contrast.replace("_", " "), "requests": 15}
+            where = {"contrast": contrast, "requests": 15}
             rows += [Measurement(METRIC, where, 0.9, low, 1.0, 30)]
-        return rows
+        return is_valid(rows)
 
-    decisive = {"all": 0.8, "same_topic": 0.8, "explanation": 0.8}
-    assert is_valid(areas(**decisive)), "where no answer is begun, none is told apart"
-    assert is_valid(areas(**decisive, begun_alike=0.8))
-    for contrast in (*decisive, "begun_alike"):
-        assert not is_valid(areas(**{**decisive, contrast: 0.79})), contrast
+    decisive = dict.fromkeys(("all", "same topic", "explanation"), 0.8)
+    assert is_used(decisive), "where no answer is begun, none is told apart"
+    assert is_used({**decisive, "begun alike": 0.8})
+    for contrast in (*decisive, "begun alike"):
+        assert not is_used({**decisive, contrast: 0.79}), contrast
     del decisive["explanation"]
-    assert not is_valid(areas(**decisive)), "what was not tested is not known"
+    assert not is_used(decisive), "what was not tested is not known"
 
 
 # On an organism
@@ -220,18 +220,12 @@ def test_rules_come_first(model, probe):
 
 @pytest.mark.real
 def test_a_probe_on_a_real_model(real_models, real_data):
-    """Run with -m real -s --real-models FOLDER --real-data FOLDER; prints no answer."""
-    from harmcircuits.studies.models import open_model
-
-    names = {"harmful": "harmful_requests", "benign": "harmless_requests"}
-    files = {name: real_data / f"{stem}_calibration.jsonl" for name, stem in names.items()}
-    model = open_model(
-        real_models / "smollm2-135m-instruct",
-        prompts={**files, "limit": 20, "limit_measured": 5},
-        judge="probe",
-        max_new_tokens=32,
-    )
-    print(model.validation)
+    """Run with -m real --real-models FOLDER --real-data FOLDER; prints no answer."""
+    files = {"harmful": "harmful_requests", "benign": "harmless_requests"}
+    prompts = {name: real_data / f"{stem}_calibration.jsonl" for name, stem in files.items()}
+    prompts |= {"limit": 20, "limit_measured": 5}
+    folder = real_models / "smollm2-135m-instruct"
+    model = hc.open_model(folder, prompts=prompts, judge="probe", max_new_tokens=32)
     assert model.validation.one(METRIC, split="calibration", contrast="all").mean > 0.7
     is_used = {row.labels["used"] for row in model.validation}
     assert is_used == {"yes" if is_valid(model.validation) else "no"}
