@@ -1,26 +1,16 @@
-"""How a value shows itself: texts of one line, small HTML and SVG."""
+"""How a value shows itself: texts of one line, small HTML."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
 from typing import Any
 
 from markupsafe import Markup
-
-# Both are legible on white and on black.
-RED = "#d0543f"
-BLUE = "#4a86c8"
 
 CARD = "font-size:13px;line-height:1.5;color:inherit;margin:2px 0 6px"
 NOTE = "opacity:.7;font-size:12px"
 # A notebook has colours and alignment of its own for tables.
 LINE = "background:none;border:0;border-top:1px solid rgba(128,128,128,.3)"
 CELL = "border:0;padding:2px 14px 2px 0;text-align:left;vertical-align:top;color:inherit"
-
-CELL_HEIGHT = 14
-LABEL_WIDTH = 96
-N_TICKS = 8
-MARK_WIDTH = 110
-BAR_WIDTH = 240
+SQUARE = "height:13px;padding:0;border:1px solid rgba(128,128,128,.25)"
 
 
 def dtype_name(dtype: object) -> str:
@@ -134,98 +124,25 @@ def heat_strip(
     if not values:
         return Markup("")
     layers = sorted({layer for layer, _ in values})
-    kinds = list(dict.fromkeys(kind for _, kind in values))
-    largest = max(max(values.values()), 0.0)
+    kinds = dict.fromkeys(kind for _, kind in values)
+    largest = max(values.values())
     width = min(28, max(7, 360 // len(layers)))
 
-    shapes = []
-    for line, kind in enumerate(kinds):
-        middle = line * CELL_HEIGHT + CELL_HEIGHT - 4
-        shapes.append(_svg_text(LABEL_WIDTH - 6, middle, kind, "end"))
-    for (layer, kind), value in values.items():
-        strength = max(value, 0.0) / largest if largest else 0.0
-        x = LABEL_WIDTH + layers.index(layer) * width
-        y = kinds.index(kind) * CELL_HEIGHT
-        shapes.append(_cell(x, y, width, strength, texts[layer, kind]))
-    below = len(kinds) * CELL_HEIGHT + 11
-    for layer in layers[:: ceil(len(layers) / N_TICKS)]:
-        middle = LABEL_WIDTH + layers.index(layer) * width + width / 2
-        shapes.append(_svg_text(middle, below, str(layer), "middle"))
-    size = (LABEL_WIDTH + len(layers) * width + 12, below + 4)
-    return _svg(size, f"{len(layers)} layers by {len(kinds)} kinds of matrix", shapes)
-
-
-def interval_mark(low: float, mean: float, high: float, ends: tuple[float, float]) -> Markup:
-    """A figure and its interval as a dot on a line."""
-    start, end = ends
-    span = end - start or 1.0
-
-    def place(value: float) -> float:
-        share_of_line = min(max((value - start) / span, 0.0), 1.0)
-        return round(4 + share_of_line * (MARK_WIDTH - 8), 1)
-
-    shapes = [
-        _stroke(place(start), place(end), "currentColor", opacity=0.25, thickness=1),
-        _stroke(place(low), place(high), BLUE, opacity=0.7, thickness=4),
-        Markup('<circle cx="{}" cy="7" r="3.5" fill="{}"/>').format(place(mean), BLUE),
-    ]
-    return _svg((MARK_WIDTH, 14), f"{mean:.3g}, from {low:.3g} to {high:.3g}", shapes)
-
-
-def two_bars(first: float, second: float, shared: float) -> Markup:
-    """Two sets as bars, one above the other, that lie over each other where they share members."""
-    either = first + second - shared or 1.0
-    scale = 300 / either
-    bars = [(0.0, 0, first, BLUE), (first - shared, 16, second, RED)]
-    shapes = []
-    for begin, y, length, colour in bars:
-        shape = '<rect x="{:.1f}" y="{}" width="{:.1f}" height="14" fill="{}" fill-opacity=".75"/>'
-        shapes.append(Markup(shape).format(begin * scale, y, length * scale, colour))
-    frame = '<rect x="{:.1f}" y="0" width="{:.1f}" height="30" fill="none" stroke="currentColor"/>'
-    if shared:
-        shapes.append(Markup(frame).format((first - shared) * scale, shared * scale))
-    return _svg((302, 31), f"{shared:,} shared of {first:,} and {second:,}", shapes)
-
-
-def bar(done: float) -> Markup:
-    """How much of something is done, as a bar."""
-    shape = '<rect y="4" width="{:.1f}" height="6" rx="3" fill="{}" fill-opacity="{}"/>'
-    shapes = [
-        Markup(shape).format(BAR_WIDTH, "currentColor", 0.2),
-        Markup(shape).format(BAR_WIDTH * min(done, 1.0), BLUE, 1),
-    ]
-    return _svg((BAR_WIDTH, 14), f"{done:.0%}", shapes)
+    lines = []
+    for kind in kinds:
+        cells = [Markup('<td style="{};font-size:10px">{}</td>').format(CELL, kind)]
+        for layer in layers:
+            place = (layer, kind)
+            strength = max(values.get(place, 0.0), 0.0) / largest if largest > 0 else 0.0
+            # A red that is legible on white and on black.
+            colour = f"min-width:{width}px;background:rgba(208,84,63,{strength:.3f})"
+            cell = Markup('<td title="{}" style="{};{}"></td>')
+            cells.append(cell.format(texts.get(place, ""), SQUARE, colour))
+        lines.append(Markup('<tr style="background:none">{}</tr>').format(Markup("").join(cells)))
+    table = Markup('<table style="border-collapse:collapse;margin:2px 0">{}</table>')
+    caption = note(f"layers {layers[0]} to {layers[-1]}, from left to right")
+    return table.format(Markup("").join(lines)) + caption
 
 
 def _line(cells: Sequence[Markup]) -> Markup:
     return Markup('<tr style="{}">{}</tr>').format(LINE, Markup("").join(cells))
-
-
-def _svg(size: tuple[float, float], label: str, shapes: Sequence[Markup]) -> Markup:
-    width, height = size
-    opening = Markup(
-        '<svg role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}" '
-        'style="max-width:100%;vertical-align:middle;overflow:visible">'
-    ).format(label, width, height, width, height)
-    return opening + Markup("").join(shapes) + Markup("</svg>")
-
-
-def _svg_text(x: float, y: float, text: str, anchor: str) -> Markup:
-    shape = '<text x="{}" y="{}" font-size="10" fill="currentColor" text-anchor="{}">{}</text>'
-    return Markup(shape).format(x, y, anchor, text)
-
-
-def _cell(x: int, y: int, width: int, strength: float, text: str) -> Markup:
-    """A square of a heat strip; the outline is there even where nothing is."""
-    shape = (
-        '<rect x="{}" y="{}" width="{}" height="{}" fill="{}" fill-opacity="{:.3f}" '
-        'stroke="currentColor" stroke-opacity=".18"><title>{}</title></rect>'
-    )
-    return Markup(shape).format(x, y, width - 1, CELL_HEIGHT - 1, RED, strength, text)
-
-
-def _stroke(start: float, end: float, colour: str, *, opacity: float, thickness: int) -> Markup:
-    shape = (
-        '<line x1="{}" x2="{}" y1="7" y2="7" stroke="{}" stroke-opacity="{}" stroke-width="{}"/>'
-    )
-    return Markup(shape).format(start, end, colour, opacity, thickness)

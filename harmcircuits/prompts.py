@@ -11,12 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from harmcircuits.display import listed, plural
+from harmcircuits.display import plural
 from harmcircuits.prompt_files import given_rows, read_requests, requests_of
 
 
@@ -111,10 +114,8 @@ class PromptSet:
         """
         if isinstance(given, PromptSet):
             return given
-        if isinstance(given, str):
-            given = [given]
         examples = []
-        for item in given:
+        for item in [given] if isinstance(given, str) else given:
             if isinstance(item, Example):
                 examples.append(item)
             elif isinstance(item, str):
@@ -122,9 +123,8 @@ class PromptSet:
             elif isinstance(item, tuple) and len(item) == 2:
                 examples.append(Example(*item))
             else:
-                kind = type(item).__name__
                 raise ValueError(
-                    f"PromptSet: an item is {kind}; expected a request (str), "
+                    f"PromptSet: an item is {type(item).__name__}; expected a request (str), "
                     "a pair of request and completion, or an Example"
                 )
         if not examples:
@@ -154,13 +154,13 @@ class PromptSet:
             ValueError: a missing or malformed file, columns that are not recognised, or a dataset
                 that cannot be opened (see `read_requests`).
         """
+        rows = given_rows(source)
         if isinstance(source, str | Path):
             requests = read_requests(source, columns)
-        else:
-            rows = given_rows(source)
-            if rows is None:
-                return cls.of(source)
+        elif rows is not None:
             requests = requests_of(rows, "the given rows", columns)
+        else:
+            return cls.of(source)
         examples = [Example(**texts, tokens=()) for texts in requests.texts]
         return cls(tuple(examples), requests.shape, requests.n_left_out)
 
@@ -172,20 +172,14 @@ class PromptSet:
 
     def __getitem__(self, where: slice) -> "PromptSet":
         if not isinstance(where, slice):
-            raise TypeError(
-                f"a PromptSet is indexed by a slice, not {where!r}; "
-                "single examples are in .examples"
-            )
+            raise TypeError("a PromptSet is indexed by a slice; single examples are in .examples")
         return PromptSet(self.examples[where])
 
     def __repr__(self) -> str:
         parts = [plural(len(self), "example")]
         n_completions = sum(bool(example.completion) for example in self)
-        categories = dict.fromkeys(example.category for example in self if example.category)
         if n_completions:
             parts.append(plural(n_completions, "completion"))
-        if categories:
-            parts.append(f"categories {listed(categories, most=4)}")
         return f"PromptSet({', '.join(parts)})"
 
     def where(self, keep: Callable[[Example], bool]) -> "PromptSet":
@@ -209,23 +203,6 @@ class PromptSet:
         for example, completion in zip(self.examples, completions, strict=True):
             text, tokens = (completion, ()) if isinstance(completion, str) else completion
             examples.append(replace(example, completion=text, tokens=tokens))
-        return PromptSet(tuple(examples))
-
-    def resampled(self, *, seed: int) -> "PromptSet":
-        """A bootstrap resample: as many groups as there are, each with all its examples.
-
-        Args:
-            seed: draws the groups, with replacement.
-        """
-        # Whole groups, because examples about the same item are not independent.
-        groups: dict[str, list[Example]] = {}
-        for example in self.examples:
-            groups.setdefault(example.cluster, []).append(example)
-        generator = random.Random(seed)
-        drawn = generator.choices(list(groups.values()), k=len(groups))
-        examples: list[Example] = []
-        for members in drawn:
-            examples += members
         return PromptSet(tuple(examples))
 
     def sampled(self, share: float, *, seed: int, rest: bool = False) -> "PromptSet":
@@ -296,7 +273,8 @@ class PromptSet:
         #     0              0.6            0.75          1
         #     | calibration  |    choice     |   heldout  |
         shares = SHARES if heldout is None else SHARES_WITHOUT_HELDOUT
-        requests = self._not_in(heldout).joined()
+        asked = {plain_text(example.prompt) for example in heldout or ()}
+        requests = self.where(lambda example: plain_text(example.prompt) not in asked).joined()
         place = {example: _hash(example) for example in requests}
         sets = {}
         end = 0.0
@@ -316,11 +294,6 @@ class PromptSet:
                     "give more"
                 )
         return {split: _limited(members, limits[split]) for split, members in sets.items()}
-
-    def _not_in(self, others: "PromptSet | None") -> "PromptSet":
-        """Those that ask the same as none of the others."""
-        asked = {plain_text(example.prompt) for example in others or ()}
-        return self.where(lambda example: plain_text(example.prompt) not in asked)
 
     @property
     def digest(self) -> str:
@@ -347,21 +320,16 @@ class Batch:
 
     def __post_init__(self) -> None:
         same_shape = self.tokens.shape == self.is_target.shape
-        if not same_shape or self.tokens.ndim != 2 or not self.tokens.numel():
-            shapes = f"tokens {tuple(self.tokens.shape)}, is_target {tuple(self.is_target.shape)}"
-            raise ValueError(f"Batch: {shapes}; expected the same [batch, pos] for both, not empty")
-        if self.is_target.dtype != torch.bool:
+        if not same_shape or self.tokens.ndim != 2 or self.is_target.dtype != torch.bool:
             raise ValueError(
-                f"Batch: is_target has dtype {self.is_target.dtype}; expected torch.bool"
-            )
-        if self.is_target[:, 0].any():
-            raise ValueError(
-                "Batch: is_target marks position 0, which has no token before it to predict it from"
+                f"Batch: tokens {tuple(self.tokens.shape)}, is_target {self.is_target.dtype} "
+                f"{tuple(self.is_target.shape)}; expected the same [batch, pos], the second bool"
             )
         empty = (~self.is_target.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
+        if empty or self.is_target[:, 0].any():
             raise ValueError(
-                f"Batch: rows {empty} mark no target token; drop them or give them a completion"
+                f"Batch: rows {empty} mark no target token, or one marks position 0, which nothing "
+                "predicts; give each row a completion after a request"
             )
 
     def __len__(self) -> int:
@@ -406,56 +374,40 @@ def plain_text(text: str) -> str:
 
 
 def joined_clusters(keys: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cluster of each item: those that have a key in common are in one."""
-    # A name and a text may read alike, so each key goes with its place. A key's number is lower the
-    # earlier it is met, and the lowest of a cluster is always a name.
+    """The cluster of each item: those that have a key in common are in one, by its first name."""
+    # A name and a text may read alike, so each key goes with its place.
     numbers: dict[tuple[int, str], int] = {}
-    parents: list[int] = []
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            number = parents[number]
-        return number
-
+    links = [(0, 0)]
     for item in keys:
-        roots = []
-        for key in enumerate(item):
-            if key not in numbers:
-                numbers[key] = len(parents)
-                parents.append(len(parents))
-            roots.append(root(numbers[key]))
-        for number in roots:
-            parents[number] = min(roots)
+        name, *others = [numbers.setdefault(key, len(numbers)) for key in enumerate(item)]
+        links += [(name, other) for other in others]
 
-    names = [key for _, key in numbers]
-    return [names[root(numbers[0, item[0]])] for item in keys]
+    size = len(numbers) + 1
+    graph = coo_array((np.ones(len(links)), tuple(zip(*links, strict=True))), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    names: dict[int, str] = {}
+    for item in keys:
+        names.setdefault(component[numbers[0, item[0]]], item[0])
+    return [names[component[numbers[0, item[0]]]] for item in keys]
 
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     """Token ids of a request, up to where the answer begins."""
-    if template == "raw":
-        return tokenizer.encode(prompt + "\n", add_special_tokens=False)
-    chat = Chat() if template == "chat" else template
-    if not isinstance(chat, Chat):
-        raise ValueError(f'template={template!r}; expected "chat", a Chat, or "raw"')
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            'template="chat", but the tokenizer has no chat template; use template="raw"'
-        )
-    # As text first: the template writes its own special tokens, which must not be doubled.
-    text = _chat_text(prompt, tokenizer, chat)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _chat_text(prompt: str, tokenizer: Any, chat: Chat) -> str:
-    """The request as the chat template writes it, up to where the answer begins."""
     # Imported here: tokenizers without a template do not need it.
     from jinja2 import TemplateError
 
-    turns = [{"role": "user", "content": prompt}]
-    if chat.system:
-        turns.insert(0, {"role": "system", "content": chat.system})
+    if template == "raw":
+        return tokenizer.encode(prompt + "\n", add_special_tokens=False)
+    chat = Chat() if template == "chat" else template
+    if not isinstance(chat, Chat) or not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f'template={template!r}; expected "raw", or "chat" or a Chat where the tokenizer has a '
+            "chat template"
+        )
+    turns = [{"role": "system", "content": chat.system}] if chat.system else []
+    turns.append({"role": "user", "content": prompt})
     options = {"enable_thinking": False, **chat.options}
+    # As text first: the template writes its own special tokens, which must not be doubled.
     try:
         text = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=False, **options
@@ -465,16 +417,17 @@ def _chat_text(prompt: str, tokenizer: Any, chat: Chat) -> str:
             f"the tokenizer's chat template refuses the request ({error}); "
             "leave out the system prompt, or other options"
         ) from None
-
     # Some templates begin the thinking whatever they are told.
-    begun = text.rstrip()
-    return f"{begun}{THINKING_ENDS}" if begun.endswith(THINKING_BEGINS) else text
+    if text.rstrip().endswith(THINKING_BEGINS):
+        text = text.rstrip() + THINKING_ENDS
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def padding_id(tokenizer: Any) -> int:
     """The token that fills a batch: the tokenizer's own, else its end-of-text token, else 0."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in candidates if token is not None), 0)
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return tokenizer.eos_token_id or 0
 
 
 def opening_ids(prefill: str, tokenizer: Any) -> list[int]:
@@ -523,50 +476,37 @@ def tokenize(
             batches is looked at where one is given them.
     """
     prompts = PromptSet.of(prompts)
-    if not len(prompts):
-        raise ValueError("tokenize: the prompt set is empty; expected at least one example")
-    if batch_size < 1:
-        raise ValueError(f"tokenize: batch_size={batch_size}; expected at least 1")
-    if tokenizer is None:
-        raise ValueError("tokenize: tokenizer=None; give the model's, such as bridge.tokenizer")
-
+    if not len(prompts) or batch_size < 1 or tokenizer is None:
+        raise ValueError(
+            f"tokenize: {plural(len(prompts), 'example')}, batch_size={batch_size}, "
+            f"tokenizer {type(tokenizer).__name__}; expected at least 1, 1 and the model's"
+        )
     #     context    request, and the prefill where there is one
     #     target     the rest of the completion
     opening = opening_ids(prefill, tokenizer)
     rows = []
     for index, example in enumerate(prompts):
-        target = target_ids(example, tokenizer, prefill)
-        if not target:
-            raise ValueError(
-                f"tokenize: {_named(index, example)} has a completion with no tokens to predict; "
-                "drop or fill it"
-            )
         context = prompt_ids(example.prompt, tokenizer, template) + opening
-        if not context:
+        target = target_ids(example, tokenizer, prefill)
+        n_tokens = len(context) + len(target)
+        is_long = max_tokens is not None and n_tokens > max_tokens
+        if not context or not target or is_long:
+            # Its text is not shown: it may be harmful.
+            bound = f"; max_tokens={max_tokens}" if is_long else ""
             raise ValueError(
-                f"tokenize: {_named(index, example)} has no tokens before its completion, to "
-                "predict it from; give it a request, or a template that begins with a token"
+                f"tokenize: example {index} ({example.category or 'no category'}) has "
+                f"{len(context)} tokens before its completion and {len(target)} to predict{bound}; "
+                "drop it, or give it a request and a completion"
             )
         rows.append((context, target))
-
-    _refuse_long(prompts, rows, max_tokens)
     groups = _groups(rows, batch_size, max_tokens)
     return [_padded(group, tokenizer) for group in groups]
 
 
 def tokenize_text(
-    text: str,
-    tokenizer: Any,
-    *,
-    n_tokens: int = 256,
-    batch_size: int = 16,
+    text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16
 ) -> list[Batch]:
     """A plain text cut into windows, every token but the first of each a target."""
-    if n_tokens < 2 or batch_size < 1:
-        raise ValueError(
-            f"tokenize_text: n_tokens={n_tokens}, batch_size={batch_size}; "
-            "expected at least 2 and 1"
-        )
     opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     tokens = tokenizer.encode(text, add_special_tokens=False)
     step = n_tokens - len(opening)
@@ -586,46 +526,15 @@ def tokenize_text(
 
 def refuse_no_batches(function: str, batches: Any) -> None:
     """Check that token batches are given."""
-    if hasattr(batches, "batches"):
+    is_list = isinstance(batches, list | tuple)
+    if not is_list or not batches or not all(isinstance(batch, Batch) for batch in batches):
         raise ValueError(
-            f"{function}: expected a list of token batches, got {type(batches).__name__}; "
-            "pass its .batches"
-        )
-    is_text = isinstance(batches, str | PromptSet)
-    items = [batches] if is_text else batches
-    kinds = [type(item).__name__ for item in items if not isinstance(item, Batch)]
-    if kinds:
-        kind = kinds[0]
-        raise ValueError(
-            f"{function}: expected a list of token batches, got {kind}; "
-            "make them by tokenize(prompts, bridge.tokenizer)"
-        )
-    if not batches:
-        raise ValueError(
-            f"{function}: no batches to score on; expected at least one (see tokenize)"
+            f"{function}: no batches, or {type(batches).__name__} of something else; make them by "
+            "tokenize(prompts, bridge.tokenizer), or give the .batches of calibration data"
         )
 
 
 Row = tuple[list[int], list[int]]  # context, target
-
-
-def _named(index: int, example: Example) -> str:
-    """An example in an error message. Its text is not shown: it may be harmful."""
-    facts = [f"category {example.category!r}"] * bool(example.category)
-    facts += [f"label {example.label!r}"] * bool(example.label)
-    return f"example {index} ({', '.join(facts)})" if facts else f"example {index}"
-
-
-def _refuse_long(prompts: PromptSet, rows: list[Row], max_tokens: int | None) -> None:
-    lengths = [len(context) + len(target) for context, target in rows]
-    longest = max(lengths)
-    if max_tokens is not None and longest > max_tokens:
-        index = lengths.index(longest)
-        raise ValueError(
-            f"tokenize: {_named(index, prompts.examples[index])} has {longest} tokens, "
-            f"max_tokens={max_tokens}; "
-            "raise it or drop it"
-        )
 
 
 def _groups(rows: list[Row], batch_size: int, max_tokens: int | None) -> list[list[Row]]:

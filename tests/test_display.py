@@ -1,96 +1,198 @@
-"""How values show themselves: in one short line.
+"""How values show themselves: in one short line, and in a notebook as a small table and picture.
 
-Would catch: a repr that prints tensors, texts or a line a field, a list that grows with what it
-holds, a suggestion that is none.
+Would catch: a repr that prints tensors or a line a field, a text that is taken for HTML, a request
+that is shown, a script or a host in what is displayed, a colour that only a white page can carry, a
+picture that reads whole weights, a table that grows with what it holds, a suggestion that is none.
 """
 
+import re
+from html.parser import HTMLParser
+
 import pytest
+import torch
 from helpers import random_batch, small_model
-from support.curves import curve, outcomes_of, w50
 
-from harmcircuits.behaviours.generation import GenerationCache
-from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
-from harmcircuits.display import listed, nearest, plural, share
+from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.sites import by_place
+from harmcircuits.display import (
+    heat_strip,
+    listed,
+    nearest,
+    number_text,
+    plural,
+    settings_text,
+    share,
+)
 from harmcircuits.hooks.attribution import random_scores
-from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.controls import controls
-from harmcircuits.studies.run import Study
-from harmcircuits.studies.settings import StudySettings
+from harmcircuits.measurements import SHOWN_ROWS, Measurement, Rows
 
-MOST = 200
+HOSTILE = "<script>alert('x')</script>&lt;"
+
+
+class Outline(HTMLParser):
+    """The elements of a piece of HTML and its text as a reader sees it."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open.append(tag)
+        self.texts += [value for name, value in attrs if name == "title"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, "elements close in order"
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+def shown(value) -> Outline:
+    outline = Outline(value._repr_html_())
+    assert not outline.open, "every element is closed"
+    return outline
+
+
+def small_mask(settings=()) -> WeightMask:
+    shapes = {"blocks.0.attn.q.weight": (4, 5), "blocks.1.attn.q.weight": (4, 5), "odd": (3,)}
+    removed = {"blocks.1.attn.q.weight": torch.arange(5), "odd": torch.tensor([2])}
+    return WeightMask(removed, shapes, Source("m", "by hand", dict(settings)))
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory) -> dict[str, object]:
-    """Every value that a user holds in hand, by the name of its class."""
+def values() -> list:
     model = small_model("sft")
-    bridge = model.bridge
-    scores = random_scores(bridge)
+    scores = random_scores(model.bridge)
     mask = top_fraction(scores, 0.01, within="model")
-    data = model.calibrations(["harmful", "benign"])
-    outcomes = outcomes_of(model, ["harmful", "benign"])
-    path = curve(model, [mask], outcomes)
-    labels = {f"label {number}": number for number in range(40)}
-    rows = Rows(Measurement.exact(f"metric_{number}", labels, number) for number in range(40))
-    made = [
-        model,
-        data["harmful"],
-        Study(model, StudySettings(), rows=rows),
-        scores,
-        -scores,
-        mask,
-        ~mask,
-        overlap(mask, mask),
-        rows,
-        model.behaviours["harmful"].prompts("heldout"),
-        random_batch(),
-        model.behaviours["harmful"],
-        outcomes["harmful"],
-        path,
-        w50(path),
-        controls(model, "harmful", mask, calibrations=data, n_random=1),
-        GenerationCache(tmp_path_factory.mktemp("a folder of answers"), bridge),
-    ]
-    return {f"{number} {type(value).__name__}": value for number, value in enumerate(made)}
-
-
-KINDS = {
-    "Model",
-    "Calibration",
-    "Study",
-    "WeightScores",
-    "WeightMask",
-    "Overlap",
-    "Rows",
-    "PromptSet",
-    "Batch",
-    "Behaviour",
-    "Outcomes",
-    "Curve",
-    "Estimate",
-    "Controls",
-    "GenerationCache",
-}
+    rows = model.measure(only="benign")
+    behaviour = model.behaviours["harmful"]
+    calibration = Calibration(behaviour.prompts("heldout"), [random_batch()], 40, "harmful")
+    return [model, scores, mask, overlap(mask, mask), rows, rows[0], calibration, behaviour]
 
 
 def test_every_value_shows_itself_in_one_short_line(values):
-    assert {name.split()[1] for name in values} == KINDS
-    for name, value in values.items():
+    for value in [*values, -values[1], ~values[2], values[7].prompts("heldout"), random_batch()]:
         text = repr(value)
-        assert text.startswith(f"{name.split()[1]}("), "it says what it is"
-        assert "\n" not in text, name
-        assert len(text) <= MOST, f"{name}: {text}"
-        assert "tensor(" not in text, name
+        assert text.startswith(f"{type(value).__name__}("), "it says what it is"
+        assert "\n" not in text
+        assert len(text) <= 200
+        assert "tensor(" not in text
 
 
-def test_a_behaviour_s_requests_are_not_shown(values):
-    """They may be harmful."""
-    prompts = next(value for name, value in values.items() if "PromptSet" in name)
-    written = " ".join(map(repr, values.values()))
-    for example in prompts:
+def test_every_value_has_a_table_and_asks_nothing(values):
+    for value in values:
+        outline = shown(value)
+        assert "table" in outline.tags
+        html = value._repr_html_()
+        assert type(value).__name__ in html or isinstance(value, Rows | Measurement)
+        assert not {"script", "style", "link", "iframe", "img"} & set(outline.tags)
+        assert "http" not in html and "url(" not in html
+        assert not re.search(r"background(-color)?:\s*(#fff|white)", html)
+        assert not re.search(r'(fill|color)[:=]"?(#000|black|white)', html)
+        assert len(html) < 40_000
+
+
+def test_requests_are_not_shown(values):
+    model = values[0]
+    written = " ".join(value._repr_html_() + repr(value) for value in values)
+    for example in model.behaviours["harmful"].prompts("heldout"):
         assert example.prompt not in written
-        assert example.completion not in written
+
+
+def test_hostile_text_is_shown_as_text():
+    labels = {"mask": HOSTILE, HOSTILE: "a"}
+    rows = Rows([Measurement.exact(HOSTILE, labels, 1), Measurement.exact("b", {}, 2)])
+    for value in (rows, rows[0], small_mask({HOSTILE: HOSTILE})):
+        outline = shown(value)
+        assert "script" not in outline.tags
+        assert HOSTILE in outline.text.replace("…", "")
+    picture = Outline(heat_strip({(0, HOSTILE): 1.0}, {(0, HOSTILE): HOSTILE}))
+    assert picture.texts.count(HOSTILE) == 2 and "script" not in picture.tags
+
+
+# Masks and scores
+
+
+def fills(html: str) -> list[float]:
+    """How strongly the cells of a heat strip are coloured, line by line."""
+    return [float(value) for value in re.findall(r"rgba\(208,84,63,([\d.]+)\)", html)]
+
+
+def test_a_mask_s_picture_is_the_share_of_each_matrix():
+    html = small_mask()._repr_html_()
+    assert fills(html) == [0.0, 1.0], "matrices that have no place are left out"
+    outline = Outline(html)
+    assert "layer 1 attn.q: 5 of 20, 25%" in outline.texts
+    assert "6 of 43 weights" in outline.text
+
+
+def test_places_are_in_the_order_of_a_block():
+    values = {"blocks.1.mlp.in.weight": 1, "blocks.0.attn.q.weight": 2, "blocks.0.x.weight": 3}
+    expected = [(0, "attn.q"), (1, "mlp.in"), (0, "x")]
+    assert list(by_place(values | {"a.b.c": 4})) == expected
+
+
+def test_a_mask_of_a_large_model_is_shown_at_once():
+    """A billion weights: as a dense tensor of bools they are a gigabyte."""
+    shapes = {f"blocks.{layer}.mlp.in.weight": (8192, 4096) for layer in range(32)}
+    removed = {name: torch.arange(1000) for name in shapes}
+    mask = WeightMask(removed, shapes, Source("m", "by hand"))
+    assert len(fills(mask._repr_html_())) == 32
+
+
+def test_scores_show_their_largest_and_where_it_is():
+    values = {"blocks.0.attn.q.weight": torch.zeros(3, 4), "blocks.0.attn.k.weight": -torch.ones(2)}
+    values["blocks.0.attn.q.weight"][2, 1] = 0.5
+    html = WeightScores(values, Source("m", "by hand"))._repr_html_()
+    assert fills(html) == [1.0, 0.0], "a negative score has no colour"
+    assert "blocks.0.attn.q.weight 0.5 [2, 1]" in Outline(html).text
+
+
+def test_an_empty_mask_and_no_rows_are_shown():
+    assert "0 of" in shown(small_mask() - small_mask()).text
+    assert "0 rows" in shown(Rows()).text
+
+
+# Rows
+
+
+def test_rows_say_once_what_they_share_and_are_cut():
+    n = SHOWN_ROWS + 5
+    labels = [{"split": "heldout", "size": number} for number in range(n)]
+    rows = Rows(Measurement("a_rate", of_row, 0.5, 0.25, 0.75, 8) for of_row in labels)
+    outline = shown(rows)
+    assert outline.tags.count("tr") == SHOWN_ROWS + 1
+    assert outline.text.count("heldout") == 1
+    assert "50% [25%, 75%]" in outline.text
+    assert "and 5 more" in outline.text
+
+
+def test_a_label_that_some_rows_lack_is_a_column():
+    rows = Rows([Measurement.exact("a", {"mask": "x"}, 1), Measurement.exact("a", {}, 2)])
+    assert "mask" in shown(rows).texts
+
+
+def test_numbers_of_any_size_are_readable():
+    assert [number_text(value) for value in (0, 12.0, 98304, 1234.5, 1e-7)] == [
+        "0",
+        "12",
+        "98,304",
+        "1,234",
+        "1e-07",
+    ]
+    assert number_text(float("nan")) == "nan" and number_text(float("inf")) == "inf"
+    assert settings_text({"a": "x" * 90}) == f"a {'x' * 40}…"
 
 
 # Texts
@@ -101,34 +203,21 @@ def test_long_lists_are_cut():
     assert listed(["a", "b"]) == "a, b"
     assert listed(range(9)) == "0, 1, 2, 3, 4, 5, 6, 7, 8", "one more is written out"
     assert listed(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
-    assert listed(range(5), most=3) == "0, 1, 2 and 2 more"
 
 
 @pytest.mark.parametrize(
     ("part", "text"),
-    [
-        (0, "0%"),
-        (1, "100%"),
-        (0.344, "34%"),
-        (0.0601, "6.01%"),
-        (0.006, "0.60%"),
-        (0.0000123, "0.0012%"),
-    ],
+    [(0, "0%"), (1, "100%"), (0.344, "34%"), (0.0601, "6.01%"), (0.0000123, "0.0012%")],
 )
 def test_shares_are_in_per_cent(part, text):
     assert share(part) == text
 
 
 def test_counts_have_their_noun():
-    assert plural(0, "row") == "0 rows"
-    assert plural(1, "mask") == "1 mask"
-    assert plural(1200, "weight") == "1,200 weights"
+    assert (plural(1, "mask"), plural(1200, "weight")) == ("1 mask", "1,200 weights")
 
 
 def test_an_unknown_name_is_met_with_the_nearest_and_all():
     known = ["harmful", "benign"]
-    expected = "did you mean 'harmful'? There are harmful, benign"
-    assert nearest("harm", known) == expected
+    assert nearest("harm", known) == "did you mean 'harmful'? There are harmful, benign"
     assert nearest("xyz", known) == "there are harmful, benign"
-    many = [f"name {number}" for number in range(40)]
-    assert nearest("zzz", many).endswith("and 28 more")

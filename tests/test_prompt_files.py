@@ -1,8 +1,7 @@
 """Files of requests in every format and published shape, written here in innocent words.
 
 Would catch: a file format that loses or reorders fields; a published shape read by the wrong column
-or without its context; an error in a user's file that passes in silence, or is told without its
-place; a chat whose earlier turns are dropped; a repeated request that counts twice.
+or without its context; an error in a user's file that passes in silence; a chat whose earlier turns are dropped; a repeated request that counts twice.
 """
 
 import csv
@@ -151,10 +150,6 @@ def test_a_dataset_is_read_by_its_folder(tmp_path):
     assert [example.prompt for example in named] == ["one", "two"]
     with pytest.raises(ValueError, match=r"data:dev: neither .*dev.*train"):
         PromptSet.read(f"{folder}:dev")
-    with pytest.raises(ValueError, match=r"a:b:c:d: .*expected NAME, NAME:SPLIT"):
-        PromptSet.read("a:b:c:d")
-    with pytest.raises(ValueError, match=r"no rows|no data"):
-        PromptSet.read(f"{folder}:train[:0]")
 
 
 def test_what_datasets_saved_is_read(tmp_path):
@@ -166,8 +161,6 @@ def test_what_datasets_saved_is_read(tmp_path):
     splits.save_to_disk(str(tmp_path / "sets"))
     assert PromptSet.read(tmp_path / "sets") == expected
     assert PromptSet.read(f"{tmp_path / 'sets'}:dev") == expected[1:]
-    with pytest.raises(ValueError, match="sets:test: neither"):
-        PromptSet.read(f"{tmp_path / 'sets'}:test")
 
 
 def test_rows_in_memory_are_read_like_those_of_a_file():
@@ -184,8 +177,6 @@ def test_rows_in_memory_are_read_like_those_of_a_file():
     )
     assert PromptSet.read(missing).examples[1] == Example("b", category="c")
     assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
-    with pytest.raises(ValueError, match='given row 2: no "prompt"'):
-        PromptSet.read([{"prompt": "a"}, {"prompt": " "}])
 
 
 # Published shapes
@@ -320,34 +311,6 @@ def test_our_own_names_come_first(tmp_path, row, expected):
     assert PromptSet.read(write_csv(tmp_path / "a.csv", [row])).examples == (expected,)
 
 
-@pytest.mark.parametrize(
-    ("turns", "message"),
-    [
-        (
-            ["user", "assistant", "user"],
-            r"turns of user, assistant, user; expected one of the user",
-        ),
-        (["assistant"], "turns of assistant; expected"),
-        (["system"], "turns of nobody"),
-        (["user", "tool"], "turns of user, tool"),
-    ],
-)
-def test_a_chat_of_several_turns_is_refused_with_its_row(tmp_path, turns, message):
-    chats = [["user"], turns]
-    rows = []
-    for chat in chats:
-        rows.append({"messages": [{"role": role, "content": "so"} for role in chat]})
-    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
-        PromptSet.read(write_jsonl(tmp_path / "a.jsonl", rows))
-
-
-@pytest.mark.parametrize("turn", ["who ?", {"from": "human", "value": "who ?"}, {"role": "user"}])
-def test_a_turn_of_another_form_is_refused(tmp_path, turn):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [turn]}])
-    with pytest.raises(ValueError, match=r'line 1: a turn of the chat is not \{"role"'):
-        PromptSet.read(path)
-
-
 # Columns that are named
 
 
@@ -371,26 +334,6 @@ def test_named_columns_come_before_recognised_ones(tmp_path):
     assert PromptSet.read(chat, {"prompt": "chat"}).examples == (Example("who ?"),)
 
 
-def test_an_unknown_shape_names_its_columns_and_the_remedy(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [{"question": "who ?", "reply": "me"}])
-    with pytest.raises(ValueError) as error:
-        PromptSet.read(path)
-    for words in (
-        path,
-        "It has question, reply",
-        "columns={'prompt': 'NAME'}",
-    ):
-        assert words in str(error.value)
-
-
-def test_named_columns_that_are_not_there_are_refused(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [{"question": "who ?"}])
-    with pytest.raises(ValueError, match=r"a\.csv: no column 'qestion'; did you mean 'question'"):
-        PromptSet.read(path, {"prompt": "qestion"})
-    with pytest.raises(ValueError, match=r"'promt' is no column; did you mean 'prompt'"):
-        PromptSet.read(path, {"promt": "question"})
-
-
 # Repeated rows
 
 
@@ -406,56 +349,68 @@ def test_a_row_that_repeats_another_is_left_out(tmp_path):
     assert read_requests(tmp_path / "a.jsonl").shape == prompts.shape
 
 
-# Files that cannot be read
+# What cannot be read
+
+
+def chat(*roles: str) -> str:
+    return json.dumps({"messages": [{"role": role, "content": "so"} for role in roles]})
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "word"),
     [
-        ("a.jsonl", '{"prompt": "a"}\nhello\n', r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", '{"prompt": "a"}\n\n{"completion": "b"}\n', r'line 3: no "prompt"'),
-        ("a.jsonl", '{"prompt": ""}\n', r'line 1: no "prompt"'),
-        ("a.jsonl", '{"prompt": 3}\n', r"line 1: 'prompt' is int; expected text"),
-        ("a.jsonl", '{"prompt": "a", "category": ["b"]}\n', "line 1: 'category' is list; expected"),
-        ("a.jsonl", '["prompt"]\n', "line 1: list; expected an object with the columns, or a text"),
-        ("a.jsonl", '[\n{"prompt": "a"}\n]', r"line 1: not JSON .*array in a file .*\.json"),
-        ("a.jsonl", "\n\n", r"a\.jsonl: no rows"),
-        ("a.jsonl", "", "no rows"),
+        ("a.jsonl", '{"prompt": "a"}\nhello\n', "cannot be read"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": " "}\n', "row 2: no prompt"),
+        ("a.jsonl", "\n\n", "no rows"),
+        ("a.jsonl", chat("user", "assistant", "user"), "row 1: turns of user, assistant, user"),
+        ("a.jsonl", chat("user") + "\n" + chat("system"), "row 2: turns of nobody"),
+        ("a.jsonl", '{"messages": ["who ?"]}', "row 1: a turn is not"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "row 1: a turn is not"),
         ("a.json", "", "no rows"),
-        ("a.json", "[]", "no rows"),
-        ("a.json", '[{"prompt": "a"},\n{"prompt" "b"}]', r"a\.json, line 2: not JSON"),
-        ("a.json", '[{"prompt": "a"}, {"prompt": null}]', r'item 2: no "prompt"'),
-        ("a.json", '{"rows": [{"prompt": "a"}]}', r"It has rows; say which"),
-        ("a.csv", "prompt,group\na,b\n,b\n", r'row 2: no "prompt"'),
-        ("a.csv", "goal,target\na,b\n,b\n", r'row 2: no "goal"'),
+        ("a.json", "[3]", "row 1: int"),
+        ("a.json", '[{"prompt" "b"}]', "cannot be read"),
+        ("a.json", '{"rows": [{"prompt": "a"}]}', "has rows; say which by columns={'prompt'"),
+        ("a.csv", "goal,target\na,b\n,b\n", "row 2: no goal"),
         ("a.csv", "prompt\n", "no rows"),
         ("a.csv", "", "no rows"),
-        ("a.csv", "prompt,group\na,b,c\n", "row 1: more cells than the header has columns"),
-        ("a.csv", 'prompt,group\n"a,b\n', r"a\.csv, line 1: not CSV"),
+        ("a.csv", "prompt,group\na,b,c\n", "more cells than the header"),
+        ("a.csv", "prompt,group\na,b\na,b,c\n", "cannot be read"),
+        ("a.csv", 'prompt,group\n"a,b\n', "cannot be read"),
         ("a.txt", " \n", "no rows"),
-        ("a.parquet", "prompt", r"a\.parquet: cannot be read as Parquet"),
-        ("a.xlsx", "prompt", r"a\.xlsx: no format of requests; expected \.jsonl, \.json, \.csv"),
+        ("a.parquet", "prompt", "cannot be read"),
+        ("a.xlsx", "prompt", "neither a file of requests (.jsonl, .json, .csv"),
     ],
 )
-def test_bad_files_are_refused_with_the_place(tmp_path, name, text, message):
+def test_bad_files_are_refused_by_their_name(tmp_path, name, text, word):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:
         PromptSet.read(tmp_path / name)
+    assert name in str(error.value)
+    assert word in str(error.value)
+
+
+def test_columns_that_are_not_there_are_refused(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [{"question": "who ?"}])
+    for columns, word in [
+        ({"prompt": "qestion"}, "no column 'qestion'; did you mean 'question'"),
+        ({"promt": "question"}, "'promt' is no column; did you mean 'prompt'"),
+        (None, "It has question"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            PromptSet.read(path, columns)
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_another_encoding_is_refused_with_the_line(tmp_path, name):
-    (tmp_path / name).write_bytes(b"prompt\nwho\n" + "grün".encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{name}, line 3: not UTF-8 \(byte 0xfc\); save"):
-        PromptSet.read(tmp_path / name)
-    (tmp_path / name).write_text("who ?", encoding="utf-16")
-    with pytest.raises(ValueError, match="line 1: not UTF-8"):
-        PromptSet.read(tmp_path / name)
+def test_another_encoding_is_refused(tmp_path, name):
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / name).write_text("prompt\ngrün", encoding=encoding)
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read .*UTF-8"):
+            PromptSet.read(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet"])
-def test_missing_files_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"{name}: no such file; give the path"):
-        PromptSet.read(tmp_path / name)
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.csv: no such file; give the path"):
+        PromptSet.read(tmp_path / "a.csv")
     with pytest.raises(ValueError, match=r"no/such-data-set: neither a file of requests \(\.jsonl"):
         PromptSet.read("no/such-data-set")

@@ -2,10 +2,8 @@
 
 Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a
 digest that misses a change of the data; a request in two splits, or one that moves when others are
-added.
+added; a system prompt that is dropped, thinking that would be scored as the answer.
 """
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from harmcircuits.prompts import (
     Batch,
+    Chat,
     Example,
     PromptSet,
+    joined_clusters,
     prompt_ids,
     refuse_no_batches,
     tokenize,
@@ -47,42 +47,25 @@ def ids(tokenizer):
 
 def test_a_set_is_made_of_requests_pairs_and_examples():
     pair = Example("where ?", "here")
-    given = ["who ?", ("where ?", "here"), EXAMPLES[0]]
-    prompts = PromptSet.of(given)
+    items = ["who ?", ("where ?", "here"), EXAMPLES[0]]
+    prompts = PromptSet.of(items)
     assert prompts.examples == (Example("who ?"), pair, EXAMPLES[0])
-    assert PromptSet.of(iter(given)) == prompts
+    assert PromptSet.of(iter(items)) == prompts
     assert PromptSet.of(prompts) is prompts
     assert PromptSet.of("who ?").examples == (Example("who ?"),), "not a request a letter"
-    for items, kind in (([3], "int"), ([("a", "b", "c")], "tuple"), ([None], "NoneType")):
-        with pytest.raises(ValueError, match=f"an item is {kind}; expected a request"):
-            PromptSet.of(items)
-    with pytest.raises(ValueError, match="no requests; expected at least one"):
-        PromptSet.of([])
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_set_is_sliced_and_not_indexed():
-    assert PromptSet(EXAMPLES)[::2].examples == EXAMPLES[::2]
-    with pytest.raises(TypeError, match=r"slice, not 0.*\.examples"):
-        PromptSet(EXAMPLES)[0]
 
 
 def test_sets_keep_order():
     prompts = PromptSet(EXAMPLES)
-    assert len(prompts) == 3
     assert tuple(prompts) == EXAMPLES
     assert prompts[1:] == PromptSet(EXAMPLES[1:])
     assert prompts.where(lambda example: bool(example.completion)) == PromptSet(EXAMPLES[:2])
-    assert prompts.where(lambda example: example.group == "none") == PromptSet(())
 
 
 def test_completions_are_replaced_one_for_one():
     changed = PromptSet(EXAMPLES).with_completions(["x", "y", "z"])
     assert [example.completion for example in changed] == ["x", "y", "z"]
     assert changed.examples[0] == Example("how to use it ?", "x", category="tools", group="one")
-    for wrong in ([], ["x", "y"], ["x"] * 4):
-        with pytest.raises(ValueError, match=f"{len(wrong)} completions for 3 prompts"):
-            PromptSet(EXAMPLES).with_completions(wrong)
 
 
 def test_digest_is_of_prompts_and_completions_in_order():
@@ -93,17 +76,9 @@ def test_digest_is_of_prompts_and_completions_in_order():
         "files name this value: it may not change between versions"
     )
     assert digest(("a", "b"), ("c", "d")) == digest(("a", "b", "category", "group"), ("c", "d"))
-    different = [
-        digest(),
-        digest(("a", "b")),
-        digest(("ab", "")),
-        digest(("a", "")),
-        digest(("b", "a")),
-        digest(("a", "b"), ("c", "d")),
-        digest(("c", "d"), ("a", "b")),
-        digest(("a", "b"), ("a", "b")),
-    ]
-    assert len(set(different)) == len(different)
+    different = [digest(), digest(("ab", "")), digest(("a", "")), digest(("b", "a"))]
+    different += [digest(("a", "b"), ("c", "d")), digest(("c", "d"), ("a", "b"))]
+    assert len(set(different)) == 6
 
 
 # Splits
@@ -152,34 +127,16 @@ def test_limits_and_too_few():
     sizes = [len(members) for members in sets.values()]
     assert sizes == [len(whole["calibration"]), 5, 4]
     assert set(sets["choice"]) <= set(whole["choice"])
-    with pytest.raises(ValueError, match=r"few\.csv: 1 request cannot fill the .*give more"):
-        MANY[:1].splits(origin="few.csv")
+
+
+def test_what_has_a_key_in_common_is_one_cluster():
+    """Names by where each cluster is met first; a name and a text that read alike are two things."""
+    keys = [("a", "x"), ("b", "y"), ("c", "z"), ("d", "y"), ("d", "x"), ("e", "c")]
+    assert joined_clusters(keys) == ["a", "a", "c", "a", "a", "e"]
+    assert joined_clusters([]) == []
 
 
 # Batches
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_batches_reject_what_cannot_be_scored():
-    tokens, is_target = torch.ones(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool)
-    is_target[:, 2] = True
-    assert len(Batch(tokens, is_target)) == 2
-    with pytest.raises(ValueError, match=r"tokens \(2, 4\), is_target \(2, 3\)"):
-        Batch(tokens, is_target[:, :3])
-    with pytest.raises(ValueError, match=r"expected the same \[batch, pos\]"):
-        Batch(tokens[0], is_target[0])
-    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
-        Batch(tokens, is_target.long())
-    with pytest.raises(ValueError, match="position 0"):
-        Batch(tokens, torch.ones(2, 4, dtype=torch.bool))
-    is_target[1] = False
-    with pytest.raises(ValueError, match=r"rows \[1\] mark no target"):
-        Batch(tokens, is_target)
-
-
-def test_batches_without_positions_are_refused():
-    with pytest.raises(ValueError, match="Batch"):
-        Batch(torch.ones(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.bool))
 
 
 def test_tokens_end_at_the_last_target():
@@ -222,36 +179,6 @@ def test_prefill_is_context(tokenizer, ids):
     assert batch.tokens[batch.is_target].tolist() == ids("yes fine no")
 
 
-def test_prefill_only_moves_the_border_of_the_targets(tokenizer):
-    """The text is the same, so the tokens are.
-
-    A target after a prefill keeps the space that belongs to it.
-    """
-    for any_tokenizer in (tokenizer, byte_tokenizer()):
-        prompts = PromptSet((Example("use it", "sure yes fine"),))
-        (plain,) = tokenize(prompts, any_tokenizer, template="raw")
-        (opened,) = tokenize(prompts, any_tokenizer, template="raw", prefill="sure")
-        assert opened.tokens.tolist() == plain.tokens.tolist()
-        n_opening = len(any_tokenizer.encode("sure", add_special_tokens=False))
-        assert plain.is_target.sum() - opened.is_target.sum() == n_opening
-
-
-def test_batches_keep_the_order(tokenizer):
-    prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
-    whole = tokenize(prompts, tokenizer)
-    assert [len(batch) for batch in whole] == [5]
-    split = tokenize(prompts, tokenizer, batch_size=2)
-    assert [tuple(batch.tokens.shape) for batch in split] == [(2, 7), (2, 8), (1, 9)]
-    rows = [
-        row[real].tolist()
-        for batch in split
-        for row, real in zip(batch.tokens, batch.is_token, strict=True)
-    ]
-    assert rows == [
-        row[real].tolist() for row, real in zip(whole[0].tokens, whole[0].is_token, strict=True)
-    ]
-
-
 def test_batches_of_at_most_so_many_tokens(tokenizer):
     """Examples of 7, 5, 8, 5 and 9 tokens.
 
@@ -259,6 +186,7 @@ def test_batches_of_at_most_so_many_tokens(tokenizer):
     """
     prompts = PromptSet(tuple(Example("use " * n, "yes") for n in (3, 1, 4, 1, 5)))
     (whole,) = tokenize(prompts, tokenizer)
+    assert [len(batch) for batch in tokenize(prompts, tokenizer, batch_size=2)] == [2, 2, 1]
     expected = {
         9: [(1, 7), (1, 5), (1, 8), (1, 5), (1, 9)],
         15: [(2, 7), (1, 8), (1, 5), (1, 9)],
@@ -277,8 +205,6 @@ def test_batches_of_at_most_so_many_tokens(tokenizer):
         ]
     both = tokenize(prompts, tokenizer, max_tokens=27, batch_size=2)
     assert [len(batch) for batch in both] == [2, 2, 1], "batch_size bounds as well"
-    with pytest.raises(ValueError, match="example 4 has 9 tokens, max_tokens=8"):
-        tokenize(prompts, tokenizer, max_tokens=8)
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
@@ -287,40 +213,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
     (batch,) = tokenize(PromptSet((Example("use it", "yes"), Example("use", "yes"))), tokenizer)
     assert batch.tokens[1].tolist() == ids("<bos> <user> use <assistant> yes <eos>")
     assert batch.is_token[1].tolist() == [True] * 5 + [False]
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_bad_requests_are_refused(tokenizer):
-    prompts = PromptSet((Example("use", "yes"), Example("use", "")))
-    with pytest.raises(ValueError, match="prompt set is empty"):
-        tokenize(PromptSet(()), tokenizer)
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size={size}"):
-            tokenize(prompts[:1], tokenizer, batch_size=size)
-    with pytest.raises(ValueError, match="example 1 has a completion with no tokens"):
-        tokenize(prompts, tokenizer)
-    with pytest.raises(ValueError, match="example 0 has a completion with no tokens"):
-        tokenize(prompts, tokenizer, prefill="yes")
-    with pytest.raises(ValueError, match="template='chatml'"):
-        tokenize(prompts[:1], tokenizer, template="chatml")
-    with pytest.raises(ValueError, match="no chat template"):
-        tokenize(prompts[:1], byte_tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([], "f: no batches.*tokenize"),
-        ("use it", "f: expected a list of token batches, got str; make them by tokenize"),
-        (PromptSet(EXAMPLES), "got PromptSet; make them by tokenize"),
-        (["use it"], "got str; make them by tokenize"),
-        (SimpleNamespace(batches=[]), r"got SimpleNamespace; pass its \.batches"),
-    ],
-    ids=["none", "text", "set", "texts", "calibration data"],
-)
-def test_what_is_no_list_of_batches_is_refused_with_the_remedy(given, message):
-    with pytest.raises(ValueError, match=message):
-        refuse_no_batches("f", given)
 
 
 def byte_tokenizer():
@@ -362,8 +254,6 @@ def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
     assert not set(rest) & set(half)
     assert set(rest) | set(half) == set(whole)
     assert not len(whole.sampled(1.0, seed=3, rest=True))
-    with pytest.raises(ValueError, match="share=0"):
-        whole.sampled(0, seed=0)
 
 
 def test_plain_text_is_cut_into_windows(tokenizer):
@@ -392,11 +282,83 @@ def test_a_beginning_of_text_token_opens_each_window(tokenizer):
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"n_tokens": 1}, "n_tokens=1"), ({"batch_size": 0}, "batch_size=0")]
+# Chat templates
+
+
+PLAIN = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "<assistant>{% if date %}{{ date }}{% endif %}"
 )
-def test_windows_that_cannot_be(tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        tokenize_text("how to use it ?", tokenizer, **options)
-    with pytest.raises(ValueError, match="5 tokens of text make no window of 256"):
-        tokenize_text("how to use it ?", tokenizer)
+SWITCHED = PLAIN + "{% if enable_thinking is false %}<think></think>{% endif %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + PLAIN
+SHORT = Chat(system="be short")
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "text"),
+    [
+        (PLAIN, "chat", "<user>say it<assistant>"),
+        (PLAIN, Chat(), "<user>say it<assistant>"),
+        (PLAIN, SHORT, "<system>be short<user>say it<assistant>"),
+        (PLAIN, Chat(options={"date": "May"}), "<user>say it<assistant>May"),
+        (NO_SYSTEM, "chat", "<user>say it<assistant>"),
+        (SWITCHED, "chat", "<user>say it<assistant><think></think>"),
+        (SWITCHED, Chat(options={"enable_thinking": True}), "<user>say it<assistant>"),
+        (PLAIN + "<think>\n", "chat", "<user>say it<assistant><think>\n\n</think>\n\n"),
+    ],
+)
+def test_a_request_is_written_as_its_template_says(template, chat, text):
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = template
+    texts = []
+    tokenizer.encode = lambda written, **_: texts.append(written) or []
+    prompt_ids("say it", tokenizer, chat)
+    assert texts == [text]
+
+
+# What is refused
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_asked_or_scored_is_refused(tokenizer):
+    no_system = new_tokenizer()
+    no_system.chat_template = NO_SYSTEM
+    one = PromptSet((Example("use", "yes"),))
+    empty = PromptSet((Example("use", "yes"), Example("use", "")))
+    ones = torch.ones(2, 4, dtype=torch.long)
+    is_target = torch.zeros(2, 4, dtype=torch.bool)
+    is_target[:, 2] = True
+    lacking = is_target.clone()
+    lacking[1] = False
+    for call, word in [
+        (lambda: PromptSet.of([3]), "an item is int"),
+        (lambda: PromptSet.of([("a", "b", "c")]), "an item is tuple"),
+        (lambda: PromptSet.of([]), "no requests"),
+        (lambda: empty.with_completions(["x"]), "1 completions for 2 prompts"),
+        (lambda: MANY.sampled(0, seed=0), "share=0"),
+        (lambda: MANY[:1].splits(origin="few.csv"), "few.csv: 1 request cannot fill"),
+        (lambda: Batch(ones, is_target[:, :3]), "torch.bool (2, 3)"),
+        (lambda: Batch(ones[0], is_target[0]), "[batch, pos]"),
+        (lambda: Batch(ones, is_target.long()), "torch.int64"),
+        (lambda: Batch(ones, ones.bool()), "position 0"),
+        (lambda: Batch(ones, lacking), "rows [1] mark no target"),
+        (lambda: tokenize(PromptSet(()), tokenizer), "0 examples"),
+        (lambda: tokenize(one, tokenizer, batch_size=0), "batch_size=0"),
+        (lambda: tokenize(one, None), "NoneType"),
+        (lambda: tokenize(one, tokenizer, max_tokens=4), "max_tokens=4"),
+        (lambda: tokenize(empty, tokenizer), "example 1"),
+        (lambda: tokenize(one, tokenizer, prefill="yes"), "example 0"),
+        (lambda: tokenize(one, tokenizer, template="chatml"), "template='chatml'"),
+        (lambda: tokenize(one, byte_tokenizer()), 'expected "raw"'),
+        (lambda: tokenize(one, no_system, template=SHORT), "leave out the system prompt"),
+        (lambda: tokenize_text("how to use it ?", tokenizer), "no window of 256"),
+        (lambda: refuse_no_batches("f", []), "f: no batches"),
+        (lambda: refuse_no_batches("f", "use it"), "str"),
+        (lambda: refuse_no_batches("f", ["use it"]), "tokenize("),
+        (lambda: refuse_no_batches("f", one), "PromptSet"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert word in str(error.value)
+    with pytest.raises(TypeError, match=r"\.examples"):
+        one[0]
