@@ -15,7 +15,7 @@ from helpers import random_batch, small_model
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
-from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import by_place
 from harmcircuits.display import (
     heat_strip,
@@ -149,14 +149,6 @@ def test_a_mask_of_a_large_model_is_shown_at_once():
     removed = {name: torch.arange(1000) for name in shapes}
     mask = WeightMask(removed, shapes, Source("m", "by hand"))
     assert len(fills(mask._repr_html_())) == 32
-
-
-def test_scores_show_their_largest_and_where_it_is():
-    values = {"blocks.0.attn.q.weight": torch.zeros(3, 4), "blocks.0.attn.k.weight": -torch.ones(2)}
-    values["blocks.0.attn.q.weight"][2, 1] = 0.5
-    html = WeightScores(values, Source("m", "by hand"))._repr_html_()
-    assert fills(html) == [1.0, 0.0], "a negative score has no colour"
-    assert "blocks.0.attn.q.weight 0.5 [2, 1]" in Outline(html).text
 
 
 def test_an_empty_mask_and_no_rows_are_shown():
