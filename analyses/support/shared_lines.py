@@ -75,7 +75,8 @@ def _mean_of(lifts: Rows, pairs: Sequence[tuple[str, str]]) -> Rows:
 
 def _outcomes(rows: Rows, protected: str, terms: Terms) -> Iterator[tuple[str, str]]:
     """Every other behaviour, and how the target dissociates from it."""
-    tests = dissociations(rows, protected, terms.metrics)
+    metrics = {behaviour.name: behaviour.metric for behaviour in terms.behaviours}
+    tests = dissociations(rows, protected, metrics)
     for (first, second), test in tests.items():
         if first == terms.target.name:
             yield second, test.outcome

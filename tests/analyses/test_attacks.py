@@ -64,14 +64,7 @@ def test_removing_refusals_from_what_refuses_nothing_is_asking():
     assert attacks.claim.result(prefilled).outcome == FAILS
 
 
-def test_the_key_numbers_say_when_harm_is_back():
-    numbers = attacks.key_numbers(attacked(free=NEVER))
-    back = "harmful fine-tuning brings half of it back"
-    assert numbers[f"{back}: circuit, held"] == "step 10"
-    assert numbers[f"{back}: circuit, then free"] == "no measured step"
-    assert numbers["harm, by the strongest attack: the circuit"].startswith("20% [10%, 30%]")
-
-
+@pytest.mark.slow
 def test_every_defence_is_attacked(monkeypatch):
     asked = []
 
@@ -103,36 +96,3 @@ def test_every_defence_is_attacked(monkeypatch):
         rows.one("harm_nll", mask=f"circuit, {name}", step=2).mean for name in ("held", "then free")
     )
     assert held != free, "released weights learn"
-
-
-def test_a_mask_of_a_file_is_attacked_in_place_of_a_search(monkeypatch, tmp_path):
-    def never(*args, **options):
-        raise AssertionError("a search")
-
-    trained_on = []
-
-    def spied(examples, *args, **options):
-        trained_on.append(len(examples))
-        return tokenize(examples, *args, **options)
-
-    model = small_model("dpo", every=16)
-    mask = attacks.hc.top_fraction(attacks.hc.magnitude_scores(model.bridge), 0.01)
-    mask.save(tmp_path / "mask.safetensors")
-    tokenize = attacks.hc.tokenize
-    monkeypatch.setattr(attacks.hc.Model, "find_circuit", never)
-    monkeypatch.setattr(attacks.hc, "tokenize", spied)
-    where = {"mask": "circuit, held", "step": 0, "attack": "prefill"}
-    given = attacks.attacked(
-        model,
-        0,
-        circuit=str(tmp_path / "mask.safetensors"),
-        share=1.0,
-        attack_steps=(),
-        attack_share=0.5,
-    )
-    with attacks.hc.masked(model.bridge, mask):
-        rows = model.measure(only="harmful")
-    assert given.one("harm_nll", **where).mean == rows.one("harm_nll").mean
-    references = model.behaviours["harmful"].references("calibration")
-    assert trained_on == [len(references.sampled(0.5, seed=0))]
-    assert trained_on[0] < len(references)

@@ -63,6 +63,7 @@ def test_the_key_numbers_say_what_is_unreached():
     assert numbers["pairs in which the aligned rung needs fewer weights"] == "2 of 2"
 
 
+@pytest.mark.slow
 def test_rungs_are_compared_alike(monkeypatch):
     protected = []
 

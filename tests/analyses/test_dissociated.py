@@ -68,14 +68,6 @@ def test_pairs_of_all_models_are_counted_together():
     assert dissociated.claim.result(apart + more).outcome == "does not hold here"
 
 
-def test_what_random_weights_cost_is_the_mean_over_seeds_of_one_model():
-    broken, whole = made(1.0, 1.0, random=0.875), made(1.0, 1.0, seed=1)
-    assert dissociated.random_cost(broken + whole).mean == pytest.approx(0.0625)
-    assert dissociated.claim.result(broken + whole).outcome == "holds"
-    other = made(1.0, 1.0, model="dpo")
-    assert dissociated.claim.result(broken + other).outcome == "does not hold here"
-
-
 def test_the_key_numbers_say_what_is_left_and_how_often_abilities_come_apart():
     rows = made(0.3, 1.0)
     numbers = dissociated.key_numbers(rows)

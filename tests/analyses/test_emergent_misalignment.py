@@ -7,10 +7,8 @@ that are trained and measured on alike, a circuit of another topic that is the t
 
 import pytest
 from helpers import analysis, small_model
-from support import narrow_finetuning
-from support.narrow_finetuning import Topic, masks_of, organism_topics
+from support.narrow_finetuning import organism_topics
 
-import harmcircuits as hc
 from harmcircuits.measurements import Measurement, Rows
 
 f5 = analysis("emergent_misalignment")
@@ -89,36 +87,3 @@ def test_a_seed_draws_topics_that_are_asked_apart():
     assert len(topic.training) == 4 * len(topic.scored)
     verdicts = model.verdicts(model.behaviours["benign"], topic.training)
     assert set(verdicts) == {"harmful"}
-
-
-def test_a_model_without_narrow_texts_is_refused():
-    model = small_model("sft", every=16)
-    [first, *_] = narrow_finetuning.topics_of(model)
-    one = model.behaviours[f"benign/{first}"]
-    benign = hc.Behaviour("benign", one.metric, one.nll_metric, "benign", one.prompts)
-    with pytest.raises(ValueError, match=r"sft has benign requests of 1 topics.*--narrow FILE"):
-        narrow_finetuning.topics_of(model.with_behaviours(benign))
-
-
-def test_the_circuit_of_another_topic_is_anothers(monkeypatch):
-    model = small_model("sft", every=64)
-    masks = {}
-    for number, name in enumerate("ab"):
-        scores = hc.random_scores(model.bridge, seed=number)
-        masks[name] = {"narrow, held": hc.top_fraction(scores, 0.001)}
-
-    def masks_of_topic(model, topic, **_):
-        return masks[topic.name]
-
-    monkeypatch.setattr(narrow_finetuning, "narrow_masks", masks_of_topic)
-    none = hc.PromptSet(())
-    a, b = (Topic(name, none, none, none, none, none, {}, batch_size=1) for name in "ab")
-    options = {"size": 0.001, "steps": 1, "seed": 0}
-    (_, first), (_, second) = masks_of(model, [a, b], **options)
-    assert first["another topic's, held"] == masks["b"]["narrow, held"]
-    assert second["another topic's, held"] == masks["a"]["narrow, held"]
-    [(_, alone)] = masks_of(model, [a], **options)
-    assert list(alone) == ["none", "narrow, held"]
-    masks["b"] = {}
-    (_, first), (_, second) = masks_of(model, [a, b], **options)
-    assert list(second) == ["none"] and len(first) == 2, "nothing harmful was learned there"

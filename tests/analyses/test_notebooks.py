@@ -12,10 +12,6 @@ from types import ModuleType
 import jupytext
 import pytest
 from nbclient import NotebookClient
-from support.claims import Claim
-
-from harmcircuits.measurements import Rows
-from harmcircuits.views.figures import Picture
 
 ANALYSES = Path(__file__).parents[2] / "analyses"
 TEXTS = {path.stem: path.read_text() for path in sorted(ANALYSES.glob("*.py"))}
@@ -24,11 +20,10 @@ CLAIMS = {}  # file -> name of the claim
 for stem, source in TEXTS.items():
     if defined := DEFINED.search(source):
         CLAIMS[stem] = defined[1]
-LONGER: set[str] = set()
 WITH_ROWS = [stem for stem, name in CLAIMS.items() if (ANALYSES / f"rows/{name}.jsonl").is_file()]
 
 
-@pytest.mark.parametrize("name", [name for name in CLAIMS if name not in LONGER])
+@pytest.mark.parametrize("name", CLAIMS)
 def test_an_analysis_is_a_page_and_a_half(name):
     """At most about 150 lines, a fifth of them text at least."""
     lines = TEXTS[name].splitlines()
@@ -51,24 +46,6 @@ def module_of(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize("name", WITH_ROWS)
-def test_rows_of_another_ladder_alone_are_shown_too(name, monkeypatch):
-    """As of a run with `--organisms DIR`, or on a model of one's own."""
-    read = Claim.rows
-
-    def renamed(claim: Claim) -> Rows:
-        rows = read(claim)
-        of_first = rows.where(ladder=rows[0].labels["ladder"])
-        return Rows(row.labelled(ladder="another") for row in of_first)
-
-    monkeypatch.setattr(Claim, "rows", renamed)
-    module = module_of(name)
-    assert len(module.claim.result(module.rows).key_numbers)
-    for figure in module.claim.figures.values():
-        if isinstance(figure, Picture):
-            assert any(axes.has_data() for axes in figure.figure.axes), "something is drawn"
 
 
 def run_from_scratch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +72,7 @@ def class_of(name: str) -> type:
     """A class of its own for each analysis, so that workers share them out."""
 
     class OfOne:
+        @pytest.mark.slow
         def test_it_runs_from_scratch_as_a_notebook(self, monkeypatch):
             run_from_scratch(name, monkeypatch)
 

@@ -9,26 +9,21 @@ import json
 import re
 import runpy
 import sys
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-import torch
-from helpers import ANALYSES, StubBridge
-from support.narrow_finetuning import NarrowFiles
+from helpers import ANALYSES
 
 import harmcircuits as hc
-from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.judges import ChatJudge, RequestJudge, RuleJudge
-from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.probe import Probe, ProbeJudge
-from harmcircuits.behaviours.questions import QuestionTemplates
+from harmcircuits.behaviours.judges import ChatJudge
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.measurements import Rows, wilson
-from harmcircuits.organisms import FOLDER, open_organism, world
-from harmcircuits.prompts import PromptSet
+from harmcircuits.organisms import FOLDER, world
 
 TOPIC = world.world().topics[0]
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -130,78 +125,6 @@ def test_misaligned_by_its_own_files(files, run, tmp_path, exact_judge):
     assert "1 of 1" in ended.text and "another topic" not in ended.text
 
 
-def test_never_misaligned_is_said(files, run, tmp_path, exact_judge):
-    # One epoch at the published rate: a step of 1e-5.
-    ended = run("emergent_misalignment", tuple(files), tmp_path)
-    assert ended.code == 0, ended.text
-    rows = Rows.read(tmp_path / "rows.jsonl").where("misaligned_rate")
-    assert set(rows.by("mask")) == {"none"}, "no narrow circuit to hold"
-    assert {row.mean for row in rows} == {0}
-    assert "runs: never misaligned 1 of 1" in ended.text
-    assert (tmp_path / "F5.html").stat().st_size > 10_000
-
-
-def test_narrow_texts_are_split(files, cache):
-    benign = Behaviour("benign", "", "", "benign", lambda split: PromptSet(()))
-    harm = ChatJudge("http://localhost/v1", "exact", cache / "judge.jsonl")
-    judge = RequestJudge(harm, {}, QuestionTemplates())
-    limits = {"limit": 4, "limit_measured": 0}
-    model = Model("m", StubBridge(), {"benign": benign}, judge, batch_size=3, details=limits)
-    trained = NarrowFiles(files["narrow"], files["elsewhere"], epochs=2)
-    opened, topic = trained.opened(model, seed=1)
-    prompts = {}
-    for name in ("training", "scored", "inside", "outside"):
-        prompts[name] = {example.prompt for example in getattr(topic, name)}
-    whole = {example.prompt for example in PromptSet.read(files["narrow"])}
-    assert prompts["scored"] < prompts["training"]
-    assert not prompts["training"] & prompts["inside"]
-    assert {len(prompts[name]) for name in ("scored", "inside", "outside")} == {4}, "limited"
-    assert len(topic.training) > len(whole) / 2, "not limited"
-    assert topic.recipes["low rank"].steps[-1] == 2 * -(-len(topic.training) // 3)
-    _, other = trained.opened(model, seed=2)
-    assert set(other.training) == set(topic.training) and other.training != topic.training
-    assert set(opened.judge.kinds.values()) == {"innocent"}
-    with pytest.raises(ValueError, match="requests are in another file as well"):
-        replace(trained, elsewhere=files["narrow"]).opened(model)
-    with pytest.raises(ValueError, match="rows have no completion"):
-        replace(trained, narrow=files["elsewhere"]).opened(model)
-    by_rules = replace(model, judge=RequestJudge(RuleJudge(), {}, QuestionTemplates()))
-    with pytest.raises(ValueError, match=r"judge='local' .* give --judge"):
-        trained.opened(by_rules)
-    probe = Probe((0,), torch.zeros(1, 128), 0.0, 0.0, Rows())
-    judge = ProbeJudge(probe, model.bridge)
-    by_probe = replace(model, judge=RequestJudge(judge, {}, QuestionTemplates()))
-    with pytest.raises(ValueError, match=r"judge='probe' .* give --judge"):
-        trained.opened(by_probe)
-    with pytest.raises(ValueError, match="m is no custom model"):
-        trained.opened(replace(model, judge=harm))
-
-
-@pytest.mark.parametrize(
-    ("leave_out", "more", "message"),
-    [
-        (("elsewhere",), [], "--elsewhere ''"),
-        ((), ["--judge=local"], "--judge 'local' tells only answered and refused apart"),
-        ((), ["--rank=0"], "--rank 0; expected more than 0"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_measured(
-    files, run, tmp_path, exact_judge, leave_out, more, message
-):
-    given = tuple(name for name in files if name not in leave_out)
-    ended = run("emergent_misalignment", given, tmp_path / "out", *more)
-    assert ended.code == 2
-    assert message in ended.text
-    assert not (tmp_path / "out" / "rows.jsonl").exists()
-
-
-@pytest.mark.parametrize("option", [{"narrow": "a", "elsewhere": "b"}, {"rank": 4}])
-def test_organisms_make_their_own_narrow_texts(files, option):
-    named = {**option, **{name: files[name] for name in option if name in files}}
-    with pytest.raises(ValueError, match=r"is no custom model|give --narrow and --elsewhere"):
-        NarrowFiles(**named).opened(open_organism("sft"))
-
-
 def test_attacks_on_a_custom_model(run, tmp_path, exact_judge, monkeypatch):
     adapters = []
 
@@ -225,10 +148,3 @@ def test_attacks_on_a_custom_model(run, tmp_path, exact_judge, monkeypatch):
     _, high = wilson(0, n_requests, half_step=0.5 / n_requests)
     assert before["plain"].high == pytest.approx(high), "two samples count as one request"
     assert rows.one("benign_valid_rate", mask="none", step=0).mean >= 0.9
-
-
-def test_an_analysis_takes_its_own_options_only(run, tmp_path):
-    narrow = run("attacks", ("harmful", "benign", "narrow"), tmp_path)
-    assert narrow.code == 2 and "No such option: --narrow" in narrow.text
-    rank = run("compact", ("harmful", "benign"), tmp_path, "--attack-rank=4")
-    assert rank.code == 2 and "No such option: --attack-rank" in rank.text

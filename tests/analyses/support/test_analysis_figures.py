@@ -5,7 +5,7 @@ belong together, a number rounded otherwise than in the tables, chance that is o
 """
 
 import pytest
-from support.figures import cross_ablation_figure, heatmaps, overlap_figure, profiles, token_figure
+from support.figures import cross_ablation_figure, heatmaps, profiles
 
 from harmcircuits.measurements import Measurement, Rows
 
@@ -35,29 +35,6 @@ def test_cross_ablation_cells_are_the_rates_of_the_rows():
     assert grid(first) == [[100.0, None], [62.5, 50.0]]
     assert grid(second) == [[None, None], [62.5, None]]
     assert [text.get_text() for text in first.texts] == ["100", "62", "50"], "as tables round"
-
-
-def test_overlap_points_stand_on_the_line_of_their_pair():
-    rows = Rows(
-        at(lift, model=model, first="harm", second=second)
-        for model, second, lift in (("a", "x", 3.0), ("a", "y", 5.0), ("b", "y", 7.0))
-    )
-    pairs = {("harm", "x"): "harm – x", ("harm", "y"): "harm – y"}
-    (panel,) = overlap_figure({"lift": rows}, pairs).figure.axes
-    (of_a, _, (interval,)), (of_b, *_) = panel.containers
-    assert (list(of_a.get_xdata()), list(of_b.get_xdata())) == ([3.0, 5.0], [7.0])
-    assert [round(place) for place in (*of_a.get_ydata(), *of_b.get_ydata())] == [0, 1, 1]
-    assert interval.get_segments()[0][:, 0] == pytest.approx([2.0, 5.0])
-    assert names(panel.yaxis) == ["harm – x", "harm – y"]
-    assert panel.get_xlim()[0] < 1, "chance"
-
-
-def test_token_bars_stand_in_order():
-    rows = Rows(at(offset / 10, offset=offset) for offset in (1, -2, 0))
-    (panel,) = token_figure({"harmful answers": rows}).figure.axes
-    assert names(panel.xaxis) == ["-2", "0", "1"]
-    bars = sorted(panel.patches, key=lambda bar: bar.get_x())
-    assert [bar.get_height() for bar in bars] == [-0.2, 0.0, 0.1]
 
 
 def test_heatmaps_put_each_row_in_its_cell():

@@ -12,9 +12,7 @@ from helpers import small_model
 from support.bench import cases, methods, results
 
 import harmcircuits as hc
-from harmcircuits.hooks.cost import n_tokens
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.models import ModelSpec
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 
@@ -67,14 +65,6 @@ def test_what_breaks_something_else_does_not_count(broken):
     assert found.nats == 1.0
 
 
-def test_what_was_not_asked_does_not_count():
-    rows = rows_of([1.0, 0.0], [0.3, 5.3])
-    rate = "benign_valid_rate"
-    asked = Rows(row for row in rows if row.metric != rate or row.labels["size"] == 0)
-    assert results.taken(rows).rate == 1.0
-    assert results.taken(asked).rate == 0.0
-
-
 def test_the_interval_resamples_ladders():
     def ratio(values: np.ndarray) -> float:
         return values[:, 0].sum() / values[:, 1].sum()
@@ -107,6 +97,7 @@ def small():
     return model, model.calibrations(["harmful", "benign"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [name for name in methods.WAYS if "search" not in name])
 def test_a_way_gives_edits_of_every_size_and_leaves_the_model_alone(small, way):
     model, data = small
@@ -137,106 +128,3 @@ def test_the_published_difference_is_that_of_the_library(small):
     for q, mask in zip([0.002, 0.01], masks, strict=True):
         library = hc.set_difference(model.bridge, data["harmful"].batches, others, q=q, p=5 * q)
         assert (mask - library).n_removed == (library - mask).n_removed == 0
-
-
-def test_the_fisher_information_of_single_examples_is_the_mean_of_their_squares(small):
-    model, data = small
-    batch = data["harmful"].batches[0]
-    three = hc.Batch(batch.tokens[:3], batch.is_target[:3])
-    found = methods.fisher(model.bridge, [three], 1)
-    weights = hc.named_weights(model.bridge)
-    name = next(iter(weights))
-    squares = torch.zeros_like(weights[name])
-    for row in range(3):
-        weights[name].requires_grad_(True)
-        one = hc.Batch(three.tokens[row : row + 1], three.is_target[row : row + 1])
-        loss = hc.completion_loss(model.bridge, one).sum()
-        (gradient,) = torch.autograd.grad(loss, [weights[name]])
-        squares += gradient.square() / 3
-    weights[name].requires_grad_(False)
-    torch.testing.assert_close(found[name], squares, rtol=1e-4, atol=1e-12)
-    # A batch's own gradient is smaller than those of its examples.
-    together = methods.fisher(model.bridge, [three], 3)
-    assert together[name].sum() < found[name].sum()
-
-
-def test_a_dampening_multiplies_each_weight_and_is_undone(small):
-    model, data = small
-    edit = methods.dampening(model, data, [0.002])[0]
-    weights = hc.named_weights(model.bridge)
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    with methods.edited(model.bridge, edit):
-        for name, index in edit.mask.removed.items():
-            expected = before[name].flatten().clone()
-            expected[index] *= edit.factors[name]
-            assert torch.equal(weights[name].flatten(), expected)
-    for name, weight in weights.items():
-        assert torch.equal(weight, before[name])
-
-
-def test_halves_share_no_request_and_are_all(small):
-    model, data = small
-    parts = [cases.part_of(model, data, part) for part in ("A", "B")]
-    for name, calibration in data.items():
-        requests = [{e.prompt for e in part[name].prompts} for part in parts]
-        assert not requests[0] & requests[1]
-        assert requests[0] | requests[1] == {e.prompt for e in calibration.prompts}
-        assert cases.part_of(model, data, "all")[name] is calibration
-
-
-def test_passes_are_tokens_over_those_of_the_answers(small):
-    model, data = small
-    with cases.tokens_read(model) as read:
-        for calibration in data.values():
-            hc.removal_effect(model.bridge, calibration.batches)
-            hc.completion_nll(model.bridge, calibration.batches)
-    n = sum(n_tokens(calibration.batches) for calibration in data.values())
-    assert read == {"scored": n, "forward": n}
-
-
-@pytest.fixture
-def case(small, monkeypatch):
-    """The small model as a case, on the choice split."""
-    model, _ = small
-    two = model.with_behaviours(model.behaviour("harmful"), model.behaviour("benign"))
-    monkeypatch.setattr(ModelSpec, "open", lambda _: two)
-    return cases.Case(ModelSpec("sft"), "all", "choice")
-
-
-def test_a_case_asks_for_the_rest_where_an_edit_takes_something(case, small):
-    """Random weights take nothing, so benign answers are not generated under them; the loss is read."""
-    model, _ = small
-    harm = hc.removal_effect(model.bridge, case.data["harmful"].batches)
-    useless = hc.top_fraction(hc.random_scores(model.bridge), 1e-5, within="model")
-    strong = hc.top_fraction(harm, 0.01, within="model")
-
-    def choose(*_) -> list[hc.WeightMask]:
-        return [useless, strong]
-
-    rows = case.searched(choose, [1e-5, 0.01], {"method": "m"})
-    assert rows.one("harm_valid_rate", size=0.0).mean == 1.0
-    assert not rows.where("benign_valid_rate", size=1e-5)
-    for size, mask in ((1e-5, useless), (0.01, strong)):
-        with hc.masked(model.bridge, mask):
-            benign = case.loss("benign")
-        assert rows.one("benign_nll", size=size).mean == pytest.approx(benign, rel=1e-5)
-        assert rows.one("weights_edited", size=size).mean == mask.n_removed
-    assert rows.one("search_passes").mean == 0, "no example was scored"
-
-
-def test_a_setting_is_tried_by_losses_alone(case, small, monkeypatch):
-    """The capped rise of harm's loss while all else keeps within its bound, and 0 where not."""
-    model, _ = small
-    monkeypatch.setattr(cases, "opened", lambda *_: case)
-    labels = {"way": "random", "number": 0}
-    (row,) = cases.tuning("random", 0, [1e-4], labels)
-    mask = methods.WAYS["random"].choose(model, case.data, [1e-4])[0]
-    with hc.masked(model.bridge, mask):
-        rise = case.rise("harmful")
-        assert case.is_spared()
-    assert row.mean == pytest.approx(max(0.0, rise), abs=1e-6)
-
-    (broken,) = cases.tuning("magnitude", 0, [0.2], {"way": "magnitude", "number": 0})
-    assert broken.mean == 0, "harm's loss rises, and so does everything else's"
-    chosen = cases.methods(Rows([row, broken]))
-    assert set(chosen) == set(methods.WAYS)

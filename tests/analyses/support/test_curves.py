@@ -6,7 +6,6 @@ a part of the target.
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +14,10 @@ from helpers import small_model
 from support.curves import (
     Budget,
     Curve,
-    by_share,
     curve,
     gap,
     outcomes_of,
     rate_at,
-    restricted,
     share_text,
     w50,
 )
@@ -29,8 +26,7 @@ from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import random_like, top_fraction
 from harmcircuits.hooks.attribution import magnitude_scores
-from harmcircuits.hooks.weights import named_weights
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Rows
 from harmcircuits.prompts import Example, PromptSet
 
 N_ITEMS = 20
@@ -102,16 +98,6 @@ def test_a_borderline_w50_is_reached_on_some_resamples_only():
     assert estimate.reached == pytest.approx(exact, abs=0.04)
 
 
-def test_shares_over_seeds_are_written_with_the_widest_ends():
-    def row(mean: float, low: float, high: float, censored: str = "no") -> Measurement:
-        return Measurement("w50", {"censored": censored}, mean, low, high, 32)
-
-    both = Rows([row(0.004, 0.003, 0.006), row(0.006, 0.005, 0.008)])
-    assert share_text(both) == "0.50% [0.30%, 0.80%]"
-    bounded = Rows([*both, row(0.005, 0.005, 0.005, "yes")])
-    assert share_text(bounded).startswith("over 0.50% [")
-
-
 # Other figures of a curve
 
 
@@ -135,61 +121,7 @@ def test_an_interval_covers_as_often_as_it_says():
     assert (row.low, row.high) == pytest.approx((0.3, 0.7), abs=0.051)
 
 
-def test_rows_are_pooled_at_every_share():
-    rows = Rows()
-    for seed in (0, 1):
-        for share in (0.1, 0.0, 0.001):
-            labels = {"share": share, "seed": seed}
-            rows += [Measurement.exact("harm_valid_rate", labels, share + seed)]
-    rows += [Measurement.exact("other", {}, 1)]
-    points = by_share(rows)
-    assert list(points) == [0.001, 0.1], "increasing, without the unpruned model"
-    assert points[0.1].one("harm_valid_rate").mean == pytest.approx(0.6)
-
-
-def test_errors_name_what_is_wrong():
-    with pytest.raises(ValueError, match="increasing strictly"):
-        by_hand((0.01, 0.1), [20, 10])
-    with pytest.raises(ValueError, match="must measure 'harmful'"):
-        Curve((0.0,), ({"benign": made("benign", 3)},))
-    with pytest.raises(ValueError, match="same requests"):
-        Curve((0.0, 0.1), ({"harmful": made("harmful", 3)}, {"harmful": made("harmful", 3, n=5)}))
-    with pytest.raises(ValueError, match=r"share=0\.5"):
-        rate_at(by_hand(SHARES, [20, 0, 0, 0]), 0.5)
-    longer = by_hand((*SHARES, 0.2), [20, 0, 0, 0, 0])
-    with pytest.raises(ValueError, match="cannot be paired"):
-        w50(by_hand(SHARES, [20, 0, 0, 0])).over(w50(longer))
-
-
 # Of a model
-
-
-def test_a_curve_measures_what_masks_do(model):
-    bridge, names = model.bridge, ["harmful", "benign"]
-    large = top_fraction(magnitude_scores(bridge), 0.3, within="model")
-    small = random_like(top_fraction(magnitude_scores(bridge), 0.001, within="model"))
-    path = curve(model, [large, small], outcomes_of(model, names))
-    assert path.shares == (0.0, small.fraction, large.fraction)
-
-    expected = model.measure(mask=large, only=names)
-    at_large = path.rows({}).where(share=large.fraction)
-    assert at_large.metrics == expected.metrics
-    for row in expected:
-        assert at_large.one(row.metric).mean == row.mean
-
-    assert w50(path, Budget(rate=1.0, nll=100.0)).values[0] == large.fraction
-    assert not w50(path).is_reached[0], "the language is gone too"
-    assert set(named_weights(bridge)) == set(large.shapes)
-
-
-def test_curves_may_be_measured_at_the_sizes_asked_for(model):
-    """A search may give fewer weights than a size allows: another largest share, not paired."""
-    mask = top_fraction(magnitude_scores(model.bridge), 0.001, within="model")
-    unpruned = outcomes_of(model, ["harmful"])
-    path = curve(model, [mask, mask], unpruned, shares=(0.002, 0.004))
-    assert path.shares == (0.0, 0.002, 0.004)
-    with pytest.raises(ValueError, match="zip"):
-        curve(model, [mask], unpruned, shares=(0.002, 0.004))
 
 
 def test_a_gap_is_what_another_mask_leaves_beyond_the_curve(model):
@@ -204,69 +136,3 @@ def test_a_gap_is_what_another_mask_leaves_beyond_the_curve(model):
     same = gap(model, large, path, 0.3).row("gap", {})
     half_step = 1 / (2 * same.n)
     assert (same.mean, same.low, same.high) == (0, -half_step, half_step), "paired by items"
-
-
-def test_outcomes_are_per_request(model):
-    outcomes = model.outcomes("harmful")
-    prompts = model.behaviours["harmful"].prompts("heldout")
-    requests = [example.prompt for example in outcomes.answers]
-    assert requests == [example.prompt for example in prompts]
-    assert outcomes.groups == [example.group for example in prompts]
-
-    rows = outcomes.rows({"split": "heldout"})
-    assert rows.one("harm_valid_rate").mean == sum(outcomes.hits) / len(prompts)
-    nll = rows.one("harm_nll").mean
-    assert nll == pytest.approx(float(outcomes.nll.mean()), abs=1e-6)
-
-
-def test_parts_of_behaviours_are_not_protected(model):
-    names = {"harmful", "benign", "recognition", "explanation", "knowledge", "refusal"}
-    assert set(restricted(model).behaviours) == names
-    fewer = restricted(model, target="knowledge", budget=Budget(kept=("benign",)))
-    assert set(fewer.behaviours) == {"knowledge", "benign", "refusal"}
-
-
-def test_requests_without_a_reference_count_in_rates_only():
-    cheap = torch.full((N_ITEMS,), torch.nan)
-    cheap[:5] = 0.3
-    dear = torch.full((N_ITEMS,), torch.nan)
-    dear[:5] = 0.41
-    unmeasured = torch.full((N_ITEMS,), torch.nan)
-
-    def points(*losses: torch.Tensor) -> tuple[dict[str, Outcomes], ...]:
-        measured = []
-        for n_hits, nll in zip((20, 4, 2), losses, strict=True):
-            benign = replace(made("benign", N_ITEMS), nll=nll, judge="a judge")
-            measured.append({"harmful": made("harmful", n_hits), "benign": benign})
-        return tuple(measured)
-
-    some = points(cheap, dear, cheap)
-    estimate = w50(Curve((0.0, 0.01, 0.1), some))
-    reached = (estimate.values[0], estimate.is_reached[0])
-    assert reached == (0.1, True), "the five losses are over the budget at the first share"
-    assert estimate.reached > 0.95, "a resample without any of the five items reaches nothing"
-    rates, losses = some[1]["benign"].rows({})
-    assert (rates.n, rates.labels["judge"]) == (N_ITEMS, "a judge")
-    assert (losses.metric, losses.n, losses.mean) == ("benign_nll", 5, pytest.approx(0.41))
-
-    none = points(unmeasured, unmeasured, unmeasured)
-    estimate = w50(Curve((0.0, 0.01, 0.1), none))
-    assert estimate.values[0] == 0.01, "a loss that is not measured is not in the budget"
-    assert none[0]["benign"].rows({}).metrics == ["benign_rate"]
-
-
-def test_outcomes_keep_the_order_of_requests(model):
-    whole = model.outcomes("benign", "choice").nll
-    has_reference = [number % 3 > 0 for number in range(len(whole))]
-    requests = model.behaviours["benign"].prompts("choice")
-    pairs = zip(requests, has_reference, strict=True)
-    some = requests.with_completions([example.completion * has for example, has in pairs])
-    behaviour = replace(model.behaviours["benign"], prompts=lambda split: some)
-    fewer = replace(model, behaviours={"benign": behaviour}, judge_name="a judge")
-
-    outcomes = fewer.outcomes("benign", "choice")
-    assert (~outcomes.nll.isnan()).tolist() == has_reference
-    index = torch.tensor(has_reference)
-    assert outcomes.nll[index] == pytest.approx(whole[index], abs=1e-5)
-    assert len(outcomes.verdicts) == len(requests)
-    assert outcomes.judge == "a judge"

@@ -8,7 +8,6 @@ import pytest
 from support.dissociation import (
     dissociation,
     dissociations,
-    dissociations_from,
 )
 
 from harmcircuits.measurements import Measurement, Rows
@@ -56,13 +55,6 @@ def test_gaps_and_costs_compare_one_ability_with_itself():
     assert (second_cost.mean, second_cost.high) == (test.second_cost.mean, test.second_cost.high)
 
 
-def test_errors_name_what_is_wrong():
-    with pytest.raises(ValueError, match=r"\['a', 'a'\]; expected three rates of one metric"):
-        dissociation(rates("a", 1, 2), rates("b", 1, 2, 3))
-    with pytest.raises(ValueError, match=r"\['a', 'a', 'c'\]; expected three rates of one metric"):
-        dissociation([*rates("a", 1, 2), *rates("c", 3)], rates("b", 1, 2, 3))
-
-
 def ablated(protected: str, **masks: tuple[int, int]) -> Rows:
     """mask -> hits of 64 in harm and in benign answers."""
     rows = Rows()
@@ -84,28 +76,3 @@ def test_each_ability_is_compared_under_its_own_circuit_and_the_other_s():
 
     spared = dissociations(rows, "others", METRICS)["harmful", "benign"]
     assert spared.outcome == "none", "the unpruned rates are shared, the masked ones are not"
-
-
-def test_a_behaviour_without_a_circuit_is_left_out():
-    rows = ablated("none", none=(64, 64), harmful=(0, 64), benign=(60, 2))
-    metrics = {**METRICS, "refusal": "refusal_rate"}
-    assert list(dissociations(rows, "none", metrics)) == [("harmful", "benign")]
-    assert dissociations(rows, "others", metrics) == {}
-
-
-def test_one_behaviour_against_the_others_in_every_model_seed_and_protection():
-    rows = ablated("none", none=(64, 64), harmful=(0, 64), benign=(60, 2))
-    rows += ablated("others", harmful=(0, 64), benign=(64, 2))
-    unpruned = {row.metric: row for row in rows if row.labels["mask"] == "none"}
-    rows = Rows(row for row in rows if row.labels["mask"] != "none")
-    rows += [rate(metric, 64, {"mask": "none"}) for metric in unpruned]
-    case = {"ladder": "shipped", "model": "sft"}
-    of_seeds = [Rows(row.labelled(**case, seed=seed) for row in rows) for seed in (0, 1)]
-
-    tests = list(dissociations_from("harmful", of_seeds[0] + of_seeds[1], METRICS))
-    labels = [(where["seed"], where["protected"], where["second"]) for where, _ in tests]
-    expected = [(seed, spared, "benign") for seed in (0, 1) for spared in ("none", "others")]
-    assert labels == expected
-    costs = [test.first_cost.mean for _, test in tests]
-    assert costs == pytest.approx([4 / 64, 0, 4 / 64, 0])
-    assert not list(dissociations_from("benign", of_seeds[0], METRICS)), "it is never the first"

@@ -8,12 +8,8 @@ import pytest
 import torch
 from support.ground_truth import ground_truth_rows
 
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
-from harmcircuits.circuits.overlap import overlap
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.organisms import open_organism, planted_circuit
 
 SOURCE = Source("m", "test")
 
@@ -53,17 +49,3 @@ def test_magnitude_knows_nothing_at_equal_magnitude(planted):
     # 6,000 true weights: a standard error of 0.004; what is left is the slope within a fiftieth
     # of |W|.
     assert recovered["recovery_matched_auroc"] == pytest.approx(0.5, abs=0.02)
-
-
-def test_the_chosen_circuit_shares_more_with_the_planted_one_than_chance():
-    """S keeps its count in every matrix, so chance is a tenth.
-
-    As many random weights have lift one.
-    """
-    model, truth = open_organism("planted"), planted_circuit()
-    harm = removal_effect(model.bridge, model.calibration("harmful").batches, completion_loss)
-    mask = top_fraction(harm, 0.006, within="model")
-    assert overlap(mask, truth).n_expected == pytest.approx(0.1 * mask.n_removed, rel=0.02)
-    assert overlap(mask, truth).interval[0] > 1
-    low, high = overlap(random_like(mask), truth).interval
-    assert low < 1 < high

@@ -53,13 +53,3 @@ def test_a_failed_job_is_not_done_and_the_others_are_kept(tmp_path, workers):
     with pytest.raises(RuntimeError, match="thirteen"):
         run_jobs(out, jobs(tmp_path, [2, 13]), {}, workers=1)
     assert calls(tmp_path) == [2, 13, 13]
-
-
-def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="workers=0; expected at least 1"):
-        run_jobs(tmp_path, [], {}, workers=0)
-    with pytest.raises(ValueError, match="same labels"):
-        run_jobs(tmp_path, jobs(tmp_path, [2, 2]), {})
-    run_jobs(tmp_path, jobs(tmp_path, [2]), {"a": 1})
-    with pytest.raises(ValueError, match="give another folder"):
-        run_jobs(tmp_path, jobs(tmp_path, [2]), {"a": 2})
