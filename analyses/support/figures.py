@@ -27,7 +27,7 @@ from harmcircuits.views.figures import (
     draw_curve,
     draw_scale,
     interval_reach,
-    name_ticks,
+    name_columns,
     subplots,
     whole_number,
     with_legend,
@@ -89,7 +89,7 @@ def overlap_figure(panels: Mapping[str, Rows], pairs: Mapping[tuple[str, str], s
         panel.xaxis.set_major_locator(FixedLocator(LIFT_TICKS))
         panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
-    name_ticks(axes[0].yaxis, list(pairs.values()), first=0.0)
+    axes[0].set_yticks(range(len(pairs)), labels=list(pairs.values()))
     axes[0].invert_yaxis()
     return with_legend(figure)
 
@@ -165,7 +165,7 @@ def profiles(
         for name, rows in curves.items():
             points = {order.index(str(row.labels[x])): row for row in rows}
             draw_curve(panel, points, color=colours[name], label=name)
-        name_ticks(panel.xaxis, order, first=0.0)
+        name_columns(panel, order, first=0.0)
         panel.set_title(panel_title)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)

@@ -12,7 +12,6 @@ import numpy as np
 import pandas
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -70,6 +69,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.hspace": 0.05,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.wspace": 0.03,
+    "figure.dpi": 100,
     "figure.facecolor": "none",  # a page has its own
     # What it measures texts by; a page writes them in narrower letters.
     "font.sans-serif": ["DejaVu Sans"],
@@ -193,7 +193,13 @@ def component_map(rows: Rows) -> Picture:
     n_removed = np.array([row.mean for row in units])
     by_chance = np.array([float(row.labels["of"]) for row in units]) * evenly
     colours = BLUE_TO_RED(scale(_log_lift(n_removed, by_chance)))
-    drawn = bars.barh(range(len(units)), n_removed, color=colours, edgecolor=GREY, linewidth=0.5)
+    drawn = bars.barh(
+        range(len(units)),
+        n_removed,
+        color=colours,
+        edgecolor=GREY,
+        linewidth=0.5,
+    )
     bars.bar_label(drawn, fmt="{:,.0f}", padding=3)
     bars.set_title("heads and neurons that lose most")
     bars.set_xticks([])
@@ -290,7 +296,7 @@ def draw_bars(
             label=line,
             error_kw=interval,
         )
-    name_ticks(axes.xaxis, places, first=0.0)
+    name_columns(axes, places, first=0.0)
 
 
 def draw_cells(
@@ -305,15 +311,16 @@ def draw_cells(
     axes.grid(visible=False)
     values = np.ma.masked_invalid(grid.to_numpy(dtype=float))
     axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors=GRID, linewidth=0.8)
-    name_ticks(axes.xaxis, list(grid.columns))
-    name_ticks(axes.yaxis, list(grid.index))
+    name_columns(axes, list(grid.columns))
+    axes.set_yticks(0.5 + np.arange(len(grid)), labels=list(grid.index))
     axes.set_ylim(len(grid), 0)  # the first line on top
 
-    letters = texts.map(len).max(axis=None)
-    size = 72 * 0.85 * _inches(axes) / max(1, grid.shape[1]) / (LETTER * max(1, letters))
+    room = 72 * _inches(axes) / max(1, len(grid.columns))
+    longest = max(1, texts.map(len).max(axis=None))
+    size = min(MOST_TEXT, room / (LETTER * longest))
     if size < LEAST_TEXT:
         return
-    place = {"ha": "center", "va": "center", "size": min(MOST_TEXT, size)}
+    place = {"ha": "center", "va": "center", "size": size}
     for (line, column), value in np.ma.ndenumerate(values):
         colour = _ink(colours(scale(value)))
         axes.text(column + 0.5, line + 0.5, texts.iat[line, column], color=colour, **place)
@@ -333,17 +340,18 @@ def draw_scale(
     return bar
 
 
-def name_ticks(axis: Axis, names: Sequence[Any], *, first: float = 0.5) -> None:
-    """Write names along an axis; along the x axis slanted, and not all, where there are many."""
+def name_columns(axes: Axes, names: Sequence[Any], *, first: float = 0.5) -> None:
+    """Write names below a panel: slanted, and not all, where there are many."""
+    texts = [str(name) for name in names]
+    room = _inches(axes) / max(1, len(texts))
+    height = STYLE["font.size"] / 72
+    longest = max((len(text) for text in texts), default=0)
     every, slant = 1, {}
-    if axis.axis_name == "x":
-        room = 0.85 * _inches(axis.axes) / max(1, len(names))
-        letter = axis.get_major_ticks()[0].label1.get_size() / 72
-        if room < LETTER * letter * max((len(str(name)) + 1 for name in names), default=0):
-            every = ceil(1.4 * letter / room)
-            slant = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    places = first + np.arange(len(names))
-    axis.set_ticks(places[::every], labels=[str(name) for name in names[::every]], **slant)
+    if room < LETTER * height * (longest + 1):
+        every = ceil(1.4 * height / room)
+        slant = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    places = first + np.arange(len(texts))
+    axes.set_xticks(places[::every], labels=texts[::every], **slant)
 
 
 def with_legend(figure: Figure) -> Picture:
@@ -374,8 +382,8 @@ def whole_number(value: float) -> str:
 
 
 def _inches(axes: Axes) -> float:
-    """About how wide a panel is."""
-    return axes.get_figure().get_figwidth() / axes.get_gridspec().ncols
+    """About how wide a panel will be: the names beside it are not laid out yet."""
+    return 1.1 * axes.bbox.width / STYLE["figure.dpi"]
 
 
 def _ink(colour: Any) -> str:
