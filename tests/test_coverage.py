@@ -16,7 +16,7 @@ from scipy.stats import binom
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import marginal_null, overlap
 from harmcircuits.circuits.scores import Source
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Measurement
 
 ERROR = 0.001  # how often a right interval or p-value fails its bound, by the binomial
 N_ITEMS, N_TRIALS, PER_ITEM = 16, 100, 4
@@ -57,12 +57,6 @@ def average(rng: Generator) -> tuple[Measurement, float]:
     return Measurement.average("x", {}, torch.from_numpy(values.ravel()), ITEMS), 0.0
 
 
-def skewed(rng: Generator) -> tuple[Measurement, float]:
-    """As losses are: exponential."""
-    values = torch.from_numpy(rng.exponential(size=N_ITEMS))
-    return Measurement.average("x", {}, values, range(N_ITEMS)), 1.0
-
-
 def change_of_a_rate(rng: Generator) -> tuple[Measurement, float]:
     ease = rng.random(N_ITEMS)
     changes = (ease < 0.5).astype(float) - (ease < 0.8)
@@ -80,12 +74,6 @@ def area_of_pairs(rng: Generator) -> tuple[Measurement, float]:
     return row, ((N_ITEMS - 1) * across + within) / N_ITEMS
 
 
-def pooled_seeds(rng: Generator) -> tuple[Measurement, float]:
-    """Three seeds: their mean, with the widest ends."""
-    rows = Rows(one_answer(rng, 0.5).labelled(seed=seed) for seed in range(3))
-    return rows.pool("seed").one(), 0.5
-
-
 def lift(rng: Generator) -> tuple[Measurement, float]:
     both = overlap(*random_masks(rng, n=80))
     low, high = both.interval
@@ -97,10 +85,8 @@ KINDS = [
     rate_of_unequal_groups,
     difference,
     average,
-    skewed,
     change_of_a_rate,
     area_of_pairs,
-    pooled_seeds,
     lift,
 ]
 

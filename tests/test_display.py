@@ -16,7 +16,6 @@ from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import Source
-from harmcircuits.circuits.sites import by_place
 from harmcircuits.display import (
     heat_strip,
     listed,
@@ -81,33 +80,24 @@ def values() -> list:
     return [model, scores, mask, overlap(mask, mask), rows, rows[0], calibration, behaviour]
 
 
-def test_every_value_shows_itself_in_one_short_line(values):
-    for value in [*values, -values[1], ~values[2], values[7].prompts("heldout"), random_batch()]:
+def test_every_value_shows_itself_in_one_line_and_a_table(values):
+    requests = values[-1].prompts("heldout")
+    for value in [*values, requests]:
         text = repr(value)
         assert text.startswith(f"{type(value).__name__}("), "it says what it is"
         assert "\n" not in text
-        assert len(text) <= 200
         assert "tensor(" not in text
-
-
-def test_every_value_has_a_table_and_asks_nothing(values):
+        assert len(text) <= 200
     for value in values:
         outline = shown(value)
-        assert "table" in outline.tags
         html = value._repr_html_()
-        assert type(value).__name__ in html or isinstance(value, Rows | Measurement)
+        assert "table" in outline.tags
         assert not {"script", "style", "link", "iframe", "img"} & set(outline.tags)
         assert "http" not in html and "url(" not in html
-        assert not re.search(r"background(-color)?:\s*(#fff|white)", html)
-        assert not re.search(r'(fill|color)[:=]"?(#000|black|white)', html)
+        assert not re.search(r"(background(-color)?|color):\s*(#fff|#000|white|black)", html)
         assert len(html) < 40_000
-
-
-def test_requests_are_not_shown(values):
-    model = values[0]
-    written = " ".join(value._repr_html_() + repr(value) for value in values)
-    for example in model.behaviours["harmful"].prompts("heldout"):
-        assert example.prompt not in written
+    written = " ".join(repr(value) + value._repr_html_() for value in values)
+    assert not any(example.prompt in written for example in requests), "they may be harmful"
 
 
 def test_hostile_text_is_shown_as_text():
@@ -135,12 +125,6 @@ def test_a_mask_s_picture_is_the_share_of_each_matrix():
     outline = Outline(html)
     assert "layer 1 attn.q: 5 of 20, 25%" in outline.texts
     assert "6 of 43 weights" in outline.text
-
-
-def test_places_are_in_the_order_of_a_block():
-    values = {"blocks.1.mlp.in.weight": 1, "blocks.0.attn.q.weight": 2, "blocks.0.x.weight": 3}
-    expected = [(0, "attn.q"), (1, "mlp.in"), (0, "x")]
-    assert list(by_place(values | {"a.b.c": 4})) == expected
 
 
 def test_a_mask_of_a_large_model_is_shown_at_once():
@@ -185,6 +169,7 @@ def test_numbers_of_any_size_are_readable():
     ]
     assert number_text(float("nan")) == "nan" and number_text(float("inf")) == "inf"
     assert settings_text({"a": "x" * 90}) == f"a {'x' * 40}…"
+    assert (plural(1, "mask"), plural(1200, "weight")) == ("1 mask", "1,200 weights")
 
 
 # Texts
@@ -203,10 +188,6 @@ def test_long_lists_are_cut():
 )
 def test_shares_are_in_per_cent(part, text):
     assert share(part) == text
-
-
-def test_counts_have_their_noun():
-    assert (plural(1, "mask"), plural(1200, "weight")) == ("1 mask", "1,200 weights")
 
 
 def test_an_unknown_name_is_met_with_the_nearest_and_all():

@@ -98,20 +98,6 @@ def test_average_by_hand():
     assert figures == (1.5, 1.5, 1.5), "one group has nothing to resample"
 
 
-def test_average_weighs_examples_not_groups():
-    """Of 100 groups, 50 hold nine zeros and 50 a single one.
-
-    k of the latter in a resample give k / (k + 9 (100 - k)).
-    """
-    values = torch.tensor([0.0] * 450 + [1.0] * 50)
-    groups = [number // 9 for number in range(450)] + list(range(50, 100))
-    average = Measurement.average("nll", LABELS, values, groups)
-    assert average.mean == 0.1
-    # k is binomial(100, 1/2), whose 2.5 % quantiles are 40 and 60; a k off by one shifts the
-    # figures by at most 4 %.
-    assert (average.low, average.high) == pytest.approx((40 / 580, 60 / 420), rel=0.05)
-
-
 def test_counts_end_half_a_step_further_out():
     """One answer of twelve where answers about an item differ, one item of three where they agree."""
     groups = ["a"] * 4 + ["b"] * 4 + ["c"] * 4
@@ -260,6 +246,7 @@ def test_selection_is_by_metric_and_all_labels():
     assert ROWS.where("harm_valid", mask="none") == []
     assert ROWS.where(absent="x") == []
     assert ROWS.one("harm_valid_rate", mask="circuit") == ROWS[1]
+    assert (ROWS.largest(), ROWS.smallest()) == (ROWS[2], ROWS[1])
 
 
 @pytest.mark.parametrize(
@@ -275,12 +262,6 @@ def test_other_than_one_row_says_what_there_is(metric, labels, words):
     with pytest.raises(ValueError) as error:
         ROWS.one(metric, **labels)
     assert all(word in str(error.value) for word in words)
-
-
-def test_the_largest_and_the_smallest_are_by_mean_and_the_first_of_several():
-    means = dict(zip("abcd", (1, 3, 3, 1), strict=True))
-    rows = Rows(Measurement.exact("m", {"of": name}, mean) for name, mean in means.items())
-    assert (rows.largest().labels["of"], rows.smallest().labels["of"]) == ("b", "a")
 
 
 def test_pooling_averages_over_one_label_only():
@@ -364,20 +345,12 @@ def test_rows_round_trip(tmp_path):
     assert (row.low, row.high) == (-math.inf, math.inf)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"metric": "x", "labels": {}, "mean": 1.0}\n',
-        '{"metric": "x", "labels": {}, "mean": 1, "low": 1, "high": 1, "n": 1, "color": "red"}\n',
-        "[1, 2]\n",
-        "hello\n",
-    ],
-)
-def test_foreign_files_are_refused(tmp_path, text):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"rows\.jsonl"):
-        Rows.read(path)
+def test_foreign_files_are_refused(tmp_path):
+    row = {"metric": "x", "labels": {}, "mean": 1, "low": 1, "high": 1, "n": 1}
+    for line in ('{"metric": "x"}', json.dumps({**row, "color": "red"}), "[1, 2]", "hello"):
+        (tmp_path / "rows.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match=r"rows\.jsonl"):
+            Rows.read(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Files of requests in every format and published shape, written here in innocent words.
 
 Would catch: a file format that loses or reorders fields; a published shape read by the wrong column
-or without its context; an error in a user's file that passes in silence; a chat whose earlier turns are dropped; a repeated request that counts twice.
+or without its context; an error in a user's file that passes in silence; a chat whose earlier turns
+are dropped; a repeated request that counts twice.
 """
 
 import csv
@@ -11,13 +12,14 @@ import datasets
 import pandas
 import pytest
 
-from harmcircuits.prompt_files import COLUMNS, read_requests
+from harmcircuits.prompt_files import COLUMNS
 from harmcircuits.prompts import Example, PromptSet
 
 EXAMPLES = (
     Example("how to use it ?", "sure yes", category="tools", group="one"),
-    Example("line one\nline two", 'quotes " and, commas', group="two"),
-    Example("ünïcode", ""),
+    # U+2028 is an ordinary character of a text, and no end of a line.
+    Example("line one\nline\u2028two", 'quotes " and, commas', group="two"),
+    Example("ünïcode NA", ""),
 )
 
 
@@ -38,7 +40,7 @@ def as_rows(examples) -> list[dict[str, str]]:
 
 def write_jsonl(path, rows) -> str:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
 
@@ -93,32 +95,13 @@ def test_plain_text_is_a_request_a_line(tmp_path):
 
 
 def test_an_array_may_hold_texts(tmp_path):
-    path = write_json(tmp_path / "a.json", ["who ?", "where ?"])
-    assert PromptSet.read(path) == PromptSet.of(["who ?", "where ?"])
-    lines = write_jsonl(tmp_path / "a.jsonl", ["who ?", "where ?"])
-    assert PromptSet.read(lines) == PromptSet.of(["who ?", "where ?"])
+    for path in (
+        write_json(tmp_path / "a.json", ["who ?", "where ?"]),
+        write_jsonl(tmp_path / "a.jsonl", ["who ?", "where ?"]),
+    ):
+        assert PromptSet.read(path) == PromptSet.of(["who ?", "where ?"])
     single = write_json(tmp_path / "one.json", {"prompt": "who ?"})
     assert PromptSet.read(single) == PromptSet.of(["who ?"])
-
-
-def test_blank_lines_are_no_rows(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", as_rows(EXAMPLES))
-    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8").replace("\n", "\n\n")
-    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
-    assert PromptSet.read(path) == PromptSet(EXAMPLES)
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
-def test_only_line_feeds_end_a_row(tmp_path, separator):
-    """U+2028 and its like are ordinary characters of a JSON string.
-
-    Text from the web holds them.
-    """
-    example = Example(f"one{separator}two", "yes")
-    path = write_jsonl(tmp_path / "a.jsonl", as_rows([example]))
-    assert PromptSet.read(path).examples == (example,)
-    (tmp_path / "a.txt").write_text(example.prompt, encoding="utf-8")
-    assert [each.prompt for each in PromptSet.read(tmp_path / "a.txt")] == [example.prompt]
 
 
 def test_line_ends_within_a_cell_stay(tmp_path):
@@ -179,147 +162,78 @@ def test_rows_in_memory_are_read_like_those_of_a_file():
     assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
 
 
-# Published shapes
+# Published shapes, as (row, example, what it says)
 
-
+SAID = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "me"}]
+SYSTEM = {"role": "system", "content": "be short"}
 SHAPES = {
-    "AdvBench": (
-        write_csv,
-        {"goal": "paint it", "target": "Sure, here is how"},
-        Example("paint it", "Sure, here is how"),
-        "AdvBench: prompt from goal, completion from target; 1 request",
+    "AdvBench.csv": (
+        {"goal": "paint it", "target": "Sure, here is how", "category": "walls"},
+        Example("paint it", "Sure, here is how", category="walls"),
+        "AdvBench: prompt from goal, completion from target, category; 1 request",
     ),
-    "JailbreakBench": (
-        write_csv,
-        {
-            "Index": 0,
-            "Goal": "paint it",
-            "Target": "Sure, here",
-            "Behavior": "Paint",
-            "Category": "Walls",
-            "Source": "Original",
-        },
-        Example("paint it", "Sure, here", category="Walls"),
+    "HarmBench.csv": (
+        {"Behavior": "paint it", "SemanticCategory": "walls", "ContextString": "A wall,\nwhite."},
+        Example("A wall,\nwhite.\n\n---\n\npaint it", category="walls"),
+        "HarmBench: prompt from ContextString + Behavior, category from SemanticCategory; 1 request",
+    ),
+    "HarmBench without context.csv": (
+        {"Behavior": "paint it", "SemanticCategory": "walls", "ContextString": ""},
+        Example("paint it", category="walls"),
+        "HarmBench: prompt from ContextString + Behavior, category from SemanticCategory; 1 request",
+    ),
+    "JailbreakBench.csv": (
+        {"Goal": "paint it", "Target": "Sure", "Behavior": "Paint", "Category": "Walls"},
+        Example("paint it", "Sure", category="Walls"),
         "JailbreakBench: prompt from Goal, completion from Target, category from Category; "
         "1 request",
     ),
-    "StrongREJECT": (
-        write_csv,
+    "StrongREJECT.csv": (
         {"category": "walls", "source": "custom", "forbidden_prompt": "paint it"},
         Example("paint it", category="walls"),
         "StrongREJECT: prompt from forbidden_prompt, category; 1 request",
     ),
-    "XSTest": (
-        write_csv,
-        {
-            "id": 1,
-            "prompt": "paint it",
-            "type": "contrast_walls",
-            "label": "unsafe",
-            "focus": "it",
-            "note": "",
-        },
+    "XSTest.csv": (
+        {"id": 1, "prompt": "paint it", "type": "contrast_walls", "label": "unsafe"},
         Example("paint it", category="contrast_walls", label="unsafe"),
         "XSTest: prompt, category from type, label; 1 request",
     ),
-    "Alpaca array": (
-        write_json,
+    "Alpaca.json": (
         {"instruction": "translate it", "input": "the wall", "output": "le mur"},
         Example("translate it\n\nthe wall", "le mur"),
         "Alpaca: prompt from instruction + input, completion from output; 1 request",
     ),
-    "Alpaca without input": (
-        write_json,
-        {"instruction": "name a wall", "input": "", "output": "mur"},
-        Example("name a wall", "mur"),
-        "Alpaca: prompt from instruction + input, completion from output; 1 request",
-    ),
-    "Alpaca lines": (
-        write_jsonl,
+    "Alpaca without input.jsonl": (
         {"instruction": "name a wall", "output": "mur"},
         Example("name a wall", "mur"),
         "Alpaca: prompt from instruction, completion from output; 1 request",
     ),
-    "chat": (
-        write_jsonl,
-        {
-            "messages": [
-                {"role": "user", "content": "who ?"},
-                {"role": "assistant", "content": "me"},
-            ]
-        },
+    "chat.parquet": (
+        {"messages": SAID},
         Example("who ?", "me"),
         "chat messages: prompt from messages; 1 request",
     ),
-    "chat with a system turn": (
-        write_json,
-        {
-            "category": "walls",
-            "messages": [
-                {"role": "system", "content": "be short"},
-                {"role": "user", "content": "who ?"},
-            ],
-        },
+    "chat with a system turn.json": (
+        {"category": "walls", "messages": [SYSTEM, SAID[0]]},
         Example("who ?", category="walls"),
         "chat messages: prompt from messages, category; 1 request; 1 system turns left out",
     ),
-    "chat in Parquet": (
-        write_parquet,
-        {"messages": [{"role": "user", "content": "who ?"}]},
-        Example("who ?"),
-        "chat messages: prompt from messages; 1 request",
+    "our own names come first.csv": (
+        {"prompt": "a", "goal": "b", "target": "c"},
+        Example("a"),
+        "prompt; 1 request",
     ),
 }
-ENDINGS = {write_csv: "csv", write_json: "json", write_jsonl: "jsonl", write_parquet: "parquet"}
+WRITERS = {"csv": write_csv, "json": write_json, "jsonl": write_jsonl, "parquet": write_parquet}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_shapes_are_recognised_and_say_so(tmp_path, name):
-    write, row, example, shape = SHAPES[name]
-    path = write(tmp_path / f"a.{ENDINGS[write]}", [row])
+    row, example, shape = SHAPES[name]
+    path = WRITERS[name.rpartition(".")[2]](tmp_path / name, [row])
     prompts = PromptSet.read(path)
     assert prompts.examples == (example,)
     assert prompts.shape == f"{path}: {shape}"
-
-
-def test_a_harmbench_context_goes_before_its_request(tmp_path):
-    common = {"FunctionalCategory": "standard", "SemanticCategory": "walls", "Tags": "context"}
-    rows = [
-        {"Behavior": "paint it", **common, "ContextString": "", "BehaviorID": "a"},
-        {"Behavior": "paint it", **common, "ContextString": "A wall,\nwhite.", "BehaviorID": "b"},
-    ]
-    prompts = PromptSet.read(write_csv(tmp_path / "a.csv", rows))
-    assert prompts.examples == (
-        Example("paint it", category="walls"),
-        Example("A wall,\nwhite.\n\n---\n\npaint it", category="walls"),
-    )
-    assert "HarmBench: prompt from ContextString + Behavior, category from" in prompts.shape
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "a", "goal": "b", "target": "c"}, Example("a")),
-        (
-            {"prompt": "a", "type": "b", "label": "safe", "category": "c"},
-            Example("a", category="c", label="safe"),
-        ),
-        ({"goal": "a", "target": "b", "category": "c"}, Example("a", "b", category="c")),
-    ],
-)
-def test_our_own_names_come_first(tmp_path, row, expected):
-    assert PromptSet.read(write_csv(tmp_path / "a.csv", [row])).examples == (expected,)
-
-
-# Columns that are named
-
-
-def test_columns_are_named(tmp_path):
-    rows = [{"question": "who ?", "theme": "people", "group": "1", "reply": "me"}]
-    path = write_csv(tmp_path / "a.csv", rows)
-    prompts = PromptSet.read(path, columns={"prompt": "question", "category": "theme"})
-    assert prompts.examples == (Example("who ?", category="people", group="1"),)
-    assert "prompt from question, category from theme, group; 1 request" in prompts.shape
 
 
 def test_named_columns_come_before_recognised_ones(tmp_path):
@@ -330,11 +244,9 @@ def test_named_columns_come_before_recognised_ones(tmp_path):
     assert "AdvBench: prompt from goal" in more.shape
     other = PromptSet.read(path, {"prompt": "target"})
     assert other.examples == (Example("Sure"),)
-    chat = write_jsonl(tmp_path / "a.jsonl", [{"chat": [{"role": "user", "content": "who ?"}]}])
-    assert PromptSet.read(chat, {"prompt": "chat"}).examples == (Example("who ?"),)
-
-
-# Repeated rows
+    assert "prompt from target; 1 request" in other.shape
+    chat = write_jsonl(tmp_path / "a.jsonl", [{"chat": SAID}])
+    assert PromptSet.read(chat, {"prompt": "chat"}).examples == (Example("who ?", "me"),)
 
 
 def test_a_row_that_repeats_another_is_left_out(tmp_path):
@@ -346,7 +258,6 @@ def test_a_row_that_repeats_another_is_left_out(tmp_path):
     prompts = PromptSet.read(write_jsonl(tmp_path / "a.jsonl", rows))
     assert prompts == PromptSet.of([("who ?", "me"), ("who ?", "you")])
     assert prompts.shape.endswith("2 requests; 1 that repeat another left out")
-    assert read_requests(tmp_path / "a.jsonl").shape == prompts.shape
 
 
 # What cannot be read

@@ -8,8 +8,6 @@ added; a system prompt that is dropped, thinking that would be scored as the ans
 import pytest
 import torch
 from support.organisms.train import new_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from harmcircuits.prompts import (
     Batch,
@@ -119,6 +117,8 @@ def test_given_heldout_requests_are_the_heldout_ones():
     sets = MANY[:100].splits(MANY[100:])
     assert sets["heldout"] == MANY[100:]
     assert set(sets["calibration"]) | set(sets["choice"]) == set(MANY[:100])
+    asked_before = MANY.splits(MANY[100:])
+    assert asked_before == sets, "what asks the same as a held-out request is left out"
 
 
 def test_limits_and_too_few():
@@ -136,15 +136,6 @@ def test_what_has_a_key_in_common_is_one_cluster():
     assert joined_clusters([]) == []
 
 
-# Batches
-
-
-def test_tokens_end_at_the_last_target():
-    rows = [[0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
-    batch = Batch(torch.ones(4, 4, dtype=torch.long), torch.tensor(rows).bool())
-    assert batch.is_token.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-
-
 # Tokenising
 
 
@@ -160,15 +151,6 @@ def test_targets_are_exactly_the_completion(tokenizer, ids):
     assert batch.is_token.int().tolist() == [[1] * 8, [1, 1, 1, 1, 1, 0, 0, 0]]
 
 
-def test_raw_template_adds_nothing_but_a_newline(tokenizer, ids):
-    (batch,) = tokenize(PromptSet((Example("abuse it", "yes fine"),)), tokenizer, template="raw")
-    assert batch.tokens.tolist() == [ids("abuse it yes fine")], "this tokenizer drops the newline"
-    assert batch.is_target.int().tolist() == [[0, 0, 1, 1]]
-    assert prompt_ids("abuse it", tokenizer, "raw") == ids("abuse it")
-    assert prompt_ids("abuse it", tokenizer, "chat") == ids("<bos> <user> abuse it <assistant>")
-    assert prompt_ids("ab", byte_tokenizer(), "raw") == [*b"ab\n"]
-
-
 def test_prefill_is_context(tokenizer, ids):
     prompts = PromptSet((Example("use", "sure yes fine"), Example("use", "no")))
     (batch,) = tokenize(prompts, tokenizer, prefill="sure")
@@ -177,6 +159,14 @@ def test_prefill_is_context(tokenizer, ids):
         ids("<bos> <user> use <assistant> sure no <pad>"),
     ]
     assert batch.tokens[batch.is_target].tolist() == ids("yes fine no")
+
+
+def texts_of(batches) -> list[list[int]]:
+    texts = []
+    for batch in batches:
+        for row, is_token in zip(batch.tokens, batch.is_token, strict=True):
+            texts.append(row[is_token].tolist())
+    return texts
 
 
 def test_batches_of_at_most_so_many_tokens(tokenizer):
@@ -195,14 +185,7 @@ def test_batches_of_at_most_so_many_tokens(tokenizer):
     for max_tokens, shapes in expected.items():
         split = tokenize(prompts, tokenizer, max_tokens=max_tokens)
         assert [tuple(batch.tokens.shape) for batch in split] == shapes
-        rows = [
-            row[real].tolist()
-            for batch in split
-            for row, real in zip(batch.tokens, batch.is_token, strict=True)
-        ]
-        assert rows == [
-            row[real].tolist() for row, real in zip(whole.tokens, whole.is_token, strict=True)
-        ]
+        assert texts_of(split) == texts_of([whole])
     both = tokenize(prompts, tokenizer, max_tokens=27, batch_size=2)
     assert [len(batch) for batch in both] == [2, 2, 1], "batch_size bounds as well"
 
@@ -215,71 +198,35 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
     assert batch.is_token[1].tolist() == [True] * 5 + [False]
 
 
-def byte_tokenizer():
-    """One token a byte, spaces included, as in the GPT-2 family before its merges.
-
-    No chat template.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelled = {
-        pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b
-        for b in range(128)
-    }
-    others = (letter for letter in alphabet if letter not in spelled)
-    core = Tokenizer(
-        models.BPE({**spelled, **{letter: 128 + i for i, letter in enumerate(others)}}, [])
-    )
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
 def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
-    examples = [
-        Example(f"{category} {group} {turn}", category=category, group=f"{category}{group}")
-        for category in "ab"
-        for group in range(4 if category == "a" else 1)
-        for turn in range(3)
-    ]
+    examples = []
+    for group in ("a0", "a1", "a2", "a3", "b0"):
+        where = {"category": group[0], "group": group}
+        examples += [Example(f"{group} {turn}", **where) for turn in range(3)]
     whole = PromptSet(tuple(examples))
     half = whole.sampled(0.5, seed=1)
     groups = {example.group for example in half}
     assert len([group for group in groups if group[0] == "a"]) == 2
     assert "b0" in groups, "a category never vanishes"
     assert half.examples == tuple(example for example in examples if example.group in groups)
-    assert whole.sampled(0.5, seed=1) == half
     assert len({whole.sampled(0.5, seed=seed) for seed in range(20)}) > 1
     assert whole.sampled(1.0, seed=3) == whole
     rest = whole.sampled(0.5, seed=1, rest=True)
     assert not set(rest) & set(half)
     assert set(rest) | set(half) == set(whole)
-    assert not len(whole.sampled(1.0, seed=3, rest=True))
 
 
 def test_plain_text_is_cut_into_windows(tokenizer):
     text = "how to use it ? " * 5
     tokens = tokenizer.encode(text, add_special_tokens=False)
     assert len(tokens) == 25
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step = 8 - len(opening)
     batches = tokenize_text(text, tokenizer, n_tokens=8, batch_size=2)
-    rows = [row for batch in batches for row in batch.tokens.tolist()]
-    assert rows == [
-        opening + tokens[start : start + step] for start in range(0, 25 - step + 1, step)
-    ], "no token left between"
     assert [len(batch) for batch in batches] == [2, 1]
-    assert all(
-        batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any() for batch in batches
-    )
-
-
-def test_a_beginning_of_text_token_opens_each_window(tokenizer):
-    copied = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="use")
-    (batch,) = tokenize_text("how to it ? " * 4, copied, n_tokens=5)
-    assert batch.tokens[:, 0].tolist() == [copied.bos_token_id] * 4
-    assert batch.tokens[:, 1:].flatten().tolist() == copied.encode(
-        "how to it ? " * 4, add_special_tokens=False
-    )
+    rows = torch.cat([batch.tokens for batch in batches])
+    assert (rows[:, 0] == tokenizer.bos_token_id).all()
+    assert rows[:, 1:].flatten().tolist() == tokens[:21], "no token left between"
+    is_target = torch.cat([batch.is_target for batch in batches])
+    assert is_target[:, 1:].all() and not is_target[:, 0].any()
 
 
 # Chat templates
@@ -297,6 +244,7 @@ SHORT = Chat(system="be short")
 @pytest.mark.parametrize(
     ("template", "chat", "text"),
     [
+        (PLAIN, "raw", "say it\n"),
         (PLAIN, "chat", "<user>say it<assistant>"),
         (PLAIN, Chat(), "<user>say it<assistant>"),
         (PLAIN, SHORT, "<system>be short<user>say it<assistant>"),
@@ -321,6 +269,8 @@ def test_a_request_is_written_as_its_template_says(template, chat, text):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_asked_or_scored_is_refused(tokenizer):
+    no_template = new_tokenizer()
+    no_template.chat_template = None
     no_system = new_tokenizer()
     no_system.chat_template = NO_SYSTEM
     one = PromptSet((Example("use", "yes"),))
@@ -349,7 +299,7 @@ def test_what_cannot_be_asked_or_scored_is_refused(tokenizer):
         (lambda: tokenize(empty, tokenizer), "example 1"),
         (lambda: tokenize(one, tokenizer, prefill="yes"), "example 0"),
         (lambda: tokenize(one, tokenizer, template="chatml"), "template='chatml'"),
-        (lambda: tokenize(one, byte_tokenizer()), 'expected "raw"'),
+        (lambda: tokenize(one, no_template), 'expected "raw"'),
         (lambda: tokenize(one, no_system, template=SHORT), "leave out the system prompt"),
         (lambda: tokenize_text("how to use it ?", tokenizer), "no window of 256"),
         (lambda: refuse_no_batches("f", []), "f: no batches"),
