@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from harmcircuits.behaviours.model import OTHERS, Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by, rank_correlation
+from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.attribution import removal_effect, token_contributions
@@ -404,3 +405,16 @@ def _by_offset(
                 per_example[example] = float(values[row, position])
             example += 1
     return by_offset
+
+
+def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
+    """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes."""
+    total = 0.0
+    n_weights = 0
+    for name, first in scores.values.items():
+        second = other.values[name]
+        first_ranks, second_ranks = first.flatten().cpu(), second.flatten().cpu()
+        result: Any = spearmanr(first_ranks.numpy(), second_ranks.numpy())
+        total += first.numel() * float(result.statistic)
+        n_weights += first.numel()
+    return total / n_weights

@@ -3,15 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isnan, nan, prod
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
-from scipy.stats import spearmanr
 
 from harmcircuits.circuits.location import By, Place, pieces
 from harmcircuits.circuits.masks import WeightMask, refuse_others
-from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import card, facts, number_text, share
 from harmcircuits.measurements import Interval, student_quantile, wilson
@@ -211,21 +208,6 @@ def marginal_null(
         is_shared = np.isin(first.cells, second.cells, assume_unique=True)
         n_shared.append(is_shared.sum())
     return np.array(n_shared, dtype=np.int64)
-
-
-def rank_correlation(scores: WeightScores, other: WeightScores) -> float:
-    """Spearman correlation of two scores within each matrix, averaged by the matrices' sizes."""
-    if scores.shapes != other.shapes:
-        raise ValueError("rank_correlation: the scores are of different weights")
-    total = 0.0
-    n_weights = 0
-    for name, first in scores.values.items():
-        second = other.values[name]
-        ranks = [value.flatten().cpu().numpy() for value in (first, second)]
-        result: Any = spearmanr(*ranks)  # scipy does not declare its type
-        total += first.numel() * float(result.statistic)
-        n_weights += first.numel()
-    return total / n_weights
 
 
 def _counted(mask: WeightMask, other: WeightMask) -> Overlap:

@@ -284,17 +284,19 @@ def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> 
 
     edits = []
     for name, index in mask.removed.items():
-        factor = scale.get(name) if isinstance(scale, Mapping) else scale
-        if isinstance(scale, Mapping) and (factor is None or len(factor) != len(index)):
-            raise ValueError(
-                f"masked: scale has not one factor for each of the {len(index)} weights that the "
-                f"mask removes of {name}; nothing was changed"
-            )
+        factor = scale
+        if isinstance(scale, Mapping):
+            factor = scale.get(name, torch.empty(0))
+            if factor.shape != index.shape:
+                raise ValueError(
+                    f"masked: scale has not one factor for each of the {len(index)} weights that "
+                    f"the mask removes of {name}; nothing was changed"
+                )
         edits.append(Edit(name, weights[name], index, partial(_scaled, factor)))
     return edits
 
 
-def _scaled(factor: float | Tensor, saved: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def _scaled(factor: Any, saved: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     if isinstance(factor, Tensor):
         return (saved * factor.to(saved.device)).to(saved.dtype)
     # Not a product: -1 times 0 is -0, and infinity times 0 is NaN.

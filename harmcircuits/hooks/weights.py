@@ -142,7 +142,7 @@ def warn_of_other_weights(bridge: Bridge, mask: WeightMask) -> None:
         )
 
 
-def _stored_tensors(bridge: Bridge) -> dict[str, Tensor]:
+def _stored_tensors(bridge: Bridge) -> Mapping[str, Tensor]:
     """Every stored tensor once by its clean name."""
     # The bridge's state dict leaves out stacked experts.
     return dict(bridge.state_dict(keep_vars=True)) | _matrices(bridge)

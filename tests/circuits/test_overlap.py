@@ -12,18 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare, hypergeom, spearmanr
+from scipy.stats import chisquare, hypergeom
 
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import (
     Overlap,
     _Chain,
     marginal_null,
     overlap,
     overlap_by,
-    rank_correlation,
 )
-from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.weights import weight_sites
 
@@ -112,31 +111,6 @@ def test_trades_keep_rows_and_columns():
     assert not (traded == together).all()
 
 
-@pytest.mark.parametrize(
-    "confined", [{}, {"matrices": 2}, {"rows": 12}], ids=["free", "two matrices", "twelve rows"]
-)
-def test_random_masks_have_lift_one(confined):
-    """Nominal 95 % intervals: of 20 pairs, fewer than 16 covering would have a chance of 0.0003."""
-    covered, lifts, ratios = 0, [], []
-    for seed in range(20):
-        masks = random_mask(2 * seed, **confined), random_mask(2 * seed + 1, **confined)
-        shared = overlap(*masks, n_samples=20, seed=seed)
-        low, high = shared.interval_marginal
-        covered += low <= 1 <= high
-        lifts.append(shared.lift_marginal)
-        ratios.append(shared.n_expected_marginal / shared.n_expected)
-        if "rows" in confined:
-            assert shared.interval[0] > 1, "in the same rows, matched by matrices alone"
-    assert covered >= 16
-    assert np.mean(lifts) == pytest.approx(1, abs=0.07)
-    if "rows" not in confined:
-        assert np.mean(ratios) == pytest.approx(1, abs=0.07), "without structure both nulls agree"
-
-    mask = random_mask(0, **confined)
-    low, high = overlap(mask, random_like(mask, seed=1)).interval
-    assert low < 1 < high
-
-
 def test_planted_overlap_is_found_beyond_rows_and_columns():
     rng = np.random.default_rng(0)
     common = set(rng.choice(128 * 64, 100, replace=False).tolist())
@@ -187,29 +161,12 @@ def test_places_add_up(llama):
     assert {(place.layer, place.part) for place in places} == of_sites
 
 
-def test_rank_correlation_is_spearman_within_matrices():
-    generator = torch.Generator().manual_seed(0)
-    scores, values = [], []
-    for _ in range(2):
-        drawn = {name: torch.rand(s, generator=generator) for name, s in SMALL.items()}
-        values.append(drawn)
-        scores.append(WeightScores(drawn, Source("m", "test")))
-    first, second = scores
-    of_a, of_b = (
-        spearmanr(values[0][name].flatten(), values[1][name].flatten()).statistic for name in SMALL
-    )
-    assert rank_correlation(first, second) == pytest.approx((12 * of_a + 10 * of_b) / 22)
-    assert rank_correlation(first, -first) == pytest.approx(-1)
-
-
 def test_what_cannot_be_compared_is_refused():
     mask = random_mask(0)
-    ones = WeightScores({"a": torch.ones(2, 2)}, Source("m", "t"))
     refusals = [
         (lambda: overlap(mask, mask_of({})), "removes nothing"),
         (lambda: overlap(mask, mask_of({"blocks.0.mlp.in.weight": [1]}, model="x")), "m, x"),
         (lambda: marginal_null(mask, mask_of({"w": [1]}, {"w": (3, 4)})), "different models"),
-        (lambda: rank_correlation(ones, WeightScores({}, Source("m", "t"))), "different weights"),
     ]
     for call, word in refusals:
         with pytest.raises(ValueError) as error:

@@ -1,12 +1,9 @@
-"""Selection by histogram against sorting, and what it reads and holds.
+"""Selection by histogram against sorting, and what it holds.
 
 Would catch: keys that order negative numbers backwards, zeros of two signs that do not tie, a tie
 that crosses a chunk or a tensor and is counted twice, an excluded weight that is chosen, a
 selection that holds the dense scores.
 """
-
-import weakref
-from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -14,8 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import _Best, largest, largest_of_rows, positive
 
 Tensors = dict[str, torch.Tensor]
@@ -119,41 +114,3 @@ def test_ties_do_not_fill_the_memory(monkeypatch):
     expected = growing.sort(stable=True, descending=True).indices[:5].sort().values
     assert torch.equal(largest({"a": growing}, 5, {}, chunk=100)["a"], expected)
     assert max(held) <= 110
-
-
-class Watched(Mapping):
-    """Scores in a file: how often each was read, and how many were ever in memory together."""
-
-    def __init__(self, values: Mapping) -> None:
-        self.values_in_file = values
-        self.reads = dict.fromkeys(values, 0)
-        self.alive: list = []
-        self.most = 0
-
-    def __getitem__(self, name):
-        self.reads[name] += 1
-        self.alive = [reference for reference in self.alive if reference() is not None]
-        value = self.values_in_file[name].clone()
-        self.alive.append(weakref.ref(value))
-        self.most = max(self.most, len(self.alive))
-        return value
-
-    def __iter__(self):
-        return iter(self.values_in_file)
-
-    def __len__(self):
-        return len(self.values_in_file)
-
-
-@pytest.mark.parametrize(("within", "n_reads"), [("model", 2), ("weight", 1), ("row", 1)])
-@pytest.mark.usefixtures("unchecked")  # a check of types would read the values itself
-def test_a_selection_reads_scores_twice_and_holds_two_matrices(monkeypatch, within, n_reads):
-    """Two: a loop lets the last one go when the next is there. The dense set would be all three."""
-    values = {name: torch.rand(4, 6) for name in ("w2", "w10", "w1")}
-    scores = WeightScores(values, Source("model", "test"))
-    watched = Watched(values)
-    object.__setattr__(scores, "values", watched)
-    monkeypatch.setattr(WeightScores, "shapes", dict.fromkeys(values, (4, 6)))
-    top_fraction(scores, 0.3, within=within)
-    assert watched.reads == dict.fromkeys(values, n_reads)
-    assert watched.most <= 2

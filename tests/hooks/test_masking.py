@@ -12,7 +12,7 @@ import torch
 from helpers import random_batch
 from torch.optim import optimizer as torch_optimizer
 
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.masking import Edit, is_edited, masked, restore, unmasked
@@ -120,25 +120,19 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(open_model, llama):
     assert_bits_equal(llama, before)
 
 
-def test_random_like_is_applicable(llama):
-    mask = a_mask(llama, fraction=0.01)
-    with masked(llama, random_like(mask, weights=named_weights(llama))):
-        pass
-
-
 # Training under a mask
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9], ids=["AdamW", "SGD with momentum"])
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, momentum])
 @pytest.mark.parametrize("name", ["Llama", "Mixtral"])
-def test_held_weights_stay_zero_while_others_learn(open_model, name, momentum):
+def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
     bridge, batch = open_model(name), random_batch()
     mask = a_mask(bridge)
-    parameters = bridge.original_model.parameters()
-    if momentum:
-        stepper = torch.optim.SGD(parameters, lr=1e-2, momentum=momentum)
-    else:
-        stepper = torch.optim.AdamW(parameters, lr=1e-2)
+    stepper = optimiser(bridge.original_model.parameters())
 
     def step() -> None:
         stepper.zero_grad()
@@ -157,18 +151,13 @@ def test_held_weights_stay_zero_while_others_learn(open_model, name, momentum):
             for weight, parameter in named_weights(bridge).items():
                 gone = mask.dense(weight)
                 assert torch.equal(parameter[gone], trained[weight][gone])
-                assert torch.equal(parameter[~gone], during[weight][~gone])
         assert_bits_equal(bridge, during)
     for weight, parameter in named_weights(bridge).items():
         gone = mask.dense(weight)
         assert torch.equal(parameter[gone], trained[weight][gone]), "the saved values come back"
         assert not torch.equal(parameter[~gone], trained[weight][~gone]), "the rest has learned"
-
+        assert not parameter._backward_hooks
     assert not torch_optimizer._global_optimizer_post_hooks, "no hook outlives the mask"
-    assert not any(parameter._backward_hooks for parameter in named_weights(bridge).values())
-    step()
-    for weight, parameter in named_weights(bridge).items():
-        assert not torch.equal(parameter[mask.dense(weight)], trained[weight][mask.dense(weight)])
 
 
 def test_masked_weights_are_free_to_learn(llama):
@@ -230,27 +219,17 @@ def test_masks_of_two_models_are_lifted_apart(open_model):
 # What is done to the weights under a mask
 
 
-def replace_parameters(bridge, change) -> None:
+def replace(bridge) -> None:
     """Every parameter by another object, as `load_state_dict(assign=True)` and quantisers do."""
     for module in bridge.original_model.modules():
-        for name, parameter in list(module._parameters.items()):
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                value = change(parameter.detach().clone())
-                is_float = value.is_floating_point()
-                module._parameters[name] = torch.nn.Parameter(value, requires_grad=is_float)
-
-
-def load_another(bridge) -> None:
-    state = bridge.original_model.state_dict()
-    ones = {name: torch.ones_like(value) for name, value in state.items()}
-    bridge.original_model.load_state_dict(ones)
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().clone())
 
 
 CHANGES = {
     "written": lambda bridge: named_weights(bridge)[NAME].data.fill_(1.0),
-    "loaded": load_another,
-    "replaced": lambda bridge: replace_parameters(bridge, lambda value: value),
-    "quantised": lambda bridge: replace_parameters(bridge, lambda value: value.to(torch.int8)),
+    "replaced": replace,
     "folded": lambda bridge: bridge.enable_compatibility_mode(),
 }
 
@@ -268,9 +247,8 @@ def test_what_others_do_to_masked_weights_is_reported(llama, change, hold):
         gone = mask.dense(name)
         assert torch.equal(weight.detach()[gone], before[name][gone]), "the old ones come back"
 
-    twin = masked(llama, mask, same_model=False)
-    if change in ("written", "loaded"):
-        with pytest.raises(RuntimeError, match="of the body") as caught, twin:
+    if change == "written":
+        with pytest.raises(RuntimeError, match="of the body") as caught, masked(llama, mask):
             CHANGES[change](llama)
             raise RuntimeError("of the body")
         assert NAME in caught.value.__notes__[0]

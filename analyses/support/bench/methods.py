@@ -144,7 +144,7 @@ def dampening(
     scores = scored(model.bridge, ratio, "dampening")
     masks = [top_fraction(scores, size, within="model") for size in sizes]
     if zeroed:
-        return masks
+        return list(masks)
     return [Dampening(mask, factors(mask, ratio, strength)) for mask in masks]
 
 
