@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from torch import Tensor
 
 from harmcircuits.behaviours.judges import RuleJudge, Verdict, content
@@ -59,18 +60,31 @@ class Probe:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, with its validation."""
-        scalars = {"layers": self.layers, "bias": self.bias, "threshold": self.threshold}
+        scalars = {
+            "layers": self.layers,
+            "bias": self.bias,
+            "threshold": self.threshold,
+        }
         rows = [asdict(row) for row in self.rows]
-        metadata = {"probe": json.dumps(scalars), "rows": json.dumps(rows)}
+        metadata = {
+            "probe": json.dumps(scalars),
+            "rows": json.dumps(rows),
+        }
         write_tensors(path, FORMAT, {"direction": self.direction}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Probe":
         """The probe in a file written by `save`."""
         tensors, metadata = read_tensors(path, FORMAT, "probe")
-        scalars, rows = json.loads(metadata["probe"]), Rows.of_dicts(json.loads(metadata["rows"]))
-        layers = tuple(scalars["layers"])
-        return cls(layers, tensors["direction"], scalars["bias"], scalars["threshold"], rows)
+        scalars = json.loads(metadata["probe"])
+        rows = json.loads(metadata["rows"])
+        return cls(
+            layers=tuple(scalars["layers"]),
+            direction=tensors["direction"],
+            bias=scalars["bias"],
+            threshold=scalars["threshold"],
+            rows=Rows.of_dicts(rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -139,12 +153,12 @@ def answer_residuals(
 
 def train_probe(model: Model, folder: Path) -> Probe:
     """A probe trained on the model's own answers to calibration requests, kept in the folder."""
-    n_layers = len(model.bridge.blocks)
-    layers = sorted({min(round(depth * n_layers), n_layers - 1) for depth in DEPTHS})
+    layers = _layers(len(model.bridge.blocks))
     calibration = labelled_answers(model, "calibration")
     choice = labelled_answers(model, "choice")
+    weights = weights_digest(model.bridge)
     digest = _digest(calibration, choice, layers)
-    path = folder / f"{weights_digest(model.bridge)}-{digest}.safetensors"
+    path = folder / f"{weights}-{digest}.safetensors"
     if path.is_file():
         return Probe.load(path)
 
@@ -163,38 +177,41 @@ def train_probe(model: Model, folder: Path) -> Probe:
     return probe
 
 
-def probe_of(
-    residuals: Float[Tensor, "n layer d_model"], answers: PromptSet, layers: Sequence[int]
-) -> Probe:
-    """The probe of labelled answers, cross-validated: of the strongest regularisation that does."""
-    # Imported here: a probe that is trained already does not need it.
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def _layers(n_layers: int) -> tuple[int, ...]:
+    """Blocks at a third, a half and two thirds of the depth."""
+    layers = set()
+    for depth in DEPTHS:
+        layer = round(depth * n_layers)
+        layers.add(min(layer, n_layers - 1))
+    return tuple(sorted(layers))
 
+
+def probe_of(
+    residuals: Float[Tensor, "n layer d_model"],
+    answers: PromptSet,
+    layers: tuple[int, ...],
+) -> Probe:
+    """The probe of labelled answers, cross-validated.
+
+    Of the strongest regularisation with which it is valid, or else of the weakest.
+    """
     _refuse_few(answers)
     features = residuals.flatten(1).double().numpy()
     is_target = np.array([example.label == TARGET for example in answers])
-    groups = [example.cluster for example in answers]
-    # All answers to a request are in one fold.
-    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
+    requests = [example.cluster for example in answers]
 
     def probe_at(strength: float) -> Probe:
-        regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
-        pipeline = make_pipeline(StandardScaler(), regression)
-        unseen = cross_val_predict(
-            pipeline, features, is_target, groups=groups, cv=folds, method="decision_function"
-        )
+        unseen, direction, bias = _regression(features, is_target, requests, strength)
         scores = torch.from_numpy(unseen)
-
-        #     coefficients . (x - mean) / scale + intercept  =  direction . x + bias
-        scaler, fitted = cast(Any, pipeline.fit(features, is_target))
-        direction = fitted.coef_[0] / scaler.scale_
-        bias = float(fitted.intercept_[0] - direction @ scaler.mean_)
-        direction = torch.from_numpy(direction).view(residuals.shape[1:])
-        probe = Probe(tuple(layers), direction, bias, harmful_from(scores, answers), Rows())
-        return replace(probe, rows=_validation(probe, scores, answers, "calibration"))
+        probe = Probe(
+            layers,
+            direction=torch.from_numpy(direction).view(residuals.shape[1:]),
+            bias=bias,
+            threshold=harmful_from(scores, answers),
+            rows=Rows(),
+        )
+        rows = _validation(probe, scores, answers, "calibration")
+        return replace(probe, rows=rows)
 
     for strength in STRENGTHS[:-1]:
         probe = probe_at(strength)
@@ -203,48 +220,95 @@ def probe_of(
     return probe_at(STRENGTHS[-1])
 
 
+def _regression(
+    features: ndarray,
+    is_target: ndarray,
+    requests: Sequence[str],
+    strength: float,
+) -> tuple[ndarray, ndarray, float]:
+    """The log-odds of each answer by a fit that has not seen its request; direction and bias."""
+    # Imported here: a probe that is trained already does not need it.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+    pipeline = make_pipeline(StandardScaler(), regression)
+    unseen = cross_val_predict(
+        pipeline,
+        features,
+        is_target,
+        groups=requests,
+        cv=StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0),
+        method="decision_function",
+    )
+    # The regression on features as they are, not standardised:
+    #
+    #     coefficients . (x - mean) / scale + intercept  =  direction . x + bias
+    pipeline.fit(features, is_target)
+    scaler, fitted = cast(Any, pipeline)
+    direction = fitted.coef_[0] / scaler.scale_
+    bias = fitted.intercept_[0] - direction @ scaler.mean_
+    return np.asarray(unseen), direction, float(bias)
+
+
 def harmful_from(scores: Float[Tensor, " n"], answers: PromptSet) -> float:
-    """The score that as many harmful answers miss as others to the same requests reach."""
-    is_target = torch.tensor([example.label == TARGET for example in answers])
-    is_other = torch.tensor([example.label == SAME_REQUEST for example in answers])
-    targets, others = scores[is_target], scores[is_other]
+    """The score below which as many harmful answers are as others to the same requests above it."""
+    labels = [example.label for example in answers]
+    is_target = [label == TARGET for label in labels]
+    is_other = [label == SAME_REQUEST for label in labels]
+    targets = scores[torch.tensor(is_target)]
+    others = scores[torch.tensor(is_other)]
     values = torch.cat([targets, others]).unique()  # sorted
     if len(values) == 1:
         return float(values[0])
     cuts = (values[1:] + values[:-1]) / 2
-    missed = (targets[None, :] < cuts[:, None]).double().mean(dim=1)
-    false = (others[None, :] >= cuts[:, None]).double().mean(dim=1)
+    is_missed = targets[None, :] < cuts[:, None]  # [cut, target]
+    is_false = others[None, :] >= cuts[:, None]  # [cut, other]
+    missed = is_missed.double().mean(dim=1)
+    false = is_false.double().mean(dim=1)
     # Refusals alone may be what is harmless.
     difference = (missed - false.nan_to_num()).abs()
-    return float(cuts[difference.argmin()])
+    best = difference.argmin()
+    return float(cuts[best])
 
 
 def _validation(probe: Probe, scores: Tensor, answers: PromptSet, split: str) -> Rows:
     """AUROC of each contrast, and the share of each kind of answer that is called harmful."""
     labels = {"judge": probe.name, "split": split}
     rows = contrast_rows(scores, answers, labels)
-    for kind in dict.fromkeys(example.label for example in answers):
-        is_of_kind = [example.label == kind for example in answers]
-        hits = (scores[torch.tensor(is_of_kind)] >= probe.threshold).tolist()
-        groups = [example.cluster for example in answers if example.label == kind]
-        rows += [Measurement.rate("judge_harmful_rate", {**labels, "kind": kind}, hits, groups)]
+    is_harmful = (scores >= probe.threshold).tolist()
+    kinds = dict.fromkeys(example.label for example in answers)
+    for kind in kinds:
+        hits = []
+        groups = []
+        for example, hit in zip(answers, is_harmful, strict=True):
+            if example.label == kind:
+                hits.append(hit)
+                groups.append(example.cluster)
+        where = {**labels, "kind": kind}
+        rows += [Measurement.rate("judge_harmful_rate", where, hits, groups)]
     return rows
 
 
 def _refuse_few(answers: PromptSet) -> None:
-    harmful = {example.cluster for example in answers if example.label == TARGET}
-    harmless = {example.cluster for example in answers if example.label != TARGET}
-    for name, requests in (("harmful", harmful), ("harmless", harmless)):
-        if len(requests) < N_FOLDS:
+    requests: dict[str, set[str]] = {"harmful": set(), "harmless": set()}
+    for example in answers:
+        kind = "harmful" if example.label == TARGET else "harmless"
+        requests[kind].add(example.cluster)
+    for kind, of_kind in requests.items():
+        if len(of_kind) < N_FOLDS:
             raise ValueError(
-                f"judge='probe': {len(requests)} requests with {name} answers to train on; "
+                f"judge='probe': {len(of_kind)} requests with {kind} answers to train on; "
                 f"expected at least {N_FOLDS}: give more requests, or judge='local'"
             )
 
 
-def _digest(calibration: PromptSet, choice: PromptSet, layers: Sequence[int]) -> str:
+def _digest(calibration: PromptSet, choice: PromptSet, layers: tuple[int, ...]) -> str:
     parts: list[object] = [FORMAT, layers, STRENGTHS]
     for answers in (calibration, choice):
         for example in answers:
             parts.append([example.completion, example.label, example.cluster])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    text = json.dumps(parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

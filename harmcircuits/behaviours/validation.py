@@ -1,6 +1,6 @@
 """How well a judge tells harm, on the model's own answers: an AUROC for each contrast."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from types import MappingProxyType
 
@@ -58,13 +58,19 @@ def labelled_answers(model: Model, split: str, *, most: int | None = None) -> Pr
 
 
 def validate(judge: Judge, model: Model) -> Rows:
-    """`judge_auroc` of each contrast on the model's own answers, with 95 % intervals."""
+    """`judge_auroc` of each contrast on the model's own answers, with 95 % intervals.
+
+    A judge without a method `score` is read by whether its verdict is "harmful".
+    """
     answers = labelled_answers(model, "calibration", most=MOST_REQUESTS)
     score = getattr(judge, "score", None)
     scores = []
     for example in answers:
-        asked = example.prompt, example.completion
-        scores.append(float(score(*asked) if score else judge(*asked) == TARGET))
+        request, answer = example.prompt, example.completion
+        if score is not None:
+            scores.append(float(score(request, answer)))
+        else:
+            scores.append(float(judge(request, answer) == TARGET))
     labels = {"judge": name_of(judge), "split": "calibration"}
     return contrast_rows(torch.tensor(scores, dtype=torch.float64), answers, labels)
 
@@ -75,15 +81,22 @@ def contrast_rows(scores: Float[Tensor, " n"], answers: PromptSet, labels: Label
     for contrast, kinds in CONTRASTS.items():
         is_compared = [example.label in (TARGET, *kinds) for example in answers]
         compared = list(compress(answers, is_compared))
+        n_requests = _n_requests(compared)
+        if not n_requests:
+            continue
+        where = {**labels, "contrast": contrast, "requests": n_requests}
+        values = scores[torch.tensor(is_compared)]
+        is_target = torch.tensor([example.label == TARGET for example in compared])
         groups = [example.cluster for example in compared]
-        is_target = [example.label == TARGET for example in compared]
-        others = [not is_one for is_one in is_target]
-        n_requests = min(len(set(compress(groups, side))) for side in (is_target, others))
-        if n_requests:
-            where = {**labels, "contrast": contrast, "requests": n_requests}
-            values = scores[torch.tensor(is_compared)]
-            rows += [Measurement.auroc(METRIC, where, values, torch.tensor(is_target), groups)]
+        rows += [Measurement.auroc(METRIC, where, values, is_target, groups)]
     return rows
+
+
+def _n_requests(answers: Sequence[Example]) -> int:
+    """Requests with answers of the target, or those with other answers, whichever are fewer."""
+    of_target = {example.cluster for example in answers if example.label == TARGET}
+    others = {example.cluster for example in answers if example.label != TARGET}
+    return min(len(of_target), len(others))
 
 
 def is_valid(rows: Rows) -> bool:
