@@ -102,40 +102,34 @@ def refuse_filled(folder: Path) -> None:
 def append_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a file, all or none, and see them onto the disk."""
     path = Path(path)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:
-            _end_last_line(file)
+            file.seek(0)
+            last = file.read().rpartition(b"\n")[2]
+            text = _lines(rows).encode()
+            if last and _row(last) is None:  # half a line that a killed run left
+                file.truncate(file.tell() - len(last))
+            elif last:
+                text = b"\n" + text
             end = file.seek(0, os.SEEK_END)
             try:
                 # Where a disk fills up, a write takes a part, and only the next one fails.
-                rest = text.encode()
-                while rest:
-                    rest = rest[file.write(rest) :]
+                while text:
+                    text = text[file.write(text) :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise
 
 
-def _end_last_line(file: Any) -> None:
-    """Cut off half a line that a killed run left; a whole one gets its line break."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1))
-    if file.read() in (b"", b"\n"):
-        return
-    file.seek(0)
-    last = file.read().rpartition(b"\n")[2]
-    if _row(last) is None:
-        file.truncate(size - len(last))
-    else:
-        file.write(b"\n")
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a file that holds these rows and no others."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, _lines(rows))
 
 
 def read_lines(path: str | Path, expected: str) -> list[dict[str, Any]]:
@@ -149,10 +143,8 @@ def read_lines(path: str | Path, expected: str) -> list[dict[str, Any]]:
             rows.append(row)
         elif line.strip():
             raise ValueError(f"{path}, line {number}: no object in JSON; expected {expected}")
-    unfinished = _row(last)
-    if unfinished is not None:
-        rows.append(unfinished)
-    return rows
+    last_row = _row(last)
+    return rows if last_row is None else [*rows, last_row]
 
 
 def _row(line: str | bytes) -> dict[str, Any] | None:
@@ -161,10 +153,10 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict):
-        return None
-    row.pop("check", None)  # of earlier versions
-    return row
+    if isinstance(row, dict):
+        row.pop("check", None)  # of earlier versions
+        return row
+    return None
 
 
 # Tensors
