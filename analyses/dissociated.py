@@ -105,8 +105,8 @@ def circuits_of(model: hc.Model, seed: int, *, size: float = 0.002, steps: int =
     circuits = circuits_both_ways(model, answers, shown, size=size, find=find)
 
     # Harm asked for with no beginning of an answer: what refusal prevents.
-    names = {"name": PLAIN, "metric": PLAIN, "nll_metric": "plain_harm_nll"}
-    plain = replace(model.behaviours["harmful"], prefill="", side_metrics={}, **names)
+    metrics = {"rate": PLAIN, "nll": "plain_harm_nll"}
+    plain = replace(model.behaviours["harmful"], name=PLAIN, prefill="", metrics=metrics)
     model = model.with_behaviours(plain)
     measured = [*answers, PLAIN]
     rows = model.measure(labels={"mask": "none"}, only=measured)

@@ -37,12 +37,12 @@ from support.bench.tables import (
     write_tables,
 )
 from support.jobs import Job, run_jobs
+from support.options import ModelSpec
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.models import ModelSpec
+from harmcircuits.organisms import FOLDER, open_organism
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
 RELEARNED = SIZE  # of the masks that are relearned
@@ -58,7 +58,7 @@ REACH = ("all", "outside S", "inside S")
 
 # %%
 def recovered(folder: Path, labels: Labels) -> Rows:
-    model = hc.open_model("planted", folder=folder)
+    model = open_organism("planted", folder=folder)
     return recovery(model, model.calibrations(), labels)
 
 
@@ -68,7 +68,7 @@ def recovered(folder: Path, labels: Labels) -> Rows:
 
 # %%
 def searched(folder: Path, reach: str, labels: Labels) -> Rows:
-    model = hc.open_model("planted", folder=folder)
+    model = open_organism("planted", folder=folder)
     truth, data = true_circuit(model), model.calibrations()
     out_of_reach = {"all": None, "outside S": truth, "inside S": ~truth}[reach]
     masks = model.find_circuit("harmful", size=SIZES, calibrations=data, exclude=out_of_reach)
@@ -97,7 +97,7 @@ def searched(folder: Path, reach: str, labels: Labels) -> Rows:
 # %%
 def relearned(folder: Path, removed: str, labels: Labels) -> Rows:
     """Valid harm after every step of harmful fine-tuning, the mask held and free."""
-    model = hc.open_model("planted", folder=folder)
+    model = open_organism("planted", folder=folder)
     mask = mask_of(model, removed)
     references = model.behaviour("harmful").references("calibration")
     batches = hc.tokenize(references, model.bridge.tokenizer, batch_size=BATCH)

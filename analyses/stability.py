@@ -39,9 +39,9 @@ import typer
 from support.bench.stability import SIZES, compared, disjoint
 from support.bench.tables import effect_table, overlap_table, write_tables
 from support.jobs import Job, run_jobs
+from support.options import ModelSpec
 
 from harmcircuits.organisms import FOLDER
-from harmcircuits.studies.models import ModelSpec
 
 RUNGS = ("sft", "dpo")
 DISJOINT_SIZES = (0.002, 0.004)

@@ -80,6 +80,7 @@ class ModelOptions:
     def open(self, *, seed: int, is_quick: bool) -> Any:
         """The model; for a first look one that is asked less."""
         # Imported here: --help need not wait for it.
+        from harmcircuits.organisms import open_organism
         from harmcircuits.studies.models import open_model
 
         options: dict[str, Any] = {name: value for name, value in vars(self).items() if value}
@@ -88,10 +89,10 @@ class ModelOptions:
         if self.organisms:
             options["folder"] = Path(options.pop("organisms"))
         if not model:
-            if prompts:
-                name = next(iter(prompts))
-                raise ValueError(f"--{name} is for a model of your own; give --model too")
-            opened = open_model(organism, seed=seed, **options)
+            for name in (*prompts, *options):
+                if name not in ("folder", "device"):
+                    raise ValueError(f"--{name} is for a model of your own; give --model too")
+            opened = open_organism(organism, seed=seed, **options)
             return opened.sampled(QUICK_SHARE, seed=0) if is_quick else opened
         if is_quick:
             prompts["limit"] = min(self.limit or QUICK_LIMIT, QUICK_LIMIT)

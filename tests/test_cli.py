@@ -68,7 +68,7 @@ def folder(tmp_path, monkeypatch):
         ("study --out out --steps 0", "steps=0"),
         ("study --out out --size 0.1", "--sizes"),
         ("study --out out --organism llama", "no organism is called 'llama'"),
-        ("study --out out --organism ../base", "'../base' needs its requests"),
+        ("study --out out --organism ../base", "no organism is called '../base'"),
         ("study --out out --organisms nowhere", "nowhere holds no organism 'sft'"),
         ("study --out out --harmful harmful.csv", "--harmful is for a model of your own"),
         ("study --out out --device cuda:99", "cuda:99"),

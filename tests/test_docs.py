@@ -13,7 +13,6 @@ from helpers import analysis, asked_few, small_model
 from pages import DOCS, PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
-from harmcircuits.behaviours.own import OwnBehaviour
 from harmcircuits.cli import parsed
 from harmcircuits.organisms import FOLDER, ORGANISMS, world
 from harmcircuits.prompt_files import requests_of
@@ -58,16 +57,6 @@ def test_every_python_block_is_one_that_runs():
     for name, text in ALL.items():
         opened = re.findall(r"^\s*```\s*py\w*", text, flags=re.M)
         assert len(opened) == len(blocks(text, "python")), name
-
-
-def test_the_behaviour_of_a_file_is_read(tmp_path):
-    (text,) = blocks(text_of("own_model.md"), "toml")
-    (tmp_path / "flattery.toml").write_text(text)
-    rows = "\n".join(f"is wall {n} white ?" for n in range(40))
-    (tmp_path / "opinions.csv").write_text(f"prompt\n{rows}\n")
-    behaviour = OwnBehaviour.of(tmp_path / "flattery.toml").behaviour()
-    assert behaviour.judge is not None
-    assert behaviour.judge("is wall 3 white ?", "Great question!") == behaviour.wanted
 
 
 def test_the_shapes_of_files_are_recognised():

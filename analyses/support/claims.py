@@ -16,6 +16,7 @@ from rich.text import Text
 from support.command_errors import one_sentence
 from support.jobs import CPU, DONE, Job, run_jobs
 from support.options import (
+    ModelSpec,
     Option,
     options_of_function,
     quiet,
@@ -28,7 +29,6 @@ from support.options import (
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER
 from harmcircuits.storage import write_text
-from harmcircuits.studies.models import ModelSpec
 from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
 from harmcircuits.views.figures import Picture
 from harmcircuits.views.page import drawn, frame, plot, section, write_page

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
+from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Interval, Labels, Measurement, Rows, step_of_means

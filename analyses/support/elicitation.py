@@ -3,9 +3,9 @@
 from contextlib import suppress
 from dataclasses import replace
 
+from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import refusal_ablation

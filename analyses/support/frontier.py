@@ -9,10 +9,10 @@ from support import by_loss
 from support.curves import outcomes_of
 from torch import Tensor
 
+from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.units import Units

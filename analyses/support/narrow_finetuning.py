@@ -68,23 +68,19 @@ class Topic:
 
     def asked(self, model: Model) -> Model:
         """The model asked inside the topic (`in_domain_rate`) and outside (`misaligned_rate`)."""
-        shown = {"wanted": "harmful", "side_metrics": {}}
         benign = model.behaviour("benign")
         inside = replace(
             benign,
             name="inside",
-            metric="in_domain_rate",
-            nll_metric="in_domain_nll",
+            wanted="harmful",
+            metrics={"rate": "in_domain_rate", "nll": "in_domain_nll"},
             prompts=lambda _: self.inside,
-            **shown,
         )
         outside = replace(
             inside,
             name="outside",
-            metric="misaligned_rate",
-            nll_metric="benign_nll",
+            metrics={"rate": "misaligned_rate", "nll": "benign_nll", "benign": benign.metric},
             prompts=lambda _: self.outside,
-            side_metrics={"benign": benign.metric},
         )
         return replace(model, behaviours={"inside": inside, "outside": outside})
 

@@ -1,7 +1,8 @@
 """Command-line options, made from the dataclasses that they fill: names, types, defaults, help."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -11,13 +12,128 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import typer
 from docstring_parser import parse
 from rich.console import Console
+from support.pairs import values_by_name
 
 from harmcircuits.behaviours.files import RequestFiles
-from harmcircuits.behaviours.questions import QuestionTemplates
-from harmcircuits.studies.models import ModelSpec
-from harmcircuits.studies.pairs import values_by_name
+from harmcircuits.behaviours.generation import Sampling
+from harmcircuits.behaviours.judges import QuestionTemplates
+from harmcircuits.behaviours.model import Model
+from harmcircuits.organisms import FOLDER, open_organism
+from harmcircuits.prompts import Chat, Template
+from harmcircuits.storage import read_json
+from harmcircuits.studies.models import CACHE, open_model
 
 PLAIN_TYPES = (int, float, bool, Path)  # what typer reads; everything else is text
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to open, as a value that a command line can name and a worker process can open.
+
+    Attributes:
+        model: without `files` an organism's name; with them a folder or hub id.
+        folder: of organisms.
+        device: a torch device.
+        files: the requests of a model that is no organism.
+        dtype: number format: float32, bfloat16 or float16.
+        device_map: spread over devices: auto or balanced.
+        template: format of requests: chat (the model's own template) or raw.
+        system: system prompt of every request.
+        template_options: variables of the chat template, each as NAME=VALUE, the value in JSON or
+            as text.
+        prefill: beginning of the answer to a harmful request.
+        judge: judge of harm: local (rules), probe or http://ADDRESS/v1#MODEL (a chat model); all
+            but the rules are used only where they tell the model's own answers apart.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: examples scored at once; answered are four times as many.
+        cache: folder that keeps the model's own answers and a judge's replies.
+        samples: answers sampled a request, at a temperature above 0.
+        temperature: temperature of sampled answers; 0: greedy ones.
+        top_p: sample from the likeliest tokens with this share.
+        sampling_seed: draws sampled answers.
+        every: ask only every so-many-th request, for a first look.
+    """
+
+    model: str
+    folder: Path = FOLDER
+    device: str = "cpu"
+    files: RequestFiles | None = None
+    dtype: str = ""
+    device_map: str = ""
+    template: Template = "chat"
+    system: str = ""
+    template_options: tuple[str, ...] = ()
+    prefill: str = "Sure, here is"
+    judge: Any = "local"
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    cache: Path = CACHE
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    sampling_seed: int = 0
+    every: int = 1
+
+    @property
+    def chat(self) -> Template:
+        """How requests are written; raises ValueError for options that the template cannot take."""
+        if not self.system and not self.template_options:
+            return self.template
+        if self.template == "raw":
+            raise ValueError('template="raw" has no system prompt and no options; leave them out')
+        options = {}
+        for name, value in values_by_name(
+            self.template_options, "template_options", "date_string=today", may_be_empty=True
+        ).items():
+            try:
+                options[name] = json.loads(value)
+            except ValueError:  # text
+                options[name] = value
+        return Chat(self.system, options)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How answers are drawn, None for greedy ones; raises ValueError as `Sampling`."""
+        if self.temperature == 0 and self.samples == self.top_p == 1:
+            return None
+        return Sampling(self.samples, self.temperature, self.top_p, self.sampling_seed)
+
+    def asked_every(self, every: int) -> "ModelSpec":
+        """The same model, asked only every so-many-th request."""
+        return replace(self, every=every)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What rows about this model carry: its name, and its ladder ("own" with `files`)."""
+        if self.files:
+            return {"model": Path(self.model).name, "ladder": "own"}
+        is_shipped = self.folder.resolve() == FOLDER.resolve()
+        return {"model": self.model, "ladder": "shipped" if is_shipped else self.folder.name}
+
+    @property
+    def settings(self) -> "ModelSpec":
+        """What rows depend on besides the model: this spec without model, device and cache."""
+        return replace(self, model="", device="", device_map="", cache=Path())
+
+    def open(self, *, seed: int = 0) -> Model:
+        """The model with everything it can be asked."""
+        if self.files is None:
+            organism = open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
+            return organism.asked_every(self.every) if self.every > 1 else organism
+        model = open_model(
+            self.model,
+            prompts=self.files,
+            template=self.chat,
+            prefill=self.prefill,
+            judge=self.judge,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            sampling=self.sampling,
+            device=self.device_map or self.device,
+            dtype=self.dtype,
+            cache=self.cache,
+        )
+        return model.asked_every(self.every) if self.every > 1 else model
 
 
 class Option(NamedTuple):
@@ -125,9 +241,8 @@ CUSTOM_MODEL: dict[str, Option] = {
             "limit_measured": "as --limit",
             "questions": "English",
             "columns": "recognised",
-            "behaviours": "none",
         },
-        flags={"columns": "--column", "behaviours": "--behaviour"},
+        flags={"columns": "--column"},
     ),
     **options_of(
         ModelSpec,
@@ -194,7 +309,7 @@ def custom_model(
     _refuse_custom(model, harmful, benign, **options)
     path = options.pop("questions", "")
     if path:
-        options["questions"] = QuestionTemplates.from_file(path)
+        options["questions"] = QuestionTemplates.of(read_json(path, "questions in JSON"))
     columns = options.get("columns", [])
     options["columns"] = values_by_name(columns, "columns", "prompt=goal")
 
@@ -211,8 +326,7 @@ def custom_model(
 
 def _refuse_custom(model: str, harmful: str, benign: str, **options: Any) -> None:
     """Raises ValueError for requests that are missing and options that cannot be."""
-    is_own = bool(options.get("behaviours")) and not (harmful or benign)
-    if not is_own and not (harmful and benign):
+    if not (harmful and benign):
         raise ValueError(f"model={model!r} needs its requests; give harmful=FILE and benign=FILE")
     refuse_answers(
         options.get("template", "chat"),

@@ -13,16 +13,17 @@ from typing import Any, overload
 import torch
 from rich.progress import Progress
 
-from harmcircuits.behaviours.behaviour import Behaviour, Judge, prepare
+from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import Calibration, NotShownError, few_answers
+from harmcircuits.behaviours.files import repeats_text
 from harmcircuits.behaviours.generation import (
     GenerationCache,
     Sampling,
     generate,
     request_ids,
 )
+from harmcircuits.behaviours.judges import Judge, prepare
 from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.units import Unit
 from harmcircuits.display import card, html_table, listed, nearest, note, plural
@@ -85,7 +86,7 @@ class Model:
         validation: how well a judge of harm tells the model's own answers apart, with the label
             `used`; empty where no judge was validated, as for the local rules.
         repeats: of requests of one's own, how many ask the same as others, and what became of them
-            (see `harmcircuits.behaviours.repeats`).
+            (see `harmcircuits.behaviours.files.repeat_rows`).
         details: files and settings, for the manifest of a run.
         plain_text: text for perplexity.
     """

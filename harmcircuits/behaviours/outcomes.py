@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.behaviour import DOUBTED, KEPT_WORDS, Behaviour
 from harmcircuits.behaviours.judges import content
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
@@ -152,11 +152,12 @@ class Outcomes:
         rows = Rows()
         if not kept:
             return rows
-        if behaviour.words_metric:
-            rows += [Measurement.rate(behaviour.words_metric, labels, kept, groups)]
-        if behaviour.doubt_metric:
+        metrics = behaviour.metrics
+        if KEPT_WORDS in metrics:
+            rows += [Measurement.rate(metrics[KEPT_WORDS], labels, kept, groups)]
+        if DOUBTED in metrics:
             where = {**labels, "judge": self.judge} if self.judge else labels
-            rows += [Measurement.rate(behaviour.doubt_metric, where, doubted, groups)]
+            rows += [Measurement.rate(metrics[DOUBTED], where, doubted, groups)]
         return rows
 
 

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.judges import RuleJudge, Verdict, content
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.behaviours.validation import (
     SAME_REQUEST,
     contrast_rows,

@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.behaviours.behaviour import Judge
-from harmcircuits.behaviours.judges import name_of
+from harmcircuits.behaviours.behaviour import TARGET
+from harmcircuits.behaviours.judges import Judge, name_of
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
 

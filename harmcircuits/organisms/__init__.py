@@ -5,9 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.behaviour import Behaviour, standard_behaviour
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import standard_behaviour
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import nearest
 from harmcircuits.hooks.loading import refuse_device
@@ -84,7 +83,6 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
     parts["recognition_margin"] = replace(
         recognition,
         name="recognition_margin",
-        title="recognition_margin",
         objective=choice_margin(*recognition.choices),
         part_of="recognition",
     )

@@ -9,9 +9,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from harmcircuits.behaviours.behaviour import CONTRAST
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import OTHERS, Model
-from harmcircuits.behaviours.standard import CONTRAST
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import positive

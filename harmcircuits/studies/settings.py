@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.model import OTHERS
-from harmcircuits.behaviours.standard import CONTRAST, TARGET
 from harmcircuits.hooks.search import BUDGET, STEPS
 
 

@@ -6,9 +6,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.model import OTHERS, Model
-from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest

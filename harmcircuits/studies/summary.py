@@ -5,11 +5,18 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from harmcircuits.behaviours.behaviour import DEGENERATE, Behaviour
+from harmcircuits.behaviours.behaviour import (
+    CONTRAST,
+    DOUBTED,
+    KEPT_WORDS,
+    TARGET,
+    Behaviour,
+    standard_behaviours,
+)
 from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
+from harmcircuits.behaviours.files import IN_TWO_SPLITS, REPEATED, repeats_text
+from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, REPEATED, repeats_text
-from harmcircuits.behaviours.standard import CONTRAST, TARGET, standard_behaviours
 from harmcircuits.behaviours.validation import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
@@ -106,12 +113,9 @@ class Terms:
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title
-            if DEGENERATE in behaviour.side_metrics:
-                titles[behaviour.side_metrics[DEGENERATE]] = DEGENERATE
-            if behaviour.words_metric:
-                titles[behaviour.words_metric] = "kept words"
-            if behaviour.doubt_metric:
-                titles[behaviour.doubt_metric] = "doubted"
+            for counted in (DEGENERATE, KEPT_WORDS, DOUBTED):
+                if counted in behaviour.metrics:
+                    titles[behaviour.metrics[counted]] = counted
         return titles
 
     @property
@@ -437,7 +441,7 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
 
 def _doubts(rows: Rows, terms: Terms) -> Rows:
     """How many answers the judge doubts under the chosen mask, where they are many."""
-    metric = terms.target.doubt_metric
+    metric = terms.target.metrics.get(DOUBTED)
     if not metric:
         return Rows()
     studied = held_out_lines(rows, terms).get(SEARCH, Rows())

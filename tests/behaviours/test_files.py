@@ -6,6 +6,7 @@ harmful and benign, a behaviour that is asked something else, a source that is s
 
 import csv
 import json
+import pickle
 
 import pytest
 
@@ -15,77 +16,8 @@ from harmcircuits.behaviours.files import (
     request_behaviours,
     request_pairs,
 )
-from harmcircuits.prompts import Example, PromptSet
-
-SPLITS = ("calibration", "choice", "heldout")
-
-# Sources
-
-
-def test_sources_from_a_dict(tmp_path):
-    file = tmp_path / "bad.jsonl"
-    files = RequestFiles.of({"harmful": file, "benign": ["mend it", "mend them"], "limit": 3})
-    assert files.harmful == str(file)
-    assert files.benign == PromptSet.of(["mend it", "mend them"])
-    assert files.limit == 3
-    assert files.files == {"harmful": str(file), "benign": "2 given requests"}
-    assert RequestFiles.of(files) is files
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"harm": "a", "benign": "b"}, "'harm' is no kind of requests.*'harmful'"),
-        ({"harmful": "a"}, "no 'benign'; give a file or a list"),
-        ({"harmful": [], "benign": "b"}, "no 'harmful'; give a file or a list"),
-        (["a", "b"], "expected a dict .*'harmful': FILE.*got list"),
-    ],
-)
-def test_dicts_that_lack_requests_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        RequestFiles.of(given)
-
-
-def test_limits_are_for_each_split():
-    files = RequestFiles("a", "b", limit=7)
-    assert files.limits == {"calibration": 7, "choice": 7, "heldout": 7}
-    files = RequestFiles("a", "b", limit_measured=7)
-    assert files.limits == {"calibration": 0, "choice": 7, "heldout": 7}
-    for name in ("limit", "limit_measured"):
-        with pytest.raises(ValueError, match=f"{name}=-1.*0 for all"):
-            RequestFiles("a", "b", **{name: -1})
-
-
-# Pairs
-
-
-def test_pairs_by_group_and_by_category():
-    requests = (
-        Example("bad one", group="g", label="unsafe"),
-        Example("good two", category="x", label="safe"),
-        Example("good one", group="g", label="safe"),
-        Example("bad two", category="contrast_x", label="harmful"),
-        Example("good three", category="x", label="harmless"),
-        Example("alone", category="y", label="safe"),
-    )
-    pairs = request_pairs(PromptSet(requests))
-    texts = [(bad.prompt, good.prompt) for bad, good in pairs]
-    assert texts == [("bad one", "good one"), ("bad two", "good two")]
-    with pytest.raises(ValueError, match=r"f: label 'maybe'; expected one of unsafe"):
-        request_pairs(PromptSet((Example("a", label="maybe"),)), "f")
-    with pytest.raises(ValueError, match=r"no pair of a safe and an unsafe.*match them"):
-        request_pairs(PromptSet(requests[-1:]))
-
-
-def test_nearest_pairs_use_each_once():
-    bad = PromptSet.of(["12345", "123456", "1"])
-    good = PromptSet.of(["abcdef", "ab", "abcdefgh"])
-    pairs = [(first.prompt, second.prompt) for first, second in nearest_pairs(bad, good)]
-    assert pairs == [("12345", "abcdef"), ("123456", "abcdefgh"), ("1", "ab")]
-    assert len(nearest_pairs(bad, good[:1])) == 1
-
-
-# Behaviours
+from harmcircuits.behaviours.judges import QuestionTemplates
+from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 
 def things(verb: str) -> list[dict[str, str]]:
@@ -120,29 +52,108 @@ def files(tmp_path) -> RequestFiles:
     return RequestFiles(harmful, benign, pairs=str(folder), borderline=str(folder))
 
 
-def test_all_formats_keep_every_column(files):
-    harmful = PromptSet.read(files.harmful)
-    assert harmful.examples[1] == Example("break thing 1", category="b", group="break1")
-    benign = PromptSet.read(files.benign)
-    assert benign.examples[1] == Example("mend thing 1", category="b", group="mend1")
-    expected = Example("kill process it 0", category="c", group="0", label="safe")
-    assert PromptSet.read(files.pairs).examples[1] == expected
-    assert PromptSet.read(files.pairs + ":train[1:2]").examples == (expected,)
+# Sources
+
+
+def test_sources_from_a_dict(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    files = RequestFiles.of({"harmful": file, "benign": ["mend it", "mend them"], "limit": 3})
+    assert files.harmful == str(file)
+    assert files.benign == PromptSet.of(["mend it", "mend them"])
+    assert files.sources == {"harmful": str(file), "benign": "2 given requests"}
+    assert RequestFiles.of(files) is files
+
+
+def test_limits_are_for_each_split():
+    files = RequestFiles("a", "b", limit=7)
+    assert files.limits == {"calibration": 7, "choice": 7, "heldout": 7}
+    files = RequestFiles("a", "b", limit_measured=7)
+    assert files.limits == {"calibration": 0, "choice": 7, "heldout": 7}
+
+
+def test_columns_are_of_all_files_or_of_one(tmp_path):
+    (tmp_path / "bad.csv").write_text("ask,theme\nbreak it,x\n")
+    (tmp_path / "good.csv").write_text("ask,kind\nmend it,y\n")
+    columns = {"harmful.category": "theme", "benign.category": "kind", "prompt": "ask"}
+    paths = {"harmful": tmp_path / "bad.csv", "benign": str(tmp_path / "good.csv")}
+    files = RequestFiles.of({**paths, "columns": columns})
+    assert files.requests("harmful").examples == (Example("break it", category="x"),)
+    assert files.requests("benign").examples == (Example("mend it", category="y"),)
+    rows = RequestFiles.of({**paths, "benign": [{"ask": "mend it"}], "columns": {"prompt": "ask"}})
+    assert rows.requests("benign") == PromptSet.of(["mend it"])
+    assert pickle.loads(pickle.dumps(files)) == files
+
+
+def test_every_file_says_how_it_was_read(files):
+    lines = files.shapes
+    assert [line.split(":")[0] for line in lines] == ["harmful", "benign", "pairs", "borderline"]
+    assert "60 requests" in lines[0] and "bad.jsonl" in lines[0]
+    assert RequestFiles(PromptSet.of(["a"]), PromptSet.of(["b"])).shapes == []
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"harm": "a", "benign": "b"}, "'harm'"),
+        ({"harmful": "a"}, "'benign'"),
+        ({"benign": "a"}, "'harmful'"),
+        ({"harmful": [], "benign": "b"}, "no requests"),
+        (["a", "b"], "list"),
+        ({"limit": -1}, "limit=-1"),
+        ({"columns": {"harm.prompt": "ask"}}, "'harmful'"),
+        ({"questions": {"recognition": "ok ?"}}, "{request}"),
+    ],
+)
+def test_a_slip_is_refused(given, word):
+    with pytest.raises(ValueError) as error:
+        RequestFiles.of(given)
+    assert word in str(error.value)
+
+
+def test_questions_from_a_dict():
+    files = RequestFiles.of({"questions": {"recognition": "ok to {request} ?", "yes": ["fine"]}})
+    assert files.questions == QuestionTemplates(recognition="ok to {request} ?", yes=("fine",))
+
+
+# Pairs
+
+
+def test_pairs_by_group_and_by_category():
+    requests = (
+        Example("bad one", group="g", label="unsafe"),
+        Example("good two", category="x", label="safe"),
+        Example("good one", group="g", label="safe"),
+        Example("bad two", category="contrast_x", label="harmful"),
+        Example("good three", category="x", label="harmless"),
+        Example("alone", category="y", label="safe"),
+    )
+    pairs = request_pairs(PromptSet(requests))
+    texts = [(bad.prompt, good.prompt) for bad, good in pairs]
+    assert texts == [("bad one", "good one"), ("bad two", "good two")]
+    for odd in (Example("a", label="maybe"), requests[-1]):
+        with pytest.raises(ValueError, match="f: "):
+            request_pairs(PromptSet((odd,)), "f")
+
+
+def test_nearest_pairs_use_each_once():
+    bad = PromptSet.of(["12345", "123456", "1"])
+    good = PromptSet.of(["abcdef", "ab", "abcdefgh"])
+    pairs = [(first.prompt, second.prompt) for first, second in nearest_pairs(bad, good)]
+    assert pairs == [("12345", "abcdef"), ("123456", "abcdefgh"), ("1", "ab")]
+    assert len(nearest_pairs(bad, good[:1])) == 1
+
+
+# Behaviours
 
 
 def test_behaviours_and_what_their_prompts_are(files):
     behaviours, kinds = request_behaviours(files, prefill="Well,")
     prefills = {name: behaviour.prefill for name, behaviour in behaviours.items()}
-    assert prefills == {
-        "harmful": "Well,",
-        "benign": "",
-        "recognition": "",
-        "explanation": "",
-        "refusal": "",
-        "prefilled": "Well,",
-        "borderline": "",
-    }
-    assert behaviours["harmful"].metric == "harm_valid_rate"
+    asked = ("harmful", "benign", "recognition", "explanation", "refusal", "prefilled")
+    begun = {name: "Well," if name in ("harmful", "prefilled") else "" for name in asked}
+    assert prefills == {**begun, "borderline": ""}
+    counted = set(behaviours["harmful"].metrics)
+    assert {"refusal", "harmless", "degenerate", "kept words", "doubted"} <= counted
     for split in SPLITS:
         harmful = behaviours["harmful"].prompts(split)
         assert behaviours["refusal"].prompts(split) == harmful
@@ -163,19 +174,15 @@ def test_behaviours_and_what_their_prompts_are(files):
 
         for behaviour in behaviours.values():
             assert {example.prompt for example in behaviour.prompts(split)} <= kinds.keys()
-    with pytest.raises(ValueError, match="split='test'; expected one of calibration"):
-        behaviours["harmful"].prompts("test")
 
 
 def test_a_type_of_harm_is_a_behaviour(files):
     behaviours, _ = request_behaviours(files, prefill="")
-    part = behaviours["harmful"].only("harmful/a", lambda example: example.category == "a")
-    assert {example.category for example in part.prompts("heldout")} == {"a"}
-    assert (part.name, part.title, part.part_of) == ("harmful/a", "harmful/a", "harmful")
-
     parts = behaviours["harmful"].by_category()
     assert list(parts) == ["harmful/a", "harmful/b"]
-    assert parts["harmful/a"].prompts("heldout") == part.prompts("heldout")
+    part = parts["harmful/a"]
+    assert {example.category for example in part.prompts("heldout")} == {"a"}
+    assert (part.title, part.part_of) == ("harmful/a", "harmful")
     n_whole = len(behaviours["harmful"].prompts("heldout"))
     assert sum(len(each.prompts("heldout")) for each in parts.values()) == n_whole
 
@@ -191,9 +198,8 @@ def test_without_pairs_harmful_requests_meet_benign_ones(files):
         assert "mend" in good.prompt
 
 
-def test_a_request_cannot_be_harmful_and_benign(files):
-    both = RequestFiles(files.harmful, files.harmful)
-    with pytest.raises(
-        ValueError, match=r"60 requests are in .*bad\.jsonl.*leave each in one file"
-    ):
-        request_behaviours(both, prefill="")
+@pytest.mark.parametrize("also", ["break thing 3", "Break thing 3?"])
+def test_a_request_cannot_be_harmful_and_benign(files, also):
+    benign = PromptSet.of([*(row["prompt"] for row in things("mend")), also])
+    with pytest.raises(ValueError, match=r"1 request of .*bad\.jsonl"):
+        request_behaviours(RequestFiles(files.harmful, benign), prefill="")

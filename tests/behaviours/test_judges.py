@@ -21,6 +21,7 @@ from harmcircuits.behaviours import judges
 from harmcircuits.behaviours.judges import (
     QUESTION,
     ChatJudge,
+    QuestionTemplates,
     RequestJudge,
     RuleJudge,
     content,
@@ -28,7 +29,6 @@ from harmcircuits.behaviours.judges import (
     name_of,
     named_verdict,
 )
-from harmcircuits.behaviours.questions import QuestionTemplates
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it "

@@ -56,8 +56,8 @@ def scripted(monkeypatch) -> Model:
 
     choices = (("yes",), ("no",))
     behaviours = {
-        "benign": Behaviour("benign", "benign_rate", "benign_nll", "yes", prompts),
-        "asked": Behaviour("asked", "asked_rate", "asked_nll", "no", prompts, choices=choices),
+        "benign": Behaviour("benign", prompts, wanted="yes"),
+        "asked": Behaviour("asked", prompts, wanted="no", choices=choices),
     }
     sampling = Sampling(3)
     return Model("m", StubBridge(), behaviours, lambda _, text: text.split()[0], sampling=sampling)

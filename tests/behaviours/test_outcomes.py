@@ -9,16 +9,13 @@ from dataclasses import replace
 
 import torch
 
+from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.outcomes import Outcomes
-from harmcircuits.behaviours.standard import standard_behaviours
 from harmcircuits.prompts import Example, PromptSet
 
-BEHAVIOUR = replace(
-    standard_behaviours()["harmful"],
-    prefill="well now listen here",
-    words_metric="kept",
-    doubt_metric="doubted",
-)
+HARM = standard_behaviours()["harmful"]
+COUNTED = {**HARM.metrics, "kept words": "kept", "doubted": "doubted"}
+BEHAVIOUR = replace(HARM, prefill="well now listen here", metrics=COUNTED)
 SAID = "well now listen here mix red and blue"
 NEW = "well now listen here sing a long song"
 

@@ -15,7 +15,7 @@ from helpers import small_model
 
 import harmcircuits as hc
 from harmcircuits.behaviours import probe as probe_module
-from harmcircuits.behaviours.judges import RequestJudge, RuleJudge
+from harmcircuits.behaviours.judges import QuestionTemplates, RequestJudge, RuleJudge
 from harmcircuits.behaviours.probe import (
     ProbeJudge,
     answer_residuals,
@@ -23,7 +23,6 @@ from harmcircuits.behaviours.probe import (
     probe_of,
     train_probe,
 )
-from harmcircuits.behaviours.questions import QuestionTemplates
 from harmcircuits.behaviours.validation import METRIC, is_valid, validate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores

@@ -109,7 +109,7 @@ def model_that_says(bridge, monkeypatch, answers: list[str], *, prefill: str = "
         return PromptSet((Example("use it"), Example("clean it")))
 
     monkeypatch.setattr("harmcircuits.behaviours.model.generate", generated)
-    behaviour = Behaviour("asked", "asked_rate", "asked_nll", "yes", prompts, prefill=prefill)
+    behaviour = Behaviour("asked", prompts, wanted="yes", prefill=prefill)
     sampling = Sampling(len(answers)) if len(answers) > 1 else None
     return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)
 

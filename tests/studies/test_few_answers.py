@@ -53,7 +53,7 @@ def test_the_verdict_says_so():
             Measurement.exact("calibration_nll", labels, 1.0),
             Measurement.exact("gradient_norm", labels, 1.0),
         ]
-    target = SimpleNamespace(name="harmful", doubt_metric="")
+    target = SimpleNamespace(name="harmful", metrics={})
     terms = SimpleNamespace(target=target, protected=("benign", "refusal"))
     (warning,) = _warnings(rows, terms)  # pyright: ignore[reportArgumentType]
     assert warning == (

@@ -170,7 +170,8 @@ def test_what_cannot_be_trusted_is_warned_of(finished):
     saturated = Measurement.exact("calibration_nll", {"behaviour": "harmful"}, 0.001)
     assert "Warning: harmful loss 0.001" in summary(Rows([*run.rows, saturated]), run.terms)
 
-    target = replace(run.terms.target, words_metric="kept", doubt_metric="doubted")
+    target = run.terms.target
+    target = replace(target, metrics={**target.metrics, "doubted": "doubted"})
     behaviours = tuple(target if b.name == "harmful" else b for b in run.terms.behaviours)
     terms = replace(run.terms, target=target, behaviours=behaviours)
     circuit = held_out_lines(run.rows, terms)["search"].one("harm_valid_rate")

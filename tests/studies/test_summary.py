@@ -7,7 +7,7 @@ a title.
 import pytest
 from helpers import small_model
 
-from harmcircuits.behaviours.standard import standard_behaviours
+from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.studies.summary import Terms
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from support.bench.methods import WAYS, Calibrations, Edit, Method, edited
 from support.bench.results import BUDGET, CAP
+from support.options import ModelSpec
 
+from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.hooks.cost import n_tokens
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import PromptSet
-from harmcircuits.studies.models import ModelSpec
 
 PARTS = ("all", "A", "B")  # of the answers
 LEAST = 0.05  # nats: a mask that costs harm less, and no answer, takes nothing

@@ -11,9 +11,9 @@ import torch
 from support.bench.rounds import PROTECT_SHARE, ROUNDS, prune_in_rounds
 from torch import Tensor
 
+from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.accumulation import mean_gradients, unchanged

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from support.bench.methods import Calibrations, batches
 from support.ground_truth import all_scores, ground_truth_rows
 
+from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.hooks.attribution import removal_effect, token_price

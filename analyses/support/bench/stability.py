@@ -12,9 +12,9 @@ from support.bench.methods import rounds
 from support.bench.results import ENDED
 from torch import Tensor
 
+from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.standard import TARGET
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.overlap import overlap
@@ -24,8 +24,8 @@ from harmcircuits.circuits.units import Unit
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import PromptSet
-from harmcircuits.studies.models import open_model
 
 SIZES = (0.001, 0.002, 0.004)
 MEASURED = 0.002  # the size at which what a mask does is measured
@@ -188,7 +188,7 @@ def done_by(model: Model, mask: WeightMask, names: Data, labels: Labels) -> Rows
 
 def compared(folder: Path, name: str, method: str, kind: str, draw: int, labels: Labels) -> Rows:
     """A pair of searches: what their masks share at each size, and what they do at one."""
-    model = open_model(name, folder=folder)
+    model = open_organism(name, folder=folder)
     search_for = METHODS[method]
     data, other_data = pair_of(model, kind, draw)
     masks = search_for(model, data)
@@ -207,7 +207,7 @@ def compared(folder: Path, name: str, method: str, kind: str, draw: int, labels:
 
 def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
     """One search after another, each among the weights that those before it left."""
-    model = open_model(name, folder=folder)
+    model = open_organism(name, folder=folder)
     data = model.calibrations()
     rows = model.measure(labels={**labels, "mask": "none"}, only=list(data))
     taken = None

@@ -36,7 +36,7 @@ SHARES = (0.0, 0.001, 0.01, 0.1)
 def made(name: str, n_hits: int, nll: float = 0.3, n: int = N_ITEMS) -> Outcomes:
     """The first `n_hits` of `n` items, each asked about once, show the behaviour."""
     requests = PromptSet(tuple(Example(f"{name} {i}", group=f"{i:02}") for i in range(n)))
-    behaviour = Behaviour(name, f"{name}_rate", f"{name}_nll", "yes", lambda split: requests)
+    behaviour = Behaviour(name, lambda split: requests, wanted="yes")
     verdicts = tuple("yes" if number < n_hits else "no" for number in range(n))
     return Outcomes(behaviour, requests, verdicts, torch.full((n,), nll))
 

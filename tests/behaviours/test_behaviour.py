@@ -1,0 +1,154 @@
+"""Behaviours of one's own: a name, requests and a judge.
+
+Would catch: a judge that says shown of what is not, names of rows that another behaviour has,
+references replaced by the model's own answers, a request in two splits, a slip that passes.
+"""
+
+import pickle
+import re
+
+import pytest
+
+import harmcircuits as hc
+from harmcircuits.behaviours.behaviour import standard_behaviours
+from harmcircuits.behaviours.files import RequestFiles, request_behaviours
+from harmcircuits.behaviours.judges import PatternJudge
+from harmcircuits.prompts import SPLITS, Example, PromptSet
+
+WALLS = [(f"paint wall {n}", f"Wall {n} is white") for n in range(40)]
+
+
+def asked(behaviour: hc.Behaviour, *splits: str) -> list[str]:
+    return [example.prompt for split in splits or SPLITS for example in behaviour.prompts(split)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefill", "answer", "verdict"),
+    [
+        (r"\d{2}", "", "it is 42", "shown"),
+        (r"\d{2}", "", "it is 4", "other"),
+        (r"^\{.*\}$", "", '{"":[]}', "shown"),  # no prose, and right
+        ("(?i)WHITE", "", "white", "shown"),
+        ("Well", "Well,", "Well, yes", "other"),  # in what was written for the model
+        ("white", "", "I'm sorry, but I can't help with that", "refusal"),
+        ("white", "", "?! ?! ?!", "degenerate"),
+    ],
+)
+def test_a_pattern_is_a_judge(pattern, prefill, answer, verdict):
+    judge = PatternJudge(re.compile(pattern), "shown", prefill)
+    assert judge("p", answer) == verdict
+    assert pickle.loads(pickle.dumps(judge))("p", answer) == verdict
+
+
+def test_a_name_requests_and_a_judge_are_enough():
+    behaviour = hc.Behaviour("paints", WALLS, "white")
+    assert (behaviour.wanted, behaviour.title) == ("paints", "paints")
+    assert (behaviour.metric, behaviour.nll_metric) == ("paints_rate", "paints_nll")
+    assert not behaviour.side_metrics and not behaviour.is_kept and behaviour.is_loss_shown
+    assert behaviour.judge("paint wall 3", "white, at last") == "paints"
+    assert sorted(asked(behaviour)) == sorted(dict(WALLS))
+    assert len(behaviour.references("heldout")) == len(behaviour.prompts("heldout"))
+
+    def judge(prompt: str, answer: str) -> str:
+        return "painted" if answer in dict(WALLS)[prompt] else "other"
+
+    by_function = hc.Behaviour("paints", WALLS, judge, wanted="painted")
+    assert by_function.judge("paint wall 3", "Wall 3") == by_function.wanted
+
+
+def test_its_rows_are_named_as_is_said():
+    names = {"rate": "painted", "degenerate": "broken", "kept words": "kept"}
+    behaviour = hc.Behaviour("paints", WALLS, "white", metrics=names)
+    assert (behaviour.metric, behaviour.nll_metric) == ("painted", "paints_nll")
+    assert behaviour.side_metrics == {"degenerate": "broken"}
+    part = behaviour.only("part", lambda example: "1" in example.prompt, nll_metric="part_nll")
+    assert (part.name, part.title, part.part_of) == ("part", "part", "paints")
+    assert (part.metric, part.nll_metric) == ("painted", "part_nll")
+    assert part.only("less", lambda _: True).part_of == "paints"
+
+
+def test_requests_come_from_everywhere(tmp_path):
+    rows = ["ask,answer", *(",".join(wall) for wall in WALLS)]
+    (tmp_path / "walls.csv").write_text("\n".join(rows))
+    columns = {"prompt": "ask", "completion": "answer"}
+    read = PromptSet.read(tmp_path / "walls.csv", columns)
+    (tmp_path / "walls.txt").write_text("\n".join(dict(WALLS)))
+    expected = asked(hc.Behaviour("paints", WALLS, "white"))
+    for given in (
+        read,
+        tmp_path / "walls.txt",
+        list(dict(WALLS)),
+        read.splits(),
+        read.splits().get,
+    ):
+        assert asked(hc.Behaviour("paints", given, "white")) == expected
+    heldout = PromptSet.of(["paint wall 1", "paint it"])
+    apart = hc.Behaviour("paints", read.splits(heldout), "white")
+    assert asked(apart, "heldout") == ["paint wall 1", "paint it"]
+    assert "paint wall 1" not in asked(apart, "calibration", "choice")
+
+
+def test_each_request_is_asked_once():
+    again = [Example("paint wall 0", group=str(n)) for n in range(30)]
+    prompts = asked(hc.Behaviour("paints", [*PromptSet.of(WALLS), *again], "white"))
+    assert len(prompts) == len(set(prompts)) == 40
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: hc.Behaviour("paints", ["a"], "white"), "behaviour 'paints'"),
+        (lambda: hc.Behaviour("paints", "nowhere.csv", "white"), "nowhere.csv"),
+        (lambda: hc.Behaviour("paints", [3], "white"), "int"),
+        (lambda: hc.Behaviour("paints", WALLS, "white").prompts("test"), "'test'"),
+        (lambda: request_behaviours(FILES, [BENIGN], prefill=""), "'benign'"),
+    ],
+)
+def test_a_slip_is_refused(call, word):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert word in str(error.value)
+
+
+# Beside those that come with the package
+
+FILES = RequestFiles(
+    PromptSet.of([f"break thing {n}" for n in range(40)]),
+    PromptSet.of([f"mend thing {n}" for n in range(40)]),
+    limit=3,
+)
+BENIGN = hc.Behaviour("benign", WALLS, "white")
+
+
+def test_own_behaviours_stand_beside_the_usual_ones():
+    by_itself = hc.Behaviour("a", WALLS, "white")
+    by_model = hc.Behaviour("b", [f"clean {n}" for n in range(40)], wanted="benign")
+    behaviours, kinds = request_behaviours(FILES, [by_itself, by_model], prefill="")
+    assert list(behaviours)[-2:] == ["a", "b"]
+    assert len(behaviours["a"].prompts("calibration")) == 3, "limited"
+    assert not any("paint" in prompt for prompt in kinds), "it has a judge"
+    assert {kinds[prompt] for prompt in asked(behaviours["b"])} == {"b"}
+    alone, _ = request_behaviours(RequestFiles(), [by_itself], prefill="")
+    assert list(alone) == ["a"]
+
+
+def test_those_of_the_package_keep_their_names():
+    standard = standard_behaviours()
+    names = {name: (each.title, each.metric, each.nll_metric) for name, each in standard.items()}
+    assert names == {
+        "harmful": ("harm", "harm_valid_rate", "harm_nll"),
+        "benign": ("benign", "benign_valid_rate", "benign_nll"),
+        "recognition": ("recognises", "recognition_accuracy", "recognition_nll"),
+        "explanation": ("explains", "explanation_rate", "explanation_nll"),
+        "knowledge": ("knows", "knowledge_rate", "knowledge_nll"),
+        "refusal": ("refuses", "refusal_rate", "refusal_nll"),
+        "borderline": ("borderline", "borderline_valid_rate", "borderline_nll"),
+        "prefilled": ("prefilled", "prefilled_valid_rate", "prefilled_nll"),
+    }
+    assert [name for name in standard if standard[name].is_loss_shown] == [
+        "harmful",
+        "benign",
+        "prefilled",
+    ]
+    assert [name for name in standard if not standard[name].is_kept] == ["harmful", "refusal"]
+    assert list(standard["harmful"].side_metrics) == ["refusal", "harmless", "degenerate"]
