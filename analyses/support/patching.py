@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.inspection import attention_patterns, position_names
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.inspection import attention_patterns
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.patching import activation_patching, aligned
+from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch, PromptSet
 from harmcircuits.views.circuitsvis import Panels, Visual, attention_pairs, coloured_tokens
@@ -34,6 +36,21 @@ def aligned_requests(model: Model, name: str, n: int) -> tuple[Batch, list[str]]
     items = list(of_items)
     groups = [items[number] for number in numbers[:n]]
     return Batch(batch.tokens[:n], batch.is_target[:n]), groups
+
+
+def aligned(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
+    """The most examples whose answers begin and end at the same position, and their numbers."""
+    by_shape: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = {}
+    number = 0
+    for batch in batches:
+        starts = batch.is_target.int().argmax(dim=1).tolist()
+        ends = batch.is_token.sum(dim=1).tolist()
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            example = (number, batch.tokens[row, :end], batch.is_target[row, :end])
+            by_shape.setdefault((start, end), []).append(example)
+            number += 1
+    numbers, tokens, is_target = zip(*max(by_shape.values(), key=len), strict=True)
+    return Batch(torch.stack(tokens), torch.stack(is_target)), list(numbers)
 
 
 def patching_rows(
@@ -115,7 +132,16 @@ def _names(model: Model, batch: Batch) -> Sequence[str]:
     """The tokens that all requests share; of a single request only numbers."""
     if len(batch) == 1 and not model.is_invented:
         return [str(number) for number in range(batch.tokens.shape[1])]
-    return position_names(model, batch)
+    return position_names(model.bridge, batch)
+
+
+def position_names(bridge: Bridge, batch: Batch) -> list[str]:
+    """The number of each position, and the token there where it is the same in every example."""
+    names = []
+    for number, column in enumerate(batch.tokens.T.tolist()):
+        (token,) = bridge.tokenizer.convert_ids_to_tokens(column[:1])
+        names.append(f"{number} {token}" if len(set(column)) == 1 else f"{number} …")
+    return names
 
 
 def _magnitude(row: Measurement) -> float:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.inspection import streams_before_answers
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Batch
@@ -49,6 +48,27 @@ def probe_rows(
                 hits = _hits(used, features, is_positive)
                 rows += [Measurement.rate(metric, where, hits, tested)]
     return rows
+
+
+def streams_before_answers(
+    bridge: Bridge, batches: Sequence[Batch]
+) -> dict[str, Float[Tensor, "n d_model"]]:
+    """The residual stream at the token before the first target, by depth; on the CPU."""
+    last = len(bridge.blocks) - 1
+    depths = {f"{layer} pre": f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)}
+    depths[f"{last} post"] = f"blocks.{last}.hook_resid_post"
+    # A bridge's own hooks go by another name than the one that is asked for.
+    hooks = {bridge.hook_dict[name].name for name in depths.values()} | set(depths.values())
+
+    streams: dict[str, list[Tensor]] = {depth: [] for depth in depths}
+    for batch in batches:
+        tokens = batch.tokens.to(bridge.cfg.device)
+        with torch.no_grad():
+            _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in hooks)
+        before = batch.is_target.int().argmax(1) - 1
+        for depth, name in depths.items():
+            streams[depth].append(cache[name][torch.arange(len(batch)), before].cpu())
+    return {depth: torch.cat(values) for depth, values in streams.items()}
 
 
 def _numbered(groups: Sequence[Hashable]) -> Int[Tensor, " n"]:

@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.capacity import refuse_requests
-from harmcircuits.hooks.finite import about_requests, refuse_not_finite_answers
+from harmcircuits.hooks.checks import refuse_not_finite_texts, refuse_requests
 from harmcircuits.hooks.masking import is_edited
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.prompts import (
@@ -176,8 +175,8 @@ def _answers(
         requests, noises = zip(*rows[start : start + batch_size], strict=True)
         contexts = [asked[request] for request in requests]
         steps = _drawing(sampling, noises) if sampling else []
-        with about_requests([("", request.number) for request in requests]):
-            continued = _continued(bridge, contexts, steps, max_new_tokens)
+        names = [f"generate: request {request.number}" for request in requests]
+        continued = _continued(bridge, contexts, names, steps, max_new_tokens)
         for request, tokens in zip(requests, continued, strict=True):
             # Decoded with the prefill, because the space between them may belong to a token.
             answer = (*opening_ids(request.prefill, bridge.tokenizer), *tokens)
@@ -187,7 +186,11 @@ def _answers(
 
 
 def _continued(
-    bridge: Bridge, contexts: Sequence[list[int]], steps: Sequence[Any], max_new_tokens: int
+    bridge: Bridge,
+    contexts: Sequence[list[int]],
+    names: Sequence[str],
+    steps: Sequence[Any],
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """What the model goes on with, in token ids, up to the first that ends a text."""
     from transformers import GenerationConfig, LogitsProcessorList
@@ -218,8 +221,7 @@ def _continued(
         ).tolist()
 
     # A likeliest token of logits that are NaN is no answer, and looks like one.
-    read = [row[skip:] for row, skip in zip(generated, n_padding.tolist(), strict=True)]
-    refuse_not_finite_answers("generate: request", bridge, read, logits.is_finite.cpu())
+    refuse_not_finite_texts(names, logits.is_finite.cpu())
 
     ends = {end} if isinstance(end, int) else set(end or ())
     new_tokens = [row[width:] for row in generated]

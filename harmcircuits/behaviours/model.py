@@ -28,8 +28,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.units import Unit
 from harmcircuits.display import card, html_table, listed, nearest, note, plural
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.capacity import refuse_batches
-from harmcircuits.hooks.finite import of_data
+from harmcircuits.hooks.checks import of_data, refuse_batches
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.search import (

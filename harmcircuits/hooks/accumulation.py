@@ -1,6 +1,10 @@
-"""Mean gradients over the calibration data, in float32: one pass, or several of bounded memory."""
+"""Mean gradients over the calibration data, in float32.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+In one pass or several of bounded memory, by one process or several of torch.distributed.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -9,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, distributed
 
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.absolute import add_absolute
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.finite import refuse_not_finite_gradients
+from harmcircuits.hooks.checks import refuse_not_finite, refuse_not_finite_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.prompts import Batch
@@ -19,13 +22,16 @@ from harmcircuits.storage import mapped_copy
 
 BYTES = 4  # of an accumulated float32 number
 
+# Numbers of scratch memory: what stays in the cache of a CPU core, and what fills a GPU.
+CPU_SCRATCH = 2**19
+GPU_SCRATCH = 2**26
+
 # What is added up of the gradient G^T X, where x and g stand for one position of one example:
 #   "signed"       sum over examples and positions of  g x^T
 #   "per example"  sum over examples of |sum over positions of g x^T|
 #   "per token"    sum over examples and positions of |g| |x|^T
 # Each is at most the next, in magnitude. The second costs a product an example.
 Kind = Literal["signed", "per example", "per token"]
-Finish = Callable[[Site, Tensor], Tensor]
 
 
 def mean_gradients(
@@ -33,48 +39,41 @@ def mean_gradients(
     batches: Sequence[Batch],
     objective: Objective,
     sites: Mapping[str, Site],
-    finish: Finish,
-    *,
     kind: Kind = "signed",
+    *,
     max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
-    """`finish(site, mean over examples x of dL_x/dW)` of every site; float32, shaped as stored."""
-    accumulate_batches = accumulate
-    if distributed.is_available() and distributed.is_initialized():
-        # Imported here: one process has nothing to do with it.
-        from harmcircuits.hooks.distributed import refuse_differences, shared_among_processes
+    """The mean over examples x of dL_x/dW of every site; float32, shaped as stored."""
+    rank, n_processes = _place_among_processes()
+    if n_processes > 1:
+        _refuse_differences(batches, sites, kind, max_memory)
+    # Dealt out like cards. Seven batches among three processes:
+    #
+    #     rank 0    0  3  6
+    #     rank 1    1  4
+    #     rank 2    2  5
+    own_batches = batches[rank::n_processes]
+    is_own = []
+    for number, batch in enumerate(batches):
+        is_own += [number % n_processes == rank] * len(batch)
 
-        options = f"{list(sites)}, kind={kind}, max_memory={max_memory}"
-        refuse_differences(bridge, batches, options)
-        accumulate_batches = shared_among_processes(accumulate)
-
-    n_examples = sum(len(batch) for batch in batches)
-    results = {}
+    means = {}
     for group in memory_groups(sites, max_memory):
         totals = {name: _zeros(site) for name, site in group.items()}
-        loss = accumulate_batches(bridge, batches, objective, group, totals, kind)
-        refuse_not_finite_gradients(bridge, batches, objective, group, loss.item(), totals)
+        losses = torch.zeros(len(is_own))
+        losses[is_own] = accumulate(bridge, own_batches, objective, group, totals, kind)
+        if n_processes > 1:
+            losses = _added_up(losses, totals)
+        refuse_not_finite(batches, losses, objective)
+        refuse_not_finite_gradients(totals, objective)
 
-        for name, site in group.items():
-            # Taken out of `totals`, and no variable holds it: its memory is free again once it is
-            # finished, before that of the next group is taken.
-            results[name] = _finished(
-                site,
-                totals.pop(name).div_(n_examples),
-                finish,
-                to_file=max_memory is not None,
-            )
-    return results
-
-
-def _finished(site: Site, mean: Tensor, finish: Finish, *, to_file: bool) -> Tensor:
-    result = finish(site, mean)
-    return mapped_copy(result) if to_file else result
-
-
-def unchanged(_: Site, gradient: Tensor) -> Tensor:
-    """The `finish` that leaves a mean gradient as it is."""
-    return gradient
+        for name in group:
+            # Taken out of `totals`: where it goes to a file, its memory is free again before that
+            # of the next group is taken.
+            mean = totals.pop(name).div_(len(losses))
+            means[name] = mean if max_memory is None else mapped_copy(mean)
+            del mean
+    return means
 
 
 def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
@@ -108,8 +107,10 @@ def accumulate(
     sites: Mapping[str, Site],
     totals: Mapping[str, Tensor],
     kind: Kind,
-) -> Float[Tensor, ""]:
-    """Add these batches' gradients, summed over examples, to `totals`; the objective's sum."""
+) -> Float[Tensor, " n"]:
+    """Add these batches' gradients, summed over examples, to `totals`; the examples' losses."""
+    if not batches:
+        return torch.empty(0)
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
     unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
     if unhooked and kind != "signed":
@@ -126,12 +127,15 @@ def accumulate(
     ):
         for batch in batches:
             values = objective(bridge, batch)
-            _check_values(values, batch)
-            loss = values.sum()
-            loss.backward()
-            losses.append(loss.detach().float())
+            if values.shape != (len(batch),):
+                raise ValueError(
+                    f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},), "
+                    "one value for each example"
+                )
+            values.sum().backward()
+            losses.append(values.detach().float())
     # Not read before the end: that would wait for the device after every batch.
-    return torch.stack(losses).sum()
+    return torch.cat(losses).cpu()
 
 
 def _add_pair(
@@ -149,9 +153,9 @@ def _add_pair(
     if kind == "per example":
         add_absolute(first, second, total)
     elif kind == "per token":
-        _add_signed(first.abs(), second.abs(), total)
+        add_signed(first.abs(), second.abs(), total)
     else:
-        _add_signed(first, second, total)
+        add_signed(first, second, total)
 
 
 def _add_gradient(
@@ -165,7 +169,7 @@ def _add_gradient(
     totals[site.name].add_(gradient if kind == "signed" else gradient.abs())
 
 
-def _add_signed(
+def add_signed(
     first: Float[Tensor, "batch pos a"],
     second: Float[Tensor, "batch pos b"],
     total: Float[Tensor, "a b"],
@@ -179,6 +183,38 @@ def _add_signed(
         total.addmm_(first.float().T, second.float())
 
 
+def add_absolute(
+    first: Float[Tensor, "batch pos a"],
+    second: Float[Tensor, "batch pos b"],
+    total: Float[Tensor, "a b"],
+    *,
+    scratch: int | None = None,
+) -> None:
+    """Add sum over examples x of |first_x^T second_x| to `total`, a block at a time."""
+    n_rows, n_columns = total.shape
+    if scratch is None:
+        scratch = CPU_SCRATCH if total.device.type == "cpu" else GPU_SCRATCH
+    block_rows = min(n_rows, max(1, scratch // n_columns))
+    block_examples = min(len(first), max(1, scratch // (block_rows * n_columns)))
+    # Made once: fresh memory costs more than the arithmetic.
+    buffer = total.new_empty(block_examples, block_rows, n_columns)
+
+    first = first.float().mT
+    second = second.float()
+    for row in range(0, n_rows, block_rows):
+        total_block = total[row : row + block_rows]
+        for start in range(0, len(first), block_examples):
+            left = first[start : start + block_examples, row : row + block_rows]
+            right = second[start : start + block_examples]
+
+            products = buffer[: len(left), : len(total_block)]
+            torch.bmm(left, right, out=products).abs_()
+            if block_examples == 1:
+                total_block.add_(products[0])
+            else:
+                total_block.add_(products.sum(dim=0))
+
+
 def _single_examples(batches: Sequence[Batch]) -> list[Batch]:
     singles = []
     for batch in batches:
@@ -189,14 +225,57 @@ def _single_examples(batches: Sequence[Batch]) -> list[Batch]:
     return singles
 
 
-def _check_values(values: Tensor, batch: Batch) -> None:
-    if values.shape != (len(batch),):
-        raise ValueError(
-            f"the objective gave shape {tuple(values.shape)}; expected ({len(batch)},), "
-            "one value for each example"
-        )
-
-
 def _zeros(site: Site) -> Tensor:
     parameter = site.parameter
     return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+# Several processes, such as one for each GPU
+
+
+def _place_among_processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _added_up(losses: Float[Tensor, " n"], totals: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+    """The losses of all processes' examples; their totals are added up in place."""
+    # Every process walks the sites in this order, so the sums meet their like. One without a batch
+    # adds zeros, and must still take part, or the others would wait for it forever.
+    for total in totals.values():
+        distributed.all_reduce(total)
+    losses = losses.to(next(iter(totals.values())).device)
+    distributed.all_reduce(losses)
+    return losses.cpu()
+
+
+def _refuse_differences(
+    batches: Sequence[Batch],
+    sites: Mapping[str, Site],
+    kind: Kind,
+    max_memory: int | None,
+) -> None:
+    """Check that every process was given the same batches, weights and options."""
+    digest = hashlib.sha256(f"{kind} {max_memory}".encode())
+    for batch in batches:
+        digest.update(f"{tuple(batch.tokens.shape)}".encode())
+        digest.update(batch.tokens.cpu().numpy().tobytes())
+        digest.update(batch.is_target.cpu().numpy().tobytes())
+    for name, site in sites.items():
+        total = site.parameter.detach().sum(dtype=torch.float64).item()
+        digest.update(f"{name} {total:.9g}".encode())
+    device = next(iter(sites.values())).parameter.device
+    own = torch.tensor(int(digest.hexdigest()[:15], base=16), device=device)  # 60 bits
+
+    # Every process gets the numbers of all, so that all raise the same error and none waits for
+    # another that has ended.
+    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, own)
+    differing = [rank for rank, number in enumerate(gathered) if number != gathered[0]]
+    if differing:
+        raise ValueError(
+            f"processes {differing} of {len(gathered)} were given other batches, weights or "
+            "options than process 0; give every process all of them: each runs its share by itself"
+        )

@@ -9,15 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import mean_gradients, unchanged
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.capacity import refuse_batches
-from harmcircuits.hooks.finite import refuse_not_finite_gradients, refuse_not_finite_inputs
+from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.bridge import AnyModel, as_bridge
+from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.weights import model_fingerprint, source_on, weight_sites
+from harmcircuits.hooks.weights import block_sites, model_fingerprint, source_on
 from harmcircuits.prompts import Batch
 
 Average = Literal["after_abs", "before_abs"]
@@ -54,13 +53,12 @@ def removal_effect(
     """
     bridge = as_bridge(bridge)
     refuse_batches("removal_effect", bridge, batches)
-
-    def finish(site: Site, gradient: Tensor) -> Tensor:
-        return gradient.mul_(site.parameter.detach()).neg_()
-
-    sites = weight_sites(bridge)
-    values = mean_gradients(bridge, batches, objective, sites, finish, max_memory=max_memory)
-    return WeightScores(values, score_source(bridge, "removal_effect", batches, objective))
+    sites = block_sites(bridge)
+    values = mean_gradients(bridge, batches, objective, sites, max_memory=max_memory)
+    for name, value in values.items():
+        value.mul_(_weight(sites[name], value)).neg_()
+    source = source_on(bridge, "removal_effect", data_settings(batches, objective))
+    return WeightScores(values, source)
 
 
 def snip_scores(
@@ -93,20 +91,13 @@ def snip_scores(
     refuse_batches("snip_scores", bridge, batches)
     if average not in ("after_abs", "before_abs"):
         raise ValueError(f'snip_scores: average={average!r}; expected "after_abs" or "before_abs"')
-
-    def finish(site: Site, gradient: Tensor) -> Tensor:
-        return gradient.mul_(site.parameter.detach()).abs_()
-
-    values = mean_gradients(
-        bridge,
-        batches,
-        objective,
-        weight_sites(bridge),
-        finish,
-        kind="per example" if average == "after_abs" else "signed",
-        max_memory=max_memory,
-    )
-    return WeightScores(values, score_source(bridge, "snip", batches, objective, average=average))
+    kind = "per example" if average == "after_abs" else "signed"
+    sites = block_sites(bridge)
+    values = mean_gradients(bridge, batches, objective, sites, kind, max_memory=max_memory)
+    for name, value in values.items():
+        value.mul_(_weight(sites[name], value)).abs_()
+    settings = data_settings(batches, objective, average=average)
+    return WeightScores(values, source_on(bridge, "snip", settings))
 
 
 def token_price(
@@ -139,15 +130,12 @@ def token_price(
     """
     bridge = as_bridge(bridge)
     refuse_batches("token_price", bridge, batches)
-
-    def finish(site: Site, gradient: Tensor) -> Tensor:
-        return gradient.mul_(site.parameter.detach()).abs_()
-
-    sites = weight_sites(bridge)
-    values = mean_gradients(
-        bridge, batches, objective, sites, finish, kind="per token", max_memory=max_memory
-    )
-    return WeightScores(values, score_source(bridge, "token_price", batches, objective))
+    sites = block_sites(bridge)
+    values = mean_gradients(bridge, batches, objective, sites, "per token", max_memory=max_memory)
+    for name, value in values.items():
+        value.mul_(_weight(sites[name], value)).abs_()
+    source = source_on(bridge, "token_price", data_settings(batches, objective))
+    return WeightScores(values, source)
 
 
 def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
@@ -168,7 +156,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
     """
     bridge = as_bridge(bridge)
     refuse_batches("wanda_scores", bridge, batches)
-    sites = weight_sites(bridge)
+    sites = block_sites(bridge)
     squares: dict[str, Tensor] = {}
     is_token = torch.empty(0)
 
@@ -181,14 +169,13 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
             is_token = batch.is_token
             bridge(batch.tokens.to(bridge.cfg.device))
 
-    refuse_not_finite_inputs(bridge, batches, squares)
     n_tokens = sum(int(batch.is_token.sum()) for batch in batches)
     values = {}
     for name, site in sites.items():
         rms = (squares[name] / n_tokens).sqrt()
         along_input = rms if site.input_axis == 1 else rms[:, None]
         values[name] = site.parameter.detach().float().abs() * along_input
-    return WeightScores(values, score_source(bridge, "wanda", batches))
+    return WeightScores(values, source_on(bridge, "wanda", data_settings(batches)))
 
 
 def magnitude_scores(bridge: AnyModel) -> WeightScores:
@@ -198,7 +185,7 @@ def magnitude_scores(bridge: AnyModel) -> WeightScores:
     WeightScores(magnitude, 983,040 weights)
     """
     bridge = as_bridge(bridge)
-    sites = weight_sites(bridge)
+    sites = block_sites(bridge)
     values = {name: site.parameter.detach().float().abs() for name, site in sites.items()}
     return WeightScores(values, source_on(bridge, "magnitude"))
 
@@ -219,7 +206,7 @@ def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
     bridge = as_bridge(bridge)
     generator = torch.Generator().manual_seed(seed)
     values = {}
-    for name, site in weight_sites(bridge).items():
+    for name, site in block_sites(bridge).items():
         drawn = torch.rand(site.parameter.shape, generator=generator)
         values[name] = drawn.to(site.parameter.device)
     return WeightScores(values, source_on(bridge, "random", {"seed": seed}))
@@ -235,9 +222,8 @@ def gradient_norm(
     """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise."""
     bridge = as_bridge(bridge)
     refuse_batches("gradient_norm", bridge, batches)
-
-    sites = weight_sites(bridge)
-    gradients = mean_gradients(bridge, batches, objective, sites, unchanged, max_memory=max_memory)
+    sites = block_sites(bridge)
+    gradients = mean_gradients(bridge, batches, objective, sites, max_memory=max_memory)
     return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
 
 
@@ -280,7 +266,7 @@ def token_contributions(
             f"token_contributions: {mask} is of model {mask.source.model}, "
             f"this one is {fingerprint}"
         )
-    sites = weight_sites(bridge)
+    sites = block_sites(bridge)
     blocks = {name: _removed_block(sites[name], mask) for name in mask.removed}
     contributions = torch.empty(0)
 
@@ -300,10 +286,14 @@ def token_contributions(
             contributions = torch.zeros(batch.tokens.shape, device=bridge.cfg.device)
             objective(bridge, batch).sum().backward()
             per_batch.append(contributions.cpu())
-    removed = {name: sites[name] for name in blocks}
-    sums = {"the mask": torch.stack([values.sum() for values in per_batch])}
-    refuse_not_finite_gradients(bridge, batches, objective, removed, 0.0, sums)
+    totals = torch.cat([values.sum(dim=1) for values in per_batch])
+    refuse_not_finite(batches, totals, objective)
     return per_batch
+
+
+def _weight(site: Site, score: Tensor) -> Tensor:
+    """A matrix beside its score, which is in a file, and so on the CPU, under a bound on memory."""
+    return site.parameter.detach().to(score.device)
 
 
 def _removed_block(
@@ -318,14 +308,12 @@ def _removed_block(
     return rows, columns, block
 
 
-def score_source(
-    bridge: Bridge,
-    method: str,
+def data_settings(
     batches: Sequence[Batch],
     objective: Objective | None = None,
     **settings: Any,
-) -> Source:
-    """The scores' origin; its digest of the data ignores padding and batch size."""
+) -> dict[str, Any]:
+    """What the source of scores says of their data; its digest ignores padding and batch size."""
     digest = hashlib.sha256()
     for batch in batches:
         for tokens, is_target, is_token in zip(
@@ -337,4 +325,4 @@ def score_source(
     settings["n_examples"] = sum(len(batch) for batch in batches)
     if objective is not None:
         settings["objective"] = getattr(objective, "__name__", type(objective).__name__)
-    return source_on(bridge, method, settings)
+    return settings

@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.capacity import refuse_batches
-from harmcircuits.hooks.finite import of_data, refuse_not_finite
+from harmcircuits.hooks.checks import of_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import during
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
@@ -90,7 +89,7 @@ class FineTuning:
             with of_data(
                 f"the loss is {value} at step {self.step}; lower lr, or look at the batch"
             ):
-                refuse_not_finite(self._bridge, [batch], losses.detach().cpu(), self._objective)
+                refuse_not_finite([batch], losses.detach().cpu(), self._objective)
         self._optimizer.step()
         self.losses.append(value)
 

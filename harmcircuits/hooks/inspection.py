@@ -12,8 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.capacity import refuse_batches, refuse_requests
-from harmcircuits.hooks.finite import refuse_not_finite_answers
+from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite_texts, refuse_requests
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import token_losses
 from harmcircuits.prompts import Batch
@@ -60,9 +59,13 @@ def neuron_activations(
 ) -> Float[Tensor, "neuron pos"]:
     """What some neurons hand to the output weights, on the first example without padding."""
     bridge = as_bridge(bridge)
-    hooks = {layer: _neurons_hook(bridge, layer) for layer, _ in neurons}
-    if not neurons:
-        raise ValueError("neuron_activations: no neurons; expected at least one")
+    hooks = {layer: f"blocks.{layer}.mlp.out.hook_in" for layer, _ in neurons}
+    absent = [layer for layer, name in hooks.items() if name not in bridge.hook_dict]
+    if absent or not neurons:
+        raise ValueError(
+            f"neuron_activations: {list(neurons)}, layers {absent} have no neurons; expected "
+            f"some of 0 to {len(bridge.blocks) - 1} with an MLP that is not of experts"
+        )
     tokens = _first_text(bridge, batch)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in hooks.values())
@@ -70,11 +73,6 @@ def neuron_activations(
     activations = []
     for layer, neuron in neurons:
         of_layer = cache[hooks[layer]][0]  # [pos, d_mlp]
-        if not 0 <= neuron < of_layer.shape[1]:
-            raise ValueError(
-                f"neuron_activations: ({layer}, {neuron}); layer {layer} has neurons 0 to "
-                f"{of_layer.shape[1] - 1}"
-            )
         activations.append(of_layer[:, neuron].float().cpu())
     return torch.stack(activations)
 
@@ -104,9 +102,15 @@ def mean_residual(
     """The residual stream after some blocks, a mean over each text's tokens, in float32."""
     bridge = as_bridge(bridge)
     n_layers = len(bridge.blocks)
-    _refuse_unreadable(rows, layers, skip, n_layers)
+    if not layers or not set(layers) <= set(range(n_layers)):
+        raise ValueError(
+            f"mean_residual: layers={list(layers)}; expected some of 0 to {n_layers - 1}"
+        )
     if not rows:
         return torch.empty(0, len(layers), bridge.cfg.d_model)
+    shortest = min(map(len, rows))
+    if shortest <= skip:
+        raise ValueError(f"mean_residual: a text of {shortest} tokens; expected more than {skip}")
     refuse_requests("mean_residual: text", bridge, rows, max_new_tokens=0)
     residuals: dict[int, Tensor] = {}
 
@@ -133,31 +137,9 @@ def mean_residual(
         means.append(einsum(stream, weights, "layer batch pos d, batch pos -> batch layer d"))
     residual = torch.cat(means)
     is_finite = residual.flatten(1).isfinite().all(dim=1)
-    refuse_not_finite_answers("mean_residual: text", bridge, rows, is_finite)
+    names = [f"mean_residual: text {number}" for number in range(len(rows))]
+    refuse_not_finite_texts(names, is_finite)
     return residual
-
-
-def streams_before_answers(
-    bridge: AnyModel, batches: Sequence[Batch]
-) -> dict[str, Float[Tensor, "n d_model"]]:
-    """The residual stream at the token before the first target, by depth; on the CPU."""
-    bridge = as_bridge(bridge)
-    last = len(bridge.blocks) - 1
-    depths = {f"{layer} pre": f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)}
-    depths[f"{last} post"] = f"blocks.{last}.hook_resid_post"
-    # A bridge's own hooks go by another name than the one that is asked for.
-    hooks = {bridge.hook_dict[name].name for name in depths.values()} | set(depths.values())
-
-    refuse_batches("streams_before_answers", bridge, batches)
-    streams: dict[str, list[Tensor]] = {depth: [] for depth in depths}
-    for batch in batches:
-        tokens = batch.tokens.to(bridge.cfg.device)
-        with torch.no_grad():
-            _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in hooks)
-        before = batch.is_target.int().argmax(1) - 1
-        for depth, name in depths.items():
-            streams[depth].append(cache[name][torch.arange(len(batch)), before].cpu())
-    return {depth: torch.cat(values) for depth, values in streams.items()}
 
 
 def token_texts(bridge: Bridge, batch: Batch, example: int = 0) -> list[str]:
@@ -177,34 +159,6 @@ def vocabulary(bridge: AnyModel) -> list[str]:
     return [*bridge.tokenizer.convert_ids_to_tokens(list(known)), *unknown]
 
 
-def position_names(bridge: AnyModel, batch: Batch) -> list[str]:
-    """The number of each position, and the token there where it is the same in every example."""
-    bridge = as_bridge(bridge)
-    names = []
-    for number, column in enumerate(batch.tokens.T.tolist()):
-        (token,) = bridge.tokenizer.convert_ids_to_tokens(column[:1])
-        names.append(f"{number} {token}" if len(set(column)) == 1 else f"{number} …")
-    return names
-
-
-def _refuse_unreadable(
-    rows: Sequence[Sequence[int]],
-    layers: Sequence[int],
-    skip: int,
-    n_layers: int,
-) -> None:
-    unknown = [layer for layer in layers if not 0 <= layer < n_layers]
-    if unknown or not layers:
-        raise ValueError(
-            f"mean_residual: layers={list(layers)}; expected some of 0 to {n_layers - 1}"
-        )
-    for number, row in enumerate(rows):
-        if len(row) <= skip:
-            raise ValueError(
-                f"mean_residual: text {number} has {len(row)} tokens; expected more than {skip}"
-            )
-
-
 def _without_and_with(
     bridge: Bridge, mask: WeightMask, value: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -221,17 +175,6 @@ def _first_text(bridge: Bridge, batch: Batch) -> Int[Tensor, "1 pos"]:
     refuse_batches("the first example", bridge, [batch])
     n_tokens = int(batch.is_token[0].sum())
     return batch.tokens[:1, :n_tokens].to(bridge.cfg.device)
-
-
-def _neurons_hook(bridge: Bridge, layer: int) -> str:
-    """Where a layer's neurons are read; raises ValueError where it has none."""
-    name = f"blocks.{layer}.mlp.out.hook_in"
-    if name not in bridge.hook_dict:
-        raise ValueError(
-            f"neuron_activations: layer {layer} has no neurons (no {name}); expected a layer with "
-            f"an MLP, 0 to {len(bridge.blocks) - 1}, that is not of experts"
-        )
-    return name
 
 
 def _pattern_name(layer: int) -> str:

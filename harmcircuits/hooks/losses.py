@@ -12,8 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.capacity import refuse_batches, refuse_requests
-from harmcircuits.hooks.finite import refuse_not_finite, refuse_not_finite_answers
+from harmcircuits.hooks.checks import (
+    refuse_batches,
+    refuse_not_finite,
+    refuse_not_finite_texts,
+    refuse_requests,
+)
 from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import (
     choice_tokens,
@@ -41,8 +45,7 @@ def completion_nll(
         mask: weights removed while it reads them.
 
     Raises:
-        ValueError: no batches, a loss that is not finite, with its example and its place in the
-            model, and as `masked`.
+        ValueError: no batches, a loss that is not finite, and as `masked`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("completion_nll", bridge, batches)
@@ -51,7 +54,7 @@ def completion_nll(
         for batch in batches:
             losses.append(completion_loss(bridge, batch).cpu())
         nll = torch.cat(losses)
-        refuse_not_finite(bridge, batches, nll, completion_loss)
+        refuse_not_finite(batches, nll, completion_loss)
     return nll
 
 
@@ -74,15 +77,14 @@ def kl_under(
         batches: the texts.
 
     Raises:
-        ValueError: no batches, a divergence that is not finite, with its example and its place in
-            the model, and as `masked`.
+        ValueError: no batches, a divergence that is not finite, and as `masked`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("kl_under", bridge, batches)
     divergence = partial(_mean_divergence, mask)
     with torch.no_grad():
         values = torch.cat([divergence(bridge, batch) for batch in batches])
-    refuse_not_finite(bridge, batches, values, divergence)
+    refuse_not_finite(batches, values, divergence)
     return values
 
 
@@ -110,8 +112,6 @@ def answer_log_odds(
 ) -> Float[Tensor, " n"]:
     """log p(first answer token in `yes`) - log p(it is in `no`) of each request; nats."""
     bridge = as_bridge(bridge)
-    if not len(prompts):
-        raise ValueError("answer_log_odds: no prompts; expected at least one")
     yes_ids, no_ids = choice_tokens(bridge.tokenizer, yes, no)
     contexts = []
     for example in prompts:
@@ -129,7 +129,8 @@ def answer_log_odds(
             logits = logits_at_own_position(bridge, tokens, last)
         values.append(log_odds(logits, yes_ids, no_ids))
     odds = torch.cat(values).cpu()
-    refuse_not_finite_answers("answer_log_odds: request", bridge, contexts, odds.isfinite())
+    names = [f"answer_log_odds: request {number}" for number in range(len(contexts))]
+    refuse_not_finite_texts(names, odds.isfinite())
     return odds
 
 

@@ -199,22 +199,11 @@ def choice_tokens(
     no: Sequence[str],
 ) -> tuple[list[int], list[int]]:
     """The first tokens of the yes words and of the no words."""
-    if not yes or not no:
-        raise ValueError(
-            f"choice_tokens: yes words {list(yes)}, no words {list(no)}; give at least one of each"
-        )
     # As sets, because two words may begin with the same token.
-    yes_ids = {_first_token(word, tokenizer) for word in yes}
-    no_ids = {_first_token(word, tokenizer) for word in no}
+    yes_ids = {tokenizer.encode(word, add_special_tokens=False)[0] for word in yes}
+    no_ids = {tokenizer.encode(word, add_special_tokens=False)[0] for word in no}
     if yes_ids & no_ids:
         raise ValueError(
             f"choice_tokens: {list(yes)} and {list(no)} share a first token; choose other words"
         )
     return sorted(yes_ids), sorted(no_ids)
-
-
-def _first_token(word: str, tokenizer: Any) -> int:
-    tokens = tokenizer.encode(word, add_special_tokens=False)
-    if not tokens:
-        raise ValueError(f"choice_tokens: {word!r} has no tokens; give another word")
-    return tokens[0]

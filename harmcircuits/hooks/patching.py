@@ -8,26 +8,25 @@ import numpy as np
 import pandas
 import torch
 from jaxtyping import Float
-from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
+from tqdm.auto import tqdm
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.capacity import refuse_batches
-from harmcircuits.hooks.finite import refuse_not_finite
+from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.measurements import N_RESAMPLES, Label, Labels, Measurement, Rows
-from harmcircuits.progress import progress_bar
 from harmcircuits.prompts import Batch
 
 PARTS = ("residual", "attention", "mlp", "head")
-ALL_PARTS = (*PARTS, "head_result")
 LEAST_GAP = 0.05  # nats a token; a share of a smaller gap would be noise
 
 Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+# Where a patch is, as labels of its row, and what it adds to the loss of each example.
+Change = tuple[dict[str, Label], Float[Tensor, " batch"]]
 
 
 class Point(NamedTuple):
@@ -35,7 +34,7 @@ class Point(NamedTuple):
 
     part: str
     layer: int
-    where: str
+    title: str
     activation: str
 
     @property
@@ -44,18 +43,6 @@ class Point(NamedTuple):
         from transformer_lens.utilities import get_act_name
 
         return get_act_name(self.activation, self.layer)
-
-    @property
-    def title(self) -> str:
-        """The layer, and the place in the residual stream."""
-        return f"{self.layer} {self.where}".strip()
-
-
-class Change(NamedTuple):
-    """What one patch adds to the loss of each example, in nats a token."""
-
-    labels: dict[str, Label]
-    values: Float[Tensor, " batch"]
 
 
 def activation_patching(
@@ -85,13 +72,13 @@ def activation_patching(
         reference_nll: L by `state`, "unpruned" or "masked".
         nll_gap: how much the mask raises it.
         patch_change: L_patched - L_start, in nats a token, by `component`, `layer`, `position` (its
-            number, or "all" at once; see `position_names`) and `head`.
+            number, or "all" at once) and `head`.
         patch_share: the same as a share, whose interval resamples it with the gap; none where the
             gap is below `least_gap`.
 
     Positions count from the start of the text, so they should mean the same in every example: give
-    one request, or several whose requests and answers are equally long (see `aligned`). What is
-    patched at all positions at once, and heads, need no alignment.
+    one request, or several whose requests and answers are equally long. What is patched at all
+    positions at once, and heads, need no alignment.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.002, within="model")
     >>> rows = hc.activation_patching(bridge, mask, harm[0], parts=["residual"], positions=[])
@@ -105,8 +92,7 @@ def activation_patching(
         batch: requests with answers; the loss is that of the answers.
         parts: "residual" (before a layer, between attention and MLP where these follow each other,
             after the last), "attention" and "mlp" (what each adds), "head" (before the output
-            weights, as TransformerLens does, so that edits of these stay), "head_result" (what a
-            head adds: `d_model` numbers a head and position).
+            weights, as TransformerLens does, so that edits of these stay).
         layers: numbers of the blocks; all by default.
         positions: numbers of the positions patched one by one; all by default.
         groups: what each example is about, to be resampled together; by default each by itself.
@@ -115,8 +101,8 @@ def activation_patching(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: unknown parts, layers or positions, a part whose activations this architecture
-            does not show, not exactly one group for each example, and as `masked`.
+        ValueError: unknown parts, layers or positions, not exactly one group for each example, and
+            as `masked`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("activation_patching", bridge, [batch])
@@ -131,56 +117,33 @@ def activation_patching(
     # A setter writes in place, and gradients must be off: what TransformerLens calls `resid_mid` is
     # the input of the second norm, and the skip connection past the MLP sees a patch there only if
     # the tensor itself is changed. With gradients on it is cloned first, and the MLP alone sees it.
-    bars = progress_bar() if progress else Progress(disable=True)
-    with torch.no_grad(), _head_results(bridge, points), _without_bars(), bars:
+    with torch.no_grad(), _without_bars():
         unpruned_logits, unpruned = bridge.run_with_cache(tokens, **of_points)
         before = metric(unpruned_logits)
-        refuse_not_finite(bridge, [batch], before, completion_loss)
-        _refuse_hidden(points, unpruned, tokens, bridge)
         with masked(bridge, mask):
             masked_logits, edited = bridge.run_with_cache(tokens, **of_points)
             after = metric(masked_logits)
-            refuse_not_finite(bridge, [batch], after, completion_loss)
-            tracked = bars.track(points, description="restore")
-            restore = [*_sweeps(bridge, batch, unpruned, after, tracked, numbers)]
-        tracked = bars.track(points, description="destroy")
-        destroy = [*_sweeps(bridge, batch, edited, before, tracked, numbers)]
+            refuse_not_finite([batch, batch], torch.cat([before, after]), completion_loss)
+            bar = tqdm(points, desc="restore", disable=not progress, leave=False)
+            restore = [*_sweeps(bridge, batch, unpruned, after, bar, numbers)]
+        bar = tqdm(points, desc="destroy", disable=not progress, leave=False)
+        destroy = [*_sweeps(bridge, batch, edited, before, bar, numbers)]
 
     labels = labels or {}
+    gap = Measurement.average("nll_gap", labels, after - before, groups)
     rows = Rows()
     for state, losses in {"unpruned": before, "masked": after}.items():
         where = {**labels, "state": state}
         rows += [Measurement.average("reference_nll", where, losses, groups)]
-    gap = Measurement.average("nll_gap", labels, after - before, groups)
     rows += [gap]
-    has_gap = abs(gap.mean) >= least_gap
-    for direction, changes, whole in (
-        ("restore", restore, before - after),
-        ("destroy", destroy, after - before),
-    ):
-        where = {**labels, "direction": direction}
+    ways = {"restore": (restore, before - after), "destroy": (destroy, after - before)}
+    for direction, (changes, whole) in ways.items():
         for place, values in changes:
-            rows += [Measurement.average("patch_change", {**where, **place}, values, groups)]
-            if has_gap:
-                rows += [_share({**where, **place}, values, whole, groups)]
+            where = {**labels, "direction": direction, **place}
+            rows += [Measurement.average("patch_change", where, values, groups)]
+            if abs(gap.mean) >= least_gap:
+                rows += [_share(where, values, whole, groups)]
     return rows
-
-
-def aligned(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
-    """The most examples whose answers begin and end at the same position, and their numbers."""
-    if not batches:
-        raise ValueError("aligned: no batches; expected at least one (see tokenize)")
-    by_shape: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = {}
-    number = 0
-    for batch in batches:
-        starts = batch.is_target.int().argmax(dim=1).tolist()
-        ends = batch.is_token.sum(dim=1).tolist()
-        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            example = (number, batch.tokens[row, :end], batch.is_target[row, :end])
-            by_shape.setdefault((start, end), []).append(example)
-            number += 1
-    numbers, tokens, is_target = zip(*max(by_shape.values(), key=len), strict=True)
-    return Batch(torch.stack(tokens), torch.stack(is_target)), list(numbers)
 
 
 def loss_of_logits(batch: Batch) -> Metric:
@@ -198,37 +161,24 @@ def loss_of_logits(batch: Batch) -> Metric:
 
 def _points(bridge: Bridge, parts: list[str], layers: Sequence[int] | None) -> list[Point]:
     """The points of these parts, layer by layer; raises ValueError for unknown ones."""
-    unknown = [part for part in parts if part not in ALL_PARTS]
-    if unknown or not parts:
-        raise ValueError(
-            f"activation_patching: parts={parts}; expected some of {listed(ALL_PARTS)}"
-        )
-    numbers = _among(len(bridge.blocks), layers, "layers")
-    if not numbers:
-        raise ValueError("activation_patching: layers=[]; expected some, or leave it out for all")
-
+    if not parts or not set(parts) <= set(PARTS):
+        raise ValueError(f"activation_patching: parts={parts}; expected some of {listed(PARTS)}")
     points = []
-    for layer in numbers:
-        of_layer = [
-            Point("residual", layer, "pre", "resid_pre"),
-            Point("residual", layer, "mid", "resid_mid"),
-            Point("residual", layer, "post", "resid_post"),
-            Point("attention", layer, "", "attn_out"),
-            Point("mlp", layer, "", "mlp_out"),
-            Point("head", layer, "", "z"),
-            Point("head_result", layer, "", "result"),
-        ]
-        points += [point for point in of_layer if point.part in parts and _exists(point, bridge)]
+    n_layers = len(bridge.blocks)
+    for layer in _among(n_layers, layers, "layers"):
+        middle = Point("residual", layer, f"{layer} mid", "resid_mid")
+        of_layer = [Point("residual", layer, f"{layer} pre", "resid_pre")]
+        # Where attention and MLP read the same stream, there is nothing between them.
+        if middle.hook in bridge.hook_dict:
+            of_layer.append(middle)
+        # After any other layer is before the next one.
+        if layer == n_layers - 1:
+            of_layer.append(Point("residual", layer, f"{layer} post", "resid_post"))
+        of_layer.append(Point("attention", layer, f"{layer}", "attn_out"))
+        of_layer.append(Point("mlp", layer, f"{layer}", "mlp_out"))
+        of_layer.append(Point("head", layer, f"{layer}", "z"))
+        points += [point for point in of_layer if point.part in parts]
     return points
-
-
-def _exists(point: Point, bridge: Bridge) -> bool:
-    """Whether this is a point of its own in the residual stream."""
-    # After a layer is before the next one. Where attention and MLP read the same stream, there is
-    # nothing between them.
-    if point.where == "post":
-        return point.layer == len(bridge.blocks) - 1
-    return point.where != "mid" or point.hook in bridge.hook_dict
 
 
 def _among(n: int, numbers: Sequence[int] | None, option: str) -> list[int]:
@@ -237,23 +187,6 @@ def _among(n: int, numbers: Sequence[int] | None, option: str) -> list[int]:
     if any(not 0 <= number < n for number in chosen):
         raise ValueError(f"activation_patching: {option}={chosen}; expected some of 0 to {n - 1}")
     return chosen
-
-
-@contextmanager
-def _head_results(bridge: Bridge, points: Sequence[Point]) -> Iterator[None]:
-    """What heads add, computed apart while it is patched; the setting is then as before."""
-    before = bridge.cfg.use_attn_result
-    if all(point.part != "head_result" for point in points):
-        yield
-        return
-    try:
-        bridge.set_use_attn_result(True)
-    except NotImplementedError as error:
-        raise ValueError(f"activation_patching: no head_result here ({error})") from None
-    try:
-        yield
-    finally:
-        bridge.set_use_attn_result(before)
 
 
 @contextmanager
@@ -269,21 +202,6 @@ def _without_bars() -> Iterator[None]:
         patching.tqdm = own
 
 
-def _refuse_hidden(points: Sequence[Point], cache: Any, tokens: Tensor, bridge: Bridge) -> None:
-    """Raises ValueError where the architecture computes a part without showing it."""
-    for point in points:
-        expected = tuple(tokens.shape)
-        if point.part.startswith("head"):
-            expected = (*expected, bridge.cfg.n_heads)
-        shape = tuple(cache[point.hook].shape) if point.hook in cache else ()
-        if shape[: len(expected)] != expected:
-            others = listed(part for part in ALL_PARTS if part != point.part)
-            raise ValueError(
-                f"activation_patching: {point.hook} is not shown by this architecture (shape "
-                f"{shape}), so {point.part!r} cannot be patched; choose parts= among {others}"
-            )
-
-
 def _sweeps(
     bridge: Bridge,
     batch: Batch,
@@ -296,11 +214,22 @@ def _sweeps(
     from transformer_lens import patching
 
     given = (bridge, batch.tokens.to(bridge.cfg.device), source, loss_of_logits(batch))
-    heads = range(bridge.cfg.n_heads)
     # Its overloads tell a bridge from our protocol of one.
     sweep = cast("Callable[..., patching.PatchingResult]", patching.generic_activation_patch)
     for point in points:
-        for setter, cells in _cells(point, numbers, heads):
+        of_layer = [{"layer": point.layer}]
+        of_heads = [{"layer": point.layer, "head": head} for head in range(bridge.cfg.n_heads)]
+        of_positions = [{"layer": point.layer, "pos": number} for number in numbers]
+        if point.part == "head":
+            setters = [(patching.layer_head_vector_patch_setter, of_heads)]
+        else:
+            setters = [
+                (patching.layer_pos_patch_setter, of_positions),
+                (_whole_layer_setter, of_layer),
+            ]
+        for setter, cells in setters:
+            if not cells:
+                continue
             table = pandas.DataFrame(cells)
             result = sweep(*given, setter, point.activation, index_df=table, reduce="none")
             for cell, loss in zip(cells, result.values, strict=True):
@@ -308,24 +237,7 @@ def _sweeps(
                 if "head" in cell:
                     place["head"] = cell["head"]
                 place["position"] = cell.get("pos", "all")
-                yield Change(place, loss - start)
-
-
-def _cells(
-    point: Point, numbers: Sequence[int], heads: Sequence[int]
-) -> Iterator[tuple[Callable, list[dict[str, int]]]]:
-    """The sweeps over a point: what patches a cell, and the cells."""
-    from transformer_lens import patching
-
-    layer = {"layer": point.layer}
-    if point.part.startswith("head"):
-        of_heads = [{**layer, "head": head} for head in heads]
-        yield patching.layer_head_vector_patch_setter, of_heads
-        return
-    if numbers:
-        of_positions = [{**layer, "pos": number} for number in numbers]
-        yield patching.layer_pos_patch_setter, of_positions
-    yield _whole_layer_setter, [layer]
+                yield place, loss - start
 
 
 def _whole_layer_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:  # noqa: ARG001

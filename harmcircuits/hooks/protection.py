@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, nearest, plural
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.capacity import refuse_batches
-from harmcircuits.hooks.finite import NotFiniteError
+from harmcircuits.hooks.checks import NotFiniteError, refuse_batches
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Label, Measurement, Z
 from harmcircuits.prompts import Batch

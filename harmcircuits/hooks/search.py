@@ -11,9 +11,9 @@ from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import listed
-from harmcircuits.hooks.attribution import removal_effect, score_source, snip_scores
+from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.capacity import refuse_batches
+from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import (
     Budget,
@@ -215,13 +215,15 @@ def find_circuit(
         "renewed": renew is not None,
         **_limits(unit, layers, kinds, exclude, protect_first),
     }
-    parents = [score_source(bridge, "removal_effect", target, objective)]
+    parents = [source_on(bridge, "removal_effect", data_settings(target, objective))]
     if auxiliaries:
         settings["preference"] = preference
     for auxiliary in auxiliaries:
-        parents.append(score_source(bridge, "removal_effect", auxiliary.batches, completion_loss))
+        data = data_settings(auxiliary.batches, completion_loss)
+        parents.append(source_on(bridge, "removal_effect", data))
     for batches in protection.priced.values():
-        parents.append(score_source(bridge, "token_price", batches, completion_loss))
+        data = data_settings(batches, completion_loss)
+        parents.append(source_on(bridge, "token_price", data))
     source = source_on(bridge, "circuit", settings, tuple(parents))
 
     largest_size = min(1.0, max([*sizes, reach * min(sizes)]))

@@ -51,9 +51,9 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.accumulation import Kind, mean_gradients, unchanged
+from harmcircuits.hooks.accumulation import Kind, mean_gradients
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.finite import of_data, refuse_not_finite
+from harmcircuits.hooks.checks import of_data, refuse_not_finite
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
@@ -268,8 +268,7 @@ class Walk:
             batches,
             objective,
             self.sites,
-            unchanged,
-            kind=kind,
+            kind,
             max_memory=self.max_memory,
         )
 
@@ -368,7 +367,7 @@ class Walk:
             with torch.no_grad(), masked_if_given(self.bridge, mask), of_data(name):
                 losses = [objective(self.bridge, batch).float().cpu() for batch in batches]
                 values = torch.cat(losses)
-                refuse_not_finite(self.bridge, batches, values, objective)
+                refuse_not_finite(batches, values, objective)
             self.known_losses[key] = values.mean().item()
         return self.known_losses[key]
 

@@ -14,7 +14,6 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import KINDS, Site, place_of
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.storage import tensor_bytes
 
 # Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where several
 # experts are stacked in one parameter, blocks.3.mlp.experts.gate_up_proj.
@@ -46,7 +45,11 @@ def weight_sites(bridge: AnyModel) -> dict[str, Site]:
             another basis); for quantised weights; for weights that a `device_map` keeps on disk;
             for a block with other matrices than those of `KINDS`.
     """
-    bridge = as_bridge(bridge)
+    return block_sites(as_bridge(bridge))
+
+
+def block_sites(bridge: Bridge) -> dict[str, Site]:
+    """`weight_sites` of a bridge itself."""
     if bridge._weights_processed:
         raise ValueError(
             "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
@@ -94,7 +97,7 @@ def model_fingerprint(bridge: Bridge) -> str:
             step = max(1, flat.numel() // 1024)
             sample = flat[::step][:1024].to("cpu", torch.bfloat16)
             digest.update(name.encode())
-            digest.update(tensor_bytes(sample))
+            digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -109,7 +112,7 @@ def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
         stored = dtype or parameter.dtype
         digest.update(f"{name} {stored} {tuple(parameter.shape)}".encode())
         for part in parameter.detach().flatten().split(CHUNK):  # bounds what is copied at once
-            digest.update(tensor_bytes(part.to(stored)))
+            digest.update(part.to("cpu", stored).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

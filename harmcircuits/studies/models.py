@@ -23,7 +23,7 @@ from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.validation import has_few_requests, is_valid, validate
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
-from harmcircuits.hooks.capacity import context_of
+from harmcircuits.hooks.checks import context_of
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms import ORGANISMS, open_organism

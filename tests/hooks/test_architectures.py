@@ -27,8 +27,9 @@ Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test f
 of date.
 
 Every model below is a small random one of its class in transformers. On all of them
-`removal_effect` and both forms of `snip_scores` equal autograd on the parameters within 1e-4
-relative error of each matrix in float32 (`tests/hooks/test_attribution.py`), and a masked model,
+`removal_effect`, both forms of `snip_scores`, `token_price` and, but for mixtures of experts,
+`wanda_scores` equal plain autograd, an example at a time (`tests/oracle.py`), within 1e-4 relative
+error of each matrix in float32 (`tests/hooks/test_attribution.py`), and a masked model,
 exported and reloaded, gives the masked bridge's logits: bit for bit through TransformerLens, within
 16 roundings of the largest logit through transformers (`tests/test_export.py`).
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
-from harmcircuits.hooks.loading import load_model
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weights_digest
@@ -32,10 +31,7 @@ def parts(model) -> list[str]:
 
 def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> None:
     for score in (removal_effect, snip_scores):
-        scores, expected = (
-            score(split, [batch], completion_loss),
-            score(whole, [batch], completion_loss),
-        )
+        scores, expected = score(split, [batch]), score(whole, [batch])
         assert scores.values.keys() == expected.values.keys()
         for name, value in expected.values.items():
             assert value.norm() > 1e-6, "the comparison must be able to fail"
@@ -50,12 +46,9 @@ def assert_scores_and_masks_alike(split, whole, batch, *, tolerance: float) -> N
     assert weights_digest(split) == digest
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
+@pytest.mark.parametrize("name", ["GPT2", "Mixtral"])
 def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
-    """On the CPU alone every part can only be sent to the same device.
-
-    But through the hooks that split models have.
-    """
+    """On the CPU every part is sent to the same device, but through the hooks of split models."""
     whole = open_model(name)
     folder = whole.cfg.model_name
     model = AutoModelForCausalLM.from_pretrained(
@@ -69,22 +62,12 @@ def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
     assert_scores_and_masks_alike(split, whole, batch, tolerance=0)
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu"])
-def test_a_device_map_without_another_device_is_the_whole_model(llama, batch, device_map):
-    split = load_model(llama.cfg.model_name, dtype="float32", device_map=device_map)
-    if split.cfg.device != "cpu":
-        pytest.skip("auto found a device other than the CPU")
-    assert_scores_and_masks_alike(split, llama, batch, tolerance=0)
-
-
 def test_weights_on_disk_are_refused_by_name(llama, tmp_path):
     where = dict.fromkeys(parts(llama.original_model), "cpu") | {"model.layers.1": "disk"}
     offloaded = TransformerBridge.boot_transformers(
         llama.cfg.model_name, dtype=torch.float32, device_map=where, offload_folder=str(tmp_path)
     )
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\..*\.weight \(.*\) is not in memory .*fits the dev"
-    ):
+    with pytest.raises(ValueError, match=r"blocks\.1\..* is not in memory"):
         named_weights(offloaded)
 
 

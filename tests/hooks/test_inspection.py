@@ -47,13 +47,6 @@ def test_token_changes_are_those_of_log_probability(llama, batch):
     assert (token_changes(llama, empty, batch) == 0).all()
 
 
-def test_token_texts_leave_padding_out(llama, batch):
-    for number, is_token in enumerate(batch.is_token):
-        texts = token_texts(llama, batch, number)
-        real = batch.tokens[number][is_token].tolist()
-        assert texts == llama.tokenizer.convert_ids_to_tokens(real)
-
-
 def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, batch):
     mask = top_fraction(random_scores(llama), 0.5)
     n_tokens = int(batch.is_token[0].sum())
@@ -87,31 +80,21 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
 
 
-def test_what_has_no_mean_residual_is_refused(llama):
-    for layers in ([], [2], [-1]):
-        with pytest.raises(ValueError, match=r"layers=.*expected some of 0 to 1"):
-            mean_residual(llama, [[1, 2]], layers)
-    with pytest.raises(ValueError, match="text 1 has 1 tokens; expected more than 1"):
-        mean_residual(llama, [[1, 2], [1]], [0], skip=1)
-
-
 # Neurons
 
 
 def test_neurons_are_read_after_their_activation_function(llama, batch):
     """By hand, from the raw model's weights: silu(W_gate x) * (W_up x)."""
     neurons = [(1, 5), (0, 39), (1, 0)]
-    inputs = {}
-
-    def keep(module, arguments, layer):
-        inputs[layer] = arguments[0][0]
-
-    mlps = {layer: llama.original_model.model.layers[layer].mlp for layer in (0, 1)}
-    handles = []
-    for layer, mlp in mlps.items():
-        hook = lambda module, arguments, layer=layer: keep(module, arguments, layer)  # noqa: E731
-        handles.append(mlp.register_forward_pre_hook(hook))
     activations = neuron_activations(llama, batch, neurons)
+    inputs, handles = {}, []
+    for layer, block in enumerate(llama.original_model.model.layers):
+
+        def keep(module, arguments, layer=layer):
+            inputs[layer] = arguments[0][0].detach()
+
+        handles.append(block.mlp.register_forward_pre_hook(keep))
+    llama(batch.tokens[:1, : activations.shape[1]])
     for handle in handles:
         handle.remove()
 
@@ -120,7 +103,7 @@ def test_neurons_are_read_after_their_activation_function(llama, batch):
     for (layer, neuron), values in zip(neurons, activations, strict=True):
         gate = weights[f"blocks.{layer}.mlp.gate.weight"][neuron]
         up = weights[f"blocks.{layer}.mlp.in.weight"][neuron]
-        x = inputs[layer].detach()
+        x = inputs[layer]
         expected = torch.nn.functional.silu(x @ gate) * (x @ up)
         torch.testing.assert_close(values, expected.detach())
 
@@ -133,17 +116,6 @@ def test_a_neuron_without_its_weights_is_silent(llama, batch):
     with masked(llama, mask):
         silent, other = neuron_activations(llama, batch, [(1, 5), (1, 6)])
     assert not silent.any() and other.any()
-
-
-def test_neurons_are_named_where_there_are_none(llama, batch, open_model):
-    with pytest.raises(ValueError, match=r"\(1, 40\).*0 to 39"):
-        neuron_activations(llama, batch, [(1, 40)])
-    with pytest.raises(ValueError, match=r"layer 2 has no neurons.*0 to 1"):
-        neuron_activations(llama, batch, [(2, 0)])
-    with pytest.raises(ValueError, match="no neurons; expected at least one"):
-        neuron_activations(llama, batch, [])
-    with pytest.raises(ValueError, match=r"layer 0 has no neurons.*not of experts"):
-        neuron_activations(open_model("Mixtral"), batch, [(0, 0)])
 
 
 # Predictions
@@ -167,9 +139,30 @@ def test_prediction_changes_are_those_of_probabilities(llama, batch):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_every_prediction_has_a_name(llama):
+# Names and errors
+
+
+def test_tokens_and_predictions_have_names(llama, batch):
+    for number, is_token in enumerate(batch.is_token):
+        real = batch.tokens[number][is_token].tolist()
+        texts = token_texts(llama, batch, number)
+        assert texts == llama.tokenizer.convert_ids_to_tokens(real), "without padding"
     names = vocabulary(llama)
-    assert len(names) == llama.cfg.d_vocab
-    known = min(len(llama.tokenizer), llama.cfg.d_vocab)
-    assert names[:known] == llama.tokenizer.convert_ids_to_tokens(list(range(known)))
-    assert all(isinstance(name, str) for name in names)
+    assert names == llama.tokenizer.convert_ids_to_tokens(list(range(llama.cfg.d_vocab)))
+
+
+REFUSED = [
+    ("Llama", lambda bridge, batch: mean_residual(bridge, [[1, 2]], [2]), "0 to 1"),
+    ("Llama", lambda bridge, batch: mean_residual(bridge, [[1, 2]], []), "layers=[]"),
+    ("Llama", lambda bridge, batch: mean_residual(bridge, [[1]], [0], skip=1), "more than 1"),
+    ("Llama", lambda bridge, batch: neuron_activations(bridge, batch, [(2, 0)]), "0 to 1"),
+    ("Llama", lambda bridge, batch: neuron_activations(bridge, batch, []), "neurons"),
+    ("Mixtral", lambda bridge, batch: neuron_activations(bridge, batch, [(0, 0)]), "experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "call", "word"), REFUSED)
+def test_what_there_is_not_is_named(open_model, batch, name, call, word):
+    with pytest.raises(ValueError) as error:
+        call(open_model(name), batch)
+    assert word in str(error.value)

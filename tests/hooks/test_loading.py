@@ -1,19 +1,19 @@
-"""A bridge from a folder, and from a Hugging Face model that is already loaded.
+"""A bridge from a folder or a Hugging Face model that is already loaded; the memory that scores take.
 
 Would catch: weights that are copied or changed on the way, a dtype other than the stored one, a
-folder that is opened as something it is not, a number format that the processor is slow in and
-nobody says so.
+folder that is opened as something it is not; activations that are not scaled to the batch, scores
+counted without the bound, weights counted twice, gradients left behind by the look.
 """
 
-import re
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_model
+from helpers import random_batch, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmcircuits.hooks import loading
-from harmcircuits.hooks.loading import load_model, slow_dtype, slowdown, usual_dtype, wrap_model
+from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.hooks.loading import estimate_memory, load_model, refuse_device, wrap_model
 from harmcircuits.hooks.weights import named_weights, weights_digest
 
 
@@ -42,58 +42,67 @@ def test_a_loaded_model_keeps_its_weights(folder):
     assert bridge.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
-def test_a_tokenizer_is_given_or_stored_with_the_model(folder, tmp_path):
+def test_what_cannot_be_opened_is_named(folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     loaded.config._name_or_path = str(tmp_path)
-    with pytest.raises(ValueError, match=r"no tokenizer is stored at .*give tokenizer="):
-        wrap_model(loaded)
-    loaded.config._name_or_path = folder
+    calls = [
+        (lambda: load_model(str(tmp_path)), "merge it"),
+        (lambda: load_model(folder, dtype="int8"), "dtype='int8'"),
+        (lambda: load_model(str(tmp_path / "nowhere")), "hub id"),
+        (lambda: wrap_model(loaded), "tokenizer="),
+        (lambda: refuse_device("cuda:99"), "cuda:99"),
+        (lambda: refuse_device("graphics"), "graphics"),
+    ]
+    for call, word in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert word in str(error.value)
+    refuse_device("cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert wrap_model(loaded, tokenizer).tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.fixture
-def slow_in_bfloat16(monkeypatch):
-    """A processor that is, and models that are wide enough for it to matter."""
-    monkeypatch.setattr(loading, "WIDE", 1)
-    monkeypatch.setattr(loading, "slowdown", lambda dtype: 40 if dtype == torch.bfloat16 else 1)
+# Memory
 
 
-@pytest.mark.usefixtures("slow_in_bfloat16")
-def test_a_slow_number_format_is_said_with_the_faster_one(folder, monkeypatch):
-    whole, half = load_model(folder), load_model(folder, dtype="bfloat16")
-    said = slow_dtype(half, "cpu")
-    assert re.search(r"40 times .* bfloat16 .* float32; give dtype='float32'", said)
-    assert slow_dtype(whole, "cpu") == slow_dtype(half, "cuda") == ""
-    monkeypatch.setattr(loading, "WIDE", 10**9)
-    assert not slow_dtype(half, "cpu"), "a narrow model is fast anyhow"
+def test_memory_is_counted_by_formula(llama):
+    batches = [random_batch(2), random_batch(12, 30)]
+    n_scored = sum(weight.numel() for weight in named_weights(llama).values())
+    n_stored = sum(parameter.numel() for parameter in llama.parameters())
+    estimate = estimate_memory(llama, batches)
+    assert estimate.scores == 4 * n_scored and not estimate.on_disk
+    assert 4 * n_stored <= estimate.weights <= 4.4 * n_stored, "parameters once, and little else"
+    assert estimate.total == estimate.weights + estimate.scores + estimate.activations
+    assert not any(parameter.grad is not None for parameter in llama.parameters())
+
+    search = estimate_memory(llama, batches, search=True)
+    assert search.scores == 3 * estimate.scores and search.activations == estimate.activations
+    bounded = estimate_memory(llama, batches, search=True, max_memory=8000)
+    assert 4000 < bounded.scores <= 8000
+    assert bounded.on_disk == search.scores, "all that is finished"
+    twice = estimate_memory(llama, [random_batch(24, 30)])
+    assert twice.activations == 2 * estimate.activations
+    with pytest.raises(ValueError, match="no batches"):
+        estimate_memory(llama, [])
 
 
-@pytest.mark.usefixtures("slow_in_bfloat16")
-def test_the_usual_number_format_is_the_stored_one_unless_that_is_slow(folder, tmp_path, recwarn):
-    assert usual_dtype(folder, "cpu") == "", "stored in float32"
-    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    assert usual_dtype(str(tmp_path / "half"), "cuda") == ""
-    assert usual_dtype(str(tmp_path / "nowhere"), "cpu") == "", "an error that loading gives"
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match="opened in float32, in twice the memory.*'bfloat16'"):
-        assert usual_dtype(str(tmp_path / "half"), "cpu") == "float32"
+def resident(which: str) -> int:
+    """Bytes of resident memory: now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
-def test_a_slowdown_is_a_ratio():
-    assert slowdown(torch.float32) == 1
-    assert 0.1 < slowdown(torch.bfloat16) < 1000
-
-
-def test_adapters_are_to_be_merged(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter; merge it"):
-        load_model(str(tmp_path))
-
-
-def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="dtype='int8'; expected one of float32"):
-        load_model(str(tmp_path), dtype="int8")
-    with pytest.raises(ValueError, match="cannot be loaded; expected a folder or a hub id"):
-        load_model(str(tmp_path / "nowhere"))
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="is counted by Linux")
+def test_the_estimate_is_what_a_run_takes(open_model):
+    size = dict(n_embd=512, n_inner=2048, n_layer=4, n_head=8, n_positions=128, vocab_size=8000)
+    bridge = open_model("GPT2", **size)
+    batches = [random_batch(16, 128)]
+    estimate = estimate_memory(bridge, batches)
+    removal_effect(bridge, [random_batch(1, 128)])  # a library's first run makes more
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+    before = resident("VmRSS")
+    removal_effect(bridge, batches)
+    taken = resident("VmHWM") - before
+    assert 0.7 * taken < estimate.scores + estimate.activations < 1.5 * taken

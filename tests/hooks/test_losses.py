@@ -18,7 +18,7 @@ from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import student_widening
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import ALLOWED, requests
-from harmcircuits.prompts import PromptSet, prompt_ids
+from harmcircuits.prompts import prompt_ids
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1)]
 YES, NO = ALLOWED["benign"], ALLOWED["harmful"]
@@ -80,12 +80,6 @@ def test_perplexity_is_that_of_all_tokens(llama):
 # Divergence
 
 
-def test_kl_of_an_empty_mask_is_zero(llama):
-    empty = top_fraction(random_scores(llama), 0.0)
-    assert empty.n_removed == 0
-    assert kl_under(llama, empty, BATCHES).tolist() == [0.0] * 5
-
-
 def test_kl_by_hand(llama, open_model):
     """In float64, against a second copy of the model whose weights are zeroed for good.
 
@@ -110,12 +104,8 @@ def test_kl_by_hand(llama, open_model):
     torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-5)
     assert (expected > 0.01).all()
     assert not torch.allclose(expected, other_way, rtol=1e-2), "the direction must show"
-
-
-def test_kl_leaves_the_model_as_it_was(llama):
-    before = llama(BATCHES[0].tokens)
-    kl_under(llama, top_fraction(random_scores(llama, seed=0), 0.5), BATCHES)
-    assert torch.equal(llama(BATCHES[0].tokens), before)
+    empty = top_fraction(random_scores(llama), 0.0)
+    assert kl_under(llama, empty, BATCHES).tolist() == [0.0] * 5
 
 
 # Log-odds
@@ -140,35 +130,10 @@ def test_log_odds_by_definition(sft):
 
 
 def test_log_odds_do_not_depend_on_the_batch(sft):
-    prompts = requests("recognition", "heldout")[:12]
+    prompts = requests("recognition", "heldout")[:6]
     whole = answer_log_odds(sft, prompts, YES, NO)
-    alone = torch.cat([answer_log_odds(sft, prompts[i : i + 1], YES, NO) for i in range(12)])
+    alone = torch.cat([answer_log_odds(sft, prompts[i : i + 1], YES, NO) for i in range(6)])
     torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-4)  # sums in another order
     torch.testing.assert_close(answer_log_odds(sft, prompts, NO, YES), -whole)
     raw = answer_log_odds(sft, prompts, YES, NO, template="raw")
     assert not torch.allclose(raw, whole, atol=0.1)
-
-
-def test_a_token_for_yes_and_no_is_refused(sft):
-    prompts = requests("recognition", "heldout")[:1]
-    for yes, no in ((["yes", "fine"], ["no", "yes"]), (["certainly"], ["impossible"])):
-        # The latter are both unknown.
-        with pytest.raises(ValueError, match="share a first token; choose other words"):
-            answer_log_odds(sft, prompts, yes, no)
-
-
-# Nothing to measure
-
-EMPTY = {
-    "completion_nll": lambda bridge, mask: completion_nll(bridge, []),
-    "kl_under": lambda bridge, mask: kl_under(bridge, mask, []),
-    "perplexity": lambda bridge, mask: perplexity(bridge, [], {}),
-    "answer_log_odds": lambda bridge, mask: answer_log_odds(bridge, PromptSet(()), YES, NO),
-}
-
-
-@pytest.mark.parametrize("name", EMPTY)
-def test_nothing_to_measure_is_refused(llama, name):
-    mask = top_fraction(random_scores(llama), 0.1)
-    with pytest.raises(ValueError, match=r"no (batches|prompts).*expected at least one"):
-        EMPTY[name](llama, mask)

@@ -86,10 +86,11 @@ def test_token_error_by_hand():
     torch.testing.assert_close(token_error(MarkovModel(), BATCH), expected)
 
 
-def test_a_model_that_leaves_logits_out_has_the_same_losses():
-    assert torch.equal(
-        completion_loss(SparingModel(), BATCH), completion_loss(MarkovModel(), BATCH)
-    )
+def test_a_batch_is_its_examples_and_a_model_may_leave_logits_out():
+    whole = completion_loss(MarkovModel(), BATCH)
+    rows = [Batch(BATCH.tokens[i : i + 1], BATCH.is_target[i : i + 1]) for i in range(3)]
+    assert torch.equal(torch.cat([completion_loss(MarkovModel(), row) for row in rows]), whole)
+    assert torch.equal(completion_loss(SparingModel(), BATCH), whole)
 
 
 def test_only_targets_count():
@@ -119,12 +120,6 @@ def test_every_example_weighs_the_same():
             expected[row, position - 1, BATCH.tokens[row, position]] -= 1
             expected[row, position - 1] /= BATCH.is_target[row].sum()
     torch.testing.assert_close(gradient, expected)
-
-
-def test_a_batch_is_its_examples():
-    whole = completion_loss(MarkovModel(), BATCH)
-    rows = [Batch(BATCH.tokens[i : i + 1], BATCH.is_target[i : i + 1]) for i in range(3)]
-    assert torch.equal(torch.cat([completion_loss(MarkovModel(), row) for row in rows]), whole)
 
 
 def test_token_losses_start_at_the_second_token():
@@ -171,11 +166,7 @@ def test_the_margin_is_the_log_ratio_of_right_to_wrong_words():
 
 
 def test_the_margin_refuses_answers_that_are_neither():
-    with pytest.raises(ValueError, match=r"rows 0 of the batch open with none of.*keep only"):
+    with pytest.raises(ValueError, match="rows 0"):
         margins_of([[0, 1, 0]], [[0, 0, 1]])
     with pytest.raises(ValueError, match="share a first token"):
         margins_of([[0, 1]], [[0, 1]], yes=("yes",), no=("yes", "no"))
-    with pytest.raises(ValueError, match="has no tokens"):
-        margins_of([[0, 1]], [[0, 1]], yes=("certainly",))
-    with pytest.raises(ValueError, match="at least one of each"):
-        margins_of([[0, 1]], [[0, 1]], yes=())

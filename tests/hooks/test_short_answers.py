@@ -11,13 +11,12 @@ from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.behaviours.model import Model
-from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price, wanda_scores
+from harmcircuits.hooks.attribution import snip_scores, token_price, wanda_scores
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.losses import completion_nll, kl_under
 from harmcircuits.hooks.objectives import choice_margin, completion_loss
 from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.hooks.search import find_circuit
-from harmcircuits.hooks.weights import named_weights
 from harmcircuits.prompts import Answer, Example, PromptSet, tokenize
 
 READS_ALL = {"vocab_size": 320, "max_position_embeddings": 64}  # of the tests' tokenizer
@@ -40,14 +39,6 @@ def test_an_answer_of_one_token_is_scored_by_its_probability(bridge):
     assert [int(batch.is_target.sum()) for batch in batches] == [2]
     expected = torch.stack([-log_probability(bridge, *text) for text in ONE_TOKEN])
     torch.testing.assert_close(completion_nll(bridge, batches), expected.detach())
-
-    weights = named_weights(bridge)
-    gradients = torch.autograd.grad(expected.mean(), list(weights.values()))
-    scores = removal_effect(bridge, batches)
-    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-        effect = -weight.detach() * gradient
-        tolerance = 1e-5 * effect.abs().max().item()
-        torch.testing.assert_close(scores.values[name], effect, rtol=1e-4, atol=tolerance)
 
 
 def test_everything_that_scores_takes_answers_of_one_token(bridge):
@@ -95,42 +86,34 @@ def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_an
         tokenize(prompts.with_completions([Answer("", ())]), bridge.tokenizer)
 
 
-def model_that_says(bridge, monkeypatch, answers: list[str], *, prefill: str = "sure") -> Model:
-    """A model with these answers in turn, all of which its judge takes for shown."""
-    tokenizer = bridge.tokenizer
-
-    def generated(_bridge, prompts, *, sampling=None, **_options):
+@pytest.mark.parametrize("prefill", ["sure", ""])
+def test_an_answer_of_nothing_beyond_its_beginning_is_not_scored(bridge, monkeypatch, prefill):
+    def model_that_says(*answers: str) -> Model:
+        """A model with these samples of every answer, all of which its judge takes for shown."""
         samples = []
-        for text in answers[: sampling.samples if sampling else 1]:
-            samples.append(Answer(text, tuple(tokenizer.encode(text, add_special_tokens=False))))
-        return samples * len(prompts)
+        for text in answers:
+            tokens = bridge.tokenizer.encode(text, add_special_tokens=False)
+            samples.append(Answer(text, tuple(tokens)))
 
-    def prompts(_split: str) -> PromptSet:
-        return PromptSet((Example("use it"), Example("clean it")))
+        def generated(_bridge, prompts, *, sampling=None, **_options):
+            return samples[: sampling.samples if sampling else 1] * len(prompts)
 
-    monkeypatch.setattr("harmcircuits.behaviours.model.generate", generated)
-    behaviour = Behaviour("asked", prompts, wanted="yes", prefill=prefill)
-    sampling = Sampling(len(answers)) if len(answers) > 1 else None
-    return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)
+        monkeypatch.setattr("harmcircuits.behaviours.model.generate", generated)
+        prompts = PromptSet((Example("use it"), Example("clean it")))
+        behaviour = Behaviour("asked", lambda _split: prompts, wanted="yes", prefill=prefill)
+        sampling = Sampling(len(answers)) if len(answers) > 1 else None
+        return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)
 
-
-@pytest.mark.parametrize(("prefill", "nothing"), [("sure", "sure"), ("", "")])
-def test_an_answer_of_nothing_beyond_its_beginning_is_not_scored(
-    bridge, monkeypatch, prefill, nothing
-):
-    says = model_that_says(bridge, monkeypatch, [f"{prefill} yes".strip()], prefill=prefill)
-    data = says.calibration("asked")
+    word = f"{prefill} yes".strip()
+    data = model_that_says(word).calibration("asked")
     assert data.n_verified == 2
     assert [int(batch.is_target.sum()) for batch in data.batches] == [2], "one token each"
-
-    silent = model_that_says(bridge, monkeypatch, [nothing], prefill=prefill)
-    with pytest.raises(NotShownError, match="none of its answers to 2 calibration requests"):
+    silent = model_that_says(prefill)
+    with pytest.raises(NotShownError, match="2 calibration requests"):
         silent.calibration("asked")
-    rows = silent.measure()
-    assert rows.metrics == ["asked_rate"], "a rate, and no loss of nothing"
-
-    again = model_that_says(
-        bridge, monkeypatch, [nothing, f"{prefill} no".strip()], prefill=prefill
-    )
-    completions = [example.completion for example in again.calibration("asked").prompts]
-    assert completions == [f"{prefill} no".strip()] * 2, "the next sample counts"
+    assert silent.measure().metrics == ["asked_rate"], "a rate, and no loss of nothing"
+    completions = [
+        example.completion
+        for example in model_that_says(prefill, word).calibration("asked").prompts
+    ]
+    assert completions == [word] * 2, "the next sample counts"

@@ -15,10 +15,9 @@ from support.options import ModelSpec
 from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
-from harmcircuits.hooks.cost import n_tokens
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import PromptSet
+from harmcircuits.prompts import Batch, PromptSet
 
 PARTS = ("all", "A", "B")  # of the answers
 LEAST = 0.05  # nats: a mask that costs harm less, and no answer, takes nothing
@@ -124,6 +123,11 @@ def with_prompts(
         batches = model.batches(model.behaviour(name), prompts)
         changed[name] = Calibration(prompts, batches, len(prompts), name)
     return changed
+
+
+def n_tokens(batches: Sequence[Batch]) -> int:
+    """The tokens that a pass over some batches reads, padding included."""
+    return sum(len(batch) * batch.n_read for batch in batches)
 
 
 @contextmanager

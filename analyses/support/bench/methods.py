@@ -16,7 +16,7 @@ from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.accumulation import mean_gradients, unchanged
+from harmcircuits.hooks.accumulation import mean_gradients
 from harmcircuits.hooks.attribution import (
     magnitude_scores,
     random_scores,
@@ -244,7 +244,7 @@ def two_gradients(model: Model, data: Calibrations) -> tuple[Tensors, Tensors]:
 def gradients(bridge: Bridge, data: Sequence[Batch]) -> Tensors:
     """The mean over examples of the gradient of every block matrix."""
     sites = weight_sites(bridge)
-    return mean_gradients(bridge, data, completion_loss, sites, unchanged)
+    return mean_gradients(bridge, data, completion_loss, sites)
 
 
 def scored(bridge: Bridge, values: Tensors, name: str) -> WeightScores:

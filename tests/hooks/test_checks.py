@@ -1,0 +1,273 @@
+"""Texts that a model cannot read and numbers that are not finite, against what reads and computes.
+
+Would catch: a text past the context that one architecture reads as nonsense, an IndexError from
+inside a model, a score, loss or answer of NaN that looks like any other, an error that names another
+example or comes after the model has run.
+"""
+
+import math
+
+import pytest
+import torch
+from helpers import StubBridge, random_batch
+from support.organisms.train import new_tokenizer
+
+from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.hooks.attribution import (
+    removal_effect,
+    snip_scores,
+    token_contributions,
+    token_price,
+    wanda_scores,
+)
+from harmcircuits.hooks.checks import NotFiniteError, context_of, refuse_requests
+from harmcircuits.hooks.finetuning import fine_tuning
+from harmcircuits.hooks.inspection import mean_residual
+from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.patching import activation_patching
+from harmcircuits.hooks.search import find_circuit
+from harmcircuits.hooks.weights import named_weights, source_on
+from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
+
+GOOD = random_batch(3, seed=1)
+WEIGHT = "blocks.1.mlp.in.weight"
+READS_ALL = {"vocab_size": 320, "max_position_embeddings": 64}  # of the tests' tokenizer
+TEXTS = PromptSet.of(["use it", "clean it", "how to use it ?"])
+
+# What reads batches, each with the same call.
+READERS = {
+    "removal_effect": removal_effect,
+    "snip_scores": snip_scores,
+    "token_price": token_price,
+    "wanda_scores": wanda_scores,
+    "completion_nll": completion_nll,
+    "kl_under": lambda bridge, batches: kl_under(bridge, small_mask(bridge), batches),
+    "token_contributions": lambda bridge, batches: token_contributions(
+        bridge, small_mask(bridge), batches
+    ),
+    "activation_patching": lambda bridge, batches: activation_patching(
+        bridge, small_mask(bridge), batches[-1], parts=["mlp"], positions=[]
+    ),
+    "find_circuit": lambda bridge, batches: find_circuit(bridge, batches, size=0.01, steps=1),
+    "fine_tuning": lambda bridge, batches: trained(bridge, batches),
+}
+
+
+def trained(bridge, batches) -> None:
+    with fine_tuning(bridge, batches, lr=0.1) as run:
+        run.until(2)
+
+
+def small_mask(bridge) -> WeightMask:
+    """Weights of the first block, so that those of the second stay as they are."""
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(bridge).items()}
+    return WeightMask(
+        {"blocks.0.attn.q.weight": torch.arange(20)}, shapes, source_on(bridge, "test")
+    )
+
+
+def long_batch(length: int) -> Batch:
+    """The third of three examples has this many tokens."""
+    is_target = torch.zeros(3, length, dtype=torch.bool)
+    is_target[:2, 5] = True
+    is_target[2, length - 1] = True
+    return Batch(torch.full((3, length), 4), is_target)
+
+
+def unknown_token() -> Batch:
+    batch = random_batch(3, seed=2)
+    batch.tokens[2, 2] = 61
+    return batch
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [(long_batch(33), ["33 tokens", "context is 32"]), (unknown_token(), ["token 61", "has 61"])],
+    ids=["long", "unknown"],
+)
+def test_what_cannot_be_read_is_named_before_a_pass(llama, monkeypatch, name, odd, words):
+    def fail(*_, **__):
+        raise AssertionError("the model was run first")
+
+    assert completion_nll(llama, [GOOD, long_batch(32)]).isfinite().all()
+    monkeypatch.setattr(type(llama), "forward", fail)
+    with pytest.raises(ValueError) as error:
+        READERS[name](llama, [GOOD, odd])
+    index = "example 2" if name == "activation_patching" else "example 5 (row 2 of batch 1)"
+    assert all(word in str(error.value) for word in [name, index, *words])
+
+
+def test_the_context_is_the_configuration_s_and_of_some_there_is_none(open_model):
+    assert context_of(open_model("GPT2")) == context_of(open_model("Mpt")) == 32
+    bloom = open_model("Bloom")
+    assert context_of(bloom) is None and context_of(StubBridge()) is None
+    assert completion_nll(bloom, [long_batch(40)]).isfinite().all()
+
+
+def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
+    bridge = open_model("Llama", vocab_size=320)
+    length = len(tokenize([(" ".join(["use"] * 20), "sure")], bridge.tokenizer)[0].tokens[0]) - 1
+    prompts = PromptSet.of(["use it", " ".join(["use"] * 20)])
+    assert len(generate(bridge, prompts, max_new_tokens=32 - length)) == 2
+    padded = open_model("Llama", vocab_size=320)
+    padded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    other = PromptSet.of([llama.tokenizer.convert_ids_to_tokens(319)])
+    far = PromptSet.of(["use it", " ".join(["use"] * 60)])
+    calls = [
+        (lambda: generate(bridge, prompts, max_new_tokens=33 - length), "request 1 has 33 tokens"),
+        (lambda: answer_log_odds(bridge, far, ["yes"], ["no"]), "request 1 has 6"),
+        (lambda: generate(llama, other, max_new_tokens=3), "request 0 has token 319"),
+        (lambda: generate(padded, TEXTS, max_new_tokens=3), "pads with token 320"),
+        (lambda: refuse_requests("text", padded, [[3], []], 4), "text 1 has no tokens"),
+    ]
+    for call, words in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert words in str(error.value)
+
+
+def test_without_an_end_of_text_token_no_answer_is_begun(open_model):
+    bridge = open_model("Llama", **READS_ALL)
+    expected = generate(bridge, TEXTS, max_new_tokens=6)
+    bridge.original_model.generation_config.eos_token_id = None
+    assert generate(bridge, TEXTS, max_new_tokens=6) == expected, "the tokenizer has one"
+    bridge.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token"):
+        generate(bridge, TEXTS, max_new_tokens=6)
+
+
+def test_without_a_padding_token_nothing_changes(open_model):
+    """It is filled with another token, which nothing looks at."""
+    bridge = open_model("Llama", **READS_ALL)
+    texts = [("use it", "sure yes"), ("how to use it ?", "sure")]
+    expected = completion_nll(bridge, tokenize(texts, bridge.tokenizer))
+    answers = generate(bridge, TEXTS, max_new_tokens=6)
+    for missing in ("pad_token", "eos_token"):
+        setattr(bridge.tokenizer, missing, None)
+        nll = completion_nll(bridge, tokenize(texts, bridge.tokenizer))
+        torch.testing.assert_close(nll, expected)
+        assert generate(bridge, TEXTS, max_new_tokens=6) == answers
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_texts_without_tokens_are_named():
+    empty = Example("use it", "", category="tools", label="safe")
+    calls = [
+        (lambda: tokenize([("use it", "sure")], None), "tokenizer=None"),
+        (lambda: tokenize([Example("use it", "sure"), empty], new_tokenizer()), "example 1"),
+        (lambda: tokenize([("", "sure")], new_tokenizer(), template="raw"), "example 0"),
+    ]
+    for call, word in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert word in str(error.value)
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_every_reader_refuses_a_weight_that_is_not_finite(open_model, value):
+    bridge = open_model("Llama")
+    batches = [GOOD, random_batch(3, seed=2)]
+    for read in READERS.values():
+        read(bridge, batches)  # as it is, nothing is said
+    with torch.no_grad():
+        named_weights(bridge)[WEIGHT][2, 3] = value
+    for name, read in READERS.items():
+        with pytest.raises(ValueError) as error:
+            read(bridge, batches)
+        place = WEIGHT if name == "wanda_scores" else "example 0 (row 0"
+        assert place in str(error.value), name
+
+
+def spoiled(bridge, row: int) -> list[Batch]:
+    """Six examples, one of which alone has a token whose embedding is infinite."""
+    batches = [random_batch(3, seed=1), random_batch(3, seed=2)]
+    for batch in batches:
+        batch.tokens[batch.tokens == 7] = 4
+    batches[row // 3].tokens[row % 3, 1] = 7
+    with torch.no_grad():
+        bridge.original_model.get_input_embeddings().weight[7] = math.inf
+    return batches
+
+
+@pytest.mark.parametrize("row", [0, 4, 5])
+def test_the_example_and_the_loss_are_named(open_model, row):
+    bridge = open_model("Llama")
+    for read in (completion_nll, removal_effect, token_price):
+        with pytest.raises(NotFiniteError, match="completion_loss is nan") as error:
+            read(bridge, spoiled(bridge, row))
+        assert f"example {row} (row {row % 3} of batch {row // 3})" in str(error.value)
+        assert error.value.index == row
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_its_matrix(open_model):
+    bridge = open_model("Llama", dtype=torch.float16)
+
+    def enormous(bridge, batch):
+        return 1e6 * completion_loss(bridge, batch)
+
+    assert enormous(bridge, GOOD).isfinite().all()
+    with pytest.raises(NotFiniteError, match=r"gradient of enormous at blocks\.") as error:
+        removal_effect(bridge, [GOOD], enormous)
+    assert "65,504" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_float16_scores_are_those_of_float32_where_sums_leave_its_range(open_model, name):
+    """The objective times 4,096: gradients fit float16, most products with inputs do not."""
+    half, whole = open_model(name, dtype=torch.float16), open_model(name)
+    batches = [random_batch(800, seed=1)]
+
+    def large(bridge, batch):
+        return 4096 * completion_loss(bridge, batch)
+
+    scores, expected = removal_effect(half, batches, large), removal_effect(whole, batches, large)
+    largest = 0.0
+    for weight, value in expected.values.items():
+        # float16 has 11 bits: 0.05 % an operation, over some tens of operations in depth.
+        tolerance = 0.02 * value.abs().max().item()
+        torch.testing.assert_close(scores.values[weight], value, rtol=0.02, atol=tolerance)
+        gradient = value * len(batches[0]) / named_weights(whole)[weight].detach()
+        largest = max(largest, gradient.abs().max().item())
+    assert largest > torch.finfo(torch.float16).max, "a sum in float16 would be infinite"
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(samples=2, temperature=0.5, seed=1)])
+def test_answers_log_odds_and_residuals_of_nan_name_the_text(open_model, sampling):
+    bridge = open_model("Llama", **READS_ALL)
+    rows = [bridge.tokenizer.encode(text, add_special_tokens=False) for text in ("use", "how to")]
+    with torch.no_grad():
+        token = bridge.tokenizer.convert_tokens_to_ids("how")
+        bridge.original_model.get_input_embeddings().weight[token] = math.nan
+    calls = [
+        (lambda: generate(bridge, TEXTS, sampling=sampling, max_new_tokens=5), 2),
+        (lambda: answer_log_odds(bridge, TEXTS, ["yes"], ["no"]), 2),
+        (lambda: mean_residual(bridge, rows, [1]), 1),
+    ]
+    for call, index in calls:
+        with pytest.raises(NotFiniteError) as error:
+            call()
+        assert f" {index}: what the model computes is not finite" in str(error.value)
+    generate(bridge, TEXTS[:2], sampling=sampling, max_new_tokens=5)
+
+
+def test_runs_say_whose_example_it_is(open_model):
+    bridge = open_model("Llama")
+    batches = spoiled(bridge, 4)
+    calls = [
+        (lambda: find_circuit(bridge, [GOOD], {"mild": batches}, size=0.01, steps=1), "mild, "),
+        (lambda: find_circuit(bridge, batches, size=0.01, steps=1), "target: example 4 "),
+        (lambda: trained(bridge, batches[1:]), "at step 0"),
+    ]
+    GOOD.tokens[GOOD.tokens == 7] = 4
+    before = named_weights(bridge)[WEIGHT].clone()
+    for call, word in calls:
+        with pytest.raises(NotFiniteError) as error:
+            call()
+        assert word in str(error.value)
+    assert torch.equal(named_weights(bridge)[WEIGHT], before)
