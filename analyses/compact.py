@@ -21,6 +21,7 @@ from support.claims import Claim
 from support.curves import curve
 
 import harmcircuits as hc
+from harmcircuits.behaviours.model import protected_data
 from harmcircuits.studies.controls import unpruned_scores
 from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import share_figure
@@ -86,7 +87,7 @@ def curves_of(
 
     options = {"size": list(sizes), "calibrations": answers}
     search = model.find_circuit("harmful", steps=steps, **options)
-    one_shot = model.find_circuit("harmful", steps=1, reach=1, renew=False, **options)
+    one_shot = model.find_circuit("harmful", steps=1, renew=False, **options)
     rows = hc.Rows()
     lines = {"search": curve(model, search, whole), "one shot": curve(model, one_shot, whole)}
     for name, line in lines.items():
@@ -109,7 +110,7 @@ def curves_of(
 
 def controls(model: hc.Model, mask: hc.WeightMask, answers: dict, seed: int) -> dict:
     """As many weights as the mask has, chosen otherwise."""
-    target, spared = answers["harmful"], model.protected("harmful", calibrations=answers)
+    target, spared = answers["harmful"], protected_data(model, "harmful", calibrations=answers)
     unpruned = unpruned_scores(model, "harmful", target, spared)
     options = {"n_random": 1, "seed": seed, "calibrations": answers, "unpruned": unpruned}
     matched = hc.controls(model, "harmful", mask, contrast="harmful", **options)

@@ -23,6 +23,7 @@ from support.claims import Claim
 from support.curves import Budget, curve
 
 import harmcircuits as hc
+from harmcircuits.behaviours.model import other_behaviours
 from harmcircuits.studies.summary import SATURATED_NLL, Terms
 from harmcircuits.views.figures import share_figure
 
@@ -121,7 +122,7 @@ def curves_of(
 
 def rung(model: hc.Model, target: str, masks: dict, seed: int) -> tuple[curves.Estimate, hc.Rows]:
     """One rung's `w50`, and its rows: of every share, of `w50`, and of the random control."""
-    unpruned = curves.outcomes_of(model, model.others("refusal"))
+    unpruned = curves.outcomes_of(model, other_behaviours(model, "refusal"))
     line = curve(model, list(masks.values()), unpruned, target=target, shares=list(masks))
     half = curves.w50(line, BUDGETS[target])
     size = half.row("w50", {}).mean

@@ -29,6 +29,7 @@ from support.claims import Claim
 from support.figures import heatmaps
 
 import harmcircuits as hc
+from harmcircuits.behaviours.model import protected_data
 from harmcircuits.studies.controls import unpruned_scores
 
 claim = Claim(
@@ -75,7 +76,7 @@ def under_masks(
         files: of further masks, such as those of a search.
     """
     answers = model.calibrations()
-    protected = model.protected("harmful", calibrations=answers)
+    protected = protected_data(model, "harmful", calibrations=answers)
     unpruned = unpruned_scores(model, "harmful", answers["harmful"], protected)
     choice = {"size": size, "factors": factors}
     masks = dict(frontier.circuits(model, unpruned, answers, **choice, n_first=n_first))

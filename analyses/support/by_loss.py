@@ -10,12 +10,13 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores, mean_scores
+from harmcircuits.circuits.selection import positive
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.world import BEHAVIOURS
-from harmcircuits.studies.controls import Unpruned, above_zero, price_of, priced
+from harmcircuits.studies.controls import Unpruned, price_of, priced
 
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
 ABILITIES = tuple(name for name in (*BEHAVIOURS, "prefilled") if name != TARGET)
@@ -97,6 +98,12 @@ def shared_rows(mask: WeightMask, other: WeightMask, labels: Labels) -> Rows:
 def groups(model: Model, name: str) -> list[str]:
     """What each held-out reference answer of a behaviour is about."""
     return [example.cluster for example in model.behaviours[name].references("heldout")]
+
+
+def above_zero(scores: WeightScores, size: float) -> WeightMask:
+    """The largest scores, as far as they are above zero."""
+    chosen = top_fraction(scores, size, within="model")
+    return WeightMask(positive(scores.values, chosen.removed), chosen.shapes, scores.source)
 
 
 def every_mask(

@@ -165,7 +165,7 @@ def outcomes_of(
 ) -> dict[str, Outcomes]:
     """What the model does with these behaviours: as it stands, or under a mask."""
     with masked_if_given(model.bridge, mask):
-        return model.outcomes_of(names, split)
+        return model.outcomes(names, split)
 
 
 def curve(

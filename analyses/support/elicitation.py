@@ -8,10 +8,11 @@ from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import refusal_ablation
+from harmcircuits.hooks.search import set_difference
 from harmcircuits.measurements import Rows
 
 PLAIN = "plain"
+REFUSAL_SHARE = 0.01  # of the weights: of those that refusals need, and that are spared
 
 
 def refusals_removed(
@@ -26,7 +27,14 @@ def refusals_removed(
         return None
     with masked_if_given(model.bridge, mask), suppress(NotShownError):
         refusals, others = model.calibration(refusal), model.calibration(spared)
-        return refusal_ablation(model.bridge, refusals.batches, others.batches)
+        return set_difference(
+            model.bridge,
+            refusals.batches,
+            [others.batches],
+            q=REFUSAL_SHARE,
+            p=REFUSAL_SHARE,
+            signed=False,
+        )
     return None
 
 

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.calibration import Calibration
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import Model, preferred_batches
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.objectives import token_error
-from harmcircuits.hooks.search import PREFERENCE, set_difference
+from harmcircuits.hooks.search import set_difference
+from harmcircuits.hooks.walk import PREFERENCE
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.studies.controls import Unpruned, above_zero, opposite_sign, priced
+from harmcircuits.studies.controls import Unpruned, opposite_sign, priced
 from harmcircuits.studies.study import P_OVER_Q
 
 ALIKE = "prefilled"  # benign answers that begin as the harmful ones do
@@ -46,7 +47,7 @@ def circuits(
     def at_factors(ranking: str, effect: WeightScores) -> Masks:
         for factor in factors:
             scores = priced(Unpruned(effect, price), factor)
-            yield f"{ranking}, factor {factor:.2g}", above_zero(scores, size)
+            yield f"{ranking}, factor {factor:.2g}", by_loss.above_zero(scores, size)
 
     yield from at_factors("one shot", unpruned.effect)
     harm = answers[TARGET].batches
@@ -57,7 +58,8 @@ def circuits(
     yield from at_factors("less begun alike", priced(Unpruned(unpruned.effect, alike), 1.0))
     del alike
     if REFUSAL in answers:
-        refusals = removal_effect(bridge, model.preferred(TARGET, REFUSAL, answers))
+        behind = preferred_batches(model, TARGET, REFUSAL, {}, answers)
+        refusals = removal_effect(bridge, behind["preferred"])
         benefit = priced(Unpruned(unpruned.effect, refusals), PREFERENCE)
         yield from at_factors("refusals preferred", benefit)
 
@@ -88,7 +90,7 @@ def controls(
 
     twin = Unpruned(removal_effect(bridge, benign), token_price(bridge, harm))
     scores = priced(twin, float(mask.source.settings["factor"]))
-    yield "benign twin", above_zero(scores, mask.fraction)
+    yield "benign twin", by_loss.above_zero(scores, mask.fraction)
     del twin, scores
     yield "published", set_difference(bridge, harm, [benign], q=size, p=P_OVER_Q * size)
 

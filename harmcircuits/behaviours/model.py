@@ -7,38 +7,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import Calibration, NotShownError, few_answers
-from harmcircuits.behaviours.files import repeats_text
-from harmcircuits.behaviours.generation import (
-    GenerationCache,
-    Sampling,
-    generate,
-    request_ids,
-)
+from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate, request_ids
 from harmcircuits.behaviours.judges import Judge, prepare
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.circuits.units import Unit
 from harmcircuits.display import card, html_table, listed, nearest, note, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_batches
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import (
-    BUDGET,
-    PREFERENCE,
-    REACH,
-    STEPS,
-    find_circuit,
-    refuse_settings,
-)
+from harmcircuits.hooks.protection import Budget
+from harmcircuits.hooks.search import BUDGET, find_circuit
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import (
     SPLITS,
@@ -152,19 +137,13 @@ class Model:
         return self.behaviours[name]
 
     def with_behaviours(self, *behaviours: Behaviour) -> "Model":
-        """The same model with further behaviours, or others of the same names."""
-        added = {behaviour.name: behaviour for behaviour in behaviours}
-        return replace(self, behaviours={**self.behaviours, **added})
-
-    def asked_every(self, every: int) -> "Model":
-        """The same model, asked only every so-many-th request of each behaviour and split.
-
-        Of yes-or-no questions every so-many-th pair.
+        """The same model with further behaviours, or others of the same names.
 
         Args:
-            every: of an organism 16 leaves two items of each topic, with one request each.
+            behaviours: to add.
         """
-        return self._asked(partial(_every, every=every))
+        added = {behaviour.name: behaviour for behaviour in behaviours}
+        return replace(self, behaviours={**self.behaviours, **added})
 
     def sampled(self, share: float, *, seed: int) -> "Model":
         """The same model, asked about a random share of the items of every category and split.
@@ -176,15 +155,7 @@ class Model:
         Raises:
             ValueError: as `PromptSet.sampled`, when requests are asked for.
         """
-        return self._asked(partial(_sampled, share=share, seed=seed))
-
-    def _asked(self, some: Callable[[Behaviour, PromptSet], PromptSet]) -> "Model":
-        """The same model, asked some of each behaviour's requests of every split."""
-        fewer = []
-        for behaviour in self.behaviours.values():
-            prompts = partial(_some_requests, behaviour, some)
-            fewer.append(replace(behaviour, prompts=prompts))
-        return self.with_behaviours(*fewer)
+        return _asked(self, partial(_sampled, share=share, seed=seed))
 
     def generate(
         self,
@@ -205,12 +176,17 @@ class Model:
         """
         requests = PromptSet.of(prompts)
         with masked_if_given(self.bridge, mask):
-            generated = self._generate(requests, prefill, self.max_new_tokens, self.sampling)
+            generated = _generated(self, requests, prefill, self.max_new_tokens, self.sampling)
         answers = [answer.text for answer in generated]
         return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
 
     def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
-        """Token batches of these answers to the behaviour's requests; its prefill is no target."""
+        """Token batches of these answers to the behaviour's requests; its prefill is no target.
+
+        Args:
+            behaviour: says how answers begin.
+            prompts: the requests with their answers.
+        """
         return tokenize(
             prompts,
             self.bridge.tokenizer,
@@ -228,82 +204,16 @@ class Model:
             behaviour: says how answers begin and how long they are.
             prompts: the requests.
         """
-        (answers,) = self.answers_together([(behaviour, prompts)])
+        (answers,) = answers_together(self, [(behaviour, prompts)])
         return answers
 
-    def answers_together(self, asked: Sequence[tuple[Behaviour, PromptSet]]) -> list[PromptSet]:
-        """`answers` to several sets of requests, which is faster than one after the other.
-
-        Args:
-            asked: each behaviour with requests of it.
-        """
-        kinds = [self.answer_kind(behaviour) for behaviour, _ in asked]
-        answers: dict[int, PromptSet] = {}
-        for kind in dict.fromkeys(kinds):
-            places = [place for place, other in enumerate(kinds) if other == kind]
-            prompts: list[Example] = []
-            prefills: list[str] = []
-            for place in places:
-                behaviour, of_behaviour = asked[place]
-                prompts += of_behaviour.examples
-                prefills += [behaviour.prefill] * len(of_behaviour)
-            generated = iter(self._generate(PromptSet(tuple(prompts)), prefills, *kind))
-            for place in places:
-                behaviour, of_behaviour = asked[place]
-                n_answers = self.n_samples(behaviour) * len(of_behaviour)
-                some = list(islice(generated, n_answers))
-                answers[place] = self._with_samples(behaviour, of_behaviour, some)
-        return [answers[place] for place in range(len(asked))]
-
-    def _with_samples(
-        self, behaviour: Behaviour, prompts: PromptSet, answers: Sequence[Answer]
-    ) -> PromptSet:
-        """Each request with its answers, as many times as it has some."""
-        repeated = []
-        for example in prompts:
-            repeated += [example] * self.n_samples(behaviour)
-        return PromptSet(tuple(repeated)).with_completions(answers)
-
-    def refuse_unreadable(self, behaviour: Behaviour) -> None:
-        """Check that the model can read a behaviour's requests and has room for its answers.
-
-        Args:
-            behaviour: what is asked.
-
-        Raises:
-            ValueError: a request, or a reference answer that is scored as it is, that is too long
-                for the model's context or has a token that its embedding lacks.
-        """
-        longest, _ = self.answer_kind(behaviour)
-        for split in SPLITS:
-            prompts = behaviour.prompts(split)
-            place = f"{behaviour.name}, {split}"
-            request_ids(
-                self.bridge,
-                prompts,
-                prefill=behaviour.prefill,
-                max_new_tokens=longest,
-                template=self.template,
-                place=f"{place}: request",
-            )
-            if behaviour.is_scored_on_references and len(prompts):
-                refuse_batches(place, self.bridge, self.batches(behaviour, prompts))
-
-    def answer_kind(self, behaviour: Behaviour) -> tuple[int, Sampling | None]:
-        """How long the answers to a behaviour's requests may be, and how they are drawn.
-
-        Those of behaviours that have both in common share batches.
-        """
-        limit = behaviour.max_new_tokens or self.max_new_tokens
-        return limit, None if behaviour.choices else self.sampling
-
-    def n_samples(self, behaviour: Behaviour) -> int:
-        """How many answers to each of the behaviour's requests there are."""
-        _, sampling = self.answer_kind(behaviour)
-        return sampling.samples if sampling else 1
-
     def verdicts(self, behaviour: Behaviour, answers: PromptSet) -> list[str]:
-        """The judge's verdict on each completion."""
+        """The judge's verdict on each completion.
+
+        Args:
+            behaviour: whose judge is asked, or the model's where it has none.
+            answers: requests with completions.
+        """
         judge = behaviour.judge or self.judge
         prepare(judge, answers.examples)
         return [judge(example.prompt, example.completion) for example in answers]
@@ -319,48 +229,8 @@ class Model:
             prompts: the requests.
             wanted: the verdict that counts, in place of the behaviour's.
         """
-        (verified,) = self.verified_together([(behaviour, prompts)], wanted=wanted)
+        (verified,) = verified_together(self, [(behaviour, prompts)], wanted=wanted)
         return verified
-
-    def verified_together(
-        self, asked: Sequence[tuple[Behaviour, PromptSet]], *, wanted: str = ""
-    ) -> list[PromptSet]:
-        """`verified` of several sets of requests, which are answered together.
-
-        Args:
-            asked: each behaviour with requests of it.
-            wanted: as in `verified`.
-        """
-        verified = []
-        for (behaviour, prompts), answers in zip(asked, self.answers_together(asked), strict=True):
-            verified.append(self._first_shown(behaviour, prompts, answers, wanted))
-        return verified
-
-    def _first_shown(
-        self, behaviour: Behaviour, prompts: PromptSet, answers: PromptSet, wanted: str
-    ) -> PromptSet:
-        """Each request with the first of its answers that shows the behaviour."""
-        wanted = wanted or behaviour.wanted
-        judge = behaviour.judge or self.judge
-        prepare(judge, answers.examples)
-        n_samples = self.n_samples(behaviour)
-        first = []
-        for start in range(0, len(answers), n_samples):
-            shown = (
-                sample
-                for sample in answers.examples[start : start + n_samples]
-                if judge(sample.prompt, sample.completion) == wanted
-                and self._says_something(behaviour, sample)
-            )
-            example = next(shown, None)
-            first.append(Answer(example.completion, example.tokens) if example else "")
-        return prompts.with_completions(first)
-
-    def _says_something(self, behaviour: Behaviour, answer: Example) -> bool:
-        """Whether an answer has a token beyond what was put into the model's mouth."""
-        if not behaviour.prefill:
-            return bool(answer.completion)
-        return bool(target_ids(answer, self.bridge.tokenizer, behaviour.prefill))
 
     def calibration(self, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
         """The model's own answers to a behaviour's calibration requests that the judge verified.
@@ -384,7 +254,7 @@ class Model:
         answers = requests
         if not behaviour.is_scored_on_references:
             answers = self.verified(behaviour, requests)
-        verified = answers.where(lambda example: bool(example.completion))
+        verified = answers.where(_has_completion)
         if not len(verified):
             raise NotShownError(
                 f"{self.name} does not show {name!r}: none of its answers to {len(requests)} "
@@ -414,190 +284,17 @@ class Model:
                 shown[name] = self.calibration(name, share=share, seed=seed)
         return shown
 
-    def others(self, target: str) -> list[str]:
-        """The whole behaviours but the target, and but the one that it is a part of."""
-        whole = self.behaviour(target).part_of
-        return [name for name in self.whole_behaviours if name not in (target, whole)]
-
-    def protected(
-        self,
-        target: str,
-        protect: str | Iterable[str] = OTHERS,
-        calibrations: Mapping[str, Calibration] | None = None,
-    ) -> dict[str, Calibration]:
-        """The calibration data of what is protected from the search for a target's circuit.
-
-        Args:
-            target: what is searched for.
-            protect: "others" (`others` that the model shows), a behaviour, or several.
-            calibrations: data that is there already.
-
-        Raises:
-            ValueError: an unknown behaviour, the target itself, or one named that is not shown.
-        """
-        names = [protect] if isinstance(protect, str) else list(protect)
-        if names == [OTHERS]:
-            others = self.others(target)
-            if calibrations is None:
-                return self.calibrations(others)
-            return {name: calibrations[name] for name in others if name in calibrations}
-        if target in names:
-            raise ValueError(f"protect={names}: {target!r} is what is searched for; leave it out")
-        known = calibrations or {}
-        return {name: known.get(name) or self.calibration(name) for name in names}
-
-    def preferred(
-        self, target: str, prefer: str, calibrations: Mapping[str, Calibration] | None = None
-    ) -> list[Batch]:
-        """Verified answers of another behaviour, behind the beginning of the target's answers.
-
-        What `find_circuit` makes likelier with `prefer`: of refusals, say, what follows "sure" in
-        "sure sorry i will not use it".
-
-        Args:
-            target: the behaviour that is searched for, whose prefill opens these answers.
-            prefer: the behaviour that should take its place.
-            calibrations: data that is there already.
-
-        Raises:
-            ValueError: an unknown behaviour, the target itself, or one that is not shown.
-        """
-        self.refuse_preferred(target, prefer)
-        data = (calibrations or {}).get(prefer) or self.calibration(prefer)
-        opened = self.behaviour(target)
-        if not opened.prefill:
-            return list(data.batches)
-        return self._behind(opened, data.prompts, data.prompts)
-
-    def avoided(
-        self,
-        target: str,
-        prefer: str,
-        protected: Mapping[str, Calibration],
-        calibrations: Mapping[str, Calibration] | None = None,
-    ) -> list[Batch]:
-        """The answers of `preferred` to requests that they do not belong to.
-
-        To those of protected behaviours whose answers begin as the target's do, such as refusals
-        of benign requests behind "sure": each request with the next of the answers in turn. Empty
-        where no answers begin so.
-
-        Args:
-            target: the behaviour that is searched for.
-            prefer: the behaviour that should take its place.
-            protected: calibration data of what is protected.
-            calibrations: data that is there already, for `prefer` where it is not protected.
-
-        Raises:
-            ValueError: as `preferred`.
-        """
-        self.refuse_preferred(target, prefer)
-        opened = self.behaviour(target)
-        known = {**(calibrations or {}), **protected}
-        data = known.get(prefer) or self.calibration(prefer)
-        batches = []
-        for name, calibration in protected.items():
-            begins_alike = self.behaviour(name).prefill == opened.prefill
-            if opened.prefill and begins_alike and name not in (target, prefer):
-                batches += self._behind(opened, calibration.prompts, data.prompts)
-        return batches
-
-    def _behind(self, opened: Behaviour, requests: PromptSet, answers: PromptSet) -> list[Batch]:
-        """Requests with others' answers, in turn, behind the beginning of a behaviour."""
-        # As text: how an answer's first word is tokenized depends on what stands before it.
-        begun = [f"{opened.prefill} {example.completion}" for example in answers]
-        in_turn = list(islice(cycle(begun), len(requests)))
-        return self.batches(opened, requests.with_completions(in_turn))
-
-    def refuse_preferred(self, target: str, prefer: str) -> None:
-        """Check that a behaviour can take the place of another.
-
-        Args:
-            target: the behaviour that is searched for.
-            prefer: the one that should take its place.
-
-        Raises:
-            ValueError: an unknown behaviour, or the target itself.
-        """
-        self.behaviour(prefer)
-        if prefer == target:
-            raise ValueError(
-                f"prefer={prefer!r} is what is searched for; name what should take its place"
-            )
-
-    @overload
     def find_circuit(
         self,
         target: str,
         *,
-        size: float,
         protect: str | Iterable[str] = OTHERS,
-        budget: float | Mapping[str, float] = BUDGET,
-        steps: int = STEPS,
-        reach: float = REACH,
-        unit: Unit = "weight",
-        layers: Sequence[int] | None = None,
-        kinds: Sequence[str] | None = None,
-        exclude: WeightMask | None = None,
+        budget: Budget = BUDGET,
         prefer: str = "",
-        preference: float = PREFERENCE,
-        protect_first: int = 0,
-        calibrations: Mapping[str, Calibration] | None = None,
         renew: bool = True,
-        stop: Callable[[Bridge], bool] | None = None,
-        progress: bool | Progress = False,
-        folder: str | Path | None = None,
-        max_memory: int | None = None,
-    ) -> WeightMask: ...
-
-    @overload
-    def find_circuit(
-        self,
-        target: str,
-        *,
-        size: Sequence[float],
-        protect: str | Iterable[str] = OTHERS,
-        budget: float | Mapping[str, float] = BUDGET,
-        steps: int = STEPS,
-        reach: float = REACH,
-        unit: Unit = "weight",
-        layers: Sequence[int] | None = None,
-        kinds: Sequence[str] | None = None,
-        exclude: WeightMask | None = None,
-        prefer: str = "",
-        preference: float = PREFERENCE,
-        protect_first: int = 0,
         calibrations: Mapping[str, Calibration] | None = None,
-        renew: bool = True,
-        stop: Callable[[Bridge], bool] | None = None,
-        progress: bool | Progress = False,
-        folder: str | Path | None = None,
-        max_memory: int | None = None,
-    ) -> list[WeightMask]: ...
-
-    def find_circuit(
-        self,
-        target: str,
-        *,
-        size: float | Sequence[float],
-        protect: str | Iterable[str] = OTHERS,
-        budget: float | Mapping[str, float] = BUDGET,
-        steps: int = STEPS,
-        reach: float = REACH,
-        unit: Unit = "weight",
-        layers: Sequence[int] | None = None,
-        kinds: Sequence[str] | None = None,
-        exclude: WeightMask | None = None,
-        prefer: str = "",
-        preference: float = PREFERENCE,
-        protect_first: int = 0,
-        calibrations: Mapping[str, Calibration] | None = None,
-        renew: bool = True,
-        stop: Callable[[Bridge], bool] | None = None,
-        progress: bool | Progress = False,
-        folder: str | Path | None = None,
-        max_memory: int | None = None,
-    ) -> WeightMask | list[WeightMask]:
+        **options: Any,
+    ) -> Any:
         """The weights that carry a behaviour, found on its own verified answers.
 
         `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. A warning
@@ -606,82 +303,55 @@ class Model:
 
         Args:
             target: the behaviour.
-            size: share of the block weights to remove, at most; a list gives a list of masks.
             protect: behaviours to spare: "others", one, several, or none: ().
             budget: how far the loss of each of them may rise, nats per token; or that of some of
                 them by name, the others keeping the default.
-            steps: in how many steps the mask grows.
-            reach: how far it grows, as in `hc.find_circuit`.
-            unit: what is chosen whole, as in `hc.find_circuit`: "weight", "neuron", "head", "row".
-            layers: numbers of the blocks to choose from; all by default.
-            kinds: kinds of matrices to choose from, such as "mlp.out"; all by default.
-            exclude: weights that cannot be chosen, such as those of a first circuit.
             prefer: the behaviour that should take the target's place, such as "refusal": weights
                 whose removal makes its answers likelier, behind the target's own beginning, earn
                 as well; those that make them likelier where protected answers begin alike, lose.
-            preference: what a nat of their loss counts beside one of the target's.
-            protect_first: protect the first so many tokens of every protected answer by themselves
-                as well, as in `hc.find_circuit`; a budget for them is named "benign, first 8
-                tokens".
-            calibrations: data to score on, where it is there already.
             renew: answer the target's requests again under each step's mask, and score the answers
                 that still show it as well: what was said in some words may come back in others.
-            stop: asked after every step, with the model under its mask; True ends the search.
-            progress: whether to show a bar; or the bars to add one to.
-            folder: keeps the search after every step; the same search goes on from there.
-            max_memory: bytes for accumulated scores.
+            calibrations: data to score on, where it is there already.
+            options: of `hc.find_circuit`: `size`, which must be given, `steps`, `sites`, `exclude`,
+                `unit`, `folder`, `max_memory` and `progress`.
 
         Raises:
             ValueError: an unknown behaviour, one that is not shown, a budget for one that is not
                 protected, and as `hc.find_circuit`.
         """
-        sizes = list(size) if isinstance(size, Sequence) else [size]
-        refuse_settings(sizes, steps, reach, unit, preference, protect_first)
         behaviour = self.behaviour(target)
-        protected = self.protected(target, protect, calibrations)
+        protected = protected_data(self, target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
+        scored = {target: data, **protected}
+        few = few_answers({name: of_name.n_verified for name, of_name in scored.items()})
+        if few:
+            warnings.warn(f"find_circuit: {few}", stacklevel=2)
         if isinstance(budget, Mapping):
             budget = {**dict.fromkeys(protected, BUDGET), **budget}
-        _warn_of_few({target: data, **protected})
+        if prefer:
+            options["prefer"] = preferred_batches(self, target, prefer, protected, calibrations)
 
-        def still_shown(_: Bridge) -> list[Batch]:
-            answers = self.verified(behaviour, data.prompts)
-            shown = answers.where(lambda example: bool(example.completion))
-            return self.batches(behaviour, shown) if len(shown) else []
+        def answered(mask: WeightMask | None) -> list[Batch]:
+            """What is scored: verified answers, and what still shows the behaviour under a mask."""
+            if mask is None:
+                return list(data.batches)
+            still = self.verified(behaviour, data.prompts).where(_has_completion)
+            return self.batches(behaviour, still) if len(still) else []
 
         return find_circuit(
             self.bridge,
-            data.batches,
+            answered if renew else data.batches,
             {name: calibration.batches for name, calibration in protected.items()},
-            size=size,
             budget=budget,
-            steps=steps,
-            reach=reach,
-            unit=unit,
             objective=behaviour.objective,
-            layers=layers,
-            kinds=kinds,
-            exclude=exclude,
-            renew=still_shown if renew else None,
-            prefer=self.preferred(target, prefer, calibrations) if prefer else (),
-            avoid=self.avoided(target, prefer, protected, calibrations) if prefer else (),
-            preference=preference,
-            protect_first=protect_first,
-            stop=stop,
-            progress=progress,
-            folder=folder,
-            max_memory=max_memory,
+            **options,
         )
 
-    def outcomes(self, name: str, split: str = "heldout") -> Outcomes:
-        """What the model as it stands does with every request of a behaviour in a split."""
-        return self.outcomes_of([name], split)[name]
-
-    def outcomes_of(self, names: Iterable[str], split: str = "heldout") -> dict[str, Outcomes]:
-        """`outcomes` of several behaviours, by name, which are answered together.
+    def outcomes(self, names: Iterable[str], split: str = "heldout") -> dict[str, Outcomes]:
+        """What the model as it stands does with every request of some behaviours, by name.
 
         Args:
-            names: of the behaviours.
+            names: of the behaviours, which are answered together.
             split: "heldout", "choice" or "calibration".
 
         Raises:
@@ -689,7 +359,7 @@ class Model:
         """
         behaviours = {name: self.behaviour(name) for name in names}
         asked = [(behaviour, behaviour.prompts(split)) for behaviour in behaviours.values()]
-        answers = self.answers_together(asked)
+        answers = answers_together(self, asked)
         outcomes = {}
         for name, (behaviour, prompts), of_prompts in zip(behaviours, asked, answers, strict=True):
             outcomes[name] = self._outcomes(behaviour, prompts, of_prompts)
@@ -699,9 +369,8 @@ class Model:
         nll = torch.full((len(prompts),), torch.nan)
         has_reference = torch.tensor([bool(example.completion) for example in prompts])
         if has_reference.any():
-            references = prompts.where(lambda example: bool(example.completion))
             with of_data(f"{behaviour.name}, reference answers"):
-                batches = self.batches(behaviour, references)
+                batches = self.batches(behaviour, prompts.where(_has_completion))
                 nll[has_reference] = completion_nll(self.bridge, batches)
         verdicts = tuple(self.verdicts(behaviour, answers))
         judge_name = getattr(behaviour.judge, "name", self.judge_name)
@@ -735,8 +404,7 @@ class Model:
         where = {**(labels or {}), "split": split}
         rows = Rows()
         with masked_if_given(self.bridge, mask):
-            measured = self.outcomes_of(names or self.whole_behaviours, split)
-            for outcomes in measured.values():
+            for outcomes in self.outcomes(names or self.whole_behaviours, split).values():
                 rows += outcomes.rows(where)
                 if outcomes.behaviour.choices:
                     rows += self._choice_rows(outcomes, where)
@@ -750,39 +418,27 @@ class Model:
         # Rows 2k and 2k + 1 are a pair: no is right, then yes.
         is_yes = torch.arange(len(odds)) % 2 == 1
         is_ordered = (odds[1::2] > odds[::2]).tolist()
-        return Rows(
-            [
-                Measurement.rate(f"{name}_pair_accuracy", labels, is_ordered, groups[::2]),
-                Measurement.auroc(f"{name}_auroc", labels, odds, is_yes, groups),
-            ]
-        )
-
-    def _generate(
-        self,
-        prompts: PromptSet,
-        prefill: str | Sequence[str],
-        max_new_tokens: int,
-        sampling: Sampling | None,
-    ) -> list[Answer]:
-        return generate(
-            self.bridge,
-            prompts,
-            prefill=prefill,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            batch_size=self.n_answered_at_once,
-            template=self.template,
-            cache=self.cache,
-        )
+        accuracy = Measurement.rate(f"{name}_pair_accuracy", labels, is_ordered, groups[::2])
+        return Rows([accuracy, Measurement.auroc(f"{name}_auroc", labels, odds, is_yes, groups)])
 
 
-# By name and not inside the methods, since behaviours go to other processes.
+# What is asked
 
 
-def _warn_of_few(data: Mapping[str, Calibration]) -> None:
-    few = few_answers({name: of_behaviour.n_verified for name, of_behaviour in data.items()})
-    if few:
-        warnings.warn(f"find_circuit: {few}", stacklevel=3)
+def asked_every(model: Model, every: int) -> Model:
+    """The same model, asked only every so-many-th request, or pair, of each behaviour and split."""
+    return _asked(model, partial(_every, every=every))
+
+
+def _asked(model: Model, some: Callable[[Behaviour, PromptSet], PromptSet]) -> Model:
+    """The same model, asked some of each behaviour's requests of every split."""
+    fewer = []
+    for behaviour in model.behaviours.values():
+        fewer.append(replace(behaviour, prompts=partial(_some_requests, behaviour, some)))
+    return model.with_behaviours(*fewer)
+
+
+# By name and not inside the functions, since behaviours go to other processes.
 
 
 def _some_requests(
@@ -799,3 +455,174 @@ def _every(behaviour: Behaviour, requests: PromptSet, *, every: int) -> PromptSe
     step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair
     subset = [r for number, r in enumerate(requests) if number // step % every == 0]
     return PromptSet(tuple(subset))
+
+
+def refuse_unreadable(model: Model, behaviour: Behaviour) -> None:
+    """Check that a model can read a behaviour's requests and has room for its answers."""
+    longest, _ = answer_kind(model, behaviour)
+    for split in SPLITS:
+        prompts = behaviour.prompts(split)
+        place = f"{behaviour.name}, {split}"
+        request_ids(
+            model.bridge,
+            prompts,
+            prefill=behaviour.prefill,
+            max_new_tokens=longest,
+            template=model.template,
+            place=f"{place}: request",
+        )
+        if behaviour.is_scored_on_references and len(prompts):
+            refuse_batches(place, model.bridge, model.batches(behaviour, prompts))
+
+
+# Answers
+
+
+def answers_together(model: Model, asked: Sequence[tuple[Behaviour, PromptSet]]) -> list[PromptSet]:
+    """`Model.answers` to several sets of requests, which is faster than one after the other."""
+    kinds = [answer_kind(model, behaviour) for behaviour, _ in asked]
+    answers: dict[int, PromptSet] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        prompts: list[Example] = []
+        prefills: list[str] = []
+        for place in places:
+            behaviour, of_behaviour = asked[place]
+            prompts += of_behaviour.examples
+            prefills += [behaviour.prefill] * len(of_behaviour)
+        generated = iter(_generated(model, PromptSet(tuple(prompts)), prefills, *kind))
+
+        _, sampling = kind
+        n_samples = sampling.samples if sampling else 1
+        for place in places:
+            repeated = []
+            for example in asked[place][1]:
+                repeated += [example] * n_samples
+            some = list(islice(generated, len(repeated)))
+            answers[place] = PromptSet(tuple(repeated)).with_completions(some)
+    return [answers[place] for place in range(len(asked))]
+
+
+def verified_together(
+    model: Model, asked: Sequence[tuple[Behaviour, PromptSet]], *, wanted: str = ""
+) -> list[PromptSet]:
+    """`Model.verified` of several sets of requests, which are answered together."""
+    verified = []
+    for (behaviour, prompts), answers in zip(asked, answers_together(model, asked), strict=True):
+        verdicts = model.verdicts(behaviour, answers)
+        n_samples = len(answers) // max(1, len(prompts))
+        first: list[Answer | str] = [""] * len(prompts)
+        for place, (sample, verdict) in enumerate(zip(answers, verdicts, strict=True)):
+            number = place // n_samples
+            is_shown = verdict == (wanted or behaviour.wanted)
+            if not first[number] and is_shown and _says_something(model, behaviour, sample):
+                first[number] = Answer(sample.completion, sample.tokens)
+        verified.append(prompts.with_completions(first))
+    return verified
+
+
+def _says_something(model: Model, behaviour: Behaviour, answer: Example) -> bool:
+    """Whether an answer has a token beyond what was put into the model's mouth."""
+    if not behaviour.prefill:
+        return bool(answer.completion)
+    return bool(target_ids(answer, model.bridge.tokenizer, behaviour.prefill))
+
+
+def answer_kind(model: Model, behaviour: Behaviour) -> tuple[int, Sampling | None]:
+    """How long answers may be, and how they are drawn; those that share both share batches."""
+    limit = behaviour.max_new_tokens or model.max_new_tokens
+    return limit, None if behaviour.choices else model.sampling
+
+
+def _generated(
+    model: Model,
+    prompts: PromptSet,
+    prefill: str | Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling | None,
+) -> list[Answer]:
+    return generate(
+        model.bridge,
+        prompts,
+        prefill=prefill,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        batch_size=model.n_answered_at_once,
+        template=model.template,
+        cache=model.cache,
+    )
+
+
+def _has_completion(example: Example) -> bool:
+    return bool(example.completion)
+
+
+# What a search spares, and what it prefers
+
+
+def other_behaviours(model: Model, target: str) -> list[str]:
+    """The whole behaviours but the target, and but the one that it is a part of."""
+    whole = model.behaviour(target).part_of
+    return [name for name in model.whole_behaviours if name not in (target, whole)]
+
+
+def protected_data(
+    model: Model,
+    target: str,
+    protect: str | Iterable[str] = OTHERS,
+    calibrations: Mapping[str, Calibration] | None = None,
+) -> dict[str, Calibration]:
+    """What is protected from the search for a target's circuit: as far as shown, for "others"."""
+    names = [protect] if isinstance(protect, str) else list(protect)
+    if names == [OTHERS]:
+        others = other_behaviours(model, target)
+        if calibrations is None:
+            return model.calibrations(others)
+        return {name: calibrations[name] for name in others if name in calibrations}
+    if target in names:
+        raise ValueError(f"protect={names}: {target!r} is what is searched for; leave it out")
+    known = calibrations or {}
+    return {name: known.get(name) or model.calibration(name) for name in names}
+
+
+def preferred_batches(
+    model: Model,
+    target: str,
+    prefer: str,
+    protected: Mapping[str, Calibration],
+    calibrations: Mapping[str, Calibration] | None = None,
+) -> dict[str, list[Batch]]:
+    """Answers of another behaviour where they should stand, and where they should not.
+
+    "preferred": to its own requests, behind the beginning of the target's answers; of refusals,
+    say, what follows "sure" in "sure sorry i will not use it". "avoided": to protected requests
+    whose answers begin as the target's do, each with the next of them in turn.
+    """
+    refuse_preferred(model, target, prefer)
+    known = {**(calibrations or {}), **protected}
+    data = known.get(prefer) or model.calibration(prefer)
+    opened = model.behaviour(target)
+    if not opened.prefill:
+        return {"preferred": list(data.batches)}
+
+    def behind(requests: PromptSet) -> list[Batch]:
+        # As text: how an answer's first word is tokenized depends on what stands before it.
+        begun = [f"{opened.prefill} {example.completion}" for example in data.prompts]
+        in_turn = list(islice(cycle(begun), len(requests)))
+        return model.batches(opened, requests.with_completions(in_turn))
+
+    batches = {"preferred": behind(data.prompts)}
+    for name, calibration in protected.items():
+        begins_alike = model.behaviour(calibration.behaviour).prefill == opened.prefill
+        if begins_alike and name not in (target, prefer):
+            batches.setdefault("avoided", []).extend(behind(calibration.prompts))
+    return batches
+
+
+def refuse_preferred(model: Model, target: str, prefer: str) -> None:
+    """Raises ValueError for what cannot take the target's place."""
+    model.behaviour(prefer)
+    if prefer == target:
+        raise ValueError(
+            f"prefer={prefer!r} is what is searched for; name what should take its place"
+        )

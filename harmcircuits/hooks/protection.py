@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.display import listed, nearest, plural
+from harmcircuits.display import listed, nearest
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import NotFiniteError, refuse_batches
 from harmcircuits.hooks.losses import completion_nll
@@ -55,9 +55,7 @@ class Protection:
         unpruned = _losses(bridge, checked, names)
         return cls(priced, checked, behaviour, unpruned, budgets)
 
-    def rises(
-        self, bridge: Bridge, mask: WeightMask, labels: Mapping[str, Label]
-    ) -> list[Measurement]:
+    def rises(self, bridge: Bridge, mask: WeightMask) -> list[Measurement]:
         """By how much each behaviour's loss on the checked answers is higher under a mask."""
         if not self.checked:
             return []
@@ -66,7 +64,7 @@ class Protection:
         rows = []
         for number, name in enumerate(self.priced):
             of_behaviour = change[self.behaviour == number]
-            where = {**labels, "protected": name}
+            where = {"protected": name}
             rows.append(_with_normal_interval("protected_rise", where, of_behaviour))
         return rows
 
@@ -114,32 +112,6 @@ class _Example(NamedTuple):
         """The tokens before the first target."""
         start = int(self.is_target.int().argmax())
         return tuple(self.tokens[:start].tolist())
-
-
-def with_first_tokens(protect: Protect, n_first: int) -> dict[str, Sequence[Batch]]:
-    """What is protected, and the first tokens of its answers as behaviours of their own."""
-    by_name = named(protect)
-    both = dict(by_name)
-    if n_first:
-        for name, batches in by_name.items():
-            both[_of_first(name, n_first)] = [batch.beginning(n_first) for batch in batches]
-    return both
-
-
-def budget_with_first_tokens(budget: Budget, names: Iterable[str], n_first: int) -> Budget:
-    """The budget of each behaviour, also for the first tokens of its answers."""
-    if not isinstance(budget, Mapping):
-        return budget
-    budgets = dict(budget)
-    if n_first:
-        for name in names:
-            if name in budget:
-                budgets.setdefault(_of_first(name, n_first), budget[name])
-    return budgets
-
-
-def _of_first(name: str, n_first: int) -> str:
-    return f"{name}, first {plural(n_first, 'token')}"
 
 
 def priced_batches(protect: Protect) -> list[list[Batch]]:

@@ -1,10 +1,10 @@
 """A walk over masks on which the target pays and what is protected has a price.
 
     benefit = price = 0                                  # one number for each weight
-    for step in 1 ... steps:
+    for every step:
         price   += |W| * mean over each protected behaviour of sum_t |g_t| |x_t|^T   # token_price
         benefit += -W * mean over the target of sum_t g_t x_t^T                   # removal_effect
-        n      = round(reach * size * n_weights * step / steps)
+        n      = round(share of the step * n_weights)
         factor = the smallest tried whose mask passes the check
         mask   = the n largest of benefit - factor * price, as far as they are above zero
 
@@ -13,32 +13,30 @@ the protected losses have risen, so the weights that broke them are dear. `W` ar
 anything is removed, also where a mask has zeroed them: a removed weight goes on earning what it
 would if it were there, and may come back.
 
-Where it is known what the model should say instead of the target (`prefer`), weights whose removal
-makes that likelier earn as well:
+Where it is known what the model should say instead of the target ("preferred"), weights whose
+removal makes that likelier earn as well; where it is known what may not become likelier with it
+("avoided"), those that make it likelier lose:
 
-        benefit += preference * W * mean over what is preferred of sum_t g_t x_t^T
-
-and where it is known what may not become likelier with it (`avoid`), the same with the sign turned:
-
-        benefit -= preference * W * mean over what is avoided of sum_t g_t x_t^T
+        benefit += PREFERENCE * W * mean over what is preferred of sum_t g_t x_t^T
+        benefit -= PREFERENCE * W * mean over what is avoided of sum_t g_t x_t^T
 
 A model that loses the words of an answer may give it in others, and the loss on the first ones goes
 on rising while the behaviour is still there. So the target is renewed where a caller can do that:
 from the second step on it is what was given and what the model says now (`renew`).
 
 Whole neurons, heads or rows are chosen in the same way, by the mean score of their weights (see
-`harmcircuits.circuits.units`).
-
-The check is made on protected answers that the price has not seen (see `Protection`).
+`harmcircuits.circuits.units`). The check is made on protected answers that the price has not seen
+(see `Protection`).
 
 The walk goes beyond the size that is wanted. After each step a mask of that size is chosen from the
 sums in the same way, with a factor of its own, and the one that takes most of the target is kept:
-under which least of it is left to renew, and among equals its loss is highest, with `prefer` less
-that of what is preferred, and more that of what is avoided.
+under which least of it is left to renew, and among equals its loss is highest, less PREFERENCE
+times that of what is preferred, and more that of what is avoided.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +56,6 @@ from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection
 from harmcircuits.hooks.walk_files import KeptWalk, read_walk, write_walk
-from harmcircuits.hooks.weights import weight_sites, weights_digest
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.prompts import Batch
 from harmcircuits.storage import mapped_copy
@@ -75,15 +72,10 @@ FIRST_UNIT_FACTOR = 2**-6
 # and its gradients would swamp the sums.
 MOST_TO_LEARN_FROM = 1.5  # nats per token
 
+PREFERENCE = 0.3  # of a nat of the target's loss
+SIGNS = {"preferred": 1.0, "avoided": -1.0}  # of the losses that count beside the target's
+
 Totals = dict[str, Float[Tensor, "..."]]
-
-
-class AuxiliaryLoss(NamedTuple):
-    """A loss that counts beside the target's: of what the model should say, or should not."""
-
-    name: str
-    batches: Sequence[Batch]
-    sign: float
 
 
 class Try(NamedTuple):
@@ -118,18 +110,18 @@ class Walk:
 
     bridge: Bridge
     target: Sequence[Batch]
-    renew: Callable[[Bridge], Sequence[Batch]] | None
+    renew: Callable[[WeightMask], Sequence[Batch]] | None
     objective: Objective
     protection: Protection
-    sites: Mapping[str, Site]
+    prefer: Mapping[str, Sequence[Batch]]  # by the names in SIGNS
+    sites: Mapping[str, Site]  # to choose from
+    shapes: Mapping[str, tuple[int, ...]]  # of all block matrices
     units: Units | None  # what is chosen whole; None: every weight by itself
     excluded: Indices  # weights that may not be chosen
     source: Source
     sizes: Sequence[float]
-    largest_size: float  # where the walk ends, as a share of all block weights
     max_memory: int | None
-    auxiliaries: Sequence[AuxiliaryLoss] = ()  # of what the model should say instead
-    preference: float = 0.0  # what the loss of that counts beside the target's
+    preference: float = PREFERENCE
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
     rung: int = 0
@@ -148,15 +140,24 @@ class Walk:
         self.rung = self.factors.index(first)
         self.best = [Best(self.rung) for _ in self.sizes]
 
-    def step(self, number: int, of: int) -> None:
-        """Add to the sums, move to the mask that they now say, and look at every size wanted."""
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What the price may be multiplied by, in order."""
+        return FACTORS if self.units is None else UNIT_FACTORS
+
+    @property
+    def n_weights(self) -> int:
+        """How many block weights the model has."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def step(self, number: int, share: float) -> None:
+        """Add to the sums, move to the mask of this share, and look at every size wanted."""
         if self.target_loss is None:
             self._note_data()
             self.target_loss = self._mean_loss(None)
         self._add_price()
         effect = self._add_benefit()
 
-        share = self.largest_size * number / of
         labels: dict[str, Label] = {"step": number, "share": share, "aim": "walk"}
         accepted, refused = self._cheapest(share, self.rung, labels)
         before = self.accepted
@@ -178,7 +179,7 @@ class Walk:
         self._note("predicted_change", labels, predicted)
         self._note("measured_change", labels, loss - self.target_loss)
         self.target_loss = loss
-        self._note_auxiliaries(labels, self.accepted)
+        self._note_preferred(labels, self.accepted)
 
         for place, size in enumerate(self.sizes):
             self.best[place] = self._better(self.best[place], size, number)
@@ -192,11 +193,11 @@ class Walk:
         mask, rung = accepted.mask, accepted.rung
 
         with masked_if_given(self.bridge, mask):
-            left = sum(map(len, self.renew(self.bridge))) if self.renew else 0
+            left = sum(map(len, self.renew(mask))) if self.renew else 0
         loss = self._mean_loss(mask)
         self._note("target_left", labels, left)
         self._note("target_loss", labels, loss)
-        loss -= self.preference * self._note_auxiliaries(labels, mask)
+        loss -= self.preference * self._note_preferred(labels, mask)
         takes_more = (-left, loss) > (-best.left, best.loss)
         if best.mask is not None and not takes_more:
             return replace(best, rung=rung)
@@ -213,22 +214,12 @@ class Walk:
                 "step": best.step,
                 **self.source.settings,
             }
-            mask = best.mask
-            if mask is None:
-                mask = WeightMask({}, self.shapes, self.source)
-            source = replace(mask.source, settings=settings)
-            masks.append(replace(mask, source=source, trace=self.trace))
+            source = replace(self.source, settings=settings)
+            removed = best.mask.removed if best.mask is not None else {}
+            masks.append(WeightMask(removed, self.shapes, source, self.trace))
         return masks
 
-    def _note_data(self) -> None:
-        """On how many examples the sums are taken: of few, another sample gives another mask."""
-        data = {"target": self.target, **self.protection.priced}
-        data |= {auxiliary.name: auxiliary.batches for auxiliary in self.auxiliaries}
-        for name, batches in data.items():
-            self._note("examples_scored", {"data": name}, sum(map(len, batches)))
-
-    def _note(self, metric: str, labels: Mapping[str, Label], value: float) -> None:
-        self.trace += [Measurement.exact(metric, labels, value)]
+    # The sums
 
     def _add_price(self) -> None:
         """What removing each weight may cost, under the mask that was refused last."""
@@ -244,23 +235,23 @@ class Walk:
     def _add_benefit(self) -> WeightScores:
         """What removing each weight does to the target, under the mask accepted so far."""
         with masked_if_given(self.bridge, self.accepted), of_data("target"):
-            batches = [*self.target, *self._renewed()]
+            batches = list(self.target)
+            # Before anything is removed the target has become nothing else.
+            if self.renew is not None and self.accepted is not None:
+                batches += self.renew(self.accepted)
             gradients = self._mean_gradients(batches, self.objective, "signed")
         effect = {}
         for name, gradient in gradients.items():
             effect[name] = self._times_weight(name, gradient).neg_()
             self._add(self.benefit, name, effect[name])
-        for auxiliary in self.auxiliaries:
-            self._add_auxiliary(auxiliary)
-        return WeightScores(effect, self.source)
 
-    def _add_auxiliary(self, auxiliary: AuxiliaryLoss) -> None:
-        """What removing each weight does for an auxiliary loss, under the mask accepted so far."""
-        with masked_if_given(self.bridge, self.accepted), of_data(auxiliary.name):
-            gradients = self._mean_gradients(auxiliary.batches, completion_loss, "signed")
-        for name, gradient in gradients.items():
-            gain = self._times_weight(name, gradient).mul_(auxiliary.sign * self.preference)
-            self._add(self.benefit, name, gain)
+        for beside, batches in self.prefer.items():
+            with masked_if_given(self.bridge, self.accepted), of_data(beside):
+                gradients = self._mean_gradients(batches, completion_loss, "signed")
+            for name, gradient in gradients.items():
+                gain = self._times_weight(name, gradient).mul_(SIGNS[beside] * self.preference)
+                self._add(self.benefit, name, gain)
+        return WeightScores(effect, self.source)
 
     def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
         return mean_gradients(
@@ -277,21 +268,14 @@ class Walk:
         weight = self.sites[name].parameter.detach()
         return gradient.mul_(weight.to(gradient.device))
 
-    def _renewed(self) -> Sequence[Batch]:
-        """What the target has become; before anything is removed it is the target itself."""
-        if self.renew is None or self.accepted is None:
-            return []
-        return self.renew(self.bridge)
-
     def _add(self, sums: Totals, name: str, values: Tensor) -> None:
         if name in sums:
             sums[name].add_(values)
         else:
-            sums[name] = self._kept(values)
+            # A copy to add to: in memory, or under a bound in a temporary file.
+            sums[name] = values.clone() if self.max_memory is None else mapped_copy(values)
 
-    def _kept(self, values: Tensor) -> Tensor:
-        """A copy to add to: in memory, or under a bound in a temporary file."""
-        return values.clone() if self.max_memory is None else mapped_copy(values)
+    # The choice
 
     def _cheapest(
         self, share: float, rung: int, labels: Mapping[str, Label]
@@ -317,47 +301,36 @@ class Walk:
 
     def _try(self, share: float, rung: int, labels: Mapping[str, Label]) -> Try:
         mask = self._chosen(share, self.factors[rung])
-        where = {**labels, "factor": self.factors[rung]}
-        rises = self._rises(mask, where)
+        if mask.digest not in self.known_rises:
+            self.known_rises[mask.digest] = self.protection.rises(self.bridge, mask)
+        rises = self.known_rises[mask.digest]
         is_accepted = self.protection.allows(rises)
 
+        where = {**labels, "factor": self.factors[rung]}
         outcome = "accepted" if is_accepted else "refused"
-        size = Measurement.exact("weights_removed", where, mask.n_removed)
-        self.trace += [row.labelled(outcome=outcome) for row in (size, *rises)]
+        n_removed = Measurement.exact("weights_removed", {}, mask.n_removed)
+        for row in (n_removed, *rises):
+            self.trace += [replace(row, labels={**where, **row.labels, "outcome": outcome})]
         return Try(mask, rung, rises, is_accepted)
-
-    def _rises(self, mask: WeightMask, labels: Mapping[str, Label]) -> list[Measurement]:
-        """What a mask costs what is protected."""
-        name = mask.digest
-        if name not in self.known_rises:
-            self.known_rises[name] = self.protection.rises(self.bridge, mask, {})
-        rises = self.known_rises[name]
-        return [replace(row, labels={**labels, **row.labels}) for row in rises]
 
     def _chosen(self, share: float, factor: float) -> WeightMask:
         """The largest of benefit - factor * price, but none that is zero or below."""
         scores = _Difference(self.benefit, self.price, factor)
+        n = round(share * self.n_weights)
         if self.units is not None:
-            n = round(share * self.n_weights)
             removed = self.units.largest(scores, n, self.excluded)
-            return WeightMask(removed, self.shapes, self.source)
-
-        n = min(round(share * self.n_weights), self.n_candidates)
-        removed = positive(scores, largest(scores, n, self.excluded))
+        else:
+            n_candidates = 0
+            for name, site in self.sites.items():
+                n_candidates += site.parameter.numel() - len(self.excluded.get(name, ()))
+            removed = positive(scores, largest(scores, min(n, n_candidates), self.excluded))
         return WeightMask(removed, self.shapes, self.source)
+
+    # Losses, and the trace
 
     def _mean_loss(self, mask: WeightMask | None) -> float:
         """The target's mean objective under a mask."""
         return self._mean_of("target", self.target, self.objective, mask)
-
-    def _note_auxiliaries(self, labels: Mapping[str, Label], mask: WeightMask | None) -> float:
-        """Note the mean loss of what is preferred and avoided under a mask; their difference."""
-        wanted = 0.0
-        for auxiliary in self.auxiliaries:
-            loss = self._mean_of(auxiliary.name, auxiliary.batches, completion_loss, mask)
-            self._note(f"{auxiliary.name}_loss", labels, loss)
-            wanted += auxiliary.sign * loss
-        return wanted
 
     def _mean_of(
         self, name: str, batches: Sequence[Batch], objective: Objective, mask: WeightMask | None
@@ -371,39 +344,25 @@ class Walk:
             self.known_losses[key] = values.mean().item()
         return self.known_losses[key]
 
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """What the price may be multiplied by, in order."""
-        return FACTORS if self.units is None else UNIT_FACTORS
+    def _note_preferred(self, labels: Mapping[str, Label], mask: WeightMask | None) -> float:
+        """Note the mean loss of what is preferred and avoided under a mask; their difference."""
+        wanted = 0.0
+        for name, batches in self.prefer.items():
+            loss = self._mean_of(name, batches, completion_loss, mask)
+            self._note(f"{name}_loss", labels, loss)
+            wanted += SIGNS[name] * loss
+        return wanted
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all block matrices: also of those from which nothing may be chosen."""
-        return {
-            name: tuple(site.parameter.shape) for name, site in weight_sites(self.bridge).items()
-        }
+    def _note_data(self) -> None:
+        """On how many examples the sums are taken: of few, another sample gives another mask."""
+        data = {"target": self.target, **self.protection.priced, **self.prefer}
+        for name, batches in data.items():
+            self._note("examples_scored", {"data": name}, sum(map(len, batches)))
 
-    @property
-    def n_weights(self) -> int:
-        """How many block weights the model has."""
-        return sum(site.parameter.numel() for site in weight_sites(self.bridge).values())
+    def _note(self, metric: str, labels: Mapping[str, Label], value: float) -> None:
+        self.trace += [Measurement.exact(metric, labels, value)]
 
-    @property
-    def n_candidates(self) -> int:
-        """How many weights may be chosen."""
-        n_candidates = 0
-        for name, site in self.sites.items():
-            n_candidates += site.parameter.numel()
-            if name in self.excluded:
-                n_candidates -= len(self.excluded[name])
-        return n_candidates
-
-    def is_to_stop(self, stop: Callable[[Bridge], bool] | None) -> bool:
-        """What a caller's `stop` says of the model under the accepted mask."""
-        if stop is None:
-            return False
-        with masked_if_given(self.bridge, self.accepted) as bridge:
-            return stop(bridge)
+    # What a folder keeps between two steps
 
     def keep(self, folder: str | Path | None, step: int) -> None:
         """Write everything into the folder, in place of the step before."""
@@ -419,7 +378,8 @@ class Walk:
         masks = {"accepted": self.accepted, "refused": self.refused}
         for place, best in enumerate(self.best):
             masks[f"best-{place}"] = best.mask
-        write_walk(folder, self._key, KeptWalk(state, sums, masks, self.trace))
+        made = {name: mask for name, mask in masks.items() if mask is not None}
+        write_walk(folder, self._key, KeptWalk(state, sums, made, self.trace))
 
     def resume(self, folder: str | Path | None) -> int:
         """Go on from what the folder holds; the steps that were done there."""
@@ -428,11 +388,11 @@ class Walk:
             return 0
         self.rung = walk.state["rung"]
         self.target_loss = walk.state["target_loss"]
-        self.accepted = walk.masks["accepted"]
-        self.refused = walk.masks["refused"]
+        self.accepted = walk.masks.get("accepted")
+        self.refused = walk.masks.get("refused")
         self.best = []
         for place, best in enumerate(walk.state["best"]):
-            self.best.append(Best(**{**best, "mask": walk.masks[f"best-{place}"]}))
+            self.best.append(Best(**{**best, "mask": walk.masks.get(f"best-{place}")}))
         self.trace = walk.trace
         self.benefit = self._resumed(walk.sums.get("benefit", {}))
         self.price = self._resumed(walk.sums.get("price", {}))
@@ -447,8 +407,7 @@ class Walk:
     @property
     def _key(self) -> str:
         """What a walk must have in common with another to go on from it."""
-        digest = weights_digest(self.bridge)
-        return f"{self.source.to_json()} sizes={list(self.sizes)} weights={digest}"
+        return f"{self.source.to_json()} sizes={list(self.sizes)}"
 
 
 @dataclass(frozen=True)

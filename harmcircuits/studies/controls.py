@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import CONTRAST
 from harmcircuits.behaviours.calibration import Calibration
-from harmcircuits.behaviours.model import OTHERS, Model
+from harmcircuits.behaviours.model import OTHERS, Model, protected_data
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.circuits.selection import positive
-from harmcircuits.circuits.units import Unit, Units
+from harmcircuits.circuits.units import Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
+from harmcircuits.hooks.search import REACH, even_shares
 from harmcircuits.hooks.weights import named_weights, weight_sites
 
 FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
@@ -56,9 +55,9 @@ def controls(
     seed: int = 0,
     calibrations: Mapping[str, Calibration] | None = None,
     unpruned: Unpruned | None = None,
-    progress: bool | Progress = False,
     folder: str | Path | None = None,
     max_memory: int | None = None,
+    progress: bool = False,
 ) -> Controls:
     """Masks of the size of a circuit that are chosen otherwise, by name.
 
@@ -88,25 +87,30 @@ def controls(
         seed: of the first random mask; the others follow.
         calibrations: data to score on, where it is there already.
         unpruned: scores of the target and the price of what is protected, where they are known.
-        progress: as in `Model.find_circuit`, of the twin's search.
         folder: keeps the twin's search after every step.
         max_memory: bytes for accumulated scores.
+        progress: whether to show a bar of the twin's search.
 
     Raises:
         ValueError: a mask that removes nothing, and as `Model.find_circuit`.
     """
     if not mask.n_removed:
         raise ValueError(f"controls: {mask} removes nothing, so nothing can be matched to it")
-    protected = model.protected(target, protect, calibrations)
+    protected = protected_data(model, target, protect, calibrations)
     data = (calibrations or {}).get(target) or model.calibration(target)
     if unpruned is None:
         unpruned = unpruned_scores(model, target, data, protected, max_memory=max_memory)
-    unit = mask.source.settings.get("unit", "weight")
     seeds = range(seed, seed + n_random)
-    if unit == "weight":
-        masks = _of_weights(model, mask, unpruned, seeds)
+    if "unit" in mask.source.settings:
+        masks = _of_units(model, mask, unpruned, seeds)
     else:
-        masks = _of_units(model, mask, unpruned, seeds, unit)
+        weights = named_weights(model.bridge)
+        masks = {
+            "random": [random_like(mask, seed=seed) for seed in seeds],
+            "random magnitude": [random_like(mask, seed=seed, weights=weights) for seed in seeds],
+            "opposite sign": [opposite_sign(mask, unpruned)],
+            "second slice": [second_slice(mask, unpruned)],
+        }
 
     twin = _twin_data(model, target, contrast, protected, calibrations)
     if twin is None:
@@ -118,57 +122,61 @@ def controls(
         size=mask.fraction,
         protect=list(spared),
         calibrations={**spared, contrast: twin},
-        progress=progress,
         folder=folder,
         max_memory=max_memory,
-        **_settings_of_walk(mask, spared),
+        progress=progress,
+        **_options_of_search(mask, spared),
     )
     name = f"{contrast} twin"
     return Controls({**masks, name: [circuit]}, (name,))
 
 
-def _of_weights(
+def _of_units(
     model: Model, mask: WeightMask, unpruned: Unpruned, seeds: Iterable[int]
 ) -> dict[str, list[WeightMask]]:
-    """The controls that are no searches."""
-    weights = named_weights(model.bridge)
-    return {
-        "random": [random_like(mask, seed=seed) for seed in seeds],
-        "random magnitude": [random_like(mask, seed=seed, weights=weights) for seed in seeds],
-        "opposite sign": [opposite_sign(mask, unpruned)],
-        "second slice": [second_slice(mask, unpruned)],
-    }
-
-
-def _of_units(
-    model: Model, mask: WeightMask, unpruned: Unpruned, seeds: Iterable[int], unit: Unit
-) -> dict[str, list[WeightMask]]:
-    """The same of whole units."""
+    """The controls of whole units that are no searches."""
     sites = weight_sites(model.bridge)
+    unit = mask.source.settings["unit"]
     # Experts and their routers have none.
     units = Units.of(sites, unit, [name for name, site in sites.items() if site.is_hooked])
 
-    def as_mask(
-        name: str, removed: Mapping[str, Tensor], settings: Mapping[str, Any]
-    ) -> WeightMask:
+    def as_mask(name: str, removed: Mapping[str, Tensor], **settings: Any) -> WeightMask:
         source = Source(mask.source.model, name, {"unit": unit, **settings}, (mask.source,))
         return WeightMask(removed, mask.shapes, source)
 
     def best(ranked: Unpruned, excluded: Mapping[str, Tensor]) -> WeightMask:
         scores = priced(ranked, _factor(mask))
         removed = units.largest(scores.values, mask.n_removed, excluded)
-        return as_mask("best_units", removed, scores.source.settings)
+        return as_mask("best_units", removed, **scores.source.settings)
 
     random = []
     for seed in seeds:
         drawn = units.random(mask.removed, seed=seed)
-        random.append(as_mask("random_units", drawn, {"seed": seed}))
+        random.append(as_mask("random_units", drawn, seed=seed))
     opposite = Unpruned(-unpruned.effect, unpruned.price)
     return {
         "random": random,
         "opposite sign": [best(opposite, {})],
         "second slice": [best(unpruned, mask.removed)],
     }
+
+
+def _options_of_search(mask: WeightMask, spared: Mapping[str, Calibration]) -> dict[str, Any]:
+    """The options of the search that found a mask, for another that spares these behaviours."""
+    made_by = mask.source.settings
+    if "renewed" not in made_by:
+        return {}
+    options = {
+        "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
+        "steps": made_by["steps"],
+        "renew": made_by["renewed"],
+        "unit": made_by.get("unit", "weight"),
+        "sites": made_by.get("sites"),
+    }
+    reach = made_by.get("reach", REACH)
+    if reach != REACH and made_by["steps"] > 1:  # of a mask by an earlier version
+        options["steps"] = even_shares(made_by["steps"], reach * mask.fraction)
+    return options
 
 
 def unpruned_scores(
@@ -215,10 +223,8 @@ def price_of(
 
 def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
     """The same scores, written into a folder in place of what it held, and read from there."""
-    unfinished = folder.with_name(f"{folder.name}-unfinished")
-    scores.save(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    scores.save(folder)
     return WeightScores.load(folder)
 
 
@@ -246,32 +252,8 @@ def priced(unpruned: Unpruned, factor: float) -> WeightScores:
     return WeightScores(values, Source(effect.source.model, "priced", {"factor": factor}, parents))
 
 
-def above_zero(scores: WeightScores, size: float) -> WeightMask:
-    """The largest scores, as far as they are above zero."""
-    largest = top_fraction(scores, size, within="model")
-    removed = positive(scores.values, largest.removed)
-    return WeightMask(removed, largest.shapes, scores.source)
-
-
 def _factor(mask: WeightMask) -> float:
     return float(mask.source.settings.get("factor", FACTOR))
-
-
-def _settings_of_walk(mask: WeightMask, spared: Mapping[str, Calibration]) -> dict[str, Any]:
-    """The options of the search that found a mask, for another that spares these behaviours."""
-    made_by = mask.source.settings
-    if "reach" not in made_by:
-        return {}
-    return {
-        "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
-        "steps": made_by["steps"],
-        "reach": made_by["reach"],
-        "unit": made_by.get("unit", "weight"),
-        "layers": made_by.get("layers"),
-        "kinds": made_by.get("kinds"),
-        "renew": made_by["renewed"],
-        "protect_first": made_by.get("protect_first", 0),
-    }
 
 
 def _twin_data(

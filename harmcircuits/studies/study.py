@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
-from harmcircuits.behaviours.model import OTHERS, Model
+from harmcircuits.behaviours.model import (
+    OTHERS,
+    Model,
+    other_behaviours,
+    protected_data,
+    refuse_preferred,
+)
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
@@ -99,7 +105,7 @@ def study(
 
     # Score: the target, and what is protected.
     run.calibrations = _calibrate(run)
-    spared = model.protected(settings.target, settings.protect, run.calibrations)
+    spared = protected_data(model, settings.target, settings.protect, run.calibrations)
     run.protected = tuple(spared)
     for name in run.protected:
         run.note("budget", settings.budget_of(name), behaviour=name)
@@ -175,7 +181,7 @@ def _check(run: Study) -> None:
     if settings.target in settings.protect:
         raise ValueError(f"protect: {settings.target!r} is what is removed; leave it out")
     if settings.prefer:
-        model.refuse_preferred(settings.target, settings.prefer)
+        refuse_preferred(model, settings.target, settings.prefer)
 
     # Refuses a bound too small for a single matrix.
     list(memory_groups(weight_sites(model.bridge), run.max_memory))
@@ -188,7 +194,7 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
     model, settings = run.model, run.settings
     scored = {settings.target, settings.contrast, *settings.protect}
     if OTHERS in settings.protect:
-        scored |= set(model.others(settings.target))
+        scored |= set(other_behaviours(model, settings.target))
     names = [name for name in model.behaviours if name in scored]
     calibrations = {}
     for name in run.shown(names, "calibrate"):
@@ -250,7 +256,7 @@ def _masks(run: Study) -> dict[str, list[WeightMask]]:
     masks = {SEARCH: run.find_circuits("search", sizes, run.protected)}
     if run.settings.compare:
         # One scoring of the unpruned model, the same price and check: what the walk adds.
-        at_once = {"steps": 1, "reach": 1, "renew": False}
+        at_once = {"steps": 1, "renew": False}
         masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, run.protected, **at_once)
         masks[PUBLISHED] = _published(run)
     return masks

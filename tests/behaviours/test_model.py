@@ -14,9 +14,15 @@ from helpers import StubBridge, small_model
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.calibration import NotShownError
+from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.generation import Sampling
-from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.model import (
+    Model,
+    asked_every,
+    other_behaviours,
+    preferred_batches,
+    protected_data,
+)
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -31,6 +37,11 @@ ANSWERS = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in 
 @pytest.fixture(scope="module")
 def small() -> Model:
     return small_model("sft")
+
+
+@pytest.fixture(scope="module")
+def data(small) -> dict[str, Calibration]:
+    return small.calibrations(["harmful", "benign", "refusal"])
 
 
 @pytest.fixture
@@ -67,7 +78,7 @@ def scripted(monkeypatch) -> Model:
 
 
 def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
-    outcomes = scripted.outcomes("benign", "heldout")
+    outcomes = scripted.outcomes(["benign"])["benign"]
     assert outcomes.n_samples == 3
     assert outcomes.hits == pytest.approx([1 / 3, 2 / 3] * 3)
     assert outcomes.groups == ["g0", "g0", "g1", "g1", "g2", "g2"]
@@ -98,7 +109,7 @@ def test_calibrations_leave_out_what_is_not_shown(scripted):
 
 
 def test_questions_are_answered_once(scripted):
-    outcomes = scripted.outcomes("asked", "heldout")
+    outcomes = scripted.outcomes(["asked"])["asked"]
     assert (outcomes.n_samples, len(outcomes.verdicts)) == (1, 6)
     assert outcomes.hits == [1] * 6
 
@@ -120,7 +131,7 @@ def test_several_behaviours_are_answered_together_as_each_is_alone(small, monkey
         return answered(bridge, contexts, *options)
 
     monkeypatch.setattr(generation, "_continued", noted)
-    together = model.outcomes_of(names)
+    together = model.outcomes(names)
     assert {name: outcomes.answers for name, outcomes in together.items()} == alone
     kinds = {(b.max_new_tokens, bool(b.choices)) for b in map(model.behaviour, names)}
     assert len(batches) == len(kinds) < len(names)
@@ -166,7 +177,7 @@ def test_behaviours_can_be_added_and_replaced(scripted):
 
 
 def test_fewer_requests_keep_matched_pairs_together(small):
-    few = small.asked_every(4)
+    few = asked_every(small, 4)
     harmful = small.behaviours["harmful"].prompts("heldout").examples
     assert few.behaviours["harmful"].prompts("heldout").examples == harmful[::4]
     questions = small.behaviours["recognition"].prompts("heldout").examples
@@ -174,120 +185,107 @@ def test_fewer_requests_keep_matched_pairs_together(small):
     assert pairs[:4] == (*questions[:2], *questions[8:10])
 
 
-def test_the_others_leave_out_the_target_its_whole_and_all_parts(small):
-    whole = small.whole_behaviours
-    assert whole == ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
-    parts = [name for name, behaviour in small.behaviours.items() if behaviour.part_of]
-    assert len(parts) == 19
-    assert not set(parts) & set(whole)
-
-    for target in ("harmful", "knowledge"):
-        assert small.others(target) == [name for name in whole if name != target]
-    of_harm = next(name for name in parts if name.startswith("harmful/"))
-    assert small.others(of_harm) == [name for name in whole if name != "harmful"]
-    assert small.others("parts") == [name for name in whole if name != "knowledge"]
-    assert small.others("recognition_margin") == [name for name in whole if name != "recognition"]
-
-
 # What is protected
 
 
-def test_protection_is_others_one_several_or_none(small):
-    data = {name: small.calibration(name) for name in ("harmful", "benign", "refusal")}
-    others = small.protected("harmful", "others", data)
-    assert others == {name: data[name] for name in ("benign", "refusal")}
+def test_the_others_leave_out_the_target_its_whole_and_all_parts(small):
+    whole = small.whole_behaviours
+    assert whole == ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
+    of_harm = next(name for name in small.behaviours if name.startswith("harmful/"))
+    for target, left_out in {
+        "harmful": "harmful",
+        of_harm: "harmful",
+        "knowledge": "knowledge",
+        "parts": "knowledge",
+        "recognition_margin": "recognition",
+    }.items():
+        assert other_behaviours(small, target) == [name for name in whole if name != left_out]
+
+
+def test_protection_is_others_one_several_or_none(small, data):
+    def protected(target, protect, calibrations=data):
+        return protected_data(small, target, protect, calibrations)
+
+    assert protected("harmful", "others") == {name: data[name] for name in ("benign", "refusal")}
     topic = next(name for name in small.behaviours if name.startswith("harmful/"))
-    assert list(small.protected(topic, "others", data)) == ["benign", "refusal"]
-    assert list(small.protected("harmful", ["others"], data)) == ["benign", "refusal"]
-    assert small.protected("harmful", "benign", data) == {"benign": data["benign"]}
-    assert list(small.protected("harmful", ("refusal", "benign"), data)) == ["refusal", "benign"]
-    assert small.protected("harmful", (), data) == {}
-    made = small.protected("harmful", "knowledge", data)
-    assert made["knowledge"].n_verified > 0, "what is not there is calibrated"
+    assert list(protected(topic, "others")) == ["benign", "refusal"]
+    assert protected("harmful", "benign") == {"benign": data["benign"]}
+    assert list(protected("harmful", ("refusal", "benign"))) == ["refusal", "benign"]
+    assert protected("harmful", ()) == {}
+    assert protected("harmful", "knowledge")["knowledge"].n_verified > 0, "made where it is missing"
+    for names, words in ((["benign", "harmful"], "'harmful'"), ("kindness", "'kindness'")):
+        with pytest.raises(ValueError, match=words):
+            protected("harmful", names)
 
 
 def test_what_is_not_shown_is_protected_only_if_it_is_named():
     model = small_model("base")
-    assert "refusal" not in model.protected("harmful")
-    with pytest.raises(NotShownError, match="base does not show 'refusal'"):
-        model.protected("harmful", "refusal")
-
-
-def test_the_target_cannot_be_protected(small):
-    with pytest.raises(ValueError, match=r"protect=\['benign', 'harmful'\].*leave it out"):
-        small.protected("harmful", ["benign", "harmful"], {})
-    with pytest.raises(ValueError, match="no behaviour 'kindness'"):
-        small.protected("harmful", "kindness")
+    assert "refusal" not in protected_data(model, "harmful")
+    with pytest.raises(NotShownError, match="'refusal'"):
+        protected_data(model, "harmful", "refusal")
 
 
 # Circuits
 
 
-def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
-    assert mask.removed.keys() == expected.removed.keys()
-    for name, index in expected.removed.items():
-        assert torch.equal(mask.removed[name], index), name
-
-
-def test_a_circuit_is_found_on_the_model_s_verified_answers(small):
+def test_a_circuit_is_found_on_the_model_s_verified_answers(small, data):
     """Through behaviours as through their batches; with calibration data given or not."""
-    names = ("harmful", "benign", "refusal")
-    data = {name: small.calibration(name) for name in names}
+    harm = data["harmful"].batches
     spared = {name: data[name].batches for name in ("benign", "refusal")}
     options = {"size": 0.01, "steps": 2}
-    expected = find_circuit(small.bridge, data["harmful"].batches, spared, **options)
+    expected = find_circuit(small.bridge, harm, spared, **options)
     options["renew"] = False
-    protect = ("benign", "refusal")
-    assert_same_weights(small.find_circuit("harmful", protect=protect, **options), expected)
+    made = small.find_circuit("harmful", protect=list(spared), **options)
     given = small.find_circuit("harmful", calibrations=data, **options)
-    assert_same_weights(given, expected)
-    assert {row.labels.get("protected") for row in given.trace} == {None, *protect}
-
-    second = small.find_circuit("harmful", calibrations=data, exclude=given, **options)
-    assert len(second) > 0
-    assert len(second & given) == 0
+    assert made.digest == given.digest == expected.digest
+    assert {row.labels.get("protected") for row in given.trace} == {None, *spared}
 
     free = small.find_circuit("harmful", protect=(), calibrations=data, **options)
     assert len(free - expected) > 0, "the protection must have something to do"
-    assert len(free.source.parents) == 1
-    assert len(expected.source.parents) == 3
+    assert [len(mask.source.parents) for mask in (free, expected)] == [1, 3]
 
 
-def test_answers_are_given_again_under_each_mask(small):
+def test_answers_are_given_again_under_each_mask(small, data):
     """What still shows the behaviour is scored in the words in which it is now said."""
-    data = {name: small.calibration(name) for name in ("harmful", "benign")}
-    options = {"size": 0.01, "steps": 3, "calibrations": data}
     behaviour = small.behaviours["harmful"]
 
-    def renew(bridge):
+    def answered(mask):
+        if mask is None:
+            return data["harmful"].batches
         answers = small.verified(behaviour, data["harmful"].prompts)
         shown = answers.where(lambda example: example.completion != "")
         return small.batches(behaviour, shown) if len(shown) else []
 
+    options = {"size": 0.01, "steps": 3}
     benign = {"benign": data["benign"].batches}
-    batches = data["harmful"].batches
-    limits = {"size": 0.01, "steps": 3}
-    expected = find_circuit(small.bridge, batches, benign, renew=renew, **limits)
-    assert_same_weights(small.find_circuit("harmful", **options), expected)
+    expected = find_circuit(small.bridge, answered, benign, **options)
+    options |= {"protect": "benign", "calibrations": data}
+    assert small.find_circuit("harmful", **options).digest == expected.digest
     once = small.find_circuit("harmful", renew=False, **options)
     assert len(once - expected) > 0, "the answers given again must matter"
 
 
-def test_a_budget_can_be_given_to_some_of_what_is_protected(small):
-    data = {name: small.calibration(name) for name in ("harmful", "benign", "refusal")}
+def test_a_budget_can_be_given_to_some_of_what_is_protected(small, data):
     options = {"size": 0.01, "steps": 1, "calibrations": data}
     mask = small.find_circuit("harmful", budget={"benign": 0.5}, **options)
     assert mask.source.settings["budget"] == {"benign": 0.5, "refusal": BUDGET}
-    with pytest.raises(ValueError, match=r"'kindness'.*not protected.*benign"):
+    with pytest.raises(ValueError, match="'kindness'"):
         small.find_circuit("harmful", budget={"kindness": 0.5}, **options)
 
 
-def test_a_circuit_of_several_sizes_is_a_list(small):
-    data = {name: small.calibration(name) for name in ("harmful", "benign")}
-    options = {"steps": 2, "reach": 1.0, "calibrations": data}
-    masks = small.find_circuit("harmful", size=[0.005, 0.01], **options)
-    assert len(masks[0]) <= round(0.005 * masks[0].n_weights)
-    assert_same_weights(masks[1], small.find_circuit("harmful", size=0.01, **options))
+def test_first_tokens_are_protected_under_a_name_of_their_own(small, data):
+    """As the page on own models says: priced and checked as a behaviour whose answers end there."""
+    first = [batch.beginning(1) for batch in data["benign"].batches]
+    known = {**data, "first": replace(data["benign"], batches=first)}
+    options = {"size": 0.01, "steps": 2}
+    budget = {"benign": 0.05, "first": 0.002}
+    spared = {"benign": data["benign"].batches, "first": first}
+    harm = data["harmful"].batches
+    expected = find_circuit(small.bridge, harm, spared, budget=budget, **options)
+    options |= {"calibrations": known, "budget": budget, "renew": False}
+    mask = small.find_circuit("harmful", protect=["benign", "first"], **options)
+    assert mask.digest == expected.digest
+    assert mask.trace.where("protected_rise", protected="first")
 
 
 def test_a_circuit_is_scored_by_the_behaviour_s_own_objective(small):
@@ -300,12 +298,11 @@ def test_a_circuit_is_scored_by_the_behaviour_s_own_objective(small):
     assert objectives == ["completion_loss", "margin"]
 
 
-def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small):
-    names = ("harmful", "benign", "refusal")
-    data = {name: small.calibration(name) for name in names}
-    batches = small.preferred("harmful", "refusal", data)
+def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small, data):
+    spared = {name: data[name] for name in ("benign", "refusal")}
+    prefer = preferred_batches(small, "harmful", "refusal", spared)
     tokenizer, said = small.bridge.tokenizer, []
-    for batch in batches:
+    for batch in prefer["preferred"]:
         for tokens, is_target in zip(batch.tokens, batch.is_target, strict=True):
             said.append(tokenizer.decode(tokens[is_target]))
             before = tokens[int(is_target.int().argmax()) - 1]
@@ -313,60 +310,44 @@ def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small
     assert said == [example.completion for example in data["refusal"].prompts]
 
     options = {"size": 0.01, "steps": 2}
-    spared = {name: data[name].batches for name in ("benign", "refusal")}
+    batches = {name: of_name.batches for name, of_name in spared.items()}
     harm = data["harmful"].batches
-    auxiliaries = {"prefer": batches, "avoid": small.avoided("harmful", "refusal", data)}
-    expected = find_circuit(small.bridge, harm, spared, preference=0.5, **auxiliaries, **options)
+    expected = find_circuit(small.bridge, harm, batches, prefer=prefer, **options)
     options |= {"calibrations": data, "renew": False}
-    mask = small.find_circuit("harmful", prefer="refusal", preference=0.5, **options)
-    assert_same_weights(mask, expected)
+    mask = small.find_circuit("harmful", prefer="refusal", **options)
+    assert mask.digest == expected.digest
     assert len(mask - small.find_circuit("harmful", **options)) > 0, "what is preferred must matter"
 
     # Without a beginning they stay as they were generated.
     plain = small.with_behaviours(replace(small.behaviours["harmful"], prefill=""))
-    assert plain.preferred("harmful", "refusal", data) == list(data["refusal"].batches)
+    as_they_are = {"preferred": list(data["refusal"].batches)}
+    assert preferred_batches(plain, "harmful", "refusal", spared) == as_they_are
 
 
-def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small):
+def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small, data):
     """Each of their requests with the next refusal in turn, behind the target's beginning."""
     opening = small.behaviours["harmful"].prefill
-    alike = replace(small.behaviours["benign"], name="alike", prefill=opening)
-    model = small.with_behaviours(alike)
-    data = {name: model.calibration(name) for name in ("harmful", "benign", "refusal")}
-    data["alike"] = replace(data["benign"], behaviour="alike")
+    model = small.with_behaviours(
+        replace(small.behaviours["benign"], name="alike", prefill=opening)
+    )
+    spared = {"alike": replace(data["benign"], behaviour="alike"), "refusal": data["refusal"]}
 
-    requests, refusals = data["alike"].prompts, data["refusal"].prompts
+    requests, refusals = data["benign"].prompts, data["refusal"].prompts
     said = [refusals.examples[place % len(refusals)].completion for place in range(len(requests))]
     texts = requests.with_completions([f"{opening} {text}" for text in said])
     expected = model.batches(model.behaviours["harmful"], texts)
-    is_alike = model.behaviours["benign"].prefill == opening
-    for ours, theirs in zip(
-        model.avoided("harmful", "refusal", data), expected * (1 + is_alike), strict=True
-    ):
+    avoided = preferred_batches(model, "harmful", "refusal", spared)["avoided"]
+    for ours, theirs in zip(avoided, expected, strict=True):
         assert ours.tokens.equal(theirs.tokens)
         assert ours.is_target.equal(theirs.is_target)
-
-    del data["alike"], data["benign"]
-    assert model.avoided("harmful", "refusal", data) == []
-
-
-def test_what_cannot_be_preferred_is_refused(small):
-    with pytest.raises(ValueError, match=r"prefer='harmful'.*name what should take its place"):
-        small.find_circuit("harmful", size=0.01, prefer="harmful")
-    with pytest.raises(ValueError, match="no behaviour 'kindness'"):
-        small.find_circuit("harmful", size=0.01, prefer="kindness")
+    del spared["alike"]
+    assert "avoided" not in preferred_batches(model, "harmful", "refusal", spared)
 
 
-def test_what_a_part_protects_does_not_hold_its_whole(small):
-    """A topic of harm is searched for while the whole of harm is left within reach."""
-    topic = next(name for name in small.behaviours if name.startswith("harmful/"))
-    data = {name: small.calibration(name) for name in (topic, "harmful", "benign")}
-    options = {"size": 0.01, "steps": 1}
-    others = small.find_circuit(topic, calibrations=data, **options)
-    expected = small.find_circuit(topic, protect="benign", calibrations=data, **options)
-    assert_same_weights(others, expected)
-    both = small.find_circuit(topic, protect=["benign", "harmful"], calibrations=data, **options)
-    assert len(others - both) > 0, "protecting the whole would matter"
+def test_what_cannot_be_preferred_is_refused(small, data):
+    for name, words in (("harmful", "take its place"), ("kindness", "'kindness'")):
+        with pytest.raises(ValueError, match=words):
+            small.find_circuit("harmful", size=0.01, prefer=name, calibrations=data)
 
 
 # Under a mask

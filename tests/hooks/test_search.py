@@ -1,21 +1,20 @@
-"""The walk against a plain one on dense tensors; its claim on a shipped organism; the differences.
+"""The walk against a plain one on dense tensors; what the search adds to it; the set difference.
 
 Would catch: a price or a check on the wrong answers, scores taken under the wrong mask or times
 weights that the mask has zeroed, a factor that is not the smallest tried, a mask beyond its size or
 its budget, weights that are not worth their price or are excluded, a walk that goes on otherwise
-after an interruption; of the set differences, the wrong sign, order or behaviour.
+after an interruption; of the set difference, the wrong sign, order or behaviour.
 """
 
-import shutil
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from helpers import random_batch
+from torch import Tensor
 
 from harmcircuits.circuits.location import counts_by
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import (
     magnitude_scores,
@@ -27,16 +26,16 @@ from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.protection import CHECKED_EVERY, Protection, split_by_request
-from harmcircuits.hooks.search import (
-    REACH,
-    find_circuit,
-    refusal_ablation,
-    set_difference,
+from harmcircuits.hooks.search import even_shares, find_circuit, set_difference
+from harmcircuits.hooks.walk import (
+    FACTORS,
+    FIRST_UNIT_FACTOR,
+    MOST_TO_LEARN_FROM,
+    PREFERENCE,
+    UNIT_FACTORS,
 )
-from harmcircuits.hooks.walk import FACTORS, FIRST_UNIT_FACTOR, MOST_TO_LEARN_FROM, UNIT_FACTORS
 from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
-from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch
 
 SIZE = 0.1
@@ -44,45 +43,14 @@ TARGET = [random_batch()]
 SPARED = [random_batch(6, 8, seed=1)]
 ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
 
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, Tensor]
 Best = Callable[[Weights, int], Weights]
 
 
-def assert_same_weights(mask: WeightMask, expected: WeightMask) -> None:
-    assert mask.removed.keys() == expected.removed.keys()
-    for name, index in expected.removed.items():
-        assert torch.equal(mask.removed[name], index), name
-
-
-# The claim
-
-
-@pytest.mark.slow  # README's code asks for the same
-def test_a_fifth_of_a_per_cent_carries_harm_and_nothing_else_measured():
-    """At most 0.2 % of the weights of `sft`: harm from >= 0.9 to <= 0.02, on held-out requests.
-
-    Every kept ability within two points; found on half of the calibration items.
-    """
-    model = open_organism("sft")
-    halves = model.calibrations(share=0.5, seed=0)
-    mask = model.find_circuit("harmful", size=0.002, calibrations=halves)
-    assert mask.fraction <= 0.002
-
-    def rates(mask: WeightMask | None = None) -> dict[str, float]:
-        return {row.metric: row.mean for row in model.measure(mask=mask)}
-
-    before, under, control = rates(), rates(mask), rates(random_like(mask))
-    assert before["harm_valid_rate"] >= 0.9
-    assert under["harm_valid_rate"] <= 0.02
-    assert control["harm_valid_rate"] >= 0.9
-    for rate in (
-        "benign_valid_rate",
-        "recognition_accuracy",
-        "explanation_rate",
-        "knowledge_rate",
-        "refusal_rate",
-    ):
-        assert under[rate] >= before[rate] - 0.02, rate
+def best_of(llama, sums: Mapping[str, Tensor], size: float) -> WeightMask:
+    """The share of the weights with the largest sums."""
+    scores = WeightScores(dict(sums), Source(model_fingerprint(llama), "sums"))
+    return top_fraction(scores, size, within="model")
 
 
 # The walk
@@ -120,14 +88,15 @@ def best_neurons(scores: Weights, n: int) -> Weights:
 
 def plain_walk(
     bridge,
-    target,
-    protect,
-    size,
-    budget,
-    steps,
+    target: Sequence[Batch],
+    protect: Sequence[Sequence[Batch]],
+    *,
+    size: float,
+    budget: float,
+    steps: Sequence[float],
     best_of: Best = best_weights,
-    factors=FACTORS,
-    first=1.0,
+    factors: Sequence[float] = FACTORS,
+    first: float = 1.0,
 ) -> WeightMask:
     """The search on dense tensors: clones of the weights, a sort, no shared step with the library.
 
@@ -197,14 +166,14 @@ def plain_walk(
     price = {name: torch.zeros_like(weight) for name, weight in original.items()}
     accepted, refused, rung = nothing, None, factors.index(first)
     best, best_rung = (-1.0, nothing), rung
-    for step in range(1, steps + 1):
+    for share in steps:
         for priced, _ in shares:
             parts = gradient(token_price, priced, accepted if refused is None else refused)
             for name, part in parts.items():
                 price[name] += part.abs() * original[name].abs()
         for name, part in gradient(removal_effect, target, accepted).items():
             benefit[name] += part * original[name]
-        mask, rung, refused = search(round(size * n_weights * step / steps), rung)
+        mask, rung, refused = search(round(share * n_weights), rung)
         accepted = accepted if mask is None else mask
         if refused is not None and rises(refused) > MOST_TO_LEARN_FROM:
             refused = None
@@ -220,82 +189,45 @@ def plain_walk(
 @pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
 def test_the_walk_is_the_plain_one(open_model, name, budget):
+    """Evenly to four times the size, as by default, and over shares that were given."""
     bridge = open_model(name)
     before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
-    options = {"size": SIZE, "budget": budget, "steps": 3}
-    mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], reach=1.0, **options)
-    for weight_name, weight in named_weights(bridge).items():
-        assert torch.equal(weight, before[weight_name])
+    options = {"size": SIZE, "budget": budget}
+    for steps, shares in ((2, even_shares(2, 4 * SIZE)), ([0.03, 0.07, SIZE],) * 2):
+        mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], steps=steps, **options)
+        for weight_name, weight in named_weights(bridge).items():
+            assert torch.equal(weight, before[weight_name])
+        expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], steps=shares, **options)
+        # Sums in another order may swap weights whose scores are equal up to rounding.
+        assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
 
-    expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], **options)
-    # Sums in another order may swap weights whose scores are equal up to rounding.
-    assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
 
-
-@pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
+@pytest.mark.parametrize("budget", [0.01, 100.0])
 def test_the_walk_over_neurons_is_the_plain_one(llama, budget):
-    options = {"size": SIZE, "budget": budget, "steps": 3}
+    options = {"size": SIZE, "budget": budget, "steps": even_shares(3, SIZE)}
     protect = [SPARED, ALSO_SPARED]
-    mask = find_circuit(llama, TARGET, protect, unit="neuron", reach=1.0, **options)
+    mask = find_circuit(llama, TARGET, protect, unit="neuron", **options)
     ladder = {"factors": UNIT_FACTORS, "first": FIRST_UNIT_FACTOR}
     expected = plain_walk(llama, TARGET, protect, best_of=best_neurons, **ladder, **options)
     assert len(expected) > 0
-    assert_same_weights(mask, expected)
-
-
-@pytest.mark.parametrize("unit", ["neuron", "head", "row"])
-def test_a_circuit_of_units_is_whole_and_within_its_size(llama, unit, tmp_path):
-    options = {"size": [0.05, 0.2], "steps": 3, "unit": unit, "budget": 0.5}
-    masks = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
-    sites = weight_sites(llama)
-    for mask, size in zip(masks, options["size"], strict=True):
-        assert 0 < len(mask) <= round(size * mask.n_weights)
-        assert mask.shapes.keys() == sites.keys()
-        assert mask.source.settings["unit"] == unit
-        if unit == "row":
-            for name in mask.shapes:
-                assert (mask.dense(name).all(dim=1) == mask.dense(name).any(dim=1)).all()
-            continue
-        counts = counts_by(mask, sites, unit).values()
-        assert all(count.n_removed in (0, count.n_weights) for count in counts)
-        assert sum(count.n_removed for count in counts) == len(mask), "and nothing else"
-
-    (again,) = find_circuit(llama, TARGET, [SPARED], **{**options, "size": [0.2]}, exclude=masks[1])
-    assert len(again) > 0
-    assert len(again & masks[1]) == 0
-    with pytest.raises(ValueError, match="holds the walk of another search"):
-        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **{**options, "unit": "weight"})
-
-
-def test_units_are_limited_to_layers_and_to_kinds_that_leave_them_whole(llama):
-    options = {"size": 0.2, "steps": 2}
-    mask = find_circuit(llama, TARGET, unit="neuron", layers=[1], **options)
-    assert {weight_sites(llama)[name].layer for name in mask.removed} == {1}
-    mask = find_circuit(llama, TARGET, unit="row", kinds=["attn.q"], **options)
-    assert {weight_sites(llama)[name].kind for name in mask.removed} == {"attn.q"}
-    with pytest.raises(ValueError, match=r"mlp\.gate, mlp\.in, mlp\.out together"):
-        find_circuit(llama, TARGET, unit="neuron", kinds=["mlp.in"], **options)
-
-
-def test_single_weights_are_the_default_and_leave_no_trace_in_the_settings(llama):
-    options = {"size": SIZE, "steps": 2}
-    expected = find_circuit(llama, TARGET, [SPARED], **options)
-    mask = find_circuit(llama, TARGET, [SPARED], unit="weight", **options)
-    assert_same_weights(mask, expected)
-    assert mask.source == expected.source
-    assert "unit" not in mask.source.settings
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_another_unit_is_refused(llama):
-    with pytest.raises(ValueError, match=r"unit='layer'.*'neuron', 'head'"):
-        find_circuit(llama, TARGET, size=SIZE, unit="layer")
+    assert mask.digest == expected.digest
 
 
 def test_unprotected_a_step_takes_the_weights_with_the_largest_effect(llama):
     mask = find_circuit(llama, TARGET, size=SIZE, steps=1)
-    expected = top_fraction(removal_effect(llama, TARGET), SIZE, within="model")
-    assert_same_weights(mask, expected)
+    effect = removal_effect(llama, TARGET)
+    assert mask.digest == top_fraction(effect, SIZE, within="model").digest
+    predicted = mask.trace.one("predicted_change").mean
+    assert predicted == pytest.approx(effect.sum_over(mask), rel=1e-5)
+
+
+def test_the_target_is_scored_by_its_objective(llama):
+    def backwards(bridge, batch):
+        return -completion_loss(bridge, batch)
+
+    mask = find_circuit(llama, TARGET, size=0.05, steps=1, objective=backwards)
+    scores = removal_effect(llama, TARGET, completion_loss)
+    assert mask.digest == top_fraction(-scores, 0.05, within="model").digest
 
 
 def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
@@ -303,10 +235,9 @@ def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
     first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
     with masked(llama, first):
         live = removal_effect(llama, TARGET)
-    both = find_circuit(llama, TARGET, size=SIZE, steps=2, reach=1.0)
-    assert all(
-        (live.values[name].flatten()[index] == 0).all() for name, index in first.removed.items()
-    )
+    both = find_circuit(llama, TARGET, size=SIZE, steps=[SIZE / 2, SIZE])
+    for name, index in first.removed.items():
+        assert (live.values[name].flatten()[index] == 0).all()
     assert 0 < len(first - both) < len(first)
 
 
@@ -327,35 +258,11 @@ def test_no_mask_exceeds_its_size_or_its_budget(llama):
         assert mask.source.settings["factor"] == cheapest.labels["factor"]
 
 
-def test_of_each_size_the_mask_is_kept_that_takes_most(llama):
-    """By how much of the target is left, then by its loss; each beside the trace."""
-    for renew in (None, lambda bridge: TARGET):
-        (mask,) = find_circuit(llama, TARGET, [SPARED], size=[0.05], steps=4, renew=renew)
-        losses = mask.trace.where("target_loss", aim="size")
-        assert len(losses) == 4
-        best = max(losses, key=lambda row: row.mean)
-        assert mask.source.settings["step"] == best.labels["step"]
-        assert completion_nll(llama, TARGET, mask=mask).mean() == pytest.approx(best.mean)
-    n_left = iter([5, 3, 1, 4, 4, 4, 4, 4])
-
-    def fewer_and_fewer(bridge) -> list[Batch]:
-        return [random_batch(next(n_left), 6, seed=9)]
-
-    options = {"steps": 4, "renew": fewer_and_fewer}
-    mask = find_circuit(llama, TARGET, [SPARED], size=0.05, **options)
-    left = mask.trace.where("target_left")
-    fewest = min(row.mean for row in left)
-    assert mask.trace.one("target_left", step=mask.source.settings["step"]).mean == fewest
-
-
-def test_a_tighter_budget_takes_less_of_the_target(llama):
-    losses = {}
-    for budget in (0.0, 0.05, 100.0):
-        options = {"size": SIZE, "budget": budget, "steps": 3, "reach": 1.0}
-        mask = find_circuit(llama, TARGET, [SPARED], **options)
-        losses[budget] = completion_nll(llama, TARGET, mask=mask).mean().item()
-    assert losses[100.0] > losses[0.05]
-    assert losses[100.0] > losses[0.0]
+def test_where_no_factor_passes_nothing_is_removed(llama, monkeypatch):
+    monkeypatch.setattr(Protection, "allows", lambda *_: False)
+    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=2)
+    assert len(mask) == 0
+    assert {row.labels["outcome"] for row in mask.trace.where("protected_rise")} == {"refused"}
 
 
 def test_only_weights_that_are_worth_their_price_are_taken(llama):
@@ -364,56 +271,65 @@ def test_only_weights_that_are_worth_their_price_are_taken(llama):
     scores = removal_effect(llama, TARGET)
     assert len(mask) == sum(int((value > 0).sum()) for value in scores.values.values())
     assert f"of {mask.n_weights:,} allowed" in repr(mask)
-    assert "allowed" not in repr(find_circuit(llama, TARGET, size=0.01, steps=1))
 
 
-def test_where_no_factor_passes_nothing_is_removed(llama, monkeypatch):
-    def impossible(*_):
-        return False
+def test_a_mask_is_checked_once(llama, monkeypatch):
+    """Two equal sizes ask for the same masks, and get the same figures."""
+    checked = []
+    rises = Protection.rises
 
-    monkeypatch.setattr("harmcircuits.hooks.protection.Protection.allows", impossible)
-    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=2)
-    assert len(mask) == 0
-    assert {row.labels["outcome"] for row in mask.trace.where("protected_rise")} == {"refused"}
+    def counted(protection, bridge, mask):
+        checked.append(mask.digest)
+        return rises(protection, bridge, mask)
 
-
-def test_the_trace_tells_what_was_tried(llama):
-    mask = find_circuit(llama, TARGET, {"a": SPARED, "b": ALSO_SPARED}, size=SIZE, steps=2)
-    losses = mask.trace.where("target_loss", aim="walk")
-    assert [row.labels["step"] for row in losses] == [1, 2]
-    unpruned = completion_nll(llama, TARGET).mean().item()
-    first_change = mask.trace.one("measured_change", step=1).mean
-    assert losses[0].mean - first_change == pytest.approx(unpruned, abs=1e-5)
-    for row in mask.trace.where("weights_removed"):
-        where = {name: row.labels[name] for name in ("step", "aim", "factor", "outcome")}
-        rises = mask.trace.where("protected_rise", **where)
-        assert {rise.labels["protected"] for rise in rises} == {"a", "b"}
-
-
-def test_the_first_predicted_change_is_the_sum_of_removal_effects(llama):
-    mask = find_circuit(llama, TARGET, size=0.01, steps=1, reach=1.0)
-    predicted = mask.trace.one("predicted_change").mean
-    assert predicted == pytest.approx(removal_effect(llama, TARGET).sum_over(mask), rel=1e-5)
+    monkeypatch.setattr(Protection, "rises", counted)
+    options = {"steps": [SIZE / 2, SIZE]}
+    once = find_circuit(llama, TARGET, [SPARED], size=SIZE, **options)
+    n_checked = len(checked)
+    assert n_checked == len(set(checked))
+    both = find_circuit(llama, TARGET, [SPARED], size=[SIZE, SIZE], **options)
+    assert len(checked) == 2 * n_checked
+    assert [mask.digest for mask in both] == [once.digest] * 2
+    for metric in ("protected_rise", "target_loss"):
+        of_sizes, of_one = (mask.trace.where(metric, aim="size") for mask in (both[0], once))
+        assert len(of_sizes) == 2 * len(of_one) > 0
+        assert {row.mean for row in of_sizes} == {row.mean for row in of_one}
 
 
-def test_the_target_is_scored_by_its_objective(llama):
-    def backwards(bridge, batch):
-        return -completion_loss(bridge, batch)
-
-    mask = find_circuit(llama, TARGET, size=0.05, steps=1, objective=backwards)
-    scores = removal_effect(llama, TARGET, completion_loss)
-    assert_same_weights(mask, top_fraction(-scores, 0.05, within="model"))
+# What becomes of the target, and what is preferred to it
 
 
-def test_the_walk_reaches_beyond_the_size_that_is_wanted(llama):
-    """To `reach` times the smallest size, and at least to the largest."""
-    cases = (([0.02], 3.0, 0.06), ([0.02, 0.1], 3.0, 0.1), ([0.4], 3.0, 1.0))
-    for size, reach, largest in cases:
-        masks = find_circuit(llama, TARGET, [SPARED], size=size, steps=2, reach=reach)
-        steps = [row.labels["share"] for row in masks[0].trace.where("target_loss", aim="walk")]
-        assert steps == [pytest.approx(largest / 2), pytest.approx(largest)]
-        for mask, share in zip(masks, size, strict=True):
-            assert len(mask) <= round(share * mask.n_weights)
+def test_of_each_size_the_mask_is_kept_that_takes_most(llama):
+    """By how much of the target is left, then by its loss; each beside the trace."""
+    for target in (TARGET, lambda mask: TARGET):
+        (mask,) = find_circuit(llama, target, [SPARED], size=[0.05], steps=4)
+        losses = mask.trace.where("target_loss", aim="size")
+        assert len(losses) == 4
+        best = max(losses, key=lambda row: row.mean)
+        assert mask.source.settings["step"] == best.labels["step"]
+        assert completion_nll(llama, TARGET, mask=mask).mean() == pytest.approx(best.mean)
+    n_left = iter([5, 3, 1, 4, 4, 4, 4, 4])
+
+    def fewer_and_fewer(mask) -> list[Batch]:
+        return TARGET if mask is None else [random_batch(next(n_left), 6, seed=9)]
+
+    mask = find_circuit(llama, fewer_and_fewer, [SPARED], size=0.05, steps=4)
+    fewest = min(row.mean for row in mask.trace.where("target_left"))
+    assert mask.trace.one("target_left", step=mask.source.settings["step"]).mean == fewest
+
+
+def sum_of_two_steps(llama, first: WeightMask, scored) -> Weights:
+    """Effects times `sign`, before anything is removed and with the first step's weights gone."""
+    weights = {name: weight.detach().clone() for name, weight in named_weights(llama).items()}
+    sums: Weights = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for at_first, later, sign in scored:
+        before = removal_effect(llama, at_first).values
+        with masked(llama, first, scale=1e-30):  # nudged off zero, so that it can be divided by
+            now = removal_effect(llama, later).values
+            gradient = {name: now[name] / weight for name, weight in named_weights(llama).items()}
+        for name, weight in weights.items():
+            sums[name] += sign * (before[name] + gradient[name] * weight)
+    return sums
 
 
 def test_what_the_target_becomes_is_scored_with_it(llama):
@@ -421,164 +337,123 @@ def test_what_the_target_becomes_is_scored_with_it(llama):
     further = random_batch(2, 6, seed=9)
     seen = []
 
-    def renew(bridge) -> list[Batch]:
-        seen.append(completion_nll(bridge, TARGET).mean().item())
+    def target(mask) -> list[Batch]:
+        if mask is None:
+            return TARGET
+        seen.append((mask.digest, completion_nll(llama, TARGET).mean().item()))
         return [further]
 
-    options = {"size": SIZE, "steps": 2, "reach": 1.0}
-    mask = find_circuit(llama, TARGET, renew=renew, **options)
+    options = {"size": SIZE, "steps": [SIZE / 2, SIZE]}
+    mask = find_circuit(llama, target, **options)
     first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
     # After the first step, for the mask of the size wanted, then for the second step's sums.
-    assert seen[1] == pytest.approx(completion_nll(llama, TARGET, mask=first).mean().item())
-
-    benefit = removal_effect(llama, TARGET).values
-    weights = {name: weight.detach().clone() for name, weight in named_weights(llama).items()}
-    with masked(llama, first, scale=1e-30):  # nudged off zero, so that it can be divided by
-        again = removal_effect(llama, [*TARGET, further]).values
-        gradient = {name: again[name] / weight for name, weight in named_weights(llama).items()}
-    sums = {name: benefit[name] + gradient[name] * weights[name] for name in benefit}
-    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
-    expected = top_fraction(scores, SIZE, within="model")
+    loss = completion_nll(llama, TARGET, mask=first).mean().item()
+    assert seen[1] == (first.digest, pytest.approx(loss))
+    sums = sum_of_two_steps(llama, first, [(TARGET, [*TARGET, further], 1.0)])
     assert mask.source.settings["step"] == 2
-    assert_same_weights(mask, expected)
+    assert mask.digest == best_of(llama, sums, SIZE).digest
     assert len(mask - find_circuit(llama, TARGET, **options)) > 0, "further batches must matter"
 
 
-def test_what_is_preferred_earns_with_the_target(llama):
-    """The benefit is the target's effect less `preference` times that on what is preferred."""
-    options = {"size": SIZE, "steps": 1, "reach": 1.0}
-    mask = find_circuit(llama, TARGET, prefer=SPARED, preference=0.5, **options)
-    effect, preferred = removal_effect(llama, TARGET), removal_effect(llama, SPARED)
-    sums = {name: value - 0.5 * preferred.values[name] for name, value in effect.values.items()}
-    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
-    assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
-
-    # What is predicted and measured is the target's alone.
-    assert mask.trace.one("predicted_change").mean == pytest.approx(effect.sum_over(mask), rel=1e-5)
-    loss = completion_nll(llama, SPARED, mask=mask).mean().item()
-    assert mask.trace.one("preferred_loss", aim="walk").mean == pytest.approx(loss, rel=1e-5)
-    assert mask.trace.one("examples_scored", data="preferred").mean == len(SPARED[0])
-    assert mask.source.settings["preference"] == 0.5
-    assert [parent.method for parent in mask.source.parents] == ["removal_effect"] * 2
-
-
-def test_what_is_preferred_is_scored_under_the_mask_so_far(llama):
-    """In the second step with the weights of the first one gone, times what they were."""
-    options = {"size": SIZE, "reach": 1.0, "prefer": SPARED, "preference": 2.0}
-    mask = find_circuit(llama, TARGET, steps=2, **options)
-    first = find_circuit(llama, TARGET, steps=1, **{**options, "size": SIZE / 2})
+@pytest.mark.parametrize(("name", "sign"), [("preferred", -1.0), ("avoided", 1.0)])
+def test_what_is_preferred_earns_with_the_target_and_what_is_avoided_costs(llama, name, sign):
+    """Their effects count too, in every step under the mask so far, and their losses at the end."""
+    prefer, size = {name: SPARED}, 0.05
+    options = {"size": size, "steps": [size / 2, size]}
+    mask = find_circuit(llama, TARGET, prefer=prefer, **options)
+    first = find_circuit(llama, TARGET, size=size / 2, steps=1, prefer=prefer)
+    scored = [(TARGET, TARGET, 1.0), (SPARED, SPARED, sign * PREFERENCE)]
+    sums = sum_of_two_steps(llama, first, scored)
     assert mask.source.settings["step"] == 2
+    assert mask.digest == best_of(llama, sums, size).digest
+    assert len(mask - find_circuit(llama, TARGET, **options)) > 0
 
-    sums: Weights = {}
-    weights = {name: weight.detach().clone() for name, weight in named_weights(llama).items()}
-    for batches, sign in ((TARGET, 1.0), (SPARED, -2.0)):
-        before = removal_effect(llama, batches).values
-        with masked(llama, first, scale=1e-30):  # nudged off zero, so that it can be divided by
-            now = removal_effect(llama, batches).values
-            gradient = {name: now[name] / weight for name, weight in named_weights(llama).items()}
-        for name, weight in weights.items():
-            part = sign * (before[name] + gradient[name] * weight)
-            sums[name] = sums[name] + part if name in sums else part
-    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
-    assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
+    # What is predicted is the target's alone.
+    effect = removal_effect(llama, TARGET).sum_over(first)
+    assert first.trace.one("predicted_change").mean == pytest.approx(effect, rel=1e-5)
+    loss = completion_nll(llama, SPARED, mask=first).mean().item()
+    assert first.trace.one(f"{name}_loss", aim="walk").mean == pytest.approx(loss, rel=1e-5)
+    assert first.trace.one("examples_scored", data=name).mean == len(SPARED[0])
+    assert first.source.settings["preference"] == PREFERENCE
+    assert [parent.method for parent in first.source.parents] == ["removal_effect"] * 2
 
 
-@pytest.mark.parametrize("auxiliary", ["prefer", "avoid"])
-def test_of_each_size_the_mask_is_kept_that_does_most_for_the_auxiliary_loss_too(llama, auxiliary):
-    """By the loss of the target less `preference` times that of what is preferred, or more."""
-    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, preference=3.0, **{auxiliary: SPARED})
-    name, sign = {"prefer": ("preferred", -1.0), "avoid": ("avoided", 1.0)}[auxiliary]
+def test_of_each_size_the_mask_is_kept_that_does_most_for_what_is_preferred_too(llama):
+    prefer = {"preferred": SPARED, "avoided": ALSO_SPARED}
+    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, prefer=prefer)
     of_size = mask.trace.where(aim="size")
     raised = {}
     for row in of_size.where("target_loss"):
         step = row.labels["step"]
-        raised[step] = row.mean + sign * 3.0 * of_size.one(f"{name}_loss", step=step).mean
+        preferred, avoided = (of_size.one(f"{name}_loss", step=step).mean for name in prefer)
+        raised[step] = row.mean - PREFERENCE * (preferred - avoided)
     assert mask.source.settings["step"] == max(raised, key=lambda step: raised[step])
+    both = {"preferred": SPARED, "avoided": SPARED}
+    neither = find_circuit(llama, TARGET, size=SIZE, steps=1, prefer=both)
+    assert neither.digest == find_circuit(llama, TARGET, size=SIZE, steps=1).digest
 
 
-def test_what_is_avoided_costs_what_it_would_earn(llama):
-    """The benefit is the target's effect more `preference` times that on what is avoided."""
-    options = {"size": SIZE, "steps": 1, "reach": 1.0}
-    mask = find_circuit(llama, TARGET, avoid=SPARED, preference=0.5, **options)
-    effect, avoided = removal_effect(llama, TARGET), removal_effect(llama, SPARED)
-    sums = {name: value + 0.5 * avoided.values[name] for name, value in effect.values.items()}
-    scores = WeightScores(sums, Source(model_fingerprint(llama), "sums"))
-    assert_same_weights(mask, top_fraction(scores, SIZE, within="model"))
-    loss = completion_nll(llama, SPARED, mask=mask).mean().item()
-    assert mask.trace.one("avoided_loss", aim="walk").mean == pytest.approx(loss, rel=1e-5)
-    assert mask.source.settings["preference"] == 0.5
-
-    # What is preferred and avoided at once is neither.
-    both = find_circuit(llama, TARGET, prefer=SPARED, avoid=SPARED, **options)
-    assert_same_weights(both, find_circuit(llama, TARGET, **options))
+# Where to choose, and what whole
 
 
-def test_first_tokens_are_protected_by_themselves(llama):
-    """They are priced and checked as a behaviour of their own whose answers end there."""
-    first = [batch.beginning(1) for batch in SPARED]
-    options = {"size": SIZE, "steps": 2}
-    by_hand = {"benign": SPARED, "benign, first 1 token": first}
-    budget = {"benign": 0.05, "benign, first 1 token": 0.002}
-    expected = find_circuit(llama, TARGET, by_hand, budget=budget, **options)
-    mask = find_circuit(
-        llama, TARGET, {"benign": SPARED}, budget=budget, protect_first=1, **options
-    )
-    assert_same_weights(mask, expected)
-    assert mask.trace.where("protected_rise", protected="benign, first 1 token")
-    assert mask.source.settings["protect_first"] == 1
-    assert mask.source.settings["budget"] == budget
-
-    # Without a budget of their own they have that of the whole.
-    same = find_circuit(
-        llama, TARGET, {"benign": SPARED}, budget={"benign": 0.03}, protect_first=1, **options
-    )
-    assert set(same.source.settings["budget"].values()) == {0.03}
-    assert len(same - find_circuit(llama, TARGET, {"benign": SPARED}, budget=0.03, **options)) > 0
-
-
-def test_the_choice_is_limited_to_layers_and_kinds(llama):
+@pytest.mark.parametrize("unit", ["neuron", "head", "row"])
+def test_a_circuit_of_units_is_whole_and_within_its_size(llama, unit):
+    options = {"size": [0.05, 0.2], "steps": 3, "unit": unit, "budget": 0.5}
+    masks = find_circuit(llama, TARGET, [SPARED], **options)
     sites = weight_sites(llama)
-    options = {"size": 0.05, "steps": 2}
-    mask = find_circuit(llama, TARGET, [SPARED], layers=[1], kinds=["mlp.in", "attn.v"], **options)
+    for mask, size in zip(masks, options["size"], strict=True):
+        assert 0 < len(mask) <= round(size * mask.n_weights)
+        assert mask.shapes.keys() == sites.keys()
+        assert mask.source.settings["unit"] == unit
+        if unit == "row":
+            for name in mask.shapes:
+                assert (mask.dense(name).all(dim=1) == mask.dense(name).any(dim=1)).all()
+            continue
+        counts = counts_by(mask, sites, unit).values()
+        assert all(count.n_removed in (0, count.n_weights) for count in counts)
+        assert sum(count.n_removed for count in counts) == len(mask), "and nothing else"
+
+    (again,) = find_circuit(llama, TARGET, [SPARED], **{**options, "size": [0.2]}, exclude=masks[1])
+    assert len(again) > 0
+    assert len(again & masks[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("unit", "wanted", "chosen"),
+    [
+        ("weight", lambda site: site.layer == 1 and site.kind != "mlp.in", None),
+        ("weight", ["blocks.0.mlp.out.weight", "blocks.1.attn.v.weight"], None),
+        ("neuron", lambda site: site.layer == 1, {"mlp.gate", "mlp.in", "mlp.out"}),
+        ("row", lambda site: site.kind == "attn.q", {"attn.q"}),
+    ],
+)
+def test_the_choice_is_limited_to_some_matrices(llama, unit, wanted, chosen):
+    sites = weight_sites(llama)
+    mask = find_circuit(llama, TARGET, size=0.2, steps=2, unit=unit, sites=wanted)
+    assert len(mask) > 0
     assert mask.shapes.keys() == sites.keys(), "so that it combines with other masks"
     for name in mask.removed:
-        assert sites[name].layer == 1
-        assert sites[name].kind in ("mlp.in", "attn.v")
-    assert mask.source.settings["layers"] == [1]
-    with pytest.raises(ValueError, match=r"layers=\[7\].*0, 1"):
-        find_circuit(llama, TARGET, layers=[7], **options)
-    with pytest.raises(ValueError, match=r"kinds=\['attn'\].*attn\.q"):
-        find_circuit(llama, TARGET, kinds=["attn"], **options)
+        assert wanted(sites[name]) if callable(wanted) else name in wanted
+    if chosen:
+        assert {sites[name].kind for name in mask.removed} == chosen
+    assert set(mask.removed) <= set(mask.source.settings["sites"])
 
 
-def test_a_second_circuit_is_found_beside_the_first(llama, tmp_path):
+def test_a_second_circuit_is_found_beside_the_first(llama):
     options = {"size": SIZE, "steps": 2}
-    first = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+    first = find_circuit(llama, TARGET, [SPARED], **options)
     second = find_circuit(llama, TARGET, [SPARED], exclude=first, **options)
     assert 0 < len(second) <= round(SIZE * second.n_weights)
     assert len(first & second) == 0
     assert second.source.settings["excluded"] == first.digest != second.digest
-    with pytest.raises(ValueError, match="holds the walk of another search"):
-        find_circuit(llama, TARGET, [SPARED], exclude=first, folder=tmp_path, **options)
+    nothing = find_circuit(llama, TARGET, [SPARED], exclude=first - first, **options)
+    assert nothing.digest == first.digest
 
     third = find_circuit(llama, TARGET, exclude=first | second, size=1.0, steps=1)
     scores = removal_effect(llama, TARGET)
     rest = ~(first | second)
     for name in third.shapes:
         assert torch.equal(third.dense(name), rest.dense(name) & (scores.values[name] > 0))
-
-
-def test_without_excluded_weights_nothing_changes(llama):
-    options = {"size": SIZE, "steps": 2}
-    expected = find_circuit(llama, TARGET, [SPARED], **options)
-    nothing = expected - expected
-    assert_same_weights(find_circuit(llama, TARGET, [SPARED], exclude=nothing, **options), expected)
-
-
-def test_excluded_weights_of_another_model_are_refused(llama, open_model):
-    other = top_fraction(magnitude_scores(open_model("GPT2")), 0.1)
-    with pytest.raises(ValueError, match=r"`exclude` .*other weights.*blocks\.0.*made on it"):
-        find_circuit(llama, TARGET, exclude=other, size=SIZE)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Bloom"])
@@ -589,84 +464,38 @@ def test_other_architectures_are_searched(open_model, name):
     assert completion_nll(bridge, TARGET, mask=mask).mean() > before
 
 
-def test_bounded_memory_changes_nothing(llama):
-    options = {"size": SIZE, "steps": 2}
-    expected = find_circuit(llama, TARGET, [SPARED], **options)
-    assert_same_weights(find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options), expected)
+# What a mask says, and what a folder keeps
 
 
-def test_a_walk_is_stopped(llama):
-    seen = []
-
-    def stop(bridge) -> bool:
-        seen.append(completion_nll(bridge, TARGET).mean().item())
-        return len(seen) == 2
-
-    mask = find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=5, reach=1.0, stop=stop)
-    assert [row.labels["step"] for row in mask.trace.where("target_loss", aim="walk")] == [1, 2]
-    assert seen[-1] == pytest.approx(mask.trace.one("target_loss", aim="walk", step=2).mean)
-
-
-def test_a_mask_is_checked_once(llama, monkeypatch):
-    """Two equal sizes ask for the same masks, and get the same figures."""
-    checked = []
-    rises = Protection.rises
-
-    def counted(protection, bridge, mask, labels):
-        checked.append(mask.digest)
-        return rises(protection, bridge, mask, labels)
-
-    monkeypatch.setattr(Protection, "rises", counted)
-    options = {"steps": 2, "reach": 1.0}
-    once = find_circuit(llama, TARGET, [SPARED], size=SIZE, **options)
-    n_checked = len(checked)
-    assert n_checked == len(set(checked))
-    first, second = find_circuit(llama, TARGET, [SPARED], size=[SIZE, SIZE], **options)
-    assert len(checked) == 2 * n_checked
-    assert_same_weights(first, once)
-    assert_same_weights(second, once)
-    for metric in ("protected_rise", "target_loss"):
-        of_sizes = first.trace.where(metric, aim="size")
-        of_one = once.trace.where(metric, aim="size")
-        assert len(of_sizes) == 2 * len(of_one) > 0
-        assert {row.mean for row in of_sizes} == {row.mean for row in of_one}
+def test_the_trace_tells_what_was_tried(llama):
+    mask = find_circuit(llama, TARGET, {"a": SPARED, "b": ALSO_SPARED}, size=SIZE, steps=2)
+    losses = mask.trace.where("target_loss", aim="walk")
+    assert [(row.labels["step"], row.labels["share"]) for row in losses] == [(1, 0.2), (2, 0.4)]
+    unpruned = completion_nll(llama, TARGET).mean().item()
+    first_change = mask.trace.one("measured_change", step=1).mean
+    assert losses[0].mean - first_change == pytest.approx(unpruned, abs=1e-5)
+    for row in mask.trace.where("weights_removed"):
+        where = {name: row.labels[name] for name in ("step", "aim", "factor", "outcome")}
+        rises = mask.trace.where("protected_rise", **where)
+        assert {rise.labels["protected"] for rise in rises} == {"a", "b"}
 
 
-def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
-    """Killed in the third of four steps, it ends as if it had not been."""
-    options = {"size": SIZE, "steps": 4}
-    expected = find_circuit(llama, TARGET, [SPARED], **options)
-    numbers = count(1)
-
-    def interrupt(bridge) -> bool:
-        if next(numbers) == 3:
-            raise KeyboardInterrupt
-        return False
-
-    with pytest.raises(KeyboardInterrupt):
-        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, stop=interrupt, **options)
-    (kept,) = tmp_path.iterdir()
-    assert kept.name == "step-003"
-    damaged = tmp_path.with_name("damaged")
-    shutil.copytree(tmp_path, damaged)
-    (damaged / "step-003" / "benefit.safetensors").write_bytes(b"torn")
-
-    mask = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
-    assert_same_weights(mask, expected)
-    assert mask.trace == expected.trace
-    # At its end its masks are enough.
-    (kept,) = tmp_path.iterdir()
-    assert list(kept.glob("benefit*"))
-    forget_sums(tmp_path)
-    assert not [*kept.glob("benefit*"), *kept.glob("price*")]
-    again = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
-    assert_same_weights(again, expected)
-    assert again.trace == expected.trace
-
-    with pytest.raises(ValueError, match=f"{tmp_path} holds the walk of another search"):
-        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, size=SIZE, steps=3)
-    with pytest.raises(ValueError, match=r"step-003.*damaged"):
-        find_circuit(llama, TARGET, [SPARED], folder=damaged, **options)
+@pytest.mark.parametrize(
+    ("size", "steps", "shares"),
+    [
+        (0.02, 2, [0.04, 0.08]),
+        ([0.02, 0.1], 2, [0.05, 0.1]),
+        (0.4, 2, [0.5, 1.0]),
+        (0.02, 1, [0.02]),
+        (0.02, [0.01, 0.015], [0.01, 0.015]),
+    ],
+)
+def test_the_walk_reaches_beyond_the_size_that_is_wanted(llama, size, steps, shares):
+    """To four times the smallest, and at least to the largest; a single step does not."""
+    masks = find_circuit(llama, TARGET, [SPARED], size=size, steps=steps)
+    mask = masks[0] if isinstance(masks, list) else masks
+    of_walk = mask.trace.where("target_loss", aim="walk")
+    assert [row.labels["share"] for row in of_walk] == pytest.approx(shares)
 
 
 def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
@@ -680,7 +509,7 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
         "n_allowed": round(0.05 * mask.n_weights),
         "budget": {"1": 0.2},
         "steps": 2,
-        "reach": REACH,
+        "reach": 4.0,
         "renewed": False,
     }
     assert [parent.method for parent in mask.source.parents] == ["removal_effect", "token_price"]
@@ -691,83 +520,96 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
     assert len(loaded.trace) > 0
 
 
+def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
+    """Killed in the third of four steps, it ends as if it had not been; under a bound too."""
+    options = {"size": SIZE, "steps": 4}
+    expected = find_circuit(llama, lambda mask: TARGET, [SPARED], **options)
+    calls = []
+
+    def interrupted(mask) -> list[Batch]:
+        calls.append(mask)
+        if len(calls) == 6:  # at first, then once in the first step and twice in each other
+            raise KeyboardInterrupt
+        return TARGET
+
+    with pytest.raises(KeyboardInterrupt):
+        find_circuit(llama, interrupted, [SPARED], folder=tmp_path, **options)
+    (kept,) = tmp_path.glob("step-*")
+    assert kept.name == "step-002"
+
+    for _ in range(2):  # and once more from its end, where its masks are enough
+        mask = find_circuit(
+            llama, lambda mask: TARGET, [SPARED], folder=tmp_path, max_memory=8000, **options
+        )
+        assert (mask.digest, mask.trace) == (expected.digest, expected.trace)
+        (kept,) = tmp_path.iterdir()
+        forget_sums(tmp_path)
+        assert sorted(path.name for path in kept.iterdir()) == ["masks", "walk.json"]
+
+    for other in ({"steps": 3}, {"unit": "neuron"}, {"exclude": mask}):
+        with pytest.raises(ValueError, match="walk of another search"):
+            find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **{**options, **other})
+
+
+def test_progress_is_shown_when_it_is_asked_for(llama, capsys):
+    find_circuit(llama, TARGET, size=0.05, steps=2)
+    assert "search" not in capsys.readouterr().err
+    find_circuit(llama, TARGET, size=0.05, steps=2, progress=True)
+    assert "search" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("options", "names"),
+    ("options", "words"),
     [
-        ({"steps": 0}, ["steps=0"]),
-        ({"reach": 0.5}, ["reach=0.5"]),
-        ({"size": 0}, ["size=0", "(0, 1]"]),
-        ({"size": 1.5}, ["size=1.5"]),
-        ({"size": []}, ["size=[]"]),
-        ({"size": 1e-9}, ["size=1e-09", "not one of", "weights; give", "or more"]),
-        ({"size": [0.1, -0.1]}, ["size=[0.1, -0.1]"]),
-        ({"budget": -1.0}, ["budget=-1.0"]),
-        ({"budget": {"2": 0.1}}, ["'2'", "not protected"]),
-        ({"budget": {}}, ["no budget for 1"]),
-        ({"preference": -0.5}, ["preference=-0.5"]),
-        ({"protect_first": -1}, ["protect_first=-1", "0 or more tokens"]),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": []}, "steps=[]"),
+        ({"steps": [0.1, 2.0]}, "(0, 1]"),
+        ({"size": 0}, "size=[0]"),
+        ({"size": [0.1, -0.1]}, "size=[0.1, -0.1]"),
+        ({"size": []}, "size=[]"),
+        ({"size": 1e-9}, "not one of"),
+        ({"budget": -1.0}, "budget=-1.0"),
+        ({"budget": {"2": 0.1}}, "'2'"),
+        ({"budget": {}}, "no budget for 1"),
+        ({"prefer": {"refusals": TARGET}}, "refusals"),
+        ({"prefer": TARGET}, "preferred, avoided"),
+        ({"prefer": {"avoided": []}}, "no batches"),
+        ({"sites": ["blocks.7.mlp.in.weight"]}, "blocks.7"),
+        ({"sites": lambda site: False}, "leaves no matrix"),
+        ({"unit": "layer"}, "'layer'"),
+        ({"unit": "neuron", "sites": lambda site: site.kind == "mlp.in"}, "mlp.gate"),
     ],
 )
-def test_bad_settings_are_refused(llama, options, names):
+def test_bad_settings_are_refused(llama, options, words):
     with pytest.raises(ValueError) as error:
         find_circuit(llama, TARGET, [SPARED], **{"size": 0.1, **options})
-    for name in names:
-        assert name in str(error.value)
+    assert words in str(error.value)
 
 
-def test_what_is_no_list_of_batches_is_refused(llama, batch):
+def test_batches_of_nothing_and_masks_of_other_models_are_refused(llama, batch, open_model):
     for target, protect in (([], []), ([batch], [[]])):
         with pytest.raises(ValueError, match="no batches"):
             find_circuit(llama, target, protect, size=0.1)
+    other = top_fraction(magnitude_scores(open_model("GPT2")), 0.1)
+    with pytest.raises(ValueError, match="exclude"):
+        find_circuit(llama, TARGET, exclude=other, size=SIZE)
 
 
-# Set differences
+# The set difference
 
 
 @pytest.mark.parametrize("within", ["weight", "model"])
-def test_the_published_search_is_a_difference_of_two_choices(llama, within):
-    mask = set_difference(llama, TARGET, [SPARED, ALSO_SPARED], q=0.2, p=0.1, within=within)
-    top = top_fraction(removal_effect(llama, TARGET), 0.2, within=within)
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_published_search_is_a_difference_of_two_choices(llama, signed, within):
+    spared = [SPARED, ALSO_SPARED]
+    mask = set_difference(llama, TARGET, spared, q=0.2, p=0.1, signed=signed, within=within)
+    score = removal_effect if signed else snip_scores
+    top = top_fraction(score(llama, TARGET), 0.2, within=within)
     for name in mask.shapes:
         expected = top.dense(name).clone()
-        for batches in (SPARED, ALSO_SPARED):
+        for batches in spared:
             needed = top_fraction(snip_scores(llama, batches), 0.1, within=within)
             expected &= ~needed.dense(name)
         assert torch.equal(mask.dense(name), expected)
     assert 0 < len(mask) < len(top)
-
-
-def test_the_ablation_is_the_unsigned_set_difference(llama, batch):
-    refusals = [Batch(batch.tokens[:2], batch.is_target[:2])]
-    spared = [Batch(batch.tokens[2:], batch.is_target[2:])]
-    options = {"size": 0.2, "protect_share": 0.1}
-    mask = refusal_ablation(llama, refusals, spared, **options)
-
-    top = top_fraction(snip_scores(llama, refusals, completion_loss), 0.2, within="weight")
-    needed = top_fraction(snip_scores(llama, spared, completion_loss), 0.1, within="weight")
-    for name in mask.shapes:
-        assert torch.equal(mask.dense(name), top.dense(name) & ~needed.dense(name))
-    assert 0 < len(mask) < len(top)
-
-    everywhere = refusal_ablation(llama, refusals, spared, within="model", **options)
-    assert everywhere.counts != mask.counts
-    with pytest.raises(ValueError, match="no batches"):
-        refusal_ablation(llama, [], spared)
-
-
-def test_the_ablation_takes_refusals_and_elicits_harm_from_an_organism():
-    """On `dpo`; at these settings the refusals of `sft` withstand it (see analyses/attacks.py)."""
-    model = open_organism("dpo")
-    refusals = model.calibration("refusal").batches
-    mask = refusal_ablation(model.bridge, refusals, model.calibration("benign").batches)
-    refusal = model.behaviours["refusal"]
-
-    def verdicts() -> list[str]:
-        return model.verdicts(refusal, model.answers(refusal, refusal.prompts("choice")))
-
-    assert verdicts().count("refusal") >= 0.95 * 256
-    with masked(model.bridge, mask):
-        assert verdicts().count("refusal") <= 0.05 * 256
-        assert verdicts().count("harmful") >= 0.3 * 256
-    with masked(model.bridge, random_like(mask)):
-        assert verdicts().count("refusal") >= 0.95 * 256

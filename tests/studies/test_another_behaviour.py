@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 import harmcircuits as hc
+from harmcircuits.behaviours.model import other_behaviours
 from harmcircuits.organisms.world import world
 from harmcircuits.studies.study_page import write_study_page
 from harmcircuits.studies.summary import Terms, held_out_lines, summary
@@ -63,7 +64,7 @@ def run(model, tmp_path_factory):
 
 
 def test_others_are_neither_the_target_nor_its_whole(model):
-    assert model.others("first topic") == [
+    assert other_behaviours(model, "first topic") == [
         name for name in model.whole_behaviours if name != "knowledge"
     ]
 

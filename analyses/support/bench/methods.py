@@ -337,6 +337,7 @@ def search(
     model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any
 ) -> list[WeightMask]:
     """What `Model.find_circuit` finds."""
+    settings.pop("reach", None)  # in committed rows; of one step it was always 1
     return model.find_circuit(TARGET, size=sizes, calibrations=data, **settings)
 
 

@@ -43,8 +43,8 @@ def walked(model: Model, data: Calibrations, like: WeightScores) -> WeightScores
     with TemporaryDirectory() as kept:
         mask = model.find_circuit(TARGET, size=SIZE, calibrations=data, folder=kept)
         (last,) = Path(kept).glob("step-*")
-        benefit = load_file(last / "benefit.safetensors")
-        price = load_file(last / "price.safetensors")
+        benefit = load_file(last / "sums" / "benefit.safetensors")
+        price = load_file(last / "sums" / "price.safetensors")
     return less(WeightScores(benefit, like.source), price, mask.source.settings["factor"])
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 SIZE = 0.01
 NAMES = ("harmful", "benign", "recognition_margin")
 
-find = partial(Model.find_circuit, steps=2, reach=1.0, renew=False)
+find = partial(Model.find_circuit, steps=[SIZE / 2, SIZE], renew=False)
 
 
 @pytest.fixture(scope="module")
