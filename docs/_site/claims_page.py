@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from support.claims import ClaimResult
-
-from harmcircuits.views.tables import frame_markdown
+from support.markdown import frame_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/claims.md", "docs/results.md")

@@ -1,6 +1,6 @@
-"""Rows as tables: for a terminal, as cells of a page, and as Markdown."""
+"""Rows as tables of a terminal, and as cells of a page."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -88,18 +88,3 @@ def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> Table:
     for line in data.itertuples(index=False):
         grid.add_row(*(escape(str(value)) for value in line))
     return grid
-
-
-def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown."""
-    lines = [head, ["---"] * len(head), *body]
-    rows = []
-    for cells in lines:
-        escaped = [str(cell).replace("|", "\\|") for cell in cells]
-        rows.append(f"| {' | '.join(escaped)} |")
-    return "\n".join(rows)
-
-
-def frame_markdown(data: "pandas.DataFrame") -> str:
-    """A DataFrame as a Markdown table; its index is left out."""
-    return markdown_table(list(data.columns), data.astype(str).to_numpy().tolist())

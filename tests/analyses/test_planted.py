@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pages import text_of
 from support.bench import tables
+from support.markdown import frame_markdown
 
 from harmcircuits.measurements import Rows
-from harmcircuits.views.tables import frame_markdown
 
 analysis = import_module("planted")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import search_bench as bench
 from pages import text_of
 from support.bench import results
+from support.markdown import frame_markdown
 
 from harmcircuits.measurements import Rows
-from harmcircuits.views.tables import frame_markdown
 
 
 def test_the_pages_quote_the_committed_rows():

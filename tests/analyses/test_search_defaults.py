@@ -3,8 +3,7 @@
 import search_defaults as defaults
 from pages import text_of
 from support.bench.tables import variant_table
-
-from harmcircuits.views.tables import frame_markdown
+from support.markdown import frame_markdown
 
 
 def test_the_page_quotes_the_committed_rows():

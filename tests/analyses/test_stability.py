@@ -10,9 +10,9 @@ import pytest
 import stability
 from pages import text_of
 from support.bench import tables
+from support.markdown import frame_markdown
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.views.tables import frame_markdown
 
 
 @pytest.mark.parametrize(

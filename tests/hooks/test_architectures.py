@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import ARCHITECTURES, COARSE, opener, random_batch
+from support.markdown import markdown_table
 from torch import nn
 
 from harmcircuits.hooks.attribution import wanda_scores
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.views.tables import markdown_table
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TEXT = """# Architectures

@@ -12,11 +12,12 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.ticker import NullLocator
 from rich.console import Console
+from support.markdown import frame_markdown
 from support.organisms.check import LADDER
 
 from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import PALETTE, STYLE, Picture, coloured, subplots, with_legend
-from harmcircuits.views.tables import frame_markdown, frame_table
+from harmcircuits.views.tables import frame_table
 
 BUDGET = 0.02  # nats that benign answers may lose
 POINT = 0.01 + 1e-6  # that a kept rate may fall

@@ -1,0 +1,19 @@
+"""Tables as Markdown, for the pages of docs/."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    lines = []
+    for cells in (head, ["---"] * len(head), *body):
+        escaped = [str(cell).replace("|", "\\|") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(lines)
+
+
+def frame_markdown(data: pandas.DataFrame) -> str:
+    """A DataFrame as a Markdown table; its index is left out."""
+    return markdown_table(list(data.columns), data.astype(str).to_numpy().tolist())
