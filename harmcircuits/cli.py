@@ -144,7 +144,6 @@ class StudyCommand:
             out=self.out,
             progress=True,
             max_memory=round(self.max_memory * GIB) or None,
-            page=True,
             resume=self.resume,
             force=self.force,
         )

@@ -137,9 +137,9 @@ class Study:
         # The searches stay; what was measured is measured again.
         (out / ROWS_FILE).unlink(missing_ok=True)
         shutil.rmtree(out / WALKS / "scores", ignore_errors=True)
-        for name in (WALKS, MASKS):
-            (out / name).mkdir(parents=True, exist_ok=True)
+        (out / MASKS).mkdir(parents=True, exist_ok=True)
         write_manifest(out / MANIFEST, settings)
+        (out / WALKS).mkdir(exist_ok=True)  # last: from now on it is under way
 
     def finish(self) -> None:
         """Leave the scores and searches: from now on the folder holds a finished study."""

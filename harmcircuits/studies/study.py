@@ -1,6 +1,6 @@
 """The main job: find the weights behind a behaviour, remove them, and measure what else is lost."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -42,15 +42,12 @@ def study(
     model: Model,
     settings: StudySettings | None = None,
     *,
-    target: str | None = None,
-    protect: str | Iterable[str] | None = None,
-    contrast: str | None = None,
     out: str | Path | None = None,
     progress: bool = False,
     max_memory: int | None = None,
-    page: bool = False,
     resume: bool = False,
     force: bool = False,
+    **changes: Any,
 ) -> Study:
     """Find the weights behind a behaviour, remove them, and measure what else is lost.
 
@@ -67,32 +64,32 @@ def study(
     Args:
         model: from `open_model`.
         settings: the grid; by default the usual one of organisms, or of real models.
-        target: the behaviour to remove, in place of the settings'.
-        protect: the behaviours to spare, in place of the settings'.
-        contrast: the target's harmless counterpart, in place of the settings'.
-        out: a new folder for `rows.jsonl`, `manifest.json` and `masks/*.safetensors`. While the
-            study is under way `walks` there keeps scores and searches.
+        out: a new folder for `rows.jsonl`, `manifest.json`, `masks/*.safetensors` and, at the end,
+            `report.html`. While the study is under way `walks` there keeps scores and searches.
         progress: shows how far it is.
         max_memory: bytes for scores that are accumulated, as in `removal_effect`; needs `out`,
             which keeps those of the unpruned model meanwhile.
-        page: write `report.html` into `out` too, before the study counts as finished.
         resume: go on with the unfinished study of these settings in `out`, if there is one: it
             measures again, and searches on from where it was interrupted. The rows are the same.
         force: remove the study in `out` first, finished or not.
+        changes: fields of `StudySettings`, such as `target`, in place of those of `settings`.
 
     Raises:
         ValueError: a folder that holds a study, unless `resume` or `force` says what becomes of it,
             or that of other settings; a behaviour that is unknown or not shown, a bound too small
-            for a matrix, a bound or a page without `out`, and as `evaluate_tasks`.
+            for a matrix, a bound without `out`, and as `evaluate_tasks`.
         OSError: `out` cannot be written. What is in it goes on with `resume`.
     """
     # What can be refused without running the model is refused first.
-    settings = _settings(model, settings, target=target, protect=protect, contrast=contrast)
+    if isinstance(changes.get("protect"), str):
+        changes["protect"] = (changes["protect"],)
+    usual = StudySettings() if model.is_invented else FOR_REAL_MODELS
+    settings = replace(settings or usual, **changes)
     model = _with_objectives(model, settings)
     folder = Path(out) if out else None
     run = Study(model, settings, folder, progress, max_memory)
-    if folder is None and (page or max_memory is not None):
-        raise ValueError("page=True and max_memory= keep files; give out=FOLDER too")
+    if folder is None and max_memory is not None:
+        raise ValueError(f"max_memory={max_memory:,} keeps scores in files; give out=FOLDER too")
     _check(run)
     if folder is not None:
         run.begin(folder, resume=resume, force=force)
@@ -131,29 +128,13 @@ def study(
         run.add(location_rows(run.chosen.mask, weight_sites(model.bridge), where))
     else:
         _keep_tried(run, points[SEARCH])
-    if folder is not None and page:
+    if folder is not None:
         # Imported here: drawing takes libraries that a study without a page does not need.
         from harmcircuits.studies.study_page import write_study_page
 
         write_study_page(run, folder / PAGE)
     run.finish()
     return run
-
-
-def _settings(
-    model: Model,
-    settings: StudySettings | None,
-    *,
-    protect: str | Iterable[str] | None,
-    **roles: str | None,
-) -> StudySettings:
-    """The settings, or the usual ones, with what was given by itself."""
-    if settings is None:
-        settings = StudySettings() if model.is_invented else FOR_REAL_MODELS
-    changes: dict[str, Any] = {name: role for name, role in roles.items() if role is not None}
-    if protect is not None:
-        changes["protect"] = (protect,) if isinstance(protect, str) else tuple(protect)
-    return replace(settings, **changes)
 
 
 def _with_objectives(model: Model, settings: StudySettings) -> Model:

@@ -290,9 +290,6 @@ def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
             figures.append((name, f"{start.mean:.0%} → {end.mean:.0%}", f"{end:.0%}"))
         else:
             figures.append((name, f"{start.mean:.0%}", f"{start:.0%}, unpruned"))
-    if not terms.target.side_metrics:
-        note = "this behaviour counts no other verdicts"
-        figures.append(("what answers become", DASH, note))
     if not after:
         return [*figures, ("weights removed", DASH, "no mask was chosen")]
 
@@ -424,7 +421,13 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
             "Warning: there are too few requests to say whether the judge tells harmful answers "
             "from harmless ones."
         )
-    for row in _doubts(rows, terms):
+    # Of the chosen circuit; where there is none, of nothing.
+    studied = held_out_lines(rows, terms).get(SEARCH, Rows())
+    metric = terms.target.metrics.get(DOUBTED)
+    doubted = studied.where(metric) if metric else Rows()
+    for row in doubted:
+        if row.mean < DOUBTFUL:
+            continue
         warnings.append(
             f"Warning: {row:.0%} of the {terms.target.title} answers without the circuit keep half "
             "of their words or more and are judged otherwise than before. There the judge "
@@ -437,12 +440,3 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
                 "saturated, so its scores are noise."
             )
     return warnings
-
-
-def _doubts(rows: Rows, terms: Terms) -> Rows:
-    """How many answers the judge doubts under the chosen mask, where they are many."""
-    metric = terms.target.metrics.get(DOUBTED)
-    if not metric:
-        return Rows()
-    studied = held_out_lines(rows, terms).get(SEARCH, Rows())
-    return Rows(row for row in studied.where(metric) if row.mean >= DOUBTFUL)

@@ -1,6 +1,7 @@
 """What a model can still do: tasks of lm-evaluation-harness, on the bridge as it stands."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ def evaluate_tasks(
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
     """The harness's `TaskManager`, which knows these tasks; no data is loaded."""
-    folder = str(include_path) if include_path else None
-    manager = _harness("lm_eval.tasks").TaskManager(include_path=folder)
+    manager = _manager(str(include_path) if include_path else None)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ValueError(
@@ -85,6 +85,11 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -
             "knows, and include_path= adds a folder of further tasks"
         )
     return manager
+
+
+@cache  # it reads thousands of files, for ten seconds
+def _manager(include_path: str | None) -> Any:
+    return _harness("lm_eval.tasks").TaskManager(include_path=include_path)
 
 
 def _harness(module: str) -> Any:

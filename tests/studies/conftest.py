@@ -26,4 +26,4 @@ def finished(tmp_path_factory) -> Finished:
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     settings = StudySettings(sizes=(0.01, 0.04), steps=2, n_random=2, tolerance=0.2)
     out = tmp_path_factory.mktemp("study") / "run"
-    return Finished(study(model, settings, out=out, max_memory=2**21, page=True), before)
+    return Finished(study(model, settings, out=out), before)

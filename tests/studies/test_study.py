@@ -245,7 +245,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     with pytest.raises(ValueError, match=r"unfinished study.*resume=True.*force=True"):
         study(model, settings, **{**options, "resume": False})
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\)"):
-        study(model, replace(settings, steps=3), **options)
+        study(model, settings, steps=3, **options)
     with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -254,10 +254,10 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.studies.study_page.write_study_page", no_room)
         with pytest.raises(OSError, match="No space"):
-            study(model, settings, page=True, **options)
+            study(model, settings, **options)
     with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)  # all are made
-        run = study(model, settings, page=True, **options)
+        run = study(model, settings, **options)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}, "and no searches"
     assert Rows.read(tmp_path / "run" / "rows.jsonl") == run.rows, "each row once"
@@ -280,7 +280,7 @@ def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     settings = StudySettings(
         sizes=(0.01, 0.04), steps=1, n_random=1, tolerance=0.0, protect=("refusal",), compare=False
     )
-    run = study(model, settings, out=tmp_path / "run", page=True)
+    run = study(model, settings, out=tmp_path / "run")
     assert run.chosen is None
     before = run.rows.where(mask="none", split="choice")
     text = summary(run.rows, run.terms)
@@ -374,10 +374,9 @@ def test_what_cannot_be_studied_is_refused_before_anything_is_written(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{"page": True}, {"max_memory": 2**21}])
-def test_a_page_and_a_bound_on_memory_need_a_folder(options):
+def test_a_bound_on_memory_needs_a_folder():
     with pytest.raises(ValueError, match="out=FOLDER"):
-        study(small_model("sft"), **options)
+        study(small_model("sft"), max_memory=2**21)
 
 
 def test_behaviours_that_are_not_shown_are_refused():
