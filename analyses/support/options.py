@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import UnionType
@@ -14,12 +14,13 @@ from docstring_parser import parse
 from rich.console import Console
 from support.pairs import values_by_name
 
+from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.files import RequestFiles
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.judges import QuestionTemplates
 from harmcircuits.behaviours.model import Model
 from harmcircuits.organisms import FOLDER, open_organism
-from harmcircuits.prompts import Chat, Template
+from harmcircuits.prompts import Chat, PromptSet, Template
 from harmcircuits.storage import read_json
 from harmcircuits.studies.models import CACHE, open_model
 
@@ -119,7 +120,7 @@ class ModelSpec:
         """The model with everything it can be asked."""
         if self.files is None:
             organism = open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
-            return organism.asked_every(self.every) if self.every > 1 else organism
+            return _asked_every(organism, self.every)
         model = open_model(
             self.model,
             prompts=self.files,
@@ -133,7 +134,25 @@ class ModelSpec:
             dtype=self.dtype,
             cache=self.cache,
         )
-        return model.asked_every(self.every) if self.every > 1 else model
+        return _asked_every(model, self.every)
+
+
+def _asked_every(model: Model, every: int) -> Model:
+    """The same model, asked only every so-many-th request, or pair, of each behaviour and split."""
+    fewer = []
+    for behaviour in model.behaviours.values():
+        fewer.append(replace(behaviour, prompts=partial(_every, behaviour, every)))
+    return model.with_behaviours(*fewer)
+
+
+def _every(behaviour: Behaviour, every: int, split: str) -> PromptSet:
+    # By name and not inside the function, since behaviours go to other processes.
+    step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair
+    subset = []
+    for number, example in enumerate(behaviour.prompts(split)):
+        if number // step % every == 0:
+            subset.append(example)
+    return PromptSet(tuple(subset))
 
 
 class Option(NamedTuple):

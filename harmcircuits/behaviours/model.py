@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +13,7 @@ import torch
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import Calibration, NotShownError, few_answers
+from harmcircuits.behaviours.files import repeats_text
 from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate, request_ids
 from harmcircuits.behaviours.judges import Judge, prepare
 from harmcircuits.behaviours.outcomes import Outcomes
@@ -155,7 +156,10 @@ class Model:
         Raises:
             ValueError: as `PromptSet.sampled`, when requests are asked for.
         """
-        return _asked(self, partial(_sampled, share=share, seed=seed))
+        fewer = []
+        for behaviour in self.behaviours.values():
+            fewer.append(replace(behaviour, prompts=partial(_sampled, behaviour, share, seed)))
+        return self.with_behaviours(*fewer)
 
     def generate(
         self,
@@ -425,36 +429,9 @@ class Model:
 # What is asked
 
 
-def asked_every(model: Model, every: int) -> Model:
-    """The same model, asked only every so-many-th request, or pair, of each behaviour and split."""
-    return _asked(model, partial(_every, every=every))
-
-
-def _asked(model: Model, some: Callable[[Behaviour, PromptSet], PromptSet]) -> Model:
-    """The same model, asked some of each behaviour's requests of every split."""
-    fewer = []
-    for behaviour in model.behaviours.values():
-        fewer.append(replace(behaviour, prompts=partial(_some_requests, behaviour, some)))
-    return model.with_behaviours(*fewer)
-
-
-# By name and not inside the functions, since behaviours go to other processes.
-
-
-def _some_requests(
-    behaviour: Behaviour, some: Callable[[Behaviour, PromptSet], PromptSet], split: str
-) -> PromptSet:
-    return some(behaviour, behaviour.prompts(split))
-
-
-def _sampled(_: Behaviour, requests: PromptSet, *, share: float, seed: int) -> PromptSet:
-    return requests.sampled(share, seed=seed)
-
-
-def _every(behaviour: Behaviour, requests: PromptSet, *, every: int) -> PromptSet:
-    step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair
-    subset = [r for number, r in enumerate(requests) if number // step % every == 0]
-    return PromptSet(tuple(subset))
+def _sampled(behaviour: Behaviour, share: float, seed: int, split: str) -> PromptSet:
+    # By name and not inside the method, since behaviours go to other processes.
+    return behaviour.prompts(split).sampled(share, seed=seed)
 
 
 def refuse_unreadable(model: Model, behaviour: Behaviour) -> None:

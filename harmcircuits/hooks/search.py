@@ -136,8 +136,8 @@ def find_circuit(
     scored += [("removal_effect", batches, completion_loss) for batches in prefer.values()]
     scored += [("token_price", batches, completion_loss) for batches in protection.priced.values()]
     parents = []
-    for method, *data in scored:
-        parents.append(source_on(bridge, method, data_settings(*data)))
+    for method, batches, by in scored:
+        parents.append(source_on(bridge, method, data_settings(batches, by)))
     settings = {"budget": dict(protection.budgets), "renewed": callable(target)}
     settings |= _settings_of_steps(steps)
     if prefer:

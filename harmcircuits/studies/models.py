@@ -18,7 +18,12 @@ from harmcircuits.behaviours.files import (
 )
 from harmcircuits.behaviours.generation import GenerationCache, Sampling
 from harmcircuits.behaviours.judges import Judge, RequestJudge, RuleJudge, judge_of, name_of
-from harmcircuits.behaviours.model import ANSWERED_PER_SCORED, Model
+from harmcircuits.behaviours.model import (
+    ANSWERED_PER_SCORED,
+    Model,
+    refuse_unreadable,
+    verified_together,
+)
 from harmcircuits.behaviours.probe import ProbeJudge, train_probe
 from harmcircuits.behaviours.validation import has_few_requests, is_valid, validate
 from harmcircuits.display import nearest
@@ -167,13 +172,13 @@ def _with_references(model: Model) -> Model:
     """The model with its own answers as reference answers, where the judge verified them."""
     own = []
     for behaviour in model.behaviours.values():
-        model.refuse_unreadable(behaviour)
+        refuse_unreadable(model, behaviour)
         if not behaviour.choices and not behaviour.is_scored_on_references:
             own.append(behaviour)
     asked = []
     for behaviour in own:
         asked += [(behaviour, behaviour.prompts(split)) for split in SPLITS]
-    verified = iter(model.verified_together(asked))
+    verified = iter(verified_together(model, asked))
 
     behaviours = []
     for behaviour in own:

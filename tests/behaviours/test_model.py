@@ -18,7 +18,6 @@ from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.model import (
     Model,
-    asked_every,
     other_behaviours,
     preferred_batches,
     protected_data,
@@ -174,15 +173,6 @@ def test_behaviours_can_be_added_and_replaced(scripted):
     assert model.behaviours["asked"].wanted == "yes"
     assert list(scripted.behaviours) == ["benign", "asked"]
     assert scripted.behaviours["asked"].wanted == "no"
-
-
-def test_fewer_requests_keep_matched_pairs_together(small):
-    few = asked_every(small, 4)
-    harmful = small.behaviours["harmful"].prompts("heldout").examples
-    assert few.behaviours["harmful"].prompts("heldout").examples == harmful[::4]
-    questions = small.behaviours["recognition"].prompts("heldout").examples
-    pairs = few.behaviours["recognition"].prompts("heldout").examples
-    assert pairs[:4] == (*questions[:2], *questions[8:10])
 
 
 # What is protected
