@@ -326,8 +326,8 @@ class Rows(Sequence[Measurement]):
         lines = read_lines(path, "the rows.jsonl of a study")
         try:
             return cls.of_dicts(lines)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except TypeError as error:
+            raise ValueError(f"{path}: not a file of measurements ({error})") from None
 
     @classmethod
     def of_dicts(cls, rows: Iterable[Mapping[str, Any]]) -> "Rows":
@@ -335,17 +335,8 @@ class Rows(Sequence[Measurement]):
 
         Args:
             rows: each with the fields of a `Measurement`.
-
-        Raises:
-            ValueError: an object that is no measurement, with its number.
         """
-        measurements = []
-        for number, row in enumerate(rows, start=1):
-            try:
-                measurements.append(Measurement(**row))
-            except TypeError as error:
-                raise ValueError(f"row {number} is no measurement ({error})") from None
-        return cls(measurements)
+        return cls(Measurement(**row) for row in rows)
 
     def append_to(self, path: str | Path) -> None:
         """Add the rows to a JSON Lines file, one object a line, all or none.
@@ -397,15 +388,13 @@ class Rows(Sequence[Measurement]):
         rows = self.where(metric, **labels)
         if len(rows) == 1:
             return rows[0]
-        wanted = listed([metric or "any metric", *(f"{k}={v!r}" for k, v in labels.items())])
-        nearest = rows or self.where(metric)
-        if not nearest:
-            raise ValueError(f"no row has {wanted}; the metrics are {listed(self.metrics)}")
-        values = nearest._values()
-        apart = [f"{k} ({listed(of)})" for k, of in values.items() if len(of) > 1]
-        raise ValueError(
-            f"{len(rows)} rows have {wanted}; the nearest differ in {listed(apart) or 'nothing'}"
-        )
+        nearest = rows or self.where(metric) or self
+        apart = [f"metric ({listed(nearest.metrics)})"]
+        for name, values in nearest._values().items():
+            if len(values) > 1:
+                apart.append(f"{name} ({listed(values)})")
+        wanted = ", ".join([metric, *(f"{name}={value!r}" for name, value in labels.items())])
+        raise ValueError(f"{len(rows)} rows have {wanted}; the nearest differ in {listed(apart)}")
 
     def largest(self) -> Measurement:
         """The row with the largest mean, the first of several; ValueError where there is none."""
@@ -434,16 +423,11 @@ class Rows(Sequence[Measurement]):
             names: the labels; keys are values of one label, tuples of values of several.
 
         Raises:
-            ValueError: a row without one of the labels.
+            KeyError: a row without one of the labels.
         """
         together: dict[Any, list[Measurement]] = {}
         for row in self:
-            try:
-                values = tuple(row.labels[name] for name in names)
-            except KeyError as error:
-                raise ValueError(
-                    f"{row!r} has no label {error}; select rows that have it"
-                ) from None
+            values = tuple(row.labels[name] for name in names)
             key = values if len(names) > 1 else values[0]
             together.setdefault(key, []).append(row)
         return {key: Rows(rows) for key, rows in together.items()}

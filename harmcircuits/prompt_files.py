@@ -47,36 +47,26 @@ def read_requests(source: str | Path, columns: Mapping[str, str] | None = None) 
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         return requests_of(_dataset_rows(str(source)), str(source), columns)
-    if not path.is_file():
-        raise ValueError(f"{source}: no such file; give the path of an existing prompt file")
     try:
         rows = reader(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{source}: cannot be read ({error}); expected {path.suffix} in UTF-8"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: cannot be read as {path.suffix}, UTF-8 ({error})") from None
     return requests_of(rows, str(source), columns)
 
 
 def given_rows(source: Any) -> list[Any] | None:
     """The rows of a list of dicts, a loaded dataset or a DataFrame; None for anything else."""
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        return source.to_dict("records")  # a DataFrame, which otherwise gives its columns' names
-    if hasattr(source, "column_names"):
-        return list(source)
+    if hasattr(source, "columns"):  # a DataFrame, which otherwise gives its columns' names
+        source = source.to_dict("records")
     is_table = isinstance(source, list | tuple) and source and isinstance(source[0], Mapping)
-    return list(source) if is_table else None
+    return list(source) if is_table or hasattr(source, "column_names") else None
 
 
 def requests_of(
     rows: Iterable[Any], origin: str, columns: Mapping[str, str] | None = None
 ) -> Requests:
     """The requests of rows, each an object with columns or a text; repeated ones once."""
-    table = []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, str | Mapping):
-            raise ValueError(f"{origin}, row {number}: {type(row).__name__}; expected an object")
-        table.append({"prompt": row} if isinstance(row, str) else row)
+    table = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
     if not table:
         raise ValueError(f"{origin}: no rows; expected at least one prompt")
     names = list(dict.fromkeys(name for row in table for name in row))
@@ -87,7 +77,7 @@ def requests_of(
     for number, row in enumerate(table, start=1):
         try:
             of_row = _texts(row, known, BETWEEN.get(shape, "\n\n"), notes)
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{origin}, row {number}: {error}") from None
         texts.setdefault(tuple(of_row.items()), of_row)
 
@@ -108,10 +98,11 @@ def _columns(
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """What a file with these columns is known as, and which of them holds what."""
     for ours, theirs in chosen.items():
-        if ours not in COLUMNS:
-            raise ValueError(f"columns: {ours!r} is no column; {nearest(ours, COLUMNS)}")
-        if theirs not in names:
-            raise ValueError(f"{origin}: no column {theirs!r}; {nearest(theirs, names)}")
+        if ours not in COLUMNS or theirs not in names:
+            raise ValueError(
+                f"{origin}: columns={{{ours!r}: {theirs!r}}}; expected one of {listed(COLUMNS)} "
+                f"and a column of the file ({nearest(theirs, names)})"
+            )
     fitting = [""] if "prompt" in chosen else []
     for shape, known in KNOWN.items():
         needed = {name for theirs in known.values() for name in theirs} - OPTIONAL
@@ -157,14 +148,10 @@ def _exchange(turns: list[Any], notes: Counter[str]) -> dict[str, str]:
     """The request of a chat and the answer to it, if there is one."""
     exchange = []
     for turn in turns:
-        try:
-            role, content = turn["role"], turn["content"]
-        except (TypeError, KeyError):
-            raise ValueError('a turn is not {"role": text, "content": text}') from None
-        if role == "system":
+        if turn["role"] == "system":
             notes["system turns left out"] += 1
         else:
-            exchange.append((role, content))
+            exchange.append((turn["role"], turn["content"]))
     roles = [role for role, _ in exchange]
     if roles not in (["user"], ["user", "assistant"]):
         raise ValueError(

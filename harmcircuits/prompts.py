@@ -171,9 +171,7 @@ class PromptSet:
         return iter(self.examples)
 
     def __getitem__(self, where: slice) -> "PromptSet":
-        if not isinstance(where, slice):
-            raise TypeError("a PromptSet is indexed by a slice; single examples are in .examples")
-        return PromptSet(self.examples[where])
+        return PromptSet(tuple(self.examples[where]))
 
     def __repr__(self) -> str:
         parts = [plural(len(self), "example")]
@@ -195,10 +193,6 @@ class PromptSet:
         Raises:
             ValueError: not exactly one for each request.
         """
-        if len(completions) != len(self):
-            raise ValueError(
-                f"{len(completions)} completions for {len(self)} prompts; give one for each"
-            )
         examples = []
         for example, completion in zip(self.examples, completions, strict=True):
             text, tokens = (completion, ()) if isinstance(completion, str) else completion
@@ -215,12 +209,7 @@ class PromptSet:
             share: of the groups, in (0, 1].
             seed: draws them, without replacement.
             rest: the groups that were not drawn: with a share of 0.5, the other half.
-
-        Raises:
-            ValueError: a share outside (0, 1].
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"sampled: share={share}; expected one in (0, 1]")
         groups: dict[str, set[str]] = {}
         for example in self.examples:
             groups.setdefault(example.category, set()).add(example.cluster)

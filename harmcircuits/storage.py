@@ -56,12 +56,8 @@ def read_text(path: str | Path, expected: str) -> str:
     """The text of a UTF-8 file, without the byte order mark that spreadsheets begin it with."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: {str(error.strerror).lower()}; expected {expected}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 (byte {error.start:,}); save the file in that encoding"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); expected {expected}, UTF-8") from None
 
 
 def write_json(path: str | Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
@@ -73,12 +69,9 @@ def read_json(path: str | Path, expected: str) -> dict[str, Any]:
     """The object in a JSON file."""
     text = read_text(path, expected)
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); expected {expected}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {type(value).__name__}, no object; expected {expected}")
-    return value
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: no object in JSON ({error}); expected {expected}") from None
 
 
 def empty_folder(folder: str | Path) -> Path:
@@ -184,13 +177,11 @@ def read_tensors(
     Raises ValueError for any other file, and for values that are not those that were written. Files
     of earlier versions have no such digest and are read as they are.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give the path of a saved {noun}")
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: not a safetensors file, or a damaged one ({error}); expected a saved {noun}"
         ) from None

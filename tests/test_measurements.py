@@ -254,7 +254,7 @@ def test_selection_is_by_metric_and_all_labels():
     [
         ("harm_valid_rate", {}, ["2 rows", "mask (none, circuit)"]),
         ("", {"seed": 3}, ["2 rows", "seed=3", "model (dpo, sft)"]),
-        ("harm_rate", {"mask": "none"}, ["harm_rate", "harm_valid_rate, weights_removed"]),
+        ("harm_rate", {"mask": "none"}, ["0 rows", "harm_valid_rate, weights_removed"]),
         ("harm_valid_rate", {"mask": "twin"}, ["0 rows", "mask='twin'", "mask (none, circuit)"]),
     ],
 )
@@ -300,7 +300,7 @@ def test_rows_are_grouped_by_labels():
         assert [row.labels["step"] for row in rows] == [0, 1]
         assert rows.where(model=model, seed=seed) == rows
     assert list(in_steps().by("seed")) == [1, 0], "values of one label stand alone"
-    with pytest.raises(ValueError, match="no label 'fraction'"):
+    with pytest.raises(KeyError, match="fraction"):
         ROWS[1:].by("model", "fraction")
 
 

@@ -83,11 +83,11 @@ def test_what_is_no_such_file_is_refused_by_its_name(tmp_path):
     (tmp_path / "marked").write_text("é", encoding="utf-8-sig")
     assert read_text(tmp_path / "marked", "a thing") == "é", "without the byte order mark"
     for name, read, word in [
-        ("missing", read_text, "no such file"),
-        ("", read_text, "is a directory"),
+        ("missing", read_text, "No such file"),
+        ("", read_text, "directory"),
         ("latin", read_text, "UTF-8"),
         ("list", read_json, "no object"),
-        ("half", read_json, "not JSON"),
+        ("half", read_json, "no object in JSON"),
     ]:
         path = tmp_path / name
         with pytest.raises(ValueError) as error:
