@@ -99,7 +99,7 @@ class RequestFiles:
                 f"got {type(given).__name__}"
             )
         known = [known.name for known in fields(cls)]
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in given.items():
             if name not in known:
                 raise ValueError(f"prompts: no {name!r} is known; {nearest(name, known)}")

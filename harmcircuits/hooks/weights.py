@@ -95,7 +95,8 @@ def model_fingerprint(bridge: Bridge) -> str:
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 1024)
-            sample = flat[::step][:1024].to("cpu", torch.bfloat16)
+            # A slice of what is stored in bfloat16 is not copied, and has gaps.
+            sample = flat[::step][:1024].to("cpu", torch.bfloat16).contiguous()
             digest.update(name.encode())
             digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
