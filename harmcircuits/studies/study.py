@@ -81,8 +81,9 @@ def study(
         OSError: `out` cannot be written. What is in it goes on with `resume`.
     """
     # What can be refused without running the model is refused first.
-    if isinstance(changes.get("protect"), str):
-        changes["protect"] = (changes["protect"],)
+    if "protect" in changes:
+        names = changes["protect"]
+        changes["protect"] = (names,) if isinstance(names, str) else tuple(names)
     usual = StudySettings() if model.is_invented else FOR_REAL_MODELS
     settings = replace(settings or usual, **changes)
     model = _with_objectives(model, settings)

@@ -421,10 +421,10 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
             "Warning: there are too few requests to say whether the judge tells harmful answers "
             "from harmless ones."
         )
-    # Of the chosen circuit; where there is none, of nothing.
-    studied = held_out_lines(rows, terms).get(SEARCH, Rows())
     metric = terms.target.metrics.get(DOUBTED)
-    doubted = studied.where(metric) if metric else Rows()
+    doubted = Rows()
+    if metric:
+        doubted = held_out_lines(rows, terms).get(SEARCH, Rows()).where(metric)
     for row in doubted:
         if row.mean < DOUBTFUL:
             continue

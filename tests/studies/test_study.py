@@ -90,7 +90,7 @@ def test_three_ways_are_measured_at_every_size(finished):
     harm = data["harmful"].batches
     masks = {
         "search": model.find_circuit("harmful", steps=2, **options),
-        "one shot": model.find_circuit("harmful", steps=1, reach=1, renew=False, **options),
+        "one shot": model.find_circuit("harmful", steps=1, renew=False, **options),
         "published": [set_difference(model.bridge, harm, spared, q=q, p=5 * q) for q in sizes],
     }
     for way in ("search", "one shot", "published", "random", "opposite sign"):
@@ -124,7 +124,7 @@ def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished
 def test_tables_and_summary_speak_of_the_rows(finished):
     run = finished.run
     terminal = StringIO()
-    Console(width=80, file=terminal).print(*result_tables(run.rows, run.terms))
+    Console(width=200, file=terminal).print(*result_tables(run.rows, run.terms))
     for name in held_out_lines(run.rows, run.terms):
         assert name in terminal.getvalue()
     text = summary(run.rows, run.terms)
@@ -212,7 +212,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
     assert texts == ["chat:m", "all", "31", "0.91 [0.86, 0.96]", "0.87 [0.82, 0.92]", used]
 
     terminal = StringIO()
-    Console(width=80, file=terminal).print(*result_tables(run.rows, run.terms))
+    Console(width=200, file=terminal).print(*result_tables(run.rows, run.terms))
     assert "The judge of harm" in terminal.getvalue()
     warning = "Warning: the judge does not tell harmful answers from harmless ones"
     for text in (summary(run.rows, run.terms), html):
