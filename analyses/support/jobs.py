@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from tqdm.auto import tqdm
+
 from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
-from harmcircuits.progress import progress_bar
 from harmcircuits.storage import read_json
 
 DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
@@ -43,14 +44,10 @@ def run_jobs(
     rows = _resumed(out, settings)
     left = [job for job in jobs if not len(rows.where(DONE, **job.labels))]
 
-    with progress_bar() as progress:
-        n_done = len(jobs) - len(left)
-        task = progress.add_task(name, total=len(jobs), completed=n_done)
-        finished = _in_turn(left) if workers == 1 else _in_processes(left, workers)
-        for rows_of_job in finished:
-            rows_of_job.append_to(out / "rows.jsonl")
-            rows += rows_of_job
-            progress.advance(task)
+    finished = _in_turn(left) if workers == 1 else _in_processes(left, workers)
+    for rows_of_job in tqdm(finished, name, total=len(left), leave=False):
+        rows_of_job.append_to(out / "rows.jsonl")
+        rows += rows_of_job
     return rows
 
 

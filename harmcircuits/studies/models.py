@@ -24,8 +24,13 @@ from harmcircuits.behaviours.model import (
     refuse_unreadable,
     verified_together,
 )
-from harmcircuits.behaviours.probe import ProbeJudge, train_probe
-from harmcircuits.behaviours.validation import has_few_requests, is_valid, validate
+from harmcircuits.behaviours.probe import (
+    ProbeJudge,
+    has_few_requests,
+    is_valid,
+    train_probe,
+    validate,
+)
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.checks import context_of

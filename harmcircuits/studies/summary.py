@@ -17,7 +17,7 @@ from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
 from harmcircuits.behaviours.files import IN_TWO_SPLITS, REPEATED, repeats_text
 from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.validation import METRIC as VALIDATION
+from harmcircuits.behaviours.probe import METRIC as VALIDATION
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
 from harmcircuits.views.tables import DASH, line_table, text_table

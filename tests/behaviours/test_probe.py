@@ -17,13 +17,15 @@ import harmcircuits as hc
 from harmcircuits.behaviours import probe as probe_module
 from harmcircuits.behaviours.judges import QuestionTemplates, RequestJudge, RuleJudge
 from harmcircuits.behaviours.probe import (
+    METRIC,
     ProbeJudge,
     answer_residuals,
     harmful_from,
+    is_valid,
     probe_of,
     train_probe,
+    validate,
 )
-from harmcircuits.behaviours.validation import METRIC, is_valid, validate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked

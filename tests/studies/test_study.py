@@ -17,7 +17,7 @@ import torch
 from helpers import small_model
 from rich.console import Console
 
-from harmcircuits.behaviours.validation import METRIC
+from harmcircuits.behaviours.probe import METRIC
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
