@@ -1,7 +1,6 @@
-"""Nothing in a model's folder, a file or a request runs code. (Pages escape text: tests/views.)
+"""Nothing in a model's folder or a file runs code. (Pages escape text: tests/views.)
 
-Would catch: a pickle that is loaded, code of a model's folder that is run without being asked for, a
-request that a question takes for a format.
+Would catch: a pickle that is loaded, code of a model's folder that is run without being asked for.
 """
 
 import json
@@ -11,10 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import write_byte_model
 
-from harmcircuits.behaviours.files import _put_into
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.loading import load_model
-from harmcircuits.prompts import PromptSet
 
 ROOT = Path(__file__).parents[1]
 RUNS_WHAT_A_FILE_HOLDS = (
@@ -70,9 +67,3 @@ def test_no_source_file_unpickles_evaluates_or_trusts_remote_code():
     for path in (ROOT / "harmcircuits").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not [word for word in RUNS_WHAT_A_FILE_HOLDS if word in text], path
-
-
-def test_a_request_is_put_into_a_question_as_it_is():
-    request = "{request.__class__} {0} %s"
-    (example,) = _put_into("ok to {request} ?", PromptSet.of([request]))
-    assert example.prompt == f"ok to {request} ?"

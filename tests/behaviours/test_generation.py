@@ -20,7 +20,7 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import PREFILL, requests
-from harmcircuits.prompts import Example, PromptSet, prompt_ids
+from harmcircuits.prompts import PromptSet, prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +90,11 @@ def test_answers_end(sft, mixed):
     assert "<" not in "".join(long), "special tokens are no text"
 
 
-def first_words(bridge, prompt: str, sampling: Sampling) -> Counter[str]:
-    prompts = PromptSet((Example(prompt),))
-    return Counter(answered(bridge, prompts, sampling=sampling, max_new_tokens=1))
-
-
 def test_samples_are_drawn_from_the_softmax(sft, mixed):
     prompt = mixed.examples[0].prompt
+    tokens = torch.tensor([prompt_ids(prompt, sft.tokenizer, "chat")])
     with torch.no_grad():
-        logits = sft(torch.tensor([prompt_ids(prompt, sft.tokenizer, "chat")]))[0, -1]
+        logits = sft(tokens)[0, -1]
     chances = (logits / 4).softmax(0)
     decode = sft.tokenizer.decode
     words = [decode([n], skip_special_tokens=True).strip() for n in range(len(chances))]
@@ -107,14 +103,16 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
         expected[word] += chance
     likely = {word: chance for word, chance in expected.items() if chance > 0.02}
     assert len(likely) >= 3, "one likely word would show nothing"
-    counts = first_words(sft, prompt, Sampling(2000, temperature=4))
+    drawn = answered(sft, mixed[:1], sampling=Sampling(2000, temperature=4), max_new_tokens=1)
+    counts = Counter(drawn)
     for word, chance in likely.items():
         five_standard_errors = 5 * (chance / 2000) ** 0.5
         assert abs(counts[word] / 2000 - chance) < five_standard_errors
 
     ordered = chances.sort(descending=True)
     nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist()
-    drawn = first_words(sft, prompt, Sampling(300, temperature=4, top_p=0.5))
+    sampling = Sampling(300, temperature=4, top_p=0.5)
+    drawn = answered(sft, mixed[:1], sampling=sampling, max_new_tokens=1)
     assert set(drawn) == {words[token] for token in nucleus}
 
 

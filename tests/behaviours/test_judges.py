@@ -29,6 +29,7 @@ from harmcircuits.behaviours.judges import (
     name_of,
     named_verdict,
 )
+from harmcircuits.prompts import Example
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it "
@@ -144,14 +145,6 @@ def test_it_tries_again_and_then_says_so(server, tmp_path):
     assert "three" not in (tmp_path / "j").read_text(), "a failure leaves no verdict"
 
 
-def test_a_closed_port_is_no_verdict(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
-    monkeypatch.setattr(judges, "RETRIES", 0)
-    with pytest.raises(ValueError, match="does not answer"):
-        ChatJudge("http://127.0.0.1:9/v1", "tiny", tmp_path / "j")("one", "two")
-    assert judges._client("http://127.0.0.1:9/v1").api_key == "a key"
-
-
 def test_a_judge_is_given_or_named(tmp_path):
     def strict(prompt: str, completion: str) -> str:
         return "harmful"
@@ -166,28 +159,18 @@ def test_a_judge_is_given_or_named(tmp_path):
             judge_of(wrong)
 
 
-# The two judges of the docs
-
-
-@pytest.fixture(scope="module")
-def recipes(tmp_path_factory):
-    """The functions of the docs, and a random model of bytes for them."""
+def test_the_two_judges_of_the_docs(tmp_path, monkeypatch):
+    """A classifier by its expected grade; a chat model in this process by the word it says."""
     space = {}
     for block in blocks(text_of("own_model.md"), "python"):
         if "def judge(" in block:
             exec(block, space)
-    folder = tmp_path_factory.mktemp("judge")
-    write_byte_model(
-        folder, chat_template="{% for turn in messages %}<{{ turn.content }}>{% endfor %}"
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return space, model, AutoTokenizer.from_pretrained(folder)
-
-
-def test_a_classifier_judges_by_its_expected_grade(recipes):
-    space, model, tokenizer = recipes
-    tokens = torch.tensor([tokenizer.encode(f"asked one said {PROSE} grade ")])
+    turns = "{% for turn in messages %}<{{ turn.content }}>{% endfor %}"
+    write_byte_model(tmp_path, chat_template=turns)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
+        tokens = torch.tensor([tokenizer.encode(f"asked one said {PROSE} grade ")])
         logits = model(tokens).logits[0, -1]
     odds = [logits[tokenizer.encode(digit)[0]].exp().item() for digit in "12345"]
     grade = sum(k * odd for k, odd in enumerate(odds)) / 4 / sum(odds)
@@ -197,15 +180,11 @@ def test_a_classifier_judges_by_its_expected_grade(recipes):
         assert judge("one", PROSE) == verdict
         assert judge("one", "I cannot help with that.") == "refusal"
 
-
-def test_a_chat_model_in_this_process_names_its_verdict(recipes, monkeypatch):
-    space, model, tokenizer = recipes
-    assert space["chat_model"](model, tokenizer)("one", "two") == "unclear"
-
     def generate(tokens, **_):
         assert tokenizer.decode(tokens[0]) == f"<{QUESTION.format(prompt='one', completion='two')}>"
         return torch.cat([tokens, torch.tensor([tokenizer.encode(" Refusal.")])], dim=1)
 
+    assert space["chat_model"](model, tokenizer)("one", "two") == "unclear"
     monkeypatch.setattr(model, "generate", generate)
     assert space["chat_model"](model, tokenizer)("one", "two") == "refusal"
 
@@ -231,7 +210,6 @@ LONG = "Take flour and water, then mix and bake them."
         ("near", LONG, "benign"),
         ("good", "Paris.", "benign"),
         ("good", "I'm sorry, I cannot.", "refusal"),
-        ("near", "I can't help with that.", "refusal"),
         ("good", "", "degenerate"),
         ("good", "Sure, here is", "degenerate"),
         ("good", f"Sure, here is {LONG}", "benign"),
@@ -255,6 +233,18 @@ def test_innocent_requests_have_a_judge_of_their_own():
     judge = RequestJudge(RuleJudge(), kinds, QuestionTemplates(), lambda _, text: verdicts[text])
     assert [judge("hello", text) for text in verdicts] == ["benign", "harmful"]
     assert replace(judge, innocent=None)("hello", "cruel") == "benign"
+
+
+def test_the_judge_of_harm_sees_its_answers_at_once():
+    seen = []
+
+    def harm(prompt: str, completion: str) -> str:
+        return "harmful"
+
+    harm.prepare = seen.append
+    answers = [Example(prompt, LONG) for prompt in KINDS]
+    RequestJudge(harm, KINDS, QuestionTemplates()).prepare(answers)
+    assert seen == [answers[:1]]
 
 
 def test_an_unknown_prompt_is_not_judged():

@@ -1,4 +1,4 @@
-"""The probe judge: planted directions, shuffled labels, and an organism whose truth is known.
+"""The probe judge: planted directions, and an organism whose truth is known.
 
 Would catch: a probe that has seen the request it is tested on, that reads the pruned model, the
 request or an announcement, that is used though it sees nothing, a threshold that benign answers
@@ -8,14 +8,13 @@ set, a direction folded wrongly out of standardised ones.
 import zlib
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from helpers import small_model
 
 import harmcircuits as hc
 from harmcircuits.behaviours import probe as probe_module
-from harmcircuits.behaviours.judges import QuestionTemplates, RequestJudge, RuleJudge
+from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.probe import (
     METRIC,
     ProbeJudge,
@@ -38,12 +37,13 @@ SAID = "use the kopu with the lata"
 
 def labelled(n: int = 40) -> PromptSet:
     """To each harmful request three answers, to each benign one two."""
+    kinds = dict.fromkeys(("harmful", "refusal", "explanation"), "bad")
+    kinds |= dict.fromkeys(("benign", "prefilled"), "good")
     examples = []
     for number in range(n):
-        for label in ("harmful", "refusal", "explanation"):
-            examples.append(Example("", f"{label} {number}", group=f"bad {number}", label=label))
-        for label in ("benign", "prefilled"):
-            examples.append(Example("", f"{label} {number}", group=f"good {number}", label=label))
+        for label, topic in kinds.items():
+            group = f"{topic} {number}"
+            examples.append(Example("", f"{label} {number}", group=group, label=label))
     return PromptSet(tuple(examples))
 
 
@@ -71,37 +71,24 @@ def test_a_planted_direction_is_found():
         assert row.mean == (row.labels["kind"] == "harmful")
 
 
-def the_topic_alone() -> tuple[PromptSet, torch.Tensor, str]:
-    answers = labelled()
-    return answers, planted(answers, size=0), "same topic"
-
-
-def shuffled_labels() -> tuple[PromptSet, torch.Tensor, str]:
-    answers = labelled(100)
-    order = np.random.default_rng(0).permutation(len(answers))
-    labels = [answers.examples[number].label for number in order]
-    shuffled = [replace(e, label=label) for e, label in zip(answers, labels, strict=True)]
-    return PromptSet(tuple(shuffled)), planted(answers), "all"
-
-
-def a_fingerprint_of_each_request() -> tuple[PromptSet, torch.Tensor, str]:
-    """By which one could be recalled that was in another fold."""
-    answers, residuals, contrast = the_topic_alone()
+def fingerprints(answers: PromptSet) -> torch.Tensor:
+    """Of each request, by which one could be recalled that was in another fold."""
+    residuals = torch.empty(len(answers), len(LAYERS), 16)
     for number, example in enumerate(answers):
         generator = torch.Generator().manual_seed(zlib.crc32(example.group.encode()))
-        residuals[number] += 5 * torch.randn(len(LAYERS), 16, generator=generator)
-    return answers, residuals, contrast
+        residuals[number] = torch.randn(len(LAYERS), 16, generator=generator)
+    return residuals
 
 
-@pytest.mark.parametrize("data", [the_topic_alone, shuffled_labels, a_fingerprint_of_each_request])
-def test_what_tells_nothing_is_refused(data):
-    answers, residuals, contrast = data()
+@pytest.mark.parametrize("recalled", [0, 5])
+def test_the_topic_alone_is_not_harm_and_no_request_is_recalled(recalled):
+    answers = labelled()
+    residuals = planted(answers, size=0) + recalled * fingerprints(answers)
     rows = probe_of(residuals, answers, LAYERS).rows
-    row = rows.one(METRIC, contrast=contrast)
+    row = rows.one(METRIC, contrast="same topic")
     assert row.low < 0.5 < row.high
     assert not is_valid(rows)
-    if data is the_topic_alone:
-        assert rows.one(METRIC, contrast="begun alike").mean > 0.9, "it tells requests apart"
+    assert recalled or rows.one(METRIC, contrast="begun alike").mean > 0.9, "the topic is seen"
 
 
 def test_a_few_answers_that_are_all_right_are_too_few():
@@ -204,9 +191,7 @@ def test_answers_that_are_judged_together_are_read_together(model, probe, monkey
 
     monkeypatch.setattr(probe_module, "answer_residuals", counted)
     judge = ProbeJudge(probe, model.bridge, alone.rules)
-    kinds = dict.fromkeys((example.prompt for example in answers), "harmful")
-    by_request = RequestJudge(judge, kinds, QuestionTemplates())
-    model.verdicts(replace(behaviour, judge=by_request), answers)
+    model.verdicts(replace(behaviour, judge=judge), answers)
     assert n_read == [len(set(texts))]
     assert [judge.score("", text) for text in texts] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
