@@ -156,7 +156,7 @@ def test_without_a_padding_token_nothing_changes(open_model):
 def test_texts_without_tokens_are_named():
     empty = Example("use it", "", category="tools", label="safe")
     calls = [
-        (lambda: tokenize([("use it", "sure")], None), "tokenizer=None"),
+        (lambda: tokenize([("use it", "sure")], None), "tokenizer NoneType"),
         (lambda: tokenize([Example("use it", "sure"), empty], new_tokenizer()), "example 1"),
         (lambda: tokenize([("", "sure")], new_tokenizer(), template="raw"), "example 0"),
     ]

@@ -82,7 +82,7 @@ def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_an
     (answer,) = generate(bridge, prompts, max_new_tokens=3)
     bridge.original_model.generation_config.eos_token_id = answer.tokens[0]
     assert generate(bridge, prompts, max_new_tokens=3) == [Answer("", ())]
-    with pytest.raises(ValueError, match="example 0 has a completion with no tokens to predict"):
+    with pytest.raises(ValueError, match=r"example 0 .* and 0 to predict"):
         tokenize(prompts.with_completions([Answer("", ())]), bridge.tokenizer)
 
 

@@ -323,7 +323,7 @@ def studied(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     grid = {"sizes": (0.006,), "steps": 2, "tolerance": 0.5, "n_random": 1, "compare": False}
     settings = hc.StudySettings(budget=2.0, **grid)
-    hc.study(model, settings, out=out, page=True)
+    hc.study(model, settings, out=out)
     return out
 
 

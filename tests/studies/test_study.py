@@ -270,7 +270,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
         model, replace(settings, compare=False), **{**options, "resume": False}, force=True
     )
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"rows.jsonl", "manifest.json", "masks"}
+    assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}
     assert {path.stem for path in (tmp_path / "run" / "masks").iterdir()} == set(again.masks)
 
 
