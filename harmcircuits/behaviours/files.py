@@ -103,12 +103,12 @@ class RequestFiles:
         for name, value in given.items():
             if name not in known:
                 raise ValueError(f"prompts: no {name!r} is known; {nearest(name, known)}")
-            if isinstance(value, Path):
+            if name == "questions":
+                value = QuestionTemplates.of(value)
+            elif isinstance(value, Path):
                 value = str(value)
             elif name in cls.SOURCES and not isinstance(value, str | PromptSet):
                 value = PromptSet.read(value, _columns_of(name, given.get("columns", {})))
-            elif name == "questions":
-                value = QuestionTemplates.of(value)
             values[name] = value
         return cls(**values)
 

@@ -98,7 +98,7 @@ def model_fingerprint(bridge: Bridge) -> str:
             # A slice of what is stored in bfloat16 is not copied, and has gaps.
             sample = flat[::step][:1024].to("cpu", torch.bfloat16).contiguous()
             digest.update(name.encode())
-            digest.update(sample.view(torch.uint8).numpy())
+            digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -113,7 +113,7 @@ def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
         stored = dtype or parameter.dtype
         digest.update(f"{name} {stored} {tuple(parameter.shape)}".encode())
         for part in parameter.detach().flatten().split(CHUNK):  # bounds what is copied at once
-            digest.update(part.to("cpu", stored).view(torch.uint8).numpy())
+            digest.update(part.to("cpu", stored).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
