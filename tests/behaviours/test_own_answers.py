@@ -26,7 +26,7 @@ SPACED = "{% for m in messages %}{{ m.content }}{% endfor %}:"  # ends without a
 def byte_level() -> PreTrainedTokenizerFast:
     """A tokenizer in which " a" is one token and "a" another."""
     words = [f"Ġ{letter}" for letter in "abcdefghij"]
-    letters = [*pre_tokenizers.ByteLevel.alphabet()]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a set, in another order each time
     entries = ["<pad>", "<bos>", "<eos>", *words, *letters]
     vocabulary = {entry: number for number, entry in enumerate(entries)}
     merges = [("Ġ", word[1:]) for word in words]
