@@ -13,11 +13,6 @@ CELL = "border:0;padding:2px 14px 2px 0;text-align:left;vertical-align:top;color
 SQUARE = "height:13px;padding:0;border:1px solid rgba(128,128,128,.25)"
 
 
-def dtype_name(dtype: object) -> str:
-    """A number format as torch names it, such as bfloat16, without the module."""
-    return str(dtype).removeprefix("torch.")
-
-
 def listed(names: Iterable[Any], most: int = 8) -> str:
     """Names with commas between them; of more than `most` only the first, and how many follow."""
     texts = [str(name) for name in names]
@@ -34,18 +29,6 @@ def share(part: float) -> str:
     if percent >= 0.01:
         return f"{percent:.2f}%"
     return f"{percent:.2g}%"  # a few dozen of a billion weights are not 0.00%
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that a reader would choose, to two digits."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
-        number = seconds / size
-        if number < limit:
-            digits = 1 if number < 10 and unit != "s" else 0
-            return f"{number:.{digits}f} {unit}"
-    return f"{seconds / 86_400:.1f} days"
 
 
 def plural(number: int, noun: str) -> str:

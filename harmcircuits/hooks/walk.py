@@ -121,7 +121,6 @@ class Walk:
     source: Source
     sizes: Sequence[float]
     max_memory: int | None
-    preference: float = PREFERENCE
     benefit: Totals = field(default_factory=dict)
     price: Totals = field(default_factory=dict)
     rung: int = 0
@@ -197,7 +196,7 @@ class Walk:
         loss = self._mean_loss(mask)
         self._note("target_left", labels, left)
         self._note("target_loss", labels, loss)
-        loss -= self.preference * self._note_preferred(labels, mask)
+        loss -= PREFERENCE * self._note_preferred(labels, mask)
         takes_more = (-left, loss) > (-best.left, best.loss)
         if best.mask is not None and not takes_more:
             return replace(best, rung=rung)
@@ -249,7 +248,7 @@ class Walk:
             with masked_if_given(self.bridge, self.accepted), of_data(beside):
                 gradients = self._mean_gradients(batches, completion_loss, "signed")
             for name, gradient in gradients.items():
-                gain = self._times_weight(name, gradient).mul_(SIGNS[beside] * self.preference)
+                gain = self._times_weight(name, gradient).mul_(SIGNS[beside] * PREFERENCE)
                 self._add(self.benefit, name, gain)
         return WeightScores(effect, self.source)
 
