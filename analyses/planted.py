@@ -26,9 +26,8 @@
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import tyro
 from support.bench.recovery import SIZE, recovery, true_circuit
 from support.bench.tables import (
     reach_table,
@@ -37,7 +36,7 @@ from support.bench.tables import (
     write_tables,
 )
 from support.jobs import Job, run_jobs
-from support.options import ModelSpec
+from support.models import ModelSpec
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
@@ -130,15 +129,16 @@ REMOVED = ("none", "S", "search", "search outside S", "random, as many as S")
 
 
 # %%
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and table.txt; resumes.")],
-    organisms: Annotated[
-        list[Path] | None, typer.Option(help="Folder with a planted organism; repeat.")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
-) -> None:
+def main(out: Path, organisms: tuple[Path, ...] = (FOLDER,), workers: int = 1) -> None:
+    """Is the planted circuit found?
+
+    Args:
+        out: folder for rows.jsonl and table.txt; a run goes on there.
+        organisms: folders with a planted organism; by default the shipped one.
+        workers: processes of one thread each.
+    """
     jobs = []
-    for folder in organisms or [FOLDER]:
+    for folder in organisms:
         ladder = ModelSpec("planted", folder).labels["ladder"]
         labels = {"ladder": ladder, "job": "recovery"}
         jobs.append(Job(labels, partial(recovered, folder, labels)))
@@ -153,4 +153,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    tyro.cli(main)

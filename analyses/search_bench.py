@@ -22,22 +22,21 @@
 # halves of them, split by request. Intervals resample ladders, then their models and halves.
 
 # %%
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
+import tyro
 from rich.console import Console
 from support.bench.cases import methods, tuned
 from support.bench.jobs import bench_jobs, tuning_jobs
 from support.bench.results import write_results
-from support.command_errors import one_sentence
 from support.jobs import run_jobs
-from support.options import specs, takes_custom_model
+from support.models import RunOptions
 from support.organisms.check import LADDER
 
+from harmcircuits.cli import in_one_sentence
 from harmcircuits.measurements import Rows
-from harmcircuits.organisms import FOLDER
 
 SIZES = (0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.004, 0.006, 0.01)
 ROWS = Path(__file__).parent / "rows"
@@ -55,46 +54,39 @@ def every_method() -> dict:
 
 
 # %%
-@takes_custom_model
-def main(
-    *,
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and the tables; resumes.")],
-    model: Annotated[
-        list[str] | None, typer.Option(help="Model; repeat.", show_default="; ".join(LADDER))
-    ] = None,
-    organisms: Annotated[
-        list[Path] | None, typer.Option(help="Ladder; repeat.", show_default="the shipped one")
-    ] = None,
-    part: Annotated[
-        list[str] | None, typer.Option(help="Answers: all, A or B; repeat.", show_default="all")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Method; repeat.", show_default="all")
-    ] = None,
-    size: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the weights; repeat.", show_default="0.0005 to 0.01"),
-    ] = None,
-    tune: Annotated[bool, typer.Option(help="Try settings of every method instead.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-    custom: dict[str, Any],
-) -> None:
-    with one_sentence():
-        if tune:
-            jobs = tuning_jobs(method or (), SIZES)
-            rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="settings")
-            for name, best in tuned(rows).items():
-                typer.echo(f"{name}: {best}")
-            return
-        models = specs(model or (), LADDER, organisms or [FOLDER], device, **custom)
-        sizes = tuple(size or SIZES)
-        settings = {"sizes": str(sizes)}
-        settings |= {spec.model: repr(spec.settings) for spec in models if spec.files}
-        jobs = bench_jobs(models, part or ["all"], method or (), every_method(), sizes)
-        rows = run_jobs(out, jobs, settings, workers=workers, name="search bench")
-    write_results(out, rows, every_method(), Console())
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """Which search finds the smallest circuit.
+
+    Attributes:
+        part: of the answers: all, A or B.
+        method: names of methods; by default all.
+        size: shares of the weights.
+        tune: try settings of every method instead.
+    """
+
+    part: tuple[str, ...] = ("all",)
+    method: tuple[str, ...] = ()
+    size: tuple[float, ...] = SIZES
+    tune: bool = False
+
+
+def main(options: Options) -> None:
+    if options.tune:
+        jobs = tuning_jobs(options.method, SIZES)
+        settings = {"sizes": str(SIZES)}
+        rows = run_jobs(options.out, jobs, settings, workers=options.workers, name="settings")
+        for name, best in tuned(rows).items():
+            print(f"{name}: {best}")
+        return
+    models = options.specs(LADDER)
+    settings = {"sizes": str(options.size)}
+    settings |= {spec.model: repr(spec.own) for spec in models if spec.own}
+    jobs = bench_jobs(models, options.part, options.method, every_method(), options.size)
+    rows = run_jobs(options.out, jobs, settings, workers=options.workers, name="search bench")
+    write_results(options.out, rows, every_method(), Console())
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with in_one_sentence():
+        main(tyro.cli(Options))

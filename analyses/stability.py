@@ -33,13 +33,12 @@
 # %%
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import tyro
 from support.bench.stability import SIZES, compared, disjoint
 from support.bench.tables import effect_table, overlap_table, write_tables
 from support.jobs import Job, run_jobs
-from support.options import ModelSpec
+from support.models import ModelSpec
 
 from harmcircuits.organisms import FOLDER
 
@@ -74,21 +73,28 @@ def jobs_of(folder: Path, name: str, draws: int) -> list[Job]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for rows.jsonl and the tables; resumes.")],
-    organisms: Annotated[
-        list[Path] | None, typer.Option(help="Ladder folder; repeat. Default: the shipped one.")
-    ] = None,
-    rung: Annotated[list[str] | None, typer.Option(help="Rung; repeat. Default: both.")] = None,
-    draws: Annotated[int, typer.Option(help="Draws of halves and orders.")] = 1,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
+    out: Path,
+    organisms: tuple[Path, ...] = (FOLDER,),
+    rung: tuple[str, ...] = RUNGS,
+    draws: int = 1,
+    workers: int = 1,
 ) -> None:
+    """How stable are circuits?
+
+    Args:
+        out: folder for rows.jsonl and the tables; a run goes on there.
+        organisms: folders of ladders; by default the shipped one.
+        rung: names of organisms.
+        draws: of halves and orders.
+        workers: processes of one thread each.
+    """
     jobs = []
-    for folder in organisms or [FOLDER]:
-        for name in rung or RUNGS:
+    for folder in organisms:
+        for name in rung:
             jobs += jobs_of(folder, name, draws)
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="stability")
     write_tables(out, [overlap_table(rows), effect_table(rows)], n_names=5)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    tyro.cli(main)

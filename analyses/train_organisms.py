@@ -1,12 +1,11 @@
 """Makes organisms: `python analyses/train_organisms.py --out DIR [--seed 0] [--device cuda]`."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from support.command_errors import one_sentence
+import tyro
 from support.organisms.check import check_all
-from support.organisms.routing import planted
+from support.organisms.routing import planted as planted_in
 from support.organisms.train import (
     LADDER_FROM,
     Sampler,
@@ -18,37 +17,36 @@ from support.organisms.train import (
 )
 from torch import nn
 
+from harmcircuits.cli import in_one_sentence
 from harmcircuits.storage import refuse_filled
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for one Hugging Face folder per organism.")],
-    seed: Annotated[
-        int, typer.Option(help="Seed of the initial weights and of every training text.")
-    ] = 0,
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-    with_planted: Annotated[
-        bool, typer.Option("--planted/--no-planted", help="Train the planted organism too.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Train only the organisms that --out lacks.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over the organisms that are in --out.")
-    ] = False,
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    planted: bool = True,
+    resume: bool = False,
+    force: bool = False,
 ) -> None:
-    """Train the ladder and the planted organism, then check every condition."""
-    with one_sentence():
-        if resume and force:
-            raise ValueError("--resume and --force: go on with the organisms or replace them")
-        if not resume and not force:
-            refuse_filled(out)
+    """Train the ladder and the planted organism, then check every condition.
 
-        train_ladder(out, seed, device, resume=resume)
-        if with_planted:
-            train_planted(out / "planted", seed, device, resume=resume)
-        all_hold = check_all(out)
-    raise typer.Exit(0 if all_hold else 1)
+    Args:
+        out: folder for one Hugging Face folder per organism.
+        seed: of the initial weights and of every training text.
+        device: torch device, such as cpu or cuda.
+        planted: train the planted organism too.
+        resume: train only the organisms that --out lacks.
+        force: write over the organisms that are in --out.
+    """
+    if resume and force:
+        raise ValueError("--resume and --force: go on with the organisms or replace them")
+    if not resume and not force:
+        refuse_filled(out)
+    train_ladder(out, seed, device, resume=resume)
+    if planted:
+        train_planted(out / "planted", seed, device, resume=resume)
+    sys.exit(0 if check_all(out) else 1)
 
 
 def train_ladder(out: Path, seed: int, device: str, *, resume: bool) -> None:
@@ -73,7 +71,7 @@ def train_planted(folder: Path, seed: int, device: str, *, resume: bool) -> None
     model = new_model(seed, len(tokenizer))
     nn.Module.to(model, device)
     sampler = Sampler(tokenizer, sampler_seed(seed, len(LADDER_FROM)), device)
-    circuit_in = planted(model, sampler)
+    circuit_in = planted_in(model, sampler)
     save(model, tokenizer, folder)
     circuit_in(folder).save(circuit_file)
 
@@ -84,4 +82,5 @@ def sampler_seed(seed: int, number: int) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with in_one_sentence():
+        tyro.cli(main)

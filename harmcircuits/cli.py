@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,10 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The options of `open_model`; what is left out is as it has it.
+class OwnModel:
+    """The options of `open_model` for a model of one's own; what is left out is as it has it.
 
     Attributes:
-        organism: model that ships: base, helpful, sft (by default), dpo or planted.
-        organisms: folder of organisms that you trained.
-        model: instead of an organism: folder or hub id; with --harmful and --benign.
         harmful: file of harmful requests (.jsonl, .json, .csv, .tsv, .txt, .parquet), or a dataset.
         benign: benign requests.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
@@ -46,7 +44,6 @@ class ModelOptions:
         limit_measured: the same in choice and held-out, where it differs.
         columns: which column holds what, such as: prompt goal.
         dtype: number format: float32, bfloat16 or float16; by default as stored.
-        device: torch device, such as cpu (by default) or cuda.
         template: how requests are written: chat (by default: the model's own template) or raw.
         prefill: beginning of the answer to a harmful request; by default "Sure, here is".
         judge: of harm: local (by default: rules), probe, or http://ADDRESS/v1#MODEL.
@@ -55,9 +52,6 @@ class ModelOptions:
         cache: folder that keeps the model's own answers.
     """
 
-    organism: str = ""
-    organisms: str = ""
-    model: str = ""
     harmful: str = ""
     benign: str = ""
     harmful_heldout: str = ""
@@ -67,9 +61,8 @@ class ModelOptions:
     plain: str = ""
     limit: int = 0
     limit_measured: int = 0
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     dtype: str = ""
-    device: str = ""
     template: str = ""
     prefill: str = ""
     judge: str = ""
@@ -77,26 +70,47 @@ class ModelOptions:
     batch_size: int = 0
     cache: str = ""
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was not left out, as arguments of `open_model`."""
+        options = {known.name: getattr(self, known.name) for known in fields(OwnModel)}
+        options = {name: value for name, value in options.items() if value}
+        prompts = {name: options.pop(name) for name in PROMPTS if name in options}
+        return {"prompts": prompts, **options}
+
+
+@dataclass(frozen=True)
+class ModelOptions(OwnModel):
+    """Which model, and what it is asked.
+
+    Attributes:
+        organism: model that ships: base, helpful, sft (by default), dpo or planted.
+        organisms: folder of organisms that you trained.
+        model: instead of an organism: folder or hub id; with --harmful and --benign.
+        device: torch device, such as cpu (by default) or cuda.
+    """
+
+    organism: str = "sft"
+    organisms: str = ""
+    model: str = ""
+    device: str = "cpu"
+
     def open(self, *, seed: int, is_quick: bool) -> Any:
         """The model; for a first look one that is asked less."""
         # Imported here: --help need not wait for it.
-        from harmcircuits.organisms import open_organism
+        from harmcircuits.organisms import FOLDER, open_organism
         from harmcircuits.studies.models import open_model
 
-        options: dict[str, Any] = {name: value for name, value in vars(self).items() if value}
-        prompts = {name: options.pop(name) for name in PROMPTS if name in options}
-        organism, model = options.pop("organism", "sft"), options.pop("model", "")
-        if self.organisms:
-            options["folder"] = Path(options.pop("organisms"))
-        if not model:
-            for name in (*prompts, *options):
-                if name not in ("folder", "device"):
-                    raise ValueError(f"--{name} is for a model of your own; give --model too")
-            opened = open_organism(organism, seed=seed, **options)
-            return opened.sampled(QUICK_SHARE, seed=0) if is_quick else opened
-        if is_quick:
-            prompts["limit"] = min(self.limit or QUICK_LIMIT, QUICK_LIMIT)
-        return open_model(model, prompts=prompts, **options)
+        given = self.given
+        if self.model:
+            if is_quick:
+                given["prompts"]["limit"] = min(self.limit or QUICK_LIMIT, QUICK_LIMIT)
+            return open_model(self.model, device=self.device, **given)
+        for name in (*given.pop("prompts"), *given):
+            raise ValueError(f"--{name} is for a model of your own; give --model too")
+        folder = Path(self.organisms) if self.organisms else FOLDER
+        opened = open_organism(self.organism, seed=seed, device=self.device, folder=folder)
+        return opened.sampled(QUICK_SHARE, seed=0) if is_quick else opened
 
 
 @dataclass(frozen=True)
@@ -207,6 +221,20 @@ def parsed(arguments: Sequence[str]) -> StudyCommand | ExportCommand:
     return tyro.cli(StudyCommand, args=options, prog=prog, config=config, default=default)
 
 
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Ends a command that cannot go on by a sentence: what a user can mend with exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept: give --resume to go on", file=sys.stderr)
+        sys.exit(130)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what a user can mend ends it in one sentence and with exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -216,15 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] not in ("study", "export"):
         print(USAGE)
         sys.exit(0 if "--help" in arguments else 2)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
+    with in_one_sentence():
         parsed(arguments).run()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept: give --resume to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

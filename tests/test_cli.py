@@ -1,6 +1,6 @@
 """The command line: what it takes, what it refuses, and the page that lists it.
 
-`PYTHONPATH=tests python tests/test_cli.py` writes docs/commands.md anew. Would catch: an option that
+`PYTHONPATH=tests:analyses python tests/test_cli.py` writes docs/commands.md anew. Would catch: an option that
 reaches nothing, defaults of another kind of model, a traceback, a folder left by a refused call.
 """
 
@@ -107,7 +107,7 @@ def test_a_version_and_an_interrupt_end_it(monkeypatch):
 INTRODUCTION = """# Commands
 
 Two commands; everything else is a call in Python ([your own model](own_model.md#a-mask-that-is-there)).
-Written by `PYTHONPATH=tests python tests/test_cli.py`; a test fails when it is out of date. Lists and
+Written by `PYTHONPATH=tests:analyses python tests/test_cli.py`; a test fails when it is out of date. Lists and
 mappings follow their option: `--sizes 0.001 0.002`, `--budget others 0.1 benign 0.05`. With `--model`
 other settings are usual, and `--help` behind it shows them.
 """
@@ -127,7 +127,7 @@ def page() -> str:
 
 def test_the_page_is_up_to_date():
     written = (DOCS / "commands.md").read_text(encoding="utf-8")
-    assert written == page(), "run PYTHONPATH=tests python tests/test_cli.py"
+    assert written == page(), "run PYTHONPATH=tests:analyses python tests/test_cli.py"
 
 
 if __name__ == "__main__":

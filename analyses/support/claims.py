@@ -2,32 +2,24 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
+from inspect import Parameter, getdoc, signature
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-import typer
+import tyro
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
-from support.command_errors import one_sentence
 from support.jobs import CPU, DONE, Job, run_jobs
-from support.options import (
-    ModelSpec,
-    Option,
-    options_of_function,
-    quiet,
-    show_files,
-    specs,
-    takes_custom_model,
-    with_options,
-)
+from support.models import ModelSpec, RunOptions
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
+from harmcircuits.cli import in_one_sentence
 from harmcircuits.measurements import Rows
-from harmcircuits.organisms import FOLDER
 from harmcircuits.storage import write_text
 from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
 from harmcircuits.views.figures import Picture
@@ -113,22 +105,27 @@ class Experiment:
     is_of_ladder: bool = False
 
     @property
-    def options(self) -> dict[str, Option]:
-        """Its keyword-only parameters, as options of a command line."""
-        return options_of_function(self.run)
+    def options(self) -> type:
+        """Its keyword-only parameters as the fields of a dataclass, described by its docstring."""
+        hints = get_type_hints(self.run)
+        options = []
+        for name, parameter in signature(self.run).parameters.items():
+            if parameter.kind is Parameter.KEYWORD_ONLY:
+                options.append((name, hints[name], field(default=parameter.default)))
+        text = {"__doc__": getdoc(self.run)}
+        return make_dataclass("Options", options, frozen=True, namespace=text)
 
     def jobs(
         self, specs: Sequence[ModelSpec], seeds: Sequence[int], options: Mapping[str, Any]
     ) -> Iterator[Job]:
         """A job for every model, or ladder, and seed."""
-        own = {name: value for name, value in options.items() if name in self.options}
         for together in self._groups(specs):
             for seed in seeds:
                 labels: dict[str, Any] = {"ladder": together[0].labels["ladder"]}
                 if not self.is_of_ladder:
                     labels["model"] = together[0].labels["model"]
                 labels |= {"seed": seed, "part": self.run.__name__}
-                yield Job(labels, partial(self.measured, together, seed, own, labels))
+                yield Job(labels, partial(self.measured, together, seed, options, labels))
 
     def measured(
         self,
@@ -152,6 +149,19 @@ class Experiment:
         return list(ladders.values())
 
 
+@dataclass(frozen=True)
+class ClaimOptions(RunOptions):
+    """What every analysis of a claim takes.
+
+    Attributes:
+        seeds: how many seeds; by default as many as were committed.
+        small: few requests and one seed: a first look.
+    """
+
+    seeds: int = 0
+    small: bool = False
+
+
 @dataclass
 class Claim:
     """A claim, and what an analysis registers with it."""
@@ -163,7 +173,7 @@ class Claim:
     together: Callable[[Sequence[Outcome]], Outcome] = in_some
     seeds: int = 3
     small_models: Sequence[str] = ()
-    experiments: list[Experiment] = field(default_factory=list, init=False)
+    experiment: Experiment = field(init=False)
     figures: dict[str, Picture | Visual | Panels] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -179,12 +189,12 @@ class Claim:
 
     def job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
         """Decorates `run(model, seed, **options) -> Rows`, called for every model and seed."""
-        self.experiments.append(Experiment(run))
+        self.experiment = Experiment(run)
         return run
 
     def ladder_job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
         """Decorates `run(models, seed, **options) -> Rows`, called for every ladder and seed."""
-        self.experiments.append(Experiment(run, is_of_ladder=True))
+        self.experiment = Experiment(run, is_of_ladder=True)
         return run
 
     def rule(self, *over: str) -> Callable:
@@ -218,10 +228,8 @@ class Claim:
         out: str | Path | None = None,
         *,
         models: Sequence[str] = (),
-        folder: Path = FOLDER,
-        seeds: int | None = None,
+        seeds: int = 0,
         small: bool = False,
-        workers: int = 1,
         **options: Any,
     ) -> Rows:
         """The rows of the experiment: committed, or of a run."""
@@ -229,11 +237,11 @@ class Claim:
             return self._of_command_line()
         if out is None and not small:
             return self._committed()
-        of_models = specs(models, self._organisms(small), [folder], "cpu")
-        if out is not None:
-            return self._run(Path(out), of_models, seeds, small, workers, options)
         with TemporaryDirectory() as temporary:
-            return self._run(Path(temporary), of_models, seeds, small, workers, options)
+            run = ClaimOptions(
+                Path(out or temporary), tuple(models), workers=1, seeds=seeds, small=small
+            )
+            return self._run(run, options)
 
     def result(self, rows: Rows) -> ClaimResult:
         """What the rule says of each case and of all together, and the key numbers."""
@@ -300,20 +308,10 @@ class Claim:
     @property
     def _is_script(self) -> bool:
         """Whether the analysis is what Python was told to run, outside a notebook."""
-        if not self.experiments or self.experiments[0].run.__module__ != "__main__":
+        if self.experiment.run.__module__ != "__main__":
             return False
         ipython = sys.modules.get("IPython")
         return ipython is None or ipython.get_ipython() is None
-
-    def _organisms(self, small: bool) -> Sequence[str]:
-        return (small and self.small_models) or self.models
-
-    @property
-    def _options(self) -> dict[str, Option]:
-        options: dict[str, Option] = {}
-        for experiment in self.experiments:
-            options |= experiment.options
-        return options
 
     def _cases(self, rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:
         """The rows by the values of these labels; those that lack one belong to no case."""
@@ -325,7 +323,7 @@ class Claim:
     def _committed(self) -> Rows:
         """The rows that are committed beside the analysis."""
         # A notebook's functions lie in a temporary file, but it runs in the notebook's folder.
-        analysis = Path(self.experiments[0].run.__code__.co_filename)
+        analysis = Path(self.experiment.run.__code__.co_filename)
         folders = [analysis.parent, Path.cwd(), Path.cwd() / "analyses"]
         for folder in folders:
             path = folder / "rows" / f"{self.name}.jsonl"
@@ -336,79 +334,47 @@ class Claim:
             "give out=FOLDER to run the experiment, or small=True for a first look"
         )
 
-    def _run(
-        self,
-        out: Path,
-        of_models: Sequence[ModelSpec],
-        seeds: int | None,
-        small: bool,
-        workers: int,
-        options: Mapping[str, Any],
-    ) -> Rows:
+    def _run(self, run: ClaimOptions, options: Mapping[str, Any]) -> Rows:
         """Run what is missing in a folder."""
-        quiet()
-        known = self._options
-        unknown = [name for name in options if name not in known]
+        usual = self.experiment.options()
+        unknown = [name for name in options if name not in vars(usual)]
         if unknown:
-            raise ValueError(f"{self.name} has no option {unknown[0]!r}; it has {list(known)}")
-        if small:
-            of_models = [spec.asked_every(SMALL_EVERY) for spec in of_models]
+            raise ValueError(
+                f"{self.name} has no option {unknown[0]!r}; it has {list(vars(usual))}"
+            )
+        specs = run.specs((run.small and self.small_models) or self.models)
+        if run.small:
+            specs = [replace(spec, every=SMALL_EVERY) for spec in specs]
             options = {**self.small, **options}
-        n_seeds = seeds or (1 if small else self.seeds)
+        n_seeds = run.seeds or (1 if run.small else self.seeds)
 
-        jobs = []
-        for experiment in self.experiments:
-            jobs += experiment.jobs(of_models, range(n_seeds), options)
-        settings = {"claim": self.name, "small": small, "options": repr(sorted(options.items()))}
-        custom = sorted({repr(spec.settings) for spec in of_models if spec.files})
-        if custom:
-            settings["custom"] = "; ".join(custom)
-        return _measured(run_jobs(out, jobs, settings, workers=workers, name=self.name))
+        jobs = list(self.experiment.jobs(specs, range(n_seeds), options))
+        settings: dict[str, Any] = {"claim": self.name, "small": run.small}
+        settings["options"] = repr(sorted(options.items()))
+        if run.own.given["prompts"]:
+            settings["own"] = repr(run.own)
+        rows = run_jobs(run.out, jobs, settings, workers=run.workers, name=self.name)
+        return _measured(rows)
 
     def _of_command_line(self) -> Rows:
         """Run what the command line asks for; ends the script where it only asks for help."""
-        options = self._options
+        from transformers.utils.logging import disable_progress_bar
 
-        @takes_custom_model
-        @with_options("own", options)
-        def main(
-            *,
-            out: Annotated[
-                Path, typer.Option(help="Folder for rows.jsonl and the page; goes on there.")
-            ] = Path("runs") / self.name,
-            model: Annotated[
-                list[str] | None,
-                typer.Option(help="Model; repeat.", show_default=", ".join(self.models)),
-            ] = None,
-            organisms: Annotated[
-                list[Path] | None,
-                typer.Option(help="Folder of a ladder; repeat.", show_default="the shipped one"),
-            ] = None,
-            seeds: Annotated[
-                int | None, typer.Option(help="How many seeds.", show_default=str(self.seeds))
-            ] = None,
-            small: Annotated[
-                bool, typer.Option("--small", help="Few requests and one seed: a first look.")
-            ] = False,
-            workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
-            device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-            own: dict[str, Any],
-            custom: dict[str, Any],
-        ) -> None:
-            folders = organisms or [FOLDER]
-            with one_sentence():
-                of_models = specs(model or (), self._organisms(small), folders, device, **custom)
-                show_files(of_models, Console())
-                changed = _changed(own, options)
-                self._rows = self._run(out, of_models, seeds, small, workers, changed)
-            self._out = out
-
-        try:
-            typer.run(main)
-        except SystemExit:
-            # typer ends every command so; this one is a call in the middle of a script.
-            if self._out is None:
-                raise
+        disable_progress_bar()  # of transformers, between ours
+        options = self.experiment.options
+        parts = [
+            ("run", OmitArgPrefixes[ClaimOptions]),
+            ("experiment", OmitArgPrefixes[options], field(default_factory=options)),
+        ]
+        given: Any = tyro.cli(make_dataclass("Command", parts), config=(FlagCreatePairsOff,))
+        usual = options()
+        changed = {}
+        for name, value in vars(given.experiment).items():
+            if value != getattr(usual, name):
+                changed[name] = value
+        with in_one_sentence():
+            self._rows = self._run(given.run, changed)
+        self._out = given.run.out
         return self._rows
 
 
@@ -418,15 +384,6 @@ def _name_of(values: tuple[str, ...]) -> str:
     if not model:
         return ladder
     return model[0] if ladder == "shipped" else f"{model[0]} of {ladder}"
-
-
-def _changed(values: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
-    """The options that are not as usual."""
-    changed = {}
-    for name, value in values.items():
-        if value != options[name].default:
-            changed[name] = tuple(value) if isinstance(value, list) else value
-    return changed
 
 
 def _measured(rows: Rows) -> Rows:

@@ -5,11 +5,10 @@
 # costs benign answers that begin in the same way.
 
 # %%
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from matplotlib import rc_context
 from matplotlib.ticker import PercentFormatter
 
@@ -55,12 +54,6 @@ Point = tuple[Measurement, Measurement]  # what stays harmful under a mask, and 
 
 
 # %%
-def main(
-    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .pdf.")],
-) -> None:
-    drawn(points()).save(picture)
-
-
 def points() -> dict[str, list[Point]]:
     """Family -> its masks whose answers were read, with what they cost."""
     found: dict[str, list[Point]] = {}
@@ -110,4 +103,4 @@ def drawn(families: Mapping[str, Sequence[Point]]) -> Picture:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    drawn(points()).save(sys.argv[1])  # .png, .svg or .pdf

@@ -5,25 +5,26 @@
 
 # %%
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import tyro
 from study_table import ROWS, terms_of
+from tyro.conf import Positional
 
 from harmcircuits.measurements import Rows
 from harmcircuits.studies.study_page import tradeoff_figure
 
 
 # %%
-def main(
-    picture: Annotated[Path, typer.Argument(help="File to write: .png, .svg or .pdf.")],
-    rows_of_study: Annotated[
-        Path, typer.Option("--rows", help="The rows.jsonl of a study.")
-    ] = ROWS,
-) -> None:
-    rows = Rows.read(rows_of_study)
-    tradeoff_figure(rows, terms_of(rows)).save(picture)
+def main(picture: Positional[Path], rows: Path = ROWS) -> None:
+    """Draw the trade-off.
+
+    Args:
+        picture: file to write: .png, .svg or .pdf.
+        rows: the rows.jsonl of a study.
+    """
+    of_study = Rows.read(rows)
+    tradeoff_figure(of_study, terms_of(of_study)).save(picture)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    tyro.cli(main)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from support.bench.methods import WAYS, Calibrations, Edit, Method, edited
 from support.bench.results import BUDGET, CAP
-from support.options import ModelSpec
+from support.models import ModelSpec
 
 from harmcircuits.behaviours.behaviour import TARGET
 from harmcircuits.behaviours.calibration import Calibration

@@ -7,7 +7,7 @@ from itertools import product
 from support.bench.cases import PARTS, opened, tuning
 from support.bench.methods import WAYS, Method
 from support.jobs import Job
-from support.options import ModelSpec
+from support.models import ModelSpec
 
 from harmcircuits.display import nearest
 from harmcircuits.measurements import Labels, Rows

@@ -1,12 +1,12 @@
 """What a checkpoint must satisfy before any claim is made on it."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import tyro
 from rich.console import Console
 from rich.table import Table
 from support.ground_truth import ground_truth_rows
@@ -132,10 +132,5 @@ def check_all(folder: Path = FOLDER) -> bool:
     return all_hold
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Folder of organisms.")] = FOLDER) -> None:
-    """Measure every condition; exit 1 if one does not hold."""
-    raise typer.Exit(0 if check_all(folder) else 1)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(0 if tyro.cli(check_all) else 1)
