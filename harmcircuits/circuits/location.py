@@ -57,8 +57,6 @@ def pieces(
     by: By,
 ) -> Iterator[Piece]:
     """(place, removed, weights) of every part of a matrix that lies in one place."""
-    if by not in ("layer", "matrix", "head", "neuron"):
-        raise ValueError(f'by={by!r}; expected "layer", "matrix", "head" or "neuron"')
     for name, n_removed in mask.counts.items():
         site = sites[name]
         n_weights = site.parameter.numel()
@@ -67,8 +65,7 @@ def pieces(
             yield Place(site.layer), n_removed, n_weights
         elif by == "matrix":
             yield Place(site.layer, site.kind), n_removed, n_weights
-        # What is left is "head", which only attention has, and "neuron", which only the MLP has.
-        elif is_attention == (by == "head"):
+        elif by == ("head" if is_attention else "neuron"):
             units = site.units(mask.removed.get(name, NONE))
             for number, n_of_unit in enumerate(units.bincount(minlength=site.n_units).tolist()):
                 place = Place(site.layer, site.unit, number)
@@ -114,7 +111,7 @@ def concentration(
     """Gini coefficient and top share of the mask over heads or neurons.
 
     A sparse mask is unequal by chance alone, so neither figure means anything without those of
-    masks from `random_like`.
+    masks from `random_like`. Of a mask that removes nothing there, both are NaN.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01, within="model")
     >>> hc.concentration(mask, hc.weight_sites(bridge), "neuron")
@@ -124,16 +121,10 @@ def concentration(
         mask: as in `counts_by`.
         sites: as in `counts_by`.
         by: "head" or "neuron".
-
-    Raises:
-        ValueError: as `counts_by`, and for a mask that removes nothing there.
     """
     counts = list(counts_by(mask, sites, by).values())
     removed = np.sort([count.n_removed for count in counts])
     n_removed = int(removed.sum())
-    if not n_removed:
-        raise ValueError(f"concentration: the mask removes no weight of any {by}")
-
     shares = torch.tensor([count.n_removed / count.n_weights for count in counts])
     n_top = max(1, round(len(counts) / 20))
     n_in_top = removed[-n_top:].sum()

@@ -267,13 +267,10 @@ class WeightMask:
             ValueError: a missing file, one that holds no mask, or a damaged one.
         """
         removed, metadata = read_tensors(path, FORMAT, "mask")
-        try:
-            # Earlier versions wrote no trace.
-            trace = Rows.of_dicts(json.loads(metadata.get("trace", "[]")))
-            source = Source.from_json(metadata["source"])
-            return cls(removed, read_shapes(metadata["shapes"]), source, trace, str(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        # Earlier versions wrote no trace.
+        trace = Rows.of_dicts(json.loads(metadata.get("trace", "[]")))
+        source = Source.from_json(metadata["source"])
+        return cls(removed, read_shapes(metadata["shapes"]), source, trace, str(path))
 
     @classmethod
     def from_hub(

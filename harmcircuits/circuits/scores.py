@@ -74,11 +74,8 @@ def _without_empty_weights(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _from_row(row: Any) -> Source:
-    try:
-        parents = tuple(_from_row(parent) for parent in row["parents"])
-        return Source(**{**row, "parents": parents})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"no source of harmcircuits ({error})") from None
+    parents = tuple(_from_row(parent) for parent in row["parents"])
+    return Source(**{**row, "parents": parents})
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,11 +232,6 @@ def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
     """The weighted mean of scores, sum_i w_i s_i / sum_i w_i."""
-    if not parts or len(parts) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(
-            f"mean_scores: {len(parts)} scores and weights {list(weights)[:8]}; give each a "
-            "weight, none negative and not all zero"
-        )
     first = parts[0]
     model = first.source.model
     for part in parts:
@@ -247,10 +239,11 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
             raise ValueError("mean_scores: the scores are of different models or weights")
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
     for part, weight in zip(parts, weights, strict=True):
-        if not weight:  # a part that a resample did not draw need not be read
+        share = weight / sum(weights)
+        if not share:  # a part that a resample did not draw need not be read
             continue
         for name, total in values.items():
-            total.add_(part.values[name], alpha=weight / sum(weights))
+            total.add_(part.values[name], alpha=share)
     settings = {"weights": [float(weight) for weight in weights]}
     parents = tuple(part.source for part in parts)
     return WeightScores(values, Source(model, "mean", settings, parents))

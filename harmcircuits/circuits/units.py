@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,8 +29,6 @@ class Units:
     @classmethod
     def of(cls, sites: Mapping[str, Site], unit: Unit, within: Collection[str]) -> "Units":
         """The units of some of a model's matrices."""
-        if unit not in get_args(Unit):
-            raise ValueError(f"unit={unit!r}; expected one of {listed(get_args(Unit))}")
         # The matrices that consist of the same units, together.
         families: dict[Any, dict[str, Site]] = {}
         if unit == "row":

@@ -269,8 +269,8 @@ def _refuse_differences(
     device = next(iter(sites.values())).parameter.device
     own = torch.tensor(int(digest.hexdigest()[:15], base=16), device=device)  # 60 bits
 
-    # Every process gets the numbers of all, so that all raise the same error and none waits for
-    # another that has ended.
+    # Every process gets the numbers of all, so that all end alike and none waits for another that
+    # has ended.
     gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, own)
     differing = [rank for rank, number in enumerate(gathered) if number != gathered[0]]

@@ -11,15 +11,16 @@ from torch import Tensor
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.accumulation import Kind, mean_gradients
 from harmcircuits.hooks.bridge import AnyModel, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.weights import block_sites, model_fingerprint, source_on
+from harmcircuits.hooks.weights import block_sites, refuse_other_model, source_on
 from harmcircuits.prompts import Batch
 
 Average = Literal["after_abs", "before_abs"]
+KINDS: dict[Average, Kind] = {"after_abs": "per example", "before_abs": "signed"}
 
 
 def removal_effect(
@@ -85,13 +86,12 @@ def snip_scores(
         max_memory: as in `removal_effect`.
 
     Raises:
-        ValueError: another `average`, and as `removal_effect`.
+        KeyError: another `average`.
+        ValueError: as `removal_effect`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("snip_scores", bridge, batches)
-    if average not in ("after_abs", "before_abs"):
-        raise ValueError(f'snip_scores: average={average!r}; expected "after_abs" or "before_abs"')
-    kind = "per example" if average == "after_abs" else "signed"
+    kind = KINDS[average]
     sites = block_sites(bridge)
     values = mean_gradients(bridge, batches, objective, sites, kind, max_memory=max_memory)
     for name, value in values.items():
@@ -254,18 +254,11 @@ def token_contributions(
         objective: one value for each example.
 
     Raises:
-        ValueError: no batches, an empty mask, a mask of another model, and as `named_weights`.
+        ValueError: no batches, a mask of another model, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("token_contributions", bridge, batches)
-    if not mask.n_removed:
-        raise ValueError(f"token_contributions: {mask} removes nothing; choose at least one weight")
-    fingerprint = model_fingerprint(bridge)
-    if mask.source.model != fingerprint:
-        raise ValueError(
-            f"token_contributions: {mask} is of model {mask.source.model}, "
-            f"this one is {fingerprint}"
-        )
+    refuse_other_model(bridge, mask)
     sites = block_sites(bridge)
     blocks = {name: _removed_block(sites[name], mask) for name in mask.removed}
     contributions = torch.empty(0)

@@ -1,7 +1,7 @@
 """Bridges: what this package needs of a model, and the bridge of what a user passes."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -17,9 +17,10 @@ class Bridge(Protocol):
     original_model: Any
     _weights_processed: bool
 
-    def __getattr__(self, name: str) -> Any:
-        """`blocks` and the other components, which a bridge has as modules and does not declare."""
-        raise AttributeError(name)
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """`blocks` and other components, which a bridge has as modules and does not declare."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Logits [batch pos vocab] of tokens [batch pos]."""
@@ -75,10 +76,4 @@ def as_bridge(model: Any) -> Bridge:
         return bridge
 
     given = f"{type(bridge).__module__}.{type(bridge).__name__}"
-    # The likeliest mistake gets a message of its own.
-    if hasattr(bridge, "config") and hasattr(bridge, "generate"):
-        raise ValueError(
-            f"expected a TransformerBridge or a harmcircuits.Model, not the plain Hugging Face "
-            f"model {given}, which has no hook points and no TransformerLens names: {REMEDY}"
-        )
     raise ValueError(f"expected a TransformerBridge or a harmcircuits.Model, not {given}: {REMEDY}")

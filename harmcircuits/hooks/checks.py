@@ -58,8 +58,6 @@ def refuse_requests(
     """Check that the model can read these requests, and has room for an answer."""
     limits = _limits(bridge)
     for number, request in enumerate(requests):
-        if not request:
-            raise ValueError(f"{place} {number} has no tokens; leave it out")
         fault = _fault(len(request) + max_new_tokens, max(request), *limits)
         if fault:
             answer = f" (max_new_tokens={max_new_tokens} among them)" if max_new_tokens else ""

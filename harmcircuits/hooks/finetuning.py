@@ -40,10 +40,6 @@ class Lora:
     r: int = 8
     alpha: float = 16.0
 
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"Lora: r={self.r}; expected a rank of at least 1")
-
 
 class FineTuning:
     """A run in progress."""
@@ -68,11 +64,6 @@ class FineTuning:
 
     def until(self, step: int) -> None:
         """Train until `step` steps have been taken in all."""
-        if step < self.step:
-            raise ValueError(
-                f"until({step}): {self.step} steps are taken already; open another fine_tuning to "
-                "go back"
-            )
         while self.step < step:
             self._take_step(next(self._order))
 
@@ -130,15 +121,10 @@ def fine_tuning(
         objective: What is minimised.
 
     Raises:
-        ValueError: For no batches; an `lr` that is not positive; with `lora`, stacked experts and
+        ValueError: For no batches; with `lora`, stacked experts and
             as `weight_sites`. Then nothing is changed.
     """
     bridge = as_bridge(bridge)
-    if not batches or not lr > 0:
-        raise ValueError(
-            f"fine_tuning: {len(batches)} batches, lr={lr}; expected at least one batch (see "
-            "tokenize) and a positive learning rate"
-        )
     refuse_batches("fine_tuning", bridge, batches)
     sites = weight_sites(bridge).values() if lora else ()
     for site in sites:

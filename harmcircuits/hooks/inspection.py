@@ -60,12 +60,6 @@ def neuron_activations(
     """What some neurons hand to the output weights, on the first example without padding."""
     bridge = as_bridge(bridge)
     hooks = {layer: f"blocks.{layer}.mlp.out.hook_in" for layer, _ in neurons}
-    absent = [layer for layer, name in hooks.items() if name not in bridge.hook_dict]
-    if absent or not neurons:
-        raise ValueError(
-            f"neuron_activations: {list(neurons)}, layers {absent} have no neurons; expected "
-            f"some of 0 to {len(bridge.blocks) - 1} with an MLP that is not of experts"
-        )
     tokens = _first_text(bridge, batch)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name in hooks.values())
@@ -102,15 +96,8 @@ def mean_residual(
     """The residual stream after some blocks, a mean over each text's tokens, in float32."""
     bridge = as_bridge(bridge)
     n_layers = len(bridge.blocks)
-    if not layers or not set(layers) <= set(range(n_layers)):
-        raise ValueError(
-            f"mean_residual: layers={list(layers)}; expected some of 0 to {n_layers - 1}"
-        )
     if not rows:
         return torch.empty(0, len(layers), bridge.cfg.d_model)
-    shortest = min(map(len, rows))
-    if shortest <= skip:
-        raise ValueError(f"mean_residual: a text of {shortest} tokens; expected more than {skip}")
     refuse_requests("mean_residual: text", bridge, rows, max_new_tokens=0)
     residuals: dict[int, Tensor] = {}
 
@@ -132,7 +119,7 @@ def mean_residual(
 
         position = torch.arange(tokens.shape[1])
         counts = (position >= skip) & (position < lengths[:, None])  # [batch, pos]
-        weights = counts / (lengths - skip)[:, None]
+        weights = counts / counts.sum(dim=1, keepdim=True)  # NaN for a text without any
         stream = torch.stack([residuals[layer].float().cpu() for layer in layers])
         means.append(einsum(stream, weights, "layer batch pos d, batch pos -> batch layer d"))
     residual = torch.cat(means)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,13 +63,6 @@ def load_model(
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     refuse_device(device)
-    folder = Path(model)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{model} is an adapter; merge it into its base (merge_and_unload) "
-            "and give the merged folder"
-        )
     where: dict[str, Any] = {"device": device}
     if device_map:
         where = {"device_map": device_map}
@@ -86,7 +78,8 @@ def load_model(
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"model {model!r} cannot be loaded; expected a folder or a hub id of a causal language "
-            f"model that TransformerLens opens ({reason})"
+            "model that TransformerLens opens, an adapter merged into its base (merge_and_unload): "
+            f"{reason}"
         ) from error
     weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
     return bridge

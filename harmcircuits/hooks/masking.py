@@ -15,7 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.weights import model_fingerprint, named_weights, warn_of_other_weights
+from harmcircuits.hooks.weights import (
+    named_weights,
+    refuse_other_model,
+    warn_of_other_weights,
+)
 
 Scale = float | Mapping[str, Tensor]
 """One factor for all weights of a mask, or a tensor for each matrix, ordered as `mask.removed`."""
@@ -59,9 +63,9 @@ def masked(
         same_model: False applies the mask to another checkpoint of the same shapes.
 
     Raises:
-        ValueError: a mask of another model or other shapes, factors that do not fit it, and as
-            `named_weights`; then nothing is changed. On leaving: masked weights were changed or
-            replaced under the mask. An exception from the body gets a note instead.
+        ValueError: a mask of another model or other shapes, and as `named_weights`; then nothing
+            is changed. On leaving: masked weights were changed or replaced under the mask. An
+            exception from the body gets a note instead.
     """
     bridge = as_bridge(bridge)
     edits = _edits(bridge, mask, scale, same_model)
@@ -273,25 +277,13 @@ def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> 
                 f"{tuple(shape)}; nothing was changed"
             )
     if same_model:
-        fingerprint = model_fingerprint(bridge)
-        if mask.source.model != fingerprint:
-            raise ValueError(
-                f"the mask was made on model {mask.source.model}, this one is {fingerprint}; "
-                "nothing was changed. Pass same_model=False to apply it to another checkpoint"
-            )
+        refuse_other_model(bridge, mask)
         if not is_edited(bridge):  # under a mask the weights are others anyway
             warn_of_other_weights(bridge, mask)
 
     edits = []
     for name, index in mask.removed.items():
-        factor = scale
-        if isinstance(scale, Mapping):
-            factor = scale.get(name, torch.empty(0))
-            if factor.shape != index.shape:
-                raise ValueError(
-                    f"masked: scale has not one factor for each of the {len(index)} weights that "
-                    f"the mask removes of {name}; nothing was changed"
-                )
+        factor = scale[name] if isinstance(scale, Mapping) else scale
         edits.append(Edit(name, weights[name], index, partial(_scaled, factor)))
     return edits
 

@@ -101,14 +101,14 @@ def activation_patching(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: unknown parts, layers or positions, not exactly one group for each example, and
+        ValueError: unknown parts, not exactly one group for each example, and
             as `masked`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("activation_patching", bridge, [batch])
     groups = list(groups) or list(range(len(batch)))
     points = _points(bridge, list(parts), layers)
-    numbers = _among(batch.tokens.shape[1], positions, "positions")
+    numbers = range(batch.tokens.shape[1]) if positions is None else positions
     tokens, metric = batch.tokens.to(bridge.cfg.device), loss_of_logits(batch)
     hooks = {point.hook for point in points}
     # Only these are kept: all activations of a large model would not fit in memory.
@@ -160,12 +160,12 @@ def loss_of_logits(batch: Batch) -> Metric:
 
 
 def _points(bridge: Bridge, parts: list[str], layers: Sequence[int] | None) -> list[Point]:
-    """The points of these parts, layer by layer; raises ValueError for unknown ones."""
+    """The points of these parts, layer by layer."""
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"activation_patching: parts={parts}; expected some of {listed(PARTS)}")
     points = []
     n_layers = len(bridge.blocks)
-    for layer in _among(n_layers, layers, "layers"):
+    for layer in range(n_layers) if layers is None else layers:
         middle = Point("residual", layer, f"{layer} mid", "resid_mid")
         of_layer = [Point("residual", layer, f"{layer} pre", "resid_pre")]
         # Where attention and MLP read the same stream, there is nothing between them.
@@ -179,14 +179,6 @@ def _points(bridge: Bridge, parts: list[str], layers: Sequence[int] | None) -> l
         of_layer.append(Point("head", layer, f"{layer}", "z"))
         points += [point for point in of_layer if point.part in parts]
     return points
-
-
-def _among(n: int, numbers: Sequence[int] | None, option: str) -> list[int]:
-    """The numbers, all by default; raises ValueError for one that there is not."""
-    chosen = list(range(n)) if numbers is None else list(numbers)
-    if any(not 0 <= number < n for number in chosen):
-        raise ValueError(f"activation_patching: {option}={chosen}; expected some of 0 to {n - 1}")
-    return chosen
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.display import listed, nearest
+from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.checks import NotFiniteError, refuse_batches
+from harmcircuits.hooks.checks import of_data, refuse_batches
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Measurement, Z
 from harmcircuits.prompts import Batch
@@ -52,13 +52,13 @@ class Protection:
         examples.sort(key=lambda example: len(example.tokens))
         checked = _batched(examples, batch_size)
         names = [example.behaviour for example in examples]
-        return cls(priced, checked, names, _losses(bridge, checked, names), budgets)
+        return cls(priced, checked, names, _losses(bridge, checked), budgets)
 
     def rises(self, bridge: Bridge, mask: WeightMask) -> list[Measurement]:
         """By how much each behaviour's loss on the checked answers is higher under a mask."""
         if not self.checked:
             return []
-        change = _losses(bridge, self.checked, self.behaviours, mask) - self.unpruned
+        change = _losses(bridge, self.checked, mask) - self.unpruned
         rows = []
         for name in self.priced:
             is_of_behaviour = torch.tensor([other == name for other in self.behaviours])
@@ -73,19 +73,13 @@ class Protection:
 def _losses(
     bridge: Bridge,
     checked: Sequence[Batch],
-    names: Sequence[str],
     mask: WeightMask | None = None,
 ) -> Float[Tensor, " n"]:
-    """The loss of every checked example; an error says to which behaviour it belongs."""
+    """The loss of every checked example."""
     if not checked:
         return torch.empty(0)
-    try:
+    with of_data("protected, from the shortest answer on"):
         return completion_nll(bridge, checked, mask=mask)
-    except NotFiniteError as error:
-        if error.index is None:
-            raise
-        text = f"{names[error.index]}, checked from the shortest answer on: {error}"
-        raise NotFiniteError(text, error.index) from None
 
 
 def _with_normal_interval(name: str, values: Float[Tensor, " n"]) -> Measurement:
@@ -163,17 +157,9 @@ def _named(protect: Protect) -> dict[str, Sequence[Batch]]:
 def _budgets(budget: Budget, protected: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
     if not isinstance(budget, Mapping):
         budget = dict.fromkeys(protected, budget)
-    for name, value in budget.items():
-        if name not in protected:
-            raise ValueError(
-                f"find_circuit: a budget for {name!r}, which is not protected; "
-                f"{nearest(name, protected)}"
-            )
-        if not value >= 0:
-            raise ValueError(
-                f"find_circuit: budget={value} for {name!r}; expected 0 or more nats per token"
-            )
-    missing = [name for name in protected if name not in budget]
-    if missing:
-        raise ValueError(f"find_circuit: no budget for {listed(missing)}; give one for each")
+    if budget.keys() != protected.keys() or not all(value >= 0 for value in budget.values()):
+        raise ValueError(
+            f"find_circuit: budget={dict(budget)}; expected 0 or more nats per token for each of "
+            f"{listed(protected)}"
+        )
     return dict(budget)

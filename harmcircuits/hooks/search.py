@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
-from harmcircuits.display import listed, nearest
+from harmcircuits.display import nearest
 from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Budget, Protect, Protection
-from harmcircuits.hooks.walk import PREFERENCE, SIGNS, Walk
+from harmcircuits.hooks.walk import PREFERENCE, Walk
 from harmcircuits.hooks.weights import source_on, weight_sites
 from harmcircuits.prompts import Batch
 
@@ -108,7 +108,7 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, no step, a negative budget, no such unit or matrix, no units in these or
+            than a weight, no step, a negative budget, no such matrix, no units in these or
             parts of some, an `exclude` of other weights, a folder of another search, a loss or
             gradient that is not finite, and as `named_weights`.
     """
@@ -118,7 +118,6 @@ def find_circuit(
     sizes = list(size) if isinstance(size, Sequence) else [size]
     _refuse_sizes(sizes, sum(map(prod, shapes.values())))
     shares = _shares(steps, sizes)
-    _refuse_other_names(prefer)
     _refuse_other_weights(exclude, shapes)
     candidates = _candidates(matrices, sites)
     units = None
@@ -218,25 +217,14 @@ def _candidates(matrices: Mapping[str, Site], sites: Sites | None) -> dict[str, 
             if name not in matrices:
                 raise ValueError(f"find_circuit: sites: no {name!r}; {nearest(name, matrices)}")
         chosen = {name: site for name, site in matrices.items() if name in sites}
-    if not chosen:
-        raise ValueError("find_circuit: sites= leaves no matrix; leave it out for all")
     return chosen
 
 
 def _refuse_sizes(sizes: Sequence[float], n_weights: int) -> None:
-    if not sizes or not all(0 < size <= 1 for size in sizes):
-        raise ValueError(f"find_circuit: size={sizes}; expected shares of the weights in (0, 1]")
-    if round(min(sizes) * n_weights) < 1:
+    if not sizes or max(sizes) > 1 or round(min(sizes) * n_weights) < 1:
         raise ValueError(
-            f"find_circuit: size={min(sizes):g}: not one of {n_weights:,} weights; give "
-            f"{1 / n_weights:.1g} or more"
-        )
-
-
-def _refuse_other_names(prefer: Mapping[str, Sequence[Batch]]) -> None:
-    if not isinstance(prefer, Mapping) or not prefer.keys() <= SIGNS.keys():
-        raise ValueError(
-            f"find_circuit: prefer: expected batches by name, {listed(SIGNS)}; got {listed(prefer)}"
+            f"find_circuit: size={sizes}; expected shares in (0, 1], of at least one of "
+            f"the {n_weights:,} weights ({1 / n_weights:.1g})"
         )
 
 

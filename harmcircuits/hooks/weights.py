@@ -128,6 +128,16 @@ def source_on(
     return Source(model_fingerprint(bridge), method, settings or {}, parents, digest)
 
 
+def refuse_other_model(bridge: Bridge, mask: WeightMask) -> None:
+    """Check that the mask was made on this model, by its fingerprint."""
+    fingerprint = model_fingerprint(bridge)
+    if mask.source.model != fingerprint:
+        raise ValueError(
+            f"the mask was made on model {mask.source.model}, this one is {fingerprint}; "
+            "nothing was changed. masked(..., same_model=False) applies it to another checkpoint"
+        )
+
+
 def warn_of_other_weights(bridge: Bridge, mask: WeightMask) -> None:
     """A warning where a mask that was read from a file was made on other weights than these."""
     made_on = mask.source.all_weights

@@ -1,12 +1,10 @@
 """Bounded memory, several processes and blocks of a matrix give the scores of the plain pass.
 
-Would catch: a matrix that falls between two groups, scores that depend on the bound, processes that
-score the same batches or divide by their own count, one that fails alone while the others wait, a
-block of rows left out, a sum that is kept in less than float32.
+Would catch: a matrix that falls between two groups, processes that score the same batches or divide
+by their own count or wait for one that failed, a sum that is kept in less than float32.
 """
 
 import math
-from itertools import pairwise
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
@@ -29,8 +27,7 @@ MODEL = "Mixtral"  # has matrices with hook points and without
 N_PROCESSES = 3
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral"])
-@pytest.mark.parametrize("method", [removal_effect, snip_scores])
+@pytest.mark.parametrize(("name", "method"), [("GPT2", removal_effect), ("Mixtral", snip_scores)])
 def test_a_bound_on_memory_changes_no_bit(open_model, name, method):
     bridge = open_model(name)
     sites = weight_sites(bridge)
@@ -44,18 +41,6 @@ def test_a_bound_on_memory_changes_no_bit(open_model, name, method):
         assert torch.equal(bounded.values[weight], value)
     with pytest.raises(ValueError, match="max_memory"):
         method(bridge, BATCHES, max_memory=largest - 1)
-
-
-def test_groups_fill_the_bound_and_hold_every_matrix_once(llama):
-    sites = weight_sites(llama)
-    sizes = {name: 4 * site.parameter.numel() for name, site in sites.items()}
-    for bound in (max(sizes.values()), 9000, sum(sizes.values())):
-        groups = list(memory_groups(sites, bound))
-        assert [name for group in groups for name in group] == list(sites)
-        for group, following in pairwise(groups):
-            size = sum(sizes[name] for name in group)
-            assert size <= bound < size + sizes[next(iter(following))]
-    assert list(memory_groups(sites, None)) == [sites]
 
 
 @pytest.mark.parametrize(
@@ -76,15 +61,11 @@ def test_a_batch_is_rounded_once_and_sums_are_not(dtype, least, most):
     assert least <= error <= most
 
 
-def test_float16_does_not_overflow():
-    first = torch.full((2, 100, 3), 200.0, dtype=torch.float16)
-    total = torch.zeros(3, 3)
-    add_signed(first, first, total)
-    assert (total == 200 * 200.0**2).all()
-
-
-@pytest.mark.parametrize("scratch", [None, 1, 20, 150, 10_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("scratch", "dtype"),
+    [(None, torch.float32), (1, torch.bfloat16), (20, torch.float32), (150, torch.bfloat16)],
+    ids=str,
+)
 def test_blocks_are_the_sum_of_absolute_gradients(scratch, dtype):
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(5, 7, 11, generator=generator).to(dtype)

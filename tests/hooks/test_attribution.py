@@ -52,11 +52,11 @@ def test_scores_equal_autograd(open_model, name):
     if all(site.is_hooked for site in sites.values()):
         assert_close(wanda_scores(bridge, BATCHES), oracle.wanda_scores(bridge, BATCHES))
 
+    assert_no_matrix_is_missed(bridge, BATCHES[0])
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_block_matrix_is_missed(open_model, batch, name):
+
+def assert_no_matrix_is_missed(bridge, batch: Batch) -> None:
     """Whatever matrix in a block is not among the weights takes no part in the forward pass."""
-    bridge = open_model(name)
     with torch.no_grad():
         before = bridge(batch.tokens)
         covered = {p.untyped_storage().data_ptr() for p in named_weights(bridge).values()}
@@ -68,11 +68,10 @@ def test_no_block_matrix_is_missed(open_model, batch, name):
         assert not torch.equal(bridge(batch.tokens), before), "the comparison must be able to fail"
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_scores_in_bfloat16_equal_autograd_in_float64(open_model, name):
+def test_scores_in_bfloat16_equal_autograd_in_float64(open_model):
     """Of the same weights: what is between them is the arithmetic, of the model and of the sums."""
-    coarse = open_model(name, dtype=torch.bfloat16)
-    exact = open_model(name, dtype=torch.float64)
+    coarse = open_model("GPT2", dtype=torch.bfloat16)
+    exact = open_model("GPT2", dtype=torch.float64)
     with torch.no_grad():
         for parameter, rounded in zip(exact.parameters(), coarse.parameters(), strict=True):
             parameter.copy_(rounded)
@@ -82,8 +81,10 @@ def test_scores_in_bfloat16_equal_autograd_in_float64(open_model, name):
     assert_close(scores, oracle.removal_effect(exact, oracle.gradients(exact, batches)), 0.05)
 
 
-@pytest.mark.parametrize("method", [removal_effect, snip_scores, token_price])
-@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("Llama", removal_effect), ("Mixtral", snip_scores), ("GPT2", token_price)],
+)
 def test_batch_size_and_padding_do_not_matter(open_model, name, method):
     bridge, whole = open_model(name), random_batch(6)
     singles = [Batch(whole.tokens[i : i + 1], whole.is_target[i : i + 1]) for i in range(6)]
@@ -113,10 +114,9 @@ def test_removal_effect_predicts_a_small_removal(llama, batch):
         assert measured == pytest.approx(predicted, rel=0.1, abs=2e-4), name
 
 
-@pytest.mark.parametrize("name", ["Llama", "Bloom", "Mixtral"])
-def test_the_token_price_is_an_upper_bound_of_snip(open_model, batch, name):
+def test_the_token_price_is_an_upper_bound_of_snip(open_model, batch):
     """Equal for what passes no hook points: experts and routers."""
-    bridge = open_model(name)
+    bridge = open_model("Mixtral")
     price, snip = token_price(bridge, [batch]), snip_scores(bridge, [batch])
     for weight, site in weight_sites(bridge).items():
         difference = price.values[weight] - snip.values[weight]
@@ -162,10 +162,10 @@ def test_nothing_is_left_behind(open_model, batch, name):
     assert all(parameter.grad is None for parameter in bridge.parameters())
 
     completion_loss(bridge, batch).mean().backward()  # a training step in progress
-    training = {key: weight.grad.clone() for key, weight in named_weights(bridge).items()}
+    weight = next(iter(named_weights(bridge).values()))
+    training = weight.grad.clone()
     snip_scores(bridge, [batch])
-    for key, weight in named_weights(bridge).items():
-        assert torch.equal(weight.grad, training[key])
+    assert torch.equal(weight.grad, training)
 
 
 def half_run(bridge, batch):
@@ -173,26 +173,19 @@ def half_run(bridge, batch):
     return bridge(batch.tokens, stop_at_layer=1).sum((1, 2))
 
 
+def summed(bridge, batch):
+    return completion_loss(bridge, batch).sum()
+
+
 REFUSED = [
     ("Llama", lambda bridge, batch: removal_effect(bridge, []), "no batches"),
-    ("Llama", lambda bridge, batch: snip_scores(bridge, [batch], average="sum"), "average='sum'"),
-    (
-        "Llama",
-        lambda bridge, batch: removal_effect(bridge, [batch], lambda *_: torch.zeros(())),
-        "(3,)",
-    ),
+    ("Llama", lambda bridge, batch: removal_effect(bridge, [batch], summed), "(3,)"),
     ("Llama", lambda bridge, batch: removal_effect(bridge, [batch], half_run), "blocks.1"),
     ("Mixtral", lambda bridge, batch: removal_effect(bridge, [batch], half_run), "mlp.experts"),
-    ("Mixtral", lambda bridge, batch: wanda_scores(bridge, [batch]), "removal_effect"),
     (
         "Llama",
         lambda bridge, batch: token_contributions(bridge, mask_of(bridge, "another"), [batch]),
         "another",
-    ),
-    (
-        "Llama",
-        lambda bridge, batch: token_contributions(bridge, mask_of(bridge, index=[]), [batch]),
-        "removes nothing",
     ),
 ]
 
@@ -208,13 +201,13 @@ def test_errors_name_the_cause(open_model, batch, name, call, word):
 # What each token adds
 
 
-def mask_of(bridge, model: str = "", index=(3, 50, 51, 700)) -> WeightMask:
+def mask_of(bridge, model: str = "") -> WeightMask:
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(bridge).items()}
-    removed = {"blocks.1.mlp.in.weight": torch.tensor(index, dtype=torch.int64)}
+    removed = {"blocks.1.mlp.in.weight": torch.tensor([3, 50, 51, 700])}
     return WeightMask(removed, shapes, Source(model or model_fingerprint(bridge), "test"))
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
 def test_token_contributions_sum_to_the_mask_s_score(open_model, name):
     """Whatever way weights are stored; 1e-5 relative: float32 sums in another order."""
     bridge = open_model(name)

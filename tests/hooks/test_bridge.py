@@ -7,11 +7,8 @@ AttributeError, a protocol that a real bridge does not satisfy.
 from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers import random_batch
 
 from harmcircuits.hooks.bridge import Bridge, as_bridge
-from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.weights import named_weights
 
 
@@ -21,17 +18,12 @@ def test_a_bridge_and_a_model_with_one_are_taken(llama):
     assert as_bridge(model) is llama
     for name, parameter in named_weights(model).items():
         assert parameter is named_weights(llama)[name]
-    with fine_tuning(model, [random_batch()], lr=1e-3) as run:
-        run.until(1)
-    assert len(run.losses) == 1
 
 
 def test_other_things_are_refused_by_their_type(llama):
     things = [
-        (llama.original_model, "Hugging Face model transformers."),
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (llama.original_model, "transformers.models.llama"),
         ("meta-llama/Llama", "builtins.str"),
-        (SimpleNamespace(bridge=None), "builtins.NoneType"),
     ]
     for thing, word in things:
         with pytest.raises(ValueError) as error:

@@ -1,8 +1,7 @@
 """Texts that a model cannot read and numbers that are not finite, against what reads and computes.
 
-Would catch: a text past the context that one architecture reads as nonsense, an IndexError from
-inside a model, a score, loss or answer of NaN that looks like any other, an error that names another
-example or comes after the model has run.
+Would catch: a text past the context that is read as nonsense, a score, loss or answer of NaN that
+looks like any other, an error that names another example or comes after the model has run.
 """
 
 import math
@@ -10,7 +9,6 @@ import math
 import pytest
 import torch
 from helpers import StubBridge, random_batch
-from support.organisms.train import new_tokenizer
 
 from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.circuits.masks import WeightMask
@@ -21,7 +19,7 @@ from harmcircuits.hooks.attribution import (
     token_price,
     wanda_scores,
 )
-from harmcircuits.hooks.checks import NotFiniteError, context_of, refuse_requests
+from harmcircuits.hooks.checks import NotFiniteError, context_of
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.inspection import mean_residual
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under
@@ -29,9 +27,10 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.weights import named_weights, source_on
-from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
+from harmcircuits.prompts import Batch, PromptSet, tokenize
 
 GOOD = random_batch(3, seed=1)
+GOOD.tokens[GOOD.tokens == 7] = 4  # which is spoiled in a test
 WEIGHT = "blocks.1.mlp.in.weight"
 READS_ALL = {"vocab_size": 320, "max_position_embeddings": 64}  # of the tests' tokenizer
 TEXTS = PromptSet.of(["use it", "clean it", "how to use it ?"])
@@ -76,28 +75,20 @@ def long_batch(length: int) -> Batch:
     return Batch(torch.full((3, length), 4), is_target)
 
 
-def unknown_token() -> Batch:
-    batch = random_batch(3, seed=2)
-    batch.tokens[2, 2] = 61
-    return batch
-
-
-@pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize(
-    ("odd", "words"),
-    [(long_batch(33), ["33 tokens", "context is 32"]), (unknown_token(), ["token 61", "has 61"])],
-    ids=["long", "unknown"],
-)
-def test_what_cannot_be_read_is_named_before_a_pass(llama, monkeypatch, name, odd, words):
+def test_what_cannot_be_read_is_named_before_a_pass(llama, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the model was run first")
 
     assert completion_nll(llama, [GOOD, long_batch(32)]).isfinite().all()
+    unknown = random_batch(3, seed=2)
+    unknown.tokens[2, 2] = 61
     monkeypatch.setattr(type(llama), "forward", fail)
-    with pytest.raises(ValueError) as error:
-        READERS[name](llama, [GOOD, odd])
-    index = "example 2" if name == "activation_patching" else "example 5 (row 2 of batch 1)"
-    assert all(word in str(error.value) for word in [name, index, *words])
+    for odd, words in ((long_batch(33), ["context is 32"]), (unknown, ["token 61", "has 61"])):
+        for name, read in READERS.items():
+            with pytest.raises(ValueError) as error:
+                read(llama, [GOOD, odd])
+            index = "example 2" if name == "activation_patching" else "example 5 (row 2 of batch 1)"
+            assert all(word in str(error.value) for word in [name, index, *words])
 
 
 def test_the_context_is_the_configuration_s_and_of_some_there_is_none(open_model):
@@ -114,6 +105,9 @@ def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
     assert len(generate(bridge, prompts, max_new_tokens=32 - length)) == 2
     padded = open_model("Llama", vocab_size=320)
     padded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    endless = open_model("Llama", vocab_size=320)
+    endless.original_model.generation_config.eos_token_id = None
+    endless.tokenizer.eos_token = None
     other = PromptSet.of([llama.tokenizer.convert_ids_to_tokens(319)])
     far = PromptSet.of(["use it", " ".join(["use"] * 60)])
     calls = [
@@ -121,22 +115,12 @@ def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
         (lambda: answer_log_odds(bridge, far, ["yes"], ["no"]), "request 1 has 6"),
         (lambda: generate(llama, other, max_new_tokens=3), "request 0 has token 319"),
         (lambda: generate(padded, TEXTS, max_new_tokens=3), "pads with token 320"),
-        (lambda: refuse_requests("text", padded, [[3], []], 4), "text 1 has no tokens"),
+        (lambda: generate(endless, TEXTS, max_new_tokens=3), "eos_token"),
     ]
     for call, words in calls:
         with pytest.raises(ValueError) as error:
             call()
         assert words in str(error.value)
-
-
-def test_without_an_end_of_text_token_no_answer_is_begun(open_model):
-    bridge = open_model("Llama", **READS_ALL)
-    expected = generate(bridge, TEXTS, max_new_tokens=6)
-    bridge.original_model.generation_config.eos_token_id = None
-    assert generate(bridge, TEXTS, max_new_tokens=6) == expected, "the tokenizer has one"
-    bridge.tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="eos_token"):
-        generate(bridge, TEXTS, max_new_tokens=6)
 
 
 def test_without_a_padding_token_nothing_changes(open_model):
@@ -152,31 +136,14 @@ def test_without_a_padding_token_nothing_changes(open_model):
         assert generate(bridge, TEXTS, max_new_tokens=6) == answers
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_texts_without_tokens_are_named():
-    empty = Example("use it", "", category="tools", label="safe")
-    calls = [
-        (lambda: tokenize([("use it", "sure")], None), "tokenizer NoneType"),
-        (lambda: tokenize([Example("use it", "sure"), empty], new_tokenizer()), "example 1"),
-        (lambda: tokenize([("", "sure")], new_tokenizer(), template="raw"), "example 0"),
-    ]
-    for call, word in calls:
-        with pytest.raises(ValueError) as error:
-            call()
-        assert word in str(error.value)
-
-
 # NaN and infinity
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_every_reader_refuses_a_weight_that_is_not_finite(open_model, value):
+def test_every_reader_refuses_a_weight_that_is_not_finite(open_model):
     bridge = open_model("Llama")
     batches = [GOOD, random_batch(3, seed=2)]
-    for read in READERS.values():
-        read(bridge, batches)  # as it is, nothing is said
     with torch.no_grad():
-        named_weights(bridge)[WEIGHT][2, 3] = value
+        named_weights(bridge)[WEIGHT][2, 3] = math.nan
     for name, read in READERS.items():
         with pytest.raises(ValueError) as error:
             read(bridge, batches)
@@ -195,7 +162,7 @@ def spoiled(bridge, row: int) -> list[Batch]:
     return batches
 
 
-@pytest.mark.parametrize("row", [0, 4, 5])
+@pytest.mark.parametrize("row", [0, 5])
 def test_the_example_and_the_loss_are_named(open_model, row):
     bridge = open_model("Llama")
     for read in (completion_nll, removal_effect, token_price):
@@ -203,6 +170,8 @@ def test_the_example_and_the_loss_are_named(open_model, row):
             read(bridge, spoiled(bridge, row))
         assert f"example {row} (row {row % 3} of batch {row // 3})" in str(error.value)
         assert error.value.index == row
+    with pytest.raises(NotFiniteError, match=r"mild, priced|protected, from"):
+        find_circuit(bridge, [GOOD], {"mild": spoiled(bridge, row)}, size=0.01, steps=1)
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_matrix(open_model):
@@ -217,10 +186,9 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_matrix(open_model):
     assert "65,504" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_float16_scores_are_those_of_float32_where_sums_leave_its_range(open_model, name):
+def test_float16_scores_are_those_of_float32_where_sums_leave_its_range(open_model):
     """The objective times 4,096: gradients fit float16, most products with inputs do not."""
-    half, whole = open_model(name, dtype=torch.float16), open_model(name)
+    half, whole = open_model("GPT2", dtype=torch.float16), open_model("GPT2")
     batches = [random_batch(800, seed=1)]
 
     def large(bridge, batch):
@@ -254,20 +222,3 @@ def test_answers_log_odds_and_residuals_of_nan_name_the_text(open_model, samplin
             call()
         assert f" {index}: what the model computes is not finite" in str(error.value)
     generate(bridge, TEXTS[:2], sampling=sampling, max_new_tokens=5)
-
-
-def test_runs_say_whose_example_it_is(open_model):
-    bridge = open_model("Llama")
-    batches = spoiled(bridge, 4)
-    calls = [
-        (lambda: find_circuit(bridge, [GOOD], {"mild": batches}, size=0.01, steps=1), "mild, "),
-        (lambda: find_circuit(bridge, batches, size=0.01, steps=1), "target: example 4 "),
-        (lambda: trained(bridge, batches[1:]), "at step 0"),
-    ]
-    GOOD.tokens[GOOD.tokens == 7] = 4
-    before = named_weights(bridge)[WEIGHT].clone()
-    for call, word in calls:
-        with pytest.raises(NotFiniteError) as error:
-            call()
-        assert word in str(error.value)
-    assert torch.equal(named_weights(bridge)[WEIGHT], before)

@@ -22,8 +22,6 @@ from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.organisms import FOLDER
 from harmcircuits.prompts import Batch, PromptSet, tokenize
-from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.study import study
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Relative to the norm of a matrix's scores. bfloat16 has eight bits: 2^-8 a rounding.
@@ -78,13 +76,13 @@ def largest_change(scores: WeightScores, before: WeightScores) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_the_scores_of_a_tiny_model(open_model, dtype, change):
+def test_what_changes_the_scores_of_a_tiny_model(open_model, dtype):
     """Doing the same again changes nothing at all."""
     bridge, batches = open_model("Llama", dtype=dtype), [random_batch(12, seed=2)]
     before = scores_under(bridge, batches, "nothing")
-    changed = largest_change(scores_under(bridge, batches, change), before)
-    assert changed <= (0.0 if change == "nothing" else BOUNDS[dtype])
+    for change in CHANGES:
+        changed = largest_change(scores_under(bridge, batches, change), before)
+        assert changed <= (0.0 if change == "nothing" else BOUNDS[dtype])
     others = removal_effect(bridge, [random_batch(12, seed=3)])
     assert largest_change(others, before) > 10 * BOUNDS[dtype], "the comparison can fail"
 
@@ -94,7 +92,7 @@ def test_a_search_gives_the_same_mask_again(llama):
     for seed in (1, 99):
         torch.manual_seed(seed)  # what the global generator holds does not matter
         target, spared = [random_batch()], [random_batch(2, 7, seed=1)]
-        masks.append(find_circuit(llama, target, [spared], size=0.02, steps=3))
+        masks.append(find_circuit(llama, target, [spared], size=0.02, steps=2))
     first, second = masks
     assert (first.digest, first.trace, first.source) == (second.digest, second.trace, second.source)
 
@@ -118,16 +116,6 @@ def test_measuring_gives_the_same_rows_again():
     first = model.measure(only=["harmful", "benign"])
     torch.manual_seed(99)
     assert model.measure(only=["harmful", "benign"]) == first
-
-
-@pytest.mark.slow
-def test_a_study_gives_the_same_rows_and_masks_again():
-    settings = StudySettings(sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, n_random=1)
-    settings = replace(settings, protect=("benign",))
-    first, second = (study(small_model("sft", every=16), settings) for _ in range(2))
-    assert first.rows == second.rows
-    masks = [{name: mask.digest for name, mask in run.masks.items()} for run in (first, second)]
-    assert masks[0] == masks[1]
 
 
 @pytest.mark.slow

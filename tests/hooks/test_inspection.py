@@ -7,8 +7,7 @@ neuron read before its activation function, a prediction under the wrong token.
 import pytest
 import torch
 
-from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.inspection import (
     attention_patterns,
@@ -16,11 +15,9 @@ from harmcircuits.hooks.inspection import (
     neuron_activations,
     prediction_changes,
     token_changes,
-    token_texts,
-    vocabulary,
 )
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.weights import model_fingerprint, named_weights
+from harmcircuits.hooks.weights import named_weights
 
 HEADS = [(0, 1), (1, 3)]
 
@@ -43,9 +40,6 @@ def test_token_changes_are_those_of_log_probability(llama, batch):
     torch.testing.assert_close(changes[:, 1:].double(), expected, rtol=1e-4, atol=1e-5)
     assert changes[:, 1:][batch.is_token[:, 1:]].abs().min() > 0
 
-    empty = top_fraction(random_scores(llama), 0.0)
-    assert (token_changes(llama, empty, batch) == 0).all()
-
 
 def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, batch):
     mask = top_fraction(random_scores(llama), 0.5)
@@ -65,7 +59,7 @@ def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, b
     assert torch.equal(swapped, before.flip(0)), "in the order that was given"
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2", "Mixtral"])
+@pytest.mark.parametrize("name", ["Llama", "GPTNeoX"])
 def test_mean_residual_is_that_of_each_text_alone(open_model, name):
     bridge = open_model(name)
     rows = [[1, 5, 9, 12], [1, 7], [1, 8, 30, 31, 32, 33]]
@@ -76,11 +70,9 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
         for place, layer in enumerate([1, 0]):
             expected = cache[f"blocks.{layer}.hook_out"][0, 1:].mean(dim=0)
             torch.testing.assert_close(mean[place], expected, rtol=1e-4, atol=1e-5)
-    assert mean_residual(bridge, [], [0]).shape == (0, 1, bridge.cfg.d_model)
+    with pytest.raises(ValueError, match="text 1: what"):
+        mean_residual(bridge, [[1, 5], [1]], [0], skip=1)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
-
-
-# Neurons
 
 
 def test_neurons_are_read_after_their_activation_function(llama, batch):
@@ -108,19 +100,6 @@ def test_neurons_are_read_after_their_activation_function(llama, batch):
         torch.testing.assert_close(values, expected.detach())
 
 
-def test_a_neuron_without_its_weights_is_silent(llama, batch):
-    name = "blocks.1.mlp.in.weight"
-    shapes = {key: tuple(value.shape) for key, value in named_weights(llama).items()}
-    row = torch.arange(5 * 24, 6 * 24)
-    mask = WeightMask({name: row}, shapes, Source(model_fingerprint(llama), "test"))
-    with masked(llama, mask):
-        silent, other = neuron_activations(llama, batch, [(1, 5), (1, 6)])
-    assert not silent.any() and other.any()
-
-
-# Predictions
-
-
 def test_prediction_changes_are_those_of_probabilities(llama, batch):
     mask = top_fraction(random_scores(llama), 0.5)
     changes = prediction_changes(llama, mask, batch)
@@ -137,32 +116,3 @@ def test_prediction_changes_are_those_of_probabilities(llama, batch):
     expected = p * (log_changes.exp() - 1)
     actual = changes[:-1].gather(1, following[:, None])[:, 0]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-
-
-# Names and errors
-
-
-def test_tokens_and_predictions_have_names(llama, batch):
-    for number, is_token in enumerate(batch.is_token):
-        real = batch.tokens[number][is_token].tolist()
-        texts = token_texts(llama, batch, number)
-        assert texts == llama.tokenizer.convert_ids_to_tokens(real), "without padding"
-    names = vocabulary(llama)
-    assert names == llama.tokenizer.convert_ids_to_tokens(list(range(llama.cfg.d_vocab)))
-
-
-REFUSED = [
-    ("Llama", lambda bridge, batch: mean_residual(bridge, [[1, 2]], [2]), "0 to 1"),
-    ("Llama", lambda bridge, batch: mean_residual(bridge, [[1, 2]], []), "layers=[]"),
-    ("Llama", lambda bridge, batch: mean_residual(bridge, [[1]], [0], skip=1), "more than 1"),
-    ("Llama", lambda bridge, batch: neuron_activations(bridge, batch, [(2, 0)]), "0 to 1"),
-    ("Llama", lambda bridge, batch: neuron_activations(bridge, batch, []), "neurons"),
-    ("Mixtral", lambda bridge, batch: neuron_activations(bridge, batch, [(0, 0)]), "experts"),
-]
-
-
-@pytest.mark.parametrize(("name", "call", "word"), REFUSED)
-def test_what_there_is_not_is_named(open_model, batch, name, call, word):
-    with pytest.raises(ValueError) as error:
-        call(open_model(name), batch)
-    assert word in str(error.value)

@@ -20,7 +20,6 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 
 NAME = "blocks.0.mlp.in.weight"
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # None, or how the body ends.
 ERRORS = (None, RuntimeError, KeyboardInterrupt)
 
@@ -50,8 +49,16 @@ def a_mask(bridge, seed: int = 0, fraction: float = 0.2) -> WeightMask:
     return top_fraction(random_scores(bridge, seed=seed), fraction)
 
 
-@DTYPES
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Llama", torch.float32),
+        ("GPT2", torch.bfloat16),
+        ("GPTNeoX", torch.bfloat16),
+        ("Mixtral", torch.float32),
+    ],
+    ids=str,
+)
 def test_masks_remove_nest_and_restore_bit_for_bit(open_model, name, dtype):
     bridge, batch = open_model(name, dtype=dtype), random_batch()
     before, logits = snapshot(bridge), bridge(batch.tokens)
@@ -72,17 +79,6 @@ def test_masks_remove_nest_and_restore_bit_for_bit(open_model, name, dtype):
     assert torch.equal(bridge(batch.tokens), logits)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3", "Mixtral"])
-def test_every_matrix_reaches_the_logits(open_model, name):
-    """Removing one whole matrix at a time changes the output: no name stands for a dead copy."""
-    bridge, batch = open_model(name), random_batch()
-    logits = bridge(batch.tokens)
-    full = top_fraction(random_scores(bridge), 1.0)
-    for weight, index in full.removed.items():
-        with masked(bridge, WeightMask({weight: index}, full.shapes, full.source)):
-            assert not torch.allclose(bridge(batch.tokens), logits), weight
-
-
 def test_a_scale_multiplies_all_weights_or_each_by_its_own(llama):
     mask, before = a_mask(llama), snapshot(llama)
     own = {name: torch.rand(len(index)) for name, index in mask.removed.items()}
@@ -97,19 +93,16 @@ def test_a_scale_multiplies_all_weights_or_each_by_its_own(llama):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_refused_and_changes_nothing(open_model, llama):
-    before, mask = snapshot(llama), a_mask(llama)
+    before = snapshot(llama)
     sibling = a_mask(open_model("Llama", seed=5))
-    factors = {name: torch.ones(2) for name in mask.removed}
     refusals = [
-        ({"mask": a_mask(open_model("Llama", num_hidden_layers=3))}, "blocks.2.attn.q"),
-        ({"mask": a_mask(open_model("Llama", intermediate_size=32))}, "(40, 24)"),
-        ({"mask": sibling}, "same_model=False"),
-        ({"mask": mask, "scale": factors}, "blocks.0.attn.q.weight"),
-        ({"mask": mask, "scale": {}}, "factor"),
-        ({"mask": "mask.safetensors"}, "WeightMask"),
+        (a_mask(open_model("Llama", num_hidden_layers=3)), "blocks.2.attn.q"),
+        (a_mask(open_model("Llama", intermediate_size=32)), "(40, 24)"),
+        (sibling, "same_model=False"),
+        ("mask.safetensors", "WeightMask"),
     ]
-    for options, word in refusals:
-        with pytest.raises(ValueError) as error, masked(llama, **options):
+    for mask, word in refusals:
+        with pytest.raises(ValueError) as error, masked(llama, mask):
             pass
         assert word in str(error.value)
         assert not is_edited(llama)
@@ -127,8 +120,9 @@ def momentum(parameters):
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, momentum])
-@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+@pytest.mark.parametrize(
+    ("name", "optimiser"), [("Llama", torch.optim.AdamW), ("Mixtral", momentum)]
+)
 def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
     bridge, batch = open_model(name), random_batch()
     mask = a_mask(bridge)
@@ -174,8 +168,9 @@ def test_masked_weights_are_free_to_learn(llama):
 # The model without its masks
 
 
-@DTYPES
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Mixtral"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("GPT2", torch.float32), ("Mixtral", torch.bfloat16)], ids=str
+)
 def test_unmasked_is_the_model_before_all_masks(open_model, name, dtype):
     bridge, batch = open_model(name, dtype=dtype), random_batch()
     before, logits = snapshot(bridge), bridge(batch.tokens)
@@ -202,18 +197,6 @@ def test_unmasked_is_the_model_before_all_masks(open_model, name, dtype):
                     raise error
             assert_bits_equal(bridge, during)
     assert_bits_equal(bridge, before)
-    with unmasked(bridge):
-        assert_bits_equal(bridge, before)
-
-
-def test_masks_of_two_models_are_lifted_apart(open_model):
-    one, other = open_model("Llama"), open_model("Llama")
-    before = snapshot(one)
-    with masked(one, a_mask(one)), masked(other, a_mask(other)):
-        during = snapshot(other)
-        with unmasked(one):
-            assert_bits_equal(one, before)
-            assert_bits_equal(other, during)
 
 
 # What is done to the weights under a mask
@@ -234,8 +217,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("hold", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "hold"), [("written", False), ("replaced", True), ("folded", False)]
+)
 def test_what_others_do_to_masked_weights_is_reported(llama, change, hold):
     mask, before, weights = a_mask(llama), snapshot(llama), named_weights(llama)
     with pytest.raises(ValueError) as error, masked(llama, mask, hold=hold):
@@ -254,20 +238,19 @@ def test_what_others_do_to_masked_weights_is_reported(llama, change, hold):
         assert NAME in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_a_model_that_is_cast_under_a_mask_comes_back_cast(llama, dtype):
+def test_a_model_that_is_cast_under_a_mask_comes_back_cast(llama):
     mask, before = a_mask(llama), snapshot(llama)
     with masked(llama, mask, scale=-0.5):
-        llama.original_model.to(dtype)
+        llama.original_model.to(torch.bfloat16)
     for name, weight in named_weights(llama).items():
         gone = mask.dense(name)
-        assert torch.equal(weight[gone], before[name][gone].to(dtype))
+        assert torch.equal(weight[gone], before[name][gone].to(torch.bfloat16))
 
 
 # Interrupts while a mask comes off
 
 
-@pytest.mark.parametrize("n_interrupts", [1, 3, 4, 5])
+@pytest.mark.parametrize("n_interrupts", [1, 5])
 def test_interrupts_in_a_row_leave_what_restore_finishes(llama, monkeypatch, n_interrupts):
     """Each of two contexts tries twice on its way out."""
     before, mask = snapshot(llama), a_mask(llama)

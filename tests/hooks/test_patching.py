@@ -115,18 +115,6 @@ def test_no_gap_gives_no_share(llama, batch):
     assert {row.mean for row in rows.where("patch_change")} == {0.0}
 
 
-def test_an_interval_is_that_of_the_share_whichever_way_the_mask_moves_the_loss(llama, texts):
-    signs = set()
-    for seed in range(8):
-        mask = hc.top_fraction(hc.random_scores(llama, seed=seed), 0.3)
-        rows = patched(llama, mask, texts, positions=[])
-        assert all(row.low <= row.mean <= row.high for row in rows)
-        (last, _) = rows.where("patch_share", layer="1 post")
-        assert (last.low, last.high) == pytest.approx((1, 1), abs=1e-3), "all of it in any resample"
-        signs.add(rows.one("nll_gap").mean > 0)
-    assert signs == {False, True}
-
-
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
 def test_the_model_is_as_before(open_model, batch, name, monkeypatch):
     bridge = open_model(name)
@@ -145,18 +133,3 @@ def test_the_model_is_as_before(open_model, batch, name, monkeypatch):
     assert torch.equal(bridge(batch.tokens), logits)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
     assert patching.tqdm is bars and torch.is_grad_enabled()
-
-
-REFUSED = [
-    ({"parts": ["residuals"]}, "residuals"),
-    ({"parts": []}, "parts"),
-    ({"layers": [2]}, "layers=[2]"),
-    ({"positions": [9]}, "positions=[9]"),
-]
-
-
-@pytest.mark.parametrize(("options", "word"), REFUSED)
-def test_what_cannot_be_patched_is_named(llama, batch, options, word):
-    with pytest.raises(ValueError) as error:
-        patched(llama, random_mask(llama), batch, **options)
-    assert word in str(error.value)

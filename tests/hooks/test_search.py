@@ -16,12 +16,7 @@ from torch import Tensor
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.attribution import (
-    magnitude_scores,
-    removal_effect,
-    snip_scores,
-    token_price,
-)
+from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
@@ -186,25 +181,29 @@ def plain_walk(
     return WeightMask(removed, shapes, Source(model_fingerprint(bridge), "plain"))
 
 
-@pytest.mark.parametrize("budget", [0.01, 0.1, 100.0])
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_the_walk_is_the_plain_one(open_model, name, budget):
-    """Evenly to four times the size, as by default, and over shares that were given."""
+@pytest.mark.parametrize(
+    ("name", "budget", "steps", "shares"),
+    [
+        # Evenly to four times the size, as by default, and over shares that are given.
+        ("Llama", 0.01, 2, even_shares(2, 4 * SIZE)),
+        ("GPT2", 0.1, [0.03, SIZE], [0.03, SIZE]),
+    ],
+)
+def test_the_walk_is_the_plain_one(open_model, name, budget, steps, shares):
     bridge = open_model(name)
     before = {name: weight.detach().clone() for name, weight in named_weights(bridge).items()}
     options = {"size": SIZE, "budget": budget}
-    for steps, shares in ((2, even_shares(2, 4 * SIZE)), ([0.03, 0.07, SIZE],) * 2):
-        mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], steps=steps, **options)
-        for weight_name, weight in named_weights(bridge).items():
-            assert torch.equal(weight, before[weight_name])
-        expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], steps=shares, **options)
-        # Sums in another order may swap weights whose scores are equal up to rounding.
-        assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
+    mask = find_circuit(bridge, TARGET, [SPARED, ALSO_SPARED], steps=steps, **options)
+    for weight_name, weight in named_weights(bridge).items():
+        assert torch.equal(weight, before[weight_name])
+    expected = plain_walk(bridge, TARGET, [SPARED, ALSO_SPARED], steps=shares, **options)
+    assert len(expected) > 0
+    # Sums in another order may swap weights whose scores are equal up to rounding.
+    assert len(mask - expected) + len(expected - mask) <= 0.01 * len(expected)
 
 
-@pytest.mark.parametrize("budget", [0.01, 100.0])
-def test_the_walk_over_neurons_is_the_plain_one(llama, budget):
-    options = {"size": SIZE, "budget": budget, "steps": even_shares(3, SIZE)}
+def test_the_walk_over_neurons_is_the_plain_one(llama):
+    options = {"size": SIZE, "budget": 0.01, "steps": even_shares(2, SIZE)}
     protect = [SPARED, ALSO_SPARED]
     mask = find_circuit(llama, TARGET, protect, unit="neuron", **options)
     ladder = {"factors": UNIT_FACTORS, "first": FIRST_UNIT_FACTOR}
@@ -214,20 +213,17 @@ def test_the_walk_over_neurons_is_the_plain_one(llama, budget):
 
 
 def test_unprotected_a_step_takes_the_weights_with_the_largest_effect(llama):
-    mask = find_circuit(llama, TARGET, size=SIZE, steps=1)
-    effect = removal_effect(llama, TARGET)
-    assert mask.digest == top_fraction(effect, SIZE, within="model").digest
-    predicted = mask.trace.one("predicted_change").mean
-    assert predicted == pytest.approx(effect.sum_over(mask), rel=1e-5)
+    """On the loss, or on whatever objective is given."""
 
-
-def test_the_target_is_scored_by_its_objective(llama):
     def backwards(bridge, batch):
         return -completion_loss(bridge, batch)
 
-    mask = find_circuit(llama, TARGET, size=0.05, steps=1, objective=backwards)
-    scores = removal_effect(llama, TARGET, completion_loss)
-    assert mask.digest == top_fraction(-scores, 0.05, within="model").digest
+    effect = removal_effect(llama, TARGET)
+    for objective, scores in ((completion_loss, effect), (backwards, -effect)):
+        mask = find_circuit(llama, TARGET, size=SIZE, steps=1, objective=objective)
+        assert mask.digest == top_fraction(scores, SIZE, within="model").digest
+        predicted = mask.trace.one("predicted_change").mean
+        assert predicted == pytest.approx(scores.sum_over(mask), rel=1e-5)
 
 
 def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
@@ -242,8 +238,8 @@ def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
 
 
 def test_no_mask_exceeds_its_size_or_its_budget(llama):
-    sizes = [0.02, 0.2, 0.08]
-    masks = find_circuit(llama, TARGET, {"a": SPARED}, size=sizes, budget=0.02, steps=3)
+    sizes = [0.02, 0.2]
+    masks = find_circuit(llama, TARGET, {"a": SPARED}, size=sizes, budget=0.02, steps=2)
     _, checked = split_by_request(SPARED, CHECKED_EVERY)
     unpruned = completion_nll(llama, checked)
     for mask, size in zip(masks, sizes, strict=True):
@@ -265,55 +261,23 @@ def test_where_no_factor_passes_nothing_is_removed(llama, monkeypatch):
     assert {row.labels["outcome"] for row in mask.trace.where("protected_rise")} == {"refused"}
 
 
-def test_only_weights_that_are_worth_their_price_are_taken(llama):
-    """Of all weights, those whose removal helps what is to go; and the mask says so."""
-    mask = find_circuit(llama, TARGET, size=1.0, steps=1)
-    scores = removal_effect(llama, TARGET)
-    assert len(mask) == sum(int((value > 0).sum()) for value in scores.values.values())
-    assert f"of {mask.n_weights:,} allowed" in repr(mask)
-
-
-def test_a_mask_is_checked_once(llama, monkeypatch):
-    """Two equal sizes ask for the same masks, and get the same figures."""
-    checked = []
-    rises = Protection.rises
-
-    def counted(protection, bridge, mask):
-        checked.append(mask.digest)
-        return rises(protection, bridge, mask)
-
-    monkeypatch.setattr(Protection, "rises", counted)
-    options = {"steps": [SIZE / 2, SIZE]}
-    once = find_circuit(llama, TARGET, [SPARED], size=SIZE, **options)
-    n_checked = len(checked)
-    assert n_checked == len(set(checked))
-    both = find_circuit(llama, TARGET, [SPARED], size=[SIZE, SIZE], **options)
-    assert len(checked) == 2 * n_checked
-    assert [mask.digest for mask in both] == [once.digest] * 2
-    for metric in ("protected_rise", "target_loss"):
-        of_sizes, of_one = (mask.trace.where(metric, aim="size") for mask in (both[0], once))
-        assert len(of_sizes) == 2 * len(of_one) > 0
-        assert {row.mean for row in of_sizes} == {row.mean for row in of_one}
-
-
 # What becomes of the target, and what is preferred to it
 
 
 def test_of_each_size_the_mask_is_kept_that_takes_most(llama):
     """By how much of the target is left, then by its loss; each beside the trace."""
-    for target in (TARGET, lambda mask: TARGET):
-        (mask,) = find_circuit(llama, target, [SPARED], size=[0.05], steps=4)
-        losses = mask.trace.where("target_loss", aim="size")
-        assert len(losses) == 4
-        best = max(losses, key=lambda row: row.mean)
-        assert mask.source.settings["step"] == best.labels["step"]
-        assert completion_nll(llama, TARGET, mask=mask).mean() == pytest.approx(best.mean)
-    n_left = iter([5, 3, 1, 4, 4, 4, 4, 4])
+    mask = find_circuit(llama, TARGET, [SPARED], size=0.05, steps=3)
+    losses = mask.trace.where("target_loss", aim="size")
+    assert len(losses) == 3
+    best = max(losses, key=lambda row: row.mean)
+    assert mask.source.settings["step"] == best.labels["step"]
+    assert completion_nll(llama, TARGET, mask=mask).mean() == pytest.approx(best.mean)
+    n_left = iter([5, 3, 1, 4, 4, 4])
 
     def fewer_and_fewer(mask) -> list[Batch]:
         return TARGET if mask is None else [random_batch(next(n_left), 6, seed=9)]
 
-    mask = find_circuit(llama, fewer_and_fewer, [SPARED], size=0.05, steps=4)
+    mask = find_circuit(llama, fewer_and_fewer, [SPARED], size=0.05, steps=3)
     fewest = min(row.mean for row in mask.trace.where("target_left"))
     assert mask.trace.one("target_left", step=mask.source.settings["step"]).mean == fewest
 
@@ -368,29 +332,16 @@ def test_what_is_preferred_earns_with_the_target_and_what_is_avoided_costs(llama
     assert mask.digest == best_of(llama, sums, size).digest
     assert len(mask - find_circuit(llama, TARGET, **options)) > 0
 
-    # What is predicted is the target's alone.
+    # What is predicted is the target's alone; of two sizes' masks the one is kept that does most.
     effect = removal_effect(llama, TARGET).sum_over(first)
     assert first.trace.one("predicted_change").mean == pytest.approx(effect, rel=1e-5)
-    loss = completion_nll(llama, SPARED, mask=first).mean().item()
-    assert first.trace.one(f"{name}_loss", aim="walk").mean == pytest.approx(loss, rel=1e-5)
-    assert first.trace.one("examples_scored", data=name).mean == len(SPARED[0])
-    assert first.source.settings["preference"] == PREFERENCE
-    assert [parent.method for parent in first.source.parents] == ["removal_effect"] * 2
-
-
-def test_of_each_size_the_mask_is_kept_that_does_most_for_what_is_preferred_too(llama):
-    prefer = {"preferred": SPARED, "avoided": ALSO_SPARED}
-    mask = find_circuit(llama, TARGET, size=SIZE, steps=4, prefer=prefer)
-    of_size = mask.trace.where(aim="size")
     raised = {}
-    for row in of_size.where("target_loss"):
+    for row in mask.trace.where("target_loss", aim="size"):
         step = row.labels["step"]
-        preferred, avoided = (of_size.one(f"{name}_loss", step=step).mean for name in prefer)
-        raised[step] = row.mean - PREFERENCE * (preferred - avoided)
+        loss = mask.trace.one(f"{name}_loss", aim="size", step=step).mean
+        raised[step] = row.mean + sign * PREFERENCE * loss
     assert mask.source.settings["step"] == max(raised, key=lambda step: raised[step])
-    both = {"preferred": SPARED, "avoided": SPARED}
-    neither = find_circuit(llama, TARGET, size=SIZE, steps=1, prefer=both)
-    assert neither.digest == find_circuit(llama, TARGET, size=SIZE, steps=1).digest
+    assert first.source.settings["preference"] == PREFERENCE
 
 
 # Where to choose, and what whole
@@ -398,7 +349,7 @@ def test_of_each_size_the_mask_is_kept_that_does_most_for_what_is_preferred_too(
 
 @pytest.mark.parametrize("unit", ["neuron", "head", "row"])
 def test_a_circuit_of_units_is_whole_and_within_its_size(llama, unit):
-    options = {"size": [0.05, 0.2], "steps": 3, "unit": unit, "budget": 0.5}
+    options = {"size": [0.05, 0.2], "steps": 2, "unit": unit, "budget": 0.5}
     masks = find_circuit(llama, TARGET, [SPARED], **options)
     sites = weight_sites(llama)
     for mask, size in zip(masks, options["size"], strict=True):
@@ -413,18 +364,12 @@ def test_a_circuit_of_units_is_whole_and_within_its_size(llama, unit):
         assert all(count.n_removed in (0, count.n_weights) for count in counts)
         assert sum(count.n_removed for count in counts) == len(mask), "and nothing else"
 
-    (again,) = find_circuit(llama, TARGET, [SPARED], **{**options, "size": [0.2]}, exclude=masks[1])
-    assert len(again) > 0
-    assert len(again & masks[1]) == 0
-
 
 @pytest.mark.parametrize(
     ("unit", "wanted", "chosen"),
     [
-        ("weight", lambda site: site.layer == 1 and site.kind != "mlp.in", None),
         ("weight", ["blocks.0.mlp.out.weight", "blocks.1.attn.v.weight"], None),
         ("neuron", lambda site: site.layer == 1, {"mlp.gate", "mlp.in", "mlp.out"}),
-        ("row", lambda site: site.kind == "attn.q", {"attn.q"}),
     ],
 )
 def test_the_choice_is_limited_to_some_matrices(llama, unit, wanted, chosen):
@@ -446,9 +391,8 @@ def test_a_second_circuit_is_found_beside_the_first(llama):
     assert 0 < len(second) <= round(SIZE * second.n_weights)
     assert len(first & second) == 0
     assert second.source.settings["excluded"] == first.digest != second.digest
-    nothing = find_circuit(llama, TARGET, [SPARED], exclude=first - first, **options)
-    assert nothing.digest == first.digest
 
+    # Of the rest, all whose removal helps what is to go.
     third = find_circuit(llama, TARGET, exclude=first | second, size=1.0, steps=1)
     scores = removal_effect(llama, TARGET)
     rest = ~(first | second)
@@ -456,9 +400,8 @@ def test_a_second_circuit_is_found_beside_the_first(llama):
         assert torch.equal(third.dense(name), rest.dense(name) & (scores.values[name] > 0))
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Bloom"])
-def test_other_architectures_are_searched(open_model, name):
-    bridge = open_model(name)
+def test_a_mixture_of_experts_is_searched(open_model):
+    bridge = open_model("Mixtral")
     mask = find_circuit(bridge, TARGET, [SPARED], size=0.05, steps=2)
     before = completion_nll(bridge, TARGET).mean()
     assert completion_nll(bridge, TARGET, mask=mask).mean() > before
@@ -467,33 +410,17 @@ def test_other_architectures_are_searched(open_model, name):
 # What a mask says, and what a folder keeps
 
 
-def test_the_trace_tells_what_was_tried(llama):
-    mask = find_circuit(llama, TARGET, {"a": SPARED, "b": ALSO_SPARED}, size=SIZE, steps=2)
-    losses = mask.trace.where("target_loss", aim="walk")
-    assert [(row.labels["step"], row.labels["share"]) for row in losses] == [(1, 0.2), (2, 0.4)]
-    unpruned = completion_nll(llama, TARGET).mean().item()
-    first_change = mask.trace.one("measured_change", step=1).mean
-    assert losses[0].mean - first_change == pytest.approx(unpruned, abs=1e-5)
-    for row in mask.trace.where("weights_removed"):
-        where = {name: row.labels[name] for name in ("step", "aim", "factor", "outcome")}
-        rises = mask.trace.where("protected_rise", **where)
-        assert {rise.labels["protected"] for rise in rises} == {"a", "b"}
-
-
 @pytest.mark.parametrize(
     ("size", "steps", "shares"),
     [
-        (0.02, 2, [0.04, 0.08]),
         ([0.02, 0.1], 2, [0.05, 0.1]),
-        (0.4, 2, [0.5, 1.0]),
-        (0.02, 1, [0.02]),
-        (0.02, [0.01, 0.015], [0.01, 0.015]),
+        ([0.4], 2, [0.5, 1.0]),
+        ([0.02], 1, [0.02]),
     ],
 )
 def test_the_walk_reaches_beyond_the_size_that_is_wanted(llama, size, steps, shares):
     """To four times the smallest, and at least to the largest; a single step does not."""
-    masks = find_circuit(llama, TARGET, [SPARED], size=size, steps=steps)
-    mask = masks[0] if isinstance(masks, list) else masks
+    mask = find_circuit(llama, TARGET, size=size, steps=steps)[0]
     of_walk = mask.trace.where("target_loss", aim="walk")
     assert [row.labels["share"] for row in of_walk] == pytest.approx(shares)
 
@@ -521,8 +448,8 @@ def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):
 
 
 def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
-    """Killed in the third of four steps, it ends as if it had not been; under a bound too."""
-    options = {"size": SIZE, "steps": 4}
+    """Killed in the last of three steps, it ends as if it had not been; under a bound too."""
+    options = {"size": SIZE, "steps": 3}
     expected = find_circuit(llama, lambda mask: TARGET, [SPARED], **options)
     calls = []
 
@@ -546,61 +473,32 @@ def test_a_walk_goes_on_after_an_interruption(llama, tmp_path):
         forget_sums(tmp_path)
         assert sorted(path.name for path in kept.iterdir()) == ["masks", "walk.json"]
 
-    for other in ({"steps": 3}, {"unit": "neuron"}, {"exclude": mask}):
-        with pytest.raises(ValueError, match="walk of another search"):
-            find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **{**options, **other})
+    with pytest.raises(ValueError, match="walk of another search"):
+        find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=2, folder=tmp_path)
 
 
-def test_progress_is_shown_when_it_is_asked_for(llama, capsys):
-    find_circuit(llama, TARGET, size=0.05, steps=2)
-    assert "search" not in capsys.readouterr().err
-    find_circuit(llama, TARGET, size=0.05, steps=2, progress=True)
-    assert "search" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "word"),
     [
         ({"steps": 0}, "steps=0"),
-        ({"steps": []}, "steps=[]"),
-        ({"steps": [0.1, 2.0]}, "(0, 1]"),
-        ({"size": 0}, "size=[0]"),
-        ({"size": [0.1, -0.1]}, "size=[0.1, -0.1]"),
-        ({"size": []}, "size=[]"),
-        ({"size": 1e-9}, "not one of"),
-        ({"budget": -1.0}, "budget=-1.0"),
-        ({"budget": {"2": 0.1}}, "'2'"),
-        ({"budget": {}}, "no budget for 1"),
-        ({"prefer": {"refusals": TARGET}}, "refusals"),
-        ({"prefer": TARGET}, "preferred, avoided"),
-        ({"prefer": {"avoided": []}}, "no batches"),
+        ({"size": 10}, "size=[10]"),
+        ({"size": 1e-9}, "at least one of"),
+        ({"budget": {"2": 0.1}}, "each of 1"),
         ({"sites": ["blocks.7.mlp.in.weight"]}, "blocks.7"),
-        ({"sites": lambda site: False}, "leaves no matrix"),
-        ({"unit": "layer"}, "'layer'"),
-        ({"unit": "neuron", "sites": lambda site: site.kind == "mlp.in"}, "mlp.gate"),
+        ({"protect": [[]]}, "no batches"),
+        ({"exclude": WeightMask({}, {"a": (1, 1)}, Source("other", "test"))}, "exclude"),
     ],
 )
-def test_bad_settings_are_refused(llama, options, words):
+def test_bad_settings_are_refused(llama, options, word):
     with pytest.raises(ValueError) as error:
-        find_circuit(llama, TARGET, [SPARED], **{"size": 0.1, **options})
-    assert words in str(error.value)
-
-
-def test_batches_of_nothing_and_masks_of_other_models_are_refused(llama, batch, open_model):
-    for target, protect in (([], []), ([batch], [[]])):
-        with pytest.raises(ValueError, match="no batches"):
-            find_circuit(llama, target, protect, size=0.1)
-    other = top_fraction(magnitude_scores(open_model("GPT2")), 0.1)
-    with pytest.raises(ValueError, match="exclude"):
-        find_circuit(llama, TARGET, exclude=other, size=SIZE)
+        find_circuit(llama, TARGET, **{"protect": [SPARED], "size": 0.1, **options})
+    assert word in str(error.value)
 
 
 # The set difference
 
 
-@pytest.mark.parametrize("within", ["weight", "model"])
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("signed", "within"), [(True, "weight"), (False, "model")])
 def test_the_published_search_is_a_difference_of_two_choices(llama, signed, within):
     spared = [SPARED, ALSO_SPARED]
     mask = set_difference(llama, TARGET, spared, q=0.2, p=0.1, signed=signed, within=within)
