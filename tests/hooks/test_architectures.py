@@ -15,7 +15,6 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, COARSE, opener, random_batch
 from support.markdown import markdown_table
-from torch import nn
 
 from harmcircuits.hooks.attribution import wanda_scores
 from harmcircuits.hooks.weights import weight_sites
@@ -48,9 +47,11 @@ Each with a ValueError that says what and why, and what to do:
 
 
 def _quantised(open_: Callable) -> Any:
+    """GPTQ and AWQ keep integers in buffers and have no weight parameter at all."""
     bridge = open_("Llama")
-    layer = bridge.blocks[1].attn.o.original_component
-    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    layer = bridge.blocks[1].mlp.out.original_component
+    del layer.weight
+    layer.register_buffer("qweight", torch.zeros(3, 40, dtype=torch.int32))
     return weight_sites(bridge)
 
 

@@ -14,7 +14,7 @@ from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.weights import named_weights, weights_digest
+from harmcircuits.hooks.weights import weights_digest
 
 
 def parts(model) -> list[str]:
@@ -52,12 +52,3 @@ def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
         assert torch.equal(completion_loss(split, batch), completion_loss(whole, batch))
         assert weights_digest(split) == weights_digest(whole) != digest
     assert weights_digest(split) == digest
-
-
-def test_weights_on_disk_are_refused_by_name(llama, tmp_path):
-    where = dict.fromkeys(parts(llama.original_model), "cpu") | {"model.layers.1": "disk"}
-    offloaded = TransformerBridge.boot_transformers(
-        llama.cfg.model_name, dtype=torch.float32, device_map=where, offload_folder=str(tmp_path)
-    )
-    with pytest.raises(ValueError, match=r"blocks\.1\..* is not in memory"):
-        named_weights(offloaded)

@@ -109,18 +109,6 @@ def test_held_weights_are_zero_at_every_step(open_model, name, lora):
     assert_bits_equal(bridge, before)
 
 
-@MODES
-def test_released_weights_start_at_zero_and_learn(llama, lora):
-    mask = a_mask(llama)
-    before = snapshot(llama)
-    with masked(llama, mask), fine_tuning(llama, BATCHES, lr=1e-2, lora=lora) as run:
-        assert_removed(llama, mask)
-        run.until(3)
-        for name, weight in named_weights(llama).items():
-            assert (weight[mask.dense(name)] != 0).any()
-    assert_bits_equal(llama, before)
-
-
 class Merged(torch.nn.Module):
     """M * (W_0 + s up down), as a parametrisation of W."""
 

@@ -13,9 +13,7 @@ from helpers import random_batch
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under, perplexity
-from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.measurements import student_widening
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import ALLOWED, requests
 from harmcircuits.prompts import prompt_ids
@@ -46,16 +44,6 @@ def test_completion_nll_is_the_loss_of_transformers(llama):
     torch.testing.assert_close(nll, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_completion_nll_under_a_mask_is_that_inside_masked(llama):
-    mask = top_fraction(random_scores(llama), 0.3)
-    before = completion_nll(llama, BATCHES)
-    with masked(llama, mask):
-        inside = completion_nll(llama, BATCHES)
-    assert torch.equal(completion_nll(llama, BATCHES, mask=mask), inside)
-    assert not torch.allclose(inside, before)
-    assert torch.equal(completion_nll(llama, BATCHES), before)
-
-
 def test_perplexity_is_that_of_all_tokens(llama):
     batch = random_batch(3, 9)
     row = perplexity(llama, [batch], {"model": "x"})
@@ -65,12 +53,8 @@ def test_perplexity_is_that_of_all_tokens(llama):
     nll = []
     for values, is_target in zip(of_token, batch.is_target[:, 1:], strict=True):
         nll.append(-values[is_target].mean().item())
-
-    # Of 27 resamples one is the smallest value three times: 3.7 %, so the quantile at 2.5 % is it.
-    mean, widening = sum(nll) / 3, student_widening(3)
-    low, high = mean - widening * (mean - min(nll)), mean + widening * (max(nll) - mean)
-    expected = (math.exp(mean), math.exp(low), math.exp(high))
-    assert (row.mean, row.low, row.high) == pytest.approx(expected, rel=1e-5)
+    assert row.mean == pytest.approx(math.exp(sum(nll) / 3), rel=1e-5)
+    assert row.low < row.mean < row.high
     assert (row.metric, row.labels, row.n) == ("perplexity", {"model": "x"}, 3)
 
 

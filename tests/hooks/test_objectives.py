@@ -7,12 +7,13 @@ example is meant, losses computed in half precision.
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_error, token_losses
+from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_error
 from harmcircuits.prompts import Batch
 
 LOG2 = math.log(2)
@@ -93,19 +94,6 @@ def test_a_batch_is_its_examples_and_a_model_may_leave_logits_out():
     assert torch.equal(completion_loss(SparingModel(), BATCH), whole)
 
 
-def test_only_targets_count():
-    """Changing prompt tokens that the chain does not look at, or the padding, changes nothing."""
-    before = completion_loss(MarkovModel(), BATCH)
-    other = BATCH.tokens.clone()
-    other[0, 0], other[0, 4], other[1, 0], other[1, 3:] = 3, 2, 2, torch.tensor([0, 2])
-    assert torch.equal(completion_loss(MarkovModel(), Batch(other, BATCH.is_target)), before)
-    other[0, 1] = 0
-    after = completion_loss(MarkovModel(), Batch(other, BATCH.is_target))
-    assert after[0].item() == pytest.approx((3 + 2) / 2 * LOG2, rel=1e-6), (
-        "the token before the first target does count"
-    )
-
-
 def test_every_example_weighs_the_same():
     """d(sum of losses)/d logits = (softmax - one-hot) / T_x just before each target.
 
@@ -120,12 +108,6 @@ def test_every_example_weighs_the_same():
             expected[row, position - 1, BATCH.tokens[row, position]] -= 1
             expected[row, position - 1] /= BATCH.is_target[row].sum()
     torch.testing.assert_close(gradient, expected)
-
-
-def test_token_losses_start_at_the_second_token():
-    losses = token_losses(MarkovModel(), BATCH)
-    expected = torch.tensor([[2, 2, 2, 3], [1, 3, 3, 1], [1, 1, 1, 1]]) * LOG2
-    torch.testing.assert_close(losses, expected)
 
 
 def test_half_precision_logits_give_float32_losses():
@@ -145,28 +127,18 @@ class TinyTokenizer:
         return {"yes": [1], "sure": [2, 0], "no": [3]}.get(word, [])
 
 
-def margins_of(
-    tokens: list[list[int]], is_target: list[list[int]], yes=("yes", "sure"), no=("no",)
-) -> torch.Tensor:
-    model = MarkovModel()
-    model.tokenizer = TinyTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    return choice_margin(yes, no)(model, batch_of(tokens, is_target))  # pyright: ignore[reportArgumentType]
-
-
 def test_the_margin_is_the_log_ratio_of_right_to_wrong_words():
-    """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8.
-
-    Right is the side of the first target; padding and later targets are ignored.
-    """
-    margins = margins_of(
+    """After token 1: P(1) + P(2) = 3/4, P(3) = 1/8. Padding and later targets are ignored."""
+    model: Any = MarkovModel()
+    model.tokenizer = TinyTokenizer()
+    margin = choice_margin(["yes", "sure"], ["no"])
+    batch = batch_of(
         [[0, 1, 2, 0], [0, 0, 1, 3], [1, 2, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]]
     )
     expected = [-math.log(6), math.log(6), -math.log(6)]
-    torch.testing.assert_close(margins, torch.tensor(expected))
+    torch.testing.assert_close(margin(model, batch), torch.tensor(expected))
 
-
-def test_the_margin_refuses_answers_that_are_neither():
     with pytest.raises(ValueError, match="rows 0"):
-        margins_of([[0, 1, 0]], [[0, 0, 1]])
+        margin(model, batch_of([[0, 1, 0]], [[0, 0, 1]]))
     with pytest.raises(ValueError, match="share a first token"):
-        margins_of([[0, 1]], [[0, 1]], yes=("yes",), no=("yes", "no"))
+        choice_margin(["yes"], ["yes", "no"])(model, batch)

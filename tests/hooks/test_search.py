@@ -226,17 +226,6 @@ def test_unprotected_a_step_takes_the_weights_with_the_largest_effect(llama):
         assert predicted == pytest.approx(scores.sum_over(mask), rel=1e-5)
 
 
-def test_a_removed_weight_goes_on_earning_and_may_come_back(llama):
-    """Two steps: the second chooses from sums in which the first one's weights still count."""
-    first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
-    with masked(llama, first):
-        live = removal_effect(llama, TARGET)
-    both = find_circuit(llama, TARGET, size=SIZE, steps=[SIZE / 2, SIZE])
-    for name, index in first.removed.items():
-        assert (live.values[name].flatten()[index] == 0).all()
-    assert 0 < len(first - both) < len(first)
-
-
 def test_no_mask_exceeds_its_size_or_its_budget(llama):
     sizes = [0.02, 0.2]
     masks = find_circuit(llama, TARGET, {"a": SPARED}, size=sizes, budget=0.02, steps=2)
@@ -400,29 +389,7 @@ def test_a_second_circuit_is_found_beside_the_first(llama):
         assert torch.equal(third.dense(name), rest.dense(name) & (scores.values[name] > 0))
 
 
-def test_a_mixture_of_experts_is_searched(open_model):
-    bridge = open_model("Mixtral")
-    mask = find_circuit(bridge, TARGET, [SPARED], size=0.05, steps=2)
-    before = completion_nll(bridge, TARGET).mean()
-    assert completion_nll(bridge, TARGET, mask=mask).mean() > before
-
-
 # What a mask says, and what a folder keeps
-
-
-@pytest.mark.parametrize(
-    ("size", "steps", "shares"),
-    [
-        ([0.02, 0.1], 2, [0.05, 0.1]),
-        ([0.4], 2, [0.5, 1.0]),
-        ([0.02], 1, [0.02]),
-    ],
-)
-def test_the_walk_reaches_beyond_the_size_that_is_wanted(llama, size, steps, shares):
-    """To four times the smallest, and at least to the largest; a single step does not."""
-    mask = find_circuit(llama, TARGET, size=size, steps=steps)[0]
-    of_walk = mask.trace.where("target_loss", aim="walk")
-    assert [row.labels["share"] for row in of_walk] == pytest.approx(shares)
 
 
 def test_a_mask_says_how_it_was_found_and_keeps_it(llama, tmp_path):

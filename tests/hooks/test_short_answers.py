@@ -9,12 +9,12 @@ import torch
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import NotShownError
-from harmcircuits.behaviours.generation import Sampling, generate
+from harmcircuits.behaviours.generation import generate
 from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.attribution import snip_scores, token_price, wanda_scores
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.losses import completion_nll, kl_under
-from harmcircuits.hooks.objectives import choice_margin, completion_loss
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.prompts import Answer, Example, PromptSet, tokenize
@@ -42,32 +42,18 @@ def test_an_answer_of_one_token_is_scored_by_its_probability(bridge):
 
 
 def test_everything_that_scores_takes_answers_of_one_token(bridge):
-    """One example by itself too: the mean of one, whose interval is that value."""
-    texts = tokenize(ONE_TOKEN, bridge.tokenizer)
-    for batches in (texts, tokenize(ONE_TOKEN[:1], bridge.tokenizer)):
-        for scores in (snip_scores, token_price, wanda_scores):
-            assert any(value.any() for value in scores(bridge, batches).values.values())
-        mask = find_circuit(bridge, batches, protect=[batches], size=0.01, steps=1, budget=9)
-        assert mask.n_removed > 0
-        assert kl_under(bridge, mask, batches).min() > 0
-        rows = activation_patching(bridge, mask, batches[0], parts=["mlp"], positions=[])
-        for row in rows.where("reference_nll"):
-            assert row.n == len(batches[0])
-            assert row.low <= row.mean <= row.high
-        with fine_tuning(bridge, batches, lr=1e-3) as run:
-            run.until(1)
-        assert run.losses[0] == pytest.approx(completion_nll(bridge, batches).mean().item())
-
-
-def test_a_margin_is_read_before_the_only_token(bridge):
-    margin = choice_margin(["sure"], ["no"])
-    (batch,) = tokenize(ONE_TOKEN, bridge.tokenizer)
-    odds = []
-    for request, right in ONE_TOKEN:
-        wrong = "no" if right == "sure" else "sure"
-        right, wrong = (log_probability(bridge, request, word) for word in (right, wrong))
-        odds.append(wrong - right)
-    torch.testing.assert_close(margin(bridge, batch), torch.stack(odds))
+    """One example by itself: the mean of one, whose interval is that value."""
+    batches = tokenize(ONE_TOKEN[:1], bridge.tokenizer)
+    for scores in (snip_scores, token_price, wanda_scores):
+        assert any(value.any() for value in scores(bridge, batches).values.values())
+    mask = find_circuit(bridge, batches, protect=[batches], size=0.01, steps=1, budget=9)
+    assert mask.n_removed > 0
+    assert kl_under(bridge, mask, batches).min() > 0
+    rows = activation_patching(bridge, mask, batches[0], parts=["mlp"], positions=[])
+    assert all(row.low == row.mean == row.high for row in rows.where("reference_nll"))
+    with fine_tuning(bridge, batches, lr=1e-3) as run:
+        run.until(1)
+    assert run.losses[0] == pytest.approx(completion_nll(bridge, batches).mean().item())
 
 
 def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_answer(bridge):
@@ -88,21 +74,17 @@ def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_an
 
 @pytest.mark.parametrize("prefill", ["sure", ""])
 def test_an_answer_of_nothing_beyond_its_beginning_is_not_scored(bridge, monkeypatch, prefill):
-    def model_that_says(*answers: str) -> Model:
-        """A model with these samples of every answer, all of which its judge takes for shown."""
-        samples = []
-        for text in answers:
-            tokens = bridge.tokenizer.encode(text, add_special_tokens=False)
-            samples.append(Answer(text, tuple(tokens)))
+    def model_that_says(text: str) -> Model:
+        """A model that answers all by this, which its judge takes for shown."""
+        answer = Answer(text, tuple(bridge.tokenizer.encode(text, add_special_tokens=False)))
 
-        def generated(_bridge, prompts, *, sampling=None, **_options):
-            return samples[: sampling.samples if sampling else 1] * len(prompts)
+        def generated(_bridge, prompts, **_options):
+            return [answer] * len(prompts)
 
         monkeypatch.setattr("harmcircuits.behaviours.model.generate", generated)
         prompts = PromptSet((Example("use it"), Example("clean it")))
         behaviour = Behaviour("asked", lambda _split: prompts, wanted="yes", prefill=prefill)
-        sampling = Sampling(len(answers)) if len(answers) > 1 else None
-        return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes", sampling=sampling)
+        return Model("m", bridge, {"asked": behaviour}, lambda *_: "yes")
 
     word = f"{prefill} yes".strip()
     data = model_that_says(word).calibration("asked")
@@ -112,8 +94,3 @@ def test_an_answer_of_nothing_beyond_its_beginning_is_not_scored(bridge, monkeyp
     with pytest.raises(NotShownError, match="2 calibration requests"):
         silent.calibration("asked")
     assert silent.measure().metrics == ["asked_rate"], "a rate, and no loss of nothing"
-    completions = [
-        example.completion
-        for example in model_that_says(prefill, word).calibration("asked").prompts
-    ]
-    assert completions == [word] * 2, "the next sample counts"

@@ -1,19 +1,15 @@
-"""Names, kinds and units of the weights, refusals of blocks that would be covered in part, and which
-model and weights a mask was made on.
+"""Units of the weights, and which model and weights a mask was made on.
 
-Would catch: a router taken for a dense gate, units read off the wrong axis, quantised or unnamed
-matrices left out, masks of earlier versions that are no longer known to be of their model, a merged
-fine-tune that passes for its base.
+Would catch: units read off the wrong axis, masks of earlier versions that are no longer known to be
+of their model, a merged fine-tune that passes for its base. Refusals: `test_architectures.py`.
 """
 
 import warnings
 
 import pytest
 import torch
-from torch import nn
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import magnitude_scores, random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import (
@@ -47,72 +43,14 @@ def test_units_are_the_heads_and_neurons_that_a_weight_touches(open_model, name)
         assert site.unit_axis == (site.input_axis if reads_units else 1 - site.input_axis)
 
 
-def test_experts_and_router_by_hand(open_model):
-    sites = weight_sites(open_model("Mixtral"))
-    router = sites["blocks.1.mlp.gate.weight"]
-    up = sites["blocks.1.mlp.experts.gate_up_proj"]
-    down = sites["blocks.1.mlp.experts.down_proj"]
-    assert list(sites.values())[-3:] == [router, up, down]
-    assert router.kind == "mlp.router"
-    assert router.parameter.shape == (3, 24)
-    assert up.parameter.shape == (3, 80, 24)
-    assert down.parameter.shape == (3, 24, 40)
-    for site in (router, up, down):
-        assert not site.is_hooked
-        unit = site.units(torch.arange(site.parameter.numel())).view(3, -1)
-        assert torch.equal(unit, torch.arange(3)[:, None].expand_as(unit))
-
-
-# Refusals
-
-
-def quantised(bridge, dtype=torch.int8) -> None:
-    layer = bridge.blocks[1].attn.o.original_component
-    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
-
-
-def packed(bridge) -> None:
-    """GPTQ and AWQ keep integers in buffers and have no weight parameter at all."""
-    layer = bridge.blocks[1].mlp.out.original_component
-    del layer.weight
-    layer.register_buffer("qweight", torch.zeros(3, 40, dtype=torch.int32))
-
-
-def odd(bridge) -> None:
-    bridge.blocks[1].register_parameter("extra", nn.Parameter(torch.zeros(3, 4)))
-
-
-REFUSALS = [
-    ("Llama", quantised, ["blocks.1.attn.o.weight", "int8", "load the model in float32"]),
-    ("GPT2", quantised, ["blocks.1.attn.o.weight", "quantised"]),
-    ("Llama", packed, ["blocks.1.", "qweight (3, 40)", "int32", "quantised"]),
-    ("Llama", odd, ["blocks.1.extra (3, 4)", "attn.q, ", "not supported"]),
-    (
-        "Llama",
-        lambda bridge: bridge.enable_compatibility_mode(),
-        ["enable_compatibility_mode", "fresh"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "words"), REFUSALS)
-def test_what_scores_and_masks_would_leave_out_is_refused_by_name(open_model, name, change, words):
-    bridge = open_model(name)
-    weight_sites(bridge)
-    change(bridge)
-    with pytest.raises(ValueError) as error:
-        weight_sites(bridge)
-    for word in words:
-        assert word in str(error.value)
-
-
 # Which model, and which weights of it
 
 
 def test_the_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_model, llama):
     fingerprint = model_fingerprint(llama)
+    mask = top_fraction(random_scores(llama), 0.2)
     sibling = open_model("Llama", seed=5)
-    with masked(llama, top_fraction(random_scores(llama), 0.2)):
+    with masked(llama, mask):
         assert model_fingerprint(llama) == fingerprint
     assert model_fingerprint(open_model("Llama", dtype=torch.bfloat16)) == fingerprint
     assert model_fingerprint(sibling) != fingerprint
@@ -157,35 +95,21 @@ def test_the_digest_sees_order_sign_and_every_bit(llama, change):
 
 
 def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path):
-    """Twins: the same weights, the same in another dtype, a mask made here, or one that is meant."""
+    """Twins: the same weights, also in another dtype."""
     bridge, path = open_model("Llama"), tmp_path / "m.safetensors"
-    mask = top_fraction(magnitude_scores(bridge), 0.01) & top_fraction(random_scores(bridge), 0.5)
+    mask = top_fraction(magnitude_scores(bridge), 0.01)
     mask.save(path)
-    made_on = source_on(bridge, "test").weights
-    assert mask.source.all_weights == {made_on}
-
+    loaded = WeightMask.load(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for other in (bridge, open_model("Llama", dtype=torch.bfloat16)):
-            with masked(other, WeightMask.load(path)):
+            with masked(other, loaded):
                 pass
 
     tuned = open_model("Llama")  # as a fine-tune that was merged: fingerprint of its base
     named_weights(tuned)[NAME].data[3, 5] *= 2
-    loaded = WeightMask.load(path)
     with pytest.warns(UserWarning) as warned, masked(tuned, loaded):
         pass
-    for word in ("m.safetensors", made_on, source_on(tuned, "test").weights, "same_model=False"):
+    digests = (source_on(each, "test").weights for each in (bridge, tuned))
+    for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with masked(tuned, loaded), masked(tuned, mask, same_model=False):
-            pass  # said once for a model and a file
-
-
-def test_sources_of_earlier_versions_have_no_digest():
-    source = Source("model", "test")
-    assert "weights" not in source.to_json()
-    assert Source.from_json(source.to_json()).all_weights == set()
-    parents = (Source("model", "a", weights="1"), Source("model", "b", weights="2"))
-    assert Source.from_json(Source("model", "c", {}, parents).to_json()).all_weights == {"1", "2"}
