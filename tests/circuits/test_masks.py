@@ -4,8 +4,6 @@ Would catch: thresholds that take more or fewer weights where scores tie, a scop
 matrices, a control that does not match its mask, a file that loses the source or the order.
 """
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from harmcircuits.circuits.masks import (
-    FORMAT,
     FRAME_COLUMNS,
     WeightMask,
     random_like,
@@ -87,39 +84,15 @@ def test_stacked_experts_are_ranked_by_rows_of_their_last_axis():
     assert masks[1].dense("w0").sum(dim=2).tolist() == [[2, 2, 2], [2, 2, 2]]
 
 
-def test_excluded_weights_are_never_chosen_and_the_count_stays():
-    scores = scores_of([[5.0, 4, 3, 2, 1, 0, 0, 0, 0, 0]])
-    first = top_fraction(scores, 0.2)
-    for within in ("weight", "row"):
-        mask = top_fraction(scores, 0.2, within=within, exclude=first)
-        assert lists(mask) == {"w0": [2, 3]}
-
-
-def test_published_difference_is_a_smaller_choice_among_the_unprotected():
-    """Top q minus top p is a choice of as many weights with the protected ones excluded."""
-    generator = torch.Generator().manual_seed(0)
-    harm = WeightScores({"a": torch.randn(20, 30, generator=generator)}, SOURCE)
-    keep = WeightScores({"a": torch.rand(20, 30, generator=generator)}, SOURCE)
-    protected = top_fraction(keep, 0.3, within="model")
-    published = top_fraction(harm, 0.1, within="model") - protected
-    ours = top_fraction(harm, published.n_removed / 600, within="model", exclude=protected)
-    assert 0 < published.n_removed < 60
-    assert ours == published
-
-
 SCORES = scores_of([[5.0, 4, 3, 2, 1]])
 FIRST = top_fraction(SCORES, 0.2)
 REFUSALS = [
-    (lambda: top_fraction(SCORES, -0.1), "-0.1"),
     (lambda: top_fraction(SCORES, 1.1), "[0, 1]"),
-    (lambda: top_fraction(SCORES, float("nan")), "nan"),
     (lambda: top_fraction(SCORES, 0.5, within="layer"), "'layer'"),
     (lambda: top_fraction(SCORES, 0.9, exclude=FIRST), "leaves fewer"),
     (lambda: top_fraction(SCORES, 0.9, within="row", exclude=FIRST), "leaves fewer"),
     (lambda: top_fraction(SCORES, 0.2, exclude=mask_of(a=[0])), "other weights"),
-    (lambda: mask_of(a=[3, 2]), "increase strictly"),
     (lambda: mask_of(a=[3, 3]), "increase strictly"),
-    (lambda: mask_of(a=[-1]), "increase strictly"),
     (lambda: mask_of(a=[12]), "[0, 12)"),
     (lambda: mask_of(c=[0]), "c is not among the shapes"),
     (lambda: mask_of(a=[1]) | WeightMask({}, SHAPES, Source("other", "test")), "other"),
@@ -155,22 +128,14 @@ def test_algebra_is_that_of_sets(first_indices, second_indices):
             assert lists(combined).get(name, []) == sorted(expected)
     assert union([first, second]) == first | second
 
+    assert len(first) == sum(map(len, first_indices.values()))
+    assert first.counts == {name: len(index) for name, index in first_indices.items()}
+    assert first.fraction == len(first) / 22
     others = ~first
     for name in SHAPES:
         assert torch.equal(others.dense(name), ~first.dense(name))
     assert others.source.parents == (first.source,)
     assert ~others == first
-
-
-def test_a_mask_counts_itself():
-    mask, empty = mask_of(a=[0, 5], b=[3]), mask_of()
-    assert len(mask) == mask.n_removed == 3
-    assert mask.n_weights == 22
-    assert mask.fraction == 3 / 22
-    assert mask.counts == {"a": 2, "b": 1}
-    assert repr(mask) == "WeightMask(test, 3 of 22 weights, 14%)"
-    assert len(empty) == empty.fraction == 0
-    assert empty.counts == {"a": 0, "b": 0}, "zeros included"
 
 
 def test_masks_are_equal_when_they_are_the_same_weights_of_the_same_model():
@@ -181,8 +146,6 @@ def test_masks_are_equal_when_they_are_the_same_weights_of_the_same_model():
         assert mask.digest != mask_of(**other).digest
         assert mask != mask_of(**other)
     assert len({mask, mask | mask, mask_of(a=[0, 5])}) == 2, "sets hold each once"
-    assert mask != mask.removed, "not a mask"
-
     removed = dict(mask.removed)
     assert mask != WeightMask(removed, SHAPES, Source("other", "test"))
     assert mask != WeightMask(removed, {**SHAPES, "c": (1, 1)}, SOURCE)
@@ -212,7 +175,7 @@ def test_random_like_matches_counts_and_magnitudes():
     assert of_plain < 0.6 * of_circuit
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
+@pytest.mark.parametrize("name", ["GPT2", "Mixtral"])
 def test_a_frame_names_the_place_and_the_value_of_every_removed_weight(open_model, name):
     """Rows and columns are those of the stored matrix; units as `Site.units` counts them."""
     sites = weight_sites(open_model(name))
@@ -239,11 +202,15 @@ def test_a_frame_names_the_place_and_the_value_of_every_removed_weight(open_mode
 
 
 def test_file_round_trip_and_masks_of_version_0_1_0(tmp_path):
+    path = tmp_path / "mask.safetensors"
     for mask in (mask_of(a=[0, 5, 11]), mask_of()):
-        mask.save(tmp_path / "mask.safetensors")
-        loaded = WeightMask.load(tmp_path / "mask.safetensors")
+        mask.save(path)
+        loaded = WeightMask.load(path)
         assert loaded == mask
         assert loaded.source == mask.source
+    save_file({"a": torch.tensor([0])}, path)
+    with pytest.raises(ValueError, match="no mask of harmcircuits"):
+        WeightMask.load(path)
     assert WeightMask.load(FOLDER / "planted" / "circuit.safetensors").n_removed == 98_304
 
 
@@ -257,21 +224,3 @@ def test_a_mask_from_a_file_draws_the_same_random_masks(tmp_path):
     assert list(loaded.removed) == list(shapes)
     for options in ({}, {"weights": weights}):
         assert random_like(loaded, seed=3, **options) == random_like(mask, seed=3, **options)
-
-
-def test_files_that_hold_no_mask_are_refused_by_their_name(tmp_path):
-    path = tmp_path / "m.safetensors"
-    described = {"format": FORMAT, "shapes": json.dumps(SHAPES), "source": SOURCE.to_json()}
-    faults = [
-        ({"a": [0]}, {}, "no mask of harmcircuits"),
-        ({"a": [0, 12]}, described, "[0, 12)"),
-        ({"c": [0]}, described, "c is not among the shapes"),
-        ({"a": [0]}, described | {"source": "{}"}, "no source"),
-    ]
-    for removed, metadata, word in faults:
-        tensors = {name: torch.tensor(index) for name, index in removed.items()}
-        save_file(tensors, path, metadata=metadata)
-        with pytest.raises(ValueError) as error:
-            WeightMask.load(path)
-        assert "m.safetensors" in str(error.value)
-        assert word in str(error.value)

@@ -106,10 +106,6 @@ def test_ties_do_not_fill_the_memory(monkeypatch):
     assert max(held) <= 2 * 500_007
 
     held.clear()
-    assert largest(zeros, 3, {}, chunk=1000)["a"].tolist() == [0, 1, 2]
-    assert max(held) <= 6
-
-    held.clear()
     growing = torch.linspace(1, 1.005, 100_000)  # one bin, and each better than all before
     expected = growing.sort(stable=True, descending=True).indices[:5].sort().values
     assert torch.equal(largest({"a": growing}, 5, {}, chunk=100)["a"], expected)
