@@ -1,20 +1,15 @@
-# %% [markdown]
-# # What do scores cost?
-# All in one run, on one model with random weights and the same examples:
-#
-# - **plain**: forward and backward with `param.grad` on the scored matrices, nothing per example.
-# - **removal effect**, **SNIP**: the library's scores; **bounded**: the removal effect with a
-#   quarter of the accumulators at a time.
-# - **one by one**: a pass for each example, absolute values of `param.grad` added in float32.
-# - **layer by layer**: the scheme of the published code, written from its description: for each
-#   layer, a pass for each example with gradients for that layer only, added in bfloat16. Timed on a
-#   few examples and multiplied, its cost being linear in them.
-#
-# Beside them selection, a mask put on and taken off, and the answers to six sets of requests, set
-# by set and together. Contenders take turns and a ratio is that of one turn, so that a busy machine
-# disturbs all alike; figures are medians over turns with the whole range.
+"""What scores cost, on one model with random weights and the same examples.
 
-# %%
+- plain: forward and backward with `param.grad` on the scored matrices, nothing per example.
+- removal effect, SNIP: the library's scores; bounded: with a quarter of the accumulators at a time.
+- one by one: a pass for each example, absolute values of `param.grad` added in float32.
+- layer by layer: the scheme of the published code, written from its description: for each layer, a
+  pass for each example, added in bfloat16. Timed on a few examples and multiplied.
+
+Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike;
+figures are medians over turns with the whole range.
+"""
+
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +72,6 @@ SHAPES = {
 }
 
 
-# %%
 def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> TransformerBridge:
     """A model of this shape with random weights; only its configuration reaches the disk."""
     torch.manual_seed(0)
@@ -102,7 +96,6 @@ def random_batches(shape: Shape) -> list[Batch]:
     return [Batch(*pair) for pair in pairs]
 
 
-# %% The contenders
 def plain(bridge: Any, batches: Sequence[Batch], names: Sequence[str] = ()) -> Gradients:
     """Gradients of the summed loss in `param.grad`, of the named matrices or all."""
     weights = hc.named_weights(bridge)
@@ -146,7 +139,6 @@ def layer_by_layer(bridge: Any, batches: Sequence[Batch]) -> Gradients:
     return total
 
 
-# %% Time
 def seconds(run: Callable[[], Any], device: str) -> float:
     """Wall time of one call, with whatever it started on the device."""
     start = perf_counter()
@@ -179,7 +171,6 @@ def compared(
     return rows
 
 
-# %%
 def benchmark(bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int) -> Rows:
     """Scores, selection, masks and answers of one model."""
     device, batches = str(labels["device"]), random_batches(size)

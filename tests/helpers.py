@@ -155,14 +155,7 @@ class StubBridge(Bridge):
 
 
 def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any) -> None:
-    """Write a random model whose weights are large enough for gradients to matter.
-
-    Args:
-        name: one of `ARCHITECTURES` or `UNSUPPORTED`.
-        folder: where its files go, with the organisms' tokenizer.
-        seed: draws the weights.
-        changes: of its configuration.
-    """
+    """Write a random model whose weights are large enough for gradients to matter."""
     config_class, arguments = (ARCHITECTURES | UNSUPPORTED)[name]
     config = getattr(transformers, config_class)(**{**arguments, **TOKENS, **changes})
     torch.manual_seed(seed)
@@ -176,12 +169,7 @@ def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any)
 
 
 def write_byte_model(folder: str | Path, *, chat_template: str = "") -> None:
-    """Write a random Llama of one block that reads any text, a byte a token.
-
-    Args:
-        folder: where its files go.
-        chat_template: of its tokenizer; none by default.
-    """
+    """Write a random Llama of one block that reads any text, a byte a token."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -252,14 +240,10 @@ def small_model(name: str, *, every: int = 0, only: Sequence[str] = ()) -> Model
 
 
 def asked_few(model: Model, *, first: int = 24, every: int = 0) -> Model:
-    """The model with few requests of every behaviour, parts included.
+    """The model with few requests of every behaviour: the first, or every so-many-th of each split.
 
-    Args:
-        model: the model.
-        first: so many from the start of each split: of an organism six items, or twelve matched
-            pairs.
-        every: every so-many-th of the whole split instead: of an organism 32 leaves one item of
-            each topic, with one request.
+    Of an organism the first 24 are six items or twelve matched pairs; every 32nd leaves one item of
+    each topic, with one request.
     """
     where = slice(None, None, every) if every else slice(first)
     few = []

@@ -67,11 +67,11 @@ def test_an_overlap_is_what_sets_and_enumeration_say(first_indices, second_indic
 
 
 def test_the_stricter_null_is_the_mean_over_all_masks_of_the_same_rows_and_columns():
-    """To three standard errors of 2,000 samples; twin: chance in each matrix says another figure."""
+    """To three standard errors of 600 samples; twin: chance in each matrix says another figure."""
     first = mask_of({"a": [0, 1, 5, 6, 8, 9], "b": [0, 5, 6]}, SMALL)
     second = mask_of({"a": [0, 1, 4, 9], "b": [0, 1, 5, 7]}, SMALL)
     expected = oracle.shared_by_rows_and_columns(first, second)
-    null = marginal_null(first, second, n_samples=2000)
+    null = marginal_null(first, second, n_samples=600)
     error = null.std() / np.sqrt(len(null))
     assert abs(null.mean() - expected) < 3 * error
     assert abs(oracle.shared_by_chance(first, second) - expected) > 3 * error
@@ -83,7 +83,7 @@ def test_trades_draw_uniformly():
     mask = mask_of({"w": start.flatten().nonzero().flatten().tolist()}, {"w": (3, 4)})
     chain = _Chain(mask, np.random.default_rng(0))
     seen = Counter()
-    for _ in range(3000):
+    for _ in range(2000):
         chain.trade(3)
         seen[tuple(np.sort(chain.cells).tolist())] += 1
     assert len(seen) == len(oracle.all_like(start))
@@ -105,10 +105,6 @@ def test_resamples_make_the_interval():
     half = 2.262157 * np.std(lifts, ddof=1)  # Student's quantile for 9 degrees of freedom
     assert shared.interval == pytest.approx((shared.lift - half, shared.lift + half))
 
-    without = overlap(mask, other).interval
-    assert shared.interval != without
-    assert overlap(mask, other, resamples=resamples[:1]).interval == without, "one has no spread"
-
 
 def test_places_add_up(llama):
     sites = weight_sites(llama)
@@ -121,9 +117,6 @@ def test_places_add_up(llama):
         assert sum(part.n_expected for part in places.values()) == pytest.approx(whole.n_expected)
     heads, neurons = (overlap_by(first, second, sites, by) for by in ("head", "neuron"))
     assert sum(part.n_shared for part in (*heads.values(), *neurons.values())) == whole.n_shared
-    places = overlap_by(first, second, sites, "matrix")
-    of_sites = {(site.layer, site.kind) for site in sites.values()}
-    assert {(place.layer, place.part) for place in places} == of_sites
 
 
 def test_what_cannot_be_compared_is_refused():

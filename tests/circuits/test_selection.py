@@ -5,7 +5,6 @@ that crosses a chunk or a tensor and is counted twice, an excluded weight that i
 selection that holds the dense scores.
 """
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,23 +70,6 @@ def test_rows_do_not_depend_on_the_chunk(chunk):
         barred = excluded[torch.isin(excluded, inside)] - 7 * row
         expected = by_sorting({"w": value[row]}, 3, {"w": barred})["w"]
         assert (chosen[torch.isin(chosen, inside)] - 7 * row).tolist() == expected
-
-
-def test_large_random_scores_against_numpy():
-    """A million normal numbers of three scales, chosen across tensors.
-
-    The threshold lies inside a bin of the histogram.
-    """
-    generator = torch.Generator().manual_seed(0)
-    scores = {}
-    for name, scale in (("a", 1), ("b", 0.5), ("c", 2)):
-        scores[name] = scale * torch.randn(1000, 333, generator=generator)
-    chosen = largest(scores, 12345, {})
-    everything = np.concatenate([value.flatten().numpy() for value in scores.values()])
-    expected = np.sort(np.argsort(-everything, kind="stable")[:12345])
-    starts = {"a": 0, "b": 333_000, "c": 666_000}
-    actual = [index.numpy() + starts[name] for name, index in chosen.items()]
-    assert np.array_equal(np.concatenate(actual), expected)
 
 
 def test_ties_do_not_fill_the_memory(monkeypatch):

@@ -13,7 +13,6 @@ import torch
 from helpers import random_batch
 from torch import Tensor
 
-from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
@@ -334,24 +333,6 @@ def test_what_is_preferred_earns_with_the_target_and_what_is_avoided_costs(llama
 
 
 # Where to choose, and what whole
-
-
-@pytest.mark.parametrize("unit", ["neuron", "head", "row"])
-def test_a_circuit_of_units_is_whole_and_within_its_size(llama, unit):
-    options = {"size": [0.05, 0.2], "steps": 2, "unit": unit, "budget": 0.5}
-    masks = find_circuit(llama, TARGET, [SPARED], **options)
-    sites = weight_sites(llama)
-    for mask, size in zip(masks, options["size"], strict=True):
-        assert 0 < len(mask) <= round(size * mask.n_weights)
-        assert mask.shapes.keys() == sites.keys()
-        assert mask.source.settings["unit"] == unit
-        if unit == "row":
-            for name in mask.shapes:
-                assert (mask.dense(name).all(dim=1) == mask.dense(name).any(dim=1)).all()
-            continue
-        counts = counts_by(mask, sites, unit).values()
-        assert all(count.n_removed in (0, count.n_weights) for count in counts)
-        assert sum(count.n_removed for count in counts) == len(mask), "and nothing else"
 
 
 @pytest.mark.parametrize(
