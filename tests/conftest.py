@@ -9,6 +9,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jaxtyping
+import typechecker  # noqa: F401  # first: what it imports is not checked by it
 
 # Not the organisms: their world is asked a hundred thousand times, and has no shapes.
 ROOMS = ("circuits", "hooks", "behaviours", "views", "studies", "prompts", "measurements", "export")

@@ -1,0 +1,464 @@
+"""The rules of the analyses judge made-up rows, in both directions.
+
+Would catch: an outcome that cannot come out otherwise, that ignores a control or an interval, or that
+one model or seed decides for all.
+"""
+
+import attacks
+import by_loss
+import compact
+import compressed
+import dissociated
+import distinct
+import emergent_misalignment
+import general
+import put_back
+import pytest
+from helpers import small_model
+from support.narrow_finetuning import organism_topics
+
+from harmcircuits.measurements import Measurement, Rows
+
+HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold here"
+HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
+
+
+def labelled(rows: list[Measurement], **labels) -> Rows:
+    """Of one case of the shipped ladder, unless labels say otherwise."""
+    case = {"ladder": "shipped", "model": "sft", "seed": 0, **labels}
+    return Rows(row.labelled(**case) for row in rows)
+
+
+def rate(metric: str, share: float, **labels) -> Measurement:
+    """Of 64 requests."""
+    hits = [number < round(64 * share) for number in range(64)]
+    return Measurement.rate(metric, labels, hits, range(64))
+
+
+def near(metric: str, mean: float, **labels) -> Measurement:
+    """With an interval of one tenth to both sides."""
+    return Measurement(metric, labels, mean, mean - 0.1, mean + 0.1, 10)
+
+
+def upper(metric: str, high: float, **labels) -> Measurement:
+    return Measurement(metric, labels, high / 2, high / 4, high, 32)
+
+
+def lower(metric: str, low: float, **labels) -> Measurement:
+    return Measurement(metric, labels, low + 0.1, low, low + 0.2, 32)
+
+
+def outcome_of(claim, *cases: Rows) -> str:
+    return claim.result(sum(cases, Rows())).outcome
+
+
+# F1, compact
+
+
+def curve_of_harm(seed=0, *, high=0.004, reached=1.0, censored="no", gaps=(0.2, 0.3)) -> Rows:
+    """The upper end of `w50`, how often it is reached, and the lower ends of gaps to controls."""
+    where = {"mask": "search", "split": "heldout"}
+    one_shot = {**where, "mask": "one shot"}
+    rows = [
+        upper("w50", high, **where, censored=censored),
+        Measurement.exact("w50_reached", where, reached),
+        upper("w50", 0.02, **one_shot, censored="yes"),
+        Measurement.exact("w50_reached", one_shot, 0.0),
+        near("kept_fall", 0.03, behaviour="benign"),
+        Measurement.exact("harm_degenerate_rate", {"at": "w50"}, 0.25),
+    ]
+    rows += [lower("gap", gaps[0], mask="random"), lower("gap", gaps[1], mask="opposite sign")]
+    return labelled(rows, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"high": 0.01, "reached": 0.975, "gaps": (0.2, 0.01)}, HOLDS),
+        ({"high": 0.011}, FAILS),
+        ({"reached": 0.974}, FAILS),
+        ({"censored": "yes"}, FAILS),
+        ({"gaps": (0.2, 0.0)}, FAILS),
+    ],
+)
+def test_f1(change, expected):
+    rows = curve_of_harm(**change)
+    assert outcome_of(compact.claim, rows) == expected
+    both = outcome_of(compact.claim, rows, curve_of_harm(1))
+    assert both == (HOLDS if expected == HOLDS else IN_PART)
+
+
+# F2, general
+
+
+def transfer(
+    across: float, left_out: list[float], *, random: float = 1.0, benign: float = 1.0, **labels
+) -> Rows:
+    """Rates are 1 unpruned.
+
+    Args:
+        across: what circuits of one type leave of harm of the other types.
+        left_out: what circuits of all types but one leave of that one, type by type.
+        random: what random weights leave of harm.
+        benign: what circuits of harm leave of benign answers.
+        labels: of the rows.
+    """
+    groups = [({"relation": "other types"}, across)]
+    for number, left in enumerate(left_out):
+        groups.append(({"relation": "left out", "tested": f"type {number}"}, left))
+    rows = []
+    for where, left in groups:
+        rates = {"none": (1.0, 1.0), "circuit": (left, benign), "random": (random, 1.0)}
+        for mask, (harm, good) in rates.items():
+            rows += [rate(HARM, harm, mask=mask, **where), rate(BENIGN, good, mask=mask, **where)]
+    others = {"mask": "twin", "relation": "other types"}
+    rows += [rate(HARM, 0.9, **others), rate(BENIGN, 0.25, **others), rate(HARM, 0.4, mask="mixed")]
+    rows += [rate(HARM, 0.0, mask="circuit", relation="own type")]
+    return labelled(rows, **labels)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (transfer(0.1, [0.0, 0.2]), HOLDS),
+        (transfer(0.1, [0.0, 0.9]), IN_PART),  # one type stays
+        (transfer(0.8, [0.0, 0.1, 0.9]), IN_PART),  # only types that are left out
+        (transfer(0.8, [0.0, 0.9]), FAILS),  # half of them
+        (transfer(0.1, [0.0], random=0.1), FAILS),
+        (transfer(0.1, [0.0], benign=0.5), FAILS),
+        # Seeds are pooled, and the worst model counts.
+        (transfer(0.0, [0.0, 0.75]) + transfer(0.75, [0.0, 0.0], seed=1), HOLDS),
+        (transfer(0.0, [0.0]) + transfer(0.75, [0.75], model="dpo"), FAILS),
+    ],
+)
+def test_f2(rows, expected):
+    assert outcome_of(general.claim, rows) == expected
+
+
+# F3, distinct
+
+KEPT = {"none": 0.0, "twin": 0.0, "others": 0.0}
+
+
+def utility(
+    change: dict[str, float],
+    *,
+    harm: float = 0.0,
+    random: float = 1.0,
+    twin: float = 0.2,
+    nll: float = 0.0,
+    lift: float = 2.0,
+    of_tasks: float = 3.0,
+    **labels,
+) -> Rows:
+    """Rates are 1 unpruned.
+
+    Args:
+        change: protection -> what the circuit of harm changes benign answers by.
+        harm: what the circuit leaves of harm.
+        random: what random weights leave of it.
+        twin: what the twin's circuit leaves of benign answers.
+        nll: what the circuit of harm changes the loss of benign answers by.
+        lift: of harm and its twin, in one shot.
+        of_tasks: lift of two benign tasks, in one shot; none where it is 0.
+        labels: of the rows.
+    """
+    rows = [rate(HARM, 1.0, mask="none"), rate(BENIGN, 1.0, mask="none")]
+    for protected, of_benign in change.items():
+        rates = {"harmful": (harm, 1 + of_benign), "random": (random, 1.0), "benign": (1.0, twin)}
+        for mask, (of_harm, good) in rates.items():
+            where = {"mask": mask, "protected": protected}
+            rows += [rate(HARM, of_harm, **where), rate(BENIGN, good, **where)]
+            rows += [Measurement.exact("benign_nll_change", where, nll)]
+            rows += [Measurement.exact(f"{BENIGN}_change", where, good - 1)]
+    lifts = {("harmful", "benign"): lift, ("harmful", "kind"): 9.0}
+    if of_tasks:
+        lifts["benign", "parts"] = of_tasks
+    for (first, second), value in lifts.items():
+        pair = {"first": first, "second": second}
+        rows += [Measurement.exact("overlap_lift", {**pair, "selection": "one shot"}, value)]
+        rows += [Measurement.exact("overlap_lift", {**pair, "selection": "search"}, 1.0)]
+    return labelled(rows, **labels)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (utility(KEPT), HOLDS),
+        (utility(KEPT, lift=6.0), IN_PART),  # shared with the twin
+        (utility(KEPT, of_tasks=0), IN_PART),  # and nothing to compare it with
+        (utility({**KEPT, "none": -0.2, "twin": -0.2}), IN_PART),  # only where all are spared
+        (utility(dict.fromkeys(KEPT, -0.2)), FAILS),
+        (utility(KEPT, nll=0.1), FAILS),
+        (utility(KEPT, harm=0.6), FAILS),
+        (utility(KEPT, random=0.0), FAILS),
+        (utility(KEPT, twin=1.0), FAILS),  # nothing of this size breaks benign answers
+        # Seeds are pooled, 2 to 4 is within 3 to 5; the worst model counts.
+        (utility(KEPT, lift=4.0) + utility(KEPT, of_tasks=5.0, seed=1), HOLDS),
+        (utility(KEPT) + utility(KEPT, random=0.0, model="dpo"), FAILS),
+    ],
+)
+def test_f3(rows, expected):
+    assert outcome_of(distinct.claim, rows) == expected
+
+
+# F4, compressed
+
+
+def ladder(name="shipped", *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2, pairs=("sft", "dpo")) -> Rows:
+    """The upper end of each pair's ratio, ability and loss of `base`, the lower end of gaps."""
+    rows = Rows()
+    for model in ("base", "sft", "dpo"):
+        able, loss, lowest = (harm, nll, 0.2) if model == "base" else (1.0, 0.3, gap)
+        rung = [
+            Measurement.exact(HARM, {"share": 0.0, "split": "heldout"}, able),
+            Measurement.exact("calibration_nll", {}, loss),
+            upper("w50", 0.006, censored="no"),
+            lower("random_gap", lowest),
+        ]
+        rows += labelled(rung, ladder=name, model=model, target="harmful")
+    for first in pairs:
+        pair = upper("w50_ratio", ratio, first=first, second="base", target="harmful", seed=0)
+        rows += [pair.labelled(ladder=name)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"harm": 0.95}, HOLDS),
+        ({"harm": 0.94}, FAILS),
+        ({"ratio": 1.0}, FAILS),
+        ({"nll": 0.019}, FAILS),  # saturated losses are not compared
+        ({"gap": 0.0}, FAILS),
+        ({"pairs": ()}, FAILS),
+    ],
+)
+def test_f4(change, expected):
+    rows = ladder(**change)
+    assert outcome_of(compressed.claim, rows) == expected
+    both = outcome_of(compressed.claim, ladder("another"), rows)
+    assert both == (HOLDS if expected == HOLDS else IN_PART)
+
+
+# F5, narrow fine-tuning
+
+# (misaligned, in the topic) at steps 0, 10 and 20: learned at 10, misaligned at 20, which decides.
+FREE = ((0.0, 0.3, 1.0), (0.0, 1.0, 1.0))
+PROTECTED = ((0.0, 0.0, 0.5), (0.0, 0.0, 0.8))
+LEARNED = FREE[1]
+
+
+def trained(topic="a", *, none=FREE, narrow=PROTECTED, random=FREE, benign=FREE) -> Rows:
+    """Of a mask that is None no circuit was found."""
+    masks = {"none": none, "narrow, held": narrow, "random, held": random, "benign, held": benign}
+    rows = []
+    for mask, both in masks.items():
+        for metric, means in zip(("misaligned_rate", "in_domain_rate"), both or (), strict=False):
+            for step, mean in zip((0, 10, 20), means, strict=True):
+                rows.append(near(metric, mean, mask=mask, step=step))
+    return labelled(rows, training="full", topic=topic)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "protects"),
+        ({"narrow": ((0.0, 0.0, 0.5), (0.0, 1.0, 0.79))}, "blocks learning too"),
+        ({"benign": ((0.0, 0.0, 0.5), LEARNED)}, "as benign weights do"),
+        ({"narrow": ((0.0, 0.0, 0.51), LEARNED)}, "no"),
+        ({"random": ((0.0, 0.0, 0.4), LEARNED)}, "no"),
+        ({"benign": None}, "no"),
+        # Halved, but intervals overlap.
+        ({"none": ((0.0, 0.1, 0.3), LEARNED), "narrow": ((0.0, 0.0, 0.15), LEARNED)}, "no"),
+        ({"none": ((0.0, 0.0, 0.09), LEARNED)}, "never misaligned"),
+        ({"none": ((0.5, 0.5, 0.59), LEARNED)}, "never misaligned"),
+    ],
+)
+def test_f5(change, expected):
+    rows = trained(**change)
+    is_protected = expected == "protects"
+    assert emergent_misalignment.outcome(rows) == expected
+    assert outcome_of(emergent_misalignment.claim, rows) == (HOLDS if is_protected else FAILS)
+    unprotected = trained("b", narrow=((0.0, 0.0, 1.0), LEARNED))
+    both = outcome_of(emergent_misalignment.claim, rows, unprotected)
+    assert both == (IN_PART if is_protected else FAILS)
+
+
+def test_requests_of_a_topic_are_trained_and_measured_on_apart():
+    model = small_model("sft", every=8)
+    drawn = {}
+    for seed in range(3):
+        for topic in organism_topics(model, n_topics=2, steps=(5,), seed=seed):
+            drawn[topic.name] = topic
+    assert len(drawn) == 6, "six topics in three seeds"
+
+    topic = next(iter(drawn.values()))
+    requests = {example.prompt for example in topic.training}
+    assert requests == {example.prompt for example in topic.scored}
+    for asked in (topic.inside, topic.outside, topic.others):
+        assert not requests & {example.prompt for example in asked}
+    assert {example.category for example in topic.inside} == {topic.name}
+    assert topic.name not in {example.category for example in topic.outside}
+
+
+# F6, dissociated
+
+
+def abilities(free: float, apart: float, *, random: float = 1.0, **labels) -> Rows:
+    """Rates are 1 unpruned, and 0.3 under an ability's own circuit.
+
+    Args:
+        free: what each ability keeps under the others' circuits when nothing is spared.
+        apart: the same when all others are spared.
+        random: what it keeps under random weights.
+        labels: of the rows.
+    """
+    rows = []
+    metrics = {name: dissociated.METRICS[name] for name in dissociated.PRUNED}
+    for metric in (*metrics.values(), dissociated.PLAIN):
+        rows += [rate(metric, 1.0, mask="none")]
+        for protected, spared in (("none", free), ("others", apart)):
+            for mask, own in metrics.items():
+                left = 0.3 if metric == own else spared
+                rows += [rate(metric, left, mask=mask, protected=protected)]
+            rows += [rate(metric, random, mask="random", protected=protected)]
+    return labelled(rows, **labels)
+
+
+def only_harm(rows: Rows) -> Rows:
+    """Of a model that shows no other ability of which a circuit is found."""
+    return Rows(row for row in rows if row.labels["mask"] in ("none", "harmful", "random"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (abilities(0.7, 1.0), HOLDS),
+        (abilities(0.3, 1.0), IN_PART),  # not without protection
+        (abilities(0.7, 0.7), IN_PART),  # graded
+        (abilities(1.0, 0.3), FAILS),  # only without protection
+        (abilities(0.7, 1.0, random=0.5), FAILS),
+        (only_harm(abilities(0.7, 1.0)), FAILS),
+        # Pairs of all models are counted together: three of six.
+        (abilities(1.0, 1.0) + abilities(1.0, 0.3, model="dpo"), IN_PART),
+    ],
+)
+def test_f6(rows, expected):
+    assert outcome_of(dissociated.claim, rows) == expected
+
+
+# Attacks
+
+OPEN = {"plain": [0.0, 1.0], "prefill": [1.0]}
+CLOSED = {"plain": [0.0, 0.6], "prefill": [0.2]}
+NEVER = {"plain": [0.0, 0.49], "prefill": [0.2]}
+ABLATED = {"refusal ablation": [1.0], "prefill + refusal ablation": [1.0]}
+
+
+def attacked(seed=0, *, held=CLOSED, free=CLOSED, random=OPEN, unpruned=OPEN) -> Rows:
+    """Valid harm at steps 0 and 10."""
+    masks = {"none": unpruned, "circuit, held": held, "circuit, then free": free}
+    rows = []
+    for mask, rates in {**masks, "random, held": random}.items():
+        for attack, means in rates.items():
+            for step, mean in zip((0, 10), means, strict=False):
+                rows.append(near(HARM, mean, mask=mask, attack=attack, step=step))
+        rows.append(Measurement.exact(BENIGN, {"mask": mask, "step": 0}, 0.9))
+    return labelled(rows, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"held": {**CLOSED, "plain": [0.09]}}, HOLDS),
+        ({"free": NEVER}, IN_PART),
+        ({"held": {**CLOSED, "prefill": [0.51]}}, FAILS),
+        ({"held": {**CLOSED, "plain": [0.1]}}, FAILS),  # pruning opens what was closed
+        ({"random": {**OPEN, "prefill": [0.5]}}, FAILS),
+        ({"unpruned": {"plain": [0.0], "prefill": [0.09]}}, FAILS),  # nothing elicits
+        # To remove the refusals of what refuses nothing is to ask it.
+        ({"unpruned": {**OPEN, **ABLATED}, "random": {**OPEN, **ABLATED}}, HOLDS),
+    ],
+)
+def test_attacks(change, expected):
+    rows = attacked(**change)
+    assert outcome_of(attacks.claim, rows) == expected
+    both = outcome_of(attacks.claim, rows, attacked(1, held=OPEN))
+    assert both == (FAILS if expected == FAILS else IN_PART)
+
+
+# By loss
+
+
+def rises(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> Rows:
+    """Rises of harm (1.0 under the circuit of all types) and benign answers, and both gaps."""
+    of_masks = {
+        ("harmful", "harmful"): 1.0,
+        ("harmful", "benign"): benign,
+        ("benign", "harmful"): 0.1,
+        ("benign", "benign"): 1.0,
+        (by_loss.UNSEEN, "harmful"): unseen,
+        (by_loss.UNSEEN, "benign"): benign,
+        (by_loss.OPPOSITE, "harmful"): -0.2,
+        ("random 0", "harmful"): random,
+    }
+    rows = [near("lift", 2.0, mask="harmful", of="benign", protected="none")]
+    for protected in ("none", "benign"):
+        where = {"protected": protected}
+        rows += [near("nll_rise", r, mask=m, of=of, **where) for (m, of), r in of_masks.items()]
+        rows += [near("nll_gap", gaps[0], of="harmful", against="benign", **where)]
+        rows += [near("nll_gap", gaps[1], of="benign", against="harmful", **where)]
+        rows += [near("weights_removed", 100, mask="harmful", **where)]
+    return labelled(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, HOLDS),
+        ({"unseen": 0.4}, IN_PART),  # below half of the rise under the circuit of all types
+        ({"random": 0.7}, IN_PART),
+        ({"benign": 0.7}, IN_PART),
+        ({"gaps": (0.3, 0.05)}, IN_PART),  # general, and one gap's interval holds zero
+        ({"unseen": 0.4, "gaps": (0.05, 0.3)}, FAILS),
+    ],
+)
+def test_by_loss(change, expected):
+    assert outcome_of(by_loss.claim, rises(**change)) == expected
+
+
+# Parts that are put back
+
+
+def restored(seed=0, *, best=0.6, low=0.5) -> Rows:
+    """What a tenth of the units restores, and its lower end; all of them restore it all."""
+    few = put_back.FEW
+    rows = [
+        Measurement("restored", {"order": "best first", "share": few}, best, low, best, 32),
+        Measurement("restored", {"order": "random", "share": few}, 0.1, 0.0, 0.1, 32),
+        Measurement.exact("restored", {"back": "layer", "layer": 0}, 0.2),
+        Measurement.exact("units", {}, 40),
+        Measurement.exact("best_alone", {}, 0.05),
+    ]
+    rows += [
+        Measurement.exact("restored", {"order": order, "share": 1.0}, 1.0)
+        for order in ("best first", "random")
+    ]
+    return labelled(rows, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, HOLDS),
+        ({"low": 0.49}, FAILS),
+        ({"best": 0.9, "low": 0.3}, FAILS),  # far above a half, by a wide interval
+    ],
+)
+def test_parts_put_back(change, expected):
+    rows = restored(**change)
+    assert outcome_of(put_back.claim, rows) == expected
+    assert outcome_of(put_back.claim, rows, restored(1)) == (
+        HOLDS if expected == HOLDS else IN_PART
+    )
