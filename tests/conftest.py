@@ -25,6 +25,7 @@ from helpers import opener, random_batch
 from helpers import small_model as small_model
 from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.behaviours.model import Model
 from harmcircuits.prompts import Batch
 
 REAL_MODELS, REAL_DATA = "--real-models", "--real-data"
@@ -85,6 +86,12 @@ def open_model(tmp_path_factory):
 @pytest.fixture
 def llama(open_model) -> TransformerBridge:
     return open_model("Llama")
+
+
+@pytest.fixture(scope="session")
+def sft() -> Model:
+    """The organism `sft`, asked few requests; every test leaves it as it was."""
+    return small_model("sft")
 
 
 @pytest.fixture

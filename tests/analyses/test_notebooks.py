@@ -4,23 +4,16 @@ Would catch: a cell that needs a command line, a name that an earlier cell no lo
 that are committed but can no longer be judged, a figure that a notebook would not show.
 """
 
-import importlib.util
 import re
-from pathlib import Path
-from types import ModuleType
+from importlib import import_module
 
 import jupytext
 import pytest
+from helpers import ANALYSES
 from nbclient import NotebookClient
 
-ANALYSES = Path(__file__).parents[2] / "analyses"
 TEXTS = {path.stem: path.read_text() for path in sorted(ANALYSES.glob("*.py"))}
-DEFINED = re.compile(r'^claim = Claim\(\s*"(\w+)"', re.MULTILINE)
-CLAIMS = {}  # file -> name of the claim
-for stem, source in TEXTS.items():
-    if defined := DEFINED.search(source):
-        CLAIMS[stem] = defined[1]
-WITH_ROWS = [stem for stem, name in CLAIMS.items() if (ANALYSES / f"rows/{name}.jsonl").is_file()]
+CLAIMS = [name for name, text in TEXTS.items() if re.search(r"^claim = Claim\(", text, re.M)]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -32,52 +25,24 @@ def test_an_analysis_is_a_page_and_a_half(name):
     assert n_text >= len(lines) / 5
 
 
-@pytest.mark.parametrize("name", WITH_ROWS)
+@pytest.mark.parametrize("name", CLAIMS)
 def test_committed_rows_are_judged_and_shown(name):
     """What a notebook does with them, without a kernel."""
-    module = module_of(name)
+    module = import_module(name)
     assert len(module.claim.result(module.rows).key_numbers)
     assert module.claim.figures
 
 
-def module_of(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"notebook_of_{name}", ANALYSES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_from_scratch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMS)
+def test_it_runs_from_scratch_as_a_notebook(name, monkeypatch):
     assert TEXTS[name].count("claim.rows()") == 1
-    notebook = jupytext.reads(
-        TEXTS[name].replace("claim.rows()", "claim.rows(small=True)"), "py:percent"
-    )
+    text = TEXTS[name].replace("claim.rows()", "claim.rows(small=True)")
+    notebook = jupytext.reads(text, "py:percent")
     monkeypatch.setenv("PYTHONPATH", str(ANALYSES.parent), prepend=":")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the models are tiny, and the workers are two
-    client = NotebookClient(
-        notebook,
-        timeout=300,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(ANALYSES)}},
-    )
-    client.execute()
+    place = {"metadata": {"path": str(ANALYSES)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     kinds = {kind for output in shown for kind in output.get("data", {})}
-    assert "image/svg+xml" in kinds, "a figure"
-    assert "text/html" in kinds, "a table"
-
-
-def class_of(name: str) -> type:
-    """A class of its own for each analysis, so that workers share them out."""
-
-    class OfOne:
-        @pytest.mark.slow
-        def test_it_runs_from_scratch_as_a_notebook(self, monkeypatch):
-            run_from_scratch(name, monkeypatch)
-
-    return OfOne
-
-
-for name in CLAIMS:
-    globals()[f"Test_{name}"] = class_of(name)
+    assert {"image/svg+xml", "text/html"} <= kinds, "a figure and a table"

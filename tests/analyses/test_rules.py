@@ -5,17 +5,13 @@ one model or seed decides for all.
 """
 
 import attacks
-import by_loss
 import compact
 import compressed
 import dissociated
 import distinct
 import emergent_misalignment
 import general
-import put_back
 import pytest
-from helpers import small_model
-from support.narrow_finetuning import organism_topics
 
 from harmcircuits.measurements import Measurement, Rows
 
@@ -285,23 +281,6 @@ def test_f5(change, expected):
     assert both == (IN_PART if is_protected else FAILS)
 
 
-def test_requests_of_a_topic_are_trained_and_measured_on_apart():
-    model = small_model("sft", every=8)
-    drawn = {}
-    for seed in range(3):
-        for topic in organism_topics(model, n_topics=2, steps=(5,), seed=seed):
-            drawn[topic.name] = topic
-    assert len(drawn) == 6, "six topics in three seeds"
-
-    topic = next(iter(drawn.values()))
-    requests = {example.prompt for example in topic.training}
-    assert requests == {example.prompt for example in topic.scored}
-    for asked in (topic.inside, topic.outside, topic.others):
-        assert not requests & {example.prompt for example in asked}
-    assert {example.category for example in topic.inside} == {topic.name}
-    assert topic.name not in {example.category for example in topic.outside}
-
-
 # F6, dissociated
 
 
@@ -386,79 +365,3 @@ def test_attacks(change, expected):
     assert outcome_of(attacks.claim, rows) == expected
     both = outcome_of(attacks.claim, rows, attacked(1, held=OPEN))
     assert both == (FAILS if expected == FAILS else IN_PART)
-
-
-# By loss
-
-
-def rises(*, unseen=0.8, random=0.0, benign=0.05, gaps=(0.3, 0.3)) -> Rows:
-    """Rises of harm (1.0 under the circuit of all types) and benign answers, and both gaps."""
-    of_masks = {
-        ("harmful", "harmful"): 1.0,
-        ("harmful", "benign"): benign,
-        ("benign", "harmful"): 0.1,
-        ("benign", "benign"): 1.0,
-        (by_loss.UNSEEN, "harmful"): unseen,
-        (by_loss.UNSEEN, "benign"): benign,
-        (by_loss.OPPOSITE, "harmful"): -0.2,
-        ("random 0", "harmful"): random,
-    }
-    rows = [near("lift", 2.0, mask="harmful", of="benign", protected="none")]
-    for protected in ("none", "benign"):
-        where = {"protected": protected}
-        rows += [near("nll_rise", r, mask=m, of=of, **where) for (m, of), r in of_masks.items()]
-        rows += [near("nll_gap", gaps[0], of="harmful", against="benign", **where)]
-        rows += [near("nll_gap", gaps[1], of="benign", against="harmful", **where)]
-        rows += [near("weights_removed", 100, mask="harmful", **where)]
-    return labelled(rows)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, HOLDS),
-        ({"unseen": 0.4}, IN_PART),  # below half of the rise under the circuit of all types
-        ({"random": 0.7}, IN_PART),
-        ({"benign": 0.7}, IN_PART),
-        ({"gaps": (0.3, 0.05)}, IN_PART),  # general, and one gap's interval holds zero
-        ({"unseen": 0.4, "gaps": (0.05, 0.3)}, FAILS),
-    ],
-)
-def test_by_loss(change, expected):
-    assert outcome_of(by_loss.claim, rises(**change)) == expected
-
-
-# Parts that are put back
-
-
-def restored(seed=0, *, best=0.6, low=0.5) -> Rows:
-    """What a tenth of the units restores, and its lower end; all of them restore it all."""
-    few = put_back.FEW
-    rows = [
-        Measurement("restored", {"order": "best first", "share": few}, best, low, best, 32),
-        Measurement("restored", {"order": "random", "share": few}, 0.1, 0.0, 0.1, 32),
-        Measurement.exact("restored", {"back": "layer", "layer": 0}, 0.2),
-        Measurement.exact("units", {}, 40),
-        Measurement.exact("best_alone", {}, 0.05),
-    ]
-    rows += [
-        Measurement.exact("restored", {"order": order, "share": 1.0}, 1.0)
-        for order in ("best first", "random")
-    ]
-    return labelled(rows, seed=seed)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, HOLDS),
-        ({"low": 0.49}, FAILS),
-        ({"best": 0.9, "low": 0.3}, FAILS),  # far above a half, by a wide interval
-    ],
-)
-def test_parts_put_back(change, expected):
-    rows = restored(**change)
-    assert outcome_of(put_back.claim, rows) == expected
-    assert outcome_of(put_back.claim, rows, restored(1)) == (
-        HOLDS if expected == HOLDS else IN_PART
-    )

@@ -92,16 +92,6 @@ def test_the_rule_sees_one_case_at_a_time():
     assert "holds in part" in result._repr_html_() and "holds in part" in repr(result)
 
 
-def test_an_outcome_of_its_own_judges_all_rows_at_once():
-    claim = claim_of_shares()
-    claim.outcome(lambda rows: "holds" if len(rows) == 2 else "does not hold here")
-    two = Rows([share(0.1, model="sft", seed=0), share(0.3, model="sft", seed=1)])
-    result = claim.result(two)
-    assert result.outcome == "holds"
-    assert list(result.cases["outcome"]) == ["holds", "does not hold here"]
-    assert claim.result(two[:1]).outcome == "does not hold here", "though its only case holds"
-
-
 @pytest.mark.slow
 def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
     first = run(tmp_path)
@@ -118,12 +108,6 @@ def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
     again = run(tmp_path, "--seeds", "3")
     assert again.count("measured:") == 2, "only the new seed"
 
-
-@pytest.mark.slow
-def test_a_script_takes_the_options_of_its_jobs(tmp_path):
-    printed = run(tmp_path, "--size", "0.3", "--steps", "4", "--model", "sft", "--seeds", "1")
-    assert "measured: sft 0 0.3 (4,)" in printed
-    assert "X1. a claim: does not hold here" in printed
     refused = run(tmp_path, "--size", "0.4")
     assert "error" in refused and "0.4" in refused, "another setting in the same folder"
 
