@@ -95,5 +95,16 @@ def sft() -> Model:
 
 
 @pytest.fixture
+def one_step(monkeypatch):
+    """Searches of a `Model` take one step, whatever an example says."""
+    search = Model.find_circuit
+
+    def find_circuit(self, *arguments, **options):
+        return search(self, *arguments, **{**options, "steps": 1})
+
+    monkeypatch.setattr(Model, "find_circuit", find_circuit)
+
+
+@pytest.fixture
 def batch() -> Batch:
     return random_batch()

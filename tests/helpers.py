@@ -7,12 +7,10 @@ offline; organisms are asked a few requests only.
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import transformers
 from support.organisms.train import new_tokenizer
@@ -219,16 +217,6 @@ def random_batch(n: int = 3, length: int = 9, *, seed: int = 0) -> Batch:
         end = length - row % 3
         is_target[row, end - 2 - row % 2 : end] = True
     return Batch(tokens=tokens, is_target=is_target)
-
-
-def analysis(name: str) -> Any:
-    """The module of an analysis; skips its tests where the rows it reads are not committed yet."""
-    try:
-        return import_module(name)
-    except ValueError as error:
-        if "out=FOLDER to run the experiment" not in str(error):
-            raise
-        pytest.skip(str(error), allow_module_level=True)
 
 
 def small_model(name: str, *, every: int = 0, only: Sequence[str] = ()) -> Model:

@@ -8,8 +8,11 @@ import re
 import shlex
 from functools import cache, partial
 
+import attacks
+import emergent_misalignment
 import pytest
-from helpers import analysis, asked_few, small_model
+import six_findings
+from helpers import asked_few, small_model
 from pages import DOCS, PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
@@ -22,18 +25,18 @@ ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (R
 
 
 # Opened once: every page leaves a model as it was.
-opened = cache(partial(small_model, every=16))
+opened = cache(partial(small_model, every=32))
 
 
 @pytest.fixture
-def stand_ins(tmp_path, monkeypatch):
+def stand_ins(tmp_path, monkeypatch, one_step):
     """Few requests; for a model and files of the reader's own, an organism and its requests."""
     really_open = partial(hc.open_model, cache=tmp_path / "cache")
 
     def open_model(name, **options):
         if name in ORGANISMS:
             return opened(name)
-        return asked_few(really_open(str(FOLDER / "sft"), **options), first=8)
+        return asked_few(really_open(str(FOLDER / "sft"), **options), first=4)
 
     monkeypatch.setattr(hc, "open_model", open_model)
     monkeypatch.setattr(hc, "load_model", lambda *_, **__: opened("sft").bridge)
@@ -76,8 +79,8 @@ def test_commands_and_their_options_exist():
     for line in shown:
         parsed(shlex.split(line, comments=True))
     known = {"--help", *re.findall(r"--[a-z][\w-]*", text_of("commands.md"))}
-    for experiment in ("attacks", "emergent_misalignment"):
-        for run in analysis(experiment).claim.experiments:
+    for experiment in (attacks, emergent_misalignment):
+        for run in experiment.claim.experiments:
             known |= {f"--{name.replace('_', '-')}" for name in run.options}
     assert set(re.findall(r"--[a-z][\w-]*", text_of("own_model.md"))) <= known
 
@@ -109,8 +112,6 @@ def test_public_names_of_the_glossary_are_public():
 
 
 def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
-    import six_findings
-
     folder = ROOT / "analyses"
     text = (folder / "README.md").read_text(encoding="utf-8")
     for script in folder.glob("*.py"):

@@ -11,7 +11,6 @@ import inspect
 import pkgutil
 
 import pytest
-from helpers import small_model
 
 import harmcircuits
 
@@ -20,18 +19,17 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.fixture(scope="module")
-def names() -> dict:
-    model = small_model("sft")
-    batches = {name: model.calibration(name).batches for name in ("harmful", "benign")}
+def names(sft) -> dict:
     return {
         "hc": harmcircuits,
-        "model": model,
-        "bridge": model.bridge,
-        "harm": batches["harmful"],
-        "benign": batches["benign"],
+        "model": sft,
+        "bridge": sft.bridge,
+        "harm": sft.calibration("harmful").batches,
+        "benign": sft.calibration("benign").batches,
     }
 
 
+@pytest.mark.usefixtures("one_step")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for examples that write a file

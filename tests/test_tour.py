@@ -14,15 +14,8 @@ from pages import DOCS, ROOT
 TOUR = DOCS / "tour.py"
 
 
-@pytest.fixture(scope="module")
-def cells():
-    """The cells of code, each with what it shows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT), prepend=":")
-        notebook = jupytext.read(TOUR, fmt="py:percent")
-        place = {"metadata": {"path": str(DOCS)}}
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+def test_it_is_a_page_and_a_half():
+    assert len(TOUR.read_text(encoding="utf-8").splitlines()) <= 300
 
 
 def shown_by(cell) -> str:
@@ -36,30 +29,23 @@ def shown_by(cell) -> str:
     return shown
 
 
-def test_every_cell_shows_something(cells):
+@pytest.mark.slow
+def test_every_cell_shows_something_and_the_edit_takes_harm_alone(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
+    notebook = jupytext.read(TOUR, fmt="py:percent")
+    place = {"metadata": {"path": str(DOCS)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert 12 <= len(cells) <= 18
     for cell in cells:
         assert shown_by(cell).strip(), cell.source
-
-
-def test_there_are_tables_and_pictures(cells):
     kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
     assert {"text/html", "image/png", "image/svg+xml"} <= kinds
 
-
-def test_the_second_cell_edits_the_model_and_undoes_it(cells):
     before, after, again = re.findall(r"-> (.*)", shown_by(cells[1]))
-    assert before == again
-    assert before != after
-
-
-def test_the_edit_takes_harm_alone(cells):
-    """In the third cell, a table of rates: the circuit, then no mask."""
+    assert before == again != after, "the second cell edits the model and undoes it"
+    # The third holds a table of rates: the circuit, then no mask.
     rates = dict(re.findall(r"^(\w+)\s+(\d+)%.*?\]\s+\d+%", shown_by(cells[2]), flags=re.M))
     assert int(rates["harm_valid_rate"]) <= 20
     assert int(rates["benign_valid_rate"]) >= 95
     assert int(rates["refusal_rate"]) >= 95
-
-
-def test_it_is_a_page_and_a_half():
-    assert len(TOUR.read_text(encoding="utf-8").splitlines()) <= 300
