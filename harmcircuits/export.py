@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from harmcircuits.circuits.masks import WeightMask
@@ -21,7 +20,7 @@ from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.hub import MASK_FILE, refuse_repo, upload
-from harmcircuits.storage import empty_folder, refuse_filled
+from harmcircuits.storage import empty_folder, naming, refuse_filled
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
@@ -102,8 +101,9 @@ def export(
     Raises:
         ValueError: a folder that is not empty, a mask of another model, a source that cannot be
             loaded or is not this bridge's model, logits that differ, and as `weight_sites`; nothing
-            is written then. And a hub that cannot be written to, when the folder is there already.
-        OSError: it cannot be written (no space, no permission); nothing is left of it then.
+            is written then.
+        OSError: it cannot be written (no space, no permission); nothing is left of it then. And a
+            hub that cannot be written to, when the folder is there already.
     """
     bridge, folder = as_bridge(bridge), Path(folder)
     source = str(source or bridge.cfg.model_name)
@@ -154,8 +154,8 @@ def push_mask(
         The repository's address, or the folder.
 
     Raises:
-        ValueError: a name that is no hub id, a folder that is not empty, no permission to write, or
-            no network.
+        ValueError: a name that is no hub id, or a folder that is not empty.
+        OSError: no permission to write, or no network.
     """
     refuse_repo(repo)
     with TemporaryDirectory() as temporary:
@@ -172,16 +172,12 @@ def push_mask(
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder that takes the place of `folder` on a clean exit and is gone on any other."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-            unfinished = Path(temporary) / folder.name
-            unfinished.mkdir()
-            yield unfinished
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-    # Other libraries do not name the folder, and safetensors has its own name for a full disk.
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: cannot be written ({error})") from error
+    with naming(folder), TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
 
 
 def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
@@ -266,10 +262,12 @@ def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"])
 
     numbers_of_part = split(numbered)[part].weight.detach().flatten()
     numbers = numbers_of_part[index].long()
+    holders = []
     for parameter, start in zip(module.parameters(), starts, strict=True):
         if start <= numbers[0] < start + parameter.numel():
-            return _Stored(parameter, numbers - start)
-    raise ValueError(f"{type(module).__name__} has no weight that the bridge splits")
+            holders.append(_Stored(parameter, numbers - start))
+    (holder,) = holders  # none in another model
+    return holder
 
 
 def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:

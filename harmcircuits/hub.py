@@ -13,29 +13,24 @@ def mask_file(source: str | Path, filename: str = MASK_FILE, revision: str | Non
         return path
     if path.is_dir():
         return path / filename
-    if str(source).count("/") != 1 or path.suffix == ".safetensors":
-        raise ValueError(
-            f"{source}: no such file; give the path of a saved mask, a folder that holds "
-            f"{filename}, or a hub id such as user/name"
-        )
     # Imported here: a mask of this machine needs no hub.
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(str(source), filename, revision=revision))
     except (OSError, ValueError) as error:  # each error of the hub is one of these
-        raise ValueError(f"{source}: no {filename} ({_reason(error)}); {REMEDY}") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{source}: no such file, and no {filename} on the hub ({reason}); {REMEDY}"
+        ) from None
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
     """Upload a folder's files to a model repository, made where there is none; its address."""
     from huggingface_hub import HfApi
 
-    try:
-        HfApi().create_repo(repo, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{repo} cannot be written ({_reason(error)}); {REMEDY}") from None
+    HfApi().create_repo(repo, private=private, exist_ok=True)
+    HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return f"https://huggingface.co/{repo}"
 
 
@@ -44,7 +39,3 @@ def refuse_repo(repo: str) -> None:
     user, _, name = repo.partition("/")
     if not user or not name or "/" in name:
         raise ValueError(f"repository {repo!r}; expected a hub id, user/name")
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -162,8 +162,8 @@ class Measurement:
             groups: what each example is about.
 
         Raises:
-            ValueError: no examples, not exactly one group for each, a value that is not finite, or
-                examples of one kind only.
+            ValueError: no examples, not exactly one group for each, or a value that is not finite.
+            ZeroDivisionError: examples of one kind only.
         """
         _check(metric, values, groups)
         member = _members(groups)
@@ -572,15 +572,12 @@ def auroc(values: Float[Tensor, " n"], is_positive: Bool[Tensor, " n"]) -> float
     """Chance that a positive's value exceeds a negative's, ties counted half."""
     n_positive = int(is_positive.sum())
     n_negative = len(is_positive) - n_positive
-    if not n_positive or not n_negative:
-        raise ValueError(
-            f"auroc: {n_positive} positives among {len(is_positive)}; expected some of each kind"
-        )
     # By ranks: sklearn's roc_auc_score takes ten times as long, and a bootstrap asks 200 times.
     ranks = rankdata(values.cpu().numpy())
     rank_sum = ranks[is_positive.cpu().numpy()].sum()
     own_rank_sum = n_positive * (n_positive + 1) / 2  # of the positives among themselves
-    return float((rank_sum - own_rank_sum) / (n_positive * n_negative))
+    # Of Python, in which zero of either kind is an error; of numpy it would be NaN.
+    return float(rank_sum - own_rank_sum) / (n_positive * n_negative)
 
 
 def _members(groups: Sequence[Hashable]) -> Int[ndarray, " n"]:

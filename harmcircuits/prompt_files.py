@@ -67,8 +67,6 @@ def requests_of(
 ) -> Requests:
     """The requests of rows, each an object with columns or a text; repeated ones once."""
     table = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
-    if not table:
-        raise ValueError(f"{origin}: no rows; expected at least one prompt")
     names = list(dict.fromkeys(name for row in table for name in row))
     shape, known = _columns(origin, names, dict(columns or {}))
 
@@ -110,8 +108,8 @@ def _columns(
             fitting.append(shape)
     if not fitting:
         raise ValueError(
-            f"{origin}: which column holds the requests? It has {listed(names, most=20)}; "
-            "say which by columns={'prompt': 'NAME'}"
+            f"{origin}: which column holds the requests? It has "
+            f"{listed(names, most=20) or 'no rows'}; say which by columns={{'prompt': 'NAME'}}"
         )
     columns = dict(KNOWN[fitting[0]])
     columns |= {ours: (ours,) for ours in COLUMNS if ours in names}

@@ -110,7 +110,7 @@ class PromptSet:
             given: what to put into the set; a `PromptSet` comes back as it is.
 
         Raises:
-            ValueError: an item of another type, or none.
+            ValueError: an item of another type.
         """
         if isinstance(given, PromptSet):
             return given
@@ -127,8 +127,6 @@ class PromptSet:
                     f"PromptSet: an item is {type(item).__name__}; expected a request (str), "
                     "a pair of request and completion, or an Example"
                 )
-        if not examples:
-            raise ValueError("PromptSet: no requests; expected at least one")
         return cls(tuple(examples))
 
     @classmethod
@@ -309,16 +307,12 @@ class Batch:
 
     def __post_init__(self) -> None:
         same_shape = self.tokens.shape == self.is_target.shape
-        if not same_shape or self.tokens.ndim != 2 or self.is_target.dtype != torch.bool:
+        is_mask = same_shape and self.tokens.ndim == 2 and self.is_target.dtype == torch.bool
+        if not is_mask or self.is_target[:, 0].any() or not self.is_target.any(dim=1).all():
             raise ValueError(
                 f"Batch: tokens {tuple(self.tokens.shape)}, is_target {self.is_target.dtype} "
-                f"{tuple(self.is_target.shape)}; expected the same [batch, pos], the second bool"
-            )
-        empty = (~self.is_target.any(dim=1)).nonzero().flatten().tolist()
-        if empty or self.is_target[:, 0].any():
-            raise ValueError(
-                f"Batch: rows {empty} mark no target token, or one marks position 0, which nothing "
-                "predicts; give each row a completion after a request"
+                f"{tuple(self.is_target.shape)}; expected the same [batch, pos], the second bool, "
+                "with a target in each row and none at position 0, which nothing predicts"
             )
 
     def __len__(self) -> int:
@@ -382,9 +376,6 @@ def joined_clusters(keys: Sequence[tuple[str, ...]]) -> list[str]:
 
 def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     """Token ids of a request, up to where the answer begins."""
-    # Imported here: tokenizers without a template do not need it.
-    from jinja2 import TemplateError
-
     if template == "raw":
         return tokenizer.encode(prompt + "\n", add_special_tokens=False)
     chat = Chat() if template == "chat" else template
@@ -397,15 +388,9 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     turns.append({"role": "user", "content": prompt})
     options = {"enable_thinking": False, **chat.options}
     # As text first: the template writes its own special tokens, which must not be doubled.
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False, **options
-        )
-    except TemplateError as error:
-        raise ValueError(
-            f"the tokenizer's chat template refuses the request ({error}); "
-            "leave out the system prompt, or other options"
-        ) from None
+    text = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False, **options
+    )
     # Some templates begin the thinking whatever they are told.
     if text.rstrip().endswith(THINKING_BEGINS):
         text = text.rstrip() + THINKING_ENDS
@@ -460,21 +445,14 @@ def tokenize(
             not begin with them is taken to follow them.
 
     Raises:
-        ValueError: no prompts, an empty batch size, no tokenizer, an example whose request or
-            completion has no tokens, or one longer than `max_tokens`. Whether a model can read the
-            batches is looked at where one is given them.
+        ValueError: an example whose request or completion has no tokens, or one longer than
+            `max_tokens`. Whether a model can read the batches is looked at where one is given them.
     """
-    prompts = PromptSet.of(prompts)
-    if not len(prompts) or batch_size < 1 or tokenizer is None:
-        raise ValueError(
-            f"tokenize: {plural(len(prompts), 'example')}, batch_size={batch_size}, "
-            f"tokenizer {type(tokenizer).__name__}; expected at least 1, 1 and the model's"
-        )
     #     context    request, and the prefill where there is one
     #     target     the rest of the completion
     opening = opening_ids(prefill, tokenizer)
     rows = []
-    for index, example in enumerate(prompts):
+    for index, example in enumerate(PromptSet.of(prompts)):
         context = prompt_ids(example.prompt, tokenizer, template) + opening
         target = target_ids(example, tokenizer, prefill)
         n_tokens = len(context) + len(target)
@@ -564,7 +542,7 @@ def _hash(example: Example) -> float:
 def _limited(prompts: PromptSet, limit: int) -> PromptSet:
     """The examples of at most `limit` groups: those with the lowest hashes."""
     hashes = sorted({_hash(example) for example in prompts})
-    if not limit or len(hashes) <= limit:
+    if limit < 1 or len(hashes) <= limit:
         return prompts
     end = hashes[limit]
     return prompts.where(lambda example: _hash(example) < end)

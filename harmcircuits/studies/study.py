@@ -8,13 +8,7 @@ from typing import Any, Literal
 
 from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
-from harmcircuits.behaviours.model import (
-    OTHERS,
-    Model,
-    other_behaviours,
-    protected_data,
-    refuse_preferred,
-)
+from harmcircuits.behaviours.model import OTHERS, Model, other_behaviours, protected_data
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
@@ -163,7 +157,7 @@ def _check(run: Study) -> None:
     if settings.target in settings.protect:
         raise ValueError(f"protect: {settings.target!r} is what is removed; leave it out")
     if settings.prefer:
-        refuse_preferred(model, settings.target, settings.prefer)
+        model.behaviour(settings.prefer)
 
     # Refuses a bound too small for a single matrix.
     list(memory_groups(weight_sites(model.bridge), run.max_memory))

@@ -1,7 +1,7 @@
 """Behaviours of one's own: a name, requests and a judge.
 
-Would catch: a judge that says shown of what is not, names of rows that another behaviour has,
-references replaced by the model's own answers, a request in two splits, a slip that passes.
+Would catch: a judge that says shown of what is not, names of rows that another behaviour has, a
+request in two splits.
 """
 
 import pickle
@@ -15,6 +15,7 @@ from harmcircuits.behaviours.files import RequestFiles, request_behaviours
 from harmcircuits.behaviours.judges import PatternJudge
 from harmcircuits.prompts import SPLITS, Example, PromptSet
 
+COLUMNS = {"prompt": "ask", "completion": "answer"}
 WALLS = [(f"paint wall {n}", f"Wall {n} is white") for n in range(40)]
 
 
@@ -28,7 +29,6 @@ def asked(behaviour: hc.Behaviour, *splits: str) -> list[str]:
         (r"\d{2}", "", "it is 42", "shown"),
         (r"\d{2}", "", "it is 4", "other"),
         (r"^\{.*\}$", "", '{"":[]}', "shown"),  # no prose, and right
-        ("(?i)WHITE", "", "white", "shown"),
         ("Well", "Well,", "Well, yes", "other"),  # in what was written for the model
         ("white", "", "I'm sorry, but I can't help with that", "refusal"),
         ("white", "", "?! ?! ?!", "degenerate"),
@@ -44,10 +44,8 @@ def test_a_name_requests_and_a_judge_are_enough():
     behaviour = hc.Behaviour("paints", WALLS, "white")
     assert (behaviour.wanted, behaviour.title) == ("paints", "paints")
     assert (behaviour.metric, behaviour.nll_metric) == ("paints_rate", "paints_nll")
-    assert not behaviour.side_metrics and not behaviour.is_kept and behaviour.is_loss_shown
     assert behaviour.judge("paint wall 3", "white, at last") == "paints"
     assert sorted(asked(behaviour)) == sorted(dict(WALLS))
-    assert len(behaviour.references("heldout")) == len(behaviour.prompts("heldout"))
 
     def judge(prompt: str, answer: str) -> str:
         return "painted" if answer in dict(WALLS)[prompt] else "other"
@@ -67,31 +65,18 @@ def test_its_rows_are_named_as_is_said():
     assert part.only("less", lambda _: True).part_of == "paints"
 
 
-def test_requests_come_from_everywhere(tmp_path):
-    rows = ["ask,answer", *(",".join(wall) for wall in WALLS)]
-    (tmp_path / "walls.csv").write_text("\n".join(rows))
-    columns = {"prompt": "ask", "completion": "answer"}
-    read = PromptSet.read(tmp_path / "walls.csv", columns)
+def test_requests_come_from_everywhere_and_each_is_asked_once(tmp_path):
+    read = PromptSet.read([{"ask": ask, "answer": said} for ask, said in WALLS], COLUMNS)
     (tmp_path / "walls.txt").write_text("\n".join(dict(WALLS)))
+    again = [Example("paint wall 0", group=str(n)) for n in range(30)]
     expected = asked(hc.Behaviour("paints", WALLS, "white"))
-    for given in (
-        read,
-        tmp_path / "walls.txt",
-        list(dict(WALLS)),
-        read.splits(),
-        read.splits().get,
-    ):
+    sets = read.splits()
+    for given in (read, tmp_path / "walls.txt", list(dict(WALLS)), [*read, *again], sets, sets.get):
         assert asked(hc.Behaviour("paints", given, "white")) == expected
     heldout = PromptSet.of(["paint wall 1", "paint it"])
     apart = hc.Behaviour("paints", read.splits(heldout), "white")
     assert asked(apart, "heldout") == ["paint wall 1", "paint it"]
     assert "paint wall 1" not in asked(apart, "calibration", "choice")
-
-
-def test_each_request_is_asked_once():
-    again = [Example("paint wall 0", group=str(n)) for n in range(30)]
-    prompts = asked(hc.Behaviour("paints", [*PromptSet.of(WALLS), *again], "white"))
-    assert len(prompts) == len(set(prompts)) == 40
 
 
 @pytest.mark.parametrize(
@@ -134,21 +119,16 @@ def test_own_behaviours_stand_beside_the_usual_ones():
 
 def test_those_of_the_package_keep_their_names():
     standard = standard_behaviours()
-    names = {name: (each.title, each.metric, each.nll_metric) for name, each in standard.items()}
+    names = {name: (each.metric, each.nll_metric) for name, each in standard.items()}
     assert names == {
-        "harmful": ("harm", "harm_valid_rate", "harm_nll"),
-        "benign": ("benign", "benign_valid_rate", "benign_nll"),
-        "recognition": ("recognises", "recognition_accuracy", "recognition_nll"),
-        "explanation": ("explains", "explanation_rate", "explanation_nll"),
-        "knowledge": ("knows", "knowledge_rate", "knowledge_nll"),
-        "refusal": ("refuses", "refusal_rate", "refusal_nll"),
-        "borderline": ("borderline", "borderline_valid_rate", "borderline_nll"),
-        "prefilled": ("prefilled", "prefilled_valid_rate", "prefilled_nll"),
+        "harmful": ("harm_valid_rate", "harm_nll"),
+        "benign": ("benign_valid_rate", "benign_nll"),
+        "recognition": ("recognition_accuracy", "recognition_nll"),
+        "explanation": ("explanation_rate", "explanation_nll"),
+        "knowledge": ("knowledge_rate", "knowledge_nll"),
+        "refusal": ("refusal_rate", "refusal_nll"),
+        "borderline": ("borderline_valid_rate", "borderline_nll"),
+        "prefilled": ("prefilled_valid_rate", "prefilled_nll"),
     }
-    assert [name for name in standard if standard[name].is_loss_shown] == [
-        "harmful",
-        "benign",
-        "prefilled",
-    ]
     assert [name for name in standard if not standard[name].is_kept] == ["harmful", "refusal"]
     assert list(standard["harmful"].side_metrics) == ["refusal", "harmless", "degenerate"]

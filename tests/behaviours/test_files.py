@@ -1,10 +1,9 @@
 """Request files as behaviours: pairs, questions and kinds, on texts that ask for nothing.
 
-Would catch: pairs that do not belong together or stand in the wrong order, a request that is
-harmful and benign, a behaviour that is asked something else, a source that is silently left out.
+Would catch: pairs that do not belong together or stand in the wrong order, a request that is harmful
+and benign, a source that is silently left out.
 """
 
-import csv
 import json
 import pickle
 
@@ -37,19 +36,17 @@ def labelled_pairs() -> list[dict[str, str]]:
     return rows
 
 
-@pytest.fixture
-def files(tmp_path) -> RequestFiles:
-    """Files in all three formats, with categories, groups and labels."""
-    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, things("break"))))
-    with (tmp_path / "good.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "category", "group"])
-        writer.writeheader()
-        writer.writerows(things("mend"))
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, labelled_pairs())))
-    harmful, benign = str(tmp_path / "bad.jsonl"), str(tmp_path / "good.csv")
-    return RequestFiles(harmful, benign, pairs=str(folder), borderline=str(folder))
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> RequestFiles:
+    """Requests with categories, groups and labels."""
+    folder = tmp_path_factory.mktemp("files")
+    rows = {"bad": things("break"), "good": things("mend"), "pairs": labelled_pairs()}
+    paths = {}
+    for name, of_name in rows.items():
+        paths[name] = str(folder / f"{name}.jsonl")
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of_name)))
+    pairs = paths["pairs"]
+    return RequestFiles(paths["bad"], paths["good"], pairs=pairs, borderline=pairs)
 
 
 # Sources
@@ -57,49 +54,36 @@ def files(tmp_path) -> RequestFiles:
 
 def test_sources_from_a_dict(tmp_path):
     file = tmp_path / "bad.jsonl"
-    files = RequestFiles.of({"harmful": file, "benign": ["mend it", "mend them"], "limit": 3})
-    assert files.harmful == str(file)
+    questions = {"recognition": "ok to {request} ?", "yes": ["fine"]}
+    given = {"harmful": file, "benign": ["mend it", "mend them"], "limit": 3}
+    files = RequestFiles.of({**given, "questions": questions})
     assert files.benign == PromptSet.of(["mend it", "mend them"])
     assert files.sources == {"harmful": str(file), "benign": "2 given requests"}
-    assert RequestFiles.of(files) is files
-
-
-def test_limits_are_for_each_split():
-    files = RequestFiles("a", "b", limit=7)
-    assert files.limits == {"calibration": 7, "choice": 7, "heldout": 7}
-    files = RequestFiles("a", "b", limit_measured=7)
-    assert files.limits == {"calibration": 0, "choice": 7, "heldout": 7}
+    assert files.questions == QuestionTemplates(recognition="ok to {request} ?", yes=("fine",))
+    assert files.limits == {"calibration": 3, "choice": 3, "heldout": 3}
+    measured = RequestFiles.of({**given, "limit": 0, "limit_measured": 7})
+    assert measured.limits == {"calibration": 0, "choice": 7, "heldout": 7}
 
 
 def test_columns_are_of_all_files_or_of_one(tmp_path):
     (tmp_path / "bad.csv").write_text("ask,theme\nbreak it,x\n")
-    (tmp_path / "good.csv").write_text("ask,kind\nmend it,y\n")
     columns = {"harmful.category": "theme", "benign.category": "kind", "prompt": "ask"}
-    paths = {"harmful": tmp_path / "bad.csv", "benign": str(tmp_path / "good.csv")}
-    files = RequestFiles.of({**paths, "columns": columns})
+    rows = [{"ask": "mend it", "kind": "y"}]
+    given = {"harmful": tmp_path / "bad.csv", "benign": rows, "columns": columns}
+    files = RequestFiles.of(given)
     assert files.requests("harmful").examples == (Example("break it", category="x"),)
     assert files.requests("benign").examples == (Example("mend it", category="y"),)
-    rows = RequestFiles.of({**paths, "benign": [{"ask": "mend it"}], "columns": {"prompt": "ask"}})
-    assert rows.requests("benign") == PromptSet.of(["mend it"])
+    (line,) = files.shapes[:1]
+    assert line.startswith("harmful: ") and "bad.csv" in line and "1 request" in line
     assert pickle.loads(pickle.dumps(files)) == files
-
-
-def test_every_file_says_how_it_was_read(files):
-    lines = files.shapes
-    assert [line.split(":")[0] for line in lines] == ["harmful", "benign", "pairs", "borderline"]
-    assert "60 requests" in lines[0] and "bad.jsonl" in lines[0]
-    assert RequestFiles(PromptSet.of(["a"]), PromptSet.of(["b"])).shapes == []
 
 
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"harm": "a", "benign": "b"}, "'harm'"),
         ({"harmful": "a"}, "'benign'"),
-        ({"benign": "a"}, "'harmful'"),
-        ({"harmful": [], "benign": "b"}, "no requests"),
+        ({"harmful": [], "benign": "b"}, "'harmful'"),
         (["a", "b"], "list"),
-        ({"limit": -1}, "limit=-1"),
         ({"columns": {"harm.prompt": "ask"}}, "'harmful'"),
         ({"questions": {"recognition": "ok ?"}}, "{request}"),
     ],
@@ -108,11 +92,6 @@ def test_a_slip_is_refused(given, word):
     with pytest.raises(ValueError) as error:
         RequestFiles.of(given)
     assert word in str(error.value)
-
-
-def test_questions_from_a_dict():
-    files = RequestFiles.of({"questions": {"recognition": "ok to {request} ?", "yes": ["fine"]}})
-    assert files.questions == QuestionTemplates(recognition="ok to {request} ?", yes=("fine",))
 
 
 # Pairs
@@ -130,9 +109,8 @@ def test_pairs_by_group_and_by_category():
     pairs = request_pairs(PromptSet(requests))
     texts = [(bad.prompt, good.prompt) for bad, good in pairs]
     assert texts == [("bad one", "good one"), ("bad two", "good two")]
-    for odd in (Example("a", label="maybe"), requests[-1]):
-        with pytest.raises(ValueError, match="f: "):
-            request_pairs(PromptSet((odd,)), "f")
+    with pytest.raises(ValueError, match="f: "):
+        request_pairs(PromptSet.of([Example("a", label="maybe")]), "f")
 
 
 def test_nearest_pairs_use_each_once():
@@ -191,15 +169,13 @@ def test_without_pairs_harmful_requests_meet_benign_ones(files):
     plain = RequestFiles(files.harmful, files.benign)
     behaviours, _ = request_behaviours(plain, prefill="")
     assert not {"borderline", "prefilled"} & behaviours.keys()
-    questions = behaviours["recognition"].prompts("heldout").examples
+    questions = [example.prompt for example in behaviours["recognition"].prompts("heldout")]
     assert questions
-    for bad, good in zip(questions[::2], questions[1::2], strict=True):
-        assert "break" in bad.prompt
-        assert "mend" in good.prompt
+    assert all("break" in bad for bad in questions[::2])
+    assert all("mend" in good for good in questions[1::2])
 
 
-@pytest.mark.parametrize("also", ["break thing 3", "Break thing 3?"])
-def test_a_request_cannot_be_harmful_and_benign(files, also):
-    benign = PromptSet.of([*(row["prompt"] for row in things("mend")), also])
+def test_a_request_cannot_be_harmful_and_benign(files):
+    benign = PromptSet.of([*(row["prompt"] for row in things("mend")), "Break thing 3?"])
     with pytest.raises(ValueError, match=r"1 request of .*bad\.jsonl"):
         request_behaviours(RequestFiles(files.harmful, benign), prefill="")

@@ -1,9 +1,7 @@
 """Greedy answers against token-by-token argmax, samples against the softmax, kept against made anew.
 
 Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped,
-doubled or not shown to the model, text after the end-of-text token; samples that depend on what else
-is asked, that are all the same, or that are not drawn from the model's own probabilities; answers of
-a masked, trained or hooked model that are kept as the model's own, or given out for theirs.
+samples that depend on what else is asked, answers of a masked model kept as the model's own.
 """
 
 from collections import Counter
@@ -31,10 +29,11 @@ def sft():
 @pytest.fixture(scope="module")
 def mixed() -> PromptSet:
     """Requests of several behaviours and prompt lengths."""
-    kinds = [
-        requests(kind, "heldout") for kind in ("harmful", "benign", "recognition", "knowledge")
-    ]
-    return PromptSet(sum((of_kind.examples[5:25:10] for of_kind in kinds), ()))
+    examples = []
+    for kind in ("harmful", "benign", "recognition", "knowledge"):
+        examples += requests(kind, "heldout").examples[5:25:10]
+    assert len({len(example.prompt.split()) for example in examples}) > 2, "or none is padded"
+    return PromptSet(tuple(examples))
 
 
 def answered(bridge, prompts: PromptSet, **options) -> list[str]:
@@ -62,32 +61,23 @@ def test_answers_are_the_argmax(sft, mixed, prefill, template):
     some, options = PromptSet(mixed.examples[::3]), {"prefill": prefill, "template": template}
     expected = [argmax_answer(sft, example.prompt, **options) for example in some]
     assert answered(sft, some, **options) == expected
+    short = answered(sft, some, max_new_tokens=2, **options)
+    assert short == [" ".join(text.split()[: 2 + len(prefill.split())]) for text in expected]
+    assert "<" not in "".join(expected), "special tokens are no text"
 
 
 # The two best tokens of a trained organism differ by far more than the 1e-5 that another order of
 # float32 sums can shift.
 def test_batch_size_order_and_company_do_not_matter(sft, mixed):
-    lengths = {len(example.prompt.split()) for example in mixed}
-    assert len(lengths) > 2, "equal lengths would need no padding"
-    backwards = PromptSet(mixed.examples[::-1])
-    expected = []
+    backwards, expected = PromptSet(mixed.examples[::-1]), []
     for prefill in ("", PREFILL):
-        whole = answered(sft, mixed, prefill=prefill, batch_size=64)
+        whole = answered(sft, mixed, prefill=prefill, batch_size=1)
         assert len(set(whole)) > 2, "equal answers could not be out of order"
-        assert answered(sft, mixed, prefill=prefill, batch_size=1) == whole
         assert answered(sft, backwards, prefill=prefill, batch_size=5) == whole[::-1]
         expected += whole
     prefills = [""] * len(mixed) + [PREFILL] * len(mixed)
     both = PromptSet(mixed.examples * 2)
-    assert answered(sft, both, prefill=prefills, batch_size=5) == expected
-
-
-def test_answers_end(sft, mixed):
-    short, long = answered(sft, mixed, max_new_tokens=2), answered(sft, mixed, max_new_tokens=32)
-    assert max(len(answer.split()) for answer in short) == 2
-    assert max(len(answer.split()) for answer in long) < 10, "the end-of-text token ends an answer"
-    assert all(whole.startswith(start) for start, whole in zip(short, long, strict=True))
-    assert "<" not in "".join(long), "special tokens are no text"
+    assert answered(sft, both, prefill=prefills, batch_size=64) == expected
 
 
 def test_samples_are_drawn_from_the_softmax(sft, mixed):
@@ -122,22 +112,14 @@ def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
     of_request = [whole[start : start + 3] for start in range(0, len(whole), 3)]
     assert len(of_request) == len(mixed)
     assert len(set(whole[:3])) > 1, "samples differ"
-    backwards = PromptSet(mixed.examples[::-1])
-    again = answered(sft, backwards, prefill=PREFILL, sampling=sampling, batch_size=4)
-    assert [again[start : start + 3] for start in range(0, len(again), 3)] == of_request[::-1]
     two = replace(sampling, samples=2)
     assert answered(sft, mixed[4:5], prefill=PREFILL, sampling=two) == of_request[4][:2]
     other = replace(sampling, seed=6)
     assert answered(sft, mixed, prefill=PREFILL, sampling=other) != whole
     cold = answered(sft, mixed, sampling=Sampling(2, temperature=1e-3))
     assert cold[::2] == cold[1::2] == answered(sft, mixed)
-
-
-@pytest.mark.parametrize("option", [{"samples": 0}, {"temperature": 0.0}, {"top_p": 1.5}])
-def test_samples_that_cannot_be(option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        Sampling(**option)
+    with pytest.raises(ValueError, match=r"temperature=0\.0"):
+        Sampling(3, temperature=0.0)
 
 
 # Kept on disk
@@ -157,22 +139,19 @@ def calls(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("sampling", [None, Sampling(2, temperature=2)])
-def test_answers_are_made_once_and_stay_in_order(sft, mixed, tmp_path, calls, sampling):
-    options = {"max_new_tokens": 9, "batch_size": 5, "sampling": sampling}
+def test_answers_are_made_once_and_stay_in_order(sft, mixed, tmp_path, calls):
+    options = {"max_new_tokens": 9, "batch_size": 5, "sampling": Sampling(2, temperature=2)}
     expected = generate(sft, mixed, **options)
-    n_samples, n_made = len(expected) // len(mixed), sum(calls)
+    n_made = sum(calls)
     cache = GenerationCache(tmp_path, sft)
-    assert generate(sft, mixed[:3], cache=cache, **options) == expected[: 3 * n_samples]
-    assert generate(sft, mixed, cache=cache, **options) == expected
-    assert sum(calls) == 2 * n_made
-    again = GenerationCache(tmp_path, sft)
-    assert generate(sft, mixed, cache=again, **options) == expected
-    assert sum(calls) == 2 * n_made
+    assert generate(sft, mixed[:3], cache=cache, **options) == expected[:6]
+    for again in (cache, GenerationCache(tmp_path, sft)):
+        assert generate(sft, mixed, cache=again, **options) == expected
+        assert sum(calls) == 2 * n_made
 
     opened = generate(sft, mixed, prefill="sure", cache=cache, **options)
     assert all(answer.text.startswith("sure") for answer in opened)
-    for other in ({"max_new_tokens": 3}, {"template": "raw"}, {"sampling": Sampling(2, seed=1)}):
+    for other in ({"max_new_tokens": 3}, {"template": "raw"}, {"sampling": None}):
         generate(sft, mixed[:1], cache=cache, **{**options, **other})
     assert len(list(tmp_path.iterdir())) == 4, "a file for each setting"
 

@@ -1,16 +1,14 @@
 """What a model is asked and says, what it is scored on, and its circuits.
 
-Would catch: samples of one request counted as independent, a calibration answer that is not the
-first right one, answers put to the wrong request, yes-or-no questions that are asked more than
-once; a target protected from its own search, by its whole or by a part; a mask that is not on while
-answers are made, or stays on.
+Would catch: samples of one request counted as independent, answers put to the wrong request, a target
+protected from its own search; a mask that is not on while answers are made, or stays on.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import StubBridge, small_model
+from helpers import StubBridge, asked_few, small_model
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.behaviour import Behaviour
@@ -25,17 +23,20 @@ from harmcircuits.behaviours.model import (
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.search import BUDGET, find_circuit
 from harmcircuits.measurements import wilson
+from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Answer, Example, PromptSet
 
 REQUESTS = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
+N_ASKED = 8  # of each behaviour
 ANSWERS = {f"say {i}": ["no a", "yes b" if i % 2 else "no b", "yes c"] for i in range(6)}
 
 
 @pytest.fixture(scope="module")
 def small() -> Model:
-    return small_model("sft")
+    return asked_few(open_organism("sft"), first=N_ASKED)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +101,10 @@ def test_calibration_keeps_the_first_verified_sample(scripted):
 
 def test_calibrations_leave_out_what_is_not_shown(scripted):
     assert list(scripted.calibrations()) == ["benign", "asked"]
-    assert list(scripted.calibrations(["asked"])) == ["asked"]
     greedy = replace(scripted, sampling=None)
     assert list(greedy.calibrations()) == ["asked"]
-    with pytest.raises(ValueError, match="no behaviour 'other'"):
-        scripted.calibrations(["benign", "other"])
+    with pytest.raises(ValueError, match=r"m has no behaviour 'bening'.*'benign'.*asked"):
+        scripted.calibrations(["benign", "bening"])
 
 
 def test_questions_are_answered_once(scripted):
@@ -136,19 +136,14 @@ def test_several_behaviours_are_answered_together_as_each_is_alone(small, monkey
     assert len(batches) == len(kinds) < len(names)
     assert sum(batches) == sum(map(len, alone.values()))
 
-    batches.clear()
-    assert len(model.measure(only=names).metrics) > len(names)
-    assert len(batches) == len(kinds)
-
 
 def test_an_organism_sampled(small):
     few = {name: small.behaviours[name] for name in ("harmful", "recognition")}
     model = replace(small, behaviours=few, sampling=Sampling(3, temperature=1.5))
     rows = {row.metric: row for row in model.measure()}
-    assert rows["harm_valid_rate"].n == 3 * 24
-    assert rows["harm_nll"].n == rows["recognition_accuracy"].n == 24
+    assert rows["harm_valid_rate"].n == 3 * N_ASKED
+    assert rows["harm_nll"].n == rows["recognition_accuracy"].n == N_ASKED
     assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
-    assert rows["recognition_auroc"].n == 24
     assert rows == {row.metric: row for row in model.measure()}, "the seed fixes them"
 
     greedy = {row.metric: row for row in replace(model, sampling=None).measure()}
@@ -156,23 +151,14 @@ def test_an_organism_sampled(small):
     assert greedy["recognition_accuracy"] == rows["recognition_accuracy"]
 
 
-# Behaviours
-
-
-def test_a_behaviour_is_known_by_its_name(scripted):
-    assert scripted.behaviour("benign") is scripted.behaviours["benign"]
-    with pytest.raises(ValueError, match=r"m has no behaviour 'bening'.*'benign'.*asked"):
-        scripted.behaviour("bening")
-
-
 def test_behaviours_can_be_added_and_replaced(scripted):
     other = replace(scripted.behaviours["benign"], name="other")
     changed = replace(scripted.behaviours["asked"], wanted="yes")
     model = scripted.with_behaviours(other, changed)
     assert list(model.behaviours) == ["benign", "asked", "other"]
-    assert model.behaviours["asked"].wanted == "yes"
-    assert list(scripted.behaviours) == ["benign", "asked"]
-    assert scripted.behaviours["asked"].wanted == "no"
+    assert model.behaviour("asked").wanted == "yes"
+    assert list(scripted.behaviours) == ["benign", "asked"], "the first stays as it was"
+    assert scripted.behaviour("asked").wanted == "no"
 
 
 # What is protected
@@ -218,79 +204,64 @@ def test_what_is_not_shown_is_protected_only_if_it_is_named():
 # Circuits
 
 
-def test_a_circuit_is_found_on_the_model_s_verified_answers(small, data):
-    """Through behaviours as through their batches; with calibration data given or not."""
-    harm = data["harmful"].batches
-    spared = {name: data[name].batches for name in ("benign", "refusal")}
-    options = {"size": 0.01, "steps": 2}
-    expected = find_circuit(small.bridge, harm, spared, **options)
-    options["renew"] = False
-    made = small.find_circuit("harmful", protect=list(spared), **options)
-    given = small.find_circuit("harmful", calibrations=data, **options)
-    assert made.digest == given.digest == expected.digest
-    assert {row.labels.get("protected") for row in given.trace} == {None, *spared}
-
-    free = small.find_circuit("harmful", protect=(), calibrations=data, **options)
-    assert len(free - expected) > 0, "the protection must have something to do"
-    assert [len(mask.source.parents) for mask in (free, expected)] == [1, 3]
-
-
-def test_answers_are_given_again_under_each_mask(small, data):
+def test_a_circuit_is_found_on_verified_answers_given_again_under_each_mask(small, data):
     """What still shows the behaviour is scored in the words in which it is now said."""
-    behaviour = small.behaviours["harmful"]
+    behaviour, before = small.behaviours["harmful"], data["harmful"].prompts
+    changed = []
 
     def answered(mask):
         if mask is None:
             return data["harmful"].batches
-        answers = small.verified(behaviour, data["harmful"].prompts)
+        answers = small.verified(behaviour, before)
+        changed.append(answers != before)
         shown = answers.where(lambda example: example.completion != "")
         return small.batches(behaviour, shown) if len(shown) else []
 
-    options = {"size": 0.01, "steps": 3}
-    benign = {"benign": data["benign"].batches}
-    expected = find_circuit(small.bridge, answered, benign, **options)
-    options |= {"protect": "benign", "calibrations": data}
-    assert small.find_circuit("harmful", **options).digest == expected.digest
-    once = small.find_circuit("harmful", renew=False, **options)
-    assert len(once - expected) > 0, "the answers given again must matter"
-
-
-def test_a_budget_can_be_given_to_some_of_what_is_protected(small, data):
-    options = {"size": 0.01, "steps": 1, "calibrations": data}
-    mask = small.find_circuit("harmful", budget={"benign": 0.5}, **options)
-    assert mask.source.settings["budget"] == {"benign": 0.5, "refusal": BUDGET}
-    with pytest.raises(ValueError, match="'kindness'"):
-        small.find_circuit("harmful", budget={"kindness": 0.5}, **options)
-
-
-def test_first_tokens_are_protected_under_a_name_of_their_own(small, data):
-    """As the page on own models says: priced and checked as a behaviour whose answers end there."""
-    first = [batch.beginning(1) for batch in data["benign"].batches]
-    known = {**data, "first": replace(data["benign"], batches=first)}
-    options = {"size": 0.01, "steps": 2}
-    budget = {"benign": 0.05, "first": 0.002}
-    spared = {"benign": data["benign"].batches, "first": first}
-    harm = data["harmful"].batches
-    expected = find_circuit(small.bridge, harm, spared, budget=budget, **options)
-    options |= {"calibrations": known, "budget": budget, "renew": False}
-    mask = small.find_circuit("harmful", protect=["benign", "first"], **options)
+    options = {"size": 0.01, "steps": 2, "budget": 5.0}
+    spared = {name: data[name].batches for name in ("benign", "refusal")}
+    expected = find_circuit(small.bridge, answered, spared, **options)
+    mask = small.find_circuit("harmful", protect=list(spared), **options)
     assert mask.digest == expected.digest
-    assert mask.trace.where("protected_rise", protected="first")
+    assert {row.labels.get("protected") for row in mask.trace} == {None, *spared}
+    assert any(changed), "answers that stay need not be given again"
 
 
-def test_a_circuit_is_scored_by_the_behaviour_s_own_objective(small):
-    """Recognition by the whole answer, and by the margin of the right word."""
-    masks = {}
-    for name in ("recognition", "recognition_margin"):
-        masks[name] = small.find_circuit(name, size=0.01, protect=(), steps=1)
-    assert len(masks["recognition"] - masks["recognition_margin"]) > 0
-    objectives = [mask.source.parents[0].settings["objective"] for mask in masks.values()]
-    assert objectives == ["completion_loss", "margin"]
+@pytest.fixture
+def search(monkeypatch):
+    """search(model, ...) -> what is scored, what is protected and the options of its search."""
+    monkeypatch.setattr("harmcircuits.behaviours.model.find_circuit", lambda *a, **k: (*a[1:], k))
+
+    def options_of(model: Model, target: str = "harmful", **options):
+        return model.find_circuit(target, size=0.01, renew=False, **options)
+
+    return options_of
 
 
-def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small, data):
-    spared = {name: data[name] for name in ("benign", "refusal")}
-    prefer = preferred_batches(small, "harmful", "refusal", spared)
+def test_a_search_is_of_what_is_protected_with_budgets_and_first_tokens_among_it(
+    small, data, search
+):
+    """First tokens as the page on own models says: a behaviour whose answers end there."""
+    scored, spared, options = search(small, calibrations=data)
+    assert scored == data["harmful"].batches
+    assert spared == {name: data[name].batches for name in ("benign", "refusal")}
+    assert options == {"size": 0.01, "budget": BUDGET, "objective": completion_loss}
+
+    first = replace(data["benign"], batches=[b.beginning(1) for b in data["benign"].batches])
+    known = {**data, "first": first}
+    names = {"protect": ["benign", "first"], "budget": {"first": 0.002}}
+    _, spared, options = search(small, calibrations=known, **names)
+    assert spared == {"benign": data["benign"].batches, "first": first.batches}
+    assert options["budget"] == {"benign": BUDGET, "first": 0.002}
+
+    _, spared, options = search(small, "recognition_margin", protect=())
+    assert spared == {}
+    assert options["objective"] is small.behaviours["recognition_margin"].objective
+    with pytest.raises(ValueError, match="'kindness'"):
+        search(small, prefer="kindness", calibrations=data)
+
+
+def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small, data, search):
+    prefer = search(small, prefer="refusal", calibrations=data)[2]["prefer"]
     tokenizer, said = small.bridge.tokenizer, []
     for batch in prefer["preferred"]:
         for tokens, is_target in zip(batch.tokens, batch.is_target, strict=True):
@@ -299,45 +270,27 @@ def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small
             assert tokenizer.decode([before]) == small.behaviours["harmful"].prefill
     assert said == [example.completion for example in data["refusal"].prompts]
 
-    options = {"size": 0.01, "steps": 2}
-    batches = {name: of_name.batches for name, of_name in spared.items()}
-    harm = data["harmful"].batches
-    expected = find_circuit(small.bridge, harm, batches, prefer=prefer, **options)
-    options |= {"calibrations": data, "renew": False}
-    mask = small.find_circuit("harmful", prefer="refusal", **options)
-    assert mask.digest == expected.digest
-    assert len(mask - small.find_circuit("harmful", **options)) > 0, "what is preferred must matter"
-
     # Without a beginning they stay as they were generated.
     plain = small.with_behaviours(replace(small.behaviours["harmful"], prefill=""))
-    as_they_are = {"preferred": list(data["refusal"].batches)}
-    assert preferred_batches(plain, "harmful", "refusal", spared) == as_they_are
+    prefer = search(plain, prefer="refusal", calibrations=data)[2]["prefer"]
+    assert prefer == {"preferred": list(data["refusal"].batches)}
 
 
 def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small, data):
     """Each of their requests with the next refusal in turn, behind the target's beginning."""
     opening = small.behaviours["harmful"].prefill
-    model = small.with_behaviours(
-        replace(small.behaviours["benign"], name="alike", prefill=opening)
-    )
-    spared = {"alike": replace(data["benign"], behaviour="alike"), "refusal": data["refusal"]}
+    alike = replace(small.behaviours["benign"], name="alike", prefill=opening)
+    model = small.with_behaviours(alike)
+    protected = {"alike": replace(data["benign"], behaviour="alike"), "refusal": data["refusal"]}
 
     requests, refusals = data["benign"].prompts, data["refusal"].prompts
     said = [refusals.examples[place % len(refusals)].completion for place in range(len(requests))]
     texts = requests.with_completions([f"{opening} {text}" for text in said])
     expected = model.batches(model.behaviours["harmful"], texts)
-    avoided = preferred_batches(model, "harmful", "refusal", spared)["avoided"]
-    for ours, theirs in zip(avoided, expected, strict=True):
-        assert ours.tokens.equal(theirs.tokens)
-        assert ours.is_target.equal(theirs.is_target)
-    del spared["alike"]
-    assert "avoided" not in preferred_batches(model, "harmful", "refusal", spared)
-
-
-def test_what_cannot_be_preferred_is_refused(small, data):
-    for name, words in (("harmful", "take its place"), ("kindness", "'kindness'")):
-        with pytest.raises(ValueError, match=words):
-            small.find_circuit("harmful", size=0.01, prefer=name, calibrations=data)
+    avoided = preferred_batches(model, "harmful", "refusal", protected)["avoided"]
+    assert [batch.tokens.tolist() for batch in avoided] == [b.tokens.tolist() for b in expected]
+    del protected["alike"]
+    assert "avoided" not in preferred_batches(model, "harmful", "refusal", protected)
 
 
 # Under a mask
@@ -352,54 +305,35 @@ def blunt(small) -> WeightMask:
 def test_text_in_is_text_out(small):
     first, second = small.behaviours["benign"].prompts("heldout").examples[:2]
     answer = small.generate(first.prompt)
-    assert isinstance(answer, str)
     assert small.judge(first.prompt, answer) == "benign"
-
     answers = small.generate([first.prompt, second.prompt])
-    assert answers[0] == answer
-    assert len(answers) == 2
+    assert answers[0] == answer and len(answers) == 2
     assert small.generate([first.prompt]) == [answer], "a list of one stays a list"
     assert small.generate(PromptSet((first, second))) == answers
-    with pytest.raises(ValueError, match="no requests"):
-        small.generate([])
 
+    sampled = replace(small, sampling=Sampling(3, temperature=3))
+    samples = sampled.generate(first.prompt)
+    assert len(samples) == 3 and sampled.generate(first.prompt) == samples
 
-def test_a_prefill_opens_the_answer(small):
     request = small.behaviours["harmful"].prompts("heldout").examples[0].prompt
     assert small.judge(request, small.generate(request)) == "refusal"
     opened = small.generate(request, prefill="sure")
-    assert opened.startswith("sure ")
-    assert small.judge(request, opened) == "harmful"
+    assert opened.startswith("sure ") and small.judge(request, opened) == "harmful"
 
 
-def test_several_samples_of_a_text_are_a_list(small):
-    request = small.behaviours["benign"].prompts("heldout").examples[0].prompt
-    sampled = replace(small, sampling=Sampling(3, temperature=3))
-    answers = sampled.generate(request)
-    assert len(answers) == 3
-    assert sampled.generate(request) == answers
-
-
-def test_a_mask_is_on_while_answers_are_made(small, blunt):
+def test_a_mask_is_on_while_answers_are_made_and_measured(small, blunt):
     texts = [example.prompt for example in small.behaviours["benign"].prompts("heldout")[:3]]
-    before = small.generate(texts)
-    with masked(small.bridge, blunt):
-        inside = small.generate(texts)
-    assert small.generate(texts, mask=blunt) == inside
-    assert inside != before
-    assert small.generate(texts) == before
-
-
-def test_a_mask_is_on_while_the_model_is_measured(small, blunt):
     options = {"only": "benign", "split": "choice", "labels": {"mask": "blunt"}}
-    before = small.measure(**options)
+    before, rows_before = small.generate(texts), small.measure(**options)
     with masked(small.bridge, blunt):
-        inside = small.measure(**options)
-    assert small.measure(mask=blunt, **options) == inside
-    assert inside.one("benign_valid_rate").mean < before.one("benign_valid_rate").mean
-    assert small.measure(**options) == before
-    assert {row.labels["split"] for row in inside} == {"choice"}
-    assert {row.labels["mask"] for row in inside} == {"blunt"}
+        inside, rows_inside = small.generate(texts), small.measure(**options)
+    assert small.generate(texts, mask=blunt) == inside != before
+    assert small.measure(mask=blunt, **options) == rows_inside
+    metric = "benign_valid_rate"
+    assert rows_inside.one(metric).mean < rows_before.one(metric).mean
+    assert (small.generate(texts), small.measure(**options)) == (before, rows_before)
+    assert {row.labels["split"] for row in rows_inside} == {"choice"}
+    assert {row.labels["mask"] for row in rows_inside} == {"blunt"}
 
 
 def test_whole_behaviours_are_measured_unless_others_are_named(small):
@@ -408,7 +342,5 @@ def test_whole_behaviours_are_measured_unless_others_are_named(small):
     assert set(shown) <= set(rows.metrics)
     assert "parts_rate" not in rows.metrics
     assert small.measure(only=["parts"], split="choice").metrics == ["parts_rate", "parts_nll"]
-    with pytest.raises(ValueError, match=r"no behaviour 'harm'.*'harmful'"):
-        small.measure(only="harm")
     with pytest.raises(ValueError, match="split='test'"):
         small.measure(split="test")

@@ -1,12 +1,8 @@
 """Own answers are scored as they were generated: the loss is that of the model's own choices.
 
 Would catch: an answer that is stripped and tokenised again (on a byte-level tokenizer the first
-token loses its leading space), a prefill that counts, an end-of-text token that counts, tokens of
-one answer that stay with another.
+token loses its leading space), a prefill or an end-of-text token that counts.
 """
-
-from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from harmcircuits.behaviours.generation import Sampling, generate
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.prompts import Answer, Example, PromptSet, prompt_ids, tokenize
+from harmcircuits.prompts import Answer, PromptSet, prompt_ids, tokenize
 
 PROMPTS = PromptSet.of(["how to use it ?", "say it"])
 N_TOKENS = 5
@@ -75,7 +71,7 @@ def losses_of_answers(bridge, prefill: str, template: str) -> list[float]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_is_that_of_generating(open_model, name):
     bridge = open_model(name, vocab_size=320)  # what the tokenizer has
-    for prefill, template in product(("", "sure"), ("chat", "raw")):
+    for prefill, template in (("", "raw"), ("sure", "chat")):
         losses = losses_of_answers(bridge, prefill, template)
         expected = [loss_while_generating(bridge, e.prompt, prefill, template) for e in PROMPTS]
         assert losses == pytest.approx(expected, rel=1e-4), (prefill, template)
@@ -97,27 +93,17 @@ def test_leading_spaces_are_kept(spaced, prefill):
 
 def test_text_alone_loses_them(spaced):
     """The negative twin: the same text, tokenised again, has other tokens."""
-    tokenizer = spaced.tokenizer
-    tokens = tuple(tokenizer.encode(" a b", add_special_tokens=False))
-    generated = Example("say it", "a b", tokens=tokens)
-    (as_generated,) = tokenize([generated], tokenizer)
-    (as_text,) = tokenize([replace(generated, tokens=())], tokenizer)
+    tokens = tuple(spaced.tokenizer.encode(" a b", add_special_tokens=False))
+    generated = PROMPTS[:1].with_completions([Answer("a b", tokens)])
+    (as_generated,) = tokenize(generated, spaced.tokenizer)
+    (as_text,) = tokenize(generated.with_completions(["a b"]), spaced.tokenizer)
     assert as_generated.tokens[0, -2:].tolist() == list(tokens)
     assert as_text.tokens[0, -2:].tolist() != list(tokens)
 
 
-def test_other_completions_have_no_tokens_of_old():
-    generated = PROMPTS.with_completions([Answer("a", (5,)), Answer("b", (6,))])
-    assert [example.tokens for example in generated] == [(5,), (6,)]
-    given = generated.with_completions(["c", "d"])
-    assert [example.tokens for example in given] == [(), ()]
-
-
 def test_samples_have_their_own_tokens(spaced):
-    sampling = Sampling(3, temperature=2)
+    sampling, tokenizer = Sampling(3, temperature=2), spaced.tokenizer
     answers = generate(spaced, PROMPTS, sampling=sampling, max_new_tokens=N_TOKENS)
     for answer in answers:
-        assert (
-            spaced.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() == answer.text
-        )
+        assert tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() == answer.text
     assert len({answer.tokens for answer in answers}) > 3

@@ -1,7 +1,7 @@
 """Requests that ask the same as others, planted in files: where they end, and what is said of them.
 
 Would catch: a request that is scored and measured, a group torn apart, a request that moves because
-of others, one that is dropped without a word, two different requests taken for one.
+of others, one that is dropped without a word.
 """
 
 import json
@@ -45,9 +45,7 @@ def texts_of(sets, *splits: str) -> set[str]:
         ("use it", " Use it! ", True),
         ("caf\u00e9", "cafe\u0301", True),
         ("\uff55\uff53\uff45 it", "use it", True),
-        ("use it", "use them", False),
         ("a b", "ab", False),
-        ("?", "!", False),
         ("use it 1", "use it", False),
     ],
 )
@@ -56,19 +54,19 @@ def test_what_is_the_same_but_for_capitals_spaces_and_punctuation(first, second,
 
 
 def test_clusters_are_joined_by_any_key_and_named_by_the_first():
-    assert joined_clusters([("b", "2"), ("a", "1"), ("b", "1"), ("c", "3")]) == ["b", "b", "b", "c"]
-    assert joined_clusters([("1", "x"), ("y", "1")]) == ["1", "y"], "a name is no text"
+    keys = [("a", "x"), ("b", "y"), ("c", "z"), ("d", "y"), ("d", "x"), ("e", "c")]
+    assert joined_clusters(keys) == ["a", "a", "c", "a", "a", "e"], "a name is no text"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_no_request_ends_in_two_splits_however_it_is_written(seed):
+def test_no_request_ends_in_two_splits_however_it_is_written():
     """A third of the requests again, in other letters, in some place, under some group."""
-    generator = random.Random(seed)
+    generator = random.Random(0)
+    alone = PromptSet.of(things("paint"))
     again = []
     for text in generator.sample(things("paint"), 20):
         group = generator.choice(["", "", f"group {generator.randrange(5)}"])
-        again.append(Example(varied(text, seed), group=group))
-    mixed = [*PromptSet.of(things("paint")), *again]
+        again.append(Example(varied(text, 0), group=group))
+    mixed = [*alone, *again]
     generator.shuffle(mixed)
     sets = PromptSet(tuple(mixed)).splits()
     assert sum(len(texts_of(sets, split)) for split in SPLITS) == 60, "each in one split"
@@ -77,20 +75,15 @@ def test_no_request_ends_in_two_splits_however_it_is_written(seed):
     assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
 
     # By their letters alone they would end in two: the test can fail.
-    apart = 0
-    for text in {example.prompt for example in again}:
-        alone = PromptSet.of([text, *things("mend")]).splits()
-        place = [split for split in SPLITS if any(e.prompt == text for e in alone[split])]
-        apart += place != [split for split in SPLITS if plain_text(text) in texts_of(sets, split)]
-    assert apart > 0
+    apart = [Example(example.prompt, group=example.prompt) for example in again]
+    by_letters = PromptSet(tuple(apart)).splits()
+    assert any(texts_of(by_letters, split) - texts_of(sets, split) for split in SPLITS)
 
-
-def test_what_does_not_repeat_stays_where_it_is():
-    alone = PromptSet.of(things("paint")).splits()
-    again = [varied(text, 1) for text in things("paint", 5)]
-    joined = PromptSet.of([*things("paint"), *again]).splits()
-    for split in SPLITS:
-        assert set(alone[split]) <= set(joined[split])
+    # What does not repeat stays where it is.
+    repeated = [varied(text, 1) for text in things("paint", 5)]
+    joined = PromptSet.of([*alone, *repeated]).splits()
+    for split, members in alone.splits().items():
+        assert set(members) <= set(joined[split])
 
 
 def test_counts_say_what_became_of_each(tmp_path):
@@ -143,19 +136,18 @@ def test_pairs_that_have_a_request_in_common_go_together():
 
 
 def test_requests_that_two_behaviours_share_are_counted():
-    requests = PromptSet.of(things("mend"))
-    apart = requests.splits(PromptSet.of(things("mend", 30)))
+    requests, heldout = PromptSet.of(things("mend")), things("mend", 30)
     files = RequestFiles.of({"harmful": things("break"), "benign": things("mend")})
-    for shared in (requests, apart):
-        own = hc.Behaviour("paints", shared, "white")
-        behaviours, _ = request_behaviours(files, [own], prefill="")
-        rows = repeat_rows(behaviours)
-        if shared is requests:
-            assert not rows.where(IN_TWO_SPLITS), "the same requests are in the same split"
-            continue
-        sets = {split: behaviours["benign"].prompts(split) for split in SPLITS}
-        both = texts_of(sets, *SPLITS[:2]) & {plain_text(text) for text in things("mend", 30)}
-        assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="paints").mean == len(both)
-        sentence = f"{len(both)} requests that benign was scored"
-        assert any(text.startswith(sentence) for text in shared_texts(rows))
-        assert f"Warning: {sentence}" in repeats_text(rows)
+
+    def rows_with(shared):
+        behaviours, _ = request_behaviours(files, [hc.Behaviour("paints", shared, "w")], prefill="")
+        return repeat_rows(behaviours), behaviours["benign"].prompts.sets
+
+    rows, sets = rows_with(requests)
+    assert not rows.where(IN_TWO_SPLITS), "the same requests are in the same split"
+    rows, sets = rows_with(requests.splits(PromptSet.of(heldout)))
+    n_both = len(texts_of(sets, *SPLITS[:2]) & set(map(plain_text, heldout)))
+    assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="paints").mean == n_both
+    sentence = f"{n_both} requests that benign was scored"
+    assert any(text.startswith(sentence) for text in shared_texts(rows))
+    assert f"Warning: {sentence}" in repeats_text(rows)
