@@ -1,7 +1,6 @@
 """Where a mask sits, by hand-made masks.
 
-Would catch: heads read along the wrong axis, a neuron's three matrices kept apart, a Gini
-coefficient that chance inflates.
+Would catch: heads read along the wrong axis, a neuron's three matrices kept apart.
 """
 
 import pytest

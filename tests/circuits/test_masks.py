@@ -1,7 +1,6 @@
 """Selection and set algebra against brute force; files round-trip.
 
-Would catch: thresholds that take more or fewer weights where scores tie, a scope that mixes
-matrices, a control that does not match its mask, a file that loses the source or the order.
+Would catch: a threshold that takes more or fewer where scores tie, a control unlike its mask.
 """
 
 import pytest
@@ -191,9 +190,6 @@ def test_a_frame_names_the_place_and_the_value_of_every_removed_weight(open_mode
         assert part["column"].tolist() == (index % mask.shapes[weight][-1]).tolist()
         values = site.parameter.detach().flatten()[index].tolist()
         assert part["weight"].tolist() == pytest.approx(values)
-
-
-# Files
 
 
 def test_file_round_trip_and_masks_of_version_0_1_0(tmp_path):

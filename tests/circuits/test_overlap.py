@@ -1,7 +1,6 @@
 """Overlap of masks against closed forms and full enumeration (`tests/oracle.py`).
 
-Would catch: chance pooled over matrices, a null that ignores rows and columns, biased trades, an
-interval that misses its own figure, places whose parts do not add up to the whole.
+Would catch: chance pooled over matrices, a null that ignores rows and columns, biased trades.
 """
 
 from collections import Counter

@@ -1,8 +1,6 @@
 """Scores as files, their sums over masks, and their means over parts of the data.
 
-Would catch: a file that is lost, an order of matrices that a file changes, a file of something
-else read as scores, a predicted change over the wrong weights, parts that weigh by their number and
-not by their examples.
+Would catch: an order of matrices that a file changes, parts that weigh by their number.
 """
 
 import pytest
@@ -45,9 +43,6 @@ def test_the_mean_of_parts_is_the_score_of_the_whole(llama):
         mean = mean_scores(parts, [3, 2])
         for name, value in whole.values.items():
             torch.testing.assert_close(mean.values[name], value, rtol=1e-4, atol=1e-8)
-
-
-# Files
 
 
 @pytest.mark.parametrize(("shard_bytes", "n_shards"), [(160, 2), (2**31, 1)])

@@ -1,8 +1,6 @@
 """Selection by histogram against sorting, and what it holds.
 
-Would catch: keys that order negative numbers backwards, zeros of two signs that do not tie, a tie
-that crosses a chunk or a tensor and is counted twice, an excluded weight that is chosen, a
-selection that holds the dense scores.
+Would catch: zeros of two signs that do not tie, a tie across a chunk that is counted twice.
 """
 
 import pytest

@@ -1,8 +1,6 @@
 """Whole neurons, heads and rows, by hand and as every architecture stores them.
 
-Would catch: a slice along the wrong axis, a neuron without one of its matrices, key-value heads
-that go with the wrong heads, a sum in place of a mean, a unit beyond the size or torn by what is
-excluded.
+Would catch: a slice along the wrong axis, key-value heads with the wrong heads, torn units.
 """
 
 import pytest

@@ -1,8 +1,6 @@
 """Scores against the oracle (`tests/oracle.py`), finite differences and their own definitions.
 
-Would catch: a transposed or permuted weight, a matrix counted twice or never, padding or prompt
-tokens that leak into a score, a mean over tokens where one over examples is meant, hooks or frozen
-parameters left behind.
+Would catch: a transposed weight, padding that leaks into a score, hooks that are left behind.
 """
 
 import oracle
@@ -184,9 +182,6 @@ def test_errors_name_the_cause(open_model, batch, name, call, word):
     with pytest.raises(ValueError) as error:
         call(open_model(name), batch)
     assert word in str(error.value)
-
-
-# What each token adds
 
 
 def mask_of(bridge, model: str = "") -> WeightMask:

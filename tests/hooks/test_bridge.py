@@ -1,8 +1,4 @@
-"""What counts as a bridge, and what anything else is told.
-
-Would catch: a Model whose bridge is not taken, a Hugging Face model that fails later with an
-AttributeError, a protocol that a real bridge does not satisfy.
-"""
+"""What counts as a bridge, and what anything else is told."""
 
 from types import SimpleNamespace
 

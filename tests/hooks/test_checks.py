@@ -1,7 +1,6 @@
 """Texts that a model cannot read and numbers that are not finite, against what reads and computes.
 
-Would catch: a text past the context that is read as nonsense, a score, loss or answer of NaN that
-looks like any other, an error that names another example or comes after the model has run.
+Would catch: a score, loss or answer of NaN that looks like any other, an error about another text.
 """
 
 import math
@@ -134,9 +133,6 @@ def test_without_a_padding_token_nothing_changes(open_model):
         nll = completion_nll(bridge, tokenize(texts, bridge.tokenizer))
         torch.testing.assert_close(nll, expected)
         assert generate(bridge, TEXTS, max_new_tokens=6) == answers
-
-
-# NaN and infinity
 
 
 def test_every_reader_refuses_a_weight_that_is_not_finite(open_model):

@@ -111,13 +111,6 @@ def test_the_padding_side_of_a_tokenizer_changes_nothing(open_model):
 # An organism
 
 
-def test_measuring_gives_the_same_rows_again():
-    model = small_model("sft", every=16)
-    first = model.measure(only=["harmful", "benign"])
-    torch.manual_seed(99)
-    assert model.measure(only=["harmful", "benign"]) == first
-
-
 @pytest.mark.slow
 def test_what_changes_the_figures_of_an_organism():
     """The bounds are those that docs/trusted.md states; the table is printed."""

@@ -1,7 +1,6 @@
 """Models that are spread over devices by `device_map` score and mask as whole ones do.
 
-Would catch: hooks of accelerate that keep inputs or gradients from the hook points, weights that
-are not in memory scored as if they were, a mask that reaches only the first device.
+Would catch: hooks of accelerate that keep inputs or gradients from the hook points.
 """
 
 import pytest

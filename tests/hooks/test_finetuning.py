@@ -1,8 +1,6 @@
 """Fine-tuning learns, leaves no trace, and respects masks; low-rank adapters learn as autograd says.
 
-Would catch: a parameter, flag or gradient that is not restored; an optimiser or a merge that
-revives a held weight; held entries that still steer the factors; a wrong orientation of the factors
-on GPT-2; an order of batches that is not the seed's.
+Would catch: an optimiser or a merge that revives a held weight, a wrong orientation of the factors.
 """
 
 from contextlib import nullcontext

@@ -1,7 +1,6 @@
 """Arrays for views: what a mask does to each token, where heads attend, what neurons do.
 
-Would catch: a change of the wrong sign, a view of the unpruned model twice, padding that is shown, a
-neuron read before its activation function, a prediction under the wrong token.
+Would catch: a change of the wrong sign, a neuron before its activation function, padding shown.
 """
 
 import pytest

@@ -1,8 +1,6 @@
-"""A bridge from a folder or a Hugging Face model that is already loaded; the memory that scores take.
+"""A bridge from a folder or a loaded Hugging Face model; the memory that scores take.
 
-Would catch: weights that are copied or changed on the way, a dtype other than the stored one, a
-folder that is opened as something it is not; activations that are not scaled to the batch, scores
-counted without the bound, weights counted twice, gradients left behind by the look.
+Would catch: weights that are copied or changed on the way, another dtype, memory counted twice.
 """
 
 from pathlib import Path
@@ -57,9 +55,6 @@ def test_what_cannot_be_opened_is_named(folder, tmp_path):
         assert word in str(error.value)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert wrap_model(loaded, tokenizer).tokenizer.get_vocab() == tokenizer.get_vocab()
-
-
-# Memory
 
 
 def test_memory_is_counted_by_formula(llama):

@@ -1,7 +1,6 @@
 """What a model makes of texts, against closed forms, brute force and transformers' own loss.
 
-Would catch: a likelihood over prompt tokens, KL in the wrong direction or over padding, a mask that
-stays behind, log-odds read at a padded position, a perplexity that is not of all windows.
+Would catch: a likelihood over prompt tokens, KL in the wrong direction, log-odds at the padding.
 """
 
 import math

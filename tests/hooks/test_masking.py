@@ -1,8 +1,6 @@
 """Masks change the forward pass and leave no trace.
 
-Would catch: arithmetic undo, a wrong orientation of flat indices, split weights that are copies,
-an exit that restores nothing, optimiser state that revives a held weight, an unpruned model that is
-not what it was, weights that were changed under a mask and stay so in silence.
+Would catch: an exit that restores nothing, optimiser state that revives a held weight.
 """
 
 from contextlib import suppress
@@ -113,9 +111,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(open_model, llama):
     assert_bits_equal(llama, before)
 
 
-# Training under a mask
-
-
 def momentum(parameters):
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
 
@@ -165,9 +160,6 @@ def test_masked_weights_are_free_to_learn(llama):
         assert torch.equal(parameter[mask.dense(name)], before[name][mask.dense(name)])
 
 
-# The model without its masks
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"), [("GPT2", torch.float32), ("Mixtral", torch.bfloat16)], ids=str
 )
@@ -197,9 +189,6 @@ def test_unmasked_is_the_model_before_all_masks(open_model, name, dtype):
                     raise error
             assert_bits_equal(bridge, during)
     assert_bits_equal(bridge, before)
-
-
-# What is done to the weights under a mask
 
 
 def replace(bridge) -> None:
@@ -236,18 +225,6 @@ def test_what_others_do_to_masked_weights_is_reported(llama, change, hold):
             CHANGES[change](llama)
             raise RuntimeError("of the body")
         assert NAME in caught.value.__notes__[0]
-
-
-def test_a_model_that_is_cast_under_a_mask_comes_back_cast(llama):
-    mask, before = a_mask(llama), snapshot(llama)
-    with masked(llama, mask, scale=-0.5):
-        llama.original_model.to(torch.bfloat16)
-    for name, weight in named_weights(llama).items():
-        gone = mask.dense(name)
-        assert torch.equal(weight[gone], before[name][gone].to(torch.bfloat16))
-
-
-# Interrupts while a mask comes off
 
 
 @pytest.mark.parametrize("n_interrupts", [1, 5])

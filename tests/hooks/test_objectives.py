@@ -1,8 +1,6 @@
 """The completion loss of a stub whose next-token probabilities are powers of two.
 
-Every loss is a multiple of log 2. Would catch: logits and tokens off by one position, prompt tokens
-or padding in the loss, a sum where a mean is meant, a mean over all tokens of a batch where one per
-example is meant, losses computed in half precision.
+Would catch: logits and tokens off by one position, a mean over tokens in place of examples.
 """
 
 import math

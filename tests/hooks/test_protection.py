@@ -1,7 +1,6 @@
 """How answers are shared out among pricing and checking.
 
-Would catch: an answer that is priced and checked, answers of one request on both sides, padding
-that changes a loss, a rise that is credited to another behaviour.
+Would catch: answers of one request on both sides, a rise that is credited to another behaviour.
 """
 
 import pytest

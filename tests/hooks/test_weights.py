@@ -1,7 +1,6 @@
 """Units of the weights, and which model and weights a mask was made on.
 
-Would catch: units read off the wrong axis, masks of earlier versions that are no longer known to be
-of their model, a merged fine-tune that passes for its base. Refusals: `test_architectures.py`.
+Would catch: units off the wrong axis, a merged fine-tune that passes for its base.
 """
 
 import warnings
@@ -41,9 +40,6 @@ def test_units_are_the_heads_and_neurons_that_a_weight_touches(open_model, name)
 
         reads_units = site.kind in ("attn.o", "mlp.out")
         assert site.unit_axis == (site.input_axis if reads_units else 1 - site.input_axis)
-
-
-# Which model, and which weights of it
 
 
 def test_the_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(open_model, llama):
