@@ -125,6 +125,8 @@ def work(rank: int, folder: str) -> None:
         scores.save(f"{folder}/{key}-{rank}")
 
     others = r"processes \[1, 2\] of 3 .* give every process all"
+    with pytest.raises(ValueError, match=others):
+        removal_effect(bridge, BATCHES[rank:])
     # In process 0 the bound is too small for any matrix: that must not leave the others waiting.
     with pytest.raises(ValueError, match=others):
         removal_effect(bridge, BATCHES, max_memory=1 + 10**6 * rank)

@@ -57,22 +57,6 @@ def test_the_last_residual_moves_all_and_the_first_nothing(open_model, texts, na
         assert residual(rows, direction="restore")[depth] == pytest.approx(1, abs=1e-3)
 
 
-def test_one_position_of_the_middle_residual_reaches_the_skip_connection(llama):
-    # In the last layer positions no longer mix after attention: with one target, the position
-    # before it moves everything, and no other anything.
-    tokens = random_batch(4, seed=2).tokens
-    is_target = torch.zeros_like(tokens, dtype=torch.bool)
-    is_target[:, 5] = True
-    mask = random_mask(llama, 0.6, kinds=("blocks.0", "blocks.1.attn"))
-    rows = patched(llama, mask, hc.Batch(tokens, is_target))
-    cells = rows.where("patch_share", layer="1 mid", direction="restore")
-    moved = {row.labels["position"]: row.mean for row in cells}
-    assert len(moved) == tokens.shape[1] + 1
-    for position, share in moved.items():
-        expected = 1 if position in (4, "all") else 0
-        assert share == pytest.approx(expected, abs=1e-3), position
-
-
 def test_a_sweep_is_that_of_transformer_lens(llama, texts):
     mask = random_mask(llama)
     rows = patched(llama, mask, texts, ["attention", "mlp", "head"])

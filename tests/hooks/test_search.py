@@ -3,6 +3,7 @@
 Would catch: scores under the wrong mask, a mask beyond its size or budget, a walk that resumes otherwise.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -11,10 +12,9 @@ from helpers import random_batch
 from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.protection import CHECKED_EVERY, Protection, split_by_request
 from harmcircuits.hooks.search import even_shares, find_circuit, set_difference
@@ -33,15 +33,11 @@ SIZE = 0.1
 TARGET = [random_batch()]
 SPARED = [random_batch(6, 8, seed=1)]
 ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
+NOTHING: dict[str, Sequence[Batch]] = {}
+BESIDE = {"preferred": -PREFERENCE, "avoided": PREFERENCE}  # what a nat of their loss is worth
 
 Weights = dict[str, Tensor]
 Best = Callable[[Weights, int], Weights]
-
-
-def best_of(llama, sums: Mapping[str, Tensor], size: float) -> WeightMask:
-    """The share of the weights with the largest sums."""
-    scores = WeightScores(dict(sums), Source(model_fingerprint(llama), "sums"))
-    return top_fraction(scores, size, within="model")
 
 
 def best_weights(scores: Weights, n: int) -> Weights:
@@ -85,10 +81,13 @@ def plain_walk(
     best_of: Best = best_weights,
     factors: Sequence[float] = FACTORS,
     first: float = 1.0,
+    prefer: Mapping[str, Sequence[Batch]] = NOTHING,
+    further: Sequence[Batch] = (),
 ) -> WeightMask:
     """The search on dense tensors: clones of the weights, a sort, no shared step with the library.
 
-    But for the scores, which have tests of their own.
+    But for the scores, which have tests of their own. Further batches are the target's from the
+    second step on.
     """
     weights = named_weights(bridge)
     original = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -125,7 +124,13 @@ def plain_walk(
             return [completion_nll(bridge, checked).mean() for _, checked in shares]
 
         changes = zip(under(removed, losses), unpruned, strict=True)
-        return max((now - before).item() for now, before in changes)
+        return max(((now - before).item() for now, before in changes), default=0.0)
+
+    def worth():
+        loss = completion_nll(bridge, target).mean().item()
+        for name, batches in prefer.items():
+            loss += BESIDE[name] * completion_nll(bridge, batches).mean().item()
+        return loss
 
     def choose(n, factor):
         return best_of({name: benefit[name] - factor * price[name] for name in original}, n)
@@ -153,22 +158,24 @@ def plain_walk(
     benefit = {name: torch.zeros_like(weight) for name, weight in original.items()}
     price = {name: torch.zeros_like(weight) for name, weight in original.items()}
     accepted, refused, rung = nothing, None, factors.index(first)
-    best, best_rung = (-1.0, nothing), rung
-    for share in steps:
+    best, best_rung = (-math.inf, nothing), rung
+    for number, share in enumerate(steps):
         for priced, _ in shares:
             parts = gradient(token_price, priced, accepted if refused is None else refused)
             for name, part in parts.items():
                 price[name] += part.abs() * original[name].abs()
-        for name, part in gradient(removal_effect, target, accepted).items():
-            benefit[name] += part * original[name]
+        scored = [([*target, *further] if number else target, 1.0)]
+        scored += [(batches, BESIDE[name]) for name, batches in prefer.items()]
+        for batches, factor in scored:
+            for name, part in gradient(removal_effect, batches, accepted).items():
+                benefit[name] += factor * part * original[name]
         mask, rung, refused = search(round(share * n_weights), rung)
         accepted = accepted if mask is None else mask
         if refused is not None and rises(refused) > MOST_TO_LEARN_FROM:
             refused = None
         mask, best_rung, _ = search(round(size * n_weights), best_rung)
         if mask is not None:
-            loss = under(mask, lambda: completion_nll(bridge, target).mean().item())
-            best = max(best, (loss, mask), key=lambda pair: pair[0])
+            best = max(best, (under(mask, worth), mask), key=lambda pair: pair[0])
     removed = {name: part.flatten().nonzero().flatten() for name, part in best[1].items()}
     shapes = {name: tuple(weight.shape) for name, weight in original.items()}
     return WeightMask(removed, shapes, Source(model_fingerprint(bridge), "plain"))
@@ -203,6 +210,34 @@ def test_the_walk_over_neurons_is_the_plain_one(llama):
     expected = plain_walk(llama, TARGET, protect, best_of=best_neurons, **ladder, **options)
     assert len(expected) > 0
     assert mask.digest == expected.digest
+
+
+def test_what_the_target_becomes_is_scored_with_it(llama):
+    """From the second step on, asked of the model under the mask so far."""
+    further, on_the_model = [random_batch(2, 6, seed=9)], []
+
+    def target(mask) -> list[Batch]:
+        if mask is None:
+            return TARGET
+        weights = named_weights(llama)
+        on_the_model.append(all((weights[name][mask.dense(name)] == 0).all() for name in weights))
+        return further
+
+    options = {"size": SIZE, "budget": 1.0, "steps": [SIZE / 2, SIZE]}
+    mask = find_circuit(llama, target, **options)
+    assert mask.digest == plain_walk(llama, TARGET, [], further=further, **options).digest
+    assert on_the_model and all(on_the_model)
+    assert len(mask - find_circuit(llama, TARGET, **options)) > 0, "further batches must matter"
+
+
+@pytest.mark.parametrize("name", ["preferred", "avoided"])
+def test_what_is_preferred_earns_with_the_target_and_what_is_avoided_costs(llama, name):
+    """Their effects count in every step under the mask so far, and their losses at the end."""
+    options = {"size": 0.05, "budget": 1.0, "steps": [0.025, 0.05]}
+    prefer = {name: SPARED}
+    mask = find_circuit(llama, TARGET, prefer=prefer, **options)
+    assert mask.digest == plain_walk(llama, TARGET, [], prefer=prefer, **options).digest
+    assert len(mask - find_circuit(llama, TARGET, **options)) > 0
 
 
 def test_unprotected_a_step_takes_the_weights_with_the_largest_effect(llama):
@@ -253,68 +288,6 @@ def test_of_each_size_the_mask_is_kept_that_takes_most(llama):
     mask = find_circuit(llama, fewer_and_fewer, [SPARED], size=0.05, steps=3)
     fewest = min(row.mean for row in mask.trace.where("target_left"))
     assert mask.trace.one("target_left", step=mask.source.settings["step"]).mean == fewest
-
-
-def sum_of_two_steps(llama, first: WeightMask, scored) -> Weights:
-    """Effects times `sign`, before anything is removed and with the first step's weights gone."""
-    weights = {name: weight.detach().clone() for name, weight in named_weights(llama).items()}
-    sums: Weights = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for at_first, later, sign in scored:
-        before = removal_effect(llama, at_first).values
-        with masked(llama, first, scale=1e-30):  # nudged off zero, so that it can be divided by
-            now = removal_effect(llama, later).values
-            gradient = {name: now[name] / weight for name, weight in named_weights(llama).items()}
-        for name, weight in weights.items():
-            sums[name] += sign * (before[name] + gradient[name] * weight)
-    return sums
-
-
-def test_what_the_target_becomes_is_scored_with_it(llama):
-    """From the second step on, with the model under the mask of the first."""
-    further = random_batch(2, 6, seed=9)
-    seen = []
-
-    def target(mask) -> list[Batch]:
-        if mask is None:
-            return TARGET
-        seen.append((mask.digest, completion_nll(llama, TARGET).mean().item()))
-        return [further]
-
-    options = {"size": SIZE, "steps": [SIZE / 2, SIZE]}
-    mask = find_circuit(llama, target, **options)
-    first = find_circuit(llama, TARGET, size=SIZE / 2, steps=1)
-    # After the first step, for the mask of the size wanted, then for the second step's sums.
-    loss = completion_nll(llama, TARGET, mask=first).mean().item()
-    assert seen[1] == (first.digest, pytest.approx(loss))
-    sums = sum_of_two_steps(llama, first, [(TARGET, [*TARGET, further], 1.0)])
-    assert mask.source.settings["step"] == 2
-    assert mask.digest == best_of(llama, sums, SIZE).digest
-    assert len(mask - find_circuit(llama, TARGET, **options)) > 0, "further batches must matter"
-
-
-@pytest.mark.parametrize(("name", "sign"), [("preferred", -1.0), ("avoided", 1.0)])
-def test_what_is_preferred_earns_with_the_target_and_what_is_avoided_costs(llama, name, sign):
-    """Their effects count too, in every step under the mask so far, and their losses at the end."""
-    prefer, size = {name: SPARED}, 0.05
-    options = {"size": size, "steps": [size / 2, size]}
-    mask = find_circuit(llama, TARGET, prefer=prefer, **options)
-    first = find_circuit(llama, TARGET, size=size / 2, steps=1, prefer=prefer)
-    scored = [(TARGET, TARGET, 1.0), (SPARED, SPARED, sign * PREFERENCE)]
-    sums = sum_of_two_steps(llama, first, scored)
-    assert mask.source.settings["step"] == 2
-    assert mask.digest == best_of(llama, sums, size).digest
-    assert len(mask - find_circuit(llama, TARGET, **options)) > 0
-
-    # What is predicted is the target's alone; of two sizes' masks the one is kept that does most.
-    effect = removal_effect(llama, TARGET).sum_over(first)
-    assert first.trace.one("predicted_change").mean == pytest.approx(effect, rel=1e-5)
-    raised = {}
-    for row in mask.trace.where("target_loss", aim="size"):
-        step = row.labels["step"]
-        loss = mask.trace.one(f"{name}_loss", aim="size", step=step).mean
-        raised[step] = row.mean + sign * PREFERENCE * loss
-    assert mask.source.settings["step"] == max(raised, key=lambda step: raised[step])
-    assert first.source.settings["preference"] == PREFERENCE
 
 
 @pytest.mark.parametrize(
