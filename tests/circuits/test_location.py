@@ -11,7 +11,6 @@ from harmcircuits.circuits.location import (
     component_rows,
     concentration,
     counts_by,
-    gini,
     most_removed,
 )
 from harmcircuits.circuits.masks import WeightMask, top_fraction
@@ -58,13 +57,6 @@ def test_one_head_and_one_neuron(open_model, architecture):
     of_neurons = concentration(mask, sites, "neuron")
     assert of_neurons.gini == pytest.approx(1 - 1 / 80), "all in one of 80 neurons"
     assert of_neurons.top_share == 1
-
-
-def test_gini_against_its_definition():
-    values = torch.tensor([0.0, 1.0, 1.0, 4.0, 10.0])
-    pairs = (values[:, None] - values[None, :]).abs().sum()
-    assert gini(values) == pytest.approx(float(pairs / (2 * 5 * values.sum())))
-    assert gini(torch.full((9,), 3)) == pytest.approx(0)
 
 
 def test_the_most_removed_come_first_and_heads_bear_what_they_read(llama):

@@ -46,7 +46,6 @@ OF_FIRST, OF_BEST = ({"blocks.0.mlp.in.weight": [0]}, {"blocks.1.mlp.out.weight"
 @pytest.mark.parametrize(
     ("unit", "n", "excluded", "expected"),
     [
-        ("neuron", 2, {}, {}),
         ("neuron", 5, {}, BEST),
         ("neuron", 6, {}, FIRST | BEST),
         # One more has a mean above zero: 1/6.
@@ -55,7 +54,6 @@ OF_FIRST, OF_BEST = ({"blocks.0.mlp.in.weight": [0]}, {"blocks.1.mlp.out.weight"
         ("neuron", 3, OF_FIRST, BEST),
         # Means 5 and 1/2: q's rows with o's columns.
         ("head", 4, {}, {"0.attn.q": [0, 1], "0.attn.o": [0, 2]}),
-        # A row of mlp.out has two weights as well; the mean of block 0's is 2.25.
         ("row", 6, {}, {"0.attn.q": [0, 1], "1.mlp.in": [2, 3], "0.mlp.out": [0, 1]}),
     ],
 )

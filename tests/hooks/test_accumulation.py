@@ -58,6 +58,10 @@ def test_a_batch_is_rounded_once_and_sums_are_not(dtype, least, most):
     error = (total - expected).norm() / expected.norm()
     assert least <= error <= most
 
+    large, total = torch.full((2, 100, 3), 200.0, dtype=dtype), torch.zeros(3, 3)
+    add_signed(large, large, total)
+    assert (total == 200 * 200.0**2).all() or dtype == torch.bfloat16, "beyond float16's range"
+
 
 @pytest.mark.parametrize(
     ("scratch", "dtype"),

@@ -108,9 +108,6 @@ def test_the_padding_side_of_a_tokenizer_changes_nothing(open_model):
     assert figures[0] == figures[1]
 
 
-# An organism
-
-
 @pytest.mark.slow
 def test_what_changes_the_figures_of_an_organism():
     """The bounds are those that docs/trusted.md states; the table is printed."""

@@ -78,7 +78,6 @@ def test_the_seed_decides_the_run_and_an_epoch_takes_every_batch_once(llama, lor
             run.until(9)
             return run.losses
 
-    torch.manual_seed(1)
     first = losses(0)
     torch.manual_seed(2)
     assert losses(0) == first, "no hidden random state"
@@ -99,11 +98,6 @@ def test_held_weights_are_zero_at_every_step(open_model, name, lora):
         for step in range(4):
             run.until(step)
             assert_removed(bridge, mask)
-    assert_bits_equal(bridge, before)
-
-    with fine_tuning(bridge, BATCHES, lr=1e-2, lora=lora) as run, masked(bridge, mask, hold=True):
-        run.until(3)  # the other way round
-        assert_removed(bridge, mask)
     assert_bits_equal(bridge, before)
 
 

@@ -52,15 +52,6 @@ class MarkovModel(Bridge):
     __call__ = forward
 
 
-class SparingModel(MarkovModel):
-    """Computes only the logits it is asked for."""
-
-    def forward(self, tokens: torch.Tensor, logits_to_keep: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens)[:, logits_to_keep]
-
-    __call__ = forward
-
-
 def batch_of(tokens: list[list[int]], is_target: list[list[int]]) -> Batch:
     return Batch(torch.tensor(tokens), torch.tensor(is_target).bool())
 
@@ -83,13 +74,6 @@ def test_token_error_by_hand():
     # Row 0: two of 1/4. Row 1: 1/8. Row 2: 1/2, four times.
     expected = torch.tensor([3 / 4, 7 / 8, 1 / 2])
     torch.testing.assert_close(token_error(MarkovModel(), BATCH), expected)
-
-
-def test_a_batch_is_its_examples_and_a_model_may_leave_logits_out():
-    whole = completion_loss(MarkovModel(), BATCH)
-    rows = [Batch(BATCH.tokens[i : i + 1], BATCH.is_target[i : i + 1]) for i in range(3)]
-    assert torch.equal(torch.cat([completion_loss(MarkovModel(), row) for row in rows]), whole)
-    assert torch.equal(completion_loss(SparingModel(), BATCH), whole)
 
 
 def test_every_example_weighs_the_same():
