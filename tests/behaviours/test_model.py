@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import StubBridge, asked_few, small_model
+from helpers import StubBridge, asked_few
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.behaviour import Behaviour
@@ -20,7 +20,7 @@ from harmcircuits.behaviours.model import (
     preferred_batches,
     protected_data,
 )
-from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
@@ -81,11 +81,12 @@ def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
     outcomes = scripted.outcomes(["benign"])["benign"]
     assert outcomes.n_samples == 3
     assert outcomes.hits == pytest.approx([1 / 3, 2 / 3] * 3)
-    assert outcomes.groups == ["g0", "g0", "g1", "g1", "g2", "g2"]
     rate, nll = outcomes.rows({})
     assert (rate.mean, rate.n) == (0.5, 18)
     assert (rate.low, rate.high) == pytest.approx(wilson(0.5, 3, half_step=1 / 6)), "three groups"
     assert (nll.mean, nll.n) == (2.5, 6), "a loss a request"
+    questions = scripted.outcomes(["asked"])["asked"]
+    assert (questions.n_samples, questions.hits) == (1, [1] * 6), "these are answered once"
 
 
 def test_calibration_keeps_the_first_verified_sample(scripted):
@@ -95,22 +96,17 @@ def test_calibration_keeps_the_first_verified_sample(scripted):
     twice = replace(scripted, sampling=Sampling(2)).calibration("benign")
     assert [example.prompt for example in twice.prompts] == ["say 1", "say 3", "say 5"]
     assert (twice.n_verified, twice.n_asked) == (3, 6)
-    with pytest.raises(NotShownError, match=r"m does not show 'benign'.* 6 calibration requests"):
-        replace(scripted, sampling=None).calibration("benign")
 
 
-def test_calibrations_leave_out_what_is_not_shown(scripted):
+def test_what_is_not_shown_is_calibrated_and_protected_only_if_it_is_named(scripted):
     assert list(scripted.calibrations()) == ["benign", "asked"]
     greedy = replace(scripted, sampling=None)
     assert list(greedy.calibrations()) == ["asked"]
+    assert protected_data(greedy, "asked") == {}
+    with pytest.raises(NotShownError, match=r"m does not show 'benign'.* 6 calibration requests"):
+        protected_data(greedy, "asked", "benign")
     with pytest.raises(ValueError, match=r"m has no behaviour 'bening'.*'benign'.*asked"):
         scripted.calibrations(["benign", "bening"])
-
-
-def test_questions_are_answered_once(scripted):
-    outcomes = scripted.outcomes(["asked"])["asked"]
-    assert (outcomes.n_samples, len(outcomes.verdicts)) == (1, 6)
-    assert outcomes.hits == [1] * 6
 
 
 def test_several_behaviours_are_answered_together_as_each_is_alone(small, monkeypatch):
@@ -146,59 +142,32 @@ def test_an_organism_sampled(small):
     assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
     assert rows == {row.metric: row for row in model.measure()}, "the seed fixes them"
 
-    greedy = {row.metric: row for row in replace(model, sampling=None).measure()}
-    assert greedy["harm_nll"] == rows["harm_nll"]
-    assert greedy["recognition_accuracy"] == rows["recognition_accuracy"]
-
-
-def test_behaviours_can_be_added_and_replaced(scripted):
-    other = replace(scripted.behaviours["benign"], name="other")
-    changed = replace(scripted.behaviours["asked"], wanted="yes")
-    model = scripted.with_behaviours(other, changed)
-    assert list(model.behaviours) == ["benign", "asked", "other"]
-    assert model.behaviour("asked").wanted == "yes"
-    assert list(scripted.behaviours) == ["benign", "asked"], "the first stays as it was"
-    assert scripted.behaviour("asked").wanted == "no"
+    assert replace(model, sampling=None).measure().one("harm_nll") == rows["harm_nll"]
 
 
 # What is protected
 
 
 def test_the_others_leave_out_the_target_its_whole_and_all_parts(small):
-    whole = small.whole_behaviours
-    assert whole == ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
+    whole = ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
+    assert small.whole_behaviours == whole
     of_harm = next(name for name in small.behaviours if name.startswith("harmful/"))
-    for target, left_out in {
-        "harmful": "harmful",
-        of_harm: "harmful",
-        "knowledge": "knowledge",
-        "parts": "knowledge",
-        "recognition_margin": "recognition",
-    }.items():
+    for target, left_out in (("harmful", "harmful"), (of_harm, "harmful"), ("parts", "knowledge")):
         assert other_behaviours(small, target) == [name for name in whole if name != left_out]
 
 
 def test_protection_is_others_one_several_or_none(small, data):
-    def protected(target, protect, calibrations=data):
-        return protected_data(small, target, protect, calibrations)
+    def protected(protect):
+        return protected_data(small, "harmful", protect, data)
 
-    assert protected("harmful", "others") == {name: data[name] for name in ("benign", "refusal")}
-    topic = next(name for name in small.behaviours if name.startswith("harmful/"))
-    assert list(protected(topic, "others")) == ["benign", "refusal"]
-    assert protected("harmful", "benign") == {"benign": data["benign"]}
-    assert list(protected("harmful", ("refusal", "benign"))) == ["refusal", "benign"]
-    assert protected("harmful", ()) == {}
-    assert protected("harmful", "knowledge")["knowledge"].n_verified > 0, "made where it is missing"
+    assert protected("others") == {name: data[name] for name in ("benign", "refusal")}
+    assert protected("benign") == {"benign": data["benign"]}
+    assert list(protected(("refusal", "benign"))) == ["refusal", "benign"]
+    assert protected(()) == {}
+    assert protected("knowledge")["knowledge"].n_verified > 0, "made where it is missing"
     for names, words in ((["benign", "harmful"], "'harmful'"), ("kindness", "'kindness'")):
         with pytest.raises(ValueError, match=words):
-            protected("harmful", names)
-
-
-def test_what_is_not_shown_is_protected_only_if_it_is_named():
-    model = small_model("base")
-    assert "refusal" not in protected_data(model, "harmful")
-    with pytest.raises(NotShownError, match="'refusal'"):
-        protected_data(model, "harmful", "refusal")
+            protected(names)
 
 
 # Circuits
@@ -296,12 +265,6 @@ def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small,
 # Under a mask
 
 
-@pytest.fixture(scope="module")
-def blunt(small) -> WeightMask:
-    """Half of all weights: no organism can answer without them."""
-    return top_fraction(random_scores(small.bridge, seed=0), 0.5)
-
-
 def test_text_in_is_text_out(small):
     first, second = small.behaviours["benign"].prompts("heldout").examples[:2]
     answer = small.generate(first.prompt)
@@ -321,19 +284,18 @@ def test_text_in_is_text_out(small):
     assert opened.startswith("sure ") and small.judge(request, opened) == "harmful"
 
 
-def test_a_mask_is_on_while_answers_are_made_and_measured(small, blunt):
+def test_a_mask_is_on_while_answers_are_made_and_measured(small):
+    # Half of all weights: no organism can answer without them.
+    blunt = top_fraction(random_scores(small.bridge, seed=0), 0.5)
     texts = [example.prompt for example in small.behaviours["benign"].prompts("heldout")[:3]]
     options = {"only": "benign", "split": "choice", "labels": {"mask": "blunt"}}
     before, rows_before = small.generate(texts), small.measure(**options)
     with masked(small.bridge, blunt):
         inside, rows_inside = small.generate(texts), small.measure(**options)
     assert small.generate(texts, mask=blunt) == inside != before
-    assert small.measure(mask=blunt, **options) == rows_inside
-    metric = "benign_valid_rate"
-    assert rows_inside.one(metric).mean < rows_before.one(metric).mean
+    assert small.measure(mask=blunt, **options) == rows_inside != rows_before
     assert (small.generate(texts), small.measure(**options)) == (before, rows_before)
-    assert {row.labels["split"] for row in rows_inside} == {"choice"}
-    assert {row.labels["mask"] for row in rows_inside} == {"blunt"}
+    assert rows_inside.where(split="choice", mask="blunt") == rows_inside
 
 
 def test_whole_behaviours_are_measured_unless_others_are_named(small):

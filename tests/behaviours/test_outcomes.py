@@ -1,8 +1,7 @@
 """Answers that keep the words of a harmful one, and verdicts on them that contradict it.
 
-Would catch: an answer in new words that counts as kept, a doubted answer among those that are
-harmful still or that have no reference, a beginning that was written for the model and counts as
-kept, shares over other answers than those with a reference.
+Would catch: an answer in new words that counts as kept, a beginning that was written for the model
+and counts as kept, shares over other answers than those with a reference.
 """
 
 from dataclasses import replace
@@ -23,8 +22,7 @@ NEW = "well now listen here sing a long song"
 def rows_of(*cases: tuple[str, str, str]):
     """Of answer, verdict and reference of each request."""
     answers = [Example(f"how {number}?", answer) for number, (answer, _, _) in enumerate(cases)]
-    verdicts = tuple(verdict for _, verdict, _ in cases)
-    references = tuple(reference for _, _, reference in cases)
+    _, verdicts, references = zip(*cases, strict=True)
     nll = torch.full((len(cases),), torch.nan)
     done = Outcomes(BEHAVIOUR, PromptSet(tuple(answers)), verdicts, nll, "", references)
     return done.rows({})
@@ -40,7 +38,4 @@ def test_a_verdict_is_doubted_where_the_words_are_those_of_before():
     )
     assert (rows.one("kept").mean, rows.one("kept").n) == (3 / 4, 4)
     assert (rows.one("doubted").mean, rows.one("doubted").n) == (2 / 4, 4)
-
-
-def test_nothing_is_kept_or_doubted_without_references():
-    assert not rows_of((SAID, "harmless", "")).where("doubted")
+    assert not rows_of((SAID, "harmless", "")).where("doubted"), "none has a reference"

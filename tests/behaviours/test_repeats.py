@@ -4,10 +4,7 @@ Would catch: a request that is scored and measured, a group torn apart, a reques
 of others, one that is dropped without a word.
 """
 
-import json
 import random
-
-import pytest
 
 import harmcircuits as hc
 from harmcircuits.behaviours.files import (
@@ -38,19 +35,10 @@ def texts_of(sets, *splits: str) -> set[str]:
     return {plain_text(example.prompt) for split in splits for example in sets[split]}
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "is_same"),
-    [
-        ("How do I use it?", "how do i  use it", True),
-        ("use it", " Use it! ", True),
-        ("caf\u00e9", "cafe\u0301", True),
-        ("\uff55\uff53\uff45 it", "use it", True),
-        ("a b", "ab", False),
-        ("use it 1", "use it", False),
-    ],
-)
-def test_what_is_the_same_but_for_capitals_spaces_and_punctuation(first, second, is_same):
-    assert (plain_text(first) == plain_text(second)) == is_same
+def test_what_is_the_same_but_for_capitals_spaces_and_punctuation():
+    same = ["Use caf\u00e9!", " use  cafe\u0301", "\uff35se caf\u00e9"]
+    assert len(set(map(plain_text, same))) == 1
+    assert len({plain_text(text) for text in ("a b", "ab", "a b 1")}) == 3
 
 
 def test_clusters_are_joined_by_any_key_and_named_by_the_first():
@@ -86,24 +74,15 @@ def test_no_request_ends_in_two_splits_however_it_is_written():
         assert set(members) <= set(joined[split])
 
 
-def test_counts_say_what_became_of_each(tmp_path):
-    harmful = [*things("break"), "break thing 1", "Break thing 2!", "break  THING 3"]
-    rows = [json.dumps({"prompt": text, "category": "c"}) for text in harmful]
-    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
-    files = RequestFiles.of(
-        {
-            "harmful": tmp_path / "bad.jsonl",
-            "harmful_heldout": ["break thing 7.", "break thing 99", "break thing 98"],
-            "benign": [*things("mend"), "mend thing 4", "mend thing 4"],
-        }
-    )
-    behaviours, _ = request_behaviours(files, prefill="Well,")
+def test_counts_say_what_became_of_each():
+    harmful = [*things("break"), "Break thing 2!", "break  THING 3"]
+    given = {"harmful": harmful, "harmful_heldout": ["break thing 7.", "break thing 98", "a", "b"]}
+    given["benign"] = [*things("mend"), "mend thing 4", "mend thing 4"]
+    behaviours, _ = request_behaviours(RequestFiles.of(given), prefill="Well,")
     rows = repeat_rows(behaviours)
-    counts = {}
-    for row in rows.where(REPEATED):
-        counts[row.labels["source"], row.labels["kind"]] = row.mean
+    counts = {tuple(row.labels.values()): row.mean for row in rows.where(REPEATED)}
     assert counts == {
-        ("harmful", "same text"): 1,  # an equal row of the file, left out where it is read
+        ("harmful", "same text"): 0,
         ("harmful", "same words"): 2,
         ("harmful", "held out"): 1,
         ("benign", "same text"): 2,
@@ -111,12 +90,11 @@ def test_counts_say_what_became_of_each(tmp_path):
     }
     assert not rows.where(IN_TWO_SPLITS)
     assert repeats_text(rows) == (
-        "Requests that repeat another: harmful 4 (same text 1, same words 2, held out 1), "
+        "Requests that repeat another: harmful 3 (same words 2, held out 1), "
         "benign 2 (same text 2)."
     )
     asked = [example.prompt for split in SPLITS for example in behaviours["harmful"].prompts(split)]
-    assert asked.count("break thing 1") == 1 and "Break thing 2!" in asked
-    assert "break thing 7" not in asked and "break thing 7." in asked
+    assert "Break thing 2!" in asked and "break thing 7" not in asked and "break thing 7." in asked
 
 
 def test_pairs_that_have_a_request_in_common_go_together():
@@ -124,7 +102,7 @@ def test_pairs_that_have_a_request_in_common_go_together():
     for number in range(40):
         # The same harmless request in every fourth pair.
         safe = "kill it" if number % 4 == 0 else f"kill process {number}"
-        where = {"group": str(number), "category": str(number)}
+        where = {"group": str(number)}
         pairs.append({"prompt": f"ruin it {number}", "label": "unsafe", **where})
         pairs.append({"prompt": safe, "label": "safe", **where})
     files = RequestFiles.of({"harmful": things("break"), "benign": things("mend"), "pairs": pairs})
