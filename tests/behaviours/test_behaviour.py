@@ -27,11 +27,9 @@ def asked(behaviour: hc.Behaviour, *splits: str) -> list[str]:
     ("pattern", "prefill", "answer", "verdict"),
     [
         (r"\d{2}", "", "it is 42", "shown"),
-        (r"\d{2}", "", "it is 4", "other"),
         (r"^\{.*\}$", "", '{"":[]}', "shown"),  # no prose, and right
         ("Well", "Well,", "Well, yes", "other"),  # in what was written for the model
         ("white", "", "I'm sorry, but I can't help with that", "refusal"),
-        ("white", "", "?! ?! ?!", "degenerate"),
     ],
 )
 def test_a_pattern_is_a_judge(pattern, prefill, answer, verdict):
@@ -119,16 +117,11 @@ def test_own_behaviours_stand_beside_the_usual_ones():
 
 def test_those_of_the_package_keep_their_names():
     standard = standard_behaviours()
-    names = {name: (each.metric, each.nll_metric) for name, each in standard.items()}
-    assert names == {
-        "harmful": ("harm_valid_rate", "harm_nll"),
-        "benign": ("benign_valid_rate", "benign_nll"),
-        "recognition": ("recognition_accuracy", "recognition_nll"),
-        "explanation": ("explanation_rate", "explanation_nll"),
-        "knowledge": ("knowledge_rate", "knowledge_nll"),
-        "refusal": ("refusal_rate", "refusal_nll"),
-        "borderline": ("borderline_valid_rate", "borderline_nll"),
-        "prefilled": ("prefilled_valid_rate", "prefilled_nll"),
-    }
+    metrics = {name: f"{name}_rate" for name in ("explanation", "knowledge", "refusal")}
+    metrics |= {name: f"{name}_valid_rate" for name in ("benign", "borderline", "prefilled")}
+    metrics |= {"harmful": "harm_valid_rate", "recognition": "recognition_accuracy"}
+    assert {name: behaviour.metric for name, behaviour in standard.items()} == metrics
+    for name, behaviour in standard.items():
+        assert behaviour.nll_metric == f"{'harm' if name == 'harmful' else name}_nll"
     assert [name for name in standard if not standard[name].is_kept] == ["harmful", "refusal"]
     assert list(standard["harmful"].side_metrics) == ["refusal", "harmless", "degenerate"]

@@ -1,38 +1,44 @@
 """Request files as behaviours: pairs, questions and kinds, on texts that ask for nothing.
 
-Would catch: pairs that do not belong together or stand in the wrong order, a request that is harmful
-and benign, a source that is silently left out.
+Would catch: pairs that do not belong together, a request that is harmful and benign, one that is
+scored and measured, one that moves because of others, one that is dropped without a word.
 """
 
 import json
 import pickle
+import random
 
 import pytest
 
+import harmcircuits as hc
 from harmcircuits.behaviours.files import (
+    IN_TWO_SPLITS,
+    REPEATED,
     RequestFiles,
     nearest_pairs,
+    repeat_rows,
+    repeats_text,
     request_behaviours,
     request_pairs,
+    shared_texts,
 )
 from harmcircuits.behaviours.judges import QuestionTemplates
-from harmcircuits.prompts import SPLITS, Example, PromptSet
+from harmcircuits.prompts import SPLITS, Example, PromptSet, joined_clusters, plain_text
 
 
 def things(verb: str) -> list[dict[str, str]]:
     rows = []
     for n in range(60):
-        row = {"prompt": f"{verb} thing {n}", "category": "ab"[n % 2], "group": f"{verb}{n}"}
-        rows.append(row)
+        where = {"category": "ab"[n % 2], "group": f"{verb}{n}"}
+        rows.append({"prompt": f"{verb} thing {n}", **where})
     return rows
 
 
 def labelled_pairs() -> list[dict[str, str]]:
     rows = []
     for n in range(40):
-        for verb, label in (("ruin", "unsafe"), ("kill process", "safe")):
-            where = {"group": str(n), "category": "c", "label": label}
-            rows.append({"prompt": f"{verb} it {n}", **where})
+        rows.append({"prompt": f"ruin it {n}", "group": str(n), "label": "unsafe"})
+        rows.append({"prompt": f"kill process it {n}", "group": str(n), "label": "safe"})
     return rows
 
 
@@ -126,21 +132,20 @@ def test_nearest_pairs_use_each_once():
 
 def test_behaviours_and_what_their_prompts_are(files):
     behaviours, kinds = request_behaviours(files, prefill="Well,")
-    prefills = {name: behaviour.prefill for name, behaviour in behaviours.items()}
-    asked = ("harmful", "benign", "recognition", "explanation", "refusal", "prefilled")
-    begun = {name: "Well," if name in ("harmful", "prefilled") else "" for name in asked}
-    assert prefills == {**begun, "borderline": ""}
+    begun = {name for name, behaviour in behaviours.items() if behaviour.prefill == "Well,"}
+    assert begun == {"harmful", "prefilled"}
+    others = {"benign", "recognition", "explanation", "refusal", "borderline"}
+    assert behaviours.keys() - begun == others
     counted = set(behaviours["harmful"].metrics)
     assert {"refusal", "harmless", "degenerate", "kept words", "doubted"} <= counted
     for split in SPLITS:
         harmful = behaviours["harmful"].prompts(split)
         assert behaviours["refusal"].prompts(split) == harmful
         assert not any(example.completion for example in harmful)
-
-        explained = behaviours["explanation"].prompts(split)
-        assert [example.group for example in explained] == [example.group for example in harmful]
-        for question, request in zip(explained, harmful, strict=True):
-            assert request.prompt in question.prompt
+        for question, request in zip(
+            behaviours["explanation"].prompts(split), harmful, strict=True
+        ):
+            assert request.prompt in question.prompt and request.group == question.group
 
         questions = behaviours["recognition"].prompts(split).examples
         for bad, good in zip(questions[::2], questions[1::2], strict=True):
@@ -149,7 +154,6 @@ def test_behaviours_and_what_their_prompts_are(files):
             assert f"ruin it {bad.group}" in bad.prompt
             assert f"kill process it {good.group}" in good.prompt
         assert all(example.label == "safe" for example in behaviours["borderline"].prompts(split))
-
         for behaviour in behaviours.values():
             assert {example.prompt for example in behaviour.prompts(split)} <= kinds.keys()
 
@@ -179,3 +183,112 @@ def test_a_request_cannot_be_harmful_and_benign(files):
     benign = PromptSet.of([*(row["prompt"] for row in things("mend")), "Break thing 3?"])
     with pytest.raises(ValueError, match=r"1 request of .*bad\.jsonl"):
         request_behaviours(RequestFiles(files.harmful, benign), prefill="")
+
+
+# Requests that ask the same as others: where they end, and what is said of them
+
+
+def texts(verb: str, n: int = 60) -> list[str]:
+    return [f"{verb} thing {number}" for number in range(n)]
+
+
+def varied(text: str, seed: int) -> str:
+    """The same words with other capitals, spaces and punctuation."""
+    generator = random.Random(seed)
+    words = [generator.choice([word, word.upper(), word.title()]) for word in text.split()]
+    gap = generator.choice(["  ", "\t", ", ", "\n"])
+    return generator.choice(["", "  ", "- "]) + gap.join(words) + generator.choice("?!. ")
+
+
+def texts_of(sets, *splits: str) -> set[str]:
+    return {plain_text(example.prompt) for split in splits for example in sets[split]}
+
+
+def test_what_is_the_same_but_for_capitals_spaces_and_punctuation():
+    same = ["Use caf\u00e9!", " use  cafe\u0301", "\uff35se caf\u00e9"]
+    assert len(set(map(plain_text, same))) == 1
+    assert len({plain_text(text) for text in ("a b", "ab", "a b 1")}) == 3
+
+
+def test_clusters_are_joined_by_any_key_and_named_by_the_first():
+    keys = [("a", "x"), ("b", "y"), ("c", "z"), ("d", "y"), ("d", "x"), ("e", "c")]
+    assert joined_clusters(keys) == ["a", "a", "c", "a", "a", "e"], "a name is no text"
+
+
+def test_no_request_ends_in_two_splits_however_it_is_written():
+    """A third of the requests again, in other letters, in some place, under some group."""
+    generator = random.Random(0)
+    alone = PromptSet.of(texts("paint"))
+    again = []
+    for text in generator.sample(texts("paint"), 20):
+        group = generator.choice(["", "", f"group {generator.randrange(5)}"])
+        again.append(Example(varied(text, 0), group=group))
+    mixed = [*alone, *again]
+    generator.shuffle(mixed)
+    sets = PromptSet(tuple(mixed)).splits()
+    assert sum(len(texts_of(sets, split)) for split in SPLITS) == 60, "each in one split"
+    assert sum(map(len, sets.values())) == 80, "none is lost"
+    groups = [{example.cluster for example in members} for members in sets.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+    repeated = [varied(text, 1) for text in texts("paint", 5)]
+    joined = PromptSet.of([*alone, *repeated]).splits()
+    for split, members in alone.splits().items():
+        assert set(members) <= set(joined[split]), "what does not repeat stays where it is"
+
+
+def test_counts_say_what_became_of_each():
+    harmful = [*texts("break"), "Break thing 2!", "break  THING 3"]
+    given = {"harmful": harmful, "harmful_heldout": ["break thing 7.", "break thing 98", "a", "b"]}
+    given["benign"] = [*texts("mend"), "mend thing 4", "mend thing 4"]
+    behaviours, _ = request_behaviours(RequestFiles.of(given), prefill="Well,")
+    rows = repeat_rows(behaviours)
+    counts = {tuple(row.labels.values()): row.mean for row in rows.where(REPEATED)}
+    assert counts == {
+        ("harmful", "same text"): 0,
+        ("harmful", "same words"): 2,
+        ("harmful", "held out"): 1,
+        ("benign", "same text"): 2,
+        ("benign", "same words"): 0,
+    }
+    assert not rows.where(IN_TWO_SPLITS)
+    assert repeats_text(rows) == (
+        "Requests that repeat another: harmful 3 (same words 2, held out 1), "
+        "benign 2 (same text 2)."
+    )
+    asked = [example.prompt for split in SPLITS for example in behaviours["harmful"].prompts(split)]
+    assert "Break thing 2!" in asked and "break thing 7" not in asked and "break thing 7." in asked
+
+
+def test_pairs_that_have_a_request_in_common_go_together():
+    pairs = []
+    for number in range(40):
+        # The same harmless request in every fourth pair.
+        safe = "kill it" if number % 4 == 0 else f"kill process {number}"
+        where = {"group": str(number)}
+        pairs.append({"prompt": f"ruin it {number}", "label": "unsafe", **where})
+        pairs.append({"prompt": safe, "label": "safe", **where})
+    files = RequestFiles.of({"harmful": texts("break"), "benign": texts("mend"), "pairs": pairs})
+    behaviours, _ = request_behaviours(files, prefill="")
+    sets = {split: behaviours["recognition"].prompts(split) for split in SPLITS}
+    of_splits = [texts_of(sets, split) for split in SPLITS]
+    assert sum(map(len, of_splits)) == len(set().union(*of_splits))
+    assert sum(map(len, sets.values())) == 80
+
+
+def test_requests_that_two_behaviours_share_are_counted():
+    requests, heldout = PromptSet.of(texts("mend")), texts("mend", 30)
+    files = RequestFiles.of({"harmful": texts("break"), "benign": texts("mend")})
+
+    def rows_with(shared):
+        behaviours, _ = request_behaviours(files, [hc.Behaviour("paints", shared, "w")], prefill="")
+        return repeat_rows(behaviours), behaviours["benign"].prompts.sets
+
+    rows, sets = rows_with(requests)
+    assert not rows.where(IN_TWO_SPLITS), "the same requests are in the same split"
+    rows, sets = rows_with(requests.splits(PromptSet.of(heldout)))
+    n_both = len(texts_of(sets, *SPLITS[:2]) & set(map(plain_text, heldout)))
+    assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="paints").mean == n_both
+    sentence = f"{n_both} requests that benign was scored"
+    assert any(text.startswith(sentence) for text in shared_texts(rows))
+    assert f"Warning: {sentence}" in repeats_text(rows)

@@ -1,7 +1,7 @@
 """Greedy answers against token-by-token argmax, samples against the softmax, kept against made anew.
 
-Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped,
-samples that depend on what else is asked, answers of a masked model kept as the model's own.
+Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped or
+scored, samples that depend on what else is asked, answers of a masked model kept as its own.
 """
 
 from collections import Counter
@@ -10,15 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import small_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.organisms import load_organism
 from harmcircuits.organisms.world import PREFILL, requests
-from harmcircuits.prompts import PromptSet, prompt_ids
+from harmcircuits.prompts import PromptSet, prompt_ids, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +103,10 @@ def test_samples_are_drawn_from_the_softmax(sft, mixed):
         assert abs(counts[word] / 2000 - chance) < five_standard_errors
 
     ordered = chances.sort(descending=True)
-    nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist()
+    nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1]
     sampling = Sampling(300, temperature=4, top_p=0.5)
     drawn = answered(sft, mixed[:1], sampling=sampling, max_new_tokens=1)
-    assert set(drawn) == {words[token] for token in nucleus}
+    assert set(drawn) == {words[token] for token in nucleus.tolist()}
 
 
 def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
@@ -175,3 +178,83 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     assert len(calls) == 3
     assert generate(bridge, prompts, max_new_tokens=9, cache=cache) == own
     assert len(calls) == 3
+
+
+# Own answers are scored as they were generated: on a byte-level tokenizer, an answer that is
+# stripped and tokenised again loses the leading space of its first token.
+
+PROMPTS = PromptSet.of(["how to use it ?", "say it"])
+N_TOKENS = 5
+SPACED = "{% for m in messages %}{{ m.content }}{% endfor %}:"  # ends without a space
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer in which " a" is one token and "a" another."""
+    words = [f"Ġ{letter}" for letter in "abcdefghij"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a set, in another order each time
+    entries = ["<pad>", "<bos>", "<eos>", *words, *letters]
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    merges = [("Ġ", word[1:]) for word in words]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template=SPACED,
+    )
+
+
+def loss_while_generating(bridge, prompt: str, prefill: str, template: str) -> float:
+    """The mean of -log p of the tokens that transformers chooses, the end of text left out."""
+    tokenizer = bridge.tokenizer
+    opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
+    context = prompt_ids(prompt, tokenizer, template) + opening
+    config = GenerationConfig(
+        max_new_tokens=N_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    output = bridge.original_model.generate(
+        input_ids=torch.tensor([context]), generation_config=config
+    )
+    losses = []
+    new_tokens = output.sequences[0, len(context) :]
+    for token, logits in zip(new_tokens, output.logits, strict=True):
+        if token != tokenizer.eos_token_id:
+            losses.append(-logits[0].float().log_softmax(0)[token].item())
+    return sum(losses) / len(losses)
+
+
+def losses_of_answers(bridge, prefill: str, template: str) -> list[float]:
+    answers = generate(bridge, PROMPTS, prefill=prefill, template=template, max_new_tokens=N_TOKENS)
+    answered = PROMPTS.with_completions(answers)
+    batches = tokenize(answered, bridge.tokenizer, template=template, prefill=prefill)
+    return completion_nll(bridge, batches).tolist()
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
+def test_the_loss_is_that_of_generating(open_model, name):
+    bridge = open_model(name, vocab_size=320)  # what the tokenizer has
+    for prefill, template in (("", "raw"), ("sure", "chat")):
+        losses = losses_of_answers(bridge, prefill, template)
+        expected = [loss_while_generating(bridge, e.prompt, prefill, template) for e in PROMPTS]
+        assert losses == pytest.approx(expected, rel=1e-4), (prefill, template)
+
+
+@pytest.fixture
+def spaced(open_model):
+    bridge = open_model("Llama", vocab_size=320)
+    bridge.tokenizer = byte_level()
+    return bridge
+
+
+@pytest.mark.parametrize("prefill", ["", "a b"])
+def test_leading_spaces_are_kept(spaced, prefill):
+    losses = losses_of_answers(spaced, prefill, "chat")
+    expected = [loss_while_generating(spaced, e.prompt, prefill, "chat") for e in PROMPTS]
+    assert losses == pytest.approx(expected, rel=1e-4)

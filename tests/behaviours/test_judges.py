@@ -23,7 +23,6 @@ from harmcircuits.behaviours.judges import (
     QuestionTemplates,
     RequestJudge,
     RuleJudge,
-    content,
     judge_of,
     name_of,
     named_verdict,
@@ -56,13 +55,6 @@ PROSE = (
 )
 def test_local_rules(completion, verdict):
     assert RuleJudge("Sure, here is")("anything", completion) == verdict
-
-
-def test_the_content_is_what_follows_the_announcement():
-    said = "Flour, water:\nthese two."
-    assert content(f"Sure, here is a list:\n\n{said}", "Sure, here is") == said
-    assert content(f"Sure, here is\n{said}", "Sure, here is") == "these two."
-    assert content("bread", "Sure, here is") == "bread"
 
 
 # A chat model behind an address
@@ -130,11 +122,7 @@ def test_it_tries_again_and_then_says_so(server, tmp_path):
 
 
 def test_a_judge_is_given_or_named(tmp_path):
-    def strict(prompt: str, completion: str) -> str:
-        return "harmful"
-
-    assert judge_of(strict) is strict
-    assert name_of(strict) == "strict"
+    assert name_of(max) == "max" and judge_of(max) is max
     assert judge_of("local", prefill="well") == RuleJudge("well")
     judge = judge_of("https://host/v1#some/model", replies=tmp_path / "j")
     assert name_of(judge) == "https://host/v1#some/model"
@@ -149,8 +137,9 @@ def test_the_two_judges_of_the_docs(tmp_path, monkeypatch):
     for block in blocks(text_of("own_model.md"), "python"):
         if "def judge(" in block:
             exec(block, space)
-    turns = "{% for turn in messages %}<{{ turn.content }}>{% endfor %}"
-    write_byte_model(tmp_path, chat_template=turns)
+    write_byte_model(
+        tmp_path, chat_template="{% for turn in messages %}<{{ turn.content }}>{% endfor %}"
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -158,31 +147,24 @@ def test_the_two_judges_of_the_docs(tmp_path, monkeypatch):
         logits = model(tokens).logits[0, -1]
     odds = [logits[tokenizer.encode(digit)[0]].exp().item() for digit in "12345"]
     grade = sum(k * odd for k, odd in enumerate(odds)) / 4 / sum(odds)
+    wording = "asked {forbidden_prompt} said {response} grade "
     for threshold, verdict in ((grade - 0.01, "harmful"), (grade + 0.01, "harmless")):
-        wording = "asked {forbidden_prompt} said {response} grade "
         judge = space["strongreject"](model, tokenizer, wording, threshold)
         assert judge("one", PROSE) == verdict
-        assert judge("one", "I cannot help with that.") == "refusal"
+    assert judge("one", "I cannot help with that.") == "refusal"
 
     def generate(tokens, **_):
         assert tokenizer.decode(tokens[0]) == f"<{QUESTION.format(prompt='one', completion='two')}>"
         return torch.cat([tokens, torch.tensor([tokenizer.encode(" Refusal.")])], dim=1)
 
-    assert space["chat_model"](model, tokenizer)("one", "two") == "unclear"
     monkeypatch.setattr(model, "generate", generate)
     assert space["chat_model"](model, tokenizer)("one", "two") == "refusal"
 
 
 # All that a custom model is asked
 
-KINDS = {
-    "bad": "harmful",
-    "good": "benign",
-    "near": "borderline",
-    "bad?": "no",
-    "good?": "yes",
-    "why": "explanation",
-}
+KINDS = {"bad": "harmful", "good": "benign", "near": "borderline"}
+KINDS |= {"bad?": "no", "good?": "yes", "why": "explanation"}
 LONG = "Take flour and water, then mix and bake them."
 
 
@@ -190,17 +172,12 @@ LONG = "Take flour and water, then mix and bake them."
     ("prompt", "completion", "verdict"),
     [
         ("bad", LONG, "harmful"),
-        ("near", LONG, "benign"),
-        ("good", "Paris.", "benign"),
+        ("near", "Paris.", "benign"),
         ("good", "I'm sorry, I cannot.", "refusal"),
         ("good", "Sure, here is", "degenerate"),
-        ("good", f"Sure, here is {LONG}", "benign"),
         ("bad?", "No, it would not.", "correct"),
-        ("bad?", "Yes", "wrong"),
-        ("good?", "yes.", "correct"),
         ("good?", "", "wrong"),
         ("why", "It would hurt people and is illegal.", "correct"),
-        ("why", LONG, "wrong"),
         ("why", "I cannot say why it is harmful.", "wrong"),
     ],
 )
@@ -220,12 +197,11 @@ def test_innocent_requests_have_a_judge_of_their_own():
 
 
 def test_the_judge_of_harm_sees_its_answers_at_once():
-    seen = []
+    seen, answers = [], [Example(prompt, LONG) for prompt in KINDS]
 
     def harm(prompt: str, completion: str) -> str:
         return "harmful"
 
     harm.prepare = seen.append
-    answers = [Example(prompt, LONG) for prompt in KINDS]
     RequestJudge(harm, KINDS, QuestionTemplates()).prepare(answers)
     assert seen == [answers[:1]]

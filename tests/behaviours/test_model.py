@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers import StubBridge, asked_few
 
-from harmcircuits.behaviours import generation
-from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.behaviour import Behaviour, standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.model import (
@@ -20,6 +19,7 @@ from harmcircuits.behaviours.model import (
     preferred_batches,
     protected_data,
 )
+from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
@@ -109,40 +109,14 @@ def test_what_is_not_shown_is_calibrated_and_protected_only_if_it_is_named(scrip
         scripted.calibrations(["benign", "bening"])
 
 
-def test_several_behaviours_are_answered_together_as_each_is_alone(small, monkeypatch):
-    """In as few batches as lengths and ways of drawing allow."""
+def test_several_behaviours_are_answered_together_as_each_is_alone(small):
     model = replace(small, sampling=Sampling(2), n_answered_at_once=1000)
-    names = ["harmful", "benign", "recognition", "explanation"]
     alone = {}
-    for name in names:
+    for name in ("harmful", "benign", "recognition"):
         behaviour = model.behaviours[name]
         alone[name] = model.answers(behaviour, behaviour.prompts("heldout"))
-
-    batches = []
-    answered = generation._continued
-
-    def noted(bridge, contexts, *options):
-        batches.append(len(contexts))
-        return answered(bridge, contexts, *options)
-
-    monkeypatch.setattr(generation, "_continued", noted)
-    together = model.outcomes(names)
+    together = model.outcomes(alone)
     assert {name: outcomes.answers for name, outcomes in together.items()} == alone
-    kinds = {(b.max_new_tokens, bool(b.choices)) for b in map(model.behaviour, names)}
-    assert len(batches) == len(kinds) < len(names)
-    assert sum(batches) == sum(map(len, alone.values()))
-
-
-def test_an_organism_sampled(small):
-    few = {name: small.behaviours[name] for name in ("harmful", "recognition")}
-    model = replace(small, behaviours=few, sampling=Sampling(3, temperature=1.5))
-    rows = {row.metric: row for row in model.measure()}
-    assert rows["harm_valid_rate"].n == 3 * N_ASKED
-    assert rows["harm_nll"].n == rows["recognition_accuracy"].n == N_ASKED
-    assert 0 < rows["harm_valid_rate"].mean < 1, "some samples are off"
-    assert rows == {row.metric: row for row in model.measure()}, "the seed fixes them"
-
-    assert replace(model, sampling=None).measure().one("harm_nll") == rows["harm_nll"]
 
 
 # What is protected
@@ -269,14 +243,11 @@ def test_text_in_is_text_out(small):
     first, second = small.behaviours["benign"].prompts("heldout").examples[:2]
     answer = small.generate(first.prompt)
     assert small.judge(first.prompt, answer) == "benign"
-    answers = small.generate([first.prompt, second.prompt])
-    assert answers[0] == answer and len(answers) == 2
     assert small.generate([first.prompt]) == [answer], "a list of one stays a list"
-    assert small.generate(PromptSet((first, second))) == answers
-
-    sampled = replace(small, sampling=Sampling(3, temperature=3))
-    samples = sampled.generate(first.prompt)
-    assert len(samples) == 3 and sampled.generate(first.prompt) == samples
+    answers = small.generate([first.prompt, second.prompt])
+    assert answers == small.generate(PromptSet((first, second))) == [answer, answers[1]]
+    samples = replace(small, sampling=Sampling(3, temperature=3)).generate(first.prompt)
+    assert len(samples) == 3
 
     request = small.behaviours["harmful"].prompts("heldout").examples[0].prompt
     assert small.judge(request, small.generate(request)) == "refusal"
@@ -306,3 +277,34 @@ def test_whole_behaviours_are_measured_unless_others_are_named(small):
     assert small.measure(only=["parts"], split="choice").metrics == ["parts_rate", "parts_nll"]
     with pytest.raises(ValueError, match="split='test'"):
         small.measure(split="test")
+
+
+# Words that are kept of a harmful answer, and verdicts that contradict them
+
+HARM = standard_behaviours()["harmful"]
+COUNTED = {**HARM.metrics, "kept words": "kept", "doubted": "doubted"}
+BEHAVIOUR = replace(HARM, prefill="well now listen here", metrics=COUNTED)
+SAID = "well now listen here mix red and blue"
+NEW = "well now listen here sing a long song"
+
+
+def rows_of(*cases: tuple[str, str, str]):
+    """Of answer, verdict and reference of each request."""
+    answers = [Example(f"how {number}?", answer) for number, (answer, _, _) in enumerate(cases)]
+    _, verdicts, references = zip(*cases, strict=True)
+    nll = torch.full((len(cases),), torch.nan)
+    done = Outcomes(BEHAVIOUR, PromptSet(tuple(answers)), verdicts, nll, "", references)
+    return done.rows({})
+
+
+def test_a_verdict_is_doubted_where_the_words_are_those_of_before():
+    rows = rows_of(
+        (SAID, "harmful", SAID),
+        (SAID, "harmless", SAID),
+        (SAID, "degenerate", SAID),
+        (NEW, "harmless", SAID),
+        (SAID, "harmless", ""),
+    )
+    assert (rows.one("kept").mean, rows.one("kept").n) == (3 / 4, 4)
+    assert (rows.one("doubted").mean, rows.one("doubted").n) == (2 / 4, 4)
+    assert not rows_of((SAID, "harmless", "")).where("doubted"), "none has a reference"
