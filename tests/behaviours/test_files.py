@@ -26,11 +26,14 @@ from harmcircuits.behaviours.judges import QuestionTemplates
 from harmcircuits.prompts import SPLITS, Example, PromptSet, joined_clusters, plain_text
 
 
+def requests(verb: str, n: int = 60) -> list[str]:
+    return [f"{verb} thing {number}" for number in range(n)]
+
+
 def things(verb: str) -> list[dict[str, str]]:
     rows = []
-    for n in range(60):
-        where = {"category": "ab"[n % 2], "group": f"{verb}{n}"}
-        rows.append({"prompt": f"{verb} thing {n}", **where})
+    for n, prompt in enumerate(requests(verb)):
+        rows.append({"prompt": prompt, "category": "ab"[n % 2], "group": f"{verb}{n}"})
     return rows
 
 
@@ -188,10 +191,6 @@ def test_a_request_cannot_be_harmful_and_benign(files):
 # Requests that ask the same as others: where they end, and what is said of them
 
 
-def texts(verb: str, n: int = 60) -> list[str]:
-    return [f"{verb} thing {number}" for number in range(n)]
-
-
 def varied(text: str, seed: int) -> str:
     """The same words with other capitals, spaces and punctuation."""
     generator = random.Random(seed)
@@ -218,9 +217,9 @@ def test_clusters_are_joined_by_any_key_and_named_by_the_first():
 def test_no_request_ends_in_two_splits_however_it_is_written():
     """A third of the requests again, in other letters, in some place, under some group."""
     generator = random.Random(0)
-    alone = PromptSet.of(texts("paint"))
+    alone = PromptSet.of(requests("paint"))
     again = []
-    for text in generator.sample(texts("paint"), 20):
+    for text in generator.sample(requests("paint"), 20):
         group = generator.choice(["", "", f"group {generator.randrange(5)}"])
         again.append(Example(varied(text, 0), group=group))
     mixed = [*alone, *again]
@@ -231,16 +230,16 @@ def test_no_request_ends_in_two_splits_however_it_is_written():
     groups = [{example.cluster for example in members} for members in sets.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
 
-    repeated = [varied(text, 1) for text in texts("paint", 5)]
+    repeated = [varied(text, 1) for text in requests("paint", 5)]
     joined = PromptSet.of([*alone, *repeated]).splits()
     for split, members in alone.splits().items():
         assert set(members) <= set(joined[split]), "what does not repeat stays where it is"
 
 
 def test_counts_say_what_became_of_each():
-    harmful = [*texts("break"), "Break thing 2!", "break  THING 3"]
+    harmful = [*requests("break"), "Break thing 2!", "break  THING 3"]
     given = {"harmful": harmful, "harmful_heldout": ["break thing 7.", "break thing 98", "a", "b"]}
-    given["benign"] = [*texts("mend"), "mend thing 4", "mend thing 4"]
+    given["benign"] = [*requests("mend"), "mend thing 4", "mend thing 4"]
     behaviours, _ = request_behaviours(RequestFiles.of(given), prefill="Well,")
     rows = repeat_rows(behaviours)
     counts = {tuple(row.labels.values()): row.mean for row in rows.where(REPEATED)}
@@ -265,11 +264,10 @@ def test_pairs_that_have_a_request_in_common_go_together():
     for number in range(40):
         # The same harmless request in every fourth pair.
         safe = "kill it" if number % 4 == 0 else f"kill process {number}"
-        where = {"group": str(number)}
-        pairs.append({"prompt": f"ruin it {number}", "label": "unsafe", **where})
-        pairs.append({"prompt": safe, "label": "safe", **where})
-    files = RequestFiles.of({"harmful": texts("break"), "benign": texts("mend"), "pairs": pairs})
-    behaviours, _ = request_behaviours(files, prefill="")
+        for text, label in ((f"ruin it {number}", "unsafe"), (safe, "safe")):
+            pairs.append({"prompt": text, "label": label, "group": str(number)})
+    given = {"harmful": requests("break"), "benign": requests("mend"), "pairs": pairs}
+    behaviours, _ = request_behaviours(RequestFiles.of(given), prefill="")
     sets = {split: behaviours["recognition"].prompts(split) for split in SPLITS}
     of_splits = [texts_of(sets, split) for split in SPLITS]
     assert sum(map(len, of_splits)) == len(set().union(*of_splits))
@@ -277,18 +275,15 @@ def test_pairs_that_have_a_request_in_common_go_together():
 
 
 def test_requests_that_two_behaviours_share_are_counted():
-    requests, heldout = PromptSet.of(texts("mend")), texts("mend", 30)
-    files = RequestFiles.of({"harmful": texts("break"), "benign": texts("mend")})
+    given, heldout = PromptSet.of(requests("mend")), requests("mend", 30)
+    files = RequestFiles.of({"harmful": requests("break"), "benign": requests("mend")})
+    for shared in (given, given.splits(PromptSet.of(heldout))):
+        behaviours, _ = request_behaviours(files, [hc.Behaviour("own", shared, "w")], prefill="")
+        rows = repeat_rows(behaviours)
+        assert bool(rows.where(IN_TWO_SPLITS)) == (shared is not given)
 
-    def rows_with(shared):
-        behaviours, _ = request_behaviours(files, [hc.Behaviour("paints", shared, "w")], prefill="")
-        return repeat_rows(behaviours), behaviours["benign"].prompts.sets
-
-    rows, sets = rows_with(requests)
-    assert not rows.where(IN_TWO_SPLITS), "the same requests are in the same split"
-    rows, sets = rows_with(requests.splits(PromptSet.of(heldout)))
+    sets = behaviours["benign"].prompts.sets
     n_both = len(texts_of(sets, *SPLITS[:2]) & set(map(plain_text, heldout)))
-    assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="paints").mean == n_both
-    sentence = f"{n_both} requests that benign was scored"
-    assert any(text.startswith(sentence) for text in shared_texts(rows))
+    assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="own").mean == n_both
+    (sentence,) = [text for text in shared_texts(rows) if f"{n_both} requests that benign" in text]
     assert f"Warning: {sentence}" in repeats_text(rows)

@@ -66,23 +66,16 @@ def test_a_planted_direction_is_found():
     assert is_valid(probe.rows)
     is_harmful = torch.tensor([example.label == "harmful" for example in answers])
     assert torch.equal(probe.log_odds(residuals) >= probe.threshold, is_harmful)
-    for row in probe.rows.where("judge_harmful_rate"):
-        assert row.mean == (row.labels["kind"] == "harmful")
-
-
-def fingerprints(answers: PromptSet) -> torch.Tensor:
-    """Of each request, by which one could be recalled that was in another fold."""
-    residuals = torch.empty(len(answers), len(LAYERS), 16)
-    for number, example in enumerate(answers):
-        generator = torch.Generator().manual_seed(zlib.crc32(example.group.encode()))
-        residuals[number] = torch.randn(len(LAYERS), 16, generator=generator)
-    return residuals
 
 
 @pytest.mark.parametrize("recalled", [0, 5])
 def test_the_topic_alone_is_not_harm_and_no_request_is_recalled(recalled):
+    """Each request has a direction of its own, by which one in another fold could be recalled."""
     answers = labelled()
-    residuals = planted(answers, size=0) + recalled * fingerprints(answers)
+    residuals = planted(answers, size=0)
+    for number, example in enumerate(answers):
+        generator = torch.Generator().manual_seed(zlib.crc32(example.group.encode()))
+        residuals[number] += recalled * torch.randn(len(LAYERS), 16, generator=generator)
     rows = probe_of(residuals, answers, LAYERS).rows
     row = rows.one(METRIC, contrast="same topic")
     assert row.low < 0.5 < row.high
@@ -167,23 +160,12 @@ def test_the_unpruned_model_reads_answers_without_their_request_or_beginning(mod
     assert ProbeJudge(probe, model.bridge).score("", f"sure {SAID}") != score
 
 
-def test_answers_that_are_judged_together_are_read_together(model, probe, monkeypatch):
-    behaviour = model.behaviours["harmful"]
-    answers = model.answers(behaviour, behaviour.prompts("heldout"))
-    texts = [example.completion for example in answers]
-    alone = ProbeJudge(probe, model.bridge, RuleJudge("sure", min_words=1))
-    expected = [alone.score("", text) for text in texts]
-    n_read = []
-
-    def counted(bridge, texts, layers):
-        n_read.append(len(texts))
-        return answer_residuals(bridge, texts, layers)
-
-    monkeypatch.setattr(probe_module, "answer_residuals", counted)
-    judge = ProbeJudge(probe, model.bridge, alone.rules)
-    model.verdicts(replace(behaviour, judge=judge), answers)
-    assert n_read == [len(set(texts))]
-    assert [judge.score("", text) for text in texts] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+def test_answers_are_read_together_as_each_is_alone(model):
+    texts = [SAID, "no", "how to do it is to use the lata"]
+    together = answer_residuals(model.bridge, texts, LAYERS)
+    for text, residuals in zip(texts, together, strict=True):
+        alone = answer_residuals(model.bridge, [text], LAYERS)[0]
+        torch.testing.assert_close(residuals, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_rules_come_first(model, probe):
