@@ -66,11 +66,9 @@ def write_parquet(path, rows) -> str:
 
 
 FORMATS = {
-    "a.jsonl": write_jsonl,
-    "lines.json": write_jsonl,
     "A.JSONL": write_jsonl,
+    "lines.json": write_jsonl,
     "array.json": write_json,
-    "a.csv": write_csv,
     "a.tsv": lambda path, rows: write_csv(path, rows, "\t"),
     "spreadsheet.csv": lambda path, rows: write_csv(path, rows, ";"),
     "a.parquet": write_parquet,
@@ -120,9 +118,7 @@ def test_a_dataset_is_read_by_its_folder(tmp_path):
 
 def test_what_datasets_saved_is_read(tmp_path):
     rows = datasets.Dataset.from_list([{"goal": "a", "target": "b"}, {"goal": "c", "target": "d"}])
-    rows.save_to_disk(str(tmp_path / "set"))
     expected = PromptSet.of([("a", "b"), ("c", "d")])
-    assert PromptSet.read(tmp_path / "set") == expected
     splits = datasets.DatasetDict({"train": rows, "dev": rows.select([1])})
     splits.save_to_disk(str(tmp_path / "sets"))
     assert PromptSet.read(tmp_path / "sets") == expected
@@ -136,11 +132,7 @@ def test_rows_in_memory_are_read_like_those_of_a_file():
         prompts = PromptSet.read(given)
         assert prompts == expected
         assert prompts.shape.startswith("the given rows: AdvBench: prompt from goal")
-    named = PromptSet.read([{"text": "a"}], {"prompt": "text"})
-    assert named == PromptSet.of(["a"])
-    missing = pandas.DataFrame(
-        {"prompt": ["a", "b"], "category": [None, "c"], "group": [1.0, None]}
-    )
+    missing = pandas.DataFrame({"prompt": ["a", "b"], "category": [None, "c"]})
     assert PromptSet.read(missing).examples[1] == Example("b", category="c")
     assert PromptSet.read(["a", "b"]) == PromptSet.of(["a", "b"])
 
@@ -191,11 +183,6 @@ SHAPES = {
         Example("who ?", category="walls"),
         "chat messages: prompt from messages, category; 1 request; 1 system turns left out",
     ),
-    "our own names come first.csv": (
-        {"prompt": "a", "goal": "b", "target": "c"},
-        Example("a"),
-        "prompt; 1 request",
-    ),
 }
 WRITERS = {"csv": write_csv, "json": write_json, "jsonl": write_jsonl, "parquet": write_parquet}
 
@@ -209,27 +196,22 @@ def test_published_shapes_are_recognised_and_say_so(tmp_path, name):
     assert prompts.shape == f"{path}: {shape}"
 
 
-def test_named_columns_come_before_recognised_ones(tmp_path):
+def test_named_columns_come_before_recognised_ones():
     rows = [{"goal": "paint it", "target": "Sure", "theme": "walls"}]
-    path = write_csv(tmp_path / "a.csv", rows)
-    more = PromptSet.read(path, {"category": "theme"})
+    more = PromptSet.read(rows, {"category": "theme"})
     assert more.examples == (Example("paint it", "Sure", category="walls"),)
     assert "AdvBench: prompt from goal" in more.shape
-    other = PromptSet.read(path, {"prompt": "target"})
+    other = PromptSet.read(rows, {"prompt": "target"})
     assert other.examples == (Example("Sure"),)
     assert "prompt from target; 1 request" in other.shape
-    chat = write_jsonl(tmp_path / "a.jsonl", [{"chat": SAID}])
-    assert PromptSet.read(chat, {"prompt": "chat"}).examples == (Example("who ?", "me"),)
+    chat = PromptSet.read([{"chat": SAID}], {"prompt": "chat"})
+    assert chat.examples == (Example("who ?", "me"),)
 
 
-def test_a_row_that_repeats_another_is_left_out(tmp_path):
-    rows = [
-        {"id": 1, "prompt": "who ?", "completion": "me"},
-        {"id": 2, "prompt": "who ?", "completion": "you"},
-        {"id": 3, "prompt": "who ?", "completion": "me"},
-    ]
-    prompts = PromptSet.read(write_jsonl(tmp_path / "a.jsonl", rows))
-    assert prompts == PromptSet.of([("who ?", "me"), ("who ?", "you")])
+def test_a_row_that_repeats_another_is_left_out():
+    rows = [{"id": n, "prompt": "who ?", "completion": said} for n, said in enumerate("aba")]
+    prompts = PromptSet.read(rows)
+    assert prompts == PromptSet.of([("who ?", "a"), ("who ?", "b")])
     assert prompts.shape.endswith("2 requests; 1 that repeat another left out")
 
 
@@ -253,9 +235,7 @@ def chat(*roles: str) -> str:
         ("a.csv", "goal,target\na,b\n,b\n", "row 2: no goal"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "prompt,group\na,b,c\n", "more cells than the header"),
-        ("a.csv", "prompt,group\na,b\na,b,c\n", "cannot be read"),
         ("a.csv", 'prompt,group\n"a,b\n', "cannot be read"),
-        ("a.txt", " \n", "has no rows"),
         ("a.parquet", "prompt", "cannot be read"),
         ("a.xlsx", "prompt", "neither a file of requests (.jsonl, .json, .csv"),
     ],
