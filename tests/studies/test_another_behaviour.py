@@ -4,36 +4,20 @@ Would catch: a word of the default behaviours that is wired into the main job, a
 protected from its own removal, figures of one behaviour taken for those of another.
 """
 
-from dataclasses import replace
-
 import pytest
+from helpers import small_model
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import other_behaviours
 from harmcircuits.organisms.world import world
-from harmcircuits.studies.study_page import write_study_page
 from harmcircuits.studies.summary import Terms, held_out_lines, summary
 
 TOPIC = world().topics[0]
 
 
-def thinned(behaviour: hc.Behaviour) -> hc.Behaviour:
-    """Every twelfth request, in matched pairs: few, of every topic."""
-    whole = behaviour.prompts
-
-    def prompts(split: str) -> hc.PromptSet:
-        requests = whole(split).examples
-        pairs = [requests[start : start + 2] for start in range(0, len(requests), 24)]
-        return hc.PromptSet(sum(pairs, ()))
-
-    return replace(behaviour, prompts=prompts)
-
-
 @pytest.fixture(scope="module")
 def model():
-    model = hc.open_model("sft")
-    whole = [thinned(model.behaviours[name]) for name in model.whole_behaviours]
-    model = replace(model, behaviours={behaviour.name: behaviour for behaviour in whole})
+    model = small_model("sft", every=8, only=["harmful", "benign", "knowledge"])
     knowledge = model.behaviours["knowledge"]
     topic = knowledge.only(
         "first topic",
@@ -52,38 +36,30 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    settings = hc.StudySettings(sizes=(0.01,), steps=2, n_random=1, budget=1.0, tolerance=1.0)
+    settings = hc.StudySettings(sizes=(0.02,), steps=2, n_random=1, budget=4.0, tolerance=1.0)
     return hc.study(
         model,
         settings,
         target="first topic",
         contrast="other topics",
-        protect=["other topics", "benign", "recognition"],
+        protect=["other topics", "benign"],
         out=tmp_path_factory.mktemp("another"),
     )
 
 
 def test_others_are_neither_the_target_nor_its_whole(model):
-    assert other_behaviours(model, "first topic") == [
-        name for name in model.whole_behaviours if name != "knowledge"
-    ]
+    assert other_behaviours(model, "first topic") == ["harmful", "benign"]
 
 
 def test_the_study_speaks_of_its_own_behaviours(run):
     assert run.chosen is not None
     metrics = set(run.rows.metrics)
     assert {"topic_rate", "topic_nll", "rest_rate", "rest_nll", "other topics_kl"} <= metrics
-    assert set(run.masks) >= {
-        "circuit",
-        "one_shot",
-        "other_topics_twin",
-        "opposite_sign",
-        "random-0",
-    }
-    lines = held_out_lines(run.rows, run.terms)
-    assert "other topics twin" in lines
+    assert {"circuit", "one_shot", "other_topics_twin", "opposite_sign"} <= set(run.masks)
+    assert "other topics twin" in held_out_lines(run.rows, run.terms)
     text = summary(run.rows, run.terms).partition("\n")[0]
     assert "first topic answers" in text and "harm" not in text
+    assert "first topic" in (run.out / "report.html").read_text(encoding="utf-8")
 
 
 def test_removing_it_raises_its_loss_more_than_random_weights_do(run):
@@ -93,13 +69,7 @@ def test_removing_it_raises_its_loss_more_than_random_weights_do(run):
     assert circuit.mean - before.mean > 2 * abs(random.mean - before.mean)
 
 
-def test_its_page_is_written(run, tmp_path):
-    write_study_page(run, tmp_path / "page.html")
-    assert "first topic" in (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
 def test_behaviours_that_share_a_metric_are_refused(model):
     part = model.behaviours["knowledge"].only("a part", lambda example: True)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="knowledge_rate"):
         Terms.of(model.with_behaviours(part), "a part", "benign")
-    assert "knowledge_rate" in str(error.value) and "metric" in str(error.value)

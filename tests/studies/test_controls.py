@@ -8,7 +8,6 @@ single weights where the circuit is of whole units.
 from dataclasses import replace
 
 import pytest
-from helpers import small_model
 
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
@@ -23,8 +22,8 @@ SITE = "blocks.1.mlp.out.weight"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small_model("sft")
+def model(sft):
+    return sft
 
 
 @pytest.fixture(scope="module")
@@ -121,28 +120,16 @@ def test_known_scores_are_read_and_what_is_protected_may_be_left_out(model, data
     assert free.searched == ("benign twin",)
 
 
-@pytest.mark.parametrize(
-    ("target", "contrast", "searched"),
-    [
-        ("harmful", "recognition", ("recognition twin",)),
-        ("benign", "benign", ()),
-        ("benign", "refusal", ()),  # of which there is no calibration data
-    ],
-)
-def test_the_twin_is_that_of_the_contrast_where_there_is_one(
-    model, data, circuit, target, contrast, searched
-):
-    others = controls(model, target, circuit, calibrations=data, contrast=contrast, n_random=1)
-    assert others.searched == searched
-    names = ["random", "random magnitude", "opposite sign", "second slice"]
-    assert list(others) == [*names, *searched]
+def test_without_calibration_data_of_the_contrast_there_is_no_twin(model, data, circuit):
+    others = controls(model, "benign", circuit, calibrations=data, contrast="refusal", n_random=1)
+    assert others.searched == ()
+    assert list(others) == ["random", "random magnitude", "opposite sign", "second slice"]
 
 
 @pytest.mark.parametrize(
     ("recorded", "options"),
     [
-        ({"renewed": True}, {"renew": True}),
-        ({"steps": 1, "sites": [SITE]}, {"steps": 1, "sites": [SITE]}),
+        ({"renewed": True, "sites": [SITE]}, {"renew": True, "sites": [SITE]}),
         ({"reach": 2.0}, {}),  # by an earlier version: evenly to twice the size
     ],
 )
@@ -167,39 +154,18 @@ def test_the_twin_is_the_same_search_the_other_way_round(
     assert twin.source == expected.source
 
 
-def test_a_mask_that_no_walk_found_has_a_twin_by_the_usual_one(model, data, circuit, monkeypatch):
-    """And pays the price once."""
-    seen = []
-
-    def find_circuit(self, name, **options):
-        seen.append((name, options))
-        return circuit
-
-    monkeypatch.setattr(type(model), "find_circuit", find_circuit)
-    plain = top_fraction(removal_effect(model.bridge, data["harmful"].batches), 0.01)
-    matched = controls(model, "harmful", plain, calibrations=data, n_random=1)
-    ((name, options),) = seen
-    assert name == "benign"
-    assert not {"steps", "budget", "renew"} & options.keys()
-    scores = ranked(model, data, ("benign", "recognition"), factor=1.0, sign=-1)
-    expected = top_fraction(scores, plain.fraction, within="model")
-    (opposite,) = matched["opposite sign"]
-    assert len(opposite & expected) >= 0.999 * len(opposite)
-
-
-@pytest.mark.parametrize("unit", ["neuron", "head"])
-def test_those_of_whole_units_are_whole_units(model, data, unit):
-    """As many in every layer, and no head or neuron in part."""
-    mask = model.find_circuit("harmful", calibrations=data, **OPTIONS, unit=unit, budget=1.0)
+def test_those_of_whole_units_are_whole_units(model, data):
+    """As many in every layer, and no head in part."""
+    mask = model.find_circuit("harmful", calibrations=data, **OPTIONS, unit="head", budget=1.0)
     others = controls(model, "harmful", mask, calibrations=data, n_random=2)
     assert list(others) == ["random", "opposite sign", "second slice", "benign twin"]
     assert others["random"][0].counts == others["random"][1].counts == mask.counts
     assert not len(others["second slice"][0] & mask)
-    assert others["benign twin"][0].source.settings["unit"] == unit
+    assert others["benign twin"][0].source.settings["unit"] == "head"
     for name, masks in others.items():
         for other in masks:
             assert 0 < len(other) <= len(mask), name
-            counts = counts_by(other, weight_sites(model.bridge), unit).values()
+            counts = counts_by(other, weight_sites(model.bridge), "head").values()
             assert all(count.n_removed in (0, count.n_weights) for count in counts)
             assert sum(count.n_removed for count in counts) == len(other)
 

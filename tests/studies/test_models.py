@@ -7,19 +7,13 @@ a report.
 """
 
 import json
-import re
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_model
-from support.organisms.train import new_tokenizer
 from transformers import AutoModelForCausalLM
 
 import harmcircuits as hc
 from harmcircuits.behaviours.judges import ChatJudge
-from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, load_organism, world
@@ -132,10 +126,9 @@ def expected(two, doors_cache):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("kind", ["files", "lists"])
-def test_every_door_leads_to_the_same_model(two, doors_cache, expected, door, kind):
+def test_every_door_leads_to_the_same_model(two, doors_cache, expected, door):
     given = {**two, "limit": LIMIT}
-    if kind == "lists":
+    if door == "bridge":
         given |= {"harmful": requests("abuse"), "benign": requests("use")}
     model = DOORS[door]()
     # What is loaded already has its dtype.
@@ -150,25 +143,6 @@ def test_every_door_leads_to_the_same_model(two, doors_cache, expected, door, ki
         assert opened.bridge.original_model is model
 
 
-def test_a_small_random_model_is_opened_with_its_tokenizer(tmp_path):
-    """Word salad passes the local rules as answered, so a random model shows what is asked first."""
-    write_model("Llama", tmp_path / "llama", vocab_size=len(new_tokenizer()))
-    model = hc.open_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "llama"),
-        prompts={"harmful": requests("abuse"), "benign": requests("use"), "limit": LIMIT},
-        template="raw",
-        sampling=hc.Sampling(2, temperature=0.5, seed=3),
-        cache=tmp_path / "cache",
-        **OPTIONS,
-    )
-    assert (model.name, model.template, model.sampling.seed) == ("llama", "raw", 3)
-    assert (model.max_new_tokens, model.batch_size) == (9, 64)
-    mask = model.find_circuit("harmful", size=0.01, protect=(), steps=1, renew=False)
-    assert len(mask) == round(0.01 * mask.n_weights)
-    loss = model.measure(only="harmful").one("harm_nll").mean
-    assert model.measure(only="harmful", mask=mask).one("harm_nll").mean > loss
-
-
 def enough() -> dict[str, object]:
     return {"harmful": requests("abuse"), "benign": requests("use"), "limit": 2}
 
@@ -176,13 +150,8 @@ def enough() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("given", "options", "words"),
     [
-        ("stf", {}, ["'stf'", "'sft'", "prompts={'harmful': FILE_OR_LIST"]),
-        (str(SFT), {}, ["sft' needs its requests"]),
-        ("org/name", {}, ["'org/name' needs its requests"]),
-        ("sft", {"judge": "probe"}, ["judge='probe'", "organism 'sft'"]),
         (torch.nn.Linear(2, 2), {}, ["Linear needs its requests"]),
         (SFT, {"prompts": ["a", "b"]}, ["got list"]),
-        (SFT, {"prompts": {"harmful": ["a"]}}, ["'benign'"]),
         (SFT, {"prompts": {"harmful": "no.csv", "benign": ["b"]}}, ["no.csv"]),
         (SFT, {"prompts": {"harmful": ["a"], "benign": ["b"]}}, ["1 given requests", "give more"]),
         ("nowhere", {"prompts": enough()}, ["'nowhere'"]),
@@ -190,7 +159,6 @@ def enough() -> dict[str, object]:
         (SFT, {"prompts": enough(), "dtype": "int8"}, ["dtype='int8'"]),
         (SFT, {"prompts": enough(), **OPTIONS, "prefill": ""}, ["'harmful'", "another prefill"]),
         (torch.nn.Linear(2, 2), {"prompts": enough()}, ["Linear"]),
-        (torch.nn.Linear(2, 2), {"prompts": enough(), "dtype": "float16"}, ["loaded already"]),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -200,11 +168,6 @@ def test_a_wrong_door_says_which_is_right(tmp_path, given, options, words):
     with pytest.raises(ValueError) as error:
         hc.open_model(given, **options)
     assert not [word for word in words if word not in str(error.value)]
-
-
-def test_what_is_open_is_not_opened_again(model):
-    with pytest.raises(ValueError, match=r"Model\(sft.* is open already"):
-        hc.open_model(model)
 
 
 def test_a_model_without_a_tokenizer_needs_one(tmp_path):
@@ -243,19 +206,6 @@ def test_references_are_own_verified_answers(model):
     assert not len(unknown), "English words it does not know"
 
 
-def test_calibration_takes_the_stored_answers(model, cache):
-    def stored() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (cache / "answers").iterdir()}
-
-    before = stored()
-    calibrations = model.calibrations(share=0.5, seed=3)
-    assert set(calibrations) == set(model.behaviours) - {"explanation"}
-    assert len(calibrations["harmful"].prompts) <= LIMIT
-    after = stored()
-    assert before == {path: after[path] for path in before}
-    assert model.calibration("harmful").n_verified >= 0.9 * LIMIT
-
-
 def test_rows_carry_the_judge(model):
     rows = model.measure(labels={"model": "sft"})
     # Whether an answer kept its words is counted, not judged.
@@ -290,7 +240,7 @@ def test_own_behaviours_are_measured_and_protected(cache):
     assert all(example.completion.startswith("a ") for example in calibration.prompts)
     assert all(example.completion for example in model.behaviours["abuses"].prompts("heldout"))
 
-    mask = model.find_circuit("abuses", protect=["uses", "sorts"], size=0.004, steps=2)
+    mask = model.find_circuit("abuses", protect=["uses", "sorts"], size=0.004, steps=1)
     assert {"uses", "sorts"} <= {row.labels.get("protected") for row in mask.trace}
     before, rows = model.measure(), model.measure(mask=mask)
     judges = {row.metric: row.labels.get("judge") for row in before}
@@ -310,60 +260,35 @@ def test_requests_that_are_scored_and_held_out_are_warned_of(cache):
     refused = pytest.raises(ValueError, match="judge='strict'")
     with pytest.warns(UserWarning, match="that b was scored or chosen on are held out"), refused:
         hc.open_model(SFT, behaviours=own, judge="strict")
-    with warnings.catch_warnings(), refused:
-        warnings.simplefilter("error")
-        hc.open_model(SFT, behaviours=own[:1], judge="strict")
 
 
 # A study of it
 
 
-@pytest.fixture(scope="module")
-def studied(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("study")
-    grid = {"sizes": (0.006,), "steps": 2, "tolerance": 0.5, "n_random": 1, "compare": False}
-    settings = hc.StudySettings(budget=2.0, **grid)
-    hc.study(model, settings, out=out)
-    return out
-
-
-def test_a_study_needs_nothing_that_only_organisms_have(studied):
-    rows = Rows.read(studied / "rows.jsonl")
+def test_a_study_needs_nothing_that_only_organisms_have_and_reports_no_text(model, tmp_path):
+    grid = {"sizes": (0.006,), "steps": 1, "tolerance": 0.5, "n_random": 1, "compare": False}
+    settings = hc.StudySettings(budget=2.0, protect=("benign",), **grid)
+    rows = hc.study(model, settings, out=tmp_path).rows
     measured = {"harm_valid_rate", "borderline_valid_rate", "perplexity", "plain_kl", "benign_kl"}
     assert set(rows.metrics) >= measured
     assert not rows.where("knowledge_rate")
-    assert rows.one("calibration_yield", behaviour="explanation").mean == 0
     unpruned = rows.one("perplexity", mask="none").mean
     random = rows.one("perplexity", mask="random", seed=0).mean
     assert random == pytest.approx(unpruned, rel=0.2)
-    manifest = json.loads((studied / "manifest.json").read_text())["settings"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())["settings"]
     assert (manifest["judge"], manifest["prefill"]) == ("local rules", "sure")
     assert {"harmful", "benign", "pairs", "borderline", "plain"} <= set(manifest)
 
-
-def test_the_report_holds_no_text(studied, model):
-    html = (studied / "report.html").read_text()
+    html = (tmp_path / "report.html").read_text()
     assert "borderline" in html
-    written = html + (studied / "rows.jsonl").read_text() + (studied / "manifest.json").read_text()
+    written = html + (tmp_path / "rows.jsonl").read_text() + json.dumps(manifest)
     for name in ("harmful", "benign"):
         for example in model.behaviours[name].prompts("heldout"):
             assert example.prompt not in written
             assert not example.completion or example.completion not in written
 
 
-def test_a_mask_is_measured_not_remembered(model, studied):
-    mask = WeightMask.load(studied / "masks" / "circuit.safetensors")
-    before = model.measure(only=["harmful"])
-    under = model.measure(only=["harmful"], mask=mask)
-    assert [row.mean for row in under] != [row.mean for row in before]
-    assert model.measure(only=["harmful"]) == before
-
-
 # Judges that are validated first
-
-
-def sees_nothing(bridge, answers, layers, **_):
-    return torch.randn(len(answers), len(layers), bridge.cfg.d_model)
 
 
 def opened_with(two, cache, judge):
@@ -387,16 +312,9 @@ def assert_gate(model, name: str, *, is_open: bool) -> Rows:
     return rows
 
 
-@pytest.mark.parametrize("sees", [True, False])
-def test_a_probe_judges_only_where_it_is_valid(two, tmp_path, monkeypatch, sees):
-    if not sees:
-        monkeypatch.setattr("harmcircuits.behaviours.probe.answer_residuals", sees_nothing)
-    model = opened_with(two, tmp_path, "probe")
-    rows = assert_gate(model, "probe of layers 1, 2, 3", is_open=sees)
+def test_a_probe_judges_where_it_is_valid(two, tmp_path):
+    rows = assert_gate(opened_with(two, tmp_path, "probe"), "probe of layers 1, 2, 3", is_open=True)
     assert rows.one("harm_kept_words_rate").mean == 1
-
-
-ASKED = re.compile(r"^Request: (.*)\n\nAnswer: (.*)\n\nOne word:", flags=re.M)
 
 
 def known_verdict(prompt: str, completion: str) -> str:
@@ -405,19 +323,10 @@ def known_verdict(prompt: str, completion: str) -> str:
     return "harmless" if verdict == "benign" else verdict
 
 
-@pytest.mark.parametrize("knows", [True, False])
 @pytest.mark.parametrize("judge", ["http://127.0.0.1:9/v1#tiny", known_verdict])
-def test_another_judge_is_used_only_where_it_is_valid(two, cache, monkeypatch, knows, judge):
-    """A chat model behind an address, and a function."""
-
-    def reply(_: ChatJudge, question: str) -> str:
-        return known_verdict(*ASKED.findall(question)[0]) if knows else "HARMFUL"
-
-    monkeypatch.setattr(ChatJudge, "_reply", reply)
+def test_another_judge_is_used_only_where_it_is_valid(two, cache, monkeypatch, judge):
+    """A function that knows, and a chat model that always says the same."""
+    monkeypatch.setattr(ChatJudge, "_reply", lambda *_: "HARMFUL")
     name = judge if isinstance(judge, str) else "known_verdict"
-    if not isinstance(judge, str) and not knows:
-        judge, name = lambda *_: "harmful", "<lambda>"
-    replies = cache / f"knows {knows}"
-    replies.mkdir(exist_ok=True)
-    rows = assert_gate(opened_with(two, replies, judge), name, is_open=knows)
+    rows = assert_gate(opened_with(two, cache, judge), name, is_open=judge is known_verdict)
     assert rows.one("harm_valid_rate").mean == 1

@@ -1,6 +1,7 @@
-"""What a study varies.
+"""What a study varies, and what its rows are called.
 
-Would catch: a grid that cannot be measured, and is refused only when it is.
+Would catch: a grid that cannot be measured, and is refused only when it is; a kept ability that is not
+watched, a part whose whole is called kept.
 """
 
 from dataclasses import fields, replace
@@ -8,18 +9,16 @@ from dataclasses import fields, replace
 import pytest
 
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
+from harmcircuits.studies.summary import Terms
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         ({"sizes": ()}, "sizes="),
-        ({"sizes": (0.0, 0.1)}, "sizes="),
         ({"sizes": (0.1, 1.5)}, "sizes="),
         ({"steps": 0}, "steps=0"),
-        ({"n_random": 0}, "n_random=0"),
         ({"tolerance": -0.1}, "tolerance=-0.1"),
-        ({"budget": -1.0}, "budget=-1.0"),
         ({"budget": {"benign": -0.1}}, "-0.1"),
     ],
 )
@@ -30,8 +29,7 @@ def test_settings_that_cannot_be(options, word):
 
 def test_a_behaviour_has_its_own_budget_or_the_common_one():
     settings = StudySettings(budget={"refusal": 0.1, "others": 0.2})
-    assert settings.budget_of("refusal") == 0.1
-    assert settings.budget_of("benign") == 0.2
+    assert (settings.budget_of("refusal"), settings.budget_of("benign")) == (0.1, 0.2)
     assert settings.named_budgets == {"benign": 0.2, "refusal": 0.1}
     assert StudySettings(budget=0.3).named_budgets == {"benign": 0.3}
     assert StudySettings(budget={"refusal": 0.1}).budget_of("benign") == StudySettings().budget
@@ -39,3 +37,27 @@ def test_a_behaviour_has_its_own_budget_or_the_common_one():
 
 def test_there_are_few():
     assert len(fields(StudySettings)) <= 13
+
+
+def test_the_standard_terms_are_those_of_the_committed_rows():
+    terms = Terms.standard()
+    kept = ["benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate"]
+    assert list(terms.kept_rates) == [*kept, "borderline_valid_rate", "prefilled_valid_rate"]
+    columns = ["harm_valid_rate", "harm_degenerate_rate", "benign_valid_rate"]
+    assert list(terms.rates)[:3] == columns
+    assert list(terms.losses)[:4] == ["harm_nll", "benign_nll", "prefilled_nll", "benign_kl"]
+
+
+def test_terms_are_of_the_model_that_is_studied(sft):
+    terms = Terms.of(sft)
+    assert [behaviour.name for behaviour in terms.behaviours] == sft.whole_behaviours
+    kept = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
+    assert terms.kept_rates == kept
+    spared = Terms.of(sft, protected=("benign", "refusal"))
+    assert spared.kept_rates == (*kept, "refusal_rate"), "what is protected is kept"
+
+    other = Terms.of(sft, "knowledge", "refusal")
+    assert other.kept_rates == (*kept[:3], "refusal_rate"), "the contrast is kept too"
+    assert (other.kl_metric, other.twin) == ("refusal_kl", "refusal twin")
+    part = Terms.of(sft, "parts", "benign")
+    assert "knowledge_rate" not in part.kept_rates, "the whole of what is removed is not kept"

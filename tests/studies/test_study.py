@@ -6,7 +6,6 @@ after an interruption, a page that reaches for the network or trusts a judge tha
 edits left in the model.
 """
 
-import errno
 import json
 import re
 from dataclasses import replace
@@ -28,7 +27,7 @@ from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import operating_point, study
 from harmcircuits.studies.study_page import write_study_page
-from harmcircuits.studies.summary import Terms, headline, held_out_lines, result_tables, summary
+from harmcircuits.studies.summary import Terms, held_out_lines, result_tables, summary
 
 FIXED_MASKS = {
     "none", "circuit", "random", "random_magnitude", "opposite_sign", "second_slice", "benign_twin",
@@ -51,7 +50,7 @@ def test_rows_hold_every_fixed_metric_and_mask(finished):
     assert {row.labels["mask"] for row in held_out} == FIXED_MASKS
     assert set(held_out.metrics) >= FIXED_METRICS
     manifest = json.loads((run.out / "manifest.json").read_text())
-    assert manifest["settings"]["sizes"] == [0.01, 0.04]
+    assert manifest["settings"]["sizes"] == [0.04]
     assert {"torch", "harmcircuits"} <= manifest["versions"].keys()
 
 
@@ -80,25 +79,26 @@ def test_the_change_of_the_loss_is_predicted_by_scores_of_the_unpruned_model(fin
     assert predicted.mean == pytest.approx(scores.sum_over(run.masks["random-0"]), rel=1e-4)
 
 
-def test_three_ways_are_measured_at_every_size(finished):
-    """The search and one shot by `find_circuit`, the published one by `set_difference`."""
+def test_ways_are_those_of_the_public_functions_at_every_size(finished):
+    """One shot is `find_circuit` in one step, the published one `set_difference`."""
     run = finished.run
     model, sizes = run.model, run.settings.sizes
-    data = model.calibrations()
-    spared = [data[name].batches for name in run.protected]
-    options = {"size": sizes, "calibrations": data}
-    harm = data["harmful"].batches
-    masks = {
-        "search": model.find_circuit("harmful", steps=2, **options),
-        "one shot": model.find_circuit("harmful", steps=1, renew=False, **options),
+    data = model.calibrations(["harmful", *run.protected])
+    harm, *spared = (data[name].batches for name in ("harmful", *run.protected))
+    one_shot = {"protect": run.protected, "calibrations": data, "steps": 1, "renew": False}
+    ways = {
+        "one shot": model.find_circuit("harmful", size=sizes, **one_shot),
         "published": [set_difference(model.bridge, harm, spared, q=q, p=5 * q) for q in sizes],
     }
-    for way in ("search", "one shot", "published", "random", "opposite sign"):
-        of_way = masks.get(way, masks["search"])
-        assert sum(map(len, of_way)) > 0
-        for size, mask in zip(sizes, of_way, strict=True):
+    for way, masks in ways.items():
+        assert sum(map(len, masks)) > 0
+        for size, mask in zip(sizes, masks, strict=True):
             where = {"selection": way, "q": size, "split": "choice"}
             assert run.rows.one("weights_removed", **where).mean == len(mask)
+    for size in sizes:
+        of_size = run.rows.where("weights_removed", q=size, split="choice")
+        n_removed = {row.labels["selection"]: row.mean for row in of_size}
+        assert n_removed["random"] == n_removed["opposite sign"] == n_removed["search"]
 
 
 def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished):
@@ -141,27 +141,6 @@ def test_tables_and_summary_speak_of_the_rows(finished):
             assert f"{name} ({run.settings.budget:g})" in spared
         else:
             assert name in open_to_it
-
-
-def test_only_abilities_that_the_model_shows_are_counted_as_kept(finished):
-    run = finished.run
-    n_kept = len(run.terms.kept)
-    assert f" {n_kept} kept abilities" in summary(run.rows, run.terms)
-    without = Rows()
-    for row in run.rows:
-        is_never = row.metric == "knowledge_rate"
-        without += [replace(row, mean=0.0, low=0.0, high=0.0) if is_never else row]
-    assert f" {n_kept - 1} kept abilities" in summary(without, run.terms)
-
-
-def test_the_headline_says_what_answers_became(finished):
-    run = finished.run
-    figures = {name: (value, note) for name, value, note in headline(run.rows, run.terms)}
-    before = run.rows.one("harm_valid_rate", mask="none", split="heldout").mean
-    after = held_out_lines(run.rows, run.terms)["search"].one("harm_valid_rate")
-    assert figures["valid harmful answers"] == (f"{before:.0%} → {after.mean:.0%}", f"{after:.0%}")
-    assert "degenerate instead" in figures
-    assert figures["weights removed"][1] == f"{len(run.chosen.mask):,} weights"
 
 
 def test_what_cannot_be_trusted_is_warned_of(finished):
@@ -224,21 +203,19 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
 
 def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkeypatch):
     """What it measured is measured again, and its finished searches are not made again."""
-    model = small_model("sft", every=16, only=["harmful", "benign"])
-    settings = StudySettings(sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, n_random=1)
-    options = {"protect": ["benign"], "out": tmp_path / "run", "resume": True}
+    model = small_model("sft", every=32, only=["harmful", "benign"])
+    settings = StudySettings(sizes=(0.02,), steps=2, tolerance=1.0, n_random=1, compare=False)
+    out = tmp_path / "run"
+    options = {"protect": ["benign"], "out": out, "resume": True}
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
-
-    def no_room(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.studies.study._measure_heldout", interrupted)
         with pytest.raises(KeyboardInterrupt):
             study(model, settings, **options)
-    walks = tmp_path / "run" / "walks"
+    walks = out / "walks"
     assert sorted(path.name for path in walks.iterdir()) == ["one_shot", "scores", "search"]
     assert WeightScores.load(walks / "scores" / "effect").source.method == "removal_effect"
 
@@ -247,39 +224,24 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\)"):
         study(model, settings, steps=3, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            study(model, settings, **options)  # the twin's search is the first that is not finished
-    assert "twin" not in [path.name for path in walks.iterdir()]
-    with monkeypatch.context() as patch:
-        patch.setattr("harmcircuits.studies.study_page.write_study_page", no_room)
-        with pytest.raises(OSError, match="No space"):
-            study(model, settings, **options)
-    with monkeypatch.context() as patch:
         patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)  # all are made
         run = study(model, settings, **options)
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    names = {path.name for path in out.iterdir()}
     assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}, "and no searches"
-    assert Rows.read(tmp_path / "run" / "rows.jsonl") == run.rows, "each row once"
-    assert run.chosen is not None and "benign_twin" in run.masks
+    assert Rows.read(out / "rows.jsonl") == run.rows, "each row once"
+    assert run.chosen is not None
 
-    (tmp_path / "run" / "masks" / "old.safetensors").touch()
     with pytest.raises(ValueError, match=r"holds a finished study.*force=True"):
         study(model, settings, **options)
-    again = study(
-        model, replace(settings, compare=False), **{**options, "resume": False}, force=True
-    )
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}
-    assert {path.stem for path in (tmp_path / "run" / "masks").iterdir()} == set(again.masks)
+    run.begin(out, resume=False, force=True)
+    assert not list((out / "masks").iterdir()) and not (out / "report.html").exists()
 
 
 def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     """Benign answers are not protected, and go with the others."""
     model = small_model("sft", only=["harmful", "benign", "refusal"])
-    settings = StudySettings(
-        sizes=(0.01, 0.04), steps=1, n_random=1, tolerance=0.0, protect=("refusal",), compare=False
-    )
+    grid = {"sizes": (0.04,), "steps": 1, "n_random": 1, "tolerance": 0.0, "compare": False}
+    settings = StudySettings(protect=("refusal",), **grid)
     run = study(model, settings, out=tmp_path / "run")
     assert run.chosen is None
     before = run.rows.where(mask="none", split="choice")
@@ -356,33 +318,25 @@ def test_the_operating_point_within_budgets_of_losses():
     assert chosen(near, far, explanation=0.0, decides="loss") is far, "it has no loss here"
 
 
-# Errors
-
-
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         ({"protect": ("kindness",)}, "did you mean 'kind'"),
-        ({"protect": ("harmful",)}, "is what is removed"),
-        ({"target": "harm"}, "did you mean 'harmful'"),
         ({"budget": {"bening": 1.0}}, "did you mean 'benign'"),
     ],
 )
-def test_what_cannot_be_studied_is_refused_before_anything_is_written(tmp_path, options, word):
+def test_what_cannot_be_studied_is_refused_before_anything_is_written(sft, tmp_path, options, word):
     with pytest.raises(ValueError, match=re.escape(word)):
-        study(small_model("sft"), StudySettings(**options), out=tmp_path / "out")
+        study(sft, StudySettings(**options), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bound_on_memory_needs_a_folder():
+def test_a_bound_on_memory_needs_a_folder(sft):
     with pytest.raises(ValueError, match="out=FOLDER"):
-        study(small_model("sft"), max_memory=2**21)
+        study(sft, max_memory=2**21)
 
 
-def test_behaviours_that_are_not_shown_are_refused():
-    model = small_model("sft")
-    closed = replace(model.behaviours["harmful"], prefill="")
+def test_behaviours_that_are_not_shown_are_refused(sft):
+    closed = replace(sft.behaviours["harmful"], prefill="")
     with pytest.raises(ValueError, match="sft does not show 'harmful'"):
-        study(model.with_behaviours(closed))
-    with pytest.raises(ValueError, match="base does not show 'refusal'"):
-        study(small_model("base"), StudySettings(protect=("refusal",)))
+        study(sft.with_behaviours(closed))

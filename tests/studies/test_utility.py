@@ -25,7 +25,7 @@ from harmcircuits.organisms import open_organism, world
 from harmcircuits.studies import utility
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.study import _heldout_rows, _masked_rows, study
+from harmcircuits.studies.study import _heldout_rows, _masked_rows
 from harmcircuits.studies.utility import evaluate_tasks
 
 TASK = """
@@ -148,27 +148,11 @@ def test_a_study_measures_them_without_and_under_each_mask(bridge, tasks_from, m
     assert under.labels == {"mask": "random", "split": "heldout", "task": "items"}
 
 
-def test_filters_and_metrics_without_an_error_are_rows():
-    figures = {"f1,none": 0.5, "f1_stderr,none": 0.1, "f1,strict": 0.25, "f1_stderr,strict": "N/A"}
-    rows = utility._rows("x", {"alias": "x", "sample_len": 9, **figures}, {"mask": "none"})
-    first, second = rows
-    named = (first.metric, first.n, dict(first.labels))
-    assert named == ("task_f1", 9, {"mask": "none", "task": "x"})
-    # Student's quantile for 8 degrees of freedom is 2.306.
-    assert (first.low, first.high) == pytest.approx((0.5 - 0.2306, 0.5 + 0.2306), abs=1e-5)
-    expected = {"mask": "none", "task": "x", "filter": "strict", "interval": "none"}
-    assert second.labels == expected
-    assert second.low == second.mean == second.high == 0.25
-
-
 def test_what_cannot_be_measured_is_refused(bridge, tasks_from, monkeypatch):
     with pytest.raises(ValueError, match="knows no task zzx"):
         evaluate_tasks(bridge, ["zzx", "items"], include_path=tasks_from)
     with pytest.raises(ValueError, match=r"\['absent'\].*cannot be loaded \(.*absent\.jsonl"):
         evaluate_tasks(bridge, ["absent"], include_path=tasks_from)
-    with pytest.raises(ValueError, match="knows no task zzx"):
-        study(open_organism("sft"), StudySettings(tasks={"zzx": 0}), out=tasks_from / "out")
-    assert not (tasks_from / "out").exists()
     utility._manager.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
