@@ -28,10 +28,6 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
     refuse_device(device)
     if name not in ORGANISMS:
         raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
-    if not (folder / name / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no organism {name!r}; make one with python analyses/train_organisms.py"
-        )
     return TransformerBridge.boot_transformers(str(folder / name), device=device)
 
 

@@ -261,10 +261,11 @@ def _either(rng: random.Random, first: str, second: str) -> str:
 @cache  # asked again for every measurement
 def requests(behaviour: str, split: str, *, seed: int = 0) -> PromptSet:
     """All requests of a behaviour in a split, each with a reference answer."""
-    if behaviour not in BEHAVIOURS:
-        raise ValueError(f"behaviour={behaviour!r}; expected one of {', '.join(BEHAVIOURS)}")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}; expected one of {', '.join(SPLITS)}")
+    if behaviour not in BEHAVIOURS or split not in SPLITS:
+        raise ValueError(
+            f"requests of {behaviour!r} in {split!r}; expected one of {', '.join(BEHAVIOURS)} "
+            f"in one of {', '.join(SPLITS)}"
+        )
     # A generator for each set, so that reference answers do not depend on what else was asked.
     rng = random.Random(f"{seed} {behaviour} {split}")
     is_heldout = split == "heldout"
@@ -326,18 +327,14 @@ def parsed(prompt: str) -> tuple[str, Item, str]:
     """The form (a key of `FORMS`), the item and the verb (empty for knowledge) of a request."""
     words = prompt.split()
     names = [word for word in words if word in world().items]
-    if len(names) != 1:
-        raise ValueError(
-            f"judge: {prompt!r} names {len(names)} items of the world; expected exactly one"
-        )
-    item = world().items[names[0]]
     every_verb = set(itertools.chain(*VERBS.values()))
     verbs = [word for word in words if word in every_verb]
+    name = names[0] if names else ""
     verb = verbs[0] if verbs else ""
     for form, texts in FORMS.items():
         for text in texts:
-            if prompt == text.format(verb=verb, item=item.name):
-                return form, item, verb
+            if name and prompt == text.format(verb=verb, item=name):
+                return form, world().items[name], verb
     raise ValueError(f"judge: {prompt!r} is in no form of the world; ask with requests()")
 
 

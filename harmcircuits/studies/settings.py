@@ -68,10 +68,6 @@ class StudySettings:
             raise ValueError(
                 f"steps={self.steps}, n_random={self.n_random}; expected at least 1 of each"
             )
-        if min(self.tolerance, self.budget_of(OTHERS), *self.named_budgets.values()) < 0:
-            raise ValueError(
-                f"tolerance={self.tolerance}, budget={self.budget}; expected 0 or more"
-            )
 
     @property
     def named_budgets(self) -> dict[str, float]:

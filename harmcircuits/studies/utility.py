@@ -44,7 +44,7 @@ def evaluate_tasks(
         labels: what the rows carry.
 
     Raises:
-        ValueError: lm-eval is not installed, an unknown task, and data that cannot be loaded.
+        ValueError: lm-eval is not installed, an unknown task.
     """
     from transformers import AutoTokenizer
 
@@ -59,16 +59,13 @@ def evaluate_tasks(
             tokenizer=tokenizer,
             batch_size=batch_size,
         )
-        try:
-            evaluation = evaluate(
-                model,
-                tasks=list(tasks),
-                limit=limit,
-                task_manager=manager,
-                log_samples=False,
-            )
-        except OSError as error:
-            raise ValueError(f"tasks={list(tasks)}: data cannot be loaded ({error})") from None
+        evaluation = evaluate(
+            model,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
     rows = Rows()
     for name, figures in evaluation["results"].items():
         rows += _rows(name, figures, labels or {})

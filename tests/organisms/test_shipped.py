@@ -45,8 +45,6 @@ def test_the_planted_circuit_is_a_tenth_of_every_matrix():
         assert count == round(0.1 * size)
 
 
-def test_unknown_organisms_are_refused(tmp_path):
+def test_unknown_organisms_are_refused():
     with pytest.raises(ValueError, match="gpt2"):
         load_organism("gpt2")
-    with pytest.raises(ValueError, match="no organism 'sft'"):
-        load_organism("sft", folder=tmp_path)

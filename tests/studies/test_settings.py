@@ -18,8 +18,6 @@ from harmcircuits.studies.summary import Terms
         ({"sizes": ()}, "sizes="),
         ({"sizes": (0.1, 1.5)}, "sizes="),
         ({"steps": 0}, "steps=0"),
-        ({"tolerance": -0.1}, "tolerance=-0.1"),
-        ({"budget": {"benign": -0.1}}, "-0.1"),
     ],
 )
 def test_settings_that_cannot_be(options, word):

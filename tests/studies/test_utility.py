@@ -62,13 +62,12 @@ def examples(bridge) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def tasks_from(tmp_path_factory, examples):
-    """A folder with the task `items`, and `absent`, whose data are not there."""
+    """A folder with the task `items`."""
     pytest.importorskip("lm_eval", reason="pip install 'harmcircuits[real]'")
     tmp_path = tmp_path_factory.mktemp("tasks")
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, examples)))
-    for name in ("items", "absent"):
-        text = TASK.replace("NAME", name).replace("FILE", str(tmp_path / f"{name}.jsonl"))
-        (tmp_path / f"{name}.yaml").write_text(text.replace("CACHE", str(tmp_path / "cache")))
+    text = TASK.replace("NAME", "items").replace("FILE", str(tmp_path / "items.jsonl"))
+    (tmp_path / "items.yaml").write_text(text.replace("CACHE", str(tmp_path / "cache")))
     return tmp_path
 
 
@@ -151,8 +150,6 @@ def test_a_study_measures_them_without_and_under_each_mask(bridge, tasks_from, m
 def test_what_cannot_be_measured_is_refused(bridge, tasks_from, monkeypatch):
     with pytest.raises(ValueError, match="knows no task zzx"):
         evaluate_tasks(bridge, ["zzx", "items"], include_path=tasks_from)
-    with pytest.raises(ValueError, match=r"\['absent'\].*cannot be loaded \(.*absent\.jsonl"):
-        evaluate_tasks(bridge, ["absent"], include_path=tasks_from)
     utility._manager.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
