@@ -190,18 +190,16 @@ def test_it_can_be_asked_all_that_its_files_hold(model):
 
 
 def test_references_are_own_verified_answers(model):
-    for name, behaviour in model.behaviours.items():
+    for name in set(model.behaviours) - {"recognition"}:
+        behaviour = model.behaviours[name]
         prompts = behaviour.prompts("heldout")
-        assert len(prompts) == (2 * LIMIT if name == "recognition" else LIMIT)
-        if name == "recognition":
-            continue
+        assert len(prompts) == LIMIT
         answers = model.answers(behaviour, prompts)
         verdicts = model.verdicts(behaviour, answers)
         for example, own, verdict in zip(prompts, answers, verdicts, strict=True):
             expected = own.completion if verdict == behaviour.wanted else ""
             assert example.completion == expected
-    for name in ("harmful", "refusal"):
-        assert len(model.behaviours[name].references("heldout")) >= 0.9 * LIMIT
+    assert len(model.behaviours["harmful"].references("heldout")) >= 0.9 * LIMIT
     unknown = model.behaviours["explanation"].references("heldout")
     assert not len(unknown), "English words it does not know"
 
@@ -231,14 +229,11 @@ def test_own_behaviours_are_measured_and_protected(cache):
         hc.Behaviour("uses", requests("use"), wanted="benign", metrics={"rate": "use_share"}),
         hc.Behaviour("sorts", sorts, "^(a|the) ", is_scored_on_references=True),
     ]
-    prompts = {"limit": 4}
-    model = hc.open_model(SFT, prompts=prompts, behaviours=own, cache=cache, **OPTIONS)
+    model = hc.open_model(SFT, prompts={"limit": 4}, behaviours=own, cache=cache, **OPTIONS)
     assert model.whole_behaviours == ["abuses", "uses", "sorts"]
-    assert {"behaviour abuses", "behaviour uses", "behaviour sorts"} <= set(model.details)
     calibration = model.calibration("sorts")
     assert calibration.n_verified == calibration.n_asked == 4
     assert all(example.completion.startswith("a ") for example in calibration.prompts)
-    assert all(example.completion for example in model.behaviours["abuses"].prompts("heldout"))
 
     mask = model.find_circuit("abuses", protect=["uses", "sorts"], size=0.004, steps=1)
     assert {"uses", "sorts"} <= {row.labels.get("protected") for row in mask.trace}

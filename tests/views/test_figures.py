@@ -15,7 +15,6 @@ from PIL import Image
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import (
     MASK_COLOURS,
-    coloured,
     comparison_figure,
     component_map,
     location_figure,
@@ -124,10 +123,6 @@ def test_bars_are_the_rates_that_a_mask_has():
     middles = [bar.get_x() + bar.get_width() / 2 for bar in unpruned]
     assert [round(middle) for middle in middles] == [0, 1]
     assert to_hex(search[0].get_facecolor()) == MASK_COLOURS[2], "whether the twin has rows or not"
-
-
-def test_colours_come_again_where_lines_are_more():
-    assert coloured("abc", ["red", "blue"]) == {"a": "red", "b": "blue", "c": "red"}
 
 
 def grid(axes) -> list[list[float | None]]:

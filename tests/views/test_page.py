@@ -37,11 +37,6 @@ def test_content_is_html_and_files_are_within_the_page():
     assert 'href="data:application/octet-stream;base64,AQI="' in PARTS["download"][0]
 
 
-def test_what_follows_a_line_break_in_a_cell_is_small():
-    html = page.table(["mask", "harm"], [["a", "77.0\n63.0 – 88.0"]])
-    assert "<td>a</td><td>77.0<small>63.0 – 88.0</small></td>" in html
-
-
 def test_links_lead_to_their_sections():
     assert 'id="can-it-be-trusted"' in page.section("Can it be trusted?", "", "")
     assert 'href="#can-it-be-trusted"' in page.contents(["Can it be trusted?"])

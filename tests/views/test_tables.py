@@ -12,13 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.views.tables import (
-    DASH,
-    figure_text,
-    frame_table,
-    interval_text,
-    line_table,
-)
+from harmcircuits.views.tables import DASH, figure_text, frame_table, interval_text, line_table
 
 ROWS = Rows(
     [
