@@ -33,6 +33,7 @@ SIZE = dict(
     max_position_embeddings=32,
 )
 GQA = dict(**SIZE, intermediate_size=40, num_key_value_heads=2)
+EXPERTS = dict(**GQA, num_experts=4, num_experts_per_tok=2)
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 GPT2 = dict(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=32, n_inner=40)
 
@@ -87,9 +88,9 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=3)),
     "Qwen3Moe": (
         "Qwen3MoeConfig",
-        dict(**GQA, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        dict(**EXPERTS, head_dim=6, moe_intermediate_size=24),
     ),
-    "Olmoe": ("OlmoeConfig", dict(**GQA, num_experts=4, num_experts_per_tok=2)),
+    "Olmoe": ("OlmoeConfig", EXPERTS),
     "GraniteMoe": ("GraniteMoeConfig", dict(**GQA, num_local_experts=4, num_experts_per_tok=2)),
 }
 
@@ -112,13 +113,7 @@ COARSE = (
 UNSUPPORTED: dict[str, tuple[str, dict]] = {
     "Qwen2Moe": (
         "Qwen2MoeConfig",
-        dict(
-            **GQA,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=24,
-            shared_expert_intermediate_size=24,
-        ),
+        dict(**EXPERTS, moe_intermediate_size=24, shared_expert_intermediate_size=24),
     ),
     "GptOss": (
         "GptOssConfig",
@@ -141,10 +136,7 @@ UNSUPPORTED: dict[str, tuple[str, dict]] = {
             first_k_dense_replace=1,
         ),
     ),
-    "Mamba": (
-        "MambaConfig",
-        dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=4),
-    ),
+    "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2)),
 }
 
 

@@ -46,7 +46,6 @@ def test_the_loss_falls_and_everything_is_restored(open_model, name, dtype, lora
         if error:
             run.until(1)
             raise error
-        run.until(3)
         run.until(12)
         assert run.step == len(run.losses) == 12
         assert sum(run.losses[-3:]) < 0.9 * sum(run.losses[:3])

@@ -33,13 +33,6 @@ def log_probability(bridge, request: str, answer: str) -> torch.Tensor:
     return bridge(batch.tokens)[0, -2].log_softmax(-1)[batch.tokens[0, -1]]
 
 
-def test_an_answer_of_one_token_is_scored_by_its_probability(bridge):
-    batches = tokenize(ONE_TOKEN, bridge.tokenizer)
-    assert [int(batch.is_target.sum()) for batch in batches] == [2]
-    expected = torch.stack([-log_probability(bridge, *text) for text in ONE_TOKEN])
-    torch.testing.assert_close(completion_nll(bridge, batches), expected.detach())
-
-
 def test_everything_that_scores_takes_answers_of_one_token(bridge):
     """One example by itself: the mean of one, whose interval is that value."""
     batches = tokenize(ONE_TOKEN[:1], bridge.tokenizer)
