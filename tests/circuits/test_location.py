@@ -75,7 +75,7 @@ def test_the_most_removed_come_first_and_heads_bear_what_they_read(llama):
 def test_component_rows_add_up(llama):
     sites = weight_sites(llama)
     mask = top_fraction(random_scores(llama), 0.05, within="model")
-    rows = component_rows(mask, sites, {"model": "m"}, n_units=1000)
+    rows = component_rows(mask, sites, n_units=1000)
     matrices, units = rows.where(by="matrix"), rows.where(by="unit")
     assert len(matrices) == len(mask.shapes)
     assert sum(row.mean for row in matrices) == mask.n_removed

@@ -73,27 +73,17 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
 
 def test_neurons_are_read_after_their_activation_function(llama, batch):
     """By hand, from the raw model's weights: silu(W_gate x) * (W_up x)."""
-    neurons = [(1, 5), (0, 39), (1, 0)]
-    activations = neuron_activations(llama, batch, neurons)
-    inputs, handles = {}, []
-    for layer, block in enumerate(llama.original_model.model.layers):
-
-        def keep(module, arguments, layer=layer):
-            inputs[layer] = arguments[0][0].detach()
-
-        handles.append(block.mlp.register_forward_pre_hook(keep))
-    llama(batch.tokens[:1, : activations.shape[1]])
-    for handle in handles:
-        handle.remove()
-
+    activations = neuron_activations(llama, batch, [(1, 5), (1, 0)])
+    inputs = []
+    mlp = llama.original_model.model.layers[1].mlp
+    handle = mlp.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0]))
+    llama(batch.tokens[:1, batch.is_token[0]])
+    handle.remove()
+    (x,) = inputs
     weights = named_weights(llama)
-    assert activations.shape == (3, int(batch.is_token[0].sum()))
-    for (layer, neuron), values in zip(neurons, activations, strict=True):
-        gate = weights[f"blocks.{layer}.mlp.gate.weight"][neuron]
-        up = weights[f"blocks.{layer}.mlp.in.weight"][neuron]
-        x = inputs[layer]
-        expected = torch.nn.functional.silu(x @ gate) * (x @ up)
-        torch.testing.assert_close(values, expected.detach())
+    gate, up = (weights[f"blocks.1.mlp.{kind}.weight"][[5, 0]] for kind in ("gate", "in"))
+    expected = torch.nn.functional.silu(gate @ x.T) * (up @ x.T)
+    torch.testing.assert_close(activations, expected.detach())
 
 
 def test_prediction_changes_are_those_of_probabilities(llama, batch):

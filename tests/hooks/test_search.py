@@ -290,23 +290,16 @@ def test_of_each_size_the_mask_is_kept_that_takes_most(llama):
     assert mask.trace.one("target_left", step=mask.source.settings["step"]).mean == fewest
 
 
-@pytest.mark.parametrize(
-    ("unit", "wanted", "chosen"),
-    [
-        ("weight", ["blocks.0.mlp.out.weight", "blocks.1.attn.v.weight"], None),
-        ("neuron", lambda site: site.layer == 1, {"mlp.gate", "mlp.in", "mlp.out"}),
-    ],
-)
-def test_the_choice_is_limited_to_some_matrices(llama, unit, wanted, chosen):
-    sites = weight_sites(llama)
-    mask = find_circuit(llama, TARGET, size=0.2, steps=2, unit=unit, sites=wanted)
-    assert len(mask) > 0
-    assert mask.shapes.keys() == sites.keys(), "so that it combines with other masks"
-    for name in mask.removed:
-        assert wanted(sites[name]) if callable(wanted) else name in wanted
-    if chosen:
-        assert {sites[name].kind for name in mask.removed} == chosen
-    assert set(mask.removed) <= set(mask.source.settings["sites"])
+def test_the_choice_is_limited_to_some_matrices(llama):
+    names = ["blocks.0.mlp.out.weight", "blocks.1.attn.v.weight"]
+    options = {"size": 0.2, "steps": 2}
+    mask = find_circuit(llama, TARGET, sites=names, **options)
+    assert list(mask.removed) == names == mask.source.settings["sites"]
+    assert mask.shapes.keys() == weight_sites(llama).keys(), "it combines with other masks"
+
+    second = find_circuit(llama, TARGET, sites=lambda site: site.layer == 1, **options)
+    names = [name for name in mask.shapes if name.startswith("blocks.1.")]
+    assert list(second.removed) == names == second.source.settings["sites"]
 
 
 def test_a_second_circuit_is_found_beside_the_first(llama):
