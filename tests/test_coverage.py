@@ -28,11 +28,6 @@ ITEMS = np.repeat(np.arange(N_ITEMS), PER_ITEM).tolist()
 # Kinds of intervals: draws data of 16 items, gives the interval and what it should hold
 
 
-def one_answer(rng: Generator, share: float) -> Measurement:
-    hits = (rng.random(N_ITEMS) < share).tolist()
-    return Measurement.rate("x_rate", {}, hits, range(N_ITEMS))
-
-
 def rate_of_unequal_groups(rng: Generator) -> tuple[Measurement, float]:
     """Every other item is asked about seven times, the others once; answers about one agree."""
     groups = np.repeat(np.arange(N_ITEMS), np.where(np.arange(N_ITEMS) % 2, 7, 1))
@@ -41,8 +36,11 @@ def rate_of_unequal_groups(rng: Generator) -> tuple[Measurement, float]:
 
 
 def difference(rng: Generator) -> tuple[Measurement, float]:
-    first, second = one_answer(rng, 0.7), one_answer(rng, 0.4)
-    return Measurement.difference("d", {}, first, second), 0.7 - 0.4
+    rates = []
+    for share in (0.7, 0.4):
+        hits = (rng.random(N_ITEMS) < share).tolist()
+        rates.append(Measurement.rate("x_rate", {}, hits, range(N_ITEMS)))
+    return Measurement.difference("d", {}, *rates), 0.7 - 0.4
 
 
 def average(rng: Generator) -> tuple[Measurement, float]:

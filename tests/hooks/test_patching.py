@@ -86,6 +86,8 @@ def test_a_sweep_is_that_of_transformer_lens(llama, texts):
 def test_the_model_is_as_before(open_model, batch, monkeypatch):
     bridge = open_model("GPT2")
     assert not patched(bridge, random_mask(bridge, 0.0), batch).where("patch_share"), "no gap"
+    with pytest.raises(ValueError, match="residuals"):
+        patched(bridge, random_mask(bridge), batch, ["residuals"])
     before = {key: tensor.clone() for key, tensor in bridge.state_dict().items()}
     logits, bars = bridge(batch.tokens), patching.tqdm
     patched(bridge, random_mask(bridge), batch, ["residual", "head"], layers=[1])

@@ -79,15 +79,12 @@ def test_the_digest_sees_order_sign_and_every_bit(llama, change):
 
     before, fingerprint = digests(), model_fingerprint(llama)
     weight = named_weights(llama)[NAME].data
-    saved = weight.clone()
     CHANGES[change](weight)
     after = digests()
     assert model_fingerprint(llama) == fingerprint, "which does not see it"
     assert before[0] != after[0]
     if change != "one bit":  # below what bfloat16 holds
         assert before[1] != after[1]
-    weight.copy_(saved)
-    assert digests() == before
 
 
 def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path):
