@@ -56,7 +56,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "benign.csv").write_text("request\npaint the wug\n")
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "rows.jsonl").write_text("")
-    (tmp_path / "begun" / "walks").mkdir(parents=True)
     return tmp_path
 
 
@@ -65,7 +64,6 @@ def folder(tmp_path, monkeypatch):
     [
         ("study", "--out"),
         ("study --out out --steps 0", "steps=0"),
-        ("study --out out --size 0.1", "--sizes"),
         ("study --out out --organism llama", "no organism is called 'llama'"),
         ("study --out out --organisms nowhere", "nowhere holds no organism 'sft'"),
         ("study --out out --harmful harmful.csv", "--harmful is for a model of your own"),
@@ -73,7 +71,6 @@ def folder(tmp_path, monkeypatch):
         (f"study --out out {' '.join(OWN)}", "harmful.csv: 1 request"),
         (f"study --out out --model {SFT} --harmful none.csv --benign none.csv", "none.csv"),
         ("study --out finished", "holds a finished study"),
-        ("study --out begun", "holds an unfinished study"),
         ("export --model sft --mask missing --out out", "missing: no such file"),
         ("studdy", "{study,export}"),
     ],

@@ -39,6 +39,8 @@ class Outline(HTMLParser):
         self.open: list[str] = []
         self.texts: list[str] = []
         self.feed(html)
+        assert not self.open, "every element is closed"
+        self.text = " ".join(self.texts)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -50,16 +52,6 @@ class Outline(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.texts)
-
-
-def shown(value) -> Outline:
-    outline = Outline(value._repr_html_())
-    assert not outline.open, "every element is closed"
-    return outline
 
 
 def small_mask(settings=()) -> WeightMask:
@@ -86,7 +78,7 @@ def test_every_value_shows_itself_in_one_line_and_a_table(values):
         text, html = repr(value), value._repr_html_()
         assert text.startswith(f"{type(value).__name__}("), "it says what it is"
         assert "\n" not in text and "tensor(" not in text and len(text) <= 200
-        outline = shown(value)
+        outline = Outline(value._repr_html_())
         assert "table" in outline.tags
         assert not {"script", "style", "link", "iframe", "img"} & set(outline.tags)
         assert "http" not in html and "url(" not in html and len(html) < 40_000
@@ -97,7 +89,7 @@ def test_hostile_text_is_shown_as_text():
     labels = {"mask": HOSTILE, HOSTILE: "a"}
     rows = Rows([Measurement.exact(HOSTILE, labels, 1), Measurement.exact("b", {}, 2)])
     for value in (rows, rows[0], small_mask({HOSTILE: HOSTILE})):
-        outline = shown(value)
+        outline = Outline(value._repr_html_())
         assert "script" not in outline.tags
         assert HOSTILE in outline.text.replace("…", "")
     picture = Outline(heat_strip({(0, HOSTILE): 1.0}, {(0, HOSTILE): HOSTILE}))
@@ -135,7 +127,7 @@ def test_rows_say_once_what_they_share_and_are_cut():
     n = SHOWN_ROWS + 5
     labels = [{"split": "heldout", "size": number} for number in range(n)]
     rows = Rows(Measurement("a_rate", of_row, 0.5, 0.25, 0.75, 8) for of_row in labels)
-    outline = shown(rows)
+    outline = Outline(rows._repr_html_())
     assert outline.tags.count("tr") == SHOWN_ROWS + 1
     assert outline.text.count("heldout") == 1
     assert "50% [25%, 75%]" in outline.text

@@ -94,11 +94,6 @@ def test_what_is_no_such_file_is_refused_by_its_name(tmp_path, content, read, wo
     assert word in str(error.value)
 
 
-def test_the_mark_that_spreadsheets_begin_with_is_no_text(tmp_path):
-    (tmp_path / "marked").write_text("é", encoding="utf-8-sig")
-    assert read_text(tmp_path / "marked", "a thing") == "é"
-
-
 # JSON Lines
 
 
@@ -118,12 +113,11 @@ def test_a_killed_run_goes_on_behind_its_last_whole_row(tmp_path):
         assert Rows.read(path) == ROWS
 
 
-@pytest.mark.parametrize("n_bytes", [0, 100])
-def test_rows_that_do_not_fit_are_an_error_and_none_of_them_counts(tmp_path, n_bytes):
+def test_rows_that_do_not_fit_are_an_error_and_none_of_them_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
     ROWS[:4].append_to(path)
     before = path.read_bytes()
-    with room_for(len(before) + n_bytes), pytest.raises(OSError, match=r"rows\.jsonl"):
+    with room_for(len(before) + 100), pytest.raises(OSError, match=r"rows\.jsonl"):
         ROWS[4:].append_to(path)
     assert path.read_bytes() == before
     ROWS[4:].append_to(path)
@@ -132,7 +126,8 @@ def test_rows_that_do_not_fit_are_an_error_and_none_of_them_counts(tmp_path, n_b
 
 def test_lines_of_earlier_versions_are_read_without_their_checks(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1, "check": "1:0a1b2c3d"}\n\n{"a": 2, "check": "0:0a1b2c3d"}\n')
+    mark = "\ufeff"  # as spreadsheets begin a file
+    path.write_text(f'{mark}{{"a": 1, "check": "1:0a1b2c3d"}}\n\n{{"a": 2, "check": "0:0a"}}\n')
     append_lines(path, [{"a": 3}])
     assert read_lines(path, "rows") == [{"a": 1}, {"a": 2}, {"a": 3}]
 
@@ -222,13 +217,11 @@ def test_a_copy_is_the_same_and_changes_alone(temporary, dtype):
     tensor = torch.randn(2, 3, 4).to(dtype).transpose(0, -1)
     before = tensor.clone()
     copy = mapped_copy(tensor)
-    assert copy.dtype == dtype and torch.equal(copy, tensor)
     assert not list(temporary.iterdir()), "its file has no name any more"
-
     gc.collect()
     assert is_mapped(copy, temporary)
     copy.add_(1)
-    assert torch.equal(copy, before + 1)
+    assert copy.dtype == dtype and torch.equal(copy, before + 1)
     assert torch.equal(tensor, before)
 
 
@@ -258,4 +251,3 @@ def test_scores_of_a_bounded_run_that_do_not_fit_are_an_error(llama, temporary):
     with room_for(1000), pytest.raises(OSError, match="TMPDIR"):
         removal_effect(llama, TARGET, max_memory=8000)
     assert not list(temporary.iterdir())
-    assert not any(point.fwd_hooks or point.bwd_hooks for point in llama.hook_dict.values())
