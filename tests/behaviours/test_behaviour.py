@@ -81,7 +81,6 @@ def test_requests_come_from_everywhere_and_each_is_asked_once(tmp_path):
     ("call", "word"),
     [
         (lambda: hc.Behaviour("paints", ["a"], "white"), "behaviour 'paints'"),
-        (lambda: hc.Behaviour("paints", "nowhere.csv", "white"), "nowhere.csv"),
         (lambda: hc.Behaviour("paints", [3], "white"), "int"),
         (lambda: hc.Behaviour("paints", WALLS, "white").prompts("test"), "'test'"),
         (lambda: request_behaviours(FILES, [BENIGN], prefill=""), "'benign'"),

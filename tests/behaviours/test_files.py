@@ -164,22 +164,18 @@ def test_behaviours_and_what_their_prompts_are(files):
 def test_a_type_of_harm_is_a_behaviour(files):
     behaviours, _ = request_behaviours(files, prefill="")
     parts = behaviours["harmful"].by_category()
-    assert list(parts) == ["harmful/a", "harmful/b"]
-    part = parts["harmful/a"]
-    assert {example.category for example in part.prompts("heldout")} == {"a"}
-    assert (part.title, part.part_of) == ("harmful/a", "harmful")
-    n_whole = len(behaviours["harmful"].prompts("heldout"))
-    assert sum(len(each.prompts("heldout")) for each in parts.values()) == n_whole
+    assert {part.part_of for part in parts.values()} == {"harmful"}
+    of_parts = {name: part.prompts("heldout") for name, part in parts.items()}
+    for name, prompts in of_parts.items():
+        assert {f"harmful/{example.category}" for example in prompts} == {name}
+    assert sum(map(len, of_parts.values())) == len(behaviours["harmful"].prompts("heldout"))
 
 
 def test_without_pairs_harmful_requests_meet_benign_ones(files):
-    plain = RequestFiles(files.harmful, files.benign)
-    behaviours, _ = request_behaviours(plain, prefill="")
+    behaviours, _ = request_behaviours(RequestFiles(files.harmful, files.benign), prefill="")
     assert not {"borderline", "prefilled"} & behaviours.keys()
-    questions = [example.prompt for example in behaviours["recognition"].prompts("heldout")]
-    assert questions
-    assert all("break" in bad for bad in questions[::2])
-    assert all("mend" in good for good in questions[1::2])
+    for number, example in enumerate(behaviours["recognition"].prompts("heldout")):
+        assert ("break", "mend")[number % 2] in example.prompt
 
 
 def test_a_request_cannot_be_harmful_and_benign(files):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import small_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate
@@ -44,25 +44,26 @@ def answered(bridge, prompts: PromptSet, **options) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def argmax_answer(bridge, prompt: str, *, prefill: str = "", template: str = "chat") -> str:
-    """The definition: append the most likely token until the end of text."""
-    tokenizer = bridge.tokenizer
-    tokens = prompt_ids(prompt, tokenizer, template)
-    tokens += tokenizer.encode(prefill, add_special_tokens=False)
-    words = prefill.split()
+def greedy(bridge, prompt: str, *, prefill: str = "", template: str = "chat"):
+    """The definition: append the most likely token until the end of text; the mean of -log p."""
+    tokenizer, losses = bridge.tokenizer, []
+    answer = tokenizer.encode(prefill, add_special_tokens=False)
     for _ in range(9):
+        tokens = prompt_ids(prompt, tokenizer, template) + answer
         with torch.no_grad():
-            tokens.append(bridge(torch.tensor([tokens]))[0, -1].argmax().item())
-        if tokens[-1] == tokenizer.eos_token_id:
+            log_chances = bridge(torch.tensor([tokens]))[0, -1].log_softmax(0)
+        token = log_chances.argmax().item()
+        if token == tokenizer.eos_token_id:
             break
-        words.append(tokenizer.decode(tokens[-1:]))
-    return " ".join(words)
+        answer.append(token)
+        losses.append(-log_chances[token].item())
+    return tokenizer.decode(answer).strip(), sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize(("prefill", "template"), [("", "chat"), (PREFILL, "chat"), ("", "raw")])
 def test_answers_are_the_argmax(sft, mixed, prefill, template):
     some, options = PromptSet(mixed.examples[::3]), {"prefill": prefill, "template": template}
-    expected = [argmax_answer(sft, example.prompt, **options) for example in some]
+    expected = [greedy(sft, example.prompt, **options)[0] for example in some]
     assert answered(sft, some, **options) == expected
     short = answered(sft, some, max_new_tokens=2, **options)
     assert short == [" ".join(text.split()[: 2 + len(prefill.split())]) for text in expected]
@@ -167,7 +168,7 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     # Half of all weights gone: no organism can answer; which weights these are does not matter.
     with masked(bridge, top_fraction(random_scores(bridge, seed=0), 0.5)):
         under = generate(bridge, prompts, max_new_tokens=9, cache=cache)
-        assert under[0].text == argmax_answer(bridge, prompts.examples[0].prompt)
+        assert under[0].text == greedy(bridge, prompts.examples[0].prompt)[0]
     assert sum(a != b for a, b in zip(own, under, strict=True)) > 2
 
     def silence(value, hook):
@@ -182,10 +183,6 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
 
 # Own answers are scored as they were generated: on a byte-level tokenizer, an answer that is
 # stripped and tokenised again loses the leading space of its first token.
-
-PROMPTS = PromptSet.of(["how to use it ?", "say it"])
-N_TOKENS = 5
-SPACED = "{% for m in messages %}{{ m.content }}{% endfor %}:"  # ends without a space
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -202,59 +199,20 @@ def byte_level() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
-        chat_template=SPACED,
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}:",  # without a space
     )
-
-
-def loss_while_generating(bridge, prompt: str, prefill: str, template: str) -> float:
-    """The mean of -log p of the tokens that transformers chooses, the end of text left out."""
-    tokenizer = bridge.tokenizer
-    opening = tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
-    context = prompt_ids(prompt, tokenizer, template) + opening
-    config = GenerationConfig(
-        max_new_tokens=N_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=tokenizer.eos_token_id,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    output = bridge.original_model.generate(
-        input_ids=torch.tensor([context]), generation_config=config
-    )
-    losses = []
-    new_tokens = output.sequences[0, len(context) :]
-    for token, logits in zip(new_tokens, output.logits, strict=True):
-        if token != tokenizer.eos_token_id:
-            losses.append(-logits[0].float().log_softmax(0)[token].item())
-    return sum(losses) / len(losses)
-
-
-def losses_of_answers(bridge, prefill: str, template: str) -> list[float]:
-    answers = generate(bridge, PROMPTS, prefill=prefill, template=template, max_new_tokens=N_TOKENS)
-    answered = PROMPTS.with_completions(answers)
-    batches = tokenize(answered, bridge.tokenizer, template=template, prefill=prefill)
-    return completion_nll(bridge, batches).tolist()
-
-
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
-def test_the_loss_is_that_of_generating(open_model, name):
-    bridge = open_model(name, vocab_size=320)  # what the tokenizer has
-    for prefill, template in (("", "raw"), ("sure", "chat")):
-        losses = losses_of_answers(bridge, prefill, template)
-        expected = [loss_while_generating(bridge, e.prompt, prefill, template) for e in PROMPTS]
-        assert losses == pytest.approx(expected, rel=1e-4), (prefill, template)
-
-
-@pytest.fixture
-def spaced(open_model):
-    bridge = open_model("Llama", vocab_size=320)
-    bridge.tokenizer = byte_level()
-    return bridge
 
 
 @pytest.mark.parametrize("prefill", ["", "a b"])
-def test_leading_spaces_are_kept(spaced, prefill):
-    losses = losses_of_answers(spaced, prefill, "chat")
-    expected = [loss_while_generating(spaced, e.prompt, prefill, "chat") for e in PROMPTS]
-    assert losses == pytest.approx(expected, rel=1e-4)
+def test_own_answers_are_scored_as_they_were_generated(open_model, prefill):
+    bridge = open_model("Llama", vocab_size=320)
+    bridge.tokenizer = byte_level()
+    prompts = PromptSet.of(["how to use it ?", "say it"])
+    answers = generate(bridge, prompts, prefill=prefill, max_new_tokens=9)
+    batches = tokenize(prompts.with_completions(answers), bridge.tokenizer, prefill=prefill)
+    expected = [greedy(bridge, example.prompt, prefill=prefill)[1] for example in prompts]
+    assert completion_nll(bridge, batches).tolist() == pytest.approx(expected, rel=1e-4)
+
+    as_text = prompts.with_completions([answer.text for answer in answers])
+    again = tokenize(as_text, bridge.tokenizer, prefill=prefill)
+    assert again[0].tokens.tolist() != batches[0].tokens.tolist(), "the test must be able to fail"
