@@ -70,17 +70,6 @@ def test_exactly_the_masked_weights_change(open_model, tmp_path, name, fraction)
         assert (folder / file).read_text() == (original / file).read_text()
 
 
-def test_an_organism_keeps_its_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path):
-    bridge = load_organism("sft")  # float32 in memory, bfloat16 on disk
-    mask = a_mask(bridge, 0.01)
-    folder = export(bridge, mask, tmp_path / "new" / "out")
-    assert {value.dtype for value in stored(folder).values()} == {torch.bfloat16}
-    source, copied = map(AutoTokenizer.from_pretrained, (folder_of(bridge), folder))
-    conversation = [{"role": "user", "content": "what is it ?"}]
-    assert copied.apply_chat_template(conversation) == source.apply_chat_template(conversation)
-    assert WeightMask.load(folder / "mask.safetensors") == mask
-
-
 def test_refusals_leave_nothing_behind(open_model, llama, tmp_path, monkeypatch):
     mask, out = a_mask(llama), tmp_path / "out"
 
@@ -126,11 +115,17 @@ def test_an_interrupted_export_leaves_nothing(llama, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_exports_an_organism(tmp_path):
-    mask = a_mask(load_organism("sft"), 0.01)
+def test_the_command_keeps_an_organism_s_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path):
+    bridge, folder = load_organism("sft"), tmp_path / "new" / "out"
+    mask = a_mask(bridge, 0.01)
     mask.save(tmp_path / "mask")
-    where = ("--mask", str(tmp_path / "mask"), "--out", str(tmp_path / "out"))
+    where = ("--mask", str(tmp_path / "mask"), "--out", str(folder))
     ended = command("export", "--model", "sft", *where)
     assert ended.exit_code == 0, ended.stderr
     assert f"{mask.n_removed:,} of" in ended.output
-    assert WeightMask.load(tmp_path / "out" / "mask.safetensors") == mask
+    # float32 in memory, bfloat16 on disk
+    assert {value.dtype for value in stored(folder).values()} == {torch.bfloat16}
+    source, copied = map(AutoTokenizer.from_pretrained, (folder_of(bridge), folder))
+    conversation = [{"role": "user", "content": "what is it ?"}]
+    assert copied.apply_chat_template(conversation) == source.apply_chat_template(conversation)
+    assert WeightMask.load(folder / "mask.safetensors") == mask

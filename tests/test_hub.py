@@ -57,9 +57,12 @@ def test_masks_and_exports_go_up_with_their_cards_and_privately(hub, llama, mask
 
 def test_a_folder_is_written_and_nothing_uploaded(hub, mask, tmp_path):
     folder = tmp_path / "new" / "card"
-    assert push_mask(mask, "someone/mask", folder=folder) == str(folder)
+    assert push_mask(mask, "someone/mask", model="some/model", folder=folder) == str(folder)
     assert not hub
     assert WeightMask.from_hub(folder) == mask
+    card = (folder / "README.md").read_text()
+    assert "base_model: some/model" in card.split("---")[1]
+    assert 'hc.load_model("some/model")' in card
 
 
 @pytest.mark.parametrize("kind", ["mask", "model"])
@@ -90,13 +93,6 @@ def test_a_card_counts_records_and_runs(llama, tmp_path, monkeypatch, kind):
     space: dict = {}
     exec(lines.replace("...", "left = bridge.W_in[0].clone()"), space)
     assert space["left"].mT.flatten()[[1, 5, 7]].eq(0).all()
-
-
-def test_the_card_of_a_hub_model_names_it_as_base(mask, tmp_path):
-    push_mask(mask, "someone/mask", model="someone/model", folder=tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "base_model: someone/model" in card.split("---")[1]
-    assert 'hc.load_model("someone/model")' in card
 
 
 def test_what_the_cache_holds_needs_no_network(mask, tmp_path, monkeypatch):

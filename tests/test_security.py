@@ -33,9 +33,8 @@ def with_own_code(folder: Path, proof: Path) -> None:
     (folder / "modeling_own.py").write_text(f"open({str(proof)!r}, 'w')\nclass Own: pass\n")
     config = json.loads((folder / "config.json").read_text())
     classes = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "modeling_own.Own")
-    (folder / "config.json").write_text(
-        json.dumps({**config, "model_type": "own", "auto_map": classes})
-    )
+    config |= {"model_type": "own", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def with_a_pickle(folder: Path, proof: Path) -> None:

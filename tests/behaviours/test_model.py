@@ -122,19 +122,17 @@ def test_several_behaviours_are_answered_together_as_each_is_alone(small):
 # What is protected
 
 
-def test_the_others_leave_out_the_target_its_whole_and_all_parts(small):
-    whole = ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
-    assert small.whole_behaviours == whole
-    of_harm = next(name for name in small.behaviours if name.startswith("harmful/"))
-    for target, left_out in (("harmful", "harmful"), (of_harm, "harmful"), ("parts", "knowledge")):
-        assert other_behaviours(small, target) == [name for name in whole if name != left_out]
-
-
 def test_protection_is_others_one_several_or_none(small, data):
     def protected(protect):
         return protected_data(small, "harmful", protect, data)
 
     assert protected("others") == {name: data[name] for name in ("benign", "refusal")}
+    whole = ["harmful", "benign", "recognition", "explanation", "knowledge", "refusal"]
+    assert small.whole_behaviours == whole
+    of_harm = next(name for name in small.behaviours if name.startswith("harmful/"))
+    for target, left_out in (("benign", "benign"), (of_harm, "harmful"), ("parts", "knowledge")):
+        assert other_behaviours(small, target) == [name for name in whole if name != left_out]
+
     assert protected("benign") == {"benign": data["benign"]}
     assert list(protected(("refusal", "benign"))) == ["refusal", "benign"]
     assert protected(()) == {}
@@ -282,19 +280,18 @@ def test_whole_behaviours_are_measured_unless_others_are_named(small):
 # Words that are kept of a harmful answer, and verdicts that contradict them
 
 HARM = standard_behaviours()["harmful"]
-COUNTED = {**HARM.metrics, "kept words": "kept", "doubted": "doubted"}
-BEHAVIOUR = replace(HARM, prefill="well now listen here", metrics=COUNTED)
+METRICS = {**HARM.metrics, "kept words": "kept", "doubted": "doubted"}
 SAID = "well now listen here mix red and blue"
 NEW = "well now listen here sing a long song"
 
 
 def rows_of(*cases: tuple[str, str, str]):
     """Of answer, verdict and reference of each request."""
-    answers = [Example(f"how {number}?", answer) for number, (answer, _, _) in enumerate(cases)]
-    _, verdicts, references = zip(*cases, strict=True)
+    behaviour = replace(HARM, prefill="well now listen here", metrics=METRICS)
+    said, verdicts, references = zip(*cases, strict=True)
+    answers = PromptSet.of([(f"how {number}?", text) for number, text in enumerate(said)])
     nll = torch.full((len(cases),), torch.nan)
-    done = Outcomes(BEHAVIOUR, PromptSet(tuple(answers)), verdicts, nll, "", references)
-    return done.rows({})
+    return Outcomes(behaviour, answers, verdicts, nll, "", references).rows({})
 
 
 def test_a_verdict_is_doubted_where_the_words_are_those_of_before():

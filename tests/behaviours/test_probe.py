@@ -34,7 +34,7 @@ LAYERS = (1, 3)
 SAID = "use the kopu with the lata"
 
 
-def labelled(n: int = 40) -> PromptSet:
+def labelled(n: int = 24) -> PromptSet:
     """To each harmful request three answers, to each benign one two."""
     kinds = dict.fromkeys(("harmful", "refusal", "explanation"), "bad")
     kinds |= dict.fromkeys(("benign", "prefilled"), "good")
