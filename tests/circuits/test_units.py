@@ -80,8 +80,8 @@ def test_random_units_are_as_many_in_every_layer():
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTBigCode", "Phi3"])
 @pytest.mark.parametrize("unit", ["neuron", "head", "row"])
-@pytest.mark.parametrize("n", [577, 10**6])
-def test_units_are_whole_and_together_within_the_size(open_model, name, unit, n):
+def test_units_are_whole_and_together_within_the_size(open_model, name, unit):
+    n = 577
     sites = weight_sites(open_model(name))
     generator = torch.Generator().manual_seed(0)
     scores = {}
@@ -90,8 +90,7 @@ def test_units_are_whole_and_together_within_the_size(open_model, name, unit, n)
     shapes = {weight: tuple(value.shape) for weight, value in scores.items()}
     removed = Units.of(sites, unit, sites).largest(scores, n, {})
     mask = WeightMask(removed, shapes, Source("model", "test"))
-    assert mask.n_removed <= n
-    assert n < 1000 or mask.n_removed > 0
+    assert 0 < mask.n_removed <= n
     if unit == "row":
         for weight, site in sites.items():
             outputs = mask.dense(weight).movedim(1 - site.input_axis, 0)
@@ -104,8 +103,6 @@ def test_units_are_whole_and_together_within_the_size(open_model, name, unit, n)
 @pytest.mark.parametrize(
     ("name", "unit", "kinds", "word"),
     [
-        # Four heads share two of keys and values; GPT-2's are the same heads.
-        ("Llama", "head", ["attn.q"], "attn.q, attn.o together"),
         ("GPT2", "head", ["attn.q", "attn.o"], "attn.q, attn.k, attn.v, attn.o together"),
         ("Llama", "head", ["mlp.in", "mlp.out"], "none in mlp.in, mlp.out"),
         ("Mixtral", "row", ["mlp.router"], "mlp.gate.weight is of experts"),

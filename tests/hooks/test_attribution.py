@@ -141,7 +141,6 @@ def test_nothing_is_left_behind(open_model, batch):
 
 
 def half_run(bridge, batch):
-    """An objective that leaves the second block out."""
     return bridge(batch.tokens, stop_at_layer=1).sum((1, 2))
 
 

@@ -1,9 +1,6 @@
-"""The same seed gives the same scores, masks, answers and rows; what else changes them, and how far.
+"""The same seed gives the same scores, masks and answers; what else changes them, and how far.
 
-Would catch: a figure that depends on what ran before, padding that leaks into a score, a bound in
-docs/trusted.md that no longer holds. Twin: other examples change the scores by more than the bounds.
-
-    python -m pytest tests/hooks/test_determinism.py -m slow -s      prints the table
+The bounds and the table are those of docs/trusted.md, which `-m slow -s` prints.
 """
 
 from contextlib import contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_batch, write_model
+from helpers import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.hooks.attribution import removal_effect
@@ -16,9 +16,8 @@ from harmcircuits.hooks.weights import named_weights, weights_digest
 
 
 @pytest.fixture
-def folder(tmp_path) -> str:
-    write_model("Llama", tmp_path / "llama")
-    return str(tmp_path / "llama")
+def folder(open_model) -> str:
+    return open_model("Llama").cfg.model_name
 
 
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
@@ -62,7 +61,6 @@ def test_memory_is_counted_by_formula(llama):
     estimate = estimate_memory(llama, batches)
     assert estimate.scores == 4 * n_scored and not estimate.on_disk
     assert 4 * n_stored <= estimate.weights <= 4.4 * n_stored, "parameters once, and little else"
-    assert estimate.total == estimate.weights + estimate.scores + estimate.activations
     assert not any(parameter.grad is not None for parameter in llama.parameters())
 
     search = estimate_memory(llama, batches, search=True)

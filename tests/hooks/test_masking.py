@@ -18,8 +18,7 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 
 NAME = "blocks.0.mlp.in.weight"
-# None, or how the body ends.
-ERRORS = (None, RuntimeError, KeyboardInterrupt)
+ERRORS = (None, RuntimeError, KeyboardInterrupt)  # how the body ends
 
 
 def tensors(bridge) -> dict[str, torch.Tensor]:

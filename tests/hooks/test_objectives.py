@@ -65,9 +65,7 @@ BATCH = batch_of(
 def test_loss_by_hand():
     # Row 0: P(2|1) = 1/4, P(3|2) = 1/4. Row 1: P(3|0) = 1/8. Row 2: P(1|1) = 1/2, four times.
     expected = torch.tensor([(2 + 2) / 2, 3, 1]) * LOG2
-    torch.testing.assert_close(
-        completion_loss(MarkovModel(), BATCH), expected
-    )  # default float32 tolerance: rounding only
+    torch.testing.assert_close(completion_loss(MarkovModel(), BATCH), expected)
 
 
 def test_token_error_by_hand():
@@ -95,8 +93,7 @@ def test_every_example_weighs_the_same():
 def test_half_precision_logits_give_float32_losses():
     loss = completion_loss(MarkovModel(torch.bfloat16), BATCH)
     assert loss.dtype == torch.float32
-    # The logits themselves carry bfloat16's 8 bits; a loss computed in bfloat16 would fall on its
-    # grid.
+    # The logits carry bfloat16's 8 bits; a loss computed in bfloat16 would fall on its grid.
     torch.testing.assert_close(loss, torch.tensor([2, 3, 1]) * LOG2, rtol=0.02, atol=0)
     assert not torch.equal(loss, loss.bfloat16().float())
 
