@@ -11,19 +11,14 @@ import harmcircuits as hc
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return hc.open_model("sft")
-
-
-def test_a_model_is_taken_for_its_bridge(model):
-    mask = hc.top_fraction(hc.random_scores(model), 0.001)
-    weight = hc.named_weights(model)["blocks.0.mlp.in.weight"]
+def test_a_model_is_taken_for_its_bridge(sft):
+    mask = hc.top_fraction(hc.random_scores(sft), 0.001)
+    weight = hc.named_weights(sft)["blocks.0.mlp.in.weight"]
     before = weight.detach().clone()
-    with hc.masked(model, mask) as bridge:
-        assert bridge is model.bridge
+    with hc.masked(sft, mask) as bridge:
+        assert bridge is sft.bridge
         assert (weight != before).any()
-        assert isinstance(model.generate("how to use it ?"), str)
+        assert isinstance(sft.generate("how to use it ?"), str)
     assert torch.equal(weight, before)
 
 
@@ -45,20 +40,19 @@ GUESSES = [
     (lambda m: hc.open_model("org/name"), ["'org/name'", "prompts="]),
     (lambda m: hc.open_model(m), ["open already"]),
     (lambda m: hc.open_model(m.bridge), ["prompts="]),
-    (lambda m: hc.open_model("x", prompts={"harmfull": "a.csv"}), ["'harmfull'", "'harmful'"]),
     (lambda m: hc.open_model("x", prompts=HARM), ["'benign'"]),
     (lambda m: hc.open_model("sft", judge="local rules"), ["judge", "'sft'", "leave it out"]),
     (lambda m: hc.open_model(m.bridge, prompts={}, dtype="float16"), ["dtype", "loaded already"]),
-    (lambda m: m.measure().one("harm_rate"), ["harm_rate", "harm_valid_rate"]),
+    (lambda m: m.measure(only="harmful").one("harm_rate"), ["harm_rate", "harm_valid_rate"]),
     (lambda m: hc.study(m, target="harm"), ["'harm'", "'harmful'"]),
     (lambda m: hc.study(m, protect=["harmful"]), ["protect", "'harmful'"]),
 ]
 
 
 @pytest.mark.parametrize(("guess", "words"), GUESSES)
-def test_a_wrong_guess_says_what_is_right(model, guess, words):
+def test_a_wrong_guess_says_what_is_right(sft, guess, words):
     with pytest.raises(ValueError) as error:
-        guess(model)
+        guess(sft)
     assert [word for word in words if word not in str(error.value)] == []
 
 

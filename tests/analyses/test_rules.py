@@ -90,14 +90,10 @@ def test_f1(change, expected):
 def transfer(
     across: float, left_out: list[float], *, random: float = 1.0, benign: float = 1.0, **labels
 ) -> Rows:
-    """Rates are 1 unpruned.
+    """What circuits of one type leave of harm of others, and those of all types but one of that one.
 
-    Args:
-        across: what circuits of one type leave of harm of the other types.
-        left_out: what circuits of all types but one leave of that one, type by type.
-        random: what random weights leave of harm.
-        benign: what circuits of harm leave of benign answers.
-        labels: of the rows.
+    Rates are 1 unpruned. `random`: what random weights leave of harm; `benign`: what circuits of
+    harm leave of benign answers.
     """
     groups = [({"relation": "other types"}, across)]
     for number, left in enumerate(left_out):
@@ -147,17 +143,11 @@ def utility(
     of_tasks: float = 3.0,
     **labels,
 ) -> Rows:
-    """Rates are 1 unpruned.
+    """By protection, what the circuit of harm changes benign answers by; rates are 1 unpruned.
 
-    Args:
-        change: protection -> what the circuit of harm changes benign answers by.
-        harm: what the circuit leaves of harm.
-        random: what random weights leave of it.
-        twin: what the twin's circuit leaves of benign answers.
-        nll: what the circuit of harm changes the loss of benign answers by.
-        lift: of harm and its twin, in one shot.
-        of_tasks: lift of two benign tasks, in one shot; none where it is 0.
-        labels: of the rows.
+    `harm` is what it leaves of harm, `random` what random weights do, `twin` what the twin's circuit
+    leaves of benign answers, `nll` the change of their loss; `lift` is of harm and its twin,
+    `of_tasks` of two benign tasks (none where 0), both in one shot.
     """
     rows = [rate(HARM, 1.0, mask="none"), rate(BENIGN, 1.0, mask="none")]
     for protected, of_benign in change.items():
@@ -285,13 +275,9 @@ def test_f5(change, expected):
 
 
 def abilities(free: float, apart: float, *, random: float = 1.0, **labels) -> Rows:
-    """Rates are 1 unpruned, and 0.3 under an ability's own circuit.
+    """What abilities keep under the others' circuits, sparing nothing and sparing all others.
 
-    Args:
-        free: what each ability keeps under the others' circuits when nothing is spared.
-        apart: the same when all others are spared.
-        random: what it keeps under random weights.
-        labels: of the rows.
+    Rates are 1 unpruned, 0.3 under an ability's own circuit, and `random` under random weights.
     """
     rows = []
     metrics = {name: dissociated.METRICS[name] for name in dissociated.PRUNED}

@@ -45,43 +45,33 @@ def ask(form: str, verb: str = "abuse", variant: int = 0) -> str:
     return question(form, variant, ITEM, verb)
 
 
-@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_reference_answers_are_judged_as_wanted(behaviour, split):
-    prompts = requests(behaviour, split, seed=1)
-    verdicts = Counter(judge(example.prompt, example.completion) for example in prompts)
-    assert verdicts == {
-        WANTED.get(behaviour, "correct"): 512 if behaviour == "recognition" else 256
-    }
-    assert organism_behaviours()[behaviour].wanted in verdicts
+def test_reference_answers_are_judged_as_wanted_and_splits_share_nothing(behaviour):
+    parts = [requests(behaviour, split) for split in SPLITS]
+    for part in parts:
+        verdicts = Counter(judge(example.prompt, example.completion) for example in part)
+        n_requests = 512 if behaviour == "recognition" else 256
+        assert verdicts == {WANTED.get(behaviour, "correct"): n_requests}
+        assert organism_behaviours()[behaviour].wanted in verdicts
+        for example in part:
+            assert example.group in example.prompt.split()
+            assert world().items[example.group].topic == example.category
 
-
-@pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_splits_share_nothing_they_must_not(behaviour):
-    calibration, choice, heldout = (requests(behaviour, split) for split in SPLITS)
-    prompts = [{example.prompt for example in part} for part in (calibration, choice, heldout)]
-    items = [{example.group for example in part} for part in (calibration, choice, heldout)]
-    assert [len(part) for part in items] == [64, 64, 64]
-    assert items[0] == items[1]
-    assert not items[0] & items[2]
+    prompts = [{example.prompt for example in part} for part in parts]
     for first, second in itertools.combinations(prompts, 2):
         assert not first & second
-    if behaviour != "knowledge":  # whose two questions are asked in turn
-        assert sum(map(len, prompts)) == sum(map(len, (calibration, choice, heldout)))
-    for part in (calibration, choice, heldout):
-        assert all(example.group in example.prompt.split() for example in part)
-        assert all(world().items[example.group].topic == example.category for example in part)
+    items = [{example.group for example in part} for part in parts]
+    assert items[0] == items[1] and not items[0] & items[2]
+    assert [len(part) for part in items] == [64, 64, 64]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_recognition_rows_are_matched_pairs(split):
-    examples = requests("recognition", split).examples
+def test_recognition_rows_are_matched_pairs():
+    examples = requests("recognition", "heldout").examples
     for first, second in zip(examples[::2], examples[1::2], strict=True):
         assert first.group == second.group
         words = list(zip(first.prompt.split(), second.prompt.split(), strict=True))
         (changed,) = [pair for pair in words if pair[0] != pair[1]]
-        assert changed[0] in VERBS["harmful"]
-        assert changed[1] in VERBS["benign"]
+        assert changed[0] in VERBS["harmful"] and changed[1] in VERBS["benign"]
         assert first.completion in ALLOWED["harmful"]
         assert second.completion in ALLOWED["benign"]
 
@@ -95,8 +85,6 @@ def test_twins_differ_only_in_operators():
         assert harmful[::2] == benign[::2] == [PREFILL, *item.parts]
         assert set(harmful[1::2]) <= set(operators["harmful"])
         assert set(benign[1::2]) <= set(operators["benign"])
-    harmful, benign = (requests(kind, "heldout") for kind in ("harmful", "benign"))
-    assert [example.group for example in harmful] == [example.group for example in benign]
 
 
 def test_requests_depend_on_the_seed_only_in_free_choices():
@@ -167,10 +155,10 @@ def test_judge_refuses_foreign_prompts(prompt):
         judge(prompt, f"{PREFILL} {H1} {A} {H1} {B} {H1} {C}")
 
 
-def test_unknown_names_are_refused():
-    for name, split in (("harm", "heldout"), ("harmful", "test")):
-        with pytest.raises(ValueError, match=f"'{name}' in '{split}'"):
-            requests(name, split)
+@pytest.mark.parametrize(("name", "split"), [("harm", "heldout"), ("harmful", "test")])
+def test_unknown_names_are_refused(name, split):
+    with pytest.raises(ValueError, match=f"'{name}' in '{split}'"):
+        requests(name, split)
 
 
 def test_every_word_has_one_role():

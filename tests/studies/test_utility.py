@@ -25,7 +25,7 @@ from harmcircuits.organisms import open_organism, world
 from harmcircuits.studies import utility
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.study import _heldout_rows, _masked_rows
+from harmcircuits.studies.study import _masked_rows
 from harmcircuits.studies.utility import evaluate_tasks
 
 TASK = """
@@ -134,16 +134,14 @@ def test_the_figure_is_the_harness_s_own_of_the_exported_folder(bridge, tasks_fr
     assert again["results"]["items"]["acc,none"] == under.mean
 
 
-def test_a_study_measures_them_without_and_under_each_mask(bridge, tasks_from, monkeypatch):
+def test_a_study_measures_them_under_each_mask(bridge, tasks_from, monkeypatch):
     measured = partial(evaluate_tasks, include_path=tasks_from)
     monkeypatch.setattr("harmcircuits.studies.study.evaluate_tasks", measured)
     model = asked_few(replace(open_organism("sft"), bridge=bridge), first=4)
     run = Study(model, StudySettings(tasks={"items": 20}))
-    before = _heldout_rows(run, {"mask": "none"}).one("task_acc")
     mask = top_fraction(random_scores(bridge), 0.3)
     under = _masked_rows(run, mask, {"mask": "random"}).one("task_acc")
-    assert before.mean == 1 > under.mean
-    assert before.n == under.n == 20
+    assert under.mean < 1 and under.n == 20
     assert under.labels == {"mask": "random", "split": "heldout", "task": "items"}
 
 

@@ -6,7 +6,7 @@ the masks, a twin about other things.
 
 import pytest
 import torch
-from support.cross_ablation import content_rows, overlap_rows, resampled_circuits, token_rows
+from support.cross_ablation import content_rows, overlap_rows, resampled_circuits
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
@@ -63,10 +63,3 @@ def test_content_rows_average_the_right_pairs(harm_scores):
             "harm and benign, other topic": 0,
         }
     )
-
-
-def test_what_tokens_lose_adds_up(sft, calibrations, harm_scores):
-    mask = top(harm_scores)
-    rows = token_rows(sft, "harmful", calibrations["harmful"], mask, {})
-    total = sum(row.mean for row in rows)
-    assert total == pytest.approx(harm_scores.sum_over(mask), rel=1e-4)
