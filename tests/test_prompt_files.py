@@ -4,7 +4,6 @@ Would catch: a format that loses fields, a published shape read by the wrong col
 context, a slip in a user's file that passes, earlier turns dropped, a request that counts twice.
 """
 
-import csv
 import json
 
 import datasets
@@ -28,56 +27,41 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def as_rows(examples) -> list[dict[str, str]]:
-    """Rows as a user would write them: with another key, without the empty fields."""
-    rows = []
-    for example in examples:
-        filled = {name: getattr(example, name) for name in COLUMNS if getattr(example, name)}
-        rows.append({"id": "7", **filled})
-    return rows
-
-
-def write_jsonl(path, rows) -> str:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
-
-
-def write_csv(path, rows, delimiter: str = ",") -> str:
-    names = dict.fromkeys(name for row in rows for name in row)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(names), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
-
-
-def write_json(path, rows) -> str:
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return str(path)
-
-
-def write_parquet(path, rows) -> str:
-    pandas.DataFrame(rows).to_parquet(path)
+def write(path, rows, **options) -> str:
+    """A file in the format that its name ends in."""
+    frame = pandas.DataFrame(rows)
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        frame.to_parquet(path)
+    elif ending in (".json", ".jsonl"):
+        options = {"lines": ending == ".jsonl", **options}
+        frame.to_json(path, orient="records", force_ascii=False, **options)
+    else:
+        frame.to_csv(path, index=False, **options)
     return str(path)
 
 
 # Formats
 
 
-FORMATS = {
-    "A.JSONL": write_jsonl,
-    "lines.json": write_jsonl,
-    "array.json": write_json,
-    "a.tsv": lambda path, rows: write_csv(path, rows, "\t"),
-    "spreadsheet.csv": lambda path, rows: write_csv(path, rows, ";"),
-    "a.parquet": write_parquet,
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_examples(tmp_path, name):
-    path = FORMATS[name](tmp_path / name, as_rows(EXAMPLES))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("A.JSONL", {}),
+        ("array.json", {}),
+        ("lines.json", {"lines": True}),
+        ("a.tsv", {"sep": "\t"}),
+        ("spreadsheet.csv", {"sep": ";"}),
+        ("a.parquet", {}),
+    ],
+)
+def test_every_format_gives_the_same_examples(tmp_path, name, options):
+    """As a user would write them: with another key, without the empty fields."""
+    rows = []
+    for example in EXAMPLES:
+        filled = {name: getattr(example, name) for name in COLUMNS if getattr(example, name)}
+        rows.append({"id": "7", **filled})
+    path = write(tmp_path / name, rows, **options)
     prompts = PromptSet.read(path)
     assert prompts == PromptSet.read(tmp_path / name) == PromptSet(EXAMPLES)
     assert prompts.shape == f"{path}: prompt, completion, category, group; 3 requests"
@@ -88,15 +72,18 @@ def test_texts_cells_and_numbers_are_read_as_they_are(tmp_path):
     two = PromptSet.of(["who ?", "where, now ?"])
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwho ?\r\n\r\n  where, now ? \n")
     assert PromptSet.read(tmp_path / "a.txt") == two
-    for name, write in (("a.json", write_json), ("a.jsonl", write_jsonl)):
-        assert PromptSet.read(write(tmp_path / name, ["who ?", "where, now ?"])) == two
-    single = write_json(tmp_path / "one.json", {"prompt": "who ?"})
-    assert PromptSet.read(single) == two[:1]
+    for name, text in (
+        ("a.json", '["who ?", "where, now ?"]'),
+        ("a.jsonl", '"who ?"\n\n"where, now ?"\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert PromptSet.read(tmp_path / name) == two
+    (tmp_path / "one.json").write_text('{"prompt": "who ?"}')
+    assert PromptSet.read(tmp_path / "one.json") == two[:1]
     (tmp_path / "a.csv").write_bytes(b'prompt,group\r\n"one\r\ntwo",1\r\n')
     assert PromptSet.read(tmp_path / "a.csv").examples == (Example("one\r\ntwo", group="1"),)
     rows = [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}]
-    numbers = PromptSet.read(write_jsonl(tmp_path / "numbers.jsonl", rows))
-    assert numbers.examples == (Example("a", "0", group="0"), Example("b", group="1"))
+    assert PromptSet.read(rows).examples == (Example("a", "0", group="0"), Example("b", group="1"))
 
 
 # Datasets
@@ -105,9 +92,9 @@ def test_texts_cells_and_numbers_are_read_as_they_are(tmp_path):
 def test_a_dataset_is_read_by_its_folder(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    rows = [{"completion": "", "category": "", "group": "", **row} for row in as_rows(EXAMPLES)]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "test.jsonl", rows[:1])
+    rows = [{name: getattr(example, name) for name in COLUMNS} for example in EXAMPLES]
+    write(folder / "train.jsonl", rows)
+    write(folder / "test.jsonl", rows[:1])
     assert PromptSet.read(folder) == PromptSet(EXAMPLES)
     assert PromptSet.read(f"{folder}:train[1:]") == PromptSet(EXAMPLES[1:])
     assert PromptSet.read(f"{folder}:test") == PromptSet(EXAMPLES[:1])
@@ -184,13 +171,12 @@ SHAPES = {
         "chat messages: prompt from messages, category; 1 request; 1 system turns left out",
     ),
 }
-WRITERS = {"csv": write_csv, "json": write_json, "jsonl": write_jsonl, "parquet": write_parquet}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_shapes_are_recognised_and_say_so(tmp_path, name):
     row, example, shape = SHAPES[name]
-    path = WRITERS[name.rpartition(".")[2]](tmp_path / name, [row])
+    path = write(tmp_path / name, [row])
     prompts = PromptSet.read(path)
     assert prompts.examples == (example,)
     assert prompts.shape == f"{path}: {shape}"
