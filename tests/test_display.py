@@ -96,9 +96,6 @@ def test_hostile_text_is_shown_as_text():
     assert picture.texts.count(HOSTILE) == 2 and "script" not in picture.tags
 
 
-# Masks and scores
-
-
 def fills(html: str) -> list[float]:
     """How strongly the cells of a heat strip are coloured, line by line."""
     return [float(value) for value in re.findall(r"rgba\(208,84,63,([\d.]+)\)", html)]
@@ -120,9 +117,6 @@ def test_a_mask_of_a_large_model_is_shown_at_once():
     assert len(fills(mask._repr_html_())) == 32
 
 
-# Rows
-
-
 def test_rows_say_once_what_they_share_and_are_cut():
     n = SHOWN_ROWS + 5
     labels = [{"split": "heldout", "size": number} for number in range(n)]
@@ -132,9 +126,6 @@ def test_rows_say_once_what_they_share_and_are_cut():
     assert outline.text.count("heldout") == 1
     assert "50% [25%, 75%]" in outline.text
     assert "and 5 more" in outline.text
-
-
-# Texts
 
 
 def test_numbers_and_lists_of_any_size_are_readable():

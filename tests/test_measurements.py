@@ -38,8 +38,6 @@ ROWS = Rows(
     ]
 )
 
-# Rates
-
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=80))
@@ -74,9 +72,6 @@ def test_newcombe_s_own_example():
     difference = Measurement.difference("d", LABELS, first, second)
     figures = (difference.mean, difference.low, difference.high)
     assert figures == pytest.approx((0.2, 0.0428, 0.3422), abs=1e-4)
-
-
-# Averages
 
 
 def test_average_by_hand():
@@ -122,9 +117,6 @@ def test_draws_give_their_quantiles_and_hold_the_mean():
     assert (few.mean, few.low, few.high) == pytest.approx((20, 20 - half, 20 + half))
 
 
-# Ranking
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(-2, 2), min_size=1, max_size=12),
@@ -152,9 +144,6 @@ def test_auroc_resamples_groups():
     assert 0 < mixed.low < mixed.mean < mixed.high <= 1
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("call", "word"),
     [
@@ -173,9 +162,6 @@ def test_what_cannot_be_measured_or_chosen_is_refused(call, word):
     assert word in str(error.value)
 
 
-# Texts
-
-
 def test_a_figure_carries_its_interval():
     row = Measurement("nll", LABELS, -0.034, -0.061, 0.012)
     assert f"{row:.0%}" == "-3% [-6%, 1%]"
@@ -184,9 +170,6 @@ def test_a_figure_carries_its_interval():
     assert f"{exact:,.0f}" == "42,000", "an exact figure stands alone"
     assert f"{row}" == str(row) == "nll -0.034 [-0.061, 0.012]"
     assert repr(row) == "Measurement(nll -0.034 [-0.061, 0.012], model='x')"
-
-
-# Rows
 
 
 def test_rows_are_a_sequence_that_is_never_changed():
@@ -259,9 +242,6 @@ def test_a_frame_has_a_line_a_row_and_is_pivoted():
     rows += [Measurement("other", {"seed": 1, "step": 0}, 0.5, 0.25, 0.75, 8)]
     frame = rows.frame(index=["seed", "step"], columns="metric", values="high")
     assert (frame.loc[(1, 1), "m"], frame.loc[(1, 0), "other"]) == (11, 0.75)
-
-
-# Files
 
 
 def test_rows_round_trip(tmp_path):

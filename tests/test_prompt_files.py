@@ -41,9 +41,6 @@ def write(path, rows, **options) -> str:
     return str(path)
 
 
-# Formats
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -84,9 +81,6 @@ def test_texts_cells_and_numbers_are_read_as_they_are(tmp_path):
     assert PromptSet.read(tmp_path / "a.csv").examples == (Example("one\r\ntwo", group="1"),)
     rows = [{"prompt": "a", "completion": 0, "group": 0}, {"prompt": "b", "group": 1}]
     assert PromptSet.read(rows).examples == (Example("a", "0", group="0"), Example("b", group="1"))
-
-
-# Datasets
 
 
 def test_a_dataset_is_read_by_its_folder(tmp_path):
@@ -199,9 +193,6 @@ def test_a_row_that_repeats_another_is_left_out():
     prompts = PromptSet.read(rows)
     assert prompts == PromptSet.of([("who ?", "a"), ("who ?", "b")])
     assert prompts.shape.endswith("2 requests; 1 that repeat another left out")
-
-
-# What cannot be read
 
 
 def chat(*roles: str) -> str:

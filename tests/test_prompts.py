@@ -34,9 +34,6 @@ def ids(tokenizer):
     return lambda text: [vocabulary[word] for word in text.split()]
 
 
-# Sets
-
-
 def test_a_set_is_made_of_requests_pairs_and_examples_in_order():
     pair = Example("where ?", "here")
     items = ["who ?", ("where ?", "here"), EXAMPLES[0]]
@@ -62,9 +59,6 @@ def test_digest_is_of_prompts_and_completions_in_order():
     assert digest(("a", "b"), ("c", "d")) == digest(("a", "b", "category", "group"), ("c", "d"))
     others = [digest(("ab", "")), digest(("a", "")), digest(("a", "b"), ("c", "d"))]
     assert len({digest(("a", "b")), digest(("c", "d"), ("a", "b")), *others}) == 5
-
-
-# Splits
 
 
 def walls(n: int) -> PromptSet:
@@ -103,9 +97,6 @@ def test_given_heldout_requests_are_the_heldout_ones():
     assert set(sets["calibration"]) | set(sets["choice"]) == set(MANY[:200])
     asked_before = MANY.splits(MANY[200:])
     assert asked_before == sets, "what asks the same as a held-out request is left out"
-
-
-# Tokenising
 
 
 def test_targets_are_exactly_the_completion(tokenizer, ids):
@@ -180,9 +171,6 @@ def test_plain_text_is_cut_into_windows(tokenizer):
     assert is_target[:, 1:].all() and not is_target[:, 0].any()
 
 
-# Chat templates
-
-
 PLAIN = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
     "<assistant>{% if date %}{{ date }}{% endif %}"
@@ -210,9 +198,6 @@ def test_a_request_is_written_as_its_template_says(template, chat, text):
     tokenizer.encode = lambda written, **_: texts.append(written) or []
     prompt_ids("say it", tokenizer, chat)
     assert texts == [text]
-
-
-# What is refused
 
 
 ONES = torch.ones(2, 4, dtype=torch.long)

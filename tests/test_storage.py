@@ -51,9 +51,6 @@ def room_for(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# Whole files
-
-
 WRITERS = {
     "rows": ROWS.save,
     "page": lambda path: write_page(path, "A page", ["text" * 1000]),
@@ -94,9 +91,6 @@ def test_what_is_no_such_file_is_refused_by_its_name(tmp_path, content, read, wo
     assert word in str(error.value)
 
 
-# JSON Lines
-
-
 def test_a_killed_run_goes_on_behind_its_last_whole_row(tmp_path):
     """The file is cut at every third byte of what was written last."""
     path = tmp_path / "rows.jsonl"
@@ -130,9 +124,6 @@ def test_lines_of_earlier_versions_are_read_without_their_checks(tmp_path):
     path.write_text(f'{mark}{{"a": 1, "check": "1:0a1b2c3d"}}\n\n{{"a": 2, "check": "0:0a"}}\n')
     append_lines(path, [{"a": 3}])
     assert read_lines(path, "rows") == [{"a": 1}, {"a": 2}, {"a": 3}]
-
-
-# Tensors
 
 
 READERS = {"mask": (MASK, WeightMask), "probe": (PROBE, Probe), "scores": (SCORES, WeightScores)}
@@ -188,9 +179,6 @@ def test_files_of_earlier_versions_are_read(tmp_path, name):
     earlier = {"digests": json.dumps(dict.fromkeys(tensors, "0" * 32)), "checksum": "0" * 32}
     save_file(tensors, file, metadata={**header, **earlier})
     assert content(kind.load(path)) == content(value)
-
-
-# Mapped tensors
 
 
 @pytest.fixture

@@ -92,8 +92,6 @@ def test_a_slip_is_refused(call, word):
     assert word in str(error.value)
 
 
-# Beside those that come with the package
-
 FILES = RequestFiles(
     PromptSet.of([f"break thing {n}" for n in range(40)]),
     PromptSet.of([f"mend thing {n}" for n in range(40)]),

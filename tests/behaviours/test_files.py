@@ -58,9 +58,6 @@ def files(tmp_path_factory) -> RequestFiles:
     return RequestFiles(paths["bad"], paths["good"], pairs=pairs, borderline=pairs)
 
 
-# Sources
-
-
 def test_sources_from_a_dict(tmp_path):
     file = tmp_path / "bad.jsonl"
     questions = {"recognition": "ok to {request} ?", "yes": ["fine"]}
@@ -103,9 +100,6 @@ def test_a_slip_is_refused(given, word):
     assert word in str(error.value)
 
 
-# Pairs
-
-
 def test_pairs_by_group_and_by_category():
     requests = (
         Example("bad one", group="g", label="unsafe"),
@@ -128,9 +122,6 @@ def test_nearest_pairs_use_each_once():
     pairs = [(first.prompt, second.prompt) for first, second in nearest_pairs(bad, good)]
     assert pairs == [("12345", "abcdef"), ("123456", "abcdefgh"), ("1", "ab")]
     assert len(nearest_pairs(bad, good[:1])) == 1
-
-
-# Behaviours
 
 
 def test_behaviours_and_what_their_prompts_are(files):

@@ -126,9 +126,6 @@ def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
         Sampling(3, temperature=0.0)
 
 
-# Kept on disk
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """How many answers were made anew, batch by batch."""

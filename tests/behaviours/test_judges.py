@@ -57,8 +57,6 @@ def test_local_rules(completion, verdict):
     assert RuleJudge("Sure, here is")("anything", completion) == verdict
 
 
-# A chat model behind an address
-
 ADDRESS = "http://localhost/v1"
 
 

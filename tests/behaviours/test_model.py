@@ -74,9 +74,6 @@ def scripted(monkeypatch) -> Model:
     return Model("m", StubBridge(), behaviours, lambda _, text: text.split()[0], sampling=sampling)
 
 
-# Samples
-
-
 def test_rates_are_over_all_samples_and_intervals_over_groups(scripted):
     outcomes = scripted.outcomes(["benign"])["benign"]
     assert outcomes.n_samples == 3
@@ -119,9 +116,6 @@ def test_several_behaviours_are_answered_together_as_each_is_alone(small):
     assert {name: outcomes.answers for name, outcomes in together.items()} == alone
 
 
-# What is protected
-
-
 def test_protection_is_others_one_several_or_none(small, data):
     def protected(protect):
         return protected_data(small, "harmful", protect, data)
@@ -140,9 +134,6 @@ def test_protection_is_others_one_several_or_none(small, data):
     for names, words in ((["benign", "harmful"], "'harmful'"), ("kindness", "'kindness'")):
         with pytest.raises(ValueError, match=words):
             protected(names)
-
-
-# Circuits
 
 
 def test_a_circuit_is_found_on_verified_answers_given_again_under_each_mask(small, data):
@@ -232,9 +223,6 @@ def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small,
     assert [batch.tokens.tolist() for batch in avoided] == [b.tokens.tolist() for b in expected]
     del protected["alike"]
     assert "avoided" not in preferred_batches(model, "harmful", "refusal", protected)
-
-
-# Under a mask
 
 
 def test_text_in_is_text_out(small):

@@ -117,9 +117,6 @@ def test_each_contrast_can_refuse_a_judge():
     assert not is_used(decisive), "what was not tested is not known"
 
 
-# On an organism
-
-
 @pytest.fixture(scope="module")
 def model():
     return small_model("sft", every=8)
