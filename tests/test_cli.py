@@ -65,7 +65,6 @@ def folder(tmp_path, monkeypatch):
         ("study", "--out"),
         ("study --out out --steps 0", "steps=0"),
         ("study --out out --organism llama", "no organism is called 'llama'"),
-        ("study --out out --organisms nowhere", "nowhere holds no organism 'sft'"),
         ("study --out out --harmful harmful.csv", "--harmful is for a model of your own"),
         ("study --out out --device cuda:99", "cuda:99"),
         (f"study --out out {' '.join(OWN)}", "harmful.csv: 1 request"),
