@@ -141,6 +141,8 @@ def test_auroc_resamples_groups():
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)) + is_positive
     mixed = Measurement.auroc("auroc", LABELS, values, is_positive, groups)
     assert mixed.mean == auroc(values, is_positive)
+    with pytest.raises(ZeroDivisionError):  # and no NaN
+        auroc(values, torch.ones(40).bool())
     assert 0 < mixed.low < mixed.mean < mixed.high <= 1
 
 

@@ -101,27 +101,23 @@ def test_a_slip_is_refused(given, word):
 
 
 def test_pairs_by_group_and_by_category():
-    requests = (
+    given = (
         Example("bad one", group="g", label="unsafe"),
         Example("good two", category="x", label="safe"),
         Example("good one", group="g", label="safe"),
         Example("bad two", category="contrast_x", label="harmful"),
-        Example("good three", category="x", label="harmless"),
-        Example("alone", category="y", label="safe"),
+        Example("alone", category="y", label="harmless"),
     )
-    pairs = request_pairs(PromptSet(requests))
-    texts = [(bad.prompt, good.prompt) for bad, good in pairs]
-    assert texts == [("bad one", "good one"), ("bad two", "good two")]
+    pairs = [(bad.prompt, good.prompt) for bad, good in request_pairs(PromptSet(given))]
+    assert pairs == [("bad one", "good one"), ("bad two", "good two")]
     with pytest.raises(ValueError, match="f: "):
         request_pairs(PromptSet.of([Example("a", label="maybe")]), "f")
 
 
 def test_nearest_pairs_use_each_once():
-    bad = PromptSet.of(["12345", "123456", "1"])
-    good = PromptSet.of(["abcdef", "ab", "abcdefgh"])
+    bad, good = PromptSet.of(["12345", "123456", "1"]), PromptSet.of(["abcdef", "ab", "abcdefgh"])
     pairs = [(first.prompt, second.prompt) for first, second in nearest_pairs(bad, good)]
     assert pairs == [("12345", "abcdef"), ("123456", "abcdefgh"), ("1", "ab")]
-    assert len(nearest_pairs(bad, good[:1])) == 1
 
 
 def test_behaviours_and_what_their_prompts_are(files):
@@ -178,12 +174,9 @@ def test_a_request_cannot_be_harmful_and_benign(files):
 # Requests that ask the same as others: where they end, and what is said of them
 
 
-def varied(text: str, seed: int) -> str:
+def varied(text: str) -> str:
     """The same words with other capitals, spaces and punctuation."""
-    generator = random.Random(seed)
-    words = [generator.choice([word, word.upper(), word.title()]) for word in text.split()]
-    gap = generator.choice(["  ", "\t", ", ", "\n"])
-    return generator.choice(["", "  ", "- "]) + gap.join(words) + generator.choice("?!. ")
+    return f"- {'  '.join(text.title().split())}!"
 
 
 def texts_of(sets, *splits: str) -> set[str]:
@@ -208,7 +201,7 @@ def test_no_request_ends_in_two_splits_however_it_is_written():
     again = []
     for text in generator.sample(requests("paint"), 20):
         group = generator.choice(["", "", f"group {generator.randrange(5)}"])
-        again.append(Example(varied(text, 0), group=group))
+        again.append(Example(varied(text), group=group))
     mixed = [*alone, *again]
     generator.shuffle(mixed)
     sets = PromptSet(tuple(mixed)).splits()
@@ -217,7 +210,7 @@ def test_no_request_ends_in_two_splits_however_it_is_written():
     groups = [{example.cluster for example in members} for members in sets.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
 
-    repeated = [varied(text, 1) for text in requests("paint", 5)]
+    repeated = [varied(text) for text in requests("paint", 5)]
     joined = PromptSet.of([*alone, *repeated]).splits()
     for split, members in alone.splits().items():
         assert set(members) <= set(joined[split]), "what does not repeat stays where it is"

@@ -85,20 +85,19 @@ def test_batch_size_order_and_company_do_not_matter(sft, mixed):
 
 
 def test_samples_are_drawn_from_the_softmax(sft, mixed):
-    prompt = mixed.examples[0].prompt
-    tokens = torch.tensor([prompt_ids(prompt, sft.tokenizer, "chat")])
+    tokens = torch.tensor([prompt_ids(mixed.examples[0].prompt, sft.tokenizer, "chat")])
     with torch.no_grad():
-        logits = sft(tokens)[0, -1]
-    chances = (logits / 4).softmax(0)
+        chances = (sft(tokens)[0, -1] / 4).softmax(0)
     decode = sft.tokenizer.decode
     words = [decode([n], skip_special_tokens=True).strip() for n in range(len(chances))]
     expected = Counter()
     for word, chance in zip(words, chances.tolist(), strict=True):
         expected[word] += chance
-    likely = {word: chance for word, chance in expected.items() if chance > 0.02}
-    assert len(likely) >= 3, "one likely word would show nothing"
+
     drawn = answered(sft, mixed[:1], sampling=Sampling(2000, temperature=4), max_new_tokens=1)
     counts = Counter(drawn)
+    likely = {word: chance for word, chance in expected.items() if chance > 0.02}
+    assert len(likely) >= 3, "one likely word would show nothing"
     for word, chance in likely.items():
         five_standard_errors = 5 * (chance / 2000) ** 0.5
         assert abs(counts[word] / 2000 - chance) < five_standard_errors

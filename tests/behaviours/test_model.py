@@ -55,11 +55,9 @@ def scripted(monkeypatch) -> Model:
             made += [Answer(text, ()) for text in ANSWERS[example.prompt][:n_samples]]
         return made
 
-    def nll(bridge, batches):
-        return torch.arange(6.0)
-
     monkeypatch.setattr("harmcircuits.behaviours.model.generate", answers)
-    monkeypatch.setattr("harmcircuits.behaviours.model.completion_nll", nll)
+    nll = "harmcircuits.behaviours.model.completion_nll"
+    monkeypatch.setattr(nll, lambda bridge, batches: torch.arange(6.0))
     monkeypatch.setattr(Model, "batches", lambda model, behaviour, prompts: [])
 
     def prompts(split: str) -> PromptSet:
