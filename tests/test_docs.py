@@ -6,6 +6,7 @@ page that nothing links to. Figures are held to committed rows beside the tests 
 
 import re
 import shlex
+from dataclasses import fields
 from functools import cache, partial
 
 import attacks
@@ -80,8 +81,8 @@ def test_commands_and_their_options_exist():
         parsed(shlex.split(line, comments=True))
     known = {"--help", *re.findall(r"--[a-z][\w-]*", text_of("commands.md"))}
     for experiment in (attacks, emergent_misalignment):
-        for run in experiment.claim.experiments:
-            known |= {f"--{name.replace('_', '-')}" for name in run.options}
+        for option in fields(experiment.claim.experiment.options):
+            known.add(f"--{option.name.replace('_', '-')}")
     assert set(re.findall(r"--[a-z][\w-]*", text_of("own_model.md"))) <= known
 
 

@@ -326,15 +326,12 @@ def _forms_and_verbs(behaviour: str) -> list[tuple[str, str]]:
 def parsed(prompt: str) -> tuple[str, Item, str]:
     """The form (a key of `FORMS`), the item and the verb (empty for knowledge) of a request."""
     words = prompt.split()
-    names = [word for word in words if word in world().items]
+    item = next((world().items[word] for word in words if word in world().items), None)
     every_verb = set(itertools.chain(*VERBS.values()))
-    verbs = [word for word in words if word in every_verb]
-    name = names[0] if names else ""
-    verb = verbs[0] if verbs else ""
+    verb = next((word for word in words if word in every_verb), "")
     for form, texts in FORMS.items():
-        for text in texts:
-            if name and prompt == text.format(verb=verb, item=name):
-                return form, world().items[name], verb
+        if item and prompt in [text.format(verb=verb, item=item.name) for text in texts]:
+            return form, item, verb
     raise ValueError(f"judge: {prompt!r} is in no form of the world; ask with requests()")
 
 

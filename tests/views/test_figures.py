@@ -84,13 +84,6 @@ def test_a_figure_is_saved_with_its_names_and_numbers_as_text(name, tmp_path):
     assert image.getextrema()[0] < 128
 
 
-def test_a_notebook_shows_it_on_white_and_a_page_on_its_own_ground():
-    picture = FIGURES["share"]()
-    in_notebook, in_page = picture._repr_svg_(), picture.svg("none")
-    assert in_notebook.count("fill: #ffffff") == 1
-    assert in_page.startswith("<svg ") and "fill: #ffffff" not in in_page
-
-
 def curve(container) -> tuple[list[float], list[float], list[list[float]]]:
     """Places, means and intervals of a curve."""
     line, _, (interval,) = container

@@ -32,7 +32,9 @@ def test_texts_are_escaped(name):
     assert HOSTILE not in html and html.count(ESCAPED) == n_texts
 
 
-def test_content_is_html_and_files_are_within_the_page():
+def test_content_is_html_files_are_within_the_page_and_the_keyboard_reaches_it():
+    for name in ("table", "plot", "drawn"):
+        assert 'tabindex="0"' in PARTS[name][0]
     assert "<i>content</i>" in PARTS["section"][0] and "<i>content</i>" in PARTS["drawn"][0]
     assert 'href="data:application/octet-stream;base64,AQI="' in PARTS["download"][0]
 
@@ -40,11 +42,6 @@ def test_content_is_html_and_files_are_within_the_page():
 def test_links_lead_to_their_sections():
     assert 'id="can-it-be-trusted"' in page.section("Can it be trusted?", "", "")
     assert 'href="#can-it-be-trusted"' in page.contents(["Can it be trusted?"])
-
-
-@pytest.mark.parametrize("name", ["table", "plot", "drawn"])
-def test_the_keyboard_reaches_it(name):
-    assert 'tabindex="0"' in PARTS[name][0]
 
 
 def test_a_page_holds_its_parts_in_order(tmp_path):
