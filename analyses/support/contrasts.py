@@ -25,8 +25,8 @@ class Contrast:
     def metric(self, index: int, logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
         """The logit difference of one pair, mean over positions and words."""
         at = logits[0, list(self.positions)]
-        wanted = at.gather(1, self.wanted[index]).mean()
-        return wanted - at.gather(1, self.other[index]).mean()
+        wanted = at.gather(1, self.wanted[index].to(at.device)).mean()
+        return wanted - at.gather(1, self.other[index].to(at.device)).mean()
 
 
 def node_effects(bridge: Bridge, contrast: Contrast) -> Float[Tensor, "n layer node pos"]:
@@ -38,8 +38,8 @@ def node_effects(bridge: Bridge, contrast: Contrast) -> Float[Tensor, "n layer n
     effects = torch.zeros(n_pairs, n_layers, n_heads + 1, n_positions)
     # The tool averages over the texts that it is given, so it gets one pair at a time.
     for index in range(n_pairs):
-        clean = contrast.clean[index : index + 1]
-        corrupt = contrast.corrupt[index : index + 1]
+        clean = contrast.clean[index : index + 1].to(bridge.cfg.device)
+        corrupt = contrast.corrupt[index : index + 1].to(bridge.cfg.device)
 
         def metric(logits: Tensor, of: int = index) -> Tensor:
             return contrast.metric(of, logits)
@@ -64,15 +64,15 @@ def written_logits(
         folded = copy.deepcopy(bridge)
     folded.enable_compatibility_mode()
     with torch.no_grad():
-        _, cache = folded.run_with_cache(contrast.clean)
+        _, cache = folded.run_with_cache(contrast.clean.to(bridge.cfg.device))
         parts = []
         for place, position in enumerate(contrast.positions):
             for word in range(contrast.wanted.shape[2]):
                 part = direct_logit_attribution(
                     folded,
                     cache=cache,
-                    answer_tokens=contrast.wanted[:, place, word],
-                    incorrect_tokens=contrast.other[:, place, word],
+                    answer_tokens=contrast.wanted[:, place, word].to(bridge.cfg.device),
+                    incorrect_tokens=contrast.other[:, place, word].to(bridge.cfg.device),
                     pos=position,
                 )
                 parts.append(part)

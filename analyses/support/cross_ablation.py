@@ -277,11 +277,14 @@ def _topic_mean(
 ) -> Measurement:
     """The mean over the pairs of topics that count, with the interval of resampled topics."""
     counted = np.where(is_counted, values, np.nan)
+    is_twin = np.array_equal(is_counted, np.eye(len(values), dtype=bool))
     means = []
     for draw in draws:
         # The draw takes the same topics as rows and as columns. It may be one topic many times,
         # which has no other topic in it.
         resample = counted[np.ix_(draw, draw)]
+        if is_twin:  # a topic that was drawn twice has two twins, not four
+            resample = resample.diagonal()
         if not np.isnan(resample).all():
             means.append(np.nanmean(resample))
     n = len(values)

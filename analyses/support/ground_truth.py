@@ -69,7 +69,7 @@ def all_scores(
         lowest = min(value.min().item() for value in removal.values.values())
         last = {}
         for name, value in removal.values.items():
-            last[name] = value.masked_fill(union.dense(name), lowest)
+            last[name] = value.masked_fill(union.dense(name).to(value.device), lowest)
         scores["removal effect, unprotected"] = WeightScores(last, removal.source)
     return scores | {
         "SNIP, after abs": snip_scores(bridge, batches),

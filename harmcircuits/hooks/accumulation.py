@@ -34,6 +34,7 @@ GPU_SCRATCH = 2**26
 Kind = Literal["signed", "per example", "per token"]
 
 
+@torch.inference_mode(False)  # what is made inside it knows no gradients
 def mean_gradients(
     bridge: Bridge,
     batches: Sequence[Batch],

@@ -271,14 +271,15 @@ def token_contributions(
         effect = (through_block * of_columns[..., columns].float()).sum(dim=-1)  # [batch, read]
         # An objective need not read what follows the last target.
         n_read = effect.shape[1]
-        contributions[:, :n_read].sub_(effect)
+        contributions[:, :n_read].sub_(effect.to(contributions.device))
 
     per_batch = []
-    with torch.enable_grad(), hook_pairs(bridge, {name: sites[name] for name in blocks}, add):
+    of_mask = {name: sites[name] for name in blocks}
+    with torch.enable_grad(), hook_pairs(bridge, of_mask, add):
         for batch in batches:
-            contributions = torch.zeros(batch.tokens.shape, device=bridge.cfg.device)
+            contributions = torch.zeros(batch.tokens.shape, dtype=torch.float32)
             objective(bridge, batch).sum().backward()
-            per_batch.append(contributions.cpu())
+            per_batch.append(contributions)
     totals = torch.cat([values.sum(dim=1) for values in per_batch])
     refuse_not_finite(batches, totals, objective)
     return per_batch
@@ -296,7 +297,8 @@ def _removed_block(
     index, width = mask.removed[site.name].to(site.parameter.device), site.parameter.shape[1]
     rows, row = (index // width).unique(return_inverse=True)
     columns, column = (index % width).unique(return_inverse=True)
-    block = torch.zeros(len(rows), len(columns), device=site.parameter.device)
+    size = len(rows), len(columns)
+    block = torch.zeros(size, dtype=torch.float32, device=site.parameter.device)
     block[row, column] = site.parameter.detach().flatten()[index].float()
     return rows, columns, block
 
@@ -313,7 +315,7 @@ def data_settings(
             batch.tokens, batch.is_target, batch.is_token, strict=True
         ):
             real = torch.stack([tokens, is_target.long()])[:, is_token]
-            digest.update(real.numpy().tobytes())
+            digest.update(real.cpu().numpy().tobytes())
     settings["data"] = digest.hexdigest()[:16]
     settings["n_examples"] = sum(len(batch) for batch in batches)
     if objective is not None:

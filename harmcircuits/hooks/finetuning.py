@@ -103,7 +103,8 @@ def fine_tuning(
 
     Composes with masks: inside `masked(..., hold=True)` the removed weights are zero at every step
     (with `lora`, those entries of the merged weight, and the factors get no gradient from them);
-    inside `masked` alone they start at zero and are free to learn.
+    inside `masked` alone they start at zero and are free to learn. A mask that is put on inside a
+    full fine-tuning meets other norms and embeddings than it was made on: give `same_model=False`.
 
     >>> with hc.fine_tuning(bridge, benign, lr=1e-4) as run:
     ...     run.until(2)

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -30,7 +31,9 @@ def hook_pairs(
     reached = set()
 
     def keep_input(value: Tensor, hook: Any, site: Site) -> None:
-        inputs[site.name].append(value.detach())
+        # A pass without gradients, of a reference say, has no way back that would pop it.
+        if torch.is_grad_enabled():
+            inputs[site.name].append(value.detach())
 
     def give_pair(gradient: Tensor, hook: Any, site: Site) -> None:
         reached.add(site.name)
@@ -48,6 +51,11 @@ def hook_pairs(
     with frozen(bridge), bridge.hooks(fwd_hooks=forward_hooks, bwd_hooks=backward_hooks):
         yield
     _refuse_unreached(sites, reached)
+    if any(inputs.values()):
+        raise ValueError(
+            "the objective runs the model more often than its value depends on, so inputs and "
+            "gradients cannot be paired; run what is a constant in it under torch.no_grad()"
+        )
 
 
 @contextmanager

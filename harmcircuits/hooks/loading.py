@@ -144,9 +144,9 @@ def estimate_memory(
     """The bytes that `removal_effect` needs on these batches, or a search for their circuit.
 
     weights as stored + 4 bytes for each block weight (a search: 12, the two sums and what a step
-    adds to them) + the activations of the batch with the most tokens: what its first example keeps
-    for the backward pass and half as much again, times its examples. That part is an estimate.
-    Tensors only: libraries and what an allocator holds back come on top.
+    adds to them) + the activations of the batch with the most tokens: what one example of its full
+    length keeps for the backward pass and half as much again, times its examples. That part is an
+    estimate. Tensors only: libraries and what an allocator holds back come on top.
 
     >>> print(hc.estimate_memory(bridge, harm))
     0.0... GiB: 0.00 GiB weights, 0.00 GiB scores, 0.0... GiB activations
@@ -182,7 +182,7 @@ def estimate_memory(
 
 
 def _activations(bridge: Bridge, batch: Batch, objective: Objective) -> int:
-    """The bytes that a batch takes on its way forward and back, from its first example."""
+    """The bytes that a batch takes on its way forward and back, from one example."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -192,7 +192,11 @@ def _activations(bridge: Bridge, batch: Batch, objective: Objective) -> int:
     def unchanged(tensor: Tensor) -> Tensor:
         return tensor
 
-    example = Batch(batch.tokens[:1], batch.is_target[:1])
+    # As long as the longest and with as many targets as any: its first alone may be short.
+    row = int(batch.is_target.sum(dim=1).argmax())
+    is_target = batch.is_target[row : row + 1].clone()
+    is_target[:, batch.n_read] = True
+    example = Batch(batch.tokens[row : row + 1], is_target)
     hooked = {name: site for name, site in weight_sites(bridge).items() if site.is_hooked}
     with torch.enable_grad(), hook_pairs(bridge, hooked, lambda *_: None):
         with saved_tensors_hooks(keep, unchanged):

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -117,15 +117,23 @@ def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def source_on(
-    bridge: Bridge,
-    method: str,
-    settings: Mapping[str, Any] | None = None,
-    parents: tuple[Source, ...] = (),
-) -> Source:
+def sources_on(bridge: Bridge) -> Callable[..., Source]:
+    """Gives the source of each thing that is made on a model as it is now: its weights are read."""
+    model, digest = model_fingerprint(bridge), weights_digest(bridge, PROVENANCE_DTYPE)
+
+    def source(
+        method: str,
+        settings: Mapping[str, Any] | None = None,
+        parents: tuple[Source, ...] = (),
+    ) -> Source:
+        return Source(model, method, settings or {}, parents, digest)
+
+    return source
+
+
+def source_on(bridge: Bridge, method: str, settings: Mapping[str, Any] | None = None) -> Source:
     """The source of what is made on a model as it is now."""
-    digest = weights_digest(bridge, PROVENANCE_DTYPE)
-    return Source(model_fingerprint(bridge), method, settings or {}, parents, digest)
+    return sources_on(bridge)(method, settings)
 
 
 def refuse_other_model(bridge: Bridge, mask: WeightMask) -> None:

@@ -213,7 +213,7 @@ def price_of(
         parents.append(price.source)
         if total is not None:
             for name, value in price.values.items():
-                value.add_(total.values[name])
+                value.add_(total.values[name].to(value.device))
         total = WeightScores(price.values, Source(price.source.model, "sum", {}, tuple(parents)))
         del price  # before that of the next behaviour is accumulated
         if folder is not None:
@@ -247,7 +247,7 @@ def priced(unpruned: Unpruned, factor: float) -> WeightScores:
         return effect
     values = {}
     for name, value in effect.values.items():
-        values[name] = torch.sub(value, price.values[name], alpha=factor)
+        values[name] = torch.sub(value, price.values[name].to(value.device), alpha=factor)
     parents = (effect.source, price.source)
     return WeightScores(values, Source(effect.source.model, "priced", {"factor": factor}, parents))
 
