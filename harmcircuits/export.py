@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,8 +175,15 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         unfinished = Path(temporary) / folder.name
         unfinished.mkdir()
         yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        before = Path(temporary) / "before"
+        if folder.exists():
+            folder.rename(before)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
 
 
 def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:

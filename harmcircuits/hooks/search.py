@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction
+from harmcircuits.circuits.masks import Scope, WeightMask, refuse_other_model, top_fraction
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import nearest
@@ -18,7 +18,7 @@ from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.walk import PREFERENCE, Walk
-from harmcircuits.hooks.weights import source_on, weight_sites
+from harmcircuits.hooks.weights import model_fingerprint, sources_on, weight_sites
 from harmcircuits.prompts import Batch
 
 STEPS = 10
@@ -65,7 +65,8 @@ def find_circuit(
     `protected_rise`; under what was accepted the `target_loss`, and with `prefer` the
     `preferred_loss` and `avoided_loss`; for sizes `target_left`, the number of examples that the
     target gave anew; for the walk `predicted_change` (of first order) and `measured_change` of the
-    loss; and on how many examples each was scored, `examples_scored` by `data`.
+    loss of all that was scored in the step, what the target gave anew among it; and on how many
+    examples each was scored, `examples_scored` by `data`.
 
     >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=2)
     [WeightMask(circuit, 492 of 983,040 weights, 0.05%),
@@ -118,7 +119,8 @@ def find_circuit(
     sizes = list(size) if isinstance(size, Sequence) else [size]
     _refuse_sizes(sizes, sum(map(prod, shapes.values())))
     shares = _shares(steps, sizes)
-    _refuse_other_weights(exclude, shapes)
+    if exclude is not None:
+        refuse_other_model("find_circuit: `exclude`", exclude, model_fingerprint(bridge), shapes)
     candidates = _candidates(matrices, sites)
     units = None
     if unit != "weight":
@@ -134,19 +136,14 @@ def find_circuit(
     scored = [("removal_effect", answers, objective)]
     scored += [("removal_effect", batches, completion_loss) for batches in prefer.values()]
     scored += [("token_price", batches, completion_loss) for batches in protection.priced.values()]
+    source = sources_on(bridge)
     parents = []
     for method, batches, by in scored:
-        parents.append(source_on(bridge, method, data_settings(batches, by)))
-    settings = {"budget": dict(protection.budgets), "renewed": callable(target)}
+        parents.append(source(method, data_settings(batches, by)))
+    settings: dict[str, Any] = {"budget": dict(protection.budgets), "renewed": callable(target)}
+    settings["checked"] = data_settings(protection.checked)["data"]
     settings |= _settings_of_steps(steps)
-    if prefer:
-        settings["preference"] = PREFERENCE
-    if sites is not None:
-        settings["sites"] = list(candidates)
-    if exclude is not None:
-        settings["excluded"] = exclude.digest
-    if unit != "weight":
-        settings["unit"] = unit
+    settings |= _unusual(prefer, sites, candidates, exclude, unit)
 
     walk = Walk(
         bridge,
@@ -159,7 +156,7 @@ def find_circuit(
         shapes,
         units,
         {} if exclude is None else exclude.removed,
-        source_on(bridge, "circuit", settings, tuple(parents)),
+        source("circuit", settings, tuple(parents)),
         sizes,
         max_memory,
     )
@@ -206,6 +203,26 @@ def _settings_of_steps(steps: int | Sequence[float]) -> dict[str, Any]:
     return {"steps": steps, "reach": REACH if steps > 1 else 1.0}
 
 
+def _unusual(
+    prefer: Mapping[str, Sequence[Batch]],
+    sites: Sites | None,
+    candidates: Mapping[str, Site],
+    exclude: WeightMask | None,
+    unit: Unit,
+) -> dict[str, Any]:
+    """The settings that are not as by default."""
+    settings: dict[str, Any] = {}
+    if prefer:
+        settings["preference"] = PREFERENCE
+    if sites is not None:
+        settings["sites"] = list(candidates)
+    if exclude is not None:
+        settings["excluded"] = exclude.digest
+    if unit != "weight":
+        settings["unit"] = unit
+    return settings
+
+
 def _candidates(matrices: Mapping[str, Site], sites: Sites | None) -> dict[str, Site]:
     """The matrices to choose from."""
     if sites is None:
@@ -225,17 +242,6 @@ def _refuse_sizes(sizes: Sequence[float], n_weights: int) -> None:
         raise ValueError(
             f"find_circuit: size={sizes}; expected shares in (0, 1], of at least one of "
             f"the {n_weights:,} weights ({1 / n_weights:.1g})"
-        )
-
-
-def _refuse_other_weights(
-    exclude: WeightMask | None, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    if exclude is not None and dict(exclude.shapes) != shapes:
-        odd = sorted(set(exclude.shapes.items()) ^ set(shapes.items()))[:2]
-        raise ValueError(
-            "find_circuit: `exclude` is a mask of other weights than this model's; "
-            f"they differ in {odd}; give a mask that was made on it"
         )
 
 

@@ -36,7 +36,7 @@ times that of what is preferred, and more that of what is avoided.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import isclose, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +126,6 @@ class Walk:
     rung: int = 0
     accepted: WeightMask | None = None
     refused: WeightMask | None = None
-    target_loss: float | None = None
     best: list[Best] = field(default_factory=list)
     trace: Rows = field(default_factory=Rows)
     # By the digest of the mask. Where few weights are worth their price, masks of several sizes and
@@ -151,11 +150,11 @@ class Walk:
 
     def step(self, number: int, share: float) -> None:
         """Add to the sums, move to the mask of this share, and look at every size wanted."""
-        if self.target_loss is None:
+        if not self.trace:
             self._note_data()
-            self.target_loss = self._mean_loss(None)
         self._add_price()
-        effect = self._add_benefit()
+        scored = self._scored()
+        effect = self._add_benefit(scored)
 
         labels: dict[str, Label] = {"step": number, "share": share, "aim": "walk"}
         accepted, refused = self._cheapest(share, self.rung, labels)
@@ -168,16 +167,18 @@ class Walk:
             self.rung = len(self.factors) - 1
         self.refused = refused.mask if refused is not None and refused.teaches else None
 
-        loss = self._mean_loss(self.accepted)
         predicted = 0.0
         if self.accepted is not None:
             predicted += effect.sum_over(self.accepted)
         if before is not None:
             predicted -= effect.sum_over(before)
-        self._note("target_loss", labels, loss)
+        del effect  # as large as the model: before every size is looked at
+        data = "target" if len(scored) == len(self.target) else f"scored in step {number}"
+        measured = self._mean_of(data, scored, self.objective, self.accepted)
+        measured -= self._mean_of(data, scored, self.objective, before)
+        self._note("target_loss", labels, self._mean_loss(self.accepted))
         self._note("predicted_change", labels, predicted)
-        self._note("measured_change", labels, loss - self.target_loss)
-        self.target_loss = loss
+        self._note("measured_change", labels, measured)
         self._note_preferred(labels, self.accepted)
 
         for place, size in enumerate(self.sizes):
@@ -231,25 +232,28 @@ class Walk:
                 # Popped: the gradients of the next behaviour need their memory.
                 self._add(self.price, name, self._times_weight(name, gradients.pop(name)).abs_())
 
-    def _add_benefit(self) -> WeightScores:
-        """What removing each weight does to the target, under the mask accepted so far."""
-        with masked_if_given(self.bridge, self.accepted), of_data("target"):
-            batches = list(self.target)
-            # Before anything is removed the target has become nothing else.
-            if self.renew is not None and self.accepted is not None:
-                batches += self.renew(self.accepted)
-            gradients = self._mean_gradients(batches, self.objective, "signed")
-        effect = {}
-        for name, gradient in gradients.items():
-            effect[name] = self._times_weight(name, gradient).neg_()
-            self._add(self.benefit, name, effect[name])
+    def _scored(self) -> list[Batch]:
+        """The target, and what it says now."""
+        # Before anything is removed the target has become nothing else.
+        if self.renew is None or self.accepted is None:
+            return list(self.target)
+        with masked_if_given(self.bridge, self.accepted):
+            return [*self.target, *self.renew(self.accepted)]
 
+    def _add_benefit(self, scored: Sequence[Batch]) -> WeightScores:
+        """What removing each weight does to the target, under the mask accepted so far."""
+        # First what stands beside it: the target's effect is kept, and as large as a sum.
         for beside, batches in self.prefer.items():
             with masked_if_given(self.bridge, self.accepted), of_data(beside):
                 gradients = self._mean_gradients(batches, completion_loss, "signed")
-            for name, gradient in gradients.items():
-                gain = self._times_weight(name, gradient).mul_(SIGNS[beside] * PREFERENCE)
-                self._add(self.benefit, name, gain)
+            for name in self.sites:
+                gain = self._times_weight(name, gradients.pop(name))
+                self._add(self.benefit, name, gain.mul_(SIGNS[beside] * PREFERENCE))
+
+        with masked_if_given(self.bridge, self.accepted), of_data("target"):
+            effect = self._mean_gradients(scored, self.objective, "signed")
+        for name, gradient in effect.items():
+            self._add(self.benefit, name, self._times_weight(name, gradient).neg_())
         return WeightScores(effect, self.source)
 
     def _mean_gradients(self, batches: Sequence[Batch], objective: Objective, kind: Kind) -> Totals:
@@ -370,7 +374,7 @@ class Walk:
         state = {
             "step": step,
             "rung": self.rung,
-            "target_loss": self.target_loss,
+            "unpruned_loss": self._mean_loss(None),
             "best": [{**vars(best), "mask": None} for best in self.best],
         }
         sums = {"benefit": self.benefit, "price": self.price}
@@ -385,8 +389,15 @@ class Walk:
         walk = read_walk(folder, self._key) if folder is not None else None
         if walk is None:
             return 0
+        # By its value: functions that are made alike have the same name.
+        loss = self._mean_loss(None)
+        if not isclose(loss, walk.state["unpruned_loss"], rel_tol=1e-2, abs_tol=1e-6):
+            raise ValueError(
+                f"{folder} holds a search by another objective, which is "
+                f"{walk.state['unpruned_loss']:.3g} on the target before anything is removed; this "
+                f"one is {loss:.3g}. Give another folder, or remove it"
+            )
         self.rung = walk.state["rung"]
-        self.target_loss = walk.state["target_loss"]
         self.accepted = walk.masks.get("accepted")
         self.refused = walk.masks.get("refused")
         self.best = []
@@ -406,7 +417,8 @@ class Walk:
     @property
     def _key(self) -> str:
         """What a walk must have in common with another to go on from it."""
-        return f"{self.source.to_json()} sizes={list(self.sizes)}"
+        renewed_by = getattr(self.renew, "__qualname__", "")
+        return f"{self.source.to_json()} sizes={list(self.sizes)} renewed by {renewed_by}"
 
 
 @dataclass(frozen=True)

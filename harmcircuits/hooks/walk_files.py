@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +15,8 @@ from harmcircuits.measurements import Rows
 from harmcircuits.storage import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "harmcircuits.sums.1"
+STATE = "walk.json"
+UNFINISHED = ".unfinished-"
 
 
 class KeptWalk(NamedTuple):
@@ -28,16 +31,17 @@ class KeptWalk(NamedTuple):
 def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
     """Keep a walk in a folder, in place of an earlier one."""
     folder = Path(folder)
-    unfinished = folder / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in folder.glob(f"{UNFINISHED}*"):  # of a search that was killed
+        shutil.rmtree(left)
+    unfinished = folder / f"{UNFINISHED}{uuid4().hex[:8]}"
     for name, tensors in walk.sums.items():
         write_tensors(unfinished / "sums" / f"{name}.safetensors", FORMAT, tensors, {})
     for name, mask in walk.masks.items():
         mask.save(unfinished / "masks" / f"{name}.safetensors")
     trace = [asdict(row) for row in walk.trace]
-    write_json(unfinished / "walk.json", {"key": key, **walk.state, "trace": trace})
+    write_json(unfinished / STATE, {"key": key, **walk.state, "trace": trace})
 
-    earlier = list(folder.glob("step-*"))
+    earlier = _steps(folder)
     unfinished.rename(folder / f"step-{walk.state['step']:03}")
     for path in earlier:
         shutil.rmtree(path)
@@ -45,10 +49,10 @@ def write_walk(folder: str | Path, key: str, walk: KeptWalk) -> None:
 
 def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
     """The furthest walk that a folder holds; None where it holds none."""
-    steps = sorted(Path(folder).glob("step-*"))
+    steps = _steps(Path(folder))
     if not steps:
         return None
-    state = read_json(steps[-1] / "walk.json", "the walk of a search; remove its folder")
+    state = read_json(steps[-1] / STATE, "the walk of a search; remove its folder")
     if state["key"] != key:
         raise ValueError(
             f"{folder} holds the walk of another search (other data, weights or options); "
@@ -64,5 +68,10 @@ def read_walk(folder: str | Path, key: str) -> KeptWalk | None:
 
 def forget_sums(folder: str | Path) -> None:
     """Leave only the masks and the trace of a walk: its sums are as large as the model."""
-    for path in Path(folder).glob("step-*/sums"):
-        shutil.rmtree(path)
+    for step in _steps(Path(folder)):
+        shutil.rmtree(step / "sums", ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The folders of its steps, in order; others may lie beside them."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))

@@ -15,7 +15,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, plural
 from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
-from harmcircuits.storage import read_json
+from harmcircuits.storage import read_json, refuse_filled
 from harmcircuits.studies.controls import Unpruned
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.summary import Terms
@@ -137,8 +137,8 @@ class Study:
         # The searches stay; what was measured is measured again.
         (out / ROWS_FILE).unlink(missing_ok=True)
         shutil.rmtree(out / WALKS / "scores", ignore_errors=True)
-        (out / MASKS).mkdir(parents=True, exist_ok=True)
         write_manifest(out / MANIFEST, settings)
+        (out / MASKS).mkdir(exist_ok=True)
         (out / WALKS).mkdir(exist_ok=True)  # last: from now on it is under way
 
     def finish(self) -> None:
@@ -152,8 +152,11 @@ class Study:
 
 def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
     """Raises ValueError for a folder with a study of which it was not said what becomes of it."""
-    is_under_way = (out / WALKS).exists()
-    is_finished = (out / ROWS_FILE).exists() and not is_under_way
+    has_manifest = (out / MANIFEST).is_file()
+    is_under_way = has_manifest and (out / WALKS).exists()
+    is_finished = has_manifest and (out / ROWS_FILE).exists() and not is_under_way
+    if not is_under_way and not is_finished:
+        refuse_filled(out)
     if is_finished and not force:
         raise ValueError(
             f"{out} holds a finished study; give another folder, or force=True to remove it first"
