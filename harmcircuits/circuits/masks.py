@@ -12,8 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 from torch import Tensor
 
 from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
@@ -329,8 +331,8 @@ def top_fraction(
             'and "weight", "model" or "row"'
         )
     shapes = scores.shapes
-    if exclude is not None and exclude.shapes != shapes:
-        raise ValueError("top_fraction: `exclude` is a mask over other weights than the scores")
+    if exclude is not None:
+        refuse_other_model("top_fraction: `exclude`", exclude, scores.source.model, shapes)
     excluded = exclude.removed if exclude is not None else {}
 
     removed: dict[str, Tensor] = {}
@@ -356,12 +358,21 @@ def _count(fraction: float, n: int) -> int:
     return max(1, int(fraction * n + 0.5)) if fraction else 0
 
 
+def refuse_other_model(
+    what: str, mask: WeightMask, model: str, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ValueError for a mask of another model than this, or of other weights of it."""
+    if mask.source.model != model or dict(mask.shapes) != dict(shapes):
+        odd = sorted(set(mask.shapes.items()) ^ set(shapes.items()))[:2]
+        raise ValueError(
+            f"{what} is a mask of model {mask.source.model}, expected one of {model} over the same "
+            f"weights; they differ in {odd or 'no shape'}"
+        )
+
+
 def refuse_others(mask: WeightMask, other: WeightMask) -> None:
     """Raises ValueError for masks of two models, or of other weights of the same."""
-    models = mask.source.model, other.source.model
-    if models[0] != models[1] or mask.shapes != other.shapes:
-        odd = sorted(set(mask.shapes.items()) ^ set(other.shapes.items()))[:2]
-        raise ValueError(f"masks of different models or weights: {', '.join(models)}, {odd}")
+    refuse_other_model("the second mask", other, mask.source.model, mask.shapes)
 
 
 def union(masks: Sequence[WeightMask]) -> WeightMask | None:
@@ -387,31 +398,39 @@ def random_like(
     Raises:
         KeyError: `weights` lack a matrix of the mask.
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     removed = {}
     for name, index in mask.removed.items():
         size = math.prod(mask.shapes[name])
         if weights is None:
-            drawn = torch.randperm(size, generator=generator)[: index.numel()]
+            drawn = rng.choice(size, len(index), replace=False, shuffle=False)
         else:
-            magnitude = weights[name].detach().abs().flatten().cpu()
-            drawn = _matched(magnitude, index, generator)
-        removed[name] = drawn.sort().values
+            magnitude = weights[name].detach().abs().flatten().float().cpu()
+            drawn = _matched(magnitude.numpy(), index.numpy(), rng)
+        removed[name] = torch.from_numpy(np.sort(drawn))
     settings = {"seed": seed, "matched": "count" if weights is None else "count and magnitude"}
     source = Source(mask.source.model, "random_like", settings, (mask.source,))
     return WeightMask(removed, mask.shapes, source)
 
 
 def _matched(
-    magnitude: Float[Tensor, " size"], index: Int[Tensor, " n"], generator: torch.Generator
-) -> Int[Tensor, " n"]:
+    magnitude: Float[ndarray, " size"], index: Int[ndarray, " n"], rng: np.random.Generator
+) -> Int[ndarray, " n"]:
     """As many random indices as given, in each bin of magnitude."""
-    rank = torch.argsort(magnitude, stable=True).argsort()
-    bins = rank * N_BINS // magnitude.numel()
-    wanted = torch.bincount(bins[index], minlength=N_BINS).tolist()
-    order = torch.randperm(magnitude.numel(), generator=generator)
-    drawn = []
-    for number, count in enumerate(wanted):
-        members = order[bins[order] == number]
-        drawn.append(members[:count])
-    return torch.cat(drawn)
+    size = len(magnitude)
+    ends = [math.ceil(number * size / N_BINS) for number in range(1, N_BINS)]
+    edges = np.partition(magnitude, ends)[ends]  # linear, where a sort of billions takes hours
+    wanted = np.bincount(np.searchsorted(edges, magnitude[index], side="right"), minlength=N_BINS)
+
+    # The first of each bin among so many candidates in random order; more, where they are too few.
+    n_candidates = 2 * N_BINS * len(index)
+    while True:
+        candidates = rng.choice(size, min(size, n_candidates), replace=False)
+        bins = np.searchsorted(edges, magnitude[candidates], side="right")
+        order = np.argsort(bins, kind="stable")
+        in_order = bins[order]
+        rank = np.arange(len(bins)) - np.searchsorted(in_order, in_order)  # within its bin
+        drawn = candidates[order[rank < wanted[in_order]]]
+        if len(drawn) == len(index):
+            return drawn
+        n_candidates *= 4

@@ -29,6 +29,11 @@ class Removed(Protocol):
         """The indices."""
         ...
 
+    @property
+    def source(self) -> "Source":
+        """How it was made."""
+        ...
+
 
 @dataclass(frozen=True)
 class Source:
@@ -143,8 +148,16 @@ class WeightScores:
         mask.
 
         Args:
-            mask: over the same weights.
+            mask: of the same model.
+
+        Raises:
+            ValueError: a mask of another model.
         """
+        if mask.source.model != self.source.model:
+            raise ValueError(
+                f"sum_over: a mask of model {mask.source.model}, the scores are of "
+                f"{self.source.model}"
+            )
         total = 0.0
         for name, index in mask.removed.items():
             scores = self.values[name].flatten()[index]
