@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -65,6 +66,7 @@ class _Request:
 
     prompt: str
     prefill: str
+    context: tuple[int, ...]  # its token ids: a template may print the date
     number: int = field(default=0, compare=False)
 
 
@@ -85,17 +87,17 @@ def generate(
     answered before is read from there.
     """
     prefills = _each(prefill, prompts)
-    requests = []
-    for number, (example, opening) in enumerate(zip(prompts, prefills, strict=True)):
-        requests.append(_Request(example.prompt, opening, number))
     settings = {"max_new_tokens": max_new_tokens, "template": template}
     # Refused before the first is answered.
     ids = request_ids(bridge, prompts, prefill=prefills, **settings)
-    contexts = dict(zip(requests, ids, strict=True))
+    requests = []
+    for number, context in enumerate(ids):
+        prompt = prompts.examples[number].prompt
+        requests.append(_Request(prompt, prefills[number], tuple(context), number))
 
     path = cache.file(bridge, {**settings, "sampling": sampling}) if cache else None
     answers = _stored(path) if path else {}
-    missing = [request for request in contexts if request not in answers]
+    missing = [request for request in dict.fromkeys(requests) if request not in answers]
     if path:
         missing.sort(key=lambda request: (len(request.prompt), request))  # so little is padded
     bar = tqdm(
@@ -106,7 +108,7 @@ def generate(
     )
     with bar:
         for start in range(0, len(missing), batch_size):
-            asked = {request: contexts[request] for request in missing[start : start + batch_size]}
+            asked = missing[start : start + batch_size]
             made = _answers(bridge, asked, sampling, max_new_tokens, batch_size)
             if path:
                 _store(path, made)  # batch by batch, so that an interruption loses only one
@@ -157,12 +159,12 @@ def _end_of_text(bridge: Bridge) -> int | list[int] | None:
 
 def _answers(
     bridge: Bridge,
-    asked: Mapping[_Request, list[int]],
+    asked: Sequence[_Request],
     sampling: Sampling | None,
     max_new_tokens: int,
     batch_size: int,
 ) -> dict[_Request, list[Answer]]:
-    """The answer to each of these requests, or its samples, given the token ids of each."""
+    """The answer to each of these requests, or its samples."""
     drawn = sampling or Sampling()
     rows = []
     for request in asked:
@@ -171,7 +173,7 @@ def _answers(
     answers: dict[_Request, list[Answer]] = {request: [] for request in asked}
     for start in range(0, len(rows), batch_size):
         requests, noises = zip(*rows[start : start + batch_size], strict=True)
-        contexts = [asked[request] for request in requests]
+        contexts = [list(request.context) for request in requests]
         steps = _drawing(sampling, noises) if sampling else []
         names = [f"generate: request {request.number}" for request in requests]
         continued = _continued(bridge, contexts, names, steps, max_new_tokens)
@@ -194,11 +196,9 @@ def _continued(
     from transformers import GenerationConfig, LogitsProcessorList
 
     end, padding = _end_of_text(bridge), padding_id(bridge.tokenizer)
-    # The likeliest continuation, whatever the model's own settings say.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,
         pad_token_id=padding,
         eos_token_id=end,
     )
@@ -210,7 +210,7 @@ def _continued(
     is_token = torch.arange(width) >= n_padding[:, None]  # [batch, pos]
     logits = _Finite()
     model: Any = bridge.original_model
-    with torch.no_grad():
+    with torch.no_grad(), _own_settings_off(model):
         generated = model.generate(
             input_ids=tokens.to(bridge.cfg.device),
             attention_mask=is_token.long().to(bridge.cfg.device),
@@ -224,6 +224,20 @@ def _continued(
     ends = {end} if isinstance(end, int) else set(end or ())
     new_tokens = [row[width:] for row in generated]
     return [list(takewhile(lambda token: token not in ends, row)) for row in new_tokens]
+
+
+@contextmanager
+def _own_settings_off(model: Any) -> Iterator[None]:
+    """While open, a model has no generation settings of its own: they bend the likeliest answer."""
+    from transformers import GenerationConfig
+
+    # transformers takes from them whatever a call does not set.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Finite:
@@ -287,13 +301,25 @@ class GenerationCache:
 
     def file(self, bridge: Bridge, settings: Mapping[str, Any]) -> Path | None:
         """Where its answers with these settings are; None while it is masked, hooked or trained."""
-        is_hooked = any(point.fwd_hooks for point in bridge.hook_dict.values())
-        if is_hooked or is_edited(bridge) or weights_digest(bridge) != self.weights:
+        if _is_hooked(bridge) or is_edited(bridge) or weights_digest(bridge) != self.weights:
             return None
-        parts = [self.weights, settings, bridge.tokenizer.chat_template]
+        parts = [self.weights, settings, _end_of_text(bridge)]
         text = json.dumps(parts, sort_keys=True, default=asdict)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self.folder / f"{self.weights}-{digest}.jsonl"
+
+
+def _is_hooked(bridge: Bridge) -> bool:
+    """Whether someone looks at activations, or changes them: at hook points or at modules."""
+    if any(point.fwd_hooks for point in bridge.hook_dict.values()):
+        return True
+    for module in bridge.original_model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            # The libraries' own capture what passes, and change nothing.
+            owner = getattr(hook, "__module__", "").split(".")[0]
+            if owner not in ("transformers", "transformer_lens"):
+                return True
+    return False
 
 
 def _stored(path: Path) -> dict[_Request, list[Answer]]:
@@ -302,12 +328,14 @@ def _stored(path: Path) -> dict[_Request, list[Answer]]:
     stored = {}
     for row in read_lines(path, "the answers of a model; remove it, and they are made again"):
         answers = [Answer(text, tuple(tokens)) for text, tokens in row["answers"]]
-        stored[_Request(row["prompt"], row["prefill"])] = answers
+        context = tuple(row.get("context", ()))  # earlier versions wrote none
+        stored[_Request(row["prompt"], row["prefill"], context)] = answers
     return stored
 
 
 def _store(path: Path, answers: Mapping[_Request, list[Answer]]) -> None:
     rows = []
     for request, made in answers.items():
-        rows.append({"prompt": request.prompt, "prefill": request.prefill, "answers": made})
+        row = {"prompt": request.prompt, "prefill": request.prefill, "context": request.context}
+        rows.append({**row, "answers": made})
     append_lines(path, rows)
