@@ -239,6 +239,7 @@ class PromptSet:
         *,
         limits: Mapping[str, int] = NO_LIMITS,
         origin: str = "",
+        known: Mapping[str, str] = MappingProxyType({}),
     ) -> "dict[str, PromptSet]":
         """The requests by split, drawn by the hash of their group.
 
@@ -247,45 +248,45 @@ class PromptSet:
 
         Args:
             heldout: requests that are held out as they are. Then none of these are, and those that
-                ask the same as one of them are left out.
+                ask the same as one of them, or are of one group with it, are left out.
             limits: the largest number of groups by split; 0 for all. Those with the lowest hashes
                 stay.
             origin: what error messages call these requests.
+            known: the split of groups that is decided already.
 
         Raises:
             ValueError: a split without requests.
         """
-        # Each group has a place in [0, 1), which is cut at the sums of the shares:
-        #
-        #     0              0.6            0.75          1
-        #     | calibration  |    choice     |   heldout  |
-        shares = SHARES if heldout is None else SHARES_WITHOUT_HELDOUT
-        asked = {plain_text(example.prompt) for example in heldout or ()}
-        requests = self.where(lambda example: plain_text(example.prompt) not in asked).joined()
-        place = {example: _hash(example) for example in requests}
-        sets = {}
-        end = 0.0
-        for split, share in shares.items():
-            # The start is taken from the end, not from the end before: sums of floats differ.
-            end += share
-            start = end - share
-            members = [example for example in requests if start <= place[example] < end]
-            sets[split] = PromptSet(tuple(members))
-        if heldout is not None:
-            sets["heldout"] = heldout.joined()
+        apart = tuple(heldout or ())
+        together = PromptSet((*apart, *self.examples)).joined()
+        measured = {example.cluster for example in together[: len(apart)]}
+        requests = together[len(apart) :].where(lambda example: example.cluster not in measured)
 
-        for split, members in sets.items():
-            if not len(members):
+        shares = SHARES if heldout is None else SHARES_WITHOUT_HELDOUT
+        members: dict[str, list[Example]] = {split: [] for split in shares}
+        for example in requests:
+            split = known.get(example.cluster) or _drawn_split(example, shares)
+            members.setdefault(split, []).append(example)
+        sets = {split: PromptSet(tuple(examples)) for split, examples in members.items()}
+        if heldout is not None:
+            sets["heldout"] = together[: len(apart)]
+
+        for split, examples in sets.items():
+            if not len(examples):
                 raise ValueError(
                     f"{origin}: {plural(len(requests), 'request')} cannot fill the {split} split; "
                     "give more"
                 )
-        return {split: _limited(members, limits[split]) for split, members in sets.items()}
+        return {split: _limited(examples, limits[split]) for split, examples in sets.items()}
 
     @property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of all prompts and completions, in order."""
-        text = json.dumps([[example.prompt, example.completion] for example in self.examples])
+        """First 16 hex digits of the SHA-256 of all texts of the examples, in order."""
+        texts = []
+        for example in self.examples:
+            about = (example.category, example.group, example.label)
+            texts.append((example.prompt, example.completion, *(about if any(about) else ())))
+        text = json.dumps(texts)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -537,6 +538,18 @@ def _hash(example: Example) -> float:
     """A number in [0, 1) that depends on the group only."""
     digest = hashlib.sha256(example.cluster.encode()).hexdigest()
     return int(digest[:13], 16) / 16**13  # 52 bits, which a float holds exactly
+
+
+def _drawn_split(example: Example, shares: Mapping[str, float]) -> str:
+    """The split that a group falls into: its place in [0, 1), cut at the sums of the shares."""
+    #     0              0.6            0.75          1
+    #     | calibration  |    choice     |   heldout  |
+    place, end = _hash(example), 0.0
+    for split, share in shares.items():
+        end += share
+        if place < end:
+            return split
+    return list(shares)[-1]  # sums of floats may end below 1
 
 
 def _limited(prompts: PromptSet, limit: int) -> PromptSet:

@@ -24,6 +24,7 @@ class Splits:
     sets: Mapping[str, PromptSet]
     given: PromptSet | None = None
     heldout: PromptSet | None = None
+    about: Mapping[str, PromptSet] | None = None  # the requests that its questions are about
 
     @classmethod
     def of(
@@ -77,6 +78,8 @@ class Behaviour:
             and of what else is counted: further verdicts, "kept words" (answers with at least half
             of the word triples of their reference) and "doubted" (those of them whose verdict is
             not `wanted`: there the judge contradicts itself).
+        measures: further figures by name: a function (request, answer) -> number, whose mean over
+            the answers is a row.
         prefill: opens every answer.
         choices: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
             matched pair: no is right, then yes is right.
@@ -96,6 +99,7 @@ class Behaviour:
     judge: Any = None
     wanted: str = ""
     metrics: Mapping[str, str] = field(default_factory=dict)
+    measures: Mapping[str, Callable[[str, str], float]] = field(default_factory=dict)
     prefill: str = ""
     choices: tuple[tuple[str, ...], ...] = ()
     objective: Objective = completion_loss

@@ -1,7 +1,8 @@
 """Request files as the behaviours of a real model."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import permutations
 from pathlib import Path
@@ -93,8 +94,11 @@ class RequestFiles:
                 f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, "
                 f"got {type(given).__name__}"
             )
+        known = [known.name for known in fields(cls)]
         values: dict[str, Any] = {}
         for name, value in given.items():
+            if name not in known:
+                raise ValueError(f"prompts: no {name!r} is known; {nearest(name, known)}")
             if name == "questions":
                 value = QuestionTemplates.of(value)
             elif isinstance(value, Path):
@@ -237,8 +241,8 @@ def _splits(files: RequestFiles, prefill: str) -> dict[str, Splits]:
         splits = {
             "harmful": harmful,
             "benign": benign,
-            "recognition": Splits(_recognition(files, harmful.sets, benign.sets)),
-            "explanation": Splits(explanation),
+            "recognition": _recognition(files, harmful.sets, benign.sets),
+            "explanation": Splits(explanation, about=harmful.sets),
             "refusal": Splits(harmful.sets),
         }
         if prefill:
@@ -285,14 +289,18 @@ def _kinds(splits: Mapping[str, Splits]) -> dict[str, str]:
 # Recognition: questions about both requests of a pair
 
 
-def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Sets:
+def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Splits:
     """Questions about both requests of each pair: first the harmful one, to which no is right."""
     if files.pairs:
-        by_split = _given_pairs(files)
+        by_split = _given_pairs(files, harmful, benign)
     else:
         # Within a split, so that no request is both scored and measured.
         by_split = {split: nearest_pairs(harmful[split], benign[split]) for split in SPLITS}
-    return {split: _pair_questions(files.questions, by_split[split]) for split in SPLITS}
+    questions, about = {}, {}
+    for split, pairs in by_split.items():
+        questions[split] = _pair_questions(files.questions, pairs)
+        about[split] = PromptSet(tuple(request for pair in pairs for request in pair))
+    return Splits(questions, about=about)
 
 
 def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
@@ -312,6 +320,13 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
     pairs: list[Pair] = []
     for unsafe, safe in sides.values():
         pairs += zip(unsafe, safe, strict=False)
+    n_alone = len(prompts) - 2 * len(pairs)
+    if n_alone:
+        warnings.warn(
+            f"{origin}: {plural(n_alone, 'request')} without a partner in the group or category "
+            f"are left out, of {len(prompts)}",
+            stacklevel=2,
+        )
     return pairs
 
 
@@ -326,22 +341,34 @@ def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
     return pairs
 
 
-def _given_pairs(files: RequestFiles) -> dict[str, list[Pair]]:
-    """The pairs of a file by split, drawn by the hash of the harmful request."""
+def _given_pairs(files: RequestFiles, harmful: Sets, benign: Sets) -> dict[str, list[Pair]]:
+    """The pairs of a file by split: where a request of theirs is, or drawn by the harmful one."""
     origin = files.sources["pairs"]
+    split_of = _split_of_texts(benign) | _split_of_texts(harmful)
     pairs = request_pairs(files.requests("pairs"), origin)
     # Splits are drawn of single requests, so each pair is drawn by its harmful one. Pairs that have
     # a request in common go together.
     keys = [(bad.cluster, plain_text(bad.prompt), plain_text(good.prompt)) for bad, good in pairs]
-    by_prompt = {}
+    by_prompt, known = {}, {}
     for (bad, good), cluster in zip(pairs, joined_clusters(keys), strict=True):
         is_moved = bad.cluster != cluster
         by_prompt[bad.prompt] = (replace(bad, group=cluster) if is_moved else bad, good)
+        texts = [plain_text(bad.prompt), plain_text(good.prompt)]
+        known[cluster] = next((split_of[text] for text in texts if text in split_of), "")
     unsafe = PromptSet(tuple(bad for bad, _ in by_prompt.values()))
     by_split = {}
-    for split, requests in unsafe.splits(limits=files.limits, origin=origin).items():
+    for split, requests in unsafe.splits(limits=files.limits, origin=origin, known=known).items():
         by_split[split] = [by_prompt[example.prompt] for example in requests]
     return by_split
+
+
+def _split_of_texts(sets: Sets) -> dict[str, str]:
+    """Each request, as it is compared -> its split."""
+    splits = {}
+    for split, requests in sets.items():
+        for example in requests:
+            splits[plain_text(example.prompt)] = split
+    return splits
 
 
 def _pair_questions(questions: QuestionTemplates, pairs: Iterable[Pair]) -> PromptSet:
@@ -370,7 +397,7 @@ def repeat_rows(behaviours: Mapping[str, Behaviour]) -> Rows:
         if isinstance(splits, Splits) and splits.given is not None:
             for kind, count in _repeats(splits.given, splits.heldout).items():
                 rows += [Measurement.exact(REPEATED, {"source": name, "kind": kind}, count)]
-        sets = {split: behaviour.prompts(split) for split in SPLITS}
+        sets = getattr(splits, "about", None) or {split: splits(split) for split in SPLITS}
         scored[name] = _plain_texts(sets, ("calibration", "choice"))
         measured[name] = _plain_texts(sets, ("heldout",))
 
