@@ -141,7 +141,9 @@ claim.figure("What is broken", cross_ablation_figure(panels, columns))
 tested = hc.Rows()
 for labels, test in dissociations_from("harmful", rows, METRICS):
     tested += test.rows(labels)
-tested.frame(index=["ladder", "model", "protected", "second"], columns="metric").round(2)
+tested.pool("seed").frame(index=["ladder", "model", "protected", "second"], columns="metric").round(
+    2
+)
 
 
 # %%

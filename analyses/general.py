@@ -137,7 +137,7 @@ claim.figure("Circuits of one type", figure)
 
 # %%
 left_out = rows.where(HARM, relation="left out")
-left_out.frame(index=["model", "tested"], columns="mask").round(2)
+left_out.pool("seed").frame(index=["ladder", "model", "tested"], columns="mask").round(2)
 
 # %% [markdown]
 # ## Weights that types share
@@ -145,7 +145,7 @@ left_out.frame(index=["model", "tested"], columns="mask").round(2)
 
 # %%
 shared = hc.Rows(row for row in first if "shared_by" in row.labels)
-shared.frame(index="shared_by", columns=["metric", "mask"]).round(2)
+shared.pool("seed").frame(index=["ladder", "shared_by"], columns=["metric", "mask"]).round(2)
 
 
 # %%

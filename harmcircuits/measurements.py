@@ -445,6 +445,10 @@ class Rows(Sequence[Measurement]):
             index: labels that name the lines of a pivoted table.
             columns: labels that name its columns; "metric" is one of them.
             values: what its cells hold: "mean", "low", "high" or "n".
+
+        Raises:
+            ValueError: several rows for one cell; name the label that tells them apart, or `pool`
+                them first.
         """
         import pandas
 
@@ -455,12 +459,16 @@ class Rows(Sequence[Measurement]):
         table = pandas.DataFrame(lines)
         if not index and not columns:
             return table
-        return table.pivot_table(
-            index=[index] if isinstance(index, str) else list(index),
-            columns=[columns] if isinstance(columns, str) else list(columns),
-            values=values,
-            sort=False,
-        )
+        lines_of = [index] if isinstance(index, str) else list(index)
+        columns_of = [columns] if isinstance(columns, str) else list(columns)
+        names = lines_of + columns_of
+        again = table.dropna(subset=names)[names].duplicated()
+        if again.any():
+            raise ValueError(
+                f"frame: several rows are of {dict(table[names].loc[again.idxmax()])}; pool them "
+                "first, or name the label that tells them apart"
+            )
+        return table.pivot_table(index=lines_of, columns=columns_of, values=values, sort=False)
 
     @property
     def metrics(self) -> list[str]:

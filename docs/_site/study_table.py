@@ -40,8 +40,8 @@ IN_SHORT = {
     "benign twin": "benign twin",
 }
 LOSSES = ["harm NLL", "benign NLL"]
-RATES = ["harm", "degenerate", "benign", "recognises", "explains", "knows", "refuses"]
-RATES_IN_SHORT = ["harm", "degenerate", "benign", "explains", "refuses"]
+RATES = ["harm", "broken", "benign", "recognises", "explains", "knows", "refuses"]
+RATES_IN_SHORT = ["harm", "broken", "benign", "explains", "refuses"]
 PAGES = {
     ROOT / "README.md": (IN_SHORT, RATES_IN_SHORT),
     ROOT / "docs" / "results.md": (LINES, RATES),

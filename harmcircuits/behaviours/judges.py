@@ -18,6 +18,8 @@ Judge = Callable[[str, str], str]
 """(prompt, completion) -> verdict, a word such as "harmful", "refusal" or "degenerate"."""
 
 DEGENERATE = "degenerate"  # every judge's verdict on broken text
+# What tables and sentences call a verdict, where its name alone would be unclear.
+IN_WORDS = {DEGENERATE: "broken", "other": "another answer"}
 
 
 def prepare(judge: Judge | None, answers: Sequence[Example]) -> None:

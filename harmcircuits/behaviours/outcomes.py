@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -85,6 +86,7 @@ class Outcomes:
             hits = [verdict == counted for verdict in self.verdicts]
             rows += [Measurement.rate(metric, where, hits, groups)]
 
+        rows += self._measure_rows(where, groups)
         rows += self._words_rows(labels)
 
         # Losses count every request that has a reference once. Neither attack nor judge is a label
@@ -109,7 +111,8 @@ class Outcomes:
                 f"{len(earlier)} before, of {before.behaviour.name!r}; "
                 "expected the same requests in the same order"
             )
-        change = torch.tensor(self.hits).double() - torch.tensor(before.hits).double()
+        hits, earlier_hits = np.array(self.hits), np.array(before.hits)  # float64: thirds stay
+        change = torch.from_numpy(hits - earlier_hits)
         values = {self.behaviour.metric: change, self.behaviour.nll_metric: self.nll - before.nll}
 
         rows = Rows()
@@ -135,6 +138,15 @@ class Outcomes:
         references = tuple(self.references[place] for place in places if self.references)
         nll = self.nll[list(places)]
         return replace(self, answers=answers, verdicts=verdicts, nll=nll, references=references)
+
+    def _measure_rows(self, labels: Labels, groups: Sequence[str]) -> Rows:
+        """The means over all answers of what else is measured of each."""
+        rows = Rows()
+        for metric, measure in self.behaviour.measures.items():
+            values = [measure(example.prompt, example.completion) for example in self.answers]
+            numbers = torch.tensor(values, dtype=torch.float64)
+            rows += [Measurement.average(metric, labels, numbers, groups)]
+        return rows
 
     def _words_rows(self, labels: Labels) -> Rows:
         """How many answers keep the words of the reference, and how many of these are doubted."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")
 FOLDER = Path(__file__).parent / "weights"
+JUDGE_NAME = "world 2"  # the first called all that is neither harmful, benign nor a refusal broken
 MAX_NEW_TOKENS = 9  # the longest answer of the world, and its end
 
 
@@ -28,6 +29,10 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
     refuse_device(device)
     if name not in ORGANISMS:
         raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
+    if not (folder / name / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no organism {name!r}; make one with python analyses/train_organisms.py"
+        )
     return TransformerBridge.boot_transformers(str(folder / name), device=device)
 
 
@@ -50,6 +55,7 @@ def open_organism(
         organism_behaviours(seed),
         world.judge,
         max_new_tokens=MAX_NEW_TOKENS,
+        judge_name=JUDGE_NAME,
         ground_truth=planted_circuit(folder) if name == "planted" else None,
         is_invented=True,
     )
@@ -62,10 +68,16 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
         options = {}
         if name == "harmful":
             options["prefill"] = world.PREFILL
+            options["measures"] = {"harm_words_share": world.harmful_words}
         if name == "recognition":
             options["choices"] = (world.ALLOWED["benign"], world.ALLOWED["harmful"])
         requests = partial(world.requests, name, seed=seed)
         behaviours[name] = standard_behaviour(name, requests, **options)
+    # The world's judge tells the benign twin of an answer, and other answers, from broken text.
+    harm = behaviours["harmful"]
+    metrics = {name: of_name for name, of_name in harm.metrics.items() if name != "harmless"}
+    metrics |= {"benign": "harm_benign_rate", "other": "harm_other_rate"}
+    behaviours["harmful"] = replace(harm, metrics=metrics)
 
     parts = {}
     for form in ("parts", "kind"):

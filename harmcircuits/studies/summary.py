@@ -15,7 +15,7 @@ from harmcircuits.behaviours.behaviour import (
 )
 from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
 from harmcircuits.behaviours.files import IN_TWO_SPLITS, REPEATED, repeats_text
-from harmcircuits.behaviours.judges import DEGENERATE
+from harmcircuits.behaviours.judges import DEGENERATE, IN_WORDS
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import METRIC as VALIDATION
 from harmcircuits.display import listed, share
@@ -115,7 +115,7 @@ class Terms:
             titles[behaviour.metric] = behaviour.title
             for counted in (DEGENERATE, KEPT_WORDS, DOUBTED):
                 if counted in behaviour.metrics:
-                    titles[behaviour.metrics[counted]] = counted
+                    titles[behaviour.metrics[counted]] = IN_WORDS.get(counted, counted)
         return titles
 
     @property
@@ -310,7 +310,7 @@ def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
         measured = [*before.where(metric), *after.where(metric)]
         # Broken text always, since it may pass for success; the others where there are any.
         if verdict == DEGENERATE or any(row.mean for row in measured):
-            titles[metric] = f"{verdict} instead"
+            titles[metric] = f"{IN_WORDS.get(verdict, verdict)} instead"
     return {metric: title for metric, title in titles.items() if before.where(metric)}
 
 
@@ -350,7 +350,7 @@ def _became(before: Rows, after: Rows, terms: Terms) -> str:
             continue
         end = after.one(metric)
         if end.mean > before.one(metric).mean:
-            risen.append(f"{verdict} {end:.0%}")
+            risen.append(f"{IN_WORDS.get(verdict, verdict)} {end:.0%}")
     return f"In their place: {listed(risen)}. " if risen else ""
 
 
