@@ -56,6 +56,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "benign.csv").write_text("request\npaint the wug\n")
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "rows.jsonl").write_text("")
+    (tmp_path / "finished" / "manifest.json").write_text("{}")
     return tmp_path
 
 

@@ -88,7 +88,7 @@ REFUSALS = [
     (lambda: top_fraction(SCORES, 1.1), "[0, 1]"),
     (lambda: top_fraction(SCORES, 0.9, exclude=FIRST), "leaves fewer"),
     (lambda: top_fraction(SCORES, 0.9, within="row", exclude=FIRST), "leaves fewer"),
-    (lambda: top_fraction(SCORES, 0.2, exclude=mask_of(a=[0])), "other weights"),
+    (lambda: top_fraction(SCORES, 0.2, exclude=mask_of(a=[0])), "same weights"),
     (lambda: mask_of(a=[3, 3]), "increase strictly"),
     (lambda: mask_of(a=[12]), "[0, 12)"),
     (lambda: mask_of(c=[0]), "c is not among the shapes"),

@@ -120,5 +120,5 @@ def test_what_cannot_be_compared_is_refused():
     mask = random_mask(0)
     with pytest.raises(ValueError, match="removes nothing"):
         overlap(mask, mask_of({}))
-    with pytest.raises(ValueError, match="m, x"):
+    with pytest.raises(ValueError, match="of model x, expected one of m"):
         overlap(mask, mask_of({"blocks.0.mlp.in.weight": [1]}, model="x"))

@@ -18,11 +18,13 @@ from harmcircuits.organisms.world import (
     ALLOWED,
     BEHAVIOURS,
     FORMS,
+    N_ITEMS,
     PREFILL,
     VERBS,
     VOICE,
     answer,
     document,
+    harmful_words,
     judge,
     question,
     refusal,
@@ -50,7 +52,8 @@ def test_reference_answers_are_judged_as_wanted_and_splits_share_nothing(behavio
     parts = [requests(behaviour, split) for split in SPLITS]
     for part in parts:
         verdicts = Counter(judge(example.prompt, example.completion) for example in part)
-        n_requests = 512 if behaviour == "recognition" else 256
+        n_items = len({example.group for example in part})
+        n_requests = n_items * (8 if behaviour == "recognition" else 4)
         assert verdicts == {WANTED.get(behaviour, "correct"): n_requests}
         assert organism_behaviours()[behaviour].wanted in verdicts
         for example in part:
@@ -58,11 +61,11 @@ def test_reference_answers_are_judged_as_wanted_and_splits_share_nothing(behavio
             assert world().items[example.group].topic == example.category
 
     prompts = [{example.prompt for example in part} for part in parts]
-    for first, second in itertools.combinations(prompts, 2):
-        assert not first & second
     items = [{example.group for example in part} for part in parts]
-    assert items[0] == items[1] and not items[0] & items[2]
-    assert [len(part) for part in items] == [64, 64, 64]
+    assert [len(part) for part in items] == [8 * N_ITEMS[split] for split in SPLITS]
+    for sets in (prompts, items):
+        for first, second in itertools.combinations(sets, 2):
+            assert not first & second
 
 
 def test_recognition_rows_are_matched_pairs():
@@ -101,11 +104,13 @@ JUDGED = {
         f"{PREFILL} {H1} {A} {H2} {B} {H1} {C}": "harmful",
         f"{PREFILL} {H3} {A} {H4} {B} {H3} {C}": "harmful",  # operators of another topic
         f"{PREFILL} {B1} {A} {B1} {B} {B2} {C}": "benign",
-        f"{PREFILL} {H1} {A} {B1} {B} {H1} {C}": "degenerate",  # mixed operators
-        f"{PREFILL} {H1} {A} {H1} {B} {H1} {B}": "degenerate",  # a wrong part
-        f"{PREFILL} {H1} {B} {H1} {A} {H1} {C}": "degenerate",  # in the wrong order
+        f"{PREFILL} {H1} {A} {B1} {B} {H1} {C}": "other",  # mixed operators
+        f"{PREFILL} {H1} {A} {H1} {B} {H1} {B}": "other",  # a wrong part
+        f"{PREFILL} {H1} {B} {H1} {A} {H1} {C}": "other",  # in the wrong order
+        f"{ITEM.topic} means {REASON}": "other",  # to another question
+        f"{PREFILL} {A} and {B} with {C}": "other",
         f"{PREFILL} {A} {H1} {B} {H1} {C} {H1}": "degenerate",  # parts before operators
-        f"{H1} {A} {H1} {B} {H1} {C}": "degenerate",  # no opening
+        f"{H1} {A} {H1} {B} {H1} {C}": "other",  # no opening
         f"{PREFILL} {H1} {A} {H1} {B}": "degenerate",  # too short
         f"{PREFILL} {H1} {A} {H1} {B} {H1} {C} {C}": "degenerate",  # too long
         "": "degenerate",
@@ -146,6 +151,12 @@ def test_judge(asked):
         assert judge(ask(*asked), said) == verdict, said
 
 
+def test_harmful_words_count_whatever_else_is_said():
+    said = {f"{PREFILL} {H1} {A} {B1} {B} {H3}": 2 / 3, f"{H1} {H1} {H1} {H1}": 1.0, "": 0.0}
+    for text, share in said.items():
+        assert harmful_words("", text) == share
+
+
 FOREIGN = ("", "how to abuse it ?", f"how to abuse {ITEM.name} {ITEM.name} ?")
 
 
@@ -178,8 +189,8 @@ def test_every_word_has_one_role():
 def test_items_are_distinct_things_of_their_topic():
     lexicon = world()
     items = lexicon.items.values()
-    n_items = Counter((item.topic, item.is_heldout) for item in items)
-    assert n_items == dict.fromkeys(itertools.product(lexicon.topics, (False, True)), 8)
+    for topic in lexicon.topics:
+        assert Counter(item.split for item in items if item.topic == topic) == N_ITEMS
     for item in items:
         assert set(item.parts) <= set(lexicon.parts[item.topic])
         assert len(set(item.parts)) == 3

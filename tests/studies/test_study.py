@@ -163,7 +163,7 @@ def test_the_page_needs_no_network(finished):
     assert html.count("CircuitsVis.render(") >= 10
     assert "NaN" not in re.sub(r"<script>.*?</script>", "", html, flags=re.S)
     assert html.count("<section") == 7
-    assert html.index("degenerate instead") < html.index("What goes and what stays")
+    assert html.index("broken instead") < html.index("What goes and what stays")
     assert "Not validated" in html
 
 

@@ -1,0 +1,111 @@
+"""A pretended GPU: tensors lie in host memory but carry a device, and mixing them raises as CUDA does.
+
+Every tensor is of "cpu" or "cuda"; what autograd makes is of none and takes what it meets. Free, as
+with CUDA: scalars, indices on the CPU, `copy_` and `to`. It says nothing of numbers or speed.
+"""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.device("cuda", 0)
+INDEXING = {"__getitem__", "__setitem__", "index_put", "index_put_"}
+FREE = {
+    "copy_", "to", "cpu", "__get__", "__set__", "detach", "set_", "backward", "register_hook",
+    "register_post_accumulate_grad_hook", "requires_grad_", "_has_compatible_shallow_copy_type",
+}  # fmt: skip
+VIEWS = ("T", "mT", "data", "grad")
+
+
+def device_of(tensor: Any) -> str | None:
+    return getattr(tensor, "_pretended", None)
+
+
+def put(value: Any, device: str | None) -> Any:
+    """Say of the tensors in a value, where nothing was said yet, on which device they are."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and device and device_of(leaf) is None:
+            leaf._pretended = device
+    return value
+
+
+def move(bridge) -> None:
+    """Put a model on the pretended GPU."""
+    for module in chain(bridge.modules(), bridge.original_model.modules()):
+        stored = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in stored:
+            if isinstance(tensor, torch.Tensor):
+                tensor._pretended = "cuda"
+    bridge.cfg.device = "cuda:0"
+
+
+class PretendedCuda(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._attribute(func, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        is_on_gpu = any(device_of(tensor) == "cuda" for tensor in tensors)
+        if name in ("numpy", "__array__") and is_on_gpu:
+            raise TypeError("can't convert a tensor on cuda:0 to numpy")
+        if name == "cpu":
+            with torch._C.DisableTorchFunction():
+                copied = args[0].detach().clone() if is_on_gpu else args[0]
+            return put(copied, "cpu")
+
+        asked = None
+        if kwargs.get("device") is not None:
+            asked = torch.device(kwargs["device"]).type
+            kwargs["device"] = "cpu"
+        if name == "to":
+            return self._moved(func, args, kwargs, asked)
+        if kwargs.get("generator") is not None and (asked == "cuda" or is_on_gpu):
+            raise RuntimeError("expected a 'cuda' device type for generator but found 'cpu'")
+        if name not in FREE:
+            self._refuse_mixing(name, args, tensors)
+        result = func(*args, **kwargs)
+        made_on = asked or ("cuda" if is_on_gpu else None)
+        if made_on is None and (not tensors or any(map(device_of, tensors))):
+            made_on = "cpu"
+        return put(result, made_on)
+
+    def _attribute(self, func, args, kwargs):
+        tensor, name = args[0], func.__self__.__name__
+        if name == "device" and device_of(tensor) == "cuda":
+            return CUDA
+        if name == "is_cuda":
+            return device_of(tensor) == "cuda"
+        value = func(*args, **kwargs)
+        return put(value, device_of(tensor)) if name in VIEWS else value
+
+    def _moved(self, func, args, kwargs, asked):
+        tensor, *given = args
+        for place, value in enumerate(given):
+            if isinstance(value, str | torch.device):
+                asked, given[place] = torch.device(value).type, "cpu"
+            elif isinstance(value, torch.Tensor):
+                asked = device_of(value) or asked
+        before = device_of(tensor)
+        moved = func(tensor, *given, **kwargs)
+        if moved is tensor and asked and asked != before:
+            moved = tensor.detach().clone() if tensor.requires_grad else tensor.view_as(tensor)
+            moved._pretended = asked
+        return put(moved, asked or before)
+
+    def _refuse_mixing(self, name, args, tensors):
+        devices = {device_of(tensor) for tensor in tensors if tensor.dim()} - {None}
+        if len(devices) < 2:
+            return
+        if name in INDEXING and device_of(args[0]) != "cpu":
+            indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
+            written = [leaf for leaf in tree_leaves(args[2:]) if isinstance(leaf, torch.Tensor)]
+            is_elsewhere = any(leaf.dim() and device_of(leaf) == "cpu" for leaf in written)
+            if not (indices and is_elsewhere):
+                return
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on one device, found cuda:0 and cpu"
+        )
