@@ -18,20 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.behaviours.model import Model
+from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.cli import main
+from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms import open_organism
 from harmcircuits.prompts import Batch, PromptSet
 
 ANALYSES = Path(__file__).parents[1] / "analyses"
 
-SIZE = dict(
-    vocab_size=61,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=32,
-)
+N_BLOCKS = dict(num_hidden_layers=2, num_attention_heads=4)
+SIZE = dict(vocab_size=61, hidden_size=24, max_position_embeddings=32, **N_BLOCKS)
 GQA = dict(**SIZE, intermediate_size=40, num_key_value_heads=2)
 EXPERTS = dict(**GQA, num_experts=4, num_experts_per_tok=2)
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -50,16 +48,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "GPTNeoX": ("GPTNeoXConfig", dict(**SIZE, intermediate_size=40)),
     "GPTNeo": (
         "GPTNeoConfig",
-        dict(
-            vocab_size=61,
-            hidden_size=24,
-            num_layers=2,
-            num_heads=4,
-            max_position_embeddings=32,
-            intermediate_size=40,
-            attention_types=[[["global", "local"], 1]],
-            window_size=8,
-        ),
+        dict(**SIZE, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=8),
     ),
     "Phi3": ("Phi3Config", GQA),
     # Rotary embeddings over half (a quarter) of a head need an even number of dimensions.
@@ -86,10 +75,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
         dict(vocab_size=61, d_model=24, n_layers=2, n_heads=4, max_seq_len=32, expansion_ratio=2),
     ),
     "Mixtral": ("MixtralConfig", dict(**GQA, num_local_experts=3)),
-    "Qwen3Moe": (
-        "Qwen3MoeConfig",
-        dict(**EXPERTS, head_dim=6, moe_intermediate_size=24),
-    ),
+    "Qwen3Moe": ("Qwen3MoeConfig", dict(**EXPERTS, head_dim=6, moe_intermediate_size=24)),
     "Olmoe": ("OlmoeConfig", EXPERTS),
     "GraniteMoe": ("GraniteMoeConfig", dict(**GQA, num_local_experts=4, num_experts_per_tok=2)),
 }
@@ -167,15 +153,10 @@ def write_byte_model(folder: str | Path, *, chat_template: str = "") -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
     tokenizer.chat_template = chat_template or None
     tokenizer.save_pretrained(folder)
-    size = dict(
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
+    width = dict(vocab_size=256, hidden_size=16, intermediate_size=32)
+    config = transformers.LlamaConfig(**width, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def opener(new_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge]:
@@ -209,6 +190,29 @@ def random_batch(n: int = 3, length: int = 9, *, seed: int = 0) -> Batch:
         end = length - row % 3
         is_target[row, end - 2 - row % 2 : end] = True
     return Batch(tokens=tokens, is_target=is_target)
+
+
+def random_mask(bridge: Bridge, fraction: float = 0.2, *, seed: int = 0) -> WeightMask:
+    """This fraction of every matrix."""
+    return top_fraction(random_scores(bridge, seed=seed), fraction)
+
+
+def tensors(bridge: Bridge) -> dict[str, torch.Tensor]:
+    """What is stored; the state dict lacks stacked experts."""
+    return bridge.state_dict(keep_vars=True) | named_weights(bridge)
+
+
+def snapshot(bridge: Bridge) -> dict[str, torch.Tensor]:
+    """Copies of all that is stored."""
+    return {name: value.detach().clone() for name, value in tensors(bridge).items()}
+
+
+def assert_bits_equal(bridge: Bridge, before: dict[str, torch.Tensor]) -> None:
+    """All that is stored is as in a snapshot, bit for bit."""
+    for name, value in tensors(bridge).items():
+        bits = torch.int16 if value.dtype == torch.bfloat16 else torch.int32
+        now = value.detach().contiguous().view(bits)
+        assert torch.equal(now, before[name].contiguous().view(bits)), name
 
 
 def small_model(name: str, *, every: int = 0, only: Sequence[str] = ()) -> Model:

@@ -6,6 +6,7 @@ The bounds and the table are those of docs/trusted.md, which `-m slow -s` prints
 from contextlib import contextmanager
 from dataclasses import replace
 
+import oracle
 import pytest
 import torch
 from helpers import random_batch, small_model
@@ -27,12 +28,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
 def batched(batches: list[Batch], size: int, *, extra: int = 0, step: int = 1) -> list[Batch]:
     """The same examples in batches of another size, with more padding or in reverse order."""
-    examples = []
-    for batch in batches:
-        for tokens, is_target in zip(batch.tokens, batch.is_target, strict=True):
-            end = int(is_target.nonzero().max()) + 1
-            examples.append((tokens[:end], is_target[:end]))
-    examples = examples[::step]
+    examples = [(tokens[0], is_target) for tokens, is_target in oracle.examples(batches)][::step]
     together = []
     for start in range(0, len(examples), size):
         columns = zip(*examples[start : start + size], strict=True)
@@ -89,9 +85,9 @@ def test_a_search_gives_the_same_mask_again(llama):
     for seed in (1, 99):
         torch.manual_seed(seed)  # what the global generator holds does not matter
         target, spared = [random_batch()], [random_batch(2, 7, seed=1)]
-        masks.append(find_circuit(llama, target, [spared], size=0.02, steps=2))
-    first, second = masks
-    assert (first.digest, first.trace, first.source) == (second.digest, second.trace, second.source)
+        mask = find_circuit(llama, target, [spared], size=0.02, steps=2)
+        masks.append((mask.digest, mask.trace, mask.source))
+    assert masks[0] == masks[1]
 
 
 def test_the_padding_side_of_a_tokenizer_changes_nothing(open_model):
@@ -118,9 +114,9 @@ def test_what_changes_the_figures_of_an_organism():
             model = replace(small_model("sft", every=4), bridge=bridge, n_answered_at_once=at_once)
             scores = scores_under(bridge, batches, change)
             old, new = (top_fraction(each, 0.001, within="model") for each in (before, scores))
+            rates = []
             with threads(change):
                 answers = [example.completion for example in model.outcomes("harmful").answers]
-                rates = []
                 for mask in (None, new):
                     row = model.measure(only="harmful", mask=mask).one("harm_valid_rate")
                     rates.append(row.mean)
@@ -128,12 +124,7 @@ def test_what_changes_the_figures_of_an_organism():
             n_other = sum(a != b for a, b in zip(figures[0][0], answers, strict=True))
             moved = max(abs(a - b) for a, b in zip(figures[0][1], rates, strict=True))
             changed, weights = largest_change(scores, before), (old - new).n_removed / old.n_removed
-            cells[change] += [
-                f"{changed:.1e}",
-                f"{weights:.2%}",
-                f"{n_other}",
-                f"{100 * moved:.1f}",
-            ]
+            cells[change] += f"{changed:.1e} {weights:.2%} {n_other} {100 * moved:.1f}".split()
             assert changed <= BOUNDS[dtype]
     print()
     for change, texts in cells.items():

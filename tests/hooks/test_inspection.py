@@ -5,9 +5,8 @@ Would catch: a change of the wrong sign, a neuron before its activation function
 
 import pytest
 import torch
+from helpers import random_mask
 
-from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.inspection import (
     attention_patterns,
     mean_residual,
@@ -21,15 +20,17 @@ from harmcircuits.hooks.weights import named_weights
 HEADS = [(0, 1), (1, 3)]
 
 
-def test_token_changes_are_those_of_log_probability(llama, batch):
-    mask = top_fraction(random_scores(llama), 0.5)
+@pytest.fixture
+def mask(llama):
+    return random_mask(llama, 0.5)
+
+
+def test_token_changes_are_those_of_log_probability(llama, batch, mask):
     changes = token_changes(llama, mask, batch)
-    assert changes.shape == batch.tokens.shape
     assert (changes[:, 0] == 0).all(), "nothing predicts the first token"
 
     def log_p() -> torch.Tensor:
-        with torch.no_grad():
-            logits = llama(batch.tokens)[:, :-1].double()
+        logits = llama(batch.tokens)[:, :-1].detach().double()
         return logits.log_softmax(-1).gather(2, batch.tokens[:, 1:, None])[..., 0]
 
     before = log_p()
@@ -40,8 +41,7 @@ def test_token_changes_are_those_of_log_probability(llama, batch):
     assert changes[:, 1:][batch.is_token[:, 1:]].abs().min() > 0
 
 
-def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, batch):
-    mask = top_fraction(random_scores(llama), 0.5)
+def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, batch, mask):
     n_tokens = int(batch.is_token[0].sum())
     before = attention_patterns(llama, batch, HEADS)
     with masked(llama, mask):
@@ -60,7 +60,6 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
     bridge = open_model(name)
     rows = [[1, 5, 9, 12], [1, 7], [1, 8, 30, 31, 32, 33]]
     means = mean_residual(bridge, rows, [1, 0], skip=1, batch_size=2)
-    assert means.shape == (3, 2, bridge.cfg.d_model)
     for row, mean in zip(rows, means, strict=True):
         _, cache = bridge.run_with_cache(torch.tensor([row]))
         for place, layer in enumerate([1, 0]):
@@ -74,28 +73,21 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
 def test_neurons_are_read_after_their_activation_function(llama, batch):
     """By hand, from the raw model's weights: silu(W_gate x) * (W_up x)."""
     activations = neuron_activations(llama, batch, [(1, 5), (1, 0)])
-    inputs = []
-    mlp = llama.original_model.model.layers[1].mlp
-    handle = mlp.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0]))
-    llama(batch.tokens[:1, batch.is_token[0]])
-    handle.remove()
-    (x,) = inputs
+    _, cache = llama.run_with_cache(batch.tokens[:1, batch.is_token[0]])
+    x = cache["blocks.1.mlp.in.hook_in"][0]
     weights = named_weights(llama)
     gate, up = (weights[f"blocks.1.mlp.{kind}.weight"][[5, 0]] for kind in ("gate", "in"))
     expected = torch.nn.functional.silu(gate @ x.T) * (up @ x.T)
     torch.testing.assert_close(activations, expected.detach())
 
 
-def test_prediction_changes_are_those_of_probabilities(llama, batch):
-    mask = top_fraction(random_scores(llama), 0.5)
+def test_prediction_changes_are_those_of_probabilities(llama, batch, mask):
     changes = prediction_changes(llama, mask, batch)
     n_tokens = int(batch.is_token[0].sum())
-    assert changes.shape == (n_tokens, llama.cfg.d_vocab)
     torch.testing.assert_close(changes.sum(dim=1), torch.zeros(n_tokens), atol=1e-5, rtol=0)
 
     # What is gained at position t belongs to token t + 1: as `token_changes`, in probabilities.
-    with torch.no_grad():
-        before = llama(batch.tokens[:1, :n_tokens])[0].softmax(-1)
+    before = llama(batch.tokens[:1, :n_tokens])[0].detach().softmax(-1)
     following = batch.tokens[0, 1:n_tokens]
     log_changes = token_changes(llama, mask, batch)[0, 1:n_tokens]
     p = before[:-1].gather(1, following[:, None])[:, 0]

@@ -4,6 +4,7 @@ Would catch: weights that are copied or changed on the way, another dtype, memor
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,8 +38,11 @@ def test_a_loaded_model_keeps_its_weights(folder):
     assert {weight.data_ptr() for weight in named_weights(bridge).values()} <= live
     assert weights_digest(bridge) == weights_digest(load_model(folder))
     assert bridge.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+    model = SimpleNamespace(bridge=bridge)
+    assert weights_digest(model) == weights_digest(bridge), "whatever holds a bridge is taken"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_opened_is_named(folder, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.config._name_or_path = str(tmp_path)
@@ -47,6 +51,8 @@ def test_what_cannot_be_opened_is_named(folder, tmp_path):
         (lambda: load_model(str(tmp_path / "nowhere")), "hub id"),
         (lambda: wrap_model(loaded), "tokenizer="),
         (lambda: load_model(folder, device="cuda:99"), "cuda:99"),
+        (lambda: named_weights(loaded), "transformers.models.llama"),
+        (lambda: named_weights(folder), "builtins.str"),
     ]
     for call, word in calls:
         with pytest.raises(ValueError) as error:

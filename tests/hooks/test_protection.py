@@ -3,6 +3,7 @@
 Would catch: answers of one request on both sides, a rise that is credited to another behaviour.
 """
 
+import oracle
 import pytest
 import torch
 from helpers import random_batch
@@ -19,21 +20,15 @@ SECOND = [random_batch(4, 6, seed=2), random_batch(2, 10, seed=3)]
 
 def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
     """The tokens of every example, without padding."""
-    examples = []
-    for batch in batches:
-        for tokens, is_token in zip(batch.tokens, batch.is_token, strict=True):
-            examples.append(tuple(tokens[is_token].tolist()))
-    return examples
+    return [tuple(tokens[0].tolist()) for tokens, _ in oracle.examples(batches)]
 
 
-def test_every_third_request_is_set_apart():
+def test_every_third_request_is_set_apart_with_all_its_answers():
     most, third = split_by_request(SECOND, 3)
     examples = rows(SECOND)
     assert rows(third) == examples[2::3]
     assert rows(most) == [example for example in examples if example not in examples[2::3]]
 
-
-def test_answers_to_one_request_stay_together():
     tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 7], [3, 6, 7], [3, 6, 8]])
     is_target = torch.tensor([[False, False, True]]).expand(5, 3)
     most, third = split_by_request([Batch(tokens, is_target)], 3)
