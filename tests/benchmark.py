@@ -12,7 +12,7 @@ figures are medians over turns with the whole range.
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,68 +23,44 @@ import torch
 import transformers
 import tyro
 from support.organisms.train import new_tokenizer
-from transformer_lens.model_bridge import TransformerBridge
 
 import harmcircuits as hc
-from harmcircuits.behaviours.generation import generate
-from harmcircuits.behaviours.model import ANSWERED_PER_SCORED
 from harmcircuits.hooks.gradients import frozen
+from harmcircuits.hooks.loading import wrap_model
 from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.organisms import FOLDER
 from harmcircuits.prompts import Batch
 
-TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 Gradients = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's architecture and size, and its data: examples of so many tokens, in batches."""
+    """A model's configuration, and its data: examples of so many tokens, in batches."""
 
-    config: str
-    sizes: dict[str, int]
+    config: transformers.PretrainedConfig
     examples: int
     length: int
     batch_size: int
 
 
+ORGANISM = transformers.AutoConfig.from_pretrained(FOLDER / "base")
 SHAPES = {
-    "organism": Shape(
-        "LlamaConfig",
-        dict(
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=512,
-            vocab_size=320,
-        ),
-        examples=128,
-        length=16,
-        batch_size=64,
-    ),
-    "gpt2-small": Shape(
-        "GPT2Config",
-        dict(n_embd=768, n_layer=12, n_head=12, vocab_size=50257),
-        examples=16,
-        length=64,
-        batch_size=8,
-    ),
+    "organism": Shape(ORGANISM, examples=128, length=16, batch_size=64),
+    "gpt2-small": Shape(transformers.GPT2Config(), examples=16, length=64, batch_size=8),
 }
 
 
-def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> TransformerBridge:
+def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> Any:
     """A model of this shape with random weights; only its configuration reaches the disk."""
     torch.manual_seed(0)
-    configuration = getattr(transformers, shape.config)(**shape.sizes, **TOKENS)
     with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        configuration.save_pretrained(folder)
-        new_tokenizer().save_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_config(
-            configuration, dtype=dtype, attn_implementation="eager"
+            shape.config, dtype=dtype, attn_implementation="eager"
         )
-        options = {"hf_model": model, "tokenizer": tokenizer, "device": device, "dtype": dtype}
-        return TransformerBridge.boot_transformers(folder, **options)
+        model.config.save_pretrained(folder)
+        model.config._name_or_path = folder
+        return wrap_model(model, new_tokenizer())
 
 
 def random_batches(shape: Shape) -> list[Batch]:
@@ -172,7 +148,7 @@ def compared(
 
 
 def benchmark(bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int) -> Rows:
-    """Scores, selection, masks and answers of one model."""
+    """Scores, selection and masks of one model."""
     device, batches = str(labels["device"]), random_batches(size)
     weights = hc.named_weights(bridge)
     n_scored = sum(weight.numel() for weight in weights.values())
@@ -199,22 +175,7 @@ def benchmark(bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int)
             pass
 
     edits = {"selection": (choose, 1.0), "mask": (apply_and_restore, 1.0)}
-    rows += compared(edits, "mask", {**labels, "weights": mask.n_removed}, device, turns)
-
-    sets = []
-    for number in range(6):
-        requests = [f"how to use {number} {request}" for request in range(20)]
-        sets.append(hc.PromptSet.of(requests))
-    everything = hc.PromptSet(tuple(example for one_set in sets for example in one_set))
-    answered = partial(generate, bridge, max_new_tokens=8, template="raw")
-
-    def set_by_set() -> None:
-        for one_set in sets:
-            answered(one_set, batch_size=16)
-
-    together = partial(answered, everything, batch_size=16 * ANSWERED_PER_SCORED)
-    answers = {"together": (together, 1.0), "set by set": (set_by_set, 1.0)}
-    return rows + compared(answers, "together", {**labels, "answers": 120}, device, turns)
+    return rows + compared(edits, "mask", {**labels, "weights": mask.n_removed}, device, turns)
 
 
 def main(
@@ -223,14 +184,12 @@ def main(
     dtype: str = "float32",
     turns: int = 5,
     few: int = 2,
-    examples: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Times of scores, selection, masks and answers, as a table, and as rows in a file."""
-    size = replace(SHAPES[shape], examples=examples or SHAPES[shape].examples)
+    """Times of scores, selection and masks, as a table, and as rows in a file."""
     labels = {"shape": shape, "device": device, "dtype": dtype, "threads": torch.get_num_threads()}
-    bridge = random_bridge(size, device, getattr(torch, dtype))
-    rows = benchmark(bridge, size, labels, turns=turns, few=few)
+    bridge = random_bridge(SHAPES[shape], device, getattr(torch, dtype))
+    rows = benchmark(bridge, SHAPES[shape], labels, turns=turns, few=few)
     print(rows.frame(index="method", columns="metric").to_string())
     if out:
         rows.append_to(out)

@@ -5,6 +5,7 @@ Would catch: heads read along the wrong axis, a neuron's three matrices kept apa
 
 import pytest
 import torch
+from helpers import random_mask
 
 from harmcircuits.circuits.location import (
     Place,
@@ -13,17 +14,13 @@ from harmcircuits.circuits.location import (
     counts_by,
     most_removed,
 )
-from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.weights import weight_sites
 
 
-def nothing(bridge) -> dict[str, torch.Tensor]:
-    dense = {}
-    for name, site in weight_sites(bridge).items():
-        dense[name] = torch.zeros(site.parameter.shape, dtype=torch.bool)
-    return dense
+def nothing(sites) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(site.parameter).bool() for name, site in sites.items()}
 
 
 def mask_from(dense: dict[str, torch.Tensor]) -> WeightMask:
@@ -35,23 +32,21 @@ def mask_from(dense: dict[str, torch.Tensor]) -> WeightMask:
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
 def test_one_head_and_one_neuron(open_model, architecture):
     """Head 2 of 4 (six columns of the output matrix's input) and neuron 7, however stored."""
-    bridge = open_model(architecture)
-    sites, dense = weight_sites(bridge), nothing(bridge)
-    output, up, down = (
-        dense[f"blocks.1.{kind}.weight"] for kind in ("attn.o", "mlp.in", "mlp.out")
-    )
+    sites = weight_sites(open_model(architecture))
+    dense = nothing(sites)
+    kinds = ("attn.o", "mlp.in", "mlp.out")
+    output, up, down = (dense[f"blocks.1.{kind}.weight"] for kind in kinds)
     is_conv = architecture == "GPT2"
     (output if is_conv else output.T)[12:18] = True
     (up.T if is_conv else up)[7] = True
     (down if is_conv else down.T)[7] = True
     mask = mask_from(dense)
 
-    def touched(by: str) -> dict:
+    expected = {"head": (2, 6 * 24, 2 * 6 * 24), "neuron": (7, 2 * 24, (3 - is_conv) * 24)}
+    for by, (number, *count) in expected.items():
         counts = counts_by(mask, sites, by)
-        return {place: count for place, count in counts.items() if count.n_removed}
-
-    assert touched("head") == {Place(1, "head", 2): (6 * 24, 2 * 6 * 24)}
-    assert touched("neuron") == {Place(1, "neuron", 7): (2 * 24, (2 if is_conv else 3) * 24)}
+        touched = {place: tuple(count) for place, count in counts.items() if count.n_removed}
+        assert touched == {Place(1, by, number): tuple(count)}
     assert counts_by(mask, sites, "layer")[Place(0)].n_removed == 0
     assert counts_by(mask, sites, "matrix")[Place(1, "mlp.in")] == (24, up.numel())
     of_neurons = concentration(mask, sites, "neuron")
@@ -61,7 +56,8 @@ def test_one_head_and_one_neuron(open_model, architecture):
 
 def test_the_most_removed_come_first_and_heads_bear_what_they_read(llama):
     """Four heads of six rows, two key-value heads: 0 and 1 read the first."""
-    sites, dense = weight_sites(llama), nothing(llama)
+    sites = weight_sites(llama)
+    dense = nothing(sites)
     dense["blocks.0.attn.q.weight"][6:8] = True  # 48 weights of head 1
     dense["blocks.0.attn.v.weight"][0] = True  # 24 of key-value head 0: heads 0 and 1
     dense["blocks.1.attn.o.weight"][:, 18] = True  # 24 of head 3
@@ -74,7 +70,7 @@ def test_the_most_removed_come_first_and_heads_bear_what_they_read(llama):
 
 def test_component_rows_add_up(llama):
     sites = weight_sites(llama)
-    mask = top_fraction(random_scores(llama), 0.05, within="model")
+    mask = random_mask(llama, 0.05)
     rows = component_rows(mask, sites, n_units=1000)
     matrices, units = rows.where(by="matrix"), rows.where(by="unit")
     assert len(matrices) == len(mask.shapes)

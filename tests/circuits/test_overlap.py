@@ -5,6 +5,7 @@ Would catch: chance pooled over matrices, a null that ignores rows and columns, 
 
 from collections import Counter
 
+import helpers
 import numpy as np
 import oracle
 import pytest
@@ -13,15 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from harmcircuits.circuits.masks import WeightMask, top_fraction
-from harmcircuits.circuits.overlap import (
-    _Chain,
-    marginal_null,
-    overlap,
-    overlap_by,
-)
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.overlap import _Chain, marginal_null, overlap, overlap_by
 from harmcircuits.circuits.scores import Source
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.weights import weight_sites
 
 SHAPES = {f"blocks.{layer}.mlp.in.weight": (128, 64) for layer in range(4)}
@@ -29,19 +24,14 @@ SMALL = {"a": (3, 4), "b": (2, 5)}
 
 
 def mask_of(removed, shapes=SHAPES, model="m") -> WeightMask:
-    indices = {}
-    for name, index in removed.items():
-        indices[name] = torch.as_tensor(sorted(index), dtype=torch.int64)
+    indices = {name: torch.tensor(sorted(index)).long() for name, index in removed.items()}
     return WeightMask(indices, shapes, Source(model, "test"))
 
 
 def random_mask(seed: int) -> WeightMask:
     """200 random weights of each matrix."""
     rng = np.random.default_rng(seed)
-    removed = {}
-    for name in SHAPES:
-        removed[name] = rng.choice(128 * 64, 200, replace=False).tolist()
-    return mask_of(removed)
+    return mask_of({name: rng.choice(128 * 64, 200, replace=False).tolist() for name in SHAPES})
 
 
 indices = st.fixed_dictionaries(
@@ -55,9 +45,9 @@ def test_an_overlap_is_what_sets_and_enumeration_say(first_indices, second_indic
     first, second = mask_of(first_indices, SMALL), mask_of(second_indices, SMALL)
     shared = overlap(first, second)
     in_first, in_second = oracle.removed_weights(first), oracle.removed_weights(second)
-    in_both, in_either = in_first & in_second, in_first | in_second
+    in_both = in_first & in_second
     assert shared.n_shared == len(in_both)
-    assert shared.jaccard == len(in_both) / len(in_either)
+    assert shared.jaccard == len(in_both) / len(in_first | in_second)
     assert shared.containment == (len(in_both) / len(in_first), len(in_both) / len(in_second))
     expected = oracle.shared_by_chance(first, second)
     assert shared.n_expected == pytest.approx(expected)
@@ -107,8 +97,7 @@ def test_resamples_make_the_interval():
 
 def test_places_add_up(llama):
     sites = weight_sites(llama)
-    scores = [random_scores(llama, seed=seed) for seed in (0, 1)]
-    first, second = (top_fraction(each, 0.3, within="model") for each in scores)
+    first, second = (helpers.random_mask(llama, 0.3, seed=seed) for seed in (0, 1))
     whole = overlap(first, second)
     for by in ("layer", "matrix"):
         places = overlap_by(first, second, sites, by)

@@ -24,7 +24,7 @@ def by_sorting(scores: Tensors, k: int, excluded: Tensors) -> dict[str, list[int
     """The definition: a stable sort of all that may be chosen."""
     entries = []
     for name, value in scores.items():
-        barred = excluded[name].tolist() if name in excluded else []
+        barred = excluded[name].tolist()
         for place, score in enumerate(value.flatten().tolist()):
             if place not in barred:
                 entries.append((name, place, score))

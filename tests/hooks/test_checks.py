@@ -4,13 +4,13 @@ Would catch: a score, loss or answer of NaN that looks like any other, an error 
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from helpers import StubBridge, random_batch
+from helpers import StubBridge, random_batch, random_mask
 
 from harmcircuits.behaviours.generation import Sampling, generate
-from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.attribution import (
     removal_effect,
     snip_scores,
@@ -25,13 +25,13 @@ from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.hooks.search import find_circuit
-from harmcircuits.hooks.weights import named_weights, source_on
+from harmcircuits.hooks.weights import named_weights
 from harmcircuits.prompts import Batch, PromptSet, tokenize
 
 GOOD = random_batch(3, seed=1)
 GOOD.tokens[GOOD.tokens == 7] = 4  # which is spoiled in a test
 WEIGHT = "blocks.1.mlp.in.weight"
-READS_ALL = {"vocab_size": 320, "max_position_embeddings": 64}  # of the tests' tokenizer
+READS_ALL = {"vocab_size": 320}  # of the tests' tokenizer
 TEXTS = PromptSet.of(["use it", "clean it", "how to use it ?"])
 
 # What reads batches, each with the same call.
@@ -51,19 +51,12 @@ READERS = {
     "find_circuit": lambda bridge, batches: find_circuit(bridge, batches, size=0.01, steps=1),
     "fine_tuning": lambda bridge, batches: trained(bridge, batches),
 }
+small_mask = partial(random_mask, fraction=0.01)
 
 
 def trained(bridge, batches) -> None:
     with fine_tuning(bridge, batches, lr=0.1) as run:
         run.until(2)
-
-
-def small_mask(bridge) -> WeightMask:
-    """Weights of the first block, so that those of the second stay as they are."""
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(bridge).items()}
-    return WeightMask(
-        {"blocks.0.attn.q.weight": torch.arange(20)}, shapes, source_on(bridge, "test")
-    )
 
 
 def long_batch(length: int) -> Batch:
@@ -98,13 +91,11 @@ def test_the_context_is_the_configuration_s_and_of_some_there_is_none(open_model
 
 
 def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
-    bridge = open_model("Llama", vocab_size=320)
+    bridge, padded, endless = (open_model("Llama", **READS_ALL) for _ in range(3))
     length = len(tokenize([(" ".join(["use"] * 20), "sure")], bridge.tokenizer)[0].tokens[0]) - 1
     prompts = PromptSet.of(["use it", " ".join(["use"] * 20)])
     assert len(generate(bridge, prompts, max_new_tokens=32 - length)) == 2
-    padded = open_model("Llama", vocab_size=320)
     padded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    endless = open_model("Llama", vocab_size=320)
     endless.original_model.generation_config.eos_token_id = None
     endless.tokenizer.eos_token = None
     other = PromptSet.of([llama.tokenizer.convert_ids_to_tokens(319)])
@@ -117,9 +108,8 @@ def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
         (lambda: generate(endless, TEXTS, max_new_tokens=3), "eos_token"),
     ]
     for call, words in calls:
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=words):
             call()
-        assert words in str(error.value)
 
 
 def test_without_a_padding_token_nothing_changes(open_model):
@@ -135,39 +125,27 @@ def test_without_a_padding_token_nothing_changes(open_model):
         assert generate(bridge, TEXTS, max_new_tokens=6) == answers
 
 
-def test_every_reader_refuses_a_weight_that_is_not_finite(open_model):
-    bridge = open_model("Llama")
-    batches = [GOOD, random_batch(3, seed=2)]
-    with torch.no_grad():
-        named_weights(bridge)[WEIGHT][2, 3] = math.nan
+def test_every_reader_refuses_a_weight_that_is_not_finite(llama):
+    named_weights(llama)[WEIGHT].data[2, 3] = math.nan
     for name, read in READERS.items():
         with pytest.raises(ValueError) as error:
-            read(bridge, batches)
+            read(llama, [GOOD, random_batch(3, seed=2)])
         place = WEIGHT if name == "wanda_scores" else "example 0 (row 0"
         assert place in str(error.value), name
 
 
-def spoiled(bridge, row: int) -> list[Batch]:
-    """Six examples, one of which alone has a token whose embedding is infinite."""
-    batches = [random_batch(3, seed=1), random_batch(3, seed=2)]
-    for batch in batches:
-        batch.tokens[batch.tokens == 7] = 4
-    batches[row // 3].tokens[row % 3, 1] = 7
-    with torch.no_grad():
-        bridge.original_model.get_input_embeddings().weight[7] = math.inf
-    return batches
-
-
-@pytest.mark.parametrize("row", [0, 5])
-def test_the_example_and_the_loss_are_named(open_model, row):
-    bridge = open_model("Llama")
+def test_the_example_and_the_loss_are_named(llama):
+    """Of six examples the last alone has a token whose embedding is infinite."""
+    spoiled = Batch(GOOD.tokens.clone(), GOOD.is_target)
+    spoiled.tokens[2, 1] = 7
+    llama.original_model.get_input_embeddings().weight.data[7] = math.inf
     for read in (completion_nll, removal_effect, token_price):
         with pytest.raises(NotFiniteError, match="completion_loss is nan") as error:
-            read(bridge, spoiled(bridge, row))
-        assert f"example {row} (row {row % 3} of batch {row // 3})" in str(error.value)
-        assert error.value.index == row
+            read(llama, [GOOD, spoiled])
+        assert "example 5 (row 2 of batch 1)" in str(error.value)
+        assert error.value.index == 5
     with pytest.raises(NotFiniteError, match=r"mild, priced|protected, from"):
-        find_circuit(bridge, [GOOD], {"mild": spoiled(bridge, row)}, size=0.01, steps=1)
+        find_circuit(llama, [GOOD], {"mild": [GOOD, spoiled]}, size=0.01, steps=1)
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_matrix(open_model):
@@ -176,7 +154,6 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_matrix(open_model):
     def enormous(bridge, batch):
         return 1e6 * completion_loss(bridge, batch)
 
-    assert enormous(bridge, GOOD).isfinite().all()
     with pytest.raises(NotFiniteError, match=r"gradient of enormous at blocks\.") as error:
         removal_effect(bridge, [GOOD], enormous)
     assert "65,504" in str(error.value)
@@ -186,9 +163,8 @@ def test_answers_log_odds_and_residuals_of_nan_name_the_text(open_model):
     sampling = Sampling(samples=2, temperature=0.5, seed=1)
     bridge = open_model("Llama", **READS_ALL)
     rows = [bridge.tokenizer.encode(text, add_special_tokens=False) for text in ("use", "how to")]
-    with torch.no_grad():
-        token = bridge.tokenizer.convert_tokens_to_ids("how")
-        bridge.original_model.get_input_embeddings().weight[token] = math.nan
+    token = bridge.tokenizer.convert_tokens_to_ids("how")
+    bridge.original_model.get_input_embeddings().weight.data[token] = math.nan
     calls = [
         (lambda: generate(bridge, TEXTS, max_new_tokens=5), 2),
         (lambda: generate(bridge, TEXTS, sampling=sampling, max_new_tokens=5), 2),

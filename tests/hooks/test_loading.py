@@ -38,8 +38,7 @@ def test_a_loaded_model_keeps_its_weights(folder):
     assert {weight.data_ptr() for weight in named_weights(bridge).values()} <= live
     assert weights_digest(bridge) == weights_digest(load_model(folder))
     assert bridge.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
-    model = SimpleNamespace(bridge=bridge)
-    assert weights_digest(model) == weights_digest(bridge), "whatever holds a bridge is taken"
+    assert named_weights(SimpleNamespace(bridge=bridge)).keys() == named_weights(bridge).keys()
 
 
 @pytest.mark.usefixtures("unchecked")

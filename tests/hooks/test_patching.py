@@ -6,7 +6,7 @@ wrong end as 1, an architecture whose activations are elsewhere, edits or hooks 
 
 import pytest
 import torch
-from helpers import random_batch
+from helpers import assert_bits_equal, random_batch, random_mask, snapshot
 from transformer_lens import patching
 
 import harmcircuits as hc
@@ -14,12 +14,6 @@ from harmcircuits.hooks.patching import loss_of_logits
 
 # One of each way in which a block is wired: norms before, after or both, in parallel, with experts.
 WIRINGS = ("Llama", "GPT2", "Gemma2", "Olmo2", "GPTNeoX", "Falcon", "Bloom", "Mixtral", "OPT")
-
-
-def random_mask(bridge, share: float = 0.3, *, kinds: tuple[str, ...] = ("",)) -> hc.WeightMask:
-    mask = hc.top_fraction(hc.random_scores(bridge), share)
-    removed = {name: index for name, index in mask.removed.items() if name.startswith(kinds)}
-    return hc.WeightMask(removed, mask.shapes, mask.source)
 
 
 def patched(bridge, mask, batch, parts=("residual",), **options):
@@ -40,7 +34,7 @@ def texts():
 @pytest.mark.parametrize("name", WIRINGS)
 def test_the_last_residual_moves_all_and_the_first_nothing(open_model, texts, name):
     bridge = open_model(name)
-    rows = patched(bridge, random_mask(bridge), texts, positions=[])
+    rows = patched(bridge, random_mask(bridge, 0.3), texts, positions=[])
     for direction in ("restore", "destroy"):
         shares = residual(rows, direction=direction)
         depths = ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"]
@@ -51,14 +45,16 @@ def test_the_last_residual_moves_all_and_the_first_nothing(open_model, texts, na
         assert shares["0 pre"] == 0, "no mask touches the embedding"
 
     # Edits only before this depth: what comes after it is the unpruned model.
-    depth, kinds = ("1 mid", ("blocks.0", "blocks.1.attn"))
-    if depth in depths:
-        rows = patched(bridge, random_mask(bridge, 0.6, kinds=kinds), texts, positions=[])
-        assert residual(rows, direction="restore")[depth] == pytest.approx(1, abs=1e-3)
+    mask, kinds = random_mask(bridge, 0.6), ("blocks.0", "blocks.1.attn")
+    removed = {name: index for name, index in mask.removed.items() if name.startswith(kinds)}
+    if "1 mid" in depths:
+        mask = hc.WeightMask(removed, mask.shapes, mask.source)
+        rows = patched(bridge, mask, texts, positions=[])
+        assert residual(rows, direction="restore")["1 mid"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_sweep_is_that_of_transformer_lens(llama, texts):
-    mask = random_mask(llama)
+    mask = random_mask(llama, 0.3)
     rows = patched(llama, mask, texts, ["attention", "mlp", "head"])
     sweeps = {
         "attention": patching.get_act_patch_attn_out,
@@ -88,8 +84,7 @@ def test_the_model_is_as_before(open_model, batch, monkeypatch):
     assert not patched(bridge, random_mask(bridge, 0.0), batch).where("patch_share"), "no gap"
     with pytest.raises(ValueError, match="residuals"):
         patched(bridge, random_mask(bridge), batch, ["residuals"])
-    before = {key: tensor.clone() for key, tensor in bridge.state_dict().items()}
-    logits, bars = bridge(batch.tokens), patching.tqdm
+    before, logits, bars = snapshot(bridge), bridge(batch.tokens), patching.tqdm
     patched(bridge, random_mask(bridge), batch, ["residual", "head"], layers=[1])
 
     def broken(*_, **__):
@@ -99,7 +94,7 @@ def test_the_model_is_as_before(open_model, batch, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         patched(bridge, random_mask(bridge), batch)
 
-    assert all(torch.equal(tensor, before[key]) for key, tensor in bridge.state_dict().items())
+    assert_bits_equal(bridge, before)
     assert torch.equal(bridge(batch.tokens), logits)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
     assert patching.tqdm is bars and torch.is_grad_enabled()

@@ -18,24 +18,15 @@ from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.prompts import Answer, Example, PromptSet, tokenize
 
-READS_ALL = {"vocab_size": 320, "max_position_embeddings": 64}  # of the tests' tokenizer
-ONE_TOKEN = [("use it", "sure"), ("how to use it ?", "no")]
-
 
 @pytest.fixture
 def bridge(open_model):
-    return open_model("Llama", **READS_ALL)
-
-
-def log_probability(bridge, request: str, answer: str) -> torch.Tensor:
-    """By the definition, from a text without padding."""
-    (batch,) = tokenize([(request, answer)], bridge.tokenizer)
-    return bridge(batch.tokens)[0, -2].log_softmax(-1)[batch.tokens[0, -1]]
+    return open_model("Llama", vocab_size=320)  # reads all of the tests' tokenizer
 
 
 def test_everything_that_scores_takes_answers_of_one_token(bridge):
     """One example by itself: the mean of one, whose interval is that value."""
-    batches = tokenize(ONE_TOKEN[:1], bridge.tokenizer)
+    batches = tokenize([("use it", "sure")], bridge.tokenizer)
     for scores in (snip_scores, token_price, wanda_scores):
         assert any(value.any() for value in scores(bridge, batches).values.values())
     mask = find_circuit(bridge, batches, protect=[batches], size=0.01, steps=1, budget=9)
@@ -52,8 +43,8 @@ def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_an
     end = bridge.tokenizer.eos_token
     (batch,) = tokenize([("use it", end)], bridge.tokenizer)
     assert batch.tokens[0, -1] == bridge.tokenizer.eos_token_id
-    expected = -log_probability(bridge, "use it", end).detach()
-    torch.testing.assert_close(completion_loss(bridge, batch)[0].detach(), expected)
+    expected = -bridge(batch.tokens)[0, -2].log_softmax(-1)[batch.tokens[0, -1]]
+    torch.testing.assert_close(completion_loss(bridge, batch)[0], expected)
 
     # The first token that the model would say now ends the text: nothing is left of the answer.
     prompts = PromptSet.of(["use it"])
