@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import transformers
 import tyro
-from support.organisms.train import new_tokenizer
 
 import harmcircuits as hc
 from harmcircuits.hooks.gradients import frozen
@@ -60,7 +59,7 @@ def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> Any:
         )
         model.config.save_pretrained(folder)
         model.config._name_or_path = folder
-        return wrap_model(model, new_tokenizer())
+        return wrap_model(model, transformers.AutoTokenizer.from_pretrained(FOLDER / "base"))
 
 
 def random_batches(shape: Shape) -> list[Batch]:

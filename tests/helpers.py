@@ -81,7 +81,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
 }
 
 # In bfloat16 one of each way in which weights are stored: apart, fused, tied, transposed, stacked.
-COARSE = (
+COARSE = [
     "Llama",
     "GPT2",
     "GPTNeoX",
@@ -92,7 +92,7 @@ COARSE = (
     "Falcon",
     "Mixtral",
     "Qwen3Moe",
-)
+]
 
 # Opened by TransformerLens, refused by us: blocks with other matrices than attention, MLP, router
 # and experts.
@@ -105,23 +105,7 @@ UNSUPPORTED: dict[str, tuple[str, dict]] = {
         "GptOssConfig",
         dict(**GQA, head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
     ),
-    "DeepseekV3": (
-        "DeepseekV3Config",
-        dict(
-            **GQA | dict(num_key_value_heads=4),
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=4,
-            v_head_dim=6,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            moe_intermediate_size=24,
-            first_k_dense_replace=1,
-        ),
-    ),
+    "DeepseekV3": ("DeepseekV3Config", GQA | dict(num_key_value_heads=4)),
     "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2)),
 }
 

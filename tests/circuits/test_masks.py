@@ -87,7 +87,6 @@ REFUSALS = [
     (lambda: mask_of(a=[3, 3]), "increase strictly"),
     (lambda: mask_of(a=[12]), "[0, 12)"),
     (lambda: mask_of(c=[0]), "c is not among the shapes"),
-    (lambda: mask_of(a=[1]) | WeightMask({}, SHAPES, Source("other", "test")), "other"),
     (lambda: mask_of(a=[1]) & WeightMask({}, {"a": (3, 4)}, SOURCE), "'b'"),
 ]
 

@@ -46,45 +46,49 @@ Each with a ValueError that says what and why, and what to do:
 """
 
 
-def _quantised(open_: Callable) -> Any:
-    """GPTQ and AWQ keep integers in buffers and have no weight parameter at all."""
-    bridge = open_("Llama")
-    layer = bridge.blocks[1].mlp.out.original_component
-    del layer.weight
-    layer.register_buffer("qweight", torch.zeros(3, 40, dtype=torch.int32))
-    return weight_sites(bridge)
+def altered(how: str) -> Callable:
+    """The weights of a Llama that was altered."""
+
+    def make(open_: Callable) -> Any:
+        bridge = open_("Llama")
+        layer = bridge.blocks[1].mlp.out.original_component
+        if how == "processed":
+            bridge.enable_compatibility_mode(disable_warnings=True)
+        elif how == "offloaded":
+            layer.to("meta")
+        else:  # GPTQ and AWQ keep integers in buffers and have no weight parameter at all.
+            del layer.weight
+            layer.register_buffer("qweight", torch.zeros(3, 40, dtype=torch.int32))
+        return weight_sites(bridge)
+
+    return make
 
 
-def _processed(open_: Callable) -> Any:
-    bridge = open_("Llama")
-    bridge.enable_compatibility_mode(disable_warnings=True)
-    return weight_sites(bridge)
-
-
-def _offloaded(open_: Callable) -> Any:
-    bridge = open_("Llama")
-    bridge.blocks[1].mlp.out.original_component.to("meta")
-    return weight_sites(bridge)
+def opened(name: str, **changes: Any) -> Callable:
+    return lambda open_: weight_sites(open_(name, **changes))
 
 
 OTHER = "so scores and masks would silently leave it out"
 # what is refused -> how to come by it, and the words of the refusal
 REFUSED: dict[str, tuple[Callable, str]] = {
-    "shared experts (Qwen2-MoE)": (lambda open_: weight_sites(open_("Qwen2Moe")), OTHER),
+    "shared experts (Qwen2-MoE)": (opened("Qwen2Moe"), OTHER),
     "dense layers among sparse ones (Qwen3-MoE with `decoder_sparse_step=2`)": (
-        lambda open_: weight_sites(open_("Qwen3Moe", decoder_sparse_step=2)),
+        opened("Qwen3Moe", decoder_sparse_step=2),
         OTHER,
     ),
-    "routers of another name (GPT-OSS)": (lambda open_: weight_sites(open_("GptOss")), OTHER),
-    "latent attention (DeepSeek-V3)": (lambda open_: weight_sites(open_("DeepseekV3")), OTHER),
-    "state space models (Mamba)": (lambda open_: weight_sites(open_("Mamba")), OTHER),
+    "routers of another name (GPT-OSS)": (opened("GptOss"), OTHER),
+    "latent attention (DeepSeek-V3)": (opened("DeepseekV3"), OTHER),
+    "state space models (Mamba)": (opened("Mamba"), OTHER),
     "quantised weights": (
-        _quantised,
+        altered("quantised"),
         "quantised weights have no gradient and cannot be zeroed one by one",
     ),
-    "processed weights": (_processed, "so scores and masks would not fit the model as stored"),
+    "processed weights": (
+        altered("processed"),
+        "so scores and masks would not fit the model as stored",
+    ),
     "weights that `device_map` keeps on disk": (
-        _offloaded,
+        altered("offloaded"),
         "so it can be neither scored nor masked",
     ),
     "`wanda_scores` of mixtures of experts": (
@@ -95,13 +99,8 @@ REFUSED: dict[str, tuple[Callable, str]] = {
 
 
 def table(open_: Callable) -> str:
-    head = [
-        "architecture",
-        "scored matrices",
-        "gradients",
-        "scores equal autograd",
-        "export reloads equal",
-    ]
+    equal = ["scores equal autograd", "export reloads equal"]
+    head = ["architecture", "scored matrices", "gradients", *equal]
     rows = []
     for name in ARCHITECTURES:
         bridge = open_(name)
@@ -136,7 +135,5 @@ def test_what_the_table_calls_refused_is_refused(open_model, what):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        FILE.write_text(
-            table(opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))),
-            encoding="utf-8",
-        )
+        open_ = opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))
+        FILE.write_text(table(open_), encoding="utf-8")

@@ -77,24 +77,6 @@ def test_scores_in_bfloat16_equal_autograd_in_float64(open_model):
     assert_close(scores, oracle.removal_effect(exact, oracle.gradients(exact, batches)), 0.05)
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [("Llama", removal_effect), ("Mixtral", snip_scores), ("GPT2", token_price)],
-)
-def test_batch_size_and_padding_do_not_matter(open_model, name, method):
-    bridge, whole = open_model(name), random_batch(6)
-    singles = [Batch(whole.tokens[i : i + 1], whole.is_target[i : i + 1]) for i in range(6)]
-    wide = Batch(
-        torch.cat([whole.tokens, torch.full((6, 4), 7)], 1),
-        torch.cat([whole.is_target, torch.zeros(6, 4).bool()], 1),
-    )
-    expected = method(bridge, [whole])
-    for batches in (singles, [wide]):
-        scores = method(bridge, batches)
-        assert_close(scores, dict(expected.values), 1e-5)
-        assert scores.source == expected.source, "nor does the digest of the data"
-
-
 def test_removal_effect_predicts_a_small_removal(llama, batch):
     """Setting a weight to (1 - e) W changes the mean loss by e * removal_effect + O(e^2)."""
     scores = removal_effect(llama, [batch])

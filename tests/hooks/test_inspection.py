@@ -42,16 +42,13 @@ def test_token_changes_are_those_of_log_probability(llama, batch, mask):
 
 
 def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, batch, mask):
-    n_tokens = int(batch.is_token[0].sum())
     before = attention_patterns(llama, batch, HEADS)
     with masked(llama, mask):
         under = attention_patterns(llama, batch, HEADS)
-
-    for patterns in (before, under):
-        assert patterns.shape == (2, n_tokens, n_tokens)
-        # Rows of a causal attention pattern sum to one; float32.
-        torch.testing.assert_close(patterns.sum(-1), torch.ones(2, n_tokens))
-        assert (patterns.triu(1) == 0).all()
+        _, cache = llama.run_with_cache(batch.tokens[:1, batch.is_token[0]])
+    for patterns, (layer, head) in zip(under, HEADS, strict=True):
+        expected = cache[f"blocks.{layer}.attn.hook_pattern"][0, head]
+        torch.testing.assert_close(patterns, expected)
     assert not torch.allclose(before, under)
 
 
@@ -82,15 +79,10 @@ def test_neurons_are_read_after_their_activation_function(llama, batch):
 
 
 def test_prediction_changes_are_those_of_probabilities(llama, batch, mask):
-    changes = prediction_changes(llama, mask, batch)
-    n_tokens = int(batch.is_token[0].sum())
-    torch.testing.assert_close(changes.sum(dim=1), torch.zeros(n_tokens), atol=1e-5, rtol=0)
+    def p() -> torch.Tensor:
+        return llama(batch.tokens[:1, batch.is_token[0]])[0].detach().softmax(-1)
 
-    # What is gained at position t belongs to token t + 1: as `token_changes`, in probabilities.
-    before = llama(batch.tokens[:1, :n_tokens])[0].detach().softmax(-1)
-    following = batch.tokens[0, 1:n_tokens]
-    log_changes = token_changes(llama, mask, batch)[0, 1:n_tokens]
-    p = before[:-1].gather(1, following[:, None])[:, 0]
-    expected = p * (log_changes.exp() - 1)
-    actual = changes[:-1].gather(1, following[:, None])[:, 0]
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    before = p()
+    with masked(llama, mask):
+        expected = p() - before
+    torch.testing.assert_close(prediction_changes(llama, mask, batch), expected)

@@ -4,6 +4,7 @@ Would catch: an exit that restores nothing, optimiser state that revives a held 
 """
 
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 
 NAME = "blocks.0.mlp.in.weight"
+MOMENTUM = partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
 
 
 def assert_removed(bridge, mask) -> None:
@@ -92,12 +94,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(open_model, llama):
     assert_bits_equal(llama, before)
 
 
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
-
-
 @pytest.mark.parametrize(
-    ("name", "optimiser"), [("Llama", torch.optim.AdamW), ("Mixtral", momentum)]
+    ("name", "optimiser"), [("Llama", torch.optim.AdamW), ("Mixtral", MOMENTUM)]
 )
 def test_held_weights_stay_zero_while_others_learn(open_model, name, optimiser):
     bridge, batch = open_model(name), random_batch()

@@ -14,6 +14,7 @@ from harmcircuits.hooks.patching import loss_of_logits
 
 # One of each way in which a block is wired: norms before, after or both, in parallel, with experts.
 WIRINGS = ("Llama", "GPT2", "Gemma2", "Olmo2", "GPTNeoX", "Falcon", "Bloom", "Mixtral", "OPT")
+TEXTS = random_batch(6, seed=1)
 
 
 def patched(bridge, mask, batch, parts=("residual",), **options):
@@ -26,15 +27,10 @@ def residual(rows, **labels) -> dict[str, float]:
     return {row.labels["layer"]: row.mean for row in whole}
 
 
-@pytest.fixture
-def texts():
-    return random_batch(6, seed=1)
-
-
 @pytest.mark.parametrize("name", WIRINGS)
-def test_the_last_residual_moves_all_and_the_first_nothing(open_model, texts, name):
+def test_the_last_residual_moves_all_and_the_first_nothing(open_model, name):
     bridge = open_model(name)
-    rows = patched(bridge, random_mask(bridge, 0.3), texts, positions=[])
+    rows = patched(bridge, random_mask(bridge, 0.3), TEXTS, positions=[])
     for direction in ("restore", "destroy"):
         shares = residual(rows, direction=direction)
         depths = ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"]
@@ -49,13 +45,13 @@ def test_the_last_residual_moves_all_and_the_first_nothing(open_model, texts, na
     removed = {name: index for name, index in mask.removed.items() if name.startswith(kinds)}
     if "1 mid" in depths:
         mask = hc.WeightMask(removed, mask.shapes, mask.source)
-        rows = patched(bridge, mask, texts, positions=[])
+        rows = patched(bridge, mask, TEXTS, positions=[])
         assert residual(rows, direction="restore")["1 mid"] == pytest.approx(1, abs=1e-3)
 
 
-def test_a_sweep_is_that_of_transformer_lens(llama, texts):
+def test_a_sweep_is_that_of_transformer_lens(llama):
     mask = random_mask(llama, 0.3)
-    rows = patched(llama, mask, texts, ["attention", "mlp", "head"])
+    rows = patched(llama, mask, TEXTS, ["attention", "mlp", "head"])
     sweeps = {
         "attention": patching.get_act_patch_attn_out,
         "mlp": patching.get_act_patch_mlp_out,
@@ -63,15 +59,15 @@ def test_a_sweep_is_that_of_transformer_lens(llama, texts):
     }
 
     def loss(logits):
-        return loss_of_logits(texts)(logits).mean()
+        return loss_of_logits(TEXTS)(logits).mean()
 
-    torch.testing.assert_close(loss(llama(texts.tokens)), hc.completion_loss(llama, texts).mean())
+    torch.testing.assert_close(loss(llama(TEXTS.tokens)), hc.completion_loss(llama, TEXTS).mean())
     with torch.no_grad():
-        _, unpruned = llama.run_with_cache(texts.tokens)
+        _, unpruned = llama.run_with_cache(TEXTS.tokens)
         with hc.masked(llama, mask):
-            start = loss(llama(texts.tokens))
+            start = loss(llama(TEXTS.tokens))
             for part, sweep in sweeps.items():
-                expected = sweep(llama, texts.tokens, unpruned, loss) - start
+                expected = sweep(llama, TEXTS.tokens, unpruned, loss) - start
                 cells = rows.where("patch_change", component=part, direction="restore")
                 if part != "head":
                     cells = [row for row in cells if row.labels["position"] != "all"]

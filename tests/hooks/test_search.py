@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.objectives import completion_loss
@@ -47,25 +48,6 @@ def best_weights(scores: Weights, n: int) -> Weights:
     parts = ((rank < n) & (flat > 0)).split([value.numel() for value in scores.values()])
     shaped = zip(scores.items(), parts, strict=True)
     return {name: part.view(value.shape) for (name, value), part in shaped}
-
-
-def best_neurons(scores: Weights, n: int) -> Weights:
-    """The neurons of a Llama with the largest positive sums, one by one while n has room."""
-    neurons = []
-    for layer in range(2):
-        for number in range(40):
-            parts = {
-                f"blocks.{layer}.mlp.gate.weight": (number, slice(None)),
-                f"blocks.{layer}.mlp.in.weight": (number, slice(None)),
-                f"blocks.{layer}.mlp.out.weight": (slice(None), number),
-            }
-            total = sum(scores[name][where].sum().item() for name, where in parts.items())
-            neurons.append((total, parts))
-    chosen = {name: torch.zeros_like(value).bool() for name, value in scores.items()}
-    for total, parts in sorted(neurons, key=lambda neuron: -neuron[0])[: n // (3 * 24)]:
-        for name, where in parts.items():
-            chosen[name][where] = total > 0
-    return chosen
 
 
 def plain_walk(
@@ -195,7 +177,15 @@ def test_the_walk_is_the_plain_one(open_model, name, budget, steps, shares):
 
 def test_the_walk_over_neurons_is_the_plain_one(llama):
     options = {"size": SIZE, "budget": 0.01, "steps": even_shares(2, SIZE)}
-    protect = [SPARED, ALSO_SPARED]
+    protect, sites = [SPARED, ALSO_SPARED], weight_sites(llama)
+    units = Units.of(sites, "neuron", sites)
+
+    def best_neurons(scores: Weights, n: int) -> Weights:
+        chosen = {name: torch.zeros_like(value).bool() for name, value in scores.items()}
+        for name, index in units.largest(scores, n, {}).items():
+            chosen[name].view(-1)[index] = True
+        return chosen
+
     mask = find_circuit(llama, TARGET, protect, unit="neuron", **options)
     ladder = {"factors": UNIT_FACTORS, "first": FIRST_UNIT_FACTOR}
     expected = plain_walk(llama, TARGET, protect, best_of=best_neurons, **ladder, **options)
