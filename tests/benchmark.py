@@ -114,15 +114,6 @@ def layer_by_layer(bridge: Any, batches: Sequence[Batch]) -> Gradients:
     return total
 
 
-def seconds(run: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, with whatever it started on the device."""
-    start = perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return perf_counter() - start
-
-
 def compared(
     runs: dict[str, tuple[Callable[[], Any], float]],
     unit: str,
@@ -136,7 +127,11 @@ def compared(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, (run, factor) in runs.items():
-            times[name].append(factor * seconds(run, device))
+            start = perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            times[name].append(factor * (perf_counter() - start))
     rows = Rows()
     for name, of_turns in times.items():
         ratios = [time / base for time, base in zip(of_turns, times[unit], strict=True)]

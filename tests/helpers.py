@@ -60,10 +60,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "Cohere": ("CohereConfig", GQA),
     "SmolLM3": ("SmolLM3Config", GQA),
     "GPTJ": ("GPTJConfig", dict(**GPT2, rotary_dim=4)),
-    "Falcon": (
-        "FalconConfig",
-        dict(**SIZE, ffn_hidden_size=40, new_decoder_architecture=False, multi_query=False),
-    ),
+    "Falcon": ("FalconConfig", dict(**SIZE, ffn_hidden_size=40, multi_query=False)),
     "Bloom": ("BloomConfig", dict(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)),
     "Olmo": ("OlmoConfig", GQA),
     "Olmo3": ("Olmo3Config", GQA),
@@ -97,14 +94,8 @@ COARSE = [
 # Opened by TransformerLens, refused by us: blocks with other matrices than attention, MLP, router
 # and experts.
 UNSUPPORTED: dict[str, tuple[str, dict]] = {
-    "Qwen2Moe": (
-        "Qwen2MoeConfig",
-        dict(**EXPERTS, moe_intermediate_size=24, shared_expert_intermediate_size=24),
-    ),
-    "GptOss": (
-        "GptOssConfig",
-        dict(**GQA, head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
-    ),
+    "Qwen2Moe": ("Qwen2MoeConfig", dict(**EXPERTS, moe_intermediate_size=24)),
+    "GptOss": ("GptOssConfig", dict(**GQA, head_dim=6, num_local_experts=4)),
     "DeepseekV3": ("DeepseekV3Config", GQA | dict(num_key_value_heads=4)),
     "Mamba": ("MambaConfig", dict(vocab_size=61, hidden_size=24, num_hidden_layers=2)),
 }

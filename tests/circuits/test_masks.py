@@ -81,11 +81,11 @@ def test_stacked_experts_are_ranked_by_rows_of_their_last_axis():
 SCORES = scores_of([[5.0, 4, 3, 2, 1]])
 FIRST = top_fraction(SCORES, 0.2)
 REFUSALS = [
-    (lambda: top_fraction(SCORES, 1.1), "[0, 1]"),
+    (lambda: top_fraction(SCORES, 1.1), "0, 1"),
     (lambda: top_fraction(SCORES, 0.9, within="row", exclude=FIRST), "leaves fewer"),
     (lambda: top_fraction(SCORES, 0.2, exclude=mask_of(a=[0])), "same weights"),
     (lambda: mask_of(a=[3, 3]), "increase strictly"),
-    (lambda: mask_of(a=[12]), "[0, 12)"),
+    (lambda: mask_of(a=[12]), "0, 12"),
     (lambda: mask_of(c=[0]), "c is not among the shapes"),
     (lambda: mask_of(a=[1]) & WeightMask({}, {"a": (3, 4)}, SOURCE), "'b'"),
 ]
@@ -94,9 +94,8 @@ REFUSALS = [
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("call", "word"), REFUSALS)
 def test_what_cannot_be_is_refused(call, word):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=word):
         call()
-    assert word in str(error.value)
 
 
 indices = st.fixed_dictionaries(
