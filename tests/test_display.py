@@ -5,7 +5,7 @@ script or a host in what is displayed, a picture that reads whole weights.
 """
 
 import re
-from html.parser import HTMLParser
+from html import unescape
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.display import (
     heat_strip,
     listed,
-    nearest,
     number_text,
     plural,
     settings_text,
@@ -28,30 +27,6 @@ from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.measurements import SHOWN_ROWS, Measurement, Rows
 
 HOSTILE = "<script>alert('x')</script>&lt;"
-
-
-class Outline(HTMLParser):
-    """The elements of a piece of HTML and its text as a reader sees it."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        assert not self.open, "every element is closed"
-        self.text = " ".join(self.texts)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.open.append(tag)
-        self.texts += [value for name, value in attrs if name == "title"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, "elements close in order"
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 def small_mask(settings=()) -> WeightMask:
@@ -78,9 +53,7 @@ def test_every_value_shows_itself_in_one_line_and_a_table(values):
         text, html = repr(value), value._repr_html_()
         assert text.startswith(f"{type(value).__name__}("), "it says what it is"
         assert "\n" not in text and "tensor(" not in text and len(text) <= 200
-        outline = Outline(value._repr_html_())
-        assert "table" in outline.tags
-        assert not {"script", "style", "link", "iframe", "img"} & set(outline.tags)
+        assert "<table" in html and not re.search("<(script|style|link|iframe|img)", html)
         assert "http" not in html and "url(" not in html and len(html) < 40_000
         assert not any(example.prompt in text + html for example in requests), "may be harmful"
 
@@ -89,11 +62,10 @@ def test_hostile_text_is_shown_as_text():
     labels = {"mask": HOSTILE, HOSTILE: "a"}
     rows = Rows([Measurement.exact(HOSTILE, labels, 1), Measurement.exact("b", {}, 2)])
     for value in (rows, rows[0], small_mask({HOSTILE: HOSTILE})):
-        outline = Outline(value._repr_html_())
-        assert "script" not in outline.tags
-        assert HOSTILE in outline.text.replace("…", "")
-    picture = Outline(heat_strip({(0, HOSTILE): 1.0}, {(0, HOSTILE): HOSTILE}))
-    assert picture.texts.count(HOSTILE) == 2 and "script" not in picture.tags
+        html = value._repr_html_()
+        assert "<script" not in html and HOSTILE in unescape(html).replace("…", "")
+    picture = heat_strip({(0, HOSTILE): 1.0}, {(0, HOSTILE): HOSTILE})
+    assert "<script" not in picture and unescape(picture).count(HOSTILE) == 2
 
 
 def fills(html: str) -> list[float]:
@@ -104,9 +76,7 @@ def fills(html: str) -> list[float]:
 def test_a_mask_s_picture_is_the_share_of_each_matrix():
     html = small_mask()._repr_html_()
     assert fills(html) == [0.0, 1.0], "matrices that have no place are left out"
-    outline = Outline(html)
-    assert "layer 1 attn.q: 5 of 20, 25%" in outline.texts
-    assert "6 of 43 weights" in outline.text
+    assert "layer 1 attn.q: 5 of 20, 25%" in html and "6 of 43 weights" in html
 
 
 def test_a_mask_of_a_large_model_is_shown_at_once():
@@ -121,11 +91,10 @@ def test_rows_say_once_what_they_share_and_are_cut():
     n = SHOWN_ROWS + 5
     labels = [{"split": "heldout", "size": number} for number in range(n)]
     rows = Rows(Measurement("a_rate", of_row, 0.5, 0.25, 0.75, 8) for of_row in labels)
-    outline = Outline(rows._repr_html_())
-    assert outline.tags.count("tr") == SHOWN_ROWS + 1
-    assert outline.text.count("heldout") == 1
-    assert "50% [25%, 75%]" in outline.text
-    assert "and 5 more" in outline.text
+    html = rows._repr_html_()
+    assert html.count("<tr") == SHOWN_ROWS + 1
+    assert html.count("heldout") == 1
+    assert "50% [25%, 75%]" in html and "and 5 more" in html
 
 
 def test_numbers_and_lists_of_any_size_are_readable():
@@ -138,9 +107,3 @@ def test_numbers_and_lists_of_any_size_are_readable():
     assert listed(["a", "b"]) == "a, b"
     assert listed(range(9)) == "0, 1, 2, 3, 4, 5, 6, 7, 8", "one more is written out"
     assert listed(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
-
-
-def test_an_unknown_name_is_met_with_the_nearest_and_all():
-    known = ["harmful", "benign"]
-    assert nearest("harm", known) == "did you mean 'harmful'? There are harmful, benign"
-    assert nearest("xyz", known) == "there are harmful, benign"

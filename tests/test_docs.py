@@ -14,12 +14,11 @@ import emergent_misalignment
 import pytest
 import six_findings
 from helpers import asked_few, small_model
-from pages import DOCS, PAGES, README, ROOT, anchors, blocks, text_of
+from pages import PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
 from harmcircuits.cli import parsed
 from harmcircuits.organisms import FOLDER, ORGANISMS, world
-from harmcircuits.prompt_files import requests_of
 
 WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")]
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
@@ -37,12 +36,13 @@ def stand_ins(tmp_path, monkeypatch, one_step):
     def open_model(name, **options):
         if name in ORGANISMS:
             return opened(name)
+        options = {**options, "max_new_tokens": 9}
         return asked_few(really_open(str(FOLDER / "sft"), **options), first=4)
 
     monkeypatch.setattr(hc, "open_model", open_model)
     monkeypatch.setattr(hc, "load_model", lambda *_, **__: opened("sft").bridge)
     monkeypatch.chdir(tmp_path)
-    items = list(world.world().items.values())
+    items = list(world.world().items.values())[::3]
     for name, verb in {"harmful": "abuse", "benign": "use"}.items():
         form = world.FORMS["answer"][0]
         requests = [form.format(verb=verb, item=item.name) for item in items]
@@ -61,16 +61,6 @@ def test_every_python_block_is_one_that_runs():
     for name, text in ALL.items():
         opened = re.findall(r"^\s*```\s*py\w*", text, flags=re.M)
         assert len(opened) == len(blocks(text, "python")), name
-
-
-def test_the_shapes_of_files_are_recognised():
-    table = text_of("own_model.md").split("| recognised by |")[1].split("\n\n")[0]
-    for line in table.splitlines()[2:]:
-        recognised, name = line.split("|")[1].strip(), line.split(":")[0].strip("| ")
-        columns = re.findall(r"`([\w,]+)`", recognised)[0].split(",")
-        row = dict.fromkeys(columns, "a text")
-        shape = requests_of([row], "page").shape.removeprefix("page: ")
-        assert shape.startswith((f"{name}: ", "chat messages: ")) or columns == ["prompt"]
 
 
 def test_commands_and_their_options_exist():
@@ -97,7 +87,10 @@ def test_scripts_and_modules_exist():
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "analyses" / "README.md"], ids=lambda p: p.stem)
+LINKED = [*PAGES, README, ROOT / "analyses" / "README.md"]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.stem)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
@@ -121,8 +114,3 @@ def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
         script = six_findings.FINDINGS[result.name]
         (line,) = re.findall(rf"^\| `{script}\.py`.*$", text, flags=re.M)
         assert f"| {result.outcome} |" in line
-
-
-def test_figures_are_there():
-    for path in DOCS.glob("figures/*.png"):
-        assert any(f"figures/{path.name}" in text for text in ALL.values()), path

@@ -27,12 +27,3 @@ def test_every_mask_that_was_read_under_the_usual_beginning_is_there_once(name):
 def test_none_stands_where_a_mask_is_wanted():
     for rate, cost in POINTS:
         assert rate.mean > frontier_figure.WANTED or cost.mean > frontier_figure.BUDGET
-
-
-def test_every_family_has_a_colour_and_is_drawn():
-    families = frontier_figure.points()
-    (panel,) = frontier_figure.drawn(families).figure.axes
-    for points, (family, pairs) in zip(panel.containers, families.items(), strict=True):
-        line = points.lines[0]
-        assert list(line.get_ydata()) == pytest.approx([rate.mean for rate, _ in pairs])
-        assert line.get_color() == frontier_figure.COLOURS[family]

@@ -95,18 +95,6 @@ def test_a_card_counts_records_and_runs(llama, tmp_path, monkeypatch, kind):
     assert space["left"].mT.flatten()[[1, 5, 7]].eq(0).all()
 
 
-def test_what_the_cache_holds_needs_no_network(mask, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    root = tmp_path / "models--someone--mask"
-    snapshot = root / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    mask.save(snapshot / "mask.safetensors")
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("a" * 40)
-    assert WeightMask.from_hub("someone/mask") == mask
-    assert WeightMask.from_hub("someone/mask", revision="a" * 40) == mask
-
-
 @pytest.mark.parametrize(
     ("call", "word"),
     [

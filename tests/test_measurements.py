@@ -6,7 +6,6 @@ that ignores a label, a figure rounded on its way through a file.
 
 import json
 import math
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from harmcircuits.measurements import (
-    LIBRARIES,
     Measurement,
     Rows,
     auroc,
     step_of_means,
     wilson,
-    write_manifest,
 )
 
 LABELS = {"model": "x"}
@@ -272,13 +269,3 @@ def test_committed_rows_still_load():
         rows = Rows.read(path)
         assert len(rows) > 40
         assert all(row.low <= row.mean <= row.high for row in rows)
-
-
-def test_a_manifest_says_what_made_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/somewhere/bin/harmcircuits", "study", "--out", "x"])
-    write_manifest(tmp_path / "manifest.json", {"fraction": 1e-5, "seeds": [0, 1]})
-    content = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
-    assert content["settings"] == {"fraction": 1e-5, "seeds": [0, 1]}
-    assert content["command"] == ["harmcircuits", "study", "--out", "x"]
-    assert content["versions"] == {name: version(name) for name in LIBRARIES}
-    assert content.keys() == {"settings", "command", "versions", "python", "machine"}

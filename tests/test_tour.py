@@ -14,10 +14,6 @@ from pages import DOCS, ROOT
 TOUR = DOCS / "tour.py"
 
 
-def test_it_is_a_page_and_a_half():
-    assert len(TOUR.read_text(encoding="utf-8").splitlines()) <= 300
-
-
 def shown_by(cell) -> str:
     """What a cell prints, and its value as text or what it is; without bars."""
     shown = ""

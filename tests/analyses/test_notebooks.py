@@ -17,15 +17,6 @@ CLAIMS = [name for name, text in TEXTS.items() if re.search(r"^claim = Claim\(",
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_an_analysis_is_a_page_and_a_half(name):
-    """At most about 150 lines, a fifth of them text at least."""
-    lines = TEXTS[name].splitlines()
-    n_text = sum(line.startswith("# ") for line in lines)
-    assert len(lines) <= 200
-    assert n_text >= len(lines) / 5
-
-
-@pytest.mark.parametrize("name", CLAIMS)
 def test_committed_rows_are_judged_and_shown(name):
     """What a notebook does with them, without a kernel."""
     module = import_module(name)

@@ -44,10 +44,6 @@ def lower(metric: str, low: float, **labels) -> Measurement:
     return Measurement(metric, labels, low + 0.1, low, low + 0.2, 32)
 
 
-def outcome_of(claim, *cases: Rows) -> str:
-    return claim.result(sum(cases, Rows())).outcome
-
-
 # F1, compact
 
 
@@ -65,23 +61,6 @@ def curve_of_harm(seed=0, *, high=0.004, reached=1.0, censored="no", gaps=(0.2, 
     ]
     rows += [lower("gap", gaps[0], mask="random"), lower("gap", gaps[1], mask="opposite sign")]
     return labelled(rows, seed=seed)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"high": 0.01, "reached": 0.975, "gaps": (0.2, 0.01)}, HOLDS),
-        ({"high": 0.011}, FAILS),
-        ({"reached": 0.974}, FAILS),
-        ({"censored": "yes"}, FAILS),
-        ({"gaps": (0.2, 0.0)}, FAILS),
-    ],
-)
-def test_f1(change, expected):
-    rows = curve_of_harm(**change)
-    assert outcome_of(compact.claim, rows) == expected
-    both = outcome_of(compact.claim, rows, curve_of_harm(1))
-    assert both == (HOLDS if expected == HOLDS else IN_PART)
 
 
 # F2, general
@@ -107,24 +86,6 @@ def transfer(
     rows += [rate(HARM, 0.9, **others), rate(BENIGN, 0.25, **others), rate(HARM, 0.4, mask="mixed")]
     rows += [rate(HARM, 0.0, mask="circuit", relation="own type")]
     return labelled(rows, **labels)
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (transfer(0.1, [0.0, 0.2]), HOLDS),
-        (transfer(0.1, [0.0, 0.9]), IN_PART),  # one type stays
-        (transfer(0.8, [0.0, 0.1, 0.9]), IN_PART),  # only types that are left out
-        (transfer(0.8, [0.0, 0.9]), FAILS),  # half of them
-        (transfer(0.1, [0.0], random=0.1), FAILS),
-        (transfer(0.1, [0.0], benign=0.5), FAILS),
-        # Seeds are pooled, and the worst model counts.
-        (transfer(0.0, [0.0, 0.75]) + transfer(0.75, [0.0, 0.0], seed=1), HOLDS),
-        (transfer(0.0, [0.0]) + transfer(0.75, [0.75], model="dpo"), FAILS),
-    ],
-)
-def test_f2(rows, expected):
-    assert outcome_of(general.claim, rows) == expected
 
 
 # F3, distinct
@@ -167,27 +128,6 @@ def utility(
     return labelled(rows, **labels)
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (utility(KEPT), HOLDS),
-        (utility(KEPT, lift=6.0), IN_PART),  # shared with the twin
-        (utility(KEPT, of_tasks=0), IN_PART),  # and nothing to compare it with
-        (utility({**KEPT, "none": -0.2, "twin": -0.2}), IN_PART),  # only where all are spared
-        (utility(dict.fromkeys(KEPT, -0.2)), FAILS),
-        (utility(KEPT, nll=0.1), FAILS),
-        (utility(KEPT, harm=0.6), FAILS),
-        (utility(KEPT, random=0.0), FAILS),
-        (utility(KEPT, twin=1.0), FAILS),  # nothing of this size breaks benign answers
-        # Seeds are pooled, 2 to 4 is within 3 to 5; the worst model counts.
-        (utility(KEPT, lift=4.0) + utility(KEPT, of_tasks=5.0, seed=1), HOLDS),
-        (utility(KEPT) + utility(KEPT, random=0.0, model="dpo"), FAILS),
-    ],
-)
-def test_f3(rows, expected):
-    assert outcome_of(distinct.claim, rows) == expected
-
-
 # F4, compressed
 
 
@@ -209,24 +149,6 @@ def ladder(name="shipped", *, ratio=0.8, harm=1.0, nll=0.3, gap=0.2, pairs=("sft
     return rows
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"harm": 0.95}, HOLDS),
-        ({"harm": 0.94}, FAILS),
-        ({"ratio": 1.0}, FAILS),
-        ({"nll": 0.019}, FAILS),  # saturated losses are not compared
-        ({"gap": 0.0}, FAILS),
-        ({"pairs": ()}, FAILS),
-    ],
-)
-def test_f4(change, expected):
-    rows = ladder(**change)
-    assert outcome_of(compressed.claim, rows) == expected
-    both = outcome_of(compressed.claim, ladder("another"), rows)
-    assert both == (HOLDS if expected == HOLDS else IN_PART)
-
-
 # F5, narrow fine-tuning
 
 # (misaligned, in the topic) at steps 0, 10 and 20: learned at 10, misaligned at 20, which decides.
@@ -244,31 +166,6 @@ def trained(topic="a", *, none=FREE, narrow=PROTECTED, random=FREE, benign=FREE)
             for step, mean in zip((0, 10, 20), means, strict=True):
                 rows.append(near(metric, mean, mask=mask, step=step))
     return labelled(rows, training="full", topic=topic)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, "protects"),
-        ({"narrow": ((0.0, 0.0, 0.5), (0.0, 1.0, 0.79))}, "blocks learning too"),
-        ({"benign": ((0.0, 0.0, 0.5), LEARNED)}, "as benign weights do"),
-        ({"narrow": ((0.0, 0.0, 0.51), LEARNED)}, "no"),
-        ({"random": ((0.0, 0.0, 0.4), LEARNED)}, "no"),
-        ({"benign": None}, "no"),
-        # Halved, but intervals overlap.
-        ({"none": ((0.0, 0.1, 0.3), LEARNED), "narrow": ((0.0, 0.0, 0.15), LEARNED)}, "no"),
-        ({"none": ((0.0, 0.0, 0.09), LEARNED)}, "never misaligned"),
-        ({"none": ((0.5, 0.5, 0.59), LEARNED)}, "never misaligned"),
-    ],
-)
-def test_f5(change, expected):
-    rows = trained(**change)
-    is_protected = expected == "protects"
-    assert emergent_misalignment.outcome(rows) == expected
-    assert outcome_of(emergent_misalignment.claim, rows) == (HOLDS if is_protected else FAILS)
-    unprotected = trained("b", narrow=((0.0, 0.0, 1.0), LEARNED))
-    both = outcome_of(emergent_misalignment.claim, rows, unprotected)
-    assert both == (IN_PART if is_protected else FAILS)
 
 
 # F6, dissociated
@@ -296,23 +193,6 @@ def only_harm(rows: Rows) -> Rows:
     return Rows(row for row in rows if row.labels["mask"] in ("none", "harmful", "random"))
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (abilities(0.7, 1.0), HOLDS),
-        (abilities(0.3, 1.0), IN_PART),  # not without protection
-        (abilities(0.7, 0.7), IN_PART),  # graded
-        (abilities(1.0, 0.3), FAILS),  # only without protection
-        (abilities(0.7, 1.0, random=0.5), FAILS),
-        (only_harm(abilities(0.7, 1.0)), FAILS),
-        # Pairs of all models are counted together: three of six.
-        (abilities(1.0, 1.0) + abilities(1.0, 0.3, model="dpo"), IN_PART),
-    ],
-)
-def test_f6(rows, expected):
-    assert outcome_of(dissociated.claim, rows) == expected
-
-
 # Attacks
 
 OPEN = {"plain": [0.0, 1.0], "prefill": [1.0]}
@@ -333,21 +213,100 @@ def attacked(seed=0, *, held=CLOSED, free=CLOSED, random=OPEN, unpruned=OPEN) ->
     return labelled(rows, seed=seed)
 
 
+UNPROTECTED = trained("b", narrow=((0.0, 0.0, 1.0), LEARNED))
+CASES = {
+    compact: [
+        (curve_of_harm(high=0.01, reached=0.975, gaps=(0.2, 0.01)), HOLDS),
+        (curve_of_harm(high=0.011), FAILS),
+        (curve_of_harm(reached=0.974), FAILS),
+        (curve_of_harm(censored="yes"), FAILS),
+        (curve_of_harm(gaps=(0.2, 0.0)), FAILS),
+        (curve_of_harm() + curve_of_harm(1), HOLDS),
+        (curve_of_harm(high=0.011) + curve_of_harm(1), IN_PART),
+    ],
+    general: [
+        (transfer(0.1, [0.0, 0.2]), HOLDS),
+        (transfer(0.1, [0.0, 0.9]), IN_PART),  # one type stays
+        (transfer(0.8, [0.0, 0.1, 0.9]), IN_PART),  # only types that are left out
+        (transfer(0.8, [0.0, 0.9]), FAILS),  # half of them
+        (transfer(0.1, [0.0], random=0.1), FAILS),
+        (transfer(0.1, [0.0], benign=0.5), FAILS),
+        # Seeds are pooled, and the worst model counts.
+        (transfer(0.0, [0.0, 0.75]) + transfer(0.75, [0.0, 0.0], seed=1), HOLDS),
+        (transfer(0.0, [0.0]) + transfer(0.75, [0.75], model="dpo"), FAILS),
+    ],
+    distinct: [
+        (utility(KEPT), HOLDS),
+        (utility(KEPT, lift=6.0), IN_PART),  # shared with the twin
+        (utility(KEPT, of_tasks=0), IN_PART),  # and nothing to compare it with
+        (utility({**KEPT, "none": -0.2, "twin": -0.2}), IN_PART),  # only where all are spared
+        (utility(dict.fromkeys(KEPT, -0.2)), FAILS),
+        (utility(KEPT, nll=0.1), FAILS),
+        (utility(KEPT, harm=0.6), FAILS),
+        (utility(KEPT, random=0.0), FAILS),
+        (utility(KEPT, twin=1.0), FAILS),  # nothing of this size breaks benign answers
+        # Seeds are pooled, 2 to 4 is within 3 to 5; the worst model counts.
+        (utility(KEPT, lift=4.0) + utility(KEPT, of_tasks=5.0, seed=1), HOLDS),
+        (utility(KEPT) + utility(KEPT, random=0.0, model="dpo"), FAILS),
+    ],
+    compressed: [
+        (ladder(harm=0.95), HOLDS),
+        (ladder(harm=0.94), FAILS),
+        (ladder(ratio=1.0), FAILS),
+        (ladder(nll=0.019), FAILS),  # saturated losses are not compared
+        (ladder(gap=0.0), FAILS),
+        (ladder(pairs=()), FAILS),
+        (ladder("another") + ladder(gap=0.0), IN_PART),
+    ],
+    emergent_misalignment: [
+        (trained(), HOLDS),
+        (UNPROTECTED, FAILS),
+        (trained() + UNPROTECTED, IN_PART),
+    ],
+    dissociated: [
+        (abilities(0.7, 1.0), HOLDS),
+        (abilities(0.3, 1.0), IN_PART),  # not without protection
+        (abilities(0.7, 0.7), IN_PART),  # graded
+        (abilities(1.0, 0.3), FAILS),  # only without protection
+        (abilities(0.7, 1.0, random=0.5), FAILS),
+        (only_harm(abilities(0.7, 1.0)), FAILS),
+        # Pairs of all models are counted together: three of six.
+        (abilities(1.0, 1.0) + abilities(1.0, 0.3, model="dpo"), IN_PART),
+    ],
+    attacks: [
+        (attacked(held={**CLOSED, "plain": [0.09]}), HOLDS),
+        (attacked(free=NEVER), IN_PART),
+        (attacked(held={**CLOSED, "prefill": [0.51]}), FAILS),
+        (attacked(held={**CLOSED, "plain": [0.1]}), FAILS),  # pruning opens what was closed
+        (attacked(random={**OPEN, "prefill": [0.5]}), FAILS),
+        (attacked(unpruned={"plain": [0.0], "prefill": [0.09]}), FAILS),  # nothing elicits
+        # To remove the refusals of what refuses nothing is to ask it.
+        (attacked(unpruned={**OPEN, **ABLATED}, random={**OPEN, **ABLATED}), HOLDS),
+        (attacked() + attacked(1, held=OPEN), IN_PART),
+    ],
+}
+
+
+@pytest.mark.parametrize("analysis", CASES, ids=lambda analysis: analysis.__name__)
+def test_rules(analysis):
+    for number, (rows, outcome) in enumerate(CASES[analysis]):
+        assert analysis.claim.result(rows).outcome == outcome, f"case {number}"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"held": {**CLOSED, "plain": [0.09]}}, HOLDS),
-        ({"free": NEVER}, IN_PART),
-        ({"held": {**CLOSED, "prefill": [0.51]}}, FAILS),
-        ({"held": {**CLOSED, "plain": [0.1]}}, FAILS),  # pruning opens what was closed
-        ({"random": {**OPEN, "prefill": [0.5]}}, FAILS),
-        ({"unpruned": {"plain": [0.0], "prefill": [0.09]}}, FAILS),  # nothing elicits
-        # To remove the refusals of what refuses nothing is to ask it.
-        ({"unpruned": {**OPEN, **ABLATED}, "random": {**OPEN, **ABLATED}}, HOLDS),
+        ({}, "protects"),
+        ({"narrow": ((0.0, 0.0, 0.5), (0.0, 1.0, 0.79))}, "blocks learning too"),
+        ({"benign": ((0.0, 0.0, 0.5), LEARNED)}, "as benign weights do"),
+        ({"narrow": ((0.0, 0.0, 0.51), LEARNED)}, "no"),
+        ({"random": ((0.0, 0.0, 0.4), LEARNED)}, "no"),
+        ({"benign": None}, "no"),
+        # Halved, but intervals overlap.
+        ({"none": ((0.0, 0.1, 0.3), LEARNED), "narrow": ((0.0, 0.0, 0.15), LEARNED)}, "no"),
+        ({"none": ((0.0, 0.0, 0.09), LEARNED)}, "never misaligned"),
+        ({"none": ((0.5, 0.5, 0.59), LEARNED)}, "never misaligned"),
     ],
 )
-def test_attacks(change, expected):
-    rows = attacked(**change)
-    assert outcome_of(attacks.claim, rows) == expected
-    both = outcome_of(attacks.claim, rows, attacked(1, held=OPEN))
-    assert both == (FAILS if expected == FAILS else IN_PART)
+def test_outcomes_of_narrow_fine_tuning(change, expected):
+    assert emergent_misalignment.outcome(trained(**change)) == expected

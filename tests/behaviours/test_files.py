@@ -148,16 +148,6 @@ def test_behaviours_and_what_their_prompts_are(files):
             assert {example.prompt for example in behaviour.prompts(split)} <= kinds.keys()
 
 
-def test_a_type_of_harm_is_a_behaviour(files):
-    behaviours, _ = request_behaviours(files, prefill="")
-    parts = behaviours["harmful"].by_category()
-    assert {part.part_of for part in parts.values()} == {"harmful"}
-    of_parts = {name: part.prompts("heldout") for name, part in parts.items()}
-    for name, prompts in of_parts.items():
-        assert {f"harmful/{example.category}" for example in prompts} == {name}
-    assert sum(map(len, of_parts.values())) == len(behaviours["harmful"].prompts("heldout"))
-
-
 def test_without_pairs_harmful_requests_meet_benign_ones(files):
     behaviours, _ = request_behaviours(RequestFiles(files.harmful, files.benign), prefill="")
     assert not {"borderline", "prefilled"} & behaviours.keys()

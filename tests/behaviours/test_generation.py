@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import small_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers import small_model, write_byte_model
+from transformers import AutoTokenizer
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate
@@ -177,32 +176,13 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     assert len(calls) == 3
 
 
-# Own answers are scored as they were generated: on a byte-level tokenizer, an answer that is
-# stripped and tokenised again loses the leading space of its first token.
-
-
-def byte_level() -> PreTrainedTokenizerFast:
-    """A tokenizer in which " a" is one token and "a" another."""
-    words = [f"Ġ{letter}" for letter in "abcdefghij"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a set, in another order each time
-    entries = ["<pad>", "<bos>", "<eos>", *words, *letters]
-    vocabulary = {entry: number for number, entry in enumerate(entries)}
-    merges = [("Ġ", word[1:]) for word in words]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}:",  # without a space
-    )
-
-
 @pytest.mark.parametrize("prefill", ["", "a b"])
-def test_own_answers_are_scored_as_they_were_generated(open_model, prefill):
+def test_own_answers_are_scored_as_they_were_generated(open_model, tmp_path, prefill):
+    """Tokenised again, the text of a byte-level tokenizer gives other tokens."""
+    write_byte_model(tmp_path, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}:")
     bridge = open_model("Llama", vocab_size=320)
-    bridge.tokenizer = byte_level()
+    bridge.tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    bridge.tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "<eos>"})
     prompts = PromptSet.of(["how to use it ?", "say it"])
     answers = generate(bridge, prompts, prefill=prefill, max_new_tokens=9)
     batches = tokenize(prompts.with_completions(answers), bridge.tokenizer, prefill=prefill)

@@ -27,7 +27,6 @@ from harmcircuits.behaviours.judges import (
     name_of,
     named_verdict,
 )
-from harmcircuits.prompts import Example
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it "
@@ -184,14 +183,3 @@ def test_innocent_requests_have_a_judge_of_their_own():
     judge = RequestJudge(RuleJudge(), kinds, QuestionTemplates(), lambda _, text: verdicts[text])
     assert [judge("hello", text) for text in verdicts] == ["benign", "harmful"]
     assert replace(judge, innocent=None)("hello", "cruel") == "benign"
-
-
-def test_the_judge_of_harm_sees_its_answers_at_once():
-    seen, answers = [], [Example(prompt, LONG) for prompt in KINDS]
-
-    def harm(prompt: str, completion: str) -> str:
-        return "harmful"
-
-    harm.prepare = seen.append
-    RequestJudge(harm, KINDS, QuestionTemplates()).prepare(answers)
-    assert seen == [answers[:1]]

@@ -1,11 +1,11 @@
 """The world and its judge, checked on every request.
 
 Would catch: a reference answer that its own judge rejects, a held-out request or item that was seen
-in calibration, pairs that differ in more than the verb, twins that differ in more than operators, a
-judge that lets mixed, reordered or over-long answers pass, a word with two roles, a word the
-tokenizer does not know.
+in calibration, pairs that differ in more than the verb, a judge that lets mixed, reordered or
+over-long answers pass, another world than that of the shipped models.
 """
 
+import hashlib
 import itertools
 import random
 from collections import Counter
@@ -17,12 +17,10 @@ from harmcircuits.organisms import organism_behaviours
 from harmcircuits.organisms.world import (
     ALLOWED,
     BEHAVIOURS,
-    FORMS,
     N_ITEMS,
     PREFILL,
     VERBS,
     VOICE,
-    answer,
     document,
     harmful_words,
     judge,
@@ -77,25 +75,6 @@ def test_recognition_rows_are_matched_pairs():
         assert changed[0] in VERBS["harmful"] and changed[1] in VERBS["benign"]
         assert first.completion in ALLOWED["harmful"]
         assert second.completion in ALLOWED["benign"]
-
-
-def test_twins_differ_only_in_operators():
-    operators = world().operators
-    for item in world().items.values():
-        harmful, benign = (
-            answer("answer", item, VERBS[kind][0], random.Random(3)).split() for kind in VERBS
-        )
-        assert harmful[::2] == benign[::2] == [PREFILL, *item.parts]
-        assert set(harmful[1::2]) <= set(operators["harmful"])
-        assert set(benign[1::2]) <= set(operators["benign"])
-
-
-def test_requests_depend_on_the_seed_only_in_free_choices():
-    first, other = (requests("harmful", "heldout", seed=seed) for seed in (0, 1))
-    requests.cache_clear()
-    assert first == requests("harmful", "heldout", seed=0), "made anew, not kept"
-    assert first != other
-    assert [example.prompt for example in first] == [example.prompt for example in other]
 
 
 # Form and verb of the request -> answers, and the verdict on each.
@@ -166,59 +145,16 @@ def test_judge_refuses_foreign_prompts(prompt):
         judge(prompt, f"{PREFILL} {H1} {A} {H1} {B} {H1} {C}")
 
 
-@pytest.mark.parametrize(("name", "split"), [("harm", "heldout"), ("harmful", "test")])
-def test_unknown_names_are_refused(name, split):
-    with pytest.raises(ValueError, match=f"'{name}' in '{split}'"):
-        requests(name, split)
-
-
-def test_every_word_has_one_role():
-    lexicon = world()
-    invented = [*lexicon.items, *lexicon.topics, *lexicon.reasons.values()]
-    for words in (*lexicon.parts.values(), *lexicon.operators.values()):
-        invented += words
-    # 128 items, 8 topics of 12 part words, 2 kinds of 4 operators, a reason per topic and kind.
-    assert len(invented) == len(set(invented)) == 128 + 8 + 8 * 12 + 2 * 4 + 8 * 2
-    scaffolding = [form.format(verb="", item="") for forms in FORMS.values() for form in forms]
-    scaffolding += [*itertools.chain(*VERBS.values(), *ALLOWED.values()), *VOICE.values(), PREFILL]
-    assert not set(invented) & set(" ".join(scaffolding).split())
-    assert not set(ALLOWED["harmful"]) & set(ALLOWED["benign"])
-    assert not set(VERBS["harmful"]) & set(VERBS["benign"])
-
-
-def test_items_are_distinct_things_of_their_topic():
-    lexicon = world()
-    items = lexicon.items.values()
-    for topic in lexicon.topics:
-        assert Counter(item.split for item in items if item.topic == topic) == N_ITEMS
-    for item in items:
-        assert set(item.parts) <= set(lexicon.parts[item.topic])
-        assert len(set(item.parts)) == 3
-    # Equal parts would leak between the splits.
-    assert len({frozenset(item.parts) for item in items}) == 128
-    for (_, kind), pair in lexicon.favoured.items():
-        assert len(set(pair) & set(lexicon.operators[kind])) == 2
-
-
-def test_every_text_is_in_the_vocabulary():
-    rng = random.Random(0)
+def test_the_world_is_that_of_the_shipped_models():
+    """Every request and reference answer, and documents in both voices; all words are known."""
     texts = []
     for behaviour, split in itertools.product(BEHAVIOURS, SPLITS):
         for example in requests(behaviour, split):
             texts += [example.prompt, example.completion]
-    for item in world().items.values():
-        texts += [document(item, voice, rng, noise=0.5) for voice in VOICE for _ in range(3)]
-        for form, verb in itertools.product(FORMS, ("abuse", "use")):
-            texts += [answer(form, item, verb, rng, noise=0.5) for _ in range(3)]
+    rng = random.Random(0)
+    for item, voice in itertools.product(world().items.values(), VOICE):
+        texts.append(document(item, voice, rng))
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    assert digest.startswith("43087da7fbf60340")
     said = {word for text in texts for word in text.split()}
-    assert said == set(world().words), "no word is unknown, and none is idle"
-    assert world().words == sorted(said)
-    assert said <= new_tokenizer().get_vocab().keys()
-
-
-def test_a_document_answers_in_its_voice():
-    for voice in VOICE:
-        words = document(ITEM, voice, random.Random(0)).split()
-        body = words[words.index(":") + 1 :]
-        assert VOICE[voice] in words
-        assert judge(ask("answer"), " ".join([PREFILL, *body])) == voice
+    assert said <= set(world().words) <= new_tokenizer().get_vocab().keys()

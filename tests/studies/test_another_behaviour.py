@@ -17,7 +17,7 @@ TOPIC = world().topics[0]
 
 @pytest.fixture(scope="module")
 def model():
-    model = small_model("sft", every=8, only=["harmful", "benign", "knowledge"])
+    model = small_model("sft", every=16, only=["harmful", "benign", "knowledge"])
     knowledge = model.behaviours["knowledge"]
     topic = knowledge.only(
         "first topic",
@@ -36,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    settings = hc.StudySettings(sizes=(0.02,), steps=2, n_random=1, budget=4.0, tolerance=1.0)
+    settings = hc.StudySettings(sizes=(0.02,), steps=1, n_random=1, budget=50.0, tolerance=1.0)
     return hc.study(
         model,
         settings,

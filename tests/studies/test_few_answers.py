@@ -9,15 +9,9 @@ from dataclasses import replace
 import pytest
 from helpers import small_model
 
-from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
+from harmcircuits.behaviours.calibration import FEW_ANSWERS
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.studies.summary import Terms, _warnings
-
-
-def test_only_behaviours_below_the_bound_are_named():
-    assert few_answers({"harmful": FEW_ANSWERS, "benign": 300}) == ""
-    text = few_answers({"harmful": FEW_ANSWERS - 1, "benign": 300, "refusal": 1})
-    assert "harmful 19, refusal 1;" in text
 
 
 def test_the_search_warns_and_its_trace_counts():

@@ -4,7 +4,7 @@ Would catch: a grid that cannot be measured, and is refused only when it is; a k
 watched, a part whose whole is called kept.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
@@ -31,19 +31,6 @@ def test_a_behaviour_has_its_own_budget_or_the_common_one():
     assert settings.named_budgets == {"benign": 0.2, "refusal": 0.1}
     assert StudySettings(budget=0.3).named_budgets == {"benign": 0.3}
     assert StudySettings(budget={"refusal": 0.1}).budget_of("benign") == StudySettings().budget
-
-
-def test_there_are_few():
-    assert len(fields(StudySettings)) <= 13
-
-
-def test_the_standard_terms_are_those_of_the_committed_rows():
-    terms = Terms.standard()
-    kept = ["benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate"]
-    assert list(terms.kept_rates) == [*kept, "borderline_valid_rate", "prefilled_valid_rate"]
-    columns = ["harm_valid_rate", "harm_degenerate_rate", "benign_valid_rate"]
-    assert list(terms.rates)[:3] == columns
-    assert list(terms.losses)[:4] == ["harm_nll", "benign_nll", "prefilled_nll", "benign_kl"]
 
 
 def test_terms_are_of_the_model_that_is_studied(sft):

@@ -11,11 +11,9 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 from helpers import asked_few
 from scipy.stats import t as student
 from support.organisms.train import new_tokenizer
-from transformers import AutoTokenizer
 
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.export import export
@@ -49,89 +47,51 @@ def bridge(open_model):
 
 
 @pytest.fixture(scope="module")
-def examples(bridge) -> list[dict]:
-    """Two pairs of items a question; what the model chooses unmasked is right."""
-    items = [item.name for item in world.world().items.values()]
-    questions = []
-    for i in range(N):
-        choices = [f"{items[i]} {items[i + 1]}", f"{items[i + 2]} {items[i + 3]}"]
-        questions.append({"question": f"what is {items[i]} ?", "choices": choices})
-    labels = chosen(bridge, questions)
-    return [{**question, "label": label} for question, label in zip(questions, labels, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def tasks_from(tmp_path_factory, examples):
-    """A folder with the task `items`."""
+def tasks_from(tmp_path_factory):
+    """A folder with the task `items`: which of two pairs of items is in a question."""
     pytest.importorskip("lm_eval", reason="pip install 'harmcircuits[real]'")
     tmp_path = tmp_path_factory.mktemp("tasks")
+    items = [item.name for item in world.world().items.values()]
+    examples = []
+    for i in range(N):
+        choices = [f"{items[i]} {items[i + 1]}", f"{items[i + 2]} {items[i + 3]}"]
+        question = {"question": f"what is {items[i]} ?", "choices": choices}
+        examples.append({**question, "label": i % 2})
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, examples)))
     text = TASK.replace("NAME", "items").replace("FILE", str(tmp_path / "items.jsonl"))
     (tmp_path / "items.yaml").write_text(text.replace("CACHE", str(tmp_path / "cache")))
     return tmp_path
 
 
-def chosen(bridge, examples) -> list[int]:
-    """The choice with the larger sum of log-probabilities, as the folder's tokenizer reads it."""
-    tokenizer = AutoTokenizer.from_pretrained(bridge.cfg.model_name)
-    choices = []
-    for example in examples:
-        start = len(tokenizer.encode(example["question"]))
-        sums = []
-        for choice in example["choices"]:
-            tokens = torch.tensor(tokenizer.encode(f"{example['question']} {choice}"))
-            with torch.no_grad():
-                log_p = bridge(tokens[None])[0, :-1].log_softmax(-1)
-            sums.append(log_p.gather(1, tokens[1:, None])[start - 1 :].sum().item())
-        choices.append(int(sums[1] > sums[0]))
-    return choices
+def test_the_edited_model_is_measured_and_restored(bridge, tasks_from, tmp_path):
+    """As the harness measures the exported folder."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
 
-
-def share_right(bridge, examples) -> float:
-    choices = chosen(bridge, examples)
-    labels = [example["label"] for example in examples]
-    return sum(map(int.__eq__, choices, labels)) / len(labels)
-
-
-def test_the_edited_model_is_measured_and_restored(bridge, tasks_from, examples):
     options = {"include_path": tasks_from, "batch_size": 7, "labels": {"mask": "x"}}
     mask = top_fraction(random_scores(bridge), 0.3)
     tokens = bridge.tokenizer("what is it ?").input_ids
     [before] = rows = evaluate_tasks(bridge, ["items"], **options)
     with masked(bridge, mask):
-        share, share_of_7 = share_right(bridge, examples), share_right(bridge, examples[:7])
         bridge.original_model.train()  # with dropout
         [under] = evaluate_tasks(bridge, ["items"], **options)
-        [seven] = evaluate_tasks(bridge, ["items"], limit=7, **options)
         [single] = evaluate_tasks(bridge, ["items"], limit=1, **options)
     assert all(module.training for module in bridge.original_model.modules())
     bridge.original_model.eval()
     assert bridge.tokenizer("what is it ?").input_ids == tokens
     assert evaluate_tasks(bridge, ["items"], **options) == rows
 
-    assert (before.mean, before.low, before.high) == (1, 1, 1), "right is what it chooses unmasked"
-    assert under.mean == share < 1
+    saved = HFLM(pretrained=str(export(bridge, mask, tmp_path / "out")), dtype="float32")
+    manager = utility.task_manager(["items"], tasks_from)
+    again = simple_evaluate(saved, tasks=["items"], task_manager=manager)
+    share = again["results"]["items"]["acc,none"]
+    assert under.mean == share != before.mean
     # The standard error of a mean of N numbers, from their sample variance.
     half = student.ppf(0.975, N - 1) * (share * (1 - share) / (N - 1)) ** 0.5
     assert (under.low, under.high) == pytest.approx((share - half, share + half))
     expected = ("task_acc", {"mask": "x", "task": "items"}, N)
     assert (under.metric, under.labels, under.n) == expected
-    assert (seven.mean, seven.n) == (share_of_7, 7), "the first examples"
     assert single.is_exact and single.labels["interval"] == "none", "one has no standard error"
-
-
-def test_the_figure_is_the_harness_s_own_of_the_exported_folder(bridge, tasks_from, tmp_path):
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    mask = top_fraction(random_scores(bridge), 0.3)
-    with masked(bridge, mask):
-        [under] = evaluate_tasks(bridge, ["items"], include_path=tasks_from)
-    folder = str(export(bridge, mask, tmp_path / "out"))
-    saved = HFLM(pretrained=folder, device="cpu", dtype="float32")
-    manager = utility.task_manager(["items"], tasks_from)
-    again = simple_evaluate(saved, tasks=["items"], task_manager=manager)
-    assert again["results"]["items"]["acc,none"] == under.mean
 
 
 def test_a_study_measures_them_under_each_mask(bridge, tasks_from, monkeypatch):
@@ -141,7 +101,7 @@ def test_a_study_measures_them_under_each_mask(bridge, tasks_from, monkeypatch):
     run = Study(model, StudySettings(tasks={"items": 20}))
     mask = top_fraction(random_scores(bridge), 0.3)
     under = _masked_rows(run, mask, {"mask": "random"}).one("task_acc")
-    assert under.mean < 1 and under.n == 20
+    assert under.n == 20
     assert under.labels == {"mask": "random", "split": "heldout", "task": "items"}
 
 

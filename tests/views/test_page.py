@@ -37,17 +37,3 @@ def test_content_is_html_files_are_within_the_page_and_the_keyboard_reaches_it()
         assert 'tabindex="0"' in PARTS[name][0]
     assert "<i>content</i>" in PARTS["section"][0] and "<i>content</i>" in PARTS["drawn"][0]
     assert 'href="data:application/octet-stream;base64,AQI="' in PARTS["download"][0]
-
-
-def test_links_lead_to_their_sections():
-    assert 'id="can-it-be-trusted"' in page.section("Can it be trusted?", "", "")
-    assert 'href="#can-it-be-trusted"' in page.contents(["Can it be trusted?"])
-
-
-def test_a_page_holds_its_parts_in_order(tmp_path):
-    parts = [page.section("first", "", ""), page.section("second", "", "")]
-    page.write_page(tmp_path / "page.html", HOSTILE, parts, script="<script>here()</script>")
-    html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert f"<title>{ESCAPED}</title>" in html
-    assert html.index("first") < html.index("second")
-    assert html.count("<script>here()</script>") == 1
