@@ -16,7 +16,6 @@ ROOMS = ("circuits", "hooks", "behaviours", "views", "studies", "prompts", "meas
 jaxtyping.install_import_hook([f"harmcircuits.{room}" for room in ROOMS], "typechecker.check")
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,26 +26,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from harmcircuits.behaviours.model import Model
 from harmcircuits.prompts import Batch
 
-REAL_MODELS, REAL_DATA = "--real-models", "--real-data"
-
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-
-
-def pytest_addoption(parser):
-    parser.addoption(REAL_MODELS, type=Path, help="the folder that holds folders of real models")
-    parser.addoption(REAL_DATA, type=Path, help="the folder that holds files of requests")
-
-
-@pytest.fixture(scope="session")
-def real_models(request) -> Path:
-    return request.config.getoption(REAL_MODELS, skip=True)
-
-
-@pytest.fixture(scope="session")
-def real_data(request) -> Path:
-    return request.config.getoption(REAL_DATA, skip=True)
 
 
 @pytest.fixture

@@ -135,12 +135,9 @@ def test_b7_an_estimate_does_not_believe_the_first_examples(llama):
     is_target = torch.zeros(len(lengths), width, dtype=torch.bool)
     for row, length in enumerate(lengths):
         is_target[row, length - 2 : length] = True
-    estimates = []
-    for order in (range(8), range(7, -1, -1)):
-        rows = list(order)
-        batch = Batch(tokens[rows], is_target[rows])
-        estimates.append(hc.estimate_memory(llama, [batch]).activations)
-    assert estimates[0] == pytest.approx(estimates[1], rel=0.05)
+    batches = Batch(tokens, is_target), Batch(tokens, is_target.flip(0))
+    first, second = (hc.estimate_memory(llama, [batch]).activations for batch in batches)
+    assert first == pytest.approx(second, rel=0.05)
 
 
 def test_b9_changes_of_three_samples_move_in_thirds(sft):
@@ -162,58 +159,41 @@ def test_b9_changes_of_three_samples_move_in_thirds(sft):
 
 
 def test_b10_a_group_of_the_held_out_file_is_scored_nowhere():
-    asked = PromptSet(tuple(Example(f"use thing {n}", group=f"thing {n}") for n in range(40)))
-    measured = PromptSet(
-        tuple(Example(f"tell me of thing {n}", group=f"thing {n}") for n in range(0, 40, 2))
-    )
-    sets = asked.splits(measured)
+    asked = [Example(f"use thing {n}", group=f"thing {n}") for n in range(40)]
+    measured = [replace(example, prompt=f"how to {example.prompt}") for example in asked[::2]]
+    sets = PromptSet(tuple(asked)).splits(PromptSet(tuple(measured)))
     groups = {split: {example.cluster for example in sets[split]} for split in SPLITS}
     assert not groups["heldout"] & (groups["calibration"] | groups["choice"])
     assert len(groups["calibration"] | groups["choice"]) == 20
 
 
-def files_with_pairs(n: int = 120) -> RequestFiles:
-    """Harmful requests with a held-out file of their own, and pairs about the same ones."""
-    harmful = tuple(Example(f"harm {number}") for number in range(n))
-    benign = tuple(Example(f"good {number}") for number in range(n))
-    pairs = []
-    for number in range(n):
-        pairs.append(Example(f"harm {number}", group=f"p{number}", label="unsafe"))
-        pairs.append(Example(f"twin {number}", group=f"p{number}", label="safe"))
-    return RequestFiles(
-        harmful=PromptSet(harmful),
-        benign=PromptSet(benign),
-        harmful_heldout=PromptSet(tuple(Example(f"other harm {number}") for number in range(20))),
-        benign_heldout=PromptSet(tuple(Example(f"other good {number}") for number in range(20))),
-        pairs=PromptSet(tuple(pairs)),
-    )
-
-
 def test_b11_questions_are_where_their_requests_are_and_the_counter_looks_at_these():
-    harm = [Example(f"harm {number}", group=f"p{number}", label="unsafe") for number in range(120)]
-    heldout = [replace(example, prompt=f"other {example.prompt}") for example in harm[:20]]
-    files = files_with_pairs()
-    # Pairs of held-out requests too, or none would be left to hold out.
-    more = []
-    for number, example in enumerate(heldout):
-        more.append(replace(example, group=f"h{number}"))
-        more.append(Example(f"other twin {number}", group=f"h{number}", label="safe"))
-    files = replace(files, pairs=PromptSet((*files.pairs, *more)))
+    texts = {"harm": [], "good": [], "other harm": [], "other good": []}
+    pairs = []
+    for name, of_name in texts.items():
+        for number in range(20 if "other" in name else 120):
+            of_name.append(f"{name} {number}")
+            if "harm" in name:
+                group = {"group": f"of {of_name[-1]}"}
+                pairs.append(Example(of_name[-1], **group, label="unsafe"))
+                pairs.append(Example(f"twin of {of_name[-1]}", **group, label="safe"))
+    harmful, benign, *heldout = map(PromptSet.of, texts.values())
+    of_heldout = {"harmful_heldout": heldout[0], "benign_heldout": heldout[1]}
+    files = RequestFiles(harmful, benign, pairs=PromptSet(tuple(pairs)), **of_heldout)
     behaviours, _ = request_behaviours(files, prefill="")
     scored = {
         example.prompt for split in SPLITS[:2] for example in behaviours["harmful"].prompts(split)
     }
-    questions = behaviours["recognition"].prompts("heldout")
+    recognition = behaviours["recognition"]
+    questions = recognition.prompts("heldout")
     assert len(questions) == 40
     assert not [example for example in questions if example.prompt.split("Request: ")[1] in scored]
     assert not repeat_rows(behaviours).where(IN_TWO_SPLITS)
 
     # Questions that ask about what is scored elsewhere are counted by their requests.
-    about = behaviours["recognition"].prompts.about
-    moved = replace(
-        behaviours["recognition"].prompts, about={**about, "heldout": about["calibration"]}
-    )
-    leaking = {**behaviours, "recognition": replace(behaviours["recognition"], prompts=moved)}
+    about = recognition.prompts.about
+    moved = replace(recognition.prompts, about={**about, "heldout": about["calibration"]})
+    leaking = {**behaviours, "recognition": replace(recognition, prompts=moved)}
     rows = repeat_rows(leaking).where(IN_TWO_SPLITS, behaviour="harmful", measured="recognition")
     assert rows[0].mean == len(about["calibration"]) / 2
 
@@ -292,22 +272,22 @@ def test_b18_a_mask_of_another_model_is_refused(llama):
     scores = hc.magnitude_scores(llama)
     mask = hc.top_fraction(scores, 0.01)
     other = replace(mask, source=Source("another", "x"))
-    calls = [
+    for call in (
         lambda: hc.find_circuit(llama, [random_batch()], size=0.01, steps=1, exclude=other),
         lambda: hc.top_fraction(scores, 0.01, exclude=other),
         lambda: scores.sum_over(other),
         lambda: mask & other,
-    ]
-    for call in calls:
+    ):
         with pytest.raises(ValueError, match="another"):
             call()
 
 
 def test_b20_the_digest_of_requests_holds_what_splits_and_intervals_hang_on():
-    first = PromptSet((Example("q", group="g", category="a", label="safe"),))
+    first = Example("q", group="g", category="a", label="safe")
     for name in ("group", "category", "label"):
-        other = PromptSet((replace(first.examples[0], **{name: "another"}),))
-        assert other.digest != first.digest
+        assert (
+            PromptSet((replace(first, **{name: "another"}),)).digest != PromptSet((first,)).digest
+        )
 
 
 def test_b21_no_silent_mean_and_no_silent_loss(llama):

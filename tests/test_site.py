@@ -46,18 +46,9 @@ def test_it_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path, 
     pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     for path, text in pages.items():
         loaded = re.findall(
-            r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?//", text
-        )
-        loaded += re.findall(
-            r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?https?:[^\s>]*", text
+            r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^\s>]*",
+            text,
         )
         assert not [tag for tag in loaded if "canonical" not in tag], path
     for path in tmp_path.rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()[\s\"']*(?:https?:)?//", path.read_text()), path
-
-    tour = pages[tmp_path / "tour.html"]
-    assert tour.count('src="data:image/') == 3
-    assert "<!-- shown" not in tour
-    reference = pages[tmp_path / "reference" / "masks.html"]
-    assert 'id="harmcircuits.find_circuit"' in reference
-    assert "blockquote" not in reference, "an example stands as a quotation"

@@ -156,6 +156,13 @@ def test_a_circuit_is_found_on_verified_answers_given_again_under_each_mask(smal
     assert any(changed), "answers that stay need not be given again"
 
 
+def test_a_search_on_few_answers_warns_and_its_trace_counts_them(small, data):
+    n_verified = data["harmful"].n_verified
+    with pytest.warns(UserWarning, match=rf"find_circuit: .* harmful {n_verified}"):
+        mask = small.find_circuit("harmful", protect=(), size=0.001, steps=1, renew=False)
+    assert mask.trace.one("examples_scored", data="target").mean == n_verified
+
+
 @pytest.fixture
 def search(monkeypatch):
     """search(model, ...) -> what is scored, what is protected and the options of its search."""

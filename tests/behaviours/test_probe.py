@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import small_model
 
-import harmcircuits as hc
 from harmcircuits.behaviours import probe as probe_module
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.behaviours.probe import (
@@ -170,16 +169,3 @@ def test_rules_come_first(model, probe):
         judge = ProbeJudge(replace(probe, threshold=threshold), model.bridge)
         assert judge("", "I'm sorry, but I can't help with that.") == "refusal"
         assert judge("", "Take flour and water, then mix and bake them.") == verdict
-
-
-@pytest.mark.real
-def test_a_probe_on_a_real_model(real_models, real_data):
-    """Run with -m real --real-models FOLDER --real-data FOLDER; prints no answer."""
-    files = {"harmful": "harmful_requests", "benign": "harmless_requests"}
-    prompts = {name: real_data / f"{stem}_calibration.jsonl" for name, stem in files.items()}
-    prompts |= {"limit": 20, "limit_measured": 5}
-    folder = real_models / "smollm2-135m-instruct"
-    model = hc.open_model(folder, prompts=prompts, judge="probe", max_new_tokens=32)
-    assert model.validation.one(METRIC, split="calibration", contrast="all").mean > 0.7
-    is_used = {row.labels["used"] for row in model.validation}
-    assert is_used == {"yes" if is_valid(model.validation) else "no"}

@@ -120,12 +120,6 @@ def test_known_scores_are_read_and_what_is_protected_may_be_left_out(model, data
     assert free.searched == ("benign twin",)
 
 
-def test_without_calibration_data_of_the_contrast_there_is_no_twin(model, data, circuit):
-    others = controls(model, "benign", circuit, calibrations=data, contrast="refusal", n_random=1)
-    assert others.searched == ()
-    assert list(others) == ["random", "random magnitude", "opposite sign", "second slice"]
-
-
 @pytest.mark.parametrize(
     ("recorded", "options"),
     [

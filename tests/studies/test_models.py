@@ -27,7 +27,7 @@ QUESTIONS = {
     "yes": ["yes", "fine"],
     "no": ["no", "never"],
 }
-LIMIT = 6
+LIMIT = 4
 # What suits an organism's short answers.
 OPTIONS = {"prefill": "sure", "max_new_tokens": 9, "batch_size": 64}
 
@@ -111,13 +111,8 @@ DOORS = {
 
 
 @pytest.fixture(scope="module")
-def doors_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("doors")
-
-
-@pytest.fixture(scope="module")
-def expected(two, doors_cache):
-    options = {**OPTIONS, "dtype": "float32", "cache": doors_cache}
+def expected(two, cache):
+    options = {**OPTIONS, "dtype": "float32", "cache": cache}
     model = hc.open_model(str(SFT), prompts={**two, "limit": LIMIT}, **options)
     figures = model.measure(only=["harmful", "recognition"])
     assert figures.one("harm_valid_rate").mean >= 0.9
@@ -126,14 +121,14 @@ def expected(two, doors_cache):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_leads_to_the_same_model(two, doors_cache, expected, door):
+def test_every_door_leads_to_the_same_model(two, cache, expected, door):
     given = {**two, "limit": LIMIT}
     if door == "bridge":
         given |= {"harmful": requests("abuse"), "benign": requests("use")}
     model = DOORS[door]()
     # What is loaded already has its dtype.
     loading = {"dtype": "float32"} if door == "path" else {}
-    opened = hc.open_model(model, prompts=given, cache=doors_cache, **OPTIONS, **loading)
+    opened = hc.open_model(model, prompts=given, cache=cache, **OPTIONS, **loading)
     figures = opened.measure(only=["harmful", "recognition"])
     assert (weights_digest(opened.bridge), figures) == expected
     assert opened.name == "sft"
@@ -150,10 +145,6 @@ def enough() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("given", "options", "words"),
     [
-        (torch.nn.Linear(2, 2), {}, ["Linear needs its requests"]),
-        (SFT, {"prompts": ["a", "b"]}, ["got list"]),
-        (SFT, {"prompts": {"harmful": "no.csv", "benign": ["b"]}}, ["no.csv"]),
-        (SFT, {"prompts": {"harmful": ["a"], "benign": ["b"]}}, ["1 given requests", "give more"]),
         ("nowhere", {"prompts": enough()}, ["'nowhere'"]),
         (SFT, {"prompts": enough(), "judge": "strict"}, ["judge='strict'"]),
         (SFT, {"prompts": enough(), "dtype": "int8"}, ["dtype='int8'"]),
@@ -307,8 +298,8 @@ def assert_gate(model, name: str, *, is_open: bool) -> Rows:
     return rows
 
 
-def test_a_probe_judges_where_it_is_valid(two, tmp_path):
-    rows = assert_gate(opened_with(two, tmp_path, "probe"), "probe of layers 1, 2, 3", is_open=True)
+def test_a_probe_judges_where_it_is_valid(two, cache):
+    rows = assert_gate(opened_with(two, cache, "probe"), "probe of layers 1, 2, 3", is_open=True)
     assert rows.one("harm_kept_words_rate").mean == 1
 
 

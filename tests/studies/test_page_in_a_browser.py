@@ -1,16 +1,23 @@
-"""The page of a study, opened from disk in a browser without a network.
+"""The page of a study, and views saved as pages, opened from disk in a browser without a network.
 
 Would catch: an error on the console, a page that scrolls sideways on a phone or clips a table on a
-laptop, a section that is empty, a table that the keyboard does not reach, a dark page with dark
-text, a mask that cannot be downloaded.
+laptop, a section that is empty, a table that the keyboard does not reach, a dark page with dark text
+or a white view, a mask that cannot be downloaded, a token without its value on hovering.
 """
 
 from dataclasses import replace
 
 import pytest
+import torch
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.studies.study_page import write_study_page
+from harmcircuits.views.circuitsvis import (
+    activated_tokens,
+    attention_pairs,
+    coloured_tokens,
+    gained_tokens,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +26,14 @@ CLIPPED = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e
 SHORTEST = "Math.min(...[...document.querySelectorAll('section')].map(e => e.innerText.length))"
 COLOURS = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
 MISSING = {"shipped": 1, "own": 2, "no mask": 3}  # sentences in place of what cannot be shown
+WORDS = ["<bos>", "tell", "me", "sure"]
+SQUARE = torch.eye(4)[None]
+VIEWS = {
+    "tokens": coloured_tokens(WORDS, torch.tensor([0.0, 0.5, -2.0, 1.0])),
+    "attention": attention_pairs(WORDS, SQUARE, SQUARE, [(0, 1)]),
+    "neurons": activated_tokens(WORDS, torch.ones(2, 4), torch.zeros(2, 4), [(0, 1), (1, 2)]),
+    "gained": gained_tokens(WORDS, torch.eye(4) - 0.25, WORDS, k=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +44,8 @@ def pages(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     for name, shown in {"shipped": run, "own": own, "no mask": replace(run, chosen=None)}.items():
         write_study_page(shown, folder / f"{name}.html")
+    for name, view in VIEWS.items():
+        view.save(folder / f"{name}.html")
     return folder
 
 
@@ -82,3 +99,14 @@ def test_the_mask_is_downloaded(open_page, tmp_path):
         page.get_by_text("Download the mask").click()
     download.value.save_as(tmp_path / "circuit.safetensors")
     assert WeightMask.load(tmp_path / "circuit.safetensors").n_removed > 0
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_drawn_and_fits(open_page, name):
+    page = open_page(name, 390, "dark")
+    page.locator("[id^=circuits-vis] *").first.wait_for()
+    assert page.evaluate(OVERFLOWING) == 0
+    assert "invert" in page.evaluate("getComputedStyle(document.querySelector('.drawn')).filter")
+    if name == "tokens":
+        page.get_by_text("me", exact=True).first.hover()
+        page.get_by_text("-2").first.wait_for()

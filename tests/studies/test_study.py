@@ -27,7 +27,13 @@ from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import operating_point, study
 from harmcircuits.studies.study_page import write_study_page
-from harmcircuits.studies.summary import Terms, held_out_lines, result_tables, summary
+from harmcircuits.studies.summary import (
+    Terms,
+    held_out_lines,
+    judge_lines,
+    result_tables,
+    summary,
+)
 
 FIXED_MASKS = {
     "none", "circuit", "random", "random_magnitude", "opposite_sign", "second_slice", "benign_twin",
@@ -153,6 +159,11 @@ def test_what_cannot_be_trusted_is_warned_of(finished):
     row = Measurement("doubted", circuit.labels, 0.1, 0.0, 1.0, 100)
     assert "contradicts itself" in summary(Rows([*run.rows, row]), terms)
 
+    rows = [row for row in run.rows if row.metric != "calibration_examples"]
+    for name, number in {"harmful": 7, "benign": 64, "knowledge": 3, "refusal": 2}.items():
+        rows.append(Measurement.exact("calibration_examples", {"behaviour": name}, number))
+    assert "harmful 7, knowledge 3;" in summary(Rows(rows), run.terms), "no other is protected"
+
 
 # The page
 
@@ -174,19 +185,14 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
         labels = {"judge": "chat:m", "contrast": "all", "split": split, "requests": 31}
         interval = (mean, mean - 0.05, mean + 0.05)
         rows.append(Measurement(METRIC, {**labels, "used": used}, *interval))
+    line = ("chat:m", "all", "31", "0.91 [0.86, 0.96]", "0.87 [0.82, 0.92]", used)
+    assert [tuple(cells) for cells in judge_lines(Rows(rows))] == [line]
     # Without a mask, whose page takes seconds.
     run = replace(finished.run, rows=Rows([*finished.run.rows, *rows]), chosen=None)
     write_study_page(run, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    _, _, section = html.partition("<h2>Can the judge be trusted?")
-    line, _, _ = section.partition("</table>")
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", line, flags=re.S)
-    texts = [re.sub(r"<.*?>", "", cell).strip() for cell in cells]
-    assert texts == ["chat:m", "all", "31", "0.91 [0.86, 0.96]", "0.87 [0.82, 0.92]", used]
-
-    terminal = StringIO()
-    Console(width=200, file=terminal).print(*result_tables(run.rows, run.terms))
-    assert "The judge of harm" in terminal.getvalue()
+    section = html.partition("<h2>Can the judge be trusted?")[2].partition("</table>")[0]
+    assert all(text in section for text in line)
     warning = "Warning: the judge does not tell harmful answers from harmless ones"
     for text in (summary(run.rows, run.terms), html):
         assert (warning in text) == (used == "no")
@@ -322,14 +328,5 @@ def test_what_cannot_be_studied_is_refused_before_anything_is_written(sft, tmp_p
     with pytest.raises(ValueError, match=re.escape(word)):
         study(sft, StudySettings(**options), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_bound_on_memory_needs_a_folder(sft):
     with pytest.raises(ValueError, match="out=FOLDER"):
         study(sft, max_memory=2**21)
-
-
-def test_behaviours_that_are_not_shown_are_refused(sft):
-    closed = replace(sft.behaviours["harmful"], prefill="")
-    with pytest.raises(ValueError, match="sft does not show 'harmful'"):
-        study(sft.with_behaviours(closed))

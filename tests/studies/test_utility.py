@@ -56,7 +56,7 @@ def tasks_from(tmp_path_factory):
     for i in range(N):
         choices = [f"{items[i]} {items[i + 1]}", f"{items[i + 2]} {items[i + 3]}"]
         question = {"question": f"what is {items[i]} ?", "choices": choices}
-        examples.append({**question, "label": i % 2})
+        examples.append({**question, "label": int(i < 20)})
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, examples)))
     text = TASK.replace("NAME", "items").replace("FILE", str(tmp_path / "items.jsonl"))
     (tmp_path / "items.yaml").write_text(text.replace("CACHE", str(tmp_path / "cache")))
@@ -81,7 +81,8 @@ def test_the_edited_model_is_measured_and_restored(bridge, tasks_from, tmp_path)
     assert bridge.tokenizer("what is it ?").input_ids == tokens
     assert evaluate_tasks(bridge, ["items"], **options) == rows
 
-    saved = HFLM(pretrained=str(export(bridge, mask, tmp_path / "out")), dtype="float32")
+    folder = str(export(bridge, mask, tmp_path / "out"))
+    saved = HFLM(pretrained=folder, device="cpu", dtype="float32")
     manager = utility.task_manager(["items"], tasks_from)
     again = simple_evaluate(saved, tasks=["items"], task_manager=manager)
     share = again["results"]["items"]["acc,none"]

@@ -54,15 +54,6 @@ def test_a_terminal_s_table_has_a_line_a_mask_and_the_columns_that_a_line_has():
     assert [row.style for row in table.rows] == [None, "bold"]
 
 
-def test_what_is_too_wide_for_a_terminal_is_folded_and_not_cut():
-    values = ["a name of words", *(f"{number}.25" for number in range(10))]
-    frame = pandas.DataFrame([values], columns=[f"column {number}" for number in range(11)])
-    narrow = shown(frame_table(frame), 72)
-    assert "…" not in narrow and max(map(len, narrow.splitlines())) <= 72
-    for value in " ".join(values).split():
-        assert value in narrow
-
-
 def test_cells_are_plain_text():
     frame = pandas.DataFrame({"[red]a": ["[b]x"]})
     assert {"[red]a", "[b]x"} <= set(shown(frame_table(frame)).split())
