@@ -22,7 +22,7 @@ from harmcircuits.studies.controls import unpruned_scores
 @pytest.fixture(scope="module")
 def gpu():
     """An organism on the pretended GPU, and its answers."""
-    model = small_model("sft", every=16)
+    model = small_model("sft", every=32)
     with PretendedCuda():
         move(model.bridge)
         data = model.calibrations(["harmful", "benign", "refusal", "recognition"])
@@ -71,7 +71,7 @@ def test_scores_masks_and_losses(gpu):
     hc.estimate_memory(bridge, harm)
 
 
-def test_searches_controls_and_edits(gpu, tmp_path):
+def test_searches_and_edits(gpu, tmp_path):
     model, data = gpu
     bridge, harm = model.bridge, data["harmful"].batches
     options = {"size": 0.001, "calibrations": data, "protect": ["benign", "refusal"]}
@@ -80,7 +80,6 @@ def test_searches_controls_and_edits(gpu, tmp_path):
     once = {**options, "steps": 1, "renew": False}
     model.find_circuit("harmful", **once, prefer="refusal", max_memory=2**20)
     model.find_circuit("harmful", **{**once, "size": 0.01}, unit="neuron")
-    hc.controls(model, "harmful", mask, protect=["benign"], calibrations=data, n_random=1)
     hc.set_difference(bridge, harm, [data["benign"].batches], q=0.01, p=0.01)
     spared = {name: data[name] for name in ("benign", "refusal")}
     unpruned_scores(model, "harmful", data["harmful"], spared, folder=tmp_path / "scores")
