@@ -160,7 +160,7 @@ class WeightScores:
             )
         total = 0.0
         for name, index in mask.removed.items():
-            scores = self.values[name].flatten()[index]
+            scores = self.values[name].flatten()[index].cpu()  # not every device has float64
             # In float64, because first-order effects of both signs cancel.
             total += scores.double().sum().item()
         return total

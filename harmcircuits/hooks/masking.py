@@ -77,7 +77,7 @@ def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
     """Inside `masked`: the model as it was before the outermost mask, bit for bit."""
     bridge = as_bridge(bridge)
     edits = []
-    for layer in reversed(_ON.get(bridge, [])):
+    for layer in reversed(_ON.get(bridge.original_model, [])):
         if isinstance(layer, Edits):
             edits += [edit.undone() for edit in reversed(layer.edits)]
     yield from during(bridge, Edits(bridge, edits), bridge)
@@ -92,14 +92,14 @@ def masked_if_given(
 
 def restore(bridge: AnyModel) -> None:
     """Take off whatever an interrupt has left on a model: masks and fine-tuning."""
-    layers = _ON.get(as_bridge(bridge), [])
+    layers = _ON.get(as_bridge(bridge).original_model, [])
     if layers:
         _take_off(layers, layers[0])
 
 
 def is_edited(bridge: Bridge) -> bool:
     """Whether a mask or a fine-tuning is on."""
-    return bool(_ON.get(bridge))
+    return bool(_ON.get(bridge.original_model))
 
 
 @runtime_checkable
@@ -118,13 +118,14 @@ class Layer(Protocol):
         ...
 
 
-# The layers of every model, the lowest first. Not kept on the bridge itself, which may be copied.
-_ON: WeakKeyDictionary[Bridge, list[Layer]] = WeakKeyDictionary()
+# The layers of every Hugging Face model, the lowest first: two bridges may lie over one. Not kept on
+# the model itself, which may be copied.
+_ON: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
 
 
 def during(bridge: Bridge, layer: Layer, given: Given) -> Iterator[Given]:
     """The body of a context manager: the layer is on at the `yield`, and off on any exit."""
-    layers = _ON.setdefault(bridge, [])
+    layers = _ON.setdefault(bridge.original_model, [])
     try:
         try:
             layers.append(layer)
