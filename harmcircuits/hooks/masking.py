@@ -118,8 +118,8 @@ class Layer(Protocol):
         ...
 
 
-# The layers of every Hugging Face model, the lowest first: two bridges may lie over one. Not kept on
-# the model itself, which may be copied.
+# The layers of every Hugging Face model, over which two bridges may lie, the lowest first. Not kept
+# on the model itself, which may be copied.
 _ON: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
 
 
