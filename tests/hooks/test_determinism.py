@@ -55,7 +55,7 @@ def largest_change(scores: WeightScores, before: WeightScores) -> float:
         ("Mixtral", snip_scores, torch.float32),
         ("GPT2", token_price, torch.float32),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_changes_the_scores_of_a_tiny_model(open_model, name, method, dtype):
     """Doing the same again changes nothing at all."""
