@@ -108,7 +108,9 @@ def test_pairs_by_group_and_by_category():
         Example("bad two", category="contrast_x", label="harmful"),
         Example("alone", category="y", label="harmless"),
     )
-    pairs = [(bad.prompt, good.prompt) for bad, good in request_pairs(PromptSet(given))]
+    with pytest.warns(UserWarning, match="1 request without a partner"):
+        found = request_pairs(PromptSet(given))
+    pairs = [(bad.prompt, good.prompt) for bad, good in found]
     assert pairs == [("bad one", "good one"), ("bad two", "good two")]
     with pytest.raises(ValueError, match="f: "):
         request_pairs(PromptSet.of([Example("a", label="maybe")]), "f")
