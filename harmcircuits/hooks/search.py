@@ -18,7 +18,7 @@ from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.walk import PREFERENCE, Walk
-from harmcircuits.hooks.weights import model_fingerprint, sources_on, weight_sites
+from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
 from harmcircuits.prompts import Batch
 
 STEPS = 10
@@ -114,7 +114,7 @@ def find_circuit(
             gradient that is not finite, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
-    matrices = weight_sites(bridge)
+    matrices = block_sites(bridge)
     shapes = {name: tuple(site.parameter.shape) for name, site in matrices.items()}
     sizes = list(size) if isinstance(size, Sequence) else [size]
     _refuse_sizes(sizes, sum(map(prod, shapes.values())))
