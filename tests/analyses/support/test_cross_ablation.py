@@ -4,10 +4,12 @@ Would catch: circuits of unequal size, resamples that differ between behaviours,
 the masks, a twin about other things.
 """
 
+import numpy as np
 import pytest
 import torch
-from support.cross_ablation import content_rows, overlap_rows, resampled_circuits
+from support.cross_ablation import _topic_mean, content_rows, overlap_rows, resampled_circuits
 
+import harmcircuits as hc
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores
@@ -63,3 +65,14 @@ def test_content_rows_average_the_right_pairs(harm_scores):
             "harm and benign, other topic": 0,
         }
     )
+
+
+def test_b15_a_topic_that_is_drawn_twice_has_two_twins():
+    """The interval of twins is the ordinary bootstrap of their mean."""
+    values = np.random.default_rng(0).normal(size=12)
+    table, is_twin = np.diag(values), np.eye(12, dtype=bool)
+    draws = np.random.default_rng(1).integers(12, size=(500, 12))
+    row = _topic_mean("x", {}, table, is_twin, draws)
+    means = values[draws].mean(axis=1)
+    expected = hc.Measurement.of_draws("x", {}, means, mean=values.mean(), n_groups=12)
+    assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
