@@ -102,7 +102,8 @@ def find_circuit(
             queries a key-value head is a unit by itself); "row", what one output of a matrix is
             computed with. Units are ranked by their mean score a weight and taken from the best
             down while they are within the size.
-        folder: keeps the walk after every step; the same search goes on from there.
+        folder: keeps the walk after every step; the same search goes on from there. An objective is
+            known by its value on the target, a function that gives the target by its name.
         max_memory: bytes for scores that are accumulated (see `removal_effect`). The two sums are
             then in temporary files as well.
         progress: whether to show a bar.
