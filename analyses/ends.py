@@ -37,6 +37,7 @@ from support.bench.gates import learned_masks
 from support.jobs import Job, run_jobs
 
 import harmcircuits as hc
+from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.model import preferred_batches
 from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.views.tables import frame_table
@@ -44,6 +45,7 @@ from harmcircuits.views.tables import frame_table
 SIZES = (0.0005, 0.001, 0.002)
 ENGINES, AIMS = ("walk", "gates"), ("loss", "error", "refuse", "deflect")
 ROWS = Path(__file__).parent / "rows" / "ends.jsonl"
+STANDARD = standard_behaviours()
 KEPT = ("benign", "recognition", "explanation", "knowledge", "refusal")
 ERROR_WEIGHT = 4.0  # of the error beside losses in nats, in the gates
 Calibrations = dict[str, Any]
@@ -125,10 +127,9 @@ def line_of(rows: hc.Rows, before: hc.Rows) -> Line:
     def now(metric: str) -> float:
         return rows.one(metric).mean
 
-    behaviours = hc.open_model(str(rows[0].labels["model"])).behaviours
     kept = True
     for name in KEPT:
-        rate, loss = behaviours[name].metric, behaviours[name].nll_metric
+        rate, loss = STANDARD[name].metric, STANDARD[name].nll_metric
         most = 0.05 if name == "benign" else 0.1
         kept = kept and now(rate) >= before.one(rate).mean - 0.01
         kept = kept and now(loss) <= before.one(loss).mean + most

@@ -106,8 +106,9 @@ class ModelOptions(OwnModel):
             if is_quick:
                 given["prompts"]["limit"] = min(self.limit or QUICK_LIMIT, QUICK_LIMIT)
             return open_model(self.model, device=self.device, **given)
-        for name in (*given.pop("prompts"), *given):
-            raise ValueError(f"--{name} is for a model of your own; give --model too")
+        unused = [*given.pop("prompts"), *given]
+        if unused:
+            raise ValueError(f"--{unused[0]} is for a model of your own; give --model too")
         folder = Path(self.organisms) if self.organisms else FOLDER
         opened = open_organism(self.organism, seed=seed, device=self.device, folder=folder)
         return opened.sampled(QUICK_SHARE, seed=0) if is_quick else opened

@@ -8,23 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, command, random_batch
+from helpers import ARCHITECTURES, command, random_batch, random_mask
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmcircuits.circuits.masks import WeightMask, top_fraction
+from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.organisms import load_organism
 
 MODELS = [(name, torch.float32) for name in ARCHITECTURES]
 MODELS += [(name, torch.bfloat16) for name in ("Llama", "GPTNeoX", "Mixtral")]
-
-
-def a_mask(bridge, fraction: float = 0.1) -> WeightMask:
-    return top_fraction(random_scores(bridge), fraction)
 
 
 def folder_of(bridge) -> Path:
@@ -38,7 +33,7 @@ def stored(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "dtype"), MODELS, ids=str)
 def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtype):
     bridge, tokens = open_model(name, dtype=dtype), random_batch().tokens
-    mask, before = a_mask(bridge), bridge(tokens)
+    mask, before = random_mask(bridge, 0.1), bridge(tokens)
     folder = export(bridge, mask, tmp_path / "out")
     assert torch.equal(bridge(tokens), before), "the bridge is as it was"
     with masked(bridge, mask), torch.no_grad():
@@ -59,7 +54,7 @@ def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtyp
 )
 def test_exactly_the_masked_weights_change(open_model, tmp_path, name, fraction):
     bridge = open_model(name)
-    mask, original = a_mask(bridge, fraction), folder_of(bridge)
+    mask, original = random_mask(bridge, fraction), folder_of(bridge)
     folder = export(bridge, mask, tmp_path / "out")
     before, after = stored(original), stored(folder)
     assert before.keys() == after.keys(), "tied tensors stay tied"
@@ -71,21 +66,21 @@ def test_exactly_the_masked_weights_change(open_model, tmp_path, name, fraction)
 
 
 def test_refusals_leave_nothing_behind(open_model, llama, tmp_path, monkeypatch):
-    mask, out = a_mask(llama), tmp_path / "out"
+    mask, out = random_mask(llama, 0.1), tmp_path / "out"
 
     def refused(message: str, bridge=llama, mask=mask, **options) -> None:
         with pytest.raises(ValueError, match=message):
             export(bridge, mask, out, **options)
         assert not list(tmp_path.iterdir())
 
-    refused("the mask was made on model", mask=a_mask(open_model("Llama", seed=5)))
+    refused("the mask was made on model", mask=random_mask(open_model("Llama", seed=5), 0.1))
     refused("source='nowhere' gives no model and tokenizer", source="nowhere")
     for other in (dict(seed=5), dict(num_hidden_layers=1)):
         source = folder_of(open_model("Llama", **other))
         refused(r"export: .* is not this bridge's", source=source)
-        refused(r"export: .* is not this bridge's", mask=a_mask(llama, 0.0), source=source)
+        refused(r"export: .* is not this bridge's", mask=random_mask(llama, 0.0), source=source)
     refused("of a gpt2, this bridge is a llama", source=folder_of(open_model("GPT2")))
-    with masked(llama, top_fraction(random_scores(llama, seed=1), 0.1)):
+    with masked(llama, random_mask(llama, 0.1, seed=1)):
         refused(r"export: blocks\..*weights changed since loading")
 
     plain = type(llama).forward
@@ -100,7 +95,7 @@ def test_refusals_leave_nothing_behind(open_model, llama, tmp_path, monkeypatch)
     export(llama, mask, out, source=folder)
     with pytest.raises(ValueError, match="out exists and is not empty"):
         export(llama, mask, out, source=folder)
-    half = a_mask(llama, 0.5)
+    half = random_mask(llama, 0.5)
     export(llama, half, out, source=folder, force=True)
     assert WeightMask.load(out / "mask.safetensors") == half
 
@@ -111,13 +106,13 @@ def test_an_interrupted_export_leaves_nothing(llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(WeightMask, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(llama, a_mask(llama), tmp_path / "out")
+        export(llama, random_mask(llama, 0.1), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_keeps_an_organism_s_dtype_on_disk_its_tokenizer_and_its_mask(tmp_path):
     bridge, folder = load_organism("sft"), tmp_path / "new" / "out"
-    mask = a_mask(bridge, 0.01)
+    mask = random_mask(bridge, 0.01)
     mask.save(tmp_path / "mask")
     where = ("--mask", str(tmp_path / "mask"), "--out", str(folder))
     ended = command("export", "--model", "sft", *where)

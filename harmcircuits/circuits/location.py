@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ def pieces(
     by: By,
 ) -> Iterator[Piece]:
     """(place, removed, weights) of every part of a matrix that lies in one place."""
+    if by not in get_args(By):
+        raise ValueError(f"by={by!r}; expected one of {', '.join(get_args(By))}")
     for name, n_removed in mask.counts.items():
         site = sites[name]
         n_weights = site.parameter.numel()

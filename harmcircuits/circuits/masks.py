@@ -332,7 +332,7 @@ def top_fraction(
         )
     shapes = scores.shapes
     if exclude is not None:
-        refuse_other_model("top_fraction: `exclude`", exclude, scores.source.model, shapes)
+        refuse_other_weights("top_fraction: `exclude`", exclude, scores.source.model, shapes)
     excluded = exclude.removed if exclude is not None else {}
 
     removed: dict[str, Tensor] = {}
@@ -358,7 +358,7 @@ def _count(fraction: float, n: int) -> int:
     return max(1, int(fraction * n + 0.5)) if fraction else 0
 
 
-def refuse_other_model(
+def refuse_other_weights(
     what: str, mask: WeightMask, model: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raises ValueError for a mask of another model than this, or of other weights of it."""
@@ -372,7 +372,7 @@ def refuse_other_model(
 
 def refuse_others(mask: WeightMask, other: WeightMask) -> None:
     """Raises ValueError for masks of two models, or of other weights of the same."""
-    refuse_other_model("the second mask", other, mask.source.model, mask.shapes)
+    refuse_other_weights("the second mask", other, mask.source.model, mask.shapes)
 
 
 def union(masks: Sequence[WeightMask]) -> WeightMask | None:

@@ -40,17 +40,17 @@ class Protection:
         budgets = _budgets(budget, by_name)
 
         priced = {}
-        examples: list[_Example] = []
+        examples: list[UnpaddedText] = []
         batch_size = 1
         for name, batches in by_name.items():
             refuse_batches(f"find_circuit: protected {name}", bridge, batches)
             priced[name], third = split_by_request(batches, CHECKED_EVERY)
-            examples += _examples(third or priced[name], name)
+            examples += unpadded(third or priced[name], name)
             batch_size = max(batch_size, *map(len, batches))
 
         # Of like length together, since the shorter ones of a batch are padded.
         examples.sort(key=lambda example: len(example.tokens))
-        checked = _batched(examples, batch_size)
+        checked = batched(examples, batch_size)
         names = [example.behaviour for example in examples]
         return cls(priced, checked, names, _losses(bridge, checked), budgets)
 
@@ -93,7 +93,7 @@ def _with_normal_interval(name: str, values: Float[Tensor, " n"]) -> Measurement
 # Sharing out
 
 
-class _Example(NamedTuple):
+class UnpaddedText(NamedTuple):
     """An answer without padding, and the behaviour that it shows."""
 
     tokens: Int[Tensor, " pos"]
@@ -113,7 +113,7 @@ def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch],
     most, rest = [], []
     for batch in batches:
         is_rest = []
-        for example in _examples([batch]):
+        for example in unpadded([batch]):
             number = numbers.setdefault(example.request, len(numbers))
             is_rest.append(number % every == every - 1)
         for part, belongs in ((most, ~torch.tensor(is_rest)), (rest, torch.tensor(is_rest))):
@@ -122,18 +122,18 @@ def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch],
     return most, rest
 
 
-def _examples(batches: Sequence[Batch], behaviour: str = "") -> list[_Example]:
+def unpadded(batches: Sequence[Batch], behaviour: str = "") -> list[UnpaddedText]:
     examples = []
     for batch in batches:
         lengths = batch.is_token.sum(dim=1).tolist()
         for row, length in enumerate(lengths):
             tokens = batch.tokens[row, :length]
             is_target = batch.is_target[row, :length]
-            examples.append(_Example(tokens, is_target, behaviour))
+            examples.append(UnpaddedText(tokens, is_target, behaviour))
     return examples
 
 
-def _batched(examples: Sequence[_Example], size: int) -> list[Batch]:
+def batched(examples: Sequence[UnpaddedText], size: int) -> list[Batch]:
     """Some examples at a time, padded to one length; what stands there reaches no target."""
     batches = []
     for start in range(0, len(examples), size):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from harmcircuits.circuits.masks import Scope, WeightMask, refuse_other_model, top_fraction
+from harmcircuits.circuits.masks import Scope, WeightMask, refuse_other_weights, top_fraction
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import nearest
@@ -121,7 +121,7 @@ def find_circuit(
     _refuse_sizes(sizes, sum(map(prod, shapes.values())))
     shares = _shares(steps, sizes)
     if exclude is not None:
-        refuse_other_model("find_circuit: `exclude`", exclude, model_fingerprint(bridge), shapes)
+        refuse_other_weights("find_circuit: `exclude`", exclude, model_fingerprint(bridge), shapes)
     candidates = _candidates(matrices, sites)
     units = None
     if unit != "weight":

@@ -79,3 +79,10 @@ def test_component_rows_add_up(llama):
         removed = [row.mean for row in of_matrix]
         assert sum(removed) == matrices.one(layer=layer, kind=kind).mean
         assert removed == sorted(removed, reverse=True)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_place_is_refused(llama):
+    mask = random_mask(llama)
+    with pytest.raises(ValueError, match="by='heads'"):
+        counts_by(mask, weight_sites(llama), "heads")

@@ -35,7 +35,7 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs
 from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.protection import Protection, _batched, _Example, _examples
+from harmcircuits.hooks.protection import Protection, UnpaddedText, batched, unpadded
 from harmcircuits.hooks.weights import sources_on, weight_sites
 from harmcircuits.prompts import Batch
 
@@ -58,7 +58,7 @@ REACH = (2.0, 4.0, 1.0)  # rounds of a target alone, in sizes: what is dear show
 class Texts:
     """Texts of one kind, with the loss of each before anything is removed; drawn a few at a time."""
 
-    examples: list[_Example]
+    examples: list[UnpaddedText]
     objective: Objective
     before: Float[Tensor, " n"]
     generator: torch.Generator
@@ -72,7 +72,7 @@ class Texts:
         objective: Objective,
         generator: torch.Generator,
     ) -> "Texts":
-        examples = _examples(batches)
+        examples = unpadded(batches)
         with torch.no_grad():
             losses = [objective(bridge, batch).float().cpu() for batch in batches]
         return cls(examples, objective, torch.cat(losses), generator)
@@ -84,7 +84,7 @@ class Texts:
             if not self.left:
                 self.left = torch.randperm(len(self.examples), generator=self.generator).tolist()
             drawn.append(self.left.pop())
-        (batch,) = _batched([self.examples[number] for number in drawn], n)
+        (batch,) = batched([self.examples[number] for number in drawn], n)
         now = self.objective(bridge, batch)
         return now, self.before[drawn].to(now.device)
 
@@ -105,12 +105,19 @@ class Gates:
     benefit: dict[str, Tensor] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)
     rises: dict[str, float] = field(default_factory=dict)
+    # Of a round: the candidates of each matrix, their places among the gates, and their weights.
     candidates: dict[str, Int[Tensor, " _"]] = field(default_factory=dict)
+    places: dict[str, slice] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     gate: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(site.parameter.shape) for name, site in self.sites.items()}
+
+    @property
+    def n_weights(self) -> int:
+        return sum(site.parameter.numel() for site in self.sites.values())
 
     def round(self, n: int, steps: int, mask: WeightMask | None) -> WeightMask:
         """Score under a mask, choose candidates, and learn a mask of so many weights."""
@@ -161,16 +168,21 @@ class Gates:
 
     def _choose_candidates(self, n: int, mask: WeightMask | None) -> float:
         """Take new candidates and the gates that are open already; a usual benefit among them."""
-        chosen = positive(self.benefit, largest(self.benefit, self._n_candidates(n), {}))
+        n_candidates = min(self.n_weights, CANDIDATES * n)
+        chosen = positive(self.benefit, largest(self.benefit, n_candidates, {}))
         open_before: dict[str, Tensor] = dict(mask.removed) if mask is not None else {}
         values, gates = [], []
-        self.candidates = {}
-        for name in self.sites:
+        self.candidates, self.places, self.weights = {}, {}, {}
+        start = 0
+        for name, site in self.sites.items():
             parts = [of_name[name] for of_name in (chosen, open_before) if name in of_name]
             if not parts:
                 continue
             index = torch.cat(parts).unique()
             self.candidates[name] = index
+            self.places[name] = slice(start, start + len(index))
+            self.weights[name] = site.parameter.detach().flatten()[index].float().cpu()
+            start += len(index)
             values.append(self.benefit[name].flatten()[index])
             is_open = torch.isin(index, open_before[name]) if name in open_before else index < 0
             gates.append(is_open.float())
@@ -180,29 +192,20 @@ class Gates:
         self.gate = projected(torch.cat(gates) + (value / unit).clamp(0, 1) / 2, n)
         return unit
 
-    def _n_candidates(self, n: int) -> int:
-        n_weights = sum(site.parameter.numel() for site in self.sites.values())
-        return min(n_weights, CANDIDATES * n)
-
     # A step
 
     def _gradient(self, gate: Tensor) -> Tensor:
         """Minus the gradient of the loss by the gates: what opening each of them gains."""
         gradient = torch.zeros_like(gate)
-        ends = torch.tensor([len(index) for index in self.candidates.values()]).cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        places = dict(zip(self.candidates, zip(starts, ends, strict=True), strict=True))
-        scale = {name: 1 - gate[start:end] for name, (start, end) in places.items()}
-        weights = {name: self._weights(name) for name in places}
+        scale = {name: 1 - gate[place] for name, place in self.places.items()}
 
         def receive(site: Site, x: Input, g: OutputGradient) -> None:
             first, second = (g, x) if site.input_axis == 1 else (x, g)
             product = first.flatten(0, 1).float().T @ second.flatten(0, 1).float()
-            start, end = places[site.name]
             of_candidates = product.flatten()[self.candidates[site.name]].cpu()
-            gradient[start:end] += weights[site.name] * of_candidates
+            gradient[self.places[site.name]] += self.weights[site.name] * of_candidates
 
-        sites = {name: self.sites[name] for name in places}
+        sites = {name: self.sites[name] for name in self.candidates}
         candidates = WeightMask(self.candidates, self.shapes, self.source)
         gated = masked(self.bridge, candidates, scale=scale)
         with gated, torch.enable_grad(), hook_pairs(self.bridge, sites, receive):
@@ -231,9 +234,6 @@ class Gates:
             grown = self.multipliers[name] * (GROWTH if is_near else 1 / GROWTH)
             self.multipliers[name] = min(MOST_MULTIPLIER, max(LEAST_MULTIPLIER, grown))
 
-    def _weights(self, name: str) -> Tensor:
-        return self.sites[name].parameter.detach().flatten()[self.candidates[name]].float().cpu()
-
     def _largest(self, n: int) -> Tensor:
         """One for the n largest gates that are open at all, else zero."""
         values, places = self.gate.topk(min(n, len(self.gate)))
@@ -242,10 +242,9 @@ class Gates:
         return hard
 
     def _mask(self, hard: Tensor) -> WeightMask:
-        removed, start = {}, 0
+        removed = {}
         for name, index in self.candidates.items():
-            removed[name] = index[hard[start : start + len(index)] > 0]
-            start += len(index)
+            removed[name] = index[hard[self.places[name]] > 0]
         return WeightMask(removed, self.shapes, self.source)
 
 
@@ -299,10 +298,9 @@ def learned_masks(
         multipliers=dict.fromkeys(protection.priced, FIRST_MULTIPLIER),
         rises=dict.fromkeys(protection.priced, 0.0),
     )
-    n_weights = sum(site.parameter.numel() for site in sites.values())
     masks, mask = {}, None
     for size in sorted(sizes):
-        n = round(size * n_weights)
+        n = round(size * search.n_weights)
         first = (1.0, 1.0) if prefer else REACH
         for share in (1.0,) if masks else first:
             mask = search.round(round(share * n), steps, mask)
