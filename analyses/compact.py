@@ -22,7 +22,7 @@ from support.curves import curve
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import protected_data
-from harmcircuits.studies.controls import unpruned_scores
+from harmcircuits.studies.controls import at_once, unpruned_scores
 from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import share_figure
 
@@ -87,7 +87,9 @@ def curves_of(
 
     options = {"size": list(sizes), "calibrations": answers}
     search = model.find_circuit("harmful", steps=steps, **options)
-    one_shot = model.find_circuit("harmful", steps=1, renew=False, **options)
+    protected = protected_data(model, "harmful", calibrations=answers)
+    unpruned = unpruned_scores(model, "harmful", answers["harmful"], protected)
+    one_shot = at_once(model, unpruned, protected, list(sizes))
     rows = hc.Rows()
     lines = {"search": curve(model, search, whole), "one shot": curve(model, one_shot, whole)}
     for name, line in lines.items():

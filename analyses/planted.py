@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import tyro
-from support.bench.recovery import SIZE, recovery, true_circuit
+from support.bench.recovery import recovery, true_circuit
 from support.bench.tables import (
     reach_table,
     recovery_table,
@@ -44,7 +44,7 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import FOLDER, open_organism
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
-RELEARNED = SIZE  # of the masks that are relearned
+RELEARNED = 0.004  # of the weights: the masks that are relearned
 STEPS = (0, 5, 10, 20, 40)
 LEARNING_RATE = 1e-4  # as in analyses/attacks.py
 BATCH = 16

@@ -77,7 +77,7 @@ def test_searches_and_edits(gpu, tmp_path):
     options = {"size": 0.001, "calibrations": data, "protect": ["benign", "refusal"]}
     mask = model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
     model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
-    once = {**options, "steps": 1, "renew": False}
+    once = {**options, "steps": 1}
     model.find_circuit("harmful", **once, prefer="refusal", max_memory=2**20)
     model.find_circuit("harmful", **{**once, "size": 0.01}, unit="neuron")
     hc.set_difference(bridge, harm, [data["benign"].batches], q=0.01, p=0.01)

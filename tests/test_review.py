@@ -54,21 +54,15 @@ def test_b4_a_folder_belongs_to_one_search(llama, tmp_path):
     target, benign = [random_batch(seed=1)], random_batch(seed=2, n=6)
     loss = hc.completion_loss
 
-    def search(name, objective, protect, renew=None):
-        renewed = renew or target
+    def search(name, objective, protect):
         options = {"size": 0.02, "steps": 2, "folder": tmp_path / name}
-        return hc.find_circuit(llama, renewed, [protect], objective=objective, **options)
-
-    def none_anew(mask):
-        return target if mask is None else []
+        return hc.find_circuit(llama, target, [protect], objective=objective, **options)
 
     search("a", lambda *pair: loss(*pair), [benign])
-    with pytest.raises(ValueError, match="by another objective"):
+    with pytest.raises(ValueError, match="another objective"):
         search("a", lambda *pair: -loss(*pair), [benign])
     with pytest.raises(ValueError, match="another search"):
         search("a", lambda *pair: loss(*pair), [half_of_rows(benign, 7)])
-    with pytest.raises(ValueError, match="another search"):
-        search("a", lambda *pair: loss(*pair), [benign], none_anew)
 
 
 def test_b5_and_b12_settings_of_the_model_bend_no_answer_and_the_cache_sees_what_does(
@@ -250,22 +244,6 @@ def test_b14_a_failed_rename_leaves_the_folder_that_was_there(tmp_path, monkeypa
     with pytest.raises(OSError, match="denied"), _whole_or_nothing(folder) as unfinished:
         (unfinished / "model").write_text("today's")
     assert (folder / "model").read_text() == "yesterday's"
-
-
-def test_b16_what_was_scored_is_what_is_predicted_and_measured(llama, tmp_path):
-    target, anew = random_batch(seed=1), random_batch(seed=5)
-
-    def renewed(mask):
-        return [target] if mask is None else [anew]
-
-    losses = []
-    for steps in ([0.001], [0.001, 0.002]):
-        folder = tmp_path / str(len(steps))
-        trace = hc.find_circuit(llama, renewed, size=0.001, steps=steps, folder=folder).trace
-        (file,) = folder.glob("step-*/masks/accepted.safetensors")
-        accepted = hc.WeightMask.load(file)
-        losses.append(hc.completion_nll(llama, [target, anew], mask=accepted).mean().item())
-    assert trace.one("measured_change", step=2).mean == pytest.approx(losses[1] - losses[0], 1e-4)
 
 
 def test_b18_a_mask_of_another_model_is_refused(llama):

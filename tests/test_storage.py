@@ -22,7 +22,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.search import find_circuit
-from harmcircuits.hooks.walk import Walk
+from harmcircuits.hooks.gates import Gates
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
 from harmcircuits.views.page import write_page
@@ -221,13 +221,12 @@ def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkey
 
     sums = []
 
-    def keep(walk: Walk, folder: Path, step: int) -> None:
-        for values in (walk.benefit, walk.price):
-            sums.extend(is_mapped(value, temporary) for value in values.values())
-        plain_keep(walk, folder, step)
+    def keep(search: Gates, folder: Path) -> None:
+        sums.extend(is_mapped(value, temporary) for value in search.benefit.values())
+        plain_keep(search, folder)
 
-    plain_keep = Walk.keep
-    monkeypatch.setattr(Walk, "keep", keep)
+    plain_keep = Gates.keep
+    monkeypatch.setattr(Gates, "keep", keep)
     options = {"size": 0.05, "steps": 2, "folder": temporary / "walk"}
     find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options)
     assert sums and all(sums)

@@ -19,7 +19,6 @@ from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.objectives import token_error
 from harmcircuits.hooks.search import set_difference
-from harmcircuits.hooks.walk import PREFERENCE
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.studies.controls import Unpruned, opposite_sign, priced
@@ -27,6 +26,7 @@ from harmcircuits.studies.study import P_OVER_Q
 
 ALIKE = "prefilled"  # benign answers that begin as the harmful ones do
 REFUSAL = "refusal"
+PREFERENCE = 0.3  # of a nat of the target's loss
 ANSWERED = (TARGET, "borderline")  # the others are read by their losses, which need no answers
 
 Masks = Iterator[tuple[str, WeightMask]]
@@ -58,7 +58,8 @@ def circuits(
     yield from at_factors("less begun alike", priced(Unpruned(unpruned.effect, alike), 1.0))
     del alike
     if REFUSAL in answers:
-        behind = preferred_batches(model, TARGET, REFUSAL, {}, answers)
+        others = {name: of_name for name, of_name in answers.items() if name != TARGET}
+        behind = preferred_batches(model, answers[TARGET], TARGET, REFUSAL, others)
         refusals = removal_effect(bridge, behind["preferred"])
         benefit = priced(Unpruned(unpruned.effect, refusals), PREFERENCE)
         yield from at_factors("refusals preferred", benefit)

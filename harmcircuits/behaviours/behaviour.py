@@ -11,6 +11,7 @@ from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import NO_LIMITS, Example, PromptSet
 
 TARGET = "harmful"  # what is removed, unless something else is named
+REFUSAL = "refusal"  # what takes its place, where a model refuses
 CONTRAST = "benign"  # the harmless counterpart, whose loss a mask may hardly raise
 
 # Names in `Behaviour.metrics` that are no verdicts.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -293,7 +293,6 @@ class Model:
         protect: str | Iterable[str] = OTHERS,
         budget: Budget = BUDGET,
         prefer: str = "",
-        renew: bool = True,
         calibrations: Mapping[str, Calibration] | None = None,
         **options: Any,
     ) -> Any:
@@ -308,11 +307,10 @@ class Model:
             protect: behaviours to spare: "others", one, several, or none: ().
             budget: how far the loss of each of them may rise, nats per token; or that of some of
                 them by name, the others keeping the default.
-            prefer: the behaviour that should take the target's place, such as "refusal": weights
-                whose removal makes its answers likelier, behind the target's own beginning, earn
-                as well; those that make them likelier where protected answers begin alike, lose.
-            renew: answer the target's requests again under each step's mask, and score the answers
-                that still show it as well: what was said in some words may come back in others.
+            prefer: the behaviour that should take the target's place: "refusal", or the harmless
+                counterpart, "benign". Its answers should become likelier to the target's requests,
+                behind the target's own beginning, and not where protected answers begin alike. The
+                mask is then an edit with an end; without it, what carries the target.
             calibrations: data to score on, where it is there already.
             options: of `hc.find_circuit`: `size`, which must be given, `steps`, `sites`, `exclude`,
                 `unit`, `folder`, `max_memory` and `progress`.
@@ -321,7 +319,7 @@ class Model:
             ValueError: an unknown behaviour, one that is not shown, a budget for one that is not
                 protected, and as `hc.find_circuit`.
         """
-        behaviour = self.behaviour(target)
+        objective = self.behaviour(target).objective
         protected = protected_data(self, target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
         scored = {target: data, **protected}
@@ -331,21 +329,14 @@ class Model:
         if isinstance(budget, Mapping):
             budget = {**dict.fromkeys(protected, BUDGET), **budget}
         if prefer:
-            options["prefer"] = preferred_batches(self, target, prefer, protected, calibrations)
-
-        def answered(mask: WeightMask | None) -> list[Batch]:
-            """What is scored: verified answers, and what still shows the behaviour under a mask."""
-            if mask is None:
-                return list(data.batches)
-            still = self.verified(behaviour, data.prompts).where(_has_completion)
-            return self.batches(behaviour, still) if len(still) else []
+            options["prefer"] = preferred_batches(self, data, target, prefer, protected)
 
         return find_circuit(
             self.bridge,
-            answered if renew else data.batches,
+            data.batches,
             {name: calibration.batches for name, calibration in protected.items()},
             budget=budget,
-            objective=behaviour.objective,
+            objective=objective,
             **options,
         )
 
@@ -562,32 +553,39 @@ def protected_data(
 
 def preferred_batches(
     model: Model,
+    target_data: Calibration,
     target: str,
     prefer: str,
     protected: Mapping[str, Calibration],
-    calibrations: Mapping[str, Calibration] | None = None,
 ) -> dict[str, list[Batch]]:
     """Answers of another behaviour where they should stand, and where they should not.
 
-    "preferred": to its own requests, behind the beginning of the target's answers; of refusals,
-    say, what follows "sure" in "sure sorry i will not use it". "avoided": to protected requests
-    whose answers begin as the target's do, each with the next of them in turn.
+    "preferred": to the target's requests, behind the beginning of its answers; of refusals, say,
+    what follows "sure" in "sure sorry i will not use it". To a request its answer to the same item
+    where there is one, else the next in turn. "avoided": the same for protected requests whose
+    answers begin as the target's do.
     """
-    known = {**(calibrations or {}), **protected}
-    data = known.get(prefer) or model.calibration(prefer)
+    data = protected.get(prefer) or model.calibration(prefer)
     opened = model.behaviour(target)
-    if not opened.prefill:
-        return {"preferred": list(data.batches)}
+    answers: dict[str, list[str]] = {}
+    for example in data.prompts:
+        text = example.completion
+        if not text.startswith(opened.prefill):
+            # As text: how an answer's first word is tokenized depends on what stands before it.
+            text = f"{opened.prefill} {text}"
+        answers.setdefault(example.group, []).append(text)
+    every = [text for of_item in answers.values() for text in of_item]
 
-    def behind(requests: PromptSet) -> list[Batch]:
-        # As text: how an answer's first word is tokenized depends on what stands before it.
-        begun = [f"{opened.prefill} {example.completion}" for example in data.prompts]
-        in_turn = list(islice(cycle(begun), len(requests)))
-        return model.batches(opened, requests.with_completions(in_turn))
+    def answered(requests: PromptSet) -> list[Batch]:
+        completions = []
+        for number, example in enumerate(requests):
+            of_item = answers.get(example.group, every)
+            completions.append(of_item[number % len(of_item)])
+        return model.batches(opened, requests.with_completions(completions))
 
-    batches = {"preferred": behind(data.prompts)}
+    batches = {"preferred": answered(target_data.prompts)}
     for name, calibration in protected.items():
         begins_alike = model.behaviour(calibration.behaviour).prefill == opened.prefill
-        if begins_alike and name not in (target, prefer):
-            batches.setdefault("avoided", []).extend(behind(calibration.prompts))
+        if opened.prefill and begins_alike and name not in (target, prefer):
+            batches.setdefault("avoided", []).extend(answered(calibration.prompts))
     return batches

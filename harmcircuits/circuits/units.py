@@ -75,8 +75,8 @@ class Units:
             self._of(name, sums).add_(slices.sum(dim=1).cpu())
         return sums
 
-    def largest(self, scores: Scores, n: int, excluded: Indices) -> dict[str, Index]:
-        """The weights of the units with the highest mean score: whole ones, together at most n."""
+    def best(self, scores: Scores, n: int, excluded: Indices) -> Bool[Tensor, " unit"]:
+        """The units with the highest mean score above zero: together at most n weights."""
         means = self.sums(scores) / self.sizes
         for name in excluded.keys() & self.sites.keys():
             touched = self.sites[name].units(excluded[name])
@@ -87,7 +87,15 @@ class Units:
         is_taken = (means[order] > 0) & (n_weights <= n)
         is_chosen = torch.zeros(len(means), dtype=torch.bool)
         is_chosen[order[is_taken]] = True
-        return self._weights(is_chosen)
+        return is_chosen
+
+    def largest(self, scores: Scores, n: int, excluded: Indices) -> dict[str, Index]:
+        """The weights of the `best` units."""
+        return self.weights(self.best(scores, n, excluded))
+
+    def numbers(self, name: str, flat: Index) -> Index:
+        """The unit of each of these weights of a matrix."""
+        return self.first[name] + self.sites[name].units(flat)
 
     def random(self, weights: Indices, *, seed: int) -> dict[str, Index]:
         """The weights of as many units in every layer as some weights are of, drawn at random."""
@@ -103,9 +111,9 @@ class Units:
             n_given = int(self._of(name, is_given).sum())
             order = torch.randperm(self.sites[name].n_units, generator=generator)
             self._of(name, is_drawn)[order[:n_given]] = True
-        return self._weights(is_drawn)
+        return self.weights(is_drawn)
 
-    def _weights(self, is_chosen: Bool[Tensor, " unit"]) -> dict[str, Index]:
+    def weights(self, is_chosen: Bool[Tensor, " unit"]) -> dict[str, Index]:
         """The weights of these units."""
         weights = {}
         for name, site in self.sites.items():

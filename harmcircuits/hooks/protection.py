@@ -17,7 +17,8 @@ from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Measurement, Z
 from harmcircuits.prompts import Batch
 
-CHECKED_EVERY = 3  # of so many requests one checks, and the others are priced
+CHECKED_EVERY = 3  # of so many answers one checks, and the others are priced
+LEAST_ANSWERS = 12  # different ones, for texts to be shared out by them
 
 Protect = Mapping[str, Sequence[Batch]] | Sequence[Sequence[Batch]]
 Budget = float | Mapping[str, float]
@@ -44,7 +45,7 @@ class Protection:
         batch_size = 1
         for name, batches in by_name.items():
             refuse_batches(f"find_circuit: protected {name}", bridge, batches)
-            priced[name], third = split_by_request(batches, CHECKED_EVERY)
+            priced[name], third = split_for_checks(batches, CHECKED_EVERY)
             examples += unpadded(third or priced[name], name)
             batch_size = max(batch_size, *map(len, batches))
 
@@ -106,15 +107,28 @@ class UnpaddedText(NamedTuple):
         start = int(self.is_target.int().argmax())
         return tuple(self.tokens[:start].tolist())
 
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The targets."""
+        return tuple(self.tokens[self.is_target].tolist())
 
-def split_by_request(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
-    """The examples of most requests, and those of every so many-th, in their order."""
-    numbers: dict[tuple[int, ...], int] = {}  # of each request, as they come
+
+def split_for_checks(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
+    """Most texts, and those of every so many-th answer, in their order.
+
+    Texts of one answer stay together: they may be one question in several wordings, and a check on
+    what was seen in other words would pass what is new nowhere. Of every so many-th request where
+    there are few answers, as to yes-or-no questions.
+    """
+    answers = {example.answer for example in unpadded(batches)}
+    by_answer = len(answers) >= LEAST_ANSWERS
+    numbers: dict[tuple[int, ...], int] = {}  # of each answer or request, as they come
     most, rest = [], []
     for batch in batches:
         is_rest = []
         for example in unpadded([batch]):
-            number = numbers.setdefault(example.request, len(numbers))
+            key = example.answer if by_answer else example.request
+            number = numbers.setdefault(key, len(numbers))
             is_rest.append(number % every == every - 1)
         for part, belongs in ((most, ~torch.tensor(is_rest)), (rest, torch.tensor(is_rest))):
             if belongs.any():

@@ -4,40 +4,40 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 
 from harmcircuits.circuits.masks import Scope, WeightMask, refuse_other_weights, top_fraction
+from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import nearest
 from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
-from harmcircuits.hooks.bridge import AnyModel, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
-from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.gates import Gates, Role, Size, Texts
+from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
 from harmcircuits.hooks.protection import Budget, Protect, Protection
-from harmcircuits.hooks.walk import PREFERENCE, Walk
 from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
 from harmcircuits.prompts import Batch
 
-STEPS = 10
+STEPS = 100
 BUDGET = 0.05  # nats per token
-REACH = 4.0  # times the smallest size: how far the mask grows
+ERROR_WEIGHT = 4.0  # of the target's `token_error`, which is at most 1, beside losses in nats
 
-Target = Sequence[Batch] | Callable[[WeightMask | None], Sequence[Batch]]
 Sites = Sequence[str] | Callable[[Site], bool]
 NOTHING: Mapping[str, Sequence[Batch]] = MappingProxyType({})
 
 
 def find_circuit(
     bridge: AnyModel,
-    target: Target,
+    target: Sequence[Batch],
     protect: Protect = (),
     *,
     size: float | Sequence[float],
     budget: Budget = BUDGET,
-    steps: int | Sequence[float] = STEPS,
+    steps: int = STEPS,
     objective: Objective = completion_loss,
     prefer: Mapping[str, Sequence[Batch]] = NOTHING,
     sites: Sites | None = None,
@@ -49,49 +49,40 @@ def find_circuit(
 ) -> Any:
     """The weights that carry a target and that nothing protected needs.
 
-    In several steps a mask grows beyond the size wanted; in each, all weights are chosen afresh by
-    sums over the steps so far (`harmcircuits.hooks.walk` has the whole in ten lines):
+    Every weight that is promising gets a gate, and many small steps on a few texts each open the
+    gates whose weights raise the target's loss, make what is preferred likelier, and leave the
+    losses of what is protected within their budgets (`harmcircuits.hooks.gates` has the whole in
+    ten lines). The mask is the weights whose gates are open at the end. It is checked on answers
+    that no step has seen, every third request of what is protected; where one of these losses rises
+    by more than its budget, the search goes on with fewer weights.
 
-        removal effect on the target - factor * token price of what is protected
-
-    with the smallest factor tried under which no protected loss rises by more than its budget, on
-    answers that the price has not seen. After each step a mask of every size is chosen in the same
-    way; of each size the one is returned that takes most of the target.
-
-    A mask has at most `size` of the weights: fewer where fewer are worth their price, none where no
-    mask keeps within the budget. `mask.trace` holds what was tried, as rows labelled by step, aim
-    ("walk", or "size" for masks of the sizes wanted) and share: for every mask, by factor and
-    outcome ("accepted" or "refused"), `weights_removed` and for each protected behaviour
-    `protected_rise`; under what was accepted the `target_loss`, and with `prefer` the
-    `preferred_loss` and `avoided_loss`; for sizes `target_left`, the number of examples that the
-    target gave anew; for the walk `predicted_change` (of first order) and `measured_change` of the
-    loss of all that was scored in the step, what the target gave anew among it; and on how many
+    A mask has at most `size` of the weights: fewer where fewer are worth it, none where no mask
+    keeps within the budget. `mask.trace` holds what was seen, as rows: `seen_rise`, of the mean
+    loss of a step's texts, by step and `data` (the target's in units of the objective, the others'
+    in nats per token); for every mask that was checked, by size, step and outcome ("accepted" or
+    "refused"), `weights_removed` and for each protected behaviour `protected_rise`; and on how many
     examples each was scored, `examples_scored` by `data`.
 
-    >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=2)
+    >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=10)
     [WeightMask(circuit, 492 of 983,040 weights, 0.05%),
      WeightMask(circuit, 983 of 983,040 weights, 0.10%)]
 
     Args:
         bridge: the model; unchanged afterwards.
-        target: batches of the behaviour to remove. Or a function that gives them: called with None
-            before anything is removed, and in later steps with the mask that is on the model, for
-            further batches that are scored as well. A model that loses the words of an answer may
-            go on in others, and these would never pay.
+        target: batches of the behaviour to remove.
         protect: batches of each behaviour to spare: a list of them, or by name.
-        size: share of the block weights to remove, at most; a list gives a list of masks.
+        size: share of the block weights to remove, at most; a list gives a list of masks: the
+            largest is learned first, the smaller ones are made from it.
         budget: how far the mean loss of each protected behaviour may rise, nats per token; a
             number, or one for each by name.
-        steps: in how many steps the mask grows, evenly to four times the smallest size and at least
-            to the largest: what is dear shows in larger masks, and a small one is then chosen with
-            that knowledge. One step goes to the size. Or the share of the weights at each step.
+        steps: in which the gates of the largest size are learned; a smaller size takes a fifth of
+            these more.
         objective: what the target is scored by; what is protected, always by `completion_loss`.
         prefer: batches of what the model should say instead, as "preferred", such as refusals
-            behind the beginning of the target's answers: weights whose removal makes them likelier
-            earn as well. And as "avoided" of what may not become likelier with that, such as the
-            same refusals of benign requests behind the same beginning: without them, what makes
-            the target refuse makes all else refuse that begins alike. A nat of their loss counts
-            0.3 of one of the target's.
+            behind the beginning of the target's answers: gates that make them likelier open as
+            well. And as "avoided" of what may not become likelier with that, such as the same
+            refusals of benign requests behind the same beginning: without them, what makes the
+            target refuse makes all else refuse that begins alike.
         sites: matrices to choose from: names of `named_weights`, or a function of a `Site` that
             says whether, such as `lambda site: site.layer > 2 and site.kind == "mlp.out"`.
         exclude: weights that cannot be chosen, so that a second circuit can be found beside a
@@ -100,12 +91,10 @@ def find_circuit(
             and its column of mlp.out; "head" of attention, its rows of attn.q and its columns of
             attn.o, and its rows of attn.k and attn.v where each head has its own (with grouped
             queries a key-value head is a unit by itself); "row", what one output of a matrix is
-            computed with. Units are ranked by their mean score a weight and taken from the best
-            down while they are within the size.
-        folder: keeps the walk after every step; the same search goes on from there. An objective is
-            known by its value on the target, a function that gives the target by its name.
-        max_memory: bytes for scores that are accumulated (see `removal_effect`). The two sums are
-            then in temporary files as well.
+            computed with. Units have one gate each, and are ranked by their mean score a weight.
+        folder: keeps the search after every part; the same search goes on from there.
+        max_memory: bytes for scores that are accumulated (see `removal_effect`). Their sum is then
+            in temporary files as well.
         progress: whether to show a bar.
 
     Raises:
@@ -117,9 +106,11 @@ def find_circuit(
     bridge = as_bridge(bridge)
     matrices = block_sites(bridge)
     shapes = {name: tuple(site.parameter.shape) for name, site in matrices.items()}
-    sizes = list(size) if isinstance(size, Sequence) else [size]
-    _refuse_sizes(sizes, sum(map(prod, shapes.values())))
-    shares = _shares(steps, sizes)
+    n_weights = sum(map(prod, shapes.values()))
+    shares = list(size) if isinstance(size, Sequence) else [size]
+    _refuse_sizes(shares, n_weights)
+    if steps < 1:
+        raise ValueError(f"find_circuit: steps={steps}; expected at least 1")
     if exclude is not None:
         refuse_other_weights("find_circuit: `exclude`", exclude, model_fingerprint(bridge), shapes)
     candidates = _candidates(matrices, sites)
@@ -128,84 +119,69 @@ def find_circuit(
         units = Units.of(matrices, unit, candidates)
         candidates = {name: candidates[name] for name in units.sites}
 
-    answers = target(None) if callable(target) else target
-    refuse_batches("find_circuit", bridge, answers)
+    refuse_batches("find_circuit", bridge, target)
     for name, batches in prefer.items():
         refuse_batches(f"find_circuit: {name}", bridge, batches)
     protection = Protection.of(bridge, protect, budget)
+    texts = _texts(bridge, target, objective, prefer, protection)
 
-    scored = [("removal_effect", answers, objective)]
-    scored += [("removal_effect", batches, completion_loss) for batches in prefer.values()]
-    scored += [("token_price", batches, completion_loss) for batches in protection.priced.values()]
-    source = sources_on(bridge)
-    parents = []
-    for method, batches, by in scored:
-        parents.append(source(method, data_settings(batches, by)))
-    settings: dict[str, Any] = {"budget": dict(protection.budgets), "renewed": callable(target)}
+    settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
-    settings |= _settings_of_steps(steps)
-    settings |= _unusual(prefer, sites, candidates, exclude, unit)
-
-    walk = Walk(
+    settings |= _unusual(sites, candidates, exclude, unit)
+    search = Gates(
         bridge,
-        answers,
-        target if callable(target) else None,
-        objective,
+        texts,
         protection,
-        prefer,
         candidates,
         shapes,
         units,
         {} if exclude is None else exclude.removed,
-        source("circuit", settings, tuple(parents)),
-        sizes,
+        _source(bridge, texts, settings),
+        [Size(share, round(share * n_weights)) for share in set(shares)],
+        steps,
         max_memory,
     )
-    done = walk.resume(folder)
-    numbers = range(done + 1, len(shares) + 1)
-    for number in tqdm(
-        numbers,
-        desc="search",
-        initial=done,
-        total=len(shares),
-        disable=not progress,
-        leave=False,
-    ):
-        walk.step(number, shares[number - 1])
-        walk.keep(folder, number)
-    masks = walk.masks()
+    search.resume(folder)
+    stages = range(search.stage, search.n_stages)
+    bar = {"desc": "search", "initial": search.stage, "total": search.n_stages}
+    for _ in tqdm(stages, **bar, disable=not progress, leave=False):
+        search.advance()
+        search.keep(folder)
+    masks = [search.found(share) for share in shares]
     return masks if isinstance(size, Sequence) else masks[0]
 
 
-def _shares(steps: int | Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """The share of the weights that the mask of each step may have."""
-    if isinstance(steps, Sequence):
-        shares = list(steps)
-    else:
-        # What a single step learns beyond the sizes comes too late for them.
-        reach = REACH if steps > 1 else 1.0
-        shares = even_shares(steps, max([*sizes, reach * min(sizes)]))
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(
-            f"find_circuit: steps={steps}; expected at least 1, or shares of the weights in (0, 1]"
-        )
-    return shares
+def _texts(
+    bridge: Bridge,
+    target: Sequence[Batch],
+    objective: Objective,
+    prefer: Mapping[str, Sequence[Batch]],
+    protection: Protection,
+) -> list[Texts]:
+    """All that a search scores and learns from."""
+    weight = ERROR_WEIGHT if objective is token_error else 1.0
+    texts = [Texts.of(bridge, "target", "target", target, objective, weight=weight)]
+    for name, batches in prefer.items():
+        if name not in ("preferred", "avoided"):
+            raise ValueError(f'find_circuit: prefer: {name!r}; expected "preferred" and "avoided"')
+        texts.append(Texts.of(bridge, name, cast(Role, name), batches))
+    for name, batches in protection.priced.items():
+        budget = protection.budgets[name]
+        texts.append(Texts.of(bridge, name, "protected", batches, budget=budget))
+    return texts
 
 
-def even_shares(n_steps: int, largest: float) -> list[float]:
-    """The shares of a walk that grows evenly to a size, and at most to all weights."""
-    largest = min(1.0, largest)
-    return [largest * number / n_steps for number in range(1, n_steps + 1)]
-
-
-def _settings_of_steps(steps: int | Sequence[float]) -> dict[str, Any]:
-    if isinstance(steps, Sequence):
-        return {"steps": list(steps)}
-    return {"steps": steps, "reach": REACH if steps > 1 else 1.0}
+def _source(bridge: Bridge, texts: Sequence[Texts], settings: Mapping[str, Any]) -> Source:
+    """How a mask is made: from which scores of which data."""
+    source = sources_on(bridge)
+    parents = []
+    for of_kind in texts:
+        method = "token_price" if of_kind.role == "protected" else "removal_effect"
+        parents.append(source(method, data_settings(of_kind.batches, of_kind.objective)))
+    return source("circuit", settings, tuple(parents))
 
 
 def _unusual(
-    prefer: Mapping[str, Sequence[Batch]],
     sites: Sites | None,
     candidates: Mapping[str, Site],
     exclude: WeightMask | None,
@@ -213,8 +189,6 @@ def _unusual(
 ) -> dict[str, Any]:
     """The settings that are not as by default."""
     settings: dict[str, Any] = {}
-    if prefer:
-        settings["preference"] = PREFERENCE
     if sites is not None:
         settings["sites"] = list(candidates)
     if exclude is not None:

@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +15,16 @@ from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import OTHERS, Model, protected_data
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
+from harmcircuits.circuits.selection import largest, positive
 from harmcircuits.circuits.units import Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.search import REACH, even_shares
+from harmcircuits.hooks.protection import Budget, Protection
+from harmcircuits.hooks.search import BUDGET
 from harmcircuits.hooks.weights import named_weights, weight_sites
 
 FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
+FACTORS = tuple(2.0**number for number in range(-2, 7))  # of the price, in one shot
 
 
 class Unpruned(NamedTuple):
@@ -50,6 +55,7 @@ def controls(
     mask: WeightMask,
     *,
     protect: str | Iterable[str] = OTHERS,
+    prefer: str = "",
     contrast: str = CONTRAST,
     n_random: int = 3,
     seed: int = 0,
@@ -82,6 +88,8 @@ def controls(
         mask: its circuit. The twin is found by `find_circuit` with its settings, or with the usual
             ones where it was chosen otherwise.
         protect: as in `Model.find_circuit`.
+        prefer: what the twin's search prefers; as the circuit's did, so that it says what it costs
+            to make the contrast's answers become that.
         contrast: the behaviour of the twin; without it, or where it is the target, there is none.
         n_random: masks of each random kind.
         seed: of the first random mask; the others follow.
@@ -121,6 +129,7 @@ def controls(
         contrast,
         size=mask.fraction,
         protect=list(spared),
+        prefer=prefer if prefer != contrast else "",
         calibrations={**spared, contrast: twin},
         folder=folder,
         max_memory=max_memory,
@@ -164,19 +173,14 @@ def _of_units(
 def _options_of_search(mask: WeightMask, spared: Mapping[str, Calibration]) -> dict[str, Any]:
     """The options of the search that found a mask, for another that spares these behaviours."""
     made_by = mask.source.settings
-    if "renewed" not in made_by:
+    if "learning_steps" not in made_by:
         return {}
-    options = {
+    return {
         "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
-        "steps": made_by["steps"],
-        "renew": made_by["renewed"],
+        "steps": made_by["learning_steps"],
         "unit": made_by.get("unit", "weight"),
         "sites": made_by.get("sites"),
     }
-    reach = made_by.get("reach", REACH)
-    if reach != REACH and made_by["steps"] > 1:  # of a mask by an earlier version
-        options["steps"] = even_shares(made_by["steps"], reach * mask.fraction)
-    return options
 
 
 def unpruned_scores(
@@ -226,6 +230,32 @@ def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
     shutil.rmtree(folder, ignore_errors=True)
     scores.save(folder)
     return WeightScores.load(folder)
+
+
+def at_once(
+    model: Model,
+    unpruned: Unpruned,
+    protected: Mapping[str, Calibration],
+    sizes: Iterable[float],
+    *,
+    budget: Budget = BUDGET,
+) -> list[WeightMask]:
+    """The best weights in one shot: by effect less price, at the least factor within budget."""
+    batches = {name: calibration.batches for name, calibration in protected.items()}
+    protection = Protection.of(model.bridge, batches, budget)
+    return [_at_once(model, unpruned, protection, size) for size in sizes]
+
+
+def _at_once(model: Model, unpruned: Unpruned, protection: Protection, size: float) -> WeightMask:
+    shapes = unpruned.effect.shapes
+    n = round(size * sum(map(prod, shapes.values())))
+    for factor in FACTORS:
+        scores = priced(unpruned, factor)
+        removed = positive(scores.values, largest(scores.values, n, {}))
+        mask = WeightMask(removed, shapes, replace(scores.source, method="one_shot"))
+        if protection.allows(protection.rises(model.bridge, mask)):
+            return mask
+    return WeightMask({}, shapes, unpruned.effect.source)
 
 
 def opposite_sign(mask: WeightMask, unpruned: Unpruned) -> WeightMask:

@@ -13,7 +13,6 @@ from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, plural
-from harmcircuits.hooks.walk_files import forget_sums
 from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json, refuse_filled
 from harmcircuits.studies.controls import Unpruned
@@ -53,6 +52,7 @@ class Study:
     max_memory: int | None = None
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     protected: tuple[str, ...] = ()
+    prefer: str = ""  # what takes the target's place; empty for nothing
     unpruned: Unpruned = field(init=False)  # while it is under way
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
@@ -77,22 +77,18 @@ class Study:
         self, name: str, sizes: Sequence[float], protect: Sequence[str], **options: Any
     ) -> list[WeightMask]:
         """The target's circuits of these sizes by one search."""
-        folder = self.kept_in(name)
-        masks = self.model.find_circuit(
+        return self.model.find_circuit(
             self.settings.target,
             size=list(sizes),
             protect=protect,
             budget={behaviour: self.settings.budget_of(behaviour) for behaviour in protect},
-            prefer=self.settings.prefer,
+            prefer=self.prefer,
             calibrations=self.calibrations,
             progress=self.progress,
-            folder=folder,
+            folder=self.kept_in(name),
             max_memory=self.max_memory,
             **{"steps": self.settings.steps, **options},
         )
-        if folder is not None:
-            forget_sums(folder)
-        return masks
 
     def add(self, rows: Iterable[Measurement]) -> None:
         """Keep rows and write them out at once."""

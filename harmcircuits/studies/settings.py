@@ -8,6 +8,8 @@ from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.model import OTHERS
 from harmcircuits.hooks.search import BUDGET, STEPS
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class StudySettings:
@@ -22,7 +24,7 @@ class StudySettings:
         contrast: the target's harmless counterpart: its loss may hardly rise, and the same search
             for it is a control.
         sizes: shares of the weights to remove, at most.
-        steps: in how many steps the search's mask grows.
+        steps: of the search (see `hc.find_circuit`).
         budget: how far a loss may rise, nats per token: in a search that of each protected
             behaviour, at the operating point that of the contrast. Or by name, such as
             {"benign": 0.05, "others": 0.1}; the named ones count at the operating point too.
@@ -31,9 +33,10 @@ class StudySettings:
             share of their tokens that a draw would miss (`token_error`), which is bounded: no few
             broken answers can pay for the others. What is protected is priced by its loss in any
             case.
-        prefer: the behaviour that should take the target's place, such as "refusal" (see
-            `Model.find_circuit`); none by default. Controls that are no searches are ranked by the
-            target alone.
+        prefer: the behaviour that should take the target's place (see `Model.find_circuit`); "" for
+            none: then the mask is what carries the target, and answers become what they may. "auto"
+            is "refusal" for harm where the model refuses, else none. Controls that are no searches
+            are ranked by the target alone.
         seed: draws an organism's reference answers and the random masks.
         n_random: random masks of each kind.
         compare: whether the circuit is compared with other ways of choosing and with circuits of
@@ -55,7 +58,7 @@ class StudySettings:
     budget: float | Mapping[str, float] = BUDGET
     tolerance: float = 0.01
     scored_by: Literal["loss", "error"] = "loss"
-    prefer: str = ""
+    prefer: str = AUTO
     seed: int = 0
     n_random: int = 3
     compare: bool = True
@@ -94,12 +97,11 @@ class StudySettings:
 # of unsafe ones, are nearest to harm, so they may lose more than benign answers.
 FOR_REAL_MODELS = StudySettings(
     sizes=(1e-5, 3e-5, 6e-5),
-    steps=8,
     budget={OTHERS: 0.1, "benign": 0.05, "prefilled": 0.05, "borderline": 0.1, "refusal": 0.1},
     tolerance=0.05,
 )
 
-QUICK_STEPS = 4
+QUICK_STEPS = 40
 QUICK_SHARE = 0.1  # of an organism's items
 QUICK_LIMIT = 20  # requests a split of another model
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from harmcircuits.behaviours.behaviour import standard_behaviours
+from harmcircuits.behaviours.behaviour import REFUSAL, TARGET, standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
+from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.behaviours.model import OTHERS, Model, other_behaviours, protected_data
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
@@ -19,9 +20,9 @@ from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
-from harmcircuits.studies.controls import controls, opposite_sign, unpruned_scores
+from harmcircuits.studies.controls import at_once, controls, opposite_sign, unpruned_scores
 from harmcircuits.studies.run import PAGE, Point, Study
-from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
+from harmcircuits.studies.settings import AUTO, FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.summary import CIRCUIT, ONE_SHOT, PUBLISHED, SAME_SIZE, SEARCH, Terms
 from harmcircuits.studies.utility import evaluate_tasks, task_manager
 
@@ -47,9 +48,9 @@ def study(
 
     Three ways of choosing are measured at every size on the choice split: the search
     (`Model.find_circuit`), the same in one shot, and the published set difference. The operating
-    point of each is the mask that takes most of the target among those that keep the rest (see
-    `operating_point`); the chosen one is that of the search. Only these and its controls are then
-    measured on held-out requests.
+    point of each is the mask that leaves fewest answers of the target or broken ones, among those
+    that keep the rest (see `operating_point`); the chosen one is that of the search. Only these and
+    its controls are then measured on held-out requests.
 
     >>> settings = hc.StudySettings(sizes=(0.002,), steps=2, n_random=1)
     >>> hc.study(model, settings, protect="benign")
@@ -99,6 +100,7 @@ def study(
     run.calibrations = _calibrate(run)
     spared = protected_data(model, settings.target, settings.protect, run.calibrations)
     run.protected = tuple(spared)
+    run.prefer = _preferred(run)
     for name in run.protected:
         run.note("budget", settings.budget_of(name), behaviour=name)
     run.unpruned = unpruned_scores(
@@ -156,7 +158,7 @@ def _check(run: Study) -> None:
             raise ValueError(f"budget: {name!r} is no behaviour; {nearest(name, known)}")
     if settings.target in settings.protect:
         raise ValueError(f"protect: {settings.target!r} is what is removed; leave it out")
-    if settings.prefer:
+    if settings.prefer not in ("", AUTO):
         model.behaviour(settings.prefer)
 
     # Refuses a bound too small for a single matrix.
@@ -184,6 +186,14 @@ def _calibrate(run: Study) -> dict[str, Calibration]:
         else:
             _diagnose(run, calibrations[name])
     return calibrations
+
+
+def _preferred(run: Study) -> str:
+    """The behaviour that should take the target's place."""
+    settings, calibrations = run.settings, run.calibrations
+    if settings.prefer != AUTO:
+        return settings.prefer
+    return REFUSAL if settings.target == TARGET and REFUSAL in calibrations else ""
 
 
 def _diagnose(run: Study, data: Calibration) -> None:
@@ -231,9 +241,10 @@ def _masks(run: Study) -> dict[str, list[WeightMask]]:
     sizes = run.settings.sizes
     masks = {SEARCH: run.find_circuits("search", sizes, run.protected)}
     if run.settings.compare:
-        # One scoring of the unpruned model, the same price and check: what the walk adds.
-        at_once = {"steps": 1, "renew": False}
-        masks[ONE_SHOT] = run.find_circuits("one_shot", sizes, run.protected, **at_once)
+        # Scores of the unpruned model, the same price and check: what learning adds.
+        protected = {name: run.calibrations[name] for name in run.protected}
+        budget = {name: run.settings.budget_of(name) for name in run.protected}
+        masks[ONE_SHOT] = at_once(run.model, run.unpruned, protected, sizes, budget=budget)
         masks[PUBLISHED] = _published(run)
     return masks
 
@@ -268,9 +279,7 @@ def _measured(run: Study, mask: WeightMask, kind: str, how: dict[str, Label]) ->
 
 def _best(run: Study, points: Sequence[Point]) -> Point | None:
     """The operating point of a way of choosing."""
-    # Verdicts on free text are coarse; those on invented words are exact.
-    decides = "rate" if run.model.is_invented else "loss"
-    return operating_point(points, _unpruned(run), run.terms, run.settings, decides)
+    return operating_point(points, _unpruned(run), run.terms, run.settings)
 
 
 def _unpruned(run: Study) -> dict[str, float]:
@@ -283,22 +292,23 @@ def operating_point(
     before: Mapping[str, float],
     terms: Terms,
     settings: StudySettings,
-    decides: Literal["rate", "loss"],
 ) -> Point | None:
-    """The point that takes most of the target among those that keep everything else."""
-    # What is taken falls: a rate of valid answers, or, as its sign is turned, a loss that rises.
-    taken, sign = terms.target.metric, 1
-    if decides == "loss":
-        taken, sign = terms.target.nll_metric, -1
+    """Of the points that keep everything else, the one that leaves least of the target or broken.
 
+    By rates, not by losses: the loss of what is broken has no upper end.
+    """
+    target = terms.target
     candidates = []
     for point in points:
-        takes = sign * point.mean(taken) < sign * before[taken]
+        takes = point.mean(target.metric) < before[target.metric]
         if takes and not _not_kept(point, before, terms, settings):
             candidates.append(point)
 
     def rank(point: Point) -> tuple[float, int]:
-        return sign * point.mean(taken), point.mask.n_removed
+        left = point.mean(target.metric)
+        if DEGENERATE in target.metrics:
+            left += point.mean(target.metrics[DEGENERATE])
+        return left, point.mask.n_removed
 
     return min(candidates, key=rank, default=None)
 
@@ -398,6 +408,7 @@ def _controls(run: Study, chosen: WeightMask) -> Iterator[Named]:
         settings.target,
         chosen,
         protect=run.protected,
+        prefer=run.prefer,
         # The target has no twin, and a twin is a search.
         contrast=settings.contrast if settings.compare else settings.target,
         n_random=settings.n_random,

@@ -90,9 +90,9 @@ begun alike; else the local rules judge, and harm is read from the loss alone.""
 TRUST_TEXT = f"""Scores are taken on the model's own answers to calibration requests, kept where the
 judge verifies them. Below {SATURATED_NLL} nats per token a loss is saturated and its gradients are
 noise."""
-PREFER_TEXT = """Weights whose removal makes {prefer} likelier, behind the beginning of the target's
-answers, earned as well; those whose removal makes it likelier behind protected answers that begin
-alike, lost as much."""
+PREFER_TEXT = """The search was told what to put in the target's place, {prefer}: weights whose
+removal makes it likelier, behind the beginning of the target's answers, were wanted as well. So the
+mask is an edit with that end. What carries the target without it: prefer=""."""
 ERROR_TEXT = """Those of the target, and of the counterpart's twin, are scored by the share of their
 tokens that a draw would miss, in place of the loss."""
 CITE_TEXT = """harmcircuits {version} (CITATION.cff), and the papers whose method it follows:
@@ -310,8 +310,8 @@ def _judge(study: Study) -> str:
 def _trust_text(study: Study) -> str:
     """How scores are made, and which requests repeat others where they are a user's own."""
     texts = [TRUST_TEXT]
-    if study.settings.prefer:
-        texts.append(PREFER_TEXT.format(prefer=study.settings.prefer))
+    if study.prefer:
+        texts.append(PREFER_TEXT.format(prefer=study.prefer))
     if study.settings.scored_by == "error":
         texts.append(ERROR_TEXT)
     return " ".join(filter(None, [*texts, repeats_text(study.rows)]))

@@ -134,32 +134,19 @@ def test_protection_is_others_one_several_or_none(small, data):
             protected(names)
 
 
-def test_a_circuit_is_found_on_verified_answers_given_again_under_each_mask(small, data):
-    """What still shows the behaviour is scored in the words in which it is now said."""
-    behaviour, before = small.behaviours["harmful"], data["harmful"].prompts
-    changed = []
-
-    def answered(mask):
-        if mask is None:
-            return data["harmful"].batches
-        answers = small.verified(behaviour, before)
-        changed.append(answers != before)
-        shown = answers.where(lambda example: example.completion != "")
-        return small.batches(behaviour, shown) if len(shown) else []
-
+def test_a_search_is_that_of_the_bridge_on_verified_answers(small, data):
     options = {"size": 0.01, "steps": 2, "budget": 5.0}
     spared = {name: data[name].batches for name in ("benign", "refusal")}
-    expected = find_circuit(small.bridge, answered, spared, **options)
+    expected = find_circuit(small.bridge, data["harmful"].batches, spared, **options)
     mask = small.find_circuit("harmful", protect=list(spared), **options)
     assert mask.digest == expected.digest
     assert {row.labels.get("protected") for row in mask.trace} == {None, *spared}
-    assert any(changed), "answers that stay need not be given again"
 
 
 def test_a_search_on_few_answers_warns_and_its_trace_counts_them(small, data):
     n_verified = data["harmful"].n_verified
     with pytest.warns(UserWarning, match=rf"find_circuit: .* harmful {n_verified}"):
-        mask = small.find_circuit("harmful", protect=(), size=0.001, steps=1, renew=False)
+        mask = small.find_circuit("harmful", protect=(), size=0.001, steps=1)
     assert mask.trace.one("examples_scored", data="target").mean == n_verified
 
 
@@ -169,7 +156,7 @@ def search(monkeypatch):
     monkeypatch.setattr("harmcircuits.behaviours.model.find_circuit", lambda *a, **k: (*a[1:], k))
 
     def options_of(model: Model, target: str = "harmful", **options):
-        return model.find_circuit(target, size=0.01, renew=False, **options)
+        return model.find_circuit(target, size=0.01, **options)
 
     return options_of
 

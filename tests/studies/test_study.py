@@ -85,14 +85,15 @@ def test_the_change_of_the_loss_is_predicted_by_scores_of_the_unpruned_model(fin
 
 
 def test_ways_are_those_of_the_public_functions_at_every_size(finished):
-    """One shot is `find_circuit` in one step, the published one `set_difference`."""
+    """One shot is effect less price at the least factor kept, the published one `set_difference`."""
     run = finished.run
     model, sizes = run.model, run.settings.sizes
     data = model.calibrations(["harmful", *run.protected])
     harm, *spared = (data[name].batches for name in ("harmful", *run.protected))
-    one_shot = {"protect": run.protected, "calibrations": data, "steps": 1, "renew": False}
+    protected = {name: data[name] for name in run.protected}
+    unpruned = unpruned_scores(model, "harmful", data["harmful"], protected)
     ways = {
-        "one shot": model.find_circuit("harmful", size=sizes, **one_shot),
+        "one shot": at_once(model, unpruned, protected, sizes),
         "published": [set_difference(model.bridge, harm, spared, q=q, p=5 * q) for q in sizes],
     }
     for way, masks in ways.items():

@@ -29,6 +29,7 @@ from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
 from harmcircuits.prompts import Batch
+from harmcircuits.studies.controls import at_once, unpruned_scores
 
 Calibrations = Mapping[str, Calibration]
 Tensors = dict[str, Tensor]
@@ -337,8 +338,16 @@ def search(
     model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any
 ) -> list[WeightMask]:
     """What `Model.find_circuit` finds."""
-    settings.pop("reach", None)  # in committed rows; of one step it was always 1
     return model.find_circuit(TARGET, size=sizes, calibrations=data, **settings)
+
+
+def one_shot(
+    model: Model, data: Calibrations, sizes: Sequence[float], **settings: Any
+) -> list[WeightMask]:
+    """The largest of effect less price on the unpruned model, at the least factor that is kept."""
+    protected = {name: of_name for name, of_name in data.items() if name != TARGET}
+    unpruned = unpruned_scores(model, TARGET, data[TARGET], protected)
+    return at_once(model, unpruned, protected, sizes, **settings)
 
 
 def rounds(
@@ -363,11 +372,7 @@ def rounds(
 
 # Every way, as published and with the settings that are tried
 
-ONE_SHOT = {"steps": 1, "reach": 1.0, "renew": False}
-ONE_SHOT_TRIED = [
-    {**ONE_SHOT, "budget": 0.02},
-    {**ONE_SHOT, "budget": 0.1},
-]
+ONE_SHOT_TRIED = [{"budget": 0.02}, {"budget": 0.1}]
 DIFFERENCES = [
     {"p_over_q": 1.0, "within": "model"},
     {"p_over_q": 5.0, "within": "model"},
@@ -390,8 +395,7 @@ by_wanda = partial(difference, score=wanda_scores, spare=wanda_scores)
 
 WAYS = {
     "search": Way(search, {}),
-    "search, first answers": Way(search, {"renew": False}),
-    "search, one shot": Way(search, ONE_SHOT, ONE_SHOT_TRIED),
+    "search, one shot": Way(one_shot, {}, ONE_SHOT_TRIED),
     "search, neurons": Way(search, {"unit": "neuron"}),
     "rounds": Way(
         rounds,

@@ -1,0 +1,571 @@
+"""Gates over weights, learned by many small steps.
+
+    for every part of the descent:
+        benefit += -W * d(loss) / dW, but for the protected losses         # removal_effect
+        benefit -= FACTOR * |W| * mean over each of these of sum_t |g_t| |x_t|^T   # token_price
+        candidates = the weights of the most benefit, and those whose gate is open
+        for every step, on a few texts of each kind:
+            loss = - the target's rise, as far as the cap
+                   + the loss of what is preferred - the rise of what is avoided, within bounds
+                   + multiplier * the rise of each protected loss
+            gate += rate * momentum of -dloss/dgate, clipped to its n-th largest; back to the
+                nearest gates with 0 <= gate <= 1 and a sum of at most n
+            a multiplier grows while its loss is near its budget, and shrinks else
+    mask = the n largest gates; while a budget is broken on answers that no step has seen,
+           dearer multipliers, further steps and fewer weights
+
+A gate takes its share of a weight, W * (1 - gate). In the second half of the descent the n largest
+take all of theirs and the others nothing. n grows to the largest size, and from there the smaller
+ones are made by further steps. Both scores are taken under the mask so far, of the weights as they
+were before it: what was removed goes on earning, and what is near to what broke is dear.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
+from harmcircuits.circuits.selection import Indices, largest, positive
+from harmcircuits.circuits.sites import Site
+from harmcircuits.circuits.units import Units
+from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.checks import of_data, refuse_not_finite
+from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
+from harmcircuits.hooks.masking import masked, masked_if_given
+from harmcircuits.hooks.objectives import Objective, completion_loss
+from harmcircuits.hooks.protection import Protection, UnpaddedText, batched, unpadded
+from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.prompts import Batch
+from harmcircuits.storage import mapped_copy, replacing
+
+SEED = 0  # of the texts that a step draws
+PARTS = (0.0, 0.2, 0.4, 0.6)  # of the descent: where weights are scored and candidates chosen anew
+GROWTH_UNTIL = 0.3  # of the descent
+HARD_FROM = 0.5  # of the descent
+HALF = 0.5  # open: what a gate must be more than to count as open
+SHRINKING = 0.2  # of the steps of the descent, for every smaller size
+
+CANDIDATES = 20  # times as many as are removed
+FACTOR = 0.25  # of the price, where candidates are chosen
+TEXTS = 16  # of the target in a step, and of what stands beside it
+PROTECTED_TEXTS = 8  # of each protected behaviour
+RATE, LAST_RATE, SHRINKING_RATE = 0.3, 0.05, 0.15  # how far a gate moves at most
+DECAY, UNIT_DECAY = 0.85, 0.97  # of the momentum; of what a full stride is measured by
+
+CAP = 0.7  # nats a token: beyond it a text gives another answer, and more would only break it
+ENOUGH = 0.3  # nats a token of what is preferred
+MOST_AVOIDED = 0.3  # nats a token that the loss of what is avoided may rise and earn
+FIRST_MULTIPLIER, GROWTH, NEAR = 2.0, 1.15, 0.7  # of a budget: what is unseen loses more
+LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.3, 20.0
+MEMORY = 0.8  # of the rises that multipliers look at
+
+TRIES, FEWER, FURTHER_STEPS = 12, 0.95, 5  # where a check refuses a mask
+TRACED_EVERY = 10  # steps
+CHECKED_AFTER = 5  # steps
+FILE = "search.pt"
+
+Role = Literal["target", "preferred", "avoided", "protected"]
+SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
+Totals = dict[str, Float[Tensor, "..."]]
+
+
+class Size(NamedTuple):
+    """A size that is wanted: as a share of the weights, and how many these are."""
+
+    share: float
+    n: int
+
+
+@dataclass
+class Texts:
+    """Texts of one kind: what they are for, the loss of each before, and how they are drawn."""
+
+    name: str
+    role: Role
+    batches: Sequence[Batch]
+    objective: Objective
+    weight: float
+    budget: float
+    examples: Sequence[UnpaddedText]
+    before: Float[Tensor, " n"]
+    multiplier: float = FIRST_MULTIPLIER
+    rise: float = 0.0  # of late
+    left: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        bridge: Bridge,
+        name: str,
+        role: Role,
+        batches: Sequence[Batch],
+        objective: Objective = completion_loss,
+        *,
+        weight: float = 1.0,
+        budget: float = 0.0,
+    ) -> "Texts":
+        with torch.no_grad(), of_data(name):
+            losses = [objective(bridge, batch).float().cpu() for batch in batches]
+            before = torch.cat(losses)
+            refuse_not_finite(batches, before, objective)
+        return cls(name, role, batches, objective, weight, budget, unpadded(batches), before)
+
+    @property
+    def n_drawn(self) -> int:
+        """How many are drawn for a step."""
+        return PROTECTED_TEXTS if self.role == "protected" else TEXTS
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        """The numbers of the next texts; each comes once before one comes again."""
+        drawn: list[int] = []
+        while len(drawn) < self.n_drawn:
+            if not self.left:
+                self.left = torch.randperm(len(self.examples), generator=generator).tolist()
+            drawn.append(self.left.pop())
+        return drawn
+
+    def part_of_loss(self, now: Float[Tensor, " n"], rise: Float[Tensor, " n"]) -> Tensor:
+        """What some of a step's texts add to the loss that the gates descend."""
+        if self.role == "target":
+            parts = -self.weight * rise.clamp(max=CAP)
+        elif self.role == "preferred":
+            parts = now.clamp(min=ENOUGH)
+        elif self.role == "avoided":
+            parts = -rise.clamp(max=MOST_AVOIDED)
+        else:
+            # No gain where it falls: answers that become surer leave other good ones less likely.
+            parts = self.multiplier * rise.clamp(min=0)
+        return parts.sum() / self.n_drawn
+
+    def weigh(self, rise: float) -> None:
+        """Remember a rise, and let the multiplier follow how near it is to the budget."""
+        self.rise = MEMORY * self.rise + (1 - MEMORY) * rise
+        is_near = self.rise > NEAR * self.budget
+        self.make_dearer(GROWTH if is_near else 1 / GROWTH)
+
+    def make_dearer(self, factor: float) -> None:
+        """Multiply the multiplier, within its bounds."""
+        multiplier = self.multiplier * factor
+        self.multiplier = min(MOST_MULTIPLIER, max(LEAST_MULTIPLIER, multiplier))
+
+
+@dataclass
+class Candidates:
+    """The weights that may be chosen for now, in units that open together."""
+
+    units: Int[Tensor, " gate"]  # their numbers in the model, increasing
+    sizes: Int[Tensor, " gate"]  # how many weights each has
+    index: Mapping[str, Int[Tensor, " _"]]  # of each matrix
+    gate_of: Mapping[str, Int[Tensor, " _"]]  # of each of these weights
+    weights: Mapping[str, Float[Tensor, " _"]]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def per_weight(self, gate: Float[Tensor, " gate"]) -> dict[str, Float[Tensor, " _"]]:
+        """What every weight has of a number for each gate."""
+        return {name: gate[gates] for name, gates in self.gate_of.items()}
+
+    def largest(self, gate: Float[Tensor, " gate"], n: int) -> Float[Tensor, " gate"]:
+        """One for the largest gates that are more than half open and have n weights together."""
+        is_open = (gate > HALF).nonzero().flatten()
+        order = is_open[gate[is_open].argsort(descending=True, stable=True)]
+        fits = self.sizes[order].cumsum(0) <= n
+        hard = torch.zeros_like(gate)
+        hard[order[fits]] = 1.0
+        return hard
+
+    def projected(self, gate: Float[Tensor, " gate"], n: int) -> Float[Tensor, " gate"]:
+        """The nearest gates within 0 and 1 that take at most n weights together."""
+
+        def moved(by: float) -> Float[Tensor, " gate"]:
+            return (gate - by).clamp(0, 1)
+
+        if (moved(0.0) * self.sizes).sum() <= n:
+            return moved(0.0)
+        # What they take falls as all of them are moved down, so the move is found by bisection.
+        low, high = 0.0, float(gate.max())
+        for _ in range(40):
+            middle = (low + high) / 2
+            if (moved(middle) * self.sizes).sum() > n:
+                low = middle
+            else:
+                high = middle
+        return moved(high)
+
+
+@dataclass
+class Gates:
+    """A search under way: its texts, the benefit of every weight, and how far gates are open."""
+
+    bridge: Bridge
+    texts: Sequence[Texts]
+    protection: Protection
+    sites: Mapping[str, Site]  # to choose from
+    shapes: Mapping[str, tuple[int, ...]]  # of all block matrices
+    units: Units | None  # what is chosen whole; None: every weight by itself
+    excluded: Indices  # weights that may not be chosen
+    source: Source
+    sizes: Sequence[Size]
+    steps: int
+    max_memory: int | None
+    stage: int = 0  # how many parts and smaller sizes are done
+    step: int = 0
+    unit: float = 0.0  # of a stride
+    benefit: Totals = field(default_factory=dict)
+    candidates: Candidates | None = None
+    gate: Tensor = field(default_factory=lambda: torch.empty(0))
+    momentum: Tensor = field(default_factory=lambda: torch.empty(0))
+    masks: dict[float, WeightMask] = field(default_factory=dict)  # of the sizes that are done
+    trace: Rows = field(default_factory=Rows)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
+
+    def __post_init__(self) -> None:
+        self.sizes = sorted(self.sizes, reverse=True)
+        for texts in self.texts:
+            self._note("examples_scored", {"data": texts.name}, len(texts.examples))
+
+    @property
+    def parts(self) -> list[range]:
+        """The steps of each part of the descent."""
+        starts = [round(part * self.steps) for part in PARTS]
+        ends = [*starts[1:], self.steps]
+        parts = [range(start, end) for start, end in zip(starts, ends, strict=True)]
+        return [part for part in parts if len(part)]
+
+    @property
+    def n_stages(self) -> int:
+        """The parts of the descent to the largest size, and every smaller size."""
+        return len(self.parts) + len(self.sizes) - 1
+
+    def advance(self) -> None:
+        """Go on by a part of the descent, or to the next smaller size."""
+        parts = self.parts
+        if self.stage < len(parts):
+            self._descend(parts[self.stage])
+            is_size, place = self.stage == len(parts) - 1, 0
+        else:
+            is_size, place = True, self.stage - len(parts) + 1
+            self._shrink(self.sizes[place - 1].n, self.sizes[place].n)
+        if is_size:
+            self.masks[self.sizes[place].share] = self._allowed(self.sizes[place])
+        self.stage += 1
+
+    def _descend(self, steps: range) -> None:
+        n = self.sizes[0].n
+        self._score(self._size_of_step(steps.start - 1))
+        self._choose_candidates(n)
+        for step in steps:
+            progress = step / self.steps
+            rate = RATE + (LAST_RATE - RATE) * progress
+            is_hard = progress >= HARD_FROM
+            self._learn(self._size_of_step(step), rate, is_hard=is_hard)
+            if is_hard and step % CHECKED_AFTER == 0:
+                self._broken_budgets(self._mask(n), self.sizes[0])
+
+    def _size_of_step(self, step: int) -> int:
+        growth = min(1.0, (step + 1) / (GROWTH_UNTIL * self.steps))
+        return max(1, round(growth * self.sizes[0].n))
+
+    def _shrink(self, n_before: int, n: int) -> None:
+        n_steps = max(1, round(SHRINKING * self.steps))
+        for step in range(n_steps):
+            # Fewer weights in the first half, then as many as are wanted.
+            share = min(1.0, 2 * (step + 1) / n_steps)
+            rate = SHRINKING_RATE + (LAST_RATE - SHRINKING_RATE) * step / n_steps
+            self._learn(round(n_before + (n - n_before) * share), rate)
+
+    def _allowed(self, size: Size) -> WeightMask:
+        """A mask of a size that keeps all budgets on answers that no step has seen."""
+        n = size.n
+        for _ in range(TRIES):
+            mask = self._mask(n)
+            broken = self._broken_budgets(mask, size)
+            if not broken:
+                return mask
+            n = int(FEWER * n)
+            for _ in range(FURTHER_STEPS):
+                self._learn(n, LAST_RATE)
+        # It does not learn to spare what is protected: less and less of it, or none.
+        while n and self._broken_budgets(self._mask(n), size):
+            n //= 2
+        return self._mask(n)
+
+    def _broken_budgets(self, mask: WeightMask, size: Size) -> list[str]:
+        rises = self.protection.rises(self.bridge, mask)
+        broken = []
+        for row in rises:
+            name = str(row.labels["protected"])
+            if row.mean > NEAR * self.protection.budgets[name]:
+                broken.append(name)
+        for texts in self.texts:
+            if texts.role == "protected" and texts.name in broken:
+                texts.make_dearer(2.0)
+        outcome = "refused" if broken else "accepted"
+        n_removed = Measurement.exact("weights_removed", {}, mask.n_removed)
+        for row in (n_removed, *rises):
+            labels = {"size": size.share, "step": self.step, **row.labels, "outcome": outcome}
+            self.trace += [replace(row, labels=labels)]
+        return broken
+
+    # Scores, and the candidates that they make
+
+    def _score(self, n: int) -> None:
+        mask = self._mask(n) if self.candidates is not None else None
+        for texts in self.texts:
+            is_protected = texts.role == "protected"
+            sign = -FACTOR if is_protected else texts.weight * SIGNS[texts.role]
+            with masked_if_given(self.bridge, mask), of_data(texts.name):
+                gradients = mean_gradients(
+                    self.bridge,
+                    texts.batches,
+                    texts.objective,
+                    self.sites,
+                    "per token" if is_protected else "signed",
+                    max_memory=self.max_memory,
+                )
+            # Outside the mask: here the weights are whole.
+            for name in self.sites:
+                # Popped: the gradients of the next texts need their memory.
+                gradient = gradients.pop(name)
+                change = gradient.mul_(self.sites[name].parameter.detach().to(gradient.device))
+                if is_protected:
+                    change.abs_()
+                self._add(name, change.mul_(sign))
+
+    def _add(self, name: str, values: Tensor) -> None:
+        if name in self.benefit:
+            self.benefit[name].add_(values)
+        else:
+            self.benefit[name] = values if self.max_memory is None else mapped_copy(values)
+
+    def _choose_candidates(self, n: int) -> None:
+        """The most promising, and those that are open; what was there before stays as open."""
+        chosen = self._promising(CANDIDATES * n)
+        before = self.candidates
+        if before is not None:
+            chosen = torch.cat([chosen, before.units[self.gate > 0]]).unique()
+        gate, momentum = torch.zeros(len(chosen)), torch.zeros(len(chosen))
+        if before is not None and len(before):
+            place = torch.searchsorted(before.units, chosen).clamp(max=len(before) - 1)
+            is_known = before.units[place] == chosen
+            gate[is_known] = self.gate[place[is_known]]
+            momentum[is_known] = self.momentum[place[is_known]]
+        self.candidates = self._candidates(chosen)
+        self.gate, self.momentum = gate, momentum
+
+    def _promising(self, n: int) -> Int[Tensor, " gate"]:
+        """The numbers of the units of the most benefit, in order; those of n weights."""
+        if self.units is not None:
+            return self.units.best(self.benefit, n, self.excluded).nonzero().flatten()
+        n_excluded = sum(len(self.excluded.get(name, ())) for name in self.sites)
+        n_free = sum(site.parameter.numel() for site in self.sites.values()) - n_excluded
+        index = positive(self.benefit, largest(self.benefit, min(n, n_free), self.excluded))
+        return torch.cat([first + index[name] for name, first, _ in self._spans()])
+
+    def _spans(self) -> Iterable[tuple[str, int, int]]:
+        """Of every matrix its name, and the numbers of its first weight and of the next one's."""
+        first = 0
+        for name, site in self.sites.items():
+            yield name, first, first + site.parameter.numel()
+            first += site.parameter.numel()
+
+    def _candidates(self, numbers: Int[Tensor, " gate"]) -> Candidates:
+        index, gate_of = {}, {}
+        if self.units is not None:
+            sizes = self.units.sizes[numbers]
+            is_chosen = torch.zeros(len(self.units.sizes), dtype=torch.bool)
+            is_chosen[numbers] = True
+            for name, flat in self.units.weights(is_chosen).items():
+                index[name] = flat
+                gate_of[name] = torch.searchsorted(numbers, self.units.numbers(name, flat))
+        else:
+            sizes = torch.ones_like(numbers)
+            for name, first, end in self._spans():
+                ends = torch.searchsorted(numbers, torch.tensor([first, end])).tolist()
+                index[name], gate_of[name] = numbers[slice(*ends)] - first, torch.arange(*ends)
+        # The matrices without a candidate are left out of a step.
+        index = {name: flat for name, flat in index.items() if len(flat)}
+        gate_of = {name: gate_of[name] for name in index}
+        weights = {}
+        for name, flat in index.items():
+            parameter = self.sites[name].parameter.detach().flatten()
+            weights[name] = parameter[flat.to(parameter.device)].float().cpu()
+        return Candidates(numbers, sizes, index, gate_of, weights)
+
+    # A step
+
+    def _learn(self, n: int, rate: float, *, is_hard: bool = True) -> None:
+        """Move the gates by one step, within n weights."""
+        candidates = self.candidates
+        if not candidates:
+            return
+        gate = candidates.largest(self.gate, n) if is_hard else self.gate
+        self.momentum.mul_(DECAY).add_(self._gain(gate), alpha=1 - DECAY)
+        # In units of the weakest of as many as can be open: these all move at the full rate.
+        n_open = min(len(candidates), max(1, round(n / candidates.sizes.float().mean().item())))
+        weakest = self.momentum.abs().topk(n_open).values[-1].item()
+        # Of late: where all is reached, what is left are small gradients and so small strides.
+        self.unit = max(weakest, UNIT_DECAY * self.unit, 1e-20)
+        stride = (self.momentum / self.unit).clamp(-1, 1)
+        self.gate = candidates.projected(self.gate + rate * stride, n)
+        self.step += 1
+
+    @torch.inference_mode(False)
+    def _gain(self, gate: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+        """How fast the loss falls as each gate is opened: minus its derivative, a weight."""
+        candidates = self.candidates
+        assert candidates is not None
+        gain = torch.zeros_like(gate)
+
+        def receive(site: Site, gradient: Tensor) -> None:
+            index = candidates.index[site.name].to(gradient.device)
+            change = candidates.weights[site.name] * gradient.flatten()[index].float().cpu()
+            gain.index_add_(0, candidates.gate_of[site.name], change)
+
+        def receive_pair(site: Site, x: Input, g: OutputGradient) -> None:
+            first, second = (g, x) if site.input_axis == 1 else (x, g)
+            receive(site, first.flatten(0, 1).T @ second.flatten(0, 1))
+
+        sites = {name: self.sites[name] for name in candidates.index}
+        hooked = {name: site for name, site in sites.items() if site.is_hooked}
+        unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
+        scale = {name: 1 - values for name, values in candidates.per_weight(gate).items()}
+        mask = WeightMask(candidates.index, self.shapes, self.source)
+        with (
+            masked(self.bridge, mask, scale=scale),
+            torch.enable_grad(),
+            hook_pairs(self.bridge, hooked, receive_pair),
+            parameter_gradients(unhooked, receive),
+        ):
+            rises = self._backward()
+        for texts, rise in zip(self.texts, rises, strict=True):
+            texts.weigh(rise)
+            if self.step % TRACED_EVERY == 0:
+                self._note("seen_rise", {"step": self.step, "data": texts.name}, rise)
+        return gain / candidates.sizes
+
+    def _backward(self) -> list[float]:
+        """Backward passes of a step's loss; the mean rise of each kind of texts."""
+        drawn = []
+        for kind, texts in enumerate(self.texts):
+            drawn += [(kind, number) for number in texts.draw(self.generator)]
+        # Of like length together, since the shorter ones of a batch are padded.
+        drawn.sort(key=lambda pair: len(self.texts[pair[0]].examples[pair[1]].tokens))
+        rises = [0.0] * len(self.texts)
+        for objective in dict.fromkeys(texts.objective for texts in self.texts):
+            of_objective = [pair for pair in drawn if self.texts[pair[0]].objective is objective]
+            n_batches = ceil(len(of_objective) / self._batch_size)
+            size = ceil(len(of_objective) / n_batches)
+            for start in range(0, len(of_objective), size):
+                pairs = of_objective[start : start + size]
+                self._backward_of(pairs, objective, rises)
+        return rises
+
+    def _backward_of(
+        self, pairs: Sequence[tuple[int, int]], objective: Objective, rises: list[float]
+    ) -> None:
+        """The backward pass of one batch, by kind and number of its texts."""
+        examples = [self.texts[kind].examples[number] for kind, number in pairs]
+        (batch,) = batched(examples, len(examples))
+        now = objective(self.bridge, batch).float()
+        before = torch.stack([self.texts[kind].before[number] for kind, number in pairs])
+        rise = now - before.to(now.device)
+        kinds = torch.tensor([kind for kind, _ in pairs], device=now.device)
+        loss = now.new_zeros(())
+        for kind, texts in enumerate(self.texts):
+            is_of_kind = kinds == kind
+            loss = loss + texts.part_of_loss(now[is_of_kind], rise[is_of_kind])
+            rises[kind] += rise[is_of_kind].sum().item() / texts.n_drawn
+        loss.backward()
+
+    @property
+    def _batch_size(self) -> int:
+        """The largest batch that the caller gave."""
+        return max(len(batch) for texts in self.texts for batch in texts.batches)
+
+    # Masks, and the trace
+
+    def _mask(self, n: int) -> WeightMask:
+        """The mask of the largest gates."""
+        assert self.candidates is not None
+        hard = self.candidates.largest(self.gate, n)
+        removed = {}
+        for name, is_removed in self.candidates.per_weight(hard).items():
+            removed[name] = self.candidates.index[name][is_removed > 0]
+        return WeightMask(removed, self.shapes, self.source)
+
+    def found(self, share: float) -> WeightMask:
+        """The mask of a size, with how it was made and the trace."""
+        settings = {"size": share, "n_allowed": self._n_of(share), "factor": FACTOR}
+        source = replace(self.source, settings={**settings, **self.source.settings})
+        return WeightMask(self.masks[share].removed, self.shapes, source, self.trace)
+
+    def _n_of(self, share: float) -> int:
+        return next(size.n for size in self.sizes if size.share == share)
+
+    def _note(self, metric: str, labels: Mapping[str, Label], value: float) -> None:
+        self.trace += [Measurement.exact(metric, labels, value)]
+
+    # What a folder keeps between two stages
+
+    def keep(self, folder: str | Path | None) -> None:
+        """Write everything into the folder; of a search that is done its masks and the trace."""
+        if folder is None:
+            return
+        masks = {share: dict(mask.removed) for share, mask in self.masks.items()}
+        trace = [asdict(row) for row in self.trace]
+        state = {"key": self._key, "stage": self.stage, "masks": masks, "trace": trace}
+        if self.stage < self.n_stages:
+            assert self.candidates is not None
+            state["step"] = self.step
+            state["unit"] = self.unit
+            state["benefit"] = self.benefit
+            state["units"] = self.candidates.units
+            state["gate"] = self.gate
+            state["momentum"] = self.momentum
+            state["texts"] = [(of.multiplier, of.rise, of.left) for of in self.texts]
+            state["generator"] = self.generator.get_state()
+        with replacing(Path(folder) / FILE) as unfinished:
+            torch.save(state, unfinished)
+
+    def resume(self, folder: str | Path | None) -> None:
+        """Go on from what the folder holds."""
+        if folder is None or not (Path(folder) / FILE).exists():
+            return
+        state = torch.load(Path(folder) / FILE, weights_only=True)
+        if state["key"] != self._key:
+            raise ValueError(
+                f"{folder} holds another search (other data, weights or options, or another "
+                "objective); give another folder, or remove it"
+            )
+        self.stage = state["stage"]
+        self.trace = Rows.of_dicts(state["trace"])
+        for share, removed in state["masks"].items():
+            self.masks[share] = WeightMask(removed, self.shapes, self.source)
+        if self.stage == self.n_stages:
+            return
+        self.step = state["step"]
+        self.unit = state["unit"]
+        for name, values in state["benefit"].items():
+            self._add(name, values.to(self.sites[name].parameter.device))
+        self.candidates = self._candidates(state["units"])
+        self.gate, self.momentum = state["gate"], state["momentum"]
+        for texts, (multiplier, rise, left) in zip(self.texts, state["texts"], strict=True):
+            texts.multiplier, texts.rise, texts.left = multiplier, rise, left
+        self.generator.set_state(state["generator"])
+
+    @property
+    def _key(self) -> str:
+        """What a search must have in common with another to go on from it."""
+        # An objective by its value: functions that are made alike have the same name.
+        losses = [f"{texts.before.mean():.3g}" for texts in self.texts]
+        return f"{self.source.to_json()} {self.sizes} {losses}"
