@@ -21,8 +21,8 @@ from harmcircuits.behaviours.probe import Probe
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.search import find_circuit
 from harmcircuits.hooks.gates import Gates
+from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
 from harmcircuits.views.page import write_page

@@ -50,7 +50,7 @@ SEED = 0  # of the texts that a step draws
 PARTS = (0.0, 0.2, 0.4, 0.6)  # of the descent: where weights are scored and candidates chosen anew
 GROWTH_UNTIL = 0.3  # of the descent
 HARD_FROM = 0.5  # of the descent
-HALF = 0.5  # open: what a gate must be more than to count as open
+HALF = 0.5  # of the gate that is open most: what counts as open is more than that
 SHRINKING = 0.2  # of the steps of the descent, for every smaller size
 
 CANDIDATES = 20  # times as many as are removed
@@ -175,8 +175,10 @@ class Candidates:
         return {name: gate[gates] for name, gates in self.gate_of.items()}
 
     def largest(self, gate: Float[Tensor, " gate"], n: int) -> Float[Tensor, " gate"]:
-        """One for the largest gates that are more than half open and have n weights together."""
-        is_open = (gate > HALF).nonzero().flatten()
+        """One for the largest gates that have n weights together, of those that are open."""
+        # A search of few steps opens no gate to the end.
+        most = gate.max() if len(gate) else 0.0
+        is_open = (gate > HALF * most).nonzero().flatten()
         order = is_open[gate[is_open].argsort(descending=True, stable=True)]
         fits = self.sizes[order].cumsum(0) <= n
         hard = torch.zeros_like(gate)

@@ -185,36 +185,41 @@ def test_a_search_is_of_what_is_protected_with_budgets_and_first_tokens_among_it
 
 
 def test_another_behaviour_is_preferred_behind_the_beginning_of_the_target(small, data, search):
-    prefer = search(small, prefer="refusal", calibrations=data)[2]["prefer"]
-    tokenizer, said = small.bridge.tokenizer, []
-    for batch in prefer["preferred"]:
-        for tokens, is_target in zip(batch.tokens, batch.is_target, strict=True):
-            said.append(tokenizer.decode(tokens[is_target]))
-            before = tokens[int(is_target.int().argmax()) - 1]
-            assert tokenizer.decode([before]) == small.behaviours["harmful"].prefill
-    assert said == [example.completion for example in data["refusal"].prompts]
-
-    # Without a beginning they stay as they were generated.
-    plain = small.with_behaviours(replace(small.behaviours["harmful"], prefill=""))
-    prefer = search(plain, prefer="refusal", calibrations=data)[2]["prefer"]
-    assert prefer == {"preferred": list(data["refusal"].batches)}
+    """To a request the answer to the same item, where there is one."""
+    tokenizer, opening = small.bridge.tokenizer, small.behaviours["harmful"].prefill
+    for prefer in ("refusal", "benign"):
+        batches = search(small, prefer=prefer, calibrations=data)[2]["prefer"]["preferred"]
+        said = []
+        for batch in batches:
+            for tokens, is_target in zip(batch.tokens, batch.is_target, strict=True):
+                said.append(tokenizer.decode(tokens[is_target]))
+                before = tokens[int(is_target.int().argmax()) - 1]
+                assert tokenizer.decode([before]) == opening
+        requests = data["harmful"].prompts
+        assert len(said) == len(requests)
+        for request, text in zip(requests, said, strict=True):
+            same_item = [e.completion for e in data[prefer].prompts if e.group == request.group]
+            answers = same_item or [e.completion for e in data[prefer].prompts]
+            assert text in [answer.removeprefix(f"{opening} ") for answer in answers]
 
 
 def test_what_is_preferred_is_avoided_where_protected_answers_begin_alike(small, data):
-    """Each of their requests with the next refusal in turn, behind the target's beginning."""
+    """Behind the target's beginning, in their requests too."""
     opening = small.behaviours["harmful"].prefill
     alike = replace(small.behaviours["benign"], name="alike", prefill=opening)
     model = small.with_behaviours(alike)
     protected = {"alike": replace(data["benign"], behaviour="alike"), "refusal": data["refusal"]}
 
-    requests, refusals = data["benign"].prompts, data["refusal"].prompts
-    said = [refusals.examples[place % len(refusals)].completion for place in range(len(requests))]
-    texts = requests.with_completions([f"{opening} {text}" for text in said])
-    expected = model.batches(model.behaviours["harmful"], texts)
-    avoided = preferred_batches(model, "harmful", "refusal", protected)["avoided"]
-    assert [batch.tokens.tolist() for batch in avoided] == [b.tokens.tolist() for b in expected]
+    def avoided():
+        return preferred_batches(model, data["harmful"], "harmful", "refusal", protected)
+
+    batches = avoided()["avoided"]
+    assert sum(map(len, batches)) == len(data["benign"].prompts)
+    refusals = {example.completion for example in data["refusal"].prompts}
+    text = model.bridge.tokenizer.decode(batches[0].tokens[0][batches[0].is_target[0]])
+    assert text in refusals
     del protected["alike"]
-    assert "avoided" not in preferred_batches(model, "harmful", "refusal", protected)
+    assert "avoided" not in avoided()
 
 
 def test_text_in_is_text_out(small):

@@ -91,7 +91,7 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
     for texts in search.texts:
         everything = list(range(len(texts.examples)))
         monkeypatch.setattr(texts, "draw", lambda _, everything=everything: everything)
-    step = 1e-2
+    step = 2e-3 if "Moe" in name else 1e-2  # which experts answer changes at once
     expected = -(loss(gate + step * direction) - loss(gate - step * direction)) / (2 * step)
     gain = search._gain(gate) * search.candidates.sizes
     assert gain @ direction == pytest.approx(expected, rel=0.02, abs=1e-4)
@@ -139,7 +139,7 @@ def test_what_is_learned_takes_more_than_one_shot_and_leaves_the_model(llama):
 @pytest.mark.parametrize("kind", ["preferred", "avoided"])
 def test_what_is_preferred_becomes_likelier_and_what_is_avoided_does_not(llama, kind):
     """Against the same search without it."""
-    options = {"size": 0.05, "steps": 20}
+    options = {"size": 0.05, "steps": 10}
 
     def loss(**prefer) -> float:
         mask = find_circuit(llama, TARGET, prefer=prefer, **options)
@@ -165,6 +165,7 @@ def test_no_mask_exceeds_its_size_or_its_budget(llama):
 
 def test_where_every_mask_is_refused_nothing_is_removed(llama, monkeypatch):
     monkeypatch.setattr(Gates, "_broken_budgets", lambda *_: ["a"])
+    monkeypatch.setattr("harmcircuits.hooks.gates.TRIES", 1)
     assert len(find_circuit(llama, TARGET, {"a": SPARED}, size=SIZE, steps=2)) == 0
 
 

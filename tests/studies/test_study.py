@@ -23,6 +23,7 @@ from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.search import set_difference
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.studies.controls import at_once, unpruned_scores
 from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import operating_point, study
@@ -225,7 +226,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\)"):
         study(model, settings, steps=3, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("harmcircuits.hooks.walk.Walk.step", interrupted)  # all are made
+        patch.setattr("harmcircuits.hooks.gates.Gates.advance", interrupted)  # all are made
         run = study(model, settings, **options)
     names = {path.name for path in out.iterdir()}
     assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}, "and no searches"
@@ -270,7 +271,7 @@ def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
 
 BEFORE = {
     "harm_valid_rate": 1.0, "benign_valid_rate": 1.0, "recognition_accuracy": 1.0,
-    "harm_nll": 0.5, "benign_nll": 0.25, "recognition_nll": 1.0,
+    "harm_degenerate_rate": 0.0, "harm_nll": 0.5, "benign_nll": 0.25, "recognition_nll": 1.0,
 }  # fmt: skip
 
 
@@ -281,53 +282,26 @@ def point(size: int, **figures: float) -> Point:
     return Point(mask, {}, Rows(rows))
 
 
-def chosen(*points: Point, decides: str, tolerance: float = 0.01, **budgets: float) -> Point | None:
+def chosen(*points: Point, tolerance: float = 0.01, **budgets: float) -> Point | None:
     settings = StudySettings(tolerance=tolerance, budget=budgets)
-    return operating_point(points, BEFORE, Terms.standard(), settings, decides)
+    return operating_point(points, BEFORE, Terms.standard(), settings)
 
 
 def test_the_operating_point_keeps_its_rule():
     small, large = point(20, harm_valid_rate=0.1), point(30, harm_valid_rate=0.1)
     weak = point(5, harm_valid_rate=0.5)
+    broken = point(5, harm_valid_rate=0.0, harm_degenerate_rate=0.9)
     costly = point(10, harm_valid_rate=0.0, benign_valid_rate=0.98)
     blind = point(10, harm_valid_rate=0.0, recognition_accuracy=0.5)
-    assert chosen(costly, blind, weak, large, small, decides="rate") is small
-    assert chosen(costly, blind, decides="rate") is None
-    assert chosen(point(5), decides="rate") is None, "a mask that lowers nothing is none"
-    assert chosen(costly, small, tolerance=0.05, decides="rate") is costly
+    assert chosen(costly, blind, broken, weak, large, small) is small
+    assert chosen(costly, blind) is None
+    assert chosen(point(5)) is None, "a mask that lowers nothing is none"
+    assert chosen(costly, small, tolerance=0.05) is costly
 
 
 def test_the_operating_point_within_budgets_of_losses():
-    cheap, dear = point(9, harm_nll=0.75), point(9, harm_nll=3.0, benign_nll=0.5)
-    good, same = (
-        point(20, harm_nll=1.5, benign_nll=0.375),
-        point(30, harm_nll=1.5, benign_nll=0.375),
-    )
-    blunt = point(9, harm_nll=4.0, benign_valid_rate=0.5)
-    assert chosen(cheap, dear, same, good, blunt, benign=0.125, decides="loss") is good
-    assert chosen(cheap, dear, good, benign=0.25, decides="loss") is dear
-    assert chosen(cheap, dear, good, benign=0.0, decides="loss") is cheap
-    assert chosen(point(5), point(5, harm_nll=0.25), decides="loss") is None, "none raises the loss"
-    assert chosen(cheap, dear, good, benign=0.25, decides="rate") is None, "no rate falls"
-
-    near, far = (
-        point(9, harm_nll=1, recognition_nll=1.125),
-        point(9, harm_nll=3, recognition_nll=1.5),
-    )
-    assert chosen(near, far, decides="loss") is far, "a loss without a budget is free"
-    assert chosen(near, far, recognition=0.25, decides="loss") is near
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"protect": ("kindness",)}, "did you mean 'kind'"),
-        ({"budget": {"bening": 1.0}}, "did you mean 'benign'"),
-    ],
-)
-def test_what_cannot_be_studied_is_refused_before_anything_is_written(sft, tmp_path, options, word):
-    with pytest.raises(ValueError, match=re.escape(word)):
-        study(sft, StudySettings(**options), out=tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="out=FOLDER"):
-        study(sft, max_memory=2**21)
+    small = point(20, harm_valid_rate=0.5, benign_nll=0.375)
+    large = point(9, harm_valid_rate=0.1, benign_nll=0.5)
+    assert chosen(small, large, benign=0.125) is small
+    assert chosen(small, large, benign=0.25) is large
+    assert chosen(small, large, benign=0.0) is None
