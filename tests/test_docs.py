@@ -13,7 +13,8 @@ import attacks
 import emergent_misalignment
 import pytest
 import six_findings
-from helpers import asked_few, small_model
+import torch
+from helpers import asked_few, random_batch, small_model
 from pages import PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
@@ -51,9 +52,18 @@ def stand_ins(tmp_path, monkeypatch, one_step):
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
 def test_python_runs(path, stand_ins):
+    is_of_others = path.stem == "others"
+    if is_of_others:
+        pytest.importorskip("inspect_ai", reason="pip install 'harmcircuits[interop]'")
     space: dict = {}
     for block in blocks(path.read_text(encoding="utf-8"), "python"):
         exec(compile(block, path.name, "exec"), space)
+    if is_of_others:
+        tokens, served = random_batch().tokens, space["served"].api._hf
+        before = served(tokens).logits
+        with hc.masked(space["bridge"], space["mask"]), hc.masked(space["model"], space["mask"]):
+            assert torch.equal(served(tokens).logits, space["model"].bridge(tokens))
+            assert not torch.equal(served(tokens).logits, before)
 
 
 def test_every_python_block_is_one_that_runs():
