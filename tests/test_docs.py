@@ -123,4 +123,4 @@ def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
     for result in six_findings.committed(six_findings.FINDINGS.values()):
         script = six_findings.FINDINGS[result.name]
         (line,) = re.findall(rf"^\| `{script}\.py`.*$", text, flags=re.M)
-        assert f"| {result.outcome} |" in line
+        assert f"| {result.outcome}, {result.count} |" in line

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The results on the pages
-# `python docs/_site/claims_page.py` writes what committed rows say: outcomes into the tables of
-# `docs/claims.md` and the README, and key numbers between `<!-- NAME -->` and `<!-- /NAME -->` on any
+# `python docs/_site/claims_page.py` writes what committed rows say: verdicts into the tables of
+# `docs/claims.md` and both READMEs, and key numbers between `<!-- NAME -->` and `<!-- /NAME -->` on any
 # page. What stands around them is written by hand; tests hold the pages to the rows.
 
 # %%
@@ -13,7 +13,7 @@ from support.claims import ClaimResult
 from support.markdown import frame_markdown
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/claims.md", "docs/results.md")
+PAGES = ("README.md", "docs/claims.md", "docs/results.md", "analyses/README.md")
 # Whose numbers are on a page besides those of the findings.
 QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circuits")
 
@@ -23,9 +23,11 @@ def with_result(page: str, result: ClaimResult) -> str:
     start, end = f"<!-- {result.name} -->", f"<!-- /{result.name} -->"
     parts = [start, frame_markdown(result.key_numbers), end]
     if result.outcome:
-        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
-        page = re.sub(row, rf"\g<1>**{result.outcome}**", page)
-        parts.insert(1, f"**Result.** {result.outcome.capitalize()}.")
+        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
+        page = re.sub(row, rf"\g<1>**{result.outcome}** | {result.count} |", page)
+        row = rf"(\| {result.name}: [^|]+ \| )[^|]+ \|"  # in the list of analyses
+        page = re.sub(row, rf"\g<1>{result.outcome}, {result.count} |", page)
+        parts.insert(1, f"**Result.** {result.outcome.capitalize()}: {result.count}.")
     return re.sub(f"{start}.*{end}", lambda _: "\n\n".join(parts), page, flags=re.DOTALL)
 
 
