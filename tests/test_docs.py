@@ -85,7 +85,8 @@ def test_commands_and_their_options_exist():
     for experiment in (attacks, emergent_misalignment):
         for option in fields(experiment.claim.experiment.options):
             known.add(f"--{option.name.replace('_', '-')}")
-    assert set(re.findall(r"--[a-z][\w-]*", text_of("own_model.md"))) <= known
+    for page in ("own_model.md", "large_models.md", "judges.md", "faq.md"):
+        assert set(re.findall(r"--[a-z][\w-]*", text_of(page))) <= known, page
 
 
 def test_scripts_and_modules_exist():

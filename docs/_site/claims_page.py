@@ -13,7 +13,13 @@ from support.claims import ClaimResult
 from support.markdown import frame_markdown
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/claims.md", "docs/results.md", "analyses/README.md")
+PAGES = (
+    "README.md",
+    "docs/claims.md",
+    "docs/results.md",
+    "docs/log/toy_models.md",
+    "analyses/README.md",
+)
 # Whose numbers are on a page besides those of the findings.
 QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circuits")
 
