@@ -103,10 +103,10 @@ def table(masks: Masks) -> pandas.DataFrame:
         }
         for column, metric in LOSSES.items():
             row = row_of(name, f"{metric}_change", mask)
-            line[column] = rise(row) if row else DASH
+            line[column] = rise(row, with_interval=column == "harm") if row else DASH
         for column, metric in ANSWERS.items():
             row = row_of(name, metric, mask)
-            line[f"{column}, %"] = per_cent(row) if row else DASH
+            line[f"{column}, %"] = per_cent(row, with_interval=column == "harmful") if row else DASH
         lines.append(line)
     return pandas.DataFrame(lines)
 
@@ -125,14 +125,16 @@ def attack_table() -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
-def rise(row: Measurement) -> str:
-    """Without a sign where it rounds to zero."""
+def rise(row: Measurement, *, with_interval: bool) -> str:
+    """Of a loss; without a sign where it rounds to zero."""
     mean, low, high = (round(value, 2) + 0.0 for value in (row.mean, row.low, row.high))
-    return f"{mean:.2f}" if low == high == 0 else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]" if with_interval and high else f"{mean:.2f}"
 
 
-def per_cent(row: Measurement) -> str:
-    return f"{100 * row.mean:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+def per_cent(row: Measurement, *, with_interval: bool = True) -> str:
+    """Of answers, without the sign of per cent."""
+    mean, low, high = (f"{100 * value:.0f}" for value in (row.mean, row.low, row.high))
+    return f"{mean} [{low}, {high}]" if with_interval else mean
 
 
 TABLES = {

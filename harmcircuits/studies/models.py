@@ -70,7 +70,7 @@ def open_model(
 
     An organism is opened by its name alone (`harmcircuits.organisms.open_organism` opens one that
     you trained). Any other model that TransformerLens opens needs `prompts`, `behaviours` or both;
-    its own answers, where the judge verified them, become the reference answers.
+    its own answers, where the judge verified them (the rules see no harm), become the references.
 
     Args:
         model: an organism's name (base, helpful, sft, dpo, planted; compiled/nothing-shared,
