@@ -1,9 +1,9 @@
 # %% [markdown]
 # # F4. Do aligned models hold harm in fewer weights?
 # Alignment is said to *compress* harmful generation: what an unaligned model does with many weights,
-# an aligned one would do with few. We test it on ladders of models, each rung trained from the one
-# before: `base`, `helpful` (answers every request), `sft` (taught to refuse harmful ones) and `dpo`
-# (trained to prefer refusals besides). Harm is elicited on all of them alike, by prefilling the
+# an aligned one would do with few. We test it on ladders of models: `base`; `helpful`, trained from it
+# (answers every request); and two trained from `helpful`, `sft` (taught to refuse harmful ones) and
+# `dpo` (trained to prefer refusals). Harm is elicited on all of them alike, by prefilling the
 # beginning of an answer, so that a rung is asked what it can do and not what it would.
 #
 # On every rung the circuit of harm grows under the search of `Model.find_circuit`, as in F1

@@ -36,9 +36,9 @@ model
 
 # %% [markdown]
 # ## An edit
-# A circuit is a mask over single weights. `find_circuit` finds a mask that raises the loss of harmful
-# answers while the losses of protected ones stay within a budget; `masked` multiplies its weights by
-# zero in place. The model is tuned to refuse, so harmful answers are prefilled with "sure".
+# A circuit is a mask over single weights. `find_circuit` finds one that raises the loss of harmful
+# answers while the losses of protected ones stay within a budget; `masked` multiplies its weights
+# by zero in place. The model is tuned to refuse, so harmful answers are prefilled with "sure".
 
 # %%
 mask = model.find_circuit("harmful", protect="others", size=0.002, steps=4)
@@ -52,8 +52,8 @@ print(f"again   {request} -> {model.generate(request, prefill='sure')}")
 
 # %% [markdown]
 # Restored, bit for bit. What did the edit do, on requests that it never saw? Every figure is a
-# row with a 95 % interval. *Degenerate* is broken text: harmful answers are gone because they broke,
-# not because they are refused.
+# row with a 95 % interval. *Degenerate* is broken text: harmful answers are gone because they
+# broke, not because they are refused.
 
 # %%
 asked = ["harmful", "benign", "refusal", "knowledge"]
