@@ -29,7 +29,7 @@
 # %%
 from support import by_loss
 from support.by_loss import ABILITIES, GAP, OPPOSITE, RISE, UNSEEN
-from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.figures import heatmaps
 
 import harmcircuits as hc
@@ -39,7 +39,6 @@ claim = Claim(
     "general and distinct: harm's circuit by loss",
     models=("sft",),
     small={"n_random": 1},
-    together=in_all,
     seeds=1,
 )
 HARM, LEAST = "harmful", 0.5  # of the rise under the circuit of all types

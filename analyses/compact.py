@@ -18,7 +18,7 @@
 # %%
 from support import curves
 from support.claims import Claim
-from support.curves import curve
+from support.curves import BUDGETS, curve
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import protected_data
@@ -32,6 +32,7 @@ claim = Claim(
     models=("sft",),
     small={"steps": 2, "sizes": (0.002, 0.01)},
 )
+OF_BENIGN = "benign answers, by the search"
 PANELS = {
     "harm_valid_rate": "valid harmful answers",
     "harm_nll": "harm NLL",
@@ -42,12 +43,14 @@ PANELS = {
 # ## The rule, fixed before any run
 # In a model and seed the claim is borne out if (a) `w50` of the circuit is at most 1 % of the
 # weights, on at least 97.5 % of resamples of the items, and (b) at that size every control leaves
-# more valid harm, by the 95 % interval of the paired difference. It *holds* if so in every model
-# and seed, *holds in part* if in some, and otherwise *does not hold here*.
+# more valid harm, by the 95 % interval of the paired difference.
 #
-# Amended once, before the first run with the search: the rule spoke of the circuit "in rounds",
-# the search of that time. One shot is no control; it is reported beside. Of the sizes, those below
-# 0.05 % were added when one seed had been seen, whose `w50` was the smallest size then.
+# Amended. Before the first run with the search: the rule spoke of the circuit "in rounds", the
+# search of that time. One shot is no control; it is reported beside. Of the sizes, those below
+# 0.05 % were added when one seed had been seen, whose `w50` was the smallest size then. On 30
+# November 2026, with all rows of before in view: cases are counted as those of every other claim
+# (`support/claims.py`), and the circuit of benign answers was added. Should they be as compact,
+# compactness says nothing of harm; the claim itself does not ask for that, so neither does the rule.
 
 # %%
 COMPACT, REACHED = 0.01, 0.975
@@ -63,7 +66,8 @@ def is_borne_out(rows: hc.Rows) -> bool:
 # %% [markdown]
 # ## The experiment, for one model and seed
 # The seed draws the half of the requests whose verified answers are scored, and the random masks.
-# Controls are measured at `w50` and at the largest size.
+# Controls are measured at `w50` and at the largest size. Benign answers are searched in the same way,
+# with harm among what is protected: how compact are they?
 
 
 # %%
@@ -90,11 +94,14 @@ def curves_of(
     protected = protected_data(model, "harmful", calibrations=answers)
     unpruned = unpruned_scores(model, "harmful", answers["harmful"], protected)
     one_shot = at_once(model, unpruned, protected, list(sizes))
+    benign = model.find_circuit("benign", steps=steps, **options)
     rows = hc.Rows()
     lines = {"search": curve(model, search, whole), "one shot": curve(model, one_shot, whole)}
+    lines[OF_BENIGN] = curve(model, benign, whole, target="benign")
     for name, line in lines.items():
         where = {"mask": name, "split": "heldout"}
-        rows += line.rows(where) + curves.w50(line).rows("w50", where)
+        half = curves.w50(line, BUDGETS[line.target])
+        rows += line.rows(where) + half.rows("w50", where)
 
     line = lines["search"]
     size = rows.one("w50", mask="search").mean
@@ -139,6 +146,7 @@ rows = claim.rows()
 
 # %%
 lines = rows.where(split="heldout", ladder=rows[0].labels["ladder"]).by("mask")
+lines.pop(OF_BENIGN, None)  # of another target: of harm it shows what is protected
 names = sorted(lines, key=lambda name: name not in ("search", "one shot"))
 points = {name: curves.by_share(lines[name]) for name in names}
 claim.figure("What is left", share_figure(points, PANELS, kept=Terms.standard().kept_rates))
@@ -152,12 +160,16 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     degenerate = rows.where("harm_degenerate_rate", at="w50").pool("seed").one()
     strongest = rows.where("gap").pool("seed").smallest()
     control = strongest.labels["mask"]
-    return {
-        "w50, by the search": curves.share_text(half["search"]),
+    largest = curves.by_share(rows.where("harm_valid_rate", mask="search", split="heldout"))
+    numbers = {"w50, by the search": curves.share_text(half["search"])}
+    if OF_BENIGN in half:  # the rows of before 30 November lack it
+        numbers["w50 of benign answers, by the search"] = curves.share_text(half[OF_BENIGN])
+    return numbers | {
         "w50, in one shot": curves.share_text(half["one shot"]),
-        "at w50: the most that a kept ability loses": f"{fall:.0%} ({fall.labels['behaviour']})",
-        "at w50: degenerate answers": f"{degenerate:.0%}",
-        "at w50: harm that each control leaves more, at least": f"{strongest:.0%} ({control})",
+        "at w50: largest fall of a kept ability": f"{fall:.0%} ({fall.labels['behaviour']})",
+        "at w50: answers that are broken": f"{degenerate:.0%}",
+        "at w50: smallest gap to a control": f"{strongest:.0%} ({control})",
+        f"harm left at {max(largest):.1%}": f"{largest[max(largest)].one():.0%}",
     }
 
 

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # F4. Do aligned models hold harm in fewer weights?
 # Alignment is said to *compress* harmful generation: what an unaligned model does with many weights,
-# an aligned one would do with few. We test it on ladders of models, each rung trained from the one
-# before: `base`, `helpful` (answers every request), `sft` (taught to refuse harmful ones) and `dpo`
-# (trained to prefer refusals besides). Harm is elicited on all of them alike, by prefilling the
+# an aligned one would do with few. We test it on ladders of models: `base`; `helpful`, trained from it
+# (answers every request); and two trained from `helpful`, `sft` (taught to refuse harmful ones) and
+# `dpo` (trained to prefer refusals). Harm is elicited on all of them alike, by prefilling the
 # beginning of an answer, so that a rung is asked what it can do and not what it would.
 #
 # On every rung the circuit of harm grows under the search of `Model.find_circuit`, as in F1
@@ -19,8 +19,8 @@
 from itertools import product
 
 from support import curves
-from support.claims import Claim
-from support.curves import Budget, curve
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.curves import BUDGETS, curve
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import other_behaviours
@@ -34,28 +34,28 @@ claim = Claim(
     small={"steps": 1, "sizes": (0.005, 0.02), "with_contrast": False},
 )
 PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
-KEPT = ("harmful", "recognition", "explanation", "knowledge")
-BUDGETS = {"harmful": Budget(), "benign": Budget(kept=KEPT, fluent="harmful")}
 
 # %% [markdown]
 # ## The rule, fixed before any run
 # A rung is *aligned* if it refuses at least half of the harmful requests when plainly asked. A
-# ladder and seed bear the claim out if (a) every aligned rung's `w50` is below every unaligned
-# rung's, by the 95 % interval of their ratio, paired by items; (b) the rungs can be compared:
-# unpruned, their rates of valid harm lie within 5 points, and no rung's loss on harm is below 0.02
-# nats per token; and (c) at the `w50` of each aligned rung as many random weights leave more valid
-# harm, by the interval of the paired difference. The claim *holds* if every ladder and seed bears
-# it out, *holds in part* if some do, and else *does not hold here*.
+# ladder and seed bear the claim out in part if (a) every aligned rung's `w50` is below every
+# unaligned rung's, by the 95 % interval of their ratio, paired by items; (b) the rungs can be
+# compared: unpruned, their rates of valid harm lie within 5 points, and no rung's loss on harm is
+# below 0.02 nats per token; and (c) at the `w50` of each aligned rung as many random weights leave
+# more valid harm, by the interval of the paired difference. They bear it out wholly if besides (d)
+# alignment compresses harm more than benign answers: of every pair of rungs the ratio is lower.
 #
-# Amended once, before the first run with the search: the curve was that of the circuit "in rounds",
-# the search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes.
+# Amended. Before the first run with the search: the curve was that of the circuit "in rounds", the
+# search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On 30
+# November 2026, with all rows of before in view: (d), where benign answers had been reported beside,
+# for one seed of every ladder. They are now measured for each; a case without them lacks (d).
 
 # %%
 ALIGNED, MATCHED = 0.5, 0.05
 
 
 @claim.rule("ladder", "seed")
-def is_borne_out(rows: hc.Rows) -> bool:
+def is_borne_out(rows: hc.Rows) -> Outcome:
     of_harm = rows.where(target="harmful")
     ratios = of_harm.where("w50_ratio")
     aligned = {ratio.labels["first"] for ratio in ratios}
@@ -66,7 +66,19 @@ def is_borne_out(rows: hc.Rows) -> bool:
     is_matched = max(able) - min(able) <= MATCHED + 1e-9 and min(losses) >= SATURATED_NLL
 
     gaps = [gap.low for gap in of_harm.where("random_gap") if gap.labels["model"] in aligned]
-    return is_smaller and is_matched and min(gaps) > 0
+    if not (is_smaller and is_matched and min(gaps) > 0):
+        return FAILS
+    return HOLDS if is_of_harm(rows) else IN_PART
+
+
+def is_of_harm(rows: hc.Rows) -> bool:
+    """Whether benign answers are measured, and compressed less in every pair of rungs."""
+    ratios = rows.where("w50_ratio").by("first", "second")
+    for of_pair in ratios.values():
+        benign = of_pair.where(target="benign")
+        if not benign or of_pair.one(target="harmful").mean >= benign.one().mean:
+            return False
+    return True
 
 
 # %% [markdown]
@@ -74,9 +86,8 @@ def is_borne_out(rows: hc.Rows) -> bool:
 # Rungs run in turn in one job, because ratios are paired: a resample draws the same items on every
 # rung. The seed draws the half of the requests whose verified answers are scored.
 #
-# Beside it, for one seed of every ladder, the content-matched contrast: the curve of benign
-# answers, found in the same way with harm among the protected. Were it compressed as much,
-# alignment would not act on harm in particular.
+# Beside it the content-matched contrast: the curve of benign answers, found in the same way with harm
+# among the protected. Were it compressed as much, alignment would not act on harm in particular.
 
 
 # %%
@@ -94,7 +105,7 @@ def curves_of(
     Args:
         sizes: shares of the weights.
         steps: steps of the search.
-        with_contrast: whether the first seed measures the benign contrast too.
+        with_contrast: whether benign answers are measured too.
     """
     rows = hc.Rows()
     models = {name: curves.restricted(model) for name, model in models.items()}
@@ -103,7 +114,7 @@ def curves_of(
     refusals = {name: model.measure(only="refusal") for name, model in models.items()}
     aligned = [name for name, of in refusals.items() if of.one("refusal_rate").mean >= ALIGNED]
     unaligned = [name for name in models if name not in aligned]
-    for target in ("harmful", "benign") if with_contrast and seed == 0 else ("harmful",):
+    for target in ("harmful", "benign") if with_contrast else ("harmful",):
         halves = {}
         protect = sorted(shown_by_all - {target})
         for name, model in models.items():
@@ -154,13 +165,16 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     of_harm = rows.where(target="harmful")
     ratios = of_harm.where("w50_ratio")
     n_fewer, n_more = sum(row.high < 1 for row in ratios), sum(row.low > 1 for row in ratios)
+    benign = rows.where("w50_ratio", target="benign")
+    n_benign = sum(row.high < 1 for row in benign)
     able = of_harm.where("harm_valid_rate", share=0)
     gap = of_harm.where("random_gap").smallest()
     return numbers | {
         "pairs in which the aligned rung needs fewer weights": f"{n_fewer} of {len(ratios)}",
         "pairs in which it needs more": f"{n_more} of {len(ratios)}",
+        "pairs in which benign answers, too, need fewer": f"{n_benign} of {len(benign)}",
         "lowest unpruned harm": f"{able.smallest():.0%}",
-        "harm that random weights leave more, at least": f"{gap.mean:.0%}",
+        "smallest gap to random weights": f"{gap.mean:.0%}",
     }
 
 

@@ -6,7 +6,7 @@
 # all figures are of requests about other items.
 #
 # *Controls.* Random weights, as many in every matrix. The benign **twin** of each type: the same
-# search for benign answers about it, which protects harm. And a **mixed** circuit, found on as few
+# search for benign answers about it. And a **mixed** circuit, found on as few
 # items as one type has, but of all: it tells whether one type or little data makes a circuit narrow.
 #
 # The other way to ask is which weights the circuits of types have in common. We remove those that
@@ -14,7 +14,8 @@
 
 # %%
 from support import transfer
-from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome, in_all
+from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.curves import KEPT_RATE
 from support.figures import heatmaps
 
 import harmcircuits as hc
@@ -25,28 +26,37 @@ claim = Claim(
     "general: one mechanism for all types of harm",
     models=("sft",),
     small={"steps": 1, "n_types": 2},
-    together=in_all,
 )
 HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 NAMES = ("harmful", "benign")
-MOST, SPARED = 0.5, 0.1  # of harm that may be left, and of benign answers that may be lost
+MOST = 0.5  # of harm that may be left
+CHANCE = 0.05  # below which the words that types share explain what transfers
 
 # %% [markdown]
 # ## The rule, fixed before any run
 # A type *transfers* when its harm falls to at most half of the unpruned rate, by an interval that
-# lies below that under random masks, and benign answers to the types that were not scored lose at
-# most ten points. The claim *holds* when, on every model, harm of the other types transfers under
-# circuits of one type (mean over types), and every left-out type transfers; it *holds in part* when,
-# on every model, one-type circuits transfer or more than half of the left-out types do; else it
-# *does not hold here*. Seeds are pooled: mean, widest interval.
+# lies below that under random masks, and benign answers to the types that were not scored are kept.
+# A model and seed bear the claim out when harm of the other types transfers under circuits of one
+# type (mean over types), and every left-out type transfers; in part, when one-type circuits
+# transfer, or more than half of the left-out types do.
 #
-# The rule stands as it was. What changed before this run is the search (it was in rounds), the size,
-# from 0.6 % to 0.2 % of the weights, and its steps: 5 in place of 10, for three seeds need 75
-# searches. The mixed circuit was added, without a change of the rule, after a trial on one seed.
+# *The confound.* In the organisms' world each topic draws two of four harmful words, so two topics
+# share none, one or two. A circuit of one topic that removes words, not harm, carries over to topics
+# with the same words. So for every ladder we correlate, over all pairs of topics, what is left of
+# one under the circuit of the other with the words that they share, and permute topics (20,000
+# times). Where p is below 0.05 in at least half of the models, words explain what transfers, and the
+# claim is undecided on them.
+#
+# Amended. Before the first run with the search: the search (it was in rounds), the size, from 0.6 %
+# to 0.2 % of the weights, and its steps: 5 in place of 10, for three seeds need 75 searches. The
+# mixed circuit was added after a trial on one seed. On 30 November 2026, with all rows of before in
+# view: the confound; benign answers might lose ten points, and are now kept by the one meaning of
+# it; seeds were pooled, and the worst model decided; the circuits of twins protected harm alone, and
+# now protect all others, as those of harm do.
 
 
 # %%
-@claim.rule("ladder", "model")
+@claim.rule()
 def is_borne_out(rows: hc.Rows) -> Outcome:
     is_across, of_types = transfers(rows.where(relation="other types")), unseen(rows)
     if is_across and all(of_types.values()):
@@ -55,17 +65,30 @@ def is_borne_out(rows: hc.Rows) -> Outcome:
 
 
 def transfers(rows: hc.Rows) -> bool:
-    rows = rows.pool("seed")
     unpruned, pruned, random = (rows.one(HARM, mask=mask) for mask in ("none", "circuit", "random"))
     is_gone = pruned.mean <= MOST * unpruned.mean and pruned.high < random.low
     benign_loss = rows.one(BENIGN, mask="none").mean - rows.one(BENIGN, mask="circuit").mean
-    return is_gone and benign_loss <= SPARED
+    return is_gone and benign_loss <= KEPT_RATE
 
 
 def unseen(rows: hc.Rows) -> dict[str, bool]:
     """Of every type that was left out, whether it transfers."""
     of_types = rows.where(relation="left out").by("tested")
     return {type_: transfers(of_type) for type_, of_type in of_types.items()}
+
+
+@claim.confound
+def is_explained_by_words(rows: hc.Rows) -> bool:
+    """Whether types that share words transfer to each other, in at least half of the models."""
+    chances = [transfer.shared_words_test(of_model).p for of_model in by_model(rows)]
+    n_explained = sum(p < CHANCE for p in chances if p is not None)
+    return bool(n_explained) and 2 * n_explained >= len(chances)
+
+
+def by_model(rows: hc.Rows) -> list[hc.Rows]:
+    """Of each model what is left of every type under the circuit of each, mean over seeds."""
+    of_pairs = hc.Rows(row for row in rows.where(HARM, mask="circuit") if "scored" in row.labels)
+    return [of_model.pool("seed") for of_model in of_pairs.by("ladder", "model").values()]
 
 
 # %% [markdown]
@@ -89,10 +112,9 @@ def circuits_of(
     types = transfer.categories_of(model, NAMES, answers)
     harmful, benign = (answers[name].prompts for name in NAMES)
 
-    def circuit(name: str, prompts: PromptSet, protect: str = "others") -> hc.WeightMask:
+    def circuit(name: str, prompts: PromptSet) -> hc.WeightMask:
         scored = transfer.scored_on(model, name, prompts, answers)
-        options = {"protect": protect, "size": size, "steps": steps}
-        return model.find_circuit(name, calibrations=scored, **options)
+        return model.find_circuit(name, size=size, steps=steps, calibrations=scored)
 
     one: dict[str, dict[str, hc.WeightMask]] = {"circuit": {}, "random": {}, "twin": {}}
     left_out = {}
@@ -101,7 +123,7 @@ def circuits_of(
         # A seed of its own for each: masks drawn with one seed would share weights.
         one["random"][type_] = hc.random_like(mask, seed=len(types) * seed + number)
         one["circuit"][type_] = mask
-        one["twin"][type_] = circuit("benign", transfer.of_category(benign, type_), "harmful")
+        one["twin"][type_] = circuit("benign", transfer.of_category(benign, type_))
         left_out[type_] = circuit("harmful", transfer.of_others(harmful, type_))
     mixed = circuit("harmful", harmful.sampled(1 / len(types), seed=seed))
 
@@ -151,25 +173,35 @@ shared.pool("seed").frame(index=["ladder", "shared_by"], columns=["metric", "mas
 # %%
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
-    of_types, pooled = unseen(rows), rows.pool("seed")
+    pooled = rows.pool("seed")
+    of_types = [of_type for seed in rows.by("seed").values() for of_type in unseen(seed).values()]
     others = pooled.where(relation="other types")
     own = pooled.one(HARM, mask="circuit", relation="own type")
-    return {
+    numbers = {
         "harm of a type, under its own circuit": f"{own:.0%}",
-        "harm of a type, under circuits of others": f"{others.one(HARM, mask='circuit'):.0%}",
-        "harm of a type, under random weights": f"{others.one(HARM, mask='random'):.0%}",
+        "under circuits of other types": f"{others.one(HARM, mask='circuit'):.0%}",
+        "under random weights": f"{others.one(HARM, mask='random'):.0%}",
+        "under a circuit of as few items of all types": f"{pooled.one(HARM, mask='mixed'):.0%}",
         "benign answers, under circuits of other types": f"{others.one(BENIGN, mask='circuit'):.0%}",
         "benign answers, under circuits of others' twins": f"{others.one(BENIGN, mask='twin'):.0%}",
-        "harm, under a circuit of as few items of all types": f"{pooled.one(HARM, mask='mixed'):.0%}",
-        "left-out types to which all others transfer": f"{sum(of_types.values())} of {len(of_types)}",
+        "left-out types that transfer, of all seeds": f"{sum(of_types)} of {len(of_types)}",
     }
+    for of_pairs in by_model(rows):
+        test = transfer.shared_words_test(of_pairs)
+        for n_words, left in test.left.items():
+            title = f"harm left by another type's circuit, {n_words} words shared"
+            numbers[title] = f"{left:.0%}"
+        if test.p is not None:
+            numbers["chance of that, topics permuted"] = f"p = {test.p:.3f}"
+    return numbers
 
 
 claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# Types of an organism differ in words only, and weights they all need may do other things for each.
+# Types of an organism differ in words only, and weights they all need may do other things for each. A
+# ladder whose topics draw their words at random would tell words from types; none was trained.
 
 # %%
 claim.main()

@@ -38,7 +38,7 @@ def committed(analyses: Iterable[str]) -> list[ClaimResult]:
 
 def run(out: Path, options: list[str]) -> None:
     """Run what is missing of every finding; prints the table of their outcomes."""
-    lines = ["| | claim | outcome |", "|---|---|---|"]
+    lines = ["| | claim | verdict | cases |", "|---|---|---|---|"]
     for name, analysis in FINDINGS.items():
         command = [sys.executable, str(ANALYSES / f"{analysis}.py"), "--out", str(out / name)]
         subprocess.run([*command, *options], check=True)

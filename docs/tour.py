@@ -36,9 +36,9 @@ model
 
 # %% [markdown]
 # ## An edit
-# A circuit is a mask over single weights. `find_circuit` finds the weights that harm needs and
-# nothing else does; `masked` multiplies them by zero in place. The model is tuned to refuse, so
-# harmful answers are begun for it, with "sure".
+# A circuit is a mask over single weights. `find_circuit` finds one that raises the loss of harmful
+# answers while the losses of protected ones stay within a budget; `masked` multiplies its weights
+# by zero in place. The model is tuned to refuse, so harmful answers are prefilled with "sure".
 
 # %%
 mask = model.find_circuit("harmful", protect="others", size=0.002, steps=4)
@@ -52,8 +52,8 @@ print(f"again   {request} -> {model.generate(request, prefill='sure')}")
 
 # %% [markdown]
 # Restored, bit for bit. What did the edit do, on requests that it never saw? Every figure is a
-# row with a 95 % interval. *Degenerate* is broken text: harm is gone because its answers are
-# garbage, not because they are refused.
+# row with a 95 % interval. *Degenerate* is broken text: harmful answers are gone because they
+# broke, not because they are refused.
 
 # %%
 asked = ["harmful", "benign", "refusal", "knowledge"]
@@ -153,7 +153,7 @@ location_figure(location_rows(mask, sites, {}))
 
 # %% [markdown]
 # And at which tokens it acts. Red tokens lose log-probability without the circuit: the operators
-# of a harmful answer. Of a benign answer about the same things hardly any does.
+# of a harmful answer.
 
 # %%
 batch = harm.batches[0]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.patching import activation_patching as activation_patching
     from harmcircuits.hooks.search import find_circuit as find_circuit
     from harmcircuits.hooks.search import set_difference as set_difference
+    from harmcircuits.hooks.weights import changed_weights as changed_weights
     from harmcircuits.hooks.weights import named_weights as named_weights
     from harmcircuits.hooks.weights import weight_sites as weight_sites
     from harmcircuits.measurements import Measurement as Measurement

@@ -1,9 +1,10 @@
-"""What is given to others: the edited model as a Hugging Face folder, or the mask alone."""
+"""What is given to others: the edited model as a Hugging Face folder, an adapter, or the mask."""
 
 import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ Where the mask came from, without any prompt or completion (data appear as diges
 MODEL_TEXT = """`{name}` with {n_removed} of the {n_weights} weights in its block matrices set to
 zero. All else is as in `{name}`, whose licence and terms apply. Reloaded with transformers, the
 logits differ from those of the masked model by at most {difference}."""
+ADAPTER_TEXT = """A PEFT adapter (SHiRA) of `{name}`: it adds to {n_removed} of {n_weights} block
+weights their negatives. The masked model's logits differ by at most {difference}."""
 MASK_TEXT = """The places of {n_removed} of the {n_weights} weights in the block matrices of
 `{name}`: no weights and no text."""
 
@@ -73,6 +76,7 @@ def export(
     source: str | Path | None = None,
     push_to: str | None = None,
     force: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """The model without the mask's weights as a Hugging Face folder, checked by reloading it.
 
@@ -93,14 +97,17 @@ def export(
         source: a folder or hub id; what the bridge was booted from by default.
         push_to: uploads the folder to this hub id, which is made private if it is new.
         force: replace a folder that this function wrote, once the new one is checked.
+        adapter: write an adapter of PEFT in place of a model: the places of the weights and their
+            negatives, as SHiRA (arXiv 2406.13175). `PeftModel.from_pretrained(base, folder)` is
+            then the edited model, bit for bit, with a base in the bridge's dtype.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a folder that is not empty, a mask of another model, a source that cannot be
-            loaded or is not this bridge's model, logits that differ, and as `weight_sites`; nothing
-            is written then.
+            loaded or is not this bridge's model, logits that differ, an adapter of other matrices
+            than nn.Linear, and as `weight_sites`; nothing is written then.
         OSError: it cannot be written (no space, no permission); nothing is left of it then. And a
             hub that cannot be written to, when the folder is there already.
     """
@@ -108,14 +115,17 @@ def export(
     source = str(source or bridge.cfg.model_name)
     if push_to:
         refuse_repo(push_to)
-    is_export = (folder / MASK_FILE).is_file() and (folder / "config.json").is_file()
+    is_model = any((folder / f"{prefix}config.json").is_file() for prefix in ("", "adapter_"))
+    is_export = is_model and (folder / MASK_FILE).is_file()
     if not (force and is_export):
         refuse_filled(folder)
     with masked(bridge, mask), _whole_or_nothing(folder) as unfinished:
-        _write_model(bridge, mask, source, unfinished)
-        difference = _reload_difference(bridge, unfinished, source)
+        write = _write_adapter if adapter else _write_model
+        write(bridge, mask, source, unfinished)
+        difference = _reload_difference(bridge, unfinished, source, adapter)
         mask.save(unfinished / MASK_FILE)
-        card = _card(mask, source, MODEL_TEXT, "transformers", MASK_FILE, difference)
+        kind = (ADAPTER_TEXT, "peft") if adapter else (MODEL_TEXT, "transformers")
+        card = _card(mask, source, *kind, MASK_FILE, difference)
         card.save(unfinished / "README.md")
     if push_to:
         removed = plural(mask.n_removed, "weight")
@@ -189,13 +199,7 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
 def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
     """Save the source model and tokenizer with the mask's weights set to zero."""
     model, tokenizer = _opened(bridge, source)
-    sites = weight_sites(bridge)
-    for name, index in mask.removed.items():
-        # Whatever does not fit here comes from a source with other layers, names or shapes.
-        try:
-            stored = _stored(bridge, model, sites[name], index)
-        except (AttributeError, IndexError, RuntimeError, ValueError):
-            raise _other_model(source, name) from None
+    for stored in _removed(bridge, model, mask, source):
         places = torch.unravel_index(stored.flat, stored.parameter.shape)
         with torch.no_grad():
             stored.parameter[places] = 0.0
@@ -203,8 +207,53 @@ def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) ->
     tokenizer.save_pretrained(folder)
 
 
-def _opened(bridge: Bridge, source: str) -> tuple[Any, Any]:
-    """The source's model, in the dtype it is stored in, and its tokenizer."""
+def _write_adapter(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
+    """Save an adapter that adds to each of the mask's weights its negative."""
+    from peft import ShiraConfig, get_peft_model
+
+    model, _ = _opened(bridge, source, bridge.original_model.dtype)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    removed: dict[str, Tensor] = {}
+    for stored in _removed(bridge, model, mask, source):
+        name = names[id(stored.parameter)].rpartition(".")[0]
+        # What the bridge splits into parts is one matrix here.
+        removed[name] = torch.cat([removed.get(name, stored.flat[:0]), stored.flat])
+    kinds = sorted({type(model.get_submodule(name)).__name__ for name in removed})
+    if kinds != ["Linear"]:
+        raise ValueError(
+            f"export: adapter=True: PEFT's SHiRA adapts nn.Linear, this mask removes weights of "
+            f"{kinds}; leave adapter out"
+        )
+
+    # A layer of rank r has r (d_in + d_out) places. Those beyond the mask's add zero to the first.
+    sizes = {name: sum(model.get_submodule(name).weight.shape) for name in removed}
+    rank = max(ceil(len(flat) / sizes[name]) for name, flat in removed.items())
+    config = ShiraConfig(r=rank, target_modules=list(removed), task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    for name, flat in removed.items():
+        layer: Any = adapted.get_submodule(f"base_model.model.{name}")
+        weight, values = layer.base_layer.weight, layer.shira_weight["default"].data
+        values[: len(flat)] = -weight.flatten()[flat]
+        padded = nn.functional.pad(flat, (0, len(values) - len(flat)))
+        places = torch.unravel_index(padded, weight.shape)
+        layer.shira_indices["default"] = torch.stack(places).int()
+    adapted.save_pretrained(str(folder))
+
+
+def _removed(bridge: Bridge, model: Any, mask: WeightMask, source: str) -> "Iterator[_Stored]":
+    """Where a Hugging Face model stores the mask's weights, site by site."""
+    sites = weight_sites(bridge)
+    for name, index in mask.removed.items():
+        # Whatever does not fit here comes from a source with other layers, names or shapes.
+        try:
+            stored = _stored(bridge, model, sites[name], index)
+        except (AttributeError, IndexError, RuntimeError, ValueError):
+            raise _other_model(source, name) from None
+        yield stored
+
+
+def _opened(bridge: Bridge, source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """The source's model, by default in the dtype it is stored in, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     original = bridge.original_model
@@ -213,7 +262,7 @@ def _opened(bridge: Bridge, source: str) -> tuple[Any, Any]:
         source_kind = AutoConfig.from_pretrained(source).model_type
         if source_kind != kind:
             raise ValueError(f"its configuration is of a {source_kind}, this bridge is a {kind}")
-        model = type(original).from_pretrained(source, dtype="auto")
+        model = type(original).from_pretrained(source, dtype=dtype)
         # Read afresh: the bridge changes bos and padding of its own tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -276,15 +325,11 @@ def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"])
     return holder
 
 
-def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
-    """Largest logit difference of the saved model to the bridge as it stands."""
-    first_site = next(iter(weight_sites(bridge).values()))
-    dtype = first_site.parameter.dtype
-    _compare_weights(bridge, folder, dtype, source)
-
-    original = bridge.original_model
-    model = type(original).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    model.to(bridge.cfg.device)
+def _reload_difference(bridge: Bridge, folder: Path, source: str, adapter: bool) -> float:
+    """Largest logit difference of the saved model, or adapter, to the bridge as it stands."""
+    dtype = bridge.original_model.dtype
+    _compare_weights(bridge, folder, source, adapter)
+    model = _reloaded(bridge, folder, source, adapter)
     length = min(N_COMPARED, bridge.cfg.n_ctx)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(bridge.cfg.d_vocab, (2, length), generator=generator)
@@ -305,12 +350,25 @@ def _reload_difference(bridge: Bridge, folder: Path, source: str) -> float:
     return difference
 
 
-def _compare_weights(bridge: Bridge, folder: Path, dtype: torch.dtype, source: str) -> None:
+def _reloaded(bridge: Bridge, folder: Path, source: str, adapter: bool) -> Any:
+    """What was saved, as transformers or PEFT read it, in the bridge's dtype."""
+    options = {"dtype": bridge.original_model.dtype, "attn_implementation": "eager"}
+    model = type(bridge.original_model).from_pretrained(source if adapter else folder, **options)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    return model.to(bridge.cfg.device)
+
+
+def _compare_weights(bridge: Bridge, folder: Path, source: str, adapter: bool) -> None:
     """Raises ValueError unless every parameter of the saved model is the bridge's, bit for bit."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    device = bridge.cfg.device
-    reloaded = TransformerBridge.boot_transformers(str(folder), dtype=dtype, device=device)
+    options = {"dtype": bridge.original_model.dtype, "device": bridge.cfg.device}
+    if adapter:
+        options["hf_model"] = _reloaded(bridge, folder, source, adapter).merge_and_unload()
+    reloaded = TransformerBridge.boot_transformers(source if adapter else str(folder), **options)
     expected, parameters = _parameters(bridge), _parameters(reloaded)
     # A name that only one of them has is a difference too.
     for name in expected.keys() | parameters.keys():

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
+LOG = sorted((DOCS / "log").glob("*.md"))  # earlier results, by date: outside the navigation
 
 
 def text_of(path: Path | str) -> str:

@@ -13,12 +13,13 @@ import attacks
 import emergent_misalignment
 import pytest
 import six_findings
-from helpers import asked_few, small_model
+import torch
+from helpers import asked_few, random_batch, small_model
 from pages import PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
 from harmcircuits.cli import parsed
-from harmcircuits.organisms import FOLDER, ORGANISMS, world
+from harmcircuits.organisms import COMPILED, FOLDER, ORGANISMS, world
 
 WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")]
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
@@ -36,6 +37,8 @@ def stand_ins(tmp_path, monkeypatch, one_step):
     def open_model(name, **options):
         if name in ORGANISMS:
             return opened(name)
+        if name in COMPILED:
+            return really_open(name)
         options = {**options, "max_new_tokens": 9}
         return asked_few(really_open(str(FOLDER / "sft"), **options), first=4)
 
@@ -51,9 +54,18 @@ def stand_ins(tmp_path, monkeypatch, one_step):
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
 def test_python_runs(path, stand_ins):
+    is_of_others = path.stem == "others"
+    if is_of_others:
+        pytest.importorskip("inspect_ai", reason="pip install 'harmcircuits[interop]'")
     space: dict = {}
     for block in blocks(path.read_text(encoding="utf-8"), "python"):
         exec(compile(block, path.name, "exec"), space)
+    if is_of_others:
+        tokens, served = random_batch().tokens, space["served"].api._hf
+        before = served(tokens).logits
+        with hc.masked(space["bridge"], space["mask"]), hc.masked(space["model"], space["mask"]):
+            assert torch.equal(served(tokens).logits, space["model"].bridge(tokens))
+            assert not torch.equal(served(tokens).logits, before)
 
 
 def test_every_python_block_is_one_that_runs():
@@ -73,7 +85,8 @@ def test_commands_and_their_options_exist():
     for experiment in (attacks, emergent_misalignment):
         for option in fields(experiment.claim.experiment.options):
             known.add(f"--{option.name.replace('_', '-')}")
-    assert set(re.findall(r"--[a-z][\w-]*", text_of("own_model.md"))) <= known
+    for page in ("own_model.md", "large_models.md", "judges.md", "faq.md"):
+        assert set(re.findall(r"--[a-z][\w-]*", text_of(page))) <= known, page
 
 
 def test_scripts_and_modules_exist():
@@ -113,4 +126,4 @@ def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
     for result in six_findings.committed(six_findings.FINDINGS.values()):
         script = six_findings.FINDINGS[result.name]
         (line,) = re.findall(rf"^\| `{script}\.py`.*$", text, flags=re.M)
-        assert f"| {result.outcome} |" in line
+        assert f"| {result.outcome}, {result.count} |" in line

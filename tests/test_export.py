@@ -49,6 +49,35 @@ def test_the_folder_reloads_to_the_masked_model(open_model, tmp_path, name, dtyp
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in ("Llama", "GPTNeoX", "Phi3")), ("Llama", torch.bfloat16)],
+    ids=str,
+)
+def test_an_adapter_gives_the_masked_model_in_plain_peft(open_model, tmp_path, name, dtype):
+    peft = pytest.importorskip("peft", reason="pip install 'harmcircuits[interop]'")
+    bridge, tokens = open_model(name, dtype=dtype), random_batch().tokens
+    mask = random_mask(bridge, 0.1)
+    folder = export(bridge, mask, tmp_path / "adapter", adapter=True)
+    options = dict(dtype=dtype, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(folder_of(bridge), **options)
+    before = base(tokens).logits
+    adapted = peft.PeftModel.from_pretrained(base, folder)
+    edited = export(bridge, mask, tmp_path / "edited")
+    expected = AutoModelForCausalLM.from_pretrained(edited, **options)(tokens).logits
+    assert torch.equal(adapted(tokens).logits, expected)
+    assert not torch.allclose(expected, before), "the comparison must be able to fail"
+    assert WeightMask.load(folder / "mask.safetensors") == mask
+
+
+def test_an_adapter_is_refused_where_peft_has_none(open_model, llama, tmp_path):
+    pytest.importorskip("peft", reason="pip install 'harmcircuits[interop]'")
+    for bridge, fraction, kinds in ((open_model("GPT2"), 0.1, "'Conv1D'"), (llama, 0.0, "")):
+        with pytest.raises(ValueError, match=rf"SHiRA adapts .* of \[{kinds}\]"):
+            export(bridge, random_mask(bridge, fraction), tmp_path / "out", adapter=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("name", "fraction"),
     [("Llama", 0.0), *((name, 0.1) for name in ("Llama", "GPT2", "GPTNeoX", "Phi3", "Mixtral"))],
 )

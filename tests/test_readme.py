@@ -39,10 +39,10 @@ def figures(line: str) -> list[float]:
 
 
 def test_the_verdicts_are_those_that_the_rows_give():
-    lines = ["| | claim | verdict |", "|---|---|---|"]
+    lines = ["| | claim | verdict | cases |", "|---|---|---|---|"]
     for result in six_findings.committed(six_findings.FINDINGS.values()):
         link = f"[{result.name}](docs/claims.md#{result.name.lower()})"
-        lines.append(f"| {link} | {result.text} | **{result.outcome}** |")
+        lines.append(f"| {link} | {result.text} | **{result.outcome}** | {result.count} |")
     assert "\n".join(lines) in TEXT
 
 

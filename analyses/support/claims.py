@@ -1,4 +1,17 @@
-"""A claim: the experiment that tests it, the rule that judges it, and its key numbers."""
+"""A claim: the experiment that tests it, the rule that judges it, and its key numbers.
+
+One scale for all claims. A case is one model and seed (of some claims a ladder, a run or a pair), and
+the claim's rule says of each whether it bears the claim out, wholly or in part. Then the claim
+
+- *holds* if every case bears it out,
+- *holds in part* if at least half of the cases do, wholly or in part,
+- *does not hold here* otherwise,
+- is *undecided*, whatever the count, if a confound that it names explains the cases.
+
+An ability is *kept* (`curves.KEPT_RATE`, `KEPT_NLL`) where its rate falls by at most 5 points and the loss on benign answers rises by
+at most 0.1 nats a token, both in the mean. One of 64 items is 1.6 points and of 48 items 2.1, so this is
+three or two items. An interval's end cannot be the limit: where no item of 64 is lost, it reaches 7.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,26 +44,24 @@ if TYPE_CHECKING:
 
 AnyFigure = TypeVar("AnyFigure", Picture, Visual, Panels)
 
-Outcome = Literal["holds", "holds in part", "does not hold here"]
+Outcome = Literal["holds", "holds in part", "does not hold here", "undecided"]
 HOLDS: Outcome = "holds"
 IN_PART: Outcome = "holds in part"
 FAILS: Outcome = "does not hold here"
+UNDECIDED: Outcome = "undecided"
+# What a rule says of a case: borne out or not, in part, or of each of several in it.
+CaseOutcome = bool | Outcome | Mapping[str, Outcome]
 CASE = ("ladder", "model", "seed")
 INTERVALS = "In brackets 95 % intervals, the widest over seeds."
 SMALL_EVERY = 16  # of the requests are asked in a small run: two items of each topic of an organism
 
 
-def in_some(cases: Sequence[Outcome]) -> Outcome:
-    """Holds if it does in every case, in part if it does in some, wholly or in part."""
-    if not cases or set(cases) == {FAILS}:
-        return FAILS
-    return HOLDS if set(cases) == {HOLDS} else IN_PART
-
-
-def in_all(cases: Sequence[Outcome]) -> Outcome:
-    """The worst of all cases."""
-    order = (FAILS, IN_PART, HOLDS)
-    return min(cases, key=order.index) if cases else FAILS
+def verdict(cases: Sequence[Outcome]) -> Outcome:
+    """Of all cases together, by the scale above."""
+    if cases and set(cases) == {HOLDS}:
+        return HOLDS
+    n_borne_out = sum(case in (HOLDS, IN_PART) for case in cases)
+    return IN_PART if cases and 2 * n_borne_out >= len(cases) else FAILS
 
 
 @dataclass(frozen=True)
@@ -67,12 +78,20 @@ class ClaimResult:
     def title(self) -> str:
         """The claim and its outcome in a line."""
         title = f"{self.name}. {self.text}"
-        return f"{title}: {self.outcome}" if self.outcome else title
+        return f"{title}: {self.outcome} ({self.count})" if self.outcome else title
 
     @property
     def line(self) -> str:
         """The claim and its outcome as a line of a Markdown table."""
-        return f"| {self.name} | {self.text} | **{self.outcome}** |"
+        return f"| {self.name} | {self.text} | **{self.outcome}** | {self.count} |"
+
+    @property
+    def count(self) -> str:
+        """In how many of all cases it is borne out, and in how many in part."""
+        outcomes = list(self.cases["outcome"]) if len(self.cases) else []
+        text = f"{outcomes.count(HOLDS)} of {len(outcomes)}"
+        n_in_part = outcomes.count(IN_PART)
+        return f"{text}, {n_in_part} in part" if n_in_part else text
 
     @property
     def sections(self) -> list[str]:
@@ -170,16 +189,15 @@ class Claim:
     text: str
     models: Sequence[str]
     small: Mapping[str, Any] = field(default_factory=dict)
-    together: Callable[[Sequence[Outcome]], Outcome] = in_some
     seeds: int = 3
     small_models: Sequence[str] = ()
     experiment: Experiment = field(init=False)
     figures: dict[str, Picture | Visual | Panels] = field(
         default_factory=dict, init=False, repr=False
     )
-    _rule: Callable[[Rows], bool | Outcome] | None = field(default=None, init=False, repr=False)
+    _rule: Callable[[Rows], CaseOutcome] | None = field(default=None, init=False, repr=False)
     _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
-    _outcome: Callable[[Rows], Outcome] | None = field(default=None, init=False, repr=False)
+    _confound: Callable[[Rows], bool] | None = field(default=None, init=False, repr=False)
     _key_numbers: Callable[[Rows], Mapping[str, str]] | None = field(
         default=None, init=False, repr=False
     )
@@ -200,16 +218,16 @@ class Claim:
     def rule(self, *over: str) -> Callable:
         """Decorates the rule, which was fixed before the experiment was run."""
 
-        def decorate(rule: Callable[[Rows], bool | Outcome]) -> Callable[[Rows], bool | Outcome]:
+        def decorate(rule: Callable[[Rows], CaseOutcome]) -> Callable[[Rows], CaseOutcome]:
             self._rule, self._over = rule, over or CASE
             return rule
 
         return decorate
 
-    def outcome(self, outcome: Callable[[Rows], Outcome]) -> Callable[[Rows], Outcome]:
-        """Decorates what judges all rows at once, where the outcomes of cases do not suffice."""
-        self._outcome = outcome
-        return outcome
+    def confound(self, explains: Callable[[Rows], bool]) -> Callable[[Rows], bool]:
+        """Decorates what says whether something else than the claim explains its cases."""
+        self._confound = explains
+        return explains
 
     def key_numbers(
         self, numbers: Callable[[Rows], Mapping[str, str]]
@@ -250,14 +268,20 @@ class Claim:
         numbers = self._table_of_numbers(rows)
         if self._rule is None:
             return ClaimResult(self.name, self.text, None, pandas.DataFrame(), numbers)
-        lines, outcomes = [], []
+        lines = []
         for values, of_case in self._cases(rows, self._over).items():
+            case = dict(zip(self._over, values, strict=True))
             borne_out = self._rule(of_case)
             if isinstance(borne_out, bool):
                 borne_out = HOLDS if borne_out else FAILS
-            outcomes.append(borne_out)
-            lines.append({**dict(zip(self._over, values, strict=True)), "outcome": borne_out})
-        outcome = self._outcome(rows) if self._outcome else self.together(outcomes)
+            if isinstance(borne_out, str):
+                lines.append({**case, "outcome": borne_out})
+                continue
+            for name, outcome in borne_out.items():
+                lines.append({**case, "of": name, "outcome": outcome})
+        outcome = verdict([line["outcome"] for line in lines])
+        if self._confound is not None and self._confound(rows):
+            outcome = UNDECIDED
         return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), numbers)
 
     def _table_of_numbers(self, rows: Rows) -> "pandas.DataFrame":

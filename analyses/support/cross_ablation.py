@@ -1,6 +1,6 @@
 """Circuits of many behaviours compared: which weights, causes and tokens they share."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.calibration import Calibration
-from harmcircuits.behaviours.model import OTHERS, Model
+from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
@@ -31,32 +31,6 @@ N_BLOCKS = 16  # parts of the calibration items that are resampled whole
 N_TOPIC_DRAWS = 200
 
 Parts = list[tuple[WeightScores | None, int]]  # of each block: scores, and number of examples
-# (model, behaviour, size=, protect=, calibrations=) -> its circuit
-Finder = Callable[..., WeightMask]
-
-
-def circuits_both_ways(
-    model: Model,
-    calibrations: Mapping[str, Calibration],
-    names: Iterable[str],
-    *,
-    size: float,
-    find: Finder = Model.find_circuit,
-) -> dict[str, dict[str, WeightMask]]:
-    """A circuit of each behaviour twice: protecting nothing ("none"), and all others ("others")."""
-    names = list(names)
-    circuits: dict[str, dict[str, WeightMask]] = {}
-    for label, protect in (("none", ()), ("others", OTHERS)):
-        circuits[label] = {}
-        for name in names:
-            circuits[label][name] = find(
-                model,
-                name,
-                size=size,
-                protect=protect,
-                calibrations=calibrations,
-            )
-    return circuits
 
 
 def part_scores(model: Model, behaviour: Behaviour, data: Calibration) -> Parts:

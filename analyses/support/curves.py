@@ -19,16 +19,25 @@ N_DRAWS = 2000
 # Rates on resampled items are quotients: a fall of exactly the budget must not depend on their last
 # bit.
 ROUNDING = 1e-9
+# One meaning of "kept" for every claim: the most that a rate may fall, and a loss rise (nats a token).
+KEPT_RATE, KEPT_NLL = 0.05, 0.1
 
 
 @dataclass(frozen=True)
 class Budget:
     """What a mask may cost."""
 
-    rate: float = 0.05
-    nll: float = 0.1
+    rate: float = KEPT_RATE
+    nll: float = KEPT_NLL
     kept: tuple[str, ...] = (CONTRAST, "recognition", "explanation", "knowledge")
     fluent: str = CONTRAST
+
+
+# Of a curve of harm, and of one of benign answers.
+BUDGETS = {
+    TARGET: Budget(),
+    CONTRAST: Budget(kept=(TARGET, "recognition", "explanation", "knowledge"), fluent=TARGET),
+}
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Literal, get_args
 
-from harmcircuits.measurements import Labels, Measurement, Rows
+from support.curves import KEPT_RATE
 
-# The other ability counts as spared when it loses at most this rate, by the end of its interval.
-SPARED = 0.10
+from harmcircuits.measurements import Labels, Measurement, Rows
 
 Outcome = Literal["clean double", "graded double", "single", "none"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -31,8 +30,8 @@ class Dissociation:
             return "none"
         if n_above == 1:
             return "single"
-        largest_cost = max(self.first_cost.high, self.second_cost.high)
-        return "clean double" if largest_cost <= SPARED else "graded double"
+        largest_cost = max(self.first_cost.mean, self.second_cost.mean)
+        return "clean double" if largest_cost <= KEPT_RATE else "graded double"
 
     def rows(self, labels: Labels) -> Rows:
         """The two gaps and costs, as metrics of these names."""

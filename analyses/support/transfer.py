@@ -1,6 +1,7 @@
 """Whether the circuit of one category of requests carries over to the others."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,53 @@ from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import WeightMask, union
 from harmcircuits.circuits.scores import Source
 from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.organisms.world import world
 from harmcircuits.prompts import PromptSet
+
+HARM = "harmful"  # kind of words
+N_PERMUTATIONS = 20_000
+
+
+@dataclass(frozen=True)
+class SharedWords:
+    """What is left of one type under the circuit of another, by the harmful words that they share.
+
+    `p` is how often topics that are permuted correlate as much; None where no types of the world are
+    compared, or all pairs of them share as many words.
+    """
+
+    left: dict[int, float]
+    p: float | None
+
+
+def shared_words_test(of_pairs: Rows) -> SharedWords:
+    """The test on rates labelled `scored` and `tested`, one for each pair of types."""
+    words = {topic: set(drawn) for (topic, kind), drawn in world().favoured.items() if kind == HARM}
+    topics = sorted({str(row.labels["tested"]) for row in of_pairs})
+    if len(topics) < 3 or not set(topics) <= set(words):
+        return SharedWords({}, None)
+
+    left = np.full((len(topics), len(topics)), np.nan)
+    for row in of_pairs:
+        pair = str(row.labels["scored"]), str(row.labels["tested"])
+        left[topics.index(pair[0]), topics.index(pair[1])] = row.mean
+    n_shared = np.array([[len(words[a] & words[b]) for b in topics] for a in topics])
+    is_pair = ~np.eye(len(topics), dtype=bool) & ~np.isnan(left)
+    by_number = {
+        int(n): float(left[is_pair & (n_shared == n)].mean()) for n in set(n_shared[is_pair])
+    }
+    if len(by_number) < 2:
+        return SharedWords(by_number, None)
+
+    # The more words are shared, the less is left: permuted topics whose correlation is as negative.
+    generator = np.random.default_rng(0)
+    first, second = is_pair.nonzero()
+    orders = np.array([generator.permutation(len(topics)) for _ in range(N_PERMUTATIONS)])
+    permuted = n_shared[orders[:, first], orders[:, second]].astype(float)
+    observed = n_shared[first, second].astype(float)
+    deviation = left[first, second] - left[first, second].mean()
+    is_as_low = permuted @ deviation <= observed @ deviation + 1e-9
+    return SharedWords(by_number, float((1 + is_as_low.sum()) / (1 + N_PERMUTATIONS)))
 
 
 def categories_of(

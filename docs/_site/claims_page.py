@@ -1,19 +1,37 @@
 # %% [markdown]
 # # The results on the pages
-# `python docs/_site/claims_page.py` writes what committed rows say: outcomes into the tables of
-# `docs/claims.md` and the README, and key numbers between `<!-- NAME -->` and `<!-- /NAME -->` on any
-# page. What stands around them is written by hand; tests hold the pages to the rows.
+# `python docs/_site/claims_page.py` writes what committed rows say: verdicts into the tables of
+# `docs/claims.md` and both READMEs, and key numbers between `<!-- NAME -->` and `<!-- /NAME -->` on any
+# page; and draws every case into `docs/figures/claims.png`. What stands around them is written by hand; tests hold the pages to the rows.
 
 # %%
 import re
 import sys
 from pathlib import Path
 
-from support.claims import ClaimResult
+from matplotlib import rc_context
+from support.claims import FAILS, HOLDS, IN_PART, ClaimResult
 from support.markdown import frame_markdown
 
+from harmcircuits.views.figures import (
+    AMBER,
+    GREEN,
+    GREY,
+    STYLE,
+    Picture,
+    subplots,
+    with_legend,
+)
+
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/claims.md", "docs/results.md")
+PAGES = (
+    "README.md",
+    "docs/claims.md",
+    "docs/results.md",
+    "docs/log/toy_models.md",
+    "analyses/README.md",
+)
+DOTS = {HOLDS: GREEN, IN_PART: AMBER, FAILS: GREY}
 # Whose numbers are on a page besides those of the findings.
 QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circuits")
 
@@ -23,9 +41,11 @@ def with_result(page: str, result: ClaimResult) -> str:
     start, end = f"<!-- {result.name} -->", f"<!-- /{result.name} -->"
     parts = [start, frame_markdown(result.key_numbers), end]
     if result.outcome:
-        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\*"
-        page = re.sub(row, rf"\g<1>**{result.outcome}**", page)
-        parts.insert(1, f"**Result.** {result.outcome.capitalize()}.")
+        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
+        page = re.sub(row, rf"\g<1>**{result.outcome}** | {result.count} |", page)
+        row = rf"(\| {result.name}: [^|]+ \| )[^|]+ \|"  # in the list of analyses
+        page = re.sub(row, rf"\g<1>{result.outcome}, {result.count} |", page)
+        parts.insert(1, f"**Result.** {result.outcome.capitalize()}: {result.count}.")
     return re.sub(f"{start}.*{end}", lambda _: "\n\n".join(parts), page, flags=re.DOTALL)
 
 
@@ -38,9 +58,28 @@ def results() -> list[ClaimResult]:
     return committed([*FINDINGS.values(), *QUESTIONS])
 
 
+@rc_context(STYLE)
+def cases_picture(of_claims: list[ClaimResult]) -> Picture:
+    """A line of dots for each claim: a dot for each case."""
+    figure, (panel,) = subplots(1, height=3.6)
+    names = [result.name for result in of_claims]
+    for height, result in enumerate(reversed(of_claims)):
+        outcomes = sorted(result.cases["outcome"], key=list(DOTS).index)
+        colours = [DOTS[outcome] for outcome in outcomes]
+        panel.scatter(range(len(outcomes)), [height] * len(outcomes), s=60, c=colours)
+    for title, colour in (("borne out", GREEN), ("in part", AMBER), ("not", GREY)):
+        panel.scatter([], [], s=60, c=colour, label=title)
+    panel.set_yticks(range(len(names)), names[::-1])
+    panel.set_xticks([])
+    panel.grid(visible=False)
+    return with_legend(figure)
+
+
 # %%
 if __name__ == "__main__":
     every_result = results()
+    findings = [result for result in every_result if result.outcome and result.name != "parts"]
+    cases_picture(findings).save(ROOT / "docs" / "figures" / "claims.png")
     for path in [ROOT / name for name in PAGES]:
         page = path.read_text(encoding="utf-8")
         for result in every_result:

@@ -296,7 +296,7 @@ class Model:
         calibrations: Mapping[str, Calibration] | None = None,
         **options: Any,
     ) -> Any:
-        """The weights that carry a behaviour, found on its own verified answers.
+        """A mask whose removal breaks a behaviour and keeps the protected ones within a budget.
 
         `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. A warning
         says where fewer than 20 answers of a behaviour were verified: another sample of so few may

@@ -84,6 +84,37 @@ def named_weights(bridge: AnyModel) -> dict[str, nn.Parameter]:
     return {name: site.parameter for name, site in weight_sites(bridge).items()}
 
 
+def changed_weights(base: AnyModel, edited: AnyModel) -> WeightMask:
+    """The weights that an edit changed, whoever made it: where two models differ.
+
+    A mask of `base`, over `named_weights`. After full fine-tuning it has nearly all of them.
+
+    >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
+    >>> edited = hc.load_model(str(hc.export(model, mask, "edited")), dtype="float32")
+    >>> hc.changed_weights(bridge, edited) == mask
+    True
+
+    Args:
+        base: The `TransformerBridge`, or a `harmcircuits.Model` with one, before the edit.
+        edited: That after it, in the same dtype.
+
+    Raises:
+        ValueError: For a matrix that lacks or has another shape or dtype; as `named_weights`.
+    """
+    changed, shapes, after = {}, {}, named_weights(edited)
+    for name, weight in named_weights(base).items():
+        other = after.get(name)
+        if other is None or (other.shape, other.dtype) != (weight.shape, weight.dtype):
+            raise ValueError(
+                f"changed_weights: {name} is not of one shape and dtype in both models; load the "
+                "edited one as the other was loaded, such as dtype='float32'"
+            )
+        is_changed = weight.detach() != other.detach().to(weight.device)
+        changed[name] = is_changed.flatten().nonzero().flatten()
+        shapes[name] = tuple(weight.shape)
+    return WeightMask(changed, shapes, source_on(as_bridge(base), "changed_weights"))
+
+
 def model_fingerprint(bridge: Bridge) -> str:
     """Sixteen hex digits that tell checkpoints apart and do not change under a mask."""
     # Matrices by name and shape; embeddings and norms by name and up to 1024 of their values,

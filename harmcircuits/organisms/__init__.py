@@ -1,4 +1,4 @@
-"""The shipped organisms: tiny trained language models whose harm is abstract."""
+"""The shipped organisms: tiny language models, trained or compiled, whose harm is abstract."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from harmcircuits.display import nearest
 from harmcircuits.hooks.loading import refuse_device
 from harmcircuits.hooks.objectives import choice_margin
 from harmcircuits.organisms import world
+from harmcircuits.organisms.compiled import COMPILED, load_compiled, open_compiled
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,8 +28,11 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
     from transformer_lens.model_bridge import TransformerBridge
 
     refuse_device(device)
+    if name in COMPILED:
+        return load_compiled(name, device)
     if name not in ORGANISMS:
-        raise ValueError(f"no organism is called {name!r}; {nearest(name, ORGANISMS)}")
+        known = nearest(name, (*ORGANISMS, *COMPILED))
+        raise ValueError(f"no organism is called {name!r}; {known}")
     if not (folder / name / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no organism {name!r}; make one with python analyses/train_organisms.py"
@@ -48,7 +52,9 @@ def open_organism(
     device: str = "cpu",
     folder: Path = FOLDER,
 ) -> Model:
-    """An organism with all its behaviours, and the world's own judge."""
+    """An organism with all its behaviours, and the judge of its world or program."""
+    if name in COMPILED:
+        return open_compiled(name, device=device)
     return Model(
         name,
         load_organism(name, device=device, folder=folder),

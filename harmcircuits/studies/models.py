@@ -36,7 +36,8 @@ from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.checks import context_of
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
-from harmcircuits.organisms import ORGANISMS, open_organism
+from harmcircuits.organisms import COMPILED, ORGANISMS, open_organism
+from harmcircuits.organisms.compiled import PREFIX
 from harmcircuits.prompts import SPLITS, Batch, Template, tokenize_text
 from harmcircuits.storage import read_text
 
@@ -44,6 +45,7 @@ CACHE = user_cache_path("harmcircuits")
 WINDOW = 256  # tokens of text for perplexity, in models whose context has as many
 RULES, PROBE = "local", "probe"  # judges that are asked for by these words
 SPREAD = ("auto", "balanced")  # over several devices
+SHIPPED = (*ORGANISMS, *COMPILED)
 
 
 def open_model(
@@ -68,10 +70,11 @@ def open_model(
 
     An organism is opened by its name alone (`harmcircuits.organisms.open_organism` opens one that
     you trained). Any other model that TransformerLens opens needs `prompts`, `behaviours` or both;
-    its own answers, where the judge verified them, become the reference answers.
+    its own answers, where the judge verified them (the rules see no harm), become the references.
 
     Args:
-        model: an organism's name (base, helpful, sft, dpo, planted), a folder, a hub id, or a
+        model: an organism's name (base, helpful, sft, dpo, planted; compiled/nothing-shared,
+            compiled/shared-head, compiled/shared-mlp, compiled/nested), a folder, a hub id, or a
             TransformerBridge or Hugging Face model that is already loaded.
         prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`,
             with files or lists of requests (see `RequestFiles`).
@@ -104,7 +107,7 @@ def open_model(
         "sampling": sampling,
     }
     judging = {"prefill": prefill, "judge": judge}
-    if isinstance(model, str) and model in ORGANISMS and prompts is None:
+    if isinstance(model, str) and model in SHIPPED and prompts is None:
         _refuse_unused({**asking, **judging, "dtype": dtype}, f"the organism {model!r}")
         return open_organism(model, device=device).with_behaviours(*behaviours)
     if prompts is None and not behaviours:
@@ -239,10 +242,11 @@ def _refuse_without_prompts(model: Any) -> None:
             f"open_model: a {type(model).__name__} needs its requests; {needs}, or mask and score "
             "it as it is"
         )
-    if Path(model).exists() or "/" in str(model):
+    is_id = "/" in str(model) and not str(model).startswith(PREFIX)
+    if Path(model).exists() or is_id:
         raise ValueError(f"open_model: model {str(model)!r} needs its requests; {needs}")
     raise ValueError(
-        f"no organism is called {model!r}; {nearest(str(model), ORGANISMS)}. For another model "
+        f"no organism is called {model!r}; {nearest(str(model), SHIPPED)}. For another model "
         f"{needs}"
     )
 

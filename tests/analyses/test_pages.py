@@ -1,5 +1,6 @@
 """The pages of the bench, of stability and of the planted organism quote their committed rows."""
 
+import pandas
 import pytest
 import search_bench
 import search_defaults
@@ -14,6 +15,10 @@ def committed(name: str) -> Rows:
     return Rows.read(ROOT / "analyses" / "rows" / f"{name}.jsonl")
 
 
+def every_method(rows: Rows) -> pandas.DataFrame:
+    return results.table(rows, search_bench.every_method())
+
+
 OF_PLANTED = (tables.recovery_table, tables.reach_table, tables.relearning_table)
 OF_STABILITY = (tables.overlap_table, tables.effect_table)
 
@@ -22,18 +27,24 @@ OF_STABILITY = (tables.overlap_table, tables.effect_table)
     ("page", "name", "made"),
     [
         *(("planted.md", "planted", table) for table in OF_PLANTED),
-        *(("stability.md", "stability", table) for table in OF_STABILITY),
+        *(("log/stability.md", "stability", table) for table in OF_STABILITY),
         ("search_bench.md", "search_bench", results.case_table),
-        ("results.md", "search_bench", lambda r: results.table(r, search_bench.every_method())),
+        ("log/toy_models.md", "search_bench", every_method),
     ],
 )
 def test_a_table_is_that_of_the_rows(page, name, made):
     assert frame_markdown(made(committed(name))) in text_of(page)
 
 
+def test_the_methods_on_the_results_page_are_lines_of_the_whole_table():
+    whole = frame_markdown(every_method(committed("search_bench"))).splitlines()
+    table = text_of("results.md").split("| method |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 5 and set(table) <= set(whole)
+
+
 def test_times_and_settings_are_those_of_the_rows():
     times = results.times_text(committed("search_bench"))
-    assert times in text_of("results.md") and times in text_of("search_bench.md")
+    assert times in text_of("log/toy_models.md") and times in text_of("search_bench.md")
     variants = tables.variant_table(
         search_defaults.rows, search_defaults.VARIANTS, search_defaults.SIZES
     )

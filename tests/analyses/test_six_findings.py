@@ -21,7 +21,7 @@ def test_the_pages_are_as_the_command_writes_them(name):
 
 def test_the_command_sets_right_what_is_wrong():
     text = TEXTS["docs/claims.md"]
-    wrong = text.replace("**holds**", "**fails**").replace("0.05% [", "0.06% [")
+    wrong = text.replace("| **holds** |", "| **fails** |").replace("0.05% [", "0.06% [")
     assert wrong != text
     for result in RESULTS.values():
         wrong = claims_page.with_result(wrong, result)

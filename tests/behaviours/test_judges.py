@@ -128,7 +128,7 @@ def test_a_judge_is_given_or_named(tmp_path):
 def test_the_two_judges_of_the_docs(tmp_path, monkeypatch):
     """A classifier by its expected grade; a chat model in this process by the word it says."""
     space = {}
-    for block in blocks(text_of("own_model.md"), "python"):
+    for block in blocks(text_of("judges.md"), "python"):
         if "def judge(" in block:
             exec(block, space)
     write_byte_model(

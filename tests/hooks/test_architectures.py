@@ -34,9 +34,9 @@ exported and reloaded, gives the masked bridge's logits: bit for bit through Tra
 
 {exact}
 
-`q k v o`: `attn.q` and so on. Hook pairs: the product of a matrix's input and its output's
-gradient, both from TransformerLens's hook points. Parameter hooks: the gradient of the parameter
-itself, a matrix at a time; absolute values per example then need a backward pass for each example.
+`q k v o`: `attn.q` and so on. Scores are products of a matrix's input and its output's gradient, both
+from TransformerLens's hook points. Of routers and stacked experts they are from the gradient of the
+parameter itself, a matrix at a time; absolute values per example then need a backward pass for each.
 
 ## Refused
 
@@ -69,6 +69,17 @@ def opened(name: str, **changes: Any) -> Callable:
 
 
 OTHER = "so scores and masks would silently leave it out"
+# The same as a sentence of the table, where the words of the refusal are a part of one.
+IN_PLAIN_WORDS = {
+    OTHER: "a block has a matrix of no known kind, which scores and masks would silently leave out",
+    "so scores and masks would not fit the model as stored": (
+        "norms are folded into the weights, so a mask would not fit the model as stored"
+    ),
+    "so it can be neither scored nor masked": "a weight that is not in memory cannot be masked",
+    "pass no hook points; score this model by removal_effect, snip_scores or magnitude_scores": (
+        "the inputs of stacked experts pass no hook points; use another score"
+    ),
+}
 # what is refused -> how to come by it, and the words of the refusal
 REFUSED: dict[str, tuple[Callable, str]] = {
     "shared experts (Qwen2-MoE)": (opened("Qwen2Moe"), OTHER),
@@ -99,8 +110,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
 
 
 def table(open_: Callable) -> str:
-    equal = ["scores equal autograd", "export reloads equal"]
-    head = ["architecture", "scored matrices", "gradients", *equal]
+    head = ["architecture", "scored matrices", "export reloads equal in"]
     rows = []
     for name in ARCHITECTURES:
         bridge = open_(name)
@@ -109,12 +119,10 @@ def table(open_: Callable) -> str:
         for site in sites:
             owner, part = site.kind.split(".", 1)
             parts.setdefault(owner, []).append(part.removeprefix("experts."))
-        unhooked = [site.kind.split(".")[-1] for site in sites if not site.is_hooked]
         matrices = f"`{' '.join(parts['attn'])}`, mlp `{' '.join(parts['mlp'])}`"
-        how = f"hook pairs; {', '.join(unhooked)}: parameter hooks" if unhooked else "hook pairs"
         exported = "float32, bfloat16" if name in COARSE else "float32"
-        rows.append([type(bridge.original_model).__name__, matrices, how, "yes", exported])
-    refused = [[what, why] for what, (_, why) in REFUSED.items()]
+        rows.append([type(bridge.original_model).__name__, matrices, exported])
+    refused = [[what, IN_PLAIN_WORDS.get(why, why)] for what, (_, why) in REFUSED.items()]
     return TEXT.format(
         exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], refused)
     )

@@ -6,10 +6,13 @@ Would catch: a merged fine-tune that passes for its base.
 import pytest
 import torch
 from helpers import random_mask
+from transformer_lens.model_bridge import TransformerBridge
 
 from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.export import export
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import (
+    changed_weights,
     model_fingerprint,
     named_weights,
     source_on,
@@ -53,6 +56,21 @@ def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
     weight[3, 5] *= 1.1
     other = digests()
     assert other[0] == before[0] and other[1] != before[1]
+
+
+def test_the_changed_weights_are_those_of_the_edit(open_model, llama, tmp_path):
+    twin = open_model("Llama")
+    assert len(changed_weights(llama, twin)) == 0
+    weight = named_weights(twin)[NAME].data
+    weight.view(torch.int32)[3, 5] ^= 1
+    assert changed_weights(llama, twin).removed[NAME].tolist() == [3 * weight.shape[1] + 5]
+
+    mask = random_mask(llama, 0.1)
+    folder = export(llama, mask, tmp_path / "edited")
+    edited = TransformerBridge.boot_transformers(str(folder), dtype=torch.float32, device="cpu")
+    assert changed_weights(llama, edited) == mask
+    with pytest.raises(ValueError, match="not of one shape and dtype"):
+        changed_weights(llama, open_model("Llama", dtype=torch.bfloat16))
 
 
 def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from pages import ROOT
-from support.claims import Claim, in_all, in_some
+from support.claims import Claim, verdict
 
 from harmcircuits.measurements import Measurement, Rows
 
@@ -70,17 +70,27 @@ def run(folder: Path, *options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "cases, of_some, of_all",
+    "cases, expected",
     [
-        (["holds", "holds"], "holds", "holds"),
-        (["holds", "does not hold here"], "holds in part", "does not hold here"),
-        (["holds in part", "holds"], "holds in part", "holds in part"),
-        (["does not hold here"], "does not hold here", "does not hold here"),
-        ([], "does not hold here", "does not hold here"),
+        (["holds", "holds"], "holds"),
+        (["holds", "does not hold here"], "holds in part"),
+        (["holds in part", "holds in part"], "holds in part"),
+        (["holds", "holds in part", *3 * ["does not hold here"]], "does not hold here"),
+        (["does not hold here"], "does not hold here"),
+        ([], "does not hold here"),
     ],
 )
-def test_an_outcome_follows_from_the_cases(cases, of_some, of_all):
-    assert (in_some(cases), in_all(cases)) == (of_some, of_all)
+def test_a_verdict_follows_from_the_cases(cases, expected):
+    assert verdict(cases) == expected
+
+
+def test_what_a_confound_explains_is_undecided_and_a_case_may_be_several():
+    claim = Claim("X2", "a claim", models=("sft",))
+    claim.rule()(lambda rows: {"a": "holds", "b": "holds in part", "c": "does not hold here"})
+    rows = Rows([share(0.1, model="sft", seed=0)])
+    assert claim.result(rows).line.endswith("| **holds in part** | 1 of 3, 1 in part |")
+    claim.confound(lambda rows: True)
+    assert claim.result(rows).outcome == "undecided"
 
 
 def test_the_rule_sees_one_case_at_a_time():

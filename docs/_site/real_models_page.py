@@ -1,0 +1,183 @@
+# %% [markdown]
+# # The tables and the picture of the page of real models
+# `python docs/_site/real_models_page.py` writes what committed rows say into `docs/real_models.md`, between
+# `<!-- NAME -->` and `<!-- /NAME -->`, and draws what answers become into `docs/figures/answers.png`. A cell
+# whose figure is in no row is a dash, and fills once the row is there.
+
+# %%
+import re
+from functools import cache
+from pathlib import Path
+
+import pandas
+from matplotlib import rc_context
+from matplotlib.ticker import PercentFormatter
+from support.markdown import frame_markdown
+
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.views.figures import (
+    AMBER,
+    BLUE,
+    GREY,
+    RED,
+    STYLE,
+    Picture,
+    subplots,
+    with_legend,
+)
+from harmcircuits.views.tables import DASH
+
+ROOT = Path(__file__).parents[2]
+PAGE, PICTURE = ROOT / "docs" / "real_models.md", ROOT / "docs" / "figures" / "answers.png"
+
+# Line of a table -> the file of its rows, and the mask's name there.
+Masks = dict[str, tuple[str, str]]
+SMALL: Masks = {
+    "unpruned": ("qwen_main", "none"),
+    "search, within the budget": ("qwen_main", "search, finer"),
+    "search, beyond the budget": ("qwen_main", "search, factor 0.5"),
+    "one shot, beyond": ("qwen_preferred", "one shot, factor 0.5"),
+    "refusals preferred": ("qwen_preferred", "preferred, step 2, factor 1"),
+    "refusals preferred, more weights": ("qwen_preferred", "preferred, step 3, factor 0.84"),
+    "refusals preferred and avoided": (
+        "qwen_avoided",
+        "avoided, priced again four times, factor 0.35",
+    ),
+    "random": ("qwen_preferred", "random"),
+    "published set difference": ("frontier", "published"),
+}
+LARGE: Masks = {
+    "unpruned": ("qwen15", "none"),
+    "search": ("qwen15", "search"),
+    "search, beyond the budget": ("qwen15", "search, factor 0.5"),
+    "random": ("qwen15", "random"),
+}
+DRAWN = list(SMALL)[:7]
+LOSSES = {"harm": "harm_nll", "benign": "benign_nll", "same prefill": "prefilled_nll"}
+ANSWERS = {
+    "harmful": "harm_valid_rate",
+    "harmless": "harm_harmless_rate",
+    "refused": "harm_refusal_rate",
+    "broken": "harm_degenerate_rate",
+}
+COLOURS = {"harmful": RED, "harmless": BLUE, "refused": AMBER, "broken": GREY}
+ATTACKS = {
+    "asked plainly": {"attack": "plain", "step": 0},
+    "prefill": {"attack": "prefill", "step": 0},
+    "weights of refusal removed": {"attack": "refusal ablation", "step": 0},
+    "prefill, weights of refusal removed": {"attack": "prefill + refusal ablation", "step": 0},
+    "trained on 50 answers, asked plainly": {"attack": "plain", "step": 15},
+}
+ATTACKED = {
+    "unpruned": "none",
+    "refusals preferred": "preferred, factor 1",
+    "search, beyond the budget": "search, factor 0.5",
+}
+
+
+# %%
+@cache
+def rows_of(name: str) -> Rows:
+    """Committed rows, of held-out answers under the usual prefill to the latest judge."""
+    rows = Rows.read(ROOT / "analyses" / "rows" / f"{name}.jsonl")
+    if name == "qwen15":  # the first step of another day, judged by rules
+        return rows.where(dtype="bfloat16")
+    kept = [row for row in rows if row.labels.get("split", "heldout") == "heldout"]
+    return Rows(row for row in kept if not {"opening", "sources", "tokens"} & set(row.labels))
+
+
+def row_of(name: str, metric: str, mask: str) -> Measurement | None:
+    """The row of a mask, if there is one."""
+    rows = rows_of(name).where(metric, mask=mask)
+    return rows[0] if rows else None
+
+
+def table(masks: Masks) -> pandas.DataFrame:
+    """A line for each mask: rises of losses in nats per token, and what harmful answers become in %."""
+    lines = []
+    for title, (name, mask) in masks.items():
+        removed = row_of(name, "weights_removed", mask)
+        line = {
+            "mask": title,
+            "weights": f"{removed.mean:,.0f}" if removed and removed.mean else DASH,
+        }
+        for column, metric in LOSSES.items():
+            row = row_of(name, f"{metric}_change", mask)
+            line[column] = rise(row, with_interval=column == "harm") if row else DASH
+        for column, metric in ANSWERS.items():
+            row = row_of(name, metric, mask)
+            line[f"{column}, %"] = per_cent(row, with_interval=column == "harmful") if row else DASH
+        lines.append(line)
+    return pandas.DataFrame(lines)
+
+
+def attack_table() -> pandas.DataFrame:
+    """A line for each attack: harmful answers in %."""
+    rows = rows_of("qwen_attacks").where(ANSWERS["harmful"])
+    lines = []
+    for attack, where in ATTACKS.items():
+        line = {"attack": attack}
+        for title, mask in ATTACKED.items():
+            trained = where["step"] and mask != "none"
+            of_mask = f"{mask}, then free" if trained else mask
+            line[title] = per_cent(rows.one(mask=of_mask, **where))
+        lines.append(line)
+    return pandas.DataFrame(lines)
+
+
+def rise(row: Measurement, *, with_interval: bool) -> str:
+    """Of a loss; without a sign where it rounds to zero."""
+    mean, low, high = (round(value, 2) + 0.0 for value in (row.mean, row.low, row.high))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]" if with_interval and high else f"{mean:.2f}"
+
+
+def per_cent(row: Measurement, *, with_interval: bool = True) -> str:
+    """Of answers, without the sign of per cent."""
+    mean, low, high = (f"{100 * value:.0f}" for value in (row.mean, row.low, row.high))
+    return f"{mean} [{low}, {high}]" if with_interval else mean
+
+
+TABLES = {
+    "Qwen 0.5B": lambda: table(SMALL),
+    "Qwen 0.5B attacked": attack_table,
+    "Qwen 1.5B": lambda: table(LARGE),
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with every table in its place."""
+    for name, made in TABLES.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        parts = "\n\n".join([start, frame_markdown(made()), end])
+        page = re.sub(f"{start}.*{end}", lambda _, parts=parts: parts, page, flags=re.DOTALL)
+    return page
+
+
+@rc_context(STYLE)
+def drawn() -> Picture:
+    """What harmful answers become: a bar for each mask, stacked to 100 %."""
+    figure, (panel,) = subplots(1, height=4.5)
+    lines = DRAWN[::-1]
+    start = [0.0] * len(lines)
+    for kind, metric in ANSWERS.items():
+        shares = []
+        for title in lines:
+            row = row_of(SMALL[title][0], metric, SMALL[title][1])
+            assert row is not None, title
+            shares.append(row.mean)
+        panel.barh(lines, shares, left=start, color=COLOURS[kind], label=kind)
+        for number, share in enumerate(shares):
+            if share >= 0.05:
+                middle = start[number] + share / 2
+                panel.text(middle, number, f"{share:.0%}", ha="center", va="center", color="white")
+        start = [left + share for left, share in zip(start, shares, strict=True)]
+    panel.set_xlim(0, 1)
+    panel.set_xlabel("of 37 held-out harmful answers")
+    panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return with_legend(figure)
+
+
+# %%
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    drawn().save(PICTURE)

@@ -1,0 +1,48 @@
+"""The tables of the page of real models are those of the committed rows, and so is its picture.
+
+Would catch: a figure typed in, a mask whose rows are gone, an answer under another prefill in place of
+the usual one.
+"""
+
+import pytest
+import real_models_page
+from pages import README, text_of
+
+from harmcircuits.measurements import Measurement
+
+
+def test_the_page_is_as_the_command_writes_it():
+    text = text_of("real_models.md")
+    assert real_models_page.with_tables(text) == text
+    for name in real_models_page.TABLES:
+        assert f"<!-- {name} -->\n\n| " in text
+
+
+def row_of(title: str, metric: str) -> Measurement:
+    name, mask = real_models_page.SMALL[title]
+    row = real_models_page.row_of(name, metric, mask)
+    assert row is not None, f"{title} has no {metric}"
+    return row
+
+
+@pytest.mark.parametrize("title", real_models_page.DRAWN)
+def test_a_bar_of_the_picture_is_all_answers_of_one_mask(title):
+    rows = [row_of(title, metric) for metric in real_models_page.ANSWERS.values()]
+    assert sum(row.mean for row in rows) == pytest.approx(1)
+    assert {row.n for row in rows} == {37}
+
+
+def test_what_other_pages_say_of_it():
+    """The first sentence of the README on it, and the published method beside the claims."""
+    titles = ("search, within the budget", "unpruned")
+    within, unpruned = (row_of(title, "harm_valid_rate").mean for title in titles)
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"within the budget {within:.0%} of".replace("%", " %") in text
+    assert f"stay harmful, {unpruned:.0%} before".replace("%", " %") in text
+
+    text = " ".join(text_of("claims.md").split())
+    losses = []
+    for metric in real_models_page.LOSSES.values():
+        losses.append(f"{row_of('published set difference', f'{metric}_change').mean:+.2f}")
+    assert f"harm {losses[0]} nats" in text
+    assert f"benign {losses[1]} nats, with the same prefill {losses[2]}" in text
