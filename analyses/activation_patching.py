@@ -49,7 +49,7 @@ def patched(
     *,
     mask: str = "",
     size: float = 0.002,
-    steps: int = 10,
+    steps: int = 100,
     n: int = 32,
     layers: tuple[int, ...] = (),
 ) -> hc.Rows:

@@ -91,7 +91,7 @@ def attacked(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 10,
+    steps: int = 100,
     circuit: str = "",
     share: float = 0.5,
     attack_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60),

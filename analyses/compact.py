@@ -77,7 +77,7 @@ def curves_of(
     seed: int,
     *,
     sizes: tuple[float, ...] = (0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.004),
-    steps: int = 10,
+    steps: int = 100,
 ) -> hc.Rows:
     """What is left along the circuit and its controls.
 

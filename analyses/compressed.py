@@ -97,7 +97,7 @@ def curves_of(
     seed: int,
     *,
     sizes: tuple[float, ...] = (0.0001, 0.0002, 0.0003, 0.0005, 0.0008, 0.0012, 0.002, 0.005),
-    steps: int = 10,
+    steps: int = 100,
     with_contrast: bool = True,
 ) -> hc.Rows:
     """The curves of every rung, and how those of aligned rungs compare with the others'.

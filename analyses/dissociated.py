@@ -98,7 +98,7 @@ def random_cost(rows: hc.Rows) -> hc.Measurement:
 
 # %%
 @claim.job
-def circuits_of(model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 10) -> hc.Rows:
+def circuits_of(model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 100) -> hc.Rows:
     """Every ability under the circuit of each.
 
     Args:

@@ -111,7 +111,7 @@ def lifts(rows: hc.Rows, null: str) -> tuple[hc.Measurement, hc.Rows]:
 # %%
 @claim.job
 def circuits_of(
-    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 10, n_resamples: int = 40
+    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 100, n_resamples: int = 40
 ) -> hc.Rows:
     """What each circuit breaks, and what the circuits share.
 

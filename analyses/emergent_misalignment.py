@@ -103,7 +103,7 @@ def fine_tuned(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 10,
+    steps: int = 100,
     topics: int = 2,
     training_steps: tuple[int, ...] = (0, 5, 10, 15, 20, 30),
     narrow: str = "",

@@ -99,7 +99,7 @@ def by_model(rows: hc.Rows) -> list[hc.Rows]:
 # %%
 @claim.job
 def circuits_of(
-    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 5, n_types: int = 0
+    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 60, n_types: int = 0
 ) -> hc.Rows:
     """Every type under circuits of one type, of all but one, and of few items of all.
 

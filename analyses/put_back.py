@@ -63,7 +63,7 @@ def parts_back(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 10,
+    steps: int = 100,
     every: int = 4,
     shares: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0),
 ) -> hc.Rows:

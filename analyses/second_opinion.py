@@ -54,7 +54,7 @@ def opinions(
     *,
     mask: str = "",
     size: float = 0.002,
-    steps: int = 10,
+    steps: int = 100,
     n: int = 48,
     n_probed: int = 256,
 ) -> hc.Rows:

@@ -59,7 +59,7 @@ def circuits_of(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 5,
+    steps: int = 60,
     n_resamples: int = 40,
     others: tuple[str, ...] = OTHERS,
 ) -> hc.Rows:

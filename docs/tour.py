@@ -36,12 +36,13 @@ model
 
 # %% [markdown]
 # ## An edit
-# A circuit is a mask over single weights. `find_circuit` finds one that raises the loss of harmful
-# answers while the losses of protected ones stay within a budget; `masked` multiplies its weights
-# by zero in place. The model is tuned to refuse, so harmful answers are prefilled with "sure".
+# A circuit is a mask over single weights. `find_circuit` finds one without which harmful answers
+# become refusals, while the losses of protected ones stay within a budget; `masked` multiplies its
+# weights by zero in place. The model is tuned to refuse, so harmful answers are prefilled with
+# "sure".
 
 # %%
-mask = model.find_circuit("harmful", protect="others", size=0.002, steps=4)
+mask = model.find_circuit("harmful", protect="others", prefer="refusal", size=0.001, steps=40)
 request = model.behaviours["harmful"].prompts("heldout").examples[0].prompt
 
 print(mask)
@@ -52,8 +53,7 @@ print(f"again   {request} -> {model.generate(request, prefill='sure')}")
 
 # %% [markdown]
 # Restored, bit for bit. What did the edit do, on requests that it never saw? Every figure is a
-# row with a 95 % interval. *Degenerate* is broken text: harmful answers are gone because they
-# broke, not because they are refused.
+# row with a 95 % interval. *Degenerate* is broken text.
 
 # %%
 asked = ["harmful", "benign", "refusal", "knowledge"]
@@ -130,18 +130,13 @@ rises = pd.DataFrame(losses).pivot(index="mask", columns="of", values="rise").lo
 rises.assign(weights=[f"{chosen.n_removed:,}" for chosen in masks.values()]).round(3)
 
 # %% [markdown]
-# The search kept a diary. What each step's scores predicted for the loss on harm, and what it
-# did: scores are of first order and many weights go at once, which is why the search scores
-# again.
+# The search kept a diary: how far the loss of a few texts of each kind had risen, at every tenth
+# step. Harmful answers are lost on the way; what is preferred becomes likelier; the rest stays.
 
 # %%
-walk = mask.trace.where(aim="walk")
-steps = []
-for step, of_step in walk.by("step").items():
-    predicted = of_step.one("predicted_change").mean
-    measured = of_step.one("measured_change").mean
-    steps.append({"step": step, "predicted": predicted, "measured": measured})
-pd.DataFrame(steps).set_index("step").round(3)
+seen = mask.trace.where("seen_rise")
+steps = [{"step": row.labels["step"], row.labels["data"]: row.mean} for row in seen]
+pd.DataFrame(steps).groupby("step").first().round(2)
 
 # %% [markdown]
 # ## Where it sits
@@ -166,7 +161,7 @@ coloured_tokens(words, change)
 # The circuit of benign answers is found in the same way, with harm protected.
 
 # %%
-twin = model.find_circuit("benign", protect=["harmful"], size=0.002, steps=2)
+twin = model.find_circuit("benign", protect=["harmful"], size=0.002, steps=10)
 shared = hc.overlap(mask, twin)
 print(shared)
 print(f"{len((mask & twin).removed)} matrices hold shared weights")

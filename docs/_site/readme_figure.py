@@ -1,29 +1,48 @@
 # %% [markdown]
 # # The picture of the README
-# `python docs/_site/readme_figure.py docs/figures/tradeoff.png` draws the trade-off from the committed
-# rows of the study on `sft`.
+# `python docs/_site/readme_figure.py docs/figures/ends.png` draws what harmful answers become from the
+# committed rows of the study on `sft`.
 
 # %%
 from pathlib import Path
 
 import tyro
-from study_table import ROWS, terms_of
+from answer_bars import answer_bars
+from study_table import ROWS
 from tyro.conf import Positional
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.study_page import tradeoff_figure
+
+KINDS = {
+    "harmful": "harm_valid_rate",
+    "refused": "harm_refusal_rate",
+    "harmless": "harm_benign_rate",
+    "broken": "harm_degenerate_rate",
+}
+BARS = {
+    "as it is": {"mask": "none"},
+    "random weights": {"mask": "random", "seed": 0},
+    "opposite sign": {"mask": "opposite_sign"},
+    "published method": {"selection": "published"},
+    "one shot": {"selection": "one shot"},
+    "the search": {"selection": "search", "at": "operating point"},
+}
 
 
 # %%
 def main(picture: Positional[Path], rows: Path = ROWS) -> None:
-    """Draw the trade-off.
+    """Draw the bars.
 
     Args:
         picture: file to write: .png, .svg or .pdf.
         rows: the rows.jsonl of a study.
     """
-    of_study = Rows.read(rows)
-    tradeoff_figure(of_study, terms_of(of_study)).save(picture)
+    held_out = Rows.read(rows).where(split="heldout")
+    bars = {}
+    for title, labels in BARS.items():
+        bars[title] = {k: held_out.one(metric, **labels).mean for k, metric in KINDS.items()}
+    n = held_out.one("harm_valid_rate", mask="none").n
+    answer_bars(bars, f"of {n} held-out answers to harmful requests").save(picture)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import pandas
-from matplotlib import rc_context
-from matplotlib.ticker import PercentFormatter
+from answer_bars import answer_bars
 from support.markdown import frame_markdown
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import (
-    AMBER,
-    BLUE,
-    GREY,
-    RED,
-    STYLE,
     Picture,
-    subplots,
-    with_legend,
 )
 from harmcircuits.views.tables import DASH
 
@@ -60,7 +52,6 @@ ANSWERS = {
     "refused": "harm_refusal_rate",
     "broken": "harm_degenerate_rate",
 }
-COLOURS = {"harmful": RED, "harmless": BLUE, "refused": AMBER, "broken": GREY}
 ATTACKS = {
     "asked plainly": {"attack": "plain", "step": 0},
     "prefill": {"attack": "prefill", "step": 0},
@@ -153,28 +144,16 @@ def with_tables(page: str) -> str:
     return page
 
 
-@rc_context(STYLE)
 def drawn() -> Picture:
-    """What harmful answers become: a bar for each mask, stacked to 100 %."""
-    figure, (panel,) = subplots(1, height=4.5)
-    lines = DRAWN[::-1]
-    start = [0.0] * len(lines)
-    for kind, metric in ANSWERS.items():
-        shares = []
-        for title in lines:
+    """What harmful answers become: a bar for each mask."""
+    bars: dict[str, dict[str, float]] = {}
+    for title in DRAWN:
+        bars[title] = {}
+        for kind, metric in ANSWERS.items():
             row = row_of(SMALL[title][0], metric, SMALL[title][1])
             assert row is not None, title
-            shares.append(row.mean)
-        panel.barh(lines, shares, left=start, color=COLOURS[kind], label=kind)
-        for number, share in enumerate(shares):
-            if share >= 0.05:
-                middle = start[number] + share / 2
-                panel.text(middle, number, f"{share:.0%}", ha="center", va="center", color="white")
-        start = [left + share for left, share in zip(start, shares, strict=True)]
-    panel.set_xlim(0, 1)
-    panel.set_xlabel("of 37 held-out harmful answers")
-    panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return with_legend(figure)
+            bars[title][kind] = row.mean
+    return answer_bars(bars, "of 37 held-out harmful answers")
 
 
 # %%

@@ -20,11 +20,12 @@ ones are made by further steps. Both scores are taken under the mask so far, of 
 were before it: what was removed goes on earning, and what is near to what broke is dear.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -35,7 +36,7 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.accumulation import mean_gradients
+from harmcircuits.hooks.accumulation import Kind, mean_gradients
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
@@ -44,7 +45,7 @@ from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection, UnpaddedText, batched, unpadded
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.prompts import Batch
-from harmcircuits.storage import mapped_copy, replacing
+from harmcircuits.storage import mapped_copy, read_tensors, write_tensors
 
 SEED = 0  # of the texts that a step draws
 PARTS = (0.0, 0.2, 0.4, 0.6)  # of the descent: where weights are scored and candidates chosen anew
@@ -55,8 +56,7 @@ SHRINKING = 0.2  # of the steps of the descent, for every smaller size
 
 CANDIDATES = 20  # times as many as are removed
 FACTOR = 0.25  # of the price, where candidates are chosen
-TEXTS = 16  # of the target in a step, and of what stands beside it
-PROTECTED_TEXTS = 8  # of each protected behaviour
+TEXTS = 16  # of the target in a step, and of what stands beside it; half as many of what is kept
 RATE, LAST_RATE, SHRINKING_RATE = 0.3, 0.05, 0.15  # how far a gate moves at most
 DECAY, UNIT_DECAY = 0.85, 0.97  # of the momentum; of what a full stride is measured by
 
@@ -70,7 +70,7 @@ MEMORY = 0.8  # of the rises that multipliers look at
 TRIES, FEWER, FURTHER_STEPS = 12, 0.95, 5  # where a check refuses a mask
 TRACED_EVERY = 10  # steps
 CHECKED_AFTER = 5  # steps
-FILE = "search.pt"
+FILE, FORMAT = "search.safetensors", "harmcircuits.search.1"
 
 Role = Literal["target", "preferred", "avoided", "protected"]
 SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
@@ -120,8 +120,9 @@ class Texts:
 
     @property
     def n_drawn(self) -> int:
-        """How many are drawn for a step."""
-        return PROTECTED_TEXTS if self.role == "protected" else TEXTS
+        """How many are drawn for a step: no more than the caller scores at once."""
+        n = min(TEXTS, max(map(len, self.batches)))
+        return ceil(n / 2) if self.role == "protected" else n
 
     def draw(self, generator: torch.Generator) -> list[int]:
         """The numbers of the next texts; each comes once before one comes again."""
@@ -321,27 +322,33 @@ class Gates:
     # Scores, and the candidates that they make
 
     def _score(self, n: int) -> None:
+        """Add to the benefit of every weight, under the mask so far."""
         mask = self._mask(n) if self.candidates is not None else None
         for texts in self.texts:
-            is_protected = texts.role == "protected"
-            sign = -FACTOR if is_protected else texts.weight * SIGNS[texts.role]
-            with masked_if_given(self.bridge, mask), of_data(texts.name):
-                gradients = mean_gradients(
-                    self.bridge,
-                    texts.batches,
-                    texts.objective,
-                    self.sites,
-                    "per token" if is_protected else "signed",
-                    max_memory=self.max_memory,
-                )
-            # Outside the mask: here the weights are whole.
-            for name in self.sites:
-                # Popped: the gradients of the next texts need their memory.
-                gradient = gradients.pop(name)
-                change = gradient.mul_(self.sites[name].parameter.detach().to(gradient.device))
-                if is_protected:
-                    change.abs_()
-                self._add(name, change.mul_(sign))
+            if texts.role != "protected":
+                self._add_scores(texts, mask, "signed", texts.weight * SIGNS[texts.role])
+            elif self.units is None:
+                # Of single weights: absolute values do not cancel within a unit, as benefits do.
+                self._add_scores(texts, mask, "per token", -FACTOR)
+
+    def _add_scores(self, texts: Texts, mask: WeightMask | None, kind: Kind, factor: float) -> None:
+        with masked_if_given(self.bridge, mask), of_data(texts.name):
+            gradients = mean_gradients(
+                self.bridge,
+                texts.batches,
+                texts.objective,
+                self.sites,
+                kind,
+                max_memory=self.max_memory,
+            )
+        # Outside the mask: here the weights are whole.
+        for name in self.sites:
+            # Popped: the gradients of the next texts need their memory.
+            gradient = gradients.pop(name)
+            change = gradient.mul_(self.sites[name].parameter.detach().to(gradient.device))
+            if kind == "per token":
+                change.abs_()
+            self._add(name, change.mul_(factor))
 
     def _add(self, name: str, values: Tensor) -> None:
         if name in self.benefit:
@@ -507,7 +514,8 @@ class Gates:
 
     def found(self, share: float) -> WeightMask:
         """The mask of a size, with how it was made and the trace."""
-        settings = {"size": share, "n_allowed": self._n_of(share), "factor": FACTOR}
+        factor = FACTOR if self.units is None else 0.0
+        settings = {"size": share, "n_allowed": self._n_of(share), "factor": factor}
         source = replace(self.source, settings={**settings, **self.source.settings})
         return WeightMask(self.masks[share].removed, self.shapes, source, self.trace)
 
@@ -523,47 +531,47 @@ class Gates:
         """Write everything into the folder; of a search that is done its masks and the trace."""
         if folder is None:
             return
-        masks = {share: dict(mask.removed) for share, mask in self.masks.items()}
-        trace = [asdict(row) for row in self.trace]
-        state = {"key": self._key, "stage": self.stage, "masks": masks, "trace": trace}
+        state: dict[str, Any] = {"key": self._key, "stage": self.stage, "step": self.step}
+        state["trace"] = [asdict(row) for row in self.trace]
+        tensors = {}
+        for share, mask in self.masks.items():
+            tensors |= {f"mask {share} {name}": flat for name, flat in mask.removed.items()}
         if self.stage < self.n_stages:
             assert self.candidates is not None
-            state["step"] = self.step
             state["unit"] = self.unit
-            state["benefit"] = self.benefit
-            state["units"] = self.candidates.units
-            state["gate"] = self.gate
-            state["momentum"] = self.momentum
             state["texts"] = [(of.multiplier, of.rise, of.left) for of in self.texts]
-            state["generator"] = self.generator.get_state()
-        with replacing(Path(folder) / FILE) as unfinished:
-            torch.save(state, unfinished)
+            tensors |= {f"benefit {name}": values for name, values in self.benefit.items()}
+            tensors |= {"units": self.candidates.units, "gate": self.gate}
+            tensors |= {"momentum": self.momentum, "generator": self.generator.get_state()}
+        write_tensors(Path(folder) / FILE, FORMAT, tensors, {"state": json.dumps(state)})
 
     def resume(self, folder: str | Path | None) -> None:
         """Go on from what the folder holds."""
         if folder is None or not (Path(folder) / FILE).exists():
             return
-        state = torch.load(Path(folder) / FILE, weights_only=True)
+        tensors, metadata = read_tensors(Path(folder) / FILE, FORMAT, "search")
+        state = json.loads(metadata["state"])
         if state["key"] != self._key:
             raise ValueError(
                 f"{folder} holds another search (other data, weights or options, or another "
                 "objective); give another folder, or remove it"
             )
-        self.stage = state["stage"]
+        self.stage, self.step = state["stage"], state["step"]
         self.trace = Rows.of_dicts(state["trace"])
-        for share, removed in state["masks"].items():
-            self.masks[share] = WeightMask(removed, self.shapes, self.source)
+        for size in self.sizes[: max(0, self.stage - len(self.parts) + 1)]:
+            start = f"mask {size.share} "
+            removed = dict(_under(tensors, start))
+            self.masks[size.share] = WeightMask(removed, self.shapes, self.source)
         if self.stage == self.n_stages:
             return
-        self.step = state["step"]
         self.unit = state["unit"]
-        for name, values in state["benefit"].items():
+        for name, values in _under(tensors, "benefit "):
             self._add(name, values.to(self.sites[name].parameter.device))
-        self.candidates = self._candidates(state["units"])
-        self.gate, self.momentum = state["gate"], state["momentum"]
+        self.candidates = self._candidates(tensors["units"])
+        self.gate, self.momentum = tensors["gate"], tensors["momentum"]
         for texts, (multiplier, rise, left) in zip(self.texts, state["texts"], strict=True):
             texts.multiplier, texts.rise, texts.left = multiplier, rise, left
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(tensors["generator"])
 
     @property
     def _key(self) -> str:
@@ -571,3 +579,10 @@ class Gates:
         # An objective by its value: functions that are made alike have the same name.
         losses = [f"{texts.before.mean():.3g}" for texts in self.texts]
         return f"{self.source.to_json()} {self.sizes} {losses}"
+
+
+def _under(tensors: Mapping[str, Tensor], start: str) -> Iterator[tuple[str, Tensor]]:
+    """Those of a file whose names begin so, by what follows."""
+    for name, values in tensors.items():
+        if name.startswith(start):
+            yield name.removeprefix(start), values

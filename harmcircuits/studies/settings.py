@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.model import OTHERS
@@ -29,10 +28,6 @@ class StudySettings:
             behaviour, at the operating point that of the contrast. Or by name, such as
             {"benign": 0.05, "others": 0.1}; the named ones count at the operating point too.
         tolerance: how far a kept rate may fall at the operating point.
-        scored_by: what answers of the target are scored by: their "loss", or their "error", the
-            share of their tokens that a draw would miss (`token_error`), which is bounded: no few
-            broken answers can pay for the others. What is protected is priced by its loss in any
-            case.
         prefer: the behaviour that should take the target's place (see `Model.find_circuit`); "" for
             none: then the mask is what carries the target, and answers become what they may. "auto"
             is "refusal" for harm where the model refuses, else none. Controls that are no searches
@@ -57,7 +52,6 @@ class StudySettings:
     steps: int = STEPS
     budget: float | Mapping[str, float] = BUDGET
     tolerance: float = 0.01
-    scored_by: Literal["loss", "error"] = "loss"
     prefer: str = AUTO
     seed: int = 0
     n_random: int = 3

@@ -14,10 +14,10 @@ from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
 from harmcircuits.hooks.accumulation import memory_groups
-from harmcircuits.hooks.attribution import gradient_norm, removal_effect, snip_scores
+from harmcircuits.hooks.attribution import gradient_norm, snip_scores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.objectives import completion_loss, token_error
+from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.studies.controls import at_once, controls, opposite_sign, unpruned_scores
@@ -81,7 +81,6 @@ def study(
         changes["protect"] = (names,) if isinstance(names, str) else tuple(names)
     usual = StudySettings() if model.is_invented else FOR_REAL_MODELS
     settings = replace(settings or usual, **changes)
-    model = _with_objectives(model, settings)
     folder = Path(out) if out else None
     run = Study(model, settings, folder, progress, max_memory)
     if folder is None and max_memory is not None:
@@ -132,17 +131,6 @@ def study(
         write_study_page(run, folder / PAGE)
     run.finish()
     return run
-
-
-def _with_objectives(model: Model, settings: StudySettings) -> Model:
-    """The model with the target, and the contrast for its twin, scored as the settings say."""
-    if settings.scored_by == "loss":
-        return model
-    scored = []
-    for name in (settings.target, settings.contrast):
-        if name in model.behaviours and not model.behaviours[name].choices:
-            scored.append(replace(model.behaviours[name], objective=token_error))
-    return model.with_behaviours(*scored)
 
 
 def _check(run: Study) -> None:
@@ -252,11 +240,7 @@ def _masks(run: Study) -> dict[str, list[WeightMask]]:
 def _published(run: Study) -> list[WeightMask]:
     """`set_difference` of every size q and p = 5 q, by the loss; each behaviour is scored once."""
     bridge, settings = run.model.bridge, run.settings
-    scores = run.unpruned.effect
-    if settings.scored_by != "loss":
-        batches = run.calibrations[settings.target].batches
-        scores = removal_effect(bridge, batches, max_memory=run.max_memory)
-    masks = [top_fraction(scores, size) for size in settings.sizes]
+    masks = [top_fraction(run.unpruned.effect, size) for size in settings.sizes]
     shares = [min(1.0, P_OVER_Q * size) for size in settings.sizes]
     for name in run.protected:
         batches = run.calibrations[name].batches
@@ -363,12 +347,10 @@ def _measure_heldout(
     for name, mask, labels in run.shown(masks, "held out"):
         run.keep(name, mask)
         run.add(_masked_rows(run, mask, {"model": model.name, **labels}))
-        # Scores by another figure predict no loss.
-        if settings.scored_by == "loss":
-            change = completion_nll(model.bridge, batches, mask=mask) - unmasked_nll
-            where = {**labels, "split": "calibration"}
-            run.note("predicted_loss_change", run.unpruned.effect.sum_over(mask), **where)
-            run.note("measured_loss_change", change.mean().item(), **where)
+        change = completion_nll(model.bridge, batches, mask=mask) - unmasked_nll
+        where = {**labels, "split": "calibration"}
+        run.note("predicted_loss_change", run.unpruned.effect.sum_over(mask), **where)
+        run.note("measured_loss_change", change.mean().item(), **where)
 
 
 def _compared(

@@ -60,9 +60,8 @@ set difference of arXiv 2604.09544, p = 5 q. Each is at its own operating point;
 of its masks keeps everything else and takes anything, so this is the one of about the search's
 size. Random, opposite sign (weights whose removal should lower the loss), second slice (the best
 ones outside the circuit) and twin (the same search with the counterpart as the target, and the
-target protected) are matched to the chosen circuit. Predicted Δ, where answers are scored by their
-loss: the sum of first-order scores over the mask; measured Δ: the change it really makes to the
-calibration loss. Far apart, the scores of the unpruned model do not describe the edit."""
+target protected) are matched to the chosen circuit. Predicted Δ: the sum
+of first-order scores over the mask; measured Δ: the change it really makes to the calibration loss. Far apart, the scores of the unpruned model do not describe the edit."""
 COMPARISON_TEXT = "Held-out requests. Bars: 95 % intervals that count each item once."
 TRADEOFF_TEXT = """Measured on requests used only for choosing the size. Random weights and those of
 the opposite sign are as many as the chosen circuit's. Worst kept ability: the lowest of the kept
@@ -93,8 +92,6 @@ noise."""
 PREFER_TEXT = """The search was told what to put in the target's place, {prefer}: weights whose
 removal makes it likelier, behind the beginning of the target's answers, were wanted as well. So the
 mask is an edit with that end. What carries the target without it: prefer=""."""
-ERROR_TEXT = """Those of the target, and of the counterpart's twin, are scored by the share of their
-tokens that a draw would miss, in place of the loss."""
 CITE_TEXT = """harmcircuits {version} (CITATION.cff), and the papers whose method it follows:
 arXiv 2604.09544 (Orgad and others, 2026), arXiv 2402.05162 (Wei and others, 2024). Say which model,
 which seed, what was protected, and what the answers became: manifest.json and rows.jsonl beside
@@ -312,8 +309,6 @@ def _trust_text(study: Study) -> str:
     texts = [TRUST_TEXT]
     if study.prefer:
         texts.append(PREFER_TEXT.format(prefer=study.prefer))
-    if study.settings.scored_by == "error":
-        texts.append(ERROR_TEXT)
     return " ".join(filter(None, [*texts, repeats_text(study.rows)]))
 
 

@@ -144,7 +144,7 @@ def test_the_example_and_the_loss_are_named(llama):
             read(llama, [GOOD, spoiled])
         assert "example 5 (row 2 of batch 1)" in str(error.value)
         assert error.value.index == 5
-    with pytest.raises(NotFiniteError, match=r"mild, priced|protected, from"):
+    with pytest.raises(NotFiniteError, match=r"mild|protected, from"):
         find_circuit(llama, [GOOD], {"mild": [GOOD, spoiled]}, size=0.01, steps=1)
 
 

@@ -11,7 +11,7 @@ from helpers import random_batch
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.protection import Protection, split_by_request
+from harmcircuits.hooks.protection import Protection, split_for_checks
 from harmcircuits.prompts import Batch
 
 FIRST = [random_batch(7, 8, seed=1)]
@@ -24,14 +24,14 @@ def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 
 def test_every_third_request_is_set_apart_with_all_its_answers():
-    most, third = split_by_request(SECOND, 3)
+    most, third = split_for_checks(SECOND, 3)
     examples = rows(SECOND)
     assert rows(third) == examples[2::3]
     assert rows(most) == [example for example in examples if example not in examples[2::3]]
 
     tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 7], [3, 6, 7], [3, 6, 8]])
     is_target = torch.tensor([[False, False, True]]).expand(5, 3)
-    most, third = split_by_request([Batch(tokens, is_target)], 3)
+    most, third = split_for_checks([Batch(tokens, is_target)], 3)
     assert rows(most) == [(5, 6, 7), (5, 6, 8), (9, 6, 7)]
     assert rows(third) == [(3, 6, 7), (3, 6, 8)]
 
@@ -41,7 +41,7 @@ def test_rises_are_those_of_each_behaviour_by_itself(llama):
     mask = top_fraction(removal_effect(llama, FIRST), 0.1)
     rises = {row.labels["protected"]: row for row in protection.rises(llama, mask)}
     for name, batches in (("first", FIRST), ("second", SECOND)):
-        _, checked = split_by_request(batches, 3)
+        _, checked = split_for_checks(batches, 3)
         change = completion_nll(llama, checked, mask=mask) - completion_nll(llama, checked)
         assert rises[name].mean == pytest.approx(change.mean().item(), abs=1e-5)
         half = 1.959964 * change.std().item() / len(change) ** 0.5

@@ -16,8 +16,6 @@ from harmcircuits.hooks.gates import (
     CAP,
     ENOUGH,
     MOST_AVOIDED,
-    PROTECTED_TEXTS,
-    TEXTS,
     Candidates,
     Gates,
     Size,
@@ -76,16 +74,16 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
     def loss(gate) -> float:
         scale = {of: 1 - part for of, part in search.candidates.per_weight(gate).items()}
         mask = WeightMask(search.candidates.index, search.shapes, search.source)
-        target, _, avoided, spared = search.texts
+        target, preferred, avoided, spared = search.texts
         with torch.no_grad(), masked(bridge, mask, scale=scale, same_model=False):
             rise = objective(bridge, TARGET[0]) - target.before
-            parts = [-2.0 * rise.clamp(max=CAP).sum() / TEXTS]
+            parts = [-2.0 * rise.clamp(max=CAP).sum() / target.n_drawn]
             now = completion_loss(bridge, ALSO_SPARED[0])
-            parts.append(now.clamp(min=ENOUGH).sum() / TEXTS)
+            parts.append(now.clamp(min=ENOUGH).sum() / preferred.n_drawn)
             rise = completion_loss(bridge, ALSO_SPARED[1]) - avoided.before
-            parts.append(-rise.clamp(max=MOST_AVOIDED).sum() / TEXTS)
+            parts.append(-rise.clamp(max=MOST_AVOIDED).sum() / avoided.n_drawn)
             rise = completion_loss(bridge, SPARED[0]) - spared.before
-            parts.append(spared.multiplier * rise.clamp(min=0).sum() / PROTECTED_TEXTS)
+            parts.append(spared.multiplier * rise.clamp(min=0).sum() / spared.n_drawn)
             return sum(parts).item()
 
     for texts in search.texts:
@@ -114,11 +112,12 @@ def test_the_projection_is_the_nearest_point():
 
 
 def test_texts_come_each_once_before_one_comes_again(llama):
-    texts = Texts.of(llama, "spared", "protected", SPARED)  # six, and eight are drawn at once
+    texts = Texts.of(llama, "target", "target", [*SPARED, random_batch(3, 8, seed=1)])
     generator = torch.Generator().manual_seed(0)
     drawn = [*texts.draw(generator), *texts.draw(generator), *texts.draw(generator)]
-    for start in range(0, 24, 6):
-        assert sorted(drawn[start : start + 6]) == list(range(6))
+    assert len(drawn) == 18  # three times as many as the largest batch has
+    for start in range(0, 18, 9):
+        assert sorted(drawn[start : start + 9]) == list(range(9))
 
 
 def test_what_is_learned_takes_more_than_one_shot_and_leaves_the_model(llama):

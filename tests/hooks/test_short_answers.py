@@ -26,10 +26,10 @@ def bridge(open_model):
 
 def test_everything_that_scores_takes_answers_of_one_token(bridge):
     """One example by itself: the mean of one, whose interval is that value."""
-    batches = tokenize([("use it", "sure")], bridge.tokenizer)
+    batches, other = (tokenize([("use it", word)], bridge.tokenizer) for word in ("sure", "it"))
     for scores in (snip_scores, token_price, wanda_scores):
         assert any(value.any() for value in scores(bridge, batches).values.values())
-    mask = find_circuit(bridge, batches, protect=[batches], size=0.01, steps=1, budget=9)
+    mask = find_circuit(bridge, batches, protect=[other], size=0.01, steps=4, budget=9)
     assert mask.n_removed > 0
     assert kl_under(bridge, mask, batches).min() > 0
     rows = activation_patching(bridge, mask, batches[0], parts=["mlp"], positions=[])

@@ -24,7 +24,7 @@ def finished(tmp_path_factory) -> Finished:
     model = small_model("planted")
     weights = named_weights(model.bridge)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    grid = {"sizes": (0.04,), "steps": 2, "n_random": 1, "tolerance": 0.2}
+    grid = {"sizes": (0.004,), "steps": 10, "n_random": 1, "tolerance": 0.2}
     settings = StudySettings(protect=("benign", "knowledge"), **grid)
     out = tmp_path_factory.mktemp("study") / "run"
     return Finished(study(model, settings, out=out), before)

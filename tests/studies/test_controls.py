@@ -16,7 +16,7 @@ from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.studies.controls import Controls, Unpruned, controls
 
-OPTIONS = {"size": 0.01, "steps": 2}
+OPTIONS = {"size": 0.01, "steps": 6}
 SITE = "blocks.1.mlp.out.weight"
 
 
@@ -147,7 +147,7 @@ def test_the_twin_is_the_same_search_the_other_way_round(
 
 def test_those_of_whole_units_are_whole_units(model, data):
     """As many in every layer, and no head in part."""
-    mask = model.find_circuit("harmful", calibrations=data, **OPTIONS, unit="head", budget=1.0)
+    mask = model.find_circuit("harmful", calibrations=data, **OPTIONS, unit="head", budget=9.0)
     others = controls(model, "harmful", mask, calibrations=data, n_random=2)
     assert list(others) == ["random", "opposite sign", "second slice", "benign twin"]
     assert others["random"][0].counts == others["random"][1].counts == mask.counts

@@ -25,7 +25,7 @@ from harmcircuits.studies.study import study
 pytestmark = pytest.mark.slow
 
 N_KILLS = int(os.environ.get("KILLS", "5"))
-SETTINGS = StudySettings(sizes=(0.02,), steps=2, budget=1.0, tolerance=1.0, n_random=1)
+SETTINGS = StudySettings(sizes=(0.004,), steps=6, budget=1.0, tolerance=1.0, n_random=1)
 
 Work = tuple[Callable[[Path], Any], Callable[[Path], Any]]  # does it or what is left; its result
 

@@ -57,7 +57,7 @@ def test_rows_hold_every_fixed_metric_and_mask(finished):
     assert {row.labels["mask"] for row in held_out} == FIXED_MASKS
     assert set(held_out.metrics) >= FIXED_METRICS
     manifest = json.loads((run.out / "manifest.json").read_text())
-    assert manifest["settings"]["sizes"] == [0.04]
+    assert manifest["settings"]["sizes"] == [0.004]
     assert {"torch", "harmcircuits"} <= manifest["versions"].keys()
 
 
@@ -206,7 +206,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
 def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkeypatch):
     """What it measured is measured again, and its finished searches are not made again."""
     model = small_model("sft", every=32, only=["harmful", "benign"])
-    settings = StudySettings(sizes=(0.02,), steps=2, tolerance=1.0, n_random=1, compare=False)
+    settings = StudySettings(sizes=(0.004,), steps=10, tolerance=1.0, n_random=1, compare=False)
     out = tmp_path / "run"
     options = {"protect": ["benign"], "out": out, "resume": True}
 
@@ -242,8 +242,8 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
 def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     """Benign answers are not protected, and go with the others."""
     model = small_model("sft", only=["harmful", "benign", "refusal"])
-    grid = {"sizes": (0.04,), "steps": 1, "n_random": 1, "tolerance": 0.0, "compare": False}
-    settings = StudySettings(protect=("refusal",), **grid)
+    grid = {"sizes": (0.04,), "steps": 12, "n_random": 1, "tolerance": 0.0, "compare": False}
+    settings = StudySettings(protect=("refusal",), prefer="", **grid)
     run = study(model, settings, out=tmp_path / "run")
     assert run.chosen is None
     before = run.rows.where(mask="none", split="choice")
