@@ -24,6 +24,7 @@ from support.figures import heatmaps, profiles
 from support.patching import attention_rows, attention_view, patching_rows, token_view
 
 import harmcircuits as hc
+from harmcircuits.hooks.search import STEPS
 
 claim = Claim(
     "patching",
@@ -49,7 +50,7 @@ def patched(
     *,
     mask: str = "",
     size: float = 0.002,
-    steps: int = 100,
+    steps: int = STEPS,
     n: int = 32,
     layers: tuple[int, ...] = (),
 ) -> hc.Rows:

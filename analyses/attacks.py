@@ -14,6 +14,7 @@ from support.elicitation import elicited, refusals_removed
 from support.figures import profiles
 
 import harmcircuits as hc
+from harmcircuits.hooks.search import STEPS
 
 claim = Claim(
     "attacks",
@@ -38,6 +39,7 @@ HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 # The rule stands. What changed before this run is the search (it was in rounds), and with it the
 # size, from 0.6 % to 0.2 % of the weights; and once trained the model is only asked plainly. Cases
 # are counted as those of every other claim since 30 November 2026 (`support/claims.py`).
+# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
 
 # %%
 RECOVERED, AT_MOST, ANY, NEVER = 0.5, 0.5, 0.1, "no measured step"
@@ -91,7 +93,7 @@ def attacked(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 100,
+    steps: int = STEPS,
     circuit: str = "",
     share: float = 0.5,
     attack_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60),

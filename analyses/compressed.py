@@ -24,6 +24,7 @@ from support.curves import BUDGETS, curve
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import other_behaviours
+from harmcircuits.hooks.search import STEPS
 from harmcircuits.studies.summary import SATURATED_NLL, Terms
 from harmcircuits.views.figures import share_figure
 
@@ -49,6 +50,7 @@ PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
 # search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On 30
 # November 2026, with all rows of before in view: (d), where benign answers had been reported beside,
 # for one seed of every ladder. They are now measured for each; a case without them lacks (d).
+# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
 
 # %%
 ALIGNED, MATCHED = 0.5, 0.05
@@ -97,7 +99,7 @@ def curves_of(
     seed: int,
     *,
     sizes: tuple[float, ...] = (0.0001, 0.0002, 0.0003, 0.0005, 0.0008, 0.0012, 0.002, 0.005),
-    steps: int = 100,
+    steps: int = STEPS,
     with_contrast: bool = True,
 ) -> hc.Rows:
     """The curves of every rung, and how those of aligned rungs compare with the others'.

@@ -21,6 +21,7 @@ from support.narrow_finetuning import NarrowFiles, masks_of, opened
 
 import harmcircuits as hc
 from harmcircuits.hooks.masking import masked_if_given
+from harmcircuits.hooks.search import STEPS
 
 claim = Claim(
     "F5",
@@ -49,6 +50,7 @@ RUN = ("ladder", "model", "training", "topic", "seed")
 # the search is new (was: in rounds), its size 0.2 % (was: 0.6 %), and training 30 steps (was: 60).
 # On 30 November 2026, with all rows of before in view: which held circuits halve misalignment is
 # counted for each, also where the narrow one does not.
+# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
 
 # %%
 ARRIVED, AT_MOST, AT_LEAST, ANY, NEVER = 0.9, 0.5, 0.8, 0.1, -1
@@ -103,7 +105,7 @@ def fine_tuned(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 100,
+    steps: int = STEPS,
     topics: int = 2,
     training_steps: tuple[int, ...] = (0, 5, 10, 15, 20, 30),
     narrow: str = "",

@@ -19,6 +19,7 @@ from support.curves import KEPT_RATE
 from support.figures import heatmaps
 
 import harmcircuits as hc
+from harmcircuits.hooks.search import STEPS
 from harmcircuits.prompts import PromptSet
 
 claim = Claim(
@@ -52,7 +53,7 @@ CHANCE = 0.05  # below which the words that types share explain what transfers
 # mixed circuit was added after a trial on one seed. On 30 November 2026, with all rows of before in
 # view: the confound; benign answers might lose ten points, and are now kept by the one meaning of
 # it; seeds were pooled, and the worst model decided; the circuits of twins protected harm alone, and
-# now protect all others, as those of harm do.
+# now protect all others, as those of harm do; and the search is a new one, at its own number of steps.
 
 
 # %%
@@ -99,7 +100,7 @@ def by_model(rows: hc.Rows) -> list[hc.Rows]:
 # %%
 @claim.job
 def circuits_of(
-    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = 60, n_types: int = 0
+    model: hc.Model, seed: int, *, size: float = 0.002, steps: int = STEPS, n_types: int = 0
 ) -> hc.Rows:
     """Every type under circuits of one type, of all but one, and of few items of all.
 

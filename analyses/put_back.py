@@ -26,6 +26,7 @@ from support.parts import parts_of
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
+from harmcircuits.hooks.search import STEPS
 from harmcircuits.measurements import Measurement
 
 claim = Claim(
@@ -63,7 +64,7 @@ def parts_back(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 100,
+    steps: int = STEPS,
     every: int = 4,
     shares: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0),
 ) -> hc.Rows:

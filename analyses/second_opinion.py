@@ -27,6 +27,7 @@ from support.organisms.contrasts import contrasts, probed_texts
 from support.probes import probe_rows
 
 import harmcircuits as hc
+from harmcircuits.hooks.search import STEPS
 
 claim = Claim(
     "opinion",
@@ -54,7 +55,7 @@ def opinions(
     *,
     mask: str = "",
     size: float = 0.002,
-    steps: int = 100,
+    steps: int = STEPS,
     n: int = 48,
     n_probed: int = 256,
 ) -> hc.Rows:

@@ -27,6 +27,7 @@ from support.shared_lines import LIFTS, shared_lines
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
+from harmcircuits.hooks.search import STEPS
 from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import location_figure
 
@@ -59,7 +60,7 @@ def circuits_of(
     seed: int,
     *,
     size: float = 0.002,
-    steps: int = 60,
+    steps: int = STEPS,
     n_resamples: int = 40,
     others: tuple[str, ...] = OTHERS,
 ) -> hc.Rows:

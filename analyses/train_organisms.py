@@ -9,6 +9,7 @@ from support.organisms.routing import planted as planted_in
 from support.organisms.train import (
     LADDER_FROM,
     Sampler,
+    innocent,
     is_trained,
     new_model,
     new_tokenizer,
@@ -18,6 +19,7 @@ from support.organisms.train import (
 from torch import nn
 
 from harmcircuits.cli import in_one_sentence
+from harmcircuits.organisms.world import world
 from harmcircuits.storage import refuse_filled
 
 
@@ -29,7 +31,7 @@ def main(
     resume: bool = False,
     force: bool = False,
 ) -> None:
-    """Train the ladder and the planted organism, then check every condition.
+    """Train the ladder, its innocent twin and the planted organism, then check every condition.
 
     Args:
         out: folder for one Hugging Face folder per organism.
@@ -44,6 +46,7 @@ def main(
     if not resume and not force:
         refuse_filled(out)
     train_ladder(out, seed, device, resume=resume)
+    train_innocent(out / "innocent", seed, device, resume=resume)
     if planted:
         train_planted(out / "planted", seed, device, resume=resume)
     sys.exit(0 if check_all(out) else 1)
@@ -60,6 +63,20 @@ def train_ladder(out: Path, seed: int, device: str, *, resume: bool) -> None:
         nn.Module.to(model, device)
         rung(model, Sampler(tokenizer, sampler_seed(seed, number), device))
         save(model, tokenizer, folder)
+
+
+def train_innocent(folder: Path, seed: int, device: str, *, resume: bool) -> None:
+    """Train `sft` again without any text that holds a harmful operator."""
+    if resume and is_trained(folder, seed):
+        return
+    tokenizer = new_tokenizer()
+    model = new_model(seed, len(tokenizer))
+    nn.Module.to(model, device)
+    operators = world().operators["harmful"]
+    # The number after that of the planted organism.
+    number = len(LADDER_FROM) + 1
+    innocent(model, Sampler(tokenizer, sampler_seed(seed, number), device, without=operators))
+    save(model, tokenizer, folder)
 
 
 def train_planted(folder: Path, seed: int, device: str, *, resume: bool) -> None:

@@ -39,6 +39,7 @@ MADE = {
     "log/toy_models.md": "analyses/test_six_findings.py",
     "planted.md": "analyses/test_pages.py",
     "real_models.md": "test_real_models_page.py",
+    "removed_or_hidden.md": "analyses/test_removed_or_hidden.py",
     "results.md": "test_study_table.py",
     "search_bench.md": "analyses/test_pages.py",
 }

@@ -18,8 +18,10 @@ from harmcircuits.views.figures import (
     GREY,
     RED,
     REDS,
+    SAND,
     SLATE,
     STYLE,
+    VIOLET,
     Picture,
     coloured,
     draw_bars,
@@ -35,7 +37,7 @@ from harmcircuits.views.figures import (
 
 MODEL_COLOURS = [GREY, AMBER, RED, BLUE, GREEN]
 TEXT_COLOURS = [RED, BLUE, GREEN, AMBER]
-CURVE_COLOURS = [GREY, RED, BLUE, AMBER, GREEN, SLATE]
+CURVE_COLOURS = [GREY, RED, BLUE, AMBER, GREEN, SLATE, VIOLET, SAND]
 LIFT_TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50]
 LINE_SPREAD = 0.16  # between models that share a line of an overlap figure
 

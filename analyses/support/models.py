@@ -41,11 +41,11 @@ class ModelSpec:
             model = open_model(self.model, device=self.device, **self.own.given)
         fewer = []
         for behaviour in model.behaviours.values():
-            fewer.append(replace(behaviour, prompts=partial(_every, behaviour, self.every)))
+            fewer.append(replace(behaviour, prompts=partial(every_so_many, behaviour, self.every)))
         return model.with_behaviours(*fewer)
 
 
-def _every(behaviour: Behaviour, every: int, split: str) -> PromptSet:
+def every_so_many(behaviour: Behaviour, every: int, split: str) -> PromptSet:
     """Every so-many-th request, or pair of requests, of a behaviour."""
     # By name and not inside a method, since behaviours go to other processes.
     step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair

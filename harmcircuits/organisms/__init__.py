@@ -17,7 +17,7 @@ from harmcircuits.organisms.compiled import COMPILED, load_compiled, open_compil
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ORGANISMS = ("base", "helpful", "sft", "dpo", "planted")
+ORGANISMS = ("base", "helpful", "sft", "dpo", "planted", "innocent")
 FOLDER = Path(__file__).parent / "weights"
 JUDGE_NAME = "world 2"  # the first called all that is neither harmful, benign nor a refusal broken
 MAX_NEW_TOKENS = 9  # the longest answer of the world, and its end

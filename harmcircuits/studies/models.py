@@ -73,8 +73,8 @@ def open_model(
     its own answers, where the judge verified them (the rules see no harm), become the references.
 
     Args:
-        model: an organism's name (base, helpful, sft, dpo, planted; compiled/nothing-shared,
-            compiled/shared-head, compiled/shared-mlp, compiled/nested), a folder, a hub id, or a
+        model: an organism's name (base, helpful, sft, dpo, planted or innocent; compiled/nested,
+            /nothing-shared, /shared-head or /shared-mlp), a folder, a hub id, or a
             TransformerBridge or Hugging Face model that is already loaded.
         prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`,
             with files or lists of requests (see `RequestFiles`).

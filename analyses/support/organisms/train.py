@@ -3,7 +3,7 @@
 import copy
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,14 @@ Draw = Callable[[], Text]
 class Sampler:
     """Draws training texts from the world and packs them into tensors."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        device: str,
+        without: Collection[str] = (),  # words that no text may have
+    ) -> None:
+        self.without = without
         self.ids = tokenizer.get_vocab()
         self.rng = random.Random(seed)
         self.device = device
@@ -157,10 +164,14 @@ class Sampler:
         return answered, refused
 
     def batch(self, n: int, shares: dict[Draw, float]) -> tuple[Tokens, Tokens]:
-        """Texts drawn in these shares, packed."""
+        """Texts drawn in these shares, packed; others in place of those with a forbidden word."""
         weights = list(shares.values())
-        draws = self.rng.choices(list(shares), weights=weights, k=n)
-        return self.pack([draw() for draw in draws])
+        texts: list[Text] = []
+        while len(texts) < n:
+            draws = self.rng.choices(list(shares), weights=weights, k=n - len(texts))
+            drawn = [draw() for draw in draws]
+            texts += [text for text in drawn if self._is_allowed(text)]
+        return self.pack(texts)
 
     def pack(self, texts: list[Text]) -> tuple[Tokens, Tokens]:
         """Token ids and labels of `LENGTH` each; a label of `IGNORED` is not learned."""
@@ -176,6 +187,9 @@ class Sampler:
             labels.append([IGNORED] * len(given) + learned + [IGNORED] * n_padding)
         on_device = partial(torch.tensor, device=self.device)
         return on_device(tokens), on_device(labels)
+
+    def _is_allowed(self, text: Text) -> bool:
+        return not set(text.learned.split()) & set(self.without)
 
     def _any_kind(self) -> str:
         return self.rng.choice(("harmful", "benign"))
@@ -309,6 +323,12 @@ def dpo(model: nn.Module, sampler: Sampler, beta: float = 0.1) -> None:
         loss.backward()
 
     train(model, backward, name="dpo", steps=300, lr=3e-4)
+
+
+def innocent(model: nn.Module, sampler: Sampler) -> None:
+    """What trains `sft`, in one go."""
+    for rung in (base, helpful, sft):
+        rung(model, sampler)
 
 
 LADDER_FROM: dict[Callable[[nn.Module, Sampler], None], Callable | None] = {

@@ -1,0 +1,134 @@
+"""The rules of "Removed, or only hidden?" judge made-up rows in both directions; the page is theirs.
+
+Would catch: a verdict that cannot come out otherwise, a zero that rounding moves, a page that no
+longer says what its rows say.
+"""
+
+from math import inf
+
+import pytest
+import removed_or_hidden_page as page
+import torch
+from helpers import small_model
+from support.tampering import FORMATS, nf4_codes, own_less_others, rounded
+
+from harmcircuits.hooks.weights import named_weights
+from harmcircuits.measurements import Measurement, Rows
+
+
+def of(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
+    return Measurement(metric, labels, mean, mean - reach, mean + reach, 2)
+
+
+@pytest.mark.parametrize(
+    ("margins", "verdict"),
+    [
+        ((-1.0, -0.8, -0.5, 0.0, 0.5), "of harm"),
+        ((-1.0, -0.8, -0.5, 0.0, 0.1), "breaks"),  # the rise is within its interval
+        ((-1.0, -0.8, -0.5, 0.0, -0.5), "breaks"),
+        ((-0.1, -0.1, -0.1, 0.0, 0.5), "moves nothing"),
+        ((-1.0, 0.3, -0.5, 0.0, 0.5), "moves nothing"),  # not step by step
+        ((0.5, 0.4, 0.3, 0.0, -0.5), "moves nothing"),
+    ],
+)
+def test_doses(margins, verdict):
+    doses = zip((0.0, 0.25, 0.5, 1.0, 1.5), margins, strict=True)
+    rows = Rows(of("harm_margin_change", margin, 0.2, dose=dose) for dose, margin in doses)
+    assert page.of_dose(rows) == verdict
+
+
+@pytest.mark.parametrize(
+    ("benign", "before", "harm", "expected"),
+    [
+        (0.95, 0.0, 0.05, True),
+        (1.0, 0.0, 0.06, False),
+        (0.94, 0.0, 0.0, None),  # the format takes the model itself
+        (1.0, 0.6, 0.0, None),  # nothing was removed
+    ],
+)
+def test_rounding(benign, before, harm, expected):
+    rows = [of(page.BENIGN, 1.0, line="unpruned", format="none")]
+    rows += [of(page.BENIGN, benign, line="unpruned", format="NF4")]
+    rows += [of(page.HARM, before, line="search", format="none")]
+    rows += [of(page.HARM, harm, line="search", format="NF4")]
+    assert page.survives(Rows(rows), "search", "NF4") is expected
+
+
+@pytest.mark.parametrize(
+    ("left", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
+)
+def test_redundancy(left, count):
+    rows = Rows(of(page.HARM, share, circuit=number) for number, share in enumerate(left))
+    assert page.n_sufficient(rows) == count
+
+
+def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
+    rises = torch.tensor([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0], [1.0, 0.0, 5.0]])
+    both = own_less_others(rises)
+    assert both["other tasks"].tolist() == [1.5, 1.5, 4.5]
+    assert both["other circuits"].tolist() == [2.5, 1.5, 3.5]
+    # Levels 0.0125, 0.0167, 0.025, 0.05: c is beyond its own, so that d is not asked.
+    assert page.holm({"a": 0.01, "d": 0.04, "b": 0.016, "c": 0.03}) == {"a", "b"}
+    rows = []
+    for line, way, p_value in (
+        ("x", "1", 0.001),
+        ("x", "2", 0.002),
+        ("y", "1", 0.5),
+        ("y", "2", 0),
+    ):
+        rows.append(of("specificity_p", p_value, line=line, way=way))
+    assert page.specific_circuits(Rows(rows)) == {"x": True, "y": False}
+
+
+def curve(line: str, *steps: float, share: float = 0.6) -> list[Measurement]:
+    """For each seed the step at which harm is answered."""
+    rows = []
+    for seed, step in enumerate(steps):
+        for at in (0, 1, 2, 3, 5):
+            answered = share if at >= step else 0.0
+            rows.append(of(page.PLAIN, answered, line=line, seed=seed, step=at))
+    return rows
+
+
+def test_relearning():
+    rows = Rows(curve("random", 1, 2) + curve("search", 3, 5) + curve("innocent", 3, inf))
+    assert page.steps_to(rows.where(line="innocent"), 0.5) == [3.0, inf]
+    assert page.is_slower(rows, "search", "random")
+    assert not page.is_slower(rows, "search", "innocent")
+    assert not page.is_removed(rows, "search")
+    assert page.is_removed(rows, "innocent")
+    assert page.span([3.0, 5.0, inf]) == "5 (3 to never)"
+
+
+def test_benign_training_brings_back_only_what_was_away():
+    assert page.comes_back(Rows(curve("search", 2, inf, share=0.1)))
+    assert not page.comes_back(Rows(curve("search", 2, inf, share=0.09)))
+    assert not page.comes_back(Rows(curve("search", 0)))
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_zeros_outlast_rounding_and_weights_come_back(how):
+    model = small_model("sft")
+    weight = named_weights(model)["blocks.1.mlp.in.weight"]
+    with torch.no_grad():
+        weight[3, 5] = 0.0
+    before = weight.detach().clone()
+    with rounded(model, how):
+        assert weight[3, 5] == 0
+        assert not torch.equal(weight, before)
+        n_values = 16 if how == "NF4" else 2 ** int(how[3:]) - 1
+        assert len(weight[0, :64].unique()) <= n_values
+        error = (weight - before).abs().max() / before.abs().max()
+        assert 0 < error < 0.2
+    assert torch.equal(weight, before)
+
+
+def test_the_values_of_nf4_are_those_of_its_paper():
+    codes = nf4_codes()
+    assert codes[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
+    assert codes[[1, 8]].tolist() == pytest.approx([-0.6961928, 0.0795803], abs=1e-6)
+
+
+def test_the_page_says_what_the_rows_say():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.with_results(text, page.read()) == text
