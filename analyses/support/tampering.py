@@ -17,6 +17,7 @@ from harmcircuits.behaviours.model import Model, preferred_batches
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.hooks.masking import masked_if_given
+from harmcircuits.hooks.search import STEPS
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Labels, Rows
 from harmcircuits.prompts import Batch, tokenize
@@ -166,7 +167,7 @@ class Effort:
     """How much is done: by default all of it."""
 
     size: float = 0.002
-    search: int = 10  # steps
+    search: int = STEPS
     every: int = 3
     seeds: int = 5
     nulls: int = 300

@@ -32,7 +32,7 @@ HALF, ANY = 0.5, 0.1
 def k_of_n(verdicts: Iterable[bool]) -> str:
     """How many hold."""
     known = list(verdicts)
-    return f"{sum(known)} of {len(known)}"
+    return f"{sum(known)} of {len(known)}" if known else "none of none yet measured"
 
 
 # %% [markdown]
