@@ -49,6 +49,7 @@ from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.002)
 ENGINE, AIMS = "gates", ("loss", "error", "refuse", "deflect")
+REFUSE = ("sft", "dpo")
 PREFERRED = {"refuse": "refusal", "deflect": "benign"}
 ROWS = Path(__file__).parent / "rows" / "ends.jsonl"
 STANDARD = standard_behaviours()
@@ -104,6 +105,8 @@ def line_of(rows: hc.Rows, before: hc.Rows) -> Line:
 
     kept = True
     for name in KEPT:
+        if not before.where(STANDARD[name].metric):
+            continue  # a model that was never taught to refuse
         rate, loss = STANDARD[name].metric, STANDARD[name].nll_metric
         most = 0.05 if name == "benign" else 0.1
         kept = kept and now(rate) >= before.one(rate).mean - 0.01
@@ -113,8 +116,14 @@ def line_of(rows: hc.Rows, before: hc.Rows) -> Line:
     return Line(1 - harmful - broken, harmful, broken, kept, nats)
 
 
-def table(rows: hc.Rows) -> pd.DataFrame:
-    """A line for each engine and aim: the mean that decides, and what stands beside it."""
+def table(rows: hc.Rows, *, refuse: bool = True) -> pd.DataFrame:
+    """A line for each engine and aim: the mean that decides, and what stands beside it.
+
+    Args:
+        rows: of the runs.
+        refuse: of the models that refuse, or of those that do not.
+    """
+    rows = hc.Rows(row for row in rows if (row.labels["model"] in REFUSE) == refuse)
     lines = []
     for (engine, aim), of_way in rows.by("engine", "aim").items():
         scores, broken, nats, seconds = [], [], [], []
@@ -144,7 +153,7 @@ def table(rows: hc.Rows) -> pd.DataFrame:
 def main(
     out: Path,
     folder: Path = FOLDER,
-    model: tuple[str, ...] = ("sft", "dpo"),
+    model: tuple[str, ...] = REFUSE,
     aim: tuple[str, ...] = AIMS,
     workers: int = 2,
 ) -> None:
@@ -163,7 +172,8 @@ def main(
         labels = {**spec.labels, "part": part, "engine": ENGINE, "aim": of_search}
         jobs.append(Job(labels, partial(searched, spec, part, of_search)))
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="ends")
-    Console().print(frame_table(table(rows), n_names=2))
+    for refuse in (True, False):
+        Console().print(frame_table(table(rows, refuse=refuse), n_names=2))
 
 
 if __name__ == "__main__":
