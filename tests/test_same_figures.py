@@ -1,4 +1,4 @@
-"""What the package computes is what it computed before it was made smaller (commit e12d518).
+"""What the package computes stays what it computes: scores since e12d518, masks since the gates.
 
 Would catch: a rewrite that changes a score, a mask or a row of the same command with the same seed.
 Digests are of one kind of machine: elsewhere last bits may exchange a few weights.
@@ -18,18 +18,16 @@ pytestmark = pytest.mark.slow
 # organism -> what is asked -> digest of the mask
 MASKS = {
     "sft": {
-        "others, 0.1 %": "a393aa18eb95ecbe",
-        "others, 0.2 %": "be481311bb96a1d0",
-        "one step": "fc26f6b3809ba02b",
-        "benign": "3c9eda8887e9907a",
-        "refusal preferred": "01fb5b21b5d4e8b7",
+        "others, 0.1 %": "049b0ae9f14eb5d4",
+        "others, 0.2 %": "bbc57aafec342eee",
+        "benign": "67eb6e65ed0900ef",
+        "refusal preferred": "d63fca1dfba99235",
     },
     "dpo": {
-        "others, 0.1 %": "2835b1f38bf738d9",
-        "others, 0.2 %": "6817cd0a7bb389b2",
-        "one step": "6a8f563cf72afe16",
-        "benign": "eadbe0793597da92",
-        "refusal preferred": "7111828f955b6701",
+        "others, 0.1 %": "954cfdaae5ff1bdd",
+        "others, 0.2 %": "ee3478d16efbb70b",
+        "benign": "2d42379761d252cc",
+        "refusal preferred": "123c8e03a7ea4c0b",
     },
 }
 SCORES = {"sft": "9f02610a3f845707", "dpo": "0dbb9b73024c8779"}
@@ -47,14 +45,13 @@ def digest_of(tensors: dict[str, torch.Tensor], *, with_names: bool) -> str:
 @pytest.mark.parametrize("organism", MASKS)
 def test_masks_and_scores(organism):
     model = hc.open_model(organism)
-    small, large = model.find_circuit("harmful", protect="others", size=[0.001, 0.002], steps=4)
+    small, large = model.find_circuit("harmful", protect="others", size=[0.001, 0.002], steps=10)
     to_benign = {"protect": "benign", "size": 0.002}
     masks = {
         "others, 0.1 %": small,
         "others, 0.2 %": large,
-        "one step": model.find_circuit("harmful", **to_benign, steps=1),
-        "benign": model.find_circuit("benign", protect=(), size=0.002, steps=1),
-        "refusal preferred": model.find_circuit("harmful", **to_benign, steps=3, prefer="refusal"),
+        "benign": model.find_circuit("benign", protect=(), size=0.002, steps=5),
+        "refusal preferred": model.find_circuit("harmful", **to_benign, steps=5, prefer="refusal"),
     }
     digests = {name: digest_of(dict(mask.removed), with_names=True) for name, mask in masks.items()}
     assert digests == MASKS[organism]

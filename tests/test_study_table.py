@@ -35,7 +35,7 @@ def test_what_the_results_page_says_of_losses_is_in_the_rows():
     predicted, measured = (
         of("search", f"{kind}_loss_change") for kind in ("predicted", "measured")
     )
-    assert f"rises by {predicted:.2f}; it rises by {measured:.2f}" in text
+    assert f"falls by {-predicted:.2f}; it rises by {measured:.2f}" in text
     rises = []
     for line in ("one shot, same size", "opposite sign"):
         rises.append(of(line, "harm_nll") - of("unpruned", "harm_nll"))

@@ -7,12 +7,12 @@
         for every step, on a few texts of each kind:
             loss = - the target's rise, as far as the cap
                    + the loss of what is preferred - the rise of what is avoided, within bounds
-                   + multiplier * the rise of each protected loss
+                   + multiplier * the rise of each protected loss, where it rises
             gate += rate * momentum of -dloss/dgate, clipped to its n-th largest; back to the
                 nearest gates with 0 <= gate <= 1 and a sum of at most n
             a multiplier grows while its loss is near its budget, and shrinks else
-    mask = the n largest gates; while a budget is broken on answers that no step has seen,
-           dearer multipliers, further steps and fewer weights
+    mask = the n largest gates that are more than half open; while a budget is broken on answers
+           that no step has seen: dearer multipliers, further steps, fewer weights
 
 A gate takes its share of a weight, W * (1 - gate). In the second half of the descent the n largest
 take all of theirs and the others nothing. n grows to the largest size, and from there the smaller

@@ -63,9 +63,8 @@ def find_circuit(
     "refused"), `weights_removed` and for each protected behaviour `protected_rise`; and on how many
     examples each was scored, `examples_scored` by `data`.
 
-    >>> hc.find_circuit(bridge, harm, protect=[benign], size=[0.0005, 0.001], steps=10)
-    [WeightMask(circuit, 492 of 983,040 weights, 0.05%),
-     WeightMask(circuit, 983 of 983,040 weights, 0.10%)]
+    >>> hc.find_circuit(bridge, harm, protect=[benign], size=0.001, steps=10)
+    WeightMask(circuit, ... of 983,040 weights, ...)
 
     Args:
         bridge: the model; unchanged afterwards.
