@@ -35,13 +35,14 @@ MADE = {
     "README.md": "test_readme.py",
     "architectures.md": "hooks/test_architectures.py",
     "claims.md": "analyses/test_six_findings.py",
+    "log/search.md": "analyses/test_pages.py",
     "log/stability.md": "analyses/test_pages.py",
     "log/toy_models.md": "analyses/test_six_findings.py",
     "planted.md": "analyses/test_pages.py",
     "real_models.md": "test_real_models_page.py",
     "removed_or_hidden.md": "analyses/test_removed_or_hidden.py",
     "results.md": "test_study_table.py",
-    "search_bench.md": "analyses/test_pages.py",
+    "search_bench.md": "analyses/test_ends.py",
 }
 # Of other things than committed rows: faults, times, facts of others.
 WITHOUT_ROWS = ("compare_tools.md", "log/trusted.md", "performance.md", "trusted.md")

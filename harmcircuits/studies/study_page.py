@@ -53,9 +53,9 @@ SHARED = ("mask", "weights", "shared", "Jaccard", "lift")
 ANSWERS = ("request", "unpruned", "masked", "verdict")
 
 TABLE_TEXT = """Rates in per cent, losses in nats per token, 95 % intervals in small print. Kept
-words: answers with at least half of the word triples of the unpruned model's; doubted: those of them that are
-judged otherwise than these were, so that the judge contradicts itself. Search: the chosen
-circuit. One shot: scored once, at the same price and by the same check. Published: the set
+words: answers with at least half of the word triples of the unpruned model's; doubted: those of
+them that are judged otherwise than these were, so that the judge contradicts itself. Search: the
+chosen circuit. One shot: scored once, at the same price and by the same check. Published: the set
 difference of arXiv 2604.09544, p = 5 q. Each is at its own operating point; "same size": none of
 its masks keeps everything else and takes anything, so this is the one of about the search's size.
 Random, opposite sign (weights whose removal should lower the loss), second slice (the best ones

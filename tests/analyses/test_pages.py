@@ -28,7 +28,7 @@ OF_STABILITY = (tables.overlap_table, tables.effect_table)
     [
         *(("planted.md", "planted", table) for table in OF_PLANTED),
         *(("log/stability.md", "stability", table) for table in OF_STABILITY),
-        ("search_bench.md", "search_bench", results.case_table),
+        ("log/search.md", "search_bench", results.case_table),
         ("log/toy_models.md", "search_bench", every_method),
     ],
 )
@@ -44,8 +44,8 @@ def test_the_methods_on_the_results_page_are_lines_of_the_whole_table():
 
 def test_times_and_settings_are_those_of_the_rows():
     times = results.times_text(committed("search_bench"))
-    assert times in text_of("log/toy_models.md") and times in text_of("search_bench.md")
+    assert times in text_of("log/toy_models.md") and times in text_of("log/search.md")
     variants = tables.variant_table(
         search_defaults.rows, search_defaults.VARIANTS, search_defaults.SIZES
     )
-    assert frame_markdown(variants) in text_of("search_bench.md")
+    assert frame_markdown(variants) in text_of("log/search.md")
