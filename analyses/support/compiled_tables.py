@@ -1,7 +1,6 @@
 """What is read off the rows of the compiled organisms."""
 
 from collections.abc import Callable
-from math import isfinite
 from statistics import fmean
 
 import pandas as pd
@@ -10,6 +9,7 @@ from harmcircuits.measurements import Rows
 
 RATES = ("harm_valid_rate", "benign_valid_rate", "recognition_accuracy")
 NAMES = ("organism", "version")
+NOT_MEASURED = "–"
 
 
 def by_method(rows: Rows, metric: str, cell: Callable[[Rows], str]) -> pd.DataFrame:
@@ -23,7 +23,7 @@ def by_method(rows: Rows, metric: str, cell: Callable[[Rows], str]) -> pd.DataFr
         if len(of_names.where(metric)):
             line = lines.setdefault(names[:2], dict(zip(NAMES, names, strict=False)))
             line[str(names[2])] = cell(of_names)
-    return pd.DataFrame(list(lines.values()))
+    return pd.DataFrame(list(lines.values())).fillna(NOT_MEASURED)
 
 
 def truth_table(rows: Rows) -> pd.DataFrame:
@@ -89,14 +89,14 @@ def overlap_table(rows: Rows) -> pd.DataFrame:
             "overlap_lift": "lift",
             "overlap_lift_marginal": "lift, rows and columns",
         }.items():
-            both = zip(
-                rows.where(metric, **where), rows.where(f"{metric}_true", **where), strict=True
-            )
-            known = [pair for pair in both if all(isfinite(row.mean) for row in pair)]
-            means = [fmean(row.mean for row in some) for some in zip(*known, strict=True)]
+            found, true = rows.where(metric, **where), rows.where(f"{metric}_true", **where)
+            means = [fmean(row.mean for row in some) for some in (found, true)]
             line[f"{title}, found / true"] = f"{means[0]:.2f} / {means[1]:.2f}"
             if metric != "overlap_jaccard":
-                holds = [row.low <= right.mean <= row.high for row, right in known]
+                holds = [
+                    row.low <= right.mean <= row.high
+                    for row, right in zip(found, true, strict=True)
+                ]
                 line[f"{title}: interval holds"] = f"{sum(holds)} of {len(holds)}"
         lines.append(line)
     return pd.DataFrame(lines)
