@@ -36,6 +36,7 @@ MADE = {
     "architectures.md": "hooks/test_architectures.py",
     "claims.md": "analyses/test_six_findings.py",
     "log/search.md": "analyses/test_pages.py",
+    "compiled.md": "analyses/test_compiled_page.py",
     "log/stability.md": "analyses/test_pages.py",
     "log/toy_models.md": "analyses/test_six_findings.py",
     "planted.md": "analyses/test_pages.py",
