@@ -16,7 +16,9 @@ def by_method(rows: Rows, metric: str, cell: Callable[[Rows], str]) -> pd.DataFr
     """A line for each organism and version, a column for each method that has the metric."""
     others = {"stage", "first"}  # of last passes, and of overlaps
     measured = Rows(
-        row for row in rows if "method" in row.labels and not others & row.labels.keys()
+        row
+        for row in rows
+        if {"method", "version"} <= row.labels.keys() and not others & row.labels.keys()
     )
     lines: dict[tuple, dict] = {}
     for names, of_names in measured.by(*NAMES, "method").items():
