@@ -20,6 +20,9 @@
 #    less the mean rise of the other tasks, and less the mean rise of its task under the other circuits.
 #    Each beside 300 random masks matched by matrix and magnitude; Holm over tasks and ways, at 5 %. A
 #    circuit is *specific* if it is so in both ways.
+#
+# *Amended* before the rows that are shown: that a removal which left more than half of harm says nothing
+# about rounding; and, after a first look with few steps, the learning rates that `relearning.py` names.
 
 # %%
 import random
