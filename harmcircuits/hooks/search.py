@@ -1,4 +1,4 @@
-"""From behaviours to a circuit: the weights that one needs and the others can do without."""
+"""From behaviours to a circuit: weights without which one goes and the others stay."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -47,7 +47,7 @@ def find_circuit(
     max_memory: int | None = None,
     progress: bool = False,
 ) -> Any:
-    """The weights that carry a target and that nothing protected needs.
+    """Weights without which a target behaviour goes and what is protected stays.
 
     Every weight that is promising gets a gate, and many small steps on a few texts each open the
     gates whose weights raise the target's loss, make what is preferred likelier, and leave the
