@@ -9,7 +9,7 @@ from support import by_loss
 from support.curves import outcomes_of
 from torch import Tensor
 
-from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
+from harmcircuits.behaviours.behaviour import CONTRAST, REFUSAL, TARGET
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model, preferred_batches
 from harmcircuits.behaviours.outcomes import Outcomes
@@ -25,7 +25,6 @@ from harmcircuits.studies.controls import Unpruned, opposite_sign, priced
 from harmcircuits.studies.study import P_OVER_Q
 
 ALIKE = "prefilled"  # benign answers that begin as the harmful ones do
-REFUSAL = "refusal"
 PREFERENCE = 0.3  # of a nat of the target's loss
 ANSWERED = (TARGET, "borderline")  # the others are read by their losses, which need no answers
 

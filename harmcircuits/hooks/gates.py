@@ -164,8 +164,8 @@ class Candidates:
 
     units: Int[Tensor, " gate"]  # their numbers in the model, increasing
     sizes: Int[Tensor, " gate"]  # how many weights each has
-    index: Mapping[str, Int[Tensor, " _"]]  # of each matrix
-    gate_of: Mapping[str, Int[Tensor, " _"]]  # of each of these weights
+    mask: WeightMask  # all of them
+    gate_of: Mapping[str, Int[Tensor, " _"]]  # of each of the mask's weights
     weights: Mapping[str, Float[Tensor, " _"]]
 
     def __len__(self) -> int:
@@ -401,14 +401,14 @@ class Gates:
             for name, first, end in self._spans():
                 ends = torch.searchsorted(numbers, torch.tensor([first, end])).tolist()
                 index[name], gate_of[name] = numbers[slice(*ends)] - first, torch.arange(*ends)
-        # The matrices without a candidate are left out of a step.
-        index = {name: flat for name, flat in index.items() if len(flat)}
-        gate_of = {name: gate_of[name] for name in index}
+        # A mask has no matrix without a candidate: such a one is left out of a step.
+        mask = WeightMask(index, self.shapes, self.source)
+        gate_of = {name: gate_of[name] for name in mask.removed}
         weights = {}
-        for name, flat in index.items():
+        for name, flat in mask.removed.items():
             parameter = self.sites[name].parameter.detach().flatten()
             weights[name] = parameter[flat.to(parameter.device)].float().cpu()
-        return Candidates(numbers, sizes, index, gate_of, weights)
+        return Candidates(numbers, sizes, mask, gate_of, weights)
 
     # A step
 
@@ -436,7 +436,7 @@ class Gates:
         gain = torch.zeros_like(gate)
 
         def receive(site: Site, gradient: Tensor) -> None:
-            index = candidates.index[site.name].to(gradient.device)
+            index = candidates.mask.removed[site.name].to(gradient.device)
             change = candidates.weights[site.name] * gradient.flatten()[index].float().cpu()
             gain.index_add_(0, candidates.gate_of[site.name], change)
 
@@ -444,13 +444,13 @@ class Gates:
             first, second = (g, x) if site.input_axis == 1 else (x, g)
             receive(site, first.flatten(0, 1).T @ second.flatten(0, 1))
 
-        sites = {name: self.sites[name] for name in candidates.index}
+        sites = {name: self.sites[name] for name in candidates.mask.removed}
         hooked = {name: site for name, site in sites.items() if site.is_hooked}
         unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
         scale = {name: 1 - values for name, values in candidates.per_weight(gate).items()}
-        mask = WeightMask(candidates.index, self.shapes, self.source)
         with (
-            masked(self.bridge, mask, scale=scale),
+            # Made on this model, so not compared with it at every step.
+            masked(self.bridge, candidates.mask, scale=scale, same_model=False),
             torch.enable_grad(),
             hook_pairs(self.bridge, hooked, receive_pair),
             parameter_gradients(unhooked, receive),
@@ -509,7 +509,7 @@ class Gates:
         hard = self.candidates.largest(self.gate, n)
         removed = {}
         for name, is_removed in self.candidates.per_weight(hard).items():
-            removed[name] = self.candidates.index[name][is_removed > 0]
+            removed[name] = self.candidates.mask.removed[name][is_removed > 0]
         return WeightMask(removed, self.shapes, self.source)
 
     def found(self, share: float) -> WeightMask:

@@ -73,7 +73,7 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
 
     def loss(gate) -> float:
         scale = {of: 1 - part for of, part in search.candidates.per_weight(gate).items()}
-        mask = WeightMask(search.candidates.index, search.shapes, search.source)
+        mask = search.candidates.mask
         target, preferred, avoided, spared = search.texts
         with torch.no_grad(), masked(bridge, mask, scale=scale, same_model=False):
             rise = objective(bridge, TARGET[0]) - target.before
@@ -100,7 +100,8 @@ def test_the_projection_is_the_nearest_point():
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 5, (40,), generator=generator)
     gate = 2 * torch.randn(40, generator=generator)
-    candidates = Candidates(torch.arange(40), sizes, {}, {}, {})
+    nothing = WeightMask({}, {}, Source("model", "test"))
+    candidates = Candidates(torch.arange(40), sizes, nothing, {}, {})
     nearest = candidates.projected(gate, 20)
     assert (sizes * nearest).sum() == pytest.approx(20, abs=1e-3)
     for _ in range(100):
