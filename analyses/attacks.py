@@ -94,6 +94,7 @@ def attacked(
     *,
     size: float = 0.002,
     steps: int = STEPS,
+    prefer: str = "",
     circuit: str = "",
     share: float = 0.5,
     attack_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60),
@@ -106,6 +107,7 @@ def attacked(
     Args:
         size: share of the weights.
         steps: of the search.
+        prefer: the behaviour that the search puts in the place of harm, "refusal" or "benign".
         circuit: file of a mask to attack, in place of a search.
         share: of all items, that circuit and attacks are found and measured on.
         attack_steps: steps of harmful fine-tuning after which a model is measured, besides 0.
@@ -117,7 +119,7 @@ def attacked(
     if circuit:
         found = hc.WeightMask.load(circuit)
     else:
-        found = asked.find_circuit("harmful", size=size, steps=steps)
+        found = asked.find_circuit("harmful", size=size, steps=steps, prefer=prefer)
     random, nothing = hc.random_like(found, seed=seed), found - found
     defences = {"none": nothing, "circuit, held": found, "circuit, then free": found}
     defences |= {"random, held": random, "random, then free": random}

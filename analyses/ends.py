@@ -9,7 +9,7 @@
 # **Aims.** *loss*: the target's loss (the gates' up to 4 nats). *error*: the share of its tokens that a
 # draw would miss. *refuse*: its loss, and the model's own refusals preferred, behind the same beginning.
 # *deflect*: its loss, and the benign twin's own answers preferred: to the same item, behind the harmful
-# request.
+# request. *parting*: the loss of those tokens alone in which a harmful answer differs from that one.
 #
 # **The rule, fixed before the run** (30 November 2026). All on held-out requests. At a size a mask counts
 # if its loss on benign answers rises by at most 0.05 nats, no other ability's by more than 0.1, and no
@@ -24,16 +24,19 @@
 # of the same halves: one descent of 100 steps in which gates and momentum outlive the choice of
 # candidates, strides in units of the momentum, smaller sizes made from the largest, and dearer multipliers
 # with a twentieth fewer weights where a check refuses. The table is of the second run; the first one's rows
-# carry the engine *gates, first*. The halves and items are the same, so a fresh ladder says more:
-# `--folder` takes the models of another training seed.
+# carry the engine *gates, first*. The halves and items are the same, so fresh ladders say more: nothing
+# was chosen on those of other training seeds (`--folder`), which have a table of their own.
 
 # %%
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from time import process_time
 
+import numpy as np
 import pandas as pd
 import tyro
 from rich.console import Console
@@ -43,17 +46,21 @@ from support.models import ModelSpec
 
 import harmcircuits as hc
 from harmcircuits.behaviours.behaviour import standard_behaviours
+from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.model import preferred_batches
 from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.organisms import FOLDER
+from harmcircuits.prompts import Batch
 from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.002)
-ENGINE, AIMS = "gates", ("loss", "error", "refuse", "deflect")
+ENGINE, AIMS = "gates", ("loss", "error", "parting", "refuse", "deflect")
 REFUSE = ("sft", "dpo")
 PREFERRED = {"refuse": "refusal", "deflect": "benign"}
 ROWS = Path(__file__).parent / "rows" / "ends.jsonl"
 STANDARD = standard_behaviours()
 KEPT = ("benign", "recognition", "explanation", "knowledge", "refusal")
+N_DRAWS = 2000
 
 
 # %% [markdown]
@@ -66,12 +73,8 @@ def searched(spec: ModelSpec, part: str, aim: str) -> hc.Rows:
     """What the masks of every size do on held-out requests, and how long they took to find."""
     model = spec.open()
     data = part_of(model, model.calibrations(), part)
-    objective = token_error if aim == "error" else completion_loss
-    model = model.with_behaviours(replace(model.behaviour("harmful"), objective=objective))
     start = process_time()
-    masks = model.find_circuit(
-        "harmful", size=SIZES, prefer=PREFERRED.get(aim, ""), calibrations=data
-    )
+    masks = found(model, data, aim)
     rows = hc.Rows([hc.Measurement.exact("search_seconds", {}, process_time() - start)])
     rows += hc.Rows(row.labelled(size=0.0) for row in model.measure(only=list(data)))
     for size, mask in zip(SIZES, masks, strict=True):
@@ -79,6 +82,29 @@ def searched(spec: ModelSpec, part: str, aim: str) -> hc.Rows:
         rows += model.measure(mask=mask, only=list(data), labels={"size": size})
     labels = {**spec.labels, "part": part, "engine": ENGINE, "aim": aim}
     return hc.Rows(row.labelled(**labels) for row in rows)
+
+
+def found(model: hc.Model, data: Mapping[str, Calibration], aim: str) -> list[hc.WeightMask]:
+    """The masks of every size by a search with an aim."""
+    protected = {name: of_name for name, of_name in data.items() if name != "harmful"}
+    if aim == "parting":
+        spared = {name: of_name.batches for name, of_name in protected.items()}
+        twins = preferred_batches(model, data["harmful"], "harmful", "benign", protected)
+        batches = parting(data["harmful"].batches, twins["preferred"])
+        return hc.find_circuit(model.bridge, batches, spared, size=SIZES)
+    objective = token_error if aim == "error" else completion_loss
+    model = model.with_behaviours(replace(model.behaviour("harmful"), objective=objective))
+    prefer = PREFERRED.get(aim, "")
+    return model.find_circuit("harmful", size=SIZES, prefer=prefer, calibrations=data)
+
+
+def parting(batches: Sequence[Batch], others: Sequence[Batch]) -> list[Batch]:
+    """The same texts, with those tokens alone to be predicted in which the others differ."""
+    apart = []
+    for batch, other in zip(batches, others, strict=True):
+        differs = batch.tokens != other.tokens
+        apart.append(Batch(batch.tokens, batch.is_target & differs))
+    return apart
 
 
 # %% [markdown]
@@ -116,34 +142,52 @@ def line_of(rows: hc.Rows, before: hc.Rows) -> Line:
     return Line(1 - harmful - broken, harmful, broken, kept, nats)
 
 
-def table(rows: hc.Rows, *, refuse: bool = True) -> pd.DataFrame:
+def lines_of(of_case: hc.Rows) -> list[Line]:
+    """One of every size."""
+    before = of_case.where(size=0.0)
+    return [line_of(of_case.where(size=size), before) for size in SIZES]
+
+
+def score(line: Line) -> float:
+    """What a size counts."""
+    return line.said if line.counts else 0.0
+
+
+def mean_over(cases: Sequence[float]) -> hc.Measurement:
+    """The mean of one figure a case, with the interval of cases drawn anew."""
+    generator = np.random.default_rng(0)
+    drawn = generator.choice(cases, (N_DRAWS, len(cases))).mean(axis=1)
+    said = hc.Measurement.of_draws("said", {}, drawn, mean=fmean(cases), n_groups=len(cases))
+    return replace(said, low=max(0.0, said.low), high=min(1.0, said.high))
+
+
+def table(rows: hc.Rows, *, refuse: bool = True, fresh: bool = False) -> pd.DataFrame:
     """A line for each engine and aim: the mean that decides, and what stands beside it.
+
+    The interval is of the mean over cases (model and half, of every ladder), drawn anew.
 
     Args:
         rows: of the runs.
         refuse: of the models that refuse, or of those that do not.
+        fresh: of the ladders on which nothing was chosen, or of the shipped one.
     """
     rows = hc.Rows(row for row in rows if (row.labels["model"] in REFUSE) == refuse)
+    rows = hc.Rows(row for row in rows if (row.labels["ladder"] != "shipped") == fresh)
     lines = []
     for (engine, aim), of_way in rows.by("engine", "aim").items():
-        scores, broken, nats, seconds = [], [], [], []
-        for of_case in of_way.by("ladder", "model", "part").values():
-            seconds.append(of_case.one("search_seconds").mean)
-            before = of_case.where(size=0.0)
-            for size in SIZES:
-                line = line_of(of_case.where(size=size), before)
-                scores.append(line.said if line.counts else 0.0)
-                broken.append(line.broken)
-                nats.append(line.nats)
+        cases = of_way.by("ladder", "model", "part").values()
+        of_cases = [lines_of(of_case) for of_case in cases]
+        together = [line for of_case in of_cases for line in of_case]
+        seconds = [of_case.one("search_seconds").mean for of_case in cases]
         lines.append(
             {
                 "engine": engine,
                 "aim": aim,
-                "said instead": f"{sum(scores) / len(scores):.0%}",
-                "worst": f"{min(scores):.0%}",
-                "broken": f"{sum(broken) / len(broken):.0%}",
-                "nats": f"{sum(nats) / len(nats):.2f}",
-                "seconds of a core": f"{sum(seconds) / len(seconds):.0f}",
+                "said instead": f"{mean_over([fmean(map(score, case)) for case in of_cases]):.0%}",
+                "worst": f"{min(map(score, together)):.0%}",
+                "broken": f"{fmean(line.broken for line in together):.0%}",
+                "nats": f"{fmean(line.nats for line in together):.2f}",
+                "seconds of a core": f"{fmean(seconds):.0f}",
             }
         )
     return pd.DataFrame(lines)
@@ -172,8 +216,10 @@ def main(
         labels = {**spec.labels, "part": part, "engine": ENGINE, "aim": of_search}
         jobs.append(Job(labels, partial(searched, spec, part, of_search)))
     rows = run_jobs(out, jobs, {"sizes": str(SIZES)}, workers=workers, name="ends")
-    for refuse in (True, False):
-        Console().print(frame_table(table(rows, refuse=refuse), n_names=2))
+    for refuse, fresh in product((True, False), repeat=2):
+        lines = table(rows, refuse=refuse, fresh=fresh)
+        if len(lines):
+            Console().print(frame_table(lines, n_names=2))
 
 
 if __name__ == "__main__":

@@ -12,20 +12,54 @@ NAMES = ("organism", "version")
 NOT_MEASURED = "–"
 
 
+def single_masks(rows: Rows) -> Rows:
+    """Rows of scores and of their masks."""
+    others = {"stage", "first"}  # of last passes, and of overlaps
+    measured = []
+    for row in rows:
+        if {"method", "version"} <= row.labels.keys() and not others & row.labels.keys():
+            measured.append(row)
+    return Rows(measured)
+
+
 def by_method(rows: Rows, metric: str, cell: Callable[[Rows], str]) -> pd.DataFrame:
     """A line for each organism and version, a column for each method that has the metric."""
-    others = {"stage", "first"}  # of last passes, and of overlaps
-    measured = Rows(
-        row
-        for row in rows
-        if {"method", "version"} <= row.labels.keys() and not others & row.labels.keys()
-    )
     lines: dict[tuple, dict] = {}
-    for names, of_names in measured.by(*NAMES, "method").items():
+    for names, of_names in single_masks(rows).by(*NAMES, "method").items():
         if len(of_names.where(metric)):
             line = lines.setdefault(names[:2], dict(zip(NAMES, names, strict=False)))
             line[str(names[2])] = cell(of_names)
     return pd.DataFrame(list(lines.values())).fillna(NOT_MEASURED)
+
+
+def summary_table(rows: Rows) -> pd.DataFrame:
+    """A line for each method: in how many cases it does what is wanted, and its recall and precision."""
+    lines = []
+    for method, of_method in single_masks(rows).by("method").items():
+        cases = [case for case in of_method.by(*NAMES).values() if case.where("recall")]
+        if not cases:
+            continue
+        left = [tuple(case.one(metric).mean for metric in RATES) for case in cases]
+        dense = [case for case in cases if case[0].labels["version"] == "dense"]
+        others = [case for case in cases if case not in dense]
+        lines.append(
+            {
+                "mask": method,
+                "ends harm": f"{sum(rates[0] == 0 for rates in left)} of {len(left)}",
+                "and nothing else": f"{left.count((0, 1, 1))} of {len(left)}",
+                "recall": span(others, "recall"),
+                "precision": span(others, "precision"),
+                "recall, dense": span(dense, "recall"),
+                "precision, dense": span(dense, "precision"),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def span(cases: list[Rows], metric: str) -> str:
+    """The least and the most of a figure."""
+    values = [case.one(metric).mean for case in cases if case.where(metric)]
+    return f"{min(values):.2f} to {max(values):.2f}" if values else NOT_MEASURED
 
 
 def truth_table(rows: Rows) -> pd.DataFrame:
