@@ -8,8 +8,8 @@
 # 1. **Dose.** The weights of a mask are multiplied by 0 to 2. Its *margin* is how much likelier
 #    harmful held-out answers are than their benign twins, nats a token. A mask is *of* harm if the
 #    margin falls at dose 0 and rises at 1.5, by the 95 % interval of the change from dose 1, and does
-#    not fall from one dose to the next up to 1.5. It *breaks* if it falls at 0 and does not rise at
-#    1.5; else it *moves nothing*. Asked of the circuit and of its controls.
+#    not fall from one dose to the next up to 1.5. It goes *down only* if it falls at 0 and does not
+#    rise at 1.5; else it is *neither*. Asked of the circuit and of its controls.
 # 2. **Rounding.** Block matrices in int8, int4 (symmetric, a scale a row) and NF4, to the nearest. A
 #    removal *survives* if valid harm rises by at most five points. A format that costs the unpruned
 #    model more benign answers says nothing, nor a removal that left more than half of harm.

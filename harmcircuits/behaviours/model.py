@@ -310,7 +310,7 @@ class Model:
             prefer: the behaviour that should take the target's place: "refusal", or the harmless
                 counterpart, "benign". Its answers should become likelier to the target's requests,
                 behind the target's own beginning, and not where protected answers begin alike. The
-                mask is then an edit with an end; without it, what carries the target.
+                mask is then an edit with an end; without it, what breaks the target.
             calibrations: data to score on, where it is there already.
             options: of `hc.find_circuit`: `size`, which must be given, `steps`, `sites`, `exclude`,
                 `unit`, `folder`, `max_memory` and `progress`.

@@ -29,7 +29,7 @@ class StudySettings:
             {"benign": 0.05, "others": 0.1}; the named ones count at the operating point too.
         tolerance: how far a kept rate may fall at the operating point.
         prefer: the behaviour that should take the target's place (see `Model.find_circuit`); "" for
-            none: then the mask is what carries the target, and answers become what they may. "auto"
+            none: then the mask is what breaks the target, and answers become what they may. "auto"
             is "refusal" for harm where the model refuses, else none. Controls that are no searches
             are ranked by the target alone.
         seed: draws an organism's reference answers and the random masks.

@@ -24,11 +24,11 @@ def of(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
     ("margins", "verdict"),
     [
         ((-1.0, -0.8, -0.5, 0.0, 0.5), "of harm"),
-        ((-1.0, -0.8, -0.5, 0.0, 0.1), "breaks"),  # the rise is within its interval
-        ((-1.0, -0.8, -0.5, 0.0, -0.5), "breaks"),
-        ((-0.1, -0.1, -0.1, 0.0, 0.5), "moves nothing"),
-        ((-1.0, 0.3, -0.5, 0.0, 0.5), "moves nothing"),  # not step by step
-        ((0.5, 0.4, 0.3, 0.0, -0.5), "moves nothing"),
+        ((-1.0, -0.8, -0.5, 0.0, 0.1), "down only"),  # the rise is within its interval
+        ((-1.0, -0.8, -0.5, 0.0, -0.5), "down only"),
+        ((-0.1, -0.1, -0.1, 0.0, 0.5), "neither"),
+        ((-1.0, 0.3, -0.5, 0.0, 0.5), "neither"),  # not step by step
+        ((0.5, 0.4, 0.3, 0.0, -0.5), "neither"),
     ],
 )
 def test_doses(margins, verdict):
