@@ -31,7 +31,6 @@ claim = Claim(
     "which activations carry what a circuit removed",
     models=("sft",),
     small={"steps": 2, "n": 2, "layers": (0, 3)},
-    seeds=1,
 )
 MOST = 0.9
 

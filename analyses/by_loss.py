@@ -39,7 +39,6 @@ claim = Claim(
     "general and distinct: harm's circuit by loss",
     models=("sft",),
     small={"n_random": 1},
-    seeds=1,
 )
 HARM, LEAST = "harmful", 0.5  # of the rise under the circuit of all types
 TITLES = {"benign": "benign answers protected", "none": "nothing protected"}

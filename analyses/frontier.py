@@ -37,7 +37,6 @@ claim = Claim(
     "what do harmful answers become, and what does it cost?",
     models=("sft",),
     small={"factors": (1.0,), "unit_factors": ()},
-    seeds=1,
 )
 RATES = {
     "harm_valid_rate": "harmful",

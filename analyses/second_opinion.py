@@ -34,7 +34,6 @@ claim = Claim(
     "do tools that read activations agree with the weights?",
     models=("sft",),
     small={"steps": 1, "n": 4, "n_probed": 16},
-    seeds=1,
 )
 CIRCUITS = ("harmful", "benign", "recognition")
 EARLY = ("0 pre", "1 pre")  # depths at which nothing has been read from the verb yet

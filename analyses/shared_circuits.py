@@ -36,7 +36,6 @@ claim = Claim(
     "what circuits of harm, of benign tasks and of recognition share",
     models=LADDER,
     small={"steps": 1, "n_resamples": 1, "others": ("benign", "recognition")},
-    seeds=1,
     small_models=("sft",),
 )
 TASKS = ("benign", "parts", "kind")  # no harm in them

@@ -189,7 +189,7 @@ class Claim:
     text: str
     models: Sequence[str]
     small: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 3
+    seeds: int = 1
     small_models: Sequence[str] = ()
     experiment: Experiment = field(init=False)
     figures: dict[str, Picture | Visual | Panels] = field(

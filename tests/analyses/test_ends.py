@@ -1,5 +1,7 @@
 """What becomes of harmful answers: the page's table is that of the committed rows."""
 
+from itertools import product
+
 import ends
 from pages import text_of
 
@@ -9,7 +11,7 @@ import harmcircuits as hc
 def test_the_page_has_the_table_of_the_rows():
     page = text_of("search_bench.md")
     rows = hc.Rows.read(ends.ROWS)
-    for refuse in (True, False):
-        for line in ends.table(rows, refuse=refuse).itertuples(index=False):
+    for refuse, fresh in product((True, False), repeat=2):
+        for line in ends.table(rows, refuse=refuse, fresh=fresh).itertuples(index=False):
             engine, aim, said, _, broken, nats, seconds = line
             assert f"| {engine} | {aim} | {said} | {broken} | {nats} | {seconds} |" in page
