@@ -39,7 +39,7 @@ HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 # The rule stands. What changed before this run is the search (it was in rounds), and with it the
 # size, from 0.6 % to 0.2 % of the weights; and once trained the model is only asked plainly. Cases
 # are counted as those of every other claim since 30 November 2026 (`support/claims.py`).
-# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
+# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
 RECOVERED, AT_MOST, ANY, NEVER = 0.5, 0.5, 0.1, "no measured step"

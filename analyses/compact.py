@@ -52,7 +52,7 @@ PANELS = {
 # November 2026, with all rows of before in view: cases are counted as those of every other claim
 # (`support/claims.py`), and the circuit of benign answers was added. Should they be as compact,
 # compactness says nothing of harm; the claim itself does not ask for that, so neither does the rule.
-# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
+# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
 COMPACT, REACHED = 0.01, 0.975

@@ -50,7 +50,7 @@ PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
 # search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On 30
 # November 2026, with all rows of before in view: (d), where benign answers had been reported beside,
 # for one seed of every ladder. They are now measured for each; a case without them lacks (d).
-# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
+# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
 ALIGNED, MATCHED = 0.5, 0.05

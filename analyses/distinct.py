@@ -64,7 +64,7 @@ REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 # decided a model; now it is by the one meaning of *kept* (`support/claims.py`). Seeds were pooled, and
 # the worst model decided. Of the two nulls only the first was read. Lifts are read, as before, from
 # masks in one shot, which alone have intervals over the calibration items.
-# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
+# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
 MOST = 0.5

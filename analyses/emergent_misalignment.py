@@ -50,7 +50,7 @@ RUN = ("ladder", "model", "training", "topic", "seed")
 # the search is new (was: in rounds), its size 0.2 % (was: 0.6 %), and training 30 steps (was: 60).
 # On 30 November 2026, with all rows of before in view: which held circuits halve misalignment is
 # counted for each, also where the narrow one does not.
-# Since that day the search is a new one (gates); rows of before are by the one that it replaced.
+# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
 ARRIVED, AT_MOST, AT_LEAST, ANY, NEVER = 0.9, 0.5, 0.8, 0.1, -1

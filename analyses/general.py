@@ -53,7 +53,8 @@ CHANCE = 0.05  # below which the words that types share explain what transfers
 # mixed circuit was added after a trial on one seed. On 30 November 2026, with all rows of before in
 # view: the confound; benign answers might lose ten points, and are now kept by the one meaning of
 # it; seeds were pooled, and the worst model decided; the circuits of twins protected harm alone, and
-# now protect all others, as those of harm do; and the search is a new one, at its own number of steps.
+# now protect all others, as those of harm do. Then all was run anew, once, by the search of that day
+# (gates), at its own number of steps: three ladders, one seed.
 
 
 # %%

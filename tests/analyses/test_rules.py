@@ -184,8 +184,8 @@ def trained(topic="a", *, none=FREE, narrow=PROTECTED, random=FREE, benign=FREE)
 # F6, dissociated
 
 
-def abilities(free: float, apart: float, *, protected="benign", random=1.0, **labels) -> Rows:
-    """What abilities keep under the others' circuits, protecting little (or nothing) and all others.
+def abilities(free: float, apart: float, *, random=1.0, **labels) -> Rows:
+    """What abilities keep under the others' circuits, protecting benign answers and all others.
 
     Rates are 1 unpruned, 0.3 under an ability's own circuit, and `random` under random weights.
     """
@@ -193,7 +193,7 @@ def abilities(free: float, apart: float, *, protected="benign", random=1.0, **la
     metrics = {name: dissociated.METRICS[name] for name in dissociated.PRUNED}
     for metric in (*metrics.values(), dissociated.PLAIN):
         rows += [rate(metric, 1.0, mask="none")]
-        for name, spared in ((protected, free), ("others", apart)):
+        for name, spared in (("benign", free), ("others", apart)):
             for mask, own in metrics.items():
                 left = 0.3 if metric == own else spared
                 rows += [rate(metric, left, mask=mask, protected=name)]
@@ -282,7 +282,6 @@ CASES = {
     ],
     dissociated: [
         (abilities(0.7, 1.0), HOLDS),
-        (abilities(0.7, 1.0, protected="none"), HOLDS),
         (abilities(0.7, 61 / 64), HOLDS),  # three items of 64 are kept
         (abilities(0.3, 1.0), IN_PART),  # not without protection
         (abilities(0.7, 60 / 64), FAILS),  # graded
