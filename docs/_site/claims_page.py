@@ -7,12 +7,14 @@
 # %%
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib import rc_context
 from support.claims import FAILS, HOLDS, IN_PART, ClaimResult
 from support.markdown import frame_markdown
 
+from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import (
     AMBER,
     GREEN,
@@ -28,6 +30,7 @@ PAGES = (
     "README.md",
     "docs/claims.md",
     "docs/results.md",
+    "docs/search_bench.md",
     "docs/log/toy_models.md",
     "analyses/README.md",
 )
@@ -55,7 +58,15 @@ def results() -> list[ClaimResult]:
         sys.path.insert(0, str(ROOT / "analyses"))
     from six_findings import FINDINGS, committed
 
-    return committed([*FINDINGS.values(), *QUESTIONS])
+    return [*committed([*FINDINGS.values(), *QUESTIONS]), attacks_on_refusals()]
+
+
+def attacks_on_refusals() -> ClaimResult:
+    """The attacks on masks that were told to prefer refusals."""
+    from attacks import claim
+
+    rows = Rows.read(ROOT / "analyses" / "rows" / "attacks_refuse.jsonl")
+    return replace(claim.result(rows), name="attacks, refusals preferred", outcome=None)
 
 
 @rc_context(STYLE)
