@@ -36,12 +36,6 @@ def test_a_table_is_that_of_the_rows(page, name, made):
     assert frame_markdown(made(committed(name))) in text_of(page)
 
 
-def test_the_methods_on_the_results_page_are_lines_of_the_whole_table():
-    whole = frame_markdown(every_method(committed("search_bench"))).splitlines()
-    table = text_of("results.md").split("| method |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) > 5 and set(table) <= set(whole)
-
-
 def test_times_and_settings_are_those_of_the_rows():
     times = results.times_text(committed("search_bench"))
     assert times in text_of("log/toy_models.md") and times in text_of("log/search.md")
