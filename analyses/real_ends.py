@@ -41,7 +41,7 @@ def table(rows: hc.Rows) -> pd.DataFrame:
     """A line for each mask: what its answers are."""
     lines = []
     for mask, of_mask in rows.where(split="heldout", beginning="scored").by("mask").items():
-        rates = {title: f"{100 * of_mask.one(metric):.0f}" for metric, title in RATES.items()}
+        rates = {title: f"{of_mask.one(metric):.0%}" for metric, title in RATES.items()}
         lines.append({"mask": mask, "weights": f"{of_mask.one('n_removed').mean:,.0f}", **rates})
     return pd.DataFrame(lines)
 
