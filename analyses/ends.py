@@ -31,7 +31,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
 from time import process_time
@@ -171,13 +171,15 @@ def table(rows: hc.Rows, *, refuse: bool = True, fresh: bool = False) -> pd.Data
         refuse: of the models that refuse, or of those that do not.
         fresh: of the ladders on which nothing was chosen, or of the shipped one.
     """
-    rows = hc.Rows(row for row in rows if (row.labels["model"] in REFUSE) == refuse)
-    rows = hc.Rows(row for row in rows if (row.labels["ladder"] != "shipped") == fresh)
+    of_kind = hc.Rows()
+    for (ladder, model), of_model in rows.by("ladder", "model").items():
+        if (ladder != "shipped", model in REFUSE) == (fresh, refuse):
+            of_kind += of_model
     lines = []
-    for (engine, aim), of_way in rows.by("engine", "aim").items():
+    for (engine, aim), of_way in of_kind.by("engine", "aim").items():
         cases = of_way.by("ladder", "model", "part").values()
         of_cases = [lines_of(of_case) for of_case in cases]
-        together = [line for of_case in of_cases for line in of_case]
+        together = list(chain.from_iterable(of_cases))
         seconds = [of_case.one("search_seconds").mean for of_case in cases]
         lines.append(
             {

@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 import harmcircuits as hc
+from harmcircuits.studies.study import P_OVER_Q
 from harmcircuits.views.tables import frame_table
 
 ROWS = Path(__file__).parent / "rows" / "real_ends.jsonl"
@@ -49,7 +50,7 @@ def table(rows: hc.Rows) -> pd.DataFrame:
 def published(model: hc.Model) -> hc.WeightMask:
     """The paper's mask: of harm's answers less those of benign ones."""
     harm, benign = (model.calibration(name).batches for name in ("harmful", "benign"))
-    return hc.set_difference(model.bridge, harm, [benign], q=PUBLISHED, p=5 * PUBLISHED)
+    return hc.set_difference(model.bridge, harm, [benign], q=PUBLISHED, p=P_OVER_Q * PUBLISHED)
 
 
 def behind_others(model: hc.Model, mask: hc.WeightMask | None) -> hc.Rows:
@@ -58,6 +59,18 @@ def behind_others(model: hc.Model, mask: hc.WeightMask | None) -> hc.Rows:
     for name, prefill in BEGINNINGS.items():
         asked = model.with_behaviours(replace(model.behaviour("harmful"), prefill=prefill))
         rows += asked.measure(mask=mask, only=["harmful"], labels={"beginning": name})
+    return rows
+
+
+def measured(model: hc.Model, name: str, mask: hc.WeightMask | None) -> hc.Rows:
+    """What a mask costs and leaves; of the unpruned model and of the search behind all beginnings."""
+    labels = {"model": model.name, "mask": name, "beginning": "scored"}
+    n_removed = mask.n_removed if mask is not None else 0
+    rows = hc.Rows([hc.Measurement.exact("n_removed", {**labels, "split": "heldout"}, n_removed)])
+    rows += model.measure(mask=mask, only=["harmful", *PROTECTED], labels=labels)
+    if name in ("none", "search"):
+        behind = behind_others(model, mask)
+        rows += [row.labelled(**{**labels, **row.labels}) for row in behind]
     return rows
 
 
@@ -126,13 +139,7 @@ def main(
         masks["random"] = hc.random_like(masks["published"], seed=0)
     rows = hc.Rows()
     for name, removed in masks.items():
-        labels = {"model": opened.name, "mask": name, "beginning": "scored"}
-        n_removed = removed.n_removed if removed is not None else 0
-        rows += [hc.Measurement.exact("n_removed", {**labels, "split": "heldout"}, n_removed)]
-        rows += opened.measure(mask=removed, only=["harmful", *PROTECTED], labels=labels)
-        if name in ("none", "search"):
-            behind = behind_others(opened, removed)
-            rows += [row.labelled(**{**labels, **row.labels}) for row in behind]
+        rows += measured(opened, name, removed)
         rows.save(out / "rows.jsonl")
         if removed is not None:
             removed.save(out / f"{name}.safetensors")

@@ -40,15 +40,16 @@ def summary_table(rows: Rows) -> pd.DataFrame:
         if not cases:
             continue
         left = [tuple(case.one(metric).mean for metric in RATES) for case in cases]
-        dense = [case for case in cases if case[0].labels["version"] == "dense"]
-        others = [case for case in cases if case not in dense]
+        tidy, dense = [], []
+        for case in cases:
+            (dense if case[0].labels["version"] == "dense" else tidy).append(case)
         lines.append(
             {
                 "mask": method,
                 "ends harm": f"{sum(rates[0] == 0 for rates in left)} of {len(left)}",
                 "and nothing else": f"{left.count((0, 1, 1))} of {len(left)}",
-                "recall": span(others, "recall"),
-                "precision": span(others, "precision"),
+                "recall": span(tidy, "recall"),
+                "precision": span(tidy, "precision"),
                 "recall, dense": span(dense, "recall"),
                 "precision, dense": span(dense, "precision"),
             }
