@@ -50,7 +50,8 @@ PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
 # search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On 30
 # November 2026, with all rows of before in view: (d), where benign answers had been reported beside,
 # for one seed of every ladder. They are now measured for each; a case without them lacks (d).
-# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
+# Then all was run anew by the search of that day (gates): three ladders, one seed; and once more when
+# it had come to score what is still said under its mask, a change that F2's rows had asked for.
 
 # %%
 ALIGNED, MATCHED = 0.5, 0.05

@@ -54,7 +54,9 @@ CHANCE = 0.05  # below which the words that types share explain what transfers
 # view: the confound; benign answers might lose ten points, and are now kept by the one meaning of
 # it; seeds were pooled, and the worst model decided; the circuits of twins protected harm alone, and
 # now protect all others, as those of harm do. Then all was run anew, once, by the search of that day
-# (gates), at its own number of steps: three ladders, one seed.
+# (gates), at its own number of steps: three ladders, one seed. In its rows circuits of one type had
+# taken words, so the search was changed to score what is still said under its mask as well
+# (`fresh_answers`), and all was run once more.
 
 
 # %%

@@ -298,8 +298,9 @@ class Model:
     ) -> Any:
         """A mask whose removal breaks a behaviour and keeps the protected ones within a budget.
 
-        `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. A warning
-        says where fewer than 20 answers of a behaviour were verified: another sample of so few may
+        `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. Where no
+        end is preferred, what the model still says under the mask so far is scored as well, as far
+        as it shows the target: else it says the same thing in other words. A warning says where fewer than 20 answers of a behaviour were verified: another sample of so few may
         give another circuit.
 
         Args:
@@ -313,7 +314,8 @@ class Model:
                 mask is then an edit with an end; without it, what breaks the target.
             calibrations: data to score on, where it is there already.
             options: of `hc.find_circuit`: `size`, which must be given, `steps`, `sites`, `exclude`,
-                `unit`, `folder`, `max_memory` and `progress`.
+                `unit`, `folder`, `max_memory` and `progress`; and `fresh_answers=None` to score the
+                unpruned model's answers alone.
 
         Raises:
             ValueError: an unknown behaviour, one that is not shown, a budget for one that is not
@@ -330,6 +332,9 @@ class Model:
             budget = {**dict.fromkeys(protected, BUDGET), **budget}
         if prefer:
             options["prefer"] = preferred_batches(self, data, target, prefer, protected)
+        elif not self.behaviour(target).is_scored_on_references:
+            still = partial(still_said, self, self.behaviour(target), data.prompts)
+            options.setdefault("fresh_answers", still)
 
         return find_circuit(
             self.bridge,
@@ -523,7 +528,13 @@ def _has_completion(example: Example) -> bool:
     return bool(example.completion)
 
 
-# What a search spares, and what it prefers
+# What a search is scored on besides, what it spares, and what it prefers
+
+
+def still_said(model: Model, behaviour: Behaviour, requests: PromptSet) -> list[Batch]:
+    """The answers that the model gives now, as far as they show the behaviour."""
+    said = model.verified(behaviour, requests).where(_has_completion)
+    return model.batches(behaviour, said) if len(said) else []
 
 
 def other_behaviours(model: Model, target: str) -> list[str]:

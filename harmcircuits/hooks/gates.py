@@ -1,6 +1,7 @@
 """Gates over weights, learned by many small steps.
 
     for every part of the descent:
+        the target's texts += what the model still says under the mask so far    # fresh answers
         benefit += -W * d(loss) / dW, but for the protected losses         # removal_effect
         benefit -= FACTOR * |W| * mean over each of these of sum_t |g_t| |x_t|^T   # token_price
         candidates = the weights of the most benefit, and those whose gate is open
@@ -21,7 +22,7 @@ were before it: what was removed goes on earning, and what is near to what broke
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -70,11 +71,12 @@ MEMORY = 0.8  # of the rises that multipliers look at
 TRIES, FEWER, FURTHER_STEPS = 12, 0.95, 5  # where a check refuses a mask
 TRACED_EVERY = 10  # steps
 CHECKED_AFTER = 5  # steps
-FILE, FORMAT = "search.safetensors", "harmcircuits.search.1"
+FILE, FORMAT = "search.safetensors", "harmcircuits.search.2"
 
 Role = Literal["target", "preferred", "avoided", "protected"]
 SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
 Totals = dict[str, Float[Tensor, "..."]]
+FreshAnswers = Callable[[], Sequence[Batch]]
 
 
 class Size(NamedTuple):
@@ -117,6 +119,14 @@ class Texts:
             before = torch.cat(losses)
             refuse_not_finite(batches, before, objective)
         return cls(name, role, batches, objective, weight, budget, unpadded(batches), before)
+
+    def add(self, bridge: Bridge, batches: Sequence[Batch]) -> None:
+        """Further texts, and their losses on the model as it is."""
+        more = Texts.of(bridge, self.name, self.role, batches, self.objective)
+        self.batches = [*self.batches, *batches]
+        self.examples = [*self.examples, *more.examples]
+        self.before = torch.cat([self.before, more.before])
+        self.left = []
 
     @property
     def n_drawn(self) -> int:
@@ -220,6 +230,8 @@ class Gates:
     sizes: Sequence[Size]
     steps: int
     max_memory: int | None
+    fresh_answers: FreshAnswers | None = None  # to the target's requests
+    added: list[Batch] = field(default_factory=list)  # of them
     stage: int = 0  # how many parts and smaller sizes are done
     step: int = 0
     unit: float = 0.0  # of a stride
@@ -233,6 +245,10 @@ class Gates:
 
     def __post_init__(self) -> None:
         self.sizes = sorted(self.sizes, reverse=True)
+        # What a search must have in common with another to go on from it. An objective by its
+        # value: functions that are made alike have the same name.
+        losses = [f"{texts.before.mean():.3g}" for texts in self.texts]
+        self.key = f"{self.source.to_json()} {self.sizes} {losses}"
         for texts in self.texts:
             self._note("examples_scored", {"data": texts.name}, len(texts.examples))
 
@@ -264,7 +280,12 @@ class Gates:
 
     def _descend(self, steps: range) -> None:
         n = self.sizes[0].n
-        self._score(self._size_of_step(steps.start - 1))
+        n_before = self._size_of_step(steps.start - 1)
+        if self.fresh_answers is not None and self.candidates is not None:
+            with masked(self.bridge, self._mask(n_before)):
+                fresh = self.fresh_answers()
+            self._add_answers(fresh)
+        self._score(n_before)
         self._choose_candidates(n)
         for step in steps:
             progress = step / self.steps
@@ -273,6 +294,18 @@ class Gates:
             self._learn(self._size_of_step(step), rate, is_hard=is_hard)
             if is_hard and step % CHECKED_AFTER == 0:
                 self._broken_budgets(self._mask(n), self.sizes[0])
+
+    def _add_answers(self, batches: Sequence[Batch]) -> None:
+        """Score these answers of the target as well, but for those that are scored already."""
+        target = self.texts[0]
+        known = {tuple(example.tokens.tolist()) for example in target.examples}
+        said = unpadded(batches)
+        fresh = [example for example in said if tuple(example.tokens.tolist()) not in known]
+        if fresh:
+            added = batched(fresh, max(map(len, target.batches)))
+            target.add(self.bridge, added)
+            self.added += added
+            self._note("examples_added", {"step": self.step, "data": target.name}, len(fresh))
 
     def _size_of_step(self, step: int) -> int:
         growth = min(1.0, (step + 1) / (GROWTH_UNTIL * self.steps))
@@ -531,11 +564,15 @@ class Gates:
         """Write everything into the folder; of a search that is done its masks and the trace."""
         if folder is None:
             return
-        state: dict[str, Any] = {"key": self._key, "stage": self.stage, "step": self.step}
+        state: dict[str, Any] = {"key": self.key, "stage": self.stage, "step": self.step}
+        state["n_added"] = len(self.added)
         state["trace"] = [asdict(row) for row in self.trace]
         tensors = {}
         for share, mask in self.masks.items():
             tensors |= {f"mask {share} {name}": flat for name, flat in mask.removed.items()}
+        for number, batch in enumerate(self.added):
+            tensors[f"added tokens {number}"] = batch.tokens
+            tensors[f"added targets {number}"] = batch.is_target
         if self.stage < self.n_stages:
             assert self.candidates is not None
             state["unit"] = self.unit
@@ -551,12 +588,15 @@ class Gates:
             return
         tensors, metadata = read_tensors(Path(folder) / FILE, FORMAT, "search")
         state = json.loads(metadata["state"])
-        if state["key"] != self._key:
+        if state["key"] != self.key:
             raise ValueError(
                 f"{folder} holds another search (other data, weights or options, or another "
                 "objective); give another folder, or remove it"
             )
         self.stage, self.step = state["stage"], state["step"]
+        for number in range(state["n_added"]):
+            of_batch = (tensors[f"added {part} {number}"] for part in ("tokens", "targets"))
+            self._add_answers([Batch(*of_batch)])
         self.trace = Rows.of_dicts(state["trace"])
         for size in self.sizes[: max(0, self.stage - len(self.parts) + 1)]:
             start = f"mask {size.share} "
@@ -572,13 +612,6 @@ class Gates:
         for texts, (multiplier, rise, left) in zip(self.texts, state["texts"], strict=True):
             texts.multiplier, texts.rise, texts.left = multiplier, rise, left
         self.generator.set_state(tensors["generator"])
-
-    @property
-    def _key(self) -> str:
-        """What a search must have in common with another to go on from it."""
-        # An objective by its value: functions that are made alike have the same name.
-        losses = [f"{texts.before.mean():.3g}" for texts in self.texts]
-        return f"{self.source.to_json()} {self.sizes} {losses}"
 
 
 def _under(tensors: Mapping[str, Tensor], start: str) -> Iterator[tuple[str, Tensor]]:

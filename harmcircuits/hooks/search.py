@@ -16,7 +16,7 @@ from harmcircuits.display import nearest
 from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
-from harmcircuits.hooks.gates import Gates, Role, Size, Texts
+from harmcircuits.hooks.gates import FreshAnswers, Gates, Role, Size, Texts
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
 from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
@@ -40,6 +40,7 @@ def find_circuit(
     steps: int = STEPS,
     objective: Objective = completion_loss,
     prefer: Mapping[str, Sequence[Batch]] = NOTHING,
+    fresh_answers: FreshAnswers | None = None,
     sites: Sites | None = None,
     exclude: WeightMask | None = None,
     unit: Unit = "weight",
@@ -82,6 +83,10 @@ def find_circuit(
             well. And as "avoided" of what may not become likelier with that, such as the same
             refusals of benign requests behind the same beginning: without them, what makes the
             target refuse makes all else refuse that begins alike.
+        fresh_answers: makes further batches of the target, such as what the model still says to its
+            requests. It is called with the mask so far in place, three times in a search, and what
+            it gives is scored as well (`examples_added` in the trace, by step). Without it, an
+            answer that is as bad in other words may take the place of those that are scored.
         sites: matrices to choose from: names of `named_weights`, or a function of a `Site` that
             says whether, such as `lambda site: site.layer > 2 and site.kind == "mlp.out"`.
         exclude: weights that cannot be chosen, so that a second circuit can be found beside a
@@ -126,6 +131,8 @@ def find_circuit(
 
     settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
+    if fresh_answers is not None:
+        settings["fresh_answers"] = True
     settings |= _unusual(sites, candidates, exclude, unit)
     search = Gates(
         bridge,
@@ -139,6 +146,7 @@ def find_circuit(
         [Size(share, round(share * n_weights)) for share in set(shares)],
         steps,
         max_memory,
+        fresh_answers,
     )
     search.resume(folder)
     stages = range(search.stage, search.n_stages)

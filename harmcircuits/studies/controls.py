@@ -175,12 +175,15 @@ def _options_of_search(mask: WeightMask, spared: Mapping[str, Calibration]) -> d
     made_by = mask.source.settings
     if "learning_steps" not in made_by:
         return {}
-    return {
+    options = {
         "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
         "steps": made_by["learning_steps"],
         "unit": made_by.get("unit", "weight"),
         "sites": made_by.get("sites"),
     }
+    if "fresh_answers" not in made_by:
+        options["fresh_answers"] = None
+    return options
 
 
 def unpruned_scores(

@@ -168,7 +168,10 @@ def test_a_search_is_of_what_is_protected_with_budgets_and_first_tokens_among_it
     scored, spared, options = search(small, calibrations=data)
     assert scored == data["harmful"].batches
     assert spared == {name: data[name].batches for name in ("benign", "refusal")}
+    still_said = options.pop("fresh_answers")
     assert options == {"size": 0.01, "budget": BUDGET, "objective": completion_loss}
+    for batch, same in zip(still_said(), scored, strict=True):
+        assert torch.equal(batch.tokens, same.tokens), "nothing is masked, so nothing is new"
 
     first = replace(data["benign"], batches=[b.beginning(1) for b in data["benign"].batches])
     known = {**data, "first": first}

@@ -215,7 +215,7 @@ def test_a_mask_says_how_it_was_found(llama):
 
 def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
     """Killed in its third part, it ends as if it had not been; under a bound too."""
-    options = {"size": [0.05, SIZE], "steps": 10}
+    options = {"size": [0.05, SIZE], "steps": 10, "fresh_answers": lambda: ALSO_SPARED}
     expected = find_circuit(llama, TARGET, [SPARED], **options)
     advance, stages = Gates.advance, []
 
@@ -236,6 +236,29 @@ def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="another search"):
         find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=2, folder=tmp_path)
+
+
+def test_what_the_model_still_says_is_scored_as_well(llama):
+    """Once each, asked for under the mask so far, and its loss is raised with the target's."""
+    unpruned, fresh = snapshot(llama), ALSO_SPARED[:1]
+    said = iter([TARGET, fresh, [*fresh, *TARGET]])
+    n_changed = []
+
+    def still_said() -> list[Batch]:
+        changed = [(now != unpruned[name]).sum() for name, now in snapshot(llama).items()]
+        n_changed.append(int(sum(changed)))
+        return next(said)
+
+    options = {"size": SIZE, "steps": 10}
+    mask = find_circuit(llama, TARGET, [SPARED], **options, fresh_answers=still_said)
+    added = mask.trace.where("examples_added")
+    assert [(row.labels["step"], row.mean) for row in added] == [(4, len(fresh[0]))]
+    assert len(n_changed) == 3
+    assert min(n_changed) > 0
+
+    without = find_circuit(llama, TARGET, [SPARED], **options)
+    losses = [completion_nll(llama, fresh, mask=of).mean() for of in (without, mask)]
+    assert losses[1] > losses[0]
 
 
 @pytest.mark.parametrize(
