@@ -26,6 +26,9 @@
 # with a twentieth fewer weights where a check refuses. The table is of the second run; the first one's rows
 # carry the engine *gates, first*. The halves and items are the same, so fresh ladders say more: nothing
 # was chosen on those of other training seeds (`--folder`), which have a table of their own.
+#
+# *Fresh answers* came last, on the choice split too: for loss and error the model is asked again, under the
+# mask so far, and what is still harmful is scored as well. Rows of before carry *gates, own answers*.
 
 # %%
 from collections.abc import Mapping, Sequence
@@ -187,6 +190,7 @@ def table(rows: hc.Rows, *, refuse: bool = True, fresh: bool = False) -> pd.Data
                 "aim": aim,
                 "said instead": f"{mean_over([fmean(map(score, case)) for case in of_cases]):.0%}",
                 "worst": f"{min(map(score, together)):.0%}",
+                "harmful": f"{fmean(line.harmful for line in together):.0%}",
                 "broken": f"{fmean(line.broken for line in together):.0%}",
                 "nats": f"{fmean(line.nats for line in together):.2f}",
                 "seconds of a core": f"{fmean(seconds):.0f}",

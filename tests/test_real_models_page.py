@@ -5,8 +5,9 @@ the usual one.
 """
 
 import pytest
+import real_ends
 import real_models_page
-from pages import README, ROOT, text_of
+from pages import README, text_of
 
 from harmcircuits.measurements import Measurement, Rows
 
@@ -33,15 +34,16 @@ def test_a_bar_of_the_picture_is_all_answers_of_one_mask(title):
 
 
 def test_what_other_pages_say_of_it():
-    """The first sentence of the README on it, and the published method beside the claims."""
-    titles = ("search, within the budget", "unpruned")
-    within, unpruned = (row_of(title, "harm_valid_rate").mean for title in titles)
+    """The README's line on it, and the published method beside the claims."""
+    rows = Rows.read(real_ends.ROWS).where(beginning="scored")
     text = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"within the budget {within:.0%} of".replace("%", " %") in text
-    assert f"stay harmful, {unpruned:.0%} before".replace("%", " %") in text
+    n_removed = rows.one("n_removed", mask="search").mean
+    refused, before = (rows.one("harm_refusal_rate", mask=mask).mean for mask in ("search", "none"))
+    assert f"{n_removed:,.0f} of 357,826,560 weights" in text
+    assert f"refuse {100 * refused:.0f} % of harmful" in text
+    assert f"({100 * before:.0f} before)" in text
 
     text = " ".join(text_of("claims.md").split())
-    rows = Rows.read(ROOT / "analyses" / "rows" / "real_ends.jsonl").where(beginning="scored")
     changes = {}
     for name in ("harm_nll", "benign_nll", "prefilled_nll"):
         published, whole = (rows.one(name, mask=mask).mean for mask in ("published", "none"))

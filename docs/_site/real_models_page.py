@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas
+import real_ends
 from answer_bars import answer_bars
 from support.markdown import frame_markdown
 
@@ -129,6 +130,8 @@ def per_cent(row: Measurement, *, with_interval: bool = True) -> str:
 
 
 TABLES = {
+    "Qwen 0.5B, today": lambda: real_ends.table(Rows.read(real_ends.ROWS)),
+    "Qwen 0.5B, beginnings": lambda: real_ends.table_of_beginnings(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B": lambda: table(SMALL),
     "Qwen 0.5B attacked": attack_table,
     "Qwen 1.5B": lambda: table(LARGE),

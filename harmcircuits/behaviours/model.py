@@ -300,8 +300,9 @@ class Model:
 
         `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. Where no
         end is preferred, what the model still says under the mask so far is scored as well, as far
-        as it shows the target: else it says the same thing in other words. A warning says where fewer than 20 answers of a behaviour were verified: another sample of so few may
-        give another circuit.
+        as it shows the target: else it says the same thing in other words. A warning says where
+        fewer than 20 answers of a behaviour were verified: another sample of so few may give
+        another circuit.
 
         Args:
             target: the behaviour.
