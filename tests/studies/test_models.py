@@ -254,7 +254,8 @@ def test_requests_that_are_scored_and_held_out_are_warned_of(cache):
 
 def test_a_study_needs_nothing_that_only_organisms_have_and_reports_no_text(model, tmp_path):
     grid = {"sizes": (0.006,), "steps": 10, "tolerance": 0.5, "n_random": 1, "compare": False}
-    settings = hc.StudySettings(budget=2.0, protect=("benign",), **grid)
+    # Rules call every answer harmful that is no refusal, so refusals are preferred.
+    settings = hc.StudySettings(budget=2.0, protect=("benign",), prefer="refusal", **grid)
     rows = hc.study(model, settings, out=tmp_path).rows
     measured = {"harm_valid_rate", "borderline_valid_rate", "perplexity", "plain_kl", "benign_kl"}
     assert set(rows.metrics) >= measured
