@@ -131,9 +131,7 @@ def find_circuit(
 
     settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
-    if fresh_answers is not None:
-        settings["fresh_answers"] = True
-    settings |= _unusual(sites, candidates, exclude, unit)
+    settings |= _unusual(sites, candidates, exclude, unit, fresh_answers)
     search = Gates(
         bridge,
         texts,
@@ -193,6 +191,7 @@ def _unusual(
     candidates: Mapping[str, Site],
     exclude: WeightMask | None,
     unit: Unit,
+    fresh_answers: FreshAnswers | None,
 ) -> dict[str, Any]:
     """The settings that are not as by default."""
     settings: dict[str, Any] = {}
@@ -202,6 +201,8 @@ def _unusual(
         settings["excluded"] = exclude.digest
     if unit != "weight":
         settings["unit"] = unit
+    if fresh_answers is not None:
+        settings["fresh_answers"] = True
     return settings
 
 
