@@ -59,8 +59,9 @@ SHOWN = set(Terms.standard().rates) - {HARM, BROKEN}
 #
 # Amended. Before the first run with the search: the search (it was in rounds) and with it the size,
 # from 0.6 % to 0.2 % of the weights. On 30 November 2026, with all rows of before in view: the
-# paper's condition, in place of "nothing protected". *Clean* asked that neither loses more than ten points by the end of an
-# interval, which one item of 48 decides; and pairs were counted together by a rule of their own.
+# paper's condition, in place of "nothing protected". *Clean* asked that neither loses more than ten
+# points by the end of an interval, which one item of 48 decides; and pairs were counted together by a
+# rule of their own.
 # Then all was run anew by the search of that day (gates): three ladders, one seed; and once more when
 # it had come to score what is still said under its mask, a change that F2's rows had asked for.
 

@@ -43,6 +43,12 @@ def test_what_other_pages_say_of_it():
     assert f"refuse {100 * refused:.0f} % of harmful" in text
     assert f"({100 * before:.0f} before)" in text
 
+    titles = ("search, within the budget", "unpruned")
+    within, unpruned = (f"{row_of(title, 'harm_valid_rate').mean:.0%}" for title in titles)
+    box = " ".join(text_of("real_models.md").split())
+    assert f"{within} stay harmful within the budget".replace("%", " %") in box
+    assert within == unpruned, "the page says: as without a mask"
+
     text = " ".join(text_of("claims.md").split())
     changes = {}
     for name in ("harm_nll", "benign_nll", "prefilled_nll"):

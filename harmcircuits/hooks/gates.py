@@ -126,7 +126,7 @@ class Texts:
         self.batches = [*self.batches, *batches]
         self.examples = [*self.examples, *more.examples]
         self.before = torch.cat([self.before, more.before])
-        self.left = []
+        self.left = []  # so that a round of all begins
 
     @property
     def n_drawn(self) -> int:
@@ -280,12 +280,11 @@ class Gates:
 
     def _descend(self, steps: range) -> None:
         n = self.sizes[0].n
-        n_before = self._size_of_step(steps.start - 1)
-        if self.fresh_answers is not None and self.candidates is not None:
-            with masked(self.bridge, self._mask(n_before)):
-                fresh = self.fresh_answers()
-            self._add_answers(fresh)
-        self._score(n_before)
+        mask = None
+        if self.candidates is not None:
+            mask = self._mask(self._size_of_step(steps.start - 1))
+            self._ask_again(mask)
+        self._score(mask)
         self._choose_candidates(n)
         for step in steps:
             progress = step / self.steps
@@ -294,6 +293,12 @@ class Gates:
             self._learn(self._size_of_step(step), rate, is_hard=is_hard)
             if is_hard and step % CHECKED_AFTER == 0:
                 self._broken_budgets(self._mask(n), self.sizes[0])
+
+    def _ask_again(self, mask: WeightMask) -> None:
+        if self.fresh_answers is not None:
+            with masked(self.bridge, mask):
+                batches = self.fresh_answers()
+            self._add_answers(batches)
 
     def _add_answers(self, batches: Sequence[Batch]) -> None:
         """Score these answers of the target as well, but for those that are scored already."""
@@ -354,9 +359,8 @@ class Gates:
 
     # Scores, and the candidates that they make
 
-    def _score(self, n: int) -> None:
+    def _score(self, mask: WeightMask | None) -> None:
         """Add to the benefit of every weight, under the mask so far."""
-        mask = self._mask(n) if self.candidates is not None else None
         for texts in self.texts:
             if texts.role != "protected":
                 self._add_scores(texts, mask, "signed", texts.weight * SIGNS[texts.role])

@@ -50,7 +50,7 @@ def gates_of(bridge, unit="weight", objective=completion_loss) -> Gates:
     source = source_on(bridge, "test")
     sizes = [Size(0.01, 100)]
     search = Gates(bridge, texts, protection, sites, shapes, units, {}, source, sizes, 10, None)
-    search._score(0)
+    search._score(None)
     search._choose_candidates(100)
     return search
 
