@@ -10,8 +10,8 @@
 #    margin falls at dose 0 and rises at 1.5, by the 95 % interval of the change from dose 1, and does
 #    not fall from one dose to the next up to 1.5. It goes *down only* if it falls at 0 and does not
 #    rise at 1.5; else it is *neither*. Asked of the circuit and of its controls.
-# 2. **Rounding.** Block matrices in int8, int4 (symmetric, a scale a row) and NF4, to the nearest. A
-#    removal *survives* if valid harm rises by at most five points. A format that costs the unpruned
+# 2. **Rounding.** Block matrices in int8, int4 (symmetric, a scale a row) and NF4, to the nearest, and
+#    in int4 as GPTQ rounds. A removal *survives* if valid harm rises by at most five points. A format that costs the unpruned
 #    model more benign answers says nothing, nor a removal that left more than half of harm.
 # 3. **Redundancy.** Circuits one after another, each without the weights of those before. One
 #    *suffices* if without it at most half of the model's valid answers are left. Counted are those

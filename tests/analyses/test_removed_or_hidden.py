@@ -10,7 +10,16 @@ import pytest
 import removed_or_hidden_page as page
 import torch
 from helpers import small_model
-from support.tampering import FORMATS, nf4_codes, own_less_others, rounded
+from support.tampering import (
+    GPTQ,
+    NEAREST,
+    gptq,
+    input_products,
+    integers,
+    nf4_codes,
+    own_less_others,
+    rounded,
+)
 
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
@@ -106,7 +115,7 @@ def test_benign_training_brings_back_only_what_was_away():
     assert not page.comes_back(Rows(curve("search", 0)))
 
 
-@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("how", NEAREST)
 def test_zeros_outlast_rounding_and_weights_come_back(how):
     model = small_model("sft")
     weight = named_weights(model)["blocks.1.mlp.in.weight"]
@@ -121,6 +130,23 @@ def test_zeros_outlast_rounding_and_weights_come_back(how):
         error = (weight - before).abs().max() / before.abs().max()
         assert 0 < error < 0.2
     assert torch.equal(weight, before)
+
+
+def test_gptq_changes_what_a_matrix_gives_less_than_the_nearest_values_do():
+    model, name = small_model("sft"), "blocks.1.mlp.in.weight"
+    weight, products = named_weights(model)[name].detach(), input_products(model)[name]
+
+    def error(stored: torch.Tensor) -> float:
+        lost = stored - weight
+        return ((lost @ products) * lost).sum().item()
+
+    before = weight.clone()
+    with rounded(model, GPTQ):
+        assert len(weight[0].unique()) <= 15
+    assert torch.equal(weight, before)
+    assert error(gptq(weight, products)) < 0.7 * error(integers(4, weight))
+    # Without any correlation between inputs there is nothing to make up for.
+    torch.testing.assert_close(gptq(weight, torch.eye(weight.shape[1])), integers(4, weight))
 
 
 def test_the_values_of_nf4_are_those_of_its_paper():
