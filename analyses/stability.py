@@ -7,7 +7,7 @@
 # **Pairs of searches** (`Model.find_circuit`), each on its own answers, at three sizes. *Halves* of
 # the calibration items and *wholes* are disjoint (the second whole are the held-out items; its mask
 # is compared and never measured). *Same half* are the very same answers in another order, so that
-# only the third on which protection is checked differs. Beside the search, *three walks*: the weights
+# only the third on which protection is checked differs. Beside the search, *three searches*: the weights
 # that most of three such orders choose, cut to size; *neurons*: the search that takes whole neurons;
 # *rounds* (score, remove a tenth, score again); and *one shot*.
 #
@@ -49,7 +49,7 @@ PAIRS = (
     ("search", "halves"),
     ("search", "same half"),
     ("search", "wholes"),
-    ("three walks", "halves"),
+    ("three searches", "halves"),
     ("neurons", "halves"),
     ("rounds", "halves"),
     ("one shot", "halves"),

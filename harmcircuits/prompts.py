@@ -468,7 +468,7 @@ def tokenize(
             )
         rows.append((context, target))
     groups = _groups(rows, batch_size, max_tokens)
-    return [_padded(group, tokenizer) for group in groups]
+    return [_padded(group, tokenizer) for group in groups if group]
 
 
 def tokenize_text(

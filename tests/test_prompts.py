@@ -123,6 +123,7 @@ def test_a_prefill_is_context_and_the_end_of_text_pads_where_nothing_else_does(i
 
 
 def test_batches_of_at_most_so_many_tokens(tokenizer):
+    assert tokenize([], tokenizer) == []
     """Examples of 7, 5, 8, 5 and 9 tokens.
 
     What counts is the padded size, rows times the longest.

@@ -8,6 +8,7 @@
 # %%
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from math import inf, isinf
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from support.markdown import markdown_table
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import Picture
+from harmcircuits.views.tables import DASH
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "removed_or_hidden.md"
@@ -127,40 +129,40 @@ def comes_back(rows: Rows) -> bool:
 
 # %%
 def dose(rows: Rows) -> str:
-    body, of_circuit, of_controls = [], [], []
-    for (ladder, line), of_mask in rows.where("harm_margin_change").by("ladder", "line").items():
-        verdict = of_dose(of_mask)
-        of_line = of_circuit if line == "search" else of_controls
-        of_line.append(verdict == "of harm")
-        at = {row.labels["dose"]: f"{row:.2f}" for row in of_mask}
-        body.append([ladder, line, at[0.0], at[1.5], verdict])
-    head = ["ladder", "mask", "change of the margin at 0", "at 1.5", "verdict"]
+    of_circuit, of_controls, body = [], [], []
+    for line, of_line in rows.where("harm_margin_change").by("line").items():
+        cells = []
+        for of_mask in of_line.by("ladder").values():
+            verdict = of_dose(of_mask)
+            (of_circuit if line == "search" else of_controls).append(verdict == "of harm")
+            at = {row.labels["dose"]: f"{row.mean:+.2f}" for row in of_mask}
+            cells.append(f"{at[0.0]}, {at[1.5]}: {verdict}")
+        body.append([line, *cells])
     return (
         f"**The circuit is *of* harm on {k_of_n(of_circuit)} ladders; of the controls "
-        f"{k_of_n(of_controls)} are.**\n\n{markdown_table(head, body)}"
+        f"{k_of_n(of_controls)} are.** Change of the margin at dose 0, and at 1.5:\n\n"
+        f"{markdown_table(['mask', *rows.by('ladder')], body)}"
     )
 
 
 def rounding(rows: Rows) -> str:
     body, verdicts = [], {}
     formats = [name for name in rows.by("format") if name != "none"]
-    for ladder, of_ladder in rows.by("ladder").items():
-        for line in of_ladder.by("line"):
-            cells = [ladder, line]
-            for how in ("none", *formats):
-                cells.append(f"{of_ladder.one(HARM, line=line, format=how).mean:.0%}")
-            body.append(cells)
-            for how in formats:
-                if line in ("search", "refusal training"):
-                    verdicts.setdefault(line, []).append(survives(of_ladder, line, how))
+    for line, of_line in rows.where(HARM).by("line").items():
+        cells = [ends(of_line.where(format=how), ".0%") for how in ("none", *formats)]
+        body.append([line, *cells])
+        if line in ("search", "refusal training"):
+            for of_ladder, how in product(rows.by("ladder").values(), formats):
+                verdicts.setdefault(line, []).append(survives(of_ladder, line, how))
     said = []
     for line, known in verdicts.items():
         kept = [verdict for verdict in known if verdict is not None]
         said.append(f"{line} in {k_of_n(kept)}")
-    head = ["ladder", "what was done", "as it is", *formats]
+    head = ["what was done", "as it is", *formats]
     return (
         f"**Of the formats that leave the unpruned model able, a removal survives: "
-        f'{", ".join(said)}.** Valid harm, begun with "sure":\n\n{markdown_table(head, body)}'
+        f'{", ".join(said)}.** Valid harm, begun with "sure", over the ladders:\n\n'
+        f"{markdown_table(head, body)}"
     )
 
 
@@ -185,25 +187,32 @@ def specificity(rows: Rows) -> str:
 
 
 def relearning(rows: Rows) -> str:
-    attacks = rows.by("ladder", "training")
-    slower, removed, reckons, body = [], [], [], []
-    for (ladder, training), of_attack in attacks.items():
-        lines = of_attack.where(PLAIN).by("line")
+    slower, removed, reckons = [], [], []
+    for of_attack in rows.by("ladder", "training").values():
         slower.append(is_slower(of_attack, "search", "random"))
-        if "search that reckons" in lines:
-            reckons.append(is_slower(of_attack, "search that reckons", "search"))
-        if "innocent" in lines:
+        reckons.append(is_slower(of_attack, "search that reckons", "search"))
+        if of_attack.where(line="innocent"):
             removed.append(is_removed(of_attack, "search"))
-        for line, of_line in lines.items():
-            steps = [span(steps_to(of_line, share)) for share in (HALF, 0.9)]
-            body.append([ladder, training, line, f"{of_line[0].labels['lr']:g}", *steps])
-    head = ["ladder", "training", "line", "learning rate", "half back", "nine tenths back"]
+    ladders, body = list(rows.by("ladder")), []
+    for (training, line), of_line in rows.where(PLAIN).by("training", "line").items():
+        of_ladders, cells = of_line.by("ladder"), []
+        for ladder in ladders:
+            # Only the first ladder has an innocent twin.
+            cells.append(both_steps(of_ladders[ladder]) if ladder in of_ladders else DASH)
+        body.append([training, line, *cells])
     return (
         f"**The circuit slows relearning (attacks: {k_of_n(slower)}). Harm is removed, not hidden "
         f"(attacks: {k_of_n(removed)}). The search that reckons with relearning is slower to relearn "
-        f"than the plain one (attacks: {k_of_n(reckons)}).** Steps, the median of the seeds and their range:\n\n"
-        f"{markdown_table(head, body)}"
+        f"than the plain one (attacks: {k_of_n(reckons)}).** Steps until half of the harmful requests are "
+        "answered, the median of five seeds and their range; and until nine tenths are, the median:\n\n"
+        f"{markdown_table(['training', 'line', *ladders], body)}"
     )
+
+
+def both_steps(rows: Rows) -> str:
+    """To half, with the range of the seeds, and to nine tenths."""
+    half, most = (steps_to(rows, share) for share in (HALF, 0.9))
+    return f"{span(half)}; {span([median(most)])}"
 
 
 def span(steps: list[float]) -> str:
@@ -223,14 +232,20 @@ def benign(rows: Rows) -> str:
 
 def cost(rows: Rows) -> str:
     body = []
-    for (ladder, line), of_mask in rows.by("ladder", "line").items():
-        cells = [ladder, line]
-        for metric, spec in {"weights_removed": ",.0f", "edit_norm": ".2f"}.items():
-            cells.append("".join(f"{row.mean:{spec}}" for row in of_mask.where(metric)))
-        cells += [f"{of_mask.one(HARM).mean:.0%}", f"{of_mask.one('benign_nll').mean:.3f}"]
-        body.append(cells)
-    head = ["ladder", "mask", "weights", "length of the edit", "harm", "benign loss"]
-    return markdown_table(head, body)
+    for line, of_line in rows.by("line").items():
+        cells = [ends(of_line.where("weights_removed"), ",.0f")]
+        cells.append(ends(of_line.where("edit_norm"), ".1f"))
+        cells += [ends(of_line.where(HARM), ".0%"), ends(of_line.where("benign_nll"), ".3f")]
+        body.append([line, *cells])
+    return markdown_table(["mask", "weights", "length of the edit", "harm", "benign loss"], body)
+
+
+def ends(rows: Rows, spec: str) -> str:
+    """The smallest and the largest of some figures; a dash for none."""
+    if not rows:
+        return DASH
+    figures = [f"{row.mean:{spec}}" for row in (rows.smallest(), rows.largest())]
+    return " to ".join(dict.fromkeys(figures))
 
 
 # Place on the page, and the question whose rows it is of -> what stands there.

@@ -91,13 +91,13 @@ def search(model: Model, data: Data, *, unit: Unit = "weight") -> Masks:
     return model.find_circuit(TARGET, size=SIZES, calibrations=data, unit=unit)
 
 
-def three_walks(model: Model, data: Data) -> Masks:
+def three_searches(model: Model, data: Data) -> Masks:
     """At each size the weights in most of three masks; among equals, the larger removal effect."""
-    walks = [search(model, data)]
+    masks_of = [search(model, data)]
     for order in (1, 2):
-        walks.append(search(model, shuffled(model, data, order)))
+        masks_of.append(search(model, shuffled(model, data, order)))
     effect = removal_effect(model.bridge, data[TARGET].batches)
-    of_each_size = zip(*walks, strict=True)
+    of_each_size = zip(*masks_of, strict=True)
     chosen = []
     for size, masks in zip(SIZES, of_each_size, strict=True):
         chosen.append(top_fraction(votes(masks, effect), size, within="model"))
@@ -117,7 +117,7 @@ def votes(masks: Iterable[WeightMask], effect: WeightScores) -> WeightScores:
 
 METHODS: dict[str, Callable[[Model, Data], Masks]] = {
     "search": search,
-    "three walks": three_walks,
+    "three searches": three_searches,
     "neurons": partial(search, unit="neuron"),
     "rounds": partial(rounds, rounds=10, sizes=SIZES),
     "one shot": partial(rounds, rounds=1, sizes=SIZES),
