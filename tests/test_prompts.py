@@ -123,7 +123,6 @@ def test_a_prefill_is_context_and_the_end_of_text_pads_where_nothing_else_does(i
 
 
 def test_batches_of_at_most_so_many_tokens(tokenizer):
-    assert tokenize([], tokenizer) == []
     """Examples of 7, 5, 8, 5 and 9 tokens.
 
     What counts is the padded size, rows times the longest.
@@ -140,6 +139,7 @@ def test_batches_of_at_most_so_many_tokens(tokenizer):
         assert [tuple(batch.tokens.shape) for batch in split] == shapes
         texts = torch.cat([batch.tokens[batch.is_token] for batch in split])
         assert torch.equal(texts, whole.tokens[whole.is_token])
+    assert tokenize([], tokenizer) == []
 
 
 def test_a_sample_keeps_a_share_of_the_groups_of_every_category():
