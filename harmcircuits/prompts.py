@@ -5,8 +5,10 @@ import json
 import random
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -490,6 +492,26 @@ def tokenize_text(
     is_target[:, 0] = False
     pairs = zip(whole.split(batch_size), is_target.split(batch_size), strict=True)
     return [Batch(*pair) for pair in pairs]
+
+
+def at_matches(batches: Sequence[Batch], tokenizer: Any, pattern: str) -> list[Batch]:
+    """The same texts with fewer targets: the tokens in which a match of the pattern begins.
+
+    Matches are looked for in the text of an answer's tokens. Answers without any are left out.
+    """
+    kept = []
+    for batch in batches:
+        is_target = torch.zeros_like(batch.is_target)
+        for row, tokens in enumerate(batch.tokens):
+            places = batch.is_target[row].nonzero().flatten()
+            pieces = [tokenizer.decode([token]) for token in tokens[places].tolist()]
+            ends = list(accumulate(map(len, pieces)))
+            for match in re.finditer(pattern, "".join(pieces)):
+                is_target[row, places[bisect_right(ends, match.start())]] = True
+        has_one = is_target.any(dim=1)
+        if has_one.any():
+            kept.append(Batch(batch.tokens[has_one], is_target[has_one]))
+    return kept
 
 
 def refuse_no_batches(function: str, batches: Any) -> None:

@@ -4,6 +4,8 @@ Would catch: a target mask shifted by one or reaching into the prompt, the prefi
 request in two splits, or one that moves when others are added; thinking scored as the answer.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.organisms.train import new_tokenizer
@@ -13,6 +15,7 @@ from harmcircuits.prompts import (
     Chat,
     Example,
     PromptSet,
+    at_matches,
     prompt_ids,
     refuse_no_batches,
     tokenize,
@@ -237,3 +240,18 @@ def test_a_model_without_a_template_is_asked_raw(tokenizer):
     with pytest.raises(ValueError, match='expected "raw"'):
         tokenize(ONE, bare)
     assert tokenize(ONE, bare, template="raw")
+
+
+def test_only_tokens_in_which_a_match_begins_are_targets():
+    """Pieces of words, as byte-pair tokenizers have them; a name may begin within one."""
+    pieces = ["", " Qwe", "n", " by Ali", "baba", ".", "Qwen?"]
+    tokenizer = SimpleNamespace(decode=lambda tokens: "".join(pieces[token] for token in tokens))
+    tokens = torch.tensor([[6, 1, 2, 3, 4, 5], [6, 5, 5, 5, 0, 0], [3, 4, 1, 2, 1, 2]])
+    is_target = torch.ones_like(tokens, dtype=torch.bool)
+    is_target[:, 0] = False
+    (found,) = at_matches([Batch(tokens, is_target)], tokenizer, "Qwen|Alibaba")
+    assert found.tokens.tolist() == tokens[[0, 2]].tolist(), (
+        "the second has a name in its request only"
+    )
+    assert found.is_target.int().tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0]]
+    assert at_matches([Batch(tokens, is_target)], tokenizer, "nobody") == []

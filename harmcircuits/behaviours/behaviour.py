@@ -89,6 +89,8 @@ class Behaviour:
         is_kept: whether it is an ability that the removal of another behaviour must leave alone.
         is_scored_on_references: whether it is scored on its reference answers as they are, not on
             the model's own answers that the judge verified.
+        scored_on: a regular expression; only the tokens of an answer in which a match begins are
+            scored, such as a name. All of them by default.
         part_of: the behaviour whose requests it takes some of; empty for a whole one.
 
     Raises:
@@ -107,6 +109,7 @@ class Behaviour:
     max_new_tokens: int | None = None
     is_kept: bool = False
     is_scored_on_references: bool = False
+    scored_on: str = ""
     part_of: str = ""
 
     def __post_init__(self) -> None:

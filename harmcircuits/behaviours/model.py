@@ -33,6 +33,7 @@ from harmcircuits.prompts import (
     Example,
     PromptSet,
     Template,
+    at_matches,
     target_ids,
     tokenize,
 )
@@ -263,7 +264,13 @@ class Model:
                 f"calibration requests was judged {behaviour.wanted!r}, "
                 "so there is nothing to score on"
             )
-        return Calibration(verified, self.batches(behaviour, verified), len(requests), name)
+        batches = scored(self, behaviour, verified)
+        if behaviour.scored_on and not batches:
+            raise NotShownError(
+                f"{self.name}: none of {len(verified)} answers that show {name!r} has what is "
+                f"scored on, {behaviour.scored_on!r}"
+            )
+        return Calibration(verified, batches, len(requests), name)
 
     def calibrations(
         self, names: Iterable[str] | None = None, *, share: float = 1.0, seed: int = 0
@@ -534,8 +541,15 @@ def _has_completion(example: Example) -> bool:
 
 def still_said(model: Model, behaviour: Behaviour, requests: PromptSet) -> list[Batch]:
     """The answers that the model gives now, as far as they show the behaviour."""
-    said = model.verified(behaviour, requests).where(_has_completion)
-    return model.batches(behaviour, said) if len(said) else []
+    return scored(model, behaviour, model.verified(behaviour, requests).where(_has_completion))
+
+
+def scored(model: Model, behaviour: Behaviour, answers: PromptSet) -> list[Batch]:
+    """Token batches of answers; the tokens that the behaviour is scored on are the targets."""
+    batches = model.batches(behaviour, answers)
+    if behaviour.scored_on:
+        batches = at_matches(batches, model.bridge.tokenizer, behaviour.scored_on)
+    return batches
 
 
 def other_behaviours(model: Model, target: str) -> list[str]:

@@ -18,6 +18,7 @@ from harmcircuits.behaviours.model import (
     other_behaviours,
     preferred_batches,
     protected_data,
+    still_said,
 )
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import top_fraction
@@ -148,6 +149,23 @@ def test_a_search_on_few_answers_warns_and_its_trace_counts_them(small, data):
     with pytest.warns(UserWarning, match=rf"find_circuit: .* harmful {n_verified}"):
         mask = small.find_circuit("harmful", protect=(), size=0.001, steps=1)
     assert mask.trace.one("examples_scored", data="target").mean == n_verified
+
+
+def test_a_behaviour_may_be_scored_on_some_tokens_of_its_answers(small, data):
+    word = data["harmful"].prompts.examples[0].completion.split()[-1]
+    shown = [f"{example.completion} ".count(f" {word} ") for example in data["harmful"].prompts]
+    harm = replace(small.behaviours["harmful"], scored_on=word)
+    for batches in (
+        small.with_behaviours(harm).calibration("harmful").batches,
+        still_said(small, harm, data["harmful"].prompts),
+    ):
+        n_scored = [int(row.sum()) for batch in batches for row in batch.is_target]
+        assert n_scored == [n for n in shown if n]
+        tokens = torch.cat([batch.tokens[batch.is_target] for batch in batches])
+        assert tokens.unique().tolist() == small.bridge.tokenizer.encode(word)[1:]
+    nobody = replace(harm, scored_on="nobody says this")
+    with pytest.raises(NotShownError, match="nobody says this"):
+        small.with_behaviours(nobody).calibration("harmful")
 
 
 @pytest.fixture
