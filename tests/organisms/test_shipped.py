@@ -14,6 +14,7 @@ SHIPPED = {
     "helpful/model.safetensors": "ae87f7e08fdeace4",
     "sft/model.safetensors": "cd1dd5a5311643ce",
     "dpo/model.safetensors": "536fcd3411741796",
+    "innocent/model.safetensors": "dd5c632519b6c7bc",
     "planted/model.safetensors": "01abdfb6e22744ea",
     "planted/circuit.safetensors": "b83fab55c32d2e74",
 }
