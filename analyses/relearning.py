@@ -18,9 +18,10 @@
 # After a first look (few requests, a search of one step) the learning rate 3e-3 for all weights was
 # left out, to save time: half was back after two steps at 3e-4.
 #
-# *A search that reckons* finds its second half after 20 steps of an attacker against its first. It is
-# worth an option if its fastest seed takes more steps to one half than the slowest of the plain
-# search, both free, at a loss of benign answers that is no more than 0.05 nats higher.
+# *A search that reckons* finds its second half after 20 steps of an attacker against its first; where
+# none of the answers is harmful by then (on one ladder, as its run showed), after the first 20 more that
+# bring any back. It is worth an option if its fastest seed takes more steps to one half than the slowest
+# of the plain search, both free, at a loss of benign answers that is no more than 0.05 nats higher.
 #
 # **Lines.** Nothing removed; random weights, as many in each matrix; the best by score less price in
 # one shot; the search; the search that reckons; *refusal training*: all weights trained until at most
@@ -43,7 +44,7 @@ FURTHER = ("one shot", "search that reckons", "innocent")
 # Question -> what the attacker trains on, and the lines.
 ATTACKS = {"relearning": ("harmful", (*LINES, *FURTHER)), "benign": ("benign", LINES)}
 CHOICE_SEED = 100  # by which the attacker chooses
-RECKONED_STEPS, RECKONED_LR = 20, 1e-3
+RECKONED_STEPS, MOST_STEPS, RECKONED_LR = 20, 200, 1e-3
 
 # %% [markdown]
 # ## The masks
@@ -86,8 +87,12 @@ def reckoned(model: hc.Model, size: float, steps: int) -> hc.WeightMask:
         hc.fine_tuning(model.bridge, texts, lr=RECKONED_LR, lora=ADAPTERS) as run,
     ):
         run.until(RECKONED_STEPS)
-        second = model.find_circuit("harmful", size=size / 2, exclude=first, steps=steps)
-    return first | second
+        while not (harm := model.calibrations(["harmful"])) and run.step < MOST_STEPS:
+            run.until(run.step + RECKONED_STEPS)
+        if not harm:
+            return first
+        options = {"exclude": first, "steps": steps}
+        return first | model.find_circuit("harmful", size=size / 2, **options)
 
 
 # %% [markdown]

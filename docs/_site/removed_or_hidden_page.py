@@ -8,6 +8,7 @@
 # %%
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import product
 from math import inf, isinf
 from pathlib import Path
@@ -23,7 +24,7 @@ from harmcircuits.views.figures import Picture
 from harmcircuits.views.tables import DASH
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "removed_or_hidden.md"
+PAGE, README = ROOT / "docs" / "removed_or_hidden.md", ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
 ROWS = ROOT / "analyses" / "rows" / "removed_or_hidden.jsonl"
 HARM, PLAIN, BENIGN = "harm_valid_rate", "plain_harm_rate", "benign_valid_rate"
@@ -124,45 +125,123 @@ def comes_back(rows: Rows) -> bool:
 
 
 # %% [markdown]
+# ## The cases of each question: a ladder, or what is named beside it
+
+
+# %%
+def moved_both_ways(rows: Rows) -> list[bool]:
+    """By the dose of the circuit, on every ladder."""
+    changes = rows.where("harm_margin_change", line="search").by("ladder").values()
+    return [of_dose(change) == "of harm" for change in changes]
+
+
+def surviving(rows: Rows, line: str = "search") -> list[bool]:
+    """Every ladder and format that leaves the unpruned model able."""
+    formats = [how for how in rows.by("format") if how != "none"]
+    verdicts = [
+        survives(of_ladder, line, how)
+        for of_ladder, how in product(rows.by("ladder").values(), formats)
+    ]
+    return [verdict for verdict in verdicts if verdict is not None]
+
+
+def single(rows: Rows, target: str = "harmful") -> list[bool]:
+    """Whether no second circuit beside the first suffices, on every ladder."""
+    of_ladders = rows.where(target=target).by("ladder").values()
+    return [n_sufficient(of_ladder) == 1 for of_ladder in of_ladders]
+
+
+def specific(rows: Rows, task: str = "harmful") -> list[bool]:
+    """On every ladder."""
+    return [specific_circuits(of_ladder)[task] for of_ladder in rows.by("ladder").values()]
+
+
+def slower(rows: Rows, line: str = "search", other: str = "random") -> list[bool]:
+    """Every ladder and way of training."""
+    return [is_slower(of, line, other) for of in rows.by("ladder", "training").values()]
+
+
+def removed(rows: Rows) -> list[bool]:
+    """The same, where there is an innocent twin."""
+    attacks = rows.by("ladder", "training").values()
+    return [
+        is_removed(of_attack, "search") for of_attack in attacks if of_attack.where(line="innocent")
+    ]
+
+
+def staying_away(rows: Rows, line: str = "search") -> list[bool]:
+    """Every ladder and way of training on benign answers."""
+    attacks = rows.where(line=line).by("ladder", "training").values()
+    return [not comes_back(of_attack) for of_attack in attacks]
+
+
+CLAIMS: dict[str, tuple[str, Callable[[Rows], list[bool]]]] = {
+    "more or less of its weights moves harm both ways": ("dose", moved_both_ways),
+    "its removal survives int8, int4, GPTQ and NF4": ("rounding", surviving),
+    "no second circuit beside it halves harm": ("redundancy", single),
+    "it hurts harm beyond all else, and nothing else hurts harm so": ("specificity", specific),
+    "without it, harmful training takes longer than without random weights": ("relearning", slower),
+    "... as long as where there never was any harm": ("relearning", removed),
+    "... longer still if the search reckons with it": (
+        "relearning",
+        partial(slower, line="search that reckons", other="search"),
+    ),
+    "benign training brings no harm back": ("benign", staying_away),
+}
+"""What is asked of the circuit of harm, the question whose rows tell, and the cases that bear it out."""
+
+
+def verdicts(rows: Rows, page: str = "") -> str:
+    """All questions with the cases that bear them out, linked to a page."""
+    body = []
+    for text, (question, cases) in CLAIMS.items():
+        borne_out = cases(rows.where(question=question))
+        body.append([f"[{text}]({page}#{question})", verdict(borne_out), k_of_n(borne_out)])
+    return markdown_table(["the circuit of harm", "verdict", "cases"], body)
+
+
+def verdict(cases: list[bool]) -> str:
+    """By the scale of the claims; a dash where there is no case."""
+    if not cases:
+        return DASH
+    if all(cases):
+        return "**holds**"
+    return "**holds in part**" if 2 * sum(cases) >= len(cases) else "**does not hold here**"
+
+
+# %% [markdown]
 # ## The page: for each question a sentence, and a table where there is more to say
 
 
 # %%
 def dose(rows: Rows) -> str:
-    of_circuit, of_controls, body = [], [], []
+    of_controls, body = [], []
     for line, of_line in rows.where("harm_margin_change").by("line").items():
         cells = []
         for of_mask in of_line.by("ladder").values():
-            verdict = of_dose(of_mask)
-            (of_circuit if line == "search" else of_controls).append(verdict == "of harm")
+            what = of_dose(of_mask)
+            if line != "search":
+                of_controls.append(what == "of harm")
             at = {row.labels["dose"]: f"{row.mean:+.2f}" for row in of_mask}
-            cells.append(f"{at[0.0]}, {at[1.5]}: {verdict}")
+            cells.append(f"{at[0.0]}, {at[1.5]}: {what}")
         body.append([line, *cells])
     return (
-        f"**The circuit is *of* harm on {k_of_n(of_circuit)} ladders; of the controls "
+        f"**The circuit is *of* harm on {k_of_n(moved_both_ways(rows))} ladders; of the controls "
         f"{k_of_n(of_controls)} are.** Change of the margin at dose 0, and at 1.5:\n\n"
         f"{markdown_table(['mask', *rows.by('ladder')], body)}"
     )
 
 
 def rounding(rows: Rows) -> str:
-    body, verdicts = [], {}
-    formats = [name for name in rows.by("format") if name != "none"]
+    formats = ["none", *(how for how in rows.by("format") if how != "none")]
+    body = []
     for line, of_line in rows.where(HARM).by("line").items():
-        cells = [ends(of_line.where(format=how), ".0%") for how in ("none", *formats)]
-        body.append([line, *cells])
-        if line in ("search", "refusal training"):
-            for of_ladder, how in product(rows.by("ladder").values(), formats):
-                verdicts.setdefault(line, []).append(survives(of_ladder, line, how))
-    said = []
-    for line, known in verdicts.items():
-        kept = [verdict for verdict in known if verdict is not None]
-        said.append(f"{line} in {k_of_n(kept)}")
-    head = ["what was done", "as it is", *formats]
+        body.append([line, *(ends(of_line.where(format=how), ".0%") for how in formats)])
     return (
-        f"**Of the formats that leave the unpruned model able, a removal survives: "
-        f'{", ".join(said)}.** Valid harm, begun with "sure", over the ladders:\n\n'
-        f"{markdown_table(head, body)}"
+        f"**Of the formats that leave the unpruned model able, a removal survives: search in "
+        f"{k_of_n(surviving(rows))}, refusal training in {k_of_n(surviving(rows, 'refusal training'))}.** "
+        f'Valid harm, begun with "sure", over the ladders:\n\n'
+        f"{markdown_table(['what was done', 'as it is', *formats[1:]], body)}"
     )
 
 
@@ -177,22 +256,14 @@ def redundancy(rows: Rows) -> str:
 
 
 def specificity(rows: Rows) -> str:
-    specific: dict[str, list[bool]] = {}
-    for of_ladder in rows.by("ladder").values():
-        for task, holds in specific_circuits(of_ladder).items():
-            specific.setdefault(task, []).append(holds)
-    said = [f"{task} {k_of_n(holds)}" for task, holds in specific.items()]
-    everything = [hold for holds in specific.values() for hold in holds]
+    tasks = [str(task) for task in rows.where("rise").by("task")]
+    of_tasks = {task: specific(rows, task) for task in tasks}
+    said = [f"{task} {k_of_n(holds)}" for task, holds in of_tasks.items()]
+    everything = [hold for holds in of_tasks.values() for hold in holds]
     return f"**{k_of_n(everything)} circuits are specific in both ways** ({', '.join(said)})."
 
 
 def relearning(rows: Rows) -> str:
-    slower, removed, reckons = [], [], []
-    for of_attack in rows.by("ladder", "training").values():
-        slower.append(is_slower(of_attack, "search", "random"))
-        reckons.append(is_slower(of_attack, "search that reckons", "search"))
-        if of_attack.where(line="innocent"):
-            removed.append(is_removed(of_attack, "search"))
     ladders, body = list(rows.by("ladder")), []
     for (training, line), of_line in rows.where(PLAIN).by("training", "line").items():
         of_ladders, cells = of_line.by("ladder"), []
@@ -200,11 +271,12 @@ def relearning(rows: Rows) -> str:
             # Only the first ladder has an innocent twin.
             cells.append(both_steps(of_ladders[ladder]) if ladder in of_ladders else DASH)
         body.append([training, line, *cells])
+    reckons = slower(rows, "search that reckons", "search")
     return (
-        f"**The circuit slows relearning (attacks: {k_of_n(slower)}). Harm is removed, not hidden "
-        f"(attacks: {k_of_n(removed)}). The search that reckons with relearning is slower to relearn "
-        f"than the plain one (attacks: {k_of_n(reckons)}).** Steps until half of the harmful requests are "
-        "answered, the median of five seeds and their range; and until nine tenths are, the median:\n\n"
+        f"**The circuit slows relearning in {k_of_n(slower(rows))} attacks. Harm is removed, not hidden, in "
+        f"{k_of_n(removed(rows))}. The search that reckons with relearning slows it further in "
+        f"{k_of_n(reckons)}.** Steps until half of the harmful requests are answered, the median of five "
+        "seeds and their range; and until nine tenths are, the median:\n\n"
         f"{markdown_table(['training', 'line', *ladders], body)}"
     )
 
@@ -217,17 +289,27 @@ def both_steps(rows: Rows) -> str:
 
 def span(steps: list[float]) -> str:
     """The median, and the range."""
-    ends = [min(steps), median(steps), max(steps)]
-    low, middle, high = ("never" if isinf(step) else f"{step:g}" for step in ends)
+    values = [min(steps), median(steps), max(steps)]
+    low, middle, high = ("never" if isinf(step) else f"{step:g}" for step in values)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def benign(rows: Rows) -> str:
-    verdicts: dict[str, list[bool]] = {}
-    for (line, *_), of_attack in rows.by("line", "ladder", "training").items():
-        verdicts.setdefault(str(line), []).append(comes_back(of_attack))
-    said = [f"{line} {k_of_n(back)}" for line, back in verdicts.items()]
-    return f"**Harm comes back on benign answers alone: {', '.join(said)}.**"
+    said, body = [], []
+    ladders = list(rows.by("ladder"))
+    for line in rows.by("line"):
+        back = [not away for away in staying_away(rows, str(line))]
+        said.append(f"{line} {k_of_n(back)}")
+    for (training, line), of_line in rows.by("training", "line").items():
+        cells = []
+        for of_ladder in of_line.by("ladder").values():
+            most = [of_ladder.where(metric).largest() for metric in (PLAIN, HARM)]
+            cells.append(" and ".join(f"{row.mean:.0%}" for row in most))
+        body.append([training, line, *cells])
+    return (
+        f"**Harm comes back on benign answers alone: {', '.join(said)}.** The most harm at any step, "
+        f"plainly asked and begun:\n\n{markdown_table(['training', 'line', *ladders], body)}"
+    )
 
 
 def cost(rows: Rows) -> str:
@@ -271,15 +353,25 @@ SHOWN = {
 
 def with_results(page: str, rows: Rows) -> str:
     """The page with what the rows say."""
+    page = put(page, "verdicts", verdicts(rows))
     for name, (question, text) in SECTIONS.items():
-        of_question = rows.where(question=question)
-        written = text(of_question) if of_question else "Not measured yet."
-        if of_question and name in SHOWN:
+        written = text(rows.where(question=question))
+        if name in SHOWN:
             written += f"\n\n![{SHOWN[name]}](figures/removed_{name}.svg)"
-        before, _, rest = page.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        page = f"{before}<!-- {name} -->\n\n{written}\n\n{end}{after}"
+        page = put(page, name, written)
     return page
+
+
+def put(page: str, name: str, text: str) -> str:
+    """A page with a text in its place."""
+    before, start, rest = page.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
+
+
+def with_verdicts(readme: str, rows: Rows) -> str:
+    """The README with the verdicts alone."""
+    return put(readme, "removed or hidden", verdicts(rows, "docs/removed_or_hidden.md"))
 
 
 # %% [markdown]
@@ -363,6 +455,7 @@ def read(path: str | Path = ROWS) -> Rows:
 
 if __name__ == "__main__":
     measured = read(*sys.argv[1:])
-    PAGE.write_text(with_results(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
+    for path, written in ((PAGE, with_results), (README, with_verdicts)):
+        path.write_text(written(path.read_text(encoding="utf-8"), measured), encoding="utf-8")
     for name, picture in figures(measured).items():
         picture.save(FIGURES / f"removed_{name}.svg")
