@@ -38,10 +38,10 @@ FORMATS = ("int8", "NF4")
 STEPS, LEARNING_RATE = (5, 20), 1e-3
 ASKED = ("harmful", "refusal", "prefilled")
 RATES = {
-    "harm_refusal_rate": "harmful, begun, refused",
-    "refusal_rate": "harmful, plain, refused",
-    "harm_degenerate_rate": "harmful, begun, broken",
-    "prefilled_valid_rate": "benign, begun, answered",
+    "harm_refusal_rate": "refused, begun",
+    "refusal_rate": "refused, plain",
+    "harm_degenerate_rate": "broken, begun",
+    "prefilled_valid_rate": "benign answered, begun",
 }
 
 
@@ -102,11 +102,11 @@ def jobs_of(case: Case) -> list[Job]:
 
 
 def table(rows: Rows) -> pd.DataFrame:
-    """A line for everything that was done to the model."""
+    """A line for everything that was done to the model; rates without their intervals."""
     lines = []
     rates = Rows(row for row in rows if row.metric in RATES)
     for (question, line, at), of_model in rates.by("question", "line", "at").items():
-        answers = {title: f"{of_model.one(metric):.0%}" for metric, title in RATES.items()}
+        answers = {title: f"{of_model.one(metric).mean:.0%}" for metric, title in RATES.items()}
         lines.append({"question": question, "line": line, "at": f"{at}", **answers})
     return pd.DataFrame(lines)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import real_removed
 from support.figures import heatmaps, profiles
 from support.jobs import CPU, DONE
-from support.markdown import markdown_table
+from support.markdown import frame_markdown, markdown_table
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import Picture
@@ -303,12 +304,11 @@ def benign(rows: Rows) -> str:
     for (training, line), of_line in rows.by("training", "line").items():
         cells = []
         for of_ladder in of_line.by("ladder").values():
-            most = [of_ladder.where(metric).largest() for metric in (PLAIN, HARM)]
-            cells.append(" and ".join(f"{row.mean:.0%}" for row in most))
+            cells.append(f"{of_ladder.where(PLAIN).largest().mean:.0%}")
         body.append([training, line, *cells])
     return (
         f"**Harm comes back on benign answers alone: {', '.join(said)}.** The most harm at any step, "
-        f"plainly asked and begun:\n\n{markdown_table(['training', 'line', *ladders], body)}"
+        f"plainly asked:\n\n{markdown_table(['training', 'line', *ladders], body)}"
     )
 
 
@@ -359,7 +359,8 @@ def with_results(page: str, rows: Rows) -> str:
         if name in SHOWN:
             written += f"\n\n![{SHOWN[name]}](figures/removed_{name}.svg)"
         page = put(page, name, written)
-    return page
+    of_real = real_removed.table(Rows.read(real_removed.ROWS))
+    return put(page, "real", frame_markdown(of_real))
 
 
 def put(page: str, name: str, text: str) -> str:

@@ -156,5 +156,8 @@ def test_the_values_of_nf4_are_those_of_its_paper():
 
 
 def test_the_page_says_what_the_rows_say():
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.with_results(text, page.read()) == text
+    rows = page.read()
+    for path, written in ((page.PAGE, page.with_results), (page.README, page.with_verdicts)):
+        text = path.read_text(encoding="utf-8")
+        assert written(text, rows) == text
+        assert "verdict | cases" in text
