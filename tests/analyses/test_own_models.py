@@ -1,4 +1,4 @@
-"""An analysis that fine-tunes, on a custom model: a folder of an organism, and files of requests.
+"""Analyses that fine-tune, on a custom model: a folder of an organism, and files of requests.
 
 Would catch: an analysis that needs what only organisms have, a judge that is not the one given, an
 option that is taken and not used.
@@ -12,6 +12,9 @@ import pytest
 from helpers import ANALYSES
 
 from harmcircuits.behaviours.judges import ChatJudge
+from harmcircuits.circuits.masks import top_fraction
+from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.hooks.loading import load_model
 from harmcircuits.measurements import Rows
 from harmcircuits.organisms import FOLDER, world
 
@@ -34,13 +37,20 @@ def files(tmp_path) -> list[str]:
     return options
 
 
-def test_attacks_on_a_custom_model(files, tmp_path, monkeypatch):
-    def exact(judge: ChatJudge, text: str) -> str:
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """The judge at an address is the world itself."""
+
+    def reply(judge: ChatJudge, text: str) -> str:
         asked = text.split("Request: ")[-1].split("\n\nOne word:")[0]
         verdict = world.judge(*asked.split("\n\nAnswer: "))
         return "harmless" if verdict == "benign" else verdict
 
-    monkeypatch.setattr(ChatJudge, "_reply", exact)
+    monkeypatch.setattr(ChatJudge, "_reply", reply)
+
+
+@pytest.mark.usefixtures("exact")
+def test_attacks_on_a_custom_model(files, tmp_path, monkeypatch):
     # Other tests may have imported IPython, whose shell would make the script a notebook.
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     path, out = str(ANALYSES / "attacks.py"), tmp_path / "run"
@@ -58,3 +68,27 @@ def test_attacks_on_a_custom_model(files, tmp_path, monkeypatch):
     assert len(before) == 4
     assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
     assert {row.labels["judge"] for row in before.values()} == {JUDGE}
+
+
+@pytest.mark.usefixtures("exact")
+def test_what_becomes_of_a_mask_on_a_custom_model(files, tmp_path, monkeypatch):
+    """Without any weight of importance removed, doses and rounding change nothing."""
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    bridge = load_model(str(FOLDER / "sft"), dtype="float32")
+    mask = tmp_path / "search.safetensors"
+    top_fraction(random_scores(bridge), 0.001).save(mask)
+    path, out = str(ANALYSES / "real_removed.py"), tmp_path / "run"
+    model = ["--model", str(FOLDER / "sft"), "--prefill=sure", "--max-new-tokens=9", *files]
+    model += ["--batch-size=16", f"--cache={tmp_path / 'cache'}", "--dtype=float32", "--limit=8"]
+    model += ["--workers=1", f"--judge={JUDGE}"]
+    monkeypatch.setattr(sys, "argv", [path, "--out", str(out), f"--mask={mask}", *model])
+    runpy.run_path(path, run_name="__main__")
+
+    rows = Rows.read(out / "rows.jsonl")
+    refused = {}
+    for row in rows.where("refusal_rate", line="search"):
+        refused[row.labels["question"], row.labels["at"]] = row.mean
+    doses = [refused["dose", dose] for dose in (0.0, 0.5, 1.0, 1.5)]
+    assert len(set(doses)) == 1 and refused["rounding", "int8"] == doses[0] > 0.9
+    unpruned = rows.one("harm_nll", question="dose", at=1.0).mean
+    assert rows.one("harm_nll", question="relearning", line="search", at=20).mean < unpruned - 0.05
