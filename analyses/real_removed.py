@@ -18,18 +18,16 @@
 
 # %%
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import tyro
 from rich.console import Console
-from support.jobs import Job, run_jobs
+from support.jobs import Job, jobs_about, run_jobs
 from support.models import ModelSpec, RunOptions
-from support.tampering import ADAPTERS, rounded
+from support.tampering import ADAPTERS, Line, rounded
 
 import harmcircuits as hc
-from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Labels, Rows
 from harmcircuits.views.tables import frame_table
 
@@ -54,35 +52,35 @@ class Case:
     spec: ModelSpec
     file: Path
 
-    def line(self, name: str) -> tuple[hc.Model, hc.WeightMask | None]:
-        """The model, and what is removed of it in a line: the mask, or nothing."""
+    def line(self, name: str) -> Line:
+        """The model with the mask removed, or as it is."""
         mask = hc.WeightMask.load(self.file) if name == "search" else None
-        return self.spec.open(), mask
+        return Line(self.spec.open(), mask)
 
 
 def dosed(case: Case, labels: Labels) -> Rows:
     """The answers at one dose of the mask's weights."""
-    model, mask = case.line("search")
-    with masked_if_given(model.bridge, mask, scale=float(labels["at"])):
+    model, mask = case.spec.open(), hc.WeightMask.load(case.file)
+    with hc.masked(model, mask, scale=float(labels["at"])):
         return model.measure(only=ASKED, labels=labels)
 
 
 def in_format(case: Case, labels: Labels) -> Rows:
     """The answers of the model as a format stores it."""
-    model, mask = case.line(str(labels["line"]))
-    with masked_if_given(model.bridge, mask), rounded(model, str(labels["at"])):
-        return model.measure(only=ASKED, labels=labels)
+    line = case.line(str(labels["line"]))
+    with line.ready(), rounded(line.model, str(labels["at"])):
+        return line.model.measure(only=ASKED, labels=labels)
 
 
 def trained(case: Case, labels: Labels) -> Rows:
     """The answers after so many steps of training adapters on the model's own answers."""
-    model, mask = case.line(str(labels["line"]))
-    texts, rows = model.calibration(str(labels["on"])).batches, Rows()
-    training = hc.fine_tuning(model, texts, lr=LEARNING_RATE, lora=ADAPTERS)
-    with masked_if_given(model.bridge, mask), training as run:
+    line, rows = case.line(str(labels["line"])), Rows()
+    texts = line.model.calibration(str(labels["on"])).batches
+    how = {"lr": LEARNING_RATE, "lora": ADAPTERS}
+    with line.ready(), hc.fine_tuning(line.model, texts, **how) as run:
         for step in STEPS:
             run.until(step)
-            rows += model.measure(only=ASKED, labels={**labels, "at": step})
+            rows += line.model.measure(only=ASKED, labels={**labels, "at": step})
     return rows
 
 
@@ -95,11 +93,7 @@ def jobs_of(case: Case) -> list[Job]:
             calls.append((in_format, {"question": "rounding", "line": line, "at": how}))
         calls.append((trained, {"question": "relearning", "line": line, "on": "harmful"}))
     calls.append((trained, {"question": "benign training", "line": "search", "on": "benign"}))
-    jobs = []
-    for run, of_call in calls:
-        labels = {**case.spec.labels, **of_call}
-        jobs.append(Job(labels, partial(run, case, labels)))
-    return jobs
+    return jobs_about(case, calls)
 
 
 def table(rows: Rows) -> pd.DataFrame:

@@ -27,13 +27,12 @@
 # %%
 import random
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import torch
 import tyro
 from relearning import ATTACKS, TRAININGS, find_masks, relearned
-from support.jobs import Job, run_jobs
+from support.jobs import Job, jobs_about, run_jobs
 from support.models import RunOptions
 from support.tampering import FORMATS, SMALL, Case, Effort, asked, own_less_others, rounded
 from torch import Tensor
@@ -178,11 +177,7 @@ def jobs_of(case: Case) -> list[Job]:
             if line != "innocent" or (case.spec.folder / line).is_dir():
                 where = {"question": question, "on": on, "training": training, "line": line}
                 calls.append((relearned, where))
-    jobs = []
-    for run, of_call in calls:
-        labels = {**case.spec.labels, **of_call}
-        jobs.append(Job(labels, partial(run, case, labels)))
-    return jobs
+    return jobs_about(case, calls)
 
 
 def main(options: Options) -> None:

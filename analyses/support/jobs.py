@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm.auto import tqdm
 
-from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
+from harmcircuits.measurements import Label, Labels, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json
 
 DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
@@ -21,6 +22,15 @@ class Job:
 
     labels: Mapping[str, Label]
     run: Callable[[], Rows]
+
+
+def jobs_about(case: Any, calls: Sequence[tuple[Callable[..., Rows], Labels]]) -> list[Job]:
+    """A job for each function, called with the case and with its labels and those of the model."""
+    jobs = []
+    for run, of_call in calls:
+        labels = {**case.spec.labels, **of_call}
+        jobs.append(Job(labels, partial(run, case, labels)))
+    return jobs
 
 
 def run_jobs(

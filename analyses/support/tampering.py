@@ -35,9 +35,16 @@ BLOCK = 64  # weights that share a scale in NF4
 
 def integers(bits: int, weight: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
     """The nearest of the symmetric integers of so many bits, with a scale for each row."""
-    largest = 2 ** (bits - 1) - 1
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / largest
+    scale, _ = row_scales(bits, weight)
     return (weight / scale).round() * scale
+
+
+def row_scales(
+    bits: int, weight: Float[Tensor, "row column"]
+) -> tuple[Float[Tensor, "row one"], int]:
+    """What an integer is worth in each row, and the largest integer, which its largest weight is."""
+    largest = 2 ** (bits - 1) - 1
+    return weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / largest, largest
 
 
 def nf4(weight: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
@@ -77,10 +84,11 @@ def gptq(
     """
     damping = 0.01 * products.diagonal().mean() * torch.eye(len(products))
     factor = torch.linalg.cholesky(torch.linalg.inv(products + damping), upper=True)
-    scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 7
+    scales, largest = row_scales(4, weight)
+    scale = scales.squeeze(1)
     left, stored = weight.clone(), torch.empty_like(weight)
     for column, of_column in enumerate(factor):
-        stored[:, column] = (left[:, column] / scale).round().clamp(-7, 7) * scale
+        stored[:, column] = (left[:, column] / scale).round().clamp(-largest, largest) * scale
         lost = (left[:, column] - stored[:, column]) / of_column[column]
         left -= torch.outer(lost, of_column)
     return stored

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from support.claims import FAILS, HOLDS, IN_PART, ClaimResult
-from support.markdown import frame_markdown
+from support.markdown import between, frame_markdown
 
 from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import (
@@ -41,15 +41,14 @@ QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circui
 
 def with_result(page: str, result: ClaimResult) -> str:
     """The page with the outcome of a claim and its key numbers, where it has places for them."""
-    start, end = f"<!-- {result.name} -->", f"<!-- /{result.name} -->"
-    parts = [start, frame_markdown(result.key_numbers), end]
+    parts = [frame_markdown(result.key_numbers)]
     if result.outcome:
         row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
         page = re.sub(row, rf"\g<1>**{result.outcome}** | {result.count} |", page)
         row = rf"(\| {result.name}: [^|]+ \| )[^|]+ \|"  # in the list of analyses
         page = re.sub(row, rf"\g<1>{result.outcome}, {result.count} |", page)
-        parts.insert(1, f"**Result.** {result.outcome.capitalize()}: {result.count}.")
-    return re.sub(f"{start}.*{end}", lambda _: "\n\n".join(parts), page, flags=re.DOTALL)
+        parts.insert(0, f"**Result.** {result.outcome.capitalize()}: {result.count}.")
+    return between(page, result.name, *parts)
 
 
 def results() -> list[ClaimResult]:

@@ -5,14 +5,13 @@
 # whose figure is in no row is a dash, and fills once the row is there.
 
 # %%
-import re
 from functools import cache
 from pathlib import Path
 
 import pandas
 import real_ends
 from answer_bars import answer_bars
-from support.markdown import frame_markdown
+from support.markdown import between, frame_markdown
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import (
@@ -141,9 +140,7 @@ TABLES = {
 def with_tables(page: str) -> str:
     """The page with every table in its place."""
     for name, made in TABLES.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        parts = "\n\n".join([start, frame_markdown(made()), end])
-        page = re.sub(f"{start}.*{end}", lambda _, parts=parts: parts, page, flags=re.DOTALL)
+        page = between(page, name, frame_markdown(made()))
     return page
 
 

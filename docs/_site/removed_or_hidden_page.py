@@ -3,7 +3,7 @@
 # `python docs/_site/removed_or_hidden_page.py [ROWS]` applies the rules of
 # `analyses/removed_or_hidden.py` and `analyses/relearning.py` to the committed rows (or to those of a
 # run), writes verdicts and tables between `<!-- NAME -->` and `<!-- /NAME -->` of
-# `docs/removed_or_hidden.md`, and draws its figures.
+# `docs/removed_or_hidden.md`, the verdicts into README as well, and draws the figures.
 
 # %%
 import sys
@@ -16,9 +16,10 @@ from statistics import median
 from typing import Any
 
 import real_removed
+from support.claims import FAILS, HOLDS, verdict
 from support.figures import heatmaps, profiles
 from support.jobs import CPU, DONE
-from support.markdown import frame_markdown, markdown_table
+from support.markdown import between, frame_markdown, markdown_table
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.views.figures import Picture
@@ -146,15 +147,15 @@ def surviving(rows: Rows, line: str = "search") -> list[bool]:
     return [verdict for verdict in verdicts if verdict is not None]
 
 
-def single(rows: Rows, target: str = "harmful") -> list[bool]:
-    """Whether no second circuit beside the first suffices, on every ladder."""
-    of_ladders = rows.where(target=target).by("ladder").values()
+def single(rows: Rows) -> list[bool]:
+    """Whether no second circuit of harm beside the first suffices, on every ladder."""
+    of_ladders = rows.where(target="harmful").by("ladder").values()
     return [n_sufficient(of_ladder) == 1 for of_ladder in of_ladders]
 
 
-def specific(rows: Rows, task: str = "harmful") -> list[bool]:
-    """On every ladder."""
-    return [specific_circuits(of_ladder)[task] for of_ladder in rows.by("ladder").values()]
+def specific(rows: Rows) -> list[bool]:
+    """The circuit of harm, on every ladder."""
+    return [specific_circuits(of_ladder)["harmful"] for of_ladder in rows.by("ladder").values()]
 
 
 def slower(rows: Rows, line: str = "search", other: str = "random") -> list[bool]:
@@ -197,17 +198,10 @@ def verdicts(rows: Rows, page: str = "") -> str:
     body = []
     for text, (question, cases) in CLAIMS.items():
         borne_out = cases(rows.where(question=question))
-        body.append([f"[{text}]({page}#{question})", verdict(borne_out), k_of_n(borne_out)])
+        said = verdict([HOLDS if case else FAILS for case in borne_out])
+        cell = f"**{said}**" if borne_out else DASH
+        body.append([f"[{text}]({page}#{question})", cell, k_of_n(borne_out)])
     return markdown_table(["the circuit of harm", "verdict", "cases"], body)
-
-
-def verdict(cases: list[bool]) -> str:
-    """By the scale of the claims; a dash where there is no case."""
-    if not cases:
-        return DASH
-    if all(cases):
-        return "**holds**"
-    return "**holds in part**" if 2 * sum(cases) >= len(cases) else "**does not hold here**"
 
 
 # %% [markdown]
@@ -257,8 +251,8 @@ def redundancy(rows: Rows) -> str:
 
 
 def specificity(rows: Rows) -> str:
-    tasks = [str(task) for task in rows.where("rise").by("task")]
-    of_tasks = {task: specific(rows, task) for task in tasks}
+    of_ladders = [specific_circuits(of_ladder) for of_ladder in rows.by("ladder").values()]
+    of_tasks = {task: [of[task] for of in of_ladders] for task in of_ladders[0]}
     said = [f"{task} {k_of_n(holds)}" for task, holds in of_tasks.items()]
     everything = [hold for holds in of_tasks.values() for hold in holds]
     return f"**{k_of_n(everything)} circuits are specific in both ways** ({', '.join(said)})."
@@ -353,26 +347,19 @@ SHOWN = {
 
 def with_results(page: str, rows: Rows) -> str:
     """The page with what the rows say."""
-    page = put(page, "verdicts", verdicts(rows))
+    page = between(page, "verdicts", verdicts(rows))
     for name, (question, text) in SECTIONS.items():
-        written = text(rows.where(question=question))
+        parts = [text(rows.where(question=question))]
         if name in SHOWN:
-            written += f"\n\n![{SHOWN[name]}](figures/removed_{name}.svg)"
-        page = put(page, name, written)
+            parts.append(f"![{SHOWN[name]}](figures/removed_{name}.svg)")
+        page = between(page, name, *parts)
     of_real = real_removed.table(Rows.read(real_removed.ROWS))
-    return put(page, "real", frame_markdown(of_real))
-
-
-def put(page: str, name: str, text: str) -> str:
-    """A page with a text in its place."""
-    before, start, rest = page.partition(f"<!-- {name} -->")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    return f"{before}{start}\n\n{text}\n\n{end}{after}"
+    return between(page, "real", frame_markdown(of_real))
 
 
 def with_verdicts(readme: str, rows: Rows) -> str:
     """The README with the verdicts alone."""
-    return put(readme, "removed or hidden", verdicts(rows, "docs/removed_or_hidden.md"))
+    return between(readme, "removed or hidden", verdicts(rows, "docs/removed_or_hidden.md"))
 
 
 # %% [markdown]
