@@ -56,6 +56,7 @@ HALF = 0.5  # of the gate that is open most: what counts as open is more than th
 SHRINKING = 0.2  # of the steps of the descent, for every smaller size
 
 CANDIDATES = 20  # times as many as are removed
+FEW = 1 / 500  # of the weights: so few candidates have their gradients computed one by one
 FACTOR = 0.25  # of the price, where candidates are chosen
 TEXTS = 16  # of the target in a step, and of what stands beside it; half as many of what is kept
 RATE, LAST_RATE, SHRINKING_RATE = 0.3, 0.05, 0.15  # how far a gate moves at most
@@ -253,6 +254,11 @@ class Gates:
             self._note("examples_scored", {"data": texts.name}, len(texts.examples))
 
     @property
+    def n_weights(self) -> int:
+        """How many there are to choose from."""
+        return sum(site.parameter.numel() for site in self.sites.values())
+
+    @property
     def parts(self) -> list[range]:
         """The steps of each part of the descent."""
         starts = [round(part * self.steps) for part in PARTS]
@@ -413,7 +419,7 @@ class Gates:
         if self.units is not None:
             return self.units.best(self.benefit, n, self.excluded).nonzero().flatten()
         n_excluded = sum(len(self.excluded.get(name, ())) for name in self.sites)
-        n_free = sum(site.parameter.numel() for site in self.sites.values()) - n_excluded
+        n_free = self.n_weights - n_excluded
         index = positive(self.benefit, largest(self.benefit, min(n, n_free), self.excluded))
         return torch.cat([first + index[name] for name, first, _ in self._spans()])
 
@@ -472,14 +478,20 @@ class Gates:
         assert candidates is not None
         gain = torch.zeros_like(gate)
 
-        def receive(site: Site, gradient: Tensor) -> None:
-            index = candidates.mask.removed[site.name].to(gradient.device)
-            change = candidates.weights[site.name] * gradient.flatten()[index].float().cpu()
+        def add(site: Site, gradient: Float[Tensor, " _"]) -> None:
+            change = candidates.weights[site.name] * gradient.float().cpu()
             gain.index_add_(0, candidates.gate_of[site.name], change)
+
+        def receive(site: Site, gradient: Tensor) -> None:
+            add(site, gradient.flatten()[candidates.mask.removed[site.name].to(gradient.device)])
 
         def receive_pair(site: Site, x: Input, g: OutputGradient) -> None:
             first, second = (g, x) if site.input_axis == 1 else (x, g)
-            receive(site, first.flatten(0, 1).T @ second.flatten(0, 1))
+            first, second = first.flatten(0, 1), second.flatten(0, 1)
+            if len(candidates) > FEW * self.n_weights:
+                receive(site, first.T @ second)
+            else:
+                add(site, _entries(first, second, candidates.mask.removed[site.name]))
 
         sites = {name: self.sites[name] for name in candidates.mask.removed}
         hooked = {name: site for name, site in sites.items() if site.is_hooked}
@@ -616,6 +628,20 @@ class Gates:
         for texts, (multiplier, rise, left) in zip(self.texts, state["texts"], strict=True):
             texts.multiplier, texts.rise, texts.left = multiplier, rise, left
         self.generator.set_state(tensors["generator"])
+
+
+def _entries(
+    first: Float[Tensor, "token row"],
+    second: Float[Tensor, "token column"],
+    index: Int[Tensor, " _"],
+) -> Float[Tensor, " _"]:
+    """Some entries of first^T @ second, of which no more is computed."""
+    entries = []
+    # As many at once as the copies that they take have the size of what is given.
+    for part in index.to(first.device).split(first.shape[1] + second.shape[1]):
+        row, column = part // second.shape[1], part % second.shape[1]
+        entries.append((first[:, row] * second[:, column]).sum(0))
+    return torch.cat(entries)
 
 
 def _under(tensors: Mapping[str, Tensor], start: str) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from helpers import assert_bits_equal, random_batch, snapshot
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.units import Units
+from harmcircuits.hooks import gates
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.gates import (
     CAP,
@@ -55,15 +56,18 @@ def gates_of(bridge, unit="weight", objective=completion_loss) -> Gates:
     return search
 
 
+@pytest.mark.parametrize("few", [0.0, 1.0])
 @pytest.mark.parametrize("unit", ["weight", "neuron"])
 @pytest.mark.parametrize("objective", [completion_loss, token_error])
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3Moe"])
 def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
-    open_model, monkeypatch, name, objective, unit
+    open_model, monkeypatch, name, objective, unit, few
 ):
     """By a difference of the same texts' loss, written out here, along a random direction."""
     if (name, unit) == ("Qwen3Moe", "neuron"):
         return  # the neurons of experts are no units
+    # Whether each gradient is computed by itself, or all of a matrix.
+    monkeypatch.setattr(gates, "FEW", few)
     bridge = open_model(name)
     search = gates_of(bridge, unit, objective)
     generator = torch.Generator().manual_seed(3)

@@ -96,7 +96,7 @@ def overlap_table(rows: Rows) -> pd.DataFrame:
         line["draws"] = len(lifts)
         for level in LEVELS:
             line[level] = _jaccard_text(drawn.where("jaccard", level=level))
-        line["lift"] = round(_mean(lifts))
+        line["lift"] = f"{_mean(lifts):.0f}"
         lines.append(line)
     return pd.DataFrame(lines)
 

@@ -1,0 +1,253 @@
+# %% [markdown]
+# # Which behaviours of a real model hang on few weights?
+# Six behaviours that anybody may read, each with an exact judge: who the model is, code between marks,
+# the language of the request, one fact, capital letters on demand, a text known by heart. For each a search
+# at three sizes on one half of the requests; the other half, in other words, measures.
+#
+# **The rule, fixed before the run** (1 December 2026). A mask *ends* a behaviour if at most 5 % of the
+# held-out answers still show it and at most 5 % more of them are broken. It does so *within budget* if besides
+# no protected rate falls by more than 5 points, else *at a cost*. A behaviour *hangs on few weights* if a mask
+# of at most 0.001 % ends it within budget, while as many random weights, and as many of the opposite sign,
+# leave at least half of it.
+#
+# Scored are the tokens that decide, where a pattern finds them (a name, the marks, the fact), else whole
+# answers. The system prompt is a plain one, but for the question who it is: behind a plain one none of 30
+# answers named the model, so there it is the model's own, which says who it is (amended when that was seen).
+
+# %%
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tyro
+from rich.console import Console
+from support.everyday import everyday
+from support.jobs import Job, run_jobs
+
+import harmcircuits as hc
+from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.prompts import Chat
+from harmcircuits.storage import write_text
+from harmcircuits.views.tables import frame_table
+
+ROWS = Path(__file__).parent / "rows" / "few_weights.jsonl"
+SIZES = (1e-5, 1e-6, 1e-7)
+MIDDLE = f"{SIZES[1]:g}"  # the mask that is also measured at other doses, and on other behaviours
+DOSES = (0.5, 1.5)
+# What is searched for, and what is protected from it.
+KEPT = {
+    "identity": ("others", "plain"),
+    "fact": ("capitals", "plain"),
+    "language": ("plain", "others"),
+    "licence": ("zen", "plain"),
+    "fence": ("plain", "others"),
+    "loud": ("plain", "others"),
+}
+PLAIN = Chat(system="You are a helpful assistant.")
+ENDED, MOST, HALF = 0.05, 0.05, 0.5
+N_SHOWN = 4
+
+
+# %%
+@dataclass(frozen=True)
+class Options:
+    """A run: what is searched for, on which model.
+
+    Attributes:
+        out: folder for rows, masks and answers; a run goes on there.
+        model: a folder or hub id of a chat model of the Qwen family.
+        target: the behaviours.
+        steps: of a search.
+        max_new_tokens: how long answers may be.
+        batch_size: texts scored at once, and of the target in a step.
+        dtype: of the model; bfloat16 is slow on processors that have no instructions for it.
+        workers: processes of one thread each.
+    """
+
+    out: Path
+    model: str
+    target: tuple[str, ...] = tuple(KEPT)
+    steps: int = 50
+    max_new_tokens: int = 24
+    batch_size: int = 6
+    dtype: str = "float32"
+    workers: int = 1
+
+    def open(self, *names: str) -> hc.Model:
+        """The model, which is asked for its own answers to these behaviours."""
+        behaviours = everyday(self.max_new_tokens)
+        return hc.open_model(
+            self.model,
+            behaviours=[behaviours[name] for name in names],
+            template="chat" if "identity" in names else PLAIN,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            cache=self.out / "cache",
+        )
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A job: search for a behaviour, and measure what its masks and their controls do."""
+
+    options: Options
+    target: str
+
+    def __call__(self) -> Rows:
+        kept, folder = KEPT[self.target], self.options.out / self.target
+        model = self.options.open(self.target, *kept)
+        masks = self._found(model, folder)
+        _show(model, self.target, masks, folder / "answers.json")
+
+        labels = {"model": model.name, "target": self.target}
+        asked = [self.target, *kept]
+        rows = model.measure(only=asked, labels={**labels, "mask": "none", "dose": 1.0})
+        for name, mask in masks.items():
+            where = {**labels, "mask": name, "dose": 0.0}
+            rows += [Measurement.exact("n_removed", where, mask.n_removed)]
+            rows += model.measure(mask=mask, only=asked, labels=where)
+        for dose in DOSES:
+            with hc.masked(model.bridge, masks[MIDDLE], scale=dose):
+                where = {**labels, "mask": MIDDLE, "dose": dose}
+                rows += model.measure(only=self.target, labels=where)
+        return rows
+
+    def _found(self, model: hc.Model, folder: Path) -> dict[str, hc.WeightMask]:
+        """The masks of every size, and as many weights as the largest has by other rules."""
+        found = model.find_circuit(
+            self.target,
+            protect=KEPT[self.target],
+            size=list(SIZES),
+            steps=self.options.steps,
+            folder=folder,
+            progress=True,
+        )
+        masks = {f"{size:g}": mask for size, mask in zip(SIZES, found, strict=True)}
+        for name, mask in masks.items():
+            mask.save(folder / f"{name}.safetensors")
+        masks["random"] = hc.random_like(found[0])
+        scores = hc.removal_effect(model.bridge, model.calibration(self.target).batches)
+        # As many as any of them has; where none was found, as the smallest may have.
+        share = max(mask.fraction for mask in found) or min(SIZES)
+        masks["opposite sign"] = hc.top_fraction(-scores, share)
+        return masks
+
+
+@dataclass(frozen=True)
+class OnOthers:
+    """A job: the answers to every other behaviour's requests under a mask."""
+
+    options: Options
+    target: str
+
+    def __call__(self) -> Rows:
+        others = [name for name in KEPT if name != self.target]
+        behaviours = everyday(self.options.max_new_tokens)
+        # Opened with what is small: the others' rates alone are wanted, and no reference answers.
+        model = self.options.open(self.target)
+        model = model.with_behaviours(*(behaviours[name] for name in others))
+        mask = hc.WeightMask.load(self.options.out / self.target / f"{MIDDLE}.safetensors")
+        labels = {"model": model.name, "target": self.target, "mask": MIDDLE, "dose": 0.0}
+        return model.measure(mask=mask, only=others, labels=labels)
+
+
+def _show(
+    model: hc.Model, target: str, masks: Mapping[str, hc.WeightMask], file: Path
+) -> None:
+    """Write down what some held-out requests get, without a mask and under each."""
+    asked = [example.prompt for example in model.behaviour(target).prompts("heldout")][:N_SHOWN]
+    lines = [{"request": request} for request in asked]
+    for name, mask in {"none": None, **masks}.items():
+        for line, answer in zip(lines, model.generate(asked, mask=mask), strict=True):
+            line[name] = answer
+    write_text(file, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+
+
+# %%
+@dataclass(frozen=True)
+class Outcome:
+    """What a mask leaves of a behaviour, and what it costs."""
+
+    n_removed: int
+    left: float
+    newly_broken: float
+    kept_falls_by: float
+
+    @property
+    def verdict(self) -> str:
+        """By the rule."""
+        if self.left > ENDED or self.newly_broken > MOST:
+            return "does not end"
+        return "within budget" if self.kept_falls_by <= MOST else "at a cost"
+
+
+def outcome(rows: Rows, target: str, mask: str) -> Outcome:
+    """Of one mask, against the model without any."""
+    unpruned = rows.where(target=target, mask="none")
+    pruned = rows.where(target=target, mask=mask, dose=0.0)
+
+    def rise(metric: str) -> float:
+        return pruned.one(metric).mean - unpruned.one(metric).mean
+
+    return Outcome(
+        round(pruned.one("n_removed").mean),
+        pruned.one(f"{target}_rate").mean,
+        rise(f"{target}_degenerate_rate"),
+        max(-rise(f"{name}_rate") for name in KEPT[target]),
+    )
+
+
+def smallest(rows: Rows, target: str) -> Outcome | None:
+    """What the smallest mask does that ends a behaviour within budget, or else at a cost."""
+    outcomes = [outcome(rows, target, f"{size:g}") for size in sorted(SIZES)]
+    for verdict in ("within budget", "at a cost"):
+        for of_mask in outcomes:
+            if of_mask.verdict == verdict:
+                return of_mask
+    return None
+
+
+def table(rows: Rows) -> pd.DataFrame:
+    """A line for each behaviour and mask."""
+    lines = []
+    for target, of_target in rows.where(metric="n_removed").by("target").items():
+        before = rows.one(f"{target}_rate", target=target, mask="none").mean
+        for row in of_target:
+            mask = str(row.labels["mask"])
+            of_mask = outcome(rows, str(target), mask)
+            lines.append(
+                {
+                    "behaviour": target,
+                    "mask": mask,
+                    "weights": f"{of_mask.n_removed:,}",
+                    "before": f"{before:.0%}",
+                    "left": f"{of_mask.left:.0%}",
+                    "newly broken": f"{of_mask.newly_broken:.0%}",
+                    "kept rates fall by": f"{max(0.0, of_mask.kept_falls_by):.0%}",
+                    "": of_mask.verdict,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+# %%
+def main(options: Options) -> None:
+    settings: Labels = {
+        "model": Path(options.model).name,
+        "steps": options.steps,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
+    }
+    jobs = [Job({"target": name}, Searched(options, name)) for name in options.target]
+    run_jobs(options.out, jobs, settings, workers=options.workers)
+    jobs = [Job({"others": name}, OnOthers(options, name)) for name in options.target]
+    rows = run_jobs(options.out, jobs, settings, workers=options.workers)
+    Console().print(frame_table(table(rows), n_names=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
