@@ -154,9 +154,7 @@ class OnOthers:
         return model.measure(mask=mask, only=others, labels=labels)
 
 
-def _show(
-    model: hc.Model, target: str, masks: Mapping[str, hc.WeightMask], file: Path
-) -> None:
+def _show(model: hc.Model, target: str, masks: Mapping[str, hc.WeightMask], file: Path) -> None:
     """Write down what some held-out requests get, without a mask and under each."""
     asked = [example.prompt for example in model.behaviour(target).prompts("heldout")][:N_SHOWN]
     lines = [{"request": request} for request in asked]

@@ -35,6 +35,19 @@ class Removed(Protocol):
         ...
 
 
+def not_finite(values: Mapping[str, Tensor]) -> str:
+    """The name of a tensor that is not finite, or none."""
+    # A sum is finite only if every term is, and needs no copy; that of finite terms may overflow.
+    # All sums are read together, since each reading waits for a GPU.
+    sums = [value.sum() for value in values.values()]
+    if not sums or torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
+        return ""
+    for name, value in values.items():
+        if not value.isfinite().all():
+            return name
+    return ""
+
+
 @dataclass(frozen=True)
 class Source:
     """How scores or a mask were made."""
@@ -113,14 +126,12 @@ class WeightScores:
                     f"WeightScores: {name} is {value.dtype}; expected torch.float32: "
                     "give its .float()"
                 )
-            # A sum is finite only if every term is, and it needs no copy of the tensor. Finite
-            # terms can overflow to an infinite sum, so then each of them is checked.
-            total = value.sum(dtype=value.dtype).item()
-            if not math.isfinite(total) and not value.isfinite().all():
-                raise ValueError(
-                    f"WeightScores: {name} holds a score that is not finite; "
-                    "look at the loss and the dtype"
-                )
+        name = not_finite(self.values)
+        if name:
+            raise ValueError(
+                f"WeightScores: {name} holds a score that is not finite; "
+                "look at the loss and the dtype"
+            )
         values = MappingProxyType(dict(self.values))
         object.__setattr__(self, "values", values)
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from harmcircuits.circuits.scores import not_finite
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.prompts import Batch, padding_id, refuse_no_batches
@@ -102,13 +103,12 @@ def refuse_not_finite(
 
 def refuse_not_finite_gradients(gradients: Mapping[str, Tensor], objective: Objective) -> None:
     """Check what was summed over examples whose losses are finite."""
-    for name, gradient in gradients.items():
-        # A sum is finite only if every term is, and needs no copy; that of finite ones may not be.
-        if not gradient.sum().isfinite() and not gradient.isfinite().all():
-            raise NotFiniteError(
-                f"the gradient of {_name(objective)} at {name} is not finite, its values are; "
-                f"{NOT_FINITE}, or make it smaller"
-            )
+    name = not_finite(gradients)
+    if name:
+        raise NotFiniteError(
+            f"the gradient of {_name(objective)} at {name} is not finite, its values are; "
+            f"{NOT_FINITE}, or make it smaller"
+        )
 
 
 def refuse_not_finite_texts(names: Sequence[str], is_finite: Bool[Tensor, " n"]) -> None:
