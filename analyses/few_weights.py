@@ -2,7 +2,7 @@
 # # Which behaviours of a real model hang on few weights?
 # Six behaviours that anybody may read, each with an exact judge: who the model is, code between marks,
 # the language of the request, one fact, capital letters on demand, a text known by heart. For each a search
-# at three sizes on one half of the requests; the other half, in other words, measures.
+# at two or three sizes on one half of the requests; the other half, in other words, measures.
 #
 # **The rule, fixed before the run** (1 December 2026). A mask *ends* a behaviour if at most 5 % of the
 # held-out answers still show it and at most 5 % more of them are broken. It does so *within budget* if besides
@@ -33,8 +33,8 @@ from harmcircuits.storage import write_text
 from harmcircuits.views.tables import frame_table
 
 ROWS = Path(__file__).parent / "rows" / "few_weights.jsonl"
-SIZES = (1e-5, 1e-6, 1e-7)
-MIDDLE = f"{SIZES[1]:g}"  # the mask that is also measured at other doses, and on other behaviours
+SIZES = (1e-6, 1e-7)
+CLOSER = "1e-06"  # the mask that is also measured at other doses, and on other behaviours
 DOSES = (0.5, 1.5)
 # What is searched for, and what is protected from it.
 KEPT = {
@@ -45,6 +45,7 @@ KEPT = {
     "fence": ("plain", "others"),
     "loud": ("plain", "others"),
 }
+CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 PLAIN = Chat(system="You are a helpful assistant.")
 ENDED, MOST, HALF = 0.05, 0.05, 0.5
 N_SHOWN = 4
@@ -59,6 +60,7 @@ class Options:
         out: folder for rows, masks and answers; a run goes on there.
         model: a folder or hub id of a chat model of the Qwen family.
         target: the behaviours.
+        size: shares of the weights, 1e-6 among them.
         steps: of a search.
         max_new_tokens: how long answers may be.
         batch_size: texts scored at once, and of the target in a step.
@@ -69,6 +71,7 @@ class Options:
     out: Path
     model: str
     target: tuple[str, ...] = tuple(KEPT)
+    size: tuple[float, ...] = SIZES
     steps: int = 50
     max_new_tokens: int = 24
     batch_size: int = 6
@@ -110,8 +113,8 @@ class Searched:
             rows += [Measurement.exact("n_removed", where, mask.n_removed)]
             rows += model.measure(mask=mask, only=asked, labels=where)
         for dose in DOSES:
-            with hc.masked(model.bridge, masks[MIDDLE], scale=dose):
-                where = {**labels, "mask": MIDDLE, "dose": dose}
+            with hc.masked(model.bridge, masks[CLOSER], scale=dose):
+                where = {**labels, "mask": CLOSER, "dose": dose}
                 rows += model.measure(only=self.target, labels=where)
         return rows
 
@@ -120,19 +123,19 @@ class Searched:
         found = model.find_circuit(
             self.target,
             protect=KEPT[self.target],
-            size=list(SIZES),
+            size=list(self.options.size),
             steps=self.options.steps,
             folder=folder,
             progress=True,
         )
-        masks = {f"{size:g}": mask for size, mask in zip(SIZES, found, strict=True)}
+        masks = {f"{size:g}": mask for size, mask in zip(self.options.size, found, strict=True)}
         for name, mask in masks.items():
             mask.save(folder / f"{name}.safetensors")
-        masks["random"] = hc.random_like(found[0])
+        masks[RANDOM] = hc.random_like(found[0])
         scores = hc.removal_effect(model.bridge, model.calibration(self.target).batches)
         # As many as any of them has; where none was found, as the smallest may have.
-        share = max(mask.fraction for mask in found) or min(SIZES)
-        masks["opposite sign"] = hc.top_fraction(-scores, share)
+        share = max(mask.fraction for mask in found) or min(self.options.size)
+        masks[OPPOSITE] = hc.top_fraction(-scores, share)
         return masks
 
 
@@ -149,8 +152,8 @@ class OnOthers:
         # Opened with what is small: the others' rates alone are wanted, and no reference answers.
         model = self.options.open(self.target)
         model = model.with_behaviours(*(behaviours[name] for name in others))
-        mask = hc.WeightMask.load(self.options.out / self.target / f"{MIDDLE}.safetensors")
-        labels = {"model": model.name, "target": self.target, "mask": MIDDLE, "dose": 0.0}
+        mask = hc.WeightMask.load(self.options.out / self.target / f"{CLOSER}.safetensors")
+        labels = {"model": model.name, "target": self.target, "mask": CLOSER, "dose": 0.0}
         return model.measure(mask=mask, only=others, labels=labels)
 
 
@@ -198,9 +201,15 @@ def outcome(rows: Rows, target: str, mask: str) -> Outcome:
     )
 
 
+def masks_of(rows: Rows, target: str) -> list[str]:
+    """The masks that were measured for a behaviour."""
+    return [str(row.labels["mask"]) for row in rows.where("n_removed", target=target)]
+
+
 def smallest(rows: Rows, target: str) -> Outcome | None:
     """What the smallest mask does that ends a behaviour within budget, or else at a cost."""
-    outcomes = [outcome(rows, target, f"{size:g}") for size in sorted(SIZES)]
+    sizes = [mask for mask in masks_of(rows, target) if mask not in CONTROLS]
+    outcomes = [outcome(rows, target, mask) for mask in sorted(sizes, key=float)]
     for verdict in ("within budget", "at a cost"):
         for of_mask in outcomes:
             if of_mask.verdict == verdict:
@@ -211,11 +220,10 @@ def smallest(rows: Rows, target: str) -> Outcome | None:
 def table(rows: Rows) -> pd.DataFrame:
     """A line for each behaviour and mask."""
     lines = []
-    for target, of_target in rows.where(metric="n_removed").by("target").items():
+    for target in map(str, rows.by("target")):
         before = rows.one(f"{target}_rate", target=target, mask="none").mean
-        for row in of_target:
-            mask = str(row.labels["mask"])
-            of_mask = outcome(rows, str(target), mask)
+        for mask in masks_of(rows, target):
+            of_mask = outcome(rows, target, mask)
             lines.append(
                 {
                     "behaviour": target,

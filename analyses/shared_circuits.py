@@ -48,8 +48,7 @@ PAIRS = [*product(["harmful"], OTHERS), *combinations(TASKS, 2)]
 # The seed draws the half of the requests whose answers are scored, the random mask and the resamples.
 # Overlap is read from circuits that spare nothing: to spare others would force circuits apart. Whether
 # abilities *can* be separated, and where what is left sits, from those that spare all others. Masks
-# in one shot, which are cheap to resample, give lifts intervals over the calibration items. There are
-# a dozen searches a model, so they take five steps in place of ten.
+# in one shot, which are cheap to resample, give lifts intervals over the calibration items.
 
 
 # %%

@@ -112,7 +112,7 @@ plt.show()
 # %% [markdown]
 # ## Choosing
 # The published way is a set difference: the weights that harm needs most, less those that benign
-# answers need most. Masks are sets, so it is one line. The search scores again after every step,
+# answers need most. Masks are sets, so it is one line. The search learns gates in many small steps,
 # and takes far more harm with about as many weights; random ones take none.
 
 # %%

@@ -116,7 +116,7 @@ class ModelOptions(OwnModel):
 
 @dataclass(frozen=True)
 class StudyCommand:
-    """Find the weights behind a behaviour, remove them, and measure what else is lost.
+    """Find weights without which a behaviour goes, remove them, and measure what else is lost.
 
     Prints two tables; writes rows.jsonl, masks, manifest.json and report.html.
 

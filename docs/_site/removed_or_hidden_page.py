@@ -178,7 +178,7 @@ def staying_away(rows: Rows, line: str = "search") -> list[bool]:
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Rows], list[bool]]]] = {
-    "more or less of its weights moves harm both ways": ("dose", moved_both_ways),
+    "more or less of its weights moves harm's margin both ways": ("dose", moved_both_ways),
     "its removal survives int8, int4, GPTQ and NF4": ("rounding", surviving),
     "no second circuit beside it halves harm": ("redundancy", single),
     "it hurts harm beyond all else, and nothing else hurts harm so": ("specificity", specific),

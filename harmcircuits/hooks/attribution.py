@@ -107,7 +107,7 @@ def token_price(
     *,
     max_memory: int | None = None,
 ) -> WeightScores:
-    """What removing each weight may cost, at most: |W| * mean_x sum_t |g_xt| |x_xt|^T.
+    """An upper bound of each weight's first-order score: |W| * mean_x sum_t |g_xt| |x_xt|^T.
 
     x is the matrix's input at position t and g the gradient of the example's objective at its
     output. The absolute values stand inside the sum over positions, so this is an upper bound of

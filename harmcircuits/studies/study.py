@@ -44,7 +44,7 @@ def study(
     force: bool = False,
     **changes: Any,
 ) -> Study:
-    """Find the weights behind a behaviour, remove them, and measure what else is lost.
+    """Find weights without which a behaviour goes, remove them, and measure what else is lost.
 
     Three ways of choosing are measured at every size on the choice split: the search
     (`Model.find_circuit`), the same in one shot, and the published set difference. The operating
