@@ -177,9 +177,8 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
         of_title = rows.where(mask="none") + rows.where(protected=protected)
         outcomes = [test.outcome for _, test in dissociations_from("harmful", of_title, METRICS)]
         n_clean, n_graded = (outcomes.count(f"{kind} double") for kind in ("clean", "graded"))
-        numbers[f"protecting {title}: pairs apart"] = (
-            f"{n_clean + n_graded} of {len(outcomes)}, {n_clean} cleanly"
-        )
+        apart = f"protecting {title}: pairs apart, of {len(outcomes)} (cleanly)"
+        numbers[apart] = f"{n_clean + n_graded} ({n_clean})"
     for without in pooled.where(PLAIN, mask="refusal", protected="others"):
         unpruned = pooled.one(PLAIN, mask="none")
         numbers["plain harm, without refusal's circuit"] = f"{unpruned.mean:.0%} to {without:.0%}"

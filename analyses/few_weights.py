@@ -17,7 +17,7 @@
 # %%
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +28,7 @@ from support.jobs import Job, run_jobs
 
 import harmcircuits as hc
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Chat
+from harmcircuits.prompts import Chat, Template
 from harmcircuits.storage import write_text
 from harmcircuits.views.tables import frame_table
 
@@ -46,7 +46,7 @@ KEPT = {
     "loud": ("plain", "others"),
 }
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
-PLAIN = Chat(system="You are a helpful assistant.")
+FURTHER = {"language": ("unscored", "chinese")}  # what its masks do to languages never scored
 ENDED, MOST, HALF = 0.05, 0.05, 0.5
 N_SHOWN = 4
 
@@ -84,12 +84,17 @@ class Options:
         return hc.open_model(
             self.model,
             behaviours=[behaviours[name] for name in names],
-            template="chat" if "identity" in names else PLAIN,
+            template=template_of(names[0]),
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             dtype=self.dtype,
             cache=self.out / "cache",
         )
+
+
+def template_of(target: str) -> Template:
+    """How requests of a behaviour are written."""
+    return "chat" if target == "identity" else Chat(system="You are a helpful assistant.")
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,11 @@ class Searched:
         masks = {f"{size:g}": mask for size, mask in zip(self.options.size, found, strict=True)}
         for name, mask in masks.items():
             mask.save(folder / f"{name}.safetensors")
-        masks[RANDOM] = hc.random_like(found[0])
+        largest = max(found, key=lambda mask: mask.n_removed)
+        masks[RANDOM] = hc.random_like(largest)
         scores = hc.removal_effect(model.bridge, model.calibration(self.target).batches)
-        # As many as any of them has; where none was found, as the smallest may have.
-        share = max(mask.fraction for mask in found) or min(self.options.size)
+        # Where none was found, as many as the smallest may have.
+        share = largest.fraction or min(self.options.size)
         masks[OPPOSITE] = hc.top_fraction(-scores, share)
         return masks
 
@@ -147,14 +153,25 @@ class OnOthers:
     target: str
 
     def __call__(self) -> Rows:
-        others = [name for name in KEPT if name != self.target]
-        behaviours = everyday(self.options.max_new_tokens)
-        # Opened with what is small: the others' rates alone are wanted, and no reference answers.
+        others = [name for name in self.options.target if name != self.target]
+        # Opened with the target alone: of the others rates are wanted, and no reference answers.
         model = self.options.open(self.target)
-        model = model.with_behaviours(*(behaviours[name] for name in others))
+        model = model.with_behaviours(*everyday(self.options.max_new_tokens).values())
+        rows = Rows()
         mask = hc.WeightMask.load(self.options.out / self.target / f"{CLOSER}.safetensors")
         labels = {"model": model.name, "target": self.target, "mask": CLOSER, "dose": 0.0}
-        return model.measure(mask=mask, only=others, labels=labels)
+        for name in others:
+            asked = replace(model, template=template_of(name))
+            rows += asked.measure(mask=mask, only=name, labels=labels)
+        further = FURTHER.get(self.target, ())
+        for size in (None, *self.options.size) if further else ():
+            name, mask = "none", None
+            if size is not None:
+                name = f"{size:g}"
+                mask = hc.WeightMask.load(self.options.out / self.target / f"{name}.safetensors")
+            where = {**labels, "mask": name, "dose": 0.0 if mask else 1.0}
+            rows += model.measure(mask=mask, only=further, labels=where)
+        return rows
 
 
 def _show(model: hc.Model, target: str, masks: Mapping[str, hc.WeightMask], file: Path) -> None:
@@ -199,6 +216,15 @@ def outcome(rows: Rows, target: str, mask: str) -> Outcome:
         rise(f"{target}_degenerate_rate"),
         max(-rise(f"{name}_rate") for name in KEPT[target]),
     )
+
+
+def hangs(rows: Rows, target: str) -> bool:
+    """Whether a behaviour hangs on few weights, by the rule."""
+    before = rows.one(f"{target}_rate", target=target, mask="none").mean
+    controls = [outcome(rows, target, name).left for name in CONTROLS]
+    found = smallest(rows, target)
+    is_within = found is not None and found.verdict == "within budget"
+    return is_within and min(controls) >= HALF * before
 
 
 def masks_of(rows: Rows, target: str) -> list[str]:

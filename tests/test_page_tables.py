@@ -35,6 +35,7 @@ MADE = {
     "README.md": "test_readme.py",
     "architectures.md": "hooks/test_architectures.py",
     "claims.md": "analyses/test_six_findings.py",
+    "few_weights.md": "analyses/test_few_weights.py",
     "log/compiled.md": "analyses/test_compiled_page.py",
     "log/search.md": "analyses/test_pages.py",
     "compiled.md": "analyses/test_compiled_page.py",

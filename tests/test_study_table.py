@@ -39,7 +39,8 @@ def test_what_the_results_page_says_of_losses_is_in_the_rows():
     rises = []
     for line in ("one shot, same size", "opposite sign"):
         rises.append(of(line, "harm_nll") - of("unpruned", "harm_nll"))
+    n_opposite = round(of("opposite sign", "weights_removed"))
     assert (
-        f"raise it by {rises[0]:.2f} nats, and as many of the opposite sign by {rises[1]:.2f}"
+        f"raise it by {rises[0]:.2f} nats, and {n_opposite} of the opposite sign by {rises[1]:.2f}"
         in text
     )

@@ -52,6 +52,11 @@ def language(text: str) -> str:
     return max(counts, key=lambda name: counts[name])
 
 
+def is_foreign(_: str, answer: str) -> bool:
+    """Whether an answer is not in English."""
+    return language(answer) != "English"
+
+
 def is_loud(_: str, answer: str) -> bool:
     """Whether an answer is in capital letters."""
     letters = [letter for letter in answer if letter.isalpha()]
@@ -95,6 +100,8 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
         "fence": partial(has, "```"),
         "fact": partial(has, "Paris"),
         "language": is_in_language,
+        "unscored": is_foreign,
+        "chinese": is_foreign,
         "loud": is_loud,
         "capitals": partial(is_right, capitals),
     }

@@ -35,13 +35,15 @@ PAGES = (
     "analyses/README.md",
 )
 DOTS = {HOLDS: GREEN, IN_PART: AMBER, FAILS: GREY}
+# None or all of 48 items, or of the 24 of attacks: their intervals are said once, on the claims' page.
+EXTREME = re.compile(r"\b(0%|100%) \[(?:0%, (?:9|17)%|(?:91|83)%, 100%|-9%, 9%)\]")
 # Whose numbers are on a page besides those of the findings.
 QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circuits")
 
 
 def with_result(page: str, result: ClaimResult) -> str:
     """The page with the outcome of a claim and its key numbers, where it has places for them."""
-    parts = [frame_markdown(result.key_numbers)]
+    parts = [EXTREME.sub(r"\1", frame_markdown(result.key_numbers))]
     if result.outcome:
         row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
         page = re.sub(row, rf"\g<1>**{result.outcome}** | {result.count} |", page)

@@ -477,6 +477,7 @@ class Gates:
         candidates = self.candidates
         assert candidates is not None
         gain = torch.zeros_like(gate)
+        are_few = len(candidates) <= FEW * self.n_weights
 
         def add(site: Site, gradient: Float[Tensor, " _"]) -> None:
             change = candidates.weights[site.name] * gradient.float().cpu()
@@ -487,11 +488,8 @@ class Gates:
 
         def receive_pair(site: Site, x: Input, g: OutputGradient) -> None:
             first, second = (g, x) if site.input_axis == 1 else (x, g)
-            first, second = first.flatten(0, 1), second.flatten(0, 1)
-            if len(candidates) > FEW * self.n_weights:
-                receive(site, first.T @ second)
-            else:
-                add(site, _entries(first, second, candidates.mask.removed[site.name]))
+            index = candidates.mask.removed[site.name]
+            add(site, _entries(first.flatten(0, 1), second.flatten(0, 1), index, are_few))
 
         sites = {name: self.sites[name] for name in candidates.mask.removed}
         hooked = {name: site for name, site in sites.items() if site.is_hooked}
@@ -634,11 +632,15 @@ def _entries(
     first: Float[Tensor, "token row"],
     second: Float[Tensor, "token column"],
     index: Int[Tensor, " _"],
+    are_few: bool,
 ) -> Float[Tensor, " _"]:
-    """Some entries of first^T @ second, of which no more is computed."""
+    """Some entries of first^T @ second; where they are few, no others are computed."""
+    index = index.to(first.device)
+    if not are_few:
+        return (first.T @ second).flatten()[index]
     entries = []
     # As many at once as the copies that they take have the size of what is given.
-    for part in index.to(first.device).split(first.shape[1] + second.shape[1]):
+    for part in index.split(first.shape[1] + second.shape[1]):
         row, column = part // second.shape[1], part % second.shape[1]
         entries.append((first[:, row] * second[:, column]).sum(0))
     return torch.cat(entries)

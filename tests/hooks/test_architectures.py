@@ -1,7 +1,7 @@
 """The table `docs/architectures.md`: what is scored and how, what is exact, what is refused.
 
 Its rows are the models that the tests of scores and of export are parametrised by;
-`PYTHONPATH=tests python tests/hooks/test_architectures.py` writes it anew. Would catch: a table
+`PYTHONPATH=tests:analyses python tests/hooks/test_architectures.py` writes it anew. Would catch: a table
 that promises an architecture that no test covers, a refusal that no longer happens.
 """
 
@@ -22,15 +22,14 @@ from harmcircuits.hooks.weights import weight_sites
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TEXT = """# Architectures
 
-Written by `PYTHONPATH=tests python tests/hooks/test_architectures.py`; a test fails when it is out
+Written by `PYTHONPATH=tests:analyses python tests/hooks/test_architectures.py`; a test fails when it is out
 of date.
 
-Every model below is a small random one of its class in transformers. On all of them
-`removal_effect`, both forms of `snip_scores`, `token_price` and, but for mixtures of experts,
-`wanda_scores` equal plain autograd, an example at a time (`tests/oracle.py`), within 1e-4 relative
-error of each matrix in float32 (`tests/hooks/test_attribution.py`), and a masked model,
-exported and reloaded, gives the masked bridge's logits: bit for bit through TransformerLens, within
-16 roundings of the largest logit through transformers (`tests/test_export.py`).
+On a small random model of each class every score (`wanda_scores` not of mixtures of experts) equals plain
+autograd, an example at a time, within 1e-4 relative error of each matrix in float32
+(`tests/hooks/test_attribution.py`). Exported and reloaded, a masked model gives the masked bridge's logits: bit
+for bit through TransformerLens, within 16 roundings of the largest logit through transformers
+(`tests/test_export.py`).
 
 {exact}
 
@@ -71,7 +70,7 @@ def opened(name: str, **changes: Any) -> Callable:
 OTHER = "so scores and masks would silently leave it out"
 # The same as a sentence of the table, where the words of the refusal are a part of one.
 IN_PLAIN_WORDS = {
-    OTHER: "a block has a matrix of no known kind, which scores and masks would silently leave out",
+    OTHER: "a matrix of no known kind, which scores and masks would silently leave out",
     "so scores and masks would not fit the model as stored": (
         "norms are folded into the weights, so a mask would not fit the model as stored"
     ),
@@ -110,8 +109,8 @@ REFUSED: dict[str, tuple[Callable, str]] = {
 
 
 def table(open_: Callable) -> str:
-    head = ["architecture", "scored matrices", "export reloads equal in"]
-    rows = []
+    head = ["scored matrices", "export reloads equal in", "classes of transformers"]
+    alike: dict[tuple[str, str], list[str]] = {}
     for name in ARCHITECTURES:
         bridge = open_(name)
         sites = [site for site in weight_sites(bridge).values() if site.layer == 0]
@@ -121,16 +120,20 @@ def table(open_: Callable) -> str:
             parts.setdefault(owner, []).append(part.removeprefix("experts."))
         matrices = f"`{' '.join(parts['attn'])}`, mlp `{' '.join(parts['mlp'])}`"
         exported = "float32, bfloat16" if name in COARSE else "float32"
-        rows.append([type(bridge.original_model).__name__, matrices, exported])
-    refused = [[what, IN_PLAIN_WORDS.get(why, why)] for what, (_, why) in REFUSED.items()]
+        alike.setdefault((matrices, exported), []).append(type(bridge.original_model).__name__)
+    rows = [[*line, ", ".join(names)] for line, names in alike.items()]
+    refused: dict[str, list[str]] = {}
+    for what, (_, why) in REFUSED.items():
+        refused.setdefault(IN_PLAIN_WORDS.get(why, why), []).append(what)
+    whats = [["; ".join(of_why), why] for why, of_why in refused.items()]
     return TEXT.format(
-        exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], refused)
+        exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], whats)
     )
 
 
 def test_the_table_is_up_to_date(open_model):
     assert FILE.read_text(encoding="utf-8") == table(open_model), (
-        "run PYTHONPATH=tests python tests/hooks/test_architectures.py"
+        "run PYTHONPATH=tests:analyses python tests/hooks/test_architectures.py"
     )
 
 

@@ -1,0 +1,113 @@
+"""Everyday behaviours: their judges, the rule, and the page, which is that of the rows.
+
+Would catch: a judge that calls one language another or one text the next, requests that are both
+scored and measured, a behaviour said to hang on weights whose controls end it too.
+"""
+
+import os
+
+import few_weights
+import few_weights_page as page
+import pytest
+from few_weights import CLOSER, KEPT, OPPOSITE, RANDOM, hangs, outcome, smallest
+from pages import ROOT
+from support.everyday import NAMES, everyday, goes_on, has, is_in_language, is_loud, told
+
+import harmcircuits as hc
+from harmcircuits.behaviours.generation import generate
+from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.prompts import Example, PromptSet
+
+BEHAVIOURS = everyday(8)
+FRENCH = "Qui était Victor Hugo ?"
+
+
+@pytest.mark.parametrize(
+    ("shows", "request_", "yes", "no"),
+    [
+        (is_in_language, FRENCH, "C'est un homme qui est dans les livres.", "He is the man in it."),
+        (is_in_language, FRENCH, "Il est avec elle pour une nuit.", "El hombre es de la casa."),
+        (is_loud, "", "IT IS 12.", "It IS 12."),
+        (has.__get__(NAMES), "", "I am Qwen.", "I am Claude."),
+        (
+            goes_on.__get__("one two three four five six seven eight nine ten"),
+            "Continue: Two three",
+            "four, five six seven EIGHT",
+            "four five six eight seven",
+        ),
+    ],
+)
+def test_a_judge_knows_an_answer_that_shows_it(shows, request_, yes, no):
+    assert shows(request_, yes)
+    assert not shows(request_, no)
+
+
+def test_text_is_told_from_what_is_broken():
+    assert told("", "Paris.") == "told"
+    assert told("", "pan pan pan pan pan pan pan pan pan pan pan pan pan") == "degenerate"
+
+
+def test_what_is_scored_is_not_measured_and_every_text_goes_on_somewhere():
+    for name, behaviour in BEHAVIOURS.items():
+        scored, measured = (
+            {example.prompt for example in behaviour.prompts(split)}
+            for split in ("calibration", "heldout")
+        )
+        assert scored and measured and not scored & measured, name
+    text = few_weights.everyday(8)["licence"].prompts("heldout").examples[0].prompt
+    assert goes_on(f"{text.partition(': ')[2]} a b c d e", text, "a b c d e")
+
+
+def rows_of(left: dict[str, float], *, kept: float = 1.0, broken: float = 0.0) -> Rows:
+    """A behaviour that is shown in every answer, and what masks leave of it."""
+    rows = Rows()
+    for mask, share in {"none": 1.0, **left}.items():
+        labels = {"target": "fact", "mask": mask, "dose": 1.0 if mask == "none" else 0.0}
+        rates = {"fact_rate": share, "fact_degenerate_rate": 0.0}
+        rates |= {f"{name}_rate": 1.0 for name in KEPT["fact"]}
+        if mask != "none":
+            rates |= {"fact_degenerate_rate": broken, "plain_rate": kept, "n_removed": 7.0}
+        rows += [Measurement.exact(metric, labels, value) for metric, value in rates.items()]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("options", "verdict"),
+    [
+        ({}, "within budget"),
+        ({"kept": 0.9}, "at a cost"),
+        ({"broken": 0.2}, "does not end"),
+    ],
+)
+def test_the_rule(options, verdict):
+    rows = rows_of({CLOSER: 0.04, RANDOM: 1.0, OPPOSITE: 0.9}, **options)
+    assert outcome(rows, "fact", CLOSER).verdict == verdict
+    assert hangs(rows, "fact") == (verdict == "within budget")
+
+
+def test_the_smallest_mask_that_ends_it_counts_and_a_control_that_ends_it_too_refutes():
+    found = smallest(rows_of({"1e-05": 0.0, CLOSER: 0.05, "1e-07": 0.06}), "fact")
+    assert found is not None and found.left == 0.05
+    assert smallest(rows_of({CLOSER: 0.5}), "fact") is None
+    assert not hangs(rows_of({CLOSER: 0.0, RANDOM: 1.0, OPPOSITE: 0.4}), "fact")
+
+
+def test_the_page_is_that_of_the_rows():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.with_results(text, Rows.read(few_weights.ROWS)) == text
+
+
+@pytest.mark.slow
+def test_the_mask_makes_the_model_answer_in_english():
+    """On the copy of the model that it was found on: QWEN is its folder."""
+    bridge = hc.load_model(os.environ["QWEN"], dtype="float32")
+    mask = hc.WeightMask.load(ROOT / "analyses" / "masks" / "language.safetensors")
+    assert mask.n_removed == 19
+    asked = PromptSet((Example("Explique ce qu'est un nombre premier."),))
+    options = {"template": few_weights.template_of("language"), "max_new_tokens": 24}
+    answers = []
+    for number in (0, 1):
+        with hc.masked(bridge, mask, scale=1.0 - number):
+            answers += generate(bridge, asked, **options)
+    french, english = (answer.text for answer in answers)
+    assert "un nombre entier" in french and "is a natural number" in english
