@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -156,7 +157,9 @@ def shared(model: Model, mask: WeightMask, other: WeightMask, labels: Labels) ->
         "random": random_pairs(mask, other),
         "random, same |W|": random_pairs(mask, other, weights),
     }
-    rows = [Measurement.exact("overlap_lift", labels, overlap(mask, other).lift)]
+    lift = overlap(mask, other).lift
+    # Where no matrix holds weights of both, chance shares none, and there is no lift.
+    rows = [] if isnan(lift) else [Measurement.exact("overlap_lift", labels, lift)]
     for name in MASKS:
         for level in LEVELS:
             values = [jaccard(first, second, sites, level) for first, second in pairs[name]]

@@ -13,7 +13,7 @@ from support.bench.stability import LEVELS, MASKS
 
 from harmcircuits.measurements import Rows
 from harmcircuits.storage import write_text
-from harmcircuits.views.tables import frame_table
+from harmcircuits.views.tables import DASH, frame_table
 
 BACK = 0.5  # of the harmful answers: as many as count as relearned
 
@@ -93,10 +93,10 @@ def overlap_table(rows: Rows) -> pd.DataFrame:
         line: dict[str, Any] = dict(zip(names, key, strict=True))
         lifts = drawn.where("overlap_lift")
         line["size"] = f"{line['size']:.1%}"
-        line["draws"] = len(lifts)
+        line["draws"] = len(drawn.where("jaccard", level=LEVELS[0], masks=MASKS[0]))
         for level in LEVELS:
             line[level] = _jaccard_text(drawn.where("jaccard", level=level))
-        line["lift"] = f"{_mean(lifts):.0f}"
+        line["lift"] = f"{_mean(lifts):.0f}" if lifts else DASH
         lines.append(line)
     return pd.DataFrame(lines)
 
