@@ -26,6 +26,7 @@ TITLES = {
     "fence": "code between marks",
     "loud": "capitals on demand",
 }
+ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 HEAD = (
     "behaviour",
     "before",
@@ -33,7 +34,7 @@ HEAD = (
     "left",
     "newly broken",
     "kept rates fall by",
-    "",
+    "ends",
     *CONTROLS,
 )
 
@@ -73,7 +74,7 @@ def main_table(rows: Rows) -> str:
                 f"{max(0.0, of_mask.newly_broken):.0%}",
                 f"{max(0.0, of_mask.kept_falls_by):.0%}",
             ]
-            body.append([*line, of_mask.verdict, *beside])
+            body.append([*line, ENDS[of_mask.verdict], *beside])
     return markdown_table(HEAD, body)
 
 
