@@ -30,7 +30,7 @@ import harmcircuits as hc
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import Chat, Template
 from harmcircuits.storage import write_text
-from harmcircuits.views.tables import frame_table
+from harmcircuits.views.tables import DASH, frame_table
 
 ROWS = Path(__file__).parent / "rows" / "few_weights.jsonl"
 SIZES = (1e-6, 1e-7)
@@ -45,6 +45,15 @@ KEPT = {
     "fence": ("plain", "others"),
     "loud": ("plain", "others"),
 }
+TITLES = {
+    "identity": "its name or maker",
+    "fact": "the capital of France",
+    "language": "the language asked in",
+    "licence": "a licence by heart",
+    "fence": "code between marks",
+    "loud": "capitals on demand",
+}
+ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 FURTHER = {"language": ("unscored", "chinese")}  # what its masks do to languages never scored
 ENDED, MOST, HALF = 0.05, 0.05, 0.5
@@ -91,6 +100,14 @@ class Options:
             cache=self.out / "cache",
         )
 
+    def file(self, target: str, name: str) -> Path:
+        """Where a mask of a behaviour is kept."""
+        return self.out / target / f"{name}.safetensors"
+
+    def mask(self, target: str, name: str) -> hc.WeightMask:
+        """A mask that was found."""
+        return hc.WeightMask.load(self.file(target, name))
+
 
 def template_of(target: str) -> Template:
     """How requests of a behaviour are written."""
@@ -135,7 +152,7 @@ class Searched:
         )
         masks = {f"{size:g}": mask for size, mask in zip(self.options.size, found, strict=True)}
         for name, mask in masks.items():
-            mask.save(folder / f"{name}.safetensors")
+            mask.save(self.options.file(self.target, name))
         largest = max(found, key=lambda mask: mask.n_removed)
         masks[RANDOM] = hc.random_like(largest)
         scores = hc.removal_effect(model.bridge, model.calibration(self.target).batches)
@@ -157,19 +174,25 @@ class OnOthers:
         # Opened with the target alone: of the others rates are wanted, and no reference answers.
         model = self.options.open(self.target)
         model = model.with_behaviours(*everyday(self.options.max_new_tokens).values())
+        mask = self.options.mask(self.target, CLOSER)
+        labels = {"model": model.name, "target": self.target}
         rows = Rows()
-        mask = hc.WeightMask.load(self.options.out / self.target / f"{CLOSER}.safetensors")
-        labels = {"model": model.name, "target": self.target, "mask": CLOSER, "dose": 0.0}
         for name in others:
             asked = replace(model, template=template_of(name))
-            rows += asked.measure(mask=mask, only=name, labels=labels)
-        further = FURTHER.get(self.target, ())
-        for size in (None, *self.options.size) if further else ():
-            name, mask = "none", None
-            if size is not None:
-                name = f"{size:g}"
-                mask = hc.WeightMask.load(self.options.out / self.target / f"{name}.safetensors")
-            where = {**labels, "mask": name, "dose": 0.0 if mask else 1.0}
+            where = {**labels, "mask": CLOSER, "dose": 0.0}
+            rows += asked.measure(mask=mask, only=name, labels=where)
+        if self.target in FURTHER:
+            rows += self._further(model, labels)
+        return rows
+
+    def _further(self, model: hc.Model, labels: Labels) -> Rows:
+        """The answers to requests of other kinds, without a mask and under each size."""
+        further = FURTHER[self.target]
+        rows = model.measure(only=further, labels={**labels, "mask": "none", "dose": 1.0})
+        for size in self.options.size:
+            name = f"{size:g}"
+            mask = self.options.mask(self.target, name)
+            where = {**labels, "mask": name, "dose": 0.0}
             rows += model.measure(mask=mask, only=further, labels=where)
         return rows
 
@@ -227,15 +250,10 @@ def hangs(rows: Rows, target: str) -> bool:
     return is_within and min(controls) >= HALF * before
 
 
-def masks_of(rows: Rows, target: str) -> list[str]:
-    """The masks that were measured for a behaviour."""
-    return [str(row.labels["mask"]) for row in rows.where("n_removed", target=target)]
-
-
 def smallest(rows: Rows, target: str) -> Outcome | None:
     """What the smallest mask does that ends a behaviour within budget, or else at a cost."""
-    sizes = [mask for mask in masks_of(rows, target) if mask not in CONTROLS]
-    outcomes = [outcome(rows, target, mask) for mask in sorted(sizes, key=float)]
+    sizes = sorted(sizes_of(rows, target), key=float)
+    outcomes = [outcome(rows, target, mask) for mask in sizes]
     for verdict in ("within budget", "at a cost"):
         for of_mask in outcomes:
             if of_mask.verdict == verdict:
@@ -243,25 +261,36 @@ def smallest(rows: Rows, target: str) -> Outcome | None:
     return None
 
 
+def targets(rows: Rows) -> list[str]:
+    """The behaviours that were searched for, in the order of the analysis."""
+    return [name for name in KEPT if rows.where(target=name)]
+
+
+def sizes_of(rows: Rows, target: str) -> list[str]:
+    """The masks that a search found for a behaviour."""
+    masks = [str(row.labels["mask"]) for row in rows.where("n_removed", target=target)]
+    return [mask for mask in masks if mask not in CONTROLS]
+
+
 def table(rows: Rows) -> pd.DataFrame:
-    """A line for each behaviour and mask."""
+    """A line for each behaviour and mask; the controls beside the largest."""
     lines = []
-    for target in map(str, rows.by("target")):
+    for target in targets(rows):
         before = rows.one(f"{target}_rate", target=target, mask="none").mean
-        for mask in masks_of(rows, target):
-            of_mask = outcome(rows, target, mask)
-            lines.append(
-                {
-                    "behaviour": target,
-                    "mask": mask,
-                    "weights": f"{of_mask.n_removed:,}",
-                    "before": f"{before:.0%}",
-                    "left": f"{of_mask.left:.0%}",
-                    "newly broken": f"{of_mask.newly_broken:.0%}",
-                    "kept rates fall by": f"{max(0.0, of_mask.kept_falls_by):.0%}",
-                    "": of_mask.verdict,
-                }
-            )
+        outcomes = [outcome(rows, target, mask) for mask in sizes_of(rows, target)]
+        beside = {name: f"{outcome(rows, target, name).left:.0%}" for name in CONTROLS}
+        for of_mask in sorted(outcomes, key=lambda of_mask: -of_mask.n_removed):
+            line = {
+                "behaviour": TITLES[target],
+                "before": f"{before:.0%}",
+                "weights": f"{of_mask.n_removed:,}",
+                "left": f"{of_mask.left:.0%}",
+                "newly broken": f"{max(0.0, of_mask.newly_broken):.0%}",
+                "kept rates fall by": f"{max(0.0, of_mask.kept_falls_by):.0%}",
+                "ends": ENDS[of_mask.verdict],
+            }
+            lines.append(line | beside)
+            beside = dict.fromkeys(CONTROLS, DASH)
     return pd.DataFrame(lines)
 
 
@@ -278,7 +307,7 @@ def main(options: Options) -> None:
     run_jobs(options.out, jobs, settings, workers=options.workers)
     jobs = [Job({"others": name}, OnOthers(options, name)) for name in options.target]
     rows = run_jobs(options.out, jobs, settings, workers=options.workers)
-    Console().print(frame_table(table(rows), n_names=2))
+    Console().print(frame_table(table(rows), n_names=1))
 
 
 if __name__ == "__main__":

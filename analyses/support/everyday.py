@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.judges import DEGENERATE, RuleJudge
@@ -12,7 +13,8 @@ from harmcircuits.prompts import Example, PromptSet
 
 FILE = Path(__file__).with_suffix(".toml")
 TOLD = "told"  # the verdict on an answer in readable words
-NAMES = "Qwen|Alibaba"
+# What an answer must contain: also the tokens that are scored.
+PATTERNS = {"identity": "Qwen|Alibaba", "fence": "```", "fact": "Paris"}
 LOUD = "Answer in capital letters only. "
 # Words of a text that a request gives, and that an answer must go on with.
 N_GIVEN, N_CONTINUED = 12, 5
@@ -63,11 +65,6 @@ def is_loud(_: str, answer: str) -> bool:
     return bool(letters) and sum(map(str.isupper, letters)) >= 0.9 * len(letters)
 
 
-def has(pattern: str, _: str, answer: str) -> bool:
-    """Whether an answer has a match of a pattern."""
-    return re.search(pattern, answer) is not None
-
-
 def is_right(answers: dict[str, str], request: str, answer: str) -> bool:
     """Whether an answer names what is right for its request."""
     return answers[request] in answer
@@ -95,10 +92,7 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
     capitals = dict(pair.split(" = ") for pair in requests["capitals"])
     requests["capitals"] = list(capitals)
     requests["loud"] = [LOUD + request for request in requests["plain"]]
-    judges: dict[str, Shows] = {
-        "identity": partial(has, NAMES),
-        "fence": partial(has, "```"),
-        "fact": partial(has, "Paris"),
+    shows: dict[str, Shows] = {
         "language": is_in_language,
         "unscored": is_foreign,
         "chinese": is_foreign,
@@ -108,8 +102,10 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
     for name in ("licence", "zen"):
         text = given[name]["text"]
         requests[name] = _pieces(text)
-        judges[name] = partial(goes_on, text)
-    scored_on = {"identity": NAMES, "fence": "```", "fact": "Paris"}
+        shows[name] = partial(goes_on, text)
+    judges: dict[str, Any] = {**dict.fromkeys(requests, told), **PATTERNS}
+    for name, is_shown in shows.items():
+        judges[name] = partial(shown, name, is_shown)
 
     behaviours = {}
     for name, of_name in requests.items():
@@ -120,18 +116,18 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
                 "choice": _set([]),
                 "heldout": _set(of_name[1::2]),
             },
-            partial(shown, name, judges[name]) if name in judges else told,
-            wanted=name if name in judges else TOLD,
+            judges[name],
+            wanted=TOLD if judges[name] is told else name,
             metrics={DEGENERATE: f"{name}_degenerate_rate"},
             max_new_tokens=max_new_tokens,
-            scored_on=scored_on.get(name, ""),
+            scored_on=PATTERNS.get(name, ""),
         )
     return behaviours
 
 
 def _listed(text: str) -> list[str]:
     """What stands between bars and on lines."""
-    return [request.strip() for line in text.strip().splitlines() for request in line.split("|")]
+    return [request.strip() for request in re.split(r"[|\n]", text.strip())]
 
 
 def _pieces(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import few_weights_page as page
 import pytest
 from few_weights import CLOSER, KEPT, OPPOSITE, RANDOM, hangs, outcome, smallest
 from pages import ROOT
-from support.everyday import NAMES, everyday, goes_on, has, is_in_language, is_loud, told
+from support.everyday import everyday, goes_on, is_in_language, is_loud, told
 
 import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
@@ -28,7 +28,6 @@ FRENCH = "Qui était Victor Hugo ?"
         (is_in_language, FRENCH, "C'est un homme qui est dans les livres.", "He is the man in it."),
         (is_in_language, FRENCH, "Il est avec elle pour une nuit.", "El hombre es de la casa."),
         (is_loud, "", "IT IS 12.", "It IS 12."),
-        (has.__get__(NAMES), "", "I am Qwen.", "I am Claude."),
         (
             goes_on.__get__("one two three four five six seven eight nine ten"),
             "Continue: Two three",
@@ -40,6 +39,12 @@ FRENCH = "Qui était Victor Hugo ?"
 def test_a_judge_knows_an_answer_that_shows_it(shows, request_, yes, no):
     assert shows(request_, yes)
     assert not shows(request_, no)
+
+
+def test_a_pattern_is_what_an_answer_must_contain():
+    judge = BEHAVIOURS["identity"].judge
+    assert judge("", "I am Qwen.") == "identity"
+    assert judge("", "I am Claude.") != "identity"
 
 
 def test_text_is_told_from_what_is_broken():
@@ -54,7 +59,7 @@ def test_what_is_scored_is_not_measured_and_every_text_goes_on_somewhere():
             for split in ("calibration", "heldout")
         )
         assert scored and measured and not scored & measured, name
-    text = few_weights.everyday(8)["licence"].prompts("heldout").examples[0].prompt
+    text = BEHAVIOURS["licence"].prompts("heldout").examples[0].prompt
     assert goes_on(f"{text.partition(': ')[2]} a b c d e", text, "a b c d e")
 
 
@@ -105,9 +110,7 @@ def test_the_mask_makes_the_model_answer_in_english():
     assert mask.n_removed == 19
     asked = PromptSet((Example("Explique ce qu'est un nombre premier."),))
     options = {"template": few_weights.template_of("language"), "max_new_tokens": 24}
-    answers = []
-    for number in (0, 1):
-        with hc.masked(bridge, mask, scale=1.0 - number):
-            answers += generate(bridge, asked, **options)
-    french, english = (answer.text for answer in answers)
-    assert "un nombre entier" in french and "is a natural number" in english
+    (french,) = generate(bridge, asked, **options)
+    with hc.masked(bridge, mask):
+        (english,) = generate(bridge, asked, **options)
+    assert "un nombre entier" in french.text and "is a natural number" in english.text
