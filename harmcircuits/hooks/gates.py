@@ -69,7 +69,8 @@ FIRST_MULTIPLIER, GROWTH, NEAR = 2.0, 1.15, 0.7  # of a budget: what is unseen l
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.3, 20.0
 MEMORY = 0.8  # of the rises that multipliers look at
 
-TRIES, FEWER, FURTHER_STEPS = 12, 0.95, 5  # where a check refuses a mask
+TRIES, FEWER = 12, 0.95  # where a check refuses a mask
+FURTHER = 0.05  # of the steps of the descent, before the next try
 TRACED_EVERY = 10  # steps
 CHECKED_AFTER = 5  # steps
 FILE, FORMAT = "search.safetensors", "harmcircuits.search.2"
@@ -339,7 +340,7 @@ class Gates:
             if not broken:
                 return mask
             n = int(FEWER * n)
-            for _ in range(FURTHER_STEPS):
+            for _ in range(max(1, round(FURTHER * self.steps))):
                 self._learn(n, LAST_RATE)
         # It does not learn to spare what is protected: less and less of it, or none.
         while n and self._broken_budgets(self._mask(n), size):

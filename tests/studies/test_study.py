@@ -242,7 +242,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
 def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     """Benign answers are not protected, and go with the others."""
     model = small_model("sft", only=["harmful", "benign", "refusal"])
-    grid = {"sizes": (0.04,), "steps": 12, "n_random": 1, "tolerance": 0.0, "compare": False}
+    grid = {"sizes": (0.04,), "steps": 20, "n_random": 1, "tolerance": 0.0, "compare": False}
     settings = StudySettings(protect=("refusal",), prefer="", **grid)
     run = study(model, settings, out=tmp_path / "run")
     assert run.chosen is None
