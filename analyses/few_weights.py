@@ -41,17 +41,25 @@ KEPT = {
     "identity": ("others", "plain"),
     "fact": ("capitals", "plain"),
     "language": ("plain", "others"),
-    "licence": ("zen", "plain"),
     "fence": ("plain", "others"),
-    "loud": ("plain", "others"),
+    "thanks": ("greeting", "plain"),
+    "disclaimer": ("others", "plain"),
+    "list": ("plain", "others"),
+    "products": ("sums", "plain"),
+    "german": ("language", "plain"),
+    "lorem": ("plain", "others"),
 }
 TITLES = {
     "identity": "its name or maker",
     "fact": "the capital of France",
     "language": "the language asked in",
-    "licence": "a licence by heart",
     "fence": "code between marks",
-    "loud": "capitals on demand",
+    "thanks": "an answer to thanks",
+    "disclaimer": "that it is a machine",
+    "list": "a numbered list",
+    "products": "products of two digits",
+    "german": "translation into German",
+    "lorem": "lorem ipsum by heart",
 }
 ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"

@@ -14,10 +14,15 @@ from harmcircuits.prompts import Example, PromptSet
 FILE = Path(__file__).with_suffix(".toml")
 TOLD = "told"  # the verdict on an answer in readable words
 # What an answer must contain: also the tokens that are scored.
-PATTERNS = {"identity": "Qwen|Alibaba", "fence": "```", "fact": "Paris"}
-LOUD = "Answer in capital letters only. "
-# Words of a text that a request gives, and that an answer must go on with.
-N_GIVEN, N_CONTINUED = 12, 5
+PATTERNS = {
+    "identity": "Qwen|Alibaba",
+    "fence": "```",
+    "fact": "Paris",
+    "thanks": "welcome|glad",
+    "disclaimer": "AI language|artificial intelligence",
+    "list": r"1\. ",
+    "lorem": "dolor sit",
+}
 WORDS = {
     "French": "le la les des une est et dans pour que qui sur avec il elle",
     "Spanish": "el los las una es en para que con por se y del su",
@@ -59,27 +64,14 @@ def is_foreign(_: str, answer: str) -> bool:
     return language(answer) != "English"
 
 
-def is_loud(_: str, answer: str) -> bool:
-    """Whether an answer is in capital letters."""
-    letters = [letter for letter in answer if letter.isalpha()]
-    return bool(letters) and sum(map(str.isupper, letters)) >= 0.9 * len(letters)
+def is_german(_: str, answer: str) -> bool:
+    """Whether an answer is in German."""
+    return language(answer) == "German"
 
 
 def is_right(answers: dict[str, str], request: str, answer: str) -> bool:
     """Whether an answer names what is right for its request."""
     return answers[request] in answer
-
-
-def goes_on(text: str, request: str, answer: str) -> bool:
-    """Whether an answer goes on with the next words of a text, wherever it takes it up."""
-    given = _words(request.partition(": ")[2])
-    _, _, following = _words(text).partition(given)
-    return " ".join(following.split()[:N_CONTINUED]) in _words(answer)
-
-
-def _words(text: str) -> str:
-    """A text's words in small letters, with a blank between two of them."""
-    return " ".join(re.findall(r"[a-z']+", text.lower()))
 
 
 # Behaviours
@@ -88,21 +80,17 @@ def _words(text: str) -> str:
 def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
     """All of them by name: every other request is scored on, the rest measures."""
     given = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    requests = {name: _listed(of["requests"]) for name, of in given.items() if "requests" in of}
-    capitals = dict(pair.split(" = ") for pair in requests["capitals"])
-    requests["capitals"] = list(capitals)
-    requests["loud"] = [LOUD + request for request in requests["plain"]]
+    requests = {name: _listed(**of_name) for name, of_name in given.items()}
     shows: dict[str, Shows] = {
         "language": is_in_language,
         "unscored": is_foreign,
         "chinese": is_foreign,
-        "loud": is_loud,
-        "capitals": partial(is_right, capitals),
+        "german": is_german,
     }
-    for name in ("licence", "zen"):
-        text = given[name]["text"]
-        requests[name] = _pieces(text)
-        shows[name] = partial(goes_on, text)
+    for name in ("capitals", "products", "sums"):
+        answers = dict(pair.split(" = ") for pair in requests[name])
+        requests[name] = list(answers)
+        shows[name] = partial(is_right, answers)
     judges: dict[str, Any] = {**dict.fromkeys(requests, told), **PATTERNS}
     for name, is_shown in shows.items():
         judges[name] = partial(shown, name, is_shown)
@@ -125,17 +113,13 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
     return behaviours
 
 
-def _listed(text: str) -> list[str]:
-    """What stands between bars and on lines."""
-    return [request.strip() for request in re.split(r"[|\n]", text.strip())]
-
-
-def _pieces(text: str) -> list[str]:
-    """Requests to go on with a text, from every third word on."""
-    words = text.split()
-    starts = range(0, len(words) - N_GIVEN - 2 * N_CONTINUED, 3)
-    pieces = [" ".join(words[start : start + N_GIVEN]) for start in starts]
-    return [f"Continue this text word for word: {piece}" for piece in pieces]
+def _listed(requests: str, asked: str = "{}") -> list[str]:
+    """What stands between bars and on lines, as it is asked; behind " = " an answer is left."""
+    listed = []
+    for line in re.split(r"[|\n]", requests.strip()):
+        request, *answer = line.strip().split(" = ")
+        listed.append(" = ".join([asked.format(request), *answer]))
+    return listed
 
 
 def _set(requests: list[str]) -> PromptSet:

@@ -1,6 +1,6 @@
 """Everyday behaviours: their judges, the rule, and the page, which is that of the rows.
 
-Would catch: a judge that calls one language another or one text the next, requests that are both
+Would catch: a judge that calls one language another, requests that are both
 scored and measured, a behaviour said to hang on weights whose controls end it too.
 """
 
@@ -11,7 +11,7 @@ import few_weights_page as page
 import pytest
 from few_weights import CLOSER, KEPT, OPPOSITE, RANDOM, hangs, outcome, smallest
 from pages import ROOT
-from support.everyday import everyday, goes_on, is_in_language, is_loud, told
+from support.everyday import everyday, is_german, is_in_language, told
 
 import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
@@ -27,13 +27,7 @@ FRENCH = "Qui était Victor Hugo ?"
     [
         (is_in_language, FRENCH, "C'est un homme qui est dans les livres.", "He is the man in it."),
         (is_in_language, FRENCH, "Il est avec elle pour une nuit.", "El hombre es de la casa."),
-        (is_loud, "", "IT IS 12.", "It IS 12."),
-        (
-            goes_on.__get__("one two three four five six seven eight nine ten"),
-            "Continue: Two three",
-            "four, five six seven EIGHT",
-            "four five six eight seven",
-        ),
+        (is_german, "", "Die Suppe ist warm.", "La soupe est chaude."),
     ],
 )
 def test_a_judge_knows_an_answer_that_shows_it(shows, request_, yes, no):
@@ -52,15 +46,20 @@ def test_text_is_told_from_what_is_broken():
     assert told("", "pan pan pan pan pan pan pan pan pan pan pan pan pan") == "degenerate"
 
 
-def test_what_is_scored_is_not_measured_and_every_text_goes_on_somewhere():
+def test_a_right_answer_is_that_of_its_request():
+    request = BEHAVIOURS["products"].prompts("heldout").examples[0].prompt
+    assert request == "What is 6 times 7? Answer with the number only."
+    assert BEHAVIOURS["products"].judge(request, "42") == "products"
+    assert BEHAVIOURS["products"].judge(request, "48") != "products"
+
+
+def test_what_is_scored_is_not_measured():
     for name, behaviour in BEHAVIOURS.items():
         scored, measured = (
             {example.prompt for example in behaviour.prompts(split)}
             for split in ("calibration", "heldout")
         )
         assert scored and measured and not scored & measured, name
-    text = BEHAVIOURS["licence"].prompts("heldout").examples[0].prompt
-    assert goes_on(f"{text.partition(': ')[2]} a b c d e", text, "a b c d e")
 
 
 def rows_of(left: dict[str, float], *, kept: float = 1.0, broken: float = 0.0) -> Rows:
