@@ -9,7 +9,8 @@
 # **Aims.** *loss*: the target's loss (the gates' up to 4 nats). *error*: the share of its tokens that a
 # draw would miss. *refuse*: its loss, and the model's own refusals preferred, behind the same beginning.
 # *deflect*: its loss, and the benign twin's own answers preferred: to the same item, behind the harmful
-# request. *parting*: the loss of those tokens alone in which a harmful answer differs from that one.
+# request. *parting*: the loss of those tokens alone in which a harmful answer differs from that one. *owed*: the loss
+# of each token as far as the model's own behind a benign request, so what the answer owes to its request.
 #
 # **The rule, fixed before the run** (30 November 2026). All on held-out requests. At a size a mask counts
 # if its loss on benign answers rises by at most 0.05 nats, no other ability's by more than 0.1, and no
@@ -41,23 +42,31 @@ from time import process_time
 
 import numpy as np
 import pandas as pd
+import torch
 import tyro
 from rich.console import Console
 from support.bench.cases import part_of
 from support.jobs import Job, run_jobs
 from support.models import ModelSpec
+from torch import Tensor
 
 import harmcircuits as hc
 from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import preferred_batches
-from harmcircuits.hooks.objectives import completion_loss, token_error
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.objectives import (
+    Objective,
+    completion_loss,
+    token_error,
+    token_losses,
+)
 from harmcircuits.organisms import FOLDER
 from harmcircuits.prompts import Batch
 from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.002)
-ENGINE, AIMS = "gates", ("loss", "error", "parting", "refuse", "deflect")
+ENGINE, AIMS = "gates", ("loss", "error", "parting", "owed", "refuse", "deflect")
 REFUSE = ("sft", "dpo")
 PREFERRED = {"refuse": "refusal", "deflect": "benign"}
 ROWS = Path(__file__).parent / "rows" / "ends.jsonl"
@@ -95,7 +104,8 @@ def found(model: hc.Model, data: Mapping[str, Calibration], aim: str) -> list[hc
         twins = preferred_batches(model, data["harmful"], "harmful", "benign", protected)
         batches = parting(data["harmful"].batches, twins["preferred"])
         return hc.find_circuit(model.bridge, batches, spared, size=SIZES)
-    objective = token_error if aim == "error" else completion_loss
+    own = {"error": token_error, "owed": owed(data["benign"].batches[0])}
+    objective = own.get(aim, completion_loss)
     model = model.with_behaviours(replace(model.behaviour("harmful"), objective=objective))
     prefer = PREFERRED.get(aim, "")
     return model.find_circuit("harmful", size=SIZES, prefer=prefer, calibrations=data)
@@ -108,6 +118,33 @@ def parting(batches: Sequence[Batch], others: Sequence[Batch]) -> list[Batch]:
         differs = batch.tokens != other.tokens
         apart.append(Batch(batch.tokens, batch.is_target & differs))
     return apart
+
+
+def owed(neutral: Batch) -> Objective:
+    """What answers owe to their requests: the loss of each token, as far as behind the first of these."""
+    first, is_target = neutral.tokens[0], neutral.is_target[0]
+    request = first[: int(is_target.int().argmax())]
+    known: dict[tuple[int, ...], Tensor] = {}
+
+    def bounds(bridge: Bridge, answer: Tensor) -> Tensor:
+        # A search asks about every text before it masks, so these are of the model as it is.
+        key = tuple(answer.tolist())
+        if key not in known:
+            tokens = torch.cat([request, answer])
+            text = Batch(tokens[None], (torch.arange(len(tokens)) >= len(request))[None])
+            with torch.no_grad():
+                known[key] = token_losses(bridge, text)[0, len(request) - 1 :]
+        return known[key]
+
+    def objective(bridge: Bridge, batch: Batch) -> Tensor:
+        losses = token_losses(bridge, batch)
+        values = []
+        for tokens, is_target, of_text in zip(batch.tokens, batch.is_target, losses, strict=True):
+            of_answer = of_text[is_target[1:]]
+            values.append(torch.minimum(of_answer, bounds(bridge, tokens[is_target])).mean())
+        return torch.stack(values)
+
+    return objective
 
 
 # %% [markdown]

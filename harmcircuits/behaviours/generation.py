@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.bridge import Bridge, unhooked
 from harmcircuits.hooks.checks import refuse_not_finite_texts, refuse_requests
 from harmcircuits.hooks.masking import is_edited
 from harmcircuits.hooks.weights import weights_digest
@@ -210,7 +210,8 @@ def _continued(
     is_token = torch.arange(width) >= n_padding[:, None]  # [batch, pos]
     logits = _Finite()
     model: Any = bridge.original_model
-    with torch.no_grad(), _own_settings_off(model):
+    without_hooks = nullcontext() if _is_hooked(bridge) else unhooked(bridge)
+    with torch.no_grad(), without_hooks, _own_settings_off(model):
         generated = model.generate(
             input_ids=tokens.to(bridge.cfg.device),
             attention_mask=is_token.long().to(bridge.cfg.device),

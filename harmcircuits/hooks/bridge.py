@@ -1,6 +1,7 @@
 """Bridges: what this package needs of a model, and the bridge of what a user passes."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -77,3 +78,35 @@ def as_bridge(model: Any) -> Bridge:
 
     given = f"{type(bridge).__module__}.{type(bridge).__name__}"
     raise ValueError(f"expected a TransformerBridge or a harmcircuits.Model, not {given}: {REMEDY}")
+
+
+@contextmanager
+def unhooked(bridge: Bridge) -> Iterator[None]:
+    """While open, `bridge.original_model` runs without hook points: the same function, faster."""
+    # A bridge stands in the place of each module that it wraps, and modules lie within modules.
+    # It stays where it holds copies of what was fused: these are the weights that masks edit.
+    wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def unwrap(module: nn.Module) -> None:
+        for name, child in list(module.named_children()):
+            inner = child
+            while (original := getattr(inner, "original_component", None)) is not None:
+                inner = original
+            if not _memory(child) <= _memory(inner):
+                continue
+            if inner is not child:
+                wrapped.append((module, name, child))
+                setattr(module, name, inner)
+            unwrap(inner)
+
+    try:
+        unwrap(bridge.original_model)
+        yield
+    finally:
+        for module, name, child in wrapped:
+            setattr(module, name, child)
+
+
+def _memory(module: nn.Module) -> set[int]:
+    """Where its weights lie."""
+    return {weight.untyped_storage().data_ptr() for weight in module.parameters()}

@@ -1,7 +1,8 @@
 """Greedy answers against token-by-token argmax, samples against the softmax, kept against made anew.
 
 Would catch: padding that reaches the answers, answers out of order, a prefill that is dropped or
-scored, samples that depend on what else is asked, answers of a masked model kept as its own.
+scored, samples that depend on what else is asked, answers of a masked model kept as its own, hook
+points that change what is said.
 """
 
 from collections import Counter
@@ -9,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import small_model, write_byte_model
+from helpers import ARCHITECTURES, random_batch, random_mask, small_model, write_byte_model
 from transformers import AutoTokenizer
 
 from harmcircuits.behaviours import generation
 from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.hooks.bridge import unhooked
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.organisms import load_organism
@@ -174,6 +176,21 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     assert len(calls) == 3
     assert generate(bridge, prompts, max_new_tokens=9, cache=cache) == own
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_hook_points_a_model_is_the_same_function(open_model, name):
+    bridge, tokens = open_model(name), random_batch().tokens
+    modules = list(bridge.original_model.modules())
+    with masked(bridge, random_mask(bridge)), torch.no_grad():
+        expected = bridge(tokens)
+        with unhooked(bridge):
+            logits = bridge.original_model(tokens).logits
+            assert len(list(bridge.original_model.modules())) < len(modules)
+    assert list(bridge.original_model.modules()) == modules
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    bound = 16 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("prefill", ["", "a b"])
