@@ -248,16 +248,17 @@ class Claim:
         models: Sequence[str] = (),
         seeds: int = 0,
         small: bool = False,
+        workers: int = 1,
         **options: Any,
     ) -> Rows:
-        """The rows of the experiment: committed, or of a run."""
+        """The rows of the experiment: committed, or of a run; its workers are where joblib is told."""
         if self._is_script:
             return self._of_command_line()
         if out is None and not small:
             return self._committed()
         with TemporaryDirectory() as temporary:
             run = ClaimOptions(
-                Path(out or temporary), tuple(models), workers=1, seeds=seeds, small=small
+                Path(out or temporary), tuple(models), workers=workers, seeds=seeds, small=small
             )
             return self._run(run, options)
 

@@ -83,7 +83,8 @@ def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
 def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
     """The rows of every job as it ends; then the first error, if there was one."""
     # Imported here: only several workers need it.
-    from joblib import Parallel, delayed, parallel_config
+    from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
 
     errors: list[Exception] = []
 
@@ -94,19 +95,24 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
             yield delayed(_rows_or_error)(job)
 
     # Tasks are handed out only as workers are free, so that few jobs still start after an error.
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        pool = Parallel(workers, return_as="generator_unordered", pre_dispatch=str(workers))
-        for outcome in pool(tasks()):
-            if isinstance(outcome, Rows):
-                yield outcome
-            else:
-                errors.append(cast(Exception, outcome))
+    # They run on this machine, or where a caller's joblib.parallel_config says: a Dask or Ray cluster.
+    backend: Any = get_active_backend()[0]
+    return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray
+    pool = Parallel(workers, return_as=return_as, pre_dispatch=str(workers))
+    for outcome in pool(tasks()):
+        if isinstance(outcome, Rows):
+            yield outcome
+        else:
+            errors.append(cast(Exception, outcome))
     if errors:
         raise errors[0]
 
 
 def _rows_or_error(job: Job) -> Rows | Exception:
-    """An error comes back as a value, so that the jobs under way can end."""
+    """In a worker, on one thread. An error comes back as a value, so that jobs under way can end."""
+    import torch
+
+    torch.set_num_threads(1)
     try:
         return _timed(job)
     except Exception as error:
