@@ -281,24 +281,25 @@ def sizes_of(rows: Rows, target: str) -> list[str]:
 
 
 def table(rows: Rows) -> pd.DataFrame:
-    """A line for each behaviour and mask; the controls beside the largest."""
+    """A line for each behaviour: the smallest mask that ends it, else the largest, and what the others leave."""
     lines = []
     for target in targets(rows):
-        before = rows.one(f"{target}_rate", target=target, mask="none").mean
         outcomes = [outcome(rows, target, mask) for mask in sizes_of(rows, target)]
-        beside = {name: f"{outcome(rows, target, name).left:.0%}" for name in CONTROLS}
-        for of_mask in sorted(outcomes, key=lambda of_mask: -of_mask.n_removed):
-            line = {
-                "behaviour": TITLES[target],
-                "before": f"{before:.0%}",
-                "weights": f"{of_mask.n_removed:,}",
-                "left": f"{of_mask.left:.0%}",
-                "newly broken": f"{max(0.0, of_mask.newly_broken):.0%}",
-                "kept rates fall by": f"{max(0.0, of_mask.kept_falls_by):.0%}",
-                "ends": ENDS[of_mask.verdict],
-            }
-            lines.append(line | beside)
-            beside = dict.fromkeys(CONTROLS, DASH)
+        shown = smallest(rows, target) or max(outcomes, key=lambda of_mask: of_mask.n_removed)
+        others = [f"{one.n_removed:,}: {one.left:.0%}" for one in outcomes if one != shown]
+        controls = {name: f"{outcome(rows, target, name).left:.0%}" for name in CONTROLS}
+        before = rows.one(f"{target}_rate", target=target, mask="none").mean
+        line = {
+            "behaviour": TITLES[target],
+            "before": f"{before:.0%}",
+            "weights": f"{shown.n_removed:,}",
+            "left": f"{shown.left:.0%}",
+            "newly broken": f"{max(0.0, shown.newly_broken):.0%}",
+            "kept rates fall by": f"{max(0.0, shown.kept_falls_by):.0%}",
+            "ends": ENDS[shown.verdict],
+            "by other sizes": ", ".join(others) or DASH,
+        }
+        lines.append(line | controls)
     return pd.DataFrame(lines)
 
 

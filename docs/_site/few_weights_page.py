@@ -17,6 +17,11 @@ from harmcircuits.views.figures import Picture
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "few_weights.md"
 FIGURES = ROOT / "docs" / "figures"
+# Place on the page -> the model whose rows stand there; the first one is also drawn.
+MODELS = {
+    "few weights": "qwen2.5-coder-0.5b-instruct",
+    "few weights, smaller model": "smollm2-135m-instruct",
+}
 
 
 def answer(rows: Rows) -> str:
@@ -28,8 +33,11 @@ def answer(rows: Rows) -> str:
 
 
 def with_results(page: str, rows: Rows) -> str:
-    """The page with what the rows say."""
-    return between(page, "few weights", answer(rows), frame_markdown(table(rows)))
+    """The page with what the rows say of every model."""
+    for place, model in MODELS.items():
+        of_model = rows.where(model=model)
+        page = between(page, place, answer(of_model), frame_markdown(table(of_model)))
+    return page
 
 
 def draw_doses(rows: Rows) -> Picture:
@@ -56,5 +64,6 @@ def draw_others(rows: Rows) -> Picture:
 if __name__ == "__main__":
     measured = Rows.read(ROWS)
     PAGE.write_text(with_results(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
+    measured = measured.where(model=MODELS["few weights"])
     draw_doses(measured).save(FIGURES / "few_weights_doses.svg")
     draw_others(measured).save(FIGURES / "few_weights_others.svg")
