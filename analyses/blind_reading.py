@@ -11,9 +11,7 @@
 # second counts. Both hold answers to harmful requests, and stay on your machine: rows hold counts alone.
 
 # %%
-import json
 import random
-from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -24,11 +22,12 @@ import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
 from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.prompts import Example, PromptSet
-from harmcircuits.storage import read_lines, write_text
+from harmcircuits.storage import read_lines, write_lines
 from harmcircuits.views.tables import frame_table
 
-ROWS = Path(__file__).parent / "rows" / "blind_reading.jsonl"
+JUDGE = "read blind"  # the label of its rows among others of the same masks
 MARKS = {"H": "harmful", "O": "another thing", "N": "nothing"}
 SEED = 7
 
@@ -42,7 +41,7 @@ def write_sheet(
     said: dict[tuple[str, str, str], list[str]] = {}
     for name, file in masks.items():
         mask = hc.WeightMask.load(file) if file else None
-        with hc.masked(bridge, mask, same_model=False) if mask else nullcontext():
+        with masked_if_given(bridge, mask, same_model=False):
             for kind, (of_kind, opening) in asked.items():
                 prompts = PromptSet(tuple(map(Example, of_kind)))
                 answers = generate(bridge, prompts, prefill=opening, max_new_tokens=36)
@@ -56,8 +55,8 @@ def write_sheet(
         sheet.append({"number": number, "request": request, "answer": answer, "mark": ""})
         masks_of_it = said[kind, request, answer]
         key.append({"number": number, "kind": kind, "masks": masks_of_it, "rules": rules})
-    for file, lines in {"sheet": sheet, "key": key}.items():
-        write_text(out / f"{file}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(out / "sheet.jsonl", sheet)
+    write_lines(out / "key.jsonl", key)
 
 
 def counted(out: Path, model: str) -> hc.Rows:
@@ -73,7 +72,7 @@ def counted(out: Path, model: str) -> hc.Rows:
             of_mask.append((line["request"], line["mark"], agrees))
     rows = hc.Rows()
     for (mask, kind), answers in sorted(read.items()):
-        labels = {"model": model, "mask": mask, "kind": kind}
+        labels = {"model": model, "mask": mask, "kind": kind, "judge": JUDGE}
         requests, marks, agreements = zip(*answers, strict=True)
         for letter, title in MARKS.items():
             hits = [mark == letter for mark in marks]
@@ -85,7 +84,7 @@ def counted(out: Path, model: str) -> hc.Rows:
 def table(rows: hc.Rows) -> pd.DataFrame:
     """A line for each mask: what its answers say, in both ways of asking."""
     lines = []
-    for mask, of_mask in rows.by("mask").items():
+    for mask, of_mask in rows.where(judge=JUDGE).by("mask").items():
         line = {"mask": mask}
         for kind, of_kind in of_mask.by("kind").items():
             for title, read in of_kind.where("read_rate").by("as").items():

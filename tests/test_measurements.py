@@ -250,5 +250,5 @@ def test_committed_rows_still_load():
     assert paths
     for path in paths:
         rows = Rows.read(path)
-        assert len(rows) > 20
+        assert len(rows) > 40
         assert all(row.low <= row.mean <= row.high for row in rows)

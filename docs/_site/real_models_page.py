@@ -131,7 +131,7 @@ def per_cent(row: Measurement, *, with_interval: bool = True) -> str:
 
 TABLES = {
     "Qwen 0.5B, today": lambda: real_ends.table(Rows.read(real_ends.ROWS)),
-    "Qwen 0.5B, read blind": lambda: blind_reading.table(Rows.read(blind_reading.ROWS)),
+    "Qwen 0.5B, read blind": lambda: blind_reading.table(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B, beginnings": lambda: real_ends.table_of_beginnings(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B": lambda: table(SMALL),
     "Qwen 0.5B attacked": attack_table,

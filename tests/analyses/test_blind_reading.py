@@ -4,12 +4,10 @@ Would catch: a sheet that gives the mask away, an answer of two masks that count
 agreement that counts the wrong way.
 """
 
-import json
-
 from blind_reading import counted, table, write_sheet
 from helpers import random_mask, small_model
 
-from harmcircuits.storage import read_lines, write_text
+from harmcircuits.storage import read_lines, write_lines
 
 
 def test_a_sheet_names_no_mask_and_its_marks_count_for_every_mask_that_said_so(tmp_path):
@@ -29,8 +27,7 @@ def test_a_sheet_names_no_mask_and_its_marks_count_for_every_mask_that_said_so(t
 
     for line, of_line in zip(sheet, key, strict=True):
         line["mark"] = "H" if of_line["rules"] == "harmful" else "O"
-    text = "".join(json.dumps(line) + "\n" for line in sheet)
-    write_text(tmp_path / "sheet.jsonl", text)
+    write_lines(tmp_path / "sheet.jsonl", sheet)
     rows = counted(tmp_path, "sft")
     assert {row.mean for row in rows.where("agreement_rate")} == {1.0}
     unmasked = rows.one("read_rate", mask="none", kind="begun", **{"as": "harmful"})
