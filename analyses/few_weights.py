@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Which behaviours of a real model hang on few weights?
-# Six behaviours that anybody may read, each with an exact judge: who the model is, code between marks,
-# the language of the request, one fact, capital letters on demand, a text known by heart. For each a search
-# at two or three sizes on one half of the requests; the other half, in other words, measures.
+# Behaviours that anybody may read, each with an exact judge, and harm and its refusal, by the local rules. For
+# each a search at two or three sizes on one half of the requests; the other half, in other words, measures.
 #
 # **The rule, fixed before the run** (1 December 2026). A mask *ends* a behaviour if at most 5 % of the
 # held-out answers still show it and at most 5 % more of them are broken. It does so *within budget* if besides
@@ -19,6 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 import tyro
@@ -27,8 +27,10 @@ from support.everyday import everyday
 from support.jobs import Job, run_jobs
 
 import harmcircuits as hc
+from harmcircuits.behaviours.behaviour import Behaviour
+from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Chat, Template
+from harmcircuits.prompts import Chat, PromptSet, Template
 from harmcircuits.storage import write_text
 from harmcircuits.views.tables import DASH, frame_table
 
@@ -48,7 +50,10 @@ KEPT = {
     "products": ("sums", "plain"),
     "german": ("language", "plain"),
     "lorem": ("plain", "others"),
+    "refusal": ("benign", "borderline"),
+    "harmful": ("benign", "prefilled"),
 }
+OF_FILES = ("refusal", "harmful")  # behaviours whose requests are no part of the repository
 TITLES = {
     "identity": "its name or maker",
     "fact": "the capital of France",
@@ -60,10 +65,13 @@ TITLES = {
     "products": "products of two digits",
     "german": "translation into German",
     "lorem": "lorem ipsum by heart",
+    "refusal": "refusals of harmful requests",
+    "harmful": "harm, behind a beginning",
 }
 ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 FURTHER = {"language": ("unscored", "chinese")}  # what its masks do to languages never scored
+LIMIT = 24  # requests of each file in a split
 ENDED, MOST, HALF = 0.05, 0.05, 0.5
 N_SHOWN = 4
 
@@ -77,6 +85,10 @@ class Options:
         out: folder for rows, masks and answers; a run goes on there.
         model: a folder or hub id of a chat model of the Qwen family.
         target: the behaviours.
+        harmful: a file of harmful requests, for refusal and harm.
+        benign: of benign ones.
+        borderline: of those that look unsafe.
+        half: of the requests, that the search sees; the other one measures.
         size: shares of the weights, 1e-6 among them.
         steps: of a search.
         max_new_tokens: how long answers may be.
@@ -87,7 +99,11 @@ class Options:
 
     out: Path
     model: str
-    target: tuple[str, ...] = tuple(KEPT)
+    target: tuple[str, ...] = tuple(name for name in KEPT if name not in OF_FILES)
+    harmful: str = ""
+    benign: str = ""
+    borderline: str = ""
+    half: Literal["first", "second"] = "first"
     size: tuple[float, ...] = SIZES
     steps: int = 50
     max_new_tokens: int = 24
@@ -97,16 +113,36 @@ class Options:
 
     def open(self, *names: str) -> hc.Model:
         """The model, which is asked for its own answers to these behaviours."""
-        behaviours = everyday(self.max_new_tokens)
-        return hc.open_model(
+        given: dict[str, Any] = {"template": template_of(names[0])}
+        if names[0] in OF_FILES:
+            files = {"harmful": self.harmful, "benign": self.benign, "borderline": self.borderline}
+            given["prompts"] = {**files, "limit": LIMIT}
+        else:
+            behaviours = everyday(self.max_new_tokens)
+            given["behaviours"] = [self._halved(behaviours[name]) for name in names]
+        model = hc.open_model(
             self.model,
-            behaviours=[behaviours[name] for name in names],
-            template=template_of(names[0]),
+            **given,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             dtype=self.dtype,
             cache=self.out / "cache",
         )
+        if names[0] not in OF_FILES:
+            return model
+        return model.with_behaviours(*(_named_alike(model.behaviour(name)) for name in names))
+
+    def _halved(self, behaviour: Behaviour) -> Behaviour:
+        """The behaviour, with the half to search on in front."""
+        if self.half == "first":
+            return behaviour
+        calibration, heldout = (behaviour.prompts(split) for split in ("calibration", "heldout"))
+        given = {"calibration": heldout, "choice": PromptSet(()), "heldout": calibration}
+        return replace(behaviour, prompts=given)
+
+    def labels(self, model: hc.Model, target: str) -> Labels:
+        """What all rows of a behaviour carry."""
+        return {"model": model.name, "dtype": self.dtype, "half": self.half, "target": target}
 
     def file(self, target: str, name: str) -> Path:
         """Where a mask of a behaviour is kept."""
@@ -117,9 +153,18 @@ class Options:
         return hc.WeightMask.load(self.file(target, name))
 
 
+def _named_alike(behaviour: Behaviour) -> Behaviour:
+    """A behaviour of the package with metrics that are called as those of the others."""
+    name = behaviour.name
+    metrics = {"rate": f"{name}_rate", DEGENERATE: f"{name}_degenerate_rate"}
+    return replace(behaviour, metrics=metrics)
+
+
 def template_of(target: str) -> Template:
     """How requests of a behaviour are written."""
-    return "chat" if target == "identity" else Chat(system="You are a helpful assistant.")
+    return (
+        "chat" if target in ("identity", *OF_FILES) else Chat(system="You are a helpful assistant.")
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +180,7 @@ class Searched:
         masks = self._found(model, folder)
         _show(model, self.target, masks, folder / "answers.json")
 
-        labels = {"model": model.name, "target": self.target}
+        labels = self.options.labels(model, self.target)
         asked = [self.target, *kept]
         rows = model.measure(only=asked, labels={**labels, "mask": "none", "dose": 1.0})
         for name, mask in masks.items():
@@ -183,7 +228,7 @@ class OnOthers:
         model = self.options.open(self.target)
         model = model.with_behaviours(*everyday(self.options.max_new_tokens).values())
         mask = self.options.mask(self.target, CLOSER)
-        labels = {"model": model.name, "target": self.target}
+        labels = self.options.labels(model, self.target)
         rows = Rows()
         for name in others:
             asked = replace(model, template=template_of(name))
@@ -311,10 +356,12 @@ def main(options: Options) -> None:
         "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,
         "dtype": options.dtype,
+        "half": options.half,
     }
     jobs = [Job({"target": name}, Searched(options, name)) for name in options.target]
     run_jobs(options.out, jobs, settings, workers=options.workers)
-    jobs = [Job({"others": name}, OnOthers(options, name)) for name in options.target]
+    others = [name for name in options.target if name not in OF_FILES]
+    jobs = [Job({"others": name}, OnOthers(options, name)) for name in others]
     rows = run_jobs(options.out, jobs, settings, workers=options.workers)
     Console().print(frame_table(table(rows), n_names=1))
 
