@@ -1,16 +1,21 @@
 """What scores cost, on one model with random weights and the same examples.
 
 - plain: forward and backward with `param.grad` on the scored matrices, nothing per example.
-- removal effect, SNIP: the library's scores; bounded: with a quarter of the accumulators at a time.
+- removal effect, token price, SNIP: the library's scores; bounded: with a quarter of the accumulators
+  at a time.
 - one by one: a pass for each example, absolute values of `param.grad` added in float32.
 - layer by layer: the scheme of the published code, written from its description: for each layer, a
   pass for each example, added in bfloat16. Timed on a few examples and multiplied.
 
 Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike;
-figures are medians over turns with the whole range.
+figures are medians over turns with the whole range. Under `torchrun` each process runs the baselines on
+all examples, and the library's scores on its share.
 """
 
+import os
+import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +24,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 import transformers
 import tyro
+from torch import distributed
 
 import harmcircuits as hc
 from harmcircuits.hooks.gradients import frozen
@@ -44,9 +51,18 @@ class Shape:
 
 
 ORGANISM = transformers.AutoConfig.from_pretrained(FOLDER / "base")
+QWEN = transformers.Qwen2Config(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 SHAPES = {
     "organism": Shape(ORGANISM, examples=128, length=16, batch_size=64),
-    "gpt2-small": Shape(transformers.GPT2Config(), examples=16, length=64, batch_size=8),
+    "gpt2-small": Shape(transformers.GPT2Config(), examples=32, length=64, batch_size=8),
+    "qwen2.5-0.5b": Shape(QWEN, examples=32, length=64, batch_size=16),
 }
 
 
@@ -118,32 +134,59 @@ def compared(
     runs: dict[str, tuple[Callable[[], Any], float]],
     unit: str,
     labels: Labels,
-    device: str,
     turns: int,
 ) -> Rows:
-    """The seconds of every contender, times a factor, and their ratio to those of one of them."""
-    for run, _ in runs.values():
-        run()  # warms up caches and kernels
+    """The seconds of every contender, times a factor, their ratio to those of one, and its memory."""
+    memory = {name: peak(run) for name, (run, _) in runs.items()}  # warms up caches and kernels
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, (run, factor) in runs.items():
+            if distributed.is_initialized():
+                distributed.barrier()
             start = perf_counter()
             run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize(device)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             times[name].append(factor * (perf_counter() - start))
     rows = Rows()
     for name, of_turns in times.items():
+        where = {**labels, "method": name}
         ratios = [time / base for time, base in zip(of_turns, times[unit], strict=True)]
         for metric, values in (("seconds", of_turns), (f"ratio_to_{unit}", ratios)):
             figures = (median(values), min(values), max(values))
-            rows += [Measurement(metric, {**labels, "method": name}, *figures, turns)]
+            rows += [Measurement(metric, where, *figures, turns)]
+        rows += [Measurement.exact("peak_bytes", where, memory[name])]
     return rows
 
 
-def benchmark(bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int) -> Rows:
+def peak(run: Callable[[], Any]) -> int:
+    """How many bytes a call takes at most, beside those that are taken before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    process, is_done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    seen = [before]
+
+    def look() -> None:
+        while not is_done.wait(0.005):
+            seen.append(process.memory_info().rss)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    run()
+    is_done.set()
+    looking.join()
+    return max(seen) - before
+
+
+def benchmark(
+    bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int, only: Sequence[str] = ()
+) -> Rows:
     """Scores, selection and masks of one model."""
-    device, batches = str(labels["device"]), random_batches(size)
+    batches = random_batches(size)
     weights = hc.named_weights(bridge)
     n_scored = sum(weight.numel() for weight in weights.values())
     # In bytes: a quarter of the 4 a weight, or what one matrix takes.
@@ -153,12 +196,14 @@ def benchmark(bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int)
     scores = {
         "plain": (partial(plain, bridge, batches), 1.0),
         "removal effect": (partial(hc.removal_effect, bridge, batches), 1.0),
+        "token price": (partial(hc.token_price, bridge, batches), 1.0),
         "SNIP": (partial(hc.snip_scores, bridge, batches), 1.0),
         "bounded": (partial(hc.removal_effect, bridge, batches, max_memory=bound), 1.0),
         "one by one": (partial(one_by_one, bridge, some), times),
         "layer by layer": (partial(layer_by_layer, bridge, some), times),
     }
-    rows = compared(scores, "plain", labels, device, turns)
+    scores = {name: run for name, run in scores.items() if name in (only or scores)}
+    rows = compared(scores, "plain", labels, turns)
 
     random = hc.random_scores(bridge)
     choose = partial(hc.top_fraction, random, min(0.1, 42_000 / n_scored), within="model")
@@ -169,7 +214,7 @@ def benchmark(bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int)
             pass
 
     edits = {"selection": (choose, 1.0), "mask": (apply_and_restore, 1.0)}
-    return rows + compared(edits, "mask", {**labels, "weights": mask.n_removed}, device, turns)
+    return rows + compared(edits, "mask", {**labels, "weights": mask.n_removed}, turns)
 
 
 def main(
@@ -178,15 +223,38 @@ def main(
     dtype: str = "float32",
     turns: int = 5,
     few: int = 2,
+    only: tuple[str, ...] = (),
     out: Path | None = None,
 ) -> None:
-    """Times of scores, selection and masks, as a table, and as rows in a file."""
-    labels = {"shape": shape, "device": device, "dtype": dtype, "threads": torch.get_num_threads()}
+    """Times of scores, selection and masks, as a table, and as rows in a file.
+
+    Args:
+        shape: of the model.
+        device: a torch device.
+        dtype: of the model.
+        turns: of all contenders.
+        few: examples of which the slow ones are timed.
+        only: contenders, plain among them; all by default.
+        out: a file that the rows are appended to.
+    """
+    if "RANK" in os.environ:  # started by torchrun
+        distributed.init_process_group("gloo")
+    n_processes = distributed.get_world_size() if distributed.is_initialized() else 1
     bridge = random_bridge(SHAPES[shape], device, getattr(torch, dtype))
-    rows = benchmark(bridge, SHAPES[shape], labels, turns=turns, few=few)
+    labels: Labels = {"shape": shape, "device": device, "dtype": dtype, "processes": n_processes}
+    labels = {**labels, "threads": torch.get_num_threads(), "commit": commit()}
+    rows = benchmark(bridge, SHAPES[shape], labels, turns=turns, few=few, only=only)
+    if n_processes > 1 and distributed.get_rank():
+        return
     print(rows.frame(index="method", columns="metric").to_string())
     if out:
         rows.append_to(out)
+
+
+def commit() -> str:
+    """The commit of the checkout, for a history."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

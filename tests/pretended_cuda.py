@@ -1,7 +1,8 @@
 """A pretended GPU: tensors lie in host memory but carry a device, and mixing them raises as CUDA does.
 
 Every tensor is of "cpu" or "cuda"; what autograd makes is of none and takes what it meets. Free, as
-with CUDA: scalars, indices on the CPU, `copy_` and `to`. It says nothing of numbers or speed.
+with CUDA: scalars, indices on the CPU, `copy_` and `to`. It counts what would make the host wait for
+the device, and says nothing of numbers or speed.
 """
 
 from itertools import chain
@@ -17,6 +18,7 @@ FREE = {
     "copy_", "to", "cpu", "__get__", "__set__", "detach", "set_", "backward", "register_hook",
     "register_post_accumulate_grad_hook", "requires_grad_", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
+WAITING = {"cpu", "item", "tolist", "nonzero", "equal", "__bool__", "__int__", "__float__"}
 VIEWS = ("T", "mT", "data", "grad")
 
 
@@ -42,10 +44,25 @@ def move(bridge) -> None:
     bridge.cfg.device = "cuda:0"
 
 
+def _waits(name, args) -> bool:
+    """Whether the host would wait for what the device computes."""
+    tensors = [leaf for leaf in tree_leaves(args[:2]) if isinstance(leaf, torch.Tensor)]
+    if not tensors or device_of(tensors[0]) == "cpu":
+        return False
+    by_truth = any(tensor.dtype == torch.bool for tensor in tensors[1:])
+    to_host = name == "to" and any(str(value) == "cpu" for value in args[1:])
+    return name in WAITING or to_host or (name == "__getitem__" and by_truth)
+
+
 class PretendedCuda(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        self.waits += _waits(name, args)
         if name == "__get__":
             return self._attribute(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

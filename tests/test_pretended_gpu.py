@@ -1,7 +1,7 @@
 """On a GPU, pretended: every public function and a study meet no tensor of another device.
 
 Would catch: what was made on the CPU met by what is on the model's device, a tensor that numpy
-cannot read. Numbers and speed need a real one (`test_a_gpu.py`).
+cannot read, a score that waits for the device at every matrix. It says nothing of numbers or speed.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import small_model
-from pretended_cuda import PretendedCuda, move
+from pretended_cuda import PretendedCuda, device_of, move
 
 import harmcircuits as hc
 from harmcircuits.behaviours.generation import GenerationCache, Sampling
@@ -23,10 +23,10 @@ from harmcircuits.studies.controls import unpruned_scores
 def gpu():
     """An organism on the pretended GPU, and its answers."""
     model = small_model("sft", every=32)
-    with PretendedCuda():
+    with PretendedCuda() as pretended:
         move(model.bridge)
         data = model.calibrations(["harmful", "benign", "refusal", "recognition"])
-        yield model, data
+        yield model, data, pretended
 
 
 def on_gpu(batches):
@@ -44,12 +44,13 @@ def test_the_pretence_refuses_what_cuda_does():
 
 
 def test_scores_masks_and_losses(gpu):
-    model, data = gpu
+    model, data, _ = gpu
     bridge, harm, benign = model.bridge, data["harmful"].batches, data["benign"].batches
     scores = hc.removal_effect(bridge, harm)
     hc.removal_effect(bridge, on_gpu(harm))
     hc.removal_effect(bridge, harm, max_memory=2**19)
     price = hc.token_price(bridge, benign)
+    assert all(device_of(values) == "cuda" for values in price.values.values())
     for make in (hc.snip_scores, hc.wanda_scores):
         make(bridge, harm)
     hc.random_scores(bridge)
@@ -71,8 +72,23 @@ def test_scores_masks_and_losses(gpu):
     hc.estimate_memory(bridge, harm)
 
 
+def test_a_score_and_a_check_seldom_wait_for_the_device(gpu):
+    model, data, pretended = gpu
+    bridge, harm = model.bridge, data["harmful"].batches
+    mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
+    before = pretended.waits
+    hc.removal_effect(bridge, harm)
+    of_score = pretended.waits - before
+    hc.completion_nll(bridge, harm, mask=mask)
+    of_check = pretended.waits - before - of_score
+    # Losses, values that are not finite, and the digest of the weights, once each.
+    assert 0 < of_score <= 10
+    # Once a matrix that the mask edits, where it is lifted.
+    assert of_check <= len(mask.removed) + 4
+
+
 def test_searches_and_edits(gpu, tmp_path):
-    model, data = gpu
+    model, data, _ = gpu
     bridge, harm = model.bridge, data["harmful"].batches
     options = {"size": 0.001, "calibrations": data, "protect": ["benign", "refusal"]}
     mask = model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
@@ -90,7 +106,7 @@ def test_searches_and_edits(gpu, tmp_path):
 
 
 def test_answers_and_activations(gpu, tmp_path):
-    model, data = gpu
+    model, data, _ = gpu
     bridge, harm = model.bridge, data["harmful"].batches
     mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
     sampled = replace(model, sampling=Sampling(2), cache=GenerationCache(tmp_path, bridge))
@@ -102,7 +118,7 @@ def test_answers_and_activations(gpu, tmp_path):
 
 
 def test_b1_a_study_that_protects_two_behaviours(gpu, tmp_path):
-    model, _ = gpu
+    model, _, _ = gpu
     settings = hc.StudySettings(sizes=(0.001,), steps=1, n_random=1, compare=False)
     run = hc.study(model, settings, protect=("benign", "refusal"), out=tmp_path / "run")
     assert run.rows

@@ -44,6 +44,7 @@ from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, para
 from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection, UnpaddedText, batched, unpadded
+from harmcircuits.hooks.weights import on_host
 from harmcircuits.measurements import Label, Measurement, Rows
 from harmcircuits.prompts import Batch
 from harmcircuits.storage import mapped_copy, read_tensors, write_tensors
@@ -480,17 +481,25 @@ class Gates:
         gain = torch.zeros_like(gate)
         are_few = len(candidates) <= FEW * self.n_weights
 
-        def add(site: Site, gradient: Float[Tensor, " _"]) -> None:
-            change = candidates.weights[site.name] * gradient.float().cpu()
-            gain.index_add_(0, candidates.gate_of[site.name], change)
+        found: list[tuple[str, Float[Tensor, " _"]]] = []  # of one batch
 
         def receive(site: Site, gradient: Tensor) -> None:
-            add(site, gradient.flatten()[candidates.mask.removed[site.name].to(gradient.device)])
+            index = candidates.mask.removed[site.name].to(gradient.device)
+            found.append((site.name, gradient.flatten()[index]))
 
         def receive_pair(site: Site, x: Input, g: OutputGradient) -> None:
             first, second = (g, x) if site.input_axis == 1 else (x, g)
             index = candidates.mask.removed[site.name]
-            add(site, _entries(first.flatten(0, 1), second.flatten(0, 1), index, are_few))
+            entries = _entries(first.flatten(0, 1), second.flatten(0, 1), index, are_few)
+            found.append((site.name, entries))
+
+        def add_found() -> None:
+            # Not in the backward pass, which would wait for the host at every matrix.
+            gradients = on_host([gradient.float() for _, gradient in found])
+            for (name, _), gradient in zip(found, gradients, strict=True):
+                change = candidates.weights[name] * gradient
+                gain.index_add_(0, candidates.gate_of[name], change)
+            found.clear()
 
         sites = {name: self.sites[name] for name in candidates.mask.removed}
         hooked = {name: site for name, site in sites.items() if site.is_hooked}
@@ -503,14 +512,14 @@ class Gates:
             hook_pairs(self.bridge, hooked, receive_pair),
             parameter_gradients(unhooked, receive),
         ):
-            rises = self._backward()
+            rises = self._backward(add_found)
         for texts, rise in zip(self.texts, rises, strict=True):
             texts.weigh(rise)
             if self.step % TRACED_EVERY == 0:
                 self._note("seen_rise", {"step": self.step, "data": texts.name}, rise)
         return gain / candidates.sizes
 
-    def _backward(self) -> list[float]:
+    def _backward(self, after_batch: Callable[[], None]) -> list[float]:
         """Backward passes of a step's loss; the mean rise of each kind of texts."""
         drawn = []
         for kind, texts in enumerate(self.texts):
@@ -524,25 +533,27 @@ class Gates:
             size = ceil(len(of_objective) / n_batches)
             for start in range(0, len(of_objective), size):
                 pairs = of_objective[start : start + size]
-                self._backward_of(pairs, objective, rises)
+                for kind, rise in enumerate(self._backward_of(pairs, objective)):
+                    rises[kind] += rise / self.texts[kind].n_drawn
+                after_batch()
         return rises
 
-    def _backward_of(
-        self, pairs: Sequence[tuple[int, int]], objective: Objective, rises: list[float]
-    ) -> None:
-        """The backward pass of one batch, by kind and number of its texts."""
+    def _backward_of(self, pairs: Sequence[tuple[int, int]], objective: Objective) -> list[float]:
+        """The backward pass of one batch of texts, by kind and number; the rise of each kind."""
         examples = [self.texts[kind].examples[number] for kind, number in pairs]
         (batch,) = batched(examples, len(examples))
         now = objective(self.bridge, batch).float()
         before = torch.stack([self.texts[kind].before[number] for kind, number in pairs])
         rise = now - before.to(now.device)
-        kinds = torch.tensor([kind for kind, _ in pairs], device=now.device)
         loss = now.new_zeros(())
+        sums = []
         for kind, texts in enumerate(self.texts):
-            is_of_kind = kinds == kind
-            loss = loss + texts.part_of_loss(now[is_of_kind], rise[is_of_kind])
-            rises[kind] += rise[is_of_kind].sum().item() / texts.n_drawn
+            places = [place for place, (of, _) in enumerate(pairs) if of == kind]
+            of_kind = torch.tensor(places, dtype=torch.long, device=now.device)
+            loss = loss + texts.part_of_loss(now[of_kind], rise[of_kind])
+            sums.append(rise[of_kind].detach().sum())
         loss.backward()
+        return torch.stack(sums).tolist()
 
     @property
     def _batch_size(self) -> int:

@@ -3,8 +3,8 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -119,33 +119,71 @@ def model_fingerprint(bridge: Bridge) -> str:
     """Sixteen hex digits that tell checkpoints apart and do not change under a mask."""
     # Matrices by name and shape; embeddings and norms by name and up to 1024 of their values,
     # rounded to bfloat16.
-    digest = hashlib.sha256()
+    parts = []
     for name, tensor in _stored_tensors(bridge).items():
         if MATRIX_NAME.fullmatch(name):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            parts.append(
+                (f"{name}{tuple(tensor.shape)}", tensor.new_empty(0, dtype=torch.bfloat16))
+            )
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 1024)
-            # A slice of what is stored in bfloat16 is not copied, and has gaps.
-            sample = flat[::step][:1024].to("cpu", torch.bfloat16).contiguous()
-            digest.update(name.encode())
-            digest.update(sample.view(torch.uint8).numpy().data)
+            parts.append((name, flat[::step][:1024].to(torch.bfloat16)))
+    digest = hashlib.sha256()
+    _digest(digest, parts)
     return digest.hexdigest()[:16]
 
 
 def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
     """Sixteen hex digits of all weights as they are now, or as they are in another dtype."""
     digest = hashlib.sha256(model_fingerprint(bridge).encode())
+    _digest(digest, _parts(bridge, dtype))
+    return digest.hexdigest()[:16]
+
+
+def _parts(bridge: Bridge, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """All weights a part at a time, with the name of what begins with it."""
     seen = set()
     for name, parameter in bridge.named_parameters():
         if parameter.is_meta or parameter.data_ptr() in seen:  # tied embeddings
             continue
         seen.add(parameter.data_ptr())
         stored = dtype or parameter.dtype
-        digest.update(f"{name} {stored} {tuple(parameter.shape)}".encode())
+        title = f"{name} {stored} {tuple(parameter.shape)}"
         for part in parameter.detach().flatten().split(CHUNK):  # bounds what is copied at once
-            digest.update(part.to("cpu", stored).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+            yield title, part.to(stored)
+            title = ""
+
+
+def _digest(digest: Any, parts: Iterable[tuple[str, Tensor]]) -> None:
+    """Add titles and values to a digest."""
+    for group in _chunks(parts):
+        values = on_host([part for _, part in group])
+        for (title, _), part in zip(group, values, strict=True):
+            digest.update(title.encode())
+            digest.update(part.view(torch.uint8).numpy().data)
+
+
+def _chunks(parts: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """As many parts at a time as have a chunk of values together."""
+    group: list[tuple[str, Tensor]] = []
+    size = 0
+    for title, part in parts:
+        group.append((title, part))
+        size += part.numel()
+        if size >= CHUNK:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat tensors on the CPU: neighbours of one device and dtype go in one transfer."""
+    moved: list[Tensor] = []
+    for _, alike in groupby(tensors, key=lambda tensor: (tensor.device, tensor.dtype)):
+        group = list(alike)
+        moved += torch.cat(group).cpu().split([len(tensor) for tensor in group])
+    return moved
 
 
 def sources_on(bridge: Bridge) -> Callable[..., Source]:
