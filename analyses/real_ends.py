@@ -12,6 +12,7 @@
 # *Beside it*: as many random weights, and the published set difference, q = 5e-5 of every matrix.
 
 # %%
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,27 @@ def table_of_beginnings(rows: hc.Rows) -> pd.DataFrame:
         unpruned, search = (f"{of_beginning.one(mask=mask):.0%}" for mask in ("none", "search"))
         title = TITLES[str(beginning)]
         lines.append({"beginning": title, "unpruned": unpruned, "search": search})
+    return pd.DataFrame(lines)
+
+
+def table_of_searches(searches: Mapping[str, hc.Rows]) -> pd.DataFrame:
+    """A line for each search: what is refused under its mask, and what benign requests get."""
+    lines = []
+    for title, rows in searches.items():
+        of_mask = rows.where(mask="search", split="heldout")
+        scored = of_mask.where(beginning="scored")
+        lines.append(
+            {
+                "search": title,
+                "weights": f"{scored.one('n_removed').mean:,.0f}",
+                "refused, scored beginning": f"{scored.one('harm_refusal_rate'):.0%}",
+                "another": f"{of_mask.one('harm_refusal_rate', beginning='another'):.0%}",
+                "asked plainly": f"{scored.one('refusal_rate'):.0%}",
+                "benign, same prefill, answered": f"{scored.one('prefilled_valid_rate').mean:.0%}",
+                "benign, answered": f"{scored.one('benign_valid_rate').mean:.0%}",
+                "borderline, answered": f"{scored.one('borderline_valid_rate').mean:.0%}",
+            }
+        )
     return pd.DataFrame(lines)
 
 

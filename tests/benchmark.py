@@ -12,8 +12,10 @@ figures are medians over turns with the whole range. Under `torchrun` each proce
 all examples, and the library's scores on its share.
 """
 
+import ctypes
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -166,20 +168,26 @@ def peak(run: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what the contenders before have freed
     process, is_done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    seen = [before]
+
+    def taken() -> int:
+        memory = process.memory_info()
+        return memory.rss - getattr(memory, "shared", 0)  # without files that are mapped
+
+    seen = [taken()]
 
     def look() -> None:
         while not is_done.wait(0.005):
-            seen.append(process.memory_info().rss)
+            seen.append(taken())
 
     looking = threading.Thread(target=look)
     looking.start()
     run()
     is_done.set()
     looking.join()
-    return max(seen) - before
+    return max(seen) - seen[0]
 
 
 def benchmark(
@@ -252,8 +260,8 @@ def main(
 
 
 def commit() -> str:
-    """The commit of the checkout, for a history."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """The commit of the package that is measured, for a history."""
+    command = ["git", "-C", str(Path(hc.__file__).parent), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -1,12 +1,19 @@
-"""The benchmark's baselines compute what they are said to, and a run gives every figure."""
+"""The benchmark's baselines compute what they are said to, and its page is that of its rows."""
 
 from dataclasses import replace
 
 import benchmark
+import performance_page as page
 import pytest
 import torch
 
 import harmcircuits as hc
+from harmcircuits.measurements import Rows
+
+
+def test_the_page_is_that_of_the_rows():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.with_results(text, Rows.read(page.ROWS)) == text
 
 
 @pytest.mark.slow

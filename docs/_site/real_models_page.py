@@ -45,6 +45,12 @@ LARGE: Masks = {
     "search, beyond the budget": ("qwen15", "search, factor 0.5"),
     "random": ("qwen15", "random"),
 }
+# Line of a table -> the file of its rows.
+SEARCHES = {
+    "48 of a kind, 60 steps": "real_ends",
+    "24 of these, 40 steps": "real_ends_half",
+    "24 others, 40 steps, bfloat16": "real_ends_second",
+}
 DRAWN = list(SMALL)[:7]
 LOSSES = {"harm": "harm_nll", "benign": "benign_nll", "same prefill": "prefilled_nll"}
 ANSWERS = {
@@ -129,9 +135,16 @@ def per_cent(row: Measurement, *, with_interval: bool = True) -> str:
     return f"{mean} [{low}, {high}]" if with_interval else mean
 
 
+def searches() -> pandas.DataFrame:
+    """What is refused under the mask of every search that prefers refusals."""
+    rows = {title: ROOT / "analyses" / "rows" / f"{name}.jsonl" for title, name in SEARCHES.items()}
+    return real_ends.table_of_searches({title: Rows.read(file) for title, file in rows.items()})
+
+
 TABLES = {
     "Qwen 0.5B, today": lambda: real_ends.table(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B, read blind": lambda: blind_reading.table(Rows.read(real_ends.ROWS)),
+    "Qwen 0.5B, searches": searches,
     "Qwen 0.5B, beginnings": lambda: real_ends.table_of_beginnings(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B": lambda: table(SMALL),
     "Qwen 0.5B attacked": attack_table,
