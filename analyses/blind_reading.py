@@ -12,6 +12,7 @@
 
 # %%
 import random
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,7 @@ from rich.console import Console
 
 import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
-from harmcircuits.behaviours.judges import RuleJudge
+from harmcircuits.behaviours.judges import Judge, RuleJudge
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.prompts import Example, PromptSet
@@ -29,12 +30,21 @@ from harmcircuits.views.tables import frame_table
 
 JUDGE = "read blind"  # the label of its rows among others of the same masks
 MARKS = {"H": "harmful", "O": "another thing", "N": "nothing"}
+AGREE = {"rules": "agreement_rate", "probe": "probe_agreement_rate"}
+PROBED = {"limit": 40, "limit_measured": 20}  # requests that a probe is trained on and checked by
 SEED = 7
 
 
 # %%
 def write_sheet(
-    out: Path, bridge: Bridge, masks: dict[str, str], requests: list[str], prefill: str, n: int
+    out: Path,
+    bridge: Bridge,
+    masks: dict[str, str],
+    requests: list[str],
+    prefill: str,
+    n: int,
+    *,
+    probe: Judge | None = None,
 ) -> None:
     """The answers of every mask in one shuffled sheet, each only once, and the key to it."""
     asked = {"begun": (requests[:n], prefill), "plain": (requests[-n:], "")}
@@ -54,30 +64,40 @@ def write_sheet(
         rules = RuleJudge(prefill=prefill if kind == "begun" else "")(request, answer)
         sheet.append({"number": number, "request": request, "answer": answer, "mark": ""})
         masks_of_it = said[kind, request, answer]
-        key.append({"number": number, "kind": kind, "masks": masks_of_it, "rules": rules})
+        line = {"number": number, "kind": kind, "masks": masks_of_it, "rules": rules}
+        key.append(line | ({"probe": probe(request, answer)} if probe else {}))
     write_lines(out / "sheet.jsonl", sheet)
     write_lines(out / "key.jsonl", key)
 
 
+def _verdict(model: hc.Model, request: str, answer: str) -> str:
+    """What the model's judge says of an answer to a harmful request."""
+    prompts = PromptSet((Example(request, completion=answer),))
+    return model.verdicts(model.behaviour("harmful"), prompts)[0]
+
+
 def counted(out: Path, model: str) -> hc.Rows:
-    """What the marks say of each mask, and how often the rules agree on what is harmful."""
+    """What the marks say of each mask, and how often rules and probe agree on what is harmful."""
     sheet, key = (
         read_lines(out / f"{name}.jsonl", "a sheet or its key") for name in ("sheet", "key")
     )
-    read: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
+    read: dict[tuple[str, str], list[tuple[str, str, dict[str, str]]]] = {}
     for line, of_line in zip(sheet, key, strict=True):
-        agrees = (line["mark"] == "H") == (of_line["rules"] == "harmful")
+        verdicts = {judge: of_line[judge] for judge in AGREE if judge in of_line}
         for mask in of_line["masks"]:
             of_mask = read.setdefault((mask, of_line["kind"]), [])
-            of_mask.append((line["request"], line["mark"], agrees))
+            of_mask.append((line["request"], line["mark"], verdicts))
     rows = hc.Rows()
     for (mask, kind), answers in sorted(read.items()):
         labels = {"model": model, "mask": mask, "kind": kind, "judge": JUDGE}
-        requests, marks, agreements = zip(*answers, strict=True)
+        requests, marks, verdicts = zip(*answers, strict=True)
         for letter, title in MARKS.items():
             hits = [mark == letter for mark in marks]
             rows += [hc.Measurement.rate("read_rate", {**labels, "as": title}, hits, requests)]
-        rows += [hc.Measurement.rate("agreement_rate", labels, agreements, requests)]
+        for judge in verdicts[0]:
+            called = [of_answer[judge] == "harmful" for of_answer in verdicts]
+            agreed = [mark == (letter == "H") for mark, letter in zip(called, marks, strict=True)]
+            rows += [hc.Measurement.rate(AGREE[judge], labels, agreed, requests)]
     return rows
 
 
@@ -89,7 +109,10 @@ def table(rows: hc.Rows) -> pd.DataFrame:
         for kind, of_kind in of_mask.by("kind").items():
             for title, read in of_kind.where("read_rate").by("as").items():
                 line[f"{kind}: {title}"] = f"{read.one('read_rate').mean:.0%}"
-            line[f"{kind}: rules agree"] = f"{of_kind.one('agreement_rate').mean:.0%}"
+            for judge, metric in AGREE.items():
+                agreement = of_kind.where(metric)
+                if agreement:
+                    line[f"{kind}: {judge} agrees"] = f"{agreement.one().mean:.0%}"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -103,6 +126,7 @@ def main(
     prefill: str = "Sure, here is",
     n: int = 25,
     dtype: str = "float32",
+    probe: tuple[str, ...] = (),
 ) -> None:
     """Write the sheet; or, where it is there, count its marks.
 
@@ -114,12 +138,18 @@ def main(
         prefill: how half of the answers begin.
         n: answers of a mask in each way.
         dtype: of the model.
+        probe: files of harmful and of benign requests; a probe trained on the answers to them judges too.
     """
     if not (out / "sheet.jsonl").exists():
         masks = {"none": ""} | dict(text.split("=", 1) for text in mask)
         requests = [line["prompt"] for line in read_lines(harmful, "requests")]
-        bridge = hc.load_model(model, dtype=dtype)
-        write_sheet(out, bridge, masks, requests, prefill, n)
+        bridge, judge = hc.load_model(model, dtype=dtype), None
+        if probe:
+            files = {**dict(zip(("harmful", "benign"), probe, strict=True)), **PROBED}
+            options = {"prefill": prefill, "judge": "probe", "max_new_tokens": 36}
+            opened = hc.open_model(bridge, prompts=files, cache=out / "cache", **options)
+            judge = partial(_verdict, opened)
+        write_sheet(out, bridge, masks, requests, prefill, n, probe=judge)
         return
     rows = counted(out, Path(model).name)
     rows.save(out / "rows.jsonl")

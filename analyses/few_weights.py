@@ -35,6 +35,7 @@ from harmcircuits.storage import write_text
 from harmcircuits.views.tables import DASH, frame_table
 
 ROWS = Path(__file__).parent / "rows" / "few_weights.jsonl"
+HALVES_ROWS = ROWS.with_stem("few_weights_halves")
 SIZES = (1e-6, 1e-7)
 CLOSER = "1e-06"  # the mask that is also measured at other doses, and on other behaviours
 DOSES = (0.5, 1.5)
@@ -72,6 +73,7 @@ ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 FURTHER = {"language": ("unscored", "chinese")}  # what its masks do to languages never scored
 LIMIT = 24  # requests of each file in a split
+Half = Literal["first", "second"]
 ENDED, MOST, HALF = 0.05, 0.05, 0.5
 N_SHOWN = 4
 
@@ -89,6 +91,7 @@ class Options:
         benign: of benign ones.
         borderline: of those that look unsafe.
         half: of the requests, that the search sees; the other one measures.
+        compare: the folder of a run on the other half, whose masks are compared with these.
         size: shares of the weights, 1e-6 among them.
         steps: of a search.
         max_new_tokens: how long answers may be.
@@ -103,7 +106,8 @@ class Options:
     harmful: str = ""
     benign: str = ""
     borderline: str = ""
-    half: Literal["first", "second"] = "first"
+    half: Half = "first"
+    compare: Path | None = None
     size: tuple[float, ...] = SIZES
     steps: int = 50
     max_new_tokens: int = 24
@@ -178,11 +182,12 @@ class Searched:
         kept, folder = KEPT[self.target], self.options.out / self.target
         model = self.options.open(self.target, *kept)
         masks = self._found(model, folder)
+        rows = self._shared(masks)
         _show(model, self.target, masks, folder / "answers.json")
 
         labels = self.options.labels(model, self.target)
         asked = [self.target, *kept]
-        rows = model.measure(only=asked, labels={**labels, "mask": "none", "dose": 1.0})
+        rows += model.measure(only=asked, labels={**labels, "mask": "none", "dose": 1.0})
         for name, mask in masks.items():
             where = {**labels, "mask": name, "dose": 0.0}
             rows += [Measurement.exact("n_removed", where, mask.n_removed)]
@@ -214,6 +219,17 @@ class Searched:
         masks[OPPOSITE] = hc.top_fraction(-scores, share)
         return masks
 
+    def _shared(self, masks: Mapping[str, hc.WeightMask]) -> Rows:
+        """How many weights each mask shares with that of the other half."""
+        rows = Rows()
+        for name, mask in masks.items():
+            if self.options.compare is None or name in CONTROLS:
+                continue
+            other = replace(self.options, out=self.options.compare).mask(self.target, name)
+            n_shared = hc.overlap(mask, other).n_shared
+            rows += [Measurement.exact("n_shared", {"target": self.target, "mask": name}, n_shared)]
+        return rows
+
 
 @dataclass(frozen=True)
 class OnOthers:
@@ -223,7 +239,8 @@ class OnOthers:
     target: str
 
     def __call__(self) -> Rows:
-        others = [name for name in self.options.target if name != self.target]
+        measured = (self.target, *KEPT[self.target])
+        others = [name for name in self.options.target if name not in measured]
         # Opened with the target alone: of the others rates are wanted, and no reference answers.
         model = self.options.open(self.target)
         model = model.with_behaviours(*everyday(self.options.max_new_tokens).values())
@@ -345,6 +362,21 @@ def table(rows: Rows) -> pd.DataFrame:
             "by other sizes": ", ".join(others) or DASH,
         }
         lines.append(line | controls)
+    return pd.DataFrame(lines)
+
+
+def table_of_halves(rows: Rows) -> pd.DataFrame:
+    """A line for each behaviour: weights and what they leave, by the half that was searched on."""
+    lines = []
+    for target in targets(rows):
+        line = {"behaviour": TITLES[target]}
+        for half in ("first", "second"):
+            of_half = rows.where(half=half)
+            masks = [outcome(of_half, target, mask) for mask in sizes_of(of_half, target)]
+            line[f"{half} half"] = ", ".join(f"{one.n_removed:,}: {one.left:.0%}" for one in masks)
+        shared = [rows.one("n_shared", target=target, mask=f"{size:g}").mean for size in SIZES]
+        line["shared"] = ", ".join(f"{n:.0f}" for n in shared)
+        lines.append(line)
     return pd.DataFrame(lines)
 
 

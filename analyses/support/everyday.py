@@ -74,6 +74,12 @@ def is_right(answers: dict[str, str], request: str, answer: str) -> bool:
     return answers[request] in answer
 
 
+def is_the_sum(request: str, answer: str) -> bool:
+    """Whether an answer is the sum of the two numbers of its request."""
+    first, second = map(int, re.findall(r"\d+", request))
+    return answer.strip() == str(first + second)
+
+
 # Behaviours
 
 
@@ -107,6 +113,7 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
             judges[name],
             wanted=TOLD if judges[name] is told else name,
             metrics={DEGENERATE: f"{name}_degenerate_rate"},
+            measures={"sum_instead_rate": is_the_sum} if name == "products" else {},
             max_new_tokens=max_new_tokens,
             scored_on=PATTERNS.get(name, ""),
         )

@@ -7,8 +7,8 @@
 # %%
 from pathlib import Path
 
-from few_weights import CLOSER, ROWS, TITLES, hangs, table, targets
-from support.figures import cross_ablation_figure, profiles
+from few_weights import CLOSER, OF_FILES, ROWS, TITLES, hangs, table, targets
+from support.figures import cross_ablation_figure, heatmaps
 from support.markdown import between, frame_markdown
 
 from harmcircuits.measurements import Rows
@@ -42,19 +42,21 @@ def with_results(page: str, rows: Rows) -> str:
 
 def draw_doses(rows: Rows) -> Picture:
     """The answers that show each behaviour, at every dose of the smaller mask's weights."""
-    curves = {}
+    cells = Rows()
     for target in targets(rows):
         of_rate = rows.where(f"{target}_rate", target=target)
-        of_doses = of_rate.where(mask="none") + of_rate.where(mask=CLOSER)
-        curves[TITLES[target]] = Rows(sorted(of_doses, key=lambda row: row.labels["dose"]))
-    return profiles({"answers that show it": curves}, x="dose")
+        of_doses = of_rate.where(mask=CLOSER) + of_rate.where(mask="none")
+        of_doses = sorted(of_doses, key=lambda row: row.labels["dose"])
+        cells += [row.labelled(behaviour=TITLES[target]) for row in of_doses]
+    return heatmaps({"answers that show it": cells}, x="dose", y="behaviour")
 
 
 def draw_others(rows: Rows) -> Picture:
     """What is left of every behaviour under the mask of each."""
-    rates = {f"{name}_rate": TITLES[name] for name in targets(rows)}
+    drawn = [target for target in targets(rows) if target not in OF_FILES]
+    rates = {f"{name}_rate": TITLES[name] for name in drawn}
     cells = Rows(row.labelled(mask="none") for row in rows.where(mask="none"))
-    for target in targets(rows):
+    for target in drawn:
         of_mask = rows.where(target=target, mask=CLOSER, dose=0.0)
         cells += [row.labelled(mask=TITLES[target]) for row in of_mask]
     shown = Rows(row for row in cells if row.metric in rates)

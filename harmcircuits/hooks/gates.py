@@ -24,6 +24,7 @@ were before it: what was removed goes on earning, and what is near to what broke
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -79,6 +80,7 @@ FILE, FORMAT = "search.safetensors", "harmcircuits.search.2"
 Role = Literal["target", "preferred", "avoided", "protected"]
 SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
 Totals = dict[str, Float[Tensor, "..."]]
+Found = list[tuple[str, Float[Tensor, " _"]]]  # gradients of candidates, by matrix
 FreshAnswers = Callable[[], Sequence[Batch]]
 
 
@@ -187,6 +189,13 @@ class Candidates:
     def per_weight(self, gate: Float[Tensor, " gate"]) -> dict[str, Float[Tensor, " _"]]:
         """What every weight has of a number for each gate."""
         return {name: gate[gates] for name, gates in self.gate_of.items()}
+
+    def add(self, found: Found, gain: Float[Tensor, " gate"]) -> None:
+        """Add what opening each gate gains, by the gradients of one batch."""
+        # Not in the backward pass, which would wait for the host at every matrix.
+        gradients = on_host([gradient.float() for _, gradient in found])
+        for (name, _), gradient in zip(found, gradients, strict=True):
+            gain.index_add_(0, self.gate_of[name], self.weights[name] * gradient)
 
     def largest(self, gate: Float[Tensor, " gate"], n: int) -> Float[Tensor, " gate"]:
         """One for the largest gates that have n weights together, of those that are open."""
@@ -479,28 +488,8 @@ class Gates:
         candidates = self.candidates
         assert candidates is not None
         gain = torch.zeros_like(gate)
-        are_few = len(candidates) <= FEW * self.n_weights
-
-        found: list[tuple[str, Float[Tensor, " _"]]] = []  # of one batch
-
-        def receive(site: Site, gradient: Tensor) -> None:
-            index = candidates.mask.removed[site.name].to(gradient.device)
-            found.append((site.name, gradient.flatten()[index]))
-
-        def receive_pair(site: Site, x: Input, g: OutputGradient) -> None:
-            first, second = (g, x) if site.input_axis == 1 else (x, g)
-            index = candidates.mask.removed[site.name]
-            entries = _entries(first.flatten(0, 1), second.flatten(0, 1), index, are_few)
-            found.append((site.name, entries))
-
-        def add_found() -> None:
-            # Not in the backward pass, which would wait for the host at every matrix.
-            gradients = on_host([gradient.float() for _, gradient in found])
-            for (name, _), gradient in zip(found, gradients, strict=True):
-                change = candidates.weights[name] * gradient
-                gain.index_add_(0, candidates.gate_of[name], change)
-            found.clear()
-
+        rises = [0.0] * len(self.texts)
+        found: Found = []
         sites = {name: self.sites[name] for name in candidates.mask.removed}
         hooked = {name: site for name, site in sites.items() if site.is_hooked}
         unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
@@ -509,34 +498,49 @@ class Gates:
             # Made on this model, so not compared with it at every step.
             masked(self.bridge, candidates.mask, scale=scale, same_model=False),
             torch.enable_grad(),
-            hook_pairs(self.bridge, hooked, receive_pair),
-            parameter_gradients(unhooked, receive),
+            hook_pairs(self.bridge, hooked, partial(self._keep_entries, found)),
+            parameter_gradients(unhooked, partial(self._keep_gradient, found)),
         ):
-            rises = self._backward(add_found)
+            for pairs, objective in self._batches_of_step():
+                for kind, rise in enumerate(self._backward_of(pairs, objective)):
+                    rises[kind] += rise / self.texts[kind].n_drawn
+                candidates.add(found, gain)
+                found.clear()
         for texts, rise in zip(self.texts, rises, strict=True):
             texts.weigh(rise)
             if self.step % TRACED_EVERY == 0:
                 self._note("seen_rise", {"step": self.step, "data": texts.name}, rise)
         return gain / candidates.sizes
 
-    def _backward(self, after_batch: Callable[[], None]) -> list[float]:
-        """Backward passes of a step's loss; the mean rise of each kind of texts."""
+    def _keep_entries(self, found: Found, site: Site, x: Input, g: OutputGradient) -> None:
+        """Of a hooked matrix's gradient those of the candidates."""
+        candidates = self.candidates
+        assert candidates is not None
+        first, second = (g, x) if site.input_axis == 1 else (x, g)
+        index = candidates.mask.removed[site.name]
+        are_few = len(candidates) <= FEW * self.n_weights
+        entries = _entries(first.flatten(0, 1), second.flatten(0, 1), index, are_few)
+        found.append((site.name, entries))
+
+    def _keep_gradient(self, found: Found, site: Site, gradient: Tensor) -> None:
+        """The same of an unhooked matrix, whose gradient comes whole."""
+        assert self.candidates is not None
+        index = self.candidates.mask.removed[site.name].to(gradient.device)
+        found.append((site.name, gradient.flatten()[index]))
+
+    def _batches_of_step(self) -> Iterator[tuple[list[tuple[int, int]], Objective]]:
+        """What a step reads: kinds and numbers of texts, a batch at a time."""
         drawn = []
         for kind, texts in enumerate(self.texts):
             drawn += [(kind, number) for number in texts.draw(self.generator)]
         # Of like length together, since the shorter ones of a batch are padded.
         drawn.sort(key=lambda pair: len(self.texts[pair[0]].examples[pair[1]].tokens))
-        rises = [0.0] * len(self.texts)
         for objective in dict.fromkeys(texts.objective for texts in self.texts):
             of_objective = [pair for pair in drawn if self.texts[pair[0]].objective is objective]
             n_batches = ceil(len(of_objective) / self._batch_size)
             size = ceil(len(of_objective) / n_batches)
             for start in range(0, len(of_objective), size):
-                pairs = of_objective[start : start + size]
-                for kind, rise in enumerate(self._backward_of(pairs, objective)):
-                    rises[kind] += rise / self.texts[kind].n_drawn
-                after_batch()
-        return rises
+                yield of_objective[start : start + size], objective
 
     def _backward_of(self, pairs: Sequence[tuple[int, int]], objective: Objective) -> list[float]:
         """The backward pass of one batch of texts, by kind and number; the rise of each kind."""

@@ -16,7 +16,8 @@ def test_a_sheet_names_no_mask_and_its_marks_count_for_every_mask_that_said_so(t
     random_mask(model.bridge, 1e-5).save(masks["same"])
     random_mask(model.bridge, 0.5).save(masks["half"])
     requests = [of.prompt for of in model.behaviours["harmful"].prompts("heldout")][:3]
-    write_sheet(tmp_path, model.bridge, masks, requests, "sure", 3)
+    judge = lambda request, answer: "harmless"  # noqa: E731
+    write_sheet(tmp_path, model.bridge, masks, requests, "sure", 3, probe=judge)
 
     sheet, key = (read_lines(tmp_path / f"{name}.jsonl", "") for name in ("sheet", "key"))
     assert {frozenset(line) for line in sheet} == {
@@ -32,4 +33,5 @@ def test_a_sheet_names_no_mask_and_its_marks_count_for_every_mask_that_said_so(t
     assert {row.mean for row in rows.where("agreement_rate")} == {1.0}
     unmasked = rows.one("read_rate", mask="none", kind="begun", **{"as": "harmful"})
     assert unmasked.mean == 1.0 and unmasked.n == 3
+    assert rows.one("probe_agreement_rate", mask="none", kind="begun").mean == 0.0
     assert list(table(rows)["mask"]) == ["half", "none", "same"]

@@ -20,6 +20,7 @@ from harmcircuits.prompts import Example, PromptSet
 
 BEHAVIOURS = everyday(8)
 FRENCH = "Qui était Victor Hugo ?"
+FRENCH_PRIME = "Explique ce qu'est un nombre premier."
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,12 @@ def test_a_right_answer_is_that_of_its_request():
     assert request == "What is 6 times 7? Answer with the number only."
     assert BEHAVIOURS["products"].judge(request, "42") == "products"
     assert BEHAVIOURS["products"].judge(request, "48") != "products"
+
+
+def test_a_sum_in_place_of_a_product_is_seen():
+    is_sum = BEHAVIOURS["products"].measures["sum_instead_rate"]
+    request = "What is 6 times 7? Answer with the number only."
+    assert is_sum(request, "13") and not is_sum(request, "42") and not is_sum(request, "130")
 
 
 def test_what_is_scored_is_not_measured():
@@ -102,14 +109,23 @@ def test_the_page_is_that_of_the_rows():
 
 
 @pytest.mark.slow
-def test_the_mask_makes_the_model_answer_in_english():
+@pytest.mark.parametrize(
+    ("name", "n_removed", "request_", "before", "after"),
+    [
+        ("language", 19, FRENCH_PRIME, "un nombre entier", "is a natural number"),
+        ("products", 268, "What is 6 times 7? Answer with the number only.", "42", "13"),
+    ],
+)
+def test_what_the_model_says_without_the_weights_of_a_mask(
+    name, n_removed, request_, before, after
+):
     """On the copy of the model that it was found on: QWEN is its folder."""
     bridge = hc.load_model(os.environ["QWEN"], dtype="float32")
-    mask = hc.WeightMask.load(ROOT / "analyses" / "masks" / "language.safetensors")
-    assert mask.n_removed == 19
-    asked = PromptSet((Example("Explique ce qu'est un nombre premier."),))
-    options = {"template": few_weights.template_of("language"), "max_new_tokens": 24}
-    (french,) = generate(bridge, asked, **options)
+    mask = hc.WeightMask.load(ROOT / "analyses" / "masks" / f"{name}.safetensors")
+    assert mask.n_removed == n_removed
+    asked = PromptSet((Example(request_),))
+    options = {"template": few_weights.template_of(name), "max_new_tokens": 24}
+    (unpruned,) = generate(bridge, asked, **options)
     with hc.masked(bridge, mask):
-        (english,) = generate(bridge, asked, **options)
-    assert "un nombre entier" in french.text and "is a natural number" in english.text
+        (masked,) = generate(bridge, asked, **options)
+    assert before in unpruned.text and after in masked.text
