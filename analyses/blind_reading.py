@@ -112,7 +112,7 @@ def table(rows: hc.Rows) -> pd.DataFrame:
             for judge, metric in AGREE.items():
                 agreement = of_kind.where(metric)
                 if agreement:
-                    line[f"{kind}: {judge} agrees"] = f"{agreement.one().mean:.0%}"
+                    line[f"{kind}: as the {judge}"] = f"{agreement.one().mean:.0%}"
         lines.append(line)
     return pd.DataFrame(lines)
 

@@ -51,6 +51,7 @@ SEARCHES = {
     "24 of these, 40 steps": "real_ends_half",
     "24 others, 40 steps, bfloat16": "real_ends_second",
 }
+SECOND = real_ends.ROWS.with_stem("real_ends_second")
 DRAWN = list(SMALL)[:7]
 LOSSES = {"harm": "harm_nll", "benign": "benign_nll", "same prefill": "prefilled_nll"}
 ANSWERS = {
@@ -144,6 +145,7 @@ def searches() -> pandas.DataFrame:
 TABLES = {
     "Qwen 0.5B, today": lambda: real_ends.table(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B, read blind": lambda: blind_reading.table(Rows.read(real_ends.ROWS)),
+    "Qwen 0.5B, read blind again": lambda: blind_reading.table(Rows.read(SECOND)),
     "Qwen 0.5B, searches": searches,
     "Qwen 0.5B, beginnings": lambda: real_ends.table_of_beginnings(Rows.read(real_ends.ROWS)),
     "Qwen 0.5B": lambda: table(SMALL),
