@@ -7,7 +7,17 @@
 # %%
 from pathlib import Path
 
-from few_weights import CLOSER, OF_FILES, ROWS, TITLES, hangs, table, targets
+from few_weights import (
+    CLOSER,
+    HALVES_ROWS,
+    OF_FILES,
+    ROWS,
+    TITLES,
+    hangs,
+    table,
+    table_of_halves,
+    targets,
+)
 from support.figures import cross_ablation_figure, heatmaps
 from support.markdown import between, frame_markdown
 
@@ -20,6 +30,7 @@ FIGURES = ROOT / "docs" / "figures"
 # Place on the page -> the model whose rows stand there; the first one is also drawn.
 MODELS = {
     "few weights": "qwen2.5-coder-0.5b-instruct",
+    "few weights, larger model": "qwen2.5-coder-1.5b-instruct",
     "few weights, smaller model": "smollm2-135m-instruct",
 }
 
@@ -37,7 +48,7 @@ def with_results(page: str, rows: Rows) -> str:
     for place, model in MODELS.items():
         of_model = rows.where(model=model)
         page = between(page, place, answer(of_model), frame_markdown(table(of_model)))
-    return page
+    return between(page, "halves", frame_markdown(table_of_halves(Rows.read(HALVES_ROWS))))
 
 
 def draw_doses(rows: Rows) -> Picture:
