@@ -243,7 +243,8 @@ def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     """Benign answers are not protected, and go with the others."""
     model = small_model("sft", only=["harmful", "benign", "refusal"])
     grid = {"sizes": (0.04,), "steps": 20, "n_random": 1, "tolerance": 0.0, "compare": False}
-    settings = StudySettings(protect=("refusal",), prefer="", **grid)
+    # Room for refusals, so that no check refuses the mask, whatever a processor rounds.
+    settings = StudySettings(protect=("refusal",), prefer="", budget={"refusal": 5.0}, **grid)
     run = study(model, settings, out=tmp_path / "run")
     assert run.chosen is None
     before = run.rows.where(mask="none", split="choice")
@@ -262,7 +263,8 @@ def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
             is_rate = row.labels["figure"] == "rate"
             metric = behaviour.metric if is_rate else behaviour.nll_metric
             assert row.mean == under.one(metric).mean - before.one(metric).mean
-            assert row.mean < 0 if is_rate else row.mean > settings.budget
+            budget = settings.budget_of(behaviour.name)
+            assert row.mean < 0 if is_rate else row.mean > budget
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "not kept: benign" in text and "not kept: benign" in page
 
