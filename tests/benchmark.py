@@ -3,6 +3,7 @@
 - plain: forward and backward with `param.grad` on the scored matrices, nothing per example.
 - removal effect, token price, SNIP: the library's scores; bounded: with a quarter of the accumulators
   at a time.
+- search: of one step; it scores all examples once, some of them as what is protected.
 - one by one: a pass for each example, absolute values of `param.grad` added in float32.
 - layer by layer: the scheme of the published code, written from its description: for each layer, a
   pass for each example, added in bfloat16. Timed on a few examples and multiplied.
@@ -201,12 +202,14 @@ def benchmark(
     bound = max(n_scored, 4 * max(weight.numel() for weight in weights.values()))
     some = [Batch(batches[0].tokens[:few], batches[0].is_target[:few])]
     times = size.examples / few
+    target, spared = batches[::2], batches[1::2]
     scores = {
         "plain": (partial(plain, bridge, batches), 1.0),
         "removal effect": (partial(hc.removal_effect, bridge, batches), 1.0),
         "token price": (partial(hc.token_price, bridge, batches), 1.0),
         "SNIP": (partial(hc.snip_scores, bridge, batches), 1.0),
         "bounded": (partial(hc.removal_effect, bridge, batches, max_memory=bound), 1.0),
+        "search": (partial(hc.find_circuit, bridge, target, [spared], size=1e-3, steps=1), 1.0),
         "one by one": (partial(one_by_one, bridge, some), times),
         "layer by layer": (partial(layer_by_layer, bridge, some), times),
     }

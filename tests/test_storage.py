@@ -222,7 +222,7 @@ def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkey
     sums = []
 
     def keep(search: Gates, folder: Path) -> None:
-        sums.extend(is_mapped(value, temporary) for value in search.benefit.values())
+        sums.extend(is_mapped(value, temporary) for value in search.slopes.values())
         plain_keep(search, folder)
 
     plain_keep = Gates.keep

@@ -1,4 +1,4 @@
-"""Mean gradients over the calibration data, in float32.
+"""Sums of gradients over the calibration data, in float32.
 
 In one pass or several of bounded memory, by one process or several of torch.distributed.
 """
@@ -29,8 +29,9 @@ GPU_SCRATCH = 2**26
 # What is added up of the gradient G^T X, where x and g stand for one position of one example:
 #   "signed"       sum over examples and positions of  g x^T
 #   "per example"  sum over examples of |sum over positions of g x^T|
-#   "per token"    sum over examples and positions of |g| |x|^T
-# Each is at most the next, in magnitude. The second costs a product an example.
+#   "per token"    sum over examples and positions of sign(W) |g| |x|^T
+# Each is at most the next, in magnitude. The second costs a product an example. The third has the
+# sign of its weight: times the weight it is positive, so that one sum can hold it and the first.
 Kind = Literal["signed", "per example", "per token"]
 
 
@@ -42,12 +43,36 @@ def mean_gradients(
     sites: Mapping[str, Site],
     kind: Kind = "signed",
     *,
+    factor: float = 1.0,
     max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
-    """The mean over examples x of dL_x/dW of every site; float32, shaped as stored."""
+    """A factor times the mean over examples x of dL_x/dW of every site; shaped as stored."""
+    means = {}
+    for group in memory_groups(sites, max_memory):
+        totals = {name: zeros(site) for name, site in group.items()}
+        add_gradients(bridge, batches, objective, group, totals, kind, factor)
+        for name in group:
+            # Taken out of `totals`: where it goes to a file, its memory is free again before that
+            # of the next group is taken.
+            mean = totals.pop(name)
+            means[name] = mean if max_memory is None else mapped_copy(mean)
+            del mean
+    return means
+
+
+def add_gradients(
+    bridge: Bridge,
+    batches: Sequence[Batch],
+    objective: Objective,
+    sites: Mapping[str, Site],
+    totals: Mapping[str, Tensor],
+    kind: Kind,
+    factor: float,
+) -> None:
+    """Add a factor times the mean gradients to `totals`, in place."""
     rank, n_processes = _place_among_processes()
     if n_processes > 1:
-        _refuse_differences(batches, sites, kind, max_memory)
+        _refuse_differences(batches, sites, kind, factor)
     # Dealt out like cards. Seven batches among three processes:
     #
     #     rank 0    0  3  6
@@ -57,24 +82,17 @@ def mean_gradients(
     is_own = []
     for number, batch in enumerate(batches):
         is_own += [number % n_processes == rank] * len(batch)
+    if rank:
+        for total in totals.values():
+            total.zero_()  # what is in them counts once
 
-    means = {}
-    for group in memory_groups(sites, max_memory):
-        totals = {name: _zeros(site) for name, site in group.items()}
-        losses = torch.zeros(len(is_own))
-        losses[is_own] = accumulate(bridge, own_batches, objective, group, totals, kind)
-        if n_processes > 1:
-            losses = _added_up(losses, totals)
-        refuse_not_finite(batches, losses, objective)
-        refuse_not_finite_gradients(totals, objective)
-
-        for name in group:
-            # Taken out of `totals`: where it goes to a file, its memory is free again before that
-            # of the next group is taken.
-            mean = totals.pop(name).div_(len(losses))
-            means[name] = mean if max_memory is None else mapped_copy(mean)
-            del mean
-    return means
+    losses = torch.zeros(len(is_own))
+    of_example = factor / len(is_own)
+    losses[is_own] = accumulate(bridge, own_batches, objective, sites, totals, kind, of_example)
+    if n_processes > 1:
+        losses = _added_up(losses, totals)
+    refuse_not_finite(batches, losses, objective)
+    refuse_not_finite_gradients(totals, objective)
 
 
 def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
@@ -108,8 +126,9 @@ def accumulate(
     sites: Mapping[str, Site],
     totals: Mapping[str, Tensor],
     kind: Kind,
+    factor: float,
 ) -> Float[Tensor, " n"]:
-    """Add these batches' gradients, summed over examples, to `totals`; the examples' losses."""
+    """Add a factor times these batches' gradients to `totals`; the examples' losses."""
     if not batches:
         return torch.empty(0)
     hooked = {name: site for name, site in sites.items() if site.is_hooked}
@@ -118,8 +137,8 @@ def accumulate(
         # A parameter's gradient is summed over its batch; that of one example is not.
         batches = _single_examples(batches)
 
-    add_pair = partial(_add_pair, totals=totals, kind=kind)
-    add_gradient = partial(_add_gradient, totals=totals, kind=kind)
+    add_pair = partial(_add_pair, totals=totals, kind=kind, factor=factor)
+    add_gradient = partial(_add_gradient, totals=totals, kind=kind, factor=factor)
     losses = []
     with (
         torch.enable_grad(),
@@ -146,17 +165,18 @@ def _add_pair(
     *,
     totals: Mapping[str, Tensor],
     kind: Kind,
+    factor: float,
 ) -> None:
     """A hooked matrix: its gradient is the product of its input and its output's gradient."""
     # In the orientation in which the weight is stored.
     first, second = (g, x) if site.input_axis == 1 else (x, g)
     total = totals[site.name]
     if kind == "per example":
-        add_absolute(first, second, total)
+        add_absolute(first, second, total, factor)
     elif kind == "per token":
-        add_signed(first.abs(), second.abs(), total)
+        add_product(first.abs(), second.abs(), total, factor, sign_of=site.parameter.detach())
     else:
-        add_signed(first, second, total)
+        add_product(first, second, total, factor)
 
 
 def _add_gradient(
@@ -165,33 +185,47 @@ def _add_gradient(
     *,
     totals: Mapping[str, Tensor],
     kind: Kind,
+    factor: float,
 ) -> None:
     """An unhooked matrix: its gradient comes whole, summed over the batch."""
-    totals[site.name].add_(gradient if kind == "signed" else gradient.abs())
+    if kind == "per example":
+        gradient = gradient.abs()
+    elif kind == "per token":
+        gradient = gradient.abs().copysign_(site.parameter.detach())
+    totals[site.name].add_(gradient, alpha=factor)
 
 
-def add_signed(
+def add_product(
     first: Float[Tensor, "batch pos a"],
     second: Float[Tensor, "batch pos b"],
     total: Float[Tensor, "a b"],
+    factor: float = 1.0,
+    *,
+    sign_of: Float[Tensor, "a b"] | None = None,
 ) -> None:
-    """Add the sum over examples and positions of first^T second to `total`, in float32."""
+    """Add a factor times the sum over examples and positions of first^T second, in float32."""
     first = first.flatten(0, 1)
     second = second.flatten(0, 1)
-    if first.dtype == second.dtype == torch.bfloat16:
-        total.add_(first.T @ second)
-    else:
-        total.addmm_(first.float().T, second.float())
+    if not first.dtype == second.dtype == torch.bfloat16:
+        first, second = first.float(), second.float()
+    if sign_of is None and first.dtype == torch.float32:
+        total.addmm_(first.T, second, alpha=factor)
+        return
+    product = first.T @ second
+    if sign_of is not None:
+        product.copysign_(sign_of)
+    total.add_(product, alpha=factor)
 
 
 def add_absolute(
     first: Float[Tensor, "batch pos a"],
     second: Float[Tensor, "batch pos b"],
     total: Float[Tensor, "a b"],
+    factor: float = 1.0,
     *,
     scratch: int | None = None,
 ) -> None:
-    """Add sum over examples x of |first_x^T second_x| to `total`, a block at a time."""
+    """Add a factor times the sum over examples x of |first_x^T second_x|, a block at a time."""
     n_rows, n_columns = total.shape
     if scratch is None:
         scratch = CPU_SCRATCH if total.device.type == "cpu" else GPU_SCRATCH
@@ -211,9 +245,9 @@ def add_absolute(
             products = buffer[: len(left), : len(total_block)]
             torch.bmm(left, right, out=products).abs_()
             if block_examples == 1:
-                total_block.add_(products[0])
+                total_block.add_(products[0], alpha=factor)
             else:
-                total_block.add_(products.sum(dim=0))
+                total_block.add_(products.sum(dim=0), alpha=factor)
 
 
 def _single_examples(batches: Sequence[Batch]) -> list[Batch]:
@@ -226,7 +260,8 @@ def _single_examples(batches: Sequence[Batch]) -> list[Batch]:
     return singles
 
 
-def _zeros(site: Site) -> Tensor:
+def zeros(site: Site) -> Tensor:
+    """Room for the sum of a matrix, where the matrix is."""
     parameter = site.parameter
     return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 
@@ -256,10 +291,10 @@ def _refuse_differences(
     batches: Sequence[Batch],
     sites: Mapping[str, Site],
     kind: Kind,
-    max_memory: int | None,
+    factor: float,
 ) -> None:
     """Check that every process was given the same batches, weights and options."""
-    digest = hashlib.sha256(f"{kind} {max_memory}".encode())
+    digest = hashlib.sha256(f"{kind} {factor}".encode())
     for batch in batches:
         digest.update(f"{tuple(batch.tokens.shape)}".encode())
         digest.update(batch.tokens.cpu().numpy().tobytes())

@@ -55,9 +55,9 @@ def removal_effect(
     bridge = as_bridge(bridge)
     refuse_batches("removal_effect", bridge, batches)
     sites = block_sites(bridge)
-    values = mean_gradients(bridge, batches, objective, sites, max_memory=max_memory)
+    values = mean_gradients(bridge, batches, objective, sites, factor=-1.0, max_memory=max_memory)
     for name, value in values.items():
-        value.mul_(_weight(sites[name], value)).neg_()
+        value.mul_(_weight(sites[name], value))
     source = source_on(bridge, "removal_effect", data_settings(batches, objective))
     return WeightScores(values, source)
 
@@ -133,7 +133,7 @@ def token_price(
     sites = block_sites(bridge)
     values = mean_gradients(bridge, batches, objective, sites, "per token", max_memory=max_memory)
     for name, value in values.items():
-        value.mul_(_weight(sites[name], value)).abs_()
+        value.mul_(_weight(sites[name], value))
     source = source_on(bridge, "token_price", data_settings(batches, objective))
     return WeightScores(values, source)
 

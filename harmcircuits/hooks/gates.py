@@ -38,7 +38,7 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.accumulation import Kind, mean_gradients
+from harmcircuits.hooks.accumulation import Kind, add_gradients, memory_groups, zeros
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
@@ -75,7 +75,7 @@ TRIES, FEWER = 12, 0.95  # where a check refuses a mask
 FURTHER = 0.05  # of the steps of the descent, before the next try
 TRACED_EVERY = 10  # steps
 CHECKED_AFTER = 5  # steps
-FILE, FORMAT = "search.safetensors", "harmcircuits.search.2"
+FILE, FORMAT = "search.safetensors", "harmcircuits.search.3"
 
 Role = Literal["target", "preferred", "avoided", "protected"]
 SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
@@ -173,6 +173,24 @@ class Texts:
         self.multiplier = min(MOST_MULTIPLIER, max(LEAST_MULTIPLIER, multiplier))
 
 
+@dataclass(frozen=True)
+class Benefit(Mapping[str, Tensor]):
+    """What removing each weight is worth, W times its slope: made a matrix at a time."""
+
+    sites: Mapping[str, Site]
+    slopes: Totals
+
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        slope = self.slopes[name]
+        return slope * self.sites[name].parameter.detach().to(slope)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slopes)
+
+    def __len__(self) -> int:
+        return len(self.slopes)
+
+
 @dataclass
 class Candidates:
     """The weights that may be chosen for now, in units that open together."""
@@ -229,7 +247,7 @@ class Candidates:
 
 @dataclass
 class Gates:
-    """A search under way: its texts, the benefit of every weight, and how far gates are open."""
+    """A search under way: its texts, the slope of every weight, and how far gates are open."""
 
     bridge: Bridge
     texts: Sequence[Texts]
@@ -247,7 +265,7 @@ class Gates:
     stage: int = 0  # how many parts and smaller sizes are done
     step: int = 0
     unit: float = 0.0  # of a stride
-    benefit: Totals = field(default_factory=dict)
+    slopes: Totals = field(default_factory=dict)  # the benefit over the weight: the only sum
     candidates: Candidates | None = None
     gate: Tensor = field(default_factory=lambda: torch.empty(0))
     momentum: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -376,8 +394,11 @@ class Gates:
 
     # Scores, and the candidates that they make
 
+    @torch.inference_mode(False)
     def _score(self, mask: WeightMask | None) -> None:
-        """Add to the benefit of every weight, under the mask so far."""
+        """Add to the slope of every weight, under the mask so far."""
+        if not self.slopes:
+            self.slopes = {name: self._kept(zeros(site)) for name, site in self.sites.items()}
         for texts in self.texts:
             if texts.role != "protected":
                 self._add_scores(texts, mask, "signed", texts.weight * SIGNS[texts.role])
@@ -386,29 +407,27 @@ class Gates:
                 self._add_scores(texts, mask, "per token", -FACTOR)
 
     def _add_scores(self, texts: Texts, mask: WeightMask | None, kind: Kind, factor: float) -> None:
-        with masked_if_given(self.bridge, mask), of_data(texts.name):
-            gradients = mean_gradients(
-                self.bridge,
-                texts.batches,
-                texts.objective,
-                self.sites,
-                kind,
-                max_memory=self.max_memory,
-            )
-        # Outside the mask: here the weights are whole.
-        for name in self.sites:
-            # Popped: the gradients of the next texts need their memory.
-            gradient = gradients.pop(name)
-            change = gradient.mul_(self.sites[name].parameter.detach().to(gradient.device))
-            if kind == "per token":
-                change.abs_()
-            self._add(name, change.mul_(factor))
+        removed = {} if mask is None else mask.removed
+        # A weight times these is 0 or -0, while 0 by itself would write 0: the price has its sign.
+        nothing = {name: torch.zeros(len(index)) for name, index in removed.items()}
+        for group in memory_groups(self.sites, self.max_memory):
+            totals = {}
+            for name, site in group.items():
+                totals[name] = self.slopes[name].to(site.parameter.device)  # itself, if it is there
+            with masked_if_given(self.bridge, mask, scale=nothing), of_data(texts.name):
+                add_gradients(
+                    self.bridge, texts.batches, texts.objective, group, totals, kind, factor
+                )
+            for name, total in totals.items():
+                self.slopes[name].copy_(total)
 
-    def _add(self, name: str, values: Tensor) -> None:
-        if name in self.benefit:
-            self.benefit[name].add_(values)
-        else:
-            self.benefit[name] = values if self.max_memory is None else mapped_copy(values)
+    def _kept(self, values: Tensor) -> Tensor:
+        """In memory, or under a bound on memory in a file."""
+        return values if self.max_memory is None else mapped_copy(values)
+
+    @property
+    def _benefit(self) -> Benefit:
+        return Benefit(self.sites, self.slopes)
 
     def _choose_candidates(self, n: int) -> None:
         """The most promising, and those that are open; what was there before stays as open."""
@@ -428,10 +447,11 @@ class Gates:
     def _promising(self, n: int) -> Int[Tensor, " gate"]:
         """The numbers of the units of the most benefit, in order; those of n weights."""
         if self.units is not None:
-            return self.units.best(self.benefit, n, self.excluded).nonzero().flatten()
+            return self.units.best(self._benefit, n, self.excluded).nonzero().flatten()
         n_excluded = sum(len(self.excluded.get(name, ())) for name in self.sites)
         n_free = self.n_weights - n_excluded
-        index = positive(self.benefit, largest(self.benefit, min(n, n_free), self.excluded))
+        best = largest(self._benefit, min(n, n_free), self.excluded)
+        index = positive(self._benefit, best)
         return torch.cat([first + index[name] for name, first, _ in self._spans()])
 
     def _spans(self) -> Iterable[tuple[str, int, int]]:
@@ -607,7 +627,7 @@ class Gates:
             assert self.candidates is not None
             state["unit"] = self.unit
             state["texts"] = [(of.multiplier, of.rise, of.left) for of in self.texts]
-            tensors |= {f"benefit {name}": values for name, values in self.benefit.items()}
+            tensors |= {f"slope {name}": values for name, values in self.slopes.items()}
             tensors |= {"units": self.candidates.units, "gate": self.gate}
             tensors |= {"momentum": self.momentum, "generator": self.generator.get_state()}
         write_tensors(Path(folder) / FILE, FORMAT, tensors, {"state": json.dumps(state)})
@@ -635,8 +655,8 @@ class Gates:
         if self.stage == self.n_stages:
             return
         self.unit = state["unit"]
-        for name, values in _under(tensors, "benefit "):
-            self._add(name, values.to(self.sites[name].parameter.device))
+        for name, values in _under(tensors, "slope "):
+            self.slopes[name] = self._kept(values.to(self.sites[name].parameter.device))
         self.candidates = self._candidates(tensors["units"])
         self.gate, self.momentum = tensors["gate"], tensors["momentum"]
         for texts, (multiplier, rise, left) in zip(self.texts, state["texts"], strict=True):

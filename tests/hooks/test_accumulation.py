@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing
 
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks import accumulation
-from harmcircuits.hooks.accumulation import add_absolute, add_signed, memory_groups
+from harmcircuits.hooks.accumulation import add_absolute, add_product, memory_groups
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.checks import NotFiniteError
 from harmcircuits.hooks.loading import load_model
@@ -53,13 +53,13 @@ def test_a_batch_is_rounded_once_and_sums_are_not(dtype, least, most):
     second = torch.randn(16, 40, 50, generator=generator).to(dtype)
     total = torch.zeros(30, 50)
     for _ in range(300):
-        add_signed(first, second, total)
+        add_product(first, second, total)
     expected = 300 * torch.einsum("bpi,bpj->ij", first.double(), second.double())
     error = (total - expected).norm() / expected.norm()
     assert least <= error <= most
 
     large, total = torch.full((2, 100, 3), 200.0, dtype=dtype), torch.zeros(3, 3)
-    add_signed(large, large, total)
+    add_product(large, large, total)
     assert (total == 200 * 200.0**2).all() or dtype == torch.bfloat16, "beyond float16's range"
 
 
@@ -92,12 +92,13 @@ def test_shares_add_up_to_all_batches(llama, monkeypatch):
     for rank in range(2):
         calls.clear()
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
-        accumulation.mean_gradients(llama, BATCHES, completion_loss, sites)
+        totals = {name: torch.ones(site.parameter.shape) for name, site in sites.items()}
+        accumulation.add_gradients(llama, BATCHES, completion_loss, sites, totals, "signed", 1.0)
         sums = [a + b for a, b in zip(sums, calls, strict=True)] if sums else list(calls)
     losses = torch.cat([completion_loss(llama, batch) for batch in BATCHES]).detach()
     torch.testing.assert_close(sums[-1], losses)
     for total, mean in zip(sums[:-1], expected.values(), strict=True):
-        torch.testing.assert_close(total / len(losses), mean)
+        torch.testing.assert_close(total, 1 + mean)  # what was there is counted once
 
 
 def all_scores(bridge) -> dict[str, WeightScores]:

@@ -12,6 +12,7 @@ from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.units import Units
 from harmcircuits.hooks import gates
+from harmcircuits.hooks.accumulation import mean_gradients
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.gates import (
     CAP,
@@ -22,6 +23,7 @@ from harmcircuits.hooks.gates import (
     Size,
     Texts,
 )
+from harmcircuits.hooks.gradients import hook_pairs
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss, token_error
@@ -54,6 +56,54 @@ def gates_of(bridge, unit="weight", objective=completion_loss) -> Gates:
     search._score(None)
     search._choose_candidates(100)
     return search
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3Moe"])
+def test_one_sum_holds_what_a_weight_is_worth_and_its_price(open_model, name):
+    """Under a mask too, for weights that it has made zero, of either sign."""
+    bridge = open_model(name)
+    search = gates_of(bridge)
+    sites, before = search.sites, {name: slope.clone() for name, slope in search.slopes.items()}
+    mask = top_fraction(removal_effect(bridge, TARGET), 0.05)
+    search._score(mask)
+
+    expected = {name: torch.zeros_like(slope) for name, slope in before.items()}
+    for texts in search.texts:
+        with masked(bridge, mask):
+            gradients = mean_gradients(bridge, texts.batches, completion_loss, sites)
+            # One token at a time has nothing to cancel: its price is its absolute gradient.
+            of_tokens = _summed_over_tokens(bridge, texts.batches, sites)
+        for name, site in sites.items():
+            weight = site.parameter.detach()
+            signs = {"target": -2.0, "preferred": 1.0, "avoided": -1.0}
+            if texts.role == "protected":
+                expected[name] -= gates.FACTOR * weight.abs() * of_tokens[name]
+            else:
+                expected[name] += signs[texts.role] * weight * gradients[name]
+    for name, weight in mask.removed.items():
+        assert {-1.0, 1.0} <= set(sites[name].parameter.detach().flatten()[weight].sign().tolist())
+    for name, site in sites.items():
+        added = (search.slopes[name] - before[name]) * site.parameter.detach()
+        torch.testing.assert_close(added, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def _summed_over_tokens(bridge, batches, sites):
+    """The mean over examples of sum_t |g_t| |x_t|^T; of experts, the mean absolute gradient."""
+    totals = {name: torch.zeros(site.parameter.shape) for name, site in sites.items()}
+    n_examples = sum(map(len, batches))
+
+    def add(site, x, g):
+        first, second = (g, x) if site.input_axis == 1 else (x, g)
+        totals[site.name] += torch.einsum("bpi,bpj->ij", first.abs(), second.abs()) / n_examples
+
+    hooked = {name: site for name, site in sites.items() if site.is_hooked}
+    with torch.enable_grad(), hook_pairs(bridge, hooked, add):
+        for batch in batches:
+            completion_loss(bridge, batch).sum().backward()
+    unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
+    if unhooked:
+        totals |= mean_gradients(bridge, batches, completion_loss, unhooked, "per example")
+    return totals
 
 
 @pytest.mark.parametrize("few", [0.0, 1.0])
