@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from harmcircuits.hooks.attribution import wanda_scores as wanda_scores
     from harmcircuits.hooks.finetuning import Lora as Lora
     from harmcircuits.hooks.finetuning import fine_tuning as fine_tuning
-    from harmcircuits.hooks.loading import estimate_memory as estimate_memory
     from harmcircuits.hooks.loading import load_model as load_model
     from harmcircuits.hooks.losses import completion_nll as completion_nll
     from harmcircuits.hooks.losses import kl_under as kl_under
     from harmcircuits.hooks.masking import masked as masked
+    from harmcircuits.hooks.memory import estimate_memory as estimate_memory
     from harmcircuits.hooks.objectives import choice_margin as choice_margin
     from harmcircuits.hooks.objectives import completion_loss as completion_loss
     from harmcircuits.hooks.patching import activation_patching as activation_patching

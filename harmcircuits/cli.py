@@ -124,7 +124,7 @@ class StudyCommand:
         out: folder for what is written.
         settings: what is removed and protected, and the grid of masks.
         model: which model, and what it is asked; what is left out is as `open_model` has it.
-        max_memory: GiB for scores; with less, sums go to disk. 0: no bound.
+        max_memory: GiB for scores; what takes more goes to disk. By default what is free.
         quick: a first look: few requests, steps and sizes, one search.
         resume: go on with the unfinished study of these options in --out.
         force: remove the study in --out first, finished or not.
@@ -133,7 +133,7 @@ class StudyCommand:
     out: Path
     settings: OmitArgPrefixes[StudySettings]
     model: OmitArgPrefixes[ModelOptions]
-    max_memory: float = 0.0
+    max_memory: float | None = None
     quick: bool = False
     resume: bool = False
     force: bool = False
@@ -158,7 +158,7 @@ class StudyCommand:
             self.settings,
             out=self.out,
             progress=True,
-            max_memory=round(self.max_memory * GIB) or None,
+            max_memory="auto" if self.max_memory is None else round(self.max_memory * GIB),
             resume=self.resume,
             force=self.force,
         )

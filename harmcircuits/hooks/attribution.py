@@ -15,6 +15,7 @@ from harmcircuits.hooks.accumulation import Kind, mean_gradients
 from harmcircuits.hooks.bridge import AnyModel, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
+from harmcircuits.hooks.memory import MaxMemory
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import block_sites, refuse_other_model, source_on
 from harmcircuits.prompts import Batch
@@ -28,7 +29,7 @@ def removal_effect(
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
 ) -> WeightScores:
     """First-order change of the mean objective when each weight alone is removed.
 
@@ -47,7 +48,8 @@ def removal_effect(
         objective: one value for each example, the lower the better.
         max_memory: bytes that scores may take while they are accumulated. Less than all need takes
             more passes. Those that are finished are then in temporary files that are mapped into
-            memory (TMPDIR sets where), and the same.
+            memory (TMPDIR sets where), and the same. "auto": what is free beside a pass, and no
+            bound where all fit (several processes are given a number).
 
     Raises:
         ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.
@@ -68,7 +70,7 @@ def snip_scores(
     objective: Objective = completion_loss,
     *,
     average: Average = "after_abs",
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
 ) -> WeightScores:
     """How strongly the objective depends on each weight, whatever the sign; never negative.
 
@@ -105,7 +107,7 @@ def token_price(
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
 ) -> WeightScores:
     """An upper bound of each weight's first-order score: |W| * mean_x sum_t |g_xt| |x_xt|^T.
 
@@ -217,7 +219,7 @@ def gradient_norm(
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
 ) -> float:
     """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise."""
     bridge = as_bridge(bridge)

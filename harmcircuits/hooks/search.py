@@ -17,6 +17,7 @@ from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_s
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.gates import FreshAnswers, Gates, Role, Size, Texts
+from harmcircuits.hooks.memory import MaxMemory, bound_on_scores
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
 from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
@@ -45,7 +46,7 @@ def find_circuit(
     exclude: WeightMask | None = None,
     unit: Unit = "weight",
     folder: str | Path | None = None,
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
     progress: bool = False,
 ) -> Any:
     """Weights without which a target behaviour goes and what is protected stays.
@@ -129,6 +130,7 @@ def find_circuit(
     protection = Protection.of(bridge, protect, budget)
     texts = _texts(bridge, target, objective, prefer, protection)
 
+    scored = [batch for of_kind in texts for batch in of_kind.batches]
     settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
     settings |= _unusual(sites, candidates, exclude, unit, fresh_answers)
@@ -143,7 +145,7 @@ def find_circuit(
         _source(bridge, texts, settings),
         [Size(share, round(share * n_weights)) for share in set(shares)],
         steps,
-        max_memory,
+        bound_on_scores(bridge, scored, completion_loss, max_memory),
         fresh_answers,
     )
     search.resume(folder)
@@ -238,7 +240,7 @@ def set_difference(
     signed: bool = True,
     within: Scope = "weight",
     objective: Objective = completion_loss,
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
 ) -> WeightMask:
     """The published search: the top `q` on the target less the top `p` on what is spared.
 

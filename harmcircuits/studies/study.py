@@ -13,10 +13,10 @@ from harmcircuits.behaviours.model import OTHERS, Model, other_behaviours, prote
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
-from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import gradient_norm, snip_scores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
+from harmcircuits.hooks.memory import MaxMemory, memory_groups
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
@@ -39,7 +39,7 @@ def study(
     *,
     out: str | Path | None = None,
     progress: bool = False,
-    max_memory: int | None = None,
+    max_memory: MaxMemory = None,
     resume: bool = False,
     force: bool = False,
     **changes: Any,
@@ -84,7 +84,7 @@ def study(
     folder = Path(out) if out else None
     run = Study(model, settings, folder, progress, max_memory)
     if folder is None and max_memory is not None:
-        raise ValueError(f"max_memory={max_memory:,} keeps scores in files; give out=FOLDER too")
+        raise ValueError(f"max_memory={max_memory} keeps scores in files; give out=FOLDER too")
     _check(run)
     if folder is not None:
         run.begin(folder, resume=resume, force=force)
@@ -149,8 +149,9 @@ def _check(run: Study) -> None:
     if settings.prefer not in ("", AUTO):
         model.behaviour(settings.prefer)
 
-    # Refuses a bound too small for a single matrix.
-    list(memory_groups(weight_sites(model.bridge), run.max_memory))
+    if run.max_memory != "auto":
+        # Refuses a bound too small for a single matrix.
+        list(memory_groups(weight_sites(model.bridge), run.max_memory))
     if settings.tasks:
         task_manager(list(settings.tasks))  # refuses unknown tasks
 

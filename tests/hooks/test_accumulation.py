@@ -13,10 +13,11 @@ from torch import distributed, multiprocessing
 
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks import accumulation
-from harmcircuits.hooks.accumulation import add_absolute, add_product, memory_groups
+from harmcircuits.hooks.accumulation import add_absolute, add_product
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.checks import NotFiniteError
 from harmcircuits.hooks.loading import load_model
+from harmcircuits.hooks.memory import memory_groups
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import weight_sites
 

@@ -1,18 +1,15 @@
-"""A bridge from a folder or a loaded Hugging Face model; the memory that scores take.
+"""A bridge from a folder or a loaded Hugging Face model.
 
-Would catch: weights that are copied or changed on the way, another dtype, memory counted twice.
+Would catch: weights that are copied or changed on the way, another dtype.
 """
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.loading import estimate_memory, load_model, wrap_model
+from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.hooks.weights import named_weights, weights_digest
 
 
@@ -56,42 +53,3 @@ def test_what_cannot_be_opened_is_named(folder, tmp_path):
     for call, word in calls:
         with pytest.raises(ValueError, match=word):
             call()
-
-
-def test_memory_is_counted_by_formula(llama):
-    batches = [random_batch(2), random_batch(12, 30)]
-    n_scored = sum(weight.numel() for weight in named_weights(llama).values())
-    n_stored = sum(parameter.numel() for parameter in llama.parameters())
-    estimate = estimate_memory(llama, batches)
-    assert estimate.scores == 4 * n_scored and not estimate.on_disk
-    assert 4 * n_stored <= estimate.weights <= 4.4 * n_stored, "parameters once, and little else"
-    assert not any(parameter.grad is not None for parameter in llama.parameters())
-
-    search = estimate_memory(llama, batches, search=True)
-    assert search.scores == 3 * estimate.scores and search.activations == estimate.activations
-    bounded = estimate_memory(llama, batches, search=True, max_memory=8000)
-    assert 4000 < bounded.scores <= 8000
-    assert bounded.on_disk == search.scores, "all that is finished"
-    twice = estimate_memory(llama, [random_batch(24, 30)])
-    assert twice.activations == 2 * estimate.activations
-
-
-def resident(which: str) -> int:
-    """Bytes of resident memory: now (VmRSS) or at most so far (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="is counted by Linux")
-def test_the_estimate_is_what_a_run_takes(open_model):
-    size = dict(n_embd=512, n_inner=2048, n_layer=4, n_head=8, n_positions=128, vocab_size=8000)
-    bridge = open_model("GPT2", **size)
-    batches = [random_batch(16, 128)]
-    estimate = estimate_memory(bridge, batches)
-    removal_effect(bridge, [random_batch(1, 128)])  # a library's first run makes more
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
-    before = resident("VmRSS")
-    removal_effect(bridge, batches)
-    taken = resident("VmHWM") - before
-    assert 0.7 * taken < estimate.scores + estimate.activations < 1.5 * taken
