@@ -65,6 +65,7 @@ QWEN = transformers.Qwen2Config(
 SHAPES = {
     "organism": Shape(ORGANISM, examples=128, length=16, batch_size=64),
     "gpt2-small": Shape(transformers.GPT2Config(), examples=32, length=64, batch_size=8),
+    "gpt2-small, 4 times": Shape(transformers.GPT2Config(), examples=128, length=64, batch_size=8),
     "qwen2.5-0.5b": Shape(QWEN, examples=32, length=64, batch_size=16),
 }
 

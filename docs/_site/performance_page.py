@@ -21,12 +21,14 @@ ROWS = ROOT / "analyses" / "rows" / "benchmark.jsonl"
 SHAPES = {
     "organism": "organism, 128 × 16 tokens",
     "gpt2-small": "GPT-2 small, 32 × 64",
+    "gpt2-small, 4 times": "GPT-2 small, 128 × 64",
     "qwen2.5-0.5b": "Qwen2.5-0.5B, 32 × 64",
 }
 METHODS = {
     "plain": "one forward and backward, `param.grad`",
     "removal effect": "`removal_effect` (signed)",
     "token price": "`token_price` (of what is protected)",
+    "search": "`find_circuit` of one step, half of them protected",
     "SNIP": "`snip_scores` (absolute values of every example)",
     "bounded": "`removal_effect` with a quarter of the memory (`max_memory`)",
     "one by one": "a pass for each example",

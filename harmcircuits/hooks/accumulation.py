@@ -47,6 +47,7 @@ def mean_gradients(
 ) -> dict[str, Float[Tensor, "..."]]:
     """A factor times the mean over examples x of dL_x/dW of every site; shaped as stored."""
     bound = bound_on_scores(bridge, batches, objective, max_memory)
+    refuse_differences(batches, sites, kind, bound)
     means = {}
     for group in memory_groups(sites, bound):
         totals = {name: zeros(site) for name, site in group.items()}
@@ -71,8 +72,6 @@ def add_gradients(
 ) -> None:
     """Add a factor times the mean gradients to `totals`, in place."""
     rank, n_processes = _place_among_processes()
-    if n_processes > 1:
-        _refuse_differences(batches, sites, kind, factor)
     # Dealt out like cards. Seven batches among three processes:
     #
     #     rank 0    0  3  6
@@ -263,14 +262,16 @@ def _added_up(losses: Float[Tensor, " n"], totals: Mapping[str, Tensor]) -> Floa
     return losses.cpu()
 
 
-def _refuse_differences(
+def refuse_differences(
     batches: Sequence[Batch],
     sites: Mapping[str, Site],
     kind: Kind,
-    factor: float,
+    max_memory: int | None,
 ) -> None:
-    """Check that every process was given the same batches, weights and options."""
-    digest = hashlib.sha256(f"{kind} {factor}".encode())
+    """Check that every process, where there are several, was given the same data and options."""
+    if _place_among_processes()[1] == 1:
+        return
+    digest = hashlib.sha256(f"{kind} {max_memory}".encode())
     for batch in batches:
         digest.update(f"{tuple(batch.tokens.shape)}".encode())
         digest.update(batch.tokens.cpu().numpy().tobytes())

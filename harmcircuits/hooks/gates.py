@@ -38,7 +38,7 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.accumulation import Kind, add_gradients, zeros
+from harmcircuits.hooks.accumulation import Kind, add_gradients, refuse_differences, zeros
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
@@ -411,6 +411,7 @@ class Gates:
         removed = {} if mask is None else mask.removed
         # A weight times these is 0 or -0, while 0 by itself would write 0: the price has its sign.
         nothing = {name: torch.zeros(len(index)) for name, index in removed.items()}
+        refuse_differences(texts.batches, self.sites, kind, self.max_memory)
         for group in memory_groups(self.sites, self.max_memory):
             totals = {}
             for name, site in group.items():
