@@ -74,7 +74,7 @@ CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 FURTHER = {"language": ("unscored", "chinese")}  # what its masks do to languages never scored
 LIMIT = 24  # requests of each file in a split
 Half = Literal["first", "second"]
-ENDED, MOST, HALF = 0.05, 0.05, 0.5
+ENDED, COST, LEFT_BY_CONTROLS = 0.05, 0.05, 0.5
 N_SHOWN = 4
 
 
@@ -290,9 +290,9 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """By the rule."""
-        if self.left > ENDED or self.newly_broken > MOST:
+        if self.left > ENDED or self.newly_broken > COST:
             return "does not end"
-        return "within budget" if self.kept_falls_by <= MOST else "at a cost"
+        return "within budget" if self.kept_falls_by <= COST else "at a cost"
 
 
 def outcome(rows: Rows, target: str, mask: str) -> Outcome:
@@ -317,7 +317,7 @@ def hangs(rows: Rows, target: str) -> bool:
     controls = [outcome(rows, target, name).left for name in CONTROLS]
     found = smallest(rows, target)
     is_within = found is not None and found.verdict == "within budget"
-    return is_within and min(controls) >= HALF * before
+    return is_within and min(controls) >= LEFT_BY_CONTROLS * before
 
 
 def smallest(rows: Rows, target: str) -> Outcome | None:

@@ -92,7 +92,8 @@ def test_searches_and_edits(gpu, tmp_path):
     bridge, harm = model.bridge, data["harmful"].batches
     options = {"size": 0.001, "calibrations": data, "protect": ["benign", "refusal"]}
     mask = model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
-    model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
+    again = model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
+    assert again.digest == mask.digest and mask.n_removed
     once = {**options, "steps": 1}
     model.find_circuit("harmful", **once, prefer="refusal", max_memory=2**20)
     model.find_circuit("harmful", **{**once, "size": 0.01}, unit="neuron")
@@ -101,8 +102,10 @@ def test_searches_and_edits(gpu, tmp_path):
     unpruned_scores(model, "harmful", data["harmful"], spared, folder=tmp_path / "scores")
     for lora in (None, hc.Lora(2)):
         training = hc.fine_tuning(bridge, harm, lr=1e-3, lora=lora)
+        before = hc.completion_nll(bridge, harm).mean()
         with hc.masked(bridge, mask, hold=True), training as run:
             run.until(1)
+        assert hc.completion_nll(bridge, harm).mean() == before, "all of it came off"
 
 
 def test_answers_and_activations(gpu, tmp_path):
@@ -112,9 +115,12 @@ def test_answers_and_activations(gpu, tmp_path):
     sampled = replace(model, sampling=Sampling(2), cache=GenerationCache(tmp_path, bridge))
     sampled.measure(mask=mask, only=["harmful", "recognition"])
     hc.activation_patching(bridge, mask, harm[0], layers=[0], positions=[1])
-    attention_patterns(bridge, harm[0], [(0, 1)])
-    neuron_activations(bridge, harm[0], [(0, 1)])
-    prediction_changes(bridge, mask, harm[0])
+    of_first = [
+        attention_patterns(bridge, harm[0], [(0, 1)]),
+        neuron_activations(bridge, harm[0], [(0, 1)]),
+        prediction_changes(bridge, mask, harm[0]),
+    ]
+    assert all(device_of(values) == "cpu" and values.abs().sum() > 0 for values in of_first)
 
 
 def test_b1_a_study_that_protects_two_behaviours(gpu, tmp_path):
