@@ -49,7 +49,7 @@ def table(rows: Rows) -> pandas.DataFrame:
     columns = {}
     for shape, title in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
-            of_model = latest(rows, shape=shape, dtype=dtype, processes=1)
+            of_model = rows.where(shape=shape, dtype=dtype, processes=1)
             if of_model:
                 columns[f"{title}, {dtype}"] = {name: _ratio(of_model, name) for name in METHODS}
     lines = pandas.DataFrame(columns)
@@ -58,12 +58,12 @@ def table(rows: Rows) -> pandas.DataFrame:
 
 
 def _ratio(rows: Rows, method: str) -> str:
-    ratios = rows.where("ratio_to_plain", method=method)
-    if not ratios:
+    of_method = latest(rows, method=method)
+    if not of_method:
         return DASH
     if method == "plain":
-        return f"{rows.one('seconds', method=method).mean:.3g} s"
-    return f"{ratios.one().mean:.3g} ×"
+        return f"{of_method.one('seconds').mean:.3g} s"
+    return f"{of_method.one('ratio_to_plain').mean:.3g} ×"
 
 
 def table_of_memory(rows: Rows) -> pandas.DataFrame:
@@ -72,9 +72,9 @@ def table_of_memory(rows: Rows) -> pandas.DataFrame:
     for name, title in METHODS.items():
         line = {"": title}
         for shape in ("gpt2-small", "qwen2.5-0.5b"):
-            peaks = latest(rows, shape=shape, dtype="bfloat16", processes=1)
-            peaks = peaks.where("peak_bytes", method=name)
-            line[SHAPES[shape]] = f"{peaks.one().mean / GIB:.2f} GiB" if peaks else DASH
+            of_method = latest(rows, shape=shape, dtype="bfloat16", processes=1, method=name)
+            peak = of_method.where("peak_bytes")
+            line[SHAPES[shape]] = f"{peak.one().mean / GIB:.2f} GiB" if peak else DASH
         lines.append(line)
     return pandas.DataFrame(lines)
 
