@@ -36,12 +36,11 @@ def hook_pairs(
             inputs[site.name].append(value.detach())
 
     def watch_output(value: Tensor, hook: Any, site: Site) -> Tensor:
-        # A hook of the tensor costs a twentieth of a pass less than a backward hook of the module.
+        # On the tensor: cheaper by some hundredths of a pass than a backward hook of the module.
         if value.requires_grad:
             value.register_hook(partial(give_pair, site=site))
-        return (
-            value  # split by head it may be another view than the one that the model goes on with
-        )
+        # Given back, since a hook may see another view than the model would go on with.
+        return value
 
     def give_pair(gradient: Tensor, site: Site) -> None:
         reached.add(site.name)
