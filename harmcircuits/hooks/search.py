@@ -130,7 +130,6 @@ def find_circuit(
     protection = Protection.of(bridge, protect, budget)
     texts = _texts(bridge, target, objective, prefer, protection)
 
-    scored = [batch for of_kind in texts for batch in of_kind.batches]
     settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
     settings |= _unusual(sites, candidates, exclude, unit, fresh_answers)
@@ -145,7 +144,7 @@ def find_circuit(
         _source(bridge, texts, settings),
         [Size(share, round(share * n_weights)) for share in set(shares)],
         steps,
-        bound_on_scores(bridge, scored, completion_loss, max_memory),
+        _bound(bridge, texts, max_memory),
         fresh_answers,
     )
     search.resume(folder)
@@ -176,6 +175,12 @@ def _texts(
         budget = protection.budgets[name]
         texts.append(Texts.of(bridge, name, "protected", batches, budget=budget))
     return texts
+
+
+def _bound(bridge: Bridge, texts: Sequence[Texts], max_memory: MaxMemory) -> int | None:
+    """Bytes for scores in memory."""
+    batches = [batch for of_kind in texts for batch in of_kind.batches]
+    return bound_on_scores(bridge, batches, completion_loss, max_memory)
 
 
 def _source(bridge: Bridge, texts: Sequence[Texts], settings: Mapping[str, Any]) -> Source:
