@@ -90,7 +90,8 @@ class Options:
         harmful: a file of harmful requests, for refusal and harm.
         benign: of benign ones.
         borderline: of those that look unsafe.
-        half: of the requests, that the search sees; the other one measures.
+        half: of the requests, that the search sees; the other one measures. Of files it changes nothing:
+            give other files.
         compare: the folder of a run on the other half, whose masks are compared with these.
         size: shares of the weights, 1e-6 among them.
         steps: of a search.

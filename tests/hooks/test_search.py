@@ -80,8 +80,8 @@ def test_one_sum_holds_what_a_weight_is_worth_and_its_price(open_model, name):
                 expected[name] -= gates.FACTOR * weight.abs() * of_tokens[name]
             else:
                 expected[name] += signs[texts.role] * weight * gradients[name]
-    for name, weight in mask.removed.items():
-        assert {-1.0, 1.0} <= set(sites[name].parameter.detach().flatten()[weight].sign().tolist())
+    for name, index in mask.removed.items():
+        assert {-1.0, 1.0} <= set(sites[name].parameter.detach().flatten()[index].sign().tolist())
     for name, site in sites.items():
         added = (search.slopes[name] - before[name]) * site.parameter.detach()
         torch.testing.assert_close(added, expected[name], rtol=1e-4, atol=1e-7)
