@@ -4,7 +4,7 @@ In one pass or several of bounded memory, by one process or several of torch.dis
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -16,11 +16,11 @@ from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import refuse_not_finite, refuse_not_finite_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
-from harmcircuits.hooks.memory import MaxMemory, bound_on_scores, memory_groups
 from harmcircuits.hooks.objectives import Objective
 from harmcircuits.prompts import Batch
 from harmcircuits.storage import mapped_copy
 
+BYTES = 4  # of an accumulated float32 number
 # Numbers of scratch memory: what stays in the cache of a CPU core, and what fills a GPU.
 CPU_SCRATCH = 2**19
 GPU_SCRATCH = 2**26
@@ -43,22 +43,45 @@ def mean_gradients(
     kind: Kind = "signed",
     *,
     factor: float = 1.0,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """A factor times the mean over examples x of dL_x/dW of every site; shaped as stored."""
-    bound = bound_on_scores(bridge, batches, objective, max_memory)
-    refuse_differences(batches, sites, kind, bound)
+    refuse_differences(batches, sites, kind, max_memory)
     means = {}
-    for group in memory_groups(sites, bound):
+    for group in memory_groups(sites, max_memory):
         totals = {name: zeros(site) for name, site in group.items()}
         add_gradients(bridge, batches, objective, group, totals, kind, factor)
         for name in group:
             # Taken out of `totals`: where it goes to a file, its memory is free again before that
             # of the next group is taken.
             mean = totals.pop(name)
-            means[name] = mean if bound is None else mapped_copy(mean)
+            means[name] = mean if max_memory is None else mapped_copy(mean)
             del mean
     return means
+
+
+def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
+    """Consecutive sites whose accumulators fit in `max_memory` bytes together."""
+    if max_memory is None:
+        yield dict(sites)
+        return
+
+    group: dict[str, Site] = {}
+    group_size = 0
+    for name, site in sites.items():
+        size = BYTES * site.parameter.numel()
+        if size > max_memory:
+            raise ValueError(
+                f"max_memory={max_memory:,} bytes; the scores of {name} alone take {size:,}: "
+                "give at least these"
+            )
+        if group_size + size > max_memory:
+            yield group
+            group = {}
+            group_size = 0
+        group[name] = site
+        group_size += size
+    yield group
 
 
 def add_gradients(

@@ -15,7 +15,6 @@ from harmcircuits.hooks.accumulation import Kind, mean_gradients
 from harmcircuits.hooks.bridge import AnyModel, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
-from harmcircuits.hooks.memory import MaxMemory
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import block_sites, refuse_other_model, source_on
 from harmcircuits.prompts import Batch
@@ -29,7 +28,7 @@ def removal_effect(
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> WeightScores:
     """First-order change of the mean objective when each weight alone is removed.
 
@@ -48,20 +47,12 @@ def removal_effect(
         objective: one value for each example, the lower the better.
         max_memory: bytes that scores may take while they are accumulated. Less than all need takes
             more passes. Those that are finished are then in temporary files that are mapped into
-            memory (TMPDIR sets where), and the same. "auto": what is free beside a pass, and no
-            bound where all fit (several processes are given a number).
+            memory (TMPDIR sets where), and the same. `free_for_scores` says what is free.
 
     Raises:
         ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.
     """
-    bridge = as_bridge(bridge)
-    refuse_batches("removal_effect", bridge, batches)
-    sites = block_sites(bridge)
-    values = mean_gradients(bridge, batches, objective, sites, factor=-1.0, max_memory=max_memory)
-    for name, value in values.items():
-        value.mul_(_weight(sites[name], value))
-    source = source_on(bridge, "removal_effect", data_settings(batches, objective))
-    return WeightScores(values, source)
+    return _times_gradient("removal_effect", bridge, batches, objective, "signed", max_memory)
 
 
 def snip_scores(
@@ -70,7 +61,7 @@ def snip_scores(
     objective: Objective = completion_loss,
     *,
     average: Average = "after_abs",
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> WeightScores:
     """How strongly the objective depends on each weight, whatever the sign; never negative.
 
@@ -91,15 +82,8 @@ def snip_scores(
         KeyError: another `average`.
         ValueError: as `removal_effect`.
     """
-    bridge = as_bridge(bridge)
-    refuse_batches("snip_scores", bridge, batches)
     kind = KINDS[average]
-    sites = block_sites(bridge)
-    values = mean_gradients(bridge, batches, objective, sites, kind, max_memory=max_memory)
-    for name, value in values.items():
-        value.mul_(_weight(sites[name], value)).abs_()
-    settings = data_settings(batches, objective, average=average)
-    return WeightScores(values, source_on(bridge, "snip", settings))
+    return _times_gradient("snip", bridge, batches, objective, kind, max_memory, average=average)
 
 
 def token_price(
@@ -107,7 +91,7 @@ def token_price(
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> WeightScores:
     """An upper bound of each weight's first-order score: |W| * mean_x sum_t |g_xt| |x_xt|^T.
 
@@ -130,14 +114,33 @@ def token_price(
     Raises:
         ValueError: as `removal_effect`.
     """
+    return _times_gradient("token_price", bridge, batches, objective, "per token", max_memory)
+
+
+def _times_gradient(
+    method: str,
+    bridge: AnyModel,
+    batches: Sequence[Batch],
+    objective: Objective,
+    kind: Kind,
+    max_memory: int | None,
+    **settings: Any,
+) -> WeightScores:
+    """Every weight times a mean of its gradient: the scores of one backward pass."""
     bridge = as_bridge(bridge)
-    refuse_batches("token_price", bridge, batches)
+    refuse_batches(method, bridge, batches)
     sites = block_sites(bridge)
-    values = mean_gradients(bridge, batches, objective, sites, "per token", max_memory=max_memory)
+    factor = -1.0 if method == "removal_effect" else 1.0
+    values = mean_gradients(
+        bridge, batches, objective, sites, kind, factor=factor, max_memory=max_memory
+    )
     for name, value in values.items():
-        value.mul_(_weight(sites[name], value))
-    source = source_on(bridge, "token_price", data_settings(batches, objective))
-    return WeightScores(values, source)
+        # Under a bound on memory it is in a file, and so on the CPU.
+        value.mul_(sites[name].parameter.detach().to(value.device))
+        if method == "snip":
+            value.abs_()
+    settings = data_settings(batches, objective, **settings)
+    return WeightScores(values, source_on(bridge, method, settings))
 
 
 def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
@@ -219,7 +222,7 @@ def gradient_norm(
     batches: Sequence[Batch],
     objective: Objective = completion_loss,
     *,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> float:
     """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise."""
     bridge = as_bridge(bridge)
@@ -285,11 +288,6 @@ def token_contributions(
     totals = torch.cat([values.sum(dim=1) for values in per_batch])
     refuse_not_finite(batches, totals, objective)
     return per_batch
-
-
-def _weight(site: Site, score: Tensor) -> Tensor:
-    """A matrix beside its score, which is in a file, and so on the CPU, under a bound on memory."""
-    return site.parameter.detach().to(score.device)
 
 
 def _removed_block(

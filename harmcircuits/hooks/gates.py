@@ -38,12 +38,17 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.accumulation import Kind, add_gradients, refuse_differences, zeros
+from harmcircuits.hooks.accumulation import (
+    Kind,
+    add_gradients,
+    memory_groups,
+    refuse_differences,
+    zeros,
+)
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.masking import masked, masked_if_given
-from harmcircuits.hooks.memory import memory_groups
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.protection import Protection, UnpaddedText, batched, unpadded
 from harmcircuits.hooks.weights import on_host

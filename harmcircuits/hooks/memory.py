@@ -1,15 +1,14 @@
-"""The memory that scores take, and how they are kept within a bound."""
+"""The memory that scores take, and what is free for them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from harmcircuits.circuits.sites import Site
+from harmcircuits.hooks.accumulation import BYTES, memory_groups
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.gradients import hook_pairs
@@ -18,48 +17,15 @@ from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.prompts import Batch
 
 GIB = 2**30
-BYTES = 4  # of an accumulated float32 number
 SPARE = 1.25  # of the activations, which are an estimate
 
-MaxMemory = int | Literal["auto"] | None
-"""Bytes for scores; "auto": what is free beside a pass, where they do not fit; None: no bound."""
 
-
-def memory_groups(sites: Mapping[str, Site], max_memory: int | None) -> Iterator[dict[str, Site]]:
-    """Consecutive sites whose accumulators fit in `max_memory` bytes together."""
-    if max_memory is None:
-        yield dict(sites)
-        return
-
-    group: dict[str, Site] = {}
-    group_size = 0
-    for name, site in sites.items():
-        size = BYTES * site.parameter.numel()
-        if size > max_memory:
-            raise ValueError(
-                f"max_memory={max_memory:,} bytes; the scores of {name} alone take {size:,}: "
-                "give at least these"
-            )
-        if group_size + size > max_memory:
-            yield group
-            group = {}
-            group_size = 0
-        group[name] = site
-        group_size += size
-    yield group
-
-
-def bound_on_scores(
-    bridge: Bridge,
-    batches: Sequence[Batch],
-    objective: Objective,
-    max_memory: MaxMemory,
+def free_for_scores(
+    bridge: AnyModel, batches: Sequence[Batch], objective: Objective = completion_loss
 ) -> int | None:
-    """Bytes for scores in memory; None where all are to be there."""
-    if max_memory != "auto":
-        return max_memory
+    """Bytes that are free for scores beside a pass over these batches; None where all fit."""
     estimate = estimate_memory(bridge, batches, objective)
-    room = free_memory(bridge) - round(SPARE * estimate.activations)
+    room = free_memory(as_bridge(bridge)) - round(SPARE * estimate.activations)
     return None if estimate.scores <= room else max(0, room)
 
 

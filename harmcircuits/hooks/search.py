@@ -17,7 +17,6 @@ from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_s
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.gates import FreshAnswers, Gates, Role, Size, Texts
-from harmcircuits.hooks.memory import MaxMemory, bound_on_scores
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
 from harmcircuits.hooks.protection import Budget, Protect, Protection
 from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
@@ -46,7 +45,7 @@ def find_circuit(
     exclude: WeightMask | None = None,
     unit: Unit = "weight",
     folder: str | Path | None = None,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
     progress: bool = False,
 ) -> Any:
     """Weights without which a target behaviour goes and what is protected stays.
@@ -144,7 +143,7 @@ def find_circuit(
         _source(bridge, texts, settings),
         [Size(share, round(share * n_weights)) for share in set(shares)],
         steps,
-        _bound(bridge, texts, max_memory),
+        max_memory,
         fresh_answers,
     )
     search.resume(folder)
@@ -175,12 +174,6 @@ def _texts(
         budget = protection.budgets[name]
         texts.append(Texts.of(bridge, name, "protected", batches, budget=budget))
     return texts
-
-
-def _bound(bridge: Bridge, texts: Sequence[Texts], max_memory: MaxMemory) -> int | None:
-    """Bytes for scores in memory."""
-    batches = [batch for of_kind in texts for batch in of_kind.batches]
-    return bound_on_scores(bridge, batches, completion_loss, max_memory)
 
 
 def _source(bridge: Bridge, texts: Sequence[Texts], settings: Mapping[str, Any]) -> Source:
@@ -245,7 +238,7 @@ def set_difference(
     signed: bool = True,
     within: Scope = "weight",
     objective: Objective = completion_loss,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> WeightMask:
     """The published search: the top `q` on the target less the top `p` on what is spared.
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -14,6 +14,7 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import KINDS, Site, place_of
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.storage import tensor_bytes
 
 # Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where several
 # experts are stacked in one parameter, blocks.3.mlp.experts.gate_up_proj.
@@ -26,7 +27,6 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
 # What masks say of the weights they were made on holds for a model that is opened in any dtype.
 PROVENANCE_DTYPE = torch.bfloat16
-CHUNK = 2**20  # elements
 
 
 def weight_sites(bridge: AnyModel) -> dict[str, Site]:
@@ -119,62 +119,30 @@ def model_fingerprint(bridge: Bridge) -> str:
     """Sixteen hex digits that tell checkpoints apart and do not change under a mask."""
     # Matrices by name and shape; embeddings and norms by name and up to 1024 of their values,
     # rounded to bfloat16.
-    parts = []
+    digest = hashlib.sha256()
     for name, tensor in _stored_tensors(bridge).items():
         if MATRIX_NAME.fullmatch(name):
-            parts.append(
-                (f"{name}{tuple(tensor.shape)}", tensor.new_empty(0, dtype=torch.bfloat16))
-            )
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 1024)
-            parts.append((name, flat[::step][:1024].to(torch.bfloat16)))
-    digest = hashlib.sha256()
-    _digest(digest, parts)
+            digest.update(name.encode())
+            digest.update(tensor_bytes(flat[::step][:1024].to(torch.bfloat16)))
     return digest.hexdigest()[:16]
 
 
 def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
     """Sixteen hex digits of all weights as they are now, or as they are in another dtype."""
     digest = hashlib.sha256(model_fingerprint(bridge).encode())
-    _digest(digest, _parts(bridge, dtype))
-    return digest.hexdigest()[:16]
-
-
-def _parts(bridge: Bridge, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """All weights a part at a time, with the name of what begins with it."""
     seen = set()
     for name, parameter in bridge.named_parameters():
         if parameter.is_meta or parameter.data_ptr() in seen:  # tied embeddings
             continue
         seen.add(parameter.data_ptr())
-        stored = dtype or parameter.dtype
-        title = f"{name} {stored} {tuple(parameter.shape)}"
-        for part in parameter.detach().flatten().split(CHUNK):  # bounds what is copied at once
-            yield title, part.to(stored)
-            title = ""
-
-
-def _digest(digest: Any, parts: Iterable[tuple[str, Tensor]]) -> None:
-    """Add titles and values to a digest."""
-    for group in _chunks(parts):
-        values = on_host([part for _, part in group])
-        for (title, _), part in zip(group, values, strict=True):
-            digest.update(title.encode())
-            digest.update(part.view(torch.uint8).numpy().data)
-
-
-def _chunks(parts: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """As many parts at a time as have a chunk of values together."""
-    group: list[tuple[str, Tensor]] = []
-    size = 0
-    for title, part in parts:
-        group.append((title, part))
-        size += part.numel()
-        if size >= CHUNK:
-            yield group
-            group, size = [], 0
-    yield group
+        stored = parameter.detach().to(dtype or parameter.dtype)
+        digest.update(f"{name} {stored.dtype} {tuple(stored.shape)}".encode())
+        digest.update(tensor_bytes(stored))
+    return digest.hexdigest()[:16]
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,6 @@ from harmcircuits.circuits.selection import largest, positive
 from harmcircuits.circuits.units import Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.memory import MaxMemory
 from harmcircuits.hooks.protection import Budget, Protection
 from harmcircuits.hooks.search import BUDGET
 from harmcircuits.hooks.weights import named_weights, weight_sites
@@ -63,7 +62,7 @@ def controls(
     calibrations: Mapping[str, Calibration] | None = None,
     unpruned: Unpruned | None = None,
     folder: str | Path | None = None,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
     progress: bool = False,
 ) -> Controls:
     """Masks of the size of a circuit that are chosen otherwise, by name.
@@ -194,7 +193,7 @@ def unpruned_scores(
     protected: Mapping[str, Calibration],
     *,
     folder: str | Path | None = None,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> Unpruned:
     """The target's removal effects on the unpruned model, and the price of what is protected."""
     bridge, objective = model.bridge, model.behaviour(target).objective
@@ -211,7 +210,7 @@ def price_of(
     protected: Mapping[str, Calibration],
     *,
     folder: str | Path | None = None,
-    max_memory: MaxMemory = None,
+    max_memory: int | None = None,
 ) -> WeightScores | None:
     """The sum of `token_price` over what is protected; None where nothing is."""
     total: WeightScores | None = None

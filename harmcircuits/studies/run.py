@@ -13,7 +13,6 @@ from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, plural
-from harmcircuits.hooks.memory import MaxMemory
 from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json, refuse_filled
 from harmcircuits.studies.controls import Unpruned
@@ -50,7 +49,7 @@ class Study:
     settings: StudySettings
     out: Path | None = None
     progress: bool = False
-    max_memory: MaxMemory = None
+    max_memory: int | None = None
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     protected: tuple[str, ...] = ()
     prefer: str = ""  # what takes the target's place; empty for nothing

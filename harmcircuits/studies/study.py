@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harmcircuits.behaviours.behaviour import REFUSAL, TARGET, standard_behaviours
 from harmcircuits.behaviours.calibration import Calibration, NotShownError
@@ -16,7 +16,8 @@ from harmcircuits.display import nearest
 from harmcircuits.hooks.attribution import gradient_norm, snip_scores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.memory import MaxMemory, memory_groups
+from harmcircuits.hooks.accumulation import memory_groups
+from harmcircuits.hooks.memory import free_for_scores
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
@@ -39,7 +40,7 @@ def study(
     *,
     out: str | Path | None = None,
     progress: bool = False,
-    max_memory: MaxMemory = None,
+    max_memory: int | Literal["auto"] | None = None,
     resume: bool = False,
     force: bool = False,
     **changes: Any,
@@ -82,6 +83,11 @@ def study(
     usual = StudySettings() if model.is_invented else FOR_REAL_MODELS
     settings = replace(settings or usual, **changes)
     folder = Path(out) if out else None
+    if max_memory == "auto":
+        target = model.behaviour(settings.target)
+        max_memory = free_for_scores(
+            model.bridge, model.batches(target, target.references("calibration"))
+        )
     run = Study(model, settings, folder, progress, max_memory)
     if folder is None and max_memory is not None:
         raise ValueError(f"max_memory={max_memory} keeps scores in files; give out=FOLDER too")
@@ -149,9 +155,8 @@ def _check(run: Study) -> None:
     if settings.prefer not in ("", AUTO):
         model.behaviour(settings.prefer)
 
-    if run.max_memory != "auto":
-        # Refuses a bound too small for a single matrix.
-        list(memory_groups(weight_sites(model.bridge), run.max_memory))
+    # Refuses a bound too small for a single matrix.
+    list(memory_groups(weight_sites(model.bridge), run.max_memory))
     if settings.tasks:
         task_manager(list(settings.tasks))  # refuses unknown tasks
 

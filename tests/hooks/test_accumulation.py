@@ -17,7 +17,7 @@ from harmcircuits.hooks.accumulation import add_absolute, add_product
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.checks import NotFiniteError
 from harmcircuits.hooks.loading import load_model
-from harmcircuits.hooks.memory import memory_groups
+from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import weight_sites
 
