@@ -21,7 +21,7 @@ from harmcircuits.behaviours.probe import Probe
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.gates import Gates
+from harmcircuits.hooks.descent import Search
 from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
@@ -221,12 +221,12 @@ def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkey
 
     sums = []
 
-    def keep(search: Gates, folder: Path) -> None:
+    def keep(search: Search, folder: Path) -> None:
         sums.extend(is_mapped(value, temporary) for value in search.slopes.values())
         plain_keep(search, folder)
 
-    plain_keep = Gates.keep
-    monkeypatch.setattr(Gates, "keep", keep)
+    plain_keep = Search.keep
+    monkeypatch.setattr(Search, "keep", keep)
     options = {"size": 0.05, "steps": 2, "folder": temporary / "walk"}
     find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options)
     assert sums and all(sums)

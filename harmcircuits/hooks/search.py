@@ -16,9 +16,9 @@ from harmcircuits.display import nearest
 from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
-from harmcircuits.hooks.gates import FreshAnswers, Gates, Role, Size, Texts
+from harmcircuits.hooks.descent import FreshAnswers, Search, Size, Worth
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
-from harmcircuits.hooks.protection import Budget, Protect, Protection
+from harmcircuits.hooks.texts import Budget, Protect, Protection, Role, Texts
 from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
 from harmcircuits.prompts import Batch
 
@@ -52,7 +52,7 @@ def find_circuit(
 
     Every weight that is promising gets a gate, and many small steps on a few texts each open the
     gates whose weights raise the target's loss, make what is preferred likelier, and leave the
-    losses of what is protected within their budgets (`harmcircuits.hooks.gates` has the whole in
+    losses of what is protected within their budgets (`harmcircuits.hooks.descent` has the whole in
     ten lines). The mask is the weights whose gates are open at the end. It is checked on answers
     that no step has seen, every third request of what is protected; where one of these losses rises
     by more than its budget, the search goes on with fewer weights.
@@ -132,18 +132,17 @@ def find_circuit(
     settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
     settings |= _unusual(sites, candidates, exclude, unit, fresh_answers)
-    search = Gates(
+    search = Search(
         bridge,
         texts,
         protection,
-        candidates,
+        Worth(bridge, candidates, max_memory),
         shapes,
         units,
         {} if exclude is None else exclude.removed,
         _source(bridge, texts, settings),
         [Size(share, round(share * n_weights)) for share in set(shares)],
         steps,
-        max_memory,
         fresh_answers,
     )
     search.resume(folder)

@@ -19,7 +19,7 @@ from harmcircuits.circuits.selection import largest, positive
 from harmcircuits.circuits.units import Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.protection import Budget, Protection
+from harmcircuits.hooks.texts import Budget, Protection
 from harmcircuits.hooks.search import BUDGET
 from harmcircuits.hooks.weights import named_weights, weight_sites
 

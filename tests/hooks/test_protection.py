@@ -11,7 +11,7 @@ from helpers import random_batch
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.protection import Protection, split_for_checks
+from harmcircuits.hooks.texts import Protection, split_for_checks
 from harmcircuits.prompts import Batch
 
 FIRST = [random_batch(7, 8, seed=1)]

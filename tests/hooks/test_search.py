@@ -8,26 +8,28 @@ import pytest
 import torch
 from helpers import assert_bits_equal, random_batch, snapshot
 
+from harmcircuits.circuits.gates import Gates
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.units import Units
-from harmcircuits.hooks import gates
+from harmcircuits.hooks import descent
 from harmcircuits.hooks.accumulation import mean_gradients
 from harmcircuits.hooks.attribution import removal_effect, snip_scores
-from harmcircuits.hooks.gates import (
-    CAP,
-    ENOUGH,
-    MOST_AVOIDED,
-    Candidates,
-    Gates,
-    Size,
-    Texts,
-)
+from harmcircuits.hooks.descent import Search, Size, Worth
 from harmcircuits.hooks.gradients import hook_pairs
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss, token_error
-from harmcircuits.hooks.protection import CHECKED_EVERY, Protection, split_for_checks, unpadded
+from harmcircuits.hooks.texts import (
+    CAP,
+    CHECKED_EVERY,
+    ENOUGH,
+    MOST_AVOIDED,
+    Protection,
+    Texts,
+    split_for_checks,
+    unpadded,
+)
 from harmcircuits.hooks.search import find_circuit, set_difference
 from harmcircuits.hooks.weights import source_on, weight_sites
 from harmcircuits.prompts import Batch
@@ -38,7 +40,7 @@ SPARED = [random_batch(6, 8, seed=1)]
 ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
 
 
-def gates_of(bridge, unit="weight", objective=completion_loss) -> Gates:
+def search_on(bridge, unit="weight", objective=completion_loss) -> Search:
     """A search with texts of every role, and candidates."""
     sites = weight_sites(bridge)
     shapes = {name: tuple(site.parameter.shape) for name, site in sites.items()}
@@ -52,9 +54,10 @@ def gates_of(bridge, unit="weight", objective=completion_loss) -> Gates:
     protection = Protection.of(bridge, {"spared": SPARED}, 0.1)
     source = source_on(bridge, "test")
     sizes = [Size(0.01, 100)]
-    search = Gates(bridge, texts, protection, sites, shapes, units, {}, source, sizes, 10, None)
+    worth = Worth(bridge, sites, None)
+    search = Search(bridge, texts, protection, worth, shapes, units, {}, source, sizes, 10)
     search._score(None)
-    search._choose_candidates(100)
+    search._choose_candidates()
     return search
 
 
@@ -62,8 +65,9 @@ def gates_of(bridge, unit="weight", objective=completion_loss) -> Gates:
 def test_one_sum_holds_what_a_weight_is_worth_and_its_price(open_model, name):
     """Under a mask too, for weights that it has made zero, of either sign."""
     bridge = open_model(name)
-    search = gates_of(bridge)
-    sites, before = search.sites, {name: slope.clone() for name, slope in search.slopes.items()}
+    search = search_on(bridge)
+    sites, slopes = search.worth.sites, search.worth.slopes
+    before = {name: slope.clone() for name, slope in slopes.items()}
     mask = top_fraction(removal_effect(bridge, TARGET), 0.05)
     search._score(mask)
 
@@ -77,13 +81,13 @@ def test_one_sum_holds_what_a_weight_is_worth_and_its_price(open_model, name):
             weight = site.parameter.detach()
             signs = {"target": -2.0, "preferred": 1.0, "avoided": -1.0}
             if texts.role == "protected":
-                expected[name] -= gates.FACTOR * weight.abs() * of_tokens[name]
+                expected[name] -= descent.FACTOR * weight.abs() * of_tokens[name]
             else:
                 expected[name] += signs[texts.role] * weight * gradients[name]
     for name, index in mask.removed.items():
         assert {-1.0, 1.0} <= set(sites[name].parameter.detach().flatten()[index].sign().tolist())
     for name, site in sites.items():
-        added = (search.slopes[name] - before[name]) * site.parameter.detach()
+        added = (slopes[name] - before[name]) * site.parameter.detach()
         torch.testing.assert_close(added, expected[name], rtol=1e-4, atol=1e-7)
 
 
@@ -119,17 +123,17 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
     if few and objective is token_error:
         return  # how a gradient is computed does not turn on the objective
     # Whether each gradient is computed by itself, or all of a matrix.
-    monkeypatch.setattr(gates, "FEW", few)
+    monkeypatch.setattr(descent, "FEW", few)
     bridge = open_model(name)
-    search = gates_of(bridge, unit, objective)
+    search = search_on(bridge, unit, objective)
     generator = torch.Generator().manual_seed(3)
-    size = len(search.candidates)
+    size = len(search.gates)
     gate = 0.2 + 0.6 * torch.rand(size, generator=generator)
     direction = torch.randn(size, generator=generator)
 
     def loss(gate) -> float:
-        scale = {of: 1 - part for of, part in search.candidates.per_weight(gate).items()}
-        mask = search.candidates.mask
+        scale = {of: 1 - part for of, part in search.gates.per_weight(gate).items()}
+        mask = search.gates.mask
         target, preferred, avoided, spared = search.texts
         with torch.no_grad(), masked(bridge, mask, scale=scale, same_model=False):
             rise = objective(bridge, TARGET[0]) - target.before
@@ -147,7 +151,7 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
         monkeypatch.setattr(texts, "draw", lambda _, everything=everything: everything)
     step = 2e-3 if "Moe" in name else 1e-2  # which experts answer changes at once
     expected = -(loss(gate + step * direction) - loss(gate - step * direction)) / (2 * step)
-    gain = search._gain(gate) * search.candidates.sizes
+    gain = search._gain(search.gates, gate)
     assert gain @ direction == pytest.approx(expected, rel=0.02, abs=1e-4)
 
 
@@ -157,15 +161,15 @@ def test_the_projection_is_the_nearest_point():
     sizes = torch.randint(1, 5, (40,), generator=generator)
     gate = 2 * torch.randn(40, generator=generator)
     nothing = WeightMask({}, {}, Source("model", "test"))
-    candidates = Candidates(torch.arange(40), sizes, nothing, {}, {})
-    nearest = candidates.projected(gate, 20)
+    gates = Gates(torch.arange(40), sizes, nothing, {}, {}, torch.zeros(40), torch.zeros(40))
+    nearest = gates.projected(gate, 20)
     assert (sizes * nearest).sum() == pytest.approx(20, abs=1e-3)
     for _ in range(100):
         other = torch.rand(40, generator=generator)
         other *= min(1.0, 20 / (sizes * other).sum().item())
         assert (sizes * (gate - nearest) * (other - nearest)).sum() <= 1e-3
     within = gate.clamp(0, 1) * 0.1
-    assert torch.equal(candidates.projected(within, 20), within)
+    assert torch.equal(gates.projected(within, 20), within)
 
 
 def test_texts_come_each_once_before_one_comes_again(llama):
@@ -220,8 +224,8 @@ def test_no_mask_exceeds_its_size_or_its_budget(llama):
 
 
 def test_where_every_mask_is_refused_nothing_is_removed(llama, monkeypatch):
-    monkeypatch.setattr(Gates, "_broken_budgets", lambda *_: ["a"])
-    monkeypatch.setattr("harmcircuits.hooks.gates.TRIES", 1)
+    monkeypatch.setattr(Search, "_broken_budgets", lambda *_: ["a"])
+    monkeypatch.setattr("harmcircuits.hooks.descent.TRIES", 1)
     assert len(find_circuit(llama, TARGET, {"a": SPARED}, size=SIZE, steps=2)) == 0
 
 
@@ -273,7 +277,7 @@ def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
     """Killed in its third part, it ends as if it had not been; under a bound too."""
     options = {"size": [0.05, SIZE], "steps": 10, "fresh_answers": lambda: ALSO_SPARED}
     expected = find_circuit(llama, TARGET, [SPARED], **options)
-    advance, stages = Gates.advance, []
+    advance, stages = Search.advance, []
 
     def interrupted(self) -> None:
         stages.append(self.stage)
@@ -281,7 +285,7 @@ def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         advance(self)
 
-    monkeypatch.setattr(Gates, "advance", interrupted)
+    monkeypatch.setattr(Search, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
     for _ in range(2):  # and once more from its end, where its masks are enough

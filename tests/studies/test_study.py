@@ -226,7 +226,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\)"):
         study(model, settings, steps=3, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("harmcircuits.hooks.gates.Gates.advance", interrupted)  # all are made
+        patch.setattr("harmcircuits.hooks.descent.Search.advance", interrupted)  # all are made
         run = study(model, settings, **options)
     names = {path.name for path in out.iterdir()}
     assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}, "and no searches"

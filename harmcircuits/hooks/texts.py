@@ -1,8 +1,9 @@
-"""What a search must spare: a price is put on some of its answers, and the others check masks."""
+"""What a search reads: texts of every role with their losses, and checks that no step has seen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,16 +13,110 @@ from torch.nn.utils.rnn import pad_sequence
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.checks import of_data, refuse_batches
+from harmcircuits.hooks.checks import of_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.losses import completion_nll
+from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.measurements import Measurement, Z
 from harmcircuits.prompts import Batch
+
+TEXTS = 16  # of the target in a step, and of what stands beside it; half as many of what is kept
+
+CAP = 0.7  # nats a token: beyond it a text gives another answer, and more would only break it
+ENOUGH = 0.3  # nats a token of what is preferred
+MOST_AVOIDED = 0.3  # nats a token that the loss of what is avoided may rise and earn
+FIRST_MULTIPLIER, GROWTH, NEAR = 2.0, 1.15, 0.7  # of a budget: what is unseen loses more
+LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.3, 20.0
+MEMORY = 0.8  # of the rises that multipliers look at
 
 CHECKED_EVERY = 3  # of so many answers one checks, and the others are priced
 LEAST_ANSWERS = 12  # different ones, for texts to be shared out by them
 
+Role = Literal["target", "preferred", "avoided", "protected"]
+SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
 Protect = Mapping[str, Sequence[Batch]] | Sequence[Sequence[Batch]]
 Budget = float | Mapping[str, float]
+
+
+@dataclass
+class Texts:
+    """Texts of one kind: what they are for, the loss of each before, and how they are drawn."""
+
+    name: str
+    role: Role
+    batches: Sequence[Batch]
+    objective: Objective
+    weight: float
+    budget: float
+    examples: "Sequence[UnpaddedText]"
+    before: Float[Tensor, " n"]
+    multiplier: float = FIRST_MULTIPLIER
+    rise: float = 0.0  # of late
+    left: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        bridge: Bridge,
+        name: str,
+        role: Role,
+        batches: Sequence[Batch],
+        objective: Objective = completion_loss,
+        *,
+        weight: float = 1.0,
+        budget: float = 0.0,
+    ) -> "Texts":
+        with torch.no_grad(), of_data(name):
+            losses = [objective(bridge, batch).float().cpu() for batch in batches]
+            before = torch.cat(losses)
+            refuse_not_finite(batches, before, objective)
+        return cls(name, role, batches, objective, weight, budget, unpadded(batches), before)
+
+    def add(self, bridge: Bridge, batches: Sequence[Batch]) -> None:
+        """Further texts, and their losses on the model as it is."""
+        more = Texts.of(bridge, self.name, self.role, batches, self.objective)
+        self.batches = [*self.batches, *batches]
+        self.examples = [*self.examples, *more.examples]
+        self.before = torch.cat([self.before, more.before])
+        self.left = []  # so that a round of all begins
+
+    @property
+    def n_drawn(self) -> int:
+        """How many are drawn for a step: no more than the caller scores at once."""
+        n = min(TEXTS, max(map(len, self.batches)))
+        return ceil(n / 2) if self.role == "protected" else n
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        """The numbers of the next texts; each comes once before one comes again."""
+        drawn: list[int] = []
+        while len(drawn) < self.n_drawn:
+            if not self.left:
+                self.left = torch.randperm(len(self.examples), generator=generator).tolist()
+            drawn.append(self.left.pop())
+        return drawn
+
+    def part_of_loss(self, now: Float[Tensor, " n"], rise: Float[Tensor, " n"]) -> Tensor:
+        """What some of a step's texts add to the loss that the gates descend."""
+        if self.role == "target":
+            parts = -self.weight * rise.clamp(max=CAP)
+        elif self.role == "preferred":
+            parts = now.clamp(min=ENOUGH)
+        elif self.role == "avoided":
+            parts = -rise.clamp(max=MOST_AVOIDED)
+        else:
+            # No gain where it falls: answers that become surer leave other good ones less likely.
+            parts = self.multiplier * rise.clamp(min=0)
+        return parts.sum() / self.n_drawn
+
+    def weigh(self, rise: float) -> None:
+        """Remember a rise, and let the multiplier follow how near it is to the budget."""
+        self.rise = MEMORY * self.rise + (1 - MEMORY) * rise
+        is_near = self.rise > NEAR * self.budget
+        self.make_dearer(GROWTH if is_near else 1 / GROWTH)
+
+    def make_dearer(self, factor: float) -> None:
+        """Multiply the multiplier, within its bounds."""
+        multiplier = self.multiplier * factor
+        self.multiplier = min(MOST_MULTIPLIER, max(LEAST_MULTIPLIER, multiplier))
 
 
 @dataclass(frozen=True)
