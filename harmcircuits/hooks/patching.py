@@ -1,11 +1,9 @@
 """Activation patching between a model and itself under a mask."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -114,10 +112,10 @@ def activation_patching(
     # Only these are kept: all activations of a large model would not fit in memory.
     of_points = {"names_filter": lambda name: name in hooks}
 
-    # A setter writes in place, and gradients must be off: what TransformerLens calls `resid_mid` is
+    # A patch writes in place, and gradients must be off: what TransformerLens calls `resid_mid` is
     # the input of the second norm, and the skip connection past the MLP sees a patch there only if
     # the tensor itself is changed. With gradients on it is cloned first, and the MLP alone sees it.
-    with torch.no_grad(), _without_bars():
+    with torch.no_grad():
         unpruned_logits, unpruned = bridge.run_with_cache(tokens, **of_points)
         before = metric(unpruned_logits)
         with masked(bridge, mask):
@@ -125,9 +123,9 @@ def activation_patching(
             after = metric(masked_logits)
             refuse_not_finite([batch, batch], torch.cat([before, after]), completion_loss)
             bar = tqdm(points, desc="restore", disable=not progress, leave=False)
-            restore = [*_sweeps(bridge, batch, unpruned, after, bar, numbers)]
+            restore = [*_patches(bridge, batch, unpruned, after, bar, numbers)]
         bar = tqdm(points, desc="destroy", disable=not progress, leave=False)
-        destroy = [*_sweeps(bridge, batch, edited, before, bar, numbers)]
+        destroy = [*_patches(bridge, batch, edited, before, bar, numbers)]
 
     labels = labels or {}
     gap = Measurement.average("nll_gap", labels, after - before, groups)
@@ -181,60 +179,32 @@ def _points(bridge: Bridge, parts: list[str], layers: Sequence[int] | None) -> l
     return points
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """TransformerLens draws a bar for each of its sweeps, of which there are hundreds here."""
-    from transformer_lens import patching
-
-    own = patching.tqdm
-    patching.tqdm = iter
-    try:
-        yield
-    finally:
-        patching.tqdm = own
-
-
-def _sweeps(
+def _patches(
     bridge: Bridge,
     batch: Batch,
     source: Any,
     start: Float[Tensor, " batch"],
     points: Iterable[Point],
-    numbers: Sequence[int],
+    positions: Sequence[int],
 ) -> Iterator[Change]:
     """Every patch of activations from the source into the bridge as it stands."""
-    from transformer_lens import patching
-
-    given = (bridge, batch.tokens.to(bridge.cfg.device), source, loss_of_logits(batch))
-    # Its overloads tell a bridge from our protocol of one.
-    sweep = cast("Callable[..., patching.PatchingResult]", patching.generic_activation_patch)
+    tokens, metric = batch.tokens.to(bridge.cfg.device), loss_of_logits(batch)
     for point in points:
-        of_layer = [{"layer": point.layer}]
-        of_heads = [{"layer": point.layer, "head": head} for head in range(bridge.cfg.n_heads)]
-        of_positions = [{"layer": point.layer, "pos": number} for number in numbers]
+        where: dict[str, Label] = {"component": point.part, "layer": point.title}
         if point.part == "head":
-            setters = [(patching.layer_head_vector_patch_setter, of_heads)]
+            heads = range(bridge.cfg.n_heads)
+            cells = [({"head": head, "position": "all"}, (..., head, slice(None))) for head in heads]
         else:
-            setters = [
-                (patching.layer_pos_patch_setter, of_positions),
-                (_whole_layer_setter, of_layer),
-            ]
-        for setter, cells in setters:
-            if not cells:
-                continue
-            table = pandas.DataFrame(cells)
-            result = sweep(*given, setter, point.activation, index_df=table, reduce="none")
-            for cell, loss in zip(cells, result.values, strict=True):
-                place: dict[str, Label] = {"component": point.part, "layer": point.title}
-                if "head" in cell:
-                    place["head"] = cell["head"]
-                place["position"] = cell.get("pos", "all")
-                yield place, loss - start
+            cells = [({"position": number}, (slice(None), number)) for number in positions]
+            cells.append(({"position": "all"}, (...,)))
+        for place, cell in cells:
 
+            def patch(value: Tensor, hook: Any, cell: Any = cell, name: str = point.hook) -> None:
+                value[cell] = source[name][cell]
 
-def _whole_layer_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:  # noqa: ARG001
-    corrupted[:] = clean
-    return corrupted
+            with bridge.hooks(fwd_hooks=[(point.hook, patch)]):
+                loss = metric(bridge(tokens))
+            yield {**where, **place}, loss - start
 
 
 def _share(

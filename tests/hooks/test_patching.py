@@ -86,7 +86,7 @@ def test_the_model_is_as_before(open_model, batch, monkeypatch):
     def broken(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(patching, "generic_activation_patch", broken)
+    monkeypatch.setattr("harmcircuits.hooks.patching._patches", broken)
     with pytest.raises(KeyboardInterrupt):
         patched(bridge, random_mask(bridge), batch)
 
