@@ -23,8 +23,8 @@ from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_batches
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.texts import Budget
 from harmcircuits.hooks.search import BUDGET, find_circuit
+from harmcircuits.hooks.texts import Budget
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 from harmcircuits.prompts import (
     SPLITS,

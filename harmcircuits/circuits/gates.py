@@ -1,6 +1,6 @@
 """Gates over weights: how far each candidate is removed, and how a step moves them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,86 +12,81 @@ from harmcircuits.circuits.masks import WeightMask
 OPEN = 0.5  # of the gate that is open most: a search of few steps opens none to the end
 DECAY, STRIDE_DECAY = 0.85, 0.97  # of the momentum; of what a full stride is measured by
 
-Gradients = Iterable[tuple[str, Float[Tensor, " _"]]]  # of the candidates, by matrix
-
 
 @dataclass
 class Gates:
-    """Candidate weights in units that open together, and a gate for each: 0 keeps, 1 removes."""
+    """Candidate weights, and a gate for each: 0 keeps, 1 removes."""
 
-    units: Int[Tensor, " gate"]  # their numbers in the model, increasing
-    sizes: Int[Tensor, " gate"]  # weights of each
-    mask: WeightMask  # the weights of all
-    gate_of: Mapping[str, Int[Tensor, " _"]]  # the gate of each weight of the mask
-    weights: Mapping[str, Float[Tensor, " _"]]  # their values
+    numbers: Int[Tensor, " gate"]  # of the weights in the model, increasing
+    mask: WeightMask  # all of them
+    values: Float[Tensor, " gate"]
     gate: Float[Tensor, " gate"]
     momentum: Float[Tensor, " gate"]
     stride: float = 0.0  # the momentum that moves a gate at the full rate
 
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.numbers)
 
-    def per_weight(self, values: Float[Tensor, " gate"]) -> dict[str, Float[Tensor, " _"]]:
-        """A value of each gate, for every weight of it."""
-        return {name: values[gates] for name, gates in self.gate_of.items()}
+    def by_matrix(self, values: Tensor) -> dict[str, Tensor]:
+        """The values of all gates, cut into those of each matrix."""
+        index = self.mask.removed
+        parts = values.split([len(flat) for flat in index.values()])
+        return dict(zip(index, parts, strict=True))
 
-    def gain(self, gradients: Gradients) -> Float[Tensor, " gate"]:
-        """What opening each gate gains: the sum of W dL/dW over its weights."""
-        gain = torch.zeros_like(self.gate)
-        for name, gradient in gradients:
-            gain.index_add_(0, self.gate_of[name], self.weights[name] * gradient)
-        return gain
+    def gain(self, gradients: Mapping[str, Float[Tensor, " _"]]) -> Float[Tensor, " gate"]:
+        """What opening each gate gains: W dL/dW."""
+        return self.values * torch.cat([gradients[name] for name in self.mask.removed])
 
     def hard(self, n: int) -> Float[Tensor, " gate"]:
-        """One for the gates that are open furthest and have n weights together, zero elsewhere."""
+        """One for the n gates that are open furthest, zero elsewhere."""
         most = self.gate.max() if len(self) else 0.0
         is_open = (self.gate > OPEN * most).nonzero().flatten()
         order = is_open[self.gate[is_open].argsort(descending=True, stable=True)]
-        fits = self.sizes[order].cumsum(0) <= n
         hard = torch.zeros_like(self.gate)
-        hard[order[fits]] = 1.0
+        hard[order[:n]] = 1.0
         return hard
 
     def removed(self, n: int) -> dict[str, Int[Tensor, " _"]]:
-        """The weights of the gates that are open furthest, n in all, by matrix."""
-        is_removed = self.per_weight(self.hard(n))
-        return {name: self.mask.removed[name][flags > 0] for name, flags in is_removed.items()}
+        """The weights of the n gates that are open furthest, by matrix."""
+        is_removed = self.by_matrix(self.hard(n) > 0)
+        return {name: self.mask.removed[name][flags] for name, flags in is_removed.items()}
 
     def move(self, gain: Float[Tensor, " gate"], n: int, rate: float) -> None:
         """One step uphill, within n weights."""
-        self.momentum.mul_(DECAY).add_(gain / self.sizes, alpha=1 - DECAY)
+        self.momentum.mul_(DECAY).add_(gain, alpha=1 - DECAY)
         # In units of the weakest of as many as can be open: these all move at the full rate.
-        n_open = min(len(self), max(1, round(n / self.sizes.float().mean().item())))
+        n_open = min(len(self), max(1, n))
         weakest = self.momentum.abs().topk(n_open).values[-1].item()
         # Decays slowly: once all is reached, what remains are small gradients and small strides.
         self.stride = max(weakest, STRIDE_DECAY * self.stride, 1e-20)
         step = rate * (self.momentum / self.stride).clamp(-1, 1)
-        self.gate = self.projected(self.gate + step, n)
-
-    def projected(self, gate: Float[Tensor, " gate"], n: int) -> Float[Tensor, " gate"]:
-        """The nearest gates within 0 and 1 that take at most n weights together."""
-
-        def moved(by: float) -> Float[Tensor, " gate"]:
-            return (gate - by).clamp(0, 1)
-
-        if (moved(0.0) * self.sizes).sum() <= n:
-            return moved(0.0)
-        # What they take falls as all of them are moved down, so the move is found by bisection.
-        low, high = 0.0, float(gate.max())
-        for _ in range(40):
-            middle = (low + high) / 2
-            if (moved(middle) * self.sizes).sum() > n:
-                low = middle
-            else:
-                high = middle
-        return moved(high)
+        self.gate = projected(self.gate + step, n)
 
     def inherit(self, before: "Gates") -> None:
         """Gates that were there before stay as they were, and so does the stride."""
         self.stride = before.stride
         if not len(before):
             return
-        place = torch.searchsorted(before.units, self.units).clamp(max=len(before) - 1)
-        is_known = before.units[place] == self.units
+        place = torch.searchsorted(before.numbers, self.numbers).clamp(max=len(before) - 1)
+        is_known = before.numbers[place] == self.numbers
         self.gate[is_known] = before.gate[place[is_known]]
         self.momentum[is_known] = before.momentum[place[is_known]]
+
+
+def projected(gate: Float[Tensor, " gate"], n: int) -> Float[Tensor, " gate"]:
+    """The nearest gates within 0 and 1 whose sum is at most n."""
+
+    def moved(by: float) -> Float[Tensor, " gate"]:
+        return (gate - by).clamp(0, 1)
+
+    if moved(0.0).sum() <= n:
+        return moved(0.0)
+    # The sum falls as all of them are moved down, so the move is found by bisection.
+    low, high = 0.0, float(gate.max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        if moved(middle).sum() > n:
+            low = middle
+        else:
+            high = middle
+    return moved(high)

@@ -24,7 +24,6 @@ were before it: what was removed goes on earning, and what is near to what broke
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +32,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.circuits.gates import Gates, Gradients
+from harmcircuits.circuits.gates import Gates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
-from harmcircuits.circuits.units import Units
 from harmcircuits.hooks.accumulation import (
     Kind,
     add_gradients,
@@ -156,7 +154,6 @@ class Search:
     protection: Protection
     worth: Worth
     shapes: Mapping[str, tuple[int, ...]]  # of all block matrices
-    units: Units | None  # what is chosen whole; None: every weight by itself
     excluded: Indices  # weights that may not be chosen
     source: Source
     sizes: Sequence[Size]
@@ -287,47 +284,29 @@ class Search:
         for texts in self.texts:
             if texts.role != "protected":
                 self.worth.add(texts, mask, "signed", texts.weight * SIGNS[texts.role])
-            elif self.units is None:
-                # Of single weights: absolute values do not cancel within a unit, as benefits do.
+            else:
                 self.worth.add(texts, mask, "per token", -FACTOR)
 
     def _choose_candidates(self) -> None:
         """The most promising, and those that are open; what was there before stays as open."""
-        n, before = CANDIDATES * self.sizes[0].n, self.gates
-        if self.units is not None:
-            chosen = self.units.best(self.worth, n, self.excluded).nonzero().flatten()
-        else:
-            chosen = self.worth.best(n, self.excluded)
+        before = self.gates
+        chosen = self.worth.best(CANDIDATES * self.sizes[0].n, self.excluded)
         if before is not None:
-            chosen = torch.cat([chosen, before.units[before.gate > 0]]).unique()
+            chosen = torch.cat([chosen, before.numbers[before.gate > 0]]).unique()
         self.gates = self._gates(chosen)
         if before is not None:
             self.gates.inherit(before)
 
     def _gates(self, numbers: Int[Tensor, " gate"]) -> Gates:
-        """Gates over the units with these numbers, all closed."""
-        index, gate_of = {}, {}
-        if self.units is not None:
-            sizes = self.units.sizes[numbers]
-            is_chosen = torch.zeros(len(self.units.sizes), dtype=torch.bool)
-            is_chosen[numbers] = True
-            for name, flat in self.units.weights(is_chosen).items():
-                index[name] = flat
-                gate_of[name] = torch.searchsorted(numbers, self.units.numbers(name, flat))
-        else:
-            sizes = torch.ones_like(numbers)
-            for name, first, end in self.worth.spans():
-                ends = torch.searchsorted(numbers, torch.tensor([first, end])).tolist()
-                index[name], gate_of[name] = numbers[slice(*ends)] - first, torch.arange(*ends)
-        # A mask has no matrix without a candidate: such a one is left out of a step.
+        """Gates over the weights with these numbers, all closed."""
+        index, values = {}, []
+        for name, first, end in self.worth.spans():
+            index[name] = numbers[(first <= numbers) & (numbers < end)] - first
+            weight = self.worth.sites[name].parameter.detach().flatten()
+            values.append(weight[index[name].to(weight.device)].float().cpu())
         mask = WeightMask(index, self.shapes, self.source)
-        gate_of = {name: gate_of[name] for name in mask.removed}
-        weights = {}
-        for name, flat in mask.removed.items():
-            parameter = self.worth.sites[name].parameter.detach().flatten()
-            weights[name] = parameter[flat.to(parameter.device)].float().cpu()
         closed = torch.zeros(len(numbers))
-        return Gates(numbers, sizes, mask, gate_of, weights, closed, closed.clone())
+        return Gates(numbers, mask, torch.cat(values), closed, closed.clone())
 
     # A step
 
@@ -343,22 +322,22 @@ class Search:
         """How fast the loss falls as each gate is opened: minus its derivative."""
         gain = torch.zeros_like(gate)
         rises = [0.0] * len(self.texts)
-        gradients: list[tuple[str, Tensor]] = []
+        gradients: dict[str, Tensor] = {}
         sites = {name: self.worth.sites[name] for name in gates.mask.removed}
         hooked = {name: site for name, site in sites.items() if site.is_hooked}
         unhooked = {name: site for name, site in sites.items() if not site.is_hooked}
         are_few = len(gates) <= FEW * self.worth.n_weights
-        scale = {name: 1 - values for name, values in gates.per_weight(gate).items()}
+        scale = {name: 1 - part for name, part in gates.by_matrix(gate).items()}
 
         def keep_entries(site: Site, x: Input, g: OutputGradient) -> None:
             first, second = (g, x) if site.input_axis == 1 else (x, g)
             index = gates.mask.removed[site.name]
             entries = _entries(first.flatten(0, 1), second.flatten(0, 1), index, are_few)
-            gradients.append((site.name, entries))
+            gradients[site.name] = gradients.get(site.name, 0.0) + entries.float()
 
         def keep_gradient(site: Site, gradient: Tensor) -> None:
             index = gates.mask.removed[site.name].to(gradient.device)
-            gradients.append((site.name, gradient.flatten()[index]))
+            gradients[site.name] = gradient.flatten()[index].float()
 
         with (
             # Made on this model, so not compared with it at every step.
@@ -370,7 +349,10 @@ class Search:
             for pairs, objective in self._batches_of_step():
                 for kind, rise in enumerate(self._backward_of(pairs, objective)):
                     rises[kind] += rise / self.texts[kind].n_drawn
-                gain += gates.gain(_on_host(gradients))
+                # Not in the backward pass, which would wait for the host at every matrix.
+                gain += gates.gain(
+                    dict(zip(gradients, on_host([*gradients.values()]), strict=True))
+                )
                 gradients.clear()
         for texts, rise in zip(self.texts, rises, strict=True):
             texts.weigh(rise)
@@ -417,8 +399,7 @@ class Search:
     def found(self, share: float) -> WeightMask:
         """The mask of a size, with how it was made and the trace."""
         n_allowed = next(size.n for size in self.sizes if size.share == share)
-        factor = FACTOR if self.units is None else 0.0
-        settings = {"size": share, "n_allowed": n_allowed, "factor": factor}
+        settings = {"size": share, "n_allowed": n_allowed, "factor": FACTOR}
         source = replace(self.source, settings={**settings, **self.source.settings})
         return WeightMask(self.masks[share].removed, self.shapes, source, self.trace)
 
@@ -445,7 +426,7 @@ class Search:
             state["stride"] = self.gates.stride
             state["texts"] = [(of.multiplier, of.rise, of.left) for of in self.texts]
             tensors |= {f"slope {name}": values for name, values in self.worth.slopes.items()}
-            tensors |= {"units": self.gates.units, "gate": self.gates.gate}
+            tensors |= {"numbers": self.gates.numbers, "gate": self.gates.gate}
             tensors |= {"momentum": self.gates.momentum, "generator": self.generator.get_state()}
         write_tensors(Path(folder) / FILE, FORMAT, tensors, {"state": json.dumps(state)})
 
@@ -472,18 +453,12 @@ class Search:
             return
         for name, slope in _under(tensors, "slope "):
             self.worth.put(name, slope.to(self.worth.sites[name].parameter.device))
-        self.gates = self._gates(tensors["units"])
+        self.gates = self._gates(tensors["numbers"])
         self.gates.gate, self.gates.momentum = tensors["gate"], tensors["momentum"]
         self.gates.stride = state["stride"]
         for texts, (multiplier, rise, left) in zip(self.texts, state["texts"], strict=True):
             texts.multiplier, texts.rise, texts.left = multiplier, rise, left
         self.generator.set_state(tensors["generator"])
-
-
-def _on_host(gradients: Sequence[tuple[str, Tensor]]) -> Gradients:
-    """Gradients on the CPU in one transfer: in the backward pass each would wait for the host."""
-    values = on_host([gradient.float() for _, gradient in gradients])
-    return [(name, value) for (name, _), value in zip(gradients, values, strict=True)]
 
 
 def _entries(

@@ -193,7 +193,9 @@ def _patches(
         where: dict[str, Label] = {"component": point.part, "layer": point.title}
         if point.part == "head":
             heads = range(bridge.cfg.n_heads)
-            cells = [({"head": head, "position": "all"}, (..., head, slice(None))) for head in heads]
+            cells = [
+                ({"head": head, "position": "all"}, (..., head, slice(None))) for head in heads
+            ]
         else:
             cells = [({"position": number}, (slice(None), number)) for number in positions]
             cells.append(({"position": "all"}, (...,)))

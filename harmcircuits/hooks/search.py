@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from harmcircuits.circuits.masks import Scope, WeightMask, refuse_other_weights, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
-from harmcircuits.circuits.units import Unit, Units
 from harmcircuits.display import nearest
 from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
@@ -43,7 +42,6 @@ def find_circuit(
     fresh_answers: FreshAnswers | None = None,
     sites: Sites | None = None,
     exclude: WeightMask | None = None,
-    unit: Unit = "weight",
     folder: str | Path | None = None,
     max_memory: int | None = None,
     progress: bool = False,
@@ -91,11 +89,6 @@ def find_circuit(
             says whether, such as `lambda site: site.layer > 2 and site.kind == "mlp.out"`.
         exclude: weights that cannot be chosen, so that a second circuit can be found beside a
             first; `size` stays a share of all weights. The mask's settings keep their digest.
-        unit: what is chosen whole: "weight"; "neuron" of the MLPs, its row of mlp.in and mlp.gate
-            and its column of mlp.out; "head" of attention, its rows of attn.q and its columns of
-            attn.o, and its rows of attn.k and attn.v where each head has its own (with grouped
-            queries a key-value head is a unit by itself); "row", what one output of a matrix is
-            computed with. Units have one gate each, and are ranked by their mean score a weight.
         folder: keeps the search after every part; the same search goes on from there.
         max_memory: bytes for scores that are accumulated (see `removal_effect`). Their sum is then
             in temporary files as well.
@@ -103,8 +96,7 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, no step, a negative budget, no such matrix, no units in these or
-            parts of some, an `exclude` of other weights, a folder of another search, a loss or
+            than a weight, no step, a negative budget, no such matrix, an `exclude` of other weights, a folder of another search, a loss or
             gradient that is not finite, and as `named_weights`.
     """
     bridge = as_bridge(bridge)
@@ -118,10 +110,6 @@ def find_circuit(
     if exclude is not None:
         refuse_other_weights("find_circuit: `exclude`", exclude, model_fingerprint(bridge), shapes)
     candidates = _candidates(matrices, sites)
-    units = None
-    if unit != "weight":
-        units = Units.of(matrices, unit, candidates)
-        candidates = {name: candidates[name] for name in units.sites}
 
     refuse_batches("find_circuit", bridge, target)
     for name, batches in prefer.items():
@@ -131,14 +119,13 @@ def find_circuit(
 
     settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
     settings["checked"] = data_settings(protection.checked)["data"]
-    settings |= _unusual(sites, candidates, exclude, unit, fresh_answers)
+    settings |= _unusual(sites, candidates, exclude, fresh_answers)
     search = Search(
         bridge,
         texts,
         protection,
         Worth(bridge, candidates, max_memory),
         shapes,
-        units,
         {} if exclude is None else exclude.removed,
         _source(bridge, texts, settings),
         [Size(share, round(share * n_weights)) for share in set(shares)],
@@ -189,7 +176,6 @@ def _unusual(
     sites: Sites | None,
     candidates: Mapping[str, Site],
     exclude: WeightMask | None,
-    unit: Unit,
     fresh_answers: FreshAnswers | None,
 ) -> dict[str, Any]:
     """The settings that are not as by default."""
@@ -198,8 +184,6 @@ def _unusual(
         settings["sites"] = list(candidates)
     if exclude is not None:
         settings["excluded"] = exclude.digest
-    if unit != "weight":
-        settings["unit"] = unit
     if fresh_answers is not None:
         settings["fresh_answers"] = True
     return settings

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import CONTRAST
 from harmcircuits.behaviours.calibration import Calibration
@@ -16,12 +15,11 @@ from harmcircuits.behaviours.model import OTHERS, Model, protected_data
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import largest, positive
-from harmcircuits.circuits.units import Units
 from harmcircuits.display import plural
 from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.texts import Budget, Protection
 from harmcircuits.hooks.search import BUDGET
-from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.hooks.texts import Budget, Protection
+from harmcircuits.hooks.weights import named_weights
 
 FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
 FACTORS = tuple(2.0**number for number in range(-2, 7))  # of the price, in one shot
@@ -73,10 +71,6 @@ def controls(
     twin" (or another contrast's): the same search for the contrast instead, with the target
     protected. The last is a search of its own, which may give fewer weights.
 
-    A circuit of whole neurons, heads or rows has controls of these: "random" is of as many in each
-    layer, and there is no "random magnitude". The ranked ones are the units with the best means,
-    and, like the circuit, none that is zero or below.
-
     >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=2)
     >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
     Controls(random (2 masks), random magnitude (2 masks), opposite sign (1 mask),
@@ -109,16 +103,13 @@ def controls(
     if unpruned is None:
         unpruned = unpruned_scores(model, target, data, protected, max_memory=max_memory)
     seeds = range(seed, seed + n_random)
-    if "unit" in mask.source.settings:
-        masks = _of_units(model, mask, unpruned, seeds)
-    else:
-        weights = named_weights(model.bridge)
-        masks = {
-            "random": [random_like(mask, seed=seed) for seed in seeds],
-            "random magnitude": [random_like(mask, seed=seed, weights=weights) for seed in seeds],
-            "opposite sign": [opposite_sign(mask, unpruned)],
-            "second slice": [second_slice(mask, unpruned)],
-        }
+    weights = named_weights(model.bridge)
+    masks = {
+        "random": [random_like(mask, seed=seed) for seed in seeds],
+        "random magnitude": [random_like(mask, seed=seed, weights=weights) for seed in seeds],
+        "opposite sign": [opposite_sign(mask, unpruned)],
+        "second slice": [second_slice(mask, unpruned)],
+    }
 
     twin = _twin_data(model, target, contrast, protected, calibrations)
     if twin is None:
@@ -140,36 +131,6 @@ def controls(
     return Controls({**masks, name: [circuit]}, (name,))
 
 
-def _of_units(
-    model: Model, mask: WeightMask, unpruned: Unpruned, seeds: Iterable[int]
-) -> dict[str, list[WeightMask]]:
-    """The controls of whole units that are no searches."""
-    sites = weight_sites(model.bridge)
-    unit = mask.source.settings["unit"]
-    # Experts and their routers have none.
-    units = Units.of(sites, unit, [name for name, site in sites.items() if site.is_hooked])
-
-    def as_mask(name: str, removed: Mapping[str, Tensor], **settings: Any) -> WeightMask:
-        source = Source(mask.source.model, name, {"unit": unit, **settings}, (mask.source,))
-        return WeightMask(removed, mask.shapes, source)
-
-    def best(ranked: Unpruned, excluded: Mapping[str, Tensor]) -> WeightMask:
-        scores = priced(ranked, _factor(mask))
-        removed = units.largest(scores.values, mask.n_removed, excluded)
-        return as_mask("best_units", removed, **scores.source.settings)
-
-    random = []
-    for seed in seeds:
-        drawn = units.random(mask.removed, seed=seed)
-        random.append(as_mask("random_units", drawn, seed=seed))
-    opposite = Unpruned(-unpruned.effect, unpruned.price)
-    return {
-        "random": random,
-        "opposite sign": [best(opposite, {})],
-        "second slice": [best(unpruned, mask.removed)],
-    }
-
-
 def _options_of_search(mask: WeightMask, spared: Mapping[str, Calibration]) -> dict[str, Any]:
     """The options of the search that found a mask, for another that spares these behaviours."""
     made_by = mask.source.settings
@@ -178,7 +139,6 @@ def _options_of_search(mask: WeightMask, spared: Mapping[str, Calibration]) -> d
     options = {
         "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
         "steps": made_by["learning_steps"],
-        "unit": made_by.get("unit", "weight"),
         "sites": made_by.get("sites"),
     }
     if "fresh_answers" not in made_by:

@@ -13,10 +13,10 @@ from harmcircuits.behaviours.model import OTHERS, Model, other_behaviours, prote
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
+from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.attribution import gradient_norm, snip_scores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.memory import free_for_scores
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
