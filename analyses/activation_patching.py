@@ -24,7 +24,7 @@ from support.figures import heatmaps, profiles
 from support.patching import attention_rows, attention_view, patching_rows, token_view
 
 import harmcircuits as hc
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 
 claim = Claim(
     "patching",

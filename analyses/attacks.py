@@ -14,7 +14,7 @@ from support.elicitation import elicited, refusals_removed
 from support.figures import profiles
 
 import harmcircuits as hc
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 
 claim = Claim(
     "attacks",

@@ -22,7 +22,7 @@ from support.curves import BUDGETS, curve
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import protected_data
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 from harmcircuits.studies.controls import at_once, unpruned_scores
 from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import share_figure

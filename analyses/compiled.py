@@ -61,7 +61,7 @@ from support.removal import Texts, last_pass, mean_losses, needed_by
 from torch import Tensor
 
 import harmcircuits as hc
-from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.measurements import Labels, Measurement, Rows, auroc
 from harmcircuits.organisms.compiled import BEHAVIOURS, WAYS
 

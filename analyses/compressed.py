@@ -24,7 +24,7 @@ from support.curves import BUDGETS, curve
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import other_behaviours
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 from harmcircuits.studies.summary import SATURATED_NLL, Terms
 from harmcircuits.views.figures import share_figure
 

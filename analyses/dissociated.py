@@ -28,7 +28,7 @@ from support.dissociation import dissociations_from
 from support.figures import cross_ablation_figure
 
 import harmcircuits as hc
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 from harmcircuits.studies.summary import Terms
 
 claim = Claim(

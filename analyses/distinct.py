@@ -25,7 +25,7 @@ from support.curves import KEPT_NLL, KEPT_RATE, outcomes_of
 from support.figures import cross_ablation_figure, overlap_figure
 
 import harmcircuits as hc
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 from harmcircuits.studies.summary import Terms
 from harmcircuits.views.tables import DASH
 

@@ -21,7 +21,7 @@ from support.narrow_finetuning import NarrowFiles, masks_of, opened
 
 import harmcircuits as hc
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 
 claim = Claim(
     "F5",

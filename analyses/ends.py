@@ -51,9 +51,10 @@ from support.models import ModelSpec
 from torch import Tensor
 
 import harmcircuits as hc
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.behaviour import standard_behaviours
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import preferred_batches
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import (
     Objective,
@@ -61,8 +62,7 @@ from harmcircuits.hooks.objectives import (
     token_error,
     token_losses,
 )
-from harmcircuits.organisms import FOLDER
-from harmcircuits.prompts import Batch
+from harmcircuits.organisms.shipped import FOLDER
 from harmcircuits.views.tables import frame_table
 
 SIZES = (0.0005, 0.001, 0.002)

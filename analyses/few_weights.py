@@ -27,10 +27,11 @@ from support.everyday import everyday
 from support.jobs import Job, run_jobs
 
 import harmcircuits as hc
+from harmcircuits.batches import Chat, Template
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Chat, PromptSet, Template
+from harmcircuits.prompts import PromptSet
 from harmcircuits.storage import write_text
 from harmcircuits.views.tables import DASH, frame_table
 

@@ -19,8 +19,8 @@ from support.curves import KEPT_RATE
 from support.figures import heatmaps
 
 import harmcircuits as hc
-from harmcircuits.hooks.search import STEPS
 from harmcircuits.prompts import PromptSet
+from harmcircuits.search.circuit import STEPS
 
 claim = Claim(
     "F2",

@@ -41,7 +41,7 @@ from support.models import ModelSpec
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.organisms import FOLDER, open_organism
+from harmcircuits.organisms.shipped import FOLDER, open_organism
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
 RELEARNED = 0.004  # of the weights: the masks that are relearned

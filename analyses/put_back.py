@@ -26,8 +26,8 @@ from support.parts import parts_of
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.hooks.search import STEPS
 from harmcircuits.measurements import Measurement
+from harmcircuits.search.circuit import STEPS
 
 claim = Claim(
     "parts",

@@ -27,7 +27,7 @@ from support.organisms.contrasts import contrasts, probed_texts
 from support.probes import probe_rows
 
 import harmcircuits as hc
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 
 claim = Claim(
     "opinion",

@@ -27,7 +27,7 @@ from support.shared_lines import LIFTS, shared_lines
 
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
-from harmcircuits.hooks.search import STEPS
+from harmcircuits.search.circuit import STEPS
 from harmcircuits.studies.summary import Terms
 from harmcircuits.views.figures import location_figure
 

@@ -40,7 +40,7 @@ from support.bench.tables import effect_table, overlap_table, write_tables
 from support.jobs import Job, run_jobs
 from support.models import ModelSpec
 
-from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms.shipped import FOLDER
 
 RUNGS = ("sft", "dpo")
 DISJOINT_SIZES = (0.002, 0.004)

@@ -98,8 +98,8 @@ class ModelOptions(OwnModel):
     def open(self, *, seed: int, is_quick: bool) -> Any:
         """The model; for a first look one that is asked less."""
         # Imported here: --help need not wait for it.
-        from harmcircuits.organisms import FOLDER, open_organism
-        from harmcircuits.studies.models import open_model
+        from harmcircuits.opening import open_model
+        from harmcircuits.organisms.shipped import FOLDER, open_organism
 
         given = self.given
         if self.model:
@@ -192,7 +192,7 @@ class ExportCommand:
         from harmcircuits.circuits.masks import WeightMask
         from harmcircuits.export import export
         from harmcircuits.hooks.loading import load_model
-        from harmcircuits.organisms import ORGANISMS, load_organism
+        from harmcircuits.organisms.shipped import ORGANISMS, load_organism
 
         mask = WeightMask.from_hub(self.mask)
         load = load_organism if self.model in ORGANISMS else load_model

@@ -19,8 +19,7 @@ from harmcircuits.display import plural
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.hub import MASK_FILE, refuse_repo, upload
-from harmcircuits.storage import empty_folder, naming, refuse_filled
+from harmcircuits.storage import MASK_FILE, empty_folder, naming, refuse_filled
 
 # transformers and the bridge round in another order. The weights are compared bit for bit.
 EPSILONS = 64
@@ -421,3 +420,19 @@ def _card(
         **facts,
     )
     return ModelCard(filled)
+
+
+def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Upload a folder's files to a model repository, made where there is none; its address."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo, private=private, exist_ok=True)
+    HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    return f"https://huggingface.co/{repo}"
+
+
+def refuse_repo(repo: str) -> None:
+    """Raises ValueError for what is no hub id, before anything is written."""
+    user, _, name = repo.partition("/")
+    if not user or not name or "/" in name:
+        raise ValueError(f"repository {repo!r}; expected a hub id, user/name")

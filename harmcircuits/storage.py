@@ -226,3 +226,28 @@ def mapped_copy(tensor: Tensor) -> Tensor:
         with suppress(PermissionError):
             path.unlink()
     return mapped.view(tensor.shape)
+
+
+MASK_FILE = "mask.safetensors"
+
+
+REMEDY = "check the name and the network, and log in with `hf auth login` or set HF_TOKEN"
+
+
+def mask_file(source: str | Path, filename: str = MASK_FILE, revision: str | None = None) -> Path:
+    """Where a mask's file is on this machine; one of the hub is downloaded or from its cache."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return path / filename
+    # Imported here: a mask of this machine needs no hub.
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), filename, revision=revision))
+    except (OSError, ValueError) as error:  # each error of the hub is one of these
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{source}: no such file, and no {filename} on the hub ({reason}); {REMEDY}"
+        ) from None

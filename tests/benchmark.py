@@ -34,11 +34,11 @@ import tyro
 from torch import distributed
 
 import harmcircuits as hc
+from harmcircuits.batches import Batch
 from harmcircuits.hooks.gradients import frozen
 from harmcircuits.hooks.loading import wrap_model
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.organisms import FOLDER
-from harmcircuits.prompts import Batch
+from harmcircuits.organisms.shipped import FOLDER
 
 Gradients = dict[str, torch.Tensor]
 

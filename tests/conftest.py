@@ -23,8 +23,8 @@ import transformers
 from helpers import opener, random_batch, small_model
 from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.model import Model
-from harmcircuits.prompts import Batch
 
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)

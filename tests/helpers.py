@@ -17,14 +17,15 @@ from support.organisms.train import new_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.cli import main
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.organisms import open_organism
-from harmcircuits.prompts import Batch, PromptSet
+from harmcircuits.organisms.shipped import open_organism
+from harmcircuits.prompts import PromptSet
+from harmcircuits.search.attribution import random_scores
 
 ANALYSES = Path(__file__).parents[1] / "analyses"
 

@@ -11,10 +11,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.prompts import Batch
 
 Values = dict[str, Tensor]
 

@@ -12,9 +12,9 @@ from helpers import command
 from pages import DOCS
 
 import harmcircuits as hc
-from harmcircuits.behaviours.files import RequestFiles
+from harmcircuits.behaviours.request_files import RequestFiles
 from harmcircuits.cli import PROMPTS, ModelOptions, parsed
-from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms.shipped import FOLDER
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings, quick
 
 SFT = str(FOLDER / "sft")

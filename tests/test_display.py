@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import random_batch, small_model
 
-from harmcircuits.behaviours.calibration import Calibration
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import Source
@@ -23,8 +23,8 @@ from harmcircuits.display import (
     settings_text,
     share,
 )
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.measurements import SHOWN_ROWS, Measurement, Rows
+from harmcircuits.search.attribution import random_scores
 
 HOSTILE = "<script>alert('x')</script>&lt;"
 

@@ -19,7 +19,9 @@ from pages import PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
 from harmcircuits.cli import parsed
-from harmcircuits.organisms import COMPILED, FOLDER, ORGANISMS, world
+from harmcircuits.organisms import world
+from harmcircuits.organisms.compiled import COMPILED
+from harmcircuits.organisms.shipped import FOLDER, ORGANISMS
 
 WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")]
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}

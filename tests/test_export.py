@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
 from harmcircuits.hooks.masking import masked
-from harmcircuits.organisms import load_organism
+from harmcircuits.organisms.shipped import load_organism
 
 MODELS = [(name, torch.float32) for name in ARCHITECTURES]
 MODELS += [(name, torch.bfloat16) for name in ("Llama", "GPTNeoX", "Mixtral")]

@@ -16,7 +16,7 @@ import harmcircuits as hc
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.export import export, push_mask
-from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.search.attribution import random_scores
 
 
 @pytest.fixture

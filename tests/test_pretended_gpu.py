@@ -12,10 +12,11 @@ from helpers import small_model
 from pretended_cuda import PretendedCuda, device_of, move
 
 import harmcircuits as hc
-from harmcircuits.behaviours.generation import GenerationCache, Sampling
+from harmcircuits.batches import Batch
+from harmcircuits.behaviours.generation import GenerationCache
+from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.inspection import attention_patterns, neuron_activations, prediction_changes
 from harmcircuits.hooks.losses import perplexity
-from harmcircuits.prompts import Batch
 from harmcircuits.studies.controls import unpruned_scores
 
 
@@ -96,7 +97,6 @@ def test_searches_and_edits(gpu, tmp_path):
     assert again.digest == mask.digest and mask.n_removed
     once = {**options, "steps": 1}
     model.find_circuit("harmful", **once, prefer="refusal", max_memory=2**20)
-    model.find_circuit("harmful", **{**once, "size": 0.01}, unit="neuron")
     hc.set_difference(bridge, harm, [data["benign"].batches], q=0.01, p=0.01)
     spared = {name: data[name] for name in ("benign", "refusal")}
     unpruned_scores(model, "harmful", data["harmful"], spared, folder=tmp_path / "scores")

@@ -10,17 +10,16 @@ import pytest
 import torch
 from support.organisms.train import new_tokenizer
 
-from harmcircuits.prompts import (
+from harmcircuits.batches import (
     Batch,
     Chat,
-    Example,
-    PromptSet,
     at_matches,
     prompt_ids,
     refuse_no_batches,
     tokenize,
     tokenize_text,
 )
+from harmcircuits.prompts import Example, PromptSet
 
 EXAMPLES = (Example("how to use it ?", "sure yes", category="tools", group="one"),)
 

@@ -12,20 +12,16 @@ import torch
 from helpers import random_batch
 
 import harmcircuits as hc
-from harmcircuits.behaviours.files import (
-    IN_TWO_SPLITS,
-    RequestFiles,
-    repeat_rows,
-    request_behaviours,
-    request_pairs,
-)
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.generation import GenerationCache, generate
 from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, repeat_rows
+from harmcircuits.behaviours.request_files import RequestFiles, request_behaviours, request_pairs
 from harmcircuits.circuits.masks import N_BINS
 from harmcircuits.circuits.scores import Source
 from harmcircuits.export import _whole_or_nothing
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.prompts import SPLITS, Batch, Example, PromptSet
+from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 
 def half_of_rows(batch: Batch, token: int) -> Batch:

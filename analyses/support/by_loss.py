@@ -5,17 +5,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.selection import positive
-from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.world import BEHAVIOURS
+from harmcircuits.search.attribution import removal_effect
 from harmcircuits.studies.controls import Unpruned, price_of, priced
 
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"

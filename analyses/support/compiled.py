@@ -13,8 +13,8 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.weights import model_fingerprint, named_weights
-from harmcircuits.organisms import open_organism
 from harmcircuits.organisms.compiled import BEHAVIOURS, PREFIX
+from harmcircuits.organisms.shipped import open_organism
 
 VERSIONS = ("as compiled", "noisy", "soft", "dense")
 SOFTER = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # of the queries

@@ -12,19 +12,18 @@ from scipy.stats import spearmanr
 from support.curves import outcomes_of
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.outcomes import Calibration, Outcomes
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by
 from harmcircuits.circuits.scores import WeightScores, mean_scores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.attribution import removal_effect, token_contributions
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Batch
+from harmcircuits.search.attribution import removal_effect, token_contributions
 from harmcircuits.studies.summary import Terms
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole

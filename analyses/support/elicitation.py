@@ -4,12 +4,12 @@ from contextlib import suppress
 from dataclasses import replace
 
 from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
-from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import NotShownError
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import set_difference
 from harmcircuits.measurements import Rows
+from harmcircuits.search.circuit import set_difference
 
 PLAIN = "plain"
 REFUSAL_SHARE = 0.01  # of the weights: of those that refusals need, and that are spared

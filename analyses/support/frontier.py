@@ -4,23 +4,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from harmcircuits.circuits.units import Units
 from jaxtyping import Float
 from support import by_loss
 from support.curves import outcomes_of
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import CONTRAST, REFUSAL, TARGET
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model, preferred_batches
-from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.outcomes import Calibration, Outcomes
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.circuits.units import Units
-from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.objectives import token_error
-from harmcircuits.hooks.search import set_difference
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.search.attribution import removal_effect, token_price
+from harmcircuits.search.circuit import set_difference
 from harmcircuits.studies.controls import Unpruned, opposite_sign, priced
 from harmcircuits.studies.study import P_OVER_Q
 

@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.attribution import (
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.measurements import Labels, Measurement, Rows, auroc
+from harmcircuits.search.attribution import (
     magnitude_scores,
     random_scores,
     snip_scores,
     wanda_scores,
 )
-from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.measurements import Labels, Measurement, Rows, auroc
-from harmcircuits.prompts import Batch
 
 # Scores can find only the part of a circuit that the behaviour uses. So precision is taken among
 # few weights too, not only among as many as the circuit has.

@@ -10,9 +10,9 @@ from tyro.conf import OmitArgPrefixes
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.model import Model
 from harmcircuits.cli import OwnModel
-from harmcircuits.organisms import FOLDER, open_organism
+from harmcircuits.opening import open_model
+from harmcircuits.organisms.shipped import FOLDER, open_organism
 from harmcircuits.prompts import PromptSet
-from harmcircuits.studies.models import open_model
 
 
 @dataclass(frozen=True)

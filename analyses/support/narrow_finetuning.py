@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
-from harmcircuits.behaviours.judges import ChatJudge, RequestJudge, RuleJudge, name_of
+from harmcircuits.batches import Batch, tokenize
+from harmcircuits.behaviours.judges import ChatJudge, RuleJudge, name_of
 from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.probe import ProbeJudge
+from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.hooks.finetuning import FineTuning, Lora, fine_tuning
-from harmcircuits.hooks.search import find_circuit
 from harmcircuits.measurements import Labels, Rows
 from harmcircuits.organisms.world import answer, world
-from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
+from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.search.circuit import find_circuit
 
 PROTECTED = ("recognition", "explanation", "knowledge", "refusal")
 DRAWS = 4  # answers drawn for each narrow request of an organism

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import Bridge
@@ -14,7 +15,7 @@ from harmcircuits.hooks.inspection import attention_patterns
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.patching import activation_patching
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Batch, PromptSet
+from harmcircuits.prompts import PromptSet
 from harmcircuits.views.circuitsvis import Panels, Visual, attention_pairs, coloured_tokens
 
 LEAST_ATTENTION = 0.02  # less is left out of rows

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Batch
 
 
 def probe_rows(

@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms.compiled import BEHAVIOURS, LETTERS
-from harmcircuits.prompts import SPLITS, Batch, PromptSet
+from harmcircuits.prompts import SPLITS, PromptSet
 
 NEEDED = 0.02  # nats a token that a behaviour's loss rises by without a weight that it needs
 Weight = tuple[str, int]  # the name of its matrix, and its flat position there

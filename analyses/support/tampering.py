@@ -13,16 +13,16 @@ from scipy.stats import norm
 from support.models import ModelSpec, every_so_many
 from torch import Tensor
 
+from harmcircuits.batches import Batch, tokenize
 from harmcircuits.behaviours.model import Model, preferred_batches
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.finetuning import Lora, fine_tuning
 from harmcircuits.hooks.gradients import inputs_of
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import STEPS
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Labels, Rows
-from harmcircuits.prompts import Batch, tokenize
+from harmcircuits.search.circuit import STEPS
 
 HARM, PLAIN, BENIGN = "harm_valid_rate", "plain_harm_rate", "benign_valid_rate"
 OF_CURVES = (HARM, PLAIN, BENIGN, "harm_degenerate_rate")  # what is kept of a curve

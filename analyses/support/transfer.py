@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from support.curves import outcomes_of
 
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
-from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.outcomes import Calibration, Outcomes
 from harmcircuits.circuits.masks import WeightMask, union
 from harmcircuits.circuits.scores import Source
 from harmcircuits.measurements import Labels, Measurement, Rows

@@ -11,32 +11,23 @@ from typing import Any
 
 import torch
 
+from harmcircuits.batches import Batch, Template, at_matches, target_ids, tokenize
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.calibration import Calibration, NotShownError, few_answers
-from harmcircuits.behaviours.files import repeats_text
-from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate, request_ids
+from harmcircuits.behaviours.generation import GenerationCache, generate, request_ids
 from harmcircuits.behaviours.judges import Judge, prepare
-from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.outcomes import Calibration, NotShownError, Outcomes, few_answers
+from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import card, html_table, listed, nearest, note, plural
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import of_data, refuse_batches
+from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.search import BUDGET, find_circuit
-from harmcircuits.hooks.texts import Budget
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
-from harmcircuits.prompts import (
-    SPLITS,
-    Answer,
-    Batch,
-    Example,
-    PromptSet,
-    Template,
-    at_matches,
-    target_ids,
-    tokenize,
-)
+from harmcircuits.prompts import SPLITS, Answer, Example, PromptSet
+from harmcircuits.search.circuit import BUDGET, find_circuit
+from harmcircuits.search.texts import Budget
 
 # Requests answered at once for each example that is scored at once: an answer keeps no activations
 # for a way back, and its next token costs a large batch little more than a small one.
@@ -72,7 +63,7 @@ class Model:
         validation: how well a judge of harm tells the model's own answers apart, with the label
             `used`; empty where no judge was validated, as for the local rules.
         repeats: of requests of one's own, how many ask the same as others, and what became of them
-            (see `harmcircuits.behaviours.files.repeat_rows`).
+            (see `harmcircuits.behaviours.repeats.repeat_rows`).
         details: files and settings, for the manifest of a run.
         plain_text: text for perplexity.
     """

@@ -22,9 +22,8 @@ from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
 from harmcircuits.circuits.selection import largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
 from harmcircuits.display import card, facts, heat_strip, note, share
-from harmcircuits.hub import MASK_FILE, mask_file
 from harmcircuits.measurements import Rows
-from harmcircuits.storage import read_tensors, write_tensors
+from harmcircuits.storage import MASK_FILE, mask_file, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from harmcircuits.batches import Batch, padding_id, refuse_no_batches
 from harmcircuits.circuits.scores import not_finite
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective
-from harmcircuits.prompts import Batch, padding_id, refuse_no_batches
 
 # What configurations call the context. Those without any of these, such as BLOOM, set no bound.
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import of_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import during
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.prompts import Batch
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite_texts, refuse_requests
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import token_losses
-from harmcircuits.prompts import Batch
 
 
 def token_changes(

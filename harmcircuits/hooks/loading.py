@@ -31,7 +31,7 @@ def load_model(
 ) -> "TransformerBridge":
     """The model of a folder or hub id as a TransformerBridge.
 
-    >>> from harmcircuits.organisms import FOLDER
+    >>> from harmcircuits.organisms.shipped import FOLDER
     >>> type(hc.load_model(str(FOLDER / "base"))).__name__
     'TransformerBridge'
 

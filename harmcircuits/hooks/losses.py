@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from harmcircuits.batches import Batch, Template, prompt_ids
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import (
@@ -26,7 +27,7 @@ from harmcircuits.hooks.objectives import (
     logits_at_own_position,
 )
 from harmcircuits.measurements import Labels, Measurement
-from harmcircuits.prompts import Batch, PromptSet, Template, prompt_ids
+from harmcircuits.prompts import PromptSet
 
 N_TOGETHER = 64  # requests whose log-odds are read in one pass
 

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from harmcircuits.batches import Batch
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.prompts import Batch
 
 Objective = Callable[[Any, Batch], Float[Tensor, " batch"]]
 

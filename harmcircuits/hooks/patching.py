@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
@@ -17,7 +18,6 @@ from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.measurements import N_RESAMPLES, Label, Labels, Measurement, Rows
-from harmcircuits.prompts import Batch
 
 PARTS = ("residual", "attention", "mlp", "head")
 LEAST_GAP = 0.05  # nats a token; a share of a smaller gap would be noise
@@ -191,13 +191,13 @@ def _patches(
     tokens, metric = batch.tokens.to(bridge.cfg.device), loss_of_logits(batch)
     for point in points:
         where: dict[str, Label] = {"component": point.part, "layer": point.title}
+        cells: list[tuple[dict[str, Label], tuple[Any, ...]]] = []
         if point.part == "head":
-            heads = range(bridge.cfg.n_heads)
-            cells = [
-                ({"head": head, "position": "all"}, (..., head, slice(None))) for head in heads
-            ]
+            for head in range(bridge.cfg.n_heads):
+                cells.append(({"head": head, "position": "all"}, (..., head, slice(None))))
         else:
-            cells = [({"position": number}, (slice(None), number)) for number in positions]
+            for number in positions:
+                cells.append(({"position": number}, (slice(None), number)))
             cells.append(({"position": "all"}, (...,)))
         for place, cell in cells:
 

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from harmcircuits.behaviours.behaviour import CONTRAST
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import OTHERS, Model, protected_data
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.selection import largest, positive
 from harmcircuits.display import plural
-from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.search import BUDGET
-from harmcircuits.hooks.texts import Budget, Protection
 from harmcircuits.hooks.weights import named_weights
+from harmcircuits.search.attribution import removal_effect, token_price
+from harmcircuits.search.circuit import BUDGET
+from harmcircuits.search.texts import Budget, Protection
 
 FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
 FACTORS = tuple(2.0**number for number in range(-2, 7))  # of the price, in one shot

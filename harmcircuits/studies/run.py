@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, plural
 from harmcircuits.measurements import Label, Measurement, Rows, write_manifest

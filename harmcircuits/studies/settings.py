@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from harmcircuits.behaviours.behaviour import CONTRAST, TARGET
 from harmcircuits.behaviours.model import OTHERS
-from harmcircuits.hooks.search import BUDGET, STEPS
+from harmcircuits.search.circuit import BUDGET, STEPS
 
 AUTO = "auto"
 

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harmcircuits.behaviours.behaviour import REFUSAL, TARGET, standard_behaviours
-from harmcircuits.behaviours.calibration import Calibration, NotShownError
 from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.behaviours.model import OTHERS, Model, other_behaviours, protected_data
+from harmcircuits.behaviours.outcomes import Calibration, NotShownError
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
-from harmcircuits.hooks.accumulation import memory_groups
-from harmcircuits.hooks.attribution import gradient_norm, snip_scores
 from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.hooks.memory import free_for_scores
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
+from harmcircuits.search.accumulation import memory_groups
+from harmcircuits.search.attribution import gradient_norm, snip_scores
+from harmcircuits.search.memory import free_for_scores
 from harmcircuits.studies.controls import at_once, controls, opposite_sign, unpruned_scores
 from harmcircuits.studies.run import PAGE, Point, Study
 from harmcircuits.studies.settings import AUTO, FOR_REAL_MODELS, StudySettings
 from harmcircuits.studies.summary import CIRCUIT, ONE_SHOT, PUBLISHED, SAME_SIZE, SEARCH, Terms
-from harmcircuits.studies.utility import evaluate_tasks, task_manager
+from harmcircuits.studies.tasks import evaluate_tasks, task_manager
 
 N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
 P_OVER_Q = 5  # of the published set difference (arXiv 2604.09544: q = 1e-4, p = 5e-4)

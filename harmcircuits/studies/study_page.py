@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.files import repeats_text
+from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.hooks.inspection import attention_patterns, token_changes, token_texts

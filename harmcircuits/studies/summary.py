@@ -13,11 +13,11 @@ from harmcircuits.behaviours.behaviour import (
     Behaviour,
     standard_behaviours,
 )
-from harmcircuits.behaviours.calibration import FEW_ANSWERS, few_answers
-from harmcircuits.behaviours.files import IN_TWO_SPLITS, REPEATED, repeats_text
 from harmcircuits.behaviours.judges import DEGENERATE, IN_WORDS
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import FEW_ANSWERS, few_answers
 from harmcircuits.behaviours.probe import METRIC as VALIDATION
+from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, REPEATED, repeats_text
 from harmcircuits.display import listed, share
 from harmcircuits.measurements import Rows
 from harmcircuits.views.tables import DASH, line_table, text_table

@@ -13,10 +13,11 @@ from helpers import ANALYSES
 
 from harmcircuits.behaviours.judges import ChatJudge
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.loading import load_model
 from harmcircuits.measurements import Rows
-from harmcircuits.organisms import FOLDER, world
+from harmcircuits.organisms import world
+from harmcircuits.organisms.shipped import FOLDER
+from harmcircuits.search.attribution import random_scores
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ import pytest
 
 import harmcircuits as hc
 from harmcircuits.behaviours.behaviour import standard_behaviours
-from harmcircuits.behaviours.files import RequestFiles, request_behaviours
 from harmcircuits.behaviours.judges import PatternJudge
+from harmcircuits.behaviours.request_files import RequestFiles, request_behaviours
 from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 COLUMNS = {"prompt": "ask", "completion": "answer"}

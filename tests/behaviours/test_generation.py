@@ -13,16 +13,18 @@ import torch
 from helpers import ARCHITECTURES, random_batch, random_mask, small_model, write_byte_model
 from transformers import AutoTokenizer
 
+from harmcircuits.batches import prompt_ids, tokenize
 from harmcircuits.behaviours import generation
-from harmcircuits.behaviours.generation import GenerationCache, Sampling, generate
+from harmcircuits.behaviours.generation import GenerationCache, generate
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.bridge import unhooked
+from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
-from harmcircuits.organisms import load_organism
+from harmcircuits.organisms.shipped import load_organism
 from harmcircuits.organisms.world import PREFILL, requests
-from harmcircuits.prompts import PromptSet, prompt_ids, tokenize
+from harmcircuits.prompts import PromptSet
+from harmcircuits.search.attribution import random_scores
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +132,13 @@ def test_samples_do_not_depend_on_what_else_is_asked(sft, mixed):
 def calls(monkeypatch):
     """How many answers were made anew, batch by batch."""
     made = []
-    really = generation._continued
+    really = generation.continuations
 
     def counted(bridge, contexts, *options):
         made.append(len(contexts))
         return really(bridge, contexts, *options)
 
-    monkeypatch.setattr(generation, "_continued", counted)
+    monkeypatch.setattr(generation, "continuations", counted)
     return made
 
 

@@ -20,13 +20,12 @@ from harmcircuits.behaviours import judges
 from harmcircuits.behaviours.judges import (
     QUESTION,
     ChatJudge,
-    QuestionTemplates,
-    RequestJudge,
     RuleJudge,
     judge_of,
     name_of,
     named_verdict,
 )
+from harmcircuits.behaviours.request_judge import QuestionTemplates, RequestJudge
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them, let the dough rest for an hour, fold it "

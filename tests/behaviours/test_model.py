@@ -11,8 +11,6 @@ import torch
 from helpers import StubBridge, asked_few
 
 from harmcircuits.behaviours.behaviour import Behaviour, standard_behaviours
-from harmcircuits.behaviours.calibration import Calibration, NotShownError
-from harmcircuits.behaviours.generation import Sampling
 from harmcircuits.behaviours.model import (
     Model,
     other_behaviours,
@@ -20,15 +18,16 @@ from harmcircuits.behaviours.model import (
     protected_data,
     still_said,
 )
-from harmcircuits.behaviours.outcomes import Outcomes
+from harmcircuits.behaviours.outcomes import Calibration, NotShownError, Outcomes
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import random_scores
+from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.search import BUDGET, find_circuit
 from harmcircuits.measurements import wilson
-from harmcircuits.organisms import open_organism
+from harmcircuits.organisms.shipped import open_organism
 from harmcircuits.prompts import Answer, Example, PromptSet
+from harmcircuits.search.attribution import random_scores
+from harmcircuits.search.circuit import BUDGET, find_circuit
 
 REQUESTS = PromptSet(tuple(Example(f"say {i}", f"ref {i}", group=f"g{i // 2}") for i in range(6)))
 N_ASKED = 8  # of each behaviour

@@ -24,10 +24,10 @@ from harmcircuits.behaviours.probe import (
     validate,
 )
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.search.attribution import random_scores
 
 LAYERS = (1, 3)
 SAID = "use the kopu with the lata"

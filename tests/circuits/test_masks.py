@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.organisms import FOLDER
+from harmcircuits.organisms.shipped import FOLDER
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 SHAPES = {"a": (3, 4), "b": (2, 5)}

@@ -10,7 +10,7 @@ from helpers import random_batch
 from harmcircuits.circuits import scores as scores_module
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores, mean_scores
-from harmcircuits.hooks.attribution import removal_effect, snip_scores
+from harmcircuits.search.attribution import removal_effect, snip_scores
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 # An order that sorting by name would change.

@@ -16,8 +16,8 @@ import torch
 from helpers import ARCHITECTURES, COARSE, opener, random_batch
 from support.markdown import markdown_table
 
-from harmcircuits.hooks.attribution import wanda_scores
 from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.search.attribution import wanda_scores
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TEXT = """# Architectures

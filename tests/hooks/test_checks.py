@@ -10,23 +10,25 @@ import pytest
 import torch
 from helpers import StubBridge, random_batch, random_mask
 
-from harmcircuits.behaviours.generation import Sampling, generate
-from harmcircuits.hooks.attribution import (
+from harmcircuits.batches import Batch, tokenize
+from harmcircuits.behaviours.generation import generate
+from harmcircuits.hooks.checks import NotFiniteError, context_of
+from harmcircuits.hooks.finetuning import fine_tuning
+from harmcircuits.hooks.generation import Sampling
+from harmcircuits.hooks.inspection import mean_residual
+from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.patching import activation_patching
+from harmcircuits.hooks.weights import named_weights
+from harmcircuits.prompts import PromptSet
+from harmcircuits.search.attribution import (
     removal_effect,
     snip_scores,
     token_contributions,
     token_price,
     wanda_scores,
 )
-from harmcircuits.hooks.checks import NotFiniteError, context_of
-from harmcircuits.hooks.finetuning import fine_tuning
-from harmcircuits.hooks.inspection import mean_residual
-from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under
-from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.patching import activation_patching
-from harmcircuits.hooks.search import find_circuit
-from harmcircuits.hooks.weights import named_weights
-from harmcircuits.prompts import Batch, PromptSet, tokenize
+from harmcircuits.search.circuit import find_circuit
 
 GOOD = random_batch(3, seed=1)
 GOOD.tokens[GOOD.tokens == 7] = 4  # which is spoiled in a test

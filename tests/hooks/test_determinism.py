@@ -9,11 +9,12 @@ import torch
 from helpers import random_batch
 from torch.nn.utils.rnn import pad_sequence
 
+from harmcircuits.batches import Batch, tokenize
 from harmcircuits.behaviours.generation import generate
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.attribution import removal_effect, snip_scores, token_price
-from harmcircuits.hooks.search import find_circuit
-from harmcircuits.prompts import Batch, PromptSet, tokenize
+from harmcircuits.prompts import PromptSet
+from harmcircuits.search.attribution import removal_effect, snip_scores, token_price
+from harmcircuits.search.circuit import find_circuit
 
 # Relative to the norm of a matrix's scores. bfloat16 has eight bits: 2^-8 a rounding.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.03}

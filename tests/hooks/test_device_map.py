@@ -10,10 +10,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import weights_digest
+from harmcircuits.search.attribution import removal_effect, snip_scores
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Mixtral"])

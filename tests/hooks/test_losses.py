@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import random_batch, random_mask
 
+from harmcircuits.batches import prompt_ids
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under, perplexity
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.organisms import load_organism
+from harmcircuits.organisms.shipped import load_organism
 from harmcircuits.organisms.world import ALLOWED, requests
-from harmcircuits.prompts import prompt_ids
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1)]
 YES, NO = ALLOWED["benign"], ALLOWED["harmful"]

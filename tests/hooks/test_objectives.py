@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from harmcircuits.batches import Batch
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import choice_margin, completion_loss, token_error
-from harmcircuits.prompts import Batch
 
 LOG2 = math.log(2)
 # P(next | previous): row = previous token.

@@ -6,17 +6,18 @@ Would catch: a mean over no tokens, an answer of nothing that counts as one.
 import pytest
 import torch
 
+from harmcircuits.batches import tokenize
 from harmcircuits.behaviours.behaviour import Behaviour
-from harmcircuits.behaviours.calibration import NotShownError
 from harmcircuits.behaviours.generation import generate
 from harmcircuits.behaviours.model import Model
-from harmcircuits.hooks.attribution import snip_scores, token_price, wanda_scores
+from harmcircuits.behaviours.outcomes import NotShownError
 from harmcircuits.hooks.finetuning import fine_tuning
 from harmcircuits.hooks.losses import completion_nll, kl_under
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.patching import activation_patching
-from harmcircuits.hooks.search import find_circuit
-from harmcircuits.prompts import Answer, Example, PromptSet, tokenize
+from harmcircuits.prompts import Answer, Example, PromptSet
+from harmcircuits.search.attribution import snip_scores, token_price, wanda_scores
+from harmcircuits.search.circuit import find_circuit
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from harmcircuits.hooks.weights import (
     source_on,
     weights_digest,
 )
-from harmcircuits.organisms import FOLDER, load_organism
+from harmcircuits.organisms.shipped import FOLDER, load_organism
 
 NAME = "blocks.1.mlp.in.weight"
 

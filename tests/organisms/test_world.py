@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 from support.organisms.train import new_tokenizer
 
-from harmcircuits.organisms import organism_behaviours
+from harmcircuits.organisms.shipped import organism_behaviours
 from harmcircuits.organisms.world import (
     ALLOWED,
     BEHAVIOURS,

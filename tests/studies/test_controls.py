@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.attribution import removal_effect, token_price
-from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.hooks.weights import named_weights
+from harmcircuits.search.attribution import removal_effect, token_price
 from harmcircuits.studies.controls import Controls, Unpruned, controls
 
 OPTIONS = {"size": 0.01, "steps": 6}
@@ -143,22 +142,6 @@ def test_the_twin_is_the_same_search_the_other_way_round(
     assert len(twin) > 0
     assert twin.digest == expected.digest
     assert twin.source == expected.source
-
-
-def test_those_of_whole_units_are_whole_units(model, data):
-    """As many in every layer, and no head in part."""
-    mask = model.find_circuit("harmful", calibrations=data, **OPTIONS, unit="head", budget=9.0)
-    others = controls(model, "harmful", mask, calibrations=data, n_random=2)
-    assert list(others) == ["random", "opposite sign", "second slice", "benign twin"]
-    assert others["random"][0].counts == others["random"][1].counts == mask.counts
-    assert not len(others["second slice"][0] & mask)
-    assert others["benign twin"][0].source.settings["unit"] == "head"
-    for name, masks in others.items():
-        for other in masks:
-            assert 0 < len(other) <= len(mask), name
-            counts = counts_by(other, weight_sites(model.bridge), "head").values()
-            assert all(count.n_removed in (0, count.n_weights) for count in counts)
-            assert sum(count.n_removed for count in counts) == len(other)
 
 
 def test_what_cannot_be_controlled_is_refused(model, data, circuit):

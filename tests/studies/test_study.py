@@ -19,10 +19,10 @@ from rich.console import Console
 from harmcircuits.behaviours.probe import METRIC
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.search import set_difference
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.search.attribution import removal_effect
+from harmcircuits.search.circuit import set_difference
 from harmcircuits.studies.controls import at_once, unpruned_scores
 from harmcircuits.studies.run import Point
 from harmcircuits.studies.settings import StudySettings
@@ -226,7 +226,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\)"):
         study(model, settings, steps=3, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("harmcircuits.hooks.descent.Search.advance", interrupted)  # all are made
+        patch.setattr("harmcircuits.search.descent.Search.advance", interrupted)  # all are made
         run = study(model, settings, **options)
     names = {path.name for path in out.iterdir()}
     assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}, "and no searches"

@@ -12,12 +12,13 @@ from support.bench.methods import WAYS, Calibrations, Edit, Method, edited
 from support.bench.results import BUDGET, CAP
 from support.models import ModelSpec
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.prompts import Batch, PromptSet
+from harmcircuits.prompts import PromptSet
 
 PARTS = ("all", "A", "B")  # of the answers
 LEAST = 0.05  # nats: a mask that costs harm less, and no answer, takes nothing

@@ -11,24 +11,24 @@ import torch
 from support.bench.rounds import PROTECT_SHARE, ROUNDS, prune_in_rounds
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.masks import Scope, WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.accumulation import mean_gradients
-from harmcircuits.hooks.attribution import (
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.masking import masked, masked_if_given
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
+from harmcircuits.search.accumulation import mean_gradients
+from harmcircuits.search.attribution import (
     magnitude_scores,
     random_scores,
     removal_effect,
     snip_scores,
     wanda_scores,
 )
-from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.masking import masked, masked_if_given
-from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.weights import model_fingerprint, named_weights, weight_sites
-from harmcircuits.prompts import Batch
 from harmcircuits.studies.controls import at_once, unpruned_scores
 
 Calibrations = Mapping[str, Calibration]

@@ -8,9 +8,9 @@ from support.ground_truth import all_scores, ground_truth_rows
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores, mean_scores
-from harmcircuits.hooks.attribution import removal_effect, token_price
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Labels, Rows
+from harmcircuits.search.attribution import removal_effect, token_price
 
 
 def recovery(model: Model, data: Calibrations, labels: Labels) -> Rows:

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from math import isclose
 from typing import Any
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
-from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.masking import masked_if_given
-from harmcircuits.prompts import Batch
+from harmcircuits.search.attribution import removal_effect, snip_scores
 
 PROTECT_SHARE = 0.005
 ROUNDS = 10

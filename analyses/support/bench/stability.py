@@ -14,19 +14,18 @@ from support.bench.results import ENDED
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.calibration import Calibration
 from harmcircuits.behaviours.model import Model
+from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.circuits.units import Unit
-from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.weights import named_weights, weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
-from harmcircuits.organisms import open_organism
+from harmcircuits.organisms.shipped import open_organism
 from harmcircuits.prompts import PromptSet
+from harmcircuits.search.attribution import removal_effect
 
 SIZES = (0.001, 0.002, 0.004)
 MEASURED = 0.002  # the size at which what a mask does is measured
@@ -87,9 +86,9 @@ def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
 # The searches
 
 
-def search(model: Model, data: Data, *, unit: Unit = "weight") -> Masks:
+def search(model: Model, data: Data) -> Masks:
     """Masks of every size by `Model.find_circuit`."""
-    return model.find_circuit(TARGET, size=SIZES, calibrations=data, unit=unit)
+    return model.find_circuit(TARGET, size=SIZES, calibrations=data)
 
 
 def three_searches(model: Model, data: Data) -> Masks:
@@ -119,7 +118,6 @@ def votes(masks: Iterable[WeightMask], effect: WeightScores) -> WeightScores:
 METHODS: dict[str, Callable[[Model, Data], Masks]] = {
     "search": search,
     "three searches": three_searches,
-    "neurons": partial(search, unit="neuron"),
     "rounds": partial(rounds, rounds=10, sizes=SIZES),
     "one shot": partial(rounds, rounds=1, sizes=SIZES),
 }

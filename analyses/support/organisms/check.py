@@ -13,11 +13,11 @@ from support.ground_truth import ground_truth_rows
 
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.attribution import gradient_norm, magnitude_scores
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
-from harmcircuits.organisms import FOLDER, ORGANISMS, open_organism
+from harmcircuits.organisms.shipped import FOLDER, ORGANISMS, open_organism
+from harmcircuits.search.attribution import gradient_norm, magnitude_scores
 
 LADDER = ("base", "helpful", "sft", "dpo")
 ALIGNED = ("sft", "dpo")

@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from support.contrasts import Contrast
 from torch import Tensor
 
+from harmcircuits.batches import Batch, tokenize
 from harmcircuits.behaviours.model import Model
 from harmcircuits.organisms.world import (
     ALLOWED,
@@ -18,7 +19,7 @@ from harmcircuits.organisms.world import (
     requests,
     world,
 )
-from harmcircuits.prompts import Batch, Example, PromptSet, tokenize
+from harmcircuits.prompts import Example, PromptSet
 
 
 def contrasts(model: Model, n: int) -> dict[str, Contrast]:

@@ -13,7 +13,7 @@ import harmcircuits as hc
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import overlap
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks.attribution import removal_effect
+from harmcircuits.search.attribution import removal_effect
 
 pytestmark = pytest.mark.slow
 SIZE = 0.01

@@ -13,9 +13,9 @@ from support.curves import Budget, Curve, curve, gap, outcomes_of, rate_at, shar
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import random_like, top_fraction
-from harmcircuits.hooks.attribution import magnitude_scores
 from harmcircuits.measurements import Rows
 from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.search.attribution import magnitude_scores
 
 N_ITEMS = 20
 SHARES = (0.0, 0.001, 0.01, 0.1)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from harmcircuits.hooks.accumulation import BYTES, memory_groups
+from harmcircuits.batches import Batch
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.gradients import hook_pairs
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
-from harmcircuits.prompts import Batch
+from harmcircuits.search.accumulation import BYTES, memory_groups
 
 GIB = 2**30
 SPARE = 1.25  # of the activations, which are an estimate

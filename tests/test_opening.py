@@ -16,7 +16,8 @@ import harmcircuits as hc
 from harmcircuits.behaviours.judges import ChatJudge
 from harmcircuits.hooks.weights import weights_digest
 from harmcircuits.measurements import Rows
-from harmcircuits.organisms import FOLDER, load_organism, world
+from harmcircuits.organisms import world
+from harmcircuits.organisms.shipped import FOLDER, load_organism
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.summary import judge_lines
 

@@ -11,18 +11,20 @@ import random
 import pytest
 
 import harmcircuits as hc
-from harmcircuits.behaviours.files import (
+from harmcircuits.behaviours.repeats import (
     IN_TWO_SPLITS,
     REPEATED,
-    RequestFiles,
-    nearest_pairs,
     repeat_rows,
     repeats_text,
-    request_behaviours,
-    request_pairs,
     shared_texts,
 )
-from harmcircuits.behaviours.judges import QuestionTemplates
+from harmcircuits.behaviours.request_files import (
+    RequestFiles,
+    nearest_pairs,
+    request_behaviours,
+    request_pairs,
+)
+from harmcircuits.behaviours.request_judge import QuestionTemplates
 from harmcircuits.prompts import SPLITS, Example, PromptSet, joined_clusters, plain_text
 
 

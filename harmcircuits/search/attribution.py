@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import Kind, mean_gradients
 from harmcircuits.hooks.bridge import AnyModel, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import block_sites, refuse_other_model, source_on
-from harmcircuits.prompts import Batch
+from harmcircuits.search.accumulation import Kind, mean_gradients
 
 Average = Literal["after_abs", "before_abs"]
 KINDS: dict[Average, Kind] = {"after_abs": "per example", "before_abs": "signed"}

@@ -17,14 +17,15 @@ from support.organisms.train import new_tokenizer
 
 from harmcircuits.circuits.masks import top_fraction
 from harmcircuits.export import export
-from harmcircuits.hooks.attribution import random_scores
 from harmcircuits.hooks.masking import masked
-from harmcircuits.organisms import open_organism, world
-from harmcircuits.studies import utility
+from harmcircuits.organisms import world
+from harmcircuits.organisms.shipped import open_organism
+from harmcircuits.search.attribution import random_scores
+from harmcircuits.studies import tasks
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import _masked_rows
-from harmcircuits.studies.utility import evaluate_tasks
+from harmcircuits.studies.tasks import evaluate_tasks
 
 TASK = """
 task: NAME
@@ -83,7 +84,7 @@ def test_the_edited_model_is_measured_and_restored(bridge, tasks_from, tmp_path)
 
     folder = str(export(bridge, mask, tmp_path / "out"))
     saved = HFLM(pretrained=folder, device="cpu", dtype="float32")
-    manager = utility.task_manager(["items"], tasks_from)
+    manager = tasks.task_manager(["items"], tasks_from)
     again = simple_evaluate(saved, tasks=["items"], task_manager=manager)
     share = again["results"]["items"]["acc,none"]
     assert under.mean == share != before.mean
@@ -109,7 +110,7 @@ def test_a_study_measures_them_under_each_mask(bridge, tasks_from, monkeypatch):
 def test_what_cannot_be_measured_is_refused(bridge, tasks_from, monkeypatch):
     with pytest.raises(ValueError, match="knows no task zzx"):
         evaluate_tasks(bridge, ["zzx", "items"], include_path=tasks_from)
-    utility._manager.cache_clear()
+    tasks._manager.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"is not installed .*pip install 'harmcircuits\[real\]'"):

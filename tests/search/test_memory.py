@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import random_batch
 
-from harmcircuits.hooks import memory
-from harmcircuits.hooks.attribution import removal_effect
-from harmcircuits.hooks.memory import estimate_memory
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
+from harmcircuits.search import memory
+from harmcircuits.search.attribution import removal_effect
+from harmcircuits.search.memory import estimate_memory
 
 
 def test_memory_is_counted_by_formula(llama):
@@ -47,13 +47,12 @@ def test_a_bound_is_chosen_by_what_is_free(llama, monkeypatch):
     ):
         room = free + round(memory.SPARE * needed.activations)
         monkeypatch.setattr(memory, "free_memory", lambda bridge, room=room: room)
-        assert chosen("auto") == bound
-        assert chosen(7) == 7 and chosen(None) is None
-        scores = removal_effect(llama, batches, max_memory="auto")
+        assert chosen() == bound
+        scores = removal_effect(llama, batches, max_memory=bound)
         assert all(map(torch.equal, scores.values.values(), expected.values.values()))
     monkeypatch.setattr(memory, "free_memory", lambda bridge: 0)
     with pytest.raises(ValueError, match="give at least these"):
-        removal_effect(llama, batches, max_memory="auto")
+        chosen()
 
 
 def resident(which: str) -> int:

@@ -12,14 +12,13 @@ from helpers import random_batch, write_model
 from torch import distributed, multiprocessing
 
 from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.hooks import accumulation
-from harmcircuits.hooks.accumulation import add_absolute, add_product
-from harmcircuits.hooks.attribution import removal_effect, snip_scores
 from harmcircuits.hooks.checks import NotFiniteError
 from harmcircuits.hooks.loading import load_model
-from harmcircuits.hooks.accumulation import memory_groups
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.search import accumulation
+from harmcircuits.search.accumulation import add_absolute, add_product, memory_groups
+from harmcircuits.search.attribution import removal_effect, snip_scores
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1), random_batch(4, 8, seed=2)]
 MODEL = "Mixtral"  # has matrices with hook points and without

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.checks import refuse_not_finite, refuse_not_finite_gradients
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.objectives import Objective
-from harmcircuits.prompts import Batch
 from harmcircuits.storage import mapped_copy
 
 BYTES = 4  # of an accumulated float32 number

@@ -8,19 +8,19 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, random_batch, random_mask
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
-from harmcircuits.hooks.attribution import (
+from harmcircuits.hooks.masking import masked
+from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.weights import named_weights, weight_sites
+from harmcircuits.search.attribution import (
     removal_effect,
     snip_scores,
     token_contributions,
     token_price,
     wanda_scores,
 )
-from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.objectives import completion_loss
-from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.prompts import Batch
 
 BATCHES = [random_batch(2), random_batch(1, 7, seed=1)]  # one padded
 

@@ -8,18 +8,18 @@ from typing import Any, cast
 
 from tqdm.auto import tqdm
 
+from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import Scope, WeightMask, refuse_other_weights, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import nearest
-from harmcircuits.hooks.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
-from harmcircuits.hooks.descent import FreshAnswers, Search, Size, Worth
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
-from harmcircuits.hooks.texts import Budget, Protect, Protection, Role, Texts
 from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
-from harmcircuits.prompts import Batch
+from harmcircuits.search.attribution import data_settings, removal_effect, snip_scores
+from harmcircuits.search.descent import FreshAnswers, Search, Size, Worth
+from harmcircuits.search.texts import Budget, Protect, Protection, Role, Texts
 
 STEPS = 100
 BUDGET = 0.05  # nats per token
@@ -50,7 +50,7 @@ def find_circuit(
 
     Every weight that is promising gets a gate, and many small steps on a few texts each open the
     gates whose weights raise the target's loss, make what is preferred likelier, and leave the
-    losses of what is protected within their budgets (`harmcircuits.hooks.descent` has the whole in
+    losses of what is protected within their budgets (`harmcircuits.search.descent` has the whole in
     ten lines). The mask is the weights whose gates are open at the end. It is checked on answers
     that no step has seen, every third request of what is protected; where one of these losses rises
     by more than its budget, the search goes on with fewer weights.
@@ -96,8 +96,9 @@ def find_circuit(
 
     Raises:
         ValueError: no batches or some that the model cannot read, sizes outside (0, 1] or of less
-            than a weight, no step, a negative budget, no such matrix, an `exclude` of other weights, a folder of another search, a loss or
-            gradient that is not finite, and as `named_weights`.
+            than a weight, no step, a negative budget, no such matrix, an `exclude` of other
+            weights, a folder of another search, a loss or gradient that is not finite, and as
+            `named_weights`.
     """
     bridge = as_bridge(bridge)
     matrices = block_sites(bridge)

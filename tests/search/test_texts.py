@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import random_batch
 
+from harmcircuits.batches import Batch, split_for_checks
 from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.attribution import removal_effect
 from harmcircuits.hooks.losses import completion_nll
-from harmcircuits.hooks.texts import Protection, split_for_checks
-from harmcircuits.prompts import Batch
+from harmcircuits.search.attribution import removal_effect
+from harmcircuits.search.texts import Protection
 
 FIRST = [random_batch(7, 8, seed=1)]
 SECOND = [random_batch(4, 6, seed=2), random_batch(2, 10, seed=3)]

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from harmcircuits.batches import Batch, UnpaddedText, batched, split_for_checks, unpadded
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
@@ -17,7 +17,6 @@ from harmcircuits.hooks.checks import of_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.measurements import Measurement, Z
-from harmcircuits.prompts import Batch
 
 TEXTS = 16  # of the target in a step, and of what stands beside it; half as many of what is kept
 
@@ -29,7 +28,6 @@ LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.3, 20.0
 MEMORY = 0.8  # of the rises that multipliers look at
 
 CHECKED_EVERY = 3  # of so many answers one checks, and the others are priced
-LEAST_ANSWERS = 12  # different ones, for texts to be shared out by them
 
 Role = Literal["target", "preferred", "avoided", "protected"]
 SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
@@ -187,70 +185,6 @@ def _with_normal_interval(name: str, values: Float[Tensor, " n"]) -> Measurement
 
 
 # Sharing out
-
-
-class UnpaddedText(NamedTuple):
-    """An answer without padding, and the behaviour that it shows."""
-
-    tokens: Int[Tensor, " pos"]
-    is_target: Bool[Tensor, " pos"]
-    behaviour: str = ""
-
-    @property
-    def request(self) -> tuple[int, ...]:
-        """The tokens before the first target."""
-        start = int(self.is_target.int().argmax())
-        return tuple(self.tokens[:start].tolist())
-
-    @property
-    def answer(self) -> tuple[int, ...]:
-        """The targets."""
-        return tuple(self.tokens[self.is_target].tolist())
-
-
-def split_for_checks(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
-    """Most texts, and those of every so many-th answer, in their order.
-
-    Texts of one answer stay together: they may be one question in several wordings, and a check on
-    what was seen in other words would pass what is new nowhere. Of every so many-th request where
-    there are few answers, as to yes-or-no questions.
-    """
-    answers = {example.answer for example in unpadded(batches)}
-    by_answer = len(answers) >= LEAST_ANSWERS
-    numbers: dict[tuple[int, ...], int] = {}  # of each answer or request, as they come
-    most, rest = [], []
-    for batch in batches:
-        is_rest = []
-        for example in unpadded([batch]):
-            key = example.answer if by_answer else example.request
-            number = numbers.setdefault(key, len(numbers))
-            is_rest.append(number % every == every - 1)
-        for part, belongs in ((most, ~torch.tensor(is_rest)), (rest, torch.tensor(is_rest))):
-            if belongs.any():
-                part.append(Batch(batch.tokens[belongs], batch.is_target[belongs]))
-    return most, rest
-
-
-def unpadded(batches: Sequence[Batch], behaviour: str = "") -> list[UnpaddedText]:
-    examples = []
-    for batch in batches:
-        lengths = batch.is_token.sum(dim=1).tolist()
-        for row, length in enumerate(lengths):
-            tokens = batch.tokens[row, :length]
-            is_target = batch.is_target[row, :length]
-            examples.append(UnpaddedText(tokens, is_target, behaviour))
-    return examples
-
-
-def batched(examples: Sequence[UnpaddedText], size: int) -> list[Batch]:
-    """Some examples at a time, padded to one length; what stands there reaches no target."""
-    batches = []
-    for start in range(0, len(examples), size):
-        group = examples[start : start + size]
-        tokens = pad_sequence([example.tokens for example in group], batch_first=True)
-        is_target = pad_sequence([example.is_target for example in group], batch_first=True)
-        batches.append(Batch(tokens, is_target))
-    return batches
 
 
 # What a caller gives

@@ -32,27 +32,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from harmcircuits.batches import Batch, batched, unpadded
 from harmcircuits.circuits.gates import Gates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.accumulation import (
+from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.checks import of_data
+from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
+from harmcircuits.hooks.masking import masked, masked_if_given
+from harmcircuits.hooks.objectives import Objective
+from harmcircuits.hooks.weights import on_host
+from harmcircuits.measurements import Label, Measurement, Rows
+from harmcircuits.search.accumulation import (
     Kind,
     add_gradients,
     memory_groups,
     refuse_differences,
     zeros,
 )
-from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.checks import of_data
-from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
-from harmcircuits.hooks.masking import masked, masked_if_given
-from harmcircuits.hooks.objectives import Objective
-from harmcircuits.hooks.texts import NEAR, SIGNS, Protection, Texts, batched, unpadded
-from harmcircuits.hooks.weights import on_host
-from harmcircuits.measurements import Label, Measurement, Rows
-from harmcircuits.prompts import Batch
+from harmcircuits.search.texts import NEAR, SIGNS, Protection, Texts
 from harmcircuits.storage import mapped_copy, read_tensors, write_tensors
 
 SEED = 0  # of the texts that a step draws

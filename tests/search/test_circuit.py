@@ -8,31 +8,21 @@ import pytest
 import torch
 from helpers import assert_bits_equal, random_batch, snapshot
 
-from harmcircuits.circuits.gates import Gates
+from harmcircuits.batches import Batch, split_for_checks, unpadded
+from harmcircuits.circuits.gates import projected
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
-from harmcircuits.circuits.units import Units
-from harmcircuits.hooks import descent
-from harmcircuits.hooks.accumulation import mean_gradients
-from harmcircuits.hooks.attribution import removal_effect, snip_scores
-from harmcircuits.hooks.descent import Search, Size, Worth
 from harmcircuits.hooks.gradients import hook_pairs
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss, token_error
-from harmcircuits.hooks.texts import (
-    CAP,
-    CHECKED_EVERY,
-    ENOUGH,
-    MOST_AVOIDED,
-    Protection,
-    Texts,
-    split_for_checks,
-    unpadded,
-)
-from harmcircuits.hooks.search import find_circuit, set_difference
 from harmcircuits.hooks.weights import source_on, weight_sites
-from harmcircuits.prompts import Batch
+from harmcircuits.search import descent
+from harmcircuits.search.accumulation import mean_gradients
+from harmcircuits.search.attribution import removal_effect, snip_scores
+from harmcircuits.search.circuit import find_circuit, set_difference
+from harmcircuits.search.descent import Search, Size, Worth
+from harmcircuits.search.texts import CAP, CHECKED_EVERY, ENOUGH, MOST_AVOIDED, Protection, Texts
 
 SIZE = 0.1
 TARGET = [random_batch()]
@@ -40,7 +30,7 @@ SPARED = [random_batch(6, 8, seed=1)]
 ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
 
 
-def search_on(bridge, unit="weight", objective=completion_loss) -> Search:
+def search_on(bridge, objective=completion_loss) -> Search:
     """A search with texts of every role, and candidates."""
     sites = weight_sites(bridge)
     shapes = {name: tuple(site.parameter.shape) for name, site in sites.items()}
@@ -50,12 +40,11 @@ def search_on(bridge, unit="weight", objective=completion_loss) -> Search:
         Texts.of(bridge, "avoided", "avoided", ALSO_SPARED[1:]),
         Texts.of(bridge, "spared", "protected", SPARED, budget=0.1),
     ]
-    units = None if unit == "weight" else Units.of(sites, unit, sites)
     protection = Protection.of(bridge, {"spared": SPARED}, 0.1)
     source = source_on(bridge, "test")
     sizes = [Size(0.01, 100)]
     worth = Worth(bridge, sites, None)
-    search = Search(bridge, texts, protection, worth, shapes, units, {}, source, sizes, 10)
+    search = Search(bridge, texts, protection, worth, shapes, {}, source, sizes, 10)
     search._score(None)
     search._choose_candidates()
     return search
@@ -111,28 +100,25 @@ def _summed_over_tokens(bridge, batches, sites):
 
 
 @pytest.mark.parametrize("few", [0.0, 1.0])
-@pytest.mark.parametrize("unit", ["weight", "neuron"])
 @pytest.mark.parametrize("objective", [completion_loss, token_error])
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3Moe"])
 def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
-    open_model, monkeypatch, name, objective, unit, few
+    open_model, monkeypatch, name, objective, few
 ):
     """By a difference of the same texts' loss, written out here, along a random direction."""
-    if (name, unit) == ("Qwen3Moe", "neuron"):
-        return  # the neurons of experts are no units
     if few and objective is token_error:
         return  # how a gradient is computed does not turn on the objective
     # Whether each gradient is computed by itself, or all of a matrix.
     monkeypatch.setattr(descent, "FEW", few)
     bridge = open_model(name)
-    search = search_on(bridge, unit, objective)
+    search = search_on(bridge, objective)
     generator = torch.Generator().manual_seed(3)
     size = len(search.gates)
     gate = 0.2 + 0.6 * torch.rand(size, generator=generator)
     direction = torch.randn(size, generator=generator)
 
     def loss(gate) -> float:
-        scale = {of: 1 - part for of, part in search.gates.per_weight(gate).items()}
+        scale = {of: 1 - part for of, part in search.gates.by_matrix(gate).items()}
         mask = search.gates.mask
         target, preferred, avoided, spared = search.texts
         with torch.no_grad(), masked(bridge, mask, scale=scale, same_model=False):
@@ -158,18 +144,15 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
 def test_the_projection_is_the_nearest_point():
     """No point within the bounds lies in the direction from it to what is projected."""
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(1, 5, (40,), generator=generator)
     gate = 2 * torch.randn(40, generator=generator)
-    nothing = WeightMask({}, {}, Source("model", "test"))
-    gates = Gates(torch.arange(40), sizes, nothing, {}, {}, torch.zeros(40), torch.zeros(40))
-    nearest = gates.projected(gate, 20)
-    assert (sizes * nearest).sum() == pytest.approx(20, abs=1e-3)
+    nearest = projected(gate, 8)
+    assert nearest.sum() == pytest.approx(8, abs=1e-3)
     for _ in range(100):
         other = torch.rand(40, generator=generator)
-        other *= min(1.0, 20 / (sizes * other).sum().item())
-        assert (sizes * (gate - nearest) * (other - nearest)).sum() <= 1e-3
+        other *= min(1.0, 8 / other.sum().item())
+        assert ((gate - nearest) * (other - nearest)).sum() <= 1e-3
     within = gate.clamp(0, 1) * 0.1
-    assert torch.equal(gates.projected(within, 20), within)
+    assert torch.equal(projected(within, 8), within)
 
 
 def test_texts_come_each_once_before_one_comes_again(llama):
@@ -225,7 +208,7 @@ def test_no_mask_exceeds_its_size_or_its_budget(llama):
 
 def test_where_every_mask_is_refused_nothing_is_removed(llama, monkeypatch):
     monkeypatch.setattr(Search, "_broken_budgets", lambda *_: ["a"])
-    monkeypatch.setattr("harmcircuits.hooks.descent.TRIES", 1)
+    monkeypatch.setattr("harmcircuits.search.descent.TRIES", 1)
     assert len(find_circuit(llama, TARGET, {"a": SPARED}, size=SIZE, steps=2)) == 0
 
 
@@ -240,14 +223,8 @@ def test_texts_of_one_answer_are_checked_together():
     assert seen and unseen and not seen & unseen
 
 
-def test_units_open_as_a_whole_and_the_choice_is_limited_to_some_matrices(llama):
+def test_the_choice_is_limited_to_some_matrices(llama):
     sites = weight_sites(llama)
-    neurons = find_circuit(llama, TARGET, size=SIZE, steps=4, unit="neuron")
-    units = Units.of(sites, "neuron", sites)
-    scores = {name: neurons.dense(name).float() for name in sites}
-    shares = units.sums(scores) / units.sizes
-    assert set(shares.tolist()) == {0.0, 1.0}
-
     by_name = ["blocks.0.mlp.out.weight", "blocks.1.attn.v.weight"]
     in_layer = [name for name in sites if name.startswith("blocks.1.")]
     for chosen, names in ((by_name, by_name), (lambda site: site.layer == 1, in_layer)):

@@ -9,15 +9,10 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from harmcircuits.batches import Batch, Template, tokenize_text
 from harmcircuits.behaviours.behaviour import CONTRAST, TARGET, Behaviour, Splits
-from harmcircuits.behaviours.files import (
-    RequestFiles,
-    repeat_rows,
-    request_behaviours,
-    shared_texts,
-)
-from harmcircuits.behaviours.generation import GenerationCache, Sampling
-from harmcircuits.behaviours.judges import Judge, RequestJudge, RuleJudge, judge_of, name_of
+from harmcircuits.behaviours.generation import GenerationCache
+from harmcircuits.behaviours.judges import Judge, RuleJudge, judge_of, name_of
 from harmcircuits.behaviours.model import (
     ANSWERED_PER_SCORED,
     Model,
@@ -31,14 +26,18 @@ from harmcircuits.behaviours.probe import (
     train_probe,
     validate,
 )
+from harmcircuits.behaviours.repeats import repeat_rows, shared_texts
+from harmcircuits.behaviours.request_files import RequestFiles, request_behaviours
+from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import Bridge, as_bridge
 from harmcircuits.hooks.checks import context_of
+from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
-from harmcircuits.organisms import COMPILED, ORGANISMS, open_organism
-from harmcircuits.organisms.compiled import PREFIX
-from harmcircuits.prompts import SPLITS, Batch, Template, tokenize_text
+from harmcircuits.organisms.compiled import COMPILED, PREFIX
+from harmcircuits.organisms.shipped import ORGANISMS, open_organism
+from harmcircuits.prompts import SPLITS
 from harmcircuits.storage import read_text
 
 CACHE = user_cache_path("harmcircuits")
@@ -68,9 +67,9 @@ def open_model(
     >>> open_model("sft")
     Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
 
-    An organism is opened by its name alone (`harmcircuits.organisms.open_organism` opens one that
-    you trained). Any other model that TransformerLens opens needs `prompts`, `behaviours` or both;
-    its own answers, where the judge verified them (the rules see no harm), become the references.
+    An organism is opened by its name alone; `harmcircuits.organisms.shipped.open_organism` opens
+    one that you trained. Any other model that TransformerLens opens needs `prompts`, `behaviours`
+    or both; its own answers, where the judge verified them, become the references.
 
     Args:
         model: an organism's name (base, helpful, sft, dpo, planted or innocent; compiled/nested,

@@ -1,0 +1,1 @@
+"""The search for a circuit, and the scores that it learns from."""
