@@ -79,11 +79,13 @@ def snip_scores(
         max_memory: as in `removal_effect`.
 
     Raises:
-        KeyError: another `average`.
-        ValueError: as `removal_effect`.
+        ValueError: another `average`, and as `removal_effect`.
     """
-    kind = KINDS[average]
-    return _times_gradient("snip", bridge, batches, objective, kind, max_memory, average=average)
+    if average not in KINDS:
+        raise ValueError(f"snip_scores: average={average!r}; expected one of {list(KINDS)}")
+    return _times_gradient(
+        "snip_scores", bridge, batches, objective, KINDS[average], max_memory, average=average
+    )
 
 
 def token_price(
@@ -118,7 +120,7 @@ def token_price(
 
 
 def _times_gradient(
-    method: str,
+    function: str,
     bridge: AnyModel,
     batches: Sequence[Batch],
     objective: Objective,
@@ -128,19 +130,19 @@ def _times_gradient(
 ) -> WeightScores:
     """Every weight times a mean of its gradient: the scores of one backward pass."""
     bridge = as_bridge(bridge)
-    refuse_batches(method, bridge, batches)
+    refuse_batches(function, bridge, batches)
     sites = block_sites(bridge)
-    factor = -1.0 if method == "removal_effect" else 1.0
+    factor = -1.0 if function == "removal_effect" else 1.0
     values = mean_gradients(
         bridge, batches, objective, sites, kind, factor=factor, max_memory=max_memory
     )
     for name, value in values.items():
         # Under a bound on memory it is in a file, and so on the CPU.
         value.mul_(sites[name].parameter.detach().to(value.device))
-        if method == "snip":
+        if function == "snip_scores":
             value.abs_()
     settings = data_settings(batches, objective, **settings)
-    return WeightScores(values, source_on(bridge, method, settings))
+    return WeightScores(values, source_on(bridge, function.removesuffix("_scores"), settings))
 
 
 def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:

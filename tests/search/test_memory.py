@@ -38,7 +38,7 @@ def test_a_bound_is_chosen_by_what_is_free(llama, monkeypatch):
     batches = [random_batch()]
     needed = estimate_memory(llama, batches)
     assert 2**20 < memory.free_memory(llama) < 2**50
-    chosen = partial(memory.bound_on_scores, llama, batches, completion_loss)
+    chosen = partial(memory.free_for_scores, llama, batches, completion_loss)
     expected = removal_effect(llama, batches)
     for free, bound in (
         (needed.scores, None),
@@ -52,7 +52,7 @@ def test_a_bound_is_chosen_by_what_is_free(llama, monkeypatch):
         assert all(map(torch.equal, scores.values.values(), expected.values.values()))
     monkeypatch.setattr(memory, "free_memory", lambda bridge: 0)
     with pytest.raises(ValueError, match="give at least these"):
-        chosen()
+        removal_effect(llama, batches, max_memory=chosen())
 
 
 def resident(which: str) -> int:
