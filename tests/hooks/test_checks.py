@@ -176,5 +176,5 @@ def test_answers_log_odds_and_residuals_of_nan_name_the_text(open_model):
     for call, index in calls:
         with pytest.raises(NotFiniteError) as error:
             call()
-        assert f" {index}: what the model computes is not finite" in str(error.value)
+        assert f" {index}: the model's output is not finite" in str(error.value)
     generate(bridge, TEXTS[:2], sampling=sampling, max_new_tokens=5)

@@ -62,7 +62,7 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
         for place, layer in enumerate([1, 0]):
             expected = cache[f"blocks.{layer}.hook_out"][0, 1:].mean(dim=0)
             torch.testing.assert_close(mean[place], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="text 1: what"):
+    with pytest.raises(ValueError, match="text 1: the model"):
         mean_residual(bridge, [[1, 5], [1]], [0], skip=1)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
 

@@ -204,16 +204,16 @@ def test_what_others_do_to_masked_weights_is_reported(llama, change, hold):
 def test_interrupts_in_a_row_leave_what_restore_finishes(llama, monkeypatch, n_interrupts):
     """Each of two contexts tries twice on its way out."""
     before, mask = snapshot(llama), random_mask(llama)
-    lift, n_left = Edit.lift, n_interrupts
+    take_off, n_left = Edit.take_off, n_interrupts
 
-    def interrupted_lift(edit):
+    def interrupted(edit):
         nonlocal n_left
         if n_left and edit.name == "blocks.1.attn.q.weight":
             n_left -= 1
             raise KeyboardInterrupt
-        return lift(edit)
+        return take_off(edit)
 
-    monkeypatch.setattr(Edit, "lift", interrupted_lift)
+    monkeypatch.setattr(Edit, "take_off", interrupted)
     with pytest.raises(KeyboardInterrupt), masked(llama, mask, hold=True), masked(llama, mask):
         pass
     assert is_edited(llama) == (n_interrupts > 3)

@@ -10,7 +10,7 @@ from helpers import assert_bits_equal, random_batch, random_mask, snapshot
 from transformer_lens import patching
 
 import harmcircuits as hc
-from harmcircuits.hooks.patching import loss_of_logits
+from harmcircuits.hooks.patching import answer_losses
 
 # One of each way in which a block is wired: norms before, after or both, in parallel, with experts.
 WIRINGS = ("Llama", "GPT2", "Gemma2", "Olmo2", "GPTNeoX", "Falcon", "Bloom", "Mixtral", "OPT")
@@ -59,7 +59,7 @@ def test_a_sweep_is_that_of_transformer_lens(llama):
     }
 
     def loss(logits):
-        return loss_of_logits(TEXTS)(logits).mean()
+        return answer_losses(logits, TEXTS).mean()
 
     torch.testing.assert_close(loss(llama(TEXTS.tokens)), hc.completion_loss(llama, TEXTS).mean())
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_model_is_as_before(open_model, batch, monkeypatch):
     def broken(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harmcircuits.hooks.patching._patches", broken)
+    monkeypatch.setattr("harmcircuits.hooks.patching._sweep", broken)
     with pytest.raises(KeyboardInterrupt):
         patched(bridge, random_mask(bridge), batch)
 

@@ -12,10 +12,10 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import (
+    Provenance,
     changed_weights,
     model_fingerprint,
     named_weights,
-    source_on,
     weights_digest,
 )
 from harmcircuits.organisms.shipped import FOLDER, load_organism
@@ -40,14 +40,18 @@ def test_fingerprints_and_digests_are_those_that_files_hold():
     bridge = load_organism("planted")
     assert mask.source.model == model_fingerprint(bridge) == "d56587129d1d509a"
     assert weights_digest(bridge) == "00787ef86bc792f4"
-    assert source_on(bridge, "test").weights == "9a530716eef473d9"
+    assert Provenance.of(bridge).source("test").weights == "9a530716eef473d9"
 
 
 def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
     """Order and sign are in `test_review.py`."""
 
     def digests() -> tuple[str, ...]:
-        return model_fingerprint(llama), source_on(llama, "test").weights, weights_digest(llama)
+        return (
+            model_fingerprint(llama),
+            Provenance.of(llama).source("test").weights,
+            weights_digest(llama),
+        )
 
     weight, before = named_weights(llama)[NAME].data, digests()
     weight.view(torch.int32)[3, 5] ^= 1
@@ -86,6 +90,6 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn
     named_weights(tuned)[NAME].data[3, 5] *= 2
     with pytest.warns(UserWarning) as warned, masked(tuned, loaded):
         pass
-    digests = (source_on(each, "test").weights for each in (bridge, tuned))
+    digests = (Provenance.of(each).source("test").weights for each in (bridge, tuned))
     for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)
