@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-REMEDY = "open it with harmcircuits.open_model(...) or TransformerBridge.boot_transformers(folder)"
-
 
 @runtime_checkable
 class Bridge(Protocol):
@@ -67,7 +65,8 @@ def as_bridge(model: Any) -> Bridge:
 
     actual = f"{type(bridge).__module__}.{type(bridge).__name__}"
     raise ValueError(
-        f"expected a TransformerBridge or a harmcircuits.Model, got {actual}: {REMEDY}"
+        f"expected a TransformerBridge or a harmcircuits.Model, got {actual}: open it with "
+        "harmcircuits.open_model(...) or TransformerBridge.boot_transformers(folder)"
     )
 
 

@@ -55,7 +55,7 @@ def refuse_requests(
     place: str,
     bridge: Bridge,
     requests: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int = 0,
 ) -> None:
     """Check that the model can read these requests, and has room for an answer."""
     for number, request in enumerate(requests):
@@ -94,7 +94,7 @@ def refuse_not_finite(
     is_finite = losses.isfinite()
     if is_finite.all():
         return
-    index = int((~is_finite).int().argmax())
+    index = int(is_finite.int().argmin())  # the first one
     value = f"{_name(objective)} is {losses[index].item()}"
     raise NotFiniteError(f"{_places(batches)[index]}: {value}; {NOT_FINITE}", index)
 
@@ -112,7 +112,7 @@ def refuse_not_finite_gradients(gradients: Mapping[str, Tensor], objective: Obje
 def refuse_not_finite_texts(names: Sequence[str], is_finite: Bool[Tensor, " n"]) -> None:
     """Check the results of texts, one for each."""
     if not is_finite.all():
-        index = int((~is_finite).int().argmax())
+        index = int(is_finite.int().argmin())  # the first one
         raise NotFiniteError(
             f"{names[index]}: the model's output is not finite; {NOT_FINITE}", index
         )

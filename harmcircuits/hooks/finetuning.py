@@ -1,6 +1,6 @@
 """Fine-tuning of a live model in place, step by step, and its restoration bit for bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
@@ -126,7 +126,10 @@ def fine_tuning(
     refuse_batches("fine_tuning", bridge, batches)
     # One stream for the adapters' start and then the order of the batches.
     generator = torch.Generator().manual_seed(seed)
-    states = [_State.of(parameter) for parameter in bridge.original_model.parameters()]
+    states = {}
+    for parameter in bridge.original_model.parameters():
+        value = parameter.detach().clone()
+        states[parameter] = _State(value, parameter.requires_grad, parameter.grad)
     adapters = _adapters(bridge, states, lora, generator) if lora else []
 
     # Gradients of the weights become gradients of the adapters' factors.
@@ -135,7 +138,7 @@ def fine_tuning(
     for adapter in adapters:
         factors += [adapter.up, adapter.down]
     if not lora:
-        weights = factors = [state.parameter for state in states]
+        weights = factors = list(states)
 
     optimizer = torch.optim.AdamW(factors, lr=lr, weight_decay=weight_decay)
     for adapter in adapters:
@@ -147,33 +150,27 @@ def fine_tuning(
 
 
 class _State(NamedTuple):
-    """A parameter, and all that the run changes in it."""
+    """Everything that the run changes in a parameter."""
 
-    parameter: nn.Parameter
     value: Tensor
     requires_grad: bool
     grad: Tensor | None
-
-    @classmethod
-    def of(cls, parameter: nn.Parameter) -> "_State":
-        value = parameter.detach().clone()
-        return cls(parameter, value, parameter.requires_grad, parameter.grad)
 
 
 @dataclass(eq=False)
 class _Training:
     """Gradients of the trained weights, until every parameter gets its state back."""
 
-    states: Sequence[_State]
+    states: Mapping[nn.Parameter, _State]
     weights: Sequence[nn.Parameter]
     adapters: "Sequence[_Adapter]"
     hooks: list[RemovableHandle] = field(default_factory=list)
     fault: str = ""
 
     def put_on(self) -> None:
-        for state in self.states:
-            state.parameter.grad = None
-            state.parameter.requires_grad_(False)
+        for parameter in self.states:
+            parameter.grad = None
+            parameter.requires_grad_(False)
         for weight in self.weights:
             weight.requires_grad_(True)
         for adapter in self.adapters:
@@ -184,29 +181,27 @@ class _Training:
         for hook in self.hooks:
             hook.remove()
         with torch.no_grad():
-            for state in self.states:
-                state.parameter.copy_(state.value)
-                state.parameter.requires_grad_(state.requires_grad)
-                state.parameter.grad = state.grad
+            for parameter, state in self.states.items():
+                parameter.copy_(state.value)
+                parameter.requires_grad_(state.requires_grad)
+                parameter.grad = state.grad
 
 
 class _Adapter:
     """The adapter of one matrix, merged into it."""
 
     def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
-        weight = site.parameter
-        d_in = weight.shape[site.input_axis]
-        d_out = weight.shape[1 - site.input_axis]
         self.site = site
         self.start = start
         self.scale = lora.alpha / lora.r
 
+        d_out, d_in = self._as_applied(start).shape
         # Uniform in +-1 / sqrt(d_in), as in peft; `up` is zero, so W starts at W_0.
         uniform = torch.rand(lora.r, d_in, generator=generator)
         down = (2 * uniform - 1) / sqrt(d_in)
         up = torch.zeros(d_out, lora.r)
-        self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(up.to(weight.device))
+        self.down = nn.Parameter(down.to(start.device))
+        self.up = nn.Parameter(up.to(start.device))
 
     def pull(self, weight: Any) -> None:
         """Turn the gradient of W into gradients of the factors, and free it."""
@@ -230,13 +225,11 @@ class _Adapter:
 
 def _adapters(
     bridge: Bridge,
-    states: Sequence[_State],
+    states: Mapping[nn.Parameter, _State],
     lora: Lora,
     generator: torch.Generator,
 ) -> list[_Adapter]:
     """An adapter of every block matrix."""
-    # Every adapter adds to W_0, which the states hold anyway.
-    start = {id(state.parameter): state.value for state in states}
     adapters = []
     for site in weight_sites(bridge).values():
         if site.parameter.ndim != 2:
@@ -244,7 +237,9 @@ def _adapters(
                 f"fine_tuning: {site.name} stacks the matrices of several experts, which lora "
                 "cannot adapt; leave lora out"
             )
-        adapters.append(_Adapter(site, start[id(site.parameter)], lora, generator))
+        # Every adapter adds to W_0, which the states hold anyway.
+        start = states[site.parameter].value
+        adapters.append(_Adapter(site, start, lora, generator))
     return adapters
 
 

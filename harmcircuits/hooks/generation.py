@@ -17,6 +17,8 @@ from harmcircuits.batches import padding_id
 from harmcircuits.hooks.bridge import Bridge, unhooked
 from harmcircuits.hooks.checks import refuse_not_finite_texts
 
+LIBRARIES = ("transformers.", "transformer_lens.")  # modules whose hooks only record activations
+
 Tokens = Int[Tensor, "row pos"]
 Logits = Float[Tensor, "row vocab"]
 
@@ -82,9 +84,9 @@ def continuations(
 
     # Padding is on the left, so that all answers begin at the same position.
     texts = [torch.tensor(context) for context in contexts]
-    left = partial(pad_sequence, batch_first=True, padding_side="left")
-    tokens = left(texts, padding_value=padding)
-    is_token = left([torch.ones_like(text) for text in texts])  # 1, and 0 at padding
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    tokens = pad(texts, padding_value=padding)
+    is_token = pad([torch.ones_like(text) for text in texts])  # 1, and 0 at padding
 
     check = FiniteCheck()
     without_hooks = nullcontext() if has_hooks(bridge) else unhooked(bridge)
@@ -167,8 +169,6 @@ def has_hooks(bridge: Bridge) -> bool:
         return True
     for module in bridge.original_model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            # The hooks of the libraries themselves record activations and change none.
-            library = getattr(hook, "__module__", "").split(".")[0]
-            if library not in ("transformers", "transformer_lens"):
+            if not getattr(hook, "__module__", "").startswith(LIBRARIES):
                 return True
     return False

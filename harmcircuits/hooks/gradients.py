@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +15,9 @@ from harmcircuits.hooks.bridge import Bridge
 
 Input = Float[Tensor, "batch pos d_in"]
 OutputGradient = Float[Tensor, "batch pos d_out"]
+
+# Hooks of attention give [batch pos head d_head]; the last two axes are one axis of the matrix.
+HEAD_AXIS = 2
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def hook_pairs(
         # The backward pass goes through the uses of a matrix in reverse, so the latest input
         # belongs to the first gradient.
         x = inputs[site.name].pop()
-        receive(site, _without_heads(x), _without_heads(gradient))
+        receive(site, x.flatten(HEAD_AXIS), gradient.flatten(HEAD_AXIS))
 
     hooks: list[Any] = [_graph_start(sites)]
     for site in sites.values():
@@ -104,7 +106,7 @@ def inputs_of(
     _refuse_unhooked(sites)
 
     def pass_on(value: Tensor, hook: Any, site: Site) -> None:
-        receive(site, _without_heads(value.detach()))
+        receive(site, value.detach().flatten(HEAD_AXIS))
 
     hooks = [(site.hook_in, partial(pass_on, site=site)) for site in sites.values()]
     with frozen(bridge), bridge.hooks(fwd_hooks=hooks):
@@ -147,13 +149,6 @@ def _graph_start(sites: Mapping[str, Site]) -> tuple[str, Callable[..., Tensor]]
         return value.detach().requires_grad_()
 
     return hook_point, require_gradient
-
-
-def _without_heads(value: Tensor) -> Float[Tensor, "batch pos d"]:
-    """The value of a hook, with heads merged into one axis as in the matrices."""
-    if value.ndim == 4:
-        return rearrange(value, "batch pos head d_head -> batch pos (head d_head)")
-    return value
 
 
 def _refuse_unhooked(sites: Mapping[str, Site]) -> None:

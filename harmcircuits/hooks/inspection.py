@@ -38,12 +38,7 @@ def prediction_changes(
     """The change that the mask makes to next-token probabilities, on the first example."""
     bridge = as_bridge(bridge)
     tokens = _first_text(bridge, batch)
-
-    def probabilities() -> Tensor:
-        logits = bridge(tokens)[0]
-        return logits.float().softmax(dim=-1)
-
-    return _mask_effect(bridge, mask, probabilities)
+    return _mask_effect(bridge, mask, lambda: bridge(tokens)[0].float().softmax(dim=-1))
 
 
 def _mask_effect(bridge: Bridge, mask: WeightMask, value: Callable[[], Tensor]) -> Tensor:
@@ -107,7 +102,7 @@ def mean_residual(
     bridge = as_bridge(bridge)
     if not rows:
         return torch.empty(0, len(layers), bridge.cfg.d_model)
-    refuse_requests("mean_residual: text", bridge, rows, max_new_tokens=0)
+    refuse_requests("mean_residual: text", bridge, rows)
     residuals: dict[int, Tensor] = {}
 
     def save(value: Tensor, hook: Any, layer: int) -> None:

@@ -52,9 +52,7 @@ def load_model(
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     refuse_device(device)
-    placement: dict[str, Any] = {"device": device}
-    if device_map:
-        placement = {"device_map": device_map}
+    placement: Any = {"device_map": device_map} if device_map else {"device": device}
     try:
         # By default the bridge would load any file in float32.
         file_dtype = AutoConfig.from_pretrained(model).dtype or torch.float32

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from math import exp
 
 import torch
@@ -79,11 +78,35 @@ def kl_under(
     """
     bridge = as_bridge(bridge)
     refuse_batches("kl_under", bridge, batches)
-    divergence = partial(_mean_divergence, mask)
+
+    def kl_divergence(bridge: Bridge, batch: Batch) -> PerExample:
+        tokens = batch.tokens.to(bridge.cfg.device)
+        unpruned = bridge(tokens)
+        with masked(bridge, mask):
+            pruned = bridge(tokens)
+
+        # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
+        examples = zip(unpruned, pruned, strict=True)
+        per_position = torch.stack([_divergence(*logits) for logits in examples]).cpu()
+        # The divergence at padding does not count.
+        total = per_position.where(batch.is_token, 0).sum(dim=1)
+        return total / batch.is_token.sum(dim=1)
+
     with torch.no_grad():
-        values = torch.cat([divergence(bridge, batch) for batch in batches])
-    refuse_not_finite(batches, values, divergence)
-    return values
+        divergence = torch.cat([kl_divergence(bridge, batch) for batch in batches])
+    refuse_not_finite(batches, divergence, kl_divergence)
+    return divergence
+
+
+def _divergence(
+    p_logits: Float[Tensor, "pos vocab"],
+    q_logits: Float[Tensor, "pos vocab"],
+) -> Float[Tensor, " pos"]:
+    """sum_v p(v) (log p(v) - log q(v)) at every position."""
+    log_p = p_logits.float().log_softmax(dim=-1)
+    log_q = q_logits.float().log_softmax(dim=-1)
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.sum(dim=-1)
 
 
 def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Measurement:
@@ -110,12 +133,10 @@ def answer_log_odds(
 ) -> Float[Tensor, " n"]:
     """log p(first answer token in `yes`) - log p(it is in `no`) of each request; nats."""
     bridge = as_bridge(bridge)
-    yes_ids, no_ids = choice_tokens(bridge.tokenizer, yes, no)
-    contexts = []
-    for example in prompts:
-        context = prompt_ids(example.prompt, bridge.tokenizer, template)
-        contexts.append(context)
-    refuse_requests("answer_log_odds: request", bridge, contexts, max_new_tokens=0)
+    tokenizer = bridge.tokenizer
+    yes_ids, no_ids = choice_tokens(tokenizer, yes, no)
+    contexts = [prompt_ids(example.prompt, tokenizer, template) for example in prompts]
+    refuse_requests("answer_log_odds: request", bridge, contexts)
 
     values = []
     for tokens, lengths in right_padded(bridge, contexts, N_TOGETHER):
@@ -128,32 +149,3 @@ def answer_log_odds(
     names = [f"answer_log_odds: request {number}" for number in range(len(contexts))]
     refuse_not_finite_texts(names, odds.isfinite())
     return odds
-
-
-def _mean_divergence(mask: WeightMask, bridge: Bridge, batch: Batch) -> PerExample:
-    """`kl_under` of one batch."""
-    tokens = batch.tokens.to(bridge.cfg.device)
-    unpruned = bridge(tokens)
-    with masked(bridge, mask):
-        pruned = bridge(tokens)
-
-    # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
-    per_example = []
-    for p_logits, q_logits in zip(unpruned, pruned, strict=True):
-        per_example.append(_divergence(p_logits, q_logits))
-    divergence = torch.stack(per_example).cpu()  # [batch, pos]
-
-    # The divergence at padding does not count.
-    total = divergence.where(batch.is_token, 0).sum(dim=1)
-    return total / batch.is_token.sum(dim=1)
-
-
-def _divergence(
-    p_logits: Float[Tensor, "pos vocab"],
-    q_logits: Float[Tensor, "pos vocab"],
-) -> Float[Tensor, " pos"]:
-    """sum_v p(v) (log p(v) - log q(v)) at every position."""
-    log_p = p_logits.float().log_softmax(dim=-1)
-    log_q = q_logits.float().log_softmax(dim=-1)
-    terms = log_p.exp() * (log_p - log_q)
-    return terms.sum(dim=-1)

@@ -175,9 +175,8 @@ class Edit:
 
     def put_on_again(self) -> None:
         """Write the new values again, over the changes of an optimiser."""
-        if self.is_on:
-            weight, places = self._entries()
-            weight[places] = self.new.to(weight)
+        weight, places = self._entries()
+        weight[places] = self.new.to(weight)
 
     def take_off(self) -> bool:
         """Restore the entries. Returns whether other code had changed the new values."""

@@ -18,7 +18,7 @@ PerExample = Float[Tensor, " batch"]
 Objective = Callable[[Any, Batch], PerExample]
 
 
-def completion_loss(bridge: Bridge, batch: Batch) -> PerExample:
+def completion_loss(bridge: Bridge, batch: Batch) -> Float[Tensor, " batch"]:
     """Mean cross-entropy over the target tokens of each example, in nats per token.
 
     L_x = -(1/T_x) sum_{t target} log p(token_t | tokens before t). Prompt tokens and padding never
@@ -57,15 +57,15 @@ def _mean_over_targets(
     is_target = batch.is_target[:, 1:].cpu()
 
     # Only the positions at which some example has a target: [batch, n].
-    has_target = is_target.any(dim=0)
-    positions = has_target.nonzero().flatten()
+    positions = is_target.any(dim=0).nonzero().flatten()
     next_tokens = next_tokens[:, positions]
     is_target = is_target[:, positions]
 
     # [batch, n, vocab], then [targets, vocab], example after example. The name is used again, so
     # that the larger tensor is freed before the conversion to float32.
     logits = logits_at(bridge, batch.tokens, positions)
-    row, column = is_target.nonzero().to(logits.device).unbind(dim=1)
+    places = is_target.nonzero().to(logits.device)
+    row, column = places.unbind(dim=1)
     logits = logits[row, column]
     logits = logits.float()
     targets = next_tokens[is_target].to(logits.device)
@@ -134,8 +134,11 @@ def token_losses(bridge: Bridge, batch: Batch) -> Float[Tensor, "batch next"]:
     targets = tokens[:, 1:]
     logits = bridge(tokens)[:, :-1].float()
 
-    # [batch next] as one axis
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1),  # batch and position as one axis
+        targets.flatten(),
+        reduction="none",
+    )
     return losses.view(targets.shape)
 
 
@@ -167,9 +170,8 @@ def choice_margin(yes: Sequence[str], no: Sequence[str]) -> Objective:
         target = batch.tokens[row, first]
         is_yes = torch.isin(target, torch.tensor(yes_ids))
         is_no = torch.isin(target, torch.tensor(no_ids))
-        is_neither = ~(is_yes | is_no)
-        if is_neither.any():
-            rows = is_neither.nonzero().flatten().tolist()
+        rows = (~is_yes & ~is_no).nonzero().flatten().tolist()
+        if rows:
             raise ValueError(
                 f"choice_margin: the answers in rows {listed(rows)} of the batch begin with none "
                 f"of {[*yes, *no]}; remove these answers"

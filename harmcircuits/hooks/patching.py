@@ -102,10 +102,10 @@ def activation_patching(
     """
     bridge = as_bridge(bridge)
     refuse_batches("activation_patching", bridge, [batch])
-    groups = list(groups) or list(range(len(batch)))
+    groups = groups or range(len(batch))
     labels = labels or {}
-    if positions is None:
-        positions = range(batch.tokens.shape[1])
+    layers = range(len(bridge.blocks)) if layers is None else layers
+    positions = range(batch.tokens.shape[1]) if positions is None else positions
     points = _points(bridge, list(parts), layers, positions)
     tokens = batch.tokens.to(bridge.cfg.device)
     # All activations of a large model would not fit in memory.
@@ -118,23 +118,28 @@ def activation_patching(
     # itself changes. With gradients the tensor is cloned first, and only the MLP gets the patch.
     with torch.no_grad():
         logits, unpruned = run()
-        before = answer_losses(logits, batch)
+        unpruned_nll = answer_losses(logits, batch)
         with masked(bridge, mask):
             logits, edited = run()
-            after = answer_losses(logits, batch)
-            refuse_not_finite([batch, batch], torch.cat([before, after]), completion_loss)
+            masked_nll = answer_losses(logits, batch)
+            refuse_not_finite(
+                [batch, batch], torch.cat([unpruned_nll, masked_nll]), completion_loss
+            )
             restore = sweep(unpruned)
         destroy = sweep(edited)
 
     rows = []
-    for state, losses in {"unpruned": before, "masked": after}.items():
+    for state, losses in {"unpruned": unpruned_nll, "masked": masked_nll}.items():
         place = {**labels, "state": state}
         rows.append(Measurement.average("reference_nll", place, losses, groups))
-    gap = Measurement.average("nll_gap", labels, after - before, groups)
+    gap = Measurement.average("nll_gap", labels, masked_nll - unpruned_nll, groups)
     rows.append(gap)
-    sweeps = {"restore": (restore, after, before), "destroy": (destroy, before, after)}
-    for direction, (patched, start, end) in sweeps.items():
-        for point, losses in zip(points, patched, strict=True):
+    sweeps = {
+        "restore": (restore, masked_nll, unpruned_nll),
+        "destroy": (destroy, unpruned_nll, masked_nll),
+    }
+    for direction, (sweep_losses, start, end) in sweeps.items():
+        for point, losses in zip(points, sweep_losses, strict=True):
             place = {**labels, "direction": direction, **point.labels}
             change = losses - start
             rows.append(Measurement.average("patch_change", place, change, groups))
@@ -156,7 +161,7 @@ def answer_losses(logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Per
 def _points(
     bridge: Bridge,
     components: list[str],
-    layers: Sequence[int] | None,
+    layers: Sequence[int],
     positions: Sequence[int],
 ) -> list[PatchPoint]:
     """The points of these components, layer by layer."""
@@ -164,21 +169,19 @@ def _points(
         raise ValueError(
             f"activation_patching: parts={components}; expected some of {listed(COMPONENTS)}"
         )
-    heads = [{"head": head, "position": "all"} for head in range(bridge.cfg.n_heads)]
     whole = [{"position": position} for position in (*positions, "all")]
-    last = len(bridge.blocks) - 1
+    heads = [{"head": head, "position": "all"} for head in range(bridge.cfg.n_heads)]
     points = []
-    for layer in range(last + 1) if layers is None else layers:
-        for component, title, hook in _hooks(bridge, layer, layer == last):
-            if component not in components:
-                continue
-            for place in heads if component == "head" else whole:
-                labels = {"component": component, "layer": title, **place}
-                points.append(PatchPoint(hook, labels))
+    for layer in layers:
+        for component, title, hook in _hooks(bridge, layer):
+            if component in components:
+                labels = {"component": component, "layer": title}
+                places = heads if component == "head" else whole
+                points += [PatchPoint(hook, {**labels, **place}) for place in places]
     return points
 
 
-def _hooks(bridge: Bridge, layer: int, is_last: bool) -> Iterator[tuple[str, str, str]]:
+def _hooks(bridge: Bridge, layer: int) -> Iterator[tuple[str, str, str]]:
     """The component, the label and the name of each hook point of a layer."""
     block = f"blocks.{layer}"
     yield "residual", f"{layer} pre", f"{block}.hook_resid_pre"
@@ -186,7 +189,7 @@ def _hooks(bridge: Bridge, layer: int, is_last: bool) -> Iterator[tuple[str, str
     if f"{block}.hook_resid_mid" in bridge.hook_dict:
         yield "residual", f"{layer} mid", f"{block}.hook_resid_mid"
     # The stream after any other layer is the stream before the next layer.
-    if is_last:
+    if layer == len(bridge.blocks) - 1:
         yield "residual", f"{layer} post", f"{block}.hook_resid_post"
     yield "attention", f"{layer}", f"{block}.hook_attn_out"
     yield "mlp", f"{layer}", f"{block}.hook_mlp_out"

@@ -18,9 +18,9 @@ from harmcircuits.storage import tensor_bytes
 
 # Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where one parameter
 # stacks several experts, blocks.3.mlp.experts.gate_up_proj.
-DENSE_NAME = r"(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight"
-EXPERTS_NAME = r"mlp\.experts\.(?:gate_up|down)_proj"
-MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
+MATRIX_NAME = re.compile(
+    r"blocks\.\d+\.((attn\.[qkvo]|mlp\.(gate|in|out))\.weight|mlp\.experts\.(gate_up|down)_proj)"
+)
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The dtypes of quantised weights. Masks are bool and positions int64, so neither is among them.
@@ -254,17 +254,10 @@ def _expert_site(name: str, layer: int, kind: str, parameter: nn.Parameter) -> S
     #     router          [expert, d_model]          mlp.gate in a sparse block
     #     gate_up_proj    [expert, 2 d_mlp, d_model]
     #     down_proj       [expert, d_model, d_mlp]
-    is_router = kind == "mlp.gate"
-    return Site(
-        name=name,
-        layer=layer,
-        kind="mlp.router" if is_router else kind,
-        parameter=parameter,
-        input_axis=1 if is_router else 2,
-        unit_axis=0,
-        n_units=parameter.shape[0],
-        is_hooked=False,
-    )
+    n_experts = parameter.shape[0]
+    if kind == "mlp.gate":
+        return Site(name, layer, "mlp.router", parameter, 1, 0, n_experts, is_hooked=False)
+    return Site(name, layer, kind, parameter, 2, 0, n_experts, is_hooked=False)
 
 
 def _refuse_unsupported(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> None:
@@ -277,28 +270,31 @@ def _refuse_unsupported(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) ->
         tensors["blocks." + name.replace("._original_component", "")] = tensor
 
     for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            continue
-        matrix = f"weight_sites: {name} {tuple(tensor.shape)}"
-        if tensor.is_meta:  # a shape without values
-            raise ValueError(
-                f"{matrix} is not in memory (device_map keeps it on disk or loads it for each "
-                "pass), so it can be neither scored nor masked; give a device_map whose parts fit "
-                "the devices"
-            )
-        is_parameter = isinstance(tensor, nn.Parameter)
-        is_quantised = tensor.dtype in QUANTISED_DTYPES
-        if is_quantised or (is_parameter and tensor.dtype not in FLOAT_DTYPES):
-            raise ValueError(
-                f"{matrix} is {tensor.dtype}: quantised weights have no gradient and cannot be "
-                "zeroed one by one; load the model in float32, bfloat16 or float16"
-            )
         # GPT-NeoX, Falcon, BLOOM: the bridge computes with split copies of a fused matrix, and does
         # not use the original.
-        is_fused = ".qkv." in name
-        if is_parameter and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
-            raise ValueError(
-                f"{matrix} is no matrix of the kinds {', '.join(KINDS)}, so scores and masks would "
-                "silently leave it out; this block (shared experts, dense layers among sparse "
-                "ones, or another) is not supported"
-            )
+        is_covered = ".qkv." in name or tensor.untyped_storage().data_ptr() in covered
+        fault = _fault(tensor, is_covered)
+        if tensor.ndim >= 2 and fault:
+            raise ValueError(f"weight_sites: {name} {tuple(tensor.shape)} {fault}")
+
+
+def _fault(tensor: Tensor, is_covered: bool) -> str:
+    """Why scores and masks cannot hold a matrix; empty where they can."""
+    if tensor.is_meta:  # a shape without values
+        return (
+            "is not in memory (device_map keeps it on disk or loads it for each pass), so it can "
+            "be neither scored nor masked; give a device_map whose parts fit the devices"
+        )
+    is_parameter = isinstance(tensor, nn.Parameter)
+    if tensor.dtype in QUANTISED_DTYPES or (is_parameter and tensor.dtype not in FLOAT_DTYPES):
+        return (
+            f"is {tensor.dtype}: quantised weights have no gradient and cannot be zeroed one by "
+            "one; load the model in float32, bfloat16 or float16"
+        )
+    if is_parameter and not is_covered:
+        return (
+            f"is no matrix of the kinds {', '.join(KINDS)}, so scores and masks would silently "
+            "leave it out; this block (shared experts, dense layers among sparse ones, or another) "
+            "is not supported"
+        )
+    return ""
