@@ -15,9 +15,9 @@ from harmcircuits.hooks.checks import refuse_requests
 from harmcircuits.hooks.generation import (
     Sampling,
     continuations,
-    drawing_steps,
     end_of_text,
-    is_hooked,
+    has_hooks,
+    sampling_processors,
 )
 from harmcircuits.hooks.masking import is_edited
 from harmcircuits.hooks.weights import weights_digest
@@ -132,7 +132,7 @@ def _answers(
     for start in range(0, len(rows), batch_size):
         requests, noises = zip(*rows[start : start + batch_size], strict=True)
         contexts = [list(request.context) for request in requests]
-        steps = drawing_steps(sampling, noises) if sampling else []
+        steps = sampling_processors(sampling, noises) if sampling else []
         names = [f"generate: request {request.number}" for request in requests]
         continued = continuations(bridge, contexts, names, steps, max_new_tokens)
         for request, tokens in zip(requests, continued, strict=True):
@@ -159,7 +159,7 @@ class GenerationCache:
 
     def file(self, bridge: Bridge, settings: Mapping[str, Any]) -> Path | None:
         """Where its answers with these settings are; None while it is masked, hooked or trained."""
-        if is_hooked(bridge) or is_edited(bridge) or weights_digest(bridge) != self.weights:
+        if has_hooks(bridge) or is_edited(bridge) or weights_digest(bridge) != self.weights:
             return None
         parts = [self.weights, settings, end_of_text(bridge)]
         text = json.dumps(parts, sort_keys=True, default=asdict)

@@ -20,7 +20,7 @@ from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import card, html_table, listed, nearest, note, plural
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.checks import of_data, refuse_batches
+from harmcircuits.hooks.checks import naming_data, refuse_batches
 from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll
 from harmcircuits.hooks.masking import masked_if_given
@@ -366,7 +366,7 @@ class Model:
         nll = torch.full((len(prompts),), torch.nan)
         has_reference = torch.tensor([bool(example.completion) for example in prompts])
         if has_reference.any():
-            with of_data(f"{behaviour.name}, reference answers"):
+            with naming_data(f"{behaviour.name}, reference answers"):
                 batches = self.batches(behaviour, prompts.where(_has_completion))
                 nll[has_reference] = completion_nll(self.bridge, batches)
         verdicts = tuple(self.verdicts(behaviour, answers))

@@ -1,1 +1,1 @@
-"""The only code that touches a live model."""
+"""The only code that puts hooks on a live model."""

@@ -1,17 +1,17 @@
-"""Bridges: what this package needs of a model, and the bridge of what a user passes."""
+"""The parts of a TransformerBridge that this package uses, and the bridge inside a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
-
-REMEDY = "open it with harmcircuits.open_model(...) or TransformerBridge.boot_transformers(folder)"
+from torch.nn.utils.rnn import pad_sequence
 
 
 @runtime_checkable
 class Bridge(Protocol):
-    """What this package needs of TransformerLens's `TransformerBridge`."""
+    """The parts of TransformerLens's `TransformerBridge` that this package uses."""
 
     cfg: Any
     tokenizer: Any
@@ -21,27 +21,17 @@ class Bridge(Protocol):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """`blocks` and other components, which a bridge has as modules and does not declare."""
+            """Parts without a type: `blocks`, `hook_dict`, `hooks`, `run_with_cache` and others."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Logits [batch pos vocab] of tokens [batch pos]."""
-
-    @property
-    def hook_dict(self) -> Any:
-        """Every hook point by name."""
-
-    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> Any:
-        """A context manager under which functions are called at hook points."""
-
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Logits, and the activations at hook points by name."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of the Hugging Face model once."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of the Hugging Face model once, by its Hugging Face name."""
+        """Every parameter of the Hugging Face model once, with its Hugging Face name."""
         ...
 
     def buffers(self) -> Iterator[Tensor]:
@@ -49,16 +39,13 @@ class Bridge(Protocol):
         ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """The bridge's modules, among which are most of the Hugging Face model's."""
+        """The bridge's modules, which include most modules of the Hugging Face model."""
         ...
-
-    def state_dict(self, *, keep_vars: bool = False) -> Any:
-        """The tensors by clean TransformerLens name; with `keep_vars` the live parameters."""
 
 
 @runtime_checkable
 class HasBridge(Protocol):
-    """What holds a bridge: a `harmcircuits.Model`."""
+    """An object that holds a bridge: a `harmcircuits.Model`."""
 
     @property
     def bridge(self) -> Any:
@@ -66,36 +53,39 @@ class HasBridge(Protocol):
 
 
 AnyModel = Bridge | HasBridge
-"""Functions that work on a bridge take either the bridge itself or the Model that holds it."""
+"""Functions that work on a bridge take the bridge itself or the Model that holds it."""
 
 
 def as_bridge(model: Any) -> Bridge:
     """The bridge of a model, or the bridge itself."""
     bridge = getattr(model, "bridge", model)
-    # Three names that nothing else has together. A stub in a test need not have more.
+    # No other object has all three names. A stub in a test needs no more than these.
     if all(hasattr(bridge, name) for name in ("original_model", "blocks", "cfg")):
         return bridge
 
-    given = f"{type(bridge).__module__}.{type(bridge).__name__}"
-    raise ValueError(f"expected a TransformerBridge or a harmcircuits.Model, not {given}: {REMEDY}")
+    actual = f"{type(bridge).__module__}.{type(bridge).__name__}"
+    raise ValueError(
+        f"expected a TransformerBridge or a harmcircuits.Model, got {actual}: open it with "
+        "harmcircuits.open_model(...) or TransformerBridge.boot_transformers(folder)"
+    )
 
 
 @contextmanager
 def unhooked(bridge: Bridge) -> Iterator[None]:
     """While open, `bridge.original_model` runs without hook points: the same function, faster."""
-    # A bridge stands in the place of each module that it wraps, and modules lie within modules.
-    # It stays where it holds copies of what was fused: these are the weights that masks edit.
-    wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+    # A bridge replaces each module that it wraps, and modules lie inside modules. A wrapper stays
+    # if it holds copies of fused weights, because masks edit these copies.
+    wrappers: list[tuple[nn.Module, str, nn.Module]] = []
 
     def unwrap(module: nn.Module) -> None:
         for name, child in list(module.named_children()):
             inner = child
             while (original := getattr(inner, "original_component", None)) is not None:
                 inner = original
-            if not _memory(child) <= _memory(inner):
+            if not _addresses(child) <= _addresses(inner):
                 continue
             if inner is not child:
-                wrapped.append((module, name, child))
+                wrappers.append((module, name, child))
                 setattr(module, name, inner)
             unwrap(inner)
 
@@ -103,10 +93,24 @@ def unhooked(bridge: Bridge) -> Iterator[None]:
         unwrap(bridge.original_model)
         yield
     finally:
-        for module, name, child in wrapped:
-            setattr(module, name, child)
+        for module, name, wrapper in wrappers:
+            setattr(module, name, wrapper)
 
 
-def _memory(module: nn.Module) -> set[int]:
-    """Where its weights lie."""
+def right_padded(
+    bridge: Bridge,
+    texts: Sequence[Sequence[int]],
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of token ids on the model's device, and the length of each text on the CPU."""
+    for start in range(0, len(texts), batch_size):
+        rows = [torch.tensor(text) for text in texts[start : start + batch_size]]
+        lengths = torch.tensor([len(row) for row in rows])
+        # Any token can be the padding: attention is causal, so no text attends to it.
+        tokens = pad_sequence(rows, batch_first=True)
+        yield tokens.to(bridge.cfg.device), lengths
+
+
+def _addresses(module: nn.Module) -> set[int]:
+    """The memory addresses of a module's weights."""
     return {weight.untyped_storage().data_ptr() for weight in module.parameters()}

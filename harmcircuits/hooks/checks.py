@@ -1,6 +1,7 @@
-"""What a model can read, and numbers that are NaN or infinite: which example, which loss.
+"""Checks before and after a pass, whose errors name the example and the loss.
 
-Where in the model such a number begins, `torch.autograd.detect_anomaly` says.
+Before: whether the model can read a text. After: whether a number is NaN or infinite.
+`torch.autograd.detect_anomaly` tells where in the model such a number begins.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from harmcircuits.circuits.scores import not_finite
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective
 
-# What configurations call the context. Those without any of these, such as BLOOM, set no bound.
+# Names of the context length in configurations. A model without any of them, such as BLOOM, has no
+# limit.
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 NOT_FINITE = (
     "look for NaN in the weights; float16 ends at 65,504, so open the model in bfloat16 or float32"
@@ -24,7 +26,7 @@ NOT_FINITE = (
 
 
 class NotFiniteError(ValueError):
-    """A number that is NaN or infinite, and the number of its example where that is known."""
+    """A number is NaN or infinite. `index` is the number of its example, if there is one."""
 
     def __init__(self, text: str, index: int | None = None) -> None:
         super().__init__(text)
@@ -32,7 +34,7 @@ class NotFiniteError(ValueError):
 
 
 def context_of(bridge: Bridge) -> int | None:
-    """How many tokens the model was made for; None where its configuration sets no bound."""
+    """The most tokens that a text may have; None where the configuration sets no limit."""
     config = getattr(getattr(bridge, "original_model", None), "config", None)
     lengths = [getattr(config, name, None) for name in CONTEXT_NAMES]
     return max((length for length in lengths if isinstance(length, int)), default=None)
@@ -41,11 +43,10 @@ def context_of(bridge: Bridge) -> int | None:
 def refuse_batches(function: str, bridge: Bridge, batches: Any) -> None:
     """Check that there are token batches, and that the model can read them."""
     refuse_no_batches(function, batches)
-    limits = _limits(bridge)
     lengths = torch.cat([batch.is_token.sum(dim=1) for batch in batches]).tolist()
     largest = torch.cat([batch.tokens.amax(dim=1) for batch in batches]).tolist()
     for index, place in enumerate(_places(batches)):
-        fault = _fault(lengths[index], largest[index], *limits)
+        fault = _fault(bridge, lengths[index], largest[index])
         if fault:
             raise ValueError(f"{function}: {place} has {fault}")
 
@@ -54,33 +55,29 @@ def refuse_requests(
     place: str,
     bridge: Bridge,
     requests: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int = 0,
 ) -> None:
     """Check that the model can read these requests, and has room for an answer."""
-    limits = _limits(bridge)
     for number, request in enumerate(requests):
-        fault = _fault(len(request) + max_new_tokens, max(request), *limits)
+        fault = _fault(bridge, len(request) + max_new_tokens, max(request))
         if fault:
             answer = f" (max_new_tokens={max_new_tokens} among them)" if max_new_tokens else ""
             raise ValueError(f"{place} {number} has {fault}{answer}")
-    fault = _fault(0, padding_id(bridge.tokenizer), *limits)
+
+    fault = _fault(bridge, 0, padding_id(bridge.tokenizer))
     if fault:
         raise ValueError(f"the tokenizer pads with {fault}")
 
 
-def _limits(bridge: Bridge) -> tuple[int | None, int | None]:
-    """How many tokens a text may have, and how many there are to choose from."""
-    model: Any = getattr(bridge, "original_model", None)
-    if not hasattr(model, "get_input_embeddings"):
-        return context_of(bridge), None
-    return context_of(bridge), model.get_input_embeddings().weight.shape[0]
-
-
-def _fault(n_tokens: int, largest: int, context: int | None, vocabulary: int | None) -> str:
-    """Why a model cannot read a text, with the remedy; nothing where it can."""
+def _fault(bridge: Bridge, n_tokens: int, largest: int) -> str:
+    """Why the model cannot read a text, with the remedy; empty where it can."""
+    context = context_of(bridge)
     if context is not None and n_tokens > context:
         return f"{n_tokens} tokens, the model's context is {context}; shorten it, or leave it out"
-    if vocabulary is not None and largest >= vocabulary:
+    if not hasattr(bridge.original_model, "get_input_embeddings"):  # a compiled organism
+        return ""
+    vocabulary = bridge.original_model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
         return (
             f"token {largest}, the model's embedding has {vocabulary}; give the tokenizer that "
             "belongs to the model, or resize the embedding (resize_token_embeddings)"
@@ -94,35 +91,36 @@ def refuse_not_finite(
     objective: Objective,
 ) -> None:
     """Check the losses of examples."""
-    if losses.isfinite().all():
+    is_finite = losses.isfinite()
+    if is_finite.all():
         return
-    index = int((~losses.isfinite()).int().argmax())
+    index = int(is_finite.int().argmin())  # the first one
     value = f"{_name(objective)} is {losses[index].item()}"
     raise NotFiniteError(f"{_places(batches)[index]}: {value}; {NOT_FINITE}", index)
 
 
 def refuse_not_finite_gradients(gradients: Mapping[str, Tensor], objective: Objective) -> None:
-    """Check what was summed over examples whose losses are finite."""
+    """Check sums of gradients over examples whose losses are finite."""
     name = not_finite(gradients)
     if name:
         raise NotFiniteError(
-            f"the gradient of {_name(objective)} at {name} is not finite, its values are; "
-            f"{NOT_FINITE}, or make it smaller"
+            f"the gradient of {_name(objective)} at {name} is not finite, but its values are; "
+            f"{NOT_FINITE}, or scale the objective down"
         )
 
 
 def refuse_not_finite_texts(names: Sequence[str], is_finite: Bool[Tensor, " n"]) -> None:
-    """Check what was computed of each text."""
+    """Check the results of texts, one for each."""
     if not is_finite.all():
-        index = int((~is_finite).int().argmax())
+        index = int(is_finite.int().argmin())  # the first one
         raise NotFiniteError(
-            f"{names[index]}: what the model computes is not finite; {NOT_FINITE}", index
+            f"{names[index]}: the model's output is not finite; {NOT_FINITE}", index
         )
 
 
 @contextmanager
-def of_data(name: str) -> Iterator[None]:
-    """While open, an error about an example says whose it is."""
+def naming_data(name: str) -> Iterator[None]:
+    """While open, an error about an example begins with the name of the data."""
     try:
         yield
     except NotFiniteError as error:
@@ -130,7 +128,7 @@ def of_data(name: str) -> Iterator[None]:
 
 
 def _places(batches: Sequence[Batch]) -> list[str]:
-    """What to call each example."""
+    """The name of each example in an error."""
     places = []
     for number, batch in enumerate(batches):
         for row in range(len(batch)):

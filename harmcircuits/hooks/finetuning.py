@@ -1,10 +1,10 @@
-"""Fine-tuning a live model in place, step by step, and putting it back bit for bit."""
+"""Fine-tuning of a live model in place, step by step, and its restoration bit for bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from harmcircuits.batches import Batch
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
-from harmcircuits.hooks.checks import of_data, refuse_batches, refuse_not_finite
+from harmcircuits.hooks.checks import naming_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import during
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
@@ -30,58 +30,55 @@ class Lora:
     Lora(r=4, alpha=16.0)
 
     Attributes:
-        r: The rank, which is the number of columns of `up`.
-        alpha: Scale of the adapters, before it is divided by the rank.
+        r: the rank, which is the number of columns of `up`.
+        alpha: the scale of the adapters, before the division by the rank.
 
     Raises:
-        ValueError: For a rank below 1.
+        ValueError: a rank below 1.
     """
 
     r: int = 8
     alpha: float = 16.0
 
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"{self}; expected a rank r of at least 1")
 
+
+@dataclass(eq=False, repr=False)
 class FineTuning:
-    """A run in progress."""
+    """A run of fine-tuning: the loss of each step, and `until` to go on."""
 
-    def __init__(
-        self,
-        bridge: Bridge,
-        order: Iterator[Batch],
-        optimizer: torch.optim.Optimizer,
-        objective: Objective,
-    ) -> None:
-        self.losses: list[float] = []
-        self._bridge = bridge
-        self._order = order
-        self._optimizer = optimizer
-        self._objective = objective
+    bridge: Bridge
+    batches: Iterator[Batch]
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    losses: list[float] = field(default_factory=list)
 
     @property
     def step(self) -> int:
-        """How many steps have been taken."""
+        """The number of steps so far."""
         return len(self.losses)
 
     def until(self, step: int) -> None:
-        """Train until `step` steps have been taken in all."""
+        """Train until the run has `step` steps."""
         while self.step < step:
-            self._take_step(next(self._order))
+            self._take_step(next(self.batches))
 
     def _take_step(self, batch: Batch) -> None:
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         with torch.enable_grad():
-            losses = self._objective(self._bridge, batch)
+            losses = self.objective(self.bridge, batch)
             loss = losses.mean()
             loss.backward()
 
-        # Before the step, so that the weights stay as they were at the last finite loss.
+        # Before the step, so that the weights stay those of the last finite loss.
         value = loss.item()
         if not isfinite(value):
-            with of_data(
-                f"the loss is {value} at step {self.step}; lower lr, or look at the batch"
-            ):
-                refuse_not_finite([batch], losses.detach().cpu(), self._objective)
-        self._optimizer.step()
+            text = f"the loss is {value} at step {self.step}; lower lr, or look at the batch"
+            with naming_data(text):
+                refuse_not_finite([batch], losses.detach().cpu(), self.objective)
+        self.optimizer.step()
         self.losses.append(value)
 
 
@@ -96,15 +93,15 @@ def fine_tuning(
     seed: int = 0,
     objective: Objective = completion_loss,
 ) -> Iterator[FineTuning]:
-    """A run that fine-tunes the model in place; on any exit every parameter is as before.
+    """A run that fine-tunes the model in place, restored bit for bit on any exit.
 
-    AdamW at a constant rate. `run.until(step)` trains up to a step, so that a curve can be measured
-    on the way. Restored bit for bit, at the cost of a copy of the model; dropout stays as it is.
+    AdamW at a constant learning rate. `run.until(step)` trains up to a step, so that curves can be
+    measured between steps. Costs a copy of the model's weights; dropout stays on or off.
 
     Composes with masks: inside `masked(..., hold=True)` the removed weights are zero at every step
     (with `lora`, those entries of the merged weight, and the factors get no gradient from them);
-    inside `masked` alone they start at zero and are free to learn. A mask that is put on inside a
-    full fine-tuning meets other norms and embeddings than it was made on: give `same_model=False`.
+    inside `masked` alone they start at zero and may learn. A mask that is put on inside a full
+    fine-tuning meets other norms and embeddings than those it was made on: give `same_model=False`.
 
     >>> with hc.fine_tuning(bridge, benign, lr=1e-4) as run:
     ...     run.until(2)
@@ -112,128 +109,108 @@ def fine_tuning(
     2
 
     Args:
-        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
-        batches: The training data.
-        lr: Learning rate.
-        lora: Train only the factors of low-rank adapters. W as stored is then the merged weight,
-            rounded to the model's dtype. Without it every parameter learns.
-        weight_decay: Weight decay of AdamW.
-        seed: Decides the order of the batches, new in every epoch, and the adapters' start.
-        objective: What is minimised.
+        bridge: the model.
+        batches: the training data.
+        lr: the learning rate.
+        lora: train only the factors of low-rank adapters. W is then the merged weight, rounded to
+            the model's dtype. Without it every parameter learns.
+        weight_decay: the weight decay of AdamW.
+        seed: fixes the order of the batches, new in every epoch, and the adapters' start.
+        objective: the value to minimise.
 
     Raises:
-        ValueError: For no batches; with `lora`, stacked experts and
-            as `weight_sites`. Then nothing is changed.
+        ValueError: no batches, stacked experts with `lora`, and as `weight_sites`. Then nothing is
+            changed.
     """
     bridge = as_bridge(bridge)
     refuse_batches("fine_tuning", bridge, batches)
-    sites = weight_sites(bridge).values() if lora else ()
-    for site in sites:
-        if site.parameter.ndim != 2:
-            raise ValueError(
-                f"fine_tuning: {site.name} stacks the matrices of several experts, which lora "
-                "cannot adapt; leave lora out"
-            )
-
     # One stream for the adapters' start and then the order of the batches.
     generator = torch.Generator().manual_seed(seed)
-    before = [_Saved.of(parameter) for parameter in bridge.original_model.parameters()]
-    if lora:
-        # Every adapter adds to W_0, which is at hand as the value that will be restored.
-        start = {id(state.parameter): state.value for state in before}
-        adapters = [_Adapter(site, start[id(site.parameter)], lora, generator) for site in sites]
-        trained = [site.parameter for site in sites]
-        learned = [factor for adapter in adapters for factor in (adapter.up, adapter.down)]
-    else:
-        adapters = []
-        trained = learned = [state.parameter for state in before]
+    states = {}
+    for parameter in bridge.original_model.parameters():
+        value = parameter.detach().clone()
+        states[parameter] = _State(value, parameter.requires_grad, parameter.grad)
+    adapters = _adapters(bridge, states, lora, generator) if lora else []
 
-    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
+    # Gradients of the weights become gradients of the adapters' factors.
+    weights = [adapter.site.parameter for adapter in adapters]
+    factors = []
     for adapter in adapters:
-        # An optimiser's own hooks run before the global one, so a mask that is held writes its
-        # zeros after the merge.
+        factors += [adapter.up, adapter.down]
+    if not lora:
+        weights = factors = list(states)
+
+    optimizer = torch.optim.AdamW(factors, lr=lr, weight_decay=weight_decay)
+    for adapter in adapters:
+        # An optimiser's own hooks run before the global hook of a mask that is held, so the mask
+        # writes its zeros after the merge.
         optimizer.register_step_post_hook(adapter.merge)
     run = FineTuning(bridge, _endless(batches, generator), optimizer, objective)
-    yield from during(bridge, _Training(before, trained, adapters), run)
+    yield from during(bridge, _Training(states, weights, adapters), run)
 
 
-class _Saved(NamedTuple):
-    """A parameter, and everything of it that the run changes."""
+class _State(NamedTuple):
+    """Everything that the run changes in a parameter."""
 
-    parameter: nn.Parameter
     value: Tensor
     requires_grad: bool
     grad: Tensor | None
 
-    @classmethod
-    def of(cls, parameter: nn.Parameter) -> "_Saved":
-        value = parameter.detach().clone()
-        return cls(parameter, value, parameter.requires_grad, parameter.grad)
 
-
+@dataclass(eq=False)
 class _Training:
-    """Gradients of some parameters; when it comes off, everything is as it was before."""
+    """Gradients of the trained weights, until every parameter gets its state back."""
 
-    fault = ""
-
-    def __init__(
-        self,
-        before: Sequence[_Saved],
-        trained: Sequence[nn.Parameter],
-        adapters: "Sequence[_Adapter]",
-    ) -> None:
-        self.before = before
-        self.trained = trained
-        self.adapters = adapters
-        self._hooks: list[RemovableHandle] = []
+    states: Mapping[nn.Parameter, _State]
+    weights: Sequence[nn.Parameter]
+    adapters: "Sequence[_Adapter]"
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    fault: str = ""
 
     def put_on(self) -> None:
-        for state in self.before:
-            state.parameter.grad = None
-            state.parameter.requires_grad_(False)
-        for parameter in self.trained:
-            parameter.requires_grad_(True)
+        for parameter in self.states:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for weight in self.weights:
+            weight.requires_grad_(True)
         for adapter in self.adapters:
             weight = adapter.site.parameter
-            self._hooks.append(weight.register_post_accumulate_grad_hook(adapter.pull))
+            self.hooks.append(weight.register_post_accumulate_grad_hook(adapter.pull))
 
     def take_off(self) -> None:
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         with torch.no_grad():
-            for state in self.before:
-                state.parameter.copy_(state.value)
-                state.parameter.requires_grad_(state.requires_grad)
-                state.parameter.grad = state.grad
+            for parameter, state in self.states.items():
+                parameter.copy_(state.value)
+                parameter.requires_grad_(state.requires_grad)
+                parameter.grad = state.grad
 
 
 class _Adapter:
     """The adapter of one matrix, merged into it."""
 
     def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
-        weight = site.parameter
-        d_in = weight.shape[site.input_axis]
-        d_out = weight.shape[1 - site.input_axis]
         self.site = site
         self.start = start
         self.scale = lora.alpha / lora.r
 
-        # Uniform in +-1 / sqrt(d_in), as peft starts it; with `up` zero, W starts at W_0.
+        d_out, d_in = self._as_applied(start).shape
+        # Uniform in +-1 / sqrt(d_in), as in peft; `up` is zero, so W starts at W_0.
         uniform = torch.rand(lora.r, d_in, generator=generator)
         down = (2 * uniform - 1) / sqrt(d_in)
         up = torch.zeros(d_out, lora.r)
-        self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(up.to(weight.device))
+        self.down = nn.Parameter(down.to(start.device))
+        self.up = nn.Parameter(up.to(start.device))
 
-    def pull(self, weight: Tensor) -> None:
-        """Turn the gradient of W into those of the factors, and free it."""
-        # Called by autograd as soon as the gradient of this W is complete.
-        assert weight.grad is not None
+    def pull(self, weight: Any) -> None:
+        """Turn the gradient of W into gradients of the factors, and free it."""
+        # Autograd calls this as soon as the gradient of this W is complete.
         gradient = self.scale * self._as_applied(weight.grad).float()
         weight.grad = None
         with torch.no_grad():
-            _add_gradient(self.up, gradient @ self.down.T)
-            _add_gradient(self.down, self.up.T @ gradient)
+            self.up.grad = gradient @ self.down.T
+            self.down.grad = self.up.T @ gradient
 
     def merge(self, *_: object) -> None:
         """Write W_0 plus the product of the factors into W."""
@@ -242,12 +219,28 @@ class _Adapter:
             self.site.parameter.copy_(self.start + self._as_applied(change))
 
     def _as_applied(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        """From the stored orientation to the applied one, and back."""
-        return weight if self.site.input_axis == 1 else weight.T  # Conv1D stores W^T
+        """The transpose where W is stored transposed, as [d_in, d_out]; the same way back."""
+        return weight if self.site.input_axis == 1 else weight.T
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+def _adapters(
+    bridge: Bridge,
+    states: Mapping[nn.Parameter, _State],
+    lora: Lora,
+    generator: torch.Generator,
+) -> list[_Adapter]:
+    """An adapter of every block matrix."""
+    adapters = []
+    for site in weight_sites(bridge).values():
+        if site.parameter.ndim != 2:
+            raise ValueError(
+                f"fine_tuning: {site.name} stacks the matrices of several experts, which lora "
+                "cannot adapt; leave lora out"
+            )
+        # Every adapter adds to W_0, which the states hold anyway.
+        start = states[site.parameter].value
+        adapters.append(_Adapter(site, start, lora, generator))
+    return adapters
 
 
 def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[Batch]:

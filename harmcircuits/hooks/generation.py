@@ -1,9 +1,10 @@
-"""A model continues token ids: greedy or sampled, independent of what else is in its batch."""
+"""A model continues token ids, greedily or by sampling, whatever else is in the batch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -16,18 +17,23 @@ from harmcircuits.batches import padding_id
 from harmcircuits.hooks.bridge import Bridge, unhooked
 from harmcircuits.hooks.checks import refuse_not_finite_texts
 
+LIBRARIES = ("transformers.", "transformer_lens.")  # modules whose hooks only record activations
+
+Tokens = Int[Tensor, "row pos"]
+Logits = Float[Tensor, "row vocab"]
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How answers are sampled.
 
     >>> hc.Sampling(samples=3, temperature=0.7)
     Sampling(samples=3, temperature=0.7, top_p=1.0, seed=0)
 
     Attributes:
-        samples: answers to each request.
-        temperature: of the softmax, above 0.
-        top_p: tokens are drawn from the likeliest ones that together have this share.
+        samples: number of answers to each request.
+        temperature: temperature of the softmax, above 0.
+        top_p: only the likeliest tokens that together have this probability are sampled.
         seed: fixes the answers.
 
     Raises:
@@ -48,20 +54,24 @@ class Sampling:
 
 
 def end_of_text(bridge: Bridge) -> int | list[int] | None:
-    """The token that ends an answer, or several: the model's own, else the tokenizer's."""
-    own = getattr(bridge.original_model, "generation_config", None)
-    of_model = getattr(own, "eos_token_id", None)
-    return bridge.tokenizer.eos_token_id if of_model is None else of_model
+    """The token or tokens that end an answer: the model's own, else the tokenizer's."""
+    config = bridge.original_model.generation_config  # None in a compiled organism
+    end = config.eos_token_id if config else None
+    return bridge.tokenizer.eos_token_id if end is None else end
 
 
 def continuations(
     bridge: Bridge,
     contexts: Sequence[list[int]],
     names: Sequence[str],
-    steps: Sequence[Any],
+    processors: Sequence[Any],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """What the model goes on with, in token ids, up to the first that ends a text."""
+    """The token ids that the model adds to each context, up to the end of the text.
+
+    Each step takes the likeliest token after the logits processors. `names` are those of the
+    contexts in errors.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
     end, padding = end_of_text(bridge), padding_id(bridge.tokenizer)
@@ -71,98 +81,94 @@ def continuations(
         pad_token_id=padding,
         eos_token_id=end,
     )
-    # Padded on the left, so that answers start alike.
+
+    # Padding is on the left, so that all answers begin at the same position.
     texts = [torch.tensor(context) for context in contexts]
-    tokens = pad_sequence(texts, batch_first=True, padding_value=padding, padding_side="left")
-    width = tokens.shape[1]
-    n_padding = torch.tensor([width - len(context) for context in contexts])
-    is_token = torch.arange(width) >= n_padding[:, None]  # [batch, pos]
-    logits = _Finite()
-    model: Any = bridge.original_model
-    without_hooks = nullcontext() if is_hooked(bridge) else unhooked(bridge)
-    with torch.no_grad(), without_hooks, _own_settings_off(model):
-        generated = model.generate(
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    tokens = pad(texts, padding_value=padding)
+    is_token = pad([torch.ones_like(text) for text in texts])  # 1, and 0 at padding
+
+    check = FiniteCheck()
+    without_hooks = nullcontext() if has_hooks(bridge) else unhooked(bridge)
+    with torch.no_grad(), without_hooks, default_generation(bridge.original_model):
+        rows = bridge.original_model.generate(
             input_ids=tokens.to(bridge.cfg.device),
-            attention_mask=is_token.long().to(bridge.cfg.device),
+            attention_mask=is_token.to(bridge.cfg.device),
             generation_config=config,
-            logits_processor=LogitsProcessorList([logits, *steps]),
+            logits_processor=LogitsProcessorList([check, *processors]),
         ).tolist()
 
-    # A likeliest token of logits that are NaN is no answer, and looks like one.
-    refuse_not_finite_texts(names, logits.is_finite.cpu())
+    # NaN logits also have a likeliest token, which looks like an answer.
+    refuse_not_finite_texts(names, check.is_finite.cpu())
 
     ends = {end} if isinstance(end, int) else set(end or ())
-    new_tokens = [row[width:] for row in generated]
-    return [list(takewhile(lambda token: token not in ends, row)) for row in new_tokens]
+    answers = [row[tokens.shape[1] :] for row in rows]
+    return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
 
 @contextmanager
-def _own_settings_off(model: Any) -> Iterator[None]:
-    """While open, a model has no generation settings of its own: they bend the likeliest answer."""
+def default_generation(model: Any) -> Iterator[None]:
+    """While open, the model's generation settings are the defaults of transformers."""
     from transformers import GenerationConfig
 
-    # transformers takes from them whatever a call does not set.
-    own = model.generation_config
+    # transformers would take its own settings, such as a repetition penalty, for all that a call
+    # does not set. They change the likeliest token.
+    config = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = config
 
 
-class _Finite:
-    """Notes of each row whether all its logits so far are finite, and leaves them as they are."""
+def sampling_processors(sampling: Sampling, stream_names: Sequence[str]) -> list[Any]:
+    """Logits processors that turn the likeliest token into a sample, with a stream for each row."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    # The noise comes last: it acts on the logits after temperature and top_p.
+    processors: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+    return [*processors, GumbelNoise(stream_names)]
+
+
+class FiniteCheck:
+    """A logits processor that changes nothing and records which rows had finite logits only."""
 
     is_finite = torch.tensor(True)
 
-    def __call__(
-        self, _input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
-    ) -> Float[Tensor, "row vocab"]:
-        self.is_finite = self.is_finite.to(scores.device) & scores.amax(dim=1).isfinite()
-        return scores
+    def __call__(self, _tokens: Tokens, logits: Logits) -> Logits:
+        self.is_finite = self.is_finite.to(logits.device) & logits.amax(dim=1).isfinite()
+        return logits
 
 
-def drawing_steps(sampling: Sampling, noises: Sequence[str]) -> list[Any]:
-    """What turns the likeliest token into a draw."""
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+class GumbelNoise:
+    """A logits processor that adds Gumbel noise, so that the likeliest token is a sample."""
 
-    # In this order: the noise falls on what temperature and top_p leave.
-    steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
-    if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(float(sampling.top_p)))
-    return [*steps, _Gumbel(noises)]
+    # A generator for each row, seeded by a name. transformers has one for all rows, so that an
+    # answer would depend on the other requests of its batch.
 
-
-class _Gumbel:
-    """Adds Gumbel noise to each row's logits, from a generator seeded per row."""
-
-    # transformers draws all rows from one generator: an answer would depend on what else is asked.
-
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, stream_names: Sequence[str]) -> None:
         self.streams = []
-        for name in names:
+        for name in stream_names:
             digest = hashlib.sha256(name.encode()).digest()[:8]
             seed = int.from_bytes(digest) >> 1  # 63 bits: torch takes signed seeds
             self.streams.append(torch.Generator().manual_seed(seed))
 
-    def __call__(
-        self, _input_ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row vocab"]
-    ) -> Float[Tensor, "row vocab"]:
+    def __call__(self, _tokens: Tokens, logits: Logits) -> Logits:
         noise = []
         for stream in self.streams:
-            exponential = torch.empty(scores.shape[1]).exponential_(generator=stream)
+            exponential = torch.empty(logits.shape[1]).exponential_(generator=stream)
             noise.append(-exponential.log())  # minus the logarithm of an exponential is a Gumbel
-        return scores.float() + torch.stack(noise).to(scores.device)
+        return logits.float() + torch.stack(noise).to(logits.device)
 
 
-def is_hooked(bridge: Bridge) -> bool:
-    """Whether someone looks at activations, or changes them: at hook points or at modules."""
+def has_hooks(bridge: Bridge) -> bool:
+    """Whether a user's hook reads or changes activations, at hook points or at modules."""
     if any(point.fwd_hooks for point in bridge.hook_dict.values()):
         return True
     for module in bridge.original_model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            # The libraries' own capture what passes, and change nothing.
-            owner = getattr(hook, "__module__", "").split(".")[0]
-            if owner not in ("transformers", "transformer_lens"):
+            if not getattr(hook, "__module__", "").startswith(LIBRARIES):
                 return True
     return False

@@ -1,4 +1,4 @@
-"""A TransformerBridge from a folder or hub id, or over a model that is already loaded."""
+"""A TransformerBridge from a folder or hub id, or over a loaded Hugging Face model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def refuse_device(device: str) -> None:
-    """Raises ValueError for a device that this machine has not, before anything is loaded."""
+    """Check that this machine has a device, before a model is loaded."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
@@ -29,7 +29,7 @@ def load_model(
     device: str = "cpu",
     device_map: str = "",
 ) -> "TransformerBridge":
-    """The model of a folder or hub id as a TransformerBridge.
+    """The model in a folder or under a hub id, as a TransformerBridge.
 
     >>> from harmcircuits.organisms.shipped import FOLDER
     >>> type(hc.load_model(str(FOLDER / "base"))).__name__
@@ -37,7 +37,7 @@ def load_model(
 
     Args:
         model: the folder or id.
-        dtype: "float32", "bfloat16" or "float16"; as stored by default.
+        dtype: "float32", "bfloat16" or "float16"; by default that of the file.
         device: a torch device.
         device_map: "auto" or "balanced" spreads the model over several devices instead.
 
@@ -45,24 +45,22 @@ def load_model(
         ValueError: another dtype, a model that cannot be loaded, an adapter that is not merged, and
             weights that cannot be scored (see `named_weights`).
     """
-    # Imported here: opening a model is what TransformerLens, which takes seconds, is needed for.
+    # Imported here, because TransformerLens takes seconds and only opening a model needs it.
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig
 
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     refuse_device(device)
-    where: dict[str, Any] = {"device": device}
-    if device_map:
-        where = {"device_map": device_map}
+    placement: Any = {"device_map": device_map} if device_map else {"device": device}
     try:
-        # The bridge would load in float32 whatever the file holds.
-        stored = AutoConfig.from_pretrained(model).dtype or torch.float32
-        chosen = DTYPES[dtype] if dtype else stored
-        bridge = TransformerBridge.boot_transformers(model, dtype=chosen, **where)
+        # By default the bridge would load any file in float32.
+        file_dtype = AutoConfig.from_pretrained(model).dtype or torch.float32
+        torch_dtype = DTYPES[dtype] if dtype else file_dtype
+        bridge = TransformerBridge.boot_transformers(model, dtype=torch_dtype, **placement)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    # A damaged file of a model ends in an error of the library that reads it, whichever that is.
+    # A damaged file can raise any error of the library that reads it.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -70,12 +68,12 @@ def load_model(
             "model that TransformerLens opens, an adapter merged into its base (merge_and_unload): "
             f"{reason}"
         ) from error
-    weight_sites(bridge)  # refuses what cannot be scored, before anything is measured
+    weight_sites(bridge)  # refuses models that cannot be scored, before any measurement
     return bridge
 
 
 def wrap_model(model: Any, tokenizer: Any = None) -> "TransformerBridge":
-    """A Hugging Face model that is already loaded as a TransformerBridge over the same weights."""
+    """A TransformerBridge over a loaded Hugging Face model, with the same weights in memory."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from math import exp
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.batches import Batch, Template, prompt_ids
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, right_padded
 from harmcircuits.hooks.checks import (
     refuse_batches,
     refuse_not_finite,
@@ -21,6 +19,7 @@ from harmcircuits.hooks.checks import (
 )
 from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import (
+    PerExample,
     choice_tokens,
     completion_loss,
     log_odds,
@@ -29,7 +28,7 @@ from harmcircuits.hooks.objectives import (
 from harmcircuits.measurements import Labels, Measurement
 from harmcircuits.prompts import PromptSet
 
-N_TOGETHER = 64  # requests whose log-odds are read in one pass
+N_TOGETHER = 64  # requests in one pass for log-odds
 
 
 def completion_nll(
@@ -43,19 +42,16 @@ def completion_nll(
     Args:
         bridge: the model.
         batches: the texts.
-        mask: weights removed while it reads them.
+        mask: weights that are removed meanwhile.
 
     Raises:
         ValueError: no batches, a loss that is not finite, and as `masked`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("completion_nll", bridge, batches)
-    losses = []
     with torch.no_grad(), masked_if_given(bridge, mask):
-        for batch in batches:
-            losses.append(completion_loss(bridge, batch).cpu())
-        nll = torch.cat(losses)
-        refuse_not_finite(batches, nll, completion_loss)
+        nll = torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
+    refuse_not_finite(batches, nll, completion_loss)
     return nll
 
 
@@ -66,7 +62,7 @@ def kl_under(
 ) -> Float[Tensor, " n"]:
     """KL(unpruned || masked) of the next-token distribution; nats, a mean for each example.
 
-    The mean is over all positions that are no padding, the request's included.
+    The mean is over all positions except padding; the request's positions count.
 
     >>> mask = hc.top_fraction(hc.random_scores(bridge), 0.001)
     >>> hc.kl_under(bridge, mask, benign).mean().item() < 0.1
@@ -82,19 +78,43 @@ def kl_under(
     """
     bridge = as_bridge(bridge)
     refuse_batches("kl_under", bridge, batches)
-    divergence = partial(_mean_divergence, mask)
+
+    def kl_divergence(bridge: Bridge, batch: Batch) -> PerExample:
+        tokens = batch.tokens.to(bridge.cfg.device)
+        unpruned = bridge(tokens)
+        with masked(bridge, mask):
+            pruned = bridge(tokens)
+
+        # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
+        examples = zip(unpruned, pruned, strict=True)
+        per_position = torch.stack([_divergence(*logits) for logits in examples]).cpu()
+        # The divergence at padding does not count.
+        total = per_position.where(batch.is_token, 0).sum(dim=1)
+        return total / batch.is_token.sum(dim=1)
+
     with torch.no_grad():
-        values = torch.cat([divergence(bridge, batch) for batch in batches])
-    refuse_not_finite(batches, values, divergence)
-    return values
+        divergence = torch.cat([kl_divergence(bridge, batch) for batch in batches])
+    refuse_not_finite(batches, divergence, kl_divergence)
+    return divergence
+
+
+def _divergence(
+    p_logits: Float[Tensor, "pos vocab"],
+    q_logits: Float[Tensor, "pos vocab"],
+) -> Float[Tensor, " pos"]:
+    """sum_v p(v) (log p(v) - log q(v)) at every position."""
+    log_p = p_logits.float().log_softmax(dim=-1)
+    log_q = q_logits.float().log_softmax(dim=-1)
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.sum(dim=-1)
 
 
 def perplexity(bridge: Bridge, batches: Sequence[Batch], labels: Labels) -> Measurement:
     """exp of the mean NLL per token over windows of plain text, with its bootstrap interval."""
     nll = completion_nll(bridge, batches)
-    windows = range(len(nll))  # each is a group by itself
+    windows = range(len(nll))  # each window is a group by itself
     mean = Measurement.average("perplexity", labels, nll, windows)
-    # exp grows with its argument, so the ends of the interval may be carried over.
+    # exp is increasing, so it maps the ends of one interval to the ends of the other.
     return replace(
         mean,
         mean=exp(mean.mean),
@@ -113,56 +133,19 @@ def answer_log_odds(
 ) -> Float[Tensor, " n"]:
     """log p(first answer token in `yes`) - log p(it is in `no`) of each request; nats."""
     bridge = as_bridge(bridge)
-    yes_ids, no_ids = choice_tokens(bridge.tokenizer, yes, no)
-    contexts = []
-    for example in prompts:
-        context = prompt_ids(example.prompt, bridge.tokenizer, template)
-        contexts.append(context)
-    refuse_requests("answer_log_odds: request", bridge, contexts, max_new_tokens=0)
+    tokenizer = bridge.tokenizer
+    yes_ids, no_ids = choice_tokens(tokenizer, yes, no)
+    contexts = [prompt_ids(example.prompt, tokenizer, template) for example in prompts]
+    refuse_requests("answer_log_odds: request", bridge, contexts)
 
     values = []
-    for start in range(0, len(contexts), N_TOGETHER):
-        rows = [torch.tensor(context) for context in contexts[start : start + N_TOGETHER]]
-        # Padded on the right with any token: attention is causal, so it reaches no answer.
-        tokens = pad_sequence(rows, batch_first=True).to(bridge.cfg.device)
-        last = torch.tensor([len(row) - 1 for row in rows])  # where the answer is predicted
+    for tokens, lengths in right_padded(bridge, contexts, N_TOGETHER):
         with torch.no_grad():
-            logits = logits_at_own_position(bridge, tokens, last)
+            # The last token of a request predicts the answer.
+            logits = logits_at_own_position(bridge, tokens, lengths - 1)
         values.append(log_odds(logits, yes_ids, no_ids))
     odds = torch.cat(values).cpu()
+
     names = [f"answer_log_odds: request {number}" for number in range(len(contexts))]
     refuse_not_finite_texts(names, odds.isfinite())
     return odds
-
-
-def _mean_divergence(
-    mask: WeightMask,
-    bridge: Bridge,
-    batch: Batch,
-) -> Float[Tensor, " batch"]:
-    """`kl_under` of one batch."""
-    tokens = batch.tokens.to(bridge.cfg.device)
-    before = bridge(tokens)
-    with masked(bridge, mask):
-        after = bridge(tokens)
-
-    # An example at a time: a batch's distributions over a large vocabulary are gigabytes.
-    per_example = []
-    for unpruned, pruned in zip(before, after, strict=True):
-        per_example.append(_divergence(unpruned, pruned))
-    divergence = torch.stack(per_example).cpu()  # [batch, pos]
-
-    # Padding has a divergence too, which does not count.
-    total = divergence.where(batch.is_token, 0).sum(dim=1)
-    return total / batch.is_token.sum(dim=1)
-
-
-def _divergence(
-    before: Float[Tensor, "pos vocab"],
-    after: Float[Tensor, "pos vocab"],
-) -> Float[Tensor, " pos"]:
-    """sum_v p(v) (log p(v) - log q(v)) at every position, p before and q after."""
-    first = before.float().log_softmax(dim=-1)
-    second = after.float().log_softmax(dim=-1)
-    terms = first.exp() * (first - second)
-    return terms.sum(dim=-1)

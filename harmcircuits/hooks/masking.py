@@ -1,7 +1,8 @@
-"""Removing weights in place, and putting them back bit for bit."""
+"""Weights are removed in place, and restored bit for bit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -24,8 +25,7 @@ from harmcircuits.hooks.weights import (
 Scale = float | Mapping[str, Tensor]
 """One factor for all weights of a mask, or a tensor for each matrix, ordered as `mask.removed`."""
 
-Places = tuple[Tensor, ...]
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -39,11 +39,11 @@ def masked(
 ) -> Iterator[Bridge]:
     """The model with the mask's weights multiplied by `scale`, restored bit for bit on any exit.
 
-    In place, so hooks, caches, generation and patching all see the edited model; the cost is that
-    of the mask, not of the model. Nests, within one thread.
+    The edit is in place, so hooks, caches, generation and patching all use the edited model; the
+    cost is that of the mask, not of the model. Nests, within one thread.
 
-    Weights outside the mask stay as they are left. The masked ones come back whatever was done to
-    their values, and a change of them is reported once they are back.
+    Weights outside the mask keep any change. The masked weights are restored whatever was done to
+    their values; an error then reports the change.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> before = hc.completion_nll(bridge, harm)
@@ -53,19 +53,18 @@ def masked(
     (tensor(True), tensor(True))
 
     Args:
-        bridge: a TransformerBridge, or a `Model`, whose bridge is edited.
+        bridge: the model.
         mask: the weights to remove.
-        scale: what they are multiplied by; 0 removes them. Or factors for each matrix by name, in
-            the order of `mask.removed`.
-        hold: write them again after every `step()` of any torch optimiser, so that training
-            cannot change them. Those that require a gradient get none. All other weights
-            keep what training gave them.
+        scale: the factor of the weights; 0 removes them. Or factors for each matrix by name, in the
+            order of `mask.removed`.
+        hold: write the weights again after every `step()` of any torch optimiser, so that training
+            cannot change them. They get no gradient. All other weights keep what they learn.
         same_model: False applies the mask to another checkpoint of the same shapes.
 
     Raises:
         ValueError: a mask of another model or other shapes, and as `named_weights`; then nothing
-            is changed. On leaving: masked weights were changed or replaced under the mask. An
-            exception from the body gets a note instead.
+            is changed. On exit: masked weights were changed or replaced under the mask. If the body
+            raised an exception, that exception gets a note instead.
     """
     bridge = as_bridge(bridge)
     edits = _edits(bridge, mask, scale, same_model)
@@ -74,212 +73,203 @@ def masked(
 
 @contextmanager
 def unmasked(bridge: AnyModel) -> Iterator[Bridge]:
-    """Inside `masked`: the model as it was before the outermost mask, bit for bit."""
+    """Inside `masked`: the model without any mask, bit for bit."""
     bridge = as_bridge(bridge)
     edits = []
-    for layer in reversed(_ON.get(bridge.original_model, [])):
-        if isinstance(layer, Edits):
-            edits += [edit.undone() for edit in reversed(layer.edits)]
+    for change in reversed(_CHANGES.get(bridge.original_model, [])):
+        if isinstance(change, Edits):
+            edits += [edit.inverse() for edit in reversed(change.edits) if edit.is_on]
     yield from during(bridge, Edits(bridge, edits), bridge)
 
 
 def masked_if_given(
     bridge: Bridge, mask: WeightMask | None, **options: Any
 ) -> AbstractContextManager[Bridge]:
-    """`masked`, or the model as it is where there is no mask."""
+    """`masked`, or the model as it is if there is no mask."""
     return nullcontext(bridge) if mask is None else masked(bridge, mask, **options)
 
 
 def restore(bridge: AnyModel) -> None:
-    """Take off whatever an interrupt has left on a model: masks and fine-tuning."""
-    layers = _ON.get(as_bridge(bridge).original_model, [])
-    if layers:
-        _take_off(layers, layers[0])
+    """Take off the masks and fine-tunings that an interrupt has left on a model."""
+    changes = _CHANGES.get(as_bridge(bridge).original_model, [])
+    if changes:
+        _take_off(changes, changes[0])
 
 
 def is_edited(bridge: Bridge) -> bool:
     """Whether a mask or a fine-tuning is on."""
-    return bool(_ON.get(bridge.original_model))
+    return bool(_CHANGES.get(bridge.original_model))
 
 
 @runtime_checkable
-class Layer(Protocol):
-    """A change of a live model that lies over those that were made before it."""
+class WeightChange(Protocol):
+    """A change of a live model's weights that can be taken off."""
 
     def put_on(self) -> None:
-        """Change the model. All is checked before."""
+        """Change the model. Everything is checked before."""
 
     def take_off(self) -> None:
-        """Put it back, as often as it is called; also where `put_on` was cut short."""
+        """Restore the model; may be called again, and after an interrupted `put_on`."""
 
     @property
     def fault(self) -> str:
-        """What keeps the model from being as it was."""
+        """Why the model could not be restored; empty if it could."""
         ...
 
 
-# The layers of every Hugging Face model, over which two bridges may lie, the lowest first. Not kept
-# on the model itself, which may be copied.
-_ON: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
+# The changes of each Hugging Face model that are on, the oldest first. Two bridges may share such a
+# model. They are not attributes of the model, because a model may be copied.
+_CHANGES: WeakKeyDictionary[nn.Module, list[WeightChange]] = WeakKeyDictionary()
 
 
-def during(bridge: Bridge, layer: Layer, given: Given) -> Iterator[Given]:
-    """The body of a context manager: the layer is on at the `yield`, and off on any exit."""
-    layers = _ON.setdefault(bridge.original_model, [])
+def during(bridge: Bridge, change: WeightChange, value: Value) -> Iterator[Value]:
+    """The body of a context manager: the change is on at the `yield`, and off on any exit."""
+    changes = _CHANGES.setdefault(bridge.original_model, [])
     try:
         try:
-            layers.append(layer)
-            layer.put_on()
-            yield given
-            if layer not in layers:
+            changes.append(change)
+            change.put_on()
+            yield value
+            if change not in changes:
                 raise ValueError(
-                    "a mask or fine-tuning came off before its end, since one below it was left: "
-                    "leave those of one model in the order of `with`, the last one first"
+                    "a mask or fine-tuning was removed early, because an outer `with` ended first; "
+                    "leave those of one model in reverse order, the last one first"
                 )
         finally:
-            _take_off(layers, layer)
+            _take_off(changes, change)
     except BaseException as error:
-        _take_off(layers, layer)  # again, where an interrupt has cut the first one short
-        if layer.fault:
-            error.add_note(layer.fault)
+        _take_off(changes, change)  # again: an interrupt may have cut the first call short
+        if change.fault:
+            error.add_note(change.fault)
         raise
-    if layer.fault:
-        raise ValueError(layer.fault)
+    if change.fault:
+        raise ValueError(change.fault)
 
 
-def _take_off(layers: list[Layer], layer: Layer) -> None:
-    # Those above it have saved what this one wrote, so they come off first.
-    while layer in layers:
-        layers[-1].take_off()
-        layers.pop()
+def _take_off(changes: list[WeightChange], change: WeightChange) -> None:
+    # Later changes have saved the values that this one wrote, so they come off first.
+    while change in changes:
+        changes[-1].take_off()
+        changes.pop()
 
 
+@dataclass(eq=False)
 class Edit:
-    """New values over some entries of a parameter."""
+    """New values for some entries of a parameter."""
 
-    def __init__(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        index: Int[Tensor, " n"],
-        new_values: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.index = index
-        self.new_values = new_values
-        self.saved: Tensor | None = None
-        self.new = torch.empty(0)
+    name: str
+    parameter: nn.Parameter
+    index: Int[Tensor, " n"]
+    new_values: Callable[[Tensor], Tensor]
+    old: Tensor = field(init=False)
+    new: Tensor = field(init=False)
+    is_on: bool = False
 
-    def lay(self) -> None:
-        """Save what is there, and write over it."""
-        weight, places = self._places()
-        saved = weight[places]
-        self.new = self.new_values(saved)
-        self.saved = saved  # from now on it can be lifted
+    def put_on(self) -> None:
+        """Save the entries, and write the new values."""
+        weight, places = self._entries()
+        self.old = weight[places]
+        self.new = self.new_values(self.old)
+        self.is_on = True  # before the write, which an interrupt may cut short
         weight[places] = self.new
 
-    def lay_again(self) -> None:
-        """Write over what has changed since, if it lies there still."""
-        if self.saved is not None:
-            weight, places = self._places()
-            weight[places] = self.new.to(weight)
+    def put_on_again(self) -> None:
+        """Write the new values again, over the changes of an optimiser."""
+        weight, places = self._entries()
+        weight[places] = self.new.to(weight)
 
-    def lift(self) -> bool:
-        """Write back what was there. Returns whether others had changed what lay over it."""
-        if self.saved is None:
+    def take_off(self) -> bool:
+        """Restore the entries. Returns whether other code had changed the new values."""
+        if not self.is_on:
             return False
-        weight, places = self._places()
+        weight, places = self._entries()
         is_changed = not torch.equal(weight[places], self.new.to(weight))
-        weight[places] = self.saved.to(weight)
-        self.saved = None
+        weight[places] = self.old.to(weight)
+        self.is_on = False
         return is_changed
 
-    def undone(self) -> "Edit":
-        """An edit that writes what was there before this one."""
-        saved = self.saved
-        assert saved is not None
-        return Edit(self.name, self.parameter, self.index, lambda _: saved)
+    def inverse(self) -> "Edit":
+        """An edit that writes the old values of this one."""
+        return Edit(self.name, self.parameter, self.index, lambda _: self.old)
 
-    def without(self, gradient: Tensor) -> Tensor:
+    def zero_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros at the entries."""
         index = self.index.to(gradient.device)
         return gradient.flatten().index_fill(0, index, 0.0).view(gradient.shape)
 
-    def _places(self) -> tuple[Tensor, Places]:
-        """The parameter, and where in it the entries are."""
+    def _entries(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The parameter's values, and the index of the edited entries."""
         weight = self.parameter.detach()
-        index = self.index.to(weight.device)  # the model may have been moved meanwhile
+        index = self.index.to(weight.device)  # the model may have moved since
         if weight.is_contiguous():
             return weight.view(-1), (index,)
-        # A split weight. Five times as slow, but to write into a flat copy would edit nothing.
+        # A split weight. Five times as slow, but a write into a flat copy would edit nothing.
         return weight, torch.unravel_index(index, weight.shape)
 
 
+@dataclass(eq=False)
 class Edits:
-    """Edits of a live model that are on together."""
+    """The edits of one mask on a live model."""
 
-    def __init__(self, bridge: Bridge, edits: Sequence[Edit], *, hold: bool = False) -> None:
-        self.bridge = bridge
-        self.edits = edits
-        self.hold = hold
-        self.changed: set[str] = set()
-        self._hooks: list[RemovableHandle] = []
+    bridge: Bridge
+    edits: Sequence[Edit]
+    hold: bool = False
+    conflicts: set[str] = field(default_factory=set)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def put_on(self) -> None:
         for edit in self.edits:
-            edit.lay()
+            edit.put_on()
         if not self.hold:
             return
-        # After the step, so that neither momentum nor weight decay moves what is held.
-        self._hooks.append(register_optimizer_step_post_hook(self._lay_again))
-        # Gradients of what is held would count in a gradient norm that is clipped, and would train
-        # the factors of a low-rank adapter (see `fine_tuning`).
+        # After the step, so that neither momentum nor weight decay moves the weights.
+        self.hooks.append(register_optimizer_step_post_hook(self._put_on_again))
+        # Their gradients would count in the norm for gradient clipping, and would train the factors
+        # of a low-rank adapter (see `fine_tuning`).
         for edit in self.edits:
             if edit.parameter.requires_grad:
-                self._hooks.append(edit.parameter.register_hook(edit.without))
+                self.hooks.append(edit.parameter.register_hook(edit.zero_gradient))
 
     def take_off(self) -> None:
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         live = {id(parameter) for parameter in self.bridge.blocks.parameters()}
         for edit in reversed(self.edits):
-            is_changed = edit.lift()
+            is_changed = edit.take_off()
             if is_changed or id(edit.parameter) not in live:
-                self.changed.add(edit.name)
+                self.conflicts.add(edit.name)
 
     @property
     def fault(self) -> str:
-        if not self.changed:
+        if not self.conflicts:
             return ""
-        names = listed(sorted(self.changed))
+        names = listed(sorted(self.conflicts))
         return (
-            f"masked weights of {names} were changed or replaced while the mask was on. What was "
-            "changed is again as before the mask, what was replaced is not. Train under "
-            "masked(..., hold=True) or by fine_tuning; load, merge, fold and quantise weights "
-            "outside the mask."
+            f"masked weights of {names} were changed or replaced while the mask was on. Changed "
+            "weights are restored, replaced weights are not. Train under masked(..., hold=True) or "
+            "by fine_tuning; load, merge, fold and quantise weights outside the mask."
         )
 
-    def _lay_again(self, *_: object) -> None:
+    def _put_on_again(self, *_: object) -> None:
         for edit in self.edits:
-            edit.lay_again()
+            edit.put_on_again()
 
 
 def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> list[Edit]:
-    """What `masked` will write; checks everything first."""
+    """The edits that `masked` will write, after all checks."""
     if not isinstance(mask, WeightMask):
         raise ValueError(f"masked: expected a WeightMask, got {type(mask).__name__}")
     weights = named_weights(bridge)
     for name, shape in mask.shapes.items():
-        actual = tuple(weights[name].shape) if name in weights else "not there"
+        actual = tuple(weights[name].shape) if name in weights else "missing"
         if actual != tuple(shape):
             raise ValueError(
-                f"the mask is of another model: {name} is {actual} in this one, in the mask "
-                f"{tuple(shape)}; nothing was changed"
+                f"the mask is of another model: {name} is {actual} in this model, and "
+                f"{tuple(shape)} in the mask; nothing was changed"
             )
     if same_model:
         refuse_other_model(bridge, mask)
-        if not is_edited(bridge):  # under a mask the weights are others anyway
+        if not is_edited(bridge):  # a mask or fine-tuning changes the digest anyway
             warn_of_other_weights(bridge, mask)
 
     edits = []
@@ -289,8 +279,8 @@ def _edits(bridge: Bridge, mask: WeightMask, scale: Scale, same_model: bool) -> 
     return edits
 
 
-def _scaled(factor: Any, saved: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def _scaled(factor: Any, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     if isinstance(factor, Tensor):
-        return (saved * factor.to(saved.device)).to(saved.dtype)
+        return (values * factor.to(values.device)).to(values.dtype)
     # Not a product: -1 times 0 is -0, and infinity times 0 is NaN.
-    return saved * factor if factor else torch.zeros_like(saved)
+    return values * factor if factor else torch.zeros_like(values)

@@ -1,6 +1,7 @@
 """Activation patching between a model and itself under a mask."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,31 +17,27 @@ from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.objectives import completion_loss
+from harmcircuits.hooks.objectives import PerExample, completion_loss
 from harmcircuits.measurements import N_RESAMPLES, Label, Labels, Measurement, Rows
 
-PARTS = ("residual", "attention", "mlp", "head")
-LEAST_GAP = 0.05  # nats a token; a share of a smaller gap would be noise
-
-Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
-# Where a patch is, as labels of its row, and what it adds to the loss of each example.
-Change = tuple[dict[str, Label], Float[Tensor, " batch"]]
+COMPONENTS = ("residual", "attention", "mlp", "head")
+LEAST_GAP = 0.05  # nats per token; the share of a smaller gap would be noise
 
 
-class Point(NamedTuple):
-    """Where activations are patched in one layer."""
+class PatchPoint(NamedTuple):
+    """A hook point and the labels of its rows, which name the part that is patched."""
 
-    part: str
-    layer: int
-    title: str
-    activation: str
+    hook: str
+    labels: dict[str, Label]
 
     @property
-    def hook(self) -> str:
-        """The hook's full name."""
-        from transformer_lens.utilities import get_act_name
-
-        return get_act_name(self.activation, self.layer)
+    def part(self) -> tuple[Any, ...]:
+        """The index of the part in [batch pos d], or of a head in [batch pos head d_head]."""
+        if "head" in self.labels:
+            return ..., self.labels["head"], slice(None)
+        if self.labels["position"] == "all":
+            return (...,)
+        return slice(None), self.labels["position"]
 
 
 def activation_patching(
@@ -48,7 +45,7 @@ def activation_patching(
     mask: WeightMask,
     batch: Batch,
     *,
-    parts: Iterable[str] = PARTS,
+    parts: Iterable[str] = COMPONENTS,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     groups: Sequence[Hashable] = (),
@@ -56,27 +53,28 @@ def activation_patching(
     least_gap: float = LEAST_GAP,
     progress: bool = False,
 ) -> Rows:
-    """What the loss becomes when one activation comes from the other side of a mask.
+    """The loss of the model when one activation comes from the other side of a mask.
 
-    *Restore*: the masked model gets activations of the unpruned one. *Destroy*: the unpruned model
-    gets activations of the masked one. With the loss L, a mean over the target tokens of an
+    *Restore*: the masked model gets activations of the unpruned model. *Destroy*: the unpruned
+    model gets activations of the masked model. With the loss L, a mean over the target tokens of an
     example and then over examples,
 
         patch_share = (L_patched - L_start) / (L_end - L_start)
 
-    is 0 at the model patched into and 1 at the model patched from. It may leave [0, 1].
+    is 0 at the model that gets the activation and 1 at the model that gives it. It may leave
+    [0, 1].
 
-    Rows, with the label `direction` from the third on:
+    Rows; the last two metrics have the label `direction`:
         reference_nll: L by `state`, "unpruned" or "masked".
-        nll_gap: how much the mask raises it.
-        patch_change: L_patched - L_start, in nats a token, by `component`, `layer`, `position` (its
-            number, or "all" at once) and `head`.
-        patch_share: the same as a share, whose interval resamples it with the gap; none where the
-            gap is below `least_gap`.
+        nll_gap: how much the mask raises L.
+        patch_change: L_patched - L_start, in nats per token, by `component`, `layer`, `position`
+            (its number, or "all" at once) and `head`.
+        patch_share: the same as a share of the gap. Its interval resamples both together. Absent
+            where the gap is below `least_gap`.
 
     Positions count from the start of the text, so they should mean the same in every example: give
-    one request, or several whose requests and answers are equally long. What is patched at all
-    positions at once, and heads, need no alignment.
+    one request, or several whose requests and answers are equally long. Patches of all positions at
+    once, and of heads, need no alignment.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.002, within="model")
     >>> rows = hc.activation_patching(bridge, mask, harm[0], parts=["residual"], positions=[])
@@ -88,141 +86,159 @@ def activation_patching(
         bridge: the model.
         mask: the weights to remove.
         batch: requests with answers; the loss is that of the answers.
-        parts: "residual" (before a layer, between attention and MLP where these follow each other,
-            after the last), "attention" and "mlp" (what each adds), "head" (before the output
-            weights, as TransformerLens does, so that edits of these stay).
+        parts: "residual" (before a layer, between attention and MLP where one follows the other,
+            after the last layer), "attention" and "mlp" (their outputs), "head" (its part of the
+            input of the output weights, as in TransformerLens, so that edits of these weights act).
         layers: numbers of the blocks; all by default.
-        positions: numbers of the positions patched one by one; all by default.
-        groups: what each example is about, to be resampled together; by default each by itself.
-        labels: what the rows carry besides.
-        least_gap: in nats a token.
+        positions: numbers of the positions to patch one by one; all by default.
+        groups: the group of each example, such as its topic; a group is resampled as a whole. By
+            default each example is a group.
+        labels: further labels of the rows.
+        least_gap: the smallest gap, in nats per token, whose shares are computed.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: unknown parts, not exactly one group for each example, and
-            as `masked`.
+        ValueError: unknown parts, not exactly one group for each example, and as `masked`.
     """
     bridge = as_bridge(bridge)
     refuse_batches("activation_patching", bridge, [batch])
-    groups = list(groups) or list(range(len(batch)))
-    points = _points(bridge, list(parts), layers)
-    numbers = range(batch.tokens.shape[1]) if positions is None else positions
-    tokens, metric = batch.tokens.to(bridge.cfg.device), loss_of_logits(batch)
-    hooks = {point.hook for point in points}
-    # Only these are kept: all activations of a large model would not fit in memory.
-    of_points = {"names_filter": lambda name: name in hooks}
-
-    # A patch writes in place, and gradients must be off: what TransformerLens calls `resid_mid` is
-    # the input of the second norm, and the skip connection past the MLP sees a patch there only if
-    # the tensor itself is changed. With gradients on it is cloned first, and the MLP alone sees it.
-    with torch.no_grad():
-        unpruned_logits, unpruned = bridge.run_with_cache(tokens, **of_points)
-        before = metric(unpruned_logits)
-        with masked(bridge, mask):
-            masked_logits, edited = bridge.run_with_cache(tokens, **of_points)
-            after = metric(masked_logits)
-            refuse_not_finite([batch, batch], torch.cat([before, after]), completion_loss)
-            bar = tqdm(points, desc="restore", disable=not progress, leave=False)
-            restore = [*_patches(bridge, batch, unpruned, after, bar, numbers)]
-        bar = tqdm(points, desc="destroy", disable=not progress, leave=False)
-        destroy = [*_patches(bridge, batch, edited, before, bar, numbers)]
-
+    groups = groups or range(len(batch))
     labels = labels or {}
-    gap = Measurement.average("nll_gap", labels, after - before, groups)
-    rows = Rows()
-    for state, losses in {"unpruned": before, "masked": after}.items():
-        where = {**labels, "state": state}
-        rows += [Measurement.average("reference_nll", where, losses, groups)]
-    rows += [gap]
-    ways = {"restore": (restore, before - after), "destroy": (destroy, after - before)}
-    for direction, (changes, whole) in ways.items():
-        for place, values in changes:
-            where = {**labels, "direction": direction, **place}
-            rows += [Measurement.average("patch_change", where, values, groups)]
+    layers = range(len(bridge.blocks)) if layers is None else layers
+    positions = range(batch.tokens.shape[1]) if positions is None else positions
+    points = _points(bridge, list(parts), layers, positions)
+    tokens = batch.tokens.to(bridge.cfg.device)
+    # All activations of a large model would not fit in memory.
+    hooks = list({point.hook for point in points})
+    run = partial(bridge.run_with_cache, tokens, names_filter=hooks)
+    sweep = partial(_sweep, bridge, batch, points, progress)
+
+    # A patch writes in place, and gradients must be off. TransformerLens's `resid_mid` is the input
+    # of the second norm, and the skip connection past the MLP gets the patch only if the tensor
+    # itself changes. With gradients the tensor is cloned first, and only the MLP gets the patch.
+    with torch.no_grad():
+        logits, unpruned = run()
+        unpruned_nll = answer_losses(logits, batch)
+        with masked(bridge, mask):
+            logits, edited = run()
+            masked_nll = answer_losses(logits, batch)
+            refuse_not_finite(
+                [batch, batch], torch.cat([unpruned_nll, masked_nll]), completion_loss
+            )
+            restore = sweep(unpruned)
+        destroy = sweep(edited)
+
+    rows = []
+    for state, losses in {"unpruned": unpruned_nll, "masked": masked_nll}.items():
+        place = {**labels, "state": state}
+        rows.append(Measurement.average("reference_nll", place, losses, groups))
+    gap = Measurement.average("nll_gap", labels, masked_nll - unpruned_nll, groups)
+    rows.append(gap)
+    sweeps = {
+        "restore": (restore, masked_nll, unpruned_nll),
+        "destroy": (destroy, unpruned_nll, masked_nll),
+    }
+    for direction, (sweep_losses, start, end) in sweeps.items():
+        for point, losses in zip(points, sweep_losses, strict=True):
+            place = {**labels, "direction": direction, **point.labels}
+            change = losses - start
+            rows.append(Measurement.average("patch_change", place, change, groups))
             if abs(gap.mean) >= least_gap:
-                rows += [_share(where, values, whole, groups)]
-    return rows
+                rows.append(_share(place, change, end - start, groups))
+    return Rows(rows)
 
 
-def loss_of_logits(batch: Batch) -> Metric:
-    """`completion_loss` as a metric for TransformerLens' patching: of each example, from logits."""
-
-    def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-        tokens = batch.tokens[:, 1:].to(logits.device)
-        is_target = batch.is_target[:, 1:].to(logits.device)
-        predictions = logits[:, :-1].float().transpose(1, 2)
-        losses = functional.cross_entropy(predictions, tokens, reduction="none")
-        return (losses * is_target).sum(dim=1) / is_target.sum(dim=1)
-
-    return metric
+def answer_losses(logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> PerExample:
+    """`completion_loss` of each example, from the logits of all its tokens."""
+    tokens = batch.tokens[:, 1:].to(logits.device)
+    is_target = batch.is_target[:, 1:].to(logits.device)
+    predictions = logits[:, :-1].float().transpose(1, 2)
+    losses = functional.cross_entropy(predictions, tokens, reduction="none")
+    total = (losses * is_target).sum(dim=1)
+    return total / is_target.sum(dim=1)
 
 
-def _points(bridge: Bridge, parts: list[str], layers: Sequence[int] | None) -> list[Point]:
-    """The points of these parts, layer by layer."""
-    if not parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"activation_patching: parts={parts}; expected some of {listed(PARTS)}")
+def _points(
+    bridge: Bridge,
+    components: list[str],
+    layers: Sequence[int],
+    positions: Sequence[int],
+) -> list[PatchPoint]:
+    """The points of these components, layer by layer."""
+    if not components or not set(components) <= set(COMPONENTS):
+        raise ValueError(
+            f"activation_patching: parts={components}; expected some of {listed(COMPONENTS)}"
+        )
+    whole = [{"position": position} for position in (*positions, "all")]
+    heads = [{"head": head, "position": "all"} for head in range(bridge.cfg.n_heads)]
     points = []
-    n_layers = len(bridge.blocks)
-    for layer in range(n_layers) if layers is None else layers:
-        middle = Point("residual", layer, f"{layer} mid", "resid_mid")
-        of_layer = [Point("residual", layer, f"{layer} pre", "resid_pre")]
-        # Where attention and MLP read the same stream, there is nothing between them.
-        if middle.hook in bridge.hook_dict:
-            of_layer.append(middle)
-        # After any other layer is before the next one.
-        if layer == n_layers - 1:
-            of_layer.append(Point("residual", layer, f"{layer} post", "resid_post"))
-        of_layer.append(Point("attention", layer, f"{layer}", "attn_out"))
-        of_layer.append(Point("mlp", layer, f"{layer}", "mlp_out"))
-        of_layer.append(Point("head", layer, f"{layer}", "z"))
-        points += [point for point in of_layer if point.part in parts]
+    for layer in layers:
+        for component, title, hook in _hooks(bridge, layer):
+            if component in components:
+                labels = {"component": component, "layer": title}
+                places = heads if component == "head" else whole
+                points += [PatchPoint(hook, {**labels, **place}) for place in places]
     return points
 
 
-def _patches(
+def _hooks(bridge: Bridge, layer: int) -> Iterator[tuple[str, str, str]]:
+    """The component, the label and the name of each hook point of a layer."""
+    block = f"blocks.{layer}"
+    yield "residual", f"{layer} pre", f"{block}.hook_resid_pre"
+    # Where attention and MLP read the same stream, nothing is between them.
+    if f"{block}.hook_resid_mid" in bridge.hook_dict:
+        yield "residual", f"{layer} mid", f"{block}.hook_resid_mid"
+    # The stream after any other layer is the stream before the next layer.
+    if layer == len(bridge.blocks) - 1:
+        yield "residual", f"{layer} post", f"{block}.hook_resid_post"
+    yield "attention", f"{layer}", f"{block}.hook_attn_out"
+    yield "mlp", f"{layer}", f"{block}.hook_mlp_out"
+    yield "head", f"{layer}", f"{block}.attn.hook_z"
+
+
+def _sweep(
     bridge: Bridge,
     batch: Batch,
+    points: Sequence[PatchPoint],
+    progress: bool,
     source: Any,
-    start: Float[Tensor, " batch"],
-    points: Iterable[Point],
-    positions: Sequence[int],
-) -> Iterator[Change]:
-    """Every patch of activations from the source into the bridge as it stands."""
-    tokens, metric = batch.tokens.to(bridge.cfg.device), loss_of_logits(batch)
-    for point in points:
-        where: dict[str, Label] = {"component": point.part, "layer": point.title}
-        cells: list[tuple[dict[str, Label], tuple[Any, ...]]] = []
-        if point.part == "head":
-            for head in range(bridge.cfg.n_heads):
-                cells.append(({"head": head, "position": "all"}, (..., head, slice(None))))
-        else:
-            for number in positions:
-                cells.append(({"position": number}, (slice(None), number)))
-            cells.append(({"position": "all"}, (...,)))
-        for place, cell in cells:
+) -> list[PerExample]:
+    """The losses under each patch of an activation of the source, in the model's current state."""
+    tokens = batch.tokens.to(bridge.cfg.device)
+    losses = []
+    for point in tqdm(points, desc="patches", disable=not progress, leave=False):
+        hook = partial(_write, source=source[point.hook], index=point.part)
+        with bridge.hooks(fwd_hooks=[(point.hook, hook)]):
+            losses.append(answer_losses(bridge(tokens), batch))
+    return losses
 
-            def patch(value: Tensor, hook: Any, cell: Any = cell, name: str = point.hook) -> None:
-                value[cell] = source[name][cell]
 
-            with bridge.hooks(fwd_hooks=[(point.hook, patch)]):
-                loss = metric(bridge(tokens))
-            yield {**where, **place}, loss - start
+def _write(value: Tensor, hook: Any, source: Tensor, index: tuple[Any, ...]) -> None:
+    value[index] = source[index]
 
 
 def _share(
     labels: Labels,
-    change: Float[Tensor, " batch"],
-    whole: Float[Tensor, " batch"],
+    change: PerExample,
+    gap: PerExample,
     groups: Sequence[Hashable],
 ) -> Measurement:
-    """A change as a share of the whole change, a ratio of means, with its bootstrap interval."""
-    _, member = np.unique([str(group) for group in groups], return_inverse=True)
+    """A change as a share of the gap, a ratio of means, with its bootstrap interval."""
+    names = [str(group) for group in groups]
+    _, member = np.unique(names, return_inverse=True)
     changes = np.bincount(member, change.cpu().double())
-    wholes = np.bincount(member, whole.cpu().double())
-    mean = float(changes.sum() / wholes.sum()) + 0.0  # a negative zero would be shown as -0
+    gaps = np.bincount(member, gap.cpu().double())
+    mean = float(changes.sum() / gaps.sum())
 
-    drawn = np.random.default_rng(0).integers(len(wholes), size=(N_RESAMPLES, len(wholes)))
-    draws = changes[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
+    generator = np.random.default_rng(0)
+    index = generator.integers(len(gaps), size=(N_RESAMPLES, len(gaps)))
+    totals = gaps[index].sum(axis=1)
+    draws = changes[index].sum(axis=1) / totals
     return Measurement.of_draws(
-        "patch_share", labels, draws, mean=mean, n=len(change), n_groups=len(wholes)
+        "patch_share",
+        labels,
+        draws,
+        mean=mean + 0.0,  # a negative zero would be shown as -0
+        n=len(change),
+        n_groups=len(gaps),
     )

@@ -1,11 +1,11 @@
-"""Which tensors are the weights, each once by its clean TransformerLens name, and their digests."""
+"""The block matrices of a model by clean TransformerLens name, and digests of its weights."""
 
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +16,34 @@ from harmcircuits.circuits.sites import KINDS, Site, place_of
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.storage import tensor_bytes
 
-# Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where several
-# experts are stacked in one parameter, blocks.3.mlp.experts.gate_up_proj.
-DENSE_NAME = r"(?:attn\.[qkvo]|mlp\.(?:gate|in|out))\.weight"
-EXPERTS_NAME = r"mlp\.experts\.(?:gate_up|down)_proj"
-MATRIX_NAME = re.compile(rf"blocks\.\d+\.(?:{DENSE_NAME}|{EXPERTS_NAME})")
+# Names of block matrices: blocks.0.attn.q.weight, blocks.3.mlp.in.weight, and, where one parameter
+# stacks several experts, blocks.3.mlp.experts.gate_up_proj.
+MATRIX_NAME = re.compile(
+    r"blocks\.\d+\.((attn\.[qkvo]|mlp\.(gate|in|out))\.weight|mlp\.experts\.(gate_up|down)_proj)"
+)
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# How quantised weights are stored. Masks are bool and positions int64, so these are neither.
+# The dtypes of quantised weights. Masks are bool and positions int64, so neither is among them.
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
-# What masks say of the weights they were made on holds for a model that is opened in any dtype.
+# The digest in masks and scores is of bfloat16 values, so it is the same for a model in any dtype.
 PROVENANCE_DTYPE = torch.bfloat16
 
 
 def weight_sites(bridge: AnyModel) -> dict[str, Site]:
-    """Every block matrix once, by clean name, layer by layer, with what its axes mean.
+    """Every block matrix once, by clean name, layer by layer, with the meaning of its axes.
 
     >>> site = hc.weight_sites(bridge)["blocks.1.attn.q.weight"]
     >>> site.layer, site.kind, site.n_units
     (1, 'attn.q', 4)
 
     Args:
-        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
+        bridge: the model.
 
     Raises:
-        ValueError: For anything that is not a bridge; for processed weights
-            (`enable_compatibility_mode` folds and centres in place, so scores would belong to
-            another basis); for quantised weights; for weights that a `device_map` keeps on disk;
-            for a block with other matrices than those of `KINDS`.
+        ValueError: anything that is no bridge, processed weights (`enable_compatibility_mode` folds
+            and centres weights in place, so scores would belong to another basis), quantised
+            weights, weights that a `device_map` keeps on disk, and a block with a matrix that is
+            none of `KINDS`.
     """
     return block_sites(as_bridge(bridge))
 
@@ -54,11 +54,10 @@ def block_sites(bridge: Bridge) -> dict[str, Site]:
         raise ValueError(
             "weight_sites: this bridge's weights are processed (enable_compatibility_mode folds "
             "norms and centres weights in place), so scores and masks would not fit the model as "
-            "stored; boot a fresh TransformerBridge"
+            "stored; open a new TransformerBridge"
         )
     matrices = _matrices(bridge)
-    _refuse_offloaded(matrices)
-    _refuse_unusual(bridge, matrices)
+    _refuse_unsupported(bridge, matrices)
 
     sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
     sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
@@ -68,26 +67,26 @@ def block_sites(bridge: Bridge) -> dict[str, Site]:
 def named_weights(bridge: AnyModel) -> dict[str, nn.Parameter]:
     """The live block matrices by clean name, as stored: `{"blocks.0.mlp.in.weight": Parameter}`.
 
-    Editing one in place changes the next forward pass. Embedding, unembedding, norms and biases
-    are not among them.
+    An edit of one in place changes the next forward pass. Embedding, unembedding, norms and biases
+    are left out.
 
     >>> weights = hc.named_weights(bridge)
     >>> len(weights), tuple(weights["blocks.0.mlp.in.weight"].shape)
     (28, (512, 128))
 
     Args:
-        bridge: The `TransformerBridge`, or a `harmcircuits.Model` with one.
+        bridge: the model.
 
     Raises:
-        ValueError: As `weight_sites`.
+        ValueError: as `weight_sites`.
     """
     return {name: site.parameter for name, site in weight_sites(bridge).items()}
 
 
 def changed_weights(base: AnyModel, edited: AnyModel) -> WeightMask:
-    """The weights that an edit changed, whoever made it: where two models differ.
+    """The weights that differ between two models, as a mask of `base`.
 
-    A mask of `base`, over `named_weights`. After full fine-tuning it has nearly all of them.
+    Finds the weights that any edit changed. After full fine-tuning these are nearly all weights.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> edited = hc.load_model(str(hc.export(model, mask, "edited")), dtype="float32")
@@ -95,24 +94,26 @@ def changed_weights(base: AnyModel, edited: AnyModel) -> WeightMask:
     True
 
     Args:
-        base: The `TransformerBridge`, or a `harmcircuits.Model` with one, before the edit.
-        edited: That after it, in the same dtype.
+        base: the model before the edit.
+        edited: the model after the edit, in the same dtype.
 
     Raises:
-        ValueError: For a matrix that lacks or has another shape or dtype; as `named_weights`.
+        ValueError: a matrix that is missing or has another shape or dtype, and as `named_weights`.
     """
-    changed, shapes, after = {}, {}, named_weights(edited)
+    new_weights = named_weights(edited)
+    index, shapes = {}, {}
     for name, weight in named_weights(base).items():
-        other = after.get(name)
-        if other is None or (other.shape, other.dtype) != (weight.shape, weight.dtype):
+        new = new_weights.get(name)
+        if new is None or (new.shape, new.dtype) != (weight.shape, weight.dtype):
             raise ValueError(
-                f"changed_weights: {name} is not of one shape and dtype in both models; load the "
-                "edited one as the other was loaded, such as dtype='float32'"
+                f"changed_weights: {name} is not of one shape and dtype in both models; load both "
+                "in the same way, such as with dtype='float32'"
             )
-        is_changed = weight.detach() != other.detach().to(weight.device)
-        changed[name] = is_changed.flatten().nonzero().flatten()
+        is_changed = weight.detach() != new.detach().to(weight.device)
+        index[name] = is_changed.flatten().nonzero().flatten()
         shapes[name] = tuple(weight.shape)
-    return WeightMask(changed, shapes, source_on(as_bridge(base), "changed_weights"))
+    source = Provenance.of(as_bridge(base)).source("changed_weights")
+    return WeightMask(index, shapes, source)
 
 
 def model_fingerprint(bridge: Bridge) -> str:
@@ -120,7 +121,9 @@ def model_fingerprint(bridge: Bridge) -> str:
     # Matrices by name and shape; embeddings and norms by name and up to 1024 of their values,
     # rounded to bfloat16.
     digest = hashlib.sha256()
-    for name, tensor in _stored_tensors(bridge).items():
+    # The bridge's state dict leaves out stacked experts.
+    tensors = dict(bridge.state_dict(keep_vars=True)) | _matrices(bridge)
+    for name, tensor in tensors.items():
         if MATRIX_NAME.fullmatch(name):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
@@ -132,45 +135,47 @@ def model_fingerprint(bridge: Bridge) -> str:
 
 
 def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
-    """Sixteen hex digits of all weights as they are now, or as they are in another dtype."""
+    """Sixteen hex digits of all weights in their current state, or as converted to a dtype."""
     digest = hashlib.sha256(model_fingerprint(bridge).encode())
-    seen = set()
+    addresses = set()
     for name, parameter in bridge.named_parameters():
-        if parameter.is_meta or parameter.data_ptr() in seen:  # tied embeddings
+        if parameter.is_meta or parameter.data_ptr() in addresses:  # tied embeddings
             continue
-        seen.add(parameter.data_ptr())
-        stored = parameter.detach().to(dtype or parameter.dtype)
-        digest.update(f"{name} {stored.dtype} {tuple(stored.shape)}".encode())
-        digest.update(tensor_bytes(stored))
+        addresses.add(parameter.data_ptr())
+        weight = parameter.detach().to(dtype or parameter.dtype)
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(tensor_bytes(weight))
     return digest.hexdigest()[:16]
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Flat tensors on the CPU: neighbours of one device and dtype go in one transfer."""
-    moved: list[Tensor] = []
-    for _, alike in groupby(tensors, key=lambda tensor: (tensor.device, tensor.dtype)):
-        group = list(alike)
-        moved += torch.cat(group).cpu().split([len(tensor) for tensor in group])
-    return moved
+    """Flat tensors on the CPU; neighbours of one device and dtype go in one transfer."""
+    copies: list[Tensor] = []
+    for _, neighbours in groupby(tensors, key=lambda tensor: (tensor.device, tensor.dtype)):
+        group = list(neighbours)
+        copies += torch.cat(group).cpu().split([len(tensor) for tensor in group])
+    return copies
 
 
-def sources_on(bridge: Bridge) -> Callable[..., Source]:
-    """Gives the source of each thing that is made on a model as it is now: its weights are read."""
-    model, digest = model_fingerprint(bridge), weights_digest(bridge, PROVENANCE_DTYPE)
+class Provenance(NamedTuple):
+    """The model and a digest of its weights, on which scores or a mask are made."""
+
+    model: str
+    weights: str
+
+    @classmethod
+    def of(cls, bridge: Bridge) -> "Provenance":
+        """That of a model in its current state: all its weights are read."""
+        return cls(model_fingerprint(bridge), weights_digest(bridge, PROVENANCE_DTYPE))
 
     def source(
+        self,
         method: str,
         settings: Mapping[str, Any] | None = None,
         parents: tuple[Source, ...] = (),
     ) -> Source:
-        return Source(model, method, settings or {}, parents, digest)
-
-    return source
-
-
-def source_on(bridge: Bridge, method: str, settings: Mapping[str, Any] | None = None) -> Source:
-    """The source of what is made on a model as it is now."""
-    return sources_on(bridge)(method, settings)
+        """The source of scores or a mask that a method makes on these weights."""
+        return Source(self.model, method, settings or {}, parents, self.weights)
 
 
 def refuse_other_model(bridge: Bridge, mask: WeightMask) -> None:
@@ -184,33 +189,27 @@ def refuse_other_model(bridge: Bridge, mask: WeightMask) -> None:
 
 
 def warn_of_other_weights(bridge: Bridge, mask: WeightMask) -> None:
-    """A warning where a mask that was read from a file was made on other weights than these."""
-    made_on = mask.source.all_weights
-    # Said, and the weights read, once for a model and a file.
-    compared: set[str] = vars(bridge).setdefault("_harmcircuits_masks", set())
-    if not made_on or not mask.file or mask.file in compared:
+    """Warn if a mask from a file was made on other weights than the model's."""
+    digests = mask.source.all_weights
+    # Warn once per model and file, and read the weights once.
+    files: set[str] = vars(bridge).setdefault("_harmcircuits_masks", set())
+    if not digests or not mask.file or mask.file in files:
         return
-    compared.add(mask.file)
+    files.add(mask.file)
     digest = weights_digest(bridge, PROVENANCE_DTYPE)
-    if digest not in made_on:
+    if digest not in digests:
         warnings.warn(
-            f"{mask.file}: the mask was made on weights {', '.join(sorted(made_on))}, this model "
-            f"has {digest}: another checkpoint, or one that was trained further; find the "
-            "mask on these weights, or say that it is meant by same_model=False",
+            f"{mask.file}: the mask was made on weights {', '.join(sorted(digests))}, this model "
+            f"has {digest}. It is another checkpoint, or it was trained further. Find a mask on "
+            "these weights, or confirm the use of this mask by same_model=False",
             stacklevel=5,  # masked, its context manager, and whoever enters it
         )
 
 
-def _stored_tensors(bridge: Bridge) -> Mapping[str, Tensor]:
-    """Every stored tensor once by its clean name."""
-    # The bridge's state dict leaves out stacked experts.
-    return dict(bridge.state_dict(keep_vars=True)) | _matrices(bridge)
-
-
 def _matrices(bridge: Bridge) -> dict[str, nn.Parameter]:
     """The block matrices by clean name."""
-    # A bridge wraps the modules of the Hugging Face model, and holds each weight under several
-    # names, of which one is clean:
+    # A bridge wraps the modules of the Hugging Face model and has each weight under several names,
+    # one of which is clean:
     #
     #     0.mlp._original_component.gate_proj._original_component.weight
     #     0.mlp.gate._original_component.weight
@@ -228,7 +227,7 @@ def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
     if kind.startswith("mlp") and hasattr(block.mlp, "experts"):
         return _expert_site(name, layer, kind, parameter)
 
-    # What the axes of a weight mean depends on how it is stored and on what it does:
+    # The meaning of a weight's axes depends on its storage and on its kind:
     #
     #                               nn.Linear             Conv1D (GPT-2)
     #     attn.q, k, v              [heads, d_model]      [d_model, heads]
@@ -238,72 +237,64 @@ def _site(bridge: Bridge, name: str, parameter: nn.Parameter) -> Site:
     component = block.get_submodule(kind)
     stored_type = type(component.original_component).__name__
     input_axis = 0 if stored_type == "Conv1D" else 1
-    reads_units = kind in ("attn.o", "mlp.out")  # the others write to them
+    reads_units = kind in ("attn.o", "mlp.out")  # other kinds write to units
     unit_axis = input_axis if reads_units else 1 - input_axis
 
     n_units = bridge.cfg.n_heads
     if kind.startswith("mlp"):
-        n_units = parameter.shape[unit_axis]  # a neuron is a single row or column
+        n_units = parameter.shape[unit_axis]  # a neuron is one row or column
     elif kind in ("attn.k", "attn.v") and bridge.cfg.n_key_value_heads:
-        n_units = bridge.cfg.n_key_value_heads  # each is read by several query heads
+        n_units = bridge.cfg.n_key_value_heads  # several query heads read each
     return Site(name, layer, kind, parameter, input_axis, unit_axis, n_units)
 
 
 def _expert_site(name: str, layer: int, kind: str, parameter: nn.Parameter) -> Site:
-    # A unit is an expert, and experts come first on every axis order:
+    # A unit is an expert, and the first axis is that of the experts:
     #
     #     router          [expert, d_model]          mlp.gate in a sparse block
     #     gate_up_proj    [expert, 2 d_mlp, d_model]
     #     down_proj       [expert, d_model, d_mlp]
-    is_router = kind == "mlp.gate"
-    return Site(
-        name=name,
-        layer=layer,
-        kind="mlp.router" if is_router else kind,
-        parameter=parameter,
-        input_axis=1 if is_router else 2,
-        unit_axis=0,
-        n_units=parameter.shape[0],
-        is_hooked=False,
-    )
+    n_experts = parameter.shape[0]
+    if kind == "mlp.gate":
+        return Site(name, layer, "mlp.router", parameter, 1, 0, n_experts, is_hooked=False)
+    return Site(name, layer, kind, parameter, 2, 0, n_experts, is_hooked=False)
 
 
-def _refuse_offloaded(matrices: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in matrices.items():
-        if parameter.is_meta:  # a shape without values
-            raise ValueError(
-                f"weight_sites: {name} {tuple(parameter.shape)} is not in memory (device_map "
-                "keeps it on disk or loads it for each pass), so it can be neither scored nor "
-                "masked; give a device_map that fits the devices"
-            )
-
-
-def _refuse_unusual(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> None:
-    """Raises ValueError for blocks of which scores and masks would leave something out."""
-    # By memory, not by name: the gate and up parts of a fused matrix (Phi-3) are views of it, so
-    # the fused original counts as covered.
+def _refuse_unsupported(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> None:
+    """Refuse blocks with weights that scores and masks would leave out."""
+    # Compared by memory, not by name: the gate and up parts of a fused matrix (Phi-3) are views of
+    # it, so the fused original is covered.
     covered = {parameter.untyped_storage().data_ptr() for parameter in matrices.values()}
     tensors: dict[str, Tensor] = dict(matrices)
     for name, tensor in chain(bridge.blocks.named_parameters(), bridge.blocks.named_buffers()):
         tensors["blocks." + name.replace("._original_component", "")] = tensor
 
     for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            continue
-        is_parameter = isinstance(tensor, nn.Parameter)
-        is_quantised = tensor.dtype in QUANTISED_DTYPES
-        if is_quantised or (is_parameter and tensor.dtype not in FLOAT_DTYPES):
-            raise ValueError(
-                f"weight_sites: {name} {tuple(tensor.shape)} is {tensor.dtype}: quantised weights "
-                "have no gradient and cannot be zeroed one by one; load the model in float32, "
-                "bfloat16 or float16"
-            )
-        # GPT-NeoX, Falcon, BLOOM: the bridge computes with the parts that it has split off, and
-        # the fused original takes no part.
-        is_fused = ".qkv." in name
-        if is_parameter and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
-            raise ValueError(
-                f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds "
-                f"{', '.join(KINDS)}, so scores and masks would silently leave it out; this block "
-                "(shared experts, dense layers among sparse ones, or another) is not supported"
-            )
+        # GPT-NeoX, Falcon, BLOOM: the bridge computes with split copies of a fused matrix, and does
+        # not use the original.
+        is_covered = ".qkv." in name or tensor.untyped_storage().data_ptr() in covered
+        fault = _fault(tensor, is_covered)
+        if tensor.ndim >= 2 and fault:
+            raise ValueError(f"weight_sites: {name} {tuple(tensor.shape)} {fault}")
+
+
+def _fault(tensor: Tensor, is_covered: bool) -> str:
+    """Why scores and masks cannot hold a matrix; empty where they can."""
+    if tensor.is_meta:  # a shape without values
+        return (
+            "is not in memory (device_map keeps it on disk or loads it for each pass), so it can "
+            "be neither scored nor masked; give a device_map whose parts fit the devices"
+        )
+    is_parameter = isinstance(tensor, nn.Parameter)
+    if tensor.dtype in QUANTISED_DTYPES or (is_parameter and tensor.dtype not in FLOAT_DTYPES):
+        return (
+            f"is {tensor.dtype}: quantised weights have no gradient and cannot be zeroed one by "
+            "one; load the model in float32, bfloat16 or float16"
+        )
+    if is_parameter and not is_covered:
+        return (
+            f"is no matrix of the kinds {', '.join(KINDS)}, so scores and masks would silently "
+            "leave it out; this block (shared experts, dense layers among sparse ones, or another) "
+            "is not supported"
+        )
+    return ""

@@ -16,7 +16,7 @@ from harmcircuits.hooks.bridge import AnyModel, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.hooks.weights import block_sites, refuse_other_model, source_on
+from harmcircuits.hooks.weights import Provenance, block_sites, refuse_other_model
 from harmcircuits.search.accumulation import Kind, mean_gradients
 
 Average = Literal["after_abs", "before_abs"]
@@ -142,7 +142,8 @@ def _times_gradient(
         if function == "snip_scores":
             value.abs_()
     settings = data_settings(batches, objective, **settings)
-    return WeightScores(values, source_on(bridge, function.removesuffix("_scores"), settings))
+    source = Provenance.of(bridge).source(function.removesuffix("_scores"), settings)
+    return WeightScores(values, source)
 
 
 def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
@@ -182,7 +183,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
         rms = (squares[name] / n_tokens).sqrt()
         along_input = rms if site.input_axis == 1 else rms[:, None]
         values[name] = site.parameter.detach().float().abs() * along_input
-    return WeightScores(values, source_on(bridge, "wanda", data_settings(batches)))
+    return WeightScores(values, Provenance.of(bridge).source("wanda", data_settings(batches)))
 
 
 def magnitude_scores(bridge: AnyModel) -> WeightScores:
@@ -194,7 +195,7 @@ def magnitude_scores(bridge: AnyModel) -> WeightScores:
     bridge = as_bridge(bridge)
     sites = block_sites(bridge)
     values = {name: site.parameter.detach().float().abs() for name, site in sites.items()}
-    return WeightScores(values, source_on(bridge, "magnitude"))
+    return WeightScores(values, Provenance.of(bridge).source("magnitude"))
 
 
 def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
@@ -216,7 +217,7 @@ def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
     for name, site in block_sites(bridge).items():
         drawn = torch.rand(site.parameter.shape, generator=generator)
         values[name] = drawn.to(site.parameter.device)
-    return WeightScores(values, source_on(bridge, "random", {"seed": seed}))
+    return WeightScores(values, Provenance.of(bridge).source("random", {"seed": seed}))
 
 
 def gradient_norm(

@@ -16,7 +16,7 @@ from harmcircuits.display import nearest
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_error
-from harmcircuits.hooks.weights import block_sites, model_fingerprint, sources_on
+from harmcircuits.hooks.weights import Provenance, block_sites, model_fingerprint
 from harmcircuits.search.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.search.descent import FreshAnswers, Search, Size, Worth
 from harmcircuits.search.texts import Budget, Protect, Protection, Role, Texts
@@ -165,7 +165,7 @@ def _texts(
 
 def _source(bridge: Bridge, texts: Sequence[Texts], settings: Mapping[str, Any]) -> Source:
     """How a mask is made: from which scores of which data."""
-    source = sources_on(bridge)
+    source = Provenance.of(bridge).source
     parents = []
     for of_kind in texts:
         method = "token_price" if of_kind.role == "protected" else "removal_effect"

@@ -39,7 +39,7 @@ from harmcircuits.circuits.scores import Source
 from harmcircuits.circuits.selection import Indices, largest, positive
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.checks import of_data
+from harmcircuits.hooks.checks import naming_data
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, parameter_gradients
 from harmcircuits.hooks.masking import masked, masked_if_given
 from harmcircuits.hooks.objectives import Objective
@@ -124,7 +124,7 @@ class Worth(Mapping[str, Tensor]):
             totals = {}
             for name, site in group.items():
                 totals[name] = self.slopes[name].to(site.parameter.device)  # itself, if it is there
-            with masked_if_given(self.bridge, mask, scale=nothing), of_data(texts.name):
+            with masked_if_given(self.bridge, mask, scale=nothing), naming_data(texts.name):
                 add_gradients(
                     self.bridge, texts.batches, texts.objective, group, totals, kind, factor
                 )

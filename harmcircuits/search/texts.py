@@ -13,7 +13,7 @@ from harmcircuits.batches import Batch, UnpaddedText, batched, split_for_checks,
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
-from harmcircuits.hooks.checks import of_data, refuse_batches, refuse_not_finite
+from harmcircuits.hooks.checks import naming_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.measurements import Measurement, Z
@@ -63,7 +63,7 @@ class Texts:
         weight: float = 1.0,
         budget: float = 0.0,
     ) -> "Texts":
-        with torch.no_grad(), of_data(name):
+        with torch.no_grad(), naming_data(name):
             losses = [objective(bridge, batch).float().cpu() for batch in batches]
             before = torch.cat(losses)
             refuse_not_finite(batches, before, objective)
@@ -172,7 +172,7 @@ def _losses(
     """The loss of every checked example."""
     if not checked:
         return torch.empty(0)
-    with of_data("protected, from the shortest answer on"):
+    with naming_data("protected, from the shortest answer on"):
         return completion_nll(bridge, checked, mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""The table `docs/architectures.md`: what is scored and how, what is exact, what is refused.
+"""The table `docs/architectures.md`: scored matrices, exact exports, refused models.
 
 Its rows are the models that the tests of scores and of export are parametrised by;
 `PYTHONPATH=tests:analyses python tests/hooks/test_architectures.py` writes it anew. Would catch: a table
@@ -63,14 +63,14 @@ def altered(how: str) -> Callable:
     return make
 
 
-def opened(name: str, **changes: Any) -> Callable:
+def sites_of(name: str, **changes: Any) -> Callable:
     return lambda open_: weight_sites(open_(name, **changes))
 
 
-OTHER = "so scores and masks would silently leave it out"
-# The same as a sentence of the table, where the words of the refusal are a part of one.
+UNKNOWN_MATRIX = "so scores and masks would silently leave it out"
+# Sentences of the table, for words of an error that are no sentence.
 IN_PLAIN_WORDS = {
-    OTHER: "a matrix of no known kind, which scores and masks would silently leave out",
+    UNKNOWN_MATRIX: "a matrix of no known kind, which scores and masks would silently leave out",
     "so scores and masks would not fit the model as stored": (
         "norms are folded into the weights, so a mask would not fit the model as stored"
     ),
@@ -79,16 +79,16 @@ IN_PLAIN_WORDS = {
         "the inputs of stacked experts pass no hook points; use another score"
     ),
 }
-# what is refused -> how to come by it, and the words of the refusal
-REFUSED: dict[str, tuple[Callable, str]] = {
-    "shared experts (Qwen2-MoE)": (opened("Qwen2Moe"), OTHER),
+# Case -> a function that meets it, and words of the error.
+REFUSALS: dict[str, tuple[Callable, str]] = {
+    "shared experts (Qwen2-MoE)": (sites_of("Qwen2Moe"), UNKNOWN_MATRIX),
     "dense layers among sparse ones (Qwen3-MoE with `decoder_sparse_step=2`)": (
-        opened("Qwen3Moe", decoder_sparse_step=2),
-        OTHER,
+        sites_of("Qwen3Moe", decoder_sparse_step=2),
+        UNKNOWN_MATRIX,
     ),
-    "routers of another name (GPT-OSS)": (opened("GptOss"), OTHER),
-    "latent attention (DeepSeek-V3)": (opened("DeepseekV3"), OTHER),
-    "state space models (Mamba)": (opened("Mamba"), OTHER),
+    "routers of another name (GPT-OSS)": (sites_of("GptOss"), UNKNOWN_MATRIX),
+    "latent attention (DeepSeek-V3)": (sites_of("DeepseekV3"), UNKNOWN_MATRIX),
+    "state space models (Mamba)": (sites_of("Mamba"), UNKNOWN_MATRIX),
     "quantised weights": (
         altered("quantised"),
         "quantised weights have no gradient and cannot be zeroed one by one",
@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
 
 def table(open_: Callable) -> str:
     head = ["scored matrices", "export reloads equal in", "classes of transformers"]
-    alike: dict[tuple[str, str], list[str]] = {}
+    classes: dict[tuple[str, str], list[str]] = {}
     for name in ARCHITECTURES:
         bridge = open_(name)
         sites = [site for site in weight_sites(bridge).values() if site.layer == 0]
@@ -120,14 +120,14 @@ def table(open_: Callable) -> str:
             parts.setdefault(owner, []).append(part.removeprefix("experts."))
         matrices = f"`{' '.join(parts['attn'])}`, mlp `{' '.join(parts['mlp'])}`"
         exported = "float32, bfloat16" if name in COARSE else "float32"
-        alike.setdefault((matrices, exported), []).append(type(bridge.original_model).__name__)
-    rows = [[*line, ", ".join(names)] for line, names in alike.items()]
-    refused: dict[str, list[str]] = {}
-    for what, (_, why) in REFUSED.items():
-        refused.setdefault(IN_PLAIN_WORDS.get(why, why), []).append(what)
-    whats = [["; ".join(of_why), why] for why, of_why in refused.items()]
+        classes.setdefault((matrices, exported), []).append(type(bridge.original_model).__name__)
+    rows = [[*line, ", ".join(names)] for line, names in classes.items()]
+    cases: dict[str, list[str]] = {}
+    for case, (_, reason) in REFUSALS.items():
+        cases.setdefault(IN_PLAIN_WORDS.get(reason, reason), []).append(case)
+    refusals = [["; ".join(names), reason] for reason, names in cases.items()]
     return TEXT.format(
-        exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], whats)
+        exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], refusals)
     )
 
 
@@ -137,10 +137,10 @@ def test_the_table_is_up_to_date(open_model):
     )
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_the_table_calls_refused_is_refused(open_model, what):
-    make, why = REFUSED[what]
-    with pytest.raises(ValueError, match=re.escape(why)):
+@pytest.mark.parametrize("case", REFUSALS)
+def test_every_refusal_of_the_table_is_raised(open_model, case):
+    make, reason = REFUSALS[case]
+    with pytest.raises(ValueError, match=re.escape(reason)):
         make(open_model)
 
 

@@ -1,4 +1,4 @@
-"""Texts that a model cannot read and numbers that are not finite, against what reads and computes.
+"""Errors for texts that a model cannot read, and for numbers that are not finite.
 
 Would catch: a score, loss or answer of NaN that looks like any other, an error about another text.
 """
@@ -31,12 +31,12 @@ from harmcircuits.search.attribution import (
 from harmcircuits.search.circuit import find_circuit
 
 GOOD = random_batch(3, seed=1)
-GOOD.tokens[GOOD.tokens == 7] = 4  # which is spoiled in a test
+GOOD.tokens[GOOD.tokens == 7] = 4  # a test spoils token 7
 WEIGHT = "blocks.1.mlp.in.weight"
-READS_ALL = {"vocab_size": 320}  # of the tests' tokenizer
+READS_ALL = {"vocab_size": 320}  # as many as the tests' tokenizer has
 TEXTS = PromptSet.of(["use it", "clean it", "how to use it ?"])
 
-# What reads batches, each with the same call.
+# Functions that read batches, each as the same call.
 READERS = {
     "removal_effect": removal_effect,
     "snip_scores": snip_scores,
@@ -51,25 +51,25 @@ READERS = {
         bridge, small_mask(bridge), batches[-1], parts=["mlp"], positions=[]
     ),
     "find_circuit": lambda bridge, batches: find_circuit(bridge, batches, size=0.01, steps=1),
-    "fine_tuning": lambda bridge, batches: trained(bridge, batches),
+    "fine_tuning": lambda bridge, batches: train(bridge, batches),
 }
 small_mask = partial(random_mask, fraction=0.01)
 
 
-def trained(bridge, batches) -> None:
+def train(bridge, batches) -> None:
     with fine_tuning(bridge, batches, lr=0.1) as run:
         run.until(2)
 
 
 def long_batch(length: int) -> Batch:
-    """The third of three examples has this many tokens."""
+    """Three examples, of which the third has this many tokens."""
     is_target = torch.zeros(3, length, dtype=torch.bool)
     is_target[:2, 5] = True
     is_target[2, length - 1] = True
     return Batch(torch.full((3, length), 4), is_target)
 
 
-def test_what_cannot_be_read_is_named_before_a_pass(llama, monkeypatch):
+def test_an_unreadable_text_is_named_before_a_pass(llama, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the model was run first")
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_named_before_a_pass(llama, monkeypatch):
             assert all(word in str(error.value) for word in [name, index, *words])
 
 
-def test_the_context_is_the_configuration_s_and_of_some_there_is_none(open_model):
+def test_the_context_is_that_of_the_configuration_if_it_has_one(open_model):
     assert context_of(open_model("GPT2")) == context_of(open_model("Mpt")) == 32
     bloom = open_model("Bloom")
     assert context_of(bloom) is None and context_of(StubBridge()) is None
@@ -100,12 +100,12 @@ def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
     padded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     endless.original_model.generation_config.eos_token_id = None
     endless.tokenizer.eos_token = None
-    other = PromptSet.of([llama.tokenizer.convert_ids_to_tokens(319)])
+    unreadable = PromptSet.of([llama.tokenizer.convert_ids_to_tokens(319)])
     far = PromptSet.of(["use it", " ".join(["use"] * 60)])
     calls = [
         (lambda: generate(bridge, prompts, max_new_tokens=33 - length), "request 1 has 33 tokens"),
         (lambda: answer_log_odds(bridge, far, ["yes"], ["no"]), "request 1 has 6"),
-        (lambda: generate(llama, other, max_new_tokens=3), "request 0 has token 319"),
+        (lambda: generate(llama, unreadable, max_new_tokens=3), "request 0 has token 319"),
         (lambda: generate(padded, TEXTS, max_new_tokens=3), "pads with token 320"),
         (lambda: generate(endless, TEXTS, max_new_tokens=3), "eos_token"),
     ]
@@ -115,7 +115,7 @@ def test_requests_that_cannot_be_read_or_answered_are_named(open_model, llama):
 
 
 def test_without_a_padding_token_nothing_changes(open_model):
-    """It is filled with another token, which nothing looks at."""
+    """Another token is the padding, and no text attends to it."""
     bridge = open_model("Llama", **READS_ALL)
     texts = [("use it", "sure yes"), ("how to use it ?", "sure")]
     expected = completion_nll(bridge, tokenize(texts, bridge.tokenizer))
@@ -176,5 +176,5 @@ def test_answers_log_odds_and_residuals_of_nan_name_the_text(open_model):
     for call, index in calls:
         with pytest.raises(NotFiniteError) as error:
             call()
-        assert f" {index}: what the model computes is not finite" in str(error.value)
+        assert f" {index}: the model's output is not finite" in str(error.value)
     generate(bridge, TEXTS[:2], sampling=sampling, max_new_tokens=5)

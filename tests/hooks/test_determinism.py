@@ -1,4 +1,4 @@
-"""The same seed gives the same scores, masks and answers; what else changes them, and how far.
+"""The same seed gives the same scores, masks and answers; other changes move them within bounds.
 
 The bounds are those of docs/trusted.md.
 """
@@ -23,15 +23,15 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 def batched(batches: list[Batch], size: int, *, extra: int = 0, step: int = 1) -> list[Batch]:
     """The same examples in batches of another size, with more padding or in reverse order."""
     examples = [(tokens[0], is_target) for tokens, is_target in oracle.examples(batches)][::step]
-    together = []
+    batches = []
     for start in range(0, len(examples), size):
         columns = zip(*examples[start : start + size], strict=True)
         padded = [pad_sequence(list(column), batch_first=True) for column in columns]
-        together.append(Batch(*(torch.nn.functional.pad(part, (0, extra)) for part in padded)))
-    return together
+        batches.append(Batch(*(torch.nn.functional.pad(part, (0, extra)) for part in padded)))
+    return batches
 
 
-# What is changed -> how the examples are batched.
+# Change -> how the examples are batched.
 CHANGES = {
     "nothing": dict(size=8),
     "one example at a time": dict(size=1),
@@ -42,10 +42,12 @@ CHANGES = {
 }
 
 
-def largest_change(scores: WeightScores, before: WeightScores) -> float:
+def largest_change(scores: WeightScores, reference: WeightScores) -> float:
     """Of the matrix that changes most: the norm of the change over that of its scores."""
-    changes = before.values.items()
-    return max(float((scores.values[name] - old).norm() / old.norm()) for name, old in changes)
+    changes = []
+    for name, value in reference.values.items():
+        changes.append(float((scores.values[name] - value).norm() / value.norm()))
+    return max(changes)
 
 
 @pytest.mark.parametrize(
@@ -58,28 +60,28 @@ def largest_change(scores: WeightScores, before: WeightScores) -> float:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_what_changes_the_scores_of_a_tiny_model(open_model, name, method, dtype):
-    """Doing the same again changes nothing at all."""
+def test_the_bounds_of_changes_of_the_scores_of_a_tiny_model(open_model, name, method, dtype):
+    """A repetition changes nothing at all."""
     bridge, batches = open_model(name, dtype=dtype), [random_batch(12, seed=2)]
-    before = method(bridge, batched(batches, size=8))
+    reference = method(bridge, batched(batches, size=8))
     for change, options in CHANGES.items():
         torch.set_num_threads(2 if change == "two threads" else 1)
         scores = method(bridge, batched(batches, **options))
         torch.set_num_threads(1)
         bound = 0.0 if change == "nothing" else BOUNDS[dtype]
-        assert largest_change(scores, before) <= bound
+        assert largest_change(scores, reference) <= bound
         if options.get("step") is None:
-            assert scores.source == before.source, "the digest of the data is of its examples"
-    others = method(bridge, [random_batch(12, seed=3)])
-    assert largest_change(others, before) > 10 * BOUNDS[dtype], "the comparison can fail"
+            assert scores.source == reference.source, "the digest of the data is of its examples"
+    distant = method(bridge, [random_batch(12, seed=3)])
+    assert largest_change(distant, reference) > 10 * BOUNDS[dtype], "the comparison can fail"
 
 
 def test_a_search_gives_the_same_mask_again(llama):
     masks = []
     for seed in (1, 99):
-        torch.manual_seed(seed)  # what the global generator holds does not matter
-        target, spared = [random_batch()], [random_batch(2, 7, seed=1)]
-        mask = find_circuit(llama, target, [spared], size=0.02, steps=2)
+        torch.manual_seed(seed)  # the global generator does not matter
+        target, protected = [random_batch()], [random_batch(2, 7, seed=1)]
+        mask = find_circuit(llama, target, [protected], size=0.02, steps=2)
         masks.append((mask.digest, mask.trace, mask.source))
     assert masks[0] == masks[1]
 

@@ -40,7 +40,7 @@ def test_the_loss_falls_held_weights_stay_zero_and_everything_is_restored(
     bridge.blocks[0].requires_grad_(False)
     parameters = list(bridge.original_model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
-    before, mask = snapshot(bridge), random_mask(bridge)
+    original, mask = snapshot(bridge), random_mask(bridge)
 
     outcome = pytest.raises(error) if error else nullcontext()
     tuning = fine_tuning(bridge, BATCHES, lr=1e-2, lora=lora, weight_decay=0.1)
@@ -54,12 +54,14 @@ def test_the_loss_falls_held_weights_stay_zero_and_everything_is_restored(
         assert run.step == len(run.losses) == 12
         assert sum(run.losses[-3:]) < 0.9 * sum(run.losses[:3])
         for name, parameter in named_weights(bridge).items():
-            kept = ~mask.dense(name)
-            assert not torch.equal(parameter[kept], before[name][kept]), "it has not learned"
+            is_kept = ~mask.dense(name)
+            assert not torch.equal(parameter[is_kept], original[name][is_kept]), (
+                "it has not learned"
+            )
         if lora:
-            assert torch.equal(bridge.state_dict()["embed.weight"], before["embed.weight"])
+            assert torch.equal(bridge.state_dict()["embed.weight"], original["embed.weight"])
 
-    assert_bits_equal(bridge, before)
+    assert_bits_equal(bridge, original)
     assert flags == [parameter.requires_grad for parameter in parameters]
     assert weight.grad is gradient
     for parameter in parameters:
@@ -69,10 +71,10 @@ def test_the_loss_falls_held_weights_stay_zero_and_everything_is_restored(
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "low rank"])
 def test_the_seed_decides_the_run_and_an_epoch_takes_every_batch_once(llama, lora):
-    taken = []
+    batch_ids = []
 
     def objective(bridge, batch):
-        taken.append(id(batch))
+        batch_ids.append(id(batch))
         return completion_loss(bridge, batch)
 
     def losses(seed: int) -> list[float]:
@@ -85,7 +87,7 @@ def test_the_seed_decides_the_run_and_an_epoch_takes_every_batch_once(llama, lor
     torch.manual_seed(2)
     assert losses(0) == first, "no hidden random state"
     assert losses(1) != first
-    epochs = [tuple(taken[start : start + 3]) for start in range(0, 27, 3)]
+    epochs = [tuple(batch_ids[start : start + 3]) for start in range(0, 27, 3)]
     assert all(set(epoch) == set(map(id, BATCHES)) for epoch in epochs)
     assert len(set(epochs)) > 1
 
@@ -109,7 +111,7 @@ class Merged(torch.nn.Module):
         return self.is_kept * (start + (change if self.input_axis == 1 else change.T))
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])  # of both orientations
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])  # both orientations
 def test_factors_learn_as_autograd_says_also_under_a_held_mask(open_model, name):
     """Trained through autograd on the factors, W = M * (W_0 + s up down) is the same."""
     bridge = open_model(name)
@@ -123,25 +125,25 @@ def test_factors_learn_as_autograd_says_also_under_a_held_mask(open_model, name)
 
     reference = open_model(name)
     generator = torch.Generator().manual_seed(4)
-    factors, layers = [], {}
+    factors, modules = [], {}
     for weight, site in weight_sites(reference).items():
         adapter = Merged(site, ~mask.dense(weight), lora, generator)
         factors += [adapter.up, adapter.down]
         component = reference.get_submodule(weight.removesuffix(".weight"))
-        layers[weight] = component.original_component
-        parametrize.register_parametrization(layers[weight], "weight", adapter)
+        modules[weight] = component.original_component
+        parametrize.register_parametrization(modules[weight], "weight", adapter)
 
     optimizer = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0)
     for _ in range(4):
         optimizer.zero_grad()
         completion_loss(reference, batch).mean().backward()
         optimizer.step()
-    for weight, layer in layers.items():
-        torch.testing.assert_close(merged[weight], layer.weight.detach(), atol=2e-5, rtol=1e-4)
+    for weight, module in modules.items():
+        torch.testing.assert_close(merged[weight], module.weight.detach(), atol=2e-5, rtol=1e-4)
 
 
 def test_bad_settings_are_refused_and_change_nothing(open_model, llama):
-    before = snapshot(llama)
+    original = snapshot(llama)
 
     def nan_loss(bridge, batch):
         return completion_loss(bridge, batch) * torch.nan
@@ -154,4 +156,10 @@ def test_bad_settings_are_refused_and_change_nothing(open_model, llama):
         tuning = fine_tuning(bridge, BATCHES, lr=1e-3, **options)
         with pytest.raises(ValueError, match=word), tuning as run:
             run.until(1)
-    assert_bits_equal(llama, before)
+    assert_bits_equal(llama, original)
+
+
+@pytest.mark.parametrize("r", [0, -1])
+def test_an_adapter_has_at_least_rank_1(r):
+    with pytest.raises(ValueError, match=f"r={r}.*at least 1"):
+        Lora(r=r)

@@ -1,4 +1,4 @@
-"""Arrays for views: what a mask does to each token, where heads attend, what neurons do.
+"""Arrays for views: token changes under a mask, attention, neurons, residuals.
 
 Would catch: a change of the wrong sign, a neuron before its activation function, padding shown.
 """
@@ -33,23 +33,23 @@ def test_token_changes_are_those_of_log_probability(llama, batch, mask):
         logits = llama(batch.tokens)[:, :-1].detach().double()
         return logits.log_softmax(-1).gather(2, batch.tokens[:, 1:, None])[..., 0]
 
-    before = log_p()
+    unpruned = log_p()
     with masked(llama, mask):
-        expected = log_p() - before
+        expected = log_p() - unpruned
     # Losses of order 1 from float32 logits.
     torch.testing.assert_close(changes[:, 1:].double(), expected, rtol=1e-4, atol=1e-5)
     assert changes[:, 1:][batch.is_token[:, 1:]].abs().min() > 0
 
 
 def test_attention_is_that_of_the_first_example_before_and_under_a_mask(llama, batch, mask):
-    before = attention_patterns(llama, batch, HEADS)
+    unpruned = attention_patterns(llama, batch, HEADS)
     with masked(llama, mask):
-        under = attention_patterns(llama, batch, HEADS)
+        pruned = attention_patterns(llama, batch, HEADS)
         _, cache = llama.run_with_cache(batch.tokens[:1, batch.is_token[0]])
-    for patterns, (layer, head) in zip(under, HEADS, strict=True):
+    for patterns, (layer, head) in zip(pruned, HEADS, strict=True):
         expected = cache[f"blocks.{layer}.attn.hook_pattern"][0, head]
         torch.testing.assert_close(patterns, expected)
-    assert not torch.allclose(before, under)
+    assert not torch.allclose(unpruned, pruned)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPTNeoX"])
@@ -62,7 +62,7 @@ def test_mean_residual_is_that_of_each_text_alone(open_model, name):
         for place, layer in enumerate([1, 0]):
             expected = cache[f"blocks.{layer}.hook_out"][0, 1:].mean(dim=0)
             torch.testing.assert_close(mean[place], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="text 1: what"):
+    with pytest.raises(ValueError, match="text 1: the model"):
         mean_residual(bridge, [[1, 5], [1]], [0], skip=1)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
 
@@ -82,7 +82,7 @@ def test_prediction_changes_are_those_of_probabilities(llama, batch, mask):
     def p() -> torch.Tensor:
         return llama(batch.tokens[:1, batch.is_token[0]])[0].detach().softmax(-1)
 
-    before = p()
+    unpruned = p()
     with masked(llama, mask):
-        expected = p() - before
+        expected = p() - unpruned
     torch.testing.assert_close(prediction_changes(llama, mask, batch), expected)

@@ -1,6 +1,6 @@
 """A bridge from a folder or a loaded Hugging Face model.
 
-Would catch: weights that are copied or changed on the way, another dtype.
+Would catch: a copy of the weights or a change in them, another dtype.
 """
 
 from types import SimpleNamespace
@@ -19,19 +19,19 @@ def folder(open_model) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
-def test_a_folder_is_opened_as_stored_unless_a_dtype_is_given(folder, dtype):
+def test_the_dtype_is_that_of_the_file_or_of_the_argument(folder, dtype):
     expected = getattr(torch, dtype or "float32")
     weights = named_weights(load_model(folder, dtype=dtype))
     assert {weight.dtype for weight in weights.values()} == {expected}
-    stored = AutoModelForCausalLM.from_pretrained(folder)
-    query = stored.model.layers[0].self_attn.q_proj.weight
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    query = model.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(weights["blocks.0.attn.q.weight"], query.to(expected))
 
 
 def test_a_loaded_model_keeps_its_weights(folder):
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    bridge = wrap_model(loaded)
-    live = {parameter.data_ptr() for parameter in loaded.parameters()}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bridge = wrap_model(model)
+    live = {parameter.data_ptr() for parameter in model.parameters()}
     assert {weight.data_ptr() for weight in named_weights(bridge).values()} <= live
     assert weights_digest(bridge) == weights_digest(load_model(folder))
     assert bridge.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
@@ -39,15 +39,15 @@ def test_a_loaded_model_keeps_its_weights(folder):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_opened_is_named(folder, tmp_path):
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    loaded.config._name_or_path = str(tmp_path)
+def test_errors_name_the_model_the_device_or_the_type(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config._name_or_path = str(tmp_path)
     calls = [
         (lambda: load_model(folder, dtype="int8"), "dtype='int8'"),
         (lambda: load_model(str(tmp_path / "nowhere")), "hub id"),
-        (lambda: wrap_model(loaded), "tokenizer="),
+        (lambda: wrap_model(model), "tokenizer="),
         (lambda: load_model(folder, device="cuda:99"), "cuda:99"),
-        (lambda: named_weights(loaded), "transformers.models.llama"),
+        (lambda: named_weights(model), "transformers.models.llama"),
         (lambda: named_weights(folder), "builtins.str"),
     ]
     for call, word in calls:

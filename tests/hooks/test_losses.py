@@ -1,4 +1,4 @@
-"""What a model makes of texts, against closed forms, brute force and transformers' own loss.
+"""Losses of a model on texts, against closed forms, brute force and the loss of transformers.
 
 Would catch: a likelihood over prompt tokens, KL in the wrong direction, log-odds at the padding.
 """
@@ -55,12 +55,12 @@ def test_kl_by_hand(llama, open_model):
         p, q = (model(tokens)[0].detach().double().softmax(-1) for model in (llama, pruned))
         forward.append((p * (p / q).log()).sum(-1).mean())
         reverse.append((q * (q / p).log()).sum(-1).mean())
-    expected, other_way = torch.stack(forward), torch.stack(reverse)
+    expected, reversed_kl = torch.stack(forward), torch.stack(reverse)
     divergence = kl_under(llama, mask, BATCHES).double()
     # float32 log-probabilities carry 1e-6 each; the divergences are about 0.1.
     torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-5)
     assert (expected > 0.01).all()
-    assert not torch.allclose(expected, other_way, rtol=1e-2), "the direction must show"
+    assert not torch.allclose(expected, reversed_kl, rtol=1e-2), "the direction must show"
 
 
 def test_log_odds_by_definition():
@@ -68,7 +68,7 @@ def test_log_odds_by_definition():
     sft = load_organism("sft")
     prompts = requests("recognition", "heldout")[:70]
     lengths = {len(example.prompt.split()) for example in prompts.examples[62:68]}
-    assert len(lengths) > 1, "equal lengths would need no padding"
+    assert len(lengths) > 1, "equal lengths need no padding"
     odds = answer_log_odds(sft, prompts, YES, NO)
     assert odds.shape == (70,)
     vocabulary = sft.tokenizer.get_vocab()

@@ -1,7 +1,7 @@
 """Activation patching on top of a mask.
 
 Would catch: a patch between attention and MLP that misses the skip connection, a share with the
-wrong end as 1, an architecture whose activations are elsewhere, edits or hooks left in the model.
+wrong end as 1, an architecture with other hook names, edits or hooks that stay in the model.
 """
 
 import pytest
@@ -10,14 +10,14 @@ from helpers import assert_bits_equal, random_batch, random_mask, snapshot
 from transformer_lens import patching
 
 import harmcircuits as hc
-from harmcircuits.hooks.patching import loss_of_logits
+from harmcircuits.hooks.patching import answer_losses
 
-# One of each way in which a block is wired: norms before, after or both, in parallel, with experts.
+# One model for each form of block: norms before, after or both, in parallel, with experts.
 WIRINGS = ("Llama", "GPT2", "Gemma2", "Olmo2", "GPTNeoX", "Falcon", "Bloom", "Mixtral", "OPT")
 TEXTS = random_batch(6, seed=1)
 
 
-def patched(bridge, mask, batch, parts=("residual",), **options):
+def patch_rows(bridge, mask, batch, parts=("residual",), **options):
     return hc.activation_patching(bridge, mask, batch, parts=parts, least_gap=1e-3, **options)
 
 
@@ -28,9 +28,9 @@ def residual(rows, **labels) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", WIRINGS)
-def test_the_last_residual_moves_all_and_the_first_nothing(open_model, name):
+def test_the_last_residual_has_share_1_and_the_first_share_0(open_model, name):
     bridge = open_model(name)
-    rows = patched(bridge, random_mask(bridge, 0.3), TEXTS, positions=[])
+    rows = patch_rows(bridge, random_mask(bridge, 0.3), TEXTS, positions=[])
     for direction in ("restore", "destroy"):
         shares = residual(rows, direction=direction)
         depths = ["0 pre", "0 mid", "1 pre", "1 mid", "1 post"]
@@ -40,18 +40,18 @@ def test_the_last_residual_moves_all_and_the_first_nothing(open_model, name):
         assert shares["1 post"] == pytest.approx(1, abs=1e-4)
         assert shares["0 pre"] == 0, "no mask touches the embedding"
 
-    # Edits only before this depth: what comes after it is the unpruned model.
+    # All edits are before this depth: the rest is the unpruned model.
     mask, kinds = random_mask(bridge, 0.6), ("blocks.0", "blocks.1.attn")
     removed = {name: index for name, index in mask.removed.items() if name.startswith(kinds)}
     if "1 mid" in depths:
         mask = hc.WeightMask(removed, mask.shapes, mask.source)
-        rows = patched(bridge, mask, TEXTS, positions=[])
+        rows = patch_rows(bridge, mask, TEXTS, positions=[])
         assert residual(rows, direction="restore")["1 mid"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_sweep_is_that_of_transformer_lens(llama):
     mask = random_mask(llama, 0.3)
-    rows = patched(llama, mask, TEXTS, ["attention", "mlp", "head"])
+    rows = patch_rows(llama, mask, TEXTS, ["attention", "mlp", "head"])
     sweeps = {
         "attention": patching.get_act_patch_attn_out,
         "mlp": patching.get_act_patch_mlp_out,
@@ -59,7 +59,7 @@ def test_a_sweep_is_that_of_transformer_lens(llama):
     }
 
     def loss(logits):
-        return loss_of_logits(TEXTS)(logits).mean()
+        return answer_losses(logits, TEXTS).mean()
 
     torch.testing.assert_close(loss(llama(TEXTS.tokens)), hc.completion_loss(llama, TEXTS).mean())
     with torch.no_grad():
@@ -77,20 +77,20 @@ def test_a_sweep_is_that_of_transformer_lens(llama):
 
 def test_the_model_is_as_before(open_model, batch, monkeypatch):
     bridge = open_model("GPT2")
-    assert not patched(bridge, random_mask(bridge, 0.0), batch).where("patch_share"), "no gap"
+    assert not patch_rows(bridge, random_mask(bridge, 0.0), batch).where("patch_share"), "no gap"
     with pytest.raises(ValueError, match="residuals"):
-        patched(bridge, random_mask(bridge), batch, ["residuals"])
-    before, logits, bars = snapshot(bridge), bridge(batch.tokens), patching.tqdm
-    patched(bridge, random_mask(bridge), batch, ["residual", "head"], layers=[1])
+        patch_rows(bridge, random_mask(bridge), batch, ["residuals"])
+    original, logits, bars = snapshot(bridge), bridge(batch.tokens), patching.tqdm
+    patch_rows(bridge, random_mask(bridge), batch, ["residual", "head"], layers=[1])
 
-    def broken(*_, **__):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harmcircuits.hooks.patching._patches", broken)
+    monkeypatch.setattr("harmcircuits.hooks.patching._sweep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        patched(bridge, random_mask(bridge), batch)
+        patch_rows(bridge, random_mask(bridge), batch)
 
-    assert_bits_equal(bridge, before)
+    assert_bits_equal(bridge, original)
     assert torch.equal(bridge(batch.tokens), logits)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
     assert patching.tqdm is bars and torch.is_grad_enabled()

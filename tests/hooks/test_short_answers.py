@@ -1,6 +1,6 @@
-"""Answers of one token, of the end of the text alone, and of none, through everything that scores.
+"""Answers of one token, of the end of the text alone, and of none, in every score and loss.
 
-Would catch: a mean over no tokens, an answer of nothing that counts as one.
+Would catch: a mean over no tokens, an empty answer that counts.
 """
 
 import pytest
@@ -22,15 +22,15 @@ from harmcircuits.search.circuit import find_circuit
 
 @pytest.fixture
 def bridge(open_model):
-    return open_model("Llama", vocab_size=320)  # reads all of the tests' tokenizer
+    return open_model("Llama", vocab_size=320)  # as many as the tests' tokenizer has
 
 
-def test_everything_that_scores_takes_answers_of_one_token(bridge):
+def test_every_score_takes_answers_of_one_token(bridge):
     """One example by itself: the mean of one, whose interval is that value."""
-    batches, other = (tokenize([("use it", word)], bridge.tokenizer) for word in ("sure", "it"))
+    batches, protected = (tokenize([("use it", word)], bridge.tokenizer) for word in ("sure", "it"))
     for scores in (snip_scores, token_price, wanda_scores):
         assert any(value.any() for value in scores(bridge, batches).values.values())
-    mask = find_circuit(bridge, batches, protect=[other], size=0.01, steps=4, budget=9)
+    mask = find_circuit(bridge, batches, protect=[protected], size=0.01, steps=4, budget=9)
     assert mask.n_removed > 0
     assert kl_under(bridge, mask, batches).min() > 0
     rows = activation_patching(bridge, mask, batches[0], parts=["mlp"], positions=[])
@@ -40,14 +40,14 @@ def test_everything_that_scores_takes_answers_of_one_token(bridge):
     assert run.losses[0] == pytest.approx(completion_nll(bridge, batches).mean().item())
 
 
-def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_answer(bridge):
+def test_the_end_of_the_text_is_scored_and_is_no_part_of_an_answer(bridge):
     end = bridge.tokenizer.eos_token
     (batch,) = tokenize([("use it", end)], bridge.tokenizer)
     assert batch.tokens[0, -1] == bridge.tokenizer.eos_token_id
     expected = -bridge(batch.tokens)[0, -2].log_softmax(-1)[batch.tokens[0, -1]]
     torch.testing.assert_close(completion_loss(bridge, batch)[0], expected)
 
-    # The first token that the model would say now ends the text: nothing is left of the answer.
+    # The first token of the answer becomes the end of the text: the answer is empty.
     prompts = PromptSet.of(["use it"])
     (answer,) = generate(bridge, prompts, max_new_tokens=3)
     bridge.original_model.generation_config.eos_token_id = answer.tokens[0]
@@ -57,9 +57,9 @@ def test_the_end_of_the_text_is_scored_where_it_is_given_and_is_no_part_of_an_an
 
 
 @pytest.mark.parametrize("prefill", ["sure", ""])
-def test_an_answer_of_nothing_beyond_its_beginning_is_not_scored(bridge, monkeypatch, prefill):
+def test_an_answer_of_the_prefill_alone_is_not_scored(bridge, monkeypatch, prefill):
     def model_that_says(text: str) -> Model:
-        """A model that answers all by this, which its judge takes for shown."""
+        """A model that gives this answer to all requests; its judge says yes to all."""
         answer = Answer(text, tuple(bridge.tokenizer.encode(text, add_special_tokens=False)))
 
         def generated(_bridge, prompts, **_options):

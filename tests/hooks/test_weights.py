@@ -1,6 +1,6 @@
 """Which model and weights a mask was made on.
 
-Would catch: a merged fine-tune that passes for its base.
+Would catch: a merged fine-tuning with the digest of its base.
 """
 
 import pytest
@@ -12,10 +12,10 @@ from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.export import export
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import (
+    Provenance,
     changed_weights,
     model_fingerprint,
     named_weights,
-    source_on,
     weights_digest,
 )
 from harmcircuits.organisms.shipped import FOLDER, load_organism
@@ -35,27 +35,31 @@ def test_the_fingerprint_tells_checkpoints_apart_and_ignores_masks_and_dtype(ope
 
 
 def test_fingerprints_and_digests_are_those_that_files_hold():
-    """Of the shipped models, as masks of earlier versions name them."""
+    """Those of a shipped model, which masks of earlier versions hold."""
     mask = WeightMask.load(FOLDER / "planted" / "circuit.safetensors")
     bridge = load_organism("planted")
     assert mask.source.model == model_fingerprint(bridge) == "d56587129d1d509a"
     assert weights_digest(bridge) == "00787ef86bc792f4"
-    assert source_on(bridge, "test").weights == "9a530716eef473d9"
+    assert Provenance.of(bridge).source("test").weights == "9a530716eef473d9"
 
 
 def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
     """Order and sign are in `test_review.py`."""
 
     def digests() -> tuple[str, ...]:
-        return model_fingerprint(llama), source_on(llama, "test").weights, weights_digest(llama)
+        return (
+            model_fingerprint(llama),
+            Provenance.of(llama).source("test").weights,
+            weights_digest(llama),
+        )
 
-    weight, before = named_weights(llama)[NAME].data, digests()
+    weight, original = named_weights(llama)[NAME].data, digests()
     weight.view(torch.int32)[3, 5] ^= 1
     one_bit = digests()
-    assert one_bit[:2] == before[:2] and one_bit[2] != before[2]
+    assert one_bit[:2] == original[:2] and one_bit[2] != original[2]
     weight[3, 5] *= 1.1
-    other = digests()
-    assert other[0] == before[0] and other[1] != before[1]
+    larger = digests()
+    assert larger[0] == original[0] and larger[1] != original[1]
 
 
 def test_the_changed_weights_are_those_of_the_edit(open_model, llama, tmp_path):
@@ -78,14 +82,14 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn
     bridge, path = open_model("Llama"), tmp_path / "m.safetensors"
     random_mask(bridge, 0.01).save(path)
     loaded = WeightMask.load(path)
-    for other in (bridge, open_model("Llama", dtype=torch.bfloat16)):
-        with masked(other, loaded):
+    for twin in (bridge, open_model("Llama", dtype=torch.bfloat16)):
+        with masked(twin, loaded):
             assert not recwarn.list
 
-    tuned = open_model("Llama")  # as a fine-tune that was merged: fingerprint of its base
+    tuned = open_model("Llama")  # like a merged fine-tuning: the fingerprint is that of its base
     named_weights(tuned)[NAME].data[3, 5] *= 2
     with pytest.warns(UserWarning) as warned, masked(tuned, loaded):
         pass
-    digests = (source_on(each, "test").weights for each in (bridge, tuned))
+    digests = (Provenance.of(model).source("test").weights for model in (bridge, tuned))
     for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)

@@ -16,7 +16,7 @@ from harmcircuits.hooks.gradients import hook_pairs
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss, token_error
-from harmcircuits.hooks.weights import source_on, weight_sites
+from harmcircuits.hooks.weights import Provenance, weight_sites
 from harmcircuits.search import descent
 from harmcircuits.search.accumulation import mean_gradients
 from harmcircuits.search.attribution import removal_effect, snip_scores
@@ -41,7 +41,7 @@ def search_on(bridge, objective=completion_loss) -> Search:
         Texts.of(bridge, "spared", "protected", SPARED, budget=0.1),
     ]
     protection = Protection.of(bridge, {"spared": SPARED}, 0.1)
-    source = source_on(bridge, "test")
+    source = Provenance.of(bridge).source("test")
     sizes = [Size(0.01, 100)]
     worth = Worth(bridge, sites, None)
     search = Search(bridge, texts, protection, worth, shapes, {}, source, sizes, 10)
