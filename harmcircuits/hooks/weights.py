@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
-from harmcircuits.circuits.sites import KINDS, Site, place_of
+from harmcircuits.circuits.sites import MATRIX_KINDS, Site, place_of
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.storage import tensor_bytes
 
@@ -43,7 +43,7 @@ def weight_sites(bridge: AnyModel) -> dict[str, Site]:
         ValueError: For anything that is not a bridge; for processed weights
             (`enable_compatibility_mode` folds and centres in place, so scores would belong to
             another basis); for quantised weights; for weights that a `device_map` keeps on disk;
-            for a block with other matrices than those of `KINDS`.
+            for a block with other matrices than those of `MATRIX_KINDS`.
     """
     return block_sites(as_bridge(bridge))
 
@@ -61,7 +61,7 @@ def block_sites(bridge: Bridge) -> dict[str, Site]:
     _refuse_unusual(bridge, matrices)
 
     sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
-    sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
+    sites.sort(key=lambda site: (site.layer, MATRIX_KINDS.index(site.kind)))
     return {site.name: site for site in sites}
 
 
@@ -304,6 +304,6 @@ def _refuse_unusual(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> Non
         if is_parameter and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
             raise ValueError(
                 f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds "
-                f"{', '.join(KINDS)}, so scores and masks would silently leave it out; this block "
+                f"{', '.join(MATRIX_KINDS)}, so scores and masks would silently leave it out; this block "
                 "(shared experts, dense layers among sparse ones, or another) is not supported"
             )

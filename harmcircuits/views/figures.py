@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_r
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from harmcircuits.circuits.sites import KINDS
+from harmcircuits.circuits.sites import MATRIX_KINDS
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.storage import replacing, write_text
 
@@ -220,7 +220,7 @@ def _of_matrices(rows: Rows) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     table["place"] = "layer " + table["layer"].astype(str)
     places = table.sort_values("layer")["place"].unique()
     present = set(table["kind"])
-    kinds = [kind for kind in KINDS if kind in present]
+    kinds = [kind for kind in MATRIX_KINDS if kind in present]
     grids = []
     for values in ("mean", "of"):
         grid = table.pivot_table(index="place", columns="kind", values=values, aggfunc="last")
