@@ -304,6 +304,7 @@ def _refuse_unusual(bridge: Bridge, matrices: Mapping[str, nn.Parameter]) -> Non
         if is_parameter and not is_fused and tensor.untyped_storage().data_ptr() not in covered:
             raise ValueError(
                 f"weight_sites: {name} {tuple(tensor.shape)} is no matrix of the kinds "
-                f"{', '.join(MATRIX_KINDS)}, so scores and masks would silently leave it out; this block "
-                "(shared experts, dense layers among sparse ones, or another) is not supported"
+                f"{', '.join(MATRIX_KINDS)}, so scores and masks would silently leave it out; "
+                "this block (shared experts, dense layers among sparse ones, or another) is not "
+                "supported"
             )

@@ -40,14 +40,14 @@ def test_fingerprints_and_digests_are_those_that_files_hold():
     bridge = load_organism("planted")
     assert mask.source.model == model_fingerprint(bridge) == "d56587129d1d509a"
     assert weights_digest(bridge) == "00787ef86bc792f4"
-    assert source_on(bridge, "test").weights == "9a530716eef473d9"
+    assert source_on(bridge, "test").weights_digest == "9a530716eef473d9"
 
 
 def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
     """Order and sign are in `test_review.py`."""
 
     def digests() -> tuple[str, ...]:
-        return model_fingerprint(llama), source_on(llama, "test").weights, weights_digest(llama)
+        return model_fingerprint(llama), source_on(llama, "test").weights_digest, weights_digest(llama)
 
     weight, before = named_weights(llama)[NAME].data, digests()
     weight.view(torch.int32)[3, 5] ^= 1
@@ -86,6 +86,6 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn
     named_weights(tuned)[NAME].data[3, 5] *= 2
     with pytest.warns(UserWarning) as warned, masked(tuned, loaded):
         pass
-    digests = (source_on(each, "test").weights for each in (bridge, tuned))
+    digests = (source_on(each, "test").weights_digest for each in (bridge, tuned))
     for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)
