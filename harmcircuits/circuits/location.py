@@ -198,7 +198,7 @@ def _concentration_rows(
         rows += [Measurement.exact(metric, {**labels, "chance": "no"}, value)]
 
         values = [getattr(figures, metric) for figures in by_chance]
-        rows += [Measurement.of_draws(metric, {**labels, "chance": "yes"}, values)]
+        rows += [Measurement.from_draws(metric, {**labels, "chance": "yes"}, values)]
     return rows
 
 

@@ -142,8 +142,8 @@ def overlap(
     n_expected = nan
     if n_samples:
         n_expected = float(marginal_null(first, second, n_samples=n_samples, seed=seed).mean())
-    shared = _closed_form(first, second)
-    return replace(shared, n_expected_marginal=n_expected, resampled=tuple(lifts))
+    result = _closed_form(first, second)
+    return replace(result, n_expected_marginal=n_expected, resampled=tuple(lifts))
 
 
 def overlap_by(

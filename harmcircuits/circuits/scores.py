@@ -237,8 +237,8 @@ class WeightScores:
                 f"{folder}: a shard is missing or of other scores; "
                 "save them again into an empty folder"
             )
-        ordered = {name: values[name] for name in shapes}
-        return cls(ordered, Source.from_json(stored_source))
+        values = {name: values[name] for name in shapes}
+        return cls(values, Source.from_json(stored_source))
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
@@ -262,8 +262,8 @@ def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
     """The weighted mean of scores, sum_i w_i s_i / sum_i w_i."""
-    first, *others = parts
-    for part in others:
+    first = parts[0]
+    for part in parts:
         if part.shapes != first.shapes or part.source.model != first.source.model:
             raise ValueError("mean_scores: the scores are of different models or weights")
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
@@ -273,6 +273,6 @@ def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> Weig
             continue
         for name, total in values.items():
             total.add_(part.values[name], alpha=share)
-    sources = [part.source for part in others]
+    sources = [part.source for part in parts[1:]]
     settings = {"weights": [float(weight) for weight in weights]}
     return WeightScores(values, first.source.child("mean", *sources, **settings))

@@ -223,6 +223,6 @@ def _share(
 
     drawn = np.random.default_rng(0).integers(len(wholes), size=(N_RESAMPLES, len(wholes)))
     draws = changes[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
-    return Measurement.of_draws(
+    return Measurement.from_draws(
         "patch_share", labels, draws, mean=mean, n=len(change), n_groups=len(wholes)
     )

@@ -47,7 +47,11 @@ def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
     """Order and sign are in `test_review.py`."""
 
     def digests() -> tuple[str, ...]:
-        return model_fingerprint(llama), source_on(llama, "test").weights_digest, weights_digest(llama)
+        return (
+            model_fingerprint(llama),
+            source_on(llama, "test").weights_digest,
+            weights_digest(llama),
+        )
 
     weight, before = named_weights(llama)[NAME].data, digests()
     weight.view(torch.int32)[3, 5] ^= 1
