@@ -138,7 +138,7 @@ def tradeoff_figure(rows: Rows, terms: Terms) -> Picture:
         target.metric: f"valid {target.name} answers",
         target.nll_metric: f"{target.title} NLL, nats per token",
     }
-    return share_figure(tradeoff_lines(rows), panels, kept=terms.kept_rates)
+    return share_figure(tradeoff_lines(rows), panels, abilities=terms.kept_rates)
 
 
 def _comparison(study: Study) -> str:
