@@ -520,8 +520,6 @@ class Rows(Sequence[Measurement]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
     def __repr__(self) -> str:
         return f"Rows({len(self)}: {listed(self.metrics)})"
 

@@ -97,12 +97,14 @@ def most_removed(
         totals[layer, number] = count.n_removed
         if (layer, "kv_head") in n_units:
             # Of 4 heads and 2 key-value heads, heads 0 and 1 read key-value head 0.
-            n_heads, n_kv_heads = n_units[layer, "head"], n_units[layer, "kv_head"]
+            n_heads = n_units[layer, "head"]
+            n_kv_heads = n_units[layer, "kv_head"]
             kv_head = Place(layer, "kv_head", number * n_kv_heads // n_heads)
             totals[layer, number] += counts[kv_head].n_removed
 
     units = [unit for unit, total in totals.items() if total]
-    return sorted(units, key=lambda unit: -totals[unit])[:n]
+    units.sort(key=lambda unit: -totals[unit])
+    return units[:n]
 
 
 class Concentration(NamedTuple):
@@ -163,7 +165,11 @@ def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
     return float(weighted - (n + 1) / n)
 
 
-def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -> Rows:
+def location_rows(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    labels: Labels,
+) -> Rows:
     """The location of a mask's weights, as rows."""
     rows = Rows()
     for by in ("matrix", "head"):

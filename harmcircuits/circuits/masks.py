@@ -357,12 +357,12 @@ def top_fraction(
     if within == "model":
         n_weights = sum(map(math.prod, shapes.values()))
         removed = largest(scores.values, _count(fraction, n_weights), excluded)
-    elif within == "weight":
-        for name, value in scores.values.items():
+        return WeightMask(removed, shapes, source)
+    for name, value in scores.values.items():
+        if within == "weight":
             count = _count(fraction, value.numel())
             removed |= largest({name: value}, count, excluded)
-    else:
-        for name, value in scores.values.items():
+        else:
             count = _count(fraction, shapes[name][-1])
             removed[name] = largest_of_rows(value, count, excluded.get(name))
     return WeightMask(removed, shapes, source)

@@ -16,16 +16,10 @@ Index = Int[Tensor, " _"]
 Indices = Mapping[str, Index]
 
 
-def largest(
-    scores: Scores,
-    k: int,
-    excluded: Indices,
-    *,
-    chunk: int | None = None,
-) -> dict[str, Index]:
+def largest(scores: Scores, k: int, excluded: Indices) -> dict[str, Index]:
     """Sorted flat indices of the k largest scores over all tensors."""
     # First pass: count the keys in each bin.
-    counts = _histogram(scores, excluded, chunk)
+    counts = _histogram(scores, excluded)
     n_left = int(counts[1:].sum())  # bin 0 holds the excluded weights only
     if k > n_left:
         raise ValueError(
@@ -45,7 +39,7 @@ def largest(
     best = _Best(k - n_above)
     for number, name in enumerate(scores):
         value = scores[name]
-        for start, keys in _chunks(value, excluded.get(name), chunk):
+        for start, keys in _chunks(value, excluded.get(name), _chunk_size(value)):
             bins = _bins(keys)
             above = (bins > edge).nonzero().flatten()
             parts[name].append(start + above.cpu())
@@ -81,13 +75,11 @@ def largest_of_rows(
     value: Float[Tensor, "... columns"],
     k: int,
     excluded: Index | None,
-    *,
-    chunk: int | None = None,
 ) -> Index:
     """Sorted flat indices of the k largest scores of every row (last axis)."""
     columns = value.shape[-1]
     # A chunk holds whole rows, at least one.
-    n_rows = (chunk or _chunk_size(value)) // columns
+    n_rows = _chunk_size(value) // columns
     whole_rows = max(1, n_rows) * columns
 
     parts = []
@@ -152,15 +144,11 @@ class _Best:
         return numbers, index
 
 
-def _histogram(
-    scores: Scores,
-    excluded: Indices,
-    chunk: int | None,
-) -> Int[Tensor, " bins"]:
+def _histogram(scores: Scores, excluded: Indices) -> Int[Tensor, " bins"]:
     """The number of keys in every bin."""
     counts = torch.zeros(N_KEY_BINS, dtype=torch.int64)
     for name, value in scores.items():
-        for _, keys in _chunks(value, excluded.get(name), chunk):
+        for _, keys in _chunks(value, excluded.get(name), _chunk_size(value)):
             bins = _bins(keys)
             counts += bins.bincount(minlength=N_KEY_BINS).cpu()
     return counts
@@ -210,11 +198,10 @@ def _keys(scores: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
 def _chunks(
     value: Float[Tensor, "..."],
     excluded: Index | None,
-    chunk: int | None,
+    size: int,
 ) -> Iterator[tuple[int, Index]]:
     """The chunks in order, as (first flat index, keys); excluded weights get the lowest key."""
     flat = value.flatten()
-    size = chunk or _chunk_size(value)
     for start in range(0, flat.numel(), size):
         end = start + size
         keys = _keys(flat[start:end])
