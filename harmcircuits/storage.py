@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir, mkstemp
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 from uuid import uuid4
 
@@ -212,20 +212,21 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 def mapped_copy(tensor: Tensor) -> Tensor:
     """A copy in a temporary file that is mapped into memory, so that it occupies no memory."""
-    folder = gettempdir()
-    descriptor, name = mkstemp(prefix="harmcircuits-", dir=folder)
-    os.close(descriptor)
-    path = Path(name)
-    try:
+    with (
+        naming(f"{gettempdir()} (TMPDIR sets the folder of temporary files)"),
+        # The mapping needs no name, so its file can go; Windows keeps a file that is in use.
+        TemporaryDirectory(prefix="harmcircuits-", ignore_cleanup_errors=True) as folder,
+    ):
+        path = Path(folder) / "tensor"
         # All bytes are written now: on a full disk that is an error, while the first use of a
         # sparse mapping would kill the process.
-        with naming(f"{folder} (TMPDIR sets the folder of temporary files)"):
-            path.write_bytes(tensor_bytes(tensor))
-        mapping = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    finally:
-        # The mapping needs no name; Windows does not delete a file that is in use.
-        with suppress(PermissionError):
-            path.unlink()
+        path.write_bytes(tensor_bytes(tensor))
+        mapping = torch.from_file(
+            str(path),
+            shared=True,
+            size=tensor.numel(),
+            dtype=tensor.dtype,
+        )
     return mapping.view(tensor.shape)
 
 

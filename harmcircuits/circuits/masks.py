@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
-from harmcircuits.circuits.selection import largest, largest_of_rows
+from harmcircuits.circuits.scores import Shapes, Source, WeightScores, read_shapes
+from harmcircuits.circuits.selection import Index, Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
 from harmcircuits.display import card, facts, heat_strip, note, share
 from harmcircuits.measurements import Rows
@@ -60,8 +60,8 @@ class WeightMask:
         ValueError: indices that are unsorted, repeated or outside their weight.
     """
 
-    removed: Mapping[str, Int[Tensor, " _"]]
-    shapes: Mapping[str, tuple[int, ...]]
+    removed: Indices
+    shapes: Shapes
     source: Source
     trace: Rows = field(default_factory=Rows)
     file: str = ""
@@ -192,7 +192,7 @@ class WeightMask:
             removed[name] = combine(self._index(name), other._index(name))
         return WeightMask(removed, self.shapes, self.source.child(method, other.source))
 
-    def _index(self, name: str) -> Int[Tensor, " _"]:
+    def _index(self, name: str) -> Index:
         """The flat indices that a weight loses; empty if it loses nothing."""
         return self.removed.get(name, NO_WEIGHTS)
 
@@ -347,7 +347,7 @@ def top_fraction(
         )
     shapes = scores.shapes
     source = scores.source.child("top_fraction", fraction=fraction, within=within)
-    excluded: Mapping[str, Tensor] = {}
+    excluded: Indices = {}
     if exclude is not None:
         refuse_other_weights("top_fraction: `exclude`", exclude, source.model, shapes)
         source = replace(source, parents=(scores.source, exclude.source))
@@ -376,7 +376,7 @@ def refuse_other_weights(
     name: str,
     mask: WeightMask,
     model: str,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
 ) -> None:
     """Refuse a mask of another model, or of other weights of this model."""
     if mask.source.model != model or dict(mask.shapes) != dict(shapes):

@@ -9,11 +9,14 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from harmcircuits.circuits.selection import Indices
 from harmcircuits.display import card, facts, listed, plural, settings_text
 from harmcircuits.storage import empty_folder, read_tensors, write_tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 SCORES_FORMAT = "harmcircuits.scores.1"
 SHARD_BYTES = 2**31  # the limit of a file's size, because a file is copied in memory
@@ -25,7 +28,7 @@ class RemovedWeights(Protocol):
     """The flat indices of removed weights by name, such as a mask."""
 
     @property
-    def removed(self) -> Mapping[str, Int[Tensor, " _"]]:
+    def removed(self) -> Indices:
         """The indices."""
         ...
 
@@ -241,7 +244,7 @@ class WeightScores:
         return cls(values, Source.from_json(stored_source))
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+def _shards(shapes: Shapes) -> list[list[str]]:
     """The names of the weights in each file, in order."""
     shards: list[list[str]] = [[]]
     size = 0
