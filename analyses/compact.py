@@ -152,7 +152,7 @@ lines = rows.where(split="heldout", ladder=rows[0].labels["ladder"]).by("mask")
 lines.pop(OF_BENIGN, None)  # of another target: of harm it shows what is protected
 names = sorted(lines, key=lambda name: name not in ("search", "one shot"))
 points = {name: curves.by_share(lines[name]) for name in names}
-claim.figure("What is left", share_figure(points, PANELS, kept=Terms.standard().kept_rates))
+claim.figure("What is left", share_figure(points, PANELS, abilities=Terms.standard().kept_rates))
 
 
 # %%

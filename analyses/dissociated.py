@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import ablation_rows
-from support.curves import KEPT_RATE
+from support.curves import KEPT_RATE, rate_difference
 from support.dissociation import dissociations_from
 from support.figures import cross_ablation_figure
 
@@ -90,7 +90,7 @@ def random_cost(rows: hc.Rows) -> hc.Measurement:
         for of_model in rows.where(metric).pool("seed").by("ladder", "model").values():
             unpruned = of_model.one(mask="none")
             for random in of_model.where(mask="random"):
-                costs += [hc.Measurement.difference("cost", {}, unpruned, random)]
+                costs += [rate_difference("cost", {}, unpruned, random)]
     return max(costs, key=lambda cost: cost.mean)
 
 

@@ -197,7 +197,7 @@ def mean_over(cases: Sequence[float]) -> hc.Measurement:
     """The mean of one figure a case, with the interval of cases drawn anew."""
     generator = np.random.default_rng(0)
     drawn = generator.choice(cases, (N_DRAWS, len(cases))).mean(axis=1)
-    said = hc.Measurement.of_draws("said", {}, drawn, mean=fmean(cases), n_groups=len(cases))
+    said = hc.Measurement.from_draws("said", {}, drawn, mean=fmean(cases), n_groups=len(cases))
     return replace(said, low=max(0.0, said.low), high=min(1.0, said.high))
 
 

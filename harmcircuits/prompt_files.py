@@ -109,7 +109,7 @@ def _columns(
     if not fitting:
         raise ValueError(
             f"{origin}: which column holds the requests? It has "
-            f"{listed(names, most=20) or 'no rows'}; say which by columns={{'prompt': 'NAME'}}"
+            f"{listed(names, limit=20) or 'no rows'}; say which by columns={{'prompt': 'NAME'}}"
         )
     columns = dict(KNOWN[fitting[0]])
     columns |= {ours: (ours,) for ours in COLUMNS if ours in names}

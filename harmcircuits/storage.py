@@ -1,12 +1,12 @@
-"""Files: written whole or not at all, read whole or refused by their name."""
+"""Files are written completely or not at all; a reader refuses a damaged file by its name."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir, mkstemp
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 from uuid import uuid4
 
@@ -15,16 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT, DIGEST = "format", "digest"  # entries of a header
+FORMAT, DIGEST = "format", "digest"  # keys in the metadata of a safetensors file
+MASK_FILE = "mask.safetensors"
+HUB_REMEDY = "check the name and the network, and log in with `hf auth login` or set HF_TOKEN"
 
 # Whole files
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file that takes the place of `path` on a clean exit and is gone on any other."""
+    """A temporary file that replaces `path` on a clean exit and is deleted on an error."""
     path = Path(path)
-    # In the same folder, since a rename is atomic only within a file system.
+    # In the same folder, because a rename is atomic only within one file system.
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         with naming(path):
@@ -39,21 +41,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(place: str | Path) -> Iterator[None]:
-    """Errors of the disk, such as a full one, name this place; safetensors has its own for them."""
+    """Errors of the disk, such as a full disk, name this file or folder."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise OSError(f"{place}: cannot be written ({error})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8."""
+    """Write a text file in UTF-8."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def read_text(path: str | Path, expected: str) -> str:
-    """The text of a UTF-8 file, without the byte order mark that spreadsheets begin it with."""
+    """The text of a UTF-8 file, without the byte order mark that spreadsheets write."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +63,7 @@ def read_text(path: str | Path, expected: str) -> str:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Write an object."""
+    """Write an object as a JSON file."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
@@ -71,11 +73,11 @@ def read_json(path: str | Path, expected: str) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: no object in JSON ({error}); expected {expected}") from None
+        raise ValueError(f"{path}: holds no JSON object ({error}); expected {expected}") from None
 
 
 def empty_folder(folder: str | Path) -> Path:
-    """A folder with nothing in it, made if it is not there."""
+    """An empty folder, which is created if it does not exist."""
     folder = Path(folder)
     refuse_filled(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def empty_folder(folder: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raises ValueError for a file, and for a folder that holds something."""
+    """Refuse a file, and a folder that is not empty."""
     is_filled = folder.is_dir() and any(folder.iterdir())
     if folder.is_file() or is_filled:
         raise ValueError(f"{folder} exists and is not empty; give a new folder")
@@ -93,7 +95,7 @@ def refuse_filled(folder: Path) -> None:
 
 
 def append_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a file, all or none, and see them onto the disk."""
+    """Append rows to a file, all of them or none, and flush them to the disk."""
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,13 +103,13 @@ def append_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.seek(0)
             last = file.read().rpartition(b"\n")[2]
             text = _lines(rows).encode()
-            if last and _row(last) is None:  # half a line that a killed run left
+            if last and _row(last) is None:  # a killed run left half a line
                 file.truncate(file.tell() - len(last))
             elif last:
                 text = b"\n" + text
             end = file.seek(0, os.SEEK_END)
             try:
-                # Where a disk fills up, a write takes a part, and only the next one fails.
+                # On a full disk, the first write stores a part and only the next one fails.
                 while text:
                     text = text[file.write(text) :]
                 os.fsync(file.fileno())
@@ -121,27 +123,26 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file that holds these rows and no others."""
+    """Write a file that holds exactly these rows."""
     write_text(path, _lines(rows))
 
 
 def read_lines(path: str | Path, expected: str) -> list[dict[str, Any]]:
-    """The rows of a file; half a line at its end, which a killed run left, is none."""
-    # Not by `splitlines`, which also splits at characters that a text may hold.
-    *lines, last = read_text(path, expected).split("\n")
+    """The rows of a file; a last line that a killed run left unfinished is ignored."""
+    # `splitlines` also splits at characters that a text may contain.
+    lines = read_text(path, expected).split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is not None:
             rows.append(row)
-        elif line.strip():
-            raise ValueError(f"{path}, line {number}: no object in JSON; expected {expected}")
-    last_row = _row(last)
-    return rows if last_row is None else [*rows, last_row]
+        elif line.strip() and number < len(lines):
+            raise ValueError(f"{path}, line {number}: holds no JSON object; expected {expected}")
+    return rows
 
 
 def _row(line: str | bytes) -> dict[str, Any] | None:
-    """The object in a line; None where there is none."""
+    """The JSON object in a line; None if the line holds no object."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -158,7 +159,7 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
 def write_tensors(
     path: str | Path, format: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file with a digest of all that it holds."""
+    """Write a safetensors file with a digest of its metadata and tensors."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {FORMAT: format, **metadata}
     header[DIGEST] = _digest(header, tensors)
@@ -171,7 +172,7 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file of this format, mapped into memory, and its metadata.
 
-    Raises ValueError for any other file, and for values that are not those that were written. Files
+    Raises ValueError for a file of another format and for a file with changed values. Files
     of earlier versions have no such digest and are read as they are.
     """
     try:
@@ -180,7 +181,7 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: not a safetensors file, or a damaged one ({error}); expected a saved {noun}"
+            f"{path}: not a safetensors file, or damaged ({error}); expected a saved {noun}"
         ) from None
     if header.get(FORMAT) != format:
         raise ValueError(
@@ -188,12 +189,12 @@ def read_tensors(
         )
     digest = header.pop(DIGEST, None)
     if digest is not None and digest != _digest(header, tensors):
-        raise ValueError(f"{path}: damaged, its digest is of other values; make it again")
+        raise ValueError(f"{path}: damaged, its digest does not match; create it again")
     return tensors, header
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Thirty-two hex digits of all entries, names, number formats, shapes and bytes: SHA-256."""
+    """SHA-256 of the metadata and of all names, dtypes, shapes and bytes: 32 hex digits."""
     digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -203,51 +204,49 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor as they are stored, without a copy where it lies in order on a CPU."""
+    """The bytes of a tensor; no copy is made of a contiguous tensor on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().flatten()
-    # numpy has no bfloat16, so the values are handed over as bytes.
+    # numpy has no bfloat16, so it gets the values as bytes.
     return flat.view(torch.uint8).numpy().data
 
 
 def mapped_copy(tensor: Tensor) -> Tensor:
-    """The same numbers on the CPU, in a temporary file: read like memory, and no memory kept."""
-    folder = gettempdir()
-    descriptor, name = mkstemp(prefix="harmcircuits-", dir=folder)
-    os.close(descriptor)
-    path = Path(name)
-    try:
-        # Written, not only made as long: a full disk is an error here, and where a mapping is first
-        # used it would be the end of the process.
-        with naming(f"{folder} (TMPDIR sets where temporary files lie)"):
-            path.write_bytes(tensor_bytes(tensor))
-        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    finally:
-        # The mapping lives on without a name; Windows takes none from a file that is in use.
-        with suppress(PermissionError):
-            path.unlink()
-    return mapped.view(tensor.shape)
+    """A copy in a temporary file that is mapped into memory, so that it occupies no memory."""
+    with (
+        naming(f"{gettempdir()} (TMPDIR sets the folder of temporary files)"),
+        # The mapping needs no name, so its file can go; Windows keeps a file that is in use.
+        TemporaryDirectory(prefix="harmcircuits-", ignore_cleanup_errors=True) as folder,
+    ):
+        path = Path(folder) / "tensor"
+        # All bytes are written now: on a full disk that is an error, while the first use of a
+        # sparse mapping would kill the process.
+        path.write_bytes(tensor_bytes(tensor))
+        mapping = torch.from_file(
+            str(path),
+            shared=True,
+            size=tensor.numel(),
+            dtype=tensor.dtype,
+        )
+    return mapping.view(tensor.shape)
 
 
-MASK_FILE = "mask.safetensors"
-
-
-REMEDY = "check the name and the network, and log in with `hf auth login` or set HF_TOKEN"
+# The hub
 
 
 def mask_file(source: str | Path, filename: str = MASK_FILE, revision: str | None = None) -> Path:
-    """Where a mask's file is on this machine; one of the hub is downloaded or from its cache."""
+    """The path of a mask's file: in a local folder, or in the cache of the Hugging Face hub."""
     path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
         return path / filename
-    # Imported here: a mask of this machine needs no hub.
+    # Imported here, because a local mask needs no hub.
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(str(source), filename, revision=revision))
-    except (OSError, ValueError) as error:  # each error of the hub is one of these
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{source}: no such file, and no {filename} on the hub ({reason}); {REMEDY}"
+            f"{source}: no such file, and no {filename} on the hub ({first_line}); {HUB_REMEDY}"
         ) from None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.random import Generator
 from scipy.stats import binom
+from support.curves import rate_difference
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.overlap import marginal_null, overlap
@@ -40,7 +41,7 @@ def difference(rng: Generator) -> tuple[Measurement, float]:
     for share in (0.7, 0.4):
         hits = (rng.random(N_ITEMS) < share).tolist()
         rates.append(Measurement.rate("x_rate", {}, hits, range(N_ITEMS)))
-    return Measurement.difference("d", {}, *rates), 0.7 - 0.4
+    return rate_difference("d", {}, *rates), 0.7 - 0.4
 
 
 def average(rng: Generator) -> tuple[Measurement, float]:

@@ -17,7 +17,7 @@ from harmcircuits.behaviours.generation import GenerationCache, generate
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.behaviours.repeats import IN_TWO_SPLITS, repeat_rows
 from harmcircuits.behaviours.request_files import RequestFiles, request_behaviours, request_pairs
-from harmcircuits.circuits.masks import N_BINS
+from harmcircuits.circuits.masks import N_MAGNITUDE_BINS
 from harmcircuits.circuits.scores import Source
 from harmcircuits.export import _whole_or_nothing
 from harmcircuits.hooks.weights import weights_digest
@@ -196,17 +196,17 @@ def test_b13_random_masks_of_like_magnitude_have_as_many_in_each_bin():
     index = torch.cat([index, magnitude.topk(200).indices]).unique()  # much of one bin
     mask = hc.WeightMask({"w": index}, {"w": (100, 200)}, Source("m", "x"))
     drawn = hc.random_like(mask, seed=1, weights={"w": weight})
-    rank = magnitude.argsort(stable=True).argsort() * N_BINS // magnitude.numel()
+    rank = magnitude.argsort(stable=True).argsort() * N_MAGNITUDE_BINS // magnitude.numel()
 
     def in_bins(of_mask):
-        return rank[of_mask.removed["w"]].bincount(minlength=N_BINS)
+        return rank[of_mask.removed["w"]].bincount(minlength=N_MAGNITUDE_BINS)
 
     assert torch.equal(in_bins(drawn), in_bins(mask))
     assert drawn != mask and drawn == hc.random_like(mask, seed=1, weights={"w": weight})
     times = torch.zeros(weight.numel())
     for seed in range(60):
         times[hc.random_like(mask, seed=seed, weights={"w": weight}).removed["w"]] += 1
-    of_bin = times[rank == N_BINS - 1]
+    of_bin = times[rank == N_MAGNITUDE_BINS - 1]
     expected = 60 * int(in_bins(mask)[-1]) / len(of_bin)
     assert of_bin.mean() == pytest.approx(expected) and of_bin.std() < 2 * expected**0.5
 

@@ -75,8 +75,8 @@ def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, name):
     [
         (None, read_text, "No such file"),
         ("é".encode("latin-1"), read_text, "UTF-8"),
-        (b"[1]", read_json, "no object in JSON"),
-        (b"{", read_json, "no object in JSON"),
+        (b"[1]", read_json, "holds no JSON object"),
+        (b"{", read_json, "holds no JSON object"),
         (b'{"a": 1}\n{"a": 1\n{"a": 2}\n', read_lines, "line 2"),
         (b'{"a": 1}\n[1]\n', read_lines, "line 2"),
     ],
@@ -222,7 +222,7 @@ def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkey
     sums = []
 
     def keep(search: Search, folder: Path) -> None:
-        sums.extend(is_mapped(value, temporary) for value in search.slopes.values())
+        sums.extend(is_mapped(value, temporary) for value in search.worth.slopes.values())
         plain_keep(search, folder)
 
     plain_keep = Search.keep

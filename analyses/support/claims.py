@@ -36,7 +36,7 @@ from harmcircuits.measurements import Rows
 from harmcircuits.storage import write_text
 from harmcircuits.views.circuitsvis import Panels, Visual, circuitsvis_script
 from harmcircuits.views.figures import Picture
-from harmcircuits.views.page import drawn, frame, plot, section, write_page
+from harmcircuits.views.page import frame, plot, section, visual, write_page
 from harmcircuits.views.tables import DASH, frame_table
 
 if TYPE_CHECKING:
@@ -320,7 +320,9 @@ class Claim:
         sections = []
         for title, figure in self.figures.items():
             is_picture = isinstance(figure, Picture)
-            content = plot(figure, label=title) if is_picture else drawn(figure.html(), label=title)
+            content = (
+                plot(figure, label=title) if is_picture else visual(figure.html(), label=title)
+            )
             sections.append(section(title, "", content))
         return sections
 

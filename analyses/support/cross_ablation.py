@@ -133,8 +133,8 @@ def overlap_rows(
         lifts = [shared.lift for shared in with_resamples]
         jaccards = [shared.jaccard for shared in with_resamples]
         rows += [
-            Measurement.of_draws("overlap_lift", where, lifts),
-            Measurement.of_draws("overlap_jaccard", where, jaccards),
+            Measurement.from_draws("overlap_lift", where, lifts),
+            Measurement.from_draws("overlap_jaccard", where, jaccards),
         ]
     return rows
 
@@ -262,7 +262,7 @@ def _topic_mean(
             means.append(np.nanmean(resample))
     n = len(values)
     mean = float(np.nanmean(counted))
-    return Measurement.of_draws(metric, labels, means, mean=mean, n=n, n_groups=n)
+    return Measurement.from_draws(metric, labels, means, mean=mean, n=n, n_groups=n)
 
 
 def overlap_place_rows(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Literal, get_args
 
-from support.curves import KEPT_RATE
+from support.curves import KEPT_RATE, rate_difference
 
 from harmcircuits.measurements import Labels, Measurement, Rows
 
@@ -65,8 +65,8 @@ def _gap_and_cost(rates: Sequence[Measurement]) -> tuple[Measurement, Measuremen
     #        '------------- cost: 3 -------------------'
     unpruned, own, other = rates
     name, labels = unpruned.metric, other.labels
-    gap = Measurement.difference(f"{name}_gap", labels, other, own)
-    cost = Measurement.difference(f"{name}_cost", labels, unpruned, other)
+    gap = rate_difference(f"{name}_gap", labels, other, own)
+    cost = rate_difference(f"{name}_cost", labels, unpruned, other)
     return gap, cost
 
 

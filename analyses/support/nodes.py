@@ -37,7 +37,7 @@ def importance_rows(effects: Float[Tensor, "n layer node pos"], labels: Labels) 
         where = {**labels, **_place(layer, node, value.shape[1])}
         mean = float(value[layer, node])
         of_node = resampled[:, layer, node]
-        row = Measurement.of_draws("node_importance", where, of_node, mean=mean, n=n, n_groups=n)
+        row = Measurement.from_draws("node_importance", where, of_node, mean=mean, n=n, n_groups=n)
         row = replace(row, low=max(0.0, row.low))
         if mean <= by_chance[layer, node]:
             row = replace(row, low=0.0)
@@ -123,7 +123,7 @@ def _correlation(pairs: Float[ndarray, "2 n"], labels: Labels) -> Rows:
     draws = pairs[:, drawn].swapaxes(0, 1)
     varied = draws[np.ptp(draws, axis=-1).all(-1)]  # a resample may be one node many times
     mean = float(_rho(pairs[None])[0])
-    return Rows([Measurement.of_draws("rank_correlation", labels, _rho(varied), mean=mean, n=n)])
+    return Rows([Measurement.from_draws("rank_correlation", labels, _rho(varied), mean=mean, n=n)])
 
 
 def _rho(pairs: Float[ndarray, "draws 2 n"]) -> Float[ndarray, " draws"]:

@@ -100,7 +100,7 @@ class Probe:
             direction=tensors["direction"],
             bias=scalars["bias"],
             threshold=scalars["threshold"],
-            rows=Rows.of_dicts(rows),
+            rows=Rows.from_dicts(rows),
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a mask's weights sit: by layer, matrix, head and neuron, and how concentrated they are."""
+"""The location of a mask's weights: by layer, matrix, head and neuron, and how concentrated."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,31 +11,31 @@ from torch import Tensor
 
 from harmcircuits.circuits.masks import WeightMask, random_like
 from harmcircuits.circuits.sites import Site
-from harmcircuits.measurements import Labels, Measurement, Rows
+from harmcircuits.measurements import Label, Labels, Measurement, Rows
 
 By = Literal["layer", "matrix", "head", "neuron"]
+Unit = Literal["head", "neuron"]
 
-NONE = torch.empty(0, dtype=torch.int64)
-N_NULL = 20  # random masks behind an interval of chance
+# Attention matrices are counted by head, all others by neuron.
+UNITS = {"head": ("head", "kv_head"), "neuron": ("neuron", "expert")}
+NO_WEIGHTS = torch.empty(0, dtype=torch.int64)
+N_RANDOM = 20  # random masks for the interval of a figure by chance
 
 
 class Place(NamedTuple):
     """A part of the model."""
 
-    # Fewer fields for a larger place: Place(3), Place(3, "attn.q"), Place(3, "head", 1).
+    # A larger place has fewer fields: Place(3), Place(3, "attn.q"), Place(3, "head", 1).
     layer: int
     part: str = ""
     number: int = 0
 
 
 class Count(NamedTuple):
-    """How many weights of a place are removed, of how many."""
+    """The number of removed weights in a place, and the number of its weights."""
 
     n_removed: int
     n_weights: int
-
-
-Piece = tuple[Place, int, int]  # place, removed weights, weights
 
 
 def counts_by(
@@ -43,62 +43,72 @@ def counts_by(
     sites: Mapping[str, Site],
     by: By,
 ) -> dict[Place, Count]:
-    """Removed weights of every layer, matrix, head or neuron, zeros included."""
-    counts: dict[Place, Count] = {}
-    for place, n_removed, n_weights in pieces(mask, sites, by):
-        before = counts.get(place, Count(0, 0))
-        counts[place] = Count(before.n_removed + n_removed, before.n_weights + n_weights)
-    return counts
+    """The removed weights of every layer, matrix, head or neuron, zeros included."""
+    n_removed = Counter[Place]()
+    n_weights = Counter[Place]()
+    for place, count in matrix_counts(mask, sites, by):
+        n_removed[place] += count.n_removed
+        n_weights[place] += count.n_weights
+    return {place: Count(n_removed[place], n_weights[place]) for place in n_weights}
 
 
-def pieces(
+def matrix_counts(
     mask: WeightMask,
     sites: Mapping[str, Site],
     by: By,
-) -> Iterator[Piece]:
-    """(place, removed, weights) of every part of a matrix that lies in one place."""
+) -> Iterator[tuple[Place, Count]]:
+    """The removed weights of every part of a matrix that lies in one place, matrix by matrix."""
     if by not in get_args(By):
         raise ValueError(f"by={by!r}; expected one of {', '.join(get_args(By))}")
     for name, n_removed in mask.counts.items():
         site = sites[name]
         n_weights = site.parameter.numel()
-        is_attention = site.kind.startswith("attn")
+        count = Count(n_removed, n_weights)
         if by == "layer":
-            yield Place(site.layer), n_removed, n_weights
+            yield Place(site.layer), count
         elif by == "matrix":
-            yield Place(site.layer, site.kind), n_removed, n_weights
-        elif by == ("head" if is_attention else "neuron"):
-            units = site.units(mask.removed.get(name, NONE))
-            for number, n_of_unit in enumerate(units.bincount(minlength=site.n_units).tolist()):
+            yield Place(site.layer, site.kind), count
+        elif site.unit in UNITS[by]:
+            removed = _unit_counts(site, mask.removed.get(name, NO_WEIGHTS))
+            for number, n in enumerate(removed.tolist()):
                 place = Place(site.layer, site.unit, number)
-                yield place, n_of_unit, n_weights // site.n_units
+                yield place, Count(n, n_weights // site.n_units)
+
+
+def _unit_counts(site: Site, index: Int[Tensor, " n"]) -> Int[Tensor, " unit"]:
+    """The number of weights in each head, neuron or expert of a matrix."""
+    return site.units(index).bincount(minlength=site.n_units)
 
 
 def most_removed(
     mask: WeightMask,
     sites: Mapping[str, Site],
-    by: Literal["head", "neuron"],
+    by: Unit,
     n: int,
 ) -> list[tuple[int, int]]:
-    """(layer, number) of the heads or neurons that lose most weights, the most first."""
-    removed = {place: count.n_removed for place, count in counts_by(mask, sites, by).items()}
-    n_units = Counter((place.layer, place.part) for place in removed)
-    lost: dict[tuple[int, int], int] = {}
-    for place, n_removed in removed.items():
-        if place.part != by:
+    """(layer, number) of the n heads or neurons that lose most weights, in falling order."""
+    counts = counts_by(mask, sites, by)
+    n_units = Counter((place.layer, place.part) for place in counts)
+    totals: dict[tuple[int, int], int] = {}
+    for place, count in counts.items():
+        layer, part, number = place
+        if part != by:
             continue
-        if by == "head":
+        totals[layer, number] = count.n_removed
+        if (layer, "kv_head") in n_units:
             # Of 4 heads and 2 key-value heads, heads 0 and 1 read key-value head 0.
-            n_heads, n_kv_heads = n_units[place.layer, "head"], n_units[place.layer, "kv_head"]
-            read = Place(place.layer, "kv_head", place.number * n_kv_heads // n_heads)
-            n_removed += removed.get(read, 0)
-        if n_removed:
-            lost[place.layer, place.number] = n_removed
-    return sorted(lost, key=lambda unit: -lost[unit])[:n]
+            n_heads = n_units[layer, "head"]
+            n_kv_heads = n_units[layer, "kv_head"]
+            kv_head = Place(layer, "kv_head", number * n_kv_heads // n_heads)
+            totals[layer, number] += counts[kv_head].n_removed
+
+    units = [unit for unit, total in totals.items() if total]
+    units.sort(key=lambda unit: -totals[unit])
+    return units[:n]
 
 
 class Concentration(NamedTuple):
-    """How unequally a mask falls on heads or neurons."""
+    """How unequally a mask is distributed over heads or neurons."""
 
     gini: float
     top_share: float
@@ -108,21 +118,27 @@ class Concentration(NamedTuple):
 def concentration(
     mask: WeightMask,
     sites: Mapping[str, Site],
-    by: Literal["head", "neuron"],
+    by: Unit,
 ) -> Concentration:
     """Gini coefficient and top share of the mask over heads or neurons.
 
-    A sparse mask is unequal by chance alone, so neither figure means anything without those of
-    masks from `random_like`. Of a mask that removes nothing there, both are NaN.
+    The Gini coefficient is that of each unit's share of removed weights; the top share is the
+    share of the removed weights that lies in the 5 % of units that lose most. A sparse mask is
+    unequal by chance alone, so compare both figures with those of masks from `random_like`. Both
+    are NaN if the mask removes no weight of such a unit.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01, within="model")
     >>> hc.concentration(mask, hc.weight_sites(bridge), "neuron")
     Concentration(gini=0..., top_share=0..., n_removed=...)
 
     Args:
-        mask: as in `counts_by`.
-        sites: as in `counts_by`.
+        mask: the mask.
+        sites: `weight_sites` of its model.
         by: "head" or "neuron".
+
+    Raises:
+        ValueError: another `by`.
+        KeyError: `sites` lack a matrix of the mask.
     """
     counts = list(counts_by(mask, sites, by).values())
     removed = np.sort([count.n_removed for count in counts])
@@ -149,8 +165,12 @@ def gini(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> float:
     return float(weighted - (n + 1) / n)
 
 
-def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -> Rows:
-    """Where a mask's weights sit, as rows."""
+def location_rows(
+    mask: WeightMask,
+    sites: Mapping[str, Site],
+    labels: Labels,
+) -> Rows:
+    """The location of a mask's weights, as rows."""
     rows = Rows()
     for by in ("matrix", "head"):
         for place, count in counts_by(mask, sites, by).items():
@@ -160,15 +180,31 @@ def location_rows(mask: WeightMask, sites: Mapping[str, Site], labels: Labels) -
                 "layer": place.layer,
                 "kind": place.part,
                 "index": place.number,
-                "of": count.n_weights,
             }
-            rows += [Measurement.exact("weights_removed", where, count.n_removed)]
+            rows += [_count_row(where, count)]
 
-    random = [random_like(mask, seed=seed) for seed in range(N_NULL)]
+    random_masks = [random_like(mask, seed=seed) for seed in range(N_RANDOM)]
     for by in ("head", "neuron"):
         counts = counts_by(mask, sites, by).values()
         if any(count.n_removed for count in counts):
-            rows += _concentration_rows(mask, random, sites, by, labels)
+            actual = concentration(mask, sites, by)
+            by_chance = [concentration(random, sites, by) for random in random_masks]
+            rows += _concentration_rows(actual, by_chance, {**labels, "by": by})
+    return rows
+
+
+def _concentration_rows(
+    actual: Concentration,
+    by_chance: Sequence[Concentration],
+    labels: Labels,
+) -> Rows:
+    rows = Rows()
+    for metric in ("gini", "top_share"):
+        value = getattr(actual, metric)
+        rows += [Measurement.exact(metric, {**labels, "chance": "no"}, value)]
+
+        values = [getattr(figures, metric) for figures in by_chance]
+        rows += [Measurement.from_draws(metric, {**labels, "chance": "yes"}, values)]
     return rows
 
 
@@ -179,40 +215,24 @@ def component_rows(
     *,
     n_units: int = 8,
 ) -> Rows:
-    """How many weights each matrix loses, and those of its heads or neurons that lose most."""
-    rows = Rows()
-    for place, count in counts_by(mask, sites, "matrix").items():
-        where = {**(labels or {}), "layer": place.layer, "kind": place.part}
-        of_matrix = {**where, "by": "matrix", "of": count.n_weights}
-        rows += [Measurement.exact("weights_removed", of_matrix, count.n_removed)]
-    for name, index in mask.removed.items():
+    """The number of weights that each matrix loses, and each of its units that lose most."""
+    matrices = Rows()
+    units = Rows()
+    for name, n_removed in mask.counts.items():
         site = sites[name]
-        where = {**(labels or {}), "layer": site.layer, "kind": site.kind, "unit": site.unit}
-        removed = site.units(index).bincount(minlength=site.n_units)
+        n_weights = site.parameter.numel()
+        where = {**(labels or {}), "layer": site.layer, "kind": site.kind}
+        matrices += [_count_row({**where, "by": "matrix"}, Count(n_removed, n_weights))]
+
+        removed = _unit_counts(site, mask.removed.get(name, NO_WEIGHTS))
         order = removed.argsort(descending=True, stable=True)[:n_units]
-        of = site.parameter.numel() // site.n_units
         for number in order[removed[order] > 0].tolist():
-            of_unit = {**where, "by": "unit", "index": number, "of": of}
-            rows += [Measurement.exact("weights_removed", of_unit, int(removed[number]))]
-    return rows
+            unit = {**where, "by": "unit", "unit": site.unit, "index": number}
+            count = Count(int(removed[number]), n_weights // site.n_units)
+            units += [_count_row(unit, count)]
+    return matrices + units
 
 
-def _concentration_rows(
-    mask: WeightMask,
-    random: Sequence[WeightMask],
-    sites: Mapping[str, Site],
-    by: Literal["head", "neuron"],
-    labels: Labels,
-) -> Rows:
-    actual = concentration(mask, sites, by)
-    chance = [concentration(other, sites, by) for other in random]
-    rows = Rows()
-    for metric in ("gini", "top_share"):
-        value = getattr(actual, metric)
-        where = {**labels, "by": by, "chance": "no"}
-        rows += [Measurement.exact(metric, where, value)]
-
-        values = [getattr(other, metric) for other in chance]
-        where = {**labels, "by": by, "chance": "yes"}
-        rows += [Measurement.of_draws(metric, where, values)]
-    return rows
+def _count_row(labels: Mapping[str, Label], count: Count) -> Measurement:
+    where = {**labels, "of": count.n_weights}
+    return Measurement.exact("weights_removed", where, count.n_removed)

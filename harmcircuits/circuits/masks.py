@@ -1,10 +1,10 @@
-"""Sparse sets of weights: chosen from scores, combined, saved, loaded."""
+"""Weight masks: sparse sets of weights, with set algebra, selection from scores, and files."""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from harmcircuits.circuits.scores import Source, WeightScores, read_shapes
-from harmcircuits.circuits.selection import largest, largest_of_rows
+from harmcircuits.circuits.scores import Shapes, Source, WeightScores, read_shapes
+from harmcircuits.circuits.selection import Index, Indices, largest, largest_of_rows
 from harmcircuits.circuits.sites import Site, by_place
 from harmcircuits.display import card, facts, heat_strip, note, share
 from harmcircuits.measurements import Rows
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
 
 Scope = Literal["weight", "model", "row"]
 
-FORMAT = "harmcircuits.mask.1"
+MASK_FORMAT = "harmcircuits.mask.1"
 FRAME_COLUMNS = ("layer", "kind", "unit", "number", "row", "column", "weight")
-N_BINS = 50  # of |W|, within which a random mask matches magnitudes
+N_MAGNITUDE_BINS = 50  # bins of |W| in which `random_like` matches counts
+NO_WEIGHTS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class WeightMask:
-    """A set of weights to remove.
+    """A set of weights to remove: a subnetwork, or *circuit*.
 
-    `a & b`, `a | b`, `a - b` and `~a` are set algebra; `len(a)` counts the weights; `a == b` says
-    whether they are the same weights of the same model, however they were chosen.
+    `a & b`, `a | b`, `a - b` and `~a` are set algebra; `len(a)` counts the weights; `a == b` tests
+    for the same weights of the same model, whatever method chose them.
 
     >>> scores = hc.removal_effect(bridge, harm)
     >>> first, second = (hc.top_fraction(scores, q, within="model") for q in (0.01, 0.02))
@@ -48,19 +49,19 @@ class WeightMask:
     (WeightMask(top_fraction, 9,830 of 983,040 weights, 1.00%), 9831, 0.0)
 
     Attributes:
-        removed: strictly increasing flat indices into each weight as stored; weights that lose
-            nothing are left out.
-        shapes: every weight the choice was made among.
+        removed: for each weight its removed entries: strictly increasing flat indices into the
+            weight as stored. A weight that loses no entry is absent.
+        shapes: the shapes of all weights that the choice considered.
         source: how the mask was made.
-        trace: what a search tried on the way, where one found it (see `find_circuit`).
-        file: what it was loaded from; empty for one made here.
+        trace: the rows of the search that made the mask (see `find_circuit`); else empty.
+        file: the file that the mask was loaded from; else empty.
 
     Raises:
         ValueError: indices that are unsorted, repeated or outside their weight.
     """
 
-    removed: Mapping[str, Int[Tensor, " _"]]
-    shapes: Mapping[str, tuple[int, ...]]
+    removed: Indices
+    shapes: Shapes
     source: Source
     trace: Rows = field(default_factory=Rows)
     file: str = ""
@@ -69,8 +70,8 @@ class WeightMask:
         foreign = self.removed.keys() - self.shapes.keys()
         if foreign:
             raise ValueError(f"WeightMask: {min(foreign)} is not among the shapes")
-        # In the order of the shapes: a file sorts them by name, and random masks that are drawn
-        # like this one would be others.
+        # In the order of the shapes. A file sorts its tensors by name, and in another order
+        # `random_like` would draw other weights.
         removed = {}
         for name, shape in self.shapes.items():
             index = self._index(name).to("cpu", torch.int64)
@@ -87,28 +88,32 @@ class WeightMask:
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:
-        counts = f"{self.n_removed:,} of {self.n_weights:,} weights, {share(self.fraction)}"
-        allowed = self.source.settings.get("n_allowed", self.n_removed)
-        fewer = f"; of {allowed:,} allowed" if allowed > self.n_removed else ""
-        return f"WeightMask({self.source.method}, {counts}{fewer})"
+        n_allowed = self.source.settings.get("n_allowed", len(self))
+        limit = f"; of {n_allowed:,} allowed" if n_allowed > len(self) else ""
+        return f"WeightMask({self.source.method}, {self._counts}, {share(self.fraction)}{limit})"
 
     def _repr_html_(self) -> str:
-        counts, shapes = by_place(self.counts), by_place(self.shapes)
-        shares, texts = {}, {}
-        for place, n_removed in counts.items():
+        shapes = by_place(self.shapes)
+        shares = {}
+        texts = {}
+        for place, n_removed in by_place(self.counts).items():
             layer, kind = place
             n_weights = math.prod(shapes[place])
             shares[place] = n_removed / n_weights
-            text = f"{n_removed:,} of {n_weights:,}, {share(shares[place])}"
-            texts[place] = f"layer {layer} {kind}: {text}"
-        most = share(max(shares.values(), default=0.0))
-        removed = f"{self.n_removed:,} of {self.n_weights:,} weights"
+            percent = share(shares[place])
+            texts[place] = f"layer {layer} {kind}: {n_removed:,} of {n_weights:,}, {percent}"
+
+        largest_share = share(max(shares.values(), default=0.0))
         return card(
             f"WeightMask: {self.source.method}, {share(self.fraction)}",
-            facts({"removed": removed, **self.source.facts}),
+            facts({"removed": self._counts, **self.source.facts}),
             heat_strip(shares, texts),
-            note(f"share of each matrix that is removed; the most: {most}"),
+            note(f"share of each matrix that is removed; the largest: {largest_share}"),
         )
+
+    @property
+    def _counts(self) -> str:
+        return f"{len(self):,} of {self.n_weights:,} weights"
 
     def __len__(self) -> int:
         return self.n_removed
@@ -127,27 +132,27 @@ class WeightMask:
 
     @property
     def n_removed(self) -> int:
-        """How many weights are removed."""
+        """The number of removed weights."""
         return sum(index.numel() for index in self.removed.values())
 
     @property
     def n_weights(self) -> int:
-        """How many weights the choice was made among."""
+        """The number of weights that the choice considered."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def fraction(self) -> float:
-        """The share of the weights that is removed."""
+        """The share of the weights that is removed, from 0 to 1."""
         return self.n_removed / self.n_weights
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of removed weights in every matrix, zeros included."""
+        """The number of removed weights in every matrix, zeros included."""
         return {name: self._index(name).numel() for name in self.shapes}
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that another set of weights changes: SHA-256 of the indices."""
+        """SHA-256 of the indices, 16 hex digits: equal masks have equal digests."""
         digest = hashlib.sha256()
         for name in sorted(self.removed):
             index = self.removed[name]
@@ -156,43 +161,49 @@ class WeightMask:
         return digest.hexdigest()[:16]
 
     def __and__(self, other: "WeightMask") -> "WeightMask":
-        """Weights in both."""
+        """The weights in both masks."""
         return self._combined(other, "intersection", lambda a, b: a[torch.isin(a, b)])
 
     def __or__(self, other: "WeightMask") -> "WeightMask":
-        """Weights in either."""
+        """The weights in either mask."""
         return self._combined(other, "union", lambda a, b: torch.cat([a, b]).unique())
 
     def __sub__(self, other: "WeightMask") -> "WeightMask":
-        """Weights in this mask and not in the other."""
+        """The weights in this mask and not in the other."""
         return self._combined(other, "difference", lambda a, b: a[~torch.isin(a, b)])
 
     def __invert__(self) -> "WeightMask":
-        """All other weights: under this mask, only the circuit itself is left. 8 bytes a weight."""
+        """All other weights; 8 bytes for each. Its mask leaves nothing but this mask's weights."""
         removed = {}
         for name in self.shapes:
             is_left = ~self.dense(name).flatten()
             removed[name] = is_left.nonzero().flatten()
-        source = Source(self.source.model, "complement", {}, (self.source,))
-        return WeightMask(removed, self.shapes, source)
+        return WeightMask(removed, self.shapes, self.source.child("complement"))
 
     def _combined(
-        self, other: "WeightMask", method: str, combine: Callable[[Tensor, Tensor], Tensor]
+        self,
+        other: "WeightMask",
+        method: str,
+        combine: Callable[[Tensor, Tensor], Tensor],
     ) -> "WeightMask":
         refuse_others(self, other)
-        removed = {name: combine(self._index(name), other._index(name)) for name in self.shapes}
-        source = Source(self.source.model, method, {}, (self.source, other.source))
-        return WeightMask(removed, self.shapes, source)
+        removed = {}
+        for name in self.shapes:
+            removed[name] = combine(self._index(name), other._index(name))
+        return WeightMask(removed, self.shapes, self.source.child(method, other.source))
 
-    def _index(self, name: str) -> Int[Tensor, " _"]:
-        """The flat indices that a weight loses, none where it loses nothing."""
-        return self.removed.get(name, torch.empty(0, dtype=torch.int64))
+    def _index(self, name: str) -> Index:
+        """The flat indices that a weight loses; empty if it loses nothing."""
+        return self.removed.get(name, NO_WEIGHTS)
 
     def dense(self, name: str) -> Bool[Tensor, "..."]:
-        """Bool tensor of the weight's shape, True where removed.
+        """A tensor of the weight's shape, True where an entry is removed.
 
         Args:
-            name: of a weight among `shapes`; a KeyError says it is not.
+            name: the name of a weight among `shapes`.
+
+        Raises:
+            KeyError: a name that is not among `shapes`.
         """
         shape = self.shapes[name]
         flat = torch.zeros(math.prod(shape), dtype=torch.bool)
@@ -200,20 +211,20 @@ class WeightMask:
         return flat.view(shape)
 
     def frame(self, sites: Mapping[str, Site]) -> "pandas.DataFrame":
-        """A line for each removed weight: its layer, kind, head or neuron, row and column.
+        """A table with a row for each removed weight: its layer, kind, unit, row, column and value.
 
         >>> mask = hc.top_fraction(hc.magnitude_scores(bridge), 1e-5, within="model")
         >>> list(mask.frame(hc.weight_sites(bridge)))
         ['layer', 'kind', 'unit', 'number', 'row', 'column', 'weight']
 
         Args:
-            sites: `weight_sites` of the mask's model. "unit" is what its matrices are cut into:
-                "head" (of q and o), "kv_head" (of k and v), "neuron" or "expert"; "number" says
-                which. "row" and "column" count in the last two axes of the weight as stored, and
-                "weight" is its value now.
+            sites: `weight_sites` of the mask's model. "unit" names the equal parts of the matrix:
+                "head" (of q and o), "kv_head" (of k and v), "neuron" or "expert"; "number" is the
+                number of the part. "row" and "column" count in the last two axes of the weight as
+                stored, and "weight" is its current value.
 
         Raises:
-            KeyError: sites that lack a matrix of the mask.
+            KeyError: `sites` lack a matrix of the mask.
         """
         import pandas
 
@@ -221,8 +232,8 @@ class WeightMask:
         for name, index in self.removed.items():
             site = sites[name]
             parameter = site.parameter.detach()
-            places = torch.unravel_index(index.to(parameter.device), self.shapes[name])
-            *_, row, column = places
+            position = torch.unravel_index(index.to(parameter.device), self.shapes[name])
+            *_, row, column = position
             columns = {
                 "layer": site.layer,
                 "kind": site.kind,
@@ -230,7 +241,7 @@ class WeightMask:
                 "number": site.units(index),
                 "row": row.cpu(),
                 "column": column.cpu(),
-                "weight": parameter[places].float().cpu(),
+                "weight": parameter[position].float().cpu(),
             }
             parts.append(pandas.DataFrame(columns))
         if not parts:
@@ -238,22 +249,23 @@ class WeightMask:
         return pandas.concat(parts, ignore_index=True)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the indices, shapes, source and versions. Never pickle.
+        """Write the indices, shapes, source, trace and versions as a safetensors file, no pickle.
 
         Args:
-            path: the file to write; one that is there is replaced, whole or not at all.
+            path: the file to write. A file at this path is replaced completely or not at all.
 
         Raises:
-            OSError: it cannot be written, naming the file.
+            OSError: the file cannot be written; the error names it.
         """
-        versions = {name: version(name) for name in ("torch", "transformer-lens", "harmcircuits")}
+        libraries = ("torch", "transformer-lens", "harmcircuits")
+        versions = {name: version(name) for name in libraries}
         metadata = {
             "shapes": json.dumps(dict(self.shapes)),
             "source": self.source.to_json(),
             "versions": json.dumps(versions),
-            "trace": json.dumps([asdict(row) for row in self.trace]),
+            "trace": json.dumps(self.trace.to_dicts()),
         }
-        write_tensors(path, FORMAT, self.removed, metadata)
+        write_tensors(path, MASK_FORMAT, self.removed, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
@@ -267,19 +279,23 @@ class WeightMask:
         Raises:
             ValueError: a missing file, one that holds no mask, or a damaged one.
         """
-        removed, metadata = read_tensors(path, FORMAT, "mask")
+        removed, metadata = read_tensors(path, MASK_FORMAT, "mask")
         # Earlier versions wrote no trace.
-        trace = Rows.of_dicts(json.loads(metadata.get("trace", "[]")))
+        trace = Rows.from_dicts(json.loads(metadata.get("trace", "[]")))
         source = Source.from_json(metadata["source"])
         return cls(removed, read_shapes(metadata["shapes"]), source, trace, str(path))
 
     @classmethod
     def from_hub(
-        cls, source: str | Path, *, filename: str = MASK_FILE, revision: str | None = None
+        cls,
+        source: str | Path,
+        *,
+        filename: str = MASK_FILE,
+        revision: str | None = None,
     ) -> "WeightMask":
-        """The mask in a repository of the Hugging Face hub, where `push_mask` or `export` put it.
+        """The mask in a repository of the Hugging Face hub, as `push_mask` or `export` wrote it.
 
-        A folder or file of this machine is read as it is, without a network.
+        A local folder or file is read without a network.
 
         >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
         >>> folder = hc.push_mask(mask, "someone/mask", folder="look first")
@@ -288,12 +304,12 @@ class WeightMask:
 
         Args:
             source: a hub id ("user/name"), a folder, or a file.
-            filename: the file's path in the repository or folder.
-            revision: branch, tag or commit of a repository; the newest by default.
+            filename: the path of the file within the repository or folder.
+            revision: a branch, tag or commit of the repository; the newest commit by default.
 
         Raises:
-            ValueError: no such repository, revision or file, no permission or no network; and as
-                `load`.
+            ValueError: no such repository, revision or file, no permission or no network; and the
+                errors of `load`.
         """
         return cls.load(mask_file(source, filename, revision))
 
@@ -307,22 +323,22 @@ def top_fraction(
 ) -> WeightMask:
     """The weights with the highest scores: exactly `round(fraction * n)` of each scope's n weights.
 
-    Halves are rounded up, and a positive fraction takes at least one weight of every scope, so that
-    none drops out silently. Ties go to the earlier matrix and the lower flat index.
+    Halves are rounded up, and a positive fraction takes at least one weight of every scope. Among
+    equal scores, the earlier matrix and the lower flat index come first.
 
     >>> hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
     WeightMask(top_fraction, 984 of 983,040 weights, 0.10%)
 
     Args:
-        scores: of every weight.
-        fraction: share of the weights.
-        within: the scope. "weight": each matrix by itself (the published code). "model": all
+        scores: a score for each weight.
+        fraction: the share of the weights, from 0 to 1.
+        within: the scope. "weight": each matrix by itself (as the published code). "model": all
             matrices ranked together. "row": each row (last axis) of the stored weight, as Wanda.
-        exclude: weights that cannot be chosen; the count stays that of the whole scope.
+        exclude: weights that cannot be chosen; they still count among the n weights of a scope.
 
     Raises:
-        ValueError: a fraction outside [0, 1], another scope, an `exclude` of other weights, or
-            fewer weights left in a scope than are to be chosen.
+        ValueError: a fraction outside [0, 1], another scope, an `exclude` of other weights, or a
+            scope with too few weights outside `exclude`.
     """
     if within not in ("weight", "model", "row") or not 0 <= fraction <= 1:
         raise ValueError(
@@ -330,26 +346,25 @@ def top_fraction(
             'and "weight", "model" or "row"'
         )
     shapes = scores.shapes
+    source = scores.source.child("top_fraction", fraction=fraction, within=within)
+    excluded: Indices = {}
     if exclude is not None:
-        refuse_other_weights("top_fraction: `exclude`", exclude, scores.source.model, shapes)
-    excluded = exclude.removed if exclude is not None else {}
+        refuse_other_weights("top_fraction: `exclude`", exclude, source.model, shapes)
+        source = replace(source, parents=(scores.source, exclude.source))
+        excluded = exclude.removed
 
     removed: dict[str, Tensor] = {}
     if within == "model":
         n_weights = sum(map(math.prod, shapes.values()))
         removed = largest(scores.values, _count(fraction, n_weights), excluded)
-    elif within == "weight":
-        for name, value in scores.values.items():
+        return WeightMask(removed, shapes, source)
+    for name, value in scores.values.items():
+        if within == "weight":
             count = _count(fraction, value.numel())
             removed |= largest({name: value}, count, excluded)
-    else:
-        for name, value in scores.values.items():
+        else:
             count = _count(fraction, shapes[name][-1])
             removed[name] = largest_of_rows(value, count, excluded.get(name))
-
-    settings = {"fraction": fraction, "within": within}
-    parents = (scores.source,) if exclude is None else (scores.source, exclude.source)
-    source = Source(scores.source.model, "top_fraction", settings, parents)
     return WeightMask(removed, shapes, source)
 
 
@@ -358,41 +373,48 @@ def _count(fraction: float, n: int) -> int:
 
 
 def refuse_other_weights(
-    what: str, mask: WeightMask, model: str, shapes: Mapping[str, tuple[int, ...]]
+    name: str,
+    mask: WeightMask,
+    model: str,
+    shapes: Shapes,
 ) -> None:
-    """Raises ValueError for a mask of another model than this, or of other weights of it."""
+    """Refuse a mask of another model, or of other weights of this model."""
     if mask.source.model != model or dict(mask.shapes) != dict(shapes):
-        odd = sorted(set(mask.shapes.items()) ^ set(shapes.items()))[:2]
+        difference = set(mask.shapes.items()) ^ set(shapes.items())
+        examples = sorted(difference)[:2]
         raise ValueError(
-            f"{what} is a mask of model {mask.source.model}, expected one of {model} over the same "
-            f"weights; they differ in {odd or 'no shape'}"
+            f"{name} is a mask of model {mask.source.model}, expected one of {model} over the same "
+            f"weights; they differ in {examples or 'no shape'}"
         )
 
 
-def refuse_others(mask: WeightMask, other: WeightMask) -> None:
-    """Raises ValueError for masks of two models, or of other weights of the same."""
-    refuse_other_weights("the second mask", other, mask.source.model, mask.shapes)
+def refuse_others(first: WeightMask, second: WeightMask) -> None:
+    """Refuse masks of two models, or of different weights of one model."""
+    refuse_other_weights("the second mask", second, first.source.model, first.shapes)
 
 
 def union(masks: Sequence[WeightMask]) -> WeightMask | None:
-    """The weights in any of the masks; None for no masks."""
+    """The weights in any of the masks; None without a mask."""
     return reduce(or_, masks) if masks else None
 
 
 def random_like(
-    mask: WeightMask, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
+    mask: WeightMask,
+    *,
+    seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> WeightMask:
-    """A random mask with as many weights in every matrix: the control that a circuit has to beat.
+    """A random mask with as many weights in every matrix: a matched control for the mask.
 
     >>> mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
     >>> hc.random_like(mask).counts == mask.counts
     True
 
     Args:
-        mask: what it is like.
-        seed: draws it.
-        weights: the model's `named_weights`; with them the mask also matches magnitude: as many in
-            each of 50 equal-sized bins of |W| of the matrix.
+        mask: the mask whose counts are matched.
+        seed: the seed of the random choice.
+        weights: the model's `named_weights`. With them the control also matches magnitude: it has
+            as many weights in each of 50 equal-sized bins of |W| of every matrix.
 
     Raises:
         KeyError: `weights` lack a matrix of the mask.
@@ -400,36 +422,46 @@ def random_like(
     rng = np.random.default_rng(seed)
     removed = {}
     for name, index in mask.removed.items():
-        size = math.prod(mask.shapes[name])
         if weights is None:
-            drawn = rng.choice(size, len(index), replace=False, shuffle=False)
+            size = math.prod(mask.shapes[name])
+            sample = rng.choice(size, len(index), replace=False, shuffle=False)
         else:
             magnitude = weights[name].detach().abs().flatten().float().cpu()
-            drawn = _matched(magnitude.numpy(), index.numpy(), rng)
-        removed[name] = torch.from_numpy(np.sort(drawn))
-    settings = {"seed": seed, "matched": "count" if weights is None else "count and magnitude"}
-    source = Source(mask.source.model, "random_like", settings, (mask.source,))
+            sample = _sample_like(magnitude.numpy(), index.numpy(), rng)
+        removed[name] = torch.from_numpy(np.sort(sample))
+    criterion = "count" if weights is None else "count and magnitude"
+    source = mask.source.child("random_like", seed=seed, matched=criterion)
     return WeightMask(removed, mask.shapes, source)
 
 
-def _matched(
-    magnitude: Float[ndarray, " size"], index: Int[ndarray, " n"], rng: np.random.Generator
+def _sample_like(
+    magnitude: Float[ndarray, " size"],
+    index: Int[ndarray, " n"],
+    rng: np.random.Generator,
 ) -> Int[ndarray, " n"]:
-    """As many random indices as given, in each bin of magnitude."""
+    """Random indices, as many as `index` has in each bin of magnitude."""
     size = len(magnitude)
-    ends = [math.ceil(number * size / N_BINS) for number in range(1, N_BINS)]
-    edges = np.partition(magnitude, ends)[ends]  # linear, where a sort of billions takes hours
-    wanted = np.bincount(np.searchsorted(edges, magnitude[index], side="right"), minlength=N_BINS)
+    numbers = range(1, N_MAGNITUDE_BINS)
+    ends = [math.ceil(number * size / N_MAGNITUDE_BINS) for number in numbers]
+    # A partition takes linear time; a sort of billions of numbers would take hours.
+    edges = np.partition(magnitude, ends)[ends]
 
-    # The first of each bin among so many candidates in random order; more, where they are too few.
-    n_candidates = 2 * N_BINS * len(index)
+    def bins(places: Int[ndarray, " m"]) -> Int[ndarray, " m"]:
+        return np.searchsorted(edges, magnitude[places], side="right")
+
+    n_in_bin = np.bincount(bins(index), minlength=N_MAGNITUDE_BINS)
+
+    # Take the first candidates of each bin, in random order; draw more if a bin has too few.
+    n_candidates = 2 * N_MAGNITUDE_BINS * len(index)
     while True:
         candidates = rng.choice(size, min(size, n_candidates), replace=False)
-        bins = np.searchsorted(edges, magnitude[candidates], side="right")
-        order = np.argsort(bins, kind="stable")
-        in_order = bins[order]
-        rank = np.arange(len(bins)) - np.searchsorted(in_order, in_order)  # within its bin
-        drawn = candidates[order[rank < wanted[in_order]]]
-        if len(drawn) == len(index):
-            return drawn
+        bin_of_candidate = bins(candidates)
+        order = np.argsort(bin_of_candidate, kind="stable")
+        sorted_bins = bin_of_candidate[order]
+        start = np.searchsorted(sorted_bins, sorted_bins)
+        rank = np.arange(len(candidates)) - start  # within its bin
+        is_first = rank < n_in_bin[sorted_bins]
+        sample = candidates[order[is_first]]
+        if len(sample) == len(index):
+            return sample
         n_candidates *= 4

@@ -1,4 +1,4 @@
-"""What two masks share, against chance that is matched to them."""
+"""The overlap of two masks, compared with chance that is matched to them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,19 +7,19 @@ from math import isnan, nan, prod
 import numpy as np
 from jaxtyping import Int, Int64
 
-from harmcircuits.circuits.location import By, Place, pieces
+from harmcircuits.circuits.location import By, Place, matrix_counts
 from harmcircuits.circuits.masks import WeightMask, refuse_others
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import card, facts, number_text, share
 from harmcircuits.measurements import Interval, student_quantile, wilson
 
-BURN_IN = 20  # rounds of trades before the first sample of the stricter null
+BURN_IN = 20  # rounds of trades before the first sample of `marginal_null`
 THINNING = 4  # rounds of trades between two samples
 
 
 @dataclass(frozen=True, repr=False)
 class Overlap:
-    """What two masks share."""
+    """The weights that two masks share, and the number expected by chance."""
 
     n_shared: int
     n_first: int
@@ -37,18 +37,16 @@ class Overlap:
     @property
     def containment(self) -> tuple[float, float]:
         """Share of the first mask that is in the second, and of the second that is in the first."""
-        of_first = self.n_shared / self.n_first
-        of_second = self.n_shared / self.n_second
-        return of_first, of_second
+        return self.n_shared / self.n_first, self.n_shared / self.n_second
 
     @property
     def lift(self) -> float:
-        """Shared weights over those expected by chance per matrix: 1 for unrelated masks."""
+        """Fold enrichment: shared weights over those expected per matrix; 1 for unrelated masks."""
         return self._over(self.n_expected)
 
     @property
     def lift_marginal(self) -> float:
-        """Shared weights over those expected by chance per row and column."""
+        """Fold enrichment over the number expected by chance per row and column."""
         return self._over(self.n_expected_marginal)
 
     @property
@@ -57,9 +55,8 @@ class Overlap:
         n = len(self.resampled)
         if n < 2:
             return self._wilson(self.n_expected)
-        # Not their quantiles: a resample repeats examples, so its masks agree less than those of
-        # all examples do. How far resamples differ from each other is what those of other examples
-        # would.
+        # The spread of the resamples, not their quantiles: a resample repeats examples, so its two
+        # masks agree less than the masks from all examples do.
         half = student_quantile(n) * float(np.std(self.resampled, ddof=1))
         return max(0.0, self.lift - half), self.lift + half
 
@@ -69,7 +66,7 @@ class Overlap:
         return self._wilson(self.n_expected_marginal)
 
     def _over(self, n_expected: float) -> float:
-        if not n_expected:  # no matrix from which both masks remove something
+        if not n_expected:  # no matrix loses weights in both masks
             return nan
         return self.n_shared / n_expected
 
@@ -78,7 +75,7 @@ class Overlap:
             return nan, nan
         n = min(self.n_first, self.n_second)
         low, high = wilson(self.n_shared / n, n)
-        # From shares of the smaller mask to numbers of weights, and over those expected.
+        # From shares of the smaller mask to numbers of weights, then to fold enrichment.
         low_lift = low * n / n_expected
         high_lift = high * n / n_expected
         return max(0.0, low_lift), high_lift
@@ -91,17 +88,17 @@ class Overlap:
         return f"Overlap({self})"
 
     def _repr_html_(self) -> str:
-        of_first, of_second = self.containment
-        stricter = ""
+        first_share, second_share = map(share, self.containment)
+        marginal = ""
         if not isnan(self.n_expected_marginal):
-            stricter = _with_interval(self.lift_marginal, self.interval_marginal)
+            marginal = _with_interval(self.lift_marginal, self.interval_marginal)
         values = {
             "shared": f"{self.n_shared:,}; by chance {number_text(self.n_expected)}",
-            "first": f"{self.n_first:,}, of which {share(of_first)} are in the second",
-            "second": f"{self.n_second:,}, of which {share(of_second)} are in the first",
+            "first": f"{self.n_first:,}, of which {first_share} are in the second",
+            "second": f"{self.n_second:,}, of which {second_share} are in the first",
             "Jaccard": f"{self.jaccard:.3f}",
             "lift against chance in each matrix": _with_interval(self.lift, self.interval),
-            "against chance in each row and column": stricter,
+            "against chance in each row and column": marginal,
         }
         return card("Overlap of two masks", facts(values))
 
@@ -112,16 +109,17 @@ def _with_interval(value: float, interval: Interval) -> str:
 
 
 def overlap(
-    mask: WeightMask,
-    other: WeightMask,
+    first: WeightMask,
+    second: WeightMask,
     *,
     resamples: Iterable[tuple[WeightMask, WeightMask]] = (),
     n_samples: int = 0,
     seed: int = 0,
 ) -> Overlap:
-    """Shared weights of two masks of one model against matched chance.
+    """Shared weights of two masks of one model, compared with matched chance.
 
-    E[shared] = sum over matrices of n_first n_second / n.
+    E[shared] = sum over matrices of n_first n_second / n: the expected number for two random masks
+    that remove as many weights of every matrix.
 
     >>> first = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01)
     >>> second = hc.top_fraction(hc.removal_effect(bridge, benign), 0.01)
@@ -129,32 +127,35 @@ def overlap(
     Overlap(... shared, Jaccard 0..., lift ... [..., ...])
 
     Args:
-        mask: the first mask.
-        other: the second.
-        resamples: the same two masks from resampled calibration examples, for the interval.
-        n_samples: samples of the stricter null (see `marginal_null`); none by default.
-        seed: draws them.
+        first: the first mask.
+        second: the second mask.
+        resamples: pairs of the same two masks, each from resampled calibration examples. They
+            give the interval of the lift.
+        n_samples: number of samples of the stricter null that keeps the counts of every row and
+            column; no sample by default.
+        seed: seed of these samples.
 
     Raises:
-        ValueError: masks of different models or weights, and a mask that removes nothing.
+        ValueError: masks of different models or weights, or a mask that removes nothing.
     """
-    lifts = [_counted(first, second).lift for first, second in resamples]
+    lifts = [_closed_form(*pair).lift for pair in resamples]
     n_expected = nan
     if n_samples:
-        n_expected = float(marginal_null(mask, other, n_samples=n_samples, seed=seed).mean())
-    return replace(_counted(mask, other), n_expected_marginal=n_expected, resampled=tuple(lifts))
+        n_expected = float(marginal_null(first, second, n_samples=n_samples, seed=seed).mean())
+    result = _closed_form(first, second)
+    return replace(result, n_expected_marginal=n_expected, resampled=tuple(lifts))
 
 
 def overlap_by(
-    mask: WeightMask,
-    other: WeightMask,
+    first: WeightMask,
+    second: WeightMask,
     sites: Mapping[str, Site],
     by: By,
 ) -> dict[Place, Overlap]:
     """The overlap within every layer, matrix, head or neuron that both masks touch.
 
-    Chance keeps each mask's count in every matrix of the place (in every head's or neuron's part of
-    it).
+    Chance keeps each mask's count in every matrix of the place, or in the part of the matrix that
+    belongs to the head or neuron.
 
     >>> first = hc.top_fraction(hc.removal_effect(bridge, harm), 0.01)
     >>> second = hc.top_fraction(hc.removal_effect(bridge, benign), 0.01)
@@ -162,79 +163,72 @@ def overlap_by(
     Place(layer=0, part='', number=0)
 
     Args:
-        mask: the first mask.
-        other: the second.
+        first: the first mask.
+        second: the second mask.
         sites: `weight_sites` of their model.
-        by: as in `counts_by`.
+        by: "layer", "matrix", "head" or "neuron".
 
     Raises:
-        ValueError: as `overlap` and `counts_by`.
+        ValueError: another `by`; masks of different models or weights, or a mask that removes
+            nothing.
     """
-    _check(mask, other)
-    # The same pieces in the same order for all three, so that they can be read side by side.
-    parts: dict[Place, Overlap] = {}
-    masks = (mask, other, mask & other)
-    of_masks = [pieces(each, sites, by) for each in masks]
-    for first, second, both in zip(*of_masks, strict=True):
-        place, n_first, n_weights = first
-        _, n_second, _ = second
-        _, n_shared, _ = both
-        before = parts.get(place, Overlap(0, 0, 0, 0.0))
-        parts[place] = Overlap(
-            before.n_shared + n_shared,
-            before.n_first + n_first,
-            before.n_second + n_second,
-            before.n_expected + n_first * n_second / n_weights,
+    _refuse_unrelated(first, second)
+    # The counts of the three masks come in the same order.
+    counts = [matrix_counts(mask, sites, by) for mask in (first, second, first & second)]
+    places: dict[Place, Overlap] = {}
+    for (place, in_first), (_, in_second), (_, in_both) in zip(*counts, strict=True):
+        n_expected = in_first.n_removed * in_second.n_removed / in_first.n_weights
+        total = places.get(place, Overlap(0, 0, 0, 0.0))
+        places[place] = Overlap(
+            total.n_shared + in_both.n_removed,
+            total.n_first + in_first.n_removed,
+            total.n_second + in_second.n_removed,
+            total.n_expected + n_expected,
         )
-    return {place: part for place, part in parts.items() if part.n_first and part.n_second}
+    return {place: total for place, total in places.items() if total.n_first and total.n_second}
 
 
 def marginal_null(
-    mask: WeightMask, other: WeightMask, *, n_samples: int = 100, seed: int = 0
+    first: WeightMask, second: WeightMask, *, n_samples: int = 100, seed: int = 0
 ) -> Int64[np.ndarray, " n_samples"]:
     """Shared weights of random masks that keep every row and every column count of each matrix."""
-    _check(mask, other)
+    _refuse_unrelated(first, second)
     rng = np.random.default_rng(seed)
     # Both chains draw from one generator, so the order of the trades below is part of the result.
-    first = _Chain(mask, rng)
-    second = _Chain(other, rng)
-    first.trade(BURN_IN)
-    second.trade(BURN_IN)
+    chains = _Chain(first, rng), _Chain(second, rng)
+    for chain in chains:
+        chain.trade(BURN_IN)
 
     n_shared = []
     for _ in range(n_samples):
-        first.trade(THINNING)
-        second.trade(THINNING)
-        is_shared = np.isin(first.cells, second.cells, assume_unique=True)
+        for chain in chains:
+            chain.trade(THINNING)
+        is_shared = np.isin(chains[0].cells, chains[1].cells, assume_unique=True)
         n_shared.append(is_shared.sum())
     return np.array(n_shared, dtype=np.int64)
 
 
-def _counted(mask: WeightMask, other: WeightMask) -> Overlap:
-    """What they share, and the expectation in closed form."""
-    _check(mask, other)
-    first, second = mask.counts, other.counts
+def _closed_form(first: WeightMask, second: WeightMask) -> Overlap:
+    """The overlap, with the expected number in closed form."""
+    _refuse_unrelated(first, second)
+    n_first, n_second = first.counts, second.counts
     n_expected = 0.0
-    for name, shape in mask.shapes.items():
-        # Each of the n_first weights is in the other mask with probability n_second / n.
-        n_expected += first[name] * second[name] / prod(shape)
-    return Overlap(
-        (mask & other).n_removed,
-        mask.n_removed,
-        other.n_removed,
-        n_expected,
-    )
+    for name, shape in first.shapes.items():
+        # Each of the n_first weights is in the second mask with probability n_second / n.
+        n_expected += n_first[name] * n_second[name] / prod(shape)
+    n_shared = len(first & second)
+    return Overlap(n_shared, len(first), len(second), n_expected)
 
 
-def _check(mask: WeightMask, other: WeightMask) -> None:
-    for each in (mask, other):
-        if not each.n_removed:
-            raise ValueError(f"overlap: {each} removes nothing; choose at least one weight")
-    refuse_others(mask, other)
+def _refuse_unrelated(first: WeightMask, second: WeightMask) -> None:
+    for mask in (first, second):
+        if not len(mask):
+            raise ValueError(f"overlap: {mask} removes nothing; choose at least one weight")
+    refuse_others(first, second)
 
 
 class _Chain:
-    """A mask as entries (row, column) that trades columns between rows of the same matrix."""
+    """A mask as entries (row, column), and trades of columns between rows of the same matrix."""
 
     def __init__(self, mask: WeightMask, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -249,7 +243,7 @@ class _Chain:
                 row, column = np.divmod(flat, shape[-1])
                 rows.append(first_row + row)
                 columns.append(column)
-                # A matrix is known by its first row. Each stacked expert is a matrix.
+                # Its first row identifies a matrix. Each stacked expert is a matrix.
                 n_rows = shape[-2]
                 matrices.append(first_row + row // n_rows * n_rows)
             first_row += prod(shape[:-1])
@@ -257,16 +251,16 @@ class _Chain:
         row_of_entry = np.concatenate(rows)
         matrix_of_entry = np.concatenate(matrices)
         self.column = np.concatenate(columns)
-        self.used, entry_of_row = np.unique(row_of_entry, return_index=True)
-        # Both arrays are sorted, so the place of a number in them is its new number.
-        self.row = np.searchsorted(self.used, row_of_entry)
+        self.rows, entry_of_row = np.unique(row_of_entry, return_index=True)
+        # Both arrays are sorted, so the position of a number in them is its new number.
+        self.row = np.searchsorted(self.rows, row_of_entry)
         self.matrix = matrix_of_entry[entry_of_row]
         self.start = np.searchsorted(self.matrix, self.matrix)
 
     @property
     def cells(self) -> Int[np.ndarray, " entries"]:
         """One number for each entry's place."""
-        row = self.used[self.row]
+        row = self.rows[self.row]
         return row * self.width + self.column
 
     def trade(self, n_rounds: int) -> None:
@@ -276,53 +270,53 @@ class _Chain:
 
     def _trade_once(self) -> None:
         """Pair up the rows of each matrix at random; each pair deals out its columns again."""
-        # A matrix of four used rows, 0 to 3, that are shuffled to the order 2, 0, 3, 1:
+        # A matrix has four rows with entries, 0 to 3, in the shuffled order 2, 0, 3, 1:
         #
         #     slot            0   1 | 2   3
         #     order[slot]     2   0 | 3   1     rows 2 and 0 are a pair, and so are 3 and 1
         #     side            0   1 | 0   1     a pair's first row and its second
-        #     pair            0   0 | 2   2     a pair is known by its first slot
+        #     pair            0   0 | 2   2     its first slot identifies a pair
         #
         #     row 2:   a  b  .  d               b stays: both rows hold it
         #     row 0:   .  b  c  .               a, d and c are free
         #
-        # Shuffled to c, a, d, the free ones go to row 2 until it holds as many as before (c, a),
-        # and then to row 0 (d). An odd row out is a pair by itself and takes back its own.
-        n_rows = len(self.used)
+        # Shuffled to c, a, d, the free columns go to row 2 up to its old count (c, a), and the rest
+        # to row 0 (d). The last of an odd number of rows is a pair by itself and does not change.
+        n_rows = len(self.rows)
         order = self._shuffled(self.matrix)
         place = np.empty_like(self.start)  # of a row among the shuffled rows of its matrix
         place[order] = np.arange(n_rows) - self.start
         side_of_row = place % 2
         pair_of_row = self.start + place - side_of_row
 
-        # From here on by entry. The three free ones of the pair of rows 2 and 0:
+        # From here on by entry. The three free entries of the pair of rows 2 and 0:
         #
-        #     row, column        2 a   2 d   0 c      n_of_first of the pair is 2
+        #     row, column        2 a   2 d   0 c      n_first of the pair is 2
         #     after the shuffle  0 c   2 a   2 d
         #     rank               0     1     2
-        #     side               0     0     1        rank >= n_of_first
+        #     side               0     0     1        rank >= n_first
         #     new row            2     2     0        order[pair + side]
         pair = pair_of_row[self.row]
         free = self._free(pair)
         row, pair = self.row[free], pair[free]
-        is_of_first = side_of_row[row] == 0
-        n_of_first = np.bincount(pair[is_of_first], minlength=n_rows)
+        is_first = side_of_row[row] == 0
+        n_first = np.bincount(pair[is_first], minlength=n_rows)
 
         shuffle = self._shuffled(pair)
-        pair = pair[shuffle]  # sorted now
-        first = np.searchsorted(pair, pair)  # of the pair in the shuffle
-        rank = np.arange(len(pair)) - first
-        side = rank >= n_of_first[pair]
+        pair = pair[shuffle]  # sorted by the shuffle
+        start = np.searchsorted(pair, pair)  # the first position of the pair
+        rank = np.arange(len(pair)) - start
+        side = rank >= n_first[pair]
         self.row[free[shuffle]] = order[pair + side]
 
     def _shuffled(self, groups: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The numbers 0 to n - 1, group after group, at random within each."""
+        """The numbers 0 to n - 1, group after group, in random order within a group."""
         noise = self.rng.random(len(groups))
         return np.lexsort((noise, groups))
 
     def _free(self, pair: Int[np.ndarray, " entries"]) -> Int[np.ndarray, " free"]:
         """The entries whose column the other row of their pair does not hold."""
-        # One number for a column of a pair: it occurs twice where both rows hold the column.
+        # One number for each column of a pair; it occurs twice if both rows hold the column.
         key = pair * self.width + self.column
         _, number, times = np.unique(
             key,

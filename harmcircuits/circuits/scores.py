@@ -1,4 +1,4 @@
-"""A score for every weight, and where it came from."""
+"""A score for every weight, and the source of the scores."""
 
 import json
 import math
@@ -9,36 +9,39 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from harmcircuits.circuits.selection import Indices
 from harmcircuits.display import card, facts, listed, plural, settings_text
 from harmcircuits.storage import empty_folder, read_tensors, write_tensors
 
-FORMAT = "harmcircuits.scores.1"
-SHARD_BYTES = 2**31  # a file is copied in memory before it is written
+Shapes = Mapping[str, tuple[int, ...]]
+
+SCORES_FORMAT = "harmcircuits.scores.1"
+SHARD_BYTES = 2**31  # the limit of a file's size, because a file is copied in memory
 SCORE_BYTES = 4  # of a float32
 
 
 @runtime_checkable
-class Removed(Protocol):
-    """Something that holds the flat indices of removed weights by name: a mask."""
+class RemovedWeights(Protocol):
+    """The flat indices of removed weights by name, such as a mask."""
 
     @property
-    def removed(self) -> Mapping[str, Int[Tensor, " _"]]:
+    def removed(self) -> Indices:
         """The indices."""
         ...
 
     @property
     def source(self) -> "Source":
-        """How it was made."""
+        """How they were chosen."""
         ...
 
 
 def not_finite(values: Mapping[str, Tensor]) -> str:
-    """The name of a tensor that is not finite, or none."""
-    # A sum is finite only if every term is, and needs no copy; that of finite terms may overflow.
-    # All sums are read together, since each reading waits for a GPU.
+    """The name of a tensor that is not finite; empty if all are finite."""
+    # A finite sum has finite terms only, and a sum needs no copy; but finite terms may overflow.
+    # All sums are read together, because each reading waits for a GPU.
     sums = [value.sum() for value in values.values()]
     if not sums or torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
         return ""
@@ -56,19 +59,23 @@ class Source:
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple["Source", ...] = ()
-    weights: str = field(default="", compare=False)
+    weights_digest: str = field(default="", compare=False)
+
+    def child(self, method: str, /, *parents: "Source", **settings: Any) -> "Source":
+        """The source of a result that `method` makes from this and from further parents."""
+        return Source(self.model, method, settings, (self, *parents))
 
     @property
     def all_weights(self) -> set[str]:
-        """The digests of the weights that this or an ancestor was made on."""
-        digests = {self.weights} if self.weights else set()
+        """The digests of the weights on which this and its ancestors were made."""
+        digests = {self.weights_digest} if self.weights_digest else set()
         for parent in self.parents:
             digests |= parent.all_weights
         return digests
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a notebook shows of it, by title."""
+        """The texts that a notebook shows, by title."""
         return {
             "settings": settings_text(self.settings),
             "from": listed(parent.method for parent in self.parents),
@@ -77,30 +84,32 @@ class Source:
 
     def to_json(self) -> str:
         """This source and its ancestors as one JSON object."""
-        row = asdict(self, dict_factory=_without_empty_weights)
-        return json.dumps(row, sort_keys=True)
+        return json.dumps(asdict(self, dict_factory=_file_row), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Source":
         """The inverse of `to_json`."""
-        return _from_row(json.loads(text))
+        return _from_file_row(json.loads(text))
 
 
-def _without_empty_weights(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Files of before the digest have none, and stay as they are.
-    return {name: value for name, value in items if (name, value) != ("weights", "")}
+def _file_row(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields as a file names them: the digest is "weights", and absent if it is empty."""
+    row = dict(items)
+    digest = row.pop("weights_digest")
+    return {**row, "weights": digest} if digest else row
 
 
-def _from_row(row: Any) -> Source:
-    parents = tuple(_from_row(parent) for parent in row["parents"])
-    return Source(**{**row, "parents": parents})
+def _from_file_row(row: Mapping[str, Any]) -> Source:
+    parents = tuple(_from_file_row(parent) for parent in row["parents"])
+    digest = row.get("weights", "")
+    return Source(row["model"], row["method"], row["settings"], parents, digest)
 
 
 @dataclass(frozen=True, repr=False)
 class WeightScores:
-    """One float32 score per weight.
+    """One float32 score for each weight.
 
-    Loaded scores stay in their file, which is mapped into memory: they need none that must be kept.
+    Loaded scores stay in their file, which is mapped into memory, so they occupy no memory.
 
     >>> scores = hc.removal_effect(bridge, harm)
     >>> scores, -scores
@@ -108,11 +117,11 @@ class WeightScores:
      WeightScores(negative, 983,040 weights))
 
     Attributes:
-        values: for each weight a tensor that has the shape of the weight as stored.
-        source: how they were made.
+        values: a tensor of scores for each weight, in the shape of the stored weight.
+        source: how the scores were made.
 
     Raises:
-        ValueError: scores of another dtype, or one that is not finite, with the name of the weight.
+        ValueError: scores of another dtype, or a score that is not finite; names the weight.
     """
 
     values: Mapping[str, Float[Tensor, "..."]]
@@ -120,30 +129,27 @@ class WeightScores:
 
     def __post_init__(self) -> None:
         for name, value in self.values.items():
-            # The selection reads their bits.
+            # The selection reads the bits of float32 numbers.
             if value.dtype != torch.float32:
                 raise ValueError(
-                    f"WeightScores: {name} is {value.dtype}; expected torch.float32: "
-                    "give its .float()"
+                    f"WeightScores: {name} is {value.dtype}; expected torch.float32, so convert "
+                    "it with .float()"
                 )
         name = not_finite(self.values)
         if name:
             raise ValueError(
-                f"WeightScores: {name} holds a score that is not finite; "
-                "look at the loss and the dtype"
+                f"WeightScores: {name} has a score that is not finite; check the loss and the dtype"
             )
         values = MappingProxyType(dict(self.values))
         object.__setattr__(self, "values", values)
 
     def __repr__(self) -> str:
-        sizes = map(math.prod, self.shapes.values())
-        examples = self.source.settings.get("n_examples")
-        data = f" of {plural(examples, 'example')}" if examples else ""
-        return f"WeightScores({self.source.method}{data}, {sum(sizes):,} weights)"
+        n_examples = self.source.settings.get("n_examples")
+        data = f" of {plural(n_examples, 'example')}" if n_examples else ""
+        return f"WeightScores({self.source.method}{data}, {self._n_weights:,} weights)"
 
     def _repr_html_(self) -> str:
-        n_weights = sum(map(math.prod, self.shapes.values()))
-        weights = f"{n_weights:,} in {len(self.shapes)} matrices"
+        weights = f"{self._n_weights:,} in {len(self.shapes)} matrices"
         table = facts({"weights": weights, **self.source.facts})
         return card(f"WeightScores: {self.source.method}", table)
 
@@ -152,21 +158,25 @@ class WeightScores:
         """The shape of every scored weight as stored."""
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
-    def sum_over(self, mask: Removed) -> float:
+    @property
+    def _n_weights(self) -> int:
+        return sum(value.numel() for value in self.values.values())
+
+    def sum_over(self, mask: RemovedWeights) -> float:
         """The sum of the scores of a mask's weights.
 
-        Of `removal_effect` it is the first-order prediction of the objective's change under the
-        mask.
+        For scores of `removal_effect`, the sum predicts to first order how the objective changes
+        under the mask.
 
         Args:
-            mask: of the same model.
+            mask: a mask of the same model.
 
         Raises:
             ValueError: a mask of another model.
         """
         if mask.source.model != self.source.model:
             raise ValueError(
-                f"sum_over: a mask of model {mask.source.model}, the scores are of "
+                f"sum_over: the mask is of model {mask.source.model}, but the scores are of "
                 f"{self.source.model}"
             )
         total = 0.0
@@ -179,17 +189,16 @@ class WeightScores:
     def __neg__(self) -> "WeightScores":
         """The scores with the opposite sign."""
         values = {name: -value for name, value in self.values.items()}
-        source = Source(self.source.model, "negative", {}, (self.source,))
-        return WeightScores(values, source)
+        return WeightScores(values, self.source.child("negative"))
 
     def save(self, folder: str | Path) -> None:
-        """Write safetensors files with the shapes and the source into a folder. Never pickle.
+        """Write the scores, shapes and source as safetensors files. No file is a pickle.
 
         Args:
-            folder: a new or empty one.
+            folder: a new or empty folder.
 
         Raises:
-            ValueError: a folder that holds something.
+            ValueError: a folder that is not empty.
         """
         folder = empty_folder(folder)
         metadata = {"shapes": json.dumps(self.shapes), "source": self.source.to_json()}
@@ -197,7 +206,7 @@ class WeightScores:
         for number, names in enumerate(shards, start=1):
             path = folder / f"scores-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {name: self.values[name] for name in names}
-            write_tensors(path, FORMAT, tensors, metadata)
+            write_tensors(path, SCORES_FORMAT, tensors, metadata)
 
     @classmethod
     def load(cls, folder: str | Path) -> "WeightScores":
@@ -207,20 +216,20 @@ class WeightScores:
             folder: the folder.
 
         Raises:
-            ValueError: a folder without scores, a file that holds something else, a missing or
-                foreign shard, and a damaged one. Shards of earlier versions have no digest and are
+            ValueError: a folder without scores, a file of another format, or a missing, foreign
+                or damaged shard. Shards of earlier versions have no digest and are
                 read as they are.
         """
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise ValueError(
-                f"{folder}: no scores there; expected a folder written by WeightScores.save"
+                f"{folder}: no scores there; expected a folder that WeightScores.save wrote"
             )
-        # Every shard describes the whole, so a missing or foreign one shows.
+        # Every shard describes all scores, so that a missing or foreign shard is noticed.
         values: dict[str, Tensor] = {}
         descriptions = []
         for path in paths:
-            tensors, metadata = read_tensors(path, FORMAT, "scores")
+            tensors, metadata = read_tensors(path, SCORES_FORMAT, "scores")
             values |= tensors
             descriptions.append((metadata["shapes"], metadata["source"]))
 
@@ -231,12 +240,12 @@ class WeightScores:
                 f"{folder}: a shard is missing or of other scores; "
                 "save them again into an empty folder"
             )
-        in_order = {name: values[name] for name in shapes}
-        return cls(in_order, Source.from_json(stored_source))
+        values = {name: values[name] for name in shapes}
+        return cls(values, Source.from_json(stored_source))
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """The names that each file holds, in order."""
+def _shards(shapes: Shapes) -> list[list[str]]:
+    """The names of the weights in each file, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -250,24 +259,23 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights that a file of scores or a mask names, in their order."""
+    """The shapes of the weights of saved scores or of a saved mask, in their order."""
     return {name: tuple(shape) for name, shape in json.loads(text).items()}
 
 
 def mean_scores(parts: Sequence[WeightScores], weights: Sequence[float]) -> WeightScores:
     """The weighted mean of scores, sum_i w_i s_i / sum_i w_i."""
     first = parts[0]
-    model = first.source.model
     for part in parts:
-        if part.shapes != first.shapes or part.source.model != model:
+        if part.shapes != first.shapes or part.source.model != first.source.model:
             raise ValueError("mean_scores: the scores are of different models or weights")
     values = {name: torch.zeros_like(value) for name, value in first.values.items()}
     for part, weight in zip(parts, weights, strict=True):
         share = weight / sum(weights)
-        if not share:  # a part that a resample did not draw need not be read
+        if not share:  # a part that a resample omits need not be read
             continue
         for name, total in values.items():
             total.add_(part.values[name], alpha=share)
+    sources = [part.source for part in parts[1:]]
     settings = {"weights": [float(weight) for weight in weights]}
-    parents = tuple(part.source for part in parts)
-    return WeightScores(values, Source(model, "mean", settings, parents))
+    return WeightScores(values, first.source.child("mean", *sources, **settings))

@@ -1,4 +1,4 @@
-"""Sites: what the axes of a block matrix mean."""
+"""Sites: block matrices and the meaning of their axes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-# Every kind of block matrix, in the order in which a block uses them.
-KINDS = (
+# Every kind of block matrix, in the order in which a block uses it.
+MATRIX_KINDS = (
     "attn.q",
     "attn.k",
     "attn.v",
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Site:
-    """One block matrix: its live parameter and what its axes mean."""
+    """One block matrix: its live parameter and the meaning of its axes."""
 
     name: str
     layer: int
@@ -41,24 +41,24 @@ class Site:
 
     @property
     def hook_in(self) -> str:
-        """Hook point of the matrix's input."""
+        """The hook point of the matrix's input."""
         return self.name.removesuffix("weight") + "hook_in"
 
     @property
     def hook_out(self) -> str:
-        """Hook point of the matrix's output."""
+        """The hook point of the matrix's output."""
         return self.name.removesuffix("weight") + "hook_out"
 
     @property
     def unit(self) -> str:
-        """What the equal parts of the matrix are: "head", "kv_head", "neuron" or "expert"."""
+        """The name of the matrix's equal parts: "head", "kv_head", "neuron" or "expert"."""
         if self.kind.startswith("attn"):
             return "head" if self.kind in ("attn.q", "attn.o") else "kv_head"
         return "neuron" if self.kind in MLP_MATRICES else "expert"
 
     def units(self, flat: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The head, neuron or expert that each weight belongs to."""
-        # attn.q of 2 heads of 3 rows each, [6, d_model], and the weights of rows 1 and 5:
+        # Example: attn.q has 2 heads of 3 rows each, [6, d_model]; the weights lie in rows 1 and 5.
         #
         #     position    1  5
         #     unit        0  1
@@ -69,22 +69,23 @@ class Site:
 
 
 def place_of(name: str) -> tuple[int, str]:
-    """The layer and the kind of a matrix, read off its name, where no model is at hand."""
+    """The layer and the kind of a matrix, from its name alone."""
     _, layer, part = name.split(".", maxsplit=2)
     kind = part.removesuffix(".weight")
     return int(layer), kind
 
 
 def by_place(values: Mapping[str, Value]) -> dict[tuple[int, str], Value]:
-    """The values of matrices by layer and kind, in the order of `KINDS` and then of layers."""
+    """The values of block matrices by layer and kind, ordered by kind and then by layer."""
     places = {}
     for name, value in values.items():
         parts = name.split(".")
         if len(parts) >= 3 and parts[1].isdigit():
             places[place_of(name)] = value
 
-    def in_order(place: tuple[int, str]) -> tuple[int, str, int]:
+    def rank(place: tuple[int, str]) -> tuple[int, str, int]:
         layer, kind = place
-        return (KINDS.index(kind) if kind in KINDS else len(KINDS)), kind, layer
+        number = MATRIX_KINDS.index(kind) if kind in MATRIX_KINDS else len(MATRIX_KINDS)
+        return number, kind, layer
 
-    return {place: places[place] for place in sorted(places, key=in_order)}
+    return {place: places[place] for place in sorted(places, key=rank)}

@@ -234,7 +234,7 @@ def _share(
     index = generator.integers(len(gaps), size=(N_RESAMPLES, len(gaps)))
     totals = gaps[index].sum(axis=1)
     draws = changes[index].sum(axis=1) / totals
-    return Measurement.of_draws(
+    return Measurement.from_draws(
         "patch_share",
         labels,
         draws,

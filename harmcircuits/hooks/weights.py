@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source
-from harmcircuits.circuits.sites import KINDS, Site, place_of
+from harmcircuits.circuits.sites import MATRIX_KINDS, Site, place_of
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.storage import tensor_bytes
 
@@ -43,7 +43,7 @@ def weight_sites(bridge: AnyModel) -> dict[str, Site]:
         ValueError: anything that is no bridge, processed weights (`enable_compatibility_mode` folds
             and centres weights in place, so scores would belong to another basis), quantised
             weights, weights that a `device_map` keeps on disk, and a block with a matrix that is
-            none of `KINDS`.
+            none of `MATRIX_KINDS`.
     """
     return block_sites(as_bridge(bridge))
 
@@ -60,7 +60,7 @@ def block_sites(bridge: Bridge) -> dict[str, Site]:
     _refuse_unsupported(bridge, matrices)
 
     sites = [_site(bridge, name, parameter) for name, parameter in matrices.items()]
-    sites.sort(key=lambda site: (site.layer, KINDS.index(site.kind)))
+    sites.sort(key=lambda site: (site.layer, MATRIX_KINDS.index(site.kind)))
     return {site.name: site for site in sites}
 
 
@@ -293,7 +293,7 @@ def _fault(tensor: Tensor, is_covered: bool) -> str:
         )
     if is_parameter and not is_covered:
         return (
-            f"is no matrix of the kinds {', '.join(KINDS)}, so scores and masks would silently "
+            f"is no matrix of the kinds {', '.join(MATRIX_KINDS)}, so scores and masks would silently "
             "leave it out; this block (shared experts, dense layers among sparse ones, or another) "
             "is not supported"
         )

@@ -445,7 +445,7 @@ class Search:
         for number in range(state["n_added"]):
             of_batch = (tensors[f"added {part} {number}"] for part in ("tokens", "targets"))
             self._add_answers([Batch(*of_batch)])
-        self.trace = Rows.of_dicts(state["trace"])
+        self.trace = Rows.from_dicts(state["trace"])
         for size in self.sizes[: max(0, self.stage - len(self.parts) + 1)]:
             removed = dict(_under(tensors, f"mask {size.share} "))
             self.masks[size.share] = WeightMask(removed, self.shapes, self.source)

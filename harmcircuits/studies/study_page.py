@@ -35,14 +35,14 @@ from harmcircuits.views.figures import Picture, comparison_figure, location_figu
 from harmcircuits.views.page import (
     contents,
     download,
-    drawn,
-    headline,
+    key_figures,
     missing,
     paragraphs,
     plot,
     section,
     subsection,
     table,
+    visual,
     write_page,
 )
 from harmcircuits.views.tables import DASH, columns_of, interval_text, size_text
@@ -122,7 +122,7 @@ def write_study_page(study: Study, path: str | Path) -> None:
         "How to cite": (CITE_TEXT.format(version=version("harmcircuits")), ""),
     }
     sections = [
-        headline(headline_lines(study.rows, terms)),
+        key_figures(headline_lines(study.rows, terms)),
         paragraphs(summary(study.rows, terms)),
         contents(list(parts)),
     ]
@@ -138,7 +138,7 @@ def tradeoff_figure(rows: Rows, terms: Terms) -> Picture:
         target.metric: f"valid {target.name} answers",
         target.nll_metric: f"{target.title} NLL, nats per token",
     }
-    return share_figure(tradeoff_lines(rows), panels, kept=terms.kept_rates)
+    return share_figure(tradeoff_lines(rows), panels, abilities=terms.kept_rates)
 
 
 def _comparison(study: Study) -> str:
@@ -237,7 +237,7 @@ def _examples(study: Study) -> str:
         answers += _answers(study, mask, behaviour, prompts)
     attention = _attention(study, mask, requests[study.terms.target.name])
     parts = (
-        ("Which tokens lose probability", TOKENS_TEXT, drawn(tokens)),
+        ("Which tokens lose probability", TOKENS_TEXT, visual(tokens)),
         ("What the model says", ANSWERS_TEXT, table(ANSWERS, answers, label="Answers")),
         ("Attention of the most pruned heads", HEADS_TEXT, attention),
     )
@@ -295,7 +295,7 @@ def _attention(study: Study, mask: WeightMask, requests: PromptSet) -> str:
     with masked(bridge, mask):
         pruned = attention_patterns(bridge, batch, heads)
     view = attention_pairs(token_texts(bridge, batch), unpruned, pruned, heads)
-    return drawn(view.html())
+    return visual(view.html())
 
 
 def _judge(study: Study) -> str:

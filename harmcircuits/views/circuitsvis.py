@@ -1,6 +1,5 @@
 """circuitsvis views of arrays: tokens coloured by a value, attention, neurons, tokens gained."""
 
-import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,21 +12,22 @@ from typing import Any
 import torch
 from circuitsvis.utils.convert_props import convert_prop_type
 from jaxtyping import Float, Shaped
+from jinja2.utils import htmlsafe_json_dumps
 from torch import Tensor
 from torch.nn import functional
 
 from harmcircuits.display import listed
 from harmcircuits.views.figures import BLUE, RED
-from harmcircuits.views.page import drawn, write_page
+from harmcircuits.views.page import visual, write_page
 
-PATTERN_WIDTH = 320  # least, of an attention pattern, in pixels
-GAP = 12  # between panels, in pixels
-TOKEN_WIDTH = 15  # of each token in it: what its name needs on an axis
+PATTERN_WIDTH = 320  # pixels: minimum width of an attention pattern
+GAP = 12  # pixels between panels
+TOKEN_WIDTH = 15  # pixels that a token's name needs on an axis
 
 
 @dataclass(frozen=True, repr=False)
 class Visual:
-    """A circuitsvis element; shows itself in a notebook."""
+    """A circuitsvis element; a notebook shows it."""
 
     element: str
     props: Mapping[str, Any]
@@ -36,21 +36,19 @@ class Visual:
         return f"Visual({self.element})"
 
     def html(self) -> str:
-        """The element alone, for a page that holds `circuitsvis_script()` once."""
-        name = f"circuits-vis-{uuid.uuid4().hex[:12]}"  # one page holds several
-        plain = {}
+        """The element alone, for a page that contains `circuitsvis_script()` once."""
+        name = f"circuits-vis-{uuid.uuid4().hex[:12]}"  # one page holds several elements
+        props = {}
         for key, value in self.props.items():
             if value is not None:
-                plain[key] = _finite(convert_prop_type(value))
-        # Inside a script element, "<" could end it.
-        props = json.dumps(plain, allow_nan=False)
-        for character in "<>&":
-            props = props.replace(character, f"\\u{ord(character):04x}")
-        call = f'CircuitsVis.render("{name}", CircuitsVis.{self.element}, {props})'
+                props[key] = _finite(convert_prop_type(value))
+        # Escaped, because "<" could end the script element.
+        text = htmlsafe_json_dumps(props, allow_nan=False)
+        call = f'CircuitsVis.render("{name}", CircuitsVis.{self.element}, {text})'
         return f'<div id="{name}"></div><script>{call}</script>'
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write it as one page that needs no network."""
+        """Write one HTML page that needs no network."""
         _save(path, title or self.element, self.html())
 
     def _repr_html_(self) -> str:
@@ -59,7 +57,7 @@ class Visual:
 
 @dataclass(frozen=True, repr=False)
 class Panels:
-    """Views side by side, each under its title; shows itself in a notebook."""
+    """Views side by side, each under its title; a notebook shows them."""
 
     views: Mapping[str, Visual]
     columns: int = 2
@@ -69,28 +67,28 @@ class Panels:
         return f"Panels({listed(self.views)})"
 
     def html(self) -> str:
-        """The elements alone, for a page that holds `circuitsvis_script()` once."""
+        """The elements alone, for a page that contains `circuitsvis_script()` once."""
         panels = []
         for title, view in self.views.items():
             heading = f'<div style="font-weight:600">{escape(title)}</div>'
-            # circuitsvis writes axes in dark grey, which a dark page would swallow.
-            card = "background:#fff;color:#222;border-radius:6px;padding:8px 12px;min-width:0"
-            # Its rows reach 15 pixels beyond what they stand in.
+            # White, because circuitsvis writes axes in a dark grey.
+            style = "background:#fff;color:#222;border-radius:6px;padding:8px 12px;min-width:0"
+            # The rows of circuitsvis are 15 pixels wider than their container, on both sides.
             body = f'<div style="padding:0 15px">{view.html()}</div>'
-            panels.append(f'<div style="{card}">{heading}{body}</div>')
-        # As many columns as there is room for, and no more than asked for.
-        least = f"max({self.width}px,{100 / self.columns:g}% - {GAP}px)"
-        columns = f"repeat(auto-fit,minmax({least},1fr))"
-        widest = f"max-width:{2 * self.columns * self.width}px"
-        grid = f"display:grid;gap:{GAP}px;grid-template-columns:{columns};{widest}"
+            panels.append(f'<div style="{style}">{heading}{body}</div>')
+        # At most `columns` columns, and fewer on a narrow page.
+        min_width = f"max({self.width}px,{100 / self.columns:g}% - {GAP}px)"
+        columns = f"repeat(auto-fit,minmax({min_width},1fr))"
+        max_width = f"max-width:{2 * self.columns * self.width}px"
+        grid = f"display:grid;gap:{GAP}px;grid-template-columns:{columns};{max_width}"
         inner = f'<div style="{grid}">{"".join(panels)}</div>'
-        # It can be reached and scrolled by keyboard.
+        # The keyboard can reach and scroll it.
         label = escape(listed(self.views))
-        outer = f'tabindex="0" role="region" aria-label="{label}" style="overflow-x:auto"'
-        return f"<div {outer}>{inner}</div>"
+        attributes = f'tabindex="0" role="region" aria-label="{label}" style="overflow-x:auto"'
+        return f"<div {attributes}>{inner}</div>"
 
     def save(self, path: str | Path, title: str = "") -> None:
-        """Write them as one page that needs no network."""
+        """Write one HTML page that needs no network."""
         _save(path, title or listed(self.views), self.html())
 
     def _repr_html_(self) -> str:
@@ -98,7 +96,7 @@ class Panels:
 
 
 def circuitsvis_script() -> str:
-    """circuitsvis' own JavaScript as one inline script: no network."""
+    """The JavaScript of circuitsvis as one inline script, which needs no network."""
     bundle = files("circuitsvis").joinpath("dist", "cdn", "iife.js")
     source = bundle.read_text(encoding="utf-8")
     return "<script>" + source.replace("</script>", "<\\/script>") + "</script>"
@@ -108,7 +106,7 @@ def coloured_tokens(
     tokens: Sequence[str], values: Float[Tensor, " pos"], *, largest: float | None = None
 ) -> Visual:
     """The tokens of a text coloured by a value: red below zero, blue above."""
-    # The same for both signs, so that white is zero; and above zero, where nothing changes.
+    # The range is symmetric, so that white is zero, and not empty if all values are zero.
     if largest is None:
         largest = max(values.abs().max().item(), 1e-6)
     props = {
@@ -124,17 +122,17 @@ def coloured_tokens(
 
 def attention_pairs(
     tokens: Sequence[str],
-    unpruned: Float[Tensor, "head pos pos"],
+    original: Float[Tensor, "head pos pos"],
     masked: Float[Tensor, "head pos pos"],
     heads: Sequence[tuple[int, int]],
 ) -> Panels:
-    """Attention of some heads on a text, unpruned to the left and under a mask to the right."""
+    """Attention of heads on a text: to the left unpruned, to the right under a mask."""
     views = {}
-    for (layer, head), before, after in zip(heads, unpruned, masked, strict=True):
-        for state, pattern in {"unpruned": before, "masked": after}.items():
+    for number, (layer, head) in enumerate(heads):
+        for state, patterns in {"unpruned": original, "masked": masked}.items():
             props = {
                 "tokens": list(tokens),
-                "attention": pattern,
+                "attention": patterns[number],
                 "minValue": 0.0,
                 "maxValue": 1.0,
                 "positiveColor": BLUE,
@@ -147,25 +145,25 @@ def attention_pairs(
 
 def activated_tokens(
     tokens: Sequence[str],
-    unpruned: Float[Tensor, "neuron pos"],
+    original: Float[Tensor, "neuron pos"],
     masked: Float[Tensor, "neuron pos"],
     neurons: Sequence[tuple[int, int]],
 ) -> Visual:
-    """A text coloured by a neuron's activations, unpruned and, below it, under a mask."""
-    both = torch.cat([unpruned, masked], dim=1)
-    largest = both.abs().amax(dim=1)
+    """A text coloured by a neuron's activations: unpruned, and below it under a mask."""
+    largest = torch.cat([original, masked], dim=1).abs().amax(dim=1)
     labels = []
-    for (layer, neuron), most in zip(neurons, largest.tolist(), strict=True):
-        labels.append(f"L{layer} N{neuron} (largest {most:.3g})")
+    for number, (layer, neuron) in enumerate(neurons):
+        labels.append(f"L{layer} N{neuron} (largest {largest[number]:.3g})")
 
-    texts, activations = [], []
-    for state, values in {"unpruned": unpruned, "masked": masked}.items():
+    texts = []
+    activations = []
+    for state, values in {"unpruned": original, "masked": masked}.items():
         texts.append([f"{state}:", *_words(tokens)])
         shares = values / largest[:, None].clamp_min(1e-12)
-        with_title = functional.pad(shares, (1, 0))  # a token before the first, of 0
-        # circuitsvis' axes are [token, layer, neuron]; neurons stand where layers do, because those
-        # of a mask are of many layers, and not as many of each.
-        activations.append(with_title.T.unsqueeze(2).tolist())
+        shares = functional.pad(shares, (1, 0))  # 0 for the title before the tokens
+        # circuitsvis' axes are [token, layer, neuron]. Neurons take the place of layers, because
+        # the layers contribute unequal numbers of neurons.
+        activations.append(shares.T.unsqueeze(2).tolist())
     props = {
         "tokens": texts,
         "activations": activations,
@@ -184,33 +182,34 @@ def gained_tokens(
     *,
     k: int = 5,
 ) -> Visual:
-    """The tokens that become likelier and unlikelier at each position, as a table."""
-    moved = changes.abs().sum(dim=1) / 2
-    positions = moved.argsort(descending=True, stable=True)
+    """A table of the tokens whose probability rises or falls most at each position."""
+    distance = changes.abs().sum(dim=1) / 2
+    positions = distance.argsort(descending=True, stable=True)
     k = min(k, len(vocabulary))
-    gained, gained_ids = changes[positions].topk(k, dim=1)
-    lost, lost_ids = changes[positions].topk(k, dim=1, largest=False)
-    lost, lost_ids = lost.flip(1), lost_ids.flip(1)
+    rise, rise_ids = changes[positions].topk(k, dim=1)
+    fall, fall_ids = changes[positions].topk(k, dim=1, largest=False)
+    fall, fall_ids = fall.flip(1), fall_ids.flip(1)
 
-    # circuitsvis leaves losses white and figures to the mouse, so a cell has its figure in its
-    # text: every cell is a token of its own, and its index the number of the cell.
+    # circuitsvis does not colour losses and shows figures only under the mouse. So each cell is a
+    # token of its own, whose text includes the figure, and its index is the number of the cell.
+    values = torch.stack([rise, fall])
+    ids = torch.stack([rise_ids, fall_ids])
     cells = []
-    for values, ids in ((gained, gained_ids), (lost, lost_ids)):
-        for value, number in zip(values.flatten().tolist(), ids.flatten().tolist(), strict=True):
-            cells.append(f"{vocabulary[number]} {value:+.3f}")
-    index = torch.arange(len(cells)).view(2, *gained.shape)
+    for value, number in zip(values.flatten().tolist(), ids.flatten().tolist(), strict=True):
+        cells.append(f"{vocabulary[number]} {value:+.3f}")
+    rise_index, fall_index = torch.arange(len(cells)).view(values.shape)
 
     labels = []
     following = [*tokens[1:], "…"]
     for position in positions.tolist():
         context = f"{position} {tokens[position]} → {following[position]}"
-        labels.append(f"{context} ({moved[position]:.2f})")
+        labels.append(f"{context} ({distance[position]:.2f})")
     props = {
         "tokens": [_words(cells)],
-        "topkVals": _columns(gained.abs()),
-        "topkIdxs": _columns(index[0]),
-        "bottomkVals": _columns(lost.abs()),
-        "bottomkIdxs": _columns(index[1]),
+        "topkVals": _columns(rise.abs()),
+        "topkIdxs": _columns(rise_index),
+        "bottomkVals": _columns(fall.abs()),
+        "bottomkIdxs": _columns(fall_index),
         "firstDimensionName": "Position",
         "firstDimensionLabels": labels,
         "thirdDimensionName": "Mask",
@@ -221,22 +220,22 @@ def gained_tokens(
 
 def _save(path: str | Path, title: str, html: str) -> None:
     if Path(path).suffix != ".html":
-        raise ValueError(f"{path}: circuitsvis draws in a browser only; end the name in .html")
-    write_page(path, title, [drawn(html)], script=circuitsvis_script())
+        raise ValueError(f"{path}: circuitsvis draws only in a browser; the name must end in .html")
+    write_page(path, title, [visual(html)], script=circuitsvis_script())
 
 
 def _words(tokens: Sequence[str]) -> list[str]:
-    """Tokens for an element that takes them as HTML, in which <bos> would vanish."""
+    """Tokens for an element that reads them as HTML, in which <bos> would vanish."""
     return [f" {escape(token)}" for token in tokens]
 
 
 def _columns(values: Shaped[Tensor, "pos k"]) -> list:
-    """As circuitsvis' [sample, position, k, column], of one sample and one column."""
+    """Values on circuitsvis' axes [sample, position, k, column], with one sample and one column."""
     return values[None, :, :, None].tolist()
 
 
 def _finite(value: Any) -> Any:
-    """Lists with None in place of NaN and infinity, which JSON lacks."""
+    """A value with None in place of NaN and infinity, which JSON cannot express."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     is_number = isinstance(value, float)

@@ -1,4 +1,4 @@
-"""Figures, drawn once by matplotlib from rows: for a notebook, for a page, and as files."""
+"""Figures of rows, drawn by matplotlib: for notebooks, for pages, and as files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_r
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from harmcircuits.circuits.sites import KINDS
+from harmcircuits.circuits.sites import MATRIX_KINDS
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.storage import replacing, write_text
 
@@ -38,22 +38,21 @@ NO_DATA = "#dfe2e6"  # behind the cells of a heatmap
 CHANCE_LINE = "#555555"
 BAR_INTERVAL = "#444444"
 
-# In the order in which lines come; after the last colour the first comes again. The first lines
-# are the ones to look at.
+# Lines take the colours in this order and then start again; the first colours stand out most.
 PALETTE = [RED, AMBER, GREY, BLUE, GREEN, SLATE, SKY, VIOLET, SAND]
 MASK_COLOURS = [SLATE, RED, AMBER, VIOLET, SKY, GREEN, BLUE, GREY]
 REDS = LinearSegmentedColormap.from_list("reds", [WHITE, RED])
 BLUE_TO_RED = LinearSegmentedColormap.from_list("blue to red", [BLUE, WHITE, RED])
 
-WIDTH = 11.5  # inches: as wide as a page
-LETTER = 0.62  # of a text's size, the width of a letter
-LEAST_TEXT, MOST_TEXT = 5.0, 9.0  # points, of the text in a cell
+WIDTH = 11.5  # inches: the width of a page
+LETTER = 0.62  # width of a letter over the size of its text
+MIN_TEXT, MAX_TEXT = 5.0, 9.0  # points: size of the text in a cell
 FILE_DPI = 200
 LEGEND_WIDTH = 150  # letters
-LIFT_RANGE = 4.0  # of log2: from a sixteenth of chance to sixteen times chance
+LIFT_RANGE = 4.0  # log2: from a sixteenth of chance to sixteen times chance
 WORST_KEPT = "worst kept ability"
-N_SOLID = 2  # of the lines of a share figure
-N_UNITS = 12  # heads and neurons of a component map
+N_SOLID = 2  # solid lines of a share figure; further lines are dotted
+N_UNITS = 12  # heads and neurons that a component map shows
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -70,16 +69,16 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.wspace": 0.03,
     "figure.dpi": 100,
-    "figure.facecolor": "none",  # a page has its own
-    # What it measures texts by; a page writes them in narrower letters.
+    "figure.facecolor": "none",  # a page has its own background
+    # The font that measures texts; a page shows them in narrower letters.
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.75,  # 13 pixels of a page
     "grid.color": GRID,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "harmcircuits",  # names in the file are not drawn anew
+    "svg.hashsalt": "harmcircuits",  # the same names in every file
     "text.color": INK,
-    "text.parse_math": False,  # a name may hold dollars
+    "text.parse_math": False,  # a name may contain dollars
     "xtick.color": INK,
     "xtick.major.size": 0,
     "ytick.color": INK,
@@ -89,12 +88,12 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A matplotlib figure that notebooks show, that saves itself, and that a page takes as SVG."""
+    """A matplotlib figure that a notebook shows, and that a page includes as SVG."""
 
     figure: Figure
 
     def save(self, path: str | Path) -> None:
-        """Write it on white as the ending says: .svg, .png or .pdf."""
+        """Write the figure on white, in the format of the ending: .svg, .png or .pdf."""
         kind = Path(path).suffix.removeprefix(".")
         if kind == "svg":
             write_text(path, self.svg())
@@ -103,14 +102,14 @@ class Picture:
             self.figure.savefig(unfinished, format=kind, dpi=FILE_DPI, facecolor=WHITE)
 
     def svg(self, background: str = WHITE) -> str:
-        """As an SVG element; on "none" it takes the background of its page."""
+        """The figure as an SVG element; the background "none" shows that of its page."""
         content = StringIO()
-        # Nothing that differs from run to run.
-        unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        # Metadata would differ from run to run.
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with rc_context(STYLE):
-            self.figure.savefig(content, format="svg", facecolor=background, metadata=unsaid)
-        declared = content.getvalue()
-        return declared[declared.index("<svg") :]
+            self.figure.savefig(content, format="svg", facecolor=background, metadata=no_metadata)
+        text = content.getvalue()
+        return text[text.index("<svg") :]
 
     def _repr_svg_(self) -> str:
         return self.svg()
@@ -121,28 +120,24 @@ def share_figure(
     lines: Mapping[str, Mapping[float, Rows]],
     panels: Mapping[str, str],
     *,
-    kept: Sequence[str],
+    abilities: Sequence[str],
 ) -> Picture:
     """Figures against the share of weights removed, in per cent, with 95 % intervals."""
     metrics = {title: [metric] for metric, title in panels.items()}
-    metrics[WORST_KEPT] = list(kept)
+    metrics[WORST_KEPT] = list(abilities)
     colours = coloured(lines, PALETTE)
     figure, axes = subplots(len(metrics), height=3.9)
-    for panel, (title, of_panel) in zip(axes, metrics.items(), strict=True):
-        panel.set(title=title, xlabel="weights removed, %", xscale="log")
+    for panel, title in zip(axes, metrics, strict=True):
         for number, (line, points) in enumerate(lines.items()):
-            lowest = {}
-            for share, rows in points.items():
-                measured = Rows(row for row in rows if row.metric in of_panel)
-                if measured:
-                    lowest[100 * share] = measured.smallest()
             style = "-" if number < N_SOLID else ":"
+            lowest = _lowest(points, metrics[title])
             draw_curve(panel, lowest, color=colours[line], label=line, linestyle=style)
 
+        panel.set(title=title, xlabel="weights removed, %", xscale="log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
-        if title == WORST_KEPT or of_panel[0].endswith("_rate"):
+        if title == WORST_KEPT or metrics[title][0].endswith("_rate"):
             panel.set_ylim(-0.03, 1.05)
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         else:
@@ -150,13 +145,29 @@ def share_figure(
     return with_legend(figure)
 
 
+def _lowest(
+    points: Mapping[float, Rows],
+    metrics: Sequence[str],
+) -> dict[float, Measurement]:
+    """The lowest figure of these metrics at each share, in per cent."""
+    lowest = {}
+    for share, rows in points.items():
+        figures = Rows(row for row in rows if row.metric in metrics)
+        if figures:
+            lowest[100 * share] = figures.smallest()
+    return lowest
+
+
 @rc_context(STYLE)
-def comparison_figure(lines: Mapping[str, Rows], columns: Mapping[str, str]) -> Picture:
+def comparison_figure(
+    lines: Mapping[str, Rows],
+    columns: Mapping[str, str],
+) -> Picture:
     """Rates of several masks as bars with 95 % intervals."""
     bars = {}
     for line, rows in lines.items():
-        measured = [metric for metric in columns if rows.where(metric)]
-        bars[line] = {columns[metric]: rows.where(metric)[0] for metric in measured}
+        present = [metric for metric in columns if metric in rows.metrics]
+        bars[line] = {columns[metric]: rows.where(metric)[0] for metric in present}
     figure, (panel,) = subplots(1, height=3.75)
     draw_bars(panel, list(columns.values()), bars, coloured(lines, MASK_COLOURS))
     panel.set_ylim(0, 1.06)
@@ -167,9 +178,9 @@ def comparison_figure(lines: Mapping[str, Rows], columns: Mapping[str, str]) -> 
 
 @rc_context(STYLE)
 def location_figure(rows: Rows) -> Picture:
-    """Share of each block matrix that a mask takes (%), by layer and kind."""
-    removed, of = _of_matrices(rows)
-    percent = 100 * removed / of
+    """The share of each block matrix that a mask removes (%), by layer and kind."""
+    removed, weights = _matrix_grids(rows)
+    percent = 100 * removed / weights
     figure, (panel,) = subplots(1, height=1.2 + _height(removed))
     scale = Normalize(0, percent.max(axis=None))
     draw_cells(panel, percent, removed.map(whole_number), REDS, scale)
@@ -179,32 +190,29 @@ def location_figure(rows: Rows) -> Picture:
 
 @rc_context(STYLE)
 def component_map(rows: Rows) -> Picture:
-    """Where a mask's weights sit, against chance: matrices, and the units that lose most."""
-    removed, of = _of_matrices(rows)
-    evenly = removed.sum(axis=None) / of.sum(axis=None)
-    figure, (cells, bars) = subplots(2, height=max(4.4, 1.8 + _height(removed)))
+    """The location of a mask's weights against chance: matrices, and the units that lose most."""
+    removed, weights = _matrix_grids(rows)
+    share = removed.sum(axis=None) / weights.sum(axis=None)
+    height = max(4.4, 1.8 + _height(removed))
+    figure, (cells, bars) = subplots(2, height=height)
     scale = Normalize(-LIFT_RANGE, LIFT_RANGE)
-    lift = _log_lift(removed, of * evenly)
+    lift = _log_lift(removed, weights * share)
     draw_cells(cells, lift, removed.map(whole_number), BLUE_TO_RED, scale)
     cells.set_title("weights removed")
 
-    units = sorted(rows.where("weights_removed", by="unit"), key=lambda row: -row.mean)[:N_UNITS]
+    units = rows.where("weights_removed", by="unit")
+    units = sorted(units, key=lambda row: -row.mean)[:N_UNITS]
     names = ["layer {layer} {kind} {unit} {index}".format(**row.labels) for row in units]
     n_removed = np.array([row.mean for row in units])
-    by_chance = np.array([float(row.labels["of"]) for row in units]) * evenly
-    colours = BLUE_TO_RED(scale(_log_lift(n_removed, by_chance)))
-    drawn = bars.barh(
-        range(len(units)),
-        n_removed,
-        color=colours,
-        edgecolor=GREY,
-        linewidth=0.5,
-    )
-    bars.bar_label(drawn, fmt="{:,.0f}", padding=3)
+    n_weights = np.array([float(row.labels["of"]) for row in units])
+    colours = BLUE_TO_RED(scale(_log_lift(n_removed, n_weights * share)))
+    places = range(len(units))
+    marks = bars.barh(places, n_removed, color=colours, edgecolor=GREY, linewidth=0.5)
+    bars.bar_label(marks, fmt="{:,.0f}", padding=3)
     bars.set_title("heads and neurons that lose most")
     bars.set_xticks([])
     bars.grid(visible=False)
-    bars.set_yticks(range(len(units)), labels=names)
+    bars.set_yticks(places, labels=names)
     bars.invert_yaxis()
 
     powers = [-4, -2, 0, 2, 4]
@@ -213,34 +221,34 @@ def component_map(rows: Rows) -> Picture:
     return Picture(figure)
 
 
-def _of_matrices(rows: Rows) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+def _matrix_grids(rows: Rows) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """Removed weights and all weights, by layer and kind."""
     table = rows.where("weights_removed", by="matrix").frame()
     table = table.astype({"layer": int, "of": int})
     table["place"] = "layer " + table["layer"].astype(str)
     places = table.sort_values("layer")["place"].unique()
     present = set(table["kind"])
-    kinds = [kind for kind in KINDS if kind in present]
-    grids = []
-    for values in ("mean", "of"):
-        grid = table.pivot_table(index="place", columns="kind", values=values, aggfunc="last")
-        grids.append(grid.reindex(index=places, columns=kinds))
-    removed, of = grids
-    return removed, of
+    kinds = [kind for kind in MATRIX_KINDS if kind in present]
+
+    def grid(values: str) -> pandas.DataFrame:
+        cells = table.pivot_table(index="place", columns="kind", values=values, aggfunc="last")
+        return cells.reindex(index=places, columns=kinds)
+
+    return grid("mean"), grid("of")
 
 
-def _log_lift(removed: Any, chance: Any) -> Any:
-    """log2 of removed over chance, within what the colours show; none removed is the lowest."""
+def _log_lift(removed: Any, by_chance: Any) -> Any:
+    """log2 of removed over chance, clipped to the range of the colours; zero is the lowest."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log2(removed / chance).clip(-LIFT_RANGE, LIFT_RANGE)
+        return np.log2(removed / by_chance).clip(-LIFT_RANGE, LIFT_RANGE)
 
 
 def _height(grid: pandas.DataFrame) -> float:
-    """Inches of the lines of a heatmap: of many they are lower, as long as they can be read."""
+    """The height of a heatmap in inches; many rows are lower, but still legible."""
     return len(grid) * max(0.19, min(0.5, 6 / len(grid)))
 
 
-# What figures are made of, here and where analyses draw their own.
+# Parts of figures, for this file and for the figures of the analyses
 
 
 def subplots(
@@ -250,7 +258,7 @@ def subplots(
     height: float,
     **options: Any,
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure, as wide as a page, and its panels."""
+    """An empty figure of a page's width, and its panels."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(n_lines, n_columns, squeeze=False, **options)
     return figure, list(axes.flat)
@@ -266,12 +274,13 @@ def draw_curve(
     points: Mapping[Any, Measurement],
     **style: Any,
 ) -> None:
-    """Means at their places on the x axis, with 95 % intervals; nothing where there are none."""
-    if points:
-        means = [row.mean for row in points.values()]
-        reach = interval_reach(points.values())
-        marks = {"marker": "o", "markersize": 4.5, "linewidth": 2, **style}
-        axes.errorbar(list(points), means, yerr=reach, elinewidth=1, capsize=2, **marks)
+    """Draw means at their places on the x axis, with 95 % intervals."""
+    if not points:
+        return
+    means = [row.mean for row in points.values()]
+    reach = interval_reach(points.values())
+    marks = {"marker": "o", "markersize": 4.5, "linewidth": 2, **style}
+    axes.errorbar(list(points), means, yerr=reach, elinewidth=1, capsize=2, **marks)
 
 
 def draw_bars(
@@ -280,15 +289,15 @@ def draw_bars(
     lines: Mapping[str, Mapping[Any, Measurement]],
     colours: Mapping[str, str],
 ) -> None:
-    """Bars with 95 % intervals, at each place one for every line that was measured there."""
-    measured = [line for line in lines if lines[line]]
-    width = 0.78 / max(1, len(measured))
+    """Draw bars with 95 % intervals: at each place one bar for every line with a row there."""
+    names = [line for line in lines if lines[line]]
+    width = 0.78 / max(1, len(names))
     interval = {"elinewidth": 1, "capsize": 2, "ecolor": BAR_INTERVAL}
-    for number, line in enumerate(measured):
-        left = width * (number - (len(measured) - 1) / 2)
+    for number, line in enumerate(names):
+        offset = width * (number - (len(names) - 1) / 2)
         rows = lines[line]
         axes.bar(
-            [places.index(place) + left for place in rows],
+            [places.index(place) + offset for place in rows],
             [row.mean for row in rows.values()],
             width,
             yerr=interval_reach(rows.values()),
@@ -306,24 +315,24 @@ def draw_cells(
     colours: Colormap,
     scale: Normalize,
 ) -> None:
-    """A heatmap with a text in each cell; grey where there is no value."""
+    """Draw a heatmap with a text in each cell; a cell without a value is grey."""
     axes.set_facecolor(NO_DATA)
     axes.grid(visible=False)
     values = np.ma.masked_invalid(grid.to_numpy(dtype=float))
     axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors=GRID, linewidth=0.8)
     name_columns(axes, list(grid.columns))
     axes.set_yticks(0.5 + np.arange(len(grid)), labels=list(grid.index))
-    axes.set_ylim(len(grid), 0)  # the first line on top
+    axes.set_ylim(len(grid), 0)  # the first row on top
 
     room = 72 * _inches(axes) / max(1, len(grid.columns))
     longest = max(1, texts.map(len).max(axis=None))
-    size = min(MOST_TEXT, room / (LETTER * longest))
-    if size < LEAST_TEXT:
+    size = min(MAX_TEXT, room / (LETTER * longest))
+    if size < MIN_TEXT:
         return
-    place = {"ha": "center", "va": "center", "size": size}
-    for (line, column), value in np.ma.ndenumerate(values):
+    style = {"ha": "center", "va": "center", "size": size}
+    for (row, column), value in np.ma.ndenumerate(values):
         colour = _ink(colours(scale(value)))
-        axes.text(column + 0.5, line + 0.5, texts.iat[line, column], color=colour, **place)
+        axes.text(column + 0.5, row + 0.5, texts.iat[row, column], color=colour, **style)
 
 
 def draw_scale(
@@ -333,48 +342,58 @@ def draw_scale(
     scale: Normalize,
     title: str = "",
 ) -> Any:
-    """The colours of these panels and their values, to the right."""
+    """Draw the scale of the panels' colours to their right."""
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, aspect=25, pad=0.015)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.set_label(title)
     return bar
 
 
-def name_columns(axes: Axes, names: Sequence[Any], *, first: float = 0.5) -> None:
-    """Write names below a panel: slanted, and not all, where there are many."""
+def name_columns(
+    axes: Axes,
+    names: Sequence[Any],
+    *,
+    first: float = 0.5,
+) -> None:
+    """Write names below a panel; many names are slanted and thinned out."""
     texts = [str(name) for name in names]
     room = _inches(axes) / max(1, len(texts))
     height = STYLE["font.size"] / 72
-    longest = max((len(text) for text in texts), default=0)
-    every, slant = 1, {}
+    longest = max(map(len, texts), default=0)
+    step = 1
+    slant = {}
     if room < LETTER * height * (longest + 1):
-        every = ceil(1.4 * height / room)
+        step = ceil(1.4 * height / room)
         slant = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     places = first + np.arange(len(texts))
-    axes.set_xticks(places[::every], labels=texts[::every], **slant)
+    axes.set_xticks(places[::step], labels=texts[::step], **slant)
 
 
 def with_legend(figure: Figure) -> Picture:
-    """The figure with one legend below all panels, in which every name stands once."""
-    handles = {}
+    """The figure with one legend below all panels, in which every name occurs once."""
+    legend = {}
     for axes in figure.axes:
-        drawn, names = axes.get_legend_handles_labels()
-        handles |= dict(zip(names, drawn, strict=True))
-    if handles:
-        letters = sum(len(name) + 7 for name in handles)  # with its mark
-        n_lines = ceil(letters / LEGEND_WIDTH)
-        columns = ceil(len(handles) / n_lines)
-        marks, names = list(handles.values()), list(handles)
-        figure.legend(marks, names, loc="outside lower center", ncols=columns)
+        marks, names = axes.get_legend_handles_labels()
+        legend |= dict(zip(names, marks, strict=True))
+    if legend:
+        n_letters = sum(len(name) + 7 for name in legend)  # a mark is as wide as 7 letters
+        n_rows = ceil(n_letters / LEGEND_WIDTH)
+        figure.legend(
+            list(legend.values()),
+            list(legend),
+            loc="outside lower center",
+            ncols=ceil(len(legend) / n_rows),
+        )
     return Picture(figure)
 
 
 def interval_reach(rows: Iterable[Measurement]) -> list[list[float]]:
-    """How far intervals reach below and above their means."""
-    measured = list(rows)
-    below = [row.mean - row.low for row in measured]
-    above = [row.high - row.mean for row in measured]
-    return [below, above]
+    """The lengths of the intervals below and above their means."""
+    reach = [[], []]
+    for row in rows:
+        reach[0].append(row.mean - row.low)
+        reach[1].append(row.high - row.mean)
+    return reach
 
 
 def whole_number(value: float) -> str:
@@ -382,11 +401,11 @@ def whole_number(value: float) -> str:
 
 
 def _inches(axes: Axes) -> float:
-    """About how wide a panel will be: the names beside it are not laid out yet."""
+    """The approximate width of a panel, before the layout of the names beside it."""
     return 1.1 * axes.bbox.width / STYLE["figure.dpi"]
 
 
 def _ink(colour: Any) -> str:
-    """Dark or white, whichever is read better on a colour."""
+    """Dark or white: the more legible text on a colour."""
     red, green, blue = to_rgb(colour)
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else WHITE

@@ -1,14 +1,17 @@
-"""One HTML file that needs no network, and the parts it is made of."""
+"""Pages: one HTML file that needs no network, and its parts."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 from harmcircuits.storage import write_text
 
 if TYPE_CHECKING:
+    import jinja2
     import pandas
 
     from harmcircuits.views.figures import Picture
@@ -22,24 +25,27 @@ def write_page(
     script: str = "",
 ) -> None:
     """Write sections as one HTML file."""
-    parts = [_html(part) for part in sections]
     template = _templates().get_template("page.html")
-    page = template.render(title=title, script=_html(script), sections=parts)
+    page = template.render(
+        title=title,
+        script=Markup(script),
+        sections=[Markup(part) for part in sections],
+    )
     write_text(path, page)
 
 
 def section(title: str, text: str, content: str) -> str:
     """A titled part of a page."""
-    return _part("section", title, text, _html(content))
+    return _part("section", title, text, Markup(content))
 
 
 def subsection(title: str, text: str, content: str) -> str:
     """A titled part of a section."""
-    return _part("subsection", title, text, _html(content))
+    return _part("subsection", title, text, Markup(content))
 
 
 def paragraphs(text: str) -> str:
-    """Plain text as the result that opens a page: one paragraph a line."""
+    """The result that opens a page: one paragraph for each line of the text."""
     return _part("paragraphs", text.splitlines())
 
 
@@ -48,23 +54,18 @@ def contents(titles: Sequence[str]) -> str:
     return _part("contents", titles)
 
 
-def headline(figures: Sequence[tuple[str, str, str]]) -> str:
-    """The figures that a reader takes away."""
-    return _part("headline", figures)
+def key_figures(figures: Sequence[tuple[str, str, str]]) -> str:
+    """The main figures of a page, each with its name and interval."""
+    return _part("key_figures", figures)
 
 
 def missing(reason: str) -> str:
-    """What stands where a section has nothing to show: a plain sentence that says why."""
+    """The reason for an empty section."""
     return _part("missing", reason)
 
 
-def preformatted(text: str) -> str:
-    """Plain text with its line breaks."""
-    return _part("preformatted", text)
-
-
 def download(name: str, content: bytes, text: str) -> str:
-    """A link to a file that the page itself holds."""
+    """A link to a file within the page."""
     return _part("download", name, b64encode(content).decode(), text)
 
 
@@ -75,41 +76,35 @@ def table(
     style: str = "",
     label: str = "Table",
 ) -> str:
-    """An HTML table of plain texts; what follows a line break in a cell is set small below it."""
+    """An HTML table of plain texts; text after a line break in a cell is small."""
     return _part("table", head, list(body), style, label)
 
 
 def frame(data: "pandas.DataFrame") -> str:
-    """A DataFrame as an HTML table; its index is left out."""
-    body = [[str(value) for value in line] for line in data.itertuples(index=False)]
+    """A DataFrame as an HTML table, without its index."""
+    body = [map(str, row) for row in data.itertuples(index=False)]
     return table([str(name) for name in data.columns], body)
 
 
 def plot(figure: "Picture", *, label: str = "Figure") -> str:
     """A figure as SVG."""
-    return _part("plot", _html(figure.svg("none")), " ".join(label.split()))
+    return _part("plot", Markup(figure.svg("none")), " ".join(label.split()))
 
 
-def drawn(html: str, *, label: str = "View") -> str:
-    """Elements of circuitsvis, which draws them on white: a dark page turns them dark."""
-    return _part("drawn", _html(html), label)
+def visual(html: str, *, label: str = "View") -> str:
+    """Elements of circuitsvis; a dark page inverts their colours."""
+    return _part("visual", Markup(html), label)
 
 
-def _part(name: str, *content: Any) -> str:
-    """A part of parts.html, which escapes every text but what `_html` marks as HTML."""
+def _part(name: str, *content: object) -> str:
+    """A part of parts.html, which escapes every text that is not Markup."""
     template = _templates().get_template("parts.html")
     return str(getattr(template.module, name)(*content))
 
 
 @cache
-def _templates() -> Any:
-    from jinja2 import Environment, PackageLoader
+def _templates() -> "jinja2.Environment":
+    import jinja2
 
-    return Environment(loader=PackageLoader("harmcircuits", "views"), autoescape=True)
-
-
-def _html(text: str) -> Any:
-    """A text that is HTML already, so that it is not escaped again."""
-    from markupsafe import Markup
-
-    return Markup(text)
+    loader = jinja2.PackageLoader("harmcircuits", "views")
+    return jinja2.Environment(loader=loader, autoescape=True)

@@ -1,4 +1,4 @@
-"""Rows as tables of a terminal, and as cells of a page."""
+"""Rows as tables for a terminal, and as cells of a page."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,26 +12,25 @@ from harmcircuits.measurements import Rows
 if TYPE_CHECKING:
     import pandas
 
-DASH = "–"  # not measured
+DASH = "–"  # for a figure without a row
 
 
 def figure_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
-    """A figure alone: a rate in per cent, a loss to three places, a dash where it is missing."""
-    of_metric = rows.where(metric)
-    if not of_metric:
-        return DASH
-    return _number_text(of_metric[0].mean, is_rate)
+    """A figure alone: a rate in per cent, a loss with three decimals, a dash without a row."""
+    text = interval_text(rows, metric, is_rate=is_rate)
+    return text.partition("\n")[0]
 
 
 def interval_text(rows: Rows, metric: str, *, is_rate: bool) -> str:
-    """`figure_text` with the interval's ends after a line break, where it has one."""
-    text = figure_text(rows, metric, is_rate=is_rate)
-    of_metric = rows.where(metric)
-    if not of_metric or of_metric[0].is_exact:
-        return text
-    low = _number_text(of_metric[0].low, is_rate)
-    high = _number_text(of_metric[0].high, is_rate)
-    return f"{text}\n{low} – {high}"
+    """A figure as `figure_text`, and the ends of its interval after a line break."""
+    rows = rows.where(metric)
+    if not rows:
+        return DASH
+    row = rows[0]
+    mean = _number_text(row.mean, is_rate)
+    low = _number_text(row.low, is_rate)
+    high = _number_text(row.high, is_rate)
+    return mean if row.is_exact else f"{mean}\n{low} – {high}"
 
 
 def _number_text(value: float, is_rate: bool) -> str:
@@ -39,7 +38,7 @@ def _number_text(value: float, is_rate: bool) -> str:
 
 
 def size_text(rows: Rows) -> str:
-    """How many weights a mask removes."""
+    """The number of weights that a mask removes."""
     removed = rows.where("weights_removed")
     return f"{removed[0].mean:,.0f}" if removed else DASH
 
@@ -48,7 +47,7 @@ def columns_of(
     lines: Mapping[str, Rows],
     titles: Mapping[str, str],
 ) -> dict[str, str]:
-    """The titles of those metrics that any line has."""
+    """The titles of the metrics for which any line has a row."""
     present = set()
     for rows in lines.values():
         present.update(rows.metrics)
@@ -63,7 +62,7 @@ def line_table(
     is_rate: bool,
     bold: str = "",
 ) -> Table:
-    """A terminal's table of figures: a line a mask, a column a metric."""
+    """A terminal's table of figures: a row for each mask, a column for each metric."""
     columns = columns_of(lines, titles)
     grid = text_table(title, ["mask", "weights", *columns.values()])
     for name, rows in lines.items():
@@ -74,17 +73,20 @@ def line_table(
 
 
 def text_table(title: str, columns: Sequence[str], *, n_names: int = 1) -> Table:
-    """An empty table for a terminal, with names to the left and figures to the right."""
-    # What is too wide for the terminal goes on in the next line; nothing is cut.
+    """An empty table for a terminal, with `n_names` columns of names and then figures."""
+    # A text that is too wide continues on the next line, so that nothing is cut.
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     for number, name in enumerate(columns):
-        grid.add_column(name, justify="left" if number < n_names else "right", overflow="fold")
+        justify = "left" if number < n_names else "right"
+        grid.add_column(name, justify=justify, overflow="fold")
     return grid
 
 
 def frame_table(data: "pandas.DataFrame", *, n_names: int = 1) -> Table:
-    """A DataFrame for a terminal; its index is left out."""
-    grid = text_table("", [escape(str(name)) for name in data.columns], n_names=n_names)
-    for line in data.itertuples(index=False):
-        grid.add_row(*(escape(str(value)) for value in line))
+    """A DataFrame as a table for a terminal, without its index."""
+    columns = [escape(str(name)) for name in data.columns]
+    grid = text_table("", columns, n_names=n_names)
+    for row in data.itertuples(index=False):
+        cells = [escape(str(value)) for value in row]
+        grid.add_row(*cells)
     return grid

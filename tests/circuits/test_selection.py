@@ -3,12 +3,20 @@
 Would catch: zeros of two signs that do not tie, a tie across a chunk that is counted twice.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmcircuits.circuits.selection import _Best, largest, largest_of_rows, positive
+from harmcircuits.circuits.selection import (
+    CHUNK_SIZES,
+    _Best,
+    largest,
+    largest_of_rows,
+    positive,
+)
 
 Tensors = dict[str, torch.Tensor]
 # Special values often, so that ties are everywhere; subnormals, both zeros and the ends of the
@@ -46,11 +54,12 @@ def test_largest_equals_sorting(values, data):
         excluded[name] = torch.tensor(sorted(barred), dtype=torch.int64)
         n_left += len(value) - len(barred)
     k, chunk = data.draw(st.integers(0, n_left)), data.draw(st.sampled_from([1, 2, 5, 100]))
-    chosen = largest(scores, k, excluded, chunk=chunk)
+    with patch.dict(CHUNK_SIZES, cpu=chunk):
+        chosen = largest(scores, k, excluded)
+        with pytest.raises(ValueError, match=rf"leaves fewer \({n_left}\)"):
+            largest(scores, n_left + 1, excluded)
     expected = by_sorting(scores, k, excluded)
     assert {name: index.tolist() for name, index in chosen.items()} == expected
-    with pytest.raises(ValueError, match=rf"leaves fewer \({n_left}\)"):
-        largest(scores, n_left + 1, excluded, chunk=chunk)
 
     above = positive(scores, chosen)
     for name, index in chosen.items():
@@ -62,7 +71,8 @@ def test_rows_do_not_depend_on_the_chunk(chunk):
     generator = torch.Generator().manual_seed(0)
     value = torch.randint(-2, 3, (9, 7), generator=generator).float()
     excluded = torch.tensor([0, 8, 9, 62])
-    chosen = largest_of_rows(value, 3, excluded, chunk=chunk)
+    with patch.dict(CHUNK_SIZES, cpu=chunk):
+        chosen = largest_of_rows(value, 3, excluded)
     for row in range(9):
         inside = torch.arange(7 * row, 7 * row + 7)
         barred = excluded[torch.isin(excluded, inside)] - 7 * row
@@ -80,7 +90,8 @@ def test_ties_do_not_fill_the_memory(monkeypatch):
 
     monkeypatch.setattr(_Best, "add", watched)
     zeros = {"a": torch.zeros(1000, 500), "b": torch.zeros(1000, 500)}
-    chosen = largest(zeros, 500_007, {}, chunk=1000)
+    with patch.dict(CHUNK_SIZES, cpu=1000):
+        chosen = largest(zeros, 500_007, {})
     assert torch.equal(chosen["a"], torch.arange(500_000))
     assert torch.equal(chosen["b"], torch.arange(7))
     assert max(held) <= 2 * 500_007

@@ -40,7 +40,7 @@ def test_fingerprints_and_digests_are_those_that_files_hold():
     bridge = load_organism("planted")
     assert mask.source.model == model_fingerprint(bridge) == "d56587129d1d509a"
     assert weights_digest(bridge) == "00787ef86bc792f4"
-    assert Provenance.of(bridge).source("test").weights == "9a530716eef473d9"
+    assert Provenance.of(bridge).source("test").weights_digest == "9a530716eef473d9"
 
 
 def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
@@ -49,7 +49,7 @@ def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
     def digests() -> tuple[str, ...]:
         return (
             model_fingerprint(llama),
-            Provenance.of(llama).source("test").weights,
+            Provenance.of(llama).source("test").weights_digest,
             weights_digest(llama),
         )
 
@@ -90,6 +90,6 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn
     named_weights(tuned)[NAME].data[3, 5] *= 2
     with pytest.warns(UserWarning) as warned, masked(tuned, loaded):
         pass
-    digests = (Provenance.of(model).source("test").weights for model in (bridge, tuned))
+    digests = (Provenance.of(model).source("test").weights_digest for model in (bridge, tuned))
     for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)

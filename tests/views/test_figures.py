@@ -49,7 +49,7 @@ SHARES = {
 }
 MASKS = {"unpruned": rates(1.0, 0.9), HOSTILE: rates(0.3, 0.8)}
 FIGURES = {
-    "share": lambda: share_figure(SHARES, {HARM: "valid harmful answers"}, kept=[BENIGN]),
+    "share": lambda: share_figure(SHARES, {HARM: "valid harmful answers"}, abilities=[BENIGN]),
     "comparison": lambda: comparison_figure(MASKS, {HARM: "harm", BENIGN: "$benign$"}),
     "location": lambda: location_figure(PLACES),
     "map": lambda: component_map(PLACES),
@@ -88,7 +88,7 @@ def test_shares_are_drawn_with_the_worst_kept_ability():
     known = [Measurement.exact("knowledge_rate", {}, rate) for rate in (1.0, 0.5)]
     points = {0.001: rates(0.5, 0.75) + known[:1], 0.01: rates(0.25, 1.0) + known[1:]}
     kept = (BENIGN, "knowledge_rate")
-    picture = share_figure({"circuit": points}, {HARM: "harm"}, kept=kept)
+    picture = share_figure({"circuit": points}, {HARM: "harm"}, abilities=kept)
     harm, worst = picture.figure.axes
     (of_harm,), (of_worst,) = harm.containers, worst.containers
     places, means, intervals = curve(of_harm)

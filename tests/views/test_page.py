@@ -16,13 +16,12 @@ FIGURE = page.plot(comparison_figure({}, {}), label=HOSTILE)
 PARTS = {
     "section": (page.section(HOSTILE, HOSTILE, "<i>content</i>"), 2),
     "paragraphs": (page.paragraphs(f"{HOSTILE}\n{HOSTILE}"), 2),
-    "headline": (page.headline([(HOSTILE, HOSTILE, HOSTILE)]), 3),
+    "key_figures": (page.key_figures([(HOSTILE, HOSTILE, HOSTILE)]), 3),
     "missing": (page.missing(HOSTILE), 1),
-    "preformatted": (page.preformatted(HOSTILE), 1),
     "download": (page.download(HOSTILE, b"\x01\x02", HOSTILE), 2),
     "table": (TABLE, 4),
     "plot": (FIGURE, 1),
-    "drawn": (page.drawn("<i>content</i>", label=HOSTILE), 1),
+    "visual": (page.visual("<i>content</i>", label=HOSTILE), 1),
 }
 
 
@@ -33,7 +32,7 @@ def test_texts_are_escaped(name):
 
 
 def test_content_is_html_files_are_within_the_page_and_the_keyboard_reaches_it():
-    for name in ("table", "plot", "drawn"):
+    for name in ("table", "plot", "visual"):
         assert 'tabindex="0"' in PARTS[name][0]
-    assert "<i>content</i>" in PARTS["section"][0] and "<i>content</i>" in PARTS["drawn"][0]
+    assert "<i>content</i>" in PARTS["section"][0] and "<i>content</i>" in PARTS["visual"][0]
     assert 'href="data:application/octet-stream;base64,AQI="' in PARTS["download"][0]

@@ -74,5 +74,5 @@ def test_b15_a_topic_that_is_drawn_twice_has_two_twins():
     draws = np.random.default_rng(1).integers(12, size=(500, 12))
     row = _topic_mean("x", {}, table, is_twin, draws)
     means = values[draws].mean(axis=1)
-    expected = hc.Measurement.of_draws("x", {}, means, mean=values.mean(), n_groups=12)
+    expected = hc.Measurement.from_draws("x", {}, means, mean=values.mean(), n_groups=12)
     assert (row.low, row.high) == pytest.approx((expected.low, expected.high))

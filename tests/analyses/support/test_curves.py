@@ -8,12 +8,22 @@ import math
 
 import pytest
 import torch
-from support.curves import Budget, Curve, curve, gap, outcomes_of, rate_at, share_text, w50
+from support.curves import (
+    Budget,
+    Curve,
+    curve,
+    gap,
+    outcomes_of,
+    rate_at,
+    rate_difference,
+    share_text,
+    w50,
+)
 
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import random_like, top_fraction
-from harmcircuits.measurements import Rows
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.search.attribution import magnitude_scores
 
@@ -96,3 +106,12 @@ def test_a_gap_is_what_another_mask_leaves_beyond_the_curve(sft):
     hits = path.at(0.3)["harmful"].hits
     left = sum(hits) / len(hits)
     assert gap(sft, small, path, 0.3).row("gap", {}).mean == pytest.approx(under - left)
+
+
+def test_newcombe_s_own_example():
+    """56/70 - 48/80 by method 11: 0.0428 to 0.3422 (Newcombe 1998, table II)."""
+    first = Measurement.rate("x", {}, [1] * 56 + [0] * 14, range(70))
+    second = Measurement.rate("x", {}, [1] * 48 + [0] * 32, range(80))
+    difference = rate_difference("d", {"model": "x"}, first, second)
+    figures = (difference.mean, difference.low, difference.high)
+    assert figures == pytest.approx((0.2, 0.0428, 0.3422), abs=1e-4)
