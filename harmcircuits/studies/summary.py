@@ -291,21 +291,22 @@ def headline(rows: Rows, roles: Roles) -> list[tuple[str, str, str]]:
     if not pruned:
         return [*figures, ("weights removed", DASH, "no mask was chosen")]
 
-    for points, title in sorted(_ability_changes(baseline, pruned, roles))[:1]:
-        figures.append(("worst kept ability", f"{points:+.1f} points", title))
+    changes = _ability_changes(baseline, pruned, roles)
+    if changes:
+        worst = min(changes, key=changes.__getitem__)
+        figures.append(("worst kept ability", f"{changes[worst]:+.1f} points", worst))
     size = pruned.one("weights_removed").mean
     figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
     return figures
 
 
-def _ability_changes(baseline: Rows, pruned: Rows, roles: Roles) -> list[tuple[float, str]]:
-    """The change of every ability's rate, in points, with its title."""
-    changes = []
+def _ability_changes(baseline: Rows, pruned: Rows, roles: Roles) -> dict[str, float]:
+    """Title of every ability -> the change of its rate, in points."""
+    changes = {}
     for behaviour in roles.abilities:
         # A rate of zero cannot fall.
         if pruned.where(behaviour.metric) and baseline.one(behaviour.metric).mean > 0:
-            points = 100 * _change(behaviour.metric, baseline, pruned)
-            changes.append((points, behaviour.title))
+            changes[behaviour.title] = 100 * _change(behaviour.metric, baseline, pruned)
     return changes
 
 
