@@ -23,8 +23,8 @@ from support.curves import BUDGETS, curve
 import harmcircuits as hc
 from harmcircuits.behaviours.model import protected_data
 from harmcircuits.search.circuit import STEPS
-from harmcircuits.studies.controls import at_once, unpruned_scores
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.controls import one_shot_masks, unpruned_scores
+from harmcircuits.studies.summary import Roles
 from harmcircuits.views.figures import share_figure
 
 claim = Claim(
@@ -96,7 +96,7 @@ def curves_of(
     search = model.find_circuit("harmful", steps=steps, **options)
     protected = protected_data(model, "harmful", calibrations=answers)
     unpruned = unpruned_scores(model, "harmful", answers["harmful"], protected)
-    one_shot = at_once(model, unpruned, protected, list(sizes))
+    one_shot = one_shot_masks(model, unpruned, protected, list(sizes))
     benign = model.find_circuit("benign", steps=steps, **options)
     rows = hc.Rows()
     lines = {"search": curve(model, search, whole), "one shot": curve(model, one_shot, whole)}
@@ -152,7 +152,7 @@ lines = rows.where(split="heldout", ladder=rows[0].labels["ladder"]).by("mask")
 lines.pop(OF_BENIGN, None)  # of another target: of harm it shows what is protected
 names = sorted(lines, key=lambda name: name not in ("search", "one shot"))
 points = {name: curves.by_share(lines[name]) for name in names}
-claim.figure("What is left", share_figure(points, PANELS, abilities=Terms.standard().kept_rates))
+claim.figure("What is left", share_figure(points, PANELS, abilities=Roles.standard().kept_rates))
 
 
 # %%

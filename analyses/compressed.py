@@ -25,7 +25,7 @@ from support.curves import BUDGETS, curve
 import harmcircuits as hc
 from harmcircuits.behaviours.model import other_behaviours
 from harmcircuits.search.circuit import STEPS
-from harmcircuits.studies.summary import SATURATED_NLL, Terms
+from harmcircuits.studies.summary import SATURATED_NLL, Roles
 from harmcircuits.views.figures import share_figure
 
 claim = Claim(
@@ -155,7 +155,7 @@ rows = claim.rows()
 # %%
 of_harm = rows.where(ladder=rows[0].labels["ladder"], target="harmful", split="heldout")
 points = {name: curves.by_share(rung) for name, rung in reversed(of_harm.by("model").items())}
-figure = share_figure(points, PANELS, abilities=Terms.standard().kept_rates)
+figure = share_figure(points, PANELS, abilities=Roles.standard().kept_rates)
 claim.figure("What is left of harm", figure)
 
 

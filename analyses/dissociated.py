@@ -29,7 +29,7 @@ from support.figures import cross_ablation_figure
 
 import harmcircuits as hc
 from harmcircuits.search.circuit import STEPS
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 
 claim = Claim(
     "F6",
@@ -37,17 +37,17 @@ claim = Claim(
     models=("sft", "dpo"),
     small={"steps": 1},
 )
-METRICS = {behaviour.name: behaviour.metric for behaviour in Terms.standard().behaviours}
+METRICS = {behaviour.name: behaviour.metric for behaviour in Roles.standard().behaviours}
 PRUNED = ("harmful", "recognition", "explanation", "refusal")
 PROTECTED = {"none": "nothing", "benign": "benign answers", "others": "all others"}
 PLAIN = "plain_harm_rate"
 RATES = {
-    **Terms.standard().rates,
+    **Roles.standard().rates,
     "recognition_pair_accuracy": "recognises pairs",
     PLAIN: "plain harm",
 }
 HARM, BROKEN = "harm_valid_rate", "harm_degenerate_rate"
-SHOWN = set(Terms.standard().rates) - {HARM, BROKEN}
+SHOWN = set(Roles.standard().rates) - {HARM, BROKEN}
 
 # %% [markdown]
 # ## The rule, fixed before any run

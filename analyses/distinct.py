@@ -26,7 +26,7 @@ from support.figures import cross_ablation_figure, overlap_figure
 
 import harmcircuits as hc
 from harmcircuits.search.circuit import STEPS
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 from harmcircuits.views.tables import DASH
 
 claim = Claim(
@@ -158,7 +158,7 @@ first = next(iter(rows.by("ladder", "model").values())).pool("seed")
 panels = {}
 for protected, spared in SPARED.items():
     panels[f"spared: {spared}"] = first.where(mask="none") + first.where(protected=protected)
-claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
+claim.figure("What is broken", cross_ablation_figure(panels, Roles.standard().rates))
 
 # %% [markdown]
 # ## What circuits share

@@ -28,7 +28,7 @@ from support.shared_lines import LIFTS, shared_lines
 import harmcircuits as hc
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.search.circuit import STEPS
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 from harmcircuits.views.figures import location_figure
 
 claim = Claim(
@@ -133,7 +133,7 @@ last = list(together.by("model").values())[-1]
 panels = {}
 for protected in PROTECTED:
     panels[f"spared: {protected}"] = last.where(mask="none") + last.where(protected=protected)
-claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
+claim.figure("What is broken", cross_ablation_figure(panels, Roles.standard().rates))
 
 # %% [markdown]
 # ## Where the circuit of harm sits, and where it acts

@@ -1,7 +1,8 @@
-"""What is given to others: the edited model as a Hugging Face folder, an adapter, or the mask."""
+"""Files for others: the edited model as a Hugging Face folder or an adapter, or the mask alone."""
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
@@ -21,26 +22,27 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.storage import MASK_FILE, empty_folder, naming, refuse_filled
 
-# transformers and the bridge round in another order. The weights are compared bit for bit.
+# Weights must be equal bit for bit. Logits may differ: transformers and the bridge add in different
+# orders.
 EPSILONS = 64
-N_COMPARED = 16  # positions of the text on which logits are compared
+N_COMPARED = 16  # positions of the text whose logits are compared
 
-# What the bridge splits into parts, in the order of its split: the parts and the split's name.
+# Matrices that the bridge splits: the parts in the order of the split, and the split's name
 FUSED = (
     (("q", "k", "v"), "split_qkv_matrix"),
     (("gate", "in"), "split_gate_up_matrix"),
 )
 
-CARD = """---
+MODEL_CARD = """---
 {header}
 ---
 
 # {name} without {n_removed} weights
 
 {text} Made with harmcircuits for defensive research: to study which weights carry a behaviour and
-what else they carry. It is no safety guarantee; removed behaviour may come back with training, in
-other words or in other languages. It must not be used to restore or strengthen that behaviour, nor
-to undo a safeguard of a model that others rely on.
+what else they carry. It is no safety guarantee: the removed behaviour may come back with training,
+in other words or in other languages. Do not use it to restore or strengthen that behaviour, or to
+undo a safeguard of a model that others rely on.
 
 In `{name}` the mask removes these weights in place, and reversibly:
 
@@ -49,21 +51,21 @@ import harmcircuits as hc
 
 bridge = hc.load_model("{name}")
 with hc.masked(bridge, hc.WeightMask.from_hub("{source}")):
-    ...  # the model without these weights; restored bit for bit on exit
+    ...  # the model without these weights; they are restored bit for bit on exit
 ```
 
-Where the mask came from, without any prompt or completion (data appear as digests):
+The source of the mask, without any prompt or completion (data appear as digests):
 
 ```json
 {record}
 ```
 """
 MODEL_TEXT = """`{name}` with {n_removed} of the {n_weights} weights in its block matrices set to
-zero. All else is as in `{name}`, whose licence and terms apply. Reloaded with transformers, the
-logits differ from those of the masked model by at most {difference}."""
-ADAPTER_TEXT = """A PEFT adapter (SHiRA) of `{name}`: it adds to {n_removed} of {n_weights} block
-weights their negatives. The masked model's logits differ by at most {difference}."""
-MASK_TEXT = """The places of {n_removed} of the {n_weights} weights in the block matrices of
+zero. Everything else equals `{name}`, whose licence and terms apply. Reloaded with transformers,
+its logits differ from those of the masked model by at most {difference}."""
+ADAPTER_TEXT = """A PEFT adapter (SHiRA) of `{name}`: it adds the negatives of {n_removed} of the
+{n_weights} block weights to them. The masked model's logits differ by at most {difference}."""
+MASK_TEXT = """The positions of {n_removed} of the {n_weights} weights in the block matrices of
 `{name}`: no weights and no text."""
 
 
@@ -79,11 +81,11 @@ def export(
 ) -> Path:
     """The model without the mask's weights as a Hugging Face folder, checked by reloading it.
 
-    The source model is loaded afresh in the dtype it is stored in, the mask's weights become zero
-    in it, and it is saved with its tokenizer and generation config, `mask.safetensors` and a model
-    card. Then it is reloaded in the bridge's dtype: every parameter must equal the masked bridge's
-    bit for bit, and the logits of transformers the bridge's within 64 machine epsilons of the
-    largest logit, or half the dtype's digits if that is less. The folder appears only after that.
+    It loads the source model in the dtype of its files, sets the mask's weights to zero, and saves
+    it with its tokenizer, generation config, `mask.safetensors` and a model card. Then it reloads
+    the folder in the bridge's dtype. Every parameter must equal the masked bridge's bit for bit.
+    The logits of transformers may differ from the bridge's by 64 machine epsilons of the largest
+    logit, or by half the dtype's digits if that is less. The folder appears only after this check.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> hc.export(model, mask, "edited").name
@@ -92,26 +94,28 @@ def export(
     Args:
         bridge: a TransformerBridge, or a `Model` with one.
         mask: the weights to remove.
-        folder: a new or empty one.
-        source: a folder or hub id; what the bridge was booted from by default.
-        push_to: uploads the folder to this hub id, which is made private if it is new.
-        force: replace a folder that this function wrote, once the new one is checked.
-        adapter: write an adapter of PEFT in place of a model: the places of the weights and their
+        folder: a new or empty folder.
+        source: a folder or hub id; by default the one that the bridge was booted from.
+        push_to: the hub id to upload the folder to; a new repository is private.
+        force: replace a folder that this function wrote, after the check of the new one.
+        adapter: write a PEFT adapter instead of a model: the positions of the weights and their
             negatives, as SHiRA (arXiv 2406.13175). `PeftModel.from_pretrained(base, folder)` is
-            then the edited model, bit for bit, with a base in the bridge's dtype.
+            then the edited model, bit for bit, if the base has the bridge's dtype.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: a folder that is not empty, a mask of another model, a source that cannot be
-            loaded or is not this bridge's model, logits that differ, an adapter of other matrices
-            than nn.Linear, and as `weight_sites`; nothing is written then.
-        OSError: it cannot be written (no space, no permission); nothing is left of it then. And a
-            hub that cannot be written to, when the folder is there already.
+        ValueError: a folder that is not empty; a compiled organism, which has no Hugging Face
+            folder; a mask of another model; a source that cannot be loaded or is not this bridge's
+            model; logits that differ; an adapter of other matrices than nn.Linear; and as
+            `weight_sites`. Nothing is written then.
+        OSError: the folder cannot be written (no space, no permission): nothing is left of it. Or
+            the hub cannot be written to: then the folder is complete.
     """
     bridge, folder = as_bridge(bridge), Path(folder)
     source = str(source or bridge.cfg.model_name)
+    refuse_compiled(bridge)
     if push_to:
         refuse_repo(push_to)
     is_model = any((folder / f"{prefix}config.json").is_file() for prefix in ("", "adapter_"))
@@ -122,13 +126,11 @@ def export(
         write = _write_adapter if adapter else _write_model
         write(bridge, mask, source, unfinished)
         difference = _reload_difference(bridge, unfinished, source, adapter)
-        mask.save(unfinished / MASK_FILE)
-        kind = (ADAPTER_TEXT, "peft") if adapter else (MODEL_TEXT, "transformers")
-        card = _card(mask, source, *kind, MASK_FILE, difference)
-        card.save(unfinished / "README.md")
+        text, library = (ADAPTER_TEXT, "peft") if adapter else (MODEL_TEXT, "transformers")
+        _save_mask(mask, unfinished, source, text, library, MASK_FILE, difference)
     if push_to:
-        removed = plural(mask.n_removed, "weight")
-        upload(folder, push_to, private=True, message=f"The model without {removed}")
+        weights = plural(mask.n_removed, "weight")
+        upload(folder, push_to, private=True, message=f"The model without {weights}")
     return folder
 
 
@@ -142,9 +144,9 @@ def push_mask(
 ) -> str:
     """Upload a mask with a card to the Hugging Face hub; its address.
 
-    The card says how many weights it removes and where, on which model, how it is loaded and what
-    it is for. `WeightMask.from_hub` reads it back. The token is the one that huggingface_hub knows:
-    of `hf auth login`, or HF_TOKEN.
+    The card says which model the mask belongs to, how many weights it removes, how to load it and
+    what it is for. `WeightMask.from_hub` reads it back. The token is that of huggingface_hub: from
+    `hf auth login` or HF_TOKEN.
 
     >>> mask = hc.top_fraction(hc.removal_effect(bridge, harm), 0.001)
     >>> hc.push_mask(mask, "someone/mask", model="someone/model", folder="card")  # no network
@@ -152,11 +154,11 @@ def push_mask(
 
     Args:
         mask: the weights.
-        repo: the hub id to upload to, "user/name"; it is made where there is none.
-        model: folder or hub id of the model that the mask was made on.
-        private: whether a repository that is new is private; one that exists stays as it is.
-        folder: a new or empty one, where the files are written instead and nothing is uploaded: to
-            look at the card first.
+        repo: the hub id to upload to, "user/name"; a missing repository is created.
+        model: folder or hub id of the mask's model.
+        private: whether a new repository is private; an existing one stays as it is.
+        folder: a new or empty folder, where the files are written instead of an upload: to look at
+            the card first.
 
     Returns:
         The repository's address, or the folder.
@@ -167,92 +169,78 @@ def push_mask(
     """
     refuse_repo(repo)
     with TemporaryDirectory() as temporary:
-        written = empty_folder(folder or temporary)
-        mask.save(written / MASK_FILE)
-        card = _card(mask, model or "MODEL", MASK_TEXT, "harmcircuits", repo)
-        card.save(written / "README.md")
+        target = empty_folder(folder or temporary)
+        _save_mask(mask, target, model or "MODEL", MASK_TEXT, "harmcircuits", repo)
         if folder is not None:
             return str(folder)
-        return upload(written, repo, private=private, message=f"Mask of {mask.n_removed:,} weights")
+        return upload(target, repo, private=private, message=f"Mask of {mask.n_removed:,} weights")
 
 
 @contextmanager
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of `folder` on a clean exit and is gone on any other."""
+    """A temporary folder that replaces `folder` on a clean exit, and disappears on any other."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with naming(folder), TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
         unfinished = Path(temporary) / folder.name
         unfinished.mkdir()
         yield unfinished
-        before = Path(temporary) / "before"
+        backup = Path(temporary) / "backup"
         if folder.exists():
-            folder.rename(before)
+            folder.rename(backup)
         try:
             unfinished.rename(folder)
         except OSError:
-            if before.exists():
-                before.rename(folder)
+            if backup.exists():
+                backup.rename(folder)
             raise
 
 
 def _write_model(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
     """Save the source model and tokenizer with the mask's weights set to zero."""
-    model, tokenizer = _opened(bridge, source)
-    for stored in _removed(bridge, model, mask, source):
-        places = torch.unravel_index(stored.flat, stored.parameter.shape)
+    model, tokenizer = _load_source(bridge, source)
+    for parameter, index in _locate(bridge, model, mask, source):
         with torch.no_grad():
-            stored.parameter[places] = 0.0
+            parameter[torch.unravel_index(index, parameter.shape)] = 0.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _write_adapter(bridge: Bridge, mask: WeightMask, source: str, folder: Path) -> None:
-    """Save an adapter that adds to each of the mask's weights its negative."""
+    """Save an adapter that adds the negative of each of the mask's weights to it."""
     from peft import ShiraConfig, get_peft_model
 
-    model, _ = _opened(bridge, source, bridge.original_model.dtype)
+    model, _ = _load_source(bridge, source, bridge.original_model.dtype)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     removed: dict[str, Tensor] = {}
-    for stored in _removed(bridge, model, mask, source):
-        name = names[id(stored.parameter)].rpartition(".")[0]
-        # What the bridge splits into parts is one matrix here.
-        removed[name] = torch.cat([removed.get(name, stored.flat[:0]), stored.flat])
-    kinds = sorted({type(model.get_submodule(name)).__name__ for name in removed})
-    if kinds != ["Linear"]:
+    for parameter, index in _locate(bridge, model, mask, source):
+        name = names[id(parameter)].rpartition(".")[0]
+        # Parts that the bridge splits are one matrix here.
+        removed[name] = torch.cat([removed.get(name, index[:0]), index])
+    classes = sorted({type(model.get_submodule(name)).__name__ for name in removed})
+    if classes != ["Linear"]:
         raise ValueError(
             f"export: adapter=True: PEFT's SHiRA adapts nn.Linear, this mask removes weights of "
-            f"{kinds}; leave adapter out"
+            f"{classes}; leave adapter out"
         )
 
-    # A layer of rank r has r (d_in + d_out) places. Those beyond the mask's add zero to the first.
+    # A layer of rank r has r (d_in + d_out) positions. Positions beyond the mask's add zero to the
+    # first weight.
     sizes = {name: sum(model.get_submodule(name).weight.shape) for name in removed}
-    rank = max(ceil(len(flat) / sizes[name]) for name, flat in removed.items())
+    rank = max(ceil(len(index) / sizes[name]) for name, index in removed.items())
     config = ShiraConfig(r=rank, target_modules=list(removed), task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    for name, flat in removed.items():
+    for name, index in removed.items():
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
         weight, values = layer.base_layer.weight, layer.shira_weight["default"].data
-        values[: len(flat)] = -weight.flatten()[flat]
-        padded = nn.functional.pad(flat, (0, len(values) - len(flat)))
-        places = torch.unravel_index(padded, weight.shape)
-        layer.shira_indices["default"] = torch.stack(places).int()
+        values[: len(index)] = -weight.flatten()[index]
+        padded = nn.functional.pad(index, (0, len(values) - len(index)))
+        positions = torch.unravel_index(padded, weight.shape)
+        layer.shira_indices["default"] = torch.stack(positions).int()
     adapted.save_pretrained(str(folder))
 
 
-def _removed(bridge: Bridge, model: Any, mask: WeightMask, source: str) -> "Iterator[_Stored]":
-    """Where a Hugging Face model stores the mask's weights, site by site."""
-    sites = weight_sites(bridge)
-    for name, index in mask.removed.items():
-        # Whatever does not fit here comes from a source with other layers, names or shapes.
-        try:
-            stored = _stored(bridge, model, sites[name], index)
-        except (AttributeError, IndexError, RuntimeError, ValueError):
-            raise _other_model(source, name) from None
-        yield stored
-
-
-def _opened(bridge: Bridge, source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """The source's model, by default in the dtype it is stored in, and its tokenizer."""
+def _load_source(bridge: Bridge, source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """The source's model, by default in the dtype of its files, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     original = bridge.original_model
@@ -262,70 +250,75 @@ def _opened(bridge: Bridge, source: str, dtype: torch.dtype | str = "auto") -> t
         if source_kind != kind:
             raise ValueError(f"its configuration is of a {source_kind}, this bridge is a {kind}")
         model = type(original).from_pretrained(source, dtype=dtype)
-        # Read afresh: the bridge changes bos and padding of its own tokenizer.
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Read again: the bridge changes bos and padding of its own tokenizer.
+        return model, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"export: source={source!r} gives no model and tokenizer ({reason}); "
             "pass source=, the folder or hub id that the bridge was booted from"
         ) from None
-    return model, tokenizer
 
 
-class _Stored(NamedTuple):
-    """Where a Hugging Face model stores some weights of a site."""
+class Entries(NamedTuple):
+    """Some weights of a site, where a Hugging Face model stores them."""
 
     parameter: nn.Parameter
-    flat: Int[Tensor, " n"]
+    flat: Int[Tensor, " n"]  # indices
 
 
-def _stored(bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]) -> _Stored:
-    """Where `model` stores the weights with these flat indices in a site."""
+def _locate(bridge: Bridge, model: Any, mask: WeightMask, source: str) -> Iterator[Entries]:
+    """The entries of a Hugging Face model that hold the mask's weights, site by site."""
+    sites = weight_sites(bridge)
+    for name, index in mask.removed.items():
+        # Any mismatch means a source with other layers, names or shapes.
+        try:
+            entries = _entries(bridge, model, sites[name], index)
+        except (AttributeError, IndexError, RuntimeError, ValueError):
+            raise _other_model(source, name) from None
+        yield entries
+
+
+def _entries(bridge: Bridge, model: Any, site: Site, index: Int[Tensor, " n"]) -> Entries:
+    """The entries of `model` that hold the weights with these flat indices in a site."""
     if site.parameter.ndim == 3:  # stacked experts are no component of the bridge
         path = f"blocks.{site.layer}.mlp"
         experts = bridge.adapter.get_component(model, path)
-        name = site.name.removeprefix(f"{path}.")
-        return _Stored(experts.get_parameter(name), index)
+        return Entries(experts.get_parameter(site.name.removeprefix(f"{path}.")), index)
 
     # Name of a site            path               part     stored in
     # blocks.0.attn.q.weight    blocks.0.attn      q        attn.qkv, where the model fuses it
     # blocks.0.mlp.out.weight   blocks.0.mlp       out      mlp.out
     path, part = site.name.removesuffix(".weight").rsplit(".", 1)
-    attention_or_mlp = site.kind.split(".")[0]
-    owner = bridge.blocks[site.layer].get_submodule(attention_or_mlp)
+    owner = bridge.blocks[site.layer].get_submodule(site.kind.split(".")[0])  # attn or mlp
     for parts, split in FUSED:
         if part in parts and hasattr(owner, split):
             fused = bridge.adapter.get_component(model, path)
             return _unsplit(fused, getattr(owner, split), parts.index(part), index)
-    module = bridge.adapter.get_component(model, f"{path}.{part}")
-    return _Stored(module.weight, index)
+    return Entries(bridge.adapter.get_component(model, f"{path}.{part}").weight, index)
 
 
-def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"]) -> _Stored:
-    """Where in a fused module the bridge's own `split` takes these weights of a part from."""
+def _unsplit(module: nn.Module, split: Any, part: int, index: Int[Tensor, " n"]) -> Entries:
+    """The entries of a fused module from which the bridge's own `split` takes a part's weights."""
     numbered = copy.deepcopy(module).double()  # float64 counts to 2^53
-    n_before = 0
-    starts = []
+    starts, end = [], 0
     for parameter in numbered.parameters():
-        starts.append(n_before)
-        end = n_before + parameter.numel()
-        serial = torch.arange(n_before, end, dtype=torch.float64)
+        starts.append(end)
+        end += parameter.numel()
+        serial = torch.arange(starts[-1], end, dtype=torch.float64)
         parameter.data = serial.view_as(parameter)
-        n_before = end
 
-    numbers_of_part = split(numbered)[part].weight.detach().flatten()
-    numbers = numbers_of_part[index].long()
+    numbers = split(numbered)[part].weight.detach().flatten()[index].long()
     holders = []
     for parameter, start in zip(module.parameters(), starts, strict=True):
         if start <= numbers[0] < start + parameter.numel():
-            holders.append(_Stored(parameter, numbers - start))
+            holders.append(Entries(parameter, numbers - start))
     (holder,) = holders  # none in another model
     return holder
 
 
 def _reload_difference(bridge: Bridge, folder: Path, source: str, adapter: bool) -> float:
-    """Largest logit difference of the saved model, or adapter, to the bridge as it stands."""
+    """Largest logit difference between the saved model, or adapter, and the masked bridge."""
     dtype = bridge.original_model.dtype
     _compare_weights(bridge, folder, source, adapter)
     model = _reloaded(bridge, folder, source, adapter)
@@ -336,21 +329,20 @@ def _reload_difference(bridge: Bridge, folder: Path, source: str, adapter: bool)
     with torch.no_grad():
         expected = bridge(tokens)
         difference = (model(tokens).logits - expected).abs().max().item()
-    # 64 epsilons are 8e-6 in float32, but half of everything in bfloat16: there the square root is
-    # the smaller one, 0.09.
+    # 64 epsilons are 8e-6 in float32, but 0.5 in bfloat16, where the square root (0.09) is smaller.
     epsilon = torch.finfo(dtype).eps
     bound = min(EPSILONS * epsilon, epsilon**0.5) * expected.abs().max().item()
-    if not difference <= bound:  # nor is it where one of them is not finite
+    if not difference <= bound:  # also true for NaN
         raise ValueError(
             "export: reloaded by transformers, the logits differ from the masked bridge's by up to "
             f"{difference:.3g}; expected at most {bound:.3g}. The weights are equal, so this "
-            f"bridge computes otherwise than {source!r}"
+            f"bridge does not compute what {source!r} computes"
         )
     return difference
 
 
 def _reloaded(bridge: Bridge, folder: Path, source: str, adapter: bool) -> Any:
-    """What was saved, as transformers or PEFT read it, in the bridge's dtype."""
+    """The saved model as transformers or PEFT read it, in the bridge's dtype."""
     options = {"dtype": bridge.original_model.dtype, "attn_implementation": "eager"}
     model = type(bridge.original_model).from_pretrained(source if adapter else folder, **options)
     if adapter:
@@ -361,7 +353,7 @@ def _reloaded(bridge: Bridge, folder: Path, source: str, adapter: bool) -> Any:
 
 
 def _compare_weights(bridge: Bridge, folder: Path, source: str, adapter: bool) -> None:
-    """Raises ValueError unless every parameter of the saved model is the bridge's, bit for bit."""
+    """Refuse a saved model with a parameter that is not the bridge's, bit for bit."""
     from transformer_lens.model_bridge import TransformerBridge
 
     options = {"dtype": bridge.original_model.dtype, "device": bridge.cfg.device}
@@ -369,7 +361,6 @@ def _compare_weights(bridge: Bridge, folder: Path, source: str, adapter: bool) -
         options["hf_model"] = _reloaded(bridge, folder, source, adapter).merge_and_unload()
     reloaded = TransformerBridge.boot_transformers(source if adapter else str(folder), **options)
     expected, parameters = _parameters(bridge), _parameters(reloaded)
-    # A name that only one of them has is a difference too.
     for name in expected.keys() | parameters.keys():
         is_in_both = name in expected and name in parameters
         if not is_in_both or not torch.equal(expected[name], parameters[name]):
@@ -377,14 +368,12 @@ def _compare_weights(bridge: Bridge, folder: Path, source: str, adapter: bool) -
 
 
 def _parameters(bridge: Bridge) -> dict[str, nn.Parameter]:
-    """Every parameter by name: those of the state dict, and stacked experts, which it lacks."""
-    named = {}
+    """Every parameter by name: those of the state dict, and the stacked experts, which it lacks."""
+    parameters = {name: site.parameter for name, site in weight_sites(bridge).items()}
     for name, tensor in bridge.state_dict(keep_vars=True).items():
         if isinstance(tensor, nn.Parameter):
-            named[name] = tensor
-    for name, site in weight_sites(bridge).items():
-        named[name] = site.parameter
-    return named
+            parameters.setdefault(name, tensor)
+    return parameters
 
 
 def _other_model(source: str, name: str) -> ValueError:
@@ -394,12 +383,19 @@ def _other_model(source: str, name: str) -> ValueError:
     )
 
 
-def _card(
-    mask: WeightMask, model: str, text: str, library: str, source: str, difference: float = 0.0
-) -> Any:
-    """The card: what was removed from which model, how it is loaded, and what it is for."""
+def _save_mask(
+    mask: WeightMask,
+    folder: Path,
+    model: str,
+    text: str,
+    library: str,
+    source: str,
+    difference: float = 0.0,
+) -> None:
+    """Save the mask and its card: which model it edits, how to load it, and what it is for."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    mask.save(folder / MASK_FILE)
     is_local = Path(model).exists()
     header = ModelCardData(
         base_model=model if "/" in model and not is_local else None,
@@ -412,18 +408,18 @@ def _card(
         "n_weights": f"{mask.n_weights:,}",
         "difference": f"{difference:.3g}",
     }
-    filled = CARD.format(
+    content = MODEL_CARD.format(
         header=header.to_yaml(),
         text=text.format(**facts),
         source=source,
         record=json.dumps(json.loads(mask.source.to_json()), indent=1),
         **facts,
     )
-    return ModelCard(filled)
+    ModelCard(content).save(folder / "README.md")
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
-    """Upload a folder's files to a model repository, made where there is none; its address."""
+    """Upload a folder's files to a model repository, created if it is missing; its address."""
     from huggingface_hub import HfApi
 
     HfApi().create_repo(repo, private=private, exist_ok=True)
@@ -432,7 +428,15 @@ def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
 
 
 def refuse_repo(repo: str) -> None:
-    """Raises ValueError for what is no hub id, before anything is written."""
-    user, _, name = repo.partition("/")
-    if not user or not name or "/" in name:
+    """Refuse a name that is no hub id, before anything is written."""
+    if not re.fullmatch("[^/]+/[^/]+", repo):
         raise ValueError(f"repository {repo!r}; expected a hub id, user/name")
+
+
+def refuse_compiled(bridge: Bridge) -> None:
+    """Refuse a model that transformers cannot save: a compiled organism."""
+    if not hasattr(bridge.original_model, "config"):
+        raise ValueError(
+            f"export: a {type(bridge.original_model).__name__}, such as a compiled organism, has "
+            "no Hugging Face folder; save the mask alone with mask.save(...) or push_mask"
+        )

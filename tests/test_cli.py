@@ -13,9 +13,9 @@ from pages import DOCS
 
 import harmcircuits as hc
 from harmcircuits.behaviours.request_files import RequestFiles
-from harmcircuits.cli import PROMPTS, ModelOptions, parsed
+from harmcircuits.cli import ModelOptions, parsed
 from harmcircuits.organisms.shipped import FOLDER
-from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings, quick
+from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings, quick_settings
 
 SFT = str(FOLDER / "sft")
 OWN = ["--model", SFT, "--harmful", "harmful.csv", "--benign", "benign.csv"]
@@ -38,14 +38,15 @@ def test_a_model_of_ones_own_and_a_first_look_have_their_own_defaults():
     assert parsed(["study", "--out", "x"]).settings == StudySettings()
     assert parsed(["study", "--out", "x", *OWN]).settings == FOR_REAL_MODELS
     quicker = parsed(["study", "--out", "x", "--quick", *OWN, "--steps", "3"]).settings
-    assert quicker == replace(quick(FOR_REAL_MODELS), steps=3)
+    assert quicker == replace(quick_settings(FOR_REAL_MODELS), steps=3)
 
 
 def test_every_option_of_a_model_is_one_of_open_model():
     names = {field.name for field in fields(ModelOptions)}
-    options = names - set(PROMPTS) - {"organism", "organisms"}
+    requests = {field.name for field in fields(RequestFiles)} - {"questions"}
+    options = names - requests - {"organism", "organisms"}
     assert options <= set(inspect.signature(hc.open_model).parameters)
-    assert set(PROMPTS) <= {field.name for field in fields(RequestFiles)}
+    assert requests <= names
 
 
 @pytest.fixture

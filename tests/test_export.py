@@ -129,6 +129,13 @@ def test_refusals_leave_nothing_behind(open_model, llama, tmp_path, monkeypatch)
     assert WeightMask.load(out / "mask.safetensors") == half
 
 
+def test_a_compiled_organism_has_no_hugging_face_folder(tmp_path):
+    bridge = load_organism("compiled/nested")
+    with pytest.raises(ValueError, match="such as a compiled organism, has no Hugging Face folder"):
+        export(bridge, random_mask(bridge, 0.1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_export_leaves_nothing(llama, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from harmcircuits.hooks.masking import masked
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.world import BEHAVIOURS
 from harmcircuits.search.attribution import removal_effect
-from harmcircuits.studies.controls import Unpruned, price_of, priced
+from harmcircuits.studies.controls import UnprunedScores, price_of, priced
 
 RISE, UNPRUNED, GAP = "nll_rise", "nll", "nll_gap"
 ABILITIES = tuple(name for name in (*BEHAVIOURS, "prefilled") if name != TARGET)
@@ -130,7 +130,7 @@ def _rankings(
     calibrations: Mapping[str, Calibration],
     types: Sequence[str],
     abilities: Sequence[str],
-) -> Iterator[tuple[str, Unpruned]]:
+) -> Iterator[tuple[str, UnprunedScores]]:
     """Name, effect and price of every circuit; few scores at a time."""
 
     def scored(name: str) -> WeightScores:
@@ -143,16 +143,16 @@ def _rankings(
     sizes = [calibrations[type_].n_verified for type_ in types]
     for number, type_ in enumerate(types):
         others = [*sizes[:number], 0, *sizes[number + 1 :]]
-        yield type_, Unpruned(of_types[number], price)
-        yield f"all but {type_}", Unpruned(mean_scores(of_types, others), price)
+        yield type_, UnprunedScores(of_types[number], price)
+        yield f"all but {type_}", UnprunedScores(mean_scores(of_types, others), price)
     target = mean_scores(of_types, sizes)
     del of_types
-    yield TARGET, Unpruned(target, price)
-    yield OPPOSITE, Unpruned(-target, price)
+    yield TARGET, UnprunedScores(target, price)
+    yield OPPOSITE, UnprunedScores(-target, price)
     del target
     price = price_of(model, {TARGET: calibrations[TARGET]})
     for name in abilities:
-        yield name, Unpruned(scored(name), price)
+        yield name, UnprunedScores(scored(name), price)
 
 
 def rise_rows(

@@ -378,7 +378,7 @@ class Claim:
         jobs = list(self.experiment.jobs(specs, range(n_seeds), options))
         settings: dict[str, Any] = {"claim": self.name, "small": run.small}
         settings["options"] = repr(sorted(options.items()))
-        if run.own.given["prompts"]:
+        if run.own.arguments["prompts"]:
             settings["own"] = repr(run.own)
         rows = run_jobs(run.out, jobs, settings, workers=run.workers, name=self.name)
         return _measured(rows)

@@ -24,7 +24,7 @@ from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.search.attribution import removal_effect, token_contributions
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 
 N_BLOCKS = 16  # parts of the calibration items that are resampled whole
 N_TOPIC_DRAWS = 200
@@ -158,10 +158,10 @@ def topic_masks(
     calibrations: Mapping[str, Calibration],
     *,
     size: float,
-    terms: Terms | None = None,
+    terms: Roles | None = None,
 ) -> dict[str, WeightMask]:
     """Masks in one shot of TARGET/TOPIC and CONTRAST/TOPIC, for the topics that both have."""
-    terms = terms or Terms.standard()
+    terms = terms or Roles.standard()
     roles = (terms.target.name, terms.contrast.name)
     of_role = {role: set() for role in roles}
     for name in calibrations:
@@ -185,11 +185,11 @@ def content_rows(
     masks: Mapping[str, WeightMask],
     labels: Labels,
     *,
-    terms: Terms | None = None,
+    terms: Roles | None = None,
     seed: int = 0,
 ) -> Rows:
     """Whether circuits overlap by the content of their texts or by its use: four kinds of pairs."""
-    terms = terms or Terms.standard()
+    terms = terms or Roles.standard()
     target, contrast = terms.target, terms.contrast
     topics = sorted({name.split("/")[1] for name in masks if "/" in name})
     n_topics = len(topics)

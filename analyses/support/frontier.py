@@ -20,7 +20,7 @@ from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.search.attribution import removal_effect, token_price
 from harmcircuits.search.circuit import set_difference
-from harmcircuits.studies.controls import Unpruned, opposite_sign, priced
+from harmcircuits.studies.controls import UnprunedScores, opposite_sign, priced
 from harmcircuits.studies.study import P_OVER_Q
 
 ALIKE = "prefilled"  # benign answers that begin as the harmful ones do
@@ -32,7 +32,7 @@ Masks = Iterator[tuple[str, WeightMask]]
 
 def circuits(
     model: Model,
-    unpruned: Unpruned,
+    unpruned: UnprunedScores,
     answers: Mapping[str, Calibration],
     *,
     size: float,
@@ -44,7 +44,7 @@ def circuits(
 
     def at_factors(ranking: str, effect: WeightScores) -> Masks:
         for factor in factors:
-            scores = priced(Unpruned(effect, price), factor)
+            scores = priced(UnprunedScores(effect, price), factor)
             yield f"{ranking}, factor {factor:.2g}", by_loss.above_zero(scores, size)
 
     yield from at_factors("one shot", unpruned.effect)
@@ -53,17 +53,19 @@ def circuits(
     begun = [batch.beginning(n_first) for batch in harm]
     yield from at_factors("first tokens", removal_effect(bridge, begun))
     alike = removal_effect(bridge, answers.get(ALIKE, answers[CONTRAST]).batches)
-    yield from at_factors("less begun alike", priced(Unpruned(unpruned.effect, alike), 1.0))
+    yield from at_factors("less begun alike", priced(UnprunedScores(unpruned.effect, alike), 1.0))
     del alike
     if REFUSAL in answers:
         others = {name: of_name for name, of_name in answers.items() if name != TARGET}
         behind = preferred_batches(model, answers[TARGET], TARGET, REFUSAL, others)
         refusals = removal_effect(bridge, behind["preferred"])
-        benefit = priced(Unpruned(unpruned.effect, refusals), PREFERENCE)
+        benefit = priced(UnprunedScores(unpruned.effect, refusals), PREFERENCE)
         yield from at_factors("refusals preferred", benefit)
 
 
-def neurons(model: Model, unpruned: Unpruned, *, size: float, factors: Sequence[float]) -> Masks:
+def neurons(
+    model: Model, unpruned: UnprunedScores, *, size: float, factors: Sequence[float]
+) -> Masks:
     """Whole neurons, by the mean over their weights, at every factor."""
     sites = weight_sites(model.bridge)
     units = Units.of(sites, "neuron", list(sites))
@@ -76,7 +78,7 @@ def neurons(model: Model, unpruned: Unpruned, *, size: float, factors: Sequence[
 
 def controls(
     model: Model,
-    unpruned: Unpruned,
+    unpruned: UnprunedScores,
     answers: Mapping[str, Calibration],
     mask: WeightMask,
     *,
@@ -87,7 +89,7 @@ def controls(
     yield "random", random_like(mask)
     yield "opposite sign", opposite_sign(mask, unpruned)
 
-    twin = Unpruned(removal_effect(bridge, benign), token_price(bridge, harm))
+    twin = UnprunedScores(removal_effect(bridge, benign), token_price(bridge, harm))
     scores = priced(twin, float(mask.source.settings["factor"]))
     yield "benign twin", by_loss.above_zero(scores, mask.fraction)
     del twin, scores

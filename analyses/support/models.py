@@ -38,7 +38,7 @@ class ModelSpec:
         if self.own is None:
             model = open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
         else:
-            model = open_model(self.model, device=self.device, **self.own.given)
+            model = open_model(self.model, device=self.device, **self.own.arguments)
         fewer = []
         for behaviour in model.behaviours.values():
             fewer.append(replace(behaviour, prompts=partial(every_so_many, behaviour, self.every)))
@@ -78,7 +78,7 @@ class RunOptions:
 
     def specs(self, usual: Sequence[str]) -> list[ModelSpec]:
         """The models of one's own where requests are given, else organisms of every folder."""
-        if self.own.given["prompts"]:
+        if self.own.arguments["prompts"]:
             return [ModelSpec(model, device=self.device, own=self.own) for model in self.model]
         return organisms(self.model or usual, self.organisms, self.device)
 

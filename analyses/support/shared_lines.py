@@ -6,14 +6,14 @@ from itertools import combinations
 from support.dissociation import dissociations
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 
 LIFTS = {"overlap_lift": "lift", "overlap_lift_marginal": "lift over rows and columns"}
 
 
 def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> dict[str, str]:
     """What one model has in each line of the table, by the line's title."""
-    terms = Terms.standard()
+    terms = Roles.standard()
     return {
         **_overlap_lines(rows, tasks, terms),
         **_ablation_lines(rows, protected, terms),
@@ -21,7 +21,7 @@ def shared_lines(rows: Rows, tasks: Sequence[str], protected: Sequence[str]) -> 
     }
 
 
-def _overlap_lines(rows: Rows, tasks: Sequence[str], terms: Terms) -> dict[str, str]:
+def _overlap_lines(rows: Rows, tasks: Sequence[str], terms: Roles) -> dict[str, str]:
     """What the target's circuit shares with others, and with itself found again."""
     target, twin = terms.target.name, terms.contrast.name
     one_shot = rows.where(selection="one shot")
@@ -40,7 +40,7 @@ def _overlap_lines(rows: Rows, tasks: Sequence[str], terms: Terms) -> dict[str, 
     return lines
 
 
-def _ablation_lines(rows: Rows, protected: Sequence[str], terms: Terms) -> dict[str, str]:
+def _ablation_lines(rows: Rows, protected: Sequence[str], terms: Roles) -> dict[str, str]:
     """What is left without the target's circuit, and from what the target dissociates."""
     target = terms.target.name
     lines = {}
@@ -54,7 +54,7 @@ def _ablation_lines(rows: Rows, protected: Sequence[str], terms: Terms) -> dict[
     return lines
 
 
-def _place_lines(rows: Rows, terms: Terms) -> dict[str, str]:
+def _place_lines(rows: Rows, terms: Roles) -> dict[str, str]:
     """How much of the circuit lies in few neurons."""
     target = terms.target.name
     lines = {}
@@ -73,7 +73,7 @@ def _mean_of(lifts: Rows, pairs: Sequence[tuple[str, str]]) -> Rows:
     return Rows(of_pairs).pool("seed")
 
 
-def _outcomes(rows: Rows, protected: str, terms: Terms) -> Iterator[tuple[str, str]]:
+def _outcomes(rows: Rows, protected: str, terms: Roles) -> Iterator[tuple[str, str]]:
     """Every other behaviour, and how the target dissociates from it."""
     metrics = {behaviour.name: behaviour.metric for behaviour in terms.behaviours}
     tests = dissociations(rows, protected, metrics)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harmcircuits.measurements import Rows
-from harmcircuits.studies.summary import Terms, held_out_lines
+from harmcircuits.studies.summary import Roles, held_out_lines
 from harmcircuits.views.tables import figure_text, size_text
 
 ROOT = Path(__file__).parents[2]
@@ -49,11 +49,11 @@ PAGES = {
 
 
 # %%
-def terms_of(rows: Rows) -> Terms:
+def terms_of(rows: Rows) -> Roles:
     """What the rows of a study are called, with what its search protected."""
     # The first is the operating point; the circuit that protects benign answers alone follows.
     chosen = rows.where("harm_valid_rate", mask="circuit", split="heldout", selection="search")[0]
-    return Terms.standard(str(chosen.labels["protected"]).split(", "))
+    return Roles.standard(str(chosen.labels["protected"]).split(", "))
 
 
 def table(rows: Rows, names: Mapping[str, str], rates: list[str]) -> str:

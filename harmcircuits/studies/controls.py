@@ -21,19 +21,19 @@ from harmcircuits.search.attribution import removal_effect, token_price
 from harmcircuits.search.circuit import BUDGET
 from harmcircuits.search.texts import Budget, Protection
 
-FACTOR = 1.0  # of the price, for a mask that no search has chosen one for
-FACTORS = tuple(2.0**number for number in range(-2, 7))  # of the price, in one shot
+DEFAULT_FACTOR = 1.0  # of the price, for a mask whose search has no factor
+FACTORS = tuple(2.0**exponent for exponent in range(-2, 7))  # of the price, in one shot
 
 
-class Unpruned(NamedTuple):
-    """What the unpruned model says of every weight."""
+class UnprunedScores(NamedTuple):
+    """Scores of every weight on the unpruned model."""
 
     effect: WeightScores
-    price: WeightScores | None
+    price: WeightScores | None  # None: nothing is protected
 
 
 class Controls(dict[str, list[WeightMask]]):
-    """Control masks by name; `searched` names those that are searches of their own."""
+    """Control masks by name; `searched` holds the names of those from a search of their own."""
 
     def __init__(self, masks: Mapping[str, list[WeightMask]], searched: tuple[str, ...]) -> None:
         super().__init__(masks)
@@ -42,8 +42,8 @@ class Controls(dict[str, list[WeightMask]]):
     def __repr__(self) -> str:
         names = []
         for name, masks in self.items():
-            searched = ", a search of its own" if name in self.searched else ""
-            names.append(f"{name} ({plural(len(masks), 'mask')}{searched})")
+            ending = ", a search of its own" if name in self.searched else ""
+            names.append(f"{name} ({plural(len(masks), 'mask')}{ending})")
         return f"Controls({', '.join(names)})"
 
 
@@ -58,18 +58,17 @@ def controls(
     n_random: int = 3,
     seed: int = 0,
     calibrations: Mapping[str, Calibration] | None = None,
-    unpruned: Unpruned | None = None,
-    folder: str | Path | None = None,
-    max_memory: int | None = None,
-    progress: bool = False,
+    unpruned: UnprunedScores | None = None,
+    **options: Any,
 ) -> Controls:
-    """Masks of the size of a circuit that are chosen otherwise, by name.
+    """Masks of a circuit's size by name, each chosen in another way than the circuit.
 
-    "random": as many weights in each matrix; "random magnitude": and of like magnitude. Ranked by
-    scores of the unpruned model, less their price times the mask's own factor: "opposite sign",
-    weights whose removal should lower the loss; "second slice", the best outside the mask. "benign
-    twin" (or another contrast's): the same search for the contrast instead, with the target
-    protected. The last is a search of its own, which may give fewer weights.
+    "random" has as many weights in each matrix; "random magnitude" has also similar magnitudes.
+    "opposite sign" and "second slice" rank the scores of the unpruned model, effect - factor *
+    price, with the circuit's own factor: "opposite sign" takes the weights whose removal should
+    lower the loss, "second slice" the best weights outside the mask. "benign twin" (or the twin of
+    another contrast) is the matched control: the same search with the contrast as the target, and
+    with the target protected. This search may find fewer weights.
 
     >>> mask = model.find_circuit("harmful", protect="benign", size=0.001, steps=2)
     >>> hc.controls(model, "harmful", mask, protect="benign", n_random=2)
@@ -78,30 +77,32 @@ def controls(
 
     Args:
         model: the model, unpruned.
-        target: the behaviour that the mask was found for.
-        mask: its circuit. The twin is found by `find_circuit` with its settings, or with the usual
-            ones where it was chosen otherwise.
-        protect: as in `Model.find_circuit`.
-        prefer: what the twin's search prefers; as the circuit's did, so that it says what it costs
-            to make the contrast's answers become that.
-        contrast: the behaviour of the twin; without it, or where it is the target, there is none.
-        n_random: masks of each random kind.
-        seed: of the first random mask; the others follow.
-        calibrations: data to score on, where it is there already.
-        unpruned: scores of the target and the price of what is protected, where they are known.
-        folder: keeps the twin's search after every step.
-        max_memory: bytes for accumulated scores.
-        progress: whether to show a bar of the twin's search.
+        target: the behaviour that the mask removes.
+        mask: the circuit. `find_circuit` finds the twin with the circuit's settings, or with its
+            defaults where the mask has no such settings.
+        protect: the retain set, as in `Model.find_circuit`.
+        prefer: the behaviour that the twin's search prefers: the same as the circuit's, so that
+            the twin shows what this replacement costs the contrast.
+        contrast: the behaviour of the twin; "" or the target: no twin.
+        n_random: the number of masks of each random kind.
+        seed: of the first random mask; the next masks have the next seeds.
+        calibrations: the data to score on, if you have it already.
+        unpruned: scores of the target and the price of the protected behaviours, if you have them
+            already.
+        options: of the twin's `hc.find_circuit`: `folder` keeps the search after every step,
+            `max_memory` bounds the bytes of all scores, `progress` shows a bar.
 
     Raises:
         ValueError: a mask that removes nothing, and as `Model.find_circuit`.
     """
     if not mask.n_removed:
-        raise ValueError(f"controls: {mask} removes nothing, so nothing can be matched to it")
+        raise ValueError(f"controls: {mask} removes nothing; give a mask with at least one weight")
     protected = protected_data(model, target, protect, calibrations)
     data = (calibrations or {}).get(target) or model.calibration(target)
     if unpruned is None:
+        max_memory = options.get("max_memory")
         unpruned = unpruned_scores(model, target, data, protected, max_memory=max_memory)
+
     seeds = range(seed, seed + n_random)
     weights = named_weights(model.bridge)
     masks = {
@@ -111,37 +112,52 @@ def controls(
         "second slice": [second_slice(mask, unpruned)],
     }
 
-    twin = _twin_data(model, target, contrast, protected, calibrations)
-    if twin is None:
+    twin_data = None
+    if contrast != target:
+        twin_data = _contrast_data(model, contrast, protected, calibrations)
+    if twin_data is None:
         return Controls(masks, ())
-    spared = {name: other for name, other in protected.items() if name != contrast}
-    spared[target] = data
+
+    retain_set = {name: calibration for name, calibration in protected.items() if name != contrast}
+    retain_set[target] = data
     circuit = model.find_circuit(
         contrast,
         size=mask.fraction,
-        protect=list(spared),
+        protect=list(retain_set),
         prefer=prefer if prefer != contrast else "",
-        calibrations={**spared, contrast: twin},
-        folder=folder,
-        max_memory=max_memory,
-        progress=progress,
-        **_options_of_search(mask, spared),
+        calibrations={**retain_set, contrast: twin_data},
+        **_search_settings(mask, retain_set),
+        **options,
     )
-    name = f"{contrast} twin"
-    return Controls({**masks, name: [circuit]}, (name,))
+    twin = f"{contrast} twin"
+    return Controls({**masks, twin: [circuit]}, (twin,))
 
 
-def _options_of_search(mask: WeightMask, spared: Mapping[str, Calibration]) -> dict[str, Any]:
-    """The options of the search that found a mask, for another that spares these behaviours."""
-    made_by = mask.source.settings
-    if "learning_steps" not in made_by:
+def _contrast_data(
+    model: Model,
+    contrast: str,
+    protected: Mapping[str, Calibration],
+    calibrations: Mapping[str, Calibration] | None,
+) -> Calibration | None:
+    """The contrast's calibration data; None where the model has no such behaviour to show."""
+    if calibrations is not None:
+        return calibrations.get(contrast) or protected.get(contrast)
+    if contrast in protected or contrast not in model.behaviours:
+        return protected.get(contrast)
+    return model.calibrations([contrast]).get(contrast)
+
+
+def _search_settings(mask: WeightMask, retain_set: Mapping[str, Calibration]) -> dict[str, Any]:
+    """The settings of a mask's search, for another search with this retain set."""
+    settings = mask.source.settings
+    if "learning_steps" not in settings:
         return {}
     options = {
-        "budget": {name: value for name, value in made_by["budget"].items() if name in spared},
-        "steps": made_by["learning_steps"],
-        "sites": made_by.get("sites"),
+        "budget": {name: value for name, value in settings["budget"].items() if name in retain_set},
+        "steps": settings["learning_steps"],
+        "sites": settings.get("sites"),
     }
-    if "fresh_answers" not in made_by:
+    if "fresh_answers" not in settings:
         options["fresh_answers"] = None
     return options
 
@@ -152,89 +168,92 @@ def unpruned_scores(
     data: Calibration,
     protected: Mapping[str, Calibration],
     *,
-    folder: str | Path | None = None,
+    folder: Path | None = None,
     max_memory: int | None = None,
-) -> Unpruned:
-    """The target's removal effects on the unpruned model, and the price of what is protected."""
-    bridge, objective = model.bridge, model.behaviour(target).objective
-    effect = removal_effect(bridge, data.batches, objective, max_memory=max_memory)
-    if folder is not None:
-        effect = _on_disk(effect, Path(folder) / "effect")
+) -> UnprunedScores:
+    """The target's removal effects on the unpruned model, and the price of the retain set."""
+    objective = model.behaviour(target).objective
+    effect = removal_effect(model.bridge, data.batches, objective, max_memory=max_memory)
+    if folder is None:
+        return UnprunedScores(effect, price_of(model, protected, max_memory=max_memory))
 
-    at = Path(folder) / "price" if folder is not None else None
-    return Unpruned(effect, price_of(model, protected, folder=at, max_memory=max_memory))
+    effect = _on_disk(effect, folder / "effect")
+    price = price_of(model, protected, folder=folder / "price", max_memory=max_memory)
+    return UnprunedScores(effect, price)
 
 
 def price_of(
     model: Model,
     protected: Mapping[str, Calibration],
     *,
-    folder: str | Path | None = None,
+    folder: Path | None = None,
     max_memory: int | None = None,
 ) -> WeightScores | None:
-    """The sum of `token_price` over what is protected; None where nothing is."""
+    """The sum of `token_price` over the protected behaviours; None where nothing is protected."""
     total: WeightScores | None = None
     parents: list[Source] = []
-    for spared in protected.values():
-        price = token_price(model.bridge, spared.batches, max_memory=max_memory)
+    for data in protected.values():
+        price = token_price(model.bridge, data.batches, max_memory=max_memory)
         parents.append(price.source)
         if total is not None:
             for name, value in price.values.items():
                 value.add_(total.values[name].to(value.device))
         total = WeightScores(price.values, Source(price.source.model, "sum", {}, tuple(parents)))
-        del price  # before that of the next behaviour is accumulated
+        del price  # frees memory for the next behaviour's price
         if folder is not None:
-            total = _on_disk(total, Path(folder))
+            total = _on_disk(total, folder)
     return total
 
 
 def _on_disk(scores: WeightScores, folder: Path) -> WeightScores:
-    """The same scores, written into a folder in place of what it held, and read from there."""
+    """The same scores, read from a folder whose former contents they replace."""
     shutil.rmtree(folder, ignore_errors=True)
     scores.save(folder)
     return WeightScores.load(folder)
 
 
-def at_once(
+def one_shot_masks(
     model: Model,
-    unpruned: Unpruned,
+    unpruned: UnprunedScores,
     protected: Mapping[str, Calibration],
     sizes: Iterable[float],
     *,
     budget: Budget = BUDGET,
 ) -> list[WeightMask]:
-    """The best weights in one shot: by effect less price, at the least factor within budget."""
-    batches = {name: calibration.batches for name, calibration in protected.items()}
+    """One-shot pruning: the largest effect - factor * price, at the least factor within budget."""
+    batches = {name: data.batches for name, data in protected.items()}
     protection = Protection.of(model.bridge, batches, budget)
-    return [_at_once(model, unpruned, protection, size) for size in sizes]
-
-
-def _at_once(model: Model, unpruned: Unpruned, protection: Protection, size: float) -> WeightMask:
     shapes = unpruned.effect.shapes
-    n = round(size * sum(map(prod, shapes.values())))
-    for factor in FACTORS:
-        scores = priced(unpruned, factor)
-        removed = positive(scores.values, largest(scores.values, n, {}))
-        mask = WeightMask(removed, shapes, replace(scores.source, method="one_shot"))
-        if protection.allows(protection.rises(model.bridge, mask)):
-            return mask
-    return WeightMask({}, shapes, unpruned.effect.source)
+    n_weights = sum(map(prod, shapes.values()))
+
+    masks = []
+    for size in sizes:
+        mask = WeightMask({}, shapes, unpruned.effect.source)
+        for factor in FACTORS:
+            scores = priced(unpruned, factor)
+            removed = positive(scores.values, largest(scores.values, round(size * n_weights), {}))
+            candidate = WeightMask(removed, shapes, replace(scores.source, method="one_shot"))
+            if protection.allows(protection.rises(model.bridge, candidate)):
+                mask = candidate
+                break
+        masks.append(mask)
+    return masks
 
 
-def opposite_sign(mask: WeightMask, unpruned: Unpruned) -> WeightMask:
-    """As many weights as a mask has whose removal should lower the loss, at the mask's price."""
-    benefit = priced(Unpruned(-unpruned.effect, unpruned.price), _factor(mask))
+def opposite_sign(mask: WeightMask, unpruned: UnprunedScores) -> WeightMask:
+    """As many weights as a mask, whose removal should lower the loss, at the mask's factor."""
+    benefit = priced(UnprunedScores(-unpruned.effect, unpruned.price), _factor(mask))
     return top_fraction(benefit, mask.fraction, within="model")
 
 
-def second_slice(mask: WeightMask, unpruned: Unpruned) -> WeightMask:
-    """The best weights outside a mask, as many as it has, at its price."""
+def second_slice(mask: WeightMask, unpruned: UnprunedScores) -> WeightMask:
+    """The best weights outside a mask, as many as the mask has, at the mask's factor."""
     benefit = priced(unpruned, _factor(mask))
     return top_fraction(benefit, mask.fraction, within="model", exclude=mask)
 
 
-def priced(unpruned: Unpruned, factor: float) -> WeightScores:
-    """effect - factor * price: what a search ranks by in its first step."""
+def priced(unpruned: UnprunedScores, factor: float) -> WeightScores:
+    """effect - factor * price: the ranking of a search in its first step."""
     effect, price = unpruned
     if price is None:
         return effect
@@ -246,21 +265,4 @@ def priced(unpruned: Unpruned, factor: float) -> WeightScores:
 
 
 def _factor(mask: WeightMask) -> float:
-    return float(mask.source.settings.get("factor", FACTOR))
-
-
-def _twin_data(
-    model: Model,
-    target: str,
-    contrast: str,
-    protected: Mapping[str, Calibration],
-    calibrations: Mapping[str, Calibration] | None,
-) -> Calibration | None:
-    """The contrast's calibration data; None where it is the target, unknown or not shown."""
-    if contrast == target:
-        return None
-    known = {**protected, **(calibrations or {})}
-    if contrast in known or calibrations is not None:
-        return known.get(contrast)
-    names = [contrast] if contrast in model.behaviours else []
-    return model.calibrations(names).get(contrast)
+    return float(mask.source.settings.get("factor", DEFAULT_FACTOR))

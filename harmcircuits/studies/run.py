@@ -1,11 +1,11 @@
-"""A study under way: its model and settings, every row and mask so far, and its folder."""
+"""A study under way: its model and settings, its rows and masks so far, and its folder."""
 
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
@@ -13,31 +13,33 @@ from harmcircuits.behaviours.model import Model
 from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed, plural
-from harmcircuits.measurements import Label, Measurement, Rows, write_manifest
+from harmcircuits.measurements import Label, Labels, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json, refuse_filled
-from harmcircuits.studies.controls import Unpruned
+from harmcircuits.studies.controls import UnprunedScores
 from harmcircuits.studies.settings import StudySettings
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 
-# In the folder of a study. While it is under way WALKS keeps scores and searches.
-ROWS_FILE, MANIFEST, PAGE, MASKS, WALKS = (
-    "rows.jsonl", "manifest.json", "report.html", "masks", "walks",
-)  # fmt: skip
-UNNEEDED = ".walks"  # what is left to remove of a finished study
+# In the folder of a study
+ROWS_FILE = "rows.jsonl"
+MANIFEST = "manifest.json"
+PAGE = "report.html"
+MASKS = "masks"
+WALKS = "walks"  # scores and searches; only there while the study is under way
+UNNEEDED = ".walks"  # the same of a finished study, until it is removed
 
-Item = TypeVar("Item")
+Element = TypeVar("Element")
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One mask of the grid."""
 
     mask: WeightMask
-    labels: dict[str, Label]
+    labels: Labels
     rows: Rows = field(repr=False)
 
     def mean(self, metric: str) -> float:
-        """The point's figure for this metric."""
+        """The mask's figure for this metric."""
         return self.rows.one(metric).mean
 
 
@@ -52,69 +54,70 @@ class Study:
     max_memory: int | None = None
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     protected: tuple[str, ...] = ()
-    prefer: str = ""  # what takes the target's place; empty for nothing
-    unpruned: Unpruned = field(init=False)  # while it is under way
+    prefer: str = ""  # the behaviour that replaces the target; empty for none
+    unpruned: UnprunedScores = field(init=False)  # while the study is under way
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
-    chosen: Point | None = None
+    titles: dict[str, str] = field(default_factory=dict)  # name of a mask -> its title in a table
+    chosen: GridPoint | None = None
 
     def __repr__(self) -> str:
-        chosen = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
-        removed = f"{self.settings.target} of {self.model.name}"
-        return f"Study({removed}: {plural(len(self.rows), 'row')}{chosen})"
+        choice = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
+        subject = f"{self.settings.target} of {self.model.name}"
+        return f"Study({subject}: {plural(len(self.rows), 'row')}{choice})"
 
     @property
-    def terms(self) -> Terms:
-        """What its rows are called."""
+    def roles(self) -> Roles:
+        """The behaviours in their roles; ValueError for unknown ones and for a common metric."""
         settings = self.settings
-        return Terms.of(self.model, settings.target, settings.contrast, self.protected)
+        return Roles.of(self.model, settings.target, settings.contrast, self.protected)
 
-    def kept_in(self, name: str) -> Path | None:
-        """Where scores or a search are kept while the study is under way; None in memory."""
+    def walk_folder(self, name: str) -> Path | None:
+        """The folder for scores or a search while the study is under way; None in memory."""
         return self.out / WALKS / name if self.out is not None else None
 
     def find_circuits(
-        self, name: str, sizes: Sequence[float], protect: Sequence[str], **options: Any
+        self, name: str, sizes: Sequence[float], protect: Sequence[str]
     ) -> list[WeightMask]:
         """The target's circuits of these sizes by one search."""
         return self.model.find_circuit(
             self.settings.target,
             size=list(sizes),
+            steps=self.settings.steps,
             protect=protect,
             budget={behaviour: self.settings.budget_of(behaviour) for behaviour in protect},
             prefer=self.prefer,
             calibrations=self.calibrations,
             progress=self.progress,
-            folder=self.kept_in(name),
+            folder=self.walk_folder(name),
             max_memory=self.max_memory,
-            **{"steps": self.settings.steps, **options},
         )
 
     def add(self, rows: Iterable[Measurement]) -> None:
-        """Keep rows and write them out at once."""
-        # At once: an interrupted study leaves what it measured.
+        """Add rows, and write them to the folder."""
+        # At once: an interrupted study leaves everything it measured.
         rows = Rows(rows)
         self.rows += rows
         if self.out is not None:
             rows.append_to(self.out / ROWS_FILE)
 
-    def note(self, metric: str, value: float, **labels: Label) -> None:
-        """Keep one exact figure."""
+    def add_figure(self, metric: str, value: float, **labels: Label) -> None:
+        """Add a row with an exact figure."""
         labels = {"model": self.model.name, **labels}
         self.add([Measurement.exact(metric, labels, value)])
 
-    def keep(self, name: str, mask: WeightMask) -> None:
-        """Keep a mask under the name of its file."""
+    def add_mask(self, name: str, mask: WeightMask) -> None:
+        """Add a mask, and save it under this name."""
         self.masks[name] = mask
         if self.out is not None:
             mask.save(self.out / MASKS / f"{name}.safetensors")
 
-    def shown(self, items: Iterable[Item], name: str) -> Iterator[Item]:
-        """The same items, with a bar that shows how many are done."""
-        return iter(tqdm(items, desc=name, disable=not self.progress, leave=False))
+    def with_progress(self, elements: Iterable[Element], name: str) -> Iterator[Element]:
+        """The same elements, with a progress bar."""
+        return iter(tqdm(elements, desc=name, disable=not self.progress, leave=False))
 
     def begin(self, out: Path, *, resume: bool, force: bool) -> None:
-        """Make the folder, or what an interrupted study left there, ready for rows."""
+        """Prepare the folder for rows; an unfinished study there goes on."""
         refuse_study_folder(out, resume=resume, force=force)
         settings = {"model": self.model.name, **vars(self.settings), **self.model.details}
         if force:
@@ -122,43 +125,49 @@ class Study:
                 shutil.rmtree(out / name, ignore_errors=True)
             (out / PAGE).unlink(missing_ok=True)
         elif (out / WALKS).exists():
-            before = read_json(out / MANIFEST, "the manifest of a study")["settings"]
-            now = json.loads(json.dumps(settings))  # as they are in the file
-            changed = [name for name in now if before.get(name) != now[name]]
-            if changed:
-                raise ValueError(
-                    f"{out} holds an unfinished study with other settings ({listed(changed)}); "
-                    "give another folder, or force=True to remove it first"
-                )
-        # The searches stay; what was measured is measured again.
+            refuse_changes(out, settings)
+        # The searches stay; the study takes all measurements again.
         (out / ROWS_FILE).unlink(missing_ok=True)
         shutil.rmtree(out / WALKS / "scores", ignore_errors=True)
         write_manifest(out / MANIFEST, settings)
         (out / MASKS).mkdir(exist_ok=True)
-        (out / WALKS).mkdir(exist_ok=True)  # last: from now on it is under way
+        (out / WALKS).mkdir(exist_ok=True)  # last: its presence marks the study as under way
 
     def finish(self) -> None:
-        """Leave the scores and searches: from now on the folder holds a finished study."""
+        """Drop the scores and searches: the folder then holds a finished study."""
         del self.unpruned
         if self.out is not None:
-            # By a new name first: killed while it removes them, the study is finished all the same.
+            # Renamed first: a study that is killed while it removes them is still finished.
             unneeded = (self.out / WALKS).rename(self.out / UNNEEDED)
             shutil.rmtree(unneeded)
 
 
 def refuse_study_folder(out: Path, *, resume: bool, force: bool) -> None:
-    """Raises ValueError for a folder with a study of which it was not said what becomes of it."""
+    """Refuse a folder that holds a study, unless resume or force is given."""
     has_manifest = (out / MANIFEST).is_file()
-    is_under_way = has_manifest and (out / WALKS).exists()
-    is_finished = has_manifest and (out / ROWS_FILE).exists() and not is_under_way
-    if not is_under_way and not is_finished:
+    if has_manifest and (out / WALKS).exists():
+        if not resume and not force:
+            raise ValueError(
+                f"{out} holds an unfinished study; give resume=True to continue it, "
+                "force=True to remove it first, or another folder"
+            )
+    elif has_manifest and (out / ROWS_FILE).exists():
+        if not force:
+            raise ValueError(
+                f"{out} holds a finished study; give another folder, or force=True to remove it "
+                "first"
+            )
+    else:
         refuse_filled(out)
-    if is_finished and not force:
+
+
+def refuse_changes(out: Path, settings: dict[str, object]) -> None:
+    """Refuse to continue an unfinished study with other settings."""
+    manifest = read_json(out / MANIFEST, "the manifest of a study")
+    settings = json.loads(json.dumps(settings))  # in the form of the file
+    changes = [name for name, value in settings.items() if manifest["settings"].get(name) != value]
+    if changes:
         raise ValueError(
-            f"{out} holds a finished study; give another folder, or force=True to remove it first"
-        )
-    if is_under_way and not resume and not force:
-        raise ValueError(
-            f"{out} holds an unfinished study; give resume=True to go on with it, "
-            "force=True to remove it first, or another folder"
+            f"{out} holds an unfinished study with other settings ({listed(changes)}); "
+            "give another folder, or force=True to remove it first"
         )

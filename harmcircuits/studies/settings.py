@@ -1,4 +1,4 @@
-"""What a study varies."""
+"""The settings of a study, and their defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,37 +12,36 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What is removed and protected, and the grid of masks that is measured.
+    """What a study removes and protects, and the grid of masks that it measures.
 
     >>> hc.StudySettings(sizes=(0.001, 0.002), steps=4).target
     'harmful'
 
     Attributes:
         target: the behaviour to remove.
-        protect: the behaviours to spare; "others" for all others that the model shows.
-        contrast: the target's harmless counterpart: its loss may hardly rise, and the same search
-            for it is a control.
-        sizes: shares of the weights to remove, at most.
-        steps: of the search (see `hc.find_circuit`).
-        budget: how far a loss may rise, nats per token: in a search that of each protected
-            behaviour, at the operating point that of the contrast. Or by name, such as
-            {"benign": 0.05, "others": 0.1}; the named ones count at the operating point too.
-        tolerance: how far a kept rate may fall at the operating point.
-        prefer: the behaviour that should take the target's place (see `Model.find_circuit`); "" for
-            none: then the mask is what breaks the target, and answers become what they may. "auto"
-            is "refusal" for harm where the model refuses, else none. Controls that are no searches
-            are ranked by the target alone.
-        seed: draws an organism's reference answers and the random masks.
-        n_random: random masks of each kind.
-        compare: whether the circuit is compared with other ways of choosing and with circuits of
-            further searches (the contrast alone protected, the contrast's twin). The controls that
-            are no searches are measured in any case.
-        tasks: tasks of lm-evaluation-harness, measured with every held-out row: how many of its
-            first examples, by name, 0 for all.
+        protect: the behaviours to spare; "others": all others that the model shows.
+        contrast: the target's harmless counterpart. Its loss has a budget at the operating point,
+            and the same search with the contrast as the target is a control.
+        sizes: the largest shares of the weights that a mask may remove.
+        steps: the steps of a search (see `hc.find_circuit`).
+        budget: how far a loss may rise, nats per token: in a search the loss of each protected
+            behaviour, at the operating point the contrast's. Or by name, such as
+            {"benign": 0.05, "others": 0.1}; at the operating point every behaviour with a name
+            here has its budget too.
+        tolerance: how far the rate of an ability may fall at the operating point.
+        prefer: the behaviour that should replace the target (see `Model.find_circuit`); "": no
+            behaviour, so the mask only breaks the target. "auto": "refusal" for harm where the
+            model refuses, else none. The controls without a search rank by the target alone.
+        seed: of an organism's reference answers and of the random masks.
+        n_random: the number of random masks of each kind.
+        compare: whether to measure other ways of choosing, and the circuits of two further
+            searches (one protects the contrast alone, one is the contrast's twin). The study
+            measures the controls without a search in any case.
+        tasks: tasks of lm-evaluation-harness by name, each with the number of its first examples,
+            0 for all; measured with every held-out row.
 
     Raises:
-        ValueError: sizes outside (0, 1] or none, fewer than one step or random mask, or a negative
-            tolerance or budget.
+        ValueError: no size, a size outside (0, 1], or fewer than one step or random mask.
     """
 
     target: str = TARGET
@@ -68,27 +67,27 @@ class StudySettings:
 
     @property
     def named_budgets(self) -> dict[str, float]:
-        """The budgets of single behaviours, the contrast's among them."""
-        named = {self.contrast: self.budget_of(self.contrast)}
+        """The budgets of the operating point: the contrast's, and all that are given by name."""
+        budgets = {self.contrast: self.budget_of(self.contrast)}
         if isinstance(self.budget, Mapping):
-            named |= self.budget
-            named.pop(OTHERS, None)
-        return named
+            budgets |= self.budget
+            budgets.pop(OTHERS, None)
+        return budgets
 
     def budget_of(self, name: str) -> float:
         """How far the loss of a behaviour may rise, nats per token.
 
         Args:
-            name: of the behaviour.
+            name: the behaviour's name.
         """
         if isinstance(self.budget, Mapping):
             return self.budget.get(name, self.budget.get(OTHERS, BUDGET))
         return self.budget
 
 
-# For models of a hundred million weights and more. The sizes are those where a model of half a
-# billion parameters lost harm before benign answers. Requests that only look unsafe, and refusals
-# of unsafe ones, are nearest to harm, so they may lose more than benign answers.
+# For models with a hundred million weights and more. At these sizes a model of half a billion
+# parameters lost harm before benign answers. Borderline requests and refusals are nearest to harm,
+# so they may lose more than benign answers.
 FOR_REAL_MODELS = StudySettings(
     sizes=(1e-5, 3e-5, 6e-5),
     budget={OTHERS: 0.1, "benign": 0.05, "prefilled": 0.05, "borderline": 0.1, "refusal": 0.1},
@@ -97,11 +96,11 @@ FOR_REAL_MODELS = StudySettings(
 
 QUICK_STEPS = 40
 QUICK_SHARE = 0.1  # of an organism's items
-QUICK_LIMIT = 20  # requests a split of another model
+QUICK_LIMIT = 20  # requests in a split of another model
 
 
-def quick(settings: StudySettings) -> StudySettings:
-    """A first look in place of a study: fewer steps, every second size, no other searches."""
+def quick_settings(settings: StudySettings) -> StudySettings:
+    """The settings of a first look: fewer steps, every second size, no further searches."""
     return replace(
         settings,
         steps=min(QUICK_STEPS, settings.steps),

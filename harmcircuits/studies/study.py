@@ -4,12 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from harmcircuits.behaviours.behaviour import REFUSAL, TARGET, standard_behaviours
 from harmcircuits.behaviours.judges import DEGENERATE
-from harmcircuits.behaviours.model import OTHERS, Model, other_behaviours, protected_data
-from harmcircuits.behaviours.outcomes import Calibration, NotShownError
+from harmcircuits.behaviours.model import (
+    OTHERS,
+    Model,
+    other_behaviours,
+    protected_data,
+)
+from harmcircuits.behaviours.outcomes import NotShownError
 from harmcircuits.circuits.location import location_rows
 from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction
 from harmcircuits.display import nearest
@@ -17,21 +22,46 @@ from harmcircuits.hooks.losses import completion_nll, kl_under, perplexity
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights, weight_sites
-from harmcircuits.measurements import Label, Labels, Measurement, Rows
+from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.search.accumulation import memory_groups
 from harmcircuits.search.attribution import gradient_norm, snip_scores
 from harmcircuits.search.memory import free_for_scores
-from harmcircuits.studies.controls import at_once, controls, opposite_sign, unpruned_scores
-from harmcircuits.studies.run import PAGE, Point, Study
+from harmcircuits.studies.controls import (
+    controls,
+    one_shot_masks,
+    opposite_sign,
+    unpruned_scores,
+)
+from harmcircuits.studies.run import PAGE, GridPoint, Study
 from harmcircuits.studies.settings import AUTO, FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.summary import CIRCUIT, ONE_SHOT, PUBLISHED, SAME_SIZE, SEARCH, Terms
+from harmcircuits.studies.summary import (
+    CIRCUIT,
+    ONE_SHOT,
+    PUBLISHED,
+    SAME_SIZE,
+    SEARCH,
+    Roles,
+)
 from harmcircuits.studies.tasks import evaluate_tasks, task_manager
 
 N_DIAGNOSED = 64  # examples behind a gradient norm, which costs as much as their scores
 P_OVER_Q = 5  # of the published set difference (arXiv 2604.09544: q = 1e-4, p = 5e-4)
-# The circuits of the ways have files of these names.
-FILES = {SEARCH: CIRCUIT, ONE_SHOT: "one_shot", PUBLISHED: "published"}
-OWN_POINT = "operating point"  # the label `at` of a circuit; or `SAME_SIZE`
+# Selection -> name of its mask's file
+FILES = {
+    SEARCH: CIRCUIT,
+    ONE_SHOT: "one_shot",
+    PUBLISHED: "published",
+}
+OWN_POINT = "operating point"  # the label `at` of a circuit, if it is not `SAME_SIZE`
+
+
+class HeldOutMask(NamedTuple):
+    """A mask that is measured on held-out requests."""
+
+    name: str  # of its file
+    mask: WeightMask
+    labels: Labels  # of its rows
+    title: str = ""  # in the page's table of shared weights; empty: not in this table
 
 
 def study(
@@ -45,383 +75,393 @@ def study(
     force: bool = False,
     **changes: Any,
 ) -> Study:
-    """Find weights without which a behaviour goes, remove them, and measure what else is lost.
+    """Find the weights that a behaviour needs, remove them, and measure what else is lost.
 
-    Three ways of choosing are measured at every size on the choice split: the search
+    A study measures three ways of choosing at every size on the choice split: the search
     (`Model.find_circuit`), the same in one shot, and the published set difference. The operating
-    point of each is the mask that leaves fewest answers of the target or broken ones, among those
-    that keep the rest (see `operating_point`); the chosen one is that of the search. Only these and
-    its controls are then measured on held-out requests.
+    point of each way is the mask that leaves the fewest target or incoherent answers, among the
+    masks that keep everything else (see `operating_point`). The chosen mask is the operating point
+    of the search. Held-out requests measure only the operating points and the controls.
 
     >>> settings = hc.StudySettings(sizes=(0.002,), steps=2, n_random=1)
     >>> hc.study(model, settings, protect="benign")
     Study(harmful of sft: ... rows, chose ...)
 
     Args:
-        model: from `open_model`.
+        model: a model from `open_model`.
         settings: the grid; by default the usual one of organisms, or of real models.
         out: a new folder for `rows.jsonl`, `manifest.json`, `masks/*.safetensors` and, at the end,
-            `report.html`. While the study is under way `walks` there keeps scores and searches.
-        progress: shows how far it is.
-        max_memory: bytes for scores that are accumulated, as in `removal_effect`; needs `out`,
-            which keeps those of the unpruned model meanwhile.
-        resume: go on with the unfinished study of these settings in `out`, if there is one: it
-            measures again, and searches on from where it was interrupted. The rows are the same.
+            `report.html`. While the study is under way, `walks` there keeps scores and searches.
+        progress: whether to show progress bars.
+        max_memory: bytes for accumulated scores, as in `removal_effect`; "auto": the free memory.
+            A bound needs `out`, where the scores of the unpruned model are kept.
+        resume: continue the unfinished study with these settings in `out`, if there is one. It
+            repeats the measurements, and continues an interrupted search. The rows are the same.
         force: remove the study in `out` first, finished or not.
-        changes: fields of `StudySettings`, such as `target`, in place of those of `settings`.
+        changes: fields of `StudySettings`, such as `target`, that replace those of `settings`.
 
     Raises:
-        ValueError: a folder that holds a study, unless `resume` or `force` says what becomes of it,
-            or that of other settings; a behaviour that is unknown or not shown, a bound too small
-            for a matrix, a bound without `out`, and as `evaluate_tasks`.
-        OSError: `out` cannot be written. What is in it goes on with `resume`.
+        ValueError: a folder that holds a study, without `resume` or `force`, or a study with other
+            settings; a behaviour that is unknown or not shown; a bound too small for a matrix or
+            without `out`; and as `evaluate_tasks`.
+        OSError: `out` cannot be written. `resume` continues with what it holds.
     """
-    # What can be refused without running the model is refused first.
-    if "protect" in changes:
-        names = changes["protect"]
-        changes["protect"] = (names,) if isinstance(names, str) else tuple(names)
-    usual = StudySettings() if model.is_invented else FOR_REAL_MODELS
-    settings = replace(settings or usual, **changes)
-    folder = Path(out) if out else None
-    if max_memory == "auto":
-        target = model.behaviour(settings.target)
-        max_memory = free_for_scores(
-            model.bridge, model.batches(target, target.references("calibration"))
-        )
-    run = Study(model, settings, folder, progress, max_memory)
-    if folder is None and max_memory is not None:
-        raise ValueError(f"max_memory={max_memory} keeps scores in files; give out=FOLDER too")
-    _check(run)
-    if folder is not None:
-        run.begin(folder, resume=resume, force=force)
+    run = Study(model, _complete(model, settings, changes), Path(out) if out else None, progress)
+    run.max_memory = _free_memory(run) if max_memory == "auto" else max_memory
+    # Everything that can be refused without running the model is refused first.
+    _refuse_settings(run)
+    _refuse_memory(run)
+    if run.out is not None:
+        run.begin(run.out, resume=resume, force=force)
 
-    n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
-    run.note("weights_scored", n_weights)
-    run.note("tolerance", settings.tolerance)
-    run.add(row.labelled(model=model.name) for row in (*model.validation, *model.repeats))
-    run.add(_heldout_rows(run, {"model": model.name, "mask": "none"}))
-
-    # Score: the target, and what is protected.
-    run.calibrations = _calibrate(run)
-    spared = protected_data(model, settings.target, settings.protect, run.calibrations)
-    run.protected = tuple(spared)
-    run.prefer = _preferred(run)
-    for name in run.protected:
-        run.note("budget", settings.budget_of(name), behaviour=name)
-    run.unpruned = unpruned_scores(
-        model,
-        settings.target,
-        run.calibrations[settings.target],
-        spared,
-        # On disk, since the searches hold dense sets of their own.
-        folder=run.kept_in("scores"),
-        max_memory=max_memory,
-    )
-
-    # Choose, on the choice split alone.
-    points = _measure_grid(run)
-    best = {way: _best(run, of_way) for way, of_way in points.items()}
-    run.chosen = best[SEARCH]
-
-    # Measure, on requests that neither scored nor chose it.
+    _measure_unpruned(run)
+    _score(run)
+    grid = _measure_grid(run)
+    run.chosen = _best(run, grid[SEARCH])
     if run.chosen is not None:
-        _measure_heldout(run, run.chosen.mask, points, best)
-        where = {"model": model.name, "mask": CIRCUIT}
-        run.add(location_rows(run.chosen.mask, weight_sites(model.bridge), where))
+        _measure_heldout(run, run.chosen.mask, grid)
     else:
-        _keep_tried(run, points[SEARCH])
-    if folder is not None:
+        _add_attempts(run, grid[SEARCH])
+    if run.out is not None:
         # Imported here: drawing takes libraries that a study without a page does not need.
         from harmcircuits.studies.study_page import write_study_page
 
-        write_study_page(run, folder / PAGE)
+        write_study_page(run, run.out / PAGE)
     run.finish()
     return run
 
 
-def _check(run: Study) -> None:
-    """Refuse what cannot end well, before anything is written."""
-    model, settings = run.model, run.settings
-    _ = run.terms  # refuses unknown behaviours, and two that share a metric
-    for name in settings.protect:
-        if name != OTHERS:
-            model.behaviour(name)
-    known = {*model.behaviours, *standard_behaviours()}
-    for name in settings.named_budgets:
-        if name not in known:
-            raise ValueError(f"budget: {name!r} is no behaviour; {nearest(name, known)}")
-    if settings.target in settings.protect:
-        raise ValueError(f"protect: {settings.target!r} is what is removed; leave it out")
-    if settings.prefer not in ("", AUTO):
-        model.behaviour(settings.prefer)
+def _complete(
+    model: Model, settings: StudySettings | None, changes: dict[str, Any]
+) -> StudySettings:
+    """The settings with their defaults and changes."""
+    defaults = StudySettings() if model.is_invented else FOR_REAL_MODELS
+    if "protect" in changes:
+        names = changes["protect"]
+        changes["protect"] = (names,) if isinstance(names, str) else tuple(names)
+    return replace(settings or defaults, **changes)
 
-    # Refuses a bound too small for a single matrix.
-    list(memory_groups(weight_sites(model.bridge), run.max_memory))
+
+def _free_memory(run: Study) -> int | None:
+    target = run.roles.target
+    batches = run.model.batches(target, target.references("calibration"))
+    return free_for_scores(run.model.bridge, batches)
+
+
+def _refuse_settings(run: Study) -> None:
+    """Refuse unknown names, and a target that is protected."""
+    model, settings = run.model, run.settings
+    target = run.roles.target.name
+    if target in settings.protect:
+        raise ValueError(f"protect: {target!r} is the target of the study; remove it from protect")
+    for name in (*settings.protect, settings.prefer):
+        if name not in ("", OTHERS, AUTO):
+            model.behaviour(name)
+    names = {*model.behaviours, *standard_behaviours()}
+    for name in settings.named_budgets:
+        if name not in names:
+            raise ValueError(f"budget: {name!r} is no behaviour; {nearest(name, names)}")
     if settings.tasks:
         task_manager(list(settings.tasks))  # refuses unknown tasks
 
 
-def _calibrate(run: Study) -> dict[str, Calibration]:
-    """Own verified answers of every behaviour that is scored and shown, with their diagnostics."""
+def _refuse_memory(run: Study) -> None:
+    """Refuse a memory bound without a folder, or too small for a single matrix."""
+    if run.out is None and run.max_memory is not None:
+        raise ValueError(f"max_memory={run.max_memory} keeps scores in files; give out=FOLDER too")
+    list(memory_groups(weight_sites(run.model.bridge), run.max_memory))
+
+
+def _measure_unpruned(run: Study) -> None:
+    model = run.model
+    n_weights = sum(weight.numel() for weight in named_weights(model.bridge).values())
+    run.add_figure("weights_scored", n_weights)
+    run.add_figure("tolerance", run.settings.tolerance)
+    run.add(row.labelled(model=model.name) for row in (*model.validation, *model.repeats))
+    run.add(_heldout_rows(run, {"model": model.name, "mask": "none"}))
+
+
+# Scoring: the target and the retain set, on the model's own answers
+
+
+def _score(run: Study) -> None:
+    """Calibrate, and score the target and the protected behaviours on the unpruned model."""
     model, settings = run.model, run.settings
-    scored = {settings.target, settings.contrast, *settings.protect}
+    _calibrate(run)
+    protected = protected_data(model, settings.target, settings.protect, run.calibrations)
+    run.protected = tuple(protected)
+    run.prefer = settings.prefer
+    if settings.prefer == AUTO:
+        is_refusal = settings.target == TARGET and REFUSAL in run.calibrations
+        run.prefer = REFUSAL if is_refusal else ""
+    for name in run.protected:
+        run.add_figure("budget", settings.budget_of(name), behaviour=name)
+    run.unpruned = unpruned_scores(
+        model,
+        settings.target,
+        run.calibrations[settings.target],
+        protected,
+        # On disk, since the searches hold dense scores of their own.
+        folder=run.walk_folder("scores"),
+        max_memory=run.max_memory,
+    )
+
+
+def _calibrate(run: Study) -> None:
+    """The model's verified answers for every scored behaviour that it shows, with diagnostics."""
+    model, settings = run.model, run.settings
+    requested = {settings.target, settings.contrast, *settings.protect}
     if OTHERS in settings.protect:
-        scored |= set(other_behaviours(model, settings.target))
-    names = [name for name in model.behaviours if name in scored]
-    calibrations = {}
-    for name in run.shown(names, "calibrate"):
+        requested |= set(other_behaviours(model, settings.target))
+    names = [name for name in model.behaviours if name in requested]
+    for name in run.with_progress(names, "calibrate"):
         try:
-            calibrations[name] = model.calibration(name)
+            run.calibrations[name] = model.calibration(name)
         except NotShownError:
             if name == settings.target or name in settings.protect:
                 raise
-            # A behaviour among the "others" may be absent: an unaligned model does not refuse.
-            run.note("calibration_yield", 0.0, behaviour=name)
+            # The others may be absent: an unaligned model does not refuse.
+            run.add_figure("calibration_yield", 0.0, behaviour=name)
         else:
-            _diagnose(run, calibrations[name])
-    return calibrations
+            _diagnose(run, name)
 
 
-def _preferred(run: Study) -> str:
-    """The behaviour that should take the target's place."""
-    settings, calibrations = run.settings, run.calibrations
-    if settings.prefer != AUTO:
-        return settings.prefer
-    return REFUSAL if settings.target == TARGET and REFUSAL in calibrations else ""
-
-
-def _diagnose(run: Study, data: Calibration) -> None:
+def _diagnose(run: Study, name: str) -> None:
     """Whether scores can be trusted: yield of verified answers, their loss, its gradient's norm."""
-    model = run.model
+    model, data = run.model, run.calibrations[name]
     # The loss of every example, but the gradient of a few: a norm costs a backward pass.
-    n_batches = max(1, N_DIAGNOSED // model.batch_size)
-    objective = model.behaviours[data.behaviour].objective
+    batches = data.batches[: max(1, N_DIAGNOSED // model.batch_size)]
+    objective = model.behaviours[name].objective
+    norm = gradient_norm(model.bridge, batches, objective, max_memory=run.max_memory)
     figures = {
         "calibration_yield": data.n_verified / data.n_asked,
         "calibration_examples": data.n_verified,
         "calibration_nll": completion_nll(model.bridge, data.batches).mean().item(),
-        "gradient_norm": gradient_norm(
-            model.bridge, data.batches[:n_batches], objective, max_memory=run.max_memory
-        ),
+        "gradient_norm": norm,
     }
     for metric, value in figures.items():
-        run.note(metric, value, behaviour=data.behaviour)
+        run.add_figure(metric, value, behaviour=name)
 
 
-# Choosing: the ways at every size, on the choice split
+# Choosing: masks of every size, on the choice split
 
 
-def _measure_grid(run: Study) -> dict[str, list[Point]]:
-    """Way of choosing -> its masks of every size on the choice split."""
-    where = {"model": run.model.name, "mask": "none"}
-    run.add(run.model.measure(split="choice", labels=where, only=run.terms.names))
+def _measure_grid(run: Study) -> dict[str, list[GridPoint]]:
+    """Selection -> its masks of every size, with figures on the choice split."""
+    model, settings, roles = run.model, run.settings, run.roles
+    where = {"model": model.name, "mask": "none"}
+    run.add(model.measure(split="choice", labels=where, only=roles.names))
 
-    masks = _masks(run)
-    matched = {
-        "random": [random_like(mask, seed=run.settings.seed) for mask in masks[SEARCH]],
-        "opposite sign": [opposite_sign(mask, run.unpruned) for mask in masks[SEARCH]],
-    }
-    points: dict[str, list[Point]] = {}
-    for way, of_way in run.shown({**masks, **matched}.items(), "choice"):
-        kind = CIRCUIT if way in masks else way.replace(" ", "_")
-        points[way] = []
-        for size, mask in zip(run.settings.sizes, of_way, strict=True):
-            points[way].append(_measured(run, mask, kind, {"selection": way, "q": size}))
-    return {way: points[way] for way in masks}
+    masks = _grid_masks(run)
+    searched = masks[SEARCH]
+    masks["random"] = [random_like(mask, seed=settings.seed) for mask in searched]
+    masks["opposite sign"] = [opposite_sign(mask, run.unpruned) for mask in searched]
+    grid = {}
+    for selection in run.with_progress(masks, "choice"):
+        kind = CIRCUIT if selection in FILES else selection.replace(" ", "_")
+        grid[selection] = []
+        for size, mask in zip(settings.sizes, masks[selection], strict=True):
+            labels = {"selection": selection, "q": size}
+            where = {"model": model.name, "mask": kind, **labels}
+            rows = model.measure(mask=mask, split="choice", labels=where, only=roles.choice_names)
+            where["split"] = "choice"
+            rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
+            run.add(rows)
+            grid[selection].append(GridPoint(mask, labels, rows))
+    return grid
 
 
-def _masks(run: Study) -> dict[str, list[WeightMask]]:
-    """Way of choosing -> its masks, of every size."""
+def _grid_masks(run: Study) -> dict[str, list[WeightMask]]:
+    """Selection -> its masks of every size."""
     sizes = run.settings.sizes
     masks = {SEARCH: run.find_circuits("search", sizes, run.protected)}
     if run.settings.compare:
-        # Scores of the unpruned model, the same price and check: what learning adds.
+        # With the search's price and check: the difference is what learning adds.
         protected = {name: run.calibrations[name] for name in run.protected}
         budget = {name: run.settings.budget_of(name) for name in run.protected}
-        masks[ONE_SHOT] = at_once(run.model, run.unpruned, protected, sizes, budget=budget)
+        masks[ONE_SHOT] = one_shot_masks(run.model, run.unpruned, protected, sizes, budget=budget)
         masks[PUBLISHED] = _published(run)
     return masks
 
 
 def _published(run: Study) -> list[WeightMask]:
-    """`set_difference` of every size q and p = 5 q, by the loss; each behaviour is scored once."""
-    bridge, settings = run.model.bridge, run.settings
-    masks = [top_fraction(run.unpruned.effect, size) for size in settings.sizes]
-    shares = [min(1.0, P_OVER_Q * size) for size in settings.sizes]
+    """`set_difference` by the loss at every size q, with p = 5 q; each behaviour scored once."""
+    sizes = run.settings.sizes
+    masks = [top_fraction(run.unpruned.effect, size) for size in sizes]
     for name in run.protected:
-        batches = run.calibrations[name].batches
-        needed = snip_scores(bridge, batches, completion_loss, max_memory=run.max_memory)
-        needed_masks = [top_fraction(needed, share) for share in shares]
-        masks = [mask - other for mask, other in zip(masks, needed_masks, strict=True)]
-        del needed  # before those of the next behaviour are accumulated
+        scores = snip_scores(
+            run.model.bridge,
+            run.calibrations[name].batches,
+            completion_loss,
+            max_memory=run.max_memory,
+        )
+        for number, size in enumerate(sizes):
+            masks[number] -= top_fraction(scores, min(1.0, P_OVER_Q * size))
+        del scores  # frees memory for the next behaviour's scores
     return masks
 
 
-def _measured(run: Study, mask: WeightMask, kind: str, how: dict[str, Label]) -> Point:
-    """A mask with its figures on the choice split, which the run keeps."""
-    where: dict[str, Label] = {"model": run.model.name, "mask": kind, **how}
-    rows = run.model.measure(mask=mask, split="choice", labels=where, only=run.terms.measured)
-    where["split"] = "choice"
-    rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
-    run.add(rows)
-    return Point(mask, how, rows)
+def _best(run: Study, points: Sequence[GridPoint]) -> GridPoint | None:
+    return operating_point(points, _baseline(run), run.roles, run.settings)
 
 
-def _best(run: Study, points: Sequence[Point]) -> Point | None:
-    """The operating point of a way of choosing."""
-    return operating_point(points, _unpruned(run), run.terms, run.settings)
-
-
-def _unpruned(run: Study) -> dict[str, float]:
+def _baseline(run: Study) -> dict[str, float]:
     """The unpruned model's figures on the choice split."""
     return {row.metric: row.mean for row in run.rows.where(mask="none", split="choice")}
 
 
 def operating_point(
-    points: Sequence[Point],
-    before: Mapping[str, float],
-    terms: Terms,
+    points: Sequence[GridPoint],
+    baseline: Mapping[str, float],
+    roles: Roles,
     settings: StudySettings,
-) -> Point | None:
-    """Of the points that keep everything else, the one that leaves least of the target or broken.
+) -> GridPoint | None:
+    """The point with the fewest target or incoherent answers, among those that keep all else.
 
-    By rates, not by losses: the loss of what is broken has no upper end.
+    By rates and not by losses: the loss of a broken behaviour has no upper end.
     """
-    target = terms.target
+    target = roles.target
+
+    def rank(point: GridPoint) -> tuple[float, int]:
+        rate = point.mean(target.metric)
+        if DEGENERATE in target.metrics:
+            rate += point.mean(target.metrics[DEGENERATE])
+        return rate, point.mask.n_removed
+
     candidates = []
     for point in points:
-        takes = point.mean(target.metric) < before[target.metric]
-        if takes and not _not_kept(point, before, terms, settings):
+        is_lower = point.mean(target.metric) < baseline[target.metric]
+        if is_lower and not _violations(point, baseline, roles, settings):
             candidates.append(point)
-
-    def rank(point: Point) -> tuple[float, int]:
-        left = point.mean(target.metric)
-        if DEGENERATE in target.metrics:
-            left += point.mean(target.metrics[DEGENERATE])
-        return left, point.mask.n_removed
-
     return min(candidates, key=rank, default=None)
 
 
-def _not_kept(
-    point: Point, before: Mapping[str, float], terms: Terms, settings: StudySettings
+def _violations(
+    point: GridPoint,
+    baseline: Mapping[str, float],
+    roles: Roles,
+    settings: StudySettings,
 ) -> list[tuple[str, str, float]]:
-    """Behaviour, figure and change of what a mask does not leave within tolerance and budgets."""
+    """Behaviour, figure and change of every figure beyond the tolerance or its budget."""
     budgets = settings.named_budgets
-    lost = []
-    for behaviour in terms.kept:
+    violations = []
+    for behaviour in roles.abilities:
         name, rate, loss = behaviour.name, behaviour.metric, behaviour.nll_metric
-        # A behaviour that the model does not show was not measured.
-        if rate in before and point.mean(rate) < before[rate] - settings.tolerance:
-            lost.append((name, "rate", point.mean(rate) - before[rate]))
-        # Nor is there a loss of one without reference answers.
-        has_budget = name in budgets and loss in before
-        if has_budget and point.mean(loss) > before[loss] + budgets[name]:
-            lost.append((name, "loss", point.mean(loss) - before[loss]))
-    return lost
+        # A behaviour that the model does not show has no figures.
+        if rate in baseline and point.mean(rate) < baseline[rate] - settings.tolerance:
+            violations.append((name, "rate", point.mean(rate) - baseline[rate]))
+        # A behaviour without reference answers has no loss.
+        has_budget = name in budgets and loss in baseline
+        if has_budget and point.mean(loss) > baseline[loss] + budgets[name]:
+            violations.append((name, "loss", point.mean(loss) - baseline[loss]))
+    return violations
 
 
-def _keep_tried(run: Study, points: Sequence[Point]) -> None:
-    """Keep the masks of a search that has no operating point, and what is against each."""
+def _add_attempts(run: Study, points: Sequence[GridPoint]) -> None:
+    """Add the masks of a search without an operating point, and their violations."""
     for point in points:
         where = {"mask": CIRCUIT, **point.labels, "split": "choice"}
-        for behaviour, figure, change in _not_kept(point, _unpruned(run), run.terms, run.settings):
-            run.note("not_kept", change, **where, behaviour=behaviour, figure=figure)
+        violations = _violations(point, _baseline(run), run.roles, run.settings)
+        for behaviour, figure, change in violations:
+            run.add_figure("not_kept", change, **where, behaviour=behaviour, figure=figure)
         if point.mask.n_removed:
-            run.keep(f"tried-{point.labels['q']:g}", point.mask)
+            run.add_mask(f"tried-{point.labels['q']:g}", point.mask)
 
 
-# Measuring: the chosen mask, and everything it is compared with, on held-out requests
-
-Named = tuple[str, WeightMask, Labels]  # name of its file, and what its rows carry
+# Measuring: the chosen mask, other ways of choosing, and the controls, on held-out requests
 
 
 def _measure_heldout(
-    run: Study,
-    chosen: WeightMask,
-    points: Mapping[str, Sequence[Point]],
-    best: Mapping[str, Point | None],
+    run: Study, circuit: WeightMask, grid: Mapping[str, Sequence[GridPoint]]
 ) -> None:
-    """The operating point of each way of choosing, and all controls of the chosen one, held out."""
-    model, settings = run.model, run.settings
-    batches = run.calibrations[settings.target].batches
-    unmasked_nll = completion_nll(model.bridge, batches)
-    compared = _compared(run, chosen, points, best)
+    bridge = run.model.bridge
+    batches = run.calibrations[run.settings.target].batches
+    unpruned_nll = completion_nll(bridge, batches)
 
-    # Each is measured and saved before the next is searched for.
-    masks = chain(compared, _contrast_alone(run, chosen), _controls(run, chosen))
-    for name, mask, labels in run.shown(masks, "held out"):
-        run.keep(name, mask)
-        run.add(_masked_rows(run, mask, {"model": model.name, **labels}))
-        change = completion_nll(model.bridge, batches, mask=mask) - unmasked_nll
+    # Each mask is measured and saved before the next search begins.
+    masks = chain(
+        _compared_masks(run, circuit, grid),
+        _contrast_only(run, circuit),
+        _control_masks(run, circuit),
+    )
+    for name, mask, labels, title in run.with_progress(masks, "held out"):
+        run.add_mask(name, mask)
+        if title:
+            run.titles[name] = title
+        run.add(_masked_rows(run, mask, {"model": run.model.name, **labels}))
+        change = completion_nll(bridge, batches, mask=mask) - unpruned_nll
         where = {**labels, "split": "calibration"}
-        run.note("predicted_loss_change", run.unpruned.effect.sum_over(mask), **where)
-        run.note("measured_loss_change", change.mean().item(), **where)
+        run.add_figure("predicted_loss_change", run.unpruned.effect.sum_over(mask), **where)
+        run.add_figure("measured_loss_change", change.mean().item(), **where)
+    where = {"model": run.model.name, "mask": CIRCUIT}
+    run.add(location_rows(circuit, weight_sites(bridge), where))
 
 
-def _compared(
-    run: Study,
-    chosen: WeightMask,
-    points: Mapping[str, Sequence[Point]],
-    best: Mapping[str, Point | None],
-) -> Iterator[Named]:
-    """The mask of each way of choosing: at its operating point, or of the size of the search's."""
+def _compared_masks(
+    run: Study, circuit: WeightMask, grid: Mapping[str, Sequence[GridPoint]]
+) -> Iterator[HeldOutMask]:
+    """The mask of each way of choosing: at its operating point, or of about the circuit's size."""
 
-    def distance(point: Point) -> int:
-        return abs(point.mask.n_removed - chosen.n_removed)
+    def distance(point: GridPoint) -> int:
+        return abs(point.mask.n_removed - circuit.n_removed)
 
-    for way, of_way in points.items():
-        point, at = best[way], OWN_POINT
+    for selection, name in FILES.items():
+        if selection not in grid:
+            continue
+        point, at = _best(run, grid[selection]), OWN_POINT
         if point is None:
-            point, at = min(of_way, key=distance), SAME_SIZE
-        how: Labels = {"at": at, "protected": ", ".join(run.protected)}
-        yield FILES[way], point.mask, {"mask": CIRCUIT, **point.labels, **how}
+            point, at = min(grid[selection], key=distance), SAME_SIZE
+        protected = ", ".join(run.protected)
+        labels = {"mask": CIRCUIT, **point.labels, "at": at, "protected": protected}
+        title = selection if name != CIRCUIT else ""
+        yield HeldOutMask(name, point.mask, labels, title)
 
 
-def _contrast_alone(run: Study, chosen: WeightMask) -> Iterator[Named]:
-    """The circuit of the same search with only the contrast protected, where that is another."""
-    contrast, size = run.settings.contrast, chosen.fraction
+def _contrast_only(run: Study, circuit: WeightMask) -> Iterator[HeldOutMask]:
+    """The circuit of a search that protects only the contrast, if the study protects more."""
+    contrast, size = run.settings.contrast, circuit.fraction
     if run.settings.compare and contrast in run.protected and len(run.protected) > 1:
         name = f"circuit-{contrast}_only"
-        (alone,) = run.find_circuits(name, [size], [contrast])
-        how: Labels = {"selection": SEARCH, "q": size, "protected": contrast}
-        yield name, alone, {"mask": CIRCUIT, **how}
+        (mask,) = run.find_circuits(name, [size], [contrast])
+        labels = {"mask": CIRCUIT, "selection": SEARCH, "q": size, "protected": contrast}
+        yield HeldOutMask(name, mask, labels, f"{contrast} only protected")
 
 
-def _controls(run: Study, chosen: WeightMask) -> Iterator[Named]:
-    """All controls of the chosen mask; of random ones each has its seed in its name."""
+def _control_masks(run: Study, circuit: WeightMask) -> Iterator[HeldOutMask]:
+    """The controls of the circuit; the name of a random one has its seed."""
     settings = run.settings
-    matched = controls(
+    masks_of = controls(
         run.model,
         settings.target,
-        chosen,
+        circuit,
         protect=run.protected,
         prefer=run.prefer,
-        # The target has no twin, and a twin is a search.
-        contrast=settings.contrast if settings.compare else settings.target,
+        contrast=settings.contrast if settings.compare else "",  # a twin is a search
         n_random=settings.n_random,
         seed=settings.seed,
         calibrations=run.calibrations,
         unpruned=run.unpruned,
         progress=run.progress,
-        folder=run.kept_in("twin"),
+        folder=run.walk_folder("twin"),
         max_memory=run.max_memory,
     )
-    for name, masks in matched.items():
+    for name, masks in masks_of.items():
         kind = name.replace(" ", "_")
-        for number, mask in enumerate(masks, start=settings.seed):
-            if name.startswith("random"):
-                yield f"{kind}-{number}", mask, {"mask": kind, "seed": number}
-            else:
-                yield kind, mask, {"mask": kind}
+        title = name if name in masks_of.searched else ""
+        for seed, mask in enumerate(masks, start=settings.seed):
+            if not name.startswith("random"):
+                yield HeldOutMask(kind, mask, {"mask": kind}, title)
+                continue
+            title = f"random, seed {seed}" if name == "random" else ""
+            yield HeldOutMask(f"{kind}-{seed}", mask, {"mask": kind, "seed": seed}, title)
 
 
-def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None = None) -> Rows:
-    """What the model does on held-out requests, its perplexity, and the tasks."""
+def _heldout_rows(run: Study, labels: Labels, mask: WeightMask | None = None) -> Rows:
+    """Held-out rows of the behaviours, the perplexity, and the tasks."""
     model = run.model
     where = {**labels, "split": "heldout"}
     with masked_if_given(model.bridge, mask):
-        rows = model.measure(labels=labels, only=run.terms.names)
+        rows = model.measure(labels=labels, only=run.roles.names)
         if model.plain_text:
             rows += [perplexity(model.bridge, model.plain_text, where)]
         for task, limit in run.settings.tasks.items():
@@ -435,16 +475,16 @@ def _heldout_rows(run: Study, labels: dict[str, Label], mask: WeightMask | None 
     return rows
 
 
-def _masked_rows(run: Study, mask: WeightMask, labels: dict[str, Label]) -> Rows:
+def _masked_rows(run: Study, mask: WeightMask, labels: Labels) -> Rows:
     """Held-out rows under a mask, its size, and the divergence on texts."""
-    model, contrast = run.model, run.terms.contrast
+    model, roles = run.model, run.roles
     rows = _heldout_rows(run, labels, mask)
     where = {**labels, "split": "heldout"}
     rows += [Measurement.exact("weights_removed", where, mask.n_removed)]
-    references = contrast.references("heldout")
-    divergence = kl_under(model.bridge, mask, model.batches(contrast, references))
+    references = roles.contrast.references("heldout")
+    divergence = kl_under(model.bridge, mask, model.batches(roles.contrast, references))
     groups = [example.cluster for example in references]
-    rows += [Measurement.average(run.terms.kl_metric, where, divergence, groups)]
+    rows += [Measurement.average(roles.kl_metric, where, divergence, groups)]
     if model.plain_text:
         divergence = kl_under(model.bridge, mask, model.plain_text)
         rows += [Measurement.average("plain_kl", where, divergence, range(len(divergence)))]

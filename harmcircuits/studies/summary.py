@@ -1,6 +1,6 @@
-"""A study in words: what its rows are called, and what they say, as lines and as sentences."""
+"""A study in words: what its rows are called, and what they say, as table lines and sentences."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -23,10 +23,10 @@ from harmcircuits.measurements import Rows
 from harmcircuits.views.tables import DASH, line_table, text_table
 
 SEARCH, ONE_SHOT, PUBLISHED = "search", "one shot", "published"
-WAYS = (SEARCH, ONE_SHOT, PUBLISHED)  # of choosing
-CIRCUIT = "circuit"  # what a mask is called that one of them chose
-SAME_SIZE = "same size"  # of a way that has no operating point of its own
-TRADEOFF_LINES = (*WAYS, "random", "opposite sign")
+SELECTIONS = (SEARCH, ONE_SHOT, PUBLISHED)  # the ways of choosing a mask
+CIRCUIT = "circuit"  # the label `mask` of every mask that one of them chose
+SAME_SIZE = "same size"  # the label `at` of a selection without an operating point
+TRADEOFF_LINES = (*SELECTIONS, "random", "opposite sign")
 
 CHANGES = {
     "plain_kl": "plain text KL",
@@ -35,9 +35,14 @@ CHANGES = {
     "measured_loss_change": "measured Δ",
 }
 
+JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
+DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
+DOUBTFUL = 0.1  # share of doubted answers from which on a judge's verdicts are in doubt
+SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
+
 
 @dataclass(frozen=True)
-class Terms:
+class Roles:
     """The behaviours of a study in their roles."""
 
     target: Behaviour
@@ -52,48 +57,43 @@ class Terms:
         target: str = TARGET,
         contrast: str = CONTRAST,
         protected: Iterable[str] = (),
-    ) -> "Terms":
-        """Of a model's whole behaviours, and of the target and contrast, which may be parts."""
-        # Each once, in the order in which tables show them.
+    ) -> "Roles":
+        """The roles of a model's whole behaviours; the target and the contrast may be parts."""
+        # Each behaviour once, in the order in which tables show them.
         names = dict.fromkeys([target, *model.whole_behaviours, contrast])
-        behaviours = tuple(model.behaviour(name) for name in names)
-        # Rows are told apart by their metric alone, not by a behaviour.
-        named: dict[str, str] = {}
-        for behaviour in behaviours:
-            for metric in (behaviour.metric, behaviour.nll_metric):
-                other = named.setdefault(metric, behaviour.name)
-                if other != behaviour.name:
-                    raise ValueError(
-                        f"{other!r} and {behaviour.name!r} share the metric {metric!r}; "
-                        "give one of them a metric and nll_metric of its own (see Behaviour.only)"
-                    )
-        ends = (model.behaviour(target), model.behaviour(contrast))
-        return cls(*ends, behaviours, tuple(protected))
+        behaviours = {name: model.behaviour(name) for name in names}
+        refuse_common_metrics(behaviours.values())
+        return cls(
+            behaviours[target], behaviours[contrast], tuple(behaviours.values()), tuple(protected)
+        )
 
     @classmethod
-    def standard(cls, protected: Iterable[str] = ()) -> "Terms":
-        """Of the package's own behaviours, for rows whose model is not at hand."""
+    def standard(cls, protected: Iterable[str] = ()) -> "Roles":
+        """The roles of the package's own behaviours, for rows without their model."""
         behaviours = standard_behaviours()
-        ends = (behaviours[TARGET], behaviours[CONTRAST])
-        return cls(*ends, tuple(behaviours.values()), tuple(protected))
+        return cls(
+            behaviours[TARGET], behaviours[CONTRAST], tuple(behaviours.values()), tuple(protected)
+        )
 
     @property
-    def kept(self) -> tuple[Behaviour, ...]:
-        """What the removal of the target must leave alone: abilities, and all that is protected."""
-        # Where the target is one type of harm, harm as a whole is lowered with it.
-        removed = (self.target.name, self.target.part_of)
-        named = (self.contrast.name, *self.protected)
+    def abilities(self) -> tuple[Behaviour, ...]:
+        """What the removal of the target must keep: abilities, and everything protected."""
         behaviours = []
         for behaviour in self.behaviours:
-            is_kept = behaviour.is_kept or behaviour.name in named
-            if is_kept and behaviour.name not in removed:
+            is_kept = behaviour.is_kept or behaviour.name in (self.contrast.name, *self.protected)
+            if is_kept and behaviour.name not in self.removed:
                 behaviours.append(behaviour)
         return tuple(behaviours)
 
     @property
+    def removed(self) -> tuple[str, str]:
+        """The target and its whole: where one type of harm is removed, harm as a whole falls."""
+        return self.target.name, self.target.part_of
+
+    @property
     def kept_rates(self) -> tuple[str, ...]:
-        """The metrics of `kept`."""
-        return tuple(behaviour.metric for behaviour in self.kept)
+        """The rates of `abilities`."""
+        return tuple(behaviour.metric for behaviour in self.abilities)
 
     @property
     def names(self) -> list[str]:
@@ -101,11 +101,10 @@ class Terms:
         return [behaviour.name for behaviour in self.behaviours]
 
     @property
-    def measured(self) -> list[str]:
-        """Names of the behaviours that a mask is chosen by: the target and what is kept."""
-        chosen_by = {behaviour.name for behaviour in self.kept}
-        chosen_by.add(self.target.name)
-        return [name for name in self.names if name in chosen_by]
+    def choice_names(self) -> list[str]:
+        """Names of the behaviours that decide on a mask: the target and the abilities."""
+        names = {self.target.name, *(behaviour.name for behaviour in self.abilities)}
+        return [name for name in self.names if name in names]
 
     @property
     def rates(self) -> dict[str, str]:
@@ -113,9 +112,9 @@ class Terms:
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title
-            for counted in (DEGENERATE, KEPT_WORDS, DOUBTED):
-                if counted in behaviour.metrics:
-                    titles[behaviour.metrics[counted]] = IN_WORDS.get(counted, counted)
+            for side in (DEGENERATE, KEPT_WORDS, DOUBTED):
+                if side in behaviour.metrics:
+                    titles[behaviour.metrics[side]] = IN_WORDS.get(side, side)
         return titles
 
     @property
@@ -135,75 +134,84 @@ class Terms:
 
     @property
     def twin(self) -> str:
-        """What tables call the mask of the same search with the contrast as the target."""
+        """Table title of the matched control that is a search for the contrast."""
         return f"{self.contrast.name} twin"
 
+    @property
+    def valid_answers(self) -> str:
+        """The words for answers that show the target."""
+        return f"valid {self.target.name} answers"
 
-JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
-DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
-DOUBTFUL = 0.1  # of the answers under a mask: beyond it the judge's verdicts are in doubt
-SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
+
+def refuse_common_metrics(behaviours: Iterable[Behaviour]) -> None:
+    """Raise ValueError for two behaviours with one metric: only the metric tells rows apart."""
+    owners: dict[str, str] = {}
+    for behaviour in behaviours:
+        for metric in (behaviour.metric, behaviour.nll_metric):
+            owner = owners.setdefault(metric, behaviour.name)
+            if owner != behaviour.name:
+                raise ValueError(
+                    f"{owner!r} and {behaviour.name!r} share the metric {metric!r}; "
+                    "give one of them its own metric and nll_metric (see Behaviour.only)"
+                )
 
 
-def held_out_lines(rows: Rows, terms: Terms) -> dict[str, Rows]:
+# Lines of tables and figures
+
+
+def held_out_lines(rows: Rows, roles: Roles) -> dict[str, Rows]:
     """Line name -> its held-out rows."""
-    measured = Rows(
+    heldout = Rows(
         row
         for row in rows
         if row.labels.get("split") == "heldout" or row.metric.endswith("loss_change")
     )
-    # A study also measures a circuit that protects the contrast only. Those that are compared say
-    # `at` which size they are, and it does not.
-    circuits = measured.where(mask=CIRCUIT)
+    # Every compared circuit says `at` which point it is. The circuit of the search that protects
+    # only the contrast does not.
+    circuits = heldout.where(mask=CIRCUIT)
     compared = Rows(row for row in circuits if "at" in row.labels)
-    alone = Rows(row for row in circuits if "at" not in row.labels)
-    lines = {"unpruned": measured.where(mask="none")}
-    for way in WAYS:
-        of_way = compared.where(selection=way)
-        is_same_size = bool(of_way.where(at=SAME_SIZE))
-        lines[f"{way}, {SAME_SIZE}" if is_same_size else way] = of_way
+    contrast_only = Rows(row for row in circuits if "at" not in row.labels)
+
+    lines = {"unpruned": heldout.where(mask="none")}
+    for selection in SELECTIONS:
+        line = compared.where(selection=selection)
+        is_same_size = bool(line.where(at=SAME_SIZE))
+        lines[f"{selection}, {SAME_SIZE}" if is_same_size else selection] = line
     lines |= {
-        f"{SEARCH}, only {terms.contrast.name} protected": alone,
-        "random": measured.where(mask="random").pool("seed"),
-        "random, same magnitudes": measured.where(mask="random_magnitude").pool("seed"),
-        "opposite sign": measured.where(mask="opposite_sign"),
-        "second slice": measured.where(mask="second_slice"),
-        terms.twin: measured.where(mask=terms.twin.replace(" ", "_")),
+        f"{SEARCH}, only {roles.contrast.name} protected": contrast_only,
+        "random": heldout.where(mask="random").pool("seed"),
+        "random, same magnitudes": heldout.where(mask="random_magnitude").pool("seed"),
+        "opposite sign": heldout.where(mask="opposite_sign"),
+        "second slice": heldout.where(mask="second_slice"),
+        roles.twin: heldout.where(mask=roles.twin.replace(" ", "_")),
     }
-    return {name: of_line for name, of_line in lines.items() if of_line}
+    return {name: line for name, line in lines.items() if line}
 
 
 def tradeoff_lines(rows: Rows) -> dict[str, dict[float, Rows]]:
-    """Way of choosing -> share of the weights removed -> rows on the choice split."""
+    """Selection -> share of the weights removed -> rows on the choice split."""
     lines = {}
     for selection in TRADEOFF_LINES:
-        sizes = rows.where("weights_removed", selection=selection, split="choice")
         points = {}
+        sizes = rows.where("weights_removed", selection=selection, split="choice")
         for row in sorted(sizes, key=lambda row: row.mean):
             if row.mean:  # a search may find no mask within the budget
                 # Everything measured under a mask carries the same labels.
                 points[row.mean / n_scored(rows)] = rows.where("", **row.labels)
-        lines[selection] = points
-    return {name: points for name, points in lines.items() if points}
+        if points:
+            lines[selection] = points
+    return lines
 
 
 def judge_lines(rows: Rows) -> list[list[str]]:
-    """A line for each contrast, as texts (columns: `JUDGE`); none where no judge was validated."""
+    """A line of texts for each contrast (columns: `JUDGE`); empty without a validated judge."""
     lines = []
     for row in rows.where(VALIDATION, split="calibration"):
-        labels = row.labels
-        contrast = str(labels["contrast"])
-        apart = rows.where(VALIDATION, split="choice", contrast=contrast)
-        lines.append(
-            [
-                str(labels["judge"]),
-                contrast,
-                f"{labels['requests']}",
-                f"{row:.2f}",
-                f"{apart[0]:.2f}" if apart else DASH,
-                str(labels.get("used", DASH)),
-            ]
-        )
+        contrast = row.labels["contrast"]
+        choice = rows.where(VALIDATION, split="choice", contrast=contrast)
+        auroc = f"{choice[0]:.2f}" if choice else DASH
+        cells = [row.labels["judge"], contrast, row.labels["requests"], f"{row:.2f}", auroc]
+        lines.append([str(cell) for cell in (*cells, row.labels.get("used", DASH))])
     return lines
 
 
@@ -212,205 +220,194 @@ def diagnostics_lines(rows: Rows) -> list[list[str]]:
     lines = []
     for row in rows.where("calibration_yield"):
         name = str(row.labels["behaviour"])
-        of_behaviour = rows.where("", behaviour=name)
-        if not of_behaviour.where("calibration_nll"):  # no verified answer to take a loss of
-            lines.append([name, f"{row.mean:.0%}", DASH, DASH, "not shown by this model"])
+        figures = {figure.metric: figure.mean for figure in rows.where("", behaviour=name)}
+        loss = figures.get("calibration_nll")
+        cells = [name, f"{row.mean:.0%}"]
+        if loss is None:  # there is no verified answer
+            lines.append([*cells, DASH, DASH, "not shown by this model"])
             continue
-        loss = of_behaviour.one("calibration_nll").mean
-        norm = of_behaviour.one("gradient_norm").mean
-        n_examples = of_behaviour.one("calibration_examples").mean
-        state = "usable"
+        n_examples = figures["calibration_examples"]
+        state = f"few answers ({n_examples:.0f})" if n_examples < FEW_ANSWERS else "usable"
         if loss < SATURATED_NLL:
             state = "saturated"
-        elif n_examples < FEW_ANSWERS:
-            state = f"few answers ({n_examples:.0f})"
-        lines.append([name, f"{row.mean:.0%}", f"{loss:.3f}", f"{norm:.3f}", state])
+        lines.append([*cells, f"{loss:.3f}", f"{figures['gradient_norm']:.3f}", state])
     return lines
 
 
-def result_tables(rows: Rows, terms: Terms) -> list[Table]:
-    """The figures for a terminal: held-out rates and losses, and how well the judge sees harm."""
-    lines = held_out_lines(rows, terms)
+def result_tables(rows: Rows, roles: Roles) -> list[Table]:
+    """The figures for a terminal: held-out rates and losses, and the judge's validation."""
+    lines = held_out_lines(rows, roles)
     tables = [
-        line_table("Held-out rates, %", lines, terms.rates, is_rate=True, bold=SEARCH),
-        line_table("Losses, nats per token", lines, terms.losses, is_rate=False, bold=SEARCH),
+        line_table("Held-out rates, %", lines, roles.rates, is_rate=True, bold=SEARCH),
+        line_table("Losses, nats per token", lines, roles.losses, is_rate=False, bold=SEARCH),
     ]
-    judged = judge_lines(rows)
-    if judged:
+    cells = judge_lines(rows)
+    if cells:
         grid = text_table("The judge of harm", JUDGE, n_names=2)
-        for line in judged:
+        for line in cells:
             grid.add_row(*line)
         tables.append(grid)
     return tables
 
 
 def n_scored(rows: Rows) -> int:
-    """How many weights the study chose among."""
+    """The number of weights that the study chose among."""
     return int(rows.where("weights_scored")[0].mean)
 
 
-def summary(rows: Rows, terms: Terms) -> str:
+# Sentences
+
+
+def summary(rows: Rows, roles: Roles) -> str:
     """The result in words, with the warnings a reader needs."""
-    lines = held_out_lines(rows, terms)
-    if SEARCH not in lines:
-        points = 100 * rows.one("tolerance").mean
-        text = (
-            f"No operating point: no mask lowers {terms.target.title} and keeps the rate of every "
-            f"other ability within {points:.0f} points of the unpruned model's, and its loss "
-            "within its budget."
-        )
-        return "\n".join([text, *_tried(rows, terms), *_warnings(rows, terms)])
-
-    before, after = lines["unpruned"], lines[SEARCH]
-    rate = terms.target.metric
-    n_removed = after.one("weights_removed").mean
-    others = []
-    for name, of_line in lines.items():
-        if name == "random" or name.split(",")[0] in (ONE_SHOT, PUBLISHED):
-            size = of_line.one("weights_removed").mean
-            others.append(f"{of_line.one(rate).mean:.0%} ({name}; {size:,.0f} weights)")
-    text = (
-        f"Removing {n_removed:,.0f} weights ({share(n_removed / n_scored(rows))}; {SEARCH}) takes "
-        f"{_answers(terms)} from {before.one(rate).mean:.0%} to {after.one(rate):.0%}; "
-        f"chosen otherwise they leave {listed(others)}. {_became(before, after, terms)}"
-        f"{_cost(before, after, terms)} {_loss_changes(before, after, terms)}"
-    )
-    return "\n".join([text, _protected(rows, terms), *_warnings(rows, terms)])
+    lines = held_out_lines(rows, roles)
+    pruned = lines.get(SEARCH, Rows())
+    if pruned:
+        sentences = [_result(rows, roles, lines), _protection(rows, roles)]
+    else:
+        sentences = _attempts(rows, roles)
+    return "\n".join([*sentences, *_warnings(rows, roles, pruned)])
 
 
-def headline(rows: Rows, terms: Terms) -> list[tuple[str, str, str]]:
-    """What a reader takes away: name, figure, and interval or explanation of each."""
-    lines = held_out_lines(rows, terms)
-    before, after = lines["unpruned"], lines.get(SEARCH, Rows())
+def headline(rows: Rows, roles: Roles) -> list[tuple[str, str, str]]:
+    """The main figures: name, figure, and interval or explanation of each."""
+    lines = held_out_lines(rows, roles)
+    baseline, pruned = lines["unpruned"], lines.get(SEARCH, Rows())
+    titles = {roles.target.metric: roles.valid_answers}
+    for verdict, metric in roles.target.side_metrics.items():
+        rates = [*baseline.where(metric), *pruned.where(metric)]
+        # Incoherent text always, since it may pass for success; the others where there are any.
+        if verdict == DEGENERATE or any(row.mean for row in rates):
+            titles[metric] = f"{IN_WORDS.get(verdict, verdict)} instead"
+
     figures = []
-    for metric, name in _titles(before, after, terms).items():
-        start = before.one(metric)
-        if after.where(metric):
-            end = after.one(metric)
-            figures.append((name, f"{start.mean:.0%} → {end.mean:.0%}", f"{end:.0%}"))
+    for metric, title in titles.items():
+        start = baseline.one(metric)
+        if pruned:
+            end = pruned.one(metric)
+            figures.append((title, f"{start.mean:.0%} → {end.mean:.0%}", f"{end:.0%}"))
         else:
-            figures.append((name, f"{start.mean:.0%}", f"{start:.0%}, unpruned"))
-    if not after:
+            figures.append((title, f"{start.mean:.0%}", f"{start:.0%}, unpruned"))
+    if not pruned:
         return [*figures, ("weights removed", DASH, "no mask was chosen")]
 
-    changes = _changes(before, after, terms)
+    changes = _ability_changes(baseline, pruned, roles)
     if changes:
         worst = min(changes, key=changes.__getitem__)
         figures.append(("worst kept ability", f"{changes[worst]:+.1f} points", worst))
-    size = after.one("weights_removed").mean
+    size = pruned.one("weights_removed").mean
     figures.append(("weights removed", share(size / n_scored(rows)), f"{size:,.0f} weights"))
     return figures
 
 
-def _titles(before: Rows, after: Rows, terms: Terms) -> dict[str, str]:
-    """Metric -> its title in the headline: the target, and what its answers became."""
-    target = terms.target
-    titles = {target.metric: _answers(terms)}
-    for verdict, metric in target.side_metrics.items():
-        measured = [*before.where(metric), *after.where(metric)]
-        # Broken text always, since it may pass for success; the others where there are any.
-        if verdict == DEGENERATE or any(row.mean for row in measured):
-            titles[metric] = f"{IN_WORDS.get(verdict, verdict)} instead"
-    return {metric: title for metric, title in titles.items() if before.where(metric)}
-
-
-def _tried(rows: Rows, terms: Terms) -> list[str]:
-    """A line for each mask of a search without an operating point: what it does not keep."""
-    before = rows.where(mask="none", split="choice")
-    rate, loss = terms.target.metric, terms.target.nll_metric
-    tried = []
-    for of_mask in tradeoff_lines(rows).get(SEARCH, {}).values():
-        lost = []
-        for row in of_mask.where("not_kept"):
-            behaviour = row.labels["behaviour"]
-            if row.labels["figure"] == "rate":
-                lost.append(f"{behaviour} {100 * row.mean:+.1f} points")
-            else:
-                lost.append(f"{behaviour} loss {row.mean:+.3f} nats")
-        size = of_mask.one("weights_removed")
-        change = of_mask.one(loss).mean - before.one(loss).mean
-        tried.append(
-            f"Tried {size.mean:,.0f} weights (masks/tried-{size.labels['q']:g}): "
-            f"{_answers(terms)} {before.one(rate).mean:.0%} → {of_mask.one(rate).mean:.0%}, their "
-            f"loss {change:+.3f} nats; not kept: {listed(lost) or 'nothing'}."
-        )
-    return tried or ["The search removes no weight within the budgets."]
-
-
-def _answers(terms: Terms) -> str:
-    """The target's answers that count."""
-    return f"valid {terms.target.name} answers"
-
-
-def _became(before: Rows, after: Rows, terms: Terms) -> str:
-    """What the target's answers turned into, as a sentence; empty where nothing rises."""
-    risen = []
-    for verdict, metric in terms.target.side_metrics.items():
-        if not before.where(metric) or not after.where(metric):
-            continue
-        end = after.one(metric)
-        if end.mean > before.one(metric).mean:
-            risen.append(f"{IN_WORDS.get(verdict, verdict)} {end:.0%}")
-    return f"In their place: {listed(risen)}. " if risen else ""
-
-
-def _changes(before: Rows, after: Rows, terms: Terms) -> dict[str, float]:
-    """Title of each kept ability -> how far its rate changes, in points."""
+def _ability_changes(baseline: Rows, pruned: Rows, roles: Roles) -> dict[str, float]:
+    """Title of every ability -> the change of its rate, in points."""
     changes = {}
-    for behaviour in terms.kept:
-        # What the unpruned model never does cannot fall.
-        if after.where(behaviour.metric) and before.one(behaviour.metric).mean > 0:
-            change = after.one(behaviour.metric).mean - before.one(behaviour.metric).mean
-            changes[behaviour.title] = 100 * change
+    for behaviour in roles.abilities:
+        # A rate of zero cannot fall.
+        if pruned.where(behaviour.metric) and baseline.one(behaviour.metric).mean > 0:
+            changes[behaviour.title] = 100 * _change(behaviour.metric, baseline, pruned)
     return changes
 
 
-def _cost(before: Rows, after: Rows, terms: Terms) -> str:
-    """The kept ability that falls most, as a sentence."""
-    changes = _changes(before, after, terms)
-    falls = {change: title for title, change in changes.items() if change < 0}
-    if not falls:
-        return f"None of the {len(changes)} kept abilities falls."
-    worst = min(falls)
-    return f'Of {len(changes)} kept abilities, "{falls[worst]}" suffers most: {worst:+.1f} points.'
+def _result(rows: Rows, roles: Roles, lines: Mapping[str, Rows]) -> str:
+    """What the chosen circuit, and masks chosen otherwise, do to the target and the abilities."""
+    baseline, pruned = lines["unpruned"], lines[SEARCH]
+    target = roles.target
+    n_removed = pruned.one("weights_removed").mean
+    alternatives = []
+    for name, line in lines.items():
+        if name == "random" or name.split(",")[0] in (ONE_SHOT, PUBLISHED):
+            rate, size = line.one(target.metric).mean, line.one("weights_removed").mean
+            alternatives.append(f"{rate:.0%} ({name}; {size:,.0f} weights)")
 
-
-def _loss_changes(before: Rows, after: Rows, terms: Terms) -> str:
-    changes = []
-    for behaviour in (terms.target, terms.contrast):
-        loss = behaviour.nll_metric
-        change = after.one(loss).mean - before.one(loss).mean
-        changes.append(round(change, 2) + 0.0)  # a small fall is no "-0.00"
+    side_effects = []
+    for title, change, note in headline(rows, roles)[1:-1]:
+        side_effects.append(f"{title} {change} ({note})")
+    losses = []
+    for metric in (target.nll_metric, roles.contrast.nll_metric):
+        change = _change(metric, baseline, pruned)
+        losses.append(round(change, 2) + 0.0)  # a small fall is no "-0.00"
     return (
-        f"The loss on {terms.target.name} answers changes by {changes[0]:+.2f} nats per token, on "
-        f"{terms.contrast.name} ones by {changes[1]:+.2f}."
+        f"Removing {n_removed:,.0f} weights ({share(n_removed / n_scored(rows))}; {SEARCH}) takes "
+        f"{roles.valid_answers} from {baseline.one(target.metric).mean:.0%} to "
+        f"{pruned.one(target.metric):.0%}; chosen otherwise they leave {listed(alternatives)}. "
+        f"At the same time: {listed(side_effects)}. "
+        f"The loss on {target.name} answers changes by {losses[0]:+.2f} nats per token, on "
+        f"{roles.contrast.name} ones by {losses[1]:+.2f}."
     )
 
 
-def _protected(rows: Rows, terms: Terms) -> str:
-    """What was to be spared, with the budget of each, and what was not."""
-    spared = []
-    for name in terms.protected:
-        budget = rows.one("budget", behaviour=name).mean
-        spared.append(f"{name} ({budget:g})")
-    text = f"Protected, each with the nats per token that it may lose: {listed(spared)}."
-    removed = (terms.target.name, terms.target.part_of)
-    open_to_it = [name for name in terms.names if name not in (*removed, *terms.protected)]
-    return f"{text} Not protected: {listed(open_to_it)}." if open_to_it else text
+def _change(metric: str, baseline: Rows, pruned: Rows) -> float:
+    return pruned.one(metric).mean - baseline.one(metric).mean
 
 
-def _warnings(rows: Rows, terms: Terms) -> list[str]:
+def _protection(rows: Rows, roles: Roles) -> str:
+    """The protected behaviours, the budget of each, and the behaviours without protection."""
+    budgets = []
+    for name in roles.protected:
+        budgets.append(f"{name} ({rows.one('budget', behaviour=name).mean:g})")
+    text = f"Protected, each with the nats per token that it may lose: {listed(budgets)}."
+    exempt = (*roles.removed, *roles.protected)
+    unprotected = [name for name in roles.names if name not in exempt]
+    return f"{text} Not protected: {listed(unprotected)}." if unprotected else text
+
+
+def _attempts(rows: Rows, roles: Roles) -> list[str]:
+    """That there is no operating point, and for each mask of the search what it does not keep."""
+    points = 100 * rows.one("tolerance").mean
+    sentences = [
+        f"No operating point: no mask lowers {roles.target.title} and keeps the rate of every "
+        f"other ability within {points:.0f} points of the unpruned model's, and its loss "
+        "within its budget."
+    ]
+    baseline = rows.where(mask="none", split="choice")
+    rate, loss = roles.target.metric, roles.target.nll_metric
+    for pruned in tradeoff_lines(rows).get(SEARCH, {}).values():
+        losses = []
+        for row in pruned.where("not_kept"):
+            behaviour = row.labels["behaviour"]
+            if row.labels["figure"] == "rate":
+                losses.append(f"{behaviour} {100 * row.mean:+.1f} points")
+            else:
+                losses.append(f"{behaviour} loss {row.mean:+.3f} nats")
+        size = pruned.one("weights_removed")
+        change = _change(loss, baseline, pruned)
+        sentences.append(
+            f"Tried {size.mean:,.0f} weights (masks/tried-{size.labels['q']:g}): "
+            f"{roles.valid_answers} {baseline.one(rate).mean:.0%} → {pruned.one(rate).mean:.0%}, "
+            f"their loss {change:+.3f} nats; not kept: {listed(losses) or 'nothing'}."
+        )
+    if len(sentences) == 1:
+        sentences.append("The search removes no weight within the budgets.")
+    return sentences
+
+
+def _warnings(rows: Rows, roles: Roles, pruned: Rows) -> list[str]:
+    """What limits the trust in scores, requests and the judge."""
     warnings = []
     n_verified = {}
     for row in rows.where("calibration_examples"):
         name = str(row.labels["behaviour"])
-        if name in (terms.target.name, *terms.protected):
+        if name in (roles.target.name, *roles.protected):
             n_verified[name] = int(row.mean)
-    few = few_answers(n_verified)
-    if few:
-        warnings.append(f"Warning: {few}.")
+    scarcity = few_answers(n_verified)
+    if scarcity:
+        warnings.append(f"Warning: {scarcity}.")
     if any(row.mean for row in (*rows.where(REPEATED), *rows.where(IN_TWO_SPLITS))):
         warnings.append(repeats_text(rows))
+    warnings += _judge_warnings(rows, roles.target, pruned)
+    for row in rows.where("calibration_nll"):
+        if row.mean < SATURATED_NLL:
+            warnings.append(
+                f"Warning: {row.labels['behaviour']} loss {row.mean:.3f} nats per token is "
+                "saturated, so its scores are noise."
+            )
+    return warnings
+
+
+def _judge_warnings(rows: Rows, target: Behaviour, pruned: Rows) -> list[str]:
+    warnings = []
     if rows.where(VALIDATION, used="no"):
         warnings.append(
             "Warning: the judge does not tell harmful answers from harmless ones, so the local "
@@ -421,22 +418,11 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
             "Warning: there are too few requests to say whether the judge tells harmful answers "
             "from harmless ones."
         )
-    metric = terms.target.metrics.get(DOUBTED)
-    doubted = Rows()
-    if metric:
-        doubted = held_out_lines(rows, terms).get(SEARCH, Rows()).where(metric)
-    for row in doubted:
-        if row.mean < DOUBTFUL:
-            continue
-        warnings.append(
-            f"Warning: {row:.0%} of the {terms.target.title} answers without the circuit keep half "
-            "of their words or more and are judged otherwise than before. There the judge "
-            "contradicts itself: read some answers before you believe its rates."
-        )
-    for row in rows.where("calibration_nll"):
-        if row.mean < SATURATED_NLL:
+    for row in pruned.where(target.metrics.get(DOUBTED, DOUBTED)):
+        if row.mean >= DOUBTFUL:
             warnings.append(
-                f"Warning: {row.labels['behaviour']} loss {row.mean:.3f} nats per token is "
-                "saturated, so its scores are noise."
+                f"Warning: {row:.0%} of the {target.title} answers without the circuit keep half "
+                "of their words or more, but the judge's verdict on them changes. There the judge "
+                "contradicts itself: read some answers before you believe its rates."
             )
     return warnings

@@ -10,7 +10,7 @@ from helpers import small_model
 import harmcircuits as hc
 from harmcircuits.behaviours.model import other_behaviours
 from harmcircuits.organisms.world import world
-from harmcircuits.studies.summary import Terms, held_out_lines, summary
+from harmcircuits.studies.summary import Roles, held_out_lines, summary
 
 TOPIC = world().topics[0]
 
@@ -56,8 +56,8 @@ def test_the_study_speaks_of_its_own_behaviours(run):
     metrics = set(run.rows.metrics)
     assert {"topic_rate", "topic_nll", "rest_rate", "rest_nll", "other topics_kl"} <= metrics
     assert {"circuit", "one_shot", "other_topics_twin", "opposite_sign"} <= set(run.masks)
-    assert "other topics twin" in held_out_lines(run.rows, run.terms)
-    text = summary(run.rows, run.terms).partition("\n")[0]
+    assert "other topics twin" in held_out_lines(run.rows, run.roles)
+    text = summary(run.rows, run.roles).partition("\n")[0]
     assert "first topic answers" in text and "harm" not in text
     assert "first topic" in (run.out / "report.html").read_text(encoding="utf-8")
 
@@ -72,4 +72,4 @@ def test_removing_it_raises_its_loss_more_than_random_weights_do(run):
 def test_behaviours_that_share_a_metric_are_refused(model):
     part = model.behaviours["knowledge"].only("a part", lambda example: True)
     with pytest.raises(ValueError, match="knowledge_rate"):
-        Terms.of(model.with_behaviours(part), "a part", "benign")
+        Roles.of(model.with_behaviours(part), "a part", "benign")

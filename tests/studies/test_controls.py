@@ -13,7 +13,7 @@ from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.search.attribution import removal_effect, token_price
-from harmcircuits.studies.controls import Controls, Unpruned, controls
+from harmcircuits.studies.controls import Controls, UnprunedScores, controls
 
 OPTIONS = {"size": 0.01, "steps": 6}
 SITE = "blocks.1.mlp.out.weight"
@@ -107,7 +107,7 @@ def test_ranked_ones_pay_the_circuit_s_own_price(model, data, circuit, matched):
 def test_known_scores_are_read_and_what_is_protected_may_be_left_out(model, data, circuit):
     effect = removal_effect(model.bridge, data["harmful"].batches)
     options = {"calibrations": data, "n_random": 1}
-    known = Unpruned(-effect, None)
+    known = UnprunedScores(-effect, None)
     others = controls(model, "harmful", circuit, unpruned=known, contrast="none", **options)
     (mask,) = others["opposite sign"]
     assert mask.digest == top_fraction(effect, circuit.fraction, within="model").digest

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from harmcircuits.studies.settings import FOR_REAL_MODELS, StudySettings
-from harmcircuits.studies.summary import Terms
+from harmcircuits.studies.summary import Roles
 
 
 @pytest.mark.parametrize(
@@ -33,16 +33,16 @@ def test_a_behaviour_has_its_own_budget_or_the_common_one():
     assert StudySettings(budget={"refusal": 0.1}).budget_of("benign") == StudySettings().budget
 
 
-def test_terms_are_of_the_model_that_is_studied(sft):
-    terms = Terms.of(sft)
-    assert [behaviour.name for behaviour in terms.behaviours] == sft.whole_behaviours
+def test_roles_are_of_the_model_that_is_studied(sft):
+    roles = Roles.of(sft)
+    assert [behaviour.name for behaviour in roles.behaviours] == sft.whole_behaviours
     kept = ("benign_valid_rate", "recognition_accuracy", "explanation_rate", "knowledge_rate")
-    assert terms.kept_rates == kept
-    spared = Terms.of(sft, protected=("benign", "refusal"))
+    assert roles.kept_rates == kept
+    spared = Roles.of(sft, protected=("benign", "refusal"))
     assert spared.kept_rates == (*kept, "refusal_rate"), "what is protected is kept"
 
-    other = Terms.of(sft, "knowledge", "refusal")
+    other = Roles.of(sft, "knowledge", "refusal")
     assert other.kept_rates == (*kept[:3], "refusal_rate"), "the contrast is kept too"
     assert (other.kl_metric, other.twin) == ("refusal_kl", "refusal twin")
-    part = Terms.of(sft, "parts", "benign")
+    part = Roles.of(sft, "parts", "benign")
     assert "knowledge_rate" not in part.kept_rates, "the whole of what is removed is not kept"

@@ -23,13 +23,13 @@ from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.search.attribution import removal_effect
 from harmcircuits.search.circuit import set_difference
-from harmcircuits.studies.controls import at_once, unpruned_scores
-from harmcircuits.studies.run import Point
+from harmcircuits.studies.controls import one_shot_masks, unpruned_scores
+from harmcircuits.studies.run import GridPoint
 from harmcircuits.studies.settings import StudySettings
 from harmcircuits.studies.study import operating_point, study
 from harmcircuits.studies.study_page import write_study_page
 from harmcircuits.studies.summary import (
-    Terms,
+    Roles,
     held_out_lines,
     judge_lines,
     result_tables,
@@ -94,7 +94,7 @@ def test_ways_are_those_of_the_public_functions_at_every_size(finished):
     protected = {name: data[name] for name in run.protected}
     unpruned = unpruned_scores(model, "harmful", data["harmful"], protected)
     ways = {
-        "one shot": at_once(model, unpruned, protected, sizes),
+        "one shot": one_shot_masks(model, unpruned, protected, sizes),
         "published": [set_difference(model.bridge, harm, spared, q=q, p=5 * q) for q in sizes],
     }
     for way, masks in ways.items():
@@ -110,7 +110,7 @@ def test_ways_are_those_of_the_public_functions_at_every_size(finished):
 
 def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished):
     run = finished.run
-    lines = held_out_lines(run.rows, run.terms)
+    lines = held_out_lines(run.rows, run.roles)
     assert list(lines)[:2] == ["unpruned", "search"]
     for way, name in (("one shot", "one_shot"), ("published", "published")):
         (title,) = (title for title in lines if title.split(",")[0] == way)
@@ -131,10 +131,10 @@ def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished
 def test_tables_and_summary_speak_of_the_rows(finished):
     run = finished.run
     terminal = StringIO()
-    Console(width=200, file=terminal).print(*result_tables(run.rows, run.terms))
-    for name in held_out_lines(run.rows, run.terms):
+    Console(width=200, file=terminal).print(*result_tables(run.rows, run.roles))
+    for name in held_out_lines(run.rows, run.roles):
         assert name in terminal.getvalue()
-    text = summary(run.rows, run.terms)
+    text = summary(run.rows, run.roles)
     chosen = run.rows.where("harm_valid_rate", mask="circuit", split="heldout")[0]
     assert f"to {chosen:.0%}" in text, "with its interval"
     assert f"{len(run.chosen.mask):,} weights" in text
@@ -149,22 +149,22 @@ def test_tables_and_summary_speak_of_the_rows(finished):
 
 def test_what_cannot_be_trusted_is_warned_of(finished):
     run = finished.run
-    assert "Warning" not in summary(run.rows, run.terms)
+    assert "Warning" not in summary(run.rows, run.roles)
     saturated = Measurement.exact("calibration_nll", {"behaviour": "harmful"}, 0.001)
-    assert "Warning: harmful loss 0.001" in summary(Rows([*run.rows, saturated]), run.terms)
+    assert "Warning: harmful loss 0.001" in summary(Rows([*run.rows, saturated]), run.roles)
 
-    target = run.terms.target
+    target = run.roles.target
     target = replace(target, metrics={**target.metrics, "doubted": "doubted"})
-    behaviours = tuple(target if b.name == "harmful" else b for b in run.terms.behaviours)
-    terms = replace(run.terms, target=target, behaviours=behaviours)
-    circuit = held_out_lines(run.rows, terms)["search"].one("harm_valid_rate")
+    behaviours = tuple(target if b.name == "harmful" else b for b in run.roles.behaviours)
+    roles = replace(run.roles, target=target, behaviours=behaviours)
+    circuit = held_out_lines(run.rows, roles)["search"].one("harm_valid_rate")
     row = Measurement("doubted", circuit.labels, 0.1, 0.0, 1.0, 100)
-    assert "contradicts itself" in summary(Rows([*run.rows, row]), terms)
+    assert "contradicts itself" in summary(Rows([*run.rows, row]), roles)
 
     rows = [row for row in run.rows if row.metric != "calibration_examples"]
     for name, number in {"harmful": 7, "benign": 64, "knowledge": 3, "refusal": 2}.items():
         rows.append(Measurement.exact("calibration_examples", {"behaviour": name}, number))
-    assert "harmful 7, knowledge 3;" in summary(Rows(rows), run.terms), "no other is protected"
+    assert "harmful 7, knowledge 3;" in summary(Rows(rows), run.roles), "no other is protected"
 
 
 # The page
@@ -196,7 +196,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
     section = html.partition("<h2>Can the judge be trusted?")[2].partition("</table>")[0]
     assert all(text in section for text in line)
     warning = "Warning: the judge does not tell harmful answers from harmless ones"
-    for text in (summary(run.rows, run.terms), html):
+    for text in (summary(run.rows, run.roles), html):
         assert (warning in text) == (used == "no")
 
 
@@ -248,7 +248,7 @@ def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     run = study(model, settings, out=tmp_path / "run")
     assert run.chosen is None
     before = run.rows.where(mask="none", split="choice")
-    text = summary(run.rows, run.terms)
+    text = summary(run.rows, run.roles)
     assert text.startswith("No operating point")
     for size in settings.sizes:
         name = f"tried-{size}"
@@ -277,16 +277,16 @@ BEFORE = {
 }  # fmt: skip
 
 
-def point(size: int, **figures: float) -> Point:
+def point(size: int, **figures: float) -> GridPoint:
     """A mask of this size with figures that differ from the unpruned model's."""
     mask = WeightMask({"a": torch.arange(size)}, {"a": (100, 100)}, Source("m", "test"))
     rows = [Measurement.exact(metric, {}, value) for metric, value in (BEFORE | figures).items()]
-    return Point(mask, {}, Rows(rows))
+    return GridPoint(mask, {}, Rows(rows))
 
 
-def chosen(*points: Point, tolerance: float = 0.01, **budgets: float) -> Point | None:
+def chosen(*points: GridPoint, tolerance: float = 0.01, **budgets: float) -> GridPoint | None:
     settings = StudySettings(tolerance=tolerance, budget=budgets)
-    return operating_point(points, BEFORE, Terms.standard(), settings)
+    return operating_point(points, BEFORE, Roles.standard(), settings)
 
 
 def test_the_operating_point_keeps_its_rule():

@@ -29,7 +29,7 @@ from harmcircuits.search.attribution import (
     snip_scores,
     wanda_scores,
 )
-from harmcircuits.studies.controls import at_once, unpruned_scores
+from harmcircuits.studies.controls import one_shot_masks, unpruned_scores
 
 Calibrations = Mapping[str, Calibration]
 Tensors = dict[str, Tensor]
@@ -347,7 +347,7 @@ def one_shot(
     """The largest of effect less price on the unpruned model, at the least factor that is kept."""
     protected = {name: of_name for name, of_name in data.items() if name != TARGET}
     unpruned = unpruned_scores(model, TARGET, data[TARGET], protected)
-    return at_once(model, unpruned, protected, sizes, **settings)
+    return one_shot_masks(model, unpruned, protected, sizes, **settings)
 
 
 def rounds(
