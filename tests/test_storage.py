@@ -21,6 +21,7 @@ from harmcircuits.behaviours.probe import Probe
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.search import circuit
 from harmcircuits.search.attribution import removal_effect
 from harmcircuits.search.circuit import find_circuit
 from harmcircuits.search.descent import Search
@@ -221,12 +222,13 @@ def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkey
 
     sums = []
 
-    def keep(search: Search, folder: Path) -> None:
-        sums.extend(is_mapped(value, temporary) for value in search.worth.slopes.values())
-        plain_keep(search, folder)
+    def save(search: Search, folder: Path) -> None:
+        slopes = search.benefits.slopes.totals.values()
+        sums.extend(is_mapped(value, temporary) for value in slopes)
+        plain_save(search, folder)
 
-    plain_keep = Search.keep
-    monkeypatch.setattr(Search, "keep", keep)
+    plain_save = circuit.save
+    monkeypatch.setattr(circuit, "save", save)
     options = {"size": 0.05, "steps": 2, "folder": temporary / "walk"}
     find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options)
     assert sums and all(sums)

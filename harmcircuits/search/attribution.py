@@ -2,25 +2,25 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.batches import Batch
+from harmcircuits.batches import Batch, unpadded
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.bridge import AnyModel, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import Provenance, block_sites, refuse_other_model
-from harmcircuits.search.accumulation import Kind, mean_gradients
+from harmcircuits.search.accumulation import Reduction, as_stored, mean_gradients
 
 Average = Literal["after_abs", "before_abs"]
-KINDS: dict[Average, Kind] = {"after_abs": "per example", "before_abs": "signed"}
+REDUCTIONS: dict[Average, Reduction] = {"after_abs": "per example", "before_abs": "signed"}
 
 
 def removal_effect(
@@ -35,8 +35,8 @@ def removal_effect(
     score(W) = -W * mean_x dL_x/dW, in units of the objective (nats per token for
     `completion_loss`).
     **Positive: the weight supports the behaviour.** Every example weighs the same; batch size and
-    padding do not matter. Source: arXiv 2604.09544 (there W * g, and the most negative are pruned:
-    the same ranking, the other sign).
+    padding do not matter. Source: arXiv 2604.09544, which prunes the weights where W * dL/dW is
+    most negative: the same ranking with the other sign.
 
     >>> hc.removal_effect(bridge, harm)
     WeightScores(removal_effect of 24 examples, 983,040 weights)
@@ -45,14 +45,16 @@ def removal_effect(
         bridge: the model.
         batches: the calibration data.
         objective: one value for each example, the lower the better.
-        max_memory: bytes that scores may take while they are accumulated. Less than all need takes
-            more passes. Those that are finished are then in temporary files that are mapped into
-            memory (TMPDIR sets where), and the same. `free_for_scores` says what is free.
+        max_memory: bytes that scores may take while they are accumulated. A bound changes no score.
+            It costs more passes over the data, and finished scores lie in temporary files that are
+            mapped into memory (TMPDIR sets the folder). `free_for_scores` counts the free bytes.
 
     Raises:
         ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.
     """
-    return _times_gradient("removal_effect", bridge, batches, objective, "signed", max_memory)
+    return _times_gradient(
+        "removal_effect", bridge, batches, objective, "signed", max_memory, sign=-1.0
+    )
 
 
 def snip_scores(
@@ -63,9 +65,10 @@ def snip_scores(
     average: Average = "after_abs",
     max_memory: int | None = None,
 ) -> WeightScores:
-    """How strongly the objective depends on each weight, whatever the sign; never negative.
+    """How strongly the objective depends on each weight, whatever the sign.
 
-    In units of the objective. Source: SNIP as used in arXiv 2402.05162 and 2604.09544.
+    score(W) = |W| * mean_x |dL_x/dW|, in units of the objective; never negative. Source: SNIP as
+    used in arXiv 2402.05162 and 2604.09544.
 
     >>> hc.snip_scores(bridge, harm, average="before_abs")
     WeightScores(snip of 24 examples, 983,040 weights)
@@ -74,17 +77,24 @@ def snip_scores(
         bridge: the model.
         batches: the calibration data.
         objective: one value for each example.
-        average: "after_abs": |W| * mean_x |dL_x/dW|, as in the released code. "before_abs":
-            |W * mean_x dL_x/dW|, the other published reading.
+        average: "after_abs": the mean is over absolute values, as above and in the released code.
+            "before_abs": |W * mean_x dL_x/dW|, the other published reading.
         max_memory: as in `removal_effect`.
 
     Raises:
         ValueError: another `average`, and as `removal_effect`.
     """
-    if average not in KINDS:
-        raise ValueError(f"snip_scores: average={average!r}; expected one of {list(KINDS)}")
+    if average not in REDUCTIONS:
+        raise ValueError(f"snip_scores: average={average!r}; expected one of {list(REDUCTIONS)}")
     return _times_gradient(
-        "snip_scores", bridge, batches, objective, KINDS[average], max_memory, average=average
+        "snip_scores",
+        bridge,
+        batches,
+        objective,
+        REDUCTIONS[average],
+        max_memory,
+        is_absolute=True,
+        average=average,
     )
 
 
@@ -95,21 +105,21 @@ def token_price(
     *,
     max_memory: int | None = None,
 ) -> WeightScores:
-    """An upper bound of each weight's first-order score: |W| * mean_x sum_t |g_xt| |x_xt|^T.
+    """An upper bound of each weight's first-order score, token by token: a penalty for removing it.
 
-    x is the matrix's input at position t and g the gradient of the example's objective at its
-    output. The absolute values stand inside the sum over positions, so this is an upper bound of
-    `snip_scores`, |W| * mean_x |sum_t g_xt x_xt^T|, at the price of the signed score: one product a
-    matrix. Positions of the request count: the gradient reaches them through attention. In units of
-    the objective; never negative. Experts and routers, whose inputs pass no hook points, have
-    `snip_scores`.
+    score(W) = |W| * mean_x sum_t |g_xt| |x_xt|^T, in units of the objective; never negative. x_xt
+    is the matrix's input at position t of example x, and g_xt the gradient of the example's
+    objective at its output. The absolute values stand inside the sum over positions, so this is at
+    least `snip_scores`, |W| * mean_x |sum_t g_xt x_xt^T|, and costs one product for each matrix, as
+    the signed score does. Positions of the request count: the gradient reaches them through
+    attention. Experts and routers, whose inputs pass no hook points, get `snip_scores`.
 
     >>> hc.token_price(bridge, benign)
     WeightScores(token_price of 24 examples, 983,040 weights)
 
     Args:
         bridge: the model.
-        batches: what it is to go on doing.
+        batches: texts of the behaviour to keep.
         objective: one value for each example, the lower the better.
         max_memory: as in `removal_effect`.
 
@@ -121,29 +131,39 @@ def token_price(
 
 def _times_gradient(
     function: str,
-    bridge: AnyModel,
+    model: AnyModel,
     batches: Sequence[Batch],
     objective: Objective,
-    kind: Kind,
+    reduction: Reduction,
     max_memory: int | None,
-    **settings: Any,
+    *,
+    sign: float = 1.0,
+    is_absolute: bool = False,
+    **settings: str,
 ) -> WeightScores:
     """Every weight times a mean of its gradient: the scores of one backward pass."""
-    bridge = as_bridge(bridge)
-    refuse_batches(function, bridge, batches)
-    sites = block_sites(bridge)
-    factor = -1.0 if function == "removal_effect" else 1.0
+    bridge, sites = _checked(function, model, batches)
     values = mean_gradients(
-        bridge, batches, objective, sites, kind, factor=factor, max_memory=max_memory
+        bridge, batches, objective, sites, reduction, coefficient=sign, max_memory=max_memory
     )
     for name, value in values.items():
-        # Under a bound on memory it is in a file, and so on the CPU.
+        # Under a bound on memory the value is in a file, and so on the CPU.
         value.mul_(sites[name].parameter.detach().to(value.device))
-        if function == "snip_scores":
+        if is_absolute:
             value.abs_()
-    settings = data_settings(batches, objective, **settings)
-    source = Provenance.of(bridge).source(function.removesuffix("_scores"), settings)
-    return WeightScores(values, source)
+    all_settings = {**settings, **data_settings(batches, objective)}
+    return WeightScores(
+        values, Provenance.of(bridge).source(function.removesuffix("_scores"), all_settings)
+    )
+
+
+def _checked(
+    function: str, model: AnyModel, batches: Sequence[Batch]
+) -> tuple[Bridge, dict[str, Site]]:
+    """The bridge of a model, if it can read the batches, and its block matrices."""
+    bridge = as_bridge(model)
+    refuse_batches(function, bridge, batches)
+    return bridge, block_sites(bridge)
 
 
 def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
@@ -162,9 +182,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
         ValueError: no batches, experts and routers (their inputs pass no hook points), and as
             `named_weights`.
     """
-    bridge = as_bridge(bridge)
-    refuse_batches("wanda_scores", bridge, batches)
-    sites = block_sites(bridge)
+    bridge, sites = _checked("wanda_scores", bridge, batches)
     squares: dict[str, Tensor] = {}
     is_token = torch.empty(0)
 
@@ -180,9 +198,10 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
     n_tokens = sum(int(batch.is_token.sum()) for batch in batches)
     values = {}
     for name, site in sites.items():
-        rms = (squares[name] / n_tokens).sqrt()
-        along_input = rms if site.input_axis == 1 else rms[:, None]
-        values[name] = site.parameter.detach().float().abs() * along_input
+        norm = (squares[name] / n_tokens).sqrt()
+        if site.input_axis == 0:
+            norm = norm[:, None]
+        values[name] = site.parameter.detach().float().abs() * norm
     return WeightScores(values, Provenance.of(bridge).source("wanda", data_settings(batches)))
 
 
@@ -215,8 +234,8 @@ def random_scores(bridge: AnyModel, *, seed: int = 0) -> WeightScores:
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name, site in block_sites(bridge).items():
-        drawn = torch.rand(site.parameter.shape, generator=generator)
-        values[name] = drawn.to(site.parameter.device)
+        uniform = torch.rand(site.parameter.shape, generator=generator)
+        values[name] = uniform.to(site.parameter.device)
     return WeightScores(values, Provenance.of(bridge).source("random", {"seed": seed}))
 
 
@@ -228,9 +247,7 @@ def gradient_norm(
     max_memory: int | None = None,
 ) -> float:
     """Euclidean norm of mean_x dL_x/dW over all block matrices; near zero, scores are noise."""
-    bridge = as_bridge(bridge)
-    refuse_batches("gradient_norm", bridge, batches)
-    sites = block_sites(bridge)
+    bridge, sites = _checked("gradient_norm", bridge, batches)
     gradients = mean_gradients(bridge, batches, objective, sites, max_memory=max_memory)
     return sum(value.square().sum().item() for value in gradients.values()) ** 0.5
 
@@ -243,11 +260,11 @@ def token_contributions(
 ) -> list[Float[Tensor, "batch pos"]]:
     """What each token position adds to the mask's score, a tensor [batch pos] for every batch.
 
-    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, with x the matrix's input at position t and
-    g the gradient of the example's objective at its output. Summed over positions and averaged over
-    examples it is `removal_effect(...).sum_over(mask)`. Units of the objective; positive: acting at
-    this token, the removed weights support the behaviour. Positions of the request count too: what
-    is computed there reaches the answer by attention.
+    c_xt = -sum over removed (o, i) of W_oi g_xto x_xti, in units of the objective. x_xt is the
+    matrix's input at position t of example x, and g_xt the gradient of the example's objective at
+    its output. Positive: at this token the removed weights support the behaviour. The sum over
+    positions, averaged over examples, is `removal_effect(...).sum_over(mask)`. Positions of the
+    request count: their values reach the answer through attention.
 
     >>> scores = hc.removal_effect(bridge, harm)
     >>> mask = hc.top_fraction(scores, 0.001)
@@ -264,63 +281,59 @@ def token_contributions(
     Raises:
         ValueError: no batches, a mask of another model, and as `named_weights`.
     """
-    bridge = as_bridge(bridge)
-    refuse_batches("token_contributions", bridge, batches)
+    bridge, sites = _checked("token_contributions", bridge, batches)
     refuse_other_model(bridge, mask)
-    sites = block_sites(bridge)
-    blocks = {name: _removed_block(sites[name], mask) for name in mask.removed}
+    blocks = {name: _removed_block(sites[name], index) for name, index in mask.removed.items()}
     contributions = torch.empty(0)
 
-    def add(site: Site, x: Input, g: OutputGradient) -> None:
+    def subtract(site: Site, x: Input, g: OutputGradient) -> None:
         rows, columns, block = blocks[site.name]
-        # The stored weight's rows are outputs, or inputs where it is stored as (d_in, d_out).
-        of_rows, of_columns = (g, x) if site.input_axis == 1 else (x, g)
-        through_block = of_rows[..., rows].float() @ block
-        effect = (through_block * of_columns[..., columns].float()).sum(dim=-1)  # [batch, read]
-        # An objective need not read what follows the last target.
+        first, second = as_stored(site, x, g)
+        through_block = first[..., rows].float() @ block
+        effect = (through_block * second[..., columns].float()).sum(dim=-1)  # [batch, read]
+        # An objective need not read the positions behind the last target.
         n_read = effect.shape[1]
         contributions[:, :n_read].sub_(effect.to(contributions.device))
 
-    per_batch = []
-    of_mask = {name: sites[name] for name in blocks}
-    with torch.enable_grad(), hook_pairs(bridge, of_mask, add):
+    by_batch = []
+    touched = {name: sites[name] for name in blocks}
+    with torch.enable_grad(), hook_pairs(bridge, touched, subtract):
         for batch in batches:
             contributions = torch.zeros(batch.tokens.shape, dtype=torch.float32)
             objective(bridge, batch).sum().backward()
-            per_batch.append(contributions)
-    totals = torch.cat([values.sum(dim=1) for values in per_batch])
+            by_batch.append(contributions)
+    totals = torch.cat([values.sum(dim=1) for values in by_batch])
     refuse_not_finite(batches, totals, objective)
-    return per_batch
+    return by_batch
 
 
 def _removed_block(
-    site: Site, mask: WeightMask
+    site: Site, index: Int[Tensor, " n"]
 ) -> tuple[Tensor, Tensor, Float[Tensor, "rows columns"]]:
-    """The rows and columns that a mask touches, and the removed weights in the block between."""
-    index, width = mask.removed[site.name].to(site.parameter.device), site.parameter.shape[1]
-    rows, row = (index // width).unique(return_inverse=True)
-    columns, column = (index % width).unique(return_inverse=True)
+    """The rows and columns that hold removed weights, and these weights in a block of them."""
+    weight = site.parameter.detach()
+    index = index.to(weight.device)
+    n_columns = weight.shape[1]
+    rows, row = (index // n_columns).unique(return_inverse=True)
+    columns, column = (index % n_columns).unique(return_inverse=True)
+
     size = len(rows), len(columns)
-    block = torch.zeros(size, dtype=torch.float32, device=site.parameter.device)
-    block[row, column] = site.parameter.detach().flatten()[index].float()
+    block = torch.zeros(size, dtype=torch.float32, device=weight.device)
+    block[row, column] = weight.flatten()[index].float()
     return rows, columns, block
 
 
 def data_settings(
-    batches: Sequence[Batch],
-    objective: Objective | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """What the source of scores says of their data; its digest ignores padding and batch size."""
+    batches: Sequence[Batch], objective: Objective | None = None
+) -> dict[str, str | int]:
+    """The data in the source of scores; its digest ignores padding and batch size."""
     digest = hashlib.sha256()
-    for batch in batches:
-        for tokens, is_target, is_token in zip(
-            batch.tokens, batch.is_target, batch.is_token, strict=True
-        ):
-            real = torch.stack([tokens, is_target.long()])[:, is_token]
-            digest.update(real.cpu().numpy().tobytes())
-    settings["data"] = digest.hexdigest()[:16]
-    settings["n_examples"] = sum(len(batch) for batch in batches)
+    for text in unpadded(batches):
+        tokens = torch.stack([text.tokens, text.is_target.long()])
+        digest.update(tokens.cpu().numpy().tobytes())
+
+    n_examples = sum(len(batch) for batch in batches)
+    settings: dict[str, str | int] = {"data": digest.hexdigest()[:16], "n_examples": n_examples}
     if objective is not None:
         settings["objective"] = getattr(objective, "__name__", type(objective).__name__)
     return settings

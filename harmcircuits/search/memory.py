@@ -1,4 +1,4 @@
-"""The memory that scores take, and what is free for them."""
+"""The memory that scores take, and the memory that is free for them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def free_for_scores(
 
 
 def free_memory(bridge: Bridge) -> int:
-    """The bytes that are free where a model is; of several devices, where it is least."""
+    """The free bytes of a model's device; of several devices, of the one with the fewest."""
     return min(map(_free_on, {parameter.device for parameter in bridge.parameters()}))
 
 
@@ -38,7 +38,7 @@ def _free_on(device: torch.device) -> int:
     if device.type != "cuda":
         return psutil.virtual_memory().available
     free, _ = torch.cuda.mem_get_info(device)
-    # What torch keeps of freed tensors is there for the next ones.
+    # Torch keeps the memory of freed tensors for the next ones.
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
@@ -53,7 +53,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All that takes memory."""
+        """All of them but the bytes on disk."""
         return self.weights + self.scores + self.activations
 
     def __str__(self) -> str:
@@ -75,17 +75,17 @@ def estimate_memory(
     """The bytes that `removal_effect` needs on these batches, or a search for their circuit.
 
     weights as stored + 4 bytes for each block weight + the activations of the batch with the most
-    tokens: what one example of its full length keeps for the backward pass and half as much again,
-    times its examples. That part is an estimate. Tensors only: libraries and what an allocator
-    holds back come on top.
+    tokens: the tensors that the backward pass of its longest example needs and half as much again,
+    times its examples. The activations are an estimate. Tensors only: libraries and the reserve of
+    an allocator come on top.
 
     >>> print(hc.estimate_memory(bridge, harm))
     0.0... GiB: 0.00 GiB weights, 0.00 GiB scores, 0.0... GiB activations
 
     Args:
         bridge: the model.
-        batches: the calibration data; of a search, also what it protects.
-        objective: what is scored.
+        batches: the calibration data; of a search, also those of the retain sets.
+        objective: one value for each example.
         max_memory: the run's bound on scores in memory, in bytes; the rest is on disk.
 
     Raises:
@@ -93,15 +93,14 @@ def estimate_memory(
     """
     bridge = as_bridge(bridge)
     refuse_batches("estimate_memory", bridge, batches)
-    sites = weight_sites(bridge)
     sizes = []
-    for group in memory_groups(sites, max_memory):
+    for group in memory_groups(weight_sites(bridge), max_memory):
         sizes.append(sum(BYTES * site.parameter.numel() for site in group.values()))
 
     is_bounded = max_memory is not None
     largest_batch = max(batches, key=lambda batch: batch.tokens.numel())
     return MemoryEstimate(
-        weights=sum(_sizes([*bridge.parameters(), *bridge.buffers()]).values()),
+        weights=sum(_memory([*bridge.parameters(), *bridge.buffers()]).values()),
         scores=max(sizes) if is_bounded else sum(sizes),
         activations=_activations(bridge, largest_batch, objective),
         on_disk=sum(sizes) if is_bounded else 0,
@@ -110,37 +109,37 @@ def estimate_memory(
 
 def _activations(bridge: Bridge, batch: Batch, objective: Objective) -> int:
     """The bytes that a batch takes on its way forward and back, from one example."""
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
         return tensor
 
-    def unchanged(tensor: Tensor) -> Tensor:
-        return tensor
-
-    # As long as the longest and with as many targets as any: its first alone may be short.
-    row = int(batch.is_target.sum(dim=1).argmax())
-    is_target = batch.is_target[row : row + 1].clone()
-    is_target[:, batch.n_read] = True
-    example = Batch(batch.tokens[row : row + 1], is_target)
     hooked = {name: site for name, site in weight_sites(bridge).items() if site.is_hooked}
     with torch.enable_grad(), hook_pairs(bridge, hooked, lambda *_: None):
-        with saved_tensors_hooks(keep, unchanged):
-            loss = objective(bridge, example).sum()
-        sizes = _sizes(kept)
-        for storage in _sizes([*bridge.parameters(), *bridge.buffers()]):
-            sizes.pop(storage, None)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = objective(bridge, longest_example(batch)).sum()
+        sizes = _memory(saved)
+        for address in _memory([*bridge.parameters(), *bridge.buffers()]):
+            sizes.pop(address, None)
         loss.backward()
 
-    # What the passes make besides and free again: half as much as is kept in the blocks, and the
-    # logits twice more. Counted on nine models, the whole is 0.9 to 1.2 of the peak.
+    # The passes make further tensors and free them: half as much as the blocks save, and the
+    # logits twice more. On nine models the whole is 0.9 to 1.2 of the peak.
     n_bytes = 1.5 * sum(sizes.values()) + 2 * max(sizes.values())
     return round(n_bytes * len(batch))
 
 
-def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """The bytes of every piece of memory that some tensors lie in."""
+def longest_example(batch: Batch) -> Batch:
+    """The text of a batch with the most targets, made as long as the longest."""
+    row = int(batch.is_target.sum(dim=1).argmax())
+    is_target = batch.is_target[row : row + 1].clone()
+    is_target[:, batch.n_read] = True
+    return Batch(batch.tokens[row : row + 1], is_target)
+
+
+def _memory(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of every block of memory that holds some of the tensors, by its address."""
     sizes = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

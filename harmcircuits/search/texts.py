@@ -1,4 +1,4 @@
-"""What a search reads: texts of every role with their losses, and checks that no step has seen."""
+"""The texts of a search: groups with one role each, and the retain sets that check its masks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,191 +18,176 @@ from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.measurements import Measurement, Z
 
-TEXTS = 16  # of the target in a step, and of what stands beside it; half as many of what is kept
+TEXTS_PER_STEP = 16  # of each group; of a retain set half as many
 
-CAP = 0.7  # nats a token: beyond it a text gives another answer, and more would only break it
-ENOUGH = 0.3  # nats a token of what is preferred
-MOST_AVOIDED = 0.3  # nats a token that the loss of what is avoided may rise and earn
-FIRST_MULTIPLIER, GROWTH, NEAR = 2.0, 1.15, 0.7  # of a budget: what is unseen loses more
-LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.3, 20.0
-MEMORY = 0.8  # of the rises that multipliers look at
+# Bounds of a text's part in the objective, nats per token.
+TARGET_CAP = 0.7  # beyond it the model gives another answer, and more would only break the model
+PREFERRED_FLOOR = 0.3
+CONTRAST_CAP = 0.3
 
-CHECKED_EVERY = 3  # of so many answers one checks, and the others are priced
+FIRST_MULTIPLIER = 2.0
+MIN_MULTIPLIER = 0.3
+MAX_MULTIPLIER = 20.0
+MULTIPLIER_GROWTH = 1.15
+BUDGET_SHARE = 0.7  # of a budget: losses rise more on texts that no step reads
+RISE_DECAY = 0.8
+
+CHECKED_EVERY = 3  # one answer in three checks masks, and no step reads it
 
 Role = Literal["target", "preferred", "avoided", "protected"]
-SIGNS = {"target": -1.0, "preferred": 1.0, "avoided": -1.0}  # of the loss, in the benefit
 Protect = Mapping[str, Sequence[Batch]] | Sequence[Sequence[Batch]]
 Budget = float | Mapping[str, float]
+Losses = Float[Tensor, " n"]  # of each text
 
 
 @dataclass
-class Texts:
-    """Texts of one kind: what they are for, the loss of each before, and how they are drawn."""
+class TextGroup:
+    """Texts with one role, their losses before the search, their multiplier and a sampler."""
 
     name: str
     role: Role
-    batches: Sequence[Batch]
-    objective: Objective
-    weight: float
-    budget: float
-    examples: "Sequence[UnpaddedText]"
-    before: Float[Tensor, " n"]
+    objective: Objective = completion_loss
+    weight: float = 1.0
+    budget: float = 0.0
+    batches: list[Batch] = field(default_factory=list)
+    examples: "list[UnpaddedText]" = field(default_factory=list)
+    base_loss: Losses = field(default_factory=lambda: torch.empty(0))
     multiplier: float = FIRST_MULTIPLIER
-    rise: float = 0.0  # of late
-    left: list[int] = field(default_factory=list)
+    mean_rise: float = 0.0
+    queue: list[int] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls,
-        bridge: Bridge,
-        name: str,
-        role: Role,
-        batches: Sequence[Batch],
-        objective: Objective = completion_loss,
-        *,
-        weight: float = 1.0,
-        budget: float = 0.0,
-    ) -> "Texts":
-        with torch.no_grad(), naming_data(name):
-            losses = [objective(bridge, batch).float().cpu() for batch in batches]
-            before = torch.cat(losses)
-            refuse_not_finite(batches, before, objective)
-        return cls(name, role, batches, objective, weight, budget, unpadded(batches), before)
-
-    def add(self, bridge: Bridge, batches: Sequence[Batch]) -> None:
-        """Further texts, and their losses on the model as it is."""
-        more = Texts.of(bridge, self.name, self.role, batches, self.objective)
-        self.batches = [*self.batches, *batches]
-        self.examples = [*self.examples, *more.examples]
-        self.before = torch.cat([self.before, more.before])
-        self.left = []  # so that a round of all begins
+    def extend(self, bridge: Bridge, batches: Sequence[Batch]) -> None:
+        """Add texts, with their losses on the model as it is."""
+        with torch.no_grad(), naming_data(self.name):
+            losses = [self.objective(bridge, batch).float().cpu() for batch in batches]
+            self.batches += batches
+            self.base_loss = torch.cat([self.base_loss, *losses])
+            refuse_not_finite(self.batches, self.base_loss, self.objective)
+        self.examples += unpadded(batches)
+        self.queue = []  # a new round over all texts begins
 
     @property
     def n_drawn(self) -> int:
-        """How many are drawn for a step: no more than the caller scores at once."""
-        n = min(TEXTS, max(map(len, self.batches)))
+        """The number of texts that a step draws: at most the size of a batch."""
+        largest_batch = max(map(len, self.batches))
+        n = min(TEXTS_PER_STEP, largest_batch)
         return ceil(n / 2) if self.role == "protected" else n
 
     def draw(self, generator: torch.Generator) -> list[int]:
-        """The numbers of the next texts; each comes once before one comes again."""
-        drawn: list[int] = []
-        while len(drawn) < self.n_drawn:
-            if not self.left:
-                self.left = torch.randperm(len(self.examples), generator=generator).tolist()
-            drawn.append(self.left.pop())
-        return drawn
+        """The numbers of the next texts; every text comes once before any comes again."""
+        numbers: list[int] = []
+        while len(numbers) < self.n_drawn:
+            if not self.queue:
+                order = torch.randperm(len(self.examples), generator=generator)
+                self.queue = order.tolist()
+            number = self.queue.pop()
+            numbers.append(number)
+        return numbers
 
-    def part_of_loss(self, now: Float[Tensor, " n"], rise: Float[Tensor, " n"]) -> Tensor:
-        """What some of a step's texts add to the loss that the gates descend."""
+    def loss_term(self, loss: Losses, rise: Losses) -> Tensor:
+        """The term of these texts, which a step has drawn, in its objective."""
         if self.role == "target":
-            parts = -self.weight * rise.clamp(max=CAP)
+            terms = -self.weight * rise.clamp(max=TARGET_CAP)
         elif self.role == "preferred":
-            parts = now.clamp(min=ENOUGH)
+            terms = loss.clamp(min=PREFERRED_FLOOR)
         elif self.role == "avoided":
-            parts = -rise.clamp(max=MOST_AVOIDED)
+            terms = -rise.clamp(max=CONTRAST_CAP)
         else:
-            # No gain where it falls: answers that become surer leave other good ones less likely.
-            parts = self.multiplier * rise.clamp(min=0)
-        return parts.sum() / self.n_drawn
+            # A fall earns nothing: it would make other good answers less likely.
+            terms = self.multiplier * rise.clamp(min=0)
+        return terms.sum() / self.n_drawn
 
-    def weigh(self, rise: float) -> None:
-        """Remember a rise, and let the multiplier follow how near it is to the budget."""
-        self.rise = MEMORY * self.rise + (1 - MEMORY) * rise
-        is_near = self.rise > NEAR * self.budget
-        self.make_dearer(GROWTH if is_near else 1 / GROWTH)
+    def update_multiplier(self, rise: float) -> None:
+        """Raise the multiplier where the mean rise is near the budget, and lower it elsewhere."""
+        self.mean_rise = RISE_DECAY * self.mean_rise + (1 - RISE_DECAY) * rise
+        is_near = self.mean_rise > BUDGET_SHARE * self.budget
+        self.scale_multiplier(MULTIPLIER_GROWTH if is_near else 1 / MULTIPLIER_GROWTH)
 
-    def make_dearer(self, factor: float) -> None:
+    def scale_multiplier(self, ratio: float) -> None:
         """Multiply the multiplier, within its bounds."""
-        multiplier = self.multiplier * factor
-        self.multiplier = min(MOST_MULTIPLIER, max(LEAST_MULTIPLIER, multiplier))
+        product = self.multiplier * ratio
+        self.multiplier = min(MAX_MULTIPLIER, max(MIN_MULTIPLIER, product))
 
 
 @dataclass(frozen=True)
 class Protection:
-    """Behaviours to spare, and how far the loss of each may rise."""
+    """Retain sets by name: most answers train the gates, one in three checks masks."""
 
-    priced: Mapping[str, Sequence[Batch]]
-    checked: Sequence[Batch]
-    behaviours: Sequence[str]  # which each checked example shows
-    unpruned: Float[Tensor, " n"]
-    budgets: Mapping[str, float]
+    training: Mapping[str, Sequence[Batch]]
+    checks: Sequence[Batch]
+    behaviours: Sequence[str]  # of each example in `checks`
+    base_loss: Losses  # of these, before the search
+    budgets: Mapping[str, float]  # nats per token
 
     @classmethod
     def of(cls, bridge: Bridge, protect: Protect, budget: Budget) -> "Protection":
-        """The answers shared out among pricing and checking, and their losses now."""
-        by_name = _named(protect)
-        budgets = _budgets(budget, by_name)
+        if not isinstance(protect, Mapping):
+            protect = {str(number): batches for number, batches in enumerate(protect, start=1)}
+        if not isinstance(budget, Mapping):
+            budget = dict.fromkeys(protect, budget)
+        _refuse_budgets(budget, protect)
 
-        priced = {}
+        training = {}
         examples: list[UnpaddedText] = []
         batch_size = 1
-        for name, batches in by_name.items():
+        for name, batches in protect.items():
             refuse_batches(f"find_circuit: protected {name}", bridge, batches)
-            priced[name], third = split_for_checks(batches, CHECKED_EVERY)
-            examples += unpadded(third or priced[name], name)
+            training[name], third = split_for_checks(batches, CHECKED_EVERY)
+            examples += unpadded(third or training[name], name)
             batch_size = max(batch_size, *map(len, batches))
 
-        # Of like length together, since the shorter ones of a batch are padded.
+        # Sorted by length, since the shorter texts of a batch are padded.
         examples.sort(key=lambda example: len(example.tokens))
-        checked = batched(examples, batch_size)
-        names = [example.behaviour for example in examples]
-        return cls(priced, checked, names, _losses(bridge, checked), budgets)
+        checks = batched(examples, batch_size)
+        behaviours = [example.behaviour for example in examples]
+        base_loss = _losses(bridge, checks) if checks else torch.empty(0)
+        return cls(training, checks, behaviours, base_loss, dict(budget))
 
     def rises(self, bridge: Bridge, mask: WeightMask) -> list[Measurement]:
-        """By how much each behaviour's loss on the checked answers is higher under a mask."""
-        if not self.checked:
+        """How far a mask raises the mean loss of every retain set on the answers that check it."""
+        if not self.checks:
             return []
-        change = _losses(bridge, self.checked, mask) - self.unpruned
+        rise = _losses(bridge, self.checks, mask) - self.base_loss
         rows = []
-        for name in self.priced:
-            is_of_behaviour = torch.tensor([other == name for other in self.behaviours])
-            rows.append(_with_normal_interval(name, change[is_of_behaviour]))
+        for name in self.training:
+            is_named = torch.tensor([behaviour == name for behaviour in self.behaviours])
+            row = _with_normal_interval(name, rise[is_named])
+            rows.append(row)
         return rows
 
     def allows(self, rises: Sequence[Measurement]) -> bool:
-        """Whether no behaviour's loss rises by more than its budget."""
-        return all(row.mean <= self.budgets[str(row.labels["protected"])] for row in rises)
+        """Whether every loss stays within its budget."""
+        for name, row in zip(self.training, rises, strict=True):
+            if row.mean > self.budgets[name]:
+                return False
+        return True
 
 
-def _losses(
-    bridge: Bridge,
-    checked: Sequence[Batch],
-    mask: WeightMask | None = None,
-) -> Float[Tensor, " n"]:
-    """The loss of every checked example."""
-    if not checked:
-        return torch.empty(0)
+def _losses(bridge: Bridge, checks: Sequence[Batch], mask: WeightMask | None = None) -> Losses:
     with naming_data("protected, from the shortest answer on"):
-        return completion_nll(bridge, checked, mask=mask)
+        return completion_nll(bridge, checks, mask=mask)
 
 
-def _with_normal_interval(name: str, values: Float[Tensor, " n"]) -> Measurement:
-    """The mean rise of a behaviour's loss, with its standard error on either side times 1.96."""
-    mean = values.mean().item()
+def _with_normal_interval(name: str, values: Losses) -> Measurement:
+    """The mean rise, 1.96 standard errors on either side."""
     n = len(values)
-    half = Z * values.std().item() / n**0.5 if n > 1 else 0.0
-    return Measurement("protected_rise", {"protected": name}, mean, mean - half, mean + half, n)
+    mean = values.mean().item()
+    half = 0.0
+    if n > 1:
+        half = Z * values.std().item() / n**0.5
+    return Measurement(
+        metric="protected_rise",
+        labels={"protected": name},
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        n=n,
+    )
 
 
-# Sharing out
-
-
-# What a caller gives
-
-
-def _named(protect: Protect) -> dict[str, Sequence[Batch]]:
-    """The batches of each behaviour to spare by name; those given in order are called 1, 2, ..."""
-    if isinstance(protect, Mapping):
-        return dict(protect)
-    return {str(number): batches for number, batches in enumerate(protect, start=1)}
-
-
-def _budgets(budget: Budget, protected: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
-    if not isinstance(budget, Mapping):
-        budget = dict.fromkeys(protected, budget)
-    if budget.keys() != protected.keys() or not all(value >= 0 for value in budget.values()):
+def _refuse_budgets(budget: Mapping[str, float], protect: Mapping[str, Sequence[Batch]]) -> None:
+    if budget.keys() != protect.keys() or not all(value >= 0 for value in budget.values()):
         raise ValueError(
             f"find_circuit: budget={dict(budget)}; expected 0 or more nats per token for each of "
-            f"{listed(protected)}"
+            f"{listed(protect)}"
         )
-    return dict(budget)

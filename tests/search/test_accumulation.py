@@ -87,7 +87,9 @@ def test_shares_add_up_to_all_batches(llama, monkeypatch):
     calls = []
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_gather", lambda given, own: [t.copy_(own) for t in given])
+    monkeypatch.setattr(
+        distributed, "all_gather", lambda numbers, own: [t.copy_(own) for t in numbers]
+    )
     monkeypatch.setattr(distributed, "all_reduce", lambda value: calls.append(value.clone()))
     for rank in range(2):
         calls.clear()
@@ -148,8 +150,8 @@ def test_several_processes_give_the_scores_of_one(tmp_path, monkeypatch):
     bridge = load_model(f"{tmp_path}/{MODEL}")
     for key, expected in all_scores(bridge).items():
         for rank in range(N_PROCESSES):
-            shared = WeightScores.load(tmp_path / f"{key}-{rank}")
-            assert shared.source == expected.source
+            scores = WeightScores.load(tmp_path / f"{key}-{rank}")
+            assert scores.source == expected.source
             for name, value in expected.values.items():
                 tolerance = 1e-5 * value.abs().max().item()  # sums in another order
-                torch.testing.assert_close(shared.values[name], value, rtol=0, atol=tolerance)
+                torch.testing.assert_close(scores.values[name], value, rtol=0, atol=tolerance)

@@ -1,7 +1,7 @@
 """The search by its gates: their gain, their projection, sizes and budgets; the set difference.
 
 Would catch: a gain of another loss, a projection that is not the nearest, a mask beyond its size or
-budget, units in parts, a search that resumes otherwise.
+budget, a search that resumes otherwise.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from helpers import assert_bits_equal, random_batch, snapshot
 
 from harmcircuits.batches import Batch, split_for_checks, unpadded
-from harmcircuits.circuits.gates import projected
+from harmcircuits.circuits.gates import Gates, projected
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.gradients import hook_pairs
@@ -17,36 +17,47 @@ from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import completion_loss, token_error
 from harmcircuits.hooks.weights import Provenance, weight_sites
-from harmcircuits.search import descent
-from harmcircuits.search.accumulation import mean_gradients
+from harmcircuits.search import step
+from harmcircuits.search.accumulation import GradientSums, mean_gradients
 from harmcircuits.search.attribution import removal_effect, snip_scores
+from harmcircuits.search.benefits import PRICE_WEIGHT, Benefits
 from harmcircuits.search.circuit import find_circuit, set_difference
-from harmcircuits.search.descent import Search, Size, Worth
-from harmcircuits.search.texts import CAP, CHECKED_EVERY, ENOUGH, MOST_AVOIDED, Protection, Texts
+from harmcircuits.search.descent import Search
+from harmcircuits.search.schedule import Schedule, Size
+from harmcircuits.search.texts import (
+    CHECKED_EVERY,
+    CONTRAST_CAP,
+    PREFERRED_FLOOR,
+    TARGET_CAP,
+    Protection,
+    TextGroup,
+)
 
 SIZE = 0.1
 TARGET = [random_batch()]
-SPARED = [random_batch(6, 8, seed=1)]
-ALSO_SPARED = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
+RETAIN_SET = [random_batch(6, 8, seed=1)]
+SECOND_RETAIN_SET = [random_batch(4, 7, seed=2), random_batch(3, 9, seed=3)]
 
 
 def search_on(bridge, objective=completion_loss) -> Search:
     """A search with texts of every role, and candidates."""
     sites = weight_sites(bridge)
     shapes = {name: tuple(site.parameter.shape) for name, site in sites.items()}
-    texts = [
-        Texts.of(bridge, "target", "target", TARGET, objective, weight=2.0),
-        Texts.of(bridge, "preferred", "preferred", ALSO_SPARED[:1]),
-        Texts.of(bridge, "avoided", "avoided", ALSO_SPARED[1:]),
-        Texts.of(bridge, "spared", "protected", SPARED, budget=0.1),
+    groups = [
+        TextGroup("target", "target", objective, weight=2.0),
+        TextGroup("preferred", "preferred"),
+        TextGroup("avoided", "avoided"),
+        TextGroup("retained", "protected", budget=0.1),
     ]
-    protection = Protection.of(bridge, {"spared": SPARED}, 0.1)
-    source = Provenance.of(bridge).source("test")
-    sizes = [Size(0.01, 100)]
-    worth = Worth(bridge, sites, None)
-    search = Search(bridge, texts, protection, worth, shapes, {}, source, sizes, 10)
-    search._score(None)
-    search._choose_candidates()
+    data = (TARGET, SECOND_RETAIN_SET[:1], SECOND_RETAIN_SET[1:], RETAIN_SET)
+    for group, batches in zip(groups, data, strict=True):
+        group.extend(bridge, batches)
+    protection = Protection.of(bridge, {"retained": RETAIN_SET}, 0.1)
+    benefits = Benefits(GradientSums(sites), {})
+    gates = Gates.over(WeightMask({}, shapes, Provenance.of(bridge).source("test")), sites)
+    schedule = Schedule(10, [Size(0.01, 100)])
+    search = Search(bridge, groups, protection, benefits, schedule, gates)
+    search._rescore(1)
     return search
 
 
@@ -55,29 +66,30 @@ def test_one_sum_holds_what_a_weight_is_worth_and_its_price(open_model, name):
     """Under a mask too, for weights that it has made zero, of either sign."""
     bridge = open_model(name)
     search = search_on(bridge)
-    sites, slopes = search.worth.sites, search.worth.slopes
-    before = {name: slope.clone() for name, slope in slopes.items()}
+    sites, slopes = search.benefits.slopes.sites, search.benefits.slopes.totals
+    first = {name: slope.clone() for name, slope in slopes.items()}
     mask = top_fraction(removal_effect(bridge, TARGET), 0.05)
-    search._score(mask)
+    for group in search.groups:
+        search.benefits.add(bridge, group, mask)
 
-    expected = {name: torch.zeros_like(slope) for name, slope in before.items()}
-    for texts in search.texts:
+    expected = {name: torch.zeros_like(slope) for name, slope in first.items()}
+    for group in search.groups:
         with masked(bridge, mask):
-            gradients = mean_gradients(bridge, texts.batches, completion_loss, sites)
+            gradients = mean_gradients(bridge, group.batches, completion_loss, sites)
             # One token at a time has nothing to cancel: its price is its absolute gradient.
-            of_tokens = _summed_over_tokens(bridge, texts.batches, sites)
+            by_token = _summed_over_tokens(bridge, group.batches, sites)
         for name, site in sites.items():
             weight = site.parameter.detach()
             signs = {"target": -2.0, "preferred": 1.0, "avoided": -1.0}
-            if texts.role == "protected":
-                expected[name] -= descent.FACTOR * weight.abs() * of_tokens[name]
+            if group.role == "protected":
+                expected[name] -= PRICE_WEIGHT * weight.abs() * by_token[name]
             else:
-                expected[name] += signs[texts.role] * weight * gradients[name]
+                expected[name] += signs[group.role] * weight * gradients[name]
     for name, index in mask.removed.items():
         assert {-1.0, 1.0} <= set(sites[name].parameter.detach().flatten()[index].sign().tolist())
     for name, site in sites.items():
-        added = (slopes[name] - before[name]) * site.parameter.detach()
-        torch.testing.assert_close(added, expected[name], rtol=1e-4, atol=1e-7)
+        growth = (slopes[name] - first[name]) * site.parameter.detach()
+        torch.testing.assert_close(growth, expected[name], rtol=1e-4, atol=1e-7)
 
 
 def _summed_over_tokens(bridge, batches, sites):
@@ -99,45 +111,46 @@ def _summed_over_tokens(bridge, batches, sites):
     return totals
 
 
-@pytest.mark.parametrize("few", [0.0, 1.0])
+@pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("objective", [completion_loss, token_error])
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3Moe"])
 def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
-    open_model, monkeypatch, name, objective, few
+    open_model, monkeypatch, name, objective, share
 ):
     """By a difference of the same texts' loss, written out here, along a random direction."""
-    if few and objective is token_error:
+    if share and objective is token_error:
         return  # how a gradient is computed does not turn on the objective
     # Whether each gradient is computed by itself, or all of a matrix.
-    monkeypatch.setattr(descent, "FEW", few)
+    monkeypatch.setattr(step, "ENTRYWISE_UNTIL", share)
     bridge = open_model(name)
     search = search_on(bridge, objective)
     generator = torch.Generator().manual_seed(3)
     size = len(search.gates)
-    gate = 0.2 + 0.6 * torch.rand(size, generator=generator)
+    z = 0.2 + 0.6 * torch.rand(size, generator=generator)
     direction = torch.randn(size, generator=generator)
 
-    def loss(gate) -> float:
-        scale = {of: 1 - part for of, part in search.gates.by_matrix(gate).items()}
-        mask = search.gates.mask
-        target, preferred, avoided, spared = search.texts
+    def loss(z) -> float:
+        scale = {of: 1 - values for of, values in search.gates.by_matrix(z).items()}
+        mask = search.gates.candidates
+        target, preferred, avoided, retained = search.groups
         with torch.no_grad(), masked(bridge, mask, scale=scale, same_model=False):
-            rise = objective(bridge, TARGET[0]) - target.before
-            parts = [-2.0 * rise.clamp(max=CAP).sum() / target.n_drawn]
-            now = completion_loss(bridge, ALSO_SPARED[0])
-            parts.append(now.clamp(min=ENOUGH).sum() / preferred.n_drawn)
-            rise = completion_loss(bridge, ALSO_SPARED[1]) - avoided.before
-            parts.append(-rise.clamp(max=MOST_AVOIDED).sum() / avoided.n_drawn)
-            rise = completion_loss(bridge, SPARED[0]) - spared.before
-            parts.append(spared.multiplier * rise.clamp(min=0).sum() / spared.n_drawn)
+            rise = objective(bridge, TARGET[0]) - target.base_loss
+            parts = [-2.0 * rise.clamp(max=TARGET_CAP).sum() / target.n_drawn]
+            answer_loss = completion_loss(bridge, SECOND_RETAIN_SET[0])
+            parts.append(answer_loss.clamp(min=PREFERRED_FLOOR).sum() / preferred.n_drawn)
+            rise = completion_loss(bridge, SECOND_RETAIN_SET[1]) - avoided.base_loss
+            parts.append(-rise.clamp(max=CONTRAST_CAP).sum() / avoided.n_drawn)
+            rise = completion_loss(bridge, RETAIN_SET[0]) - retained.base_loss
+            parts.append(retained.multiplier * rise.clamp(min=0).sum() / retained.n_drawn)
             return sum(parts).item()
 
-    for texts in search.texts:
-        everything = list(range(len(texts.examples)))
-        monkeypatch.setattr(texts, "draw", lambda _, everything=everything: everything)
-    step = 2e-3 if "Moe" in name else 1e-2  # which experts answer changes at once
-    expected = -(loss(gate + step * direction) - loss(gate - step * direction)) / (2 * step)
-    gain = search._gain(search.gates, gate)
+    for group in search.groups:
+        everything = list(range(len(group.examples)))
+        monkeypatch.setattr(group, "draw", lambda _, everything=everything: everything)
+    width = 2e-3 if "Moe" in name else 1e-2  # which experts answer changes at once
+    expected = -(loss(z + width * direction) - loss(z - width * direction)) / (2 * width)
+    sites = search.benefits.slopes.sites
+    gain, _ = step.step_gain(bridge, search.groups, search.gates, z, sites, search.generator)
     assert gain @ direction == pytest.approx(expected, rel=0.02, abs=1e-4)
 
 
@@ -148,68 +161,69 @@ def test_the_projection_is_the_nearest_point():
     nearest = projected(gate, 8)
     assert nearest.sum() == pytest.approx(8, abs=1e-3)
     for _ in range(100):
-        other = torch.rand(40, generator=generator)
-        other *= min(1.0, 8 / other.sum().item())
-        assert ((gate - nearest) * (other - nearest)).sum() <= 1e-3
+        point = torch.rand(40, generator=generator)
+        point *= min(1.0, 8 / point.sum().item())
+        assert ((gate - nearest) * (point - nearest)).sum() <= 1e-3
     within = gate.clamp(0, 1) * 0.1
     assert torch.equal(projected(within, 8), within)
 
 
 def test_texts_come_each_once_before_one_comes_again(llama):
-    texts = Texts.of(llama, "target", "target", [*SPARED, random_batch(3, 8, seed=1)])
+    group = TextGroup("target", "target")
+    group.extend(llama, [*RETAIN_SET, random_batch(3, 8, seed=1)])
     generator = torch.Generator().manual_seed(0)
-    drawn = [*texts.draw(generator), *texts.draw(generator), *texts.draw(generator)]
-    assert len(drawn) == 18  # three times as many as the largest batch has
+    numbers = [*group.draw(generator), *group.draw(generator), *group.draw(generator)]
+    assert len(numbers) == 18  # three times as many as the largest batch has
     for start in range(0, 18, 9):
-        assert sorted(drawn[start : start + 9]) == list(range(9))
+        assert sorted(numbers[start : start + 9]) == list(range(9))
 
 
 def test_what_is_learned_takes_more_than_one_shot_and_leaves_the_model(llama):
-    before = snapshot(llama)
+    weights = snapshot(llama)
     mask = find_circuit(llama, TARGET, size=SIZE, steps=20)
-    assert_bits_equal(llama, before)
+    assert_bits_equal(llama, weights)
     one_shot = top_fraction(removal_effect(llama, TARGET), SIZE, within="model")
     unpruned = completion_nll(llama, TARGET)
 
-    def taken(removed) -> float:
+    def capped_rise(removed) -> float:
         rise = completion_nll(llama, TARGET, mask=removed) - unpruned
-        return rise.clamp(max=CAP).mean().item()
+        return rise.clamp(max=TARGET_CAP).mean().item()
 
-    assert taken(mask) >= 0.9 * taken(one_shot)
+    assert capped_rise(mask) >= 0.9 * capped_rise(one_shot)
     assert 0 < len(mask) <= round(SIZE * mask.n_weights)
 
 
-@pytest.mark.parametrize("kind", ["preferred", "avoided"])
-def test_what_is_preferred_becomes_likelier_and_what_is_avoided_does_not(llama, kind):
+@pytest.mark.parametrize("role", ["preferred", "avoided"])
+def test_what_is_preferred_becomes_likelier_and_what_is_avoided_does_not(llama, role):
     """Against the same search without it."""
     options = {"size": 0.05, "steps": 10}
 
     def loss(**prefer) -> float:
         mask = find_circuit(llama, TARGET, prefer=prefer, **options)
-        return completion_nll(llama, SPARED, mask=mask).mean().item()
+        return completion_nll(llama, RETAIN_SET, mask=mask).mean().item()
 
-    alone, beside = loss(), loss(**{kind: SPARED})
-    assert beside < alone if kind == "preferred" else beside > alone
+    alone, beside = loss(), loss(**{role: RETAIN_SET})
+    assert beside < alone if role == "preferred" else beside > alone
 
 
 def test_no_mask_exceeds_its_size_or_its_budget(llama):
     sizes, budget = [0.02, 0.2], 0.02
-    masks = find_circuit(llama, TARGET, {"a": SPARED}, size=sizes, budget=budget, steps=10)
-    _, checked = split_for_checks(SPARED, CHECKED_EVERY)
+    masks = find_circuit(llama, TARGET, {"a": RETAIN_SET}, size=sizes, budget=budget, steps=10)
+    _, checked = split_for_checks(RETAIN_SET, CHECKED_EVERY)
     unpruned = completion_nll(llama, checked)
     for mask, size in zip(masks, sizes, strict=True):
         assert len(mask) <= round(size * mask.n_weights)
         rise = (completion_nll(llama, checked, mask=mask) - unpruned).mean().item()
         assert rise <= budget + 1e-6
-        kept = mask.trace.where("protected_rise", size=size, outcome="accepted")
-        assert rise == pytest.approx(kept[-1].mean, abs=1e-5)
+        accepted = mask.trace.where("protected_rise", size=size, outcome="accepted")
+        assert rise == pytest.approx(accepted[-1].mean, abs=1e-5)
         assert mask.source.settings["size"] == size
 
 
 def test_where_every_mask_is_refused_nothing_is_removed(llama, monkeypatch):
-    monkeypatch.setattr(Search, "_broken_budgets", lambda *_: ["a"])
+    monkeypatch.setattr(Search, "_keeps_budgets", lambda *_: False)
     monkeypatch.setattr("harmcircuits.search.descent.TRIES", 1)
-    assert len(find_circuit(llama, TARGET, {"a": SPARED}, size=SIZE, steps=2)) == 0
+    assert len(find_circuit(llama, TARGET, {"a": RETAIN_SET}, size=SIZE, steps=2)) == 0
 
 
 def test_texts_of_one_answer_are_checked_together():
@@ -219,16 +233,16 @@ def test_texts_of_one_answer_are_checked_together():
     other_words = twice[1].tokens.clone()
     other_words[:, 0] = 7  # no target
     priced, checked = split_for_checks([twice[0], Batch(other_words, batch.is_target)], 3)
-    seen, unseen = ({text.answer for text in unpadded(part)} for part in (priced, checked))
-    assert seen and unseen and not seen & unseen
+    first, second = ({text.answer for text in unpadded(part)} for part in (priced, checked))
+    assert first and second and not first & second
 
 
 def test_the_choice_is_limited_to_some_matrices(llama):
     sites = weight_sites(llama)
     by_name = ["blocks.0.mlp.out.weight", "blocks.1.attn.v.weight"]
     in_layer = [name for name in sites if name.startswith("blocks.1.")]
-    for chosen, names in ((by_name, by_name), (lambda site: site.layer == 1, in_layer)):
-        mask = find_circuit(llama, TARGET, sites=chosen, size=0.2, steps=4)
+    for choice, names in ((by_name, by_name), (lambda site: site.layer == 1, in_layer)):
+        mask = find_circuit(llama, TARGET, sites=choice, size=0.2, steps=4)
         assert set(mask.removed) <= set(names) and mask.source.settings["sites"] == names
         assert mask.shapes.keys() == sites.keys(), "it combines with other masks"
 
@@ -242,18 +256,18 @@ def test_a_second_circuit_is_found_beside_the_first(llama):
 
 
 def test_a_mask_says_how_it_was_found(llama):
-    mask = find_circuit(llama, TARGET, [SPARED], size=0.05, budget=0.2, steps=2)
-    given = {"size": 0.05, "budget": {"1": 0.2}, "learning_steps": 2}
-    assert given.items() <= mask.source.settings.items()
+    mask = find_circuit(llama, TARGET, [RETAIN_SET], size=0.05, budget=0.2, steps=2)
+    settings = {"size": 0.05, "budget": {"1": 0.2}, "learning_steps": 2}
+    assert settings.items() <= mask.source.settings.items()
     assert [parent.method for parent in mask.source.parents] == ["removal_effect", "token_price"]
-    seen = mask.trace.where("seen_rise", step=0)
-    assert {row.labels["data"] for row in seen} == {"target", "1"}
+    rises = mask.trace.where("seen_rise", step=0)
+    assert {row.labels["data"] for row in rises} == {"target", "1"}
 
 
 def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
     """Killed in its third part, it ends as if it had not been; under a bound too."""
-    options = {"size": [0.05, SIZE], "steps": 10, "fresh_answers": lambda: ALSO_SPARED}
-    expected = find_circuit(llama, TARGET, [SPARED], **options)
+    options = {"size": [0.05, SIZE], "steps": 10, "fresh_answers": lambda: SECOND_RETAIN_SET}
+    expected = find_circuit(llama, TARGET, [RETAIN_SET], **options)
     advance, stages = Search.advance, []
 
     def interrupted(self) -> None:
@@ -264,40 +278,43 @@ def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Search, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        find_circuit(llama, TARGET, [SPARED], folder=tmp_path, **options)
+        find_circuit(llama, TARGET, [RETAIN_SET], folder=tmp_path, **options)
     for _ in range(2):  # and once more from its end, where its masks are enough
-        masks = find_circuit(llama, TARGET, [SPARED], folder=tmp_path, max_memory=8000, **options)
-        for mask, same in zip(masks, expected, strict=True):
-            assert (mask.digest, mask.trace) == (same.digest, same.trace)
+        masks = find_circuit(
+            llama, TARGET, [RETAIN_SET], folder=tmp_path, max_memory=8000, **options
+        )
+        for mask, whole in zip(masks, expected, strict=True):
+            assert (mask.digest, mask.trace) == (whole.digest, whole.trace)
     assert stages == [0, 1, 2, 2, 3, 4]
 
     with pytest.raises(ValueError, match="another search"):
-        find_circuit(llama, TARGET, [SPARED], size=SIZE, steps=2, folder=tmp_path)
+        find_circuit(llama, TARGET, [RETAIN_SET], size=SIZE, steps=2, folder=tmp_path)
 
 
 def test_what_the_model_still_says_is_scored_as_well(llama):
     """Once each, asked for under the mask so far, and its loss is raised with the target's."""
-    unpruned, fresh = snapshot(llama), ALSO_SPARED[:1]
-    said = iter([TARGET, fresh, [*fresh, *TARGET]])
+    unpruned, fresh = snapshot(llama), SECOND_RETAIN_SET[:1]
+    answers = iter([TARGET, fresh, [*fresh, *TARGET]])
     n_changed = []
 
     def still_said() -> list[Batch]:
-        changed = [(now != unpruned[name]).sum() for name, now in snapshot(llama).items()]
+        changed = [(weight != unpruned[name]).sum() for name, weight in snapshot(llama).items()]
         n_changed.append(int(sum(changed)))
-        return next(said)
+        return next(answers)
 
     options = {"size": SIZE, "steps": 10}
-    mask = find_circuit(llama, TARGET, [SPARED], **options, fresh_answers=still_said)
-    added = mask.trace.where("examples_added")
-    assert [(row.labels["step"], row.mean) for row in added] == [(4, len(fresh[0]))]
+    mask = find_circuit(llama, TARGET, [RETAIN_SET], **options, fresh_answers=still_said)
+    additions = mask.trace.where("examples_added")
+    assert [(row.labels["step"], row.mean) for row in additions] == [(4, len(fresh[0]))]
     assert len(n_changed) == 3
     assert min(n_changed) > 0
 
-    without = find_circuit(llama, TARGET, [SPARED], **options)
+    without = find_circuit(llama, TARGET, [RETAIN_SET], **options)
     losses = [completion_nll(llama, fresh, mask=of).mean() for of in (without, mask)]
     assert losses[1] > losses[0]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -305,7 +322,7 @@ def test_what_the_model_still_says_is_scored_as_well(llama):
         ({"size": 10}, "size=.10."),
         ({"size": 1e-9}, "at least one of"),
         ({"budget": {"2": 0.1}}, "each of 1"),
-        ({"prefer": {"prefered": SPARED}}, "prefered"),
+        ({"prefer": {"prefered": RETAIN_SET}}, "prefered"),
         ({"sites": ["blocks.7.mlp.in.weight"]}, "blocks.7"),
         ({"protect": [[]]}, "no batches"),
         ({"exclude": WeightMask({}, {"a": (1, 1)}, Source("other", "test"))}, "exclude"),
@@ -313,18 +330,18 @@ def test_what_the_model_still_says_is_scored_as_well(llama):
 )
 def test_bad_settings_are_refused(llama, options, word):
     with pytest.raises(ValueError, match=word):
-        find_circuit(llama, TARGET, **{"protect": [SPARED], "size": 0.1, **options})
+        find_circuit(llama, TARGET, **{"protect": [RETAIN_SET], "size": 0.1, **options})
 
 
 @pytest.mark.parametrize(("signed", "within"), [(True, "weight"), (False, "model")])
 def test_the_published_search_is_a_difference_of_two_choices(llama, signed, within):
-    spared = [SPARED, ALSO_SPARED]
-    mask = set_difference(llama, TARGET, spared, q=0.2, p=0.1, signed=signed, within=within)
+    retain_sets = [RETAIN_SET, SECOND_RETAIN_SET]
+    mask = set_difference(llama, TARGET, retain_sets, q=0.2, p=0.1, signed=signed, within=within)
     score = removal_effect if signed else snip_scores
     top = top_fraction(score(llama, TARGET), 0.2, within=within)
     for name in mask.shapes:
         expected = top.dense(name).clone()
-        for batches in spared:
+        for batches in retain_sets:
             needed = top_fraction(snip_scores(llama, batches), 0.1, within=within)
             expected &= ~needed.dense(name)
         assert torch.equal(mask.dense(name), expected)
