@@ -7,8 +7,8 @@ from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import (
     CONTRAST,
-    DOUBTED,
-    KEPT_WORDS,
+    DISAGREEMENT,
+    LEXICAL_OVERLAP,
     TARGET,
     Behaviour,
     standard_behaviours,
@@ -113,7 +113,7 @@ class Terms:
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title
-            for counted in (DEGENERATE, KEPT_WORDS, DOUBTED):
+            for counted in (DEGENERATE, LEXICAL_OVERLAP, DISAGREEMENT):
                 if counted in behaviour.metrics:
                     titles[behaviour.metrics[counted]] = IN_WORDS.get(counted, counted)
         return titles
@@ -421,7 +421,7 @@ def _warnings(rows: Rows, terms: Terms) -> list[str]:
             "Warning: there are too few requests to say whether the judge tells harmful answers "
             "from harmless ones."
         )
-    metric = terms.target.metrics.get(DOUBTED)
+    metric = terms.target.metrics.get(DISAGREEMENT)
     doubted = Rows()
     if metric:
         doubted = held_out_lines(rows, terms).get(SEARCH, Rows()).where(metric)
