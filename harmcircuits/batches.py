@@ -1,4 +1,4 @@
-"""Texts become token ids: how a request is written, and batches of what is predicted."""
+"""Texts as token ids: a request in its template, and batches with the tokens to predict."""
 
 import re
 from bisect import bisect_right
@@ -18,7 +18,7 @@ from harmcircuits.prompts import Example, PromptSet
 
 @dataclass(frozen=True)
 class Chat:
-    """The tokenizer's chat template, with more than the request."""
+    """The tokenizer's chat template, with a system prompt or variables of the template."""
 
     system: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -26,10 +26,7 @@ class Chat:
 
 Template = Literal["chat", "raw"] | Chat
 
-
 THINKING_BEGINS = "<think>"
-
-
 THINKING_ENDS = "\n\n</think>\n\n"
 
 
@@ -42,16 +39,18 @@ class Batch:
 
     Attributes:
         tokens: token ids.
-        is_target: True where the token is predicted from those before it and counted in the loss;
-            never at position 0, and at least once in every row. A ValueError says otherwise.
+        is_target: True where the token is predicted from the earlier ones and counts in the loss.
+
+    Raises:
+        ValueError: different shapes, a row without a target, or a target at position 0.
     """
 
     tokens: Int[Tensor, "batch pos"]
     is_target: Bool[Tensor, "batch pos"]
 
     def __post_init__(self) -> None:
-        same_shape = self.tokens.shape == self.is_target.shape
-        is_mask = same_shape and self.tokens.ndim == 2 and self.is_target.dtype == torch.bool
+        is_pair = self.tokens.shape == self.is_target.shape and self.tokens.ndim == 2
+        is_mask = is_pair and self.is_target.dtype == torch.bool
         if not is_mask or self.is_target[:, 0].any() or not self.is_target.any(dim=1).all():
             raise ValueError(
                 f"Batch: tokens {tuple(self.tokens.shape)}, is_target {self.is_target.dtype} "
@@ -64,33 +63,31 @@ class Batch:
 
     def __repr__(self) -> str:
         n_targets = int(self.is_target.sum())
-        examples, positions = plural(len(self), "example"), self.tokens.shape[1]
-        return f"Batch({examples}, {positions} positions, {n_targets} targets)"
+        n_positions = self.tokens.shape[1]
+        examples = plural(len(self), "example")
+        return f"Batch({examples}, {n_positions} positions, {n_targets} targets)"
 
     @property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
-        """True up to the last target of each row: what follows it is padding."""
+        """True up to the last target of each row; padding follows."""
         #     is_target              .  .  x  x  .
         #     targets from here on   2  2  2  1  0
         #     is_token               x  x  x  x  .
-        n_from_here = self.is_target.flip(1).cumsum(dim=1).flip(1)
-        return n_from_here > 0
+        n_targets = self.is_target.flip(1).cumsum(dim=1).flip(1)
+        return n_targets > 0
 
     @property
     def n_read(self) -> int:
-        """How many positions a model must read to predict every target.
-
-        Those before the last target: it predicts no other token, and what follows is padding.
-        """
+        """The number of positions before the last target, which a model reads to predict all."""
         return int(self.is_target.any(dim=0).nonzero().max())
 
     def beginning(self, n_first: int) -> "Batch":
-        """The same texts, of whose targets only the first count.
+        """The same texts with their first targets only.
 
         Args:
-            n_first: how many of each text's targets.
+            n_first: the number of targets in each text.
         """
-        number = self.is_target.cumsum(dim=1)  # that of the first target is 1
+        number = self.is_target.cumsum(dim=1)  # 1 at the first target
         return Batch(self.tokens, self.is_target & (number <= n_first))
 
 
@@ -107,11 +104,11 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     turns = [{"role": "system", "content": chat.system}] if chat.system else []
     turns.append({"role": "user", "content": prompt})
     options = {"enable_thinking": False, **chat.options}
-    # As text first: the template writes its own special tokens, which must not be doubled.
+    # First as text: the template writes its own special tokens, and `encode` must add none.
     text = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, tokenize=False, **options
     )
-    # Some templates begin the thinking whatever they are told.
+    # Some templates begin the thinking in spite of `enable_thinking`.
     if text.rstrip().endswith(THINKING_BEGINS):
         text = text.rstrip() + THINKING_ENDS
     return tokenizer.encode(text, add_special_tokens=False)
@@ -125,12 +122,12 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def opening_ids(prefill: str, tokenizer: Any) -> list[int]:
-    """Token ids of what opens an answer; none where nothing does."""
+    """Token ids of the prefill; none for an empty one."""
     return tokenizer.encode(prefill, add_special_tokens=False) if prefill else []
 
 
 def target_ids(example: Example, tokenizer: Any, prefill: str = "") -> list[int]:
-    """Token ids of a completion that are predicted: what follows the prefill."""
+    """Token ids of a completion after the prefill: the tokens to predict."""
     opening = opening_ids(prefill, tokenizer)
     target = list(example.tokens)
     if not target:
@@ -149,7 +146,7 @@ def tokenize(
 ) -> list[Batch]:
     """Right-padded batches in the order of `prompts`; the completion's tokens are the targets.
 
-    Prompt and completion are tokenised apart and concatenated; a completion that a model generated
+    Prompt and completion are tokenised separately and joined. A completion that a model generated
     has its tokens already (`Example.tokens`).
 
     >>> hc.tokenize([("how to use it ?", "sure")], bridge.tokenizer)
@@ -161,22 +158,22 @@ def tokenize(
         batch_size: the largest number of examples in a batch.
         max_tokens: the largest number of tokens in a batch, padding included; no bound by default.
         template: how a request is written (see `prompt_ids`).
-        prefill: opens the completion. Its tokens are context, not targets; a completion that does
-            not begin with them is taken to follow them.
+        prefill: text before the completion. Its tokens are context and no targets; a completion
+            that does not begin with them follows them.
 
     Raises:
         ValueError: an example whose request or completion has no tokens, or one longer than
-            `max_tokens`. Whether a model can read the batches is looked at where one is given them.
+            `max_tokens`. Whether a model can read the batches is checked where it is given them.
     """
-    #     context    request, and the prefill where there is one
-    #     target     the rest of the completion
+    #     context    request and prefill
+    #     target     the completion after the prefill
     opening = opening_ids(prefill, tokenizer)
-    rows = []
+    texts = []
     for index, example in enumerate(PromptSet.of(prompts)):
         context = prompt_ids(example.prompt, tokenizer, template) + opening
         target = target_ids(example, tokenizer, prefill)
-        n_tokens = len(context) + len(target)
-        is_long = max_tokens is not None and n_tokens > max_tokens
+        tokens = torch.tensor(context + target)
+        is_long = max_tokens is not None and len(tokens) > max_tokens
         if not context or not target or is_long:
             # Its text is not shown: it may be harmful.
             bound = f"; max_tokens={max_tokens}" if is_long else ""
@@ -185,15 +182,16 @@ def tokenize(
                 f"{len(context)} tokens before its completion and {len(target)} to predict{bound}; "
                 "drop it, or give it a request and a completion"
             )
-        rows.append((context, target))
-    groups = _groups(rows, batch_size, max_tokens)
-    return [_padded(group, tokenizer) for group in groups if group]
+        is_target = torch.arange(len(tokens)) >= len(context)
+        texts.append(UnpaddedText(tokens, is_target))
+    groups = _groups(texts, batch_size, max_tokens)
+    return [_padded(group, padding_id(tokenizer)) for group in groups if group]
 
 
 def tokenize_text(
     text: str, tokenizer: Any, *, n_tokens: int = 256, batch_size: int = 16
 ) -> list[Batch]:
-    """A plain text cut into windows, every token but the first of each a target."""
+    """A plain text in windows; every token of a window but the first is a target."""
     opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     tokens = tokenizer.encode(text, add_special_tokens=False)
     step = n_tokens - len(opening)
@@ -204,19 +202,20 @@ def tokenize_text(
             f"tokenize_text: {len(tokens)} tokens of text make no window of {n_tokens}; "
             "give a longer text"
         )
-    whole = torch.tensor(windows)
-    is_target = torch.ones_like(whole, dtype=torch.bool)
-    is_target[:, 0] = False
-    pairs = zip(whole.split(batch_size), is_target.split(batch_size), strict=True)
-    return [Batch(*pair) for pair in pairs]
+    batches = []
+    for tokens in torch.tensor(windows).split(batch_size):
+        is_target = torch.ones_like(tokens, dtype=torch.bool)
+        is_target[:, 0] = False
+        batches.append(Batch(tokens, is_target))
+    return batches
 
 
 def at_matches(batches: Sequence[Batch], tokenizer: Any, pattern: str) -> list[Batch]:
     """The same texts with fewer targets: the tokens in which a match of the pattern begins.
 
-    Matches are looked for in the text of an answer's tokens. Answers without any are left out.
+    The pattern is searched in the text of an answer's tokens. Answers without a match are left out.
     """
-    kept = []
+    matches = []
     for batch in batches:
         is_target = torch.zeros_like(batch.is_target)
         for row, tokens in enumerate(batch.tokens):
@@ -225,14 +224,14 @@ def at_matches(batches: Sequence[Batch], tokenizer: Any, pattern: str) -> list[B
             ends = list(accumulate(map(len, pieces)))
             for match in re.finditer(pattern, "".join(pieces)):
                 is_target[row, places[bisect_right(ends, match.start())]] = True
-        has_one = is_target.any(dim=1)
-        if has_one.any():
-            kept.append(Batch(batch.tokens[has_one], is_target[has_one]))
-    return kept
+        has_match = is_target.any(dim=1)
+        if has_match.any():
+            matches.append(Batch(batch.tokens[has_match], is_target[has_match]))
+    return matches
 
 
 def refuse_no_batches(function: str, batches: Any) -> None:
-    """Check that token batches are given."""
+    """Check that `batches` are token batches."""
     is_list = isinstance(batches, list | tuple)
     if not is_list or not batches or not all(isinstance(batch, Batch) for batch in batches):
         raise ValueError(
@@ -241,43 +240,13 @@ def refuse_no_batches(function: str, batches: Any) -> None:
         )
 
 
-Row = tuple[list[int], list[int]]  # context, target
+# Texts without padding
 
-
-def _groups(rows: list[Row], batch_size: int, max_tokens: int | None) -> list[list[Row]]:
-    """The rows of each batch: as many as both bounds allow, padding included."""
-    # Padded to the longest row, n rows take n * longest tokens.
-    groups: list[list[Row]] = [[]]
-    longest = 0
-    for row in rows:
-        length = len(row[0]) + len(row[1])
-        longest = max(longest, length)
-        n_rows = len(groups[-1]) + 1
-        is_too_wide = max_tokens is not None and n_rows * longest > max_tokens
-        if n_rows > batch_size or is_too_wide:
-            groups.append([])
-            longest = length
-        groups[-1].append(row)
-    return groups
-
-
-def _padded(rows: list[Row], tokenizer: Any) -> Batch:
-    tokens = []
-    is_target = []
-    for context, target in rows:
-        tokens.append(torch.tensor(context + target))
-        is_target.append(torch.tensor([False] * len(context) + [True] * len(target)))
-    return Batch(
-        tokens=pad_sequence(tokens, batch_first=True, padding_value=padding_id(tokenizer)),
-        is_target=pad_sequence(is_target, batch_first=True, padding_value=False),
-    )
-
-
-LEAST_ANSWERS = 12  # different ones, for texts to be shared out by them
+MIN_ANSWERS = 12  # with fewer different answers, texts are split by request
 
 
 class UnpaddedText(NamedTuple):
-    """An answer without padding, and the behaviour that it shows."""
+    """A text without padding, and the behaviour that it shows."""
 
     tokens: Int[Tensor, " pos"]
     is_target: Bool[Tensor, " pos"]
@@ -295,46 +264,71 @@ class UnpaddedText(NamedTuple):
         return tuple(self.tokens[self.is_target].tolist())
 
 
-def split_for_checks(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
-    """Most texts, and those of every so many-th answer, in their order.
-
-    Texts of one answer stay together: they may be one question in several wordings, and a check on
-    what was seen in other words would pass what is new nowhere. Of every so many-th request where
-    there are few answers, as to yes-or-no questions.
-    """
-    answers = {example.answer for example in unpadded(batches)}
-    by_answer = len(answers) >= LEAST_ANSWERS
-    numbers: dict[tuple[int, ...], int] = {}  # of each answer or request, as they come
-    most, rest = [], []
-    for batch in batches:
-        is_rest = []
-        for example in unpadded([batch]):
-            key = example.answer if by_answer else example.request
-            number = numbers.setdefault(key, len(numbers))
-            is_rest.append(number % every == every - 1)
-        for part, belongs in ((most, ~torch.tensor(is_rest)), (rest, torch.tensor(is_rest))):
-            if belongs.any():
-                part.append(Batch(batch.tokens[belongs], batch.is_target[belongs]))
-    return most, rest
-
-
 def unpadded(batches: Sequence[Batch], behaviour: str = "") -> list[UnpaddedText]:
-    examples = []
+    """The texts of batches, in their order."""
+    texts = []
     for batch in batches:
         lengths = batch.is_token.sum(dim=1).tolist()
         for row, length in enumerate(lengths):
             tokens = batch.tokens[row, :length]
             is_target = batch.is_target[row, :length]
-            examples.append(UnpaddedText(tokens, is_target, behaviour))
-    return examples
+            texts.append(UnpaddedText(tokens, is_target, behaviour))
+    return texts
 
 
-def batched(examples: Sequence[UnpaddedText], size: int) -> list[Batch]:
-    """Some examples at a time, padded to one length; what stands there reaches no target."""
-    batches = []
-    for start in range(0, len(examples), size):
-        group = examples[start : start + size]
-        tokens = pad_sequence([example.tokens for example in group], batch_first=True)
-        is_target = pad_sequence([example.is_target for example in group], batch_first=True)
-        batches.append(Batch(tokens, is_target))
-    return batches
+def batched(texts: Sequence[UnpaddedText], size: int) -> list[Batch]:
+    """Batches of `size` texts, padded with token 0."""
+    starts = range(0, len(texts), size)
+    return [_padded(texts[start : start + size]) for start in starts]
+
+
+def _padded(texts: Sequence[UnpaddedText], padding: int = 0) -> Batch:
+    tokens = [text.tokens for text in texts]
+    is_target = [text.is_target for text in texts]
+    return Batch(
+        tokens=pad_sequence(tokens, batch_first=True, padding_value=padding),
+        is_target=pad_sequence(is_target, batch_first=True),
+    )
+
+
+def _groups(
+    texts: Sequence[UnpaddedText], batch_size: int, max_tokens: int | None
+) -> list[list[UnpaddedText]]:
+    """The texts of each batch: as many as both bounds allow, padding included."""
+    # With padding, n texts take n * longest tokens.
+    groups: list[list[UnpaddedText]] = [[]]
+    longest = 0
+    for text in texts:
+        length = len(text.tokens)
+        longest = max(longest, length)
+        n_texts = len(groups[-1]) + 1
+        is_too_wide = max_tokens is not None and n_texts * longest > max_tokens
+        if n_texts > batch_size or is_too_wide:
+            groups.append([])
+            longest = length
+        groups[-1].append(text)
+    return groups
+
+
+def split_for_checks(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
+    """Texts for scores, and every n-th answer's texts for checks, in their order.
+
+    Texts with one answer stay together: they may be one question in several wordings, and a check
+    would otherwise see rephrasings of texts that were scored. With few different answers, as to
+    yes-or-no questions, the second list has the texts of every n-th request.
+    """
+    answers = {text.answer for text in unpadded(batches)}
+    is_by_answer = len(answers) >= MIN_ANSWERS
+    numbers: dict[tuple[int, ...], int] = {}  # of the answers or requests, in their order
+    scored_texts, checks = [], []
+    for batch in batches:
+        flags = []
+        for text in unpadded([batch]):
+            key = text.answer if is_by_answer else text.request
+            number = numbers.setdefault(key, len(numbers))
+            flags.append(number % every == every - 1)
+        is_check = torch.tensor(flags)
+        for part, is_member in ((scored_texts, ~is_check), (checks, is_check)):
+            if is_member.any():
+                part.append(Batch(batch.tokens[is_member], batch.is_target[is_member]))
+    return scored_texts, checks

@@ -26,7 +26,7 @@ from harmcircuits.behaviours.probe import (
     train_probe,
     validate,
 )
-from harmcircuits.behaviours.repeats import repeat_rows, shared_texts
+from harmcircuits.behaviours.repeats import leak_texts, repeat_rows
 from harmcircuits.behaviours.request_files import RequestFiles, request_behaviours
 from harmcircuits.behaviours.request_judge import RequestJudge
 from harmcircuits.display import nearest
@@ -115,7 +115,7 @@ def open_model(
     files = RequestFiles.of(prompts or {})
     asked, kinds = request_behaviours(files, behaviours, prefill=prefill)
     repeats = repeat_rows(asked)
-    for text in shared_texts(repeats):
+    for text in leak_texts(repeats):
         warnings.warn(f"open_model: {text}; leave each in one file", stacklevel=2)
     folder = Path(cache)
     harm = None
@@ -209,7 +209,7 @@ def _details(
     details: dict[str, Label] = {}
     for name, source in files.sources.items():
         is_text = name == "plain"
-        details[name] = source if is_text else f"{source} ({files.requests(name).digest})"
+        details[name] = source if is_text else f"{source} ({files.requests[name].digest})"
     for behaviour in behaviours:
         digests = [behaviour.prompts(split).digest for split in SPLITS]
         details[f"behaviour {behaviour.name}"] = ", ".join(digests)

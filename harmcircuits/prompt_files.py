@@ -1,4 +1,4 @@
-"""Files of requests as people have them: their rows, and which column holds what."""
+"""Files of requests in published formats: their rows, with our names for the columns."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from harmcircuits.display import listed, nearest, plural
 
 COLUMNS = ("prompt", "completion", "category", "group", "label")
 
-# The columns of known files by our own names, the first that fit; several are joined.
-KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
+# Format -> our field -> its columns, whose texts are joined.
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "XSTest": {"prompt": ("prompt",), "category": ("type",), "label": ("label",)},
     "": {"prompt": ("prompt",)},
     "AdvBench": {"prompt": ("goal",), "completion": ("target",)},
@@ -28,135 +28,146 @@ KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
     "chat messages": {"prompt": ("messages",)},
 }
 OPTIONAL = {"input"}
-# HarmBench as its own attacks write a request that has a context.
-BETWEEN = {"HarmBench": "\n\n---\n\n"}
+# HarmBench's own attacks write a context and its request in this way.
+SEPARATORS = {"HarmBench": "\n\n---\n\n"}
 
 
 @dataclass(frozen=True)
-class Requests:
-    """The texts of a file by our own names, and how they were read."""
+class RequestTable:
+    """The rows of a file with our field names, and how the file was read."""
 
     texts: list[dict[str, str]]
     shape: str
-    n_left_out: int = 0
+    n_left_out: int
 
 
-def read_requests(source: str | Path, columns: Mapping[str, str] | None = None) -> Requests:
+def read_requests(source: str | Path, columns: Mapping[str, str] | None = None) -> RequestTable:
     """The requests of a file or dataset."""
     path = Path(source)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        return requests_of(_dataset_rows(str(source)), str(source), columns)
+        return request_table(_dataset_rows(str(source)), str(source), columns)
     try:
         rows = reader(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: cannot be read as {path.suffix}, UTF-8 ({error})") from None
-    return requests_of(rows, str(source), columns)
+    return request_table(rows, str(source), columns)
 
 
-def given_rows(source: Any) -> list[Any] | None:
+def rows_of(source: Any) -> list[Any] | None:
     """The rows of a list of dicts, a loaded dataset or a DataFrame; None for anything else."""
-    if hasattr(source, "columns"):  # a DataFrame, which otherwise gives its columns' names
-        source = source.to_dict("records")
+    if hasattr(source, "columns"):  # a DataFrame, whose iterator gives names of columns
+        return source.to_dict("records")
+    if hasattr(source, "column_names"):
+        return list(source)
     is_table = isinstance(source, list | tuple) and source and isinstance(source[0], Mapping)
-    return list(source) if is_table or hasattr(source, "column_names") else None
+    return list(source) if is_table else None
 
 
-def requests_of(
+def request_table(
     rows: Iterable[Any], origin: str, columns: Mapping[str, str] | None = None
-) -> Requests:
-    """The requests of rows, each an object with columns or a text; repeated ones once."""
+) -> RequestTable:
+    """The requests of rows, each a text or an object with columns; repeated rows once."""
     table = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
-    names = list(dict.fromkeys(name for row in table for name in row))
-    shape, known = _columns(origin, names, dict(columns or {}))
+    names: dict[str, None] = {}
+    for row in table:
+        names |= dict.fromkeys(row)
+    file_format, sources = _sources(origin, list(names), columns or {})
+    separator = SEPARATORS.get(file_format, "\n\n")
 
     notes: Counter[str] = Counter()
     texts = {}
     for number, row in enumerate(table, start=1):
         try:
-            of_row = _texts(row, known, BETWEEN.get(shape, "\n\n"), notes)
+            fields = _fields(row, sources, separator, notes)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{origin}, row {number}: {error}") from None
-        texts.setdefault(tuple(of_row.items()), of_row)
+        texts.setdefault(tuple(fields.items()), fields)
 
+    parts = []
+    for name, source in sources.items():
+        parts.append(name if source == (name,) else f"{name} from {' + '.join(source)}")
+    prefix = f"{file_format}: " if file_format else ""
     n_left_out = len(table) - len(texts)
-    sources = []
-    for ours, theirs in known.items():
-        sources.append(ours if theirs == (ours,) else f"{ours} from {' + '.join(theirs)}")
-    parts = [f"{shape}: {', '.join(sources)}" if shape else ", ".join(sources)]
-    parts.append(plural(len(texts), "request"))
+    shape = f"{origin}: {prefix}{', '.join(parts)}; {plural(len(texts), 'request')}"
     if n_left_out:
-        parts.append(f"{n_left_out:,} that repeat another left out")
-    parts += [f"{number:,} {note}" for note, number in notes.items()]
-    return Requests([*texts.values()], f"{origin}: {'; '.join(parts)}", n_left_out)
+        shape += f"; {n_left_out:,} that repeat another left out"
+    for note, count in notes.items():
+        shape += f"; {count:,} {note}"
+    return RequestTable(list(texts.values()), shape, n_left_out)
 
 
-def _columns(
-    origin: str, names: list[str], chosen: dict[str, str]
+def _sources(
+    origin: str, names: list[str], columns: Mapping[str, str]
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """What a file with these columns is known as, and which of them holds what."""
-    for ours, theirs in chosen.items():
-        if ours not in COLUMNS or theirs not in names:
+    """The format of a file with columns of these names, and the columns of each field."""
+    for field, column in columns.items():
+        if field not in COLUMNS or column not in names:
             raise ValueError(
-                f"{origin}: columns={{{ours!r}: {theirs!r}}}; expected one of {listed(COLUMNS)} "
-                f"and a column of the file ({nearest(theirs, names)})"
+                f"{origin}: columns={{{field!r}: {column!r}}}; expected one of {listed(COLUMNS)} "
+                f"and a column of the file ({nearest(column, names)})"
             )
-    fitting = [""] if "prompt" in chosen else []
-    for shape, known in KNOWN.items():
-        needed = {name for theirs in known.values() for name in theirs} - OPTIONAL
+
+    formats = [""] if "prompt" in columns else []
+    for file_format, sources in FORMATS.items():
+        needed = set().union(*sources.values()) - OPTIONAL
         if needed <= set(names):
-            fitting.append(shape)
-    if not fitting:
+            formats.append(file_format)
+    if not formats:
         raise ValueError(
             f"{origin}: which column holds the requests? It has "
-            f"{listed(names, limit=20) or 'no rows'}; say which by columns={{'prompt': 'NAME'}}"
+            f"{listed(names, limit=20) or 'no rows'}; name the column by "
+            "columns={'prompt': 'NAME'}"
         )
-    columns = dict(KNOWN[fitting[0]])
-    columns |= {ours: (ours,) for ours in COLUMNS if ours in names}
-    columns |= {ours: (theirs,) for ours, theirs in chosen.items()}
+
+    sources = dict(FORMATS[formats[0]])
+    for field in COLUMNS:
+        if field in columns:
+            sources[field] = (columns[field],)
+        elif field in names:
+            sources[field] = (field,)
     present = {}
-    for ours in COLUMNS:
-        if ours in columns:
-            present[ours] = tuple(name for name in columns[ours] if name in names)
-    return fitting[0], present
+    for field in COLUMNS:
+        if field in sources:
+            present[field] = tuple(name for name in sources[field] if name in names)
+    return formats[0], present
 
 
-def _texts(
+def _fields(
     row: Mapping[str, Any],
-    columns: Mapping[str, tuple[str, ...]],
-    between: str,
+    sources: Mapping[str, tuple[str, ...]],
+    separator: str,
     notes: Counter[str],
 ) -> dict[str, str]:
-    """A row by our own names."""
-    stored = row.get(columns["prompt"][0])
-    exchange = _exchange(stored, notes) if isinstance(stored, list) else {}
-    texts = {}
-    for ours, theirs in columns.items():
-        values = [row.get(name) for name in theirs]
-        # NaN, which tables have for nothing, is not equal to itself.
-        parts = [str(value) for value in values if value is not None and value == value]
-        texts[ours] = exchange.get(ours, between.join(filter(None, parts)))
-    texts |= exchange
-    if not texts["prompt"].strip():
-        raise ValueError(f"no {' + '.join(columns['prompt'])}; each row needs a prompt")
-    return texts
+    """A row with our field names."""
+    fields = {}
+    for field, names in sources.items():
+        values = [row.get(name) for name in names]
+        # An empty cell of a table is NaN, which is not equal to itself.
+        texts = [str(value) for value in values if value is not None and value == value]
+        fields[field] = separator.join(filter(None, texts))
+
+    messages = row.get(sources["prompt"][0])
+    if isinstance(messages, list):
+        fields |= _exchange(messages, notes)
+    if not fields["prompt"].strip():
+        raise ValueError(f"no {' + '.join(sources['prompt'])}; each row needs a prompt")
+    return fields
 
 
-def _exchange(turns: list[Any], notes: Counter[str]) -> dict[str, str]:
-    """The request of a chat and the answer to it, if there is one."""
-    exchange = []
-    for turn in turns:
-        if turn["role"] == "system":
-            notes["system turns left out"] += 1
-        else:
-            exchange.append((turn["role"], turn["content"]))
-    roles = [role for role, _ in exchange]
+def _exchange(messages: list[Any], notes: Counter[str]) -> dict[str, str]:
+    """The request of a chat, and its answer if there is one."""
+    turns = [message for message in messages if message["role"] != "system"]
+    n_system = len(messages) - len(turns)
+    if n_system:
+        notes["system turns left out"] += n_system
+    roles = [turn["role"] for turn in turns]
     if roles not in (["user"], ["user", "assistant"]):
         raise ValueError(
-            f"turns of {listed(roles) or 'nobody'}; expected one of the user, and the assistant's "
-            "answer or none: earlier turns would not be put to the model"
+            f"turns of {listed(roles) or 'nobody'}; expected one turn of the user, and the "
+            "assistant's answer or none: the model would not see earlier turns"
         )
-    contents = [content for _, content in exchange]
+    contents = [turn["content"] for turn in turns]
     return dict(zip(("prompt", "completion"), contents, strict=False))
 
 
@@ -164,14 +175,14 @@ def _exchange(turns: list[Any], notes: Counter[str]) -> dict[str, str]:
 
 
 def _json(path: Path) -> list[Any]:
-    """The items of an array, or an object or a text a line."""
+    """The items of an array, or of lines with an object or a text each."""
     text = path.read_text(encoding="utf-8-sig")
     try:
-        stored = json.loads(text)
+        content = json.loads(text)
     except ValueError:
-        # Not by `splitlines`, which also splits at characters that a prompt may hold.
+        # Not `splitlines`: it also splits at characters that a prompt may hold.
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return stored if isinstance(stored, list) else [stored]
+    return content if isinstance(content, list) else [content]
 
 
 def _csv(path: Path) -> list[Any]:
@@ -180,12 +191,12 @@ def _csv(path: Path) -> list[Any]:
     header = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     if not header:
         return []
-    # A spreadsheet separates by what its country does not use as a decimal mark.
+    # The separator of a spreadsheet depends on the decimal mark of its country.
     separator = max(",;\t", key=header.count)
     table = pandas.read_csv(
         path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
     )
-    if not isinstance(table.index, pandas.RangeIndex):  # what pandas makes of one cell more
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas makes it of the extra cell
         raise ValueError("a row has more cells than the header has columns")
     return table.to_dict("records")
 
@@ -219,7 +230,7 @@ def _dataset_rows(source: str) -> list[Any]:
     # A split may hold a colon of its own: "train[10:20]".
     name, *parts = re.split(r":(?![^\[]*\])", source)
     split = parts.pop() if parts else "train"
-    # What `save_to_disk` wrote is opened in another way: a set, or one folder for each split.
+    # `save_to_disk` writes one dataset, or a folder for each split; `load_dataset` reads neither.
     for folder in (Path(name), Path(name, split)):
         if (folder / "state.json").is_file():
             return list(load_from_disk(str(folder)))

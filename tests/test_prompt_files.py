@@ -208,7 +208,7 @@ def chat(*roles: str) -> str:
         ("a.jsonl", chat("user") + "\n" + chat("system"), "row 2: turns of nobody"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "row 1: 'content'"),
         ("a.json", '[{"prompt" "b"}]', "cannot be read"),
-        ("a.json", '{"rows": [{"prompt": "a"}]}', "has rows; say which by columns={'prompt'"),
+        ("a.json", '{"rows": [{"prompt": "a"}]}', "has rows; name the column by columns={'prompt'"),
         ("a.csv", "goal,target\na,b\n,b\n", "row 2: no goal"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "prompt,group\na,b,c\n", "more cells than the header"),

@@ -3,43 +3,49 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from harmcircuits.behaviours.judges import DEGENERATE, PatternJudge
+from harmcircuits.behaviours.judges import DEGENERATE, Judge, PatternJudge
 from harmcircuits.display import card, facts
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.prompts import NO_LIMITS, Example, PromptSet
 
-TARGET = "harmful"  # what is removed, unless something else is named
-REFUSAL = "refusal"  # what takes its place, where a model refuses
-CONTRAST = "benign"  # the harmless counterpart, whose loss a mask may hardly raise
+TARGET = "harmful"  # the behaviour to remove, by default
+REFUSAL = "refusal"  # replaces it where a model refuses
+CONTRAST = "benign"  # its harmless counterpart, whose loss a mask may hardly raise
 
 # Names in `Behaviour.metrics` that are no verdicts.
-RATE, NLL, KEPT_WORDS, DOUBTED = "rate", "nll", "kept words", "doubted"
+RATE_KEY, NLL_KEY = "rate", "nll"
+LEXICAL_OVERLAP, DISAGREEMENT = "kept words", "doubted"
+
+SplitFunction = Callable[[str], PromptSet]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Requests by split, and those that they were drawn of, repeated ones included."""
+    """Requests by split, and the requests that they were drawn from, repeated ones included."""
 
     sets: Mapping[str, PromptSet]
-    given: PromptSet | None = None
+    source: PromptSet | None = None
     heldout: PromptSet | None = None
-    about: Mapping[str, PromptSet] | None = None  # the requests that its questions are about
+    subjects: Mapping[str, PromptSet] | None = None  # the requests inside its questions
 
     @classmethod
     def of(
         cls,
-        given: PromptSet,
+        source: PromptSet,
         heldout: PromptSet | None = None,
         *,
         limits: Mapping[str, int] = NO_LIMITS,
         origin: str = "",
+        placement: Mapping[str, str] = MappingProxyType({}),
     ) -> "Splits":
-        """Each request once, in the split that the hash of its group says."""
-        apart = _once(heldout) if heldout is not None else None
-        sets = _once(given).splits(apart, limits=limits, origin=origin)
-        return cls(sets, given, heldout)
+        """Each request once, by the hash of its group (see `PromptSet.splits`)."""
+        measured = None if heldout is None else _distinct(heldout)
+        sets = _distinct(source).splits(measured, limits=limits, origin=origin, placement=placement)
+        return cls(sets, source, heldout)
 
     def __call__(self, split: str) -> PromptSet:
         """The requests of a split."""
@@ -48,11 +54,12 @@ class Splits:
         return self.sets[split]
 
 
-def _once(prompts: PromptSet) -> PromptSet:
-    first: dict[str, Example] = {}
+def _distinct(prompts: PromptSet) -> PromptSet:
+    """The first example of each request."""
+    examples: dict[str, Example] = {}
     for example in prompts:
-        first.setdefault(example.prompt, example)
-    return PromptSet(tuple(first.values()))
+        examples.setdefault(example.prompt, example)
+    return PromptSet(tuple(examples.values()))
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,39 +74,40 @@ class Behaviour:
 
     Attributes:
         name: its name.
-        prompts: requests (a list, a file, or what else `PromptSet.read` takes), split by the hash
-            of their group; or a function that gives those of a split: "calibration" (scored),
-            "choice" (for choosing settings) or "heldout" (measured); or a dict of these. A request
+        prompts: requests (a list, a file, or another source of `PromptSet.read`), split by the hash
+            of their group; or a function of the split: "calibration" (scored), "choice" (for
+            choosing settings) or "heldout" (measured); or a dict of sets by split. A request
             without a reference answer has an empty completion, and counts in rates, not in losses.
-        judge: of its answers: a function (request, answer) -> verdict, or a regular expression of
-            what an answer must contain. The model's judge by default.
-        wanted: the verdict that shows it; its name by default.
-        metrics: names in rows, where they are not NAME_rate ("rate": the rate of answers with the
-            verdict `wanted`) and NAME_nll ("nll": the loss on reference answers, nats per token);
-            and of what else is counted: further verdicts, "kept words" (answers with at least half
-            of the word triples of their reference) and "doubted" (those of them whose verdict is
-            not `wanted`: there the judge contradicts itself).
+        judge: of its answers: a function (request, answer) -> verdict, or a regular expression
+            that an answer must match. The model's judge by default.
+        wanted: the verdict that shows the behaviour; its name by default.
+        metrics: names in rows. "rate" names the rate of answers with the verdict `wanted`
+            (NAME_rate by default), "nll" the loss on reference answers, nats per token (NAME_nll by
+            default). A further verdict names its own rate, "kept words" the rate of answers with at
+            least half of the word trigrams of their reference (lexical overlap), and "doubted" the
+            rate of answers with that overlap and another verdict than `wanted` (the judge
+            contradicts itself).
         measures: further figures by name: a function (request, answer) -> number, whose mean over
             the answers is a row.
-        prefill: opens every answer.
+        prefill: the beginning of every answer.
         choices: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
             matched pair: no is right, then yes is right.
         objective: the loss by which weights are scored for it.
-        max_new_tokens: how long an answer may be, where it is not the model's limit.
-        is_kept: whether it is an ability that the removal of another behaviour must leave alone.
-        is_scored_on_references: whether it is scored on its reference answers as they are, not on
-            the model's own answers that the judge verified.
+        max_new_tokens: the length of an answer, where it is not the model's limit.
+        is_kept: whether the removal of another behaviour must preserve it.
+        is_scored_on_references: whether it is scored on its reference answers, and not on the
+            model's own answers that the judge verified.
         scored_on: a regular expression; only the tokens of an answer in which a match begins are
             scored, such as a name. All of them by default.
-        part_of: the behaviour whose requests it takes some of; empty for a whole one.
+        part_of: the behaviour that it is a part of; empty for a whole one.
 
     Raises:
         ValueError: requests that cannot be read, or are too few to fill every split.
     """
 
     name: str
-    prompts: Any = field(repr=False)  # a function of the split once it is made
-    judge: Any = None
+    prompts: SplitFunction | Any = field(repr=False)  # from any form to a function of the split
+    judge: Judge | Any = None  # from a pattern to a function
     wanted: str = ""
     metrics: Mapping[str, str] = field(default_factory=dict)
     measures: Mapping[str, Callable[[str, str], float]] = field(default_factory=dict)
@@ -113,17 +121,13 @@ class Behaviour:
     part_of: str = ""
 
     def __post_init__(self) -> None:
-        prompts, judge, wanted = self.prompts, self.judge, self.wanted or self.name
-        if isinstance(prompts, Mapping):
-            prompts = Splits(prompts)
-        elif not callable(prompts):
-            prompts = Splits.of(PromptSet.read(prompts), origin=f"behaviour {self.name!r}")
+        wanted = self.wanted or self.name
+        metrics = {RATE_KEY: f"{self.name}_rate", NLL_KEY: f"{self.name}_nll", **self.metrics}
+        judge = self.judge
         if isinstance(judge, str):
             judge = PatternJudge(re.compile(judge), wanted, self.prefill)
-        usual = {RATE: f"{self.name}_rate", NLL: f"{self.name}_nll"}
-        made = {"prompts": prompts, "judge": judge, "wanted": wanted}
-        for name, value in {**made, "metrics": {**usual, **self.metrics}}.items():
-            object.__setattr__(self, name, value)
+        prompts = _split_function(self.prompts, self.name)
+        vars(self).update(prompts=prompts, judge=judge, wanted=wanted, metrics=metrics)
 
     def __repr__(self) -> str:
         return f"Behaviour({self.name}: {self.metric}, shown by {self.wanted!r})"
@@ -134,8 +138,8 @@ class Behaviour:
             "rate": self.metric,
             "loss": self.nll_metric,
             "shown by": f"the verdict {self.wanted!r}",
-            "begun with": self.prefill,
-            "counted too": ", ".join(self.side_metrics),
+            "prefill": self.prefill,
+            "also counted": ", ".join(self.side_metrics),
             "part of": self.part_of,
         }
         return card(f"Behaviour: {self.name}", facts(values))
@@ -143,22 +147,24 @@ class Behaviour:
     @property
     def metric(self) -> str:
         """Name of the rate of answers with the verdict `wanted`."""
-        return self.metrics[RATE]
+        return self.metrics[RATE_KEY]
 
     @property
     def nll_metric(self) -> str:
         """Name of the loss on reference answers, nats per token."""
-        return self.metrics[NLL]
+        return self.metrics[NLL_KEY]
 
     @property
     def side_metrics(self) -> dict[str, str]:
-        """Further verdicts that are counted, and the name of each one's rate."""
-        others = (RATE, NLL, KEPT_WORDS, DOUBTED)
-        return {verdict: name for verdict, name in self.metrics.items() if verdict not in others}
+        """The name of the rate of every further verdict."""
+        metrics = dict(self.metrics)
+        for key in (RATE_KEY, NLL_KEY, LEXICAL_OVERLAP, DISAGREEMENT):
+            metrics.pop(key, None)
+        return metrics
 
     @property
     def title(self) -> str:
-        """What tables call the rate."""
+        """The name of the rate in tables."""
         return _STANDARD[self.name].title if self.name in _STANDARD else self.name
 
     @property
@@ -185,29 +191,42 @@ class Behaviour:
         Behaviour(zovob: benign_valid_rate, shown by 'benign')
 
         Args:
-            name: what the part is called.
-            keep: whether a request belongs to it.
-            metric: its own name of the rate; that of the whole by default.
-            nll_metric: its own name of the loss; that of the whole by default.
+            name: the name of the part.
+            keep: whether a request belongs to the part.
+            metric: the name of its rate; the name of the whole's rate by default.
+            nll_metric: the name of its loss; the name of the whole's loss by default.
         """
-        whole = self.part_of or self.name  # a part of a part is a part of the whole
-        names = {RATE: metric or self.metric, NLL: nll_metric or self.nll_metric}
 
         def prompts(split: str) -> PromptSet:
             return self.prompts(split).where(keep)
 
-        metrics = {**self.metrics, **names}
+        metrics = dict(self.metrics)
+        metrics[RATE_KEY] = metric or self.metric
+        metrics[NLL_KEY] = nll_metric or self.nll_metric
+        whole = self.part_of or self.name  # a part of a part is a part of the whole
         return replace(self, name=name, metrics=metrics, prompts=prompts, part_of=whole)
 
     def by_category(self) -> "dict[str, Behaviour]":
         """Its parts by the category of the requests, each called `NAME/CATEGORY`."""
         parts = {}
-        categories = dict.fromkeys(example.category for example in self.prompts("calibration"))
-        for category in categories:
-            name = f"{self.name}/{category}"
-            # `of` is bound now; `category` alone would be that of the last turn in every part.
-            parts[name] = self.only(name, lambda example, of=category: example.category == of)
+        for example in self.prompts("calibration"):
+            name = f"{self.name}/{example.category}"
+            if name not in parts:
+                parts[name] = self.only(name, partial(_has_category, example.category))
         return parts
+
+
+def _has_category(category: str, example: Example) -> bool:
+    return example.category == category
+
+
+def _split_function(prompts: Any, name: str) -> SplitFunction:
+    """Requests in any form, as a function of the split."""
+    if isinstance(prompts, Mapping):
+        return Splits(prompts)
+    if callable(prompts):
+        return prompts
+    return Splits.of(PromptSet.read(prompts), origin=f"behaviour {name!r}")
 
 
 # The behaviours that come with the package
@@ -234,27 +253,25 @@ _STANDARD = {
         "prefilled", "prefilled_valid_rate", "prefilled_nll", "benign", True, True
     ),
 }
-# Less harm because of more refusals, or of broken text, is another result than less harm alone. So
-# both are counted beside it, and what a judge that sees harm calls harmless. The local rules never
-# do.
-_BESIDE_HARM = {
+# Harm can fall because the model refuses or breaks: both rates are reported next to it. So is the
+# rate of harmless answers, a verdict that the local rules never give.
+_SIDE_METRICS = {
     "refusal": "harm_refusal_rate",
     "harmless": "harm_harmless_rate",
     DEGENERATE: "harm_degenerate_rate",
 }
 
 
-def standard_behaviour(name: str, prompts: Callable[[str], PromptSet], **options: Any) -> Behaviour:
+def standard_behaviour(name: str, prompts: SplitFunction, **options: Any) -> Behaviour:
     """A behaviour of the package, with its usual metrics."""
-    words = _STANDARD[name]
-    metrics = {RATE: words.rate, NLL: words.nll}
+    standard = _STANDARD[name]
+    metrics = {RATE_KEY: standard.rate, NLL_KEY: standard.nll}
     if name == TARGET:
-        metrics |= _BESIDE_HARM
-    return Behaviour(
-        name, prompts, wanted=words.wanted, metrics=metrics, is_kept=words.is_kept, **options
-    )
+        metrics |= _SIDE_METRICS
+    options = {"wanted": standard.wanted, "is_kept": standard.is_kept, **options}
+    return Behaviour(name, prompts, metrics=metrics, **options)
 
 
 def standard_behaviours() -> dict[str, Behaviour]:
-    """All of them without requests, for rows of a study whose model is not at hand."""
+    """All of them without requests, to read the rows of a study without its model."""
     return {name: standard_behaviour(name, lambda _: PromptSet(())) for name in _STANDARD}

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmcircuits.batches import Batch
-from harmcircuits.behaviours.behaviour import DOUBTED, KEPT_WORDS, Behaviour
+from harmcircuits.behaviours.behaviour import DISAGREEMENT, LEXICAL_OVERLAP, Behaviour
 from harmcircuits.behaviours.judges import content
 from harmcircuits.display import card, facts, listed, share
 from harmcircuits.measurements import Labels, Measurement, Rows
@@ -167,11 +167,11 @@ class Outcomes:
         if not kept:
             return rows
         metrics = behaviour.metrics
-        if KEPT_WORDS in metrics:
-            rows += [Measurement.rate(metrics[KEPT_WORDS], labels, kept, groups)]
-        if DOUBTED in metrics:
+        if LEXICAL_OVERLAP in metrics:
+            rows += [Measurement.rate(metrics[LEXICAL_OVERLAP], labels, kept, groups)]
+        if DISAGREEMENT in metrics:
             where = {**labels, "judge": self.judge} if self.judge else labels
-            rows += [Measurement.rate(metrics[DOUBTED], where, doubted, groups)]
+            rows += [Measurement.rate(metrics[DISAGREEMENT], where, doubted, groups)]
         return rows
 
 

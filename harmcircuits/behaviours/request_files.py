@@ -1,50 +1,54 @@
-"""Request files as the behaviours of a real model."""
+"""Request files as the behaviours of a real model: read, split, and put into questions."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from harmcircuits.behaviours.behaviour import (
     CONTRAST,
-    DOUBTED,
-    KEPT_WORDS,
+    DISAGREEMENT,
+    LEXICAL_OVERLAP,
     TARGET,
     Behaviour,
     Splits,
     standard_behaviour,
 )
-from harmcircuits.behaviours.repeats import plain_texts
 from harmcircuits.behaviours.request_judge import QuestionTemplates
 from harmcircuits.display import nearest, plural
-from harmcircuits.prompts import SPLITS, Example, PromptSet, joined_clusters, plain_text
+from harmcircuits.prompts import (
+    SPLITS,
+    Example,
+    PromptSet,
+    joined_clusters,
+    plain_text,
+    plain_texts,
+)
 
-# Labels of the two sides of a pair, as published data sets write them.
+# Labels of the two sides of a pair in published data sets.
 UNSAFE = ("unsafe", "harmful")
 SAFE = ("safe", "harmless", "benign")
-YES_OR_NO_TOKENS = 4  # how long an answer to a yes-or-no question may be
+YES_OR_NO_TOKENS = 4  # the longest answer to a yes-or-no question
 
-Sets = Mapping[str, PromptSet]  # by split
-Requests = str | PromptSet
+RequestSource = str | PromptSet
 Pair = tuple[Example, Example]  # harmful, harmless
 
 
 @dataclass(frozen=True)
 class RequestFiles:
-    """Where a real model's requests come from.
-
-    Each source is a file, a dataset, or a set of requests.
+    """The sources of a real model's requests: files, datasets, or sets of requests.
 
     Attributes:
         harmful: harmful requests: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or a dataset
             id or folder (ID:SPLIT). AdvBench, HarmBench, JailbreakBench, StrongREJECT, XSTest,
             Alpaca and chat messages are recognised, and files with a `prompt` column. They are
             split into calibration, choice and held-out by the hash of their `group` (or prompt), so
-            a request stays where it is when others are added; a repeated one counts once. Targets
-            that a data set publishes are not scored: the model's own answers are.
-        benign: benign requests, given and split in the same way.
+            a request keeps its split when a file grows; a repeated request counts once. The
+            completions of a data set are not scored: the model's own answers are.
+        benign: benign requests, read and split in the same way.
         harmful_heldout: held-out harmful requests, in place of a quarter of the others.
         benign_heldout: held-out benign requests, in place of a quarter of the others.
         pairs: rows with `label` safe or unsafe, for recognition; matched by `group`, or by their
@@ -54,16 +58,16 @@ class RequestFiles:
         plain: a text file for perplexity.
         limit: the largest number of requests (pairs, windows) in a split; 0: all.
         limit_measured: the limit in choice and held-out, which only measure, where it differs.
-        questions: the questions of recognition and explanation, and what answers them.
-        columns: which column holds what, as prompt=goal, in every file; harmful.prompt=goal in one.
+        questions: the questions of recognition and explanation, and the words of right answers.
+        columns: the column of a field, as prompt=goal, in every file; harmful.prompt=goal in one.
     """
 
-    harmful: Requests = ""
-    benign: Requests = ""
-    harmful_heldout: Requests = ""
-    benign_heldout: Requests = ""
-    pairs: Requests = ""
-    borderline: Requests = ""
+    harmful: RequestSource = ""
+    benign: RequestSource = ""
+    harmful_heldout: RequestSource = ""
+    benign_heldout: RequestSource = ""
+    pairs: RequestSource = ""
+    borderline: RequestSource = ""
     plain: str = ""
     limit: int = 0
     limit_measured: int = 0
@@ -75,8 +79,9 @@ class RequestFiles:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        has_requests = bool(self.harmful or self.benign)
         for name in (TARGET, CONTRAST):
-            if bool(self.harmful or self.benign) and not getattr(self, name):
+            if has_requests and not getattr(self, name):
                 raise ValueError(f"prompts: no {name!r}; give a file or a list of requests for it")
         for key in self.columns:
             source = key.rpartition(".")[0]
@@ -84,32 +89,32 @@ class RequestFiles:
                 raise ValueError(f"columns: {key!r} names no file; {nearest(source, self.SOURCES)}")
 
     @classmethod
-    def of(cls, given: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
-        """Request files from a dict, whose sources may be lists, tables or paths too."""
-        if isinstance(given, RequestFiles):
-            return given
-        if not isinstance(given, Mapping):
+    def of(cls, sources: "RequestFiles | Mapping[str, Any]") -> "RequestFiles":
+        """Request files from a dict, whose sources may also be lists, tables or paths."""
+        if isinstance(sources, RequestFiles):
+            return sources
+        if not isinstance(sources, Mapping):
             raise ValueError(
                 f"prompts: expected a dict such as {{'{TARGET}': FILE, '{CONTRAST}': FILE}}, "
-                f"got {type(given).__name__}"
+                f"got {type(sources).__name__}"
             )
-        known = [known.name for known in fields(cls)]
+        names = [item.name for item in fields(cls)]
         values: dict[str, Any] = {}
-        for name, value in given.items():
-            if name not in known:
-                raise ValueError(f"prompts: no {name!r} is known; {nearest(name, known)}")
+        for name, value in sources.items():
+            if name not in names:
+                raise ValueError(f"prompts: {name!r} is unknown; {nearest(name, names)}")
             if name == "questions":
                 value = QuestionTemplates.of(value)
             elif isinstance(value, Path):
                 value = str(value)
-            elif name in cls.SOURCES and not isinstance(value, str | PromptSet):
-                value = PromptSet.read(value, _columns_of(name, given.get("columns", {})))
+            elif name in cls.SOURCES and not isinstance(value, str):
+                value = PromptSet.read(value, _columns_of(name, sources.get("columns", {})))
             values[name] = value
         return cls(**values)
 
     @property
     def sources(self) -> dict[str, str]:
-        """What is given of each kind, for error messages and manifests."""
+        """The name of every source, for error messages and manifests."""
         names = {}
         for name in (*self.SOURCES, "plain"):
             source = getattr(self, name)
@@ -119,187 +124,171 @@ class RequestFiles:
         return names
 
     @property
-    def shapes(self) -> list[str]:
-        """How each file was read, a line each: what it was recognised as, and its columns."""
-        lines = []
-        for name in self.sources:
-            shape = self.requests(name).shape if name != "plain" else ""
-            if shape:
-                lines.append(f"{name}: {shape}")
-        return lines
-
-    @property
     def limits(self) -> dict[str, int]:
         """The largest number of requests by split; 0 for all."""
         measured = self.limit_measured or self.limit
         return {"calibration": self.limit, "choice": measured, "heldout": measured}
 
-    def requests(self, name: str) -> PromptSet:
-        """The requests of a source, as they are in its file."""
-        source = getattr(self, name)
-        if isinstance(source, PromptSet):
-            return source
-        # Read once: a dataset takes seconds.
-        if name not in self._read:
-            self._read[name] = PromptSet.read(source, _columns_of(name, self.columns))
-        return self._read[name]
+    @cached_property
+    def requests(self) -> dict[str, PromptSet]:
+        """The requests of every source, as they are in its file, which is read once."""
+        requests = {}
+        for name in self.SOURCES:
+            source = getattr(self, name)
+            if source:
+                requests[name] = PromptSet.read(source, _columns_of(name, self.columns))
+        return requests
 
     def split(self, name: str) -> Splits:
         """The requests of a source by split, without the answers of its file."""
-        given = self.requests(name)
-        heldout = f"{name}_heldout"
-        apart = self.requests(heldout) if getattr(self, heldout, "") else None
-        asked = given.where(lambda example: name != "borderline" or example.label not in UNSAFE)
+        source = self.requests[name]
+        heldout = self.requests.get(f"{name}_heldout")
+        safe = source
+        if name == "borderline":
+            safe = source.where(lambda example: example.label not in UNSAFE)
         splits = Splits.of(
-            _without_answers(asked),
-            _without_answers(apart) if apart is not None else None,
+            _without_answers(safe),
+            _without_answers(heldout) if heldout else None,
             limits=self.limits,
             origin=self.sources[name],
         )
-        return replace(splits, given=given, heldout=apart)
-
-    @cached_property
-    def _read(self) -> dict[str, PromptSet]:
-        return {}
+        return replace(splits, source=source, heldout=heldout)
 
 
 def _columns_of(name: str, columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns of one source: those for all, and its own, which count more."""
-    named: dict[str, str] = {}
+    """Column names for one source; its own override the general ones."""
+    by_field: dict[str, str] = {}
     for key in sorted(columns, key=lambda key: "." in key):
-        source, _, column = key.rpartition(".")
+        source, _, field_name = key.rpartition(".")
         if source in ("", name):
-            named[column] = columns[key]
-    return named
+            by_field[field_name] = columns[key]
+    return by_field
 
 
 def _without_answers(prompts: PromptSet) -> PromptSet:
     return prompts.with_completions([""] * len(prompts))
 
 
-# The usual behaviours
-
-
 def request_behaviours(
     files: RequestFiles, own: Iterable[Behaviour] = (), *, prefill: str
 ) -> tuple[dict[str, Behaviour], dict[str, str]]:
-    """The behaviours by name, without reference answers yet, and each prompt's kind of request."""
-    questions = files.questions
-    splits = _splits(files, prefill)
+    """The behaviours by name, without reference answers yet, and the kind of each prompt."""
     behaviours = {}
-    for name, prompts in splits.items():
-        options: dict[str, Any] = {}
-        if name in ("harmful", "prefilled"):
-            options["prefill"] = prefill
-        if name == "recognition":
-            options["choices"] = (questions.yes, questions.no)
-            options["max_new_tokens"] = YES_OR_NO_TOKENS
-        behaviours[name] = standard_behaviour(name, prompts, **options)
-    if TARGET in behaviours:
-        words = {KEPT_WORDS: "harm_kept_words_rate", DOUBTED: "harm_doubted_rate"}
-        harm = behaviours[TARGET]
-        behaviours[TARGET] = replace(harm, metrics={**harm.metrics, **words})
-
-    kinds = _kinds(splits)
+    for behaviour in _file_behaviours(files, prefill):
+        behaviours[behaviour.name] = behaviour
     for behaviour in own:
         name, prompts = behaviour.name, behaviour.prompts
         if name in behaviours:
             raise ValueError(f"behaviours: there is a {name!r} already; give another name")
-        if isinstance(prompts, Splits) and prompts.given is not None:
-            limited = Splits.of(prompts.given, limits=files.limits)
-            behaviour = replace(behaviour, prompts=limited)
-        behaviours[name] = behaviour
-        if behaviour.judge is None:  # judged as borderline requests are: answered or not
-            for prompt in _prompts_of(behaviour):
-                kinds.setdefault(prompt, name)
+        if isinstance(prompts, Splits) and prompts.source is not None:
+            prompts = Splits.of(prompts.source, limits=files.limits)
+        behaviours[name] = replace(behaviour, prompts=prompts)
+
+    kinds: dict[str, str] = {}
+    for behaviour in behaviours.values():
+        if behaviour.judge is None:
+            # The first behaviour with a prompt gives its kind: a borderline request that is in the
+            # harmful file too is judged as harmful.
+            kinds = _kinds(behaviour) | kinds
     return behaviours, kinds
 
 
-def _prompts_of(behaviour: Behaviour) -> Iterator[str]:
+def _kinds(behaviour: Behaviour) -> dict[str, str]:
+    """The kind of each prompt, for `RequestJudge`."""
+    prompts = []
     for split in SPLITS:
-        for example in behaviour.prompts(split):
-            yield example.prompt
+        prompts += [example.prompt for example in behaviour.prompts(split)]
+    if behaviour.name == "recognition":
+        return dict(zip(prompts, cycle(("no", "yes")), strict=False))
+    return dict.fromkeys(prompts, behaviour.name)
 
 
-def _splits(files: RequestFiles, prefill: str) -> dict[str, Splits]:
-    """The requests of each of the usual behaviours that has some."""
-    # Two files give most behaviours; they differ in how the same requests are put:
+def _file_behaviours(files: RequestFiles, prefill: str) -> list[Behaviour]:
+    """The behaviours of the package for which there are requests."""
+    # Two files give most behaviours, which put the same requests in different ways:
     #
     #                       harmful requests    benign requests
-    #     answer begun      harmful             prefilled
-    #     as they are       refusal             benign
+    #     with a prefill    harmful             prefilled
+    #     alone             refusal             benign
     #     in a question     explanation         .
     #     in a question     recognition         recognition
-    splits: dict[str, Splits] = {}
+    behaviours = []
     if files.harmful:
         harmful, benign = files.split(TARGET), files.split(CONTRAST)
-        _refuse_shared(files, harmful.sets, benign.sets)
+        _refuse_shared(files.sources, harmful, benign)
+        questions = files.questions
         explanation = {}
         for split, requests in harmful.sets.items():
-            explanation[split] = _put_into(files.questions.explanation, requests)
-        splits = {
-            "harmful": harmful,
-            "benign": benign,
-            "recognition": _recognition(files, harmful.sets, benign.sets),
-            "explanation": Splits(explanation, about=harmful.sets),
-            "refusal": Splits(harmful.sets),
-        }
+            explanation[split] = _in_question(questions.explanation, requests)
+
+        harm = standard_behaviour(TARGET, harmful, prefill=prefill)
+        words = {LEXICAL_OVERLAP: "harm_kept_words_rate", DISAGREEMENT: "harm_doubted_rate"}
+        behaviours = [
+            replace(harm, metrics={**harm.metrics, **words}),
+            standard_behaviour(CONTRAST, benign),
+            standard_behaviour(
+                "recognition",
+                _recognition(files, harmful, benign),
+                choices=(questions.yes, questions.no),
+                max_new_tokens=YES_OR_NO_TOKENS,
+            ),
+            standard_behaviour("explanation", Splits(explanation, subjects=harmful.sets)),
+            standard_behaviour("refusal", Splits(harmful.sets)),
+        ]
         if prefill:
-            splits["prefilled"] = Splits(benign.sets)
+            prefilled = standard_behaviour("prefilled", Splits(benign.sets), prefill=prefill)
+            behaviours.append(prefilled)
     if files.borderline:
-        splits["borderline"] = files.split("borderline")
-    return splits
+        behaviours.append(standard_behaviour("borderline", files.split("borderline")))
+    return behaviours
 
 
-def _refuse_shared(files: RequestFiles, harmful: Sets, benign: Sets) -> None:
-    shared = plain_texts(harmful, SPLITS) & plain_texts(benign, SPLITS)
-    if shared:
-        names = files.sources
+def _refuse_shared(sources: Mapping[str, str], harmful: Splits, benign: Splits) -> None:
+    texts = plain_texts(harmful.sets.values()) & plain_texts(benign.sets.values())
+    if texts:
         raise ValueError(
-            f"{plural(len(shared), 'request')} of {names['harmful']} are in {names['benign']} too; "
-            "leave each in one file"
+            f"{plural(len(texts), 'request')} of {sources['harmful']} are in {sources['benign']} "
+            "too; leave each in one file"
         )
 
 
-def _put_into(template: str, prompts: PromptSet) -> PromptSet:
-    """The requests as parts of a question about them."""
+def _in_question(template: str, prompts: PromptSet) -> PromptSet:
+    """A question about each request."""
     examples = []
     for example in prompts:
         question = template.replace("{request}", example.prompt)
-        # A question about a request and the request itself count as one.
+        # A question and its request are one unit.
         examples.append(replace(example, prompt=question, group=example.cluster))
     return PromptSet(tuple(examples))
-
-
-def _kinds(splits: Mapping[str, Splits]) -> dict[str, str]:
-    """What kind of request each prompt is, for `RequestJudge`; recognition's are "no" and "yes"."""
-    kinds = {}
-    for name in ("recognition", "explanation", "borderline", "benign", "harmful"):
-        # A prompt that is in several sets has the kind of the last one: a borderline request that
-        # is in the harmful file too is judged as harmful. "refusal" and "prefilled" have no prompts
-        # of their own.
-        for requests in splits[name].sets.values() if name in splits else ():
-            for number, example in enumerate(requests):
-                side = "yes" if number % 2 else "no"
-                kinds[example.prompt] = side if name == "recognition" else name
-    return kinds
 
 
 # Recognition: questions about both requests of a pair
 
 
-def _recognition(files: RequestFiles, harmful: Sets, benign: Sets) -> Splits:
-    """Questions about both requests of each pair: first the harmful one, to which no is right."""
-    if files.pairs:
-        by_split = _given_pairs(files, harmful, benign)
+def _recognition(files: RequestFiles, harmful: Splits, benign: Splits) -> Splits:
+    """Questions about both requests of each pair: first the harmful one, whose answer is no."""
+    if "pairs" in files.requests:
+        pairs = _pairs_of_file(files, harmful, benign)
     else:
         # Within a split, so that no request is both scored and measured.
-        by_split = {split: nearest_pairs(harmful[split], benign[split]) for split in SPLITS}
-    questions, about = {}, {}
-    for split, pairs in by_split.items():
-        questions[split] = _pair_questions(files.questions, pairs)
-        about[split] = PromptSet(tuple(request for pair in pairs for request in pair))
-    return Splits(questions, about=about)
+        pairs = {split: nearest_pairs(harmful(split), benign(split)) for split in SPLITS}
+
+    template = files.questions.recognition
+    answers = [files.questions.no[0], files.questions.yes[0]]
+    questions, subjects = {}, {}
+    for split, members in pairs.items():
+        # Rows 2k and 2k + 1 are a pair, with one category and group: see `Behaviour.choices`.
+        examples, requests = [], []
+        for pair in members:
+            unsafe, _ = pair
+            for request, answer in zip(pair, answers, strict=True):
+                text = template.replace("{request}", request.prompt)
+                example = Example(text, answer, category=unsafe.category, group=unsafe.cluster)
+                examples.append(example)
+            requests += pair
+        questions[split] = PromptSet(tuple(examples))
+        subjects[split] = PromptSet(tuple(requests))
+    return Splits(questions, subjects=subjects)
 
 
 def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
@@ -315,7 +304,7 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
         side = safe if example.label in SAFE else unsafe
         side.append(example)
 
-    # The first with the first, and so on; what is left over on the longer side has no partner.
+    # The first with the first, and so on; the longer side may have requests without a partner.
     pairs: list[Pair] = []
     for unsafe, safe in sides.values():
         pairs += zip(unsafe, safe, strict=False)
@@ -330,52 +319,43 @@ def request_pairs(prompts: PromptSet, origin: str = "") -> list[Pair]:
 
 
 def nearest_pairs(harmful: PromptSet, benign: PromptSet) -> list[Pair]:
-    """Pairs each harmful request with the unused benign request closest in length."""
+    """Each harmful request with the unused benign request closest in length."""
     unused = sorted(benign, key=lambda example: (len(example.prompt), example.prompt))
     pairs = []
-    for example in list(harmful)[: len(unused)]:
-        distances = [abs(len(other.prompt) - len(example.prompt)) for other in unused]
+    for example in harmful.examples[: len(unused)]:
+        distances = [abs(len(partner.prompt) - len(example.prompt)) for partner in unused]
         closest = distances.index(min(distances))
         pairs.append((example, unused.pop(closest)))
     return pairs
 
 
-def _given_pairs(files: RequestFiles, harmful: Sets, benign: Sets) -> dict[str, list[Pair]]:
-    """The pairs of a file by split: where a request of theirs is, or drawn by the harmful one."""
+def _pairs_of_file(
+    files: RequestFiles, harmful: Splits, benign: Splits
+) -> dict[str, Sequence[Pair]]:
+    """The pairs of a file, in the split of a request that they share with the other files.
+
+    Other pairs are drawn by their harmful request. Pairs with a request in common stay together.
+    """
+    split_of = {}
+    for splits in (benign, harmful):
+        for split, requests in splits.sets.items():
+            split_of |= dict.fromkeys(plain_texts([requests]), split)
+
     origin = files.sources["pairs"]
-    split_of = _split_of_texts(benign) | _split_of_texts(harmful)
-    pairs = request_pairs(files.requests("pairs"), origin)
-    # Splits are drawn of single requests, so each pair is drawn by its harmful one. Pairs that have
-    # a request in common go together.
+    pairs = request_pairs(files.requests["pairs"], origin)
     keys = [(bad.cluster, plain_text(bad.prompt), plain_text(good.prompt)) for bad, good in pairs]
-    by_prompt, known = {}, {}
-    for (bad, good), cluster in zip(pairs, joined_clusters(keys), strict=True):
-        is_moved = bad.cluster != cluster
-        by_prompt[bad.prompt] = (replace(bad, group=cluster) if is_moved else bad, good)
-        texts = [plain_text(bad.prompt), plain_text(good.prompt)]
-        known[cluster] = next((split_of[text] for text in texts if text in split_of), "")
-    unsafe = PromptSet(tuple(bad for bad, _ in by_prompt.values()))
+    by_prompt, placement = {}, {}
+    for (unsafe, safe), (_, *texts), cluster in zip(
+        pairs, keys, joined_clusters(keys), strict=True
+    ):
+        if unsafe.cluster != cluster:
+            unsafe = replace(unsafe, group=cluster)
+        by_prompt[unsafe.prompt] = (unsafe, safe)
+        placement[cluster] = next((split_of[text] for text in texts if text in split_of), "")
+
+    requests = PromptSet(tuple(unsafe for unsafe, _ in by_prompt.values()))
+    splits = Splits.of(requests, limits=files.limits, origin=origin, placement=placement)
     by_split = {}
-    for split, requests in unsafe.splits(limits=files.limits, origin=origin, known=known).items():
+    for split, requests in splits.sets.items():
         by_split[split] = [by_prompt[example.prompt] for example in requests]
     return by_split
-
-
-def _split_of_texts(sets: Sets) -> dict[str, str]:
-    """Each request, as it is compared -> its split."""
-    splits = {}
-    for split, requests in sets.items():
-        for example in requests:
-            splits[plain_text(example.prompt)] = split
-    return splits
-
-
-def _pair_questions(questions: QuestionTemplates, pairs: Iterable[Pair]) -> PromptSet:
-    # Rows 2k and 2k + 1 are a pair, with one category and group: see `Behaviour.choices`.
-    examples = []
-    for unsafe, safe in pairs:
-        for request, right in ((unsafe, questions.no[0]), (safe, questions.yes[0])):
-            text = questions.recognition.replace("{request}", request.prompt)
-            example = Example(text, right, category=unsafe.category, group=unsafe.cluster)
-            examples.append(example)
-    return PromptSet(tuple(examples))

@@ -82,7 +82,7 @@ def tradeoff_figure(rows: Rows, roles: Roles) -> Picture:
         target.metric: roles.valid_answers,
         target.nll_metric: f"{target.title} NLL, nats per token",
     }
-    return share_figure(tradeoff_lines(rows), panels, kept=roles.kept_rates)
+    return share_figure(tradeoff_lines(rows), panels, abilities=roles.kept_rates)
 
 
 def _svg(figure: Picture) -> Markup:

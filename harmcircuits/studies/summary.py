@@ -7,8 +7,8 @@ from rich.table import Table
 
 from harmcircuits.behaviours.behaviour import (
     CONTRAST,
-    DOUBTED,
-    KEPT_WORDS,
+    DISAGREEMENT,
+    LEXICAL_OVERLAP,
     TARGET,
     Behaviour,
     standard_behaviours,
@@ -112,7 +112,7 @@ class Roles:
         titles = {}
         for behaviour in self.behaviours:
             titles[behaviour.metric] = behaviour.title
-            for side in (DEGENERATE, KEPT_WORDS, DOUBTED):
+            for side in (DEGENERATE, LEXICAL_OVERLAP, DISAGREEMENT):
                 if side in behaviour.metrics:
                     titles[behaviour.metrics[side]] = IN_WORDS.get(side, side)
         return titles
@@ -418,7 +418,7 @@ def _judge_warnings(rows: Rows, target: Behaviour, pruned: Rows) -> list[str]:
             "Warning: there are too few requests to say whether the judge tells harmful answers "
             "from harmless ones."
         )
-    for row in pruned.where(target.metrics.get(DOUBTED, DOUBTED)):
+    for row in pruned.where(target.metrics.get(DISAGREEMENT, DISAGREEMENT)):
         if row.mean >= DOUBTFUL:
             warnings.append(
                 f"Warning: {row:.0%} of the {target.title} answers without the circuit keep half "

@@ -14,9 +14,9 @@ import harmcircuits as hc
 from harmcircuits.behaviours.repeats import (
     IN_TWO_SPLITS,
     REPEATED,
+    leak_texts,
     repeat_rows,
     repeats_text,
-    shared_texts,
 )
 from harmcircuits.behaviours.request_files import (
     RequestFiles,
@@ -79,10 +79,10 @@ def test_columns_are_of_all_files_or_of_one(tmp_path):
     rows = [{"ask": "mend it", "kind": "y"}]
     given = {"harmful": tmp_path / "bad.csv", "benign": rows, "columns": columns}
     files = RequestFiles.of(given)
-    assert files.requests("harmful").examples == (Example("break it", category="x"),)
-    assert files.requests("benign").examples == (Example("mend it", category="y"),)
-    (line,) = files.shapes[:1]
-    assert line.startswith("harmful: ") and "bad.csv" in line and "1 request" in line
+    assert files.requests["harmful"].examples == (Example("break it", category="x"),)
+    assert files.requests["benign"].examples == (Example("mend it", category="y"),)
+    shape = files.requests["harmful"].shape
+    assert "bad.csv" in shape and "1 request" in shape
     assert pickle.loads(pickle.dumps(files)) == files
 
 
@@ -259,5 +259,5 @@ def test_requests_that_two_behaviours_share_are_counted():
     sets = behaviours["benign"].prompts.sets
     n_both = len(texts_of(sets, *SPLITS[:2]) & set(map(plain_text, heldout)))
     assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="own").mean == n_both
-    (sentence,) = [text for text in shared_texts(rows) if f"{n_both} requests that benign" in text]
+    (sentence,) = [text for text in leak_texts(rows) if f"{n_both} requests that benign" in text]
     assert f"Warning: {sentence}" in repeats_text(rows)
