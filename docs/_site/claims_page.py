@@ -38,7 +38,7 @@ DOTS = {HOLDS: GREEN, IN_PART: AMBER, FAILS: GREY}
 # None or all of 48 items, or of the 24 of attacks: their intervals are said once, on the claims' page.
 EXTREME = re.compile(r"\b(0%|100%) \[(?:0%, (?:9|17)%|(?:91|83)%, 100%|-9%, 9%)\]")
 # Whose numbers are on a page besides those of the findings.
-QUESTIONS = ("put_back", "activation_patching", "second_opinion", "shared_circuits")
+QUESTIONS = ("put_back", "activation_patching", "shared_circuits")
 
 
 def with_result(page: str, result: ClaimResult) -> str:

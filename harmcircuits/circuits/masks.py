@@ -269,9 +269,7 @@ class WeightMask:
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
-        """The mask in a file written by `save`, of this version or 0.1.0.
-
-        Its digest is compared; a file of an earlier version has none, and is read as it is.
+        """The mask in a file written by `save`. Its digest is compared.
 
         Args:
             path: the file.
@@ -280,8 +278,7 @@ class WeightMask:
             ValueError: a missing file, one that holds no mask, or a damaged one.
         """
         removed, metadata = read_tensors(path, MASK_FORMAT, "mask")
-        # Earlier versions wrote no trace.
-        trace = Rows.from_dicts(json.loads(metadata.get("trace", "[]")))
+        trace = Rows.from_dicts(json.loads(metadata["trace"]))
         source = Source.from_json(metadata["source"])
         return cls(removed, read_shapes(metadata["shapes"]), source, trace, str(path))
 

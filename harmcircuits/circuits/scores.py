@@ -216,9 +216,8 @@ class WeightScores:
             folder: the folder.
 
         Raises:
-            ValueError: a folder without scores, a file of another format, or a missing, foreign
-                or damaged shard. Shards of earlier versions have no digest and are
-                read as they are.
+            ValueError: a folder without scores, a file that holds something else, a missing or
+                foreign shard, and a damaged one.
         """
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:

@@ -1,8 +1,6 @@
-"""How well scores find a circuit that is known."""
+"""How well scores recover the circuit of the planted organism."""
 
-from collections.abc import Mapping
-
-from support.bench.methods import Calibrations, batches
+from support.bench.cases import Calibrations, batches_of
 from support.ground_truth import all_scores, ground_truth_rows
 
 from harmcircuits.behaviours.model import Model
@@ -16,19 +14,17 @@ from harmcircuits.search.attribution import removal_effect, token_price
 def recovery(model: Model, data: Calibrations, labels: Labels) -> Rows:
     """AUROC and precision of every score against the planted circuit."""
     truth = true_circuit(model)
-    target, others = batches(data)
+    target, others = batches_of(data)
     effect = removal_effect(model.bridge, target)
-    prices = [token_price(model.bridge, spared) for spared in others]
-    price = mean_scores(prices, [1.0] * len(prices))  # the mean of them
+    prices = [token_price(model.bridge, batches) for batches in others]
+    price = mean_scores(prices, [1.0] * len(prices))
+    difference = {}
+    for name, values in effect.values.items():
+        difference[name] = values - len(prices) * price.values[name]
+
     scores = all_scores(model.bridge, target, effect)
-    scores["less its price"] = less(effect, price.values, len(prices))
+    scores["less its price"] = WeightScores(difference, effect.source)
     return ground_truth_rows(scores, truth, named_weights(model.bridge), labels)
-
-
-def less(scores: WeightScores, price: Mapping, factor: float) -> WeightScores:
-    """Scores less a factor times a price."""
-    values = {name: value - factor * price[name] for name, value in scores.values.items()}
-    return WeightScores(values, scores.source)
 
 
 def true_circuit(model: Model) -> WeightMask:

@@ -1,16 +1,14 @@
 """Pairs of searches on answers of their own: what their masks share, and what each does."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from support.bench.cases import with_prompts
-from support.bench.methods import rounds
-from support.bench.results import ENDED
+from support.bench.cases import Calibrations, with_prompts
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import TARGET
@@ -28,27 +26,26 @@ from harmcircuits.prompts import PromptSet
 from harmcircuits.search.attribution import removal_effect
 
 SIZES = (0.001, 0.002, 0.004)
-MEASURED = 0.002  # the size at which what a mask does is measured
-MOST_DISJOINT = 4
+MEASURED_SIZE = 0.002  # at which the behaviours under a mask are measured
+MAX_DISJOINT = 4
+ENDED = 0.02  # harmful answers, at most: harm has ended
 N_RANDOM = 5  # pairs of random masks
-LEVELS = ("weight", "neuron", "head")
-MASKS = ("searched", "random", "random, same |W|")
-
 Level = Literal["weight", "neuron", "head"]
-Data = Mapping[str, Calibration]
-Masks = list[WeightMask]
+LEVELS: tuple[Level, ...] = ("weight", "neuron", "head")
+MASKS = ("searched", "random", "random, same |W|")
 
 # The data of a pair
 
 
-def halves(model: Model, data: Data, draw: int) -> tuple[Data, Data]:
-    """The answers about half of every topic's items, and those about the others."""
-    drawn = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw))
-    rest = with_prompts(model, data, partial(PromptSet.sampled, share=0.5, seed=draw, rest=True))
-    return drawn, rest
+def halves(model: Model, data: Calibrations, draw: int) -> tuple[Calibrations, Calibrations]:
+    """The answers about a random half of every topic's items, and the answers about the others."""
+    sampled = partial(PromptSet.sampled, share=0.5, seed=draw)
+    first = with_prompts(model, data, sampled)
+    second = with_prompts(model, data, partial(sampled, rest=True))
+    return first, second
 
 
-def shuffled(model: Model, data: Data, draw: int) -> Data:
+def shuffled(model: Model, data: Calibrations, draw: int) -> Calibrations:
     """The same answers in another order: another third of them is checked."""
 
     def reordered(prompts: PromptSet) -> PromptSet:
@@ -59,26 +56,26 @@ def shuffled(model: Model, data: Data, draw: int) -> Data:
     return with_prompts(model, data, reordered)
 
 
-def heldout(model: Model, data: Data) -> Data:
+def held_out(model: Model, names: Calibrations) -> Calibrations:
     """The same behaviours on the held-out items."""
-    shown = {}
-    for name in data:
+    data = {}
+    for name in names:
         behaviour = model.behaviour(name)
         requests = behaviour.prompts("heldout")
         answers = model.verified(behaviour, requests)
         verified = answers.where(lambda example: bool(example.completion))
         batches = model.batches(behaviour, verified)
-        shown[name] = Calibration(verified, batches, len(requests), name)
-    return shown
+        data[name] = Calibration(verified, batches, len(requests), name)
+    return data
 
 
-def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
+def pair_of(model: Model, pair: str, draw: int) -> tuple[Calibrations, Calibrations]:
     """The answers of two searches."""
     whole = model.calibrations()
-    if kind == "wholes":
-        return whole, heldout(model, whole)
+    if pair == "wholes":
+        return whole, held_out(model, whole)
     first, second = halves(model, whole, draw)
-    if kind == "same half":
+    if pair == "same half":
         return first, shuffled(model, first, draw)
     return first, second
 
@@ -86,137 +83,129 @@ def pair_of(model: Model, kind: str, draw: int) -> tuple[Data, Data]:
 # The searches
 
 
-def search(model: Model, data: Data) -> Masks:
+def search(model: Model, data: Calibrations) -> list[WeightMask]:
     """Masks of every size by `Model.find_circuit`."""
     return model.find_circuit(TARGET, size=SIZES, calibrations=data)
 
 
-def three_searches(model: Model, data: Data) -> Masks:
+def three_searches(model: Model, data: Calibrations) -> list[WeightMask]:
     """At each size the weights in most of three masks; among equals, the larger removal effect."""
-    masks_of = [search(model, data)]
+    by_order = [search(model, data)]
     for order in (1, 2):
-        masks_of.append(search(model, shuffled(model, data, order)))
+        by_order.append(search(model, shuffled(model, data, order)))
     effect = removal_effect(model.bridge, data[TARGET].batches)
-    of_each_size = zip(*masks_of, strict=True)
-    chosen = []
-    for size, masks in zip(SIZES, of_each_size, strict=True):
-        chosen.append(top_fraction(votes(masks, effect), size, within="model"))
-    return chosen
+
+    majorities = []
+    for size, masks in zip(SIZES, zip(*by_order, strict=True), strict=True):
+        majorities.append(top_fraction(votes(masks, effect), size, within="model"))
+    return majorities
 
 
-def votes(masks: Iterable[WeightMask], effect: WeightScores) -> WeightScores:
-    """In how many masks each weight is, and its effect as less than a vote."""
+def votes(masks: Sequence[WeightMask], effect: WeightScores) -> WeightScores:
+    """The number of masks that hold each weight, and its effect as less than a vote."""
     largest = max(values.abs().max().item() for values in effect.values.values())
-    counted = {}
+    scores = {}
     for name, values in effect.values.items():
         n_votes = sum(mask.dense(name).float() for mask in masks)
-        counted[name] = n_votes + values / (3 * largest)
-    source = Source(effect.source.model, "votes", {}, (effect.source,))
-    return WeightScores(counted, source)
+        scores[name] = n_votes + values / (3 * largest)
+    return WeightScores(scores, Source(effect.source.model, "votes", {}, (effect.source,)))
 
 
-METHODS: dict[str, Callable[[Model, Data], Masks]] = {
+METHODS: dict[str, Callable[[Model, Calibrations], list[WeightMask]]] = {
     "search": search,
     "three searches": three_searches,
-    "rounds": partial(rounds, rounds=10, sizes=SIZES),
-    "one shot": partial(rounds, rounds=1, sizes=SIZES),
 }
+
+
 # What two masks share, and what each does
 
 
-def jaccard(
-    mask: WeightMask,
-    other: WeightMask,
-    sites: Mapping[str, Site],
-    level: Level,
-) -> float:
+def jaccard(first: WeightMask, second: WeightMask, sites: Mapping[str, Site], by: Level) -> float:
     """Weights in both masks over weights in either."""
-    if level == "weight":
-        n_both = (mask & other).n_removed
-        return n_both / (mask | other).n_removed
+    if by == "weight":
+        return (first & second).n_removed / (first | second).n_removed
 
-    first = counts_by(mask, sites, level)
-    second = counts_by(other, sites, level)
-    n_both = n_either = 0
-    for place in first:
-        n_first = first[place].n_removed
-        n_second = second[place].n_removed
-        n_both += min(n_first, n_second)
-        n_either += max(n_first, n_second)
+    first_counts = counts_by(first, sites, by)
+    second_counts = counts_by(second, sites, by)
+    n_both = 0
+    n_either = 0
+    for place, count in first_counts.items():
+        counts = (count.n_removed, second_counts[place].n_removed)
+        n_both += min(counts)
+        n_either += max(counts)
     return n_both / max(1, n_either)
 
 
-def shared(model: Model, mask: WeightMask, other: WeightMask, labels: Labels) -> Rows:
-    """What two masks share, beside what random ones do."""
+def overlap_rows(model: Model, first: WeightMask, second: WeightMask, labels: Labels) -> Rows:
+    """What two masks share, beside what random masks share."""
     sites = weight_sites(model.bridge)
-    weights = named_weights(model.bridge)
     pairs = {
-        "searched": [(mask, other)],
-        "random": random_pairs(mask, other),
-        "random, same |W|": random_pairs(mask, other, weights),
+        "searched": [(first, second)],
+        "random": random_pairs(first, second),
+        "random, same |W|": random_pairs(first, second, named_weights(model.bridge)),
     }
-    lift = overlap(mask, other).lift
-    # Where no matrix holds weights of both, chance shares none, and there is no lift.
-    rows = [] if isnan(lift) else [Measurement.exact("overlap_lift", labels, lift)]
+    rows = Rows()
+    lift = overlap(first, second).lift
+    if not isnan(lift):  # it is, where no matrix holds weights of both: chance shares none
+        rows += [Measurement.exact("overlap_lift", labels, lift)]
     for name in MASKS:
         for level in LEVELS:
-            values = [jaccard(first, second, sites, level) for first, second in pairs[name]]
+            values = [jaccard(*pair, sites, level) for pair in pairs[name]]
             where = {**labels, "masks": name, "level": level}
-            rows.append(Measurement.exact("jaccard", where, fmean(values)))
-    return Rows(rows)
-
-
-def random_pairs(
-    mask: WeightMask,
-    other: WeightMask,
-    weights: Mapping[str, Tensor] | None = None,
-) -> list[tuple[WeightMask, WeightMask]]:
-    """Random masks like the one and like the other."""
-    pairs = []
-    for number in range(N_RANDOM):
-        first = random_like(mask, seed=2 * number, weights=weights)
-        second = random_like(other, seed=2 * number + 1, weights=weights)
-        pairs.append((first, second))
-    return pairs
-
-
-def done_by(model: Model, mask: WeightMask, names: Data, labels: Labels) -> Rows:
-    """How the model does on held-out requests without the mask's weights."""
-    rows = model.measure(mask=mask, only=list(names), labels=labels)
-    rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
+            rows += [Measurement.exact("jaccard", where, fmean(values))]
     return rows
 
 
-def compared(folder: Path, name: str, method: str, kind: str, draw: int, labels: Labels) -> Rows:
-    """A pair of searches: what their masks share at each size, and what they do at one."""
+def random_pairs(
+    first: WeightMask,
+    second: WeightMask,
+    weights: Mapping[str, Tensor] | None = None,
+) -> list[tuple[WeightMask, WeightMask]]:
+    """Random masks, each like one of two."""
+    pairs = []
+    for number in range(N_RANDOM):
+        like_first = random_like(first, seed=2 * number, weights=weights)
+        like_second = random_like(second, seed=2 * number + 1, weights=weights)
+        pairs.append((like_first, like_second))
+    return pairs
+
+
+def effect_rows(model: Model, mask: WeightMask, names: Calibrations, labels: Labels) -> Rows:
+    """Behaviours on held-out requests without the mask's weights, and the number of these."""
+    rows = model.measure(mask=mask, only=list(names), labels=labels)
+    return rows + [Measurement.exact("weights_removed", labels, mask.n_removed)]
+
+
+def compared(folder: Path, name: str, method: str, pair: str, draw: int, labels: Labels) -> Rows:
+    """A pair of searches: what their masks share at each size, and what they do at one size."""
     model = open_organism(name, folder=folder)
-    search_for = METHODS[method]
-    data, other_data = pair_of(model, kind, draw)
-    masks = search_for(model, data)
-    others = search_for(model, other_data)
+    first_data, second_data = pair_of(model, pair, draw)
+    first_masks = METHODS[method](model, first_data)
+    second_masks = METHODS[method](model, second_data)
+
     rows = Rows()
-    for size, mask, other in zip(SIZES, masks, others, strict=True):
-        if not (mask.n_removed and other.n_removed):  # nothing of this size was worth its price
+    for size, first, second in zip(SIZES, first_masks, second_masks, strict=True):
+        if not (first.n_removed and second.n_removed):  # no mask of this size was worth its price
             continue
         where = {**labels, "size": size}
-        rows += shared(model, mask, other, where)
-        if kind == "halves" and size == MEASURED:
-            rows += done_by(model, mask, data, {**where, "mask": "first"})
-            rows += done_by(model, other, data, {**where, "mask": "second"})
+        rows += overlap_rows(model, first, second, where)
+        if pair == "halves" and size == MEASURED_SIZE:
+            rows += effect_rows(model, first, first_data, {**where, "mask": "first"})
+            rows += effect_rows(model, second, first_data, {**where, "mask": "second"})
     return rows
 
 
 def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
-    """One search after another, each among the weights that those before it left."""
+    """One search after another, each among the weights that the earlier ones left."""
     model = open_organism(name, folder=folder)
     data = model.calibrations()
     rows = model.measure(labels={**labels, "mask": "none"}, only=list(data))
-    taken = None
-    for number in range(1, MOST_DISJOINT + 1):
-        mask = model.find_circuit(TARGET, size=size, calibrations=data, exclude=taken)
-        done = done_by(model, mask, data, {**labels, "mask": str(number)})
-        rows += done
-        if done.one("harm_valid_rate").mean > ENDED:
+    union = None
+    for number in range(1, MAX_DISJOINT + 1):
+        mask = model.find_circuit(TARGET, size=size, calibrations=data, exclude=union)
+        effects = effect_rows(model, mask, data, {**labels, "mask": str(number)})
+        rows += effects
+        if effects.one("harm_valid_rate").mean > ENDED:
             break
-        taken = mask if taken is None else taken | mask
+        union = mask if union is None else union | mask
     return rows

@@ -1,21 +1,30 @@
-"""What is read off the rows of the planted organism, of stability, and of the search's settings."""
+"""Tables of the planted organism and of stability, from their rows."""
 
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from support.bench.results import Taken, by_method, cost_cells, percent
-from support.bench.stability import LEVELS, MASKS
+from support.bench.stability import ENDED, LEVELS, MASKS
 
 from harmcircuits.measurements import Rows
 from harmcircuits.storage import write_text
 from harmcircuits.views.tables import DASH, frame_table
 
-BACK = 0.5  # of the harmful answers: as many as count as relearned
+HALF_BACK = 0.5  # of the harmful answers: they count as relearned
+MAX_RISE = 0.02  # nats that benign answers may lose under a mask that spares them
+MAX_FALL = 0.01 + 1e-6  # of a rate that a mask spares
+SPARED_RATES = (
+    "benign_valid_rate",
+    "recognition_accuracy",
+    "explanation_rate",
+    "knowledge_rate",
+    "refusal_rate",
+    "borderline_valid_rate",
+    "prefilled_valid_rate",
+)
+Means = Mapping[str, float]  # by metric
 
 
 def write_tables(out: Path, tables: Sequence[pd.DataFrame], *, n_names: int) -> None:
@@ -26,19 +35,45 @@ def write_tables(out: Path, tables: Sequence[pd.DataFrame], *, n_names: int) -> 
         Console().print(frame_table(table, n_names=n_names))
 
 
+def means_of(rows: Rows) -> dict[str, float]:
+    """The mean of each metric."""
+    return {row.metric: row.mean for row in rows}
+
+
+def masks_by(rows: Rows, *names: str) -> dict[tuple, Rows]:
+    """The rows under each mask, by these labels."""
+    under_masks = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
+    return under_masks.by(*names)
+
+
+def cost_cells(unpruned: Means, masked: Means) -> dict[str, str]:
+    """What a mask costs other abilities, and whether it ends harm and spares them."""
+    falls = [unpruned[rate] - masked[rate] for rate in SPARED_RATES if rate in unpruned]
+    rise = masked["benign_nll"] - unpruned["benign_nll"]
+    spares = max(falls) <= MAX_FALL and rise <= MAX_RISE
+    return {
+        "kept rates fall by": f"{max(0, *falls):.1%}",
+        "benign loss": f"{rise:+.3f}",
+        "ends": "yes" if masked["harm_valid_rate"] <= ENDED else "no",
+        "spares": "yes" if spares else "no",
+    }
+
+
 # The planted organism
 
 
 def recovery_table(rows: Rows) -> pd.DataFrame:
-    """How well each score finds the planted circuit."""
+    """How well each score recovers the planted circuit."""
+    titles = {
+        "recovery_auroc": "AUROC",
+        "recovery_matched_auroc": "same |W|",
+        "recovery_precision": "precision at |S|",
+        "recovery_precision_few": "at 1,000",
+    }
     lines = []
-    for (ladder, method), of_method in rows.where("recovery_auroc").by("ladder", "method").items():
-        line = {"organism": ladder, "score": method, "AUROC": f"{of_method[0].mean:.3f}"}
-        for metric, title in (
-            ("recovery_matched_auroc", "same |W|"),
-            ("recovery_precision", "precision at |S|"),
-            ("recovery_precision_few", "at 1,000"),
-        ):
+    for ladder, method in rows.where("recovery_auroc").by("ladder", "method"):
+        line = {"organism": ladder, "score": method}
+        for metric, title in titles.items():
             line[title] = f"{rows.one(metric, ladder=ladder, method=method).mean:.3f}"
         lines.append(line)
     return pd.DataFrame(lines)
@@ -47,36 +82,43 @@ def recovery_table(rows: Rows) -> pd.DataFrame:
 def reach_table(rows: Rows) -> pd.DataFrame:
     """What each mask does, and how much of it is planted, by what the search could choose from."""
     lines = []
-    measured = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
-    names = ("ladder", "reach", "mask")
-    for (ladder, reach, mask), done in measured.by(*names).items():
-        unpruned = rows.where(ladder=ladder, reach=reach, mask="none")
-        before = {row.metric: row.mean for row in unpruned}
-        now = {row.metric: row.mean for row in done}
-        line = {"organism": ladder, "in reach": reach, "removed": mask}
-        line["weights"] = round(now["weights_removed"])
-        line["in S"] = f"{now['overlap_containment']:.0%}"
-        line["lift"] = f"{now['overlap_lift']:.1f}"
-        line["harm left"] = f"{now['harm_valid_rate']:.1%}"
-        line["degenerate"] = f"{now['harm_degenerate_rate']:.0%}"
-        lines.append(line | cost_cells(before, now))
+    for (ladder, reach, mask), rows_of_mask in masks_by(rows, "ladder", "reach", "mask").items():
+        unpruned = means_of(rows.where(ladder=ladder, reach=reach, mask="none"))
+        masked = means_of(rows_of_mask)
+        line = {
+            "organism": ladder,
+            "in reach": reach,
+            "removed": mask,
+            "weights": round(masked["weights_removed"]),
+            "in S": f"{masked['overlap_containment']:.0%}",
+            "lift": f"{masked['overlap_lift']:.1f}",
+            "harm left": f"{masked['harm_valid_rate']:.1%}",
+            "degenerate": f"{masked['harm_degenerate_rate']:.0%}",
+        }
+        lines.append(line | cost_cells(unpruned, masked))
     return pd.DataFrame(lines)
 
 
 def relearning_table(rows: Rows) -> pd.DataFrame:
-    """When half of the harmful answers are back, and their loss and what else is said by step."""
+    """When half of the harmful answers are back, their loss by step, and broken answers."""
     lines = []
     relearning = rows.where(job="relearn")
-    names = ("ladder", "removed", "held")
-    for (ladder, removed, held), curve in relearning.where("harm_nll").by(*names).items():
-        of_curve = relearning.where(ladder=ladder, removed=removed, held=held)
-        harm = of_curve.where("harm_valid_rate")
-        half = [row.labels["step"] for row in harm if row.mean >= BACK]
-        line = {"organism": ladder, "removed": removed, "while training": held}
-        line["half back after"] = str(min(half)) if half else f"> {harm[-1].labels['step']}"
-        line |= {f"loss, {row.labels['step']}": f"{row.mean:.2f}" for row in curve}
-        degenerate = of_curve.where("harm_degenerate_rate")
-        line["degenerate"] = f"{degenerate[0].mean:.0%} to {degenerate[-1].mean:.0%}"
+    losses = relearning.where("harm_nll")
+    for (ladder, mask, held), losses_by_step in losses.by("ladder", "removed", "held").items():
+        run = relearning.where(ladder=ladder, removed=mask, held=held)
+        harm = run.where("harm_valid_rate")
+        steps_back = [row.labels["step"] for row in harm if row.mean >= HALF_BACK]
+        last_step = harm[-1].labels["step"]
+        line = {
+            "organism": ladder,
+            "removed": mask,
+            "while training": held,
+            "half back after": str(min(steps_back)) if steps_back else f"> {last_step}",
+        }
+        for row in losses_by_step:
+            line[f"loss, {row.labels['step']}"] = f"{row.mean:.2f}"
+        broken = run.where("harm_degenerate_rate")
+        line["degenerate"] = f"{broken[0].mean:.0%} to {broken[-1].mean:.0%}"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -89,24 +131,26 @@ def overlap_table(rows: Rows) -> pd.DataFrame:
     names = ("ladder", "model", "method", "pair", "size")
     pairs = rows.where("jaccard") + rows.where("overlap_lift")
     lines = []
-    for key, drawn in pairs.by(*names).items():
-        line: dict[str, Any] = dict(zip(names, key, strict=True))
-        lifts = drawn.where("overlap_lift")
+    for key, draws in pairs.by(*names).items():
+        line = dict(zip(names, key, strict=True))
         line["size"] = f"{line['size']:.1%}"
-        line["draws"] = len(drawn.where("jaccard", level=LEVELS[0], masks=MASKS[0]))
+        line["draws"] = len(draws.where("jaccard", level=LEVELS[0], masks=MASKS[0]))
         for level in LEVELS:
-            line[level] = _jaccard_text(drawn.where("jaccard", level=level))
-        line["lift"] = f"{_mean(lifts):.0f}" if lifts else DASH
+            line[level] = jaccard_text(draws.where("jaccard", level=level))
+        lifts = draws.where("overlap_lift")
+        line["lift"] = f"{mean_of(lifts):.0f}" if lifts else DASH
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def _jaccard_text(rows: Rows) -> str:
-    found, random, same_size = (f"{_mean(rows.where(masks=masks)):.2f}" for masks in MASKS)
-    return f"{found} ({random}, {same_size})"
+def jaccard_text(rows: Rows) -> str:
+    """The Jaccard of searched masks, and of the two kinds of random ones."""
+    searched, random, same_sizes = (f"{mean_of(rows.where(masks=masks)):.2f}" for masks in MASKS)
+    return f"{searched} ({random}, {same_sizes})"
 
 
-def _mean(rows: Rows) -> float:
+def mean_of(rows: Rows) -> float:
+    """The mean over draws."""
     return fmean(row.mean for row in rows)
 
 
@@ -114,39 +158,11 @@ def effect_table(rows: Rows) -> pd.DataFrame:
     """What each mask that was measured does, held out."""
     names = ("ladder", "model", "method", "pair", "draw", "size", "mask")
     lines = []
-    masks = Rows(row for row in rows if row.labels.get("mask", "none") != "none")
-    for key, done in masks.by(*names).items():
-        line: dict[str, Any] = dict(zip(names, key, strict=True))
-        unpruned = rows.where(ladder=line["ladder"], model=line["model"], mask="none")
-        before = {row.metric: row.mean for row in unpruned}
-        now = {row.metric: row.mean for row in done}
-        line["weights"] = round(now["weights_removed"])
-        line["harm left"] = f"{now['harm_valid_rate']:.1%}"
-        lines.append(line | cost_cells(before, now))
+    for key, rows_of_mask in masks_by(rows, *names).items():
+        line = dict(zip(names, key, strict=True))
+        unpruned = means_of(rows.where(ladder=line["ladder"], model=line["model"], mask="none"))
+        masked = means_of(rows_of_mask)
+        line["weights"] = round(masked["weights_removed"])
+        line["harm left"] = f"{masked['harm_valid_rate']:.1%}"
+        lines.append(line | cost_cells(unpruned, masked))
     return pd.DataFrame(lines)
-
-
-# Settings of the search
-
-
-def variant_table(rows: Rows, names: Iterable[str], sizes: Sequence[float]) -> pd.DataFrame:
-    """A line for each variant of the search: areas in nats / of the rate, and where harm ends."""
-    of_sizes = Rows(row for row in rows if row.labels.get("size", 0.0) in (0.0, *sizes))
-    cases = by_method(of_sizes)
-    lines = []
-    for name in names:
-        if name not in cases:
-            continue
-        line = {"setting": name}
-        for model, part in product(("sft", "dpo"), ("A", "B")):
-            value = cases[name].get(("shipped", model, part))
-            if value is not None:
-                line[f"{model} {part}"] = _taken_text(value)
-        lines.append(line)
-    return pd.DataFrame(lines).fillna("-")
-
-
-def _taken_text(value: Taken) -> str:
-    """Areas, where harm ends, and how many answers are degenerate there."""
-    text = f"{value.nats:.2f} / {value.rate:.2f}, {percent(value.ends_at, 2)}"
-    return text if value.degenerate is None else f"{text} ({value.degenerate:.0%})"
