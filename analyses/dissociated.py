@@ -123,7 +123,7 @@ def circuits_of(model: hc.Model, seed: int, *, size: float = 0.002, steps: int =
     rows = model.measure(labels={"mask": "none"}, only=measured)
     for protected, masks in circuits.items():
         masks["random"] = hc.random_like(masks["harmful"], seed=seed)
-        rows += ablation_rows(model, masks, {"protected": protected}, only=measured)
+        rows += ablation_rows(model, masks, {"protected": protected}, names=measured)
     return rows
 
 

@@ -143,7 +143,7 @@ def circuits_of(
     compared = [name for name in ("harmful", *TASKS) if name in free]
     options = {"size": size, "n_resamples": n_resamples, "seed": seed}
     one_shot = resampled_circuits(model, answers, compared, **options)
-    return rows + overlap_rows(one_shot, free, {}, size=size, n_samples=10)
+    return rows + overlap_rows(one_shot, free, size=size, n_samples=10)
 
 
 rows = claim.rows()

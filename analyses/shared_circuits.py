@@ -81,10 +81,10 @@ def circuits_of(
     options = {"size": size, "n_resamples": n_resamples, "seed": seed}
     one_shot = cross_ablation.resampled_circuits(model, answers, compared, **options)
     options = {"size": size, "n_samples": 10, "pairs": pairs}
-    rows = cross_ablation.overlap_rows(one_shot, free, {}, **options)
-    rows += cross_ablation.overlap_place_rows(model, free, "harmful", {})
+    rows = cross_ablation.overlap_rows(one_shot, free, **options)
+    rows += cross_ablation.overlap_place_rows(model, free, "harmful")
     of_topics = cross_ablation.topic_masks(model, answers, size=size)
-    rows += cross_ablation.content_rows(of_topics, {}) if of_topics else []
+    rows += cross_ablation.content_rows(of_topics) if of_topics else []
 
     other = {"harmful": model.calibration("harmful", share=0.5, seed=seed + 1)}
     again = find(model, "harmful", protect=(), calibrations=other)
@@ -96,7 +96,7 @@ def circuits_of(
     free["random"] = hc.random_like(free["harmful"], seed=seed)
     rows += model.measure(labels={"mask": "none"}, only=whole)
     for protected, masks in zip(PROTECTED, (free, apart), strict=True):
-        rows += ablation_rows(model, masks, {"protected": protected}, only=whole)
+        rows += ablation_rows(model, masks, {"protected": protected}, names=whole)
 
     # Place.
     where = {"mask": "harmful", "protected": "others"}
