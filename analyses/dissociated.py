@@ -25,7 +25,7 @@ from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import ablation_rows
 from support.curves import KEPT_RATE
 from support.dissociation import dissociations_from
-from support.figures import cross_ablation_figure
+from support.figures import cross_ablation_figure, protection_panels
 
 import harmcircuits as hc
 from harmcircuits.search.circuit import STEPS
@@ -136,10 +136,8 @@ rows = claim.rows()
 
 # %%
 last = list(rows.pool("seed").by("ladder", "model").values())[-1]
-panels = {}
-for protected, title in PROTECTED.items():
-    if last.where(protected=protected):
-        panels[f"protected: {title}"] = last.where(mask="none") + last.where(protected=protected)
+titles = {name: f"protected: {title}" for name, title in PROTECTED.items()}
+panels = protection_panels(last, titles)
 columns = {metric: title for metric, title in RATES.items() if last.where(metric)}
 claim.figure("What is broken", cross_ablation_figure(panels, columns))
 

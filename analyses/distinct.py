@@ -22,7 +22,7 @@ from itertools import product
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from support.curves import KEPT_NLL, KEPT_RATE, outcomes_of
-from support.figures import cross_ablation_figure, overlap_figure
+from support.figures import cross_ablation_figure, overlap_figure, protection_panels
 
 import harmcircuits as hc
 from harmcircuits.search.circuit import STEPS
@@ -155,9 +155,8 @@ rows = claim.rows()
 
 # %%
 first = next(iter(rows.by("ladder", "model").values())).pool("seed")
-panels = {}
-for protected, spared in SPARED.items():
-    panels[f"spared: {spared}"] = first.where(mask="none") + first.where(protected=protected)
+titles = {protected: f"spared: {names}" for protected, names in SPARED.items()}
+panels = protection_panels(first, titles)
 claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
 
 # %% [markdown]

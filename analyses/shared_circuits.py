@@ -21,7 +21,7 @@ from itertools import combinations, product
 from support import cross_ablation
 from support.claims import Claim
 from support.cross_ablation import ablation_rows, token_rows
-from support.figures import cross_ablation_figure, overlap_figure, token_figure
+from support.figures import cross_ablation_figure, overlap_figure, protection_panels, token_figure
 from support.organisms.check import LADDER
 from support.shared_lines import LIFTS, shared_lines
 
@@ -130,9 +130,7 @@ together.where("place_correlation").frame(index="second", columns=["by", "model"
 
 # %%
 last = list(together.by("model").values())[-1]
-panels = {}
-for protected in PROTECTED:
-    panels[f"spared: {protected}"] = last.where(mask="none") + last.where(protected=protected)
+panels = protection_panels(last, {name: f"spared: {name}" for name in PROTECTED})
 claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
 
 # %% [markdown]
