@@ -34,7 +34,7 @@ import tyro
 from relearning import ATTACKS, TRAININGS, find_masks, relearned
 from support.jobs import Job, jobs_about, run_jobs
 from support.models import RunOptions
-from support.tampering import FORMATS, SMALL, Case, Effort, asked, own_less_others, rounded
+from support.tampering import FORMATS, SMALL, Case, Effort, few_requests, own_less_others, rounded
 from torch import Tensor
 
 import harmcircuits as hc
@@ -50,7 +50,7 @@ OF_ROUNDING = ("unpruned", "random", "search", "refusal training")
 def dosed(case: Case, labels: Labels) -> Rows:
     """The margin, and what is answered, under every dose of the circuit and of its controls."""
     model, circuit = case.spec.open(), case.mask("search")
-    behaviour, few = model.behaviour("harmful"), asked(model, case.effort.every)
+    behaviour, few = model.behaviour("harmful"), few_requests(model, case.effort.every)
     harmful = PromptSet(behaviour.references("heldout").examples[:: case.effort.every])
     groups = [example.cluster for example in harmful]
     answers = model.batches(behaviour, harmful)
