@@ -158,7 +158,7 @@ rows = claim.rows()
 # %%
 harm = rows.where(ladder=rows[0].labels["ladder"], target="harmful", split="heldout")
 points = {name: curves.by_share(rung) for name, rung in reversed(harm.by("model").items())}
-figure = share_figure(points, PANELS, kept=Terms.standard().kept_rates)
+figure = share_figure(points, PANELS, abilities=Roles.standard().kept_rates)
 claim.figure("What is left of harm", figure)
 
 

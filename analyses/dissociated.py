@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import ablation_rows
-from support.curves import KEPT_RATE, rate_difference
+from support.curves import KEPT_RATE
 from support.dissociation import dissociations_from
 from support.figures import cross_ablation_figure, protection_panels
 
@@ -47,7 +47,7 @@ RATES = {
     PLAIN: "plain harm",
 }
 HARM, INCOHERENT = "harm_valid_rate", "harm_degenerate_rate"
-OTHER_RATES = set(Terms.standard().rates) - {HARM, INCOHERENT}
+OTHER_RATES = set(Roles.standard().rates) - {HARM, INCOHERENT}
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -93,7 +93,7 @@ def random_cost(rows: hc.Rows) -> hc.Measurement:
         for model_rows in models.values():
             unpruned = model_rows.one(mask="none")
             for random in model_rows.where(mask="random"):
-                costs += [hc.Measurement.difference("cost", {}, unpruned, random)]
+                costs += [hc.rate_difference("cost", {}, unpruned, random)]
     return costs.largest()
 
 

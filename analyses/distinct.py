@@ -158,7 +158,7 @@ rows = claim.rows()
 first = next(iter(rows.by("ladder", "model").values())).pool("seed")
 titles = {protected: f"spared: {names}" for protected, names in TITLES.items()}
 panels = protection_panels(first, titles)
-claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
+claim.figure("What is broken", cross_ablation_figure(panels, Roles.standard().rates))
 
 # %% [markdown]
 # ## What circuits share

@@ -131,7 +131,7 @@ together.where("place_correlation").frame(index="second", columns=["by", "model"
 # %%
 last = list(together.by("model").values())[-1]
 panels = protection_panels(last, {name: f"spared: {name}" for name in PROTECTED})
-claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
+claim.figure("What is broken", cross_ablation_figure(panels, Roles.standard().rates))
 
 # %% [markdown]
 # ## Where the circuit of harm sits, and where it acts

@@ -286,7 +286,7 @@ class Claim:
             if isinstance(figure, Picture):
                 content = plot(figure, label=title)
             else:
-                content = drawn(figure.html(), label=title)
+                content = visual(figure.html(), label=title)
             sections.append(section(title, "", content))
         return sections
 

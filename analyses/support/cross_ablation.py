@@ -226,7 +226,7 @@ def _topic_mean(
             means.append(np.nanmean(resample))
     n = len(values)
     mean = float(np.nanmean(table))
-    return Measurement.of_draws(metric, labels, means, mean=mean, n=n, n_groups=n)
+    return Measurement.from_draws(metric, labels, means, mean=mean, n=n, n_groups=n)
 
 
 def overlap_place_rows(model: Model, masks: Mapping[str, WeightMask], first: str) -> Rows:

@@ -19,7 +19,6 @@ from harmcircuits.measurements import (
     Labels,
     Measurement,
     Rows,
-    interval_of_draws,
     step_of_means,
 )
 
@@ -97,9 +96,9 @@ class Estimate:
         if self.bounds is None:
             # "inverted_cdf" gives the value of a resample, so an end is a measured share.
             options = {"mean": mean, "n": n, "method": "inverted_cdf"}
-            return Measurement.of_draws(metric, labels, draws, **options)
+            return Measurement.from_draws(metric, labels, draws, **options)
         options = {"mean": mean, "n": n, "n_groups": n, "step": self.step}
-        row = Measurement.of_draws(metric, labels, draws, **options)
+        row = Measurement.from_draws(metric, labels, draws, **options)
         lowest, highest = self.bounds
         return replace(row, low=max(lowest, row.low), high=min(highest, row.high))
 
@@ -226,7 +225,7 @@ def kept_fall(curve: Curve, share: float, labels: Labels) -> Measurement:
             high = unpruned[name].rows({}).one(metric)
             low = pruned[name].rows({}).one(metric)
             where = {**labels, "behaviour": name}
-            falls.append(Measurement.difference("kept_fall", where, high, low))
+            falls.append(rate_difference("kept_fall", where, high, low))
     return Rows(falls).largest()
 
 

@@ -63,8 +63,8 @@ def dissociations(
         under_own = pruned.where(metric, mask=name)[0]
         under_rival = pruned.where(metric, mask=rival)[0]
         labels = under_rival.labels
-        gap = Measurement.difference(f"{metric}_gap", labels, under_rival, under_own)
-        cost = Measurement.difference(f"{metric}_cost", labels, whole, under_rival)
+        gap = rate_difference(f"{metric}_gap", labels, under_rival, under_own)
+        cost = rate_difference(f"{metric}_cost", labels, whole, under_rival)
         return gap, cost
 
     tests = {}

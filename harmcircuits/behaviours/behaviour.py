@@ -225,7 +225,8 @@ def _split_function(prompts: Any, name: str) -> SplitFunction:
     if isinstance(prompts, Mapping):
         return Splits(prompts)
     if callable(prompts):
-        return prompts
+        function: SplitFunction = prompts
+        return function
     return Splits.of(PromptSet.read(prompts), origin=f"behaviour {name!r}")
 
 

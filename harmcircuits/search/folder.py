@@ -61,7 +61,7 @@ def resume(search: Search, folder: str | Path) -> None:
         )
     search.stage = state["stage"]
     search.step = state["step"]
-    search.trace = [*Rows.of_dicts(state["trace"])]
+    search.trace = [*Rows.from_dicts(state["trace"])]
     search.generator.set_state(tensors["generator"])
 
     target = search.groups[0]

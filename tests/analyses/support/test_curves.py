@@ -15,7 +15,6 @@ from support.curves import (
     gap,
     outcomes_of,
     rate_at,
-    rate_difference,
     share_text,
     w50,
 )
@@ -23,7 +22,7 @@ from support.curves import (
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.outcomes import Outcomes
 from harmcircuits.circuits.masks import random_like, top_fraction
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Rows
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.search.attribution import magnitude_scores
 
