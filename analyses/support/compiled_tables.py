@@ -81,7 +81,7 @@ def truth_table(rows: Rows) -> pd.DataFrame:
     lines = []
     for names in rows.where("n_nonzero").by(*NAMES):
         where = dict(zip(NAMES, names, strict=True))
-        line: dict[str, Any] = dict(where)
+        line: dict[str, Any] = {**where}
         for metric, title in titles.items():
             line[title] = f"{rows.one(metric, **where).mean:,.0f}"
         line["harm's without a gradient"] = f"{rows.one('no_gradient', **where).mean:.0%}"
