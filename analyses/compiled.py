@@ -20,10 +20,9 @@
 # 3. **Does `hc.overlap` say what is shared?** Of what two behaviours need and what is found for each,
 #    as many as it needs: Jaccard and lift, both nulls, and whether the interval (resampled halves of
 #    the requests; Wilson's by the stricter null, and for the search) holds the lift of the true sets.
-# 4. **Does a last pass help?** It removes and returns single weights by their measured effect on the
-#    calibration data (`support.removal.last_pass`), from the published difference, and from the
-#    search, as compiled and noisy; on `sft` too, where the candidates are the 300 largest removal
-#    effects outside the search's mask of 0.05 %.
+# 4. **Does a last pass help?** It removed and returned single weights by their measured effect on the
+#    calibration data, from the published difference and from the search. It lost (smaller masks, lower
+#    recall), so its code is in the git history at b6a5f48, and its rows stay.
 #
 # **The rules, fixed before the run.** A score *finds* the circuit in a version if its AUROC of what
 # harm needs is at least 0.95 in each organism, *in part* if 0.8 on average. A mask *removes* it if
@@ -45,8 +44,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from support.bench.methods import learned_mask
-from support.bench.tables import write_tables
 from support.compiled import VERSIONS, Truth, mask_of, truth_of, units, version_of
 from support.compiled_tables import (
     found_table,
@@ -57,7 +54,9 @@ from support.compiled_tables import (
     truth_table,
 )
 from support.jobs import Job, run_jobs
-from support.removal import Texts, last_pass, mean_losses, needed_by
+from support.learned_mask import learned_mask
+from support.removal import Texts, needed_by
+from support.tables import write_tables
 from torch import Tensor
 
 import harmcircuits as hc
@@ -67,7 +66,6 @@ from harmcircuits.organisms.compiled import BEHAVIOURS, WAYS
 
 NO_GRADIENT = 1e-6  # nats
 LEARNED = 200  # steps of the learned mask
-PASSED = ("as compiled", "noisy")  # versions on which a last pass is tried
 N_DRAWN = 300  # weights that are removed one by one, in every version
 N_RESAMPLES = 8
 RESAMPLED = ("removal effect", "SNIP")  # whose intervals are over examples
@@ -234,44 +232,6 @@ def shared(
     return rows
 
 
-# %% [markdown]
-# ## 4. A last pass
-
-
-# %%
-def passed(
-    model: hc.Model,
-    data: Data,
-    mask: hc.WeightMask,
-    candidates: list[tuple[str, int]],
-    truth: hc.WeightMask | None,
-    labels: Labels,
-) -> Rows:
-    start = [(name, int(place)) for name, index in mask.removed.items() for place in index]
-    done = last_pass(model.bridge, mean_losses(data), start, candidates)
-    rows = Rows([Measurement.exact("n_passes", labels, done.n_passes)])
-    for stage, weights in {"before": start, "grown": done.grown, "after": done.removed}.items():
-        where, at_stage = {**labels, "stage": stage}, mask_of(model, weights)
-        rows += [Measurement.exact("weights_removed", where, len(weights))]
-        if truth is not None:
-            share = len(at_stage & truth) / len(truth)
-            rows += [Measurement.exact("recall", where, share)]
-        rows += model.measure(mask=at_stage, labels=where)
-    return rows
-
-
-def of_trained(labels: Labels) -> Rows:
-    """The last pass on `sft`, where the truth is not known."""
-    model = hc.open_model("sft")
-    data = model.calibrations()
-    mask = model.find_circuit("harmful", size=0.0005, calibrations=data)
-    scores = hc.removal_effect(model.bridge, data["harmful"].batches)
-    more = hc.top_fraction(scores, 300 / mask.n_weights, within="model", exclude=mask)
-    candidates = [(name, int(place)) for name, index in more.removed.items() for place in index]
-    candidates.sort(key=lambda one: -scores.values[one[0]].flatten()[one[1]].item())
-    return passed(model, data, mask, candidates, None, {**labels, "method": "search"})
-
-
 # %%
 def measured(organism: str, version: str, labels: Labels) -> Rows:
     model = version_of(organism, version)
@@ -282,13 +242,6 @@ def measured(organism: str, version: str, labels: Labels) -> Rows:
     effect = values_of(scores["removal effect"], truth)
     rows += removed(model, truth, masks, effect.abs() >= NO_GRADIENT, labels)
     rows += shared(model, truth, data, labels)
-    if version in PASSED:
-        order = effect.argsort(descending=True, stable=True)
-        candidates = [truth.weights[number] for number in order]
-        alone = mask_of(model, truth.chosen(truth.is_alone))
-        for method in ("published difference", "search"):
-            where = {**labels, "method": method}
-            rows += passed(model, data, masks[method], candidates, alone, where)
     return rows
 
 
@@ -304,7 +257,6 @@ def main(out: Path, workers: int = 1) -> None:
         for organism in WAYS:
             labels = {"organism": organism, "version": version}
             jobs.append(Job(labels, partial(measured, organism, version, labels)))
-    jobs.append(Job({"organism": "sft"}, partial(of_trained, {"organism": "sft"})))
     rows = run_jobs(out, jobs, {"versions": str(VERSIONS)}, workers=workers, name="compiled")
     tables = [truth_table(rows), score_table(rows), found_table(rows), left_table(rows)]
     write_tables(out, [*tables, overlap_table(rows), last_pass_table(rows)], n_names=2)

@@ -45,7 +45,7 @@ import pandas as pd
 import torch
 import tyro
 from rich.console import Console
-from support.bench.cases import part_of
+from support.answers import part_of
 from support.jobs import Job, run_jobs
 from support.models import ModelSpec
 from torch import Tensor

@@ -28,15 +28,16 @@ from functools import partial
 from pathlib import Path
 
 import tyro
-from support.bench.recovery import recovery, true_circuit
-from support.bench.tables import (
-    reach_table,
-    recovery_table,
-    relearning_table,
-    write_tables,
-)
 from support.jobs import Job, run_jobs
 from support.models import ModelSpec
+from support.planted import (
+    reach_table,
+    recovery,
+    recovery_table,
+    relearning_table,
+    true_circuit,
+)
+from support.tables import write_tables
 
 import harmcircuits as hc
 from harmcircuits.behaviours.model import Model

@@ -35,10 +35,10 @@ from functools import partial
 from pathlib import Path
 
 import tyro
-from support.bench.stability import SIZES, compared, disjoint
-from support.bench.tables import effect_table, overlap_table, write_tables
 from support.jobs import Job, run_jobs
 from support.models import ModelSpec
+from support.stability import SIZES, compared, disjoint, effect_table, overlap_table
+from support.tables import write_tables
 
 from harmcircuits.organisms.shipped import FOLDER
 

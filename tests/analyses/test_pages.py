@@ -2,14 +2,14 @@
 
 import pytest
 from pages import ROOT, text_of
-from support.bench import tables
+from support import planted, stability
 from support.markdown import frame_markdown
 
 from harmcircuits.measurements import Rows
 
 TABLES = {
-    "planted": (tables.recovery_table, tables.reach_table, tables.relearning_table),
-    "stability": (tables.overlap_table, tables.effect_table),
+    "planted": (planted.recovery_table, planted.reach_table, planted.relearning_table),
+    "stability": (stability.overlap_table, stability.effect_table),
 }
 PAGES = {"planted": "planted.md", "stability": "log/stability.md"}
 

@@ -6,9 +6,11 @@ from functools import partial
 from math import isnan
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
-from support.bench.cases import Calibrations, with_prompts
+import pandas as pd
+from support.answers import Calibrations, with_prompts
+from support.tables import ENDED, cost_cells, masks_by, means_of
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import TARGET
@@ -24,11 +26,11 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms.shipped import open_organism
 from harmcircuits.prompts import PromptSet
 from harmcircuits.search.attribution import removal_effect
+from harmcircuits.views.tables import DASH
 
 SIZES = (0.001, 0.002, 0.004)
 MEASURED_SIZE = 0.002  # at which the behaviours under a mask are measured
 MAX_DISJOINT = 4
-ENDED = 0.02  # harmful answers, at most: harm has ended
 N_RANDOM = 5  # pairs of random masks
 Level = Literal["weight", "neuron", "head"]
 LEVELS: tuple[Level, ...] = ("weight", "neuron", "head")
@@ -173,7 +175,8 @@ def random_pairs(
 def effect_rows(model: Model, mask: WeightMask, names: Calibrations, labels: Labels) -> Rows:
     """Behaviours on held-out requests without the mask's weights, and the number of these."""
     rows = model.measure(mask=mask, only=list(names), labels=labels)
-    return rows + [Measurement.exact("weights_removed", labels, mask.n_removed)]
+    rows += [Measurement.exact("weights_removed", labels, mask.n_removed)]
+    return rows
 
 
 def compared(folder: Path, name: str, method: str, pair: str, draw: int, labels: Labels) -> Rows:
@@ -209,3 +212,48 @@ def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
             break
         union = mask if union is None else union | mask
     return rows
+
+
+# Tables
+
+
+def overlap_table(rows: Rows) -> pd.DataFrame:
+    """Of each model, method, pair and size the mean over draws; in brackets the two chances."""
+    names = ("ladder", "model", "method", "pair", "size")
+    pairs = rows.where("jaccard") + rows.where("overlap_lift")
+    lines = []
+    for key, draws in pairs.by(*names).items():
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
+        line["size"] = f"{line['size']:.1%}"
+        line["draws"] = len(draws.where("jaccard", level=LEVELS[0], masks=MASKS[0]))
+        for level in LEVELS:
+            line[level] = jaccard_text(draws.where("jaccard", level=level))
+        lifts = draws.where("overlap_lift")
+        line["lift"] = f"{mean_of(lifts):.0f}" if lifts else DASH
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def jaccard_text(rows: Rows) -> str:
+    """The Jaccard of searched masks, and of the two kinds of random ones."""
+    searched, random, same_sizes = (f"{mean_of(rows.where(masks=masks)):.2f}" for masks in MASKS)
+    return f"{searched} ({random}, {same_sizes})"
+
+
+def mean_of(rows: Rows) -> float:
+    """The mean over draws."""
+    return fmean(row.mean for row in rows)
+
+
+def effect_table(rows: Rows) -> pd.DataFrame:
+    """What each mask that was measured does, held out."""
+    names = ("ladder", "model", "method", "pair", "draw", "size", "mask")
+    lines = []
+    for key, rows_of_mask in masks_by(rows, *names).items():
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
+        unpruned = means_of(rows.where(ladder=line["ladder"], model=line["model"], mask="none"))
+        masked = means_of(rows_of_mask)
+        line["weights"] = round(masked["weights_removed"])
+        line["harm left"] = f"{masked['harm_valid_rate']:.1%}"
+        lines.append(line | cost_cells(unpruned, masked))
+    return pd.DataFrame(lines)

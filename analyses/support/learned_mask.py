@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from support.bench.cases import Calibrations, batches_of
+from support.answers import Calibrations, batches_of
 from torch import Tensor
 
 from harmcircuits.batches import Batch
