@@ -93,7 +93,7 @@ def random_cost(rows: hc.Rows) -> hc.Measurement:
         for model_rows in models.values():
             unpruned = model_rows.one(mask="none")
             for random in model_rows.where(mask="random"):
-                costs += [hc.rate_difference("cost", {}, unpruned, random)]
+                costs += [rate_difference("cost", {}, unpruned, random)]
     return costs.largest()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from harmcircuits.behaviours.judges import DEGENERATE, Judge, PatternJudge
 from harmcircuits.display import card, facts
@@ -225,8 +225,7 @@ def _split_function(prompts: Any, name: str) -> SplitFunction:
     if isinstance(prompts, Mapping):
         return Splits(prompts)
     if callable(prompts):
-        function: SplitFunction = prompts
-        return function
+        return cast(SplitFunction, prompts)
     return Splits.of(PromptSet.read(prompts), origin=f"behaviour {name!r}")
 
 

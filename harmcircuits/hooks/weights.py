@@ -294,7 +294,7 @@ def _fault(tensor: Tensor, is_covered: bool) -> str:
     if is_parameter and not is_covered:
         return (
             f"is no matrix of the kinds {', '.join(MATRIX_KINDS)}, so scores and masks would "
-            "silently leave it out; this block (shared experts, dense layers among sparse ones, or another) "
-            "is not supported"
+            "silently leave it out; this block (shared experts, dense layers among sparse ones, or "
+            "another) is not supported"
         )
     return ""
