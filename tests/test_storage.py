@@ -21,8 +21,8 @@ from harmcircuits.behaviours.probe import Probe
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.search.attribution import removal_effect
 from harmcircuits.search import circuit
+from harmcircuits.search.attribution import removal_effect
 from harmcircuits.search.circuit import find_circuit
 from harmcircuits.search.descent import Search
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
