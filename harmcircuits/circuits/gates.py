@@ -62,7 +62,7 @@ class Gates:
         return self.weights * torch.cat(in_order)
 
     def hard(self, n: int) -> PerGate:
-        """1 for the n most open gates, if at least half as open as the first of them; 0 else."""
+        """1 for the n most open gates, if more than half as open as the first of them; else 0."""
         hard = torch.zeros_like(self.z)
         if len(self):
             threshold = OPEN_SHARE * self.z.max()
@@ -122,7 +122,8 @@ def projected(z: PerGate, n: int) -> PerGate:
         return nearest
 
     # All gates are lowered by one shift and clamped. The sum falls as the shift grows.
-    low, high = 0.0, float(z.max())
+    low = 0.0
+    high = float(z.max())
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         nearest = (z - middle).clamp(0, 1)

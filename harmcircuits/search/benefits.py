@@ -31,10 +31,10 @@ class Benefits(Mapping[str, Tensor]):
         return slope * weight.to(slope)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.slopes.sites)
+        return iter(self.slopes.totals)
 
     def __len__(self) -> int:
-        return len(self.slopes.sites)
+        return len(self.slopes.totals)
 
     def add(self, bridge: Bridge, group: TextGroup, mask: WeightMask) -> None:
         """Add the benefit that these texts show under a mask."""

@@ -1,7 +1,7 @@
 """Find a circuit: learn which weights to remove, so that one behaviour goes and others stay.
 
 Every candidate weight W_i has a **gate** z_i: the model runs with W_i (1 - z_i) in its place. With
-n weights to remove at most, the search minimises
+n the largest number of weights to remove, the search minimises
 
     L(z) = - w  mean_x min(rise_x, TARGET_CAP)           over texts x of the target
            +    mean_x max(loss_x, PREFERRED_FLOOR)      over preferred answers
@@ -10,31 +10,39 @@ n weights to remove at most, the search minimises
 
     subject to  0 <= z_i <= 1  and  sum_i z_i <= n
 
-where loss_x is the loss of a text at z, and rise_x = loss_x - (loss_x at z = 0). The steps:
+where loss_x is the loss of a text at z, and rise_x = loss_x - (loss_x at z = 0). w is 1, or 4 where
+the target is scored by `token_error`. The algorithm:
 
-1. **Score.** At 0, 20, 40 and 60 % of the steps, under the mask so far, each weight's benefit grows
-   by  w removal_effect(target) - removal_effect(preferred) + removal_effect(contrast)
-   - PRICE_WEIGHT sum_k token_price(k),  all of them with the weight's own value. So a removed
-   weight still counts as useful, and weights near to a damage get expensive. With
-   `fresh_answers`, the model first answers under the mask so far, and these answers join the
-   target (on-policy re-sampling).
-2. **Choose candidates.** The 20 n weights of the largest positive benefit, and those with open
-   gates, which stay as they are. Every other gate starts at 0.
-3. **Step.** A few texts of each role are drawn. With g = -dL/dz, momentum
-   v <- 0.85 v + 0.15 g  and stride s, the n-th largest |v| or 0.97 times its last value,
-   z <- projection of  z + rate clamp(v / s, -1, 1)  onto the constraints. n grows to its full
-   value in the first 30 % of the steps. In the second half the model runs with *hard* gates: the n
-   largest count as 1 and the others as 0, and g is passed straight through to z.
-4. **Weigh the penalties.** After each step m_k grows by 15 % where the running mean of rise_x is
-   above 70 % of the budget of k, and falls by as much elsewhere, within 0.3 and 20.
-5. **Check.** The mask is the n largest gates that are at least half as open as the largest. If it
-   raises the loss of a retain set by more than 70 % of its budget, on the third of the answers that
-   no step reads, m_k doubles, n shrinks by 5 %, and 5 % more steps follow, up to twelve times;
-   then n is halved until all budgets are kept.
-6. **Shrink.** Each smaller size starts from there, with 20 % more steps.
+1. **Score.** At 0, 20, 40 and 60 % of the steps, the benefit of every weight grows by
 
-`schedule.py` has the steps, `benefits.py` 1, `step.py` and `circuits/gates.py` 3, `texts.py` the
-terms of L and 4, `descent.py` the loop, `folder.py` how a search is resumed.
+       w removal_effect(target) - removal_effect(preferred) + removal_effect(contrast)
+       - PRICE_WEIGHT sum_k token_price(k)
+
+   with gradients under the mask so far and the weight's original value. So a removed weight still
+   counts as useful, and where the mask damages a retain set, the penalties grow with its
+   gradients. With `fresh_answers`, the model first answers under the mask so far, and new answers
+   join the target (on-policy re-sampling).
+2. **Choose candidates.** The 20 n weights of the largest positive benefit, and the weights whose
+   gates are open. Open gates stay as they are, every other gate starts at 0.
+3. **Step.** With g = -dL/dz on a few texts of each role: the momentum is v <- 0.85 v + 0.15 g, the
+   stride s the n-th largest |v| but at least 0.97 times the last stride, and
+
+       z <- the nearest point within the constraints to  z + rate clamp(v / s, -1, 1)
+
+   The rate falls from 0.3 to 0.05, and n grows to its full value in the first 30 % of the steps.
+   In the second half the gates are *hard*: the model runs with the n largest at 1 and the others
+   at 0, and g goes straight through to z (arXiv 1308.3432).
+4. **Weigh the penalties.** After each step m_k grows by 15 % if the running mean of its rise is
+   above 70 % of the budget of k, and falls by as much if not; from 2, within 0.3 and 20.
+5. **Check.** The mask is the n largest gates that are more than half as open as the largest. On the
+   third of the answers that no step reads, no mean loss of a retain set may rise by more than
+   70 % of its budget. If one does, its m_k doubles, n shrinks by 5 %, and 5 % more steps follow, up
+   to twelve times; after that, n is halved until all budgets are kept. In the second half of the
+   steps, every fifth is followed by such a check for the sake of m_k alone.
+6. **Shrink.** Each smaller size goes on from there, with 20 % more steps.
+
+`schedule.py` has the steps, `benefits.py` has 1, `step.py` and `circuits/gates.py` have 3,
+`texts.py` has the terms of L and 4, `descent.py` the order of all, `folder.py` how to resume.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -186,10 +194,12 @@ def find_circuit(
     candidates = _candidates(matrices, sites)
 
     protection, groups = _texts(bridge, target, objective, prefer, protect, budget)
-    settings: dict[str, Any] = {"budget": dict(protection.budgets), "learning_steps": steps}
-    settings["checked"] = data_settings(protection.checks)["data"]
-    settings |= _changed_settings(sites, candidates, exclude, fresh_answers)
-
+    settings = {
+        "budget": dict(protection.budgets),
+        "learning_steps": steps,
+        "checked": data_settings(protection.checks)["data"],
+        **_changed_settings(sites, candidates, exclude, fresh_answers),
+    }
     sizes = [Size(share, round(share * n_weights)) for share in set(shares)]
     no_weights = WeightMask({}, shapes, _source(bridge, groups, settings))
     search = Search(
@@ -207,7 +217,7 @@ def find_circuit(
 
 
 def _run(search: Search, folder: str | Path | None, progress: bool) -> None:
-    """All stages of a search that are left."""
+    """Run all stages that a search has not run, and save it after each."""
     if folder is not None:
         resume(search, folder)
     stages = range(search.stage, search.schedule.n_stages)

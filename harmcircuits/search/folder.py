@@ -77,8 +77,9 @@ def resume(search: Search, folder: str | Path) -> None:
         removed = _unprefixed(f"mask {size.share} ", tensors)
         search.masks[size.share] = replace(no_weights, removed=removed)
     slopes = search.benefits.slopes
-    for name, slope in _unprefixed("slope ", tensors).items():
-        slopes.start(name, slope)
+    if search.stage < search.schedule.n_stages:
+        for name in slopes.sites:
+            slopes.start(name, tensors[f"slope {name}"])
     removed = _unprefixed("candidates ", tensors)
     candidates = replace(no_weights, removed=removed)
     search.gates = Gates.over(candidates, slopes.sites)

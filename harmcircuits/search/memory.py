@@ -23,7 +23,22 @@ SPARE = 1.25  # of the activations, which are an estimate
 def free_for_scores(
     bridge: AnyModel, batches: Sequence[Batch], objective: Objective = completion_loss
 ) -> int | None:
-    """Bytes that are free for scores beside a pass over these batches; None where all fit."""
+    """Bytes that are free for scores beside a pass over these batches; None where all scores fit.
+
+    The free memory of the model's device, less 1.25 times the pass's estimated activations.
+    `removal_effect` and other functions take the result as `max_memory`.
+
+    >>> hc.free_for_scores(bridge, harm) is None
+    True
+
+    Args:
+        bridge: the model.
+        batches: the calibration data.
+        objective: one value for each example.
+
+    Raises:
+        ValueError: as `estimate_memory`.
+    """
     estimate = estimate_memory(bridge, batches, objective)
     room = free_memory(as_bridge(bridge)) - round(SPARE * estimate.activations)
     return None if estimate.scores <= room else max(0, room)

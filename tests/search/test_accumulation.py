@@ -42,11 +42,11 @@ def test_a_bound_on_memory_changes_no_bit(open_model, name, method):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least", "most"),
+    ("dtype", "low", "high"),
     [(torch.float32, 0.0, 1e-5), (torch.bfloat16, 1e-4, 2**-8), (torch.float16, 0.0, 1e-5)],
     ids=str,
 )
-def test_a_batch_is_rounded_once_and_sums_are_not(dtype, least, most):
+def test_a_batch_is_rounded_once_and_sums_are_not(dtype, low, high):
     """300 times the same: rounded to bfloat16 the sum itself would stop growing at 256 of them."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(16, 40, 30, generator=generator).to(dtype)
@@ -56,7 +56,7 @@ def test_a_batch_is_rounded_once_and_sums_are_not(dtype, least, most):
         add_product(first, second, total)
     expected = 300 * torch.einsum("bpi,bpj->ij", first.double(), second.double())
     error = (total - expected).norm() / expected.norm()
-    assert least <= error <= most
+    assert low <= error <= high
 
     large, total = torch.full((2, 100, 3), 200.0, dtype=dtype), torch.zeros(3, 3)
     add_product(large, large, total)
@@ -75,8 +75,8 @@ def test_blocks_are_the_sum_of_absolute_gradients(scratch, dtype):
     total = torch.ones(11, 13)
     add_absolute(first, second, total, scratch=scratch)
     expected = torch.ones(11, 13, dtype=torch.float64)
-    for left, right in zip(first.double(), second.double(), strict=True):
-        expected += (left.T @ right).abs()
+    for rows, columns in zip(first.double(), second.double(), strict=True):
+        expected += (rows.T @ columns).abs()
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -54,14 +54,14 @@ def test_scores_equal_autograd(open_model, name):
 def assert_no_matrix_is_missed(bridge, batch: Batch) -> None:
     """Whatever matrix in a block is not among the weights takes no part in the forward pass."""
     with torch.no_grad():
-        before = bridge(batch.tokens)
+        logits = bridge(batch.tokens)
         covered = {p.untyped_storage().data_ptr() for p in named_weights(bridge).values()}
         for parameter in bridge.blocks.parameters():
             if parameter.ndim >= 2 and parameter.untyped_storage().data_ptr() not in covered:
                 parameter.zero_()
-        assert torch.equal(bridge(batch.tokens), before)
+        assert torch.equal(bridge(batch.tokens), logits)
         next(iter(named_weights(bridge).values())).zero_()
-        assert not torch.equal(bridge(batch.tokens), before), "the comparison must be able to fail"
+        assert not torch.equal(bridge(batch.tokens), logits), "the comparison must be able to fail"
 
 
 def test_scores_in_bfloat16_equal_autograd_in_float64(open_model):
@@ -81,15 +81,15 @@ def test_removal_effect_predicts_a_small_removal(llama, batch):
     """Setting a weight to (1 - e) W changes the mean loss by e * removal_effect + O(e^2)."""
     scores = removal_effect(llama, [batch])
     with torch.no_grad():
-        before = completion_loss(llama, batch).double().mean()
+        loss = completion_loss(llama, batch).double().mean()
     for name, value in scores.values.items():
         index = value.abs().flatten().topk(5).indices.sort().values
         mask = WeightMask({name: index}, scores.shapes, scores.source)
         predicted = value.flatten()[index].sum().item()
         with masked(llama, mask, scale=1 - 1e-2), torch.no_grad():
-            measured = (completion_loss(llama, batch).double().mean() - before).item() / 1e-2
+            change = (completion_loss(llama, batch).double().mean() - loss).item() / 1e-2
         # Second order: of relative size e times curvature, and the difference's float32 noise.
-        assert measured == pytest.approx(predicted, rel=0.1, abs=2e-4), name
+        assert change == pytest.approx(predicted, rel=0.1, abs=2e-4), name
 
 
 def state(bridge) -> list:
@@ -103,16 +103,16 @@ def state(bridge) -> list:
 def test_nothing_is_left_behind(open_model, batch):
     bridge = open_model("Mixtral")
     bridge.original_model.train()
-    before = state(bridge)
+    first = state(bridge)
     removal_effect(bridge, [batch])
 
-    def broken(bridge, batch):
+    def interrupted(bridge, batch):
         completion_loss(bridge, batch).sum().backward()
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        snip_scores(bridge, [batch], broken)
-    assert state(bridge) == before
+        snip_scores(bridge, [batch], interrupted)
+    assert state(bridge) == first
     assert all(parameter.grad is None for parameter in bridge.parameters())
 
     completion_loss(bridge, batch).mean().backward()  # a training step in progress
@@ -130,17 +130,17 @@ def summed(bridge, batch):
     return completion_loss(bridge, batch).sum()
 
 
-OTHER = WeightMask({}, {}, Source("another", "test"))
-REFUSED = [
+FOREIGN_MASK = WeightMask({}, {}, Source("another", "test"))
+ERRORS = [
     ("Llama", lambda bridge, batch: removal_effect(bridge, []), "no batches"),
     ("Llama", lambda bridge, batch: removal_effect(bridge, [batch], summed), "(3,)"),
     ("Mixtral", lambda bridge, batch: removal_effect(bridge, [batch], half_run), "mlp.experts"),
-    ("Llama", lambda bridge, batch: token_contributions(bridge, OTHER, [batch]), "another"),
+    ("Llama", lambda bridge, batch: token_contributions(bridge, FOREIGN_MASK, [batch]), "another"),
 ]
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("name", "call", "word"), REFUSED)
+@pytest.mark.parametrize(("name", "call", "word"), ERRORS)
 def test_errors_name_the_cause(open_model, batch, name, call, word):
     with pytest.raises(ValueError, match=word):
         call(open_model(name), batch)

@@ -178,7 +178,7 @@ def test_texts_come_each_once_before_one_comes_again(llama):
         assert sorted(numbers[start : start + 9]) == list(range(9))
 
 
-def test_what_is_learned_takes_more_than_one_shot_and_leaves_the_model(llama):
+def test_a_learned_mask_takes_more_than_one_shot_and_leaves_the_model(llama):
     weights = snapshot(llama)
     mask = find_circuit(llama, TARGET, size=SIZE, steps=20)
     assert_bits_equal(llama, weights)
@@ -194,7 +194,7 @@ def test_what_is_learned_takes_more_than_one_shot_and_leaves_the_model(llama):
 
 
 @pytest.mark.parametrize("role", ["preferred", "avoided"])
-def test_what_is_preferred_becomes_likelier_and_what_is_avoided_does_not(llama, role):
+def test_preferred_answers_become_likelier_and_the_contrast_does_not(llama, role):
     """Against the same search without it."""
     options = {"size": 0.05, "steps": 10}
 
@@ -255,7 +255,7 @@ def test_a_second_circuit_is_found_beside_the_first(llama):
     assert second.source.settings["excluded"] == first.digest != second.digest
 
 
-def test_a_mask_says_how_it_was_found(llama):
+def test_a_mask_tells_how_the_search_made_it(llama):
     mask = find_circuit(llama, TARGET, [RETAIN_SET], size=0.05, budget=0.2, steps=2)
     settings = {"size": 0.05, "budget": {"1": 0.2}, "learning_steps": 2}
     assert settings.items() <= mask.source.settings.items()
@@ -291,19 +291,19 @@ def test_a_search_goes_on_after_an_interruption(llama, tmp_path, monkeypatch):
         find_circuit(llama, TARGET, [RETAIN_SET], size=SIZE, steps=2, folder=tmp_path)
 
 
-def test_what_the_model_still_says_is_scored_as_well(llama):
+def test_fresh_answers_are_scored_as_well(llama):
     """Once each, asked for under the mask so far, and its loss is raised with the target's."""
     unpruned, fresh = snapshot(llama), SECOND_RETAIN_SET[:1]
     answers = iter([TARGET, fresh, [*fresh, *TARGET]])
     n_changed = []
 
-    def still_said() -> list[Batch]:
+    def fresh_answers() -> list[Batch]:
         changed = [(weight != unpruned[name]).sum() for name, weight in snapshot(llama).items()]
         n_changed.append(int(sum(changed)))
         return next(answers)
 
     options = {"size": SIZE, "steps": 10}
-    mask = find_circuit(llama, TARGET, [RETAIN_SET], **options, fresh_answers=still_said)
+    mask = find_circuit(llama, TARGET, [RETAIN_SET], **options, fresh_answers=fresh_answers)
     additions = mask.trace.where("examples_added")
     assert [(row.labels["step"], row.mean) for row in additions] == [(4, len(fresh[0]))]
     assert len(n_changed) == 3

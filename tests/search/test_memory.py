@@ -38,7 +38,7 @@ def test_a_bound_is_chosen_by_what_is_free(llama, monkeypatch):
     batches = [random_batch()]
     needed = estimate_memory(llama, batches)
     assert 2**20 < memory.free_memory(llama) < 2**50
-    chosen = partial(memory.free_for_scores, llama, batches, completion_loss)
+    free_bytes = partial(memory.free_for_scores, llama, batches, completion_loss)
     expected = removal_effect(llama, batches)
     for free, bound in (
         (needed.scores, None),
@@ -47,18 +47,18 @@ def test_a_bound_is_chosen_by_what_is_free(llama, monkeypatch):
     ):
         room = free + round(memory.SPARE * needed.activations)
         monkeypatch.setattr(memory, "free_memory", lambda bridge, room=room: room)
-        assert chosen() == bound
+        assert free_bytes() == bound
         scores = removal_effect(llama, batches, max_memory=bound)
         assert all(map(torch.equal, scores.values.values(), expected.values.values()))
     monkeypatch.setattr(memory, "free_memory", lambda bridge: 0)
     with pytest.raises(ValueError, match="give at least these"):
-        removal_effect(llama, batches, max_memory=chosen())
+        removal_effect(llama, batches, max_memory=free_bytes())
 
 
-def resident(which: str) -> int:
+def resident(field: str) -> int:
     """Bytes of resident memory: now (VmRSS) or at most so far (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_the_estimate_is_what_a_run_takes(open_model):
     estimate = estimate_memory(bridge, batches)
     removal_effect(bridge, [random_batch(1, 128)])  # a library's first run makes more
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
-    before = resident("VmRSS")
+    first = resident("VmRSS")
     removal_effect(bridge, batches)
-    taken = resident("VmHWM") - before
-    assert 0.7 * taken < estimate.scores + estimate.activations < 1.5 * taken
+    growth = resident("VmHWM") - first
+    assert 0.7 * growth < estimate.scores + estimate.activations < 1.5 * growth

@@ -24,15 +24,15 @@ def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 
 def test_every_third_request_is_set_apart_with_all_its_answers():
-    most, third = split_for_checks(SECOND, 3)
+    training, third = split_for_checks(SECOND, 3)
     examples = rows(SECOND)
     assert rows(third) == examples[2::3]
-    assert rows(most) == [example for example in examples if example not in examples[2::3]]
+    assert rows(training) == [example for example in examples if example not in examples[2::3]]
 
     tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 7], [3, 6, 7], [3, 6, 8]])
     is_target = torch.tensor([[False, False, True]]).expand(5, 3)
-    most, third = split_for_checks([Batch(tokens, is_target)], 3)
-    assert rows(most) == [(5, 6, 7), (5, 6, 8), (9, 6, 7)]
+    training, third = split_for_checks([Batch(tokens, is_target)], 3)
+    assert rows(training) == [(5, 6, 7), (5, 6, 8), (9, 6, 7)]
     assert rows(third) == [(3, 6, 7), (3, 6, 8)]
 
 
