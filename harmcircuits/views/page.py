@@ -82,7 +82,7 @@ def table(
 
 def frame(data: "pandas.DataFrame") -> str:
     """A DataFrame as an HTML table, without its index."""
-    body = [map(str, row) for row in data.itertuples(index=False)]
+    body = [[str(value) for value in row] for row in data.itertuples(index=False)]
     return table([str(name) for name in data.columns], body)
 
 
