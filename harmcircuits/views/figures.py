@@ -179,9 +179,16 @@ def component_map(rows: Rows) -> Picture:
     names = ["layer {layer} {kind} {unit} {index}".format(**row.labels) for row in units]
     n_removed = np.array([row.mean for row in units])
     n_weights = np.array([float(row.labels["of"]) for row in units])
-    colours = BLUE_TO_RED(scale(_log_lift(n_removed, n_weights * share)))
+    lift = _log_lift(n_removed, n_weights * share)
+    colours = BLUE_TO_RED(scale(lift))
     places = range(len(units))
-    marks = bars.barh(places, n_removed, color=colours, edgecolor=GREY, linewidth=0.5)
+    marks = bars.barh(
+        places,
+        n_removed,
+        color=colours,
+        edgecolor=GREY,
+        linewidth=0.5,
+    )
     bars.bar_label(marks, fmt="{:,.0f}", padding=3)
     bars.set_title("heads and neurons that lose most")
     bars.set_xticks([])
