@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import ablation_rows
-from support.curves import KEPT_RATE
+from support.curves import KEPT_RATE, rate_difference
 from support.dissociation import dissociations_from
 from support.figures import cross_ablation_figure, protection_panels
 

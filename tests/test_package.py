@@ -1,4 +1,5 @@
-"""Would catch a wheel without `py.typed`, the templates of pages or the shipped models."""
+"""Would catch a wheel without `py.typed`, the stub of public names, the templates of pages, the style
+of figures or the shipped models."""
 
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pages import ROOT
 
 SHIPPED = (
     "harmcircuits/py.typed",
+    "harmcircuits/__init__.pyi",
+    "harmcircuits/views/figures.mplstyle",
     "harmcircuits/views/page.html",
     "harmcircuits/views/parts.html",
     "harmcircuits/organisms/weights/sft/config.json",

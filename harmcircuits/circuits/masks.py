@@ -173,7 +173,7 @@ class WeightMask:
         return self._combined(other, "difference", lambda a, b: a[~torch.isin(a, b)])
 
     def __invert__(self) -> "WeightMask":
-        """All other weights; 8 bytes for each. Its mask leaves nothing but this mask's weights."""
+        """All other weights, at 8 bytes each; under it only the weights of this mask remain."""
         removed = {}
         for name in self.shapes:
             is_left = ~self.dense(name).flatten()

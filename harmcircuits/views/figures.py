@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas
-from matplotlib import rc_context
+from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
@@ -54,36 +54,10 @@ WORST_KEPT = "worst kept ability"
 N_SOLID = 2  # solid lines of a share figure; further lines are dotted
 N_UNITS = 12  # heads and neurons that a component map shows
 
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.bottom": False,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 12,
-    "figure.constrained_layout.h_pad": 0.08,
-    "figure.constrained_layout.hspace": 0.05,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.wspace": 0.03,
-    "figure.dpi": 100,
-    "figure.facecolor": "none",  # a page has its own background
-    # The font that measures texts; a page shows them in narrower letters.
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.75,  # 13 pixels of a page
-    "grid.color": GRID,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "harmcircuits",  # the same names in every file
-    "text.color": INK,
-    "text.parse_math": False,  # a name may contain dollars
-    "xtick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.color": INK,
-    "ytick.major.size": 0,
-}
+STYLE = rc_params_from_file(
+    Path(__file__).with_suffix(".mplstyle"),
+    use_default_template=False,
+)
 
 
 @dataclass(frozen=True)
@@ -205,9 +179,16 @@ def component_map(rows: Rows) -> Picture:
     names = ["layer {layer} {kind} {unit} {index}".format(**row.labels) for row in units]
     n_removed = np.array([row.mean for row in units])
     n_weights = np.array([float(row.labels["of"]) for row in units])
-    colours = BLUE_TO_RED(scale(_log_lift(n_removed, n_weights * share)))
+    lift = _log_lift(n_removed, n_weights * share)
+    colours = BLUE_TO_RED(scale(lift))
     places = range(len(units))
-    marks = bars.barh(places, n_removed, color=colours, edgecolor=GREY, linewidth=0.5)
+    marks = bars.barh(
+        places,
+        n_removed,
+        color=colours,
+        edgecolor=GREY,
+        linewidth=0.5,
+    )
     bars.bar_label(marks, fmt="{:,.0f}", padding=3)
     bars.set_title("heads and neurons that lose most")
     bars.set_xticks([])
@@ -264,7 +245,10 @@ def subplots(
     return figure, list(axes.flat)
 
 
-def coloured(names: Iterable[str], colours: Sequence[str]) -> dict[str, str]:
+def coloured(
+    names: Iterable[str],
+    colours: Sequence[str],
+) -> dict[str, str]:
     """The colour of each name."""
     return dict(zip(names, cycle(colours), strict=False))
 
@@ -296,9 +280,11 @@ def draw_bars(
     for number, line in enumerate(names):
         offset = width * (number - (len(names) - 1) / 2)
         rows = lines[line]
+        x = [places.index(place) + offset for place in rows]
+        means = [row.mean for row in rows.values()]
         axes.bar(
-            [places.index(place) + offset for place in rows],
-            [row.mean for row in rows.values()],
+            x,
+            means,
             width,
             yerr=interval_reach(rows.values()),
             color=colours[line],
@@ -321,7 +307,8 @@ def draw_cells(
     values = np.ma.masked_invalid(grid.to_numpy(dtype=float))
     axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors=GRID, linewidth=0.8)
     name_columns(axes, list(grid.columns))
-    axes.set_yticks(0.5 + np.arange(len(grid)), labels=list(grid.index))
+    places = 0.5 + np.arange(len(grid))
+    axes.set_yticks(places, labels=list(grid.index))
     axes.set_ylim(len(grid), 0)  # the first row on top
 
     room = 72 * _inches(axes) / max(1, len(grid.columns))
@@ -331,8 +318,9 @@ def draw_cells(
         return
     style = {"ha": "center", "va": "center", "size": size}
     for (row, column), value in np.ma.ndenumerate(values):
+        text = texts.iat[row, column]
         colour = _ink(colours(scale(value)))
-        axes.text(column + 0.5, row + 0.5, texts.iat[row, column], color=colour, **style)
+        axes.text(column + 0.5, row + 0.5, text, color=colour, **style)
 
 
 def draw_scale(
@@ -343,7 +331,8 @@ def draw_scale(
     title: str = "",
 ) -> Any:
     """Draw the scale of the panels' colours to their right."""
-    bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, aspect=25, pad=0.015)
+    mappable = ScalarMappable(scale, colours)
+    bar = figure.colorbar(mappable, ax=axes, aspect=25, pad=0.015)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.set_label(title)
     return bar
