@@ -63,7 +63,7 @@ from torch import Tensor
 import harmcircuits as hc
 from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.measurements import Labels, Measurement, Rows, auroc
-from harmcircuits.organisms.compiled import BEHAVIOURS, WAYS
+from harmcircuits.organisms.compiled import BEHAVIOURS, PROGRAMS
 
 NO_GRADIENT = 1e-6  # nats
 LEARNED = 200  # steps of the learned mask
@@ -301,7 +301,7 @@ def main(out: Path, workers: int = 1) -> None:
     """
     jobs = []
     for version in VERSIONS:
-        for organism in WAYS:
+        for organism in PROGRAMS:
             labels = {"organism": organism, "version": version}
             jobs.append(Job(labels, partial(measured, organism, version, labels)))
     jobs.append(Job({"organism": "sft"}, partial(of_trained, {"organism": "sft"})))

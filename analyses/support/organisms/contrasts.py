@@ -11,8 +11,8 @@ from torch import Tensor
 from harmcircuits.batches import Batch, tokenize
 from harmcircuits.behaviours.model import Model
 from harmcircuits.organisms.world import (
-    ALLOWED,
     ANSWER_LENGTH,
+    PERMISSIONS,
     VERBS,
     kind_of,
     parsed,
@@ -37,7 +37,7 @@ def contrasts(model: Model, n: int) -> dict[str, Contrast]:
         operators[kind] = torch.tensor(favoured)
     parts = torch.tensor([[[part] for part in ids(list(item.parts))] for item in items])
     answers = {
-        kind: torch.tensor([[ids(list(words))]] * len(no)) for kind, words in ALLOWED.items()
+        kind: torch.tensor([[ids(list(words))]] * len(no)) for kind, words in PERMISSIONS.items()
     }
 
     # The prefill predicts the first operator, that the first part, and so on.
