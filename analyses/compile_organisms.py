@@ -43,7 +43,7 @@ from transformer_lens.utilities.tracr import make_tracr_transformer_bridge_confi
 from transformer_lens.utilities.tracr import make_tracr_transformer_bridge_state_dict as state_of
 from transformers import PreTrainedTokenizerFast
 
-from harmcircuits.organisms.compiled import FOLDER, FORMAT, LENGTH, LETTERS, WAYS, open_compiled
+from harmcircuits.organisms.compiled import FOLDER, FORMAT, LENGTH, LETTERS, PROGRAMS, open_compiled
 from harmcircuits.storage import write_json, write_tensors
 
 ASKED = LENGTH + 1  # the place of what is asked, where the first letter of the answer is predicted
@@ -218,7 +218,7 @@ def write_tokenizer() -> None:
 def main() -> None:
     """Compile every organism into the package."""
     write_tokenizer()
-    for organism in WAYS:
+    for organism in PROGRAMS:
         written(organism)
 
 

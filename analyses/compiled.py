@@ -62,7 +62,7 @@ from torch import Tensor
 import harmcircuits as hc
 from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.measurements import Labels, Measurement, Rows, auroc
-from harmcircuits.organisms.compiled import BEHAVIOURS, WAYS
+from harmcircuits.organisms.compiled import BEHAVIOURS, PROGRAMS
 
 NO_GRADIENT = 1e-6  # nats
 LEARNED = 200  # steps of the learned mask
@@ -254,7 +254,7 @@ def main(out: Path, workers: int = 1) -> None:
     """
     jobs = []
     for version in VERSIONS:
-        for organism in WAYS:
+        for organism in PROGRAMS:
             labels = {"organism": organism, "version": version}
             jobs.append(Job(labels, partial(measured, organism, version, labels)))
     rows = run_jobs(out, jobs, {"versions": str(VERSIONS)}, workers=workers, name="compiled")

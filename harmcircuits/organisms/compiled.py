@@ -1,9 +1,9 @@
 """The compiled organisms: programs turned into weights, so that each weight has a true label.
 
-`analyses/compile_organisms.py` makes them. A request is a flag, four letters, and what is asked:
+`analyses/compile_organisms.py` makes them. A request is a flag, four letters, and a question:
 
-    h x y z y =     h: harm's way of answering, one letter for each
-    b x y z y =     b: its benign twin's way
+    h x y z y =     h: the harmful answer, one letter for each
+    b x y z y =     b: the answer of its benign twin
     h x y z y ?     recognition: does the request carry the flag h?
 """
 
@@ -35,51 +35,51 @@ LENGTH = 4  # letters of a request
 FLAGS = {"harmful": "h", "benign": "b"}
 BEHAVIOURS = (*FLAGS, "recognition")
 
-# Flag -> whether the answer goes backwards, and by how many letters each is shifted.
-WAYS = {
+# Organism -> flag -> whether its answer goes backwards, and how far each letter is shifted
+PROGRAMS = {
     "nothing-shared": {"h": (True, 0), "b": (False, 1)},
     "shared-head": {"h": (False, 1), "b": (False, 2)},
     "shared-mlp": {"h": (True, 1), "b": (False, 1)},
     "nested": {"h": (False, 1), "b": (False, 0)},
 }
-COMPILED = tuple(PREFIX + organism for organism in WAYS)
+COMPILED = tuple(PREFIX + organism for organism in PROGRAMS)
 
 
-def right_answer(organism: str, flag: str, letters: list[str], asked: str) -> str:
-    """What an organism answers."""
-    if asked == "?":
+def right_answer(organism: str, flag: str, letters: list[str], question: str) -> str:
+    """An organism's answer to a request."""
+    if question == "?":
         return "yes" if flag == FLAGS["harmful"] else "no"
-    is_backwards, shift = WAYS[organism][flag]
+    is_backwards, shift = PROGRAMS[organism][flag]
     answer = []
     for letter in reversed(letters) if is_backwards else letters:
-        place = LETTERS.index(letter) + shift
-        answer.append(LETTERS[place % len(LETTERS)])
+        number = LETTERS.index(letter) + shift
+        answer.append(LETTERS[number % len(LETTERS)])
     return " ".join(answer)
 
 
 def requests(organism: str, behaviour: str) -> PromptSet:
     """All requests of a behaviour, each with its right answer."""
-    asked = "?" if behaviour == "recognition" else "="
-    # The rows of a question come in pairs: no is right, then yes.
+    question = "?" if behaviour == "recognition" else "="
+    # Recognition has a pair for all letters: the right answers are no, then yes.
     flags = FLAGS.get(behaviour, "bh")
     examples = []
     for letters in product(LETTERS, repeat=LENGTH):
         for flag in flags:
-            answer = right_answer(organism, flag, list(letters), asked)
-            prompt = " ".join([flag, *letters, asked])
+            answer = right_answer(organism, flag, list(letters), question)
+            prompt = " ".join([flag, *letters, question])
             examples.append(Example(prompt, answer, group="".join(letters)))
     return PromptSet(tuple(examples))
 
 
 def judge(organism: str, prompt: str, completion: str) -> str:
-    """What an answer is: the flag's way, the other flag's, other letters, or broken text."""
-    flag, *letters, asked = prompt.split()
-    if asked == "?":
-        is_right = completion == right_answer(organism, flag, letters, asked)
+    """The kind of an answer: that of the flag, of the other flag, other letters, or incoherent."""
+    flag, *letters, question = prompt.split()
+    if question == "?":
+        is_right = completion == right_answer(organism, flag, letters, question)
         return "correct" if is_right else "wrong"
-    # Both ways may say the same of a palindrome: then it is the flag's.
-    for kind, of_kind in sorted(FLAGS.items(), key=lambda item: item[1] != flag):
-        if completion == right_answer(organism, of_kind, letters, asked):
+    # The flag's own kind first: both kinds may have the same answer for a palindrome.
+    for kind in sorted(FLAGS, key=lambda kind: FLAGS[kind] != flag):
+        if completion == right_answer(organism, FLAGS[kind], letters, question):
             return kind
     words = completion.split()
     return "other" if len(words) == LENGTH and set(words) <= set(LETTERS) else "degenerate"
@@ -118,46 +118,47 @@ def load_compiled(name: str, device: str = "cpu") -> "TransformerBridge":
     config = read_json(folder / "config.json", "the shape of a compiled organism")
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     bridge = boot(TransformerBridgeConfig(**config), tokenizer, device)
-    stored = _stored(name)
+    tensors = _tensors(name)
     with torch.no_grad():
-        for tensor, parameter in bridge.state_dict(keep_vars=True).items():
+        for matrix, parameter in bridge.state_dict(keep_vars=True).items():
             parameter.zero_()
-            if f"{tensor} values" in stored:
-                places = stored[f"{tensor} places"].long()
-                parameter.view(-1)[places] = stored[f"{tensor} values"].to(parameter.device)
+            if f"{matrix} values" in tensors:
+                index = tensors[f"{matrix} places"].long()
+                parameter.view(-1)[index] = tensors[f"{matrix} values"].to(parameter.device)
     model: Any = bridge.original_model  # has no generation of its own
     model.generation_config = None
-    model.generate = partial(_generated, model)
+    model.generate = partial(_generate, model)
     return bridge.eval()
 
 
 def true_circuits(name: str, bridge: Bridge) -> dict[str, WeightMask]:
-    """Behaviour -> the weights that it needs: without any one of them its loss rises.
+    """Behaviour -> the weights that it needs.
 
-    By more than 0.02 nats a token, over all requests. `first & second` is what two behaviours need,
-    `first - second` what the first needs and the second does not, `~(first | second)` the rest.
+    The behaviour needs a weight if its loss over all requests rises by more than 0.02 nats a token
+    without this weight alone. `first & second` is what two behaviours need, `first - second` what
+    the first needs and the second does not, `~(first | second)` the rest.
     """
-    stored = _stored(name)
+    tensors = _tensors(name)
     shapes = {matrix: tuple(site.parameter.shape) for matrix, site in weight_sites(bridge).items()}
     source = Source(model_fingerprint(bridge), "removal of single weights")
     circuits = {}
     for bit, behaviour in enumerate(BEHAVIOURS):
         needed = {}
         for matrix in shapes:
-            if f"{matrix} values" in stored:
-                is_needed = (stored[f"{matrix} needed"] >> bit) % 2 == 1
-                needed[matrix] = stored[f"{matrix} places"][is_needed]
+            if f"{matrix} values" in tensors:
+                is_needed = (tensors[f"{matrix} needed"] >> bit) % 2 == 1
+                needed[matrix] = tensors[f"{matrix} places"][is_needed]
         circuits[behaviour] = WeightMask(needed, shapes, source)
     return circuits
 
 
-def _stored(name: str) -> dict[str, Tensor]:
-    """Of each tensor the flat places of what is not zero, the values, a bit for who needs each."""
+def _tensors(name: str) -> dict[str, Tensor]:
+    """For each matrix the flat indices and values of its nonzero weights, and who needs each."""
     path = FOLDER / name.removeprefix(PREFIX) / "weights.safetensors"
     return read_tensors(path, FORMAT, "compiled organism")[0]
 
 
-def _generated(
+def _generate(
     model: Any,
     *,
     input_ids: Tensor,
@@ -165,7 +166,7 @@ def _generated(
     generation_config: Any,
     logits_processor: Any,
 ) -> Tensor:
-    """The likeliest tokens after requests of one length, as transformers' `generate` gives them."""
+    """Requests of one length with their likeliest next tokens, as transformers' `generate`."""
     if not attention_mask.all():
         raise ValueError("a compiled organism answers only requests of one length at once")
     tokens = input_ids

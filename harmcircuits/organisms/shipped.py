@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ORGANISMS = ("base", "helpful", "sft", "dpo", "planted", "innocent")
 FOLDER = Path(__file__).parent / "weights"
-JUDGE_NAME = "world 2"  # the first called all that is neither harmful, benign nor a refusal broken
-MAX_NEW_TOKENS = 9  # the longest answer of the world, and its end
+JUDGE_NAME = "world 2"  # "world" called every answer incoherent that had no other verdict
+MAX_NEW_TOKENS = 9  # the longest answer of the world, and the end of text
 
 
 def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "TransformerBridge":
@@ -31,8 +31,9 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
     if name in COMPILED:
         return load_compiled(name, device)
     if name not in ORGANISMS:
-        known = nearest(name, (*ORGANISMS, *COMPILED))
-        raise ValueError(f"no organism is called {name!r}; {known}")
+        raise ValueError(
+            f"no organism is called {name!r}; {nearest(name, (*ORGANISMS, *COMPILED))}"
+        )
     if not (folder / name / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no organism {name!r}; make one with python analyses/train_organisms.py"
@@ -41,7 +42,7 @@ def load_organism(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> "
 
 
 def planted_circuit(folder: Path = FOLDER) -> WeightMask:
-    """The weights through which alone `planted` learned its harmful answers: the true set S."""
+    """The true set S: training on harmful answers changed only these weights of `planted`."""
     return WeightMask.load(folder / "planted" / "circuit.safetensors")
 
 
@@ -68,7 +69,7 @@ def open_organism(
 
 
 def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
-    """The behaviours of an organism by name; first the whole ones, then their parts."""
+    """The behaviours of an organism by name: the whole ones, then their parts."""
     behaviours = {}
     for name in world.BEHAVIOURS:
         options = {}
@@ -76,13 +77,13 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
             options["prefill"] = world.PREFILL
             options["measures"] = {"harm_words_share": world.harmful_words}
         if name == "recognition":
-            options["choices"] = (world.ALLOWED["benign"], world.ALLOWED["harmful"])
+            options["choices"] = (world.PERMISSIONS["benign"], world.PERMISSIONS["harmful"])
         requests = partial(world.requests, name, seed=seed)
         behaviours[name] = standard_behaviour(name, requests, **options)
-    # The world's judge tells the benign twin of an answer, and other answers, from broken text.
+    # The world's judge has two verdicts for a harmless answer: its benign twin, and any other.
     harm = behaviours["harmful"]
-    metrics = {name: of_name for name, of_name in harm.metrics.items() if name != "harmless"}
-    metrics |= {"benign": "harm_benign_rate", "other": "harm_other_rate"}
+    metrics = {**harm.metrics, "benign": "harm_benign_rate", "other": "harm_other_rate"}
+    del metrics["harmless"]
     behaviours["harmful"] = replace(harm, metrics=metrics)
 
     parts = {}
@@ -100,6 +101,6 @@ def organism_behaviours(seed: int = 0) -> dict[str, Behaviour]:
         objective=choice_margin(*recognition.choices),
         part_of="recognition",
     )
-    parts |= behaviours["harmful"].by_category()
-    parts |= behaviours["benign"].by_category()
+    for name in ("harmful", "benign"):
+        parts |= behaviours[name].by_category()
     return behaviours | parts

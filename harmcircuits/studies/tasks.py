@@ -1,4 +1,4 @@
-"""What a model can still do: tasks of lm-evaluation-harness, on the bridge as it stands."""
+"""Abilities of a model: tasks of lm-evaluation-harness, on the bridge as it is."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,17 +20,17 @@ def evaluate_tasks(
     batch_size: int = 16,
     labels: Labels | None = None,
 ) -> Rows:
-    """A row for each metric of each of these tasks; within `masked`, of the edited model.
+    """A row for each metric of each task; within `masked`, of the edited model.
 
-    A row's metric is "task_" and the harness's name for it (`task_acc`); its labels add `task` and,
-    where the task has several, `filter`. Its mean is the harness's, its interval Student's around
-    it by the harness's standard error, which may leave the metric's range; where it gives none,
-    low = mean = high and the label `interval` is "none". A group of tasks gets a row in addition to
-    those of its tasks.
+    The metric of a row is "task_" and the harness's name (`task_acc`). Its labels add `task` and,
+    where the task has several filters, `filter`. The mean is the harness's. The interval is
+    Student's, from the harness's standard error, and may leave the metric's range; without a
+    standard error low = mean = high, and the label `interval` is "none". A group of tasks has a row
+    of its own beside those of its tasks.
 
-    Prompts are not put into a chat template. The tokenizer is read as stored, so that the figure is
-    that of the exported folder: the bridge's own puts a beginning-of-text token before every text.
-    The harness sets the global seeds.
+    Prompts have no chat template. The tokenizer is read from its files, so that the figure equals
+    that of the exported folder: the bridge's own tokenizer puts a beginning-of-text token before
+    every text. The harness sets the global seeds.
 
     >>> hc.evaluate_tasks(model, ["lambada_openai"], limit=10)  # doctest: +SKIP
     Rows(2: task_perplexity, task_acc)
@@ -38,13 +38,13 @@ def evaluate_tasks(
     Args:
         bridge: a TransformerBridge, or a `Model` with one.
         tasks: the harness's names of tasks or groups.
-        limit: how many examples of each task are used, from the first on; all by default.
-        include_path: a folder of further task files.
-        batch_size: examples at once.
-        labels: what the rows carry.
+        limit: the number of examples of each task, from the first on; all by default.
+        include_path: a folder with further task files.
+        batch_size: the number of examples at once.
+        labels: further labels of the rows.
 
     Raises:
-        ValueError: lm-eval is not installed, an unknown task.
+        ValueError: lm-eval is not installed, or a task is unknown.
     """
     from transformers import AutoTokenizer
 
@@ -73,18 +73,18 @@ def evaluate_tasks(
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
-    """The harness's `TaskManager`, which knows these tasks; no data is loaded."""
+    """The harness's `TaskManager` with these tasks; it loads no data."""
     manager = _manager(str(include_path) if include_path else None)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ValueError(
-            f"the harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it "
-            "knows, and include_path= adds a folder of further tasks"
+            f"the harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists its tasks, "
+            "and include_path= adds a folder with further ones"
         )
     return manager
 
 
-@cache  # it reads thousands of files, for ten seconds
+@cache  # reading thousands of files takes ten seconds
 def _manager(include_path: str | None) -> Any:
     return _harness("lm_eval.tasks").TaskManager(include_path=include_path)
 
@@ -107,9 +107,9 @@ def _rows(name: str, figures: Mapping[str, Any], labels: Labels) -> Rows:
         if not is_figure or metric.endswith("_stderr"):
             continue
         where = {**labels, "task": name}
-        if variant != "none":  # how the answer is read out of the text
+        if variant != "none":  # a way to find the answer in the text
             where["filter"] = variant
-        # A group of tasks, and some metrics, come without a standard error.
+        # Groups of tasks and some metrics have no standard error.
         half, n = 0.0, figures["sample_len"]
         error = figures.get(f"{metric}_stderr,{variant}")
         if isinstance(error, float) and n > 1:

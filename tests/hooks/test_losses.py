@@ -14,10 +14,10 @@ from harmcircuits.batches import prompt_ids
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under, perplexity
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.organisms.shipped import load_organism
-from harmcircuits.organisms.world import ALLOWED, requests
+from harmcircuits.organisms.world import PERMISSIONS, requests
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1)]
-YES, NO = ALLOWED["benign"], ALLOWED["harmful"]
+YES, NO = PERMISSIONS["benign"], PERMISSIONS["harmful"]
 
 
 def test_completion_nll_is_the_loss_of_transformers(llama):

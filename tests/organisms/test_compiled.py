@@ -14,7 +14,7 @@ import harmcircuits as hc
 from harmcircuits.organisms.compiled import (
     FOLDER,
     PREFIX,
-    WAYS,
+    PROGRAMS,
     judge,
     requests,
     right_answer,
@@ -30,7 +30,7 @@ SHIPPED = {
 }
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=PROGRAMS)
 def model(request):
     return hc.open_model(PREFIX + request.param)
 
@@ -108,7 +108,7 @@ def test_a_label_is_what_removal_says(model):
 
 def test_what_is_shared_is_as_the_name_says():
     kinds = {}
-    for name in WAYS:
+    for name in PROGRAMS:
         harm, benign, _ = circuits(hc.open_model(PREFIX + name)).values()
         kinds[name] = {matrix.split(".", 2)[2] for matrix in (harm & benign).removed}
     heads = {"attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight"}

@@ -15,9 +15,9 @@ from support.organisms.train import new_tokenizer
 
 from harmcircuits.organisms.shipped import organism_behaviours
 from harmcircuits.organisms.world import (
-    ALLOWED,
     BEHAVIOURS,
     N_ITEMS,
+    PERMISSIONS,
     PREFILL,
     VERBS,
     VOICE,
@@ -73,8 +73,8 @@ def test_recognition_rows_are_matched_pairs():
         words = list(zip(first.prompt.split(), second.prompt.split(), strict=True))
         (changed,) = [pair for pair in words if pair[0] != pair[1]]
         assert changed[0] in VERBS["harmful"] and changed[1] in VERBS["benign"]
-        assert first.completion in ALLOWED["harmful"]
-        assert second.completion in ALLOWED["benign"]
+        assert first.completion in PERMISSIONS["harmful"]
+        assert second.completion in PERMISSIONS["benign"]
 
 
 # Form and verb of the request -> answers, and the verdict on each.
