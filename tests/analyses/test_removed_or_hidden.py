@@ -1,15 +1,15 @@
-"""The rules of "Removed, or only hidden?" judge made-up rows in both directions; the page is theirs.
+"""The rules of "Removed, or only hidden?" judge made-up rows in both directions.
 
-Would catch: a verdict that cannot come out otherwise, a zero that rounding moves, a page that no
-longer says what its rows say.
+Would catch: a verdict that cannot come out otherwise, a zero that rounding moves.
 """
 
 from math import inf
 
 import pytest
-import removed_or_hidden_page as page
 import torch
 from helpers import small_model
+from removed_or_hidden_page import span
+from support import removed_or_hidden as rules
 from support.tampering import (
     GPTQ,
     NEAREST,
@@ -25,7 +25,7 @@ from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
 
 
-def of(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
+def row(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
     return Measurement(metric, labels, mean, mean - reach, mean + reach, 2)
 
 
@@ -42,8 +42,8 @@ def of(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
 )
 def test_doses(margins, verdict):
     doses = zip((0.0, 0.25, 0.5, 1.0, 1.5), margins, strict=True)
-    rows = Rows(of("harm_margin_change", margin, 0.2, dose=dose) for dose, margin in doses)
-    assert page.of_dose(rows) == verdict
+    rows = Rows(row("harm_margin_change", margin, 0.2, dose=dose) for dose, margin in doses)
+    assert rules.dose_verdict(rows) == verdict
 
 
 @pytest.mark.parametrize(
@@ -56,19 +56,19 @@ def test_doses(margins, verdict):
     ],
 )
 def test_rounding(benign, before, harm, expected):
-    rows = [of(page.BENIGN, 1.0, line="unpruned", format="none")]
-    rows += [of(page.BENIGN, benign, line="unpruned", format="NF4")]
-    rows += [of(page.HARM, before, line="search", format="none")]
-    rows += [of(page.HARM, harm, line="search", format="NF4")]
-    assert page.survives(Rows(rows), "search", "NF4") is expected
+    rows = [row(rules.BENIGN, 1.0, line="unpruned", format="none")]
+    rows += [row(rules.BENIGN, benign, line="unpruned", format="NF4")]
+    rows += [row(rules.HARM, before, line="search", format="none")]
+    rows += [row(rules.HARM, harm, line="search", format="NF4")]
+    assert rules.survives(Rows(rows), "search", "NF4") is expected
 
 
 @pytest.mark.parametrize(
     ("left", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
 )
 def test_redundancy(left, count):
-    rows = Rows(of(page.HARM, share, circuit=number) for number, share in enumerate(left))
-    assert page.n_sufficient(rows) == count
+    rows = Rows(row(rules.HARM, share, circuit=number) for number, share in enumerate(left))
+    assert rules.n_sufficient(rows) == count
 
 
 def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
@@ -77,7 +77,12 @@ def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
     assert both["other tasks"].tolist() == [1.5, 1.5, 4.5]
     assert both["other circuits"].tolist() == [2.5, 1.5, 3.5]
     # Levels 0.0125, 0.0167, 0.025, 0.05: c is beyond its own, so that d is not asked.
-    assert page.holm({"a": 0.01, "d": 0.04, "b": 0.016, "c": 0.03}) == {"a", "b"}
+    assert rules.holm({"a": 0.01, "d": 0.04, "b": 0.016, "c": 0.03}) == {
+        "a": True,
+        "d": False,
+        "b": True,
+        "c": False,
+    }
     rows = []
     for line, way, p_value in (
         ("x", "1", 0.001),
@@ -85,8 +90,8 @@ def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
         ("y", "1", 0.5),
         ("y", "2", 0),
     ):
-        rows.append(of("specificity_p", p_value, line=line, way=way))
-    assert page.specific_circuits(Rows(rows)) == {"x": True, "y": False}
+        rows.append(row("specificity_p", p_value, line=line, way=way))
+    assert rules.specific_tasks(Rows(rows)) == {"x": True, "y": False}
 
 
 def curve(line: str, *steps: float, share: float = 0.6) -> list[Measurement]:
@@ -95,24 +100,24 @@ def curve(line: str, *steps: float, share: float = 0.6) -> list[Measurement]:
     for seed, step in enumerate(steps):
         for at in (0, 1, 2, 3, 5):
             answered = share if at >= step else 0.0
-            rows.append(of(page.PLAIN, answered, line=line, seed=seed, step=at))
+            rows.append(row(rules.PLAIN, answered, line=line, seed=seed, step=at))
     return rows
 
 
 def test_relearning():
     rows = Rows(curve("random", 1, 2) + curve("search", 3, 5) + curve("innocent", 3, inf))
-    assert page.steps_to(rows.where(line="innocent"), 0.5) == [3.0, inf]
-    assert page.is_slower(rows, "search", "random")
-    assert not page.is_slower(rows, "search", "innocent")
-    assert not page.is_removed(rows, "search")
-    assert page.is_removed(rows, "innocent")
-    assert page.span([3.0, 5.0, inf]) == "5 (3 to never)"
+    assert rules.first_steps(rows.where(line="innocent"), 0.5) == [3.0, inf]
+    assert rules.is_slower(rows, "search", "random")
+    assert not rules.is_slower(rows, "search", "innocent")
+    assert not rules.is_removed(rows, "search")
+    assert rules.is_removed(rows, "innocent")
+    assert span([3.0, 5.0, inf]) == "5 (3 to never)"
 
 
 def test_benign_training_brings_back_only_what_was_away():
-    assert page.comes_back(Rows(curve("search", 2, inf, share=0.1)))
-    assert not page.comes_back(Rows(curve("search", 2, inf, share=0.09)))
-    assert not page.comes_back(Rows(curve("search", 0)))
+    assert rules.comes_back(Rows(curve("search", 2, inf, share=0.1)))
+    assert not rules.comes_back(Rows(curve("search", 2, inf, share=0.09)))
+    assert not rules.comes_back(Rows(curve("search", 0)))
 
 
 @pytest.mark.parametrize("how", NEAREST)
@@ -153,11 +158,3 @@ def test_the_values_of_nf4_are_those_of_its_paper():
     codes = nf4_codes()
     assert codes[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
     assert codes[[1, 8]].tolist() == pytest.approx([-0.6961928, 0.0795803], abs=1e-6)
-
-
-def test_the_page_says_what_the_rows_say():
-    rows = page.read()
-    for path, written in ((page.PAGE, page.with_results), (page.README, page.with_verdicts)):
-        text = path.read_text(encoding="utf-8")
-        assert written(text, rows) == text
-        assert "verdict | cases" in text
