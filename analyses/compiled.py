@@ -44,7 +44,6 @@ from math import isnan
 
 import torch
 import tyro
-from support.learned_mask import learned_mask
 from support.compiled import VERSIONS, Truth, mask_of, truth_of, units, version_of
 from support.compiled_tables import (
     found_table,
@@ -56,6 +55,7 @@ from support.compiled_tables import (
     truth_table,
 )
 from support.jobs import Job
+from support.learned_mask import learned_mask
 from support.models import RunOptions
 from support.removal import Texts, needed_by
 from support.runs import Tables, run_analysis

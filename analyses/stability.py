@@ -34,10 +34,10 @@
 from functools import partial
 
 import tyro
-from support.stability import SIZES, compared, disjoint, effect_table, overlap_table
 from support.jobs import Job
 from support.models import ModelSpec, RunOptions
 from support.runs import Tables, run_analysis
+from support.stability import SIZES, compared, disjoint, effect_table, overlap_table
 from tyro.conf import OmitArgPrefixes
 
 MODELS = ("sft", "dpo")
