@@ -12,7 +12,18 @@ import jaxtyping
 import typechecker  # noqa: F401  # first: what it imports is not checked by it
 
 # Not the organisms: their world is asked a hundred thousand times, and has no shapes.
-ROOMS = ("circuits", "hooks", "behaviours", "views", "studies", "prompts", "measurements", "export")
+ROOMS = (
+    "batches",
+    "behaviours",
+    "circuits",
+    "export",
+    "hooks",
+    "measurements",
+    "prompts",
+    "search",
+    "studies",
+    "views",
+)
 jaxtyping.install_import_hook([f"harmcircuits.{room}" for room in ROOMS], "typechecker.check")
 
 import shutil
