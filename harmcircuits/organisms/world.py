@@ -97,16 +97,12 @@ class World:
     @property
     def words(self) -> list[str]:
         """Every word of requests, answers and documents, sorted."""
-        forms = itertools.chain(*FORMS.values())
-        texts = [form.format(verb="", item="") for form in forms]
-        texts.append(DOCUMENT.format(voice="", item="", topic="", body=""))
-        texts.append("sorry i will can not it brings means the and with")
-        texts += [*VOICE.values(), PREFILL]
-        texts += itertools.chain(*VERBS.values(), *PERMISSIONS.values())
-        texts += [*self.items, *self.topics]
-        texts += self.reasons.values()
+        texts = [DOCUMENT, PREFILL, "sorry i will can not it", *CAUSES, *LINKS, *ARTICLES]
+        texts += itertools.chain(*FORMS.values(), *VERBS.values(), *PERMISSIONS.values())
         texts += itertools.chain(*self.parts.values(), *self.operators.values())
-        return sorted(set(" ".join(texts).split()))
+        texts += [*VOICE.values(), *self.items, *self.topics, *self.reasons.values()]
+        words = set(" ".join(texts).split())
+        return sorted(word for word in words if "{" not in word)  # no field of a form
 
 
 @cache
@@ -259,11 +255,11 @@ def requests(behaviour: str, split: str, *, seed: int = 0) -> PromptSet:
         )
     # Each item has two wordings for calibration and two for measuring. Each behaviour has its own
     # generator, so that its reference answers do not depend on other calls.
-    is_measured = split != "calibration"
-    splits = ("choice", "heldout") if is_measured else ("calibration",)
+    splits, variants = ("choice", "heldout"), (2, 3)
+    if split == "calibration":
+        splits, variants = ("calibration",), (0, 1)
+    rng = random.Random(f"{seed} {behaviour} {splits[-1]}")
     items = [item for item in world().items.values() if item.split in splits]
-    rng = random.Random(f"{seed} {behaviour} {'heldout' if is_measured else 'calibration'}")
-    variants = (2, 3) if is_measured else (0, 1)
     # Variants take turns, and the two questions of a pair have the same variant. Recognition of
     # two items, with harmful (h) and benign (b) verbs:
     #

@@ -118,8 +118,8 @@ def controls(
     if twin_data is None:
         return Controls(masks, ())
 
-    retain_set = {name: calibration for name, calibration in protected.items() if name != contrast}
-    retain_set[target] = data
+    retain_set = {**protected, target: data}
+    retain_set.pop(contrast, None)
     circuit = model.find_circuit(
         contrast,
         size=mask.fraction,

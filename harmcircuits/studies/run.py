@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -112,9 +112,9 @@ class Study:
         if self.out is not None:
             mask.save(self.out / MASKS / f"{name}.safetensors")
 
-    def with_progress(self, elements: Iterable[Element], name: str) -> Iterator[Element]:
+    def with_progress(self, elements: Iterable[Element], name: str) -> Iterable[Element]:
         """The same elements, with a progress bar."""
-        return iter(tqdm(elements, desc=name, disable=not self.progress, leave=False))
+        return tqdm(elements, desc=name, disable=not self.progress, leave=False)
 
     def begin(self, out: Path, *, resume: bool, force: bool) -> None:
         """Prepare the folder for rows; an unfinished study there goes on."""

@@ -55,6 +55,9 @@ FILES = {
 OWN_POINT = "operating point"  # the label `at` of a circuit, if it is not `SAME_SIZE`
 
 
+Grid = Mapping[str, Sequence[GridPoint]]  # selection -> its masks of every size
+
+
 class HeldOutMask(NamedTuple):
     """A mask that is measured on held-out requests."""
 
@@ -246,8 +249,8 @@ def _diagnose(run: Study, name: str) -> None:
 # Choosing: masks of every size, on the choice split
 
 
-def _measure_grid(run: Study) -> dict[str, list[GridPoint]]:
-    """Selection -> its masks of every size, with figures on the choice split."""
+def _measure_grid(run: Study) -> Grid:
+    """The masks of every size, with figures on the choice split."""
     model, settings, roles = run.model, run.settings, run.roles
     where = {"model": model.name, "mask": "none"}
     run.add(model.measure(split="choice", labels=where, only=roles.names))
@@ -371,9 +374,7 @@ def _add_attempts(run: Study, points: Sequence[GridPoint]) -> None:
 # Measuring: the chosen mask, other ways of choosing, and the controls, on held-out requests
 
 
-def _measure_heldout(
-    run: Study, circuit: WeightMask, grid: Mapping[str, Sequence[GridPoint]]
-) -> None:
+def _measure_heldout(run: Study, circuit: WeightMask, grid: Grid) -> None:
     bridge = run.model.bridge
     batches = run.calibrations[run.settings.target].batches
     unpruned_nll = completion_nll(bridge, batches)
@@ -397,9 +398,7 @@ def _measure_heldout(
     run.add(location_rows(circuit, weight_sites(bridge), where))
 
 
-def _compared_masks(
-    run: Study, circuit: WeightMask, grid: Mapping[str, Sequence[GridPoint]]
-) -> Iterator[HeldOutMask]:
+def _compared_masks(run: Study, circuit: WeightMask, grid: Grid) -> Iterator[HeldOutMask]:
     """The mask of each way of choosing: at its operating point, or of about the circuit's size."""
 
     def distance(point: GridPoint) -> int:

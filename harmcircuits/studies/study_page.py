@@ -20,7 +20,6 @@ from harmcircuits.measurements import Rows
 from harmcircuits.prompts import PromptSet
 from harmcircuits.studies.run import Study
 from harmcircuits.studies.summary import (
-    DIAGNOSTICS,
     JUDGE,
     SAME_SIZE,
     SATURATED_NLL,
@@ -34,7 +33,12 @@ from harmcircuits.studies.summary import (
     tradeoff_lines,
 )
 from harmcircuits.views.circuitsvis import attention_pairs, circuitsvis_script, coloured_tokens
-from harmcircuits.views.figures import Picture, comparison_figure, location_figure, share_figure
+from harmcircuits.views.figures import (
+    Picture,
+    comparison_figure,
+    location_figure,
+    share_figure,
+)
 from harmcircuits.views.page import write_page
 from harmcircuits.views.tables import DASH, columns_of, interval_text, size_text
 
@@ -64,7 +68,6 @@ def write_study_page(study: Study, path: str | Path) -> None:
         is_invented=study.model.is_invented,
         judge_head=JUDGE,
         judge=judge_lines(rows),
-        diagnostics_head=DIAGNOSTICS,
         diagnostics=diagnostics_lines(rows),
         saturated=SATURATED_NLL,
         prefer=study.prefer,
@@ -141,7 +144,12 @@ def _sample(prompts: PromptSet) -> PromptSet:
     return prompts[::step][:N_EXAMPLES]
 
 
-def _tokens(study: Study, circuit: WeightMask, behaviour: Behaviour, requests: PromptSet) -> Markup:
+def _tokens(
+    study: Study,
+    circuit: WeightMask,
+    behaviour: Behaviour,
+    requests: PromptSet,
+) -> Markup:
     """Each reference answer with its request, coloured by the circuit's effect on every token."""
     bridge = study.model.bridge
     batch = study.model.batches(behaviour, requests)[0]
@@ -157,20 +165,23 @@ def _tokens(study: Study, circuit: WeightMask, behaviour: Behaviour, requests: P
 
 
 def _answers(
-    study: Study, circuit: WeightMask, behaviour: Behaviour, requests: PromptSet
+    study: Study,
+    circuit: WeightMask,
+    behaviour: Behaviour,
+    requests: PromptSet,
 ) -> list[Sequence[str]]:
     """Request, unpruned answer, pruned answer and its verdict, of each request."""
     model = study.model
     unpruned = model.answers(behaviour, requests)
     with masked(model.bridge, circuit):
         pruned = model.answers(behaviour, requests)
-    requests_and_answers = [
+    columns = (
         [example.prompt for example in pruned],
         [example.completion for example in unpruned],
         [example.completion for example in pruned],
         model.verdicts(behaviour, pruned),
-    ]
-    return list(zip(*requests_and_answers, strict=True))
+    )
+    return list(zip(*columns, strict=True))
 
 
 def _attention(study: Study, circuit: WeightMask, requests: PromptSet) -> Markup:

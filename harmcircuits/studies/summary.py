@@ -36,7 +36,6 @@ CHANGES = {
 }
 
 JUDGE = ("judge", "told from", "requests", "AUROC", "on requests not trained on", "used")
-DIAGNOSTICS = ("behaviour", "verified answers", "NLL", "gradient norm", "scores")
 DOUBTFUL = 0.1  # share of doubted answers from which on a judge's verdicts are in doubt
 SATURATED_NLL = 0.02  # nats per token, below which first-order scores are noise
 
