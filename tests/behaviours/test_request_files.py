@@ -14,9 +14,9 @@ import harmcircuits as hc
 from harmcircuits.behaviours.repeats import (
     IN_TWO_SPLITS,
     REPEATED,
+    leak_texts,
     repeat_rows,
     repeats_text,
-    leak_texts,
 )
 from harmcircuits.behaviours.request_files import (
     RequestFiles,
