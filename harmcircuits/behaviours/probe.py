@@ -16,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.judges import Judge, RuleJudge, Verdict, content, name_of
+from harmcircuits.behaviours.judges import HarmVerdict, Judge, RuleJudge, content, name_of
 from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.inspection import mean_residual
@@ -142,7 +142,7 @@ class ProbeJudge:
         scores = self.probe.log_odds(residuals)
         self._scores.update(zip(texts, scores.tolist(), strict=True))
 
-    def __call__(self, prompt: str, completion: str) -> Verdict:
+    def __call__(self, prompt: str, completion: str) -> HarmVerdict:
         """The verdict."""
         verdict = self.rules(prompt, completion)
         if verdict != "harmful":
