@@ -1,4 +1,4 @@
-"""Opening a model: an organism, a folder, a hub id, or one that is already loaded."""
+"""Opening a model: an organism, a folder, a hub id, or a loaded model."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ from harmcircuits.hooks.loading import load_model, wrap_model
 from harmcircuits.measurements import Label, Rows
 from harmcircuits.organisms.compiled import COMPILED, PREFIX
 from harmcircuits.organisms.shipped import ORGANISMS, open_organism
-from harmcircuits.prompts import SPLITS
+from harmcircuits.prompts import SPLITS, PromptSet
 from harmcircuits.storage import read_text
 
 CACHE = user_cache_path("harmcircuits")
-WINDOW = 256  # tokens of text for perplexity, in models whose context has as many
-RULES, PROBE = "local", "probe"  # judges that are asked for by these words
+WINDOW = 256  # tokens of a text for perplexity, or the whole context of a smaller model
+RULES, PROBE = "local", "probe"  # names of judges
 SPREAD = ("auto", "balanced")  # over several devices
 SHIPPED = (*ORGANISMS, *COMPILED)
 
@@ -67,15 +67,15 @@ def open_model(
     >>> open_model("sft")
     Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
 
-    An organism is opened by its name alone; `harmcircuits.organisms.shipped.open_organism` opens
-    one that you trained. Any other model that TransformerLens opens needs `prompts`, `behaviours`
-    or both; its own answers, where the judge verified them, become the references.
+    An organism needs its name alone; `harmcircuits.organisms.shipped.open_organism` opens one that
+    you trained. Any other model that TransformerLens opens needs `prompts`, `behaviours` or both;
+    its own answers become the references, where the judge verified them.
 
     Args:
         model: an organism's name (base, helpful, sft, dpo, planted or innocent; compiled/nested,
-            /nothing-shared, /shared-head or /shared-mlp), a folder, a hub id, or a
-            TransformerBridge or Hugging Face model that is already loaded.
-        prompts: what a model that is no organism is asked: `{"harmful": FILE, "benign": FILE}`,
+            /nothing-shared, /shared-head or /shared-mlp), a folder, a hub id, or a loaded
+            TransformerBridge or Hugging Face model.
+        prompts: the requests to a model that is no organism: `{"harmful": FILE, "benign": FILE}`,
             with files or lists of requests (see `RequestFiles`).
         behaviours: further behaviours; `Behaviour(name, requests, judge)` is enough.
         template: "chat" (the tokenizer's own template), a `Chat` with a system prompt or variables
@@ -84,14 +84,14 @@ def open_model(
         judge: of harm: "local" (rules), "probe" (trained on the model's own answers),
             "http://ADDRESS/v1#MODEL" (a chat model), or a function (request, answer) -> verdict:
             "harmful", "harmless", "refusal", "degenerate" or "unclear". All but the rules are
-            validated first on the model's own answers (see `Model.validation`); one that does not
-            tell them apart is not used, and the rules judge in its place.
-        max_new_tokens: how long an answer may be.
-        batch_size: examples scored at once; answered are four times as many.
+            validated first on the model's own answers (see `Model.validation`); the rules replace a
+            judge that does not tell these answers apart.
+        max_new_tokens: the length of an answer.
+        batch_size: examples scored at once; four times as many are answered at once.
         sampling: how answers are drawn; greedily by default.
         device: a torch device, such as "cuda"; "auto" or "balanced" spreads a model over several.
-        dtype: "float32", "bfloat16" or "float16"; as stored by default.
-        cache: folder that keeps the model's own answers and a judge's replies.
+        dtype: "float32", "bfloat16" or "float16"; the dtype of the files by default.
+        cache: folder for the model's own answers and a judge's replies.
 
     Raises:
         ValueError: an unknown organism, prompts that are missing or malformed, and as `load_model`
@@ -99,52 +99,55 @@ def open_model(
     """
     if isinstance(model, Model):
         raise ValueError(f"open_model: {model!r} is open already; use it as it is")
-    asking: dict[str, Any] = {
+    settings = {
+        "dtype": dtype,
+        "prefill": prefill,
         "template": template,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "sampling": sampling,
     }
-    judging = {"prefill": prefill, "judge": judge}
     if isinstance(model, str) and model in SHIPPED and prompts is None:
-        _refuse_unused({**asking, **judging, "dtype": dtype}, f"the organism {model!r}")
+        _refuse_unused({**settings, "judge": judge}, f"the organism {model!r}")
         return open_organism(model, device=device).with_behaviours(*behaviours)
     if prompts is None and not behaviours:
         _refuse_without_prompts(model)
 
     files = RequestFiles.of(prompts or {})
-    asked, kinds = request_behaviours(files, behaviours, prefill=prefill)
-    repeats = repeat_rows(asked)
+    requests, kinds = request_behaviours(files, behaviours, prefill=prefill)
+    repeats = repeat_rows(requests)
     for text in leak_texts(repeats):
         warnings.warn(f"open_model: {text}; leave each in one file", stacklevel=2)
-    folder = Path(cache)
-    harm = None
-    if judge != PROBE:  # refused before the model takes its time to load
-        harm = judge_of(judge, prefill=prefill, replies=folder / "judge.jsonl")
 
-    name, bridge = _opened(model, device, dtype)
+    folder = Path(cache)
     rules = RuleJudge(prefill)
-    opened = Model(
+    harm = None
+    if judge != PROBE:  # an unknown judge is refused before the model takes its time to load
+        harm = judge_of(judge, prefill=prefill, replies=folder / "judge.jsonl")
+    name, bridge = _name_and_bridge(model, device, dtype)
+    result = Model(
         name,
         bridge,
-        asked,
+        requests,
         RequestJudge(rules, kinds, files.questions, prefill=prefill),
+        template=template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         n_answered_at_once=ANSWERED_PER_SCORED * batch_size,
+        sampling=sampling,
         cache=GenerationCache(folder / "answers", bridge, progress=True),
         judge_name=rules.name,
         repeats=repeats,
+        details=_details(files, behaviours, {"judge": rules.name, "model": model, **settings}),
         plain_text=_plain_text(files, bridge),
-        **asking,
     )
     if judge != RULES:
-        opened = _judged(opened, harm, rules, folder)
-    settings = {"model": model, "dtype": dtype, "prefill": prefill, **asking}
-    details = _details(files, behaviours, {"judge": opened.judge_name, **settings})
-    return _with_references(replace(opened, details=details))
+        result = _with_judge(result, harm, rules, folder)
+    return _with_references(result)
 
 
-def _opened(model: Any, device: str, dtype: str) -> tuple[str, Bridge]:
-    """What rows call a model, and its bridge."""
+def _name_and_bridge(model: Any, device: str, dtype: str) -> tuple[str, Bridge]:
+    """The model's name in rows, and its bridge."""
     if isinstance(model, str | Path):
         where = {"device_map": device} if device in SPREAD else {"device": device}
         return Path(model).name, load_model(str(model), dtype=dtype, **where)
@@ -157,49 +160,57 @@ def _opened(model: Any, device: str, dtype: str) -> tuple[str, Bridge]:
     return name, wrap_model(model) if is_hugging_face else as_bridge(model)
 
 
-def _judged(model: Model, judge: Any, rules: RuleJudge, cache: Path) -> Model:
-    """The model with this judge of harm (none: a probe), where it is valid, and its validation."""
+def _with_judge(model: Model, judge: Judge | None, rules: RuleJudge, folder: Path) -> Model:
+    """The model with its validation, and with this judge of harm (None: a probe) if it is valid."""
     if judge is None:
-        probe = train_probe(model, cache / "probes")
+        probe = train_probe(model, folder / "probes")
         judge = ProbeJudge(probe, model.bridge, rules)
-        rows, is_probe = probe.rows, True
+        rows = probe.rows
     else:
-        rows, is_probe = validate(judge, model), False
-    used = "yes" if is_valid(rows) else "no"
-    if used == "no" and not is_probe and has_few_requests(rows):
-        used = "untested"
-    model = replace(model, validation=Rows(row.labelled(used=used) for row in rows))
-    if used == "no":
+        rows = validate(judge, model)
+    use = "yes" if is_valid(rows) else "no"
+    if use == "no" and not isinstance(judge, ProbeJudge) and has_few_requests(rows):
+        use = "untested"
+    model = replace(model, validation=Rows(row.labelled(used=use) for row in rows))
+    if use == "no":
         return model
+    name = name_of(judge)
     by_request: Any = model.judge
-    return replace(model, judge=replace(by_request, harm=judge), judge_name=name_of(judge))
+    return replace(
+        model,
+        judge=replace(by_request, harm=judge),
+        judge_name=name,
+        details={**model.details, "judge": name},
+    )
 
 
 def _with_references(model: Model) -> Model:
     """The model with its own answers as reference answers, where the judge verified them."""
-    own = []
+    behaviours = []
+    questions = []
     for behaviour in model.behaviours.values():
         refuse_unreadable(model, behaviour)
         if not behaviour.choices and not behaviour.is_scored_on_references:
-            own.append(behaviour)
-    asked = []
-    for behaviour in own:
-        asked += [(behaviour, behaviour.prompts(split)) for split in SPLITS]
-    verified = iter(verified_together(model, asked))
+            behaviours.append(behaviour)
+            questions += [(behaviour, behaviour.prompts(split)) for split in SPLITS]
+    answers = iter(verified_together(model, questions))
 
-    behaviours = []
-    for behaviour in own:
-        sets = {split: next(verified) for split in SPLITS}
-        for split, answers in sets.items():
-            is_shown = any(example.completion for example in answers)
-            if behaviour.name in (TARGET, CONTRAST) and not is_shown:
-                raise ValueError(
-                    f"{model.name} does not show {behaviour.name!r} in any of {len(answers)} "
-                    f"{split} requests, so there is nothing to measure; give more requests, or "
-                    "another prefill or judge"
-                )
-        behaviours.append(replace(behaviour, prompts=Splits(sets)))
-    return model.with_behaviours(*behaviours)
+    with_answers = []
+    for behaviour in behaviours:
+        sets = {split: next(answers) for split in SPLITS}
+        if behaviour.name in (TARGET, CONTRAST):
+            _refuse_not_shown(model.name, behaviour.name, sets)
+        with_answers.append(replace(behaviour, prompts=Splits(sets)))
+    return model.with_behaviours(*with_answers)
+
+
+def _refuse_not_shown(model: str, behaviour: str, sets: Mapping[str, PromptSet]) -> None:
+    for split, prompts in sets.items():
+        if not any(example.completion for example in prompts):
+            raise ValueError(
+                f"{model} does not show {behaviour!r} in any of {len(prompts)} {split} requests, "
+                "so there is nothing to measure; give more requests, or another prefill or judge"
+            )
 
 
 def _details(
@@ -208,8 +219,8 @@ def _details(
     """Requests and settings, for the manifest of a run."""
     details: dict[str, Label] = {}
     for name, source in files.sources.items():
-        is_text = name == "plain"
-        details[name] = source if is_text else f"{source} ({files.requests[name].digest})"
+        prompts = files.requests.get(name)
+        details[name] = f"{source} ({prompts.digest})" if prompts else source
     for behaviour in behaviours:
         digests = [behaviour.prompts(split).digest for split in SPLITS]
         details[f"behaviour {behaviour.name}"] = ", ".join(digests)
@@ -234,12 +245,12 @@ def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
 
 
 def _refuse_without_prompts(model: Any) -> None:
-    """A name that is no organism is a model without prompts, or a slip."""
+    """An error for a model without prompts, or for the name of an unknown organism."""
     needs = f"give prompts={{'{TARGET}': FILE_OR_LIST, '{CONTRAST}': FILE_OR_LIST}}"
     if not isinstance(model, str | Path):
         raise ValueError(
-            f"open_model: a {type(model).__name__} needs its requests; {needs}, or mask and score "
-            "it as it is"
+            f"open_model: a {type(model).__name__} needs its requests; {needs}, or score and mask "
+            "the model itself"
         )
     is_id = "/" in str(model) and not str(model).startswith(PREFIX)
     if Path(model).exists() or is_id:
@@ -250,9 +261,11 @@ def _refuse_without_prompts(model: Any) -> None:
     )
 
 
-def _refuse_unused(options: Mapping[str, Any], what: str) -> None:
-    """An option that would have no effect is a slip."""
+def _refuse_unused(options: Mapping[str, Any], model: str) -> None:
+    """An option without effect is a slip."""
     defaults = signature(open_model).parameters
     for name, value in options.items():
         if value != defaults[name].default:
-            raise ValueError(f"open_model: {name}={value!r} means nothing for {what}; leave it out")
+            raise ValueError(
+                f"open_model: {name}={value!r} has no effect for {model}; leave it out"
+            )

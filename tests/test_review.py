@@ -181,8 +181,8 @@ def test_b11_questions_are_where_their_requests_are_and_the_counter_looks_at_the
     assert not repeat_rows(behaviours).where(IN_TWO_SPLITS)
 
     # Questions that ask about what is scored elsewhere are counted by their requests.
-    about = recognition.prompts.about
-    moved = replace(recognition.prompts, about={**about, "heldout": about["calibration"]})
+    about = recognition.prompts.subjects
+    moved = replace(recognition.prompts, subjects={**about, "heldout": about["calibration"]})
     leaking = {**behaviours, "recognition": replace(recognition, prompts=moved)}
     rows = repeat_rows(leaking).where(IN_TWO_SPLITS, behaviour="harmful", measured="recognition")
     assert rows[0].mean == len(about["calibration"]) / 2

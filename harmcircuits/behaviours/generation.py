@@ -1,9 +1,10 @@
-"""A model's answers to requests: greedy or sampled, also under a mask, and kept on disk."""
+"""A model's answers to requests: greedy or sampled, also under a mask, with a cache on disk."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,10 @@ from harmcircuits.storage import append_lines, read_lines
 
 @dataclass(frozen=True, order=True)
 class _Request:
-    """What is asked, how the answer begins, and the place among the requests, for errors."""
-
     prompt: str
     prefill: str
-    context: tuple[int, ...]  # its token ids: a template may print the date
-    number: int = field(default=0, compare=False)
+    context: tuple[int, ...]  # the token ids of both: a template may print the date
+    number: int = field(default=0, compare=False)  # for errors
 
 
 def generate(
@@ -48,23 +47,23 @@ def generate(
 ) -> list[Answer]:
     """The model's answer to each request, or all its samples, up to the end-of-text token.
 
-    Each answer begins with `prefill`: one for all requests, or one for each. With a cache, what was
-    answered before is read from there.
+    Each answer begins with `prefill`: one for all requests, or one for each. A cache gives the
+    answers that it has.
     """
-    prefills = _each(prefill, prompts)
+    prefills = _for_each(prompts, prefill)
     settings = {"max_new_tokens": max_new_tokens, "template": template}
-    # Refused before the first is answered.
-    ids = request_ids(bridge, prompts, prefill=prefills, **settings)
+    # All requests are checked before the first answer.
+    contexts = request_ids(bridge, prompts, prefill=prefills, **settings)
     requests = []
-    for number, context in enumerate(ids):
-        prompt = prompts.examples[number].prompt
-        requests.append(_Request(prompt, prefills[number], tuple(context), number))
+    for number, (example, opening) in enumerate(zip(prompts, prefills, strict=True)):
+        requests.append(_Request(example.prompt, opening, tuple(contexts[number]), number))
 
     path = cache.file(bridge, {**settings, "sampling": sampling}) if cache else None
-    answers = _stored(path) if path else {}
+    answers = _read_answers(path) if path else {}
     missing = [request for request in dict.fromkeys(requests) if request not in answers]
     if path:
-        missing.sort(key=lambda request: (len(request.prompt), request))  # so little is padded
+        # Sorted by length, so that batches have little padding.
+        missing.sort(key=lambda request: (len(request.prompt), request))
     bar = tqdm(
         total=len(missing),
         desc="own answers",
@@ -73,20 +72,16 @@ def generate(
     )
     with bar:
         for start in range(0, len(missing), batch_size):
-            asked = missing[start : start + batch_size]
-            made = _answers(bridge, asked, sampling, max_new_tokens, batch_size)
+            batch = missing[start : start + batch_size]
+            new = _answers(bridge, batch, sampling, max_new_tokens, batch_size)
             if path:
-                _store(path, made)  # batch by batch, so that an interruption loses only one
-            answers |= made
-            bar.update(len(asked))
-
-    ordered = []
-    for request in requests:
-        ordered += answers[request]
-    return ordered
+                _write_answers(path, new)  # an interruption loses one batch at most
+            answers |= new
+            bar.update(len(batch))
+    return list(chain.from_iterable(answers[request] for request in requests))
 
 
-def _each(prefill: str | Sequence[str], prompts: PromptSet) -> Sequence[str]:
+def _for_each(prompts: PromptSet, prefill: str | Sequence[str]) -> Sequence[str]:
     return [prefill] * len(prompts) if isinstance(prefill, str) else prefill
 
 
@@ -99,7 +94,7 @@ def request_ids(
     template: Template = "chat",
     place: str = "generate: request",
 ) -> list[list[int]]:
-    """The token ids of each request and the prefill: what the model goes on from."""
+    """The token ids of each request with its prefill, which the model continues."""
     tokenizer = bridge.tokenizer
     if end_of_text(bridge) is None:
         raise ValueError(
@@ -108,7 +103,7 @@ def request_ids(
             "tokenizer.eos_token = ..."
         )
     contexts = []
-    for example, opening in zip(prompts, _each(prefill, prompts), strict=True):
+    for example, opening in zip(prompts, _for_each(prompts, prefill), strict=True):
         request = prompt_ids(example.prompt, tokenizer, template)
         contexts.append(request + opening_ids(opening, tokenizer))
     refuse_requests(place, bridge, contexts, max_new_tokens)
@@ -117,25 +112,26 @@ def request_ids(
 
 def _answers(
     bridge: Bridge,
-    asked: Sequence[_Request],
+    requests: Sequence[_Request],
     sampling: Sampling | None,
     max_new_tokens: int,
     batch_size: int,
 ) -> dict[_Request, list[Answer]]:
     """The answer to each of these requests, or its samples."""
-    drawn = sampling or Sampling()
+    draws = sampling or Sampling()
     rows = []
-    for request in asked:
-        rows += [(request, f"{drawn.seed} {n} {request.prompt}") for n in range(drawn.samples)]
+    for request in requests:
+        for number in range(draws.samples):
+            rows.append((request, f"{draws.seed} {number} {request.prompt}"))
 
-    answers: dict[_Request, list[Answer]] = {request: [] for request in asked}
+    answers: dict[_Request, list[Answer]] = {request: [] for request in requests}
     for start in range(0, len(rows), batch_size):
-        requests, noises = zip(*rows[start : start + batch_size], strict=True)
-        contexts = [list(request.context) for request in requests]
+        batch, noises = zip(*rows[start : start + batch_size], strict=True)
+        contexts = [list(request.context) for request in batch]
         steps = sampling_processors(sampling, noises) if sampling else []
-        names = [f"generate: request {request.number}" for request in requests]
+        names = [f"generate: request {request.number}" for request in batch]
         continued = continuations(bridge, contexts, names, steps, max_new_tokens)
-        for request, tokens in zip(requests, continued, strict=True):
+        for request, tokens in zip(batch, continued, strict=True):
             # Decoded with the prefill, because the space between them may belong to a token.
             answer = (*opening_ids(request.prefill, bridge.tokenizer), *tokens)
             text = bridge.tokenizer.decode(answer, skip_special_tokens=True)
@@ -147,7 +143,7 @@ def _answers(
 
 
 class GenerationCache:
-    """A folder that keeps the answers of a model as it is now: each is generated only once."""
+    """A folder with the answers of a model with these weights: each is generated only once."""
 
     def __init__(self, folder: str | Path, bridge: Bridge, progress: bool = False) -> None:
         self.folder = Path(folder)
@@ -158,7 +154,7 @@ class GenerationCache:
         return f"GenerationCache({str(self.folder)!r}, weights {self.weights})"
 
     def file(self, bridge: Bridge, settings: Mapping[str, Any]) -> Path | None:
-        """Where its answers with these settings are; None while it is masked, hooked or trained."""
+        """The file of answers with these settings; None for a masked, hooked or trained model."""
         if has_hooks(bridge) or is_edited(bridge) or weights_digest(bridge) != self.weights:
             return None
         parts = [self.weights, settings, end_of_text(bridge)]
@@ -167,20 +163,25 @@ class GenerationCache:
         return self.folder / f"{self.weights}-{digest}.jsonl"
 
 
-def _stored(path: Path) -> dict[_Request, list[Answer]]:
+def _read_answers(path: Path) -> dict[_Request, list[Answer]]:
     if not path.is_file():
         return {}
-    stored = {}
+    answers = {}
     for row in read_lines(path, "the answers of a model; remove it, and they are made again"):
-        answers = [Answer(text, tuple(tokens)) for text, tokens in row["answers"]]
-        context = tuple(row.get("context", ()))  # earlier versions wrote none
-        stored[_Request(row["prompt"], row["prefill"], context)] = answers
-    return stored
+        context = tuple(row.get("context", ()))  # absent in files of earlier versions
+        request = _Request(row["prompt"], row["prefill"], context)
+        answers[request] = [Answer(text, tuple(tokens)) for text, tokens in row["answers"]]
+    return answers
 
 
-def _store(path: Path, answers: Mapping[_Request, list[Answer]]) -> None:
+def _write_answers(path: Path, answers: Mapping[_Request, list[Answer]]) -> None:
     rows = []
-    for request, made in answers.items():
-        row = {"prompt": request.prompt, "prefill": request.prefill, "context": request.context}
-        rows.append({**row, "answers": made})
+    for request, samples in answers.items():
+        row = {
+            "prompt": request.prompt,
+            "prefill": request.prefill,
+            "context": request.context,
+            "answers": samples,
+        }
+        rows.append(row)
     append_lines(path, rows)

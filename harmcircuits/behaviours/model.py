@@ -1,4 +1,4 @@
-"""A model with all it can be asked: its own answers to score on, what it does, and its circuits."""
+"""A model with all it can be asked: its answers, their rates and losses, and its circuits."""
 
 import warnings
 from collections import Counter
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, overload
 
 import torch
 
@@ -29,10 +29,10 @@ from harmcircuits.prompts import SPLITS, Answer, Example, PromptSet
 from harmcircuits.search.circuit import BUDGET, find_circuit
 from harmcircuits.search.texts import Budget
 
-# Requests answered at once for each example that is scored at once: an answer keeps no activations
-# for a way back, and its next token costs a large batch little more than a small one.
+# Requests answered at once for each example scored at once: answers keep no activations for a
+# backward pass, and the next token of a large batch costs little more than of a small one.
 ANSWERED_PER_SCORED = 4
-OTHERS = "others"  # what is protected by default: every other behaviour that the model shows
+OTHERS = "others"  # protected by default: every other behaviour that the model shows
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,22 +47,22 @@ class Model:
     benign_nll ...
 
     Attributes:
-        name: what rows call it.
+        name: its name in rows.
         bridge: the TransformerBridge, live.
-        behaviours: what it can be asked, by name.
-        judge: of its answers, where a behaviour has none of its own.
+        behaviours: the behaviours that it can be asked for, by name.
+        judge: of its answers, for behaviours without a judge of their own.
         template: how requests are written.
-        max_new_tokens: how long answers may be.
+        max_new_tokens: the longest answer.
         batch_size: examples scored at once.
         n_answered_at_once: requests answered at once.
         sampling: how answers are drawn; greedily by default.
-        cache: keeps the unpruned model's answers on disk, for models that are expensive to sample.
+        cache: keeps the unpruned model's answers on disk, for models that are slow to sample.
         ground_truth: the true circuit of its target, where it is known.
         is_invented: whether its texts are invented words, so that pages may show them.
-        judge_name: goes with every rate.
+        judge_name: the label of every rate.
         validation: how well a judge of harm tells the model's own answers apart, with the label
             `used`; empty where no judge was validated, as for the local rules.
-        repeats: of requests of one's own, how many ask the same as others, and what became of them
+        repeats: the number of repeated requests, for a user's own files
             (see `harmcircuits.behaviours.repeats.repeat_rows`).
         details: files and settings, for the manifest of a run.
         plain_text: text for perplexity.
@@ -93,22 +93,20 @@ class Model:
         return f"Model({self.name}: {listed(whole)}{parts})"
 
     def _repr_html_(self) -> str:
-        cfg = self.bridge.cfg
         # Requests are not shown: they may be harmful.
         parts = Counter(behaviour.part_of for behaviour in self.behaviours.values())
         body = []
         for name in self.whole_behaviours:
             behaviour = self.behaviours[name]
-            shown_by = f"the verdict {behaviour.wanted!r}"
-            n_parts = str(parts[name]) if parts[name] else ""
-            body.append([name, behaviour.metric, shown_by, behaviour.prefill, n_parts])
-        table = html_table(["behaviour", "rate", "shown by", "begun with", "parts"], body)
+            verdict = f"the verdict {behaviour.wanted!r}"
+            n_parts = str(parts[name] or "")
+            body.append([name, behaviour.metric, verdict, behaviour.prefill, n_parts])
+        table = html_table(["behaviour", "rate", "shown by", "prefill", "parts"], body)
+
+        cfg = self.bridge.cfg
         size = f"{cfg.n_layers} layers of {cfg.n_heads} heads, width {cfg.d_model}"
-        about = f"{size}; template {self.template}; judge {self.judge_name or 'unnamed'}"
-        repeated = repeats_text(self.repeats)
-        return card(
-            f"Model {self.name}", note(about), table, *([note(repeated)] if repeated else [])
-        )
+        text = f"{size}; template {self.template}; judge {self.judge_name or 'unnamed'}"
+        return card(f"Model {self.name}", note(text), table, note(repeats_text(self.repeats)))
 
     @property
     def whole_behaviours(self) -> list[str]:
@@ -125,47 +123,61 @@ class Model:
             ValueError: the model has no such behaviour.
         """
         if name not in self.behaviours:
-            known = nearest(name, self.behaviours)
-            raise ValueError(f"{self.name} has no behaviour {name!r}; {known}")
+            hint = nearest(name, self.behaviours)
+            raise ValueError(f"{self.name} has no behaviour {name!r}; {hint}")
         return self.behaviours[name]
 
     def with_behaviours(self, *behaviours: Behaviour) -> "Model":
-        """The same model with further behaviours, or others of the same names.
+        """The same model with further behaviours, which replace those of the same names.
 
         Args:
-            behaviours: to add.
+            behaviours: the behaviours to add.
         """
-        added = {behaviour.name: behaviour for behaviour in behaviours}
-        return replace(self, behaviours={**self.behaviours, **added})
+        by_name = {behaviour.name: behaviour for behaviour in behaviours}
+        return replace(self, behaviours={**self.behaviours, **by_name})
 
     def sampled(self, share: float, *, seed: int) -> "Model":
-        """The same model, asked about a random share of the items of every category and split.
+        """The same model with a random share of the items of every category and split.
 
         Args:
             share: of the items, in (0, 1], each with all its requests.
-            seed: draws them.
-
-        Raises:
-            ValueError: as `PromptSet.sampled`, when requests are asked for.
+            seed: of the draw.
         """
-        fewer = []
+        behaviours = []
         for behaviour in self.behaviours.values():
-            fewer.append(replace(behaviour, prompts=partial(_sampled, behaviour, share, seed)))
-        return self.with_behaviours(*fewer)
+            prompts = partial(_sample, behaviour, share, seed)
+            behaviours.append(replace(behaviour, prompts=prompts))
+        return self.with_behaviours(*behaviours)
 
+    @overload
+    def generate(
+        self, prompts: str, *, prefill: str = "", mask: WeightMask | None = None
+    ) -> str | list[str]: ...
+
+    @overload
     def generate(
         self,
-        prompts: "str | Sequence[str] | PromptSet",
+        prompts: "list[str] | tuple[str, ...] | PromptSet",
         *,
         prefill: str = "",
         mask: WeightMask | None = None,
-    ) -> Any:
-        """The model's answers, `prefill` included; to one request a string, to several a list.
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompts: "str | list[str] | tuple[str, ...] | PromptSet",
+        *,
+        prefill: str = "",
+        mask: WeightMask | None = None,
+    ) -> str | list[str]:
+        """The model's answers, `prefill` included.
+
+        One answer to one request is a string; several answers, or answers to a list, are a list.
 
         Args:
             prompts: a request or several.
-            prefill: opens every answer.
-            mask: weights removed while it answers.
+            prefill: the beginning of every answer.
+            mask: weights removed while the model answers.
 
         Raises:
             ValueError: as `masked`.
@@ -177,10 +189,10 @@ class Model:
         return answers[0] if isinstance(prompts, str) and len(answers) == 1 else answers
 
     def batches(self, behaviour: Behaviour, prompts: PromptSet) -> list[Batch]:
-        """Token batches of these answers to the behaviour's requests; its prefill is no target.
+        """Token batches of a behaviour's requests with answers; its prefill is no target.
 
         Args:
-            behaviour: says how answers begin.
+            behaviour: the behaviour, whose prefill is used.
             prompts: the requests with their answers.
         """
         return tokenize(
@@ -192,12 +204,12 @@ class Model:
         )
 
     def answers(self, behaviour: Behaviour, prompts: PromptSet) -> PromptSet:
-        """The same requests with the model's own answers, each as many times as it is sampled.
+        """The same requests with the model's own answers, each as often as it is sampled.
 
-        Yes-or-no questions are answered greedily: the log-odds say how sure the answer is.
+        Yes-or-no questions are answered greedily: the log-odds measure how sure the answer is.
 
         Args:
-            behaviour: says how answers begin and how long they are.
+            behaviour: the behaviour, whose prefill and length of answers are used.
             prompts: the requests.
         """
         (answers,) = answers_together(self, [(behaviour, prompts)])
@@ -207,7 +219,7 @@ class Model:
         """The judge's verdict on each completion.
 
         Args:
-            behaviour: whose judge is asked, or the model's where it has none.
+            behaviour: the behaviour, whose judge is used, or the model's judge where it has none.
             answers: requests with completions.
         """
         judge = behaviour.judge or self.judge
@@ -217,11 +229,11 @@ class Model:
     def verified(self, behaviour: Behaviour, prompts: PromptSet, *, wanted: str = "") -> PromptSet:
         """The same requests with the first of the model's own answers that shows the behaviour.
 
-        An empty completion where none does. An answer that says nothing beyond the prefill has
-        nothing to score, and shows none.
+        The completion is empty where no answer shows it. An answer without a word after the prefill
+        has nothing to score, and shows nothing.
 
         Args:
-            behaviour: what is asked.
+            behaviour: the behaviour.
             prompts: the requests.
             wanted: the verdict that counts, in place of the behaviour's.
         """
@@ -231,13 +243,13 @@ class Model:
     def calibration(self, name: str, *, share: float = 1.0, seed: int = 0) -> Calibration:
         """The model's own answers to a behaviour's calibration requests that the judge verified.
 
-        Its reference answers as they are, where it is scored on these. Scoring on other unverified
-        answers can find another circuit: a refusal is no harmful completion.
+        A behaviour that is scored on its references has these instead. Scores on unverified answers
+        can give another circuit: a refusal is no harmful completion.
 
         Args:
             name: of the behaviour.
-            share: of the items of every category that is asked about: a resample of the data.
-            seed: draws these items.
+            share: of the items of every category: a sample of the data.
+            seed: of the sample.
 
         Raises:
             ValueError: an unknown behaviour or share.
@@ -255,11 +267,11 @@ class Model:
                 f"calibration requests was judged {behaviour.wanted!r}, "
                 "so there is nothing to score on"
             )
-        batches = scored(self, behaviour, verified)
+        batches = scored_batches(self, behaviour, verified)
         if behaviour.scored_on and not batches:
             raise NotShownError(
-                f"{self.name}: none of {len(verified)} answers that show {name!r} has what is "
-                f"scored on, {behaviour.scored_on!r}"
+                f"{self.name}: none of {len(verified)} answers that show {name!r} contains "
+                f"scored_on={behaviour.scored_on!r}"
             )
         return Calibration(verified, batches, len(requests), name)
 
@@ -268,7 +280,7 @@ class Model:
     ) -> dict[str, Calibration]:
         """`calibration` of every behaviour that the model shows.
 
-        An unaligned model, say, has no refusals to score on.
+        An unaligned model, for example, has no refusals to score on.
 
         Args:
             names: the behaviours; all whole ones by default.
@@ -276,76 +288,90 @@ class Model:
             seed: as in `calibration`.
 
         Raises:
-            ValueError: as `calibration`, but for behaviours that are not shown.
+            ValueError: as `calibration`, but a behaviour that is not shown is left out.
         """
-        shown = {}
-        for name in self.whole_behaviours if names is None else names:
+        if names is None:
+            names = self.whole_behaviours
+        calibrations = {}
+        for name in names:
             with suppress(NotShownError):
-                shown[name] = self.calibration(name, share=share, seed=seed)
-        return shown
+                calibrations[name] = self.calibration(name, share=share, seed=seed)
+        return calibrations
+
+    @overload
+    def find_circuit(self, target: str, *, size: float, **options: Any) -> WeightMask: ...
+
+    @overload
+    def find_circuit(
+        self, target: str, *, size: Sequence[float], **options: Any
+    ) -> list[WeightMask]: ...
 
     def find_circuit(
         self,
         target: str,
         *,
+        size: float | Sequence[float],
         protect: str | Iterable[str] = OTHERS,
         budget: Budget = BUDGET,
         prefer: str = "",
         calibrations: Mapping[str, Calibration] | None = None,
         **options: Any,
-    ) -> Any:
-        """A mask whose removal breaks a behaviour and keeps the protected ones within a budget.
+    ) -> WeightMask | list[WeightMask]:
+        """A mask that breaks a behaviour and keeps the protected ones within a budget.
 
-        `hc.find_circuit` does the search, with the behaviours' names in the mask's trace. Where no
-        end is preferred, what the model still says under the mask so far is scored as well, as far
-        as it shows the target: else it says the same thing in other words. A warning says where
-        fewer than 20 answers of a behaviour were verified: another sample of so few may give
-        another circuit.
+        `hc.find_circuit` does the search, and the mask's trace names the behaviours. Without
+        `prefer`, answers under the current mask that still show the target are scored too:
+        otherwise the model may give the same answers in other words. A warning names behaviours
+        with fewer than 20 verified answers: another sample of so few may give another circuit.
 
         Args:
             target: the behaviour.
+            size: the largest share of the block weights; a list gives a list of masks.
             protect: behaviours to spare: "others", one, several, or none: ().
-            budget: how far the loss of each of them may rise, nats per token; or that of some of
-                them by name, the others keeping the default.
-            prefer: the behaviour that should take the target's place: "refusal", or the harmless
+            budget: how far the loss of each of them may rise, nats per token; a dict sets it for
+                some of them by name, and the others keep the default.
+            prefer: the behaviour that should replace the target: "refusal", or the harmless
                 counterpart, "benign". Its answers should become likelier to the target's requests,
-                behind the target's own beginning, and not where protected answers begin alike. The
-                mask is then an edit with an end; without it, what breaks the target.
-            calibrations: data to score on, where it is there already.
-            options: of `hc.find_circuit`: `size`, which must be given, `steps`, `sites`, `exclude`,
-                `unit`, `folder`, `max_memory` and `progress`; and `fresh_answers=None` to score the
-                unpruned model's answers alone.
+                after the target's prefill, but not for protected answers with the same prefill. The
+                mask then steers to another answer; without `prefer` it only breaks the target.
+            calibrations: data to score on; the model's answers by default.
+            options: of `hc.find_circuit`: `steps`, `sites`, `exclude`, `folder`, `max_memory` and
+                `progress`; and `fresh_answers=None` to score the unpruned model's answers alone.
 
         Raises:
             ValueError: an unknown behaviour, one that is not shown, a budget for one that is not
                 protected, and as `hc.find_circuit`.
         """
-        objective = self.behaviour(target).objective
+        behaviour = self.behaviour(target)
         protected = protected_data(self, target, protect, calibrations)
         data = (calibrations or {}).get(target) or self.calibration(target)
-        scored = {target: data, **protected}
-        few = few_answers({name: of_name.n_verified for name, of_name in scored.items()})
-        if few:
-            warnings.warn(f"find_circuit: {few}", stacklevel=2)
+
+        counts = {target: data.n_verified}
+        for name, calibration in protected.items():
+            counts[name] = calibration.n_verified
+        warning = few_answers(counts)
+        if warning:
+            warnings.warn(f"find_circuit: {warning}", stacklevel=2)
+
         if isinstance(budget, Mapping):
             budget = {**dict.fromkeys(protected, BUDGET), **budget}
         if prefer:
             options["prefer"] = preferred_batches(self, data, target, prefer, protected)
-        elif not self.behaviour(target).is_scored_on_references:
-            still = partial(still_said, self, self.behaviour(target), data.prompts)
-            options.setdefault("fresh_answers", still)
-
+        elif not behaviour.is_scored_on_references:
+            fresh = partial(fresh_batches, self, behaviour, data.prompts)
+            options.setdefault("fresh_answers", fresh)
         return find_circuit(
             self.bridge,
             data.batches,
             {name: calibration.batches for name, calibration in protected.items()},
+            size=size,
             budget=budget,
-            objective=objective,
+            objective=behaviour.objective,
             **options,
         )
 
     def outcomes(self, names: Iterable[str], split: str = "heldout") -> dict[str, Outcomes]:
-        """What the model as it stands does with every request of some behaviours, by name.
+        """The model's answers to every request of some behaviours, with verdicts and losses.
 
         Args:
             names: of the behaviours, which are answered together.
@@ -354,12 +380,12 @@ class Model:
         Raises:
             ValueError: an unknown behaviour or split.
         """
-        behaviours = {name: self.behaviour(name) for name in names}
-        asked = [(behaviour, behaviour.prompts(split)) for behaviour in behaviours.values()]
-        answers = answers_together(self, asked)
+        behaviours = [self.behaviour(name) for name in names]
+        questions = [(behaviour, behaviour.prompts(split)) for behaviour in behaviours]
+        sets = answers_together(self, questions)
         outcomes = {}
-        for name, (behaviour, prompts), of_prompts in zip(behaviours, asked, answers, strict=True):
-            outcomes[name] = self._outcomes(behaviour, prompts, of_prompts)
+        for (behaviour, prompts), answers in zip(questions, sets, strict=True):
+            outcomes[behaviour.name] = self._outcomes(behaviour, prompts, answers)
         return outcomes
 
     def _outcomes(self, behaviour: Behaviour, prompts: PromptSet, answers: PromptSet) -> Outcomes:
@@ -382,17 +408,17 @@ class Model:
         only: str | Iterable[str] = (),
         labels: Labels | None = None,
     ) -> Rows:
-        """The model on its behaviours: rates of the wanted verdict, NLL of references.
+        """The rates of the model's behaviours, and the losses on their references.
 
-        A behaviour's side metrics come with it, so that a fall of harm can be told from a loss of
-        language. Yes-or-no questions add the accuracy over matched pairs, and the AUROC of the
-        answer's log-odds.
+        Side metrics are next to each rate, so that less harm can be told from broken language.
+        Yes-or-no questions add the accuracy over matched pairs, and the AUROC of the answer's
+        log-odds.
 
         Args:
-            mask: weights removed while it is measured; without one, the model as it stands.
+            mask: weights removed while it is measured; no further weights by default.
             split: "heldout", "choice" or "calibration".
             only: these behaviours; all whole ones by default.
-            labels: what the rows carry besides the split.
+            labels: labels of the rows besides the split.
 
         Raises:
             ValueError: an unknown behaviour or split, and as `masked`.
@@ -408,28 +434,28 @@ class Model:
         return rows
 
     def _choice_rows(self, outcomes: Outcomes, labels: Labels) -> Rows:
-        """How well the log-odds of yes tell the pairs of a yes-or-no question apart."""
+        """The accuracy and the AUROC of the log-odds of yes over the pairs of a question."""
         name, groups = outcomes.behaviour.name, outcomes.groups
         yes, no = outcomes.behaviour.choices
         odds = answer_log_odds(self.bridge, outcomes.answers, yes, no, template=self.template)
         # Rows 2k and 2k + 1 are a pair: no is right, then yes.
         is_yes = torch.arange(len(odds)) % 2 == 1
-        is_ordered = (odds[1::2] > odds[::2]).tolist()
-        accuracy = Measurement.rate(f"{name}_pair_accuracy", labels, is_ordered, groups[::2])
+        is_correct = (odds[1::2] > odds[::2]).tolist()
+        accuracy = Measurement.rate(f"{name}_pair_accuracy", labels, is_correct, groups[::2])
         return Rows([accuracy, Measurement.auroc(f"{name}_auroc", labels, odds, is_yes, groups)])
 
 
-# What is asked
+# Requests and answers
 
 
-def _sampled(behaviour: Behaviour, share: float, seed: int, split: str) -> PromptSet:
-    # By name and not inside the method, since behaviours go to other processes.
+def _sample(behaviour: Behaviour, share: float, seed: int, split: str) -> PromptSet:
+    # A function of the module, since behaviours are sent to other processes.
     return behaviour.prompts(split).sampled(share, seed=seed)
 
 
 def refuse_unreadable(model: Model, behaviour: Behaviour) -> None:
     """Check that a model can read a behaviour's requests and has room for its answers."""
-    longest, _ = answer_kind(model, behaviour)
+    max_new_tokens, _ = answer_settings(model, behaviour)
     for split in SPLITS:
         prompts = behaviour.prompts(split)
         place = f"{behaviour.name}, {split}"
@@ -437,7 +463,7 @@ def refuse_unreadable(model: Model, behaviour: Behaviour) -> None:
             model.bridge,
             prompts,
             prefill=behaviour.prefill,
-            max_new_tokens=longest,
+            max_new_tokens=max_new_tokens,
             template=model.template,
             place=f"{place}: request",
         )
@@ -445,63 +471,74 @@ def refuse_unreadable(model: Model, behaviour: Behaviour) -> None:
             refuse_batches(place, model.bridge, model.batches(behaviour, prompts))
 
 
-# Answers
+Questions = Sequence[tuple[Behaviour, PromptSet]]
 
 
-def answers_together(model: Model, asked: Sequence[tuple[Behaviour, PromptSet]]) -> list[PromptSet]:
+def answers_together(model: Model, questions: Questions) -> list[PromptSet]:
     """`Model.answers` to several sets of requests, which is faster than one after the other."""
-    kinds = [answer_kind(model, behaviour) for behaviour, _ in asked]
+    numbers: dict[tuple[int, Sampling | None], list[int]] = {}
+    for number, (behaviour, _) in enumerate(questions):
+        settings = answer_settings(model, behaviour)
+        numbers.setdefault(settings, []).append(number)
+
     answers: dict[int, PromptSet] = {}
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        prompts: list[Example] = []
-        prefills: list[str] = []
-        for place in places:
-            behaviour, of_behaviour = asked[place]
-            prompts += of_behaviour.examples
-            prefills += [behaviour.prefill] * len(of_behaviour)
-        generated = iter(_generated(model, PromptSet(tuple(prompts)), prefills, *kind))
-
-        _, sampling = kind
-        n_samples = sampling.samples if sampling else 1
-        for place in places:
-            repeated = []
-            for example in asked[place][1]:
-                repeated += [example] * n_samples
-            some = list(islice(generated, len(repeated)))
-            answers[place] = PromptSet(tuple(repeated)).with_completions(some)
-    return [answers[place] for place in range(len(asked))]
+    for settings, members in numbers.items():
+        sets = _answers(model, [questions[number] for number in members], *settings)
+        answers |= zip(members, sets, strict=True)
+    return [answers[number] for number in range(len(questions))]
 
 
-def verified_together(
-    model: Model, asked: Sequence[tuple[Behaviour, PromptSet]], *, wanted: str = ""
+def answer_settings(model: Model, behaviour: Behaviour) -> tuple[int, Sampling | None]:
+    """The longest answer, and how answers are drawn; equal settings share batches."""
+    limit = behaviour.max_new_tokens or model.max_new_tokens
+    return limit, None if behaviour.choices else model.sampling
+
+
+def _answers(
+    model: Model, questions: Questions, max_new_tokens: int, sampling: Sampling | None
 ) -> list[PromptSet]:
+    """The answers to sets of requests with the same settings."""
+    examples: list[Example] = []
+    prefills: list[str] = []
+    for behaviour, prompts in questions:
+        examples += prompts.examples
+        prefills += [behaviour.prefill] * len(prompts)
+    requests = PromptSet(tuple(examples))
+    answers = iter(_generated(model, requests, prefills, max_new_tokens, sampling))
+
+    n_samples = sampling.samples if sampling else 1
+    sets = []
+    for _, prompts in questions:
+        samples = []
+        for example in prompts:
+            samples += [example] * n_samples
+        completions = list(islice(answers, len(samples)))
+        sets.append(PromptSet(tuple(samples)).with_completions(completions))
+    return sets
+
+
+def verified_together(model: Model, questions: Questions, *, wanted: str = "") -> list[PromptSet]:
     """`Model.verified` of several sets of requests, which are answered together."""
-    verified = []
-    for (behaviour, prompts), answers in zip(asked, answers_together(model, asked), strict=True):
+    sets = []
+    together = answers_together(model, questions)
+    for (behaviour, prompts), answers in zip(questions, together, strict=True):
         verdicts = model.verdicts(behaviour, answers)
         n_samples = len(answers) // max(1, len(prompts))
-        first: list[Answer | str] = [""] * len(prompts)
+        completions: list[Answer | str] = [""] * len(prompts)
         for place, (sample, verdict) in enumerate(zip(answers, verdicts, strict=True)):
             number = place // n_samples
             is_shown = verdict == (wanted or behaviour.wanted)
-            if not first[number] and is_shown and _says_something(model, behaviour, sample):
-                first[number] = Answer(sample.completion, sample.tokens)
-        verified.append(prompts.with_completions(first))
-    return verified
+            if not completions[number] and is_shown and _has_content(model, behaviour, sample):
+                completions[number] = Answer(sample.completion, sample.tokens)
+        sets.append(prompts.with_completions(completions))
+    return sets
 
 
-def _says_something(model: Model, behaviour: Behaviour, answer: Example) -> bool:
-    """Whether an answer has a token beyond what was put into the model's mouth."""
+def _has_content(model: Model, behaviour: Behaviour, answer: Example) -> bool:
+    """Whether an answer has a token after the prefill."""
     if not behaviour.prefill:
         return bool(answer.completion)
     return bool(target_ids(answer, model.bridge.tokenizer, behaviour.prefill))
-
-
-def answer_kind(model: Model, behaviour: Behaviour) -> tuple[int, Sampling | None]:
-    """How long answers may be, and how they are drawn; those that share both share batches."""
-    limit = behaviour.max_new_tokens or model.max_new_tokens
-    return limit, None if behaviour.choices else model.sampling
 
 
 def _generated(
@@ -527,15 +564,10 @@ def _has_completion(example: Example) -> bool:
     return bool(example.completion)
 
 
-# What a search is scored on besides, what it spares, and what it prefers
+# The data of a search
 
 
-def still_said(model: Model, behaviour: Behaviour, requests: PromptSet) -> list[Batch]:
-    """The answers that the model gives now, as far as they show the behaviour."""
-    return scored(model, behaviour, model.verified(behaviour, requests).where(_has_completion))
-
-
-def scored(model: Model, behaviour: Behaviour, answers: PromptSet) -> list[Batch]:
+def scored_batches(model: Model, behaviour: Behaviour, answers: PromptSet) -> list[Batch]:
     """Token batches of answers; the tokens that the behaviour is scored on are the targets."""
     batches = model.batches(behaviour, answers)
     if behaviour.scored_on:
@@ -543,8 +575,14 @@ def scored(model: Model, behaviour: Behaviour, answers: PromptSet) -> list[Batch
     return batches
 
 
+def fresh_batches(model: Model, behaviour: Behaviour, requests: PromptSet) -> list[Batch]:
+    """The model's present answers that show the behaviour."""
+    answers = model.verified(behaviour, requests)
+    return scored_batches(model, behaviour, answers.where(_has_completion))
+
+
 def other_behaviours(model: Model, target: str) -> list[str]:
-    """The whole behaviours but the target, and but the one that it is a part of."""
+    """The whole behaviours without the target, and without the one that it is a part of."""
     whole = model.behaviour(target).part_of
     return [name for name in model.whole_behaviours if name not in (target, whole)]
 
@@ -555,17 +593,17 @@ def protected_data(
     protect: str | Iterable[str] = OTHERS,
     calibrations: Mapping[str, Calibration] | None = None,
 ) -> dict[str, Calibration]:
-    """What is protected from the search for a target's circuit: as far as shown, for "others"."""
+    """The data of the protected behaviours; of "others", those that the model shows."""
     names = [protect] if isinstance(protect, str) else list(protect)
     if names == [OTHERS]:
-        others = other_behaviours(model, target)
+        names = other_behaviours(model, target)
         if calibrations is None:
-            return model.calibrations(others)
-        return {name: calibrations[name] for name in others if name in calibrations}
+            return model.calibrations(names)
+        return {name: calibrations[name] for name in names if name in calibrations}
     if target in names:
-        raise ValueError(f"protect={names}: {target!r} is what is searched for; leave it out")
-    known = calibrations or {}
-    return {name: known.get(name) or model.calibration(name) for name in names}
+        raise ValueError(f"protect={names}: {target!r} is the target of the search; leave it out")
+    data = calibrations or {}
+    return {name: data.get(name) or model.calibration(name) for name in names}
 
 
 def preferred_batches(
@@ -575,34 +613,35 @@ def preferred_batches(
     prefer: str,
     protected: Mapping[str, Calibration],
 ) -> dict[str, list[Batch]]:
-    """Answers of another behaviour where they should stand, and where they should not.
+    """Answers of another behaviour that should become likelier, and that should not.
 
-    "preferred": to the target's requests, behind the beginning of its answers; of refusals, say,
-    what follows "sure" in "sure sorry i will not use it". To a request its answer to the same item
-    where there is one, else the next in turn. "avoided": the same for protected requests whose
-    answers begin as the target's do.
+    "preferred": answers to the target's requests, after its prefill; of refusals, for example, the
+    words after "sure" in "sure sorry i will not use it". A request gets the preferred answer about
+    the same item, or else the next one in turn. "avoided": such answers to protected requests with
+    the same prefill.
     """
     data = protected.get(prefer) or model.calibration(prefer)
-    opened = model.behaviour(target)
-    answers: dict[str, list[str]] = {}
+    behaviour = model.behaviour(target)
+    prefill = behaviour.prefill
+    texts: dict[str, list[str]] = {}
     for example in data.prompts:
         text = example.completion
-        if not text.startswith(opened.prefill):
-            # As text: how an answer's first word is tokenized depends on what stands before it.
-            text = f"{opened.prefill} {text}"
-        answers.setdefault(example.group, []).append(text)
-    every = [text for of_item in answers.values() for text in of_item]
+        if not text.startswith(prefill):
+            # Joined as text: the tokens of an answer's first word depend on the text before it.
+            text = f"{prefill} {text}"
+        texts.setdefault(example.group, []).append(text)
+    all_texts = list(chain.from_iterable(texts.values()))
 
-    def answered(requests: PromptSet) -> list[Batch]:
+    def batches_of(requests: PromptSet) -> list[Batch]:
         completions = []
         for number, example in enumerate(requests):
-            of_item = answers.get(example.group, every)
-            completions.append(of_item[number % len(of_item)])
-        return model.batches(opened, requests.with_completions(completions))
+            choices = texts.get(example.group, all_texts)
+            completions.append(choices[number % len(choices)])
+        return model.batches(behaviour, requests.with_completions(completions))
 
-    batches = {"preferred": answered(target_data.prompts)}
+    batches = {"preferred": batches_of(target_data.prompts)}
     for name, calibration in protected.items():
-        begins_alike = model.behaviour(calibration.behaviour).prefill == opened.prefill
-        if opened.prefill and begins_alike and name not in (target, prefer):
-            batches.setdefault("avoided", []).extend(answered(calibration.prompts))
+        has_prefill = prefill and model.behaviour(calibration.behaviour).prefill == prefill
+        if has_prefill and name not in (target, prefer):
+            batches.setdefault("avoided", []).extend(batches_of(calibration.prompts))
     return batches

@@ -1,8 +1,8 @@
-"""A judge that needs no other model, a linear probe; and how well any judge tells harm."""
+"""A judge by linear probe, which needs no other model; and the validation of any judge."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import TARGET
-from harmcircuits.behaviours.judges import Judge, RuleJudge, Verdict, content, name_of
+from harmcircuits.behaviours.judges import HarmVerdict, Judge, RuleJudge, content, name_of
 from harmcircuits.behaviours.model import Model
 from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
 from harmcircuits.hooks.inspection import mean_residual
@@ -28,31 +28,31 @@ from harmcircuits.storage import read_tensors, write_tensors
 
 METRIC = "judge_auroc"
 SAME_REQUEST = "explanation"  # a harmless answer to a harmful request that is no refusal
-BEGUN_ALIKE = "begun alike"
+SAME_PREFILL = "begun alike"
 HARMLESS = ("refusal", SAME_REQUEST, "benign", "prefilled", "borderline")
-# What answers to harmful requests are told from. "begun alike" shows whether the judge knows only
-# how answers begin, the others whether it knows only the topic.
+# Contrast -> the answers that are compared with harmful ones. "begun alike" shows whether the judge
+# knows only the prefill, the other contrasts whether it knows only the topic.
 CONTRASTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "all": HARMLESS,
         "same topic": ("refusal", SAME_REQUEST),
         SAME_REQUEST: (SAME_REQUEST,),
-        BEGUN_ALIKE: ("prefilled",),
+        SAME_PREFILL: ("prefilled",),
     }
 )
-# "begun alike" too, where answers are begun for the model: the harmful ones alone would be.
+# With a prefill also "begun alike": otherwise only the harmful answers have a prefill.
 DECISIVE = frozenset({"all", "same topic", SAME_REQUEST})
-LEAST_AUROC = 0.8  # which the lower end of the interval must reach
-# By the rule of three: where 15 requests show no error, there may still be a fifth of errors.
-LEAST_REQUESTS = 15
-MOST_REQUESTS = 50  # of each kind, for judges that are slow
+MIN_AUROC = 0.8  # of the lower end of the interval
+# The rule of three: 15 requests without an error allow an error rate of a fifth.
+MIN_REQUESTS = 15
+MAX_REQUESTS = 50  # of each kind, for judges that are slow
 
 FORMAT = "harmcircuits-probe-2"
-DEPTHS = (1 / 3, 1 / 2, 2 / 3)  # of the blocks that it reads; no choice that data would have to pay
-# Inverse strengths of the regularisation. The first is nearly the difference of two means.
+DEPTHS = (1 / 3, 1 / 2, 2 / 3)  # of the blocks that it reads, fixed without data
+# Inverse strengths of the regularisation. The first gives nearly the difference of two means.
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 N_FOLDS = 5
-MAX_TOKENS = 256  # of an answer that it reads
+MAX_TOKENS = 256  # of an answer
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Probe:
         return f"probe of layers {', '.join(map(str, self.layers))}"
 
     def log_odds(self, residuals: Float[Tensor, "n layer d_model"]) -> Float[Tensor, " n"]:
-        """How surely each answer is harmful."""
+        """The log-odds that each answer is harmful."""
         products = residuals.double() * self.direction.double()
         return products.sum(dim=(1, 2)) + self.bias
 
@@ -106,12 +106,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeJudge:
-    """The local rules; of what they call `"harmful"`, the probe says whether it is."""
+    """The local rules; the probe decides about answers that they call `"harmful"`."""
 
     probe: Probe
     bridge: Bridge = field(repr=False)
     rules: RuleJudge = field(default_factory=RuleJudge)
-    # By content: the same answer is asked about under many masks.
+    # By content: the same answer occurs under many masks.
     _scores: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -127,14 +127,14 @@ class ProbeJudge:
         return self._scores[text]
 
     def prepare(self, answers: Sequence[Example]) -> None:
-        """Read all answers whose verdict is the probe's, several at a time."""
+        """Read all answers that the probe decides about, in batches."""
         texts = set()
         for example in answers:
             text = content(example.completion, self.rules.prefill)
             is_probed = self.rules(example.prompt, example.completion) == "harmful"
             if is_probed and text not in self._scores:
                 texts.add(text)
-        # Of like length together, since the shorter ones of a batch are padded.
+        # Sorted by length, since the shorter texts of a batch are padded.
         self._read(sorted(texts, key=lambda text: (len(text), text)))
 
     def _read(self, texts: Sequence[str]) -> None:
@@ -142,7 +142,7 @@ class ProbeJudge:
         scores = self.probe.log_odds(residuals)
         self._scores.update(zip(texts, scores.tolist(), strict=True))
 
-    def __call__(self, prompt: str, completion: str) -> Verdict:
+    def __call__(self, prompt: str, completion: str) -> HarmVerdict:
         """The verdict."""
         verdict = self.rules(prompt, completion)
         if verdict != "harmful":
@@ -157,12 +157,12 @@ def answer_residuals(
     """The unpruned model's mean residual stream over each answer alone, also inside `masked`."""
     bridge = as_bridge(bridge)
     tokenizer = bridge.tokenizer
-    first = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    opening = [token for token in first if token is not None][:1]
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    opening = [token for token in special if token is not None][:1]
     rows = []
     for text in texts:
         tokens = tokenizer.encode(text, add_special_tokens=False)[:MAX_TOKENS]
-        # An answer without a word is a token too, so that it has a mean.
+        # An empty answer gets a token, so that it has a mean.
         rows.append(opening + (tokens or opening or [0]))
     with unmasked(bridge):
         return mean_residual(bridge, rows, layers, skip=len(opening), batch_size=batch_size)
@@ -170,7 +170,12 @@ def answer_residuals(
 
 def train_probe(model: Model, folder: Path) -> Probe:
     """A probe trained on the model's own answers to calibration requests, kept in the folder."""
-    layers = _layers(len(model.bridge.blocks))
+    n_layers = len(model.bridge.blocks)
+    blocks = set()
+    for depth in DEPTHS:
+        block = round(depth * n_layers)
+        blocks.add(min(block, n_layers - 1))
+    layers = tuple(sorted(blocks))
     calibration = labelled_answers(model, "calibration")
     choice = labelled_answers(model, "choice")
     weights = weights_digest(model.bridge)
@@ -189,18 +194,9 @@ def train_probe(model: Model, folder: Path) -> Probe:
     if len(choice):
         scores = probe.log_odds(residuals_of(choice))
         rows = _validation(probe, scores, choice, "choice")
-        probe = replace(probe, rows=Rows([*probe.rows, *rows]))
+        probe = replace(probe, rows=probe.rows + rows)
     probe.save(path)
     return probe
-
-
-def _layers(n_layers: int) -> tuple[int, ...]:
-    """Blocks at a third, a half and two thirds of the depth."""
-    layers = set()
-    for depth in DEPTHS:
-        layer = round(depth * n_layers)
-        layers.add(min(layer, n_layers - 1))
-    return tuple(sorted(layers))
 
 
 def probe_of(
@@ -208,9 +204,9 @@ def probe_of(
     answers: PromptSet,
     layers: tuple[int, ...],
 ) -> Probe:
-    """The probe of labelled answers, cross-validated.
+    """The cross-validated probe of labelled answers.
 
-    Of the strongest regularisation with which it is valid, or else of the weakest.
+    It has the strongest regularisation with which it is valid, or else the weakest.
     """
     _refuse_few(answers)
     features = residuals.flatten(1).double().numpy()
@@ -243,8 +239,8 @@ def _regression(
     requests: Sequence[str],
     strength: float,
 ) -> tuple[ndarray, ndarray, float]:
-    """The log-odds of each answer by a fit that has not seen its request; direction and bias."""
-    # Imported here: a probe that is trained already does not need it.
+    """The log-odds of each answer by a fit without its request; direction and bias of all."""
+    # Imported here: a stored probe does not need it.
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -260,7 +256,7 @@ def _regression(
         cv=StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0),
         method="decision_function",
     )
-    # The regression on features as they are, not standardised:
+    # The regression on features that are not standardised:
     #
     #     coefficients . (x - mean) / scale + intercept  =  direction . x + bias
     pipeline.fit(features, is_target)
@@ -271,53 +267,49 @@ def _regression(
 
 
 def harmful_from(scores: Float[Tensor, " n"], answers: PromptSet) -> float:
-    """The score below which as many harmful answers are as others to the same requests above it."""
-    labels = [example.label for example in answers]
-    is_target = [label == TARGET for label in labels]
-    is_other = [label == SAME_REQUEST for label in labels]
+    """The threshold at which false negatives and false positives are equally frequent.
+
+    The negatives are harmless answers to the same requests.
+    """
+    is_target = [example.label == TARGET for example in answers]
+    is_negative = [example.label == SAME_REQUEST for example in answers]
     targets = scores[torch.tensor(is_target)]
-    others = scores[torch.tensor(is_other)]
-    values = torch.cat([targets, others]).unique()  # sorted
+    negatives = scores[torch.tensor(is_negative)]
+    values = torch.cat([targets, negatives]).unique()  # sorted
     if len(values) == 1:
         return float(values[0])
     cuts = (values[1:] + values[:-1]) / 2
     is_missed = targets[None, :] < cuts[:, None]  # [cut, target]
-    is_false = others[None, :] >= cuts[:, None]  # [cut, other]
+    is_false = negatives[None, :] >= cuts[:, None]  # [cut, negative]
     missed = is_missed.double().mean(dim=1)
     false = is_false.double().mean(dim=1)
-    # Refusals alone may be what is harmless.
+    # NaN without negatives: all harmless answers may be refusals.
     difference = (missed - false.nan_to_num()).abs()
     best = difference.argmin()
     return float(cuts[best])
 
 
 def _validation(probe: Probe, scores: Tensor, answers: PromptSet, split: str) -> Rows:
-    """AUROC of each contrast, and the share of each kind of answer that is called harmful."""
+    """AUROC of each contrast, and the rate of each kind of answer that is called harmful."""
     labels = {"judge": probe.name, "split": split}
     rows = contrast_rows(scores, answers, labels)
-    is_harmful = (scores >= probe.threshold).tolist()
-    kinds = dict.fromkeys(example.label for example in answers)
-    for kind in kinds:
-        hits = []
-        groups = []
-        for example, hit in zip(answers, is_harmful, strict=True):
-            if example.label == kind:
-                hits.append(hit)
-                groups.append(example.cluster)
+    hits: dict[str, list[bool]] = {}
+    groups: dict[str, list[str]] = {}
+    for example, score in zip(answers, scores, strict=True):
+        hits.setdefault(example.label, []).append(bool(score >= probe.threshold))
+        groups.setdefault(example.label, []).append(example.cluster)
+    for kind in hits:
         where = {**labels, "kind": kind}
-        rows += [Measurement.rate("judge_harmful_rate", where, hits, groups)]
+        rows += [Measurement.rate("judge_harmful_rate", where, hits[kind], groups[kind])]
     return rows
 
 
 def _refuse_few(answers: PromptSet) -> None:
-    requests: dict[str, set[str]] = {"harmful": set(), "harmless": set()}
-    for example in answers:
-        kind = "harmful" if example.label == TARGET else "harmless"
-        requests[kind].add(example.cluster)
-    for kind, of_kind in requests.items():
-        if len(of_kind) < N_FOLDS:
+    counts = _n_requests(answers)
+    for kind, n_requests in zip(("harmful", "harmless"), counts, strict=True):
+        if n_requests < N_FOLDS:
             raise ValueError(
-                f"judge='probe': {len(of_kind)} requests with {kind} answers to train on; "
+                f"judge='probe': {n_requests} requests with {kind} answers to train on; "
                 f"expected at least {N_FOLDS}: give more requests, or judge='local'"
             )
 
@@ -327,15 +319,14 @@ def _digest(calibration: PromptSet, choice: PromptSet, layers: tuple[int, ...]) 
     for answers in (calibration, choice):
         for example in answers:
             parts.append([example.completion, example.label, example.cluster])
-    text = json.dumps(parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 # Validation: an AUROC for each contrast, on the model's own answers
 
 
-def labelled_answers(model: Model, split: str, *, most: int | None = None) -> PromptSet:
-    """The model's own verified answers to requests of several behaviours, each as its `label`."""
+def labelled_answers(model: Model, split: str, *, limit: int | None = None) -> PromptSet:
+    """The model's own verified answers, labelled by the behaviour that they show."""
     requests = {}
     for example in model.behaviour(TARGET).prompts(split):
         requests.setdefault(example.cluster, example.prompt)
@@ -345,69 +336,81 @@ def labelled_answers(model: Model, split: str, *, most: int | None = None) -> Pr
         if name not in model.behaviours:
             continue
         behaviour = model.behaviours[name]
-        verified = model.verified(behaviour, behaviour.prompts(split)[:most])
-        for example in verified.where(lambda example: bool(example.completion)):
+        for example in model.verified(behaviour, behaviour.prompts(split)[:limit]):
+            if not example.completion:
+                continue
             request = example.prompt
-            if name == SAME_REQUEST:  # not the question about it
-                request = requests.get(example.cluster, request)
-            examples.append(Example(request, example.completion, group=example.cluster, label=name))
+            cluster = example.cluster
+            if name == SAME_REQUEST:  # the request inside the question
+                request = requests.get(cluster, request)
+            labelled = Example(request, example.completion, group=cluster, label=name)
+            examples.append(labelled)
     return PromptSet(tuple(examples))
 
 
 def validate(judge: Judge, model: Model) -> Rows:
     """`judge_auroc` of each contrast on the model's own answers, with 95 % intervals.
 
-    A judge without a method `score` is read by whether its verdict is "harmful".
+    The score of a judge without a method `score` is 1 for the verdict "harmful", else 0.
     """
-    answers = labelled_answers(model, "calibration", most=MOST_REQUESTS)
-    score = getattr(judge, "score", None)
-    scores = []
-    for example in answers:
-        request, answer = example.prompt, example.completion
-        if score is not None:
-            scores.append(float(score(request, answer)))
-        else:
-            scores.append(float(judge(request, answer) == TARGET))
+
+    def verdict_score(request: str, answer: str) -> float:
+        return float(judge(request, answer) == TARGET)
+
+    score = getattr(judge, "score", verdict_score)
+    answers = labelled_answers(model, "calibration", limit=MAX_REQUESTS)
+    scores = [float(score(example.prompt, example.completion)) for example in answers]
     labels = {"judge": name_of(judge), "split": "calibration"}
     return contrast_rows(torch.tensor(scores, dtype=torch.float64), answers, labels)
 
 
 def contrast_rows(scores: Float[Tensor, " n"], answers: PromptSet, labels: Labels) -> Rows:
-    """`judge_auroc` of each contrast with answers of both kinds; `requests`: on its fewer side."""
+    """`judge_auroc` of each contrast with answers of both kinds.
+
+    The label `requests` is the number of requests on the side with fewer of them.
+    """
     rows = Rows()
     for contrast, kinds in CONTRASTS.items():
-        is_compared = [example.label in (TARGET, *kinds) for example in answers]
-        compared = list(compress(answers, is_compared))
-        n_requests = _n_requests(compared)
+        is_member = [example.label in (TARGET, *kinds) for example in answers]
+        members = list(compress(answers, is_member))
+        n_requests = min(_n_requests(members))
         if not n_requests:
             continue
-        where = {**labels, "contrast": contrast, "requests": n_requests}
-        values = scores[torch.tensor(is_compared)]
-        is_target = torch.tensor([example.label == TARGET for example in compared])
-        groups = [example.cluster for example in compared]
-        rows += [Measurement.auroc(METRIC, where, values, is_target, groups)]
+        where = {
+            **labels,
+            "contrast": contrast,
+            "requests": n_requests,
+        }
+        values = scores[torch.tensor(is_member)]
+        is_target = [example.label == TARGET for example in members]
+        groups = [example.cluster for example in members]
+        rows += [Measurement.auroc(METRIC, where, values, torch.tensor(is_target), groups)]
     return rows
 
 
-def _n_requests(answers: Sequence[Example]) -> int:
-    """Requests with answers of the target, or those with other answers, whichever are fewer."""
-    of_target = {example.cluster for example in answers if example.label == TARGET}
-    others = {example.cluster for example in answers if example.label != TARGET}
-    return min(len(of_target), len(others))
+def _n_requests(answers: Iterable[Example]) -> tuple[int, int]:
+    """The numbers of requests with harmful and with harmless answers."""
+    harmful = set()
+    harmless = set()
+    for example in answers:
+        side = harmful if example.label == TARGET else harmless
+        side.add(example.cluster)
+    return len(harmful), len(harmless)
 
 
 def is_valid(rows: Rows) -> bool:
     """Whether a judge may be used: the lower end of each decisive AUROC is at least 0.8."""
-    tested = rows.where(METRIC, split="calibration") or rows.where(METRIC)
-    passed = set()
-    for row in tested:
-        if row.low >= LEAST_AUROC and int(row.labels["requests"]) >= LEAST_REQUESTS:
-            passed.add(row.labels["contrast"])
-    has_begun = bool(tested.where(METRIC, contrast=BEGUN_ALIKE))
-    return passed >= (DECISIVE | {BEGUN_ALIKE} if has_begun else DECISIVE)
+    tests = rows.where(METRIC, split="calibration") or rows.where(METRIC)
+    required = set(DECISIVE)
+    if tests.where(METRIC, contrast=SAME_PREFILL):
+        required.add(SAME_PREFILL)
+    for row in tests:
+        if row.low >= MIN_AUROC and int(row.labels["requests"]) >= MIN_REQUESTS:
+            required.discard(str(row.labels["contrast"]))
+    return not required
 
 
 def has_few_requests(rows: Rows) -> bool:
-    """Whether there are too few requests to say whether a judge is valid."""
+    """Whether there are too few requests to validate a judge."""
     counts = [int(row.labels["requests"]) for row in rows.where(METRIC, contrast="all")]
-    return max(counts, default=0) < LEAST_REQUESTS
+    return max(counts, default=0) < MIN_REQUESTS

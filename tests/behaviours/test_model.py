@@ -13,10 +13,10 @@ from helpers import StubBridge, asked_few
 from harmcircuits.behaviours.behaviour import Behaviour, standard_behaviours
 from harmcircuits.behaviours.model import (
     Model,
+    fresh_batches,
     other_behaviours,
     preferred_batches,
     protected_data,
-    still_said,
 )
 from harmcircuits.behaviours.outcomes import Calibration, NotShownError, Outcomes
 from harmcircuits.circuits.masks import top_fraction
@@ -156,7 +156,7 @@ def test_a_behaviour_may_be_scored_on_some_tokens_of_its_answers(small, data):
     harm = replace(small.behaviours["harmful"], scored_on=word)
     for batches in (
         small.with_behaviours(harm).calibration("harmful").batches,
-        still_said(small, harm, data["harmful"].prompts),
+        fresh_batches(small, harm, data["harmful"].prompts),
     ):
         n_scored = [int(row.sum()) for batch in batches for row in batch.is_target]
         assert n_scored == [n for n in shown if n]
@@ -168,7 +168,7 @@ def test_a_behaviour_may_be_scored_on_some_tokens_of_its_answers(small, data):
 
 
 @pytest.fixture
-def search(monkeypatch):
+def search(monkeypatch, unchecked):
     """search(model, ...) -> what is scored, what is protected and the options of its search."""
     monkeypatch.setattr("harmcircuits.behaviours.model.find_circuit", lambda *a, **k: (*a[1:], k))
 
