@@ -92,9 +92,9 @@ def test_commands_and_their_options_exist():
 
 def test_scripts_and_modules_exist():
     for text in ALL.values():
-        for path in re.findall(r"`((?:analyses|harmcircuits|tests)/[\w/.]+)`", text):
+        for path in re.findall(r"`((?:analyses|benchmarks|harmcircuits|tests)/[\w/.]+)`", text):
             assert (ROOT / path).exists(), path
-        for path in re.findall(r"python ((?:analyses|tests)/\S+\.py)", text):
+        for path in re.findall(r"python ((?:analyses|benchmarks|tests)/\S+\.py)", text):
             assert (ROOT / path).is_file(), path
         for module in re.findall(r"python -m\s+(harmcircuits[.\w]+)", text):
             path = ROOT / module.replace(".", "/")

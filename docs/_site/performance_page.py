@@ -1,6 +1,6 @@
 # %% [markdown]
 # # What the rows of the benchmark say
-# `python docs/_site/performance_page.py` writes what `tests/benchmark.py --out` measured into
+# `python docs/_site/performance_page.py` writes what `benchmarks/benchmark.py --out` measured into
 # `docs/performance.md`, between `<!-- NAME -->` and `<!-- /NAME -->`, and draws the history by commit.
 
 # %%
