@@ -4,6 +4,7 @@ Would catch: a target mask shifted by one or reaching into the prompt, the prefi
 request in two splits, or one that moves when others are added; thinking scored as the answer.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from harmcircuits.batches import (
     tokenize,
     tokenize_text,
 )
-from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 EXAMPLES = (Example("how to use it ?", "sure yes", category="tools", group="one"),)
 
@@ -254,3 +255,19 @@ def test_only_tokens_in_which_a_match_begins_are_targets():
     )
     assert found.is_target.int().tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0]]
     assert at_matches([Batch(tokens, is_target)], tokenizer, "nobody") == []
+
+
+def test_a_group_of_the_held_out_file_is_scored_nowhere():
+    requests = [Example(f"use thing {n}", group=f"thing {n}") for n in range(40)]
+    held_out = [replace(example, prompt=f"how to {example.prompt}") for example in requests[::2]]
+    sets = PromptSet(tuple(requests)).splits(PromptSet(tuple(held_out)))
+    groups = {split: {example.cluster for example in sets[split]} for split in SPLITS}
+    assert not groups["heldout"] & (groups["calibration"] | groups["choice"])
+    assert len(groups["calibration"] | groups["choice"]) == 20
+
+
+@pytest.mark.parametrize("name", ["group", "category", "label"])
+def test_the_digest_of_requests_holds_what_splits_and_intervals_depend_on(name):
+    first = Example("q", group="g", category="a", label="safe")
+    second = replace(first, **{name: "another"})
+    assert PromptSet((second,)).digest != PromptSet((first,)).digest
